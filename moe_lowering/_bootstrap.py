@@ -1,0 +1,32 @@
+"""What must happen before torch is imported.
+
+With torch_npu installed and no CANN, plain ``import torch`` fails: torch loads the backend extension, which needs
+``libhccl.so``. Turning the autoload off is enough, and is only done where CANN is really missing, so that a machine with
+an NPU keeps its normal behaviour. Source: torch's ``torch.backends`` entry points; tried with torch_npu 2.13.0.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+
+
+def cann_is_installed() -> bool:
+    """Whether the loader finds the CANN runtime (``libascendcl.so``)."""
+    try:
+        ctypes.CDLL("libascendcl.so")
+    except OSError:
+        return False
+    return True
+
+
+def disable_autoload_without_cann() -> None:
+    """Let ``import torch`` succeed where torch_npu is installed and CANN is not. Does nothing once torch is imported."""
+    if "torch" in sys.modules or AUTOLOAD in os.environ:
+        return
+    if importlib.util.find_spec("torch_npu") is not None and not cann_is_installed():
+        os.environ[AUTOLOAD] = "0"

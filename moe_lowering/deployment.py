@@ -1,0 +1,128 @@
+"""What the pass may assume about the machine and the process groups that a model will run on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+SOCS = ("A2", "A3", "A5", "310P")
+WEIGHT_FORMATS = ("nd", "nz")
+
+# Fields that differ between ranks of one deployment. They never take part in a decision, nor in the digest.
+RANK_FIELDS = frozenset({"ep_rank", "tp_rank"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """One deployment of a model: everything that a lowering decision may depend on.
+
+    All fields but ``ep_rank`` and ``tp_rank`` must be equal on every rank: the pass decides from them alone, and two
+    ranks that decide differently hang.
+
+    Args:
+        soc: ``A2`` (910B), ``A3`` (910C), ``A5`` (950) or ``310P``.
+        ep_size: number of ranks in the expert-parallel (EP) group; 1 means no expert parallelism.
+        ep_rank: this rank's index in the EP group.
+        ep_group: name of the EP process group (``group.group_name``); "" when ``ep_size`` is 1.
+        mc2_group: communicator that MC2 and fused operators take. It is never the EP group, because no other
+            collective may use it (facts: MC2's communicator is its own). On an NPU this is the HCCL communicator
+            name; without one it is the name of a process group. "" means that MC2 is not available.
+        tp_size, tp_rank, tp_group: the tensor-parallel (TP) group whose ranks hold the same tokens.
+        max_tokens: upper bound on the token count T of one rank, for every call; 0 when none is declared.
+        equal_tokens: whether T is the same on all ranks of the EP group at every call. When it is not, ``max_tokens``
+            must be given.
+        max_rows: cap on the rows one rank receives; 0 for the bound that shapes alone imply.
+        max_output_size: rows that the fused operators may process on one rank; 0 for the proven receive bound.
+        hccl_buffer_mb: ``HCCL_BUFFSIZE`` in MB (CANN's default is 200).
+        weight_format: memory format of the expert weights on the device, ``nd`` or ``nz`` (FRACTAL_NZ).
+        cann: CANN version, "" when unknown: rules that ask for a version are then taken as violated.
+        providers: (name, version) of installed libraries that bring fused operators, e.g. ``(("vllm_ascend", "0.23.0"),)``.
+
+    Raises:
+        ValueError: when a field is out of range, with the field, the value and what is accepted.
+    """
+
+    soc: str = "A3"
+    ep_size: int = 1
+    ep_rank: int = 0
+    ep_group: str = ""
+    mc2_group: str = ""
+    tp_size: int = 1
+    tp_rank: int = 0
+    tp_group: str = ""
+    max_tokens: int = 0
+    equal_tokens: bool = True
+    max_rows: int = 0
+    max_output_size: int = 0
+    hccl_buffer_mb: int = 200
+    weight_format: str = "nd"
+    cann: str = ""
+    providers: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("soc", self.soc, SOCS)
+        _one_of("weight_format", self.weight_format, WEIGHT_FORMATS)
+        for kind in ("ep", "tp"):
+            size, rank, group = (getattr(self, f"{kind}_{part}") for part in ("size", "rank", "group"))
+            _at_least(f"{kind}_size", size, 1)
+            if not 0 <= rank < size:
+                raise ValueError(f"Deployment: {kind}_rank is {rank}; accepted: 0 to {kind}_size - 1 = {size - 1}")
+            if size > 1 and not group:
+                raise ValueError(f"Deployment: {kind}_size is {size} but {kind}_group is ''; give the group's name")
+        for name in ("max_tokens", "max_rows", "max_output_size"):
+            _at_least(name, getattr(self, name), 0)
+        _at_least("hccl_buffer_mb", self.hccl_buffer_mb, 1)
+        if self.ep_size % self.tp_size:
+            raise ValueError(
+                f"Deployment: ep_size is {self.ep_size}, not a multiple of tp_size {self.tp_size}: the ranks of a TP "
+                "group are ranks of one EP group"
+                if self.ep_size > 1
+                else f"Deployment: tp_size is {self.tp_size} with ep_size 1: give the EP group that the TP ranks form"
+            )
+        if self.mc2_group and self.mc2_group == self.ep_group:
+            raise ValueError(
+                f"Deployment: mc2_group is {self.mc2_group!r}, the EP group itself; MC2 operators need a communicator "
+                "that no other collective uses (make a second group over the same ranks)"
+            )
+        if not self.equal_tokens and not self.max_tokens:
+            raise ValueError("Deployment: equal_tokens is False, so max_tokens must give a bound that holds on every rank")
+
+    @property
+    def token_bound(self) -> int:
+        """The ``max_tokens`` argument of the generic operators: 0 says that T is equal on all ranks."""
+        return 0 if self.equal_tokens else self.max_tokens
+
+    @property
+    def hccl_buffer_bytes(self) -> int:
+        """Size of the HCCL window in bytes (CANN counts ``HCCL_BUFFSIZE`` in MiB)."""
+        return self.hccl_buffer_mb * 2**20
+
+    def provider(self, name: str) -> str | None:
+        """Version of a provider of fused operators, or None when it is not installed."""
+        return dict(self.providers).get(name)
+
+    def replace(self, **changes: Any) -> Deployment:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def invariant_fields(self) -> dict[str, Any]:
+        """The fields that must agree on every rank, by name."""
+        return {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in RANK_FIELDS
+        }
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the rank-invariant fields."""
+        return hashlib.sha256(json.dumps(self.invariant_fields(), sort_keys=True).encode()).hexdigest()
+
+
+def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"Deployment: {name} is {value!r}; accepted: {', '.join(accepted)}")
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if value < low:
+        raise ValueError(f"Deployment: {name} is {value}; accepted: {low} or more")

@@ -1,0 +1,13 @@
+"""What each Ascend operator accepts, by SoC: data (``data/*.toml``), each row with its source, and its evaluation.
+
+A row says that the value of an expression over named quantities lies in a range, is a multiple of something, or is one
+of a set. The same rows serve three readers: the pass judges a block by them, the CPU kernels of ``npu::`` operators
+refuse by them, and the verifier checks every Ascend node of a lowered graph against them. torch_npu's own schemas and
+meta functions accept nearly anything, so these rows are the check.
+"""
+
+from moe_lowering.limits.expressions import align, ceil_div
+from moe_lowering.limits.prover import Prover
+from moe_lowering.limits.table import Limit, LimitsError, Violation, check, limits_for, load
+
+__all__ = ["Limit", "LimitsError", "Prover", "Violation", "align", "ceil_div", "check", "limits_for", "load"]

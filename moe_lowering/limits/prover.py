@@ -1,0 +1,82 @@
+"""Proofs about sizes: a limit on a symbolic size holds for the whole range of its symbols, or it does not hold.
+
+Never checked on a hint, and never by adding a guard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+
+
+class Prover:
+    """Decides comparisons of sizes that may be symbolic.
+
+    Args:
+        declared: narrower bounds than the ShapeEnv knows, by sympy symbol, that the caller promises to enforce
+            (the pass puts ``assert_tokens`` in the graph for each that a proof has used).
+
+    Attributes:
+        used_declared: whether some proof so far needed a declared bound.
+    """
+
+    def __init__(self, declared: Mapping[sympy.Symbol, tuple[int, int]] | None = None) -> None:
+        self.declared = dict(declared or {})
+        self.used_declared = False
+
+    def at_most(self, value: Any, limit: Any) -> bool:
+        """value <= limit for every value of the symbols."""
+        return self._holds(value <= limit, limit - value)
+
+    def at_least(self, value: Any, limit: Any) -> bool:
+        """value >= limit for every value of the symbols."""
+        return self._holds(value >= limit, value - limit)
+
+    def equal(self, value: Any, other: Any) -> bool:
+        """value == other for every value of the symbols."""
+        if _concrete(value) and _concrete(other):
+            return bool(value == other)
+        return bool(statically_known_true(value == other))
+
+    def bounds(self, value: Any) -> tuple[int | None, int | None]:
+        """Lower and upper bound of a size, None where there is none, with the declared bounds applied."""
+        if _concrete(value):
+            return int(value), int(value)
+        ranges = self._ranges(value, declared=True)
+        low, high = ranges.lower, ranges.upper
+        return (None if not low.is_finite else int(low)), (None if not high.is_finite else int(high))
+
+    def _holds(self, claim: Any, slack: Any) -> bool:
+        """The claim, or its equivalent that slack is never negative."""
+        if isinstance(claim, bool):
+            return claim
+        if statically_known_true(claim):
+            return True
+        if self._ranges(slack, declared=False).lower >= 0:
+            return True
+        if self.declared and self._ranges(slack, declared=True).lower >= 0:
+            self.used_declared = True
+            return True
+        return False
+
+    def _ranges(self, value: torch.SymInt, declared: bool) -> ValueRanges[sympy.Expr]:
+        node = value.node
+        expr = node.expr
+        ranges = {}
+        for symbol in expr.free_symbols:
+            known = node.shape_env.var_to_range.get(symbol, ValueRanges(sympy.Integer(0), int_oo))
+            if declared and symbol in self.declared:
+                low, high = self.declared[symbol]
+                known = known & ValueRanges(sympy.Integer(low), sympy.Integer(high))
+            ranges[symbol] = known
+        return bound_sympy(expr, ranges)
+
+
+def _concrete(value: Any) -> bool:
+    return isinstance(value, (int, str, bool)) or not isinstance(value, torch.SymInt)

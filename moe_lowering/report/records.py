@@ -1,0 +1,82 @@
+"""What a lowering did and why, as records. Built by the pass, rendered by ``report.text`` and the CLI."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from moe_lowering.limits import Violation
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether one implementation is legal for one block, and if not, every rule it breaks."""
+
+    implementation: str
+    violations: tuple[Violation, ...] = ()
+
+    @property
+    def legal(self) -> bool:
+        return not self.violations
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "legal": self.legal,
+            "violations": [{"code": v.code, "message": v.message} for v in self.violations],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockReport:
+    """One MoE block: what it was, what it became, and why not something else.
+
+    Attributes:
+        name: the block's place in the model, e.g. ``model.layers.0.mlp.experts``.
+        comm: the implementation it was rewritten to (``allgather``, ``mc2``, ``fused_mc2``), None when left alone.
+        reason: why this choice, or why the block was left alone.
+        ops_before, ops_after: operator names of the block in graph order, e.g. ``moe_lowering.dispatch``.
+        verdicts: by implementation name.
+        notes: risks and costs that the user should know, e.g. a limit that no device check enforces.
+    """
+
+    name: str
+    comm: str | None
+    reason: str
+    ops_before: tuple[str, ...]
+    ops_after: tuple[str, ...]
+    verdicts: dict[str, Verdict]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "comm": self.comm,
+            "reason": self.reason,
+            "ops_before": list(self.ops_before),
+            "ops_after": list(self.ops_after),
+            "verdicts": {name: verdict.to_json() for name, verdict in self.verdicts.items()},
+            "notes": list(self.notes),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweringReport:
+    """One run of the pass over one graph.
+
+    Attributes:
+        blocks: every MoE block that was recognised, in graph order.
+        unrecognised: (place, why) of generic operators that are not part of a recognised block.
+        nodes_before, nodes_after: nodes of the whole graph.
+        pass_ms: wall time of the pass in milliseconds.
+    """
+
+    blocks: tuple[BlockReport, ...]
+    unrecognised: tuple[tuple[str, str], ...]
+    nodes_before: int
+    nodes_after: int
+    pass_ms: float
+
+    @property
+    def fully_lowered(self) -> bool:
+        """Whether every generic operator of the graph was replaced."""
+        return not self.unrecognised and all(block.comm is not None for block in self.blocks)
