@@ -31,8 +31,9 @@ class Deployment:
             name; without one it is the name of a process group. "" means that MC2 is not available.
         tp_size, tp_rank, tp_group: the tensor-parallel (TP) group whose ranks hold the same tokens.
         max_tokens: upper bound on the token count T of one rank, for every call; 0 when none is declared.
+        min_tokens: lower bound on T on every rank, for every call; read only when ``equal_tokens`` is False.
         equal_tokens: whether T is the same on all ranks of the EP group at every call. When it is not, ``max_tokens``
-            must be given.
+            must be given, and decisions depend on ``min_tokens`` and ``max_tokens`` instead of T.
         max_rows: cap on the rows one rank receives; 0 for the bound that shapes alone imply.
         max_output_size: rows that the fused operators may process on one rank; 0 for the proven receive bound.
         hccl_buffer_mb: ``HCCL_BUFFSIZE`` in MB (CANN's default is 200).
@@ -53,6 +54,7 @@ class Deployment:
     tp_rank: int = 0
     tp_group: str = ""
     max_tokens: int = 0
+    min_tokens: int = 1
     equal_tokens: bool = True
     max_rows: int = 0
     max_output_size: int = 0
@@ -71,7 +73,7 @@ class Deployment:
                 raise ValueError(f"Deployment: {kind}_rank is {rank}; accepted: 0 to {kind}_size - 1 = {size - 1}")
             if size > 1 and not group:
                 raise ValueError(f"Deployment: {kind}_size is {size} but {kind}_group is ''; give the group's name")
-        for name in ("max_tokens", "max_rows", "max_output_size"):
+        for name in ("max_tokens", "min_tokens", "max_rows", "max_output_size"):
             _at_least(name, getattr(self, name), 0)
         _at_least("hccl_buffer_mb", self.hccl_buffer_mb, 1)
         if self.ep_size % self.tp_size:
@@ -88,6 +90,9 @@ class Deployment:
             )
         if not self.equal_tokens and not self.max_tokens:
             raise ValueError("Deployment: equal_tokens is False, so max_tokens must give a bound that holds on every rank")
+
+        if not self.equal_tokens and self.min_tokens > self.max_tokens:
+            raise ValueError(f"Deployment: min_tokens is {self.min_tokens}; accepted: 0 to max_tokens = {self.max_tokens}")
 
     @property
     def token_bound(self) -> int:

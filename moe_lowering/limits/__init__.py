@@ -6,8 +6,23 @@ refuse by them, and the verifier checks every Ascend node of a lowered graph aga
 meta functions accept nearly anything, so these rows are the check.
 """
 
+from moe_lowering.limits.calls import bind, check_call, quantities
 from moe_lowering.limits.expressions import align, ceil_div
 from moe_lowering.limits.prover import Prover
-from moe_lowering.limits.table import Limit, LimitsError, Violation, check, limits_for, load
+from moe_lowering.limits.table import Limit, LimitsError, Violation, check, limits_for, load, names
 
-__all__ = ["Limit", "LimitsError", "Prover", "Violation", "align", "ceil_div", "check", "limits_for", "load"]
+__all__ = [
+    "Limit",
+    "LimitsError",
+    "Prover",
+    "Violation",
+    "align",
+    "bind",
+    "ceil_div",
+    "check",
+    "check_call",
+    "limits_for",
+    "load",
+    "names",
+    "quantities",
+]

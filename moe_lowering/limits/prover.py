@@ -5,6 +5,7 @@ Never checked on a hint, and never by adding a guard.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,14 +20,14 @@ class Prover:
     """Decides comparisons of sizes that may be symbolic.
 
     Args:
-        declared: narrower bounds than the ShapeEnv knows, by sympy symbol, that the caller promises to enforce
-            (the pass puts ``assert_tokens`` in the graph for each that a proof has used).
+        declared: (low, high) by sympy expression, e.g. of a token count ``s0*s1``: narrower bounds than the ShapeEnv
+            knows, which the caller promises to enforce (the pass puts ``assert_tokens`` in a graph whose proofs used one).
 
     Attributes:
         used_declared: whether some proof so far needed a declared bound.
     """
 
-    def __init__(self, declared: Mapping[sympy.Symbol, tuple[int, int]] | None = None) -> None:
+    def __init__(self, declared: Mapping[sympy.Expr, tuple[int, int]] | None = None) -> None:
         self.declared = dict(declared or {})
         self.used_declared = False
 
@@ -49,8 +50,7 @@ class Prover:
         if _concrete(value):
             return int(value), int(value)
         ranges = self._ranges(value, declared=True)
-        low, high = ranges.lower, ranges.upper
-        return (None if not low.is_finite else int(low)), (None if not high.is_finite else int(high))
+        return _finite(ranges.lower), _finite(ranges.upper)
 
     def _holds(self, claim: Any, slack: Any) -> bool:
         """The claim, or its equivalent that slack is never negative."""
@@ -66,17 +66,22 @@ class Prover:
         return False
 
     def _ranges(self, value: torch.SymInt, declared: bool) -> ValueRanges[sympy.Expr]:
-        node = value.node
-        expr = node.expr
-        ranges = {}
-        for symbol in expr.free_symbols:
-            known = node.shape_env.var_to_range.get(symbol, ValueRanges(sympy.Integer(0), int_oo))
-            if declared and symbol in self.declared:
-                low, high = self.declared[symbol]
-                known = known & ValueRanges(sympy.Integer(low), sympy.Integer(high))
-            ranges[symbol] = known
-        return bound_sympy(expr, ranges)
+        env, expr = value.node.shape_env, value.node.expr
+        ranges: dict[sympy.Symbol, ValueRanges[sympy.Expr]] = {}
+        if declared:
+            for known_expr, (low, high) in self.declared.items():
+                stand_in = sympy.Dummy("bounded", integer=True, nonnegative=True)
+                expr = expr.subs(known_expr, stand_in)
+                ranges[stand_in] = ValueRanges(sympy.Integer(low), sympy.Integer(high))
+        for symbol in expr.free_symbols - ranges.keys():
+            ranges[symbol] = env.var_to_range.get(symbol, ValueRanges(sympy.Integer(0), int_oo))
+        return bound_sympy(expr, {s: r for s, r in ranges.items() if s in expr.free_symbols})
 
 
 def _concrete(value: Any) -> bool:
-    return isinstance(value, (int, str, bool)) or not isinstance(value, torch.SymInt)
+    return not isinstance(value, torch.SymInt)
+
+
+def _finite(bound: Any) -> int | None:
+    """The bound, or None: a ShapeEnv writes "no bound" as infinity or as a number near sys.maxsize."""
+    return int(bound) if isinstance(bound, sympy.Integer) and abs(int(bound)) < sys.maxsize // 2 else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import string
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -19,6 +20,7 @@ else:  # pragma: no cover
     import tomli as tomllib
 
 BOUNDS = ("min", "max", "multiple_of", "one_of", "equals")
+EXPRESSIONS = ("value", "when", "min", "max", "multiple_of", "equals")
 
 
 class LimitsError(ValueError):
@@ -30,8 +32,10 @@ class Limit:
     """One rule of one operator.
 
     ``value`` is an expression over the operator's quantities; exactly one of ``min``/``max`` (either or both),
-    ``multiple_of``, ``one_of``, ``equals`` bounds it. Bounds may be expressions too. ``when`` restricts the rule to calls
-    for which it is true (it may read only quantities that are never symbolic).
+    ``multiple_of``, ``one_of``, ``equals`` bounds it. Bounds may be expressions too. ``when`` restricts the rule to
+    calls for which it is true (it may read only quantities that are never symbolic). ``says`` puts a broken rule in
+    words, with quantities in braces; without it the message is made from the value and the bound. A table may give a
+    list of operators: one rule for each then.
     """
 
     code: str
@@ -46,7 +50,15 @@ class Limit:
     one_of: tuple[Any, ...] = ()
     equals: Expression | None = None
     unit: str = ""
+    says: str = ""
     advice: str = ""
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """The quantities that this rule reads."""
+        expressions = (getattr(self, field) for field in EXPRESSIONS)
+        shown = (name for _, name, _, _ in string.Formatter().parse(self.says) if name)
+        return frozenset(shown).union(*(e.names for e in expressions if e is not None))
 
     def accepted(self, quantities: Mapping[str, Any]) -> str:
         """The limit in words, with its value for these quantities."""
@@ -67,9 +79,9 @@ class Limit:
     def holds(self, value: Any, quantities: Mapping[str, Any], prover: Prover) -> bool:
         """Whether the value satisfies the bound for the whole range of its symbols."""
         if self.one_of:
-            return any(type(v) is type(value) and prover.equal(value, v) for v in self.one_of) or (
-                not isinstance(value, (str, bool)) and any(prover.equal(value, v) for v in self.one_of)
-            )
+            if isinstance(value, (str, bool, int)):  # the type counts: True is not 1
+                return any(type(v) is type(value) and v == value for v in self.one_of)
+            return any(prover.equal(value, v) for v in self.one_of)
         if self.multiple_of is not None:
             return prover.equal(value % self.multiple_of(quantities), 0)
         if self.equals is not None:
@@ -108,39 +120,64 @@ def _row(raw: dict[str, Any], where: str) -> Limit:
     for key in ("code", "operator", "value", "source"):
         if not raw.get(key):
             raise LimitsError(f"{where}: {key} is missing")
-    if not any(raw.get(b) not in (None, []) for b in BOUNDS):
-        raise LimitsError(f"{where}: no bound; give one of {', '.join(BOUNDS)}")
+    bounds = {"min/max" if b in ("min", "max") else b for b in BOUNDS if raw.get(b) not in (None, [])}
+    if len(bounds) != 1:
+        found = " and ".join(sorted(bounds)) or "no bound"
+        raise LimitsError(f"{where}: {found}; give one of {', '.join(BOUNDS)} (min and max may stand together)")
     if set(raw.get("soc", ())) - set(SOCS):
         raise LimitsError(f"{where}: soc is {raw['soc']}; accepted: {', '.join(SOCS)}")
     fields: dict[str, Any] = dict(raw)
-    for key in ("value", "when", "min", "max", "multiple_of", "equals"):
-        if key in fields:
-            fields[key] = Expression(str(fields[key]))
+    try:
+        fields.update((key, Expression(str(fields[key]))) for key in EXPRESSIONS if key in fields)
+    except ValueError as error:
+        raise LimitsError(f"{where}: {error}") from None
     fields["one_of"] = tuple(fields.get("one_of", ()))
     fields["soc"] = tuple(fields.get("soc", SOCS))
     return Limit(**fields)
 
 
-@functools.lru_cache(maxsize=1)
-def load() -> tuple[Limit, ...]:
-    """All rows of all tables, validated. Codes are unique within an operator and SoC.
+def read(name: str, text: str) -> list[Limit]:
+    """The rows of one table.
 
     Raises:
-        LimitsError: when a row is malformed or two rows of one operator and SoC share a code.
+        LimitsError: when a row is malformed; the message names the table, the row and what is wrong.
+    """
+    rows = []
+    for number, raw in enumerate(tomllib.loads(text).get("limit", ()), 1):
+        operators = raw.get("operator")
+        for operator in operators if isinstance(operators, list) else [operators]:
+            rows.append(_row({**raw, "operator": operator}, f"{name}, limit {number} ({raw.get('code', '?')})"))
+    return rows
+
+
+def validate(rows: list[Limit]) -> tuple[Limit, ...]:
+    """The rows, when no two of one operator and SoC share both code and condition.
+
+    Raises:
+        LimitsError: otherwise.
+    """
+    seen: set[tuple[str, str, str, str]] = set()
+    for row in rows:
+        for soc in row.soc:
+            key = (row.operator, soc, row.code, row.when.text if row.when else "")
+            if key in seen:
+                raise LimitsError(f"code {row.code} of {row.operator} stands twice for {soc} under one condition")
+            seen.add(key)
+    return tuple(rows)
+
+
+@functools.lru_cache(maxsize=1)
+def load() -> tuple[Limit, ...]:
+    """All rows of all tables, validated.
+
+    Raises:
+        LimitsError: when a row is malformed, or two rows of one operator and SoC share both code and condition.
     """
     rows: list[Limit] = []
-    seen: set[tuple[str, str, str]] = set()
     for file in sorted(resources.files("moe_lowering.limits").joinpath("data").iterdir(), key=lambda f: f.name):
-        if not file.name.endswith(".toml"):
-            continue
-        for number, raw in enumerate(tomllib.loads(file.read_text("utf-8")).get("limit", ()), 1):
-            row = _row(raw, f"{file.name}, limit {number} ({raw.get('code', '?')})")
-            for soc in row.soc:
-                if (row.operator, soc, row.code) in seen:
-                    raise LimitsError(f"{file.name}: code {row.code} of {row.operator} stands twice for {soc}")
-                seen.add((row.operator, soc, row.code))
-            rows.append(row)
-    return tuple(rows)
+        if file.name.endswith(".toml"):
+            rows += read(file.name, file.read_text("utf-8"))
+    return validate(rows)
 
 
 @functools.lru_cache(maxsize=256)
@@ -149,38 +186,55 @@ def limits_for(operator: str, soc: str) -> tuple[Limit, ...]:
     return tuple(row for row in load() if row.operator == operator and soc in row.soc)
 
 
+@functools.lru_cache(maxsize=256)
+def names(operator: str, soc: str) -> frozenset[str]:
+    """The quantities that the rows of one operator on one SoC read: what a caller of ``check`` should give."""
+    return frozenset().union(*(row.names for row in limits_for(operator, soc))) - {"soc"}
+
+
 def check(operator: str, soc: str, quantities: Mapping[str, Any], prover: Prover | None = None) -> list[Violation]:
     """Every rule of ``operator`` on ``soc`` that these quantities break, in table order.
 
     Args:
         operator: the operator's name, e.g. ``npu_moe_distribute_dispatch_v2``.
-        soc: ``A2``, ``A3``, ``A5`` or ``310P``.
+        soc: ``A2``, ``A3``, ``A5`` or ``310P``; rules read it as the quantity ``soc``.
         quantities: values by name; sizes may be SymInts. A rule that reads a quantity which is not given, or is None,
             does not apply.
         prover: proves limits on symbolic sizes; the default knows only what the ShapeEnv knows.
     """
     prover = prover or Prover()
-    given = {name for name, value in quantities.items() if value is not None}
-    return [v for row in limits_for(operator, soc) if (v := _violation(row, given, quantities, prover))]
+    given = {name: value for name, value in quantities.items() if value is not None}
+    given["soc"] = soc
+    return [v for row in _applicable(operator, soc, frozenset(given)) if (v := _violation(row, given, prover))]
 
 
-def _violation(row: Limit, given: Iterable[str], quantities: Mapping[str, Any], prover: Prover) -> Violation | None:
-    if not row.value.names <= set(given):
-        return None
-    if row.when is not None and not (row.when.names <= set(given) and row.when(quantities)):
+@functools.lru_cache(maxsize=1024)
+def _applicable(operator: str, soc: str, given: frozenset[str]) -> tuple[Limit, ...]:
+    """The rows that read nothing but what is given."""
+    return tuple(row for row in limits_for(operator, soc) if row.names <= given)
+
+
+def _violation(row: Limit, quantities: Mapping[str, Any], prover: Prover) -> Violation | None:
+    if row.when is not None and not row.when(quantities):
         return None
     value = row.value(quantities)
     if row.holds(value, quantities, prover):
         return None
     accepted = row.accepted(quantities)
-    shown = str(value) if row.value.text in quantities else f"{value} ({row.value.text})"
     return Violation(
         code=row.code,
         operator=row.operator,
         value=str(value),
         limit=accepted,
         source=row.source,
-        message=f"{row.operator}: {row.value.text if row.value.text in quantities else 'value'} is {shown}; "
-        f"accepted: {accepted}",
+        message=_message(row, value, accepted, quantities),
         advice=row.advice,
     )
+
+
+def _message(row: Limit, value: Any, accepted: str, quantities: Mapping[str, Any]) -> str:
+    if row.says:
+        return f"{row.operator}: {row.says.format_map(quantities)}"
+    text = row.value.text
+    shown = f"{text} is {value}" if text in quantities else f"value is {value} ({text})"
+    return f"{row.operator}: {shown}; accepted: {accepted}"

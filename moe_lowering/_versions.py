@@ -1,0 +1,48 @@
+"""Which versions of torch and torch_npu this package was tested with, and the one place that says so when they differ.
+
+What else depends on a version (a schema, a default) belongs here too, so that a new release is one file to read.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+
+# A prefix per distribution: what the test suite runs with. Both torch 2.10 and torch_npu 2.10.0.post4 have the same
+# hook signature and options, but differ in six MoE schemas, and the suite does not run there.
+TESTED = {"torch": "2.13", "torch_npu": "2.13.0"}
+
+_warned = False
+
+
+def installed(distribution: str) -> str:
+    """The installed version of a distribution, "" when there is none. Imports nothing."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def untested() -> list[str]:
+    """One phrase for each installed distribution whose version is not the tested one."""
+    found = {name: installed(name) for name in TESTED}
+    return [
+        f"{name} {version} (tested: {TESTED[name]})"
+        for name, version in found.items()
+        if version and not _matches(version, TESTED[name])
+    ]
+
+
+def warn_if_untested() -> None:
+    """Warn once per process when an installed version is not the tested one."""
+    global _warned
+    phrases = untested()
+    if phrases and not _warned:
+        _warned = True
+        warnings.warn(f"moe_lowering was not tested with {' and '.join(phrases)}", RuntimeWarning, stacklevel=2)
+
+
+def _matches(version: str, tested: str) -> bool:
+    """Whether ``version`` is ``tested`` or a release of it: 2.13 takes 2.13.1 and 2.13.0+cpu, not 2.130."""
+    public = version.partition("+")[0]
+    return public == tested or public.startswith(tested + ".")

@@ -1,0 +1,28 @@
+"""A plain torch.compile backend for CPU: AOTAutograd, the pass, and the graph run as it is.
+
+For tests, for debugging on a laptop, and for looking at lowered graphs under fake tensors. Inference only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx import GraphModule
+
+Compiler = Callable[[GraphModule, Any], Any]
+
+
+def lowering_backend(*passes: Callable[..., None]) -> Compiler:
+    """A backend that runs ``passes`` (each ``(gm, example_inputs, config)``) on the AOT graph and then the graph itself."""
+
+    # importing dynamo takes seconds: only where something is compiled
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def compile_graph(gm: GraphModule, example_inputs: Any) -> Any:
+        for graph_pass in passes:
+            graph_pass(gm, example_inputs, None)
+        return make_boxed_func(gm.forward)
+
+    return aot_autograd(fw_compiler=compile_graph)

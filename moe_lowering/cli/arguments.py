@@ -1,0 +1,141 @@
+"""The command line of ``moe-lowering``: parsing and what can be checked without torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any, NoReturn
+
+from moe_lowering.deployment import SOCS
+
+# Equal to passes.choosing.POLICIES (a test says so); written out because that module imports torch.
+COMMS = ("auto", "allgather", "mc2", "fused_mc2")
+DTYPES = ("float32", "float16", "bfloat16")
+
+DESCRIPTION = "Lower the mixture-of-experts layers of a model to Ascend NPU operators, on a machine without an NPU."
+
+EXAMPLES = """\
+examples:
+  moe-lowering lower qwen3_moe
+      lower a small random Qwen3-MoE for an A3, run it on CPU, and compare with transformers' own output
+  moe-lowering lower qwen3_moe --ep 2 --comm mc2
+      the same on two ranks (processes) that hold half of the experts each, with MC2
+  moe-lowering lower deepseek_v3 --fake --ep 64 --tokens 64
+      lower DeepSeek-V3 at its published size for 64 ranks; no weights are allocated, nothing is run
+  moe-lowering lower ./config.json --fake --comm fused_mc2 --json
+      is FusedMC2 legal for the model of this config.json, and if not, why; as JSON
+
+MODEL is `moe` (this package's own MoE module), a transformers model type with MoE layers (mixtral, qwen3_moe,
+deepseek_v3, olmoe, gpt_oss, glm4_moe, ...), or a config.json. For a type, without --fake, a small instance with random
+weights is built: hidden 1024, intermediate 512, 16 experts, 2 layers.
+
+exit code: 0 all blocks lowered and the outputs agree; 1 a block was left unlowered or the outputs differ; 2 wrong usage
+"""
+
+
+class UsageError(Exception):
+    """The command cannot be carried out as it was given: one line that names argument, value and what is accepted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One ``lower`` command. ``layers`` is None when not given; ``tokens`` are those of one rank."""
+
+    model: str
+    comm: str = "auto"
+    ep: int = 1
+    soc: str = "A3"
+    tokens: int = 32
+    layers: int | None = None
+    dtype: str = "bfloat16"
+    dynamic: bool = False
+    fake: bool = False
+    json: bool = False
+
+    @property
+    def batch(self) -> int:
+        """Sequences per rank: two when the tokens can be halved."""
+        return 2 if self.tokens % 2 == 0 and self.tokens > 2 else 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Sequence lengths to run, the asked one first; with ``dynamic`` a longer and a shorter one too."""
+        length = self.tokens // self.batch
+        if not self.dynamic:
+            return [length]
+        return [length, length + max(1, length // 2), *([length // 2] if length >= 4 else [])]
+
+    @property
+    def max_tokens(self) -> int:
+        """The bound that the deployment declares: the most tokens that one rank runs."""
+        return self.batch * max(self.lengths)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors as one line, with the same prefix for every command."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def parse(arguments: list[str] | None) -> Request:
+    """The command, or ``UsageError``; ``--help`` and ``--version`` print and exit."""
+    parser = _Parser(
+        prog="moe-lowering",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    lower = commands.add_parser(
+        "lower",
+        help="lower a model's MoE layers, and compare with the model's own output",
+        description="Lower a model's MoE layers, and compare with the model's own output.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_options(lower)
+    given = parser.parse_args(arguments)
+    return Request(**vars(given))
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="moe, a transformers model type, or a path to a config.json")
+    add("--comm", choices=COMMS, default="auto", help="implementation to use (auto: the first legal one)")
+    add("--ep", type=_positive, default=1, metavar="N", help="ranks that share the experts (default 1)")
+    add("--soc", choices=SOCS, default="A3", help="Ascend SoC (default A3)")
+    add("--tokens", type=_positive, default=32, metavar="T", help="tokens of one rank (default 32)")
+    add("--layers", type=_positive, metavar="L", help="decoder layers (default 2; with --fake or a file, the config's)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations (default bfloat16)")
+    add("--dynamic", action="store_true", help="compile with dynamic shapes and run several token counts")
+    add("--fake", action="store_true", help="full size, with fake tensors: lower only, run nothing")
+    add("--json", action="store_true", help="print one JSON object instead of the report")
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"is {text}; accepted: an integer of 1 or more")
+    return value
+
+
+class _Version(argparse.Action):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "nargs": 0, "default": argparse.SUPPRESS})
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            found = version("moe-lowering")
+        except PackageNotFoundError:
+            found = "unknown (not installed)"
+        print(f"moe-lowering {found}")
+        parser.exit()

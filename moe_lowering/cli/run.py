@@ -1,0 +1,220 @@
+"""Lower a small model through the real npugraph_ex, run it on CPU, on one or several ranks, and compare."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lowering import simulator
+from moe_lowering.backends.npugraph_ex import npugraph_ex_options
+from moe_lowering.cli import compare, models
+from moe_lowering.cli.arguments import Request, UsageError
+from moe_lowering.cli.outcome import Outcome
+from moe_lowering.deployment import Deployment
+from moe_lowering.layers import shard_experts
+from moe_lowering.passes.pipeline import MoeLowering
+from moe_lowering.report.records import LoweringReport
+from moe_lowering.testing.ranks import Ranks
+
+Progress = Callable[[str], None]
+
+# What the command takes for granted about the machine, and says so in the report.
+PROVIDERS = (("vllm_ascend", "0.23.0"),)
+HCCL_BUFFER_MB = 1024  # enough for MC2 with the published sizes at 64 tokens per rank; CANN's own default is 200
+WEIGHT_FORMAT = "nz"
+COLLECTIVE_TIMEOUT = 300.0  # seconds that a rank waits for one that is still compiling
+RANK_TIMEOUT = 1800.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RankResult:
+    """What one rank reports."""
+
+    reports: list[LoweringReport]
+    errors: compare.Errors
+    seconds: dict[str, float]
+
+
+def enable_simulator(soc: str) -> None:
+    """The simulator, or ``UsageError``: without it nothing can be compiled or run here."""
+    try:
+        simulator.enable(soc)
+    except simulator.SimulatorError as error:
+        raise UsageError(f"the simulator cannot be used: {error}") from error
+
+
+def deployment_for(request: Request, **place: Any) -> Deployment:
+    """The deployment of a command; ``place`` are this rank's index and its groups."""
+    return Deployment(
+        soc=request.soc,
+        ep_size=request.ep,
+        max_tokens=request.max_tokens,
+        equal_tokens=True,
+        hccl_buffer_mb=HCCL_BUFFER_MB,
+        weight_format=WEIGHT_FORMAT,
+        providers=PROVIDERS,
+        **place,
+    )
+
+
+def assumptions(request: Request) -> str:
+    """What ``deployment_for`` takes for granted, for the report."""
+    providers = ", ".join(f"{name} {version}" for name, version in PROVIDERS)
+    return (
+        f"at most {request.max_tokens} tokens per rank, equal on all ranks; HCCL_BUFFSIZE {HCCL_BUFFER_MB} MB; expert "
+        f"weights in {WEIGHT_FORMAT} format; {providers} installed"
+    )
+
+
+def lower_and_compare(request: Request, progress: Progress) -> Outcome:
+    """Carry out a command without ``--fake``."""
+    progress(f"enabling the simulator ({request.soc})")
+    enable_simulator(request.soc)
+    register_transformers(request)
+    made = models.plan(request)
+    unsupported = unsupported_modules(made)
+    if unsupported and request.ep > 1:
+        return Outcome(request, made.name, [], unsupported, None, [("assumed", assumptions(request))])
+    if request.ep == 1:
+        results = [run_rank(request, made, deployment_for(request), progress)]
+    else:
+        progress(f"starting {request.ep} ranks")
+        setup = functools.partial(simulator.enable, request.soc)
+        with Ranks(request.ep, setup=setup, collective_timeout=COLLECTIVE_TIMEOUT) as ranks:
+            results = ranks.run(_rank_job, request, timeout=RANK_TIMEOUT)
+        require_same_choices([result.reports for result in results])
+    errors = functools.reduce(compare.Errors.merge, (result.errors for result in results))
+    return Outcome(request, made.name, results[0].reports, unsupported, errors, _facts(request, made, results[0]))
+
+
+def register_transformers(request: Request) -> None:
+    """Make ``moe_lowering`` known to transformers, when the command needs it."""
+    if request.model == models.OWN:
+        return
+    from moe_lowering.integrations.transformers import register
+
+    try:
+        register()
+    except ImportError as error:
+        raise UsageError(f"argument MODEL: {request.model} needs transformers: {error}") from error
+
+
+def unsupported_modules(made: models.Plan) -> list[tuple[str, str]]:
+    """MoE modules of the model that never reach the generic operators, found on an instance without data."""
+    from moe_lowering.integrations.transformers import capabilities
+
+    with torch.device("meta"):
+        model = models.build(made, torch.bfloat16)
+    found = capabilities(model)
+    if not found:
+        raise UsageError(f"argument MODEL: {made.name} has no MoE layers; accepted: {models.ACCEPTED}")
+    return [(name, reason) for name, supported, reason in found if not supported]
+
+
+def require_same_choices(by_rank: list[list[LoweringReport]]) -> None:
+    """Every rank must have lowered every block to the same implementation: ranks that differ hang on a real machine."""
+    choices = [[[block.comm for block in report.blocks] for report in reports] for reports in by_rank]
+    for rank, choice in enumerate(choices):
+        if choice != choices[0]:
+            raise RuntimeError(f"rank {rank} lowered to {choice}, rank 0 to {choices[0]}")
+
+
+def _rank_job(rank: int, request: Request) -> RankResult:
+    """One rank of several, in its own process."""
+    import torch.distributed as dist
+
+    register_transformers(request)
+    ep_group = dist.group.WORLD
+    mc2_group = dist.new_group(range(request.ep))
+    assert ep_group is not None and mc2_group is not None
+    deployment = deployment_for(
+        request, ep_rank=rank, ep_group=ep_group.group_name, mc2_group=mc2_group.group_name
+    )
+    progress = _rank_progress if rank == 0 else _silent
+    return run_rank(request, models.plan(request), deployment, progress)
+
+
+def run_rank(request: Request, made: models.Plan, deployment: Deployment, progress: Progress) -> RankResult:
+    """Build, lower, run and compare on one rank."""
+    seconds: dict[str, float] = {}
+    progress(f"building {made.name} ({made.layers} layers, {request.dtype})")
+    model = _timed(seconds, "build", _built, made, request)
+    reference = model
+    if deployment.ep_size > 1:
+        reference = copy.deepcopy(model)
+        shard_experts(model, deployment)
+    lowering = MoeLowering(deployment, request.comm)
+    taken = compare.record(model)
+    compiled = compile_model(model, deployment, lowering, request.dynamic)
+    inputs = [models.input_ids(made, request, length, deployment.ep_rank) for length in request.lengths]
+    outputs: list[tuple[Tensor, compare.Taken]] = []
+    for input_ids in inputs:
+        progress(f"compiling and running {input_ids.numel()} tokens")
+        taken.clear()
+        actual = _timed(seconds, "compile and run", _run, compiled, input_ids)
+        outputs.append((actual, list(taken)))
+    progress("running the model's own experts, and comparing")
+    compare.use_reference(reference)
+    errors = compare.Errors()
+    with torch.no_grad():
+        for input_ids, (actual, recorded) in zip(inputs, outputs, strict=True):
+            errors = errors.merge(compare.compare(reference, input_ids, actual, recorded))
+    return RankResult(lowering.reports, errors, seconds)
+
+
+def compile_model(model: nn.Module, deployment: Deployment, lowering: MoeLowering, dynamic: bool) -> nn.Module:
+    """The model under npugraph_ex; it compiles at its first call, and runs eagerly on CPU tensors."""
+    options = npugraph_ex_options(deployment, lowering=lowering, force_eager=True)
+    compiled: Any = torch.compile(model, backend="npugraph_ex", fullgraph=True, dynamic=dynamic, options=options)
+    return compiled
+
+
+def _built(made: models.Plan, request: Request) -> nn.Module:
+    model = models.build(made, getattr(torch, request.dtype))
+    models.randomise(model)
+    return model
+
+
+@torch.no_grad()
+def _run(compiled: nn.Module, input_ids: Tensor) -> Tensor:
+    # Float attributes of the model (a scaling factor, an epsilon) are constants, not inputs of the graph.
+    with torch._dynamo.config.patch(specialize_float=True):
+        return models.logits(compiled, input_ids)
+
+
+def _timed(seconds: dict[str, float], what: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    started = time.perf_counter()
+    result = call(*arguments)
+    seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - started
+    return result
+
+
+def _facts(request: Request, made: models.Plan, result: RankResult) -> list[tuple[str, str]]:
+    counts = ", ".join(str(request.batch * length) for length in request.lengths)
+    graphs = len(result.reports)
+    return [
+        ("assumed", assumptions(request)),
+        ("ran", f"{counts} tokens per rank on {request.ep} rank{'s' if request.ep > 1 else ''}; {made.layers} layers"),
+        ("graphs", f"{graphs} ({'dynamic' if request.dynamic else 'static'} shapes)"),
+        ("took", ", ".join(f"{what} {value:.1f} s" for what, value in result.seconds.items())),
+    ]
+
+
+_rank_started = time.perf_counter()
+
+
+def _rank_progress(message: str) -> None:
+    import sys
+
+    print(f"[rank 0 {time.perf_counter() - _rank_started:6.1f} s] {message}", file=sys.stderr, flush=True)
+
+
+def _silent(message: str) -> None:
+    pass

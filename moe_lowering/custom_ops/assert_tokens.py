@@ -1,0 +1,31 @@
+"""``assert_tokens``: refuses to run a graph outside the range of token counts that it was made for.
+
+A guard is a request to dynamo, and compile caches drop it; this check is part of the graph. It reads the shape on the
+host and no data, so it costs nothing on the device and can be captured.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_lowering.custom_ops.library import register
+from moe_lowering.custom_ops.sizes import token_count
+
+SCHEMA = "assert_tokens(Tensor x, int lo, int hi) -> ()"
+
+
+def _real(x: Tensor, lo: int, hi: int) -> None:
+    """Raises RuntimeError when T, the product of the leading dimensions of ``x [..., H]``, is not in lo..hi."""
+    tokens = token_count(x.shape)
+    if not lo <= tokens <= hi:
+        raise RuntimeError(
+            f"assert_tokens: T is {tokens}, but this graph was lowered for T from {lo} to {hi}; compile it again"
+        )
+
+
+def _fake(x: Tensor, lo: int, hi: int) -> None:
+    if lo > hi:
+        raise ValueError(f"assert_tokens: lo is {lo} and hi is {hi}; accepted: lo <= hi")
+
+
+register(SCHEMA, cpu=_real, npu=_real, fake=_fake, side_effect=True)

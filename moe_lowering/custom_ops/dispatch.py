@@ -1,0 +1,352 @@
+"""``dispatch``: every token to the ranks that hold its experts.
+
+Meaning: CANN's ``aclnnMoeDistributeDispatchV2`` without shared experts, with a row bound known from shapes. Rows are
+ordered by local expert, source rank, token; those past the received ones are zero.
+
+The CPU kernel uses two collectives: one that tells every rank what all others send and whether their arguments are
+valid (so a mistake on one rank raises on all of them), and one that moves the rows with their metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_lowering.custom_ops.exchange import Group, as_bytes, from_bytes, gather_numbers, open_group, swap_rows
+from moe_lowering.custom_ops.library import register
+from moe_lowering.custom_ops.sizes import ceil_div, differ, known, row_bound, show, token_count
+
+SCHEMA = (
+    "dispatch(Tensor x, Tensor? x_scale, Tensor ids, Tensor? mask, int num_experts, str ep_group, int ep_size, "
+    "str tp_group, int tp_size, int max_tokens, int max_rows) "
+    "-> (Tensor rows, Tensor row_scale, Tensor counts, Tensor handle)"
+)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+
+# The fields of what a rank tells the others, before its row counts per expert.
+TOKENS, TP_GROUP, FAULT, FAULT_TOKEN, FAULT_ID, TOP_K, WIDTH, DTYPE, FIELDS = range(9)
+NO_FAULT, OUT_OF_RANGE, DUPLICATE = range(3)
+
+
+def check_parallel(
+    operator: str, num_experts: int, ep_group: str, ep_size: int, tp_group: str, tp_size: int, max_tokens: int
+) -> None:
+    """The rules for the arguments that a deployment fixes, shared by ``dispatch`` and ``combine``."""
+    if ep_size < 1:
+        raise ValueError(f"{operator}: ep_size is {ep_size}; accepted: 1 or more")
+    if num_experts < 1 or num_experts % ep_size:
+        raise ValueError(f"{operator}: num_experts is {num_experts}; accepted: a multiple of ep_size, {ep_size}")
+    if tp_size < 1 or ep_size % tp_size:
+        raise ValueError(f"{operator}: tp_size is {tp_size}; accepted: a divisor of ep_size, {ep_size}")
+    for name, group, size in (("ep_group", ep_group, ep_size), ("tp_group", tp_group, tp_size)):
+        if size > 1 and not group:
+            raise ValueError(f"{operator}: {name} is '' for {size} ranks; accepted: the name of a process group")
+    if max_tokens < 0:
+        raise ValueError(f"{operator}: max_tokens is {max_tokens}; accepted: 0 (T is equal on all ranks) or more")
+
+
+def check_ids(operator: str, ids: Tensor, mask: Tensor | None, num_experts: int) -> None:
+    """The rules for ``ids [..., k]`` and ``mask [...]`` that need no data."""
+    if ids.dtype != torch.int32:
+        raise TypeError(f"{operator}: ids is {ids.dtype}; accepted: int32")
+    if ids.dim() < 1 or known(ids.shape[-1] < 1) or known(ids.shape[-1] > num_experts):
+        raise ValueError(f"{operator}: ids has shape {show(ids.shape)}; accepted: [..., k], k from 1 to {num_experts}")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{operator}: mask is {mask.dtype}; accepted: bool")
+    if differ(mask.shape, ids.shape[:-1]):
+        raise ValueError(
+            f"{operator}: mask has shape {show(mask.shape)}; accepted: {show(ids.shape[:-1])}, one per token"
+        )
+
+
+def _check(
+    x: Tensor,
+    x_scale: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    num_experts: int,
+    ep_group: str,
+    ep_size: int,
+    tp_group: str,
+    tp_size: int,
+    max_tokens: int,
+    max_rows: int,
+) -> None:
+    check_parallel("dispatch", num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens)
+    if max_rows < 0:
+        raise ValueError(f"dispatch: max_rows is {max_rows}; accepted: 0 (no cap) or more")
+    if x.dim() < 1:
+        raise ValueError("dispatch: x has no dimension; accepted: [..., hidden]")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"dispatch: x is {x.dtype}; accepted: float32, float16, bfloat16, or int8 with x_scale")
+    check_ids("dispatch", ids, mask, num_experts)
+    lead = x.shape[:-1]
+    if differ(ids.shape[:-1], lead):
+        raise ValueError(
+            f"dispatch: ids has shape {show(ids.shape)}; accepted: [..., k] with x's leading dimensions, {show(lead)}"
+        )
+    if x_scale is None:
+        if x.dtype == torch.int8:
+            raise ValueError("dispatch: x is int8 and x_scale is None; accepted: a float32 scale per token")
+        return
+    if x_scale.dtype != torch.float32:
+        raise TypeError(f"dispatch: x_scale is {x_scale.dtype}; accepted: float32")
+    if differ(x_scale.shape, lead):
+        raise ValueError(f"dispatch: x_scale has shape {show(x_scale.shape)}; accepted: {show(lead)}, one per token")
+
+
+def _fake(
+    x: Tensor,
+    x_scale: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    num_experts: int,
+    ep_group: str,
+    ep_size: int,
+    tp_group: str,
+    tp_size: int,
+    max_tokens: int,
+    max_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x, x_scale, ids, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens, max_rows)
+    bound = row_bound(token_count(x.shape), ids.shape[-1], num_experts, ep_size, tp_size, max_tokens, max_rows)
+    return (
+        x.new_empty((bound, x.shape[-1])),
+        x.new_empty((0 if x_scale is None else bound,), dtype=torch.float32),
+        x.new_empty((num_experts // ep_size,), dtype=torch.int64),
+        x.new_empty((bound, 3), dtype=torch.int32),
+    )
+
+
+def _cpu(
+    x: Tensor,
+    x_scale: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    num_experts: int,
+    ep_group: str,
+    ep_size: int,
+    tp_group: str,
+    tp_size: int,
+    max_tokens: int,
+    max_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x, x_scale, ids, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens, max_rows)
+    ep = open_group("dispatch", "ep", ep_group, ep_size)
+    tp = open_group("dispatch", "tp", tp_group, tp_size)
+    tokens = token_count(x.shape)
+    bound = row_bound(tokens, ids.shape[-1], num_experts, ep_size, tp_size, max_tokens, max_rows)
+    received = exchange(
+        "dispatch",
+        x.reshape(tokens, x.shape[-1]),
+        None if x_scale is None else x_scale.reshape(tokens),
+        ids.reshape(tokens, ids.shape[-1]),
+        None if mask is None else mask.reshape(tokens),
+        num_experts,
+        ep,
+        tp,
+        limit=bound,
+        limit_name="R" if not max_rows else f"R = {bound} (max_rows is {max_rows})",
+        max_tokens=max_tokens,
+        equal_tokens=not max_tokens,
+    )
+    scale = received.scale if received.scale is not None else x.new_empty((0,), dtype=torch.float32)
+    return (
+        _pad(received.rows, bound, 0),
+        scale if x_scale is None else _pad(scale, bound, 0),
+        received.counts,
+        _pad(received.handle, bound, -1),
+    )
+
+
+def _pad(rows: Tensor, size: int, fill: int) -> Tensor:
+    if rows.shape[0] == size:
+        return rows
+    padded = rows.new_empty((size, *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    padded[rows.shape[0] :] = fill
+    return padded
+
+
+@dataclasses.dataclass(frozen=True)
+class Received:
+    """What one rank receives: n rows by local expert, source rank, token.
+
+    rows [n, H]; scale [n] float32 or None; counts [E_local] int64; handle [n, 3] int32: source EP rank, token in the
+    source's slice, k index.
+    """
+
+    rows: Tensor
+    scale: Tensor | None
+    counts: Tensor
+    handle: Tensor
+
+
+def own_slice(tokens: int, tp: Group) -> slice:
+    """The tokens that this rank contributes: [j * M, (j + 1) * M) with M = ceil(T / tp_size)."""
+    share = ceil_div(tokens, tp.size)
+    return slice(min(tp.rank * share, tokens), min((tp.rank + 1) * share, tokens))
+
+
+def exchange(
+    operator: str,
+    x: Tensor,
+    x_scale: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    num_experts: int,
+    ep: Group,
+    tp: Group,
+    *,
+    limit: int,
+    limit_name: str,
+    max_tokens: int,
+    equal_tokens: bool,
+) -> Received:
+    """Send this rank's slice of ``x [T, H]`` to the experts ``ids [T, k]`` and receive what the others send here.
+
+    Raises, on all ranks alike:
+        ValueError: an id outside [0, num_experts) or twice in one row; T differs although ``equal_tokens``, is more
+            than ``max_tokens`` (when not 0), or differs within a TP group; ranks disagree about k, H or dtype.
+        RuntimeError: a rank would receive more than ``limit`` rows.
+    """
+    mine = own_slice(ids.shape[0], tp)
+    plan = _plan(ids[mine], None if mask is None else mask[mine], num_experts, mine.start)
+    if ep.size == 1:
+        _valid(operator, 0, plan.fault, num_experts)
+        _fits(operator, [plan.slots.numel()], limit, limit_name)
+        return _keep(x, x_scale, plan)
+
+    width = x.shape[1] * x.element_size() + 8 + (0 if x_scale is None else 4)
+    head = [ids.shape[0], tp.first_global_rank(), *plan.fault, ids.shape[1], width, DTYPES.index(x.dtype)]
+    everyone = gather_numbers(torch.cat([torch.tensor(head, dtype=torch.int64), plan.counts]), ep)
+    _agree(operator, everyone[:, :FIELDS].tolist(), num_experts, max_tokens, equal_tokens)
+    by_rank = everyone[:, FIELDS:].view(ep.size, ep.size, -1)  # [source, destination, E_local]
+    _fits(operator, by_rank.sum((0, 2)).tolist(), limit, limit_name)
+
+    here = _keep(x[mine], None if x_scale is None else x_scale[mine], plan)
+    parts = [as_bytes(here.rows), as_bytes(here.handle[:, 1:])]
+    if here.scale is not None:
+        parts.append(as_bytes(here.scale.unsqueeze(1)))
+    counts = by_rank[:, ep.rank]  # [source, E_local]
+    arrived = swap_rows(torch.cat(parts, 1), by_rank[ep.rank].sum(1).tolist(), counts.sum(1).tolist(), ep)
+    return _sort(arrived, counts, x, scaled=x_scale is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a rank sends, in order of expert, then token.
+
+    slots: token * k + choice of each row, int64, and token by itself; counts: rows per expert [num_experts] int64;
+    fault: (kind, token, id) of the first mistake in ids, by which the counts are all zero.
+    """
+
+    slots: Tensor
+    token: Tensor
+    top_k: int
+    counts: Tensor
+    fault: tuple[int, int, int]
+
+
+def _plan(ids: Tensor, mask: Tensor | None, num_experts: int, first_token: int) -> _Plan:
+    top_k = ids.shape[1]
+    experts = ids.reshape(-1)
+    if mask is None:
+        experts, slots = torch.sort(experts, stable=True)
+    else:
+        kept = mask.unsqueeze(1).expand(-1, top_k).reshape(-1).nonzero().squeeze(1)
+        experts, order = torch.sort(experts[kept], stable=True)
+        slots = kept[order]
+    token = slots // top_k
+    kind, at = _fault(experts, token, num_experts)
+    if kind != NO_FAULT:
+        fault = kind, int(token[at]) + first_token, int(experts[at])
+        return _Plan(slots, token, top_k, torch.zeros(num_experts, dtype=torch.int64), fault)
+    return _Plan(slots, token, top_k, torch.bincount(experts, minlength=num_experts), (NO_FAULT, 0, 0))
+
+
+def _fault(experts: Tensor, token: Tensor, num_experts: int) -> tuple[int, int]:
+    """The first mistake in sorted ids and where it is; equal ids of one token are neighbours there."""
+    if not experts.numel():
+        return NO_FAULT, 0
+    if int(experts[0]) < 0:
+        return OUT_OF_RANGE, 0
+    if int(experts[-1]) >= num_experts:
+        return OUT_OF_RANGE, -1
+    twice = (experts[1:] == experts[:-1]) & (token[1:] == token[:-1])
+    return (DUPLICATE, int(twice.to(torch.uint8).argmax())) if bool(twice.any()) else (NO_FAULT, 0)
+
+
+def _keep(x: Tensor, x_scale: Tensor | None, plan: _Plan) -> Received:
+    """The planned rows with their handles, before they travel; on one rank that is what it receives."""
+    handle = torch.zeros((plan.slots.numel(), 3), dtype=torch.int32)
+    handle[:, 1] = plan.token
+    handle[:, 2] = plan.slots - plan.token * plan.top_k
+    scale = None if x_scale is None else x_scale.index_select(0, plan.token)
+    return Received(x.index_select(0, plan.token), scale, plan.counts, handle)
+
+
+def _valid(operator: str, rank: int, fault: Sequence[int], num_experts: int) -> None:
+    kind, token, expert = fault
+    if kind == OUT_OF_RANGE:
+        raise ValueError(
+            f"{operator}: ids has {expert} for token {token} on EP rank {rank}; accepted: 0 to {num_experts - 1}"
+        )
+    if kind == DUPLICATE:
+        raise ValueError(
+            f"{operator}: ids has {expert} twice for token {token} on EP rank {rank}; accepted: distinct ids"
+        )
+
+
+def _agree(operator: str, heads: list[list[int]], num_experts: int, max_tokens: int, equal_tokens: bool) -> None:
+    """Raise, from what all ranks said, the error that all ranks raise."""
+    first: dict[int, int] = {}
+    for rank, head in enumerate(heads):
+        tokens = head[TOKENS]
+        if head[TOP_K:FIELDS] != heads[0][TOP_K:FIELDS]:
+            raise ValueError(f"{operator}: EP ranks 0 and {rank} were given different k, hidden sizes or dtypes")
+        if equal_tokens and tokens != heads[0][TOKENS]:
+            raise ValueError(
+                f"{operator}: max_tokens is 0, which says that T is equal on all ranks, but T is {heads[0][TOKENS]} on "
+                f"EP rank 0 and {tokens} on EP rank {rank}; accepted: equal T, or max_tokens as its bound"
+            )
+        if max_tokens and tokens > max_tokens:
+            raise ValueError(f"{operator}: T is {tokens} on EP rank {rank}; accepted: at most max_tokens, {max_tokens}")
+        if head[TP_GROUP] >= 0 and tokens != first.setdefault(head[TP_GROUP], tokens):
+            raise ValueError(
+                f"{operator}: T is {tokens} on EP rank {rank} and {first[head[TP_GROUP]]} on another rank of its TP "
+                "group; accepted: the same tokens on all ranks of a TP group"
+            )
+        _valid(operator, rank, head[FAULT : FAULT + 3], num_experts)
+
+
+def _fits(operator: str, received: list[int], limit: int, limit_name: str) -> None:
+    for rank, rows in enumerate(received):
+        if rows > limit:
+            raise RuntimeError(f"{operator}: EP rank {rank} would receive {rows} rows; accepted: at most {limit_name}")
+
+
+def _sort(arrived: Tensor, counts: Tensor, x: Tensor, *, scaled: bool) -> Received:
+    """Rows as they arrive (by source, local expert, token) to the order of the contract."""
+    sources, local = counts.shape
+    blocks = counts.reshape(-1)
+    expert = torch.arange(local).repeat(sources).repeat_interleave(blocks)
+    source = torch.arange(sources, dtype=torch.int32).repeat_interleave(counts.sum(1))
+    order = torch.sort(expert, stable=True).indices
+    arrived = arrived.index_select(0, order)
+    width = x.shape[1] * x.element_size()
+    place = from_bytes(arrived[:, width : width + 8], torch.int32)
+    return Received(
+        from_bytes(arrived[:, :width], x.dtype),
+        from_bytes(arrived[:, width + 8 :], torch.float32).squeeze(1) if scaled else None,
+        counts.sum(0),
+        torch.cat([source[order].unsqueeze(1), place], 1),
+    )
+
+
+register(SCHEMA, cpu=_cpu, fake=_fake, side_effect=True)

@@ -1,0 +1,217 @@
+"""``grouped_mlp``: each expert's gated MLP on the rows that arrived for it.
+
+Meaning: grouped matmul, gated activation, grouped matmul. Each of the three stages accumulates in float32 and rounds
+once to the dtype of rows; a bias is added before that rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_lowering.custom_ops.library import register
+from moe_lowering.custom_ops.sizes import differ, known, show
+
+SCHEMA = (
+    "grouped_mlp(Tensor rows, Tensor row_scale, Tensor counts, Tensor[] w13, Tensor[] w2, Tensor[] w13_bias, "
+    "Tensor[] w2_bias, str activation, float limit, float alpha, bool interleaved) -> Tensor"
+)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+CLAMPED = ("swiglu_clamp", "swiglu_oai")
+CHUNK = (
+    2**17
+)  # elements of a 16-bit activation that are worked on at a time, so that their float32 copies stay in cache
+ACTIVATIONS = ("swiglu", *CLAMPED, "gelu", "gelu_tanh")
+
+
+def check_per_expert(
+    operator: str,
+    name: str,
+    tensors: Sequence[Tensor],
+    experts: int,
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+) -> None:
+    """``tensors`` is one tensor [experts, *shape], or ``experts`` tensors of ``shape``."""
+    stacked = len(tensors) == 1 and tensors[0].dim() == len(shape) + 1
+    if not stacked and len(tensors) != experts:
+        raise ValueError(
+            f"{operator}: {name} has {len(tensors)} tensors; accepted: 1 of {show((experts, *shape))} or {experts} of "
+            f"{show(shape)}"
+        )
+    wanted = (experts, *shape) if stacked else tuple(shape)
+    for at, tensor in enumerate(tensors):
+        if differ(tensor.shape, wanted):
+            raise ValueError(f"{operator}: {name}[{at}] has shape {show(tensor.shape)}; accepted: {show(wanted)}")
+        if tensor.dtype not in dtypes:
+            accepted = " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
+            raise TypeError(f"{operator}: {name}[{at}] is {tensor.dtype}; accepted: {accepted}")
+
+
+def _check(
+    rows: Tensor,
+    row_scale: Tensor,
+    counts: Tensor,
+    w13: Sequence[Tensor],
+    w2: Sequence[Tensor],
+    w13_bias: Sequence[Tensor],
+    w2_bias: Sequence[Tensor],
+    activation: str,
+    limit: float,
+) -> None:
+    if row_scale.dim() != 1 or known(row_scale.shape[0] != 0):
+        raise NotImplementedError(
+            f"grouped_mlp: row_scale has shape {show(row_scale.shape)}; accepted: [0]; quantised rows are refused"
+        )
+    if rows.dim() != 2:
+        raise ValueError(f"grouped_mlp: rows has shape {show(rows.shape)}; accepted: [R, hidden]")
+    if rows.dtype not in FLOATS:
+        raise TypeError(f"grouped_mlp: rows is {rows.dtype}; accepted: float32, float16, bfloat16")
+    if counts.dim() != 1 or counts.dtype != torch.int64:
+        raise ValueError(
+            f"grouped_mlp: counts is {counts.dtype} of shape {show(counts.shape)}; accepted: int64 [E_local]"
+        )
+    for name, weights in (("w13", w13), ("w2", w2)):
+        if not weights or weights[0].dim() < 2:
+            raise ValueError(f"grouped_mlp: {name} holds no matrix; accepted: one tensor [E, K, N] or E tensors [K, N]")
+    experts, hidden, double = counts.shape[0], rows.shape[1], w13[0].shape[-1]
+    if known(double % 2 != 0):
+        raise ValueError(f"grouped_mlp: w13 has {double} columns; accepted: an even number, gate and up")
+    check_per_expert("grouped_mlp", "w13", w13, experts, (hidden, double), (rows.dtype,))
+    check_per_expert("grouped_mlp", "w2", w2, experts, (double // 2, hidden), (rows.dtype,))
+    for name, biases, width in (("w13_bias", w13_bias, double), ("w2_bias", w2_bias, hidden)):
+        if biases:
+            check_per_expert("grouped_mlp", name, biases, experts, (width,), (rows.dtype, torch.float32))
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"grouped_mlp: activation is {activation!r}; accepted: {', '.join(ACTIVATIONS)}")
+    if activation in CLAMPED and limit <= 0:
+        raise ValueError(f"grouped_mlp: limit is {limit} for {activation}; accepted: more than 0")
+    if activation not in CLAMPED and limit != 0:
+        raise ValueError(f"grouped_mlp: limit is {limit} for {activation}, which has none; accepted: 0")
+
+
+def _fake(
+    rows: Tensor,
+    row_scale: Tensor,
+    counts: Tensor,
+    w13: Sequence[Tensor],
+    w2: Sequence[Tensor],
+    w13_bias: Sequence[Tensor],
+    w2_bias: Sequence[Tensor],
+    activation: str,
+    limit: float,
+    alpha: float,
+    interleaved: bool,
+) -> Tensor:
+    _check(rows, row_scale, counts, w13, w2, w13_bias, w2_bias, activation, limit)
+    return rows.new_empty(rows.shape)
+
+
+def _cpu(
+    rows: Tensor,
+    row_scale: Tensor,
+    counts: Tensor,
+    w13: Sequence[Tensor],
+    w2: Sequence[Tensor],
+    w13_bias: Sequence[Tensor],
+    w2_bias: Sequence[Tensor],
+    activation: str,
+    limit: float,
+    alpha: float,
+    interleaved: bool,
+) -> Tensor:
+    _check(rows, row_scale, counts, w13, w2, w13_bias, w2_bias, activation, limit)
+    numbers = counts.tolist()
+    used = sum(numbers)
+    if used > rows.shape[0] or min(numbers, default=0) < 0:
+        raise ValueError(
+            f"grouped_mlp: counts is {numbers}, {used} in all; accepted: 0 or more each, at most R = {rows.shape[0]}"
+        )
+    hidden = grouped_matmul(rows[:used], numbers, w13, w13_bias, rows.dtype)
+    hidden = activate(hidden, activation, limit, alpha, interleaved, rows.dtype)
+    out = grouped_matmul(hidden, numbers, w2, w2_bias, rows.dtype)
+    return out if used == rows.shape[0] else F.pad(out, (0, 0, 0, rows.shape[0] - used))
+
+
+def grouped_matmul(
+    rows: Tensor, counts: list[int], weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """For each expert, its rows @ its weight (+ its bias): summed in float32, rounded once to ``dtype``.
+
+    Args:
+        rows: [sum(counts), K], by expert.
+        weights, biases: as in the schema; no bias when empty.
+
+    A matmul in the rows' own dtype rounds like that: CPU kernels for 16-bit types accumulate in float32.
+    """
+    native = dtype == rows.dtype and all(bias.dtype == dtype for bias in biases)
+    if native and not biases and _takes_grouped_mm(rows, weights):
+        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
+        return F.grouped_mm(rows, weights[0], offs=ends)
+    out = rows.new_empty((rows.shape[0], weights[0].shape[-1]), dtype=dtype)
+    matrices = _by_expert(weights, 2)
+    vectors = _by_expert(biases, 1) if biases else ()
+    for expert, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
+        if not count:
+            continue
+        mine, target, matrix = rows[end - count : end], out[end - count : end], matrices[expert]
+        if native and vectors:
+            torch.addmm(vectors[expert], mine, matrix, out=target)
+        elif native:
+            torch.mm(mine, matrix, out=target)
+        else:
+            product = mine.float() @ matrix.float()
+            target.copy_(product.add_(vectors[expert]) if vectors else product)
+    return out
+
+
+def _takes_grouped_mm(rows: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether torch's own loop takes them: it wants lines that start at multiples of 16 bytes (torch 2.10 to 2.13)."""
+    if len(weights) != 1 or weights[0].dim() != 3:
+        return False
+    weight, size = weights[0], rows.element_size()
+    inner, outer = sorted(weight.stride()[1:])
+    return (
+        inner == 1
+        and outer * size % 16 == 0
+        and outer >= min(weight.shape[1:])
+        and weight.data_ptr() % 16 == 0
+        and rows.is_contiguous()
+        and rows.shape[1] * size % 16 == 0
+        and rows.data_ptr() % 16 == 0
+    )
+
+
+def _by_expert(tensors: Sequence[Tensor], dims: int) -> Sequence[Tensor]:
+    return tensors[0].unbind(0) if len(tensors) == 1 and tensors[0].dim() > dims else tensors
+
+
+def activate(
+    hidden: Tensor, activation: str, limit: float, alpha: float, interleaved: bool, dtype: torch.dtype
+) -> Tensor:
+    """The gated activation of ``hidden [n, 2I]``, computed in float32: [n, I] of ``dtype``."""
+    step = CHUNK // hidden.shape[1]
+    if dtype == torch.float32 or hidden.shape[0] <= step or step == 0:
+        return _gated(hidden, activation, limit, alpha, interleaved).to(dtype)
+    starts = range(0, hidden.shape[0], step)
+    parts = [_gated(hidden[at : at + step], activation, limit, alpha, interleaved).to(dtype) for at in starts]
+    return torch.cat(parts)
+
+
+def _gated(hidden: Tensor, activation: str, limit: float, alpha: float, interleaved: bool) -> Tensor:
+    gate, up = (hidden[:, 0::2], hidden[:, 1::2]) if interleaved else hidden.chunk(2, dim=1)
+    gate, up = gate.float(), up.float()
+    if activation in CLAMPED:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if activation == "swiglu_oai":
+        return torch.sigmoid(gate * alpha).mul_(gate).mul_(up + 1)
+    if activation in ("gelu", "gelu_tanh"):
+        return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none").mul_(up)
+    return F.silu(gate).mul_(up)
+
+
+register(SCHEMA, cpu=_cpu, fake=_fake)

@@ -1,0 +1,61 @@
+"""Sizes that may be symbolic: comparisons that never add a guard, and the bounds that the operators share.
+
+Fake kernels see ``torch.SymInt`` where a leading dimension is dynamic. A mistake is reported when it is certain, for
+every value of the symbols; a size that merely might be wrong is left to the CPU kernel. A guard would tie the graph to
+the size that it was traced with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """Whether ``condition`` holds for every value of its symbols. Adds no guard."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def differ(left: Sequence[int], right: Sequence[int]) -> bool:
+    """Whether two shapes are certain to be different."""
+    return len(left) != len(right) or any(known(a != b) for a, b in zip(left, right, strict=True))
+
+
+def show(shape: Sequence[int]) -> str:
+    """A shape as ``[2, 3]``."""
+    return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
+def token_count(shape: Sequence[int]) -> int:
+    """T: the product of all dimensions but the last; 1 when there is only one."""
+    return math.prod(shape[:-1])
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    """``ceil(value / divisor)``; ``value`` may be symbolic."""
+    return value if divisor == 1 else (value + divisor - 1) // divisor
+
+
+def row_bound(
+    tokens: int, top_k: int, num_experts: int, ep_size: int, tp_size: int, max_tokens: int, max_rows: int
+) -> int:
+    """R, the rows that one rank has room for: ``ep_size * ceil(T / tp_size) * min(k, E_local)``, at most ``max_rows``.
+
+    Args:
+        tokens: T of this rank, may be symbolic. ``max_tokens`` stands in its place when that is not 0.
+        max_rows: 0 for no cap.
+    """
+    share = ceil_div(max_tokens or tokens, tp_size)
+    bound = ep_size * share * smaller(top_k, num_experts // ep_size)
+    return smaller(bound, max_rows) if max_rows else bound
+
+
+def smaller(left: int, right: int) -> int:
+    """``min``, without a guard where a size is symbolic."""
+    return torch.sym_min(left, right)  # type: ignore[no-untyped-call]

@@ -1,0 +1,1 @@
+"""How other libraries' models come to use the generic operators, one file per library."""

@@ -1,0 +1,243 @@
+"""Hugging Face transformers: the experts implementation ``moe_lowering``.
+
+    from moe_lowering.integrations.transformers import register
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_lowering")
+
+Every model whose experts module carries ``@use_experts_implementation`` then computes its experts with
+``functional.moe_experts``; router, shared experts and the rest stay as they are. ``capabilities`` says beforehand which
+modules of a model can. One that cannot (see ``_form``) keeps transformers' ``grouped_mm``, with one warning for its class;
+where its experts are spread over ranks that would be wrong, so there it raises.
+
+What a module's gate computes is never guessed: it is transformers' default gate with a known activation, or a method whose
+source is one of those in ``_OWN_GATES``, character for character. Source of the interface:
+``transformers/integrations/moe.py``, 5.23.0.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import logging
+import textwrap
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.functional import moe_experts
+from moe_lowering.layers import MoE
+
+__all__ = ["NAME", "capabilities", "register"]
+
+NAME = "moe_lowering"
+# What ``@use_experts_implementation`` sets on an instance.
+_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "_is_expert_parallel")
+
+log = logging.getLogger(__name__)
+_warned: set[str] = set()
+
+
+class Form(NamedTuple):
+    """What an experts module computes between its two projections, in terms of ``moe_experts``; or why that is not known.
+
+    A tuple of constants, because dynamo takes it as the result of ``_form``.
+    """
+
+    activation: str = ""
+    limit: float = 0.0
+    alpha: float = 1.702
+    interleaved: bool = False
+    unrecognised: str = ""
+
+
+class _OwnGate(NamedTuple):
+    """A known ``_apply_gate``: its activation ("" = by ``act_fn``) and the attributes it reads."""
+
+    activation: str
+    interleaved: bool = False
+    limit: str = ""
+    alpha: str = ""
+
+
+# By ``gate_fingerprint`` of the method; read and translated by hand, and each compared with its model in tests.
+_OWN_GATES = {
+    "d2280d6cb449ef4d": _OwnGate("swiglu_oai", interleaved=True, limit="limit", alpha="alpha"),  # gpt_oss
+    "16dda23ffa1117db": _OwnGate("swiglu_oai", limit="limit", alpha="alpha"),  # openai_privacy_filter
+    "c2cd555edece6a1a": _OwnGate("swiglu_oai", limit="swiglu_limit", alpha="swiglu_alpha"),  # minimax_m3_vl
+    "71529536b1762a73": _OwnGate("swiglu_clamp", limit="limit"),  # deepseek_v4; calls act_fn
+    "d0727b6385447f99": _OwnGate("swiglu_clamp", limit="swiglu_limit"),  # hy_v4, glm5_next
+    "09826a8b199dad9d": _OwnGate(""),  # beam: the default gate in float32, as ours is
+}
+_CALLS_ACT_FN = frozenset({"71529536b1762a73", "09826a8b199dad9d"})
+
+
+def register() -> None:
+    """Make ``moe_lowering`` an experts implementation of transformers. Calling it again changes nothing.
+
+    Raises:
+        ImportError: transformers is missing, too old, or does not import (with torch_npu installed and no CANN, call
+            ``moe_lowering.simulator.enable()`` first).
+    """
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise ImportError(
+            f"moe_lowering: transformers' experts interface does not import ({error}); accepted: transformers 5.20 or "
+            "newer. With torch_npu installed and no CANN, call moe_lowering.simulator.enable() first"
+        ) from error
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def capabilities(model: nn.Module) -> list[tuple[str, bool, str]]:
+    """(module name, supported, reason) of every experts module in ``model``; the reason is the activation when supported.
+
+    A module named like experts that does not take part in transformers' interface is listed as not supported.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            found.append((name, True, module.activation))
+        elif all(hasattr(module, flag) for flag in _FLAGS):
+            form = _form(module)
+            found.append((name, not form.unrecognised, form.unrecognised or form.activation))
+        elif type(module).__name__.endswith("Experts"):
+            found.append((name, False, "its class does not use transformers' experts interface"))
+    return found
+
+
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts forward that transformers calls: [T, H], ids [T, k], weights [T, k] -> [T, H]."""
+    form = _form(module)
+    deployment: Deployment | None = getattr(module, "moe_lowering_deployment", None)
+    if form.unrecognised:
+        _refuse(type(module).__name__, form.unrecognised, deployment is not None and deployment.ep_size > 1)
+        return _grouped_mm()(module, hidden_states, top_k_index, top_k_weights)
+    w13, w2 = module.gate_up_proj, module.down_proj
+    if not module.is_transposed:
+        w13, w2 = w13.transpose(-2, -1), w2.transpose(-2, -1)
+    y = moe_experts(
+        hidden_states.to(w13.dtype),
+        top_k_weights,
+        top_k_index,
+        w13,
+        w2,
+        num_experts=getattr(module, "moe_lowering_num_experts", module.num_experts),
+        w13_bias=module.gate_up_proj_bias if module.has_bias else None,
+        w2_bias=module.down_proj_bias if module.has_bias else None,
+        activation=form.activation,
+        limit=form.limit,
+        alpha=form.alpha,
+        interleaved=form.interleaved,
+        deployment=deployment,
+    )
+    return y.to(hidden_states.dtype)
+
+
+# A constant for dynamo: a limit or alpha that it would make a graph input under dynamic=True stays a number, and the
+# inspection is not traced. What it reads is fixed when a module is made.
+@torch.compiler.assume_constant_result
+def _form(module: Any) -> Form:
+    cls = type(module)
+    if module._is_expert_parallel:
+        return Form(unrecognised="it is sharded by transformers' own expert parallelism")
+    if not module.has_gate:
+        return Form(unrecognised="it has no gate projection (has_gate=False)")
+    if module.has_post_expert_norm:
+        return Form(unrecognised="it normalises each expert's output (has_post_expert_norm=True)")
+    if "_apply_gate" in vars(module):
+        return Form(unrecognised="its _apply_gate is replaced on the instance")
+    if cls._apply_gate is _default_gate():
+        return _default_form(module)
+    fingerprint = gate_fingerprint(cls._apply_gate)
+    gate = _OWN_GATES.get(fingerprint)
+    if gate is None:
+        return Form(unrecognised="its class has an _apply_gate of its own that is not known")
+    if fingerprint in _CALLS_ACT_FN and _activation(module.act_fn) != "swiglu":
+        return Form(unrecognised=_unknown_activation(module.act_fn))
+    if gate.interleaved == module.is_concatenated:
+        return Form(unrecognised=f"is_concatenated={module.is_concatenated} contradicts its _apply_gate")
+    constants = {"limit": 0.0, "alpha": 1.702}
+    for name in constants:
+        if attribute := getattr(gate, name):
+            value = getattr(module, attribute, None)
+            if not isinstance(value, (int, float)):
+                return Form(unrecognised=f"its {attribute} is {value!r}, not a number")
+            constants[name] = float(value)
+    return Form(gate.activation or "swiglu", constants["limit"], constants["alpha"], gate.interleaved)
+
+
+def _default_form(module: Any) -> Form:
+    if not module.is_concatenated:  # the default gate halves its input, whatever the flag says
+        return Form(unrecognised="is_concatenated=False with the default _apply_gate")
+    activation = _activation(module.act_fn)
+    return Form(activation) if activation else Form(unrecognised=_unknown_activation(module.act_fn))
+
+
+def _unknown_activation(function: Any) -> str:
+    return f"its activation is {getattr(function, '__name__', type(function).__name__)}, not SiLU or GELU"
+
+
+def _activation(function: Any) -> str:
+    """The activation of ``moe_experts`` whose gate function this is, by its exact class; "" when it is none of them."""
+    from transformers import activations
+
+    by_class = {
+        nn.SiLU: "swiglu",
+        activations.SiLUActivation: "swiglu",
+        activations.GELUActivation: "gelu",
+        activations.GELUTanh: "gelu_tanh",
+        activations.NewGELUActivation: "gelu_tanh",
+    }
+    if function is nn.functional.silu:
+        return "swiglu"
+    if type(function) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(function.approximate, "")
+    return by_class.get(type(function), "")
+
+
+@functools.cache
+def gate_fingerprint(method: Callable[..., Any]) -> str:
+    """Hash of a method's statements, without comments, layout and docstring; "" when its source is not available."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    function = tree.body[0]
+    if not isinstance(function, ast.FunctionDef):
+        return ""
+    body = function.body[ast.get_docstring(function) is not None :]
+    return hashlib.sha256("\n".join(map(ast.unparse, body)).encode()).hexdigest()[:16]
+
+
+def _default_gate() -> Any:
+    from transformers.integrations import moe
+
+    return getattr(moe, "_default_apply_gate", None)  # private: without it no module counts as recognised
+
+
+def _grouped_mm() -> Callable[..., Tensor]:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+
+
+@torch.compiler.assume_constant_result
+def _refuse(class_name: str, reason: str, sharded: bool) -> bool:
+    """Say once per class that it falls back; raise when its experts are spread over ranks, where falling back is wrong."""
+    if sharded:
+        raise NotImplementedError(
+            f"moe_lowering: {class_name} is not supported: {reason}. Its experts are sharded, so it cannot use grouped_mm"
+        )
+    if class_name not in _warned:
+        _warned.add(class_name)
+        warnings.warn(
+            f"moe_lowering: {class_name} is not supported: {reason}. It uses transformers' grouped_mm", stacklevel=2
+        )
+    return True

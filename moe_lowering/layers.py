@@ -1,0 +1,210 @@
+"""A mixture-of-experts layer, and how a model's experts are spread over the ranks of a deployment. Inference only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.functional import moe_experts, route
+
+__all__ = ["MoE", "shard_experts"]
+
+
+class MoE(nn.Module):
+    """A router and its experts: y = sum over the k chosen experts of weight * expert(x).
+
+    Args:
+        hidden_size, intermediate_size: H and I.
+        num_experts, top_k: E, on all ranks, and k.
+        selection_bias: have a buffer ``selection_bias`` [E] float32, which ``route`` adds to choose experts.
+        scoring, renormalize, num_groups, topk_groups, group_score, scale: as for ``functional.route``.
+        activation, limit, alpha, interleaved: as for ``functional.moe_experts``.
+        expert_bias: have ``w13_bias`` [E_local, 2I] and ``w2_bias`` [E_local, H].
+        deployment: make only this rank's experts, for these groups; all experts on one rank when None. A whole layer
+            can be cut later with ``shard_experts``.
+
+    Parameters, none of which asks for a gradient: ``gate.weight`` [E, H], ``w13`` [E_local, H, 2I], ``w2``
+    [E_local, I, H]. Shared experts are a module of their own, beside this one.
+    """
+
+    w13_bias: Tensor | None
+    w2_bias: Tensor | None
+    selection_bias: Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        selection_bias: bool = False,
+        scoring: str = "softmax",
+        renormalize: bool = True,
+        num_groups: int = 1,
+        topk_groups: int = 1,
+        group_score: str = "top2_sum",
+        scale: float = 1.0,
+        activation: str = "swiglu",
+        limit: float = 0.0,
+        alpha: float = 1.702,
+        interleaved: bool = False,
+        expert_bias: bool = False,
+        deployment: Deployment | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = num_experts, top_k
+        self.scoring, self.renormalize, self.scale = scoring, renormalize, scale
+        self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score
+        self.activation, self.limit, self.alpha, self.interleaved = activation, limit, alpha, interleaved
+        self.moe_lowering_deployment = deployment
+        local = num_experts if deployment is None else _local_experts("MoE", num_experts, deployment)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.gate = nn.Linear(hidden_size, num_experts, bias=False, dtype=dtype, device=device).requires_grad_(False)
+        self.w13 = parameter(local, hidden_size, 2 * intermediate_size)
+        self.w2 = parameter(local, intermediate_size, hidden_size)
+        self.register_parameter("w13_bias", parameter(local, 2 * intermediate_size) if expert_bias else None)
+        self.register_parameter("w2_bias", parameter(local, hidden_size) if expert_bias else None)
+        zeros = torch.zeros(num_experts, dtype=torch.float32, device=device) if selection_bias else None
+        self.register_buffer("selection_bias", zeros)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights of standard deviation 1 / sqrt(inputs), zero biases."""
+        for weight in (self.w13, self.w2):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        for bias in (self.w13_bias, self.w2_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """y [..., H] for x [..., H]; tokens whose ``mask`` [...] is False give zero."""
+        weights, ids = route(
+            self.gate(x),
+            self.top_k,
+            bias=self.selection_bias,
+            scoring=self.scoring,
+            renormalize=self.renormalize,
+            num_groups=self.num_groups,
+            topk_groups=self.topk_groups,
+            group_score=self.group_score,
+            scale=self.scale,
+        )
+        return moe_experts(
+            x,
+            weights,
+            ids,
+            self.w13,
+            self.w2,
+            num_experts=self.num_experts,
+            w13_bias=self.w13_bias,
+            w2_bias=self.w2_bias,
+            activation=self.activation,
+            limit=self.limit,
+            alpha=self.alpha,
+            interleaved=self.interleaved,
+            mask=mask,
+            deployment=self.moe_lowering_deployment,
+        )
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, activation={self.activation}"
+
+
+def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
+    """Give this rank its block of the experts of every MoE module in ``model``, in place.
+
+    Rank r keeps experts [r * E_local, (r + 1) * E_local). Modules are this package's ``MoE`` and the experts modules of
+    transformers (those that have ``num_experts``, ``gate_up_proj``, ``down_proj`` and the flags of
+    ``@use_experts_implementation``). Their weights become contiguous [E_local, K, N], K before N, which Ascend's
+    grouped matmul wants. Each module gets the attribute ``moe_lowering_deployment``; those of transformers also
+    ``moe_lowering_num_experts`` (E on all ranks; their ``num_experts`` is left) and ``is_transposed`` = True. No data
+    is read, so meta and fake tensors work. A second call with the same deployment changes nothing.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: E is not a multiple of ``ep_size``; a module was sharded before, for another deployment or by
+            transformers; no MoE module found. The model is as it was then.
+    """
+    found = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, MoE) or is_experts_module(module)
+    ]
+    if not found:
+        raise ValueError(
+            f"shard_experts: {type(model).__name__} has no MoE module; accepted: a model with moe_lowering.layers.MoE "
+            "or with transformers' experts modules (num_experts, gate_up_proj, down_proj, is_transposed, has_bias, "
+            "is_concatenated)"
+        )
+    for name, module in found:  # first all checks, so that an error leaves the model as it was
+        what = f"shard_experts: {name or type(module).__name__}"
+        _local_experts(what, _experts_of(module), deployment)
+        if _deployment_of(module) not in (None, deployment):
+            raise ValueError(
+                f"{what} was sharded for another deployment; accepted: a whole module, or the same deployment"
+            )
+        if getattr(module, "_is_expert_parallel", False):
+            raise ValueError(f"{what} was sharded by transformers; accepted: a model loaded without expert parallelism")
+    for _, module in found:
+        if _deployment_of(module) is None:
+            _shard(module, deployment)
+    return model
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether a module is an experts module of transformers with gate and up projection, by its attributes."""
+    names = ("num_experts", "gate_up_proj", "down_proj", "is_transposed", "has_bias", "is_concatenated")
+    return all(hasattr(module, name) for name in names)
+
+
+def _experts_of(module: nn.Module) -> int:
+    known: Any = module  # two families of modules with the same attribute
+    return int(known.num_experts)
+
+
+def _deployment_of(module: nn.Module) -> Deployment | None:
+    return getattr(module, "moe_lowering_deployment", None)
+
+
+def _local_experts(what: str, num_experts: int, deployment: Deployment) -> int:
+    if num_experts % deployment.ep_size:
+        raise ValueError(f"{what}: num_experts is {num_experts}; accepted: a multiple of ep_size, {deployment.ep_size}")
+    return num_experts // deployment.ep_size
+
+
+def _shard(module: nn.Module, deployment: Deployment) -> None:
+    mine: Any = module
+    local = _experts_of(module) // deployment.ep_size
+    block = slice(deployment.ep_rank * local, (deployment.ep_rank + 1) * local)
+    if isinstance(module, MoE):
+        for name in ("w13", "w2", "w13_bias", "w2_bias"):
+            _replace(module, name, block, transpose=False)
+    else:
+        for name in ("gate_up_proj", "down_proj"):
+            _replace(module, name, block, transpose=not mine.is_transposed)
+        for name in ("gate_up_proj_bias", "down_proj_bias"):
+            if mine.has_bias:
+                _replace(module, name, block, transpose=False)
+        mine.is_transposed = True
+        mine.moe_lowering_num_experts = _experts_of(module)
+    mine.moe_lowering_deployment = deployment
+
+
+def _replace(module: nn.Module, name: str, block: slice, *, transpose: bool) -> None:
+    """Cut a parameter in its first dimension; a copy, so that the whole parameter can be freed."""
+    old = getattr(module, name)
+    if old is None:
+        return
+    with torch.no_grad():
+        part = old[block].transpose(1, 2) if transpose else old[block]
+        new = part.clone(memory_format=torch.contiguous_format)
+    setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))

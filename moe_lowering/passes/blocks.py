@@ -1,0 +1,136 @@
+"""Records of what a graph contains: one MoE block, and one routing, in generic form."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+
+def size_key(size: Any) -> Any:
+    """A hashable form of a size: the int itself, or the sympy expression of a SymInt."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def shape_key(value: torch.Tensor) -> tuple[Any, ...]:
+    """A hashable form of shape, strides, dtype and device of a (fake) tensor."""
+    sizes = tuple(size_key(s) for s in value.shape)
+    return (sizes, tuple(size_key(s) for s in value.stride()), value.dtype, str(value.device))
+
+
+@dataclasses.dataclass(frozen=True)
+class RouteSpec:
+    """What a ``route`` call computes. ``rows`` is the number of tokens (int or SymInt); equality ignores it, ``key`` does not."""
+
+    rows: Any = dataclasses.field(compare=False)
+    experts: int
+    top_k: int
+    scoring: str
+    renormalize: bool
+    num_groups: int
+    topk_groups: int
+    group_score: str
+    scale: float
+    has_bias: bool
+    key: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """A ``route`` node with its results."""
+
+    node: Node
+    weights: Node | None
+    ids: Node | None
+    spec: RouteSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+    """All that a decision about a block may depend on; equal for equal layers of a model.
+
+    ``tokens`` is T, the number of tokens of one rank (int or SymInt). It takes no part in equality; ``key`` does, which
+    holds shapes, strides and dtypes of the inputs with symbolic sizes as sympy expressions.
+    """
+
+    tokens: Any = dataclasses.field(compare=False)
+    hidden: int
+    intermediate: int
+    top_k: int
+    experts: int
+    local_experts: int
+    ep_size: int
+    ep_group: str
+    tp_size: int
+    tp_group: str
+    max_tokens: int
+    max_rows: int
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    activation: str
+    limit: float
+    alpha: float
+    interleaved: bool
+    stacked: bool
+    weights_contiguous: bool
+    has_bias: bool
+    has_mask: bool
+    quantised_input: bool
+    counts_are_read: bool
+    scopes_differ: bool
+    key: tuple[Any, ...]
+
+
+def arguments(node: Node) -> tuple[Any, ...]:
+    """All arguments of an operator's call in schema order, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    given = dict(enumerate(node.args))
+    return tuple(
+        given[i] if i in given else node.kwargs.get(a.name, a.default_value if a.has_default_value() else None)
+        for i, a in enumerate(node.target._schema.arguments)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One MoE block: dispatch, grouped MLP and combine.
+
+    Inputs are read from the nodes when they are asked for: rewriting one block replaces the node that the next one reads.
+
+    Attributes:
+        counts: the counts' node when something outside of the block reads it.
+        interior: every node that a rewrite erases.
+        route: the routing that makes the ids, when it is a generic one.
+    """
+
+    name: str
+    dispatch: Node
+    mlp: Node
+    combine: Node
+    counts: Node | None
+    interior: tuple[Node, ...]
+    route: Route | None
+    spec: BlockSpec
+
+    @property
+    def x(self) -> Node:
+        return arguments(self.dispatch)[0]
+
+    @property
+    def ids(self) -> Node:
+        return arguments(self.dispatch)[2]
+
+    @property
+    def mask(self) -> Node | None:
+        return arguments(self.dispatch)[3]
+
+    @property
+    def weights(self) -> Node:
+        return arguments(self.combine)[1]
+
+    @property
+    def experts(self) -> tuple[tuple[Node, ...], ...]:
+        """(w13, w2, w13_bias, w2_bias)."""
+        return tuple(tuple(nodes) for nodes in arguments(self.mlp)[3:7])

@@ -1,0 +1,89 @@
+"""Judge: ask every implementation whether a block is legal for it, in this deployment. Every broken rule is reported.
+
+A verdict depends on the block's record, the deployment's rank-invariant fields and the limit tables, and on nothing
+else. T enters only when the deployment declares it equal on all ranks; otherwise the rules see the declared range, so
+that a rank with one token and a rank with 512 reach the same verdict (two ranks that choose differently hang).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import sympy
+import torch
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.limits import Prover, check
+from moe_lowering.passes.blocks import BlockSpec, size_key
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.passes.quantities import block_quantities
+from moe_lowering.report.records import Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """Verdicts of all implementations for one block.
+
+    Attributes:
+        verdicts: by implementation name.
+        needs_bound: implementations that are legal only because of the deployment's ``max_tokens``; a graph that uses
+            one carries ``assert_tokens``.
+        quantities: what was judged, by name.
+    """
+
+    verdicts: dict[str, Verdict]
+    needs_bound: frozenset[str]
+    quantities: dict[str, Any]
+
+
+def torch_npu_is_loaded() -> bool:
+    """Whether torch_npu's operators are registered."""
+    return hasattr(torch.ops.npu, "npu_grouped_matmul")
+
+
+def judged_tokens(tokens: Any, deployment: Deployment) -> tuple[Any, Prover]:
+    """(T as the rules see it, a prover that knows its range)."""
+    if not deployment.equal_tokens:
+        return _declared_tokens(deployment), Prover()
+    if isinstance(tokens, int) or not deployment.max_tokens:
+        return tokens, Prover()
+    low, _ = Prover().bounds(tokens)
+    if low is None or low > deployment.max_tokens:
+        return tokens, Prover()
+    return tokens, Prover({size_key(tokens): (low, deployment.max_tokens)})
+
+
+def _declared_tokens(deployment: Deployment) -> Any:
+    """A size called T with the declared range, in a ShapeEnv of its own."""
+    from torch._dynamo.source import ConstantSource  # slow to import, and rarely needed
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    low, high = deployment.min_tokens, deployment.max_tokens
+    env, source = ShapeEnv(), ConstantSource("T")
+    symbol = env.create_symbol(max(high, 2), source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    env.var_to_range[symbol] = ValueRanges(sympy.Integer(low), sympy.Integer(high))
+    return env.create_symintnode(symbol, hint=max(high, 2), source=source)
+
+
+def _may_leave_range(tokens: Any, deployment: Deployment) -> bool:
+    """With unequal token counts: whether T is not known to lie in the declared range."""
+    low, high = deployment.min_tokens, deployment.max_tokens
+    return not deployment.equal_tokens and not (isinstance(tokens, int) and low <= tokens <= high)
+
+
+def judge(spec: BlockSpec, deployment: Deployment) -> Judgement:
+    """The verdict of every implementation for this block."""
+    verdicts: dict[str, Verdict] = {}
+    needs_bound: set[str] = set()
+    quantities: dict[str, Any] = {}
+    for name, implementation in IMPLEMENTATIONS.items():
+        tokens, prover = judged_tokens(spec.tokens, deployment)
+        quantities = block_quantities(spec, deployment, tokens, prover, torch_npu_is_loaded())
+        operators = ("deployment", name, *implementation.operators(spec, deployment.soc))
+        violations = [v for op in operators for v in check(op, deployment.soc, quantities, prover)]
+        verdicts[name] = Verdict(name, tuple(violations))
+        if prover.used_declared or _may_leave_range(spec.tokens, deployment):
+            needs_bound.add(name)
+    return Judgement(verdicts, frozenset(needs_bound), quantities)

@@ -1,0 +1,238 @@
+"""The pass: raise, judge, choose, rewrite, verify, report, on one graph, in place, with one recompile.
+
+Contract (npugraph_ex and torchair hooks): called as ``pass(gm, example_inputs, config)``; edits ``gm`` in place; the
+return value is ignored. Running it twice changes nothing the second time. It never makes a compile fail that would have
+worked without it: a block that cannot be lowered, or whose rewrite fails verification, is left as it was and reported.
+In strict mode it raises ``LoweringError`` instead, before or after having edited nothing of that block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import operator
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.limits import Violation
+from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, size_key
+from moe_lowering.passes.choosing import POLICIES, choose
+from moe_lowering.passes.emitting import Emitter, Recording, erase
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.passes.judging import Judgement, judge, judged_tokens
+from moe_lowering.passes.raising import find_blocks, place
+from moe_lowering.passes.routing import emit_route, judge_route
+from moe_lowering.passes.verifying import (
+    VerificationError,
+    call_violations,
+    defined_before_readers,
+    generic_nodes,
+    repropagate,
+    same_value,
+)
+from moe_lowering.report.records import BlockReport, LoweringReport
+
+log = logging.getLogger(__name__)
+
+
+class LoweringError(RuntimeError):
+    """Strict mode: a block was left unlowered. The message names each block and why."""
+
+
+class MoeLowering:
+    """The pass object. One instance serves many graphs; it keeps the report of each.
+
+    Args:
+        deployment: what the pass may assume; see ``Deployment``.
+        comm: ``auto``, or the name of the only implementation to use.
+        strict: raise instead of leaving a block alone, and re-propagate fake tensors through the whole graph.
+
+    Attributes:
+        reports: one ``LoweringReport`` per graph seen, in order.
+
+    Raises:
+        ValueError: for an unknown ``comm``.
+    """
+
+    def __init__(self, deployment: Deployment, comm: str = "auto", strict: bool = False) -> None:
+        if comm not in POLICIES:
+            raise ValueError(f"MoeLowering: comm is {comm!r}; accepted: {', '.join(POLICIES)}")
+        self.deployment = deployment
+        self.comm = comm
+        self.strict = strict
+        self.reports: list[LoweringReport] = []
+
+    def __call__(self, gm: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
+        start = time.perf_counter()
+        run = _Run(gm, self.deployment, self.comm)
+        blocks = run.lower()
+        if run.changed:
+            gm.graph.lint()
+            gm.recompile()
+        report = LoweringReport(
+            blocks=tuple(blocks),
+            unrecognised=tuple((place(node), reason) for node, reason in run.left),
+            nodes_before=run.nodes_before,
+            nodes_after=len(gm.graph.nodes),
+            pass_ms=(time.perf_counter() - start) * 1e3,
+        )
+        self.reports.append(report)
+        _log(report)
+        if self.strict:
+            _require_lowered(report)
+            repropagate(gm)
+
+
+class _Run:
+    """One run over one graph: the caches of what equal blocks share, and the log of what was done."""
+
+    def __init__(self, gm: GraphModule, deployment: Deployment, comm: str) -> None:
+        self.graph: Graph = gm.graph
+        self.deployment = deployment
+        self.comm = comm
+        self.nodes_before = len(self.graph.nodes)
+        self.changed = False
+        self.left: list[tuple[Node, str]] = []
+        self._judgements: dict[BlockSpec, Judgement] = {}
+        self._recordings: dict[tuple[Any, ...], Recording] = {}
+        self._routes: dict[RouteSpec, list[Violation]] = {}
+        self._bounded: set[Any] = set()
+
+    def lower(self) -> list[BlockReport]:
+        fake_mode = _fake_mode(self.graph)
+        if fake_mode is None:
+            return []  # no values to prove anything with: not a graph of torch.compile
+        self.fake_mode = fake_mode
+        blocks, routes, self.left = find_blocks(self.graph)
+        refused: set[Route] = set()
+        reports = []
+        for block in blocks:
+            report = self._lower_block(block)
+            reports.append(report)
+            if report.comm is None and block.route is not None:
+                refused.add(block.route)
+        for route in routes:
+            if route not in refused:
+                self._lower_route(route)
+        return reports
+
+    def _lower_block(self, block: Block) -> BlockReport:
+        before = tuple(_op_name(n) for n in (block.dispatch, block.mlp, block.combine))
+        judgement = self._judgements.get(block.spec)
+        if judgement is None:
+            judgement = self._judgements[block.spec] = judge(block.spec, self.deployment)
+        comm, reason = choose(judgement, self.comm)
+        after = before
+        if comm is not None:
+            done = self._guarded(lambda emit: self._rewrite(block, comm, judgement, emit), (comm, block.spec))
+            if isinstance(done, str):
+                comm, reason = None, done
+            else:
+                after = tuple(_op_name(n) for n in sorted(done) if n.target is not operator.getitem)
+        return BlockReport(block.name, comm, reason, before, after, judgement.verdicts)
+
+    def _guarded(self, rewrite: Callable[[Emitter], None], key: tuple[Any, ...]) -> list[Node] | str:
+        """Run one rewrite; the nodes it created, or why it was undone."""
+        emit = Emitter(self.graph, self.fake_mode, self._recordings.get(key))
+        try:
+            rewrite(emit)
+        except Exception as error:  # a defect of ours must not fail the user's compile: undo this block, and say so
+            emit.undo()
+            if not isinstance(error, VerificationError):
+                log.warning("moe_lowering: rewriting failed, block left as it was", exc_info=True)
+            return f"rewrite undone: {type(error).__name__}: {error}"
+        self._recordings.setdefault(key, emit.recording)
+        self.changed = True
+        return emit.created
+
+    def _rewrite(self, block: Block, comm: str, judgement: Judgement, emit: Emitter) -> None:
+        first = (comm, block.spec) not in self._recordings
+        replacement = IMPLEMENTATIONS[comm].emit(block, emit, self.deployment, judgement.quantities)
+        same_value(block.combine, replacement.y)
+        if block.counts is not None:
+            assert replacement.counts is not None
+            same_value(block.counts, replacement.counts)
+            readers = [user for user in block.counts.users if user is not block.mlp]
+            defined_before_readers(readers, block.counts, replacement.counts)
+        if first:
+            self._check_limits(block.spec, emit)
+        if comm in judgement.needs_bound:
+            self._assert_bound(block, emit)
+        block.combine.replace_all_uses_with(replacement.y)
+        if block.counts is not None and replacement.counts is not None:
+            block.counts.replace_all_uses_with(replacement.counts, delete_user_cb=lambda user: user is not block.mlp)
+        erase(self.graph, block.interior)
+
+    def _check_limits(self, spec: BlockSpec, emit: Emitter) -> None:
+        """Every Ascend node against its limits, from its own arguments and not from the block's record."""
+        tokens, prover = judged_tokens(spec.tokens, self.deployment)
+        extra = {"buffer_bytes": self.deployment.hccl_buffer_bytes}
+        for node in emit.created:
+            violations = call_violations(node, self.deployment.soc, extra, prover, (spec.tokens, tokens))
+            if violations:
+                raise VerificationError("; ".join(str(v) for v in violations))
+
+    def _assert_bound(self, block: Block, emit: Emitter) -> None:
+        """A graph whose choice needs the declared range refuses to run outside it (dynamo's guards may be dropped)."""
+        key = size_key(block.spec.tokens)
+        if key in self._bounded:
+            return
+        low = 0 if self.deployment.equal_tokens else self.deployment.min_tokens
+        first = min(emit.created)
+        with emit.at(first, block.dispatch):
+            emit.call(torch.ops.moe_lowering.assert_tokens.default, block.x, low, self.deployment.max_tokens)
+        self._bounded.add(key)
+
+    def _lower_route(self, route: Route) -> None:
+        violations = self._routes.get(route.spec)
+        if violations is None:
+            violations = self._routes[route.spec] = judge_route(route.spec, self.deployment)
+        failure = self._guarded(lambda emit: self._rewrite_route(route, not violations, emit), (route.spec,))
+        if isinstance(failure, str):
+            self.left.append((route.node, failure))
+
+    def _rewrite_route(self, route: Route, use_gating: bool, emit: Emitter) -> None:
+        weights, ids = emit_route(route, emit, use_gating)
+        for old, new in ((route.weights, weights), (route.ids, ids)):
+            if old is not None:
+                same_value(old, new)
+        for old, new in ((route.weights, weights), (route.ids, ids)):
+            if old is not None:
+                old.replace_all_uses_with(new)
+        erase(self.graph, [n for n in (route.weights, route.ids, route.node) if n is not None])
+
+
+def _fake_mode(graph: Graph) -> FakeTensorMode | None:
+    values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+    mode = torch._guards.detect_fake_mode(values)
+    return mode
+
+
+def _op_name(node: Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.replace("::", ".")
+    return getattr(target, "__name__", str(target))
+
+
+def _require_lowered(report: LoweringReport) -> None:
+    lines = [f"{b.name}: {b.reason}" for b in report.blocks if b.comm is None]
+    lines += [f"{where}: {why}" for where, why in report.unrecognised]
+    if lines:
+        raise LoweringError("moe_lowering (strict): left unlowered:\n  " + "\n  ".join(lines))
+
+
+def _log(report: LoweringReport) -> None:
+    for block in report.blocks:
+        if block.comm is None:
+            log.warning("moe_lowering: %s left as it was: %s", block.name, block.reason)
+    for where, why in report.unrecognised:
+        log.warning("moe_lowering: %s not recognised: %s", where, why)
+    if report.blocks:
+        log.info("moe_lowering: %d blocks, pass took %.1f ms", len(report.blocks), report.pass_ms)

@@ -1,0 +1,102 @@
+"""The named quantities of a block in a deployment: what the limit tables read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.limits import Prover
+from moe_lowering.passes.blocks import BlockSpec, RouteSpec
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def max_output_size(spec: BlockSpec, deployment: Deployment, prover: Prover) -> int:
+    """Rows that a fused operator may process on one rank: the deployment's, else the proven receive bound; 0 when none."""
+    if deployment.max_output_size:
+        return deployment.max_output_size
+    _, most = prover.bounds(spec.max_tokens or spec.tokens)
+    return 0 if most is None else spec.ep_size * most * min(spec.top_k, spec.local_experts)
+
+
+def block_quantities(
+    spec: BlockSpec, deployment: Deployment, tokens: Any, prover: Prover, torch_npu: bool
+) -> dict[str, Any]:
+    """Quantities of a block, as the operators of every implementation would be called for it.
+
+    ``tokens`` is T as the rules see it (``judging.judged_tokens``).
+    """
+    most = spec.max_tokens or tokens
+    return {
+        "tokens": tokens,
+        "max_tokens": most,
+        "hidden": spec.hidden,
+        "intermediate": spec.intermediate,
+        "top_k": spec.top_k,
+        "experts": spec.experts,
+        "local_experts": spec.local_experts,
+        "groups": spec.local_experts,
+        "ep_size": spec.ep_size,
+        "ep_group": spec.ep_group,
+        "tp_size": spec.tp_size,
+        "block_max_tokens": spec.max_tokens,
+        "x_dtype": dtype_name(spec.dtype),
+        "weight_dtype": dtype_name(spec.weight_dtype),
+        "ids_dtype": "int32",
+        "activation": spec.activation,
+        "interleaved": spec.interleaved,
+        "has_bias": spec.has_bias,
+        "has_mask": spec.has_mask,
+        "quantised_input": spec.quantised_input,
+        "stacked": spec.stacked,
+        "weights_contiguous": spec.weights_contiguous,
+        "scopes_differ": spec.scopes_differ,
+        "weight_format": deployment.weight_format,
+        "has_communicator": bool(deployment.mc2_group),
+        "group_length": len(deployment.mc2_group),
+        "buffer_bytes": deployment.hccl_buffer_bytes,
+        "has_vllm_ascend": deployment.provider("vllm_ascend") is not None,
+        "has_torch_npu": torch_npu,
+        "received": spec.ep_size * most * min(spec.top_k, spec.local_experts),
+        "max_output_size": max_output_size(spec, deployment, prover),
+        "deployment_ep_size": deployment.ep_size,
+        "deployment_ep_group": deployment.ep_group,
+        "deployment_tp_size": deployment.tp_size,
+        "deployment_token_bound": deployment.token_bound,
+        "deployment_max_tokens": deployment.max_tokens,
+        # what our calls pass to MC2's dispatch and combine
+        "global_bs": spec.max_tokens * spec.ep_size,
+        "quant_mode": 0,
+        "comm_quant_mode": 0,
+        "comm_alg": "",
+        "expert_token_nums_type": 1,
+        "tp_world_size": 0,
+        "shared_expert_num": 1,
+        "shared_expert_rank_num": 0,
+        "expert_shard_type": 0,
+    }
+
+
+_NORM_TYPES = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
+
+
+def route_quantities(spec: RouteSpec) -> dict[str, Any]:
+    """Quantities of a routing, as ``npu_moe_gating_top_k`` would be called for it."""
+    return {
+        "x_dtype": "float32",
+        "tokens": spec.rows,
+        "experts": spec.experts,
+        "top_k": spec.top_k,
+        "group_count": spec.num_groups,
+        "k_group": spec.topk_groups,
+        "group_select_mode": 1 if spec.group_score == "top2_sum" else 0,
+        "norm_type": _NORM_TYPES[spec.scoring],
+        "renorm": 0,
+        "renormalize": spec.renormalize,
+        "has_bias": spec.has_bias,
+    }

@@ -1,0 +1,210 @@
+"""Raise: find MoE blocks in a graph and bring each to a record. Reads the graph, never edits it, never guesses.
+
+Contract. A block is ``dispatch -> grouped_mlp -> combine`` of our generic operators such that
+- dispatched rows, their scale and the handle are read by the next stage only (counts may be read elsewhere too);
+- the grouped MLP's result is read by ``combine`` only;
+- both ends name the same ids, mask, group, sizes and token bound.
+Everything else that contains a generic operator is left alone and returned with what was seen.
+Source: the operators' schemas (docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+import moe_lowering.custom_ops  # noqa: F401  (registers torch.ops.moe_lowering)
+from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, arguments, shape_key
+from moe_lowering.passes.scopes import scope_paths
+
+OPS = torch.ops.moe_lowering
+# The order of arguments after the tensors, shared by dispatch (from index 4) and combine (from index 5).
+_SHARED = ("num_experts", "ep_group", "ep_size", "tp_group", "tp_size", "max_tokens")
+
+
+class _NotABlock(Exception):
+    """Why a generic operator is not part of a block. Never leaves this module."""
+
+
+def place(node: Node) -> str:
+    """Where in the model a node comes from: the innermost module's path, or the node's name."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.name
+    path = str(next(reversed(stack.values()))[0])
+    return path.removeprefix("L['self'].").removeprefix("L['self']").replace("._modules['", ".").replace("']", "") or node.name
+
+
+def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node, str]]]:
+    """All blocks in graph order, all routings, and each generic operator left over with the reason."""
+    routes = [route for node in graph.find_nodes(op="call_function", target=OPS.route.default) if (route := _route(node))]
+    dispatches = graph.find_nodes(op="call_function", target=OPS.dispatch.default)
+    scopes = scope_paths(graph) if dispatches else {}
+    by_ids = {route.ids: route for route in routes if route.ids is not None}
+    blocks: list[Block] = []
+    left: list[tuple[Node, str]] = []
+    for node in dispatches:
+        try:
+            blocks.append(_block(node, by_ids, scopes))
+        except _NotABlock as reason:
+            left.append((node, str(reason)))
+    taken = {node for block in blocks for node in (block.mlp, block.combine)}
+    for target in (OPS.grouped_mlp.default, OPS.combine.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            if node not in taken:
+                left.append((node, "not part of a dispatch, grouped_mlp, combine chain"))
+    return blocks, routes, left
+
+
+def _route(node: Node) -> Route | None:
+    items = _items(node)
+    logits, bias, top_k, scoring, renormalize, num_groups, topk_groups, group_score, scale = arguments(node)
+    value = logits.meta.get("val")
+    if value is None or items is None:
+        return None
+    spec = RouteSpec(
+        rows=_tokens(value),
+        experts=int(value.shape[-1]),
+        top_k=top_k,
+        scoring=scoring,
+        renormalize=renormalize,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        group_score=group_score,
+        scale=scale,
+        has_bias=bias is not None,
+        key=(shape_key(value), shape_key(bias.meta["val"]) if bias is not None else None),
+    )
+    return Route(node, items.get(0), items.get(1), spec)
+
+
+def _block(dispatch: Node, by_ids: dict[Node, Route], scopes: dict[Node, tuple[str, ...]]) -> Block:
+    x, x_scale, ids, mask, *sizes = arguments(dispatch)
+    shared = dict(zip((*_SHARED, "max_rows"), sizes, strict=True))
+    items = _items(dispatch)
+    if items is None:
+        raise _NotABlock("dispatch's result is used as a whole")
+    rows, row_scale, counts, handle = (items.get(i) for i in range(4))
+    mlp = _only_user(rows, "rows", OPS.grouped_mlp.default)
+    combine = _only_user(mlp, "the grouped MLP's result", OPS.combine.default)
+    _, _, mlp_counts, w13, w2, w13_bias, w2_bias, activation, limit, alpha, interleaved = arguments(mlp)
+    if mlp.args[0] is not rows or mlp.args[1] is not row_scale or mlp_counts is not counts or counts is None:
+        raise _NotABlock("grouped_mlp does not take rows, row_scale and counts of the same dispatch")
+    combined_rows, weights, combine_ids, combine_handle, combine_mask, *combine_sizes = arguments(combine)
+    _require_alone(row_scale, "row_scale", mlp)
+    _require_alone(handle, "handle", combine)
+    if combined_rows is not mlp or combine_handle is not handle:
+        raise _NotABlock("combine does not take the rows and the handle of the same dispatch")
+    for name, a, b in [
+        ("ids", combine_ids, ids),
+        ("mask", combine_mask, mask),
+        *((n, c, shared[n]) for n, c in zip(_SHARED, combine_sizes, strict=True)),
+    ]:
+        if a is not b and (isinstance(a, Node) or isinstance(b, Node) or a != b):
+            raise _NotABlock(f"dispatch has {name} {b}, combine has {a}: both ends must agree")
+    interior = (dispatch, *items.values(), mlp, combine)
+    readers = [user for user in counts.users if user is not mlp]
+    spec = _spec(
+        dispatch, mlp, shared, (x, ids, weights, mask), (w13, w2, w13_bias, w2_bias),
+        (activation, limit, alpha, interleaved), x_scale is not None, bool(readers),
+        len({scopes.get(node, ()) for node in (dispatch, mlp, combine)}) > 1,
+    )  # fmt: skip
+    return Block(
+        place(combine), dispatch, mlp, combine, counts if readers else None, interior, by_ids.get(ids), spec
+    )
+
+
+def _spec(
+    dispatch: Node,
+    mlp: Node,
+    shared: dict[str, Any],
+    inputs: tuple[Node, Node, Node, Node | None],
+    weights: tuple[Sequence[Node], ...],
+    activation: tuple[str, float, float, bool],
+    quantised: bool,
+    counts_are_read: bool,
+    scopes_differ: bool,
+) -> BlockSpec:
+    values = [_value(node) if node is not None else None for node in inputs]
+    x = values[0]
+    assert x is not None
+    w13, w2 = ([_value(node) for node in nodes] for nodes in weights[:2])
+    stacked = w13[0].dim() == 3
+    name, limit, alpha, interleaved = activation
+    return BlockSpec(
+        tokens=_tokens(x),
+        hidden=int(x.shape[-1]),
+        intermediate=int(w2[0].shape[-2]),
+        top_k=int(_value(inputs[1]).shape[-1]),
+        experts=shared["num_experts"],
+        local_experts=shared["num_experts"] // shared["ep_size"],
+        ep_size=shared["ep_size"],
+        ep_group=shared["ep_group"],
+        tp_size=shared["tp_size"],
+        tp_group=shared["tp_group"],
+        max_tokens=shared["max_tokens"],
+        max_rows=shared["max_rows"],
+        dtype=x.dtype,
+        weight_dtype=w13[0].dtype,
+        activation=name,
+        limit=limit,
+        alpha=alpha,
+        interleaved=interleaved,
+        stacked=stacked,
+        weights_contiguous=all(w.is_contiguous() for w in (*w13, *w2)),
+        has_bias=bool(weights[2] or weights[3]),
+        has_mask=inputs[3] is not None,
+        quantised_input=quantised,
+        counts_are_read=counts_are_read,
+        scopes_differ=scopes_differ,
+        key=(
+            *(None if v is None else shape_key(v) for v in values),
+            *(shape_key(_value(node)) for nodes in weights for node in nodes),
+            tuple(len(nodes) for nodes in weights),
+        ),
+    )
+
+
+def _tokens(value: torch.Tensor) -> Any:
+    tokens: Any = 1
+    for size in value.shape[:-1]:
+        tokens = tokens * size
+    return tokens
+
+
+def _value(node: Node) -> torch.Tensor:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        raise _NotABlock(f"{node.name} has no fake value (meta['val'])")
+    return value
+
+
+def _items(node: Node) -> dict[int, Node] | None:
+    """The getitem users of a node by index; None when it is used in another way or an index twice."""
+    items: dict[int, Node] = {}
+    for user in node.users:
+        if user.target is not operator.getitem or user.args[1] in items:
+            return None
+        items[int(user.args[1])] = user  # type: ignore[arg-type]
+    return items
+
+
+def _only_user(node: Node | None, what: str, target: Any) -> Node:
+    if node is None or not node.users:
+        raise _NotABlock(f"{what} is not used")
+    users = list(node.users)
+    if len(users) > 1:
+        raise _NotABlock(f"{what} is read by {len(users)} operations: {', '.join(u.name for u in users)}")
+    if users[0].target is not target:
+        raise _NotABlock(f"{what} goes to {users[0].target}, expected {target}")
+    return users[0]
+
+
+def _require_alone(node: Node | None, what: str, user: Node) -> None:
+    if node is not None and set(node.users) - {user}:
+        others = ", ".join(u.name for u in node.users if u is not user)
+        raise _NotABlock(f"{what} is also read by {others}")

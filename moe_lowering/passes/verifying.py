@@ -1,0 +1,116 @@
+"""Verify: what was emitted really replaces what was there, and every Ascend call is within its limits.
+
+Per block, before anything is erased: each result has the shape, dtype and device of the value it stands for, results
+exist before their readers, and each Ascend node satisfies its rows in ``limits/``. For the whole graph: no generic
+operator is left that the report does not name. Strict mode and tests also re-propagate fake tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from moe_lowering.limits import Prover, Violation, check
+from moe_lowering.limits.calls import bind, quantities
+from moe_lowering.passes.blocks import size_key
+
+GENERIC = ("route", "dispatch", "grouped_mlp", "combine")
+
+
+class VerificationError(RuntimeError):
+    """A replacement does not stand for what it replaces. The message says where and what."""
+
+
+def same_value(old: Node, new: Node) -> None:
+    """Raise VerificationError unless ``new`` has the shape, dtype and device of ``old``."""
+    a, b = old.meta["val"], new.meta["val"]
+    same_shape = a.dim() == b.dim() and all(
+        statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True)
+    )
+    if not same_shape or a.dtype != b.dtype or a.device != b.device:
+        raise VerificationError(
+            f"{old.name} is {tuple(a.shape)} {a.dtype} on {a.device}, its replacement {new.name} is "
+            f"{tuple(b.shape)} {b.dtype} on {b.device}"
+        )
+
+
+def defined_before_readers(readers: Iterable[Node], old: Node, new: Node) -> None:
+    """Raise VerificationError when a reader of ``old`` stands before ``new``."""
+    for reader in readers:
+        if reader < new:
+            raise VerificationError(f"{reader.name} reads {old.name} before its replacement {new.name} can exist")
+
+
+def call_violations(
+    node: Node, soc: str, extra: Mapping[str, Any], prover: Prover | None = None, tokens: tuple[Any, Any] | None = None
+) -> list[Violation]:
+    """Limits that one node of a lowered graph breaks; empty for nodes that are no Ascend operator.
+
+    Args:
+        extra: quantities that a call does not show, e.g. ``buffer_bytes``.
+        tokens: (T of this rank, T as the rules see it): the first is read as the second, so that the check does not
+            depend on a rank's own token count.
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not is_ascend(target):
+        return []
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    name = target._schema.name.split("::")[1]
+    found = quantities(name, bind(target, args, kwargs))
+    if tokens is not None:
+        own, seen = tokens
+        for key, value in found.items():
+            if (key == "tokens" or key.endswith("_tokens")) and size_key(value) == size_key(own):
+                found[key] = seen
+    return check(name, soc, {**found, **extra}, prover)
+
+
+def is_ascend(target: torch._ops.OpOverload) -> bool:
+    """An operator of torch_npu, or our wrapper of one of its providers' operators."""
+    namespace, _, name = target._schema.name.partition("::")
+    return namespace == "npu" or (namespace == "moe_lowering" and name not in (*GENERIC, "assert_tokens"))
+
+
+def generic_nodes(nodes: Iterable[Node]) -> list[Node]:
+    """Generic operators among the nodes."""
+    targets = {getattr(torch.ops.moe_lowering, name).default for name in GENERIC}
+    return [node for node in nodes if node.target in targets]
+
+
+def repropagate(gm: GraphModule) -> None:
+    """Run fake tensors through the whole graph and compare with ``meta["val"]``. Slow: strict mode and tests only.
+
+    Raises:
+        VerificationError: when a node's value differs from its metadata.
+    """
+    placeholders = [node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder"]
+    fake_mode = torch._guards.detect_fake_mode(placeholders)
+    if fake_mode is None:
+        return
+    before = {node: node.meta.get("val") for node in gm.graph.nodes}
+    try:
+        FakeTensorProp(gm, fake_mode).propagate_dont_convert_inputs(*placeholders)
+        for node, old in before.items():
+            _compare(node, old, node.meta.get("val"))
+    finally:
+        for node, old in before.items():
+            if old is not None:
+                node.meta["val"] = old
+
+
+def _compare(node: Node, old: Any, new: Any) -> None:
+    if isinstance(old, (list, tuple)):
+        for a, b in zip(old, new, strict=True):
+            _compare(node, a, b)
+    elif isinstance(old, torch.Tensor):
+        shapes = old.dim() == new.dim() and all(statically_known_true(m == n) for m, n in zip(old.shape, new.shape, strict=True))
+        if not shapes or old.dtype != new.dtype:
+            raise VerificationError(
+                f"{node.name}: metadata says {tuple(old.shape)} {old.dtype}, propagation {tuple(new.shape)} {new.dtype}"
+            )

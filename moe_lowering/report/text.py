@@ -1,0 +1,117 @@
+"""A ``LoweringReport`` as text for a person: 100 columns, equal blocks once with their count."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
+
+WIDTH = 100
+_LABEL = 18  # columns of the left column
+_INDENT = "  "
+_NUMBER = re.compile(r"(\d+)")
+
+
+def render(report: LoweringReport) -> str:
+    """The whole report: a headline, each kind of block, and what was not recognised."""
+    parts = [_headline(report)]
+    parts += [_render_blocks(blocks) for blocks in _equal_blocks(report.blocks)]
+    if report.unrecognised:
+        lines = [row(place, why) for place, why in report.unrecognised]
+        parts.append("\n".join(["not recognised as an MoE block:", *lines]))
+    return "\n\n".join(parts)
+
+
+def names(block_names: Sequence[str]) -> str:
+    """Names that differ in one number as one name, e.g. ``model.layers.{3-60}.mlp.experts``; else joined by commas."""
+    pieces = [_NUMBER.split(name) for name in block_names]
+    first = pieces[0]
+    if len(block_names) == 1 or any(len(p) != len(first) for p in pieces):
+        return ", ".join(block_names)
+    varying = [i for i in range(len(first)) if any(p[i] != first[i] for p in pieces)]
+    if len(varying) != 1 or not all(p[varying[0]].isdigit() for p in pieces):
+        return ", ".join(block_names)
+    at = varying[0]
+    return "".join([*first[:at], "{" + _ranges(int(p[at]) for p in pieces) + "}", *first[at + 1 :]])
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """``0,2-5`` for 0, 2, 3, 4, 5."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _headline(report: LoweringReport) -> str:
+    count = len(report.blocks)
+    return (
+        f"{count} MoE block{'' if count == 1 else 's'}; {report.nodes_before} graph nodes became "
+        f"{report.nodes_after}; the pass took {report.pass_ms:.1f} ms"
+    )
+
+
+def _equal_blocks(blocks: Sequence[BlockReport]) -> list[list[BlockReport]]:
+    """Blocks that differ in their name only, together, in order of first appearance."""
+    groups: list[list[BlockReport]] = []
+    for block in blocks:
+        for group in groups:
+            if _same(group[0], block):
+                group.append(block)
+                break
+        else:
+            groups.append([block])
+    return groups
+
+
+def _same(a: BlockReport, b: BlockReport) -> bool:
+    return all(
+        getattr(a, field) == getattr(b, field)
+        for field in ("comm", "reason", "ops_before", "ops_after", "verdicts", "notes")
+    )
+
+
+def _render_blocks(blocks: Sequence[BlockReport]) -> str:
+    block = blocks[0]
+    times = f"  x{len(blocks)}" if len(blocks) > 1 else ""
+    lines = textwrap.wrap(names([b.name for b in blocks]) + times, WIDTH, break_on_hyphens=False)
+    lines.append(row("implementation", f"{block.comm or 'NOT LOWERED'} ({block.reason})"))
+    lines.append(row(f"before ({len(block.ops_before)})", " > ".join(block.ops_before)))
+    if block.comm is not None:
+        lines.append(row(f"after ({len(block.ops_after)})", " > ".join(block.ops_after)))
+    for name, verdict in block.verdicts.items():
+        if name != block.comm:
+            lines.append(_render_verdict(name, verdict))
+    lines += [row("note", note) for note in block.notes]
+    return "\n".join(lines)
+
+
+def _render_verdict(name: str, verdict: Verdict) -> str:
+    if verdict.legal:
+        return row("also legal", name)
+    lines = []
+    seen: set[tuple[str, str, str]] = set()
+    for violation in verdict.violations:
+        key = (violation.code, violation.value, violation.limit)
+        if key in seen:  # the same rule, broken at both ends of an exchange
+            continue
+        seen.add(key)
+        advice = f" ({violation.advice})" if violation.advice else ""
+        label = f"not {name}" if not lines else ""
+        lines.append(row(label, f"[{violation.code}] {violation.message}{advice}", hanging="    "))
+    return "\n".join(lines)
+
+
+def row(label: str, text: str, hanging: str = "") -> str:
+    """A label, and a text beside it that is wrapped under itself, after its first line ``hanging`` deeper."""
+    start = f"{_INDENT}{label:<{_LABEL - 1}} "
+    rest = " " * len(f"{_INDENT}{'':<{_LABEL}}") + hanging
+    wrapped = textwrap.wrap(
+        text, WIDTH, initial_indent=start, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False
+    )
+    return "\n".join(wrapped) if wrapped else start.rstrip()

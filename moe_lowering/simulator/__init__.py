@@ -1,0 +1,145 @@
+"""The real torch_npu wheel and its npugraph_ex backend on a machine that has no NPU and no CANN.
+
+    import moe_lowering.simulator
+
+    moe_lowering.simulator.enable()  # before torch is used; "A3" unless another SoC is named
+
+After it, ``torch_npu`` is imported, all ``torch.ops.npu.*`` schemas and meta functions are there, the MoE operators of
+``npu::`` have CPU kernels, and ``torch.compile(f, backend="npugraph_ex", options={"force_eager": True})`` compiles and
+runs on CPU tensors. Tensors can be moved to device "npu", whose memory is host memory, but nothing computes there.
+
+Importing this module is cheap: torch and torch_npu are imported by ``enable()``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import os
+import sys
+import threading
+from collections.abc import Iterator
+
+from moe_lowering import _bootstrap, _versions
+from moe_lowering.simulator import standins
+from moe_lowering.simulator.standins import SimulatorError
+
+__all__ = ["SOC_NAMES", "SimulatorError", "enable", "is_enabled", "soc"]
+
+# SoC of a Deployment -> what aclrtGetSocName returns. torch_npu 2.13 knows the names in libtorch_npu.so (SocVersion);
+# its numbers for these four are 223, 250, 260 and 202.
+SOC_NAMES = {"A2": "Ascend910B3", "A3": "Ascend910_9391", "A5": "Ascend950DT_9591", "310P": "Ascend310P3"}
+
+# What torch_npu (numpy, yaml) and npugraph_ex (packaging) import and the wheel does not declare.
+REQUIRED = {"torch": "torch", "torch_npu": "torch-npu", "numpy": "numpy", "yaml": "pyyaml", "packaging": "packaging"}
+
+# Printed by torch_npu's _cann_package_check on every machine without CANN.
+EXPECTED_NOISE = "Warning: ASCEND_HOME_PATH environment variable is not set."
+
+_lock = threading.RLock()
+_loaded: str | None = None  # the SoC that the libraries in this process stand in for; they cannot be unloaded
+_enabled = False
+
+
+def enable(soc: str = "A3") -> None:
+    """Make torch_npu and npugraph_ex usable in this process, as if on a machine with one NPU of ``soc``.
+
+    Builds its libraries on first use (about a second), with a C compiler and nm; see ``standins``. Call it in every
+    process that needs it, spawned ones too. A second call does nothing. After an error the call can be repeated.
+
+    Args:
+        soc: ``A2``, ``A3``, ``A5`` or ``310P``.
+
+    Raises:
+        SimulatorError: an unknown SoC; another SoC than the one enabled before; CANN is installed; a package, the C
+            compiler or nm is missing; torch_npu does not import.
+    """
+    global _enabled, _loaded
+    with _lock:
+        _check_soc(soc)
+        if _enabled:
+            return
+        if _loaded is None:
+            _check_machine()
+        libraries = standins.built()
+        _loaded = soc  # before loading: a load that fails half-way leaves libraries that look like CANN to a retry
+        standins.load(libraries, SOC_NAMES[soc])
+        _versions.warn_if_untested()
+        _import_torch_npu()
+        _register_kernels()
+        _enabled = True
+
+
+def is_enabled() -> bool:
+    """Whether ``enable()`` has completed in this process."""
+    return _enabled
+
+
+def soc() -> str:
+    """The SoC that is simulated in this process."""
+    if not _enabled or _loaded is None:
+        raise SimulatorError("the simulator is not enabled in this process; call moe_lowering.simulator.enable() first")
+    return _loaded
+
+
+def _check_soc(soc: str) -> None:
+    if soc not in SOC_NAMES:
+        raise SimulatorError(f"unknown SoC {soc!r}; accepted: {', '.join(SOC_NAMES)}")
+    if _loaded is not None and _loaded != soc:
+        raise SimulatorError(
+            f"this process simulates {_loaded} and cannot change to {soc}: torch_npu reads the SoC once; "
+            f"use one process per SoC"
+        )
+
+
+def _check_machine() -> None:
+    """Everything that can be known to fail before the process is changed."""
+    missing = [package for module, package in REQUIRED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise SimulatorError(
+            f"{', '.join(missing)} is not installed; get it with: pip install 'moe-lowering[npu]' "
+            f"(torch_npu pins torch: install the torch of the same version first)"
+        )
+    if _bootstrap.cann_is_installed():  # our own libraries are not loaded yet, so this is not fooled by them
+        raise SimulatorError(
+            "this machine has CANN (libascendcl.so is found); the simulator would shadow it. "
+            "Use torch_npu directly, or hide CANN from LD_LIBRARY_PATH"
+        )
+    if "torch._C" in sys.modules and "torch" not in sys.modules:
+        raise SimulatorError(
+            "an earlier `import torch` failed in this process, and torch cannot be imported twice. Start a new process "
+            "and import moe_lowering before torch, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0"
+        )
+
+
+def _import_torch_npu() -> None:
+    # torch_npu restores what it finds here when it is imported; "0" lets the children of this process, which have no
+    # stand-ins when they start, import torch.
+    os.environ[_bootstrap.AUTOLOAD] = "0"
+    try:
+        with _without_noise():
+            importlib.import_module("torch_npu")
+    except Exception as error:
+        found = " and ".join(f"{name} {_versions.installed(name)}" for name in ("torch", "torch_npu"))
+        raise SimulatorError(f"torch_npu does not import ({found}): {error}") from error
+
+
+def _register_kernels() -> None:
+    from moe_lowering.simulator import kernels
+
+    kernels.register()
+
+
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+    """Hold back what is printed, and pass on all of it but the line that says what we know: there is no CANN here."""
+    held = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(held):
+            yield
+    finally:
+        for line in held.getvalue().splitlines():
+            if line.strip() != EXPECTED_NOISE:
+                print(line)

@@ -1,0 +1,35 @@
+"""CPU kernels of ``npu::`` operators: the documented meaning, with everything that is undefined made visible.
+
+The kernels accept what the real operators accept (``moe_lowering.limits``; torch_npu's meta functions accept nearly
+anything), compute in float32 and round where the real operators round, and fill with NaN, or the smallest integer, what
+the real operators leave undefined. No code of the real operators is used; each docstring names the documentation.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moe_lowering.simulator.kernels.common import checked, collective
+from moe_lowering.simulator.kernels.distribute import KERNELS as DISTRIBUTE
+from moe_lowering.simulator.kernels.gating import KERNELS as GATING
+from moe_lowering.simulator.kernels.grouped_matmul import KERNELS as GROUPED_MATMUL
+from moe_lowering.simulator.kernels.routing import KERNELS as ROUTING
+
+_LIBRARY: list[torch.library.Library] = []
+
+
+def register() -> None:
+    """Register the kernels for dispatch key CPU. Idempotent.
+
+    Raises:
+        RuntimeError: when torch_npu, which defines the operators, is not imported.
+    """
+    if _LIBRARY:
+        return
+    if not hasattr(torch.ops.npu, "npu_swiglu"):
+        raise RuntimeError("simulator kernels: import torch_npu first (moe_lowering.simulator.enable() does)")
+    library = torch.library.Library("npu", "IMPL")  # type: ignore[no-untyped-call]
+    for kernels, wrap in (({**GATING, **ROUTING, **GROUPED_MATMUL}, checked), (DISTRIBUTE, collective)):
+        for name, kernel in kernels.items():
+            library.impl(name, wrap(getattr(torch.ops.npu, name).default, kernel), "CPU")  # type: ignore[no-untyped-call]
+    _LIBRARY.append(library)

@@ -1,0 +1,68 @@
+"""What the CPU kernels of ``npu::`` operators share: the check against the limit tables, refusals, undefined values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from moe_lowering import simulator
+from moe_lowering.limits import bind, check_call
+
+Kernel = Callable[..., Any]
+DEFAULT_BUFFER_MB = 200  # CANN's default HCCL_BUFFSIZE
+
+
+def current_soc() -> str:
+    """The SoC whose limits and shapes apply: the simulator's, ``A3`` when it is not enabled."""
+    return simulator.soc() if simulator.is_enabled() else "A3"
+
+
+def buffer_bytes() -> int:
+    """Size of the HCCL window: ``HCCL_BUFFSIZE`` in MiB, as CANN reads it."""
+    return int(os.environ.get("HCCL_BUFFSIZE", DEFAULT_BUFFER_MB)) * 2**20
+
+
+def undefined(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of what the real operator leaves undefined: NaN, or the smallest integer of the dtype."""
+    return torch.full(tuple(shape), float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min, dtype=dtype)
+
+
+def refuse(operator: str, argument: str, value: object, accepted: str) -> NoReturn:
+    """Raise the ValueError of an argument that the real operator refuses or computes wrongly."""
+    raise ValueError(f"{operator}: {argument} is {value}; accepted: {accepted}")
+
+
+def not_simulated(operator: str, argument: str, value: object, accepted: str) -> NoReturn:
+    """Raise the ValueError of an argument that may be legal on a device, but that no CPU kernel computes."""
+    raise ValueError(f"{operator}: {argument} is {value}; the CPU kernel computes only: {accepted}")
+
+
+def violations(op: torch._ops.OpOverload, arguments: dict[str, Any]) -> str:
+    """The broken limits of one call in one text; empty when it is legal."""
+    found = check_call(op, (), arguments, soc=current_soc(), extra={"buffer_bytes": buffer_bytes()})
+    return "; ".join(f"{v}{f' ({v.advice})' if v.advice else ''}" for v in found)
+
+
+def checked(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:
+    """The kernel, called with every argument of the schema by name, after the limit tables have accepted the call."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        arguments = bind(op, args, kwargs)
+        if text := violations(op, arguments):
+            raise ValueError(text)
+        return kernel(**arguments)
+
+    return call
+
+
+def collective(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:
+    """Like ``checked``, but the kernel is told what is illegal (``refusal``): it must tell the other ranks first."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        arguments = bind(op, args, kwargs)
+        return kernel(refusal=violations(op, arguments), **arguments)
+
+    return call

@@ -1,0 +1,71 @@
+"""npu_moe_gating_top_k. Meaning: torch_npu 2.13.0's documentation, aclnnMoeGatingTopK, and op-plugin's reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moe_lowering.simulator.kernels.common import Kernel, not_simulated, undefined
+
+SOFTMAX, SIGMOID, SQRT_SOFTPLUS = 0, 1, 2
+SUM_OF_TWO = 1
+
+
+def _normalised(logits: torch.Tensor, norm_type: int) -> torch.Tensor:
+    if norm_type == SOFTMAX:
+        return torch.softmax(logits, dim=-1)
+    if norm_type == SIGMOID:
+        return torch.sigmoid(logits)
+    return torch.sqrt(torch.nn.functional.softplus(logits))
+
+
+def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the largest values of each row, equal values by lower index."""
+    return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def _in_best_groups(values: torch.Tensor, group_count: int, k_group: int, mode: int) -> torch.Tensor:
+    """The values, with -inf in the groups that are not among the ``k_group`` best of each row."""
+    groups = values.reshape(*values.shape[:-1], group_count, -1)
+    top = groups.topk(2 if mode == SUM_OF_TWO else 1, dim=-1).values
+    chosen = _largest(top.sum(-1), k_group)
+    keep = torch.zeros(groups.shape[:-1], dtype=torch.bool).scatter_(-1, chosen, True)
+    return groups.masked_fill(~keep.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+def gating_top_k(
+    x: torch.Tensor,
+    k: int,
+    bias: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    tid2eid: torch.Tensor | None,
+    k_group: int,
+    group_count: int,
+    group_select_mode: int,
+    norm_type: int,
+    out_flag: bool,
+    routed_scaling_factor: float,
+    eps: float,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [T, E] -> weights [T, k] of x's dtype, ids [T, k] int32, norm [T, E] float32 (undefined unless ``out_flag``).
+
+    The bias takes part in the selection only. ``norm_type`` 0 (softmax) does not renormalise over the selected experts,
+    1 (sigmoid) and 2 (sqrt of softplus, A5) do.
+    """
+    if input_ids is not None or tid2eid is not None:
+        not_simulated("npu_moe_gating_top_k", "input_ids", "given", "None (no hash routing)")
+    norm = _normalised(x.float(), norm_type)
+    scores = norm if bias is None else norm + bias.float()
+    if group_count > 1:
+        scores = _in_best_groups(scores, group_count, k_group, group_select_mode)
+    ids = _largest(scores, k)
+    weights = norm.gather(-1, ids)
+    if norm_type != SOFTMAX:
+        weights = weights / (weights.sum(-1, keepdim=True) + eps)
+    weights = (weights * routed_scaling_factor).to(x.dtype)
+    return weights, ids.to(torch.int32), norm if out_flag else undefined(norm.shape, torch.float32)
+
+
+KERNELS: dict[str, Kernel] = {"npu_moe_gating_top_k": gating_top_k}

@@ -1,0 +1,183 @@
+"""Stand-ins for the CANN libraries that the torch_npu wheel links to, built on this machine with the C compiler.
+
+``built()`` returns a directory that holds one shared library for each name in LIBRARIES; ``load()`` loads them for the
+whole process. ``libascendcl.so`` holds all the code: ``runtime.c``, and one generated function for every CANN symbol
+that the wheel's own libraries leave undefined and ``runtime.c`` does not define. A generated function fails by name:
+C entry points return ACL's "not supported", C++ ones (the GE and ATB engines) abort. The other libraries are empty and
+link to the first; the dynamic loader matches them by soname, so no LD_LIBRARY_PATH is needed.
+
+Needed: a C compiler (cc, gcc or clang) and nm (binutils), on PATH, once per version of wheel, Python and this package:
+the result is kept in ``$XDG_CACHE_HOME/moe_lowering/standins/<key>`` (``~/.cache`` by default). A directory there is
+complete: it is built under another name and renamed, so processes that build at the same time do not meet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from moe_lowering import _versions
+
+# The sonames that the wheel's libraries need (readelf -d): those of libtorch_npu, then torchair's, then ATB's.
+LIBRARIES = (
+    "ascendcl",
+    "hccl",
+    "acl_op_compiler",
+    "ge_runner",
+    "graph",
+    "acl_tdt_channel",
+    "fmk_parser",
+    "ascend_protobuf",
+    "atb",
+)
+RUNTIME = Path(__file__).with_name("runtime.c")
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-shared", "-fPIC", "-O1", "-w")
+
+# Only CANN's own names: another undefined symbol means that torch and torch_npu do not match, and the loader must say
+# so; and a stand-in for, say, dlopen (which the wheel leaves unversioned) would shadow the real one.
+C_NAME = re.compile(r"(?:acl|Hccl|Msprof|dcmi|rt[A-Z])\w+")
+CPP_NAME = re.compile(r"_ZNK?(?:2ge|3atb)\w+")
+
+
+class SimulatorError(RuntimeError):
+    """The simulator cannot be used here. The message names what is missing and how to get it."""
+
+
+def wheel() -> Path:
+    """The directory of the installed torch_npu package, which is not imported."""
+    spec = importlib.util.find_spec("torch_npu")
+    if spec is None or spec.origin is None:
+        raise SimulatorError("torch_npu is not installed; get it with: pip install 'moe-lowering[npu]'")
+    return Path(spec.origin).parent
+
+
+def key() -> str:
+    """Names one build: the versions that decide which symbols are wanted, and a digest of the sources."""
+    digest = hashlib.sha256(RUNTIME.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
+    versions = [f"{name}-{_versions.installed(name) or 'unknown'}" for name in ("torch_npu", "torch")]
+    return "-".join([*versions, f"python-{platform.python_version()}", platform.machine(), digest])
+
+
+def cache() -> Path:
+    """Where builds are kept."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "moe_lowering" / "standins"
+
+
+def built() -> Path:
+    """The directory of the libraries for this wheel, built now when it is not there.
+
+    Raises:
+        SimulatorError: no torch_npu, no C compiler, no nm, a compiler error, or a cache that cannot be written.
+    """
+    package, target = wheel(), cache() / key()
+    if target.is_dir():
+        return target
+    compiler, nm = _tool(COMPILERS, "a C compiler", "gcc"), _tool(("nm",), "nm", "binutils")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as building:
+            _build(Path(building) / "out", package, compiler, nm)
+            with contextlib.suppress(FileExistsError):  # another process was first: its build is as good as ours
+                _move(Path(building) / "out", target)
+    except OSError as error:
+        raise SimulatorError(
+            f"the simulator's libraries cannot be written to {target}: {error}; set XDG_CACHE_HOME to a writable place"
+        ) from error
+    return target
+
+
+def load(directory: Path, soc_name: str) -> None:
+    """Load the libraries for the whole process, for a machine whose ``aclrtGetSocName`` is ``soc_name``."""
+    try:
+        for name in LIBRARIES:
+            library = ctypes.CDLL(str(directory / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL)
+            if name == LIBRARIES[0]:
+                library.moe_standin_set_soc(soc_name.encode())
+    except (OSError, AttributeError) as error:
+        raise SimulatorError(
+            f"the simulator's libraries in {directory} do not load: {error}; delete that directory to rebuild them"
+        ) from error
+
+
+def _tool(names: Iterable[str], what: str, package: str) -> str:
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    raise SimulatorError(
+        f"{what} ({' or '.join(names)}) is not on PATH; the simulator needs it once, to build its libraries: "
+        f"install {package} (apt-get install {package}, dnf install {package})"
+    )
+
+
+def _build(out: Path, package: Path, compiler: str, nm: str) -> None:
+    out.mkdir(mode=0o755)
+    headers, generated, empty = package / "include/third_party/acl/inc", out / "generated.c", out / "empty.c"
+    if not (headers / "acl/acl.h").is_file():
+        raise SimulatorError(f"torch_npu in {package} lacks ACL's headers ({headers}); reinstall the torch_npu wheel")
+    runtime = out / "runtime.o"
+    _run(compiler, "-c", *FLAGS[1:], f"-I{headers}", str(RUNTIME), "-o", str(runtime))
+    wanted = _wanted(nm, package) - _symbols(nm, runtime, "--defined-only")
+    generated.write_text(_generate(wanted))
+    empty.write_text("")
+    for name in LIBRARIES:
+        sources = [str(runtime), str(generated)]
+        if name != LIBRARIES[0]:
+            sources = ["-Wl,--no-as-needed", f"-L{out}", f"-l{LIBRARIES[0]}", str(empty)]
+        _run(compiler, *FLAGS, "-o", str(out / f"lib{name}.so"), f"-Wl,-soname,lib{name}.so", *sources)
+
+
+def _generate(names: Iterable[str]) -> str:
+    lines = ["int moe_standin_unsupported(const char *);", "void moe_standin_abort(const char *);"]
+    for name in sorted(names):
+        if CPP_NAME.fullmatch(name):
+            lines.append(f'void {name}(void) {{ moe_standin_abort("{name}"); }}')
+        else:
+            lines.append(f'int {name}(void) {{ return moe_standin_unsupported("{name}"); }}')
+    return "\n".join([*lines, ""])
+
+
+def _wanted(nm: str, package: Path) -> set[str]:
+    """CANN's symbols that the wheel's libraries use and none of them defines."""
+    libraries = sorted(package.rglob("*.so"))
+    undefined, defined = set[str](), set[str]()
+    for library in libraries:
+        undefined |= _symbols(nm, library, "-D", "--undefined-only")
+        defined |= _symbols(nm, library, "-D", "--defined-only")
+    return {name for name in undefined - defined if C_NAME.fullmatch(name) or CPP_NAME.fullmatch(name)}
+
+
+def _symbols(nm: str, library: Path, *options: str) -> set[str]:
+    """Names without their version; the kind of symbol is the word before the name, ``w`` for one that may be absent."""
+    rows = [line.split()[-2:] for line in _run(nm, *options, str(library)).splitlines() if line.strip()]
+    return {row[-1].partition("@")[0] for row in rows if row[0] != "w"}
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SimulatorError(
+            f"building the simulator's libraries failed: {' '.join(command)} ended with {done.returncode}:\n"
+            f"{done.stderr}"
+        )
+    return done.stdout
+
+
+def _move(source: Path, target: Path) -> None:
+    try:
+        source.rename(target)
+    except OSError:
+        if target.is_dir():  # "directory not empty" has a different errno on each file system
+            raise FileExistsError(target) from None
+        raise

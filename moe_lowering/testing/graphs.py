@@ -1,0 +1,178 @@
+"""Lowering a function's graph without running it, and assertions on what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+
+from moe_lowering import simulator
+from moe_lowering.backends.aot import lowering_backend
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.pipeline import MoeLowering
+from moe_lowering.report.records import LoweringReport
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A lowered graph.
+
+    Attributes:
+        gm: the graph module after the pass.
+        report: what the pass did and why.
+        ops_before, ops_after: names of all operators of the graph in order, e.g. ``npu.npu_swiglu``.
+    """
+
+    gm: GraphModule
+    report: LoweringReport
+    ops_before: tuple[str, ...]
+    ops_after: tuple[str, ...]
+
+
+@contextmanager
+def fake_deployment(**fields: Any) -> Iterator[Deployment]:
+    """A deployment of any size over a fake process group: collectives have shapes and names, and move nothing.
+
+    Args:
+        fields: fields of ``Deployment``. Groups are made and named here: ``ep_group``, ``mc2_group`` (a second group
+            over the same ranks) and ``tp_group`` cannot be given. ``soc`` defaults to A3, ``providers`` to vllm_ascend
+            and ``weight_format`` to nz, so that every implementation can be legal.
+
+    Raises:
+        RuntimeError: when a process group exists already.
+        ValueError: as ``Deployment`` does.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    given = {"ep_group", "mc2_group", "tp_group"} & fields.keys()
+    if given:
+        raise ValueError(f"fake_deployment: {sorted(given)} cannot be given; groups are made here")
+    fields = {"providers": (("vllm_ascend", "0.23.0"),), "weight_format": "nz", "hccl_buffer_mb": 1024, **fields}
+    size, tp_size = fields.get("ep_size", 1), fields.get("tp_size", 1)
+    if size == 1:
+        yield Deployment(**fields)
+        return
+    if dist.is_initialized():
+        raise RuntimeError("fake_deployment: a process group exists already; destroy it first")
+    rank = fields.get("ep_rank", 0)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        groups = {"ep_group": dist.group.WORLD.group_name, "mc2_group": dist.new_group(range(size)).group_name}
+        if tp_size > 1:
+            first = rank - rank % tp_size
+            groups["tp_group"] = dist.new_group(range(first, first + tp_size)).group_name
+            fields.setdefault("tp_rank", rank % tp_size)
+        yield Deployment(**fields, **groups)
+    finally:
+        dist.destroy_process_group()
+
+
+def fake_tensors() -> FakeTensorMode:
+    """A mode under which tensors and modules have shapes and no data: models of any size on a laptop."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class _Captured(Exception):
+    """Ends a compile once the graph is lowered: nothing is run."""
+
+
+def lower_graph(
+    function: Callable[..., Any],
+    *args: Any,
+    deployment: Deployment,
+    comm: str = "auto",
+    strict: bool = False,
+    dynamic: bool = False,
+) -> Lowered:
+    """Trace ``function(*args)`` as torch.compile does, run the pass on its graph, and run nothing.
+
+    Args:
+        function: a function or module, for inference. Its tensors may be real, or fake (``fake_tensors``).
+        deployment, comm, strict: as for ``MoeLowering``.
+        dynamic: make sizes symbolic.
+
+    Raises:
+        LoweringError: in strict mode, when a block is left unlowered.
+    """
+    simulator.enable(soc=simulator.soc() if simulator.is_enabled() else deployment.soc)
+    lowering = MoeLowering(deployment, comm, strict)
+    seen: dict[str, Any] = {}
+
+    def note_before(gm: GraphModule, *_: Any) -> None:
+        seen["before"] = _operators(gm)
+
+    def note_after(gm: GraphModule, *_: Any) -> None:
+        seen["after"] = _operators(gm)
+        seen["gm"] = gm
+        raise _Captured
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        function, backend=lowering_backend(note_before, lowering, note_after), fullgraph=True, dynamic=dynamic
+    )
+    try:
+        with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+            compiled(*args)
+    except Exception as error:
+        if not isinstance(_root(error), _Captured):
+            raise _root(error) from error
+    return Lowered(seen["gm"], lowering.reports[-1], seen["before"], seen["after"])
+
+
+def _root(error: BaseException) -> BaseException:
+    inner = getattr(error, "inner_exception", None)
+    return inner if inner is not None else error
+
+
+def _operators(gm: GraphModule) -> tuple[str, ...]:
+    return tuple(
+        node.target._schema.name.replace("::", ".")
+        for node in gm.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+    )
+
+
+def assert_lowered(lowered: Lowered, *, comm: str | None = None, ops: Sequence[str] = (), blocks: int | None = None) -> None:
+    """Every block was lowered.
+
+    Args:
+        comm: every block was lowered to this implementation.
+        ops: operators that must be in the graph, in this order (others may stand between).
+        blocks: the number of blocks.
+
+    Raises:
+        AssertionError: naming what differs, with the reasons the pass gave.
+    """
+    report = lowered.report
+    why = "; ".join([f"{b.name}: {b.reason}" for b in report.blocks] + [f"{w}: {r}" for w, r in report.unrecognised])
+    assert report.fully_lowered, f"not every block was lowered: {why}"
+    assert report.blocks, "no MoE block was found in the graph"
+    assert blocks is None or len(report.blocks) == blocks, f"{len(report.blocks)} blocks, expected {blocks}: {why}"
+    found = {b.comm for b in report.blocks}
+    assert comm is None or found == {comm}, f"lowered to {sorted(map(str, found))}, expected {comm}: {why}"
+    remaining = iter(lowered.ops_after)
+    for name in ops:
+        assert name in remaining, f"{name} is not in the lowered graph in this order; it has {list(lowered.ops_after)}"
+
+
+def assert_refused(lowered: Lowered, *, code: str, comm: str | None = None) -> None:
+    """Some block has a verdict with the violation ``code``, and when ``comm`` is given, that implementation's verdict.
+
+    Raises:
+        AssertionError: naming the codes that were found.
+    """
+    assert lowered.report.blocks, "no MoE block was found in the graph"
+    found = {
+        (name, violation.code)
+        for block in lowered.report.blocks
+        for name, verdict in block.verdicts.items()
+        for violation in verdict.violations
+    }
+    hits = [name for name, found_code in found if found_code == code and comm in (None, name)]
+    assert hits, f"no {comm or 'implementation'} was refused with {code}; found {sorted(found)}"
