@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import moe_lowering.simulator
+import pytest
+import torch
+import torch.distributed as dist
 
-moe_lowering.simulator.enable()
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-
-from moe_lowering.testing.ranks import Ranks  # noqa: E402
+from moe_lowering import simulator
+from moe_lowering.testing.ranks import Ranks
 
 H, E, RANKS = 1024, 4, 2
 LOWEST = torch.iinfo(torch.int32).min
@@ -26,7 +23,7 @@ DISPATCH, COMBINE = "npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combin
 
 
 def setup_rank() -> None:
-    moe_lowering.simulator.enable()
+    simulator.enable()
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +304,7 @@ def one_of_each(rank: int) -> Any:
 def test_dispatch_does_not_meet_combine(ranks: Ranks) -> None:
     for status, text in ranks.run(one_of_each):
         assert status == "refused"
-        assert "operator (dispatch 0, combine 1) is [0, 1]" in text
+        assert "stage (dispatch 0, combine 1, its end 2) is [0, 1]" in text
 
 
 def test_a2_needs_weights_in_dispatch(ranks: Ranks) -> None:

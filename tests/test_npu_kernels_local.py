@@ -7,14 +7,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import moe_lowering.simulator
+import pytest
+import torch
 
-moe_lowering.simulator.enable()
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-from moe_lowering.simulator.kernels import common, register  # noqa: E402
+from moe_lowering.simulator.kernels import common, register
 
 npu = torch.ops.npu
 NAN = float("nan")

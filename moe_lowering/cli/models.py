@@ -144,10 +144,15 @@ _OWN_SIZES = {
 
 
 def logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """The output that is compared."""
-    if isinstance(model, MoeStack):
+    """The output that is compared; ``model`` may be compiled.
+
+    The attention mask of ones is what a tokenizer gives. Without it transformers looks for packed sequences by
+    ``position_ids[:, 1:] - position_ids[:, :-1]``, which npugraph_ex of torch_npu 2.13.0 turns into ``sub_`` on overlapping
+    slices (its inplace_pass): attention is then wrong from the ninth token on, with or without a lowering.
+    """
+    if isinstance(getattr(model, "_orig_mod", model), MoeStack):
         return model(input_ids)
-    return model(input_ids=input_ids, use_cache=False).logits
+    return model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
 
 
 def randomise(model: nn.Module, seed: int = SEED) -> None:

@@ -151,7 +151,7 @@ def _cpu(
         ep,
         tp,
         limit=bound,
-        limit_name="R" if not max_rows else f"R = {bound} (max_rows is {max_rows})",
+        limit_name=f"R = {bound}" + (f" (max_rows is {max_rows})" if max_rows else ""),
         max_tokens=max_tokens,
         equal_tokens=not max_tokens,
     )
@@ -218,6 +218,7 @@ def exchange(
     mine = own_slice(ids.shape[0], tp)
     plan = _plan(ids[mine], None if mask is None else mask[mine], num_experts, mine.start)
     if ep.size == 1:
+        _bounded(operator, 0, ids.shape[0], max_tokens)
         _valid(operator, 0, plan.fault, num_experts)
         _fits(operator, [plan.slots.numel()], limit, limit_name)
         return _keep(x, x_scale, plan)
@@ -291,6 +292,11 @@ def _keep(x: Tensor, x_scale: Tensor | None, plan: _Plan) -> Received:
     return Received(x.index_select(0, plan.token), scale, plan.counts, handle)
 
 
+def _bounded(operator: str, rank: int, tokens: int, max_tokens: int) -> None:
+    if max_tokens and tokens > max_tokens:
+        raise ValueError(f"{operator}: T is {tokens} on EP rank {rank}; accepted: at most max_tokens, {max_tokens}")
+
+
 def _valid(operator: str, rank: int, fault: Sequence[int], num_experts: int) -> None:
     kind, token, expert = fault
     if kind == OUT_OF_RANGE:
@@ -315,8 +321,7 @@ def _agree(operator: str, heads: list[list[int]], num_experts: int, max_tokens: 
                 f"{operator}: max_tokens is 0, which says that T is equal on all ranks, but T is {heads[0][TOKENS]} on "
                 f"EP rank 0 and {tokens} on EP rank {rank}; accepted: equal T, or max_tokens as its bound"
             )
-        if max_tokens and tokens > max_tokens:
-            raise ValueError(f"{operator}: T is {tokens} on EP rank {rank}; accepted: at most max_tokens, {max_tokens}")
+        _bounded(operator, rank, tokens, max_tokens)
         if head[TP_GROUP] >= 0 and tokens != first.setdefault(head[TP_GROUP], tokens):
             raise ValueError(
                 f"{operator}: T is {tokens} on EP rank {rank} and {first[head[TP_GROUP]]} on another rank of its TP "

@@ -69,13 +69,22 @@ def block_quantities(
         "deployment_tp_size": deployment.tp_size,
         "deployment_token_bound": deployment.token_bound,
         "deployment_max_tokens": deployment.max_tokens,
-        # what our calls pass to MC2's dispatch and combine
+        # what our calls pass to the grouped matmuls
+        "single_weight": spec.stacked,
+        "quantised": False,
+        "group_type": 0,
+        "group_list_type": 1,
+        "split_item": 2,
+        "n": max(2 * spec.intermediate, spec.hidden),
+        # and to MC2's dispatch and combine
         "global_bs": spec.max_tokens * spec.ep_size,
         "quant_mode": 0,
         "comm_quant_mode": 0,
         "comm_alg": "",
         "expert_token_nums_type": 1,
         "tp_world_size": 0,
+        "has_weights": deployment.soc == "A2",
+        "special_experts": 0,
         "shared_expert_num": 1,
         "shared_expert_rank_num": 0,
         "expert_shard_type": 0,

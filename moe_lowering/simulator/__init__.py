@@ -41,13 +41,15 @@ EXPECTED_NOISE = "Warning: ASCEND_HOME_PATH environment variable is not set."
 _lock = threading.RLock()
 _loaded: str | None = None  # the SoC that the libraries in this process stand in for; they cannot be unloaded
 _enabled = False
+_import_error = ""  # the first failure of `import torch_npu` in this process
 
 
 def enable(soc: str = "A3") -> None:
     """Make torch_npu and npugraph_ex usable in this process, as if on a machine with one NPU of ``soc``.
 
     Builds its libraries on first use (about a second), with a C compiler and nm; see ``standins``. Call it in every
-    process that needs it, spawned ones too. A second call does nothing. After an error the call can be repeated.
+    process that needs it, spawned ones too. A second call does nothing. After an error the call can be repeated, but
+    for one case that the message names: an import of torch_npu that failed in the middle.
 
     Args:
         soc: ``A2``, ``A3``, ``A5`` or ``310P``.
@@ -115,15 +117,24 @@ def _check_machine() -> None:
 
 
 def _import_torch_npu() -> None:
+    global _import_error
     # torch_npu restores what it finds here when it is imported; "0" lets the children of this process, which have no
     # stand-ins when they start, import torch.
     os.environ[_bootstrap.AUTOLOAD] = "0"
+    # An operator that fails in torch_npu's launch thread raises later or never, and what follows reads memory that was
+    # not written (tried: a cast after a failed add gave garbage, an event never completed). Launch in the caller.
+    os.environ["TASK_QUEUE_ENABLE"] = "0"
     try:
         with _without_noise():
             importlib.import_module("torch_npu")
     except Exception as error:
+        # A second try can succeed (a missing package), or trip over what the first one registered: keep the first cause.
+        _import_error = _import_error or f"{type(error).__name__}: {error}"
         found = " and ".join(f"{name} {_versions.installed(name)}" for name in ("torch", "torch_npu"))
-        raise SimulatorError(f"torch_npu does not import ({found}): {error}") from error
+        raise SimulatorError(
+            f"torch_npu does not import ({found}): {_import_error}. Where a second enable() fails too, start a new "
+            f"process: torch_npu cannot be imported again after it has registered itself with torch"
+        ) from error
 
 
 def _register_kernels() -> None:

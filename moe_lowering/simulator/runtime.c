@@ -99,6 +99,12 @@ aclError aclGetCannAttribute(aclCannAttr attribute, int32_t *value)
     return ACL_SUCCESS;
 }
 
+aclError aclGetDeviceCapability(uint32_t device, aclDeviceInfo what, int64_t *value)
+{
+    *value = 0; /* cores and cache: unknown. torch_npu warns, and reads the value all the same */
+    return moe_standin_unsupported("aclGetDeviceCapability");
+}
+
 aclError aclrtGetSysParamOpt(aclSysParamOpt option, int64_t *value)
 {
     *value = 0;

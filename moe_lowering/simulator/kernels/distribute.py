@@ -22,6 +22,7 @@ NO_QUANT, INT8_PER_TOKEN = 0, 2  # quant_mode
 CUMSUM = 0  # expert_token_nums_type
 TRIPLE = 3  # int32 values per row in assist_info: source rank, token, k
 ASSIST_PER_ROW = 128
+AT_DISPATCH, AT_COMBINE, AT_RETURN = 0, 1, 2  # stages of ``agree``
 SERVER_SIZE = 8  # ranks of one server, in the size of ep_recv_counts where expert_scales are given
 
 
@@ -88,9 +89,9 @@ def _begin(operator: str, refusal: str, a: dict[str, Any], x: torch.Tensor, fact
     everyone = agree(
         operator,
         group,
+        AT_DISPATCH if operator == DISPATCH else AT_COMBINE,
         refusal or wrong,
         {
-            "operator (dispatch 0, combine 1)": int(operator == COMBINE),
             "own_tokens": len(ids),
             "hidden": x.shape[-1],
             "bytes per element of x": x.element_size(),
@@ -275,7 +276,8 @@ def combine_v2(
     columns = [expand_x[: len(triples)][back], triples[back].to(torch.int32)]
     rows, places = exchange_rows(columns, send.flatten().tolist(), received.tolist(), call.group)
     places = places.long()
-    agree(COMBINE, call.group, _arrived(call, places, torch.arange(ep_size).repeat_interleave(received)), {})
+    wrong = _arrived(call, places, torch.arange(ep_size).repeat_interleave(received))
+    agree(COMBINE, call.group, AT_RETURN, wrong, {})
 
     table = torch.empty(call.tokens, call.top_k, expand_x.shape[1], dtype=expand_x.dtype)
     table[places[:, 1], places[:, 2]] = rows

@@ -30,17 +30,23 @@ def resolve(operator: str, name: str, ep_size: int, ep_rank: int) -> tuple[Group
     return group, ""
 
 
-def agree(operator: str, group: GroupLike, refusal: str, facts: Mapping[str, int]) -> list[dict[str, int]]:
+WIDTH = 16  # one length for every message of agree: ranks that are at different places must still understand each other
+
+
+def agree(operator: str, group: GroupLike, stage: int, refusal: str, facts: Mapping[str, int]) -> list[dict[str, int]]:
     """Tell all ranks whether this one can go on and what it assumes; the facts of every rank, in rank order.
 
     Args:
+        stage: where this rank is: one number for each place that calls this function, see distribute.py.
         refusal: why this rank refuses the call; "" when it does not.
-        facts: the same names on every rank. Names that start with ``own_`` may differ between ranks.
+        facts: what must be the same on every rank. Only names that start with ``own_`` may differ.
 
     Raises:
         ValueError: on every rank, when some rank refuses or the ranks differ in a fact.
     """
-    mine = torch.tensor([bool(refusal), *facts.values()], dtype=torch.int64)
+    facts = {"stage (dispatch 0, combine 1, its end 2)": stage, **facts}
+    mine = torch.zeros(WIDTH, dtype=torch.int64)
+    mine[: len(facts) + 1] = torch.tensor([bool(refusal), *facts.values()])
     table = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(table, mine, group=group)
     if refusal:
@@ -48,7 +54,7 @@ def agree(operator: str, group: GroupLike, refusal: str, facts: Mapping[str, int
     refusing = [rank for rank, row in enumerate(table) if row[0]]
     if refusing:
         raise ValueError(f"{operator}: not run, because rank {refusing} of the group refused the same call")
-    everyone = [dict(zip(facts, row[1:].tolist(), strict=True)) for row in table]
+    everyone = [dict(zip(facts, row[1:].tolist(), strict=False)) for row in table]
     for name in facts:
         values = [row[name] for row in everyone]
         if not name.startswith("own_") and len(set(values)) > 1:

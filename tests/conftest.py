@@ -1,0 +1,13 @@
+"""Fixtures of all tests. moe_lowering is imported before torch: see moe_lowering/_bootstrap.py."""
+
+import moe_lowering  # noqa: F401  # isort: skip
+import pytest
+
+from moe_lowering import simulator
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ascend_stack():
+    """torch_npu on this machine, with an NPU or without."""
+    if not simulator.is_enabled():
+        simulator.enable("A3")

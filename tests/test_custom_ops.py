@@ -1,0 +1,578 @@
+"""The generic operators on one rank: against independent references, hand-computed vectors, and torch's own checks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import moe_lowering.functional as functional
+from moe_lowering.custom_ops.sizes import row_bound
+
+ops = torch.ops.moe_lowering
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ONE_RANK = ("", 1, "", 1, 0)  # ep_group, ep_size, tp_group, tp_size, max_tokens
+
+
+def random_ids(lead: tuple[int, ...], experts: int, top_k: int) -> Tensor:
+    return torch.rand(*lead, experts).topk(top_k, dim=-1).indices.to(torch.int32)
+
+
+def dispatch(x: Tensor, ids: Tensor, experts: int, **changes: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments: dict[str, Any] = {
+        "x": x, "x_scale": None, "ids": ids, "mask": None, "num_experts": experts, "ep_group": "", "ep_size": 1, "tp_group": "", "tp_size": 1,
+        "max_tokens": 0, "max_rows": 0,
+    }  # fmt: skip
+    return ops.dispatch(**(arguments | changes))
+
+
+def grouped_mlp(rows: Tensor, counts: Tensor, w13: Any, w2: Any, **changes: Any) -> Tensor:
+    arguments: dict[str, Any] = {
+        "rows": rows, "row_scale": torch.empty(0), "counts": counts, "w13": w13, "w2": w2, "w13_bias": [], "w2_bias": [],
+        "activation": "swiglu", "limit": 0.0, "alpha": 1.702, "interleaved": False,
+    }  # fmt: skip
+    return ops.grouped_mlp(**(arguments | changes))
+
+
+# torch's own checks: schema, autograd registration, fake against real, AOT with dynamic shapes
+
+
+def opcheck_samples() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    torch.manual_seed(0)
+    x, ids = torch.randn(6, 8), random_ids((6,), 4, 2)
+    mask = torch.tensor([True, False, True, True, False, True])
+    weights, handle = torch.rand(6, 2), dispatch(x, ids, 4)[3]
+    quantised = torch.randint(-128, 127, (6, 8), dtype=torch.int8)
+    w13, w2 = torch.randn(4, 8, 12), torch.randn(4, 6, 8)
+    b13, b2 = torch.randn(4, 12), torch.randn(4, 8)
+    rows, none, counts = torch.randn(12, 8), torch.empty(0), torch.tensor([3, 0, 5, 2])
+    tail = ("swiglu", 0.0, 1.702, False)
+    return [
+        ("route", ops.route, (torch.randn(6, 8), None, 2, "softmax", True, 1, 1, "top2_sum", 1.0)),
+        ("route-groups", ops.route, (torch.randn(2, 3, 8), torch.randn(8), 2, "sigmoid", False, 4, 2, "max", 2.5)),
+        ("route-bf16", ops.route, (torch.randn(0, 8).bfloat16(), None, 8, "sqrtsoftplus", True, 2, 2, "top2_sum", 1.0)),
+        ("dispatch", ops.dispatch, (x, None, ids, None, 4, *ONE_RANK, 0)),
+        ("dispatch-mask", ops.dispatch, (x.view(2, 3, 8), None, ids.view(2, 3, 2), mask.view(2, 3), 4, *ONE_RANK, 11)),
+        ("dispatch-int8", ops.dispatch, (quantised, torch.rand(6), ids, mask, 4, "", 1, "", 1, 9, 0)),
+        ("grouped_mlp", ops.grouped_mlp, (rows, none, counts, [w13], [w2], [], [], *tail)),
+        (
+            "grouped_mlp-lists",
+            ops.grouped_mlp,
+            (rows, none, counts, list(w13), list(w2), list(b13), list(b2), "swiglu_oai", 7.0, 1.702, True),
+        ),
+        ("grouped_mlp-bias", ops.grouped_mlp, (rows, none, counts, [w13], [w2], [b13], [b2], "gelu", 0.0, 1.0, False)),
+        ("combine", ops.combine, (rows, weights, ids, handle, None, 4, *ONE_RANK)),
+        (
+            "combine-mask",
+            ops.combine,
+            (rows[:8], weights, ids, dispatch(x, ids, 4, mask=mask)[3][:8], mask, 4, *ONE_RANK),
+        ),
+        ("assert_tokens", ops.assert_tokens, (x, 1, 8)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "arguments"), opcheck_samples(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_opcheck(name: str, op: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.library.opcheck(op.default, arguments)  # type: ignore[attr-defined]
+
+
+def wants_gradient(value: Any) -> Any:
+    if isinstance(value, list):
+        return [wants_gradient(item) for item in value]
+    if isinstance(value, Tensor) and value.dtype.is_floating_point:
+        return value.detach().clone().requires_grad_()
+    return value
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "arguments"), opcheck_samples(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_backward_raises(name: str, op: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    if name in ("dispatch-int8", "assert_tokens"):
+        pytest.skip("no differentiable output")
+    inputs = tuple(wants_gradient(value) for value in arguments)
+    torch.library.opcheck(op.default, inputs, test_utils="test_autograd_registration")  # type: ignore[attr-defined]
+    out = op(*inputs)
+    first = out[0] if isinstance(out, tuple) else out
+    assert first.requires_grad
+    with pytest.raises(NotImplementedError, match="is for inference"):
+        first.sum().backward()
+
+
+# route
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("groups", "kept", "score"), [(1, 1, "top2_sum"), (4, 2, "top2_sum"), (4, 2, "max"), (2, 2, "max"), (8, 4, "max")]
+)
+def test_route_against_reference(scoring: str, dtype: torch.dtype, groups: int, kept: int, score: str) -> None:
+    torch.manual_seed(1)
+    for lead, bias, renormalize, scale in itertools.product(
+        [(33,), (2, 5)], [None, torch.randn(16) / 4], [True, False], [1.0, 2.5]
+    ):
+        logits = (3 * torch.randn(*lead, 16)).to(dtype)
+        arguments = (logits, bias, 4, scoring, renormalize, groups, kept, score, scale)
+        weights, ids = ops.route(*arguments)
+        expected, chosen = reference.route(*arguments)
+        assert ids.dtype == torch.int32 and torch.equal(ids, chosen)
+        assert weights.dtype == torch.float32
+        torch.testing.assert_close(weights, expected.float(), rtol=2e-6, atol=1e-7)
+
+
+def test_route_takes_the_lower_index_among_equals() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 1.0, 3.0, 0.0], [0.0] * 6, [0.0, -0.0, 0.0, -1.0, -0.0, -1.0]])
+    _, ids = ops.route(logits, None, 4, "sigmoid", True, 1, 1, "max", 1.0)
+    assert ids.tolist() == [[1, 2, 4, 0], [0, 1, 2, 3], [0, 1, 2, 4]]
+    _, ids = ops.route(torch.zeros(1, 8), None, 3, "softmax", True, 4, 2, "top2_sum", 1.0)
+    assert ids.tolist() == [[0, 1, 2]]  # groups 0 and 1 of four equal ones
+    coarse = torch.randint(-2, 3, (64, 32)).bfloat16()
+    arguments = (coarse, torch.randint(0, 2, (32,)).float(), 8, "sigmoid", True, 8, 3, "top2_sum", 1.0)
+    assert torch.equal(ops.route(*arguments)[1], reference.route(*arguments)[1])
+
+
+def test_route_bias_chooses_and_does_not_weigh() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    bias = torch.tensor([0.0, 0.0, 0.0, 10.0])
+    weights, ids = ops.route(logits, bias, 2, "sigmoid", False, 1, 1, "max", 1.0)
+    assert ids.tolist() == [[3, 0]]
+    torch.testing.assert_close(weights, torch.sigmoid(torch.tensor([[-1.0, 2.0]])))
+
+
+@pytest.mark.parametrize("lead", [(0,), (2, 0), ()])
+def test_route_empty_and_no_leading_dimension(lead: tuple[int, ...]) -> None:
+    weights, ids = functional.route(torch.randn(*lead, 8), 2, num_groups=4, topk_groups=2)
+    assert weights.shape == ids.shape == (*lead, 2)
+
+
+# dispatch and combine, each alone, against vectors computed by hand
+
+
+def test_dispatch_by_hand() -> None:
+    x = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])
+    ids = torch.tensor([[2, 0], [0, 1], [2, 3]], dtype=torch.int32)
+    rows, scale, counts, handle = dispatch(x, ids, 5, max_tokens=4)
+    assert rows.shape == (8, 2)  # 1 rank * 4 tokens * min(2, 5)
+    assert rows[:, 0].tolist() == [1, 2, 2, 1, 3, 3, 0, 0]
+    assert rows[:, 1].tolist() == [10, 20, 20, 10, 30, 30, 0, 0]
+    assert counts.dtype == torch.int64 and counts.tolist() == [2, 1, 2, 1, 0]
+    assert handle.dtype == torch.int32
+    assert handle.tolist() == [[0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 0, 0], [0, 2, 0], [0, 2, 1]] + 2 * [[-1, -1, -1]]
+    assert scale.shape == (0,) and scale.dtype == torch.float32
+
+
+def test_dispatch_mask_and_scale_by_hand() -> None:
+    x = torch.tensor([[[1, 1], [2, 2]], [[3, 3], [4, 4]]], dtype=torch.int8)
+    ids = torch.tensor([[[1], [99]], [[0], [1]]], dtype=torch.int32)  # ids of masked tokens do not count
+    mask = torch.tensor([[True, False], [True, True]])
+    x_scale = torch.tensor([[0.1, 0.2], [0.3, 0.4]])
+    rows, scale, counts, handle = dispatch(x, ids, 2, mask=mask, x_scale=x_scale)
+    assert rows.dtype == torch.int8 and rows[:, 0].tolist() == [3, 1, 4, 0]
+    torch.testing.assert_close(scale, torch.tensor([0.3, 0.1, 0.4, 0.0]))
+    assert counts.tolist() == [1, 2]
+    assert handle.tolist() == [[0, 2, 0], [0, 0, 0], [0, 3, 0], [-1, -1, -1]]
+
+
+def test_combine_by_hand() -> None:
+    ids = torch.tensor([[2, 0], [0, 1]], dtype=torch.int32)
+    handle = torch.tensor([[0, 1, 0], [0, 0, 1], [0, 1, 1], [0, 0, 0], [-1, -1, -1]], dtype=torch.int32)
+    rows = torch.tensor([[1.0, -1.0], [10.0, 2.0], [100.0, 3.0], [1000.0, 4.0], [torch.nan, torch.nan]])
+    weights = torch.tensor([[0.5, 2.0], [3.0, 0.25]])
+    y = ops.combine(rows, weights, ids, handle, None, 3, *ONE_RANK)
+    assert y.tolist() == [[520.0, 6.0], [28.0, -2.25]]
+
+
+def test_combine_sums_in_float32_by_ascending_k_and_rounds_once() -> None:
+    rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)  # bfloat16 has no 257: 256 + 1 would stay 256
+    handle = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 0, 2]], dtype=torch.int32)
+    ids = torch.tensor([[0, 1, 2]], dtype=torch.int32)
+    assert ops.combine(rows, torch.ones(1, 3), ids, handle, None, 3, *ONE_RANK).tolist() == [[258.0]]
+    big = torch.tensor([[2.0**25], [1.0], [-(2.0**25)]])  # in float32, left to right, the 1 is lost
+    assert ops.combine(big, torch.ones(1, 3), ids, handle, None, 3, *ONE_RANK).tolist() == [[0.0]]
+
+
+def test_combine_masked_tokens_are_zero() -> None:
+    ids = torch.tensor([[0], [0], [0]], dtype=torch.int32)
+    handle = torch.tensor([[0, 1, 0], [-1, -1, -1], [-1, -1, -1]], dtype=torch.int32)
+    rows = torch.tensor([[5.0], [torch.nan], [torch.nan]])
+    weights = torch.tensor([[torch.nan], [2.0], [torch.inf]])
+    y = ops.combine(rows, weights, ids, handle, torch.tensor([False, True, False]), 1, *ONE_RANK)
+    assert y.tolist() == [[0.0], [10.0], [0.0]]
+
+
+def test_combine_refuses_a_handle_of_other_ids() -> None:
+    ids = torch.tensor([[0, 1]], dtype=torch.int32)
+    handle = torch.tensor([[0, 0, 0], [-1, -1, -1]], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"handle sends 1 rows to EP rank 0, whose ids and mask ask for 2"):
+        ops.combine(torch.ones(2, 3), torch.ones(1, 2), ids, handle, None, 2, *ONE_RANK)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[0, 1], [3, 4]], "ids has 4 for token 1 on EP rank 0; accepted: 0 to 3"),
+        ([[0, -1], [3, 2]], "ids has -1 for token 0 on EP rank 0; accepted: 0 to 3"),
+        ([[0, 1], [2, 2]], "ids has 2 twice for token 1 on EP rank 0; accepted: distinct ids"),
+    ],
+)
+def test_dispatch_refuses_wrong_ids(ids: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dispatch(torch.ones(2, 3), torch.tensor(ids, dtype=torch.int32), 4)
+
+
+def test_dispatch_bounds() -> None:
+    ids = random_ids((4,), 4, 2)
+    with pytest.raises(
+        RuntimeError, match=r"EP rank 0 would receive 8 rows; accepted: at most R = 7 \(max_rows is 7\)"
+    ):
+        dispatch(torch.ones(4, 3), ids, 4, max_rows=7)
+    with pytest.raises(ValueError, match="T is 4 on EP rank 0; accepted: at most max_tokens, 3"):
+        dispatch(torch.ones(4, 3), ids, 4, max_tokens=3)
+    assert dispatch(torch.ones(4, 3), ids, 4, max_rows=8)[0].shape == (8, 3)
+
+
+def test_row_bound() -> None:
+    assert row_bound(10, 8, 64, 16, 1, 0, 0) == 16 * 10 * 4
+    assert row_bound(10, 2, 64, 16, 4, 0, 0) == 16 * 3 * 2
+    assert row_bound(10, 2, 64, 16, 4, 33, 0) == 16 * 9 * 2
+    assert row_bound(10, 2, 64, 16, 4, 33, 100) == 100
+
+
+# grouped_mlp
+
+ACTIVATIONS = [
+    ("swiglu", 0.0, False),
+    ("swiglu", 0.0, True),
+    ("swiglu_clamp", 0.5, False),
+    ("swiglu_oai", 0.7, True),
+    ("gelu", 0.0, False),
+    ("gelu_tanh", 0.0, True),
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("activation", "limit", "interleaved"), ACTIVATIONS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("lists", [False, True])
+def test_grouped_mlp_against_reference(
+    dtype: torch.dtype, activation: str, limit: float, interleaved: bool, bias: bool, lists: bool
+) -> None:
+    torch.manual_seed(2)
+    rows = torch.randn(9, 24).to(dtype)
+    w13, w2 = (torch.randn(4, 24, 32) / 5).to(dtype), (torch.randn(4, 16, 24) / 4).to(dtype)
+    b13, b2 = torch.randn(4, 32).to(dtype), torch.randn(4, 24).to(dtype)
+    counts = torch.tensor([3, 0, 1, 4])
+    as_argument: Callable[[Tensor], list[Tensor]] = (lambda t: list(t)) if lists else (lambda t: [t])
+    biases = {"w13_bias": as_argument(b13), "w2_bias": as_argument(b2)} if bias else {}
+    options = {"activation": activation, "limit": limit, "interleaved": interleaved}
+    out = grouped_mlp(rows, counts, as_argument(w13), as_argument(w2), **biases, **options)
+    expected = torch.zeros(9, 24, dtype=torch.float64)
+    for row, expert in enumerate([0, 0, 0, 2, 3, 3, 3, 3]):
+        extra = (b13[expert], b2[expert]) if bias else (None, None)
+        expected[row] = reference.expert(
+            rows[row], w13[expert], w2[expert], *extra, activation, limit, 1.702, interleaved
+        )
+    reference.assert_near(out, expected, dtype)
+    assert not out[8:].any()
+
+
+def test_grouped_mlp_rounds_the_biased_sum_once() -> None:
+    torch.manual_seed(3)
+    rows, identity = torch.randn(64, 16).bfloat16(), torch.eye(16).bfloat16()
+    w13 = torch.randn(16, 32).bfloat16()
+    bias = torch.randn(32).bfloat16()
+    hidden = (rows.double() @ w13.double() + bias.double()).bfloat16()  # float64 stands for exact
+    gate, up = hidden.float().chunk(2, -1)
+    expected = (torch.nn.functional.silu(gate) * up).bfloat16()
+    out = grouped_mlp(rows, torch.tensor([64]), [w13], [identity], w13_bias=[bias])
+    assert (out != expected).float().mean() < 0.01  # two roundings differ in about a third of hidden
+    twice = (torch.mm(rows, w13) + bias).float().chunk(2, -1)
+    other = (torch.nn.functional.silu(twice[0]) * twice[1]).bfloat16()
+    assert (other != expected).float().mean() > 0.2
+
+
+def test_grouped_mlp_float32_bias_for_16_bit_rows() -> None:
+    rows, w13, w2 = torch.randn(2, 8).bfloat16(), torch.randn(1, 8, 8).bfloat16(), torch.randn(1, 4, 8).bfloat16()
+    b13 = torch.randn(1, 8)
+    out = grouped_mlp(rows, torch.tensor([2]), [w13], [w2], w13_bias=[b13])
+    expected = torch.stack([reference.expert(row, w13[0], w2[0], b13[0]) for row in rows])
+    reference.assert_near(out, expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("hidden", "half"), [(20, 6), (7, 5), (16, 8)])
+def test_grouped_mlp_takes_any_size_and_transposed_weights(hidden: int, half: int) -> None:
+    torch.manual_seed(4)
+    rows, counts = torch.randn(5, hidden), torch.tensor([2, 3])
+    w13, w2 = torch.randn(2, 2 * half, hidden).transpose(1, 2), torch.randn(2, hidden, half).transpose(1, 2)
+    expected = torch.stack([reference.expert(row, w13[i // 2 and 1], w2[i // 2 and 1]) for i, row in enumerate(rows)])
+    reference.assert_near(grouped_mlp(rows, counts, [w13], [w2]), expected, torch.float32)
+    odd = torch.empty(w13.numel() + 1)[1:].view(w13.shape).copy_(w13)  # storage that is not aligned to 16 bytes
+    reference.assert_near(grouped_mlp(rows, counts, [odd], [w2]), expected, torch.float32)
+
+
+def test_grouped_mlp_large_activation_in_chunks() -> None:
+    torch.manual_seed(5)
+    rows, w13, w2 = torch.randn(700, 8).bfloat16(), torch.randn(1, 8, 512).bfloat16(), torch.randn(1, 256, 8).bfloat16()
+    whole = grouped_mlp(rows, torch.tensor([700]), [w13], [w2])
+    parts = torch.cat([grouped_mlp(part, torch.tensor([len(part)]), [w13], [w2]) for part in rows.split(100)])
+    reference.assert_near(whole, parts.double(), torch.bfloat16)
+
+
+def test_grouped_mlp_refuses_counts_past_the_rows() -> None:
+    w13, w2 = torch.ones(2, 4, 8), torch.ones(2, 4, 4)
+    for counts in ([3, 2], [5, -1]):
+        with pytest.raises(ValueError, match="counts is"):
+            grouped_mlp(torch.ones(4, 4), torch.tensor(counts), [w13], [w2])
+
+
+# the chain
+
+
+def chain_case(lead: tuple[int, ...], experts: int, top_k: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    torch.manual_seed(6)
+    x = torch.randn(*lead, 32).to(dtype)
+    weights, ids = functional.route(torch.randn(*lead, experts), top_k)
+    return x, weights, ids, (torch.randn(experts, 32, 48) / 6).to(dtype), (torch.randn(experts, 24, 32) / 5).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("lead", "experts", "top_k"),
+    [((17,), 8, 2), ((2, 5), 4, 4), ((1,), 16, 3), ((0,), 4, 2), ((), 4, 1), ((3, 0), 4, 2)],
+)
+def test_chain_against_reference(dtype: torch.dtype, lead: tuple[int, ...], experts: int, top_k: int) -> None:
+    x, weights, ids, w13, w2 = chain_case(lead, experts, top_k, dtype)
+    expected = reference.moe(x, weights, ids, w13, w2)
+    reference.assert_near(functional.moe_experts(x, weights, ids, w13, w2), expected, dtype)
+    reference.assert_near(functional.moe_experts(x, weights, ids, list(w13), list(w2)), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("activation", "limit", "interleaved"), ACTIVATIONS)
+def test_chain_activations_biases_mask(dtype: torch.dtype, activation: str, limit: float, interleaved: bool) -> None:
+    x, weights, ids, w13, w2 = chain_case((3, 4), 6, 2, dtype)
+    b13, b2 = torch.randn(6, 48).to(dtype), torch.randn(6, 32).to(dtype)
+    mask = torch.rand(3, 4) > 0.4
+    options: dict[str, Any] = {
+        "w13_bias": b13,
+        "w2_bias": b2,
+        "mask": mask,
+        "activation": activation,
+        "limit": limit,
+        "alpha": 1.5,
+        "interleaved": interleaved,
+    }
+    y = functional.moe_experts(x, weights.to(dtype), ids.long(), w13, w2, **options)
+    expected = reference.moe(x, weights.to(dtype), ids, w13, w2, **options)
+    reference.assert_near(y, expected, dtype)
+    assert not y[~mask].any()
+
+
+def test_chain_skewed_load_and_all_masked() -> None:
+    x, weights, _, w13, w2 = chain_case((9,), 8, 2, torch.float32)
+    ids = torch.tensor([[5, 7]] * 8 + [[7, 0]], dtype=torch.int32)
+    reference.assert_near(
+        functional.moe_experts(x, weights, ids, w13, w2), reference.moe(x, weights, ids, w13, w2), torch.float32
+    )
+    assert not functional.moe_experts(x, weights, ids, w13, w2, mask=torch.zeros(9, dtype=torch.bool)).any()
+
+
+def test_the_comparison_detects_mistakes() -> None:
+    """Each broken variant must fail the comparison that the correct one passes, in the coarsest dtype."""
+    x, weights, ids, w13, w2 = chain_case((17,), 8, 2, torch.bfloat16)
+    expected = reference.moe(x, weights, ids, w13, w2)
+    gate, up = w13.chunk(2, dim=-1)
+    broken = {
+        "gate and up swapped": (weights, ids, torch.cat([up, gate], -1), w2),
+        "weights dropped": (torch.ones_like(weights), ids, w13, w2),
+        "weights of k swapped": (weights.flip(-1), ids, w13, w2),
+        "wrong expert": (weights, (ids + 1) % 8, w13, w2),
+        "one token lost": (weights * (torch.arange(17) != 3).unsqueeze(1), ids, w13, w2),
+        "interleaved for concatenated": (weights, ids, w13.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2), w2),
+    }
+    reference.assert_near(functional.moe_experts(x, weights, ids, w13, w2), expected, torch.bfloat16)
+    for name, arguments in broken.items():
+        with pytest.raises(AssertionError, match="relative error"):
+            reference.assert_near(functional.moe_experts(x, *arguments), expected, torch.bfloat16)
+            pytest.fail(f"not detected: {name}")
+
+
+# static mistakes: the fake kernel and the CPU kernel say the same
+
+X, IDS = torch.ones(4, 8), torch.tensor([[0, 1]] * 4, dtype=torch.int32)
+ROUTE: dict[str, Any] = {
+    "logits": torch.ones(4, 8), "bias": None, "top_k": 2, "scoring": "softmax", "renormalize": True, "num_groups": 1, "topk_groups": 1,
+    "group_score": "max", "scale": 1.0,
+}  # fmt: skip
+DISPATCH: dict[str, Any] = {
+    "x": X, "x_scale": None, "ids": IDS, "mask": None, "num_experts": 4, "ep_group": "", "ep_size": 1, "tp_group": "", "tp_size": 1, "max_tokens": 0,
+    "max_rows": 0,
+}  # fmt: skip
+MLP: dict[str, Any] = {
+    "rows": torch.ones(8, 8), "row_scale": torch.empty(0), "counts": torch.tensor([1, 1, 1, 1]), "w13": [torch.ones(4, 8, 12)],
+    "w2": [torch.ones(4, 6, 8)], "w13_bias": [], "w2_bias": [], "activation": "swiglu", "limit": 0.0, "alpha": 1.0, "interleaved": False,
+}  # fmt: skip
+COMBINE: dict[str, Any] = {
+    "rows": torch.ones(8, 8), "weights": torch.ones(4, 2), "ids": IDS, "handle": torch.zeros(8, 3, dtype=torch.int32), "mask": None,
+    "num_experts": 4, "ep_group": "", "ep_size": 1, "tp_group": "", "tp_size": 1, "max_tokens": 0,
+}  # fmt: skip
+MISTAKES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("route", ROUTE, {"top_k": 9}, "top_k is 9; accepted: 1 to 8"),
+    ("route", ROUTE, {"top_k": 0}, "top_k is 0; accepted: 1 to 8"),
+    ("route", ROUTE, {"logits": torch.ones(4, 8, dtype=torch.int32)}, "logits is torch.int32"),
+    ("route", ROUTE, {"bias": torch.ones(7)}, r"bias has shape \[7\]; accepted: \[8\]"),
+    ("route", ROUTE, {"scoring": "tanh"}, "scoring is 'tanh'; accepted: softmax, sigmoid, sqrtsoftplus"),
+    ("route", ROUTE, {"group_score": "sum"}, "group_score is 'sum'; accepted: max, top2_sum"),
+    ("route", ROUTE, {"num_groups": 3}, "num_groups is 3; accepted: a divisor of 8"),
+    ("route", ROUTE, {"num_groups": 4, "topk_groups": 5}, "topk_groups is 5; accepted: 1 to num_groups, 4"),
+    ("route", ROUTE, {"num_groups": 4, "topk_groups": 1, "top_k": 3}, r"top_k is 3; accepted: at most .* 1 \* 2"),
+    (
+        "route",
+        ROUTE,
+        {"num_groups": 8, "topk_groups": 2, "group_score": "top2_sum"},
+        "'top2_sum' with 1 expert per group",
+    ),
+    (
+        "dispatch",
+        DISPATCH,
+        {"num_experts": 6, "ep_size": 4, "ep_group": "g"},
+        "num_experts is 6; accepted: a multiple of",
+    ),
+    ("dispatch", DISPATCH, {"ep_size": 2}, "ep_group is '' for 2 ranks"),
+    ("dispatch", DISPATCH, {"tp_size": 2, "tp_group": "g"}, "tp_size is 2; accepted: a divisor of ep_size, 1"),
+    ("dispatch", DISPATCH, {"max_tokens": -1}, "max_tokens is -1"),
+    ("dispatch", DISPATCH, {"max_rows": -1}, "max_rows is -1"),
+    ("dispatch", DISPATCH, {"ids": IDS.long()}, "ids is torch.int64; accepted: int32"),
+    ("dispatch", DISPATCH, {"ids": IDS[:3]}, r"ids has shape \[3, 2\]"),
+    ("dispatch", DISPATCH, {"ids": torch.zeros(4, 5, dtype=torch.int32)}, "k from 1 to 4"),
+    ("dispatch", DISPATCH, {"x": X.double()}, "x is torch.float64"),
+    ("dispatch", DISPATCH, {"x": X.to(torch.int8)}, "x is int8 and x_scale is None"),
+    ("dispatch", DISPATCH, {"x_scale": torch.ones(4, 1)}, r"x_scale has shape \[4, 1\]; accepted: \[4\]"),
+    ("dispatch", DISPATCH, {"x_scale": torch.ones(4).half()}, "x_scale is torch.float16; accepted: float32"),
+    ("dispatch", DISPATCH, {"mask": torch.ones(3, dtype=torch.bool)}, r"mask has shape \[3\]; accepted: \[4\]"),
+    ("dispatch", DISPATCH, {"mask": torch.ones(4)}, "mask is torch.float32; accepted: bool"),
+    ("grouped_mlp", MLP, {"rows": torch.ones(8, 7)}, r"w13\[0\] has shape \[4, 8, 12\]; accepted: \[4, 7, 12\]"),
+    ("grouped_mlp", MLP, {"rows": torch.ones(8, 8).half()}, r"w13\[0\] is torch.float32; accepted: torch.float16"),
+    ("grouped_mlp", MLP, {"row_scale": torch.ones(8)}, r"row_scale has shape \[8\]; accepted: \[0\]"),
+    ("grouped_mlp", MLP, {"counts": torch.ones(4)}, "counts is torch.float32"),
+    ("grouped_mlp", MLP, {"counts": torch.tensor([1, 1])}, r"w13\[0\] has shape \[4, 8, 12\]; accepted: \[2, 8, 12\]"),
+    ("grouped_mlp", MLP, {"w13": [torch.ones(8, 12)] * 3}, "w13 has 3 tensors; accepted: 1 of"),
+    ("grouped_mlp", MLP, {"w13": [torch.ones(4, 8, 13)]}, "w13 has 13 columns; accepted: an even number"),
+    ("grouped_mlp", MLP, {"w13": []}, "w13 holds no matrix"),
+    ("grouped_mlp", MLP, {"w2": [torch.ones(4, 12, 8)]}, r"w2\[0\] has shape \[4, 12, 8\]; accepted: \[4, 6, 8\]"),
+    ("grouped_mlp", MLP, {"w13_bias": [torch.ones(4, 6)]}, r"w13_bias\[0\] has shape \[4, 6\]"),
+    ("grouped_mlp", MLP, {"w2_bias": [torch.ones(4, 8).half()]}, r"w2_bias\[0\] is torch.float16"),
+    ("grouped_mlp", MLP, {"activation": "relu"}, "activation is 'relu'; accepted: swiglu, "),
+    ("grouped_mlp", MLP, {"activation": "swiglu_clamp"}, "limit is 0.0 for swiglu_clamp; accepted: more than 0"),
+    ("grouped_mlp", MLP, {"limit": 7.0}, "limit is 7.0 for swiglu, which has none"),
+    ("combine", COMBINE, {"weights": torch.ones(4, 2).half()}, "weights is torch.float16; accepted: float32"),
+    ("combine", COMBINE, {"weights": torch.ones(4, 1)}, r"weights has shape \[4, 1\]"),
+    ("combine", COMBINE, {"handle": torch.zeros(7, 3, dtype=torch.int32)}, r"handle has shape \[7, 3\]"),
+    ("combine", COMBINE, {"handle": torch.zeros(8, 3)}, "handle is torch.float32; accepted: int32"),
+    ("combine", COMBINE, {"rows": torch.ones(2, 4, 8)}, r"rows has shape \[2, 4, 8\]"),
+    ("combine", COMBINE, {"rows": torch.ones(8, 8, dtype=torch.int8)}, "rows is torch.int8"),
+    ("combine", COMBINE, {"num_experts": 5, "ep_size": 2, "ep_group": "g"}, "num_experts is 5"),
+]
+
+
+@pytest.mark.parametrize(("name", "good", "change", "message"), MISTAKES)
+def test_static_mistakes(name: str, good: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    op = getattr(ops, name)
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=f"^{name}: .*{message}") as on_cpu:
+        op(**good | change)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+
+        def fake(value: Any) -> Any:
+            if isinstance(value, list):
+                return [fake(item) for item in value]
+            return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+        op(**{key: fake(value) for key, value in good.items()})
+        with pytest.raises(type(on_cpu.value)) as on_fake:
+            op(**{key: fake(value) for key, value in (good | change).items()})
+    assert str(on_fake.value) == str(on_cpu.value)
+
+
+def test_unknown_group_is_named() -> None:
+    with pytest.raises(ValueError, match="ep_group is 'nowhere', which names no process group here"):
+        dispatch(X, IDS, 4, ep_size=2, ep_group="nowhere")
+
+
+# graphs
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_assert_tokens_stays_in_the_graph(backend: str) -> None:
+    def model(x: Tensor) -> Tensor:
+        ops.assert_tokens.default(x, 2, 6)
+        return x + 1
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(torch.zeros(3, 4)), torch.ones(3, 4))
+        with pytest.raises(RuntimeError, match="T is 7, but this graph was lowered for T from 2 to 6"):
+            compiled(torch.zeros(7, 4))
+
+
+def test_assert_tokens_counts_all_leading_dimensions() -> None:
+    ops.assert_tokens(torch.zeros(2, 3, 4), 6, 6)
+    ops.assert_tokens(torch.zeros(4), 1, 1)
+    ops.assert_tokens(torch.zeros(7, 4, device="meta"), 1, 2)  # fake kernels do nothing
+    with pytest.raises(RuntimeError, match="T is 6"):
+        ops.assert_tokens(torch.zeros(2, 3, 4), 7, 9)
+    with pytest.raises(ValueError, match="lo is 3 and hi is 2"):
+        ops.assert_tokens(torch.zeros(4, device="meta"), 3, 2)
+
+
+@pytest.mark.parametrize("name", ["dispatch", "combine", "assert_tokens", "dispatch_ffn_combine"])
+def test_unused_calls_survive_dead_code_elimination(name: str) -> None:
+    for target in (getattr(ops, name), getattr(ops, name).default):
+        graph = torch.fx.Graph()
+        graph.call_function(target, (graph.placeholder("x"),))
+        graph.output(())
+        graph.eliminate_dead_code()
+        assert target in [node.target for node in graph.nodes]
+    graph = torch.fx.Graph()
+    graph.call_function(ops.route.default, (graph.placeholder("x"),))
+    graph.output(())
+    graph.eliminate_dead_code()
+    assert ops.route.default not in [node.target for node in graph.nodes]
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_compiles_once_for_all_sizes(capped: bool) -> None:
+    from moe_lowering import Deployment
+
+    deployment = Deployment(max_rows=1000) if capped else None
+    w13, w2, gate = torch.randn(8, 16, 24), torch.randn(8, 12, 16), torch.randn(8, 16)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(graph, inputs)
+
+    def model(x: Tensor, mask: Tensor) -> Tensor:
+        weights, ids = functional.route(torch.nn.functional.linear(x, gate), 2)
+        return functional.moe_experts(x, weights, ids, w13, w2, mask=mask, deployment=deployment)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for tokens in (16, 24, 33):
+            x, mask = torch.randn(tokens, 16), torch.rand(tokens) > 0.5
+            torch.testing.assert_close(compiled(x, mask), model(x, mask))
+    assert len(graphs) == 1
+    targets = [node.target for node in graphs[0].graph.nodes]
+    for name in ("route", "dispatch", "grouped_mlp", "combine"):
+        assert targets.count(getattr(ops, name).default) == 1

@@ -1,0 +1,160 @@
+"""Verdicts: each refusal by its code, with a twin that differs in one value and is accepted."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from moe_lowering import Deployment, MoE, testing
+from moe_lowering.passes.choosing import choose
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A legal case for all three implementations; ``but`` changes one thing."""
+
+    ep_size: int = 8
+    tokens: int = 32
+    hidden: int = 1024
+    intermediate: int = 512
+    experts: int = 64
+    top_k: int = 4
+    dtype: torch.dtype = torch.bfloat16
+    layer: tuple = ()
+    deployment: tuple = ()
+
+    def but(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+    def judge(self, **lowering):
+        with testing.fake_deployment(ep_size=self.ep_size, **dict(self.deployment)) as deployment:
+            with testing.fake_tensors():
+                model = MoE(
+                    self.hidden, self.intermediate, self.experts, self.top_k,
+                    deployment=deployment, dtype=self.dtype, **dict(self.layer),
+                )  # fmt: skip
+                x = torch.empty(self.tokens, self.hidden, dtype=self.dtype)
+            return testing.lower_graph(model, x, deployment=deployment, **lowering)
+
+
+BASE = Case()
+
+# (code, implementation, refused, accepted): the two cases differ in one value
+TWINS = [
+    ("mc2.x_dtype", "mc2", BASE.but(dtype=torch.float32), BASE.but(dtype=torch.float16)),
+    ("fused.x_dtype", "fused_mc2", BASE.but(dtype=torch.float32), BASE.but(dtype=torch.float16)),
+    ("mc2.hidden", "mc2", BASE.but(hidden=992), BASE.but(hidden=1024)),
+    ("mc2.hidden", "mc2", BASE.but(hidden=8224), BASE.but(hidden=8192)),
+    ("fused.hidden", "fused_mc2", BASE.but(hidden=1040), BASE.but(hidden=1056)),
+    ("fused.intermediate", "fused_mc2", BASE.but(intermediate=520), BASE.but(intermediate=528)),
+    ("mc2.tokens", "mc2", BASE.but(tokens=513), BASE.but(tokens=512)),
+    ("mc2.tokens", "mc2", BASE.but(tokens=0), BASE.but(tokens=1)),
+    ("fused.tokens", "fused_mc2", BASE.but(tokens=513), BASE.but(tokens=512)),
+    ("fused.tokens", "fused_mc2", BASE.but(tokens=0), BASE.but(tokens=1)),
+    ("mc2.top_k", "mc2", BASE.but(top_k=17), BASE.but(top_k=16)),
+    ("mc2.experts", "mc2", BASE.but(experts=1032), BASE.but(experts=1024)),
+    ("fused.local_experts", "fused_mc2", BASE.but(experts=16), BASE.but(experts=24)),
+    ("fused.ep_size", "fused_mc2", BASE.but(ep_size=64, experts=256), BASE.but(ep_size=32, experts=256)),
+    ("fused.count_matrix", "fused_mc2", BASE.but(ep_size=32, experts=1536), BASE.but(ep_size=32, experts=1504)),
+    ("mc2.no_ep", "mc2", BASE.but(ep_size=1), BASE.but(ep_size=2)),
+    ("fused.no_ep", "fused_mc2", BASE.but(ep_size=1), BASE.but(ep_size=2)),
+    ("mc2.buffer", "mc2", BASE.but(deployment=(("hccl_buffer_mb", 10),)), BASE.but(deployment=(("hccl_buffer_mb", 11),))),
+    ("fused.window", "fused_mc2", BASE.but(tokens=512, deployment=(("hccl_buffer_mb", 11),)),
+     BASE.but(tokens=512, deployment=(("hccl_buffer_mb", 12),))),
+    ("fused.soc", "fused_mc2", BASE.but(deployment=(("soc", "A5"),)), BASE.but(deployment=(("soc", "A3"),))),
+    ("mc2.ep_size", "mc2", BASE.but(ep_size=9, experts=63, deployment=(("soc", "A2"),)),
+     BASE.but(ep_size=7, experts=63, deployment=(("soc", "A2"),))),
+    ("mc2.tokens", "mc2", BASE.but(tokens=257, deployment=(("soc", "A2"),)),
+     BASE.but(tokens=256, deployment=(("soc", "A2"),))),
+    ("fused.provider", "fused_mc2", BASE.but(deployment=(("providers", ()),)),
+     BASE.but(deployment=(("providers", (("vllm_ascend", "0.23.0"),)),))),
+    ("fused.weight_format", "fused_mc2", BASE.but(deployment=(("weight_format", "nd"),)),
+     BASE.but(deployment=(("weight_format", "nz"),))),
+    ("fused.activation", "fused_mc2", BASE.but(layer=(("activation", "gelu"),)), BASE.but(layer=(("activation", "swiglu"),))),
+    ("fused.gate_order", "fused_mc2", BASE.but(layer=(("interleaved", True),)), BASE.but(layer=(("interleaved", False),))),
+    ("fused.bias", "fused_mc2", BASE.but(layer=(("expert_bias", True),)), BASE.but(layer=(("expert_bias", False),))),
+    ("fused.max_output_size", "fused_mc2", BASE.but(deployment=(("max_output_size", 1023),)),
+     BASE.but(deployment=(("max_output_size", 1024),))),
+    ("deployment.max_tokens", "allgather", BASE.but(deployment=(("max_tokens", 31),)),
+     BASE.but(deployment=(("max_tokens", 32),))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "comm", "refused", "accepted"), TWINS, ids=lambda v: v if isinstance(v, str) else "")
+def test_twins(code, comm, refused, accepted):
+    lowered = refused.judge(comm=comm)
+    testing.assert_refused(lowered, code=code, comm=comm)
+    assert lowered.ops_after == lowered.ops_before, "a refused block must be left as it was"
+    testing.assert_lowered(accepted.judge(comm=comm), comm=comm, blocks=1)
+
+
+def test_every_violation_is_listed_with_its_value_limit_and_source():
+    lowered = BASE.but(dtype=torch.float32, hidden=512, tokens=600).judge(comm="mc2")
+    violations = lowered.report.blocks[0].verdicts["mc2"].violations
+    by_code = {v.code: v for v in violations if v.operator == "npu_moe_distribute_dispatch_v2"}
+    assert {"mc2.x_dtype", "mc2.hidden", "mc2.tokens"} <= by_code.keys()
+    assert by_code["mc2.hidden"].value == "512"
+    assert "1024" in by_code["mc2.hidden"].limit
+    assert "512" in by_code["mc2.hidden"].message
+    assert all(v.source for v in violations)
+
+
+def test_auto_takes_the_first_legal_and_a_name_takes_no_other():
+    assert BASE.judge().report.blocks[0].comm == "fused_mc2"
+    assert BASE.but(layer=(("expert_bias", True),)).judge().report.blocks[0].comm == "mc2"
+    assert BASE.but(dtype=torch.float32).judge().report.blocks[0].comm == "allgather"
+    refused = BASE.but(dtype=torch.float32).judge(comm="mc2")
+    assert refused.report.blocks[0].comm is None
+    assert "mc2.x_dtype" in refused.report.blocks[0].reason
+
+
+def test_a_dynamic_size_is_proven_for_its_whole_range_or_refused():
+    testing.assert_refused(BASE.judge(comm="mc2", dynamic=True), code="mc2.tokens", comm="mc2")
+    bounded = BASE.but(deployment=(("max_tokens", 512),)).judge(comm="mc2", dynamic=True)
+    testing.assert_lowered(bounded, comm="mc2", ops=["moe_lowering.assert_tokens", "npu.npu_moe_distribute_dispatch_v2"])
+    wide = BASE.but(deployment=(("max_tokens", 513),)).judge(comm="mc2", dynamic=True)
+    testing.assert_refused(wide, code="mc2.tokens", comm="mc2")
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 512, 0, 600])
+def test_unequal_token_counts_give_one_choice_on_every_rank(tokens):
+    """T of a rank, even one outside of the declared range, does not enter the decision."""
+    unequal = (("equal_tokens", False), ("max_tokens", 512))
+    lowered = BASE.but(tokens=tokens, deployment=unequal).judge()
+    assert lowered.report.blocks[0].comm == "fused_mc2"
+    inside = 1 <= tokens <= 512
+    assert ("moe_lowering.assert_tokens" in lowered.ops_after) == (not inside)
+
+
+def test_a_rank_that_may_have_no_token_rules_mc2_out_everywhere():
+    declared = (("equal_tokens", False), ("max_tokens", 512), ("min_tokens", 0))
+    for tokens in (0, 1, 32):
+        lowered = BASE.but(tokens=tokens, deployment=declared).judge()
+        assert lowered.report.blocks[0].comm == "allgather"
+        testing.assert_refused(lowered, code="mc2.tokens", comm="mc2")
+
+
+def test_block_and_deployment_must_agree():
+    with testing.fake_deployment(ep_size=8) as deployment:
+        with testing.fake_tensors():
+            model = MoE(1024, 512, 64, 4, deployment=deployment, dtype=torch.bfloat16)
+            x = torch.empty(32, 1024, dtype=torch.bfloat16)
+        other = deployment.replace(ep_size=4)
+        lowered = testing.lower_graph(model, x, deployment=other)
+        testing.assert_refused(lowered, code="deployment.ep_size")
+        unequal = deployment.replace(equal_tokens=False, max_tokens=64)
+        testing.assert_refused(testing.lower_graph(model, x, deployment=unequal), code="deployment.token_bound")
+
+
+def test_unknown_policy_is_an_error():
+    from moe_lowering import MoeLowering
+
+    with pytest.raises(ValueError, match="comm is 'nccl'; accepted: auto, allgather, mc2, fused_mc2"):
+        MoeLowering(Deployment(), comm="nccl")
+
+
+def test_choice_reads_verdicts_only():
+    """Rank-invariant by construction: the chooser is given nothing that could differ between ranks."""
+    import inspect
+
+    assert list(inspect.signature(choose).parameters) == ["judgement", "comm"]

@@ -1,0 +1,329 @@
+"""The limit tables, their language, and proofs about symbolic sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from moe_lowering.deployment import SOCS
+from moe_lowering.limits import (
+    LimitsError,
+    Prover,
+    bind,
+    check,
+    check_call,
+    limits_for,
+    load,
+    names,
+    quantities,
+)  # fmt: skip
+from moe_lowering.limits.calls import OPERATORS
+from moe_lowering.limits.expressions import Expression, align, ceil_div
+from moe_lowering.limits.table import read, validate
+
+npu = torch.ops.npu
+ROW = """
+[[limit]]
+code = "x.rows"
+operator = "op"
+value = "rows"
+max = 8
+source = "somewhere"
+"""
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_the_tables_load() -> None:
+    assert len(load()) > 200
+    assert {row.operator for row in load()} >= OPERATORS
+
+
+NPU = sorted(name for name in OPERATORS if name.startswith("npu_"))
+
+
+@pytest.mark.parametrize("operator", NPU)
+def test_every_operator_has_rows_on_every_soc(operator: str) -> None:
+    for soc in SOCS:
+        assert limits_for(operator, soc), f"{operator} on {soc}"
+        assert all(row.source and row.code for row in limits_for(operator, soc))
+
+
+@pytest.mark.parametrize("operator", NPU)
+def test_calls_give_every_quantity_that_the_rows_read(operator: str) -> None:
+    """A row that reads a quantity under a misspelt name would never apply."""
+    given = quantities(operator, arguments_of(operator)).keys() | {"buffer_bytes"}
+    for soc in SOCS:
+        assert names(operator, soc) <= given
+
+
+def arguments_of(operator: str) -> dict[str, Any]:
+    """Some call of the operator, as ``bind`` gives it."""
+    x, ids = torch.ones(4, 8), torch.zeros(4, 2, dtype=torch.int32)
+    group = ("name", 2, 0, 4)
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "npu_moe_gating_top_k": ((x, 2), {}),
+        "npu_moe_init_routing_v2": ((x, ids), {}),
+        "npu_moe_token_unpermute": ((x, ids[:, 0]), {}),
+        "npu_grouped_matmul": (([x], [torch.ones(2, 8, 8)]), {}),
+        "npu_swiglu": ((x,), {}),
+        "npu_clipped_swiglu": ((x,), {}),
+        "npu_gelu_mul": ((x,), {}),
+        "npu_moe_distribute_dispatch_v2": ((x, ids, *group), {}),
+        "npu_moe_distribute_combine_v2": ((x, ids, ids, ids, x, *group), {}),
+    }
+    args, kwargs = calls[operator]
+    return bind(getattr(npu, operator).default, args, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("max = 8", "maximum = 8"), r"t.toml, limit 1 \(x.rows\): unknown key \['maximum'\]"),
+        (('source = "somewhere"', ""), "source is missing"),
+        (('operator = "op"', ""), "operator is missing"),
+        (('value = "rows"', ""), "value is missing"),
+        (("max = 8", ""), "no bound; give one of"),
+        (("max = 8", "max = 8\nequals = 8"), "equals and min/max; give one of"),
+        (("max = 8", "max = 8\nsoc = ['A4']"), "soc is .*A4.*accepted: A2, A3, A5, 310P"),
+        (('"rows"', '"rows.shape"'), "Attribute is not part of the language"),
+        (('"rows"', '"rows +"'), "expression 'rows \\+'"),
+        (('"rows"', '"[r for r in rows]"'), "ListComp is not part of the language"),
+    ],
+)
+def test_malformed_rows_are_refused(change: tuple[str, str], message: str) -> None:
+    with pytest.raises(LimitsError, match=message):
+        read("t.toml", ROW.replace(*change))
+
+
+def test_a_code_stands_once_for_each_condition() -> None:
+    with pytest.raises(LimitsError, match=r"code x.rows of op stands twice for A2"):
+        validate(read("t.toml", ROW + ROW))
+    other = ROW.replace('value = "rows"', 'value = "rows"\nwhen = "flag"')
+    assert len(validate(read("t.toml", ROW + other))) == 2
+
+
+def test_a_list_of_operators_is_a_row_for_each() -> None:
+    rows = read("t.toml", ROW.replace('"op"', '["one", "two"]'))
+    assert [row.operator for row in rows] == ["one", "two"]
+
+
+def test_expressions_on_integers() -> None:
+    assert (align(513, 512), ceil_div(0, 4), ceil_div(5, 4)) == (1024, 0, 2)
+    assert Expression("2*(min(a, b) + align(a, 32))")({"a": 33, "b": 5}) == 138
+    assert Expression("a in (1, 2) and not b")({"a": 2, "b": False}) is True
+    assert Expression("min(a, b)").names == {"a", "b"}
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+LEGAL = {
+    "x_dtype": "bfloat16", "tokens": 128, "max_tokens": 128, "hidden": 7168, "top_k": 8, "experts": 256,
+    "local_experts": 4, "ep_size": 64, "comm_alg": "", "shared_expert_num": 0, "buffer_bytes": 956 * 2**20,
+}  # fmt: skip
+
+
+def codes(changes: dict[str, Any], soc: str = "A3", prover: Prover | None = None) -> list[str]:
+    violations = check("npu_moe_distribute_dispatch_v2", soc, {**LEGAL, **changes}, prover)
+    return [v.code for v in violations]
+
+
+def test_buffer_sizes_of_the_fact_sheet() -> None:
+    """H 7168, BS 128, ep 64, 4 local experts, K 8: 956 MB, fullmesh_v2 988; A2 with ep 16: 452 (facts/cann_ops.md)."""
+    mb = 2**20
+    assert codes({}) == []
+    assert codes({"buffer_bytes": 955 * mb}) == ["mc2.buffer"]
+    v2 = {"comm_alg": "fullmesh_v2", "tp_world_size": 1}
+    assert codes({**v2, "buffer_bytes": 988 * mb}) == []
+    assert codes({**v2, "buffer_bytes": 987 * mb}) == ["mc2.buffer"]
+    a2 = {"ep_size": 16, "local_experts": 16}
+    assert codes({**a2, "buffer_bytes": 452 * mb}, "A2") == []
+    assert codes({**a2, "buffer_bytes": 451 * mb}, "A2") == ["mc2.buffer"]
+    layered = {**a2, "comm_alg": "hierarchy"}
+    assert codes({**layered, "buffer_bytes": 468 * mb}, "A2") == []
+    assert codes({**layered, "buffer_bytes": 467 * mb}, "A2") == ["mc2.buffer"]
+
+
+@pytest.mark.parametrize(
+    ("soc", "changes", "code"),
+    [
+        ("A3", {"tokens": 512}, None),
+        ("A3", {"tokens": 513}, "mc2.tokens"),
+        ("A3", {"tokens": 0}, "mc2.tokens"),
+        ("A2", {"tokens": 257, "ep_size": 16}, "mc2.tokens"),
+        ("A3", {"hidden": 1023}, "mc2.hidden"),
+        ("A3", {"hidden": 8192}, "mc2.buffer"),
+        ("A2", {"hidden": 7168 + 32, "ep_size": 16}, "mc2.hidden"),
+        ("A2", {"hidden": 1000, "ep_size": 16}, "mc2.hidden_multiple"),
+        ("A2", {"ep_size": 9, "experts": 252}, "mc2.ep_size"),
+        ("A3", {"ep_size": 1}, "mc2.ep_size"),
+        ("A5", {"ep_size": 1024, "experts": 1024, "local_experts": 1, "top_k": 1, "tokens": 1, "max_tokens": 1}, None),
+        ("A3", {"ep_size": 1024, "experts": 1024, "local_experts": 1}, "mc2.ep_size"),
+        ("A3", {"experts": 255}, "mc2.experts_divisible"),
+        ("A3", {"top_k": 17}, "mc2.top_k"),
+        ("A3", {"local_experts": 33}, "mc2.local_experts"),
+        ("310P", {}, "mc2.soc"),
+    ],
+)
+def test_rows_of_dispatch(soc: str, changes: dict[str, Any], code: str | None) -> None:
+    found = codes(changes, soc)
+    assert (code in found) if code else found == []
+
+
+def test_a_violation_says_what_is_wrong_and_what_to_do() -> None:
+    (violation,) = check("npu_moe_distribute_dispatch_v2", "A3", {"tokens": 513, "comm_alg": ""})
+    assert violation.message == "npu_moe_distribute_dispatch_v2: tokens is 513; accepted: 1 to 512"
+    assert "BS_UPPER_BOUND" in violation.source
+    assert "split the batch" in violation.advice
+
+
+def test_a_rule_without_its_quantities_does_not_apply() -> None:
+    assert check("npu_moe_distribute_dispatch_v2", "A3", {}) == []
+    assert codes({"buffer_bytes": None}) == []
+    assert codes({"comm_alg": None, "tokens": 10**6}) == []
+
+
+# ------------------------------------------------------------------------------------------------------ symbolic sizes
+
+
+@pytest.fixture
+def symbol() -> Callable[[int, int], torch.SymInt]:
+    """A symbolic size of a new ShapeEnv, known to lie in a range."""
+
+    def make(low: int, high: int) -> torch.SymInt:
+        env = ShapeEnv()
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[None])
+        mode = FakeTensorMode(shape_env=env)
+        size = mode.from_tensor(torch.empty((low + high) // 2 or 3), symbolic_context=context).shape[0]
+        env.var_to_range[size.node.expr] = ValueRanges(low, high)
+        return size
+
+    return make
+
+
+def test_a_limit_is_proven_for_the_whole_range(symbol: Callable[[int, int], torch.SymInt]) -> None:
+    legal, too_many, hint_is_legal = symbol(2, 512), symbol(2, 513), symbol(2, 1000)
+    for tokens, expected in ((legal, []), (too_many, ["mc2.tokens"]), (hint_is_legal, ["mc2.tokens"])):
+        env = tokens.node.shape_env
+        before = len(env.guards), dict(env.var_to_range), dict(env.replacements)
+        assert codes({"tokens": tokens, "max_tokens": tokens, "buffer_bytes": 2**40}) == expected
+        assert (len(env.guards), dict(env.var_to_range), dict(env.replacements)) == before, "checking added a guard"
+
+
+def test_formulas_of_symbolic_sizes(symbol: Callable[[int, int], torch.SymInt]) -> None:
+    tokens = symbol(2, 128)
+    assert codes({"tokens": tokens, "max_tokens": tokens}) == []
+    assert codes({"tokens": tokens, "max_tokens": tokens, "buffer_bytes": 955 * 2**20}) == ["mc2.buffer"]
+
+
+def test_declared_bounds_are_used_and_said_to_be(symbol: Callable[[int, int], torch.SymInt]) -> None:
+    tokens = symbol(2, 10**6)
+    both = {"tokens": tokens, "max_tokens": tokens, "buffer_bytes": 2**50}
+    assert codes(both) == ["mc2.tokens"]
+    prover = Prover({tokens.node.expr: (1, 512)})
+    assert codes(both, prover=prover) == []
+    assert prover.used_declared
+    assert codes(both, prover=Prover({tokens.node.expr: (1, 513)})) == ["mc2.tokens"]
+    unused = Prover({symbol(2, 512).node.expr: (1, 100)})
+    assert codes({"tokens": symbol(2, 512)}, prover=unused) == []
+    assert not unused.used_declared, "what the ShapeEnv knows is enough"
+
+
+def test_bounds(symbol: Callable[[int, int], torch.SymInt]) -> None:
+    tokens = symbol(2, 1000)
+    assert Prover().bounds(7) == (7, 7)
+    assert Prover().bounds(4 * tokens) == (8, 4000)
+    assert Prover({tokens.node.expr: (1, 512)}).bounds(4 * tokens) == (4, 2048)
+
+
+# ---------------------------------------------------------------------------------------------------------------- calls
+
+
+def fake_call(low: int, high: int, **kwargs: Any) -> tuple[FakeTensorMode, tuple[Any, ...], dict[str, Any]]:
+    """A dispatch of a symbolic number of tokens in [low, high], hint in between."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    context = StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC], constraint_sizes=[None, None]
+    )
+    x = mode.from_tensor(torch.empty(16, 1024, dtype=torch.bfloat16), symbolic_context=context)
+    mode.shape_env.var_to_range[x.shape[0].node.expr] = ValueRanges(low, high)
+    with mode:
+        ids = torch.empty(x.shape[0], 2, dtype=torch.int32)
+    return mode, (x, ids, "group", 2, 0, 8), kwargs
+
+
+def test_calls_with_fake_tensors() -> None:
+    for high, expected in ((512, []), (600, ["mc2.tokens"])):
+        mode, args, kwargs = fake_call(2, high)
+        guards = len(mode.shape_env.guards)
+        found = check_call(
+            npu.npu_moe_distribute_dispatch_v2.default, args, kwargs, soc="A3", extra={"buffer_bytes": 2**30}
+        )
+        assert [v.code for v in found] == expected
+        assert len(mode.shape_env.guards) == guards
+
+
+def test_a_size_in_an_int_argument_is_refused() -> None:
+    mode, args, _ = fake_call(2, 512)
+    guards = len(mode.shape_env.guards)
+    found = check_call(npu.npu_moe_distribute_dispatch_v2.default, args, {"global_bs": args[0].shape[0] * 2}, soc="A3")
+    assert [v.code for v in found] == ["call.symbolic_int"]
+    assert "global_bs is 2*s" in found[0].message
+    assert len(mode.shape_env.guards) == guards
+
+
+def test_other_operators_are_not_judged() -> None:
+    assert check_call(torch.ops.aten.relu.default, (torch.ones(1),), {}, soc="A3") == []
+    assert check_call(npu.npu_dynamic_quant.default, (torch.ones(1, 2),), {}, soc="A3") == []
+
+
+def test_quantised_grouped_matmul_is_left_to_its_own_rules() -> None:
+    x, w = torch.ones(4, 8, dtype=torch.int8), torch.ones(2, 8, 16, dtype=torch.int8)
+    call = {"group_list": torch.tensor([1, 2]), "group_type": 0, "split_item": 2, "group_list_type": 1}
+    scales = {"scale": [torch.ones(2, 16).bfloat16()], "per_token_scale": [torch.ones(4)], "output_dtype": 15}
+    assert check_call(npu.npu_grouped_matmul.default, ([x], [w]), {**call, **scales}, soc="A3") == []
+
+
+def test_bind() -> None:
+    bound = bind(npu.npu_swiglu.default, (1,), {"dim": 0})
+    assert bound == {"input": 1, "dim": 0}
+    assert bind(npu.npu_swiglu.default, (1,), {}) == {"input": 1, "dim": -1}
+    for args, kwargs, message in (
+        ((), {}, "input is missing"),
+        ((1,), {"input": 2}, "input is given twice"),
+        ((1,), {"axis": 2}, r"unknown arguments \['axis'\]"),
+        ((1, 2, 3), {}, "unknown arguments 3"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            bind(npu.npu_swiglu.default, args, kwargs)
+
+
+def test_a_symbolic_chain_is_proven() -> None:
+    """Sizes that the meta functions derive from a symbolic T satisfy the rows that tie tensors to each other."""
+    mode, args, _ = fake_call(2, 512)
+    with mode:
+        rows, _, assist, counts, received, _, _ = npu.npu_moe_distribute_dispatch_v2(*args)
+        gmm = ([rows], [torch.empty(4, 1024, 64, dtype=torch.bfloat16)])
+        options = {"group_list": counts, "group_type": 0, "split_item": 2, "group_list_type": 1}
+        weights = torch.empty(args[0].shape[0], 2)
+        routing = npu.npu_moe_init_routing_v2(*args[:2], expert_num=8, expert_tokens_num_flag=True)
+        unpermute = (routing[0], routing[1], weights.bfloat16())
+    combine = (rows, args[1], assist, received, weights, *args[2:])
+    for op, call, kwargs in (
+        (npu.npu_grouped_matmul.default, gmm, options),
+        (npu.npu_moe_distribute_combine_v2.default, combine, {}),
+        (npu.npu_moe_init_routing_v2.default, args[:2], {"expert_num": 8}),
+        (npu.npu_moe_token_unpermute.default, unpermute, {}),
+    ):
+        assert check_call(op, call, kwargs, soc="A3", extra={"buffer_bytes": 2**30}) == []
+    with mode:
+        short = (rows[1:], *combine[1:])
+    found = check_call(npu.npu_moe_distribute_combine_v2.default, short, {}, soc="A3")
+    assert [v.code for v in found] == ["mc2.rows"]

@@ -1,0 +1,84 @@
+"""The report as text: width, grouping of equal blocks, and what a refused block shows."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_lowering.limits import Violation
+from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
+from moe_lowering.report.text import WIDTH, names, render
+
+OPS = ("moe_lowering.dispatch", "moe_lowering.grouped_mlp", "moe_lowering.combine")
+
+
+def violation(code: str = "mc2.hidden", message: str = "mc2: hidden is 64; accepted: 1024 to 8192") -> Violation:
+    return Violation(code, "mc2", "64", "1024 to 8192", "a source", message, "use AllGather")
+
+
+def block(name: str, comm: str | None = "allgather", violations: tuple[Violation, ...] = (violation(),)) -> BlockReport:
+    verdicts = {"allgather": Verdict("allgather"), "mc2": Verdict("mc2", violations)}
+    after = ("npu.npu_grouped_matmul",) * 6 if comm else OPS
+    return BlockReport(name, comm, "a reason", OPS, after, verdicts)
+
+
+def report(*blocks: BlockReport, unrecognised: tuple[tuple[str, str], ...] = ()) -> LoweringReport:
+    return LoweringReport(blocks, unrecognised, 100, 120, 3.25)
+
+
+def test_equal_blocks_are_shown_once_with_their_count():
+    text = render(report(*(block(f"model.layers.{i}.mlp.experts") for i in range(3, 61))))
+    assert text.count("implementation") == 1
+    assert "model.layers.{3-60}.mlp.experts  x58" in text
+    assert "58 MoE blocks; 100 graph nodes became 120; the pass took 3.2 ms" in text
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        block("layers.1", comm=None),
+        block("layers.1", violations=()),
+        block("layers.1", violations=(violation(message="mc2: hidden is 65; accepted: 1024 to 8192"),)),
+    ],
+    ids=["comm", "verdict", "message"],
+)
+def test_blocks_that_differ_are_shown_apart(other: BlockReport):
+    assert render(report(block("layers.0"), other)).count("implementation") == 2
+
+
+def test_a_refused_block_shows_no_operators_after_and_every_violation():
+    violations = (violation(), violation("mc2.dtype", "mc2: dtype is float32; accepted: bfloat16"))
+    text = render(report(block("layers.0", comm=None, violations=violations)))
+    assert "NOT LOWERED (a reason)" in text
+    assert "after (" not in text
+    assert "[mc2.hidden]" in text and "[mc2.dtype]" in text and "(use AllGather)" in text
+
+
+def test_a_rule_broken_at_both_ends_of_an_exchange_is_shown_once():
+    text = render(report(block("layers.0", violations=(violation(), violation(message="combine: hidden is 64")))))
+    assert text.count("[mc2.hidden]") == 1
+
+
+def test_no_line_is_wider_than_the_report():
+    long = " ".join(["word"] * 80)
+    text = render(
+        report(
+            *(block(f"model.layers.{i}.mlp.experts", violations=(violation(message=long),)) for i in (0, 2)),
+            unrecognised=(("model.layers.1.mlp", long),),
+        )
+    )
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "model.layers.{0,2}.mlp.experts" in text and "not recognised" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["a.0.b"], "a.0.b"),
+        (["a.0.b", "a.1.b", "a.5.b"], "a.{0-1,5}.b"),
+        (["a.0.b.0", "a.1.b.1"], "a.0.b.0, a.1.b.1"),
+        (["a.0.b", "c.1.b"], "a.0.b, c.1.b"),
+        (["a.0", "b"], "a.0, b"),
+    ],
+)
+def test_names_are_joined_when_one_number_varies(given: list[str], shown: str):
+    assert names(given) == shown
