@@ -26,6 +26,11 @@ def cann_is_installed() -> bool:
 
 def disable_autoload_without_cann() -> None:
     """Let ``import torch`` succeed where torch_npu is installed and CANN is not. Does nothing once torch is imported."""
+    if "torch._C" in sys.modules and "torch" not in sys.modules:
+        raise ImportError(
+            "moe_lowering: an earlier `import torch` failed in this process; start a new one and import moe_lowering "
+            "before torch"
+        )
     if "torch" in sys.modules or AUTOLOAD in os.environ:
         return
     if importlib.util.find_spec("torch_npu") is not None and not cann_is_installed():

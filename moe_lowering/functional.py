@@ -1,4 +1,8 @@
-"""How a model is written with the generic operators: two functions that trace to ``torch.ops.moe_lowering.*``."""
+"""How a model is written with the generic operators: two functions that trace to ``torch.ops.moe_lowering.*``.
+
+Float arguments default to None: with ``dynamic=True`` dynamo turns a float default, like a float attribute, into an
+input of the graph, finds that an operator wants it as a constant, and calls the backend a second time.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ def route(
     num_groups: int = 1,
     topk_groups: int = 1,
     group_score: str = "top2_sum",
-    scale: float = 1.0,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose ``top_k`` experts for each token.
 
@@ -38,7 +42,7 @@ def route(
         renormalize: divide a token's weights by their sum.
         num_groups, topk_groups, group_score: keep the best ``topk_groups`` of ``num_groups`` equal groups of experts,
             by their largest score (``max``) or by the sum of the two largest (``top2_sum``).
-        scale: factor of the weights.
+        scale: factor of the weights; 1 when None.
 
     Returns:
         weights [..., top_k] float32 and ids [..., top_k] int32, largest first; the lower id first among equals.
@@ -46,7 +50,8 @@ def route(
     Raises:
         ValueError, TypeError: an argument out of range, with its value and what is accepted.
     """
-    return _ops.route.default(logits, bias, top_k, scoring, renormalize, num_groups, topk_groups, group_score, scale)
+    factor = 1.0 if scale is None else scale
+    return _ops.route.default(logits, bias, top_k, scoring, renormalize, num_groups, topk_groups, group_score, factor)
 
 
 def moe_experts(
@@ -60,8 +65,8 @@ def moe_experts(
     w13_bias: Tensor | Sequence[Tensor] | None = None,
     w2_bias: Tensor | Sequence[Tensor] | None = None,
     activation: str = "swiglu",
-    limit: float = 0.0,
-    alpha: float = 1.702,
+    limit: float | None = None,
+    alpha: float | None = None,
     interleaved: bool = False,
     mask: Tensor | None = None,
     deployment: Deployment | None = None,
@@ -75,8 +80,9 @@ def moe_experts(
         w2: down projection, [E_local, I, H] or E_local tensors [I, H].
         num_experts: experts on all ranks; E_local * ep_size when None.
         w13_bias, w2_bias: [E_local, 2I] and [E_local, H], or lists.
-        activation, limit, alpha, interleaved: see ``docs/architecture.md``. ``limit`` is for ``swiglu_clamp`` and
-            ``swiglu_oai``, ``alpha`` for ``swiglu_oai``; ``interleaved`` says that w13's columns alternate gate and up.
+        activation, limit, alpha, interleaved: see ``docs/architecture.md``. ``limit`` (none: 0 or None) is for
+            ``swiglu_clamp`` and ``swiglu_oai``, ``alpha`` (1.702 when None) for ``swiglu_oai``; ``interleaved`` says
+            that w13's columns alternate gate and up.
         mask: [...] bool; tokens with False are not sent, and their result is zero.
         deployment: groups and bounds; one rank when None.
 
@@ -98,8 +104,9 @@ def moe_experts(
         place.token_bound, place.max_rows,
     )  # fmt: skip
     rows = _ops.grouped_mlp.default(
-        rows, row_scale, counts, w13, w2, _as_list(w13_bias), _as_list(w2_bias), activation, limit, alpha, interleaved
-    )
+        rows, row_scale, counts, w13, w2, _as_list(w13_bias), _as_list(w2_bias), activation,
+        0.0 if limit is None else limit, 1.702 if alpha is None else alpha, interleaved,
+    )  # fmt: skip
     return _ops.combine.default(
         rows, weights, ids, handle, mask, num_experts, place.ep_group, place.ep_size, place.tp_group, place.tp_size,
         place.token_bound,

@@ -47,10 +47,10 @@ class MoE(nn.Module):
         num_groups: int = 1,
         topk_groups: int = 1,
         group_score: str = "top2_sum",
-        scale: float = 1.0,
+        scale: float | None = None,
         activation: str = "swiglu",
-        limit: float = 0.0,
-        alpha: float = 1.702,
+        limit: float | None = None,
+        alpha: float | None = None,
         interleaved: bool = False,
         expert_bias: bool = False,
         deployment: Deployment | None = None,
@@ -59,9 +59,10 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts, self.top_k = num_experts, top_k
-        self.scoring, self.renormalize, self.scale = scoring, renormalize, scale
+        self.scoring, self.renormalize = scoring, renormalize
         self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score
-        self.activation, self.limit, self.alpha, self.interleaved = activation, limit, alpha, interleaved
+        self.activation, self.interleaved = activation, interleaved
+        self._factors = scale, limit, alpha  # dynamo takes floats in a module's tuple as constants (see functional.py)
         self.moe_lowering_deployment = deployment
         local = num_experts if deployment is None else _local_experts("MoE", num_experts, deployment)
 
@@ -87,6 +88,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """y [..., H] for x [..., H]; tokens whose ``mask`` [...] is False give zero."""
+        scale, limit, alpha = self._factors
         weights, ids = route(
             self.gate(x),
             self.top_k,
@@ -96,7 +98,7 @@ class MoE(nn.Module):
             num_groups=self.num_groups,
             topk_groups=self.topk_groups,
             group_score=self.group_score,
-            scale=self.scale,
+            scale=scale,
         )
         return moe_experts(
             x,
@@ -108,8 +110,8 @@ class MoE(nn.Module):
             w13_bias=self.w13_bias,
             w2_bias=self.w2_bias,
             activation=self.activation,
-            limit=self.limit,
-            alpha=self.alpha,
+            limit=limit,
+            alpha=alpha,
             interleaved=self.interleaved,
             mask=mask,
             deployment=self.moe_lowering_deployment,

@@ -26,17 +26,35 @@ def random_ids(lead: tuple[int, ...], experts: int, top_k: int) -> Tensor:
 
 def dispatch(x: Tensor, ids: Tensor, experts: int, **changes: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments: dict[str, Any] = {
-        "x": x, "x_scale": None, "ids": ids, "mask": None, "num_experts": experts, "ep_group": "", "ep_size": 1, "tp_group": "", "tp_size": 1,
-        "max_tokens": 0, "max_rows": 0,
-    }  # fmt: skip
+        "x": x,
+        "x_scale": None,
+        "ids": ids,
+        "mask": None,
+        "num_experts": experts,
+        "ep_group": "",
+        "ep_size": 1,
+        "tp_group": "",
+        "tp_size": 1,
+        "max_tokens": 0,
+        "max_rows": 0,
+    }
     return ops.dispatch(**(arguments | changes))
 
 
 def grouped_mlp(rows: Tensor, counts: Tensor, w13: Any, w2: Any, **changes: Any) -> Tensor:
     arguments: dict[str, Any] = {
-        "rows": rows, "row_scale": torch.empty(0), "counts": counts, "w13": w13, "w2": w2, "w13_bias": [], "w2_bias": [],
-        "activation": "swiglu", "limit": 0.0, "alpha": 1.702, "interleaved": False,
-    }  # fmt: skip
+        "rows": rows,
+        "row_scale": torch.empty(0),
+        "counts": counts,
+        "w13": w13,
+        "w2": w2,
+        "w13_bias": [],
+        "w2_bias": [],
+        "activation": "swiglu",
+        "limit": 0.0,
+        "alpha": 1.702,
+        "interleaved": False,
+    }
     return ops.grouped_mlp(**(arguments | changes))
 
 
@@ -410,21 +428,55 @@ def test_the_comparison_detects_mistakes() -> None:
 
 X, IDS = torch.ones(4, 8), torch.tensor([[0, 1]] * 4, dtype=torch.int32)
 ROUTE: dict[str, Any] = {
-    "logits": torch.ones(4, 8), "bias": None, "top_k": 2, "scoring": "softmax", "renormalize": True, "num_groups": 1, "topk_groups": 1,
-    "group_score": "max", "scale": 1.0,
-}  # fmt: skip
+    "logits": torch.ones(4, 8),
+    "bias": None,
+    "top_k": 2,
+    "scoring": "softmax",
+    "renormalize": True,
+    "num_groups": 1,
+    "topk_groups": 1,
+    "group_score": "max",
+    "scale": 1.0,
+}
 DISPATCH: dict[str, Any] = {
-    "x": X, "x_scale": None, "ids": IDS, "mask": None, "num_experts": 4, "ep_group": "", "ep_size": 1, "tp_group": "", "tp_size": 1, "max_tokens": 0,
+    "x": X,
+    "x_scale": None,
+    "ids": IDS,
+    "mask": None,
+    "num_experts": 4,
+    "ep_group": "",
+    "ep_size": 1,
+    "tp_group": "",
+    "tp_size": 1,
+    "max_tokens": 0,
     "max_rows": 0,
-}  # fmt: skip
+}
 MLP: dict[str, Any] = {
-    "rows": torch.ones(8, 8), "row_scale": torch.empty(0), "counts": torch.tensor([1, 1, 1, 1]), "w13": [torch.ones(4, 8, 12)],
-    "w2": [torch.ones(4, 6, 8)], "w13_bias": [], "w2_bias": [], "activation": "swiglu", "limit": 0.0, "alpha": 1.0, "interleaved": False,
-}  # fmt: skip
+    "rows": torch.ones(8, 8),
+    "row_scale": torch.empty(0),
+    "counts": torch.tensor([1, 1, 1, 1]),
+    "w13": [torch.ones(4, 8, 12)],
+    "w2": [torch.ones(4, 6, 8)],
+    "w13_bias": [],
+    "w2_bias": [],
+    "activation": "swiglu",
+    "limit": 0.0,
+    "alpha": 1.0,
+    "interleaved": False,
+}
 COMBINE: dict[str, Any] = {
-    "rows": torch.ones(8, 8), "weights": torch.ones(4, 2), "ids": IDS, "handle": torch.zeros(8, 3, dtype=torch.int32), "mask": None,
-    "num_experts": 4, "ep_group": "", "ep_size": 1, "tp_group": "", "tp_size": 1, "max_tokens": 0,
-}  # fmt: skip
+    "rows": torch.ones(8, 8),
+    "weights": torch.ones(4, 2),
+    "ids": IDS,
+    "handle": torch.zeros(8, 3, dtype=torch.int32),
+    "mask": None,
+    "num_experts": 4,
+    "ep_group": "",
+    "ep_size": 1,
+    "tp_group": "",
+    "tp_size": 1,
+    "max_tokens": 0,
+}
 MISTAKES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("route", ROUTE, {"top_k": 9}, "top_k is 9; accepted: 1 to 8"),
     ("route", ROUTE, {"top_k": 0}, "top_k is 0; accepted: 1 to 8"),
@@ -510,13 +562,12 @@ def test_unknown_group_is_named() -> None:
 # graphs
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_assert_tokens_stays_in_the_graph(backend: str) -> None:
+def test_assert_tokens_stays_in_the_graph() -> None:
     def model(x: Tensor) -> Tensor:
         ops.assert_tokens.default(x, 2, 6)
         return x + 1
 
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
         assert torch.equal(compiled(torch.zeros(3, 4)), torch.ones(3, 4))
         with pytest.raises(RuntimeError, match="T is 7, but this graph was lowered for T from 2 to 6"):
@@ -569,7 +620,7 @@ def test_compiles_once_for_all_sizes(capped: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     with torch.no_grad():
-        for tokens in (16, 24, 33):
+        for tokens in (20, 24, 33):  # none is another size of the model: dynamo gives equal sizes one symbol
             x, mask = torch.randn(tokens, 16), torch.rand(tokens) > 0.5
             torch.testing.assert_close(compiled(x, mask), model(x, mask))
     assert len(graphs) == 1

@@ -116,14 +116,29 @@ def test_a_dynamic_size_is_proven_for_its_whole_range_or_refused():
     testing.assert_refused(wide, code="mc2.tokens", comm="mc2")
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 512, 0, 600])
+UNEQUAL = (("equal_tokens", False), ("max_tokens", 512))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 512])
 def test_unequal_token_counts_give_one_choice_on_every_rank(tokens):
-    """T of a rank, even one outside of the declared range, does not enter the decision."""
-    unequal = (("equal_tokens", False), ("max_tokens", 512))
-    lowered = BASE.but(tokens=tokens, deployment=unequal).judge()
+    """T of a rank does not enter the decision."""
+    lowered = BASE.but(tokens=tokens, deployment=UNEQUAL).judge()
     assert lowered.report.blocks[0].comm == "fused_mc2"
-    inside = 1 <= tokens <= 512
-    assert ("moe_lowering.assert_tokens" in lowered.ops_after) == (not inside)
+    assert "moe_lowering.assert_tokens" not in lowered.ops_after
+
+
+@pytest.mark.parametrize("tokens", [0, 513])
+def test_a_token_count_that_the_deployment_rules_out_does_not_run(tokens):
+    """The other ranks communicate as declared: this one must raise, not do something else."""
+    lowered = BASE.but(tokens=tokens, deployment=UNEQUAL).judge()
+    assert "the deployment declares 1 to 512 on every rank: the graph refuses to run" in lowered.report.blocks[0].reason
+    names = [name for name in lowered.ops_after if name.startswith("moe_lowering.")]
+    assert names == ["moe_lowering.assert_tokens", *(f"moe_lowering.{op}" for op in ("dispatch", "grouped_mlp", "combine"))]
+
+
+def test_unequal_dynamic_token_counts_are_asserted():
+    lowered = BASE.but(deployment=UNEQUAL).judge(dynamic=True)
+    testing.assert_lowered(lowered, comm="fused_mc2", ops=["moe_lowering.assert_tokens"])
 
 
 def test_a_rank_that_may_have_no_token_rules_mc2_out_everywhere():

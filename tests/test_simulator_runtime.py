@@ -75,7 +75,7 @@ def test_enable_gives_torch_npu_the_soc(soc, first, name, number):
     process = start(f"""
         import sys
         import moe_lowering.simulator as simulator
-        assert not {{"torch", "torch_npu"}} & set(sys.modules) and not simulator.is_enabled()
+        assert "torch_npu" not in sys.modules and not simulator.is_enabled()
         if {first!r} == "torch":
             import torch
         simulator.enable({soc!r})
@@ -124,21 +124,6 @@ def test_enable_can_be_repeated_after_an_error():
     before, soc, after = finish(process)[0].splitlines()
     assert (before, after) == ("False", "True 0")
     assert "not enabled in this process" in soc
-
-
-def test_torch_that_failed_to_import_is_named():
-    process = start("""
-        try:
-            import torch
-        except Exception as error:
-            assert "TORCH_DEVICE_BACKEND_AUTOLOAD" in str(error) or "torch_npu" in str(error), error
-            import moe_lowering.simulator as simulator
-            try:
-                simulator.enable()
-            except simulator.SimulatorError as error:
-                print(error)
-        """)
-    assert "Start a new process and import moe_lowering before torch" in finish(process)[0]
 
 
 def test_what_is_not_simulated_fails_by_name():

@@ -54,7 +54,10 @@ def make(model_type: str, dtype: torch.dtype = torch.float32, **changes) -> nn.M
     sizes = {name: value for name, value in SIZES.items() if hasattr(default, name)}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        type(default)(**{**sizes, **changes}), dtype=dtype, attn_implementation="eager", experts_implementation="grouped_mm"
+        type(default)(**{**sizes, **changes}),
+        dtype=dtype,
+        attn_implementation="eager",
+        experts_implementation="grouped_mm",
     )
     return randomised(model.eval().requires_grad_(False))
 
@@ -171,9 +174,16 @@ def test_sharded_modules_hold_their_experts_and_the_global_count(ep_rank: int):
     module = experts(model)[0]
     torch.testing.assert_close(module.gate_up_proj, whole[4 * ep_rank : 4 * ep_rank + 4])
     module.config._experts_implementation = "moe_lowering"
-    graph = torch.fx.experimental.proxy_tensor.make_fx(module, tracing_mode="fake")(*inputs(module)).graph
-    (node,) = graph.find_nodes(op="call_function", target=torch.ops.moe_lowering.dispatch.default)
-    assert 8 in node.args and 2 in node.args and "0" in node.args
+    arguments, graphs = inputs(module), []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph.graph)
+        return lambda *unused: (torch.empty_like(arguments[0]),)
+
+    torch._dynamo.reset()
+    torch.compile(module, fullgraph=True, backend=backend)(*arguments)
+    (node,) = graphs[0].find_nodes(op="call_function", target=torch.ops.moe_lowering.dispatch.default)
+    assert node.args[4:7] == (8, "0", 2)  # num_experts, ep_group, ep_size
 
 
 OWN_GATES = {

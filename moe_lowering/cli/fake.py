@@ -1,7 +1,7 @@
 """Lower a model at full size without its weights: fake tensors, a fake process group, and the pass alone.
 
-The graph is traced by dynamo and AOTAutograd as npugraph_ex would get it, with the plain backend of ``backends.aot``. The
-lowered graph is not run: the backend stops the trace when the pass is done (``_Done``).
+The graph is traced by dynamo and AOTAutograd as npugraph_ex would get it, with the plain backend of ``backends.aot``.
+The lowered graph is not run: the backend stops the trace when the pass is done (``_Done``).
 """
 
 from __future__ import annotations

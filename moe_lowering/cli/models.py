@@ -70,7 +70,9 @@ class MoeStack(nn.Module):
     Its router is DeepSeek-V3's (sigmoid, correction bias, groups), so ``route`` is lowered with all that it can do.
     """
 
-    def __init__(self, hidden: int, intermediate: int, experts: int, top_k: int, layers: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, hidden: int, intermediate: int, experts: int, top_k: int, layers: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(SMALL["vocab_size"], hidden, dtype=dtype)
         self.norms = nn.ModuleList(nn.RMSNorm(hidden, eps=1e-6, dtype=dtype) for _ in range(layers))
@@ -147,8 +149,8 @@ def logits(model: nn.Module, input_ids: Tensor) -> Tensor:
     """The output that is compared; ``model`` may be compiled.
 
     The attention mask of ones is what a tokenizer gives. Without it transformers looks for packed sequences by
-    ``position_ids[:, 1:] - position_ids[:, :-1]``, which npugraph_ex of torch_npu 2.13.0 turns into ``sub_`` on overlapping
-    slices (its inplace_pass): attention is then wrong from the ninth token on, with or without a lowering.
+    ``position_ids[:, 1:] - position_ids[:, :-1]``, which npugraph_ex of torch_npu 2.13.0 turns into ``sub_`` on
+    overlapping slices (its inplace_pass): attention is then wrong from the ninth token on, lowered or not.
     """
     if isinstance(getattr(model, "_orig_mod", model), MoeStack):
         return model(input_ids)
@@ -220,7 +222,9 @@ def _config_of_file(path: Path) -> Any:
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UsageError(f"argument MODEL: {path} is not a readable config.json ({error}); accepted: {ACCEPTED}") from error
+        raise UsageError(
+            f"argument MODEL: {path} is not a readable config.json ({error}); accepted: {ACCEPTED}"
+        ) from error
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind not in CONFIG_MAPPING:
         raise UsageError(f"argument MODEL: model_type in {path} is {kind!r}; accepted: a type that transformers knows")

@@ -110,7 +110,7 @@ class Outcome:
             row("max abs error", f"{self.errors.absolute:.3g} (logits)"),
             row("max rel error", f"{self.errors.relative:.3g} (logits), {self.errors.block_relative:.3g} (MoE blocks); "
                 f"accepted for {self.request.dtype}: {tolerance:g}"),
-            row("near ties", f"{self.errors.rerouted} of {self.errors.routed} tokens were routed otherwise by rounding"),
+            row("near ties", f"{self.errors.rerouted} of {self.errors.routed} tokens went to other experts"),
         ]  # fmt: skip
         return "\n".join(lines)
 

@@ -171,7 +171,7 @@ def grouped_matmul(
 
 def _takes_grouped_mm(rows: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether torch's own loop takes them: it wants lines that start at multiples of 16 bytes (torch 2.10 to 2.13)."""
-    if len(weights) != 1 or weights[0].dim() != 3:
+    if len(weights) != 1 or weights[0].dim() != 3 or not rows.shape[0]:
         return False
     weight, size = weights[0], rows.element_size()
     inner, outer = sorted(weight.stride()[1:])
@@ -180,7 +180,7 @@ def _takes_grouped_mm(rows: Tensor, weights: Sequence[Tensor]) -> bool:
         and outer * size % 16 == 0
         and outer >= min(weight.shape[1:])
         and weight.data_ptr() % 16 == 0
-        and rows.is_contiguous()
+        and rows.stride() == (rows.shape[1], 1)
         and rows.shape[1] * size % 16 == 0
         and rows.data_ptr() % 16 == 0
     )

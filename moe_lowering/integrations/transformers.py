@@ -6,13 +6,12 @@
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_lowering")
 
 Every model whose experts module carries ``@use_experts_implementation`` then computes its experts with
-``functional.moe_experts``; router, shared experts and the rest stay as they are. ``capabilities`` says beforehand which
-modules of a model can. One that cannot (see ``_form``) keeps transformers' ``grouped_mm``, with one warning for its class;
-where its experts are spread over ranks that would be wrong, so there it raises.
+``functional.moe_experts``; router, shared experts and the rest stay as they are. ``capabilities`` says beforehand
+which modules of a model can. One that cannot (see ``_form``) keeps transformers' ``grouped_mm``, with one warning for
+its class; where its experts are spread over ranks that would be wrong, so there it raises.
 
-What a module's gate computes is never guessed: it is transformers' default gate with a known activation, or a method whose
-source is one of those in ``_OWN_GATES``, character for character. Source of the interface:
-``transformers/integrations/moe.py``, 5.23.0.
+What a module's gate computes is never guessed: it is transformers' default gate with a known activation, or a method
+whose statements are those of one in ``_OWN_GATES``. Source of the interface: transformers 5.23.0, integrations/moe.py.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _warned: set[str] = set()
 
 
 class Form(NamedTuple):
-    """What an experts module computes between its two projections, in terms of ``moe_experts``; or why that is not known.
+    """What an experts module computes between its projections, in terms of ``moe_experts``; or why that is not known.
 
     A tuple of constants, because dynamo takes it as the result of ``_form``.
     """
@@ -96,7 +95,7 @@ def register() -> None:
 
 
 def capabilities(model: nn.Module) -> list[tuple[str, bool, str]]:
-    """(module name, supported, reason) of every experts module in ``model``; the reason is the activation when supported.
+    """(module name, supported, reason) of every experts module in ``model``; for a supported one, its activation.
 
     A module named like experts that does not take part in transformers' interface is listed as not supported.
     """
@@ -230,10 +229,11 @@ def _grouped_mm() -> Callable[..., Tensor]:
 
 @torch.compiler.assume_constant_result
 def _refuse(class_name: str, reason: str, sharded: bool) -> bool:
-    """Say once per class that it falls back; raise when its experts are spread over ranks, where falling back is wrong."""
+    """Say once per class that it falls back; raise when its experts are sharded, where falling back is wrong."""
     if sharded:
         raise NotImplementedError(
-            f"moe_lowering: {class_name} is not supported: {reason}. Its experts are sharded, so it cannot use grouped_mm"
+            f"moe_lowering: {class_name} is not supported: {reason}. Its experts are sharded, so it cannot use "
+            "transformers' grouped_mm"
         )
     if class_name not in _warned:
         _warned.add(class_name)

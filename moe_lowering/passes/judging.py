@@ -70,10 +70,10 @@ def _declared_tokens(deployment: Deployment) -> Any:
     return env.create_symintnode(symbol, hint=max(high, 2), source=source)
 
 
-def _may_leave_range(tokens: Any, deployment: Deployment) -> bool:
-    """With unequal token counts: whether T is not known to lie in the declared range."""
+def outside_declared_range(tokens: Any, deployment: Deployment) -> bool:
+    """With unequal token counts: whether this rank's T breaks what the deployment declares."""
     low, high = deployment.min_tokens, deployment.max_tokens
-    return not deployment.equal_tokens and not (isinstance(tokens, int) and low <= tokens <= high)
+    return not deployment.equal_tokens and isinstance(tokens, int) and not low <= tokens <= high
 
 
 def judge(spec: BlockSpec, deployment: Deployment) -> Judgement:
@@ -87,6 +87,6 @@ def judge(spec: BlockSpec, deployment: Deployment) -> Judgement:
         operators = ("deployment", name, *implementation.operators(spec, deployment.soc))
         violations = [v for op in operators for v in check(op, deployment.soc, quantities, prover)]
         verdicts[name] = Verdict(name, tuple(violations))
-        if prover.used_declared or _may_leave_range(spec.tokens, deployment):
+        if prover.used_declared or not (deployment.equal_tokens or isinstance(spec.tokens, int)):
             needs_bound.add(name)
     return Judgement(verdicts, frozenset(needs_bound), quantities)

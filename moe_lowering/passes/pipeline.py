@@ -25,7 +25,7 @@ from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, size_
 from moe_lowering.passes.choosing import POLICIES, choose
 from moe_lowering.passes.emitting import Emitter, Recording, erase
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.passes.judging import Judgement, judge, judged_tokens
+from moe_lowering.passes.judging import Judgement, judge, judged_tokens, outside_declared_range
 from moe_lowering.passes.raising import find_blocks, place
 from moe_lowering.passes.routing import emit_route, judge_route
 from moe_lowering.passes.verifying import (
@@ -129,6 +129,8 @@ class _Run:
             judgement = self._judgements[block.spec] = judge(block.spec, self.deployment)
         comm, reason = choose(judgement, self.comm)
         after = before
+        if comm is not None and outside_declared_range(block.spec.tokens, self.deployment):
+            comm, reason = None, self._refuse_to_run(block)
         if comm is not None:
             done = self._guarded(lambda emit: self._rewrite(block, comm, judgement, emit), (comm, block.spec))
             if isinstance(done, str):
@@ -183,11 +185,19 @@ class _Run:
         key = size_key(block.spec.tokens)
         if key in self._bounded:
             return
-        low = 0 if self.deployment.equal_tokens else self.deployment.min_tokens
-        first = min(emit.created)
-        with emit.at(first, block.dispatch):
-            emit.call(torch.ops.moe_lowering.assert_tokens.default, block.x, low, self.deployment.max_tokens)
+        self._emit_assert(block, emit, min(emit.created))
         self._bounded.add(key)
+
+    def _emit_assert(self, block: Block, emit: Emitter, position: Node) -> None:
+        low = 0 if self.deployment.equal_tokens else self.deployment.min_tokens
+        with emit.at(position, block.dispatch):
+            emit.call(torch.ops.moe_lowering.assert_tokens.default, block.x, low, self.deployment.max_tokens)
+
+    def _refuse_to_run(self, block: Block) -> str:
+        """This rank has a T that the deployment rules out: the others communicate as declared, so it must not run at all."""
+        low, high = self.deployment.min_tokens, self.deployment.max_tokens
+        self._guarded(lambda emit: self._emit_assert(block, emit, block.dispatch), ("refuse", block.spec))
+        return f"T is {block.spec.tokens} and the deployment declares {low} to {high} on every rank: the graph refuses to run"
 
     def _lower_route(self, route: Route) -> None:
         violations = self._routes.get(route.spec)

@@ -94,7 +94,7 @@ def _render_blocks(blocks: Sequence[BlockReport]) -> str:
 def _render_verdict(name: str, verdict: Verdict) -> str:
     if verdict.legal:
         return row("also legal", name)
-    lines = []
+    lines: list[str] = []
     seen: set[tuple[str, str, str]] = set()
     for violation in verdict.violations:
         key = (violation.code, violation.value, violation.limit)

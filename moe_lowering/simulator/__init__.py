@@ -1,14 +1,15 @@
 """The real torch_npu wheel and its npugraph_ex backend on a machine that has no NPU and no CANN.
 
-    import moe_lowering.simulator
+    import moe_lowering.simulator; moe_lowering.simulator.enable()  # "A3" unless another SoC is named
 
-    moe_lowering.simulator.enable()  # before torch is used; "A3" unless another SoC is named
+as the first line of a script, or anywhere after it as long as moe_lowering is imported before torch: torch fails to
+import where torch_npu is installed without CANN, unless its autoload is off (see ``_bootstrap``). No environment
+variable is needed. After it, ``torch_npu`` is imported, all ``torch.ops.npu.*`` schemas and meta functions are there,
+the MoE operators of ``npu::`` have CPU kernels, and ``torch.compile(f, backend="npugraph_ex",
+options={"force_eager": True})`` compiles and runs on CPU tensors. Tensors can be moved to device "npu", whose memory is
+host memory, but nothing computes there: an operator on them raises.
 
-After it, ``torch_npu`` is imported, all ``torch.ops.npu.*`` schemas and meta functions are there, the MoE operators of
-``npu::`` have CPU kernels, and ``torch.compile(f, backend="npugraph_ex", options={"force_eager": True})`` compiles and
-runs on CPU tensors. Tensors can be moved to device "npu", whose memory is host memory, but nothing computes there.
-
-Importing this module is cheap: torch and torch_npu are imported by ``enable()``.
+Importing this module adds nothing to what ``import moe_lowering`` costs: torch_npu is imported by ``enable()``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import importlib
 import importlib.util
 import io
 import os
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -109,11 +109,6 @@ def _check_machine() -> None:
             "this machine has CANN (libascendcl.so is found); the simulator would shadow it. "
             "Use torch_npu directly, or hide CANN from LD_LIBRARY_PATH"
         )
-    if "torch._C" in sys.modules and "torch" not in sys.modules:
-        raise SimulatorError(
-            "an earlier `import torch` failed in this process, and torch cannot be imported twice. Start a new process "
-            "and import moe_lowering before torch, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0"
-        )
 
 
 def _import_torch_npu() -> None:
@@ -128,7 +123,7 @@ def _import_torch_npu() -> None:
         with _without_noise():
             importlib.import_module("torch_npu")
     except Exception as error:
-        # A second try can succeed (a missing package), or trip over what the first one registered: keep the first cause.
+        # A second try can succeed (a missing package) or trip over what the first one registered: keep the first cause.
         _import_error = _import_error or f"{type(error).__name__}: {error}"
         found = " and ".join(f"{name} {_versions.installed(name)}" for name in ("torch", "torch_npu"))
         raise SimulatorError(

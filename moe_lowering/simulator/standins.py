@@ -13,7 +13,6 @@ complete: it is built under another name and renamed, so processes that build at
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -89,8 +88,7 @@ def built() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as building:
             _build(Path(building) / "out", package, compiler, nm)
-            with contextlib.suppress(FileExistsError):  # another process was first: its build is as good as ours
-                _move(Path(building) / "out", target)
+            _move(Path(building) / "out", target)
     except OSError as error:
         raise SimulatorError(
             f"the simulator's libraries cannot be written to {target}: {error}; set XDG_CACHE_HOME to a writable place"
@@ -177,7 +175,7 @@ def _run(*command: str) -> str:
 def _move(source: Path, target: Path) -> None:
     try:
         source.rename(target)
-    except OSError:
-        if target.is_dir():  # "directory not empty" has a different errno on each file system
-            raise FileExistsError(target) from None
-        raise
+    except OSError:  # "directory not empty" has a different errno on each file system
+        if not target.is_dir():
+            raise
+        # another process was first: its build is as good as ours

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx.node import has_side_effect
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
@@ -25,6 +26,7 @@ def _operators(spec: BlockSpec, soc: str) -> tuple[str, ...]:
 
 
 def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[str, Any]) -> Replacement:
+    _keep_communication()
     spec = block.spec
     on_a2 = deployment.soc == "A2"
     group = (deployment.mc2_group, spec.ep_size, deployment.ep_rank, spec.experts)
@@ -47,6 +49,12 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[
             emit.rows(block.weights), *group, **expand, global_bs=global_bs,
         )  # fmt: skip
         return Replacement(emit.like(y, block.x), counts)
+
+
+def _keep_communication() -> None:
+    """torch_npu does not mark its communication operators: an unused dispatch would be dropped on one rank only."""
+    for op in (torch.ops.npu.npu_moe_distribute_dispatch_v2, torch.ops.npu.npu_moe_distribute_combine_v2):
+        has_side_effect(op.default)
 
 
 MC2 = Implementation("mc2", _operators, _emit)

@@ -1,0 +1,71 @@
+"""What runs on the ranks of a pool. Module-level functions: spawned processes import them by name."""
+
+import torch
+import torch.distributed as dist
+
+from moe_lowering import Deployment, MoE, MoeLowering, npugraph_ex_options, shard_experts, simulator, testing
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 128, 12, 3
+_groups = {}
+
+
+def setup():
+    simulator.enable("A3")
+
+
+def deployment(rank, **fields):
+    """A deployment over all ranks; the second group is made once per process."""
+    size = dist.get_world_size()
+    if "mc2" not in _groups:
+        _groups["mc2"] = dist.new_group(range(size)).group_name
+    return Deployment(
+        ep_size=size, ep_rank=rank, ep_group=dist.group.WORLD.group_name, mc2_group=_groups["mc2"],
+        providers=(("vllm_ascend", "0.23.0"),), weight_format="nz", hccl_buffer_mb=1024, **fields,
+    )  # fmt: skip
+
+
+def layer(dtype, experts=EXPERTS, top_k=TOP_K, **options):
+    """The whole layer, the same on every rank."""
+    module = MoE(HIDDEN, INTERMEDIATE, experts, top_k, dtype=dtype, **options)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*module.parameters(), *module.buffers()):
+        scale = 4 if tensor is module.gate.weight else 1
+        tensor.data = (torch.randn(tensor.shape, generator=generator) * scale / tensor.shape[-1] ** 0.5).to(tensor.dtype)
+    return module
+
+
+def tokens_of(rank, tokens, dtype, skew):
+    generator = torch.Generator().manual_seed(100 + rank)
+    x = torch.randn(tokens, HIDDEN, generator=generator)
+    if skew:
+        x = x[:1].expand(tokens, HIDDEN).contiguous() if tokens else x  # every token to the same experts
+    return x.to(dtype)
+
+
+def lower_and_run(rank, comm, dtype_name, counts, options):
+    return _lower_and_run(rank, comm, getattr(torch, dtype_name), counts, **options)
+
+
+def _lower_and_run(rank, comm, dtype, counts, equal=True, dynamic=False, skew=False, experts=EXPERTS, top_k=TOP_K):
+    """Compile this rank's shard through npugraph_ex and run it once per entry of ``counts`` (T by rank).
+
+    Returns (outputs, implementations chosen per graph).
+    """
+    fields = {"max_tokens": 64} if dynamic or not equal else {}
+    where = deployment(rank, equal_tokens=equal, **fields)
+    module = shard_experts(layer(dtype, experts, top_k), where)
+    lowering = MoeLowering(where, comm, strict=True)
+    torch._dynamo.reset()
+    options = npugraph_ex_options(where, lowering=lowering, force_eager=True)
+    compiled = torch.compile(module, backend="npugraph_ex", fullgraph=True, dynamic=dynamic, options=options)
+    with torch.no_grad():
+        outputs = [compiled(tokens_of(rank, per_rank[rank], dtype, skew)) for per_rank in counts]
+    return outputs, [block.comm for report in lowering.reports for block in report.blocks]
+
+
+def choices(rank, counts):
+    """The implementation each rank chooses for its own token count, without running anything."""
+    where = deployment(rank, equal_tokens=False, max_tokens=512)
+    module = shard_experts(layer(torch.bfloat16), where)
+    lowered = testing.lower_graph(module, tokens_of(rank, counts[rank], torch.bfloat16, False), deployment=where)
+    return [block.comm for block in lowered.report.blocks]

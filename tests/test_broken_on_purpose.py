@@ -1,0 +1,126 @@
+"""A lowering that is wrong must not pass the comparison: each mutation of a lowered graph is caught by it."""
+
+import pytest
+import reference
+import torch
+from test_lowering import INTERMEDIATE, Experts, routed
+from torch.fx import Graph
+
+from moe_lowering import Deployment, MoE, MoeLowering, lowering_backend, testing
+
+aten, npu = torch.ops.aten, torch.ops.npu
+
+
+def nodes(gm, target):
+    found = gm.graph.find_nodes(op="call_function", target=target)
+    assert found, f"the lowered graph has no {target}: the mutation would change nothing"
+    return found
+
+
+def wrong_group_list_type(gm):
+    for node in nodes(gm, npu.npu_grouped_matmul.default):
+        node.kwargs = {**node.kwargs, "group_list_type": 0}
+
+
+def gate_and_up_swapped(gm):
+    for node in nodes(gm, npu.npu_swiglu.default):
+        with gm.graph.inserting_before(node):
+            swapped = gm.graph.call_function(aten.roll.default, (node.args[0], [INTERMEDIATE], [1]))
+        node.args = (swapped, *node.args[1:])
+
+
+def unweighted_combine(gm):
+    for node in nodes(gm, npu.npu_moe_token_unpermute.default):
+        with gm.graph.inserting_before(node):
+            ones = gm.graph.call_function(aten.ones_like.default, (node.args[2],))
+        node.args = (*node.args[:2], ones)
+
+
+def undefined_rows_let_through(gm):
+    (unpermute,) = nodes(gm, npu.npu_moe_token_unpermute.default)
+    select = unpermute.args[0]
+    assert select.target is aten.where.self
+    unpermute.args = (select.args[1], *unpermute.args[1:])
+
+
+def other_experts_rows(gm):
+    """The row index of the seed's sequence: abs(-1) reads a row of another slot, and its weight is not zero here."""
+    (unpermute,) = nodes(gm, npu.npu_moe_token_unpermute.default)
+    select = unpermute.args[1]
+    assert select.target is aten.where.self
+    with gm.graph.inserting_before(unpermute):
+        index = gm.graph.call_function(aten.abs.default, (select.args[2],))
+    unpermute.args = (unpermute.args[0], index, *unpermute.args[2:])
+
+
+def counts_shifted(gm):
+    for node in nodes(gm, npu.npu_grouped_matmul.default):
+        with gm.graph.inserting_before(node):
+            rolled = gm.graph.call_function(aten.roll.default, (node.kwargs["group_list"], [1], [0]))
+        node.kwargs = {**node.kwargs, "group_list": rolled}
+
+
+MUTATIONS = [
+    wrong_group_list_type,
+    gate_and_up_swapped,
+    unweighted_combine,
+    undefined_rows_let_through,
+    other_experts_rows,
+    counts_shifted,
+]
+
+
+def outcome(mutation):
+    """The relative error, or the refusal of a kernel, of a lowered block with a mask after one mutation."""
+    module, (x, weights, ids) = Experts(), routed(17)
+    mask = torch.arange(17) % 3 != 0
+
+    def mutate(gm, example_inputs, config):
+        if mutation is not None:
+            mutation(gm)
+            gm.recompile()
+
+    lowering = MoeLowering(Deployment(), "allgather", strict=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=lowering_backend(lowering, mutate), fullgraph=True)
+    try:
+        with torch.no_grad():
+            y = compiled(x, weights, ids, mask)
+    except (ValueError, RuntimeError) as refusal:
+        return refusal
+    return reference.relative_error(y, module.expected(x, weights, ids, mask))
+
+
+def test_unbroken_passes():
+    assert outcome(None) <= reference.BOUNDS[torch.float32]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.__name__)
+def test_broken_is_caught(mutation):
+    result = outcome(mutation)
+    assert isinstance(result, Exception) or result > 100 * reference.BOUNDS[torch.float32], result
+
+
+def test_a_dropped_communication_operator_is_not_dropped_by_dead_code_elimination():
+    """A rank whose dispatch output is unused would skip the collective and hang the others."""
+    graph = Graph()
+    x, ids = graph.placeholder("x"), graph.placeholder("ids")
+    for op in (torch.ops.moe_lowering.dispatch, torch.ops.moe_lowering.combine, torch.ops.moe_lowering.dispatch_ffn_combine):
+        graph.call_function(op.default, (x, ids))
+    graph.call_function(torch.ops.moe_lowering.grouped_mlp.default, (x, ids))
+    graph.output(x)
+    graph.eliminate_dead_code()
+    kept = [node.target for node in graph.nodes if node.op == "call_function"]
+    ops = torch.ops.moe_lowering
+    assert kept == [ops.dispatch.default, ops.combine.default, ops.dispatch_ffn_combine.default]
+
+
+def test_lowering_to_mc2_marks_its_operators_too():
+    with testing.fake_deployment(ep_size=2) as deployment, testing.fake_tensors():
+        model = MoE(1024, 512, 16, 2, deployment=deployment, dtype=torch.bfloat16)
+        lowered = testing.lower_graph(model, torch.empty(4, 1024, dtype=torch.bfloat16), deployment=deployment, comm="mc2")
+    (output,) = lowered.gm.graph.find_nodes(op="output")
+    output.args = ((),)
+    lowered.gm.graph.eliminate_dead_code()
+    assert nodes(lowered.gm, npu.npu_moe_distribute_dispatch_v2.default)
+    assert nodes(lowered.gm, npu.npu_moe_distribute_combine_v2.default)

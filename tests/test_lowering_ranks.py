@@ -1,0 +1,96 @@
+"""Lowered graphs on real gloo ranks, through npugraph_ex, against the dense float64 reference on one process."""
+
+import pytest
+import rank_jobs
+import reference
+import torch
+
+from moe_lowering.testing import RankError, Ranks
+
+
+@pytest.fixture(scope="module")
+def pair():
+    with Ranks(2, setup=rank_jobs.setup, collective_timeout=30) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def four():
+    with Ranks(4, setup=rank_jobs.setup, collective_timeout=60) as ranks:
+        yield ranks
+
+
+def expected(rank, tokens, dtype, skew=False, experts=rank_jobs.EXPERTS, top_k=rank_jobs.TOP_K):
+    """The whole layer on one rank's tokens; routed from the model's own logits, which are in its dtype."""
+    layer = rank_jobs.layer(dtype, experts, top_k)
+    x = rank_jobs.tokens_of(rank, tokens, dtype, skew)
+    with torch.no_grad():
+        logits = layer.gate(x).float()
+    weights, ids = reference.route(logits, None, top_k, "softmax", True, 1, 1, "max", 1.0)
+    return reference.moe(x, weights, ids, layer.w13, layer.w2)
+
+
+def check(ranks, comm, dtype, counts, **options):
+    results = ranks.run(rank_jobs.lower_and_run, comm, dtype, counts, options)
+    for rank, (outputs, comms) in enumerate(results):
+        assert set(comms) == {comm}
+        shape = {k: options[k] for k in ("skew", "experts", "top_k") if k in options}
+        for y, per_rank in zip(outputs, counts, strict=True):
+            reference.assert_near(y, expected(rank, per_rank[rank], getattr(torch, dtype), **shape), getattr(torch, dtype))
+
+
+COMMS = ["allgather", "mc2", "fused_mc2"]
+
+
+@pytest.mark.parametrize("comm", COMMS)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_two_ranks(pair, comm, dynamic, dtype):
+    check(pair, comm, dtype, [(6, 6), (9, 9)], dynamic=dynamic)
+
+
+def test_allgather_float32(pair):
+    check(pair, "allgather", "float32", [(7, 7)])
+
+
+@pytest.mark.parametrize("comm", COMMS)
+def test_every_token_to_the_same_experts_and_others_empty(pair, comm):
+    check(pair, comm, "bfloat16", [(8, 8)], skew=True)
+
+
+@pytest.mark.parametrize("comm", COMMS)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_unequal_token_counts(pair, comm, dynamic):
+    counts = [(6, 3), (2, 9)] if dynamic else [(6, 1), (1, 9)]
+    check(pair, comm, "bfloat16", counts, equal=False, dynamic=dynamic)
+
+
+@pytest.mark.parametrize("comm", COMMS)
+def test_four_ranks(four, comm):
+    check(four, comm, "bfloat16", [(5, 5, 5, 5)])
+
+
+@pytest.mark.parametrize("comm", ["allgather", "mc2"])
+def test_more_choices_than_local_experts(four, comm):
+    """k > E_local: a token has at most E_local rows on one rank, and the row bound is smaller than ep * T * k."""
+    check(four, comm, "bfloat16", [(5, 5, 5, 5)], experts=8, top_k=5)
+
+
+def test_one_token_each(pair):
+    for comm in COMMS:
+        check(pair, comm, "bfloat16", [(1, 1)])
+
+
+def test_no_token_on_any_rank(pair):
+    check(pair, "allgather", "float32", [(0, 0)])
+
+
+def test_ranks_with_different_token_counts_choose_alike(four):
+    results = four.run(rank_jobs.choices, (1, 512, 37, 480))
+    assert results == [["fused_mc2"]] * 4
+
+
+def test_more_tokens_than_declared_is_an_error_on_that_rank():
+    with Ranks(2, setup=rank_jobs.setup, collective_timeout=5) as ranks:
+        with pytest.raises(RankError, match=r"T is 65 and the deployment declares 1 to 64 on every rank"):
+            ranks.run(rank_jobs.lower_and_run, "allgather", "bfloat16", [(65, 3)], {"equal": False})
