@@ -89,10 +89,14 @@ class Deployment:
                 "that no other collective uses (make a second group over the same ranks)"
             )
         if not self.equal_tokens and not self.max_tokens:
-            raise ValueError("Deployment: equal_tokens is False, so max_tokens must give a bound that holds on every rank")
+            raise ValueError(
+                "Deployment: equal_tokens is False, so max_tokens must give a bound that holds on every rank"
+            )
 
         if not self.equal_tokens and self.min_tokens > self.max_tokens:
-            raise ValueError(f"Deployment: min_tokens is {self.min_tokens}; accepted: 0 to max_tokens = {self.max_tokens}")
+            raise ValueError(
+                f"Deployment: min_tokens is {self.min_tokens}; accepted: 0 to max_tokens = {self.max_tokens}"
+            )
 
     @property
     def token_bound(self) -> int:
@@ -114,9 +118,7 @@ class Deployment:
 
     def invariant_fields(self) -> dict[str, Any]:
         """The fields that must agree on every rank, by name."""
-        return {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in RANK_FIELDS
-        }
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in RANK_FIELDS}
 
     def digest(self) -> str:
         """SHA-256 (hex) of the rank-invariant fields."""

@@ -30,7 +30,9 @@ def layer(dtype, experts=EXPERTS, top_k=TOP_K, **options):
     generator = torch.Generator().manual_seed(0)
     for tensor in (*module.parameters(), *module.buffers()):
         scale = 4 if tensor is module.gate.weight else 1
-        tensor.data = (torch.randn(tensor.shape, generator=generator) * scale / tensor.shape[-1] ** 0.5).to(tensor.dtype)
+        tensor.data = (torch.randn(tensor.shape, generator=generator) * scale / tensor.shape[-1] ** 0.5).to(
+            tensor.dtype
+        )
     return module
 
 

@@ -105,7 +105,11 @@ def test_a_dropped_communication_operator_is_not_dropped_by_dead_code_eliminatio
     """A rank whose dispatch output is unused would skip the collective and hang the others."""
     graph = Graph()
     x, ids = graph.placeholder("x"), graph.placeholder("ids")
-    for op in (torch.ops.moe_lowering.dispatch, torch.ops.moe_lowering.combine, torch.ops.moe_lowering.dispatch_ffn_combine):
+    for op in (
+        torch.ops.moe_lowering.dispatch,
+        torch.ops.moe_lowering.combine,
+        torch.ops.moe_lowering.dispatch_ffn_combine,
+    ):
         graph.call_function(op.default, (x, ids))
     graph.call_function(torch.ops.moe_lowering.grouped_mlp.default, (x, ids))
     graph.output(x)
@@ -118,7 +122,9 @@ def test_a_dropped_communication_operator_is_not_dropped_by_dead_code_eliminatio
 def test_lowering_to_mc2_marks_its_operators_too():
     with testing.fake_deployment(ep_size=2) as deployment, testing.fake_tensors():
         model = MoE(1024, 512, 16, 2, deployment=deployment, dtype=torch.bfloat16)
-        lowered = testing.lower_graph(model, torch.empty(4, 1024, dtype=torch.bfloat16), deployment=deployment, comm="mc2")
+        lowered = testing.lower_graph(
+            model, torch.empty(4, 1024, dtype=torch.bfloat16), deployment=deployment, comm="mc2"
+        )
     (output,) = lowered.gm.graph.find_nodes(op="output")
     output.args = ((),)
     lowered.gm.graph.eliminate_dead_code()

@@ -111,7 +111,9 @@ def test_auto_takes_the_first_legal_and_a_name_takes_no_other():
 def test_a_dynamic_size_is_proven_for_its_whole_range_or_refused():
     testing.assert_refused(BASE.judge(comm="mc2", dynamic=True), code="mc2.tokens", comm="mc2")
     bounded = BASE.but(deployment=(("max_tokens", 512),)).judge(comm="mc2", dynamic=True)
-    testing.assert_lowered(bounded, comm="mc2", ops=["moe_lowering.assert_tokens", "npu.npu_moe_distribute_dispatch_v2"])
+    testing.assert_lowered(
+        bounded, comm="mc2", ops=["moe_lowering.assert_tokens", "npu.npu_moe_distribute_dispatch_v2"]
+    )
     wide = BASE.but(deployment=(("max_tokens", 513),)).judge(comm="mc2", dynamic=True)
     testing.assert_refused(wide, code="mc2.tokens", comm="mc2")
 
@@ -133,7 +135,11 @@ def test_a_token_count_that_the_deployment_rules_out_does_not_run(tokens):
     lowered = BASE.but(tokens=tokens, deployment=UNEQUAL).judge()
     assert "the deployment declares 1 to 512 on every rank: the graph refuses to run" in lowered.report.blocks[0].reason
     names = [name for name in lowered.ops_after if name.startswith("moe_lowering.")]
-    assert names == ["moe_lowering.assert_tokens", *(f"moe_lowering.{op}" for op in ("dispatch", "grouped_mlp", "combine"))]
+    assert names == [
+        "moe_lowering.route",
+        "moe_lowering.assert_tokens",
+        *(f"moe_lowering.{op}" for op in ("dispatch", "grouped_mlp", "combine")),
+    ]
 
 
 def test_unequal_dynamic_token_counts_are_asserted():

@@ -75,7 +75,6 @@ def arguments_of(operator: str) -> dict[str, Any]:
         "npu_grouped_matmul": (([x], [torch.ones(2, 8, 8)]), {}),
         "npu_swiglu": ((x,), {}),
         "npu_clipped_swiglu": ((x,), {}),
-        "npu_gelu_mul": ((x,), {}),
         "npu_moe_distribute_dispatch_v2": ((x, ids, *group), {}),
         "npu_moe_distribute_combine_v2": ((x, ids, ids, ids, x, *group), {}),
     }

@@ -137,7 +137,14 @@ def test_whole_layer_through_npugraph_ex(routing, dynamic):
     for tensor in (*layer.parameters(), *layer.buffers()):
         tensor.data = (torch.randn(tensor.shape, generator=generator) / 8).to(tensor.dtype)
     x = torch.randn(9, HIDDEN, generator=generator)
-    options = {"renormalize": True, "scale": 1.0, "num_groups": 1, "topk_groups": 1, "group_score": "top2_sum", **routing}
+    options = {
+        "renormalize": True,
+        "scale": 1.0,
+        "num_groups": 1,
+        "topk_groups": 1,
+        "group_score": "top2_sum",
+        **routing,
+    }
     options.pop("selection_bias", None)
     scoring = options.pop("scoring", "softmax")
     weights, ids = reference.route(

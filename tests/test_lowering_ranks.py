@@ -36,7 +36,9 @@ def check(ranks, comm, dtype, counts, **options):
         assert set(comms) == {comm}
         shape = {k: options[k] for k in ("skew", "experts", "top_k") if k in options}
         for y, per_rank in zip(outputs, counts, strict=True):
-            reference.assert_near(y, expected(rank, per_rank[rank], getattr(torch, dtype), **shape), getattr(torch, dtype))
+            reference.assert_near(
+                y, expected(rank, per_rank[rank], getattr(torch, dtype), **shape), getattr(torch, dtype)
+            )
 
 
 COMMS = ["allgather", "mc2", "fused_mc2"]
@@ -91,6 +93,6 @@ def test_ranks_with_different_token_counts_choose_alike(four):
 
 
 def test_more_tokens_than_declared_is_an_error_on_that_rank():
-    with Ranks(2, setup=rank_jobs.setup, collective_timeout=5) as ranks:
-        with pytest.raises(RankError, match=r"T is 65 and the deployment declares 1 to 64 on every rank"):
-            ranks.run(rank_jobs.lower_and_run, "allgather", "bfloat16", [(65, 3)], {"equal": False})
+    message = "T is 65 and the deployment declares 1 to 64 on every rank"
+    with Ranks(2, setup=rank_jobs.setup, collective_timeout=5) as ranks, pytest.raises(RankError, match=message):
+        ranks.run(rank_jobs.lower_and_run, "allgather", "bfloat16", [(65, 3)], {"equal": False})

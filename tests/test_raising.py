@@ -145,14 +145,13 @@ def test_a_scope_inside_is_a_wall_and_around_is_not():
 
 def test_routing_of_a_refused_block_stays():
     """A block that is left alone is left whole: its routing too."""
+
     def model(x, logits, w13, w2):
         weights, ids = route(logits, TOP_K)
         return moe_experts(x, weights, ids, w13, w2)
 
     x, _, _, w13, w2 = tensors()
-    lowered = testing.lower_graph(
-        model, x, torch.randn(TOKENS, EXPERTS), w13, w2, deployment=Deployment(), comm="mc2"
-    )
+    lowered = testing.lower_graph(model, x, torch.randn(TOKENS, EXPERTS), w13, w2, deployment=Deployment(), comm="mc2")
     testing.assert_refused(lowered, code="mc2.no_ep", comm="mc2")
     assert lowered.ops_after == lowered.ops_before
 

@@ -52,8 +52,12 @@ def npugraph_ex_options(
     if lowering is None:
         lowering = MoeLowering(deployment, comm, strict)
     elif comm != "auto" or strict or lowering.deployment != deployment:
-        raise ValueError("npugraph_ex_options: give either lowering, or comm and strict; its deployment must be the one given")
+        raise ValueError(
+            "npugraph_ex_options: give either lowering, or comm and strict; its deployment must be the one given"
+        )
     own = options.pop(PRE_PASS, None)
     if own is not None and not callable(own):
-        raise TypeError(f"npugraph_ex_options: {PRE_PASS} is {own!r}; accepted: a callable (gm, example_inputs, config)")
+        raise TypeError(
+            f"npugraph_ex_options: {PRE_PASS} is {own!r}; accepted: a callable (gm, example_inputs, config)"
+        )
     return {**options, PRE_PASS: _Chain(own, lowering) if own is not None else lowering}

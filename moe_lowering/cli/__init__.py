@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         return USAGE
     except Exception as error:  # not a wrong command: lowering or running failed
         traceback.print_exc()
-        print(f"moe-lowering: error: {type(error).__name__}: {str(error).strip().splitlines()[:1]}", file=sys.stderr)
+        print(
+            f"moe-lowering: error: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", file=sys.stderr
+        )
         return FAILED
     print(outcome.to_json() if request.json else outcome.to_text())
     problems = outcome.problems()

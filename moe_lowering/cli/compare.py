@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lowering.cli.models import MoeStack, logits
+from moe_lowering.cli.models import OWN_SCALE, MoeStack, logits
 from moe_lowering.layers import MoE, is_experts_module
 
 # Largest accepted max|a - b| / max|b|. Both sides round every stage to the dtype, but not at the same places: measured
@@ -166,7 +166,7 @@ def plain_route(module: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
     kept = torch.zeros_like(ranked[..., 0]).scatter(-1, best_groups, 1.0).bool()
     ids = ranked.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2).topk(module.top_k).indices
     weights = scores.gather(-1, ids)
-    return weights / (weights.sum(-1, keepdim=True) + 1e-20) * module.scale, ids
+    return weights / (weights.sum(-1, keepdim=True) + 1e-20) * OWN_SCALE, ids
 
 
 def plain_moe(module: MoE, x: Tensor, routing: tuple[Tensor, Tensor]) -> Tensor:

@@ -49,6 +49,7 @@ SMALL: dict[str, Any] = {
 SMALL_LAYERS = 2
 SMALL_GROUPS = {"n_group": 4, "topk_group": 2}  # for models whose default is grouped: 8 experts remain, of which 4
 FULL_OWN = {"hidden": 7168, "intermediate": 2048, "experts": 256, "top_k": 8, "layers": 4}  # DeepSeek-V3's MoE layer
+OWN_SCALE = 2.5  # DeepSeek-V3's routed_scaling_factor
 NOISE = 0.1  # standard deviation of what is added to one-dimensional parameters (norms, biases, sinks)
 SEED = 20
 
@@ -78,7 +79,7 @@ class MoeStack(nn.Module):
         self.norms = nn.ModuleList(nn.RMSNorm(hidden, eps=1e-6, dtype=dtype) for _ in range(layers))
         self.layers = nn.ModuleList(
             MoE(
-                hidden, intermediate, experts, top_k, scoring="sigmoid", selection_bias=True, scale=2.5,
+                hidden, intermediate, experts, top_k, scoring="sigmoid", selection_bias=True, scale=OWN_SCALE,
                 num_groups=SMALL_GROUPS["n_group"], topk_groups=SMALL_GROUPS["topk_group"], dtype=dtype,
             )
             for _ in range(layers)

@@ -122,10 +122,8 @@ def _block_json(block: BlockReport) -> dict[str, Any]:
 
 def _refusal(block: BlockReport) -> str:
     """Why a block was left, with the messages of the implementation that was asked for."""
-    messages = [
-        f"[{v.code}] {v.message}"
-        for name, verdict in block.verdicts.items()
-        if f"{name} was asked for" in block.reason
-        for v in verdict.violations
-    ]
-    return "; ".join([block.reason, *dict.fromkeys(messages)])
+    asked = [name for name in block.verdicts if block.reason.startswith(f"{name} was asked for")]
+    if not asked:
+        return block.reason
+    messages = (f"[{v.code}] {v.message}" for name in asked for v in block.verdicts[name].violations)
+    return f"{asked[0]} was asked for and is not legal: " + "; ".join(dict.fromkeys(messages))

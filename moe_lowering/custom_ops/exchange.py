@@ -89,5 +89,5 @@ def as_bytes(rows: Tensor) -> Tensor:
 
 
 def from_bytes(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of ``as_bytes``, as a copy: ``raw`` may be a slice of wider rows, whose strides suit no other dtype."""
+    """The inverse of ``as_bytes``, as a copy: ``raw`` may be a slice of wider rows, with strides that suit no dtype."""
     return raw.clone(memory_format=torch.contiguous_format).view(dtype)

@@ -190,10 +190,6 @@ def _clipped_swiglu(a: Arguments) -> dict[str, Any]:
     }
 
 
-def _gelu_mul(a: Arguments) -> dict[str, Any]:
-    return {**_gated(a["input"], -1), "approximate": a["approximate"]}
-
-
 _MC2_INTS = (
     "tp_world_size", "expert_shard_type", "shared_expert_num", "shared_expert_rank_num", "global_bs", "comm_alg",
     "const_expert_num",
@@ -306,7 +302,6 @@ _READERS: dict[str, Callable[[Arguments], dict[str, Any]]] = {
     "npu_grouped_matmul": _grouped_matmul,
     "npu_swiglu": _swiglu,
     "npu_clipped_swiglu": _clipped_swiglu,
-    "npu_gelu_mul": _gelu_mul,
     "npu_moe_distribute_dispatch_v2": _dispatch,
     "npu_moe_distribute_combine_v2": _combine,
     "dispatch_ffn_combine": _dispatch_ffn_combine,

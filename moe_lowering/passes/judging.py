@@ -63,7 +63,11 @@ def _declared_tokens(deployment: Deployment) -> Any:
     low, high = deployment.min_tokens, deployment.max_tokens
     env, source = ShapeEnv(), ConstantSource("T")
     symbol = env.create_symbol(
-        max(high, 2), source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None, positive=None,
+        max(high, 2),
+        source,
+        dynamic_dim=DimDynamic.DYNAMIC,
+        constraint_dim=None,
+        positive=None,
         do_not_specialize_zero_one=True,
     )  # fmt: skip  (a size of this environment may be 0)
     env.var_to_range[symbol] = ValueRanges(sympy.Integer(low), sympy.Integer(high))

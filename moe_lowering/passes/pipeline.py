@@ -8,7 +8,6 @@ In strict mode it raises ``LoweringError`` instead, before or after having edite
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import operator
 import time
@@ -32,7 +31,6 @@ from moe_lowering.passes.verifying import (
     VerificationError,
     call_violations,
     defined_before_readers,
-    generic_nodes,
     repropagate,
     same_value,
 )
@@ -132,7 +130,8 @@ class _Run:
         if comm is not None and outside_declared_range(block.spec.tokens, self.deployment):
             comm, reason = None, self._refuse_to_run(block)
         if comm is not None:
-            done = self._guarded(lambda emit: self._rewrite(block, comm, judgement, emit), (comm, block.spec))
+            chosen = comm
+            done = self._guarded(lambda emit: self._rewrite(block, chosen, judgement, emit), (chosen, block.spec))
             if isinstance(done, str):
                 comm, reason = None, done
             else:
@@ -220,8 +219,7 @@ class _Run:
 
 def _fake_mode(graph: Graph) -> FakeTensorMode | None:
     values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
-    mode = torch._guards.detect_fake_mode(values)
-    return mode
+    return torch._guards.detect_fake_mode(values)
 
 
 def _op_name(node: Node) -> str:

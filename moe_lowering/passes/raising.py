@@ -36,12 +36,17 @@ def place(node: Node) -> str:
     if not stack:
         return node.name
     path = str(next(reversed(stack.values()))[0])
-    return path.removeprefix("L['self'].").removeprefix("L['self']").replace("._modules['", ".").replace("']", "") or node.name
+    return (
+        path.removeprefix("L['self'].").removeprefix("L['self']").replace("._modules['", ".").replace("']", "")
+        or node.name
+    )
 
 
 def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node, str]]]:
     """All blocks in graph order, all routings, and each generic operator left over with the reason."""
-    routes = [route for node in graph.find_nodes(op="call_function", target=OPS.route.default) if (route := _route(node))]
+    routes = [
+        route for node in graph.find_nodes(op="call_function", target=OPS.route.default) if (route := _route(node))
+    ]
     dispatches = graph.find_nodes(op="call_function", target=OPS.dispatch.default)
     scopes = scope_paths(graph) if dispatches else {}
     by_ids = {route.ids: route for route in routes if route.ids is not None}
@@ -113,9 +118,7 @@ def _block(dispatch: Node, by_ids: dict[Node, Route], scopes: dict[Node, tuple[s
         (activation, limit, alpha, interleaved), x_scale is not None, bool(readers),
         len({scopes.get(node, ()) for node in (dispatch, mlp, combine)}) > 1,
     )  # fmt: skip
-    return Block(
-        place(combine), dispatch, mlp, combine, counts if readers else None, interior, by_ids.get(ids), spec
-    )
+    return Block(place(combine), dispatch, mlp, combine, counts if readers else None, interior, by_ids.get(ids), spec)
 
 
 def _spec(

@@ -89,9 +89,7 @@ def _best_groups(emit: Emitter, spec: RouteSpec, choice: Node) -> Node:
     best = _top_k(emit, score, spec.topk_groups)
     closed = emit.call(aten.ones_like.default, score, dtype=torch.bool, pin_memory=False)
     closed = emit.call(aten.scatter.value, closed, 1, best, False)
-    masked = emit.call(
-        aten.masked_fill.Scalar, groups, emit.call(aten.unsqueeze.default, closed, -1), float("-inf")
-    )
+    masked = emit.call(aten.masked_fill.Scalar, groups, emit.call(aten.unsqueeze.default, closed, -1), float("-inf"))
     return emit.call(aten.reshape.default, masked, [-1, spec.experts])
 
 

@@ -109,7 +109,9 @@ def _compare(node: Node, old: Any, new: Any) -> None:
         for a, b in zip(old, new, strict=True):
             _compare(node, a, b)
     elif isinstance(old, torch.Tensor):
-        shapes = old.dim() == new.dim() and all(statically_known_true(m == n) for m, n in zip(old.shape, new.shape, strict=True))
+        shapes = old.dim() == new.dim() and all(
+            statically_known_true(m == n) for m, n in zip(old.shape, new.shape, strict=True)
+        )
         if not shapes or old.dtype != new.dtype:
             raise VerificationError(
                 f"{node.name}: metadata says {tuple(old.shape)} {old.dtype}, propagation {tuple(new.shape)} {new.dtype}"

@@ -12,6 +12,7 @@ WIDTH = 100
 _LABEL = 18  # columns of the left column
 _INDENT = "  "
 _NUMBER = re.compile(r"(\d+)")
+_BOUND_CHECK = "moe_lowering.assert_tokens"
 
 
 def render(report: LoweringReport) -> str:
@@ -70,10 +71,13 @@ def _equal_blocks(blocks: Sequence[BlockReport]) -> list[list[BlockReport]]:
 
 
 def _same(a: BlockReport, b: BlockReport) -> bool:
-    return all(
-        getattr(a, field) == getattr(b, field)
-        for field in ("comm", "reason", "ops_before", "ops_after", "verdicts", "notes")
-    )
+    fields = ("comm", "reason", "ops_before", "verdicts", "notes")
+    return all(getattr(a, field) == getattr(b, field) for field in fields) and _own_ops(a) == _own_ops(b)
+
+
+def _own_ops(block: BlockReport) -> list[str]:
+    """Operators after lowering without the check of the token bound, which the first block carries for the graph."""
+    return [op for op in block.ops_after if op != _BOUND_CHECK]
 
 
 def _render_blocks(blocks: Sequence[BlockReport]) -> str:
@@ -83,7 +87,10 @@ def _render_blocks(blocks: Sequence[BlockReport]) -> str:
     lines.append(row("implementation", f"{block.comm or 'NOT LOWERED'} ({block.reason})"))
     lines.append(row(f"before ({len(block.ops_before)})", " > ".join(block.ops_before)))
     if block.comm is not None:
-        lines.append(row(f"after ({len(block.ops_after)})", " > ".join(block.ops_after)))
+        ops = _own_ops(block)
+        lines.append(row(f"after ({len(ops)})", " > ".join(ops)))
+        if len(ops) < len(block.ops_after):
+            lines.append(row("once per graph", f"{_BOUND_CHECK}: refuses more tokens than the deployment's max_tokens"))
     for name, verdict in block.verdicts.items():
         if name != block.comm:
             lines.append(_render_verdict(name, verdict))

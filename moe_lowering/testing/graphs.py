@@ -63,7 +63,8 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
     rank = fields.get("ep_rank", 0)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
-        groups = {"ep_group": dist.group.WORLD.group_name, "mc2_group": dist.new_group(range(size)).group_name}
+        world = dist.distributed_c10d._get_default_group()
+        groups = {"ep_group": world.group_name, "mc2_group": dist.new_group(range(size)).group_name}
         if tp_size > 1:
             first = rank - rank % tp_size
             groups["tp_group"] = dist.new_group(range(first, first + tp_size)).group_name
@@ -138,7 +139,9 @@ def _operators(gm: GraphModule) -> tuple[str, ...]:
     )
 
 
-def assert_lowered(lowered: Lowered, *, comm: str | None = None, ops: Sequence[str] = (), blocks: int | None = None) -> None:
+def assert_lowered(
+    lowered: Lowered, *, comm: str | None = None, ops: Sequence[str] = (), blocks: int | None = None
+) -> None:
     """Every block was lowered.
 
     Args:

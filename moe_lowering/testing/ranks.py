@@ -8,6 +8,7 @@ Processes are spawned once and reused. ``function`` must be importable from the 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing as mp
 import os
@@ -95,10 +96,8 @@ class Ranks:
     def close(self) -> None:
         """End all processes."""
         for pipe in self._pipes:
-            try:
+            with contextlib.suppress(OSError):  # already gone
                 pipe.send(None)
-            except OSError:
-                pass  # already gone
         for process in self._processes:
             process.join(2)
             if process.is_alive():
@@ -122,12 +121,11 @@ def _serve(
             setup()
         import torch
         import torch.distributed as dist
+        from torch._C._distributed_c10d import FileStore
 
         torch.set_num_threads(1)
         timeout = datetime.timedelta(seconds=collective_timeout)
-        dist.init_process_group(
-            "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timeout
-        )
+        dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size, timeout=timeout)
         pipe.send((True, None))
     except BaseException:
         pipe.send((False, traceback.format_exc()))

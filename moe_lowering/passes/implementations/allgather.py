@@ -141,9 +141,7 @@ def _most_rows(emit: Emitter, x: Node, spec: BlockSpec) -> Any:
 def _keep_undefined_out(emit: Emitter, rows: Node, index: Node, counts: Node) -> tuple[Node, Node]:
     """Rows past the valid ones to zero, and row index -1 to the last row, which is one of those."""
     device = rows.meta["val"].device
-    positions = emit.call(
-        aten.arange.default, emit.size(rows, 0), dtype=torch.int32, device=device, pin_memory=False
-    )
+    positions = emit.call(aten.arange.default, emit.size(rows, 0), dtype=torch.int32, device=device, pin_memory=False)
     valid = emit.call(aten.lt.Tensor, positions, emit.call(aten.sum.default, counts))
     zero = emit.call(aten.full.default, [], 0.0, dtype=rows.meta["val"].dtype, device=device, pin_memory=False)
     rows = emit.call(aten.where.self, emit.call(aten.unsqueeze.default, valid, 1), rows, zero)

@@ -39,9 +39,7 @@ def emit_mlp(emit: Emitter, block: Block, rows: Node, counts: Node, soc: str) ->
     return _grouped_matmul(emit, hidden, w2, w2_bias, counts)
 
 
-def _grouped_matmul(
-    emit: Emitter, x: Node, weight: tuple[Node, ...], bias: tuple[Node, ...], counts: Node
-) -> Node:
+def _grouped_matmul(emit: Emitter, x: Node, weight: tuple[Node, ...], bias: tuple[Node, ...], counts: Node) -> Node:
     dtype = x.meta["val"].dtype
     biases = [emit.cast(b, _BIAS_DTYPE.get(dtype, dtype)) for b in bias]
     results = emit.call(

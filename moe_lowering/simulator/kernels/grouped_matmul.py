@@ -1,4 +1,4 @@
-"""npu_grouped_matmul (unquantised, groups along M, one output), npu_swiglu, npu_clipped_swiglu, npu_gelu_mul.
+"""npu_grouped_matmul (unquantised, groups along M, one output), npu_swiglu, npu_clipped_swiglu.
 
 Meaning: torch_npu 2.13.0's documentation, aclnnGroupedMatmulV4/V5.
 """
@@ -118,15 +118,8 @@ def clipped_swiglu(
     return y.reshape(shape)
 
 
-def gelu_mul(input: torch.Tensor, approximate: str, **_: Any) -> torch.Tensor:
-    """gelu(first half) * second half along the last axis; float32 inside, rounded once."""
-    gate, up = input.float().chunk(2, -1)
-    return (torch.nn.functional.gelu(gate, approximate=approximate) * up).to(input.dtype)
-
-
 KERNELS: dict[str, Kernel] = {
     GMM: grouped_matmul,
     "npu_swiglu": swiglu,
     "npu_clipped_swiglu": clipped_swiglu,
-    "npu_gelu_mul": gelu_mul,
 }

@@ -1,0 +1,115 @@
+"""The wrapper of vllm-ascend's fused operator: its CPU kernel on four ranks, and how it calls the provider."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch.distributed as dist
+from test_custom_ops_ranks import caught, world
+from torch import Tensor
+
+from moe_lowering import functional
+from moe_lowering.testing.ranks import Ranks
+
+pytestmark = pytest.mark.xdist_group("custom_ops_ranks")
+ops = torch.ops.moe_lowering
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    with Ranks(4, collective_timeout=20) as ranks:
+        yield ranks
+
+
+def fused_data(rank: int, tokens: int, dtype: torch.dtype, experts: int) -> tuple[Tensor, ...]:
+    torch.manual_seed(8)
+    w13, w2 = (torch.randn(experts, 64, 96) / 8).to(dtype), (torch.randn(experts, 48, 64) / 7).to(dtype)
+    torch.manual_seed(200 + rank)
+    weights, ids = functional.route(torch.randn(tokens, experts), 3)
+    return torch.randn(tokens, 64).to(dtype), weights, ids, w13, w2
+
+
+def on_fused(rank: int, dtype: torch.dtype, lists: bool, limit: int) -> tuple[Any, ...]:
+    size, tokens = dist.get_world_size(), [6, 0, 3, 1][rank]
+    experts = 3 * size
+    x, weights, ids, w13, w2 = fused_data(rank, tokens, dtype, experts)
+    mine = [part.chunk(size)[rank] for part in (w13, w2)]
+    one, other = (list(mine[0]), list(mine[1])) if lists else ([mine[0]], [mine[1]])
+    out: list[Tensor] = []
+    error = caught(lambda: out.extend(ops.dispatch_ffn_combine(x, one, other, ids, weights, world(), size, limit)))
+    if not out:
+        return error
+    everyone = torch.cat([fused_data(r, [6, 0, 3, 1][r], dtype, experts)[2].flatten() for r in range(size)])
+    counts = torch.bincount(everyone, minlength=experts).chunk(size)[rank]
+    assert out[1].dtype == torch.int32 and torch.equal(out[1].long(), counts)
+    assert out[0].dtype == dtype
+    return reference.relative_error(out[0], reference.moe(x, weights, ids, w13, w2)), ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lists", [False, True])
+def test_fused_operator(four: Ranks, dtype: torch.dtype, lists: bool) -> None:
+    for error, _ in four.run(on_fused, dtype, lists, 100):
+        assert error <= reference.BOUNDS[dtype]
+
+
+def test_fused_operator_raises_where_the_real_one_drops_rows(four: Ranks) -> None:
+    for raised, text in four.run(on_fused, torch.float16, False, 2, timeout=30):
+        assert raised == "RuntimeError"
+        assert text.startswith("dispatch_ffn_combine: EP rank 0 would receive ")
+        assert text.endswith("accepted: at most max_output_size, 2")
+
+
+SCHEMA = (  # vllm-ascend 0.23.0
+    "dispatch_ffn_combine(Tensor x, Tensor[] weight1, Tensor[] weight2, Tensor expert_idx, Tensor[] scale1, "
+    "Tensor[] scale2, Tensor[] bias1, Tensor[] bias2, Tensor probs, str group, int max_output_size, Tensor! out, "
+    "Tensor! expert_token_nums, Tensor? x_active_mask=None, float swiglu_limit=1000000.) "
+    "-> (Tensor out, Tensor expert_token_nums)"
+)
+
+
+def on_provider(rank: int) -> dict[str, Any]:
+    from moe_lowering.custom_ops import dispatch_ffn_combine as wrapper
+
+    x, weights, ids, w13, w2 = fused_data(0, 4, torch.bfloat16, 6)
+    arguments = (x, [w13[:3]], [w2[:3]], ids, weights, "mc2", 2, 77)
+    missing = caught(lambda: wrapper._npu(*arguments))
+    seen: dict[str, Any] = {}
+
+    def look_alike(*args: Any) -> tuple[Tensor, Tensor]:
+        names = [argument.name for argument in torch.ops._C_ascend.dispatch_ffn_combine.default._schema.arguments]
+        seen.update(zip(names, args, strict=False))  # the dispatcher leaves trailing defaults out
+        seen["out"].fill_(3)
+        seen["expert_token_nums"].copy_(torch.tensor([1, 2, 3]))
+        seen["expert_idx"].fill_(6)  # what quantised variants do to the rows of masked tokens
+        return torch.zeros_like(seen["out"]), torch.zeros_like(seen["expert_token_nums"])  # returns are not to be used
+
+    with torch.library._scoped_library("_C_ascend", "FRAGMENT") as library:
+        library.define(SCHEMA)
+        library.impl("dispatch_ffn_combine", look_alike, "CPU")
+        before = ids.clone()
+        y, numbers = wrapper._npu(*arguments)
+        assert torch.equal(ids, before)
+    assert seen["x"] is x or torch.equal(seen["x"], x)
+    assert torch.equal(seen["weight1"][0], w13[:3]) and torch.equal(seen["weight2"][0], w2[:3])
+    assert torch.equal(seen["probs"], weights)
+    return {
+        "missing": missing, "y": y.unique().tolist(), "like x": (y.shape, y.dtype) == (x.shape, x.dtype),
+        "numbers": (numbers.dtype, numbers.tolist()), "group": seen["group"], "limit": seen["max_output_size"],
+        "placeholders": [[(t.dtype, tuple(t.shape)) for t in seen[n]] for n in ("scale1", "scale2", "bias1", "bias2")],
+        "mask": seen.get("x_active_mask"), "ids": seen["expert_idx"].dtype,
+    }  # fmt: skip
+
+
+def test_how_the_provider_is_called(two: Ranks) -> None:
+    """In a rank's process, so that the look-alike does not meet another one."""
+    seen = two.run(on_provider)[0]
+    assert seen["missing"][0] == "RuntimeError" and "_C_ascend.dispatch_ffn_combine is not there" in seen["missing"][1]
+    assert seen["y"] == [3.0] and seen["like x"]
+    assert seen["numbers"] == (torch.int32, [1, 2, 3])
+    assert (seen["group"], seen["limit"], seen["mask"], seen["ids"]) == ("mc2", 77, None, torch.int32)
+    assert seen["placeholders"] == 2 * [[(torch.int64, (0,))]] + 2 * [[(torch.float32, (0,))]]
