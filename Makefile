@@ -16,6 +16,12 @@ $(READY): pyproject.toml constraints.txt
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 
+demo: $(READY)
+	$(BIN)/moe-lowering lower qwen3_moe --comm allgather
+	$(BIN)/moe-lowering lower qwen3_moe --ep 2 --comm allgather
+	$(BIN)/moe-lowering lower qwen3_moe --ep 2 --comm mc2
+	$(BIN)/moe-lowering lower qwen3_moe --ep 2 --comm fused_mc2
+
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 

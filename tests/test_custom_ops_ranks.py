@@ -291,6 +291,20 @@ def test_group_of_another_size_is_refused(two: Ranks) -> None:
         assert raised == "ValueError" and "ep_size is 4, but group" in text and "has 2 ranks" in text
 
 
+def on_opcheck(rank: int) -> None:
+    x, weights, ids, _, _ = data(rank // 2, 5, torch.bfloat16)
+    mask = torch.tensor([True, True, False, True, True])
+    parallel = (world(), 4, tp_group(2), 2, 6)
+    torch.library.opcheck(ops.dispatch.default, (x, None, ids, mask, EXPERTS, *parallel, 0))  # type: ignore[attr-defined]
+    rows, _, _, handle = ops.dispatch(x, None, ids, mask, EXPERTS, *parallel, 0)
+    torch.library.opcheck(ops.combine.default, (rows, weights, ids, handle, mask, EXPERTS, *parallel))  # type: ignore[attr-defined]
+
+
+def test_opcheck(four: Ranks) -> None:
+    """All ranks at once: each call of the operators is a collective."""
+    four.run(on_opcheck)
+
+
 # layers
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from test_custom_ops_ranks import caught, world
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_lowering import functional
 from moe_lowering.testing.ranks import Ranks
@@ -105,11 +106,73 @@ def on_provider(rank: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_how_the_provider_is_called(two: Ranks) -> None:
+def test_how_the_provider_is_called(four: Ranks) -> None:
     """In a rank's process, so that the look-alike does not meet another one."""
-    seen = two.run(on_provider)[0]
+    seen = four.run(on_provider)[0]
     assert seen["missing"][0] == "RuntimeError" and "_C_ascend.dispatch_ffn_combine is not there" in seen["missing"][1]
     assert seen["y"] == [3.0] and seen["like x"]
     assert seen["numbers"] == (torch.int32, [1, 2, 3])
     assert (seen["group"], seen["limit"], seen["mask"], seen["ids"]) == ("mc2", 77, None, torch.int32)
     assert seen["placeholders"] == 2 * [[(torch.int64, (0,))]] + 2 * [[(torch.float32, (0,))]]
+
+
+def on_opcheck(rank: int) -> None:
+    x, weights, ids, w13, w2 = fused_data(rank, 4, torch.bfloat16, 12)
+    mine = slice(3 * rank, 3 * rank + 3)
+    arguments = (x, [w13[mine]], [w2[mine]], ids, weights, world(), 4, 100)
+    torch.library.opcheck(ops.dispatch_ffn_combine.default, arguments)  # type: ignore[attr-defined]
+    x.requires_grad_()
+    torch.library.opcheck(ops.dispatch_ffn_combine.default, arguments, test_utils="test_autograd_registration")  # type: ignore[attr-defined]
+    error = caught(lambda: ops.dispatch_ffn_combine(*arguments)[0].sum().backward())
+    assert error[0] == "NotImplementedError" and "is for inference" in error[1]
+
+
+def test_opcheck(four: Ranks) -> None:
+    """All ranks at once: each call of the operator is a collective."""
+    four.run(on_opcheck)
+
+
+GOOD: dict[str, Any] = {
+    "x": torch.ones(4, 64).half(),
+    "w13": [torch.ones(3, 64, 32).half()],
+    "w2": [torch.ones(3, 16, 64).half()],
+    "ids": torch.zeros(4, 2, dtype=torch.int32),
+    "weights": torch.ones(4, 2),
+    "group": "g",
+    "ep_size": 2,
+    "max_output_size": 8,
+}
+PAIR = {"w13": [torch.ones(64, 32).half()] * 2, "w2": [torch.ones(16, 64).half()] * 2}
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"x": torch.ones(4, 64)}, "x is torch.float32"),
+    ({"x": torch.ones(2, 2, 64).half()}, r"x is torch.float16 of shape \[2, 2, 64\]"),
+    ({"x": torch.ones(4, 40).half()}, "x has hidden size 40; accepted: a multiple of 32"),
+    ({"ep_size": 1}, "ep_size is 1; accepted: 2 to 32"),
+    ({"ep_size": 33}, "ep_size is 33; accepted: 2 to 32"),
+    ({"group": ""}, "group is ''"),
+    ({"max_output_size": 0}, "max_output_size is 0; accepted: 1 or more"),
+    ({"w13": [torch.ones(2, 64, 32).half()], "w2": [torch.ones(2, 16, 64).half()]}, "w13 holds 2 experts"),
+    (PAIR, "w13 holds 2 experts"),
+    ({"w13": [torch.ones(64, 32).half()]}, "w13 is not one tensor"),
+    ({"w13": [torch.ones(3, 64, 31).half()]}, "w13 has 31 columns"),
+    ({"w2": [torch.ones(3, 32, 64).half()]}, r"w2\[0\] has shape \[3, 32, 64\]; accepted: \[3, 16, 64\]"),
+    ({"w2": [torch.ones(3, 16, 64).bfloat16()]}, r"w2\[0\] is torch.bfloat16; accepted: torch.float16"),
+    ({"ids": torch.zeros(4, 2, dtype=torch.int64)}, "ids is torch.int64"),
+    ({"ids": torch.zeros(3, 2, dtype=torch.int32)}, r"ids is torch.int32 of shape \[3, 2\]"),
+    ({"ids": torch.zeros(4, 7, dtype=torch.int32)}, "ids has k = 7; accepted: 1 to 6"),
+    ({"weights": torch.ones(4, 2).half()}, "weights is torch.float16"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES)
+def test_static_mistakes(change: dict[str, Any], message: str) -> None:
+    """What the real operator refuses, or computes wrongly; the fake kernel and the CPU kernel say the same."""
+    with pytest.raises((ValueError, TypeError), match=f"^dispatch_ffn_combine: {message}") as on_cpu:
+        ops.dispatch_ffn_combine(**GOOD | change)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y, numbers = ops.dispatch_ffn_combine(**GOOD)
+        assert y.shape == (4, 64) and y.dtype == torch.float16
+        assert numbers.shape == (3,) and numbers.dtype == torch.int32
+        with pytest.raises(type(on_cpu.value)) as on_fake:
+            ops.dispatch_ffn_combine(**GOOD | change)
+    assert str(on_fake.value) == str(on_cpu.value)
