@@ -193,17 +193,27 @@ def test_an_error_in_one_block_is_seen_at_the_block_even_where_logits_hide_it(st
     assert errors.relative < compare.TOLERANCE["bfloat16"] < errors.block_relative
 
 
-def test_tokens_that_went_to_other_experts_are_replayed_and_counted(stack: models.MoeStack):
-    """The lowered run is one with another correction bias in its first layer: all that differs is the choice."""
-    input_ids = torch.arange(32).view(2, 16)
-    other = copy.deepcopy(stack)
-    other.layers[0].selection_bias.add_(0.3 * torch.randn(16))
-    logits, taken = recorded(other, input_ids)
-    honest = copy.deepcopy(stack)
-    honest.layers[0].selection_bias.copy_(other.layers[0].selection_bias)
-    assert compare.compare(honest, input_ids, logits, taken).rerouted == 0
-    plain = stack(input_ids)
-    assert compare.difference(logits, plain)[1] > 1e-2
+def test_tokens_that_went_to_other_experts_are_replayed_and_counted():
+    """The lowered run is one in which three tokens went to other experts in the first layer."""
+    made = models.plan(Request("mixtral"))
+    reference = models.build(made, torch.float32)
+    models.randomise(reference)
+    compare.use_reference(reference)
+    lowered = copy.deepcopy(reference)
+    moved = torch.tensor([3, 4, 20])
+
+    def move(module, arguments):
+        x, ids, weights = arguments
+        return x, ids.index_copy(0, moved, (ids[moved] + 1) % 16), weights
+
+    compare.moe_modules(lowered)[0].register_forward_pre_hook(move)
+    taken = compare.record(lowered)
+    input_ids = models.input_ids(made, Request("mixtral"), 16, 0)
+    actual = models.logits(lowered, input_ids)
+    errors = compare.compare(reference, input_ids, actual, taken)
+    assert (errors.rerouted, errors.routed) == (3, 64)
+    assert max(errors.relative, errors.block_relative) < 1e-5
+    assert compare.difference(actual, models.logits(reference, input_ids))[1] > 0.1  # what it would be otherwise
 
 
 def test_a_comparison_that_misses_a_block_is_an_error(stack: models.MoeStack):
@@ -295,7 +305,7 @@ def test_an_illegal_implementation_is_refused_with_its_codes(capfd: pytest.Captu
     assert found["max_rel_error"] < compare.TOLERANCE["bfloat16"]  # left as it was, it still computes the same
 
 
-def test_experts_that_are_not_supported_are_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+def test_experts_that_are_not_supported_are_named(capfd: pytest.CaptureFixture[str]):
     code, found, err = command(capfd, "nemotron_h", "--ep", "2")
     assert code == 1 and found["blocks"] == [] and found["max_abs_error"] is None
     assert "mixer.experts is not lowered: it has no gate projection" in err
@@ -322,7 +332,7 @@ def test_ranks_that_choose_differently_are_an_error():
 
 @pytest.mark.parametrize("ep", [16, 64])
 def test_a_full_size_model_is_lowered_without_weights(ep: int, capfd: pytest.CaptureFixture[str]):
-    code, found, err = command(
+    code, found, _ = command(
         capfd, "deepseek_v3", "--fake", "--layers", "4", "--ep", str(ep), "--tokens", "64"
     )  # fmt: skip
     assert code == 0

@@ -152,7 +152,7 @@ def test_routing_of_a_refused_block_stays():
 
     x, _, _, w13, w2 = tensors()
     lowered = testing.lower_graph(model, x, torch.randn(TOKENS, EXPERTS), w13, w2, deployment=Deployment(), comm="mc2")
-    testing.assert_refused(lowered, code="mc2.no_ep", comm="mc2")
+    testing.assert_refused(lowered, code="mc2.ep_size", comm="mc2")
     assert lowered.ops_after == lowered.ops_before
 
 

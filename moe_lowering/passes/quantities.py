@@ -58,7 +58,7 @@ def block_quantities(
         "scopes_differ": spec.scopes_differ,
         "weight_format": deployment.weight_format,
         "has_communicator": bool(deployment.mc2_group),
-        "group_length": len(deployment.mc2_group),
+        "group_length": len(deployment.mc2_group) or None,  # has_communicator says it better
         "buffer_bytes": deployment.hccl_buffer_bytes,
         "has_vllm_ascend": deployment.provider("vllm_ascend") is not None,
         "has_torch_npu": torch_npu,
