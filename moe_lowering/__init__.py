@@ -8,6 +8,7 @@ from moe_lowering import _bootstrap
 
 _bootstrap.disable_autoload_without_cann()
 
+from moe_lowering.agreement import AgreementError, check_agreement  # noqa: E402
 from moe_lowering.backends.aot import lowering_backend  # noqa: E402
 from moe_lowering.backends.npugraph_ex import npugraph_ex_options  # noqa: E402
 from moe_lowering.deployment import Deployment  # noqa: E402
@@ -16,10 +17,12 @@ from moe_lowering.layers import MoE, shard_experts  # noqa: E402
 from moe_lowering.passes.pipeline import LoweringError, MoeLowering  # noqa: E402
 
 __all__ = [
+    "AgreementError",
     "Deployment",
     "LoweringError",
     "MoE",
     "MoeLowering",
+    "check_agreement",
     "lowering_backend",
     "moe_experts",
     "npugraph_ex_options",

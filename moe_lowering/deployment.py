@@ -9,6 +9,7 @@ from typing import Any
 
 SOCS = ("A2", "A3", "A5", "310P")
 WEIGHT_FORMATS = ("nd", "nz")
+GUARDS = ("allow", "forbid")
 
 # Fields that differ between ranks of one deployment. They never take part in a decision, nor in the digest.
 RANK_FIELDS = frozenset({"ep_rank", "tp_rank"})
@@ -34,6 +35,7 @@ class Deployment:
         min_tokens: lower bound on T on every rank, for every call; read only when ``equal_tokens`` is False.
         equal_tokens: whether T is the same on all ranks of the EP group at every call. When it is not, ``max_tokens``
             must be given, and decisions depend on ``min_tokens`` and ``max_tokens`` instead of T.
+        guards: ``allow`` or ``forbid``: whether the pass may ask dynamo to recompile outside of a range of T.
         max_rows: cap on the rows one rank receives; 0 for the bound that shapes alone imply.
         max_output_size: rows that the fused operators may process on one rank; 0 for the proven receive bound.
         hccl_buffer_mb: ``HCCL_BUFFSIZE`` in MB (CANN's default is 200).
@@ -56,6 +58,7 @@ class Deployment:
     max_tokens: int = 0
     min_tokens: int = 1
     equal_tokens: bool = True
+    guards: str = "allow"
     max_rows: int = 0
     max_output_size: int = 0
     hccl_buffer_mb: int = 200
@@ -66,6 +69,7 @@ class Deployment:
     def __post_init__(self) -> None:
         _one_of("soc", self.soc, SOCS)
         _one_of("weight_format", self.weight_format, WEIGHT_FORMATS)
+        _one_of("guards", self.guards, GUARDS)
         for kind in ("ep", "tp"):
             size, rank, group = (getattr(self, f"{kind}_{part}") for part in ("size", "rank", "group"))
             _at_least(f"{kind}_size", size, 1)

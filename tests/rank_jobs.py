@@ -71,3 +71,41 @@ def choices(rank, counts):
     module = shard_experts(layer(torch.bfloat16), where)
     lowered = testing.lower_graph(module, tokens_of(rank, counts[rank], torch.bfloat16, False), deployment=where)
     return [block.comm for block in lowered.report.blocks]
+
+
+def agree(rank, common, by_rank, timeout, absent=None):
+    """The message of the disagreement, "" when all agree."""
+    from moe_lowering.agreement import AgreementError, check_agreement
+
+    fields = {"ep_size": 4, "ep_group": "ep", "max_tokens": 128, **common, **by_rank.get(rank, {})}
+    if rank == absent:
+        next_round()
+        return "did not call"
+    try:
+        check_agreement(Deployment(ep_rank=rank, **fields), timeout=timeout)
+    except AgreementError as error:
+        return str(error)
+    return ""
+
+
+def next_round():
+    """A rank that misses one check is in step again for the next."""
+    from moe_lowering import agreement
+
+    next(agreement._round)
+
+
+def agree_on_decisions(rank, different):
+    from moe_lowering.agreement import AgreementError, check_agreement
+    from moe_lowering.report.records import BlockReport, LoweringReport
+
+    where = Deployment(ep_size=4, ep_rank=rank, ep_group="ep")
+    lowering = MoeLowering(where)
+    comm = "mc2" if rank == different else "allgather"
+    block = BlockReport("combine", comm, "", (), (), {})
+    lowering.reports.append(LoweringReport((block,), (), 0, 0, 0.0))
+    try:
+        check_agreement(where, lowering, timeout=20.0)
+    except AgreementError as error:
+        return str(error)
+    return ""

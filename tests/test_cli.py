@@ -151,6 +151,17 @@ def test_a_config_json_is_taken_as_it_is(tmp_path: Path):
         models.plan(Request(str(tmp_path), ep=8))
 
 
+def test_weights_that_do_not_fit_are_refused():
+    made = models.plan(Request("moe"))
+    skeleton = models.skeleton(made)
+    size = 2 * sum(p.numel() for p in skeleton.parameters())
+    run.require_memory(made, skeleton, Request("moe"), size)
+    run.require_memory(made, skeleton, Request("moe"), None)
+    for request, available in ((Request("moe"), size - 1), (Request("moe", ep=2), 3 * size)):
+        with pytest.raises(UsageError, match="GiB are free; accepted: --fake"):
+            run.require_memory(made, skeleton, request, available)
+
+
 # Comparison
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import moe_lowering.functional as functional
+from moe_lowering.custom_ops.route import stable_top_k
 from moe_lowering.custom_ops.sizes import row_bound
 
 ops = torch.ops.moe_lowering
@@ -85,6 +86,7 @@ def test_route_takes_the_lower_index_among_equals() -> None:
     assert ids.tolist() == [[1, 2, 4, 0], [0, 1, 2, 3], [0, 1, 2, 4]]
     _, ids = ops.route(torch.zeros(1, 8), None, 3, "softmax", True, 4, 2, "top2_sum", 1.0)
     assert ids.tolist() == [[0, 1, 2]]  # groups 0 and 1 of four equal ones
+    assert stable_top_k(torch.tensor([-1.0, -0.0, 0.0, -torch.inf]), 4).tolist() == [1, 2, 0, 3]
     coarse = torch.randint(-2, 3, (64, 32)).bfloat16()
     arguments = (coarse, torch.randint(0, 2, (32,)).float(), 8, "sigmoid", True, 8, 3, "top2_sum", 1.0)
     assert torch.equal(ops.route(*arguments)[1], reference.route(*arguments)[1])

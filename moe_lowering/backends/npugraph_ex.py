@@ -32,6 +32,7 @@ def npugraph_ex_options(
     *,
     comm: str = "auto",
     strict: bool = False,
+    policy: str = "auto",
     lowering: MoeLowering | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -41,19 +42,21 @@ def npugraph_ex_options(
         deployment: what the pass may assume.
         comm: ``auto`` or the name of the only implementation to use.
         strict: raise when a block is left unlowered.
+        policy: how ``auto`` chooses, see ``MoeLowering``.
         lowering: a pass object of yours, to read its ``reports`` afterwards; made from the arguments above when None.
         options: further npugraph_ex options, kept as they are. A ``post_grad_custom_pre_pass`` of yours runs first,
             then the lowering.
 
     Raises:
         TypeError: when ``post_grad_custom_pre_pass`` is not callable.
-        ValueError: when ``lowering`` is given together with another ``comm`` or ``strict``, or was made for another deployment.
+        ValueError: when ``lowering`` is given together with ``comm``, ``strict`` or ``policy``, or was made for another
+            deployment.
     """
     if lowering is None:
-        lowering = MoeLowering(deployment, comm, strict)
-    elif comm != "auto" or strict or lowering.deployment != deployment:
+        lowering = MoeLowering(deployment, comm, strict, policy)
+    elif (comm, strict, policy) != ("auto", False, "auto") or lowering.deployment != deployment:
         raise ValueError(
-            "npugraph_ex_options: give either lowering, or comm and strict; its deployment must be the one given"
+            "npugraph_ex_options: give either lowering, or comm, strict and policy; its deployment must be the one given"
         )
     own = options.pop(PRE_PASS, None)
     if own is not None and not callable(own):

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         with _stdout_to_stderr():
             outcome = _lower(request)
     except UsageError as error:
-        print(f"moe-lowering: error: {error}", file=sys.stderr)
+        print(f"moe-lowering: error: {' '.join(str(error).split())}", file=sys.stderr)  # one line
         return USAGE
     except Exception as error:  # not a wrong command: lowering or running failed
         traceback.print_exc()

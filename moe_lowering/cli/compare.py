@@ -27,6 +27,7 @@ from moe_lowering.layers import MoE, is_experts_module
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 # Largest accepted share of tokens whose experts differ: a share of near ties that grows with the rounding unit.
 MAX_REROUTED = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.2}
+REWEIGHTED = 0.1  # share of a token's largest routing weight by which rounding is taken not to move one
 WORST = sys.float_info.max  # stands for NaN and infinity, which JSON lacks
 
 Taken = list[tuple[Tensor, ...]]
@@ -83,7 +84,7 @@ def record(model: nn.Module) -> Taken:
 
 def use_reference(model: nn.Module) -> None:
     """Make an unsharded model compute its experts without the generic operators."""
-    if not isinstance(model, MoeStack):
+    if not isinstance(model, MoeStack) and moe_modules(model):
         hugging_face: Any = model
         hugging_face.set_experts_implementation("grouped_mm")
 
@@ -150,11 +151,18 @@ class _Replay:
         return hook
 
     def _choose(self, own: tuple[Tensor, Tensor], lowered: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        own_ids, lowered_ids = own[1], lowered[1].to(own[1].dtype)
-        differs = (own_ids.sort(-1).values != lowered_ids.sort(-1).values).any(-1, keepdim=True)
+        weights, ids = lowered[0].to(own[0].dtype), lowered[1].to(own[1].dtype)
+        differs = _routed_otherwise(own, (weights, ids))
         self.rerouted += int(differs.sum())
         self.routed += differs.numel()
-        return torch.where(differs, lowered[0].to(own[0].dtype), own[0]), torch.where(differs, lowered_ids, own_ids)
+        return torch.where(differs, weights, own[0]), torch.where(differs, ids, own[1])
+
+
+def _routed_otherwise(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+    """[..., 1] bool: tokens with other experts, or with weights that rounding does not explain (phimoe's have jumps)."""
+    (a_ids, a_order), (b_ids, b_order) = (routing[1].sort(-1) for routing in (a, b))
+    change = (a[0].gather(-1, a_order) - b[0].gather(-1, b_order)).abs().amax(-1, keepdim=True)
+    return (a_ids != b_ids).any(-1, keepdim=True) | (change > REWEIGHTED * a[0].amax(-1, keepdim=True))
 
 
 def plain_route(module: MoE, x: Tensor) -> tuple[Tensor, Tensor]:

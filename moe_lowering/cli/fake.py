@@ -47,7 +47,7 @@ def lower_fake(request: Request, progress: Progress) -> Outcome:
         enable_simulator(request.soc)
     register_transformers(request)
     made = models.plan(request)
-    unsupported = unsupported_modules(made)
+    unsupported = unsupported_modules(models.skeleton(made))
     facts = [("assumed", assumptions(request))]
     if unsupported and request.ep > 1:
         return Outcome(request, made.name, [], unsupported, None, facts)

@@ -46,6 +46,7 @@ SMALL: dict[str, Any] = {
     "qk_nope_head_dim": 64,
     "v_head_dim": 64,
 }
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 SMALL_LAYERS = 2
 SMALL_GROUPS = {"n_group": 4, "topk_group": 2}  # for models whose default is grouped: 8 experts remain, of which 4
 FULL_OWN = {"hidden": 7168, "intermediate": 2048, "experts": 256, "top_k": 8, "layers": 4}  # DeepSeek-V3's MoE layer
@@ -146,6 +147,21 @@ _OWN_SIZES = {
 }
 
 
+def skeleton(made: Plan) -> nn.Module:
+    """The model without data, on device meta: what it is made of, and how large it is."""
+    with torch.device("meta"):
+        return build(made, torch.bfloat16)
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that are free, or None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, ValueError, StopIteration):
+        return None
+
+
 def logits(model: nn.Module, input_ids: Tensor) -> Tensor:
     """The output that is compared; ``model`` may be compiled.
 
@@ -240,13 +256,17 @@ def _text_config(config: Any) -> Any:
     text = config.get_text_config()
     if getattr(text, "num_hidden_layers", None) is None or getattr(text, "vocab_size", None) is None:
         raise UsageError(f"argument MODEL: {config.model_type} is not a decoder; accepted: {ACCEPTED}")
-    _experts(text)
     return text
 
 
 def _shrink(config: Any, layers: int) -> Any:
     """The config with the dimensions of a small instance; what it derives from them is derived anew."""
-    sizes = {name: value for name, value in SMALL.items() if getattr(config, name, None) is not None}
+    # None says that a model does without, but some have no default number of experts (dots1, deepseek_v2)
+    sizes = {
+        name: value
+        for name, value in SMALL.items()
+        if getattr(config, name, None) is not None or (name in EXPERT_COUNTS and hasattr(config, name))
+    }
     if "qk_rope_head_dim" in sizes and "head_dim" in sizes:
         sizes["head_dim"] = sizes["qk_rope_head_dim"]
     if (getattr(config, "n_group", None) or 1) > 1:
@@ -265,9 +285,12 @@ def _with_layers(config: Any, layers: int) -> dict[str, Any]:
 
 def _rebuild(config: Any, changes: dict[str, Any]) -> Any:
     """A config of the same type with some values changed, so that per-layer lists follow."""
-    values = config.to_diff_dict()
-    for name in ("layer_types", "mlp_layer_types", "transformers_version", "model_type", "max_window_layers"):
-        values.pop(name, None)
+    values = {
+        name: value
+        for name, value in config.to_diff_dict().items()
+        if name not in ("transformers_version", "model_type")
+        and not (isinstance(value, list) and len(value) == config.num_hidden_layers)
+    }
     try:
         return type(config)(**{**values, **changes})
     except Exception as error:
@@ -276,7 +299,7 @@ def _rebuild(config: Any, changes: dict[str, Any]) -> Any:
 
 def _experts(config: Any) -> int:
     """Number of routed experts."""
-    for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
+    for name in EXPERT_COUNTS[:4]:
         if isinstance(value := getattr(config, name, None), int) and value > 1:
             return value
     raise UsageError(f"argument MODEL: {config.model_type} has no MoE layers; accepted: {ACCEPTED}")

@@ -80,7 +80,9 @@ def lower_and_compare(request: Request, progress: Progress) -> Outcome:
     enable_simulator(request.soc)
     register_transformers(request)
     made = models.plan(request)
-    unsupported = unsupported_modules(made)
+    skeleton = models.skeleton(made)
+    unsupported = unsupported_modules(skeleton)
+    require_memory(made, skeleton, request, models.available_memory())
     if unsupported and request.ep > 1:
         return Outcome(request, made.name, [], unsupported, None, [("assumed", assumptions(request))])
     if request.ep == 1:
@@ -107,16 +109,30 @@ def register_transformers(request: Request) -> None:
         raise UsageError(f"argument MODEL: {request.model} needs transformers: {error}") from error
 
 
-def unsupported_modules(made: models.Plan) -> list[tuple[str, str]]:
-    """MoE modules of the model that never reach the generic operators, found on an instance without data."""
+def unsupported_modules(model: nn.Module) -> list[tuple[str, str]]:
+    """MoE modules of the model that never reach the generic operators."""
     from moe_lowering.integrations.transformers import capabilities
 
-    with torch.device("meta"):
-        model = models.build(made, torch.bfloat16)
     found = capabilities(model)
     if not found:
-        raise UsageError(f"argument MODEL: {made.name} has no MoE layers; accepted: {models.ACCEPTED}")
+        raise UsageError(f"argument MODEL: {type(model).__name__} has no MoE layers; accepted: {models.ACCEPTED}")
     return [(name, reason) for name, supported, reason in found if not supported]
+
+
+def require_memory(made: models.Plan, skeleton: nn.Module, request: Request, available: int | None) -> None:
+    """Refuse weights that this machine cannot hold: with a config.json they may have any size.
+
+    Raises:
+        UsageError: they need more than ``available`` bytes (None when that is not known).
+    """
+    size = sum(p.numel() for p in skeleton.parameters()) * getattr(torch, request.dtype).itemsize
+    # each of several ranks holds the whole model, to compare with, and its share
+    needed = size if request.ep == 1 else size * (2 * request.ep + 1)
+    if available is not None and needed > available:
+        raise UsageError(
+            f"argument MODEL: the weights of {made.name} with {made.layers} layers on {request.ep} rank(s) need "
+            f"{needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; accepted: --fake, or fewer --layers"
+        )
 
 
 def require_same_choices(by_rank: list[list[LoweringReport]]) -> None:

@@ -16,7 +16,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, check
-from moe_lowering.passes.blocks import BlockSpec, size_key
+from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.quantities import block_quantities
 from moe_lowering.report.records import Verdict
@@ -24,17 +24,18 @@ from moe_lowering.report.records import Verdict
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """Verdicts of all implementations for one block.
+    """Verdicts of all implementations for one block, and what they were reached with.
 
     Attributes:
         verdicts: by implementation name.
-        needs_bound: implementations that are legal only because of the deployment's ``max_tokens``; a graph that uses
-            one carries ``assert_tokens``.
+        tokens: T as the rules saw it: an int, the graph's symbol, or a symbol with the declared range.
+        prover: what it was taken to know of T.
         quantities: what was judged, by name.
     """
 
     verdicts: dict[str, Verdict]
-    needs_bound: frozenset[str]
+    tokens: Any
+    prover: Prover
     quantities: dict[str, Any]
 
 
@@ -43,19 +44,7 @@ def torch_npu_is_loaded() -> bool:
     return hasattr(torch.ops.npu, "npu_grouped_matmul")
 
 
-def judged_tokens(tokens: Any, deployment: Deployment) -> tuple[Any, Prover]:
-    """(T as the rules see it, a prover that knows its range)."""
-    if not deployment.equal_tokens:
-        return _declared_tokens(deployment), Prover()
-    if isinstance(tokens, int) or not deployment.max_tokens:
-        return tokens, Prover()
-    low, _ = Prover().bounds(tokens)
-    if low is None or low > deployment.max_tokens:
-        return tokens, Prover()
-    return tokens, Prover({size_key(tokens): (low, deployment.max_tokens)})
-
-
-def _declared_tokens(deployment: Deployment) -> Any:
+def declared_tokens(deployment: Deployment) -> Any:
     """A size called T with the declared range, in a ShapeEnv of its own."""
     from torch._dynamo.source import ConstantSource  # slow to import, and rarely needed
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -80,17 +69,17 @@ def outside_declared_range(tokens: Any, deployment: Deployment) -> bool:
     return not deployment.equal_tokens and isinstance(tokens, int) and not low <= tokens <= high
 
 
-def judge(spec: BlockSpec, deployment: Deployment) -> Judgement:
-    """The verdict of every implementation for this block."""
-    verdicts: dict[str, Verdict] = {}
-    needs_bound: set[str] = set()
-    quantities: dict[str, Any] = {}
+def judge(spec: BlockSpec, deployment: Deployment, tokens: Any, prover: Prover) -> Judgement:
+    """The verdict of every implementation for this block.
+
+    Args:
+        tokens: T as the rules see it.
+        prover: what may be taken as known of it, when it is symbolic.
+    """
+    quantities = block_quantities(spec, deployment, tokens, prover, torch_npu_is_loaded())
+    verdicts = {}
     for name, implementation in IMPLEMENTATIONS.items():
-        tokens, prover = judged_tokens(spec.tokens, deployment)
-        quantities = block_quantities(spec, deployment, tokens, prover, torch_npu_is_loaded())
         operators = ("deployment", name, *implementation.operators(spec, deployment.soc))
         violations = [v for op in operators for v in check(op, deployment.soc, quantities, prover)]
         verdicts[name] = Verdict(name, tuple(violations))
-        if prover.used_declared or not (deployment.equal_tokens or isinstance(spec.tokens, int)):
-            needs_bound.add(name)
-    return Judgement(verdicts, frozenset(needs_bound), quantities)
+    return Judgement(verdicts, tokens, prover, quantities)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,12 +22,15 @@ from torch.fx import Graph, GraphModule, Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Violation
 from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, size_key
-from moe_lowering.passes.choosing import POLICIES, choose
+from moe_lowering.passes.choosing import Cost, Policy
+from moe_lowering.passes.costs import estimate
+from moe_lowering.passes.deciding import Decision, decide
 from moe_lowering.passes.emitting import Emitter, Recording, erase
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.passes.judging import Judgement, judge, judged_tokens, outside_declared_range
+from moe_lowering.passes.judging import outside_declared_range
 from moe_lowering.passes.raising import find_blocks, place
 from moe_lowering.passes.routing import emit_route, judge_route
+from moe_lowering.passes.token_ranges import TokenRange, request_guard
 from moe_lowering.passes.verifying import (
     VerificationError,
     call_violations,
@@ -50,25 +54,33 @@ class MoeLowering:
         deployment: what the pass may assume; see ``Deployment``.
         comm: ``auto``, or the name of the only implementation to use.
         strict: raise instead of leaving a block alone, and re-propagate fake tensors through the whole graph.
+        policy: how ``auto`` chooses: ``auto`` (cheapest), ``vllm_ascend_0_13`` or ``vllm_ascend_main``.
+        cost: estimated microseconds of an implementation under a ``costs.Load``, in place of the built-in model. It must
+            give the same figures on every rank.
 
     Attributes:
         reports: one ``LoweringReport`` per graph seen, in order.
 
     Raises:
-        ValueError: for an unknown ``comm``.
+        ValueError: for an unknown ``comm`` or ``policy``.
     """
 
-    def __init__(self, deployment: Deployment, comm: str = "auto", strict: bool = False) -> None:
-        if comm not in POLICIES:
-            raise ValueError(f"MoeLowering: comm is {comm!r}; accepted: {', '.join(POLICIES)}")
+    def __init__(
+        self,
+        deployment: Deployment,
+        comm: str = "auto",
+        strict: bool = False,
+        policy: str = "auto",
+        cost: Cost = estimate,
+    ) -> None:
         self.deployment = deployment
-        self.comm = comm
+        self.policy = Policy(comm, policy, cost)
         self.strict = strict
         self.reports: list[LoweringReport] = []
 
     def __call__(self, gm: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
         start = time.perf_counter()
-        run = _Run(gm, self.deployment, self.comm)
+        run = _Run(gm, self.deployment, self.policy)
         blocks = run.lower()
         if run.changed:
             gm.graph.lint()
@@ -90,17 +102,17 @@ class MoeLowering:
 class _Run:
     """One run over one graph: the caches of what equal blocks share, and the log of what was done."""
 
-    def __init__(self, gm: GraphModule, deployment: Deployment, comm: str) -> None:
+    def __init__(self, gm: GraphModule, deployment: Deployment, policy: Policy) -> None:
         self.graph: Graph = gm.graph
         self.deployment = deployment
-        self.comm = comm
+        self.policy = policy
         self.nodes_before = len(self.graph.nodes)
         self.changed = False
         self.left: list[tuple[Node, str]] = []
-        self._judgements: dict[BlockSpec, Judgement] = {}
+        self._decisions: dict[BlockSpec, Decision] = {}
         self._recordings: dict[tuple[Any, ...], Recording] = {}
         self._routes: dict[RouteSpec, list[Violation]] = {}
-        self._bounded: set[Any] = set()
+        self._enforced: set[Any] = set()
 
     def lower(self) -> list[BlockReport]:
         fake_mode = _fake_mode(self.graph)
@@ -122,21 +134,22 @@ class _Run:
 
     def _lower_block(self, block: Block) -> BlockReport:
         before = tuple(_op_name(n) for n in (block.dispatch, block.mlp, block.combine))
-        judgement = self._judgements.get(block.spec)
-        if judgement is None:
-            judgement = self._judgements[block.spec] = judge(block.spec, self.deployment)
-        comm, reason = choose(judgement, self.comm)
-        after = before
+        decision = self._decisions.get(block.spec)
+        if decision is None:
+            decision = self._decisions[block.spec] = decide(block.spec, self.deployment, self.policy)
+        comm, reason, after = decision.comm, decision.reason, before
         if comm is not None and outside_declared_range(block.spec.tokens, self.deployment):
-            comm, reason = None, self._refuse_to_run(block)
+            comm, reason = None, self._refuse_to_run(block, decision)
         if comm is not None:
             chosen = comm
-            done = self._guarded(lambda emit: self._rewrite(block, chosen, judgement, emit), (chosen, block.spec))
+            done = self._guarded(lambda emit: self._rewrite(block, chosen, decision, emit), (chosen, block.spec))
             if isinstance(done, str):
                 comm, reason = None, done
             else:
                 after = tuple(_op_name(n) for n in sorted(done) if n.target is not operator.getitem)
-        return BlockReport(block.name, comm, reason, before, after, judgement.verdicts)
+        if decision.guard is not None:
+            request_guard(block.spec.tokens, decision.guard)
+        return BlockReport(block.name, comm, reason, before, after, decision.judgement.verdicts, decision.notes)
 
     def _guarded(self, rewrite: Callable[[Emitter], None], key: tuple[Any, ...]) -> list[Node] | str:
         """Run one rewrite; the nodes it created, or why it was undone."""
@@ -152,9 +165,9 @@ class _Run:
         self.changed = True
         return emit.created
 
-    def _rewrite(self, block: Block, comm: str, judgement: Judgement, emit: Emitter) -> None:
+    def _rewrite(self, block: Block, comm: str, decision: Decision, emit: Emitter) -> None:
         first = (comm, block.spec) not in self._recordings
-        replacement = IMPLEMENTATIONS[comm].emit(block, emit, self.deployment, judgement.quantities)
+        replacement = IMPLEMENTATIONS[comm].emit(block, emit, self.deployment, decision.judgement.quantities)
         same_value(block.combine, replacement.y)
         if block.counts is not None:
             assert replacement.counts is not None
@@ -162,41 +175,45 @@ class _Run:
             readers = [user for user in block.counts.users if user is not block.mlp]
             defined_before_readers(readers, block.counts, replacement.counts)
         if first:
-            self._check_limits(block.spec, emit)
-        if comm in judgement.needs_bound:
-            self._assert_bound(block, emit)
+            self._check_limits(block.spec, decision, emit)
+        if decision.enforced is not None:
+            self._enforce(block, decision.enforced, emit)
         block.combine.replace_all_uses_with(replacement.y)
         if block.counts is not None and replacement.counts is not None:
             block.counts.replace_all_uses_with(replacement.counts, delete_user_cb=lambda user: user is not block.mlp)
         erase(self.graph, block.interior)
 
-    def _check_limits(self, spec: BlockSpec, emit: Emitter) -> None:
+    def _check_limits(self, spec: BlockSpec, decision: Decision, emit: Emitter) -> None:
         """Every Ascend node against its limits, from its own arguments and not from the block's record."""
-        tokens, prover = judged_tokens(spec.tokens, self.deployment)
+        judged = decision.judgement
         extra = {"buffer_bytes": self.deployment.hccl_buffer_bytes}
         for node in emit.created:
-            violations = call_violations(node, self.deployment.soc, extra, prover, (spec.tokens, tokens))
+            violations = call_violations(node, self.deployment.soc, extra, judged.prover, (spec.tokens, judged.tokens))
             if violations:
                 raise VerificationError("; ".join(str(v) for v in violations))
 
-    def _assert_bound(self, block: Block, emit: Emitter) -> None:
-        """A graph whose choice needs the declared range refuses to run outside it (dynamo's guards may be dropped)."""
-        key = size_key(block.spec.tokens)
-        if key in self._bounded:
-            return
-        self._emit_assert(block, emit, min(emit.created))
-        self._bounded.add(key)
+    def _enforce(self, block: Block, interval: TokenRange, emit: Emitter) -> None:
+        """The graph refuses to run outside of the range that its choice rests on, once per range of one T."""
+        key = (size_key(block.spec.tokens), interval)
+        if key not in self._enforced:
+            self._emit_assert(block, interval, emit, min(emit.created))
+            self._enforced.add(key)
 
-    def _emit_assert(self, block: Block, emit: Emitter, position: Node) -> None:
-        low = 0 if self.deployment.equal_tokens else self.deployment.min_tokens
+    def _emit_assert(self, block: Block, interval: TokenRange, emit: Emitter, position: Node) -> None:
+        high = sys.maxsize if interval.high is None else interval.high
         with emit.at(position, block.dispatch):
-            emit.call(torch.ops.moe_lowering.assert_tokens.default, block.x, low, self.deployment.max_tokens)
+            emit.call(torch.ops.moe_lowering.assert_tokens.default, block.x, interval.low, high)
 
-    def _refuse_to_run(self, block: Block) -> str:
+    def _refuse_to_run(self, block: Block, decision: Decision) -> str:
         """This rank has a T that the deployment rules out: the others communicate as declared, so it must not run at all."""
-        low, high = self.deployment.min_tokens, self.deployment.max_tokens
-        self._guarded(lambda emit: self._emit_assert(block, emit, block.dispatch), ("refuse", block.spec))
-        return f"T is {block.spec.tokens} and the deployment declares {low} to {high} on every rank: the graph refuses to run"
+        declared = decision.enforced
+        assert declared is not None
+        key = ("refuse", block.spec)
+        self._guarded(lambda emit: self._emit_assert(block, declared, emit, block.dispatch), key)
+        return (
+            f"T is {block.spec.tokens} and the deployment declares {declared.low} to {declared.high} on every rank: "
+            "the graph refuses to run"
+        )
 
     def _lower_route(self, route: Route) -> None:
         violations = self._routes.get(route.spec)

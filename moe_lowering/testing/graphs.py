@@ -89,20 +89,21 @@ def lower_graph(
     deployment: Deployment,
     comm: str = "auto",
     strict: bool = False,
+    policy: str = "auto",
     dynamic: bool = False,
 ) -> Lowered:
     """Trace ``function(*args)`` as torch.compile does, run the pass on its graph, and run nothing.
 
     Args:
         function: a function or module, for inference. Its tensors may be real, or fake (``fake_tensors``).
-        deployment, comm, strict: as for ``MoeLowering``.
+        deployment, comm, strict, policy: as for ``MoeLowering``.
         dynamic: make sizes symbolic.
 
     Raises:
         LoweringError: in strict mode, when a block is left unlowered.
     """
     simulator.enable(soc=simulator.soc() if simulator.is_enabled() else deployment.soc)
-    lowering = MoeLowering(deployment, comm, strict)
+    lowering = MoeLowering(deployment, comm, strict, policy)
     seen: dict[str, Any] = {}
 
     def note_before(gm: GraphModule, *_: Any) -> None:

@@ -1,0 +1,85 @@
+"""A byte-and-launch model of what an implementation costs on one rank, in microseconds. It orders; it does not predict.
+
+    T = launches + bytes / (bandwidth * efficiency) + compute,   fused: max of communication and compute
+
+Figures are of one die or card. Sources: Ascend/msmodeling 84fec85 ``tensor_cast/device.py`` (bandwidth, compute, static
+costs per operator, efficiencies), facts/cann_ops.md §4; the fixed cost of dispatch from facts/peers.md §6.4. They are
+marked to be confirmed by their authors. A user's own function with the signature of ``estimate`` takes its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+MATMUL_US, VECTOR_US, COLLECTIVE_US = 5.0, 2.0, 10.0
+# Quantisation, routing sort and flags inside the MC2 operators (the byte model alone gives half of the measured 132 us).
+DISPATCH_FIXED_US = 66.0
+COMM_EFFICIENCY, COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY = 0.7, 0.7, 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Link bandwidth in GB/s (one direction), 16-bit matmul in TFLOPS, memory in GB/s."""
+
+    link: float
+    compute: float
+    memory: float
+
+
+MACHINES = {
+    "A2": Machine(link=196.0, compute=353.9, memory=1760.0),
+    "A3": Machine(link=196.0, compute=353.9, memory=1760.0),
+    "A5": Machine(link=159.0, compute=378.0, memory=1540.0),
+    "310P": Machine(link=16.0, compute=70.0, memory=200.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is to be done: one block on one rank. ``tokens`` is T; ``width`` the bytes of one element."""
+
+    soc: str
+    ep_size: int
+    tokens: int
+    hidden: int
+    intermediate: int
+    top_k: int
+    local_experts: int
+    width: int
+
+
+def estimate(implementation: str, load: Load) -> float:
+    """Estimated time in microseconds, with tokens spread evenly over experts.
+
+    Raises:
+        ValueError: for an implementation that the model does not know.
+    """
+    machine = MACHINES[load.soc]
+    compute = _compute(load, machine)
+    if implementation == "allgather":
+        local = 3 * VECTOR_US + 2 * MATMUL_US
+        if load.ep_size == 1:
+            return local + compute
+        moved = 2 * (load.ep_size - 1) * load.tokens * load.hidden * load.width
+        return 4 * COLLECTIVE_US + 9 * VECTOR_US + local + compute + _transfer(moved, machine)
+    # both ways, each token to its k experts, of which (ep - 1) / ep live elsewhere
+    moved = 2 * load.top_k * load.tokens * load.hidden * load.width * (load.ep_size - 1) // load.ep_size
+    if implementation == "mc2":
+        launches = 2 * COLLECTIVE_US + 2 * MATMUL_US + VECTOR_US + DISPATCH_FIXED_US
+        return launches + compute + _transfer(moved, machine)
+    if implementation == "fused_mc2":
+        return COLLECTIVE_US + DISPATCH_FIXED_US + max(compute, _transfer(moved, machine))
+    raise ValueError(f"cost: implementation is {implementation!r}; accepted: allgather, mc2, fused_mc2")
+
+
+def _transfer(moved: int, machine: Machine) -> float:
+    return moved / (machine.link * COMM_EFFICIENCY * 1e3)
+
+
+def _compute(load: Load, machine: Machine) -> float:
+    weights = 3 * load.hidden * load.intermediate
+    operations = 2 * load.tokens * load.top_k * weights
+    read = load.local_experts * weights * load.width
+    return max(
+        operations / (machine.compute * COMPUTE_EFFICIENCY * 1e6), read / (machine.memory * MEMORY_EFFICIENCY * 1e3)
+    )

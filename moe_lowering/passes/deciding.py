@@ -1,0 +1,113 @@
+"""Decide: verdicts and a choice for one block, for the range of token counts that its graph will serve.
+
+- T static: judged and chosen at T.
+- T not equal on all ranks: judged on the declared range, chosen at its upper end; T itself is never read.
+- T symbolic, guards allowed, no strict range: the widest range around the compile's own T on which the choice is the
+  same, proven for the whole range, and requested as a guard: another size recompiles and may choose otherwise.
+- T symbolic otherwise: judged on the whole range, chosen at its upper end. In a strict range the notes say where another
+  choice would begin, so that the user can split it.
+
+A graph whose choice depends on a range also enforces it by itself (``assert_tokens``): caches drop guards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.limits import Prover
+from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.choosing import DEFAULT_TOKENS, Policy
+from moe_lowering.passes.judging import Judgement, declared_tokens, judge
+from moe_lowering.passes.token_ranges import TokenRange, hint, is_strict, known_range, prover_for, widest
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What to do with a block.
+
+    Attributes:
+        comm: the implementation, None when the block stays as it is.
+        reason: why.
+        judgement: the verdicts it rests on.
+        guard: range to request from dynamo; None for no guard.
+        enforced: range outside of which the lowered graph must refuse to run; None when every size is fine.
+        notes: what the user should know.
+    """
+
+    comm: str | None
+    reason: str
+    judgement: Judgement
+    guard: TokenRange | None = None
+    enforced: TokenRange | None = None
+    notes: tuple[str, ...] = ()
+
+
+def decide(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
+    """The decision for one block; the same on every rank."""
+    if not deployment.equal_tokens:
+        return _decide_unequal(spec, deployment, policy)
+    if isinstance(spec.tokens, int):
+        judgement = judge(spec, deployment, spec.tokens, Prover())
+        return Decision(*policy.choose(judgement.verdicts, spec, deployment, spec.tokens), judgement)
+    return _decide_symbolic(spec, deployment, policy)
+
+
+def _decide_unequal(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
+    judgement = judge(spec, deployment, declared_tokens(deployment), Prover())
+    comm, reason = policy.choose(judgement.verdicts, spec, deployment, deployment.max_tokens)
+    declared = TokenRange(deployment.min_tokens, deployment.max_tokens)
+    inside = isinstance(spec.tokens, int) and spec.tokens in declared
+    return Decision(comm, reason, judgement, enforced=None if inside else declared)
+
+
+def _decide_symbolic(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
+    known = known_range(spec.tokens)
+    allowed = known.at_most(deployment.max_tokens) if deployment.max_tokens else known
+    if allowed.empty:  # the declared bound rules every size out: the verdicts say so
+        judgement = judge(spec, deployment, spec.tokens, Prover())
+        return Decision(*policy.choose(judgement.verdicts, spec, deployment, known.low), judgement)
+
+    def choice_at(tokens: int) -> str | None:
+        verdicts = judge(spec, deployment, tokens, Prover()).verdicts
+        return policy.choose(verdicts, spec, deployment, tokens)[0]
+
+    strict = is_strict(spec.tokens)
+    started_at = hint(spec.tokens)
+    interval, at = allowed, allowed.high or DEFAULT_TOKENS
+    if deployment.guards == "allow" and not strict and started_at is not None and started_at in allowed:
+        interval, at = widest(choice_at, started_at, allowed), started_at
+    judgement = judge(spec, deployment, spec.tokens, prover_for(spec.tokens, interval))
+    comm, reason = policy.choose(judgement.verdicts, spec, deployment, at)
+    narrowed = interval != allowed
+    return Decision(
+        comm,
+        f"{reason}, for {interval}" if narrowed else reason,
+        judgement,
+        guard=interval if narrowed else None,
+        enforced=interval if comm is not None and interval != known else None,
+        notes=_split_note(choice_at, allowed, comm) if not narrowed else (),
+    )
+
+
+def _split_note(choice_at: Callable[[int], str | None], allowed: TokenRange, comm: str | None) -> tuple[str, ...]:
+    """Where in a range that may not be narrowed other implementations would be chosen."""
+    parts = sweep(choice_at, allowed)
+    if all(chosen == comm for _, chosen in parts):
+        return ()
+    shown = ", ".join(f"{chosen or 'none'} for {part}" for part, chosen in parts)
+    return (f"the range was not split; split it to get {shown}",)
+
+
+def sweep(choice_at: Callable[[int], str | None], allowed: TokenRange) -> list[tuple[TokenRange, str | None]]:
+    """The pieces of a range, each with its choice, in order of T."""
+    parts: list[tuple[TokenRange, str | None]] = []
+    rest = allowed
+    while not rest.empty:
+        part = widest(choice_at, rest.low, rest)
+        parts.append((part, choice_at(part.low)))
+        if part.high is None:
+            break
+        rest = TokenRange(part.high + 1, rest.high)
+    return parts

@@ -1,0 +1,120 @@
+"""Ranges of T, the token count of one rank: what a graph knows, what a deployment declares, what a guard can narrow.
+
+A guard is a request to dynamo to recompile outside of a range. It may be made only where T is equal on all ranks (two
+ranks that guard on their own T take different branches and hang) and outside of a strict range (``mark_dynamic`` with
+min and max, an export ``Dim``), where it would fail the compile. Source: facts/npu_free_machine.md; torch 2.13
+``ShapeEnv.tracked_fakes``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from moe_lowering.limits import Prover
+from moe_lowering.passes.blocks import size_key
+
+Choice = TypeVar("Choice")
+
+# Where a search without an upper bound stops looking for a change: more tokens than any rank holds.
+SEARCH_LIMIT = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRange:
+    """``low <= T <= high``; ``high`` is None when there is no bound."""
+
+    low: int
+    high: int | None
+
+    def __contains__(self, tokens: int) -> bool:
+        return self.low <= tokens and (self.high is None or tokens <= self.high)
+
+    def at_most(self, high: int) -> TokenRange:
+        """The part up to ``high``, which may be empty (low > high)."""
+        return TokenRange(self.low, high if self.high is None else min(self.high, high))
+
+    @property
+    def empty(self) -> bool:
+        return self.high is not None and self.low > self.high
+
+    def __str__(self) -> str:
+        return f"T >= {self.low}" if self.high is None else f"{self.low} <= T <= {self.high}"
+
+
+def known_range(tokens: Any) -> TokenRange:
+    """What the graph's own ShapeEnv says of T."""
+    low, high = Prover().bounds(tokens)
+    return TokenRange(low or 0, high)
+
+
+def hint(tokens: torch.SymInt) -> int | None:
+    """The size that this compile was started with; None when the ShapeEnv has none."""
+    return int(tokens.node.hint) if tokens.node.has_hint() else None
+
+
+def is_strict(tokens: torch.SymInt) -> bool:
+    """Whether some symbol of T was declared with a range that must not be narrowed."""
+    from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint  # slow to import
+
+    symbols = tokens.node.expr.free_symbols
+    return any(
+        isinstance(constraint, StrictMinMaxConstraint)
+        and isinstance(size, torch.SymInt)
+        and bool(size.node.expr.free_symbols & symbols)
+        for tracked in tokens.node.shape_env.tracked_fakes or ()
+        for size, constraint in zip(
+            getattr(tracked.fake, "shape", ()),
+            getattr(tracked.symbolic_context, "constraint_sizes", None) or (),
+            strict=False,
+        )
+    )
+
+
+def prover_for(tokens: torch.SymInt, interval: TokenRange) -> Prover:
+    """A prover that knows T to lie in ``interval``."""
+    high = SEARCH_LIMIT * SEARCH_LIMIT if interval.high is None else interval.high
+    return Prover({size_key(tokens): (interval.low, high)})
+
+
+def request_guard(tokens: torch.SymInt, interval: TokenRange) -> None:
+    """Make dynamo recompile outside of ``interval``. The hint must lie in it."""
+    known = known_range(tokens)
+    if interval.low > known.low:
+        assert bool(tokens >= interval.low)
+    if interval.high is not None and interval.high != known.high:
+        assert bool(tokens <= interval.high)
+
+
+def widest(choice: Callable[[int], Choice], at: int, within: TokenRange) -> TokenRange:
+    """The largest range around ``at`` that ``choice`` is found to be constant on.
+
+    Steps outward in doubling strides and bisects to the first change seen. A change and a change back within one stride
+    would be missed; the caller proves legality for the whole range afterwards, so that could cost a better choice and
+    never a right one.
+    """
+    here = choice(at)
+
+    def edge(end: int) -> int:
+        sign, stride, reached = (1 if end >= at else -1), 1, at
+        while reached != end:
+            step = end if abs(end - at) <= stride else at + sign * stride
+            if choice(step) != here:
+                return _bisect(lambda t: choice(t) == here, reached, step)
+            reached, stride = step, 2 * stride
+        return end
+
+    limit = max(SEARCH_LIMIT, at)
+    high = edge(limit if within.high is None else within.high)
+    return TokenRange(edge(within.low), None if within.high is None and high == limit else high)
+
+
+def _bisect(holds: Callable[[int], bool], good: int, bad: int) -> int:
+    """The value nearest to ``bad`` for which ``holds`` is true, between a good and a bad value."""
+    while abs(good - bad) > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if holds(middle) else (good, middle)
+    return good

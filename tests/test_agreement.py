@@ -1,0 +1,46 @@
+"""Agreement through the store: on real processes, with a rank that differs, and with one that never comes."""
+
+import pytest
+import rank_jobs
+
+from moe_lowering.testing import Ranks
+
+
+@pytest.fixture(scope="module")
+def four():
+    with Ranks(4, collective_timeout=30) as ranks:
+        yield ranks
+
+
+def test_equal_deployments_agree(four):
+    assert four.run(rank_jobs.agree, {}, {}, 20.0) == [""] * 4
+
+
+def test_a_rank_that_differs_is_named_with_the_field_on_every_rank(four):
+    messages = four.run(rank_jobs.agree, {}, {2: {"max_tokens": 64}}, 20.0)
+    assert all("rank 2: Deployment.max_tokens is 64, on rank 0 128" in message for message in messages)
+    assert all("rank 1" not in message and "rank 3" not in message for message in messages)
+
+
+def test_ranks_own_indices_do_not_matter(four):
+    """The twin: ep_rank differs on every rank, and that is agreement."""
+    assert four.run(rank_jobs.agree, {"soc": "A2"}, {}, 20.0) == [""] * 4
+
+
+def test_a_rank_that_never_comes_is_named_within_the_timeout(four):
+    messages = four.run(rank_jobs.agree, {}, {}, 1.0, 3)
+    assert messages[3] == "did not call"
+    assert all("no answer from rank 3 of 4 within 1 s" in message for message in messages[:3])
+
+
+def test_decisions_are_compared(four):
+    messages = four.run(rank_jobs.agree_on_decisions, 1)
+    assert all("rank 1: graph 0: it decided [['combine', 'mc2']]" in message for message in messages)
+    assert four.run(rank_jobs.agree_on_decisions, None) == [""] * 4
+
+
+def test_without_a_process_group_it_says_what_to_give():
+    from moe_lowering import Deployment, check_agreement
+
+    with pytest.raises(RuntimeError, match="give store, ranks and rank"):
+        check_agreement(Deployment())

@@ -1,0 +1,152 @@
+"""Symbolic token counts: proven for a range, guarded, or refused; and enforced in the graph."""
+
+import re
+
+import pytest
+import reference
+import torch
+from test_judging import BASE
+from test_lowering import HIDDEN, Experts, compile_plain, routed
+
+from moe_lowering import Deployment, MoE, MoeLowering, lowering_backend, testing
+from moe_lowering.limits import Prover, Violation
+from moe_lowering.passes import judging
+from moe_lowering.passes.token_ranges import TokenRange, widest
+
+FORBID = (("guards", "forbid"),)
+
+
+def comm_of(lowered):
+    return lowered.report.blocks[0].comm
+
+
+def asserted(lowered):
+    """(low, high) of the graph's assert_tokens, None when it has none."""
+    found = lowered.gm.graph.find_nodes(op="call_function", target=torch.ops.moe_lowering.assert_tokens.default)
+    return tuple(found[0].args[1:]) if found else None
+
+
+def test_without_guards_a_limit_holds_for_the_whole_range_or_not_at_all():
+    refused = BASE.but(deployment=FORBID).judge(comm="mc2", dynamic=True)
+    testing.assert_refused(refused, code="mc2.tokens", comm="mc2")
+    assert refused.ops_after == refused.ops_before
+    bounded = BASE.but(deployment=(*FORBID, ("max_tokens", 512))).judge(comm="mc2", dynamic=True)
+    testing.assert_lowered(
+        bounded, comm="mc2", ops=["moe_lowering.assert_tokens", "npu.npu_moe_distribute_dispatch_v2"]
+    )
+    assert asserted(bounded)[1] == 512
+    wide = BASE.but(deployment=(*FORBID, ("max_tokens", 513))).judge(comm="mc2", dynamic=True)
+    testing.assert_refused(wide, code="mc2.tokens", comm="mc2")
+
+
+@pytest.mark.parametrize(("tokens", "comm", "low", "high"), [
+    (32, "mc2", 2, 512), (512, "mc2", 2, 512), (513, None, None, None), (900, None, None, None),
+])  # fmt: skip
+def test_with_guards_a_graph_serves_the_range_that_its_choice_is_legal_for(tokens, comm, low, high):
+    lowered = BASE.but(tokens=tokens).judge(comm="mc2", dynamic=True)
+    assert comm_of(lowered) == comm
+    assert asserted(lowered) == (None if comm is None else (low, high))
+
+
+def test_auto_takes_one_implementation_on_each_side_of_the_capacity():
+    """Above the limit of MC2 and the fused operator AllGather is left; 16 ranks make it dearer below."""
+    below = BASE.but(ep_size=16, tokens=512).judge(dynamic=True)
+    above = BASE.but(ep_size=16, tokens=513).judge(dynamic=True)
+    assert comm_of(below) == "fused_mc2"
+    assert asserted(below)[1] == 512
+    assert comm_of(above) == "allgather"
+    assert asserted(above)[0] == 513
+
+
+def test_two_compiled_graphs_across_a_boundary_and_each_is_right(monkeypatch):
+    """The boundary is made of a limit: AllGather up to 24 tokens, refused above, so the second graph is generic."""
+    monkeypatch.setattr(judging, "check", with_limit(judging.check, 24))
+    module, lowering = Experts(), MoeLowering(Deployment(), "allgather")
+    compiled = compile_plain(module, lowering, dynamic=True)
+    for tokens in (8, 24, 25, 100, 17, 2, 26):
+        args = routed(tokens)
+        with torch.no_grad():
+            reference.assert_near(compiled(*args), module.expected(*args), torch.float32)
+    assert [report.blocks[0].comm for report in lowering.reports] == ["allgather", None]
+
+
+def with_limit(check, most):
+    """The limit tables with one more rule: AllGather takes at most ``most`` tokens."""
+
+    def extended(operator, soc, quantities, prover=None, *args, **kwargs):
+        found = check(operator, soc, quantities, prover, *args, **kwargs)
+        if operator == "allgather" and not (prover or Prover()).at_most(quantities["tokens"], most):
+            found.append(Violation("test.tokens", operator, "", str(most), "this test", "too many tokens"))
+        return found
+
+    return extended
+
+
+def strict_range(low, high, tokens, **options):
+    """A layer on 16 ranks whose token count was declared with mark_dynamic(min, max)."""
+    with testing.fake_deployment(ep_size=16, **options) as deployment:
+        with testing.fake_tensors():
+            model = MoE(1024, 512, 64, 4, deployment=deployment, dtype=torch.bfloat16)
+            x = torch.empty(tokens, 1024, dtype=torch.bfloat16)
+        torch._dynamo.mark_dynamic(x, 0, min=low, max=high)
+        return testing.lower_graph(model, x, deployment=deployment)
+
+
+def test_a_strict_range_is_never_narrowed():
+    across = strict_range(2, 1024, 32)
+    assert comm_of(across) == "allgather", "legal for all of it"
+    assert asserted(across) is None, "what the graph knows needs no assertion"
+    (note,) = across.report.blocks[0].notes
+    assert "the range was not split" in note
+    assert re.search(r"fused_mc2 for \d+ <= T <= 512, allgather for 513 <= T <= 1024$", note)
+
+
+def test_two_disjoint_strict_ranges_take_one_implementation_each():
+    assert comm_of(strict_range(2, 512, 32)) == "fused_mc2"
+    assert comm_of(strict_range(513, 4096, 600)) == "allgather"
+
+
+def test_a_graph_refuses_sizes_outside_its_range_when_guards_are_dropped():
+    """A cache hit and a framework that owns AOT call the artefact with any size: the graph itself must refuse."""
+    module = Experts()
+    kept = {}
+
+    def keep(gm, example_inputs, config):
+        kept["gm"] = gm
+
+    torch._dynamo.reset()
+    lowering = MoeLowering(Deployment(max_tokens=24), "allgather", strict=True)
+    with torch.no_grad():
+        torch.compile(module, backend=lowering_backend(lowering, keep), fullgraph=True, dynamic=True)(*routed(8))
+    gm = kept["gm"]
+
+    def call(tokens):
+        x, weights, ids = routed(tokens)
+        inputs = []
+        for node in gm.graph.find_nodes(op="placeholder"):
+            value = node.meta["val"]
+            if not isinstance(value, torch.Tensor):
+                inputs.append(tokens)
+            elif value.dim() == 3:
+                inputs.append(module.w13 if value.shape[-1] != HIDDEN else module.w2)
+            elif value.dtype == torch.int32:
+                inputs.append(ids)
+            else:
+                inputs.append(x if value.shape[-1] == HIDDEN else weights)
+        return gm(*inputs)[0], module.expected(x, weights, ids)
+
+    with torch.no_grad():
+        reference.assert_near(*call(24), torch.float32)
+        with pytest.raises(RuntimeError, match="25"):
+            call(25)
+
+
+def test_widest_finds_the_edges():
+    def choice(t):
+        return "low" if t <= 100 else "high" if t <= 300 else "top"
+
+    assert widest(choice, 50, TokenRange(2, None)) == TokenRange(2, 100)
+    assert widest(choice, 100, TokenRange(2, 5000)) == TokenRange(2, 100)
+    assert widest(choice, 101, TokenRange(2, 5000)) == TokenRange(101, 300)
+    assert widest(choice, 301, TokenRange(2, None)) == TokenRange(301, None)
+    assert widest(lambda t: "same", 7, TokenRange(0, 9)) == TokenRange(0, 9)
