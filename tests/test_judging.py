@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from moe_lowering import Deployment, MoE, testing
+from moe_lowering import MoE, testing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +151,3 @@ def test_block_and_deployment_must_agree():
         testing.assert_refused(lowered, code="deployment.ep_size")
         unequal = deployment.replace(equal_tokens=False, max_tokens=64)
         testing.assert_refused(testing.lower_graph(model, x, deployment=unequal), code="deployment.token_bound")
-
-
-def test_unknown_policy_is_an_error():
-    from moe_lowering import MoeLowering
-
-    with pytest.raises(ValueError, match="comm is 'nccl'; accepted: auto, allgather, mc2, fused_mc2"):
-        MoeLowering(Deployment(), comm="nccl")

@@ -46,7 +46,9 @@ SMALL: dict[str, Any] = {
     "qk_nope_head_dim": 64,
     "v_head_dim": 64,
 }
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Set where the default is None too; elsewhere None says that a model does without (e.g. q_lora_rank).
+NEEDED = (*EXPERT_COUNTS, "num_experts_per_tok", "moe_intermediate_size", "head_dim")
 SMALL_LAYERS = 2
 SMALL_GROUPS = {"n_group": 4, "topk_group": 2}  # for models whose default is grouped: 8 experts remain, of which 4
 FULL_OWN = {"hidden": 7168, "intermediate": 2048, "experts": 256, "top_k": 8, "layers": 4}  # DeepSeek-V3's MoE layer
@@ -261,11 +263,10 @@ def _text_config(config: Any) -> Any:
 
 def _shrink(config: Any, layers: int) -> Any:
     """The config with the dimensions of a small instance; what it derives from them is derived anew."""
-    # None says that a model does without, but some have no default number of experts (dots1, deepseek_v2)
     sizes = {
         name: value
         for name, value in SMALL.items()
-        if getattr(config, name, None) is not None or (name in EXPERT_COUNTS and hasattr(config, name))
+        if getattr(config, name, None) is not None or (name in NEEDED and hasattr(config, name))
     }
     if "qk_rope_head_dim" in sizes and "head_dim" in sizes:
         sizes["head_dim"] = sizes["qk_rope_head_dim"]
@@ -299,7 +300,7 @@ def _rebuild(config: Any, changes: dict[str, Any]) -> Any:
 
 def _experts(config: Any) -> int:
     """Number of routed experts."""
-    for name in EXPERT_COUNTS[:4]:
+    for name in EXPERT_COUNTS:
         if isinstance(value := getattr(config, name, None), int) and value > 1:
             return value
     raise UsageError(f"argument MODEL: {config.model_type} has no MoE layers; accepted: {ACCEPTED}")

@@ -90,6 +90,7 @@ def lower_graph(
     comm: str = "auto",
     strict: bool = False,
     policy: str = "auto",
+    lowering: MoeLowering | None = None,
     dynamic: bool = False,
 ) -> Lowered:
     """Trace ``function(*args)`` as torch.compile does, run the pass on its graph, and run nothing.
@@ -97,13 +98,14 @@ def lower_graph(
     Args:
         function: a function or module, for inference. Its tensors may be real, or fake (``fake_tensors``).
         deployment, comm, strict, policy: as for ``MoeLowering``.
+        lowering: a pass object of yours, in place of one made from these.
         dynamic: make sizes symbolic.
 
     Raises:
         LoweringError: in strict mode, when a block is left unlowered.
     """
     simulator.enable(soc=simulator.soc() if simulator.is_enabled() else deployment.soc)
-    lowering = MoeLowering(deployment, comm, strict, policy)
+    lowering = lowering or MoeLowering(deployment, comm, strict, policy)
     seen: dict[str, Any] = {}
 
     def note_before(gm: GraphModule, *_: Any) -> None:
