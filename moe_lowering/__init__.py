@@ -2,19 +2,39 @@
 
 MoE layers become four generic operators (``route``, ``dispatch``, ``grouped_mlp``, ``combine``); a torch.compile/FX pass
 rewrites them into the Ascend communication implementation that is legal for the deployment. See README.md.
+
+Names are loaded when they are first used, so that ``import moe_lowering`` (and ``moe-lowering --help``) need not load torch.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from moe_lowering import _bootstrap
 
 _bootstrap.disable_autoload_without_cann()
 
-from moe_lowering.agreement import AgreementError, check_agreement  # noqa: E402
-from moe_lowering.backends.aot import lowering_backend  # noqa: E402
-from moe_lowering.backends.npugraph_ex import npugraph_ex_options  # noqa: E402
-from moe_lowering.deployment import Deployment  # noqa: E402
-from moe_lowering.functional import moe_experts, route  # noqa: E402
-from moe_lowering.layers import MoE, shard_experts  # noqa: E402
-from moe_lowering.passes.pipeline import LoweringError, MoeLowering  # noqa: E402
+if TYPE_CHECKING:
+    from moe_lowering.agreement import AgreementError, check_agreement
+    from moe_lowering.backends.aot import lowering_backend
+    from moe_lowering.backends.npugraph_ex import npugraph_ex_options
+    from moe_lowering.deployment import Deployment
+    from moe_lowering.functional import moe_experts, route
+    from moe_lowering.layers import MoE, shard_experts
+    from moe_lowering.passes.pipeline import LoweringError, MoeLowering
+
+_HOME = {
+    "AgreementError": "agreement",
+    "Deployment": "deployment",
+    "LoweringError": "passes.pipeline",
+    "MoE": "layers",
+    "MoeLowering": "passes.pipeline",
+    "check_agreement": "agreement",
+    "lowering_backend": "backends.aot",
+    "moe_experts": "functional",
+    "npugraph_ex_options": "backends.npugraph_ex",
+    "route": "functional",
+    "shard_experts": "layers",
+}
 
 __all__ = [
     "AgreementError",
@@ -29,3 +49,13 @@ __all__ = [
     "route",
     "shard_experts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'moe_lowering' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"moe_lowering.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

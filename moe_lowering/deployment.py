@@ -40,7 +40,8 @@ class Deployment:
         max_output_size: rows that the fused operators may process on one rank; 0 for the proven receive bound.
         hccl_buffer_mb: ``HCCL_BUFFSIZE`` in MB (CANN's default is 200).
         weight_format: memory format of the expert weights on the device, ``nd`` or ``nz`` (FRACTAL_NZ).
-        cann: CANN version, "" when unknown: rules that ask for a version are then taken as violated.
+        cann: CANN version, e.g. ``9.1.0`` or ``8.2.RC1``; "" when unknown: rules for certain versions then apply.
+        torch_npu: version of torch_npu, with the same meaning.
         providers: (name, version) of installed libraries that bring fused operators, e.g. ``(("vllm_ascend", "0.23.0"),)``.
 
     Raises:
@@ -64,6 +65,7 @@ class Deployment:
     hccl_buffer_mb: int = 200
     weight_format: str = "nd"
     cann: str = ""
+    torch_npu: str = ""
     providers: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -111,6 +113,12 @@ class Deployment:
     def hccl_buffer_bytes(self) -> int:
         """Size of the HCCL window in bytes (CANN counts ``HCCL_BUFFSIZE`` in MiB)."""
         return self.hccl_buffer_mb * 2**20
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Version by name of CANN, torch_npu and the providers, as far as they are declared: what limit rows ask for."""
+        declared = {"cann": self.cann, "torch_npu": self.torch_npu, **dict(self.providers)}
+        return {name.replace("-", "_"): version for name, version in declared.items() if version}
 
     def provider(self, name: str) -> str | None:
         """Version of a provider of fused operators, or None when it is not installed."""

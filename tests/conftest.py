@@ -2,8 +2,12 @@
 
 import moe_lowering  # noqa: F401  # isort: skip
 import pytest
+import torch
 
 from moe_lowering import simulator
+
+# Two workers on two cores: more threads only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

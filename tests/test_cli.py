@@ -16,7 +16,7 @@ from moe_lowering import cli
 from moe_lowering.cli import arguments, compare, models, outcome, run
 from moe_lowering.cli.arguments import Request, UsageError
 from moe_lowering.integrations import transformers as integration
-from moe_lowering.passes.choosing import POLICIES
+from moe_lowering.passes.choosing import COMMS
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
 
 KEYS = {
@@ -44,7 +44,7 @@ def command(capfd: pytest.CaptureFixture[str], *given: str) -> tuple[int, dict, 
 
 
 def test_the_names_of_implementations_are_those_of_the_pass():
-    assert arguments.COMMS == POLICIES
+    assert arguments.COMMS == COMMS
 
 
 @pytest.mark.parametrize(

@@ -224,3 +224,30 @@ def test_a_declared_bound_is_enforced_in_the_graph():
         compiled(*routed(16))
         with pytest.raises(RuntimeError, match="17"):
             compiled(*routed(17))
+
+
+def shifted_difference(a):
+    """What transformers computes on position ids to find packed sequences."""
+    return a[:, 1:] - a[:, :-1]
+
+
+def test_npugraph_ex_computes_overlapping_slices_right_with_our_options():
+    """Its own inplace_pass makes ``sub_`` of it, on overlapping memory; the options leave that pass off."""
+    a = torch.arange(40.0).reshape(1, 40) ** 2
+    expected = shifted_difference(a)
+    for on in (False, True):
+        torch._dynamo.reset()
+        asked = {"inplace_pass": True} if on else {}
+        options = npugraph_ex_options(Deployment(), force_eager=True, **asked)
+        assert options["inplace_pass"] is on
+        actual = torch.compile(shifted_difference, backend="npugraph_ex", options=options)(a.clone())
+        assert on or torch.equal(actual, expected)
+
+
+def test_public_names_are_all_there():
+    import moe_lowering
+
+    assert all(getattr(moe_lowering, name) is not None for name in moe_lowering.__all__)
+    assert set(moe_lowering._HOME) == set(moe_lowering.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        moe_lowering.Nothing  # noqa: B018

@@ -2,6 +2,11 @@
 
 The pass runs as npugraph_ex's ``post_grad_custom_pre_pass``: after AOTAutograd, before npugraph_ex's own patterns, so
 stock fusions still apply to what it emits. Source: torch_npu 2.13.0, npugraph_ex/npu_fx_compiler.py (_optimize_fx).
+
+``inplace_pass`` is off unless asked for. npugraph_ex of torch_npu 2.13.0 compares element counts there, not shapes or
+overlap: ``a[:, 1:] - a[:, :-1]`` becomes ``sub_`` on overlapping slices (transformers finds packed sequences that way, and
+attention is wrong from the ninth token on), and a graph for one token fails; with or without this pass. vllm-ascend turns
+it off too (facts/versions.md).
 """
 
 from __future__ import annotations
@@ -44,7 +49,8 @@ def npugraph_ex_options(
         strict: raise when a block is left unlowered.
         policy: how ``auto`` chooses, see ``MoeLowering``.
         lowering: a pass object of yours, to read its ``reports`` afterwards; made from the arguments above when None.
-        options: further npugraph_ex options, kept as they are. A ``post_grad_custom_pre_pass`` of yours runs first,
+        options: further npugraph_ex options, kept as they are; ``inplace_pass`` is False when it is not given.
+            A ``post_grad_custom_pre_pass`` of yours runs first,
             then the lowering.
 
     Raises:
@@ -63,4 +69,4 @@ def npugraph_ex_options(
         raise TypeError(
             f"npugraph_ex_options: {PRE_PASS} is {own!r}; accepted: a callable (gm, example_inputs, config)"
         )
-    return {**options, PRE_PASS: _Chain(own, lowering) if own is not None else lowering}
+    return {"inplace_pass": False, **options, PRE_PASS: _Chain(own, lowering) if own is not None else lowering}

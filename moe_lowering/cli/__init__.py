@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 from moe_lowering.cli.arguments import Request, UsageError, parse
 
 if TYPE_CHECKING:
+    from moe_lowering.cli.explain import Explanation
+    from moe_lowering.cli.explain_arguments import ExplainRequest
     from moe_lowering.cli.outcome import Outcome
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -28,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         request = parse(arguments)
         with _stdout_to_stderr():
-            outcome = _lower(request)
+            outcome = _lower(request) if isinstance(request, Request) else _explain(request)
     except UsageError as error:
         print(f"moe-lowering: error: {' '.join(str(error).split())}", file=sys.stderr)  # one line
         return USAGE
@@ -43,6 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
     for problem in problems:
         print(f"moe-lowering: {problem}", file=sys.stderr)
     return FAILED if problems else OK
+
+
+def _explain(request: ExplainRequest) -> Explanation:
+    from moe_lowering.cli.explain import explain
+
+    return explain(request)
 
 
 def _lower(request: Request) -> Outcome:

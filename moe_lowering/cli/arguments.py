@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from moe_lowering.deployment import SOCS
 
-# Equal to passes.choosing.POLICIES (a test says so); written out because that module imports torch.
+if TYPE_CHECKING:
+    from moe_lowering.cli.explain_arguments import ExplainRequest
+
+# Equal to passes.choosing.COMMS (a test says so); written out because that module imports torch.
 COMMS = ("auto", "allgather", "mc2", "fused_mc2")
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -78,8 +81,10 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def parse(arguments: list[str] | None) -> Request:
+def parse(arguments: list[str] | None) -> Request | ExplainRequest:
     """The command, or ``UsageError``; ``--help`` and ``--version`` print and exit."""
+    from moe_lowering.cli import explain_arguments  # it needs this module
+
     parser = _Parser(
         prog="moe-lowering",
         description=DESCRIPTION,
@@ -98,25 +103,28 @@ def parse(arguments: list[str] | None) -> Request:
         allow_abbrev=False,
     )
     _add_options(lower)
-    given = parser.parse_args(arguments)
-    return Request(**vars(given))
+    lower.set_defaults(request=Request)
+    explain_arguments.add_command(commands)
+    given = vars(parser.parse_args(arguments))
+    return given.pop("request")(**given)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="moe, a transformers model type, or a path to a config.json")
-    add("--comm", choices=COMMS, default="auto", help="implementation to use (auto: the first legal one)")
-    add("--ep", type=_positive, default=1, metavar="N", help="ranks that share the experts (default 1)")
+    add("--comm", choices=COMMS, default="auto", help="implementation to use (auto: the cheapest legal one)")
+    add("--ep", type=positive, default=1, metavar="N", help="ranks that share the experts (default 1)")
     add("--soc", choices=SOCS, default="A3", help="Ascend SoC (default A3)")
-    add("--tokens", type=_positive, default=32, metavar="T", help="tokens of one rank (default 32)")
-    add("--layers", type=_positive, metavar="L", help="decoder layers (default 2; with --fake or a file, the config's)")
+    add("--tokens", type=positive, default=32, metavar="T", help="tokens of one rank (default 32)")
+    add("--layers", type=positive, metavar="L", help="decoder layers (default 2; with --fake or a file, the config's)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations (default bfloat16)")
     add("--dynamic", action="store_true", help="compile with dynamic shapes and run several token counts")
     add("--fake", action="store_true", help="full size, with fake tensors: lower only, run nothing")
     add("--json", action="store_true", help="print one JSON object instead of the report")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An option's value as an integer of 1 or more."""
     try:
         value = int(text)
     except ValueError:

@@ -108,7 +108,7 @@ def plan(request: Request) -> Plan:
         layers = request.layers or (FULL_OWN["layers"] if request.fake else SMALL_LAYERS)
         made = Plan(OWN, None, layers, SMALL["vocab_size"], FULL_OWN["experts"] if request.fake else small)
     else:
-        config = _config(request)
+        config = config_of(request)
         layers = int(config.num_hidden_layers)
         made = Plan(config.model_type, config, layers, int(config.vocab_size), _experts(config))
     if made.experts % request.ep:
@@ -165,12 +165,7 @@ def available_memory() -> int | None:
 
 
 def logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """The output that is compared; ``model`` may be compiled.
-
-    The attention mask of ones is what a tokenizer gives. Without it transformers looks for packed sequences by
-    ``position_ids[:, 1:] - position_ids[:, :-1]``, which npugraph_ex of torch_npu 2.13.0 turns into ``sub_`` on
-    overlapping slices (its inplace_pass): attention is then wrong from the ninth token on, lowered or not.
-    """
+    """The output that is compared; ``model`` may be compiled. The attention mask of ones is what a tokenizer gives."""
     if isinstance(getattr(model, "_orig_mod", model), MoeStack):
         return model(input_ids)
     return model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
@@ -210,7 +205,7 @@ def input_ids(made: Plan, request: Request, length: int, rank: int) -> Tensor:
     return torch.randint(3, made.vocabulary, (request.batch, length), generator=generator)
 
 
-def _config(request: Request) -> Any:
+def config_of(request: Request) -> Any:
     """The config of a type or of a file, with the command's number of layers."""
     try:
         from transformers import CONFIG_MAPPING

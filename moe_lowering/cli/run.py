@@ -188,22 +188,11 @@ def run_rank(request: Request, made: models.Plan, deployment: Deployment, progre
 
 def compile_model(model: nn.Module, request: Request, lowering: MoeLowering) -> nn.Module:
     """The model under npugraph_ex; it compiles at its first call, and runs eagerly on CPU tensors."""
-    options = npugraph_ex_options(
-        lowering.deployment, lowering=lowering, force_eager=True, inplace_pass=not one_token(request)
-    )
+    options = npugraph_ex_options(lowering.deployment, lowering=lowering, force_eager=True)
     compiled: Any = torch.compile(
         model, backend="npugraph_ex", fullgraph=True, dynamic=request.dynamic, options=options
     )
     return compiled
-
-
-def one_token(request: Request) -> bool:
-    """Whether a graph is compiled for a single token.
-
-    There npugraph_ex of torch_npu 2.13.0 writes [1, 1, 1, 1] into a scalar: its inplace_pass compares element counts,
-    not shapes. It fails without a lowering too, so the pass is turned off for it.
-    """
-    return request.batch * min(request.lengths) == 1
 
 
 def _built(made: models.Plan, request: Request) -> nn.Module:
@@ -233,7 +222,6 @@ def _facts(request: Request, made: models.Plan, result: RankResult) -> list[tupl
         ("assumed", assumptions(request)),
         ("ran", f"{counts} tokens per rank on {request.ep} rank{'s' if request.ep > 1 else ''}; {made.layers} layers"),
         ("graphs", f"{graphs} ({'dynamic' if request.dynamic else 'static'} shapes)"),
-        *([("npugraph_ex", "inplace_pass is off: it fails for a single token")] if one_token(request) else []),
         ("took", ", ".join(f"{what} {value:.1f} s" for what, value in result.seconds.items())),
     ]
 

@@ -1,4 +1,4 @@
-"""What each Ascend operator accepts, by SoC: data (``data/*.toml``), each row with its source, and its evaluation.
+"""What each Ascend operator accepts, by SoC and version: data (``data/*.toml``), each row with its source, and its evaluation.
 
 A row says that the value of an expression over named quantities lies in a range, is a multiple of something, or is one
 of a set. The same rows serve three readers: the pass judges a block by them, the CPU kernels of ``npu::`` operators

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import string
 import sys
+from bisect import bisect_left
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from moe_lowering.deployment import SOCS
 from moe_lowering.limits.expressions import Expression
 from moe_lowering.limits.prover import Prover
+from moe_lowering.limits.versions import Constraint, applies
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,6 +23,9 @@ else:  # pragma: no cover
 
 BOUNDS = ("min", "max", "multiple_of", "one_of", "equals")
 EXPRESSIONS = ("value", "when", "min", "max", "multiple_of", "equals")
+# What texts may show beside the quantities: the value; for bounds on the HCCL window, HCCL_BUFFSIZE and what is enough.
+SHOWN = frozenset({"value", "buffer_mb", "needed_mb"})
+MOST_BUFFER_MB = 65535  # HCCL_BUFFSIZE must fit 16 bits (vllm-ascend 182b75ea, tiling of dispatch_ffn_combine)
 
 
 class LimitsError(ValueError):
@@ -33,9 +38,11 @@ class Limit:
 
     ``value`` is an expression over the operator's quantities; exactly one of ``min``/``max`` (either or both),
     ``multiple_of``, ``one_of``, ``equals`` bounds it. Bounds may be expressions too. ``when`` restricts the rule to
-    calls for which it is true (it may read only quantities that are never symbolic). ``says`` puts a broken rule in
-    words, with quantities in braces; without it the message is made from the value and the bound. A table may give a
-    list of operators: one rule for each then.
+    calls for which it is true (it may read only quantities that are never symbolic), ``versions`` to versions of CANN,
+    torch_npu or a provider (``["cann<8.5"]``, all of them; a version that is not known does not restrict). ``says`` puts
+    a broken rule in words, ``advice`` what the user could change; both may hold quantities in braces, and those of
+    ``SHOWN``. Without ``says`` the message is made from the value and the bound. A table may give a list of operators:
+    one rule for each then.
     """
 
     code: str
@@ -43,6 +50,7 @@ class Limit:
     value: Expression
     source: str
     soc: tuple[str, ...] = SOCS
+    versions: tuple[Constraint, ...] = ()
     when: Expression | None = None
     min: Expression | None = None
     max: Expression | None = None
@@ -57,8 +65,13 @@ class Limit:
     def names(self) -> frozenset[str]:
         """The quantities that this rule reads."""
         expressions = (getattr(self, field) for field in EXPRESSIONS)
-        shown = (name for _, name, _, _ in string.Formatter().parse(self.says) if name)
-        return frozenset(shown).union(*(e.names for e in expressions if e is not None))
+        shown = _braced(self.says) | _braced(self.advice)
+        return (shown - SHOWN).union(*(e.names for e in expressions if e is not None))
+
+    @property
+    def bounds_buffer(self) -> bool:
+        """Whether the rule asks for room in the HCCL window."""
+        return self.max is not None and "buffer_bytes" in self.max.names
 
     def accepted(self, quantities: Mapping[str, Any]) -> str:
         """The limit in words, with its value for these quantities."""
@@ -107,6 +120,11 @@ class Violation:
         return f"[{self.code}] {self.message}"
 
 
+def _braced(text: str) -> frozenset[str]:
+    """The names that stand in braces."""
+    return frozenset(name for _, name, _, _ in string.Formatter().parse(text) if name)
+
+
 def _show(expression: Expression, quantities: Mapping[str, Any]) -> str:
     value = str(expression(quantities))
     return value if value == expression.text else f"{value} ({expression.text})"
@@ -129,11 +147,16 @@ def _row(raw: dict[str, Any], where: str) -> Limit:
     fields: dict[str, Any] = dict(raw)
     try:
         fields.update((key, Expression(str(fields[key]))) for key in EXPRESSIONS if key in fields)
+        fields["versions"] = tuple(Constraint.parse(text) for text in fields.get("versions", ()))
     except ValueError as error:
         raise LimitsError(f"{where}: {error}") from None
     fields["one_of"] = tuple(fields.get("one_of", ()))
     fields["soc"] = tuple(fields.get("soc", SOCS))
-    return Limit(**fields)
+    row = Limit(**fields)
+    sizes = (_braced(row.says) | _braced(row.advice)) & {"buffer_mb", "needed_mb"}
+    if sizes and not row.bounds_buffer:
+        raise LimitsError(f"{where}: {sorted(sizes)} is shown, but max does not read buffer_bytes")
+    return row
 
 
 def read(name: str, text: str) -> list[Limit]:
@@ -151,15 +174,15 @@ def read(name: str, text: str) -> list[Limit]:
 
 
 def validate(rows: list[Limit]) -> tuple[Limit, ...]:
-    """The rows, when no two of one operator and SoC share both code and condition.
+    """The rows, when no two of one operator and SoC share code, condition and versions.
 
     Raises:
         LimitsError: otherwise.
     """
-    seen: set[tuple[str, str, str, str]] = set()
+    seen: set[tuple[object, ...]] = set()
     for row in rows:
         for soc in row.soc:
-            key = (row.operator, soc, row.code, row.when.text if row.when else "")
+            key = (row.operator, soc, row.code, row.when.text if row.when else "", row.versions)
             if key in seen:
                 raise LimitsError(f"code {row.code} of {row.operator} stands twice for {soc} under one condition")
             seen.add(key)
@@ -180,10 +203,22 @@ def load() -> tuple[Limit, ...]:
     return validate(rows)
 
 
-@functools.lru_cache(maxsize=256)
-def limits_for(operator: str, soc: str) -> tuple[Limit, ...]:
-    """The rows of one operator on one SoC."""
-    return tuple(row for row in load() if row.operator == operator and soc in row.soc)
+Versions = tuple[tuple[str, str], ...]  # (name, version), hashable
+
+
+def _frozen(versions: Mapping[str, str] | None) -> Versions:
+    return tuple(sorted(versions.items())) if versions else ()
+
+
+def limits_for(operator: str, soc: str, versions: Mapping[str, str] | None = None) -> tuple[Limit, ...]:
+    """The rows of one operator on one SoC that apply to these versions; to all of them without ``versions``."""
+    return _limits_for(operator, soc, _frozen(versions))
+
+
+@functools.lru_cache(maxsize=1024)
+def _limits_for(operator: str, soc: str, versions: Versions) -> tuple[Limit, ...]:
+    known = dict(versions)
+    return tuple(row for row in load() if row.operator == operator and soc in row.soc and applies(row.versions, known))
 
 
 @functools.lru_cache(maxsize=256)
@@ -192,7 +227,13 @@ def names(operator: str, soc: str) -> frozenset[str]:
     return frozenset().union(*(row.names for row in limits_for(operator, soc))) - {"soc"}
 
 
-def check(operator: str, soc: str, quantities: Mapping[str, Any], prover: Prover | None = None) -> list[Violation]:
+def check(
+    operator: str,
+    soc: str,
+    quantities: Mapping[str, Any],
+    prover: Prover | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> list[Violation]:
     """Every rule of ``operator`` on ``soc`` that these quantities break, in table order.
 
     Args:
@@ -201,40 +242,73 @@ def check(operator: str, soc: str, quantities: Mapping[str, Any], prover: Prover
         quantities: values by name; sizes may be SymInts. A rule that reads a quantity which is not given, or is None,
             does not apply.
         prover: proves limits on symbolic sizes; the default knows only what the ShapeEnv knows.
+        versions: by name (``versions.NAMES``), as ``Deployment.versions`` gives them. Rules for certain versions apply
+            also when the version is not known.
     """
     prover = prover or Prover()
     given = {name: value for name, value in quantities.items() if value is not None}
     given["soc"] = soc
-    return [v for row in _applicable(operator, soc, frozenset(given)) if (v := _violation(row, given, prover))]
+    rows = _applicable(operator, soc, _frozen(versions), frozenset(given))
+    return [v for row in rows if (v := _violation(row, given, prover, versions))]
 
 
-@functools.lru_cache(maxsize=1024)
-def _applicable(operator: str, soc: str, given: frozenset[str]) -> tuple[Limit, ...]:
+@functools.lru_cache(maxsize=4096)
+def _applicable(operator: str, soc: str, versions: Versions, given: frozenset[str]) -> tuple[Limit, ...]:
     """The rows that read nothing but what is given."""
-    return tuple(row for row in limits_for(operator, soc) if row.names <= given)
+    return tuple(row for row in _limits_for(operator, soc, versions) if row.names <= given)
 
 
-def _violation(row: Limit, quantities: Mapping[str, Any], prover: Prover) -> Violation | None:
+def _violation(
+    row: Limit, quantities: Mapping[str, Any], prover: Prover, versions: Mapping[str, str] | None
+) -> Violation | None:
     if row.when is not None and not row.when(quantities):
         return None
     value = row.value(quantities)
     if row.holds(value, quantities, prover):
         return None
     accepted = row.accepted(quantities)
+    shown = {
+        **quantities,
+        "value": value,
+        **(_buffer_sizes(row, value, quantities, prover) if row.bounds_buffer else {}),
+    }
+    only, advice = _versions_in_words(row, versions or {})
     return Violation(
         code=row.code,
         operator=row.operator,
         value=str(value),
         limit=accepted,
         source=row.source,
-        message=_message(row, value, accepted, quantities),
-        advice=row.advice,
+        message=_message(row, value, accepted, shown) + only,
+        advice="; ".join(filter(None, (row.advice.format_map(shown), advice))),
     )
 
 
-def _message(row: Limit, value: Any, accepted: str, quantities: Mapping[str, Any]) -> str:
+def _message(row: Limit, value: Any, accepted: str, shown: Mapping[str, Any]) -> str:
     if row.says:
-        return f"{row.operator}: {row.says.format_map(quantities)}"
+        return f"{row.operator}: {row.says.format_map(shown)}"
     text = row.value.text
-    shown = f"{text} is {value}" if text in quantities else f"value is {value} ({text})"
-    return f"{row.operator}: {shown}; accepted: {accepted}"
+    what = f"{text} is {value}" if text in shown else f"value is {value} ({text})"
+    return f"{row.operator}: {what}; accepted: {accepted}"
+
+
+def _buffer_sizes(row: Limit, value: Any, quantities: Mapping[str, Any], prover: Prover) -> dict[str, str]:
+    """HCCL_BUFFSIZE as it is, and the smallest that is enough for every value of the symbols, in MB."""
+    assert row.max is not None
+    bound, (_, most) = row.max, prover.bounds(value)
+    sizes = {"buffer_mb": f"{quantities['buffer_bytes'] / 2**20:g}", "needed_mb": "unlimited"}
+    if most is not None:
+        needed = 1 + bisect_left(
+            range(1, MOST_BUFFER_MB + 1), True, key=lambda mb: bound({**quantities, "buffer_bytes": mb * 2**20}) >= most
+        )
+        sizes["needed_mb"] = str(needed) if needed <= MOST_BUFFER_MB else f"more than {MOST_BUFFER_MB}"
+    return sizes
+
+
+def _versions_in_words(row: Limit, versions: Mapping[str, str]) -> tuple[str, str]:
+    """(to which versions the rule belongs, what to declare when they are not known)."""
+    if not row.versions:
+        return "", ""
+    unknown = sorted({c.name for c in row.versions if not versions.get(c.name)})
+    texts = ", ".join(c.text for c in row.versions)
+    return f" [{texts}]", f"declare the version of {' and '.join(unknown)}: the rule is for {texts}" if unknown else ""

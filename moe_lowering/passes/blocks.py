@@ -52,7 +52,8 @@ class BlockSpec:
     """All that a decision about a block may depend on; equal for equal layers of a model.
 
     ``tokens`` is T, the number of tokens of one rank (int or SymInt). It takes no part in equality; ``key`` does, which
-    holds shapes, strides and dtypes of the inputs with symbolic sizes as sympy expressions.
+    holds shapes, strides and dtypes of the inputs with symbolic sizes as sympy expressions. ``quantisation`` is that of
+    the expert weights, ``none``, ``w8a8``, ``w4a8`` or ``w4a16``; the blocks that are found in graphs have none yet.
     """
 
     tokens: Any = dataclasses.field(compare=False)
@@ -81,6 +82,7 @@ class BlockSpec:
     counts_are_read: bool
     scopes_differ: bool
     key: tuple[Any, ...]
+    quantisation: str = "none"
 
 
 def arguments(node: Node) -> tuple[Any, ...]:

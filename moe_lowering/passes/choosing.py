@@ -102,6 +102,7 @@ def vllm_choice(name: str, spec: BlockSpec, deployment: Deployment, tokens: int)
         capacity=capacity_0_13(spec.tp_size, most) if old else capacity_main(spec.tp_size, most, fused=fused),
         experts=spec.experts,
         top_k=spec.top_k,
+        quantisation="w8a8_dynamic" if spec.quantisation == "w8a8" else spec.quantisation,
         fused_mode=1 if fused else 0,
         mega_moe=deployment.provider("cann_ops_transformer") is not None,
     )

@@ -69,17 +69,27 @@ def outside_declared_range(tokens: Any, deployment: Deployment) -> bool:
     return not deployment.equal_tokens and isinstance(tokens, int) and not low <= tokens <= high
 
 
-def judge(spec: BlockSpec, deployment: Deployment, tokens: Any, prover: Prover) -> Judgement:
+def judged_operators(implementation: str, spec: BlockSpec, soc: str) -> tuple[str, ...]:
+    """The operators and pseudo-operators whose rules bind an implementation of a block."""
+    return ("deployment", implementation, *IMPLEMENTATIONS[implementation].operators(spec, soc))
+
+
+def judge(
+    spec: BlockSpec, deployment: Deployment, tokens: Any, prover: Prover, torch_npu: bool | None = None
+) -> Judgement:
     """The verdict of every implementation for this block.
 
     Args:
         tokens: T as the rules see it.
         prover: what may be taken as known of it, when it is symbolic.
+        torch_npu: whether torch_npu's operators are there; None to look in this process.
     """
-    quantities = block_quantities(spec, deployment, tokens, prover, torch_npu_is_loaded())
+    loaded = torch_npu_is_loaded() if torch_npu is None else torch_npu
+    quantities = block_quantities(spec, deployment, tokens, prover, loaded)
+    versions = deployment.versions
     verdicts = {}
-    for name, implementation in IMPLEMENTATIONS.items():
-        operators = ("deployment", name, *implementation.operators(spec, deployment.soc))
-        violations = [v for op in operators for v in check(op, deployment.soc, quantities, prover)]
+    for name in IMPLEMENTATIONS:
+        operators = judged_operators(name, spec, deployment.soc)
+        violations = [v for op in operators for v in check(op, deployment.soc, quantities, prover, versions)]
         verdicts[name] = Verdict(name, tuple(violations))
     return Judgement(verdicts, tokens, prover, quantities)

@@ -186,9 +186,8 @@ class _Run:
     def _check_limits(self, spec: BlockSpec, decision: Decision, emit: Emitter) -> None:
         """Every Ascend node against its limits, from its own arguments and not from the block's record."""
         judged = decision.judgement
-        extra = {"buffer_bytes": self.deployment.hccl_buffer_bytes}
         for node in emit.created:
-            violations = call_violations(node, self.deployment.soc, extra, judged.prover, (spec.tokens, judged.tokens))
+            violations = call_violations(node, self.deployment, judged.prover, (spec.tokens, judged.tokens))
             if violations:
                 raise VerificationError("; ".join(str(v) for v in violations))
 

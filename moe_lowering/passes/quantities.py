@@ -53,6 +53,7 @@ def block_quantities(
         "has_bias": spec.has_bias,
         "has_mask": spec.has_mask,
         "quantised_input": spec.quantised_input,
+        "quantisation": spec.quantisation,
         "stacked": spec.stacked,
         "weights_contiguous": spec.weights_contiguous,
         "scopes_differ": spec.scopes_differ,

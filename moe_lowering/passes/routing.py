@@ -25,8 +25,9 @@ def judge_route(spec: RouteSpec, deployment: Deployment) -> list[Violation]:
     """Why ``npu_moe_gating_top_k`` cannot compute this routing; empty when it can."""
     quantities = {**route_quantities(spec), "has_torch_npu": torch_npu_is_loaded()}
     return [
-        *check("gating", deployment.soc, quantities),
-        *check("npu_moe_gating_top_k", deployment.soc, quantities),
+        violation
+        for operator in ("gating", "npu_moe_gating_top_k")
+        for violation in check(operator, deployment.soc, quantities, versions=deployment.versions)
     ]
 
 

@@ -7,7 +7,7 @@ operator is left that the report does not name. Strict mode and tests also re-pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, Violation, check
-from moe_lowering.limits.calls import bind, quantities
+from moe_lowering.limits.calls import OPERATORS, bind, quantities
 from moe_lowering.passes.blocks import size_key
 
+COLLECTIVES = ("_c10d_functional", "npu_define")
 GENERIC = ("route", "dispatch", "grouped_mlp", "combine")
 
 
@@ -48,27 +50,30 @@ def defined_before_readers(readers: Iterable[Node], old: Node, new: Node) -> Non
 
 
 def call_violations(
-    node: Node, soc: str, extra: Mapping[str, Any], prover: Prover | None = None, tokens: tuple[Any, Any] | None = None
+    node: Node, deployment: Deployment, prover: Prover | None = None, tokens: tuple[Any, Any] | None = None
 ) -> list[Violation]:
-    """Limits that one node of a lowered graph breaks; empty for nodes that are no Ascend operator.
+    """Limits that one node of a lowered graph breaks; empty for nodes that are no Ascend operator or collective.
 
     Args:
-        extra: quantities that a call does not show, e.g. ``buffer_bytes``.
+        deployment: its SoC and versions, and what a call does not show: the HCCL window, the format of weights.
         tokens: (T of this rank, T as the rules see it): the first is read as the second, so that the check does not
             depend on a rank's own token count.
     """
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not is_ascend(target):
+    if not isinstance(target, torch._ops.OpOverload):
+        return []
+    name = target._schema.name.split("::")[1]
+    if not is_ascend(target) and not (name in OPERATORS and target.namespace in COLLECTIVES):
         return []
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    name = target._schema.name.split("::")[1]
     found = quantities(name, bind(target, args, kwargs))
     if tokens is not None:
         own, seen = tokens
         for key, value in found.items():
             if (key == "tokens" or key.endswith("_tokens")) and size_key(value) == size_key(own):
                 found[key] = seen
-    return check(name, soc, {**found, **extra}, prover)
+    extra = {"buffer_bytes": deployment.hccl_buffer_bytes, "weight_format": deployment.weight_format}
+    return check(name, deployment.soc, {**found, **extra}, prover, deployment.versions)
 
 
 def is_ascend(target: torch._ops.OpOverload) -> bool:

@@ -9,6 +9,8 @@ gathered tokens are in rank order. A slot whose expert lives elsewhere has row i
 seed takes abs(-1), which reads an undefined row, and 0 * NaN is NaN. Here -1 becomes the last row: whenever such a slot
 exists there are fewer valid rows than ``ep * T * min(k, E_local)``, plus one when k > E_local, so the last row of the
 slice taken below is undefined, and undefined rows are selected to zero first.
+Fewer rows than slots, and several slots on one row, are within what the kernel does (moe_token_unpermute.h gathers row by
+row and compares each index with the number of rows); a negative index is not: it would read before the buffer.
 Masked and padding tokens get ids past the last expert (E + j, with ``expert_num`` raised by k): they belong to no rank.
 Sources: facts/cann_ops.md §2.4, facts/vllm_ascend.md §2.1, facts/npu_free_machine.md (NaN from undefined rows).
 """

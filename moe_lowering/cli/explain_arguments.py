@@ -1,0 +1,148 @@
+"""The command line of ``moe-lowering explain``: what can be checked without torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from typing import Any
+
+from moe_lowering.cli.arguments import COMMS, DTYPES, positive
+from moe_lowering.deployment import SOCS, WEIGHT_FORMATS
+
+IMPLEMENTATIONS = COMMS[1:]
+# Equal to passes.choosing.POLICIES, written out for the same reason as COMMS.
+POLICIES = ("auto", "vllm_ascend_0_13", "vllm_ascend_main")
+QUANTISATIONS = ("none", "w8a8", "w4a8", "w4a16")
+COLOURS = ("auto", "always", "never")
+
+# What is assumed of a machine that is not described, as `lower` does (cli.run).
+PROVIDERS = (("vllm_ascend", "0.23.0"),)
+HCCL_BUFFER_MB = 1024
+WEIGHT_FORMAT = "nz"
+TOKENS = 32
+
+DESCRIPTION = """\
+Which implementations are legal for a model's MoE blocks in a deployment, what would be chosen, and why. It reads the
+model's config alone: no weights are built, and no NPU is needed."""
+
+EXAMPLES = """\
+examples:
+  moe-lowering explain deepseek_v3 --ep 16 --tokens 128
+      the verdict of every implementation, the choice, and every rule that is broken
+  moe-lowering explain --hidden 7168 --intermediate 2048 --experts 256 --topk 8 --soc A2 --ep 64
+      the same for a block without a model
+  moe-lowering explain ./config.json --ep 16 --why fused_mc2
+      every rule for fused_mc2 with its value and source, whether it holds or not
+  moe-lowering explain qwen3_moe --ep 16 --sweep tokens=1..8192
+      where the choice changes with the number of tokens, and which limit sets each boundary
+
+exit code: 0 an implementation is chosen; 1 none is legal; 2 wrong usage
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExplainRequest:
+    """One ``explain`` command; None and "" for what was not given."""
+
+    model: str | None = None
+    hidden: int | None = None
+    intermediate: int | None = None
+    experts: int | None = None
+    topk: int | None = None
+    soc: str = "A3"
+    ep: int = 1
+    tp: int = 1
+    tokens: int | None = None
+    max_tokens: int = 0
+    unequal_tokens: bool = False
+    dtype: str | None = None
+    quant: str = "none"
+    buffer_mb: int | None = None
+    weight_format: str | None = None
+    cann: str = ""
+    provider: list[tuple[str, str]] | None = None
+    policy: str = "auto"
+    why: str | None = None
+    sweep: tuple[int, int] | None = None
+    json: bool = False
+    color: str = "auto"
+
+
+def add_command(commands: Any) -> None:
+    """Add ``explain`` to the commands of a parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "explain",
+        help="say which implementations are legal for a model's MoE blocks, and why",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(request=ExplainRequest)
+    _add_block(parser.add_argument_group("the block (each overrides the model's value)").add_argument)
+    _add_deployment(parser.add_argument_group("the deployment").add_argument)
+    _add_answer(parser.add_argument_group("the answer").add_argument)
+
+
+def _add_block(add: Any) -> None:
+    add("model", metavar="MODEL", nargs="?", help="moe, a transformers model type, or a path to a config.json")
+    add("--hidden", type=positive, metavar="H", help="width of a token")
+    add("--intermediate", type=positive, metavar="I", help="width of an expert's hidden layer")
+    add("--experts", type=positive, metavar="E", help="routed experts on all ranks")
+    add("--topk", type=positive, metavar="K", help="experts of one token")
+    add("--dtype", choices=DTYPES, help="of weights and activations (default the config's, else bfloat16)")
+    add("--quant", choices=QUANTISATIONS, default="none", help="quantisation of the experts (default none)")
+
+
+def _add_deployment(add: Any) -> None:
+    add("--soc", choices=SOCS, default="A3", help="Ascend SoC (default A3)")
+    add("--ep", type=positive, default=1, metavar="N", help="ranks that share the experts (default 1)")
+    add("--tp", type=positive, default=1, metavar="N", help="ranks that hold the same tokens (default 1)")
+    add("--tokens", type=_tokens, metavar="T", help=f"tokens of one rank (default {TOKENS})")
+    add("--max-tokens", type=positive, default=0, metavar="T", help="bound that the deployment declares (default none)")
+    add("--unequal-tokens", action="store_true", help="ranks may have different T, up to --max-tokens: T is not read")
+    add("--buffer-mb", type=positive, metavar="MB", help=f"HCCL_BUFFSIZE (default {HCCL_BUFFER_MB})")
+    add("--weight-format", choices=WEIGHT_FORMATS, help=f"of the experts on the device (default {WEIGHT_FORMAT})")
+    add("--cann", type=_version, default="", metavar="V", help="CANN version (default unknown: all rules apply)")
+    add(
+        "--provider",
+        type=_provider,
+        action="append",
+        metavar="NAME=VERSION",
+        help=f"installed library with fused operators, or none (default {'='.join(PROVIDERS[0])})",
+    )
+
+
+def _add_answer(add: Any) -> None:
+    add("--policy", choices=POLICIES, default="auto", help="how to choose among what is legal (default auto: by cost)")
+    add("--why", choices=IMPLEMENTATIONS, metavar="IMPLEMENTATION", help="every rule for one implementation")
+    add("--sweep", type=_sweep, metavar="tokens=LOW..HIGH", help="where the choice changes, and what sets the boundary")
+    add("--json", action="store_true", help="print one JSON object instead of the report")
+    add("--color", choices=COLOURS, default="auto", help="colour the report (default auto: on a terminal)")
+
+
+def _tokens(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"is {text}; accepted: an integer of 0 or more")
+    return int(text)
+
+
+def _version(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\w+)*", text):
+        raise argparse.ArgumentTypeError(f"is {text!r}; accepted: a version such as 8.5.0 or 8.2.RC1")
+    return text
+
+
+def _provider(text: str) -> tuple[str, str]:
+    name, _, version = text.partition("=")
+    if text != "none" and not (name and version):
+        raise argparse.ArgumentTypeError(f"is {text!r}; accepted: NAME=VERSION, e.g. vllm_ascend=0.23.0, or none")
+    return name, version
+
+
+def _sweep(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"tokens=(\d+)\.\.(\d+)", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise argparse.ArgumentTypeError(f"is {text!r}; accepted: tokens=LOW..HIGH with 0 <= LOW <= HIGH")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,132 @@
+"""From a call of an Ascend operator to the named quantities that its limits read, and the check of the call.
+
+The words are the same for every operator, so that the pass can give them for a block that is not a call yet:
+``tokens`` and ``max_tokens`` (of one rank, and the largest of any rank), ``hidden``, ``intermediate``, ``top_k``,
+``experts`` (of all ranks), ``local_experts``, ``ep_size``, ``<tensor>_dtype`` as in ``"bfloat16"``, ``<tensor>_dims``.
+Only shapes, strides and dtypes are read: tensors may be real, fake or symbolic. No guard is added.
+
+To add an operator: a reader in the file of its family, with its entry in ``READERS`` there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moe_lowering.limits.calls import communication, fused, matmul, quantised, routing
+from moe_lowering.limits.calls.tensors import Arguments, Reader
+from moe_lowering.limits.prover import Prover
+from moe_lowering.limits.table import Violation, check
+
+_READERS: dict[str, Reader] = {
+    **routing.READERS,
+    **matmul.READERS,
+    **quantised.READERS,
+    **communication.READERS,
+    **fused.READERS,
+}
+OPERATORS = frozenset(_READERS)
+# What rows of called operators may read and no call shows.
+CONTEXT = frozenset({"buffer_bytes", "weight_format", "top_k"})
+
+
+def quantities(op_name: str, arguments: Arguments) -> dict[str, Any]:
+    """The named quantities of one call. What a call does not have (no bias, a missing axis) is None.
+
+    Args:
+        op_name: one of ``OPERATORS``, without namespace.
+        arguments: every argument of the schema by name, defaults included, as ``bind`` gives them.
+    """
+    return _READERS[op_name](arguments)
+
+
+_REQUIRED = object()
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(op: torch._ops.OpOverload) -> tuple[tuple[str, bool, Any], ...]:
+    """(name, keyword only, default or _REQUIRED) of each argument; reading them from the schema is slow."""
+    return tuple(
+        (a.name, a.kwarg_only, a.default_value if a.has_default_value() else _REQUIRED) for a in op._schema.arguments
+    )
+
+
+def bind(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument of the schema by name: given, or its default.
+
+    Raises:
+        TypeError: when an argument is missing, unknown or given twice.
+    """
+    bound: dict[str, Any] = {}
+    rest = dict(kwargs)
+    for position, (name, keyword_only, default) in enumerate(_parameters(op)):
+        if position < len(args) and not keyword_only:
+            bound[name] = args[position]
+            if name in rest:
+                raise TypeError(f"{op}: {name} is given twice")
+        elif name in rest:
+            bound[name] = rest.pop(name)
+        elif default is not _REQUIRED:
+            bound[name] = default
+        else:
+            raise TypeError(f"{op}: {name} is missing")
+    positional = sum(not keyword_only for _, keyword_only, _ in _parameters(op))
+    if rest or len(args) > positional:
+        raise TypeError(f"{op}: unknown arguments {sorted(rest) or len(args)}")
+    return bound
+
+
+@functools.lru_cache(maxsize=256)
+def _takes_sizes(op: torch._ops.OpOverload) -> frozenset[str]:
+    """The arguments that the schema declares as SymInt: those may vary."""
+    return frozenset(a.name for a in op._schema.arguments if "SymInt" in str(a.real_type))
+
+
+def _varying_ints(op: torch._ops.OpOverload, name: str, arguments: Arguments) -> list[Violation]:
+    """Plain-int arguments that receive a symbolic size: the schema would fix it at its present value."""
+    return [
+        Violation(
+            code="call.symbolic_int",
+            operator=name,
+            value=str(value),
+            limit="a Python int",
+            source="torch_npu 2.13.0 schemas: these arguments are int, not SymInt",
+            message=f"{name}: {argument} is {value}, which varies; accepted: a Python int",
+            advice="pass 0 or -1 where the operator documents it as 'all', or give the bound",
+        )
+        for argument, given in arguments.items()
+        for value in (given if isinstance(given, (list, tuple)) else (given,))
+        if isinstance(value, torch.SymInt) and argument not in _takes_sizes(op)
+    ]
+
+
+def check_call(
+    op: torch._ops.OpOverload,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    soc: str,
+    extra: Mapping[str, Any] | None = None,
+    prover: Prover | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> list[Violation]:
+    """Every rule that a call of an Ascend operator breaks; empty for operators that have no limit tables.
+
+    Args:
+        op: the overload, e.g. ``torch.ops.npu.npu_swiglu.default``.
+        args, kwargs: as in the call; real, fake or symbolic tensors.
+        soc: the SoC whose rows apply.
+        extra: quantities that a call does not show, e.g. ``buffer_bytes`` (``CONTEXT``).
+        prover, versions: see ``check``.
+    """
+    name = op._schema.name.rpartition("::")[2]
+    if name not in OPERATORS:
+        return []
+    arguments = bind(op, args, kwargs)
+    varying = _varying_ints(op, name, arguments)
+    if varying:
+        return varying
+    return check(name, soc, {**quantities(name, arguments), **(extra or {})}, prover, versions)

@@ -1,0 +1,38 @@
+"""Every rule that applies, with its value and whether it holds: why something is legal, not only why it is not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from moe_lowering.limits.prover import Prover
+from moe_lowering.limits.table import Limit, limits_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One rule, the value that it looked at, what it accepts, and whether it holds."""
+
+    limit: Limit
+    value: Any
+    accepted: str
+    holds: bool
+
+
+def examine(
+    operator: str,
+    soc: str,
+    quantities: Mapping[str, Any],
+    prover: Prover | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> list[Finding]:
+    """The rules that ``table.check`` looks at for the same arguments, in table order, broken or not."""
+    prover = prover or Prover()
+    given = {**{name: value for name, value in quantities.items() if value is not None}, "soc": soc}
+    findings = []
+    for row in limits_for(operator, soc, versions):
+        if row.names <= given.keys() and (row.when is None or row.when(given)):
+            value = row.value(given)
+            findings.append(Finding(row, value, row.accepted(given), row.holds(value, given, prover)))
+    return findings

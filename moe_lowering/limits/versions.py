@@ -1,0 +1,78 @@
+"""Version constraints of limit rows, such as ``cann<8.5``.
+
+A row with constraints applies unless a version is known and rules it out: what is not known is taken as the stricter.
+A pre-release (``8.2.RC1``, ``0.20.2rc1``) may lie on either side of its release, so against that very number nothing is
+known of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+NAMES = ("cann", "torch_npu", "vllm_ascend", "cann_ops_transformer")
+
+_COMPARE: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+}
+_CONSTRAINT = re.compile(r"(\w+?)\s*(<=|>=|==|<|>)\s*(\d+(?:\.\d+)*)")
+_RELEASE = re.compile(r"v?(\d+(?:\.\d+)*)(.*)", re.DOTALL)
+_PRE_RELEASE = re.compile(r"[._-]?(rc|a|b|alpha|beta|dev|pre)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+    """``name operator number``, e.g. cann < (8, 5).
+
+    Raises:
+        ValueError: by ``parse``, when the text is not a constraint or names something that has no version here.
+    """
+
+    text: str
+    name: str
+    operator: str
+    number: tuple[int, ...]
+
+    @staticmethod
+    def parse(text: str) -> Constraint:
+        match = _CONSTRAINT.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(
+                f"version constraint {text!r}; accepted: a name, one of {', '.join(_COMPARE)}, dotted numbers"
+            )
+        name, comparison, number = match.groups()
+        if name not in NAMES:
+            raise ValueError(f"version constraint {text!r}: {name} has no version here; known: {', '.join(NAMES)}")
+        return Constraint(text, name, comparison, _numbers(number))
+
+    def excludes(self, version: str) -> bool:
+        """Whether this version is known not to satisfy the constraint."""
+        match = _RELEASE.fullmatch(version.strip())
+        if match is None:
+            return False
+        release, rest = _numbers(match[1]), match[2]
+        mine, theirs = _same_length(release, self.number)
+        if mine == theirs and _PRE_RELEASE.match(rest):
+            return False
+        return not _COMPARE[self.operator](mine, theirs)
+
+
+def applies(constraints: Sequence[Constraint], versions: Mapping[str, str]) -> bool:
+    """Whether a rule with these constraints applies; versions that are not given are not known."""
+    return not any(c.excludes(versions.get(c.name, "")) for c in constraints)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
+def _same_length(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    pairs = list(itertools.zip_longest(a, b, fillvalue=0))
+    return tuple(x for x, _ in pairs), tuple(y for _, y in pairs)
