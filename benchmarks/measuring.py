@@ -44,7 +44,7 @@ class StageClock:
         with contextlib.ExitStack() as stack:
             for stage, place, name in (
                 ("raise", pipeline, "find_blocks"),
-                ("judge", pipeline, "judge"),
+                ("judge", pipeline, "decide"),
                 ("judge", pipeline, "judge_route"),
                 ("lint", Graph, "lint"),
                 ("recompile", GraphModule, "recompile"),

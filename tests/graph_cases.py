@@ -134,7 +134,8 @@ class Builder:
         self.lead = tuple(
             self._size(f"T{d}", n, case.bounds, kind) for d, (n, kind) in enumerate(zip(case.lead, kinds, strict=True))
         )
-        self.hidden = self._size("hidden", case.hidden, (2, None), "dynamic" if case.symbolic_hidden else "static")
+        hidden = "static" if not case.symbolic_hidden else "unbacked" if case.sizes == "unbacked" else "dynamic"
+        self.hidden = self._size("hidden", case.hidden, (1, None), hidden)
 
     def _size(self, name: str, hint: int, bounds: tuple[int, int | None], kind: str) -> Any:
         """A size, an input of the graph unless it is static."""

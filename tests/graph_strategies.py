@@ -45,7 +45,9 @@ def routes(draw: Any, experts: int, top_k: int) -> RouteCase | None:
 
 
 @st.composite
-def blocks(draw: Any, experts: int, intermediates: tuple[int, ...], top_ks: tuple[int, ...], odd: tuple[str, ...]) -> BlockCase:
+def blocks(
+    draw: Any, experts: int, intermediates: tuple[int, ...], top_ks: tuple[int, ...], odd: tuple[str, ...]
+) -> BlockCase:
     """A block with plain SwiGLU and stacked weights half of the time, with few oddities."""
     top_k = min(experts, draw(st.sampled_from(top_ks)))
     plain = draw(st.booleans())
@@ -112,7 +114,23 @@ def arguments(draw: Any, deployment: Deployment, experts: int) -> tuple[tuple[st
     return ((name, "other" if name == "ep_group" else draw(st.sampled_from((0, 1, 64, 4096)))),)
 
 
-LEADS = ((4,), (1,), (0,), (7,), (32,), (256,), (257,), (512,), (513,), (4096,), (), (2, 3), (4, 128), (2, 0), (2, 3, 4))
+LEADS = (
+    (4,),
+    (1,),
+    (0,),
+    (7,),
+    (32,),
+    (256,),
+    (257,),
+    (512,),
+    (513,),
+    (4096,),
+    (),
+    (2, 3),
+    (4, 128),
+    (2, 0),
+    (2, 3, 4),
+)
 BOUNDS = ((2, None), (0, None), (1, 64), (2, 512), (2, 513), (256, 600), (513, 4096))
 HIDDENS = (1024, 16, 1040, 1056, 7168, 7680, 8192, 8224, 65536, 24, 1)
 INTERMEDIATES = (32, 512, 2048, 8, 20, 1, 32768)
@@ -205,7 +223,9 @@ def pair_cases(draw: Any) -> tuple[GraphCase, tuple[tuple[int, ...], tuple[int, 
     odd = tuple(name for name in HARMLESS + SCOPES if name != "y_unused")
     block = draw(blocks(2 * local, (16, 32), (2, 1, 3, 4, 8), odd))
     case = draw(graphs(d, [block] * draw(st.integers(1, 2)), ((5,), (1,), (2, 3), (12,)), (1024,)))
-    other = case.lead if equal else draw(st.sampled_from(((1,), (5,), (9,), (12,)) + (((0,),) if not d.min_tokens else ())))
+    other = (
+        case.lead if equal else draw(st.sampled_from(((1,), (5,), (9,), (12,)) + (((0,),) if not d.min_tokens else ())))
+    )
     if len(other) != len(case.lead):
         other = (1, *other)
     case = case.replace(layout="chain" if case.layout == "permuted" else case.layout)

@@ -126,7 +126,9 @@ def check_judged(case: GraphCase) -> None:
         place = name if name.startswith("layers.") else f"layers.{name}"
         assert after.get(place) == lowered.before.get(place), f"{name} was not recognised, and changed"
     if not any(lowered.comms.values()):
-        assert without_refusals(lowered, text(graph)) == lowered.whole_before, "nothing was lowered, and the graph changed"
+        assert without_refusals(lowered, text(graph)) == lowered.whole_before, (
+            "nothing was lowered, and the graph changed"
+        )
     else:
         check_values(lowered)
     check_twice(lowered)
@@ -165,10 +167,9 @@ def check_replaced(lowered: Lowered, block: BlockReport) -> None:
         tokens = (spec.tokens, declared_tokens(case.deployment))
     elif not isinstance(spec.tokens, int):
         prover = prover_for(spec.tokens, accepted_range(lowered, block))
-    extra = {"buffer_bytes": case.deployment.hccl_buffer_bytes}
     for node in mine:
         if isinstance(node.target, torch._ops.OpOverload) and is_ascend(node.target):
-            assert not (found := call_violations(node, case.deployment.soc, extra, prover, tokens)), found
+            assert not (found := call_violations(node, case.deployment, prover, tokens)), found
             if "gating" not in str(node.target):
                 assert paths.get(node, ()) == lowered.scopes[block.name], f"{node} is in another scope than its block"
 
@@ -202,8 +203,6 @@ def check_values(lowered: Lowered) -> None:
     if not any("no_value" in block.odd or "quantised" in block.odd for block in lowered.case.blocks):
         repropagate(lowered.built.gm)
     owners: dict[int, Node] = {}
-    for node in lowered.built.gm.graph.find_nodes(op="call_function"):
-        pass
     for node in lowered.built.gm.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and owners.setdefault(id(value), node) is not node:

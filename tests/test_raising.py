@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_lowering import Deployment, LoweringError, MoE, MoeLowering, moe_experts, route, testing
+from moe_lowering import Deployment, LoweringError, MoE, MoeLowering, lowering_backend, moe_experts, route, testing
 
 ops = torch.ops.moe_lowering
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 64, 32, 4, 2, 6
@@ -163,3 +163,32 @@ def test_the_pass_is_idempotent():
     again(lowered.gm)
     assert lowered.gm.code == code
     assert not again.reports[0].blocks
+
+
+@pytest.mark.parametrize("broken", ["find_blocks", "decide", "request_guard", "lower_route"])
+def test_a_defect_of_the_pass_never_fails_the_compile(monkeypatch, broken):
+    """Whatever goes wrong inside, the graph still computes the same, and the report says what happened."""
+    from moe_lowering.passes import pipeline
+
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("planted")
+
+    if broken == "lower_route":
+        monkeypatch.setattr(pipeline, "judge_route", fail)
+    else:
+        monkeypatch.setattr(pipeline, broken, fail)
+
+    def model(x, logits, w13, w2):
+        weights, ids = route(logits, TOP_K)
+        return moe_experts(x, weights, ids, w13, w2)
+
+    x, _, _, w13, w2 = tensors()
+    logits = torch.randn(TOKENS, EXPERTS)
+    lowering = MoeLowering(Deployment(), "allgather")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=lowering_backend(lowering), fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, logits, w13, w2), model(x, logits, w13, w2))
+    report = lowering.reports[0]
+    said = [b.reason for b in report.blocks] + [why for _, why in report.unrecognised]
+    assert broken == "request_guard" or any("ZeroDivisionError: planted" in text for text in said)

@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 from test_judging import BASE
-from test_lowering import HIDDEN, Experts, compile_plain, routed
+from test_lowering import HIDDEN, Experts, compile_npugraph, compile_plain, routed
 
 from moe_lowering import Deployment, MoE, MoeLowering, lowering_backend, testing
 from moe_lowering.limits import Prover, Violation
@@ -58,16 +58,23 @@ def test_auto_takes_one_implementation_on_each_side_of_the_capacity():
     assert asserted(above)[0] == 513
 
 
-def test_two_compiled_graphs_across_a_boundary_and_each_is_right(monkeypatch):
+@pytest.mark.parametrize("how", ["dynamic", "marked", "two leading dimensions"])
+@pytest.mark.parametrize("compiler", [compile_plain, compile_npugraph])
+def test_two_compiled_graphs_across_a_boundary_and_each_is_right(monkeypatch, compiler, how):
     """The boundary is made of a limit: AllGather up to 24 tokens, refused above, so the second graph is generic."""
     monkeypatch.setattr(judging, "check", with_limit(judging.check, 24))
     module, lowering = Experts(), MoeLowering(Deployment(), "allgather")
-    compiled = compile_plain(module, lowering, dynamic=True)
-    for tokens in (8, 24, 25, 100, 17, 2, 26):
-        args = routed(tokens)
+    compiled = compiler(module, lowering, dynamic=None if how == "marked" else True)
+    for tokens in (8, 24, 25, 100, 17, 3, 26):
+        args = routed(2, tokens // 2) if how == "two leading dimensions" else routed(tokens)
+        for tensor in args if how == "marked" else ():
+            torch._dynamo.mark_dynamic(tensor, 0)
         with torch.no_grad():
             reference.assert_near(compiled(*args), module.expected(*args), torch.float32)
-    assert [report.blocks[0].comm for report in lowering.reports] == ["allgather", None]
+    chosen = [report.blocks[0].comm for report in lowering.reports]
+    # one graph on each side; T = 1 would get a graph of its own from dynamo
+    assert set(chosen) == {"allgather", None}
+    assert len(chosen) == (3 if how == "two leading dimensions" else 2)
 
 
 def with_limit(check, most):

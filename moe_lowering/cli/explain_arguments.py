@@ -43,7 +43,7 @@ exit code: 0 an implementation is chosen; 1 none is legal; 2 wrong usage
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExplainRequest:
-    """One ``explain`` command; None and "" for what was not given."""
+    """One ``explain`` command; None for what was not given."""
 
     model: str | None = None
     hidden: int | None = None
@@ -60,7 +60,7 @@ class ExplainRequest:
     quant: str = "none"
     buffer_mb: int | None = None
     weight_format: str | None = None
-    cann: str = ""
+    cann: str | None = None
     provider: list[tuple[str, str]] | None = None
     policy: str = "auto"
     why: str | None = None
@@ -104,7 +104,7 @@ def _add_deployment(add: Any) -> None:
     add("--unequal-tokens", action="store_true", help="ranks may have different T, up to --max-tokens: T is not read")
     add("--buffer-mb", type=positive, metavar="MB", help=f"HCCL_BUFFSIZE (default {HCCL_BUFFER_MB})")
     add("--weight-format", choices=WEIGHT_FORMATS, help=f"of the experts on the device (default {WEIGHT_FORMAT})")
-    add("--cann", type=_version, default="", metavar="V", help="CANN version (default unknown: all rules apply)")
+    add("--cann", type=_version, metavar="V", help="CANN version (default unknown: all rules apply)")
     add(
         "--provider",
         type=_provider,

@@ -21,7 +21,7 @@ from moe_lowering.custom_ops.exchange import (
     swap_rows,
 )
 from moe_lowering.custom_ops.library import register
-from moe_lowering.custom_ops.sizes import ceil_div, differ, show, token_count
+from moe_lowering.custom_ops.sizes import ceil_div, differ, show, token_count, unify
 
 SCHEMA = (
     "combine(Tensor rows, Tensor weights, Tensor ids, Tensor handle, Tensor? mask, int num_experts, str ep_group, "
@@ -75,6 +75,9 @@ def _fake(
     max_tokens: int,
 ) -> Tensor:
     _check(rows, weights, ids, handle, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens)
+    unify(weights.shape, ids.shape)
+    if mask is not None:
+        unify(mask.shape, ids.shape[:-1])
     return rows.new_empty((*ids.shape[:-1], rows.shape[1]))
 
 

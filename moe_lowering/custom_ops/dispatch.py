@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_lowering.custom_ops.exchange import Group, as_bytes, from_bytes, gather_numbers, open_group, swap_rows
 from moe_lowering.custom_ops.library import register
-from moe_lowering.custom_ops.sizes import ceil_div, differ, known, row_bound, show, token_count
+from moe_lowering.custom_ops.sizes import ceil_div, differ, known, row_bound, show, token_count, unify
 
 SCHEMA = (
     "dispatch(Tensor x, Tensor? x_scale, Tensor ids, Tensor? mask, int num_experts, str ep_group, int ep_size, "
@@ -114,6 +114,8 @@ def _fake(
     max_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, x_scale, ids, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens, max_rows)
+    for other in (ids.shape[:-1], *(t.shape for t in (x_scale, mask) if t is not None)):
+        unify(other, x.shape[:-1])
     bound = row_bound(token_count(x.shape), ids.shape[-1], num_experts, ep_size, tp_size, max_tokens, max_rows)
     return (
         x.new_empty((bound, x.shape[-1])),

@@ -1,4 +1,4 @@
-"""Sizes that may be symbolic: comparisons that never add a guard, and the bounds that the operators share.
+"""Sizes that may be symbolic: comparisons that add no guard, one that may, and the bounds that the operators share.
 
 Fake kernels see ``torch.SymInt`` where a leading dimension is dynamic. A mistake is reported when it is certain, for
 every value of the symbols; a size that merely might be wrong is left to the CPU kernel. A guard would tie the graph to
@@ -25,6 +25,17 @@ def known(condition: bool | torch.SymBool) -> bool:
 def differ(left: Sequence[int], right: Sequence[int]) -> bool:
     """Whether two shapes are certain to be different."""
     return len(left) != len(right) or any(known(a != b) for a, b in zip(left, right, strict=True))
+
+
+def unify(left: Sequence[int], right: Sequence[int]) -> None:
+    """Require two shapes to be equal, as ``x + y`` does: a guard where sizes have different symbols.
+
+    Without it the token counts of x, ids and weights stay different symbols when a user marks each as dynamic, and
+    nothing about one of them can be proven from another.
+    """
+    for a, b in zip(left, right, strict=True):
+        if not known(a == b):
+            torch._check(a == b, lambda a=a, b=b: f"sizes {a} and {b} must be equal")  # type: ignore[no-untyped-call]
 
 
 def show(shape: Sequence[int]) -> str:

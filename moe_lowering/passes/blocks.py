@@ -117,6 +117,11 @@ class Block:
     spec: BlockSpec
 
     @property
+    def stages(self) -> tuple[Node, Node, Node]:
+        """The generic operators, in order."""
+        return self.dispatch, self.mlp, self.combine
+
+    @property
     def x(self) -> Node:
         return arguments(self.dispatch)[0]
 

@@ -3,12 +3,11 @@
 Every new node gets ``meta["val"]`` (a fresh FakeTensor of its own: passes after ours tell aliases by storage, so a value
 is never shared between nodes), ``stack_trace`` and ``nn_module_stack`` of the node that it stands for. Running a stock
 operator's meta costs 0.2 to 1.3 ms, so for the second and later of equal blocks the values of the first are copied
-(``Recording``); values of view operators are always computed, because they must alias their base.
+(``Recording``); views alias the storage of their new base.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +33,11 @@ class Emitter:
     Args:
         graph: the graph to edit.
         fake_mode: the mode of the graph's values.
-        recorded: values of an equal block; None computes them.
+        recorded: the recording of an equal block; None computes the values.
+
+    Attributes:
+        recording: for the next of equal blocks.
+        created: the nodes emitted so far.
     """
 
     def __init__(self, graph: Graph, fake_mode: FakeTensorMode, recorded: Recording | None = None) -> None:
@@ -42,7 +45,7 @@ class Emitter:
         self._fake_mode = fake_mode
         self._recorded: Recording = recorded or []
         self._origin_meta: dict[str, Any] = {}
-        self.recording: Recording = recorded or []
+        self.recording: Recording = [*self._recorded]
         self.created: list[Node] = []
 
     @contextmanager
@@ -62,8 +65,8 @@ class Emitter:
         if kwargs:
             node.kwargs = kwargs
         node.meta.update(self._origin_meta)
-        node.meta["val"] = self._value(node, len(self.created))
         self.created.append(node)
+        node.meta["val"] = self._value(node)
         return node
 
     def item(self, node: Node, index: int) -> Node:
@@ -98,11 +101,12 @@ class Emitter:
             self._graph.erase_node(node)
         self.created.clear()
 
-    def _value(self, node: Node, index: int) -> Any:
+    def _value(self, node: Node) -> Any:
+        index = len(self.created) - 1
         if index < len(self._recorded):
             return self._recorded[index](node)
         value = self._compute(node)
-        self.recording.append(self._maker(node, value))
+        self.recording.append(_recorded(node, value))
         return value
 
     def _compute(self, node: Node) -> Any:
@@ -110,31 +114,27 @@ class Emitter:
         with self._fake_mode:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def _maker(self, node: Node, value: Any) -> Callable[[Node], Any]:
-        """What makes the value of the same node in an equal block."""
-        if node.target is operator.getitem:
-            return lambda equal: equal.args[0].meta["val"][equal.args[1]]  # type: ignore[union-attr, index]
-        if not _aliases(node.target):
-            return functools.partial(lambda copy, equal: copy(), _copier(value))
-        if isinstance(value, FakeTensor):
-            template = Template.of(value)
-            return lambda equal: template.view(equal.args[0].meta["val"])  # type: ignore[union-attr]
-        return self._compute
+
+def _recorded(node: Node, value: Any) -> Callable[[Node], Any]:
+    """What gives the value of the same node of an equal block."""
+    if node.target is operator.getitem:
+        return lambda equal: equal.args[0].meta["val"][equal.args[1]]  # type: ignore[union-attr]
+    base = node.args[0].meta["val"] if node.args and isinstance(node.args[0], Node) else None
+    make = _maker(value, base.untyped_storage()._cdata if isinstance(base, FakeTensor) else None)
+    return lambda equal: make(equal.args[0])
 
 
-def _copier(value: Any) -> Callable[[], Any]:
-    """What makes fresh values with the metadata of ``value``, the result of an operator."""
+def _maker(value: Any, base_storage: int | None) -> Callable[[Any], Any]:
+    """Makes a value with the metadata of ``value`` from the first argument: views of it alias it, all else is fresh."""
     if isinstance(value, FakeTensor):
-        return Template.of(value).copy
+        template = Template.of(value)
+        if value.untyped_storage()._cdata == base_storage:
+            return lambda base: template.view(base.meta["val"])
+        return lambda base: template.copy()
     if isinstance(value, (list, tuple)):
-        copiers, kind = [_copier(v) for v in value], type(value)
-        return lambda: kind(copy() for copy in copiers)
-    return lambda: value  # sizes and None
-
-
-@functools.lru_cache(maxsize=256)
-def _aliases(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and any(r.alias_info is not None for r in target._schema.returns)
+        kind, makers = type(value), [_maker(v, base_storage) for v in value]
+        return lambda base: kind(make(base) for make in makers)
+    return lambda base: value  # sizes and None
 
 
 def erase(graph: Graph, nodes: Sequence[Node]) -> None:

@@ -73,6 +73,7 @@ def block_quantities(
         # what our calls pass to the grouped matmuls
         "single_weight": spec.stacked,
         "quantised": False,
+        "form": "none",
         "group_type": 0,
         "group_list_type": 1,
         "split_item": 2,

@@ -71,9 +71,13 @@ def _route(node: Node) -> Route | None:
     value = logits.meta.get("val")
     if value is None or items is None:
         return None
+    try:
+        experts = _width(value)
+    except _NotABlock:
+        return None
     spec = RouteSpec(
         rows=_tokens(value),
-        experts=int(value.shape[-1]),
+        experts=experts,
         top_k=top_k,
         scoring=scoring,
         renormalize=renormalize,
@@ -96,8 +100,8 @@ def _block(dispatch: Node, by_ids: dict[Node, Route], scopes: dict[Node, tuple[s
     rows, row_scale, counts, handle = (items.get(i) for i in range(4))
     mlp = _only_user(rows, "rows", OPS.grouped_mlp.default)
     combine = _only_user(mlp, "the grouped MLP's result", OPS.combine.default)
-    _, _, mlp_counts, w13, w2, w13_bias, w2_bias, activation, limit, alpha, interleaved = arguments(mlp)
-    if mlp.args[0] is not rows or mlp.args[1] is not row_scale or mlp_counts is not counts or counts is None:
+    mlp_rows, mlp_scale, mlp_counts, w13, w2, w13_bias, w2_bias, activation, limit, alpha, interleaved = arguments(mlp)
+    if mlp_rows is not rows or mlp_scale is not row_scale or mlp_counts is not counts or counts is None:
         raise _NotABlock("grouped_mlp does not take rows, row_scale and counts of the same dispatch")
     combined_rows, weights, combine_ids, combine_handle, combine_mask, *combine_sizes = arguments(combine)
     _require_alone(row_scale, "row_scale", mlp)
@@ -140,7 +144,7 @@ def _spec(
     name, limit, alpha, interleaved = activation
     return BlockSpec(
         tokens=_tokens(x),
-        hidden=int(x.shape[-1]),
+        hidden=_width(x),
         intermediate=int(w2[0].shape[-2]),
         top_k=int(_value(inputs[1]).shape[-1]),
         experts=shared["num_experts"],
@@ -177,6 +181,14 @@ def _tokens(value: torch.Tensor) -> Any:
     for size in value.shape[:-1]:
         tokens = tokens * size
     return tokens
+
+
+def _width(value: torch.Tensor) -> int:
+    """The last dimension, made static when it is symbolic: the widths of a model never vary."""
+    width = value.shape[-1]
+    if isinstance(width, torch.SymInt) and not width.node.has_hint():
+        raise _NotABlock(f"the last dimension of x or of the logits is {width}, which depends on data")
+    return int(width)
 
 
 def _value(node: Node) -> torch.Tensor:

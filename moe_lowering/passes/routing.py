@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Violation, check
-from moe_lowering.passes.blocks import Route, RouteSpec
+from moe_lowering.passes.blocks import Route, RouteSpec, arguments
 from moe_lowering.passes.emitting import Emitter, aten
 from moe_lowering.passes.judging import torch_npu_is_loaded
 from moe_lowering.passes.quantities import route_quantities
@@ -33,7 +33,7 @@ def judge_route(spec: RouteSpec, deployment: Deployment) -> list[Violation]:
 
 def emit_route(route: Route, emit: Emitter, use_gating: bool) -> tuple[Node, Node]:
     """(weights float32, ids int32) in the shape of the generic operator's results."""
-    logits, bias = route.node.args[0], route.node.args[1]
+    logits, bias = arguments(route.node)[:2]
     assert isinstance(logits, Node)
     assert bias is None or isinstance(bias, Node)
     with emit.at(route.node, route.node):

@@ -61,7 +61,7 @@ class Template:
         """``FakeTensor(mode, meta, device)``, three times faster: its state is copied and not built and checked again."""
         fake: Any = Tensor._make_subclass(
             FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=self.state["_fake_device"]
-        )  # type: ignore[call-arg]
+        )
         if self.state["fake_mode"]._allow_unsafe_data_ptr_access:
             torch._C._set_warn_deprecated_on_mutable_data_ptr(fake)
         else:

@@ -70,8 +70,9 @@ def call_violations(
     if tokens is not None:
         own, seen = tokens
         for key, value in found.items():
-            if (key == "tokens" or key.endswith("_tokens")) and size_key(value) == size_key(own):
-                found[key] = seen
+            each = found["top_k"] if key == "indices_length" else 1
+            if key.endswith(("tokens", "indices_length")) and size_key(value) == size_key(own * each):
+                found[key] = seen * each
     extra = {"buffer_bytes": deployment.hccl_buffer_bytes, "weight_format": deployment.weight_format}
     return check(name, deployment.soc, {**found, **extra}, prover, deployment.versions)
 

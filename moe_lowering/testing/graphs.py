@@ -41,8 +41,8 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
 
     Args:
         fields: fields of ``Deployment``. Groups are made and named here: ``ep_group``, ``mc2_group`` (a second group
-            over the same ranks) and ``tp_group`` cannot be given. ``soc`` defaults to A3, ``providers`` to vllm_ascend
-            and ``weight_format`` to nz, so that every implementation can be legal.
+            over the same ranks) and ``tp_group`` cannot be given. ``soc`` defaults to A3, versions to current ones,
+            ``providers`` to vllm_ascend and ``weight_format`` to nz, so that every implementation can be legal.
 
     Raises:
         RuntimeError: when a process group exists already.
@@ -53,7 +53,8 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
     given = {"ep_group", "mc2_group", "tp_group"} & fields.keys()
     if given:
         raise ValueError(f"fake_deployment: {sorted(given)} cannot be given; groups are made here")
-    fields = {"providers": (("vllm_ascend", "0.23.0"),), "weight_format": "nz", "hccl_buffer_mb": 1024, **fields}
+    current = {"providers": (("vllm_ascend", "0.23.0"),), "cann": "9.1.0", "torch_npu": "2.13.0"}
+    fields = {**current, "weight_format": "nz", "hccl_buffer_mb": 1024, **fields}
     size, tp_size = fields.get("ep_size", 1), fields.get("tp_size", 1)
     if size == 1:
         yield Deployment(**fields)

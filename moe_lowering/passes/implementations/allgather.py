@@ -27,7 +27,7 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.emitting import Emitter, aten
-from moe_lowering.passes.implementations.base import Implementation, Replacement
+from moe_lowering.passes.implementations.base import Implementation, Replacement, stage_after
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_operators
 
 c10d = torch.ops._c10d_functional
@@ -49,7 +49,7 @@ def _operators(spec: BlockSpec, soc: str) -> tuple[str, ...]:
 def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[str, Any]) -> Replacement:
     spec = block.spec
     # Routing weights are gathered with the tokens, so the dispatch stage stands where they exist.
-    start = max(block.dispatch, _after(block.weights))
+    start = stage_after(block, block.weights)
     with emit.at(start, block.dispatch):
         tokens = _prepare(emit, block)
         rows, index, counts = _route_rows(emit, block, tokens, deployment)
@@ -63,10 +63,6 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[
         )
         y = _finalize(emit, block, y)
         return Replacement(emit.like(y, block.x), counts)
-
-
-def _after(node: Node) -> Node:
-    return node.next
 
 
 def _prepare(emit: Emitter, block: Block) -> _Tokens:
@@ -97,17 +93,29 @@ def _mask_ids(emit: Emitter, ids: Node, mask: Node, spec: BlockSpec) -> Node:
 
 def _pad(emit: Emitter, x: Node, ids: Node, weights: Node, spec: BlockSpec) -> tuple[Node, Node, Node]:
     """Tokens of this rank filled up to ``max_tokens``: the number of tokens must be the same on every rank."""
-    missing = _minus(emit, spec.max_tokens, emit.size(x, 0))
+    tokens = x.meta["val"].shape[0]
+    missing = spec.max_tokens - tokens if isinstance(tokens, int) else spec.max_tokens
     filler = emit.call(aten.expand.default, _no_expert(emit, ids, spec), [missing, spec.top_k])
     return (
-        emit.call(aten.constant_pad_nd.default, x, [0, 0, 0, missing]),
-        emit.call(aten.cat.default, [ids, filler]),
-        emit.call(aten.constant_pad_nd.default, weights, [0, 0, 0, missing]),
+        _fill(emit, x, _zeros(emit, x, missing), spec),
+        _fill(emit, ids, filler, spec),
+        _fill(emit, weights, _zeros(emit, weights, missing), spec),
     )
 
 
-def _minus(emit: Emitter, a: int, b: Any) -> Any:
-    return a - b if isinstance(b, int) else emit.call(operator.sub, a, b)
+def _zeros(emit: Emitter, model: Node, rows: int) -> Node:
+    value = model.meta["val"]
+    return emit.call(
+        aten.full.default, [rows, int(value.shape[1])], 0.0, dtype=value.dtype, device=value.device, pin_memory=False
+    )
+
+
+def _fill(emit: Emitter, node: Node, filler: Node, spec: BlockSpec) -> Node:
+    """Where T varies the filler is ``max_tokens`` long, and cut: a filler of symbolic length would add a guard."""
+    filled = emit.call(aten.cat.default, [node, filler])
+    if isinstance(node.meta["val"].shape[0], int):
+        return filled
+    return emit.call(aten.slice.Tensor, filled, 0, 0, spec.max_tokens)
 
 
 def _all_gather(emit: Emitter, node: Node, spec: BlockSpec) -> Node:

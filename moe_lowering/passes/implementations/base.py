@@ -21,6 +21,11 @@ class Replacement:
     counts: Node | None
 
 
+def stage_after(block: Block, node: Node) -> Node:
+    """The first stage of the block at which ``node`` exists. Anywhere between two stages another scope may be open."""
+    return next(stage for stage in (block.dispatch, block.mlp, block.combine) if node < stage)
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to communicate.

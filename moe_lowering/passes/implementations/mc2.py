@@ -17,7 +17,7 @@ from torch.fx.node import has_side_effect
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.emitting import Emitter
-from moe_lowering.passes.implementations.base import Implementation, Replacement
+from moe_lowering.passes.implementations.base import Implementation, Replacement, stage_after
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_operators
 
 
@@ -31,7 +31,7 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[
     on_a2 = deployment.soc == "A2"
     group = (deployment.mc2_group, spec.ep_size, deployment.ep_rank, spec.experts)
     global_bs = spec.max_tokens * spec.ep_size
-    start = max(block.dispatch, block.weights.next) if on_a2 else block.dispatch
+    start = stage_after(block, block.weights) if on_a2 else block.dispatch
     with emit.at(start, block.dispatch):
         x, ids = emit.rows(block.x), emit.rows(block.ids)
         scales = {"expert_scales": emit.rows(block.weights)} if on_a2 else {}

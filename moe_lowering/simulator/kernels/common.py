@@ -13,6 +13,8 @@ from moe_lowering.limits import bind, check_call
 
 Kernel = Callable[..., Any]
 DEFAULT_BUFFER_MB = 200  # CANN's default HCCL_BUFFSIZE
+# What the kernels follow: the CANN that vllm-ascend 0.23.0 is released for (its versioning policy), and the wheel read here.
+SIMULATED_VERSIONS = {"cann": "9.1.0", "torch_npu": "2.13.0"}
 
 
 def current_soc() -> str:
@@ -42,7 +44,8 @@ def not_simulated(operator: str, argument: str, value: object, accepted: str) ->
 
 def violations(op: torch._ops.OpOverload, arguments: dict[str, Any]) -> str:
     """The broken limits of one call in one text; empty when it is legal."""
-    found = check_call(op, (), arguments, soc=current_soc(), extra={"buffer_bytes": buffer_bytes()})
+    extra = {"buffer_bytes": buffer_bytes()}
+    found = check_call(op, (), arguments, soc=current_soc(), extra=extra, versions=SIMULATED_VERSIONS)
     return "; ".join(f"{v}{f' ({v.advice})' if v.advice else ''}" for v in found)
 
 
