@@ -145,6 +145,7 @@ class Builder:
         span = ValueRanges(sympy.Integer(bounds[0]), int_oo if bounds[1] is None else sympy.Integer(bounds[1]))
         if kind == "unbacked":
             size = self.env.create_unbacked_symint()
+            self.env.pending_fresh_unbacked_symbols.clear()  # it is an input here, and no operator's result
         else:
             source = ConstantSource(name)
             symbol = self.env.create_symbol(

@@ -131,7 +131,7 @@ LEADS = (
     (2, 0),
     (2, 3, 4),
 )
-BOUNDS = ((2, None), (0, None), (1, 64), (2, 512), (2, 513), (256, 600), (513, 4096))
+BOUNDS = ((2, None), (2, 64), (2, 512), (2, 513), (256, 600), (513, 4096), (0, None))
 HIDDENS = (1024, 16, 1040, 1056, 7168, 7680, 8192, 8224, 65536, 24, 1)
 INTERMEDIATES = (32, 512, 2048, 8, 20, 1, 32768)
 TOP_KS = (2, 1, 4, 8, 16, 17)
@@ -149,7 +149,7 @@ def judged_cases(draw: Any) -> GraphCase:
     distinct = [_with(block, arguments=draw(arguments(d, experts))) for block in distinct]
     case = draw(graphs(d, (distinct * 2)[: draw(st.integers(1, 3))], LEADS, HIDDENS))
     sizes = draw(st.sampled_from(("static", "static", "static", "dynamic", "strict", "unbacked")))
-    low, high = draw(st.sampled_from(BOUNDS))
+    low, high = draw(st.sampled_from(BOUNDS if sizes == "unbacked" else BOUNDS[:-1]))  # backed sizes begin at 2
     if sizes != "static":
         case = case.replace(lead=tuple(max(low, min(n, high or n)) for n in case.lead) or (low,))
     symbolic = tuple(draw(st.booleans()) or not d for d in range(len(case.lead)))

@@ -351,7 +351,7 @@ GMM = {"x": [torch.ones(4, 3)], "weight": [torch.ones(2, 3, 5)], "group_list": t
         ({"weight": [torch.ones(3, 5), torch.ones(3, 6)]}, "gmm.weights_alike"),
         ({"weight": [torch.ones(1, 3, 5), torch.ones(1, 3, 5)]}, "gmm.weight_dims"),
         ({"output_dtype": 15}, "output_dtype is 15; the CPU kernel computes only"),
-        ({"per_token_scale": [torch.ones(4)]}, "the CPU kernel computes only"),
+        ({"per_token_scale": [torch.ones(4)]}, "gmm.form"),
         (
             {"weight": [torch.ones(1, 1)] * 129, "x": [torch.ones(4, 1)], "group_list": torch.zeros(129).long()},
             "gmm.groups",

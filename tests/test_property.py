@@ -149,10 +149,14 @@ def without_refusals(lowered: Lowered, lines: list[str]) -> list[str]:
     return [line for line in lines if not (allowed and str(assert_tokens) in line)]
 
 
+# Why a rewrite may be undone that was judged legal: what depends on the order of nodes, or on data.
+UNDONE = ("before its replacement", "replacement slice_tensor")
+
+
 def check_untouched(lowered: Lowered, block: BlockReport, after: dict[str, list[str]]) -> None:
     now = without_refusals(lowered, after[block.name])
     assert now == lowered.before[block.name], f"{block.name} was refused ({block.reason}), and changed"
-    assert "rewrite undone: VerificationError" in block.reason or "rewrite undone" not in block.reason, block.reason
+    assert "rewrite undone" not in block.reason or any(why in block.reason for why in UNDONE), block.reason
 
 
 def check_replaced(lowered: Lowered, block: BlockReport) -> None:
@@ -219,6 +223,8 @@ def check_twice(lowered: Lowered) -> None:
 def check_other_rank(lowered: Lowered) -> None:
     """Another rank, with another T where the deployment allows that, decides the same."""
     case, d = lowered.case, lowered.case.deployment
+    if case.sizes == "unbacked":
+        return  # on every rank alike, and not what a static graph is
     other = case.replace(deployment=d.replace(ep_rank=d.ep_size - 1 - d.ep_rank, tp_rank=d.tp_size - 1))
     if not d.equal_tokens:
         if any(outside_declared_range(spec.tokens, d) for spec in lowered.specs.values()):

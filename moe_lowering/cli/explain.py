@@ -230,7 +230,7 @@ def _assumptions(request: ExplainRequest, block: Block, answer: Answer) -> tuple
 
 def _sweep(question: Question, whole: TokenRange) -> tuple[Piece, ...]:
     """The pieces of a range, each with what ends it."""
-    at = functools.lru_cache(maxsize=None)(question.at)
+    at = functools.cache(question.at)
     parts = _parts(at, whole)
     pieces = []
     for (low, choice), (following, _) in itertools.pairwise([*parts, ((whole.high or 0) + 1, None)]):

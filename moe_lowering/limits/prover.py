@@ -6,7 +6,7 @@ Never checked on a hint, and never by adding a guard.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -30,14 +30,24 @@ class Prover:
     def __init__(self, declared: Mapping[sympy.Expr, tuple[int, int]] | None = None) -> None:
         self.declared = dict(declared or {})
         self.used_declared = False
+        self._stand_ins = {
+            expr: (sympy.Dummy("bounded", integer=True, nonnegative=True), ValueRanges(*map(sympy.Integer, bounds)))
+            for expr, bounds in self.declared.items()
+        }
+        # Every implementation's rules ask the same questions, and a proof takes 0.3 to 1 ms.
+        self._proofs: dict[tuple[int, sympy.Expr], str] = {}  # by ShapeEnv's id and slack
 
     def at_most(self, value: Any, limit: Any) -> bool:
         """value <= limit for every value of the symbols."""
-        return self._holds(value <= limit, limit - value)
+        if _concrete(value) and _concrete(limit):
+            return bool(value <= limit)
+        return self._never_negative(limit - value, lambda: value <= limit)
 
     def at_least(self, value: Any, limit: Any) -> bool:
         """value >= limit for every value of the symbols."""
-        return self._holds(value >= limit, value - limit)
+        if _concrete(value) and _concrete(limit):
+            return bool(value >= limit)
+        return self._never_negative(value - limit, lambda: value >= limit)
 
     def equal(self, value: Any, other: Any) -> bool:
         """value == other for every value of the symbols."""
@@ -52,29 +62,35 @@ class Prover:
         ranges = self._ranges(value, declared=True)
         return _finite(ranges.lower), _finite(ranges.upper)
 
-    def _holds(self, claim: Any, slack: Any) -> bool:
-        """The claim, or its equivalent that slack is never negative."""
-        if isinstance(claim, bool):
-            return claim
-        if statically_known_true(claim):
-            return True
-        if self._ranges(slack, declared=False).lower >= 0:
-            return True
+    def _never_negative(self, slack: Any, claim: Callable[[], Any]) -> bool:
+        """slack >= 0, or the claim that says the same: each is proven where the other is not."""
+        if _concrete(slack):
+            return bool(slack >= 0)
+        key = id(slack.node.shape_env), slack.node.expr
+        if key not in self._proofs:
+            self._proofs[key] = self._prove(slack, claim)
+        proof = self._proofs[key]
+        self.used_declared = self.used_declared or proof == "declared"
+        return proof != "none"
+
+    def _prove(self, slack: torch.SymInt, claim: Callable[[], Any]) -> str:
+        if self._ranges(slack, declared=False).lower >= 0 or statically_known_true(claim()):
+            return "known"
         if self.declared and self._ranges(slack, declared=True).lower >= 0:
-            self.used_declared = True
-            return True
-        return False
+            return "declared"
+        return "none"
 
     def _ranges(self, value: torch.SymInt, declared: bool) -> ValueRanges[sympy.Expr]:
         env, expr = value.node.shape_env, value.node.expr
         ranges: dict[sympy.Symbol, ValueRanges[sympy.Expr]] = {}
         if declared:
-            for known_expr, (low, high) in self.declared.items():
-                stand_in = sympy.Dummy("bounded", integer=True, nonnegative=True)
+            for known_expr, (stand_in, bounds) in self._stand_ins.items():
                 expr = expr.subs(known_expr, stand_in)
-                ranges[stand_in] = ValueRanges(sympy.Integer(low), sympy.Integer(high))
+                ranges[stand_in] = bounds
         for symbol in expr.free_symbols - ranges.keys():
             ranges[symbol] = env.var_to_range.get(symbol, ValueRanges(sympy.Integer(0), int_oo))
+        if expr.is_Symbol:
+            return ranges[expr]
         return bound_sympy(expr, {s: r for s, r in ranges.items() if s in expr.free_symbols})
 
 

@@ -42,7 +42,7 @@ class Limit:
     torch_npu or a provider (``["cann<8.5"]``, all of them; a version that is not known does not restrict). ``says`` puts
     a broken rule in words, ``advice`` what the user could change; both may hold quantities in braces, and those of
     ``SHOWN``. Without ``says`` the message is made from the value and the bound. A table may give a list of operators:
-    one rule for each then.
+    one rule for each then. A row whose value is ``soc`` says where the operator exists: its other rows count only there.
     """
 
     code: str
@@ -173,6 +173,25 @@ def read(name: str, text: str) -> list[Limit]:
     return rows
 
 
+def narrow(rows: list[Limit]) -> list[Limit]:
+    """The rows, those of an operator only for SoCs that its row on ``soc`` accepts: where it does not exist, nothing else counts.
+
+    Raises:
+        LimitsError: when a row is left without a SoC.
+    """
+    exists: dict[str, tuple[str, ...]] = {}
+    for row in rows:
+        if row.value.text == "soc" and row.one_of and row.when is None and not row.versions:
+            exists[row.operator] = row.one_of
+    narrowed = []
+    for row in rows:
+        soc = tuple(s for s in row.soc if row.value.text == "soc" or s in exists.get(row.operator, SOCS))
+        if not soc:
+            raise LimitsError(f"{row.code} of {row.operator} is for {row.soc}, where the operator does not exist")
+        narrowed.append(dataclasses.replace(row, soc=soc))
+    return narrowed
+
+
 def validate(rows: list[Limit]) -> tuple[Limit, ...]:
     """The rows, when no two of one operator and SoC share code, condition and versions.
 
@@ -200,7 +219,7 @@ def load() -> tuple[Limit, ...]:
     for file in sorted(resources.files("moe_lowering.limits").joinpath("data").iterdir(), key=lambda f: f.name):
         if file.name.endswith(".toml"):
             rows += read(file.name, file.read_text("utf-8"))
-    return validate(rows)
+    return validate(narrow(rows))
 
 
 Versions = tuple[tuple[str, str], ...]  # (name, version), hashable

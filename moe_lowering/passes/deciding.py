@@ -46,6 +46,17 @@ class Decision:
 
 def decide(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
     """The decision for one block; the same on every rank."""
+    decision = _decide(spec, deployment, policy)
+    if decision.comm is None or not spec.max_rows:
+        return decision
+    note = (
+        f"max_rows = {spec.max_rows} bounds the generic operators only: {decision.comm} has room for every row that can "
+        "arrive, so that no row is dropped"
+    )
+    return dataclasses.replace(decision, notes=(*decision.notes, note))
+
+
+def _decide(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
     if not deployment.equal_tokens:
         return _decide_unequal(spec, deployment, policy)
     if isinstance(spec.tokens, int):

@@ -64,9 +64,11 @@ def declared_tokens(deployment: Deployment) -> Any:
 
 
 def outside_declared_range(tokens: Any, deployment: Deployment) -> bool:
-    """With unequal token counts: whether this rank's T breaks what the deployment declares."""
-    low, high = deployment.min_tokens, deployment.max_tokens
-    return not deployment.equal_tokens and isinstance(tokens, int) and not low <= tokens <= high
+    """With unequal token counts: whether this rank's T, whatever value it takes, breaks what the deployment declares."""
+    if deployment.equal_tokens:
+        return False
+    low, high = Prover().bounds(tokens)
+    return (low or 0) > deployment.max_tokens or (high is not None and high < deployment.min_tokens)
 
 
 def judged_operators(implementation: str, spec: BlockSpec, soc: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ In strict mode it raises ``LoweringError`` instead, before or after having edite
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import operator
@@ -44,6 +45,7 @@ from moe_lowering.passes.verifying import (
 from moe_lowering.report.records import BlockReport, LoweringReport
 
 log = logging.getLogger(__name__)
+ASSERT_TOKENS = torch.ops.moe_lowering.assert_tokens.default
 
 
 class LoweringError(RuntimeError):
@@ -212,14 +214,16 @@ class _Run:
     def _emit_assert(self, block: Block, interval: TokenRange, emit: Emitter, position: Node) -> None:
         high = sys.maxsize if interval.high is None else interval.high
         with emit.at(position, block.dispatch):
-            emit.call(torch.ops.moe_lowering.assert_tokens.default, block.x, interval.low, high)
+            emit.call(ASSERT_TOKENS, block.x, interval.low, high)
 
     def _refuse_to_run(self, block: Block, decision: Decision) -> str:
         """This rank has a T that the deployment rules out: the others communicate as declared, so it must not run at all."""
         declared = decision.enforced
         assert declared is not None
-        key = ("refuse", block.spec)
-        self._guarded(lambda emit: self._emit_assert(block, declared, emit, block.dispatch), key)
+        refusal = (block.x, declared.low, declared.high)
+        if not any(user.target is ASSERT_TOKENS and user.args == refusal for user in block.x.users):
+            key = ("refuse", block.spec)
+            self._guarded(lambda emit: self._emit_assert(block, declared, emit, block.dispatch), key)
         return (
             f"T is {block.spec.tokens} and the deployment declares {declared.low} to {declared.high} on every rank: "
             "the graph refuses to run"
@@ -272,7 +276,11 @@ def _internal(error: Exception) -> str:
 
 
 def _op_name(node: Node) -> str:
-    target = node.target
+    return _name(node.target)
+
+
+@functools.lru_cache(maxsize=1024)
+def _name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.replace("::", ".")
     return getattr(target, "__name__", str(target))

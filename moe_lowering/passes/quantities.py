@@ -77,6 +77,8 @@ def block_quantities(
         "group_type": 0,
         "group_list_type": 1,
         "split_item": 2,
+        # to init_routing_v2
+        "expert_tokens_num_type": 1,
         "n": max(2 * spec.intermediate, spec.hidden),
         # and to MC2's dispatch and combine
         "global_bs": spec.max_tokens * spec.ep_size,

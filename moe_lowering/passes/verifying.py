@@ -7,6 +7,7 @@ operator is left that the report does not name. Strict mode and tests also re-pr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,14 +33,18 @@ class VerificationError(RuntimeError):
 def same_value(old: Node, new: Node) -> None:
     """Raise VerificationError unless ``new`` has the shape, dtype and device of ``old``."""
     a, b = old.meta["val"], new.meta["val"]
-    same_shape = a.dim() == b.dim() and all(
-        statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True)
-    )
-    if not same_shape or a.dtype != b.dtype or a.device != b.device:
+    if not _same_shape(a, b) or a.dtype != b.dtype or a.device != b.device:
         raise VerificationError(
             f"{old.name} is {tuple(a.shape)} {a.dtype} on {a.device}, its replacement {new.name} is "
             f"{tuple(b.shape)} {b.dtype} on {b.device}"
         )
+
+
+def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal sizes for all values of the symbols. Comparing SymInts costs 30 us; most are the same expression."""
+    return a.dim() == b.dim() and all(
+        size_key(m) == size_key(n) or statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True)
+    )
 
 
 def defined_before_readers(readers: Iterable[Node], old: Node, new: Node) -> None:
@@ -85,8 +90,13 @@ def is_ascend(target: torch._ops.OpOverload) -> bool:
 
 def generic_nodes(nodes: Iterable[Node]) -> list[Node]:
     """Generic operators among the nodes."""
-    targets = {getattr(torch.ops.moe_lowering, name).default for name in GENERIC}
+    targets = _generic_targets()
     return [node for node in nodes if node.target in targets]
+
+
+@functools.cache
+def _generic_targets() -> frozenset[Any]:
+    return frozenset(getattr(torch.ops.moe_lowering, name).default for name in GENERIC)
 
 
 def repropagate(gm: GraphModule) -> None:
@@ -115,10 +125,7 @@ def _compare(node: Node, old: Any, new: Any) -> None:
         for a, b in zip(old, new, strict=True):
             _compare(node, a, b)
     elif isinstance(old, torch.Tensor):
-        shapes = old.dim() == new.dim() and all(
-            statically_known_true(m == n) for m, n in zip(old.shape, new.shape, strict=True)
-        )
-        if not shapes or old.dtype != new.dtype:
+        if not _same_shape(old, new) or old.dtype != new.dtype:
             raise VerificationError(
                 f"{node.name}: metadata says {tuple(old.shape)} {old.dtype}, propagation {tuple(new.shape)} {new.dtype}"
             )

@@ -11,6 +11,7 @@ To add an operator: a reader in the file of its family, with its entry in ``READ
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ def bind(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, An
 @functools.lru_cache(maxsize=256)
 def _takes_sizes(op: torch._ops.OpOverload) -> frozenset[str]:
     """The arguments that the schema declares as SymInt: those may vary."""
-    return frozenset(a.name for a in op._schema.arguments if "SymInt" in str(a.real_type))
+    return frozenset(re.findall(r"SymInt(?:\[\d*\])?\??\s+(\w+)", str(op._schema)))
 
 
 def _varying_ints(op: torch._ops.OpOverload, name: str, arguments: Arguments) -> list[Violation]:

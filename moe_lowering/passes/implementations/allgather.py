@@ -69,7 +69,7 @@ def _prepare(emit: Emitter, block: Block) -> _Tokens:
     spec = block.spec
     x, ids, weights = (emit.rows(n) for n in (block.x, block.ids, block.weights))
     if block.mask is not None:
-        ids = _mask_ids(emit, ids, block.mask, spec)
+        ids, weights = _mask(emit, ids, weights, block.mask, spec)
     if spec.ep_size == 1:
         return _Tokens(x, ids, weights)
     if spec.max_tokens:
@@ -86,9 +86,15 @@ def _no_expert(emit: Emitter, ids: Node, spec: BlockSpec) -> Node:
     )  # fmt: skip
 
 
-def _mask_ids(emit: Emitter, ids: Node, mask: Node, spec: BlockSpec) -> Node:
+def _mask(emit: Emitter, ids: Node, weights: Node, mask: Node, spec: BlockSpec) -> tuple[Node, Node]:
+    """Masked tokens get no expert, and weight 0: theirs may be NaN, and NaN * 0 is NaN."""
     column = emit.call(aten.reshape.default, mask, [-1, 1])
-    return emit.call(aten.where.self, column, ids, _no_expert(emit, ids, spec))
+    value = weights.meta["val"]
+    zero = emit.call(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device, pin_memory=False)
+    return (
+        emit.call(aten.where.self, column, ids, _no_expert(emit, ids, spec)),
+        emit.call(aten.where.self, column, weights, zero),
+    )
 
 
 def _pad(emit: Emitter, x: Node, ids: Node, weights: Node, spec: BlockSpec) -> tuple[Node, Node, Node]:
@@ -166,7 +172,8 @@ def _finalize(emit: Emitter, block: Block, y: Node) -> Node:
     reduced = emit.call(c10d.reduce_scatter_tensor.default, y, "sum", spec.ep_size, spec.ep_group)
     y = emit.call(c10d.wait_tensor.default, reduced)
     if spec.max_tokens:
-        y = emit.call(aten.slice.Tensor, y, 0, 0, emit.size(emit.rows(block.x), 0))
+        with emit.asserted():
+            y = emit.call(aten.slice.Tensor, y, 0, 0, emit.size(emit.rows(block.x), 0))
     return y
 
 

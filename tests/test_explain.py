@@ -1,0 +1,315 @@
+"""``moe-lowering explain``: verdict tables, choices, sweeps, --why and JSON; the command itself: test_explain_command.py.
+
+Expected codes are written by hand from facts/vllm_ascend.md §3.4, §3.5 and facts/cann_ops.md §1.1, not from the code.
+"""
+
+import json
+import re
+
+import pytest
+
+from moe_lowering import cli
+from moe_lowering.cli.arguments import parse
+from moe_lowering.cli.explain import explain
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
+
+# DeepSeek-V3's MoE layer
+BLOCK = "--hidden 7168 --intermediate 2048 --experts 256 --topk 8"
+ROOMY = "--buffer-mb 8192"
+
+
+def command(capfd, given):
+    """(exit code, stdout, stderr)."""
+    code = cli.main(["explain", *given.split()])
+    return (code, *capfd.readouterr())
+
+
+def answer(capfd, given):
+    """(exit code, the JSON object)."""
+    code, out, _ = command(capfd, f"{given} --json")
+    return code, json.loads(out)
+
+
+def codes(found):
+    """Codes of broken rules by implementation."""
+    return {name: {v["code"] for v in verdict["violations"]} for name, verdict in found["verdicts"].items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ verdicts
+
+# (command, codes of mc2, codes of fused_mc2); AllGather is legal in all of them
+VERDICTS = [
+    # one rank: MC2 from 2 ranks on; the fused operator from 2 to 32
+    (f"{BLOCK}", {"mc2.ep_size"}, {"fused.ep_size"}),
+    (f"{BLOCK} --ep 16 {ROOMY}", set(), set()),
+    (f"{BLOCK} --ep 32 {ROOMY}", set(), set()),
+    (f"{BLOCK} --ep 64 {ROOMY}", set(), {"fused.ep_size"}),
+    # 512 tokens on a rank are the most for both on A3
+    (f"{BLOCK} --ep 16 --tokens 512 {ROOMY}", set(), set()),
+    (f"{BLOCK} --ep 16 --tokens 513 {ROOMY}", {"mc2.tokens"}, {"fused.tokens"}),
+    (f"{BLOCK} --ep 16 --tokens 0 {ROOMY}", {"mc2.tokens"}, {"fused.tokens", "fused.receive_bound"}),
+    # MC2's window: 2 * (16 * T * 16 * align(14336 + 64, 512) + (8 + 1) * T * 14336) = 7,860,224 T bytes, 959.5 MB at 128
+    (f"{BLOCK} --ep 16 --tokens 128 --buffer-mb 960", set(), set()),
+    (f"{BLOCK} --ep 16 --tokens 128 --buffer-mb 959", {"mc2.buffer"}, set()),
+    # the fused operator's: 2 * T * 8 * 7168 in a third of the window: 168 MB at 512
+    (f"{BLOCK} --ep 16 --tokens 512 --buffer-mb 168", {"mc2.buffer"}, set()),
+    (f"{BLOCK} --ep 16 --tokens 512 --buffer-mb 167", {"mc2.buffer"}, {"fused.window"}),
+    # float32 is for AllGather alone
+    (f"{BLOCK} --ep 16 {ROOMY} --dtype float32", {"mc2.x_dtype"}, {"fused.x_dtype"}),
+    # the fused operator reads FRACTAL_NZ
+    (f"{BLOCK} --ep 16 {ROOMY} --weight-format nd", set(), {"fused.weight_format"}),
+    # A2: 256 tokens, EP sizes from a list; no fused operator
+    (f"{BLOCK} --soc A2 --ep 16 --tokens 256 {ROOMY}", set(), {"fused.soc"}),
+    (f"{BLOCK} --soc A2 --ep 16 --tokens 257 {ROOMY}", {"mc2.tokens"}, {"fused.soc"}),
+    (
+        f"--hidden 4096 --intermediate 1024 --experts 72 --topk 6 --soc A2 --ep 9 {ROOMY}",
+        {"mc2.ep_size"},
+        {"fused.soc"},
+    ),
+    # A5: MC2 as on A3; no fused operator
+    (f"{BLOCK} --soc A5 --ep 64 --tokens 512 {ROOMY}", set(), {"fused.soc", "fused.ep_size"}),
+    (f"{BLOCK} --soc A5 --ep 32 --tokens 512 {ROOMY}", set(), {"fused.soc"}),
+    # H: MC2 on A3 takes 1024 to 8192
+    (f"--hidden 896 --intermediate 512 --experts 64 --topk 6 --ep 8 {ROOMY}", {"mc2.hidden"}, set()),
+    (f"--hidden 8224 --intermediate 512 --experts 64 --topk 6 --ep 8 {ROOMY}", {"mc2.hidden"}, set()),
+    # 17 experts a token, 1032 experts
+    (f"--hidden 1024 --intermediate 512 --experts 64 --topk 17 --ep 8 {ROOMY}", {"mc2.top_k"}, set()),
+    (f"--hidden 1024 --intermediate 512 --experts 1032 --topk 4 --ep 8 {ROOMY}", {"mc2.experts"}, set()),
+    # models: Mixtral's 8 experts make 2 a rank at EP 4, where the 16-bit kernel skips SwiGLU
+    (f"mixtral --ep 8 {ROOMY}", set(), set()),
+    (f"mixtral --ep 4 {ROOMY}", set(), {"fused.local_experts"}),
+    # gpt-oss: clamped SwiGLU, alternating columns, biases
+    (f"gpt_oss --ep 8 {ROOMY}", set(), {"fused.activation", "fused.gate_order", "fused.bias"}),
+    (f"deepseek_v3 --ep 16 {ROOMY}", set(), set()),
+    (f"qwen3_moe --ep 16 {ROOMY}", set(), set()),
+    (f"qwen3_moe --soc A2 --ep 12 --experts 120 {ROOMY}", {"mc2.ep_size"}, {"fused.soc"}),
+]
+
+
+@pytest.mark.parametrize(("given", "mc2", "fused"), VERDICTS, ids=[given for given, _, _ in VERDICTS])
+def test_verdicts(capfd, given, mc2, fused):
+    code, found = answer(capfd, given)
+    assert code == 0
+    table = codes(found)
+    assert table["allgather"] == set()
+    assert table["mc2"] == mc2
+    assert table["fused_mc2"] == fused
+    assert {name for name, v in found["verdicts"].items() if v["legal"]} == {n for n, c in table.items() if not c}
+
+
+@pytest.mark.parametrize(("given", "everywhere"), [
+    (f"{BLOCK} --ep 16 --tp 2 {ROOMY}", "block.tp_size"),
+    (f"{BLOCK} --ep 16 --quant w8a8 {ROOMY}", "block.quantisation"),
+    (f"{BLOCK} --ep 16 --quant w4a16 {ROOMY}", "block.quantisation"),
+    (f"{BLOCK} --ep 16 --tokens 65 --max-tokens 64 {ROOMY}", "deployment.max_tokens"),
+])  # fmt: skip
+def test_where_nothing_is_legal_the_verdicts_are_printed_and_the_code_is_1(capfd, given, everywhere):
+    code, found = answer(capfd, given)
+    assert code == 1
+    assert found["choice"] is None
+    assert all(everywhere in found for found in codes(found).values())
+    code, out, err = command(capfd, given)
+    assert code == 1
+    assert f"[{everywhere}]" in out
+    assert err == "moe-lowering: no implementation is legal\n"
+
+
+def test_310p_has_neither_mc2_nor_the_fused_operator(capfd):
+    code, found = answer(capfd, f"{BLOCK} --soc 310P --dtype float16")
+    assert code == 1
+    table = codes(found)
+    assert "mc2.soc" in table["mc2"]
+    assert "fused.soc" in table["fused_mc2"]
+    assert "allgather.soc" in table["allgather"]
+
+
+def test_providers_are_assumed_named_or_none(capfd):
+    assert "fused.provider" in codes(answer(capfd, f"{BLOCK} --ep 16 --provider none")[1])["fused_mc2"]
+    assert "fused.provider" in codes(answer(capfd, f"{BLOCK} --ep 16 --provider other=1.0")[1])["fused_mc2"]
+    given = answer(capfd, f"{BLOCK} --ep 16 --provider vllm_ascend=0.23.0")[1]
+    assert given["verdicts"]["fused_mc2"]["legal"]
+    assert not any("vllm_ascend" in text for text in given["assumptions"])
+
+
+def test_verdicts_are_those_of_the_pass():
+    """The same block traced from a model, with the deployment that ``explain`` makes."""
+    import torch
+
+    from moe_lowering import MoE, testing
+
+    for options, fields in (("--tokens 600", {}), ("--dtype float32", {}), ("--buffer-mb 10", {"hccl_buffer_mb": 10})):
+        request = parse(f"explain --hidden 1024 --intermediate 512 --experts 64 --topk 4 --ep 8 {options}".split())
+        described = explain(request).answer.judgement.verdicts
+        dtype = torch.float32 if request.dtype else torch.bfloat16
+        with testing.fake_deployment(ep_size=8, **fields) as deployment:
+            with testing.fake_tensors():
+                model = MoE(1024, 512, 64, 4, deployment=deployment, dtype=dtype)
+                x = torch.empty(request.tokens or 32, 1024, dtype=dtype)
+            traced = testing.lower_graph(model, x, deployment=deployment).report.blocks[0].verdicts
+        for name in IMPLEMENTATIONS:
+            broken = {v.code for v in described[name].violations}
+            assert broken == {v.code for v in traced[name].violations} - {"deployment.torch_npu"}
+
+
+# ----------------------------------------------------------------------------------------------------- choice, policies
+
+
+def test_policies_choose_as_vllm_ascend_does(capfd):
+    """§1.2: A3 up to 32 ranks fuses when the operator is there, else MC2 up to the capacity of 512 tokens."""
+    main = f"{BLOCK} --ep 16 {ROOMY} --policy vllm_ascend_main"
+    assert answer(capfd, main)[1]["choice"] == "fused_mc2"
+    plain = answer(capfd, f"{main} --provider none")[1]
+    assert (plain["choice"], plain["policy"]["selects"]) == ("mc2", "mc2")
+    above = answer(capfd, f"{main} --provider none --tokens 513")[1]
+    assert (above["choice"], above["policy"]["selects"]) == ("allgather", "alltoall")
+    # §1.2: A2 wants at most 24 experts a rank and 16 ranks
+    assert answer(capfd, f"{BLOCK} --soc A2 --ep 16 {ROOMY} --policy vllm_ascend_main")[1]["choice"] == "mc2"
+    assert answer(capfd, f"{BLOCK} --soc A2 --ep 8 {ROOMY} --policy vllm_ascend_main")[1]["choice"] == "allgather"
+
+
+@pytest.mark.parametrize(("quantisation", "selects"), [("none", "mc2"), ("w8a8", "fused_mc2"), ("w4a8", "mc2")])
+def test_the_rule_of_0_13_reads_the_quantisation(capfd, quantisation, selects):
+    """§1.1: the fused operator is for w8a8_dynamic alone."""
+    given = f"{BLOCK} --ep 16 {ROOMY} --policy vllm_ascend_0_13 --quant {quantisation}"
+    assert answer(capfd, given)[1]["policy"] == {"name": "vllm_ascend_0_13", "selects": selects}
+
+
+def test_with_unequal_token_counts_the_declared_bound_decides(capfd):
+    unequal = f"{BLOCK} --ep 16 {ROOMY} --unequal-tokens"
+    few = answer(capfd, f"{unequal} --max-tokens 512 --tokens 1")[1]
+    many = answer(capfd, f"{unequal} --max-tokens 512 --tokens 512")[1]
+    assert few["choice"] == many["choice"] == "fused_mc2"
+    assert few["verdicts"] == many["verdicts"]
+    above = answer(capfd, f"{unequal} --max-tokens 513 --tokens 1")[1]
+    assert above["choice"] == "allgather"
+    assert "mc2.tokens" in codes(above)["mc2"]
+
+
+# --------------------------------------------------------------------------------------------------------------- sweeps
+
+
+def pieces(capfd, given):
+    return [(p["from"], p["to"], p["choice"], p["boundary"]) for p in answer(capfd, given)[1]["sweep"]]
+
+
+def test_a_sweep_across_the_capacity_of_a3(capfd):
+    below, above = pieces(capfd, f"{BLOCK} --ep 16 {ROOMY} --sweep tokens=64..8192")
+    assert below == (64, 512, "fused_mc2", ["fused.tokens"])
+    assert above == (513, 8192, "allgather", [])
+
+
+def test_a_sweep_across_the_buffer(capfd):
+    """200 MB hold 209,715,200 / 7,860,224 = 26 tokens: a piece of eleven tokens that powers of two step over."""
+    given = f"{BLOCK} --ep 16 --provider none --buffer-mb 200"
+    found = pieces(capfd, f"{given} --sweep tokens=1..8192")
+    assert found == [
+        (1, 15, "allgather", ["cost"]),
+        (16, 26, "mc2", ["mc2.buffer"]),
+        (27, 8192, "allgather", []),
+    ]
+    assert pieces(capfd, f"{given} --sweep tokens=15..8192")[1] == (16, 26, "mc2", ["mc2.buffer"])
+    because = answer(capfd, f"{given} --sweep tokens=16..100")[1]["sweep"][0]["because"]
+    assert because[0].startswith("7860224*T must be at most 209715200 (buffer_bytes)")
+
+
+def test_short_pieces_between_powers_of_two_are_found(capfd):
+    """From 3 the search looks at 4, 6, 10, 18, 34, ...: 16 to 26 would be seen by 18 only."""
+    given = f"{BLOCK} --ep 16 --provider none --buffer-mb 130 --sweep tokens=3..8192"  # 17 tokens
+    assert (16, 17, "mc2", ["mc2.buffer"]) in pieces(capfd, given)
+
+
+def test_a_sweep_where_a_limit_begins_to_hold(capfd):
+    """T = 0 is never legal for MC2; the rule that stops to be broken is named."""
+    (zero, rest) = pieces(
+        capfd, f"{BLOCK} --ep 16 {ROOMY} --policy vllm_ascend_main --provider none --sweep tokens=0..9"
+    )
+    assert zero == (0, 0, "allgather", ["mc2.tokens"])
+    assert rest == (1, 9, "mc2", [])
+
+
+def test_a_sweep_of_a_policys_own_boundary(capfd):
+    """0.13's capacity is the declared bound; A2's MC2 up to it, legal beyond, but not selected. Then the cost decides."""
+    given = f"{BLOCK} --soc A2 --ep 16 {ROOMY} --policy vllm_ascend_0_13 --sweep tokens=1..300"
+    assert pieces(capfd, given)[0] == (1, 256, "mc2", ["mc2.tokens"])
+
+
+def test_beyond_the_declared_bound_nothing_is_legal(capfd):
+    given = f"{BLOCK} --ep 16 {ROOMY} --max-tokens 64 --sweep tokens=32..100"
+    assert pieces(capfd, given) == [(32, 64, "fused_mc2", ["deployment.max_tokens"]), (65, 100, None, [])]
+
+
+def test_a_sweep_of_the_declared_bound(capfd):
+    given = f"{BLOCK} --ep 16 {ROOMY} --unequal-tokens --max-tokens 64 --sweep tokens=64..1024"
+    assert [p[:3] for p in pieces(capfd, given)] == [(64, 512, "fused_mc2"), (513, 1024, "allgather")]
+
+
+def test_a_sweep_of_one_choice_is_one_piece(capfd):
+    assert pieces(capfd, f"{BLOCK} --sweep tokens=7..7") == [(7, 7, "allgather", [])]
+
+
+# ----------------------------------------------------------------------------------------------------------- why, JSON
+
+
+def test_why_lists_what_holds_and_what_does_not(capfd):
+    _, found = answer(capfd, f"{BLOCK} --ep 64 --why fused_mc2 {ROOMY}")
+    why = found["why"]
+    assert (why["implementation"], why["legal"]) == ("fused_mc2", False)
+    rules = {rule["code"]: rule for rule in why["rules"]}
+    assert rules["fused.ep_size"]["holds"] is False
+    assert rules["fused.ep_size"]["value"] == "64"
+    assert rules["fused.tokens"] | {"source": ""} == {
+        "code": "fused.tokens", "operator": "dispatch_ffn_combine", "holds": True, "expression": "tokens", "value": "32",
+        "limit": "1 to 512", "source": "",
+    }  # fmt: skip
+    assert all(rule["source"] for rule in why["rules"])
+    broken = {rule["code"] for rule in why["rules"] if not rule["holds"]}
+    assert broken == codes(found)["fused_mc2"]
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_why_of_a_legal_implementation_has_no_broken_rule(capfd, name):
+    code, out, _ = command(capfd, f"{BLOCK} --ep 16 {ROOMY} --why {name}")
+    assert code == 0
+    assert f"why {name} is legal" in out
+    assert "BROKEN" not in out
+    held = re.findall(r"^    holds   ([a-z_0-9]+\.[a-z_0-9]+): ", out, re.M)
+    assert len(held) > 15
+    assert len(held) == len(re.findall(r"^ +source: \S", out, re.M))
+
+
+def test_why_of_a_refused_implementation_in_words(capfd):
+    _, out, _ = command(capfd, "gpt_oss --ep 8 --why fused_mc2")
+    assert re.search(
+        r"BROKEN +fused\.bias: has_bias = True; accepted: one of False\n +dispatch_ffn_combine: the experts", out
+    )
+    assert "holds   fused.ep_size: ep_size = 8; accepted: 2 to 32" in out
+
+
+def test_json_keys(capfd):
+    _, found = answer(capfd, "deepseek_v3 --ep 16 --tokens 128 --cann 8.5.0 --why mc2 --sweep tokens=1..64")
+    assert found.keys() == {
+        "model", "block", "deployment", "policy", "assumptions", "choice", "reason", "verdicts", "sweep", "why",
+    }  # fmt: skip
+    assert found["model"] == "deepseek_v3"
+    assert found["block"] == {
+        "hidden": 7168, "intermediate": 2048, "experts": 256, "local_experts": 16, "top_k": 8, "activation": "swiglu",
+        "interleaved": False, "has_bias": False, "quantisation": "none", "tokens": 128, "dtype": "bfloat16",
+    }  # fmt: skip
+    deployment = found["deployment"]
+    assert (deployment["soc"], deployment["ep_size"], deployment["cann"]) == ("A3", 16, "8.5.0")
+    assert deployment["providers"] == {"vllm_ascend": "0.23.0"}
+    assert found["verdicts"].keys() == IMPLEMENTATIONS.keys()
+    for verdict in found["verdicts"].values():
+        assert verdict.keys() == {"legal", "cost_us", "violations"}
+        assert verdict["cost_us"] > 0
+    (buffer, *_) = [v for v in found["verdicts"]["mc2"]["violations"] if v["code"] == "mc2.buffer"] or [None]
+    assert buffer is None, "1024 MB hold 128 tokens"
+    violation = answer(capfd, "deepseek_v3 --ep 16 --tokens 137")[1]["verdicts"]["mc2"]["violations"][0]
+    assert violation.keys() == {"code", "message", "operator", "limit", "value", "source", "advice"}
+    assert violation["value"] == str(137 * 7860224)
+    assert found["sweep"][0].keys() == {"from", "to", "choice", "boundary", "because"}
+    assert found["why"].keys() == {"implementation", "legal", "rules"}
+
+
+def test_without_sweep_and_why_their_keys_are_absent(capfd):
+    assert not {"sweep", "why"} & answer(capfd, BLOCK)[1].keys()
