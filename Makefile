@@ -22,6 +22,10 @@ demo: $(READY)
 	$(BIN)/moe-lowering lower qwen3_moe --ep 2 --comm mc2
 	$(BIN)/moe-lowering lower qwen3_moe --ep 2 --comm fused_mc2
 
+# BENCH="--quick", "--deepseek", "--json": see benchmarks/bench_pass.py
+bench: $(READY)
+	$(BIN)/python benchmarks/bench_pass.py $(BENCH)
+
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 

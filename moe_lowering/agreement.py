@@ -14,6 +14,7 @@ from importlib import resources
 from typing import Any
 
 from moe_lowering.deployment import Deployment
+from moe_lowering.passes.judging import torch_npu_is_loaded
 from moe_lowering.passes.pipeline import MoeLowering
 
 _round = itertools.count()
@@ -31,9 +32,23 @@ def limits_digest() -> str:
     return digest.hexdigest()
 
 
-def decisions(lowering: MoeLowering) -> list[list[tuple[str, str | None]]]:
-    """(block, implementation) of every graph that a pass object has seen, in order."""
-    return [[(block.name, block.comm) for block in report.blocks] for report in lowering.reports]
+def decisions(lowering: MoeLowering) -> list[list[tuple[str, str | None, str]]]:
+    """(block, implementation, why and for which sizes) of every graph that a pass object has seen, in order."""
+    return [[(block.name, block.comm, block.reason) for block in report.blocks] for report in lowering.reports]
+
+
+def _fields(deployment: Deployment) -> dict[str, Any]:
+    """What must agree. Group names are local to a group of ranks: of them only whether there is one."""
+    fields = deployment.invariant_fields()
+    for name in ("ep_group", "mc2_group"):
+        fields[name] = bool(fields[name])
+    return fields
+
+
+def _settings(lowering: MoeLowering) -> dict[str, str]:
+    policy = lowering.policy
+    cost = f"{policy.cost.__module__}.{getattr(policy.cost, '__qualname__', type(policy.cost).__name__)}"
+    return {"comm": policy.comm, "policy": policy.name, "cost": cost}
 
 
 def check_agreement(
@@ -49,7 +64,7 @@ def check_agreement(
 
     Args:
         deployment: this rank's.
-        lowering: a pass object whose decisions so far are compared too.
+        lowering: a pass object whose settings, and decisions so far, are compared too.
         timeout: seconds to wait for the slowest rank.
         store, ranks, rank: a ``torch.distributed`` store and this rank's place in it; the default process group's when
             None. Nothing is done with one rank.
@@ -67,8 +82,10 @@ def check_agreement(
     assert ranks is not None
     assert rank is not None
     mine = {
-        "deployment": deployment.invariant_fields(),
+        "deployment": _fields(deployment),
         "limits": limits_digest(),
+        "torch_npu": torch_npu_is_loaded(),
+        "settings": _settings(lowering) if lowering else {},
         "decisions": decisions(lowering) if lowering else [],
     }
     prefix = f"moe_lowering/agreement/{next(_round)}"
@@ -103,6 +120,13 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
         for name in a["deployment"]
         if a["deployment"][name] != b["deployment"][name]
     ]
+    found += [
+        f"MoeLowering's {name} is {b['settings'].get(name)!r}, on rank 0 {a['settings'].get(name)!r}"
+        for name in sorted({*a["settings"], *b["settings"]})
+        if a["settings"].get(name) != b["settings"].get(name)
+    ]
+    if a["torch_npu"] != b["torch_npu"]:
+        found.append(f"torch_npu is {'' if b['torch_npu'] else 'not '}loaded, on rank 0 the other way")
     if a["limits"] != b["limits"]:
         found.append("its limit tables differ (another version of moe_lowering)")
     for graph, (x, y) in enumerate(itertools.zip_longest(a["decisions"], b["decisions"])):

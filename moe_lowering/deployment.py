@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from typing import Any
 
 SOCS = ("A2", "A3", "A5", "310P")
 WEIGHT_FORMATS = ("nd", "nz")
 GUARDS = ("allow", "forbid")
+# Libraries that bring fused operators.
+PROVIDERS = ("vllm_ascend", "cann_ops_transformer", "sgl_kernel_npu")
 
 # Fields that differ between ranks of one deployment. They never take part in a decision, nor in the digest.
-RANK_FIELDS = frozenset({"ep_rank", "tp_rank"})
+RANK_FIELDS = frozenset({"ep_rank", "tp_rank", "tp_group"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,9 +72,13 @@ class Deployment:
     providers: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
+        _integers(self)
         _one_of("soc", self.soc, SOCS)
         _one_of("weight_format", self.weight_format, WEIGHT_FORMATS)
         _one_of("guards", self.guards, GUARDS)
+        _providers(self.providers)
+        for name in ("cann", "torch_npu"):
+            _version(name, getattr(self, name), optional=True)
         for kind in ("ep", "tp"):
             size, rank, group = (getattr(self, f"{kind}_{part}") for part in ("size", "rank", "group"))
             _at_least(f"{kind}_size", size, 1)
@@ -145,3 +152,26 @@ def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
 def _at_least(name: str, value: int, low: int) -> None:
     if value < low:
         raise ValueError(f"Deployment: {name} is {value}; accepted: {low} or more")
+
+
+def _integers(deployment: Deployment) -> None:
+    for field in dataclasses.fields(deployment):
+        value = getattr(deployment, field.name)
+        if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"Deployment: {field.name} is {value!r}; accepted: an int")
+
+
+def _providers(providers: Any) -> None:
+    accepted = f"accepted: pairs (name, version) in a tuple; names: {', '.join(PROVIDERS)}"
+    if not isinstance(providers, tuple) or not all(isinstance(p, tuple) and len(p) == 2 for p in providers):
+        raise ValueError(f"Deployment: providers is {providers!r}; {accepted}")
+    for name, version in providers:
+        if name not in PROVIDERS:
+            raise ValueError(f"Deployment: providers names {name!r}; {accepted}")
+        _version(f"providers[{name!r}]", version, optional=False)
+
+
+def _version(name: str, value: Any, optional: bool) -> None:
+    if (optional and value == "") or (isinstance(value, str) and re.fullmatch(r"\d+(\.\w+)*", value)):
+        return
+    raise ValueError(f"Deployment: {name} is {value!r}; accepted: a version such as '8.5.0'")

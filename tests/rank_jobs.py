@@ -109,3 +109,14 @@ def agree_on_decisions(rank, different):
     except AgreementError as error:
         return str(error)
     return ""
+
+
+def agree_on_settings(rank, comm_of):
+    from moe_lowering.agreement import AgreementError, check_agreement
+
+    where = Deployment(ep_size=4, ep_rank=rank, ep_group="ep")
+    try:
+        check_agreement(where, MoeLowering(where, comm_of.get(rank, "allgather")), timeout=20.0)
+    except AgreementError as error:
+        return str(error)
+    return ""

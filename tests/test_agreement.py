@@ -33,9 +33,18 @@ def test_a_rank_that_never_comes_is_named_within_the_timeout(four):
     assert all("no answer from rank 3 of 4 within 1 s" in message for message in messages[:3])
 
 
+def test_groups_of_different_names_agree_and_the_passes_settings_are_compared(four):
+    """TP pairs, and several EP groups in one world, have names of their own; ``comm`` must be the same."""
+    names = {rank: {"tp_group": f"tp{rank // 2}", "tp_size": 2, "tp_rank": rank % 2} for rank in range(4)}
+    assert four.run(rank_jobs.agree, {}, names, 20.0) == [""] * 4
+    messages = four.run(rank_jobs.agree_on_settings, {1: "mc2"})
+    assert all("rank 1: MoeLowering's comm is 'mc2', on rank 0 'allgather'" in message for message in messages)
+    assert four.run(rank_jobs.agree_on_settings, {}) == [""] * 4
+
+
 def test_decisions_are_compared(four):
     messages = four.run(rank_jobs.agree_on_decisions, 1)
-    assert all("rank 1: graph 0: it decided [['combine', 'mc2']]" in message for message in messages)
+    assert all("rank 1: graph 0: it decided [['combine', 'mc2', '']]" in message for message in messages)
     assert four.run(rank_jobs.agree_on_decisions, None) == [""] * 4
 
 

@@ -7,9 +7,10 @@ named in §6), not from the code under test.
 import itertools
 
 import pytest
+import torch
 from test_judging import BASE
 
-from moe_lowering import Deployment, MoeLowering, testing
+from moe_lowering import Deployment, MoE, MoeLowering, testing
 from moe_lowering.passes.costs import Load, estimate
 from moe_lowering.passes.vllm_ascend_rules import (
     Situation,
@@ -153,15 +154,11 @@ def test_a_rule_that_asks_for_what_is_not_legal_or_not_there_says_so():
 
 
 def test_a_cost_function_of_the_users_decides():
-    from moe_lowering import MoE
-
     def prefer(name):
         return lambda implementation, load: 0.0 if implementation == name else 1.0
 
     for name in ("allgather", "mc2", "fused_mc2"):
         with testing.fake_deployment(ep_size=8) as deployment, testing.fake_tensors():
-            import torch
-
             model = MoE(1024, 512, 64, 4, deployment=deployment, dtype=torch.bfloat16)
             lowering = MoeLowering(deployment, cost=prefer(name))
             x = torch.empty(32, 1024, dtype=torch.bfloat16)
@@ -188,3 +185,18 @@ def test_cost_model_orders_as_the_byte_counts_do():
 def test_unknown_names_are_errors(field, value, accepted):
     with pytest.raises(ValueError, match=f"{field} is '{value}'; accepted: {accepted}"):
         MoeLowering(Deployment(), **{field: value})
+
+
+def test_a_cost_function_that_fails_is_named_and_the_block_left():
+    def broken(implementation, load):
+        raise KeyError("boom")
+
+    with testing.fake_deployment(ep_size=8) as deployment, testing.fake_tensors():
+        model = MoE(1024, 512, 64, 4, deployment=deployment, dtype=torch.bfloat16)
+        x = torch.empty(32, 1024, dtype=torch.bfloat16)
+        lowering = MoeLowering(deployment, cost=broken)
+        lowered = testing.lower_graph(model, x, deployment=deployment, lowering=lowering)
+    (block,) = lowered.report.blocks
+    assert block.comm is None
+    assert "which failed for" in block.reason and "KeyError: 'boom'" in block.reason
+    assert lowered.ops_after == lowered.ops_before

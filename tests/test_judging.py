@@ -1,11 +1,12 @@
 """Verdicts: each refusal by its code, with a twin that differs in one value and is accepted."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
-from moe_lowering import MoE, testing
+from moe_lowering import Deployment, MoE, testing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,3 +159,44 @@ def test_a_cap_on_rows_is_said_to_have_no_effect_on_device_operators():
     assert capped.comm == "mc2"
     assert any("max_rows = 100 bounds the generic operators only" in note for note in capped.notes)
     assert not BASE.judge(comm="mc2").report.blocks[0].notes
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"providers": (("vllm-ascend", "0.23.0"),)}, "providers names 'vllm-ascend'; accepted: pairs"),
+    ({"providers": "vllm_ascend"}, "providers is 'vllm_ascend'; accepted: pairs"),
+    ({"providers": (("vllm_ascend", "new"),)}, "'new'; accepted: a version such as"),
+    ({"cann": "latest"}, "cann is 'latest'; accepted: a version such as"),
+    ({"max_tokens": 2.5}, "max_tokens is 2.5; accepted: an int"),
+    ({"soc": "H100"}, "soc is 'H100'; accepted: A2, A3, A5, 310P"),
+    ({"ep_size": 4}, "ep_size is 4 but ep_group is ''"),
+    ({"ep_size": 2, "ep_group": "a", "mc2_group": "a"}, "mc2_group is 'a', the EP group itself"),
+    ({"equal_tokens": False}, "max_tokens must give a bound"),
+])  # fmt: skip
+def test_a_wrong_deployment_is_one_clear_error(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Deployment(**fields)
+
+
+def test_counts_read_before_the_fused_operator_could_give_them():
+    """Refused by a rule, so that ``auto`` takes the next one instead of undoing."""
+    ops = torch.ops.moe_lowering
+
+    def early(x, weights, ids, w13, w2, *, late=False):
+        group = (64, deployment.ep_group, 8, "", 1, 0)
+        rows, scale, counts, handle = ops.dispatch(x, None, ids, None, *group, 0)
+        total = None if late else counts + 1
+        y = ops.grouped_mlp(rows, scale, counts, [w13], [w2], [], [], "swiglu", 0.0, 1.702, False)
+        y = ops.combine(y, weights, ids, handle, None, *group)
+        return y, counts + 1 if late else total
+
+    with testing.fake_deployment(ep_size=8) as deployment:
+        with testing.fake_tensors():
+            args = (
+                torch.empty(32, 1024, dtype=torch.bfloat16), torch.empty(32, 4), torch.empty(32, 4, dtype=torch.int32),
+                torch.empty(8, 1024, 1024, dtype=torch.bfloat16), torch.empty(8, 512, 1024, dtype=torch.bfloat16),
+            )  # fmt: skip
+        refused = testing.lower_graph(early, *args, deployment=deployment)
+        testing.assert_refused(refused, comm="fused_mc2", code="fused.early_counts")
+        assert refused.report.blocks[0].comm in ("mc2", "allgather")
+        accepted = testing.lower_graph(lambda *a: early(*a, late=True), *args, deployment=deployment, comm="fused_mc2")
+        testing.assert_lowered(accepted, comm="fused_mc2")

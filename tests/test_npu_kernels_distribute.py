@@ -252,7 +252,7 @@ EMPTY = {"x": tokens_of(0, 0), "expert_ids": torch.empty(0, 2, dtype=torch.int32
         ({"quant_mode": 1}, "mc2.quant_mode"),
         ({"comm_alg": "ring"}, "mc2.comm_alg"),
         ({"comm_alg": "fullmesh_v2"}, "mc2.tp_size_comm_alg"),
-        ({"comm_alg": "hierarchy"}, "mc2.ep_size_hierarchy"),
+        ({"comm_alg": "hierarchy"}, "mc2.ep_size_per_node"),
         ({"global_bs": 7}, "mc2.global_bs"),
         ({"global_bs": 4}, "mc2.global_bs_tokens"),
         ({"x_active_mask": torch.ones(3, dtype=torch.bool), "global_bs": 6}, "mc2.mask_global_bs"),
@@ -331,7 +331,7 @@ def without_buffer(rank: int) -> Any:
 def test_dispatch_refuses_a_small_window(ranks: Ranks) -> None:
     # 2 * (2 experts * 256 * 2 ranks * 2560 + (2 + 1) * 256 * 2048) bytes
     status, text = ranks.run(without_buffer)[0]
-    assert (status, "[mc2.buffer]" in text, "8388608" in text) == ("refused", True, True)
+    assert (status, "[mc2.buffer]" in text, "needs 8 MB of HCCL window" in text) == ("refused", True, True)
 
 
 def changed(name: str, index: int, value: int, rank: int = 0) -> dict[str, Any]:

@@ -192,3 +192,17 @@ def test_a_defect_of_the_pass_never_fails_the_compile(monkeypatch, broken):
     report = lowering.reports[0]
     said = [b.reason for b in report.blocks] + [why for _, why in report.unrecognised]
     assert broken == "request_guard" or any("ZeroDivisionError: planted" in text for text in said)
+
+
+def test_strict_sees_every_generic_operator_that_is_left():
+    def whole(logits):
+        return route(logits, TOP_K)[0], torch.ops.moe_lowering.route(logits, None, 1, "softmax", True, 1, 1, "max", 1.0)
+
+    lowered = lower(whole, torch.randn(TOKENS, EXPERTS))
+    assert lowered.ops_after.count("moe_lowering.route") == len(lowered.report.unrecognised)
+
+    gm = torch.fx.symbolic_trace(
+        lambda x, ids: torch.ops.moe_lowering.route.default(x, None, 1, "softmax", True, 1, 1, "max", 1.0)
+    )
+    with pytest.raises(LoweringError, match="the graph has no fake values"):
+        MoeLowering(Deployment(), strict=True)(gm)

@@ -10,7 +10,7 @@ from test_lowering import HIDDEN, Experts, compile_npugraph, compile_plain, rout
 
 from moe_lowering import Deployment, MoE, MoeLowering, lowering_backend, testing
 from moe_lowering.limits import Prover, Violation
-from moe_lowering.passes import judging
+from moe_lowering.passes import judging, pipeline
 from moe_lowering.passes.token_ranges import TokenRange, widest
 
 FORBID = (("guards", "forbid"),)
@@ -157,3 +157,57 @@ def test_widest_finds_the_edges():
     assert widest(choice, 101, TokenRange(2, 5000)) == TokenRange(101, 300)
     assert widest(choice, 301, TokenRange(2, None)) == TokenRange(301, None)
     assert widest(lambda t: "same", 7, TokenRange(0, 9)) == TokenRange(0, 9)
+
+
+def test_a_range_that_the_choice_rests_on_is_enforced_even_when_dynamo_knows_it():
+    """A cache hit has no guards. AllGather is legal for every size, so its graph needs none."""
+    assert asserted(strict_range(2, 512, 32)) == (2, 512)
+    assert asserted(strict_range(513, 4096, 600)) is None
+
+
+def test_a_boundary_of_one_size_never_makes_a_constant_of_a_marked_dimension():
+    """T = 513 with max_tokens = 513 is alone above MC2's limit: a guard on it would fail a real compile."""
+    layer = MoE(HIDDEN, 32, 8, 2)
+    lowering = MoeLowering(Deployment(max_tokens=513), cost=lambda name, load: 1.0)
+    compiled = compile_plain(layer, lowering, dynamic=None)
+    x = torch.randn(513, HIDDEN)
+    torch._dynamo.mark_dynamic(x, 0)
+    with torch.no_grad():
+        assert compiled(x).shape == x.shape
+
+
+def test_a_block_whose_rewrite_was_undone_asks_for_no_guard_and_enforces_nothing(monkeypatch):
+    """The next of equal blocks is still enforced: what the first one emitted is gone with it."""
+    real, calls = pipeline.same_value, []
+
+    def fail_once(old, new):
+        calls.append(new)
+        if len(calls) == 1:
+            raise pipeline.VerificationError("planted")
+        return real(old, new)
+
+    monkeypatch.setattr(pipeline, "same_value", fail_once)
+    monkeypatch.setattr(judging, "check", with_limit(judging.check, 24))
+    layers = torch.nn.Sequential(*(MoE(HIDDEN, 32, 8, 2) for _ in range(2)))
+    lowered = testing.lower_graph(layers, torch.randn(8, HIDDEN), deployment=Deployment(), dynamic=True)
+    assert [block.comm for block in lowered.report.blocks] == [None, "allgather"]
+    assert asserted(lowered) == (2, 24)
+
+
+def test_fused_is_seen_on_both_sides_of_a_cost_crossover():
+    """The range ends where the choice does, not where two other implementations cross."""
+    for tokens in (32, 300):
+        lowered = BASE.but(tokens=tokens, deployment=(("max_tokens", 512),)).judge(dynamic=True)
+        assert comm_of(lowered) == "fused_mc2"
+        assert asserted(lowered)[1] == 512
+    assert not BASE.judge(comm="fused_mc2", dynamic=True).report.blocks[0].notes
+
+
+def test_unequal_tokens_with_a_compile_outside_of_the_range():
+    """The decision does not depend on the size that this rank's compile happened to start with."""
+    unequal = (("equal_tokens", False), ("max_tokens", 512))
+    for comm in ("allgather", "mc2", "fused_mc2"):
+        for tokens in (300, 600):
+            lowered = BASE.but(tokens=tokens, deployment=unequal).judge(comm=comm, dynamic=True)
+            assert comm_of(lowered) == comm
+            assert asserted(lowered) == (1, 512)

@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from moe_lowering.deployment import SOCS
 from moe_lowering.limits import Limit, Prover, limits_for, load
 
 SIZES = (8, 1, 2, 4, 16, 64, 512, 1024, 4096, 0, 3, -1)
@@ -61,12 +62,11 @@ def find(row: Limit, soc: str, side: str) -> Twins | None:
 
 def inside(row: Limit, soc: str) -> Iterator[dict[str, str]]:
     """Versions to which the row applies, those first to which few other rows for certain versions apply."""
-    names = {c.name for other in limits_for(row.operator, soc) for c in other.versions}
-    numbers = {name: _numbers(row.operator, soc, name) for name in names}
+    names = {c.name for s in SOCS for other in limits_for(row.operator, s) for c in other.versions}
+    numbers = {name: _numbers(row.operator, name) for name in sorted(names)}
     choices = [dict(zip(numbers, values, strict=True)) for values in itertools.product(*numbers.values())]
-    applying = {tuple(c.items()): limits_for(row.operator, soc, c) for c in choices}
-    fitting = [c for c in choices if row in applying[tuple(c.items())]]
-    return iter(sorted(fitting, key=lambda c: len(applying[tuple(c.items())])))
+    fitting = [c for c in choices if row in limits_for(row.operator, soc, c)]
+    return iter(sorted(fitting, key=lambda c: sum(len(limits_for(row.operator, s, c)) for s in SOCS)))
 
 
 def outside(row: Limit, versions: dict[str, str]) -> Iterator[dict[str, str]]:
@@ -79,8 +79,8 @@ def outside(row: Limit, versions: dict[str, str]) -> Iterator[dict[str, str]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _numbers(operator: str, soc: str, name: str) -> tuple[str, ...]:
-    constraints = [c for row in limits_for(operator, soc) for c in row.versions if c.name == name]
+def _numbers(operator: str, name: str) -> tuple[str, ...]:
+    constraints = [c for soc in SOCS for row in limits_for(operator, soc) for c in row.versions if c.name == name]
     return ("9999", *dict.fromkeys(number for c in constraints for number in _around(c.number)))
 
 
@@ -126,6 +126,8 @@ def _constants(row: Limit, name: str) -> Iterator[Any]:
     for expression in (row.value, row.when):
         if expression is not None:
             yield from _compared(ast.parse(expression.text, mode="eval"), name)
+    if row.when is not None and row.when.text == name:
+        yield True
 
 
 def _compared(tree: ast.AST, name: str) -> Iterator[Any]:
@@ -135,8 +137,6 @@ def _compared(tree: ast.AST, name: str) -> Iterator[Any]:
         elif isinstance(node, (ast.BoolOp, ast.UnaryOp)):
             operands = node.values if isinstance(node, ast.BoolOp) else [node.operand]
             yield from (True for n in operands if isinstance(n, ast.Name) and n.id == name)
-    if isinstance(tree, ast.Expression) and isinstance(tree.body, ast.Name) and tree.body.id == name:
-        return
 
 
 # ---------------------------------------------------------------------------------------------------------------- search

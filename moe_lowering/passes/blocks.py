@@ -84,6 +84,8 @@ class BlockSpec:
     scopes_differ: bool
     key: tuple[Any, ...]
     quantisation: str = "none"
+    counts_read_before_combine: bool = False
+    counts_read_before_weights: bool = False
 
 
 def arguments(node: Node) -> tuple[Any, ...]:

@@ -25,6 +25,10 @@ POLICIES = ("auto", *VLLM)
 DEFAULT_TOKENS = 512  # what a graph without any bound is costed with: a full MC2 batch
 
 
+class PolicyError(ValueError):
+    """The user's cost function failed or did not give a number. The message names it, the implementation and the load."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """How to choose.
@@ -63,11 +67,20 @@ class Policy:
                 return wanted, f"{self.name} selects it"
             known = wanted in IMPLEMENTATIONS
             asked = f"{self.name} selects {wanted}, which is {'not legal here' if known else 'not implemented'}; "
-        costs = {name: self.cost(name, load_of(spec, deployment, tokens)) for name in legal}
+        costs = {name: self._cost(name, load_of(spec, deployment, tokens)) for name in legal}
         best = min(legal, key=lambda name: (costs[name], name))
         others = ", ".join(f"{name} {costs[name]:.0f} us" for name in legal if name != best)
         against = f" against {others}" if others else ", the only legal one"
         return best, f"{asked}cheapest at {tokens} tokens: {costs[best]:.0f} us{against}"
+
+    def _cost(self, implementation: str, load: Load) -> float:
+        try:
+            return float(self.cost(implementation, load))
+        except Exception as error:
+            raise PolicyError(
+                f"cost is {self.cost!r}, which failed for {implementation} under {load}: {type(error).__name__}: {error}; "
+                "accepted: a function that gives microseconds"
+            ) from error
 
     def _fixed(self, verdict: Verdict) -> tuple[str | None, str]:
         if verdict.legal:
@@ -94,17 +107,22 @@ def vllm_choice(name: str, spec: BlockSpec, deployment: Deployment, tokens: int)
     """What vllm-ascend's rule selects for this block; MC2's capacity comes from ``Deployment.max_tokens``."""
     fused = deployment.provider("vllm_ascend") is not None
     most = deployment.max_tokens or DEFAULT_TOKENS
+    mega_moe = deployment.provider("cann_ops_transformer") is not None
     old = name == "vllm_ascend_0_13"
     situation = Situation(
         soc=deployment.soc,
         ep_size=spec.ep_size,
         tokens=tokens,
-        capacity=capacity_0_13(spec.tp_size, most) if old else capacity_main(spec.tp_size, most, fused=fused),
+        capacity=(
+            capacity_0_13(spec.tp_size, most)
+            if old
+            else capacity_main(spec.tp_size, most, fused=fused, mega_moe=mega_moe)
+        ),
         experts=spec.experts,
         top_k=spec.top_k,
         quantisation="w8a8_dynamic" if spec.quantisation == "w8a8" else spec.quantisation,
         fused_mode=1 if fused else 0,
-        mega_moe=deployment.provider("cann_ops_transformer") is not None,
+        mega_moe=mega_moe,
     )
     if old and deployment.soc not in ("A2", "A3"):
         return "allgather"  # 0.13 raises for other SoCs; what it would take without expert parallelism

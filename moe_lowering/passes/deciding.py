@@ -19,8 +19,8 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.choosing import DEFAULT_TOKENS, Policy
-from moe_lowering.passes.judging import Judgement, declared_tokens, judge
-from moe_lowering.passes.token_ranges import TokenRange, hint, is_strict, known_range, prover_for, widest
+from moe_lowering.passes.judging import Judgement, declared_tokens, free_tokens, judge
+from moe_lowering.passes.token_ranges import SEARCH_LIMIT, TokenRange, hint, is_strict, known_range, prover_for, widest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,11 @@ def _decide_symbolic(spec: BlockSpec, deployment: Deployment, policy: Policy) ->
     started_at = hint(spec.tokens)
     interval, at = allowed, allowed.high or DEFAULT_TOKENS
     if deployment.guards == "allow" and not strict and started_at is not None and started_at in allowed:
-        interval, at = widest(choice_at, started_at, allowed), started_at
+        found = widest(choice_at, started_at, allowed)
+        if (
+            found.low != found.high
+        ):  # one point would make a constant of T, which fails a compile that marked it dynamic
+            interval, at = found, started_at
     judgement = judge(spec, deployment, spec.tokens, prover_for(spec.tokens, interval))
     comm, reason = policy.choose(judgement.verdicts, spec, deployment, at)
     narrowed = interval != allowed
@@ -97,9 +101,17 @@ def _decide_symbolic(spec: BlockSpec, deployment: Deployment, policy: Policy) ->
         f"{reason}, for {interval}" if narrowed else reason,
         judgement,
         guard=interval if narrowed else None,
-        enforced=interval if comm is not None and interval != known else None,
+        enforced=interval
+        if comm is not None and (interval != known or _rests_on_range(spec, deployment, comm))
+        else None,
         notes=_split_note(choice_at, allowed, comm) if not narrowed else (),
     )
+
+
+def _rests_on_range(spec: BlockSpec, deployment: Deployment, comm: str) -> bool:
+    """Whether the implementation is not legal for just any T: then the graph must not serve others by itself."""
+    anything = judge(spec, deployment.replace(max_tokens=0), free_tokens(0, SEARCH_LIMIT), Prover())
+    return not anything.verdicts[comm].legal
 
 
 def _split_note(choice_at: Callable[[int], str | None], allowed: TokenRange, comm: str | None) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,13 +56,6 @@ class Emitter:
         with self._graph.inserting_before(position):
             yield
         self._origin_meta = previous
-
-    @contextmanager
-    def asserted(self) -> Iterator[None]:
-        """Values computed inside may rest on T being in the range that the graph asserts; no guard is added for that."""
-        env = self._fake_mode.shape_env
-        with env.suppress_guards() if env is not None else nullcontext():
-            yield
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A call_function node with its value."""

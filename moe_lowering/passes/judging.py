@@ -45,14 +45,18 @@ def torch_npu_is_loaded() -> bool:
 
 
 def declared_tokens(deployment: Deployment) -> Any:
-    """A size called T with the declared range, in a ShapeEnv of its own."""
+    """A size with the range that the deployment declares for every rank."""
+    return free_tokens(deployment.min_tokens, deployment.max_tokens)
+
+
+def free_tokens(low: int, high: int) -> Any:
+    """A size called T, anywhere from ``low`` to ``high``, in a ShapeEnv of its own: nothing else is known of it."""
     from torch._dynamo.source import ConstantSource  # slow to import, and rarely needed
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-    low, high = deployment.min_tokens, deployment.max_tokens
-    env, source = ShapeEnv(), ConstantSource("T")
+    env, source, hint = ShapeEnv(), ConstantSource("T"), max(low, min(high, 2))
     symbol = env.create_symbol(
-        max(high, 2),
+        hint,
         source,
         dynamic_dim=DimDynamic.DYNAMIC,
         constraint_dim=None,
@@ -60,7 +64,7 @@ def declared_tokens(deployment: Deployment) -> Any:
         do_not_specialize_zero_one=True,
     )  # fmt: skip  (a size of this environment may be 0)
     env.var_to_range[symbol] = ValueRanges(sympy.Integer(low), sympy.Integer(high))
-    return env.create_symintnode(symbol, hint=max(high, 2), source=source)
+    return env.create_symintnode(symbol, hint=hint, source=source)
 
 
 def outside_declared_range(tokens: Any, deployment: Deployment) -> bool:

@@ -25,7 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Violation
 from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, size_key
-from moe_lowering.passes.choosing import Cost, Policy
+from moe_lowering.passes.choosing import Cost, Policy, PolicyError
 from moe_lowering.passes.costs import estimate
 from moe_lowering.passes.deciding import Decision, decide
 from moe_lowering.passes.emitting import Emitter, Recording, erase
@@ -101,7 +101,7 @@ class MoeLowering:
         self.reports.append(report)
         _log(report)
         if self.strict:
-            _require_lowered(report)
+            _require_lowered(report, generic_nodes(gm.graph.nodes))
             repropagate(gm)
 
 
@@ -122,8 +122,10 @@ class _Run:
 
     def lower(self) -> list[BlockReport]:
         fake_mode = _fake_mode(self.graph)
-        if fake_mode is None:
-            return []  # no values to prove anything with: not a graph of torch.compile
+        if fake_mode is None:  # not a graph of torch.compile
+            reason = "the graph has no fake values (meta['val']): nothing can be proven"
+            self.left = [(node, reason) for node in generic_nodes(self.graph.nodes)]
+            return []
         self.fake_mode = fake_mode
         try:
             blocks, routes, self.left = find_blocks(self.graph)
@@ -160,8 +162,9 @@ class _Run:
                 comm, reason = None, done
             else:
                 after = tuple(_op_name(n) for n in sorted(done) if n.target is not operator.getitem)
-        if decision.guard is not None:
-            request_guard(block.spec.tokens, decision.guard)
+                self._enforced.add((size_key(block.spec.tokens), decision.enforced))
+        if decision.guard is not None and comm == decision.comm:
+            self._request_guard(block, decision.guard)
         return BlockReport(block.name, comm, reason, before, after, decision.judgement.verdicts, decision.notes)
 
     def _guarded(self, rewrite: Callable[[Emitter], None], key: tuple[Any, ...]) -> list[Node] | str:
@@ -206,10 +209,17 @@ class _Run:
 
     def _enforce(self, block: Block, interval: TokenRange, emit: Emitter) -> None:
         """The graph refuses to run outside of the range that its choice rests on, once per range of one T."""
-        key = (size_key(block.spec.tokens), interval)
-        if key not in self._enforced:
+        if (size_key(block.spec.tokens), interval) not in self._enforced:
             self._emit_assert(block, interval, emit, min(emit.created))
-            self._enforced.add(key)
+
+    def _request_guard(self, block: Block, interval: TokenRange) -> None:
+        """After the block is rewritten, or left because no size nearby is legal; never for one that was undone."""
+        try:
+            request_guard(block.spec.tokens, interval)
+        except (
+            Exception
+        ):  # the graph itself refuses sizes outside of its range: without the guard it only recompiles less
+            log.warning("moe_lowering: no guard on %s could be requested for %s", interval, block.name, exc_info=True)
 
     def _emit_assert(self, block: Block, interval: TokenRange, emit: Emitter, position: Node) -> None:
         high = sys.maxsize if interval.high is None else interval.high
@@ -272,6 +282,8 @@ def _fake_mode(graph: Graph) -> FakeTensorMode | None:
 
 
 def _internal(error: Exception) -> str:
+    if isinstance(error, PolicyError):
+        return str(error)
     return f"internal error, please report it: {type(error).__name__}: {error}"
 
 
@@ -286,9 +298,11 @@ def _name(target: Any) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def _require_lowered(report: LoweringReport) -> None:
+def _require_lowered(report: LoweringReport, remaining: list[Node]) -> None:
     lines = [f"{b.name}: {b.reason}" for b in report.blocks if b.comm is None]
     lines += [f"{where}: {why}" for where, why in report.unrecognised]
+    if not lines:
+        lines = [f"{node.name}: {_op_name(node)} is still in the graph" for node in remaining]
     if lines:
         raise LoweringError("moe_lowering (strict): left unlowered:\n  " + "\n  ".join(lines))
 

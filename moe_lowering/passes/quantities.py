@@ -16,11 +16,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def max_output_size(spec: BlockSpec, deployment: Deployment, prover: Prover) -> int:
+def max_output_size(spec: BlockSpec, deployment: Deployment, tokens: Any, prover: Prover) -> int:
     """Rows that a fused operator may process on one rank: the deployment's, else the proven receive bound; 0 when none."""
     if deployment.max_output_size:
         return deployment.max_output_size
-    _, most = prover.bounds(spec.max_tokens or spec.tokens)
+    _, most = prover.bounds(spec.max_tokens or tokens)
     return 0 if most is None else spec.ep_size * most * min(spec.top_k, spec.local_experts)
 
 
@@ -57,6 +57,8 @@ def block_quantities(
         "stacked": spec.stacked,
         "weights_contiguous": spec.weights_contiguous,
         "scopes_differ": spec.scopes_differ,
+        "counts_read_before_combine": spec.counts_read_before_combine,
+        "counts_read_before_weights": spec.counts_read_before_weights,
         "weight_format": deployment.weight_format,
         "has_communicator": bool(deployment.mc2_group),
         "group_length": len(deployment.mc2_group) or None,  # has_communicator says it better
@@ -64,7 +66,7 @@ def block_quantities(
         "has_vllm_ascend": deployment.provider("vllm_ascend") is not None,
         "has_torch_npu": torch_npu,
         "received": spec.ep_size * most * min(spec.top_k, spec.local_experts),
-        "max_output_size": max_output_size(spec, deployment, prover),
+        "max_output_size": max_output_size(spec, deployment, tokens, prover),
         "deployment_ep_size": deployment.ep_size,
         "deployment_ep_group": deployment.ep_group,
         "deployment_tp_size": deployment.tp_size,

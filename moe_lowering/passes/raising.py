@@ -44,14 +44,17 @@ def place(node: Node) -> str:
 
 def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node, str]]]:
     """All blocks in graph order, all routings, and each generic operator left over with the reason."""
-    routes = [
-        route for node in graph.find_nodes(op="call_function", target=OPS.route.default) if (route := _route(node))
-    ]
+    routes: list[Route] = []
+    left: list[tuple[Node, str]] = []
+    for node in graph.find_nodes(op="call_function", target=OPS.route.default):
+        try:
+            routes.append(_route(node))
+        except _NotABlock as reason:
+            left.append((node, str(reason)))
     dispatches = graph.find_nodes(op="call_function", target=OPS.dispatch.default)
     scopes = scope_paths(graph) if dispatches else {}
     by_ids = {route.ids: route for route in routes if route.ids is not None}
     blocks: list[Block] = []
-    left: list[tuple[Node, str]] = []
     for node in dispatches:
         try:
             blocks.append(_block(node, by_ids, scopes))
@@ -65,16 +68,13 @@ def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node
     return blocks, routes, left
 
 
-def _route(node: Node) -> Route | None:
+def _route(node: Node) -> Route:
     items = _items(node)
     logits, bias, top_k, scoring, renormalize, num_groups, topk_groups, group_score, scale = arguments(node)
-    value = logits.meta.get("val")
-    if value is None or items is None:
-        return None
-    try:
-        experts = _width(value)
-    except _NotABlock:
-        return None
+    if items is None:
+        raise _NotABlock("route's result is used as a whole, or one output twice")
+    value = _value(logits)
+    experts = _width(value)
     spec = RouteSpec(
         rows=_tokens(value),
         experts=experts,
@@ -119,7 +119,8 @@ def _block(dispatch: Node, by_ids: dict[Node, Route], scopes: dict[Node, tuple[s
     readers = [user for user in counts.users if user is not mlp]
     spec = _spec(
         dispatch, mlp, shared, (x, ids, weights, mask), (w13, w2, w13_bias, w2_bias),
-        (activation, limit, alpha, interleaved), x_scale is not None, bool(readers),
+        (activation, limit, alpha, interleaved), x_scale is not None,
+        (bool(readers), any(r < combine for r in readers), any(r < weights for r in readers)),
         len({scopes.get(node, ()) for node in (dispatch, mlp, combine)}) > 1,
     )  # fmt: skip
     return Block(place(combine), dispatch, mlp, combine, counts if readers else None, interior, by_ids.get(ids), spec)
@@ -133,14 +134,14 @@ def _spec(
     weights: tuple[Sequence[Node], ...],
     activation: tuple[str, float, float, bool],
     quantised: bool,
-    counts_are_read: bool,
+    counts_read: tuple[bool, bool, bool],
     scopes_differ: bool,
 ) -> BlockSpec:
     values = [_value(node) if node is not None else None for node in inputs]
     x = values[0]
     assert x is not None
     w13, w2 = ([_value(node) for node in nodes] for nodes in weights[:2])
-    stacked = w13[0].dim() == 3
+    stacked = w13[0].dim() == 3 and w2[0].dim() == 3
     name, limit, alpha, interleaved = activation
     return BlockSpec(
         tokens=_tokens(x),
@@ -166,7 +167,9 @@ def _spec(
         has_bias=bool(weights[2] or weights[3]),
         has_mask=inputs[3] is not None,
         quantised_input=quantised,
-        counts_are_read=counts_are_read,
+        counts_are_read=counts_read[0],
+        counts_read_before_combine=counts_read[1],
+        counts_read_before_weights=counts_read[2],
         scopes_differ=scopes_differ,
         key=(
             *(None if v is None else shape_key(v) for v in values),

@@ -19,7 +19,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, Violation, check
-from moe_lowering.limits.calls import OPERATORS, bind, quantities
+from moe_lowering.limits.calls import OPERATORS, bind, quantities, varying_ints
 from moe_lowering.passes.blocks import size_key
 
 COLLECTIVES = ("_c10d_functional", "npu_define")
@@ -71,7 +71,8 @@ def call_violations(
     if not is_ascend(target) and not (name in OPERATORS and target.namespace in COLLECTIVES):
         return []
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    found = quantities(name, bind(target, args, kwargs))
+    bound = bind(target, args, kwargs)
+    found = quantities(name, bound)
     if tokens is not None:
         own, seen = tokens
         for key, value in found.items():
@@ -79,7 +80,10 @@ def call_violations(
             if key.endswith(("tokens", "indices_length")) and size_key(value) == size_key(own * each):
                 found[key] = seen * each
     extra = {"buffer_bytes": deployment.hccl_buffer_bytes, "weight_format": deployment.weight_format}
-    return check(name, deployment.soc, {**found, **extra}, prover, deployment.versions)
+    return [
+        *varying_ints(target, name, bound),
+        *check(name, deployment.soc, {**found, **extra}, prover, deployment.versions),
+    ]
 
 
 def is_ascend(target: torch._ops.OpOverload) -> bool:

@@ -86,7 +86,7 @@ def _takes_sizes(op: torch._ops.OpOverload) -> frozenset[str]:
     return frozenset(re.findall(r"SymInt(?:\[\d*\])?\??\s+(\w+)", str(op._schema)))
 
 
-def _varying_ints(op: torch._ops.OpOverload, name: str, arguments: Arguments) -> list[Violation]:
+def varying_ints(op: torch._ops.OpOverload, name: str, arguments: Arguments) -> list[Violation]:
     """Plain-int arguments that receive a symbolic size: the schema would fix it at its present value."""
     return [
         Violation(
@@ -127,7 +127,7 @@ def check_call(
     if name not in OPERATORS:
         return []
     arguments = bind(op, args, kwargs)
-    varying = _varying_ints(op, name, arguments)
+    varying = varying_ints(op, name, arguments)
     if varying:
         return varying
     return check(name, soc, {**quantities(name, arguments), **(extra or {})}, prover, versions)

@@ -171,10 +171,17 @@ def _finalize(emit: Emitter, block: Block, y: Node) -> Node:
         return y
     reduced = emit.call(c10d.reduce_scatter_tensor.default, y, "sum", spec.ep_size, spec.ep_group)
     y = emit.call(c10d.wait_tensor.default, reduced)
-    if spec.max_tokens:
-        with emit.asserted():
-            y = emit.call(aten.slice.Tensor, y, 0, 0, emit.size(emit.rows(block.x), 0))
-    return y
+    return _first_tokens(emit, y, block) if spec.max_tokens else y
+
+
+def _first_tokens(emit: Emitter, y: Node, block: Block) -> Node:
+    """The first T of ``max_tokens`` rows. A slice to a symbolic T would add a guard, or depend on the compile's own T."""
+    tokens = emit.size(emit.rows(block.x), 0)
+    if isinstance(tokens, int):
+        return emit.call(aten.slice.Tensor, y, 0, 0, tokens)
+    device = y.meta["val"].device
+    first = emit.call(aten.arange.default, tokens, dtype=torch.int32, device=device, pin_memory=False)
+    return emit.call(aten.index_select.default, y, 0, first)
 
 
 ALLGATHER = Implementation("allgather", _operators, _emit)

@@ -1,0 +1,193 @@
+"""From calls and blocks to the quantities that limit rows read, and the check of calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._sympy.value_ranges import ValueRanges
+
+import moe_lowering.custom_ops  # noqa: F401  (registers torch.ops.moe_lowering)
+from moe_lowering.deployment import SOCS, Deployment
+from moe_lowering.limits import Prover, bind, check_call, limits_for, load, names, quantities
+from moe_lowering.limits.calls import CONTEXT, OPERATORS
+from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.quantities import block_quantities
+
+npu = torch.ops.npu
+
+# ----------------------------------------------------------------------------------------------------------- quantities
+
+# Quantities of quantised blocks and of targets that are not emitted yet: a record gives them, no call does.
+NOT_YET = {
+    "has_scales", "scale_dtype", "w13_scale_count", "w2_scale_count", "bias_dtype", "has_smooth_scales", "has_offset",
+    "mask_dtype", "mask_dims", "mask_tokens", "weight_on_input", "has_expert_map", "has_block_map", "weight_count",
+    "weights_dtype", "has_cann_ops_transformer", "equal_tokens", "dispatch_quant_mode", "combine_quant_mode",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operator", sorted(OPERATORS))
+def test_every_operator_has_rows_on_every_soc(operator: str) -> None:
+    for soc in SOCS:
+        assert limits_for(operator, soc), f"{operator} on {soc}"
+        assert all(row.source and row.code for row in limits_for(operator, soc))
+
+
+@pytest.mark.parametrize("operator", sorted(OPERATORS))
+def test_calls_give_every_quantity_that_the_rows_read(operator: str) -> None:
+    """A row that reads a quantity under a misspelt name would never apply."""
+    given = quantities(operator, arguments_of(operator)).keys() | CONTEXT
+    if operator == "dispatch_ffn_combine":
+        given |= block_words()
+    for soc in SOCS:
+        assert names(operator, soc) <= given
+
+
+@pytest.mark.parametrize("operator", sorted({row.operator for row in load()} - OPERATORS - {"gating"}))
+def test_blocks_give_every_quantity_that_other_rows_read(operator: str) -> None:
+    for soc in SOCS:
+        assert names(operator, soc) <= block_words()
+
+
+def block_words() -> set[str]:
+    """The quantities that a block has, or will have."""
+    known = {
+        "tokens": 8, "hidden": 1024, "intermediate": 512, "top_k": 2, "experts": 4, "local_experts": 4, "ep_size": 1,
+        "tp_size": 1, "dtype": torch.bfloat16, "weight_dtype": torch.bfloat16, "ep_group": "", "tp_group": "",
+    }  # fmt: skip
+    spec = BlockSpec(**{f.name: known.get(f.name, False) for f in dataclasses.fields(BlockSpec)})
+    return block_quantities(spec, Deployment(), 8, Prover(), True).keys() | NOT_YET
+
+
+def arguments_of(operator: str) -> dict[str, Any]:
+    """Some call of the operator, as ``bind`` gives it."""
+    x, ids = torch.ones(4, 8), torch.zeros(4, 2, dtype=torch.int32)
+    w, ones, counts = torch.ones(2, 8, 8), torch.ones(4), torch.tensor([1, 2])
+    group, lists = ("name", 2, 0, 4), ([1, 1], [1, 1])
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "npu_moe_gating_top_k": ((x, 2), {}),
+        "npu_moe_init_routing_v2": ((x, ids), {}),
+        "npu_moe_token_permute": ((x, ids), {}),
+        "npu_moe_token_unpermute": ((x, ids[:, 0]), {}),
+        "npu_moe_re_routing": ((x, ids), {}),
+        "npu_moe_finalize_routing": ((x, None, None, None, x, ids[:, 0], None), {}),
+        "npu_grouped_matmul": (([x], [w]), {}),
+        "npu_swiglu": ((x,), {}),
+        "npu_clipped_swiglu": ((x,), {}),
+        "npu_dynamic_quant": ((x,), {}),
+        "npu_swiglu_quant": ((x,), {}),
+        "npu_dequant_swiglu_quant": ((x,), {}),
+        "npu_grouped_matmul_swiglu_quant": ((x, w, counts, w[0], ones), {}),
+        "npu_grouped_matmul_swiglu_quant_v2": ((x, [w], [w[0]], ones, counts), {}),
+        "npu_moe_distribute_dispatch_v2": ((x, ids, *group), {}),
+        "npu_moe_distribute_combine_v2": ((x, ids, ids, ids, x, *group), {}),
+        "all_to_all_single": ((ones, [2, 2], [2, 2], "name"), {}),
+        "all_to_all_single_npu": ((ones, *lists, *lists, "tag", [0, 1], 2), {}),
+        "all_gather_into_tensor": ((x, 2, "name"), {}),
+        "reduce_scatter_tensor": ((x, "sum", 2, "name"), {}),
+        "npu_alltoallv_gmm": ((x, w, "name", 2, *lists), {}),
+        "npu_gmm_alltoallv": ((x, w, "name", 2, *lists), {}),
+        "dispatch_ffn_combine": ((x, [w], [w], ids, x, "name", 2, 8), {}),
+    }
+    args, kwargs = calls[operator]
+    return bind(overload(operator), args, kwargs)
+
+
+def overload(operator: str) -> torch._ops.OpOverload:
+    """The operator of that name, wherever it is registered."""
+    import npugraph_ex  # noqa: F401  (defines npu_define)
+
+    for namespace in (npu, torch.ops.moe_lowering, torch.ops._c10d_functional, torch.ops.npu_define):
+        if hasattr(namespace, operator):
+            return getattr(namespace, operator).default
+    raise LookupError(operator)
+
+
+# ---------------------------------------------------------------------------------------------------------------- calls
+
+
+def fake_call(low: int, high: int, **kwargs: Any) -> tuple[FakeTensorMode, tuple[Any, ...], dict[str, Any]]:
+    """A dispatch of a symbolic number of tokens in [low, high], hint in between."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    context = StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC], constraint_sizes=[None, None]
+    )
+    x = mode.from_tensor(torch.empty(16, 1024, dtype=torch.bfloat16), symbolic_context=context)
+    mode.shape_env.var_to_range[x.shape[0].node.expr] = ValueRanges(low, high)
+    with mode:
+        ids = torch.empty(x.shape[0], 2, dtype=torch.int32)
+    return mode, (x, ids, "group", 2, 0, 8), kwargs
+
+
+def test_calls_with_fake_tensors() -> None:
+    for high, expected in ((512, []), (600, ["mc2.tokens"])):
+        mode, args, kwargs = fake_call(2, high)
+        guards = len(mode.shape_env.guards)
+        found = check_call(
+            npu.npu_moe_distribute_dispatch_v2.default, args, kwargs, soc="A3", extra={"buffer_bytes": 2**30}
+        )
+        assert [v.code for v in found] == expected
+        assert len(mode.shape_env.guards) == guards
+
+
+def test_a_size_in_an_int_argument_is_refused() -> None:
+    mode, args, _ = fake_call(2, 512)
+    guards = len(mode.shape_env.guards)
+    found = check_call(npu.npu_moe_distribute_dispatch_v2.default, args, {"global_bs": args[0].shape[0] * 2}, soc="A3")
+    assert [v.code for v in found] == ["call.symbolic_int"]
+    assert "global_bs is 2*s" in found[0].message
+    assert len(mode.shape_env.guards) == guards
+
+
+def test_other_operators_are_not_judged() -> None:
+    assert check_call(torch.ops.aten.relu.default, (torch.ones(1),), {}, soc="A3") == []
+    assert check_call(npu.npu_fast_gelu.default, (torch.ones(1, 2),), {}, soc="A3") == []
+
+
+def test_quantised_grouped_matmul_is_left_to_its_own_rules() -> None:
+    x, w = torch.ones(4, 8, dtype=torch.int8), torch.ones(2, 8, 16, dtype=torch.int8)
+    call = {"group_list": torch.tensor([1, 2]), "group_type": 0, "split_item": 2, "group_list_type": 1}
+    scales = {"scale": [torch.ones(2, 16).bfloat16()], "per_token_scale": [torch.ones(4)], "output_dtype": 15}
+    assert check_call(npu.npu_grouped_matmul.default, ([x], [w]), {**call, **scales}, soc="A3") == []
+
+
+def test_bind() -> None:
+    bound = bind(npu.npu_swiglu.default, (1,), {"dim": 0})
+    assert bound == {"input": 1, "dim": 0}
+    assert bind(npu.npu_swiglu.default, (1,), {}) == {"input": 1, "dim": -1}
+    for args, kwargs, message in (
+        ((), {}, "input is missing"),
+        ((1,), {"input": 2}, "input is given twice"),
+        ((1,), {"axis": 2}, r"unknown arguments \['axis'\]"),
+        ((1, 2, 3), {}, "unknown arguments 3"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            bind(npu.npu_swiglu.default, args, kwargs)
+
+
+def test_a_symbolic_chain_is_proven() -> None:
+    """Sizes that the meta functions derive from a symbolic T satisfy the rows that tie tensors to each other."""
+    mode, args, _ = fake_call(2, 512)
+    with mode:
+        rows, _, assist, counts, received, _, _ = npu.npu_moe_distribute_dispatch_v2(*args)
+        gmm = ([rows], [torch.empty(4, 1024, 64, dtype=torch.bfloat16)])
+        options = {"group_list": counts, "group_type": 0, "split_item": 2, "group_list_type": 1}
+        weights = torch.empty(args[0].shape[0], 2)
+        routing = npu.npu_moe_init_routing_v2(*args[:2], expert_num=8, expert_tokens_num_flag=True)
+        unpermute = (routing[0], routing[1], weights.bfloat16())
+    combine = (rows, args[1], assist, received, weights, *args[2:])
+    for op, call, kwargs in (
+        (npu.npu_grouped_matmul.default, gmm, options),
+        (npu.npu_moe_distribute_combine_v2.default, combine, {}),
+        (npu.npu_moe_init_routing_v2.default, args[:2], {"expert_num": 8}),
+        (npu.npu_moe_token_unpermute.default, unpermute, {}),
+    ):
+        assert check_call(op, call, kwargs, soc="A3", extra={"buffer_bytes": 2**30}) == []
+    with mode:
+        short = (rows[1:], *combine[1:])
+    found = check_call(npu.npu_moe_distribute_combine_v2.default, short, {}, soc="A3")
+    assert [v.code for v in found] == ["mc2.rows"]
