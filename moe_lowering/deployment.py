@@ -125,7 +125,7 @@ class Deployment:
     def versions(self) -> dict[str, str]:
         """Version by name of CANN, torch_npu and the providers, as far as they are declared: what limit rows ask for."""
         declared = {"cann": self.cann, "torch_npu": self.torch_npu, **dict(self.providers)}
-        return {name.replace("-", "_"): version for name, version in declared.items() if version}
+        return {name: version for name, version in declared.items() if version}
 
     def provider(self, name: str) -> str | None:
         """Version of a provider of fused operators, or None when it is not installed."""

@@ -233,5 +233,7 @@ def pair_cases(draw: Any) -> tuple[GraphCase, tuple[tuple[int, ...], tuple[int, 
     )
     if len(other) != len(case.lead):
         other = (1, *other)
-    case = case.replace(layout="chain" if case.layout == "permuted" else case.layout)
+    if draw(st.booleans()):
+        plain = [BlockCase(block.experts, block.top_k, 32, route=block.route, odd=block.odd) for block in case.blocks]
+        case = case.replace(blocks=tuple(plain), dtype=draw(st.sampled_from(DTYPES[:2])))
     return case, (case.lead, other)

@@ -135,9 +135,7 @@ def test_rules_for_versions_say_so() -> None:
 
 def test_versions_of_a_deployment() -> None:
     assert Deployment().versions == {}
-    declared = Deployment(
-        cann="9.1.0", torch_npu="2.13.0", providers=(("vllm-ascend", "0.23.0"), ("cann_ops_transformer", ""))
-    )
+    declared = Deployment(cann="9.1.0", torch_npu="2.13.0", providers=(("vllm_ascend", "0.23.0"),))
     assert declared.versions == {"cann": "9.1.0", "torch_npu": "2.13.0", "vllm_ascend": "0.23.0"}
 
 

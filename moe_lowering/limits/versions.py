@@ -13,7 +13,9 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-NAMES = ("cann", "torch_npu", "vllm_ascend", "cann_ops_transformer")
+from moe_lowering.deployment import PROVIDERS
+
+NAMES = ("cann", "torch_npu", *PROVIDERS)
 
 _COMPARE: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
     "<": operator.lt,

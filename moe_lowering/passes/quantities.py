@@ -29,7 +29,7 @@ def block_quantities(
 ) -> dict[str, Any]:
     """Quantities of a block, as the operators of every implementation would be called for it.
 
-    ``tokens`` is T as the rules see it (``judging.judged_tokens``).
+    ``tokens`` is T as the rules see it (``deciding``).
     """
     most = spec.max_tokens or tokens
     return {

@@ -1,5 +1,5 @@
 """The ways to communicate, one file each. To add one: a file with an ``Implementation``, an entry here, its rows in
-``limits/data``, and its place in ``choosing.PREFERENCE``."""
+``limits/data``, and its estimate in ``costs.estimate``."""
 
 from moe_lowering.passes.implementations.allgather import ALLGATHER
 from moe_lowering.passes.implementations.base import Implementation, Replacement
