@@ -100,9 +100,8 @@ def rival_row(symbolic: bool, layers: int, runs: int) -> dict[str, Any]:
 def deepseek_row() -> dict[str, Any]:
     """DeepSeek-V3 at full size through the CLI."""
     command = ["lower", "deepseek_v3", "--fake", "--ep", "64", "--tokens", "64", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "moe_lowering.cli", *command], capture_output=True, text=True, check=False
-    )
+    run = [sys.executable, "-c", "from moe_lowering.cli import main; raise SystemExit(main())", *command]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
     try:
         return _with_key(json.loads(done.stdout), "pass_ms")
     except ValueError:

@@ -51,7 +51,7 @@ class Data:
         ]
         return matrices[0], matrices[1], biases[0], biases[1]
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019  (lives as long as one test case)
+    @functools.cache  # noqa: B019  (lives as long as one test case)
     def routing(self, index: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """(inputs, weights, ids) of a block: what it is given, and the float64 weights and the ids that this means."""
         spec = self.case.blocks[index]

@@ -210,6 +210,7 @@ def local_cases(draw: Any) -> GraphCase:
     case = draw(graphs(d, (distinct * 2)[: draw(st.integers(1, 3))], leads, (16, 32, 24, 17)))
     if 0 in case.lead and any(_fails_on_nothing(block) for block in case.blocks):
         case = case.replace(lead=(5,), symbolic=(False,))
+    case = case.replace(comm=draw(st.sampled_from(("auto", "allgather", "allgather", "mc2"))))
     dynamic = math.prod(case.lead) > 1 and draw(st.booleans())
     symbolic = tuple(dynamic and n > 1 for n in case.lead)
     return case.replace(sizes="dynamic" if dynamic else "static", symbolic=symbolic)

@@ -9,6 +9,11 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 128, 12, 3
 _groups = {}
 
 
+def fused_first(implementation, load):
+    """A cost under which ``auto`` takes the fused operator wherever it is legal."""
+    return ("fused_mc2", "mc2", "allgather").index(implementation)
+
+
 def setup():
     simulator.enable("A3")
 
@@ -48,15 +53,17 @@ def lower_and_run(rank, comm, dtype_name, counts, options):
     return _lower_and_run(rank, comm, getattr(torch, dtype_name), counts, **options)
 
 
-def _lower_and_run(rank, comm, dtype, counts, equal=True, dynamic=False, skew=False, experts=EXPERTS, top_k=TOP_K):
+def _lower_and_run(
+    rank, comm, dtype, counts, equal=True, dynamic=False, skew=False, experts=EXPERTS, top_k=TOP_K, bounded=True
+):
     """Compile this rank's shard through npugraph_ex and run it once per entry of ``counts`` (T by rank).
 
     Returns (outputs, implementations chosen per graph).
     """
-    fields = {"max_tokens": 64} if dynamic or not equal else {}
+    fields = {"max_tokens": 64} if bounded and (dynamic or not equal) else {}
     where = deployment(rank, equal_tokens=equal, **fields)
     module = shard_experts(layer(dtype, experts, top_k), where)
-    lowering = MoeLowering(where, comm, strict=True)
+    lowering = MoeLowering(where, comm, strict=True, cost=fused_first)
     torch._dynamo.reset()
     options = npugraph_ex_options(where, lowering=lowering, force_eager=True)
     compiled = torch.compile(module, backend="npugraph_ex", fullgraph=True, dynamic=dynamic, options=options)
@@ -65,11 +72,21 @@ def _lower_and_run(rank, comm, dtype, counts, equal=True, dynamic=False, skew=Fa
     return outputs, [block.comm for report in lowering.reports for block in report.blocks]
 
 
-def choices(rank, counts):
+def choices(rank, counts, rule_removed=False):
     """The implementation each rank chooses for its own token count, without running anything."""
-    where = deployment(rank, equal_tokens=False, max_tokens=512)
+    from moe_lowering.passes import deciding
+
+    where = deployment(rank, equal_tokens=False, max_tokens=2048)
     module = shard_experts(layer(torch.bfloat16), where)
-    lowered = testing.lower_graph(module, tokens_of(rank, counts[rank], torch.bfloat16, False), deployment=where)
+    declared = deciding.declared_tokens
+    if rule_removed:  # the rules see this rank's own T
+        deciding.declared_tokens = lambda _: counts[rank]
+    try:
+        x = tokens_of(rank, counts[rank], torch.bfloat16, False)
+        lowering = MoeLowering(where, cost=fused_first)
+        lowered = testing.lower_graph(module, x, deployment=where, lowering=lowering)
+    finally:
+        deciding.declared_tokens = declared
     return [block.comm for block in lowered.report.blocks]
 
 
@@ -120,3 +137,74 @@ def agree_on_settings(rank, comm_of):
     except AgreementError as error:
         return str(error)
     return ""
+
+
+def mutated(rank, comm, mutation):
+    """This rank's output of a lowered layer that was broken on purpose; the text of a kernel's refusal."""
+    from moe_lowering import lowering_backend
+
+    where = deployment(rank)
+    module = shard_experts(layer(torch.bfloat16), where)
+    if mutation == "gate_and_up_swapped":
+        module.w13.data = module.w13.roll(INTERMEDIATE, -1)
+
+    def mutate(gm, example_inputs, config):
+        if mutation in MUTATIONS:
+            MUTATIONS[mutation](gm)
+            gm.recompile()
+
+    torch._dynamo.reset()
+    backend = lowering_backend(MoeLowering(where, comm, strict=True), mutate)
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    try:
+        with torch.no_grad():
+            return compiled(tokens_of(rank, 6, torch.bfloat16, False))
+    except ValueError as refusal:
+        return str(refusal)
+
+
+def _nodes(gm, *targets):
+    found = [node for node in gm.graph.nodes if node.target in targets]
+    assert found, f"no {targets} in the lowered graph: the mutation would change nothing"
+    return found
+
+
+def _replace_argument(gm, node, index, op, *args):
+    with gm.graph.inserting_before(node):
+        new = gm.graph.call_function(op, (node.args[index], *args))
+    node.args = (*node.args[:index], new, *node.args[index + 1 :])
+
+
+def _unweighted(gm):
+    npu, own = torch.ops.npu, torch.ops.moe_lowering
+    for node in _nodes(gm, npu.npu_moe_distribute_combine_v2.default, own.dispatch_ffn_combine.default):
+        _replace_argument(gm, node, 4, torch.ops.aten.ones_like.default)
+
+
+def _shifted_counts(gm):
+    for node in _nodes(gm, torch.ops.npu.npu_grouped_matmul.default):
+        with gm.graph.inserting_before(node):
+            rolled = gm.graph.call_function(torch.ops.aten.roll.default, (node.kwargs["group_list"], [1], [0]))
+        node.kwargs = {**node.kwargs, "group_list": rolled}
+
+
+def _absolute_row_index(gm):
+    """The seed's abs(-1): a slot of another rank reads row 1, with a weight that is not zero."""
+    (unpermute,) = _nodes(gm, torch.ops.npu.npu_moe_token_unpermute.default)
+    selected = unpermute.args[1]
+    with gm.graph.inserting_before(unpermute):
+        index = gm.graph.call_function(torch.ops.aten.abs.default, (selected.args[2],))
+    unpermute.args = (unpermute.args[0], index, *unpermute.args[2:])
+
+
+def _undefined_rows(gm):
+    (unpermute,) = _nodes(gm, torch.ops.npu.npu_moe_token_unpermute.default)
+    unpermute.args = (unpermute.args[0].args[1], *unpermute.args[1:])
+
+
+MUTATIONS = {
+    "unweighted_combine": _unweighted,
+    "counts_shifted": _shifted_counts,
+    "absolute_row_index": _absolute_row_index,
+    "undefined_rows_let_through": _undefined_rows,
+}

@@ -1,12 +1,15 @@
 """A lowering that is wrong must not pass the comparison: each mutation of a lowered graph is caught by it."""
 
 import pytest
+import rank_jobs
 import reference
 import torch
 from test_lowering import INTERMEDIATE, Experts, routed
+from test_lowering_ranks import expected
 from torch.fx import Graph
 
 from moe_lowering import Deployment, MoE, MoeLowering, lowering_backend, testing
+from moe_lowering.testing import Ranks
 
 aten, npu = torch.ops.aten, torch.ops.npu
 
@@ -43,16 +46,6 @@ def undefined_rows_let_through(gm):
     unpermute.args = (select.args[1], *unpermute.args[1:])
 
 
-def other_experts_rows(gm):
-    """The row index of the seed's sequence: abs(-1) reads a row of another slot, and its weight is not zero here."""
-    (unpermute,) = nodes(gm, npu.npu_moe_token_unpermute.default)
-    select = unpermute.args[1]
-    assert select.target is aten.where.self
-    with gm.graph.inserting_before(unpermute):
-        index = gm.graph.call_function(aten.abs.default, (select.args[2],))
-    unpermute.args = (unpermute.args[0], index, *unpermute.args[2:])
-
-
 def counts_shifted(gm):
     for node in nodes(gm, npu.npu_grouped_matmul.default):
         with gm.graph.inserting_before(node):
@@ -65,7 +58,6 @@ MUTATIONS = [
     gate_and_up_swapped,
     unweighted_combine,
     undefined_rows_let_through,
-    other_experts_rows,
     counts_shifted,
 ]
 
@@ -99,6 +91,44 @@ def test_unbroken_passes():
 def test_broken_is_caught(mutation):
     result = outcome(mutation)
     assert isinstance(result, Exception) or result > 100 * reference.BOUNDS[torch.float32], result
+
+
+# On two ranks: (implementation, mutation in rank_jobs).
+ON_RANKS = [
+    ("allgather", "absolute_row_index"),
+    ("allgather", "undefined_rows_let_through"),
+    ("mc2", "unweighted_combine"),
+    ("mc2", "gate_and_up_swapped"),
+    ("mc2", "counts_shifted"),
+    ("fused_mc2", "unweighted_combine"),
+    ("fused_mc2", "gate_and_up_swapped"),
+]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    with Ranks(2, setup=rank_jobs.setup, collective_timeout=20) as ranks:
+        yield ranks
+
+
+def worst(pair, comm, mutation):
+    """The largest relative error over the ranks, or the refusal of a kernel."""
+    results = pair.run(rank_jobs.mutated, comm, mutation)
+    refusals = [result for result in results if isinstance(result, str)]
+    if refusals:
+        return refusals[0]
+    return max(reference.relative_error(y, expected(rank, 6, torch.bfloat16)) for rank, y in enumerate(results))
+
+
+@pytest.mark.parametrize("comm", ["allgather", "mc2", "fused_mc2"])
+def test_unbroken_passes_on_ranks(pair, comm):
+    assert worst(pair, comm, None) <= reference.BOUNDS[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("comm", "mutation"), ON_RANKS)
+def test_broken_is_caught_on_ranks(pair, comm, mutation):
+    result = worst(pair, comm, mutation)
+    assert isinstance(result, str) or result > 3 * reference.BOUNDS[torch.bfloat16], result
 
 
 def test_a_dropped_communication_operator_is_not_dropped_by_dead_code_elimination():

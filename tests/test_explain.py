@@ -125,7 +125,10 @@ def test_310p_has_neither_mc2_nor_the_fused_operator(capfd):
 
 def test_providers_are_assumed_named_or_none(capfd):
     assert "fused.provider" in codes(answer(capfd, f"{BLOCK} --ep 16 --provider none")[1])["fused_mc2"]
-    assert "fused.provider" in codes(answer(capfd, f"{BLOCK} --ep 16 --provider other=1.0")[1])["fused_mc2"]
+    assert (
+        "fused.provider"
+        in codes(answer(capfd, f"{BLOCK} --ep 16 --provider cann_ops_transformer=9.1.0")[1])["fused_mc2"]
+    )
     given = answer(capfd, f"{BLOCK} --ep 16 --provider vllm_ascend=0.23.0")[1]
     assert given["verdicts"]["fused_mc2"]["legal"]
     assert not any("vllm_ascend" in text for text in given["assumptions"])

@@ -88,8 +88,24 @@ def test_no_token_on_any_rank(pair):
 
 
 def test_ranks_with_different_token_counts_choose_alike(four):
-    results = four.run(rank_jobs.choices, (1, 512, 37, 480))
-    assert results == [["fused_mc2"]] * 4
+    """600 tokens are too many for the fused operator, so no rank may take it, not even the one with a single token."""
+    assert four.run(rank_jobs.choices, (1, 512, 37, 600)) == [["allgather"]] * 4
+
+
+def test_without_that_rule_they_would_differ(four):
+    """The twin: each rank judged by its own T. On a device, three ranks would wait for the fourth."""
+    chosen = four.run(rank_jobs.choices, (1, 512, 37, 600), True)
+    assert chosen == [["fused_mc2"], ["fused_mc2"], ["fused_mc2"], ["allgather"]]
+
+
+def test_two_implementations_across_the_capacity(pair):
+    """One model, dynamic sizes: the fused operator up to 512 tokens, AllGather above; right on both sides and at 512."""
+    counts = [(t, t) for t in (300, 512, 513, 640, 511)]
+    results = pair.run(rank_jobs.lower_and_run, "auto", "bfloat16", counts, {"dynamic": True, "bounded": False})
+    for rank, (outputs, comms) in enumerate(results):
+        assert comms == ["fused_mc2", "allgather"]
+        for y, (tokens, _) in zip(outputs, counts, strict=True):
+            reference.assert_near(y, expected(rank, tokens, torch.bfloat16), torch.bfloat16)
 
 
 def test_more_tokens_than_declared_is_an_error_on_that_rank():

@@ -1,6 +1,6 @@
 """Random graphs and deployments: judged legal means rewritten right, judged illegal means untouched, on every rank alike.
 
-``MOE_LOWERING_CASES`` is the number of judged cases (300); a twentieth as many are run on one rank, and a hundredth on two.
+``MOE_LOWERING_CASES`` is the number of judged cases (300); a third as many are run on one rank, and a tenth on two.
 ``MOE_LOWERING_SEED`` repeats a run: the seed is printed, and shown by pytest where a test fails.
 """
 
@@ -15,7 +15,7 @@ import graph_data
 import hypothesis
 import pytest
 import torch
-from graph_cases import Built, GraphCase, build
+from graph_cases import FOREIGN, Built, GraphCase, build
 from graph_data import Data
 from graph_strategies import judged_cases, local_cases, pair_cases
 from torch.fx import Graph, Node
@@ -115,6 +115,8 @@ def check_judged(case: GraphCase) -> None:
     graph, report = lowered.built.gm.graph, lowered.report
     graph.lint()
     check_accounted_for(lowered)
+    for index, block in enumerate(case.blocks):
+        assert not set(block.odd) & set(FOREIGN) or not lowered.comms.get(f"layers.{index}"), f"{block.odd} was lowered"
     after = by_module(graph)
     for block in report.blocks:
         if block.comm is None:
@@ -150,16 +152,14 @@ def without_refusals(lowered: Lowered, lines: list[str]) -> list[str]:
     return [line for line in lines if not (allowed and str(assert_tokens) in line)]
 
 
-# Why a rewrite may be undone that was judged legal: what depends on the order of nodes, or on data.
-UNDONE = (("before its replacement",), ("before its replacement", "GuardOnDataDependentSymNode"))
-
-
 def check_untouched(lowered: Lowered, block: BlockReport, after: dict[str, list[str]]) -> None:
     now = without_refusals(lowered, after[block.name])
     assert now == lowered.before[block.name], f"{block.name} was refused ({block.reason}), and changed"
     assert "internal error" not in block.reason, block.reason
-    if "rewrite undone" in block.reason:
-        assert any(why in block.reason for why in UNDONE[lowered.case.sizes == "unbacked"]), block.reason
+    if (
+        "rewrite undone" in block.reason
+    ):  # what the judge should have said; only torch_npu's meta functions are not ours
+        assert lowered.case.sizes == "unbacked" and "GuardOnDataDependentSymNode" in block.reason, block.reason
 
 
 def check_replaced(lowered: Lowered, block: BlockReport) -> None:
@@ -274,7 +274,7 @@ def outside(lowered: Lowered, lead: tuple[int, ...]) -> bool:
     return any(not node.args[1] <= tokens <= node.args[2] for node in nodes)
 
 
-@pytest.mark.parametrize(("number", "cases"), chunks(max(20, CASES // 20)))
+@pytest.mark.parametrize(("number", "cases"), chunks(-(-CASES // 3)))
 def test_legal_is_right_on_one_rank(number: int, cases: int, record_property: Any) -> None:
     for_all(local_cases(), number, cases, check_local, record_property)
 
@@ -288,10 +288,10 @@ def pair() -> Any:
         yield ranks
 
 
-@pytest.mark.parametrize(("number", "cases"), chunks(max(10, CASES // 100)))
+@pytest.mark.parametrize(("number", "cases"), chunks(-(-CASES // 10)))
 def test_legal_is_right_on_two_ranks(number: int, cases: int, pair: Ranks, record_property: Any) -> None:
     def check(drawn: tuple[GraphCase, tuple[tuple[int, ...], ...]]) -> None:
-        (comms, wrong, _), *others = results = pair.run(graph_data.lower_and_run, *drawn)
+        (comms, *_), *others = results = pair.run(graph_data.lower_and_run, *drawn)
         assert not any(wrong for _, wrong, _ in results), [wrong for _, wrong, _ in results]
         assert all(untouched for _, _, untouched in results), "nothing was lowered, and a graph changed"
         assert not any("internal error" in reason for _, reason in comms), comms

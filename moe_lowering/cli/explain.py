@@ -168,7 +168,11 @@ def explain(request: ExplainRequest) -> Explanation:
         UsageError: the block or the deployment is not possible.
     """
     block = explain_models.describe(request)
-    question = Question(block, _deployment(request, block), Policy(name=request.policy), request.quant)
+    try:
+        deployment = _deployment(request, block)
+    except ValueError as error:  # its own words name the field, the value and what is accepted
+        raise UsageError(str(error).removeprefix("Deployment: ")) from error
+    question = Question(block, deployment, Policy(name=request.policy), request.quant)
     equal = not request.unequal_tokens
     tokens = request.tokens if request.tokens is not None else defaults.TOKENS
     answer = question.at(tokens if equal else request.max_tokens)

@@ -114,6 +114,7 @@ class _Run:
         self.policy = policy
         self.nodes_before = len(self.graph.nodes)
         self.changed = False
+        self._failed = False
         self.left: list[tuple[Node, str]] = []
         self._decisions: dict[BlockSpec, Decision] = {}
         self._recordings: dict[tuple[Any, ...], Recording] = {}
@@ -143,7 +144,8 @@ class _Run:
         try:
             return self._lower_block(block)
         except Exception as error:  # as in _guarded, which undoes edits: here deciding failed
-            log.warning("moe_lowering: deciding failed, %s left as it was", block.name, exc_info=True)
+            log.warning("moe_lowering: deciding failed, %s left as it was", block.name, exc_info=not self._failed)
+            self._failed = True  # equal blocks fail alike: one traceback is enough
             before = tuple(_op_name(n) for n in block.stages)
             return BlockReport(block.name, None, _internal(error), before, before, {})
 

@@ -128,8 +128,7 @@ def _compare(node: Node, old: Any, new: Any) -> None:
     if isinstance(old, (list, tuple)):
         for a, b in zip(old, new, strict=True):
             _compare(node, a, b)
-    elif isinstance(old, torch.Tensor):
-        if not _same_shape(old, new) or old.dtype != new.dtype:
-            raise VerificationError(
-                f"{node.name}: metadata says {tuple(old.shape)} {old.dtype}, propagation {tuple(new.shape)} {new.dtype}"
-            )
+    elif isinstance(old, torch.Tensor) and (not _same_shape(old, new) or old.dtype != new.dtype):
+        raise VerificationError(
+            f"{node.name}: metadata says {tuple(old.shape)} {old.dtype}, propagation {tuple(new.shape)} {new.dtype}"
+        )
