@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test property lint bench setup clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -15,6 +15,10 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+# 20,000 random cases, about 20 minutes on two cores; MOE_LOWERING_SEED repeats a run
+property: $(READY)
+	MOE_LOWERING_CASES=20000 $(BIN)/python -m pytest -n 2 -q tests/test_property.py
 
 demo: $(READY)
 	$(BIN)/moe-lowering lower qwen3_moe --comm allgather

@@ -1,4 +1,4 @@
-"""Real tensors for the graphs of ``graph_cases``, and what the graphs should compute with them (``reference``)."""
+"""Real tensors for the graphs of ``graph_build``, and what the graphs should compute with them (``reference``)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import reference
 import torch
-from graph_cases import BlockCase, Built, GraphCase, build
+from graph_build import Built, build
+from graph_cases import BlockCase, GraphCase
 from torch import Tensor
 
 from moe_lowering import MoeLowering, simulator

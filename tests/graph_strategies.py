@@ -1,7 +1,8 @@
-"""Hypothesis strategies for ``graph_cases``. Sizes lie around the limits of the tables, and inside them most of the time."""
+"""Hypothesis strategies for ``graph_cases``. Sizes lie around the limits of the tables, and inside them mostly."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -180,8 +181,6 @@ def graphs(
 
 
 def _with(block: BlockCase, **changes: Any) -> BlockCase:
-    import dataclasses
-
     return dataclasses.replace(block, **changes)
 
 
@@ -192,7 +191,7 @@ def _fitting(block: BlockCase) -> BlockCase:
 
 
 def _fails_on_nothing(block: BlockCase) -> bool:
-    """Whether a CPU kernel of the simulator refuses empty tensors: npu_clipped_swiglu, npu_moe_gating_top_k with groups."""
+    """Whether a CPU kernel of the simulator fails on an empty tensor: npu_clipped_swiglu, gating_top_k with groups."""
     return block.activation == "swiglu_oai" or (block.route is not None and block.route.num_groups > 1)
 
 

@@ -81,6 +81,20 @@ CHANGES = {
     "other ids": "dispatch has ids",
     "mask at one end": "dispatch has mask",
 }
+CODES = {
+    "rows read elsewhere": "raise.single_use",
+    "operation before the MLP": "raise.operation_between",
+    "other counts": "raise.other_stage",
+    "MLP read elsewhere": "raise.single_use",
+    "operation after the MLP": "raise.operation_between",
+    "handle read elsewhere": "raise.single_use",
+    "other handle": "raise.other_stage",
+    "MLP twice": "raise.operation_between",
+    "other token bound": "raise.both_ends",
+    "other number of experts": "raise.both_ends",
+    "other ids": "raise.both_ends",
+    "mask at one end": "raise.both_ends",
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -88,6 +102,7 @@ def test_one_change_and_it_is_left_alone(change):
     lowered = lower(lambda *a: block(*a, change=change), *tensors())
     assert not lowered.report.blocks
     assert CHANGES[change] in " ".join(reason for _, reason in lowered.report.unrecognised)
+    testing.assert_refused(lowered, code=CODES[change])
     assert lowered.ops_after == lowered.ops_before
     with pytest.raises(AssertionError, match="not every block was lowered"):
         testing.assert_lowered(lowered)
@@ -207,3 +222,24 @@ def test_strict_sees_every_generic_operator_that_is_left():
     )
     with pytest.raises(LoweringError, match="the graph has no fake values"):
         MoeLowering(Deployment(), strict=True)(gm)
+
+
+def test_a_collective_on_mc2s_communicator_is_refused():
+    """No other operator may use that group; the twin uses the EP group."""
+
+    def model(layer, x, group):
+        gathered = torch.ops._c10d_functional.all_reduce(x, "sum", group)
+        return layer(torch.ops._c10d_functional.wait_tensor(gathered))
+
+    with testing.fake_deployment(ep_size=8) as deployment, testing.fake_tensors():
+        layer = MoE(1024, 512, 64, 4, deployment=deployment, dtype=torch.bfloat16)
+        x = torch.empty(32, 1024, dtype=torch.bfloat16)
+        for comm, code in (("mc2", "mc2.shared_communicator"), ("fused_mc2", "fused.shared_communicator")):
+            on = {
+                group: testing.lower_graph(
+                    lambda x, group=group: model(layer, x, group), x, deployment=deployment, comm=comm
+                )
+                for group in (deployment.mc2_group, deployment.ep_group)
+            }
+            testing.assert_refused(on[deployment.mc2_group], comm=comm, code=code)
+            testing.assert_lowered(on[deployment.ep_group], comm=comm)

@@ -86,6 +86,7 @@ class BlockSpec:
     quantisation: str = "none"
     counts_read_before_combine: bool = False
     counts_read_before_weights: bool = False
+    collective_groups: frozenset[str] = frozenset()
 
 
 def arguments(node: Node) -> tuple[Any, ...]:

@@ -61,6 +61,7 @@ def block_quantities(
         "counts_read_before_weights": spec.counts_read_before_weights,
         "weight_format": deployment.weight_format,
         "has_communicator": bool(deployment.mc2_group),
+        "communicator_is_shared": deployment.mc2_group in spec.collective_groups,
         "group_length": len(deployment.mc2_group) or None,  # has_communicator says it better
         "buffer_bytes": deployment.hccl_buffer_bytes,
         "has_vllm_ascend": deployment.provider("vllm_ascend") is not None,

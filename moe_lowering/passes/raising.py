@@ -10,6 +10,7 @@ Source: the operators' schemas (docs/architecture.md).
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -23,11 +24,18 @@ from moe_lowering.passes.scopes import scope_paths
 
 OPS = torch.ops.moe_lowering
 # The order of arguments after the tensors, shared by dispatch (from index 4) and combine (from index 5).
+_COLLECTIVES = tuple(
+    getattr(torch.ops._c10d_functional, name).default
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single", "broadcast")
+)
 _SHARED = ("num_experts", "ep_group", "ep_size", "tp_group", "tp_size", "max_tokens")
 
 
 class _NotABlock(Exception):
-    """Why a generic operator is not part of a block. Never leaves this module."""
+    """Why a generic operator is not part of a block: a stable code, and words. Never leaves this module."""
+
+    def __init__(self, code: str, words: str) -> None:
+        super().__init__(f"[{code}] {words}")
 
 
 def place(node: Node) -> str:
@@ -52,27 +60,34 @@ def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node
         except _NotABlock as reason:
             left.append((node, str(reason)))
     dispatches = graph.find_nodes(op="call_function", target=OPS.dispatch.default)
+    groups = _collective_groups(graph) if dispatches else frozenset()
     scopes = scope_paths(graph) if dispatches else {}
     by_ids = {route.ids: route for route in routes if route.ids is not None}
     blocks: list[Block] = []
     for node in dispatches:
         try:
-            blocks.append(_block(node, by_ids, scopes))
+            blocks.append(_block(node, by_ids, scopes, groups))
         except _NotABlock as reason:
             left.append((node, str(reason)))
     taken = {node for block in blocks for node in (block.mlp, block.combine)}
     for target in (OPS.grouped_mlp.default, OPS.combine.default):
         for node in graph.find_nodes(op="call_function", target=target):
             if node not in taken:
-                left.append((node, "not part of a dispatch, grouped_mlp, combine chain"))
+                left.append((node, "[raise.no_chain] not part of a dispatch, grouped_mlp, combine chain"))
     return blocks, routes, left
+
+
+def _collective_groups(graph: Graph) -> frozenset[str]:
+    """Names of the groups that collectives of the graph use; each takes its group last."""
+    found = (node for op in _COLLECTIVES for node in graph.find_nodes(op="call_function", target=op))
+    return frozenset(str(node.args[-1]) for node in found)
 
 
 def _route(node: Node) -> Route:
     items = _items(node)
     logits, bias, top_k, scoring, renormalize, num_groups, topk_groups, group_score, scale = arguments(node)
     if items is None:
-        raise _NotABlock("route's result is used as a whole, or one output twice")
+        raise _NotABlock("raise.whole_result", "route's result is used as a whole, or one output twice")
     value = _value(logits)
     experts = _width(value)
     spec = RouteSpec(
@@ -91,30 +106,34 @@ def _route(node: Node) -> Route:
     return Route(node, items.get(0), items.get(1), spec)
 
 
-def _block(dispatch: Node, by_ids: dict[Node, Route], scopes: dict[Node, tuple[str, ...]]) -> Block:
+def _block(
+    dispatch: Node, by_ids: dict[Node, Route], scopes: dict[Node, tuple[str, ...]], groups: frozenset[str]
+) -> Block:
     x, x_scale, ids, mask, *sizes = arguments(dispatch)
     shared = dict(zip((*_SHARED, "max_rows"), sizes, strict=True))
     items = _items(dispatch)
     if items is None:
-        raise _NotABlock("dispatch's result is used as a whole")
+        raise _NotABlock("raise.whole_result", "dispatch's result is used as a whole")
     rows, row_scale, counts, handle = (items.get(i) for i in range(4))
     mlp = _only_user(rows, "rows", OPS.grouped_mlp.default)
     combine = _only_user(mlp, "the grouped MLP's result", OPS.combine.default)
     mlp_rows, mlp_scale, mlp_counts, w13, w2, w13_bias, w2_bias, activation, limit, alpha, interleaved = arguments(mlp)
     if mlp_rows is not rows or mlp_scale is not row_scale or mlp_counts is not counts or counts is None:
-        raise _NotABlock("grouped_mlp does not take rows, row_scale and counts of the same dispatch")
+        raise _NotABlock(
+            "raise.other_stage", "grouped_mlp does not take rows, row_scale and counts of the same dispatch"
+        )
     combined_rows, weights, combine_ids, combine_handle, combine_mask, *combine_sizes = arguments(combine)
     _require_alone(row_scale, "row_scale", mlp)
     _require_alone(handle, "handle", combine)
     if combined_rows is not mlp or combine_handle is not handle:
-        raise _NotABlock("combine does not take the rows and the handle of the same dispatch")
+        raise _NotABlock("raise.other_stage", "combine does not take the rows and the handle of the same dispatch")
     for name, a, b in [
         ("ids", combine_ids, ids),
         ("mask", combine_mask, mask),
         *((n, c, shared[n]) for n, c in zip(_SHARED, combine_sizes, strict=True)),
     ]:
         if a is not b and (isinstance(a, Node) or isinstance(b, Node) or a != b):
-            raise _NotABlock(f"dispatch has {name} {b}, combine has {a}: both ends must agree")
+            raise _NotABlock("raise.both_ends", f"dispatch has {name} {b}, combine has {a}: both ends must agree")
     interior = (dispatch, *items.values(), mlp, combine)
     readers = [user for user in counts.users if user is not mlp]
     spec = _spec(
@@ -123,6 +142,7 @@ def _block(dispatch: Node, by_ids: dict[Node, Route], scopes: dict[Node, tuple[s
         (bool(readers), any(r < combine for r in readers), any(r < weights for r in readers)),
         len({scopes.get(node, ()) for node in (dispatch, mlp, combine)}) > 1,
     )  # fmt: skip
+    spec = dataclasses.replace(spec, collective_groups=groups)
     return Block(place(combine), dispatch, mlp, combine, counts if readers else None, interior, by_ids.get(ids), spec)
 
 
@@ -190,14 +210,16 @@ def _width(value: torch.Tensor) -> int:
     """The last dimension, made static when it is symbolic: the widths of a model never vary."""
     width = value.shape[-1]
     if isinstance(width, torch.SymInt) and not width.node.has_hint():
-        raise _NotABlock(f"the last dimension of x or of the logits is {width}, which depends on data")
+        raise _NotABlock(
+            "raise.data_dependent", f"the last dimension of x or of the logits is {width}, which depends on data"
+        )
     return int(width)
 
 
 def _value(node: Node) -> torch.Tensor:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
-        raise _NotABlock(f"{node.name} has no fake value (meta['val'])")
+        raise _NotABlock("raise.no_value", f"{node.name} has no fake value (meta['val'])")
     return value
 
 
@@ -213,16 +235,18 @@ def _items(node: Node) -> dict[int, Node] | None:
 
 def _only_user(node: Node | None, what: str, target: Any) -> Node:
     if node is None or not node.users:
-        raise _NotABlock(f"{what} is not used")
+        raise _NotABlock("raise.unused", f"{what} is not used")
     users = list(node.users)
     if len(users) > 1:
-        raise _NotABlock(f"{what} is read by {len(users)} operations: {', '.join(u.name for u in users)}")
+        raise _NotABlock(
+            "raise.single_use", f"{what} is read by {len(users)} operations: {', '.join(u.name for u in users)}"
+        )
     if users[0].target is not target:
-        raise _NotABlock(f"{what} goes to {users[0].target}, expected {target}")
+        raise _NotABlock("raise.operation_between", f"{what} goes to {users[0].target}, expected {target}")
     return users[0]
 
 
 def _require_alone(node: Node | None, what: str, user: Node) -> None:
     if node is not None and set(node.users) - {user}:
         others = ", ".join(u.name for u in node.users if u is not user)
-        raise _NotABlock(f"{what} is also read by {others}")
+        raise _NotABlock("raise.single_use", f"{what} is also read by {others}")

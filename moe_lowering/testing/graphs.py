@@ -169,17 +169,23 @@ def assert_lowered(
 
 
 def assert_refused(lowered: Lowered, *, code: str, comm: str | None = None) -> None:
-    """Some block has a verdict with the violation ``code``, and when ``comm`` is given, that implementation's verdict.
+    """Something was refused with ``code``: a block, by an implementation's verdict, or a graph that is no block.
+
+    Args:
+        code: of a violation, or (``raise.*``) of what keeps generic operators from being a block.
+        comm: the implementation whose verdict must hold the violation; any when None.
 
     Raises:
         AssertionError: naming the codes that were found.
     """
-    assert lowered.report.blocks, "no MoE block was found in the graph"
+    report = lowered.report
+    assert report.blocks or report.unrecognised, "no MoE block was found in the graph"
     found = {
         (name, violation.code)
-        for block in lowered.report.blocks
+        for block in report.blocks
         for name, verdict in block.verdicts.items()
         for violation in verdict.violations
     }
+    found |= {("", why[1 : why.index("]")]) for _, why in report.unrecognised if why.startswith("[")}
     hits = [name for name, found_code in found if found_code == code and comm in (None, name)]
     assert hits, f"no {comm or 'implementation'} was refused with {code}; found {sorted(found)}"
