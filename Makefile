@@ -14,7 +14,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	# the property test draws another seed with MOE_LOWERING_SEED= or `make property`
+	MOE_LOWERING_SEED=$${MOE_LOWERING_SEED-1} $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 # 20,000 random cases, about 20 minutes on two cores; MOE_LOWERING_SEED repeats a run
 property: $(READY)
