@@ -7,7 +7,7 @@ import where torch_npu is installed without CANN, unless its autoload is off (se
 variable is needed. After it, ``torch_npu`` is imported, all ``torch.ops.npu.*`` schemas and meta functions are there,
 the MoE operators of ``npu::`` have CPU kernels, and ``torch.compile(f, backend="npugraph_ex",
 options={"force_eager": True})`` compiles and runs on CPU tensors. Tensors can be moved to device "npu", whose memory is
-host memory, but nothing computes there: an operator on them raises.
+host memory, but nothing computes there: an operator on them raises, until ``enable_device()`` is called.
 
 Importing this module adds nothing to what ``import moe_lowering`` costs: torch_npu is imported by ``enable()``.
 """
@@ -26,7 +26,7 @@ from moe_lowering import _bootstrap, _versions
 from moe_lowering.simulator import standins
 from moe_lowering.simulator.standins import SimulatorError
 
-__all__ = ["SOC_NAMES", "SimulatorError", "enable", "is_enabled", "soc"]
+__all__ = ["SOC_NAMES", "SimulatorError", "enable", "enable_device", "is_enabled", "soc"]
 
 # SoC of a Deployment -> what aclrtGetSocName returns. torch_npu 2.13 knows the names in libtorch_npu.so (SocVersion);
 # its numbers for these four are 223, 250, 260 and 202.
@@ -72,6 +72,24 @@ def enable(soc: str = "A3") -> None:
         _import_torch_npu()
         _register_kernels()
         _enabled = True
+
+
+def enable_device(soc: str | None = None) -> None:
+    """``enable()``, and make device "npu" compute and capture; see ``moe_lowering.simulator.device``.
+
+    A second call does nothing; it can follow an ``enable()``. Call it in every process that needs it.
+
+    Args:
+        soc: as for ``enable()``; None for the one that is enabled, else ``A3``.
+
+    Raises:
+        SimulatorError: as ``enable()``.
+    """
+    with _lock:
+        enable(soc or _loaded or "A3")
+        from moe_lowering.simulator import device
+
+        device.install()
 
 
 def is_enabled() -> bool:

@@ -1,8 +1,8 @@
 """Stand-ins for the CANN libraries that the torch_npu wheel links to, built on this machine with the C compiler.
 
 ``built()`` returns a directory that holds one shared library for each name in LIBRARIES; ``load()`` loads them for the
-whole process. ``libascendcl.so`` holds all the code: ``runtime.c``, and one generated function for every CANN symbol
-that the wheel's own libraries leave undefined and ``runtime.c`` does not define. A generated function fails by name:
+whole process. ``libascendcl.so`` holds all the code: ``runtime.c``, ``capture.c``, and one generated function for every
+CANN symbol that the wheel's own libraries leave undefined and those two do not define. A generated function fails by name:
 C entry points return ACL's "not supported", C++ ones (the GE and ATB engines) abort. The other libraries are empty and
 link to the first; the dynamic loader matches them by soname, so no LD_LIBRARY_PATH is needed.
 
@@ -40,6 +40,7 @@ LIBRARIES = (
     "atb",
 )
 RUNTIME = Path(__file__).with_name("runtime.c")
+CAPTURE = Path(__file__).with_name("capture.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-shared", "-fPIC", "-O1", "-w")
 
@@ -63,7 +64,7 @@ def wheel() -> Path:
 
 def key() -> str:
     """Names one build: the versions that decide which symbols are wanted, and a digest of the sources."""
-    digest = hashlib.sha256(RUNTIME.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
+    digest = hashlib.sha256(RUNTIME.read_bytes() + CAPTURE.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
     versions = [f"{name}-{_versions.installed(name) or 'unknown'}" for name in ("torch_npu", "torch")]
     return "-".join([*versions, f"python-{platform.python_version()}", platform.machine(), digest])
 
@@ -124,13 +125,15 @@ def _build(out: Path, package: Path, compiler: str, nm: str) -> None:
     headers, generated, empty = package / "include/third_party/acl/inc", out / "generated.c", out / "empty.c"
     if not (headers / "acl/acl.h").is_file():
         raise SimulatorError(f"torch_npu in {package} lacks ACL's headers ({headers}); reinstall the torch_npu wheel")
-    runtime = out / "runtime.o"
-    _run(compiler, "-c", *FLAGS[1:], f"-I{headers}", str(RUNTIME), "-o", str(runtime))
-    wanted = _wanted(nm, package) - _symbols(nm, runtime, "--defined-only")
+    objects = [out / "runtime.o", out / "capture.o"]
+    wanted = _wanted(nm, package)
+    for source, compiled in zip((RUNTIME, CAPTURE), objects, strict=True):
+        _run(compiler, "-c", *FLAGS[1:], f"-I{headers}", str(source), "-o", str(compiled))
+        wanted -= _symbols(nm, compiled, "--defined-only")
     generated.write_text(_generate(wanted))
     empty.write_text("")
     for name in LIBRARIES:
-        sources = [str(runtime), str(generated)]
+        sources = [*map(str, objects), str(generated)]
         if name != LIBRARIES[0]:
             sources = ["-Wl,--no-as-needed", f"-L{out}", f"-l{LIBRARIES[0]}", str(empty)]
         _run(compiler, *FLAGS, "-o", str(out / f"lib{name}.so"), f"-Wl,-soname,lib{name}.so", *sources)

@@ -31,7 +31,10 @@ _READERS: dict[str, Reader] = {
 }
 OPERATORS = frozenset(_READERS)
 # What rows of called operators may read and no call shows.
-CONTEXT = frozenset({"buffer_bytes", "weight_format", "top_k"})
+CONTEXT = frozenset({
+    "buffer_bytes", "weight_format", "top_k", "received", "equal_tokens", "mask_is_prefix", "has_vllm_ascend", "mode",
+    "has_cann_ops_transformer",
+})  # fmt: skip
 
 
 def quantities(op_name: str, arguments: Arguments) -> dict[str, Any]:

@@ -57,6 +57,12 @@ def contiguous(tensor: Any) -> bool | None:
     return bool(tensor.is_contiguous())
 
 
+def all_contiguous(tensors: Sequence[Any]) -> bool | None:
+    """Whether all tensors are contiguous; None when none is known not to be, and some are not known to be."""
+    states = [contiguous(tensor) for tensor in tensors]
+    return None if None in states and False not in states else all(states)
+
+
 def data_dependent(sizes: Sequence[Any]) -> bool:
     """Whether some size depends on what tensors hold (an unbacked symbol)."""
     return any(isinstance(n, torch.SymInt) and bool(free_unbacked_symbols(n)) for n in sizes)

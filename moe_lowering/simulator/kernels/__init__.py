@@ -13,6 +13,8 @@ from moe_lowering.simulator.kernels.common import checked, collective
 from moe_lowering.simulator.kernels.distribute import KERNELS as DISTRIBUTE
 from moe_lowering.simulator.kernels.gating import KERNELS as GATING
 from moe_lowering.simulator.kernels.grouped_matmul import KERNELS as GROUPED_MATMUL
+from moe_lowering.simulator.kernels.permuting import KERNELS as PERMUTING
+from moe_lowering.simulator.kernels.quantised import KERNELS as QUANTISED
 from moe_lowering.simulator.kernels.routing import KERNELS as ROUTING
 
 _LIBRARY: list[torch.library.Library] = []
@@ -29,7 +31,10 @@ def register() -> None:
     if not hasattr(torch.ops.npu, "npu_swiglu"):
         raise RuntimeError("simulator kernels: import torch_npu first (moe_lowering.simulator.enable() does)")
     library = torch.library.Library("npu", "IMPL")  # type: ignore[no-untyped-call]
-    for kernels, wrap in (({**GATING, **ROUTING, **GROUPED_MATMUL}, checked), (DISTRIBUTE, collective)):
+    for kernels, wrap in (
+        ({**GATING, **ROUTING, **GROUPED_MATMUL, **QUANTISED, **PERMUTING}, checked),
+        (DISTRIBUTE, collective),
+    ):
         for name, kernel in kernels.items():
             library.impl(name, wrap(getattr(torch.ops.npu, name).default, kernel), "CPU")  # type: ignore[no-untyped-call]
     _LIBRARY.append(library)

@@ -27,7 +27,7 @@ def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
 
 def _in_best_groups(values: torch.Tensor, group_count: int, k_group: int, mode: int) -> torch.Tensor:
     """The values, with -inf in the groups that are not among the ``k_group`` best of each row."""
-    groups = values.reshape(*values.shape[:-1], group_count, -1)
+    groups = values.reshape(*values.shape[:-1], group_count, values.shape[-1] // group_count)
     top = groups.topk(2 if mode == SUM_OF_TWO else 1, dim=-1).values
     chosen = _largest(top.sum(-1), k_group)
     keep = torch.zeros(groups.shape[:-1], dtype=torch.bool).scatter_(-1, chosen, True)

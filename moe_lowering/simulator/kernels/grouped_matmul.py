@@ -1,4 +1,4 @@
-"""npu_grouped_matmul (unquantised, groups along M, one output), npu_swiglu, npu_clipped_swiglu.
+"""npu_grouped_matmul (groups along M, one output), npu_swiglu, npu_clipped_swiglu.
 
 Meaning: torch_npu 2.13.0's documentation, aclnnGroupedMatmulV4/V5.
 """
@@ -12,29 +12,40 @@ from typing import Any
 import torch
 
 from moe_lowering.simulator.kernels.common import Kernel, not_simulated, refuse, undefined
+from moe_lowering.simulator.kernels.quantised_matmul import operands, output_dtype, product
 
 GMM = "npu_grouped_matmul"
 BY_ROWS = 0  # group_type
-CUMSUM = 0  # group_list_type; 1 is counts
-# Values of the int argument output_dtype of torch_npu's default overload (torch's own ScalarType numbers).
-OUTPUT_DTYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+CUMSUM, COUNTS, PAIRS = 0, 1, 2  # group_list_type
 
 
-def _group_ends(group_list: torch.Tensor, kind: int, rows: int) -> list[int]:
-    """The end of each group among the rows, from prefix sums or counts.
+def group_bounds(
+    operator: str, argument: str, groups: torch.Tensor, kind: int, rows: int
+) -> list[tuple[int, int, int]]:
+    """(expert, begin, end) of each group among the rows, from prefix sums [E], counts [E] or pairs (expert, count) [E, 2].
 
     Raises:
-        ValueError: when a value is negative, prefix sums decrease, or the groups need more rows than there are.
+        ValueError: when a value is negative, prefix sums decrease, the groups need more rows than there are, or a pair
+            names an expert twice, or one that does not exist, while its count is not 0.
     """
-    values = group_list.tolist()
-    if any(v < 0 for v in values):
-        refuse(GMM, "group_list", values, "no negative value")
-    ends: list[int] = values if kind == CUMSUM else group_list.cumsum(0).tolist()
+    values = groups.tolist()
+    experts = list(range(len(values)))
+    if kind == PAIRS:
+        experts = [int(e) for e, n in values if n]
+        if len(set(experts)) < len(experts) or any(not 0 <= e < len(values) for e in experts):
+            refuse(operator, argument, values, f"pairs (expert, rows), each of the experts 0 to {len(values) - 1} once")
+        groups = groups[:, 1]
+        if bool((groups[: len(experts)] == 0).any()):
+            refuse(operator, argument, values, "pairs (expert, rows), those with rows first")
+        groups = groups[: len(experts)]
+    if bool((groups < 0).any()):
+        refuse(operator, argument, values, "no negative value")
+    ends: list[int] = groups.tolist() if kind == CUMSUM else groups.cumsum(0).tolist()
     if any(b < a for a, b in itertools.pairwise(ends)):
-        refuse(GMM, "group_list", values, "prefix sums that never decrease (group_list_type 0)")
+        refuse(operator, argument, values, "prefix sums that never decrease (group_list_type 0)")
     if ends and ends[-1] > rows:
-        refuse(GMM, "group_list", f"{values}, {ends[-1]} rows in all,", f"at most the {rows} rows of x")
-    return ends
+        refuse(operator, argument, f"{values}, {ends[-1]} rows in all,", f"at most the {rows} rows of x")
+    return list(zip(experts, [0, *ends[:-1]], ends, strict=True))
 
 
 def _check_simulated(a: dict[str, Any], x: list[torch.Tensor], group_type: int) -> None:
@@ -43,11 +54,6 @@ def _check_simulated(a: dict[str, Any], x: list[torch.Tensor], group_type: int) 
         not_simulated(GMM, "group_type", group_type, "0 (groups along M)")
     if len(x) != 1:
         not_simulated(GMM, "x", f"a list of {len(x)} tensors", "a list of one tensor")
-    given = [n for n in ("scale", "offset", "antiquant_scale", "antiquant_offset", "per_token_scale") if a[n]]
-    if given or not x[0].is_floating_point():
-        not_simulated(GMM, "quantisation", f"{x[0].dtype} with {given}", "float32, float16 or bfloat16 without scales")
-    if a["output_dtype"] not in (None, OUTPUT_DTYPES[x[0].dtype]):
-        not_simulated(GMM, "output_dtype", a["output_dtype"], f"None, {OUTPUT_DTYPES[x[0].dtype]} (as x)")
     for argument in ("x_dtype", "weight_dtype", "scale_dtype", "per_token_scale_dtype"):
         if a[argument] is not None:
             not_simulated(GMM, argument, a[argument], "None")
@@ -56,7 +62,6 @@ def _check_simulated(a: dict[str, Any], x: list[torch.Tensor], group_type: int) 
 def grouped_matmul(
     x: list[torch.Tensor],
     weight: list[torch.Tensor],
-    bias: list[torch.Tensor] | None,
     group_list: torch.Tensor,
     group_type: int,
     group_list_type: int,
@@ -64,22 +69,18 @@ def grouped_matmul(
 ) -> list[torch.Tensor]:
     """x [[M, K]], weight [[E, K, N]] or E of [K, N], group_list [E] int64 -> [[M, N]].
 
-    Group e of the rows of x is multiplied by weight e, plus bias e; float32 accumulation, rounded once. Rows past the
-    last group are left untouched by the operator, so they are undefined.
+    Group e of the rows of x is multiplied by weight e, plus bias e; float32 accumulation, rounded once. Quantised weights
+    and their scales: see ``quantised_matmul``. Rows past the last group are left untouched by the operator, so they are
+    undefined.
     """
     _check_simulated(others, x, group_type)
     rows = x[0]
-    weights = list(weight[0]) if weight[0].dim() == 3 else weight
-    biases = None
-    if bias:
-        biases = list(bias[0]) if weight[0].dim() == 3 else bias
-    y = undefined((rows.shape[0], weights[0].shape[1]), rows.dtype)
-    begin = 0
-    for expert, end in enumerate(_group_ends(group_list, group_list_type, rows.shape[0])):
+    tensors = operands(GMM, {"x": x, "weight": weight, **others})
+    dtype = output_dtype(GMM, tensors, rows, others["output_dtype"], others["act_type"])
+    y = undefined((rows.shape[0], tensors.width), dtype)
+    for expert, begin, end in group_bounds(GMM, "group_list", group_list, group_list_type, rows.shape[0]):
         if end > begin:
-            part = rows[begin:end].float() @ weights[expert].float()
-            y[begin:end] = (part if biases is None else part + biases[expert].float()).to(y.dtype)
-        begin = end
+            y[begin:end] = product(GMM, tensors, rows, expert, begin, end).to(dtype)
     return [y]
 
 
@@ -106,7 +107,7 @@ def clipped_swiglu(
     """
     dim %= x.dim()
     shape = [*x.shape[:dim], x.shape[dim] // 2, *x.shape[dim + 1 :]]
-    flat = x.reshape(math.prod(x.shape[:dim]), -1).float()
+    flat = x.reshape(math.prod(x.shape[:dim]), math.prod(x.shape[dim:])).float()
     used = flat.shape[0] if group_index is None else int(group_index.sum())
     if not 0 <= used <= flat.shape[0]:
         refuse("npu_clipped_swiglu", "sum(group_index)", used, f"0 to {flat.shape[0]}, the rows of x")

@@ -10,18 +10,11 @@ from typing import Any
 import torch
 
 from moe_lowering.simulator.kernels.common import Kernel, not_simulated, refuse, undefined
+from moe_lowering.simulator.kernels.quantised_matmul import quantise_rows
 
 GATHER = 0  # row_idx_type: row_idx[slot] = row; 1 (scatter) is the inverse
 CUMSUM, COUNT, KEY_VALUE = 0, 1, 2  # expert_tokens_num_type
 NO_QUANT, DYNAMIC_QUANT = -1, 1  # quant_mode
-INT8_MAX = 127.0
-
-
-def quantise_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 rows -> int8 rows and their scales max|row| / 127; rounds half to even. A row of zeros stays zero."""
-    scale = rows.abs().amax(-1) / INT8_MAX
-    divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return torch.round(rows / divisor.unsqueeze(-1)).to(torch.int8), scale
 
 
 def _check_ids(ids: torch.Tensor, experts: int) -> None:

@@ -1,0 +1,210 @@
+/*
+ * NPU graph capture of the stand-in runtime: which streams are being captured, what a capture forbids, and the models.
+ *
+ * Contract. One capture at a time, as torch_npu requires. It begins on one stream; another stream joins when it waits
+ * for an event that was recorded on a stream of the capture. What the streams do is not known here: the kernels are
+ * Python's (moe_lowering/simulator/device), which keeps the tape and registers itself with moe_standin_set_hooks. As
+ * long as it has not, no capture can begin. A call that a capture forbids fails by name, and the capture is invalid
+ * from then on: it can be ended, and its model refuses to run. A model is a small number, given out once.
+ */
+#include <acl/acl.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define STREAMS 64
+#define EVENTS 4096
+
+int moe_standin_unsupported(const char *function);
+int moe_standin_refused(const char *function, const char *reason);
+
+typedef struct {
+    int (*begin)(uint64_t model, uintptr_t stream);
+    int (*end)(uint64_t model);
+    int (*execute)(uint64_t model, uintptr_t stream);
+    void (*destroy)(uint64_t model);
+    void (*forbidden)(const char *function);
+    void (*record)(uintptr_t event, uintptr_t stream);
+    void (*wait)(uintptr_t stream, uintptr_t event);
+} hooks_t;
+
+static hooks_t hooks;
+static uint64_t models, begun, replayed;
+static uint64_t current;  /* the model that is being captured, 0 when none is */
+static int mode, invalid;
+static _Thread_local int thread_mode = ACL_MODEL_RI_CAPTURE_MODE_GLOBAL;
+static uintptr_t streams[STREAMS], events[EVENTS]; /* of the capture; streams[0] is where it began */
+static size_t stream_count, event_count;
+
+void moe_standin_set_hooks(const hooks_t *given) { hooks = *given; }
+uint64_t moe_standin_captures_begun(void) { return begun; }
+uint64_t moe_standin_replays(void) { return replayed; }
+
+static int contains(const uintptr_t *list, size_t count, const void *item)
+{
+    for (size_t i = 0; i < count; i++)
+        if (list[i] == (uintptr_t)item)
+            return 1;
+    return 0;
+}
+
+int moe_standin_is_captured(aclrtStream stream) { return current && contains(streams, stream_count, stream); }
+
+/* What runtime.c asks first in every call that waits for the device, or allocates. */
+int moe_standin_forbidden(const char *function, int relaxed_allows)
+{
+    if (!current || invalid || (relaxed_allows && thread_mode == ACL_MODEL_RI_CAPTURE_MODE_RELAXED))
+        return current && invalid && !relaxed_allows ? moe_standin_refused(function, "the capture is invalid") : 0;
+    if (relaxed_allows && mode == ACL_MODEL_RI_CAPTURE_MODE_RELAXED)
+        return 0;
+    invalid = 1;
+    if (hooks.forbidden)
+        hooks.forbidden(function);
+    return moe_standin_refused(function, "forbidden while an NPU graph is captured: CaptureError");
+}
+
+/* Python found an error of its own: the capture cannot be used. */
+void moe_standin_invalidate(void) { invalid = 1; }
+
+aclError aclmdlRICaptureBegin(aclrtStream stream, aclmdlRICaptureMode how)
+{
+    begun++;
+    if (!hooks.begin)
+        return moe_standin_unsupported("aclmdlRICaptureBegin (call moe_lowering.simulator.enable_device() first)");
+    if (current)
+        return moe_standin_refused("aclmdlRICaptureBegin", "another capture is under way");
+    current = ++models;
+    mode = how;
+    invalid = 0;
+    stream_count = event_count = 0;
+    streams[stream_count++] = (uintptr_t)stream;
+    return hooks.begin(current, (uintptr_t)stream);
+}
+
+aclError aclmdlRICaptureEnd(aclrtStream stream, aclmdlRI *model)
+{
+    if (!current || streams[0] != (uintptr_t)stream)
+        return moe_standin_refused("aclmdlRICaptureEnd", "no capture began on this stream");
+    uint64_t done = current;
+    current = 0;
+    *model = (aclmdlRI)(uintptr_t)done;
+    return hooks.end(done);
+}
+
+aclError aclmdlRICaptureGetInfo(aclrtStream stream, aclmdlRICaptureStatus *status, aclmdlRI *model)
+{
+    int captured = moe_standin_is_captured(stream);
+    *status = captured ? ACL_MODEL_RI_CAPTURE_STATUS_ACTIVE : ACL_MODEL_RI_CAPTURE_STATUS_NONE;
+    *model = (aclmdlRI)(uintptr_t)(captured ? current : 0);
+    return ACL_SUCCESS;
+}
+
+aclError aclmdlRICaptureThreadExchangeMode(aclmdlRICaptureMode *how)
+{
+    int before = thread_mode;
+    thread_mode = *how;
+    *how = before;
+    return ACL_SUCCESS;
+}
+
+aclError aclmdlRIExecuteAsync(aclmdlRI model, aclrtStream stream)
+{
+    if (moe_standin_is_captured(stream))
+        return moe_standin_refused("aclmdlRIExecuteAsync", "a graph cannot be replayed inside a capture here");
+    replayed++;
+    return hooks.execute((uint64_t)(uintptr_t)model, (uintptr_t)stream);
+}
+
+aclError aclmdlRIDestroy(aclmdlRI model)
+{
+    hooks.destroy((uint64_t)(uintptr_t)model);
+    return ACL_SUCCESS;
+}
+
+aclError aclmdlRIGetId(aclmdlRI model, uint32_t *id)
+{
+    *id = (uint32_t)(uintptr_t)model;
+    return ACL_SUCCESS;
+}
+
+/* Events order streams; only inside a capture does that have an effect, since all else has finished when it returns. */
+
+aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream)
+{
+    size_t at = 0;
+    while (at < event_count && events[at] != (uintptr_t)event)
+        at++;
+    if (!moe_standin_is_captured(stream)) {
+        if (at < event_count)
+            events[at] = events[--event_count];
+        return ACL_SUCCESS;
+    }
+    if (at == EVENTS)
+        return moe_standin_refused("aclrtRecordEvent", "more events in one capture than this stand-in keeps");
+    if (at == event_count)
+        events[event_count++] = (uintptr_t)event;
+    hooks.record((uintptr_t)event, (uintptr_t)stream);
+    return ACL_SUCCESS;
+}
+
+aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event)
+{
+    if (!current || !contains(events, event_count, event))
+        return ACL_SUCCESS; /* recorded outside of the capture: complete */
+    if (!moe_standin_is_captured(stream)) {
+        if (stream_count == STREAMS)
+            return moe_standin_refused("aclrtStreamWaitEvent", "more streams in one capture than this stand-in keeps");
+        streams[stream_count++] = (uintptr_t)stream;
+    }
+    hooks.wait((uintptr_t)stream, (uintptr_t)event);
+    return ACL_SUCCESS;
+}
+
+/* Cores that a stream may use: kept, so that npugraph_ex can compare them, and without effect. 24 cubes and 48 vectors
+ * are what one die of A3 has. */
+
+static struct { uintptr_t stream; uint32_t cores[2]; } limits[STREAMS];
+static size_t limit_count;
+static const uint32_t ALL_CORES[2] = {24, 48};
+
+aclError aclrtGetStreamResLimit(aclrtStream stream, aclrtDevResLimitType type, uint32_t *value)
+{
+    *value = ALL_CORES[type == ACL_RT_DEV_RES_VECTOR_CORE];
+    for (size_t i = 0; i < limit_count; i++)
+        if (limits[i].stream == (uintptr_t)stream)
+            *value = limits[i].cores[type == ACL_RT_DEV_RES_VECTOR_CORE];
+    return ACL_SUCCESS;
+}
+
+aclError aclrtSetStreamResLimit(aclrtStream stream, aclrtDevResLimitType type, uint32_t value)
+{
+    size_t at = 0;
+    while (at < limit_count && limits[at].stream != (uintptr_t)stream)
+        at++;
+    if (at == STREAMS)
+        return moe_standin_refused("aclrtSetStreamResLimit", "more streams with limits than this stand-in keeps");
+    if (at == limit_count) {
+        limits[limit_count].stream = (uintptr_t)stream;
+        memcpy(limits[limit_count++].cores, ALL_CORES, sizeof ALL_CORES);
+    }
+    limits[at].cores[type == ACL_RT_DEV_RES_VECTOR_CORE] = value;
+    return ACL_SUCCESS;
+}
+
+aclError aclrtResetStreamResLimit(aclrtStream stream)
+{
+    for (size_t i = 0; i < limit_count; i++)
+        if (limits[i].stream == (uintptr_t)stream)
+            limits[i] = limits[--limit_count];
+    return ACL_SUCCESS;
+}
+
+aclError aclrtUseStreamResInCurrentThread(aclrtStream stream) { return ACL_SUCCESS; }
+aclError aclrtUnuseStreamResInCurrentThread(aclrtStream stream) { return ACL_SUCCESS; }
+
+aclError aclrtGetResInCurrentThread(aclrtDevResLimitType type, uint32_t *value)
+{
+    *value = ALL_CORES[type == ACL_RT_DEV_RES_VECTOR_CORE];
+    return ACL_SUCCESS;
+}

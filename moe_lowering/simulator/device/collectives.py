@@ -1,0 +1,187 @@
+"""torch.distributed's collectives (``c10d::``) on device "npu": over gloo now, or on the tape and at every replay.
+
+Data moves as bytes, so that every dtype can. Reductions add in rank order, 16-bit floats in float32 and rounded once:
+the result is the same bits on every rank. HCCL promises neither order nor rounding. A collective has finished when it
+returns, so every ``Work`` is a finished one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import FakeWork
+from torch.distributed import ProcessGroup, ReduceOp
+
+from moe_lowering.simulator.device import capturing
+from moe_lowering.simulator.device.hccl import SimulatedHccl
+from moe_lowering.simulator.device.kernels import Kernel
+from moe_lowering.simulator.device.memory import host_alias
+from moe_lowering.simulator.standins import SimulatorError
+
+_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+_REDUCE: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {
+    ReduceOp.SUM: lambda parts: _added(parts),
+    ReduceOp.AVG: lambda parts: _added(parts) / len(parts),
+    ReduceOp.MAX: lambda parts: parts.amax(0),
+    ReduceOp.MIN: lambda parts: parts.amin(0),
+    ReduceOp.PRODUCT: lambda parts: parts.prod(0),
+}
+
+
+def _added(parts: torch.Tensor) -> torch.Tensor:
+    return functools.reduce(torch.add, parts.unbind(0))
+
+
+def _launch(name: str, group: Any, run: Callable[[Any], object]) -> Any:
+    """Run a collective on the group's backend, now or at replay; a finished Work."""
+    backend = ProcessGroup.unbox(group)._get_backend(torch.device("npu"))
+    if not isinstance(backend, SimulatedHccl):
+        raise SimulatorError(f"c10d::{name}: the group's backend for device npu is {type(backend).__name__}, not hccl")
+    if capturing.current(f"c10d::{name}") is None:
+        run(backend)
+    else:
+        capturing.record(f"c10d::{name}", lambda: run(backend))
+    return FakeWork().boxed()
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _gathered(backend: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor of every rank, of one shape, as [ranks, ...]."""
+    mine = _bytes(tensor)
+    everyone = torch.empty((backend.size(), mine.numel()), dtype=torch.uint8)
+    backend.allgather([list(everyone.unbind(0))], [mine]).wait()
+    return everyone.view(-1).view(tensor.dtype).reshape(backend.size(), *tensor.shape)
+
+
+def _swapped(backend: Any, tensor: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+    """All-to-all of rows, ``send[r]`` to rank r; [sum(receive), ...] by source rank."""
+    row = tensor[:1].numel() if len(tensor) else tensor[0:0].new_empty(tensor.shape[1:]).numel()
+    width = row * tensor.element_size()
+    arrived = torch.empty(sum(receive) * width, dtype=torch.uint8)
+    sizes = [n * width for n in receive], [n * width for n in send]
+    backend.alltoall_base(arrived, _bytes(tensor), *sizes).wait()
+    return arrived.view(tensor.dtype).reshape(sum(receive), *tensor.shape[1:])
+
+
+def _reduced(parts: torch.Tensor, reduce_op: Any) -> torch.Tensor:
+    kind = reduce_op.op()
+    for known, function in _REDUCE.items():
+        if kind == known:
+            return function(parts.to(_WIDE.get(parts.dtype, parts.dtype))).to(parts.dtype)
+    raise SimulatorError(f"a reduction by {kind} is not simulated")
+
+
+def allgather_base(output: torch.Tensor, input: torch.Tensor, group: Any, *_: Any) -> Any:
+    out, mine = host_alias(output), host_alias(input)
+    work = _launch("_allgather_base_", group, lambda b: _put(out, _gathered(b, mine)))
+    return output, work
+
+
+def _put(out: torch.Tensor, value: torch.Tensor) -> None:
+    out.copy_(value.reshape(out.shape))
+
+
+def allgather(outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], group: Any, *_: Any) -> Any:
+    outs, mine = [host_alias(t) for t in _only(outputs)], host_alias(_only(inputs))
+
+    def run(backend: Any) -> None:
+        for out, value in zip(outs, _gathered(backend, mine), strict=True):
+            _put(out, value)
+
+    return outputs, _launch("allgather_", group, run)
+
+
+def allreduce(tensors: list[torch.Tensor], group: Any, reduce_op: Any, *_: Any) -> Any:
+    alias = host_alias(_only(tensors))
+    work = _launch("allreduce_", group, lambda b: _put(alias, _reduced(_gathered(b, alias), reduce_op)))
+    return tensors, work
+
+
+def reduce_scatter_base(output: torch.Tensor, input: torch.Tensor, group: Any, reduce_op: Any, *_: Any) -> Any:
+    out, mine = host_alias(output), host_alias(input)
+
+    def run(backend: Any) -> None:
+        ranks = backend.size()
+        parts = _swapped(backend, mine.reshape(ranks, *out.shape), [1] * ranks, [1] * ranks)
+        _put(out, _reduced(parts, reduce_op))
+
+    return output, _launch("_reduce_scatter_base_", group, run)
+
+
+def alltoall_base(
+    output: torch.Tensor, input: torch.Tensor, group: Any, receive: list[int], send: list[int], *_: Any
+) -> Any:
+    out, mine = host_alias(output), host_alias(input)
+
+    def run(backend: Any) -> None:
+        sizes = [_sizes(t, given, backend.size()) for t, given in ((mine, send), (out, receive))]
+        _put(out, _swapped(backend, mine, *sizes))
+
+    return _launch("alltoall_base_", group, run)
+
+
+def _sizes(tensor: torch.Tensor, given: list[int], ranks: int) -> list[int]:
+    if given:
+        if sum(given) != len(tensor):
+            raise SimulatorError(f"c10d::alltoall_base_: split sizes {given} for {len(tensor)} rows")
+        return list(given)
+    if len(tensor) % ranks:
+        raise SimulatorError(f"c10d::alltoall_base_: {len(tensor)} rows are not divisible by {ranks} ranks")
+    return [len(tensor) // ranks] * ranks
+
+
+def broadcast(tensors: list[torch.Tensor], group: Any, root_rank: int, root_tensor: int, *_: Any) -> Any:
+    alias = host_alias(_only(tensors))
+    return tensors, _launch("broadcast_", group, lambda b: _put(alias, _gathered(b, alias)[root_rank]))
+
+
+def barrier(tensor: torch.Tensor, group: Any, *_: Any) -> Any:
+    if capturing.is_capturing():
+        raise capturing.refuse("c10d::barrier", "waits on the host")
+    return _launch("barrier", group, lambda b: b.barrier().wait())
+
+
+def allgather_coalesced(outputs: list[torch.Tensor], inputs: list[torch.Tensor], group: Any, *_: Any) -> Any:
+    return [allgather_base(o, i, group)[1] for o, i in zip(outputs, inputs, strict=True)][-1]
+
+
+def reduce_scatter_coalesced(
+    outputs: list[torch.Tensor], inputs: list[torch.Tensor], group: Any, reduce_op: Any, *_: Any
+) -> Any:
+    return [reduce_scatter_base(o, i, group, reduce_op)[1] for o, i in zip(outputs, inputs, strict=True)][-1]
+
+
+def _not_simulated(name: str) -> Kernel:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise SimulatorError(f"c10d::{name} is not simulated on device npu; simulated: {', '.join(KERNELS)}")
+
+    return call
+
+
+def _only(values: list[Any]) -> Any:
+    (value,) = values  # more than one device per process is not torch_npu's either
+    return value
+
+
+KERNELS: dict[str, Kernel] = {
+    "_allgather_base_": allgather_base,
+    "allgather_": allgather,
+    "allgather_into_tensor_coalesced_": allgather_coalesced,
+    "allreduce_": allreduce,
+    "_reduce_scatter_base_": reduce_scatter_base,
+    "reduce_scatter_tensor_coalesced_": reduce_scatter_coalesced,
+    "alltoall_base_": alltoall_base,
+    "broadcast_": broadcast,
+    "barrier": barrier,
+}
+
+
+def kernels(registered: list[str]) -> dict[str, Kernel]:
+    """A kernel for every ``c10d::`` operator that has one for device npu: these, or one that says what is missing."""
+    return {name: KERNELS.get(name) or _not_simulated(name) for name in registered}

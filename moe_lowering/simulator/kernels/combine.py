@@ -1,0 +1,173 @@
+"""npu_moe_distribute_combine_v2 over a torch.distributed process group.
+
+Meaning: aclnnMoeDistributeCombineV2 and op-plugin's documentation and reference; facts in cann_ops.md §2.3. Quantised
+communication: the device code of ops-transformer (moe_distribute_combine_v2.h, Int8QuantProcess) has one scale for eight
+values, max / 127, which travels in the dtype of the rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moe_lowering.simulator.kernels.common import current_soc, undefined
+from moe_lowering.simulator.kernels.distribute_call import AT_RETURN, COMBINE, Call, begin
+from moe_lowering.simulator.kernels.exchange import agree, exchange_counts, exchange_rows
+
+TRIPLE = 3  # int32 values per row in assist_info: source rank, token, k
+INT8_BLOCKS = 2  # comm_quant_mode
+BLOCK = 8  # values that share a scale
+INT8_MAX = 127.0
+
+
+def _returned_rows(
+    call_facts: tuple[int, int, int], counts: torch.Tensor, assist: torch.Tensor, rows: int
+) -> tuple[torch.Tensor, str]:
+    """The triples [n, 3] int64 of the rows that this rank received, and what is wrong with them ("" when nothing)."""
+    ep_size, local_experts, top_k = call_facts
+    ends = counts[: ep_size * local_experts].long()
+    sizes = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.int64))
+    if bool((sizes < 0).any()) or int(ends[-1]) > rows:
+        return torch.empty(0, TRIPLE, dtype=torch.int64), (
+            f"{COMBINE}: ep_send_counts is {ends.tolist()}; accepted: prefix sums that never decrease, up to {rows}"
+        )
+    triples = assist[: TRIPLE * int(ends[-1])].reshape(-1, TRIPLE).long()
+    source = torch.arange(ep_size).repeat(local_experts).repeat_interleave(sizes)
+    legal = (triples[:, 0] == source) & (triples[:, 1] >= 0) & (triples[:, 2] >= 0) & (triples[:, 2] < top_k)
+    if not bool(legal.all()):
+        row = int(torch.nonzero(~legal)[0])
+        return triples, (
+            f"{COMBINE}: assist_info_for_combine of row {row} is {triples[row].tolist()}; accepted: (source rank "
+            f"{int(source[row])}, token, k), as dispatch returned it together with ep_send_counts"
+        )
+    return triples, ""
+
+
+def _arrived(call: Call, triples: torch.Tensor, sender: torch.Tensor) -> str:
+    """What is wrong with the rows that came back ("" when nothing): each (token, k) once, from its expert's rank."""
+    token, k = triples[:, 1], triples[:, 2]
+    if bool((token >= len(call.ids)).any()):
+        return f"{COMBINE}: token {int(token.max())} came back; accepted: the {len(call.ids)} tokens that were sent"
+    seen = torch.bincount(token * call.top_k + k, minlength=call.ids.numel())
+    wrong = torch.nonzero(seen != call.sent.reshape(-1).long()).flatten()
+    if len(wrong):
+        slot = int(wrong[0])
+        accepted = "once" if bool(call.sent.reshape(-1)[slot]) else "never, it is masked"
+        return (
+            f"{COMBINE}: token {slot // call.top_k}, k {slot % call.top_k} came back {int(seen[slot])} times; "
+            f"accepted: {accepted} (assist_info_for_combine, ep_send_counts, expert_ids and mask of one dispatch)"
+        )
+    owner = call.ids[token, k].long() // call.local_experts
+    if bool((owner != sender).any()):
+        row = int(torch.nonzero(owner != sender)[0])
+        return (
+            f"{COMBINE}: token {int(token[row])}, k {int(k[row])} came back from rank {int(sender[row])}; accepted: "
+            f"rank {int(owner[row])}, which holds its expert (expert_ids differ from those of dispatch?)"
+        )
+    return ""
+
+
+def _weighed(places: torch.Tensor, carried: torch.Tensor, weights: torch.Tensor) -> str:
+    """What is wrong with the weights that dispatch sent along: hierarchical sums use them instead of expert_scales."""
+    own = weights[places[:, 1], places[:, 2]]
+    differ = torch.nonzero(carried != own).flatten()
+    if not len(differ):
+        return ""
+    row = int(differ[0])
+    return (
+        f"{COMBINE}: expand_scales of token {int(places[row, 1])}, k {int(places[row, 2])} is {carried[row].item():g}; "
+        f"accepted: its expert_scales, {own[row].item():g} (dispatch and combine take the same)"
+    )
+
+
+def _through_int8(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [n, H] as they arrive when they travel as int8 with one scale for eight values, in their own dtype."""
+    hidden = rows.shape[1]
+    blocks = torch.nn.functional.pad(rows.float(), (0, -hidden % BLOCK)).reshape(len(rows), -1, BLOCK)
+    scale = blocks.abs().amax(-1, keepdim=True) / INT8_MAX
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
+    values = torch.round((blocks / divisor).half().float())
+    return (values * scale.to(rows.dtype).float()).to(rows.dtype).flatten(1)[:, :hidden]
+
+
+def _refusal(
+    comm_quant_mode: int, comm_alg: str, needs_weights: bool, expand_scales: torch.Tensor | None, n: int
+) -> str:
+    simulated = comm_quant_mode == 0 or (
+        comm_quant_mode == INT8_BLOCKS and current_soc() == "A3" and comm_alg != "hierarchy"
+    )
+    if not simulated:
+        return (
+            f"{COMBINE}: comm_quant_mode is {comm_quant_mode} on {current_soc()} with comm_alg {comm_alg!r}; the CPU kernel "
+            "computes only: 0, or 2 on A3 without hierarchy"
+        )
+    if needs_weights and expand_scales is not None and expand_scales.numel() < n:
+        return f"{COMBINE}: expand_scales has {expand_scales.numel()} values; accepted: one for each of the {n} rows received"
+    return ""
+
+
+def combine_v2(
+    refusal: str,
+    expand_x: torch.Tensor,
+    assist_info_for_combine: torch.Tensor,
+    ep_send_counts: torch.Tensor,
+    expert_scales: torch.Tensor,
+    shared_expert_x: torch.Tensor | None,
+    expand_scales: torch.Tensor | None,
+    comm_quant_mode: int,
+    **others: Any,
+) -> torch.Tensor:
+    """rows [A, H] of the experts -> y [T, H]: sum over k of expert_scales[t, k] * row, plus shared_expert_x[t].
+
+    Float32, k ascending, shared expert last with weight 1, rounded once. Masked (token, k) pairs are left out; a token
+    that has no other is undefined. Rows are sent where ``assist_info_for_combine`` and ``ep_send_counts`` say; those of
+    another dispatch are refused where they cannot be right. expand_scales (A2, hierarchy) must be expert_scales as
+    dispatch got them. comm_quant_mode 2: rows travel as int8.
+    """
+    ep_size, experts, ids = others["ep_world_size"], others["moe_expert_num"], others["expert_ids"]
+    triples = torch.empty(0, TRIPLE, dtype=torch.int64)
+    if not refusal:
+        sizes = ep_size, experts // ep_size, ids.shape[1]
+        triples, refusal = _returned_rows(sizes, ep_send_counts, assist_info_for_combine, len(expand_x))
+    weighs = current_soc() == "A2" or others["comm_alg"] == "hierarchy"
+    refusal = refusal or _refusal(comm_quant_mode, others["comm_alg"], weighs, expand_scales, len(triples))
+    call = begin(COMBINE, refusal, others, expand_x, {"comm_quant_mode": comm_quant_mode})
+
+    back = torch.sort(triples[:, 0], stable=True).indices
+    send = torch.bincount(triples[:, 0], minlength=ep_size).reshape(-1, 1)
+    received = exchange_counts(send, call.group).flatten()
+    sent_rows = expand_x[: len(triples)][back]
+    if comm_quant_mode == INT8_BLOCKS:
+        sent_rows = _through_int8(sent_rows)
+    carried = torch.zeros(len(back), 1)
+    if weighs and expand_scales is not None:
+        carried = expand_scales[: len(triples)][back].unsqueeze(1)
+    columns = [sent_rows, triples[back].to(torch.int32), carried]
+    rows, places, carried = exchange_rows(columns, send.flatten().tolist(), received.tolist(), call.group)
+    places = places.long()
+    wrong = _arrived(call, places, torch.arange(ep_size).repeat_interleave(received))
+    wrong = wrong or (_weighed(places, carried.flatten(), expert_scales) if weighs else "")
+    agree(COMBINE, call.group, AT_RETURN, wrong, {})
+
+    shared = None if shared_expert_x is None else shared_expert_x.reshape(len(ids), -1)
+    return _summed(call, rows, places, expert_scales, shared)
+
+
+def _summed(
+    call: Call, rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor | None
+) -> torch.Tensor:
+    """y [T, H] from the rows that came back and their (source rank, token, k)."""
+    hidden = rows.shape[1]
+    table = torch.zeros(len(call.ids), call.top_k, hidden, dtype=rows.dtype)
+    table[places[:, 1], places[:, 2]] = rows
+    total = torch.zeros(len(call.ids), hidden)
+    for k in range(call.top_k):
+        term = weights[:, k : k + 1] * table[:, k].float()
+        total += torch.where(call.sent[:, k : k + 1], term, 0.0)
+    if shared is not None:
+        total += shared.float()
+    y = undefined(total.shape, rows.dtype)
+    active = call.sent.any(1)
+    y[active] = total[active].to(rows.dtype)
+    return y

@@ -1,0 +1,127 @@
+"""What npu_moe_distribute_dispatch_v2 and npu_moe_distribute_combine_v2 of one rank have in common.
+
+Expert g lives on rank g // E_local. ``group_ep`` is the name of a process group here, and that of an HCCL communicator on a
+device. A mask of one axis says which tokens take part (the first ones), one of two axes which (token, k) pairs do; a token
+without any pair takes no part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from moe_lowering.simulator.kernels.common import undefined
+from moe_lowering.simulator.kernels.exchange import GroupLike, agree, resolve
+
+DISPATCH, COMBINE = "npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2"
+AT_DISPATCH, AT_COMBINE, AT_RETURN = 0, 1, 2  # stages of ``agree``
+ALGORITHMS = ("", "fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy")  # comm_alg
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What dispatch and combine of one rank have in common, checked."""
+
+    operator: str
+    group: GroupLike
+    rank: int
+    ep_size: int
+    experts: int
+    ids: torch.Tensor  # [T, K] int32
+    sent: torch.Tensor  # [T, K] bool: not masked
+    max_rows: int  # A: rows that dispatch allocates
+
+    @property
+    def local_experts(self) -> int:
+        return self.experts // self.ep_size
+
+    @property
+    def top_k(self) -> int:
+        return self.ids.shape[1]
+
+
+def _sent(mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
+    """Which (token, k) pairs are not masked: bool [T, K]."""
+    if mask is None:
+        return torch.ones(ids.shape, dtype=torch.bool)
+    return mask if mask.dim() == 2 else mask.unsqueeze(1).expand(ids.shape)
+
+
+def _value_refusal(operator: str, a: dict[str, Any]) -> str:
+    """What the values of ids and mask break, and the documented forms that are not computed here; "" when nothing."""
+    mask, ids = a["x_active_mask"], a["expert_ids"]
+    unsupported = {"zero_expert_num": 0, "copy_expert_num": 0, "const_expert_num": 0, "performance_info": None}
+    for argument, accepted in unsupported.items():
+        if a[argument] != accepted:
+            return f"{operator}: {argument} is given; the CPU kernel computes only: {accepted}"
+    if mask is not None and mask.dim() == 2 and mask.shape != ids.shape:
+        return f"{operator}: x_active_mask is {tuple(mask.shape)}; accepted: {tuple(ids.shape)} (as expert_ids), or 1-D"
+    if mask is not None and mask.dim() == 1 and bool((mask[1:] & ~mask[:-1]).any()):
+        return f"{operator}: x_active_mask is {mask.tolist()}; accepted: all True before the first False"
+    sent = _sent(mask, ids)
+    given = ids[sent]
+    if given.numel() and (int(given.min()) < 0 or int(given.max()) >= a["moe_expert_num"]):
+        bounds = f"{int(given.min())} to {int(given.max())}"
+        return f"{operator}: expert_ids is {bounds}; accepted: 0 to moe_expert_num - 1 = {a['moe_expert_num'] - 1}"
+    # a masked pair stands for an expert of its own, which no other pair has
+    ordered = torch.where(sent, ids.long(), -1 - torch.arange(ids.shape[1])).sort(-1).values
+    repeated = torch.nonzero((ordered[:, 1:] == ordered[:, :-1]).any(-1)).flatten()
+    if len(repeated):
+        row = int(repeated[0])
+        return f"{operator}: expert_ids of token {row} is {ids[row].tolist()}; accepted: no expert twice for one token"
+    return ""
+
+
+def begin(operator: str, refusal: str, a: dict[str, Any], x: torch.Tensor, facts: dict[str, int]) -> Call:
+    """Check this rank's values, agree with the others, and return what the call is about.
+
+    Raises:
+        ValueError: on every rank when one refuses; the ranks' arguments differ; or T differs while global_bs is 0.
+    """
+    refusal = refusal or _value_refusal(operator, a)
+    group, wrong = resolve(operator, a["group_ep"], a["ep_world_size"], a["ep_rank_id"])
+    if group is None:
+        raise ValueError("; ".join(text for text in (refusal, wrong) if text))
+    ids, global_bs, ep_size = a["expert_ids"], a["global_bs"], a["ep_world_size"]
+    everyone = agree(
+        operator,
+        group,
+        AT_DISPATCH if operator == DISPATCH else AT_COMBINE,
+        refusal or wrong,
+        {
+            "own_tokens": len(ids),
+            "hidden": x.shape[-1],
+            "bytes per element of x": x.element_size(),
+            "top_k": ids.shape[-1],
+            "moe_expert_num": a["moe_expert_num"],
+            "global_bs": global_bs,
+            "comm_alg (0 is the empty one)": ALGORITHMS.index(a["comm_alg"]) if a["comm_alg"] in ALGORITHMS else -1,
+            **facts,
+        },
+    )
+    tokens = [row["own_tokens"] for row in everyone]
+    if global_bs == 0 and len(set(tokens)) > 1:
+        raise ValueError(
+            f"{operator}: tokens of the ranks are {tokens} while global_bs is 0; accepted: the same on all ranks, or "
+            "global_bs = largest * ep_world_size"
+        )
+    local_experts = a["moe_expert_num"] // ep_size
+    return Call(
+        operator=operator,
+        group=group,
+        rank=a["ep_rank_id"],
+        ep_size=ep_size,
+        experts=a["moe_expert_num"],
+        ids=ids,
+        sent=_sent(a["x_active_mask"], ids),
+        max_rows=(global_bs or len(ids) * ep_size) * min(local_experts, ids.shape[1]),
+    )
+
+
+def filled(size: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
+    """``values`` at the front of an otherwise undefined tensor."""
+    out = undefined(size, values.dtype)
+    out[: len(values)] = values
+    return out
