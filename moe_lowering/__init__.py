@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from moe_lowering.agreement import AgreementError, check_agreement
     from moe_lowering.backends.aot import lowering_backend
     from moe_lowering.backends.npugraph_ex import npugraph_ex_options
+    from moe_lowering.backends.torchair import torchair_config
     from moe_lowering.deployment import Deployment
     from moe_lowering.functional import moe_experts, route
     from moe_lowering.layers import MoE, shard_experts
     from moe_lowering.passes.pipeline import LoweringError, MoeLowering
+    from moe_lowering.quantisation import quantise_experts
 
 _HOME = {
     "AgreementError": "agreement",
@@ -32,8 +34,10 @@ _HOME = {
     "lowering_backend": "backends.aot",
     "moe_experts": "functional",
     "npugraph_ex_options": "backends.npugraph_ex",
+    "quantise_experts": "quantisation",
     "route": "functional",
     "shard_experts": "layers",
+    "torchair_config": "backends.torchair",
 }
 
 __all__ = [
@@ -46,8 +50,10 @@ __all__ = [
     "lowering_backend",
     "moe_experts",
     "npugraph_ex_options",
+    "quantise_experts",
     "route",
     "shard_experts",
+    "torchair_config",
 ]
 
 

@@ -11,6 +11,8 @@ from typing import Any
 SOCS = ("A2", "A3", "A5", "310P")
 WEIGHT_FORMATS = ("nd", "nz")
 GUARDS = ("allow", "forbid")
+FUSED_MODES = (1, 2)
+MODES = ("npugraph_ex", "ge")
 # Libraries that bring fused operators.
 PROVIDERS = ("vllm_ascend", "cann_ops_transformer", "sgl_kernel_npu")
 
@@ -42,6 +44,14 @@ class Deployment:
         max_rows: cap on the rows one rank receives; 0 for the bound that shapes alone imply.
         max_output_size: rows that the fused operators may process on one rank; 0 for the proven receive bound.
         hccl_buffer_mb: ``HCCL_BUFFSIZE`` in MB (CANN's default is 200).
+        capture: whether the compiled graph is captured (npugraph_ex without ``force_eager``): then nothing may need a
+            size on the host. False allows the exact-split AllToAll.
+        mode: which compiler runs the graph: ``npugraph_ex``, or ``ge`` (torchair's GE mode), for which only operators with
+            a GE converter are emitted.
+        fused_mode: which fused operators FusedMC2 may use: 1 (``dispatch_ffn_combine`` or ``mega_moe``) or 2
+            (``dispatch_gmm_combine_decode``), as vllm-ascend's VLLM_ASCEND_ENABLE_FUSED_MC2.
+        mask_is_prefix: promise that every token mask is True for the first n tokens and False after them, as padding is.
+        mc2_hierarchy: MC2 in two levels, within and between nodes (``comm_alg="hierarchy"``).
         weight_format: memory format of the expert weights on the device, ``nd`` or ``nz`` (FRACTAL_NZ).
         cann: CANN version, e.g. ``9.1.0`` or ``8.2.RC1``; "" when unknown: rules for certain versions then apply.
         torch_npu: version of torch_npu, with the same meaning.
@@ -66,6 +76,11 @@ class Deployment:
     max_rows: int = 0
     max_output_size: int = 0
     hccl_buffer_mb: int = 200
+    capture: bool = True
+    mode: str = "npugraph_ex"
+    fused_mode: int = 1
+    mask_is_prefix: bool = False
+    mc2_hierarchy: bool = False
     weight_format: str = "nd"
     cann: str = ""
     torch_npu: str = ""
@@ -76,6 +91,13 @@ class Deployment:
         _one_of("soc", self.soc, SOCS)
         _one_of("weight_format", self.weight_format, WEIGHT_FORMATS)
         _one_of("guards", self.guards, GUARDS)
+        _one_of("mode", self.mode, MODES)
+        _flags(self)
+        if self.fused_mode not in FUSED_MODES:
+            raise ValueError(
+                f"Deployment: fused_mode is {self.fused_mode!r}; accepted: 1 (dispatch_ffn_combine, mega_moe), "
+                "2 (dispatch_gmm_combine_decode)"
+            )
         _providers(self.providers)
         for name in ("cann", "torch_npu"):
             _version(name, getattr(self, name), optional=True)
@@ -139,6 +161,10 @@ class Deployment:
         """The fields that must agree on every rank, by name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in RANK_FIELDS}
 
+    def all_fields(self) -> dict[str, Any]:
+        """Every field by name, a rank's own among them."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
     def digest(self) -> str:
         """SHA-256 (hex) of the rank-invariant fields."""
         return hashlib.sha256(json.dumps(self.invariant_fields(), sort_keys=True).encode()).hexdigest()
@@ -159,6 +185,13 @@ def _integers(deployment: Deployment) -> None:
         value = getattr(deployment, field.name)
         if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
             raise ValueError(f"Deployment: {field.name} is {value!r}; accepted: an int")
+
+
+def _flags(deployment: Deployment) -> None:
+    for field in dataclasses.fields(deployment):
+        value = getattr(deployment, field.name)
+        if field.type == "bool" and not isinstance(value, bool):
+            raise ValueError(f"Deployment: {field.name} is {value!r}; accepted: True or False")
 
 
 def _providers(providers: Any) -> None:

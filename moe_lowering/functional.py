@@ -1,4 +1,4 @@
-"""How a model is written with the generic operators: two functions that trace to ``torch.ops.moe_lowering.*``.
+"""How a model is written with the generic operators: functions that trace to ``torch.ops.moe_lowering.*``.
 
 Float arguments default to None: with ``dynamic=True`` dynamo turns a float default, like a float attribute, into an
 input of the graph, finds that an operator wants it as a constant, and calls the backend a second time.
@@ -6,19 +6,30 @@ input of the graph, finds that an operator wants it as a constant, and calls the
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from moe_lowering import custom_ops as _custom_ops  # registers the operators
 from moe_lowering.deployment import Deployment
 
-__all__ = ["moe_experts", "route"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["check_expert_map", "moe_experts", "route"]
 
 _ops = torch.ops.moe_lowering
 _SINGLE_RANK = Deployment()
 assert _custom_ops
+
+_Weights = Tensor | Sequence[Tensor]
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+_COUNTS = 1  # Ascend's group_list_type: rows of each expert, not prefix sums
+_PACKED = ("w4a8", "w4a16")
 
 
 def route(
@@ -54,66 +65,245 @@ def route(
     return _ops.route.default(logits, bias, top_k, scoring, renormalize, num_groups, topk_groups, group_score, factor)
 
 
+class _Options(TypedDict, total=False):
+    """The keyword arguments of ``moe_experts``, for its two result types."""
+
+    num_experts: int | None
+    w13_bias: _Weights | None
+    w2_bias: _Weights | None
+    activation: str
+    limit: float | None
+    alpha: float | None
+    interleaved: bool
+    mask: Tensor | None
+    deployment: Deployment | None
+    quantisation: str
+    w13_scale: _Weights | None
+    w2_scale: _Weights | None
+    w13_offset: _Weights | None
+    w2_offset: _Weights | None
+    w13_scale_bias: _Weights | None
+    w2_scale_bias: _Weights | None
+    pertoken_scale: Tensor | None
+    out_dtype: torch.dtype | None
+    need_trans: bool
+    apply_router_weight_on_input: bool
+    log2phy: Tensor | None
+    expert_map: Tensor | None
+
+
+@overload
 def moe_experts(
     x: Tensor,
     weights: Tensor,
     ids: Tensor,
-    w13: Tensor | Sequence[Tensor],
-    w2: Tensor | Sequence[Tensor],
+    w13: _Weights,
+    w2: _Weights,
+    *,
+    return_counts: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+
+
+@overload
+def moe_experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    w13: _Weights,
+    w2: _Weights,
+    *,
+    return_counts: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor, int]: ...
+
+
+def moe_experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    w13: _Weights,
+    w2: _Weights,
     *,
     num_experts: int | None = None,
-    w13_bias: Tensor | Sequence[Tensor] | None = None,
-    w2_bias: Tensor | Sequence[Tensor] | None = None,
+    w13_bias: _Weights | None = None,
+    w2_bias: _Weights | None = None,
     activation: str = "swiglu",
     limit: float | None = None,
     alpha: float | None = None,
     interleaved: bool = False,
     mask: Tensor | None = None,
     deployment: Deployment | None = None,
-) -> Tensor:
+    quantisation: str = "none",
+    w13_scale: _Weights | None = None,
+    w2_scale: _Weights | None = None,
+    w13_offset: _Weights | None = None,
+    w2_offset: _Weights | None = None,
+    w13_scale_bias: _Weights | None = None,
+    w2_scale_bias: _Weights | None = None,
+    pertoken_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    need_trans: bool = False,
+    apply_router_weight_on_input: bool = False,
+    log2phy: Tensor | None = None,
+    expert_map: Tensor | None = None,
+    return_counts: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, int]:
     """Send tokens to their experts, run the experts, and sum the weighted results: dispatch, grouped_mlp, combine.
 
     Args:
-        x: tokens [..., H], float32, float16 or bfloat16.
+        x: tokens [..., H], float32, float16 or bfloat16; or int8 with ``pertoken_scale``.
         weights, ids: [..., k]; cast to float32 and int32. Ids of one token are distinct.
         w13: gate and up projection of this rank's experts, [E_local, H, 2I] or E_local tensors [H, 2I].
         w2: down projection, [E_local, I, H] or E_local tensors [I, H].
-        num_experts: experts on all ranks; E_local * ep_size when None.
+        num_experts: experts on all ranks, redundant ones included; E_local * ep_size when None.
         w13_bias, w2_bias: [E_local, 2I] and [E_local, H], or lists.
         activation, limit, alpha, interleaved: see ``docs/architecture.md``. ``limit`` (none: 0 or None) is for
             ``swiglu_clamp`` and ``swiglu_oai``, ``alpha`` (1.702 when None) for ``swiglu_oai``; ``interleaved`` says
             that w13's columns alternate gate and up.
         mask: [...] bool; tokens with False are not sent, and their result is zero.
         deployment: groups and bounds; one rank when None.
+        quantisation: ``none``, ``w8a8``, ``w4a8`` or ``w4a16``. Weights are then int8, or int32 that hold eight int4 along
+            their last axis, with ``w13_scale`` [E_local, 2I] and ``w2_scale`` [E_local, H]; ``w4a16`` may have offsets of
+            the same shapes, ``w4a8`` scale biases. ``moe_lowering.quantisation`` makes them all.
+        pertoken_scale: [...] float32, the scales of int8 tokens. ``out_dtype`` is then the dtype of y.
+        need_trans: w13 is [E_local, 2I, H] and w2 [E_local, H, I]; not for packed int4.
+        apply_router_weight_on_input: multiply x by its weight before it is sent, instead of the expert's result. k is 1.
+        log2phy: [logical experts] int32 or int64: ``ids`` are logical, and expert i is the physical expert log2phy[i].
+        expert_map: see ``check_expert_map``, which is called with it. Under torch.compile that happens once, with the
+            first map.
+        return_counts: return (y, counts, 1): rows of each local expert, int64 [E_local], and Ascend's group_list_type
+            for counts.
 
     Returns:
-        y [..., H] of x's dtype, complete on every rank of the TP group.
+        y [..., H] of x's dtype (of ``out_dtype`` for int8), complete on every rank of the TP group.
 
     Raises:
         ValueError, TypeError: an argument out of range, with its value and what is accepted.
         RuntimeError: a rank receives more rows than ``deployment.max_rows`` (CPU only).
     """
     place = _SINGLE_RANK if deployment is None else deployment
-    w13, w2 = _as_list(w13), _as_list(w2)
+    _check_tokens(x, pertoken_scale, quantisation, out_dtype)
+    w13, w2 = (_matrices(name, w, need_trans, quantisation) for name, w in (("w13", w13), ("w2", w2)))
     if num_experts is None:
         local = w13[0].shape[0] if len(w13) == 1 and w13[0].dim() == 3 else len(w13)
         num_experts = local * place.ep_size
+    if expert_map is not None:  # index: a constant for dynamo also where E is a dynamic size of w13
+        _check_map(expert_map, operator.index(num_experts), place.ep_size, place.ep_rank)
     weights, ids = weights.to(torch.float32), ids.to(torch.int32)
+    if log2phy is not None:
+        ids = _physical(ids, log2phy)
+    if apply_router_weight_on_input:
+        x, pertoken_scale, weights = _weigh(x, pertoken_scale, weights)
     rows, row_scale, counts, handle = _ops.dispatch.default(
-        x, None, ids, mask, num_experts, place.ep_group, place.ep_size, place.tp_group, place.tp_size,
+        x, pertoken_scale, ids, mask, num_experts, place.ep_group, place.ep_size, place.tp_group, place.tp_size,
         place.token_bound, place.max_rows,
     )  # fmt: skip
+    lists = [w13_scale, w2_scale, w13_offset, w2_offset, w13_scale_bias, w2_scale_bias]
+    quantised = quantisation != "none" or any(tensors is not None for tensors in lists)
     rows = _ops.grouped_mlp.default(
         rows, row_scale, counts, w13, w2, _as_list(w13_bias), _as_list(w2_bias), activation,
         0.0 if limit is None else limit, 1.702 if alpha is None else alpha, interleaved,
+        *((quantisation, *(_as_list(t) or None for t in lists), out_dtype) if quantised else ()),
     )  # fmt: skip
-    return _ops.combine.default(
+    y = _ops.combine.default(
         rows, weights, ids, handle, mask, num_experts, place.ep_group, place.ep_size, place.tp_group, place.tp_size,
         place.token_bound,
     )  # fmt: skip
+    return (y, counts, _COUNTS) if return_counts else y
 
 
-def _as_list(tensors: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+def check_expert_map(expert_map: Tensor, num_experts: int, deployment: Deployment | None = None) -> None:
+    """Refuse every placement of experts but the one that the operators have: rank r holds a block of E_local experts.
+
+    Args:
+        expert_map: [num_experts], as vLLM has it: the index on this rank of each expert that is here, -1 for the others.
+            Of a fake or meta tensor only shape and dtype are looked at.
+        num_experts: experts on all ranks.
+
+    Raises:
+        ValueError: ``expert_map`` is not 0 to E_local - 1 for experts [ep_rank * E_local, (ep_rank + 1) * E_local).
+    """
+    place = _SINGLE_RANK if deployment is None else deployment
+    _check_map(expert_map, num_experts, place.ep_size, place.ep_rank)
+
+
+@torch.compiler.assume_constant_result  # dynamo then calls it with the real tensor, instead of tracing it
+def _check_map(expert_map: Tensor, num_experts: int, ep_size: int, ep_rank: int) -> bool:
+    if (
+        expert_map.dim() != 1
+        or expert_map.shape[0] != num_experts
+        or expert_map.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(
+            f"moe_experts: expert_map is {expert_map.dtype} of shape {list(expert_map.shape)}; accepted: int32 or int64 "
+            f"[{num_experts}], one for each expert of all ranks"
+        )
+    if expert_map.is_meta or isinstance(expert_map, FakeTensor):
+        return True
+    local = num_experts // ep_size
+    for expert, index in enumerate(expert_map.tolist()):
+        wanted = expert - ep_rank * local if expert // local == ep_rank else -1
+        if index != wanted:
+            raise ValueError(
+                f"moe_experts: expert_map has {index} for expert {expert} on EP rank {ep_rank}; accepted: {wanted}, as "
+                f"rank r holds experts r * {local} to (r + 1) * {local} - 1. Use log2phy to place experts otherwise"
+            )
+    return True
+
+
+def _check_tokens(x: Tensor, pertoken_scale: Tensor | None, quantisation: str, out_dtype: torch.dtype | None) -> None:
+    """What would otherwise be refused by an operator in words that the caller did not use."""
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"moe_experts: x is {x.dtype}; accepted: float32, float16, bfloat16, int8")
+    if (x.dtype == torch.int8) != (pertoken_scale is not None):
+        state = "None" if pertoken_scale is None else "given"
+        raise ValueError(
+            f"moe_experts: pertoken_scale is {state} for x of {x.dtype}; accepted: one for int8, None else"
+        )
+    if x.dtype == torch.int8 and quantisation not in ("w8a8", "w4a8"):
+        raise ValueError(f"moe_experts: x is int8 for quantisation {quantisation!r}; accepted: 'w8a8', 'w4a8'")
+    if x.dtype == torch.int8 and out_dtype is None:
+        raise ValueError("moe_experts: out_dtype is None for int8 x; accepted: float32, float16, bfloat16")
+    if x.dtype != torch.int8 and out_dtype not in (None, x.dtype):
+        raise ValueError(f"moe_experts: out_dtype is {out_dtype} for x of {x.dtype}; accepted: None or {x.dtype}")
+
+
+def _matrices(name: str, weights: _Weights, need_trans: bool, quantisation: str) -> list[Tensor]:
+    """Weights as a list, each [(E_local,) K, N]."""
+    if not need_trans:
+        return _as_list(weights)
+    if quantisation in _PACKED:
+        raise ValueError(
+            f"moe_experts: need_trans is True for {name} of {quantisation}; accepted: False, as packed int4 cannot be "
+            "transposed"
+        )
+    return [tensor.transpose(-2, -1) for tensor in _as_list(weights)]
+
+
+def _physical(ids: Tensor, log2phy: Tensor) -> Tensor:
+    """The physical experts of logical ``ids`` [..., k], int32. On CPU an id outside of log2phy is an IndexError."""
+    if log2phy.dim() != 1 or log2phy.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"moe_experts: log2phy is {log2phy.dtype} of shape {list(log2phy.shape)}; accepted: int32 or int64 "
+            "[logical experts]"
+        )
+    return log2phy.to(torch.int32).index_select(0, ids.reshape(-1)).reshape(ids.shape)
+
+
+def _weigh(x: Tensor, pertoken_scale: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x times its weight [..., 1] (int8: its scale times its weight), and weights of 1."""
+    if weights.shape[-1] != 1:
+        raise ValueError(
+            f"moe_experts: apply_router_weight_on_input is True for k = {weights.shape[-1]}; accepted: k = 1, as x is "
+            "sent once, with one weight"
+        )
+    if pertoken_scale is None:
+        return (x * weights).to(x.dtype), None, torch.ones_like(weights)
+    return x, pertoken_scale * weights.squeeze(-1), torch.ones_like(weights)
+
+
+def _as_list(tensors: _Weights | None) -> list[Tensor]:
     if tensors is None:
         return []
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)

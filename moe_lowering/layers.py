@@ -27,11 +27,18 @@ class MoE(nn.Module):
             can be cut later with ``shard_experts``.
 
     Parameters, none of which asks for a gradient: ``gate.weight`` [E, H], ``w13`` [E_local, H, 2I], ``w2``
-    [E_local, I, H]. Shared experts are a module of their own, beside this one.
+    [E_local, I, H]. Shared experts are a module of their own, beside this one. ``quantisation.quantise_experts`` changes
+    the dtypes of w13 and w2, and adds their scales.
     """
 
     w13_bias: Tensor | None
     w2_bias: Tensor | None
+    w13_scale: Tensor | None
+    w2_scale: Tensor | None
+    w13_offset: Tensor | None
+    w2_offset: Tensor | None
+    w13_scale_bias: Tensor | None
+    w2_scale_bias: Tensor | None
     selection_bias: Tensor | None
 
     def __init__(
@@ -64,6 +71,7 @@ class MoE(nn.Module):
         self.activation, self.interleaved = activation, interleaved
         self._factors = scale, limit, alpha  # dynamo takes floats in a module's tuple as constants (see functional.py)
         self.moe_lowering_deployment = deployment
+        self.moe_lowering_quantisation = "none"
         local = num_experts if deployment is None else _local_experts("MoE", num_experts, deployment)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -74,6 +82,9 @@ class MoE(nn.Module):
         self.w2 = parameter(local, intermediate_size, hidden_size)
         self.register_parameter("w13_bias", parameter(local, 2 * intermediate_size) if expert_bias else None)
         self.register_parameter("w2_bias", parameter(local, hidden_size) if expert_bias else None)
+        for name in ("scale", "offset", "scale_bias"):
+            self.register_parameter(f"w13_{name}", None)
+            self.register_parameter(f"w2_{name}", None)
         zeros = torch.zeros(num_experts, dtype=torch.float32, device=device) if selection_bias else None
         self.register_buffer("selection_bias", zeros)
         self.reset_parameters()
@@ -115,6 +126,13 @@ class MoE(nn.Module):
             interleaved=self.interleaved,
             mask=mask,
             deployment=self.moe_lowering_deployment,
+            quantisation=self.moe_lowering_quantisation,
+            w13_scale=self.w13_scale,
+            w2_scale=self.w2_scale,
+            w13_offset=self.w13_offset,
+            w2_offset=self.w2_offset,
+            w13_scale_bias=self.w13_scale_bias,
+            w2_scale_bias=self.w2_scale_bias,
         )
 
     def extra_repr(self) -> str:
@@ -129,7 +147,8 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
     ``@use_experts_implementation``). Their weights become contiguous [E_local, K, N], K before N, which Ascend's
     grouped matmul wants. Each module gets the attribute ``moe_lowering_deployment``; those of transformers also
     ``moe_lowering_num_experts`` (E on all ranks; their ``num_experts`` is left) and ``is_transposed`` = True. No data
-    is read, so meta and fake tensors work. A second call with the same deployment changes nothing.
+    is read, so meta and fake tensors work. A second call with the same deployment changes nothing. Quantised experts
+    (``quantisation.quantise_experts``) are cut with their scales.
 
     Returns:
         ``model``.
@@ -138,15 +157,7 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
         ValueError: E is not a multiple of ``ep_size``; a module was sharded before, for another deployment or by
             transformers; no MoE module found. The model is as it was then.
     """
-    found = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, MoE) or is_experts_module(module)
-    ]
-    if not found:
-        raise ValueError(
-            f"shard_experts: {type(model).__name__} has no MoE module; accepted: a model with moe_lowering.layers.MoE "
-            "or with transformers' experts modules (num_experts, gate_up_proj, down_proj, is_transposed, has_bias, "
-            "is_concatenated)"
-        )
+    found = moe_modules("shard_experts", model)
     for name, module in found:  # first all checks, so that an error leaves the model as it was
         what = f"shard_experts: {name or type(module).__name__}"
         _local_experts(what, _experts_of(module), deployment)
@@ -160,6 +171,19 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
         if _deployment_of(module) is None:
             _shard(module, deployment)
     return model
+
+
+def moe_modules(what: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of every ``MoE`` and every experts module of transformers; a ValueError when there is none."""
+    modules = list(model.named_modules())
+    found = [(name, module) for name, module in modules if isinstance(module, MoE) or is_experts_module(module)]
+    if not found:
+        raise ValueError(
+            f"{what}: {type(model).__name__} has no MoE module; accepted: a model with moe_lowering.layers.MoE "
+            "or with transformers' experts modules (num_experts, gate_up_proj, down_proj, is_transposed, has_bias, "
+            "is_concatenated)"
+        )
+    return found
 
 
 def is_experts_module(module: nn.Module) -> bool:
@@ -187,15 +211,12 @@ def _shard(module: nn.Module, deployment: Deployment) -> None:
     mine: Any = module
     local = _experts_of(module) // deployment.ep_size
     block = slice(deployment.ep_rank * local, (deployment.ep_rank + 1) * local)
-    if isinstance(module, MoE):
-        for name in ("w13", "w2", "w13_bias", "w2_bias"):
-            _replace(module, name, block, transpose=False)
-    else:
-        for name in ("gate_up_proj", "down_proj"):
-            _replace(module, name, block, transpose=not mine.is_transposed)
-        for name in ("gate_up_proj_bias", "down_proj_bias"):
-            if mine.has_bias:
-                _replace(module, name, block, transpose=False)
+    own = isinstance(module, MoE)
+    for name in ("w13", "w2") if own else ("gate_up_proj", "down_proj"):
+        _replace(module, name, block, transpose=not own and not mine.is_transposed)
+        for beside in ("bias", "scale", "offset", "scale_bias"):
+            _replace(module, f"{name}_{beside}", block, transpose=False)
+    if not own:
         mine.is_transposed = True
         mine.moe_lowering_num_experts = _experts_of(module)
     mine.moe_lowering_deployment = deployment
@@ -203,7 +224,7 @@ def _shard(module: nn.Module, deployment: Deployment) -> None:
 
 def _replace(module: nn.Module, name: str, block: slice, *, transpose: bool) -> None:
     """Cut a parameter in its first dimension; a copy, so that the whole parameter can be freed."""
-    old = getattr(module, name)
+    old = getattr(module, name, None)
     if old is None:
         return
     with torch.no_grad():

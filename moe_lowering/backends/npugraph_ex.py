@@ -11,25 +11,15 @@ it off too (facts/versions.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
+from moe_lowering.agreement import check_agreement
+from moe_lowering.backends.cache_key import flat_hook
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.pipeline import MoeLowering
 
-Hook = Callable[[Any, Any, Any], None]
 PRE_PASS = "post_grad_custom_pre_pass"
-
-
-class _Chain:
-    """The user's pre-pass, then the lowering: the pass sees, and verifies, the last word on MoE blocks."""
-
-    def __init__(self, first: Hook, second: Hook) -> None:
-        self.first, self.second = first, second
-
-    def __call__(self, gm: Any, example_inputs: Any, config: Any) -> None:
-        self.first(gm, example_inputs, config)
-        self.second(gm, example_inputs, config)
 
 
 def npugraph_ex_options(
@@ -38,7 +28,9 @@ def npugraph_ex_options(
     comm: str = "auto",
     strict: bool = False,
     policy: str = "auto",
+    overlap: bool = False,
     lowering: MoeLowering | None = None,
+    agreement_timeout: float | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Options that make npugraph_ex lower MoE blocks.
@@ -48,25 +40,45 @@ def npugraph_ex_options(
         comm: ``auto`` or the name of the only implementation to use.
         strict: raise when a block is left unlowered.
         policy: how ``auto`` chooses, see ``MoeLowering``.
+        overlap: shared experts on a side stream, beside dispatch and combine, see ``MoeLowering``.
         lowering: a pass object of yours, to read its ``reports`` afterwards; made from the arguments above when None.
+        agreement_timeout: call ``check_agreement`` when the first graph is compiled, so that ranks with different
+            deployments or settings are told so before their first collective; seconds to wait for the slowest rank.
+            Not with a compile cache: a rank that finds its graph there compiles nothing. None for no check.
         options: further npugraph_ex options, kept as they are; ``inplace_pass`` is False when it is not given.
-            A ``post_grad_custom_pre_pass`` of yours runs first,
-            then the lowering.
+            A ``post_grad_custom_pre_pass`` of yours runs first, then the lowering: it sees, and verifies, the last
+            word on MoE blocks. The hook is a function whose code holds a digest of deployment, limits and pass, so that
+            ``cache_compile`` never loads a graph that was lowered for other ones.
 
     Raises:
         TypeError: when ``post_grad_custom_pre_pass`` is not callable.
-        ValueError: when ``lowering`` is given together with ``comm``, ``strict`` or ``policy``, or was made for another
+        ValueError: when ``deployment.mode`` is "ge"; when ``deployment.capture`` is False without ``force_eager``; when
+            ``lowering`` is given together with ``comm``, ``strict``, ``policy`` or ``overlap``, or was made for another
             deployment.
     """
     if lowering is None:
-        lowering = MoeLowering(deployment, comm, strict, policy)
-    elif (comm, strict, policy) != ("auto", False, "auto") or lowering.deployment != deployment:
+        lowering = MoeLowering(deployment, comm, strict, policy, overlap=overlap)
+    elif (comm, strict, policy, overlap) != ("auto", False, "auto", False) or lowering.deployment != deployment:
         raise ValueError(
-            "npugraph_ex_options: give either lowering, or comm, strict and policy; its deployment must be the one given"
+            "npugraph_ex_options: give either lowering, or comm, strict, policy and overlap; its deployment must be the "
+            "one given"
+        )
+    if not deployment.capture and not options.get("force_eager", False):
+        raise ValueError(
+            "npugraph_ex_options: deployment.capture is False, and npugraph_ex captures the graph; accepted: with "
+            "force_eager=True, or capture=True"
+        )
+    if deployment.mode != "npugraph_ex":
+        raise ValueError(
+            f"npugraph_ex_options: deployment.mode is {deployment.mode!r}; accepted: 'npugraph_ex' (for GE mode: "
+            "torchair_config)"
         )
     own = options.pop(PRE_PASS, None)
     if own is not None and not callable(own):
         raise TypeError(
             f"npugraph_ex_options: {PRE_PASS} is {own!r}; accepted: a callable (gm, example_inputs, config)"
         )
-    return {"inplace_pass": False, **options, PRE_PASS: _Chain(own, lowering) if own is not None else lowering}
+    agree = None
+    if agreement_timeout is not None:
+        agree = functools.partial(check_agreement, deployment, lowering, timeout=agreement_timeout)
+    return {"inplace_pass": False, **options, PRE_PASS: flat_hook(lowering, own, agree)}

@@ -12,10 +12,11 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from moe_lowering.cli.arguments import Request, UsageError, parse
+from moe_lowering.cli.matrix import MatrixRequest, Report, run_matrix
 
 if TYPE_CHECKING:
     from moe_lowering.cli.explain import Explanation
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         request = parse(arguments)
         with _stdout_to_stderr():
-            outcome = _lower(request) if isinstance(request, Request) else _explain(request)
+            outcome = _run(request)
     except UsageError as error:
         print(f"moe-lowering: error: {' '.join(str(error).split())}", file=sys.stderr)  # one line
         return USAGE
@@ -40,26 +41,43 @@ def main(arguments: list[str] | None = None) -> int:
             f"moe-lowering: error: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", file=sys.stderr
         )
         return FAILED
-    print(outcome.to_json() if request.json else outcome.to_text())
+    _print(outcome.to_json() if request.json else outcome.to_text())
     problems = outcome.problems()
     for problem in problems:
         print(f"moe-lowering: {problem}", file=sys.stderr)
     return FAILED if problems else OK
 
 
-def _explain(request: ExplainRequest) -> Explanation:
+def _print(text: str) -> None:
+    """To stdout; a reader that has seen enough, such as ``head``, is no error."""
+    try:
+        print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it exits
+
+
+def _run(request: Request | ExplainRequest | MatrixRequest) -> Outcome | Explanation | Report:
+    if isinstance(request, Request):
+        return _lower(request, _progress())
+    if isinstance(request, MatrixRequest):
+        return run_matrix(request, _progress())
     from moe_lowering.cli.explain import explain
 
     return explain(request)
 
 
-def _lower(request: Request) -> Outcome:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model is built from its config, never downloaded
+def _progress() -> Callable[[str], None]:
     started = time.perf_counter()
 
     def progress(message: str) -> None:
         print(f"[{time.perf_counter() - started:6.1f} s] {message}", file=sys.stderr, flush=True)
 
+    return progress
+
+
+def _lower(request: Request, progress: Callable[[str], None]) -> Outcome:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model is built from its config, never downloaded
     if request.fake:
         from moe_lowering.cli.fake import lower_fake
 

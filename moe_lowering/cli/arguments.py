@@ -10,10 +10,15 @@ from moe_lowering.deployment import SOCS
 
 if TYPE_CHECKING:
     from moe_lowering.cli.explain_arguments import ExplainRequest
+    from moe_lowering.cli.matrix import MatrixRequest
 
 # Equal to passes.choosing.COMMS (a test says so); written out because that module imports torch.
-COMMS = ("auto", "allgather", "mc2", "fused_mc2")
+COMMS = ("auto", "allgather", "alltoall", "mc2", "fused_mc2")
 DTYPES = ("float32", "float16", "bfloat16")
+# Equal to quantisation.FORMATS and deployment.FUSED_MODES.
+QUANTISATIONS = ("none", "w8a8", "w4a8", "w4a16")
+FUSED_MODES = (1, 2)
+REPLAYS = 8  # of each captured graph
 
 DESCRIPTION = "Lower the mixture-of-experts layers of a model to Ascend NPU operators, on a machine without an NPU."
 
@@ -23,6 +28,12 @@ examples:
       lower a small random Qwen3-MoE for an A3, run it on CPU, and compare with transformers' own output
   moe-lowering lower qwen3_moe --ep 2 --comm mc2
       the same on two ranks (processes) that hold half of the experts each, with MC2
+  moe-lowering lower qwen3_moe --ep 4 --tp 2 --comm alltoall --quant w8a8
+      four ranks of which pairs hold the same tokens (TP), equal-split AllToAll, experts quantised to int8
+  moe-lowering lower qwen3_moe --ep 4 --comm fused_mc2 --quant w8a8 --fused-mode 2
+      the second fused operator of vllm-ascend, dispatch_gmm_combine_decode
+  moe-lowering lower qwen3_moe --ep 2 --comm mc2 --capture --replays 20
+      the same as an NPU graph on a simulated device: captured once, and compared at every replay
   moe-lowering lower deepseek_v3 --fake --ep 64 --tokens 64
       lower DeepSeek-V3 at its published size for 64 ranks; no weights are allocated, nothing is run
   moe-lowering lower ./config.json --fake --comm fused_mc2 --json
@@ -48,11 +59,16 @@ class Request:
     comm: str = "auto"
     ep: int = 1
     soc: str = "A3"
+    tp: int = 1
+    quant: str = "none"
+    fused_mode: int = 1
     tokens: int = 32
     layers: int | None = None
     dtype: str = "bfloat16"
     dynamic: bool = False
     fake: bool = False
+    capture: bool = False
+    replays: int | None = None
     json: bool = False
 
     @property
@@ -81,9 +97,9 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def parse(arguments: list[str] | None) -> Request | ExplainRequest:
+def parse(arguments: list[str] | None) -> Request | ExplainRequest | MatrixRequest:
     """The command, or ``UsageError``; ``--help`` and ``--version`` print and exit."""
-    from moe_lowering.cli import explain_arguments  # it needs this module
+    from moe_lowering.cli import explain_arguments, matrix  # they need this module
 
     parser = _Parser(
         prog="moe-lowering",
@@ -105,8 +121,30 @@ def parse(arguments: list[str] | None) -> Request | ExplainRequest:
     _add_options(lower)
     lower.set_defaults(request=Request)
     explain_arguments.add_command(commands)
+    matrix.add_command(commands)
     given = vars(parser.parse_args(arguments))
-    return given.pop("request")(**given)
+    request = given.pop("request")(**given)
+    if isinstance(request, Request):
+        _check(request)
+    return request
+
+
+def _check(request: Request) -> None:
+    """What one option says of another."""
+    if request.ep % request.tp or request.tp > request.ep:
+        raise UsageError(f"argument --tp: is {request.tp} with --ep {request.ep}; accepted: a divisor of --ep")
+    if request.quant != "none" and request.dtype == "float32":
+        raise UsageError(f"argument --quant: is {request.quant} with --dtype float32; accepted: with a 16-bit dtype")
+    if request.fused_mode != 1 and request.comm not in ("fused_mc2", "auto"):
+        raise UsageError(
+            f"argument --fused-mode: is {request.fused_mode} with --comm {request.comm}; accepted: with fused_mc2 or auto"
+        )
+    if request.capture and request.fake:
+        raise UsageError(
+            "argument --capture: is given with --fake; accepted: without, as a graph is captured by running it"
+        )
+    if request.replays is not None and not request.capture:
+        raise UsageError(f"argument --replays: is {request.replays} without --capture; accepted: with it")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -114,12 +152,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="moe, a transformers model type, or a path to a config.json")
     add("--comm", choices=COMMS, default="auto", help="implementation to use (auto: the cheapest legal one)")
     add("--ep", type=positive, default=1, metavar="N", help="ranks that share the experts (default 1)")
+    add("--tp", type=positive, default=1, metavar="N", help="ranks of these that hold the same tokens (default 1)")
+    add("--quant", choices=QUANTISATIONS, default="none", help="quantise the experts (default none)")
+    add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
+        help="fused operators: 1 dispatch_ffn_combine, 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
     add("--soc", choices=SOCS, default="A3", help="Ascend SoC (default A3)")
     add("--tokens", type=positive, default=32, metavar="T", help="tokens of one rank (default 32)")
     add("--layers", type=positive, metavar="L", help="decoder layers (default 2; with --fake or a file, the config's)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations (default bfloat16)")
     add("--dynamic", action="store_true", help="compile with dynamic shapes and run several token counts")
     add("--fake", action="store_true", help="full size, with fake tensors: lower only, run nothing")
+    add("--capture", action="store_true",
+        help="run the lowered model as an NPU graph on a simulated device, and compare every replay")  # fmt: skip
+    add("--replays", type=positive, metavar="N",
+        help=f"calls of each captured graph, with new inputs and routings (default {REPLAYS})")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object instead of the report")
 
 

@@ -12,6 +12,7 @@ reference run takes the lowered run's, and the number of such tokens is reported
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from moe_lowering.cli.models import OWN_SCALE, MoeStack, logits
 from moe_lowering.layers import MoE, is_experts_module
+from moe_lowering.quantisation import dequantise, quantise_weight
 
 # Largest accepted max|a - b| / max|b|. Both sides round every stage to the dtype, but not at the same places: measured
 # are up to 6e-7 in float32 and 1.2e-2 in bfloat16 (float16 has 8 times finer steps), over seven models. A block that
@@ -27,7 +29,13 @@ from moe_lowering.layers import MoE, is_experts_module
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 # Largest accepted share of tokens whose experts differ: a share of near ties that grows with the rounding unit.
 MAX_REROUTED = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.2}
+# Lowest accepted signal-to-noise ratio in dB with quantised experts, against the same weights dequantised. int8 rows of
+# normal activations cost 42 dB at the first matmul and, with their longer tails, some 35 dB at the second; int4 weights with
+# 16-bit activations round as bfloat16 does. A block that computes something else is at 20 dB or less.
+SNR_FLOOR = {"w8a8": 28.0, "w4a8": 28.0, "w4a16": 36.0}
+LOGITS_SNR_FLOOR = 20.0  # errors of blocks add up over layers, and attention and norms spread them
 REWEIGHTED = 0.1  # share of a token's largest routing weight by which rounding is taken not to move one
+SILENT = 300.0  # dB of two equal tensors
 WORST = sys.float_info.max  # stands for NaN and infinity, which JSON lacks
 
 Taken = list[tuple[Tensor, ...]]
@@ -35,13 +43,18 @@ Taken = list[tuple[Tensor, ...]]
 
 @dataclasses.dataclass
 class Errors:
-    """The largest errors seen so far; ``rerouted`` of ``routed`` tokens had other experts in the reference run."""
+    """The largest errors seen so far; ``rerouted`` of ``routed`` tokens had other experts in the reference run.
+
+    ``snr`` and ``block_snr`` are the lowest signal-to-noise ratios in dB, of logits and of MoE blocks.
+    """
 
     absolute: float = 0.0
     relative: float = 0.0
     block_relative: float = 0.0
     rerouted: int = 0
     routed: int = 0
+    snr: float = SILENT
+    block_snr: float = SILENT
 
     def merge(self, other: Errors) -> Errors:
         """The errors of both together."""
@@ -51,6 +64,8 @@ class Errors:
             max(self.block_relative, other.block_relative),
             self.rerouted + other.rerouted,
             self.routed + other.routed,
+            min(self.snr, other.snr),
+            min(self.block_snr, other.block_snr),
         )
 
 
@@ -63,6 +78,28 @@ def difference(actual: Tensor, reference: Tensor) -> tuple[float, float]:
     if not (absolute < WORST and largest < WORST):
         return WORST, WORST
     return absolute, absolute / largest if largest else (0.0 if absolute == 0 else WORST)
+
+
+def snr(actual: Tensor, reference: Tensor) -> float:
+    """Signal-to-noise ratio in dB, at most ``SILENT``; 0 for NaN or another shape."""
+    if actual.shape != reference.shape or not bool(actual.isfinite().all()):
+        return 0.0
+    a, b = actual.double(), reference.double()
+    noise, signal = float((a - b).square().sum()), float(b.square().sum())
+    if noise == 0.0:
+        return SILENT
+    return 10 * math.log10(signal / noise) if signal else 0.0
+
+
+def use_quantised_weights(model: nn.Module, format: str) -> None:
+    """Make an unsharded model's experts what their quantised weights stand for, in the model's dtype."""
+    for module in moe_modules(model):
+        for name in ("w13", "w2") if isinstance(module, MoE) else ("gate_up_proj", "down_proj"):
+            parameter = getattr(module, name)
+            transposed = isinstance(module, MoE) or bool(getattr(module, "is_transposed", False))
+            for expert in range(parameter.shape[0]):
+                matrix = parameter.data[expert] if transposed else parameter.data[expert].T
+                matrix.copy_(dequantise(quantise_weight(matrix, format)))
 
 
 def moe_modules(model: nn.Module) -> list[nn.Module]:
@@ -99,12 +136,14 @@ def compare(reference: nn.Module, input_ids: Tensor, actual: Tensor, taken: Take
         raise RuntimeError(f"{len(modules)} MoE modules, of which {len(taken)} ran: the comparison would be incomplete")
     errors = Errors()
     for module, (*inputs, output) in zip(modules, taken, strict=True):
-        _, relative = difference(output, _block(module, inputs))
-        errors.block_relative = max(errors.block_relative, relative)
+        own = _block(module, inputs)
+        errors.block_relative = max(errors.block_relative, difference(output, own)[1])
+        errors.block_snr = min(errors.block_snr, snr(output, own))
     replay = _Replay(modules, taken)
     with replay:
         expected = logits(reference, input_ids)
     errors.absolute, errors.relative = difference(actual, expected)
+    errors.snr = snr(actual, expected)
     errors.rerouted, errors.routed = replay.rerouted, replay.routed
     return errors
 

@@ -28,8 +28,8 @@ from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.choosing import VLLM, Policy, load_of, vllm_choice
 from moe_lowering.passes.costs import estimate
 from moe_lowering.passes.deciding import sweep
-from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.passes.judging import Judgement, declared_tokens, judge, judged_operators
+from moe_lowering.passes.implementations import IMPLEMENTATIONS, Call
+from moe_lowering.passes.judging import Judgement, declared_tokens, judge, judged_calls
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.passes.token_ranges import TokenRange
 
@@ -55,15 +55,25 @@ class Answer:
     def findings(self, implementation: str) -> list[Finding]:
         """Every rule that applies to an implementation, with its value and whether it holds."""
         found: list[Finding] = []
-        for operator in judged_operators(implementation, self.spec, self.deployment.soc):
+        for call in self.calls(implementation):
             found += examine(
-                operator,
+                call.operator,
                 self.deployment.soc,
-                self.judgement.quantities,
+                {**self.judgement.quantities, **call.given},
                 self.judgement.prover,
                 self.deployment.versions,
             )
         return found
+
+    def calls(self, implementation: str) -> tuple[Call, ...]:
+        """The calls that an implementation would make, in the form that its verdict is about."""
+        form = IMPLEMENTATIONS[implementation].form(self.judgement.form(implementation), self.deployment)
+        return judged_calls(implementation, form, self.spec, self.deployment)
+
+    def quantities(self, implementation: str, operator: str) -> dict[str, Any]:
+        """What the rules of an operator were judged with."""
+        given = next(call.given for call in self.calls(implementation) if call.operator == operator)
+        return {**self.judgement.quantities, **given}
 
     def broken(self, implementation: str) -> dict[str, Finding]:
         """The first broken rule of each code."""
@@ -206,6 +216,7 @@ def _deployment(request: ExplainRequest, block: Block) -> Deployment:
         hccl_buffer_mb=request.buffer_mb or defaults.HCCL_BUFFER_MB,
         weight_format=request.weight_format or defaults.WEIGHT_FORMAT,
         cann=request.cann or "",
+        fused_mode=request.fused_mode,
         providers=providers,
     )
 
@@ -228,7 +239,7 @@ def _assumptions(request: ExplainRequest, block: Block, answer: Answer) -> tuple
     if block.model is not None:
         found.append(f"the pass recognises the blocks of {block.model} (`moe-lowering lower` shows it)")
     if request.quant != "none":
-        found.append("the rules of the operators are those for 16-bit weights: none is judged for quantised ones yet")
+        found.append("the experts are quantised as moe_lowering.quantise_experts does it")
     return tuple(found)
 
 
@@ -265,9 +276,11 @@ def _parts(at: Callable[[int], Answer], whole: TokenRange) -> list[tuple[int, st
 def _boundary(policy: str, before: Answer, after: Answer) -> dict[str, str]:
     """What changes the choice between two neighbouring token counts, by code, in words."""
     if before.choice is not None and (broken := after.broken(before.choice)):
-        return {code: _in_tokens(finding, after) for code, finding in broken.items()}
+        return {code: _in_tokens(finding, after, before.choice) for code, finding in broken.items()}
     if after.choice is not None and (broken := before.broken(after.choice)):
-        return {code: f"{_in_tokens(finding, before)}; it is from here on" for code, finding in broken.items()}
+        return {
+            code: f"{_in_tokens(finding, before, after.choice)}; it is from here on" for code, finding in broken.items()
+        }
     if before.wanted != after.wanted:
         return {policy: f"it selects {before.wanted}, then {after.wanted}"}
     return {"cost": f"{_costs(before, after)} at {before.tokens}, {_costs(after, before)} at {after.tokens} tokens"}
@@ -279,12 +292,17 @@ def _costs(answer: Answer, other: Answer) -> str:
     return " < ".join(f"{name} {answer.costs[name]:.2f} us" for name in names)
 
 
-def _in_tokens(finding: Finding, answer: Answer) -> str:
+def _in_tokens(finding: Finding, answer: Answer, implementation: str) -> str:
     """A rule on a size as an expression in T, e.g. ``58720256*T must be at most ...``."""
-    limit, given = finding.limit, answer.judgement.quantities
-    symbol = sympy.Symbol("T", integer=True, positive=True)
-    received = answer.spec.ep_size * symbol * min(answer.spec.top_k, answer.spec.local_experts)
-    sizes = {**given, "tokens": symbol, "max_tokens": symbol, "received": received, "soc": answer.deployment.soc}
+    limit, spec = finding.limit, answer.spec
+    given = answer.quantities(implementation, limit.operator)
+    whole = sympy.Symbol("T", integer=True, positive=True)
+    share = whole if spec.tp_size == 1 else sympy.Symbol(f"ceil(T/{spec.tp_size})", integer=True, positive=True)
+    received = spec.ep_size * share * min(spec.top_k, spec.local_experts)
+    sizes = {
+        **given, "block_tokens": whole, "tokens": share, "max_tokens": share, "received": received,
+        "soc": answer.deployment.soc,
+    }  # fmt: skip
     shown = str(sympy.expand(limit.value(sizes)))
     return f"{shown} must be {'' if limit.accepted(given)[0].isalpha() else 'in '}{limit.accepted(given)}"
 

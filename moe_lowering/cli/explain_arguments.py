@@ -7,13 +7,12 @@ import dataclasses
 import re
 from typing import Any
 
-from moe_lowering.cli.arguments import COMMS, DTYPES, positive
+from moe_lowering.cli.arguments import COMMS, DTYPES, FUSED_MODES, QUANTISATIONS, positive
 from moe_lowering.deployment import SOCS, WEIGHT_FORMATS
 
 IMPLEMENTATIONS = COMMS[1:]
 # Equal to passes.choosing.POLICIES, written out for the same reason as COMMS.
 POLICIES = ("auto", "vllm_ascend_0_13", "vllm_ascend_main")
-QUANTISATIONS = ("none", "w8a8", "w4a8", "w4a16")
 COLOURS = ("auto", "always", "never")
 
 # What is assumed of a machine that is not described, as `lower` does (cli.run).
@@ -58,6 +57,7 @@ class ExplainRequest:
     unequal_tokens: bool = False
     dtype: str | None = None
     quant: str = "none"
+    fused_mode: int = 1
     buffer_mb: int | None = None
     weight_format: str | None = None
     cann: str | None = None
@@ -93,6 +93,8 @@ def _add_block(add: Any) -> None:
     add("--topk", type=positive, metavar="K", help="experts of one token")
     add("--dtype", choices=DTYPES, help="of weights and activations (default the config's, else bfloat16)")
     add("--quant", choices=QUANTISATIONS, default="none", help="quantisation of the experts (default none)")
+    add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
+        help="fused operators: 1 dispatch_ffn_combine or mega_moe, 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
 
 
 def _add_deployment(add: Any) -> None:

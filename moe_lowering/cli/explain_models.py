@@ -110,8 +110,13 @@ def describe(request: ExplainRequest) -> Block:
 
 
 def spec_of(block: Block, deployment: Deployment, tokens: int, quantisation: str) -> BlockSpec:
-    """The record that the pass would make of the block in a graph, with weights as ``shard_experts`` lays them out."""
+    """The record that the pass would make of the block in a graph, with weights as ``shard_experts`` and
+    ``quantise_experts`` lay them out."""
     dtype = getattr(torch, block.dtype)
+    second_scale = (
+        dtype if quantisation == "w4a16" or (quantisation, dtype) == ("w8a8", torch.bfloat16) else torch.float32
+    )
+    first_scale = dtype if quantisation == "w4a16" else torch.float32
     return BlockSpec(
         tokens=tokens,
         hidden=block.hidden,
@@ -126,7 +131,7 @@ def spec_of(block: Block, deployment: Deployment, tokens: int, quantisation: str
         max_tokens=deployment.token_bound,
         max_rows=deployment.max_rows,
         dtype=dtype,
-        weight_dtype=dtype,
+        weight_dtype={"none": dtype, "w8a8": torch.int8}.get(quantisation, torch.int32),
         activation=block.gate.activation,
         limit=block.limit,
         alpha=block.alpha,
@@ -140,6 +145,10 @@ def spec_of(block: Block, deployment: Deployment, tokens: int, quantisation: str
         scopes_differ=False,
         key=(),
         quantisation=quantisation,
+        scale_dtypes=() if quantisation == "none" else (first_scale, second_scale),
+        scale_dims=0 if quantisation == "none" else 2,
+        has_offset=quantisation == "w4a16",
+        has_scale_bias=quantisation == "w4a8",
     )
 
 

@@ -29,11 +29,13 @@ from moe_lowering.cli.run import (
     deployment_for,
     enable_simulator,
     register_transformers,
+    tensor_parallel_place,
     unsupported_modules,
 )
 from moe_lowering.deployment import Deployment
 from moe_lowering.layers import shard_experts
 from moe_lowering.passes.pipeline import MoeLowering
+from moe_lowering.quantisation import quantise_experts
 
 
 class _Done(Exception):
@@ -58,6 +60,8 @@ def lower_fake(request: Request, progress: Progress) -> Outcome:
             model = models.build(made, getattr(torch, request.dtype), fake=True)
             if request.ep > 1:
                 shard_experts(model, deployment)
+            if request.quant != "none":
+                quantise_experts(model, request.quant)
             progress(f"tracing {request.tokens} tokens per rank")
             seconds = _trace(model, made, request, lowering)
     in_pass = sum(report.pass_ms for report in lowering.reports)
@@ -109,7 +113,9 @@ def _fake_groups(request: Request) -> Iterator[Deployment]:
     try:
         ep_group, mc2_group = dist.group.WORLD, dist.new_group(range(request.ep))
         assert ep_group is not None and mc2_group is not None
-        yield deployment_for(request, ep_group=ep_group.group_name, mc2_group=mc2_group.group_name)
+        yield deployment_for(
+            request, ep_group=ep_group.group_name, mc2_group=mc2_group.group_name, **tensor_parallel_place(request, 0)
+        )
     finally:
         dist.destroy_process_group()
 

@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from moe_lowering.cli.arguments import Request
-from moe_lowering.cli.compare import MAX_REROUTED, TOLERANCE, Errors
+from moe_lowering.cli.capture import Captured
+from moe_lowering.cli.compare import LOGITS_SNR_FLOOR, MAX_REROUTED, SNR_FLOOR, TOLERANCE, Errors
 from moe_lowering.report.records import BlockReport, LoweringReport
 from moe_lowering.report.text import names, render, row
 
@@ -22,6 +23,7 @@ class Outcome:
         unsupported: (module, why) of MoE modules that never reach the generic operators.
         errors: over all ranks and token counts; None when nothing was run.
         facts: (label, text) about how it was done: what was assumed, how long it took.
+        captured: by rank, with ``--capture``; JSON and text show rank 0's.
     """
 
     request: Request
@@ -30,6 +32,7 @@ class Outcome:
     unsupported: list[tuple[str, str]]
     errors: Errors | None
     facts: list[tuple[str, str]]
+    captured: list[Captured] = dataclasses.field(default_factory=list)
 
     @property
     def max_relative(self) -> float | None:
@@ -48,11 +51,15 @@ class Outcome:
         found += [f"{names(list(dict.fromkeys(blocks)))} not lowered: {why}" for why, blocks in left.items()]
         if not found and not any(report.blocks for report in self.reports):
             found.append("no MoE block was found in the graph")
+        for rank, captured in enumerate(self.captured):
+            found += [f"rank {rank}: {problem}" for problem in captured.problems()]
         return found + self._mismatches()
 
     def _mismatches(self) -> list[str]:
         if self.errors is None or self.max_relative is None:
             return []
+        if self.request.quant != "none":
+            return self._noise(self.errors)
         found = []
         tolerance, rerouted = TOLERANCE[self.request.dtype], MAX_REROUTED[self.request.dtype]
         if self.max_relative > tolerance:
@@ -67,6 +74,16 @@ class Outcome:
             )
         return found
 
+    def _noise(self, errors: Errors) -> list[str]:
+        """With quantised experts: too low a signal-to-noise ratio, and too many tokens with other experts."""
+        quant = self.request.quant
+        limits = (("blocks", errors.block_snr, SNR_FLOOR[quant]), ("logits", errors.snr, LOGITS_SNR_FLOOR))
+        return [
+            f"outputs differ: signal-to-noise ratio of {what} is {found:.1f} dB; accepted for {quant}: {floor:g} or more"
+            for what, found, floor in limits
+            if found < floor
+        ]
+
     def to_json(self) -> str:
         """One JSON object. The blocks and numbers are those of the first graph."""
         first = self.reports[0] if self.reports else None
@@ -75,10 +92,11 @@ class Outcome:
             "blocks": [_block_json(block) for block in first.blocks] if first else [],
             "max_abs_error": None if self.errors is None else self.errors.absolute,
             "max_rel_error": self.max_relative,
+            "snr_db": None if self.errors is None else min(self.errors.snr, self.errors.block_snr),
             "nodes_before": first.nodes_before if first else None,
             "nodes_after": first.nodes_after if first else None,
             "pass_ms": first.pass_ms if first else None,
-            "captured": None,
+            "captured": self.captured[0].to_json() if self.captured else None,
         }
         return json.dumps(fields, indent=2, allow_nan=False)
 
@@ -93,25 +111,34 @@ class Outcome:
             parts.append(render(report))
         if self.unsupported:
             parts.append("\n".join(["not supported:", *(row(module, why) for module, why in self.unsupported)]))
+        if self.captured:
+            parts.append("\n".join(["captured", *(row(label, text) for label, text in self.captured[0].rows())]))
         parts.append(self._comparison())
         return "\n\n".join(parts)
 
     def _header(self) -> str:
         asked = self.request
-        title = f"{self.model}: comm {asked.comm}, ep {asked.ep}, soc {asked.soc}, {asked.dtype}"
+        ranks = f"ep {asked.ep}" + (f", tp {asked.tp}" if asked.tp > 1 else "")
+        experts = "" if asked.quant == "none" else f", experts {asked.quant}"
+        title = f"{self.model}: comm {asked.comm}, {ranks}, soc {asked.soc}, {asked.dtype}{experts}"
         return "\n".join([title, *(row(label, text) for label, text in self.facts)])
 
     def _comparison(self) -> str:
         if self.errors is None:
             return "compared with nothing: nothing was run"
-        tolerance = TOLERANCE[self.request.dtype]
+        tolerance, quant = TOLERANCE[self.request.dtype], self.request.quant
+        weights = "experts not sharded" + ("" if quant == "none" else f", their {quant} weights dequantised")
+        accepted = f"; accepted for {self.request.dtype}: {tolerance:g}" if quant == "none" else ""
         lines = [
-            "compared with the model's own output (grouped_mm, experts not sharded)",
+            f"compared with the model's own output (grouped_mm, {weights})",
             row("max abs error", f"{self.errors.absolute:.3g} (logits)"),
-            row("max rel error", f"{self.errors.relative:.3g} (logits), {self.errors.block_relative:.3g} (MoE blocks); "
-                f"accepted for {self.request.dtype}: {tolerance:g}"),
+            row("max rel error",
+                f"{self.errors.relative:.3g} (logits), {self.errors.block_relative:.3g} (MoE blocks){accepted}"),
             row("near ties", f"{self.errors.rerouted} of {self.errors.routed} tokens went to other experts"),
         ]  # fmt: skip
+        if quant != "none":
+            noise = f"{self.errors.snr:.1f} dB (logits), {self.errors.block_snr:.1f} dB (MoE blocks)"
+            lines.append(row("signal to noise", f"{noise}; accepted: {LOGITS_SNR_FLOOR:g} and {SNR_FLOOR[quant]:g}"))
         return "\n".join(lines)
 
 

@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config
 
 from moe_lowering import simulator
 from moe_lowering.backends.npugraph_ex import npugraph_ex_options
-from moe_lowering.cli import compare, models
-from moe_lowering.cli.arguments import Request, UsageError
+from moe_lowering.cli import capture, compare, models
+from moe_lowering.cli.arguments import REPLAYS, Request, UsageError
 from moe_lowering.cli.outcome import Outcome
 from moe_lowering.deployment import Deployment
 from moe_lowering.layers import shard_experts
 from moe_lowering.passes.pipeline import MoeLowering
+from moe_lowering.quantisation import quantise_experts
 from moe_lowering.report.records import LoweringReport
 from moe_lowering.testing.ranks import Ranks
 
@@ -41,12 +43,13 @@ class RankResult:
     reports: list[LoweringReport]
     errors: compare.Errors
     seconds: dict[str, float]
+    captured: capture.Captured | None = None
 
 
-def enable_simulator(soc: str) -> None:
-    """The simulator, or ``UsageError``: without it nothing can be compiled or run here."""
+def enable_simulator(soc: str, device: bool = False) -> None:
+    """The simulator, and with ``device`` its device, or ``UsageError``: without it nothing can be compiled or run here."""
     try:
-        simulator.enable(soc)
+        (simulator.enable_device if device else simulator.enable)(soc)
     except simulator.SimulatorError as error:
         raise UsageError(f"the simulator cannot be used: {error}") from error
 
@@ -56,6 +59,8 @@ def deployment_for(request: Request, **place: Any) -> Deployment:
     return Deployment(
         soc=request.soc,
         ep_size=request.ep,
+        tp_size=request.tp,
+        fused_mode=request.fused_mode,
         max_tokens=request.max_tokens,
         equal_tokens=True,
         hccl_buffer_mb=HCCL_BUFFER_MB,
@@ -77,7 +82,7 @@ def assumptions(request: Request) -> str:
 def lower_and_compare(request: Request, progress: Progress) -> Outcome:
     """Carry out a command without ``--fake``."""
     progress(f"enabling the simulator ({request.soc})")
-    enable_simulator(request.soc)
+    enable_simulator(request.soc, request.capture)
     register_transformers(request)
     made = models.plan(request)
     skeleton = models.skeleton(made)
@@ -89,12 +94,14 @@ def lower_and_compare(request: Request, progress: Progress) -> Outcome:
         results = [run_rank(request, made, deployment_for(request), progress)]
     else:
         progress(f"starting {request.ep} ranks")
-        setup = functools.partial(simulator.enable, request.soc)
+        setup = functools.partial(enable_simulator, request.soc, request.capture)
         with Ranks(request.ep, setup=setup, collective_timeout=COLLECTIVE_TIMEOUT) as ranks:
             results = ranks.run(_rank_job, request, timeout=RANK_TIMEOUT)
         require_same_choices([result.reports for result in results])
     errors = functools.reduce(compare.Errors.merge, (result.errors for result in results))
-    return Outcome(request, made.name, results[0].reports, unsupported, errors, _facts(request, made, results[0]))
+    captured = [result.captured for result in results if result.captured is not None]
+    facts = _facts(request, made, results[0])
+    return Outcome(request, made.name, results[0].reports, unsupported, errors, facts, captured)
 
 
 def register_transformers(request: Request) -> None:
@@ -126,8 +133,8 @@ def require_memory(made: models.Plan, skeleton: nn.Module, request: Request, ava
         UsageError: they need more than ``available`` bytes (None when that is not known).
     """
     size = sum(p.numel() for p in skeleton.parameters()) * getattr(torch, request.dtype).itemsize
-    # each of several ranks holds the whole model, to compare with, and its share
-    needed = size if request.ep == 1 else size * (2 * request.ep + 1)
+    # each of several ranks holds the whole model, to compare with, and its share; so does the simulated device
+    needed = size if request.ep == 1 and not request.capture else size * (2 * request.ep + 1)
     if available is not None and needed > available:
         raise UsageError(
             f"argument MODEL: the weights of {made.name} with {made.layers} layers on {request.ep} rank(s) need "
@@ -148,12 +155,28 @@ def _rank_job(rank: int, request: Request) -> RankResult:
     import torch.distributed as dist
 
     register_transformers(request)
-    ep_group = dist.group.WORLD
-    mc2_group = dist.new_group(range(request.ep))
-    assert ep_group is not None and mc2_group is not None
-    deployment = deployment_for(request, ep_rank=rank, ep_group=ep_group.group_name, mc2_group=mc2_group.group_name)
+    backend = "hccl" if request.capture else None
+    ep_group: Any = dist.new_group(range(request.ep), backend=backend) if backend else dist.group.WORLD
+    mc2_group: Any = dist.new_group(range(request.ep), backend=backend)
+    deployment = deployment_for(
+        request, ep_rank=rank, ep_group=ep_group.group_name,
+        mc2_group=capture.communicator(mc2_group, rank) if backend else mc2_group.group_name,
+        **tensor_parallel_place(request, rank, backend),
+    )  # fmt: skip
     progress = _rank_progress if rank == 0 else _silent
     return run_rank(request, models.plan(request), deployment, progress)
+
+
+def tensor_parallel_place(request: Request, rank: int, backend: str | None = None) -> dict[str, Any]:
+    """The TP group of a rank, of neighbours; every rank makes every group, as ``new_group`` wants it."""
+    import torch.distributed as dist
+
+    if request.tp == 1:
+        return {}
+    firsts = range(0, request.ep, request.tp)
+    groups = [dist.new_group(range(first, first + request.tp), backend=backend) for first in firsts]
+    mine: Any = groups[rank // request.tp]
+    return {"tp_rank": rank % request.tp, "tp_group": mine.group_name}
 
 
 def run_rank(request: Request, made: models.Plan, deployment: Deployment, progress: Progress) -> RankResult:
@@ -167,10 +190,17 @@ def run_rank(request: Request, made: models.Plan, deployment: Deployment, progre
             warnings.simplefilter("ignore")  # torch_npu's own deepcopy of a tensor uses a deprecated torch call
             reference = copy.deepcopy(model)
         shard_experts(model, deployment)
+    elif request.quant != "none" or request.capture:
+        reference = copy.deepcopy(model)
+    if request.quant != "none":
+        quantise_experts(model, request.quant)
+        compare.use_quantised_weights(reference, request.quant)
     lowering = MoeLowering(deployment, request.comm)
     taken = compare.record(model)
+    if request.capture:
+        return _run_captured(request, made, lowering, model, reference, taken, seconds, progress)
     compiled = compile_model(model, request, lowering)
-    inputs = [models.input_ids(made, request, length, deployment.ep_rank) for length in request.lengths]
+    inputs = [models.input_ids(made, request, length, deployment.ep_rank // request.tp) for length in request.lengths]
     outputs: list[tuple[Tensor, compare.Taken]] = []
     for input_ids in inputs:
         progress(f"compiling and running {input_ids.numel()} tokens")
@@ -186,9 +216,39 @@ def run_rank(request: Request, made: models.Plan, deployment: Deployment, progre
     return RankResult(lowering.reports, errors, seconds)
 
 
-def compile_model(model: nn.Module, request: Request, lowering: MoeLowering) -> nn.Module:
-    """The model under npugraph_ex; it compiles at its first call, and runs eagerly on CPU tensors."""
-    options = npugraph_ex_options(lowering.deployment, lowering=lowering, force_eager=True)
+def _run_captured(
+    request: Request, made: models.Plan, lowering: MoeLowering, model: nn.Module, reference: nn.Module,
+    taken: compare.Taken, seconds: dict[str, float], progress: Progress,
+) -> RankResult:  # fmt: skip
+    """Compile for the simulated device, capture, replay and compare; ``reference`` shares nothing with ``model``."""
+    sources, rank = capture.Sources(), lowering.deployment.ep_rank // request.tp
+    compiled = compile_model(model.to(capture.DEVICE), request, lowering, sources)
+    compare.use_reference(reference)
+    replays = request.replays or REPLAYS
+    batches = [
+        capture.inputs(made, request, length, rank, step) for step in range(replays) for length in request.lengths
+    ]
+    progress(f"capturing and replaying {len(request.lengths)} token counts, {replays} times each, and comparing")
+    captured, errors = _timed(
+        seconds, "capture, replay and compare", capture.replay, functools.partial(_run, compiled), reference, taken,
+        batches, sources,
+    )  # fmt: skip
+    return RankResult(lowering.reports, errors, seconds, captured)
+
+
+def compile_model(
+    model: nn.Module, request: Request, lowering: MoeLowering, before: capture.Sources | None = None
+) -> nn.Module:
+    """The model under npugraph_ex; it compiles at its first call, and runs eagerly unless it is to be captured.
+
+    ``before`` is called with the graph before it is lowered.
+    """
+    ranks = lowering.deployment.ep_size
+    more: dict[str, Any] = {} if before is None else {"post_grad_custom_pre_pass": before}
+    if not request.capture:
+        more["force_eager"] = True
+    timeout = COLLECTIVE_TIMEOUT if ranks > 1 else None
+    options = npugraph_ex_options(lowering.deployment, lowering=lowering, agreement_timeout=timeout, **more)
     compiled: Any = torch.compile(
         model, backend="npugraph_ex", fullgraph=True, dynamic=request.dynamic, options=options
     )
@@ -204,7 +264,9 @@ def _built(made: models.Plan, request: Request) -> nn.Module:
 @torch.no_grad()
 def _run(compiled: nn.Module, input_ids: Tensor) -> Tensor:
     # Float attributes of the model (a scaling factor, an epsilon) are constants, not inputs of the graph.
-    with torch._dynamo.config.patch(specialize_float=True):
+    # Without duck shapes equal sizes have different symbols, and other sizes no second graph for the same token count.
+    shapes: Any = _config  # its functions are added when it is imported
+    with torch._dynamo.config.patch(specialize_float=True), shapes.patch(use_duck_shape=False):
         return models.logits(compiled, input_ids)
 
 

@@ -4,6 +4,28 @@ Each file holds one operator: its schema, its checks, its fake kernel and its CP
 contract is in ``docs/architecture.md``.
 """
 
-from moe_lowering.custom_ops import assert_tokens, combine, dispatch, dispatch_ffn_combine, grouped_mlp, route
+from moe_lowering.custom_ops import (
+    alltoall_experts,
+    assert_tokens,
+    combine,
+    dispatch,
+    dispatch_ffn_combine,
+    dispatch_gmm_combine_decode,
+    grouped_mlp,
+    keep_alive,
+    mega_moe,
+    route,
+)
 
-__all__ = ["assert_tokens", "combine", "dispatch", "dispatch_ffn_combine", "grouped_mlp", "route"]
+__all__ = [
+    "alltoall_experts",
+    "assert_tokens",
+    "combine",
+    "dispatch",
+    "dispatch_ffn_combine",
+    "dispatch_gmm_combine_decode",
+    "grouped_mlp",
+    "keep_alive",
+    "mega_moe",
+    "route",
+]

@@ -29,6 +29,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 # The fields of what a rank tells the others, before its row counts per expert.
 TOKENS, TP_GROUP, FAULT, FAULT_TOKEN, FAULT_ID, TOP_K, WIDTH, DTYPE, FIELDS = range(9)
 NO_FAULT, OUT_OF_RANGE, DUPLICATE = range(3)
+EQUAL = "max_tokens is 0, which says that T is equal on all ranks"
 
 
 def check_parallel(
@@ -208,7 +209,7 @@ def exchange(
     limit: int,
     limit_name: str,
     max_tokens: int,
-    equal_tokens: bool,
+    equal_tokens: bool | str,
 ) -> Received:
     """Send this rank's slice of ``x [T, H]`` to the experts ``ids [T, k]`` and receive what the others send here.
 
@@ -222,15 +223,15 @@ def exchange(
     if ep.size == 1:
         _bounded(operator, 0, ids.shape[0], max_tokens)
         _valid(operator, 0, plan.fault, num_experts)
-        _fits(operator, [plan.slots.numel()], limit, limit_name)
+        fits(operator, [plan.slots.numel()], limit, limit_name)
         return _keep(x, x_scale, plan)
 
     width = x.shape[1] * x.element_size() + 8 + (0 if x_scale is None else 4)
     head = [ids.shape[0], tp.first_global_rank(), *plan.fault, ids.shape[1], width, DTYPES.index(x.dtype)]
     everyone = gather_numbers(torch.cat([torch.tensor(head, dtype=torch.int64), plan.counts]), ep)
-    _agree(operator, everyone[:, :FIELDS].tolist(), num_experts, max_tokens, equal_tokens)
+    agree(operator, everyone[:, :FIELDS].tolist(), num_experts, max_tokens, equal_tokens)
     by_rank = everyone[:, FIELDS:].view(ep.size, ep.size, -1)  # [source, destination, E_local]
-    _fits(operator, by_rank.sum((0, 2)).tolist(), limit, limit_name)
+    fits(operator, by_rank.sum((0, 2)).tolist(), limit, limit_name)
 
     here = _keep(x[mine], None if x_scale is None else x_scale[mine], plan)
     parts = [as_bytes(here.rows), as_bytes(here.handle[:, 1:])]
@@ -311,17 +312,18 @@ def _valid(operator: str, rank: int, fault: Sequence[int], num_experts: int) -> 
         )
 
 
-def _agree(operator: str, heads: list[list[int]], num_experts: int, max_tokens: int, equal_tokens: bool) -> None:
-    """Raise, from what all ranks said, the error that all ranks raise."""
+def agree(operator: str, heads: list[list[int]], num_experts: int, max_tokens: int, equal_tokens: bool | str) -> None:
+    """Raise, from what all ranks said, the error that all ranks raise; a str says why T must be equal."""
     first: dict[int, int] = {}
+    why, remedy = (equal_tokens, "") if isinstance(equal_tokens, str) else (EQUAL, ", or max_tokens as its bound")
     for rank, head in enumerate(heads):
         tokens = head[TOKENS]
         if head[TOP_K:FIELDS] != heads[0][TOP_K:FIELDS]:
             raise ValueError(f"{operator}: EP ranks 0 and {rank} were given different k, hidden sizes or dtypes")
         if equal_tokens and tokens != heads[0][TOKENS]:
             raise ValueError(
-                f"{operator}: max_tokens is 0, which says that T is equal on all ranks, but T is {heads[0][TOKENS]} on "
-                f"EP rank 0 and {tokens} on EP rank {rank}; accepted: equal T, or max_tokens as its bound"
+                f"{operator}: {why}, but T is {heads[0][TOKENS]} on EP rank 0 and {tokens} on EP rank {rank}; accepted: "
+                f"equal T{remedy}"
             )
         _bounded(operator, rank, tokens, max_tokens)
         if head[TP_GROUP] >= 0 and tokens != first.setdefault(head[TP_GROUP], tokens):
@@ -332,7 +334,7 @@ def _agree(operator: str, heads: list[list[int]], num_experts: int, max_tokens: 
         _valid(operator, rank, head[FAULT : FAULT + 3], num_experts)
 
 
-def _fits(operator: str, received: list[int], limit: int, limit_name: str) -> None:
+def fits(operator: str, received: list[int], limit: int, limit_name: str) -> None:
     for rank, rows in enumerate(received):
         if rows > limit:
             raise RuntimeError(f"{operator}: EP rank {rank} would receive {rows} rows; accepted: at most {limit_name}")

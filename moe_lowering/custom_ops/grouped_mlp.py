@@ -2,6 +2,12 @@
 
 Meaning: grouped matmul, gated activation, grouped matmul. Each of the three stages accumulates in float32 and rounds
 once to the dtype of rows; a bias is added before that rounding.
+
+Quantised weights (int4 is packed by eight into int32 along the last axis, lowest bits first):
+
+- ``w8a8``, ``w4a8``: before each matmul the rows become int8, with a scale each, unless they arrive so. Sums are int32;
+  y = sum * weight scale * row scale. All between the first sum and the result is float32; the result is rounded once.
+- ``w4a16``: weight = (int4 + offset) * scale, in float32; the three stages round as without quantisation.
 """
 
 from __future__ import annotations
@@ -14,13 +20,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_lowering.custom_ops.library import register
+from moe_lowering.custom_ops.quantised import (
+    FORMATS,
+    INT8_ROWS,
+    WEIGHT_DTYPES,
+    Quantisation,
+    antiquant_matmul,
+    each,
+    grouped,
+    quantise_rows,
+    quantised_matmul,
+)
 from moe_lowering.custom_ops.sizes import differ, known, show
 
 SCHEMA = (
     "grouped_mlp(Tensor rows, Tensor row_scale, Tensor counts, Tensor[] w13, Tensor[] w2, Tensor[] w13_bias, "
-    "Tensor[] w2_bias, str activation, float limit, float alpha, bool interleaved) -> Tensor"
+    'Tensor[] w2_bias, str activation, float limit, float alpha, bool interleaved, str quantisation="none", '
+    "Tensor[]? w13_scale=None, Tensor[]? w2_scale=None, Tensor[]? w13_offset=None, Tensor[]? w2_offset=None, "
+    "Tensor[]? w13_scale_bias=None, Tensor[]? w2_scale_bias=None, ScalarType? out_dtype=None) -> Tensor"
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 CLAMPED = ("swiglu_clamp", "swiglu_oai")
 CHUNK = (
     2**17
@@ -62,15 +82,11 @@ def _check(
     w2_bias: Sequence[Tensor],
     activation: str,
     limit: float,
+    quantisation: Quantisation,
+    out_dtype: torch.dtype | None,
 ) -> None:
-    if row_scale.dim() != 1 or known(row_scale.shape[0] != 0):
-        raise NotImplementedError(
-            f"grouped_mlp: row_scale has shape {show(row_scale.shape)}; accepted: [0]; quantised rows are refused"
-        )
-    if rows.dim() != 2:
-        raise ValueError(f"grouped_mlp: rows has shape {show(rows.shape)}; accepted: [R, hidden]")
-    if rows.dtype not in FLOATS:
-        raise TypeError(f"grouped_mlp: rows is {rows.dtype}; accepted: float32, float16, bfloat16")
+    form = quantisation.format
+    _check_rows(rows, row_scale, form, out_dtype)
     if counts.dim() != 1 or counts.dtype != torch.int64:
         raise ValueError(
             f"grouped_mlp: counts is {counts.dtype} of shape {show(counts.shape)}; accepted: int64 [E_local]"
@@ -78,20 +94,97 @@ def _check(
     for name, weights in (("w13", w13), ("w2", w2)):
         if not weights or weights[0].dim() < 2:
             raise ValueError(f"grouped_mlp: {name} holds no matrix; accepted: one tensor [E, K, N] or E tensors [K, N]")
-    experts, hidden, double = counts.shape[0], rows.shape[1], w13[0].shape[-1]
+    packed, dtypes = quantisation.packed, (WEIGHT_DTYPES.get(form, rows.dtype),)
+    experts, hidden, double = counts.shape[0], rows.shape[1], w13[0].shape[-1] * packed
     if known(double % 2 != 0):
         raise ValueError(f"grouped_mlp: w13 has {double} columns; accepted: an even number, gate and up")
-    check_per_expert("grouped_mlp", "w13", w13, experts, (hidden, double), (rows.dtype,))
-    check_per_expert("grouped_mlp", "w2", w2, experts, (double // 2, hidden), (rows.dtype,))
+    if known(hidden % packed != 0):
+        raise ValueError(f"grouped_mlp: rows has hidden size {hidden} for {form}; accepted: a multiple of {packed}")
+    check_per_expert("grouped_mlp", "w13", w13, experts, (hidden, double // packed), dtypes)
+    check_per_expert("grouped_mlp", "w2", w2, experts, (double // 2, hidden // packed), dtypes)
     for name, biases, width in (("w13_bias", w13_bias, double), ("w2_bias", w2_bias, hidden)):
+        if biases and form != "none":
+            raise ValueError(f"grouped_mlp: {name} is given for quantisation {form!r}; accepted: none")
         if biases:
             check_per_expert("grouped_mlp", name, biases, experts, (width,), (rows.dtype, torch.float32))
+    _check_quantisers(quantisation, experts, hidden, double, rows.dtype)
+    _check_activation(activation, limit)
+
+
+def _check_rows(rows: Tensor, row_scale: Tensor, form: str, out_dtype: torch.dtype | None) -> None:
+    if form not in FORMATS:
+        raise ValueError(f"grouped_mlp: quantisation is {form!r}; accepted: {', '.join(FORMATS)}")
+    if rows.dim() != 2:
+        raise ValueError(f"grouped_mlp: rows has shape {show(rows.shape)}; accepted: [R, hidden]")
+    accepted = {"none": FLOATS, "w4a16": HALVES}.get(form, (*FLOATS, torch.int8))
+    if rows.dtype not in accepted:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
+        raise TypeError(f"grouped_mlp: rows is {rows.dtype} for quantisation {form!r}; accepted: {names}")
+    if rows.dtype != torch.int8:
+        if row_scale.dim() != 1 or known(row_scale.shape[0] != 0):
+            raise ValueError(
+                f"grouped_mlp: row_scale has shape {show(row_scale.shape)} for rows of {rows.dtype}; accepted: [0], "
+                "since only int8 rows have scales"
+            )
+        if out_dtype not in (None, rows.dtype):
+            raise TypeError(f"grouped_mlp: out_dtype is {out_dtype}; accepted: None or that of rows, {rows.dtype}")
+        return
+    if row_scale.dtype != torch.float32 or differ(row_scale.shape, rows.shape[:1]):
+        raise TypeError(
+            f"grouped_mlp: row_scale is {row_scale.dtype} of shape {show(row_scale.shape)}; accepted: float32 "
+            f"{show(rows.shape[:1])}, one for each row of int8"
+        )
+    if out_dtype not in FLOATS:
+        raise TypeError(f"grouped_mlp: out_dtype is {out_dtype} for int8 rows; accepted: float32, float16, bfloat16")
+
+
+def _check_quantisers(quantisation: Quantisation, experts: int, hidden: int, double: int, dtype: torch.dtype) -> None:
+    """Scales, offsets and scale biases: there when the format has them, and of which shapes and dtypes."""
+    form = quantisation.format
+    if quantisation == Quantisation("none"):
+        return
+    scales = {"w8a8": (torch.float32, torch.bfloat16, torch.int64), "w4a8": (torch.float32, torch.int64)}
+    for name, inner, width in (("w13", hidden, double), ("w2", double // 2, hidden)):
+        scale: Sequence[Tensor] = getattr(quantisation, f"{name}_scale")
+        offset: Sequence[Tensor] = getattr(quantisation, f"{name}_offset")
+        bias: Sequence[Tensor] = getattr(quantisation, f"{name}_scale_bias")
+        for what, given, formats in (
+            ("scale", scale, FORMATS[1:]), ("offset", offset, ("w4a16",)), ("scale_bias", bias, ("w4a8",)),
+        ):  # fmt: skip
+            if given and form not in formats:
+                raise ValueError(
+                    f"grouped_mlp: {name}_{what} is given for quantisation {form!r}; accepted: none, since only "
+                    f"{', '.join(formats)} has it"
+                )
+        if not scale:
+            raise ValueError(f"grouped_mlp: {name}_scale is None for {form}; accepted: {show((experts, width))}")
+        shape: tuple[int, ...] = (width,)
+        if form == "w4a16" and grouped(scale, experts):
+            shape = (_groups(f"{name}_scale", scale[0].shape[-2], inner), width)
+        check_per_expert("grouped_mlp", f"{name}_scale", scale, experts, shape, scales.get(form, (dtype,)))
+        if offset:
+            check_per_expert("grouped_mlp", f"{name}_offset", offset, experts, shape, (dtype,))
+        if bias:
+            check_per_expert("grouped_mlp", f"{name}_scale_bias", bias, experts, (width,), (torch.float32,))
+
+
+def _groups(name: str, groups: int, inner: int) -> int:
+    if groups < 1 or known(inner % groups != 0):
+        raise ValueError(f"grouped_mlp: {name} has {groups} groups; accepted: a divisor of {inner}, the weight's lines")
+    return groups
+
+
+def _check_activation(activation: str, limit: float) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"grouped_mlp: activation is {activation!r}; accepted: {', '.join(ACTIVATIONS)}")
     if activation in CLAMPED and limit <= 0:
         raise ValueError(f"grouped_mlp: limit is {limit} for {activation}; accepted: more than 0")
     if activation not in CLAMPED and limit != 0:
         raise ValueError(f"grouped_mlp: limit is {limit} for {activation}, which has none; accepted: 0")
+
+
+def _quantisation(form: str, *lists: Sequence[Tensor] | None) -> Quantisation:
+    return Quantisation(form, *(tensors or () for tensors in lists))
 
 
 def _fake(
@@ -106,9 +199,18 @@ def _fake(
     limit: float,
     alpha: float,
     interleaved: bool,
+    quantisation: str = "none",
+    w13_scale: Sequence[Tensor] | None = None,
+    w2_scale: Sequence[Tensor] | None = None,
+    w13_offset: Sequence[Tensor] | None = None,
+    w2_offset: Sequence[Tensor] | None = None,
+    w13_scale_bias: Sequence[Tensor] | None = None,
+    w2_scale_bias: Sequence[Tensor] | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _check(rows, row_scale, counts, w13, w2, w13_bias, w2_bias, activation, limit)
-    return rows.new_empty(rows.shape)
+    stored = _quantisation(quantisation, w13_scale, w2_scale, w13_offset, w2_offset, w13_scale_bias, w2_scale_bias)
+    _check(rows, row_scale, counts, w13, w2, w13_bias, w2_bias, activation, limit, stored, out_dtype)
+    return rows.new_empty(rows.shape, dtype=out_dtype or rows.dtype)
 
 
 def _cpu(
@@ -123,18 +225,52 @@ def _cpu(
     limit: float,
     alpha: float,
     interleaved: bool,
+    quantisation: str = "none",
+    w13_scale: Sequence[Tensor] | None = None,
+    w2_scale: Sequence[Tensor] | None = None,
+    w13_offset: Sequence[Tensor] | None = None,
+    w2_offset: Sequence[Tensor] | None = None,
+    w13_scale_bias: Sequence[Tensor] | None = None,
+    w2_scale_bias: Sequence[Tensor] | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _check(rows, row_scale, counts, w13, w2, w13_bias, w2_bias, activation, limit)
+    stored = _quantisation(quantisation, w13_scale, w2_scale, w13_offset, w2_offset, w13_scale_bias, w2_scale_bias)
+    _check(rows, row_scale, counts, w13, w2, w13_bias, w2_bias, activation, limit, stored, out_dtype)
     numbers = counts.tolist()
-    used = sum(numbers)
+    used, gate = sum(numbers), (activation, limit, alpha, interleaved)
     if used > rows.shape[0] or min(numbers, default=0) < 0:
         raise ValueError(
             f"grouped_mlp: counts is {numbers}, {used} in all; accepted: 0 or more each, at most R = {rows.shape[0]}"
         )
-    hidden = grouped_matmul(rows[:used], numbers, w13, w13_bias, rows.dtype)
-    hidden = activate(hidden, activation, limit, alpha, interleaved, rows.dtype)
-    out = grouped_matmul(hidden, numbers, w2, w2_bias, rows.dtype)
+    if quantisation in INT8_ROWS:
+        out = _int8_rows(rows[:used], row_scale[:used], numbers, w13, w2, stored, gate)
+    elif quantisation == "w4a16":
+        hidden = antiquant_matmul(rows[:used], numbers, w13, stored.w13_scale, stored.w13_offset)
+        hidden = activate(hidden, *gate, rows.dtype)
+        out = antiquant_matmul(hidden, numbers, w2, stored.w2_scale, stored.w2_offset)
+    else:
+        hidden = grouped_matmul(rows[:used], numbers, w13, w13_bias, rows.dtype)
+        hidden = activate(hidden, *gate, rows.dtype)
+        out = grouped_matmul(hidden, numbers, w2, w2_bias, rows.dtype)
+    out = out.to(out_dtype or rows.dtype)
     return out if used == rows.shape[0] else F.pad(out, (0, 0, 0, rows.shape[0] - used))
+
+
+def _int8_rows(
+    rows: Tensor,
+    row_scale: Tensor,
+    counts: list[int],
+    w13: Sequence[Tensor],
+    w2: Sequence[Tensor],
+    stored: Quantisation,
+    gate: tuple[str, float, float, bool],
+) -> Tensor:
+    """w8a8 and w4a8 in float32, of float rows or of int8 rows with their scales."""
+    if rows.dtype != torch.int8:
+        rows, row_scale = quantise_rows(rows)
+    hidden = quantised_matmul(rows, row_scale, counts, w13, stored.w13_scale)
+    rows, row_scale = quantise_rows(activate(hidden, *gate, torch.float32))
+    return quantised_matmul(rows, row_scale, counts, w2, stored.w2_scale)
 
 
 def grouped_matmul(
@@ -153,8 +289,8 @@ def grouped_matmul(
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
         return F.grouped_mm(rows, weights[0], offs=ends)
     out = rows.new_empty((rows.shape[0], weights[0].shape[-1]), dtype=dtype)
-    matrices = _by_expert(weights, 2)
-    vectors = _by_expert(biases, 1) if biases else ()
+    matrices = each(weights)
+    vectors = each(biases, 1) if biases else ()
     for expert, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
         if not count:
             continue
@@ -184,10 +320,6 @@ def _takes_grouped_mm(rows: Tensor, weights: Sequence[Tensor]) -> bool:
         and rows.shape[1] * size % 16 == 0
         and rows.data_ptr() % 16 == 0
     )
-
-
-def _by_expert(tensors: Sequence[Tensor], dims: int) -> Sequence[Tensor]:
-    return tensors[0].unbind(0) if len(tensors) == 1 and tensors[0].dim() > dims else tensors
 
 
 def activate(

@@ -33,7 +33,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts
 from moe_lowering.layers import MoE
 
-__all__ = ["NAME", "capabilities", "register"]
+__all__ = ["NAME", "capabilities", "register", "token_mask"]
 
 NAME = "moe_lowering"
 # What ``@use_experts_implementation`` sets on an instance.
@@ -41,6 +41,7 @@ _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_c
 
 log = logging.getLogger(__name__)
 _warned: set[str] = set()
+_token_mask: Tensor | None = None
 
 
 class Form(NamedTuple):
@@ -94,6 +95,32 @@ def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
+class token_mask:  # a class: dynamo traces it
+    """While it is entered, experts see only the tokens whose mask is True; the others load no expert, and get zero.
+
+        with token_mask(mask):  # in the function that is compiled, or around a call without a graph
+            model(input_ids=ids)
+
+    For padding. Not for several threads at once. A module that keeps transformers' ``grouped_mm`` (see ``capabilities``)
+    computes all tokens.
+
+    Args:
+        mask: bool, of as many elements as the model is given tokens, in their order.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self.outer: Tensor | None = None
+
+    def __enter__(self) -> None:
+        global _token_mask
+        self.outer, _token_mask = _token_mask, self.mask
+
+    def __exit__(self, *error: object) -> None:
+        global _token_mask
+        _token_mask = self.outer
+
+
 def capabilities(model: nn.Module) -> list[tuple[str, bool, str]]:
     """(module name, supported, reason) of every experts module in ``model``; for a supported one, its activation.
 
@@ -115,14 +142,16 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     """The experts forward that transformers calls: [T, H], ids [T, k], weights [T, k] -> [T, H]."""
     form = _form(module)
     deployment: Deployment | None = getattr(module, "moe_lowering_deployment", None)
+    quantisation = getattr(module, "moe_lowering_quantisation", "none")
     if form.unrecognised:
-        _refuse(type(module).__name__, form.unrecognised, deployment is not None and deployment.ep_size > 1)
+        sharded = deployment is not None and deployment.ep_size > 1
+        _refuse(type(module).__name__, form.unrecognised, sharded, quantisation != "none")
         return _grouped_mm()(module, hidden_states, top_k_index, top_k_weights)
     w13, w2 = module.gate_up_proj, module.down_proj
     if not module.is_transposed:
         w13, w2 = w13.transpose(-2, -1), w2.transpose(-2, -1)
     y = moe_experts(
-        hidden_states.to(w13.dtype),
+        hidden_states.to(_activation_dtype(module, hidden_states.dtype)),
         top_k_weights,
         top_k_index,
         w13,
@@ -134,9 +163,29 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         limit=form.limit,
         alpha=form.alpha,
         interleaved=form.interleaved,
+        mask=None if _token_mask is None else _token_mask.reshape(hidden_states.shape[:-1]),
         deployment=deployment,
+        quantisation=quantisation,
+        **_quantisers(module) if quantisation != "none" else {},
     )
     return y.to(hidden_states.dtype)
+
+
+def _activation_dtype(module: Any, given: torch.dtype) -> torch.dtype:
+    """The dtype in which experts take tokens: that of the weights; of w4a16's scales; any for int8 rows."""
+    quantisation = getattr(module, "moe_lowering_quantisation", "none")
+    if quantisation == "none":
+        return module.gate_up_proj.dtype
+    return module.gate_up_proj_scale.dtype if quantisation == "w4a16" else given
+
+
+def _quantisers(module: Any) -> dict[str, Any]:
+    """What ``quantise_experts`` put beside the weights, by the argument of ``moe_experts``."""
+    return {
+        f"{ours}_{what}": getattr(module, f"{theirs}_{what}")
+        for ours, theirs in (("w13", "gate_up_proj"), ("w2", "down_proj"))
+        for what in ("scale", "offset", "scale_bias")
+    }
 
 
 # A constant for dynamo: a limit or alpha that it would make a graph input under dynamic=True stays a number, and the
@@ -228,12 +277,12 @@ def _grouped_mm() -> Callable[..., Tensor]:
 
 
 @torch.compiler.assume_constant_result
-def _refuse(class_name: str, reason: str, sharded: bool) -> bool:
-    """Say once per class that it falls back; raise when its experts are sharded, where falling back is wrong."""
-    if sharded:
+def _refuse(class_name: str, reason: str, sharded: bool, quantised: bool) -> bool:
+    """Say once per class that it falls back; raise when its experts are sharded or quantised, which that cannot read."""
+    if sharded or quantised:
         raise NotImplementedError(
-            f"moe_lowering: {class_name} is not supported: {reason}. Its experts are sharded, so it cannot use "
-            "transformers' grouped_mm"
+            f"moe_lowering: {class_name} is not supported: {reason}. Its experts are "
+            f"{'sharded' if sharded else 'quantised'}, so it cannot use transformers' grouped_mm"
         )
     if class_name not in _warned:
         _warned.add(class_name)

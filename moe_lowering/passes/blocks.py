@@ -53,8 +53,11 @@ class BlockSpec:
     """All that a decision about a block may depend on; equal for equal layers of a model.
 
     ``tokens`` is T, the number of tokens of one rank (int or SymInt). It takes no part in equality; ``key`` does, which
-    holds shapes, strides and dtypes of the inputs with symbolic sizes as sympy expressions. ``quantisation`` is that of
-    the expert weights, ``none``, ``w8a8``, ``w4a8`` or ``w4a16``; the blocks that are found in graphs have none yet.
+    holds shapes, strides and dtypes of the inputs with symbolic sizes as sympy expressions. ``dtype`` is that of the
+    result, and of x unless x arrives quantised (``quantised_input``: int8 with a scale per token). ``quantisation`` is
+    that of the expert weights, ``none``, ``w8a8``, ``w4a8`` or ``w4a16``; ``scale_dtypes`` are those of w13's and w2's
+    scales, ``scale_dims`` their number of dimensions (a list of tensors counts as the stacked one). ``mixed_forms`` says
+    that one of w13 and w2 is one tensor and the other a list.
     """
 
     tokens: Any = dataclasses.field(compare=False)
@@ -84,6 +87,11 @@ class BlockSpec:
     scopes_differ: bool
     key: tuple[Any, ...]
     quantisation: str = "none"
+    scale_dtypes: tuple[torch.dtype, ...] = ()
+    scale_dims: int = 0
+    has_offset: bool = False
+    has_scale_bias: bool = False
+    mixed_forms: bool = False
     counts_read_before_combine: bool = False
     counts_read_before_weights: bool = False
     collective_groups: frozenset[str] = frozenset()
@@ -136,6 +144,10 @@ class Block:
         return arguments(self.dispatch)[0]
 
     @property
+    def x_scale(self) -> Node | None:
+        return arguments(self.dispatch)[1]
+
+    @property
     def ids(self) -> Node:
         return arguments(self.dispatch)[2]
 
@@ -151,3 +163,8 @@ class Block:
     def experts(self) -> tuple[tuple[Node, ...], ...]:
         """(w13, w2, w13_bias, w2_bias)."""
         return tuple(tuple(nodes) for nodes in arguments(self.mlp)[3:7])
+
+    @property
+    def quantisers(self) -> tuple[tuple[Node, ...], ...]:
+        """(w13_scale, w2_scale, w13_offset, w2_offset, w13_scale_bias, w2_scale_bias), each empty when there is none."""
+        return tuple(tuple(nodes or ()) for nodes in arguments(self.mlp)[12:18])

@@ -2,8 +2,8 @@
 
 - ``auto``: the cheapest legal one by a cost function (``costs.estimate``, or the user's).
 - a name (``allgather``, ``mc2``, ``fused_mc2``): that one and no other.
-- ``vllm_ascend_0_13``, ``vllm_ascend_main``: what vllm-ascend selects. Where that is not legal for the block, or not
-  implemented here, the cheapest legal one, and the reason says so.
+- ``vllm_ascend_0_13``, ``vllm_ascend_main``: what vllm-ascend selects. Where that is not legal for the block, the
+  cheapest legal one, and the reason says so.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.costs import Load, estimate
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.vllm_ascend_rules import Situation, capacity_0_13, capacity_main, choose_0_13, choose_main
 from moe_lowering.report.records import Verdict
 
@@ -22,6 +23,7 @@ Cost = Callable[[str, Load], float]
 VLLM = ("vllm_ascend_0_13", "vllm_ascend_main")
 COMMS = ("auto", *IMPLEMENTATIONS)
 POLICIES = ("auto", *VLLM)
+WEIGHT_WIDTHS = {"w8a8": 1.0, "w4a8": 0.5, "w4a16": 0.5}  # bytes
 DEFAULT_TOKENS = 512  # what a graph without any bound is costed with: a full MC2 batch
 
 
@@ -65,8 +67,7 @@ class Policy:
             wanted = vllm_choice(self.name, spec, deployment, tokens)
             if wanted in legal:
                 return wanted, f"{self.name} selects it"
-            known = wanted in IMPLEMENTATIONS
-            asked = f"{self.name} selects {wanted}, which is {'not legal here' if known else 'not implemented'}; "
+            asked = f"{self.name} selects {wanted}, which is not legal here; "
         costs = {name: self._cost(name, load_of(spec, deployment, tokens)) for name in legal}
         best = min(legal, key=lambda name: (costs[name], name))
         others = ", ".join(f"{name} {costs[name]:.0f} us" for name in legal if name != best)
@@ -92,14 +93,16 @@ class Policy:
 def load_of(spec: BlockSpec, deployment: Deployment, tokens: int) -> Load:
     """What the cost function is asked about."""
     return Load(
-        deployment.soc,
-        spec.ep_size,
-        tokens,
-        spec.hidden,
-        spec.intermediate,
-        spec.top_k,
-        spec.local_experts,
-        spec.dtype.itemsize,
+        soc=deployment.soc,
+        ep_size=spec.ep_size,
+        tokens=share(tokens, spec),
+        hidden=spec.hidden,
+        intermediate=spec.intermediate,
+        top_k=spec.top_k,
+        local_experts=spec.local_experts,
+        # int8 rows travel out, results come back in the block's dtype
+        width=(1 + spec.dtype.itemsize) / 2 if spec.quantisation in ("w8a8", "w4a8") else spec.dtype.itemsize,
+        weight_width=WEIGHT_WIDTHS.get(spec.quantisation, spec.dtype.itemsize),
     )
 
 

@@ -36,7 +36,10 @@ MACHINES = {
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What is to be done: one block on one rank. ``tokens`` is T; ``width`` the bytes of one element."""
+    """What is to be done: one block on one rank. ``tokens`` are those that it works on.
+
+    ``width`` is the bytes of one element of a row, averaged over both ways; ``weight_width`` those of a weight.
+    """
 
     soc: str
     ep_size: int
@@ -45,7 +48,8 @@ class Load:
     intermediate: int
     top_k: int
     local_experts: int
-    width: int
+    width: float
+    weight_width: float
 
 
 def estimate(implementation: str, load: Load) -> float:
@@ -62,24 +66,29 @@ def estimate(implementation: str, load: Load) -> float:
             return local + compute
         moved = 2 * (load.ep_size - 1) * load.tokens * load.hidden * load.width
         return 4 * COLLECTIVE_US + 9 * VECTOR_US + local + compute + _transfer(moved, machine)
+    if implementation == "alltoall":
+        # both ways, buffers for every row that could go to a rank, and the routing around them on the vector cores
+        lines = load.ep_size * load.tokens * min(load.top_k, load.local_experts)
+        moved = 2 * lines * load.hidden * load.width * (load.ep_size - 1) / load.ep_size
+        return 3 * COLLECTIVE_US + 24 * VECTOR_US + 2 * MATMUL_US + compute + _transfer(moved, machine)
     # both ways, each token to its k experts, of which (ep - 1) / ep live elsewhere
-    moved = 2 * load.top_k * load.tokens * load.hidden * load.width * (load.ep_size - 1) // load.ep_size
+    moved = 2 * load.top_k * load.tokens * load.hidden * load.width * (load.ep_size - 1) / load.ep_size
     if implementation == "mc2":
         launches = 2 * COLLECTIVE_US + 2 * MATMUL_US + VECTOR_US + DISPATCH_FIXED_US
         return launches + compute + _transfer(moved, machine)
     if implementation == "fused_mc2":
         return COLLECTIVE_US + DISPATCH_FIXED_US + max(compute, _transfer(moved, machine))
-    raise ValueError(f"cost: implementation is {implementation!r}; accepted: allgather, mc2, fused_mc2")
+    raise ValueError(f"cost: implementation is {implementation!r}; accepted: allgather, alltoall, mc2, fused_mc2")
 
 
-def _transfer(moved: int, machine: Machine) -> float:
+def _transfer(moved: float, machine: Machine) -> float:
     return moved / (machine.link * COMM_EFFICIENCY * 1e3)
 
 
 def _compute(load: Load, machine: Machine) -> float:
     weights = 3 * load.hidden * load.intermediate
     operations = 2 * load.tokens * load.top_k * weights
-    read = load.local_experts * weights * load.width
+    read = load.local_experts * weights * load.weight_width
     return max(
         operations / (machine.compute * COMPUTE_EFFICIENCY * 1e6), read / (machine.memory * MEMORY_EFFICIENCY * 1e3)
     )

@@ -19,6 +19,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.choosing import DEFAULT_TOKENS, Policy
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.judging import Judgement, declared_tokens, free_tokens, judge
 from moe_lowering.passes.token_ranges import SEARCH_LIMIT, TokenRange, hint, is_strict, known_range, prover_for, widest
 
@@ -47,13 +48,28 @@ class Decision:
 def decide(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
     """The decision for one block; the same on every rank."""
     decision = _decide(spec, deployment, policy)
-    if decision.comm is None or not spec.max_rows:
+    if decision.comm is None:
         return decision
-    note = (
-        f"max_rows = {spec.max_rows} bounds the generic operators only: {decision.comm} has room for every row that can "
-        "arrive, so that no row is dropped"
+    notes = decision.notes
+    form = IMPLEMENTATIONS[decision.comm].form(decision.judgement.form(decision.comm), deployment)
+    if form.note is not None:
+        notes += (form.note(spec, deployment, _costed_tokens(spec, deployment)),)
+    if spec.max_rows and decision.comm != "alltoall":
+        notes += (_unused_cap(spec, decision.comm),)
+    return dataclasses.replace(decision, notes=notes)
+
+
+def _costed_tokens(spec: BlockSpec, deployment: Deployment) -> int:
+    """T for figures in the report: what the graph has, else the declared bound."""
+    fixed = isinstance(spec.tokens, int) and deployment.equal_tokens
+    return spec.tokens if fixed else deployment.max_tokens or DEFAULT_TOKENS
+
+
+def _unused_cap(spec: BlockSpec, comm: str) -> str:
+    return (
+        f"max_rows = {spec.max_rows} bounds the generic operators and AllToAll only: {comm} has room for every row that "
+        "can arrive, so that no row is dropped"
     )
-    return dataclasses.replace(decision, notes=(*decision.notes, note))
 
 
 def _decide(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:

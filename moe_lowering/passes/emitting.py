@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 from moe_lowering.passes.values import Template
 
 aten = torch.ops.aten
-_COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "seq_nr")
+COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "seq_nr")
 
 # For each node of one block's replacement, in emission order: what gives the value of the same node of an equal block.
 Recording = list[Callable[[Node], Any]]
@@ -52,7 +52,7 @@ class Emitter:
     def at(self, position: Node, origin: Node) -> Iterator[None]:
         """Insert before ``position``; new nodes take the source metadata of ``origin``."""
         previous = self._origin_meta
-        self._origin_meta = {key: origin.meta[key] for key in _COPIED_META if key in origin.meta}
+        self._origin_meta = {key: origin.meta[key] for key in COPIED_META if key in origin.meta}
         with self._graph.inserting_before(position):
             yield
         self._origin_meta = previous

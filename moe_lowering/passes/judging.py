@@ -17,7 +17,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, check
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.passes.implementations import IMPLEMENTATIONS, Call, Form
 from moe_lowering.passes.quantities import block_quantities
 from moe_lowering.report.records import Verdict
 
@@ -37,6 +37,10 @@ class Judgement:
     tokens: Any
     prover: Prover
     quantities: dict[str, Any]
+
+    def form(self, implementation: str) -> str:
+        """The form of an implementation that its verdict is about."""
+        return self.verdicts[implementation].form
 
 
 def torch_npu_is_loaded() -> bool:
@@ -75,9 +79,9 @@ def outside_declared_range(tokens: Any, deployment: Deployment) -> bool:
     return (low or 0) > deployment.max_tokens or (high is not None and high < deployment.min_tokens)
 
 
-def judged_operators(implementation: str, spec: BlockSpec, soc: str) -> tuple[str, ...]:
-    """The operators and pseudo-operators whose rules bind an implementation of a block."""
-    return ("deployment", implementation, *IMPLEMENTATIONS[implementation].operators(spec, soc))
+def judged_calls(implementation: str, form: Form, spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
+    """Everything whose rules bind a form of an implementation: the deployment, the implementation, and its calls."""
+    return (Call("deployment"), Call(implementation), *form.calls(spec, deployment))
 
 
 def judge(
@@ -92,10 +96,26 @@ def judge(
     """
     loaded = torch_npu_is_loaded() if torch_npu is None else torch_npu
     quantities = block_quantities(spec, deployment, tokens, prover, loaded)
-    versions = deployment.versions
     verdicts = {}
     for name in IMPLEMENTATIONS:
-        operators = judged_operators(name, spec, deployment.soc)
-        violations = [v for op in operators for v in check(op, deployment.soc, quantities, prover, versions)]
-        verdicts[name] = Verdict(name, tuple(violations))
+        verdicts[name] = _verdict(name, spec, deployment, quantities, prover)
     return Judgement(verdicts, tokens, prover, quantities)
+
+
+def _verdict(name: str, spec: BlockSpec, deployment: Deployment, quantities: dict[str, Any], prover: Prover) -> Verdict:
+    """Of the first legal form; of the preferred form when none is."""
+    first: Verdict | None = None
+    for form in IMPLEMENTATIONS[name].forms(deployment):
+        violations = [
+            violation
+            for call in judged_calls(name, form, spec, deployment)
+            for violation in check(
+                call.operator, deployment.soc, {**quantities, **call.given}, prover, deployment.versions
+            )
+        ]
+        verdict = Verdict(name, tuple(dict.fromkeys(violations)), form.name)
+        if verdict.legal:
+            return verdict
+        first = first or verdict
+    assert first is not None
+    return first

@@ -9,6 +9,7 @@ In strict mode it raises ``LoweringError`` instead, before or after having edite
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import logging
@@ -30,7 +31,10 @@ from moe_lowering.passes.costs import estimate
 from moe_lowering.passes.deciding import Decision, decide
 from moe_lowering.passes.emitting import Emitter, Recording, erase
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.judging import outside_declared_range
+from moe_lowering.passes.naming import dimension_names, in_users_words
+from moe_lowering.passes.overlap import Target, overlap
 from moe_lowering.passes.raising import find_blocks, place
 from moe_lowering.passes.routing import emit_route, judge_route
 from moe_lowering.passes.token_ranges import TokenRange, request_guard
@@ -62,6 +66,8 @@ class MoeLowering:
         policy: how ``auto`` chooses: ``auto`` (cheapest), ``vllm_ascend_0_13`` or ``vllm_ascend_main``.
         cost: estimated microseconds of an implementation under a ``costs.Load``, in place of the built-in model. It must
             give the same figures on every rank.
+        overlap: move the shared expert of each block to a side stream where the graph has stream scopes, which is inside
+            npugraph_ex; see ``passes.overlap``. The report's notes say what overlaps, or why not.
 
     Attributes:
         reports: one ``LoweringReport`` per graph seen, in order.
@@ -77,8 +83,10 @@ class MoeLowering:
         strict: bool = False,
         policy: str = "auto",
         cost: Cost = estimate,
+        overlap: bool = False,
     ) -> None:
         self.deployment = deployment
+        self.overlap = overlap
         self.policy = Policy(comm, policy, cost)
         self.strict = strict
         self.reports: list[LoweringReport] = []
@@ -88,6 +96,8 @@ class MoeLowering:
         run = _Run(gm, self.deployment, self.policy)
         with _collector_paused():
             blocks = run.lower()
+            if self.overlap:
+                blocks = run.overlap(blocks, config)
             if run.changed:
                 gm.graph.lint()
                 gm.recompile()
@@ -120,6 +130,9 @@ class _Run:
         self._recordings: dict[tuple[Any, ...], Recording] = {}
         self._routes: dict[RouteSpec, list[Violation]] = {}
         self._enforced: set[Any] = set()
+        self._said: dict[tuple[BlockSpec, str], BlockReport] = {}
+        self._blocks: list[Block] = []
+        self._targets: dict[Node, Target] = {}  # by the erased combine
 
     def lower(self) -> list[BlockReport]:
         fake_mode = _fake_mode(self.graph)
@@ -134,6 +147,7 @@ class _Run:
             log.warning("moe_lowering: looking for blocks failed, the graph is left as it was", exc_info=True)
             self.left = [(node, _internal(error)) for node in generic_nodes(self.graph.nodes)]
             return []
+        self._blocks = blocks
         reports = [self._lower_or_leave(block) for block in blocks]
         for route in routes:
             if not _feeds_generic(route):
@@ -167,7 +181,13 @@ class _Run:
                 self._enforced.add((size_key(block.spec.tokens), decision.enforced))
         if decision.guard is not None and comm == decision.comm:
             self._request_guard(block, decision.guard)
-        return BlockReport(block.name, comm, reason, before, after, decision.judgement.verdicts, decision.notes)
+        report = BlockReport(block.name, comm, reason, before, after, decision.judgement.verdicts, decision.notes)
+        if isinstance(block.spec.tokens, int):
+            return report
+        said = self._said.get((block.spec, reason))
+        if said is None:
+            said = self._said[block.spec, reason] = in_users_words(report, dimension_names(block.spec.tokens))
+        return dataclasses.replace(said, name=block.name, ops_before=before, ops_after=after)
 
     def _guarded(self, rewrite: Callable[[Emitter], None], key: tuple[Any, ...]) -> list[Node] | str:
         """Run one rewrite; the nodes it created, or why it was undone."""
@@ -185,7 +205,8 @@ class _Run:
 
     def _rewrite(self, block: Block, comm: str, decision: Decision, emit: Emitter) -> None:
         first = (comm, block.spec) not in self._recordings
-        replacement = IMPLEMENTATIONS[comm].emit(block, emit, self.deployment, decision.judgement.quantities)
+        form = IMPLEMENTATIONS[comm].form(decision.judgement.form(comm), self.deployment)
+        replacement = form.emit(block, emit, self.deployment, decision.judgement.quantities)
         same_value(block.combine, replacement.y)
         if block.counts is not None:
             assert replacement.counts is not None
@@ -200,12 +221,23 @@ class _Run:
         if block.counts is not None and replacement.counts is not None:
             block.counts.replace_all_uses_with(replacement.counts, delete_user_cb=lambda user: user is not block.mlp)
         erase(self.graph, block.interior)
+        self._targets[block.combine] = Target(comm, emit.created, replacement.y)
+
+    def overlap(self, reports: list[BlockReport], config: Any) -> list[BlockReport]:
+        """After ``lower``: shared experts to a side stream, and the reports with what came of it."""
+        targets = [self._targets.get(block.combine) for block in self._blocks]
+        found = iter(overlap(self.graph, [t for t in targets if t is not None], self.deployment, config))
+        return [
+            report if target is None else dataclasses.replace(report, notes=(*report.notes, next(found)))
+            for report, target in zip(reports, targets, strict=True)
+        ]
 
     def _check_limits(self, spec: BlockSpec, decision: Decision, emit: Emitter) -> None:
         """Every Ascend node against its limits, from its own arguments and not from the block's record."""
         judged = decision.judgement
+        sizes = (share(spec.tokens, spec), share(judged.tokens, spec))
         for node in emit.created:
-            violations = call_violations(node, self.deployment, judged.prover, (spec.tokens, judged.tokens))
+            violations = call_violations(node, self.deployment, judged.prover, sizes, judged.quantities["received"])
             if violations:
                 raise VerificationError("; ".join(str(v) for v in violations))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from moe_lowering.custom_ops.sizes import ceil_div
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover
 from moe_lowering.passes.blocks import BlockSpec, RouteSpec
@@ -20,8 +21,19 @@ def max_output_size(spec: BlockSpec, deployment: Deployment, tokens: Any, prover
     """Rows that a fused operator may process on one rank: the deployment's, else the proven receive bound; 0 when none."""
     if deployment.max_output_size:
         return deployment.max_output_size
+    return spec.ep_size * most_tokens(spec, tokens, prover) * min(spec.top_k, spec.local_experts)
+
+
+def most_tokens(spec: BlockSpec, tokens: Any, prover: Prover) -> int:
+    """The proven bound on the tokens that one rank works on; 0 when there is none."""
     _, most = prover.bounds(spec.max_tokens or tokens)
-    return 0 if most is None else spec.ep_size * most * min(spec.top_k, spec.local_experts)
+    return 0 if most is None else ceil_div(most, spec.tp_size)
+
+
+def _padded(spec: BlockSpec, tokens: Any, prover: Prover) -> bool:
+    """Whether some rank of a TP group may get a repeated token, because T is no multiple of the group's size."""
+    tp = spec.tp_size
+    return tp > 1 and not prover.equal(tokens, tokens // tp * tp)
 
 
 def block_quantities(
@@ -29,12 +41,14 @@ def block_quantities(
 ) -> dict[str, Any]:
     """Quantities of a block, as the operators of every implementation would be called for it.
 
-    ``tokens`` is T as the rules see it (``deciding``).
+    ``tokens`` is T as the rules see it (``deciding``). The operators see a rank's share of it.
     """
-    most = spec.max_tokens or tokens
+    most = ceil_div(spec.max_tokens or tokens, spec.tp_size)
     return {
-        "tokens": tokens,
+        "block_tokens": tokens,
+        "tokens": ceil_div(tokens, spec.tp_size),
         "max_tokens": most,
+        "tp_counts": spec.counts_are_read and _padded(spec, tokens, prover),
         "hidden": spec.hidden,
         "intermediate": spec.intermediate,
         "top_k": spec.top_k,
@@ -45,7 +59,8 @@ def block_quantities(
         "ep_group": spec.ep_group,
         "tp_size": spec.tp_size,
         "block_max_tokens": spec.max_tokens,
-        "x_dtype": dtype_name(spec.dtype),
+        "x_dtype": "int8" if spec.quantised_input else dtype_name(spec.dtype),
+        "result_dtype": dtype_name(spec.dtype),
         "weight_dtype": dtype_name(spec.weight_dtype),
         "ids_dtype": "int32",
         "activation": spec.activation,
@@ -54,7 +69,10 @@ def block_quantities(
         "has_mask": spec.has_mask,
         "quantised_input": spec.quantised_input,
         "quantisation": spec.quantisation,
+        **_scales(spec),
         "stacked": spec.stacked,
+        "mixed_forms": spec.mixed_forms,
+        "counts_are_read": spec.counts_are_read,
         "weights_contiguous": spec.weights_contiguous,
         "scopes_differ": spec.scopes_differ,
         "counts_read_before_combine": spec.counts_read_before_combine,
@@ -65,8 +83,15 @@ def block_quantities(
         "group_length": len(deployment.mc2_group) or None,  # has_communicator says it better
         "buffer_bytes": deployment.hccl_buffer_bytes,
         "has_vllm_ascend": deployment.provider("vllm_ascend") is not None,
+        "has_cann_ops_transformer": deployment.provider("cann_ops_transformer") is not None,
+        "capture": deployment.capture,
+        "mode": deployment.mode,
+        "fused_mode": deployment.fused_mode,
+        "mask_is_prefix": deployment.mask_is_prefix,
+        "equal_tokens": deployment.equal_tokens,
         "has_torch_npu": torch_npu,
         "received": spec.ep_size * most * min(spec.top_k, spec.local_experts),
+        "most_tokens": most_tokens(spec, tokens, prover),
         "max_output_size": max_output_size(spec, deployment, tokens, prover),
         "deployment_ep_size": deployment.ep_size,
         "deployment_ep_group": deployment.ep_group,
@@ -84,17 +109,38 @@ def block_quantities(
         "expert_tokens_num_type": 1,
         "n": max(2 * spec.intermediate, spec.hidden),
         # and to MC2's dispatch and combine
-        "global_bs": spec.max_tokens * spec.ep_size,
+        "global_bs": ceil_div(spec.max_tokens, spec.tp_size) * spec.ep_size,
         "quant_mode": 0,
         "comm_quant_mode": 0,
-        "comm_alg": "",
+        "comm_alg": "hierarchy" if deployment.mc2_hierarchy else "",
         "expert_token_nums_type": 1,
-        "tp_world_size": 0,
-        "has_weights": deployment.soc == "A2",
+        "tp_world_size": 1 if deployment.mc2_hierarchy and deployment.soc == "A3" else 0,
+        "has_weights": deployment.soc == "A2" or deployment.mc2_hierarchy,
+        "has_expand_scales": deployment.soc == "A2" or deployment.mc2_hierarchy,
+        "weights_dtype": "float32",
+        "has_smooth_scales": False,
+        "weight_on_input": False,
+        "has_expert_map": False,
+        "has_block_map": True,
         "special_experts": 0,
         "shared_expert_num": 1,
         "shared_expert_rank_num": 0,
         "expert_shard_type": 0,
+    }
+
+
+def _scales(spec: BlockSpec) -> dict[str, Any]:
+    """What the fused operators read of scales and compensation."""
+    quantised = spec.quantisation != "none"
+    dtypes = {dtype_name(dtype) for dtype in spec.scale_dtypes}
+    return {
+        "has_scales": len(spec.scale_dtypes) == 2,
+        "scale_dtype": "+".join(sorted(dtypes)) if dtypes else None,
+        "w13_scale_count": spec.local_experts * 2 * spec.intermediate if quantised else None,
+        "w2_scale_count": spec.local_experts * spec.hidden if quantised else None,
+        "has_offset": spec.has_offset,
+        "has_scale_bias": spec.has_scale_bias,
+        "weight_count": 1 if spec.stacked else spec.local_experts,
     }
 
 

@@ -117,7 +117,7 @@ def _block(
     rows, row_scale, counts, handle = (items.get(i) for i in range(4))
     mlp = _only_user(rows, "rows", OPS.grouped_mlp.default)
     combine = _only_user(mlp, "the grouped MLP's result", OPS.combine.default)
-    mlp_rows, mlp_scale, mlp_counts, w13, w2, w13_bias, w2_bias, activation, limit, alpha, interleaved = arguments(mlp)
+    mlp_rows, mlp_scale, mlp_counts, *experts = arguments(mlp)
     if mlp_rows is not rows or mlp_scale is not row_scale or mlp_counts is not counts or counts is None:
         raise _NotABlock(
             "raise.other_stage", "grouped_mlp does not take rows, row_scale and counts of the same dispatch"
@@ -137,8 +137,7 @@ def _block(
     interior = (dispatch, *items.values(), mlp, combine)
     readers = [user for user in counts.users if user is not mlp]
     spec = _spec(
-        dispatch, mlp, shared, (x, ids, weights, mask), (w13, w2, w13_bias, w2_bias),
-        (activation, limit, alpha, interleaved), x_scale is not None,
+        shared, (x, ids, weights, mask), experts, x_scale is not None,
         (bool(readers), any(r < combine for r in readers), any(r < weights for r in readers)),
         len({scopes.get(node, ()) for node in (dispatch, mlp, combine)}) > 1,
     )  # fmt: skip
@@ -147,22 +146,21 @@ def _block(
 
 
 def _spec(
-    dispatch: Node,
-    mlp: Node,
     shared: dict[str, Any],
     inputs: tuple[Node, Node, Node, Node | None],
-    weights: tuple[Sequence[Node], ...],
-    activation: tuple[str, float, float, bool],
-    quantised: bool,
+    experts: Sequence[Any],
+    quantised_input: bool,
     counts_read: tuple[bool, bool, bool],
     scopes_differ: bool,
 ) -> BlockSpec:
     values = [_value(node) if node is not None else None for node in inputs]
     x = values[0]
     assert x is not None
+    name, limit, alpha, interleaved, quantisation = experts[4:9]
+    weights = [*experts[:4], *(nodes or () for nodes in experts[9:15])]
     w13, w2 = ([_value(node) for node in nodes] for nodes in weights[:2])
     stacked = w13[0].dim() == 3 and w2[0].dim() == 3
-    name, limit, alpha, interleaved = activation
+    scales = [[_value(node) for node in nodes] for nodes in weights[4:6] if nodes]
     return BlockSpec(
         tokens=_tokens(x),
         hidden=_width(x),
@@ -176,7 +174,7 @@ def _spec(
         tp_group=shared["tp_group"],
         max_tokens=shared["max_tokens"],
         max_rows=shared["max_rows"],
-        dtype=x.dtype,
+        dtype=experts[15] or x.dtype,
         weight_dtype=w13[0].dtype,
         activation=name,
         limit=limit,
@@ -186,11 +184,17 @@ def _spec(
         weights_contiguous=all(w.is_contiguous() for w in (*w13, *w2)),
         has_bias=bool(weights[2] or weights[3]),
         has_mask=inputs[3] is not None,
-        quantised_input=quantised,
+        quantised_input=quantised_input,
         counts_are_read=counts_read[0],
         counts_read_before_combine=counts_read[1],
         counts_read_before_weights=counts_read[2],
         scopes_differ=scopes_differ,
+        quantisation=quantisation,
+        scale_dtypes=tuple(scale[0].dtype for scale in scales),
+        scale_dims=max((scale[0].dim() + (len(scale) > 1) for scale in scales), default=0),
+        has_offset=bool(weights[6] or weights[7]),
+        has_scale_bias=bool(weights[8] and weights[9]),
+        mixed_forms=w13[0].dim() != w2[0].dim(),
         key=(
             *(None if v is None else shape_key(v) for v in values),
             *(shape_key(_value(node)) for nodes in weights for node in nodes),

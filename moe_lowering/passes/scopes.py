@@ -13,6 +13,12 @@ _OPEN = frozenset({"scope_enter", "super_kernel_scope_begin"})
 _CLOSE = frozenset({"scope_exit", "super_kernel_scope_end"})
 
 
+def is_marker(node: Node) -> bool:
+    """Whether a node opens or closes a scope."""
+    name = getattr(node.target, "_opname", None)
+    return name in _OPEN or name in _CLOSE
+
+
 def scope_paths(graph: Graph) -> dict[Node, tuple[str, ...]]:
     """For each node the names of the scope markers open around it. Empty when the graph has no scopes."""
     paths: dict[Node, tuple[str, ...]] = {}

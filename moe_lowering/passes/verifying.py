@@ -55,7 +55,11 @@ def defined_before_readers(readers: Iterable[Node], old: Node, new: Node) -> Non
 
 
 def call_violations(
-    node: Node, deployment: Deployment, prover: Prover | None = None, tokens: tuple[Any, Any] | None = None
+    node: Node,
+    deployment: Deployment,
+    prover: Prover | None = None,
+    tokens: tuple[Any, Any] | None = None,
+    received: Any = None,
 ) -> list[Violation]:
     """Limits that one node of a lowered graph breaks; empty for nodes that are no Ascend operator or collective.
 
@@ -63,6 +67,7 @@ def call_violations(
         deployment: its SoC and versions, and what a call does not show: the HCCL window, the format of weights.
         tokens: (T of this rank, T as the rules see it): the first is read as the second, so that the check does not
             depend on a rank's own token count.
+        received: rows that one rank may receive, where that is known.
     """
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
@@ -77,9 +82,13 @@ def call_violations(
         own, seen = tokens
         for key, value in found.items():
             each = found["top_k"] if key == "indices_length" else 1
-            if key.endswith(("tokens", "indices_length")) and size_key(value) == size_key(own * each):
+            if key.endswith(("tokens", "indices_length", "scale_rows")) and size_key(value) == size_key(own * each):
                 found[key] = seen * each
-    extra = {"buffer_bytes": deployment.hccl_buffer_bytes, "weight_format": deployment.weight_format}
+    extra = {
+        "buffer_bytes": deployment.hccl_buffer_bytes,
+        "weight_format": deployment.weight_format,
+        "received": received,
+    }
     return [
         *varying_ints(target, name, bound),
         *check(name, deployment.soc, {**found, **extra}, prover, deployment.versions),
@@ -89,7 +98,8 @@ def call_violations(
 def is_ascend(target: torch._ops.OpOverload) -> bool:
     """An operator of torch_npu, or our wrapper of one of its providers' operators."""
     namespace, _, name = target._schema.name.partition("::")
-    return namespace == "npu" or (namespace == "moe_lowering" and name not in (*GENERIC, "assert_tokens"))
+    ours = (*GENERIC, "assert_tokens", "keep_alive", "alltoall_experts")  # without limits of their own
+    return namespace == "npu" or (namespace == "moe_lowering" and name not in ours)
 
 
 def generic_nodes(nodes: Iterable[Node]) -> list[Node]:

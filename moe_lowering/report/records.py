@@ -10,10 +10,14 @@ from moe_lowering.limits import Violation
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether one implementation is legal for one block, and if not, every rule it breaks."""
+    """Whether one implementation is legal for one block, and if not, every rule it breaks.
+
+    ``form`` is the way of writing it down that the verdict is about, e.g. which fused operator.
+    """
 
     implementation: str
     violations: tuple[Violation, ...] = ()
+    form: str = ""
 
     @property
     def legal(self) -> bool:
@@ -22,6 +26,7 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         return {
             "legal": self.legal,
+            "form": self.form,
             "violations": [{"code": v.code, "message": v.message} for v in self.violations],
         }
 

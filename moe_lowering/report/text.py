@@ -84,7 +84,7 @@ def _render_blocks(blocks: Sequence[BlockReport]) -> str:
     block = blocks[0]
     times = f"  x{len(blocks)}" if len(blocks) > 1 else ""
     lines = textwrap.wrap(names([b.name for b in blocks]) + times, WIDTH, break_on_hyphens=False)
-    lines.append(row("implementation", f"{block.comm or 'NOT LOWERED'} ({block.reason})"))
+    lines.append(row("implementation", f"{_implementation(block)} ({block.reason})"))
     lines.append(row(f"before ({len(block.ops_before)})", " > ".join(block.ops_before)))
     if block.comm is not None:
         ops = _own_ops(block)
@@ -96,6 +96,13 @@ def _render_blocks(blocks: Sequence[BlockReport]) -> str:
             lines.append(_render_verdict(name, verdict))
     lines += [row("note", note) for note in block.notes]
     return "\n".join(lines)
+
+
+def _implementation(block: BlockReport) -> str:
+    if block.comm is None:
+        return "NOT LOWERED"
+    form = block.verdicts[block.comm].form if block.comm in block.verdicts else ""
+    return f"{block.comm}, {form}" if form not in ("", block.comm) else block.comm
 
 
 def _render_verdict(name: str, verdict: Verdict) -> str:

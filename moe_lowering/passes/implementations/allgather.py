@@ -27,23 +27,33 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.emitting import Emitter, aten
-from moe_lowering.passes.implementations.base import Implementation, Replacement, stage_after
-from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_operators
+from moe_lowering.passes.implementations.base import Call, Form, Implementation, Replacement, stage_after
+from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
+from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens
+from moe_lowering.passes.implementations.tensor_parallel import Share, first_tokens, gather, share
+from moe_lowering.passes.implementations.unpermute import combine_calls, emit_combine
 
 c10d = torch.ops._c10d_functional
 
 
 @dataclasses.dataclass
 class _Tokens:
-    """x [T, H], ids [T, k] and weights [T, k] of the tokens that this rank computes on."""
+    """x [T, H], its scale [T] when it is int8, ids [T, k] and weights [T, k] of the tokens that this rank computes on."""
 
     x: Node
+    scale: Node | None
     ids: Node
     weights: Node
 
 
-def _operators(spec: BlockSpec, soc: str) -> tuple[str, ...]:
-    return ("npu_moe_init_routing_v2", *mlp_operators(spec, soc), "npu_moe_token_unpermute")
+def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
+    quantised = spec.quantised_input or spec.quantisation in ("w8a8", "w4a8")
+    arriving = {"x_dtype": "int8", "scale_dtype": "float32", "scale_dims": 1} if quantised else {"scale_dtype": None}
+    return (
+        Call("npu_moe_init_routing_v2", {**arriving, "quant_mode": -1, "has_offset": False}),
+        *mlp_calls(spec, deployment, spec.quantised_input),
+        *combine_calls(spec, deployment),
+    )
 
 
 def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[str, Any]) -> Replacement:
@@ -51,30 +61,38 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[
     # Routing weights are gathered with the tokens, so the dispatch stage stands where they exist.
     start = stage_after(block, block.weights)
     with emit.at(start, block.dispatch):
-        tokens = _prepare(emit, block)
-        rows, index, counts = _route_rows(emit, block, tokens, deployment)
+        tokens, own = _prepare(emit, block, deployment)
+        rows, index, counts, row_scale = _route_rows(emit, block, tokens, deployment)
     with emit.at(max(block.mlp, start), block.mlp):
-        y_rows = emit_mlp(emit, block, rows, counts, deployment.soc)
+        y_rows = emit_mlp(emit, block, rows, row_scale, counts, deployment)
     with emit.at(block.combine, block.combine):
         if spec.ep_size > 1 or spec.has_mask:
             y_rows, index = _keep_undefined_out(emit, y_rows, index, counts)
-        y = emit.call(
-            torch.ops.npu.npu_moe_token_unpermute.default, y_rows, index, emit.cast(tokens.weights, spec.dtype)
-        )
-        y = _finalize(emit, block, y)
-        return Replacement(emit.like(y, block.x), counts)
+        y = emit_combine(emit, y_rows, index, tokens.weights, deployment)
+        y = _finalize(emit, block, y, own)
+        return Replacement(emit.like(gather(emit, block, y), block.x), counts)
 
 
-def _prepare(emit: Emitter, block: Block) -> _Tokens:
-    spec = block.spec
-    x, ids, weights = (emit.rows(n) for n in (block.x, block.ids, block.weights))
+def _prepare(emit: Emitter, block: Block, deployment: Deployment) -> tuple[_Tokens, Any]:
+    """The tokens of all ranks, and how many of them are this rank's own."""
+    spec, mine = block.spec, Share(emit, block, deployment)
+    x, scale = quantise_tokens(emit, block, mine)
+    ids, weights = emit.rows(block.ids), emit.rows(block.weights)
     if block.mask is not None:
         ids, weights = _mask(emit, ids, weights, block.mask, spec)
+    tokens = _Tokens(x, scale, mine.of(ids), mine.of(weights))
     if spec.ep_size == 1:
-        return _Tokens(x, ids, weights)
+        return tokens, None
+    own = emit.size(x, 0) if spec.max_tokens else None
     if spec.max_tokens:
-        x, ids, weights = _pad(emit, x, ids, weights, spec)
-    return _Tokens(*(_all_gather(emit, n, spec) for n in (x, ids, weights)))
+        tokens = _pad(emit, tokens, spec)
+    gathered = _Tokens(
+        _all_gather(emit, tokens.x, spec),
+        None if tokens.scale is None else _all_gather(emit, tokens.scale, spec),
+        _all_gather(emit, tokens.ids, spec),
+        _all_gather(emit, tokens.weights, spec),
+    )
+    return gathered, own
 
 
 def _no_expert(emit: Emitter, ids: Node, spec: BlockSpec) -> Node:
@@ -97,31 +115,32 @@ def _mask(emit: Emitter, ids: Node, weights: Node, mask: Node, spec: BlockSpec) 
     )
 
 
-def _pad(emit: Emitter, x: Node, ids: Node, weights: Node, spec: BlockSpec) -> tuple[Node, Node, Node]:
-    """Tokens of this rank filled up to ``max_tokens``: the number of tokens must be the same on every rank."""
-    tokens = x.meta["val"].shape[0]
-    missing = spec.max_tokens - tokens if isinstance(tokens, int) else spec.max_tokens
-    filler = emit.call(aten.expand.default, _no_expert(emit, ids, spec), [missing, spec.top_k])
-    return (
-        _fill(emit, x, _zeros(emit, x, missing), spec),
-        _fill(emit, ids, filler, spec),
-        _fill(emit, weights, _zeros(emit, weights, missing), spec),
+def _pad(emit: Emitter, tokens: _Tokens, spec: BlockSpec) -> _Tokens:
+    """Tokens of this rank filled up to its share of ``max_tokens``: their number must be the same on every rank."""
+    own, most = tokens.x.meta["val"].shape[0], share(spec.max_tokens, spec)
+    missing = most - own if isinstance(own, int) else most
+    nowhere = emit.call(aten.expand.default, _no_expert(emit, tokens.ids, spec), [missing, spec.top_k])
+    return _Tokens(
+        _fill(emit, tokens.x, _zeros(emit, tokens.x, missing), most),
+        None if tokens.scale is None else _fill(emit, tokens.scale, _zeros(emit, tokens.scale, missing), most),
+        _fill(emit, tokens.ids, nowhere, most),
+        _fill(emit, tokens.weights, _zeros(emit, tokens.weights, missing), most),
     )
 
 
 def _zeros(emit: Emitter, model: Node, rows: int) -> Node:
     value = model.meta["val"]
     return emit.call(
-        aten.full.default, [rows, int(value.shape[1])], 0.0, dtype=value.dtype, device=value.device, pin_memory=False
+        aten.full.default, [rows, *value.shape[1:]], 0, dtype=value.dtype, device=value.device, pin_memory=False
     )
 
 
-def _fill(emit: Emitter, node: Node, filler: Node, spec: BlockSpec) -> Node:
-    """Where T varies the filler is ``max_tokens`` long, and cut: a filler of symbolic length would add a guard."""
+def _fill(emit: Emitter, node: Node, filler: Node, most: int) -> Node:
+    """Where T varies the filler is ``most`` long, and cut: a filler of symbolic length would add a guard."""
     filled = emit.call(aten.cat.default, [node, filler])
     if isinstance(node.meta["val"].shape[0], int):
         return filled
-    return emit.call(aten.slice.Tensor, filled, 0, 0, spec.max_tokens)
+    return emit.call(aten.slice.Tensor, filled, 0, 0, most)
 
 
 def _all_gather(emit: Emitter, node: Node, spec: BlockSpec) -> Node:
@@ -129,8 +148,10 @@ def _all_gather(emit: Emitter, node: Node, spec: BlockSpec) -> Node:
     return emit.call(c10d.wait_tensor.default, gathered)
 
 
-def _route_rows(emit: Emitter, block: Block, tokens: _Tokens, deployment: Deployment) -> tuple[Node, Node, Node]:
-    """(rows by expert, row index of each slot or -1, counts of this rank's experts)."""
+def _route_rows(
+    emit: Emitter, block: Block, tokens: _Tokens, deployment: Deployment
+) -> tuple[Node, Node, Node, Node | None]:
+    """(rows by expert, row index of each slot or -1, counts of this rank's experts, scales of int8 rows)."""
     spec = block.spec
     first = deployment.ep_rank * spec.local_experts
     extra = spec.top_k if spec.has_mask or spec.max_tokens else 0
@@ -138,12 +159,16 @@ def _route_rows(emit: Emitter, block: Block, tokens: _Tokens, deployment: Deploy
         torch.ops.npu.npu_moe_init_routing_v2.default, tokens.x, tokens.ids,
         expert_num=spec.experts + extra, expert_tokens_num_type=1, expert_tokens_num_flag=True,
         active_expert_range=[first, first + spec.local_experts],
+        **({} if tokens.scale is None else {"scale": tokens.scale}),
     )  # fmt: skip
     rows, index, counts = (emit.item(routed, i) for i in range(3))
+    scale = None if tokens.scale is None else emit.item(routed, 3)
     if spec.top_k > spec.local_experts and spec.ep_size > 1:
         # a token has at most E_local slots here: the remaining rows are never filled
-        rows = emit.call(aten.slice.Tensor, rows, 0, 0, _most_rows(emit, tokens.x, spec))
-    return rows, index, counts
+        most = _most_rows(emit, tokens.x, spec)
+        rows = emit.call(aten.slice.Tensor, rows, 0, 0, most)
+        scale = scale if scale is None else emit.call(aten.slice.Tensor, scale, 0, 0, most)
+    return rows, index, counts, scale
 
 
 def _most_rows(emit: Emitter, x: Node, spec: BlockSpec) -> Any:
@@ -165,23 +190,14 @@ def _keep_undefined_out(emit: Emitter, rows: Node, index: Node, counts: Node) ->
     return rows, emit.call(aten.where.self, emit.call(aten.lt.Scalar, index, 0), last, index)
 
 
-def _finalize(emit: Emitter, block: Block, y: Node) -> Node:
+def _finalize(emit: Emitter, block: Block, y: Node, own: Any) -> Node:
+    """This rank's ``own`` tokens, summed over the ranks that computed their experts."""
     spec = block.spec
     if spec.ep_size == 1:
         return y
     reduced = emit.call(c10d.reduce_scatter_tensor.default, y, "sum", spec.ep_size, spec.ep_group)
     y = emit.call(c10d.wait_tensor.default, reduced)
-    return _first_tokens(emit, y, block) if spec.max_tokens else y
+    return first_tokens(emit, y, own) if spec.max_tokens else y
 
 
-def _first_tokens(emit: Emitter, y: Node, block: Block) -> Node:
-    """The first T of ``max_tokens`` rows. A slice to a symbolic T would add a guard, or depend on the compile's own T."""
-    tokens = emit.size(emit.rows(block.x), 0)
-    if isinstance(tokens, int):
-        return emit.call(aten.slice.Tensor, y, 0, 0, tokens)
-    device = y.meta["val"].device
-    first = emit.call(aten.arange.default, tokens, dtype=torch.int32, device=device, pin_memory=False)
-    return emit.call(aten.index_select.default, y, 0, first)
-
-
-ALLGATHER = Implementation("allgather", _operators, _emit)
+ALLGATHER = Implementation("allgather", lambda deployment: (Form("allgather", _calls, _emit),))

@@ -1,9 +1,9 @@
-"""What an implementation of a block is: the operators whose limits bind it, and how it is emitted."""
+"""What an implementation of a block is: its forms, the calls whose limits bind each, and how each is emitted."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.fx import Node
@@ -21,9 +21,33 @@ class Replacement:
     counts: Node | None
 
 
-def stage_after(block: Block, node: Node) -> Node:
-    """The first stage of the block at which ``node`` exists. Anywhere between two stages another scope may be open."""
-    return next(stage for stage in (block.dispatch, block.mlp, block.combine) if node < stage)
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One operator that a form would call, or a set of rules without one, such as ``alltoall.static``.
+
+    ``given`` holds the quantities of this call where they are not the block's own (``quantities.block_quantities``);
+    None takes one away, which no rule then reads.
+    """
+
+    operator: str
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One way to write an implementation down.
+
+    Attributes:
+        name: its name in verdicts and reports.
+        calls: the calls that it would make for a block; their rows in ``limits/data`` are judged.
+        emit: emits the replacement. The last argument are the quantities that the block was judged with.
+        note: what the user should know of its cost at a number of tokens, for the report.
+    """
+
+    name: str
+    calls: Callable[[BlockSpec, Deployment], tuple[Call, ...]]
+    emit: Callable[[Block, Emitter, Deployment, dict[str, Any]], Replacement]
+    note: Callable[[BlockSpec, Deployment, int], str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +56,29 @@ class Implementation:
 
     Attributes:
         name: its name in configuration, report and tests.
-        operators: names of the operators that it would emit for a block on a SoC; their rows in ``limits/data`` are judged.
-        emit: emits the replacement. ``quantities`` are those the block was judged with.
+        forms: in order of preference, for a deployment; at least one. The first legal one is taken.
     """
 
     name: str
-    operators: Callable[[BlockSpec, str], tuple[str, ...]]
-    emit: Callable[[Block, Emitter, Deployment, dict[str, Any]], Replacement]
+    forms: Callable[[Deployment], tuple[Form, ...]]
+
+    def form(self, name: str, deployment: Deployment) -> Form:
+        """The form of that name."""
+        return next(form for form in self.forms(deployment) if form.name == name)
+
+
+def result_quantities(spec: BlockSpec, **more: Any) -> dict[str, Any]:
+    """Quantities of a call on rows in the dtype of the block's result, which x need not have (int8 with scales)."""
+    return {"x_dtype": str(spec.dtype).removeprefix("torch."), **more}
+
+
+def unpermute_call(spec: BlockSpec) -> Call:
+    """``npu_moe_token_unpermute``, which gets the routing weights in the dtype of the rows."""
+    return Call(
+        "npu_moe_token_unpermute", result_quantities(spec, weights_dtype=str(spec.dtype).removeprefix("torch."))
+    )
+
+
+def stage_after(block: Block, node: Node) -> Node:
+    """The first stage of the block at which ``node`` exists. Anywhere between two stages another scope may be open."""
+    return next(stage for stage in (block.dispatch, block.mlp, block.combine) if node < stage)

@@ -1,0 +1,98 @@
+"""What compile caches must hash: a digest of the pass, the limits and the deployment, where caches look for it.
+
+npugraph_ex's ``cache_compile`` keys a hook by the text of its bytecode and by nothing that the hook holds (torch_npu
+2.13.0, inference/_cache_compiler.py, ``_get_code_digest``): with an instance, a closure or a partial, another capacity
+would load the old graph. So the hook is a flat function with the digest as a string constant in its code. Nested functions
+would put addresses into that text, and no other process would find the artefact again.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_lowering.passes.pipeline import MoeLowering
+
+Hook = Callable[[Any, Any, Any], None]
+_TEMPLATE = """
+def moe_lowering_hook(gm, example_inputs, config):
+    run({digest!r}, gm, example_inputs, config)
+"""
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 (hex) of this package's sources, limit tables among them, and of the versions it compiles for."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    package = Path(__file__).parents[1]
+    for file in sorted(f for f in package.rglob("*") if f.suffix in (".py", ".toml")):
+        digest.update(str(file.relative_to(package)).encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def cache_digest(lowering: MoeLowering, own: Hook | None = None) -> str:
+    """SHA-256 (hex) of everything that a lowered graph depends on beside the graph it was made from.
+
+    That is the package's code and limits, every field of the deployment (a rank's own too: rank indices and group names
+    stand in the graph), the pass's settings, and the code of a cost function and of a pre-pass of the user's.
+    """
+    policy = lowering.policy
+    parts = {
+        "code": code_digest(),
+        "deployment": lowering.deployment.all_fields(),
+        "comm": policy.comm,
+        "policy": policy.name,
+        "strict": lowering.strict,
+        "overlap": lowering.overlap,
+        "cost": _identity(policy.cost),
+        "own": None if own is None else _identity(own),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(function: Callable[..., Any]) -> str:
+    """A function by name and bytecode, as npugraph_ex identifies hooks; an instance by its class's ``__call__``."""
+    name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    code = function if hasattr(function, "__code__") else type(function).__call__
+    text = io.StringIO()
+    try:
+        dis.dis(code, file=text, depth=0)
+    except TypeError:  # built in: its name says which
+        return name
+    return f"{name}\n{text.getvalue()}"
+
+
+def flat_hook(
+    lowering: MoeLowering,
+    own: Hook | None = None,
+    before_first: Callable[[], None] | None = None,
+    after: Hook | None = None,
+) -> Hook:
+    """The pass as a function whose code names its digest; ``own``, a pre-pass of the user's, runs before it.
+
+    ``before_first`` is called once, before the first graph; ``after``, code of this package, after the pass.
+    """
+    waiting = [before_first] if before_first is not None else []
+
+    def run(digest: str, gm: Any, example_inputs: Any, config: Any) -> None:
+        while waiting:
+            waiting.pop()()
+        if own is not None:
+            own(gm, example_inputs, config)
+        lowering(gm, example_inputs, config)
+        if after is not None:
+            after(gm, example_inputs, config)
+
+    names: dict[str, Any] = {"run": run}
+    exec(_TEMPLATE.format(digest=cache_digest(lowering, own)), names)
+    hook: Hook = names["moe_lowering_hook"]
+    return hook

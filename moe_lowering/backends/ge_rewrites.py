@@ -1,0 +1,342 @@
+"""What a lowered graph still needs before torchair's GE mode can convert it: edits of the FX graph.
+
+1. ``split_all_to_all``: GE knows all-to-all only as ``npu_define.all_to_all_single_npu``. AOTAutograd decomposes a
+   model's own calls to it (torchair's decomposition table), which comes too early for those that the lowering emits.
+2. ``place_token_checks``: ``assert_tokens`` looks at a shape on the host. GE has no host, so the check moves to where
+   torchair prepares the inputs of a call (see ``ge_converters``).
+3. ``keep_communication``: the engine drops what no output needs, collectives too; a rank that skips one hangs the others.
+4. ``compare_in_one_type``: GE compares values of one type; torchair's converters of comparisons do not cast.
+5. ``simplify_fused``: what surrounds a fused operator becomes ATen, as torchair can tell the engine the shapes of an
+   operator that it does not know only if its converter makes little else.
+6. ``require_converters``: an operator that GE cannot take is an error here, by name, and not somewhere in torchair.
+
+Sources: torch_npu 2.13.0, torchair/_ge_concrete_graph: ge_converter/experimental/hcom_alltoall.py, fx2ge_converter.py
+(_parse_node_internal, get_or_auto_gen_converter), graph_pass.py.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+from torch.utils._sympy.printers import PythonPrinter
+
+from moe_lowering.backends import ge_converters
+from moe_lowering.custom_ops import assert_tokens
+from moe_lowering.custom_ops.sizes import show, token_count
+from moe_lowering.passes.verifying import GENERIC
+
+NAMESPACE = "moe_lowering"
+LOW_HALF = 0xFFFFFFFF
+WAIT = "wait_tensor"
+COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+MC2 = ("npu_moe_distribute_dispatch", "npu_moe_distribute_combine")
+# Operators that torchair converts without a converter (fx2ge_converter.py, _SPECIAL_TARGETS and _parse_node_internal).
+SPECIAL = frozenset(
+    (
+        "air.scope_enter.default",
+        "air.scope_exit.default",
+        "air.record.default",
+        "air.wait.default",
+        "aten.sym_stride.int",
+        "aten.sym_storage_offset.default",
+    )
+)
+
+
+class GeConversionError(RuntimeError):
+    """The graph cannot be converted for GE. The message names each operator, where it came from, and why."""
+
+
+# ------------------------------------------------------------------------------------------------------------ all-to-all
+
+
+def split_all_to_all(graph: Graph) -> None:
+    """``_c10d_functional.all_to_all_single`` to ``npu_define.all_to_all_single_npu``.
+
+    Before: rows per rank, and a group name. After: elements per rank, where each rank's part begins, and the group's tag
+    and ranks. Sizes may be symbolic. The value, and ``wait_tensor`` after it, stay.
+
+    Raises:
+        GeConversionError: the part of a row is symbolic, or the group does not exist in this process.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops._c10d_functional.all_to_all_single.default):
+        x, received, sent, group = node.args
+        tag, ranks = _group(node, group)
+        with graph.inserting_before(node):
+            counts = []
+            for splits in (sent, received):
+                sizes = [_times(graph, size, _row(node)) for size in splits]
+                counts += [sizes, _starts(graph, sizes)]
+            new = graph.call_function(
+                torch.ops.npu_define.all_to_all_single_npu.default, (x, *counts, tag, ranks, len(ranks))
+            )
+        new.meta = {**node.meta}
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def _group(node: Node, name: Any) -> tuple[str, list[int]]:
+    """Tag and ranks of a process group."""
+    from torch.distributed import distributed_c10d as c10d
+
+    try:
+        handle: Any = c10d._resolve_process_group(name)  # type: ignore[attr-defined]
+    except Exception as error:
+        raise GeConversionError(
+            f"{node.name}: group {name!r} names no process group here; GE needs its ranks"
+        ) from error
+    return c10d._get_group_tag(handle), list(c10d.get_process_group_ranks(handle))
+
+
+def _row(node: Node) -> int:
+    """Elements of one row of what is sent."""
+    shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    row = token_count((*shape[1:], 1))
+    if not isinstance(row, int):
+        raise GeConversionError(f"{node.name}: rows of shape {show(shape[1:])}; accepted for GE: a size that is known")
+    return row
+
+
+def _times(graph: Graph, size: Any, factor: int) -> Any:
+    return size if factor == 1 else _calculate(graph, operator.mul, size, factor)
+
+
+def _starts(graph: Graph, sizes: Sequence[Any]) -> list[Any]:
+    """Where each part begins: [0, s0, s0 + s1, ...]."""
+    return [0, *itertools.accumulate(sizes[:-1], lambda a, b: _calculate(graph, operator.add, a, b))]
+
+
+def _calculate(graph: Graph, op: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+    """An int, or a node when one of the two is a node."""
+    values = [v.meta["val"] if isinstance(v, Node) else v for v in (a, b)]
+    if not isinstance(a, Node) and not isinstance(b, Node):
+        return op(a, b)
+    node = graph.call_function(op, (a, b))
+    node.meta["val"] = op(*values)
+    return node
+
+
+# ---------------------------------------------------------------------------------------------------------- token checks
+
+
+def place_token_checks(graph: Graph) -> None:
+    """``assert_tokens(x, lo, hi)``: evaluated where T is known, else to ``ge_assert_tokens`` with T's source.
+
+    The source is Python over ``args``, the inputs of the compiled graph, such as ``args[3].shape[0]``.
+
+    Raises:
+        RuntimeError: T is known and outside of the range: the graph must not run.
+        GeConversionError: T cannot be computed from the inputs' shapes.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.moe_lowering.assert_tokens.default):
+        x, low, high = node.args
+        tokens = token_count(x.meta["val"].shape)
+        if isinstance(tokens, int):
+            assert_tokens._real(x.meta["val"], low, high)  # not the operator, which only propagates under fake tensors
+        else:
+            checks = [n for n in x.users if n.target is torch.ops.moe_lowering.ge_assert_tokens.default]
+            source = _source(graph, node, tokens)
+            if not any(check.args == (x, low, high, source) for check in checks):
+                with graph.inserting_before(node):
+                    graph.call_function(torch.ops.moe_lowering.ge_assert_tokens.default, (x, low, high, source))
+        graph.erase_node(node)
+
+
+def _source(graph: Graph, node: Node, tokens: Any) -> str:
+    """Python that computes a symbolic T from ``args``."""
+    expression = tokens.node.expr
+    known = dict(_sizes(graph))
+    missing = sorted(str(s) for s in expression.free_symbols if s not in known)
+    named = expression.xreplace({s: sympy.Symbol(known[s]) for s in expression.free_symbols if s in known})
+    source = PythonPrinter().doprint(named)
+    if missing or "math." in source or "torch." in source:
+        what = f"{', '.join(missing)} is no size of an input" if missing else "that takes more than integer arithmetic"
+        raise GeConversionError(f"{node.name}: T is {expression}, and {what}: GE mode cannot check it on every call")
+    return source
+
+
+def _sizes(graph: Graph) -> Iterator[tuple[Any, str]]:
+    """Symbols that are an input or a dimension of one, and how to read them. The later ones win: dimensions, as some
+    inputs are not tensors in exported graphs."""
+    for index, placeholder in enumerate(graph.find_nodes(op="placeholder")):
+        value = placeholder.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            yield value.node.expr, f"args[{index}]"
+        elif isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                    yield size.node.expr, f"args[{index}].shape[{dim}]"
+
+
+# --------------------------------------------------------------------------------------------------------- communication
+
+
+def keep_communication(graph: Graph) -> None:
+    """Mark communication that no output needs with ``ge_keep``, so that the engine does not drop it."""
+    needed: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in needed:
+            needed.update(node.all_input_nodes)
+    for node in list(graph.nodes):
+        if node in needed or not _communicates(node.target):
+            continue
+        result = node
+        if isinstance(node.meta["val"], (tuple, list)):
+            with graph.inserting_after(node):
+                result = graph.call_function(operator.getitem, (node, 0))
+            result.meta = {**node.meta, "val": node.meta["val"][0]}
+        with graph.inserting_after(result):
+            graph.call_function(torch.ops.moe_lowering.ge_keep.default, (result,))
+
+
+def _communicates(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    name = target._schema.name.split("::")[1]
+    return (target.namespace in ("_c10d_functional", "npu_define") and name != WAIT) or name.startswith(MC2)
+
+
+# ----------------------------------------------------------------------------------------------------------- comparisons
+
+
+def compare_in_one_type(graph: Graph) -> None:
+    """Cast both sides of a comparison of tensors to the type in which PyTorch compares them."""
+    for name in COMPARISONS:
+        for node in graph.find_nodes(op="call_function", target=getattr(torch.ops.aten, name).Tensor):
+            sides = [side.meta["val"] for side in node.args]
+            dtype = torch.result_type(*sides)
+            with graph.inserting_before(node):
+                node.args = tuple(_cast(graph, side, dtype) for side in node.args)
+
+
+def _cast(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
+    if node.meta["val"].dtype == dtype:
+        return node
+    return _emit(graph, torch.ops.aten._to_copy.default, node, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- fused operators
+
+
+def simplify_fused(graph: Graph) -> None:
+    """Scales of ``dispatch_ffn_combine`` to int64, and rows of masked tokens of any fused operator to zero.
+
+    Both are what the wrappers do inside on a device; the converters leave them out.
+    """
+    for name in ge_converters.TYPES:
+        for node in graph.find_nodes(op="call_function", target=getattr(torch.ops.moe_lowering, name).default):
+            names = [argument.name for argument in node.target._schema.arguments]
+            given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+            if name == "dispatch_ffn_combine":
+                with graph.inserting_before(node):
+                    for scale in ("w13_scale", "w2_scale"):
+                        given[scale] = [_wide(graph, n) for n in given[scale]] if given.get(scale) else None
+            node.args, node.kwargs = (), given
+            for y in [user for user in node.users if user.args == (node, 0)] if given.get("mask") is not None else []:
+                _zero_masked(graph, y, given["mask"])
+
+
+def _wide(graph: Graph, scale: Node) -> Node:
+    """float32 as int64 that hold its bits in the low half and nothing in the high one; int64 as it is."""
+    if scale.meta["val"].dtype == torch.int64:
+        return scale
+    bits = _emit(graph, torch.ops.aten.view.dtype, scale, torch.int32)
+    value = scale.meta["val"]
+    low = _emit(graph, torch.ops.aten.full.default, [], LOW_HALF, fake=value, dtype=torch.int64, device=value.device)
+    return _emit(graph, torch.ops.aten.bitwise_and.Tensor, _cast(graph, bits, torch.int64), low)
+
+
+def _zero_masked(graph: Graph, y: Node, mask: Node) -> None:
+    value = y.meta["val"]
+    with graph.inserting_after(y):
+        after = graph.call_function(torch.ops.aten.where.self)  # its place; arguments follow
+    with graph.inserting_before(after):
+        column = _emit(graph, torch.ops.aten.unsqueeze.default, mask, 1)
+        zero = _emit(graph, torch.ops.aten.full.default, [], 0.0, fake=value, dtype=value.dtype, device=value.device)
+    y.replace_all_uses_with(after)
+    after.args, after.meta = (column, y, zero), {**y.meta}
+
+
+def _emit(graph: Graph, target: Any, *args: Any, fake: Any = None, **kwargs: Any) -> Node:
+    """A node with its value, before the current point. ``fake`` names the fake mode where no argument does."""
+    node = graph.call_function(target, args, kwargs)
+    values = [a.meta["val"] if isinstance(a, Node) else a for a in args]
+    with (values[0] if fake is None else fake).fake_mode:
+        node.meta["val"] = target(*values, **kwargs)
+    return node
+
+
+# ------------------------------------------------------------------------------------------------------------ converters
+
+
+def require_converters(graph: Graph, why_left: Sequence[str] = ()) -> None:
+    """Every operator has a GE converter, or one that torchair generates from a registered IR.
+
+    Args:
+        why_left: what the report says about blocks that were not lowered.
+
+    Raises:
+        GeConversionError: names each operator that has none, once, with the line of the model that it came from.
+    """
+    lines = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target not in lines:
+            reason = missing_converter(node.target, node.meta.get("val"))
+            if reason:
+                lines[node.target] = f"{node.name} ({node.target}): {reason}{_place(node)}"
+    if lines:
+        text = "\n  ".join([*lines.values(), *why_left])
+        raise GeConversionError(f"torchair's GE mode cannot convert:\n  {text}")
+
+
+def missing_converter(target: Any, value: Any = None) -> str:
+    """Why torchair cannot convert an operator; "" when it can. ``value``: the fake result, which may make it needless."""
+    from torchair._ge_concrete_graph import fx2ge_converter as ge
+    from torchair.core import _torchair
+
+    if not isinstance(target, torch._ops.OpOverload) or str(target) in SPECIAL or _empty(value):
+        return ""
+    name = target._schema.name.split("::")[1]
+    if target.namespace == NAMESPACE and name in GENERIC:
+        return "a generic operator of moe_lowering, which the lowering left in the graph"
+    if target.namespace == NAMESPACE and name in ge_converters.REFUSED:
+        return ge_converters.REFUSED[name]
+    converter = ge._get_converter(target)
+    if converter is not None and _only_raises(converter):
+        return "its GE converter only says that it is not supported"
+    if converter is not None:
+        return ge_converters.missing_ir(name) if target.namespace == NAMESPACE else ""
+    if target.namespace in ("aten", "prim", "prims"):
+        return "no GE converter"
+    type_ = "".join(word.capitalize() for word in name.removesuffix("_functional").split("_"))
+    status = _torchair.get_registered_ir_def(type_)[0]
+    return "" if status == "SUCCESS" else f"no GE converter, and no IR {type_} is registered to generate one from"
+
+
+@functools.cache
+def _only_raises(converter: Any) -> bool:
+    """torchair registers converters for many overloads that do nothing but raise: no way through them returns."""
+    code = inspect.unwrap(converter).__code__
+    return not any(instruction.opname.startswith("RETURN") for instruction in dis.get_instructions(code))
+
+
+def _empty(value: Any) -> bool:
+    """Results without elements become constants."""
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return bool(values) and all(
+        isinstance(v, torch.Tensor) and all(isinstance(s, int) for s in v.shape) and v.numel() == 0 for v in values
+    )
+
+
+def _place(node: Node) -> str:
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
+    return f"; {lines[-1]}" if lines else ""

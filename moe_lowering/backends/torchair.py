@@ -1,0 +1,102 @@
+"""A ``torchair.CompilerConfig`` for GE mode ("max-autotune") whose pre-pass is the lowering.
+
+    config = moe_lowering.torchair_config(deployment)
+    torch.compile(model, backend=torchair.get_npu_backend(compiler_config=config), fullgraph=True)
+
+The hook is the same as npugraph_ex's, and so is the pass object, with ``Deployment.mode`` "ge": then it emits only
+operators that torchair has a converter for. What GE needs beyond that is in ``ge_rewrites``; converters of this package's
+own operators are in ``ge_converters``. Source: torch_npu 2.13.0, torchair/npu_fx_compiler.py (_optimize_fx).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch.fx import GraphModule
+
+from moe_lowering.agreement import check_agreement
+from moe_lowering.backends import ge_converters, ge_rewrites
+from moe_lowering.backends.cache_key import flat_hook
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.pipeline import MoeLowering
+from moe_lowering.report.records import LoweringReport
+
+GE = "max-autotune"
+
+
+def torchair_config(
+    deployment: Deployment,
+    *,
+    comm: str = "auto",
+    strict: bool = False,
+    policy: str = "auto",
+    lowering: MoeLowering | None = None,
+    agreement_timeout: float | None = None,
+    config: Any = None,
+) -> Any:
+    """A ``torchair.CompilerConfig`` that makes GE mode lower MoE blocks.
+
+    Args:
+        deployment: what the pass may assume; its ``mode`` is taken as "ge".
+        comm: ``auto`` or the name of the only implementation to use.
+        strict: raise when a block is left unlowered. Without it such a graph fails too, as GE has no converter for the
+            generic operators, but with all that GE cannot convert in one message.
+        policy: how ``auto`` chooses, see ``MoeLowering``.
+        lowering: a pass object of yours, to read its ``reports`` afterwards; its deployment has mode "ge".
+        agreement_timeout: call ``check_agreement`` when the first graph is compiled, and wait so many seconds for the
+            slowest rank; None for no check. See ``npugraph_ex_options``.
+        config: a ``CompilerConfig`` of yours, which is changed and returned. A ``post_grad_custom_pre_pass`` in it runs
+            first, then the lowering.
+
+    Raises:
+        ImportError: torchair is not there; it comes with torch_npu, and needs protobuf.
+        ValueError: ``deployment.capture`` is False; ``config.mode`` is another one than "max-autotune"; ``lowering`` is
+            given together with ``comm``, ``strict`` or ``policy``, or was made for another deployment.
+    """
+    import torch_npu  # noqa: F401  # it brings torchair
+    import torchair
+
+    ge_converters.register()
+    deployment = deployment.replace(mode="ge")
+    if not deployment.capture:
+        raise ValueError(
+            "torchair_config: deployment.capture is False, which allows sizes that the host reads, and a GE graph has no "
+            "host; accepted: capture=True"
+        )
+    if lowering is None:
+        lowering = MoeLowering(deployment, comm, strict, policy)
+    elif (comm, strict, policy) != ("auto", False, "auto") or lowering.deployment != deployment:
+        raise ValueError(
+            "torchair_config: give either lowering, or comm, strict and policy; its deployment must be the one given, "
+            f"with mode 'ge' (it has {lowering.deployment.mode!r})"
+        )
+    config = torchair.CompilerConfig() if config is None else config
+    if config.mode.value != GE:
+        raise ValueError(
+            f"torchair_config: config.mode is {config.mode.value!r}; accepted: {GE!r}, which is GE mode "
+            "(for npugraph_ex: npugraph_ex_options)"
+        )
+    agree = None
+    if agreement_timeout is not None:
+        agree = functools.partial(check_agreement, deployment, lowering, timeout=agreement_timeout)
+    own = config.post_grad_custom_pre_pass.value
+    config.post_grad_custom_pre_pass = flat_hook(lowering, own, agree, lambda gm, *_: _finish(gm, lowering))
+    return config
+
+
+def _finish(gm: GraphModule, lowering: MoeLowering) -> None:
+    """What GE needs after the lowering."""
+    ge_rewrites.split_all_to_all(gm.graph)
+    ge_rewrites.place_token_checks(gm.graph)
+    ge_rewrites.keep_communication(gm.graph)
+    ge_rewrites.simplify_fused(gm.graph)
+    ge_rewrites.compare_in_one_type(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    ge_rewrites.require_converters(gm.graph, _why_left(lowering.reports[-1]))
+
+
+def _why_left(report: LoweringReport) -> list[str]:
+    left = [f"{block.name} was left: {block.reason}" for block in report.blocks if block.comm is None]
+    return left + [f"{where} was not recognised: {why}" for where, why in report.unrecognised]

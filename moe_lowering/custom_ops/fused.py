@@ -1,0 +1,256 @@
+"""What the wrappers of fused MoE operators share: the rules for their arguments, and a whole layer on CPU.
+
+A fused operator sends the tokens, runs both matmuls with SwiGLU (gate first) between them, and combines. Three exist for
+Ascend, each in a file of its own: ``dispatch_ffn_combine``, ``dispatch_gmm_combine_decode``, ``mega_moe``. Each is
+wrapped as a function: outputs are allocated inside, the ids are handed over as a copy (the operators write into those of
+masked tokens), and the rows of masked tokens, which the operators leave undefined, are zero.
+
+Quantised (facts/vllm_ascend.md 3.4, facts/cann_ops.md 2.2): tokens become int8 before they travel, with a scale each;
+matmuls accumulate in int32; the activated values become int8 again, row by row; the sum over k is float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lowering.custom_ops.combine import send_back, weighted_sum
+from moe_lowering.custom_ops.dispatch import exchange
+from moe_lowering.custom_ops.exchange import ALONE, Group
+from moe_lowering.custom_ops.grouped_mlp import activate, check_per_expert, grouped_matmul
+from moe_lowering.custom_ops.quantised import PER_INT32, WEIGHT_DTYPES, quantise_rows, quantised_matmul
+from moe_lowering.custom_ops.sizes import differ, known, show, unify
+
+HALVES = (torch.float16, torch.bfloat16)
+FORMATS = ("none", "w8a8", "w4a8")
+Tensors = Sequence[Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The weights of one rank's experts. Every list is one stacked tensor or one tensor for each expert; () for none.
+
+    w13 [E_local, hidden, 2I], w2 [E_local, I, hidden], in int32 an eighth as wide for w4a8; scales and scale biases are
+    as wide as the matrices, without their first axis.
+    """
+
+    quantisation: str
+    w13: Tensors
+    w2: Tensors
+    w13_scale: Tensors = ()
+    w2_scale: Tensors = ()
+    w13_scale_bias: Tensors = ()
+    w2_scale_bias: Tensors = ()
+
+    @property
+    def stacked(self) -> bool:
+        return len(self.w13) == 1 and self.w13[0].dim() == 3
+
+    @property
+    def local(self) -> int:
+        """E_local."""
+        return self.w13[0].shape[0] if self.stacked else len(self.w13)
+
+    @property
+    def packed(self) -> int:
+        """Weights in one element."""
+        return PER_INT32 if self.quantisation == "w4a8" else 1
+
+    @property
+    def intermediate(self) -> int:
+        return self.w13[0].shape[-1] * self.packed // 2
+
+    def in_form(self, tensors: Tensors, change: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> list[Tensor]:
+        """Scales or scale biases as one tensor or as a list, whichever the weights are, each changed by ``change``."""
+        changed = [change(tensor) for tensor in tensors]
+        if self.stacked == (changed[0].dim() == 2):
+            return changed
+        return [torch.stack(changed)] if self.stacked else list(changed[0].unbind(0))
+
+
+def check_tokens(operator: str, x: Tensor, ids: Tensor, weights: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """The rules for x [T, hidden], ids [T, k] int32 and the routing weights [T, k] float32."""
+    if x.dim() != 2 or x.dtype not in dtypes:
+        accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{operator}: x is {x.dtype} of shape {show(x.shape)}; accepted: {accepted} [T, hidden]")
+    if ids.dtype != torch.int32 or ids.dim() != 2 or differ(ids.shape[:1], x.shape[:1]):
+        raise TypeError(f"{operator}: ids is {ids.dtype} of shape {show(ids.shape)}; accepted: int32 [T, k]")
+    if weights.dtype != torch.float32 or differ(weights.shape, ids.shape):
+        raise TypeError(
+            f"{operator}: weights is {weights.dtype} of shape {show(weights.shape)}; accepted: float32 like ids"
+        )
+
+
+def check_top_k(operator: str, ids: Tensor, experts: int) -> None:
+    if known(ids.shape[1] < 1) or known(ids.shape[1] > experts):
+        raise ValueError(f"{operator}: ids has k = {ids.shape[1]}; accepted: 1 to {experts}, the number of experts")
+
+
+def check_group(operator: str, group: str, ep_size: int, most: int) -> None:
+    if not 2 <= ep_size <= most:
+        raise ValueError(f"{operator}: ep_size is {ep_size}; accepted: 2 to {most}")
+    if not group:
+        raise ValueError(f"{operator}: group is ''; accepted: the name of a communicator that nothing else uses")
+
+
+def check_mask(operator: str, mask: Tensor | None, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if mask is not None and (mask.dtype not in dtypes or differ(mask.shape, x.shape[:1])):
+        accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{operator}: mask is {mask.dtype} of shape {show(mask.shape)}; accepted: {accepted} [T]")
+
+
+def check_limit(operator: str, name: str, limit: float) -> None:
+    if not limit >= 0:
+        raise ValueError(f"{operator}: {name} is {limit}; accepted: 0 (no limit) or more")
+
+
+def check_local_experts(operator: str, experts: Experts, num_experts: int, ep_size: int) -> None:
+    if num_experts < 1 or num_experts % ep_size:
+        raise ValueError(f"{operator}: num_experts is {num_experts}; accepted: a multiple of ep_size, {ep_size}")
+    if known(experts.local != num_experts // ep_size):
+        raise ValueError(
+            f"{operator}: w13 holds {experts.local} experts; accepted: {num_experts // ep_size}, num_experts / ep_size"
+        )
+
+
+def check_form(operator: str, experts: Experts, *, lists_only: bool = False) -> None:
+    """Whether w13 and w2 are both stacked, or both a list: the kernels take the form of both from w13.
+
+    Args:
+        lists_only: one matrix for each expert, also for one expert. Without it a list of one holds all experts.
+    """
+    if experts.quantisation not in FORMATS:
+        raise ValueError(
+            f"{operator}: quantisation is {experts.quantisation!r}; accepted: {', '.join(repr(f) for f in FORMATS)}"
+        )
+    dims = [[w.dim() for w in weights] for weights in (experts.w13, experts.w2)]
+    if lists_only:
+        if not dims[0] or set(dims[0]) != {2}:
+            raise ValueError(f"{operator}: w13 is not a list with one [hidden, 2I] for each expert")
+    elif dims[0] != [3] and (len(dims[0]) < 2 or set(dims[0]) != {2}):
+        raise ValueError(f"{operator}: w13 is not one tensor [E, hidden, 2I] nor a list of two or more [hidden, 2I]")
+    if dims[0] != dims[1]:
+        raise ValueError(
+            f"{operator}: w13 and w2 are not both one tensor or both a list of {len(dims[0])}; accepted: the same form"
+        )
+
+
+def check_experts(operator: str, experts: Experts, x: Tensor, scale_dtypes: Sequence[torch.dtype]) -> None:
+    """The rules for shapes and dtypes of weights (``check_form`` first), scales and scale biases."""
+    quantisation, packed, hidden = experts.quantisation, experts.packed, x.shape[1]
+    width = experts.w13[0].shape[-1] * packed
+    if known(width % 2 != 0):
+        raise ValueError(f"{operator}: w13 has {width} columns; accepted: an even number, gate and up")
+    if known(hidden % packed != 0):
+        raise ValueError(f"{operator}: x has hidden size {hidden}; accepted: a multiple of {packed}")
+    dtypes = (WEIGHT_DTYPES.get(quantisation, x.dtype),)
+    check_per_expert(operator, "w13", experts.w13, experts.local, (hidden, width // packed), dtypes)
+    check_per_expert(operator, "w2", experts.w2, experts.local, (width // 2, hidden // packed), dtypes)
+    sizes = {"w13": width, "w2": hidden}
+    for name, size in sizes.items():
+        for kind, wanted, accepted in (
+            ("scale", quantisation != "none", scale_dtypes),
+            ("scale_bias", quantisation == "w4a8", (torch.float32,)),
+        ):
+            tensors = getattr(experts, f"{name}_{kind}")
+            if bool(tensors) != wanted:
+                raise ValueError(
+                    f"{operator}: {name}_{kind} is {'given' if tensors else 'None'} for quantisation {quantisation!r}; "
+                    f"accepted: {show((experts.local, size)) if wanted else 'None'}"
+                )
+            if wanted:
+                check_per_expert(operator, f"{name}_{kind}", tensors, experts.local, (size,), accepted)
+
+
+def unify_tokens(x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor | None) -> None:
+    """One symbol for T in all arguments, for fake kernels."""
+    for tensor in (ids, weights, *(() if mask is None else (mask,))):
+        unify(tensor.shape[:1], x.shape[:1])
+
+
+# ------------------------------------------------------------------------------------------------------------ arithmetic
+
+
+def wide_scale(scale: Tensor) -> Tensor:
+    """Scales as the operators read them: int64 with the bits of the float32 in the low half, nothing in the high one."""
+    if scale.dtype == torch.int64:
+        return scale
+    return scale.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+
+
+def run_layer(
+    operator: str,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    mask: Tensor | None,
+    experts: Experts,
+    ep: Group,
+    *,
+    between: torch.dtype,
+    limit: float,
+    rows: int,
+    rows_name: str,
+    max_tokens: int = 0,
+    equal_tokens: bool | str = False,
+) -> tuple[Tensor, Tensor]:
+    """The whole layer over a process group: y [T, hidden] in the dtype of x, counts [E_local] int64.
+
+    Args:
+        between: dtype in which both matmuls' results pass from the cube to the vector cores, when quantised after the
+            scale of the column and before that of the row.
+        limit: of SwiGLU's inputs, 0 for none: gate at most ``limit``, up within ``[-limit, limit]``.
+        rows: how many rows a rank may receive; ``rows_name`` says in an error where that comes from.
+        max_tokens, equal_tokens: see ``exchange``.
+
+    Raises:
+        ValueError, RuntimeError: as ``exchange`` does, on all ranks alike.
+    """
+    quantised = experts.quantisation != "none"
+    sent, scale = quantise_rows(x) if quantised else (x, None)
+    active = None if mask is None else mask.bool()
+    received = exchange(
+        operator, sent, scale, ids, active, experts.local * ep.size, ep, ALONE,
+        limit=rows, limit_name=rows_name, max_tokens=max_tokens, equal_tokens=equal_tokens,
+    )  # fmt: skip
+    numbers, (name, bound) = received.counts.tolist(), ("swiglu_clamp", limit) if limit else ("swiglu", 0.0)
+    if quantised:
+        assert received.scale is not None
+        hidden = quantised_matmul(received.rows, received.scale, numbers, experts.w13, experts.w13_scale, between)
+        again, scale = quantise_rows(activate(hidden, name, bound, 0.0, False, torch.float32))
+        result = quantised_matmul(again, scale, numbers, experts.w2, experts.w2_scale, between)
+    else:
+        hidden = grouped_matmul(received.rows, numbers, experts.w13, (), between)
+        hidden = activate(hidden, name, bound, 0.0, False, x.dtype)
+        result = grouped_matmul(hidden, numbers, experts.w2, (), between)
+    kept = None if active is None else active.nonzero().squeeze(1)
+    expected = ids.numel() if kept is None else kept.numel() * ids.shape[1]
+    returned, slots = send_back(operator, result.to(x.dtype), received.handle, ids.shape[1], expected, ep)
+    return weighted_sum(operator, returned, slots, weights, kept), received.counts
+
+
+# -------------------------------------------------------------------------------------------------------------- provider
+
+
+def provided(operator: str) -> tuple[Any, frozenset[str]]:
+    """vllm-ascend's operator of that name, and the names of its arguments, which differ between versions.
+
+    Raises:
+        RuntimeError: no provider is installed.
+    """
+    if not hasattr(torch.ops._C_ascend, operator):
+        raise RuntimeError(
+            f"{operator}: torch.ops._C_ascend.{operator} is not there; install vllm-ascend with its kernels for A3 and "
+            "import vllm_ascend.vllm_ascend_C before the first call"
+        )
+    overload = getattr(torch.ops._C_ascend, operator).default
+    return overload, frozenset(argument.name for argument in overload._schema.arguments)
+
+
+def zero_masked(y: Tensor, mask: Tensor | None) -> Tensor:
+    """y with the rows of masked tokens zero, whatever the operator left there."""
+    return y if mask is None else torch.where(mask.bool().unsqueeze(1), y, y.new_zeros(()))

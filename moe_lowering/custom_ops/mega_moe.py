@@ -1,0 +1,268 @@
+"""``mega_moe``: a functional wrapper of CANN's fused operator, the successor of ``dispatch_ffn_combine``.
+
+``cann_ops_transformer.ops.mega_moe`` (CANN 9.1; facts/cann_ops.md 1.6) in bfloat16, W8A8 and W4A8. It works on a symmetric
+buffer, which ``get_symm_buffer_for_mega_moe`` makes together with all ranks of the group: the wrapper makes it once for
+each group and set of sizes, at the first call. So a graph can be captured after a run without capture, and every size must
+be the same on all ranks, as must T (A2, A3).
+
+Weights are lists with one matrix for each expert. ``max_tokens`` bounds T; ``max_rows`` the rows that a rank receives, 0
+for what ``max_tokens`` implies. ``expert_token_nums`` [E_local] int32 counts the rows of each local expert from all ranks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lowering.custom_ops.exchange import open_group
+from moe_lowering.custom_ops.fused import (
+    Experts,
+    Tensors,
+    check_experts,
+    check_form,
+    check_group,
+    check_limit,
+    check_local_experts,
+    check_mask,
+    check_tokens,
+    check_top_k,
+    run_layer,
+    unify_tokens,
+    wide_scale,
+    zero_masked,
+)
+from moe_lowering.custom_ops.library import register
+from moe_lowering.custom_ops.sizes import known, smaller
+
+NAME = "mega_moe"
+SCHEMA = (
+    f"{NAME}(Tensor x, Tensor[] w13, Tensor[] w2, Tensor ids, Tensor weights, str group, int ep_size, int num_experts, "
+    'int max_tokens, int max_rows, str quantisation="none", Tensor[]? w13_scale=None, Tensor[]? w2_scale=None, '
+    "Tensor[]? w13_scale_bias=None, Tensor[]? w2_scale_bias=None, Tensor? mask=None, float activation_clamp=0.0) "
+    "-> (Tensor y, Tensor expert_token_nums)"
+)
+PROVIDER = "cann_ops_transformer.ops"
+MOST_RANKS = 128
+SCALES = (torch.float32, torch.int64)
+MASKS = (torch.bool, torch.int8)
+DISPATCH_QUANT = {"none": (0, None), "w8a8": (2, torch.int8), "w4a8": (2, torch.int8)}
+EQUAL = "the operator wants the same T on all ranks"
+# An argument that came together with the present meaning of intermediate_hidden and of packed int4 weights.
+PRESENT_FORM = "topk_weights_type"
+
+# By process group and sizes; the group is kept, so that no other one gets its id.
+_BUFFERS: dict[tuple[Any, ...], Any] = {}
+
+
+def _check(
+    x: Tensor,
+    experts: Experts,
+    ids: Tensor,
+    weights: Tensor,
+    group: str,
+    ep_size: int,
+    num_experts: int,
+    max_tokens: int,
+    max_rows: int,
+    mask: Tensor | None,
+    activation_clamp: float,
+) -> None:
+    """Raises for what the real operator refuses, or does not say that it accepts, but for the sizes of a device."""
+    check_tokens(NAME, x, ids, weights, (torch.bfloat16,))
+    check_group(NAME, group, ep_size, MOST_RANKS)
+    check_form(NAME, experts, lists_only=True)
+    check_local_experts(NAME, experts, num_experts, ep_size)
+    check_experts(NAME, experts, x, SCALES)
+    check_top_k(NAME, ids, num_experts)
+    check_mask(NAME, mask, x, MASKS)
+    check_limit(NAME, "activation_clamp", activation_clamp)
+    if max_tokens < 1:
+        raise ValueError(f"{NAME}: max_tokens is {max_tokens}; accepted: 1 or more")
+    if known(x.shape[0] > max_tokens):
+        raise ValueError(f"{NAME}: x has {x.shape[0]} tokens; accepted: at most max_tokens, {max_tokens}")
+    if max_rows < 0:
+        raise ValueError(f"{NAME}: max_rows is {max_rows}; accepted: 0 (what max_tokens implies) or more")
+
+
+def _experts(quantisation: str, w13: Tensors, w2: Tensors, *lists: Tensors | None) -> Experts:
+    return Experts(quantisation, w13, w2, *(tensors or () for tensors in lists))
+
+
+def _row_bound(experts: Experts, ids: Tensor, ep_size: int, max_tokens: int, max_rows: int) -> int:
+    """Rows that a rank may receive. Never 0: some versions divide by it."""
+    return max_rows or ep_size * max_tokens * smaller(ids.shape[1], experts.local)
+
+
+def _fake(
+    x: Tensor,
+    w13: Tensors,
+    w2: Tensors,
+    ids: Tensor,
+    weights: Tensor,
+    group: str,
+    ep_size: int,
+    num_experts: int,
+    max_tokens: int,
+    max_rows: int,
+    quantisation: str = "none",
+    w13_scale: Tensors | None = None,
+    w2_scale: Tensors | None = None,
+    w13_scale_bias: Tensors | None = None,
+    w2_scale_bias: Tensors | None = None,
+    mask: Tensor | None = None,
+    activation_clamp: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    experts = _experts(quantisation, w13, w2, w13_scale, w2_scale, w13_scale_bias, w2_scale_bias)
+    _check(x, experts, ids, weights, group, ep_size, num_experts, max_tokens, max_rows, mask, activation_clamp)
+    unify_tokens(x, ids, weights, mask)
+    return x.new_empty(x.shape), x.new_empty((experts.local,), dtype=torch.int32)
+
+
+def _cpu(
+    x: Tensor,
+    w13: Tensors,
+    w2: Tensors,
+    ids: Tensor,
+    weights: Tensor,
+    group: str,
+    ep_size: int,
+    num_experts: int,
+    max_tokens: int,
+    max_rows: int,
+    quantisation: str = "none",
+    w13_scale: Tensors | None = None,
+    w2_scale: Tensors | None = None,
+    w13_scale_bias: Tensors | None = None,
+    w2_scale_bias: Tensors | None = None,
+    mask: Tensor | None = None,
+    activation_clamp: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The same over gloo, with the roundings of ``dispatch_ffn_combine``, whose kernels the operator took over."""
+    experts = _experts(quantisation, w13, w2, w13_scale, w2_scale, w13_scale_bias, w2_scale_bias)
+    _check(x, experts, ids, weights, group, ep_size, num_experts, max_tokens, max_rows, mask, activation_clamp)
+    bound = _row_bound(experts, ids, ep_size, max_tokens, max_rows)
+    y, counts = run_layer(
+        NAME, x, ids, weights, mask, experts, open_group(NAME, "ep", group, ep_size), between=torch.float16,
+        limit=activation_clamp, rows=bound, rows_name=f"{bound} (max_rows is {max_rows})",
+        max_tokens=max_tokens, equal_tokens=EQUAL,
+    )  # fmt: skip
+    return y, counts.to(torch.int32)
+
+
+def _npu(
+    x: Tensor,
+    w13: Tensors,
+    w2: Tensors,
+    ids: Tensor,
+    weights: Tensor,
+    group: str,
+    ep_size: int,
+    num_experts: int,
+    max_tokens: int,
+    max_rows: int,
+    quantisation: str = "none",
+    w13_scale: Tensors | None = None,
+    w2_scale: Tensors | None = None,
+    w13_scale_bias: Tensors | None = None,
+    w2_scale_bias: Tensors | None = None,
+    mask: Tensor | None = None,
+    activation_clamp: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Calls the provider; the first call for a group and its sizes is a collective that makes the buffer.
+
+    Raises:
+        RuntimeError: no provider is installed.
+        NotImplementedError: W4A8 with a provider that takes other packed weights.
+        ValueError: ``group`` names no communicator here.
+    """
+    experts = _experts(quantisation, w13, w2, w13_scale, w2_scale, w13_scale_bias, w2_scale_bias)
+    _check(x, experts, ids, weights, group, ep_size, num_experts, max_tokens, max_rows, mask, activation_clamp)
+    provider = _provider()
+    present = PRESENT_FORM in inspect.signature(provider.get_symm_buffer_for_mega_moe).parameters
+    if quantisation == "w4a8" and not present:
+        raise NotImplementedError(
+            f"{NAME}: quantisation is 'w4a8', and get_symm_buffer_for_mega_moe has no argument {PRESENT_FORM}: this version "
+            "of cann_ops_transformer reads two int4 in an int8; accepted: a newer one, which reads eight in an int32"
+        )
+    sizes = {
+        "num_experts": num_experts,
+        "num_max_tokens_per_rank": max_tokens,
+        "num_topk": int(ids.shape[1]),
+        "hidden": int(x.shape[1]),
+        # vllm-ascend 182b75ea passes both halves; the later documentation defines the width after SwiGLU.
+        "intermediate_hidden": experts.intermediate * (1 if present else 2),
+        "max_recv_token_num": _row_bound(experts, ids, ep_size, max_tokens, max_rows),
+        "dispatch_quant_mode": DISPATCH_QUANT[quantisation][0],
+        "dispatch_quant_out_dtype": DISPATCH_QUANT[quantisation][1],
+    }
+    quantised, biased = quantisation != "none", quantisation == "w4a8"
+    y, counts = provider.mega_moe(
+        x.contiguous(),
+        ids.clone(memory_format=torch.contiguous_format),
+        weights.contiguous(),
+        list(w13),
+        list(w2),
+        _buffer(provider, group, ep_size, sizes),
+        l1_weights_sf=experts.in_form(experts.w13_scale, wide_scale) if quantised else None,
+        l2_weights_sf=experts.in_form(experts.w2_scale, wide_scale) if quantised else None,
+        l1_bias=experts.in_form(experts.w13_scale_bias) if biased else None,
+        l2_bias=experts.in_form(experts.w2_scale_bias) if biased else None,
+        x_active_mask=None if mask is None else mask.to(torch.int8).contiguous(),
+        activation="swiglu",
+        activation_clamp=float(activation_clamp) if activation_clamp else None,
+    )
+    return zero_masked(y, mask), counts
+
+
+def _provider() -> Any:
+    try:
+        return importlib.import_module(PROVIDER)
+    except ImportError as error:
+        raise RuntimeError(
+            f"{NAME}: {PROVIDER} cannot be imported ({error}); install cann_ops_transformer, which comes with CANN 9.1"
+        ) from error
+
+
+def _buffer(provider: Any, group: str, ep_size: int, sizes: dict[str, Any]) -> Any:
+    """The symmetric buffer of a group for these sizes; made by a collective the first time."""
+    handle = _process_group(group, ep_size)
+    key = (handle, *sizes.items())
+    if key not in _BUFFERS:
+        _BUFFERS[key] = provider.get_symm_buffer_for_mega_moe(handle, **sizes)
+    return _BUFFERS[key]
+
+
+def _process_group(name: str, ep_size: int) -> Any:
+    """The process group of that name, or the one whose HCCL communicator, which MC2 operators take, has that name.
+
+    Raises:
+        ValueError: there is none, or it has another number of ranks.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    for handle in list(c10d._world.pg_map):
+        if _communicator(handle) == name:
+            break
+    else:
+        return open_group(NAME, "ep", name, ep_size).handle
+    if handle.size() != ep_size:
+        raise ValueError(f"{NAME}: ep_size is {ep_size}, but group {name!r} has {handle.size()} ranks")
+    return handle
+
+
+def _communicator(handle: Any) -> str | None:
+    """The name of a process group's HCCL communicator; None when it has none, or none yet."""
+    import torch.distributed as dist
+
+    try:
+        backend = handle._get_backend(torch.device("npu"))
+        return backend.get_hccl_comm_name(dist.get_rank(handle), init_comm=False)
+    except (RuntimeError, AttributeError, TypeError):
+        return None
+
+
+register(SCHEMA, cpu=_cpu, fake=_fake, npu=_npu, side_effect=True)

@@ -1,0 +1,52 @@
+"""AllToAll with exact splits: the whole block as one operator of ours, ``alltoall_experts``, for graphs not captured.
+
+It sends exactly the rows that go to each rank, and needs their numbers on the host for that: a captured graph would keep
+those of the capture. Sources: facts/vllm_ascend.md §2.2, §4.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.blocks import Block, BlockSpec, arguments
+from moe_lowering.passes.emitting import Emitter, aten
+from moe_lowering.passes.implementations.base import Call, Form, Replacement, unpermute_call
+from moe_lowering.passes.implementations.mlp import mlp_calls
+from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
+
+
+def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
+    eight_bits = spec.quantised_input or spec.quantisation in ("w8a8", "w4a8")
+    arriving = {"x_dtype": "int8", "scale_dims": 1} if eight_bits else {}
+    # its kernel takes the chain without the fused activation, whatever the format of the weights
+    plain = deployment.replace(weight_format="nz" if deployment.soc == "A5" else "nd")
+    scale = "float32" if eight_bits else None
+    return (
+        Call("alltoall.exact"),
+        Call("npu_moe_init_routing_v2", {**arriving, "scale_dtype": scale, "has_offset": False, "quant_mode": -1}),
+        *mlp_calls(spec, plain, spec.quantised_input),
+        unpermute_call(spec),
+    )
+
+
+def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[str, Any]) -> Replacement:
+    spec, mine = block.spec, Share(emit, block, deployment)
+    experts = arguments(block.mlp)[3:]
+    with emit.at(block.combine, block.combine):
+        flat = [
+            None if n is None else mine.of(emit.call(aten.reshape.default, n, [-1]))
+            for n in (block.x_scale, block.mask)
+        ]
+        pair = emit.call(
+            torch.ops.moe_lowering.alltoall_experts.default, mine.of(emit.rows(block.x)), flat[0],
+            mine.of(emit.rows(block.ids)), mine.of(emit.rows(block.weights)), flat[1], *experts, spec.experts,
+            spec.ep_group, spec.ep_size, share(spec.max_tokens, spec), spec.max_rows,
+        )  # fmt: skip
+        y, counts = emit.item(pair, 0), emit.item(pair, 1)
+        return Replacement(emit.like(gather(emit, block, y), block.x), counts)
+
+
+EXACT = Form("exact", _calls, _emit)

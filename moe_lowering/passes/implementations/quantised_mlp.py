@@ -1,0 +1,193 @@
+"""The grouped MLP with quantised weights on device operators.
+
+    w8a8   quantise rows > ``npu_grouped_matmul_swiglu_quant_v2`` > ``npu_grouped_matmul``           (SwiGLU, fitting format)
+           quantise rows > ``npu_grouped_matmul`` > activation > quantise > ``npu_grouped_matmul``   (anything else)
+    w4a8   the second line, with int4 weights, their scales as bits and their compensation as bias
+    w4a16  ``npu_grouped_matmul`` (antiquant scale and offset) > activation > ``npu_grouped_matmul``
+
+"quantise" is ``npu_dynamic_quant``, left out where rows arrive as int8 with scales (MC2's dispatch with quant_mode 2).
+Counts per expert are the group list (type 1). Rows past the sum of the counts are undefined afterwards.
+Sources: facts/vllm_ascend.md §2.5, facts/cann_ops.md §1.4; dtypes of scales: limits/data/grouped_matmul_quantised.toml.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.blocks import Block, BlockSpec
+from moe_lowering.passes.emitting import Emitter, aten
+from moe_lowering.passes.implementations.activation import activation_operator, emit_activation
+from moe_lowering.passes.implementations.base import Call, result_quantities
+from moe_lowering.passes.implementations.tensor_parallel import Share
+
+_TORCH_NPU_DTYPE = {torch.float16: 5, torch.bfloat16: 15}  # numbers that npu_grouped_matmul's output_dtype takes
+_FORMS = {"w8a8": "a8w8", "w4a8": "a8w4", "w4a16": "a16w4"}
+
+
+def takes_fused_activation(spec: BlockSpec, deployment: Deployment) -> bool:
+    """Whether the first matmul, SwiGLU and quantisation are one operator."""
+    wanted = "nd" if deployment.soc == "A5" else "nz"
+    plain = spec.activation == "swiglu" and not spec.interleaved and spec.scale_dims == 2
+    return spec.quantisation == "w8a8" and plain and spec.stacked and deployment.weight_format == wanted
+
+
+def calls(spec: BlockSpec, deployment: Deployment, quantised_rows: bool) -> tuple[Call, ...]:
+    """The calls that ``emit`` makes for a block."""
+    found: list[Call] = []
+    quantise = Call(
+        "npu_dynamic_quant",
+        result_quantities(spec, quant_mode="pertoken", dst_type=1, dst_type_max=0, x_dims=2, has_groups=False),
+    )
+    eight_bit_rows = spec.quantisation in ("w8a8", "w4a8")
+    if eight_bit_rows and not quantised_rows:
+        found.append(quantise)
+    if takes_fused_activation(spec, deployment):
+        found.append(Call("npu_grouped_matmul_swiglu_quant_v2", _swiglu_quant_quantities(spec)))
+        return (*found, Call("npu_grouped_matmul", _matmul_quantities(spec, spec.intermediate, spec.hidden)))
+    found.append(Call("npu_grouped_matmul", _matmul_quantities(spec, spec.hidden, 2 * spec.intermediate)))
+    name = activation_operator(spec, deployment.soc)
+    found += [Call(name, result_quantities(spec))] if name else []
+    found += [quantise] if eight_bit_rows else []
+    return (*found, Call("npu_grouped_matmul", _matmul_quantities(spec, spec.intermediate, spec.hidden)))
+
+
+def _swiglu_quant_quantities(spec: BlockSpec) -> dict[str, Any]:
+    return {
+        "form": "a8w8", "x_dtype": "int8", "weight_dtype": "int8", "weight_count": 1, "scale_count": 1,
+        "scale_dtype": "float32", "scale_dims": 2, "n": 2 * spec.intermediate, "quant_mode": 0, "dequant_mode": 0,
+        "dequant_dtype": 6, "quant_dtype": 1, "has_smooth": False, "has_assist": False, "has_overrides": False,
+        "has_bias": False,
+    }  # fmt: skip
+
+
+def _matmul_quantities(spec: BlockSpec, inner: int, width: int) -> dict[str, Any]:
+    form = _FORMS[spec.quantisation]
+    name = str(spec.dtype).removeprefix("torch.")
+    return {
+        "form": form,
+        "quantised": True,
+        "x_dtype": name if form == "a16w4" else "int8",
+        "x_count": 1,
+        "hidden": inner,
+        "k": inner,
+        "n": width,
+        "weight_dtype": "int8" if form == "a8w8" else "int32",
+        "output_dtype": "None" if form == "a16w4" else name,
+        "has_scale": form != "a16w4",
+        "scale_dtype": None if form == "a16w4" else _scale_dtype(spec),
+        "has_per_token_scale": form != "a16w4",
+        "has_antiquant_scale": form == "a16w4",
+        "antiquant_dtype": name if form == "a16w4" else None,
+        "has_bias": form == "a8w4",
+        "bias_dtype": "float32" if form == "a8w4" else None,
+        "act_type": 0,
+        "has_offset": False,
+    }
+
+
+def _scale_dtype(spec: BlockSpec) -> str:
+    """What ``npu_grouped_matmul`` takes as scale of int8 rows: bits for int4 weights, else by the result's dtype."""
+    if spec.quantisation == "w4a8":
+        return "int64"
+    return "bfloat16" if spec.dtype == torch.bfloat16 else "float32"
+
+
+def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts: Node, deployment: Deployment) -> Node:
+    """As ``mlp.emit_mlp``."""
+    spec = block.spec
+    w13, w2, _, _ = block.experts
+    w13_scale, w2_scale, w13_offset, w2_offset, w13_bias, w2_bias = block.quantisers
+    if spec.quantisation == "w4a16":
+        hidden = _antiquant_matmul(emit, rows, w13, w13_scale, w13_offset, counts)
+        hidden = emit_activation(emit, hidden, spec, deployment.soc)
+        return _antiquant_matmul(emit, hidden, w2, w2_scale, w2_offset, counts)
+    if row_scale is None:
+        rows, row_scale = _quantise(emit, rows)
+    if takes_fused_activation(spec, deployment):
+        scale = emit.cast(_as_float(emit, w13_scale[0]), torch.float32)
+        pair = emit.call(
+            torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2.default, rows, list(w13), [scale], row_scale, counts,
+            group_list_type=1,
+        )  # fmt: skip
+        hidden, row_scale = emit.item(pair, 0), emit.item(pair, 1)
+    else:
+        hidden = _scaled_matmul(emit, spec, rows, row_scale, w13, w13_scale, w13_bias, counts)
+        hidden, row_scale = _quantise(emit, emit_activation(emit, hidden, spec, deployment.soc))
+    return _scaled_matmul(emit, spec, hidden, row_scale, w2, w2_scale, w2_bias, counts)
+
+
+def _quantise(emit: Emitter, rows: Node) -> tuple[Node, Node]:
+    pair = emit.call(torch.ops.npu.npu_dynamic_quant.default, rows)
+    return emit.item(pair, 0), emit.item(pair, 1)
+
+
+def quantise_tokens(emit: Emitter, block: Block, mine: Share) -> tuple[Node, Node | None]:
+    """This rank's share of x [M, H], as it travels: int8 with scales [M] where the weights take int8 rows."""
+    x = mine.of(emit.rows(block.x))
+    if block.x_scale is not None:
+        return x, mine.of(emit.call(aten.reshape.default, block.x_scale, [-1]))
+    return _quantise(emit, x) if block.spec.quantisation in ("w8a8", "w4a8") else (x, None)
+
+
+def _scaled_matmul(
+    emit: Emitter,
+    spec: BlockSpec,
+    rows: Node,
+    row_scale: Node,
+    weight: tuple[Node, ...],
+    scale: tuple[Node, ...],
+    bias: tuple[Node, ...],
+    counts: Node,
+) -> Node:
+    """int8 rows by int8 or int4 weights: scaled by weight column and by row, in the block's dtype."""
+    results = emit.call(
+        torch.ops.npu.npu_grouped_matmul.default, [rows], list(weight), bias=list(bias) or None,
+        scale=[_scale(emit, s, spec) for s in scale], per_token_scale=[row_scale], group_list=counts, split_item=2,
+        group_type=0, group_list_type=1, output_dtype=_TORCH_NPU_DTYPE.get(spec.dtype, 15),
+    )  # fmt: skip
+    return emit.item(results, 0)
+
+
+def _antiquant_matmul(
+    emit: Emitter,
+    rows: Node,
+    weight: tuple[Node, ...],
+    scale: tuple[Node, ...],
+    offset: tuple[Node, ...],
+    counts: Node,
+) -> Node:
+    """16-bit rows by int4 weights, which the operator turns into 16 bits: (w + offset) * scale."""
+    dtype = rows.meta["val"].dtype
+    scales = [emit.cast(s, dtype) for s in scale]
+    if offset:
+        offsets = [emit.cast(o, dtype) for o in offset]
+    else:
+        offsets = [emit.call(aten.zeros_like.default, s, pin_memory=False) for s in scales]
+    results = emit.call(
+        torch.ops.npu.npu_grouped_matmul.default, [rows], list(weight), antiquant_scale=scales,
+        antiquant_offset=offsets, group_list=counts, split_item=2, group_type=0, group_list_type=1,
+    )  # fmt: skip
+    return emit.item(results, 0)
+
+
+def _scale(emit: Emitter, scale: Node, spec: BlockSpec) -> Node:
+    if spec.quantisation == "w4a8":
+        return _as_bits(emit, scale)
+    return emit.cast(_as_float(emit, scale), torch.bfloat16 if spec.dtype == torch.bfloat16 else torch.float32)
+
+
+def _as_float(emit: Emitter, scale: Node) -> Node:
+    """Scales that are kept as bits (float32 in the low half of int64, for dispatch_ffn_combine) as float32."""
+    if scale.meta["val"].dtype != torch.int64:
+        return scale
+    return emit.call(aten.view.dtype, emit.cast(scale, torch.int32), torch.float32)
+
+
+def _as_bits(emit: Emitter, scale: Node) -> Node:
+    if scale.meta["val"].dtype == torch.int64:
+        return scale
+    return emit.cast(emit.call(aten.view.dtype, emit.cast(scale, torch.float32), torch.int32), torch.int64)

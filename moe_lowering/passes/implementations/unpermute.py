@@ -1,0 +1,43 @@
+"""Rows of experts back to tokens: each token is the weighted sum of its k rows.
+
+npugraph_ex: ``npu_moe_token_unpermute``, which takes weights of the dtype of the rows.
+GE: torchair has no converter for it (nor for any operator that does the same without ``npu_moe_finalize_routing``'s
+inaccuracy), so ATen ``index_select``, multiply, ``sum``, in float32, which all have one. It writes the selected rows
+[T * k, H] and their products to memory, which the fused operator does not.
+Sources: facts/npugraph_ex_and_torchair.md §3.2 (no converter); facts/cann_ops.md §2.4 (the operator).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.emitting import Emitter, aten
+from moe_lowering.passes.implementations.base import Call, unpermute_call
+
+
+def combine_calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
+    """The Ascend calls that ``emit_combine`` makes for a block: those whose limits bind it."""
+    return () if deployment.mode == "ge" else (unpermute_call(spec),)
+
+
+def emit_combine(emit: Emitter, rows: Node, index: Node, weights: Node, deployment: Deployment) -> Node:
+    """Emit y [T, H], y[t] = sum over j of weights[t, j] * rows[index[t * k + j]], in the dtype of ``rows``.
+
+    Args:
+        emit: where.
+        rows: [N, H], without undefined rows: a row is read even where its weight is 0.
+        index: int32 [T * k], every entry in 0..N-1.
+        weights: [T, k], any float dtype.
+        deployment: its ``mode`` says which operators may be used.
+    """
+    dtype = rows.meta["val"].dtype
+    if deployment.mode != "ge":
+        return emit.call(torch.ops.npu.npu_moe_token_unpermute.default, rows, index, emit.cast(weights, dtype))
+    shape = [-1, int(weights.meta["val"].shape[1]), int(rows.meta["val"].shape[1])]
+    selected = emit.call(aten.reshape.default, emit.call(aten.index_select.default, rows, 0, index), shape)
+    column = emit.call(aten.unsqueeze.default, emit.cast(weights, torch.float32), 2)
+    weighted = emit.call(aten.mul.Tensor, emit.cast(selected, torch.float32), column)
+    return emit.cast(emit.call(aten.sum.dim_IntList, weighted, [1]), dtype)

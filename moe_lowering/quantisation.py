@@ -1,0 +1,239 @@
+"""Quantised expert weights: from floats to what ``grouped_mlp`` takes, and back; for one weight, or for a whole model.
+
+Round to nearest, without calibration: enough to try a deployment and to test, not what a released checkpoint is made with.
+Weights that another tool quantised fit in as well: see ``QuantisedWeight`` for the layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lowering.custom_ops.quantised import PER_INT32, dequantise_weight, float_scale, quantise_rows, unpack_int4
+from moe_lowering.layers import MoE, moe_modules
+
+__all__ = [
+    "FORMATS",
+    "QuantisedWeight",
+    "dequantise",
+    "pack_int4",
+    "quantise_experts",
+    "quantise_rows",
+    "quantise_weight",
+    "scale_bits",
+    "unpack_int4",
+]
+
+FORMATS = ("w8a8", "w4a8", "w4a16")
+_HALVES = (torch.float16, torch.bfloat16)
+_SCALE_BIAS = 8  # what the device's kernel adds to the low int4 half of an int8 row (facts/cann_ops.md, 1.4)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantisedWeight:
+    """Experts' weights [..., K, N] in one of the ``FORMATS``.
+
+    Attributes:
+        weight: int8 [..., K, N] (w8a8), or int32 [..., K, N / 8] of packed int4.
+        scale: [..., N]; w4a16 in groups of K / G lines: [..., G, N].
+        offset: w4a16: like scale; weight = (int4 + offset) * scale.
+        scale_bias: w4a8: float32 [..., N], 8 * the sum over K of weight * scale.
+    """
+
+    format: str
+    weight: Tensor
+    scale: Tensor
+    offset: Tensor | None = None
+    scale_bias: Tensor | None = None
+
+
+def quantise_weight(
+    w: Tensor, format: str, *, scale_dtype: torch.dtype | None = None, group_size: int | None = None
+) -> QuantisedWeight:
+    """Quantise ``w [..., K, N]``, each column by itself.
+
+    ``w8a8`` and ``w4a8`` are symmetric, in [-127, 127] and [-7, 7]. ``w4a16`` uses all of [-8, 7], with whole numbers as
+    offsets, chosen so that 0 stays 0.
+
+    Args:
+        w: float32, float16 or bfloat16.
+        scale_dtype: float32 (when None), or bfloat16 for w8a8; for w4a16 that of the activations (when None: that of w).
+            The values are rounded after the scale was.
+        group_size: w4a16: a scale for every ``group_size`` lines of a column; one for the whole column when None.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, with its value and what is accepted.
+    """
+    scale_dtype = _scale_dtype(w, format, scale_dtype)
+    _check_weight(w, format, group_size)
+    if format == "w4a16":
+        lines = group_size or w.shape[-2]
+        groups = w.float().reshape(*w.shape[:-2], w.shape[-2] // lines, lines, w.shape[-1])
+        low, high = groups.amin(-2, keepdim=True).clamp(max=0), groups.amax(-2, keepdim=True).clamp(min=0)
+        scale = _not_zero((high - low) / 15, scale_dtype)
+        offset = (low / scale).round() + 8
+        whole = ((groups / scale).round() - offset).clamp(-8, 7).flatten(-3, -2)
+        scale, offset = (values.to(scale_dtype).squeeze(-2) for values in (scale, offset))
+        if group_size is None:
+            scale, offset = scale.squeeze(-2), offset.squeeze(-2)
+        return QuantisedWeight(format, pack_int4(whole.to(torch.int8)), scale, offset)
+    largest = 127 if format == "w8a8" else 7
+    scale = _not_zero(w.float().abs().amax(-2, keepdim=True) / largest, scale_dtype)
+    whole = (w.float() / scale).round().clamp(-largest, largest)
+    column = scale.squeeze(-2).to(scale_dtype)
+    if format == "w8a8":
+        return QuantisedWeight(format, whole.to(torch.int8), column)
+    bias = _SCALE_BIAS * (whole.double() * scale.double()).sum(-2)
+    return QuantisedWeight(format, pack_int4(whole.to(torch.int8)), column, scale_bias=bias.float())
+
+
+def dequantise(quantised: QuantisedWeight) -> Tensor:
+    """The weights in float32 [..., K, N]. Scales may be bits in int64, as ``scale_bits`` makes them."""
+    return dequantise_weight(quantised.weight, quantised.scale, quantised.offset)
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """int8 [..., N] in [-8, 7] as int32 [..., N / 8]: eight in each, the first in the lowest bits.
+
+    Raises:
+        ValueError: N is not a multiple of 8; a value is out of range.
+    """
+    if values.dtype != torch.int8 or values.shape[-1] % PER_INT32:
+        raise ValueError(
+            f"pack_int4: values is {values.dtype} of shape {list(values.shape)}; accepted: int8 [..., N], N a multiple of 8"
+        )
+    if _readable(values) and values.numel() and not -8 <= int(values.min()) <= int(values.max()) <= 7:
+        raise ValueError(f"pack_int4: values is {int(values.min())} to {int(values.max())}; accepted: -8 to 7")
+    nibbles = (values.to(torch.int32) & 15).reshape(*values.shape[:-1], values.shape[-1] // PER_INT32, PER_INT32)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=values.device)
+    return (nibbles << shifts).sum(-1, dtype=torch.int32)  # no two have a bit in common
+
+
+def scale_bits(scale: Tensor) -> Tensor:
+    """float32 scales as the fused operators read them: int64, the float32's bits in the low half, 0 in the high one."""
+    return float_scale(scale).contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+
+
+def quantise_experts(model: nn.Module, format: str, *, group_size: int | None = None) -> nn.Module:
+    """Quantise the experts of every MoE module in ``model``, in place; routers and shared experts stay as they are.
+
+    Modules are those of ``shard_experts``, which may be called before or after. Their weights become int8 or packed int4
+    [E_local, K, N], K before N; beside each, NAME, there are then the parameters ``NAME_scale``, and what the format has
+    of ``NAME_offset`` and ``NAME_scale_bias``. A module of transformers must be computed by ``moe_lowering``
+    (``experts_implementation="moe_lowering"``): its other implementations cannot read such weights.
+
+    The dtype of the weights is taken as that of the activations: cast the model first. For w8a8 the scale of the second
+    weight is bfloat16 where that is bfloat16, as Ascend's grouped matmul wants it. A state dict of quantised experts loads
+    into a model that was quantised the same way, also into one on device "meta" (with ``assign=True``).
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError, TypeError: no MoE module; one that has biases, is quantised already, or was sharded by transformers;
+            sizes or dtypes that the format cannot have. The model is as it was then.
+    """
+    found = moe_modules("quantise_experts", model)
+    for name, module in found:  # first all checks, so that an error leaves the model as it was
+        _check_module(f"quantise_experts: {name or type(module).__name__}", module, format, group_size)
+    for _, module in found:
+        _quantise(module, format, group_size)
+    return model
+
+
+def _names(module: nn.Module) -> tuple[str, str]:
+    return ("w13", "w2") if isinstance(module, MoE) else ("gate_up_proj", "down_proj")
+
+
+def _matrices(module: nn.Module, name: str) -> Tensor:
+    weight: Tensor = getattr(module, name)
+    transposed = isinstance(module, MoE) or bool(module.is_transposed)
+    return weight if transposed else weight.transpose(1, 2)
+
+
+def _check_module(what: str, module: nn.Module, format: str, group_size: int | None) -> None:
+    mine: Any = module  # two families of modules
+    if getattr(mine, "moe_lowering_quantisation", "none") != "none":
+        raise ValueError(
+            f"{what} is {mine.moe_lowering_quantisation} already; accepted: experts that are not quantised"
+        )
+    if getattr(mine, "_is_expert_parallel", False):
+        raise ValueError(f"{what} was sharded by transformers; accepted: a model loaded without expert parallelism")
+    has_bias = mine.w13_bias is not None if isinstance(module, MoE) else mine.has_bias
+    if has_bias:
+        raise ValueError(f"{what} has expert biases; accepted: experts without, as quantised matmuls take none")
+    for name in _names(module):
+        try:
+            _scale_dtype(_matrices(module, name), format, None)
+            _check_weight(_matrices(module, name), format, group_size)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{what}: {name}: {error}") from error
+
+
+def _quantise(module: nn.Module, format: str, group_size: int | None) -> None:
+    mine: Any = module
+    for name in _names(module):
+        weights = _matrices(module, name).detach()
+        second = name == _names(module)[1]
+        scale_dtype = torch.bfloat16 if second and format == "w8a8" and weights.dtype == torch.bfloat16 else None
+        # one expert at a time: the float32 copies of all would be several times as large as the weights
+        parts = [quantise_weight(w, format, scale_dtype=scale_dtype, group_size=group_size) for w in weights.unbind(0)]
+        setattr(module, name, _parameter([part.weight for part in parts]))
+        for field in ("scale", "offset", "scale_bias"):
+            values = [value for part in parts if (value := getattr(part, field)) is not None]
+            module.register_parameter(f"{name}_{field}", _parameter(values) if values else None)
+    if not isinstance(module, MoE):
+        mine.is_transposed = True
+    mine.moe_lowering_quantisation = format
+
+
+def _parameter(parts: list[Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.stack(parts), requires_grad=False)
+
+
+def _scale_dtype(w: Tensor, format: str, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of scales; ``wanted``, or the format's own when that is None."""
+    if format not in FORMATS:
+        raise ValueError(f"quantise_weight: format is {format!r}; accepted: {', '.join(FORMATS)}")
+    accepted = {"w8a8": (torch.float32, torch.bfloat16), "w4a8": (torch.float32,), "w4a16": _HALVES}[format]
+    chosen = wanted or (w.dtype if format == "w4a16" else torch.float32)
+    if chosen not in accepted:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
+        source = "scale_dtype" if wanted else "scale_dtype is None and w"
+        raise TypeError(f"quantise_weight: {source} is {chosen} for {format}; accepted: {names}")
+    return chosen
+
+
+def _check_weight(w: Tensor, format: str, group_size: int | None) -> None:
+    if w.dtype not in (torch.float32, *_HALVES) or w.dim() < 2 or not w.shape[-2]:
+        raise TypeError(
+            f"quantise_weight: w is {w.dtype} of shape {list(w.shape)}; accepted: float32, float16, bfloat16 [..., K, N], "
+            "K 1 or more"
+        )
+    if format != "w8a8" and w.shape[-1] % PER_INT32:
+        raise ValueError(f"quantise_weight: w has {w.shape[-1]} columns for {format}; accepted: a multiple of 8")
+    if group_size is None:
+        return
+    if format != "w4a16":
+        raise ValueError(
+            f"quantise_weight: group_size is {group_size} for {format}; accepted: None; only w4a16 has groups"
+        )
+    if group_size < 1 or w.shape[-2] % group_size:
+        raise ValueError(
+            f"quantise_weight: group_size is {group_size}; accepted: a divisor of {w.shape[-2]}, w's lines"
+        )
+
+
+def _not_zero(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 scales that ``dtype`` can hold, 1 where that would be zero."""
+    scale = scale.to(dtype).float()
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def _readable(tensor: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))

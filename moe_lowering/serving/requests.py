@@ -1,0 +1,80 @@
+"""What a server is asked for, and what it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt to continue, always with the likeliest token. Token ids are kept as tuples of int.
+
+    Args:
+        prompt: token ids, at least one.
+        max_new_tokens: how many tokens to add, at least one.
+        stop_tokens: token ids after which generation ends; the one that ended it is part of the result.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    stop_tokens: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "stop_tokens"):
+            object.__setattr__(self, name, tuple(int(token) for token in getattr(self, name)))
+
+    def check(self, max_length: int, vocabulary: int) -> None:
+        """Raises a ValueError that names the argument, its value and what is accepted."""
+        if not self.prompt:
+            raise ValueError("Request: prompt is empty; accepted: at least one token id")
+        for name in ("prompt", "stop_tokens"):
+            for token in getattr(self, name):
+                if not 0 <= token < vocabulary:
+                    raise ValueError(f"Request: {name} has token id {token}; accepted: 0 to {vocabulary - 1}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"Request: max_new_tokens is {self.max_new_tokens}; accepted: 1 or more")
+        total = len(self.prompt) + self.max_new_tokens
+        if total > max_length:
+            raise ValueError(
+                f"Request: prompt has {len(self.prompt)} tokens and max_new_tokens is {self.max_new_tokens}, together "
+                f"{total}; accepted: at most max_length = {max_length} of the server"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The answer to one request.
+
+    Attributes:
+        number: what ``Server.submit`` returned.
+        tokens: the new tokens, without the prompt.
+        finish: ``stop`` (the last token is a stop token) or ``length``.
+    """
+
+    number: int
+    tokens: list[int]
+    finish: str
+
+
+@dataclasses.dataclass
+class Running:
+    """A request that holds a row of the cache.
+
+    Attributes:
+        length: tokens whose keys and values are in the row; the position of the next one.
+    """
+
+    number: int
+    request: Request
+    length: int
+    tokens: list[int]
+
+    def add(self, token: int) -> Result | None:
+        """Take the next token; the result when it was the last."""
+        self.tokens.append(token)
+        if token in self.request.stop_tokens:
+            return Result(self.number, self.tokens, "stop")
+        if len(self.tokens) == self.request.max_new_tokens:
+            return Result(self.number, self.tokens, "length")
+        return None

@@ -1,0 +1,323 @@
+"""The decode loop: requests join and leave a batch between steps, and every step replays the graph of its bucket.
+
+Requests that are being continued always hold the first rows of the cache: when one leaves, the last one moves into its
+row. So the rows of a step are a prefix, the smallest bucket that holds them is used, and the rest of it is padding, which
+the token mask keeps from the experts (facts: vllm-ascend #8320: padding that is routed overloads few experts).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lowering.backends.npugraph_ex import npugraph_ex_options
+from moe_lowering.deployment import Deployment
+from moe_lowering.integrations.transformers import NAME, capabilities
+from moe_lowering.layers import MoE
+from moe_lowering.passes.pipeline import MoeLowering
+from moe_lowering.serving import cache
+from moe_lowering.serving.requests import Request, Result, Running
+from moe_lowering.serving.statistics import Statistics, captures_so_far, graphs_so_far
+from moe_lowering.serving.steps import ATTENTION, Decode, Prefill, decode_step, named, prefill_step
+
+CAPTURE_LIMIT = 64  # npugraph_ex's default (torch_npu 2.13.0, configs/compiler_config.py)
+
+
+class RecompileError(RuntimeError):
+    """After warm-up a step would have been compiled, or was captured, again."""
+
+
+class Server:
+    """Continues prompts with a transformers model, in batches of changing size, on graphs captured beforehand.
+
+    Args:
+        model: a causal language model in evaluation mode, with the experts implementation ``moe_lowering``, attention
+            ``sdpa`` or ``eager``, and layers that attend to all tokens. Its weights must stay where they are.
+        deployment: as for ``npugraph_ex_options``; one EP rank. ``mask_is_prefix`` is set, as it holds.
+        buckets: batch sizes to capture, ascending. The last one is the largest batch.
+        max_length: tokens of the longest request, prompt and new ones together.
+        prefill_lengths: ends of ranges of prompt lengths, ascending, the last one ``max_length``. Each is a graph, lowered
+            and not captured; a prompt is padded to the end of its range with masked tokens. () calls the model instead,
+            which needs kernels of the generic operators (CPU, simulator). None: a quarter, half and all of ``max_length``.
+        comm: the implementation of decode steps, see ``npugraph_ex_options``; prefill's is always chosen.
+        options: more options of npugraph_ex for decode steps. On device npu all buckets share one memory pool unless
+            ``use_graph_pool`` is given. ``force_eager=True`` captures nothing, and is the only way on CPU.
+
+    Attributes:
+        statistics: counters.
+        lowering, prefill_lowering: the passes, with their reports.
+
+    Raises:
+        ValueError: an argument that is out of range, or a model that cannot be served, with what is accepted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        deployment: Deployment | None = None,
+        *,
+        buckets: Sequence[int] = (1, 2, 4, 8),
+        max_length: int = 1024,
+        prefill_lengths: Sequence[int] | None = None,
+        comm: str = "auto",
+        **options: Any,
+    ) -> None:
+        self.model: Any = model
+        self.buckets, self.max_length = tuple(buckets), max_length
+        _check_buckets(self.buckets, int(options.get("capture_limit", CAPTURE_LIMIT)))
+        _check_model(model, max_length)
+        if prefill_lengths is None:
+            prefill_lengths = sorted({-(-max_length // part) for part in (1, 2, 4)})
+        self.prefill_lengths = tuple(prefill_lengths)
+        if self.prefill_lengths:
+            _check_lengths(self.prefill_lengths, max_length)
+        deployment = _checked(deployment, max(max_length, self.buckets[-1])).replace(mask_is_prefix=True)
+        self.statistics = Statistics()
+        self.lowering = MoeLowering(deployment, comm, strict=True)
+        self.prefill_lowering = MoeLowering(deployment, strict=True)
+        self._captures = not options.get("force_eager", False)
+        device = next(model.parameters()).device
+        if self._captures and device.type == "npu":
+            pool: dict[str, Any] = {"use_graph_pool": torch.npu.graph_pool_handle()}  # type: ignore[attr-defined]
+            options = {**pool, "reuse_graph_pool_in_same_fx": False, **options}
+        self._options = npugraph_ex_options(deployment, lowering=self.lowering, **options)
+        most = self.buckets[-1]
+        # Read by the graphs, and written in place outside of them: tokens, positions and cache entries; the mask.
+        self._state = torch.zeros(3, most, dtype=torch.int64, device=device)
+        self._mask = torch.zeros(most, dtype=torch.bool, device=device)
+        self._columns = torch.arange(max_length, device=device)
+        self._slots = self._columns.clone()
+        self._stores = cache.allocate(model, most, max_length)
+        self._cache = cache.view(self._stores, self._state[2], prefill=False)
+        self._eager_prefill = prefill_step(model, cache.view(self._stores, self._slots, prefill=True))
+        self._prefill: dict[int, Prefill] = {}
+        self._decode: dict[int, Decode] = {}
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._rows: list[Running] = []
+        self._numbers = 0
+        self._warm = False
+
+    def warm_up(self, progress: Callable[[str], object] | None = None) -> None:
+        """Compile and capture everything; a second call does nothing.
+
+        Args:
+            progress: called with a line of text after each graph, e.g. ``print``.
+        """
+        if self._warm:
+            return
+        total = len(self.buckets) + len(self.prefill_lengths)
+        done, began = 0, time.perf_counter()
+
+        def report(what: str) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                seconds = time.perf_counter() - began
+                progress(f"warm-up {done} of {total}: {what}, {seconds:.1f} s")
+
+        eager = npugraph_ex_options(self.prefill_lowering.deployment, lowering=self.prefill_lowering, force_eager=True)
+        for length in reversed(self.prefill_lengths):
+            self._prefill[length] = self._compiled(named(self._eager_prefill, f"prefill_{length}"), eager)
+            self._first_token([0] * length)
+            report(f"prefill of up to {length} tokens")
+        for bucket in reversed(self.buckets):  # the largest first: the others fit into its memory
+            step = decode_step(self.model, self._cache, self.max_length)
+            self._decode[bucket] = self._compiled(named(step, f"decode_{bucket}"), self._options)
+            self._write([0] * bucket, [0] * bucket, bucket)
+            self._call(bucket)
+            report(f"decode of up to {bucket} requests")
+        self._warm = True
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its number.
+
+        Raises:
+            ValueError: a request that the server cannot hold.
+        """
+        request.check(self.max_length, self.model.config.get_text_config(decoder=True).vocab_size)
+        self._waiting.append((self._numbers, request))
+        self._numbers += 1
+        return self._numbers - 1
+
+    def step(self) -> list[Result]:
+        """Prefill waiting requests while rows are free, then one decode step for all rows; what has finished.
+
+        Raises:
+            RuntimeError: ``warm_up`` has not been called.
+            RecompileError: a graph does not fit any more; the server is of no use from there on.
+        """
+        if not self._warm:
+            raise RuntimeError("Server: step before warm_up; accepted: warm_up() first")
+        finished = []
+        while self._waiting and len(self._rows) < self.buckets[-1]:
+            number, request = self._waiting.popleft()
+            running = Running(number, request, len(request.prompt), [])
+            self.statistics.prefill_tokens += len(request.prompt)
+            result = running.add(self._first_token(request.prompt))
+            if result is None:
+                self._rows.append(running)
+            else:
+                finished.append(result)
+        if self._rows:
+            finished += self._decode_rows()
+        self.statistics.requests += len(finished)
+        return finished
+
+    def generate(self, requests: Sequence[Request]) -> list[Result]:
+        """The results of all requests, in their order. Not while others that were submitted are running.
+
+        Raises:
+            ValueError: a request that the server cannot hold; nothing is generated then.
+        """
+        if self._waiting or self._rows:
+            raise RuntimeError("Server: generate while submitted requests are running; accepted: step() until they end")
+        for request in requests:
+            request.check(self.max_length, self.model.config.get_text_config(decoder=True).vocab_size)
+        numbers = [self.submit(request) for request in requests]
+        found: dict[int, Result] = {}
+        while self._waiting or self._rows:
+            found.update({result.number: result for result in self.step()})
+        return [found[number] for number in numbers]
+
+    def _decode_rows(self) -> list[Result]:
+        count = len(self._rows)
+        bucket = next(b for b in self.buckets if b >= count)
+        self._write([row.tokens[-1] for row in self._rows], [row.length for row in self._rows], bucket)
+        tokens = self._call(bucket).tolist()
+        counters = self.statistics
+        counters.steps[bucket] = counters.steps.get(bucket, 0) + 1
+        counters.real_tokens += count
+        counters.padded_tokens += bucket - count
+        finished = []
+        for index in reversed(range(count)):  # from the end: whoever moves into a free row has been looked at
+            self._rows[index].length += 1
+            result = self._rows[index].add(tokens[index])
+            if result is not None:
+                finished.append(result)
+                self._leave(index)
+        return finished
+
+    def _leave(self, index: int) -> None:
+        """Free a row; the last one moves into it."""
+        last = self._rows.pop()
+        if index < len(self._rows):
+            self._rows[index] = last
+            for store in self._stores:
+                store.move(len(self._rows), index, last.length)
+
+    def _write(self, tokens: list[int], positions: list[int], bucket: int) -> None:
+        """Inputs of a step, padded to the bucket: the padding is at position 0 of free rows."""
+        padding = [0] * (bucket - len(tokens))
+        positions = positions + padding
+        slots = [row * self.max_length + position for row, position in enumerate(positions)]
+        self._state[:, :bucket].copy_(torch.tensor([tokens + padding, positions, slots]))
+        self._mask[:bucket].copy_(torch.arange(bucket) < len(tokens))
+
+    def _call(self, bucket: int) -> Tensor:
+        """The next token of each row of a bucket whose inputs have been written."""
+        tokens, positions, mask = self._state[0, :bucket, None], self._state[1, :bucket, None], self._mask[:bucket]
+        self.statistics.replays += self._captures
+        return self._guarded(f"bucket {bucket}", lambda: self._decode[bucket](tokens, positions, mask))
+
+    def _first_token(self, prompt: Sequence[int]) -> int:
+        """Fill the first free row with a prompt; the token after it."""
+        device, row, real = self._state.device, len(self._rows), len(prompt)
+        length = next((end for end in self.prefill_lengths if end >= real), real)
+        tokens = torch.tensor([[*prompt, *[0] * (length - real)]]).to(device)
+        last = torch.tensor([real - 1]).to(device)
+        torch.add(self._columns, row * self.max_length, out=self._slots)
+        if not self.prefill_lengths:
+            return int(self._guarded("prefill", lambda: self._eager_prefill(tokens, last, None)))
+        mask = (torch.arange(length) < real).to(device)
+        self.statistics.prefill_padding += (length - real) * self._warm
+        return int(self._guarded(f"prefill of {length}", lambda: self._prefill[length](tokens, last, mask)))
+
+    def _compiled(self, function: Any, options: dict[str, Any]) -> Any:
+        return torch.compile(function, backend="npugraph_ex", fullgraph=True, dynamic=False, options=options)
+
+    def _guarded(self, what: str, call: Callable[[], Tensor]) -> Tensor:
+        """Run a compiled function, and count: anything may be compiled and captured in warm-up, nothing after it."""
+        graphs, captures = graphs_so_far(), captures_so_far()
+        stance = "fail_on_recompile" if self._warm else "default"
+        try:
+            with torch.no_grad(), torch.compiler.set_stance(stance):
+                found = call()
+        except RuntimeError as error:
+            if "fail_on_recompile" not in str(error):
+                raise
+            raise RecompileError(f"Server: {what} does not fit its graph after warm-up: {error}") from error
+        graphs, captures = graphs_so_far() - graphs, captures_so_far() - captures
+        self.statistics.captures += captures
+        if not self._warm:
+            self.statistics.graphs += graphs
+            return found
+        self.statistics.recompiles += graphs
+        if captures:
+            raise RecompileError(
+                f"Server: {what} was captured again after warm-up; weights and buffers of the model must stay at their "
+                "addresses"
+            )
+        return found
+
+
+def _check_buckets(buckets: tuple[int, ...], limit: int) -> None:
+    if not buckets or buckets[0] < 1 or list(buckets) != sorted(set(buckets)):
+        raise ValueError(f"Server: buckets is {buckets}; accepted: ascending batch sizes, 1 or more")
+    if len(buckets) > limit:
+        raise ValueError(
+            f"Server: buckets has {len(buckets)} sizes; accepted: at most capture_limit = {limit}, as each is captured"
+        )
+
+
+def _check_lengths(lengths: tuple[int, ...], max_length: int) -> None:
+    if lengths[0] < 1 or list(lengths) != sorted(set(lengths)) or lengths[-1] != max_length:
+        raise ValueError(
+            f"Server: prefill_lengths is {lengths}; accepted: (), or ascending lengths of which the last is "
+            f"max_length = {max_length}"
+        )
+
+
+def _check_model(model: Any, max_length: int) -> None:
+    if model.training:
+        raise ValueError("Server: model is in training mode; accepted: model.eval()")
+    positions = getattr(model.config, "max_position_embeddings", max_length)
+    if not 2 <= max_length <= positions:
+        raise ValueError(
+            f"Server: max_length is {max_length}; accepted: 2 to max_position_embeddings = {positions} of the model"
+        )
+    if model.config._attn_implementation not in ATTENTION:
+        raise ValueError(
+            f"Server: model has attention {model.config._attn_implementation!r}; accepted: {', '.join(ATTENTION)}"
+        )
+    for name, supported, reason in capabilities(model):
+        if model.config._experts_implementation != NAME:
+            raise ValueError(
+                f"Server: model has experts implementation {model.config._experts_implementation!r}; accepted: {NAME!r} "
+                "(integrations.transformers.register(), then model.set_experts_implementation)"
+            )
+        if not supported or isinstance(model.get_submodule(name), MoE):
+            raise ValueError(
+                f"Server: {name} ignores token masks ({reason}); accepted: transformers' experts that capabilities() "
+                "lists as supported"
+            )
+    cache.check_layers(model.config, max_length)
+
+
+def _checked(deployment: Deployment | None, tokens: int) -> Deployment:
+    if deployment is None:
+        return Deployment(max_tokens=tokens)
+    if deployment.ep_size > 1:
+        raise ValueError(
+            f"Server: deployment.ep_size is {deployment.ep_size}; accepted: 1, as ranks do not agree on a bucket here"
+        )
+    if 0 < deployment.max_tokens < tokens:
+        raise ValueError(
+            f"Server: deployment.max_tokens is {deployment.max_tokens}; accepted: 0, or at least {tokens}, the larger of "
+            "max_length and the largest bucket"
+        )
+    return deployment

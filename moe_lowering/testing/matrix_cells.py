@@ -1,0 +1,210 @@
+"""The matrix of implementations: its axes, and the data of every cell, the same in each process that makes them.
+
+A cell is one way to lower a block, one weight format, one EP and TP size, and one scenario of token counts and routing.
+Sizes are the smallest that every operator accepts (mega_moe: hidden from 1,024, intermediate from 512).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lowering.quantisation import quantise_weight
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 512, 16, 3
+TOKENS = 6  # of a TP group where nothing else is said; the bound where counts differ
+MOST_GROUPS = 4
+DTYPE = torch.bfloat16
+
+QUANTISATIONS = ("none", "w8a8", "w4a8", "w4a16")
+EP_SIZES = (1, 2, 4)
+TP_SIZES = (1, 2)
+
+VLLM_ASCEND = {"providers": (("vllm_ascend", "0.23.0"),)}
+MEGA_MOE = {"providers": (("cann_ops_transformer", "9.1.0"),)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One way to write an implementation down.
+
+    Attributes:
+        name: its row in the table.
+        comm, form: the implementation that the pass is asked for, and the form that it must take.
+        operators: names of operators of which each must be in the lowered graph.
+        fields: of the deployment, beside sizes and groups.
+        lists: whether each expert's weights are a tensor of their own.
+    """
+
+    name: str
+    comm: str
+    form: str
+    operators: tuple[str, ...]
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lists: bool = False
+
+    def deployment_fields(self, quantisation: str) -> dict[str, Any]:
+        """What the deployment says beside its sizes and groups: an A3 with current versions and enough HCCL window."""
+        # mega_moe reads 16-bit weights in ND and int weights in FRACTAL_NZ, the others FRACTAL_NZ
+        weight_format = "nd" if self.name == "mega_moe" and quantisation == "none" else "nz"
+        current = {"soc": "A3", "hccl_buffer_mb": 1024, "cann": "9.1.0", "torch_npu": "2.13.0"}
+        return {**current, "weight_format": weight_format, **self.fields}
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form("allgather", "allgather", "allgather", ("npu.npu_moe_init_routing_v2",)),
+        Form("alltoall_static", "alltoall", "static", ("_c10d_functional.all_to_all_single",), {"capture": True}),
+        Form("alltoall_exact", "alltoall", "exact", ("moe_lowering.alltoall_experts",), {"capture": False}),
+        Form("mc2", "mc2", "mc2", ("npu.npu_moe_distribute_dispatch_v2", "npu.npu_moe_distribute_combine_v2")),
+        Form(
+            "dispatch_ffn_combine", "fused_mc2", "dispatch_ffn_combine", ("moe_lowering.dispatch_ffn_combine",),
+            {"fused_mode": 1, **VLLM_ASCEND},
+        ),
+        Form("mega_moe", "fused_mc2", "mega_moe", ("moe_lowering.mega_moe",), {"fused_mode": 1, **MEGA_MOE}, True),
+        Form(
+            "dispatch_gmm_combine_decode", "fused_mc2", "dispatch_gmm_combine_decode",
+            ("moe_lowering.dispatch_gmm_combine_decode",), {"fused_mode": 2, **VLLM_ASCEND},
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """How many tokens there are, and where they go.
+
+    Attributes:
+        name, words: as arguments spell it, and for people.
+        tokens: of every TP group; () where ``unequal`` gives them.
+        routing: ``random``, ``even`` (each expert alike), ``skewed`` (all tokens to the same experts, which are one
+            rank's), ``empty`` (every rank has an expert without tokens).
+        masked: some tokens are masked, and all those of the last TP group if there are several.
+        padded: the last tokens are masked, and the deployment says that every mask is like that.
+        counts: the experts' token counts are a result of the graph, too.
+        symbolic: the graph is made for a symbolic number of tokens (as of ``TOKENS`` tokens), not for those it is run with.
+    """
+
+    name: str
+    words: str
+    tokens: int = TOKENS
+    routing: str = "random"
+    masked: bool = False
+    padded: bool = False
+    unequal: bool = False
+    counts: bool = False
+    symbolic: bool = False
+
+    def by_group(self, groups: int) -> tuple[int, ...]:
+        """Tokens of each TP group."""
+        return {1: (3,), 2: (6, 1), 4: (6, 1, 3, 5)}[groups] if self.unequal else (self.tokens,) * groups
+
+    def inputs(self, group: int, groups: int) -> Inputs:
+        """What the ranks of one TP group are given."""
+        tokens = self.by_group(groups)[group]
+        generator = torch.Generator().manual_seed(group + 1)
+        ids = _ids(self.routing, group, tokens, generator)
+        weights = torch.rand(tokens, TOP_K, generator=generator) + 0.1
+        x = token_bank()[group * TOKENS :][:tokens].clone()
+        if not self.masked and not self.padded:
+            return Inputs(x, weights, ids, None)
+        mask = torch.arange(tokens) < 4 - group if self.padded else (torch.arange(tokens) + group) % 3 != 1
+        if groups > 1 and group == groups - 1:
+            mask = torch.zeros(tokens, dtype=torch.bool)
+        # what a padding token holds is nobody's business: it must not reach any result
+        x[~mask], weights[~mask] = torch.nan, torch.nan
+        return Inputs(x, weights, ids, mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """x [T, H] bfloat16, weights [T, k] float32, ids [T, k] int32, mask [T] bool or None."""
+
+    x: Tensor
+    weights: Tensor
+    ids: Tensor
+    mask: Tensor | None
+
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("even", "every expert gets as many tokens", routing="even"),
+        Scenario("skewed", "every token to the same experts", routing="skewed"),
+        Scenario("empty", "an expert without tokens on each rank", routing="empty"),
+        Scenario("masked", "some tokens masked", masked=True),
+        Scenario("padded", "the last tokens masked", padded=True),
+        Scenario("t0", "T = 0", tokens=0),
+        Scenario("t1", "T = 1", tokens=1),
+        Scenario("odd", "T not a multiple of the TP size", tokens=5),
+        Scenario("unequal", "T differs between ranks", unequal=True),
+        Scenario("unequal_masked", "T differs, some tokens masked", unequal=True, masked=True),
+        Scenario("counts", "the counts are read", counts=True),
+        Scenario("odd_counts", "T not a multiple of the TP size, the counts are read", tokens=5, counts=True),
+        Scenario("symbolic", "a graph for any T, T not a multiple of the TP size", tokens=5, symbolic=True),
+        Scenario("symbolic_unequal", "a graph for any T, T differs between ranks", unequal=True, symbolic=True),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One cell of the matrix, by names."""
+
+    form: str
+    quantisation: str
+    ep: int
+    tp: int
+    scenario: str
+
+    def __str__(self) -> str:
+        return f"{self.form} {self.quantisation} EP {self.ep} TP {self.tp} {self.scenario}"
+
+
+def _ids(routing: str, group: int, tokens: int, generator: torch.Generator) -> Tensor:
+    if routing == "even":
+        first = (group * TOKENS + torch.arange(tokens)) * TOP_K
+        ids = (first.unsqueeze(1) + torch.arange(TOP_K)) % EXPERTS
+    elif routing == "skewed":
+        ids = torch.arange(TOP_K).expand(tokens, TOP_K)
+    else:
+        allowed = torch.tensor([e for e in range(EXPERTS) if routing != "empty" or e % (EXPERTS // MOST_GROUPS)])
+        ranked = torch.rand(tokens, len(allowed), generator=generator).argsort(1)
+        ids = allowed[ranked[:, :TOP_K]]
+    return ids.to(torch.int32).contiguous()
+
+
+@functools.cache
+def token_bank() -> Tensor:
+    """[24, H] tokens, six for each of up to four TP groups."""
+    generator = torch.Generator().manual_seed(100)
+    return torch.randn(MOST_GROUPS * TOKENS, HIDDEN, generator=generator).to(DTYPE)
+
+
+@functools.cache
+def expert_weights(quantisation: str) -> dict[str, Tensor]:
+    """The weights of all experts as ``moe_experts`` takes them, by argument: each [E, ...]."""
+    generator = torch.Generator().manual_seed(200)
+    shapes = {"w13": (EXPERTS, HIDDEN, 2 * INTERMEDIATE), "w2": (EXPERTS, INTERMEDIATE, HIDDEN)}
+    made: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        # each expert has a size of its own, so that one's scales are wrong for another
+        size = (1 + torch.arange(EXPERTS) / EXPERTS).view(-1, 1, 1) / shape[1] ** 0.5
+        plain = torch.randn(shape, generator=generator).mul_(size)
+        if quantisation == "none":
+            made[name] = plain.to(DTYPE)
+            continue
+        # the scales' dtypes are those of quantise_experts for a bfloat16 model
+        halves = quantisation == "w4a16" or (quantisation == "w8a8" and name == "w2")
+        quantised = quantise_weight(plain, quantisation, scale_dtype=DTYPE if halves else None)
+        made[name] = quantised.weight
+        for field in ("scale", "offset", "scale_bias"):
+            if (values := getattr(quantised, field)) is not None:
+                made[f"{name}_{field}"] = values
+    return made

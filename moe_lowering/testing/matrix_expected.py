@@ -1,0 +1,91 @@
+"""Which cells of the matrix must be refused, and with which code. Written from the rules' sources, not from the tables.
+
+A cell may break more rules than are named here; those named here it must break, and a cell that breaks none of them must
+be legal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from moe_lowering.testing.matrix_cells import SCENARIOS, Cell
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """One rule: cells of ``forms`` for which ``applies`` holds are refused with ``code``."""
+
+    code: str
+    forms: tuple[str, ...]
+    applies: Callable[[Cell], bool]
+    why: str
+
+
+ALLTOALL = ("alltoall_static", "alltoall_exact")
+FFN, MEGA, DECODE = "dispatch_ffn_combine", "mega_moe", "dispatch_gmm_combine_decode"
+EVERY = ("allgather", *ALLTOALL, "mc2", FFN, MEGA, DECODE)
+
+
+def _masked(cell: Cell) -> bool:
+    return SCENARIOS[cell.scenario].masked or SCENARIOS[cell.scenario].padded
+
+
+def _no_tokens(cell: Cell) -> bool:
+    return SCENARIOS[cell.scenario].tokens == 0
+
+
+def _one_rank(cell: Cell) -> bool:
+    return cell.ep == 1
+
+
+REFUSALS = (
+    Refusal(
+        "Deployment", EVERY, lambda c: c.ep % c.tp != 0,
+        "the ranks of a TP group are ranks of one EP group (DESIGN, generic operators)",
+    ),
+    Refusal(
+        "block.tp_counts", EVERY, lambda c: SCENARIOS[c.scenario].counts and SCENARIOS[c.scenario].tokens % c.tp != 0,
+        "tokens are padded per TP rank, and the padding would be counted (facts/vllm_ascend.md 2.3)",
+    ),
+    Refusal("alltoall.ep_size", ALLTOALL, _one_rank, "nobody to exchange rows with (facts/vllm_ascend.md 1.1)"),
+    Refusal("alltoall.tokens", ("alltoall_static",), _no_tokens, "buffers are filled from a rank's own rows"),
+    Refusal("mc2.ep_size", ("mc2",), _one_rank, "A3: 2 to 768 ranks (facts/cann_ops.md 1.1)"),
+    Refusal("mc2.tokens", ("mc2",), _no_tokens, "1 to 512 tokens (facts/cann_ops.md 1.1)"),
+    Refusal(
+        "mc2.mask_global_bs", ("mc2",), lambda c: _masked(c) and SCENARIOS[c.scenario].unequal,
+        "with different token counts the mask must be all true (facts/cann_ops.md 1.1); both are never passed (1.4)",
+    ),
+    Refusal("fused.ep_size", (FFN,), _one_rank, "2 to 32 ranks (facts/vllm_ascend.md 3.4)"),
+    Refusal("mega_moe.ep_size", (MEGA,), _one_rank, "2, 4, 8, 16 or 32 ranks (facts/cann_ops.md 1.6)"),
+    Refusal("fused_decode.ep_size", (DECODE,), _one_rank, "it holds the MC2 dispatch (facts/cann_ops.md 1.1)"),
+    Refusal(
+        "fused.quantisation", (FFN, MEGA, DECODE), lambda c: c.quantisation == "w4a16",
+        "int32 weights are W4A8 to them (facts/vllm_ascend.md 3.1, facts/cann_ops.md 1.6)",
+    ),
+    Refusal(
+        "fused_decode.weight_dtype", (DECODE,), lambda c: c.quantisation == "w4a8",
+        "int8 or 16-bit weights (facts/vllm_ascend.md 3.6)",
+    ),
+    Refusal("fused.tokens", (FFN,), _no_tokens, "1 to 512 tokens of a TP rank (facts/cann_ops.md 0.1)"),
+    Refusal("mega_moe.tokens", (MEGA,), _no_tokens, "1 to 4,096 tokens (facts/cann_ops.md 1.6)"),
+    Refusal("fused_decode.tokens", (DECODE,), _no_tokens, "1 to 256 tokens (facts/vllm_ascend.md 3.6)"),
+    Refusal(
+        "fused.mask", (FFN,), lambda c: _masked(c) and c.quantisation == "none",
+        "the 16-bit variant ignores the mask (facts/vllm_ascend.md 3.1)",
+    ),
+    Refusal(
+        "mega_moe.equal_tokens", (MEGA,), lambda c: SCENARIOS[c.scenario].unequal,
+        "token counts are equal on all ranks on A2 and A3 (facts/cann_ops.md 1.6)",
+    ),
+    Refusal(
+        "fused_decode.mask", (DECODE,), lambda c: SCENARIOS[c.scenario].masked,
+        "it sends the first n tokens, n the number of True in the mask (vllm-ascend 38179739, its dispatch)",
+    ),
+)  # fmt: skip
+
+
+def refusals(cell: Cell) -> tuple[str, ...]:
+    """Codes that the cell must be refused with; () when it must be legal."""
+    found = tuple(rule.code for rule in REFUSALS if cell.form in rule.forms and rule.applies(cell))
+    return ("Deployment",) if "Deployment" in found else found  # nothing else is looked at then
