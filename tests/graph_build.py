@@ -15,7 +15,7 @@ import sympy
 import torch
 from graph_cases import BlockCase, GraphCase
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMinMaxConstraint
 from torch.fx.node import map_arg
@@ -91,8 +91,8 @@ class Builder:
         """An input of the graph; the same one for the same name."""
         if name in self.inputs:
             return self.inputs[name]
-        with self.fake_mode:
-            return self._placeholder(name, torch.empty(sizes, dtype=dtype or self.case.dtype))
+        meta = torch.empty(sizes, dtype=dtype or self.case.dtype, device="meta")
+        return self._placeholder(name, FakeTensor(self.fake_mode, meta, torch.device("cpu")))
 
     def call(self, target: Any, *args: Any, value: Any = None, **kwargs: Any) -> Node:
         """A call; its value is computed unless given."""
@@ -107,7 +107,7 @@ class Builder:
         return node
 
     def items(self, node: Node, count: int) -> list[Node]:
-        return [self.call(operator.getitem, node, i) for i in range(count)]
+        return [self.call(operator.getitem, node, i, value=node.meta["val"][i]) for i in range(count)]
 
 
 def build(case: GraphCase) -> Built:

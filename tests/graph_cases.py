@@ -95,3 +95,12 @@ class GraphCase:
 
     def replace(self, **changes: Any) -> GraphCase:
         return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairCase:
+    """A case for two ranks, with the leading dimensions that each compiles and runs its graph with."""
+
+    case: GraphCase
+    compiled: tuple[tuple[int, ...], ...]
+    run: tuple[tuple[int, ...], ...]

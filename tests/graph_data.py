@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import random
@@ -10,7 +11,7 @@ from typing import Any
 import reference
 import torch
 from graph_build import Built, build
-from graph_cases import BlockCase, GraphCase
+from graph_cases import BlockCase, GraphCase, PairCase
 from torch import Tensor
 
 from moe_lowering import MoeLowering, simulator
@@ -171,12 +172,18 @@ def _gap(values: Tensor, k: int) -> float:
     return float(gaps.nan_to_num(math.inf).min())
 
 
+def refuses(built: Built, lead: tuple[int, ...]) -> bool:
+    """Whether the graph itself refuses to run with this many tokens."""
+    nodes = built.gm.graph.find_nodes(op="call_function", target=torch.ops.moe_lowering.assert_tokens.default)
+    return any(not node.args[1] <= math.prod(lead) <= node.args[2] for node in nodes)
+
+
 _groups: dict[str, str] = {}
 
 
-def setup_rank() -> None:
+def setup_rank(soc: str) -> None:
     """In each process of a pool."""
-    simulator.enable("A3")
+    simulator.enable(soc)
 
 
 def place_on_rank(case: GraphCase, rank: int) -> GraphCase:
@@ -192,16 +199,32 @@ def place_on_rank(case: GraphCase, rank: int) -> GraphCase:
     return case.replace(deployment=case.deployment.replace(ep_rank=rank, **names))
 
 
-def lower_and_run(rank: int, case: GraphCase, leads: tuple[tuple[int, ...], ...]) -> tuple[list[Any], list[str], bool]:
-    """On one rank: (the choices, what is wrong, whether a graph in which nothing was lowered is as it was)."""
-    mine = place_on_rank(case, rank)
-    mine = mine.replace(lead=leads[rank]) if case.sizes == "static" else mine
-    built, data = build(mine), Data(mine, leads[rank], rank)
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one rank says of a case: the choices and why, whether the graph refuses its T, and what is wrong.
+
+    ``untouched`` is False where nothing was lowered and the graph changed all the same.
+    """
+
+    comms: list[str | None]
+    reasons: list[str]
+    refused: bool
+    wrong: list[str]
+    untouched: bool
+
+
+def lower_and_run(rank: int, pair: PairCase) -> Result:
+    """Lower a case for this rank and run it."""
+    mine = place_on_rank(pair.case, rank).replace(lead=pair.compiled[rank])
+    built, data = build(mine), Data(mine, pair.run[rank], rank)
     before = str(built.gm.graph)
     lowering = MoeLowering(mine.deployment, mine.comm, policy=mine.policy)
     lowering(built.gm)
-    comms = [(block.comm, block.reason) for block in lowering.reports[-1].blocks]
-    with torch.no_grad():
-        outputs = built.gm(*data.inputs(built))
-    lowered = any(comm is not None for comm, _ in comms)
-    return comms, data.wrong(built, outputs), lowered or before == str(built.gm.graph)
+    blocks = lowering.reports[-1].blocks
+    comms, refused = [block.comm for block in blocks], refuses(built, pair.run[rank])
+    wrong = []
+    if not refused:
+        with torch.no_grad():
+            wrong = data.wrong(built, built.gm(*data.inputs(built)))
+    untouched = any(comms) or before == str(built.gm.graph)
+    return Result(comms, [block.reason for block in blocks], refused, wrong, untouched)

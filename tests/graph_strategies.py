@@ -1,4 +1,8 @@
-"""Hypothesis strategies for ``graph_cases``. Sizes lie around the limits of the tables, and inside them mostly."""
+"""Hypothesis strategies for ``graph_cases``. Sizes lie around the limits of the tables, and inside them mostly.
+
+Most limits bind one implementation, and one broken limit is enough: of cases drawn freely AllGather is legal in many, MC2
+and FusedMC2 in one of a hundred. So a half of them are drawn with an aim, an implementation that is to be legal.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import math
 from typing import Any
 
 import torch
-from graph_cases import FOREIGN, HARMLESS, SCOPES, BlockCase, GraphCase, RouteCase
+from graph_cases import FOREIGN, HARMLESS, SCOPES, BlockCase, GraphCase, PairCase, RouteCase
 from hypothesis import strategies as st
 
 from moe_lowering import Deployment
@@ -15,7 +19,8 @@ from moe_lowering import Deployment
 SWIGLU = ("swiglu", 0.0)
 ACTIVATIONS = (SWIGLU, ("swiglu_clamp", 0.7), ("swiglu_oai", 0.7), ("gelu", 0.0), ("gelu_tanh", 0.0))
 PROVIDERS = (("vllm_ascend", "0.23.0"),)
-COMMS = ("auto", "auto", "allgather", "mc2", "fused_mc2")
+AIMS = ("allgather", "mc2", "fused_mc2")
+COMMS = ("auto", "auto", *AIMS)
 POLICIES = ("auto", "vllm_ascend_0_13", "vllm_ascend_main")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -102,7 +107,7 @@ def deployments(draw: Any) -> Deployment:
 
 @st.composite
 def capable(draw: Any) -> Deployment:
-    """An A3 on which every implementation can be legal."""
+    """An A3 on which every implementation can be legal, for at most 512 tokens."""
     ep_size = draw(st.sampled_from((2, 4, 8, 16, 32)))
     equal = draw(st.booleans())
     return Deployment(
@@ -138,23 +143,75 @@ TOP_KS = (2, 1, 4, 8, 16, 17)
 @st.composite
 def judged_cases(draw: Any) -> GraphCase:
     """Any graph at all: sizes cross the limits, nothing is run."""
-    usual = draw(st.booleans())
+    aim = draw(st.sampled_from((None, None, None, *AIMS)))
+    usual = aim is not None or draw(st.booleans())
     d = draw(capable() if usual else deployments())
     local = draw(st.sampled_from((8, 4, 1, 2, 3, 16) + (() if usual else (24, 128, 129))))
-    experts = min(local, max(1, 12288 // d.ep_size)) * d.ep_size
+    experts = min(_local(local, aim), max(1, 12288 // d.ep_size)) * d.ep_size
     distinct = draw(st.lists(
         blocks(experts, INTERMEDIATES[: 3 if usual else None], TOP_KS, HARMLESS + SCOPES + FOREIGN), min_size=1, max_size=2
     ))  # fmt: skip
     distinct = [_with(block, arguments=draw(arguments(d, experts))) for block in distinct]
-    chain = (distinct * 2)[: draw(st.integers(1, 3))]
+    chain = (distinct * 2)[: draw(st.sampled_from((1, 1, 2, 3)))]
     case = draw(graphs(d, chain, LEADS, (1024, 7168, 1056) if usual else HIDDENS))
     sizes = draw(st.sampled_from(("static", "static", "static", "dynamic", "strict", "unbacked")))
     low, high = draw(st.sampled_from(BOUNDS if sizes == "unbacked" else BOUNDS[:-1]))  # backed sizes begin at 2
+    case = aimed(case, aim, draw) if aim else case
     if sizes != "static":
         case = case.replace(lead=tuple(max(low, min(n, high or n)) for n in case.lead) or (low,))
     symbolic = tuple(draw(st.booleans()) or not d for d in range(len(case.lead)))
     case = case.replace(sizes=sizes, symbolic=symbolic, bounds=(low, high))
     return case.replace(symbolic_hidden=True, layout="chain") if draw(st.integers(0, 19)) == 19 else case
+
+
+# Oddities that an implementation does not take, beside those that make a chain no block.
+AGAINST = {
+    "allgather": ("scope_across", "weights_from_counts"),
+    "mc2": ("scope_across",),
+    "fused_mc2": ("scope_across", "weights_from_counts", "counts_read_early"),
+}
+
+
+# One of these is enough to make a block illegal for an implementation.
+FLAWS: dict[str, tuple[dict[str, Any], ...]] = {
+    "allgather": ({"odd": ("scope_across",)}, {"odd": ("weights_from_counts",)}),
+    "mc2": ({"mask": True}, {"odd": ("scope_across",)}),
+    "fused_mc2": (
+        {"mask": True}, {"transposed": True}, {"interleaved": True}, {"bias": (True, False)}, {"bias": (False, True)},
+        {"activation": "swiglu_clamp", "limit": 0.7}, {"activation": "gelu"}, {"odd": ("counts_read_early",)},
+    ),
+}  # fmt: skip
+
+
+def aimed(case: GraphCase, aim: str, draw: Any) -> GraphCase:
+    """The case with what keeps an implementation from being legal put right, as far as blocks and sizes go.
+
+    One in six has a flaw all the same, and asks for the implementation: illegal by one rule alone.
+    """
+    blocks = tuple(_aimed_block(block, aim) for block in case.blocks)
+    case = case.replace(blocks=blocks, comm=rarely(draw, aim, "auto"))
+    most = min(case.deployment.max_tokens or 512, 512)
+    if aim != "allgather":
+        lead = case.lead if 1 <= math.prod(case.lead) <= most else (most,)
+        case = case.replace(lead=lead, dtype=torch.float16 if case.dtype == torch.float32 else case.dtype)
+    if draw(st.integers(0, 5)) < 5:
+        return case
+    flaw = draw(st.sampled_from(FLAWS[aim]))
+    return case.replace(blocks=tuple(_with(block, **flaw) for block in case.blocks), comm=aim)
+
+
+def _aimed_block(block: BlockCase, aim: str) -> BlockCase:
+    odd = tuple(name for name in block.odd if name not in (*AGAINST[aim], *FOREIGN))
+    block = _with(block, odd=odd, arguments=(), top_k=min(block.top_k, 16))
+    if aim == "fused_mc2":
+        plain = {"activation": "swiglu", "limit": 0.0, "interleaved": False, "bias": (False, False)}
+        block = _with(block, **plain, transposed=False)
+    return block if aim == "allgather" else _with(block, mask=False)
+
+
+def _local(experts: int, aim: str | None) -> int:
+    """Experts on a rank: FusedMC2 takes any number but 2."""
+    return 3 if aim == "fused_mc2" and experts == 2 else experts
 
 
 @st.composite
@@ -190,11 +247,6 @@ def _fitting(block: BlockCase) -> BlockCase:
     return _with(block, as_list=(False, False)) if ep_size is not None and block.experts // ep_size > 130 else block
 
 
-def _fails_on_nothing(block: BlockCase) -> bool:
-    """Whether a CPU kernel of the simulator fails on an empty tensor: npu_clipped_swiglu, gating_top_k with groups."""
-    return block.activation == "swiglu_oai" or (block.route is not None and block.route.num_groups > 1)
-
-
 @st.composite
 def local_cases(draw: Any) -> GraphCase:
     """One rank, sizes that run in milliseconds."""
@@ -206,34 +258,46 @@ def local_cases(draw: Any) -> GraphCase:
     )  # fmt: skip
     distinct = draw(st.lists(blocks(experts, (8, 16, 24, 11), (2, 1, 3, 8), HARMLESS + SCOPES), min_size=1, max_size=2))
     leads = ((5,), (1,), (0,), (13,), (), (2, 3), (3, 0), (2, 2, 2))
-    case = draw(graphs(d, (distinct * 2)[: draw(st.integers(1, 3))], leads, (16, 32, 24, 17)))
-    if 0 in case.lead and any(_fails_on_nothing(block) for block in case.blocks):
-        case = case.replace(lead=(5,), symbolic=(False,))
+    case = draw(graphs(d, (distinct * 2)[: draw(st.sampled_from((1, 1, 2, 3)))], leads, (16, 32, 24, 17)))
     case = case.replace(comm=draw(st.sampled_from(("auto", "allgather", "allgather", "mc2"))))
     dynamic = math.prod(case.lead) > 1 and draw(st.booleans())
     symbolic = tuple(dynamic and n > 1 for n in case.lead)
     return case.replace(sizes="dynamic" if dynamic else "static", symbolic=symbolic)
 
 
+PAIR_HIDDENS = {"mc2": (1024,), "fused_mc2": (64, 32, 1024), "allgather": (32, 17, 1024), None: (1024, 32, 24)}
+
+
 @st.composite
-def pair_cases(draw: Any) -> tuple[GraphCase, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Two ranks, and the leading dimensions on each. One of two cases is legal for all three implementations."""
-    local = draw(st.sampled_from((3, 1, 4, 6, 2)))
+def pair_deployments(draw: Any, soc: str, aim: str | None) -> Deployment:
+    """Two ranks, at most 12 tokens each where their numbers may differ."""
     equal = draw(st.booleans())
-    d = Deployment(
-        soc="A3", ep_size=2, ep_group="ep", mc2_group="mc2", equal_tokens=equal,
-        max_tokens=draw(st.sampled_from((0, 16))) if equal else 12, min_tokens=1 if equal else draw(st.sampled_from((1, 0))),
-        weight_format=rarely(draw, "nz", "nd"), providers=PROVIDERS,
+    return Deployment(
+        soc=soc, ep_size=2, ep_group="ep", mc2_group="mc2", equal_tokens=equal,
+        max_tokens=rarely(draw, 16, 0) if equal else 12,
+        min_tokens=1 if equal or aim not in (None, "allgather") else draw(st.sampled_from((1, 0))),
+        guards=draw(st.sampled_from(("allow", "forbid"))),
+        max_output_size=rarely(draw, 0, 4096 if aim else 1), hccl_buffer_mb=1024 if aim else rarely(draw, 200, 1),
+        weight_format="nz" if aim else rarely(draw, "nz", "nd"), providers=PROVIDERS,
     )  # fmt: skip
+
+
+@st.composite
+def pair_cases(draw: Any, soc: str) -> PairCase:
+    """Two ranks that may hold different numbers of tokens; symbolic sizes run with others than they compile with."""
+    aims = (None, *AIMS[::-1], *AIMS[:0:-1] * 2, "fused_mc2") if soc == "A3" else (None, "allgather", "mc2", "mc2")
+    aim = draw(st.sampled_from(aims))
+    d = draw(pair_deployments(soc, aim))
+    local = _local(draw(st.sampled_from((3, 1, 4, 6, 2))), aim)
     odd = tuple(name for name in HARMLESS + SCOPES if name != "y_unused")
     block = draw(blocks(2 * local, (16, 32), (2, 1, 3, 4, 8), odd))
-    case = draw(graphs(d, [block] * draw(st.integers(1, 2)), ((5,), (1,), (2, 3), (12,)), (1024,)))
-    other = (
-        case.lead if equal else draw(st.sampled_from(((1,), (5,), (9,), (12,)) + (((0,),) if not d.min_tokens else ())))
-    )
-    if len(other) != len(case.lead):
-        other = (1, *other)
-    if draw(st.booleans()):
-        plain = [BlockCase(block.experts, block.top_k, 32, route=block.route, odd=block.odd) for block in case.blocks]
-        case = case.replace(blocks=tuple(plain), dtype=draw(st.sampled_from(DTYPES[:2])))
-    return case, (case.lead, other)
+    leads = ((5,), (1,), (2, 3), (12,))
+    case = draw(graphs(d, [block] * rarely(draw, 1, 2), leads, PAIR_HIDDENS[aim]))
+    case = aimed(case, aim, draw) if aim else case
+    if draw(st.integers(0, 3)) == 3:
+        sizes = [(n,) for n in draw(st.lists(st.integers(2, 12), min_size=4, max_size=4))]
+        first, second, *others = sizes if not d.equal_tokens else (*sizes[:1] * 2, *sizes[1:2] * 2)
+        return PairCase(case.replace(lead=first, sizes="dynamic", symbolic=(True,)), (first, second), tuple(others))
+    counts = (1, 5, 9, 12) if d.min_tokens else (0, 1, 5, 9, 12)
+    second = case.lead if d.equal_tokens else (1,) * (len(case.lead) - 1) + (draw(st.sampled_from(counts)),)
+    return PairCase(case, (case.lead, second), (case.lead, second))

@@ -11,7 +11,7 @@ _groups = {}
 
 def fused_first(implementation, load):
     """A cost under which ``auto`` takes the fused operator wherever it is legal."""
-    return ("fused_mc2", "mc2", "allgather").index(implementation)
+    return ("fused_mc2", "mc2", "allgather", "alltoall").index(implementation)
 
 
 def setup():
@@ -25,7 +25,7 @@ def deployment(rank, **fields):
         _groups["mc2"] = dist.new_group(range(size)).group_name
     return Deployment(
         ep_size=size, ep_rank=rank, ep_group=dist.group.WORLD.group_name, mc2_group=_groups["mc2"],
-        providers=(("vllm_ascend", "0.23.0"),), weight_format="nz", hccl_buffer_mb=1024, **fields,
+        **{"providers": (("vllm_ascend", "0.23.0"),), "weight_format": "nz", "hccl_buffer_mb": 1024, **fields},
     )  # fmt: skip
 
 
@@ -70,6 +70,34 @@ def _lower_and_run(
     with torch.no_grad():
         outputs = [compiled(tokens_of(rank, per_rank[rank], dtype, skew)) for per_rank in counts]
     return outputs, [block.comm for report in lowering.reports for block in report.blocks]
+
+
+def run_until_killed(rank, comm):
+    """Call a compiled layer until another rank is gone."""
+    where = deployment(rank)
+    module = shard_experts(layer(torch.bfloat16), where)
+    options = npugraph_ex_options(where, comm=comm, strict=True, force_eager=True)
+    compiled = torch.compile(module, backend="npugraph_ex", fullgraph=True, options=options)
+    x = tokens_of(rank, 4, torch.bfloat16, False)
+    with torch.no_grad():
+        for _ in range(100_000):
+            compiled(x)
+
+
+def compile_with_agreement(rank, fields_by_rank, timeout):
+    """The error of the first call of a layer whose options ask for agreement; the implementation when there is none."""
+    where = deployment(rank, **fields_by_rank.get(rank, {}))
+    module = shard_experts(layer(torch.bfloat16), where)
+    lowering = MoeLowering(where, "mc2", strict=True)
+    options = npugraph_ex_options(where, lowering=lowering, force_eager=True, agreement_timeout=timeout)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="npugraph_ex", fullgraph=True, options=options)
+    try:
+        with torch.no_grad():
+            compiled(tokens_of(rank, 4, torch.bfloat16, False))
+    except Exception as error:
+        return str(error)
+    return lowering.reports[-1].blocks[0].comm
 
 
 def choices(rank, counts, rule_removed=False):

@@ -20,7 +20,7 @@ from moe_lowering.passes.choosing import COMMS
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
 
 KEYS = {
-    "model", "blocks", "max_abs_error", "max_rel_error", "nodes_before", "nodes_after", "pass_ms", "captured",
+    "model", "blocks", "max_abs_error", "max_rel_error", "snr_db", "nodes_before", "nodes_after", "pass_ms", "captured",
 }  # fmt: skip
 BLOCK_KEYS = {"name", "comm", "ops_before", "ops_after", "verdicts"}
 FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "glm4_moe")
@@ -292,7 +292,7 @@ def test_a_model_is_lowered_and_agrees(given: tuple[str, ...], capfd: pytest.Cap
         assert set(block) == BLOCK_KEYS and block["comm"] == "allgather"
         assert block["ops_before"][0] == "moe_lowering.dispatch"
         assert "npu.npu_grouped_matmul" in block["ops_after"]
-        assert block["verdicts"]["allgather"] == {"legal": True, "violations": []}
+        assert block["verdicts"]["allgather"] == {"legal": True, "form": "allgather", "violations": []}
         assert {"code", "message"} == set(block["verdicts"]["mc2"]["violations"][0])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlp_arguments import MLP, QUANTISED_MISTAKES, W4A8, W4A16, W8A8
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -38,7 +39,18 @@ def opcheck_samples() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     b13, b2 = torch.randn(4, 12), torch.randn(4, 8)
     rows, none, counts = torch.randn(12, 8), torch.empty(0), torch.tensor([3, 0, 5, 2])
     tail = ("swiglu", 0.0, 1.702, False)
+    quantised_mlps = [
+        ("grouped_mlp-w8a8", torch.float32, W8A8 | {"w2_scale": [torch.ones(4, 8).bfloat16()]}),
+        ("grouped_mlp-w8a8-rows", torch.int8, W8A8 | {"row_scale": torch.rand(12), "out_dtype": torch.bfloat16}),
+        ("grouped_mlp-w4a8", torch.float16, W4A8),
+        ("grouped_mlp-w4a8-lists", torch.bfloat16, {n: list(v[0]) if type(v) is list else v for n, v in W4A8.items()}),
+        ("grouped_mlp-w4a16", torch.float16, W4A16),
+    ]
     return [
+        *(
+            (name, ops.grouped_mlp, tuple((MLP | change | {"rows": (rows * 9).to(dtype), "counts": counts}).values()))
+            for name, dtype, change in quantised_mlps
+        ),
         ("route", ops.route, (torch.randn(6, 8), None, 2, "softmax", True, 1, 1, "top2_sum", 1.0)),
         ("route-groups", ops.route, (torch.randn(2, 3, 8), torch.randn(8), 2, "sigmoid", False, 4, 2, "max", 2.5)),
         ("route-bf16", ops.route, (torch.randn(0, 8).bfloat16(), None, 8, "sqrtsoftplus", True, 2, 2, "top2_sum", 1.0)),
@@ -117,19 +129,6 @@ DISPATCH: dict[str, Any] = {
     "max_tokens": 0,
     "max_rows": 0,
 }
-MLP: dict[str, Any] = {
-    "rows": torch.ones(8, 8),
-    "row_scale": torch.empty(0),
-    "counts": torch.tensor([1, 1, 1, 1]),
-    "w13": [torch.ones(4, 8, 12)],
-    "w2": [torch.ones(4, 6, 8)],
-    "w13_bias": [],
-    "w2_bias": [],
-    "activation": "swiglu",
-    "limit": 0.0,
-    "alpha": 1.0,
-    "interleaved": False,
-}
 COMBINE: dict[str, Any] = {
     "rows": torch.ones(8, 8),
     "weights": torch.ones(4, 2),
@@ -144,6 +143,7 @@ COMBINE: dict[str, Any] = {
     "max_tokens": 0,
 }
 MISTAKES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    *QUANTISED_MISTAKES,
     ("route", ROUTE, {"top_k": 9}, "top_k is 9; accepted: 1 to 8"),
     ("route", ROUTE, {"top_k": 0}, "top_k is 0; accepted: 1 to 8"),
     ("route", ROUTE, {"logits": torch.ones(4, 8, dtype=torch.int32)}, "logits is torch.int32"),
@@ -180,7 +180,12 @@ MISTAKES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("dispatch", DISPATCH, {"mask": torch.ones(4)}, "mask is torch.float32; accepted: bool"),
     ("grouped_mlp", MLP, {"rows": torch.ones(8, 7)}, r"w13\[0\] has shape \[4, 8, 12\]; accepted: \[4, 7, 12\]"),
     ("grouped_mlp", MLP, {"rows": torch.ones(8, 8).half()}, r"w13\[0\] is torch.float32; accepted: torch.float16"),
-    ("grouped_mlp", MLP, {"row_scale": torch.ones(8)}, r"row_scale has shape \[8\]; accepted: \[0\]"),
+    (
+        "grouped_mlp",
+        MLP,
+        {"row_scale": torch.ones(8)},
+        r"row_scale has shape \[8\] for rows of torch.float32; accepted:",
+    ),
     ("grouped_mlp", MLP, {"counts": torch.ones(4)}, "counts is torch.float32"),
     ("grouped_mlp", MLP, {"counts": torch.tensor([1, 1])}, r"w13\[0\] has shape \[4, 8, 12\]; accepted: \[2, 8, 12\]"),
     ("grouped_mlp", MLP, {"w13": [torch.ones(8, 12)] * 3}, "w13 has 3 tensors; accepted: 1 of"),

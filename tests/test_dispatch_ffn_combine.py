@@ -1,4 +1,7 @@
-"""The wrapper of vllm-ascend's fused operator: its CPU kernel on four ranks, and how it calls the provider."""
+"""The wrapper of vllm-ascend's fused operator in 16 bits: its CPU kernel on four ranks, and its rules.
+
+Quantised weights are in test_fused_wrappers.py, calls of the provider in test_provider_schemas.py.
+"""
 
 from __future__ import annotations
 
@@ -65,57 +68,6 @@ def test_fused_operator_raises_where_the_real_one_drops_rows(four: Ranks) -> Non
         assert text.endswith("accepted: at most max_output_size, 2")
 
 
-SCHEMA = (  # vllm-ascend 0.23.0
-    "dispatch_ffn_combine(Tensor x, Tensor[] weight1, Tensor[] weight2, Tensor expert_idx, Tensor[] scale1, "
-    "Tensor[] scale2, Tensor[] bias1, Tensor[] bias2, Tensor probs, str group, int max_output_size, Tensor! out, "
-    "Tensor! expert_token_nums, Tensor? x_active_mask=None, float swiglu_limit=1000000.) "
-    "-> (Tensor out, Tensor expert_token_nums)"
-)
-
-
-def on_provider(rank: int) -> dict[str, Any]:
-    from moe_lowering.custom_ops import dispatch_ffn_combine as wrapper
-
-    x, weights, ids, w13, w2 = fused_data(0, 4, torch.bfloat16, 6)
-    arguments = (x, [w13[:3]], [w2[:3]], ids, weights, "mc2", 2, 77)
-    missing = caught(lambda: wrapper._npu(*arguments))
-    seen: dict[str, Any] = {}
-
-    def look_alike(*args: Any) -> tuple[Tensor, Tensor]:
-        names = [argument.name for argument in torch.ops._C_ascend.dispatch_ffn_combine.default._schema.arguments]
-        seen.update(zip(names, args, strict=False))  # the dispatcher leaves trailing defaults out
-        seen["out"].fill_(3)
-        seen["expert_token_nums"].copy_(torch.tensor([1, 2, 3]))
-        seen["expert_idx"].fill_(6)  # what quantised variants do to the rows of masked tokens
-        return torch.zeros_like(seen["out"]), torch.zeros_like(seen["expert_token_nums"])  # returns are not to be used
-
-    with torch.library._scoped_library("_C_ascend", "FRAGMENT") as library:
-        library.define(SCHEMA)
-        library.impl("dispatch_ffn_combine", look_alike, "CPU")
-        before = ids.clone()
-        y, numbers = wrapper._npu(*arguments)
-        assert torch.equal(ids, before)
-    assert seen["x"] is x or torch.equal(seen["x"], x)
-    assert torch.equal(seen["weight1"][0], w13[:3]) and torch.equal(seen["weight2"][0], w2[:3])
-    assert torch.equal(seen["probs"], weights)
-    return {
-        "missing": missing, "y": y.unique().tolist(), "like x": (y.shape, y.dtype) == (x.shape, x.dtype),
-        "numbers": (numbers.dtype, numbers.tolist()), "group": seen["group"], "limit": seen["max_output_size"],
-        "placeholders": [[(t.dtype, tuple(t.shape)) for t in seen[n]] for n in ("scale1", "scale2", "bias1", "bias2")],
-        "mask": seen.get("x_active_mask"), "ids": seen["expert_idx"].dtype,
-    }  # fmt: skip
-
-
-def test_how_the_provider_is_called(four: Ranks) -> None:
-    """In a rank's process, so that the look-alike does not meet another one."""
-    seen = four.run(on_provider)[0]
-    assert seen["missing"][0] == "RuntimeError" and "_C_ascend.dispatch_ffn_combine is not there" in seen["missing"][1]
-    assert seen["y"] == [3.0] and seen["like x"]
-    assert seen["numbers"] == (torch.int32, [1, 2, 3])
-    assert (seen["group"], seen["limit"], seen["mask"], seen["ids"]) == ("mc2", 77, None, torch.int32)
-    assert seen["placeholders"] == 2 * [[(torch.int64, (0,))]] + 2 * [[(torch.float32, (0,))]]
-
-
 def on_opcheck(rank: int) -> None:
     x, weights, ids, w13, w2 = fused_data(rank, 4, torch.bfloat16, 12)
     mine = slice(3 * rank, 3 * rank + 3)
@@ -159,7 +111,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"w2": [torch.ones(3, 16, 64).bfloat16()]}, r"w2\[0\] is torch.bfloat16; accepted: torch.float16"),
     ({"ids": torch.zeros(4, 2, dtype=torch.int64)}, "ids is torch.int64"),
     ({"ids": torch.zeros(3, 2, dtype=torch.int32)}, r"ids is torch.int32 of shape \[3, 2\]"),
-    ({"ids": torch.zeros(4, 7, dtype=torch.int32)}, "ids has k = 7; accepted: 1 to 6"),
+    ({"ids": torch.zeros(4, 7, dtype=torch.int32), "weights": torch.ones(4, 7)}, "ids has k = 7; accepted: 1 to 6"),
+    ({"w2": list(torch.ones(3, 16, 64).half())}, "w13 and w2 are not both one tensor or both a list of 1"),
+    ({"w13_scale": [torch.ones(3, 32)]}, "w13_scale is given for quantisation 'none'; accepted: None"),
     ({"weights": torch.ones(4, 2).half()}, "weights is torch.float16"),
 ]
 

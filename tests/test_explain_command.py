@@ -92,7 +92,7 @@ def test_gates_are_those_that_the_integration_knows():
     (f"{BLOCK} --ep 16 --tp 3", "argument --tp: is 3; accepted: a divisor of --ep, 16"),
     (f"{BLOCK} --tp 2", "argument --tp: is 2; accepted: a divisor of --ep, 1"),
     (f"{BLOCK} --topk 257", "argument --topk: is 257; accepted: 1 to the number of experts, 256"),
-    (f"{BLOCK} --why alltoall", "argument --why: .*alltoall.*allgather.*mc2.*fused_mc2"),
+    (f"{BLOCK} --why nccl", "argument --why: .*nccl.*allgather.*alltoall.*mc2.*fused_mc2"),
     (f"{BLOCK} --sweep 1..8", r"argument --sweep: is '1..8'; accepted: tokens=LOW..HIGH with 0 <= LOW <= HIGH"),
     (f"{BLOCK} --sweep tokens=8..1", r"argument --sweep: is 'tokens=8..1'; accepted: tokens=LOW..HIGH"),
     (f"{BLOCK} --sweep hidden=1..8", "argument --sweep: is 'hidden=1..8'; accepted: tokens=LOW..HIGH"),

@@ -22,13 +22,6 @@ npu = torch.ops.npu
 
 # ----------------------------------------------------------------------------------------------------------- quantities
 
-# Quantities of quantised blocks and of targets that are not emitted yet: a record gives them, no call does.
-NOT_YET = {
-    "has_scales", "scale_dtype", "w13_scale_count", "w2_scale_count", "bias_dtype", "has_smooth_scales", "has_offset",
-    "mask_dtype", "mask_dims", "mask_tokens", "weight_on_input", "has_expert_map", "has_block_map", "weight_count",
-    "weights_dtype", "has_cann_ops_transformer", "equal_tokens", "dispatch_quant_mode", "combine_quant_mode",
-}  # fmt: skip
-
 
 @pytest.mark.parametrize("operator", sorted(OPERATORS))
 def test_every_operator_has_rows_on_every_soc(operator: str) -> None:
@@ -41,8 +34,6 @@ def test_every_operator_has_rows_on_every_soc(operator: str) -> None:
 def test_calls_give_every_quantity_that_the_rows_read(operator: str) -> None:
     """A row that reads a quantity under a misspelt name would never apply."""
     given = quantities(operator, arguments_of(operator)).keys() | CONTEXT
-    if operator == "dispatch_ffn_combine":
-        given |= block_words()
     for soc in SOCS:
         assert names(operator, soc) <= given
 
@@ -54,14 +45,14 @@ def test_blocks_give_every_quantity_that_other_rows_read(operator: str) -> None:
 
 
 def block_words() -> set[str]:
-    """The quantities that a block has, or will have."""
+    """The quantities that a block has."""
     known = {
         "tokens": 8, "hidden": 1024, "intermediate": 512, "top_k": 2, "experts": 4, "local_experts": 4, "ep_size": 1,
         "tp_size": 1, "dtype": torch.bfloat16, "weight_dtype": torch.bfloat16, "ep_group": "", "tp_group": "",
     }  # fmt: skip
     needed = [f.name for f in dataclasses.fields(BlockSpec) if f.default is dataclasses.MISSING]
     spec = BlockSpec(**{name: known.get(name, False) for name in needed})
-    return block_quantities(spec, Deployment(), 8, Prover(), True).keys() | NOT_YET
+    return block_quantities(spec, Deployment(), 8, Prover(), True).keys()
 
 
 def arguments_of(operator: str) -> dict[str, Any]:
@@ -93,6 +84,8 @@ def arguments_of(operator: str) -> dict[str, Any]:
         "npu_alltoallv_gmm": ((x, w, "name", 2, *lists), {}),
         "npu_gmm_alltoallv": ((x, w, "name", 2, *lists), {}),
         "dispatch_ffn_combine": ((x, [w], [w], ids, x, "name", 2, 8), {}),
+        "dispatch_gmm_combine_decode": ((x, [w], [w], ids, x, "name", 2, 0, 4), {}),
+        "mega_moe": ((x, list(w), list(w), ids, x, "name", 2, 4, 8, 0), {}),
     }
     args, kwargs = calls[operator]
     return bind(overload(operator), args, kwargs)
@@ -192,3 +185,110 @@ def test_a_symbolic_chain_is_proven() -> None:
         short = (rows[1:], *combine[1:])
     found = check_call(npu.npu_moe_distribute_combine_v2.default, short, {}, soc="A3")
     assert [v.code for v in found] == ["mc2.rows"]
+
+
+# --------------------------------------------------------------------------------------------------- fused operators
+
+FFN, DECODE, MEGA = (
+    getattr(torch.ops.moe_lowering, name).default
+    for name in ("dispatch_ffn_combine", "dispatch_gmm_combine_decode", "mega_moe")
+)
+KNOWN = {
+    "buffer_bytes": 2**30, "weight_format": "nz", "has_vllm_ascend": True, "has_cann_ops_transformer": True,
+    "equal_tokens": True, "received": 128,
+}  # fmt: skip
+VERSIONS = {"vllm_ascend": "0.20.2", "cann": "9.1.0"}
+
+
+def fused_call(op: Any, quantisation: str, **changes: Any) -> dict[str, Any]:
+    """A call that every rule for A3 accepts, but for the changes."""
+    experts, hidden, inner, tokens = 4, 1024, 512, 16
+    packed, dtype = {"w8a8": (1, torch.int8), "w4a8": (8, torch.int32), "none": (1, torch.bfloat16)}[quantisation]
+    given: dict[str, Any] = {
+        "w13": torch.empty(experts, hidden, 2 * inner // packed, dtype=dtype, device="meta"),
+        "w2": torch.empty(experts, inner, hidden // packed, dtype=dtype, device="meta"),
+    }
+    for kind, formats in (("_scale", ("w8a8", "w4a8")), ("_scale_bias", ("w4a8",))):
+        if quantisation in formats:
+            given.update({"w13" + kind: torch.empty(experts, 2 * inner), "w2" + kind: torch.empty(experts, hidden)})
+    call: dict[str, Any] = {name: list(tensor.clone()) if op is MEGA else [tensor] for name, tensor in given.items()}
+    call.update(
+        x=torch.empty(tokens, hidden, dtype=torch.bfloat16), ids=torch.empty(tokens, 4, dtype=torch.int32),
+        weights=torch.empty(tokens, 4), group="g", ep_size=2,
+    )  # fmt: skip
+    if op is FFN:
+        call.update(max_output_size=128, quantisation=quantisation)
+    elif op is DECODE:
+        call.update(ep_rank=0, num_experts=8)
+    else:
+        call.update(num_experts=8, max_tokens=16, max_rows=0, quantisation=quantisation)
+    return {**call, **changes}
+
+
+def fused_codes(op: Any, call: dict[str, Any], **known: Any) -> list[str]:
+    return [v.code for v in check_call(op, (), call, soc="A3", extra={**KNOWN, **known}, versions=VERSIONS)]
+
+
+FORMATS = [(op, quantisation) for op in (FFN, DECODE, MEGA) for quantisation in ("none", "w8a8", "w4a8")]
+
+
+@pytest.mark.parametrize(("op", "quantisation"), [case for case in FORMATS if case != (DECODE, "w4a8")])
+def test_calls_of_fused_operators(op: Any, quantisation: str) -> None:
+    known = {"weight_format": "nd"} if op is MEGA and quantisation == "none" else {}
+    mask = {"mask": torch.ones(16, dtype=torch.bool)} if op is not FFN or quantisation != "none" else {}
+    assert fused_codes(op, fused_call(op, quantisation, **mask), **known) == []
+
+
+HALF_SCALES = {"w13_scale": [torch.empty(4, 1024).half()], "w2_scale": [torch.empty(4, 1024).half()]}
+WIDE = {"w13_scale": [torch.empty(4, 1024).long()]}
+
+
+@pytest.mark.parametrize(
+    ("op", "quantisation", "changes", "known", "code"),
+    [
+        (FFN, "w8a8", {"x": torch.empty(513, 1024).bfloat16(), "ids": torch.empty(513, 4).int()}, {}, "fused.tokens"),
+        (FFN, "w8a8", HALF_SCALES, {}, "fused.scales_dtype"),
+        (FFN, "w8a8", {"w13_scale": None, "w2_scale": None}, {}, "fused.scales"),
+        (FFN, "w8a8", {"w2_scale": [torch.empty(4, 1023)]}, {}, "fused.scales_w2"),
+        (FFN, "w8a8", {"w13_scale": [torch.empty(4, 512)]}, {}, "fused.scales_w13"),
+        (FFN, "w8a8", {"mask": torch.ones(15, dtype=torch.bool)}, {}, "fused.mask_tokens"),
+        (FFN, "w8a8", {"mask": torch.ones(16)}, {}, "fused.mask_dtype"),
+        (FFN, "w8a8", {"max_output_size": 127}, {}, "fused.max_output_size"),
+        (FFN, "w8a8", {}, {"weight_format": "nd"}, "fused.weight_format"),
+        (FFN, "w8a8", {}, {"buffer_bytes": 2**20}, "fused.buffer"),
+        (FFN, "w4a8", {"w2_scale_bias": None}, {}, "fused.compensation"),
+        (FFN, "w4a8", {"w13_scale_bias": [torch.empty(4, 1024).half()]}, {}, "fused.compensation_dtype"),
+        (FFN, "none", {"mask": torch.ones(16, dtype=torch.bool)}, {}, "fused.mask"),
+        (FFN, "none", {"swiglu_limit": 1.0}, {}, "fused.activation"),
+        (DECODE, "w8a8", WIDE, {}, "fused_decode.scale_dtype"),
+        (DECODE, "w8a8", {"w2_scale": None}, {}, "fused_decode.scales"),
+        (DECODE, "w8a8", {"global_bs": 15}, {}, "fused_decode.global_bs"),
+        (DECODE, "w8a8", {"global_bs": 2 * 4096}, {"buffer_bytes": 2**26}, "fused_decode.buffer"),
+        (DECODE, "w8a8", {"num_experts": 514}, {}, "fused_decode.experts"),
+        (DECODE, "w8a8", {"weights": torch.empty(16, 4).bfloat16()}, {}, "fused_decode.weights_dtype"),
+        (MEGA, "w8a8", {"max_tokens": 4097}, {"buffer_bytes": 2**34}, "mega_moe.tokens"),
+        (MEGA, "w8a8", {"max_tokens": 4096}, {"buffer_bytes": 2**27}, "mega_moe.buffer"),
+        (MEGA, "w8a8", {}, {"equal_tokens": False}, "mega_moe.equal_tokens"),
+        (MEGA, "w8a8", {"activation_clamp": 1.0}, {}, "mega_moe.activation"),
+        (MEGA, "w4a8", {"w13_scale_bias": None}, {}, "mega_moe.compensation"),
+        (MEGA, "w8a8", {"ep_size": 3, "num_experts": 12}, {}, "mega_moe.ep_size"),
+    ],
+)
+def test_broken_calls_of_fused_operators(
+    op: Any, quantisation: str, changes: dict[str, Any], known: dict[str, Any], code: str
+) -> None:
+    assert code in fused_codes(op, fused_call(op, quantisation, **changes), **known)
+
+
+def test_a_list_of_matrices_is_asked_of_mega_moe() -> None:
+    call = fused_call(MEGA, "w8a8")
+    stacked = {name: [torch.stack(call[name])] for name in ("w13", "w2")}
+    assert fused_codes(MEGA, {**call, **stacked}) == ["mega_moe.weight_list"]
+
+
+def test_scales_in_float32_are_widened_by_the_wrapper() -> None:
+    """The rule is about what the operator receives, and a mixture is widened too."""
+    for op in (FFN, MEGA):
+        call = fused_call(op, "w8a8")
+        wide = {"w2_scale": [scale.long() for scale in call["w2_scale"]]}
+        assert fused_codes(op, {**call, **wide}) == []

@@ -41,7 +41,7 @@ def check(ranks, comm, dtype, counts, **options):
             )
 
 
-COMMS = ["allgather", "mc2", "fused_mc2"]
+COMMS = ["allgather", "alltoall", "mc2", "fused_mc2"]
 
 
 @pytest.mark.parametrize("comm", COMMS)
@@ -72,7 +72,7 @@ def test_four_ranks(four, comm):
     check(four, comm, "bfloat16", [(5, 5, 5, 5)])
 
 
-@pytest.mark.parametrize("comm", ["allgather", "mc2"])
+@pytest.mark.parametrize("comm", ["allgather", "alltoall", "mc2"])
 def test_more_choices_than_local_experts(four, comm):
     """k > E_local: a token has at most E_local rows on one rank, and the row bound is smaller than ep * T * k."""
     check(four, comm, "bfloat16", [(5, 5, 5, 5)], experts=8, top_k=5)

@@ -1,0 +1,93 @@
+"""Small transformers models with four layers, and token ids that move and skew their routing, for the capture tests."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+import transformers
+from torch import nn
+
+from moe_lowering import Deployment, MoeLowering, npugraph_ex_options
+from moe_lowering.cli.models import randomise
+from moe_lowering.integrations.transformers import register
+
+LAYERS, VOCABULARY, EXPERTS, TOP_K = 4, 64, 8, 2
+BUCKETS = (4, 8, 16)  # token counts
+COMMON = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16,
+    "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_experts_per_tok": TOP_K,
+}  # fmt: skip
+CONFIGS = {
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {"num_key_value_heads": 2, "head_dim": 8, "num_experts": EXPERTS},
+        LAYERS,  # MoE layers
+    ),
+    "deepseek_v3": (
+        transformers.DeepseekV3Config,
+        {
+            "num_key_value_heads": 4, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "n_group": 4, "topk_group": 2,
+            "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8, "v_head_dim": 8,
+        },
+        LAYERS - 1,
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Pair:
+    """The same weights twice: unlowered on the CPU, lowered on device npu. ``chosen``: expert ids of the unlowered one.
+
+    ``captured`` runs as NPU graphs, ``eager`` is the same lowered graph without them.
+    """
+
+    reference: nn.Module
+    captured: object
+    eager: object
+    lowering: MoeLowering
+    chosen: list[torch.Tensor]
+
+
+def build(name: str) -> nn.Module:
+    register()
+    config, sizes, _ = CONFIGS[name]
+    # not sdpa: torch_npu's decomposition of it asks for the length, and each size would be compiled anew
+    model = transformers.AutoModelForCausalLM.from_config(
+        config(**{**COMMON, **sizes}), dtype=torch.float32, attn_implementation="eager"
+    )
+    randomise(model)
+    return model.eval().requires_grad_(False)
+
+
+def pair(name: str) -> Pair:
+    torch._dynamo.reset()
+    reference = build(name)
+    reference.set_experts_implementation("grouped_mm")
+    lowered = copy.deepcopy(reference)
+    lowered.set_experts_implementation("moe_lowering")
+    lowered.to("npu")
+    chosen: list[torch.Tensor] = []
+    for layer in reference.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts.register_forward_pre_hook(lambda module, given: chosen.append(given[1].clone()))
+    deployment = Deployment(max_tokens=max(BUCKETS))
+    lowering = MoeLowering(deployment, strict=True)
+
+    def compiled(**options):
+        def run(ids):
+            return lowered(ids, use_cache=False).logits
+
+        given = npugraph_ex_options(deployment, **options)
+        return torch.compile(run, backend="npugraph_ex", fullgraph=True, dynamic=True, options=given)
+
+    return Pair(reference, compiled(lowering=lowering), compiled(strict=True, force_eager=True), lowering, chosen)
+
+
+def tokens(step: int, length: int) -> torch.Tensor:
+    """[1, length]: random; every fourth the same token everywhere, which sends all to the same experts."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, VOCABULARY, (1, length), generator=generator)
+    return ids[:, :1].expand(1, length).contiguous() if step % 4 == 3 else ids

@@ -1,0 +1,145 @@
+"""What cannot be captured: refused with the operator and the model's line, and by the judge before a backend sees it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from moe_lowering import Deployment, MoE, MoeLowering, npugraph_ex_options, simulator, testing
+from moe_lowering.simulator.device import CaptureError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def enabled():
+    simulator.enable_device()
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+class Planted(nn.Module):
+    """A MoE layer after which the host is asked for something. (A float of item stays a tensor in a compiled graph.)"""
+
+    def __init__(self, what):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.what = MoE(64, 32, 8, 2), what
+
+    def forward(self, x):
+        y = self.layer(x)
+        if self.what == "item":
+            y = y * (y > 0).sum().item()  # planted item
+        if self.what == "branch" and y.abs().max().item() > 1:  # planted branch
+            y = y * 2
+        if self.what == "cpu":
+            y = y + y.cpu().to("npu")  # planted cpu
+        return y + 1
+
+
+OPERATORS = {"item": "aten::_local_scalar_dense", "cpu": "aten::copy_"}
+LINES = {
+    what: number
+    for number, text in enumerate(Path(__file__).read_text().splitlines(), 1)
+    for what in (*OPERATORS, "branch")
+    if text.endswith(f"# planted {what}")
+}
+
+
+def tokens():
+    return torch.randn(6, 64, generator=torch.Generator().manual_seed(1)).npu()
+
+
+def compiled(model, **options):
+    given = npugraph_ex_options(Deployment(), strict=True, **options)
+    return torch.compile(model, backend="npugraph_ex", fullgraph=True, options=given)
+
+
+def assert_names_the_line(error, what):
+    assert error.operator == OPERATORS[what]
+    assert (error.place.file, error.place.line) == (__file__, LINES[what])
+    assert error.operator in str(error) and f"{__file__}:{LINES[what]}" in str(error)
+
+
+@pytest.mark.parametrize("what", OPERATORS)
+def test_a_lowered_model_that_asks_the_host_is_refused(what):
+    """Without a graph, and without the planted line, the same model runs."""
+    model = Planted(what).to("npu")
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        with pytest.raises(CaptureError) as caught:
+            compiled(model)(tokens())
+        assert_names_the_line(caught.value, what)
+        torch._dynamo.reset()
+        torch.testing.assert_close(compiled(model, force_eager=True)(tokens()), model(tokens()), rtol=1e-4, atol=1e-4)
+    plain, before = Planted("").to("npu"), simulator.device.counts()
+    torch.testing.assert_close(compiled(plain)(tokens()), plain(tokens()))
+    assert (simulator.device.counts() - before).captured == 1
+
+
+@pytest.mark.parametrize("what", OPERATORS)
+def test_a_capture_by_hand_is_refused_too(what):
+    x = tokens()
+
+    def function():
+        if what == "item":
+            return x * x.max().item()
+        return x + x.cpu().to("npu")
+
+    with pytest.raises(CaptureError) as caught, torch.npu.graph(torch.npu.NPUGraph()):
+        function()
+    first = function.__code__.co_firstlineno
+    assert caught.value.operator == OPERATORS[what]
+    assert caught.value.place.file == __file__ and caught.value.place.line == first + (2 if what == "item" else 3)
+
+
+def test_dynamo_names_the_line_of_a_branch_on_a_value():
+    """Such a model is not even one graph."""
+    with pytest.raises(torch._dynamo.exc.UserError) as caught:
+        compiled(Planted("branch").to("npu"))(tokens())
+    assert f'{__file__}", line {LINES["branch"]}' in str(caught.value)
+
+
+# The judge
+
+
+def lowered(comm, **fields):
+    """A MoE layer on four ranks that are not there."""
+    with testing.fake_deployment(ep_size=4, **fields) as deployment, testing.fake_tensors():
+        layer = MoE(1024, 128, 12, 3, deployment=deployment, dtype=torch.bfloat16)
+        lowering = MoeLowering(deployment, comm)
+        return testing.lower_graph(
+            layer, torch.empty(6, 1024, dtype=torch.bfloat16), deployment=deployment, lowering=lowering
+        )
+
+
+EXACT = "moe_lowering.alltoall_experts"
+
+
+@pytest.mark.parametrize("comm", ["auto", "allgather", "alltoall", "mc2", "fused_mc2"])
+def test_a_graph_that_is_captured_never_holds_the_exact_form(comm):
+    (block,) = lowered(comm, max_tokens=64).report.blocks
+    assert block.comm == (comm if comm != "auto" else "allgather") and EXACT not in block.ops_after
+    assert block.verdicts["alltoall"].form == "static" and block.verdicts["alltoall"].legal
+
+
+def test_without_capture_the_exact_form_is_chosen():
+    (block,) = lowered("alltoall", capture=False).report.blocks
+    assert block.comm == "alltoall" and block.verdicts["alltoall"].form == "exact" and EXACT in block.ops_after
+
+
+def test_the_exact_form_breaks_a_rule_in_a_captured_deployment():
+    """The rule itself, which a form list alone would never reach."""
+    from moe_lowering.limits import table
+
+    (rule,) = [limit for limit in table.load() if limit.code == "alltoall_exact.capture"]
+    assert rule.one_of == (False,) and "captured" in rule.says
+
+
+def test_a_deployment_without_capture_is_not_given_to_a_backend_that_captures():
+    with pytest.raises(ValueError, match=r"deployment\.capture is False, and npugraph_ex captures the graph"):
+        npugraph_ex_options(Deployment(capture=False))
+    assert npugraph_ex_options(Deployment(capture=False), force_eager=True)["force_eager"]

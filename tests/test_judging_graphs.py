@@ -1,0 +1,38 @@
+"""Verdicts on graphs that are built directly, in forms that our own layers do not trace to."""
+
+import torch
+from graph_build import build
+from graph_cases import BlockCase, GraphCase
+
+from moe_lowering import Deployment, MoeLowering
+from moe_lowering.report.records import BlockReport
+
+DEPLOYMENT = Deployment(
+    ep_size=2, ep_group="ep", mc2_group="mc2", hccl_buffer_mb=1024, weight_format="nz",
+    providers=(("vllm_ascend", "0.23.0"),),
+)  # fmt: skip
+CASE = GraphCase(DEPLOYMENT, (BlockCase(2, 2, 32),), hidden=1024, dtype=torch.bfloat16, symbolic=(False,))
+
+
+def lowered(case: GraphCase) -> BlockReport:
+    lowering = MoeLowering(case.deployment, "fused_mc2")
+    lowering(build(case).gm)
+    return lowering.reports[-1].blocks[0]
+
+
+def test_the_matrix_of_an_only_expert_is_refused() -> None:
+    """The fused operator takes a list of one tensor for a stack; the judge says so, not an undone rewrite."""
+    for as_list in [(True, True), (True, False), (False, True)]:
+        block = lowered(CASE.replace(blocks=(BlockCase(2, 2, 32, as_list=as_list),)))
+        codes = {v.code for v in block.verdicts["fused_mc2"].violations}
+        mixed = {"fused.weight_forms"} if as_list[0] != as_list[1] else set()
+        assert codes == {"fused.single_list"} | mixed, as_list
+    assert lowered(CASE).comm == "fused_mc2"
+    three = BlockCase(6, 2, 32, as_list=(True, True))
+    assert lowered(CASE.replace(blocks=(three,))).comm == "fused_mc2"
+
+
+def test_weights_with_a_symbolic_width_are_lowered() -> None:
+    """Whether they are contiguous is not known of the call, and not broken by that."""
+    block = lowered(CASE.replace(symbolic_hidden=True))
+    assert block.comm == "fused_mc2", block.reason

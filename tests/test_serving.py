@@ -1,0 +1,307 @@
+"""moe_lowering.serving against generation of one request at a time, without cache, graph, padding and our operators."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import gc
+import itertools
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_lowering import Deployment, simulator
+from moe_lowering.integrations.transformers import register, token_mask
+from moe_lowering.serving import RecompileError, Request, Server, steps
+from moe_lowering.simulator import device
+
+transformers = pytest.importorskip("transformers")
+VOCABULARY = 96
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8,
+    "n_routed_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 2,
+    "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 8,
+    "v_head_dim": 16, "initializer_range": 0.2, "max_position_embeddings": 128,
+}  # fmt: skip
+TOP_K = SIZES["num_experts_per_tok"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def enabled():
+    simulator.enable_device()
+    register()
+
+
+def make(family="qwen3_moe", attention="sdpa", where="cpu", **changes):
+    default = transformers.AutoConfig.for_model(family)
+    sizes = {name: value for name, value in {**SIZES, **changes}.items() if hasattr(default, name)}
+    if family == "deepseek_v3":
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    torch.manual_seed(0)
+    config = type(default)(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    model.set_experts_implementation("moe_lowering")
+    return model.to(where)
+
+
+def small(model, **options):
+    """A server on CPU, without captures."""
+    return Server(model, **{"buckets": (2,), "max_length": 16, "prefill_lengths": (), "force_eager": True, **options})
+
+
+def requests(count, seed=0, prompt=12, new=6):
+    draw = random.Random(seed)
+    return [
+        Request([draw.randrange(VOCABULARY) for _ in range(draw.randint(1, prompt))], draw.randint(1, new))
+        for _ in range(count)
+    ]
+
+
+def one_at_a_time(model):
+    """The new tokens of a request, by transformers' own experts on CPU; every step computes the whole sequence."""
+    reference = type(model)(copy.deepcopy(model.config))
+    reference.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()})
+    reference.eval().set_experts_implementation("eager")
+
+    def generate(request):
+        ids = torch.tensor([request.prompt])
+        with torch.no_grad():
+            for _ in range(request.max_new_tokens):
+                ids = torch.cat([ids, reference(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        return ids[0, len(request.prompt) :].tolist()
+
+    return generate
+
+
+class Loads(TorchDispatchMode):
+    """Rows that each grouped matmul is given for its experts, also when a tape is replayed."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    @classmethod
+    def is_infra_mode(cls):
+        return True  # dynamo need not care
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() == "npu::npu_grouped_matmul":
+            self.rows.append(int(kwargs["group_list"].sum()))
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def on_device():
+    """A server on device npu with its defaults, warmed up; what the stand-in counted meanwhile, and the progress."""
+    before, lines = device.counts(), []
+    server = Server(make(where="npu"), buckets=(1, 2, 4, 8), max_length=20, prefill_lengths=(5, 20))
+    server.warm_up(lines.append)
+    server.warm_up(lines.append)  # a second time does nothing
+    return server, device.counts() - before, lines
+
+
+def memory():
+    gc.collect()
+    tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+    return tensors, torch.npu.memory_allocated(), len(device.tapes()), [tape.pool_bytes() for tape in device.tapes()]
+
+
+def resident():
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_warm_up_captures_each_bucket_once():
+    server, counts, lines = on_device()
+    assert counts.captured == server.statistics.captures == len(server.buckets)
+    assert server.statistics.graphs == len(server.buckets) + len(server.prefill_lengths) == len(lines)
+    assert lines[0].startswith("warm-up 1 of 6: prefill of up to 20 tokens, ")
+    assert lines[-1].startswith("warm-up 6 of 6: decode of up to 1 requests, ")
+    pools = {tuple(tape.pool) for tape in device.tapes()[-len(server.buckets) :]}
+    assert len(pools) == 1  # the buckets share their memory
+    for lowering, graphs in ((server.lowering, 4), (server.prefill_lowering, 2)):
+        assert [[block.comm for block in report.blocks] for report in lowering.reports] == [["allgather"] * 2] * graphs
+
+
+def test_500_requests():
+    """Requests of random lengths arrive between steps in groups of random size, and join the batch that is running."""
+    server, _, _ = on_device()
+    before, already = device.counts(), dataclasses.replace(server.statistics)
+    waiting, found, numbers, state = requests(500), {}, {}, None
+    draw = random.Random(1)
+    submitted = iter(waiting)
+    batches = set()
+    while len(found) < len(waiting):
+        for request in itertools.islice(submitted, draw.randint(0, 7)):
+            numbers[server.submit(request)] = request
+        found.update({result.number: result for result in server.step()})
+        batches.add(len(server._rows))
+        if len(found) >= 100 and state is None:
+            state, bytes_then = memory(), resident()
+    assert memory() == state
+    assert resident() - bytes_then < 16 * 2**20
+    counts, steps_of = device.counts() - before, server.statistics.steps
+    assert (counts.begun, counts.captured) == (0, 0) and counts.replayed == sum(steps_of.values())
+    assert sorted(steps_of) == [1, 2, 4, 8] and batches == set(range(9))
+    statistics = server.statistics
+    assert statistics.recompiles == 0 and statistics.captures == 4 and statistics.requests == 500
+    assert statistics.prefill_tokens == sum(len(r.prompt) for r in waiting)
+    assert statistics.real_tokens == sum(r.max_new_tokens - 1 for r in waiting)
+    assert statistics.real_tokens + statistics.padded_tokens == sum(b * n for b, n in steps_of.items())
+    assert statistics.replays - already.replays == counts.replayed
+    expected = one_at_a_time(server.model)
+    assert {n: result.tokens for n, result in found.items()} == {n: expected(r) for n, r in numbers.items()}
+
+
+def test_padding_loads_no_expert():
+    """Three requests in the bucket of four: the experts see three tokens; in the twin, without a mask, four."""
+    server, _, _ = on_device()
+    with Loads() as loads:
+        server.generate([Request([1, 2, 3], 2), Request([4], 2), Request([5, 6], 2)])
+    prompts = [3, 1, 2]  # padded to 5: two projections in each of two layers
+    assert loads.rows == [n * TOP_K for n in prompts for _ in range(4)] + [3 * TOP_K] * 4
+    assert server.statistics.padded_tokens > 0 and server.statistics.prefill_padding > 0
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_without_the_mask_padding_loads_experts(masked, monkeypatch):
+    if not masked:
+        monkeypatch.setattr(steps, "token_mask", lambda mask: contextlib.nullcontext())
+    server = small(make(), buckets=(4,))
+    server.warm_up()
+    with Loads() as loads:
+        server.generate([Request([1, 2, 3], 2)])
+    assert loads.rows[-4:] == [(1 if masked else 4) * TOP_K] * 4
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_other_models(family):
+    """Keys and values of different sizes; a window that is as long as the requests. Eager attention."""
+    model = make(family, "eager", sliding_window=16)
+    server = small(model, buckets=(3,), prefill_lengths=(16,))
+    server.warm_up()
+    wanted, expected = requests(8, prompt=9), one_at_a_time(model)
+    found = server.generate(wanted)
+    assert [result.tokens for result in found] == [expected(request) for request in wanted]
+    assert [result.finish for result in found] == ["length"] * 8 and server.statistics.recompiles == 0
+
+
+def test_stop_tokens():
+    model = make()
+    server = small(model)
+    server.warm_up()
+    tokens = one_at_a_time(model)(Request([3, 1, 4], 6))
+    stop = next(i for i, token in enumerate(tokens) if i and token not in tokens[:i])
+    for at in (0, stop):  # by prefill, by a decode step
+        (result,) = server.generate([Request([3, 1, 4], 6, stop_tokens=[tokens[at]])])
+        assert (result.tokens, result.finish) == (tokens[: at + 1], "stop")
+    assert server.generate([]) == []
+
+
+def test_a_step_that_would_recompile_raises():
+    model = make()
+    server = small(model)
+    server.warm_up()
+    server.generate(requests(2))
+    server.submit(Request([1], 3))
+    model.set_experts_implementation("eager")
+    with pytest.raises(RecompileError, match="bucket 2 does not fit its graph after warm-up"):
+        server.step()
+
+
+def test_a_step_that_captures_again_raises():
+    model = make(where="npu")
+    server = Server(model, buckets=(1,), max_length=16, prefill_lengths=())
+    server.warm_up()
+    assert len(server.generate(requests(2))) == 2
+    norm = model.model.norm.weight
+    old, norm.data = norm.data, norm.data.clone()
+    with pytest.raises(RecompileError, match="bucket 1 was captured again after warm-up"):
+        server.generate([Request([1], 3)])
+    del old
+
+
+REFUSED = {
+    "too many buckets": ({"buckets": range(1, 66)}, "buckets has 65 sizes; accepted: at most capture_limit = 64"),
+    "own capture limit": ({"buckets": (1, 2), "capture_limit": 1}, "accepted: at most capture_limit = 1"),
+    "no buckets": ({"buckets": ()}, "accepted: ascending batch sizes"),
+    "descending buckets": ({"buckets": (2, 1)}, r"buckets is \(2, 1\); accepted: ascending batch sizes"),
+    "max_length": ({"max_length": 129}, "max_length is 129; accepted: 2 to max_position_embeddings = 128"),
+    "prefill_lengths": ({"prefill_lengths": (4, 8)}, r"prefill_lengths is \(4, 8\); accepted: .* max_length = 16"),
+    "expert parallelism": (
+        {"deployment": Deployment(ep_size=2, ep_group="g")},
+        "deployment.ep_size is 2; accepted: 1",
+    ),
+    "max_tokens": ({"deployment": Deployment(max_tokens=8)}, "deployment.max_tokens is 8; accepted: 0, or at least 16"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_servers(case):
+    options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        small(make(), **options)
+    small(make(), buckets=range(1, 65))  # the twin of the first: as many as npugraph_ex takes
+
+
+def test_refused_models():
+    model = make()
+    with pytest.raises(ValueError, match="training mode"):
+        small(model.train())
+    model.eval().set_experts_implementation("grouped_mm")
+    with pytest.raises(ValueError, match="experts implementation 'grouped_mm'; accepted: 'moe_lowering'"):
+        small(model)
+    with pytest.raises(ValueError, match=r"window of 8 tokens; accepted: .* at least max_length = 16"):
+        small(make("gpt_oss", "eager", sliding_window=8))
+    model = make()
+    model.model.layers[1].mlp.experts._apply_gate = lambda x: x
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts ignores token masks \(its _apply_gate is replaced"):
+        small(model)
+
+
+def test_refused_requests():
+    server = small(make())
+    refused = {
+        Request([], 1): "prompt is empty",
+        Request([1], 0): "max_new_tokens is 0; accepted: 1 or more",
+        Request([1, VOCABULARY], 1): "prompt has token id 96; accepted: 0 to 95",
+        Request([1], 1, stop_tokens=[-1]): "stop_tokens has token id -1",
+        Request([1] * 11, 6): "prompt has 11 tokens and max_new_tokens is 6, together 17; accepted: .* max_length = 16",
+    }
+    for request, message in refused.items():
+        with pytest.raises(ValueError, match=message):
+            server.submit(request)
+    assert server.submit(Request([1] * 11, 5)) == 0
+    with pytest.raises(RuntimeError, match=r"accepted: warm_up\(\) first"):
+        server.step()
+    with pytest.raises(RuntimeError, match="submitted requests are running"):
+        server.generate([Request([1], 1)])
+
+
+def test_token_mask_without_a_server():
+    """Masked tokens get nothing from the experts, the others what they get without padding; the mask ends with its block."""
+    experts = make().model.layers[0].mlp.experts
+    x, weights = torch.randn(4, 64), torch.rand(4, TOP_K)
+    ids = torch.rand(4, 8).topk(TOP_K).indices
+    mask = torch.tensor([True, False, True, False])
+    with torch.no_grad():
+        whole = experts(x, ids, weights)
+        with token_mask(mask):
+            found = experts(x, ids, weights)
+        torch.testing.assert_close(found[mask], whole[mask])
+        assert found[~mask].count_nonzero() == 0 < whole[~mask].count_nonzero()
+        assert torch.equal(experts(x, ids, weights), whole)
+
+
+def test_the_example_of_the_documentation():
+    text = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    namespace = {}
+    exec(block, namespace)
+    assert [len(result.tokens) for result in namespace["results"]] == [20, 5, 12]
+    assert namespace["server"].statistics.captures == 2

@@ -1,0 +1,204 @@
+"""torchair's GE mode converts what the lowering emits: one MoE layer, every implementation, static and dynamic.
+
+The conversion is real; the engine is not there, and the look-up of registered operators is a stand-in (simulator/ge.py).
+"""
+
+import contextlib
+import functools
+
+import ge_checks
+import pytest
+import torch
+
+from moe_lowering import MoE, shard_experts
+from moe_lowering.backends import ge_converters, ge_rewrites
+from moe_lowering.simulator import ge
+from moe_lowering.testing.graphs import fake_deployment
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 1024, 512, 16, 4, 24
+EP, RANK = 4, 1
+
+
+def layer(deployment, quantisation="none"):
+    model = MoE(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, dtype=torch.bfloat16).eval().requires_grad_(False)
+    if deployment.ep_size > 1:
+        shard_experts(model, deployment)
+    if quantisation != "none":
+        from moe_lowering import quantise_experts
+
+        quantise_experts(model, quantisation)
+    return model.to("npu")
+
+
+def tokens(count=TOKENS):
+    return torch.randn(count, HIDDEN, dtype=torch.bfloat16).to("npu")
+
+
+@contextlib.contextmanager
+def deployed(ep=EP, **fields):
+    with fake_deployment(ep_size=ep, ep_rank=RANK if ep > 1 else 0, **fields) as deployment:
+        yield deployment
+
+
+@functools.cache
+def converted(comm, dynamic, ep=EP, quantisation="none"):
+    """The GE graph of one layer, and the deployment it is for."""
+    with deployed(ep) as deployment:
+        return ge.convert(
+            layer(deployment, quantisation), (tokens(),), deployment, dynamic=dynamic, comm=comm
+        ), deployment
+
+
+def refusal(model, args, deployment, **options):
+    """The message with which a conversion fails."""
+    with pytest.raises(Exception) as caught:
+        ge.convert(model, args, deployment, **options)
+    return str(caught.value)
+
+
+ALL = [("allgather", 1), ("allgather", EP), ("alltoall", EP), ("mc2", EP), ("fused_mc2", EP)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("comm", "ep"), ALL)
+def test_node_types_attributes_and_edges(comm, ep, dynamic):
+    graph, deployment = converted(comm, dynamic, ep)
+    assert [block.comm for block in graph.reports[-1].blocks] == [comm]
+    ge_checks.CHECKS[comm](graph, deployment, EXPERTS, TOP_K)
+    assert graph.mixed() == []
+    shapes = [node.outputs[0][2] for node in graph.of_type("Data")]
+    assert ((-1, HIDDEN) in shapes, (TOKENS, HIDDEN) in shapes) == (dynamic, not dynamic)
+
+
+@pytest.mark.parametrize("comm", ["mc2", "allgather", "fused_mc2"])
+def test_the_checks_see_one_wrong_input(comm):
+    """The twin of the test above: a pass after the lowering exchanges two inputs, or names another group."""
+    names = {
+        "mc2": "npu_moe_distribute_combine_v2",
+        "fused_mc2": "dispatch_ffn_combine",
+        "allgather": "npu_grouped_matmul",
+    }
+
+    def swap(gm, example_inputs, config):
+        nodes = [n for n in gm.graph.nodes if getattr(n.target, "__name__", "").startswith(names[comm])]
+        first, last = nodes[0], nodes[-1]
+        if comm == "allgather":  # the weights of both matmuls
+            first.args, last.args = (first.args[0], last.args[1]), (last.args[0], first.args[1])
+        elif comm == "mc2":  # what dispatch tells combine
+            last.args = (*last.args[:2], last.args[3], last.args[2], *last.args[4:])
+        else:
+            last.kwargs = {**last.kwargs, "group": "another"}
+
+    import torchair
+
+    config = torchair.CompilerConfig()
+    config.post_grad_custom_post_pass = swap
+    with deployed() as deployment:
+        graph = ge.convert(layer(deployment), (tokens(),), deployment, comm=comm, config=config)
+    with pytest.raises(AssertionError):
+        ge_checks.CHECKS[comm](graph, deployment, EXPERTS, TOP_K)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("comm", ["allgather", "mc2"])
+def test_w8a8(comm, dynamic):
+    graph, _ = converted(comm, dynamic, quantisation="w8a8")
+    assert [block.comm for block in graph.reports[-1].blocks] == [comm]
+    types = graph.types()
+    assert not types & {"MoeInitRoutingQuant", "GroupedMatmulSwigluQuant", "SwiGluQuant"}  # these have no converter
+    matmuls = graph.of_type("GroupedMatmul", "GroupedMatmulSwigluQuantV2")
+    assert len(matmuls) == 2
+    for matmul in matmuls:
+        weight = next(edge for name, edge in matmul.inputs if name.startswith("weight"))
+        assert graph.dtype(weight) == "DT_INT8"
+    assert len({matmul.edge("group_list") for matmul in matmuls}) == 1
+    if comm == "mc2":
+        dispatch = ge_checks.one(graph, "MoeDistributeDispatchV2")
+        ge_checks.attributes(dispatch, quant_mode=2)
+        assert f"{dispatch.name}:3" == matmuls[0].edge("group_list")
+        assert f"{dispatch.name}:0" in {edge for _, edge in matmuls[0].inputs}
+        assert dispatch.name in graph.ancestors(matmuls[0].name)
+        assert graph.readers(f"{dispatch.name}:1")  # scales of the tokens
+    assert graph.mixed() == []
+
+
+def test_w8a8_fused():
+    graph, deployment = converted("fused_mc2", False, quantisation="w8a8")
+    fused = ge_checks.one(graph, "DispatchFFNCombine")
+    ge_checks.attributes(fused, group=deployment.mc2_group, weightNz=True)
+    assert {graph.dtype(fused.edge(n)) for n in ("w10", "w20")} == {"DT_INT8"}
+    assert {graph.dtype(fused.edge(n)) for n in ("scale10", "scale20")} == {"DT_INT64"}
+    assert ge_checks.inferred(fused) and fused.edge("xActiveMaskOptional") == ""
+
+
+# ------------------------------------------------------------------------------------------------- what cannot be converted
+
+
+def test_an_operator_without_converter_is_named_before_torchair_fails():
+    def f(x, index):
+        return torch.ops.npu.npu_moe_token_unpermute(x, index) + torch.ops.npu.npu_swiglu_quant(x)[1].sum()
+
+    with deployed(1) as deployment:
+        text = refusal(f, (tokens(), torch.arange(TOKENS, dtype=torch.int32).to("npu")), deployment)
+    assert "torchair's GE mode cannot convert" in text
+    assert "npu_moe_token_unpermute.default): no GE converter" in text
+    assert "npu.npu_swiglu_quant.default): no GE converter" in text
+    assert "test_torchair_conversion.py" in text  # the line of the model
+    assert "get_or_auto_gen_converter" not in text  # torchair was not asked
+
+
+def test_operators_with_converter_are_not_refused():
+    def f(x, ids):
+        return (
+            torch.ops.npu.npu_swiglu(x).relu()
+            + torch.ops.npu.npu_moe_init_routing_v2(
+                x, ids, expert_num=4, expert_tokens_num_type=1, expert_tokens_num_flag=True, active_expert_range=[0, 4]
+            )[0][:TOKENS, : HIDDEN // 2]
+        )
+
+    ids = torch.zeros(TOKENS, 2, dtype=torch.int32).to("npu")
+    with deployed(1) as deployment:
+        graph = ge.convert(f, (tokens(), ids), deployment)
+    assert {"SwiGlu", "MoeInitRoutingV3", "Relu"} <= graph.types()
+
+
+def test_a_block_that_stays_is_named_with_the_reason():
+    with deployed(weight_format="nd") as deployment:
+        text = refusal(layer(deployment), (tokens(),), deployment, comm="fused_mc2")
+    assert "moe_lowering.dispatch.default): a generic operator of moe_lowering" in text
+    assert "fused_mc2 was asked for and is not legal" in text
+
+
+def test_mega_moe_has_no_converter_and_says_why():
+    if not hasattr(torch.ops.moe_lowering, "mega_moe"):
+        pytest.skip("no mega_moe")
+    with ge.engine():
+        ge_converters.register()
+        assert "symmetric buffer" in ge_rewrites.missing_converter(torch.ops.moe_lowering.mega_moe.default)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "npu_moe_gating_top_k", "npu_moe_init_routing_v2", "npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2",
+        "npu_grouped_matmul", "npu_grouped_matmul_swiglu_quant_v2", "npu_dynamic_quant", "npu_clipped_swiglu", "npu_swiglu",
+        "npu_dequant_swiglu_quant",
+    ],
+)  # fmt: skip
+def test_operators_of_the_lowering_have_converters(name):
+    with ge.engine():
+        assert ge_rewrites.missing_converter(getattr(torch.ops.npu, name).default) == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "npu_moe_token_permute", "npu_moe_token_unpermute", "npu_moe_init_routing_quant", "npu_grouped_matmul_swiglu_quant",
+        "npu_swiglu_quant",
+    ],
+)  # fmt: skip
+def test_operators_without_converter_are_known(name):
+    if not hasattr(torch.ops.npu, name):
+        pytest.skip(f"this torch_npu has no {name}")
+    with ge.engine():
+        assert "no GE converter" in ge_rewrites.missing_converter(getattr(torch.ops.npu, name).default)
