@@ -5,6 +5,8 @@ The conversion is real; the engine is not there, and the look-up of registered o
 
 import contextlib
 import functools
+import subprocess
+import sys
 
 import ge_checks
 import pytest
@@ -169,9 +171,32 @@ def test_a_block_that_stays_is_named_with_the_reason():
     assert "fused_mc2 was asked for and is not legal" in text
 
 
+BOTH = """
+import torch
+from moe_lowering import MoE, simulator
+from moe_lowering.testing.graphs import fake_deployment
+
+simulator.enable()
+{imports}
+from moe_lowering.simulator import ge
+
+with fake_deployment(ep_size=1) as deployment:
+    layer = MoE(1024, 512, 4, 2, dtype=torch.bfloat16).eval().requires_grad_(False).to("npu")
+    graph = ge.convert(layer, (torch.randn(8, 1024, dtype=torch.bfloat16).to("npu"),), deployment, comm="allgather")
+assert graph.of_type("GroupedMatmul"), graph.types()
+print("converted")
+"""
+HCOM = "torchair._ge_concrete_graph.ge_converter.experimental.hcom_allgather"
+
+
+@pytest.mark.parametrize("imports", ["import npugraph_ex", f"import {HCOM}; import npugraph_ex"])
+def test_a_process_that_loads_npugraph_ex_too(imports):
+    """Both packages define operators of one namespace: they may load in either order."""
+    ended = subprocess.run([sys.executable, "-c", BOTH.format(imports=imports)], capture_output=True, text=True, timeout=300)
+    assert ended.stdout.endswith("converted\n"), ended.stderr[-2000:]
+
+
 def test_mega_moe_has_no_converter_and_says_why():
-    if not hasattr(torch.ops.moe_lowering, "mega_moe"):
-        pytest.skip("no mega_moe")
     with ge.engine():
         ge_converters.register()
         assert "symmetric buffer" in ge_rewrites.missing_converter(torch.ops.moe_lowering.mega_moe.default)

@@ -57,6 +57,7 @@ def torchair_config(
     import torch_npu  # noqa: F401  # it brings torchair
     import torchair
 
+    _after_npugraph_ex()
     ge_converters.register()
     deployment = deployment.replace(mode="ge")
     if not deployment.capture:
@@ -83,6 +84,20 @@ def torchair_config(
     own = config.post_grad_custom_pre_pass.value
     config.post_grad_custom_pre_pass = flat_hook(lowering, own, agree, lambda gm, *_: _finish(gm, lowering))
     return config
+
+
+def _after_npugraph_ex() -> None:
+    """Let torchair load in a process that loaded npugraph_ex before.
+
+    Both define ``npu_define::broadcast``, the second of them only when the first has not; torchair's module then lacks the
+    name ``op_broadcast``, which its hcom_allgather.py imports (and does not use): an ImportError from
+    ``get_npu_backend``. Source: torch_npu 2.13.0, npugraph_ex/ops/_hcom_broadcast.py and torchair/_ge_concrete_graph/
+    ge_converter/experimental/{hcom_broadcast,hcom_allgather}.py.
+    """
+    from torchair._ge_concrete_graph.ge_converter.experimental import hcom_broadcast
+
+    if not hasattr(hcom_broadcast, "op_broadcast"):
+        hcom_broadcast.op_broadcast = "npu_define::broadcast"
 
 
 def _finish(gm: GraphModule, lowering: MoeLowering) -> None:
