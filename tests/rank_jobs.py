@@ -54,14 +54,15 @@ def lower_and_run(rank, comm, dtype_name, counts, options):
 
 
 def _lower_and_run(
-    rank, comm, dtype, counts, equal=True, dynamic=False, skew=False, experts=EXPERTS, top_k=TOP_K, bounded=True
+    rank, comm, dtype, counts, equal=True, dynamic=False, skew=False, experts=EXPERTS, top_k=TOP_K, bounded=True,
+    max_rows=0,
 ):
     """Compile this rank's shard through npugraph_ex and run it once per entry of ``counts`` (T by rank).
 
     Returns (outputs, implementations chosen per graph).
     """
     fields = {"max_tokens": 64} if bounded and (dynamic or not equal) else {}
-    where = deployment(rank, equal_tokens=equal, **fields)
+    where = deployment(rank, equal_tokens=equal, max_rows=max_rows, **fields)
     module = shard_experts(layer(dtype, experts, top_k), where)
     lowering = MoeLowering(where, comm, strict=True, cost=fused_first)
     torch._dynamo.reset()
@@ -204,9 +205,11 @@ def _replace_argument(gm, node, index, op, *args):
 
 
 def _unweighted(gm):
+    """The routing weights are argument 4 of the two that communicate, and 2 of unpermute."""
     npu, own = torch.ops.npu, torch.ops.moe_lowering
-    for node in _nodes(gm, npu.npu_moe_distribute_combine_v2.default, own.dispatch_ffn_combine.default):
-        _replace_argument(gm, node, 4, torch.ops.aten.ones_like.default)
+    unpermute = npu.npu_moe_token_unpermute.default
+    for node in _nodes(gm, unpermute, npu.npu_moe_distribute_combine_v2.default, own.dispatch_ffn_combine.default):
+        _replace_argument(gm, node, 2 if node.target is unpermute else 4, torch.ops.aten.ones_like.default)
 
 
 def _shifted_counts(gm):

@@ -97,6 +97,9 @@ def test_broken_is_caught(mutation):
 ON_RANKS = [
     ("allgather", "absolute_row_index"),
     ("allgather", "undefined_rows_let_through"),
+    ("alltoall", "unweighted_combine"),
+    ("alltoall", "gate_and_up_swapped"),
+    ("alltoall", "counts_shifted"),
     ("mc2", "unweighted_combine"),
     ("mc2", "gate_and_up_swapped"),
     ("mc2", "counts_shifted"),
@@ -120,7 +123,7 @@ def worst(pair, comm, mutation):
     return max(reference.relative_error(y, expected(rank, 6, torch.bfloat16)) for rank, y in enumerate(results))
 
 
-@pytest.mark.parametrize("comm", ["allgather", "mc2", "fused_mc2"])
+@pytest.mark.parametrize("comm", ["allgather", "alltoall", "mc2", "fused_mc2"])
 def test_unbroken_passes_on_ranks(pair, comm):
     assert worst(pair, comm, None) <= reference.BOUNDS[torch.bfloat16]
 

@@ -87,6 +87,19 @@ def test_no_token_on_any_rank(pair):
     check(pair, "allgather", "float32", [(0, 0)])
 
 
+def test_rows_beyond_max_rows_are_nan_with_alltoall(pair):
+    """All 8 tokens of a rank go to one expert, and its buffer has 4 lines: a broken promise must not give garbage."""
+    shape = {"skew": True, "top_k": 1}
+    results = pair.run(rank_jobs.lower_and_run, "alltoall", "bfloat16", [(8, 8)], {**shape, "max_rows": 4})
+    for rank, ((y,), _) in enumerate(results):
+        reference.assert_near(y[:4], expected(rank, 8, torch.bfloat16, **shape)[:4], torch.bfloat16)
+        assert y[4:].isnan().all()
+
+
+def test_rows_up_to_max_rows_are_right_with_alltoall(pair):
+    check(pair, "alltoall", "bfloat16", [(8, 8)], skew=True, top_k=1, max_rows=16)
+
+
 def test_ranks_with_different_token_counts_choose_alike(four):
     """600 tokens are too many for the fused operator, so no rank may take it, not even the one with a single token."""
     assert four.run(rank_jobs.choices, (1, 512, 37, 600)) == [["allgather"]] * 4

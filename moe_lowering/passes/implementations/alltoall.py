@@ -132,10 +132,9 @@ class _Exchange:
         last = last - 1 if isinstance(last, int) else emit.call(operator.sub, last, 1)
         source = emit.call(aten.reshape.default, emit.call(aten.clamp.default, source, None, last), [-1])
         arrived = self.swap(emit.call(aten.index_select.default, rows, 0, source), self.times(size, spec.hidden))
-        for each in scales:
-            scales = [self.swap(emit.call(aten.index_select.default, each, 0, source), size)]
+        swapped = [self.swap(emit.call(aten.index_select.default, each, 0, source), size) for each in scales]
         rank = emit.call(aten.floor_divide.default, emit.call(aten.reshape.default, ids, [-1]), spec.local_experts)
-        return arrived, scales[0] if scales else None, _Outbox(size, sent, start, place, rank)
+        return arrived, swapped[0] if swapped else None, _Outbox(size, sent, start, place, rank)
 
     def _capacity(self, x: Node) -> Any:
         spec = self.spec
