@@ -56,7 +56,7 @@ def lower_and_run(rank, comm, dtype_name, counts, options):
 def _lower_and_run(
     rank, comm, dtype, counts, equal=True, dynamic=False, skew=False, experts=EXPERTS, top_k=TOP_K, bounded=True,
     max_rows=0,
-):
+):  # fmt: skip
     """Compile this rank's shard through npugraph_ex and run it once per entry of ``counts`` (T by rank).
 
     Returns (outputs, implementations chosen per graph).

@@ -192,7 +192,9 @@ HCOM = "torchair._ge_concrete_graph.ge_converter.experimental.hcom_allgather"
 @pytest.mark.parametrize("imports", ["import npugraph_ex", f"import {HCOM}; import npugraph_ex"])
 def test_a_process_that_loads_npugraph_ex_too(imports):
     """Both packages define operators of one namespace: they may load in either order."""
-    ended = subprocess.run([sys.executable, "-c", BOTH.format(imports=imports)], capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(
+        [sys.executable, "-c", BOTH.format(imports=imports)], capture_output=True, text=True, timeout=300
+    )
     assert ended.stdout.endswith("converted\n"), ended.stderr[-2000:]
 
 
