@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from graph_cases import BlockCase, GraphCase
+from graph_quantised import PACKED, dtypes, extras
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -206,9 +207,11 @@ def _routing(b: Builder, index: int, spec: BlockCase) -> tuple[Node, Node]:
     return weights, ids
 
 
-def _experts(b: Builder, index: int, spec: BlockCase, shared: dict[str, Any]) -> list[list[Node]]:
-    """w13, w2 and their biases, each stacked or one by expert."""
+def _experts(b: Builder, index: int, spec: BlockCase, shared: dict[str, Any]) -> dict[str, list[Node]]:
+    """w13, w2, their biases and what quantised ones have beside them, each stacked or one by expert."""
     local = spec.experts // shared["ep_size"]
+    if spec.quantisation != "none":
+        return _quantised_experts(b, index, spec, local)
     bias_dtype = torch.float32 if spec.bias_float32 else b.case.dtype
     found: list[list[Node]] = []
     for which, shape in enumerate(((b.hidden, 2 * spec.intermediate), (spec.intermediate, b.hidden))):
@@ -221,6 +224,18 @@ def _experts(b: Builder, index: int, spec: BlockCase, shared: dict[str, Any]) ->
     for which, width in enumerate((2 * spec.intermediate, b.hidden)):
         name = f"{('w13', 'w2')[which]}_bias_{index}"
         found.append(_per_expert(b, name, spec.as_list[which], local, (width,), bias_dtype) if spec.bias[which] else [])
+    return dict(zip(("w13", "w2", "w13_bias", "w2_bias"), found, strict=True))
+
+
+def _quantised_experts(b: Builder, index: int, spec: BlockCase, local: int) -> dict[str, list[Node]]:
+    found: dict[str, list[Node]] = {"w13_bias": [], "w2_bias": []}
+    packed, kinds = PACKED[spec.quantisation], dtypes(spec, b.case.dtype)
+    for which, (inner, width) in enumerate(((b.hidden, 2 * spec.intermediate), (spec.intermediate, b.hidden))):
+        name, as_list = ("w13", "w2")[which], spec.as_list[which]
+        shape = (inner, width if packed == 1 else width // packed)
+        found[name] = _per_expert(b, f"{name}_{index}", as_list, local, shape, kinds[name])
+        for extra in (f"{name}_{what}" for what in extras(spec)):
+            found[extra] = _per_expert(b, f"{extra}_{index}", as_list, local, (width,), kinds[extra])
     return found
 
 
@@ -277,8 +292,9 @@ def _between(b: Builder, index: int, spec: BlockCase, rows: Node, scale: Node, h
     return rows, handle
 
 
-def _mlp(b: Builder, spec: BlockCase, rows: Node, scale: Node, counts: Node, experts: list[list[Node]]) -> Node:
+def _mlp(b: Builder, spec: BlockCase, rows: Node, scale: Node, counts: Node, experts: dict[str, list[Node]]) -> Node:
     how = (spec.activation, spec.limit, spec.alpha, spec.interleaved)
+    quantised = {"quantisation": spec.quantisation} if spec.quantisation != "none" else {}
     if "counts_other" in spec.odd:
         counts = b.call(aten.add.Tensor, counts, 0)
     value = None
@@ -286,12 +302,14 @@ def _mlp(b: Builder, spec: BlockCase, rows: Node, scale: Node, counts: Node, exp
         with b.fake_mode:
             value = torch.empty_like(rows.meta["val"])
     if "kwargs" in spec.odd:
-        named = dict(zip(("w13", "w2", "w13_bias", "w2_bias"), experts, strict=True))
         last = dict(zip(("activation", "limit", "alpha", "interleaved"), how, strict=True))
-        return b.call(ops.grouped_mlp.default, rows=rows, row_scale=scale, counts=counts, **named, **last, value=value)
-    y = b.call(ops.grouped_mlp.default, rows, scale, counts, *experts, *how, value=value)
+        named = {**experts, **last, **quantised}
+        return b.call(ops.grouped_mlp.default, rows=rows, row_scale=scale, counts=counts, **named, value=value)
+    first = [experts[name] for name in ("w13", "w2", "w13_bias", "w2_bias")]
+    beside = {name: nodes for name, nodes in experts.items() if name.endswith(("scale", "offset", "scale_bias"))}
+    y = b.call(ops.grouped_mlp.default, rows, scale, counts, *first, *how, **beside, **quantised, value=value)
     if "mlp_twice" in spec.odd:
-        y = b.call(ops.grouped_mlp.default, y, scale, counts, *experts, *how, value=value)
+        y = b.call(ops.grouped_mlp.default, y, scale, counts, *first, *how, **beside, **quantised, value=value)
     return y
 
 

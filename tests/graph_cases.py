@@ -44,7 +44,10 @@ class RouteCase:
 
 @dataclasses.dataclass(frozen=True)
 class BlockCase:
-    """One block. ``as_list`` and ``bias`` are of (w13, w2); ``arguments`` replace those that the deployment gives."""
+    """One block. ``as_list`` and ``bias`` are of (w13, w2); ``arguments`` replace those that the deployment gives.
+
+    ``quantisation`` is that of the experts, see ``graph_quantised``; with one there are no biases.
+    """
 
     experts: int
     top_k: int
@@ -57,6 +60,7 @@ class BlockCase:
     transposed: bool = False
     bias: tuple[bool, bool] = (False, False)
     bias_float32: bool = False
+    quantisation: str = "none"
     route: RouteCase | None = None
     mask: bool = False
     odd: tuple[str, ...] = ()

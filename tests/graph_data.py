@@ -8,6 +8,7 @@ import math
 import random
 from typing import Any
 
+import graph_quantised
 import reference
 import torch
 from graph_build import Built, build
@@ -21,7 +22,7 @@ DECISIVE = 1e-5
 
 
 class Data:
-    """Inputs of one rank. Weights are the same on every rank before they are sharded; tokens are the rank's own.
+    """Inputs of one rank. Weights are the same on every rank before they are sharded; tokens are those of its TP group.
 
     Args:
         lead: leading dimensions of x on this rank, the case's unless given.
@@ -29,6 +30,7 @@ class Data:
 
     def __init__(self, case: GraphCase, lead: tuple[int, ...] | None = None, rank: int = 0) -> None:
         self.case, self.lead, self.rank = case, case.lead if lead is None else lead, rank
+        self.group = rank // case.deployment.tp_size
 
     def _random(self, name: str, *shape: int) -> Tensor:
         seed = random.Random(f"{self.case.seed} {name}").getrandbits(48)
@@ -36,12 +38,19 @@ class Data:
 
     @functools.cached_property
     def mask(self) -> Tensor:
-        return self._random(f"mask {self.rank}", *self.lead).sigmoid() < self.case.keep
+        return self._random(f"mask {self.group}", *self.lead).sigmoid() < self.case.keep
 
-    def experts(self, index: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """w13, w2 and their biases of all experts."""
+    @functools.cache  # noqa: B019
+    def experts(self, index: int) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(what the graph is given, by name), and what that means: w13, w2 and their biases of all experts."""
         spec, hidden = self.case.blocks[index], self.case.hidden
         shapes = ((hidden, 2 * spec.intermediate), (spec.intermediate, hidden))
+        if spec.quantisation != "none":
+            drawn = [
+                graph_quantised.draw(functools.partial(self._drawn, index), name, spec, shape, self.case.dtype)
+                for name, shape in zip(("w13", "w2"), shapes, strict=True)
+            ]
+            return drawn[0][0] | drawn[1][0], drawn[0][1], drawn[1][1], None, None
         matrices = [
             (self._random(f"w {index} {n}", spec.experts, *shape) / shape[0] ** 0.5).to(self.case.dtype)
             for n, shape in enumerate(shapes)
@@ -51,19 +60,23 @@ class Data:
             self._random(f"b {index} {n}", spec.experts, shape[1]).to(bias_dtype) if spec.bias[n] else None
             for n, shape in enumerate(shapes)
         ]
-        return matrices[0], matrices[1], biases[0], biases[1]
+        given = dict(zip(("w13", "w2", "w13_bias", "w2_bias"), (*matrices, *biases), strict=True))
+        return {k: v for k, v in given.items() if v is not None}, *matrices, *biases
+
+    def _drawn(self, index: int, name: str, *shape: int) -> Tensor:
+        return self._random(f"{name} {index}", *shape)
 
     @functools.cache  # noqa: B019  (lives as long as one test case)
     def routing(self, index: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """(inputs, weights, ids) of a block: what it is given, and the float64 weights and the ids that this means."""
         spec = self.case.blocks[index]
         if spec.route is None:
-            order = self._random(f"ids {index} {self.rank}", *self.lead, spec.experts)
+            order = self._random(f"ids {index} {self.group}", *self.lead, spec.experts)
             ids = self._skewed(order).argsort(-1)[..., : spec.top_k].to(torch.int32)
-            weights = self._random(f"weights {index} {self.rank}", *self.lead, spec.top_k).sigmoid()
+            weights = self._random(f"weights {index} {self.group}", *self.lead, spec.top_k).sigmoid()
             return {f"weights{index}": weights, f"ids{index}": ids}, weights.double(), ids
         for attempt in range(100):
-            logits = self._skewed(self._random(f"logits {index} {self.rank} {attempt}", *self.lead, spec.experts), -5)
+            logits = self._skewed(self._random(f"logits {index} {self.group} {attempt}", *self.lead, spec.experts), -5)
             logits = logits.to(self.case.dtype)
             bias = (self._random(f"bias {index}", spec.experts) / 4).to(self.case.dtype) if spec.route.bias else None
             if _is_decisive(logits, bias, spec):
@@ -104,17 +117,15 @@ class Data:
         hidden, layout = self.case.hidden, self.case.layout
         lead = {"expanded": (1,) * len(self.lead), "permuted": self.lead[::-1]}.get(layout, self.lead)
         width = hidden * len(self.case.blocks) if layout == "slices" else hidden
-        return self._random(f"{name} {self.rank}", *lead, width).to(self.case.dtype)
+        return self._random(f"{name} {self.group}", *lead, width).to(self.case.dtype)
 
     def _shard(self, index: int, spec: BlockCase) -> dict[str, Tensor]:
         local = spec.experts // self.case.deployment.ep_size
         found = {}
-        for n, tensor in enumerate(self.experts(index)):
-            name, as_list = ("w13", "w2", "w13_bias", "w2_bias")[n] + f"_{index}", spec.as_list[n % 2]
-            if tensor is None:
-                continue
+        for which, tensor in self.experts(index)[0].items():
+            name, as_list = f"{which}_{index}", spec.as_list[which.startswith("w2")]
             mine = tensor[self.rank * local : (self.rank + 1) * local]
-            if n < 2 and spec.transposed:
+            if which in ("w13", "w2") and spec.transposed:
                 mine = mine.transpose(1, 2)
             found.update({f"{name}_{e}": t.contiguous() for e, t in enumerate(mine)} if as_list
                          else {name: mine.contiguous()})  # fmt: skip
@@ -124,7 +135,7 @@ class Data:
         """y of a block in float64, for the x that it was given."""
         spec = self.case.blocks[index]
         _, weights, ids = self.routing(index)
-        w13, w2, w13_bias, w2_bias = self.experts(index)
+        _, w13, w2, w13_bias, w2_bias = self.experts(index)
         return reference.moe(
             x, weights, ids, w13, w2, w13_bias=w13_bias, w2_bias=w2_bias, mask=self.mask if spec.mask else None,
             activation=spec.activation, limit=spec.limit, alpha=spec.alpha, interleaved=spec.interleaved,
@@ -136,12 +147,19 @@ class Data:
         for index, spec in enumerate(self.case.blocks):
             if (y := values.get(f"y{index}")) is None:
                 continue
-            error = reference.relative_error(y, self.expected(index, values[f"x{index}"]))
-            if y.dtype != self.case.dtype or not error <= reference.BOUNDS[self.case.dtype]:
-                found.append(f"block {index}: y is {y.dtype}, relative error {error:.2e}")
+            found += self._differs(index, y, self.expected(index, values[f"x{index}"]))
             if spec.mask and not bool((y[~self.mask] == 0).all()):
                 found.append(f"block {index}: masked tokens have results other than zero")
         return found
+
+    def _differs(self, index: int, y: Tensor, expected: Tensor) -> list[str]:
+        if y.dtype != self.case.dtype:
+            return [f"block {index}: y is {y.dtype}"]
+        if self.case.blocks[index].quantisation in ("w8a8", "w4a8"):
+            ratio = graph_quantised.ratio(y, expected)
+            return [] if ratio >= graph_quantised.FLOOR else [f"block {index}: signal-to-noise {ratio:.1f} dB"]
+        error = reference.relative_error(y, expected)
+        return [] if error <= reference.BOUNDS[self.case.dtype] else [f"block {index}: relative error {error:.2e}"]
 
 
 def _is_decisive(logits: Tensor, bias: Tensor | None, spec: BlockCase) -> bool:
@@ -193,17 +211,19 @@ def place_on_rank(case: GraphCase, rank: int) -> GraphCase:
     size = dist.get_world_size()
     if "mc2" not in _groups:
         _groups["mc2"] = dist.new_group(range(size)).group_name
-    names = {"ep_group": dist.group.WORLD.group_name}
-    if case.deployment.mc2_group:
+    d, names = case.deployment, {"ep_group": dist.group.WORLD.group_name}
+    if d.tp_size > 1:
+        names["tp_group"] = dist.group.WORLD.group_name
+    if d.mc2_group:
         names["mc2_group"] = _groups["mc2"]
-    return case.replace(deployment=case.deployment.replace(ep_rank=rank, **names))
+    return case.replace(deployment=d.replace(ep_rank=rank, tp_rank=rank % d.tp_size, **names))
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
     """What one rank says of a case: the choices and why, whether the graph refuses its T, and what is wrong.
 
-    ``untouched`` is False where nothing was lowered and the graph changed all the same.
+    ``untouched`` is False where nothing was lowered and the graph changed all the same. ``results`` are the bits of each y.
     """
 
     comms: list[str | None]
@@ -211,6 +231,7 @@ class Result:
     refused: bool
     wrong: list[str]
     untouched: bool
+    results: list[bytes]
 
 
 def lower_and_run(rank: int, pair: PairCase) -> Result:
@@ -222,9 +243,13 @@ def lower_and_run(rank: int, pair: PairCase) -> Result:
     lowering(built.gm)
     blocks = lowering.reports[-1].blocks
     comms, refused = [block.comm for block in blocks], refuses(built, pair.run[rank])
-    wrong = []
+    wrong: list[str] = []
+    results = []
     if not refused:
         with torch.no_grad():
-            wrong = data.wrong(built, built.gm(*data.inputs(built)))
+            outputs = built.gm(*data.inputs(built))
+        wrong = data.wrong(built, outputs)
+        named = zip(built.outputs, outputs, strict=True)
+        results = [y.float().numpy().tobytes() for name, y in named if name.startswith("y")]
     untouched = any(comms) or before == str(built.gm.graph)
-    return Result(comms, [block.reason for block in blocks], refused, wrong, untouched)
+    return Result(comms, [block.reason for block in blocks], refused, wrong, untouched, results)

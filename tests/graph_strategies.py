@@ -19,7 +19,7 @@ from moe_lowering import Deployment
 SWIGLU = ("swiglu", 0.0)
 ACTIVATIONS = (SWIGLU, ("swiglu_clamp", 0.7), ("swiglu_oai", 0.7), ("gelu", 0.0), ("gelu_tanh", 0.0))
 PROVIDERS = (("vllm_ascend", "0.23.0"),)
-AIMS = ("allgather", "mc2", "fused_mc2")
+AIMS = ("allgather", "alltoall", "mc2", "fused_mc2")
 COMMS = ("auto", "auto", *AIMS)
 POLICIES = ("auto", "vllm_ascend_0_13", "vllm_ascend_main")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -60,6 +60,8 @@ def blocks(
     activation, limit = SWIGLU if plain else draw(st.sampled_from(ACTIVATIONS))
     flag = st.just(False) if plain else st.booleans()
     as_list = draw(flag) and experts <= 256
+    quantisation = rarely(draw, "none", "w8a8", "w4a8", "w4a16")
+    usual = quantisation == "none"
     return BlockCase(
         experts=experts,
         top_k=top_k,
@@ -69,9 +71,10 @@ def blocks(
         alpha=draw(st.sampled_from((1.702, 1.0))),
         interleaved=draw(flag),
         as_list=(as_list, rarely(draw, as_list, not as_list and experts <= 256)),
-        transposed=rarely(draw, False, True),
-        bias=(draw(flag), draw(flag)),
+        transposed=rarely(draw, False, True) and usual,
+        bias=(draw(flag) and usual, draw(flag) and usual),
         bias_float32=draw(flag),
+        quantisation=quantisation,
         route=draw(routes(experts, top_k)),
         mask=rarely(draw, False, True),
         odd=tuple(sorted(draw(st.sets(st.sampled_from(odd), max_size=2)))) if rarely(draw, False, True) else (),
@@ -161,12 +164,13 @@ def judged_cases(draw: Any) -> GraphCase:
         case = case.replace(lead=tuple(max(low, min(n, high or n)) for n in case.lead) or (low,))
     symbolic = tuple(draw(st.booleans()) or not d for d in range(len(case.lead)))
     case = case.replace(sizes=sizes, symbolic=symbolic, bounds=(low, high))
-    return case.replace(symbolic_hidden=True, layout="chain") if draw(st.integers(0, 19)) == 19 else case
+    return sized(case.replace(symbolic_hidden=True, layout="chain") if draw(st.integers(0, 19)) == 19 else case)
 
 
 # Oddities that an implementation does not take, beside those that make a chain no block.
 AGAINST = {
     "allgather": ("scope_across", "weights_from_counts"),
+    "alltoall": ("scope_across",),
     "mc2": ("scope_across",),
     "fused_mc2": ("scope_across", "weights_from_counts", "counts_read_early"),
 }
@@ -175,6 +179,7 @@ AGAINST = {
 # One of these is enough to make a block illegal for an implementation.
 FLAWS: dict[str, tuple[dict[str, Any], ...]] = {
     "allgather": ({"odd": ("scope_across",)}, {"odd": ("weights_from_counts",)}),
+    "alltoall": ({"odd": ("scope_across",)},),
     "mc2": ({"mask": True}, {"odd": ("scope_across",)}),
     "fused_mc2": (
         {"mask": True}, {"transposed": True}, {"interleaved": True}, {"bias": (True, False)}, {"bias": (False, True)},
@@ -191,7 +196,7 @@ def aimed(case: GraphCase, aim: str, draw: Any) -> GraphCase:
     blocks = tuple(_aimed_block(block, aim) for block in case.blocks)
     case = case.replace(blocks=blocks, comm=rarely(draw, aim, "auto"))
     most = min(case.deployment.max_tokens or 512, 512)
-    if aim != "allgather":
+    if aim not in ("allgather", "alltoall"):
         lead = case.lead if 1 <= math.prod(case.lead) <= most else (most,)
         case = case.replace(lead=lead, dtype=torch.float16 if case.dtype == torch.float32 else case.dtype)
     if draw(st.integers(0, 5)) < 5:
@@ -206,7 +211,24 @@ def _aimed_block(block: BlockCase, aim: str) -> BlockCase:
     if aim == "fused_mc2":
         plain = {"activation": "swiglu", "limit": 0.0, "interleaved": False, "bias": (False, False)}
         block = _with(block, **plain, transposed=False)
-    return block if aim == "allgather" else _with(block, mask=False)
+        block = _with(block, quantisation="none") if block.quantisation == "w4a16" else block
+    return block if aim in ("allgather", "alltoall") else _with(block, mask=False)
+
+
+def sized(case: GraphCase) -> GraphCase:
+    """With w8a8 where int4 does not fit: it is packed by eight, and w4a16 is not for float32."""
+    return case.replace(blocks=tuple(_packable(block, case) for block in case.blocks))
+
+
+def _packable(block: BlockCase, case: GraphCase) -> BlockCase:
+    if block.quantisation != "none":  # a flaw may have brought these back
+        block = _with(block, transposed=False, bias=(False, False))
+    odd = case.symbolic_hidden or case.hidden % 8 or block.intermediate % 4
+    if (block.quantisation == "w4a8" and odd) or (
+        block.quantisation == "w4a16" and (odd or case.dtype == torch.float32)
+    ):
+        return _with(block, quantisation="w8a8")
+    return _with(block, quantisation="none") if "quantised" in block.odd else block
 
 
 def _local(experts: int, aim: str | None) -> int:
@@ -262,20 +284,25 @@ def local_cases(draw: Any) -> GraphCase:
     case = case.replace(comm=draw(st.sampled_from(("auto", "allgather", "allgather", "mc2"))))
     dynamic = math.prod(case.lead) > 1 and draw(st.booleans())
     symbolic = tuple(dynamic and n > 1 for n in case.lead)
-    return case.replace(sizes="dynamic" if dynamic else "static", symbolic=symbolic)
+    return sized(case.replace(sizes="dynamic" if dynamic else "static", symbolic=symbolic))
 
 
-PAIR_HIDDENS = {"mc2": (1024,), "fused_mc2": (64, 32, 1024), "allgather": (32, 17, 1024), None: (1024, 32, 24)}
+PAIR_HIDDENS = {
+    "mc2": (1024,), "fused_mc2": (64, 32, 1024), "allgather": (32, 17, 1024), "alltoall": (32, 17, 1024),
+    None: (1024, 32, 24),
+}  # fmt: skip
 
 
 @st.composite
 def pair_deployments(draw: Any, soc: str, aim: str | None) -> Deployment:
-    """Two ranks, at most 12 tokens each where their numbers may differ."""
+    """Two ranks, at most 12 tokens each where their numbers may differ; one TP group in one case of four."""
     equal = draw(st.booleans())
+    tp_size = rarely(draw, 1, 2)
     return Deployment(
         soc=soc, ep_size=2, ep_group="ep", mc2_group="mc2", equal_tokens=equal,
+        tp_size=tp_size, tp_group="tp" if tp_size > 1 else "",
         max_tokens=rarely(draw, 16, 0) if equal else 12,
-        min_tokens=1 if equal or aim not in (None, "allgather") else draw(st.sampled_from((1, 0))),
+        min_tokens=1 if equal or aim in ("mc2", "fused_mc2") else draw(st.sampled_from((1, 0))),
         guards=draw(st.sampled_from(("allow", "forbid"))),
         max_output_size=rarely(draw, 0, 4096 if aim else 1), hccl_buffer_mb=1024 if aim else rarely(draw, 200, 1),
         weight_format="nz" if aim else rarely(draw, "nz", "nd"), providers=PROVIDERS,
@@ -285,7 +312,8 @@ def pair_deployments(draw: Any, soc: str, aim: str | None) -> Deployment:
 @st.composite
 def pair_cases(draw: Any, soc: str) -> PairCase:
     """Two ranks that may hold different numbers of tokens; symbolic sizes run with others than they compile with."""
-    aims = (None, *AIMS[::-1], *AIMS[:0:-1] * 2, "fused_mc2") if soc == "A3" else (None, "allgather", "mc2", "mc2")
+    everywhere = (None, "allgather", "alltoall", "mc2", "mc2")
+    aims = (*everywhere, "mc2", *("fused_mc2",) * 4) if soc == "A3" else everywhere
     aim = draw(st.sampled_from(aims))
     d = draw(pair_deployments(soc, aim))
     local = _local(draw(st.sampled_from((3, 1, 4, 6, 2))), aim)
@@ -293,11 +321,12 @@ def pair_cases(draw: Any, soc: str) -> PairCase:
     block = draw(blocks(2 * local, (16, 32), (2, 1, 3, 4, 8), odd))
     leads = ((5,), (1,), (2, 3), (12,))
     case = draw(graphs(d, [block] * rarely(draw, 1, 2), leads, PAIR_HIDDENS[aim]))
-    case = aimed(case, aim, draw) if aim else case
+    case = sized(aimed(case, aim, draw) if aim else case)
+    alike = d.equal_tokens or d.tp_size > 1
     if draw(st.integers(0, 3)) == 3:
         sizes = [(n,) for n in draw(st.lists(st.integers(2, 12), min_size=4, max_size=4))]
-        first, second, *others = sizes if not d.equal_tokens else (*sizes[:1] * 2, *sizes[1:2] * 2)
+        first, second, *others = sizes if not alike else (*sizes[:1] * 2, *sizes[1:2] * 2)
         return PairCase(case.replace(lead=first, sizes="dynamic", symbolic=(True,)), (first, second), tuple(others))
     counts = (1, 5, 9, 12) if d.min_tokens else (0, 1, 5, 9, 12)
-    second = case.lead if d.equal_tokens else (1,) * (len(case.lead) - 1) + (draw(st.sampled_from(counts)),)
+    second = case.lead if alike else (1,) * (len(case.lead) - 1) + (draw(st.sampled_from(counts)),)
     return PairCase(case, (case.lead, second), (case.lead, second))

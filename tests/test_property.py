@@ -150,6 +150,8 @@ def test_legal_is_right_on_two_ranks(number: int, cases: int, on_pair: Any, reco
             assert not any("internal error" in reason or "undone" in reason for reason in result.reasons), result
         assert second.comms == first.comms, "the ranks chose differently"
         assert second.refused == first.refused, "one rank refuses to run"
+        if pair.case.deployment.tp_size > 1:
+            assert second.results == first.results, "the ranks of a TP group have different results"
         return {"T outside of the proven range"} if first.refused else ran(first.comms)
 
     for_all(pair_cases(soc), number, cases, check, record_property)

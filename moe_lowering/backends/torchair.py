@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from moe_lowering.agreement import check_agreement
@@ -87,17 +88,22 @@ def torchair_config(
 
 
 def _after_npugraph_ex() -> None:
-    """Let torchair load in a process that loaded npugraph_ex before.
+    """Let torchair compile in a process that loaded npugraph_ex before, as npugraph_ex can after torchair.
 
-    Both define ``npu_define::broadcast``, the second of them only when the first has not; torchair's module then lacks the
-    name ``op_broadcast``, which its hcom_allgather.py imports (and does not use): an ImportError from
-    ``get_npu_backend``. Source: torch_npu 2.13.0, npugraph_ex/ops/_hcom_broadcast.py and torchair/_ge_concrete_graph/
-    ge_converter/experimental/{hcom_broadcast,hcom_allgather}.py.
+    Both register the same things with torch, and only npugraph_ex looks whether they are there. In torch_npu 2.13.0:
+
+    - ``npu_define::broadcast``: torchair's module then lacks the name ``op_broadcast``, which its hcom_allgather.py imports
+      (and does not use). torchair/_ge_concrete_graph/ge_converter/experimental, npugraph_ex/ops/_hcom_broadcast.py
+    - kernels of ``aten.to.other`` and others for the NPU, which torch refuses to register twice.
+      _utils/__init__.py of both, add_npu_patch and register_matmul_backward_decomp
     """
+    from torchair import _utils
     from torchair._ge_concrete_graph.ge_converter.experimental import hcom_broadcast
 
     if not hasattr(hcom_broadcast, "op_broadcast"):
         hcom_broadcast.op_broadcast = "npu_define::broadcast"
+    if torch._C.DispatchKey.AutogradPrivateUse1 in torch.ops.aten.to.other.py_kernels:
+        _utils.register_matmul_backward_decomp = lambda: None
 
 
 def _finish(gm: GraphModule, lowering: MoeLowering) -> None:

@@ -125,6 +125,8 @@ def _serve(
 
         torch.set_num_threads(1)
         timeout = datetime.timedelta(seconds=collective_timeout)
+        # what new_group takes when it is given none is 30 minutes, not the default group's (_get_default_timeout)
+        dist.distributed_c10d.default_pg_timeout = timeout
         dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size, timeout=timeout)
         pipe.send((True, None))
     except BaseException:
