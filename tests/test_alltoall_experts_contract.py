@@ -240,7 +240,8 @@ def test_unused_calls_stay() -> None:
 def test_the_device_has_a_kernel_of_its_own() -> None:
     """In a process of its own: the simulator's device adds kernels for the generic operators."""
     script = """
-import moe_lowering, torch
+import torch
+import moe_lowering.custom_ops
 for name in ("alltoall_experts", "dispatch"):
     print(torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_lowering::{name}", "PrivateUse1"))
 """

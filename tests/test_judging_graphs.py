@@ -14,8 +14,8 @@ DEPLOYMENT = Deployment(
 CASE = GraphCase(DEPLOYMENT, (BlockCase(2, 2, 32),), hidden=1024, dtype=torch.bfloat16, symbolic=(False,))
 
 
-def lowered(case: GraphCase) -> BlockReport:
-    lowering = MoeLowering(case.deployment, "fused_mc2")
+def lowered(case: GraphCase, comm: str = "fused_mc2") -> BlockReport:
+    lowering = MoeLowering(case.deployment, comm)
     lowering(build(case).gm)
     return lowering.reports[-1].blocks[0]
 
@@ -36,3 +36,21 @@ def test_weights_with_a_symbolic_width_are_lowered() -> None:
     """Whether they are contiguous is not known of the call, and not broken by that."""
     block = lowered(CASE.replace(symbolic_hidden=True))
     assert block.comm == "fused_mc2", block.reason
+
+
+def test_equal_splits_want_a_bound_for_tokens_that_depend_on_data() -> None:
+    """The judge says so, not an undone rewrite; a size that is an input of the graph is fine, and so is a bound."""
+    unbacked = CASE.replace(sizes="unbacked", symbolic=(True,))
+    block = lowered(unbacked, "alltoall")
+    assert {v.code for v in block.verdicts["alltoall"].violations} == {"alltoall.data_dependent"}
+    assert lowered(unbacked.replace(sizes="dynamic"), "alltoall").comm == "alltoall"
+    bounded = DEPLOYMENT.replace(max_tokens=64, equal_tokens=False)
+    assert lowered(unbacked.replace(deployment=bounded), "alltoall").comm == "alltoall"
+
+
+def test_one_row_is_not_taken_for_one_token() -> None:
+    """Scales of rows, whose number happens to be this rank's T, which other ranks do not have."""
+    alone = Deployment(max_tokens=64, min_tokens=0, equal_tokens=False)
+    block = BlockCase(4, 1, 8, quantisation="w8a8")
+    report = lowered(CASE.replace(deployment=alone, blocks=(block,), lead=(1,), hidden=16), "allgather")
+    assert report.comm == "allgather", report.reason

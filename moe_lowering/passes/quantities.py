@@ -9,6 +9,7 @@ import torch
 from moe_lowering.custom_ops.sizes import ceil_div
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover
+from moe_lowering.limits.calls.tensors import data_dependent
 from moe_lowering.passes.blocks import BlockSpec, RouteSpec
 
 
@@ -70,6 +71,7 @@ def block_quantities(
         "quantised_input": spec.quantised_input,
         "quantisation": spec.quantisation,
         **_scales(spec),
+        "data_dependent_capacity": not spec.max_tokens and data_dependent([spec.tokens]),
         "stacked": spec.stacked,
         "mixed_forms": spec.mixed_forms,
         "counts_are_read": spec.counts_are_read,

@@ -82,6 +82,8 @@ def call_violations(
         own, seen = tokens
         for key, value in found.items():
             each = found["top_k"] if key == "indices_length" else 1
+            if key.endswith("scale_rows") and "tokens" not in found:
+                continue  # of rows, whose number may happen to be T
             if key.endswith(("tokens", "indices_length", "scale_rows")) and size_key(value) == size_key(own * each):
                 found[key] = seen * each
     extra = {
