@@ -50,7 +50,7 @@ def test_equal_splits_want_a_bound_for_tokens_that_depend_on_data() -> None:
 
 def test_one_row_is_not_taken_for_one_token() -> None:
     """Scales of rows, whose number happens to be this rank's T, which other ranks do not have."""
-    alone = Deployment(max_tokens=64, min_tokens=0, equal_tokens=False)
+    alone = Deployment(max_tokens=64, min_tokens=0, equal_tokens=False, weight_format="nz")
     block = BlockCase(4, 1, 8, quantisation="w8a8")
     report = lowered(CASE.replace(deployment=alone, blocks=(block,), lead=(1,), hidden=16), "allgather")
     assert report.comm == "allgather", report.reason
