@@ -5,6 +5,7 @@ from graph_build import build
 from graph_cases import BlockCase, GraphCase
 
 from moe_lowering import Deployment, MoeLowering
+from moe_lowering.passes.verifying import repropagate
 from moe_lowering.report.records import BlockReport
 
 DEPLOYMENT = Deployment(
@@ -54,3 +55,26 @@ def test_one_row_is_not_taken_for_one_token() -> None:
     block = BlockCase(4, 1, 8, quantisation="w8a8")
     report = lowered(CASE.replace(deployment=alone, blocks=(block,), lead=(1,), hidden=16), "allgather")
     assert report.comm == "allgather", report.reason
+
+
+def test_a_share_of_one_token_in_a_strict_range() -> None:
+    """Metadata of a share asks whether it is 1; in a strict range that guard would fail the compile."""
+    shared = DEPLOYMENT.replace(tp_size=2, tp_group="tp")
+    case = CASE.replace(deployment=shared, sizes="strict", symbolic=(True,), bounds=(2, 64))
+    block = lowered(case, "allgather")
+    assert {v.code for v in block.verdicts["allgather"].violations} == {"block.tp_share"}
+    assert lowered(case.replace(bounds=(3, 64)), "allgather").comm == "allgather"
+    assert lowered(case.replace(sizes="dynamic"), "allgather").comm == "allgather"
+    forbidden = shared.replace(guards="forbid")
+    assert lowered(case.replace(sizes="dynamic", deployment=forbidden), "allgather").comm is None
+
+
+def test_views_of_equal_blocks_keep_their_dtype() -> None:
+    """The second of two equal blocks gets copies of the first one's values; w4a8 reads its scales as int32."""
+    block = BlockCase(16, 2, 512, quantisation="w4a8")
+    case = CASE.replace(deployment=DEPLOYMENT.replace(max_tokens=512), blocks=(block, block))
+    built = build(case)
+    lowering = MoeLowering(case.deployment, "allgather")
+    lowering(built.gm)
+    assert [block.comm for block in lowering.reports[-1].blocks] == ["allgather"] * 2
+    repropagate(built.gm)

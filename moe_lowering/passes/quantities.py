@@ -11,6 +11,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover
 from moe_lowering.limits.calls.tensors import data_dependent
 from moe_lowering.passes.blocks import BlockSpec, RouteSpec
+from moe_lowering.passes.token_ranges import is_strict, known_range
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -37,6 +38,13 @@ def _padded(spec: BlockSpec, tokens: Any, prover: Prover) -> bool:
     return tp > 1 and not prover.equal(tokens, tokens // tp * tp)
 
 
+def _unguarded_share_of_one(spec: BlockSpec, deployment: Deployment) -> bool:
+    """Whether a TP rank's share of a symbolic T may be 1, where guards on T are not wanted: meta functions would add one."""
+    if spec.tp_size == 1 or not isinstance(spec.tokens, torch.SymInt) or known_range(spec.tokens).low > spec.tp_size:
+        return False
+    return deployment.guards == "forbid" or is_strict(spec.tokens)
+
+
 def block_quantities(
     spec: BlockSpec, deployment: Deployment, tokens: Any, prover: Prover, torch_npu: bool
 ) -> dict[str, Any]:
@@ -50,6 +58,7 @@ def block_quantities(
         "tokens": ceil_div(tokens, spec.tp_size),
         "max_tokens": most,
         "tp_counts": spec.counts_are_read and _padded(spec, tokens, prover),
+        "unguarded_share_of_one": _unguarded_share_of_one(spec, deployment),
         "hidden": spec.hidden,
         "intermediate": spec.intermediate,
         "top_k": spec.top_k,

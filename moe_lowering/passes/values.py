@@ -52,9 +52,10 @@ class Template:
             return self._fake(base.as_strided(self.shape, self.stride))
 
     def view(self, base: FakeTensor) -> FakeTensor:
-        """A tensor on the storage of ``base``."""
+        """A tensor on the storage of ``base``, whose bytes it may read as another dtype of the same size."""
         with in_kernel_invocation_manager(base.fake_mode):
-            meta = torch.as_strided(base, self.shape, self.stride, self.offset)
+            same = base if base.dtype == self.dtype else base.view(self.dtype)
+            meta = torch.as_strided(same, self.shape, self.stride, self.offset)
         return self._fake(meta)
 
     def _fake(self, meta: Tensor) -> FakeTensor:
