@@ -80,8 +80,7 @@ def lower(case: GraphCase, built: Built | None = None) -> Lowered:
 def narrows(guard: sympy.Basic, case: GraphCase) -> bool:
     """Whether a guard excludes some T of the declared range; what torch_npu's meta functions add excludes none."""
     if isinstance(guard, sympy.Ne) and guard.rhs == 1 and case.deployment.tp_size > 1:
-        # a share of T that may be 1: refused (block.tp_share) where T must not be narrowed, else one more graph
-        return case.sizes == "strict" or case.deployment.guards == "forbid"
+        return case.sizes == "strict"  # torch's, for a share of T that may be 1: else one more graph
     if not isinstance(guard, sympy.StrictLessThan | sympy.LessThan | sympy.StrictGreaterThan | sympy.GreaterThan):
         return True
     high = case.deployment.max_tokens or case.bounds[1]

@@ -65,8 +65,8 @@ def test_a_share_of_one_token_in_a_strict_range() -> None:
     assert {v.code for v in block.verdicts["allgather"].violations} == {"block.tp_share"}
     assert lowered(case.replace(bounds=(3, 64)), "allgather").comm == "allgather"
     assert lowered(case.replace(sizes="dynamic"), "allgather").comm == "allgather"
-    forbidden = shared.replace(guards="forbid")
-    assert lowered(case.replace(sizes="dynamic", deployment=forbidden), "allgather").comm is None
+    forbidden = shared.replace(guards="forbid")  # no guard of the pass's own; torch's costs one more graph
+    assert lowered(case.replace(sizes="dynamic", deployment=forbidden), "allgather").comm == "allgather"
 
 
 def test_views_of_equal_blocks_keep_their_dtype() -> None:

@@ -38,11 +38,11 @@ def _padded(spec: BlockSpec, tokens: Any, prover: Prover) -> bool:
     return tp > 1 and not prover.equal(tokens, tokens // tp * tp)
 
 
-def _unguarded_share_of_one(spec: BlockSpec, deployment: Deployment) -> bool:
-    """Whether a TP rank's share of a symbolic T may be 1, where guards on T are not wanted: meta functions would add one."""
-    if spec.tp_size == 1 or not isinstance(spec.tokens, torch.SymInt) or known_range(spec.tokens).low > spec.tp_size:
+def _strict_share_of_one(spec: BlockSpec) -> bool:
+    """Whether a TP rank's share of T may be 1 in a strict range, which forbids the guard that meta functions add then."""
+    if spec.tp_size == 1 or not isinstance(spec.tokens, torch.SymInt):
         return False
-    return deployment.guards == "forbid" or is_strict(spec.tokens)
+    return is_strict(spec.tokens) and known_range(spec.tokens).low <= spec.tp_size
 
 
 def block_quantities(
@@ -58,7 +58,7 @@ def block_quantities(
         "tokens": ceil_div(tokens, spec.tp_size),
         "max_tokens": most,
         "tp_counts": spec.counts_are_read and _padded(spec, tokens, prover),
-        "unguarded_share_of_one": _unguarded_share_of_one(spec, deployment),
+        "strict_share_of_one": _strict_share_of_one(spec),
         "hidden": spec.hidden,
         "intermediate": spec.intermediate,
         "top_k": spec.top_k,
