@@ -1,5 +1,6 @@
 """Verdicts on graphs that are built directly, in forms that our own layers do not trace to."""
 
+import pytest
 import torch
 from graph_build import build
 from graph_cases import BlockCase, GraphCase
@@ -67,6 +68,26 @@ def test_a_share_of_one_token_in_a_strict_range() -> None:
     assert lowered(case.replace(sizes="dynamic"), "allgather").comm == "allgather"
     forbidden = shared.replace(guards="forbid")  # no guard of the pass's own; torch's costs one more graph
     assert lowered(case.replace(sizes="dynamic", deployment=forbidden), "allgather").comm == "allgather"
+
+
+def test_a_strict_range_of_one_rank_is_no_part_of_what_all_decide() -> None:
+    """With unequal T the verdicts are those of a rank without the range; this rank's graph refuses to run instead."""
+    unequal = DEPLOYMENT.replace(tp_size=2, tp_group="tp", equal_tokens=False, max_tokens=64)
+    case = CASE.replace(deployment=unequal, lead=(7,))
+    elsewhere = lowered(case, "allgather")
+    built = build(case.replace(sizes="strict", symbolic=(True,), bounds=(2, 64)))
+    lowering = MoeLowering(unequal, "allgather")
+    lowering(built.gm)
+    lowering(built.gm)  # once more changes nothing
+    here = lowering.reports[0].blocks[0]
+    assert here.verdicts == elsewhere.verdicts and elsewhere.comm == "allgather"
+    assert here.comm is None and "[block.tp_share]" in here.reason
+    op = torch.ops.moe_lowering.assert_tokens.default
+    (assertion,) = built.gm.graph.find_nodes(op="call_function", target=op)
+    with pytest.raises(RuntimeError, match="T is 7, but this graph must not run"):
+        op(torch.zeros(7, 16), *assertion.args[1:])
+    wide = lowered(case.replace(sizes="strict", symbolic=(True,), bounds=(3, 64)), "allgather")
+    assert wide.comm == "allgather", wide.reason
 
 
 def test_views_of_equal_blocks_keep_their_dtype() -> None:

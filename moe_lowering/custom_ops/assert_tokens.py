@@ -11,12 +11,21 @@ from torch import Tensor
 from moe_lowering.custom_ops.library import register
 from moe_lowering.custom_ops.sizes import token_count
 
+NOTHING = -1  # hi of a graph that must not run
 SCHEMA = "assert_tokens(Tensor x, int lo, int hi) -> ()"
 
 
 def _real(x: Tensor, lo: int, hi: int) -> None:
-    """Raises RuntimeError when T, the product of the leading dimensions of ``x [..., H]``, is not in lo..hi."""
+    """Raises RuntimeError when T, the product of the leading dimensions of ``x [..., H]``, is not in lo..hi.
+
+    ``hi`` -1 accepts no T at all.
+    """
     tokens = token_count(x.shape)
+    if hi == NOTHING:
+        raise RuntimeError(
+            f"assert_tokens: T is {tokens}, but this graph must not run with any T: the other ranks lowered this MoE block "
+            "and this one could not; the lowering's report says why"
+        )
     if not lo <= tokens <= hi:
         raise RuntimeError(
             f"assert_tokens: T is {tokens}, but this graph was lowered for T from {lo} to {hi}; compile it again"
@@ -24,8 +33,10 @@ def _real(x: Tensor, lo: int, hi: int) -> None:
 
 
 def _fake(x: Tensor, lo: int, hi: int) -> None:
-    if lo > hi:
-        raise ValueError(f"assert_tokens: lo is {lo} and hi is {hi}; accepted: lo <= hi")
+    if lo > hi and hi != NOTHING:
+        raise ValueError(
+            f"assert_tokens: lo is {lo} and hi is {hi}; accepted: lo <= hi, or hi {NOTHING} for no T at all"
+        )
 
 
 register(SCHEMA, cpu=_real, npu=_real, fake=_fake, side_effect=True)

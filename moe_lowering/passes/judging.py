@@ -18,7 +18,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, check
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.implementations import IMPLEMENTATIONS, Call, Form
-from moe_lowering.passes.quantities import block_quantities
+from moe_lowering.passes.quantities import block_quantities, strict_share_of_one
 from moe_lowering.report.records import Verdict
 
 
@@ -77,6 +77,42 @@ def outside_declared_range(tokens: Any, deployment: Deployment) -> bool:
         return False
     low, high = Prover().bounds(tokens)
     return (low or 0) > deployment.max_tokens or (high is not None and high < deployment.min_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a graph of this rank must not run beside ranks that lowered the same block, and the T that it may still take.
+
+    ``low`` and ``high`` are the bounds of ``assert_tokens``; ``high`` -1 accepts no T.
+    """
+
+    low: int
+    high: int
+    reason: str
+
+
+def refusal(spec: BlockSpec, deployment: Deployment) -> Refusal | None:
+    """With unequal token counts: what keeps this rank's graph, and not the others', from what all of them decided.
+
+    The decision itself must not depend on it. The others communicate as declared, so this graph must not run at all.
+    """
+    if deployment.equal_tokens:
+        return None
+    low, high = deployment.min_tokens, deployment.max_tokens
+    if outside_declared_range(spec.tokens, deployment):
+        reason = (
+            f"T is {spec.tokens} and the deployment declares {low} to {high} on every rank: the graph refuses to run"
+        )
+        return Refusal(low, high, reason)
+    if strict_share_of_one(spec):
+        return Refusal(
+            0,
+            -1,
+            f"[block.tp_share] T may be {spec.tp_size} or less in a strict range, so that a TP rank's share of it may be 1, "
+            "which torch guards against; the other ranks do not know of this range: the graph refuses to run "
+            "(let the range begin above the TP size, mark_dynamic(..., min=tp_size + 1), or do not make it strict)",
+        )
+    return None
 
 
 def judged_calls(implementation: str, form: Form, spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:

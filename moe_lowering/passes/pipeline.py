@@ -32,7 +32,7 @@ from moe_lowering.passes.deciding import Decision, decide
 from moe_lowering.passes.emitting import Emitter, Recording, erase
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
-from moe_lowering.passes.judging import outside_declared_range
+from moe_lowering.passes.judging import Refusal, refusal
 from moe_lowering.passes.naming import dimension_names, in_users_words
 from moe_lowering.passes.overlap import Target, overlap
 from moe_lowering.passes.raising import find_blocks, place
@@ -169,8 +169,10 @@ class _Run:
         if decision is None:
             decision = self._decisions[block.spec] = decide(block.spec, self.deployment, self.policy)
         comm, reason, after = decision.comm, decision.reason, before
-        if comm is not None and outside_declared_range(block.spec.tokens, self.deployment):
-            comm, reason = None, self._refuse_to_run(block, decision)
+        refused = refusal(block.spec, self.deployment) if comm is not None else None
+        if refused is not None:
+            comm, reason = None, refused.reason
+            self._refuse_to_run(block, refused)
         if comm is not None:
             chosen = comm
             done = self._guarded(lambda emit: self._rewrite(block, chosen, decision, emit), (chosen, block.spec))
@@ -260,18 +262,13 @@ class _Run:
         with emit.at(position, block.dispatch):
             emit.call(ASSERT_TOKENS, block.x, interval.low, high)
 
-    def _refuse_to_run(self, block: Block, decision: Decision) -> str:
-        """This rank has a T that the deployment rules out: the others communicate as declared, so it must not run at all."""
-        declared = decision.enforced
-        assert declared is not None
-        refusal = (block.x, declared.low, declared.high)
-        if not any(user.target is ASSERT_TOKENS and user.args == refusal for user in block.x.users):
+    def _refuse_to_run(self, block: Block, refused: Refusal) -> None:
+        """The others communicate as they decided, so this rank must not run its generic operators beside them."""
+        args = (block.x, refused.low, refused.high)
+        if not any(user.target is ASSERT_TOKENS and user.args == args for user in block.x.users):
+            interval = TokenRange(refused.low, refused.high)
             key = ("refuse", block.spec)
-            self._guarded(lambda emit: self._emit_assert(block, declared, emit, block.dispatch), key)
-        return (
-            f"T is {block.spec.tokens} and the deployment declares {declared.low} to {declared.high} on every rank: "
-            "the graph refuses to run"
-        )
+            self._guarded(lambda emit: self._emit_assert(block, interval, emit, block.dispatch), key)
 
     def _lower_route(self, route: Route) -> None:
         failure = self._guarded(lambda emit: self._rewrite_route(route, emit), (route.spec,))

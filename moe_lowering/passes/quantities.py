@@ -38,7 +38,7 @@ def _padded(spec: BlockSpec, tokens: Any, prover: Prover) -> bool:
     return tp > 1 and not prover.equal(tokens, tokens // tp * tp)
 
 
-def _strict_share_of_one(spec: BlockSpec) -> bool:
+def strict_share_of_one(spec: BlockSpec) -> bool:
     """Whether a TP rank's share of T may be 1 in a strict range, which forbids the guard that meta functions add then."""
     if spec.tp_size == 1 or not isinstance(spec.tokens, torch.SymInt):
         return False
@@ -58,7 +58,8 @@ def block_quantities(
         "tokens": ceil_div(tokens, spec.tp_size),
         "max_tokens": most,
         "tp_counts": spec.counts_are_read and _padded(spec, tokens, prover),
-        "strict_share_of_one": _strict_share_of_one(spec),
+        # with unequal T a range of this rank alone takes no part in the decision: judging.refusal
+        "strict_share_of_one": deployment.equal_tokens and strict_share_of_one(spec),
         "hidden": spec.hidden,
         "intermediate": spec.intermediate,
         "top_k": spec.top_k,
@@ -123,8 +124,10 @@ def block_quantities(
         "global_bs": ceil_div(spec.max_tokens, spec.tp_size) * spec.ep_size,
         "quant_mode": 0,
         "comm_quant_mode": 0,
+        "hierarchy": deployment.mc2_hierarchy,
         "comm_alg": "hierarchy" if deployment.mc2_hierarchy else "",
         "expert_token_nums_type": 1,
+        "group_tp_is_group_ep": deployment.soc == "A2" and deployment.mode == "ge",
         "tp_world_size": 1 if deployment.mc2_hierarchy and deployment.soc == "A3" else 0,
         "has_weights": deployment.soc == "A2" or deployment.mc2_hierarchy,
         "has_expand_scales": deployment.soc == "A2" or deployment.mc2_hierarchy,

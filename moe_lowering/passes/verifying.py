@@ -89,6 +89,7 @@ def call_violations(
     extra = {
         "buffer_bytes": deployment.hccl_buffer_bytes,
         "weight_format": deployment.weight_format,
+        "mode": deployment.mode,
         "received": received,
     }
     return [

@@ -8,7 +8,7 @@ from moe_lowering.limits.calls.tensors import Arguments, data_dependent, dims, d
 
 _MC2_INTS = (
     "tp_world_size", "expert_shard_type", "shared_expert_num", "shared_expert_rank_num", "global_bs", "comm_alg",
-    "const_expert_num",
+    "copy_expert_num", "const_expert_num",
 )  # fmt: skip
 
 
@@ -30,6 +30,7 @@ def _mc2(a: Arguments, tokens: Any) -> dict[str, Any]:
         "ep_size": ep_size,
         "ep_rank": a["ep_rank_id"],
         "group_length": len(a["group_ep"]),
+        "group_tp_is_group_ep": a["group_tp"] == a["group_ep"],
         "has_weights": weights is not None,
         "weights_dtype": dtype(weights),
         "weights_dims": dims(weights),

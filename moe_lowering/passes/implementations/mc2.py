@@ -106,8 +106,10 @@ def _shared_arguments(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]
     shared: dict[str, Any] = {"global_bs": share(spec.max_tokens, spec) * spec.ep_size}
     if deployment.mc2_hierarchy:
         shared["comm_alg"] = TWO_LEVELS
-        if deployment.soc == "A3":  # the two-level algorithm of A3 wants a TP world of 1 instead of 0
-            shared.update(group_tp=deployment.mc2_group, tp_world_size=1)
+        if deployment.soc == "A3":  # the two-level algorithm of A3 wants a TP world of 1 instead of 0; both say "no TP"
+            shared["tp_world_size"] = 1
+    if deployment.soc == "A2" and deployment.mode == "ge":  # as op-plugin's documentation says of graph mode on A2
+        shared["group_tp"] = deployment.mc2_group
     return shared
 
 
