@@ -241,6 +241,7 @@ def graphs(
     draw: Any, d: Deployment, chain: list[BlockCase], leads: tuple[tuple[int, ...], ...], hiddens: tuple[int, ...]
 ) -> GraphCase:
     """The given blocks in a graph of static sizes."""
+    comm = draw(st.sampled_from(COMMS))
     return GraphCase(
         deployment=d,
         blocks=tuple(_fitting(block) for block in chain),
@@ -250,8 +251,8 @@ def graphs(
         dtype=draw(st.sampled_from(DTYPES)),
         layout=rarely(draw, "chain", "slices", "expanded", "permuted"),
         interleave=draw(st.booleans()),
-        comm=draw(st.sampled_from(COMMS)),
-        policy=draw(st.sampled_from(POLICIES)),
+        comm=comm,
+        policy=draw(st.sampled_from(POLICIES if comm == "auto" else ("auto", "fixed"))),
         seed=draw(st.integers(0, 2**16)),
         keep=draw(st.sampled_from((0.5, 0.0, 0.9, 1.0))),
         skew=draw(st.booleans()),
