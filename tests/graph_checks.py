@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import sympy
 import torch
@@ -79,14 +80,21 @@ def lower(case: GraphCase, built: Built | None = None) -> Lowered:
 
 def narrows(guard: sympy.Basic, case: GraphCase) -> bool:
     """Whether a guard excludes some T of the declared range; what torch_npu's meta functions add excludes none."""
-    if isinstance(guard, sympy.Ne) and guard.rhs == 1 and case.deployment.tp_size > 1:
+    tp = case.deployment.tp_size
+    if isinstance(guard, sympy.Ne | sympy.Eq) and guard.rhs == 1 and tp > 1:
         return case.sizes == "strict"  # torch's, for a share of T that may be 1: else one more graph
     if not isinstance(guard, sympy.StrictLessThan | sympy.LessThan | sympy.StrictGreaterThan | sympy.GreaterThan):
         return True
     high = case.deployment.max_tokens or case.bounds[1]
     if high is None:
         return True
-    corners = itertools.product((2, high), repeat=len(guard.free_symbols))
+    if tp > 1 and case.sizes != "strict":
+        if math.prod(case.lead) <= tp:
+            return False  # all that is asked for is on this side of a share of one
+        low = tp + 1
+    else:
+        low = 2
+    corners = itertools.product((low, high), repeat=len(guard.free_symbols))
     return not all(guard.subs(dict(zip(guard.free_symbols, corner, strict=True))) for corner in corners)
 
 

@@ -1,11 +1,14 @@
 """Verdicts on graphs that are built directly, in forms that our own layers do not trace to."""
 
+import sys
+
 import pytest
 import torch
 from graph_build import build
 from graph_cases import BlockCase, GraphCase
 
 from moe_lowering import Deployment, MoeLowering
+from moe_lowering.passes.token_ranges import known_range
 from moe_lowering.passes.verifying import repropagate
 from moe_lowering.report.records import BlockReport
 
@@ -68,6 +71,31 @@ def test_a_share_of_one_token_in_a_strict_range() -> None:
     assert lowered(case.replace(sizes="dynamic"), "allgather").comm == "allgather"
     forbidden = shared.replace(guards="forbid")  # no guard of the pass's own; torch's costs one more graph
     assert lowered(case.replace(sizes="dynamic", deployment=forbidden), "allgather").comm == "allgather"
+
+
+@pytest.mark.parametrize(("tokens", "low", "high"), [(4, 2, 4), (3, 2, 4), (5, 5, None), (9, 5, None)])
+@pytest.mark.parametrize(("comm", "change"), [
+    ("allgather", {}), ("allgather", {"guards": "forbid"}), ("alltoall", {}),
+    ("allgather", {"equal_tokens": False, "max_tokens": 64}), ("mc2", {"equal_tokens": False, "max_tokens": 64}),
+], ids=str)  # fmt: skip
+def test_a_graph_serves_one_side_of_a_share_of_one(comm, change, tokens, low, high) -> None:
+    """torch guards on whether a share is 1; without guards, from a cache, the graph must refuse the other side itself."""
+    where = Deployment(
+        ep_size=4, ep_group="ep", mc2_group="mc2", tp_size=4, tp_group="tp", hccl_buffer_mb=1024, **change
+    )
+    block = BlockCase(32, 2, 32)
+    built = build(CASE.replace(deployment=where, blocks=(block,), lead=(tokens,), sizes="dynamic", symbolic=(True,)))
+    lowering = MoeLowering(where, comm)
+    lowering(built.gm)
+    assert lowering.reports[-1].blocks[0].comm == comm, lowering.reports[-1].blocks[0].reason
+    op = torch.ops.moe_lowering.assert_tokens.default
+    (assertion,) = built.gm.graph.find_nodes(op="call_function", target=op)
+    declared = change.get("max_tokens")
+    assert assertion.args[1:] == (1 if declared and high else low, high or declared or sys.maxsize)
+    values = [node.meta["val"] for node in built.gm.graph.find_nodes(op="placeholder")]
+    size = next(v.shape[0] for v in values if isinstance(v, torch.Tensor) and isinstance(v.shape[0], torch.SymInt))
+    asked = known_range(size)
+    assert (asked.high == 4) if high else (asked.low == 5), "dynamo is asked for the same"
 
 
 def test_a_strict_range_of_one_rank_is_no_part_of_what_all_decide() -> None:

@@ -6,6 +6,8 @@
   same, proven for the whole range, and requested as a guard: another size recompiles and may choose otherwise.
 - T symbolic otherwise: judged on the whole range, chosen at its upper end. In a strict range the notes say where another
   choice would begin, so that the user can split it.
+- T symbolic with a TP group: torch's meta functions guard on whether a rank's share of T is 1, so a graph serves one side
+  of that boundary anyhow; it is asked for, and enforced, by T instead of by the share, with forbidden guards too.
 
 A graph whose choice depends on a range also enforces it by itself (``assert_tokens``): caches drop guards.
 """
@@ -85,8 +87,24 @@ def _decide_unequal(spec: BlockSpec, deployment: Deployment, policy: Policy) -> 
     judgement = judge(spec, deployment, declared_tokens(deployment), Prover())
     comm, reason = policy.choose(judgement.verdicts, spec, deployment, deployment.max_tokens)
     declared = TokenRange(deployment.min_tokens, deployment.max_tokens)
-    inside = isinstance(spec.tokens, int) and spec.tokens in declared
-    return Decision(comm, reason, judgement, enforced=None if inside else declared)
+    if isinstance(spec.tokens, int):
+        return Decision(comm, reason, judgement, enforced=None if spec.tokens in declared else declared)
+    # a guard on this rank's own T: it compiles once more, and decides the same
+    side = _side_of_share(spec, declared)
+    guard = side if side not in (declared, known_range(spec.tokens)) and side.low != side.high else None
+    return Decision(comm, reason, judgement, guard=guard, enforced=side)
+
+
+def _side_of_share(spec: BlockSpec, allowed: TokenRange) -> TokenRange:
+    """The T on the compile's own side of the boundary at which a TP rank's share is more than 1; all of a strict range."""
+    started_at = hint(spec.tokens)
+    if spec.tp_size == 1 or started_at is None or is_strict(spec.tokens):
+        return allowed
+    if started_at <= spec.tp_size:
+        side = allowed.at_most(spec.tp_size)
+    else:
+        side = TokenRange(max(allowed.low, spec.tp_size + 1), allowed.high)
+    return allowed if side.empty else side  # the compile's own T is not as declared: all of that is enforced
 
 
 def _decide_symbolic(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
@@ -102,6 +120,7 @@ def _decide_symbolic(spec: BlockSpec, deployment: Deployment, policy: Policy) ->
 
     strict = is_strict(spec.tokens)
     started_at = hint(spec.tokens)
+    whole, allowed = allowed, _side_of_share(spec, allowed)
     interval, at = allowed, allowed.high or DEFAULT_TOKENS
     if deployment.guards == "allow" and not strict and started_at is not None and started_at in allowed:
         found = widest(choice_at, started_at, allowed)
@@ -116,7 +135,7 @@ def _decide_symbolic(spec: BlockSpec, deployment: Deployment, policy: Policy) ->
         comm,
         f"{reason}, for {interval}" if narrowed else reason,
         judgement,
-        guard=interval if narrowed else None,
+        guard=interval if interval != whole and interval.low != interval.high else None,
         enforced=interval
         if comm is not None and (interval != known or _rests_on_range(spec, deployment, comm))
         else None,
