@@ -276,7 +276,9 @@ def symbol() -> Callable[[int, int], torch.SymInt]:
         env = ShapeEnv()
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[None])
         mode = FakeTensorMode(shape_env=env)
-        size = mode.from_tensor(torch.empty(min((low + high) // 2, 2**40) or 3, device="meta"), symbolic_context=context).shape[0]
+        size = mode.from_tensor(
+            torch.empty(min((low + high) // 2, 2**40) or 3, device="meta"), symbolic_context=context
+        ).shape[0]
         env.var_to_range[size.node.expr] = ValueRanges(low, high)
         return size
 
