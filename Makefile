@@ -27,7 +27,7 @@ demo: $(READY)
 	$(BIN)/moe-lowering lower qwen3_moe --ep 2 --comm mc2
 	$(BIN)/moe-lowering lower qwen3_moe --ep 2 --comm fused_mc2
 
-# BENCH="--quick", "--deepseek", "--json": see benchmarks/bench_pass.py
+# BENCH="--quick", "--json": see benchmarks/bench_pass.py
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_pass.py $(BENCH)
 

@@ -29,7 +29,7 @@ from measuring import STAGES, Times, exponent, medians, run_pass, slope, timed  
 
 from moe_lowering import MoeLowering  # noqa: E402
 
-COMMS = ("allgather", "mc2", "fused_mc2")
+COMMS = ("allgather", "alltoall", "mc2", "fused_mc2")
 GROWTH = (8, 512)
 
 
@@ -158,8 +158,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default="8,64,256", help="numbers of layers, separated by commas")
     parser.add_argument("--runs", type=int, default=5, help="runs of which the median is taken")
-    parser.add_argument("--quick", action="store_true", help="up to 32 layers, 3 runs, no growth from 8 to 512")
-    parser.add_argument("--deepseek", action="store_true", help="also full-size fake DeepSeek-V3, about a minute")
+    parser.add_argument("--quick", action="store_true", help="up to 32 layers, 3 runs, no growth, no DeepSeek-V3")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     given = parser.parse_args()
     given.layers = [8, 32] if given.quick else [int(n) for n in given.layers.split(",")]
@@ -176,7 +175,6 @@ def main() -> None:
     results["inductor_us_per_block"] = [rival_row(s, 32 if given.quick else 64, given.runs) for s in (False, True)]
     if not given.quick:
         results["growth_exponent_8_to_512"] = [growth_row(*kind, min(given.runs, 3)) for kind in kinds]
-    if given.deepseek:
         results["deepseek_v3"] = [deepseek_row()]
     if given.json:
         print(json.dumps(results, indent=2))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moe_lowering.functional import moe_experts, route
     from moe_lowering.layers import MoE, shard_experts
     from moe_lowering.passes.pipeline import LoweringError, MoeLowering
+    from moe_lowering.placement import list_experts, log2phy_from_expert_maps
     from moe_lowering.quantisation import quantise_experts
 
 _HOME = {
@@ -31,6 +32,8 @@ _HOME = {
     "MoE": "layers",
     "MoeLowering": "passes.pipeline",
     "check_agreement": "agreement",
+    "list_experts": "placement",
+    "log2phy_from_expert_maps": "placement",
     "lowering_backend": "backends.aot",
     "moe_experts": "functional",
     "npugraph_ex_options": "backends.npugraph_ex",
@@ -47,6 +50,8 @@ __all__ = [
     "MoE",
     "MoeLowering",
     "check_agreement",
+    "list_experts",
+    "log2phy_from_expert_maps",
     "lowering_backend",
     "moe_experts",
     "npugraph_ex_options",

@@ -6,10 +6,12 @@ the limit tables, so agreeing on these is agreeing on decisions; decisions alrea
 
 from __future__ import annotations
 
+import collections
 import datetime
 import hashlib
 import itertools
 import json
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -17,7 +19,9 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.judging import torch_npu_is_loaded
 from moe_lowering.passes.pipeline import MoeLowering
 
-_round = itertools.count()
+# How often each set of ranks has compared: every rank of it counts alike.
+_rounds: dict[str, Any] = collections.defaultdict(itertools.count)
+LONGEST = 1800.0  # seconds; what torch.distributed waits for a collective unless it is told otherwise
 
 
 class AgreementError(RuntimeError):
@@ -48,7 +52,8 @@ def _fields(deployment: Deployment) -> dict[str, Any]:
 def _settings(lowering: MoeLowering) -> dict[str, str]:
     policy = lowering.policy
     cost = f"{policy.cost.__module__}.{getattr(policy.cost, '__qualname__', type(policy.cost).__name__)}"
-    return {"comm": policy.comm, "policy": policy.name, "cost": cost}
+    flags = {"strict": str(lowering.strict), "overlap": str(lowering.overlap)}
+    return {"comm": policy.comm, "policy": policy.name, "cost": cost, **flags}
 
 
 def check_agreement(
@@ -81,55 +86,138 @@ def check_agreement(
         store, ranks, rank = dist.distributed_c10d._get_default_store(), dist.get_world_size(), dist.get_rank()
     assert ranks is not None
     assert rank is not None
-    mine = {
-        "deployment": _fields(deployment),
-        "limits": limits_digest(),
-        "torch_npu": torch_npu_is_loaded(),
-        "settings": _settings(lowering) if lowering else {},
-        "decisions": decisions(lowering) if lowering else [],
-    }
-    prefix = f"moe_lowering/agreement/{next(_round)}"
-    store.set(f"{prefix}/{rank}", json.dumps(mine, sort_keys=True))
-    texts = _collect(store, prefix, ranks, timeout)
-    first = json.loads(texts[0])
-    different = [r for r, text in enumerate(texts) if text != texts[0]]
-    if different:
-        lines = [f"rank {r}: {line}" for r in different for line in _differences(first, json.loads(texts[r]))]
-        raise AgreementError("ranks disagree with rank 0:\n  " + "\n  ".join(lines))
+    _Published(deployment, lowering, store, range(ranks), rank).compare(timeout)
 
 
-def _collect(store: Any, prefix: str, ranks: int, timeout: float) -> list[str]:
-    deadline = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
-    texts, missing = [], []
-    for rank in range(ranks):
-        key = f"{prefix}/{rank}"
-        left = max(deadline - datetime.datetime.now(), datetime.timedelta(milliseconds=10))
-        try:
-            store.wait([key], left)
-            texts.append(store.get(key).decode())
-        except Exception:  # stores raise types of their own for a timeout
-            missing.append(rank)
-    if missing:
-        raise AgreementError(f"no answer from rank {', '.join(map(str, missing))} of {ranks} within {timeout:g} s")
-    return texts
+def agreement_before_first(
+    deployment: Deployment, lowering: MoeLowering, timeout: float | str | None
+) -> Callable[[], None] | None:
+    """What to call before the first graph is lowered, so that ranks of one EP group that differ are told so.
+
+    This rank's record is published now, where there is an EP group already: a rank that finds its graph in a compile cache,
+    and compiles nothing, has still answered the others.
+
+    Args:
+        timeout: seconds to wait for the slowest rank; ``auto`` for as long as the EP group's own collectives would wait,
+            and for no check where there is no group of real processes to ask; None for no check.
+
+    Raises:
+        ValueError: ``timeout`` is another word; the EP group has another number of ranks than the deployment says.
+    """
+    if isinstance(timeout, str) and timeout != "auto":
+        raise ValueError(f"agreement_timeout is {timeout!r}; accepted: seconds, 'auto', or None")
+    if timeout is None or (timeout == "auto" and deployment.ep_size == 1):
+        return None
+    published = _publish_to_group(deployment, lowering)
+
+    def check() -> None:
+        found = published or _publish_to_group(deployment, lowering)
+        if found is not None:
+            found.compare(found.patience if isinstance(timeout, str) else timeout)
+        elif not isinstance(timeout, str):
+            check_agreement(deployment, lowering, timeout=timeout)
+
+    return check
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+def _publish_to_group(deployment: Deployment, lowering: MoeLowering) -> _Published | None:
+    """Through the default store, to the ranks of the EP group; None where it is no group of real processes."""
+    import torch.distributed as dist
+
+    c10d: Any = dist.distributed_c10d
+    if not dist.is_initialized() or not deployment.ep_group:
+        return None
+    try:
+        group = c10d._resolve_process_group(deployment.ep_group)
+        members = dist.get_process_group_ranks(group)
+    except Exception:  # a name that is not of this process's groups
+        return None
+    if dist.get_backend(group) == "fake":
+        return None
+    if len(members) != deployment.ep_size:
+        raise ValueError(
+            f"Deployment: ep_size is {deployment.ep_size}, and ep_group {deployment.ep_group!r} has {len(members)} ranks; "
+            f"accepted: {len(members)}"
+        )
+    published = _Published(deployment, lowering, c10d._get_default_store(), members, dist.get_rank())
+    published.patience = _patience(group)
+    return published
+
+
+def _patience(group: Any) -> float:
+    """How long a collective of the group waits, in seconds, where its backend says so."""
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        waits = getattr(options, "_timeout", None)
+        if isinstance(waits, datetime.timedelta):
+            return waits.total_seconds()
+    return LONGEST
+
+
+class _Published:
+    """This rank's record in the store, for the others to compare with."""
+
+    def __init__(
+        self, deployment: Deployment, lowering: MoeLowering | None, store: Any, members: Sequence[int], rank: int
+    ) -> None:
+        mine = {
+            "deployment": _fields(deployment),
+            "limits": limits_digest(),
+            "torch_npu": torch_npu_is_loaded(),
+            "settings": _settings(lowering) if lowering else {},
+            "decisions": decisions(lowering) if lowering else [],
+        }
+        self.patience = LONGEST
+        self._store, self._members = store, list(members)
+        ranks = ",".join(map(str, self._members))
+        self._prefix = f"moe_lowering/agreement/{ranks}/{next(_rounds[ranks])}"
+        store.set(f"{self._prefix}/{rank}", json.dumps(mine, sort_keys=True))
+
+    def compare(self, timeout: float) -> None:
+        texts = self._collect(timeout)
+        first, (reference, *_) = self._members[0], texts
+        lines = [
+            f"rank {rank}: {line}"
+            for rank, text in zip(self._members, texts, strict=True)
+            if text != reference
+            for line in _differences(json.loads(reference), json.loads(text), first)
+        ]
+        if lines:
+            raise AgreementError(f"ranks disagree with rank {first}:\n  " + "\n  ".join(lines))
+
+    def _collect(self, timeout: float) -> list[str]:
+        deadline = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
+        texts, missing = [], []
+        for rank in self._members:
+            key = f"{self._prefix}/{rank}"
+            left = max(deadline - datetime.datetime.now(), datetime.timedelta(milliseconds=10))
+            try:
+                self._store.wait([key], left)
+                texts.append(self._store.get(key).decode())
+            except Exception:  # stores raise types of their own for a timeout
+                missing.append(rank)
+        if missing:
+            absent = ", ".join(map(str, missing))
+            raise AgreementError(f"no answer from rank {absent} of {len(self._members)} within {timeout:g} s")
+        return texts
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list[str]:
     found = [
-        f"Deployment.{name} is {b['deployment'][name]!r}, on rank 0 {a['deployment'][name]!r}"
+        f"Deployment.{name} is {b['deployment'][name]!r}, on rank {rank} {a['deployment'][name]!r}"
         for name in a["deployment"]
         if a["deployment"][name] != b["deployment"][name]
     ]
     found += [
-        f"MoeLowering's {name} is {b['settings'].get(name)!r}, on rank 0 {a['settings'].get(name)!r}"
+        f"MoeLowering's {name} is {b['settings'].get(name)!r}, on rank {rank} {a['settings'].get(name)!r}"
         for name in sorted({*a["settings"], *b["settings"]})
         if a["settings"].get(name) != b["settings"].get(name)
     ]
     if a["torch_npu"] != b["torch_npu"]:
-        found.append(f"torch_npu is {'' if b['torch_npu'] else 'not '}loaded, on rank 0 the other way")
+        found.append(f"torch_npu is {'' if b['torch_npu'] else 'not '}loaded, on rank {rank} the other way")
     if a["limits"] != b["limits"]:
         found.append("its limit tables differ (another version of moe_lowering)")
     for graph, (x, y) in enumerate(itertools.zip_longest(a["decisions"], b["decisions"])):
         if x != y:
-            found.append(f"graph {graph}: it decided {y}, rank 0 {x}")
+            found.append(f"graph {graph}: it decided {y}, rank {rank} {x}")
     return found

@@ -11,7 +11,7 @@ from typing import Any
 SOCS = ("A2", "A3", "A5", "310P")
 WEIGHT_FORMATS = ("nd", "nz")
 GUARDS = ("allow", "forbid")
-FUSED_MODES = (1, 2)
+FUSED_MODES = (0, 1, 2)
 MODES = ("npugraph_ex", "ge")
 # Libraries that bring fused operators.
 PROVIDERS = ("vllm_ascend", "cann_ops_transformer", "sgl_kernel_npu")
@@ -48,7 +48,7 @@ class Deployment:
             size on the host. False allows the exact-split AllToAll.
         mode: which compiler runs the graph: ``npugraph_ex``, or ``ge`` (torchair's GE mode), for which only operators with
             a GE converter are emitted.
-        fused_mode: which fused operators FusedMC2 may use: 1 (``dispatch_ffn_combine`` or ``mega_moe``) or 2
+        fused_mode: which fused operators FusedMC2 may use: 0 (none), 1 (``dispatch_ffn_combine`` or ``mega_moe``) or 2
             (``dispatch_gmm_combine_decode``), as vllm-ascend's VLLM_ASCEND_ENABLE_FUSED_MC2.
         mask_is_prefix: promise that every token mask is True for the first n tokens and False after them, as padding is.
         mc2_hierarchy: MC2 in two levels, within and between nodes (``comm_alg="hierarchy"``).
@@ -95,7 +95,7 @@ class Deployment:
         _flags(self)
         if self.fused_mode not in FUSED_MODES:
             raise ValueError(
-                f"Deployment: fused_mode is {self.fused_mode!r}; accepted: 1 (dispatch_ffn_combine, mega_moe), "
+                f"Deployment: fused_mode is {self.fused_mode!r}; accepted: 0 (none), 1 (dispatch_ffn_combine, mega_moe), "
                 "2 (dispatch_gmm_combine_decode)"
             )
         _providers(self.providers)

@@ -247,7 +247,8 @@ def _check_map(expert_map: Tensor, num_experts: int, ep_size: int, ep_rank: int)
         if index != wanted:
             raise ValueError(
                 f"moe_experts: expert_map has {index} for expert {expert} on EP rank {ep_rank}; accepted: {wanted}, as "
-                f"rank r holds experts r * {local} to (r + 1) * {local} - 1. Use log2phy to place experts otherwise"
+                f"rank r holds experts r * {local} to (r + 1) * {local} - 1. For another placement use log2phy "
+                "(log2phy_from_expert_maps makes it)"
             )
     return True
 

@@ -155,12 +155,13 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
 
     Raises:
         ValueError: E is not a multiple of ``ep_size``; a module was sharded before, for another deployment or by
-            transformers; no MoE module found. The model is as it was then.
+            transformers, or holds lists (``list_experts``); no MoE module found. The model is as it was then.
     """
     found = moe_modules("shard_experts", model)
     for name, module in found:  # first all checks, so that an error leaves the model as it was
         what = f"shard_experts: {name or type(module).__name__}"
         _local_experts(what, _experts_of(module), deployment)
+        refuse_lists(what, module)
         if _deployment_of(module) not in (None, deployment):
             raise ValueError(
                 f"{what} was sharded for another deployment; accepted: a whole module, or the same deployment"
@@ -184,6 +185,12 @@ def moe_modules(what: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
             "is_concatenated)"
         )
     return found
+
+
+def refuse_lists(what: str, module: nn.Module) -> None:
+    """A ValueError for experts that ``placement.list_experts`` made lists of."""
+    if any(isinstance(getattr(module, name, None), nn.ParameterList) for name in ("w13", "gate_up_proj")):
+        raise ValueError(f"{what} holds one tensor for each expert; accepted: stacked experts (call list_experts last)")
 
 
 def is_experts_module(module: nn.Module) -> bool:

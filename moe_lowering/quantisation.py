@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lowering.custom_ops.quantised import PER_INT32, dequantise_weight, float_scale, quantise_rows, unpack_int4
-from moe_lowering.layers import MoE, moe_modules
+from moe_lowering.layers import MoE, moe_modules, refuse_lists
 
 __all__ = [
     "FORMATS",
@@ -160,6 +160,7 @@ def _check_module(what: str, module: nn.Module, format: str, group_size: int | N
         raise ValueError(
             f"{what} is {mine.moe_lowering_quantisation} already; accepted: experts that are not quantised"
         )
+    refuse_lists(what, module)
     if getattr(mine, "_is_expert_parallel", False):
         raise ValueError(f"{what} was sharded by transformers; accepted: a model loaded without expert parallelism")
     has_bias = mine.w13_bias is not None if isinstance(module, MoE) else mine.has_bias

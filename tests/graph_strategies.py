@@ -194,7 +194,7 @@ def aimed(case: GraphCase, aim: str, draw: Any) -> GraphCase:
     One in six has a flaw all the same, and asks for the implementation: illegal by one rule alone.
     """
     blocks = tuple(_aimed_block(block, aim) for block in case.blocks)
-    case = case.replace(blocks=blocks, comm=rarely(draw, aim, "auto"))
+    case = _asking(case.replace(blocks=blocks), rarely(draw, aim, "auto"))
     most = min(case.deployment.max_tokens or 512, 512)
     if aim not in ("allgather", "alltoall"):
         lead = case.lead if 1 <= math.prod(case.lead) <= most else (most,)
@@ -202,7 +202,13 @@ def aimed(case: GraphCase, aim: str, draw: Any) -> GraphCase:
     if draw(st.integers(0, 5)) < 5:
         return case
     flaw = draw(st.sampled_from(FLAWS[aim]))
-    return case.replace(blocks=tuple(_with(block, **flaw) for block in case.blocks), comm=aim)
+    return _asking(case.replace(blocks=tuple(_with(block, **flaw) for block in case.blocks)), aim)
+
+
+def _asking(case: GraphCase, comm: str) -> GraphCase:
+    """With another ``comm``, and a policy that goes with it."""
+    fits = case.policy in ("auto", "fixed") if comm != "auto" else case.policy != "fixed"
+    return case.replace(comm=comm, policy=case.policy if fits else "auto")
 
 
 def _aimed_block(block: BlockCase, aim: str) -> BlockCase:
@@ -241,6 +247,7 @@ def graphs(
     draw: Any, d: Deployment, chain: list[BlockCase], leads: tuple[tuple[int, ...], ...], hiddens: tuple[int, ...]
 ) -> GraphCase:
     """The given blocks in a graph of static sizes."""
+    comm = draw(st.sampled_from(COMMS))
     return GraphCase(
         deployment=d,
         blocks=tuple(_fitting(block) for block in chain),
@@ -250,8 +257,8 @@ def graphs(
         dtype=draw(st.sampled_from(DTYPES)),
         layout=rarely(draw, "chain", "slices", "expanded", "permuted"),
         interleave=draw(st.booleans()),
-        comm=draw(st.sampled_from(COMMS)),
-        policy=draw(st.sampled_from(POLICIES)),
+        comm=comm,
+        policy=draw(st.sampled_from(POLICIES if comm == "auto" else ("auto", "fixed"))),
         seed=draw(st.integers(0, 2**16)),
         keep=draw(st.sampled_from((0.5, 0.0, 0.9, 1.0))),
         skew=draw(st.booleans()),

@@ -138,7 +138,35 @@ def next_round():
     """A rank that misses one check is in step again for the next."""
     from moe_lowering import agreement
 
-    next(agreement._round)
+    next(agreement._rounds["0,1,2,3"])
+
+
+def agree_before_first(rank, by_rank, silent=(), timeout="auto", caching=()):
+    """As the options of a backend do it. ``silent`` ranks ask for no options; ``caching`` ones do, and compile nothing."""
+    from moe_lowering.agreement import AgreementError, agreement_before_first
+
+    where = deployment(rank, **by_rank.get(rank, {}))
+    if rank in silent:
+        return "silent"
+    check = agreement_before_first(where, MoeLowering(where), timeout)
+    if rank in caching:
+        return "found in the cache"
+    try:
+        check()
+    except AgreementError as error:
+        return str(error)
+    return ""
+
+
+def agree_with_wrong_size(rank):
+    from moe_lowering.agreement import agreement_before_first
+
+    where = deployment(rank).replace(ep_size=2, ep_rank=rank % 2)
+    try:
+        agreement_before_first(where, MoeLowering(where), "auto")
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def agree_on_decisions(rank, different):

@@ -48,6 +48,43 @@ def test_decisions_are_compared(four):
     assert four.run(rank_jobs.agree_on_decisions, None) == [""] * 4
 
 
+@pytest.fixture
+def fresh():
+    """Each with an EP group of its own name, and collectives that wait 5 seconds."""
+    with Ranks(4, setup=rank_jobs.setup, collective_timeout=5) as ranks:
+        yield ranks
+
+
+def test_options_compare_the_ranks_of_the_group_unless_told_otherwise(fresh):
+    assert fresh.run(rank_jobs.agree_before_first, {}) == [""] * 4
+    answers = fresh.run(rank_jobs.agree_before_first, {2: {"max_tokens": 64}})
+    assert all("rank 2: Deployment.max_tokens is 64, on rank 0 0" in answer for answer in answers), answers
+    # a rank that finds its graph in a cache compiles nothing, and has answered when it asked for its options
+    assert fresh.run(rank_jobs.agree_before_first, {}, (), "auto", (1,)) == ["", "found in the cache", "", ""]
+    # its twin never asked: an error as soon as a collective would have given up
+    answers = fresh.run(rank_jobs.agree_before_first, {}, (1,))
+    assert [a for a in answers if a != "silent"] == ["no answer from rank 1 of 4 within 5 s"] * 3
+
+
+def test_a_group_of_another_size_than_the_deployment_says_is_an_error(fresh):
+    for answer in fresh.run(rank_jobs.agree_with_wrong_size):
+        assert "ep_size is 2, and ep_group" in answer and "has 4 ranks; accepted: 4" in answer
+
+
+def test_where_there_is_nobody_to_ask():
+    """One rank, a fake group, or none at all: nothing is checked by default; a word that means nothing is an error."""
+    from moe_lowering import Deployment, MoeLowering, testing
+    from moe_lowering.agreement import agreement_before_first
+
+    alone = Deployment()
+    assert agreement_before_first(alone, MoeLowering(alone), "auto") is None
+    with testing.fake_deployment(ep_size=4) as deployment:
+        agreement_before_first(deployment, MoeLowering(deployment), "auto")()
+        assert agreement_before_first(deployment, MoeLowering(deployment), None) is None
+    with pytest.raises(ValueError, match="agreement_timeout is 'never'; accepted: seconds, 'auto', or None"):
+        agreement_before_first(alone, MoeLowering(alone), "never")
+
+
 def test_without_a_process_group_it_says_what_to_give():
     from moe_lowering import Deployment, check_agreement
 

@@ -4,6 +4,7 @@ Expected values of the grids are written from the rules in prose (facts/vllm_asc
 named in §6), not from the code under test.
 """
 
+import dataclasses
 import itertools
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from test_judging import BASE
 
 from moe_lowering import Deployment, MoE, MoeLowering, testing
+from moe_lowering.passes.choosing import vllm_choice
 from moe_lowering.passes.costs import Load, estimate
+from moe_lowering.passes.raising import find_blocks
 from moe_lowering.passes.vllm_ascend_rules import (
     Situation,
     capacity_0_13,
@@ -134,6 +137,110 @@ def test_an_unknown_soc_is_an_error():
         choose_main(Situation("H100", 8, 1, 128))
 
 
+# (policy, fused_mode, providers, ep_size, tokens, TP, quantisation, hidden, intermediate) -> the rule's method; from the
+# rules in prose: facts/vllm_ascend.md §1.1 to §1.3. max_tokens 512, so the capacity is 512 (MegaMoe: 512 captured tokens).
+VLLM_ASCEND, MEGA = ("vllm_ascend", "0.23.0"), ("cann_ops_transformer", "9.1.0")
+ADAPTED = [
+    # 0.13: mode 1 up to 32 ranks and for any batch, W8A8 only
+    ("vllm_ascend_0_13", 1, (VLLM_ASCEND,), 16, 512, 1, "w8a8", 4096, 1024, "fused_mc2"),
+    ("vllm_ascend_0_13", 1, (VLLM_ASCEND,), 16, 1024, 1, "w8a8", 4096, 1024, "fused_mc2"),
+    ("vllm_ascend_0_13", 1, (VLLM_ASCEND,), 64, 1024, 1, "w8a8", 4096, 1024, "alltoall"),
+    ("vllm_ascend_0_13", 1, (VLLM_ASCEND,), 16, 512, 1, "none", 4096, 1024, "mc2"),
+    # mode 2: for a decode batch of any number of ranks, never for prefill
+    ("vllm_ascend_0_13", 2, (VLLM_ASCEND,), 64, 512, 1, "w8a8", 4096, 1024, "fused_mc2"),
+    ("vllm_ascend_0_13", 2, (VLLM_ASCEND,), 16, 1024, 1, "w8a8", 4096, 1024, "alltoall"),
+    # mode 0, or no library
+    ("vllm_ascend_0_13", 0, (VLLM_ASCEND,), 16, 512, 1, "w8a8", 4096, 1024, "mc2"),
+    ("vllm_ascend_0_13", 1, (), 16, 512, 1, "w8a8", 4096, 1024, "mc2"),
+    ("vllm_ascend_0_13", 1, (MEGA,), 16, 512, 1, "w8a8", 4096, 1024, "mc2"),
+    # the capacity is rounded up to TP: 513 of 514 for TP 2, and no more
+    ("vllm_ascend_0_13", 0, (), 16, 513, 1, "none", 4096, 1024, "alltoall"),
+    # main: 32 ranks, with MegaMoe 64, any weights that it takes
+    ("vllm_ascend_main", 1, (VLLM_ASCEND,), 32, 1024, 1, "none", 4096, 1024, "fused_mc2"),
+    ("vllm_ascend_main", 1, (VLLM_ASCEND,), 64, 512, 1, "none", 4096, 1024, "mc2"),
+    ("vllm_ascend_main", 1, (MEGA,), 64, 4096, 1, "w4a8", 4096, 1024, "fused_mc2"),
+    ("vllm_ascend_main", 1, (VLLM_ASCEND, MEGA), 64, 4096, 1, "w8a8", 4096, 1024, "fused_mc2"),
+    # MegaMoe is installed and the model is not for it: hidden, width of an expert, weights
+    ("vllm_ascend_main", 1, (VLLM_ASCEND, MEGA), 16, 512, 1, "none", 4096 + 256, 1024, "mc2"),
+    ("vllm_ascend_main", 1, (VLLM_ASCEND, MEGA), 16, 512, 1, "none", 8192 + 512, 1024, "mc2"),
+    ("vllm_ascend_main", 1, (VLLM_ASCEND, MEGA), 16, 512, 1, "none", 4096, 3072 + 512, "mc2"),
+    ("vllm_ascend_main", 1, (VLLM_ASCEND, MEGA), 16, 512, 1, "none", 4096, 512, "mc2"),
+    ("vllm_ascend_main", 1, (VLLM_ASCEND, MEGA), 16, 512, 1, "w4a16", 4096, 1024, "mc2"),
+    ("vllm_ascend_main", 0, (VLLM_ASCEND,), 16, 512, 1, "w8a8", 4096, 1024, "mc2"),
+    ("vllm_ascend_main", 0, (VLLM_ASCEND,), 16, 513, 1, "w8a8", 4096, 1024, "alltoall"),
+    # a TP group of 2 takes 256 tokens of a rank each: 512 fit, and 513 do not
+    ("vllm_ascend_main", 0, (), 16, 512, 2, "none", 4096, 1024, "mc2"),
+    ("vllm_ascend_main", 0, (), 16, 513, 2, "none", 4096, 1024, "alltoall"),
+    # refusals of the rules themselves
+    ("vllm_ascend_main", 2, (VLLM_ASCEND,), 16, 512, 1, "w8a8", 4096, 1024, None),
+]
+
+
+def block(deployment, hidden, intermediate, quantisation):
+    """A block's record; what a policy reads of it."""
+    with testing.fake_tensors():
+        model = MoE(hidden, intermediate, 256, 8, deployment=deployment, dtype=torch.bfloat16)
+        x = torch.empty(8, hidden, dtype=torch.bfloat16)
+    graph = testing.lower_graph(model, x, deployment=deployment.replace(soc="310P")).gm.graph  # refused: as it was
+    spec = find_blocks(graph)[0][0].spec
+    return dataclasses.replace(spec, quantisation=quantisation)
+
+
+@pytest.mark.parametrize("case", ADAPTED, ids=str)
+def test_rules_see_the_deployment(case):
+    """The adapter between a deployment and the rules, which the grids above call directly."""
+    policy, mode, providers, ep, tokens, tp, quantisation, hidden, intermediate, method = case
+    size = {"ep_size": ep, "tp_size": tp, "max_tokens": 512, "fused_mode": mode, "providers": providers}
+    with testing.fake_deployment(**size) as deployment:
+        spec = block(deployment, hidden, intermediate, quantisation)
+    found, refused = vllm_choice(policy, spec, deployment, tokens)
+    assert found == method
+    assert bool(refused) == (method is None)
+
+
+def test_capacity_is_rounded_up_to_tp():
+    """facts/vllm_ascend.md §1.3: 257 captured tokens and TP 8 make 264; MC2 up to there, AllToAll above."""
+    for policy in ("vllm_ascend_0_13", "vllm_ascend_main"):
+        with testing.fake_deployment(ep_size=16, tp_size=8, max_tokens=257, fused_mode=0) as deployment:
+            spec = block(deployment, 1024, 512, "none")
+        assert vllm_choice(policy, spec, deployment, 264)[0] == "mc2"
+        assert vllm_choice(policy, spec, deployment, 265)[0] == "alltoall"
+
+
+def test_what_a_rule_itself_refuses_is_said():
+    wrong = BASE.but(deployment=(("fused_mode", 2),)).judge(policy="vllm_ascend_main").report.blocks[0]
+    assert wrong.comm is not None
+    assert wrong.reason.startswith(
+        "vllm_ascend_main refuses this deployment (fused_mode is 2; accepted: 0, 1); cheapest"
+    )
+    unknown = BASE.but(deployment=(("soc", "A5"),)).judge(policy="vllm_ascend_0_13").report.blocks[0]
+    assert "accepted with expert parallelism: A2, A3); cheapest" in unknown.reason
+
+
+def test_fused_without_a_provider_becomes_the_next_best_and_says_so():
+    """Without ``fixed``; any other reason than the missing provider is a refusal."""
+    plain = BASE.but(deployment=(("providers", ()),))
+    found = plain.judge(comm="fused_mc2").report.blocks[0]
+    assert found.comm in ("mc2", "allgather", "alltoall")
+    assert found.reason.startswith(
+        "fused_mc2 was asked for, and no provider of its operator is declared [fused.provider]; cheapest at 32 tokens"
+    )
+    fixed = plain.judge(comm="fused_mc2", policy="fixed").report.blocks[0]
+    assert fixed.comm is None and fixed.reason.startswith("fused_mc2 was asked for and is not legal: ")
+    assert "fused.provider" in fixed.reason
+    biased = BASE.but(layer=(("expert_bias", True),)).judge(comm="fused_mc2").report.blocks[0]
+    assert biased.comm is None
+
+
+@pytest.mark.parametrize(("comm", "policy", "accepted"), [
+    ("auto", "fixed", "allgather, alltoall, mc2, fused_mc2"),
+    ("mc2", "vllm_ascend_main", "auto"),
+])  # fmt: skip
+def test_policies_that_do_not_go_with_comm_are_errors(comm, policy, accepted):
+    with pytest.raises(ValueError, match=f"comm is '{comm}' with policy '{policy}'; accepted: {accepted}"):
+        MoeLowering(Deployment(), comm, policy=policy)
+
+
 def test_policy_of_main_is_followed_where_it_is_legal():
     assert BASE.judge(policy="vllm_ascend_main").report.blocks[0].comm == "fused_mc2"
     plain = BASE.but(deployment=(("providers", ()),))
@@ -177,7 +284,7 @@ def test_cost_model_orders_as_the_byte_counts_do():
 
 @pytest.mark.parametrize(("field", "value", "accepted"), [
     ("comm", "nccl", "auto, allgather, alltoall, mc2, fused_mc2"),
-    ("policy", "best", "auto, vllm_ascend_0_13, vllm_ascend_main"),
+    ("policy", "best", "auto, fixed, vllm_ascend_0_13, vllm_ascend_main"),
 ])  # fmt: skip
 def test_unknown_names_are_errors(field, value, accepted):
     with pytest.raises(ValueError, match=f"{field} is '{value}'; accepted: {accepted}"):

@@ -3,6 +3,7 @@ another, what is the same is found again, and a graph from the cache, which has 
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 import moe_lowering
-from moe_lowering import Deployment, MoeLowering
+from moe_lowering import Deployment, MoE, MoeLowering, npugraph_ex_options, testing
 from moe_lowering.backends import cache_key
 from moe_lowering.backends.cache_key import cache_digest, flat_hook
 
@@ -105,6 +108,104 @@ def test_everything_a_lowered_graph_depends_on_changes_the_digest(monkeypatch):
     assert digest(own=user_pass) == different[1]
     monkeypatch.setattr(cache_key, "code_digest", lambda: "other code")
     assert digest() != different[0]
+
+
+class Preferring:
+    """A cost function with state."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, implementation: str, load: Any) -> float:
+        return float(implementation != self.name)
+
+
+def preferring(name: str) -> Any:
+    def cost(implementation: str, load: Any) -> float:
+        return min(float(other != name) for other in [implementation])  # a nested function, which has an address
+
+    return cost
+
+
+def with_default(name: str) -> Any:
+    def cost(implementation: str, load: Any, name: str = name) -> float:
+        return float(implementation != name)
+
+    return cost
+
+
+def by_partial(name: str) -> Any:
+    return functools.partial(lambda name, implementation, load: float(implementation != name), name)
+
+
+FACTOR = 1.0
+
+
+def scaled(implementation: str, load: Any) -> float:
+    return FACTOR * len(implementation)
+
+
+@pytest.mark.parametrize("make", [Preferring, preferring, with_default, by_partial])
+def test_what_a_callable_of_the_users_holds_is_part_of_the_digest(make):
+    """The same code with another value, in a closure, a default, a partial or an instance."""
+    assert digest(cost=make("mc2")) != digest(cost=make("allgather"))
+    assert digest(cost=make("mc2")) == digest(cost=make("mc2"))
+    assert digest(own=make("mc2")) != digest(own=make("allgather"))
+
+
+def test_a_global_that_a_cost_function_reads_is_part_of_the_digest(monkeypatch):
+    before = digest(cost=scaled)
+    monkeypatch.setitem(globals(), "FACTOR", 2.0)
+    assert digest(cost=scaled) != before
+
+
+def test_what_cannot_be_written_down_is_never_found_again(caplog):
+    """A compile more, and never another's graph; ``cache_key`` is how an object says what it stands for."""
+
+    class Held:
+        def __reduce_ex__(self, protocol):
+            raise TypeError("no")
+
+    assert digest(own=Preferring(Held())) != digest(own=Preferring(Held()))
+    assert "cannot be part of a cache key" in caplog.text
+    named = [Preferring(Held()) for _ in range(3)]
+    for each, key in zip(named, ("a", "a", "b"), strict=True):
+        each.cache_key = key
+    first, same, other = (digest(own=each) for each in named)
+    assert first == same != other
+
+
+def test_a_nested_function_has_the_same_digest_in_another_process():
+    """Its address differs from process to process, and so would the text of its bytecode."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import moe_lowering.simulator as s; s.enable('A3');"
+        "import test_compile_cache as t; print(t.digest(cost=t.preferring('mc2')))"
+    )
+    command = [sys.executable, "-c", code, str(TESTS)]
+    environment = {"PYTHONPATH": str(PACKAGE.parent), "PATH": "/usr/bin:/bin", "HOME": "/tmp", "PYTHONHASHSEED": "7"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.stdout.strip() == digest(cost=preferring("mc2")), done.stderr
+
+
+def test_torchs_own_caches_never_answer_for_the_pass(monkeypatch):
+    """AOTAutograd's cache keeps what serialisable compilers made; npugraph_ex's is none, so every compile runs the pass."""
+    with testing.fake_deployment(ep_size=1) as first:
+        counters.clear()
+        torch._dynamo.reset()
+        model, lowered = MoE(64, 32, 4, 2), []
+        for deployment in (first, first, first.replace(max_tokens=64)):
+            lowering = MoeLowering(deployment)
+            options = npugraph_ex_options(deployment, lowering=lowering, force_eager=True)
+            torch._dynamo.reset()
+            with (
+                torch._functorch.config.patch(enable_autograd_cache=True, strict_autograd_cache=False),
+                torch.no_grad(),
+            ):
+                torch.compile(model, backend="npugraph_ex", options=options)(torch.randn(6, 64))
+            lowered.append([block.comm for report in lowering.reports for block in report.blocks])
+        assert lowered == [["allgather"]] * 3
+        assert not counters["aot_autograd"].get("autograd_cache_hit")
+        assert not counters["aot_autograd"].get("autograd_cache_saved")
 
 
 def test_the_hook_names_its_digest_in_its_code_and_nothing_else():

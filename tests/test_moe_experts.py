@@ -156,7 +156,10 @@ def test_expert_map() -> None:
             torch.tensor([0, 1, 2, -1, -1, -1]),
             "expert_map has 0 for expert 0 on EP rank 1; accepted: -1, as rank r holds",
         ),
-        (torch.tensor([-1, -1, -1, 1, 0, 2]), r"has 1 for expert 3 on EP rank 1; accepted: 0, .* Use log2phy to place"),
+        (
+            torch.tensor([-1, -1, -1, 1, 0, 2]),
+            r"has 1 for expert 3 on EP rank 1; accepted: 0, .* For another placement use log2phy",
+        ),
         (torch.tensor([-1, -1, -1, 0, 1]), r"expert_map is torch.int64 of shape \[5\]; accepted: int32 or int64 \[6\]"),
         (torch.tensor([-1.0, -1, -1, 0, 1, 2]), "expert_map is torch.float32"),
     ):

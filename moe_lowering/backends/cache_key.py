@@ -8,10 +8,8 @@ would put addresses into that text, and no other process would find the artefact
 
 from __future__ import annotations
 
-import dis
 import functools
 import hashlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 import torch
 
+from moe_lowering.backends.identity import identity
 from moe_lowering.passes.pipeline import MoeLowering
 
 Hook = Callable[[Any, Any, Any], None]
@@ -43,7 +42,7 @@ def cache_digest(lowering: MoeLowering, own: Hook | None = None) -> str:
     """SHA-256 (hex) of everything that a lowered graph depends on beside the graph it was made from.
 
     That is the package's code and limits, every field of the deployment (a rank's own too: rank indices and group names
-    stand in the graph), the pass's settings, and the code of a cost function and of a pre-pass of the user's.
+    stand in the graph), the pass's settings, and a cost function and a pre-pass of the user's with what they hold.
     """
     policy = lowering.policy
     parts = {
@@ -53,22 +52,10 @@ def cache_digest(lowering: MoeLowering, own: Hook | None = None) -> str:
         "policy": policy.name,
         "strict": lowering.strict,
         "overlap": lowering.overlap,
-        "cost": _identity(policy.cost),
-        "own": None if own is None else _identity(own),
+        "cost": identity(policy.cost),
+        "own": None if own is None else identity(own),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _identity(function: Callable[..., Any]) -> str:
-    """A function by name and bytecode, as npugraph_ex identifies hooks; an instance by its class's ``__call__``."""
-    name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-    code = function if hasattr(function, "__code__") else type(function).__call__
-    text = io.StringIO()
-    try:
-        dis.dis(code, file=text, depth=0)
-    except TypeError:  # built in: its name says which
-        return name
-    return f"{name}\n{text.getvalue()}"
 
 
 def flat_hook(

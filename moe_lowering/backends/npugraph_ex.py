@@ -11,10 +11,9 @@ it off too (facts/versions.md).
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from moe_lowering.agreement import check_agreement
+from moe_lowering.agreement import agreement_before_first
 from moe_lowering.backends.cache_key import flat_hook
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.pipeline import MoeLowering
@@ -30,7 +29,7 @@ def npugraph_ex_options(
     policy: str = "auto",
     overlap: bool = False,
     lowering: MoeLowering | None = None,
-    agreement_timeout: float | None = None,
+    agreement_timeout: float | str | None = "auto",
     **options: Any,
 ) -> dict[str, Any]:
     """Options that make npugraph_ex lower MoE blocks.
@@ -42,9 +41,10 @@ def npugraph_ex_options(
         policy: how ``auto`` chooses, see ``MoeLowering``.
         overlap: shared experts on a side stream, beside dispatch and combine, see ``MoeLowering``.
         lowering: a pass object of yours, to read its ``reports`` afterwards; made from the arguments above when None.
-        agreement_timeout: call ``check_agreement`` when the first graph is compiled, so that ranks with different
-            deployments or settings are told so before their first collective; seconds to wait for the slowest rank.
-            Not with a compile cache: a rank that finds its graph there compiles nothing. None for no check.
+        agreement_timeout: ranks of one EP group with different deployments, limits or settings are told so before the first
+            graph is lowered, and so before their first collective; seconds to wait for the slowest rank. ``auto``: as long
+            as the group's collectives would wait, where there is such a group. None for no check. Every rank of the group
+            must ask for its options; one that then finds its graph in a compile cache has answered.
         options: further npugraph_ex options, kept as they are; ``inplace_pass`` is False when it is not given.
             A ``post_grad_custom_pre_pass`` of yours runs first, then the lowering: it sees, and verifies, the last
             word on MoE blocks. The hook is a function whose code holds a digest of deployment, limits and pass, so that
@@ -78,7 +78,5 @@ def npugraph_ex_options(
         raise TypeError(
             f"npugraph_ex_options: {PRE_PASS} is {own!r}; accepted: a callable (gm, example_inputs, config)"
         )
-    agree = None
-    if agreement_timeout is not None:
-        agree = functools.partial(check_agreement, deployment, lowering, timeout=agreement_timeout)
+    agree = agreement_before_first(deployment, lowering, agreement_timeout)
     return {"inplace_pass": False, **options, PRE_PASS: flat_hook(lowering, own, agree)}

@@ -10,13 +10,12 @@ own operators are in ``ge_converters``. Source: torch_npu 2.13.0, torchair/npu_f
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from moe_lowering.agreement import check_agreement
+from moe_lowering.agreement import agreement_before_first
 from moe_lowering.backends import ge_converters, ge_rewrites
 from moe_lowering.backends.cache_key import flat_hook
 from moe_lowering.deployment import Deployment
@@ -33,7 +32,7 @@ def torchair_config(
     strict: bool = False,
     policy: str = "auto",
     lowering: MoeLowering | None = None,
-    agreement_timeout: float | None = None,
+    agreement_timeout: float | str | None = "auto",
     config: Any = None,
 ) -> Any:
     """A ``torchair.CompilerConfig`` that makes GE mode lower MoE blocks.
@@ -45,8 +44,7 @@ def torchair_config(
             generic operators, but with all that GE cannot convert in one message.
         policy: how ``auto`` chooses, see ``MoeLowering``.
         lowering: a pass object of yours, to read its ``reports`` afterwards; its deployment has mode "ge".
-        agreement_timeout: call ``check_agreement`` when the first graph is compiled, and wait so many seconds for the
-            slowest rank; None for no check. See ``npugraph_ex_options``.
+        agreement_timeout: compare the ranks of the EP group before the first graph is lowered, see ``npugraph_ex_options``.
         config: a ``CompilerConfig`` of yours, which is changed and returned. A ``post_grad_custom_pre_pass`` in it runs
             first, then the lowering.
 
@@ -79,9 +77,7 @@ def torchair_config(
             f"torchair_config: config.mode is {config.mode.value!r}; accepted: {GE!r}, which is GE mode "
             "(for npugraph_ex: npugraph_ex_options)"
         )
-    agree = None
-    if agreement_timeout is not None:
-        agree = functools.partial(check_agreement, deployment, lowering, timeout=agreement_timeout)
+    agree = agreement_before_first(deployment, lowering, agreement_timeout)
     own = config.post_grad_custom_pre_pass.value
     config.post_grad_custom_pre_pass = flat_hook(lowering, own, agree, lambda gm, *_: _finish(gm, lowering))
     return config

@@ -17,7 +17,7 @@ COMMS = ("auto", "allgather", "alltoall", "mc2", "fused_mc2")
 DTYPES = ("float32", "float16", "bfloat16")
 # Equal to quantisation.FORMATS and deployment.FUSED_MODES.
 QUANTISATIONS = ("none", "w8a8", "w4a8", "w4a16")
-FUSED_MODES = (1, 2)
+FUSED_MODES = (0, 1, 2)
 REPLAYS = 8  # of each captured graph
 
 DESCRIPTION = "Lower the mixture-of-experts layers of a model to Ascend NPU operators, on a machine without an NPU."

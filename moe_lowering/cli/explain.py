@@ -101,7 +101,7 @@ class Question:
         load = load_of(spec, deployment, tokens)
         costs = {name: estimate(name, load) for name in IMPLEMENTATIONS}
         name = self.policy.name
-        wanted = vllm_choice(name, spec, deployment, tokens) if name in VLLM else None
+        wanted = vllm_choice(name, spec, deployment, tokens)[0] if name in VLLM else None
         return Answer(tokens, spec, deployment, judgement, choice, reason, costs, wanted)
 
 

@@ -12,7 +12,7 @@ from moe_lowering.deployment import SOCS, WEIGHT_FORMATS
 
 IMPLEMENTATIONS = COMMS[1:]
 # Equal to passes.choosing.POLICIES, written out for the same reason as COMMS.
-POLICIES = ("auto", "vllm_ascend_0_13", "vllm_ascend_main")
+POLICIES = ("auto", "fixed", "vllm_ascend_0_13", "vllm_ascend_main")
 COLOURS = ("auto", "always", "never")
 
 # What is assumed of a machine that is not described, as `lower` does (cli.run).
@@ -94,7 +94,7 @@ def _add_block(add: Any) -> None:
     add("--dtype", choices=DTYPES, help="of weights and activations (default the config's, else bfloat16)")
     add("--quant", choices=QUANTISATIONS, default="none", help="quantisation of the experts (default none)")
     add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
-        help="fused operators: 1 dispatch_ffn_combine or mega_moe, 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
+        help="fused operators: 0 none, 1 dispatch_ffn_combine, mega_moe; 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
 
 
 def _add_deployment(add: Any) -> None:

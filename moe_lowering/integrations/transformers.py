@@ -175,8 +175,13 @@ def _activation_dtype(module: Any, given: torch.dtype) -> torch.dtype:
     """The dtype in which experts take tokens: that of the weights; of w4a16's scales; any for int8 rows."""
     quantisation = getattr(module, "moe_lowering_quantisation", "none")
     if quantisation == "none":
-        return module.gate_up_proj.dtype
-    return module.gate_up_proj_scale.dtype if quantisation == "w4a16" else given
+        return _first(module.gate_up_proj).dtype
+    return _first(module.gate_up_proj_scale).dtype if quantisation == "w4a16" else given
+
+
+def _first(weights: Any) -> Tensor:
+    """The one tensor of all experts, or that of the first (``placement.list_experts``)."""
+    return weights if isinstance(weights, Tensor) else weights[0]
 
 
 def _quantisers(module: Any) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Choose: one legal implementation by policy. What a policy sees is the same on every rank.
 
-- ``auto``: the cheapest legal one by a cost function (``costs.estimate``, or the user's).
-- a name (``allgather``, ``mc2``, ``fused_mc2``): that one and no other.
-- ``vllm_ascend_0_13``, ``vllm_ascend_main``: what vllm-ascend selects. Where that is not legal for the block, the
-  cheapest legal one, and the reason says so.
+- ``auto``: the cheapest legal one by a cost function (``costs.estimate``, or the user's). With ``comm``, that one and
+  no other; but ``fused_mc2`` without a provider of its operator becomes the cheapest legal one, and the reason says so.
+- ``fixed``: the one that ``comm`` names and no other, whatever the reason.
+- ``vllm_ascend_0_13``, ``vllm_ascend_main``: what vllm-ascend selects. Where that is not legal for the block, or
+  vllm-ascend itself refuses the situation, the cheapest legal one, and the reason says so.
 """
 
 from __future__ import annotations
@@ -16,13 +17,21 @@ from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.costs import Load, estimate
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
-from moe_lowering.passes.vllm_ascend_rules import Situation, capacity_0_13, capacity_main, choose_0_13, choose_main
+from moe_lowering.passes.vllm_ascend_rules import (
+    Situation,
+    capacity_0_13,
+    capacity_main,
+    choose_0_13,
+    choose_main,
+    fused_in_main,
+)
 from moe_lowering.report.records import Verdict
 
 Cost = Callable[[str, Load], float]
 VLLM = ("vllm_ascend_0_13", "vllm_ascend_main")
 COMMS = ("auto", *IMPLEMENTATIONS)
-POLICIES = ("auto", *VLLM)
+POLICIES = ("auto", "fixed", *VLLM)
+NO_PROVIDER = "fused.provider"  # the code of the rule that a library brings the fused operator
 WEIGHT_WIDTHS = {"w8a8": 1.0, "w4a8": 0.5, "w4a16": 0.5}  # bytes
 DEFAULT_TOKENS = 512  # what a graph without any bound is costed with: a full MC2 batch
 
@@ -37,11 +46,11 @@ class Policy:
 
     Attributes:
         comm: ``auto``, or the name of the only implementation to use.
-        name: ``auto`` or one of vllm-ascend's rules; read when ``comm`` is ``auto``.
+        name: ``auto``, ``fixed`` (with ``comm``), or one of vllm-ascend's rules (without).
         cost: estimated microseconds of an implementation under a load.
 
     Raises:
-        ValueError: for an unknown ``comm`` or ``name``.
+        ValueError: for an unknown ``comm`` or ``name``, and for names that do not go together.
     """
 
     comm: str = "auto"
@@ -52,27 +61,37 @@ class Policy:
         for field, value, accepted in (("comm", self.comm, COMMS), ("policy", self.name, POLICIES)):
             if value not in accepted:
                 raise ValueError(f"MoeLowering: {field} is {value!r}; accepted: {', '.join(accepted)}")
+        fits = {"auto": True, "fixed": self.comm != "auto"}.get(self.name, self.comm == "auto")
+        if not fits:
+            accepted_comm = "auto" if self.comm != "auto" else ", ".join(IMPLEMENTATIONS)
+            raise ValueError(f"MoeLowering: comm is {self.comm!r} with policy {self.name!r}; accepted: {accepted_comm}")
 
     def choose(
         self, verdicts: dict[str, Verdict], spec: BlockSpec, deployment: Deployment, tokens: int
     ) -> tuple[str | None, str]:
         """(implementation or None, why) at ``tokens`` tokens on a rank."""
-        if self.comm != "auto":
-            return self._fixed(verdicts[self.comm])
-        legal = [name for name in IMPLEMENTATIONS if verdicts[name].legal]
-        if not legal:
-            return None, "no implementation is legal"
         asked = ""
+        if self.comm != "auto":
+            verdict = verdicts[self.comm]
+            codes = list(dict.fromkeys(v.code for v in verdict.violations))
+            if self.name == "fixed" or NO_PROVIDER not in codes:
+                return self._fixed(verdict.legal, codes)
+            asked = f"{self.comm} was asked for, and no provider of its operator is declared [{NO_PROVIDER}]; "
+        legal = [name for name in IMPLEMENTATIONS if verdicts[name].legal]
         if self.name in VLLM:
-            wanted = vllm_choice(self.name, spec, deployment, tokens)
+            wanted, refused = vllm_choice(self.name, spec, deployment, tokens)
             if wanted in legal:
                 return wanted, f"{self.name} selects it"
-            asked = f"{self.name} selects {wanted}, which is not legal here; "
-        costs = {name: self._cost(name, load_of(spec, deployment, tokens)) for name in legal}
+            asked = f"{refused}; " if refused else f"{self.name} selects {wanted}, which is not legal here; "
+        if not legal:
+            return None, f"{asked}no implementation is legal"
+        return self._cheapest(legal, load_of(spec, deployment, tokens), f"{asked}cheapest at {tokens} tokens: ")
+
+    def _cheapest(self, legal: list[str], load: Load, asked: str) -> tuple[str, str]:
+        costs = {name: self._cost(name, load) for name in legal}
         best = min(legal, key=lambda name: (costs[name], name))
         others = ", ".join(f"{name} {costs[name]:.0f} us" for name in legal if name != best)
-        against = f" against {others}" if others else ", the only legal one"
-        return best, f"{asked}cheapest at {tokens} tokens: {costs[best]:.0f} us{against}"
+        return best, f"{asked}{costs[best]:.0f} us{f' against {others}' if others else ', the only legal one'}"
 
     def _cost(self, implementation: str, load: Load) -> float:
         try:
@@ -83,11 +102,10 @@ class Policy:
                 "accepted: a function that gives microseconds"
             ) from error
 
-    def _fixed(self, verdict: Verdict) -> tuple[str | None, str]:
-        if verdict.legal:
+    def _fixed(self, legal: bool, codes: list[str]) -> tuple[str | None, str]:
+        if legal:
             return self.comm, f"{self.comm} was asked for and is legal"
-        codes = ", ".join(dict.fromkeys(v.code for v in verdict.violations))
-        return None, f"{self.comm} was asked for and is not legal: {codes}"
+        return None, f"{self.comm} was asked for and is not legal: {', '.join(codes)}"
 
 
 def load_of(spec: BlockSpec, deployment: Deployment, tokens: int) -> Load:
@@ -106,27 +124,34 @@ def load_of(spec: BlockSpec, deployment: Deployment, tokens: int) -> Load:
     )
 
 
-def vllm_choice(name: str, spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
-    """What vllm-ascend's rule selects for this block; MC2's capacity comes from ``Deployment.max_tokens``."""
-    fused = deployment.provider("vllm_ascend") is not None
-    most = deployment.max_tokens or DEFAULT_TOKENS
-    mega_moe = deployment.provider("cann_ops_transformer") is not None
+def vllm_choice(name: str, spec: BlockSpec, deployment: Deployment, tokens: int) -> tuple[str | None, str]:
+    """(what vllm-ascend's rule selects for this block, or why it refuses); capacity comes from ``max_tokens``.
+
+    The rule's fused mode is the deployment's, as far as a library that it would call is declared.
+    """
     old = name == "vllm_ascend_0_13"
+    mega_moe = not old and deployment.provider("cann_ops_transformer") is not None
+    available = mega_moe or deployment.provider("vllm_ascend") is not None
+    most = deployment.max_tokens or DEFAULT_TOKENS
     situation = Situation(
         soc=deployment.soc,
         ep_size=spec.ep_size,
         tokens=tokens,
-        capacity=(
-            capacity_0_13(spec.tp_size, most)
-            if old
-            else capacity_main(spec.tp_size, most, fused=fused, mega_moe=mega_moe)
-        ),
+        capacity=0,
         experts=spec.experts,
         top_k=spec.top_k,
+        hidden=spec.hidden,
+        intermediate=spec.intermediate,
         quantisation="w8a8_dynamic" if spec.quantisation == "w8a8" else spec.quantisation,
-        fused_mode=1 if fused else 0,
+        fused_mode=deployment.fused_mode if available else 0,
         mega_moe=mega_moe,
     )
-    if old and deployment.soc not in ("A2", "A3"):
-        return "allgather"  # 0.13 raises for other SoCs; what it would take without expert parallelism
-    return choose_0_13(situation) if old else choose_main(situation)
+    if old:
+        capacity = capacity_0_13(spec.tp_size, most)
+    else:
+        capacity = capacity_main(spec.tp_size, most, fused=fused_in_main(situation), mega_moe=mega_moe)
+    situation = dataclasses.replace(situation, capacity=capacity)
+    try:
+        return (choose_0_13 if old else choose_main)(situation), ""
+    except ValueError as refused:
+        return None, f"{name} refuses this deployment ({refused})"

@@ -23,11 +23,12 @@ class Situation:
         ep_size: EP world size. ``world_size``: ranks across data parallelism (and pipeline stages).
         tokens: tokens of this forward (the largest over DP ranks); None in a profile run of main.
         capacity: MC2's token capacity, see ``capacity_0_13`` and ``capacity_main``.
-        experts, top_k: of the model.
-        quantisation: ``""``, ``"w8a8_dynamic"``, ...
+        experts, top_k: of the model. hidden, intermediate: read by main where ``mega_moe`` is; 0 for sizes that fit.
+        quantisation: ``""`` or ``"none"``, ``"w8a8_dynamic"``, ...
         fused_mode: VLLM_ASCEND_ENABLE_FUSED_MC2 / enable_fused_mc2: 0, 1 (dispatch_ffn_combine), and for 0.13 also 2
             (dispatch_gmm_combine_decode).
-        draft_model, dynamic_eplb, decode_fusion_allowed: read by 0.13. lora, mega_moe: read by main.
+        draft_model, dynamic_eplb, decode_fusion_allowed: read by 0.13. lora, mega_moe (CANN's operator is installed):
+            read by main.
     """
 
     soc: str
@@ -36,6 +37,8 @@ class Situation:
     capacity: int
     experts: int = 0
     top_k: int = 1
+    hidden: int = 0
+    intermediate: int = 0
     quantisation: str = ""
     fused_mode: int = 0
     expert_parallel: bool = True
@@ -90,7 +93,7 @@ def choose_main(s: Situation) -> str:
         ranks = s.world // s.pipeline_stages
         return "mc2" if s.experts // ranks <= 24 and ranks >= 16 and fits else "allgather"
     if s.soc == "A3":
-        if s.fused_mode == 1 and s.ep_size <= (64 if s.mega_moe else 32):
+        if fused_in_main(s) and s.ep_size <= (64 if s.mega_moe else 32):
             return "fused_mc2"
         return "mc2" if fits else "alltoall"
     if s.soc == "A5":
@@ -100,6 +103,19 @@ def choose_main(s: Situation) -> str:
     if s.soc == "310P":
         return "allgather"
     raise ValueError(f"vllm_ascend_main: soc is {s.soc!r}; accepted: A2, A3, A5, 310P")
+
+
+def fused_in_main(s: Situation) -> bool:
+    """Whether main's fused mode is on: with MegaMoe installed, a model that it does not take switches it off.
+
+    Source: 182b75ea ascend_config.py and platform.py (facts/vllm_ascend.md §1.2).
+    """
+    if not s.mega_moe:
+        return s.fused_mode == 1
+    hidden_fits = not s.hidden or (1024 <= s.hidden <= 8192 and s.hidden % 512 == 0)
+    width_fits = not s.intermediate or (1024 <= s.intermediate <= 3072 and s.intermediate % 512 == 0)
+    taken = s.quantisation.removesuffix("_dynamic") in ("", "none", "w8a8", "w4a8")
+    return s.fused_mode == 1 and hidden_fits and width_fits and taken
 
 
 def capacity_0_13(tp_size: int, largest_captured: int = 0, requests: int = 0, query_length: int = 1) -> int:

@@ -256,7 +256,7 @@ def _lower(form: Form, deployment: Deployment, gm: GraphModule, check: bool) -> 
     """The lowered graph, or why there is none; ``check`` re-propagates fake tensors through it."""
     before, nodes = gm.code, list(gm.graph.nodes)
     tokens = nodes[0].meta["val"].shape[0]
-    lowering = MoeLowering(deployment, form.comm)
+    lowering = MoeLowering(deployment, form.comm, policy="fixed")
     lowering(gm)
     report = lowering.reports[-1]
     if len(report.blocks) != 1:

@@ -1,0 +1,102 @@
+"""Where experts live, and in how many tensors: expert maps of all ranks as one ``log2phy``, and weights as lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lowering.layers import MoE, moe_modules
+
+__all__ = ["list_experts", "log2phy_from_expert_maps"]
+
+_SUFFIXES = ("", "_bias", "_scale", "_offset", "_scale_bias")
+
+
+def log2phy_from_expert_maps(expert_maps: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """The ``log2phy`` of a placement that vLLM's expert maps describe, for ``moe_experts(log2phy=..., num_experts=...)``.
+
+    The operators hold experts in blocks: rank r has the physical experts [r * E_local, (r + 1) * E_local), slot by slot. A
+    map that places logical experts otherwise (round robin, or by load, with redundant copies) is a choice of physical
+    experts for logical ones, so weights stay where the map says: the expert of slot s of rank r is physical r * E_local + s.
+
+    Args:
+        expert_maps: one [logical experts] int32 or int64 tensor for each EP rank, in rank order: the slot on that rank of
+            each expert that is there, -1 for the others. Build it on every rank alike.
+
+    Returns:
+        log2phy, int32 [logical experts], and the number of physical experts, E_local * ranks. E_local is the largest slot
+        of any rank plus one. An expert with several copies is taken from the first rank that has it.
+
+    Raises:
+        ValueError, TypeError: no map, maps of different sizes or of another dtype, a slot twice on a rank, an expert
+            that no rank has.
+    """
+    if not expert_maps:
+        raise ValueError("log2phy_from_expert_maps: expert_maps is empty; accepted: one map for each EP rank")
+    for rank, each in enumerate(expert_maps):
+        if each.dim() != 1 or each.shape != expert_maps[0].shape or each.dtype not in (torch.int32, torch.int64):
+            raise TypeError(
+                f"log2phy_from_expert_maps: expert_maps[{rank}] is {each.dtype} of shape {list(each.shape)}; accepted: "
+                f"int32 or int64 {list(expert_maps[0].shape)}, one entry for each logical expert"
+            )
+    slots = [each.tolist() for each in expert_maps]
+    local = 1 + max(max(of_rank, default=-1) for of_rank in slots)
+    found: dict[int, int] = {}
+    for rank, of_rank in enumerate(slots):
+        taken: dict[int, int] = {}
+        for expert, slot in enumerate(of_rank):
+            if slot < 0:
+                continue
+            if slot in taken:
+                raise ValueError(
+                    f"log2phy_from_expert_maps: expert_maps[{rank}] has slot {slot} for the experts {taken[slot]} and "
+                    f"{expert}; accepted: every slot once"
+                )
+            taken[slot] = expert
+            found.setdefault(expert, rank * local + slot)
+    missing = [expert for expert in range(len(slots[0])) if expert not in found]
+    if missing:
+        raise ValueError(
+            f"log2phy_from_expert_maps: no rank has expert {missing[0]}; accepted: a slot for every expert"
+        )
+    placed = [found[expert] for expert in range(len(slots[0]))]
+    return torch.tensor(placed, dtype=torch.int32, device=expert_maps[0].device), local * len(expert_maps)
+
+
+def list_experts(model: nn.Module) -> nn.Module:
+    """Hold the experts of every MoE module of ``model`` as one tensor each, in place: what CANN's ``mega_moe`` takes.
+
+    Call it last, after ``shard_experts`` and ``quantise_experts``. Weights, biases, scales and offsets become
+    ``nn.ParameterList`` of E_local contiguous tensors, under their old names; transformers' weights that were not
+    transposed yet become [K, N]. Modules whose experts are lists already stay as they are.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: ``model`` has no MoE module.
+    """
+    for _, module in moe_modules("list_experts", model):
+        known: Any = module
+        own = isinstance(module, MoE)
+        turned = not own and not known.is_transposed
+        for name in ("w13", "w2") if own else ("gate_up_proj", "down_proj"):
+            for suffix in _SUFFIXES:
+                _to_list(module, name + suffix, transpose=turned and not suffix)
+        if not own:
+            known.is_transposed = True
+    return model
+
+
+def _to_list(module: nn.Module, name: str, *, transpose: bool) -> None:
+    stacked = getattr(module, name, None)
+    if not isinstance(stacked, Tensor):  # there is none, or it is a list
+        return
+    with torch.no_grad():
+        experts = [(each.transpose(0, 1) if transpose else each).clone(memory_format=torch.contiguous_format)
+                   for each in stacked.unbind(0)]  # fmt: skip
+    delattr(module, name)
+    setattr(module, name, nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in experts))
