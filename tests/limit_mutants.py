@@ -1,7 +1,8 @@
 """Wrong numbers in the limit tables, one at a time: what the facts must catch.
 
 A mutant is a row with one integer of one of its expressions changed, one value of an enumeration taken away or added, one
-SoC taken away, or one number of a version changed. Names and operations are left as they are.
+SoC taken away, one number of a version changed, or a condition that no longer knows one of its words. Names and operations
+are left as they are, and conditions that would hold more often: a rule that is too broad refuses, it never permits.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ def mutants(row: Limit) -> Iterator[tuple[str, Limit]]:
             yield f"{field}: {expression.text} -> {text}", dataclasses.replace(row, **{field: Expression(text)})
     for value in row.one_of if len(row.one_of) > 1 else ():
         yield f"without {value!r}", dataclasses.replace(row, one_of=tuple(v for v in row.one_of if v is not value))
+    if row.when is not None and "!=" not in row.when.text and "not in" not in row.when.text:
+        for word in dict.fromkeys(re.findall("'[^']*'", row.when.text)):
+            when = Expression(row.when.text.replace(word, "'no such word'"))
+            yield f"when without {word}", dataclasses.replace(row, when=when)
     older = " in an older version" if row.versions else ""
     for value in _added(row):
         yield f"with {value!r}{older}", dataclasses.replace(row, one_of=(*row.one_of, value))

@@ -26,7 +26,10 @@ EXPRESSIONS = ("value", "when", "min", "max", "multiple_of", "equals")
 # What texts may show beside the quantities: the value; for bounds on the HCCL window, HCCL_BUFFSIZE and what is enough.
 SHOWN = frozenset({"value", "buffer_mb", "needed_mb"})
 MOST_BUFFER_MB = 65535  # HCCL_BUFFSIZE must fit 16 bits (vllm-ascend 182b75ea, tiling of dispatch_ffn_combine)
-UNBOUNDED, TOO_MANY = "unboundedly many", f"more than {MOST_BUFFER_MB}"  # what needed_mb shows where no setting is enough
+UNBOUNDED, TOO_MANY = (
+    "unboundedly many",
+    f"more than {MOST_BUFFER_MB}",
+)  # what needed_mb shows where no setting is enough
 # What a bound on the HCCL window advises instead of its own advice, which names a setting.
 NO_SETTING = {
     UNBOUNDED: "T has no upper bound, so no HCCL_BUFFSIZE is enough: declare Deployment.max_tokens, or the range of T "
