@@ -238,8 +238,8 @@ def _packable(block: BlockCase, case: GraphCase) -> BlockCase:
 
 
 def _local(experts: int, aim: str | None) -> int:
-    """Experts on a rank: FusedMC2 takes any number but 2."""
-    return 3 if aim == "fused_mc2" and experts == 2 else experts
+    """Experts on a rank: FusedMC2 takes 3 or more (16-bit weights)."""
+    return max(3, experts) if aim == "fused_mc2" else experts
 
 
 @st.composite

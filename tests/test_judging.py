@@ -54,6 +54,7 @@ TWINS = [
     ("mc2.top_k", "mc2", BASE.but(top_k=17), BASE.but(top_k=16)),
     ("mc2.experts", "mc2", BASE.but(experts=1032), BASE.but(experts=1024)),
     ("fused.local_experts", "fused_mc2", BASE.but(experts=16), BASE.but(experts=24)),
+    ("fused.local_experts", "fused_mc2", BASE.but(experts=8), BASE.but(experts=24)),
     ("fused.ep_size", "fused_mc2", BASE.but(ep_size=64, experts=256), BASE.but(ep_size=32, experts=256)),
     ("fused.count_matrix", "fused_mc2", BASE.but(ep_size=32, experts=1536), BASE.but(ep_size=32, experts=1504)),
     ("mc2.ep_size", "mc2", BASE.but(ep_size=1), BASE.but(ep_size=2)),

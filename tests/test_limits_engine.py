@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -204,6 +205,25 @@ def test_every_bound_on_the_window_says_how_much_is_enough() -> None:
 def test_a_window_that_no_setting_makes_large_enough() -> None:
     (violation,) = check(FUSED, "A3", {**INT8, "max_tokens": 10**6, "buffer_bytes": 2**20}, versions=KNOWN)[-1:]
     assert "needs more than 65535 MB" in violation.message
+    assert "HCCL_BUFFSIZE is 65535 MB at most: lower T (Deployment.max_tokens" in violation.advice
+    assert "to more than" not in violation.advice, "a setting that does not exist"
+    (fits,) = check(FUSED, "A3", {**INT8, "max_tokens": 380_000, "buffer_bytes": 2**20}, versions=KNOWN)[-1:]
+    assert "set HCCL_BUFFSIZE" in fits.advice
+
+
+def test_a_window_for_tokens_without_an_upper_bound(symbol: Callable[[int, int], torch.SymInt]) -> None:
+    """No number of MB is enough: the advice is to declare a bound, and with one it names a number again."""
+    tokens = symbol(2, sys.maxsize - 1)
+    unbounded = {**INT8, "max_tokens": tokens, "buffer_bytes": 2**20}
+    found = check(FUSED, "A3", unbounded, versions=KNOWN)
+    assert {v.code for v in found} == {"fused.window", "fused.window_output", "fused.buffer"}
+    for violation in found:
+        assert "needs unboundedly many MB" in violation.message
+        assert "declare Deployment.max_tokens" in violation.advice
+        assert "mark_dynamic" in violation.advice
+        assert "HCCL_BUFFSIZE and" not in violation.advice
+    declared = check(FUSED, "A3", unbounded, Prover({tokens.node.expr: (2, 512)}), KNOWN)
+    assert "to 94 MB" in {v.code: v.advice for v in declared}["fused.buffer"]
 
 
 @pytest.mark.parametrize(
@@ -256,7 +276,9 @@ def symbol() -> Callable[[int, int], torch.SymInt]:
         env = ShapeEnv()
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[None])
         mode = FakeTensorMode(shape_env=env)
-        size = mode.from_tensor(torch.empty((low + high) // 2 or 3), symbolic_context=context).shape[0]
+        size = mode.from_tensor(
+            torch.empty(min((low + high) // 2, 2**40) or 3, device="meta"), symbolic_context=context
+        ).shape[0]
         env.var_to_range[size.node.expr] = ValueRanges(low, high)
         return size
 

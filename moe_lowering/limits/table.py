@@ -26,6 +26,16 @@ EXPRESSIONS = ("value", "when", "min", "max", "multiple_of", "equals")
 # What texts may show beside the quantities: the value; for bounds on the HCCL window, HCCL_BUFFSIZE and what is enough.
 SHOWN = frozenset({"value", "buffer_mb", "needed_mb"})
 MOST_BUFFER_MB = 65535  # HCCL_BUFFSIZE must fit 16 bits (vllm-ascend 182b75ea, tiling of dispatch_ffn_combine)
+UNBOUNDED, TOO_MANY = (
+    "unboundedly many",
+    f"more than {MOST_BUFFER_MB}",
+)  # what needed_mb shows where no setting is enough
+# What a bound on the HCCL window advises instead of its own advice, which names a setting.
+NO_SETTING = {
+    UNBOUNDED: "T has no upper bound, so no HCCL_BUFFSIZE is enough: declare Deployment.max_tokens, or the range of T "
+    "with mark_dynamic(..., min=..., max=...)",
+    TOO_MANY: f"HCCL_BUFFSIZE is {MOST_BUFFER_MB} MB at most: lower T (Deployment.max_tokens, or max of mark_dynamic)",
+}
 
 
 class LimitsError(ValueError):
@@ -286,12 +296,10 @@ def _violation(
     if row.holds(value, quantities, prover):
         return None
     accepted = row.accepted(quantities)
-    shown = {
-        **quantities,
-        "value": value,
-        **(_buffer_sizes(row, value, quantities, prover) if row.bounds_buffer else {}),
-    }
-    only, advice = _versions_in_words(row, versions or {})
+    sizes = _buffer_sizes(row, value, quantities, prover) if row.bounds_buffer else {}
+    shown = {**quantities, "value": value, **sizes}
+    only, declare = _versions_in_words(row, versions or {})
+    advice = NO_SETTING.get(sizes.get("needed_mb", "")) or row.advice.format_map(shown)
     return Violation(
         code=row.code,
         operator=row.operator,
@@ -299,7 +307,7 @@ def _violation(
         limit=accepted,
         source=row.source,
         message=_message(row, value, accepted, shown) + only,
-        advice="; ".join(filter(None, (row.advice.format_map(shown), advice))),
+        advice="; ".join(filter(None, (advice, declare))),
     )
 
 
@@ -312,15 +320,15 @@ def _message(row: Limit, value: Any, accepted: str, shown: Mapping[str, Any]) ->
 
 
 def _buffer_sizes(row: Limit, value: Any, quantities: Mapping[str, Any], prover: Prover) -> dict[str, str]:
-    """HCCL_BUFFSIZE as it is, and the smallest that is enough for every value of the symbols, in MB."""
+    """HCCL_BUFFSIZE as it is, and the smallest that is enough for every value of the symbols, in MB; or in words, none."""
     assert row.max is not None
     bound, (_, most) = row.max, prover.bounds(value)
-    sizes = {"buffer_mb": f"{quantities['buffer_bytes'] / 2**20:g}", "needed_mb": "unlimited"}
+    sizes = {"buffer_mb": f"{quantities['buffer_bytes'] / 2**20:g}", "needed_mb": UNBOUNDED}
     if most is not None:
         needed = 1 + bisect_left(
             range(1, MOST_BUFFER_MB + 1), True, key=lambda mb: bound({**quantities, "buffer_bytes": mb * 2**20}) >= most
         )
-        sizes["needed_mb"] = str(needed) if needed <= MOST_BUFFER_MB else f"more than {MOST_BUFFER_MB}"
+        sizes["needed_mb"] = str(needed) if needed <= MOST_BUFFER_MB else TOO_MANY
     return sizes
 
 
