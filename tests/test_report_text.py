@@ -50,7 +50,7 @@ def test_a_refused_block_shows_no_operators_after_and_every_violation():
     text = render(report(block("layers.0", comm=None, violations=violations)))
     assert "NOT LOWERED (a reason)" in text
     assert "after (" not in text
-    assert "[mc2.hidden]" in text and "[mc2.dtype]" in text and "(use AllGather)" in text
+    assert "[mc2.hidden]" in text and "[mc2.dtype]" in text and "(use AllGather; source 1)" in text
 
 
 def test_a_rule_broken_at_both_ends_of_an_exchange_is_shown_once():
