@@ -174,7 +174,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--tp", type=positive, default=1, metavar="N", help="ranks of these that hold the same tokens (default 1)")
     add("--quant", choices=QUANTISATIONS, default="none", help="quantise the experts (default none)")
     add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
-        help="fused operators: 1 dispatch_ffn_combine, 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
+        help="fused operators: 1 dispatch_ffn_combine or mega_moe, 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
     add_provider(add)
     add("--soc", choices=SOCS, default="A3", help="Ascend SoC (default A3)")
     add("--tokens", type=positive, default=32, metavar="T", help="tokens of one rank (default 32)")
@@ -192,7 +192,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def add_provider(add: Any) -> None:
     """Add ``--provider`` to a command."""
     add("--provider", type=_provider, action="append", metavar="NAME=VERSION",
-        help=f"installed library with fused operators, or none (default {'='.join(PROVIDERS[0])})")  # fmt: skip
+        help=f"installed library with fused operators, once for each, or none (default {'='.join(PROVIDERS[0])})")  # fmt: skip
 
 
 def installed(given: list[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:
