@@ -22,7 +22,8 @@ from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
 KEYS = {
     "model", "blocks", "max_abs_error", "max_rel_error", "snr_db", "nodes_before", "nodes_after", "pass_ms", "captured",
 }  # fmt: skip
-BLOCK_KEYS = {"name", "comm", "ops_before", "ops_after", "verdicts"}
+BLOCK_KEYS = {"name", "comm", "reason", "ops_before", "ops_after", "verdicts", "notes", "enforced", "sizes"}
+VIOLATION_KEYS = {"code", "operator", "value", "limit", "source", "message", "advice"}
 FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "glm4_moe")
 
 
@@ -59,6 +60,21 @@ def test_the_names_of_implementations_are_those_of_the_pass():
         (["lower", "moe", "--tokens", "0"], "--tokens: is 0; accepted: an integer of 1 or more"),
         (["lower", "moe", "--tokens", "many"], "--tokens: is many; accepted"),
         (["lower", "moe", "--layers", "-1"], "--layers: is -1; accepted"),
+        (["lower", "moe", "--fused-mode", "3"], "--fused-mode: invalid choice: 3 (choose from 1, 2)"),
+        (["lower", "moe", "--comm", "fusedmc2"], "--comm: invalid choice: 'fusedmc2' (choose from 'auto', 'allgather'"),
+        (["lower", "moe", "--quant", "int8"], "--quant: invalid choice: 'int8' (choose from 'none', 'w8a8'"),
+        (["lower", "moe", "--tp", "3"], "--tp: is 3 with --ep 1; accepted: a divisor of --ep"),
+        (["lower", "moe", "--ep", "4", "--tp", "3"], "--tp: is 3 with --ep 4; accepted: a divisor of --ep"),
+        (["lower", "moe", "--provider", "vllm_ascend"], "--provider: is 'vllm_ascend'; accepted: NAME=VERSION"),
+        (
+            ["lower", "moe", "--provider", "vllm=1.0"],
+            "or none; names: vllm_ascend, cann_ops_transformer, sgl_kernel_npu",
+        ),
+        (
+            ["lower", "moe", "--provider", "none", "--provider", "vllm_ascend=1"],
+            "--provider: is none and others; accepted",
+        ),
+        (["lower", "moe", *("--provider", "vllm_ascend=1") * 2], "--provider: vllm_ascend is given twice; accepted"),
         (["lower", "moe", "--ep", "3"], "--ep: is 3, and moe has 16 experts; accepted: a divisor of that"),
         (["lower", "mixtrl"], "MODEL: is 'mixtrl' (did you mean mixtral"),
         (["lower", "llama"], "llama has no MoE layers"),
@@ -293,7 +309,8 @@ def test_a_model_is_lowered_and_agrees(given: tuple[str, ...], capfd: pytest.Cap
         assert block["ops_before"][0] == "moe_lowering.dispatch"
         assert "npu.npu_grouped_matmul" in block["ops_after"]
         assert block["verdicts"]["allgather"] == {"legal": True, "form": "allgather", "violations": []}
-        assert {"code", "message"} == set(block["verdicts"]["mc2"]["violations"][0])
+        assert set(block["verdicts"]["mc2"]["violations"][0]) == VIOLATION_KEYS
+        assert block["sizes"]["received"]["value"] and block["sizes"]["windows"] == []
 
 
 def test_a_broken_lowering_is_a_mismatch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
@@ -306,30 +323,101 @@ def test_a_broken_lowering_is_a_mismatch(monkeypatch: pytest.MonkeyPatch, capfd:
     assert found["blocks"][0]["comm"] == "allgather" and found["max_rel_error"] > 0.1
 
 
-def test_an_illegal_implementation_is_refused_with_its_codes(capfd: pytest.CaptureFixture[str]):
-    code, found, err = command(capfd, "moe", "--comm", "mc2", "--layers", "1", "--tokens", "8")
-    assert code == 1
-    (block,) = found["blocks"]
+def test_an_illegal_implementation_is_refused_with_its_codes_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """And with what the pass says of the graph, which runs here the second time."""
+    given = ("moe", "--comm", "mc2", "--layers", "1", "--tokens", "8")
+    real = models.build
+    monkeypatch.setattr(models, "build", lambda made, dtype, **more: real(made, dtype, **more).to("meta"))
+    code, early, err = command(capfd, *given)
+    monkeypatch.setattr(models, "build", real)
+    assert code == 1 and "building" not in err
+    (block,) = early["blocks"]
     codes = [v["code"] for v in block["verdicts"]["mc2"]["violations"]]
-    assert block["comm"] is None and codes
+    assert block["comm"] is None and codes == ["mc2.communicator", "mc2.ep_size", "mc2.ep_size"]
     assert all(code in err for code in codes)
-    assert found["max_rel_error"] < compare.TOLERANCE["bfloat16"]  # left as it was, it still computes the same
+    assert early["nodes_before"] is early["pass_ms"] is early["max_rel_error"] is None
+
+    monkeypatch.setattr(run.beforehand, "refused", lambda *_: None)
+    code, late, err = command(capfd, *given)
+    assert code == 1 and "building" in err
+    assert late["blocks"][0]["verdicts"] == block["verdicts"] and late["blocks"][0]["reason"] == block["reason"]
+    assert late["max_rel_error"] < compare.TOLERANCE["bfloat16"]  # left as it was, it still computes the same
+
+
+@pytest.mark.parametrize(
+    ("given", "codes"),
+    [
+        (
+            "qwen3_moe --ep 4 --comm fused_mc2 --quant w4a16",
+            {"fused.quantisation", "fused.offset", "fused.compensation"},
+        ),
+        ("qwen3_moe --ep 4 --comm fused_mc2 --quant w8a8 --provider none", {"fused.provider"}),
+        ("gpt_oss --ep 2 --comm fused_mc2", {"fused.activation", "fused.gate_order", "fused.bias"}),
+        ("qwen3_moe --comm mc2", {"mc2.communicator", "mc2.ep_size"}),
+        ("moe --ep 4 --comm mc2 --tokens 600 --dynamic --dtype float32", {"mc2.x_dtype", "mc2.tokens"}),
+    ],
+)
+def test_codes_from_the_options_are_those_of_the_graph(
+    given: str, codes: set[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """A graph that is traced with fake tensors has the same verdicts; T is a symbol with --dynamic."""
+    arguments_ = ("--fake", "--layers", "2", *given.split())
+    found = []
+    for answer in (run.beforehand.refused, lambda *_: None):
+        monkeypatch.setattr(run.beforehand, "refused", answer)
+        torch._dynamo.reset()
+        code, report, _ = command(capfd, *arguments_)
+        assert code == 1
+        found.append(report)
+    early, late = found
+    asked = given.split()[given.split().index("--comm") + 1]
+    assert early["nodes_before"] is None and late["nodes_before"] > 0
+    assert [b["name"] for b in early["blocks"]] == [b["name"] for b in late["blocks"]]
+    for before, after in zip(early["blocks"], late["blocks"], strict=True):
+        assert codes <= {v["code"] for v in before["verdicts"][asked]["violations"]}
+        if "--dynamic" not in given:
+            assert before["verdicts"] == after["verdicts"] and before["reason"] == after["reason"]
+
+
+@pytest.mark.parametrize("given", ["qwen3_moe --ep 4 --comm mc2", "moe --ep 4 --comm fused_mc2 --quant w8a8", "moe"])
+def test_a_legal_or_open_choice_is_not_answered_beforehand(given: str):
+    request = arguments.parse(["lower", *given.split()])
+    made = models.plan(request)
+    groups = {"ep_group": "ep", "mc2_group": "mc2"} if request.ep > 1 else {}
+    deployment = run.deployment_for(request, **groups)
+    assert run.beforehand.refused(request, made, models.skeleton(made), deployment) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "answered"), [("", False), ("--dynamic", False), ("--dynamic --dtype float32", True)]
+)
+def test_with_dynamic_shapes_a_refusal_that_depends_on_t_needs_the_graph(given: str, answered: bool):
+    tokens = 600 if given else 512
+    request = arguments.parse(f"lower moe --ep 4 --comm mc2 --tokens {tokens} {given}".split())
+    made = models.plan(request)
+    deployment = run.deployment_for(request, ep_group="ep", mc2_group="mc2")
+    found = run.beforehand.refused(request, made, models.skeleton(made), deployment)
+    assert (found is not None) == answered
+    if found is not None:
+        messages = [v.message for v in found.blocks[0].verdicts["mc2"].violations]
+        assert any("tokens is T; accepted: 1 to 512" in message for message in messages)
+
+
+def test_without_a_provider_the_choice_is_another_one():
+    request = arguments.parse(["lower", "moe", "--ep", "4", "--provider", "none"])
+    assert run.deployment_for(request, ep_group="ep").providers == ()
+    assert "no provider of fused operators installed" in run.assumptions(request)
+    request = arguments.parse(["lower", "moe", "--provider", "cann_ops_transformer=9.1.0"])
+    assert run.deployment_for(request).providers == (("cann_ops_transformer", "9.1.0"),)
+    assert run.deployment_for(Request("moe")).providers == arguments.PROVIDERS
 
 
 def test_experts_that_are_not_supported_are_named(capfd: pytest.CaptureFixture[str]):
     code, found, err = command(capfd, "nemotron_h", "--ep", "2")
     assert code == 1 and found["blocks"] == [] and found["max_abs_error"] is None
     assert "mixer.experts is not lowered: it has no gate projection" in err
-
-
-@pytest.mark.parametrize(
-    "given", [("moe", "--comm", "mc2", "--layers", "1"), ("qwen3_moe", "--comm", "fused_mc2")], ids=lambda g: g[0]
-)
-def test_two_ranks_agree_with_unsharded_experts(given: tuple[str, ...], capfd: pytest.CaptureFixture[str]):
-    code, found, _ = command(capfd, *given, "--ep", "2", "--tokens", "8")
-    assert code == 0
-    assert {block["comm"] for block in found["blocks"]} == {given[2]}
-    assert 0 < found["max_rel_error"] < compare.TOLERANCE["bfloat16"]
 
 
 def test_ranks_that_choose_differently_are_an_error():

@@ -186,6 +186,71 @@ def test_with_unequal_token_counts_the_declared_bound_decides(capfd):
     assert "mc2.tokens" in codes(above)["mc2"]
 
 
+@pytest.mark.parametrize("policy", ["", "--policy fixed", "--policy auto"])
+def test_comm_chooses_that_one_or_none(capfd, policy):
+    """As MoeLowering(comm="mc2"): every verdict is there, and none but the asked one is chosen."""
+    code, found = answer(capfd, f"{BLOCK} --ep 16 {ROOMY} --comm mc2 {policy}")
+    assert (code, found["choice"], found["reason"]) == (0, "mc2", "mc2 was asked for and is legal")
+    assert found["policy"] == {"name": "fixed", "selects": "mc2"}
+    assert found["verdicts"]["fused_mc2"]["legal"], "which would be cheaper"
+    code, found = answer(capfd, f"{BLOCK} --ep 16 {ROOMY} --tokens 513 --comm mc2 {policy}")
+    assert (code, found["choice"]) == (1, None)
+    assert found["reason"] == "mc2 was asked for and is not legal: mc2.tokens"
+    assert found["verdicts"]["allgather"]["legal"] and found["sizes"] is None
+
+
+def test_comm_shows_the_rules_of_that_one(capfd):
+    code, out, err = command(capfd, f"{BLOCK} --ep 16 {ROOMY} --tokens 513 --comm mc2")
+    assert code == 1 and err == "moe-lowering: mc2 was asked for and is not legal: mc2.tokens\n"
+    assert "not mc2 " in out and "[mc2.tokens]" in out and "policy fixed (mc2)" in re.sub(r"\s+", " ", out)
+    assert "not fused_mc2" not in out
+
+
+def test_a_sweep_with_comm_ends_where_that_one_is_illegal(capfd):
+    found = pieces(capfd, f"{BLOCK} --ep 16 {ROOMY} --comm mc2 --sweep tokens=1..1000")
+    assert found == [(1, 512, "mc2", ["mc2.tokens"]), (513, 1000, None, [])]
+
+
+def test_without_capture_alltoall_sends_what_there_is(capfd):
+    given = f"{BLOCK} --ep 16 --comm alltoall"
+    assert answer(capfd, f"{given} --no-capture")[1]["verdicts"]["alltoall"]["form"] == "exact"
+    for captured in ("", "--capture"):
+        assert answer(capfd, f"{given} {captured}")[1]["verdicts"]["alltoall"]["form"] == "static"
+    deployment = answer(capfd, f"{given} --no-capture")[1]["deployment"]
+    assert deployment["capture"] is False
+    assert re.search(r"^  alltoall +legal, exact +\d+ us  chosen$", command(capfd, f"{given} --no-capture")[1], re.M)
+
+
+def test_two_levels_have_their_own_window(capfd):
+    """OP: the window of A2 in two levels is another sum than that of A2 in one, and no fused operator knows them."""
+    one, two = (answer(capfd, f"{BLOCK} --soc A2 --ep 16 --comm mc2 {given}")[1] for given in ("", "--hierarchy"))
+    assert (one["deployment"]["mc2_hierarchy"], two["deployment"]["mc2_hierarchy"]) == (False, True)
+    windows = [found["sizes"]["windows"][0]["needed"]["value"] for found in (one, two)]
+    assert windows[0] != windows[1]
+    broken = [codes(answer(capfd, f"{BLOCK} --ep 16 {ROOMY} {given}")[1])["fused_mc2"] for given in ("", "--hierarchy")]
+    assert broken[0] == set() and broken[1] != set()
+
+
+def test_the_shown_window_is_what_the_limit_is_on(capfd):
+    """7,860,224 T bytes, as in the sweep below."""
+    sizes = answer(capfd, f"{BLOCK} --ep 16 --tokens 128 --comm mc2")[1]["sizes"]
+    (window,) = sizes["windows"]
+    assert window == {
+        "code": "mc2.buffer", "needed": {"value": 128 * 7860224, "most": 128 * 7860224}, "accepted": 2**30,
+        "unit": "bytes of HCCL window", "needed_mb": 960,
+    }  # fmt: skip
+    assert (sizes["capacity"]["value"], sizes["received"]["value"], sizes["range"]) == (128, 16384, "T = 128")
+
+
+def test_declared_token_counts_are_called_t(capfd):
+    given = f"{BLOCK} --ep 16 --tp 2 {ROOMY} --unequal-tokens --max-tokens 1100"
+    _, out, _ = command(capfd, f"{given} --why mc2")
+    assert "mc2.tokens: tokens = ((T + 1)//2); accepted: 1 to 512" in re.sub(r"\s+", " ", out)
+    assert not re.search(r"\b[su]\d+\b", out)
+    violation = answer(capfd, given)[1]["verdicts"]["mc2"]["violations"][0]
+    assert violation["message"].endswith("accepted: 1 to 512; the deployment declares 1 <= T <= 1100")
+
+
 # --------------------------------------------------------------------------------------------------------------- sweeps
 
 
@@ -289,7 +354,7 @@ def test_why_of_a_refused_implementation_in_words(capfd):
 def test_json_keys(capfd):
     _, found = answer(capfd, "deepseek_v3 --ep 16 --tokens 128 --cann 8.5.0 --why mc2 --sweep tokens=1..64")
     assert found.keys() == {
-        "model", "block", "deployment", "policy", "assumptions", "choice", "reason", "verdicts", "sweep", "why",
+        "model", "block", "deployment", "policy", "assumptions", "choice", "reason", "sizes", "verdicts", "sweep", "why",
     }  # fmt: skip
     assert found["model"] == "deepseek_v3"
     assert found["block"] == {
@@ -301,7 +366,7 @@ def test_json_keys(capfd):
     assert deployment["providers"] == {"vllm_ascend": "0.23.0"}
     assert found["verdicts"].keys() == IMPLEMENTATIONS.keys()
     for verdict in found["verdicts"].values():
-        assert verdict.keys() == {"legal", "cost_us", "violations"}
+        assert verdict.keys() == {"legal", "form", "cost_us", "violations"}
         assert verdict["cost_us"] > 0
     (buffer, *_) = [v for v in found["verdicts"]["mc2"]["violations"] if v["code"] == "mc2.buffer"] or [None]
     assert buffer is None, "1024 MB hold 128 tokens"

@@ -1,6 +1,7 @@
 """``moe-lowering explain``: what it reads of models, wrong usage, layout, colour, speed and imports."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_explain import BLOCK, answer, command
 
-from moe_lowering.cli import explain_arguments, explain_models, explain_text, run
+from moe_lowering.cli import explain_arguments, explain_models, explain_text
 from moe_lowering.passes import choosing
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 
@@ -97,6 +98,14 @@ def test_gates_are_those_that_the_integration_knows():
     (f"{BLOCK} --sweep tokens=8..1", r"argument --sweep: is 'tokens=8..1'; accepted: tokens=LOW..HIGH"),
     (f"{BLOCK} --sweep hidden=1..8", "argument --sweep: is 'hidden=1..8'; accepted: tokens=LOW..HIGH"),
     (f"{BLOCK} --provider vllm_ascend", "argument --provider: is 'vllm_ascend'; accepted: NAME=VERSION"),
+    (f"{BLOCK} --provider vllm=1", r"argument --provider: is 'vllm=1'; accepted: NAME=VERSION, .*names: vllm_ascend, cann_ops"),
+    (f"{BLOCK} --provider vllm_ascend=new", "argument --provider: is 'vllm_ascend=new'; accepted: NAME=VERSION"),
+    (f"{BLOCK} --provider none --provider vllm_ascend=1", "argument --provider: is none and others; accepted: none alone"),
+    (f"{BLOCK} --comm nccl", "argument --comm: .*nccl.*auto.*allgather.*alltoall.*mc2.*fused_mc2"),
+    (f"{BLOCK} --policy fixed", "argument --policy: is fixed without --comm; accepted: with --comm {allgather,alltoall,"),
+    (f"{BLOCK} --policy fixed --comm auto", "argument --policy: is fixed without --comm; accepted: with --comm {allg"),
+    (f"{BLOCK} --comm mc2 --policy vllm_ascend_main", "argument --policy: is vllm_ascend_main with --comm mc2, .*: fixed, or"),
+    (f"{BLOCK} --capture yes", "argument MODEL: is 'yes'; accepted: moe, a transformers"),
     (f"{BLOCK} --cann new", "argument --cann: is 'new'; accepted: a version such as"),
     (f"{BLOCK} --tokens -1", "argument --tokens: "),
     (f"{BLOCK} --tokens many", "argument --tokens: is many; accepted: an integer of 0 or more"),
@@ -144,6 +153,8 @@ REPORTS = [
     f"{BLOCK} --ep 16 --provider none --buffer-mb 200 --sweep tokens=1..8192 --why mc2",
     f"{BLOCK} --soc 310P --quant w4a16 --policy vllm_ascend_main --provider cann_ops_transformer=9.1.0",
     f"{BLOCK} --ep 64 --why fused_mc2 --provider none",
+    f"{BLOCK} --ep 16 --comm mc2 --tokens 600 --hierarchy --no-capture",
+    f"{BLOCK} --ep 16 --tp 2 --unequal-tokens --max-tokens 600 --no-capture --policy fixed --comm alltoall",
 ]
 
 
@@ -193,7 +204,12 @@ def test_the_report_says_it_all(capfd):
         assert text in re.sub(r",\s+", ", ", out)
     assert re.search(r"^  allgather +legal +\d+ us$", out, re.M)
     assert re.search(r"^  mc2 +refused: 1 rule +\d+ us$", out, re.M)
-    assert re.search(r"^  fused_mc2 +legal +\d+ us  chosen$", out, re.M)
+    assert re.search(r"^  fused_mc2 +legal, dispatch_ffn_combine +\d+ us  chosen$", out, re.M)
+    assert "sizes T = 128; capacity 128 per TP rank; a rank receives up to 16384 rows; max_output_size 16384" in (
+        re.sub(r"\s+", " ", out)
+    )
+    # 2 * 128 * 8 * 7168 bytes in a third of 200 MB
+    assert "[fused.window] 14680064 of 69905066 bytes (a third of HCCL_BUFFSIZE)" in re.sub(r"\s+", " ", out)
 
 
 def test_readme_shows_what_the_command_prints(capfd):
@@ -208,10 +224,8 @@ def test_readme_shows_what_the_command_prints(capfd):
 
 def test_names_that_are_written_out_are_those_of_the_pass():
     assert tuple(IMPLEMENTATIONS) == explain_arguments.IMPLEMENTATIONS
+    # "fixed" is what MoeLowering(comm=...) does
     assert explain_arguments.POLICIES == choosing.POLICIES
-    assert (explain_arguments.PROVIDERS, explain_arguments.HCCL_BUFFER_MB, explain_arguments.WEIGHT_FORMAT) == (
-        run.PROVIDERS, run.HCCL_BUFFER_MB, run.WEIGHT_FORMAT,
-    )  # fmt: skip
     assert explain_text.WIDTH == 100
 
 
@@ -226,6 +240,24 @@ assert time.process_time() - started < 0.8, time.process_time() - started
 assert not {{"transformers", "torch_npu", "torch._dynamo"}} & sys.modules.keys()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_models_config_is_read_without_building_anything():
+    """transformers' configs alone: neither torch._dynamo nor a model's code. The limit leaves a slow core room."""
+    code = """
+import sys, time
+import transformers, transformers.models
+from moe_lowering import cli
+import moe_lowering.cli.explain, moe_lowering.cli.explain_text
+started = time.process_time()
+assert cli.main("explain deepseek_v3 --ep 16 --tokens 128".split()) == 0
+assert time.process_time() - started < 1.0, time.process_time() - started
+loaded = {"torch_npu", "torch._dynamo", "moe_lowering.layers", "transformers.models.deepseek_v3.modeling_deepseek_v3"}
+assert not loaded & sys.modules.keys(), loaded & sys.modules.keys()
+"""
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
 
 

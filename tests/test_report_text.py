@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from moe_lowering.limits import Violation
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
-from moe_lowering.report.text import WIDTH, names, render
+from moe_lowering.report.text import WIDTH, names, render, unsaid
 
 OPS = ("moe_lowering.dispatch", "moe_lowering.grouped_mlp", "moe_lowering.combine")
 
@@ -50,7 +52,7 @@ def test_a_refused_block_shows_no_operators_after_and_every_violation():
     text = render(report(block("layers.0", comm=None, violations=violations)))
     assert "NOT LOWERED (a reason)" in text
     assert "after (" not in text
-    assert "[mc2.hidden]" in text and "[mc2.dtype]" in text and "(use AllGather)" in text
+    assert "[mc2.hidden]" in text and "[mc2.dtype]" in text and "(use AllGather; source 1)" in text
 
 
 def test_a_rule_broken_at_both_ends_of_an_exchange_is_shown_once():
@@ -82,3 +84,47 @@ def test_no_line_is_wider_than_the_report():
 )
 def test_names_are_joined_when_one_number_varies(given: list[str], shown: str):
     assert names(given) == shown
+
+
+def test_sources_are_listed_once_each_at_the_end():
+    violations = (
+        violation(),
+        Violation("mc2.dtype", "mc2", "float32", "one of bfloat16", "another source", "mc2: wrong dtype", ""),
+        Violation("mc2.mode", "mc2", "True", "one of False", "a source", "mc2: captured", ""),
+    )
+    text = render(report(*(block(f"layers.{i}", violations=violations[: i + 2]) for i in range(2))))
+    body, listed = text.split("sources of the broken rules\n")
+    assert listed.split() == ["source", "1", "a", "source", "source", "2", "another", "source"]
+    assert body.count("source 1)") == 3 and body.count("source 2)") == 2
+    assert "(use AllGather; source 1)" in body
+    assert "sources" not in render(report(block("layers.0", violations=())))
+
+
+def test_value_and_limit_are_shown_where_the_message_does_not_hold_them():
+    said = Violation("a.b", "mc2", "5", "1 to 3", "s", "mc2: size is 5; accepted: 1 to 3", "")
+    value_only = Violation("a.b", "mc2", "5", "1 to 3", "s", "mc2: 5 is too much", "")
+    neither = Violation("a.b", "mc2", "5", "1 to 3", "s", "mc2: too much", "")
+    flag = Violation("a.b", "mc2", "True", "one of False", "s", "mc2: captured", "")
+    assert [unsaid(v) for v in (said, value_only, neither, flag)] == [
+        "",
+        "; limit 1 to 3",
+        "; value 5, limit 1 to 3",
+        "",
+    ]
+
+
+def test_blocks_of_different_sizes_are_shown_apart_and_the_enforced_range_once():
+    checked = dataclasses.replace(
+        block("layers.0"), ops_after=("moe_lowering.assert_tokens", "npu.npu_swiglu"), enforced="1 <= T <= 8"
+    )
+    same = dataclasses.replace(checked, name="layers.1", ops_after=("npu.npu_swiglu",))
+    text = render(report(checked, same))
+    assert text.count("implementation") == 1
+    assert text.count("moe_lowering.assert_tokens: refuses to run outside of 1 <= T <= 8") == 1
+    assert render(report(checked, dataclasses.replace(same, enforced="1 <= T <= 9"))).count("implementation") == 2
+
+
+def test_a_report_without_a_graph_says_so():
+    text = render(LoweringReport((block("layers.0", comm=None),), (), 0, 0, 0.0))
+    assert text.startswith("1 MoE block, judged from the command's options alone")
+    assert "graph nodes" not in text

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from moe_lowering.deployment import PROVIDERS as KNOWN_PROVIDERS
 from moe_lowering.deployment import SOCS
 
 if TYPE_CHECKING:
@@ -20,6 +22,11 @@ QUANTISATIONS = ("none", "w8a8", "w4a8", "w4a16")
 FUSED_MODES = (0, 1, 2)
 REPLAYS = 8  # of each captured graph
 
+# What `lower` and `explain` assume of a machine that is not described.
+PROVIDERS = (("vllm_ascend", "0.23.0"),)
+HCCL_BUFFER_MB = 1024  # enough for MC2 with the published sizes at 64 tokens per rank; CANN's own default is 200
+WEIGHT_FORMAT = "nz"
+
 DESCRIPTION = "Lower the mixture-of-experts layers of a model to Ascend NPU operators, on a machine without an NPU."
 
 EXAMPLES = """\
@@ -32,6 +39,8 @@ examples:
       four ranks of which pairs hold the same tokens (TP), equal-split AllToAll, experts quantised to int8
   moe-lowering lower qwen3_moe --ep 4 --comm fused_mc2 --quant w8a8 --fused-mode 2
       the second fused operator of vllm-ascend, dispatch_gmm_combine_decode
+  moe-lowering lower qwen3_moe --ep 4 --comm fused_mc2 --provider none
+      what happens without the library that brings the fused operator: refused, with the rule that says so
   moe-lowering lower qwen3_moe --ep 2 --comm mc2 --capture --replays 20
       the same as an NPU graph on a simulated device: captured once, and compared at every replay
   moe-lowering lower deepseek_v3 --fake --ep 64 --tokens 64
@@ -42,6 +51,9 @@ examples:
 MODEL is `moe` (this package's own MoE module), a transformers model type with MoE layers (mixtral, qwen3_moe,
 deepseek_v3, olmoe, gpt_oss, glm4_moe, ...), or a config.json. For a type, without --fake, a small instance with random
 weights is built: hidden 1024, intermediate 512, 16 experts, 2 layers.
+
+The report lists, for each block, the implementation, its sizes and what each other implementation breaks, with sources.
+Where the implementation of --comm is refused by the options alone, nothing is built: the report says why and ends there.
 
 exit code: 0 all blocks lowered and the outputs agree; 1 a block was left unlowered or the outputs differ; 2 wrong usage
 """
@@ -62,6 +74,7 @@ class Request:
     tp: int = 1
     quant: str = "none"
     fused_mode: int = 1
+    provider: list[tuple[str, str]] | None = None
     tokens: int = 32
     layers: int | None = None
     dtype: str = "bfloat16"
@@ -88,6 +101,11 @@ class Request:
     def max_tokens(self) -> int:
         """The bound that the deployment declares: the most tokens that one rank runs."""
         return self.batch * max(self.lengths)
+
+    @property
+    def providers(self) -> tuple[tuple[str, str], ...]:
+        """The libraries with fused operators that are taken to be installed."""
+        return installed(self.provider)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -131,6 +149,7 @@ def parse(arguments: list[str] | None) -> Request | ExplainRequest | MatrixReque
 
 def _check(request: Request) -> None:
     """What one option says of another."""
+    installed(request.provider)
     if request.ep % request.tp or request.tp > request.ep:
         raise UsageError(f"argument --tp: is {request.tp} with --ep {request.ep}; accepted: a divisor of --ep")
     if request.quant != "none" and request.dtype == "float32":
@@ -155,7 +174,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--tp", type=positive, default=1, metavar="N", help="ranks of these that hold the same tokens (default 1)")
     add("--quant", choices=QUANTISATIONS, default="none", help="quantise the experts (default none)")
     add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
-        help="fused operators: 1 dispatch_ffn_combine, 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
+        help="fused operators: 1 dispatch_ffn_combine or mega_moe, 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
+    add_provider(add)
     add("--soc", choices=SOCS, default="A3", help="Ascend SoC (default A3)")
     add("--tokens", type=positive, default=32, metavar="T", help="tokens of one rank (default 32)")
     add("--layers", type=positive, metavar="L", help="decoder layers (default 2; with --fake or a file, the config's)")
@@ -167,6 +187,38 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--replays", type=positive, metavar="N",
         help=f"calls of each captured graph, with new inputs and routings (default {REPLAYS})")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object instead of the report")
+
+
+def add_provider(add: Any) -> None:
+    """Add ``--provider`` to a command."""
+    add("--provider", type=_provider, action="append", metavar="NAME=VERSION",
+        help=f"installed library with fused operators, once for each, or none (default {'='.join(PROVIDERS[0])})")  # fmt: skip
+
+
+def installed(given: list[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:
+    """The providers of a command; the assumed ones when none was named.
+
+    Raises:
+        UsageError: ``none`` beside others, or one that is named twice.
+    """
+    if given is None:
+        return PROVIDERS
+    names = [name for name, _ in given]
+    if "none" in names and len(names) > 1:
+        raise UsageError("argument --provider: is none and others; accepted: none alone, or each library once")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"argument --provider: {twice} is given twice; accepted: none alone, or each library once")
+    return () if names == ["none"] else tuple(given)
+
+
+def _provider(text: str) -> tuple[str, str]:
+    name, _, version = text.partition("=")
+    if text != "none" and not (name in KNOWN_PROVIDERS and re.fullmatch(r"\d+(\.\w+)*", version)):
+        raise argparse.ArgumentTypeError(
+            f"is {text!r}; accepted: NAME=VERSION, e.g. vllm_ascend=0.23.0, or none; names: {', '.join(KNOWN_PROVIDERS)}"
+        )
+    return name, version
 
 
 def positive(text: str) -> int:

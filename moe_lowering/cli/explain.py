@@ -16,10 +16,9 @@ from typing import Any
 
 import sympy
 
-from moe_lowering.cli import explain_arguments as defaults
 from moe_lowering.cli import explain_models
-from moe_lowering.cli.arguments import UsageError
-from moe_lowering.cli.explain_arguments import ExplainRequest
+from moe_lowering.cli.arguments import HCCL_BUFFER_MB, PROVIDERS, WEIGHT_FORMAT, UsageError
+from moe_lowering.cli.explain_arguments import TOKENS, ExplainRequest
 from moe_lowering.cli.explain_models import Block
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover
@@ -31,7 +30,9 @@ from moe_lowering.passes.deciding import sweep
 from moe_lowering.passes.implementations import IMPLEMENTATIONS, Call
 from moe_lowering.passes.judging import Judgement, declared_tokens, judge, judged_calls
 from moe_lowering.passes.quantities import dtype_name
+from moe_lowering.passes.sizing import block_sizes
 from moe_lowering.passes.token_ranges import TokenRange
+from moe_lowering.report.records import Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Answer:
 
     Attributes:
         costs: estimated microseconds by implementation, legal or not.
-        wanted: what the policy's rule selects by itself; None for ``auto``.
+        wanted: what ``--comm`` asks for, or the policy's rule selects by itself; None for ``auto``.
     """
 
     tokens: int
@@ -75,6 +76,12 @@ class Answer:
         given = next(call.given for call in self.calls(implementation) if call.operator == operator)
         return {**self.judgement.quantities, **given}
 
+    def sizes(self) -> Sizes | None:
+        """Capacity, receive bound, HCCL window and the like of what was chosen; None when nothing was."""
+        if self.choice is None:
+            return None
+        return block_sizes(self.spec, self.deployment, self.choice, self.judgement)
+
     def broken(self, implementation: str) -> dict[str, Finding]:
         """The first broken rule of each code."""
         return {f.limit.code: f for f in reversed(self.findings(implementation)) if not f.holds}
@@ -100,9 +107,14 @@ class Question:
         choice, reason = self.policy.choose(judgement.verdicts, spec, deployment, tokens)
         load = load_of(spec, deployment, tokens)
         costs = {name: estimate(name, load) for name in IMPLEMENTATIONS}
-        name = self.policy.name
-        wanted = vllm_choice(name, spec, deployment, tokens)[0] if name in VLLM else None
+        wanted = self._wanted(spec, deployment, tokens)
         return Answer(tokens, spec, deployment, judgement, choice, reason, costs, wanted)
+
+    def _wanted(self, spec: BlockSpec, deployment: Deployment, tokens: int) -> str | None:
+        if self.policy.comm != "auto":
+            return self.policy.comm
+        name = self.policy.name
+        return vllm_choice(name, spec, deployment, tokens)[0] if name in VLLM else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,13 +160,15 @@ class Explanation:
             "model": self.question.block.model,
             "block": _block_json(answer.spec),
             "deployment": answer.deployment.invariant_fields() | {"providers": dict(answer.deployment.providers)},
-            "policy": {"name": self.request.policy, "selects": answer.wanted},
+            "policy": {"name": self.request.chooses_by, "selects": answer.wanted},
             "assumptions": list(self.assumptions),
             "choice": answer.choice,
             "reason": answer.reason,
+            "sizes": None if (sizes := answer.sizes()) is None else sizes.to_json(),
             "verdicts": {
                 name: {
                     "legal": verdict.legal,
+                    "form": verdict.form,
                     "cost_us": round(answer.costs[name], 1),
                     "violations": [dataclasses.asdict(violation) for violation in verdict.violations],
                 }
@@ -182,9 +196,10 @@ def explain(request: ExplainRequest) -> Explanation:
         deployment = _deployment(request, block)
     except ValueError as error:  # its own words name the field, the value and what is accepted
         raise UsageError(str(error).removeprefix("Deployment: ")) from error
-    question = Question(block, deployment, Policy(name=request.policy), request.quant)
+    policy = Policy(request.comm, request.policy)
+    question = Question(block, deployment, policy, request.quant)
     equal = not request.unequal_tokens
-    tokens = request.tokens if request.tokens is not None else defaults.TOKENS
+    tokens = request.tokens if request.tokens is not None else TOKENS
     answer = question.at(tokens if equal else request.max_tokens)
     pieces = None if request.sweep is None else _sweep(question, TokenRange(*request.sweep))
     return Explanation(request, question, answer, _assumptions(request, block, answer), pieces)
@@ -203,7 +218,6 @@ def _deployment(request: ExplainRequest, block: Block) -> Deployment:
         raise UsageError(f"argument --tokens: is {request.tokens}; accepted: 1 to --max-tokens, {request.max_tokens}")
     if request.unequal_tokens and request.sweep and request.sweep[0] < 1:
         raise UsageError("argument --sweep: starts at 0; accepted with --unequal-tokens: a bound of 1 or more")
-    providers = defaults.PROVIDERS if request.provider is None else tuple(p for p in request.provider if p[1])
     return Deployment(
         soc=request.soc,
         ep_size=request.ep,
@@ -213,11 +227,13 @@ def _deployment(request: ExplainRequest, block: Block) -> Deployment:
         tp_group="tp" if request.tp > 1 else "",
         max_tokens=request.max_tokens,
         equal_tokens=not request.unequal_tokens,
-        hccl_buffer_mb=request.buffer_mb or defaults.HCCL_BUFFER_MB,
-        weight_format=request.weight_format or defaults.WEIGHT_FORMAT,
+        hccl_buffer_mb=request.buffer_mb or HCCL_BUFFER_MB,
+        weight_format=request.weight_format or WEIGHT_FORMAT,
         cann=request.cann or "",
         fused_mode=request.fused_mode,
-        providers=providers,
+        capture=request.capture,
+        mc2_hierarchy=request.hierarchy,
+        providers=request.providers,
     )
 
 
@@ -225,11 +241,11 @@ def _assumptions(request: ExplainRequest, block: Block, answer: Answer) -> tuple
     """What the command did not say, and was taken to be so."""
     found = list(block.assumptions)
     if request.buffer_mb is None:
-        found.append(f"HCCL_BUFFSIZE is {defaults.HCCL_BUFFER_MB} MB (CANN's own default is 200)")
+        found.append(f"HCCL_BUFFSIZE is {HCCL_BUFFER_MB} MB (CANN's own default is 200)")
     if request.weight_format is None:
-        found.append(f"the expert weights are in format {defaults.WEIGHT_FORMAT}")
+        found.append(f"the expert weights are in format {WEIGHT_FORMAT}")
     if request.provider is None:
-        found.append(" ".join(defaults.PROVIDERS[0]) + " is installed")
+        found.append(" ".join(PROVIDERS[0]) + " is installed")
     if not request.cann:
         found.append("the CANN version is not known: rules for any version apply")
     if not request.unequal_tokens:

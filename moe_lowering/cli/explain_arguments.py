@@ -7,18 +7,26 @@ import dataclasses
 import re
 from typing import Any
 
-from moe_lowering.cli.arguments import COMMS, DTYPES, FUSED_MODES, QUANTISATIONS, positive
+from moe_lowering.cli.arguments import (
+    COMMS,
+    DTYPES,
+    FUSED_MODES,
+    HCCL_BUFFER_MB,
+    QUANTISATIONS,
+    WEIGHT_FORMAT,
+    UsageError,
+    add_provider,
+    installed,
+    positive,
+)
 from moe_lowering.deployment import SOCS, WEIGHT_FORMATS
 
 IMPLEMENTATIONS = COMMS[1:]
 # Equal to passes.choosing.POLICIES, written out for the same reason as COMMS.
-POLICIES = ("auto", "fixed", "vllm_ascend_0_13", "vllm_ascend_main")
+FIXED = "fixed"
+POLICIES = ("auto", FIXED, "vllm_ascend_0_13", "vllm_ascend_main")
 COLOURS = ("auto", "always", "never")
 
-# What is assumed of a machine that is not described, as `lower` does (cli.run).
-PROVIDERS = (("vllm_ascend", "0.23.0"),)
-HCCL_BUFFER_MB = 1024
-WEIGHT_FORMAT = "nz"
 TOKENS = 32
 
 DESCRIPTION = """\
@@ -33,10 +41,14 @@ examples:
       the same for a block without a model
   moe-lowering explain ./config.json --ep 16 --why fused_mc2
       every rule for fused_mc2 with its value and source, whether it holds or not
+  moe-lowering explain deepseek_v3 --ep 16 --tokens 600 --comm mc2
+      is this one legal, and if not, why; the same as MoeLowering(comm="mc2")
+  moe-lowering explain qwen3_moe --ep 16 --no-capture
+      for graphs that are not captured, where AllToAll may send exactly the rows that there are
   moe-lowering explain qwen3_moe --ep 16 --sweep tokens=1..8192
       where the choice changes with the number of tokens, and which limit sets each boundary
 
-exit code: 0 an implementation is chosen; 1 none is legal; 2 wrong usage
+exit code: 0 an implementation is chosen; 1 none is legal, or the one of --comm is not; 2 wrong usage
 """
 
 
@@ -61,12 +73,38 @@ class ExplainRequest:
     buffer_mb: int | None = None
     weight_format: str | None = None
     cann: str | None = None
+    hierarchy: bool = False
+    capture: bool = True
     provider: list[tuple[str, str]] | None = None
+    comm: str = "auto"
     policy: str = "auto"
     why: str | None = None
     sweep: tuple[int, int] | None = None
     json: bool = False
     color: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for what one option says of another."""
+        installed(self.provider)
+        if self.comm == "auto" and self.policy == FIXED:
+            raise UsageError(
+                f"argument --policy: is {FIXED} without --comm; accepted: with --comm {{{','.join(IMPLEMENTATIONS)}}}"
+            )
+        if self.comm != "auto" and self.policy not in ("auto", FIXED):
+            raise UsageError(
+                f"argument --policy: is {self.policy} with --comm {self.comm}, which leaves nothing to choose; accepted: "
+                f"{FIXED}, or without --comm"
+            )
+
+    @property
+    def chooses_by(self) -> str:
+        """The policy by name: with ``--comm`` it is ``fixed``."""
+        return self.policy if self.comm == "auto" else FIXED
+
+    @property
+    def providers(self) -> tuple[tuple[str, str], ...]:
+        """The libraries with fused operators that are taken to be installed."""
+        return installed(self.provider)
 
 
 def add_command(commands: Any) -> None:
@@ -107,17 +145,16 @@ def _add_deployment(add: Any) -> None:
     add("--buffer-mb", type=positive, metavar="MB", help=f"HCCL_BUFFSIZE (default {HCCL_BUFFER_MB})")
     add("--weight-format", choices=WEIGHT_FORMATS, help=f"of the experts on the device (default {WEIGHT_FORMAT})")
     add("--cann", type=_version, metavar="V", help="CANN version (default unknown: all rules apply)")
-    add(
-        "--provider",
-        type=_provider,
-        action="append",
-        metavar="NAME=VERSION",
-        help=f"installed library with fused operators, or none (default {'='.join(PROVIDERS[0])})",
-    )
+    add("--hierarchy", action="store_true", help="MC2 in two levels, within and between nodes")
+    add("--capture", action=argparse.BooleanOptionalAction, default=True,
+        help="whether the graph is captured, so that nothing may need a size on the host (default yes)")  # fmt: skip
+    add_provider(add)
 
 
 def _add_answer(add: Any) -> None:
-    add("--policy", choices=POLICIES, default="auto", help="how to choose among what is legal (default auto: by cost)")
+    add("--comm", choices=COMMS, default="auto", help="the only implementation to choose (default auto: any legal one)")
+    add("--policy", choices=POLICIES, default="auto",
+        help="how to choose among what is legal (default auto: by cost; fixed: with --comm, what that asks for)")  # fmt: skip
     add("--why", choices=IMPLEMENTATIONS, metavar="IMPLEMENTATION", help="every rule for one implementation")
     add("--sweep", type=_sweep, metavar="tokens=LOW..HIGH", help="where the choice changes, and what sets the boundary")
     add("--json", action="store_true", help="print one JSON object instead of the report")
@@ -134,13 +171,6 @@ def _version(text: str) -> str:
     if not re.fullmatch(r"\d+(\.\w+)*", text):
         raise argparse.ArgumentTypeError(f"is {text!r}; accepted: a version such as 8.5.0 or 8.2.RC1")
     return text
-
-
-def _provider(text: str) -> tuple[str, str]:
-    name, _, version = text.partition("=")
-    if text != "none" and not (name and version):
-        raise argparse.ArgumentTypeError(f"is {text!r}; accepted: NAME=VERSION, e.g. vllm_ascend=0.23.0, or none")
-    return name, version
 
 
 def _sweep(text: str) -> tuple[int, int]:

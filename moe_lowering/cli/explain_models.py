@@ -82,7 +82,7 @@ def describe(request: ExplainRequest) -> Block:
             read, an activation that the pass does not know.
     """
     config, assumptions = _config(request)
-    sizes: dict[str, int] = {name: getattr(request, name) or _size(config, names) for name, names in NAMES.items()}
+    sizes: dict[str, int] = {name: getattr(request, name) or size_of(config, names) for name, names in NAMES.items()}
     if missing := [f"--{name}" for name, value in sizes.items() if not value]:
         what = "no model is given" if request.model is None else f"the config of {request.model} does not say all sizes"
         raise UsageError(
@@ -156,10 +156,10 @@ def _config(request: ExplainRequest) -> tuple[Any, list[str]]:
     """A model's config (anything with attributes), and what was assumed in reading it."""
     if request.model is None:
         return SimpleNamespace(), ["SwiGLU with the gate half first, no biases"]
-    from moe_lowering.cli import models
+    from moe_lowering.cli import configs
 
-    if request.model == models.OWN:
-        full = models.FULL_OWN
+    if request.model == configs.OWN:
+        full = configs.FULL_OWN
         own = {names[0]: full[name] for name, names in NAMES.items() if name in full}
         return SimpleNamespace(**own, num_experts_per_tok=full["top_k"], hidden_act="silu"), []
     path = Path(request.model)
@@ -199,19 +199,19 @@ def _is_known_type(kind: Any) -> bool:
 
 def _transformers_config(request: ExplainRequest) -> Any:
     """The config of a type or a file, of the part that makes text."""
-    from moe_lowering.cli import models
+    from moe_lowering.cli import configs
 
     asked = Request(request.model or "", fake=True)
     try:
-        return models.config_of(asked)
+        return configs.config_of(asked)
     except ImportError:  # some configs import torch_npu, which needs CANN or its stand-in
         from moe_lowering.cli.run import enable_simulator
 
         enable_simulator(request.soc)
-        return models.config_of(asked)
+        return configs.config_of(asked)
 
 
-def _size(config: Any, names: tuple[str, ...]) -> int:
+def size_of(config: Any, names: tuple[str, ...]) -> int:
     """The first of these attributes that is a size, 0 when none is; a list counts when all of its values are the same."""
     for name in names:
         value = getattr(config, name, None)

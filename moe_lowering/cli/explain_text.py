@@ -10,10 +10,10 @@ from moe_lowering.limits import Violation
 from moe_lowering.limits.examining import Finding
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.report.records import Verdict
+from moe_lowering.report.text import SELF_EVIDENT, render_sizes
 
 WIDTH = 100
 LABEL = 18  # columns of the left column, as in report.text
-SELF_EVIDENT = ("one of True", "one of False")  # of rules that the message puts in words
 _COLOURS = {"green": "\033[32m", "red": "\033[31m", "bold": "\033[1m", "dim": "\033[2m"}
 _RESET = "\033[0m"
 
@@ -41,7 +41,8 @@ def render(explanation: Explanation, colour: bool = False) -> str:
     if why is not None:
         parts.append(_why(answer, why, paint))
     else:
-        parts += [_violations(name, verdict, paint) for name, verdict in _refused(answer)]
+        asked = explanation.request.comm
+        parts += [_violations(name, verdict, paint) for name, verdict in _refused(answer) if asked in ("auto", name)]
     parts.append(_rows("assumed", explanation.assumptions))
     return "\n\n".join(parts)
 
@@ -59,6 +60,9 @@ def _header(explanation: Explanation, paint: Paint) -> str:
         if deployment.equal_tokens
         else f"{deployment.min_tokens} to {deployment.max_tokens} tokens on a rank, not equal on all ranks"
     )
+    levels = "MC2 in two levels, " if deployment.mc2_hierarchy else ""
+    captured = "" if deployment.capture else "not captured, "
+    policy = request.chooses_by if request.comm == "auto" else f"{request.chooses_by} ({request.comm})"
     dtype = dtype_name(spec.dtype)
     quantised = "" if spec.quantisation == "none" else f" with {spec.quantisation} experts"
     title = textwrap.wrap(f"{explanation.question.block.model or 'MoE block'} on {deployment.soc}: {tokens}", WIDTH)
@@ -69,28 +73,32 @@ def _header(explanation: Explanation, paint: Paint) -> str:
                  f"({spec.local_experts} per rank), top {spec.top_k}, {dtype}{quantised}, {form}"),
             _row("deployment", f"EP {deployment.ep_size}, TP {deployment.tp_size}, HCCL_BUFFSIZE "
                  f"{deployment.hccl_buffer_mb} MB, weights {deployment.weight_format}, CANN "
-                 f"{deployment.cann or 'unknown'}, {providers}, policy {request.policy}"),
+                 f"{deployment.cann or 'unknown'}, {providers}, "
+                 f"{levels}{captured}policy {policy}"),
         ]
     )  # fmt: skip
 
 
 def _table(answer: Answer, paint: Paint) -> str:
     """One row per implementation."""
-    lines = [paint(f"  {'implementation':<{LABEL - 1}} {'verdict':<22} {'estimated cost':>16}", "dim")]
+    lines = [paint(f"  {'implementation':<{LABEL - 1}} {'verdict':<36} {'estimated cost':>16}", "dim")]
     for name, verdict in answer.judgement.verdicts.items():
         count = len(_distinct(verdict))
-        said = "legal" if verdict.legal else f"refused: {count} rule{'' if count == 1 else 's'}"
+        form = f", {verdict.form}" if verdict.form not in ("", name) else ""
+        said = f"legal{form}" if verdict.legal else f"refused: {count} rule{'' if count == 1 else 's'}"
         chosen = paint("  chosen", "bold") if name == answer.choice else ""
         cost = f"{answer.costs[name]:.0f} us"
-        lines.append(f"  {name:<{LABEL - 1}} {paint.legal(f'{said:<22}', verdict.legal)} {cost:>16}{chosen}")
+        lines.append(f"  {name:<{LABEL - 1}} {paint.legal(f'{said:<36}', verdict.legal)} {cost:>16}{chosen}")
     return "\n".join(lines)
 
 
 def _choice(explanation: Explanation, paint: Paint) -> str:
     answer = explanation.answer
     lines = [_row("choice", f"{answer.choice or 'NONE'} ({answer.reason})")]
-    if answer.wanted is not None:
+    if answer.wanted is not None and explanation.request.comm == "auto":
         lines.append(_row("policy", f"{explanation.request.policy} selects {answer.wanted}"))
+    if (sizes := answer.sizes()) is not None:
+        lines += render_sizes(sizes)
     label = f"{answer.choice or 'NONE'}"
     return "\n".join(lines).replace(f" {label}", " " + paint.legal(label, answer.choice is not None), 1)
 

@@ -28,6 +28,7 @@ from moe_lowering.cli.run import (
     assumptions,
     deployment_for,
     enable_simulator,
+    known_beforehand,
     register_transformers,
     tensor_parallel_place,
     unsupported_modules,
@@ -49,10 +50,11 @@ def lower_fake(request: Request, progress: Progress) -> Outcome:
         enable_simulator(request.soc)
     register_transformers(request)
     made = models.plan(request)
-    unsupported = unsupported_modules(models.skeleton(made))
+    skeleton = models.skeleton(made, fake=True)
+    unsupported = unsupported_modules(skeleton)
+    if outcome := known_beforehand(request, made, skeleton, unsupported):
+        return outcome
     facts = [("assumed", assumptions(request))]
-    if unsupported and request.ep > 1:
-        return Outcome(request, made.name, [], unsupported, None, facts)
     with _fake_groups(request) as deployment:
         lowering = MoeLowering(deployment, request.comm)
         with FakeTensorMode(allow_non_fake_inputs=True):

@@ -85,17 +85,18 @@ class Outcome:
         ]
 
     def to_json(self) -> str:
-        """One JSON object. The blocks and numbers are those of the first graph."""
+        """One JSON object. The blocks and numbers are those of the first graph; no numbers where nothing was traced."""
         first = self.reports[0] if self.reports else None
+        traced = first if first is not None and first.nodes_before else None
         fields: dict[str, Any] = {
             "model": self.model,
-            "blocks": [_block_json(block) for block in first.blocks] if first else [],
+            "blocks": [block.to_json() for block in first.blocks] if first else [],
             "max_abs_error": None if self.errors is None else self.errors.absolute,
             "max_rel_error": self.max_relative,
             "snr_db": None if self.errors is None else min(self.errors.snr, self.errors.block_snr),
-            "nodes_before": first.nodes_before if first else None,
-            "nodes_after": first.nodes_after if first else None,
-            "pass_ms": first.pass_ms if first else None,
+            "nodes_before": traced.nodes_before if traced else None,
+            "nodes_after": traced.nodes_after if traced else None,
+            "pass_ms": traced.pass_ms if traced else None,
             "captured": self.captured[0].to_json() if self.captured else None,
         }
         return json.dumps(fields, indent=2, allow_nan=False)
@@ -140,11 +141,6 @@ class Outcome:
             noise = f"{self.errors.snr:.1f} dB (logits), {self.errors.block_snr:.1f} dB (MoE blocks)"
             lines.append(row("signal to noise", f"{noise}; accepted: {LOGITS_SNR_FLOOR:g} and {SNR_FLOOR[quant]:g}"))
         return "\n".join(lines)
-
-
-def _block_json(block: BlockReport) -> dict[str, Any]:
-    whole = block.to_json()
-    return {key: whole[key] for key in ("name", "comm", "ops_before", "ops_after", "verdicts")}
 
 
 def _refusal(block: BlockReport) -> str:

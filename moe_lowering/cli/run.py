@@ -16,8 +16,8 @@ from torch.fx.experimental import _config
 
 from moe_lowering import simulator
 from moe_lowering.backends.npugraph_ex import npugraph_ex_options
-from moe_lowering.cli import capture, compare, models
-from moe_lowering.cli.arguments import REPLAYS, Request, UsageError
+from moe_lowering.cli import beforehand, capture, compare, configs, models
+from moe_lowering.cli.arguments import HCCL_BUFFER_MB, REPLAYS, WEIGHT_FORMAT, Request, UsageError
 from moe_lowering.cli.outcome import Outcome
 from moe_lowering.deployment import Deployment
 from moe_lowering.layers import shard_experts
@@ -28,10 +28,6 @@ from moe_lowering.testing.ranks import Ranks
 
 Progress = Callable[[str], None]
 
-# What the command takes for granted about the machine, and says so in the report.
-PROVIDERS = (("vllm_ascend", "0.23.0"),)
-HCCL_BUFFER_MB = 1024  # enough for MC2 with the published sizes at 64 tokens per rank; CANN's own default is 200
-WEIGHT_FORMAT = "nz"
 COLLECTIVE_TIMEOUT = 300.0  # seconds that a rank waits for one that is still compiling
 RANK_TIMEOUT = 1800.0
 
@@ -65,14 +61,16 @@ def deployment_for(request: Request, **place: Any) -> Deployment:
         equal_tokens=True,
         hccl_buffer_mb=HCCL_BUFFER_MB,
         weight_format=WEIGHT_FORMAT,
-        providers=PROVIDERS,
+        providers=request.providers,
         **place,
     )
 
 
 def assumptions(request: Request) -> str:
     """What ``deployment_for`` takes for granted, for the report."""
-    providers = ", ".join(f"{name} {version}" for name, version in PROVIDERS)
+    providers = (
+        ", ".join(f"{name} {version}" for name, version in request.providers) or "no provider of fused operators"
+    )
     return (
         f"at most {request.max_tokens} tokens per rank, equal on all ranks; HCCL_BUFFSIZE {HCCL_BUFFER_MB} MB; expert "
         f"weights in {WEIGHT_FORMAT} format; {providers} installed"
@@ -87,9 +85,9 @@ def lower_and_compare(request: Request, progress: Progress) -> Outcome:
     made = models.plan(request)
     skeleton = models.skeleton(made)
     unsupported = unsupported_modules(skeleton)
+    if outcome := known_beforehand(request, made, skeleton, unsupported):
+        return outcome
     require_memory(made, skeleton, request, models.available_memory())
-    if unsupported and request.ep > 1:
-        return Outcome(request, made.name, [], unsupported, None, [("assumed", assumptions(request))])
     if request.ep == 1:
         results = [run_rank(request, made, deployment_for(request), progress)]
     else:
@@ -104,9 +102,23 @@ def lower_and_compare(request: Request, progress: Progress) -> Outcome:
     return Outcome(request, made.name, results[0].reports, unsupported, errors, facts, captured)
 
 
+def known_beforehand(
+    request: Request, made: models.Plan, skeleton: nn.Module, unsupported: list[tuple[str, str]]
+) -> Outcome | None:
+    """The outcome of a command that cannot succeed, whatever the graph is; None when the graph has to be seen."""
+    facts = [("assumed", assumptions(request))]
+    if unsupported:
+        return Outcome(request, made.name, [], unsupported, None, facts) if request.ep > 1 else None
+    # groups by any name: a decision does not depend on it
+    names = {"ep_group": "ep", "mc2_group": "mc2"} if request.ep > 1 else {}
+    names |= {"tp_group": "tp"} if request.tp > 1 else {}
+    report = beforehand.refused(request, made, skeleton, deployment_for(request, **names))
+    return None if report is None else Outcome(request, made.name, [report], [], None, facts)
+
+
 def register_transformers(request: Request) -> None:
     """Make ``moe_lowering`` known to transformers, when the command needs it."""
-    if request.model == models.OWN:
+    if request.model == configs.OWN:
         return
     from moe_lowering.integrations.transformers import register
 
@@ -122,7 +134,7 @@ def unsupported_modules(model: nn.Module) -> list[tuple[str, str]]:
 
     found = capabilities(model)
     if not found:
-        raise UsageError(f"argument MODEL: {type(model).__name__} has no MoE layers; accepted: {models.ACCEPTED}")
+        raise UsageError(f"argument MODEL: {type(model).__name__} has no MoE layers; accepted: {configs.ACCEPTED}")
     return [(name, reason) for name, supported, reason in found if not supported]
 
 

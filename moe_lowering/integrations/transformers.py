@@ -138,6 +138,11 @@ def capabilities(model: nn.Module) -> list[tuple[str, bool, str]]:
     return found
 
 
+def form_of(module: nn.Module) -> Form:
+    """What an experts module (``layers.is_experts_module``) computes, or why that is not known."""
+    return _form(module)
+
+
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts forward that transformers calls: [T, H], ids [T, k], weights [T, k] -> [T, H]."""
     form = _form(module)

@@ -9,7 +9,7 @@ meta functions accept nearly anything, so these rows are the check.
 from moe_lowering.limits.calls import bind, check_call, quantities
 from moe_lowering.limits.expressions import align, ceil_div
 from moe_lowering.limits.prover import Prover
-from moe_lowering.limits.table import Limit, LimitsError, Violation, check, limits_for, load, names
+from moe_lowering.limits.table import Limit, LimitsError, Violation, check, limits_for, load, names, needed_buffer_mb
 
 __all__ = [
     "Limit",
@@ -24,5 +24,6 @@ __all__ = [
     "limits_for",
     "load",
     "names",
+    "needed_buffer_mb",
     "quantities",
 ]

@@ -321,15 +321,23 @@ def _message(row: Limit, value: Any, accepted: str, shown: Mapping[str, Any]) ->
 
 def _buffer_sizes(row: Limit, value: Any, quantities: Mapping[str, Any], prover: Prover) -> dict[str, str]:
     """HCCL_BUFFSIZE as it is, and the smallest that is enough for every value of the symbols, in MB; or in words, none."""
+    needed = needed_buffer_mb(row, prover.bounds(value)[1], quantities)
+    words = UNBOUNDED if needed is None else TOO_MANY if needed > MOST_BUFFER_MB else str(needed)
+    return {"buffer_mb": f"{quantities['buffer_bytes'] / 2**20:g}", "needed_mb": words}
+
+
+def needed_buffer_mb(row: Limit, most: int | None, quantities: Mapping[str, Any]) -> int | None:
+    """The smallest HCCL_BUFFSIZE in MB for which a rule on the window (``Limit.bounds_buffer``) accepts ``most`` bytes.
+
+    ``MOST_BUFFER_MB + 1`` when none does, None when ``most`` is None (no bound).
+    """
+    if most is None:
+        return None
     assert row.max is not None
-    bound, (_, most) = row.max, prover.bounds(value)
-    sizes = {"buffer_mb": f"{quantities['buffer_bytes'] / 2**20:g}", "needed_mb": UNBOUNDED}
-    if most is not None:
-        needed = 1 + bisect_left(
-            range(1, MOST_BUFFER_MB + 1), True, key=lambda mb: bound({**quantities, "buffer_bytes": mb * 2**20}) >= most
-        )
-        sizes["needed_mb"] = str(needed) if needed <= MOST_BUFFER_MB else TOO_MANY
-    return sizes
+    bound = row.max
+    return 1 + bisect_left(
+        range(1, MOST_BUFFER_MB + 1), True, key=lambda mb: bound({**quantities, "buffer_bytes": mb * 2**20}) >= most
+    )
 
 
 def _versions_in_words(row: Limit, versions: Mapping[str, str]) -> tuple[str, str]:

@@ -23,7 +23,9 @@ from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.choosing import DEFAULT_TOKENS, Policy
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.judging import Judgement, declared_tokens, free_tokens, judge
+from moe_lowering.passes.sizing import block_sizes
 from moe_lowering.passes.token_ranges import SEARCH_LIMIT, TokenRange, hint, is_strict, known_range, prover_for, widest
+from moe_lowering.report.records import Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Decision:
         guard: range to request from dynamo; None for no guard.
         enforced: range outside of which the lowered graph must refuse to run; None when every size is fine.
         notes: what the user should know.
+        sizes: for the report; None when the block stays as it is.
     """
 
     comm: str | None
@@ -45,6 +48,7 @@ class Decision:
     guard: TokenRange | None = None
     enforced: TokenRange | None = None
     notes: tuple[str, ...] = ()
+    sizes: Sizes | None = None
 
 
 def decide(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
@@ -58,7 +62,8 @@ def decide(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
         notes += (form.note(spec, deployment, _costed_tokens(spec, deployment)),)
     if spec.max_rows and decision.comm != "alltoall":
         notes += (_unused_cap(spec, decision.comm),)
-    return dataclasses.replace(decision, notes=notes)
+    sizes = block_sizes(spec, deployment, decision.comm, decision.judgement)
+    return dataclasses.replace(decision, notes=notes, sizes=sizes)
 
 
 def _costed_tokens(spec: BlockSpec, deployment: Deployment) -> int:

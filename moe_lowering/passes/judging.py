@@ -8,6 +8,7 @@ that a rank with one token and a rank with 512 reach the same verdict (two ranks
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import sympy
@@ -20,6 +21,8 @@ from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.implementations import IMPLEMENTATIONS, Call, Form
 from moe_lowering.passes.quantities import block_quantities, strict_share_of_one
 from moe_lowering.report.records import Verdict
+
+_T = re.compile(r"\bT\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,20 +57,17 @@ def declared_tokens(deployment: Deployment) -> Any:
 
 
 def free_tokens(low: int, high: int) -> Any:
-    """A size called T, anywhere from ``low`` to ``high``, in a ShapeEnv of its own: nothing else is known of it."""
+    """A size called T, anywhere from ``low`` to ``high``, in a ShapeEnv of its own: nothing else is known of it.
+
+    The symbol is named T and not by ``create_symbol`` (``s47``), because its name reaches the user in messages.
+    """
     from torch._dynamo.source import ConstantSource  # slow to import, and rarely needed
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     env, source, hint = ShapeEnv(), ConstantSource("T"), max(low, min(high, 2))
-    symbol = env.create_symbol(
-        hint,
-        source,
-        dynamic_dim=DimDynamic.DYNAMIC,
-        constraint_dim=None,
-        positive=None,
-        do_not_specialize_zero_one=True,
-    )  # fmt: skip  (a size of this environment may be 0)
+    symbol = sympy.Symbol("T", integer=True)
     env.var_to_range[symbol] = ValueRanges(sympy.Integer(low), sympy.Integer(high))
+    env.var_to_sources[symbol] = [source]
     return env.create_symintnode(symbol, hint=hint, source=source)
 
 
@@ -134,8 +134,18 @@ def judge(
     quantities = block_quantities(spec, deployment, tokens, prover, loaded)
     verdicts = {}
     for name in IMPLEMENTATIONS:
-        verdicts[name] = _verdict(name, spec, deployment, quantities, prover)
+        verdict = _verdict(name, spec, deployment, quantities, prover)
+        verdicts[name] = verdict if deployment.equal_tokens else _with_declared_range(verdict, deployment)
     return Judgement(verdicts, tokens, prover, quantities)
+
+
+def _with_declared_range(verdict: Verdict, deployment: Deployment) -> Verdict:
+    """Messages on the declared T say what it was declared to be."""
+    declared = f"; the deployment declares {deployment.min_tokens} <= T <= {deployment.max_tokens}"
+    violations = tuple(
+        dataclasses.replace(v, message=v.message + declared) if _T.search(v.value) else v for v in verdict.violations
+    )
+    return dataclasses.replace(verdict, violations=violations)
 
 
 def _verdict(name: str, spec: BlockSpec, deployment: Deployment, quantities: dict[str, Any], prover: Prover) -> Verdict:

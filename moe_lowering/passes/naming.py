@@ -8,26 +8,39 @@ from typing import Any
 
 import torch
 
-from moe_lowering.report.records import BlockReport, Verdict
+from moe_lowering.report.records import BlockReport, Size, Sizes, Verdict
 
-# What dynamo calls the size of an argument, e.g. L['x'].size()[0].
-_SOURCE = re.compile(r"^L\['(\w+)'\](.*)\.size\(\)\[(\d+)\]$")
+# What dynamo calls an argument or what is in it, e.g. L['x'].size()[0], L['n'], L['batch']['n'], L['self']._modules['a'].n
+_SOURCE = re.compile(r"^[LG]\['(\w+)'\](.*)$")
+_MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['(\w+)'\]")
+_PROPERTY = re.compile(r"\.(size|stride)\(\)\[(\d+)\]$")
+_KEYWORD = re.compile(r"^kwargs\['(\w+)'\]")  # how transformers' decorators hand on what they were given
 _SYMBOL = re.compile(r"\b[a-z]+\d+\b")
 
 
 def dimension_names(size: Any) -> dict[str, str]:
-    """The user's name of each symbol in a size, as far as its source is the size of a named argument."""
+    """The user's name of each symbol in a size, as far as it comes from a named argument of the model."""
     if not isinstance(size, torch.SymInt):
         return {}
     sources = size.node.shape_env.var_to_sources
     named = {}
     for symbol in size.node.expr.free_symbols:
-        for source in sources.get(symbol, ()):
-            if found := _SOURCE.match(str(source.name() if callable(source.name) else source.name)):
-                argument, path, axis = found.groups()
-                named[str(symbol)] = f"{argument}{path}.shape[{axis}]"
-                break
+        found = [_written(str(s.name() if callable(s.name) else s.name)) for s in sources.get(symbol, ())]
+        # a view has its base for another source, which the user does not see
+        if names := sorted((name for name in found if name), key=lambda name: "._base" in name):
+            named[str(symbol)] = names[0]
     return named
+
+
+def _written(source: str) -> str | None:
+    """A source as Python code of the user, None when it is not an argument's."""
+    found = _SOURCE.match(source)
+    if found is None:
+        return None
+    argument, path = found.groups()
+    path = _MEMBER.sub(lambda m: f"[{m[1]}]" if m[1].isdigit() else f".{m[1]}", path)
+    path = _PROPERTY.sub(lambda m: f".shape[{m[2]}]" if m[1] == "size" else f".stride({m[2]})", path)
+    return _KEYWORD.sub(r"\1", argument + path)
 
 
 def in_users_words(report: BlockReport, names: dict[str, str]) -> BlockReport:
@@ -36,7 +49,7 @@ def in_users_words(report: BlockReport, names: dict[str, str]) -> BlockReport:
         return report
 
     def say(text: str) -> str:
-        return _SYMBOL.sub(lambda found: names.get(found.group(), found.group()), text)
+        return renamed(text, names)
 
     verdicts = {
         name: Verdict(
@@ -52,4 +65,24 @@ def in_users_words(report: BlockReport, names: dict[str, str]) -> BlockReport:
         for name, verdict in report.verdicts.items()
     }
     notes = tuple(say(note) for note in report.notes)
-    return dataclasses.replace(report, reason=say(report.reason), verdicts=verdicts, notes=notes)
+    sizes = None if report.sizes is None else _sizes_in_words(report.sizes, names)
+    return dataclasses.replace(report, reason=say(report.reason), verdicts=verdicts, notes=notes, sizes=sizes)
+
+
+def renamed(text: str, names: dict[str, str]) -> str:
+    """The text with every symbol of ``names`` replaced."""
+    return _SYMBOL.sub(lambda found: names.get(found.group(), found.group()), text)
+
+
+def _sizes_in_words(sizes: Sizes, names: dict[str, str]) -> Sizes:
+    def say(size: Size) -> Size:
+        return size if isinstance(size.value, int) else Size(renamed(size.value, names), size.most)
+
+    return dataclasses.replace(
+        sizes,
+        tokens=say(sizes.tokens),
+        capacity=say(sizes.capacity),
+        received=say(sizes.received),
+        exchanged=None if sizes.exchanged is None else say(sizes.exchanged),
+        windows=tuple(dataclasses.replace(window, needed=say(window.needed)) for window in sizes.windows),
+    )

@@ -183,8 +183,12 @@ class _Run:
                 self._enforced.add((size_key(block.spec.tokens), decision.enforced))
         if decision.guard is not None and comm == decision.comm:
             self._request_guard(block, decision.guard)
-        report = BlockReport(block.name, comm, reason, before, after, decision.judgement.verdicts, decision.notes)
-        if isinstance(block.spec.tokens, int):
+        report = BlockReport(
+            block.name, comm, reason, before, after, decision.judgement.verdicts, decision.notes,
+            enforced=str(decision.enforced or "") if comm is not None else "",
+            sizes=decision.sizes if comm is not None else None,
+        )  # fmt: skip
+        if isinstance(block.spec.tokens, int):  # then T is a number, or the declared one, which is named T
             return report
         said = self._said.get((block.spec, reason))
         if said is None:

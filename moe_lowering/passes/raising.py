@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ _COLLECTIVES = tuple(
     getattr(torch.ops._c10d_functional, name).default
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single", "broadcast")
 )
+_ARGUMENT = re.compile(r"^L\['(\w+)'\]")  # what dynamo calls the module that is compiled
 _SHARED = ("num_experts", "ep_group", "ep_size", "tp_group", "tp_size", "max_tokens")
 
 
@@ -44,10 +46,8 @@ def place(node: Node) -> str:
     if not stack:
         return node.name
     path = str(next(reversed(stack.values()))[0])
-    return (
-        path.removeprefix("L['self'].").removeprefix("L['self']").replace("._modules['", ".").replace("']", "")
-        or node.name
-    )
+    path = _ARGUMENT.sub(lambda found: "" if found[1] == "self" else found[1], path)
+    return path.replace("._modules['", ".").replace("']", "").removeprefix(".") or node.name
 
 
 def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node, str]]]:

@@ -27,8 +27,70 @@ class Verdict:
         return {
             "legal": self.legal,
             "form": self.form,
-            "violations": [{"code": v.code, "message": v.message} for v in self.violations],
+            "violations": [dataclasses.asdict(violation) for violation in self.violations],
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A number, or an expression in the sizes of the user's arguments, and the largest value that it may have.
+
+    ``most`` is None when nothing bounds it.
+    """
+
+    value: int | str
+    most: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """What one rule says of the HCCL window: bytes ``needed`` of ``accepted``; ``needed_mb`` of HCCL_BUFFSIZE would do.
+
+    ``unit`` says what is counted, e.g. ``bytes (a third of HCCL_BUFFSIZE)``; ``needed_mb`` is None without a bound.
+    """
+
+    code: str
+    needed: Size
+    accepted: int
+    unit: str
+    needed_mb: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes of a lowered block, as the rules saw them: proven for every T from ``low`` to ``high``.
+
+    Attributes:
+        tokens: T, the tokens of one rank.
+        low, high: the range of T that everything was proven for; high is None when there is no bound.
+        bound: the most tokens of any rank; None when there is no bound.
+        capacity: tokens of one rank of the TP group, rounded up.
+        received: rows that one rank receives at most.
+        exchanged: lines of one buffer of the equal-split AllToAll; None elsewhere.
+        max_output_size: rows that a fused operator may process on one rank; None where it is not told.
+        windows: of the rules on the HCCL window. buffer_bytes: HCCL_BUFFSIZE in bytes.
+    """
+
+    tokens: Size
+    low: int
+    high: int | None
+    bound: int | None
+    capacity: Size
+    received: Size
+    exchanged: Size | None
+    max_output_size: int | None
+    windows: tuple[Window, ...]
+    buffer_bytes: int
+
+    @property
+    def range(self) -> str:
+        """The range of T in words."""
+        if self.low == self.high:
+            return f"T = {self.low}"
+        return f"T >= {self.low}" if self.high is None else f"{self.low} <= T <= {self.high}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "range": self.range}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +99,13 @@ class BlockReport:
 
     Attributes:
         name: the block's place in the model, e.g. ``model.layers.0.mlp.experts``.
-        comm: the implementation it was rewritten to (``allgather``, ``mc2``, ``fused_mc2``), None when left alone.
+        comm: the implementation it was rewritten to (``allgather``, ``alltoall``, ``mc2``, ``fused_mc2``), None when left alone.
         reason: why this choice, or why the block was left alone.
         ops_before, ops_after: operator names of the block in graph order, e.g. ``moe_lowering.dispatch``.
         verdicts: by implementation name.
         notes: risks and costs that the user should know, e.g. a limit that no device check enforces.
+        enforced: the range of T outside of which the lowered graph refuses to run, "" when every T is fine.
+        sizes: capacity, receive bound and the like of a lowered block; None of one that was left alone.
     """
 
     name: str
@@ -51,6 +115,8 @@ class BlockReport:
     ops_after: tuple[str, ...]
     verdicts: dict[str, Verdict]
     notes: tuple[str, ...] = ()
+    enforced: str = ""
+    sizes: Sizes | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -61,6 +127,8 @@ class BlockReport:
             "ops_after": list(self.ops_after),
             "verdicts": {name: verdict.to_json() for name, verdict in self.verdicts.items()},
             "notes": list(self.notes),
+            "enforced": self.enforced,
+            "sizes": None if self.sizes is None else self.sizes.to_json(),
         }
 
 

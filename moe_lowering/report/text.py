@@ -1,4 +1,4 @@
-"""A ``LoweringReport`` as text for a person: 100 columns, equal blocks once with their count."""
+"""A ``LoweringReport`` as text for a person: 100 columns, equal blocks once with their count, sources in a list at the end."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
+from moe_lowering.limits import Violation
+from moe_lowering.report.records import BlockReport, LoweringReport, Size, Sizes, Verdict, Window
 
 WIDTH = 100
 _LABEL = 18  # columns of the left column
 _INDENT = "  "
 _NUMBER = re.compile(r"(\d+)")
 _BOUND_CHECK = "moe_lowering.assert_tokens"
+SELF_EVIDENT = ("one of True", "one of False")  # limits of rules that the message puts in words
 
 
 def render(report: LoweringReport) -> str:
-    """The whole report: a headline, each kind of block, and what was not recognised."""
+    """The whole report: a headline, each kind of block, what was not recognised, and the sources of the broken rules."""
+    sources: list[str] = []
     parts = [_headline(report)]
-    parts += [_render_blocks(blocks) for blocks in _equal_blocks(report.blocks)]
+    parts += [_render_blocks(blocks, sources) for blocks in _equal_blocks(report.blocks)]
     if report.unrecognised:
         lines = [row(place, why) for place, why in report.unrecognised]
         parts.append("\n".join(["not recognised as an MoE block:", *lines]))
+    if sources:
+        lines = [row(f"source {number}", source) for number, source in enumerate(sources, 1)]
+        parts.append("\n".join(["sources of the broken rules", *lines]))
     return "\n\n".join(parts)
 
 
@@ -51,10 +57,10 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 def _headline(report: LoweringReport) -> str:
     count = len(report.blocks)
-    return (
-        f"{count} MoE block{'' if count == 1 else 's'}; {report.nodes_before} graph nodes became "
-        f"{report.nodes_after}; the pass took {report.pass_ms:.1f} ms"
-    )
+    blocks = f"{count} MoE block{'' if count == 1 else 's'}"
+    if not report.nodes_before:
+        return f"{blocks}, judged from the command's options alone: nothing was built, traced or run"
+    return f"{blocks}; {report.nodes_before} graph nodes became {report.nodes_after}; the pass took {report.pass_ms:.1f} ms"
 
 
 def _equal_blocks(blocks: Sequence[BlockReport]) -> list[list[BlockReport]]:
@@ -71,7 +77,7 @@ def _equal_blocks(blocks: Sequence[BlockReport]) -> list[list[BlockReport]]:
 
 
 def _same(a: BlockReport, b: BlockReport) -> bool:
-    fields = ("comm", "reason", "ops_before", "verdicts", "notes")
+    fields = ("comm", "reason", "ops_before", "verdicts", "notes", "enforced", "sizes")
     return all(getattr(a, field) == getattr(b, field) for field in fields) and _own_ops(a) == _own_ops(b)
 
 
@@ -80,20 +86,23 @@ def _own_ops(block: BlockReport) -> list[str]:
     return [op for op in block.ops_after if op != _BOUND_CHECK]
 
 
-def _render_blocks(blocks: Sequence[BlockReport]) -> str:
+def _render_blocks(blocks: Sequence[BlockReport], sources: list[str]) -> str:
     block = blocks[0]
     times = f"  x{len(blocks)}" if len(blocks) > 1 else ""
     lines = textwrap.wrap(names([b.name for b in blocks]) + times, WIDTH, break_on_hyphens=False)
     lines.append(row("implementation", f"{_implementation(block)} ({block.reason})"))
-    lines.append(row(f"before ({len(block.ops_before)})", " > ".join(block.ops_before)))
+    if block.ops_before:
+        lines.append(row(f"before ({len(block.ops_before)})", " > ".join(block.ops_before)))
     if block.comm is not None:
         ops = _own_ops(block)
         lines.append(row(f"after ({len(ops)})", " > ".join(ops)))
-        if len(ops) < len(block.ops_after):
-            lines.append(row("once per graph", f"{_BOUND_CHECK}: refuses more tokens than the deployment's max_tokens"))
+        if any(len(_own_ops(b)) < len(b.ops_after) for b in blocks):
+            lines.append(row("once per graph", f"{_BOUND_CHECK}: refuses to run outside of {block.enforced}"))
+    if block.sizes is not None:
+        lines += render_sizes(block.sizes)
     for name, verdict in block.verdicts.items():
         if name != block.comm:
-            lines.append(_render_verdict(name, verdict))
+            lines.append(_render_verdict(name, verdict, sources))
     lines += [row("note", note) for note in block.notes]
     return "\n".join(lines)
 
@@ -105,7 +114,39 @@ def _implementation(block: BlockReport) -> str:
     return f"{block.comm}, {form}" if form not in ("", block.comm) else block.comm
 
 
-def _render_verdict(name: str, verdict: Verdict) -> str:
+def render_sizes(sizes: Sizes) -> list[str]:
+    """Capacity, receive bound and HCCL window of a lowered block."""
+    fixed = isinstance(sizes.tokens.value, int)
+    parts = [sizes.range if fixed or sizes.tokens.value == "T" else f"T = {sizes.tokens.value}, {sizes.range}"]
+    if sizes.bound != sizes.high:
+        parts.append(f"at most {sizes.bound} on any rank")
+    parts.append(f"capacity {_size(sizes.capacity)} per TP rank")
+    parts.append(f"a rank receives up to {_size(sizes.received)} rows")
+    if sizes.exchanged is not None:
+        parts.append(f"buffers of {_size(sizes.exchanged)} rows")
+    if sizes.max_output_size is not None:
+        parts.append(f"max_output_size {sizes.max_output_size}")
+    lines = [row("sizes", "; ".join(parts))]
+    for window in sizes.windows:
+        lines.append(row("" if len(lines) > 1 else "HCCL window", _window(window, sizes.buffer_bytes), hanging="    "))
+    return lines
+
+
+def _size(size: Size) -> str:
+    if isinstance(size.value, int):
+        return str(size.value)
+    return f"{size.value} ({'no bound' if size.most is None else f'at most {size.most}'})"
+
+
+def _window(window: Window, buffer_bytes: int) -> str:
+    enough = "" if window.needed_mb is None else f" ({window.needed_mb} would do)"
+    return (
+        f"[{window.code}] {_size(window.needed)} of {window.accepted} {window.unit}; HCCL_BUFFSIZE "
+        f"{buffer_bytes / 2**20:g} MB{enough}"
+    )
+
+
+def _render_verdict(name: str, verdict: Verdict, sources: list[str]) -> str:
     if verdict.legal:
         return row("also legal", name)
     lines: list[str] = []
@@ -115,10 +156,27 @@ def _render_verdict(name: str, verdict: Verdict) -> str:
         if key in seen:  # the same rule, broken at both ends of an exchange
             continue
         seen.add(key)
-        advice = f" ({violation.advice})" if violation.advice else ""
         label = f"not {name}" if not lines else ""
-        lines.append(row(label, f"[{violation.code}] {violation.message}{advice}", hanging="    "))
+        advice = f"{violation.advice}; " if violation.advice else ""
+        where = f"({advice}source {_number(violation, sources)})"
+        text = f"[{violation.code}] {violation.message}{unsaid(violation)} {where}"
+        lines.append(row(label, text, hanging="    "))
     return "\n".join(lines)
+
+
+def _number(violation: Violation, sources: list[str]) -> int:
+    """The place of a violation's source in the list at the end, which it is added to."""
+    if violation.source not in sources:
+        sources.append(violation.source)
+    return sources.index(violation.source) + 1
+
+
+def unsaid(violation: Violation) -> str:
+    """The value and the limit of a rule whose message does not hold them."""
+    if violation.limit in violation.message or violation.limit in SELF_EVIDENT:
+        return ""
+    value = "" if violation.value in violation.message else f"value {violation.value}, "
+    return f"; {value}limit {violation.limit}"
 
 
 def row(label: str, text: str, hanging: str = "") -> str:

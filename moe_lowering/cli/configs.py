@@ -1,0 +1,145 @@
+"""The configs of the models that the command knows, full or shrunk. Nothing is built, and no torch is imported."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from moe_lowering.cli.arguments import Request, UsageError
+
+OWN = "moe"
+ACCEPTED = f"{OWN}, a transformers model type (mixtral, qwen3_moe, deepseek_v3, ...), or a path to a config.json"
+
+# Dimensions of a small instance, for every implementation the same. They are the smallest that MC2 takes (hidden 1024)
+# with experts for 8 ranks of two or more; heads are few and the vocabulary small because they do not matter here.
+SMALL: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_local_experts": 16,
+    "num_experts": 16,
+    "n_routed_experts": 16,
+    "moe_num_experts": 16,
+    "num_experts_per_tok": 4,
+    "top_k_experts": 4,
+    "moe_topk": 4,
+    "moe_k": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # multi-head latent attention; the rotary part is what such configs call head_dim
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+}
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Set where the default is None too; elsewhere None says that a model does without (e.g. q_lora_rank).
+NEEDED = (*EXPERT_COUNTS, "num_experts_per_tok", "moe_intermediate_size", "head_dim")
+SMALL_LAYERS = 2
+SMALL_GROUPS = {"n_group": 4, "topk_group": 2}  # for models whose default is grouped: 8 experts remain, of which 4
+FULL_OWN = {"hidden": 7168, "intermediate": 2048, "experts": 256, "top_k": 8, "layers": 4}  # DeepSeek-V3's MoE layer
+
+
+def config_of(request: Request) -> Any:
+    """The config of a type or of a file, with the command's number of layers."""
+    try:
+        from transformers import CONFIG_MAPPING
+    except ImportError as error:
+        raise UsageError(
+            f"argument MODEL: {request.model} needs transformers, which does not import ({error}); accepted: {OWN}, or "
+            "install it with: pip install 'moe-lowering[transformers]'"
+        ) from error
+    path = Path(request.model)
+    if path.exists() or path.suffix == ".json" or "/" in request.model:
+        config = _config_of_file(path / "config.json" if path.is_dir() else path)
+    elif request.model in CONFIG_MAPPING:
+        config = _text_config(CONFIG_MAPPING[request.model]())
+        if not request.fake:
+            config = _shrink(config, request.layers or SMALL_LAYERS)
+    else:
+        close = difflib.get_close_matches(request.model, [OWN, *CONFIG_MAPPING], n=3)
+        hint = f" (did you mean {', '.join(close)}?)" if close else ""
+        raise UsageError(f"argument MODEL: is {request.model!r}{hint}; accepted: {ACCEPTED}")
+    if request.layers is not None and request.layers != config.num_hidden_layers:
+        config = _rebuild(config, _with_layers(config, request.layers))
+    return config
+
+
+def _config_of_file(path: Path) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"argument MODEL: {path} is not a readable config.json ({error}); accepted: {ACCEPTED}"
+        ) from error
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind not in CONFIG_MAPPING:
+        raise UsageError(f"argument MODEL: model_type in {path} is {kind!r}; accepted: a type that transformers knows")
+    values.pop("quantization_config", None)  # the weights are random, of --dtype
+    try:
+        return _text_config(CONFIG_MAPPING[kind].from_dict(values))
+    except Exception as error:
+        raise UsageError(f"argument MODEL: {path} is not a valid {kind} config: {error}") from error
+
+
+def _text_config(config: Any) -> Any:
+    text = config.get_text_config()
+    if getattr(text, "num_hidden_layers", None) is None or getattr(text, "vocab_size", None) is None:
+        raise UsageError(f"argument MODEL: {config.model_type} is not a decoder; accepted: {ACCEPTED}")
+    return text
+
+
+def _shrink(config: Any, layers: int) -> Any:
+    """The config with the dimensions of a small instance; what it derives from them is derived anew."""
+    sizes = {
+        name: value
+        for name, value in SMALL.items()
+        if getattr(config, name, None) is not None or (name in NEEDED and hasattr(config, name))
+    }
+    if "qk_rope_head_dim" in sizes and "head_dim" in sizes:
+        sizes["head_dim"] = sizes["qk_rope_head_dim"]
+    if (getattr(config, "n_group", None) or 1) > 1:
+        sizes.update(SMALL_GROUPS)
+    return _rebuild(config, {**sizes, **_with_layers(config, layers)})
+
+
+def _with_layers(config: Any, layers: int) -> dict[str, Any]:
+    """The number of layers, and a number of leading dense layers that leaves MoE layers."""
+    changes = {"num_hidden_layers": layers}
+    for name in ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"):
+        if isinstance(value := getattr(config, name, None), int):
+            changes[name] = min(value, layers - 1)
+    return changes
+
+
+def _rebuild(config: Any, changes: dict[str, Any]) -> Any:
+    """A config of the same type with some values changed, so that per-layer lists follow."""
+    values = {
+        name: value
+        for name, value in config.to_diff_dict().items()
+        if name not in ("transformers_version", "model_type")
+        and not (isinstance(value, list) and len(value) == config.num_hidden_layers)
+    }
+    try:
+        return type(config)(**{**values, **changes})
+    except Exception as error:
+        raise UsageError(f"argument MODEL: {config.model_type} cannot be resized: {error}") from error
+
+
+def experts_of(config: Any) -> int:
+    """Number of routed experts."""
+    for name in EXPERT_COUNTS:
+        if isinstance(value := getattr(config, name, None), int) and value > 1:
+            return value
+    raise UsageError(f"argument MODEL: {config.model_type} has no MoE layers; accepted: {ACCEPTED}")

@@ -1,0 +1,84 @@
+"""The sizes of a lowered block, for the report: what the rules saw, as expressions in T, and how large they may become.
+
+Everything is read from the quantities that the block was judged with and from the limit rows of the calls that it became,
+so that the report cannot say another number than the one that was proven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.limits import Limit, limits_for, needed_buffer_mb
+from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.passes.implementations.alltoall import STATIC, capacity
+from moe_lowering.passes.judging import Judgement, judged_calls
+from moe_lowering.passes.token_ranges import SEARCH_LIMIT
+from moe_lowering.report.records import Size, Sizes, Window
+
+# The fused operators that are told how many rows they may process (``dispatch_ffn_combine``: max_output_size).
+_TOLD_ROWS = ("max_output_size", "max_rows")
+
+
+def block_sizes(spec: BlockSpec, deployment: Deployment, comm: str, judgement: Judgement) -> Sizes:
+    """The sizes of a block that was lowered to ``comm``."""
+    low, high = judgement.prover.bounds(judgement.tokens)
+    if high is not None and high > SEARCH_LIMIT:  # how ``prover_for`` writes "no bound"
+        high = None
+    given, prover = judgement.quantities, judgement.prover
+
+    def size(value: Any) -> Size:
+        if isinstance(value, int):
+            return Size(value, value)
+        return Size(str(value), None if high is None else prover.bounds(value)[1])
+
+    form = judgement.form(comm)
+    received = given["received"]
+    if comm == "alltoall" and spec.max_rows:
+        received = torch.sym_min(received, spec.max_rows)  # type: ignore[no-untyped-call]
+    return Sizes(
+        tokens=size(judgement.tokens),
+        low=low or 0,
+        high=high,
+        bound=spec.max_tokens or high,
+        capacity=size(given["max_tokens"]),
+        received=size(received),
+        exchanged=size(capacity(judgement.tokens, spec)) if comm == "alltoall" and form == STATIC.name else None,
+        max_output_size=given["max_output_size"] if comm == "fused_mc2" and _is_told_rows(form) else None,
+        windows=tuple(
+            Window(row.code, needed := size(value), limit, row.unit, needed_buffer_mb(row, needed.most, quantities))
+            for row, value, limit, quantities in _window_rules(spec, deployment, comm, judgement)
+        ),
+        buffer_bytes=deployment.hccl_buffer_bytes,
+    )
+
+
+def _is_told_rows(operator: str) -> bool:
+    schema = getattr(torch.ops.moe_lowering, operator).default._schema
+    return any(argument.name in _TOLD_ROWS for argument in schema.arguments)
+
+
+def _window_rules(
+    spec: BlockSpec, deployment: Deployment, comm: str, judgement: Judgement
+) -> Iterator[tuple[Limit, Any, int, Mapping[str, Any]]]:
+    """(rule, bytes needed, bytes accepted, quantities) of every rule on the HCCL window that depends on the block, once."""
+    form = IMPLEMENTATIONS[comm].form(judgement.form(comm), deployment)
+    seen: set[tuple[str, int]] = set()
+    for call in judged_calls(comm, form, spec, deployment):
+        rows = [row for row in limits_for(call.operator, deployment.soc, deployment.versions) if row.bounds_buffer]
+        if not rows:
+            continue
+        merged = {**judgement.quantities, **call.given, "soc": deployment.soc}
+        given = {name: value for name, value in merged.items() if value is not None}
+        for row in rows:
+            assert row.max is not None
+            if not row.value.names or not row.names <= given.keys() or (row.when is not None and not row.when(given)):
+                continue
+            value, limit = row.value(given), row.max(given)
+            if (str(value), limit) not in seen:  # both ends of an exchange have the same rule
+                seen.add((str(value), limit))
+                yield row, value, limit, given
