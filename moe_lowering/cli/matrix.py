@@ -45,7 +45,8 @@ examples:
       every cell by itself: signal-to-noise ratio, codes, problems
 
 A number in the table is the worst token's signal-to-noise ratio in dB, over ranks and scenarios (token counts, routings,
-masks; at EP 2, TP 1 also over layouts of the weights: stacked or a list, FRACTAL_NZ or ND); a letter stands for the code of a cell that is refused in all of them.
+masks), at EP 2, TP 1 also over layouts of the weights (one tensor or a list, FRACTAL_NZ or ND); a letter stands for the
+code of a cell that is refused in all of them.
 
 exit code: 0 every cell is what it must be; 1 a cell is not; 2 wrong usage
 """
@@ -254,8 +255,9 @@ def _worst(table: Table) -> list[str]:
 def _summary(table: Table, seconds: float) -> str:
     legal = sum(result.snr is not None for result in table.results)
     wrong = sum(bool(result.problems) for result in table.results)
+    scenarios = len({result.cell.scenario for result in table.results})
     return (
-        f"{len(table.results)} cells in {len({r.cell.scenario for r in table.results})} scenarios: {legal} run, {len(table.results) - legal} "
+        f"{len(table.results)} cells in {scenarios} scenarios: {legal} run, {len(table.results) - legal} "
         f"refused, {wrong} not as they must be; {seconds:.0f} s"
     )
 
