@@ -127,7 +127,7 @@ def test_a_rank_that_raises_breaks_its_own_cell_only():
     with Pool(2, collective_timeout=20) as pool:
         given = {"eps": (2,), "tps": (1,), "quantisations": ("none",), "forms": ("alltoall_static",)}
         table = matrix.run(
-            Axes(scenarios=("even", "t1"), **given),
+            Axes(scenarios=("even", "t1"), layouts=(), **given),
             change=matrix_changes.a_wrong_id_on_the_second_rank,
             pools={2: pool},
         )

@@ -237,7 +237,7 @@ def _ids(routing: str, group: int, tokens: int, top_k: int, generator: torch.Gen
 @functools.cache
 def physical_experts() -> Tensor:
     """[E] int32: where each logical expert is; none stays in its place, and most go to another rank."""
-    return ((torch.arange(EXPERTS) * 5 + 3) % EXPERTS).to(torch.int32)
+    return ((torch.arange(EXPERTS) * 3 + 9) % EXPERTS).to(torch.int32)
 
 
 @functools.cache
