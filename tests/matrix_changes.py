@@ -57,6 +57,22 @@ def experts_of_the_next_rank(case):
     return _deployment(case, ep_rank=(case.deployment.ep_rank + 1) % case.deployment.ep_size)
 
 
+def scales_of_the_next_token(case):
+    return _inputs(case, scale=case.inputs.scale.roll(1, 0))
+
+
+def weights_of_the_next_token(case):
+    return _inputs(case, weights=case.inputs.weights.roll(1, 0))
+
+
+def another_place_of_experts(case):
+    return _inputs(case, log2phy=case.inputs.log2phy.roll(1, 0))
+
+
+def weights_in_nd(case):
+    return _deployment(case, weight_format="nd")
+
+
 def mask_reversed(case):
     return _inputs(case, mask=~case.inputs.mask)
 

@@ -106,6 +106,23 @@ def test_a_name_takes_no_other():
     assert "mc2.x_dtype" in refused.report.blocks[0].reason
 
 
+MEGA = (("providers", (("cann_ops_transformer", "9.1.0"),)), ("weight_format", "nd"))
+
+
+def test_mega_moe_wants_the_same_positive_token_count_on_every_rank():
+    """facts/cann_ops.md 1.6, A2 and A3; one expert a tensor, which this layer has not."""
+
+    def codes(tokens, **fields):
+        lowered = BASE.but(tokens=tokens, deployment=(*MEGA, *fields.items())).judge(comm="fused_mc2")
+        return {v.code for v in lowered.report.blocks[0].verdicts["fused_mc2"].violations}
+
+    assert codes(1) == codes(32) == {"mega_moe.weight_list"}
+    assert codes(0) == {"mega_moe.weight_list", "mega_moe.tokens", "mega_moe.max_tokens"}
+    unequal = {"equal_tokens": False, "max_tokens": 512}
+    assert codes(32, min_tokens=1, **unequal) == {"mega_moe.weight_list", "mega_moe.equal_tokens"}
+    assert codes(32, min_tokens=0, **unequal) == codes(32, min_tokens=1, **unequal) | {"mega_moe.tokens"}
+
+
 UNEQUAL = (("equal_tokens", False), ("max_tokens", 512))
 
 

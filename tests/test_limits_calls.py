@@ -240,6 +240,7 @@ def test_calls_of_fused_operators(op: Any, quantisation: str) -> None:
 
 
 HALF_SCALES = {"w13_scale": [torch.empty(4, 1024).half()], "w2_scale": [torch.empty(4, 1024).half()]}
+WINDOW = {"buffer_bytes": 2**34}
 WIDE = {"w13_scale": [torch.empty(4, 1024).long()]}
 
 
@@ -266,7 +267,9 @@ WIDE = {"w13_scale": [torch.empty(4, 1024).long()]}
         (DECODE, "w8a8", {"global_bs": 2 * 4096}, {"buffer_bytes": 2**26}, "fused_decode.buffer"),
         (DECODE, "w8a8", {"num_experts": 514}, {}, "fused_decode.experts"),
         (DECODE, "w8a8", {"weights": torch.empty(16, 4).bfloat16()}, {}, "fused_decode.weights_dtype"),
-        (MEGA, "w8a8", {"max_tokens": 4097}, {"buffer_bytes": 2**34}, "mega_moe.tokens"),
+        (MEGA, "w8a8", {"max_tokens": 4097}, {"buffer_bytes": 2**34}, "mega_moe.max_tokens"),
+        (MEGA, "w8a8", {"x": torch.empty(4097, 1024).bfloat16(), "max_tokens": 4097}, WINDOW, "mega_moe.tokens"),
+        (MEGA, "w8a8", {"x": torch.empty(0, 1024).bfloat16()}, {}, "mega_moe.tokens"),
         (MEGA, "w8a8", {"max_tokens": 4096}, {"buffer_bytes": 2**27}, "mega_moe.buffer"),
         (MEGA, "w8a8", {}, {"equal_tokens": False}, "mega_moe.equal_tokens"),
         (MEGA, "w8a8", {"activation_clamp": 1.0}, {}, "mega_moe.activation"),
@@ -278,6 +281,37 @@ def test_broken_calls_of_fused_operators(
     op: Any, quantisation: str, changes: dict[str, Any], known: dict[str, Any], code: str
 ) -> None:
     assert code in fused_codes(op, fused_call(op, quantisation, **changes), **known)
+
+
+@pytest.mark.parametrize("name", ["w13", "w2"])
+@pytest.mark.parametrize(("op", "quantisation"), [case for case in FORMATS if case != (DECODE, "w4a8")])
+def test_fused_operators_take_no_transposed_weights(op: Any, quantisation: str, name: str) -> None:
+    """The same shapes, as views of [E, N, K]; FORMATS above are the twins."""
+    known = {"weight_format": "nd"} if op is MEGA and quantisation == "none" else {}
+    call = fused_call(op, quantisation)
+    call[name] = [w.transpose(-1, -2).contiguous().transpose(-1, -2) for w in call[name]]
+    prefix = {FFN: "fused", DECODE: "fused_decode", MEGA: "mega_moe"}[op]
+    assert fused_codes(op, call, **known) == [f"{prefix}.weight_layout"]
+
+
+@pytest.mark.parametrize("soc", ["A2", "A3", "A5"])
+def test_the_fused_activation_takes_no_transposed_weights(soc: str) -> None:
+    """A5 reads them; version 1 does not exist there."""
+    x, w, counts = (
+        torch.empty(*size, dtype=dtype)
+        for size, dtype in (((5, 64), torch.int8), ((2, 64, 128), torch.int8), ((2,), torch.int64))
+    )
+    view = w.transpose(1, 2).contiguous().transpose(1, 2)
+    scale, x_scale = torch.empty(2, 128), torch.empty(5)
+    known = {"weight_format": "nd" if soc == "A5" else "nz"}
+    for weight, expected in ((w, []), (view, [] if soc == "A5" else ["gmm_swiglu_quant.weight_layout"])):
+        second = npu.npu_grouped_matmul_swiglu_quant_v2.default
+        calls = [(second, (x, [weight], [scale], x_scale, counts), {"group_list_type": 1, "quant_dtype": 1})]
+        if soc != "A5":
+            calls.append((npu.npu_grouped_matmul_swiglu_quant.default, (x, weight, counts, scale, x_scale), {}))
+        for op, args, options in calls:
+            found = check_call(op, args, options, soc=soc, extra=known, versions=VERSIONS)
+            assert [v.code for v in found] == expected, op
 
 
 def test_a_list_of_matrices_is_asked_of_mega_moe() -> None:

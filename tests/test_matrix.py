@@ -32,22 +32,28 @@ def pools():
 
 
 def run(pools, change=None, **axes):
-    return matrix.run(Axes(**axes), change=change, pools=pools)
+    """The cells of ``axes``, without other layouts than the forms' own unless they are asked for."""
+    return matrix.run(Axes(**{"layouts": (), **axes}), change=change, pools=pools)
 
 
 # The table
 
-# Cells that are run, of 4 formats x 2 TP sizes x the scenarios; the others are refused. Written down so that a rule that
-# refuses too much is seen, whichever list it is in.
-LEGAL = {1: 56, 2: 576, 4: 576}
+# Cells that are run, of 4 formats x 2 TP sizes x the scenarios, and 41 in other layouts; the others are refused. Written
+# down so that a rule that refuses too much is seen, whichever list it is in.
+LEGAL = {1: 56, 2: 576 + 70 + 41, 4: 576 + 8}
+CELLS = {
+    1: 14 * 56,
+    2: 14 * 56 + 3 * 28 + 14 + 84,
+    4: 14 * 56 + 28,
+}  # scenarios for all formats, or for two, or for one
 
 
 @pytest.mark.parametrize("ep", matrix_cells.EP_SIZES)
 def test_every_cell_is_what_it_must_be(pools, ep):
-    table = run(pools, eps=(ep,))
+    table = run(pools, eps=(ep,), layouts=matrix_cells.LAYOUTS)
     assert table.problems() == []
     assert sum(result.snr is not None for result in table.results) == LEGAL[ep]
-    assert len(table.results) == 7 * 4 * 2 * len(SCENARIOS)
+    assert len(table.results) == CELLS[ep]
     assert pools[ep].restarts == 0
 
 
@@ -64,6 +70,9 @@ BROKEN = [
     ("slice_of_the_other_tp_rank", {"quantisations": ("none",), "tps": (2,)}),
     ("mask_reversed", {"quantisations": ("w8a8",), "scenarios": ("masked",), "forms": ("allgather", "mc2")}),
     ("another_x_on_the_second_rank", {"quantisations": ("w8a8",)}),
+    ("scales_of_the_next_token", {"quantisations": ("w8a8",), "scenarios": ("quantised_input",)}),
+    ("weights_of_the_next_token", {"quantisations": ("none",), "scenarios": ("weight_on_input",)}),
+    ("another_place_of_experts", {"quantisations": ("none",), "scenarios": ("log2phy",)}),
 ]
 STACKED = ("allgather", "alltoall_static", "alltoall_exact", "mc2", "dispatch_ffn_combine")
 
@@ -100,6 +109,7 @@ def test_results_that_differ_within_a_tp_group_are_seen(pools):
 
 @pytest.mark.parametrize(("change", "form", "quantised", "scenario", "says"), [
     ("no_provider", "dispatch_ffn_combine", "w8a8", "even", "must be legal, and is refused: .*fused.provider"),
+    ("weights_in_nd", "dispatch_ffn_combine", "w8a8", "even", "must be legal, and is refused: .*fused.weight_format"),
     ("captured", "alltoall_exact", "none", "even", "lowered to alltoall as static, asked for alltoall as exact"),
     ("captured", "alltoall_exact", "none", "even", "moe_lowering.alltoall_experts is not in the graph"),
     ("no_mask", "dispatch_ffn_combine", "none", "masked", "is legal, and must be refused with fused.mask"),
@@ -117,7 +127,7 @@ def test_a_rank_that_raises_breaks_its_own_cell_only():
     with Pool(2, collective_timeout=20) as pool:
         given = {"eps": (2,), "tps": (1,), "quantisations": ("none",), "forms": ("alltoall_static",)}
         table = matrix.run(
-            Axes(scenarios=("even", "t1"), **given),
+            Axes(scenarios=("even", "t1"), layouts=(), **given),
             change=matrix_changes.a_wrong_id_on_the_second_rank,
             pools={2: pool},
         )
@@ -146,6 +156,20 @@ def test_every_code_is_one_of_the_tables():
     assert {rule.code for rule in REFUSALS} - {row.code for row in load()} == {"Deployment"}
 
 
+def test_other_layouts_are_at_one_place_and_in_one_scenario():
+    other = [cell for cell in cells() if cell.layout]
+    assert {(cell.ep, cell.tp, cell.scenario) for cell in other} == {(2, 1, "even")}
+    assert len(other) == 7 * 4 * 3  # the fourth is the form's own
+    assert not [cell for cell in other if cell.layout == FORMS[cell.form].layout(cell.quantisation)]
+    assert Axes(scenarios=("t1",)).cells(2, 1, "none") == [Cell(form, "none", 2, 1, "t1") for form in FORMS]
+
+
+def test_physical_experts_are_a_permutation_that_moves_experts_between_ranks():
+    place = matrix_cells.physical_experts().tolist()
+    assert sorted(place) == list(range(matrix_cells.EXPERTS))
+    assert sum(expert // 8 != where // 8 for expert, where in enumerate(place)) >= 8
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scenarios_are_what_they_say(name):
     scenario = SCENARIOS[name]
@@ -153,7 +177,7 @@ def test_scenarios_are_what_they_say(name):
         given = [scenario.inputs(group, groups) for group in range(groups)]
         for one in given:
             assert one.ids.dtype == torch.int32
-            assert all(len(set(row)) == matrix_cells.TOP_K for row in one.ids.tolist())
+            assert all(len(set(row)) == scenario.top_k for row in one.ids.tolist())
         counts = matrix_reference.expected_counts(scenario, groups)
         if name == "even":
             assert int(counts.max()) - int(counts.min()) <= 1
@@ -165,6 +189,7 @@ def test_scenarios_are_what_they_say(name):
         if scenario.masked and groups > 1:
             assert not given[-1].mask.any()
             assert any(one.mask.any() and not one.mask.all() for one in given)
+        assert (name == "idle") == (0 in scenario.by_group(groups) and any(scenario.by_group(4)))
     lengths = scenario.by_group(4)
     assert scenario.unequal == (len(set(lengths)) > 1)
 
@@ -242,8 +267,9 @@ def test_a_small_table(capfd):
     assert 40 < float(grid["allgather"][1]) < 60
     assert grid["mc2"][1] == "(a)"
     assert "(a) mc2.ep_size" in printed
-    cells, run = 2 * len(SCENARIOS), len(SCENARIOS)
-    assert f"{cells} cells in {len(SCENARIOS)} scenarios: {run} run, {cells - run} refused, 0 not as" in printed
+    run = sum(1 in scenario.eps for scenario in SCENARIOS.values())
+    cells = 2 * run
+    assert f"{cells} cells in {run} scenarios: {run} run, {cells - run} refused, 0 not as" in printed
 
 
 def canned(**problem):
@@ -261,11 +287,11 @@ def test_json(monkeypatch, capfd):
     assert printed["floors_db"] == FLOORS
     assert printed["cells"] == [
         {
-            "form": "allgather", "quantisation": "none", "ep": 1, "tp": 1, "scenario": "even", "legal": True,
+            "form": "allgather", "quantisation": "none", "ep": 1, "tp": 1, "scenario": "even", "layout": "", "legal": True,
             "snr_db": 46.04, "codes": [], "expected_codes": [], "problems": [],
         },
         {
-            "form": "mc2", "quantisation": "none", "ep": 1, "tp": 1, "scenario": "even", "legal": False,
+            "form": "mc2", "quantisation": "none", "ep": 1, "tp": 1, "scenario": "even", "layout": "", "legal": False,
             "snr_db": None, "codes": ["mc2.ep_size"], "expected_codes": ["mc2.ep_size"], "problems": [],
         },
     ]  # fmt: skip

@@ -43,9 +43,9 @@ def deployed(ep=EP, **fields):
 
 
 @functools.cache
-def converted(comm, dynamic, ep=EP, quantisation="none"):
+def converted(comm, dynamic, ep=EP, quantisation="none", weight_format="nz"):
     """The GE graph of one layer, and the deployment it is for."""
-    with deployed(ep) as deployment:
+    with deployed(ep, weight_format=weight_format) as deployment:
         return ge.convert(
             layer(deployment, quantisation), (tokens(),), deployment, dynamic=dynamic, comm=comm
         ), deployment
@@ -122,6 +122,36 @@ def test_w8a8(comm, dynamic):
         assert dispatch.name in graph.ancestors(matmuls[0].name)
         assert graph.readers(f"{dispatch.name}:1")  # scales of the tokens
     assert graph.mixed() == []
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("comm", ["allgather", "mc2"])
+def test_w8a8_in_nd(comm, dynamic):
+    """The first matmul in int32, scaled by the operator that quantises; the twin with FRACTAL_NZ has none."""
+    graph, _ = converted(comm, dynamic, quantisation="w8a8", weight_format="nd")
+    assert [block.comm for block in graph.reports[-1].blocks] == [comm]
+    first, second = graph.of_type("GroupedMatmul")
+    dequant = ge_checks.one(graph, "DequantSwigluQuant")
+    ge_checks.attributes(dequant, activate_left=True, quant_mode="dynamic", activate_dim=-1)
+    assert dequant.attributes.get("swiglu_mode", 0) == 0  # written when it is not the default
+    assert dequant.edge("x") == f"{first.name}:0" and graph.dtype(dequant.edge("x")) == "DT_INT32"
+    assert graph.dtype(dequant.edge("weight_scale")) == "DT_FLOAT"
+    assert graph.dtype(dequant.edge("activation_scale")) == "DT_FLOAT"
+    assert dequant.edge("group_index") == first.edge("group_list") == second.edge("group_list")
+    assert not {"bias", "quant_scale", "quant_offset"} & {name for name, edge in dequant.inputs if edge}
+    assert {f"{dequant.name}:0", f"{dequant.name}:1"} <= {edge for _, edge in second.inputs}
+    assert graph.mixed() == []
+    assert not converted(comm, dynamic, quantisation="w8a8")[0].of_type("DequantSwigluQuant")
+
+
+def test_w4a8_scales_are_masked_bits():
+    graph, _ = converted("allgather", False, quantisation="w4a8")
+    masks = graph.of_type("BitwiseAnd")
+    assert len(masks) == 2
+    for matmul in graph.of_type("GroupedMatmul"):
+        assert graph.ancestors(matmul.name) & {mask.name for mask in masks}
+        (scale,) = (edge for name, edge in matmul.inputs if name.startswith("scale"))
+        assert graph.dtype(scale) == "DT_UINT64"
 
 
 def test_w8a8_fused():

@@ -45,7 +45,8 @@ examples:
       every cell by itself: signal-to-noise ratio, codes, problems
 
 A number in the table is the worst token's signal-to-noise ratio in dB, over ranks and scenarios (token counts, routings,
-masks); a letter stands for the code of a cell that is refused in all of them.
+masks), at EP 2, TP 1 also over layouts of the weights (one tensor or a list, FRACTAL_NZ or ND); a letter stands for the
+code of a cell that is refused in all of them.
 
 exit code: 0 every cell is what it must be; 1 a cell is not; 2 wrong usage
 """
@@ -229,7 +230,7 @@ def _partly_refused(table: Table) -> list[str]:
             legal.setdefault(cell.form, {})[cell.quantisation] = None
             if result.snr is None and result.codes:
                 scenarios = found.setdefault((_named(result)[0], cell.form), {})
-                scenarios.setdefault(cell.scenario, {})[cell.quantisation] = None
+                scenarios.setdefault(cell.case, {})[cell.quantisation] = None
     lines: dict[tuple[str, str], list[str]] = {}
     for (code, form), scenarios in found.items():
         formats = list(dict.fromkeys(name for names in scenarios.values() for name in names))
@@ -254,8 +255,9 @@ def _worst(table: Table) -> list[str]:
 def _summary(table: Table, seconds: float) -> str:
     legal = sum(result.snr is not None for result in table.results)
     wrong = sum(bool(result.problems) for result in table.results)
+    scenarios = len({result.cell.scenario for result in table.results})
     return (
-        f"{len(table.results)} cells in {len(table.axes.scenarios)} scenarios: {legal} run, {len(table.results) - legal} "
+        f"{len(table.results)} cells in {scenarios} scenarios: {legal} run, {len(table.results) - legal} "
         f"refused, {wrong} not as they must be; {seconds:.0f} s"
     )
 

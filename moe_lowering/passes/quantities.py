@@ -60,36 +60,23 @@ def block_quantities(
         "tp_counts": spec.counts_are_read and _padded(spec, tokens, prover),
         # with unequal T a range of this rank alone takes no part in the decision: judging.refusal
         "strict_share_of_one": deployment.equal_tokens and strict_share_of_one(spec),
-        "hidden": spec.hidden,
-        "intermediate": spec.intermediate,
+        **expert_quantities(spec, deployment),
         "top_k": spec.top_k,
         "experts": spec.experts,
-        "local_experts": spec.local_experts,
-        "groups": spec.local_experts,
         "ep_size": spec.ep_size,
         "ep_group": spec.ep_group,
         "tp_size": spec.tp_size,
         "block_max_tokens": spec.max_tokens,
         "x_dtype": "int8" if spec.quantised_input else dtype_name(spec.dtype),
         "result_dtype": dtype_name(spec.dtype),
-        "weight_dtype": dtype_name(spec.weight_dtype),
         "ids_dtype": "int32",
-        "activation": spec.activation,
-        "interleaved": spec.interleaved,
-        "has_bias": spec.has_bias,
         "has_mask": spec.has_mask,
         "quantised_input": spec.quantised_input,
-        "quantisation": spec.quantisation,
-        **_scales(spec),
         "data_dependent_capacity": not spec.max_tokens and data_dependent([spec.tokens]),
-        "stacked": spec.stacked,
-        "mixed_forms": spec.mixed_forms,
         "counts_are_read": spec.counts_are_read,
-        "weights_contiguous": spec.weights_contiguous,
         "scopes_differ": spec.scopes_differ,
         "counts_read_before_combine": spec.counts_read_before_combine,
         "counts_read_before_weights": spec.counts_read_before_weights,
-        "weight_format": deployment.weight_format,
         "has_communicator": bool(deployment.mc2_group),
         "communicator_is_shared": deployment.mc2_group in spec.collective_groups,
         "group_length": len(deployment.mc2_group) or None,  # has_communicator says it better
@@ -110,16 +97,8 @@ def block_quantities(
         "deployment_tp_size": deployment.tp_size,
         "deployment_token_bound": deployment.token_bound,
         "deployment_max_tokens": deployment.max_tokens,
-        # what our calls pass to the grouped matmuls
-        "single_weight": spec.stacked,
-        "quantised": False,
-        "form": "none",
-        "group_type": 0,
-        "group_list_type": 1,
-        "split_item": 2,
-        # to init_routing_v2
+        # what our calls pass to init_routing_v2
         "expert_tokens_num_type": 1,
-        "n": max(2 * spec.intermediate, spec.hidden),
         # and to MC2's dispatch and combine
         "global_bs": ceil_div(spec.max_tokens, spec.tp_size) * spec.ep_size,
         "quant_mode": 0,
@@ -140,6 +119,33 @@ def block_quantities(
         "shared_expert_num": 1,
         "shared_expert_rank_num": 0,
         "expert_shard_type": 0,
+    }
+
+
+def expert_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
+    """Those of a block's experts, and of what our calls pass to the grouped matmuls: T is in none of them."""
+    return {
+        "hidden": spec.hidden,
+        "intermediate": spec.intermediate,
+        "local_experts": spec.local_experts,
+        "groups": spec.local_experts,
+        "weight_dtype": dtype_name(spec.weight_dtype),
+        "activation": spec.activation,
+        "interleaved": spec.interleaved,
+        "has_bias": spec.has_bias,
+        "quantisation": spec.quantisation,
+        **_scales(spec),
+        "stacked": spec.stacked,
+        "mixed_forms": spec.mixed_forms,
+        "weights_contiguous": spec.weights_contiguous,
+        "weight_format": deployment.weight_format,
+        "single_weight": spec.stacked,
+        "quantised": False,
+        "form": "none",
+        "group_type": 0,
+        "group_list_type": 1,
+        "split_item": 2,
+        "n": max(2 * spec.intermediate, spec.hidden),
     }
 
 

@@ -90,6 +90,7 @@ def call_violations(
         "buffer_bytes": deployment.hccl_buffer_bytes,
         "weight_format": deployment.weight_format,
         "mode": deployment.mode,
+        "equal_tokens": deployment.equal_tokens,
         "received": received,
     }
     return [

@@ -23,6 +23,7 @@ from moe_lowering.testing.matrix_cells import (
     EP_SIZES,
     EXPERTS,
     FORMS,
+    LAYOUTS,
     QUANTISATIONS,
     SCENARIOS,
     TP_SIZES,
@@ -34,21 +35,29 @@ from moe_lowering.testing.matrix_reference import FLOORS, expected, expected_cou
 from moe_lowering.testing.ranks import RankError, Ranks
 
 COLLECTIVE_TIMEOUT = 60.0  # seconds that a rank waits for one that failed
+LAYOUTS_AT = (2, 1)  # EP and TP size
 MOST_RESTARTS = 5  # of a pool, for the cells of one weight format and TP size
 
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """The cells of a run: all combinations."""
+    """The cells of a run: all combinations, as far as a scenario is for them; ``layouts`` beside each form's own at EP 2,
+    TP 1 and in the scenario ``even`` only, as nothing else depends on them."""
 
     forms: tuple[str, ...] = tuple(FORMS)
     quantisations: tuple[str, ...] = QUANTISATIONS
     eps: tuple[int, ...] = EP_SIZES
     tps: tuple[int, ...] = TP_SIZES
     scenarios: tuple[str, ...] = tuple(SCENARIOS)
+    layouts: tuple[str, ...] = LAYOUTS
 
     def cells(self, ep: int, tp: int, quantisation: str) -> list[Cell]:
-        return [Cell(form, quantisation, ep, tp, scenario) for form in self.forms for scenario in self.scenarios]
+        here = [s.name for s in SCENARIOS.values() if quantisation in s.quantisations and ep in s.eps]
+        cells = [Cell(f, quantisation, ep, tp, s) for f in self.forms for s in self.scenarios if s in here]
+        if (ep, tp) != LAYOUTS_AT or "even" not in self.scenarios:
+            return cells
+        other = [(f, layout) for f in self.forms for layout in self.layouts if layout != FORMS[f].layout(quantisation)]
+        return cells + [Cell(form, quantisation, ep, tp, "even", layout) for form, layout in other]
 
 
 EVERYTHING = Axes()
@@ -136,8 +145,8 @@ class Pool:
         if self._ranks is None:
             self._ranks = Ranks(self.size, setup=matrix_ranks.setup, collective_timeout=self._timeout)
         first = cells[0]
-        pairs = [(cell.form, cell.scenario) for cell in cells]
-        return self._ranks.run(matrix_ranks.run, first.quantisation, first.tp, pairs, change)
+        asked = [(cell.form, cell.scenario, cell.weights_are) for cell in cells]
+        return self._ranks.run(matrix_ranks.run, first.quantisation, first.tp, asked, change)
 
 
 def run(

@@ -1,6 +1,7 @@
 """The matrix of implementations: its axes, and the data of every cell, the same in each process that makes them.
 
-A cell is one way to lower a block, one weight format, one EP and TP size, and one scenario of token counts and routing.
+A cell is one way to lower a block, one weight format, one EP and TP size, one scenario of token counts and routing, and
+one layout of the weights: what the way to lower wants, but for a few cells (``matrix.Axes``).
 Sizes are the smallest that every operator accepts (mega_moe: hidden from 1,024, intermediate from 512).
 """
 
@@ -24,6 +25,12 @@ DTYPE = torch.bfloat16
 QUANTISATIONS = ("none", "w8a8", "w4a8", "w4a16")
 EP_SIZES = (1, 2, 4)
 TP_SIZES = (1, 2)
+LAYOUTS = (
+    "stacked_nz",
+    "list_nz",
+    "stacked_nd",
+    "list_nd",
+)  # one tensor, or one for each expert; and the memory format
 
 VLLM_ASCEND = {"providers": (("vllm_ascend", "0.23.0"),)}
 MEGA_MOE = {"providers": (("cann_ops_transformer", "9.1.0"),)}
@@ -38,7 +45,7 @@ class Form:
         comm, form: the implementation that the pass is asked for, and the form that it must take.
         operators: names of operators of which each must be in the lowered graph.
         fields: of the deployment, beside sizes and groups.
-        lists: whether each expert's weights are a tensor of their own.
+        lists: whether each expert's weights are a tensor of their own, where nothing else is said.
     """
 
     name: str
@@ -48,12 +55,16 @@ class Form:
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lists: bool = False
 
-    def deployment_fields(self, quantisation: str) -> dict[str, Any]:
-        """What the deployment says beside its sizes and groups: an A3 with current versions and enough HCCL window."""
+    def layout(self, quantisation: str) -> str:
+        """The layout of the weights where nothing else is said."""
         # mega_moe reads 16-bit weights in ND and int weights in FRACTAL_NZ, the others FRACTAL_NZ
         weight_format = "nd" if self.name == "mega_moe" and quantisation == "none" else "nz"
+        return f"{'list' if self.lists else 'stacked'}_{weight_format}"
+
+    def deployment_fields(self, layout: str) -> dict[str, Any]:
+        """What the deployment says beside its sizes and groups: an A3 with current versions and enough HCCL window."""
         current = {"soc": "A3", "hccl_buffer_mb": 1024, "cann": "9.1.0", "torch_npu": "2.13.0"}
-        return {**current, "weight_format": weight_format, **self.fields}
+        return {**current, "weight_format": layout.split("_")[1], **self.fields}
 
 
 FORMS = {
@@ -89,6 +100,11 @@ class Scenario:
         padded: the last tokens are masked, and the deployment says that every mask is like that.
         counts: the experts' token counts are a result of the graph, too.
         symbolic: the graph is made for a symbolic number of tokens (as of ``TOKENS`` tokens), not for those it is run with.
+        idle: ``unequal``, and some TP group has no token, which the deployment allows.
+        quantised: tokens are int8 with a scale each.
+        on_input: one expert for each token, and x is multiplied by its weight instead of the result.
+        logical: ids are logical, and a table says which physical expert each is.
+        quantisations, eps: the weight formats and EP sizes that the scenario is for.
     """
 
     name: str
@@ -100,20 +116,36 @@ class Scenario:
     unequal: bool = False
     counts: bool = False
     symbolic: bool = False
+    idle: bool = False
+    quantised: bool = False
+    on_input: bool = False
+    logical: bool = False
+    quantisations: tuple[str, ...] = QUANTISATIONS
+    eps: tuple[int, ...] = EP_SIZES
+
+    @property
+    def top_k(self) -> int:
+        return 1 if self.on_input else TOP_K
 
     def by_group(self, groups: int) -> tuple[int, ...]:
         """Tokens of each TP group."""
+        if self.idle:
+            return {1: (0,), 2: (6, 0), 4: (6, 0, 3, 5)}[groups]
         return {1: (3,), 2: (6, 1), 4: (6, 1, 3, 5)}[groups] if self.unequal else (self.tokens,) * groups
 
     def inputs(self, group: int, groups: int) -> Inputs:
         """What the ranks of one TP group are given."""
         tokens = self.by_group(groups)[group]
         generator = torch.Generator().manual_seed(group + 1)
-        ids = _ids(self.routing, group, tokens, generator)
-        weights = torch.rand(tokens, TOP_K, generator=generator) + 0.1
+        ids = _ids(self.routing, group, tokens, self.top_k, generator)
+        weights = torch.rand(tokens, self.top_k, generator=generator) + 0.1
         x = token_bank()[group * TOKENS :][:tokens].clone()
+        if self.quantised:
+            scale = x.float().abs().amax(1) / 127
+            x = (x.float() / scale.unsqueeze(1)).round().to(torch.int8)
+            return Inputs(x, weights, ids, None, scale=scale)
         if not self.masked and not self.padded:
-            return Inputs(x, weights, ids, None)
+            return Inputs(x, weights, ids, None, log2phy=physical_experts() if self.logical else None)
         mask = torch.arange(tokens) < 4 - group if self.padded else (torch.arange(tokens) + group) % 3 != 1
         if groups > 1 and group == groups - 1:
             mask = torch.zeros(tokens, dtype=torch.bool)
@@ -124,14 +156,18 @@ class Scenario:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """x [T, H] bfloat16, weights [T, k] float32, ids [T, k] int32, mask [T] bool or None."""
+    """x [T, H] bfloat16, weights [T, k] float32, ids [T, k] int32, mask [T] bool or None; scale [T] float32 of int8 x;
+    log2phy [E] int32 of logical ids."""
 
     x: Tensor
     weights: Tensor
     ids: Tensor
     mask: Tensor | None
+    scale: Tensor | None = None
+    log2phy: Tensor | None = None
 
 
+_TWO = ("none", "w8a8")  # weight formats for what has little to do with them
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
@@ -149,35 +185,59 @@ SCENARIOS = {
         Scenario("odd_counts", "T not a multiple of the TP size, the counts are read", tokens=5, counts=True),
         Scenario("symbolic", "a graph for any T, T not a multiple of the TP size", tokens=5, symbolic=True),
         Scenario("symbolic_unequal", "a graph for any T, T differs between ranks", unequal=True, symbolic=True),
+        Scenario("idle", "a rank has no token", unequal=True, idle=True, quantisations=_TWO, eps=(2, 4)),
+        Scenario("quantised_input", "int8 tokens with a scale each", quantised=True, quantisations=("w8a8",), eps=(2,)),
+        Scenario("weight_on_input", "top-1, the weight multiplies x", on_input=True, quantisations=_TWO, eps=(2,)),
+        Scenario(
+            "log2phy", "logical ids, the counts are read", logical=True, counts=True, quantisations=_TWO, eps=(2,)
+        ),
     )
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One cell of the matrix, by names."""
+    """One cell of the matrix, by names; ``layout`` is "" where the weights are as the form wants them."""
 
     form: str
     quantisation: str
     ep: int
     tp: int
     scenario: str
+    layout: str = ""
+
+    @property
+    def case(self) -> str:
+        """What the cell has beside its place in the table: the scenario, or the layout."""
+        return self.layout or self.scenario
+
+    @property
+    def weights_are(self) -> str:
+        """The layout of the weights."""
+        return self.layout or FORMS[self.form].layout(self.quantisation)
 
     def __str__(self) -> str:
-        return f"{self.form} {self.quantisation} EP {self.ep} TP {self.tp} {self.scenario}"
+        layout = f" {self.layout}" if self.layout else ""
+        return f"{self.form} {self.quantisation} EP {self.ep} TP {self.tp} {self.scenario}{layout}"
 
 
-def _ids(routing: str, group: int, tokens: int, generator: torch.Generator) -> Tensor:
+def _ids(routing: str, group: int, tokens: int, top_k: int, generator: torch.Generator) -> Tensor:
     if routing == "even":
-        first = (group * TOKENS + torch.arange(tokens)) * TOP_K
-        ids = (first.unsqueeze(1) + torch.arange(TOP_K)) % EXPERTS
+        first = (group * TOKENS + torch.arange(tokens)) * top_k
+        ids = (first.unsqueeze(1) + torch.arange(top_k)) % EXPERTS
     elif routing == "skewed":
-        ids = torch.arange(TOP_K).expand(tokens, TOP_K)
+        ids = torch.arange(top_k).expand(tokens, top_k)
     else:
         allowed = torch.tensor([e for e in range(EXPERTS) if routing != "empty" or e % (EXPERTS // MOST_GROUPS)])
         ranked = torch.rand(tokens, len(allowed), generator=generator).argsort(1)
-        ids = allowed[ranked[:, :TOP_K]]
+        ids = allowed[ranked[:, :top_k]]
     return ids.to(torch.int32).contiguous()
+
+
+@functools.cache
+def physical_experts() -> Tensor:
+    """[E] int32: where each logical expert is; none stays in its place, and most go to another rank."""
+    return ((torch.arange(EXPERTS) * 3 + 9) % EXPERTS).to(torch.int32)
 
 
 @functools.cache

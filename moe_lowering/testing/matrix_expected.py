@@ -32,7 +32,20 @@ def _masked(cell: Cell) -> bool:
 
 
 def _no_tokens(cell: Cell) -> bool:
-    return SCENARIOS[cell.scenario].tokens == 0
+    return SCENARIOS[cell.scenario].tokens == 0 or SCENARIOS[cell.scenario].idle
+
+
+def _int8_tokens(cell: Cell) -> bool:
+    return SCENARIOS[cell.scenario].quantised
+
+
+def _list_of_int_weights(cell: Cell) -> bool:
+    return cell.weights_are.startswith("list") and cell.quantisation in ("w8a8", "w4a8")
+
+
+def _other_format_than_mega(cell: Cell) -> bool:
+    wanted = "nd" if cell.quantisation == "none" else "nz"
+    return cell.quantisation != "w4a16" and not cell.weights_are.endswith(wanted)
 
 
 def _one_rank(cell: Cell) -> bool:
@@ -56,6 +69,13 @@ REFUSALS = (
         "mc2.mask_global_bs", ("mc2",), lambda c: _masked(c) and SCENARIOS[c.scenario].unequal,
         "with different token counts the mask must be all true (facts/cann_ops.md 1.1); both are never passed (1.4)",
     ),
+    Refusal(
+        "mc2.x_dtype", ("mc2",), _int8_tokens, "dispatch takes 16-bit tokens and quantises them (facts/cann_ops.md 1.1)"
+    ),
+    Refusal(
+        "gmm.quant_single_weight", ("allgather", *ALLTOALL, "mc2"), _list_of_int_weights,
+        "int8 tokens want one tensor of weights (aclnnGroupedMatmulV5, A8W8; A8W4: its per-token scale)",
+    ),
     Refusal("fused.ep_size", (FFN,), _one_rank, "2 to 32 ranks (facts/vllm_ascend.md 3.4)"),
     Refusal("mega_moe.ep_size", (MEGA,), _one_rank, "2, 4, 8, 16 or 32 ranks (facts/cann_ops.md 1.6)"),
     Refusal("fused_decode.ep_size", (DECODE,), _one_rank, "it holds the MC2 dispatch (facts/cann_ops.md 1.1)"),
@@ -66,6 +86,24 @@ REFUSALS = (
     Refusal(
         "fused_decode.weight_dtype", (DECODE,), lambda c: c.quantisation == "w4a8",
         "int8 or 16-bit weights (facts/vllm_ascend.md 3.6)",
+    ),
+    Refusal(
+        "fused.quantised_input", (FFN,), _int8_tokens,
+        "it takes 16-bit tokens and quantises them (facts/vllm_ascend.md 3.5)",
+    ),
+    Refusal("mega_moe.x_dtype", (MEGA,), _int8_tokens, "bfloat16 tokens (facts/cann_ops.md 1.6)"),
+    Refusal("fused_decode.x_dtype", (DECODE,), _int8_tokens, "16-bit tokens (facts/vllm_ascend.md 3.6)"),
+    Refusal(
+        "fused.weight_format", (FFN,), lambda c: c.weights_are.endswith("nd"),
+        "the wrapper says FRACTAL_NZ whatever the weights are (facts/vllm_ascend.md 3.2)",
+    ),
+    Refusal(
+        "mega_moe.weight_list", (MEGA,), lambda c: c.weights_are.startswith("stacked"),
+        "a list with one tensor for each expert (facts/cann_ops.md 1.6)",
+    ),
+    Refusal(
+        "mega_moe.weight_format", (MEGA,), _other_format_than_mega,
+        "int8 and int4 in FRACTAL_NZ (facts/cann_ops.md 1.6), 16 bits in ND (facts/vllm_ascend.md 2.5)",
     ),
     Refusal("fused.tokens", (FFN,), _no_tokens, "1 to 512 tokens of a TP rank (facts/cann_ops.md 0.1)"),
     Refusal("mega_moe.tokens", (MEGA,), _no_tokens, "1 to 4,096 tokens (facts/cann_ops.md 1.6)"),

@@ -29,6 +29,7 @@ from moe_lowering.functional import moe_experts
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.passes.verifying import generic_nodes, repropagate
 from moe_lowering.testing.matrix_cells import (
+    DTYPE,
     EXPERTS,
     FORMS,
     SCENARIOS,
@@ -88,20 +89,20 @@ def setup() -> None:
 
 
 def run(
-    rank: int, quantisation: str, tp: int, asked: Sequence[tuple[str, str]], change: Change | None = None
+    rank: int, quantisation: str, tp: int, asked: Sequence[tuple[str, str, str]], change: Change | None = None
 ) -> list[Outcome]:
-    """The outcomes of (form, scenario) pairs in order.
+    """The outcomes of (form, scenario, layout of the weights) in order.
 
     After an exception while a graph runs, ranks are out of step: the list ends there.
     """
     tracer = _Tracer()
     lowered: dict[Any, _Lowered] = {}
     outcomes: list[Outcome] = []
-    for form, scenario in asked:
+    for form, scenario, layout in asked:
         outcome = Outcome()
         outcomes.append(outcome)
         try:
-            case = _case(rank, FORMS[form], quantisation, tp, SCENARIOS[scenario])
+            case = _case(rank, FORMS[form], quantisation, tp, SCENARIOS[scenario], layout)
         except ValueError as error:  # there can be no such deployment
             outcome.codes, outcome.reason = ("Deployment",), str(error)
             continue
@@ -128,13 +129,13 @@ def run(
 # ------------------------------------------------------------------------------------------------------------- the case
 
 
-def _deployment(rank: int, form: Form, quantisation: str, tp: int, scenario: Scenario) -> Deployment:
+def _deployment(rank: int, form: Form, tp: int, scenario: Scenario, layout: str) -> Deployment:
     """Raises ValueError where there can be no such deployment."""
     ep = dist.get_world_size()
     groups = _groups(tp if ep % tp == 0 else 1)
-    fields = form.deployment_fields(quantisation)
+    fields = form.deployment_fields(layout)
     if scenario.unequal:
-        fields.update(equal_tokens=False, max_tokens=TOKENS, min_tokens=1)
+        fields.update(equal_tokens=False, max_tokens=TOKENS, min_tokens=0 if scenario.idle else 1)
     if scenario.symbolic:
         fields.update(max_tokens=TOKENS, guards="forbid")  # guards would narrow the symbol, which graphs share
     if scenario.padded:
@@ -161,10 +162,10 @@ def _second_group() -> str:
     return dist.new_group(range(dist.get_world_size())).group_name
 
 
-def _case(rank: int, form: Form, quantisation: str, tp: int, scenario: Scenario) -> Case:
-    where = _deployment(rank, form, quantisation, tp, scenario)
+def _case(rank: int, form: Form, quantisation: str, tp: int, scenario: Scenario, layout: str) -> Case:
+    where = _deployment(rank, form, tp, scenario, layout)
     inputs = scenario.inputs(rank // tp, where.ep_size // tp)
-    return Case(where, inputs, _own_weights(form.lists, quantisation))
+    return Case(where, inputs, _own_weights(layout.startswith("list"), quantisation))
 
 
 @functools.lru_cache(maxsize=2)
@@ -187,22 +188,32 @@ class _Lowered:
 
 def _flat(case: Case) -> list[Tensor]:
     given = case.inputs
-    tensors = [given.x, given.weights, given.ids, *([] if given.mask is None else [given.mask])]
+    tensors = [given.x, given.weights, given.ids, *_optional(given).values()]
     return tensors + [tensor for name in sorted(case.weights) for tensor in case.weights[name]]
 
 
-def _block(case: Case, counts_read: bool) -> Callable[..., tuple[Tensor, ...]]:
+def _optional(given: Inputs) -> dict[str, Tensor]:
+    """What not every scenario has, by argument of ``moe_experts``."""
+    found = {"mask": given.mask, "pertoken_scale": given.scale, "log2phy": given.log2phy}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _block(case: Case, scenario: Scenario) -> Callable[..., tuple[Tensor, ...]]:
     """The block as a function of ``_flat(case)``."""
-    masked = case.inputs.mask is not None
     shapes = [(name, len(case.weights[name])) for name in sorted(case.weights)]
+    names = list(_optional(case.inputs))
+    options: dict[str, Any] = {"deployment": case.deployment, "quantisation": _quantisation(case)}
+    if scenario.quantised:
+        options["out_dtype"] = DTYPE
+    if scenario.on_input:
+        options["apply_router_weight_on_input"] = True
 
     def block(x: Tensor, weights: Tensor, ids: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        mask, left = (rest[0], list(rest[1:])) if masked else (None, list(rest))
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {**options, **dict(zip(names, rest, strict=False))}
+        left = list(rest[len(names) :])
         for name, count in shapes:
             given[name], left = left[:count], left[count:]
-        given.update(mask=mask, deployment=case.deployment, quantisation=_quantisation(case))
-        if not counts_read:
+        if not scenario.counts:
             return (moe_experts(x, weights, ids, **given),)
         return moe_experts(x, weights, ids, **given, return_counts=True)[:2]
 
@@ -228,7 +239,7 @@ class _Tracer:
         key = self.key(case, scenario)
         if key not in self._traced:
             fakes = self._symbolic_inputs(case) if scenario.symbolic else map(self._static.from_tensor, _flat(case))
-            self._traced[key] = make_fx(_block(case, scenario.counts))(*fakes)
+            self._traced[key] = make_fx(_block(case, scenario))(*fakes)
         return GraphModule(torch.nn.Module(), copy.deepcopy(self._traced[key].graph))
 
     def key(self, case: Case, scenario: Scenario) -> tuple[Any, ...]:
@@ -236,7 +247,8 @@ class _Tracer:
         where, given = case.deployment, case.inputs
         weights = tuple((name, len(ts), ts[0].shape, ts[0].dtype) for name, ts in sorted(case.weights.items()))
         tokens = None if scenario.symbolic else len(given.x)
-        block = (tokens, given.mask is None, weights, scenario.counts)
+        options = (scenario.counts, scenario.quantised, scenario.on_input)
+        block = (tokens, tuple(_optional(given)), given.ids.shape[1], weights, *options)
         return (*block, where.ep_group, where.tp_size, where.tp_group, where.token_bound, where.max_rows)
 
     def _symbolic_inputs(self, case: Case) -> Iterator[Tensor]:

@@ -29,14 +29,25 @@ FLOORS = {"none": 42.0, "w8a8": 28.0, "w4a8": 28.0, "w4a16": 40.0}
 def expected(quantisation: str, scenario: Scenario, group: int, groups: int) -> Tensor:
     """y [T, H] in float64 of one TP group; zero for masked tokens."""
     given: Inputs = scenario.inputs(group, groups)
-    first = group * TOKENS  # of its tokens in the bank
+    if given.scale is not None:
+        results = _experts(quantisation, given.x.double() * given.scale.double().unsqueeze(1))
+    elif scenario.on_input:
+        results = _experts(quantisation, given.x.double() * given.weights.double())
+    else:
+        results = _everything(quantisation)[:, group * TOKENS :]  # where its tokens are in the bank
     y = torch.zeros(given.x.shape, dtype=torch.float64)
     for token in range(len(given.x)):
         if given.mask is not None and not given.mask[token]:
             continue
-        for choice, expert in enumerate(given.ids[token].tolist()):
-            y[token] += given.weights[token, choice].double() * _everything(quantisation)[expert, first + token]
+        for choice, expert in enumerate(_physical(given, token)):
+            weight = 1.0 if scenario.on_input else given.weights[token, choice].double()
+            y[token] += weight * results[expert, token]
     return y
+
+
+def _physical(given: Inputs, token: int) -> list[int]:
+    ids: list[int] = given.ids[token].tolist()
+    return ids if given.log2phy is None else [given.log2phy.tolist()[expert] for expert in ids]
 
 
 @functools.cache
@@ -45,9 +56,9 @@ def expected_counts(scenario: Scenario, groups: int) -> Tensor:
     counts = torch.zeros(EXPERTS, dtype=torch.int64)
     for group in range(groups):
         given = scenario.inputs(group, groups)
-        for token, ids in enumerate(given.ids.tolist()):
+        for token in range(len(given.ids)):
             if given.mask is None or given.mask[token]:
-                for expert in ids:
+                for expert in _physical(given, token):
                     counts[expert] += 1
     return counts
 
@@ -72,7 +83,11 @@ def signal_to_noise(actual: Tensor, reference: Tensor) -> float:
 @functools.cache
 def _everything(quantisation: str) -> Tensor:
     """Every expert on every token of the bank: [E, 24, H] float64."""
-    x = token_bank().double()
+    return _experts(quantisation, token_bank().double())
+
+
+def _experts(quantisation: str, x: Tensor) -> Tensor:
+    """Every expert on every token of x [T, H] float64: [E, T, H]."""
     results = []
     for expert in range(EXPERTS):
         given = {name: tensor[expert] for name, tensor in expert_weights(quantisation).items()}

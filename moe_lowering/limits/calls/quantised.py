@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_lowering.limits.calls.matmul import form, unpacked
-from moe_lowering.limits.calls.tensors import Arguments, dims, dtype, first, product, size
+from moe_lowering.limits.calls.tensors import Arguments, contiguous, dims, dtype, first, product, size
 
 INT8 = 1  # torch's ScalarType number of int8, which torch_npu's int arguments take
 
@@ -44,6 +44,7 @@ def _swiglu_quant(a: Arguments, weight: Any, weight_scale: Any) -> dict[str, Any
     x, x_scale, bias = a["x"], a["x_scale"], a["bias"]
     return {
         "form": form(x, weight, True),
+        "weights_contiguous": contiguous(weight),
         "x_dtype": dtype(x),
         "x_dims": dims(x),
         "rows": size(x, 0),

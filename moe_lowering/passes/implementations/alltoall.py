@@ -45,15 +45,36 @@ def capacity(tokens: Any, spec: BlockSpec) -> Any:
 
 
 def padding_note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
-    """What equal splits cost, for the report."""
-    megabytes = spec.hidden * (1 if spec.quantisation in ("w8a8", "w4a8") else spec.dtype.itemsize) / 2**20
-    lines, own = spec.ep_size * int(capacity(tokens, spec)), share(tokens, spec)
+    """What equal splits cost, for the report: what one rank sends, with scales and counts, and what AllGather moves."""
+    there, back = _line_bytes(spec)
+    lines, own = spec.ep_size * int(capacity(tokens, spec)), share(tokens, spec) * spec.top_k
+    sent = lines * there + spec.experts * _COUNT_BYTES, lines * back
     gathered = spec.ep_size * share(spec.max_tokens or tokens, spec)
+    other = gathered * (there + spec.top_k * _ROUTING_BYTES), gathered * back
     return (
-        f"equal splits send {lines * megabytes:.1f} MiB per rank and way at {tokens} tokens, of which "
-        f"{own * spec.top_k * megabytes:.1f} MiB are rows; AllGather receives {gathered * megabytes:.1f} MiB"
-        + ("" if lines <= gathered else ", which is less: equal splits are a bad choice here, unless max_rows lowers C")
+        f"equal splits send {_mib(sent[0])} per rank to the experts and {_mib(sent[1])} back at {tokens} tokens, of which "
+        f"{_mib(own * there)} and {_mib(own * back)} are rows; AllGather moves {_mib(other[0])} and {_mib(other[1])}"
+        + (
+            ""
+            if sum(sent) <= sum(other)
+            else ", which is less: equal splits are a bad choice here, unless max_rows lowers C"
+        )
     )
+
+
+_COUNT_BYTES = 8  # of an expert's count, int64
+_ROUTING_BYTES = 4 + 4  # of one choice, which AllGather sends along: an int32 id and a float32 weight
+_SCALE_BYTES = 4  # of an int8 row, float32
+
+
+def _line_bytes(spec: BlockSpec) -> tuple[int, int]:
+    """Bytes of one line to the experts, where it may be int8 with a scale, and back, in the block's dtype."""
+    back = spec.hidden * int(spec.dtype.itemsize)
+    return (spec.hidden + _SCALE_BYTES if spec.quantisation in ("w8a8", "w4a8") else back), back
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:

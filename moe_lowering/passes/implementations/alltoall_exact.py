@@ -15,19 +15,18 @@ from moe_lowering.passes.blocks import Block, BlockSpec, arguments
 from moe_lowering.passes.emitting import Emitter, aten
 from moe_lowering.passes.implementations.base import Call, Form, Replacement, unpermute_call
 from moe_lowering.passes.implementations.mlp import mlp_calls
+from moe_lowering.passes.implementations.quantised_mlp import PLAIN
 from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
 
 
 def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
     eight_bits = spec.quantised_input or spec.quantisation in ("w8a8", "w4a8")
     arriving = {"x_dtype": "int8", "scale_dims": 1} if eight_bits else {}
-    # its kernel takes the chain without the fused activation, whatever the format of the weights
-    plain = deployment.replace(weight_format="nz" if deployment.soc == "A5" else "nd")
     scale = "float32" if eight_bits else None
     return (
         Call("alltoall.exact"),
         Call("npu_moe_init_routing_v2", {**arriving, "scale_dtype": scale, "has_offset": False, "quant_mode": -1}),
-        *mlp_calls(spec, plain, spec.quantised_input),
+        *mlp_calls(spec, deployment, spec.quantised_input, PLAIN),  # what its kernel calls, whatever the weights are
         unpermute_call(spec),
     )
 

@@ -21,10 +21,15 @@ from moe_lowering.passes.implementations.base import Call
 _BIAS_DTYPE = {torch.bfloat16: torch.float32}
 
 
-def mlp_calls(spec: BlockSpec, deployment: Deployment, quantised_rows: bool) -> tuple[Call, ...]:
-    """The calls that ``emit_mlp`` makes for a block; ``quantised_rows`` says that rows arrive as int8 with scales."""
+def mlp_calls(
+    spec: BlockSpec, deployment: Deployment, quantised_rows: bool, chosen: str | None = None
+) -> tuple[Call, ...]:
+    """The calls that ``emit_mlp`` makes for a block; ``quantised_rows`` says that rows arrive as int8 with scales.
+
+    ``chosen`` is the chain of ``quantised_mlp`` of a caller that does not use ``emit_mlp``.
+    """
     if spec.quantisation != "none":
-        return quantised_mlp.calls(spec, deployment, quantised_rows)
+        return quantised_mlp.calls(spec, deployment, quantised_rows, chosen)
     name = activation_operator(spec, deployment.soc)
     return (Call("npu_grouped_matmul"), *([Call(name)] if name else []))
 

@@ -1,66 +1,114 @@
 """The grouped MLP with quantised weights on device operators.
 
-    w8a8   quantise rows > ``npu_grouped_matmul_swiglu_quant_v2`` > ``npu_grouped_matmul``           (SwiGLU, fitting format)
-           quantise rows > ``npu_grouped_matmul`` > activation > quantise > ``npu_grouped_matmul``   (anything else)
-    w4a8   the second line, with int4 weights, their scales as bits and their compensation as bias
+    w8a8   quantise rows > ``npu_grouped_matmul_swiglu_quant_v2`` > ``npu_grouped_matmul``
+           quantise rows > ``npu_grouped_matmul`` (int32) > ``npu_dequant_swiglu_quant`` > ``npu_grouped_matmul``
+           quantise rows > ``npu_grouped_matmul`` > activation > quantise > ``npu_grouped_matmul``
+    w4a8   the third line, with int4 weights, their scales as bits and their compensation as bias
     w4a16  ``npu_grouped_matmul`` (antiquant scale and offset) > activation > ``npu_grouped_matmul``
 
-"quantise" is ``npu_dynamic_quant``, left out where rows arrive as int8 with scales (MC2's dispatch with quant_mode 2).
+W8A8 takes the first line whose operators accept the block, by their rows in ``limits/data`` (``chain``): the first two know
+SwiGLU with the gate first only, and have limits of their own on format, layout and width. "quantise" is
+``npu_dynamic_quant``, left out where rows arrive as int8 with scales (MC2's dispatch with quant_mode 2).
 Counts per expert are the group list (type 1). Rows past the sum of the counts are undefined afterwards.
 Sources: facts/vllm_ascend.md §2.5, facts/cann_ops.md §1.4; dtypes of scales: limits/data/grouped_matmul_quantised.toml.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
+from moe_lowering.limits import check
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.emitting import Emitter, aten
 from moe_lowering.passes.implementations.activation import activation_operator, emit_activation
 from moe_lowering.passes.implementations.base import Call, result_quantities
 from moe_lowering.passes.implementations.tensor_parallel import Share
+from moe_lowering.passes.quantities import expert_quantities
 
 _TORCH_NPU_DTYPE = {torch.float16: 5, torch.bfloat16: 15}  # numbers that npu_grouped_matmul's output_dtype takes
+_INT32 = 3
 _FORMS = {"w8a8": "a8w8", "w4a8": "a8w4", "w4a16": "a16w4"}
+_LOW_HALF = 0xFFFFFFFF
+
+FUSED, DEQUANT, PLAIN = "fused", "dequant", "plain"  # the chains, in order of preference
 
 
-def takes_fused_activation(spec: BlockSpec, deployment: Deployment) -> bool:
-    """Whether the first matmul, SwiGLU and quantisation are one operator."""
-    wanted = "nd" if deployment.soc == "A5" else "nz"
-    plain = spec.activation == "swiglu" and not spec.interleaved and spec.scale_dims == 2
-    return spec.quantisation == "w8a8" and plain and spec.stacked and deployment.weight_format == wanted
+def chain(spec: BlockSpec, deployment: Deployment) -> str:
+    """The chain that a block takes: the first one whose operators accept it; ``PLAIN`` when neither of the others does.
+
+    It depends on what is the same on every rank, and T is not in it: verdict, emission and every rank choose alike.
+    """
+    if spec.quantisation == "w8a8" and spec.activation == "swiglu" and not spec.interleaved:
+        for name in (FUSED, DEQUANT):
+            if all(_accepted(call, spec, deployment) for call in _matmuls(name, spec, deployment)):
+                return name
+    return PLAIN
 
 
-def calls(spec: BlockSpec, deployment: Deployment, quantised_rows: bool) -> tuple[Call, ...]:
-    """The calls that ``emit`` makes for a block."""
-    found: list[Call] = []
-    quantise = Call(
+def _accepted(call: Call, spec: BlockSpec, deployment: Deployment) -> bool:
+    given = {**expert_quantities(spec, deployment), **call.given}
+    return _legal(call.operator, deployment.soc, tuple(deployment.versions.items()), frozenset(given.items()))
+
+
+@functools.lru_cache(maxsize=256)
+def _legal(operator: str, soc: str, versions: tuple[tuple[str, str], ...], given: frozenset[tuple[str, Any]]) -> bool:
+    return not check(operator, soc, dict(given), versions=dict(versions))
+
+
+def calls(spec: BlockSpec, deployment: Deployment, quantised_rows: bool, chosen: str | None = None) -> tuple[Call, ...]:
+    """The calls that ``emit`` makes for a block; of the chain ``chosen`` when something else emits it."""
+    rows = () if quantised_rows or spec.quantisation not in ("w8a8", "w4a8") else (_quantise_call(spec),)
+    return (*rows, *_matmuls(chosen or chain(spec, deployment), spec, deployment))
+
+
+def _quantise_call(spec: BlockSpec) -> Call:
+    return Call(
         "npu_dynamic_quant",
         result_quantities(spec, quant_mode="pertoken", dst_type=1, dst_type_max=0, x_dims=2, has_groups=False),
     )
-    eight_bit_rows = spec.quantisation in ("w8a8", "w4a8")
-    if eight_bit_rows and not quantised_rows:
-        found.append(quantise)
-    if takes_fused_activation(spec, deployment):
-        found.append(Call("npu_grouped_matmul_swiglu_quant_v2", _swiglu_quant_quantities(spec)))
-        return (*found, Call("npu_grouped_matmul", _matmul_quantities(spec, spec.intermediate, spec.hidden)))
-    found.append(Call("npu_grouped_matmul", _matmul_quantities(spec, spec.hidden, 2 * spec.intermediate)))
-    name = activation_operator(spec, deployment.soc)
-    found += [Call(name, result_quantities(spec))] if name else []
-    found += [quantise] if eight_bit_rows else []
-    return (*found, Call("npu_grouped_matmul", _matmul_quantities(spec, spec.intermediate, spec.hidden)))
+
+
+def _matmuls(name: str, spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
+    """The calls of one chain, without the quantisation of its rows."""
+    second = Call("npu_grouped_matmul", _matmul_quantities(spec, spec.intermediate, spec.hidden))
+    if name == FUSED:
+        return Call("npu_grouped_matmul_swiglu_quant_v2", _swiglu_quant_quantities(spec)), second
+    first = _matmul_quantities(spec, spec.hidden, 2 * spec.intermediate)
+    if name == DEQUANT:
+        unscaled = {"output_dtype": "int32", "has_scale": False, "scale_dtype": None, "has_per_token_scale": False}
+        dequant = Call("npu_dequant_swiglu_quant", _dequant_quantities(spec))
+        return Call("npu_grouped_matmul", {**first, **unscaled}), dequant, second
+    found = [Call("npu_grouped_matmul", first)]
+    activation = activation_operator(spec, deployment.soc)
+    found += [Call(activation, result_quantities(spec))] if activation else []
+    found += [_quantise_call(spec)] if spec.quantisation in ("w8a8", "w4a8") else []
+    return (*found, second)
 
 
 def _swiglu_quant_quantities(spec: BlockSpec) -> dict[str, Any]:
+    count = 1 if spec.stacked else spec.local_experts
     return {
-        "form": "a8w8", "x_dtype": "int8", "weight_dtype": "int8", "weight_count": 1, "scale_count": 1,
-        "scale_dtype": "float32", "scale_dims": 2, "n": 2 * spec.intermediate, "quant_mode": 0, "dequant_mode": 0,
+        "form": "a8w8", "x_dtype": "int8", "x_dims": 2, "weight_dtype": "int8", "weight_count": count,
+        "weight_dims": 3 if spec.stacked else 2, "scale_count": count, "scale_dtype": "float32",
+        "scale_dims": spec.scale_dims, "n": 2 * spec.intermediate, "quant_mode": 0, "dequant_mode": 0,
         "dequant_dtype": 6, "quant_dtype": 1, "has_smooth": False, "has_assist": False, "has_overrides": False,
         "has_bias": False,
+    }  # fmt: skip
+
+
+def _dequant_quantities(spec: BlockSpec) -> dict[str, Any]:
+    width = 2 * spec.intermediate
+    return {
+        "x_dtype": "int32", "x_dims": 2, "width": width, "has_weight_scale": True, "scale_dtype": "float32",
+        "scale_dims": spec.scale_dims, "scale_width": width, "scale_groups": spec.local_experts, "has_x_scale": True,
+        "x_scale_dtype": "float32", "has_bias": False, "has_quant_offset": False, "has_groups": True,
+        "group_list_dtype": "int64", "group_list_dims": 1, "group_list_length": spec.local_experts, "dst_type": 1,
+        "activate_dim": -1, "quant_mode": 1, "swiglu_mode": 0,
     }  # fmt: skip
 
 
@@ -107,13 +155,15 @@ def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts
         return _antiquant_matmul(emit, hidden, w2, w2_scale, w2_offset, counts)
     if row_scale is None:
         rows, row_scale = _quantise(emit, rows)
-    if takes_fused_activation(spec, deployment):
-        scale = emit.cast(_as_float(emit, w13_scale[0]), torch.float32)
+    name = chain(spec, deployment)
+    if name == FUSED:
         pair = emit.call(
-            torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2.default, rows, list(w13), [scale], row_scale, counts,
-            group_list_type=1,
+            torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2.default, rows, list(w13), [_as_float32(emit, w13_scale[0])],
+            row_scale, counts, group_list_type=1,
         )  # fmt: skip
         hidden, row_scale = emit.item(pair, 0), emit.item(pair, 1)
+    elif name == DEQUANT:
+        hidden, row_scale = _dequant_swiglu_quant(emit, rows, row_scale, w13, w13_scale[0], counts)
     else:
         hidden = _scaled_matmul(emit, spec, rows, row_scale, w13, w13_scale, w13_bias, counts)
         hidden, row_scale = _quantise(emit, emit_activation(emit, hidden, spec, deployment.soc))
@@ -131,6 +181,21 @@ def quantise_tokens(emit: Emitter, block: Block, mine: Share) -> tuple[Node, Nod
     if block.x_scale is not None:
         return x, mine.of(emit.call(aten.reshape.default, block.x_scale, [-1]))
     return _quantise(emit, x) if block.spec.quantisation in ("w8a8", "w4a8") else (x, None)
+
+
+def _dequant_swiglu_quant(
+    emit: Emitter, rows: Node, row_scale: Node, weight: tuple[Node, ...], scale: Node, counts: Node
+) -> tuple[Node, Node]:
+    """int8 rows by int8 weights in int32, then scales, SwiGLU and quantisation in one: int8 [N, I], scales [N]."""
+    sums = emit.call(
+        torch.ops.npu.npu_grouped_matmul.default, [rows], list(weight), group_list=counts, split_item=2, group_type=0,
+        group_list_type=1, output_dtype=_INT32,
+    )  # fmt: skip
+    pair = emit.call(
+        torch.ops.npu.npu_dequant_swiglu_quant.default, emit.item(sums, 0), weight_scale=_as_float32(emit, scale),
+        activation_scale=row_scale, group_index=counts, activate_left=True, quant_mode=1,
+    )  # fmt: skip
+    return emit.item(pair, 0), emit.item(pair, 1)
 
 
 def _scaled_matmul(
@@ -187,7 +252,16 @@ def _as_float(emit: Emitter, scale: Node) -> Node:
     return emit.call(aten.view.dtype, emit.cast(scale, torch.int32), torch.float32)
 
 
+def _as_float32(emit: Emitter, scale: Node) -> Node:
+    return emit.cast(_as_float(emit, scale), torch.float32)
+
+
 def _as_bits(emit: Emitter, scale: Node) -> Node:
-    if scale.meta["val"].dtype == torch.int64:
+    """The bits of float32 in the low half of int64, and nothing in the high one, where the sign would go and hardware
+    reads flags. With a tensor for the mask: torchair has no converter of ``bitwise_and.Scalar``."""
+    value = scale.meta["val"]
+    if value.dtype == torch.int64:
         return scale
-    return emit.cast(emit.call(aten.view.dtype, emit.cast(scale, torch.float32), torch.int32), torch.int64)
+    bits = emit.cast(emit.call(aten.view.dtype, emit.cast(scale, torch.float32), torch.int32), torch.int64)
+    low = emit.call(aten.full.default, [], _LOW_HALF, dtype=torch.int64, device=value.device, pin_memory=False)
+    return emit.call(aten.bitwise_and.Tensor, bits, low)
