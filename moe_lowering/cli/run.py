@@ -38,12 +38,13 @@ RANK_TIMEOUT = 1800.0
 
 @dataclasses.dataclass(frozen=True)
 class RankResult:
-    """What one rank reports."""
+    """What one rank reports. ``refused``: why nothing could be captured, and so nothing was compared."""
 
     reports: list[LoweringReport]
-    errors: compare.Errors
+    errors: compare.Errors | None
     seconds: dict[str, float]
     captured: capture.Captured | None = None
+    refused: str = ""
 
 
 def enable_simulator(soc: str, device: bool = False) -> None:
@@ -88,7 +89,7 @@ def lower_and_compare(request: Request, progress: Progress) -> Outcome:
     skeleton = models.skeleton(made)
     unsupported = unsupported_modules(skeleton)
     require_memory(made, skeleton, request, models.available_memory())
-    if unsupported and request.ep > 1:
+    if unsupported and (request.ep > 1 or request.capture):
         return Outcome(request, made.name, [], unsupported, None, [("assumed", assumptions(request))])
     if request.ep == 1:
         results = [run_rank(request, made, deployment_for(request), progress)]
@@ -98,10 +99,12 @@ def lower_and_compare(request: Request, progress: Progress) -> Outcome:
         with Ranks(request.ep, setup=setup, collective_timeout=COLLECTIVE_TIMEOUT) as ranks:
             results = ranks.run(_rank_job, request, timeout=RANK_TIMEOUT)
         require_same_choices([result.reports for result in results])
-    errors = functools.reduce(compare.Errors.merge, (result.errors for result in results))
+    found = [result.errors for result in results if result.errors is not None]
+    errors = functools.reduce(compare.Errors.merge, found) if len(found) == len(results) else None
     captured = [result.captured for result in results if result.captured is not None]
     facts = _facts(request, made, results[0])
-    return Outcome(request, made.name, results[0].reports, unsupported, errors, facts, captured)
+    refused = next((result.refused for result in results if result.refused), "")
+    return Outcome(request, made.name, results[0].reports, unsupported, errors, facts, captured, refused)
 
 
 def register_transformers(request: Request) -> None:
@@ -229,10 +232,17 @@ def _run_captured(
         capture.inputs(made, request, length, rank, step) for step in range(replays) for length in request.lengths
     ]
     progress(f"capturing and replaying {len(request.lengths)} token counts, {replays} times each, and comparing")
-    captured, errors = _timed(
-        seconds, "capture, replay and compare", capture.replay, functools.partial(_run, compiled), reference, taken,
-        batches, sources,
-    )  # fmt: skip
+    try:
+        captured, errors = _timed(
+            seconds, "capture, replay and compare", capture.replay, functools.partial(_run, compiled), reference, taken,
+            batches, sources,
+        )  # fmt: skip
+    except simulator.device.CaptureError as error:
+        if all(report.fully_lowered for report in lowering.reports):
+            raise
+        return RankResult(
+            lowering.reports, None, seconds, refused=str(error)
+        )  # no device has the operators that stayed
     return RankResult(lowering.reports, errors, seconds, captured)
 
 
