@@ -106,6 +106,50 @@ def capture_collectives(rank, replays):
     return results, simulator.device.tapes()[-1].operators
 
 
+SPLITS = {
+    "equal": (([2, 2], [2, 2]), ([2, 2], [2, 2])),
+    "none": (([], []), ([], [])),
+    "sent": (([1, 3], [1, 1]), ([1, 3], [3, 3])),  # rank 0 receives the same number from both, rank 1 too
+    "received": (([1, 1], [1, 3]), ([3, 3], [1, 3])),
+}
+
+
+def capture_splits(rank, case, compiled):
+    """all_to_all_single of 4 rows: "" and what two replays gave, or the error, its operator, file and line."""
+    group = hccl_group()
+    send, receive = SPLITS[case][rank]
+    x = torch.arange(float(sum(send) or 4), device="npu") + 10 * rank
+    out = torch.empty(sum(receive) or 4, device="npu")
+    name = group.group_name
+
+    def by_hand():
+        dist.all_to_all_single(out, x, receive, send, group=group)  # planted
+
+    def functional(x):
+        return c10d.wait_tensor(c10d.all_to_all_single(x, receive or [2, 2], send or [2, 2], name)) * 1  # planted
+
+    torch._dynamo.reset()
+    found = []
+    try:
+        if compiled:
+            fast = torch.compile(functional, backend="npugraph_ex", fullgraph=True)
+            found = [fast(x + step).tolist() for step in range(2)]
+        else:
+            by_hand()  # without a graph any splits are right
+            eager = out.tolist()
+            graph = torch.npu.NPUGraph()
+            with torch.npu.graph(graph):
+                by_hand()
+            for step in range(2):
+                x.copy_(torch.arange(float(sum(send) or 4)) + 10 * rank + step)
+                graph.replay()
+                found.append(out.tolist())
+            assert found[0] == eager
+    except simulator.device.CaptureError as error:
+        return str(error), error.operator, error.place.file, error.place.line
+    return "", found
+
+
 def misuse(rank, what):
     """The error of one call that must be refused, as text."""
     try:

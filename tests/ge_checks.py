@@ -42,6 +42,17 @@ def inferred(node) -> bool:
     return '"shape"' in node.attributes.get("_inference_rule", "")
 
 
+def combined(graph: GeGraph, y: str):
+    """(the node that selects each token's rows, the edge of its weights) of: select, multiply in float32, sum over k."""
+    total = graph.producer(graph.origin(y))
+    assert total.type == "ReduceSum" and graph.dtype(total.edge("x")) == "DT_FLOAT"
+    product = graph.producer(graph.origin(total.edge("x")))
+    assert product.type == "Mul" and {graph.dtype(product.edge(n)) for n in ("x1", "x2")} == {"DT_FLOAT"}
+    selected = graph.producer(graph.origin(product.edge("x1")))
+    assert selected.type in ("GatherV2", "Gather")
+    return selected, product.edge("x2")
+
+
 def allgather(graph: GeGraph, deployment, experts: int, top_k: int) -> None:
     routing, gating = one(graph, "MoeInitRoutingV3"), one(graph, "MoeGatingTopK")
     local = experts // deployment.ep_size
@@ -67,13 +78,7 @@ def allgather(graph: GeGraph, deployment, experts: int, top_k: int) -> None:
     else:
         assert routing.edge("expert_idx") == ids
         y = one(graph, "NetOutput").inputs[0][1]
-    # combine: select, multiply in float32, sum over k
-    total = graph.producer(graph.origin(y))
-    assert total.type == "ReduceSum" and graph.dtype(total.edge("x")) == "DT_FLOAT"
-    product = graph.producer(graph.origin(total.edge("x")))
-    assert product.type == "Mul" and {graph.dtype(product.edge(n)) for n in ("x1", "x2")} == {"DT_FLOAT"}
-    selected = graph.producer(graph.origin(product.edge("x1")))
-    assert selected.type in ("GatherV2", "Gather")
+    selected, _ = combined(graph, y)
     rows = selected.edge("x")
     if deployment.ep_size > 1:  # undefined rows are zero first
         assert graph.producer(rows).type == "SelectV2"
@@ -118,19 +123,101 @@ def fused_mc2(graph: GeGraph, deployment, experts: int, top_k: int) -> None:
     assert net.inputs[0][1] == fused.output("out") and fused.name in net.control
 
 
+def integers(graph: GeGraph, edge: str, tokens: int) -> list[int]:
+    """What an integer tensor holds for T = ``tokens``: computed from the nodes that prepare it."""
+    node = graph.producer(edge)
+    read = {name: source for name, source in node.inputs if source}
+    if node.content is not None:
+        return list(node.content)
+    if node.type == "Shape":
+        assert graph.producer(read["x"]).type == "Data"
+        return [tokens if size == -1 else size for size in graph.producer(read["x"]).outputs[0][2]]
+    values = {name: integers(graph, source, tokens) for name, source in read.items()}
+    if node.type == "Pack":
+        return [value for name in sorted(values, key=lambda name: int(name[1:])) for value in values[name]]
+    if node.type in ("Gather", "GatherV2"):
+        return [values["x"][index] for index in values["indices"]]
+    if node.type in ("Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze"):
+        return values["x"]
+    operation = {"Add": int.__add__, "Sub": int.__sub__, "Mul": int.__mul__, "Minimum": min}[node.type]
+    return [operation(*pair) for pair in zip(values["x1"], values["x2"], strict=True)]
+
+
+def equal_splits(graph: GeGraph, exchange, each, tokens=(24, 40)) -> None:
+    """Every rank gets and gives ``each(T)`` elements, one rank's after the other's."""
+    ranks = len(integers(graph, exchange.edge("send_counts"), tokens[0]))
+    for count in tokens:
+        for way in ("send", "recv"):
+            assert integers(graph, exchange.edge(f"{way}_counts"), count) == [each(count)] * ranks
+            first = integers(graph, exchange.edge(f"{way}_displacements"), count)
+            assert first == [each(count) * rank for rank in range(ranks)]
+
+
 def alltoall(graph: GeGraph, deployment, experts: int, top_k: int) -> None:
-    exchanges = graph.of_type("HcomAllToAll", "HcomAllToAllV")
-    assert exchanges
+    gating = one(graph, "MoeGatingTopK")
+    attributes(gating, k=top_k)
+    there, sort = graph.of_type("MoeInitRoutingV3")
+    exchanges = graph.of_type("HcomAllToAllV")
+    assert len(exchanges) == 3 and not graph.of_type("HcomAllToAll")
+    local = experts // deployment.ep_size
     for exchange in exchanges:
         assert group_text(deployment) in exchange.attributes["group"]
-    first, second = graph.of_type("GroupedMatmul")
-    assert first.edge("group_list") == second.edge("group_list")
-    net = one(graph, "NetOutput")
-    behind = graph.ancestors(net.name)
-    assert {exchange.name for exchange in exchanges} <= behind
-    # there and back: rows come from an exchange, and an exchange brings the results home
-    assert any(e.name in graph.ancestors(first.name) for e in exchanges)
-    assert any(second.name in graph.ancestors(e.name) for e in exchanges)
+        assert len(integers(graph, exchange.edge("send_counts"), 1)) == deployment.ep_size
+    for routing, range_, number in ((there, experts, experts), (sort, local, local + 1)):
+        attributes(
+            routing, active_num=-1, quant_mode=-1, expert_tokens_num_type=1, expert_tokens_num_flag=True,
+            active_expert_range=[0, range_], expert_num=number,
+        )  # fmt: skip
+    assert there.edge("expert_idx") == gating.output("expert_idx")
+    tokens = graph.producer(there.edge("x"))
+    assert tokens.type == "Data"
+    hidden, size = tokens.outputs[0][2][1], tokens.outputs[0][2][0]
+    # what is sent: counts as they are; rows from the first sort, by what the counts say; results from the second matmul
+    sent = "expert_tokens_count_or_cumsum"
+    (counts,) = [e for e in exchanges if e.edge("send_data") == there.output(sent)]
+    (rows,) = [e for e in exchanges if _sent(graph, e) == there.output("expanded_x")]
+    second = graph.of_type("GroupedMatmul")[1]
+    (home,) = [e for e in exchanges if _sent(graph, e) == second.output("y0")]
+    some = (size,) if size > 0 else (24, 40)
+    for exchange, each in (
+        (counts, lambda t: local),
+        *((e, lambda t: t * min(top_k, local) * hidden) for e in (rows, home)),
+    ):
+        equal_splits(graph, exchange, each, some)
+    places = graph.producer(graph.origin(rows.edge("send_data"))).edge("indices")
+    assert there.output(sent) in _edges_behind(graph, places)
+    # the second sort: arrived rows, by the arrived counts
+    assert graph.origin(sort.edge("x")) == rows.output("recv_data")
+    behind = _edges_behind(graph, sort.edge("expert_idx"))
+    assert counts.output("recv_data") in behind and rows.output("recv_data") not in behind
+    matmuls(graph, sort.output("expanded_x"), sort.output(sent), second.output("y0"))
+    back = _edges_behind(graph, graph.producer(graph.origin(home.edge("send_data"))).edge("indices"))
+    assert sort.output("expanded_row_idx") in back and there.output("expanded_row_idx") not in back
+    # combine
+    selected, weights = combined(graph, one(graph, "NetOutput").inputs[0][1])
+    assert graph.origin(selected.edge("x")) == home.output("recv_data")
+    behind = _edges_behind(graph, selected.edge("indices"))
+    assert {there.output("expanded_row_idx"), there.output(sent), gating.output("expert_idx")} <= behind
+    assert sort.output("expanded_row_idx") not in behind
+    assert gating.output("y") in _edges_behind(graph, weights)
+
+
+def _sent(graph: GeGraph, exchange) -> str:
+    """What the sent rows are selected from; "" when they are sent as they are."""
+    selected = graph.producer(graph.origin(exchange.edge("send_data")))
+    return selected.edge("x") if selected.type in ("GatherV2", "Gather") else ""
+
+
+def _edges_behind(graph: GeGraph, edge: str) -> set[str]:
+    """The edge, and every edge whose values it depends on; not those of which it knows the sizes only."""
+    found: set[str] = set()
+    todo = [edge]
+    while todo:
+        found.add(last := todo.pop())
+        node = graph.producer(last)
+        if node.type != "Shape":
+            todo += [source for _, source in node.inputs if source and source not in found]
+    return found
 
 
 CHECKS = {"allgather": allgather, "mc2": mc2, "fused_mc2": fused_mc2, "alltoall": alltoall}

@@ -116,6 +116,26 @@ def test_the_command_on_two_ranks(capfd):
     assert found["captured"]["captures"] == 1 and found["captured"]["replays"] == 2
 
 
+def test_the_command_captures_nothing_of_a_block_that_is_not_lowered(capfd):
+    """No evidence for operators that no device has: the reason, and exit code 1."""
+    given = ["moe", "--comm", "mc2", "--tokens", "4", "--layers", "1", "--capture", "--replays", "2"]
+    code, out, err = command(capfd, *given)
+    assert code == 1
+    assert "layers.0 not lowered: mc2 was asked for and is not legal: [mc2.communicator]" in err
+    assert "nothing was captured: moe_lowering::route: has no kernel on a device" in err
+    assert "compared with nothing" in out and "operators on the tape" not in out
+    code, out, err = command(capfd, *given, "--json")
+    assert code == 1 and "moe_lowering::route" in err
+    found = json.loads(out)
+    assert found["captured"] is None and found["max_rel_error"] is None
+    assert [block["comm"] for block in found["blocks"]] == [None]
+
+
+def test_the_command_captures_nothing_of_a_module_that_it_does_not_know(capfd):
+    code, out, err = command(capfd, *["llama4", "--tokens", "4", "--layers", "1", "--capture", "--json"])
+    assert code == 1 and "feed_forward.experts is not lowered" in err and json.loads(out)["captured"] is None
+
+
 def test_a_stale_replay_is_a_mismatch(monkeypatch, capfd):
     """Graphs that are not run leave what was there before."""
     monkeypatch.setattr(device.Tape, "replay", lambda self: setattr(self, "replays", self.replays + 1))

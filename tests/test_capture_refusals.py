@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lowering import Deployment, MoE, MoeLowering, npugraph_ex_options, simulator, testing
 from moe_lowering.simulator.device import CaptureError
@@ -31,7 +32,7 @@ class Planted(nn.Module):
         self.layer, self.what = MoE(64, 32, 8, 2), what
 
     def forward(self, x):
-        y = self.layer(x)
+        y = self.layer(x)  # planted layer
         if self.what == "item":
             y = y * (y > 0).sum().item()  # planted item
         if self.what == "branch" and y.abs().max().item() > 1:  # planted branch
@@ -45,7 +46,7 @@ OPERATORS = {"item": "aten::_local_scalar_dense", "cpu": "aten::copy_"}
 LINES = {
     what: number
     for number, text in enumerate(Path(__file__).read_text().splitlines(), 1)
-    for what in (*OPERATORS, "branch")
+    for what in (*OPERATORS, "branch", "layer")
     if text.endswith(f"# planted {what}")
 }
 
@@ -101,6 +102,72 @@ def test_dynamo_names_the_line_of_a_branch_on_a_value():
     with pytest.raises(torch._dynamo.exc.UserError) as caught:
         compiled(Planted("branch").to("npu"))(tokens())
     assert f'{__file__}", line {LINES["branch"]}' in str(caught.value)
+
+
+# Blocks that were not lowered
+
+NO_KERNEL = "has no kernel on a device, as its block was not lowered"
+
+
+def graphs_of(model, what):
+    """The layer in an NPU graph: without the pass, with a pass that leaves it, or by hand."""
+    if what == "by hand":
+        x = tokens()
+        with torch.npu.graph(torch.npu.NPUGraph()):
+            model(x)
+    elif what == "no pass":
+        torch.compile(model, backend="npugraph_ex", fullgraph=True)(tokens())
+    else:
+        lowering = MoeLowering(Deployment(), "mc2")  # which wants two ranks
+        options = npugraph_ex_options(Deployment(), lowering=lowering)
+        try:
+            torch.compile(model, backend="npugraph_ex", fullgraph=True, options=options)(tokens())
+        finally:
+            assert [block.comm for block in lowering.reports[0].blocks] == [None]
+
+
+@pytest.mark.parametrize("what", ["no pass", "not legal", "by hand"])
+def test_a_block_that_was_not_lowered_is_refused_with_its_line(what):
+    """On device npu it computes, which is a convenience of the simulator; the same model, lowered, is captured."""
+    model = Planted("").to("npu")
+    assert model(tokens()).isfinite().all().item()
+    with pytest.raises(CaptureError, match=NO_KERNEL) as caught:
+        graphs_of(model, what)
+    assert caught.value.operator == "moe_lowering::route"
+    assert (caught.value.place.file, caught.value.place.line) == (__file__, LINES["layer"])
+    torch._dynamo.reset()
+    before = simulator.device.counts()
+    compiled(model)(tokens())
+    assert (simulator.device.counts() - before).captured == 1
+
+
+class Calls(TorchDispatchMode):
+    """The calls of our operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "moe_lowering":
+            self.seen.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_generic_operator_is_refused():
+    model = Planted("").to("npu")
+    with Calls() as calls:
+        model(tokens())
+    names = [func._schema.name.partition("::")[2] for func, _, _ in calls.seen if "assert" not in func._schema.name]
+    assert names == ["route", "dispatch", "grouped_mlp", "combine"]
+    for func, args, kwargs in calls.seen:
+        if "assert" in func._schema.name:  # a device has it
+            with torch.npu.graph(torch.npu.NPUGraph()):
+                func(*args, **kwargs)
+            continue
+        refused = pytest.raises(CaptureError, match=f"{func._schema.name}: {NO_KERNEL}")
+        with refused, torch.npu.graph(torch.npu.NPUGraph()):
+            func(*args, **kwargs)
 
 
 # The judge

@@ -95,12 +95,13 @@ def test_a_tape_goes_with_its_graph():
     assert tape not in device.tapes()
 
 
-def test_host_scalars_are_baked_in():
-    x, factor = torch.ones(2, device="npu"), torch.tensor(3.0)
-    graph, y = capture(lambda: x * factor)
-    factor.fill_(7.0)
+def test_constants_of_the_host_are_baked_in():
+    """What is a number in the model; what the capture finds on the host is refused (FORBIDDEN)."""
+    x, number = torch.ones(2, device="npu"), 3.0
+    graph, y = capture(lambda: x * torch.tensor(number) + number)
+    number = 7.0
     graph.replay()
-    assert y.tolist() == [3.0, 3.0]
+    assert y.tolist() == [6.0, 6.0]
 
 
 def test_an_operator_that_refuses_at_replay_is_named():
@@ -158,6 +159,7 @@ def test_a_stream_that_is_not_forked_is_refused():
 # What a capture forbids. Each call works outside of one.
 
 X, SCALAR = torch.arange(6.0), torch.tensor(2.0)
+SECTIONS, SPLITS = torch.tensor(3), torch.tensor([2, 4])
 FORBIDDEN = {
     "item": (lambda x: x.sum().item(), "aten::_local_scalar_dense"),
     "bool": (lambda x: bool(x[0] > 0), "aten::_local_scalar_dense"),
@@ -178,6 +180,18 @@ FORBIDDEN = {
     "stream": (lambda x: torch.npu.current_stream().synchronize(), "aclrtSynchronizeStream"),
     "CPU operator": (lambda x: (X + 1).sum(), "aten::add.Tensor"),
     "scalar of the host": (lambda x: x * (SCALAR + 1), "aten::add.Tensor"),
+    "value of the host": (lambda x: x * SCALAR, "aten::mul.Tensor: takes a value of the host"),
+    "element of the host": (lambda x: x * X[1], "aten::mul.Tensor: takes a value of the host"),
+    "value of the host in place": (lambda x: x.copy_(SCALAR), "aten::copy_: takes a value of the host"),
+    "size of the host": (lambda x: x[: int(SECTIONS)], "aten::_local_scalar_dense"),
+    "sections of the host": (
+        lambda x: x.tensor_split(SECTIONS),
+        "aten::tensor_split.tensor_indices_or_sections: reads",
+    ),
+    "splits of the host": (lambda x: torch.tensor_split(x, SPLITS), "aten::tensor_split.tensor_indices_or_sections"),
+    "random scalar": (lambda x: x * torch.rand(()), "aten::mul.Tensor: takes a value of the host"),
+    "random scalar in place": (lambda x: x * torch.ones(()).uniform_(), "aten::mul.Tensor: takes a value of the host"),
+    "random splits": (lambda x: x.tensor_split(torch.randint(6, (2,))), "aten::tensor_split"),
     "random on the CPU": (lambda x: x * (torch.rand(()) + 1), "aten::add.Tensor"),
     "pinned memory": (lambda x: torch.empty(1 << 20).pin_memory(), "aclrtMallocHost|aten::"),
     "no npu kernel": (lambda x: torch.special.airy_ai(x), "aten::special_airy_ai"),
@@ -204,6 +218,10 @@ ALLOWED = {
     "where in place of a mask": lambda x: torch.where(x > 1, x, 0.0),
     "constants of the host": lambda x: x + torch.tensor(2.0),
     "host arithmetic on constants": lambda x: x + (torch.tensor(2.0) * 3).to(torch.float64),
+    "constants of ones": lambda x: x * torch.ones(()),
+    "an element set to a number": lambda x: x.clone().index_fill_(0, x.long()[:1], 5.0).add_(torch.tensor(1)),
+    "splits that are constants": lambda x: x.tensor_split(torch.tensor([2, 4]))[1] + 1,
+    "sections that are numbers": lambda x: x.tensor_split(3)[1] + 1,
     "allocation": lambda x: torch.empty(1 << 20, device="npu").fill_(1)[:6] + x,
     "copies on the device": lambda x: torch.empty_like(x).copy_(x).half(),
 }

@@ -1,5 +1,7 @@
 """Backend "hccl" for device "npu" on two real processes: collectives, communicators, and both inside captured graphs."""
 
+from pathlib import Path
+
 import capture_jobs
 import pytest
 import rank_jobs
@@ -78,6 +80,22 @@ def test_a_lowered_layer_is_captured_with_its_communication(pair, comm):
             reference.assert_near(y, dense(rank, step), torch.bfloat16)
         marks = ("c10d::", "distribute", "dispatch_ffn")
         assert [name for name in operators if any(mark in name for mark in marks)] == COMMUNICATION[comm]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["by hand", "compiled"])
+@pytest.mark.parametrize("case", capture_jobs.SPLITS)
+def test_equal_splits_are_captured_and_unequal_ones_refused(pair, case, compiled):
+    """Unequal splits are one routing's numbers on the host: each replay would send all others by them."""
+    lines = Path(capture_jobs.__file__).read_text().splitlines()
+    for rank, (error, *found) in enumerate(pair.run(capture_jobs.capture_splits, case, compiled)):
+        if case in ("equal", "none"):
+            mine = [2.0 * rank, 2.0 * rank + 1]  # of each rank's four
+            assert error == "" and found == [[[v + step + 10 * r for r in (0, 1) for v in mine] for step in (0, 1)]]
+            continue
+        operator, file, line = found
+        assert operator == "c10d::alltoall_base_" and "has unequal splits" in error
+        assert file == capture_jobs.__file__ and "# planted" in lines[line - 1]
+        assert f"{file}:{line}" in error
 
 
 MISUSE = {

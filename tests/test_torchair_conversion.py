@@ -5,6 +5,7 @@ The conversion is real; the engine is not there, and the look-up of registered o
 
 import contextlib
 import functools
+import signal
 import subprocess
 import sys
 
@@ -72,24 +73,73 @@ def test_node_types_attributes_and_edges(comm, ep, dynamic):
     assert ((-1, HIDDEN) in shapes, (TOKENS, HIDDEN) in shapes) == (dynamic, not dynamic)
 
 
-@pytest.mark.parametrize("comm", ["mc2", "allgather", "fused_mc2"])
-def test_the_checks_see_one_wrong_input(comm):
-    """The twin of the test above: a pass after the lowering exchanges two inputs, or names another group."""
-    names = {
-        "mc2": "npu_moe_distribute_combine_v2",
-        "fused_mc2": "dispatch_ffn_combine",
-        "allgather": "npu_grouped_matmul",
-    }
+def exchange_weights(first, last):
+    """Of both matmuls."""
+    first.args, last.args = (first.args[0], last.args[1]), (last.args[0], first.args[1])
+
+
+def exchange_aids(first, last):
+    """What dispatch tells combine."""
+    last.args = (*last.args[:2], last.args[3], last.args[2], *last.args[4:])
+
+
+def name_another_group(first, last):
+    last.kwargs = {**last.kwargs, "group": "another"}
+
+
+def uneven_splits(at):
+    """The same sum, one element more for the first rank."""
+
+    def change(*nodes):
+        node = nodes[at]
+        splits = [node.args[1][0] + 1, node.args[1][1] - 1, *node.args[1][2:]]
+        node.args = (node.args[0], splits, splits, *node.args[3:])
+
+    return change
+
+
+def split_counts(first, *nodes):
+    """The rows' splits where there should be four experts' counts, as many in all."""
+    counts = min(nodes, key=lambda node: node.args[1][0])
+    size = sum(counts.args[1]) // 2
+    counts.args = (counts.args[0], [size, 0, size, 0], [size, 0, size, 0], *counts.args[3:])
+
+
+def send_home_in_order_of_sending(first, second, *nodes):
+    """The results by the places of the rows that this rank sent."""
+    second.args = (*second.args[:2], first.args[2])
+
+
+def count_what_was_sent(first, last):
+    """Both matmuls with the counts of the first sort."""
+    sorts = [n for n in first.graph.nodes if getattr(n.target, "__name__", "").startswith("npu_moe_init_routing_v2")]
+    items = [n for n in sorts[0].users if n.args[1] == 2]
+    for matmul in (first, last):
+        matmul.kwargs = {**matmul.kwargs, "group_list": items[0]}
+
+
+WRONG = [
+    ("mc2", "npu_moe_distribute_combine_v2", exchange_aids),
+    ("fused_mc2", "dispatch_ffn_combine", name_another_group),
+    ("allgather", "npu_grouped_matmul", exchange_weights),
+    ("alltoall", "npu_grouped_matmul", exchange_weights),
+    ("alltoall", "all_to_all_single", uneven_splits(0)),
+    ("alltoall", "all_to_all_single", uneven_splits(-1)),
+    ("alltoall", "all_to_all_single", split_counts),
+    ("alltoall", "index_select", send_home_in_order_of_sending),
+    ("alltoall", "npu_grouped_matmul", count_what_was_sent),
+]
+
+
+@pytest.mark.parametrize(("comm", "operator", "change"), WRONG)
+def test_the_checks_see_one_wrong_input(comm, operator, change):
+    """The twin of the test above: a pass after the lowering exchanges two inputs, or names another group or split."""
+    changed = []
 
     def swap(gm, example_inputs, config):
-        nodes = [n for n in gm.graph.nodes if getattr(n.target, "__name__", "").startswith(names[comm])]
-        first, last = nodes[0], nodes[-1]
-        if comm == "allgather":  # the weights of both matmuls
-            first.args, last.args = (first.args[0], last.args[1]), (last.args[0], first.args[1])
-        elif comm == "mc2":  # what dispatch tells combine
-            last.args = (*last.args[:2], last.args[3], last.args[2], *last.args[4:])
-        else:
-            last.kwargs = {**last.kwargs, "group": "another"}
+        nodes = [n for n in gm.graph.nodes if getattr(n.target, "__name__", "").startswith(operator)]
+        change(*(nodes if comm == "alltoall" else (nodes[0], nodes[-1])))
+        changed.append(change)
 
     import torchair
 
@@ -97,6 +147,7 @@ def test_the_checks_see_one_wrong_input(comm):
     config.post_grad_custom_post_pass = swap
     with deployed() as deployment:
         graph = ge.convert(layer(deployment), (tokens(),), deployment, comm=comm, config=config)
+    assert changed == [change]
     with pytest.raises(AssertionError):
         ge_checks.CHECKS[comm](graph, deployment, EXPERTS, TOP_K)
 
@@ -273,3 +324,48 @@ def test_operators_without_converter_are_known(name):
         pytest.skip(f"this torch_npu has no {name}")
     with ge.engine():
         assert "no GE converter" in ge_rewrites.missing_converter(getattr(torch.ops.npu, name).default)
+
+
+INTERRUPTED = """
+import os, signal
+import torch
+from moe_lowering import MoE, simulator
+from moe_lowering.testing.graphs import fake_deployment
+
+simulator.enable()
+from moe_lowering.simulator import ge
+import torchair
+from torchair.core import _backend
+
+x = torch.randn(8, 1024, dtype=torch.bfloat16).to("npu")
+
+
+def convert(number):
+    config = torchair.CompilerConfig()
+    config.post_grad_custom_post_pass = lambda *_: os.kill(os.getpid(), number)
+    with fake_deployment(ep_size=1) as deployment:
+        model = MoE(1024, 512, 4, 2, dtype=torch.bfloat16).eval().requires_grad_(False).to("npu")
+        return ge.convert(model, (x,), deployment, comm="allgather", config=config)
+
+
+installed = signal.getsignal(signal.SIGINT)
+assert installed.__name__ == "_signal_handler", installed
+try:
+    convert(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+assert signal.getsignal(signal.SIGINT) is installed
+seen = []
+signal.signal(signal.SIGINT, lambda *given: seen.append(given))  # somebody else's
+assert convert(signal.SIGINT).of_type("GroupedMatmul")
+print("called", len(seen), flush=True)
+convert(signal.SIGTERM)
+print("survived")
+"""
+
+
+def test_a_signal_ends_a_conversion():
+    """torchair's handlers would reset dynamo while it compiles, and ignore the signal (ge.interruptible)."""
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=300)
+    assert ended.stdout == "interrupted\ncalled 1\n", ended.stderr[-2000:]
+    assert ended.returncode == -signal.SIGTERM

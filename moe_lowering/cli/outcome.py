@@ -24,6 +24,7 @@ class Outcome:
         errors: over all ranks and token counts; None when nothing was run.
         facts: (label, text) about how it was done: what was assumed, how long it took.
         captured: by rank, with ``--capture``; JSON and text show rank 0's.
+        refused: why nothing could be captured.
     """
 
     request: Request
@@ -33,6 +34,7 @@ class Outcome:
     errors: Errors | None
     facts: list[tuple[str, str]]
     captured: list[Captured] = dataclasses.field(default_factory=list)
+    refused: str = ""
 
     @property
     def max_relative(self) -> float | None:
@@ -51,6 +53,8 @@ class Outcome:
         found += [f"{names(list(dict.fromkeys(blocks)))} not lowered: {why}" for why, blocks in left.items()]
         if not found and not any(report.blocks for report in self.reports):
             found.append("no MoE block was found in the graph")
+        if self.refused:
+            found.append(f"nothing was captured: {self.refused}")
         for rank, captured in enumerate(self.captured):
             found += [f"rank {rank}: {problem}" for problem in captured.problems()]
         return found + self._mismatches()
@@ -114,6 +118,8 @@ class Outcome:
             parts.append("\n".join(["not supported:", *(row(module, why) for module, why in self.unsupported)]))
         if self.captured:
             parts.append("\n".join(["captured", *(row(label, text) for label, text in self.captured[0].rows())]))
+        if self.refused:
+            parts.append("\n".join(["captured", row("nothing", self.refused)]))
         parts.append(self._comparison())
         return "\n\n".join(parts)
 

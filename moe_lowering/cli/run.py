@@ -34,12 +34,13 @@ RANK_TIMEOUT = 1800.0
 
 @dataclasses.dataclass(frozen=True)
 class RankResult:
-    """What one rank reports."""
+    """What one rank reports. ``refused``: why nothing could be captured, and so nothing was compared."""
 
     reports: list[LoweringReport]
-    errors: compare.Errors
+    errors: compare.Errors | None
     seconds: dict[str, float]
     captured: capture.Captured | None = None
+    refused: str = ""
 
 
 def enable_simulator(soc: str, device: bool = False) -> None:
@@ -96,10 +97,12 @@ def lower_and_compare(request: Request, progress: Progress) -> Outcome:
         with Ranks(request.ep, setup=setup, collective_timeout=COLLECTIVE_TIMEOUT) as ranks:
             results = ranks.run(_rank_job, request, timeout=RANK_TIMEOUT)
         require_same_choices([result.reports for result in results])
-    errors = functools.reduce(compare.Errors.merge, (result.errors for result in results))
+    found = [result.errors for result in results if result.errors is not None]
+    errors = functools.reduce(compare.Errors.merge, found) if len(found) == len(results) else None
     captured = [result.captured for result in results if result.captured is not None]
     facts = _facts(request, made, results[0])
-    return Outcome(request, made.name, results[0].reports, unsupported, errors, facts, captured)
+    refused = next((result.refused for result in results if result.refused), "")
+    return Outcome(request, made.name, results[0].reports, unsupported, errors, facts, captured, refused)
 
 
 def known_beforehand(
@@ -108,7 +111,8 @@ def known_beforehand(
     """The outcome of a command that cannot succeed, whatever the graph is; None when the graph has to be seen."""
     facts = [("assumed", assumptions(request))]
     if unsupported:
-        return Outcome(request, made.name, [], unsupported, None, facts) if request.ep > 1 else None
+        stops = request.ep > 1 or request.capture
+        return Outcome(request, made.name, [], unsupported, None, facts) if stops else None
     # groups by any name: a decision does not depend on it
     names = {"ep_group": "ep", "mc2_group": "mc2"} if request.ep > 1 else {}
     names |= {"tp_group": "tp"} if request.tp > 1 else {}
@@ -241,10 +245,17 @@ def _run_captured(
         capture.inputs(made, request, length, rank, step) for step in range(replays) for length in request.lengths
     ]
     progress(f"capturing and replaying {len(request.lengths)} token counts, {replays} times each, and comparing")
-    captured, errors = _timed(
-        seconds, "capture, replay and compare", capture.replay, functools.partial(_run, compiled), reference, taken,
-        batches, sources,
-    )  # fmt: skip
+    try:
+        captured, errors = _timed(
+            seconds, "capture, replay and compare", capture.replay, functools.partial(_run, compiled), reference, taken,
+            batches, sources,
+        )  # fmt: skip
+    except simulator.device.CaptureError as error:
+        if all(report.fully_lowered for report in lowering.reports):
+            raise
+        return RankResult(
+            lowering.reports, None, seconds, refused=str(error)
+        )  # no device has the operators that stayed
     return RankResult(lowering.reports, errors, seconds, captured)
 
 

@@ -4,8 +4,9 @@
  * Contract. One capture at a time, as torch_npu requires. It begins on one stream; another stream joins when it waits
  * for an event that was recorded on a stream of the capture. What the streams do is not known here: the kernels are
  * Python's (moe_lowering/simulator/device), which keeps the tape and registers itself with moe_standin_set_hooks. As
- * long as it has not, no capture can begin. A call that a capture forbids fails by name, and the capture is invalid
- * from then on: it can be ended, and its model refuses to run. A model is a small number, given out once.
+ * long as it has not, no capture can begin. A call that a capture forbids fails by name, with a code that torch_npu
+ * raises on, and the capture is invalid from then on: it can be ended, and its model refuses to run. A model is a small
+ * number, given out once.
  */
 #include <acl/acl.h>
 #include <stdint.h>
@@ -24,7 +25,7 @@ typedef struct {
     int (*end)(uint64_t model);
     int (*execute)(uint64_t model, uintptr_t stream);
     void (*destroy)(uint64_t model);
-    void (*forbidden)(const char *function);
+    void (*forbidden)(const char *function, const char *reason);
     void (*record)(uintptr_t event, uintptr_t stream);
     void (*wait)(uintptr_t stream, uintptr_t event);
 } hooks_t;
@@ -51,6 +52,16 @@ static int contains(const uintptr_t *list, size_t count, const void *item)
 
 int moe_standin_is_captured(aclrtStream stream) { return current && contains(streams, stream_count, stream); }
 
+/* A failure that spoils the capture under way, if there is one. Python notes the line of the model, and keeps the first. */
+static int spoiled(const char *function, const char *reason)
+{
+    if (current) {
+        invalid = 1;
+        hooks.forbidden(function, reason);
+    }
+    return moe_standin_refused(function, reason);
+}
+
 /* What runtime.c asks first in every call that waits for the device, or allocates. */
 int moe_standin_forbidden(const char *function, int relaxed_allows)
 {
@@ -58,10 +69,15 @@ int moe_standin_forbidden(const char *function, int relaxed_allows)
         return current && invalid && !relaxed_allows ? moe_standin_refused(function, "the capture is invalid") : 0;
     if (relaxed_allows && mode == ACL_MODEL_RI_CAPTURE_MODE_RELAXED)
         return 0;
-    invalid = 1;
-    if (hooks.forbidden)
-        hooks.forbidden(function);
-    return moe_standin_refused(function, "forbidden while an NPU graph is captured: CaptureError");
+    return spoiled(function, "not allowed while an NPU graph is captured: it waits for the device or the host");
+}
+
+/* The same for a question whether a stream has finished: one of the capture never has. Others may be asked where the mode
+ * is relaxed. */
+int moe_standin_query_forbidden(const char *function, const void *stream, const void *event)
+{
+    int captured = contains(streams, stream_count, stream) || contains(events, event_count, event);
+    return moe_standin_forbidden(function, !captured);
 }
 
 /* Python found an error of its own: the capture cannot be used. */
@@ -73,7 +89,7 @@ aclError aclmdlRICaptureBegin(aclrtStream stream, aclmdlRICaptureMode how)
     if (!hooks.begin)
         return moe_standin_unsupported("aclmdlRICaptureBegin (call moe_lowering.simulator.enable_device() first)");
     if (current)
-        return moe_standin_refused("aclmdlRICaptureBegin", "another capture is under way");
+        return spoiled(__func__, "begins a capture inside a capture");
     current = ++models;
     mode = how;
     invalid = 0;
@@ -85,7 +101,7 @@ aclError aclmdlRICaptureBegin(aclrtStream stream, aclmdlRICaptureMode how)
 aclError aclmdlRICaptureEnd(aclrtStream stream, aclmdlRI *model)
 {
     if (!current || streams[0] != (uintptr_t)stream)
-        return moe_standin_refused("aclmdlRICaptureEnd", "no capture began on this stream");
+        return spoiled(__func__, "no capture began on this stream");
     uint64_t done = current;
     current = 0;
     *model = (aclmdlRI)(uintptr_t)done;
@@ -110,8 +126,8 @@ aclError aclmdlRICaptureThreadExchangeMode(aclmdlRICaptureMode *how)
 
 aclError aclmdlRIExecuteAsync(aclmdlRI model, aclrtStream stream)
 {
-    if (moe_standin_is_captured(stream))
-        return moe_standin_refused("aclmdlRIExecuteAsync", "a graph cannot be replayed inside a capture here");
+    if (current) /* on another stream too: as a launch, it is not ordered with the capture */
+        return spoiled(__func__, "replays a graph inside a capture, which is not simulated");
     replayed++;
     return hooks.execute((uint64_t)(uintptr_t)model, (uintptr_t)stream);
 }
@@ -141,7 +157,7 @@ aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream)
         return ACL_SUCCESS;
     }
     if (at == EVENTS)
-        return moe_standin_refused("aclrtRecordEvent", "more events in one capture than this stand-in keeps");
+        return spoiled(__func__, "more events in one capture than this stand-in keeps");
     if (at == event_count)
         events[event_count++] = (uintptr_t)event;
     hooks.record((uintptr_t)event, (uintptr_t)stream);
@@ -154,7 +170,7 @@ aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event)
         return ACL_SUCCESS; /* recorded outside of the capture: complete */
     if (!moe_standin_is_captured(stream)) {
         if (stream_count == STREAMS)
-            return moe_standin_refused("aclrtStreamWaitEvent", "more streams in one capture than this stand-in keeps");
+            return spoiled(__func__, "more streams in one capture than this stand-in keeps");
         streams[stream_count++] = (uintptr_t)stream;
     }
     hooks.wait((uintptr_t)stream, (uintptr_t)event);
@@ -183,7 +199,7 @@ aclError aclrtSetStreamResLimit(aclrtStream stream, aclrtDevResLimitType type, u
     while (at < limit_count && limits[at].stream != (uintptr_t)stream)
         at++;
     if (at == STREAMS)
-        return moe_standin_refused("aclrtSetStreamResLimit", "more streams with limits than this stand-in keeps");
+        return moe_standin_refused(__func__, "more streams with limits than this stand-in keeps");
     if (at == limit_count) {
         limits[limit_count].stream = (uintptr_t)stream;
         memcpy(limits[limit_count++].cores, ALL_CORES, sizeof ALL_CORES);

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,7 @@ class GeNode:
         control: names of the operators that must run before.
         attributes: by name, those of torchair's own book-keeping (with a leading underscore) too.
         outputs: (name, dtype, shape) in order; a size that varies is -1, and a shape that is not known is ().
+        content: the integers of a constant, flat; None for what is no constant of integers.
     """
 
     name: str
@@ -112,6 +115,7 @@ class GeNode:
     control: tuple[str, ...]
     attributes: Mapping[str, Any]
     outputs: tuple[tuple[str, str, tuple[int, ...]], ...]
+    content: tuple[int, ...] | None = None
 
     def edge(self, name: str) -> str:
         """What an input reads."""
@@ -234,7 +238,7 @@ def convert(
         config.debug.graph_dump.type, config.debug.graph_dump.path = "txt", folder
         backend = torchair.get_npu_backend(compiler_config=config)
         compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
-        with torch.no_grad(), contextlib.suppress(_Loaded):
+        with torch.no_grad(), contextlib.suppress(_Loaded), interruptible():
             compiled(*inputs)  # type: ignore[no-untyped-call]
         dumps = sorted(Path(folder).glob("dynamo_optimized_*.txt"))
         if len(dumps) != 1 or len(converted) != 1:
@@ -245,6 +249,34 @@ def convert(
         graph, arguments = converted[0]
         program = graph.codegen(extend_config={}, enable_cache=True)
     return GeGraph(nodes, program, arguments, lowering.reports)
+
+
+# What a signal does where nobody has said otherwise.
+_USUAL = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
+_HANDLERS = ("torchair", "npugraph_ex", "torch_npu")
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM end a conversion, as they do without torchair.
+
+    torchair and npugraph_ex put handlers of their own in place when they are imported (core/_backend.py and npugraph_ex's
+    __init__.py, ``_signal_handler``), for an engine that has to be finalised; here there is none. They call
+    ``torch._dynamo.reset()``, which fails while something is compiled ("Cannot clear callbacks while 1 are pending", as an
+    error of whatever was running), and otherwise leave the signal ignored. Handlers of others stay.
+    """
+    kept = []
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers, nor runs them
+        for number, usual in _USUAL:
+            handler = signal.getsignal(number)
+            if str(getattr(handler, "__module__", "")).partition(".")[0] in _HANDLERS:
+                kept.append((number, handler))
+                signal.signal(number, usual)
+    try:
+        yield
+    finally:
+        for number, handler in kept:
+            signal.signal(number, handler)
 
 
 def call(graph: GeGraph, *arguments: Any) -> None:
@@ -312,7 +344,15 @@ def _node(op: Any) -> GeNode:
         control=tuple(edge.rpartition(":")[0] for edge in op.input if edge.endswith(":-1")),
         attributes={name: _value(value) for name, value in op.attr.items()},
         outputs=tuple((d.name, _dtype_name_of_proto(d.dtype), tuple(d.shape.dim)) for d in op.output_desc),
+        content=_integers(op.attr["value"].t) if op.type in ("Const", "Constant") else None,
     )
+
+
+def _integers(tensor: Any) -> tuple[int, ...] | None:
+    dtype = {"DT_INT32": torch.int32, "DT_INT64": torch.int64}.get(_dtype_name_of_proto(tensor.desc.dtype))
+    if dtype is None:
+        return None
+    return tuple(torch.frombuffer(bytearray(tensor.data), dtype=dtype).tolist()) if tensor.data else ()
 
 
 def _value(attribute: Any) -> Any:

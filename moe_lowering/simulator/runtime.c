@@ -21,9 +21,16 @@
 
 /* capture.c: nonzero when a capture is under way that forbids the call. */
 int moe_standin_forbidden(const char *function, int relaxed_allows);
+int moe_standin_query_forbidden(const char *function, const void *stream, const void *event);
 #define NOT_IN_CAPTURE() \
     do { \
         int refused = moe_standin_forbidden(__func__, 0); \
+        if (refused) \
+            return refused; \
+    } while (0)
+#define NO_QUERY_IN_CAPTURE(stream, event) \
+    do { \
+        int refused = moe_standin_query_forbidden(__func__, stream, event); \
         if (refused) \
             return refused; \
     } while (0)
@@ -43,10 +50,11 @@ int moe_standin_unsupported(const char *function)
     return ACL_ERROR_RT_FEATURE_NOT_SUPPORT;
 }
 
+/* Not FEATURE_NOT_SUPPORT, which torch_npu turns into a warning. */
 int moe_standin_refused(const char *function, const char *reason)
 {
     snprintf(last_error, sizeof last_error, "%s: %s (moe_lowering.simulator)", function, reason);
-    return ACL_ERROR_RT_FEATURE_NOT_SUPPORT;
+    return ACL_ERROR_INTERNAL_ERROR;
 }
 
 /* C++ entry points return objects by value: there is no error code to return, and going on would corrupt memory. */
@@ -269,7 +277,6 @@ aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout)
     return ACL_SUCCESS;
 }
 
-
 aclError aclrtStreamGetId(aclrtStream stream, int32_t *id)
 {
     *id = (int32_t)((uintptr_t)stream >> 4);
@@ -278,18 +285,21 @@ aclError aclrtStreamGetId(aclrtStream stream, int32_t *id)
 
 aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status)
 {
+    NO_QUERY_IN_CAPTURE(stream, NULL);
     *status = ACL_STREAM_STATUS_COMPLETE;
     return ACL_SUCCESS;
 }
 
 aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status)
 {
+    NO_QUERY_IN_CAPTURE(NULL, event);
     *status = ACL_EVENT_RECORDED_STATUS_COMPLETE;
     return ACL_SUCCESS;
 }
 
 aclError aclrtQueryEventWaitStatus(aclrtEvent event, aclrtEventWaitStatus *status)
 {
+    NO_QUERY_IN_CAPTURE(NULL, event);
     *status = ACL_EVENT_WAIT_STATUS_COMPLETE;
     return ACL_SUCCESS;
 }

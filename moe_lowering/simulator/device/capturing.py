@@ -21,7 +21,7 @@ _ADDRESS, _MODEL = ctypes.c_size_t, ctypes.c_uint64
 _BEGIN = ctypes.CFUNCTYPE(ctypes.c_int, _MODEL, _ADDRESS)
 _END = ctypes.CFUNCTYPE(ctypes.c_int, _MODEL)
 _DESTROY = ctypes.CFUNCTYPE(None, _MODEL)
-_FORBIDDEN = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+_FORBIDDEN = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p)
 _ORDER = ctypes.CFUNCTYPE(None, _ADDRESS, _ADDRESS)
 FAILED = 500000  # ACL_ERROR_INTERNAL_ERROR
 
@@ -110,6 +110,11 @@ def is_capturing() -> bool:
     return _current is not None
 
 
+def error() -> CaptureError | None:
+    """Why the capture under way is invalid; None when it is not, or nothing is captured."""
+    return _current.error if _current is not None else None
+
+
 def refuse(operator: str, reason: str) -> CaptureError:
     """The error to raise for what the capture under way forbids; the capture is invalid from here on."""
     assert _current is not None
@@ -184,11 +189,9 @@ def _destroy(model: int) -> None:
     _tapes.pop(model, None)
 
 
-def _forbidden(function: bytes) -> None:
+def _forbidden(function: bytes, reason: bytes) -> None:
     if _current is not None:
-        _current.fail(
-            function.decode(), "not allowed while an NPU graph is captured: it waits for the device or the host"
-        )
+        _current.fail(function.decode(), reason.decode())
 
 
 def _ordered(change: Callable[[Tape], None]) -> None:

@@ -118,12 +118,28 @@ def alltoall_base(
     output: torch.Tensor, input: torch.Tensor, group: Any, receive: list[int], send: list[int], *_: Any
 ) -> Any:
     out, mine = host_alias(output), host_alias(input)
+    _refuse_unequal(send, receive)
 
     def run(backend: Any) -> None:
         sizes = [_sizes(t, given, backend.size()) for t, given in ((mine, send), (out, receive))]
         _put(out, _swapped(backend, mine, *sizes))
 
     return _launch("alltoall_base_", group, run)
+
+
+def _refuse_unequal(send: list[int], receive: list[int]) -> None:
+    """Splits that differ between ranks come from one routing, read on the host: a graph would send all others by them.
+
+    Raises:
+        CaptureError: a capture is under way, and there are such splits.
+    """
+    name = "c10d::alltoall_base_"
+    if capturing.current(name) is not None and any(len(set(splits)) > 1 for splits in (send, receive)):
+        raise capturing.refuse(
+            name,
+            f"has unequal splits, sent {list(send)} and received {list(receive)}: numbers of the host, which every "
+            "replay would use; accepted: equal splits",
+        )
 
 
 def _sizes(tensor: torch.Tensor, given: list[int], ranks: int) -> list[int]:

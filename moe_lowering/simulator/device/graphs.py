@@ -2,7 +2,8 @@
 
 A replay repeats what is on the tape, so what the CPU computes inside a capture happens once and never again. That is
 right for constants, which the CPU makes from nothing but numbers, and wrong for everything else: the watch tells one
-from the other by where the operands of a CPU operator come from.
+from the other by where the operands of a CPU operator come from. The same holds for the host scalars that an operator on
+the device takes, which a real capture reads once.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from moe_lowering.simulator.device.capturing import current, latest, refuse
+from moe_lowering.simulator.device.capturing import current, is_capturing, latest, refuse
+from moe_lowering.simulator.device.capturing import error as capturing_error
 from moe_lowering.simulator.device.memory import on_npu
 from moe_lowering.simulator.device.tape import CaptureError
 
+HOST_VALUE = (
+    ", which a replay would not see change; accepted: a Python number, or torch.tensor(...) of such inside the capture"
+)
 CONSTANTS = ("aten::lift_fresh", "aten::lift_fresh_copy")  # of torch.tensor(...) and of a compiled graph
 _KEYS = (
     "PrivateUse1",
@@ -27,9 +32,11 @@ _KEYS = (
     "CompositeImplicitAutograd",
 )
 
+_watches: list[CpuWatch] = []  # of the capture under way
+
 
 class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Active during a capture: refuses operators that the CPU would run, unless they make a constant."""
+    """Active during a capture: refuses operators that the CPU would run, and values of the host, but for constants."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -48,19 +55,38 @@ class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             current(func.name())
         if there and not _has_npu_kernel(func):
             raise refuse(func.name(), "has no kernel for device npu: torch_npu runs it on the CPU")
-        constant = func._schema.name in CONSTANTS or all(tensor in self._constants for tensor in tensors)
+        if there and any(_on_cpu(tensor) and not tensor.dim() and not self.made(tensor) for tensor in tensors):
+            raise refuse(func.name(), f"takes a value of the host{HOST_VALUE}{_advice(tensors)}")  # arrays: kernels.py
+        constant = func._schema.name in CONSTANTS or all(map(self.made, tensors))
         random = torch.Tag.nondeterministic_seeded in func.tags
         on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
         if tensors and on_cpu and not constant and not func.is_view:
             raise refuse(func.name(), f"a CPU operator inside a capture: a replay skips it{_advice(tensors)}")
         result = func(*args, **kwargs)
-        if constant and not random:
-            self._constants.update({leaf: None for leaf in tree_leaves(result) if _on_cpu(leaf)})
+        for leaf in filter(_on_cpu, tree_leaves(result)):
+            if constant and not random:
+                self._constants[leaf] = None
+            elif random:
+                self._constants.pop(leaf, None)  # written in place
         return result
+
+    def made(self, tensor: torch.Tensor) -> bool:
+        """Whether the capture made this tensor of the host from nothing but numbers."""
+        return tensor in self._constants
+
+
+def require_constant(operator: str, tensor: torch.Tensor) -> None:
+    """A tensor of the host that an operator reads in a way that the watch does not see.
+
+    Raises:
+        CaptureError: a capture is under way, and the tensor is no constant of it.
+    """
+    if is_capturing() and not (_watches and _watches[-1].made(tensor)):
+        raise refuse(operator, f"reads a tensor of the host{HOST_VALUE}")
 
 
 def _advice(tensors: list[torch.Tensor]) -> str:
-    if any(tensor.dim() for tensor in tensors):
+    if any(tensor.dim() and _on_cpu(tensor) for tensor in tensors):
         return ""
     return " (a float of the model that dynamo made an input? set torch._dynamo.config.specialize_float = True)"
 
@@ -80,18 +106,22 @@ def install() -> None:
 
     if hasattr(NPUGraph.capture_begin, "__wrapped__"):
         return
-    begin, end, replay, leave = NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay, graph.__exit__
+    begin, end, replay = NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay
+    enter, leave = graph.__enter__, graph.__exit__
 
     @functools.wraps(begin)
     def capture_begin(self: Any, *args: Any, **kwargs: Any) -> None:
+        _no_capture_inside()
         begin(self, *args, **kwargs)
         self.simulated_tape = latest()
         self.simulated_watch = CpuWatch()
         self.simulated_watch.__enter__()
+        _watches.append(self.simulated_watch)
 
     @functools.wraps(end)
     def capture_end(self: Any) -> None:
         if (watch := self.__dict__.pop("simulated_watch", None)) is not None:
+            _watches.remove(watch)
             watch.__exit__(None, None, None)
         end(self)
         self.simulated_tape.pool = tuple(self.pool())
@@ -103,11 +133,18 @@ def install() -> None:
         try:
             replay(self)
         except RuntimeError as error:
+            if (first := capturing_error()) is not None:
+                raise first from error
             tape = getattr(self, "simulated_tape", None)
             if tape is None or tape.failure is None:
                 raise
             failure, tape.failure = tape.failure, None
             raise failure from error
+
+    @functools.wraps(enter)
+    def enter_(self: Any) -> Any:
+        _no_capture_inside()  # before torch_npu waits for the device
+        return enter(self)
 
     @functools.wraps(leave)
     def exit_(self: Any, kind: Any, value: Any, trace: Any) -> None:
@@ -119,4 +156,9 @@ def install() -> None:
                 raise
 
     NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay = capture_begin, capture_end, replay_
-    graph.__exit__ = exit_
+    graph.__enter__, graph.__exit__ = enter_, exit_
+
+
+def _no_capture_inside() -> None:
+    if is_capturing():
+        raise refuse("aclmdlRICaptureBegin", "begins a capture inside a capture")

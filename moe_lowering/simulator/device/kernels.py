@@ -6,7 +6,7 @@ In-place and ``out=`` operators write through the aliases; view operators never 
 
 What a capture forbids is refused here, where the operator's name is known: results whose size depends on data, values
 that the host reads, random numbers (they would need the generator's state on the device), operators that torch_npu
-would run on the CPU.
+would run on the CPU, and the generic operators of ``moe_lowering::``, which no device has.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ INDEX_BY_MASK = {
 }
 # Operators of ours whose kernel reads sizes on the host, which no tag says.
 READS_SIZES = {"moe_lowering::alltoall_experts"}
+NOT_LOWERED = (
+    "has no kernel on a device, as its block was not lowered; accepted: a graph in which MoeLowering replaces it (its "
+    "report names the reason, strict=True raises it)"
+)
 # Operators whose tag says "size depends on data", where it does only without this argument.
 SIZED_BY = {
     "aten::repeat_interleave.Tensor": (1, "output_size", None),
@@ -44,12 +48,13 @@ SIZED_BY = {
 }
 
 
-def kernel(op: torch._ops.OpOverload, around: Around = contextlib.nullcontext) -> Kernel:
+def kernel(op: torch._ops.OpOverload, around: Around = contextlib.nullcontext, real: bool = True) -> Kernel:
     """The npu kernel of an operator that has a CPU kernel and, to be captured, a meta kernel.
 
     Args:
         op: the operator.
         around: entered while the CPU kernel runs.
+        real: a device has a kernel too; without, the operator runs, but not in a capture.
     """
     schema = op._schema
     name: str = op.name()  # type: ignore[no-untyped-call]
@@ -73,6 +78,8 @@ def kernel(op: torch._ops.OpOverload, around: Around = contextlib.nullcontext) -
             if only_written or not schema.returns:
                 return _packed(written(args, kwargs))
             return _replaced(value, written(args, kwargs), _stored)
+        if not real:
+            raise capturing.refuse(name, NOT_LOWERED)
         if reads_host(args, kwargs):
             raise capturing.refuse(
                 name, "needs a value from the device on the host, or has a size that depends on data"

@@ -3,7 +3,8 @@
 Kept from torch_npu: whatever allocates without computing, views, storage and stream functions (NATIVE and every
 operator whose result is a view). Replaced: every other aten operator that torch_npu registers and the CPU can compute.
 Added: the ``npu::`` operators that the simulator has CPU kernels for, all operators of ``moe_lowering::``, and
-torch.distributed's collectives with the backend "hccl".
+torch.distributed's collectives with the backend "hccl". The generic operators of ``moe_lowering::`` are among them, for
+convenience and not in a capture: they have no kernel for a device.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ def register() -> int:
                 count += 1
         for name, special_kernel in special.KERNELS.items():
             aten.impl(name, special_kernel, KEY)
+        for name, special_kernel in special.COMPOSITE.items():
+            for key in (KEY, f"Autograd{KEY}"):
+                aten.impl(name, special_kernel, key)
         for name in BELOW_AUTOGRAD:
             op = _overload(torch.ops.aten, name)
             assert op is not None
@@ -54,6 +58,7 @@ def register() -> int:
         npu.impl(attention.NAME, attention.fusion_attention_v3, "CPU")
         npu.impl("_npu_dtype_cast", special.dtype_cast, "CPU")
         with_autograd = _registered("npu", f"Autograd{KEY}")
+        lowered = _registered("moe_lowering", KEY)
         for namespace, names in (
             ("npu", _registered("npu", "CPU")),
             ("moe_lowering", _registered("moe_lowering", "CPU")),
@@ -63,7 +68,8 @@ def register() -> int:
                 op = _overload(getattr(torch.ops, namespace), name)
                 assert op is not None
                 around = functools.partial(hccl.resolving, namespace)
-                library.impl(name, kernel(op, around), KEY)
+                real = namespace == "npu" or name in lowered
+                library.impl(name, kernel(op, around, real), KEY)
                 if namespace == "npu" and name in with_autograd:
                     library.impl(name, _below_autograd(op), f"Autograd{KEY}")
                 count += 1

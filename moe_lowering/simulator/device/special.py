@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moe_lowering.simulator.device import capturing
+from moe_lowering.simulator.device import capturing, graphs
 from moe_lowering.simulator.device.kernels import Kernel
 from moe_lowering.simulator.device.memory import host_alias, on_npu
 
@@ -68,11 +68,23 @@ def local_scalar_dense(self: torch.Tensor) -> Any:
     return host_alias(self).item()
 
 
+def tensor_split(self: torch.Tensor, tensor_indices_or_sections: torch.Tensor, dim: int = 0) -> Any:
+    """The composite operator reads its places on the host, where no dispatch mode sees it."""
+    if tensor_indices_or_sections.device.type != "cpu":
+        raise RuntimeError(
+            "tensor_split expected tensor_indices_or_sections to be on cpu, but it's on "
+            f"{tensor_indices_or_sections.device}"
+        )
+    graphs.require_constant("aten::tensor_split.tensor_indices_or_sections", tensor_indices_or_sections)
+    return torch.tensor_split(self, tensor_indices_or_sections.tolist(), dim)
+
+
 def dtype_cast(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """CPU kernel of ``npu::_npu_dtype_cast``, which torch_npu makes of ``softmax(x, dtype=...)``: a cast."""
     return input.to(dtype, copy=True)
 
 
+COMPOSITE: dict[str, Kernel] = {"tensor_split.tensor_indices_or_sections": tensor_split}
 KERNELS: dict[str, Kernel] = {
     "copy_": copy_,
     "_foreach_copy_": foreach_copy_,
