@@ -21,6 +21,7 @@ from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
 
 KEYS = {
     "model", "blocks", "max_abs_error", "max_rel_error", "snr_db", "nodes_before", "nodes_after", "pass_ms", "captured",
+    "not_capturable",
 }  # fmt: skip
 BLOCK_KEYS = {"name", "comm", "ops_before", "ops_after", "verdicts"}
 FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "glm4_moe")

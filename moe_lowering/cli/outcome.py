@@ -96,6 +96,7 @@ class Outcome:
             "nodes_before": first.nodes_before if first else None,
             "nodes_after": first.nodes_after if first else None,
             "pass_ms": first.pass_ms if first else None,
+            "not_capturable": [finding.to_json() for finding in first.not_capturable] if first else [],
             "captured": self.captured[0].to_json() if self.captured else None,
         }
         return json.dumps(fields, indent=2, allow_nan=False)
@@ -105,7 +106,7 @@ class Outcome:
         parts = [self._header()]
         shown: list[LoweringReport] = []
         for report in self.reports:
-            if any(report.blocks == other.blocks for other in shown):
+            if any((report.blocks, report.not_capturable) == (o.blocks, o.not_capturable) for o in shown):
                 continue
             shown.append(report)
             parts.append(render(report))

@@ -1,5 +1,5 @@
 """The report of a lowering: records (this package's ``records``), and their rendering as text."""
 
-from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
+from moe_lowering.report.records import BlockReport, LoweringReport, NotCapturable, Verdict
 
-__all__ = ["BlockReport", "LoweringReport", "Verdict"]
+__all__ = ["BlockReport", "LoweringReport", "NotCapturable", "Verdict"]
