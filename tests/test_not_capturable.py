@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moe_lowering import Deployment, LoweringError, MoE, MoeLowering, npugraph_ex_options, simulator, testing
+from moe_lowering.limits import load
 from moe_lowering.report.text import render
 from moe_lowering.simulator.device import CaptureError, counts
 
@@ -210,6 +211,14 @@ def test_an_input_whose_size_depends_on_data():
     x = tokens()
     torch._dynamo.mark_dynamic(x, 0)
     assert testing.lower_graph(lambda x: x * 2 + 1, x, deployment=Deployment()).report.not_capturable == ()
+
+
+def test_every_rule_is_one_that_is_found_here():
+    """And reads what the pass gives: the operator, and one quantity of its own."""
+    rows = [row for row in load() if row.operator == "capture"]
+    elsewhere = {"capture.uneven_splits", "capture.exact_splits"}  # below
+    assert {row.code for row in rows} == {code for code, _ in FOUND.values()} | elsewhere
+    assert all(row.names == {row.value.text, "called"} for row in rows)
 
 
 # Exchanges between ranks that are not there

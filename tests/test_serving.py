@@ -216,6 +216,37 @@ def test_a_step_that_would_recompile_raises():
         server.step()
 
 
+def test_settings_of_the_process_may_change_after_warm_up():
+    """Dynamo guards on each of them; the twin, compiled alike and called without the server, would compile again."""
+    server = small(make(), prefill_lengths=(16,))
+    server.warm_up()
+    wanted, threads = requests(2), torch.get_num_threads()
+    expected = [result.tokens for result in server.generate(wanted)]
+
+    def assert_it_runs():
+        assert [result.tokens for result in server.generate(wanted)] == expected
+        with pytest.raises(RecompileError, match="does not fit its graph after warm-up"):
+            server._first_token([1])
+
+    torch.set_num_threads(threads + 1)
+    try:
+        assert_it_runs()
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_it_runs()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        assert_it_runs()
+        assert torch.is_inference_mode_enabled()
+    with torch.enable_grad():
+        assert [result.tokens for result in server.generate(wanted)] == expected and torch.is_grad_enabled()
+
+
 def test_a_step_that_captures_again_raises():
     model = make(where="npu")
     server = Server(model, buckets=(1,), max_length=16, prefill_lengths=())

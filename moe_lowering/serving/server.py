@@ -21,6 +21,7 @@ from moe_lowering.integrations.transformers import NAME, capabilities
 from moe_lowering.layers import MoE
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.serving import cache
+from moe_lowering.serving.process_settings import Settings
 from moe_lowering.serving.requests import Request, Result, Running, integer, integers
 from moe_lowering.serving.statistics import Statistics, captures_so_far, graphs_so_far
 from moe_lowering.serving.steps import ATTENTION, Decode, Prefill, decode_step, named, prefill_step
@@ -104,6 +105,7 @@ class Server:
         self._rows: list[Running] = []
         self._numbers = 0
         self._warm = False
+        self._settings = Settings()
 
     def warm_up(self, progress: Callable[[str], object] | None = None) -> None:
         """Compile and capture everything; a second call does nothing.
@@ -113,6 +115,10 @@ class Server:
         """
         if self._warm:
             return
+        with self._settings:
+            self._warm_up(progress)
+
+    def _warm_up(self, progress: Callable[[str], object] | None) -> None:
         total = len(self.buckets) + len(self.prefill_lengths)
         done, began = 0, time.perf_counter()
 
@@ -156,6 +162,10 @@ class Server:
         """
         if not self._warm:
             raise RuntimeError("Server: step before warm_up; accepted: warm_up() first")
+        with self._settings:
+            return self._step()
+
+    def _step(self) -> list[Result]:
         finished = []
         while self._waiting and len(self._rows) < self.buckets[-1]:
             number, request = self._waiting.popleft()

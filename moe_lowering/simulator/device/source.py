@@ -92,7 +92,7 @@ def _in_generated(frame: FrameType) -> Place:
 
 def _is_users(code: CodeType) -> bool:
     name = code.co_filename
-    if name.startswith("<") or name.startswith(OUTSIDE):
+    if name.startswith(("<", *OUTSIDE)):
         return False
     return not (name.startswith(f"{_STDLIB}/") and not name.startswith(f"{_SITE}/"))
 
