@@ -14,6 +14,9 @@ from moe_lowering import _bootstrap
 _bootstrap.disable_autoload_without_cann()
 
 if TYPE_CHECKING:
+    from moe_lowering import serving as serving
+    from moe_lowering import simulator as simulator
+    from moe_lowering import testing as testing
     from moe_lowering.agreement import AgreementError, check_agreement
     from moe_lowering.backends.aot import lowering_backend
     from moe_lowering.backends.npugraph_ex import npugraph_ex_options
@@ -42,6 +45,8 @@ _HOME = {
     "shard_experts": "layers",
     "torchair_config": "backends.torchair",
 }
+# Loaded when they are named, as ``moe_lowering.simulator``; not ``import *``'s: testing and serving need more than torch.
+_MODULES = ("serving", "simulator", "testing")
 
 __all__ = [
     "AgreementError",
@@ -63,10 +68,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"moe_lowering.{name}")
     if name not in _HOME:
-        raise AttributeError(f"module 'moe_lowering' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'moe_lowering' has no attribute {name!r}; it has {', '.join((*__all__, *_MODULES))}"
+        )
     return getattr(importlib.import_module(f"moe_lowering.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__, *_MODULES})

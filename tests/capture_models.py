@@ -51,18 +51,20 @@ class Pair:
     chosen: list[torch.Tensor]
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, dtype: torch.dtype = torch.float32, **changes: int) -> nn.Module:
+    """The model on the CPU; ``changes`` are other sizes than those above."""
     register()
     config, sizes, _ = CONFIGS[name]
     # not sdpa: torch_npu's decomposition of it asks for the length, and each size would be compiled anew
     model = transformers.AutoModelForCausalLM.from_config(
-        config(**{**COMMON, **sizes}), dtype=torch.float32, attn_implementation="eager"
+        config(**{**COMMON, **sizes, **changes}), dtype=dtype, attn_implementation="eager"
     )
     randomise(model)
     return model.eval().requires_grad_(False)
 
 
-def pair(name: str) -> Pair:
+def pair(name: str, masked: bool = False, **options: bool) -> Pair:
+    """``masked``: the model is given an attention mask. ``options`` are npugraph_ex's, of the captured one."""
     torch._dynamo.reset()
     reference = build(name)
     reference.set_experts_implementation("grouped_mm")
@@ -76,14 +78,17 @@ def pair(name: str) -> Pair:
     deployment = Deployment(max_tokens=max(BUCKETS))
     lowering = MoeLowering(deployment, strict=True)
 
-    def compiled(**options):
+    def compiled(**given):
         def run(ids):
-            return lowered(ids, use_cache=False).logits
+            mask = torch.ones_like(ids) if masked else None
+            return lowered(ids, attention_mask=mask, use_cache=False).logits
 
-        given = npugraph_ex_options(deployment, **options)
+        given = npugraph_ex_options(deployment, **given)
         return torch.compile(run, backend="npugraph_ex", fullgraph=True, dynamic=True, options=given)
 
-    return Pair(reference, compiled(lowering=lowering), compiled(strict=True, force_eager=True), lowering, chosen)
+    return Pair(
+        reference, compiled(lowering=lowering, **options), compiled(strict=True, force_eager=True), lowering, chosen
+    )
 
 
 def tokens(step: int, length: int) -> torch.Tensor:

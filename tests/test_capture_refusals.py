@@ -1,4 +1,7 @@
-"""What cannot be captured: refused with the operator and the model's line, and by the judge before a backend sees it."""
+"""What cannot be captured: refused by a capture with the operator and the model's line, and never chosen by the judge.
+
+That the pass says so before a backend sees the graph: test_not_capturable.py.
+"""
 
 from pathlib import Path
 
@@ -8,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lowering import Deployment, MoE, MoeLowering, npugraph_ex_options, simulator, testing
+from moe_lowering.report.text import render
 from moe_lowering.simulator.device import CaptureError
 
 
@@ -56,7 +60,7 @@ def tokens():
 
 
 def compiled(model, **options):
-    given = npugraph_ex_options(Deployment(), strict=True, **options)
+    given = npugraph_ex_options(Deployment(), **options)
     return torch.compile(model, backend="npugraph_ex", fullgraph=True, options=given)
 
 
@@ -198,12 +202,29 @@ def test_without_capture_the_exact_form_is_chosen():
     assert block.comm == "alltoall" and block.verdicts["alltoall"].form == "exact" and EXACT in block.ops_after
 
 
-def test_the_exact_form_breaks_a_rule_in_a_captured_deployment():
-    """The rule itself, which a form list alone would never reach."""
-    from moe_lowering.limits import table
+@pytest.mark.parametrize(
+    ("fields", "codes"),
+    [({}, {"alltoall_exact.capture"}), ({"mode": "ge", "capture": False}, {"alltoall_exact.ge_mode"})],
+)
+def test_the_verdict_says_why_not_the_exact_form(fields, codes):
+    """Beside a legal static form, and beside one that is refused for its own reasons (no bound on tokens of one rank)."""
+    (block,) = lowered("alltoall", **fields).report.blocks
+    verdict = block.verdicts["alltoall"]
+    ((form, violations),) = verdict.ruled_out
+    assert (block.comm, verdict.form, form, {v.code for v in violations}) == ("alltoall", "static", "exact", codes)
+    assert {v["code"] for v in verdict.to_json()["ruled_out"]["exact"]} == codes
+    (code,) = codes
+    assert f"nor exact         [{code}]" in render(lowered("alltoall", **fields).report)
+    refused = lowered("alltoall", **fields, equal_tokens=False, min_tokens=0, max_tokens=8).report
+    verdict = refused.blocks[0].verdicts["alltoall"]
+    assert {v.code for v in verdict.violations} == {"alltoall.tokens"} and verdict.form == "static"
+    assert {v.code for v in verdict.ruled_out[0][1]} == codes and f"nor exact         [{code}]" in render(refused)
 
-    (rule,) = [limit for limit in table.load() if limit.code == "alltoall_exact.capture"]
-    assert rule.one_of == (False,) and "captured" in rule.says
+
+def test_without_capture_no_form_is_ruled_out():
+    (block,) = lowered("alltoall", capture=False).report.blocks
+    assert all(verdict.ruled_out == () for verdict in block.verdicts.values())
+    assert "ruled_out" not in block.verdicts["alltoall"].to_json()
 
 
 def test_a_deployment_without_capture_is_not_given_to_a_backend_that_captures():

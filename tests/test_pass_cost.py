@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule
 from torch.utils._pytree import tree_leaves
 
 from moe_lowering import MoeLowering
-from moe_lowering.passes import deciding, emitting, pipeline, raising
+from moe_lowering.passes import capturing, deciding, emitting, pipeline, raising
 from moe_lowering.passes.values import Template
 from moe_lowering.passes.verifying import repropagate
 
@@ -214,3 +214,15 @@ def test_a_copy_of_a_value_is_a_fake_tensor_like_any_other(symbolic):
         for result in (copy + value, copy.add_(1), copy.t().contiguous(), copy.clone()):
             assert isinstance(result, FakeTensor)
         assert str((copy @ other.t()).shape) == str((value @ value.t()).shape)
+
+
+@SIZES
+def test_looking_for_what_cannot_be_captured_asks_for_each_target_once(symbolic):
+    """However many nodes there are; and all of them are walked only where some size depends on data."""
+    for filler in (10, 2_000):
+        gm, calls = build(Shape(1, filler=filler, blocks=False, symbolic=symbolic)), Calls()
+        targets = {node.target for node in gm.graph.nodes if node.op == "call_function"}
+        with calls.of(capturing, "_look"), calls.of(capturing, "_with_new_sizes"):
+            lowering = MoeLowering(DEPLOYMENT)
+            lowering(gm)
+        assert calls.counts == {"_look": len(targets)} and lowering.reports[0].nodes_before > filler

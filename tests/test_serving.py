@@ -8,6 +8,8 @@ import gc
 import itertools
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -214,6 +216,37 @@ def test_a_step_that_would_recompile_raises():
         server.step()
 
 
+def test_settings_of_the_process_may_change_after_warm_up():
+    """Dynamo guards on each of them; the twin, compiled alike and called without the server, would compile again."""
+    server = small(make(), prefill_lengths=(16,))
+    server.warm_up()
+    wanted, threads = requests(2), torch.get_num_threads()
+    expected = [result.tokens for result in server.generate(wanted)]
+
+    def assert_it_runs():
+        assert [result.tokens for result in server.generate(wanted)] == expected
+        with pytest.raises(RecompileError, match="does not fit its graph after warm-up"):
+            server._first_token([1])
+
+    torch.set_num_threads(threads + 1)
+    try:
+        assert_it_runs()
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_it_runs()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        assert_it_runs()
+        assert torch.is_inference_mode_enabled()
+    with torch.enable_grad():
+        assert [result.tokens for result in server.generate(wanted)] == expected and torch.is_grad_enabled()
+
+
 def test_a_step_that_captures_again_raises():
     model = make(where="npu")
     server = Server(model, buckets=(1,), max_length=16, prefill_lengths=())
@@ -229,6 +262,16 @@ def test_a_step_that_captures_again_raises():
 REFUSED = {
     "too many buckets": ({"buckets": range(1, 66)}, "buckets has 65 sizes; accepted: at most capture_limit = 64"),
     "own capture limit": ({"buckets": (1, 2), "capture_limit": 1}, "accepted: at most capture_limit = 1"),
+    "no capture limit": ({"capture_limit": 0}, r"Server: .*capture_limit is 0"),
+    "capture limit": ({"capture_limit": "1"}, r"Server: .*capture_limit is '1'"),
+    "unknown option": ({"foo": 1}, "Server: unknown option 'foo'; accepted: npugraph_ex's force_eager, "),
+    "value of an option": ({"clone_input": 2}, "Server: option clone_input is 2: "),
+    "buckets of text": ({"buckets": ("a",)}, r"Server: buckets\[0\] is 'a'; accepted: an int"),
+    "fractions": ({"buckets": (1, 1.5)}, r"Server: buckets\[1\] is 1\.5; accepted: an int"),
+    "flags": ({"buckets": (True,)}, r"Server: buckets\[0\] is True; accepted: an int"),
+    "one bucket": ({"buckets": 2}, "Server: buckets is 2; accepted: a sequence of batch sizes"),
+    "max_length of text": ({"max_length": "16"}, "Server: max_length is '16'; accepted: an int"),
+    "a fraction of a prompt": ({"prefill_lengths": (8, 16.0)}, r"prefill_lengths\[1\] is 16\.0; accepted: an int"),
     "no buckets": ({"buckets": ()}, "accepted: ascending batch sizes"),
     "descending buckets": ({"buckets": (2, 1)}, r"buckets is \(2, 1\); accepted: ascending batch sizes"),
     "max_length": ({"max_length": 129}, "max_length is 129; accepted: 2 to max_position_embeddings = 128"),
@@ -283,6 +326,24 @@ def test_refused_requests():
         server.generate([Request([1], 1)])
 
 
+def test_numbers_of_a_request_are_integers():
+    refused = {
+        "prompt\\[1\\] is 1.5": lambda: Request([1, 1.5], 2),
+        "prompt\\[0\\] is True": lambda: Request([True], 2),
+        "prompt\\[0\\] is 'a'": lambda: Request("ab", 2),
+        "prompt is 5; accepted: a sequence of token ids": lambda: Request(5, 2),
+        "max_new_tokens is 2.0": lambda: Request([1], 2.0),
+        "max_new_tokens is True": lambda: Request([1], True),
+        "stop_tokens\\[0\\] is None": lambda: Request([1], 2, stop_tokens=[None]),
+    }
+    for message, make_request in refused.items():
+        with pytest.raises(ValueError, match=f"^Request: {message}"):
+            make_request()
+    request = Request(torch.tensor([1, 2]), torch.tensor(3), stop_tokens=range(2))
+    assert (request.prompt, request.max_new_tokens, request.stop_tokens) == ((1, 2), 3, (0, 1))
+    assert {type(n) for n in (*request.prompt, request.max_new_tokens)} == {int}
+
+
 def test_token_mask_without_a_server():
     """Masked tokens get nothing from the experts, the others what they get without padding; the mask ends with its block."""
     experts = make().model.layers[0].mlp.experts
@@ -298,10 +359,20 @@ def test_token_mask_without_a_server():
         assert torch.equal(experts(x, ids, weights), whole)
 
 
-def test_the_example_of_the_documentation():
+def test_the_example_of_the_documentation(tmp_path):
+    """In a process of its own: it says itself what has to be imported first."""
     text = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    namespace = {}
-    exec(block, namespace)
-    assert [len(result.tokens) for result in namespace["results"]] == [20, 5, 12]
-    assert namespace["server"].statistics.captures == 2
+    checks = "print([len(result.tokens) for result in results], server.statistics.captures)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{block}\n{checks}"], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "[20, 5, 12] 2"
+
+
+@pytest.mark.parametrize("name", ["simulator", "testing", "serving"])
+def test_public_modules_load_when_they_are_named(name, tmp_path):
+    code = f"import moe_lowering, sys; assert 'torch' not in sys.modules; print(moe_lowering.{name}.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert (done.stdout.strip(), done.returncode) == (f"moe_lowering.{name}", 0), done.stderr[-2000:]

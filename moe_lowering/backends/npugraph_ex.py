@@ -80,3 +80,24 @@ def npugraph_ex_options(
         )
     agree = agreement_before_first(deployment, lowering, agreement_timeout)
     return {"inplace_pass": False, **options, PRE_PASS: flat_hook(lowering, own, agree)}
+
+
+def check_options(what: str, options: dict[str, Any]) -> None:
+    """Refuse what npugraph_ex's own configuration refuses, before anything is compiled; nothing where it is not loaded.
+
+    Raises:
+        ValueError: an option that it does not have, or a value that it does not take; ``what`` begins the message.
+    """
+    try:
+        from npugraph_ex.configs.compiler_config import CompilerConfig
+    except ImportError:  # without torch_npu the compile says so
+        return
+    config = CompilerConfig()
+    accepted = [name for name in vars(config) if not name.startswith("_")]
+    for name, value in options.items():
+        if name not in accepted:
+            raise ValueError(f"{what}: unknown option {name!r}; accepted: npugraph_ex's {', '.join(accepted)}")
+        try:
+            setattr(config, name, value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{what}: option {name} is {value!r}: {error}") from None

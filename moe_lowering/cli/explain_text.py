@@ -155,6 +155,9 @@ def _why(answer: Answer, name: str, paint: Paint) -> str:
         seen.update(keys)
         again = f" (and {len(findings) - len(new)} rules shown above)" if len(new) < len(findings) else ""
         lines += ["", paint(f"  {operator}{again}", "bold"), *(_finding(f, violations, paint) for f in new)]
+    for form, broken in verdict.ruled_out:
+        lines += ["", paint(f"  form {form}, which the deployment rules out", "bold")]
+        lines += _wrapped("    ", [f"{v.code}: {v.message}; advice: {v.advice}" for v in broken], " " * 6).splitlines()
     return "\n".join(lines)
 
 

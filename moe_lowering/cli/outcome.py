@@ -101,6 +101,7 @@ class Outcome:
             "nodes_before": traced.nodes_before if traced else None,
             "nodes_after": traced.nodes_after if traced else None,
             "pass_ms": traced.pass_ms if traced else None,
+            "not_capturable": [finding.to_json() for finding in traced.not_capturable] if traced else [],
             "captured": self.captured[0].to_json() if self.captured else None,
         }
         return json.dumps(fields, indent=2, allow_nan=False)
@@ -110,7 +111,7 @@ class Outcome:
         parts = [self._header()]
         shown: list[LoweringReport] = []
         for report in self.reports:
-            if any(report.blocks == other.blocks for other in shown):
+            if any((report.blocks, report.not_capturable) == (o.blocks, o.not_capturable) for o in shown):
                 continue
             shown.append(report)
             parts.append(render(report))

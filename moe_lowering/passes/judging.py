@@ -16,7 +16,7 @@ import torch
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.limits import Prover, check
+from moe_lowering.limits import Prover, Violation, check
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.implementations import IMPLEMENTATIONS, Call, Form
 from moe_lowering.passes.quantities import block_quantities, strict_share_of_one
@@ -149,17 +149,25 @@ def _with_declared_range(verdict: Verdict, deployment: Deployment) -> Verdict:
 
 
 def _verdict(name: str, spec: BlockSpec, deployment: Deployment, quantities: dict[str, Any], prover: Prover) -> Verdict:
-    """Of the first legal form; of the preferred form when none is."""
-    first: Verdict | None = None
-    for form in IMPLEMENTATIONS[name].forms(deployment):
-        violations = [
+    """Of the first legal form; of the preferred form when none is. With the forms that the deployment rules out."""
+
+    def broken(calls: tuple[Call, ...]) -> tuple[Violation, ...]:
+        found = [
             violation
-            for call in judged_calls(name, form, spec, deployment)
+            for call in calls
             for violation in check(
                 call.operator, deployment.soc, {**quantities, **call.given}, prover, deployment.versions
             )
         ]
-        verdict = Verdict(name, tuple(dict.fromkeys(violations)), form.name)
+        return tuple(dict.fromkeys(found))
+
+    implementation = IMPLEMENTATIONS[name]
+    ruled_out = tuple(
+        (form.name, broken(form.calls(spec, deployment))) for form in implementation.ruled_out(deployment)
+    )
+    first: Verdict | None = None
+    for form in implementation.forms(deployment):
+        verdict = Verdict(name, broken(judged_calls(name, form, spec, deployment)), form.name, ruled_out)
         if verdict.legal:
             return verdict
         first = first or verdict

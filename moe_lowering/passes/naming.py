@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from moe_lowering.report.records import BlockReport, Size, Sizes, Verdict
+from moe_lowering.limits import Violation
+from moe_lowering.report.records import BlockReport, Size, Sizes
 
 # What dynamo calls an argument or what is in it, e.g. L['x'].size()[0], L['n'], L['batch']['n'], L['self']._modules['a'].n
 _SOURCE = re.compile(r"^[LG]\['(\w+)'\](.*)$")
@@ -52,21 +53,24 @@ def in_users_words(report: BlockReport, names: dict[str, str]) -> BlockReport:
         return renamed(text, names)
 
     verdicts = {
-        name: Verdict(
-            verdict.implementation,
-            tuple(
-                dataclasses.replace(
-                    v, value=say(v.value), limit=say(v.limit), message=say(v.message), advice=say(v.advice)
-                )
-                for v in verdict.violations
-            ),
-            verdict.form,
+        name: dataclasses.replace(
+            verdict,
+            violations=_broken_in_words(verdict.violations, names),
+            ruled_out=tuple((form, _broken_in_words(broken, names)) for form, broken in verdict.ruled_out),
         )
         for name, verdict in report.verdicts.items()
     }
     notes = tuple(say(note) for note in report.notes)
     sizes = None if report.sizes is None else _sizes_in_words(report.sizes, names)
     return dataclasses.replace(report, reason=say(report.reason), verdicts=verdicts, notes=notes, sizes=sizes)
+
+
+def _broken_in_words(violations: tuple[Violation, ...], names: dict[str, str]) -> tuple[Violation, ...]:
+    words = ("value", "limit", "message", "advice")
+    return tuple(
+        dataclasses.replace(violation, **{word: renamed(getattr(violation, word), names) for word in words})
+        for violation in violations
+    )
 
 
 def renamed(text: str, names: dict[str, str]) -> str:

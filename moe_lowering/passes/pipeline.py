@@ -26,6 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Violation
 from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, size_key
+from moe_lowering.passes.capturing import is_captured, may_be_captured, not_capturable
 from moe_lowering.passes.choosing import Cost, Policy, PolicyError
 from moe_lowering.passes.costs import estimate
 from moe_lowering.passes.deciding import Decision, decide
@@ -46,14 +47,14 @@ from moe_lowering.passes.verifying import (
     repropagate,
     same_value,
 )
-from moe_lowering.report.records import BlockReport, LoweringReport
+from moe_lowering.report.records import BlockReport, LoweringReport, NotCapturable
 
 log = logging.getLogger(__name__)
 ASSERT_TOKENS = torch.ops.moe_lowering.assert_tokens.default
 
 
 class LoweringError(RuntimeError):
-    """Strict mode: a block was left unlowered. The message names each block and why."""
+    """Strict mode: a block was left unlowered, or the graph cannot be captured. The message names each place and why."""
 
 
 class MoeLowering:
@@ -62,7 +63,8 @@ class MoeLowering:
     Args:
         deployment: what the pass may assume; see ``Deployment``.
         comm: ``auto``, or the name of the only implementation to use.
-        strict: raise instead of leaving a block alone, and re-propagate fake tensors through the whole graph.
+        strict: raise instead of leaving a block alone or giving a graph that cannot be captured to a backend that
+            captures, and re-propagate fake tensors through the whole graph.
         policy: how ``auto`` chooses: ``auto`` (cheapest), ``vllm_ascend_0_13`` or ``vllm_ascend_main``.
         cost: estimated microseconds of an implementation under a ``costs.Load``, in place of the built-in model. It must
             give the same figures on every rank.
@@ -101,17 +103,22 @@ class MoeLowering:
             if run.changed:
                 gm.graph.lint()
                 gm.recompile()
+            findings = run.not_capturable()
         report = LoweringReport(
             blocks=tuple(blocks),
             unrecognised=tuple((place(node), reason) for node, reason in run.left),
             nodes_before=run.nodes_before,
             nodes_after=len(gm.graph.nodes),
             pass_ms=(time.perf_counter() - start) * 1e3,
+            not_capturable=tuple(findings),
         )
         self.reports.append(report)
-        _log(report)
+        captured = is_captured(self.deployment, config)
+        _log(report, captured)
         if self.strict:
             _require_lowered(report, generic_nodes(gm.graph.nodes))
+            if captured:
+                _require_capturable(report)
             repropagate(gm)
 
 
@@ -133,6 +140,7 @@ class _Run:
         self._said: dict[tuple[BlockSpec, str], BlockReport] = {}
         self._blocks: list[Block] = []
         self._targets: dict[Node, Target] = {}  # by the erased combine
+        self._shape_env: Any = None
 
     def lower(self) -> list[BlockReport]:
         fake_mode = _fake_mode(self.graph)
@@ -140,7 +148,7 @@ class _Run:
             reason = "the graph has no fake values (meta['val']): nothing can be proven"
             self.left = [(node, reason) for node in generic_nodes(self.graph.nodes)]
             return []
-        self.fake_mode = fake_mode
+        self.fake_mode, self._shape_env = fake_mode, fake_mode.shape_env
         try:
             blocks, routes, self.left = find_blocks(self.graph)
         except Exception as error:  # as in _guarded: nothing was edited yet
@@ -237,6 +245,16 @@ class _Run:
             report if target is None else dataclasses.replace(report, notes=(*report.notes, next(found)))
             for report, target in zip(reports, targets, strict=True)
         ]
+
+    def not_capturable(self) -> list[NotCapturable]:
+        """What keeps the graph as it is now from being captured; nothing where the deployment does not capture."""
+        if not may_be_captured(self.deployment):
+            return []
+        try:
+            return not_capturable(self.graph, self._shape_env, self.deployment)
+        except Exception:  # as in _guarded: looking must not fail a compile
+            log.warning("moe_lowering: looking for what cannot be captured failed", exc_info=True)
+            return []
 
     def _check_limits(self, spec: BlockSpec, decision: Decision, emit: Emitter) -> None:
         """Every Ascend node against its limits, from its own arguments and not from the block's record."""
@@ -342,11 +360,19 @@ def _require_lowered(report: LoweringReport, remaining: list[Node]) -> None:
         raise LoweringError("moe_lowering (strict): left unlowered:\n  " + "\n  ".join(lines))
 
 
-def _log(report: LoweringReport) -> None:
+def _require_capturable(report: LoweringReport) -> None:
+    if report.not_capturable:
+        lines = "\n  ".join(str(finding) for finding in report.not_capturable)
+        raise LoweringError(f"moe_lowering (strict): cannot be captured:\n  {lines}")
+
+
+def _log(report: LoweringReport, captured: bool) -> None:
     for block in report.blocks:
         if block.comm is None:
             log.warning("moe_lowering: %s left as it was: %s", block.name, block.reason)
     for where, why in report.unrecognised:
         log.warning("moe_lowering: %s not recognised: %s", where, why)
+    for finding in report.not_capturable:  # without captures it only says what an NPU would refuse
+        log.log(logging.WARNING if captured else logging.INFO, "moe_lowering: cannot be captured: %s", finding)
     if report.blocks:
         log.info("moe_lowering: %d blocks, pass took %.1f ms", len(report.blocks), report.pass_ms)

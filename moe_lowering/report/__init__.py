@@ -1,5 +1,5 @@
 """The report of a lowering: records (this package's ``records``), and their rendering as text."""
 
-from moe_lowering.report.records import BlockReport, LoweringReport, Size, Sizes, Verdict, Window
+from moe_lowering.report.records import BlockReport, LoweringReport, NotCapturable, Size, Sizes, Verdict, Window
 
-__all__ = ["BlockReport", "LoweringReport", "Size", "Sizes", "Verdict", "Window"]
+__all__ = ["BlockReport", "LoweringReport", "NotCapturable", "Size", "Sizes", "Verdict", "Window"]

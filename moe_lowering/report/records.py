@@ -12,23 +12,28 @@ from moe_lowering.limits import Violation
 class Verdict:
     """Whether one implementation is legal for one block, and if not, every rule it breaks.
 
-    ``form`` is the way of writing it down that the verdict is about, e.g. which fused operator.
+    ``form`` is the way of writing it down that the verdict is about, e.g. which fused operator. ``ruled_out`` has the
+    forms that the deployment alone excludes, by name, with the rules that they break; they count for nothing else.
     """
 
     implementation: str
     violations: tuple[Violation, ...] = ()
     form: str = ""
+    ruled_out: tuple[tuple[str, tuple[Violation, ...]], ...] = ()
 
     @property
     def legal(self) -> bool:
         return not self.violations
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "legal": self.legal,
-            "form": self.form,
-            "violations": [dataclasses.asdict(violation) for violation in self.violations],
-        }
+        found: dict[str, Any] = {"legal": self.legal, "form": self.form, "violations": _json(self.violations)}
+        if self.ruled_out:
+            found["ruled_out"] = {form: _json(violations) for form, violations in self.ruled_out}
+        return found
+
+
+def _json(violations: tuple[Violation, ...]) -> list[dict[str, str]]:
+    return [dataclasses.asdict(violation) for violation in violations]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +138,34 @@ class BlockReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class NotCapturable:
+    """Something in a graph that keeps an NPU graph of it from being captured.
+
+    Attributes:
+        place: the module of the model, or the node's name.
+        line: the model's line, ``file:line in function: text``; "" when it is not known.
+        operator: what was called, e.g. ``aten::nonzero``; of an input, ``placeholder`` and its name.
+        code: which rule, ``capture.*``.
+        reason: why it cannot be captured.
+        advice: what the user could change.
+    """
+
+    place: str
+    line: str
+    operator: str
+    code: str
+    reason: str
+    advice: str
+
+    def __str__(self) -> str:
+        line = f"; at {self.line}" if self.line else ""
+        return f"{self.place}: [{self.code}] {self.reason} ({self.advice}){line}"
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class LoweringReport:
     """One run of the pass over one graph.
 
@@ -141,6 +174,7 @@ class LoweringReport:
         unrecognised: (place, why) of generic operators that are not part of a recognised block.
         nodes_before, nodes_after: nodes of the whole graph.
         pass_ms: wall time of the pass in milliseconds.
+        not_capturable: what keeps the graph from being captured; empty where the deployment does not capture.
     """
 
     blocks: tuple[BlockReport, ...]
@@ -148,6 +182,7 @@ class LoweringReport:
     nodes_before: int
     nodes_after: int
     pass_ms: float
+    not_capturable: tuple[NotCapturable, ...] = ()
 
     @property
     def fully_lowered(self) -> bool:

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from moe_lowering.limits import Violation
-from moe_lowering.report.records import BlockReport, LoweringReport, Size, Sizes, Verdict, Window
+from moe_lowering.report.records import BlockReport, LoweringReport, NotCapturable, Size, Sizes, Verdict, Window
 
 WIDTH = 100
 _LABEL = 18  # columns of the left column
@@ -25,6 +25,9 @@ def render(report: LoweringReport) -> str:
     if report.unrecognised:
         lines = [row(place, why) for place, why in report.unrecognised]
         parts.append("\n".join(["not recognised as an MoE block:", *lines]))
+    if report.not_capturable:
+        lines = [_render_finding(finding) for finding in report.not_capturable]
+        parts.append("\n".join(["cannot be captured:", *lines]))
     if sources:
         lines = [row(f"source {number}", source) for number, source in enumerate(sources, 1)]
         parts.append("\n".join(["sources of the broken rules", *lines]))
@@ -81,6 +84,11 @@ def _same(a: BlockReport, b: BlockReport) -> bool:
     return all(getattr(a, field) == getattr(b, field) for field in fields) and _own_ops(a) == _own_ops(b)
 
 
+def _render_finding(finding: NotCapturable) -> str:
+    lines = [row(finding.place, f"[{finding.code}] {finding.reason} ({finding.advice})", hanging="    ")]
+    return "\n".join(lines + ([row("", finding.line)] if finding.line else []))
+
+
 def _own_ops(block: BlockReport) -> list[str]:
     """Operators after lowering without the check of the token bound, which the first block carries for the graph."""
     return [op for op in block.ops_after if op != _BOUND_CHECK]
@@ -103,6 +111,8 @@ def _render_blocks(blocks: Sequence[BlockReport], sources: list[str]) -> str:
     for name, verdict in block.verdicts.items():
         if name != block.comm:
             lines.append(_render_verdict(name, verdict, sources))
+        if name == block.comm or not verdict.legal:
+            lines += _render_ruled_out(name, verdict)
     lines += [row("note", note) for note in block.notes]
     return "\n".join(lines)
 
@@ -177,6 +187,17 @@ def unsaid(violation: Violation) -> str:
         return ""
     value = "" if violation.value in violation.message else f"value {violation.value}, "
     return f"; {value}limit {violation.limit}"
+
+
+def _render_ruled_out(name: str, verdict: Verdict) -> list[str]:
+    """The forms that the deployment excludes, unless the whole implementation is refused, whatever its form."""
+    if any(violation.operator in (name, "deployment") for violation in verdict.violations):
+        return []
+    return [
+        row(f"nor {form}", f"[{violation.code}] {violation.message}", hanging="    ")
+        for form, violations in verdict.ruled_out
+        for violation in violations
+    ]
 
 
 def row(label: str, text: str, hanging: str = "") -> str:

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
+from typing import Any
+
+
+def integer(what: str, value: Any) -> int:
+    """The int that ``value`` is; not a bool, nor a float that happens to be whole. Raises ValueError, which names it."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{what} is {value!r}; accepted: an int")
+
+
+def integers(what: str, values: Any, kind: str) -> tuple[int, ...]:
+    """The ints of a sequence; ``kind`` says in the error what they are."""
+    try:
+        found = tuple(values)
+    except TypeError:
+        raise ValueError(f"{what} is {values!r}; accepted: a sequence of {kind}") from None
+    for position, value in enumerate(found):
+        integer(f"{what}[{position}]", value)
+    return tuple(operator.index(value) for value in found)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One prompt to continue, always with the likeliest token. Token ids are kept as tuples of int.
+
+    A number that is no integer, or a bool, is a ValueError that names the argument.
 
     Args:
         prompt: token ids, at least one.
@@ -22,7 +47,8 @@ class Request:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "stop_tokens"):
-            object.__setattr__(self, name, tuple(int(token) for token in getattr(self, name)))
+            object.__setattr__(self, name, integers(f"Request: {name}", getattr(self, name), "token ids"))
+        object.__setattr__(self, "max_new_tokens", integer("Request: max_new_tokens", self.max_new_tokens))
 
     def check(self, max_length: int, vocabulary: int) -> None:
         """Raises a ValueError that names the argument, its value and what is accepted."""

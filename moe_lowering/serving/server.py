@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lowering.backends.npugraph_ex import npugraph_ex_options
+from moe_lowering.backends.npugraph_ex import check_options, npugraph_ex_options
 from moe_lowering.deployment import Deployment
 from moe_lowering.integrations.transformers import NAME, capabilities
 from moe_lowering.layers import MoE
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.serving import cache
-from moe_lowering.serving.requests import Request, Result, Running
+from moe_lowering.serving.process_settings import Settings
+from moe_lowering.serving.requests import Request, Result, Running, integer, integers
 from moe_lowering.serving.statistics import Statistics, captures_so_far, graphs_so_far
 from moe_lowering.serving.steps import ATTENTION, Decode, Prefill, decode_step, named, prefill_step
 
@@ -68,12 +69,15 @@ class Server:
         **options: Any,
     ) -> None:
         self.model: Any = model
-        self.buckets, self.max_length = tuple(buckets), max_length
-        _check_buckets(self.buckets, int(options.get("capture_limit", CAPTURE_LIMIT)))
+        self.buckets = integers("Server: buckets", buckets, "batch sizes")
+        self.max_length = max_length = integer("Server: max_length", max_length)
+        check_options("Server", options)
+        limit = integer("Server: capture_limit", options.get("capture_limit", CAPTURE_LIMIT))
+        _check_buckets(self.buckets, limit)
         _check_model(model, max_length)
         if prefill_lengths is None:
             prefill_lengths = sorted({-(-max_length // part) for part in (1, 2, 4)})
-        self.prefill_lengths = tuple(prefill_lengths)
+        self.prefill_lengths = integers("Server: prefill_lengths", prefill_lengths, "lengths")
         if self.prefill_lengths:
             _check_lengths(self.prefill_lengths, max_length)
         deployment = _checked(deployment, max(max_length, self.buckets[-1])).replace(mask_is_prefix=True)
@@ -101,6 +105,7 @@ class Server:
         self._rows: list[Running] = []
         self._numbers = 0
         self._warm = False
+        self._settings = Settings()
 
     def warm_up(self, progress: Callable[[str], object] | None = None) -> None:
         """Compile and capture everything; a second call does nothing.
@@ -110,6 +115,10 @@ class Server:
         """
         if self._warm:
             return
+        with self._settings:
+            self._warm_up(progress)
+
+    def _warm_up(self, progress: Callable[[str], object] | None) -> None:
         total = len(self.buckets) + len(self.prefill_lengths)
         done, began = 0, time.perf_counter()
 
@@ -153,6 +162,10 @@ class Server:
         """
         if not self._warm:
             raise RuntimeError("Server: step before warm_up; accepted: warm_up() first")
+        with self._settings:
+            return self._step()
+
+    def _step(self) -> list[Result]:
         finished = []
         while self._waiting and len(self._rows) < self.buckets[-1]:
             number, request = self._waiting.popleft()
@@ -268,6 +281,8 @@ class Server:
 def _check_buckets(buckets: tuple[int, ...], limit: int) -> None:
     if not buckets or buckets[0] < 1 or list(buckets) != sorted(set(buckets)):
         raise ValueError(f"Server: buckets is {buckets}; accepted: ascending batch sizes, 1 or more")
+    if limit < 1:
+        raise ValueError(f"Server: capture_limit is {limit}; accepted: 1 or more")
     if len(buckets) > limit:
         raise ValueError(
             f"Server: buckets has {len(buckets)} sizes; accepted: at most capture_limit = {limit}, as each is captured"

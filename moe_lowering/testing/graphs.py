@@ -172,14 +172,15 @@ def assert_refused(lowered: Lowered, *, code: str, comm: str | None = None) -> N
     """Something was refused with ``code``: a block, by an implementation's verdict, or a graph that is no block.
 
     Args:
-        code: of a violation, or (``raise.*``) of what keeps generic operators from being a block.
+        code: of a violation, or (``raise.*``) of what keeps generic operators from being a block, or (``capture.*``)
+            of what keeps the graph from being captured.
         comm: the implementation whose verdict must hold the violation; any when None.
 
     Raises:
         AssertionError: naming the codes that were found.
     """
     report = lowered.report
-    assert report.blocks or report.unrecognised, "no MoE block was found in the graph"
+    assert report.blocks or report.unrecognised or report.not_capturable, "no MoE block was found in the graph"
     found = {
         (name, violation.code)
         for block in report.blocks
@@ -187,5 +188,6 @@ def assert_refused(lowered: Lowered, *, code: str, comm: str | None = None) -> N
         for violation in verdict.violations
     }
     found |= {("", why[1 : why.index("]")]) for _, why in report.unrecognised if why.startswith("[")}
+    found |= {("", finding.code) for finding in report.not_capturable}
     hits = [name for name, found_code in found if found_code == code and comm in (None, name)]
     assert hits, f"no {comm or 'implementation'} was refused with {code}; found {sorted(found)}"

@@ -233,10 +233,11 @@ STATIC = Form("static", _calls, _emit, padding_note)
 
 
 def _forms(deployment: Deployment) -> tuple[Form, ...]:
-    """Exact splits need a host that reads sizes while the graph runs."""
-    if deployment.capture or deployment.mode == "ge":
-        return (STATIC,)
-    return (alltoall_exact.EXACT, STATIC)
+    return (STATIC,) if alltoall_exact.needs_no_host(deployment) else (alltoall_exact.EXACT, STATIC)
 
 
-ALLTOALL = Implementation("alltoall", _forms)
+def _ruled_out(deployment: Deployment) -> tuple[Form, ...]:
+    return (alltoall_exact.EXACT,) if alltoall_exact.needs_no_host(deployment) else ()
+
+
+ALLTOALL = Implementation("alltoall", _forms, _ruled_out)

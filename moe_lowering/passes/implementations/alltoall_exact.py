@@ -19,7 +19,14 @@ from moe_lowering.passes.implementations.quantised_mlp import PLAIN
 from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
 
 
+def needs_no_host(deployment: Deployment) -> bool:
+    """Whether no operator may read a size on the host while the graph runs: then the form is judged for the reason alone."""
+    return deployment.capture or deployment.mode == "ge"
+
+
 def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
+    if needs_no_host(deployment):  # what its operators say as well is of no use then
+        return (Call("alltoall.exact"),)
     eight_bits = spec.quantised_input or spec.quantisation in ("w8a8", "w4a8")
     arriving = {"x_dtype": "int8", "scale_dims": 1} if eight_bits else {}
     scale = "float32" if eight_bits else None

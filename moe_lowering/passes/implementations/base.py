@@ -57,10 +57,12 @@ class Implementation:
     Attributes:
         name: its name in configuration, report and tests.
         forms: in order of preference, for a deployment; at least one. The first legal one is taken.
+        ruled_out: forms that the deployment alone excludes: never taken, judged for the reason.
     """
 
     name: str
     forms: Callable[[Deployment], tuple[Form, ...]]
+    ruled_out: Callable[[Deployment], tuple[Form, ...]] = lambda deployment: ()
 
     def form(self, name: str, deployment: Deployment) -> Form:
         """The form of that name."""

@@ -1,0 +1,35 @@
+"""Which line of the user's model something comes from: a place, and the innermost one of a recorded stack trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sysconfig
+from pathlib import Path
+
+_SITE = Path(sysconfig.get_paths()["purelib"])
+_OURS = Path(__file__).resolve().parent  # moe_lowering
+OUTSIDE = tuple(f"{folder}/" for folder in (_SITE / "torch", _SITE / "torch_npu", _OURS))
+_TRACE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<text>[^\n]*)')
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A line of the user's code. ``text`` is its source, "" when that is not known."""
+
+    file: str
+    line: int
+    function: str
+    text: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line} in {self.function}"
+        return f"{where}: {self.text}" if self.text else where
+
+
+def innermost(trace: str) -> Place | None:
+    """The innermost line of the user's in a stack trace that dynamo recorded; where there is none, of any line."""
+    found = [Place(m["file"], int(m["line"]), m["function"], m["text"].strip()) for m in _TRACE_LINE.finditer(trace)]
+    users = [place for place in found if not place.file.startswith(OUTSIDE)]
+    chosen = users or found
+    return chosen[-1] if chosen else None

@@ -1,0 +1,42 @@
+"""Four-layer Qwen3-MoE and DeepSeek-V3 on 2 and 4 ranks, captured, for every implementation: replays with changing inputs,
+skewed routings and experts without rows, each equal to the lowered model without a graph, bit by bit; some of them compared
+with transformers' own experts, unsharded, on the CPU.
+
+One case replays more often than the others: what it costs is in docs/simulator.md.
+"""
+
+import capture_model_ranks
+import capture_models
+import pytest
+from capture_model_ranks import BUCKETS, KINDS
+from test_capture_ranks import COMMUNICATION, FORMS
+
+from moe_lowering import simulator
+from moe_lowering.cli.compare import TOLERANCE
+from moe_lowering.simulator.device import Counts
+from moe_lowering.testing import Ranks
+
+REPLAYS = {"qwen3_moe": 200, "deepseek_v3": 200}
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["ep2", "ep4"])
+def ranks(request):
+    with Ranks(request.param, setup=simulator.enable_device, collective_timeout=120) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("name", capture_models.CONFIGS)
+@pytest.mark.parametrize("comm", FORMS)
+def test_replays_are_equal_to_eager_and_each_bucket_is_captured_once(ranks, comm, name):
+    replays, layers = REPLAYS[name], capture_models.CONFIGS[name][2]
+    found = ranks.run(capture_model_ranks.run_model, name, comm, replays, 13, timeout=600)
+    for seen in found:
+        assert seen.equal == [True] * replays
+        assert seen.counts == Counts(begun=len(BUCKETS) + 1, empty=1, captured=len(BUCKETS), replayed=replays)
+        assert seen.blocks == [(comm, FORMS[comm])] * layers
+        assert all(seen.operators.count(name) == layers for name in COMMUNICATION[comm] if "alltoall" not in name)
+        assert COMMUNICATION[comm] <= set(seen.operators)
+        assert seen.compared == -(-replays // 13) and seen.errors.block_relative < TOLERANCE["bfloat16"]
+        assert seen.errors.relative < TOLERANCE["bfloat16"]
+        # new routings in nearly every replay but those of one token, and two experts of eight for those
+        assert min(map(len, seen.routings)) > replays / len(KINDS) and seen.fewest == capture_models.TOP_K
