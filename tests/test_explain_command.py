@@ -105,7 +105,6 @@ def test_gates_are_those_that_the_integration_knows():
     (f"{BLOCK} --policy fixed", "argument --policy: is fixed without --comm; accepted: with --comm {allgather,alltoall,"),
     (f"{BLOCK} --policy fixed --comm auto", "argument --policy: is fixed without --comm; accepted: with --comm {allg"),
     (f"{BLOCK} --comm mc2 --policy vllm_ascend_main", "argument --policy: is vllm_ascend_main with --comm mc2, .*: fixed, or"),
-    (f"{BLOCK} --capture yes", "argument MODEL: is 'yes'; accepted: moe, a transformers"),
     (f"{BLOCK} --cann new", "argument --cann: is 'new'; accepted: a version such as"),
     (f"{BLOCK} --tokens -1", "argument --tokens: "),
     (f"{BLOCK} --tokens many", "argument --tokens: is many; accepted: an integer of 0 or more"),
