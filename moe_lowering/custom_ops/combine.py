@@ -118,7 +118,9 @@ def _cpu(
     added = Placement(num_experts, ep_size, shared_expert_ranks, shared_experts).added
     expected = (top_k + added) * (size if kept is None else kept.numel())
     returned, slots = send_back("combine", rows, handle, top_k + added, expected, ep)
-    own = torch.nn.functional.pad(weights.reshape(tokens, top_k)[mine], (0, added), value=1.0)
+    own = weights.reshape(tokens, top_k)[mine]
+    if added:
+        own = torch.nn.functional.pad(own, (0, added), value=1.0)
     part = weighted_sum("combine", returned, slots, own, kept)
     if tp.size > 1:
         short = ceil_div(tokens, tp.size) - size
