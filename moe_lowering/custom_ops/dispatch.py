@@ -182,7 +182,8 @@ def _cpu(
         shared_expert_ranks,
         shared_experts,
     )
-    bounds = {kind: row_bound(*shape, kind) for kind in ((False, True) if shared_expert_ranks else (False,))}
+    bound = row_bound(*shape)
+    shared_bound = row_bound(*shape, on_shared_rank=True) if shared_expert_ranks else 0
     cap = f" (max_rows is {max_rows})" if max_rows else ""
     received = exchange(
         "dispatch",
@@ -193,13 +194,19 @@ def _cpu(
         num_experts,
         ep,
         tp,
-        limit=bounds[False],
-        limit_name=f"R = {bounds[False]}{cap}",
+        limit=bound,
+        limit_name=f"R = {bound}{cap}",
         max_tokens=max_tokens,
         equal_tokens=not max_tokens,
-        shared=Shared(shared_expert_ranks, shared_experts, on_shared_rank, bounds.get(True, 0)),
+        shared=Shared(
+            shared_expert_ranks,
+            shared_experts,
+            on_shared_rank,
+            shared_bound,
+            f"R = {shared_bound} of a shared-expert rank{cap}",
+        ),
     )
-    bound = bounds[on_shared_rank]
+    bound = shared_bound if on_shared_rank else bound
     scale = received.scale if received.scale is not None else x.new_empty((0,), dtype=torch.float32)
     return (
         _pad(received.rows, bound, 0),
