@@ -297,7 +297,7 @@ def exchange(
     places = everyone[:, FIELDS:]  # [source, place]
     sent = placement.by_rank(places)  # [source, destination]
     received = sent.sum(0).tolist()
-    fits(operator, received[: shared.ranks], shared.limit, f"R = {shared.limit} of a shared-expert rank")
+    fits(operator, received[: shared.ranks], shared.limit, shared.limit_name)
     fits(operator, received[shared.ranks :], limit, limit_name, shared.ranks)
 
     here = _keep(x[mine], None if x_scale is None else x_scale[mine], plan)
