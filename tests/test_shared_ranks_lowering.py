@@ -13,7 +13,7 @@ import shared_rank_jobs as jobs
 import torch
 from shared_rank_jobs import Case
 
-from moe_lowering.testing import RankError, Ranks
+from moe_lowering.testing import Ranks
 
 INT8_DB = 28.0  # the floor of docs/matrix.md: x and the activated values are rounded to int8
 
@@ -50,8 +50,9 @@ def check(ranks: Ranks, case: Case) -> None:
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (3, 1)]  # shared-expert ranks, shared experts
 
 
-@pytest.mark.parametrize(("ranks", "experts"), LAYOUTS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("ranks", "experts", "dtype"), [*((*layout, "bfloat16") for layout in LAYOUTS), (2, 2, "float16")]
+)
 def test_16_bit(four: Ranks, ranks: int, experts: int, dtype: str) -> None:
     check(four, Case(ranks, experts, dtype=dtype))
 
@@ -65,8 +66,9 @@ def test_w8a8_with_unequal_tokens(four: Ranks) -> None:
     check(four, Case(2, 2, quantisation="w8a8", counts=((3, 1, 6, 2),)))
 
 
-@pytest.mark.parametrize(("ranks", "experts"), LAYOUTS)
-@pytest.mark.parametrize("mask", ["prefix", "any"])
+@pytest.mark.parametrize(
+    ("ranks", "experts", "mask"), [(2, 2, "prefix"), (3, 1, "prefix"), (1, 1, "any"), (2, 2, "any")]
+)
 def test_masks(four: Ranks, ranks: int, experts: int, mask: str) -> None:
     """The last rank has one token left with a prefix; masked tokens hold NaN and give zero."""
     check(four, Case(ranks, experts, mask=mask))
@@ -134,11 +136,17 @@ def test_the_comparison_sees_wrong_shared_experts(four: Ranks, broken: object) -
         assert reference.relative_error(y, jobs.expected(case, rank, 5)) > 5 * reference.BOUNDS[torch.bfloat16]
 
 
-def test_other_implementations_are_refused_on_every_rank() -> None:
+def refused(rank: int, case: Case) -> str:
+    try:
+        jobs.lower_and_run(rank, case)
+    except Exception as error:
+        return str(error).split("\nTraceback")[0]
+    return ""
+
+
+def test_other_implementations_are_refused_on_every_rank(four: Ranks) -> None:
     for comm in ("allgather", "alltoall", "fused_mc2"):
-        case = dataclasses.replace(Case(1), comm=comm)
-        code = f"{comm.removesuffix('_mc2')}.shared_expert_ranks"
-        with Ranks(4, setup=rank_jobs.setup, collective_timeout=20) as ranks, pytest.raises(RankError) as raised:
-            ranks.run(jobs.lower_and_run, case)
-        assert str(raised.value).count(f"{comm} was asked for and is not legal: ") >= 4
-        assert code in str(raised.value)
+        first, *others = four.run(refused, dataclasses.replace(Case(1), comm=comm))
+        assert f"{comm} was asked for and is not legal: " in first
+        assert f"{comm.removesuffix('_mc2')}.shared_expert_ranks" in first
+        assert others == [first] * 3

@@ -247,6 +247,7 @@ class Shared:
     experts: int = 1
     told: bool = False
     limit: int = 0
+    limit_name: str = ""
 
 
 def own_slice(tokens: int, tp: Group) -> slice:

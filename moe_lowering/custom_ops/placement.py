@@ -49,7 +49,7 @@ class Placement:
     def by_rank(self, places: Tensor) -> Tensor:
         """Numbers for each place, [..., places] int64 -> their sums for each rank [..., ep_size]."""
         shared, routed = places[..., : self.shared_expert_ranks], places[..., self.shared_expert_ranks :]
-        return torch.cat([shared, routed.unflatten(-1, (-1, self.local_experts)).sum(-1)], -1)
+        return torch.cat([shared, routed.reshape(*routed.shape[:-1], -1, self.local_experts).sum(-1)], -1)
 
     def of_rank(self, places: Tensor, rank: int) -> Tensor:
         """Numbers for each place, [..., places] -> those of one rank's experts."""
