@@ -52,6 +52,10 @@ class Deployment:
             (``dispatch_gmm_combine_decode``), as vllm-ascend's VLLM_ASCEND_ENABLE_FUSED_MC2.
         mask_is_prefix: promise that every token mask is True for the first n tokens and False after them, as padding is.
         mc2_hierarchy: MC2 in two levels, within and between nodes (``comm_alg="hierarchy"``).
+        shared_expert_ranks: the first ranks of the EP group that hold shared experts, one each, and no routed ones; the
+            routed experts are spread over the others. 0 for none: shared experts are then no matter of this package.
+        shared_experts: how many shared experts these ranks hold: each is held by ``shared_expert_ranks / shared_experts``
+            ranks, and each token goes to one rank of each. 1 when there are no such ranks.
         weight_format: memory format of the expert weights on the device, ``nd`` or ``nz`` (FRACTAL_NZ).
         cann: CANN version, e.g. ``9.1.0`` or ``8.2.RC1``; "" when unknown: rules for certain versions then apply.
         torch_npu: version of torch_npu, with the same meaning.
@@ -81,6 +85,8 @@ class Deployment:
     fused_mode: int = 1
     mask_is_prefix: bool = False
     mc2_hierarchy: bool = False
+    shared_expert_ranks: int = 0
+    shared_experts: int = 1
     weight_format: str = "nd"
     cann: str = ""
     torch_npu: str = ""
@@ -123,6 +129,7 @@ class Deployment:
                 f"Deployment: mc2_group is {self.mc2_group!r}, the EP group itself; MC2 operators need a communicator "
                 "that no other collective uses (make a second group over the same ranks)"
             )
+        _shared_ranks(self.ep_size, self.shared_expert_ranks, self.shared_experts)
         if not self.equal_tokens and not self.max_tokens:
             raise ValueError(
                 "Deployment: equal_tokens is False, so max_tokens must give a bound that holds on every rank"
@@ -137,6 +144,27 @@ class Deployment:
     def token_bound(self) -> int:
         """The ``max_tokens`` argument of the generic operators: 0 says that T is equal on all ranks."""
         return 0 if self.equal_tokens else self.max_tokens
+
+    @property
+    def routed_ranks(self) -> int:
+        """The ranks of the EP group that hold routed experts: the last ones."""
+        return self.ep_size - self.shared_expert_ranks
+
+    @property
+    def on_shared_rank(self) -> bool:
+        """Whether this rank holds a shared expert, and no routed one. A rank's own: no decision may depend on it."""
+        return self.ep_rank < self.shared_expert_ranks
+
+    @property
+    def shared_expert(self) -> int | None:
+        """The shared expert that this rank holds; None on the others."""
+        return self.ep_rank * self.shared_experts // self.shared_expert_ranks if self.on_shared_rank else None
+
+    def own_experts(self, num_experts: int) -> slice:
+        """The routed experts of ``num_experts`` that this rank holds; none on a shared-expert rank."""
+        local = num_experts // self.routed_ranks
+        first = (self.ep_rank - self.shared_expert_ranks) * local
+        return slice(0, 0) if self.on_shared_rank else slice(first, first + local)
 
     @property
     def hccl_buffer_bytes(self) -> int:
@@ -178,6 +206,14 @@ def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
 def _at_least(name: str, value: int, low: int) -> None:
     if value < low:
         raise ValueError(f"Deployment: {name} is {value}; accepted: {low} or more")
+
+
+def _shared_ranks(ep_size: int, ranks: int, experts: int) -> None:
+    if not 0 <= ranks < ep_size:
+        raise ValueError(f"Deployment: shared_expert_ranks is {ranks}; accepted: 0 to ep_size - 1 = {ep_size - 1}")
+    if experts < 1 or (ranks == 0 and experts != 1) or (ranks and ranks % experts):
+        accepted = f"a divisor of shared_expert_ranks, {ranks}" if ranks else "1, as there are no shared_expert_ranks"
+        raise ValueError(f"Deployment: shared_experts is {experts}; accepted: {accepted}")
 
 
 def _integers(deployment: Deployment) -> None:

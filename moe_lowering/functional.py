@@ -154,9 +154,13 @@ def moe_experts(
     Args:
         x: tokens [..., H], float32, float16 or bfloat16; or int8 with ``pertoken_scale``.
         weights, ids: [..., k]; cast to float32 and int32. Ids of one token are distinct.
-        w13: gate and up projection of this rank's experts, [E_local, H, 2I] or E_local tensors [H, 2I].
+        w13: gate and up projection of this rank's experts, [E_local, H, 2I] or E_local tensors [H, 2I]. A shared-expert
+            rank (``deployment.on_shared_rank``) gives those of its shared expert, as its only one. They must be in the
+            form, dtypes and I of the routed experts: a rank sees its own weights only, and all ranks must decide alike. A
+            shared expert that is n times as wide is n shared experts.
         w2: down projection, [E_local, I, H] or E_local tensors [I, H].
-        num_experts: experts on all ranks, redundant ones included; E_local * ep_size when None.
+        num_experts: routed experts on all ranks, redundant ones included; when None E_local * ep_size, or * the ranks that
+            hold routed experts. A shared-expert rank must give it.
         w13_bias, w2_bias: [E_local, 2I] and [E_local, H], or lists.
         activation, limit, alpha, interleaved: see ``docs/architecture.md``. ``limit`` (none: 0 or None) is for
             ``swiglu_clamp`` and ``swiglu_oai``, ``alpha`` (1.702 when None) for ``swiglu_oai``; ``interleaved`` says
@@ -169,6 +173,7 @@ def moe_experts(
         pertoken_scale: [...] float32, the scales of int8 tokens. ``out_dtype`` is then the dtype of y.
         need_trans: w13 is [E_local, 2I, H] and w2 [E_local, H, I]; not for packed int4.
         apply_router_weight_on_input: multiply x by its weight before it is sent, instead of the expert's result. k is 1.
+            Not with shared-expert ranks.
         log2phy: [logical experts] int32 or int64: ``ids`` are logical, and expert i is the physical expert log2phy[i].
         expert_map: see ``check_expert_map``, which is called with it. Under torch.compile that happens once, with the
             first map.
@@ -186,18 +191,23 @@ def moe_experts(
     _check_tokens(x, pertoken_scale, quantisation, out_dtype)
     w13, w2 = (_matrices(name, w, need_trans, quantisation) for name, w in (("w13", w13), ("w2", w2)))
     if num_experts is None:
-        local = w13[0].shape[0] if len(w13) == 1 and w13[0].dim() == 3 else len(w13)
-        num_experts = local * place.ep_size
+        num_experts = _all_experts(w13, place)
     if expert_map is not None:  # index: a constant for dynamo also where E is a dynamic size of w13
-        _check_map(expert_map, operator.index(num_experts), place.ep_size, place.ep_rank)
+        _check_map(expert_map, operator.index(num_experts), place)
     weights, ids = weights.to(torch.float32), ids.to(torch.int32)
     if log2phy is not None:
         ids = _physical(ids, log2phy)
     if apply_router_weight_on_input:
+        if place.shared_expert_ranks:
+            raise ValueError(
+                f"moe_experts: apply_router_weight_on_input is True with {place.shared_expert_ranks} shared-expert ranks; "
+                "accepted: False, as shared experts take x without a weight"
+            )
         x, pertoken_scale, weights = _weigh(x, pertoken_scale, weights)
+    shared = (place.shared_expert_ranks, place.shared_experts) if place.shared_expert_ranks else ()
     rows, row_scale, counts, handle = _ops.dispatch.default(
         x, pertoken_scale, ids, mask, num_experts, place.ep_group, place.ep_size, place.tp_group, place.tp_size,
-        place.token_bound, place.max_rows,
+        place.token_bound, place.max_rows, *((*shared, place.on_shared_rank) if shared else ()),
     )  # fmt: skip
     lists = [w13_scale, w2_scale, w13_offset, w2_offset, w13_scale_bias, w2_scale_bias]
     quantised = quantisation != "none" or any(tensors is not None for tensors in lists)
@@ -208,7 +218,7 @@ def moe_experts(
     )  # fmt: skip
     y = _ops.combine.default(
         rows, weights, ids, handle, mask, num_experts, place.ep_group, place.ep_size, place.tp_group, place.tp_size,
-        place.token_bound,
+        place.token_bound, *shared,
     )  # fmt: skip
     return (y, counts, _COUNTS) if return_counts else y
 
@@ -222,14 +232,14 @@ def check_expert_map(expert_map: Tensor, num_experts: int, deployment: Deploymen
         num_experts: experts on all ranks.
 
     Raises:
-        ValueError: ``expert_map`` is not 0 to E_local - 1 for experts [ep_rank * E_local, (ep_rank + 1) * E_local).
+        ValueError: ``expert_map`` is not 0 to E_local - 1 for experts [ep_rank * E_local, (ep_rank + 1) * E_local); with
+            shared-expert ranks, routed experts begin at the first rank after them, which then counts as rank 0.
     """
-    place = _SINGLE_RANK if deployment is None else deployment
-    _check_map(expert_map, num_experts, place.ep_size, place.ep_rank)
+    _check_map(expert_map, num_experts, _SINGLE_RANK if deployment is None else deployment)
 
 
 @torch.compiler.assume_constant_result  # dynamo then calls it with the real tensor, instead of tracing it
-def _check_map(expert_map: Tensor, num_experts: int, ep_size: int, ep_rank: int) -> bool:
+def _check_map(expert_map: Tensor, num_experts: int, place: Deployment) -> bool:
     if (
         expert_map.dim() != 1
         or expert_map.shape[0] != num_experts
@@ -241,16 +251,29 @@ def _check_map(expert_map: Tensor, num_experts: int, ep_size: int, ep_rank: int)
         )
     if expert_map.is_meta or isinstance(expert_map, FakeTensor):
         return True
-    local = num_experts // ep_size
+    own, local = place.own_experts(num_experts), num_experts // place.routed_ranks
+    rank = f"(r - {place.shared_expert_ranks})" if place.shared_expert_ranks else "r"
+    following = f"({rank} + 1)" if rank == "r" else f"(r - {place.shared_expert_ranks} + 1)"
     for expert, index in enumerate(expert_map.tolist()):
-        wanted = expert - ep_rank * local if expert // local == ep_rank else -1
+        wanted = expert - own.start if own.start <= expert < own.stop else -1
         if index != wanted:
             raise ValueError(
-                f"moe_experts: expert_map has {index} for expert {expert} on EP rank {ep_rank}; accepted: {wanted}, as "
-                f"rank r holds experts r * {local} to (r + 1) * {local} - 1. For another placement use log2phy "
+                f"moe_experts: expert_map has {index} for expert {expert} on EP rank {place.ep_rank}; accepted: {wanted}, as "
+                f"rank r holds experts {rank} * {local} to {following} * {local} - 1. For another placement use log2phy "
                 "(log2phy_from_expert_maps makes it)"
             )
     return True
+
+
+def _all_experts(w13: list[Tensor], place: Deployment) -> int:
+    """Routed experts of all ranks, from the weights of this one."""
+    if place.on_shared_rank:
+        raise ValueError(
+            f"moe_experts: num_experts is None on EP rank {place.ep_rank}, which holds a shared expert; accepted: the "
+            "number of routed experts on all ranks"
+        )
+    local = w13[0].shape[0] if len(w13) == 1 and w13[0].dim() == 3 else len(w13)
+    return local * place.routed_ranks
 
 
 def _check_tokens(x: Tensor, pertoken_scale: Tensor | None, quantisation: str, out_dtype: torch.dtype | None) -> None:

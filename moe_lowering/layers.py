@@ -23,14 +23,19 @@ class MoE(nn.Module):
         scoring, renormalize, num_groups, topk_groups, group_score, scale: as for ``functional.route``.
         activation, limit, alpha, interleaved: as for ``functional.moe_experts``.
         expert_bias: have ``w13_bias`` [E_local, 2I] and ``w2_bias`` [E_local, H].
+        shared_experts: n shared experts of width I, whose results are added with weight 1, for a deployment with
+            ``shared_expert_ranks``. Other shared experts are a module of their own, beside this one.
         deployment: make only this rank's experts, for these groups; all experts on one rank when None. A whole layer
             can be cut later with ``shard_experts``.
 
     Parameters, none of which asks for a gradient: ``gate.weight`` [E, H], ``w13`` [E_local, H, 2I], ``w2``
-    [E_local, I, H]. Shared experts are a module of their own, beside this one. ``quantisation.quantise_experts`` changes
-    the dtypes of w13 and w2, and adds their scales.
+    [E_local, I, H]. A whole layer with shared experts has them as ``shared_w13`` [n, H, 2I] and ``shared_w2`` [n, I, H] and
+    cannot be run; once it is cut, w13 and w2 of a shared-expert rank are those of its shared expert.
+    ``quantisation.quantise_experts`` changes the dtypes of w13 and w2, and adds their scales.
     """
 
+    w13: Tensor
+    w2: Tensor
     w13_bias: Tensor | None
     w2_bias: Tensor | None
     w13_scale: Tensor | None
@@ -60,6 +65,7 @@ class MoE(nn.Module):
         alpha: float | None = None,
         interleaved: bool = False,
         expert_bias: bool = False,
+        shared_experts: int = 0,
         deployment: Deployment | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -72,34 +78,44 @@ class MoE(nn.Module):
         self._factors = scale, limit, alpha  # dynamo takes floats in a module's tuple as constants (see functional.py)
         self.moe_lowering_deployment = deployment
         self.moe_lowering_quantisation = "none"
-        local = num_experts if deployment is None else _local_experts("MoE", num_experts, deployment)
+        self.shared_experts = shared_experts
+        local, shared = num_experts, shared_experts
+        if deployment is not None:
+            _check_sizes("MoE", self, deployment)
+            local, shared = 1 if deployment.on_shared_rank else num_experts // deployment.routed_ranks, 0
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
         self.gate = nn.Linear(hidden_size, num_experts, bias=False, dtype=dtype, device=device).requires_grad_(False)
-        self.w13 = parameter(local, hidden_size, 2 * intermediate_size)
-        self.w2 = parameter(local, intermediate_size, hidden_size)
-        self.register_parameter("w13_bias", parameter(local, 2 * intermediate_size) if expert_bias else None)
-        self.register_parameter("w2_bias", parameter(local, hidden_size) if expert_bias else None)
-        for name in ("scale", "offset", "scale_bias"):
-            self.register_parameter(f"w13_{name}", None)
-            self.register_parameter(f"w2_{name}", None)
+        shapes = {"w13": (hidden_size, 2 * intermediate_size), "w2": (intermediate_size, hidden_size)}
+        for name, (inputs, outputs) in shapes.items():
+            for prefix, experts in (("", local), *((("shared_", shared),) if shared else ())):
+                self.register_parameter(f"{prefix}{name}", parameter(experts, inputs, outputs))
+                bias = parameter(experts, outputs) if expert_bias else None
+                self.register_parameter(f"{prefix}{name}_bias", bias)
+                for beside in ("scale", "offset", "scale_bias"):
+                    self.register_parameter(f"{prefix}{name}_{beside}", None)
         zeros = torch.zeros(num_experts, dtype=torch.float32, device=device) if selection_bias else None
         self.register_buffer("selection_bias", zeros)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Normal weights of standard deviation 1 / sqrt(inputs), zero biases."""
-        for weight in (self.w13, self.w2):
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-        for bias in (self.w13_bias, self.w2_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        for name, tensor in self.named_parameters(recurse=False):
+            if name.endswith("_bias"):
+                nn.init.zeros_(tensor)
+            else:
+                nn.init.normal_(tensor, std=tensor.shape[1] ** -0.5)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """y [..., H] for x [..., H]; tokens whose ``mask`` [...] is False give zero."""
         scale, limit, alpha = self._factors
+        if self.shared_experts and self.moe_lowering_deployment is None:
+            raise ValueError(
+                f"MoE: shared_experts is {self.shared_experts} and no deployment is given; accepted: a layer that "
+                "shard_experts cut for a deployment with shared_expert_ranks"
+            )
         weights, ids = route(
             self.gate(x),
             self.top_k,
@@ -142,25 +158,29 @@ class MoE(nn.Module):
 def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
     """Give this rank its block of the experts of every MoE module in ``model``, in place.
 
-    Rank r keeps experts [r * E_local, (r + 1) * E_local). Modules are this package's ``MoE`` and the experts modules of
-    transformers (those that have ``num_experts``, ``gate_up_proj``, ``down_proj`` and the flags of
-    ``@use_experts_implementation``). Their weights become contiguous [E_local, K, N], K before N, which Ascend's
-    grouped matmul wants. Each module gets the attribute ``moe_lowering_deployment``; those of transformers also
-    ``moe_lowering_num_experts`` (E on all ranks; their ``num_experts`` is left) and ``is_transposed`` = True. No data
-    is read, so meta and fake tensors work. A second call with the same deployment changes nothing. Quantised experts
-    (``quantisation.quantise_experts``) are cut with their scales.
+    Rank r keeps experts [r * E_local, (r + 1) * E_local). With shared-expert ranks those keep one shared expert each, and
+    the routed experts begin at the first rank after them; modules must then be ``MoE`` with as many shared experts.
+
+    Modules are this package's ``MoE`` and the experts modules of transformers (those that have ``num_experts``,
+    ``gate_up_proj``, ``down_proj`` and the flags of ``@use_experts_implementation``). Their weights become contiguous
+    [E_local, K, N], K before N, which Ascend's grouped matmul wants. Each module gets the attribute
+    ``moe_lowering_deployment``; those of transformers also ``moe_lowering_num_experts`` (E on all ranks; their
+    ``num_experts`` is left) and ``is_transposed`` = True. No data is read, so meta and fake tensors work. A second call
+    with the same deployment changes nothing. Quantised experts (``quantisation.quantise_experts``) are cut with their
+    scales.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: E is not a multiple of ``ep_size``; a module was sharded before, for another deployment or by
-            transformers, or holds lists (``list_experts``); no MoE module found. The model is as it was then.
+        ValueError: E is not a multiple of the ranks with routed experts; a module has other shared experts than the
+            deployment, was sharded before, for another deployment or by transformers, or holds lists (``list_experts``);
+            no MoE module found. The model is as it was then.
     """
     found = moe_modules("shard_experts", model)
     for name, module in found:  # first all checks, so that an error leaves the model as it was
         what = f"shard_experts: {name or type(module).__name__}"
-        _local_experts(what, _experts_of(module), deployment)
+        _check_sizes(what, module, deployment)
         refuse_lists(what, module)
         if _deployment_of(module) not in (None, deployment):
             raise ValueError(
@@ -208,30 +228,42 @@ def _deployment_of(module: nn.Module) -> Deployment | None:
     return getattr(module, "moe_lowering_deployment", None)
 
 
-def _local_experts(what: str, num_experts: int, deployment: Deployment) -> int:
-    if num_experts % deployment.ep_size:
-        raise ValueError(f"{what}: num_experts is {num_experts}; accepted: a multiple of ep_size, {deployment.ep_size}")
-    return num_experts // deployment.ep_size
+def _check_sizes(what: str, module: nn.Module, deployment: Deployment) -> None:
+    experts, ranks = _experts_of(module), deployment.routed_ranks
+    if experts % ranks:
+        name = "ep_size - shared_expert_ranks" if deployment.shared_expert_ranks else "ep_size"
+        raise ValueError(f"{what}: num_experts is {experts}; accepted: a multiple of {name}, {ranks}")
+    wanted = deployment.shared_experts if deployment.shared_expert_ranks else 0
+    has = module.shared_experts if isinstance(module, MoE) else 0
+    if has != wanted:
+        raise ValueError(
+            f"{what}: shared_experts is {has}; accepted: {wanted}, as the deployment has {deployment.shared_expert_ranks} "
+            "shared-expert ranks (modules of transformers hold no shared experts: write the layer as MoE)"
+        )
 
 
 def _shard(module: nn.Module, deployment: Deployment) -> None:
     mine: Any = module
-    local = _experts_of(module) // deployment.ep_size
-    block = slice(deployment.ep_rank * local, (deployment.ep_rank + 1) * local)
+    block, source = deployment.own_experts(_experts_of(module)), ""
+    if deployment.shared_expert is not None:
+        block, source = slice(deployment.shared_expert, deployment.shared_expert + 1), "shared_"
     own = isinstance(module, MoE)
     for name in ("w13", "w2") if own else ("gate_up_proj", "down_proj"):
-        _replace(module, name, block, transpose=not own and not mine.is_transposed)
+        _replace(module, name, source, block, transpose=not own and not mine.is_transposed)
         for beside in ("bias", "scale", "offset", "scale_bias"):
-            _replace(module, f"{name}_{beside}", block, transpose=False)
-    if not own:
+            _replace(module, f"{name}_{beside}", source, block, transpose=False)
+    if own:
+        for name in [name for name, _ in module.named_parameters(recurse=False) if name.startswith("shared_")]:
+            module.register_parameter(name, None)
+    else:
         mine.is_transposed = True
         mine.moe_lowering_num_experts = _experts_of(module)
     mine.moe_lowering_deployment = deployment
 
 
-def _replace(module: nn.Module, name: str, block: slice, *, transpose: bool) -> None:
-    """Cut a parameter in its first dimension; a copy, so that the whole parameter can be freed."""
-    old = getattr(module, name, None)
+def _replace(module: nn.Module, name: str, source: str, block: slice, *, transpose: bool) -> None:
+    """Cut a parameter in its first dimension; a copy, so that the whole parameter can be freed. ``source`` is a prefix."""
+    old = getattr(module, source + name, None)
     if old is None:
         return
     with torch.no_grad():

@@ -118,7 +118,8 @@ def scale_bits(scale: Tensor) -> Tensor:
 
 
 def quantise_experts(model: nn.Module, format: str, *, group_size: int | None = None) -> nn.Module:
-    """Quantise the experts of every MoE module in ``model``, in place; routers and shared experts stay as they are.
+    """Quantise the experts of every MoE module in ``model``, in place; routers stay as they are, and so do shared experts
+    but those of a ``MoE`` module itself.
 
     Modules are those of ``shard_experts``, which may be called before or after. Their weights become int8 or packed int4
     [E_local, K, N], K before N; beside each, NAME, there are then the parameters ``NAME_scale``, and what the format has
@@ -144,8 +145,12 @@ def quantise_experts(model: nn.Module, format: str, *, group_size: int | None = 
     return model
 
 
-def _names(module: nn.Module) -> tuple[str, str]:
-    return ("w13", "w2") if isinstance(module, MoE) else ("gate_up_proj", "down_proj")
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """The experts' weights in pairs, the second of each last: routed ones, and the shared ones of a whole ``MoE``."""
+    if not isinstance(module, MoE):
+        return "gate_up_proj", "down_proj"
+    shared = ("shared_w13", "shared_w2") if getattr(module, "shared_w13", None) is not None else ()
+    return ("w13", "w2", *shared)
 
 
 def _matrices(module: nn.Module, name: str) -> Tensor:
@@ -178,7 +183,7 @@ def _quantise(module: nn.Module, format: str, group_size: int | None) -> None:
     mine: Any = module
     for name in _names(module):
         weights = _matrices(module, name).detach()
-        second = name == _names(module)[1]
+        second = name in _names(module)[1::2]
         scale_dtype = torch.bfloat16 if second and format == "w8a8" and weights.dtype == torch.bfloat16 else None
         # one expert at a time: the float32 copies of all would be several times as large as the weights
         parts = [quantise_weight(w, format, scale_dtype=scale_dtype, group_size=group_size) for w in weights.unbind(0)]

@@ -146,6 +146,7 @@ KNOWN = {"cann": "9.1.0", "torch_npu": "2.13.0", "vllm_ascend": "0.23.0", "cann_
 LEGAL = {
     "x_dtype": "bfloat16", "tokens": 128, "max_tokens": 128, "hidden": 7168, "top_k": 8, "experts": 256,
     "local_experts": 4, "ep_size": 64, "comm_alg": "", "shared_expert_num": 0, "buffer_bytes": 956 * 2**20,
+    "shared_expert_rank_num": 0,
 }  # fmt: skip
 
 
@@ -242,6 +243,16 @@ def test_a_window_for_tokens_without_an_upper_bound(symbol: Callable[[int, int],
         ("A5", {"ep_size": 1024, "experts": 1024, "local_experts": 1, "top_k": 1, "tokens": 1, "max_tokens": 1}, None),
         ("A3", {"ep_size": 1024, "experts": 1024, "local_experts": 1}, "mc2.ep_size"),
         ("A3", {"experts": 255}, "mc2.experts_divisible"),
+        ("A3", {"shared_expert_rank_num": 4, "shared_expert_num": 2, "experts": 240, "buffer_bytes": 2**30}, None),
+        ("A5", {"shared_expert_rank_num": 4, "shared_expert_num": 4, "experts": 240, "buffer_bytes": 2**30}, None),
+        ("A3", {"shared_expert_rank_num": 4, "shared_expert_num": 1}, "mc2.experts_divisible"),
+        ("A3", {"shared_expert_rank_num": 4, "shared_expert_num": 3, "experts": 240}, "mc2.shared_expert_ranks"),
+        ("A3", {"shared_expert_rank_num": 64, "shared_expert_num": 1}, "mc2.shared_expert_ranks"),
+        ("A3", {"shared_expert_rank_num": 10, "shared_expert_num": 5, "experts": 54}, "mc2.shared_experts"),
+        ("A3", {"shared_expert_rank_num": 4, "shared_expert_num": 0, "experts": 240}, "mc2.shared_experts"),
+        ("A3", {"shared_expert_num": 2}, "mc2.shared_experts"),
+        ("A3", {"comm_alg": "hierarchy", "shared_expert_rank_num": 4, "experts": 240}, "mc2.shared_expert_ranks"),
+        ("A2", {"shared_expert_rank_num": 4, "shared_expert_num": 1, "experts": 240}, "mc2.shared_expert_ranks"),
         ("A3", {"top_k": 17}, "mc2.top_k"),
         ("A3", {"local_experts": 33}, "mc2.local_experts"),
         ("310P", {}, "mc2.soc"),

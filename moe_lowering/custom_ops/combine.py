@@ -1,8 +1,8 @@
 """``combine``: the experts' results back to their tokens, weighted and summed.
 
-Meaning: CANN's ``aclnnMoeDistributeCombineV2`` without shared experts: y = sum over k, ascending, of weight * row in
-float32, cast once to the dtype of rows. Under tensor parallelism y is complete and the same on all ranks of the TP
-group.
+Meaning: CANN's ``aclnnMoeDistributeCombineV2``: y = sum over k, ascending, of weight * row in float32, then the rows of
+shared-expert ranks with weight 1 (facts/cann_ops.md §2.3), cast once to the dtype of rows. Under tensor parallelism y is
+complete and the same on all ranks of the TP group.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from moe_lowering.custom_ops.exchange import (
     swap_rows,
 )
 from moe_lowering.custom_ops.library import register
+from moe_lowering.custom_ops.placement import Placement
 from moe_lowering.custom_ops.sizes import ceil_div, differ, show, token_count, unify
 
 SCHEMA = (
     "combine(Tensor rows, Tensor weights, Tensor ids, Tensor handle, Tensor? mask, int num_experts, str ep_group, "
-    "int ep_size, str tp_group, int tp_size, int max_tokens) -> Tensor"
+    "int ep_size, str tp_group, int tp_size, int max_tokens, int shared_expert_ranks=0, int shared_experts=1) -> Tensor"
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,8 +43,11 @@ def _check(
     tp_group: str,
     tp_size: int,
     max_tokens: int,
+    shared_expert_ranks: int = 0,
+    shared_experts: int = 1,
 ) -> None:
-    check_parallel("combine", num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens)
+    placement = Placement(num_experts, ep_size, shared_expert_ranks, shared_experts)
+    check_parallel("combine", placement, ep_group, tp_group, tp_size, max_tokens)
     check_ids("combine", ids, mask, num_experts)
     if rows.dim() != 2:
         raise ValueError(f"combine: rows has shape {show(rows.shape)}; accepted: [R, hidden]")
@@ -73,8 +77,13 @@ def _fake(
     tp_group: str,
     tp_size: int,
     max_tokens: int,
+    shared_expert_ranks: int = 0,
+    shared_experts: int = 1,
 ) -> Tensor:
-    _check(rows, weights, ids, handle, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens)
+    _check(
+        rows, weights, ids, handle, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens, shared_expert_ranks,
+        shared_experts,
+    )  # fmt: skip
     unify(weights.shape, ids.shape)
     if mask is not None:
         unify(mask.shape, ids.shape[:-1])
@@ -93,17 +102,26 @@ def _cpu(
     tp_group: str,
     tp_size: int,
     max_tokens: int,
+    shared_expert_ranks: int = 0,
+    shared_experts: int = 1,
 ) -> Tensor:
-    _check(rows, weights, ids, handle, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens)
+    _check(
+        rows, weights, ids, handle, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens, shared_expert_ranks,
+        shared_experts,
+    )  # fmt: skip
     ep = open_group("combine", "ep", ep_group, ep_size)
     tp = open_group("combine", "tp", tp_group, tp_size)
     tokens, top_k = token_count(ids.shape), ids.shape[-1]
     mine = own_slice(tokens, tp)
     kept = None if mask is None else mask.reshape(tokens)[mine].nonzero().squeeze(1)
     size = mine.stop - mine.start
-    expected = top_k * (size if kept is None else kept.numel())
-    returned, slots = send_back("combine", rows, handle, top_k, expected, ep)
-    part = weighted_sum("combine", returned, slots, weights.reshape(tokens, top_k)[mine], kept)
+    added = Placement(num_experts, ep_size, shared_expert_ranks, shared_experts).added
+    expected = (top_k + added) * (size if kept is None else kept.numel())
+    returned, slots = send_back("combine", rows, handle, top_k + added, expected, ep)
+    own = weights.reshape(tokens, top_k)[mine]
+    if added:
+        own = torch.nn.functional.pad(own, (0, added), value=1.0)
+    part = weighted_sum("combine", returned, slots, own, kept)
     if tp.size > 1:
         short = ceil_div(tokens, tp.size) - size
         part = gather_rows(torch.nn.functional.pad(part, (0, 0, 0, short)), tp)[:tokens]

@@ -1,7 +1,8 @@
 """``dispatch``: every token to the ranks that hold its experts.
 
-Meaning: CANN's ``aclnnMoeDistributeDispatchV2`` without shared experts, with a row bound known from shapes. Rows are
-ordered by local expert, source rank, token; those past the received ones are zero.
+Meaning: CANN's ``aclnnMoeDistributeDispatchV2`` with a row bound known from shapes. Rows are ordered by local expert, source
+rank, token; those past the received ones are zero. With shared-expert ranks (``placement``) each token also goes to one
+rank of each shared expert, as its choices k, k + 1, ...
 
 The CPU kernel uses two collectives: one that tells every rank what all others send and whether their arguments are
 valid (so a mistake on one rank raises on all of them), and one that moves the rows with their metadata.
@@ -17,29 +18,34 @@ from torch import Tensor
 
 from moe_lowering.custom_ops.exchange import Group, as_bytes, from_bytes, gather_numbers, open_group, swap_rows
 from moe_lowering.custom_ops.library import register
+from moe_lowering.custom_ops.placement import Placement, check
+from moe_lowering.custom_ops.plan import DUPLICATE, OTHER_KIND, OUT_OF_RANGE, Plan, make_plan
 from moe_lowering.custom_ops.sizes import ceil_div, differ, known, row_bound, show, token_count, unify
 
 SCHEMA = (
     "dispatch(Tensor x, Tensor? x_scale, Tensor ids, Tensor? mask, int num_experts, str ep_group, int ep_size, "
-    "str tp_group, int tp_size, int max_tokens, int max_rows) "
+    "str tp_group, int tp_size, int max_tokens, int max_rows, int shared_expert_ranks=0, int shared_experts=1, "
+    "bool on_shared_rank=False) "
     "-> (Tensor rows, Tensor row_scale, Tensor counts, Tensor handle)"
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 # The fields of what a rank tells the others, before its row counts per expert.
 TOKENS, TP_GROUP, FAULT, FAULT_TOKEN, FAULT_ID, TOP_K, WIDTH, DTYPE, FIELDS = range(9)
-NO_FAULT, OUT_OF_RANGE, DUPLICATE = range(3)
 EQUAL = "max_tokens is 0, which says that T is equal on all ranks"
 
 
 def check_parallel(
-    operator: str, num_experts: int, ep_group: str, ep_size: int, tp_group: str, tp_size: int, max_tokens: int
+    operator: str,
+    placement: Placement,
+    ep_group: str,
+    tp_group: str,
+    tp_size: int,
+    max_tokens: int,
 ) -> None:
     """The rules for the arguments that a deployment fixes, shared by ``dispatch`` and ``combine``."""
-    if ep_size < 1:
-        raise ValueError(f"{operator}: ep_size is {ep_size}; accepted: 1 or more")
-    if num_experts < 1 or num_experts % ep_size:
-        raise ValueError(f"{operator}: num_experts is {num_experts}; accepted: a multiple of ep_size, {ep_size}")
+    check(operator, placement)
+    ep_size = placement.ep_size
     if tp_size < 1 or ep_size % tp_size:
         raise ValueError(f"{operator}: tp_size is {tp_size}; accepted: a divisor of ep_size, {ep_size}")
     for name, group, size in (("ep_group", ep_group, ep_size), ("tp_group", tp_group, tp_size)):
@@ -77,8 +83,14 @@ def _check(
     tp_size: int,
     max_tokens: int,
     max_rows: int,
+    shared_expert_ranks: int = 0,
+    shared_experts: int = 1,
+    on_shared_rank: bool = False,
 ) -> None:
-    check_parallel("dispatch", num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens)
+    placement = Placement(num_experts, ep_size, shared_expert_ranks, shared_experts)
+    check_parallel("dispatch", placement, ep_group, tp_group, tp_size, max_tokens)
+    if on_shared_rank and not shared_expert_ranks:
+        raise ValueError("dispatch: on_shared_rank is True with shared_expert_ranks 0; accepted: False")
     if max_rows < 0:
         raise ValueError(f"dispatch: max_rows is {max_rows}; accepted: 0 (no cap) or more")
     if x.dim() < 1:
@@ -113,15 +125,25 @@ def _fake(
     tp_size: int,
     max_tokens: int,
     max_rows: int,
+    shared_expert_ranks: int = 0,
+    shared_experts: int = 1,
+    on_shared_rank: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(x, x_scale, ids, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens, max_rows)
+    _check(
+        x, x_scale, ids, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens, max_rows, shared_expert_ranks,
+        shared_experts, on_shared_rank,
+    )  # fmt: skip
     for other in (ids.shape[:-1], *(t.shape for t in (x_scale, mask) if t is not None)):
         unify(other, x.shape[:-1])
-    bound = row_bound(token_count(x.shape), ids.shape[-1], num_experts, ep_size, tp_size, max_tokens, max_rows)
+    bound = row_bound(
+        token_count(x.shape), ids.shape[-1], num_experts, ep_size, tp_size, max_tokens, max_rows, shared_expert_ranks,
+        shared_experts, on_shared_rank,
+    )  # fmt: skip
+    local = 1 if on_shared_rank else num_experts // (ep_size - shared_expert_ranks)
     return (
         x.new_empty((bound, x.shape[-1])),
         x.new_empty((0 if x_scale is None else bound,), dtype=torch.float32),
-        x.new_empty((num_experts // ep_size,), dtype=torch.int64),
+        x.new_empty((local,), dtype=torch.int64),
         x.new_empty((bound, 3), dtype=torch.int32),
     )
 
@@ -138,12 +160,31 @@ def _cpu(
     tp_size: int,
     max_tokens: int,
     max_rows: int,
+    shared_expert_ranks: int = 0,
+    shared_experts: int = 1,
+    on_shared_rank: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(x, x_scale, ids, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens, max_rows)
+    _check(
+        x, x_scale, ids, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens, max_rows, shared_expert_ranks,
+        shared_experts, on_shared_rank,
+    )  # fmt: skip
     ep = open_group("dispatch", "ep", ep_group, ep_size)
     tp = open_group("dispatch", "tp", tp_group, tp_size)
     tokens = token_count(x.shape)
-    bound = row_bound(tokens, ids.shape[-1], num_experts, ep_size, tp_size, max_tokens, max_rows)
+    shape = (
+        tokens,
+        ids.shape[-1],
+        num_experts,
+        ep_size,
+        tp_size,
+        max_tokens,
+        max_rows,
+        shared_expert_ranks,
+        shared_experts,
+    )
+    bound = row_bound(*shape)
+    shared_bound = row_bound(*shape, on_shared_rank=True) if shared_expert_ranks else 0
+    cap = f" (max_rows is {max_rows})" if max_rows else ""
     received = exchange(
         "dispatch",
         x.reshape(tokens, x.shape[-1]),
@@ -154,10 +195,18 @@ def _cpu(
         ep,
         tp,
         limit=bound,
-        limit_name=f"R = {bound}" + (f" (max_rows is {max_rows})" if max_rows else ""),
+        limit_name=f"R = {bound}{cap}",
         max_tokens=max_tokens,
         equal_tokens=not max_tokens,
+        shared=Shared(
+            shared_expert_ranks,
+            shared_experts,
+            on_shared_rank,
+            shared_bound,
+            f"R = {shared_bound} of a shared-expert rank{cap}",
+        ),
     )
+    bound = shared_bound if on_shared_rank else bound
     scale = received.scale if received.scale is not None else x.new_empty((0,), dtype=torch.float32)
     return (
         _pad(received.rows, bound, 0),
@@ -190,6 +239,17 @@ class Received:
     handle: Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """Shared-expert ranks, whether this rank was told to be one, and the most rows that one of them may receive."""
+
+    ranks: int = 0
+    experts: int = 1
+    told: bool = False
+    limit: int = 0
+    limit_name: str = ""
+
+
 def own_slice(tokens: int, tp: Group) -> slice:
     """The tokens that this rank contributes: [j * M, (j + 1) * M) with M = ceil(T / tp_size)."""
     share = ceil_div(tokens, tp.size)
@@ -210,16 +270,21 @@ def exchange(
     limit_name: str,
     max_tokens: int,
     equal_tokens: bool | str,
+    shared: Shared = Shared(),
 ) -> Received:
     """Send this rank's slice of ``x [T, H]`` to the experts ``ids [T, k]`` and receive what the others send here.
 
     Raises, on all ranks alike:
         ValueError: an id outside [0, num_experts) or twice in one row; T differs although ``equal_tokens``, is more
-            than ``max_tokens`` (when not 0), or differs within a TP group; ranks disagree about k, H or dtype.
-        RuntimeError: a rank would receive more than ``limit`` rows.
+            than ``max_tokens`` (when not 0), or differs within a TP group; ranks disagree about k, H or dtype; a rank was
+            told wrongly whether it holds a shared expert.
+        RuntimeError: a rank would receive more than ``limit`` rows; a shared-expert rank more than ``shared.limit``.
     """
     mine = own_slice(ids.shape[0], tp)
-    plan = _plan(ids[mine], None if mask is None else mask[mine], num_experts, mine.start)
+    placement = Placement(num_experts, ep.size, shared.ranks, shared.experts)
+    plan = make_plan(ids[mine], None if mask is None else mask[mine], placement, ep.rank, mine.start)
+    if shared.told != (ep.rank < shared.ranks):
+        plan = plan.refused(OTHER_KIND)
     if ep.size == 1:
         _bounded(operator, 0, ids.shape[0], max_tokens)
         _valid(operator, 0, plan.fault, num_experts)
@@ -230,67 +295,26 @@ def exchange(
     head = [ids.shape[0], tp.first_global_rank(), *plan.fault, ids.shape[1], width, DTYPES.index(x.dtype)]
     everyone = gather_numbers(torch.cat([torch.tensor(head, dtype=torch.int64), plan.counts]), ep)
     agree(operator, everyone[:, :FIELDS].tolist(), num_experts, max_tokens, equal_tokens)
-    by_rank = everyone[:, FIELDS:].view(ep.size, ep.size, -1)  # [source, destination, E_local]
-    fits(operator, by_rank.sum((0, 2)).tolist(), limit, limit_name)
+    places = everyone[:, FIELDS:]  # [source, place]
+    sent = placement.by_rank(places)  # [source, destination]
+    received = sent.sum(0).tolist()
+    fits(operator, received[: shared.ranks], shared.limit, shared.limit_name)
+    fits(operator, received[shared.ranks :], limit, limit_name, shared.ranks)
 
     here = _keep(x[mine], None if x_scale is None else x_scale[mine], plan)
     parts = [as_bytes(here.rows), as_bytes(here.handle[:, 1:])]
     if here.scale is not None:
         parts.append(as_bytes(here.scale.unsqueeze(1)))
-    counts = by_rank[:, ep.rank]  # [source, E_local]
-    arrived = swap_rows(torch.cat(parts, 1), by_rank[ep.rank].sum(1).tolist(), counts.sum(1).tolist(), ep)
+    counts = placement.of_rank(places, ep.rank)  # [source, E_local]
+    arrived = swap_rows(torch.cat(parts, 1), sent[ep.rank].tolist(), sent[:, ep.rank].tolist(), ep)
     return _sort(arrived, counts, x, scaled=x_scale is not None)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What a rank sends, in order of expert, then token.
-
-    slots: token * k + choice of each row, int64, and token by itself; counts: rows per expert [num_experts] int64;
-    fault: (kind, token, id) of the first mistake in ids, by which the counts are all zero.
-    """
-
-    slots: Tensor
-    token: Tensor
-    top_k: int
-    counts: Tensor
-    fault: tuple[int, int, int]
-
-
-def _plan(ids: Tensor, mask: Tensor | None, num_experts: int, first_token: int) -> _Plan:
-    top_k = ids.shape[1]
-    experts = ids.reshape(-1)
-    if mask is None:
-        experts, slots = torch.sort(experts, stable=True)
-    else:
-        kept = mask.unsqueeze(1).expand(-1, top_k).reshape(-1).nonzero().squeeze(1)
-        experts, order = torch.sort(experts[kept], stable=True)
-        slots = kept[order]
-    token = slots // top_k
-    kind, at = _fault(experts, token, num_experts)
-    if kind != NO_FAULT:
-        fault = kind, int(token[at]) + first_token, int(experts[at])
-        return _Plan(slots, token, top_k, torch.zeros(num_experts, dtype=torch.int64), fault)
-    return _Plan(slots, token, top_k, torch.bincount(experts, minlength=num_experts), (NO_FAULT, 0, 0))
-
-
-def _fault(experts: Tensor, token: Tensor, num_experts: int) -> tuple[int, int]:
-    """The first mistake in sorted ids and where it is; equal ids of one token are neighbours there."""
-    if not experts.numel():
-        return NO_FAULT, 0
-    if int(experts[0]) < 0:
-        return OUT_OF_RANGE, 0
-    if int(experts[-1]) >= num_experts:
-        return OUT_OF_RANGE, -1
-    twice = (experts[1:] == experts[:-1]) & (token[1:] == token[:-1])
-    return (DUPLICATE, int(twice.to(torch.uint8).argmax())) if bool(twice.any()) else (NO_FAULT, 0)
-
-
-def _keep(x: Tensor, x_scale: Tensor | None, plan: _Plan) -> Received:
+def _keep(x: Tensor, x_scale: Tensor | None, plan: Plan) -> Received:
     """The planned rows with their handles, before they travel; on one rank that is what it receives."""
     handle = torch.zeros((plan.slots.numel(), 3), dtype=torch.int32)
     handle[:, 1] = plan.token
-    handle[:, 2] = plan.slots - plan.token * plan.top_k
+    handle[:, 2] = plan.slots - plan.token * plan.choices
     scale = None if x_scale is None else x_scale.index_select(0, plan.token)
     return Received(x.index_select(0, plan.token), scale, plan.counts, handle)
 
@@ -305,6 +329,11 @@ def _valid(operator: str, rank: int, fault: Sequence[int], num_experts: int) -> 
     if kind == OUT_OF_RANGE:
         raise ValueError(
             f"{operator}: ids has {expert} for token {token} on EP rank {rank}; accepted: 0 to {num_experts - 1}"
+        )
+    if kind == OTHER_KIND:
+        raise ValueError(
+            f"{operator}: on_shared_rank is wrong on EP rank {rank}; accepted: True on the first shared_expert_ranks ranks, "
+            "False on the others"
         )
     if kind == DUPLICATE:
         raise ValueError(
@@ -334,8 +363,9 @@ def agree(operator: str, heads: list[list[int]], num_experts: int, max_tokens: i
         _valid(operator, rank, head[FAULT : FAULT + 3], num_experts)
 
 
-def fits(operator: str, received: list[int], limit: int, limit_name: str) -> None:
-    for rank, rows in enumerate(received):
+def fits(operator: str, received: list[int], limit: int, limit_name: str, first: int = 0) -> None:
+    """Raise when a rank, of which ``first`` is the first one's index, would receive more than ``limit`` rows."""
+    for rank, rows in enumerate(received, first):
         if rows > limit:
             raise RuntimeError(f"{operator}: EP rank {rank} would receive {rows} rows; accepted: at most {limit_name}")
 

@@ -54,16 +54,31 @@ def ceil_div(value: int, divisor: int) -> int:
 
 
 def row_bound(
-    tokens: int, top_k: int, num_experts: int, ep_size: int, tp_size: int, max_tokens: int, max_rows: int
+    tokens: int,
+    top_k: int,
+    num_experts: int,
+    ep_size: int,
+    tp_size: int,
+    max_tokens: int,
+    max_rows: int,
+    shared_expert_ranks: int = 0,
+    shared_experts: int = 1,
+    on_shared_rank: bool = False,
 ) -> int:
     """R, the rows that one rank has room for: ``ep_size * ceil(T / tp_size) * min(k, E_local)``, at most ``max_rows``.
+
+    A shared-expert rank gets each token of the ranks that it serves once: ``ceil(ep_size / P) * ceil(T / tp_size)``, with
+    P = ``shared_expert_ranks / shared_experts`` ranks for each shared expert.
 
     Args:
         tokens: T of this rank, may be symbolic. ``max_tokens`` stands in its place when that is not 0.
         max_rows: 0 for no cap.
     """
     share = ceil_div(max_tokens or tokens, tp_size)
-    bound = ep_size * share * smaller(top_k, num_experts // ep_size)
+    if on_shared_rank:
+        bound = ceil_div(ep_size, shared_expert_ranks // shared_experts) * share
+    else:
+        bound = ep_size * share * smaller(top_k, num_experts // (ep_size - shared_expert_ranks))
     return smaller(bound, max_rows) if max_rows else bound
 
 

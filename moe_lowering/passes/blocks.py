@@ -57,7 +57,8 @@ class BlockSpec:
     result, and of x unless x arrives quantised (``quantised_input``: int8 with a scale per token). ``quantisation`` is
     that of the expert weights, ``none``, ``w8a8``, ``w4a8`` or ``w4a16``; ``scale_dtypes`` are those of w13's and w2's
     scales, ``scale_dims`` their number of dimensions (a list of tensors counts as the stacked one). ``mixed_forms`` says
-    that one of w13 and w2 is one tensor and the other a list.
+    that one of w13 and w2 is one tensor and the other a list. With shared-expert ranks ``experts`` and ``local_experts``
+    are those of a rank with routed experts, on every rank; ``on_shared_rank`` is a rank's own and no rule reads it.
     """
 
     tokens: Any = dataclasses.field(compare=False)
@@ -95,6 +96,9 @@ class BlockSpec:
     counts_read_before_combine: bool = False
     counts_read_before_weights: bool = False
     collective_groups: frozenset[str] = frozenset()
+    shared_expert_ranks: int = 0
+    shared_experts: int = 1
+    on_shared_rank: bool = False
 
 
 def arguments(node: Node) -> tuple[Any, ...]:

@@ -92,10 +92,20 @@ class Refusal:
 
 
 def refusal(spec: BlockSpec, deployment: Deployment) -> Refusal | None:
-    """With unequal token counts: what keeps this rank's graph, and not the others', from what all of them decided.
+    """What keeps this rank's graph, and not the others', from what all of them decided: its own token counts where they
+    may differ, its own kind of rank.
 
     The decision itself must not depend on it. The others communicate as declared, so this graph must not run at all.
     """
+    if spec.on_shared_rank != deployment.on_shared_rank:
+        kinds = {True: "a shared-expert rank", False: "a rank with routed experts"}
+        return Refusal(
+            0,
+            -1,
+            f"the block was built for {kinds[spec.on_shared_rank]}, EP rank {deployment.ep_rank} is "
+            f"{kinds[deployment.on_shared_rank]}: the graph refuses to run (build or shard the model with the deployment "
+            "that the pass is given)",
+        )
     if deployment.equal_tokens:
         return None
     low, high = deployment.min_tokens, deployment.max_tokens

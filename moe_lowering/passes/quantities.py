@@ -50,7 +50,9 @@ def block_quantities(
 ) -> dict[str, Any]:
     """Quantities of a block, as the operators of every implementation would be called for it.
 
-    ``tokens`` is T as the rules see it (``deciding``). The operators see a rank's share of it.
+    ``tokens`` is T as the rules see it (``deciding``). The operators see a rank's share of it. With shared-expert ranks
+    these are the quantities of a rank with routed experts, on every rank: it holds no fewer experts than the others, and
+    has room for no fewer rows (one for each token of every rank at least, where those get at most one).
     """
     most = ceil_div(spec.max_tokens or tokens, spec.tp_size)
     return {
@@ -116,8 +118,10 @@ def block_quantities(
         "has_expert_map": False,
         "has_block_map": True,
         "special_experts": 0,
-        "shared_expert_num": 1,
-        "shared_expert_rank_num": 0,
+        "shared_expert_num": spec.shared_experts,
+        "shared_expert_rank_num": spec.shared_expert_ranks,
+        "deployment_shared_experts": deployment.shared_experts,
+        "deployment_shared_expert_ranks": deployment.shared_expert_ranks,
         "expert_shard_type": 0,
     }
 

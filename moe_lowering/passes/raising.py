@@ -24,13 +24,17 @@ from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, argum
 from moe_lowering.passes.scopes import scope_paths
 
 OPS = torch.ops.moe_lowering
-# The order of arguments after the tensors, shared by dispatch (from index 4) and combine (from index 5).
 _COLLECTIVES = tuple(
     getattr(torch.ops._c10d_functional, name).default
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single", "broadcast")
 )
 _ARGUMENT = re.compile(r"^L\['(\w+)'\]")  # what dynamo calls the module that is compiled
-_SHARED = ("num_experts", "ep_group", "ep_size", "tp_group", "tp_size", "max_tokens")
+# The order of arguments after the tensors: of both ends, and those of dispatch alone among them.
+_DISPATCH = (
+    "num_experts", "ep_group", "ep_size", "tp_group", "tp_size", "max_tokens", "max_rows", "shared_expert_ranks",
+    "shared_experts", "on_shared_rank",
+)  # fmt: skip
+_COMBINE = tuple(name for name in _DISPATCH if name not in ("max_rows", "on_shared_rank"))
 
 
 class _NotABlock(Exception):
@@ -110,7 +114,7 @@ def _block(
     dispatch: Node, by_ids: dict[Node, Route], scopes: dict[Node, tuple[str, ...]], groups: frozenset[str]
 ) -> Block:
     x, x_scale, ids, mask, *sizes = arguments(dispatch)
-    shared = dict(zip((*_SHARED, "max_rows"), sizes, strict=True))
+    shared = dict(zip(_DISPATCH, sizes, strict=True))
     items = _items(dispatch)
     if items is None:
         raise _NotABlock("raise.whole_result", "dispatch's result is used as a whole")
@@ -130,7 +134,7 @@ def _block(
     for name, a, b in [
         ("ids", combine_ids, ids),
         ("mask", combine_mask, mask),
-        *((n, c, shared[n]) for n, c in zip(_SHARED, combine_sizes, strict=True)),
+        *((n, c, shared[n]) for n, c in zip(_COMBINE, combine_sizes, strict=True)),
     ]:
         if a is not b and (isinstance(a, Node) or isinstance(b, Node) or a != b):
             raise _NotABlock("raise.both_ends", f"dispatch has {name} {b}, combine has {a}: both ends must agree")
@@ -167,13 +171,16 @@ def _spec(
         intermediate=int(w2[0].shape[-2]),
         top_k=int(_value(inputs[1]).shape[-1]),
         experts=shared["num_experts"],
-        local_experts=shared["num_experts"] // shared["ep_size"],
+        local_experts=shared["num_experts"] // (shared["ep_size"] - shared["shared_expert_ranks"]),
         ep_size=shared["ep_size"],
         ep_group=shared["ep_group"],
         tp_size=shared["tp_size"],
         tp_group=shared["tp_group"],
         max_tokens=shared["max_tokens"],
         max_rows=shared["max_rows"],
+        shared_expert_ranks=shared["shared_expert_ranks"],
+        shared_experts=shared["shared_experts"],
+        on_shared_rank=shared["on_shared_rank"],
         dtype=experts[15] or x.dtype,
         weight_dtype=w13[0].dtype,
         activation=name,

@@ -7,6 +7,9 @@ With W8A8 and W4A8 weights dispatch quantises each token (quant_mode 2) and its 
 Auxiliary tensors go from dispatch to combine untouched. On A2, and in the two-level algorithm ("hierarchy"), both ends
 take the routing weights, so dispatch stands where they exist.
 
+With shared-expert ranks both ends are told their number and that of shared experts; such a rank receives the rows of one
+expert, and combine adds what it sends back with weight 1. Its graph has the same operators, with other sizes.
+
 A mask of padding (``Deployment.mask_is_prefix``) is passed as it is; any other one as [T, k], which A3 and A5 take.
 Results of masked tokens are undefined and are selected to zero.
 Sources: facts/cann_ops.md §1.1, §1.2, §2.1, §2.3; facts/vllm_ascend.md §2.3.
@@ -104,6 +107,9 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[
 def _shared_arguments(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
     """What both ends take alike."""
     shared: dict[str, Any] = {"global_bs": share(spec.max_tokens, spec) * spec.ep_size}
+    if spec.shared_expert_ranks:
+        shared["shared_expert_num"] = spec.shared_experts
+        shared["shared_expert_rank_num"] = spec.shared_expert_ranks
     if deployment.mc2_hierarchy:
         shared["comm_alg"] = TWO_LEVELS
         if deployment.soc == "A3":  # the two-level algorithm of A3 wants a TP world of 1 instead of 0; both say "no TP"

@@ -22,10 +22,13 @@ INT8_MAX = 127.0
 
 
 def _returned_rows(
-    call_facts: tuple[int, int, int], counts: torch.Tensor, assist: torch.Tensor, rows: int
+    call_facts: tuple[int, int, range], counts: torch.Tensor, assist: torch.Tensor, rows: int
 ) -> tuple[torch.Tensor, str]:
-    """The triples [n, 3] int64 of the rows that this rank received, and what is wrong with them ("" when nothing)."""
-    ep_size, local_experts, top_k = call_facts
+    """The triples [n, 3] int64 of the rows that this rank received, and what is wrong with them ("" when nothing).
+
+    ``call_facts``: ranks, experts of this rank, and the k that its rows may have.
+    """
+    ep_size, local_experts, choices = call_facts
     ends = counts[: ep_size * local_experts].long()
     sizes = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.int64))
     if bool((sizes < 0).any()) or int(ends[-1]) > rows:
@@ -34,7 +37,8 @@ def _returned_rows(
         )
     triples = assist[: TRIPLE * int(ends[-1])].reshape(-1, TRIPLE).long()
     source = torch.arange(ep_size).repeat(local_experts).repeat_interleave(sizes)
-    legal = (triples[:, 0] == source) & (triples[:, 1] >= 0) & (triples[:, 2] >= 0) & (triples[:, 2] < top_k)
+    k = triples[:, 2]
+    legal = (triples[:, 0] == source) & (triples[:, 1] >= 0) & (k >= choices.start) & (k < choices.stop)
     if not bool(legal.all()):
         row = int(torch.nonzero(~legal)[0])
         return triples, (
@@ -49,16 +53,20 @@ def _arrived(call: Call, triples: torch.Tensor, sender: torch.Tensor) -> str:
     token, k = triples[:, 1], triples[:, 2]
     if bool((token >= len(call.ids)).any()):
         return f"{COMBINE}: token {int(token.max())} came back; accepted: the {len(call.ids)} tokens that were sent"
-    seen = torch.bincount(token * call.top_k + k, minlength=call.ids.numel())
-    wrong = torch.nonzero(seen != call.sent.reshape(-1).long()).flatten()
+    wanted = torch.cat([call.sent, call.active.unsqueeze(1).expand(-1, call.shared_experts)], 1)  # [T, K + shared]
+    width = wanted.shape[1]
+    seen = torch.bincount(token * width + k, minlength=wanted.numel())
+    wrong = torch.nonzero(seen != wanted.reshape(-1).long()).flatten()
     if len(wrong):
         slot = int(wrong[0])
-        accepted = "once" if bool(call.sent.reshape(-1)[slot]) else "never, it is masked"
+        accepted = "once" if bool(wanted.reshape(-1)[slot]) else "never, it is masked"
         return (
-            f"{COMBINE}: token {slot // call.top_k}, k {slot % call.top_k} came back {int(seen[slot])} times; "
+            f"{COMBINE}: token {slot // width}, k {slot % width} came back {int(seen[slot])} times; "
             f"accepted: {accepted} (assist_info_for_combine, ep_send_counts, expert_ids and mask of one dispatch)"
         )
-    owner = call.ids[token, k].long() // call.local_experts
+    owner = call.shared_rank(torch.full_like(token, call.rank), k - call.top_k)
+    routed = k < call.top_k
+    owner[routed] = call.shared_ranks + call.ids[token[routed], k[routed]].long() // call.routed_experts
     if bool((owner != sender).any()):
         row = int(torch.nonzero(owner != sender)[0])
         return (
@@ -118,17 +126,18 @@ def combine_v2(
     comm_quant_mode: int,
     **others: Any,
 ) -> torch.Tensor:
-    """rows [A, H] of the experts -> y [T, H]: sum over k of expert_scales[t, k] * row, plus shared_expert_x[t].
+    """rows [A, H] of the experts -> y [T, H]: sum over k of expert_scales[t, k] * row, plus the rows of shared-expert ranks,
+    plus shared_expert_x[t].
 
-    Float32, k ascending, shared expert last with weight 1, rounded once. Masked (token, k) pairs are left out; a token
+    Float32, k ascending, shared experts last with weight 1, rounded once. Masked (token, k) pairs are left out; a token
     that has no other is undefined. Rows are sent where ``assist_info_for_combine`` and ``ep_send_counts`` say; those of
     another dispatch are refused where they cannot be right. expand_scales (A2, hierarchy) must be expert_scales as
     dispatch got them. comm_quant_mode 2: rows travel as int8.
     """
-    ep_size, experts, ids = others["ep_world_size"], others["moe_expert_num"], others["expert_ids"]
+    ep_size, ids = others["ep_world_size"], others["expert_ids"]
     triples = torch.empty(0, TRIPLE, dtype=torch.int64)
     if not refusal:
-        sizes = ep_size, experts // ep_size, ids.shape[1]
+        sizes = ep_size, *_own_experts(others)
         triples, refusal = _returned_rows(sizes, ep_send_counts, assist_info_for_combine, len(expand_x))
     weighs = current_soc() == "A2" or others["comm_alg"] == "hierarchy"
     refusal = refusal or _refusal(comm_quant_mode, others["comm_alg"], weighs, expand_scales, len(triples))
@@ -154,20 +163,29 @@ def combine_v2(
     return _summed(call, rows, places, expert_scales, shared)
 
 
+def _own_experts(a: dict[str, Any]) -> tuple[int, range]:
+    """Experts of this rank, and the k that rows of its experts may have."""
+    shared_ranks, top_k = a["shared_expert_rank_num"], a["expert_ids"].shape[1]
+    if a["ep_rank_id"] < shared_ranks:
+        return 1, range(top_k, top_k + a["shared_expert_num"])
+    return a["moe_expert_num"] // (a["ep_world_size"] - shared_ranks), range(top_k)
+
+
 def _summed(
     call: Call, rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor | None
 ) -> torch.Tensor:
     """y [T, H] from the rows that came back and their (source rank, token, k)."""
     hidden = rows.shape[1]
-    table = torch.zeros(len(call.ids), call.top_k, hidden, dtype=rows.dtype)
+    table = torch.zeros(len(call.ids), call.top_k + call.shared_experts, hidden, dtype=rows.dtype)
     table[places[:, 1], places[:, 2]] = rows
     total = torch.zeros(len(call.ids), hidden)
     for k in range(call.top_k):
         term = weights[:, k : k + 1] * table[:, k].float()
         total += torch.where(call.sent[:, k : k + 1], term, 0.0)
+    for k in range(call.top_k, table.shape[1]):
+        total += table[:, k].float()
     if shared is not None:
         total += shared.float()
     y = undefined(total.shape, rows.dtype)
-    active = call.sent.any(1)
-    y[active] = total[active].to(rows.dtype)
+    y[call.active] = total[call.active].to(rows.dtype)
     return y

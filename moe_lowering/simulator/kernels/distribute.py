@@ -3,8 +3,8 @@
 Meaning: aclnnMoeDistributeDispatchV2 and op-plugin's documentation and reference; facts in cann_ops.md §2. A rank's rows
 are ordered by local expert, source rank, token there. Besides the rows, dispatch returns what combine needs to send them
 back: (source rank, token, k) of each row, and the number of rows of each (local expert, source rank) as inclusive prefix
-sums. The order of rows within an expert is documented for A3 and A5 only; A2 and the hierarchical algorithm have the same
-here.
+sums. Rows for shared expert j have k = K + j (moe_distribute_dispatch_v2.h, SendToSharedExpert, ops-transformer 5778144).
+The order of rows within an expert is documented for A3 and A5 only; A2 and the hierarchical algorithm have the same here.
 """
 
 from __future__ import annotations
@@ -33,11 +33,28 @@ def _quantise(rows: torch.Tensor, smooth: torch.Tensor | None) -> tuple[torch.Te
 
 
 def _send_order(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The (token, k) pairs that are sent, by expert, then token; with the experts. Each [n] int64."""
+    """The (token, k) pairs that are sent, by rank, expert, then token; with the rows of their smooth scales. Each [n] int64.
+
+    Pairs of shared experts have k from K on. Their ranks and their smooth scales come first.
+    """
     experts = call.ids.reshape(-1).long()
     slots = torch.nonzero(call.sent.reshape(-1)).flatten()
     slots = slots[torch.sort(experts[slots], stable=True).indices]
-    return slots // call.top_k, slots % call.top_k, experts[slots]
+    shared = torch.arange(call.shared_experts).repeat_interleave(int(call.active.sum()))
+    token = torch.cat([torch.nonzero(call.active).flatten().repeat(call.shared_experts), slots // call.top_k])
+    k = torch.cat([shared + call.top_k, slots % call.top_k])
+    return token, k, torch.cat([shared, experts[slots] + call.shared_experts])
+
+
+def _send_counts(call: Call, expert: torch.Tensor) -> torch.Tensor:
+    """Rows for each (rank, its local expert) [ep, experts of a rank with routed ones] int64, from what ``_send_order`` gave."""
+    counts = torch.zeros(call.ep_size, call.routed_experts, dtype=torch.int64)
+    counts[call.shared_ranks :] = torch.bincount(
+        expert[expert >= call.shared_experts] - call.shared_experts, minlength=call.experts
+    ).reshape(-1, call.routed_experts)
+    served = call.shared_rank(torch.tensor(call.rank), torch.arange(call.shared_experts))
+    counts[served, 0] = call.active.sum()
+    return counts
 
 
 def _counts_size(call: Call, has_weights: bool) -> int:
@@ -61,8 +78,9 @@ def dispatch_v2(
     """x [T, H], expert_ids [T, K] int32 -> rows [A, H], dynamic_scales [A], assist_info [max(T*K, 128*A)] int32,
     expert_token_nums [E_local] int64, ep_recv_counts [ep * E_local] int32, tp_recv_counts, expand_scales.
 
-    A = (global_bs or T * ep) * min(E_local, K). Everything past the received rows is undefined, so are dynamic_scales
-    without quantisation. expand_scales is [A] where expert_scales are given, [0] elsewhere.
+    A = (global_bs or T * ep) * min(E_local, K); on a shared-expert rank global_bs / ep, or T, for each rank that it serves,
+    and E_local is 1. Everything past the received rows is undefined, so are dynamic_scales
+    without quantisation. expand_scales is [A] where expert_scales are given, [0] elsewhere; undefined for shared experts.
     """
     if not refusal and (quant_mode not in (NO_QUANT, INT8_PER_TOKEN) or others["y_dtype"] is not None):
         refusal = f"{DISPATCH}: quant_mode is {quant_mode}; the CPU kernel computes only: 0, 2 without y_dtype"
@@ -72,13 +90,14 @@ def dispatch_v2(
     rows, row_scale = x[token], torch.full((len(token), 1), float("nan"))
     if quant_mode == INT8_PER_TOKEN:
         rows, row_scale = _quantise(rows, None if scales is None else scales[expert])
-    weight = (
-        torch.full((len(token), 1), float("nan")) if expert_scales is None else expert_scales[token, k].unsqueeze(1)
-    )
+    weight = torch.full((len(token), 1), float("nan"))
+    if expert_scales is not None:
+        routed = k < call.top_k
+        weight[routed, 0] = expert_scales[token[routed], k[routed]]
     triples = torch.stack((torch.full_like(token, call.rank), token, k), dim=1).to(torch.int32)
 
-    send = torch.bincount(expert, minlength=call.experts).reshape(call.ep_size, call.local_experts)
-    received = exchange_counts(send, call.group)  # [source rank, local expert]
+    send = _send_counts(call, expert)
+    received = exchange_counts(send, call.group)[:, : call.local_experts]  # [source rank, local expert]
     splits = send.sum(1).tolist(), received.sum(1).tolist()
     columns = exchange_rows([rows, row_scale, weight, triples], *splits, call.group)
     local = torch.arange(call.local_experts).repeat(call.ep_size).repeat_interleave(received.reshape(-1))

@@ -1,6 +1,8 @@
 """What npu_moe_distribute_dispatch_v2 and npu_moe_distribute_combine_v2 of one rank have in common.
 
-Expert g lives on rank g // E_local. ``group_ep`` is the name of a process group here, and that of an HCCL communicator on a
+Routed expert g lives on rank S + g // E_local, where the first S ranks hold shared experts (shared_expert_rank_num): shared
+expert j on ranks j * P to (j + 1) * P - 1, P = S / shared_expert_num, of which rank r sends its tokens to the one of index
+r % P. ``group_ep`` is the name of a process group here, and that of an HCCL communicator on a
 device. A mask of one axis says which tokens take part (the first ones), one of two axes which (token, k) pairs do; a token
 without any pair takes no part.
 """
@@ -31,11 +33,40 @@ class Call:
     experts: int
     ids: torch.Tensor  # [T, K] int32
     sent: torch.Tensor  # [T, K] bool: not masked
-    max_rows: int  # A: rows that dispatch allocates
+    max_bs: int  # the most tokens of a rank
+    shared_ranks: int
+    shared_experts: int  # 0 without shared ranks
+
+    @property
+    def routed_experts(self) -> int:
+        """Experts of a rank that has routed ones."""
+        return self.experts // (self.ep_size - self.shared_ranks)
+
+    @property
+    def on_shared_rank(self) -> bool:
+        return self.rank < self.shared_ranks
 
     @property
     def local_experts(self) -> int:
-        return self.experts // self.ep_size
+        """Experts of this rank."""
+        return 1 if self.on_shared_rank else self.routed_experts
+
+    @property
+    def max_rows(self) -> int:
+        """A: rows that dispatch allocates. A shared rank has room for the ranks that it serves."""
+        if self.on_shared_rank:
+            return self.max_bs * -(-self.ep_size // (self.shared_ranks // self.shared_experts))
+        return self.max_bs * self.ep_size * min(self.routed_experts, self.top_k)
+
+    @property
+    def active(self) -> torch.Tensor:
+        """[T] bool: tokens of which at least one pair is sent."""
+        return self.sent.any(1)
+
+    def shared_rank(self, source: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+        """The ranks to which tokens of ranks ``source`` go for shared experts ``expert``."""
+        each = self.shared_ranks // max(self.shared_experts, 1)
+        return source % max(each, 1) + expert * each
 
     @property
     def top_k(self) -> int:
@@ -96,6 +127,8 @@ def begin(operator: str, refusal: str, a: dict[str, Any], x: torch.Tensor, facts
             "bytes per element of x": x.element_size(),
             "top_k": ids.shape[-1],
             "moe_expert_num": a["moe_expert_num"],
+            "shared_expert_num": a["shared_expert_num"],
+            "shared_expert_rank_num": a["shared_expert_rank_num"],
             "global_bs": global_bs,
             "comm_alg (0 is the empty one)": ALGORITHMS.index(a["comm_alg"]) if a["comm_alg"] in ALGORITHMS else -1,
             **facts,
@@ -107,7 +140,6 @@ def begin(operator: str, refusal: str, a: dict[str, Any], x: torch.Tensor, facts
             f"{operator}: tokens of the ranks are {tokens} while global_bs is 0; accepted: the same on all ranks, or "
             "global_bs = largest * ep_world_size"
         )
-    local_experts = a["moe_expert_num"] // ep_size
     return Call(
         operator=operator,
         group=group,
@@ -116,7 +148,9 @@ def begin(operator: str, refusal: str, a: dict[str, Any], x: torch.Tensor, facts
         experts=a["moe_expert_num"],
         ids=ids,
         sent=_sent(a["x_active_mask"], ids),
-        max_rows=(global_bs or len(ids) * ep_size) * min(local_experts, ids.shape[1]),
+        max_bs=global_bs // ep_size or len(ids),
+        shared_ranks=a["shared_expert_rank_num"],
+        shared_experts=a["shared_expert_num"] if a["shared_expert_rank_num"] else 0,
     )
 
 

@@ -1,0 +1,79 @@
+"""Where experts live in an EP group, with or without ranks of their own for shared experts.
+
+With ``shared_expert_ranks`` S of R ranks, ranks 0 to S - 1 hold one shared expert each, and routed expert g lives on rank
+S + g // E_local, E_local = num_experts / (R - S). Each of the ``shared_experts`` is held by P = S / shared_experts ranks: a
+token of rank r goes to rank r % P + j * P for shared expert j. Meaning: ``aclnnMoeDistributeDispatchV2`` with
+expertShardType 0 (facts/cann_ops.md §2.1).
+
+A *place* is one expert of one rank. Places are numbered by rank: those of the shared-expert ranks come first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """The experts of an EP group of ``ep_size`` ranks; plain ints, to be checked by ``check``."""
+
+    num_experts: int
+    ep_size: int
+    shared_expert_ranks: int = 0
+    shared_experts: int = 1
+
+    @property
+    def local_experts(self) -> int:
+        """E_local of a rank with routed experts."""
+        return self.num_experts // (self.ep_size - self.shared_expert_ranks)
+
+    @property
+    def added(self) -> int:
+        """Shared experts that every token goes to, beside its k routed ones."""
+        return self.shared_experts if self.shared_expert_ranks else 0
+
+    @property
+    def places(self) -> int:
+        return self.shared_expert_ranks + self.num_experts
+
+    def shared_places(self, source: int) -> list[int]:
+        """The places to which tokens of rank ``source`` go beside their routed experts, by shared expert."""
+        if not self.added:
+            return []
+        ranks = self.shared_expert_ranks // self.shared_experts
+        return [source % ranks + expert * ranks for expert in range(self.shared_experts)]
+
+    def by_rank(self, places: Tensor) -> Tensor:
+        """Numbers for each place, [..., places] int64 -> their sums for each rank [..., ep_size]."""
+        shared, routed = places[..., : self.shared_expert_ranks], places[..., self.shared_expert_ranks :]
+        return torch.cat([shared, routed.reshape(*routed.shape[:-1], -1, self.local_experts).sum(-1)], -1)
+
+    def of_rank(self, places: Tensor, rank: int) -> Tensor:
+        """Numbers for each place, [..., places] -> those of one rank's experts."""
+        if rank < self.shared_expert_ranks:
+            return places[..., rank : rank + 1]
+        first = self.shared_expert_ranks + (rank - self.shared_expert_ranks) * self.local_experts
+        return places[..., first : first + self.local_experts]
+
+
+def check(operator: str, placement: Placement) -> None:
+    """The rules for the four sizes, in the words of an operator's arguments.
+
+    Raises:
+        ValueError: with the argument, its value and what is accepted.
+    """
+    ep_size, ranks, experts = placement.ep_size, placement.shared_expert_ranks, placement.shared_experts
+    if ep_size < 1:
+        raise ValueError(f"{operator}: ep_size is {ep_size}; accepted: 1 or more")
+    if not 0 <= ranks < ep_size:
+        raise ValueError(f"{operator}: shared_expert_ranks is {ranks}; accepted: 0 to ep_size - 1 = {ep_size - 1}")
+    if placement.num_experts < 1 or placement.num_experts % (ep_size - ranks):
+        name = "ep_size - shared_expert_ranks" if ranks else "ep_size"
+        accepted = f"a multiple of {name}, {ep_size - ranks}"
+        raise ValueError(f"{operator}: num_experts is {placement.num_experts}; accepted: {accepted}")
+    if experts < 1 or (ranks or 1) % experts:
+        accepted = f"a divisor of shared_expert_ranks, {ranks}" if ranks else "1, as there are no shared_expert_ranks"
+        raise ValueError(f"{operator}: shared_experts is {experts}; accepted: {accepted}")
