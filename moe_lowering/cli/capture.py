@@ -20,7 +20,7 @@ from moe_lowering.cli import compare, models
 from moe_lowering.cli.arguments import Request
 from moe_lowering.layers import MoE
 from moe_lowering.simulator.device import Place, Tape
-from moe_lowering.simulator.device.source import innermost
+from moe_lowering.source_lines import innermost
 
 DEVICE = "npu"
 KINDS = (

@@ -14,8 +14,8 @@ nothing in it needs the host. It shows no timing, and accepts dtypes and sizes t
 from __future__ import annotations
 
 from moe_lowering.simulator.device.capturing import Counts, counts, is_capturing, tape_of, tapes
-from moe_lowering.simulator.device.source import Place
 from moe_lowering.simulator.device.tape import CaptureError, Entry, GraphError, ReplayError, Tape
+from moe_lowering.source_lines import Place
 
 __all__ = [
     "CaptureError",

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from moe_lowering.simulator.device.source import Place, current_place
+from moe_lowering.simulator.device.source import current_place
 from moe_lowering.simulator.standins import SimulatorError
+from moe_lowering.source_lines import Place
 
 
 class GraphError(SimulatorError):
