@@ -50,12 +50,16 @@ def tokens(rank: int, step: int) -> torch.Tensor:
     return ids
 
 
-@contextlib.contextmanager
-def without_graphs():
-    """The compiled model runs its lowered graphs operator by operator, as with ``force_eager``: no capture, no replay."""
+def graphs_of_this_process():
+    """What npugraph_ex made of the models compiled so far."""
     from npugraph_ex._acl_concrete_graph.acl_graph import AclGraph
 
-    graphs = [found for found in gc.get_objects() if type(found) is AclGraph]
+    return [found for found in gc.get_objects() if type(found) is AclGraph]
+
+
+@contextlib.contextmanager
+def without_graphs(graphs):
+    """The compiled model runs its lowered graphs operator by operator, as with ``force_eager``: no capture, no replay."""
     assert graphs
     for graph in graphs:
         graph.config["force_eager"] = True
@@ -95,11 +99,13 @@ def run_model(rank: int, name: str, comm: str, replays: int, compared_every: int
 
     before, began = simulator.device.counts(), time.process_time()
     seen = Seen([], compare.Errors(), 0, before, [], [], [set() for _ in compare.moe_modules(model)], 10**9)
+    graphs: list[object] = []
     with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
         for step in range(replays):
             ids = tokens(rank, step)
             logits, blocks = run(ids)
-            with without_graphs():
+            graphs = graphs or graphs_of_this_process()
+            with without_graphs(graphs):
                 expected, eager_blocks = run(ids)
             if not step:
                 seen.compile_seconds = time.process_time() - began

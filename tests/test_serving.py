@@ -212,7 +212,11 @@ def test_a_step_that_would_recompile_raises():
     server.generate(requests(2))
     server.submit(Request([1], 3))
     model.set_experts_implementation("eager")
-    with pytest.raises(RecompileError, match="bucket 2 does not fit its graph after warm-up"):
+    with pytest.raises(RecompileError, match="bucket 2 does not fit its graph after warm-up") as caught:
+        server.step()
+    assert "guard failure" in str(caught.value) and "dropped the graph" not in str(caught.value)
+    torch._dynamo.reset()
+    with pytest.raises(RecompileError, match="dynamo has dropped the graph"):
         server.step()
 
 

@@ -205,6 +205,7 @@ class _Run:
 
     def _guarded(self, rewrite: Callable[[Emitter], None], key: tuple[Any, ...]) -> list[Node] | str:
         """Run one rewrite; the nodes it created, or why it was undone."""
+        assert self.fake_mode is not None  # lower() returns before
         emit = Emitter(self.graph, self.fake_mode, self._recordings.get(key))
         try:
             rewrite(emit)

@@ -263,7 +263,9 @@ class Server:
         except RuntimeError as error:
             if "fail_on_recompile" not in str(error):
                 raise
-            raise RecompileError(f"Server: {what} does not fit its graph after warm-up: {error}") from error
+            # dynamo names guards that failed; no guard has failed when it no longer has the graph
+            gone = "" if "guard failure" in str(error) else "; dynamo has dropped the graph (torch._dynamo.reset()?)"
+            raise RecompileError(f"Server: {what} does not fit its graph after warm-up: {error}{gone}") from error
         graphs, captures = graphs_so_far() - graphs, captures_so_far() - captures
         self.statistics.captures += captures
         if not self._warm:
