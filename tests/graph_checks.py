@@ -78,24 +78,23 @@ def lower(case: GraphCase, built: Built | None = None) -> Lowered:
     return Lowered(case, built, lowering.reports[-1], specs, known, before, whole, scopes)
 
 
+SIZES = (2, 3, 4, 5, 7, 8, 9, 16, 31, 64, 257, 512, 513, 4096, 2**24)
+
+
 def narrows(guard: sympy.Basic, case: GraphCase) -> bool:
     """Whether a guard excludes some T of the declared range; what torch_npu's meta functions add excludes none."""
-    tp = case.deployment.tp_size
-    if isinstance(guard, sympy.Ne | sympy.Eq) and guard.rhs == 1 and tp > 1:
-        return case.sizes == "strict"  # torch's, for a share of T that may be 1: else one more graph
-    if not isinstance(guard, sympy.StrictLessThan | sympy.LessThan | sympy.StrictGreaterThan | sympy.GreaterThan):
-        return True
-    high = case.deployment.max_tokens or case.bounds[1]
-    if high is None:
-        return True
-    if tp > 1 and case.sizes != "strict":
-        if math.prod(case.lead) <= tp:
-            return False  # all that is asked for is on this side of a share of one
+    tp, bound = case.deployment.tp_size, case.deployment.max_tokens
+    low = 2
+    if tp > 1 and case.sizes != "strict":  # torch's own, for a share of T that may be 1: else one more graph
+        if math.prod(case.lead) <= tp or (isinstance(guard, sympy.Ne | sympy.Eq) and guard.rhs == 1):
+            return False
         low = tp + 1
-    else:
-        low = 2
-    corners = itertools.product((low, high), repeat=len(guard.free_symbols))
-    return not all(guard.subs(dict(zip(guard.free_symbols, corner, strict=True))) for corner in corners)
+    high = bound or case.bounds[1] or SIZES[-1]
+    named = [int(number) for number in guard.atoms(sympy.Integer)]
+    sizes = sorted({low, high, *(size for size in (*SIZES, *named) if low <= size <= high)})
+    symbols = sorted(guard.free_symbols, key=str)
+    points = (p for p in itertools.product(sizes, repeat=len(symbols)) if not bound or math.prod(p) <= bound)
+    return not all(guard.subs(dict(zip(symbols, point, strict=True))) for point in points)
 
 
 def check_judged(case: GraphCase) -> set[str]:
