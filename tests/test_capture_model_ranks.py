@@ -19,9 +19,9 @@ from moe_lowering.simulator.device import Counts
 from moe_lowering.testing import Ranks
 
 ALL = int(os.environ.get("MOE_LOWERING_REPLAYS", "0"))  # of every case; 200 takes most of half an hour on two cores
-REPLAYS = {("qwen3_moe", 2): 200, ("qwen3_moe", 4): 24, ("deepseek_v3", 2): 24, ("deepseek_v3", 4): 24}
+REPLAYS = {("qwen3_moe", 2): 200, ("qwen3_moe", 4): 12, ("deepseek_v3", 2): 24, ("deepseek_v3", 4): 12}
 # left out by default: on four ranks most of the time is compiling
-LONG = {("deepseek_v3", 4, "allgather"), ("deepseek_v3", 4, "mc2")}
+LONG = {("deepseek_v3", 4, comm) for comm in ("allgather", "mc2", "fused_mc2")}
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["ep2", "ep4"])
@@ -41,8 +41,7 @@ def test_replays_are_equal_to_eager_and_each_bucket_is_captured_once(ranks, comm
         assert seen.equal == [True] * replays
         assert seen.counts == Counts(begun=len(BUCKETS) + 1, empty=1, captured=len(BUCKETS), replayed=replays)
         assert seen.blocks == [(comm, FORMS[comm])] * layers
-        assert all(seen.operators.count(name) == layers for name in COMMUNICATION[comm] if "alltoall" not in name)
-        assert COMMUNICATION[comm] <= set(seen.operators)
+        assert all(seen.operators.count(operator) >= layers for operator in COMMUNICATION[comm])
         assert seen.compared == -(-replays // 13) and seen.errors.block_relative < TOLERANCE["bfloat16"]
         assert seen.errors.relative < TOLERANCE["bfloat16"]
         # new routings in nearly every replay but those of one token, and two experts of eight for those
