@@ -137,12 +137,23 @@ def quantise_experts(model: nn.Module, format: str, *, group_size: int | None = 
         ValueError, TypeError: no MoE module; one that has biases, is quantised already, or was sharded by transformers;
             sizes or dtypes that the format cannot have. The model is as it was then.
     """
-    found = moe_modules("quantise_experts", model)
-    for name, module in found:  # first all checks, so that an error leaves the model as it was
-        _check_module(f"quantise_experts: {name or type(module).__name__}", module, format, group_size)
-    for _, module in found:
+    for module in _quantisable(
+        model, format, group_size
+    ):  # first all checks, so that an error leaves the model as it was
         _quantise(module, format, group_size)
     return model
+
+
+def require_quantisable(model: nn.Module, format: str, *, group_size: int | None = None) -> None:
+    """Raise what ``quantise_experts`` would, and change nothing; a model on device "meta" is enough."""
+    _quantisable(model, format, group_size)
+
+
+def _quantisable(model: nn.Module, format: str, group_size: int | None) -> list[nn.Module]:
+    found = moe_modules("quantise_experts", model)
+    for name, module in found:
+        _check_module(f"quantise_experts: {name or type(module).__name__}", module, format, group_size)
+    return [module for _, module in found]
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ BUCKETS = (4, 8)  # tokens of a rank
 KINDS = ("random", "same", "half")  # in turn; "same": one token, on all ranks, so that most experts have no rows
 # the smallest hidden size that MC2 takes (mc2.hidden), and widths that dispatch_ffn_combine takes
 SIZES = {"hidden_size": 1024, "intermediate_size": 128, "moe_intermediate_size": 128}
+EXPERTS = 12  # three on each of four ranks, the fewest that dispatch_ffn_combine takes (fused.local_experts)
+COUNTED = {"qwen3_moe": "num_experts", "deepseek_v3": "n_routed_experts"}
 
 
 @dataclasses.dataclass
@@ -76,7 +78,7 @@ def run_model(rank: int, name: str, comm: str, replays: int, compared_every: int
     """``replays`` replays with new inputs each, and of some the comparison with the whole model's own experts."""
     torch._dynamo.reset()
     where = capture_jobs.deployment(rank, max_tokens=max(BUCKETS))
-    whole = capture_models.build(name, torch.bfloat16, **SIZES)
+    whole = capture_models.build(name, torch.bfloat16, **SIZES, **{COUNTED[name]: EXPERTS})
     model = copy.deepcopy(whole)
     model.set_experts_implementation("moe_lowering")
     shard_experts(model, where).to("npu")

@@ -288,7 +288,7 @@ def local_cases(draw: Any) -> GraphCase:
     distinct = draw(st.lists(blocks(experts, (8, 16, 24, 11), (2, 1, 3, 8), HARMLESS + SCOPES), min_size=1, max_size=2))
     leads = ((5,), (1,), (0,), (13,), (), (2, 3), (3, 0), (2, 2, 2))
     case = draw(graphs(d, (distinct * 2)[: draw(st.sampled_from((1, 1, 2, 3)))], leads, (16, 32, 24, 17)))
-    case = case.replace(comm=draw(st.sampled_from(("auto", "allgather", "allgather", "mc2"))))
+    case = _asking(case, draw(st.sampled_from(("auto", "allgather", "allgather", "mc2"))))
     dynamic = math.prod(case.lead) > 1 and draw(st.booleans())
     symbolic = tuple(dynamic and n > 1 for n in case.lead)
     return sized(case.replace(sizes="dynamic" if dynamic else "static", symbolic=symbolic))

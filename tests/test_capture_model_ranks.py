@@ -44,5 +44,5 @@ def test_replays_are_equal_to_eager_and_each_bucket_is_captured_once(ranks, comm
         assert all(seen.operators.count(operator) >= layers for operator in COMMUNICATION[comm])
         assert seen.compared == -(-replays // 13) and seen.errors.block_relative < TOLERANCE["bfloat16"]
         assert seen.errors.relative < TOLERANCE["bfloat16"]
-        # new routings in nearly every replay but those of one token, and two experts of eight for those
+        # new routings in nearly every replay but those of one token, and two experts of twelve for those
         assert min(map(len, seen.routings)) > replays / len(KINDS) and seen.fewest == capture_models.TOP_K

@@ -10,7 +10,7 @@ import torch
 from capture_models import BUCKETS, EXPERTS, TOP_K, tokens
 
 from moe_lowering import cli, simulator
-from moe_lowering.cli import capture
+from moe_lowering.cli import capture, run
 from moe_lowering.cli.capture import Captured
 from moe_lowering.simulator import device
 
@@ -130,9 +130,12 @@ def test_the_command_on_two_ranks(capfd):
     assert found["captured"]["captures"] == 1 and found["captured"]["replays"] == 2
 
 
-def test_the_command_captures_nothing_of_a_block_that_is_not_lowered(capfd):
+def test_the_command_captures_nothing_of_a_block_that_is_not_lowered(monkeypatch, capfd):
     """No evidence for operators that no device has: the reason, and exit code 1."""
     given = ["moe", "--comm", "mc2", "--tokens", "4", "--layers", "1", "--capture", "--replays", "2"]
+    code, out, err = command(capfd, *given)  # the options say it already
+    assert code == 1 and "layers.0 not lowered" in err and "compared with nothing" in out and "captured" not in out
+    monkeypatch.setattr(run.beforehand, "refused", lambda *_: None)
     code, out, err = command(capfd, *given)
     assert code == 1
     assert "layers.0 not lowered: mc2 was asked for and is not legal: [mc2.communicator]" in err

@@ -118,6 +118,7 @@ def test_gates_are_those_that_the_integration_knows():
     (f"{BLOCK} --unequal-tokens", "argument --max-tokens: is not given, and --unequal-tokens needs it; accepted: 1 or more"),
     (f"{BLOCK} --unequal-tokens --max-tokens 8 --tokens 9", "argument --tokens: is 9; accepted: 1 to --max-tokens, 8"),
     (f"{BLOCK} --unequal-tokens --max-tokens 8 --sweep tokens=0..8", "argument --sweep: starts at 0; accepted"),
+    ("gpt_oss --quant w8a8", "argument --quant: is w8a8, and the experts of gpt_oss have biases; accepted: none, as"),
     (f"{BLOCK} --hidde 8", "unrecognized arguments: --hidde"),
 ])  # fmt: skip
 def test_wrong_usage_is_one_line_and_code_2(capfd, given, message):

@@ -79,7 +79,7 @@ def describe(request: ExplainRequest) -> Block:
 
     Raises:
         UsageError: a dimension that neither the command nor the model gives, an unknown model, a config that cannot be
-            read, an activation that the pass does not know.
+            read, an activation that the pass does not know, biases with quantised weights.
     """
     config, assumptions = _config(request)
     sizes: dict[str, int] = {name: getattr(request, name) or size_of(config, names) for name, names in NAMES.items()}
@@ -94,6 +94,11 @@ def describe(request: ExplainRequest) -> Block:
             f"argument --topk: is {sizes['topk']}; accepted: 1 to the number of experts, {sizes['experts']}"
         )
     gate = _gate(config, request, assumptions)
+    if gate.has_bias and request.quant != "none":
+        raise UsageError(
+            f"argument --quant: is {request.quant}, and the experts of {request.model} have biases; accepted: none, as "
+            "quantised matmuls take no biases"
+        )
     clamped = gate.activation in ("swiglu_oai", "swiglu_clamp")
     return Block(
         model=request.model,

@@ -22,7 +22,7 @@ from moe_lowering.cli.outcome import Outcome
 from moe_lowering.deployment import Deployment
 from moe_lowering.layers import shard_experts
 from moe_lowering.passes.pipeline import MoeLowering
-from moe_lowering.quantisation import quantise_experts
+from moe_lowering.quantisation import quantise_experts, require_quantisable
 from moe_lowering.report.records import LoweringReport
 from moe_lowering.testing.ranks import Ranks
 
@@ -113,6 +113,11 @@ def known_beforehand(
     if unsupported:
         stops = request.ep > 1 or request.capture
         return Outcome(request, made.name, [], unsupported, None, facts) if stops else None
+    if request.quant != "none":
+        try:
+            require_quantisable(skeleton, request.quant)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"argument --quant: is {request.quant}, and {error}") from error
     # groups by any name: a decision does not depend on it
     names = {"ep_group": "ep", "mc2_group": "mc2"} if request.ep > 1 else {}
     names |= {"tp_group": "tp"} if request.tp > 1 else {}

@@ -238,7 +238,8 @@ class _Tracer:
     def block(self, case: Case, scenario: Scenario) -> GraphModule:
         key = self.key(case, scenario)
         if key not in self._traced:
-            fakes = self._symbolic_inputs(case) if scenario.symbolic else map(self._static.from_tensor, _flat(case))
+            symbolic = _any_tokens(case, scenario)
+            fakes = self._symbolic_inputs(case) if symbolic else map(self._static.from_tensor, _flat(case))
             self._traced[key] = make_fx(_block(case, scenario))(*fakes)
         return GraphModule(torch.nn.Module(), copy.deepcopy(self._traced[key].graph))
 
@@ -246,7 +247,7 @@ class _Tracer:
         """What of a case is in the graph of the generic block."""
         where, given = case.deployment, case.inputs
         weights = tuple((name, len(ts), ts[0].shape, ts[0].dtype) for name, ts in sorted(case.weights.items()))
-        tokens = None if scenario.symbolic else len(given.x)
+        tokens = None if _any_tokens(case, scenario) else len(given.x)
         options = (scenario.counts, scenario.quantised, scenario.on_input)
         block = (tokens, tuple(_optional(given)), given.ids.shape[1], weights, *options)
         return (*block, where.ep_group, where.tp_size, where.tp_group, where.token_bound, where.max_rows)
@@ -262,6 +263,13 @@ class _Tracer:
                 tensor = tensor.new_empty((TOKENS, *tensor.shape[1:]))
             context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=sizes)
             yield mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource(f"input_{at}"))
+
+
+def _any_tokens(case: Case, scenario: Scenario) -> bool:
+    """Whether the graph is made for any T. Where a TP rank has one token at most, a guard keeps that graph from running:
+    there it is made for its T alone, as dynamo would make it."""
+    tp = case.deployment.tp_size
+    return scenario.symbolic and (tp == 1 or len(case.inputs.x) > tp)
 
 
 def _lower(form: Form, deployment: Deployment, gm: GraphModule, check: bool) -> _Lowered:
