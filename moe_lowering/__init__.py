@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from moe_lowering.backends.npugraph_ex import npugraph_ex_options
     from moe_lowering.backends.torchair import torchair_config
     from moe_lowering.deployment import Deployment
+    from moe_lowering.experts import list_experts, log2phy_from_expert_maps
     from moe_lowering.functional import moe_experts, route
     from moe_lowering.layers import MoE, shard_experts
     from moe_lowering.passes.pipeline import LoweringError, MoeLowering
-    from moe_lowering.placement import list_experts, log2phy_from_expert_maps
     from moe_lowering.quantisation import quantise_experts
 
 _HOME = {
@@ -35,8 +35,8 @@ _HOME = {
     "MoE": "layers",
     "MoeLowering": "passes.pipeline",
     "check_agreement": "agreement",
-    "list_experts": "placement",
-    "log2phy_from_expert_maps": "placement",
+    "list_experts": "experts",
+    "log2phy_from_expert_maps": "experts",
     "lowering_backend": "backends.aot",
     "moe_experts": "functional",
     "npugraph_ex_options": "backends.npugraph_ex",

@@ -208,7 +208,7 @@ def moe_modules(what: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def refuse_lists(what: str, module: nn.Module) -> None:
-    """A ValueError for experts that ``placement.list_experts`` made lists of."""
+    """A ValueError for experts that ``experts.list_experts`` made lists of."""
     if any(isinstance(getattr(module, name, None), nn.ParameterList) for name in ("w13", "gate_up_proj")):
         raise ValueError(f"{what} holds one tensor for each expert; accepted: stacked experts (call list_experts last)")
 

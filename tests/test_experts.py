@@ -8,7 +8,7 @@ from torch import nn
 
 import moe_lowering
 from moe_lowering import MoE, moe_experts, testing
-from moe_lowering.placement import list_experts, log2phy_from_expert_maps
+from moe_lowering.experts import list_experts, log2phy_from_expert_maps
 
 T, H, INNER, E, K = 11, 32, 16, 6, 2
 
