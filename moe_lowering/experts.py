@@ -15,7 +15,7 @@ __all__ = ["list_experts", "log2phy_from_expert_maps"]
 _SUFFIXES = ("", "_bias", "_scale", "_offset", "_scale_bias")
 
 
-def log2phy_from_expert_maps(expert_maps: Sequence[Tensor]) -> tuple[Tensor, int]:
+def log2phy_from_expert_maps(expert_maps: Sequence[Tensor], *, shared_expert_ranks: int = 0) -> tuple[Tensor, int]:
     """The ``log2phy`` of a placement that vLLM's expert maps describe, for ``moe_experts(log2phy=..., num_experts=...)``.
 
     The operators hold experts in blocks: rank r has the physical experts [r * E_local, (r + 1) * E_local), slot by slot. A
@@ -25,17 +25,25 @@ def log2phy_from_expert_maps(expert_maps: Sequence[Tensor]) -> tuple[Tensor, int
     Args:
         expert_maps: one [logical experts] int32 or int64 tensor for each EP rank, in rank order: the slot on that rank of
             each expert that is there, -1 for the others. Build it on every rank alike.
+        shared_expert_ranks: the deployment's. Those ranks are the first; their maps are -1 throughout, and physical
+            experts are counted from the first rank after them.
 
     Returns:
-        log2phy, int32 [logical experts], and the number of physical experts, E_local * ranks. E_local is the largest slot
-        of any rank plus one. An expert with several copies is taken from the first rank that has it.
+        log2phy, int32 [logical experts], and the number of physical experts, E_local * the ranks with routed experts.
+        E_local is the largest slot of any rank plus one. An expert with several copies is taken from the first rank that
+        has it.
 
     Raises:
-        ValueError, TypeError: no map, maps of different sizes or of another dtype, a slot twice on a rank, an expert
-            that no rank has.
+        ValueError, TypeError: no map, maps of different sizes or of another dtype, a slot twice on a rank, a routed expert
+            on a shared-expert rank, an expert that no rank has.
     """
     if not expert_maps:
         raise ValueError("log2phy_from_expert_maps: expert_maps is empty; accepted: one map for each EP rank")
+    if not 0 <= shared_expert_ranks < len(expert_maps):
+        raise ValueError(
+            f"log2phy_from_expert_maps: shared_expert_ranks is {shared_expert_ranks} with {len(expert_maps)} maps; "
+            f"accepted: 0 to {len(expert_maps) - 1}"
+        )
     for rank, each in enumerate(expert_maps):
         if each.dim() != 1 or each.shape != expert_maps[0].shape or each.dtype not in (torch.int32, torch.int64):
             raise TypeError(
@@ -50,20 +58,27 @@ def log2phy_from_expert_maps(expert_maps: Sequence[Tensor]) -> tuple[Tensor, int
         for expert, slot in enumerate(of_rank):
             if slot < 0:
                 continue
+            if rank < shared_expert_ranks:
+                raise ValueError(
+                    f"log2phy_from_expert_maps: expert_maps[{rank}] has slot {slot} for expert {expert}, and rank {rank} "
+                    "holds a shared expert; accepted: -1 throughout"
+                )
             if slot in taken:
                 raise ValueError(
                     f"log2phy_from_expert_maps: expert_maps[{rank}] has slot {slot} for the experts {taken[slot]} and "
                     f"{expert}; accepted: every slot once"
                 )
             taken[slot] = expert
-            found.setdefault(expert, rank * local + slot)
+            found.setdefault(expert, (rank - shared_expert_ranks) * local + slot)
     missing = [expert for expert in range(len(slots[0])) if expert not in found]
     if missing:
         raise ValueError(
             f"log2phy_from_expert_maps: no rank has expert {missing[0]}; accepted: a slot for every expert"
         )
     placed = [found[expert] for expert in range(len(slots[0]))]
-    return torch.tensor(placed, dtype=torch.int32, device=expert_maps[0].device), local * len(expert_maps)
+    return torch.tensor(placed, dtype=torch.int32, device=expert_maps[0].device), local * (
+        len(slots) - shared_expert_ranks
+    )
 
 
 def list_experts(model: nn.Module) -> nn.Module:

@@ -159,8 +159,8 @@ def moe_experts(
             form, dtypes and I of the routed experts: a rank sees its own weights only, and all ranks must decide alike. A
             shared expert that is n times as wide is n shared experts.
         w2: down projection, [E_local, I, H] or E_local tensors [I, H].
-        num_experts: routed experts on all ranks, redundant ones included; when None E_local * ep_size, or * the ranks that
-            hold routed experts. A shared-expert rank must give it.
+        num_experts: routed experts on all ranks, redundant ones included; when None E_local * ep_size. Must be given
+            where the deployment has shared-expert ranks, whose weights do not say it.
         w13_bias, w2_bias: [E_local, 2I] and [E_local, H], or lists.
         activation, limit, alpha, interleaved: see ``docs/architecture.md``. ``limit`` (none: 0 or None) is for
             ``swiglu_clamp`` and ``swiglu_oai``, ``alpha`` (1.702 when None) for ``swiglu_oai``; ``interleaved`` says
@@ -253,7 +253,7 @@ def _check_map(expert_map: Tensor, num_experts: int, place: Deployment) -> bool:
         return True
     own, local = place.own_experts(num_experts), num_experts // place.routed_ranks
     rank = f"(r - {place.shared_expert_ranks})" if place.shared_expert_ranks else "r"
-    following = f"({rank} + 1)" if rank == "r" else f"(r - {place.shared_expert_ranks} + 1)"
+    following = "(r + 1)" if rank == "r" else f"(r - {place.shared_expert_ranks} + 1)"
     for expert, index in enumerate(expert_map.tolist()):
         wanted = expert - own.start if own.start <= expert < own.stop else -1
         if index != wanted:
@@ -267,13 +267,13 @@ def _check_map(expert_map: Tensor, num_experts: int, place: Deployment) -> bool:
 
 def _all_experts(w13: list[Tensor], place: Deployment) -> int:
     """Routed experts of all ranks, from the weights of this one."""
-    if place.on_shared_rank:
+    if place.shared_expert_ranks:  # on all ranks, or those that can say it would wait for those that cannot
         raise ValueError(
-            f"moe_experts: num_experts is None on EP rank {place.ep_rank}, which holds a shared expert; accepted: the "
-            "number of routed experts on all ranks"
+            f"moe_experts: num_experts is None with {place.shared_expert_ranks} shared-expert ranks; accepted: the number of "
+            "routed experts on all ranks"
         )
     local = w13[0].shape[0] if len(w13) == 1 and w13[0].dim() == 3 else len(w13)
-    return local * place.routed_ranks
+    return local * place.ep_size
 
 
 def _check_tokens(x: Tensor, pertoken_scale: Tensor | None, quantisation: str, out_dtype: torch.dtype | None) -> None:

@@ -181,8 +181,10 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
     for name, module in found:  # first all checks, so that an error leaves the model as it was
         what = f"shard_experts: {name or type(module).__name__}"
         _check_sizes(what, module, deployment)
+        if _deployment_of(module) == deployment:
+            continue
         refuse_lists(what, module)
-        if _deployment_of(module) not in (None, deployment):
+        if _deployment_of(module) is not None:
             raise ValueError(
                 f"{what} was sharded for another deployment; accepted: a whole module, or the same deployment"
             )

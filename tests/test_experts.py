@@ -45,6 +45,18 @@ def test_a_placement_is_a_choice_of_physical_experts(name: str, dtype: torch.dty
     torch.testing.assert_close(y, moe_experts(x, weights, ids, w13, w2))
 
 
+def test_shared_expert_ranks_hold_no_routed_experts() -> None:
+    """Their maps come first; the operators count routed experts from the rank after them."""
+    nothing, routed = [torch.full((4,), -1)] * 2, [torch.tensor([0, -1, 1, -1]), torch.tensor([-1, 0, -1, 1])]
+    log2phy, count = log2phy_from_expert_maps([*nothing, *routed], shared_expert_ranks=2)
+    assert (log2phy.tolist(), count) == ([0, 2, 1, 3], 4)
+    with pytest.raises(ValueError, match=r"expert_maps\[2\] has slot 0 for expert 0, and rank 2 holds a shared expert"):
+        log2phy_from_expert_maps([*nothing, *routed], shared_expert_ranks=3)
+    for wrong in (-1, 4):
+        with pytest.raises(ValueError, match=f"shared_expert_ranks is {wrong} with 4 maps; accepted: 0 to 3"):
+            log2phy_from_expert_maps([*nothing, *routed], shared_expert_ranks=wrong)
+
+
 @pytest.mark.parametrize(("maps", "error", "message"), [
     ([], ValueError, "expert_maps is empty"),
     ([[0, 1, -1], [0, -1]], TypeError, r"expert_maps\[1\] is torch.int64 of shape \[2\]; accepted: .* \[3\]"),
@@ -75,6 +87,11 @@ def test_lists_give_what_stacked_experts_gave(quantisation: str) -> None:
     held = list(module.w13)
     list_experts(module)
     assert all(a is b for a, b in zip(module.w13, held, strict=True)), "a second call made copies"
+    placed = moe_lowering.shard_experts(layer(), moe_lowering.Deployment())
+    list_experts(placed)
+    held = list(placed.w13)
+    moe_lowering.shard_experts(placed, moe_lowering.Deployment())  # a second call changes nothing, lists or not
+    assert all(a is b for a, b in zip(placed.w13, held, strict=True))
     for call in (lambda: moe_lowering.shard_experts(module, moe_lowering.Deployment()),
                  lambda: moe_lowering.quantise_experts(module, "w8a8")):  # fmt: skip
         with pytest.raises(ValueError, match=r"one tensor for each expert|already"):

@@ -232,23 +232,53 @@ def test_settings_of_the_process_may_change_after_warm_up():
         with pytest.raises(RecompileError, match="does not fit its graph after warm-up"):
             server._first_token([1])
 
-    torch.set_num_threads(threads + 1)
-    try:
+    for read, write, other in (
+        (torch.get_num_threads, torch.set_num_threads, threads + 1),
+        (torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high"),
+        (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
+        (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, False),
+    ):
+        before = read()
+        write(other)
+        try:
+            assert_it_runs()
+            assert read() == other
+        finally:
+            write(before)
+    with torch.autocast("cpu", torch.bfloat16):
         assert_it_runs()
-        assert torch.get_num_threads() == threads + 1
-    finally:
-        torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert_it_runs()
-        assert torch.get_default_dtype() == torch.float64
-    finally:
-        torch.set_default_dtype(torch.float32)
+        assert torch.is_autocast_enabled("cpu")
     with torch.inference_mode():
         assert_it_runs()
         assert torch.is_inference_mode_enabled()
     with torch.enable_grad():
         assert [result.tokens for result in server.generate(wanted)] == expected and torch.is_grad_enabled()
+
+
+def test_an_error_inside_a_step_loses_no_request():
+    """The second of three prefills fails once: the first, which had finished, and the others are answered all the same."""
+    server = small(make(), prefill_lengths=())
+    server.warm_up()
+    wanted = [Request([1, 2, 3], 1), Request([4, 5], 2), Request([6], 1)]
+    expected = [result.tokens for result in server.generate(wanted)]
+    prefill, calls = server._eager_prefill, []
+
+    def fails_once(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return prefill(*given)
+
+    server._eager_prefill = fails_once
+    numbers = [server.submit(request) for request in wanted]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        server.step()
+    found = {}
+    for _ in range(4):
+        found.update({result.number: result.tokens for result in server.step()})
+    assert [found[number] for number in numbers] == expected
+    assert server.statistics.requests == 6
 
 
 def test_a_step_that_captures_again_raises():

@@ -137,8 +137,9 @@ def test_layers_refuse() -> None:
 def test_moe_experts_refuses() -> None:
     x, weights, ids = torch.zeros(3, 32), torch.zeros(3, 1), torch.zeros(3, 1, dtype=torch.int32)
     w13, w2 = torch.zeros(1, 32, 32), torch.zeros(1, 16, 32)
-    with pytest.raises(ValueError, match="num_experts is None on EP rank 0, which holds a shared expert"):
-        moe_experts(x, weights, ids, w13, w2, deployment=place(0))
+    for rank in range(4):  # all of them, or some would wait for the others
+        with pytest.raises(ValueError, match="num_experts is None with 2 shared-expert ranks"):
+            moe_experts(x, weights, ids, w13, w2, deployment=place(rank))
     with pytest.raises(ValueError, match="apply_router_weight_on_input is True with 2 shared-expert ranks"):
         moe_experts(x, weights, ids, w13, w2, num_experts=6, deployment=place(0), apply_router_weight_on_input=True)
 

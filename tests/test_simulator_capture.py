@@ -156,6 +156,24 @@ def test_a_stream_that_is_not_forked_is_refused():
         on_side_stream(fork=False)
 
 
+def random_view(constant):
+    """An element of a constant that becomes random after it was taken."""
+    element = constant[0]
+    constant.uniform_()
+    return element
+
+
+def random_out(constant):
+    element = constant[0]
+    torch.rand(3, out=constant)
+    return element
+
+
+def with_data(constant):
+    constant.data = SCALAR
+    return constant
+
+
 # What a capture forbids. Each call works outside of one.
 
 X, SCALAR = torch.arange(6.0), torch.tensor(2.0)
@@ -191,6 +209,12 @@ FORBIDDEN = {
     "splits of the host": (lambda x: torch.tensor_split(x, SPLITS), "aten::tensor_split.tensor_indices_or_sections"),
     "random scalar": (lambda x: x * torch.rand(()), "aten::mul.Tensor: takes a value of the host"),
     "random scalar in place": (lambda x: x * torch.ones(()).uniform_(), "aten::mul.Tensor: takes a value of the host"),
+    "random scalar by a view": (
+        lambda x: x * random_view(torch.ones(3)),
+        "aten::mul.Tensor: takes a value of the host",
+    ),
+    "random scalar by out": (lambda x: x * random_out(torch.ones(3)), "aten::mul.Tensor: takes a value of the host"),
+    "data of the host": (lambda x: x * with_data(torch.ones(())), "aten::mul.Tensor: takes a value of the host"),
     "random splits": (lambda x: x.tensor_split(torch.randint(6, (2,))), "aten::tensor_split"),
     "random on the CPU": (lambda x: x * (torch.rand(()) + 1), "aten::add.Tensor"),
     "pinned memory": (lambda x: torch.empty(1 << 20).pin_memory(), "aclrtMallocHost|aten::"),

@@ -185,7 +185,7 @@ def _activation_dtype(module: Any, given: torch.dtype) -> torch.dtype:
 
 
 def _first(weights: Any) -> Tensor:
-    """The one tensor of all experts, or that of the first (``placement.list_experts``)."""
+    """The one tensor of all experts, or that of the first (``experts.list_experts``)."""
     return weights if isinstance(weights, Tensor) else weights[0]
 
 

@@ -1,37 +1,69 @@
 """Settings of the process that compiled code is guarded on, as they were when a server was made.
 
-Dynamo checks the number of threads, the default dtype and the inference mode before each run of a compiled function (torch
-2.13.0, torch/csrc/dynamo/guards.cpp, GlobalStateGuard), and compiles again when one has changed. Nothing of that may happen
-after warm-up, so a server runs under its own: whoever else changes them in the process, between or around its steps.
+Dynamo checks these before each run of a compiled function (torch 2.13.0, torch/csrc/dynamo/guards.cpp, GlobalStateGuard and
+AutocastState), and compiles again when one has changed. Nothing of that may happen after warm-up, so a server runs under its
+own: whoever else changes them in the process, between or around its steps. Not held: function modes, so the default device
+(``torch.set_default_device``), and what only CUDA reads.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
+
+_Deterministic = tuple[bool, bool]
+_Autocast = tuple[tuple[str, bool, torch.dtype], ...]
+
+
+def _deterministic() -> _Deterministic:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _set_deterministic(value: _Deterministic) -> None:
+    torch.use_deterministic_algorithms(value[0], warn_only=value[1])
+
+
+def _autocast() -> _Autocast:
+    devices = ("cpu", "npu") if hasattr(torch, "npu") else ("cpu",)
+    return tuple((name, torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in devices)
+
+
+def _set_autocast(value: _Autocast) -> None:
+    for name, enabled, dtype in value:
+        torch.set_autocast_enabled(name, enabled)
+        torch.set_autocast_dtype(name, dtype)
+
+
+_HELD: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (_deterministic, _set_deterministic),
+    (_autocast, _set_autocast),
+    (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+)
 
 
 class Settings:
     """The settings of now; while it is entered they hold, and those of the caller after it. Not for several threads."""
 
     def __init__(self) -> None:
-        self.threads = torch.get_num_threads()
-        self.dtype = torch.get_default_dtype()
+        self._values = [read() for read, _ in _HELD]
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> None:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-            if threads != self.threads:
-                torch.set_num_threads(self.threads)
-                stack.callback(torch.set_num_threads, threads)
-            if dtype != self.dtype:
-                torch.set_default_dtype(self.dtype)
-                stack.callback(torch.set_default_dtype, dtype)
+            for (read, write), wanted in zip(_HELD, self._values, strict=True):
+                before = read()
+                if before != wanted:
+                    stack.callback(write, before)
+                    write(wanted)
             self._stack = stack.pop_all()
 
     def __exit__(

@@ -103,6 +103,7 @@ class Server:
         self._decode: dict[int, Decode] = {}
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[Running] = []
+        self._finished: list[Result] = []  # of a step that an error ended: the next one returns them
         self._numbers = 0
         self._warm = False
         self._settings = Settings()
@@ -156,6 +157,8 @@ class Server:
     def step(self) -> list[Result]:
         """Prefill waiting requests while rows are free, then one decode step for all rows; what has finished.
 
+        An error of the model's own leaves every request where it was, and what has finished for the next step.
+
         Raises:
             RuntimeError: ``warm_up`` has not been called.
             RecompileError: a graph does not fit any more; the server is of no use from there on.
@@ -166,18 +169,19 @@ class Server:
             return self._step()
 
     def _step(self) -> list[Result]:
-        finished = []
         while self._waiting and len(self._rows) < self.buckets[-1]:
-            number, request = self._waiting.popleft()
+            number, request = self._waiting[0]
             running = Running(number, request, len(request.prompt), [])
+            result = running.add(self._first_token(request.prompt))  # after an error the request still waits
+            self._waiting.popleft()
             self.statistics.prefill_tokens += len(request.prompt)
-            result = running.add(self._first_token(request.prompt))
             if result is None:
                 self._rows.append(running)
             else:
-                finished.append(result)
+                self._finished.append(result)
         if self._rows:
-            finished += self._decode_rows()
+            self._finished += self._decode_rows()
+        finished, self._finished = self._finished, []
         self.statistics.requests += len(finished)
         return finished
 

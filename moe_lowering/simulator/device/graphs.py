@@ -12,9 +12,9 @@ import functools
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_lowering.simulator.device.capturing import current, is_capturing, latest, refuse
 from moe_lowering.simulator.device.capturing import error as capturing_error
@@ -40,7 +40,7 @@ class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._constants: Any = WeakIdKeyDictionary()
+        self._constants: set[StorageWeakRef] = set()  # a reference keeps the storage's identity, not its memory
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -64,15 +64,20 @@ class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise refuse(func.name(), f"a CPU operator inside a capture: a replay skips it{_advice(tensors)}")
         result = func(*args, **kwargs)
         for leaf in filter(_on_cpu, tree_leaves(result)):
+            storage = _storage(leaf)
             if constant and not random:
-                self._constants[leaf] = None
+                self._constants.add(storage)
             elif random:
-                self._constants.pop(leaf, None)  # written in place
+                self._constants.discard(storage)  # written in place, which all its views see
         return result
 
     def made(self, tensor: torch.Tensor) -> bool:
         """Whether the capture made this tensor of the host from nothing but numbers."""
-        return tensor in self._constants
+        return _on_cpu(tensor) and _storage(tensor) in self._constants
+
+
+def _storage(tensor: torch.Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def require_constant(operator: str, tensor: torch.Tensor) -> None:
