@@ -176,6 +176,30 @@ def test_a_boundary_of_one_size_never_makes_a_constant_of_a_marked_dimension():
         assert compiled(x).shape == x.shape
 
 
+@pytest.mark.parametrize(("tokens", "marked", "lowered"), [(2, True, False), (3, True, True), (2, False, True)])
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_share_of_one_token_never_makes_a_constant_of_a_marked_dimension(tokens, marked, lowered, equal):
+    """On two TP ranks the share of T = 2 is 1, on which torch guards: it would leave no other T, and fail the compile."""
+    declared = {} if equal else {"equal_tokens": False, "max_tokens": 64, "min_tokens": 2}
+    with testing.fake_deployment(ep_size=4, tp_size=2, **declared) as deployment:
+        model, lowering = MoE(64, 32, 8, 2, deployment=deployment), MoeLowering(deployment)
+        compiled = compile_plain(model, lowering, dynamic=None if marked else True)
+        x = torch.randn(tokens, 64)
+        if marked:
+            torch._dynamo.mark_dynamic(x, 0)
+        try:
+            with torch.no_grad():
+                compiled(x)
+        except (ValueError, RuntimeError) as error:  # a fake group carries nothing: generic operators run into nonsense
+            assert not lowered and re.search("dispatch: |combine: |must not run", str(error)), error
+        (block,) = lowering.reports[-1].blocks
+        assert (block.comm is not None) == lowered, block.reason
+        if not lowered and equal:
+            assert all(comm.violations[0].code == "block.tp_share" for comm in block.verdicts.values())
+        if not lowered and not equal:
+            assert "[block.tp_share]" in block.reason
+
+
 def test_a_block_whose_rewrite_was_undone_asks_for_no_guard_and_enforces_nothing(monkeypatch):
     """The next of equal blocks is still enforced: what the first one emitted is gone with it."""
     real, calls = pipeline.same_value, []

@@ -118,9 +118,9 @@ def refusal(spec: BlockSpec, deployment: Deployment) -> Refusal | None:
         return Refusal(
             0,
             -1,
-            f"[block.tp_share] T may be {spec.tp_size} or less in a strict range, so that a TP rank's share of it may be 1, "
-            "which torch guards against; the other ranks do not know of this range: the graph refuses to run "
-            "(let the range begin above the TP size, mark_dynamic(..., min=tp_size + 1), or do not make it strict)",
+            f"[block.tp_share] T may be {spec.tp_size} or less, so that a TP rank's share of it may be 1; torch guards on that, "
+            "which T forbids (mark_dynamic), and the other ranks do not know of it: the graph refuses to run (compile with "
+            "more than tp_size tokens first, let the range begin above tp_size, or use dynamic=True)",
         )
     return None
 

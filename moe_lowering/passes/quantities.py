@@ -11,7 +11,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover
 from moe_lowering.limits.calls.tensors import data_dependent
 from moe_lowering.passes.blocks import BlockSpec, RouteSpec
-from moe_lowering.passes.token_ranges import is_strict, known_range
+from moe_lowering.passes.token_ranges import hint, is_strict, known_range, must_vary
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -39,10 +39,15 @@ def _padded(spec: BlockSpec, tokens: Any, prover: Prover) -> bool:
 
 
 def strict_share_of_one(spec: BlockSpec) -> bool:
-    """Whether a TP rank's share of T may be 1 in a strict range, which forbids the guard that meta functions add then."""
+    """Whether a TP rank's share of T may be 1 where T forbids the guard that meta functions add then: in a strict range, and
+    where T is marked dynamic and that guard would leave a single T."""
     if spec.tp_size == 1 or not isinstance(spec.tokens, torch.SymInt):
         return False
-    return is_strict(spec.tokens) and known_range(spec.tokens).low <= spec.tp_size
+    low = known_range(spec.tokens).low
+    if is_strict(spec.tokens):
+        return low <= spec.tp_size
+    started_at = hint(spec.tokens)
+    return started_at is not None and low == started_at == spec.tp_size and must_vary(spec.tokens)
 
 
 def block_quantities(

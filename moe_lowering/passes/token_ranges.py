@@ -9,7 +9,7 @@ min and max, an export ``Dim``), where it would fail the compile. Source: facts/
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -60,17 +60,31 @@ def is_strict(tokens: torch.SymInt) -> bool:
     """Whether some symbol of T was declared with a range that must not be narrowed."""
     from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint  # slow to import
 
-    symbols = tokens.node.expr.free_symbols
+    return any(isinstance(constraint, StrictMinMaxConstraint) for constraint in _constraints(tokens))
+
+
+def must_vary(tokens: torch.SymInt) -> bool:
+    """Whether some symbol of T was marked dynamic: guards may narrow it, but a single value fails the compile."""
+    from torch.fx.experimental.symbolic_shapes import RelaxedUnspecConstraint  # slow to import
+
     return any(
-        isinstance(constraint, StrictMinMaxConstraint)
-        and isinstance(size, torch.SymInt)
-        and bool(size.node.expr.free_symbols & symbols)
+        isinstance(constraint, RelaxedUnspecConstraint) and not constraint.warn_only
+        for constraint in _constraints(tokens)
+    )
+
+
+def _constraints(tokens: torch.SymInt) -> Iterator[Any]:
+    """What dynamo was told of the symbols of T."""
+    symbols = tokens.node.expr.free_symbols
+    return (
+        constraint
         for tracked in tokens.node.shape_env.tracked_fakes or ()
         for size, constraint in zip(
             getattr(tracked.fake, "shape", ()),
             getattr(tracked.symbolic_context, "constraint_sizes", None) or (),
             strict=False,
         )
+        if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & symbols
     )
 
 
