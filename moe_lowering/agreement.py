@@ -11,16 +11,18 @@ import datetime
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from typing import Any
 
+from moe_lowering.backends.identity import identity
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.judging import torch_npu_is_loaded
 from moe_lowering.passes.pipeline import MoeLowering
 
 # How often each set of ranks has compared: every rank of it counts alike.
 _rounds: dict[str, Any] = collections.defaultdict(itertools.count)
+_Decisions = list[list[tuple[str, str | None, str]]]  # of each graph, of each block: its name, implementation, and why
 LONGEST = 1800.0  # seconds; what torch.distributed waits for a collective unless it is told otherwise
 
 
@@ -36,7 +38,7 @@ def limits_digest() -> str:
     return digest.hexdigest()
 
 
-def decisions(lowering: MoeLowering) -> list[list[tuple[str, str | None, str]]]:
+def decisions(lowering: MoeLowering) -> _Decisions:
     """(block, implementation, why and for which sizes) of every graph that a pass object has seen, in order."""
     return [[(block.name, block.comm, block.reason) for block in report.blocks] for report in lowering.reports]
 
@@ -52,6 +54,9 @@ def _fields(deployment: Deployment) -> dict[str, Any]:
 def _settings(lowering: MoeLowering) -> dict[str, str]:
     policy = lowering.policy
     cost = f"{policy.cost.__module__}.{getattr(policy.cost, '__qualname__', type(policy.cost).__name__)}"
+    text = identity(policy.cost)  # what it does and holds, where that can be compared between processes
+    if "unique(" not in text:
+        cost += f" ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
     flags = {"strict": str(lowering.strict), "overlap": str(lowering.overlap)}
     return {"comm": policy.comm, "policy": policy.name, "cost": cost, **flags}
 
@@ -106,7 +111,7 @@ def agreement_before_first(
     """
     if isinstance(timeout, str) and timeout != "auto":
         raise ValueError(f"agreement_timeout is {timeout!r}; accepted: seconds, 'auto', or None")
-    if timeout is None or (timeout == "auto" and deployment.ep_size == 1):
+    if timeout is None or deployment.ep_size == 1:
         return None
     published = _publish_to_group(deployment, lowering)
 
@@ -134,12 +139,12 @@ def _publish_to_group(deployment: Deployment, lowering: MoeLowering) -> _Publish
         return None
     if dist.get_backend(group) == "fake":
         return None
-    if len(members) != deployment.ep_size:
+    published = _Published(deployment, lowering, c10d._get_default_store(), members, dist.get_rank())
+    if len(members) != deployment.ep_size:  # after this rank has answered: the others need not wait for it
         raise ValueError(
             f"Deployment: ep_size is {deployment.ep_size}, and ep_group {deployment.ep_group!r} has {len(members)} ranks; "
             f"accepted: {len(members)}"
         )
-    published = _Published(deployment, lowering, c10d._get_default_store(), members, dist.get_rank())
     published.patience = _patience(group)
     return published
 
@@ -217,7 +222,30 @@ def _differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list[str]:
         found.append(f"torch_npu is {'' if b['torch_npu'] else 'not '}loaded, on rank {rank} the other way")
     if a["limits"] != b["limits"]:
         found.append("its limit tables differ (another version of moe_lowering)")
-    for graph, (x, y) in enumerate(itertools.zip_longest(a["decisions"], b["decisions"])):
-        if x != y:
-            found.append(f"graph {graph}: it decided {y}, rank {rank} {x}")
+    compare = _graphs if a["deployment"]["equal_tokens"] and b["deployment"]["equal_tokens"] else _blocks
+    pairs = compare(a["decisions"], b["decisions"])
+    return found + [
+        f"{what}: it decided {theirs}, rank {rank} {ours}" for what, ours, theirs in pairs if ours != theirs
+    ]
+
+
+def _graphs(a: _Decisions, b: _Decisions) -> Iterator[tuple[str, Any, Any]]:
+    """Graph by graph, in order; one rank may be some graphs ahead."""
+    for number, (x, y) in enumerate(zip(a, b, strict=False)):
+        yield f"graph {number}", x, y
+
+
+def _blocks(a: _Decisions, b: _Decisions) -> Iterator[tuple[str, Any, Any]]:
+    """The implementations of each block that both lowered: ranks with another T each compile graphs of their own. A graph
+    that left a block alone refuses to run (``passes.judging.refusal``): no other rank has to know."""
+    ours, theirs = _chosen(a), _chosen(b)
+    for name in sorted(ours.keys() & theirs.keys()):
+        yield name, sorted(ours[name]), sorted(theirs[name])
+
+
+def _chosen(graphs: _Decisions) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = collections.defaultdict(set)
+    for name, comm, _ in itertools.chain.from_iterable(graphs):
+        if comm is not None:
+            found[name].add(comm)
     return found

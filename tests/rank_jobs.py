@@ -169,15 +169,16 @@ def agree_with_wrong_size(rank):
     return ""
 
 
-def agree_on_decisions(rank, different):
+def agree_on_decisions(rank, graphs_of, declared=None):
+    """``graphs_of``: the implementation of the one block in each graph of a rank; by default one graph, AllGather."""
     from moe_lowering.agreement import AgreementError, check_agreement
     from moe_lowering.report.records import BlockReport, LoweringReport
 
-    where = Deployment(ep_size=4, ep_rank=rank, ep_group="ep")
+    where = Deployment(ep_size=4, ep_rank=rank, ep_group="ep", **(declared or {}))
     lowering = MoeLowering(where)
-    comm = "mc2" if rank == different else "allgather"
-    block = BlockReport("combine", comm, "", (), (), {})
-    lowering.reports.append(LoweringReport((block,), (), 0, 0, 0.0))
+    for comm in graphs_of.get(rank, ["allgather"]):
+        block = BlockReport("combine", comm, "", (), (), {})
+        lowering.reports.append(LoweringReport((block,), (), 0, 0, 0.0))
     try:
         check_agreement(where, lowering, timeout=20.0)
     except AgreementError as error:
@@ -185,12 +186,14 @@ def agree_on_decisions(rank, different):
     return ""
 
 
-def agree_on_settings(rank, comm_of):
+def agree_on_settings(rank, comm_of, cost_of):
     from moe_lowering.agreement import AgreementError, check_agreement
 
     where = Deployment(ep_size=4, ep_rank=rank, ep_group="ep")
+    prefers = cost_of.get(rank, "mc2")
     try:
-        check_agreement(where, MoeLowering(where, comm_of.get(rank, "allgather")), timeout=20.0)
+        lowering = MoeLowering(where, comm_of.get(rank, "allgather"), cost=lambda name, load: float(name != prefers))
+        check_agreement(where, lowering, timeout=20.0)
     except AgreementError as error:
         return str(error)
     return ""

@@ -37,15 +37,27 @@ def test_groups_of_different_names_agree_and_the_passes_settings_are_compared(fo
     """TP pairs, and several EP groups in one world, have names of their own; ``comm`` must be the same."""
     names = {rank: {"tp_group": f"tp{rank // 2}", "tp_size": 2, "tp_rank": rank % 2} for rank in range(4)}
     assert four.run(rank_jobs.agree, {}, names, 20.0) == [""] * 4
-    messages = four.run(rank_jobs.agree_on_settings, {1: "mc2"})
+    messages = four.run(rank_jobs.agree_on_settings, {1: "mc2"}, {})
     assert all("rank 1: MoeLowering's comm is 'mc2', on rank 0 'allgather'" in message for message in messages)
-    assert four.run(rank_jobs.agree_on_settings, {}) == [""] * 4
+    assert four.run(rank_jobs.agree_on_settings, {}, {}) == [""] * 4
+    messages = four.run(rank_jobs.agree_on_settings, {}, {3: "alltoall"})  # one function, that holds something else
+    assert all("rank 3: MoeLowering's cost is 'rank_jobs.agree_on_settings" in message for message in messages)
 
 
 def test_decisions_are_compared(four):
-    messages = four.run(rank_jobs.agree_on_decisions, 1)
+    messages = four.run(rank_jobs.agree_on_decisions, {1: ["mc2"]})
     assert all("rank 1: graph 0: it decided [['combine', 'mc2', '']]" in message for message in messages)
-    assert four.run(rank_jobs.agree_on_decisions, None) == [""] * 4
+    assert four.run(rank_jobs.agree_on_decisions, {}) == [""] * 4
+    ahead = {1: ["allgather", "mc2"]}  # a graph more, so far
+    assert four.run(rank_jobs.agree_on_decisions, ahead) == [""] * 4
+
+
+def test_with_unequal_tokens_ranks_compile_other_graphs_and_lower_blocks_alike(four):
+    unequal = {"equal_tokens": False, "max_tokens": 64}
+    others = {1: ["allgather"] * 3, 2: ["allgather", None], 3: [None]}  # None: refused on that rank, and does not run
+    assert four.run(rank_jobs.agree_on_decisions, others, unequal) == [""] * 4
+    messages = four.run(rank_jobs.agree_on_decisions, {2: [None, "mc2"]}, unequal)
+    assert all("rank 2: combine: it decided ['mc2'], rank 0 ['allgather']" in message for message in messages)
 
 
 @pytest.fixture
@@ -78,6 +90,7 @@ def test_where_there_is_nobody_to_ask():
 
     alone = Deployment()
     assert agreement_before_first(alone, MoeLowering(alone), "auto") is None
+    assert agreement_before_first(alone, MoeLowering(alone), 5.0) is None
     with testing.fake_deployment(ep_size=4) as deployment:
         agreement_before_first(deployment, MoeLowering(deployment), "auto")()
         assert agreement_before_first(deployment, MoeLowering(deployment), None) is None

@@ -8,8 +8,9 @@ from graph_build import build
 from graph_cases import BlockCase, GraphCase
 
 from moe_lowering import Deployment, MoeLowering
+from moe_lowering.passes import pipeline
 from moe_lowering.passes.token_ranges import known_range
-from moe_lowering.passes.verifying import repropagate
+from moe_lowering.passes.verifying import VerificationError, repropagate
 from moe_lowering.report.records import BlockReport
 
 DEPLOYMENT = Deployment(
@@ -96,6 +97,49 @@ def test_a_graph_serves_one_side_of_a_share_of_one(comm, change, tokens, low, hi
     size = next(v.shape[0] for v in values if isinstance(v, torch.Tensor) and isinstance(v.shape[0], torch.SymInt))
     asked = known_range(size)
     assert (asked.high == 4) if high else (asked.low == 5), "dynamo is asked for the same"
+
+
+@pytest.mark.parametrize(("tokens", "dynamic"), [(2, True), (3, True), (4, True), (5, True), (3, False)])
+def test_every_token_count_is_lowered_alike_where_a_share_became_one(tokens, dynamic) -> None:
+    """torch writes 1 for ceil(T / 4) once it has guarded so, and metadata that is older the expression: both are the share."""
+    where = Deployment(
+        ep_size=4, ep_group="ep", tp_size=4, tp_group="tp", equal_tokens=False, max_tokens=64, min_tokens=1
+    )
+    block = BlockCase(16, 4, 32, mask=True)
+    sizes = {"sizes": "dynamic", "symbolic": (True,)} if dynamic else {}
+    case = CASE.replace(deployment=where, blocks=(block,), lead=(tokens,), **sizes)
+    for comm in ("allgather", "alltoall"):
+        report = lowered(case, comm)
+        assert report.comm == comm, report.reason
+
+
+def test_a_rank_whose_rewrite_was_undone_does_not_run_beside_the_others(monkeypatch) -> None:
+    """With another T on each rank the others may have lowered the block. With equal T all of them left it."""
+
+    def planted(*_: object) -> None:
+        raise VerificationError("planted")
+
+    monkeypatch.setattr(pipeline, "same_value", planted)
+    op = torch.ops.moe_lowering.assert_tokens.default
+    for equal in (True, False):
+        where = DEPLOYMENT.replace(equal_tokens=equal, max_tokens=64)
+        built = build(CASE.replace(deployment=where, lead=(7,)))
+        lowering = MoeLowering(where, "allgather")
+        lowering(built.gm)
+        block = lowering.reports[-1].blocks[0]
+        assert block.comm is None and "rewrite undone: VerificationError: planted" in block.reason
+        stops = built.gm.graph.find_nodes(op="call_function", target=op)
+        assert [stop.args[1:] for stop in stops] == ([] if equal else [(0, -1)])
+        assert ("the graph refuses to run" in block.reason) != equal
+
+
+def test_a_block_without_names_for_its_sizes_is_lowered_all_the_same(monkeypatch) -> None:
+    def planted(*_: object) -> None:
+        raise KeyError("planted")
+
+    monkeypatch.setattr(pipeline, "in_users_words", planted)
+    report = lowered(CASE.replace(lead=(7,), sizes="dynamic", symbolic=(True,)), "allgather")
+    assert report.comm == "allgather" and "npu.npu_grouped_matmul" in report.ops_after
 
 
 def test_a_strict_range_of_one_rank_is_no_part_of_what_all_decide() -> None:

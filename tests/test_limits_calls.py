@@ -273,6 +273,7 @@ WIDE = {"w13_scale": [torch.empty(4, 1024).long()]}
         (MEGA, "w8a8", {"max_tokens": 4096}, {"buffer_bytes": 2**27}, "mega_moe.buffer"),
         (MEGA, "w8a8", {}, {"equal_tokens": False}, "mega_moe.equal_tokens"),
         (MEGA, "w8a8", {"activation_clamp": 1.0}, {}, "mega_moe.activation"),
+        (MEGA, "w8a8", {"max_rows": 127}, {"received": 128}, "mega_moe.max_output_size"),
         (MEGA, "w4a8", {"w13_scale_bias": None}, {}, "mega_moe.compensation"),
         (MEGA, "w8a8", {"ep_size": 3, "num_experts": 12}, {}, "mega_moe.ep_size"),
     ],

@@ -56,6 +56,8 @@ class Planted(nn.Module):
             y = y * (y > 0).sum().item()  # planted item
         if self.what == "cpu":
             y = y + y.cpu().to(y.device)  # planted cpu
+        if self.what == "buffer":
+            y = y + torch.empty(y.shape).copy_(y, non_blocking=True).sum().to(y.device)  # planted buffer
         if self.what == "nonzero":
             y = y + y.nonzero().sum()  # planted nonzero
         if self.what == "mask":
@@ -75,6 +77,7 @@ class Planted(nn.Module):
 FOUND = {
     "item": ("capture.host_sync", "aten::_local_scalar_dense"),
     "cpu": ("capture.host_copy", "aten::_to_copy"),
+    "buffer": ("capture.host_copy", "aten::copy"),
     "nonzero": ("capture.data_dependent_size", "aten::nonzero"),
     "mask": ("capture.data_dependent_size", "aten::index"),
     "unique": ("capture.data_dependent_size", "aten::_unique2"),

@@ -24,6 +24,7 @@ Hook = Callable[[Any, Any, Any], None]
 _TEMPLATE = """
 def moe_lowering_hook(gm, example_inputs, config):
     run({digest!r}, gm, example_inputs, config)
+moe_lowering_hook.cache_key = {key!r}
 """
 
 
@@ -80,6 +81,8 @@ def flat_hook(
             after(gm, example_inputs, config)
 
     names: dict[str, Any] = {"run": run}
-    exec(_TEMPLATE.format(digest=cache_digest(lowering, own)), names)
+    digest = cache_digest(lowering, own)
+    key = f"{digest}, then {identity(after)}"  # of a hook that is the pre-pass of another
+    exec(_TEMPLATE.format(digest=digest, key=key), names)
     hook: Hook = names["moe_lowering_hook"]
     return hook

@@ -79,7 +79,7 @@ def _look(target: Any) -> _Look | None:
 
 def _to_host(node: Node) -> bool:
     """Of a copy: from a device to the CPU. Other values than the first argument's do not count."""
-    source = node.args[-1] if node.target in _COPIES_SECOND else node.args[0]
+    source = node.args[1] if node.target in _COPIES_SECOND else node.args[0]
     before, after = (n.meta.get("val") if isinstance(n, Node) else None for n in (source, node))
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from moe_lowering.deployment import Deployment
@@ -95,7 +96,10 @@ class Policy:
 
     def _cost(self, implementation: str, load: Load) -> float:
         try:
-            return float(self.cost(implementation, load))
+            cost = float(self.cost(implementation, load))
+            if math.isnan(cost):  # compares with nothing, so that the order of names would choose
+                raise ValueError("it gave nan")
+            return cost
         except Exception as error:
             raise PolicyError(
                 f"cost is {self.cost!r}, which failed for {implementation} under {load}: {type(error).__name__}: {error}; "

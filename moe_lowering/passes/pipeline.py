@@ -186,6 +186,9 @@ class _Run:
             done = self._guarded(lambda emit: self._rewrite(block, chosen, decision, emit), (chosen, block.spec))
             if isinstance(done, str):
                 comm, reason = None, done
+                if self.deployment.ep_size > 1 and not self.deployment.equal_tokens:
+                    reason += "; ranks with another T may have lowered it: the graph refuses to run"
+                    self._refuse_to_run(block, Refusal(0, -1, reason))
             else:
                 after = tuple(_op_name(n) for n in sorted(done) if n.target is not operator.getitem)
                 self._enforced.add((size_key(block.spec.tokens), decision.enforced))
@@ -200,7 +203,7 @@ class _Run:
             return report
         said = self._said.get((block.spec, reason))
         if said is None:
-            said = self._said[block.spec, reason] = in_users_words(report, dimension_names(block.spec.tokens))
+            said = self._said[block.spec, reason] = _in_users_words(report, block.spec.tokens)
         return dataclasses.replace(said, name=block.name, ops_before=before, ops_after=after)
 
     def _guarded(self, rewrite: Callable[[Emitter], None], key: tuple[Any, ...]) -> list[Node] | str:
@@ -328,6 +331,15 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _in_users_words(report: BlockReport, tokens: Any) -> BlockReport:
+    """Names are for people: without them the block is lowered all the same."""
+    try:
+        return in_users_words(report, dimension_names(tokens))
+    except Exception:  # as in _guarded
+        log.warning("moe_lowering: no names could be given to the sizes of %s", report.name, exc_info=True)
+        return report
 
 
 def _fake_mode(graph: Graph) -> FakeTensorMode | None:

@@ -42,9 +42,12 @@ def same_value(old: Node, new: Node) -> None:
 
 def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal sizes for all values of the symbols. Comparing SymInts costs 30 us; most are the same expression."""
-    return a.dim() == b.dim() and all(
-        size_key(m) == size_key(n) or statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True)
-    )
+    return a.dim() == b.dim() and all(_same_size(m, n) for m, n in zip(a.shape, b.shape, strict=True))
+
+
+def _same_size(a: Any, b: Any) -> bool:
+    """Also where torch has guarded that an expression is one number, and some values have it and some the expression."""
+    return size_key(a) == size_key(b) or statically_known_true(a == b)
 
 
 def defined_before_readers(readers: Iterable[Node], old: Node, new: Node) -> None:
@@ -84,7 +87,7 @@ def call_violations(
             each = found["top_k"] if key == "indices_length" else 1
             if key.endswith("scale_rows") and "tokens" not in found:
                 continue  # of rows, whose number may happen to be T
-            if key.endswith(("tokens", "indices_length", "scale_rows")) and size_key(value) == size_key(own * each):
+            if key.endswith(("tokens", "indices_length", "scale_rows")) and _same_size(value, own * each):
                 found[key] = seen * each
     extra = {
         "buffer_bytes": deployment.hccl_buffer_bytes,

@@ -33,7 +33,7 @@ OPERATORS = frozenset(_READERS)
 # What rows of called operators may read and no call shows.
 CONTEXT = frozenset({
     "buffer_bytes", "weight_format", "top_k", "received", "equal_tokens", "mask_is_prefix", "has_vllm_ascend", "mode",
-    "has_cann_ops_transformer",
+    "has_cann_ops_transformer", "counts_are_read",
 })  # fmt: skip
 
 

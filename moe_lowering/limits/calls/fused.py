@@ -101,6 +101,7 @@ def mega_moe(a: Arguments) -> dict[str, Any]:
         **_wide(a, given),
         "max_tokens": a["max_tokens"],
         "received": a["max_rows"] or rows,
+        "max_output_size": a["max_rows"] or rows,
         "experts": a["num_experts"],
         "mask_dtype": None if a["mask"] is None else "int8",
         "dispatch_quant_mode": 0 if a["quantisation"] == "none" else 2,
