@@ -2,6 +2,7 @@
 
 import pytest
 import rank_jobs
+import torch
 
 from moe_lowering.testing import Ranks
 
@@ -103,3 +104,27 @@ def test_without_a_process_group_it_says_what_to_give():
 
     with pytest.raises(RuntimeError, match="give store, ranks and rank"):
         check_agreement(Deployment())
+
+
+def test_ranks_that_did_not_agree_do_not_go_on_with_the_next_graph():
+    from moe_lowering import Deployment, MoeLowering
+    from moe_lowering.agreement import AgreementError
+    from moe_lowering.backends.cache_key import flat_hook
+
+    asked, answers = [], iter([True, True, False])
+
+    def before_first():
+        asked.append(1)
+        if next(answers):
+            raise AgreementError("ranks disagree")
+
+    lowering = MoeLowering(Deployment())
+    gm = torch.fx.symbolic_trace(torch.nn.Identity())
+    hook = flat_hook(lowering, before_first=before_first)
+    for _ in range(2):
+        with pytest.raises(AgreementError):
+            hook(gm, (), None)
+    assert lowering.reports == []
+    hook(gm, (), None)
+    hook(gm, (), None)
+    assert len(asked) == 3 and len(lowering.reports) == 2

@@ -32,7 +32,7 @@ def constant(a: Any) -> Any:
 
 def closures(a: Any) -> Any:
     gs = tuple(constant(each) for each in (1, 2, a, 4))
-    return lambda i, l: float(sum(g() for g in gs))
+    return lambda i, load: float(sum(g() for g in gs))
 
 
 def partials(a: Any) -> Any:
@@ -59,7 +59,7 @@ def class_attribute(a: Any) -> Any:
     class Cost:
         factor = a
 
-        def __call__(self, i: Any, l: Any) -> Any:
+        def __call__(self, i: Any, load: Any) -> Any:
             return self.factor
 
     return Cost()
@@ -71,7 +71,7 @@ def helper(a: Any) -> Any:
             return a
 
     class Cost(Base):
-        def __call__(self, i: Any, l: Any) -> Any:
+        def __call__(self, i: Any, load: Any) -> Any:
             return self.help()
 
     return Cost()
@@ -105,7 +105,7 @@ def static(a: Any) -> Any:
 def container(base: type) -> Any:
     def make(a: Any) -> Any:
         class Cost(base):
-            def __call__(self, i: Any, l: Any) -> Any:
+            def __call__(self, i: Any, load: Any) -> Any:
                 return self
 
         return Cost([(1, a)])
@@ -162,7 +162,7 @@ def member(a: Any) -> Any:
 
 
 def function_attribute(a: Any) -> Any:
-    def cost(i: Any, l: Any) -> Any:
+    def cost(i: Any, load: Any) -> Any:
         return cost.a
 
     cost.a = a
@@ -238,7 +238,7 @@ class Table:
         return 1
 
 
-def looked_up(i: Any, l: Any) -> Any:
+def looked_up(i: Any, load: Any) -> Any:
     return Table().at()
 
 

@@ -73,7 +73,8 @@ def flat_hook(
 
     def run(digest: str, gm: Any, example_inputs: Any, config: Any) -> None:
         while waiting:
-            waiting.pop()()
+            waiting[0]()
+            waiting.pop()  # not after an error: the next graph is refused as this one
         if own is not None:
             own(gm, example_inputs, config)
         lowering(gm, example_inputs, config)
@@ -82,7 +83,7 @@ def flat_hook(
 
     names: dict[str, Any] = {"run": run}
     digest = cache_digest(lowering, own)
-    key = f"{digest}, then {identity(after)}"  # of a hook that is the pre-pass of another
+    key = f"{digest}, then {getattr(after, '__qualname__', None)}"  # of a hook that is the pre-pass of another
     exec(_TEMPLATE.format(digest=digest, key=key), names)
     hook: Hook = names["moe_lowering_hook"]
     return hook

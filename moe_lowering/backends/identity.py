@@ -27,6 +27,7 @@ import functools
 import importlib.util
 import inspect
 import logging
+import reprlib
 import sys
 import sysconfig
 import types
@@ -50,14 +51,15 @@ _DESCRIPTORS = (
     types.ClassMethodDescriptorType,
 )
 _BASES = (tuple, list, dict, set, frozenset, str, bytes, int, float, complex)
+_OWN = (object, *_BASES)
 _PACKAGES = ("builtins", "torch", "torch_npu", "numpy", "moe_lowering")
 _LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
 # of a class: what says nothing about what it computes, or is written otherwise
-_UNREAD = frozenset(
-    ("__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__orig_bases__", "__parameters__", "_abc_impl")
-    + ("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__dataclass_fields__")
-    + ("__dataclass_params__", "__firstlineno__", "__static_attributes__")
-)
+_UNREAD = frozenset({
+    "__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__orig_bases__", "__parameters__",
+    "__firstlineno__", "__static_attributes__", "__annotations__", "__annotate__", "__annotate_func__",
+    "__annotations_cache__", "__dataclass_fields__", "__dataclass_params__",
+})  # fmt: skip
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made at run time, not a static type of C
 
 
@@ -71,9 +73,9 @@ def identity(value: Any) -> str:
         return _Writer({}).text(value)
     except _Unknown as unknown:
         what = unknown.args[0]
-    except RecursionError:
+    except Exception:  # too deep, or an object that does not answer as others do
         what = value
-    log.warning("moe_lowering: %r cannot be part of a cache key: its graphs are never found again", what)
+    log.warning("moe_lowering: %s cannot be part of a cache key: its graphs are never found again", reprlib.repr(what))
     return f"unique({uuid.uuid4()})"
 
 
@@ -160,7 +162,9 @@ class _Writer:
     def _class(self, kind: type) -> str:
         if not kind.__flags__ & _HEAP_TYPE or (_by_name(kind.__module__) and _found(kind)):
             return f"named({_name(kind)})"
-        held = self._pairs((k, v) for k, v in vars(kind).items() if k not in _UNREAD and not _of_enum(kind, k))
+        held = self._pairs(
+            (k, v) for k, v in vars(kind).items() if k not in _UNREAD and k != "_abc_impl" and not _of_enum(kind, k)
+        )
         if issubclass(kind, enum.Enum):
             held += self._pairs((name, each.value) for name, each in kind.__members__.items())
         return f"class({_name(kind)},{self._all(type(kind), *kind.__bases__)},{held})"
@@ -177,6 +181,8 @@ class _Writer:
             return f"named({value})"
         if isinstance(value, _DESCRIPTORS):
             return f"named({_name(value.__objclass__)},{value.__name__})"
+        if type(value).__qualname__ == "_tuplegetter":  # a field of a named tuple, by its place
+            return f"field({value.__reduce__()[1][0]})"
         if isinstance(value, logging.Logger):
             return f"logger({value.name!r})"
         if type(value).__module__ == "typing" or isinstance(value, (types.GenericAlias, types.UnionType)):
@@ -263,7 +269,9 @@ def _of_enum(kind: type, name: str) -> bool:
 
 def _plainly_reduced(kind: type) -> bool:
     """Whether an instance is what its attributes say, as far as its class says."""
-    return not any("__reduce_ex__" in vars(each) or "__reduce__" in vars(each) for each in kind.__mro__[:-1])
+    return not any(
+        "__reduce_ex__" in vars(each) or "__reduce__" in vars(each) for each in kind.__mro__ if each not in _OWN
+    )
 
 
 def _slots(kind: type) -> list[types.MemberDescriptorType]:
