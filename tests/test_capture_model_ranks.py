@@ -24,17 +24,23 @@ REPLAYS = {("qwen3_moe", 2): 200, ("qwen3_moe", 4): 12, ("deepseek_v3", 2): 24, 
 LONG = {("deepseek_v3", 4, comm) for comm in ("allgather", "mc2", "fused_mc2")}
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["ep2", "ep4"])
+@pytest.fixture(scope="module")
 def ranks(request):
     with Ranks(request.param, setup=simulator.enable_device, collective_timeout=120) as pool:
         yield pool
 
 
-@pytest.mark.parametrize("name", capture_models.CONFIGS)
-@pytest.mark.parametrize("comm", FORMS)
+CASES = [
+    pytest.param(ep, comm, name, id=f"ep{ep}-{comm}-{name}")
+    for ep in (2, 4)
+    for comm in FORMS
+    for name in capture_models.CONFIGS
+    if ALL or (name, ep, comm) not in LONG
+]
+
+
+@pytest.mark.parametrize(("ranks", "comm", "name"), CASES, indirect=["ranks"])
 def test_replays_are_equal_to_eager_and_each_bucket_is_captured_once(ranks, comm, name):
-    if not ALL and (name, ranks.size, comm) in LONG:
-        pytest.skip("set MOE_LOWERING_REPLAYS to run it")
     replays, layers = ALL or REPLAYS[name, ranks.size], capture_models.CONFIGS[name][2]
     found = ranks.run(capture_model_ranks.run_model, name, comm, replays, 13, timeout=600)
     for seen in found:

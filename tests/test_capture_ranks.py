@@ -69,9 +69,8 @@ def test_routings_are_skewed_and_leave_experts_and_ranks_without_rows(ranks):
         assert any(len({expert // local for expert in each}) < ranks.size for each in used)
 
 
+@pytest.mark.parametrize("ranks", [2], ids=["ep2"], indirect=True)
 def test_the_exact_form_in_a_model_is_refused_with_its_line(ranks):
-    if ranks.size != 2:
-        pytest.skip("one pool is enough")
     lines = Path(capture_ranks.__file__).read_text().splitlines()
     for direct, operator, file, line, message in ranks.run(capture_ranks.exact_in_a_graph):
         assert direct  # without a graph it runs

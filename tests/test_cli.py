@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_commands import command, fresh_dynamo  # noqa: F401
 
 from moe_lowering import cli
 from moe_lowering.cli import arguments, compare, models, outcome, run
@@ -25,20 +26,6 @@ KEYS = {
 BLOCK_KEYS = {"name", "comm", "reason", "ops_before", "ops_after", "verdicts", "notes", "enforced", "sizes"}
 VIOLATION_KEYS = {"code", "operator", "value", "limit", "source", "message", "advice"}
 FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "glm4_moe")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    integration.register()
-
-
-def command(capfd: pytest.CaptureFixture[str], *given: str) -> tuple[int, dict, str]:
-    """(exit code, the JSON object, stderr) of a ``lower`` command run in this process."""
-    capfd.readouterr()
-    code = cli.main(["lower", *given, "--json"])
-    printed = capfd.readouterr()
-    return code, json.loads(printed.out), printed.err
 
 
 # Arguments

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
+from cli_commands import command, fresh_dynamo  # noqa: F401
 
 from moe_lowering import cli
 from moe_lowering.cli import arguments, compare, models, run
 from moe_lowering.cli.arguments import Request
-from moe_lowering.integrations import transformers as integration
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    integration.register()
-
-
-def command(capfd: pytest.CaptureFixture[str], *given: str) -> tuple[int, dict, str]:
-    """(exit code, the JSON object, stderr) of a ``lower`` command run in this process."""
-    capfd.readouterr()
-    code = cli.main(["lower", *given, "--json"])
-    printed = capfd.readouterr()
-    return code, json.loads(printed.out), printed.err
 
 
 def test_an_illegal_implementation_is_refused_with_its_codes_before_anything_is_built(
