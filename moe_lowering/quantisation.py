@@ -137,9 +137,8 @@ def quantise_experts(model: nn.Module, format: str, *, group_size: int | None = 
         ValueError, TypeError: no MoE module; one that has biases, is quantised already, or was sharded by transformers;
             sizes or dtypes that the format cannot have. The model is as it was then.
     """
-    for module in _quantisable(
-        model, format, group_size
-    ):  # first all checks, so that an error leaves the model as it was
+    found = _quantisable(model, format, group_size)  # first all checks, so that an error leaves the model as it was
+    for module in found:
         _quantise(module, format, group_size)
     return model
 
