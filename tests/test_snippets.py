@@ -1,0 +1,73 @@
+"""Every Python snippet of README and docs runs as it stands, in a process of its own that has not imported torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_lowering._bootstrap import AUTOLOAD, cann_is_installed
+
+TOP = Path(__file__).parent.parent
+PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
+SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
+# What stands before a snippet that speaks of the reader's own model and machine, by a line of the snippet.
+CONTEXT = {
+    "moe_lowering.shard_experts(model, deployment)": """
+import moe_lowering.simulator
+moe_lowering.simulator.enable("A3")
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=16)
+rank, ep_group, mc2_communicator = 3, dist.new_group(range(16)), "mc2"
+model = Qwen3MoeForCausalLM(Qwen3MoeConfig(
+    vocab_size=64, hidden_size=64, moe_intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=2, num_experts=16, num_experts_per_tok=2,
+))
+""",
+}
+# Runs a module of tests as a stranger's suite: no conftest of ours.
+RUN_TESTS = """
+import pathlib, sys, tempfile, pytest
+with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder, "test_theirs.py")
+    file.write_text({text!r})
+    code = pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", folder, str(file)])
+sys.exit(code)
+"""
+
+
+def snippets() -> list[tuple[str, str]]:
+    """(page and line, text) of each."""
+    return [
+        (f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 1}", match[1])
+        for page in PAGES
+        for match in SNIPPET.finditer(page.read_text())
+    ]
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    """In a new process, without what importing moe_lowering has set in this one's environment."""
+    environment = {name: value for name, value in os.environ.items() if name != AUTOLOAD}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(("where", "text"), snippets(), ids=[where for where, _ in snippets()])
+def test_snippet_runs_in_a_process_of_its_own(where, text):
+    context = "".join(before for line, before in CONTEXT.items() if line in text)
+    done = run(RUN_TESTS.format(text=text) if "def test_" in text else context + text)
+    assert done.returncode == 0, f"{where}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.skipif(cann_is_installed(), reason="with CANN torch may be imported first")
+def test_the_order_of_imports_matters_here():
+    done = run("import torch\nimport moe_lowering")
+    assert done.returncode != 0
+    assert "libhccl.so" in done.stderr
