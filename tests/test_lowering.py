@@ -209,7 +209,7 @@ def test_a_user_pre_pass_runs_first_and_both_run():
 
 
 def test_wrong_options_are_named():
-    with pytest.raises(TypeError, match="post_grad_custom_pre_pass is 3; accepted: a callable"):
+    with pytest.raises(ValueError, match="post_grad_custom_pre_pass is 3; accepted: a callable"):
         npugraph_ex_options(Deployment(), post_grad_custom_pre_pass=3)
     with pytest.raises(ValueError, match="give either lowering, or comm, strict, policy and overlap"):
         npugraph_ex_options(Deployment(), lowering=MoeLowering(Deployment()), comm="mc2")

@@ -1,5 +1,6 @@
 """moe_lowering.serving against generation of one request at a time, without cache, graph, padding and our operators."""
 
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -7,9 +8,9 @@ import functools
 import gc
 import itertools
 import random
-import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,65 @@ def test_an_error_inside_a_step_loses_no_request():
     assert server.statistics.requests == 6
 
 
+@pytest.mark.parametrize("when", ["waiting", "running"])
+def test_a_cancelled_request_leaves_the_others_as_they_are(when):
+    """Of four requests on two rows the one in the first row, or one that waits, is cancelled."""
+    server = small(make())
+    server.warm_up()
+    wanted = requests(4, seed=3, new=1)
+    wanted = [Request(request.prompt, 4) for request in wanted]
+    expected = [result.tokens for result in server.generate(wanted)]
+    numbers = [server.submit(request) for request in wanted]
+    assert server.step() == []
+    gone = {"waiting": 3, "running": 0}[when]
+    cancelled = server.cancel(numbers[gone])
+    assert (cancelled.number, cancelled.finish) == (numbers[gone], "cancelled")
+    assert cancelled.tokens == {"waiting": [], "running": expected[0][:2]}[when]
+    found = {}
+    for _ in range(12):
+        found.update({result.number: result.tokens for result in server.step()})
+    assert found == {number: expected[i] for i, number in enumerate(numbers) if i != gone}
+    assert (server.statistics.requests, server.statistics.cancelled) == (7, 1)
+    for number in (numbers[gone], numbers[1], 99, None):  # cancelled, finished, never there
+        with pytest.raises(ValueError, match=rf"cancel: number is {number}; accepted: .* one of \[\]"):
+            server.cancel(number)
+
+
+def test_two_threads_are_told_so():
+    """While one thread is in a step, every call but submit is refused and changes nothing; what was submitted is kept."""
+    server = small(make())
+    server.warm_up()
+    request = Request([1, 2, 3], 2)
+    (expected,) = server.generate([request])
+    entered, leave = threading.Event(), threading.Event()
+    prefill = server._eager_prefill
+
+    def slow(*given):
+        entered.set()
+        assert leave.wait(60)
+        return prefill(*given)
+
+    server._eager_prefill = slow
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        other = pool.submit(server.generate, [request])
+        assert entered.wait(60)
+        calls = {
+            "step": server.step,
+            "generate": lambda: server.generate([request]),
+            "warm_up": server.warm_up,
+            "cancel": lambda: server.cancel(1),
+        }
+        for name, call in calls.items():
+            with pytest.raises(RuntimeError, match=f"Server: {name} while another call is in generate; accepted: one"):
+                call()
+        late = server.submit(request)
+        leave.set()
+        assert other.result(60)[0].tokens == expected.tokens
+    found = [result for _ in range(3) for result in server.step()]
+    assert [(result.number, result.tokens) for result in found] == [(late, expected.tokens)]
+    assert server.statistics.requests == 3
+
+
 def test_a_step_that_captures_again_raises():
     model = make(where="npu")
     server = Server(model, buckets=(1,), max_length=16, prefill_lengths=())
@@ -391,18 +451,6 @@ def test_token_mask_without_a_server():
         torch.testing.assert_close(found[mask], whole[mask])
         assert found[~mask].count_nonzero() == 0 < whole[~mask].count_nonzero()
         assert torch.equal(experts(x, ids, weights), whole)
-
-
-def test_the_example_of_the_documentation(tmp_path):
-    """In a process of its own: it says itself what has to be imported first."""
-    text = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    checks = "print([len(result.tokens) for result in results], server.statistics.captures)"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{block}\n{checks}"], capture_output=True, text=True, cwd=tmp_path, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "[20, 5, 12] 2"
 
 
 @pytest.mark.parametrize("name", ["simulator", "testing", "serving"])

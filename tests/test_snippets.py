@@ -32,6 +32,13 @@ model = Qwen3MoeForCausalLM(Qwen3MoeConfig(
 ))
 """,
 }
+# What must hold after it.
+CLAIMS = {
+    "server.generate(": """
+assert [len(result.tokens) for result in results] == [20, 5, 12]
+assert server.statistics.captures == 2
+""",
+}
 # Runs a module of tests as a stranger's suite: no conftest of ours.
 RUN_TESTS = """
 import pathlib, sys, tempfile, pytest
@@ -61,8 +68,8 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(("where", "text"), snippets(), ids=[where for where, _ in snippets()])
 def test_snippet_runs_in_a_process_of_its_own(where, text):
-    context = "".join(before for line, before in CONTEXT.items() if line in text)
-    done = run(RUN_TESTS.format(text=text) if "def test_" in text else context + text)
+    before, after = ("".join(more for line, more in parts.items() if line in text) for parts in (CONTEXT, CLAIMS))
+    done = run(RUN_TESTS.format(text=text) if "def test_" in text else before + text + after)
     assert done.returncode == 0, f"{where}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 

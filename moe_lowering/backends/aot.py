@@ -10,11 +10,19 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from moe_lowering.argument_checks import require_callable
+
 Compiler = Callable[[GraphModule, Any], Any]
 
 
 def lowering_backend(*passes: Callable[..., None]) -> Compiler:
-    """A backend that runs ``passes`` (each ``(gm, example_inputs, config)``) on the AOT graph and then the graph itself."""
+    """A backend that runs ``passes`` (each ``(gm, example_inputs, config)``) on the AOT graph and then the graph itself.
+
+    Raises:
+        ValueError: a pass that cannot be called.
+    """
+    for number, graph_pass in enumerate(passes):
+        require_callable("lowering_backend", f"passes[{number}]", graph_pass, "a callable (gm, example_inputs, config)")
 
     # importing dynamo takes seconds: only where something is compiled
     from functorch.compile import make_boxed_func

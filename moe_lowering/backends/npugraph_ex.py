@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_lowering.agreement import agreement_before_first
+from moe_lowering.argument_checks import require_callable, require_instance, require_seconds
 from moe_lowering.backends.cache_key import flat_hook
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.pipeline import MoeLowering
@@ -51,11 +52,12 @@ def npugraph_ex_options(
             ``cache_compile`` never loads a graph that was lowered for other ones.
 
     Raises:
-        TypeError: when ``post_grad_custom_pre_pass`` is not callable.
-        ValueError: when ``deployment.mode`` is "ge"; when ``deployment.capture`` is False without ``force_eager``; when
-            ``lowering`` is given together with ``comm``, ``strict``, ``policy`` or ``overlap``, or was made for another
-            deployment.
+        ValueError: an argument that is not accepted, or an option that npugraph_ex does not have; ``deployment.mode`` is
+            "ge"; ``deployment.capture`` is False without ``force_eager``; ``lowering`` is given together with ``comm``,
+            ``strict``, ``policy`` or ``overlap``, or was made for another deployment.
     """
+    where = "npugraph_ex_options"
+    check_common(where, deployment, lowering, agreement_timeout)
     if lowering is None:
         lowering = MoeLowering(deployment, comm, strict, policy, overlap=overlap)
     elif (comm, strict, policy, overlap) != ("auto", False, "auto", False) or lowering.deployment != deployment:
@@ -74,12 +76,18 @@ def npugraph_ex_options(
             "torchair_config)"
         )
     own = options.pop(PRE_PASS, None)
-    if own is not None and not callable(own):
-        raise TypeError(
-            f"npugraph_ex_options: {PRE_PASS} is {own!r}; accepted: a callable (gm, example_inputs, config)"
-        )
+    if own is not None:
+        require_callable(where, PRE_PASS, own, "a callable (gm, example_inputs, config)")
+    check_options(where, options)
     agree = agreement_before_first(deployment, lowering, agreement_timeout)
     return {"inplace_pass": False, **options, PRE_PASS: flat_hook(lowering, own, agree)}
+
+
+def check_common(where: str, deployment: Any, lowering: Any, agreement_timeout: Any) -> None:
+    """What the options of both backends have in common."""
+    require_instance(where, "deployment", deployment, Deployment, "a moe_lowering.Deployment")
+    require_instance(where, "lowering", lowering, (MoeLowering, type(None)), "a moe_lowering.MoeLowering, or None")
+    require_seconds(where, "agreement_timeout", agreement_timeout, "auto", None)
 
 
 def check_options(what: str, options: dict[str, Any]) -> None:

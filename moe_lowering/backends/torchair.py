@@ -16,8 +16,10 @@ import torch
 from torch.fx import GraphModule
 
 from moe_lowering.agreement import agreement_before_first
+from moe_lowering.argument_checks import require_instance
 from moe_lowering.backends import ge_converters, ge_rewrites
 from moe_lowering.backends.cache_key import flat_hook
+from moe_lowering.backends.npugraph_ex import check_common
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.report.records import LoweringReport
@@ -50,11 +52,16 @@ def torchair_config(
 
     Raises:
         ImportError: torchair is not there; it comes with torch_npu, and needs protobuf.
-        ValueError: ``deployment.capture`` is False; ``config.mode`` is another one than "max-autotune"; ``lowering`` is
-            given together with ``comm``, ``strict`` or ``policy``, or was made for another deployment.
+        ValueError: an argument that is not accepted; ``deployment.capture`` is False; ``config.mode`` is another one than
+            "max-autotune"; ``lowering`` is given together with ``comm``, ``strict`` or ``policy``, or was made for another
+            deployment.
     """
+    check_common("torchair_config", deployment, lowering, agreement_timeout)
     import torch_npu  # noqa: F401  # it brings torchair
     import torchair
+
+    kinds = (torchair.CompilerConfig, type(None))
+    require_instance("torchair_config", "config", config, kinds, "a torchair.CompilerConfig, or None")
 
     _after_npugraph_ex()
     ge_converters.register()

@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from moe_lowering.argument_checks import require_callable, require_choice
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.costs import Load, estimate
@@ -51,7 +52,7 @@ class Policy:
         cost: estimated microseconds of an implementation under a load.
 
     Raises:
-        ValueError: for an unknown ``comm`` or ``name``, and for names that do not go together.
+        ValueError: an unknown ``comm`` or ``name``, names that do not go together, a cost that cannot be called.
     """
 
     comm: str = "auto"
@@ -59,9 +60,9 @@ class Policy:
     cost: Cost = estimate
 
     def __post_init__(self) -> None:
-        for field, value, accepted in (("comm", self.comm, COMMS), ("policy", self.name, POLICIES)):
-            if value not in accepted:
-                raise ValueError(f"MoeLowering: {field} is {value!r}; accepted: {', '.join(accepted)}")
+        require_choice("MoeLowering", "comm", self.comm, COMMS)
+        require_choice("MoeLowering", "policy", self.name, POLICIES)
+        require_callable("MoeLowering", "cost", self.cost, "a function (implementation, load) that gives microseconds")
         fits = {"auto": True, "fixed": self.comm != "auto"}.get(self.name, self.comm == "auto")
         if not fits:
             accepted_comm = "auto" if self.comm != "auto" else ", ".join(IMPLEMENTATIONS)

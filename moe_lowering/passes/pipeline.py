@@ -23,6 +23,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
+from moe_lowering.argument_checks import require_flag, require_instance
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Violation
 from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, size_key
@@ -75,7 +76,7 @@ class MoeLowering:
         reports: one ``LoweringReport`` per graph seen, in order.
 
     Raises:
-        ValueError: for an unknown ``comm`` or ``policy``.
+        ValueError: an argument that is not accepted, with its value and what is.
     """
 
     def __init__(
@@ -87,6 +88,9 @@ class MoeLowering:
         cost: Cost = estimate,
         overlap: bool = False,
     ) -> None:
+        require_instance("MoeLowering", "deployment", deployment, Deployment, "a moe_lowering.Deployment")
+        require_flag("MoeLowering", "strict", strict)
+        require_flag("MoeLowering", "overlap", overlap)
         self.deployment = deployment
         self.overlap = overlap
         self.policy = Policy(comm, policy, cost)

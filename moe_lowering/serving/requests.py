@@ -75,7 +75,7 @@ class Result:
     Attributes:
         number: what ``Server.submit`` returned.
         tokens: the new tokens, without the prompt.
-        finish: ``stop`` (the last token is a stop token) or ``length``.
+        finish: ``stop`` (the last token is a stop token), ``length``, or ``cancelled`` (``Server.cancel``).
     """
 
     number: int

@@ -7,24 +7,27 @@ the token mask keeps from the experts (facts: vllm-ascend #8320: padding that is
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_lowering.argument_checks import require_instance
 from moe_lowering.backends.npugraph_ex import check_options, npugraph_ex_options
 from moe_lowering.deployment import Deployment
-from moe_lowering.integrations.transformers import NAME, capabilities
-from moe_lowering.layers import MoE
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.serving import cache
+from moe_lowering.serving.checks import check_buckets, check_lengths, check_model, deployment_for
 from moe_lowering.serving.process_settings import Settings
 from moe_lowering.serving.requests import Request, Result, Running, integer, integers
 from moe_lowering.serving.statistics import Statistics, captures_so_far, graphs_so_far
-from moe_lowering.serving.steps import ATTENTION, Decode, Prefill, decode_step, named, prefill_step
+from moe_lowering.serving.steps import Decode, Prefill, decode_step, named, prefill_step
 
 CAPTURE_LIMIT = 64  # npugraph_ex's default (torch_npu 2.13.0, configs/compiler_config.py)
 
@@ -73,14 +76,14 @@ class Server:
         self.max_length = max_length = integer("Server: max_length", max_length)
         check_options("Server", options)
         limit = integer("Server: capture_limit", options.get("capture_limit", CAPTURE_LIMIT))
-        _check_buckets(self.buckets, limit)
-        _check_model(model, max_length)
+        check_buckets(self.buckets, limit)
+        check_model(model, max_length)
         if prefill_lengths is None:
             prefill_lengths = sorted({-(-max_length // part) for part in (1, 2, 4)})
         self.prefill_lengths = integers("Server: prefill_lengths", prefill_lengths, "lengths")
         if self.prefill_lengths:
-            _check_lengths(self.prefill_lengths, max_length)
-        deployment = _checked(deployment, max(max_length, self.buckets[-1])).replace(mask_is_prefix=True)
+            check_lengths(self.prefill_lengths, max_length)
+        deployment = deployment_for(deployment, max(max_length, self.buckets[-1])).replace(mask_is_prefix=True)
         self.statistics = Statistics()
         self.lowering = MoeLowering(deployment, comm, strict=True)
         self.prefill_lowering = MoeLowering(deployment, strict=True)
@@ -104,8 +107,10 @@ class Server:
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[Running] = []
         self._finished: list[Result] = []  # of a step that an error ended: the next one returns them
-        self._numbers = 0
+        self._numbers = itertools.count()
         self._warm = False
+        self._lock = threading.Lock()
+        self._busy_with = ""
         self._settings = Settings()
 
     def warm_up(self, progress: Callable[[str], object] | None = None) -> None:
@@ -114,10 +119,9 @@ class Server:
         Args:
             progress: called with a line of text after each graph, e.g. ``print``.
         """
-        if self._warm:
-            return
-        with self._settings:
-            self._warm_up(progress)
+        with self._alone("warm_up"):
+            if not self._warm:
+                self._warm_up(progress)
 
     def _warm_up(self, progress: Callable[[str], object] | None) -> None:
         total = len(self.buckets) + len(self.prefill_lengths)
@@ -144,15 +148,46 @@ class Server:
         self._warm = True
 
     def submit(self, request: Request) -> int:
-        """Queue a request; its number.
+        """Queue a request; its number. Any thread may, also while another one is in ``step``.
 
         Raises:
             ValueError: a request that the server cannot hold.
         """
-        request.check(self.max_length, self.model.config.get_text_config(decoder=True).vocab_size)
-        self._waiting.append((self._numbers, request))
-        self._numbers += 1
-        return self._numbers - 1
+        self._check_request(request)
+        number = next(self._numbers)
+        self._waiting.append((number, request))
+        return number
+
+    def cancel(self, number: int) -> Result:
+        """End a request that is waiting or running; what it has so far. ``step`` returns nothing more for it.
+
+        The row of a running request is free at once; the tokens of the others do not change. Between steps, from the
+        thread that steps.
+
+        Args:
+            number: what ``submit`` returned.
+
+        Raises:
+            ValueError: no such request is waiting or running: it has finished, was cancelled, or never was.
+            RuntimeError: another thread is in ``step``, ``generate`` or ``warm_up``.
+        """
+        with self._alone("cancel"):
+            for position, (waiting, _) in enumerate(self._waiting):
+                if waiting == number:
+                    del self._waiting[position]
+                    return self._cancelled(number, [])
+            for index, row in enumerate(self._rows):
+                if row.number == number:
+                    self._leave(index)
+                    return self._cancelled(number, row.tokens)
+        alive = sorted([waiting for waiting, _ in self._waiting] + [row.number for row in self._rows])
+        raise ValueError(
+            f"Server: cancel: number is {number!r}; accepted: a request that waits or runs, one of {alive}"
+        )
+
+    def _cancelled(self, number: int, tokens: list[int]) -> Result:
+        self.statistics.cancelled += 1
+        return Result(number, tokens, "cancelled")
 
     def step(self) -> list[Result]:
         """Prefill waiting requests while rows are free, then one decode step for all rows; what has finished.
@@ -160,15 +195,15 @@ class Server:
         An error of the model's own leaves every request where it was, and what has finished for the next step.
 
         Raises:
-            RuntimeError: ``warm_up`` has not been called.
+            RuntimeError: ``warm_up`` has not been called; another thread is in ``step``, ``generate`` or ``warm_up``.
             RecompileError: a graph does not fit any more; the server is of no use from there on.
         """
-        if not self._warm:
-            raise RuntimeError("Server: step before warm_up; accepted: warm_up() first")
-        with self._settings:
+        with self._alone("step"):
             return self._step()
 
     def _step(self) -> list[Result]:
+        if not self._warm:
+            raise RuntimeError("Server: step before warm_up; accepted: warm_up() first")
         while self._waiting and len(self._rows) < self.buckets[-1]:
             number, request = self._waiting[0]
             running = Running(number, request, len(request.prompt), [])
@@ -178,12 +213,15 @@ class Server:
             if result is None:
                 self._rows.append(running)
             else:
-                self._finished.append(result)
+                self._finish(result)
         if self._rows:
-            self._finished += self._decode_rows()
+            self._decode_rows()
         finished, self._finished = self._finished, []
-        self.statistics.requests += len(finished)
         return finished
+
+    def _finish(self, result: Result) -> None:
+        self.statistics.requests += 1
+        self._finished.append(result)
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """The results of all requests, in their order. Not while others that were submitted are running.
@@ -191,17 +229,43 @@ class Server:
         Raises:
             ValueError: a request that the server cannot hold; nothing is generated then.
         """
-        if self._waiting or self._rows:
-            raise RuntimeError("Server: generate while submitted requests are running; accepted: step() until they end")
         for request in requests:
-            request.check(self.max_length, self.model.config.get_text_config(decoder=True).vocab_size)
-        numbers = [self.submit(request) for request in requests]
-        found: dict[int, Result] = {}
-        while self._waiting or self._rows:
-            found.update({result.number: result for result in self.step()})
-        return [found[number] for number in numbers]
+            self._check_request(request)
+        with self._alone("generate"):
+            if self._waiting or self._rows:
+                raise RuntimeError(
+                    "Server: generate while submitted requests are running; accepted: step() until they end"
+                )
+            numbers = [self.submit(request) for request in requests]
+            found: dict[int, Result] = {}
+            try:
+                while not found.keys() >= set(numbers):
+                    found.update({result.number: result for result in self._step()})
+            finally:  # what other threads submitted meanwhile is for the next step
+                self._finished += [result for number, result in found.items() if number not in numbers]
+            return [found[number] for number in numbers]
 
-    def _decode_rows(self) -> list[Result]:
+    def _check_request(self, request: Request) -> None:
+        require_instance("Server", "request", request, Request, "a moe_lowering.serving.Request")
+        request.check(self.max_length, self.model.config.get_text_config(decoder=True).vocab_size)
+
+    @contextlib.contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Rows, cache and the process's settings belong to one thread at a time: a second one is told so."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                f"Server: {what} while another call is in {self._busy_with or 'the server'}; accepted: one call at a time "
+                "(submit may come from any thread; step, generate, warm_up and cancel from the one that steps)"
+            )
+        self._busy_with = what
+        try:
+            with self._settings:
+                yield
+        finally:
+            self._busy_with = ""
+            self._lock.release()
+
+    def _decode_rows(self) -> None:
         count = len(self._rows)
         bucket = next(b for b in self.buckets if b >= count)
         self._write([row.tokens[-1] for row in self._rows], [row.length for row in self._rows], bucket)
@@ -210,14 +274,12 @@ class Server:
         counters.steps[bucket] = counters.steps.get(bucket, 0) + 1
         counters.real_tokens += count
         counters.padded_tokens += bucket - count
-        finished = []
         for index in reversed(range(count)):  # from the end: whoever moves into a free row has been looked at
             self._rows[index].length += 1
             result = self._rows[index].add(tokens[index])
             if result is not None:
-                finished.append(result)
+                self._finish(result)
                 self._leave(index)
-        return finished
 
     def _leave(self, index: int) -> None:
         """Free a row; the last one moves into it."""
@@ -282,63 +344,3 @@ class Server:
                 "addresses"
             )
         return found
-
-
-def _check_buckets(buckets: tuple[int, ...], limit: int) -> None:
-    if not buckets or buckets[0] < 1 or list(buckets) != sorted(set(buckets)):
-        raise ValueError(f"Server: buckets is {buckets}; accepted: ascending batch sizes, 1 or more")
-    if limit < 1:
-        raise ValueError(f"Server: capture_limit is {limit}; accepted: 1 or more")
-    if len(buckets) > limit:
-        raise ValueError(
-            f"Server: buckets has {len(buckets)} sizes; accepted: at most capture_limit = {limit}, as each is captured"
-        )
-
-
-def _check_lengths(lengths: tuple[int, ...], max_length: int) -> None:
-    if lengths[0] < 1 or list(lengths) != sorted(set(lengths)) or lengths[-1] != max_length:
-        raise ValueError(
-            f"Server: prefill_lengths is {lengths}; accepted: (), or ascending lengths of which the last is "
-            f"max_length = {max_length}"
-        )
-
-
-def _check_model(model: Any, max_length: int) -> None:
-    if model.training:
-        raise ValueError("Server: model is in training mode; accepted: model.eval()")
-    positions = getattr(model.config, "max_position_embeddings", max_length)
-    if not 2 <= max_length <= positions:
-        raise ValueError(
-            f"Server: max_length is {max_length}; accepted: 2 to max_position_embeddings = {positions} of the model"
-        )
-    if model.config._attn_implementation not in ATTENTION:
-        raise ValueError(
-            f"Server: model has attention {model.config._attn_implementation!r}; accepted: {', '.join(ATTENTION)}"
-        )
-    for name, supported, reason in capabilities(model):
-        if model.config._experts_implementation != NAME:
-            raise ValueError(
-                f"Server: model has experts implementation {model.config._experts_implementation!r}; accepted: {NAME!r} "
-                "(integrations.transformers.register(), then model.set_experts_implementation)"
-            )
-        if not supported or isinstance(model.get_submodule(name), MoE):
-            raise ValueError(
-                f"Server: {name} ignores token masks ({reason}); accepted: transformers' experts that capabilities() "
-                "lists as supported"
-            )
-    cache.check_layers(model.config, max_length)
-
-
-def _checked(deployment: Deployment | None, tokens: int) -> Deployment:
-    if deployment is None:
-        return Deployment(max_tokens=tokens)
-    if deployment.ep_size > 1:
-        raise ValueError(
-            f"Server: deployment.ep_size is {deployment.ep_size}; accepted: 1, as ranks do not agree on a bucket here"
-        )
-    if 0 < deployment.max_tokens < tokens:
-        raise ValueError(
-            f"Server: deployment.max_tokens is {deployment.max_tokens}; accepted: 0, or at least {tokens}, the larger of "
-            "max_length and the largest bucket"
-        )
-    return deployment

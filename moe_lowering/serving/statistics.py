@@ -11,6 +11,7 @@ class Statistics:
 
     Attributes:
         requests: finished.
+        cancelled: ended by ``Server.cancel``; not among the finished.
         steps: decode steps by bucket, without warm-up's.
         real_tokens: rows of decode steps that held a request; each made one token.
         padded_tokens: rows that filled a bucket up.
@@ -23,6 +24,7 @@ class Statistics:
     """
 
     requests: int = 0
+    cancelled: int = 0
     steps: dict[int, int] = dataclasses.field(default_factory=dict)
     real_tokens: int = 0
     padded_tokens: int = 0
@@ -37,7 +39,8 @@ class Statistics:
         padding = self.padded_tokens / max(1, self.real_tokens + self.padded_tokens)
         steps = ", ".join(f"{count} of {bucket}" for bucket, count in sorted(self.steps.items()))
         return (
-            f"{self.requests} requests, {self.prefill_tokens} prompt tokens, {self.real_tokens} decoded tokens; "
+            f"{self.requests} requests, {self.cancelled} cancelled, {self.prefill_tokens} prompt tokens, "
+            f"{self.real_tokens} decoded tokens; "
             f"steps: {steps or 'none'}; padding {padding:.0%}; {self.graphs} graphs, {self.recompiles} recompiles, "
             f"{self.captures} captures, {self.replays} replays"
         )

@@ -13,8 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from moe_lowering import simulator
+from moe_lowering.argument_checks import require_callable, require_choice, require_flag, require_instance
 from moe_lowering.backends.aot import lowering_backend
 from moe_lowering.deployment import Deployment
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.report.records import LoweringReport
 
@@ -104,7 +106,14 @@ def lower_graph(
 
     Raises:
         LoweringError: in strict mode, when a block is left unlowered.
+        ValueError: an argument that is not accepted.
     """
+    require_callable("lower_graph", "function", function, "a function or a module")
+    require_instance("lower_graph", "deployment", deployment, Deployment, "a moe_lowering.Deployment")
+    require_instance(
+        "lower_graph", "lowering", lowering, (MoeLowering, type(None)), "a moe_lowering.MoeLowering, or None"
+    )
+    require_flag("lower_graph", "dynamic", dynamic)
     simulator.enable(soc=simulator.soc() if simulator.is_enabled() else deployment.soc)
     lowering = lowering or MoeLowering(deployment, comm, strict, policy)
     seen: dict[str, Any] = {}
@@ -155,7 +164,11 @@ def assert_lowered(
 
     Raises:
         AssertionError: naming what differs, with the reasons the pass gave.
+        ValueError: an argument that is not accepted: an implementation that does not exist was never chosen.
     """
+    require_instance("assert_lowered", "lowered", lowered, Lowered, "what lower_graph returns")
+    if comm is not None:
+        require_choice("assert_lowered", "comm", comm, tuple(IMPLEMENTATIONS))
     report = lowered.report
     why = "; ".join([f"{b.name}: {b.reason}" for b in report.blocks] + [f"{w}: {r}" for w, r in report.unrecognised])
     assert report.fully_lowered, f"not every block was lowered: {why}"
@@ -178,7 +191,12 @@ def assert_refused(lowered: Lowered, *, code: str, comm: str | None = None) -> N
 
     Raises:
         AssertionError: naming the codes that were found.
+        ValueError: an argument that is not accepted.
     """
+    require_instance("assert_refused", "lowered", lowered, Lowered, "what lower_graph returns")
+    require_instance("assert_refused", "code", code, str, "the code of a rule, e.g. 'mc2.hidden'")
+    if comm is not None:
+        require_choice("assert_refused", "comm", comm, tuple(IMPLEMENTATIONS))
     report = lowered.report
     assert report.blocks or report.unrecognised or report.not_capturable, "no MoE block was found in the graph"
     found = {

@@ -1,0 +1,47 @@
+"""Checks of public functions' arguments: each a ValueError that names the argument, its value and what is accepted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def refuse(where: str, name: str, value: Any, accepted: str) -> ValueError:
+    """The error for an argument that is not accepted; long values are cut."""
+    shown = repr(value)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    return ValueError(f"{where}: {name} is {shown}; accepted: {accepted}")
+
+
+def require_instance(where: str, name: str, value: Any, kind: type | tuple[type, ...], accepted: str) -> None:
+    """``value`` is an instance of ``kind``."""
+    if not isinstance(value, kind):
+        raise refuse(where, name, value, accepted)
+
+
+def require_flag(where: str, name: str, value: Any) -> None:
+    """``value`` is a bool: a word such as "no" would count as True."""
+    require_instance(where, name, value, bool, "True or False")
+
+
+def require_callable(where: str, name: str, value: Any, accepted: str) -> None:
+    """``value`` can be called."""
+    if not callable(value):
+        raise refuse(where, name, value, accepted)
+
+
+def require_choice(where: str, name: str, value: Any, choices: Sequence[str]) -> None:
+    """``value`` is one of some words."""
+    if not isinstance(value, str) or value not in choices:
+        raise refuse(where, name, value, ", ".join(choices))
+
+
+def require_seconds(where: str, name: str, value: Any, *words: str | None) -> None:
+    """``value`` is a finite number of seconds above 0, or one of ``words``."""
+    if any(value is word or (isinstance(word, str) and value == word) for word in words):
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        others = "".join(f", or {word!r}" for word in words)
+        raise refuse(where, name, value, f"seconds, a finite number above 0{others}")
