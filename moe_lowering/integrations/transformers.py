@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts
@@ -45,10 +46,7 @@ _token_mask: Tensor | None = None
 
 
 class Form(NamedTuple):
-    """What an experts module computes between its projections, in terms of ``moe_experts``; or why that is not known.
-
-    A tuple of constants, because dynamo takes it as the result of ``_form``.
-    """
+    """What an experts module computes between its projections, in terms of ``moe_experts``; or why that is not known."""
 
     activation: str = ""
     limit: float = 0.0
@@ -198,54 +196,92 @@ def _quantisers(module: Any) -> dict[str, Any]:
     }
 
 
-# A constant for dynamo: a limit or alpha that it would make a graph input under dynamic=True stays a number, and the
-# inspection is not traced. What it reads is fixed when a module is made.
-@torch.compiler.assume_constant_result
 def _form(module: Any) -> Form:
-    cls = type(module)
-    if module._is_expert_parallel:
-        return Form(unrecognised="it is sharded by transformers' own expert parallelism")
-    if not module.has_gate:
-        return Form(unrecognised="it has no gate projection (has_gate=False)")
-    if module.has_post_expert_norm:
-        return Form(unrecognised="it normalises each expert's output (has_post_expert_norm=True)")
-    if "_apply_gate" in vars(module):
-        return Form(unrecognised="its _apply_gate is replaced on the instance")
-    if cls._apply_gate is _default_gate():
-        return _default_form(module)
-    fingerprint = gate_fingerprint(cls._apply_gate)
-    gate = _OWN_GATES.get(fingerprint)
-    if gate is None:
-        return Form(unrecognised="its class has an _apply_gate of its own that is not known")
-    if fingerprint in _CALLS_ACT_FN and _activation(module.act_fn) != "swiglu":
-        return Form(unrecognised=_unknown_activation(module.act_fn))
-    if gate.interleaved == module.is_concatenated:
-        return Form(unrecognised=f"is_concatenated={module.is_concatenated} contradicts its _apply_gate")
+    """Traced by dynamo: each attribute is read here, so that the graph is made anew when it changes, and by value, so that
+    equal layers share one graph. What is looked up by them is a constant of the trace (``_reading``)."""
+    act = getattr(module, "act_fn", None)
+    # The first look makes dynamo guard on whether the module has a gate of its own; ``vars`` alone has no such guard.
+    own_gate = module._apply_gate is not None and "_apply_gate" in vars(module)
+    reading = _reading(
+        type(module)._apply_gate,
+        own_gate,
+        module._is_expert_parallel,
+        module.has_gate,
+        module.has_post_expert_norm,
+        module.is_concatenated,
+        type(act),
+        act is nn.functional.silu,
+        act.approximate if type(act) is nn.GELU else "",
+        getattr(act, "__name__", ""),
+    )
+    if reading.unrecognised:
+        return Form(unrecognised=reading.unrecognised)
     constants = {"limit": 0.0, "alpha": 1.702}
-    for name in constants:
-        if attribute := getattr(gate, name):
+    for constant, attribute in (("limit", reading.limit), ("alpha", reading.alpha)):
+        if attribute:
             value = getattr(module, attribute, None)
             if not isinstance(value, (int, float)):
                 return Form(unrecognised=f"its {attribute} is {value!r}, not a number")
-            constants[name] = float(value)
-    return Form(gate.activation or "swiglu", constants["limit"], constants["alpha"], gate.interleaved)
+            # stays a number where dynamo would make it an input of the graph: with dynamic=True, or once it has changed
+            constants[constant] = float(guard_scalar(value))
+    return Form(reading.activation, constants["limit"], constants["alpha"], reading.interleaved)
 
 
-def _default_form(module: Any) -> Form:
-    if not module.is_concatenated:  # the default gate halves its input, whatever the flag says
-        return Form(unrecognised="is_concatenated=False with the default _apply_gate")
-    activation = _activation(module.act_fn)
-    return Form(activation) if activation else Form(unrecognised=_unknown_activation(module.act_fn))
+class _Reading(NamedTuple):
+    """What the class of a module and its flags say; ``limit`` and ``alpha`` name the attributes that hold these numbers."""
+
+    activation: str = ""
+    interleaved: bool = False
+    limit: str = ""
+    alpha: str = ""
+    unrecognised: str = ""
 
 
-def _unknown_activation(function: Any) -> str:
-    return f"its activation is {getattr(function, '__name__', type(function).__name__)}, not SiLU or GELU"
+@torch.compiler.assume_constant_result
+def _reading(
+    gate_method: Callable[..., Any],
+    own_gate: bool,
+    expert_parallel: bool,
+    has_gate: bool,
+    post_expert_norm: bool,
+    concatenated: bool,
+    act_class: type,
+    act_is_silu: bool,
+    approximate: str,
+    act_name: str,
+) -> _Reading:
+    """From arguments that are equal for equal layers: a module among them would be guarded on by its identity."""
+    if expert_parallel:
+        return _Reading(unrecognised="it is sharded by transformers' own expert parallelism")
+    if not has_gate:
+        return _Reading(unrecognised="it has no gate projection (has_gate=False)")
+    if post_expert_norm:
+        return _Reading(unrecognised="it normalises each expert's output (has_post_expert_norm=True)")
+    if own_gate:
+        return _Reading(unrecognised="its _apply_gate is replaced on the instance")
+    activation = "swiglu" if act_is_silu else _activation(act_class, approximate)
+    unknown = f"its activation is {act_name or act_class.__name__}, not SiLU or GELU"
+    if gate_method is _default_gate():
+        if not concatenated:  # the default gate halves its input, whatever the flag says
+            return _Reading(unrecognised="is_concatenated=False with the default _apply_gate")
+        return _Reading(activation) if activation else _Reading(unrecognised=unknown)
+    fingerprint = gate_fingerprint(gate_method)
+    gate = _OWN_GATES.get(fingerprint)
+    if gate is None:
+        return _Reading(unrecognised="its class has an _apply_gate of its own that is not known")
+    if fingerprint in _CALLS_ACT_FN and activation != "swiglu":
+        return _Reading(unrecognised=unknown)
+    if gate.interleaved == concatenated:
+        return _Reading(unrecognised=f"is_concatenated={concatenated} contradicts its _apply_gate")
+    return _Reading(gate.activation or "swiglu", gate.interleaved, gate.limit, gate.alpha)
 
 
-def _activation(function: Any) -> str:
-    """The activation of ``moe_experts`` whose gate function this is, by its exact class; "" when it is none of them."""
+def _activation(act_class: type, approximate: str) -> str:
+    """The activation of ``moe_experts`` whose gate function has this exact class; "" when it is none of them."""
     from transformers import activations
 
+    if act_class is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate, "")
     by_class = {
         nn.SiLU: "swiglu",
         activations.SiLUActivation: "swiglu",
@@ -253,11 +289,7 @@ def _activation(function: Any) -> str:
         activations.GELUTanh: "gelu_tanh",
         activations.NewGELUActivation: "gelu_tanh",
     }
-    if function is nn.functional.silu:
-        return "swiglu"
-    if type(function) is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(function.approximate, "")
-    return by_class.get(type(function), "")
+    return by_class.get(act_class, "")
 
 
 @functools.cache
