@@ -41,7 +41,7 @@ def grouped_matmul(a: Arguments) -> dict[str, Any]:
     """Names: ``k`` and ``n`` of the first weight, ``hidden`` the inner size of x, ``groups`` the number of groups."""
     x, weight = a["x"], a["weight"]
     single = len(weight) == 1 and dims(weight[0]) == 3
-    group_list = a["group_list"] if isinstance(a["group_list"], torch.Tensor) else None
+    group_list = None if isinstance(a["group_list"], (list, tuple)) else a["group_list"]  # the older overload's ints
     floating = all(t.is_floating_point() for t in (*x, *weight))
     return {
         "x_dtype": dtype(first(x)),

@@ -102,7 +102,8 @@ def _ffn_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
 
 
 def _float_scales(spec: BlockSpec) -> bool:
-    return set(spec.scale_dtypes) <= {torch.float32, torch.bfloat16, torch.int64}
+    kinds = (*spec.tensors.w13_scale.kinds, *spec.tensors.w2_scale.kinds)
+    return {kind.dtype for kind in kinds} <= {torch.float32, torch.bfloat16, torch.int64}
 
 
 def _ffn_call(
