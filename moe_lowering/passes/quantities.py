@@ -174,8 +174,8 @@ def _scales(spec: BlockSpec) -> dict[str, Any]:
     }
 
 
-_GROUP_SELECT_MODES = {"max": 0, "top2_sum": 1}
-_NORM_TYPES = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
+GROUP_SELECT_MODES = {"max": 0, "top2_sum": 1}
+NORM_TYPES = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
 
 
 def route_quantities(spec: RouteSpec) -> dict[str, Any]:
@@ -187,8 +187,8 @@ def route_quantities(spec: RouteSpec) -> dict[str, Any]:
         "top_k": spec.top_k,
         "group_count": spec.num_groups,
         "k_group": spec.topk_groups,
-        "group_select_mode": _GROUP_SELECT_MODES[spec.group_score],
-        "norm_type": _NORM_TYPES[spec.scoring],
+        "group_select_mode": GROUP_SELECT_MODES[spec.group_score],
+        "norm_type": NORM_TYPES[spec.scoring],
         "renorm": 0,
         "renormalize": spec.renormalize,
         "has_bias": spec.has_bias,

@@ -22,6 +22,7 @@ from torch.fx import Graph, Node
 import moe_lowering.custom_ops  # noqa: F401  (registers torch.ops.moe_lowering)
 from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, arguments, shape_key
 from moe_lowering.passes.operands import Experts, Operands, is_stored
+from moe_lowering.passes.quantities import GROUP_SELECT_MODES, NORM_TYPES
 from moe_lowering.passes.scopes import scope_paths
 from moe_lowering.passes.token_ranges import is_strict, must_vary
 
@@ -94,6 +95,9 @@ def _route(node: Node) -> Route:
     logits, bias, top_k, scoring, renormalize, num_groups, topk_groups, group_score, scale = arguments(node)
     if items is None:
         raise _NotABlock("raise.whole_result", "route's result is used as a whole, or one output twice")
+    for name, word, known in (("scoring", scoring, NORM_TYPES), ("group_score", group_score, GROUP_SELECT_MODES)):
+        if word not in known:
+            raise _NotABlock("raise.unknown_word", f"route's {name} is {word!r}; the pass knows {', '.join(known)}")
     value = _value(logits)
     experts = _width(value)
     spec = RouteSpec(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moe_lowering.limits.calls.tensors import Arguments, contiguous, dims, dtype, first, product, shared_dtype, size
+from moe_lowering.limits.calls.tensors import Arguments, all_contiguous, contiguous, dims, dtype, first, product, shared_dtype, size
 
 _SCALES = ("scale", "offset", "antiquant_scale", "antiquant_offset", "per_token_scale")
 _RESERVED = ("activation_input", "activation_quant_scale", "activation_quant_offset")
@@ -54,6 +54,7 @@ def grouped_matmul(a: Arguments) -> dict[str, Any]:
         "weight_count": len(weight),
         "weights_alike": len({(dims(w), str(size(w, -2)), str(size(w, -1))) for w in weight}) <= 1,
         "single_weight": single,
+        "weights_contiguous": all_contiguous(weight),
         "k": size(first(weight), -2),
         "n": unpacked(first(weight), -1),
         "groups": size(first(weight), 0) if single else len(weight),

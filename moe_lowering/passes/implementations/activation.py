@@ -16,6 +16,7 @@ from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.emitting import Emitter, aten
 from moe_lowering.passes.implementations.base import Call
 from moe_lowering.passes.operands import Operand
+from moe_lowering.words import look_up
 
 # documented for A2 and A3 only: where it is not, the activation is composed
 _CLIPPED_SOCS = ("A2", "A3")
@@ -54,11 +55,7 @@ def emit_activation(emit: Emitter, h: Node, spec: BlockSpec, soc: str) -> Node:
             torch.ops.npu.npu_clipped_swiglu.default, h,
             alpha=spec.alpha, limit=spec.limit, bias=1.0, interleaved=spec.interleaved,
         )  # fmt: skip
-    compose = _COMPOSED.get(spec.activation)
-    if compose is None:
-        raise ValueError(
-            f"activation is {spec.activation!r}, which has no emitter; accepted: {', '.join(EMITTED_ACTIVATIONS)}"
-        )
+    compose = look_up(_COMPOSED, spec.activation, "emit_activation: activation")
     return emit.call(aten.mul.Tensor, *compose(emit, *_halves(emit, h, spec), spec))
 
 
@@ -100,7 +97,7 @@ _COMPOSED: dict[str, Callable[[Emitter, Node, Node, BlockSpec], Halves]] = {
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
 }
-EMITTED_ACTIVATIONS = tuple(_COMPOSED)
+EMITTED = frozenset(_COMPOSED)
 
 
 def _halves(emit: Emitter, h: Node, spec: BlockSpec) -> Halves:

@@ -196,7 +196,7 @@ TARGETS = (
 def _forms(deployment: Deployment) -> tuple[Form, ...]:
     """The targets of the deployment's mode whose provider is declared; of the mode when none is."""
     mode = deployment.fused_mode or 1  # 0 is refused by a rule of its own (fused.mode)
-    asked = [target for target in TARGETS if target.mode == mode]
+    asked = [target for target in TARGETS if target.mode == mode] or list(TARGETS)  # a mode that fused.mode refuses
     declared = [target for target in asked if deployment.provider(target.provider) is not None]
     # without a provider, the operator that vllm-ascend brings is the one to ask for
     return tuple(target.form() for target in declared or asked[-1:])

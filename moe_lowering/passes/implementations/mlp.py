@@ -14,7 +14,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.emitting import Emitter
 from moe_lowering.passes.implementations import quantised_mlp
-from moe_lowering.passes.implementations.activation import activation_calls, emit_activation
+from moe_lowering.passes.implementations.activation import EMITTED, activation_calls, emit_activation
 from moe_lowering.passes.implementations.base import Call
 from moe_lowering.passes.implementations.matmul_calls import matmul_call
 from moe_lowering.passes.operands import Operand, Operands
@@ -30,12 +30,21 @@ def mlp_calls(
 
     ``chosen`` is the chain of ``quantised_mlp`` of a caller that does not use ``emit_mlp``.
     """
+    words = _words(spec)
+    if not all(words.given.values()):
+        return (words,)  # no calls are known of such a block
     if spec.quantisation != "none":
-        return quantised_mlp.calls(spec, deployment, quantised_rows, chosen)
+        return words, *quantised_mlp.calls(spec, deployment, quantised_rows, chosen)
     experts = spec.tensors
     first = matmul_call(spec, deployment, spec.hidden, experts.w13, bias=_biases(spec, experts.w13_bias))
     second = matmul_call(spec, deployment, spec.intermediate, experts.w2, bias=_biases(spec, experts.w2_bias))
-    return first, *activation_calls(spec, deployment.soc), second
+    return words, first, *activation_calls(spec, deployment.soc), second
+
+
+def _words(spec: BlockSpec) -> Call:
+    """Whether there is an emitter for the block's words: rules of ``grouped_mlp``, which makes no call itself."""
+    quantised = spec.quantisation == "none" or spec.quantisation in quantised_mlp.EMITTED
+    return Call("grouped_mlp", {"activation_is_known": spec.activation in EMITTED, "quantisation_is_known": quantised})
 
 
 def _biases(spec: BlockSpec, bias: Operands) -> list[Operand] | None:

@@ -37,6 +37,7 @@ _TORCH_NPU_DTYPES = {torch.float16: 5, torch.bfloat16: 15}  # numbers that npu_g
 _INT32 = 3
 _LOW_HALF = 0xFFFFFFFF
 
+EMITTED = frozenset({*INT8_ROWS, "w4a16"})  # the quantisations that this file knows
 FUSED, DEQUANT, PLAIN = "fused", "dequant", "plain"  # the chains, in order of preference
 
 
@@ -153,6 +154,8 @@ def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts
         hidden = _antiquant_matmul(emit, rows, w13, w13_scale, w13_offset, counts)
         hidden = emit_activation(emit, hidden, spec, deployment.soc)
         return _antiquant_matmul(emit, hidden, w2, w2_scale, w2_offset, counts)
+    if spec.quantisation not in INT8_ROWS:
+        raise ValueError(f"quantised_mlp: quantisation is {spec.quantisation!r}; accepted: {', '.join(sorted(EMITTED))}")
     if row_scale is None:
         rows, row_scale = _quantise(emit, rows)
     name = chain(spec, deployment)
