@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Any
 
 from moe_lowering.deployment import SOCS
+from moe_lowering.limits.coverage import Absent, gaps, read_absent
 from moe_lowering.limits.expressions import Expression
 from moe_lowering.limits.prover import Prover
 from moe_lowering.limits.versions import Constraint, applies
@@ -189,17 +190,22 @@ def narrow(rows: list[Limit]) -> list[Limit]:
     Raises:
         LimitsError: when a row is left without a SoC.
     """
-    exists: dict[str, tuple[str, ...]] = {}
-    for row in rows:
-        if row.value.text == "soc" and row.one_of and row.when is None and not row.versions:
-            exists[row.operator] = row.one_of
-    narrowed = []
+    exists, narrowed = _exists(rows), []
     for row in rows:
         soc = tuple(s for s in row.soc if row.value.text == "soc" or s in exists.get(row.operator, SOCS))
         if not soc:
             raise LimitsError(f"{row.code} of {row.operator} is for {row.soc}, where the operator does not exist")
         narrowed.append(dataclasses.replace(row, soc=soc))
     return narrowed
+
+
+def _exists(rows: list[Limit]) -> dict[str, tuple[str, ...]]:
+    """The SoCs on which each operator exists, of those that a row says it of."""
+    return {
+        row.operator: row.one_of
+        for row in rows
+        if row.value.text == "soc" and row.one_of and row.when is None and not row.versions
+    }
 
 
 def validate(rows: list[Limit]) -> tuple[Limit, ...]:
@@ -223,13 +229,30 @@ def load() -> tuple[Limit, ...]:
     """All rows of all tables, validated.
 
     Raises:
-        LimitsError: when a row is malformed, or two rows of one operator and SoC share both code and condition.
+        LimitsError: when a row is malformed, two rows of one operator and SoC share both code and condition, or a rule has
+            neither a row nor an ``[[absent]]`` entry on a SoC where its operator exists (``coverage``).
     """
     rows: list[Limit] = []
+    absent: list[Absent] = []
     for file in sorted(resources.files("moe_lowering.limits").joinpath("data").iterdir(), key=lambda f: f.name):
         if file.name.endswith(".toml"):
-            rows += read(file.name, file.read_text("utf-8"))
-    return validate(narrow(rows))
+            rows += read(file.name, text := file.read_text("utf-8"))
+            absent += _absent(file.name, text)
+    narrowed = narrow(rows)
+    if found := gaps(narrowed, absent, _exists(rows), SOCS):
+        raise LimitsError("; ".join(found))
+    return validate(narrowed)
+
+
+def _absent(name: str, text: str) -> list[Absent]:
+    try:
+        return [
+            entry
+            for number, raw in enumerate(tomllib.loads(text).get("absent", ()), 1)
+            for entry in read_absent(raw, f"{name}, absent {number}", SOCS)
+        ]
+    except ValueError as error:
+        raise LimitsError(str(error)) from None
 
 
 Versions = tuple[tuple[str, str], ...]  # (name, version), hashable

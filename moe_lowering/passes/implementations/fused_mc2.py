@@ -91,6 +91,8 @@ def _common(spec: BlockSpec) -> dict[str, Any]:
         "mask_dims": 1 if spec.has_mask else None,
         "ids_dtype": "int32",
     }
+    if spec.quantisation == "w4a16":  # their int32 weights are not the W4A8 that rules on int32 are about
+        given.update(dict.fromkeys(("weight_dtype", "has_scales", "scale_dtype", "bias_dtype", "has_offset")))
     if spec.quantisation == "w4a8" and not spec.has_bias:
         given.update(has_bias=spec.has_scale_bias, bias_dtype="float32" if spec.has_scale_bias else None)
     return given
