@@ -219,8 +219,7 @@ def _experts(b: Builder, index: int, spec: BlockCase, shared: dict[str, Any]) ->
         stored = shape[::-1] if spec.transposed else shape
         nodes = _per_expert(b, spec, ("w13", "w2")[which], index, local, stored, b.case.dtype)
         if spec.transposed:
-            dims = [1, 0] if spec.as_list[which] else [0, 2, 1]
-            nodes = [b.call(aten.permute.default, node, dims) for node in nodes]
+            nodes = [b.call(aten.transpose.int, node, -2, -1) for node in nodes]
         found.append(nodes)
     for which, width in enumerate((2 * spec.intermediate, b.hidden)):
         name = ("w13_bias", "w2_bias")[which]

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import torch
-from graph_cases import FOREIGN, HARMLESS, SCOPES, BlockCase, GraphCase, PairCase, RouteCase
+from graph_cases import FOREIGN, FORMS, HARMLESS, SCOPES, BlockCase, GraphCase, PairCase, RouteCase
 from hypothesis import strategies as st
 
 from moe_lowering import Deployment
@@ -62,6 +62,12 @@ def blocks(
     as_list = draw(flag) and experts <= 256
     quantisation = rarely(draw, "none", "w8a8", "w4a8", "w4a16")
     usual = quantisation == "none"
+    tensors = (
+        "w13",
+        "w2",
+        *(f"{n}_{what}" for n in ("w13", "w2") for what in ("bias", "scale", "offset", "scale_bias")),
+    )
+    forms = draw(st.dictionaries(st.sampled_from(tensors), st.sampled_from(FORMS), min_size=1, max_size=3))
     return BlockCase(
         experts=experts,
         top_k=top_k,
@@ -77,6 +83,7 @@ def blocks(
         quantisation=quantisation,
         route=draw(routes(experts, top_k)),
         mask=rarely(draw, False, True),
+        forms=tuple(forms.items()) if rarely(draw, False, True) and experts <= 64 else (),
         odd=tuple(sorted(draw(st.sets(st.sampled_from(odd), max_size=2)))) if rarely(draw, False, True) else (),
     )
 
@@ -273,7 +280,11 @@ def _with(block: BlockCase, **changes: Any) -> BlockCase:
 def _fitting(block: BlockCase) -> BlockCase:
     """Without lists of many experts: a thousand inputs make a slow test, and nothing new."""
     ep_size = dict(block.arguments).get("ep_size")
-    return _with(block, as_list=(False, False)) if ep_size is not None and block.experts // ep_size > 130 else block
+    return (
+        _with(block, as_list=(False, False), forms=())
+        if ep_size is not None and block.experts // ep_size > 130
+        else block
+    )
 
 
 @st.composite

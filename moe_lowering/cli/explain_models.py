@@ -167,7 +167,9 @@ def _weight_dtype(quantisation: str, dtype: torch.dtype) -> torch.dtype:
     return dtype if quantisation == "none" else WEIGHT_DTYPES[quantisation]
 
 
-def _tensors(block: Block, deployment: Deployment, quantisation: str, scales: tuple[torch.dtype, torch.dtype]) -> Experts:
+def _tensors(
+    block: Block, deployment: Deployment, quantisation: str, scales: tuple[torch.dtype, torch.dtype]
+) -> Experts:
     """The experts' tensors as ``quantise_experts`` and ``shard_experts`` lay them out: stacked, contiguous, stored."""
     experts = block.experts // deployment.routed_ranks
     dtype = getattr(torch, block.dtype)
@@ -184,7 +186,9 @@ def _tensors(block: Block, deployment: Deployment, quantisation: str, scales: tu
             "scale_bias": torch.float32 if quantisation == "w4a8" else None,
         }
         found[name] = Operands(1, (Operand((experts, inner, width // packed), weight),))
-        found |= {f"{name}_{k}": Operands(1, (Operand((experts, width), v),)) for k, v in beside.items() if v is not None}
+        found |= {
+            f"{name}_{k}": Operands(1, (Operand((experts, width), v),)) for k, v in beside.items() if v is not None
+        }
     return Experts(**found)
 
 

@@ -77,7 +77,9 @@ def gaps(
             found.append(f"{entry.where}: {entry.code} of {entry.operator} stands twice for {', '.join(twice)}")
         free.setdefault(key, set()).update(entry.soc)
     for (operator, code), there in have.items():
-        missing = [s for s in exists.get(operator, socs) if s not in there and s not in free.get((operator, code), set())]
+        missing = [
+            s for s in exists.get(operator, socs) if s not in there and s not in free.get((operator, code), set())
+        ]
         if missing:
             found.append(
                 f"{operator} has no rule {code} on {', '.join(missing)}, as it has on {', '.join(sorted(there))}: give it a "

@@ -67,7 +67,9 @@ class Policy:
             if value not in accepted:
                 raise ValueError(f"MoeLowering: {field} is {value!r}; accepted: {', '.join(accepted)}")
         fits = look_up(
-            {"auto": True, "fixed": self.comm != "auto", **dict.fromkeys(VLLM, self.comm == "auto")}, self.name, "policy"
+            {"auto": True, "fixed": self.comm != "auto", **dict.fromkeys(VLLM, self.comm == "auto")},
+            self.name,
+            "policy",
         )
         if not fits:
             accepted_comm = "auto" if self.comm != "auto" else ", ".join(IMPLEMENTATIONS)

@@ -69,7 +69,9 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _operand(shape: tuple[Any, ...], dtype: torch.dtype, strides: tuple[Any, ...], stored: bool, device: Any) -> Operand:
+def _operand(
+    shape: tuple[Any, ...], dtype: torch.dtype, strides: tuple[Any, ...], stored: bool, device: Any
+) -> Operand:
     return Operand(tuple(map(int, shape)), dtype, tuple(map(int, strides)), stored, device)
 
 

@@ -6,7 +6,17 @@ from typing import Any
 
 import torch
 
-from moe_lowering.limits.calls.tensors import Arguments, all_contiguous, contiguous, dims, dtype, first, product, shared_dtype, size
+from moe_lowering.limits.calls.tensors import (
+    Arguments,
+    all_contiguous,
+    contiguous,
+    dims,
+    dtype,
+    first,
+    product,
+    shared_dtype,
+    size,
+)
 
 _SCALES = ("scale", "offset", "antiquant_scale", "antiquant_offset", "per_token_scale")
 _RESERVED = ("activation_input", "activation_quant_scale", "activation_quant_offset")

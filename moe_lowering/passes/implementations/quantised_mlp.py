@@ -155,7 +155,9 @@ def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts
         hidden = emit_activation(emit, hidden, spec, deployment.soc)
         return _antiquant_matmul(emit, hidden, w2, w2_scale, w2_offset, counts)
     if spec.quantisation not in INT8_ROWS:
-        raise ValueError(f"quantised_mlp: quantisation is {spec.quantisation!r}; accepted: {', '.join(sorted(EMITTED))}")
+        raise ValueError(
+            f"quantised_mlp: quantisation is {spec.quantisation!r}; accepted: {', '.join(sorted(EMITTED))}"
+        )
     if row_scale is None:
         rows, row_scale = _quantise(emit, rows)
     name = chain(spec, deployment)
