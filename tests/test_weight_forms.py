@@ -32,8 +32,8 @@ DEPLOYMENTS = [
     Deployment(weight_format="nz"),
     *(Deployment(**{**FUSED, **fields}) for fields in (
         {"providers": VLLM_ASCEND}, {"providers": CANN}, {"providers": CANN, "weight_format": "nd"},
-        {"providers": VLLM_ASCEND, "fused_mode": 2}, {"capture": False}, {"mode": "ge"}, {"soc": "A2"}, {"soc": "A5", "weight_format": "nd"},
-        {"max_tokens": 64, "equal_tokens": False},
+        {"providers": VLLM_ASCEND, "fused_mode": 2}, {"capture": False}, {"mode": "ge"}, {"soc": "A2"},
+        {"soc": "A5", "weight_format": "nd"}, {"max_tokens": 64, "equal_tokens": False},
     )),
 ]  # fmt: skip
 SIZES = ((3, 2), (1, 1), (4, 4), (2, 4))  # experts of a rank, k
