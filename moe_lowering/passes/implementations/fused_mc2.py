@@ -135,7 +135,8 @@ def _scales(emit: Emitter, scales: list[Node]) -> list[Node]:
 
 
 def _decode_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
-    return {"scale_dtype": "float32"} if spec.quantisation == "w8a8" and _float_scales(spec) else {}
+    scales = {"scale_dtype": "float32"} if spec.quantisation == "w8a8" and _float_scales(spec) else {}
+    return {"has_bias": spec.has_bias, **scales}  # it knows no compensation, which w4a8's rule on weights is about
 
 
 def _decode_call(
