@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from graph_cases import BlockCase, GraphCase
+from graph_forms import per_expert
 from graph_quantised import PACKED, dtypes, extras
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -217,13 +218,13 @@ def _experts(b: Builder, index: int, spec: BlockCase, shared: dict[str, Any]) ->
     found: list[list[Node]] = []
     for which, shape in enumerate(((b.hidden, 2 * spec.intermediate), (spec.intermediate, b.hidden))):
         stored = shape[::-1] if spec.transposed else shape
-        nodes = _per_expert(b, spec, ("w13", "w2")[which], index, local, stored, b.case.dtype)
+        nodes = per_expert(b, spec, ("w13", "w2")[which], index, local, stored, b.case.dtype)
         if spec.transposed:
             nodes = [b.call(aten.transpose.int, node, -2, -1) for node in nodes]
         found.append(nodes)
     for which, width in enumerate((2 * spec.intermediate, b.hidden)):
         name = ("w13_bias", "w2_bias")[which]
-        found.append(_per_expert(b, spec, name, index, local, (width,), bias_dtype) if spec.bias[which] else [])
+        found.append(per_expert(b, spec, name, index, local, (width,), bias_dtype) if spec.bias[which] else [])
     return dict(zip(("w13", "w2", "w13_bias", "w2_bias"), found, strict=True))
 
 
@@ -233,39 +234,10 @@ def _quantised_experts(b: Builder, index: int, spec: BlockCase, local: int) -> d
     for which, (inner, width) in enumerate(((b.hidden, 2 * spec.intermediate), (spec.intermediate, b.hidden))):
         name = ("w13", "w2")[which]
         shape = (inner, width if packed == 1 else width // packed)
-        found[name] = _per_expert(b, spec, name, index, local, shape, kinds[name])
+        found[name] = per_expert(b, spec, name, index, local, shape, kinds[name])
         for extra in (f"{name}_{what}" for what in extras(spec)):
-            found[extra] = _per_expert(b, spec, extra, index, local, (width,), kinds[extra])
+            found[extra] = per_expert(b, spec, extra, index, local, (width,), kinds[extra])
     return found
-
-
-def _per_expert(
-    b: Builder, spec: BlockCase, which: str, index: int, local: int, shape: tuple[Any, ...], dtype: torch.dtype
-) -> list[Node]:
-    """A tensor of the experts, one node or one by expert, in its form."""
-    form, name = spec.form(which), f"{which}_{index}"
-    if form in ("list", "list_computed", "joined"):
-        nodes = [b.input(f"{name}_{e}", *shape, dtype=dtype) for e in range(local)]
-        if form == "joined":
-            return [b.call(aten.stack.default, nodes)]
-        return [b.call(aten.clone.default, node) for node in nodes] if form == "list_computed" else nodes
-    full = (local, *shape)
-    if form == "dynamic":
-        sizes = [n if n in (0, 1) else b._size(f"{name}_size{d}", n, (2, None), "dynamic") for d, n in enumerate(full)]
-        return [b.input(name, *sizes, dtype=dtype)]
-    if form == "part":
-        return [b.call(aten.select.int, b.input(name, 2, *full, dtype=dtype), 0, 1)]
-    if form == "swapped":
-        order = [*range(len(full) - 2), len(full) - 1, len(full) - 2]
-        return [b.call(aten.permute.default, b.input(name, *(full[d] for d in order), dtype=dtype), order)]
-    if form == "widened":
-        wide = b.input(name, *full[:-1], 2 * full[-1], dtype=dtype)
-        return [b.call(aten.slice.Tensor, wide, -1, 0, full[-1])]
-    node = b.input(name, *full, dtype=dtype)
-    if form == "unbound":
-        return b.items(b.call(aten.unbind.int, node), local)
-    assert form in ("stacked", "computed"), form
-    return [node if form == "stacked" else b.call(aten.clone.default, node)]
 
 
 def _dispatch(

@@ -13,6 +13,7 @@ import reference
 import torch
 from graph_build import Built, build
 from graph_cases import BlockCase, GraphCase, PairCase
+from graph_forms import given
 from torch import Tensor
 
 from moe_lowering import MoeLowering, simulator
@@ -126,7 +127,7 @@ class Data:
             mine = tensor[self.rank * local : (self.rank + 1) * local]
             if which in ("w13", "w2") and spec.transposed:
                 mine = mine.transpose(1, 2)
-            found.update(_given(f"{which}_{index}", spec.form(which), mine.contiguous()))
+            found.update(given(f"{which}_{index}", spec.form(which), mine.contiguous()))
         return found
 
     def expected(self, index: int, x: Tensor) -> Tensor:
@@ -158,19 +159,6 @@ class Data:
             return [] if ratio >= graph_quantised.FLOOR else [f"block {index}: signal-to-noise {ratio:.1f} dB"]
         error = reference.relative_error(y, expected)
         return [] if error <= reference.BOUNDS[self.case.dtype] else [f"block {index}: relative error {error:.2e}"]
-
-
-def _given(name: str, form: str, tensor: Tensor) -> dict[str, Tensor]:
-    """What a graph is given for a tensor of the experts [E, ...] in one of ``FORMS``."""
-    if form in ("list", "list_computed", "joined"):
-        return {f"{name}_{e}": one.contiguous() for e, one in enumerate(tensor)}
-    other = torch.zeros_like(tensor)
-    given = {
-        "part": lambda: torch.stack([other, tensor]),
-        "swapped": lambda: tensor.transpose(-2, -1).contiguous(),
-        "widened": lambda: torch.cat([tensor, other], dim=-1),
-    }.get(form, lambda: tensor)()
-    return {name: given}
 
 
 def _is_decisive(logits: Tensor, bias: Tensor | None, spec: BlockCase) -> bool:

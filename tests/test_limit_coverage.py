@@ -122,9 +122,9 @@ def test_an_entry_stands_once() -> None:
 ])  # fmt: skip
 def test_a_malformed_entry_is_an_error(change: dict[str, Any], words: str) -> None:
     raw = {"codes": ["op.tokens"], "operators": ["op"], "soc": ["A5"], "source": "x"}
-    assert read_absent(raw, "t.toml, absent 1", SOCS) == [absent("A5")]
+    assert read_absent("t.toml", [raw], SOCS) == [absent("A5")]
     with pytest.raises(ValueError, match=f"t.toml, absent 1: .*{words}"):
-        read_absent({**raw, **change}, "t.toml, absent 1", SOCS)
+        read_absent("t.toml", [{**raw, **change}], SOCS)
 
 
 def test_every_entry_has_its_reason() -> None:

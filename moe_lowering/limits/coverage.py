@@ -35,8 +35,17 @@ class Absent:
     where: str
 
 
-def read_absent(raw: dict[str, Any], where: str, socs: Sequence[str]) -> list[Absent]:
-    """The entries of one ``[[absent]]`` table.
+def read_absent(name: str, tables: Sequence[dict[str, Any]], socs: Sequence[str]) -> list[Absent]:
+    """The entries of the ``[[absent]]`` tables of a file.
+
+    Raises:
+        ValueError: a table is malformed; the message names the file, the table and what is wrong.
+    """
+    return [entry for at, raw in enumerate(tables, 1) for entry in _read(raw, f"{name}, absent {at}", socs)]
+
+
+def _read(raw: dict[str, Any], where: str, socs: Sequence[str]) -> list[Absent]:
+    """The entries of one table.
 
     Raises:
         ValueError: a key is missing or unknown, or a SoC is.

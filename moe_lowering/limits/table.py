@@ -15,7 +15,7 @@ from moe_lowering.deployment import SOCS
 from moe_lowering.limits.coverage import Absent, gaps, read_absent
 from moe_lowering.limits.expressions import Expression
 from moe_lowering.limits.prover import Prover
-from moe_lowering.limits.versions import Constraint, applies
+from moe_lowering.limits.versions import Constraint, applies, in_words
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -170,6 +170,13 @@ def _row(raw: dict[str, Any], where: str) -> Limit:
     return row
 
 
+def _entries(name: str, text: str) -> list[Absent]:
+    try:
+        return read_absent(name, tomllib.loads(text).get("absent", ()), SOCS)
+    except ValueError as error:
+        raise LimitsError(str(error)) from None
+
+
 def read(name: str, text: str) -> list[Limit]:
     """The rows of one table.
 
@@ -237,22 +244,11 @@ def load() -> tuple[Limit, ...]:
     for file in sorted(resources.files("moe_lowering.limits").joinpath("data").iterdir(), key=lambda f: f.name):
         if file.name.endswith(".toml"):
             rows += read(file.name, text := file.read_text("utf-8"))
-            absent += _absent(file.name, text)
+            absent += _entries(file.name, text)
     narrowed = narrow(rows)
     if found := gaps(narrowed, absent, _exists(rows), SOCS):
         raise LimitsError("; ".join(found))
     return validate(narrowed)
-
-
-def _absent(name: str, text: str) -> list[Absent]:
-    try:
-        return [
-            entry
-            for number, raw in enumerate(tomllib.loads(text).get("absent", ()), 1)
-            for entry in read_absent(raw, f"{name}, absent {number}", SOCS)
-        ]
-    except ValueError as error:
-        raise LimitsError(str(error)) from None
 
 
 Versions = tuple[tuple[str, str], ...]  # (name, version), hashable
@@ -321,7 +317,7 @@ def _violation(
     accepted = row.accepted(quantities)
     sizes = _buffer_sizes(row, value, quantities, prover) if row.bounds_buffer else {}
     shown = {**quantities, "value": value, **sizes}
-    only, declare = _versions_in_words(row, versions or {})
+    only, declare = in_words(row.versions, versions or {})
     advice = NO_SETTING.get(sizes.get("needed_mb", "")) or row.advice.format_map(shown)
     return Violation(
         code=row.code,
@@ -361,12 +357,3 @@ def needed_buffer_mb(row: Limit, most: int | None, quantities: Mapping[str, Any]
     return 1 + bisect_left(
         range(1, MOST_BUFFER_MB + 1), True, key=lambda mb: bound({**quantities, "buffer_bytes": mb * 2**20}) >= most
     )
-
-
-def _versions_in_words(row: Limit, versions: Mapping[str, str]) -> tuple[str, str]:
-    """(to which versions the rule belongs, what to declare when they are not known)."""
-    if not row.versions:
-        return "", ""
-    unknown = sorted({c.name for c in row.versions if not versions.get(c.name)})
-    texts = ", ".join(c.text for c in row.versions)
-    return f" [{texts}]", f"declare the version of {' and '.join(unknown)}: the rule is for {texts}" if unknown else ""
