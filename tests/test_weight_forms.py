@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ import torch
 from graph_build import build
 from graph_cases import FORMS, BlockCase, GraphCase
 
-from moe_lowering import Deployment, MoeLowering
+from moe_lowering import Deployment, MoE, MoeLowering, moe_experts, route, testing
 from moe_lowering.custom_ops.quantised import FORMATS
 from moe_lowering.passes.blocks import Block
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
@@ -218,3 +218,50 @@ def test_weights_of_a_size_that_must_vary_are_no_block(monkeypatch: pytest.Monke
     monkeypatch.setattr("moe_lowering.passes.raising.must_vary", lambda size: True)
     report = lower(case, "allgather")
     assert not report.blocks and report.unrecognised[0][1].startswith("[raise.size_varies]")
+
+
+# --- the same, traced -------------------------------------------------------------------------------------------------
+
+BF16 = torch.bfloat16
+
+
+def test_a_lora_merge_a_cast_and_a_slice_are_computed() -> None:
+    """Parameters of a module, and what a model may make of such in its graph."""
+    with testing.fake_deployment(ep_size=16, max_tokens=64) as deployment, testing.fake_tensors():
+        layer = MoE(1024, 512, 64, 4, deployment=deployment, dtype=BF16)
+        x = torch.empty(32, 1024, dtype=BF16)
+        a, b = torch.empty(4, 1024, 8, dtype=BF16), torch.empty(4, 8, 1024, dtype=BF16)
+        wide, layers = (
+            (layer.w13.float(), layer.w2.float()),
+            (torch.stack([layer.w13] * 2), torch.stack([layer.w2] * 2)),
+        )
+        forms: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]] = {
+            "stored": lambda: (layer.w13, layer.w2),
+            "merged": lambda: (layer.w13 + a @ b, layer.w2),
+            "cast": lambda: (wide[0].to(BF16), wide[1].to(BF16)),
+            "slice": lambda: (layers[0][1], layers[1][1]),
+        }
+        for name, make in forms.items():
+
+            def model(x: torch.Tensor, make: Callable[[], Any] = make) -> torch.Tensor:
+                weights, ids = route(layer.gate(x), 4)
+                return moe_experts(x, weights, ids, *make(), num_experts=64, deployment=deployment)
+
+            lowered = testing.lower_graph(model, x, deployment=deployment, comm="fused_mc2", policy="fixed")
+            if name == "stored":
+                testing.assert_lowered(lowered, comm="fused_mc2")
+            else:
+                testing.assert_refused(lowered, code="fused.weight_format", comm="fused_mc2")
+
+
+def test_weights_that_are_arguments_of_a_dynamic_graph() -> None:
+    """Symbolic in every size, also where the number of experts is said beside them."""
+    with testing.fake_tensors():
+        args = (torch.empty(5, 16), torch.empty(5, 2), torch.empty(5, 2, dtype=torch.int32), torch.empty(4, 16, 16),
+                torch.empty(4, 8, 16), torch.empty(4, 16), torch.empty(4, 16))  # fmt: skip
+
+    def model(x: Any, weights: Any, ids: Any, w13: Any, w2: Any, w13_bias: Any, w2_bias: Any) -> torch.Tensor:
+        return moe_experts(x, weights, ids, w13, w2, num_experts=4, w13_bias=w13_bias, w2_bias=w2_bias)
+
+    lowered = testing.lower_graph(model, *args, deployment=Deployment(), dynamic=True)
+    testing.assert_lowered(lowered, comm="allgather", blocks=1)
