@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_lowering.custom_ops import quantised as formats
 from moe_lowering.custom_ops.quantised import PER_INT32, dequantise_weight, float_scale, quantise_rows, unpack_int4
 from moe_lowering.layers import MoE, moe_modules, refuse_lists
+from moe_lowering.words import look_up
 
 __all__ = [
     "FORMATS",
@@ -27,7 +29,7 @@ __all__ = [
     "unpack_int4",
 ]
 
-FORMATS = ("w8a8", "w4a8", "w4a16")
+FORMATS = formats.FORMATS[1:]  # without "none"
 _HALVES = (torch.float16, torch.bfloat16)
 _SCALE_BIAS = 8  # what the device's kernel adds to the low int4 half of an int8 row (facts/cann_ops.md, 1.4)
 
@@ -80,7 +82,7 @@ def quantise_weight(
         if group_size is None:
             scale, offset = scale.squeeze(-2), offset.squeeze(-2)
         return QuantisedWeight(format, pack_int4(whole.to(torch.int8)), scale, offset)
-    largest = 127 if format == "w8a8" else 7
+    largest = look_up({"w8a8": 127, "w4a8": 7}, format, "quantise_weight: format")
     scale = _not_zero(w.float().abs().amax(-2, keepdim=True) / largest, scale_dtype)
     whole = (w.float() / scale).round().clamp(-largest, largest)
     column = scale.squeeze(-2).to(scale_dtype)

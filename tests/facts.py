@@ -22,8 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_lowering.deployment import SOCS
+from moe_lowering.custom_ops.grouped_mlp import ACTIVATIONS
+from moe_lowering.custom_ops.quantised import FORMATS
+from moe_lowering.deployment import MODES, SOCS, WEIGHT_FORMATS
 from moe_lowering.limits.table import tomllib
+from moe_lowering.passes.operands import COMPUTED, MIXED
 
 DATA = Path(__file__).parent / "limit_facts"
 KINDS = ("range", "multiple", "only", "same", "bytes", "legal")
@@ -33,12 +36,12 @@ DTYPES = (
 )  # fmt: skip
 WORDS = {
     "comm_alg": ("fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy", "ring"),
-    "weight_format": ("nd", "nz"),
-    "activation": ("swiglu", "swiglu_clamp", "swiglu_oai", "gelu", "gelu_tanh"),
-    "quantisation": ("none", "w8a8", "w4a8", "w4a16", "w8a16"),
+    "weight_format": (*WEIGHT_FORMATS, COMPUTED, MIXED),
+    "activation": ACTIVATIONS,
+    "quantisation": (*FORMATS, "w8a16"),
     "quant_mode": ("pertoken", "perchannel", "pertensor", "pergroup"),
     "form": ("none", "a8w8", "a8w4", "a4w4", "a16w8", "a16w4", "a8w16"),
-    "mode": ("npugraph_ex", "ge", "eager"),
+    "mode": (*MODES, "eager"),
     "reduce_op": ("sum", "avg", "max", "min"),
 }
 

@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from graph_cases import BlockCase, GraphCase
+from graph_forms import per_expert
 from graph_quantised import PACKED, dtypes, extras
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -43,7 +44,8 @@ class Builder:
 
     def __init__(self, case: GraphCase) -> None:
         self.case, self.graph, self.place = case, Graph(), "model"
-        self.env = ShapeEnv() if case.sizes != "static" or case.symbolic_hidden else None
+        dynamic = any(form == "dynamic" for block in case.blocks for _, form in block.forms)
+        self.env = ShapeEnv() if case.sizes != "static" or case.symbolic_hidden or dynamic else None
         self.fake_mode = FakeTensorMode(shape_env=self.env)
         self.inputs: dict[str, Node] = {}
         self.outputs: dict[str, Node] = {}
@@ -216,14 +218,13 @@ def _experts(b: Builder, index: int, spec: BlockCase, shared: dict[str, Any]) ->
     found: list[list[Node]] = []
     for which, shape in enumerate(((b.hidden, 2 * spec.intermediate), (spec.intermediate, b.hidden))):
         stored = shape[::-1] if spec.transposed else shape
-        nodes = _per_expert(b, f"{('w13', 'w2')[which]}_{index}", spec.as_list[which], local, stored, b.case.dtype)
+        nodes = per_expert(b, spec, ("w13", "w2")[which], index, local, stored, b.case.dtype)
         if spec.transposed:
-            dims = [1, 0] if spec.as_list[which] else [0, 2, 1]
-            nodes = [b.call(aten.permute.default, node, dims) for node in nodes]
+            nodes = [b.call(aten.transpose.int, node, -2, -1) for node in nodes]
         found.append(nodes)
     for which, width in enumerate((2 * spec.intermediate, b.hidden)):
-        name = f"{('w13', 'w2')[which]}_bias_{index}"
-        found.append(_per_expert(b, name, spec.as_list[which], local, (width,), bias_dtype) if spec.bias[which] else [])
+        name = ("w13_bias", "w2_bias")[which]
+        found.append(per_expert(b, spec, name, index, local, (width,), bias_dtype) if spec.bias[which] else [])
     return dict(zip(("w13", "w2", "w13_bias", "w2_bias"), found, strict=True))
 
 
@@ -231,20 +232,12 @@ def _quantised_experts(b: Builder, index: int, spec: BlockCase, local: int) -> d
     found: dict[str, list[Node]] = {"w13_bias": [], "w2_bias": []}
     packed, kinds = PACKED[spec.quantisation], dtypes(spec, b.case.dtype)
     for which, (inner, width) in enumerate(((b.hidden, 2 * spec.intermediate), (spec.intermediate, b.hidden))):
-        name, as_list = ("w13", "w2")[which], spec.as_list[which]
+        name = ("w13", "w2")[which]
         shape = (inner, width if packed == 1 else width // packed)
-        found[name] = _per_expert(b, f"{name}_{index}", as_list, local, shape, kinds[name])
+        found[name] = per_expert(b, spec, name, index, local, shape, kinds[name])
         for extra in (f"{name}_{what}" for what in extras(spec)):
-            found[extra] = _per_expert(b, f"{extra}_{index}", as_list, local, (width,), kinds[extra])
+            found[extra] = per_expert(b, spec, extra, index, local, (width,), kinds[extra])
     return found
-
-
-def _per_expert(
-    b: Builder, name: str, as_list: bool, local: int, shape: tuple[Any, ...], dtype: torch.dtype
-) -> list[Node]:
-    if not as_list:
-        return [b.input(name, local, *shape, dtype=dtype)]
-    return [b.input(f"{name}_{e}", *shape, dtype=dtype) for e in range(local)]
 
 
 def _dispatch(

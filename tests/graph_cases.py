@@ -28,6 +28,10 @@ FOREIGN = (
     "dispatch_whole", "quantised", "no_value",
 )  # fmt: skip
 
+# How a tensor of the experts comes to be: given as one tensor or one by expert; computed from such; made one from a list or
+# a list from one; a part, the swapped or the wider version of what is given.
+FORMS = ("stacked", "list", "computed", "list_computed", "unbound", "joined", "part", "swapped", "widened")
+
 
 @dataclasses.dataclass(frozen=True)
 class RouteCase:
@@ -46,7 +50,8 @@ class RouteCase:
 class BlockCase:
     """One block. ``as_list`` and ``bias`` are of (w13, w2); ``arguments`` replace those that the deployment gives.
 
-    ``quantisation`` is that of the experts, see ``graph_quantised``; with one there are no biases.
+    ``quantisation`` is that of the experts, see ``graph_quantised``; with one there are no biases. ``forms`` are of tensors
+    by name (``w13_scale``), one of ``FORMS`` or ``dynamic`` (of symbolic sizes); as ``as_list`` says where they are not named.
     """
 
     experts: int
@@ -65,6 +70,12 @@ class BlockCase:
     mask: bool = False
     odd: tuple[str, ...] = ()
     arguments: tuple[tuple[str, Any], ...] = ()
+    forms: tuple[tuple[str, str], ...] = ()
+
+    def form(self, name: str) -> str:
+        """That of one tensor of the experts."""
+        as_list = self.as_list[name.startswith("w2")]
+        return dict(self.forms).get(name, "list" if as_list else "stacked")
 
 
 @dataclasses.dataclass(frozen=True)

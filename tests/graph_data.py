@@ -13,6 +13,7 @@ import reference
 import torch
 from graph_build import Built, build
 from graph_cases import BlockCase, GraphCase, PairCase
+from graph_forms import given
 from torch import Tensor
 
 from moe_lowering import MoeLowering, simulator
@@ -123,12 +124,10 @@ class Data:
         local = spec.experts // self.case.deployment.ep_size
         found = {}
         for which, tensor in self.experts(index)[0].items():
-            name, as_list = f"{which}_{index}", spec.as_list[which.startswith("w2")]
             mine = tensor[self.rank * local : (self.rank + 1) * local]
             if which in ("w13", "w2") and spec.transposed:
                 mine = mine.transpose(1, 2)
-            found.update({f"{name}_{e}": t.contiguous() for e, t in enumerate(mine)} if as_list
-                         else {name: mine.contiguous()})  # fmt: skip
+            found.update(given(f"{which}_{index}", spec.form(which), mine.contiguous()))
         return found
 
     def expected(self, index: int, x: Tensor) -> Tensor:

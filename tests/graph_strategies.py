@@ -11,17 +11,23 @@ import math
 from typing import Any
 
 import torch
-from graph_cases import FOREIGN, HARMLESS, SCOPES, BlockCase, GraphCase, PairCase, RouteCase
+from graph_cases import FOREIGN, FORMS, HARMLESS, SCOPES, BlockCase, GraphCase, PairCase, RouteCase
 from hypothesis import strategies as st
 
 from moe_lowering import Deployment
+from moe_lowering.custom_ops.grouped_mlp import ACTIVATIONS, CLAMPED
+from moe_lowering.custom_ops.quantised import FORMATS
+from moe_lowering.custom_ops.route import GROUP_SCORES, SCORINGS
+from moe_lowering.deployment import GUARDS, SOCS, WEIGHT_FORMATS
+from moe_lowering.passes.choosing import VLLM
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
 
 SWIGLU = ("swiglu", 0.0)
-ACTIVATIONS = (SWIGLU, ("swiglu_clamp", 0.7), ("swiglu_oai", 0.7), ("gelu", 0.0), ("gelu_tanh", 0.0))
+GATES = tuple((name, 0.7 if name in CLAMPED else 0.0) for name in ACTIVATIONS)
 PROVIDERS = (("vllm_ascend", "0.23.0"),)
-AIMS = ("allgather", "alltoall", "mc2", "fused_mc2")
+AIMS = tuple(IMPLEMENTATIONS)
 COMMS = ("auto", "auto", *AIMS)
-POLICIES = ("auto", "vllm_ascend_0_13", "vllm_ascend_main")
+POLICIES = ("auto", *VLLM)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -38,9 +44,9 @@ def routes(draw: Any, experts: int, top_k: int) -> RouteCase | None:
     groups = [g for g in (1, 2, 4, 8) if experts % g == 0]
     num_groups = draw(st.sampled_from(groups))
     least = -(-top_k * num_groups // experts)
-    score = draw(st.sampled_from(("max", "top2_sum")))
+    score = draw(st.sampled_from(GROUP_SCORES))
     return RouteCase(
-        scoring=draw(st.sampled_from(("softmax", "sigmoid", "sqrtsoftplus"))),
+        scoring=draw(st.sampled_from(SCORINGS)),
         renormalize=draw(st.booleans()),
         num_groups=num_groups,
         topk_groups=draw(st.integers(least, num_groups)),
@@ -57,11 +63,17 @@ def blocks(
     """A block with plain SwiGLU and stacked weights half of the time, with few oddities."""
     top_k = min(experts, draw(st.sampled_from(top_ks)))
     plain = draw(st.booleans())
-    activation, limit = SWIGLU if plain else draw(st.sampled_from(ACTIVATIONS))
+    activation, limit = SWIGLU if plain else draw(st.sampled_from(GATES))
     flag = st.just(False) if plain else st.booleans()
     as_list = draw(flag) and experts <= 256
-    quantisation = rarely(draw, "none", "w8a8", "w4a8", "w4a16")
+    quantisation = rarely(draw, *FORMATS)
     usual = quantisation == "none"
+    tensors = (
+        "w13",
+        "w2",
+        *(f"{n}_{what}" for n in ("w13", "w2") for what in ("bias", "scale", "offset", "scale_bias")),
+    )
+    forms = draw(st.dictionaries(st.sampled_from(tensors), st.sampled_from(FORMS), min_size=1, max_size=3))
     return BlockCase(
         experts=experts,
         top_k=top_k,
@@ -77,6 +89,7 @@ def blocks(
         quantisation=quantisation,
         route=draw(routes(experts, top_k)),
         mask=rarely(draw, False, True),
+        forms=tuple(forms.items()) if rarely(draw, False, True) and experts <= 64 else (),
         odd=tuple(sorted(draw(st.sets(st.sampled_from(odd), max_size=2)))) if rarely(draw, False, True) else (),
     )
 
@@ -89,7 +102,7 @@ def deployments(draw: Any) -> Deployment:
     most = draw(st.sampled_from((64, 256, 257, 512, 513, 1, 4096) if not equal else (0, 0, 0, 32, 512, 513)))
     tp_size = rarely(draw, 1, *(t for t in (2, 4) if ep_size % t == 0))
     return Deployment(
-        soc=rarely(draw, "A3", "A2", "A5", "310P"),
+        soc=rarely(draw, "A3", *(soc for soc in SOCS if soc != "A3")),
         ep_size=ep_size,
         ep_rank=draw(st.integers(0, ep_size - 1)),
         ep_group="ep" if ep_size > 1 else "",
@@ -99,11 +112,11 @@ def deployments(draw: Any) -> Deployment:
         max_tokens=most,
         min_tokens=min(most, draw(st.sampled_from((1, 0, 1, 32)))) if not equal else 1,
         equal_tokens=equal,
-        guards=draw(st.sampled_from(("allow", "forbid"))),
+        guards=draw(st.sampled_from(GUARDS)),
         max_rows=rarely(draw, 0, 8, 100000),
         max_output_size=rarely(draw, 0, 1, 4096, 10**7),
         hccl_buffer_mb=draw(st.sampled_from((200, 1024, 4096, 1, 12))),
-        weight_format=rarely(draw, "nz", "nd"),
+        weight_format=rarely(draw, *reversed(WEIGHT_FORMATS)),
         providers=rarely(draw, PROVIDERS, ()),
     )
 
@@ -116,7 +129,7 @@ def capable(draw: Any) -> Deployment:
     return Deployment(
         soc="A3", ep_size=ep_size, ep_rank=draw(st.integers(0, ep_size - 1)), ep_group="ep", mc2_group="mc2",
         max_tokens=draw(st.sampled_from((512, 64, 513) + (0,) * equal)), equal_tokens=equal,
-        guards=draw(st.sampled_from(("allow", "forbid"))), hccl_buffer_mb=8192, weight_format="nz", providers=PROVIDERS,
+        guards=draw(st.sampled_from(GUARDS)), hccl_buffer_mb=8192, weight_format="nz", providers=PROVIDERS,
     )  # fmt: skip
 
 
@@ -273,7 +286,11 @@ def _with(block: BlockCase, **changes: Any) -> BlockCase:
 def _fitting(block: BlockCase) -> BlockCase:
     """Without lists of many experts: a thousand inputs make a slow test, and nothing new."""
     ep_size = dict(block.arguments).get("ep_size")
-    return _with(block, as_list=(False, False)) if ep_size is not None and block.experts // ep_size > 130 else block
+    return (
+        _with(block, as_list=(False, False), forms=())
+        if ep_size is not None and block.experts // ep_size > 130
+        else block
+    )
 
 
 @st.composite
@@ -283,7 +300,7 @@ def local_cases(draw: Any) -> GraphCase:
     most = draw(st.sampled_from((0, 64)))
     d = Deployment(
         soc="A3", max_tokens=most, min_tokens=0, equal_tokens=draw(st.booleans()) or not most, mc2_group="mc2",
-        guards=draw(st.sampled_from(("allow", "forbid"))), weight_format="nz", providers=PROVIDERS,
+        guards=draw(st.sampled_from(GUARDS)), weight_format="nz", providers=PROVIDERS,
     )  # fmt: skip
     distinct = draw(st.lists(blocks(experts, (8, 16, 24, 11), (2, 1, 3, 8), HARMLESS + SCOPES), min_size=1, max_size=2))
     leads = ((5,), (1,), (0,), (13,), (), (2, 3), (3, 0), (2, 2, 2))
@@ -310,9 +327,9 @@ def pair_deployments(draw: Any, soc: str, aim: str | None) -> Deployment:
         tp_size=tp_size, tp_group="tp" if tp_size > 1 else "",
         max_tokens=rarely(draw, 16, 0) if equal else 12,
         min_tokens=1 if equal or aim in ("mc2", "fused_mc2") else draw(st.sampled_from((1, 0))),
-        guards=draw(st.sampled_from(("allow", "forbid"))),
+        guards=draw(st.sampled_from(GUARDS)),
         max_output_size=rarely(draw, 0, 4096 if aim else 1), hccl_buffer_mb=1024 if aim else rarely(draw, 200, 1),
-        weight_format="nz" if aim else rarely(draw, "nz", "nd"), providers=PROVIDERS,
+        weight_format="nz" if aim else rarely(draw, *reversed(WEIGHT_FORMATS)), providers=PROVIDERS,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from test_lowering_ranks import expected
 from torch.fx import Graph
 
 from moe_lowering import Deployment, MoE, MoeLowering, lowering_backend, testing
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.testing import Ranks
 
 aten, npu = torch.ops.aten, torch.ops.npu
@@ -123,7 +124,7 @@ def worst(pair, comm, mutation):
     return max(reference.relative_error(y, expected(rank, 6, torch.bfloat16)) for rank, y in enumerate(results))
 
 
-@pytest.mark.parametrize("comm", ["allgather", "alltoall", "mc2", "fused_mc2"])
+@pytest.mark.parametrize("comm", [*IMPLEMENTATIONS])
 def test_unbroken_passes_on_ranks(pair, comm):
     assert worst(pair, comm, None) <= reference.BOUNDS[torch.bfloat16]
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lowering import Deployment, MoE, MoeLowering, npugraph_ex_options, simulator, testing
+from moe_lowering.passes.choosing import COMMS
 from moe_lowering.report.text import render
 from moe_lowering.simulator.device import CaptureError
 
@@ -190,7 +191,7 @@ def lowered(comm, **fields):
 EXACT = "moe_lowering.alltoall_experts"
 
 
-@pytest.mark.parametrize("comm", ["auto", "allgather", "alltoall", "mc2", "fused_mc2"])
+@pytest.mark.parametrize("comm", COMMS)
 def test_a_graph_that_is_captured_never_holds_the_exact_form(comm):
     (block,) = lowered(comm, max_tokens=64).report.blocks
     assert block.comm == (comm if comm != "auto" else "allgather") and EXACT not in block.ops_after

@@ -12,6 +12,7 @@ import torch
 from test_judging import BASE
 
 from moe_lowering import Deployment, MoE, MoeLowering, testing
+from moe_lowering.deployment import SOCS
 from moe_lowering.passes.choosing import vllm_choice
 from moe_lowering.passes.costs import Load, estimate
 from moe_lowering.passes.raising import find_blocks
@@ -66,7 +67,7 @@ def expected_main(soc, ep, tokens, experts, fused, top_k):
     return "mc2" if decode else ("allgather" if ep <= top_k else "alltoall")
 
 
-@pytest.mark.parametrize("soc", ["A2", "A3", "A5", "310P"])
+@pytest.mark.parametrize("soc", SOCS)
 @pytest.mark.parametrize("fused", [0, 1])
 def test_main_on_a_grid(soc, fused):
     for ep, tokens, experts, top_k in itertools.product(EPS, TOKENS, EXPERTS, (2, 8)):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import moe_lowering.functional as functional
-from moe_lowering.custom_ops.route import stable_top_k
+from moe_lowering.custom_ops.route import SCORINGS, stable_top_k
 from moe_lowering.custom_ops.sizes import row_bound
 
 ops = torch.ops.moe_lowering
@@ -61,7 +61,7 @@ def grouped_mlp(rows: Tensor, counts: Tensor, w13: Any, w2: Any, **changes: Any)
 # route
 
 
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
     ("groups", "kept", "score"), [(1, 1, "top2_sum"), (4, 2, "top2_sum"), (4, 2, "max"), (2, 2, "max"), (8, 4, "max")]

@@ -113,7 +113,7 @@ def test_where_nothing_is_legal_the_verdicts_are_printed_and_the_code_is_1(capfd
 
 
 def test_310p_has_neither_mc2_nor_the_fused_operator(capfd):
-    code, found = answer(capfd, f"{BLOCK} --soc 310P --dtype float16")
+    code, found = answer(capfd, f"{BLOCK} --ep 16 --soc 310P --dtype float16")
     assert code == 1
     table = codes(found)
     assert "mc2.soc" in table["mc2"]

@@ -179,16 +179,16 @@ def test_refused(code: str, broken: dict[str, Any], legal: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(("soc", "mode", "group_tp", "code"), [
-    ("A3", "npugraph_ex", "mc2", "mc2.group_tp"),
+    ("A3", "npugraph_ex", "mc2", None),
     ("A3", "npugraph_ex", "", None),
-    ("A5", "npugraph_ex", "mc2", "mc2.group_tp"),
+    ("A5", "npugraph_ex", "mc2", None),
     ("A5", "npugraph_ex", "", None),
     ("A2", "npugraph_ex", "", None),
     ("A2", "ge", "", "mc2.group_tp_graph"),
     ("A2", "ge", "mc2", None),
 ])  # fmt: skip
 def test_the_tp_group_of_a_call(soc: str, mode: str, group_tp: str, code: str | None) -> None:
-    """A call written by hand: A3 and A5 take no TP group, A2 wants the EP group's name in graph mode."""
+    """A call written by hand: A3 and A5 do not look at it, A2 wants the EP group's name in graph mode."""
     x, ids = torch.empty(8, 1024, dtype=torch.bfloat16), torch.empty(8, 3, dtype=torch.int32)
     given = {"group_tp": group_tp, **({"expert_scales": torch.empty(8, 3)} if soc == "A2" else {})}
     operator = torch.ops.npu.npu_moe_distribute_dispatch_v2.default

@@ -106,7 +106,7 @@ def test_a_name_takes_no_other():
     assert "mc2.x_dtype" in refused.report.blocks[0].reason
 
 
-MEGA = (("providers", (("cann_ops_transformer", "9.1.0"),)), ("weight_format", "nd"))
+MEGA = (("providers", (("cann_ops_transformer", "9.2.0"),)), ("cann", "9.2.0"), ("weight_format", "nd"))
 
 
 def test_mega_moe_wants_the_same_positive_token_count_on_every_rank():

@@ -16,6 +16,7 @@ from moe_lowering.deployment import SOCS, Deployment
 from moe_lowering.limits import Prover, bind, check_call, limits_for, load, names, quantities
 from moe_lowering.limits.calls import CONTEXT, OPERATORS
 from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.implementations.mlp import mlp_calls
 from moe_lowering.passes.quantities import block_quantities
 
 npu = torch.ops.npu
@@ -50,9 +51,11 @@ def block_words() -> set[str]:
         "tokens": 8, "hidden": 1024, "intermediate": 512, "top_k": 2, "experts": 4, "local_experts": 4, "ep_size": 1,
         "tp_size": 1, "dtype": torch.bfloat16, "weight_dtype": torch.bfloat16, "ep_group": "", "tp_group": "",
     }  # fmt: skip
-    needed = [f.name for f in dataclasses.fields(BlockSpec) if f.default is dataclasses.MISSING]
+    missing = dataclasses.MISSING
+    needed = [f.name for f in dataclasses.fields(BlockSpec) if f.default is missing and f.default_factory is missing]
     spec = BlockSpec(**{name: known.get(name, False) for name in needed})
-    return block_quantities(spec, Deployment(), 8, Prover(), True).keys()
+    of_words = mlp_calls(dataclasses.replace(spec, activation="no such word"), Deployment(), False)[0]
+    return {*block_quantities(spec, Deployment(), 8, Prover(), True), *of_words.given}
 
 
 def arguments_of(operator: str) -> dict[str, Any]:
@@ -197,7 +200,7 @@ KNOWN = {
     "buffer_bytes": 2**30, "weight_format": "nz", "has_vllm_ascend": True, "has_cann_ops_transformer": True,
     "equal_tokens": True, "received": 128,
 }  # fmt: skip
-VERSIONS = {"vllm_ascend": "0.20.2", "cann": "9.1.0"}
+VERSIONS = {"vllm_ascend": "0.20.2", "cann": "9.2.0"}  # mega_moe takes an intermediate size of 512 from 9.2
 
 
 def fused_call(op: Any, quantisation: str, **changes: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import rank_jobs
 import reference
 import torch
 
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.testing import RankError, Ranks
 
 
@@ -41,7 +42,7 @@ def check(ranks, comm, dtype, counts, **options):
             )
 
 
-COMMS = ["allgather", "alltoall", "mc2", "fused_mc2"]
+COMMS = [*IMPLEMENTATIONS]
 
 
 @pytest.mark.parametrize("comm", COMMS)

@@ -12,6 +12,7 @@ from torch import nn
 
 from moe_lowering import Deployment, LoweringError, MoE, MoeLowering, npugraph_ex_options, simulator, testing
 from moe_lowering.limits import load
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.report.text import render
 from moe_lowering.simulator.device import CaptureError, counts
 
@@ -291,7 +292,7 @@ def test_exact_splits_that_the_model_asks_for():
         assert testing.lower_graph(Exact(free), tokens(), deployment=free, strict=True).report.not_capturable == ()
 
 
-@pytest.mark.parametrize("comm", ["allgather", "alltoall", "mc2", "fused_mc2"])
+@pytest.mark.parametrize("comm", [*IMPLEMENTATIONS])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_nothing_is_found_in_what_the_pass_emits(comm, dynamic):
     with testing.fake_deployment(ep_size=4, max_tokens=64) as deployment, testing.fake_tensors():

@@ -292,7 +292,6 @@ def test_unpermute_passes_on_what_is_undefined() -> None:
         ({"probs": torch.ones(3, 2, dtype=torch.bfloat16)}, "unpermute.weights_dtype"),
         ({"probs": torch.ones(6)}, "unpermute.weights_dims"),
         ({"padded_mode": True}, "unpermute.padded_mode"),
-        ({"restore_shape": [3, 2]}, "unpermute.restore_shape"),
         ({"permuted_tokens": torch.ones(6, 2).double(), "probs": None}, "unpermute.x_dtype"),
         ({"sorted_indices": torch.zeros(513).int(), "probs": torch.ones(1, 513)}, "unpermute.top_k"),
     ],

@@ -18,12 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_lowering
 from moe_lowering import Deployment, MoE, quantisation, quantise_experts, shard_experts
+from moe_lowering.quantisation import FORMATS
 from moe_lowering.testing.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("quantisation_ranks")
 ops = torch.ops.moe_lowering
 TWO = Deployment(ep_size=2, ep_rank=1, ep_group="g")
-FORMATS = ("w8a8", "w4a8", "w4a16")
 # Of 64 normal values, max is about 2.4 deviations. A column in 2n + 1 levels has an error of max / n / sqrt(12):
 # 45 dB for n = 127, 20 dB for n = 7; in 16 levels between its least and largest value 21 dB.
 WEIGHT_DB = {"w8a8": 43.0, "w4a8": 18.0, "w4a16": 19.0}

@@ -13,7 +13,7 @@ import reference
 import torch
 from torch import Tensor
 
-from moe_lowering.custom_ops.quantised import quantise_rows, quantised_matmul, unpack_int4
+from moe_lowering.custom_ops.quantised import FORMATS, quantise_rows, quantised_matmul, unpack_int4
 
 ops = torch.ops.moe_lowering
 HIDDEN, INNER, EXPERTS = 64, 32, 4
@@ -289,7 +289,7 @@ def test_one_expert_with_a_list_of_groups() -> None:
 # edges
 
 
-@pytest.mark.parametrize("form", ["w8a8", "w4a8", "w4a16"])
+@pytest.mark.parametrize("form", FORMATS[1:])
 def test_no_rows_and_no_counts(form: str) -> None:
     given = weights(form)
     if form == "w4a16":

@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from moe_lowering import Deployment
 from moe_lowering.backends import ge_rewrites
+from moe_lowering.deployment import MODES
 from moe_lowering.passes.emitting import Emitter
 from moe_lowering.passes.implementations import unpermute
 
@@ -59,7 +60,7 @@ def snr(y, exact):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("mode", ["npugraph_ex", "ge"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_both_forms_compute_the_weighted_sum(mode, dtype, dynamic):
     gm, _, value = built(mode, dtype, dynamic)
@@ -73,15 +74,12 @@ def test_ge_rounds_once_and_the_operator_rounds_the_weights_too():
     """Weights stay float32 in the ATen form; the operator takes them in the dtype of the rows."""
     tensors = inputs(torch.bfloat16)
     exact = reference(*tensors)
-    quality = {mode: snr(built(mode, torch.bfloat16)[0](*tensors), exact) for mode in ("npugraph_ex", "ge")}
+    quality = {mode: snr(built(mode, torch.bfloat16)[0](*tensors), exact) for mode in MODES}
     assert quality["ge"] > quality["npugraph_ex"] + 1
 
 
 def test_only_the_form_for_ge_is_convertible():
-    missing = {
-        mode: [t for t in built(mode, torch.bfloat16)[1] if ge_rewrites.missing_converter(t)]
-        for mode in ("npugraph_ex", "ge")
-    }
+    missing = {mode: [t for t in built(mode, torch.bfloat16)[1] if ge_rewrites.missing_converter(t)] for mode in MODES}
     assert missing == {"npugraph_ex": [torch.ops.npu.npu_moe_token_unpermute.default], "ge": []}
 
 

@@ -12,8 +12,10 @@ import torch
 
 from moe_lowering.cli.arguments import DTYPES, Request, UsageError
 from moe_lowering.cli.explain_arguments import ExplainRequest
+from moe_lowering.custom_ops.quantised import PER_INT32, WEIGHT_DTYPES
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.operands import Experts, Operand, Operands
 
 # Names of a dimension in configs, the first that is there counts: a model with an `intermediate_size` for its dense layers
 # has another name for its experts'.
@@ -139,7 +141,7 @@ def spec_of(block: Block, deployment: Deployment, tokens: int, quantisation: str
         shared_experts=deployment.shared_experts,
         on_shared_rank=deployment.on_shared_rank,
         dtype=dtype,
-        weight_dtype={"none": dtype, "w8a8": torch.int8}.get(quantisation, torch.int32),
+        weight_dtype=_weight_dtype(quantisation, dtype),
         activation=block.gate.activation,
         limit=block.limit,
         alpha=block.alpha,
@@ -157,7 +159,37 @@ def spec_of(block: Block, deployment: Deployment, tokens: int, quantisation: str
         scale_dims=0 if quantisation == "none" else 2,
         has_offset=quantisation == "w4a16",
         has_scale_bias=quantisation == "w4a8",
+        tensors=_tensors(block, deployment, quantisation, (first_scale, second_scale)),
     )
+
+
+def _weight_dtype(quantisation: str, dtype: torch.dtype) -> torch.dtype:
+    return dtype if quantisation == "none" else WEIGHT_DTYPES[quantisation]
+
+
+def _tensors(
+    block: Block, deployment: Deployment, quantisation: str, scales: tuple[torch.dtype, torch.dtype]
+) -> Experts:
+    """The experts' tensors as ``quantise_experts`` and ``shard_experts`` lay them out: stacked, contiguous, stored."""
+    experts = block.experts // deployment.routed_ranks
+    dtype = getattr(torch, block.dtype)
+    weight = _weight_dtype(quantisation, dtype)
+    packed = PER_INT32 if weight == torch.int32 else 1
+    found: dict[str, Operands] = {}
+    for name, inner, width, scale in (
+        ("w13", block.hidden, 2 * block.intermediate, scales[0]), ("w2", block.intermediate, block.hidden, scales[1]),
+    ):  # fmt: skip
+        beside = {
+            "bias": dtype if block.gate.has_bias else None,
+            "scale": scale if quantisation != "none" else None,
+            "offset": scale if quantisation == "w4a16" else None,
+            "scale_bias": torch.float32 if quantisation == "w4a8" else None,
+        }
+        found[name] = Operands(1, (Operand((experts, inner, width // packed), weight),))
+        found |= {
+            f"{name}_{k}": Operands(1, (Operand((experts, width), v),)) for k, v in beside.items() if v is not None
+        }
+    return Experts(**found)
 
 
 def _config(request: ExplainRequest) -> tuple[Any, list[str]]:

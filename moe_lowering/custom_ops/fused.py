@@ -147,7 +147,7 @@ def check_experts(operator: str, experts: Experts, x: Tensor, scale_dtypes: Sequ
         raise ValueError(f"{operator}: w13 has {width} columns; accepted: an even number, gate and up")
     if known(hidden % packed != 0):
         raise ValueError(f"{operator}: x has hidden size {hidden}; accepted: a multiple of {packed}")
-    dtypes = (WEIGHT_DTYPES.get(quantisation, x.dtype),)
+    dtypes = (x.dtype if quantisation == "none" else WEIGHT_DTYPES[quantisation],)
     check_per_expert(operator, "w13", experts.w13, experts.local, (hidden, width // packed), dtypes)
     check_per_expert(operator, "w2", experts.w2, experts.local, (width // 2, hidden // packed), dtypes)
     sizes = {"w13": width, "w2": hidden}

@@ -41,6 +41,7 @@ SCHEMA = (
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
+ROW_DTYPES = {"none": FLOATS, "w4a16": HALVES, "w8a8": (*FLOATS, torch.int8), "w4a8": (*FLOATS, torch.int8)}
 CLAMPED = ("swiglu_clamp", "swiglu_oai")
 CHUNK = (
     2**17
@@ -94,7 +95,7 @@ def _check(
     for name, weights in (("w13", w13), ("w2", w2)):
         if not weights or weights[0].dim() < 2:
             raise ValueError(f"grouped_mlp: {name} holds no matrix; accepted: one tensor [E, K, N] or E tensors [K, N]")
-    packed, dtypes = quantisation.packed, (WEIGHT_DTYPES.get(form, rows.dtype),)
+    packed, dtypes = quantisation.packed, (rows.dtype if form == "none" else WEIGHT_DTYPES[form],)
     experts, hidden, double = counts.shape[0], rows.shape[1], w13[0].shape[-1] * packed
     if known(double % 2 != 0):
         raise ValueError(f"grouped_mlp: w13 has {double} columns; accepted: an even number, gate and up")
@@ -116,7 +117,7 @@ def _check_rows(rows: Tensor, row_scale: Tensor, form: str, out_dtype: torch.dty
         raise ValueError(f"grouped_mlp: quantisation is {form!r}; accepted: {', '.join(FORMATS)}")
     if rows.dim() != 2:
         raise ValueError(f"grouped_mlp: rows has shape {show(rows.shape)}; accepted: [R, hidden]")
-    accepted = {"none": FLOATS, "w4a16": HALVES}.get(form, (*FLOATS, torch.int8))
+    accepted = ROW_DTYPES[form]
     if rows.dtype not in accepted:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
         raise TypeError(f"grouped_mlp: rows is {rows.dtype} for quantisation {form!r}; accepted: {names}")
@@ -143,7 +144,9 @@ def _check_quantisers(quantisation: Quantisation, experts: int, hidden: int, dou
     form = quantisation.format
     if quantisation == Quantisation("none"):
         return
-    scales = {"w8a8": (torch.float32, torch.bfloat16, torch.int64), "w4a8": (torch.float32, torch.int64)}
+    scales = {
+        "w8a8": (torch.float32, torch.bfloat16, torch.int64), "w4a8": (torch.float32, torch.int64), "w4a16": (dtype,)
+    }  # fmt: skip
     for name, inner, width in (("w13", hidden, double), ("w2", double // 2, hidden)):
         scale: Sequence[Tensor] = getattr(quantisation, f"{name}_scale")
         offset: Sequence[Tensor] = getattr(quantisation, f"{name}_offset")
@@ -161,7 +164,7 @@ def _check_quantisers(quantisation: Quantisation, experts: int, hidden: int, dou
         shape: tuple[int, ...] = (width,)
         if form == "w4a16" and grouped(scale, experts):
             shape = (_groups(f"{name}_scale", scale[0].shape[-2], inner), width)
-        check_per_expert("grouped_mlp", f"{name}_scale", scale, experts, shape, scales.get(form, (dtype,)))
+        check_per_expert("grouped_mlp", f"{name}_scale", scale, experts, shape, scales[form])
         if offset:
             check_per_expert("grouped_mlp", f"{name}_offset", offset, experts, shape, (dtype,))
         if bias:
@@ -248,10 +251,12 @@ def _cpu(
         hidden = antiquant_matmul(rows[:used], numbers, w13, stored.w13_scale, stored.w13_offset)
         hidden = activate(hidden, *gate, rows.dtype)
         out = antiquant_matmul(hidden, numbers, w2, stored.w2_scale, stored.w2_offset)
-    else:
+    elif quantisation == "none":
         hidden = grouped_matmul(rows[:used], numbers, w13, w13_bias, rows.dtype)
         hidden = activate(hidden, *gate, rows.dtype)
         out = grouped_matmul(hidden, numbers, w2, w2_bias, rows.dtype)
+    else:
+        raise ValueError(f"grouped_mlp: quantisation is {quantisation!r}, which has no kernel")
     out = out.to(out_dtype or rows.dtype)
     return out if used == rows.shape[0] else F.pad(out, (0, 0, 0, rows.shape[0] - used))
 
@@ -343,7 +348,9 @@ def _gated(hidden: Tensor, activation: str, limit: float, alpha: float, interlea
         return torch.sigmoid(gate * alpha).mul_(gate).mul_(up + 1)
     if activation in ("gelu", "gelu_tanh"):
         return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none").mul_(up)
-    return F.silu(gate).mul_(up)
+    if activation in ("swiglu", "swiglu_clamp"):
+        return F.silu(gate).mul_(up)
+    raise ValueError(f"grouped_mlp: activation is {activation!r}, which has no kernel")
 
 
 register(SCHEMA, cpu=_cpu, fake=_fake)

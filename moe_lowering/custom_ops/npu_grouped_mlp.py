@@ -25,7 +25,8 @@ from moe_lowering.custom_ops.quantised import INT8_ROWS, float_scale
 
 Tensors = Sequence[Tensor]
 OUTPUT_DTYPES = {torch.float16: 5, torch.bfloat16: 15}  # numbers that npu_grouped_matmul's output_dtype takes
-BIAS_DTYPES = {torch.bfloat16: torch.float32}  # of weights that are not quantised; others take their own
+# By the dtype of weights that are not quantised.
+BIAS_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float16, torch.float32: torch.float32}
 
 
 def npu_grouped_mlp(
@@ -67,7 +68,8 @@ def npu_grouped_mlp(
     if quantisation == "w4a16":
         hidden = gated(_antiquant_matmul(rows, counts, w13, w13_scale or (), w13_offset or ()))
         return _antiquant_matmul(hidden, counts, w2, w2_scale or (), w2_offset or ())
-    assert quantisation in INT8_ROWS
+    if quantisation not in INT8_ROWS:
+        raise ValueError(f"grouped_mlp: quantisation is {quantisation!r}, which has no operators on a device")
     if rows.dtype != torch.int8:
         rows, row_scale = torch.ops.npu.npu_dynamic_quant(rows)
     hidden = gated(_scaled_matmul(rows, row_scale, counts, w13, w13_scale or (), w13_scale_bias or (), dtype))
@@ -86,7 +88,7 @@ def _matmul(rows: Tensor, counts: Tensor, weights: Tensors, **options: Any) -> T
 def _biases(weights: Tensors, biases: Tensors, experts: int) -> list[Tensor] | None:
     if not biases:
         return None
-    wanted = BIAS_DTYPES.get(weights[0].dtype, weights[0].dtype)
+    wanted = BIAS_DTYPES[weights[0].dtype]
     return _like(weights, biases, experts, lambda bias: bias.to(wanted))
 
 

@@ -34,7 +34,7 @@ class Quantisation:
     @property
     def packed(self) -> int:
         """Weights in one element of a weight tensor."""
-        return PER_INT32 if self.format in ("w4a8", "w4a16") else 1
+        return PER_INT32 if self.format != "none" and WEIGHT_DTYPES[self.format] == torch.int32 else 1
 
 
 def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -109,15 +109,25 @@ def _score(logits: Tensor, scoring: str) -> Tensor:
         return torch.softmax(logits, -1)
     if scoring == "sigmoid":
         return torch.sigmoid(logits)
-    return F.softplus(logits).sqrt()
+    if scoring == "sqrtsoftplus":
+        return F.softplus(logits).sqrt()
+    raise ValueError(f"route: scoring is {scoring!r}, which has no kernel")
 
 
 def _keep_best_groups(choice: Tensor, num_groups: int, topk_groups: int, group_score: str) -> Tensor:
     grouped = choice.reshape(*choice.shape[:-1], num_groups, choice.shape[-1] // num_groups)
-    best = grouped.amax(-1) if group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
+    best = _group_scores(grouped, group_score)
     dropped = torch.ones_like(best, dtype=torch.bool)
     dropped.scatter_(-1, stable_top_k(best, topk_groups), False)
     return grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
+def _group_scores(grouped: Tensor, group_score: str) -> Tensor:
+    if group_score == "max":
+        return grouped.amax(-1)
+    if group_score == "top2_sum":
+        return grouped.topk(2, dim=-1).values.sum(-1)
+    raise ValueError(f"route: group_score is {group_score!r}, which has no kernel")
 
 
 def stable_top_k(values: Tensor, k: int) -> Tensor:

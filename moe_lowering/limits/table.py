@@ -12,9 +12,10 @@ from importlib import resources
 from typing import Any
 
 from moe_lowering.deployment import SOCS
+from moe_lowering.limits.coverage import Absent, gaps, read_absent
 from moe_lowering.limits.expressions import Expression
 from moe_lowering.limits.prover import Prover
-from moe_lowering.limits.versions import Constraint, applies
+from moe_lowering.limits.versions import Constraint, applies, in_words
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -169,6 +170,13 @@ def _row(raw: dict[str, Any], where: str) -> Limit:
     return row
 
 
+def _entries(name: str, text: str) -> list[Absent]:
+    try:
+        return read_absent(name, tomllib.loads(text).get("absent", ()), SOCS)
+    except ValueError as error:
+        raise LimitsError(str(error)) from None
+
+
 def read(name: str, text: str) -> list[Limit]:
     """The rows of one table.
 
@@ -189,17 +197,22 @@ def narrow(rows: list[Limit]) -> list[Limit]:
     Raises:
         LimitsError: when a row is left without a SoC.
     """
-    exists: dict[str, tuple[str, ...]] = {}
-    for row in rows:
-        if row.value.text == "soc" and row.one_of and row.when is None and not row.versions:
-            exists[row.operator] = row.one_of
-    narrowed = []
+    exists, narrowed = _exists(rows), []
     for row in rows:
         soc = tuple(s for s in row.soc if row.value.text == "soc" or s in exists.get(row.operator, SOCS))
         if not soc:
             raise LimitsError(f"{row.code} of {row.operator} is for {row.soc}, where the operator does not exist")
         narrowed.append(dataclasses.replace(row, soc=soc))
     return narrowed
+
+
+def _exists(rows: list[Limit]) -> dict[str, tuple[str, ...]]:
+    """The SoCs on which each operator exists, of those that a row says it of."""
+    return {
+        row.operator: row.one_of
+        for row in rows
+        if row.value.text == "soc" and row.one_of and row.when is None and not row.versions
+    }
 
 
 def validate(rows: list[Limit]) -> tuple[Limit, ...]:
@@ -223,13 +236,19 @@ def load() -> tuple[Limit, ...]:
     """All rows of all tables, validated.
 
     Raises:
-        LimitsError: when a row is malformed, or two rows of one operator and SoC share both code and condition.
+        LimitsError: when a row is malformed, two rows of one operator and SoC share both code and condition, or a rule has
+            neither a row nor an ``[[absent]]`` entry on a SoC where its operator exists (``coverage``).
     """
     rows: list[Limit] = []
+    absent: list[Absent] = []
     for file in sorted(resources.files("moe_lowering.limits").joinpath("data").iterdir(), key=lambda f: f.name):
         if file.name.endswith(".toml"):
-            rows += read(file.name, file.read_text("utf-8"))
-    return validate(narrow(rows))
+            rows += read(file.name, text := file.read_text("utf-8"))
+            absent += _entries(file.name, text)
+    narrowed = narrow(rows)
+    if found := gaps(narrowed, absent, _exists(rows), SOCS):
+        raise LimitsError("; ".join(found))
+    return validate(narrowed)
 
 
 Versions = tuple[tuple[str, str], ...]  # (name, version), hashable
@@ -298,7 +317,7 @@ def _violation(
     accepted = row.accepted(quantities)
     sizes = _buffer_sizes(row, value, quantities, prover) if row.bounds_buffer else {}
     shown = {**quantities, "value": value, **sizes}
-    only, declare = _versions_in_words(row, versions or {})
+    only, declare = in_words(row.versions, versions or {})
     advice = NO_SETTING.get(sizes.get("needed_mb", "")) or row.advice.format_map(shown)
     return Violation(
         code=row.code,
@@ -338,12 +357,3 @@ def needed_buffer_mb(row: Limit, most: int | None, quantities: Mapping[str, Any]
     return 1 + bisect_left(
         range(1, MOST_BUFFER_MB + 1), True, key=lambda mb: bound({**quantities, "buffer_bytes": mb * 2**20}) >= most
     )
-
-
-def _versions_in_words(row: Limit, versions: Mapping[str, str]) -> tuple[str, str]:
-    """(to which versions the rule belongs, what to declare when they are not known)."""
-    if not row.versions:
-        return "", ""
-    unknown = sorted({c.name for c in row.versions if not versions.get(c.name)})
-    texts = ", ".join(c.text for c in row.versions)
-    return f" [{texts}]", f"declare the version of {' and '.join(unknown)}: the rule is for {texts}" if unknown else ""

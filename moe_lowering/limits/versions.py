@@ -71,6 +71,15 @@ def applies(constraints: Sequence[Constraint], versions: Mapping[str, str]) -> b
     return not any(c.excludes(versions.get(c.name, "")) for c in constraints)
 
 
+def in_words(constraints: Sequence[Constraint], versions: Mapping[str, str]) -> tuple[str, str]:
+    """(to which versions a rule belongs, what to declare when they are not known)."""
+    if not constraints:
+        return "", ""
+    unknown = sorted({c.name for c in constraints if not versions.get(c.name)})
+    texts = ", ".join(c.text for c in constraints)
+    return f" [{texts}]", f"declare the version of {' and '.join(unknown)}: the rule is for {texts}" if unknown else ""
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("."))
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from moe_lowering.passes.operands import Experts
+
 
 def size_key(size: Any) -> Any:
     """A hashable form of a size: the int itself, or the sympy expression of a SymInt."""
@@ -59,6 +61,7 @@ class BlockSpec:
     scales, ``scale_dims`` their number of dimensions (a list of tensors counts as the stacked one). ``mixed_forms`` says
     that one of w13 and w2 is one tensor and the other a list. With shared-expert ranks ``experts`` and ``local_experts``
     are those of a rank with routed experts, on every rank; ``on_shared_rank`` is a rank's own and no rule reads it.
+    ``tensors`` are the experts' own: what rules read of each, and whether the graph computes it.
     """
 
     tokens: Any = dataclasses.field(compare=False)
@@ -99,6 +102,7 @@ class BlockSpec:
     shared_expert_ranks: int = 0
     shared_experts: int = 1
     on_shared_rank: bool = False
+    tensors: Experts = dataclasses.field(default_factory=Experts)
 
 
 def arguments(node: Node) -> tuple[Any, ...]:

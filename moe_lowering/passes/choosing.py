@@ -28,13 +28,17 @@ from moe_lowering.passes.vllm_ascend_rules import (
     fused_in_main,
 )
 from moe_lowering.report.records import Verdict
+from moe_lowering.words import look_up
 
 Cost = Callable[[str, Load], float]
-VLLM = ("vllm_ascend_0_13", "vllm_ascend_main")
+_CHOOSERS = {"vllm_ascend_0_13": choose_0_13, "vllm_ascend_main": choose_main}
+VLLM = tuple(_CHOOSERS)
 COMMS = ("auto", *IMPLEMENTATIONS)
 POLICIES = ("auto", "fixed", *VLLM)
 NO_PROVIDER = "fused.provider"  # the code of the rule that a library brings the fused operator
-WEIGHT_WIDTHS = {"w8a8": 1.0, "w4a8": 0.5, "w4a16": 0.5}  # bytes
+WEIGHT_WIDTHS = {"w8a8": 1.0, "w4a8": 0.5, "w4a16": 0.5}  # bytes; those of the dtype without quantisation
+# How vllm-ascend writes them.
+VLLM_QUANTISATIONS = {"none": "none", "w8a8": "w8a8_dynamic", "w4a8": "w4a8", "w4a16": "w4a16"}
 DEFAULT_TOKENS = 512  # what a graph without any bound is costed with: a full MC2 batch
 
 
@@ -63,7 +67,11 @@ class Policy:
         require_choice("MoeLowering", "comm", self.comm, COMMS)
         require_choice("MoeLowering", "policy", self.name, POLICIES)
         require_callable("MoeLowering", "cost", self.cost, "a function (implementation, load) that gives microseconds")
-        fits = {"auto": True, "fixed": self.comm != "auto"}.get(self.name, self.comm == "auto")
+        fits = look_up(
+            {"auto": True, "fixed": self.comm != "auto", **dict.fromkeys(VLLM, self.comm == "auto")},
+            self.name,
+            "policy",
+        )
         if not fits:
             accepted_comm = "auto" if self.comm != "auto" else ", ".join(IMPLEMENTATIONS)
             raise ValueError(f"MoeLowering: comm is {self.comm!r} with policy {self.name!r}; accepted: {accepted_comm}")
@@ -125,8 +133,14 @@ def load_of(spec: BlockSpec, deployment: Deployment, tokens: int) -> Load:
         local_experts=spec.local_experts,
         # int8 rows travel out, results come back in the block's dtype
         width=(1 + spec.dtype.itemsize) / 2 if spec.quantisation in ("w8a8", "w4a8") else spec.dtype.itemsize,
-        weight_width=WEIGHT_WIDTHS.get(spec.quantisation, spec.dtype.itemsize),
+        weight_width=_weight_width(spec),
     )
+
+
+def _weight_width(spec: BlockSpec) -> float:
+    if spec.quantisation == "none":
+        return spec.dtype.itemsize
+    return look_up(WEIGHT_WIDTHS, spec.quantisation, "cost: quantisation")
 
 
 def vllm_choice(name: str, spec: BlockSpec, deployment: Deployment, tokens: int) -> tuple[str | None, str]:
@@ -134,7 +148,8 @@ def vllm_choice(name: str, spec: BlockSpec, deployment: Deployment, tokens: int)
 
     The rule's fused mode is the deployment's, as far as a library that it would call is declared.
     """
-    old = name == "vllm_ascend_0_13"
+    choose = look_up(_CHOOSERS, name, "policy")
+    old = choose is choose_0_13
     mega_moe = not old and deployment.provider("cann_ops_transformer") is not None
     available = mega_moe or deployment.provider("vllm_ascend") is not None
     most = deployment.max_tokens or DEFAULT_TOKENS
@@ -147,7 +162,7 @@ def vllm_choice(name: str, spec: BlockSpec, deployment: Deployment, tokens: int)
         top_k=spec.top_k,
         hidden=spec.hidden,
         intermediate=spec.intermediate,
-        quantisation="w8a8_dynamic" if spec.quantisation == "w8a8" else spec.quantisation,
+        quantisation=look_up(VLLM_QUANTISATIONS, spec.quantisation, f"{name}: quantisation"),
         fused_mode=deployment.fused_mode if available else 0,
         mega_moe=mega_moe,
     )
@@ -157,6 +172,6 @@ def vllm_choice(name: str, spec: BlockSpec, deployment: Deployment, tokens: int)
         capacity = capacity_main(spec.tp_size, most, fused=fused_in_main(situation), mega_moe=mega_moe)
     situation = dataclasses.replace(situation, capacity=capacity)
     try:
-        return (choose_0_13 if old else choose_main)(situation), ""
+        return choose(situation), ""
     except ValueError as refused:
         return None, f"{name} refuses this deployment ({refused})"

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from moe_lowering.words import look_up
+
 MATMUL_US, VECTOR_US, COLLECTIVE_US = 5.0, 2.0, 10.0
 # Quantisation, routing sort and flags inside the MC2 operators (the byte model alone gives half of the measured 132 us).
 DISPATCH_FIXED_US = 66.0
@@ -58,7 +60,7 @@ def estimate(implementation: str, load: Load) -> float:
     Raises:
         ValueError: for an implementation that the model does not know.
     """
-    machine = MACHINES[load.soc]
+    machine = look_up(MACHINES, load.soc, "cost: soc")
     compute = _compute(load, machine)
     if implementation == "allgather":
         local = 3 * VECTOR_US + 2 * MATMUL_US

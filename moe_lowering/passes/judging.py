@@ -23,6 +23,8 @@ from moe_lowering.passes.quantities import block_quantities, strict_share_of_one
 from moe_lowering.report.records import Verdict
 
 _T = re.compile(r"\bT\b")
+# Codes of rules that say where a whole implementation does not exist: on which SoC, and on how many ranks.
+_NOT_THERE = (".soc", ".ep_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,13 +164,13 @@ def _verdict(name: str, spec: BlockSpec, deployment: Deployment, quantities: dic
     """Of the first legal form; of the preferred form when none is. With the forms that the deployment rules out."""
 
     def broken(calls: tuple[Call, ...]) -> tuple[Violation, ...]:
-        found = [
-            violation
-            for call in calls
-            for violation in check(
-                call.operator, deployment.soc, {**quantities, **call.given}, prover, deployment.versions
-            )
-        ]
+        found: list[Violation] = []
+        for call in calls:
+            given = {**quantities, **call.given}
+            here = check(call.operator, deployment.soc, given, prover, deployment.versions)
+            found += here
+            if call.operator == name and any(v.code.endswith(_NOT_THERE) for v in here):
+                break  # its operators are not called then: what they accept is no reason
         return tuple(dict.fromkeys(found))
 
     implementation = IMPLEMENTATIONS[name]

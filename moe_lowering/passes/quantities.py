@@ -9,8 +9,9 @@ import torch
 from moe_lowering.custom_ops.sizes import ceil_div
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover
-from moe_lowering.limits.calls.tensors import data_dependent
+from moe_lowering.limits.calls.tensors import data_dependent, shared_dtype
 from moe_lowering.passes.blocks import BlockSpec, RouteSpec
+from moe_lowering.passes.operands import weight_format
 from moe_lowering.passes.token_ranges import hint, is_strict, known_range, must_vary
 
 
@@ -138,7 +139,7 @@ def expert_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]
         "intermediate": spec.intermediate,
         "local_experts": spec.local_experts,
         "groups": spec.local_experts,
-        "weight_dtype": dtype_name(spec.weight_dtype),
+        "weight_dtype": shared_dtype([*spec.tensors.w13.kinds, *spec.tensors.w2.kinds]),
         "activation": spec.activation,
         "interleaved": spec.interleaved,
         "has_bias": spec.has_bias,
@@ -147,7 +148,7 @@ def expert_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]
         "stacked": spec.stacked,
         "mixed_forms": spec.mixed_forms,
         "weights_contiguous": spec.weights_contiguous,
-        "weight_format": deployment.weight_format,
+        "weight_format": weight_format(deployment, spec.tensors.w13, spec.tensors.w2),
         "single_weight": spec.stacked,
         "quantised": False,
         "form": "none",
@@ -161,19 +162,20 @@ def expert_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]
 def _scales(spec: BlockSpec) -> dict[str, Any]:
     """What the fused operators read of scales and compensation."""
     quantised = spec.quantisation != "none"
-    dtypes = {dtype_name(dtype) for dtype in spec.scale_dtypes}
+    kinds = [*spec.tensors.w13_scale.kinds, *spec.tensors.w2_scale.kinds]
     return {
         "has_scales": len(spec.scale_dtypes) == 2,
-        "scale_dtype": "+".join(sorted(dtypes)) if dtypes else None,
+        "scale_dtype": shared_dtype(kinds) if kinds else None,
         "w13_scale_count": spec.local_experts * 2 * spec.intermediate if quantised else None,
         "w2_scale_count": spec.local_experts * spec.hidden if quantised else None,
         "has_offset": spec.has_offset,
         "has_scale_bias": spec.has_scale_bias,
-        "weight_count": 1 if spec.stacked else spec.local_experts,
+        "weight_count": spec.tensors.w13.count,
     }
 
 
-_NORM_TYPES = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
+GROUP_SELECT_MODES = {"max": 0, "top2_sum": 1}
+NORM_TYPES = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
 
 
 def route_quantities(spec: RouteSpec) -> dict[str, Any]:
@@ -185,8 +187,8 @@ def route_quantities(spec: RouteSpec) -> dict[str, Any]:
         "top_k": spec.top_k,
         "group_count": spec.num_groups,
         "k_group": spec.topk_groups,
-        "group_select_mode": 1 if spec.group_score == "top2_sum" else 0,
-        "norm_type": _NORM_TYPES[spec.scoring],
+        "group_select_mode": GROUP_SELECT_MODES[spec.group_score],
+        "norm_type": NORM_TYPES[spec.scoring],
         "renorm": 0,
         "renormalize": spec.renormalize,
         "has_bias": spec.has_bias,

@@ -21,7 +21,10 @@ from torch.fx import Graph, Node
 
 import moe_lowering.custom_ops  # noqa: F401  (registers torch.ops.moe_lowering)
 from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, arguments, shape_key
+from moe_lowering.passes.operands import Experts, Operands, is_stored
+from moe_lowering.passes.quantities import GROUP_SELECT_MODES, NORM_TYPES
 from moe_lowering.passes.scopes import scope_paths
+from moe_lowering.passes.token_ranges import is_strict, must_vary
 
 OPS = torch.ops.moe_lowering
 _COLLECTIVES = tuple(
@@ -92,6 +95,9 @@ def _route(node: Node) -> Route:
     logits, bias, top_k, scoring, renormalize, num_groups, topk_groups, group_score, scale = arguments(node)
     if items is None:
         raise _NotABlock("raise.whole_result", "route's result is used as a whole, or one output twice")
+    for name, word, known in (("scoring", scoring, NORM_TYPES), ("group_score", group_score, GROUP_SELECT_MODES)):
+        if word not in known:
+            raise _NotABlock("raise.unknown_word", f"route's {name} is {word!r}; the pass knows {', '.join(known)}")
     value = _value(logits)
     experts = _width(value)
     spec = RouteSpec(
@@ -161,14 +167,13 @@ def _spec(
     x = values[0]
     assert x is not None
     name, limit, alpha, interleaved, quantisation = experts[4:9]
-    weights = [*experts[:4], *(nodes or () for nodes in experts[9:15])]
-    w13, w2 = ([_value(node) for node in nodes] for nodes in weights[:2])
-    stacked = w13[0].dim() == 3 and w2[0].dim() == 3
-    scales = [[_value(node) for node in nodes] for nodes in weights[4:6] if nodes]
+    tensors = Experts(*(_operands(nodes or ()) for nodes in (*experts[:4], *experts[9:15])))
+    w13, w2 = tensors.w13, tensors.w2
+    scales = [each for each in (tensors.w13_scale, tensors.w2_scale) if each]
     return BlockSpec(
         tokens=_tokens(x),
         hidden=_width(x),
-        intermediate=int(w2[0].shape[-2]),
+        intermediate=w2.first.shape[-2],
         top_k=int(_value(inputs[1]).shape[-1]),
         experts=shared["num_experts"],
         local_experts=shared["num_experts"] // (shared["ep_size"] - shared["shared_expert_ranks"]),
@@ -182,14 +187,14 @@ def _spec(
         shared_experts=shared["shared_experts"],
         on_shared_rank=shared["on_shared_rank"],
         dtype=experts[15] or x.dtype,
-        weight_dtype=w13[0].dtype,
+        weight_dtype=w13.first.dtype,
         activation=name,
         limit=limit,
         alpha=alpha,
         interleaved=interleaved,
-        stacked=stacked,
-        weights_contiguous=all(w.is_contiguous() for w in (*w13, *w2)),
-        has_bias=bool(weights[2] or weights[3]),
+        stacked=w13.stacked and w2.stacked,
+        weights_contiguous=all(w.is_contiguous() for w in (*w13.kinds, *w2.kinds)),
+        has_bias=bool(tensors.w13_bias or tensors.w2_bias),
         has_mask=inputs[3] is not None,
         quantised_input=quantised_input,
         counts_are_read=counts_read[0],
@@ -197,17 +202,42 @@ def _spec(
         counts_read_before_weights=counts_read[2],
         scopes_differ=scopes_differ,
         quantisation=quantisation,
-        scale_dtypes=tuple(scale[0].dtype for scale in scales),
-        scale_dims=max((scale[0].dim() + (len(scale) > 1) for scale in scales), default=0),
-        has_offset=bool(weights[6] or weights[7]),
-        has_scale_bias=bool(weights[8] and weights[9]),
-        mixed_forms=w13[0].dim() != w2[0].dim(),
-        key=(
-            *(None if v is None else shape_key(v) for v in values),
-            *(shape_key(_value(node)) for nodes in weights for node in nodes),
-            tuple(len(nodes) for nodes in weights),
-        ),
+        scale_dtypes=tuple(scale.first.dtype for scale in scales),
+        scale_dims=max((scale.first.dim() + (scale.count > 1) for scale in scales), default=0),
+        has_offset=bool(tensors.w13_offset or tensors.w2_offset),
+        has_scale_bias=bool(tensors.w13_scale_bias and tensors.w2_scale_bias),
+        mixed_forms=w13.first.dim() != w2.first.dim(),
+        key=tuple(None if v is None else shape_key(v) for v in values),
+        tensors=tensors,
     )
+
+
+def _operands(nodes: Sequence[Node]) -> Operands:
+    return Operands.of([(_static_value(node), is_stored(node)) for node in nodes])
+
+
+def _static_value(node: Node) -> torch.Tensor:
+    """The value of an expert's tensor, whose sizes become static where they are symbolic: those of a model never vary.
+
+    With ``dynamic=True`` weights that are arguments of the compiled function have symbolic sizes. A rule on them could be
+    proven for some of its readers and not for others.
+    """
+    value = _value(node)
+    for size in (*value.shape, *value.stride()):
+        _require_static(size, f"{node.name}, a tensor of the experts, has shape {tuple(value.shape)} and size {size}")
+    return value
+
+
+def _require_static(size: Any, what: str) -> None:
+    """A symbolic size can be fixed at its present value: that adds a guard, which nothing forbids."""
+    if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
+        return
+    if not size.node.has_hint():
+        raise _NotABlock("raise.data_dependent", f"{what}, which depends on data")
+    if is_strict(size) or must_vary(size):
+        raise _NotABlock(
+            "raise.size_varies", f"{what}, which must vary (mark_dynamic); accepted: a size that a graph may fix"
+        )
 
 
 def _tokens(value: torch.Tensor) -> Any:
@@ -220,10 +250,7 @@ def _tokens(value: torch.Tensor) -> Any:
 def _width(value: torch.Tensor) -> int:
     """The last dimension, made static when it is symbolic: the widths of a model never vary."""
     width = value.shape[-1]
-    if isinstance(width, torch.SymInt) and not width.node.has_hint():
-        raise _NotABlock(
-            "raise.data_dependent", f"the last dimension of x or of the logits is {width}, which depends on data"
-        )
+    _require_static(width, f"the last dimension of x or of the logits is {width}")
     return int(width)
 
 

@@ -16,7 +16,7 @@ from moe_lowering.limits import Violation, check
 from moe_lowering.passes.blocks import Route, RouteSpec, arguments
 from moe_lowering.passes.emitting import Emitter, aten
 from moe_lowering.passes.judging import torch_npu_is_loaded
-from moe_lowering.passes.quantities import route_quantities
+from moe_lowering.passes.quantities import GROUP_SELECT_MODES, NORM_TYPES, route_quantities
 
 EPSILON = 1e-20
 
@@ -75,7 +75,9 @@ def _scores(emit: Emitter, spec: RouteSpec, logits: Node) -> Node:
         return emit.call(aten._softmax.default, logits, -1, False)
     if spec.scoring == "sigmoid":
         return emit.call(aten.sigmoid.default, logits)
-    return emit.call(aten.sqrt.default, emit.call(aten.softplus.default, logits))
+    if spec.scoring == "sqrtsoftplus":
+        return emit.call(aten.sqrt.default, emit.call(aten.softplus.default, logits))
+    raise ValueError(f"emit_route: scoring is {spec.scoring!r}; accepted: {', '.join(NORM_TYPES)}")
 
 
 def _best_groups(emit: Emitter, spec: RouteSpec, choice: Node) -> Node:
@@ -84,9 +86,11 @@ def _best_groups(emit: Emitter, spec: RouteSpec, choice: Node) -> Node:
     groups = emit.call(aten.reshape.default, choice, [-1, spec.num_groups, size])
     if spec.group_score == "max":
         score = emit.call(aten.amax.default, groups, [-1])
-    else:
+    elif spec.group_score == "top2_sum":
         top = emit.item(emit.call(aten.topk.default, groups, 2), 0)
         score = emit.call(aten.sum.dim_IntList, top, [-1])
+    else:
+        raise ValueError(f"emit_route: group_score is {spec.group_score!r}; accepted: {', '.join(GROUP_SELECT_MODES)}")
     best = _top_k(emit, score, spec.topk_groups)
     closed = emit.call(aten.ones_like.default, score, dtype=torch.bool, pin_memory=False)
     closed = emit.call(aten.scatter.value, closed, 1, best, False)

@@ -21,6 +21,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, Violation, check
 from moe_lowering.limits.calls import OPERATORS, bind, quantities, varying_ints
 from moe_lowering.passes.blocks import size_key
+from moe_lowering.passes.operands import call_weight_format
 
 COLLECTIVES = ("_c10d_functional", "npu_define")
 GENERIC = ("route", "dispatch", "grouped_mlp", "combine")
@@ -67,7 +68,7 @@ def call_violations(
     """Limits that one node of a lowered graph breaks; empty for nodes that are no Ascend operator or collective.
 
     Args:
-        deployment: its SoC and versions, and what a call does not show: the HCCL window, the format of weights.
+        deployment: its SoC and versions, and what a call does not show: the HCCL window, the format of stored weights.
         tokens: (T of this rank, T as the rules see it): the first is read as the second, so that the check does not
             depend on a rank's own token count.
         received: rows that one rank may receive, where that is known.
@@ -91,7 +92,7 @@ def call_violations(
                 found[key] = seen * each
     extra = {
         "buffer_bytes": deployment.hccl_buffer_bytes,
-        "weight_format": deployment.weight_format,
+        "weight_format": call_weight_format(bind(target, node.args, node.kwargs), deployment.weight_format),
         "mode": deployment.mode,
         "equal_tokens": deployment.equal_tokens,
         "received": received,

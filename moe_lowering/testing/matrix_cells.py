@@ -2,7 +2,7 @@
 
 A cell is one way to lower a block, one weight format, one EP and TP size, one scenario of token counts and routing, and
 one layout of the weights: what the way to lower wants, but for a few cells (``matrix.Axes``).
-Sizes are the smallest that every operator accepts (mega_moe: hidden from 1,024, intermediate from 512).
+Sizes are the smallest that every operator accepts (mega_moe: hidden from 1,024, intermediate from 512 with CANN 9.2).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ LAYOUTS = (
 )  # one tensor, or one for each expert; and the memory format
 
 VLLM_ASCEND = {"providers": (("vllm_ascend", "0.23.0"),)}
-MEGA_MOE = {"providers": (("cann_ops_transformer", "9.1.0"),)}
+# an intermediate size of 512 from CANN 9.2: before that it is 1,024 (mega_moe.intermediate)
+MEGA_MOE = {"providers": (("cann_ops_transformer", "9.2.0"),), "cann": "9.2.0"}
 
 
 @dataclasses.dataclass(frozen=True)

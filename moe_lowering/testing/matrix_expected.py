@@ -22,6 +22,7 @@ class Refusal:
     why: str
 
 
+ONLY = ".ep_size"
 ALLTOALL = ("alltoall_static", "alltoall_exact")
 FFN, MEGA, DECODE = "dispatch_ffn_combine", "mega_moe", "dispatch_gmm_combine_decode"
 EVERY = ("allgather", *ALLTOALL, "mc2", FFN, MEGA, DECODE)
@@ -76,9 +77,7 @@ REFUSALS = (
         "gmm.quant_single_weight", ("allgather", *ALLTOALL, "mc2"), _list_of_int_weights,
         "int8 tokens want one tensor of weights (aclnnGroupedMatmulV5, A8W8; A8W4: its per-token scale)",
     ),
-    Refusal("fused.ep_size", (FFN,), _one_rank, "2 to 32 ranks (facts/vllm_ascend.md 3.4)"),
-    Refusal("mega_moe.ep_size", (MEGA,), _one_rank, "2, 4, 8, 16 or 32 ranks (facts/cann_ops.md 1.6)"),
-    Refusal("fused_decode.ep_size", (DECODE,), _one_rank, "it holds the MC2 dispatch (facts/cann_ops.md 1.1)"),
+    Refusal("fused.ep_size", (FFN, MEGA, DECODE), _one_rank, "nobody to exchange rows with (facts/vllm_ascend.md 1.1)"),
     Refusal(
         "fused.quantisation", (FFN, MEGA, DECODE), lambda c: c.quantisation == "w4a16",
         "int32 weights are W4A8 to them (facts/vllm_ascend.md 3.1, facts/cann_ops.md 1.6)",
@@ -126,4 +125,8 @@ REFUSALS = (
 def refusals(cell: Cell) -> tuple[str, ...]:
     """Codes that the cell must be refused with; () when it must be legal."""
     found = tuple(rule.code for rule in REFUSALS if cell.form in rule.forms and rule.applies(cell))
-    return ("Deployment",) if "Deployment" in found else found  # nothing else is looked at then
+    if "Deployment" in found:
+        return ("Deployment",)  # nothing else is looked at then
+    if any(code.endswith(ONLY) for code in found):  # nor are the operators of what one rank has no use for
+        return tuple(code for code in found if code.endswith(ONLY) or code.startswith("block."))
+    return found

@@ -58,8 +58,20 @@ def _parameters(op: torch._ops.OpOverload) -> tuple[tuple[str, bool, Any], ...]:
     )
 
 
+@functools.lru_cache(maxsize=256)
+def _meant_by_none(op: torch._ops.OpOverload) -> dict[str, Any]:
+    """The defaults of optional arguments that have another one than None: ``int? group_list_type=0``."""
+    return {
+        a.name: a.default_value
+        for a in op._schema.arguments
+        if a.has_default_value() and a.default_value is not None and str(a.type).startswith("Optional")
+    }
+
+
 def bind(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Every argument of the schema by name: given, or its default.
+
+    None for an optional argument whose default is something else means that default: op-plugin reads it with ``value_or``.
 
     Raises:
         TypeError: when an argument is missing, unknown or given twice.
@@ -80,6 +92,7 @@ def bind(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, An
     positional = sum(not keyword_only for _, keyword_only, _ in _parameters(op))
     if rest or len(args) > positional:
         raise TypeError(f"{op}: unknown arguments {sorted(rest) or len(args)}")
+    bound.update({name: default for name, default in _meant_by_none(op).items() if bound[name] is None})
     return bound
 
 

@@ -6,7 +6,17 @@ from typing import Any
 
 import torch
 
-from moe_lowering.limits.calls.tensors import Arguments, contiguous, dims, dtype, first, product, shared_dtype, size
+from moe_lowering.limits.calls.tensors import (
+    Arguments,
+    all_contiguous,
+    contiguous,
+    dims,
+    dtype,
+    first,
+    product,
+    shared_dtype,
+    size,
+)
 
 _SCALES = ("scale", "offset", "antiquant_scale", "antiquant_offset", "per_token_scale")
 _RESERVED = ("activation_input", "activation_quant_scale", "activation_quant_offset")
@@ -41,7 +51,7 @@ def grouped_matmul(a: Arguments) -> dict[str, Any]:
     """Names: ``k`` and ``n`` of the first weight, ``hidden`` the inner size of x, ``groups`` the number of groups."""
     x, weight = a["x"], a["weight"]
     single = len(weight) == 1 and dims(weight[0]) == 3
-    group_list = a["group_list"] if isinstance(a["group_list"], torch.Tensor) else None
+    group_list = None if isinstance(a["group_list"], (list, tuple)) else a["group_list"]  # the older overload's ints
     floating = all(t.is_floating_point() for t in (*x, *weight))
     return {
         "x_dtype": dtype(first(x)),
@@ -54,6 +64,7 @@ def grouped_matmul(a: Arguments) -> dict[str, Any]:
         "weight_count": len(weight),
         "weights_alike": len({(dims(w), str(size(w, -2)), str(size(w, -1))) for w in weight}) <= 1,
         "single_weight": single,
+        "weights_contiguous": all_contiguous(weight),
         "k": size(first(weight), -2),
         "n": unpacked(first(weight), -1),
         "groups": size(first(weight), 0) if single else len(weight),

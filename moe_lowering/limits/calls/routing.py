@@ -25,6 +25,8 @@ def gating(a: Arguments) -> dict[str, Any]:
 
 def init_routing(a: Arguments) -> dict[str, Any]:
     x, ids, scale = a["x"], a["expert_idx"], a["scale"]
+    # without tokens the shape of scale does not matter (op-plugin, test_npu_moe_init_routing_empty_tensor)
+    shaped = None if isinstance(size(x, 0), int) and size(x, 0) == 0 else scale
     active_range = list(a["active_expert_range"] or [])
     names = (
         "active_num",
@@ -48,9 +50,9 @@ def init_routing(a: Arguments) -> dict[str, Any]:
         "expert_start": active_range[0] if active_range else 0,
         "expert_end": active_range[-1] if active_range else a["expert_num"],
         "scale_dtype": dtype(scale),
-        "scale_dims": dims(scale),
-        "scale_rows": size(scale, 0),
-        "scale_width": size(scale, 1),
+        "scale_dims": dims(shaped),
+        "scale_rows": size(shaped, 0),
+        "scale_width": size(shaped, 1),
         "has_offset": a["offset"] is not None,
         **{name: a[name] for name in names},
     }
@@ -71,7 +73,6 @@ def unpermute(a: Arguments) -> dict[str, Any]:
         "tokens": size(probs, 0) if probs is not None else size(indices, 0),
         "top_k": size(probs, 1) if probs is not None else 1,
         "padded_mode": a["padded_mode"],
-        "has_restore_shape": a["restore_shape"] is not None,
     }
 
 

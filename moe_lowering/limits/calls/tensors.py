@@ -52,7 +52,7 @@ def first(tensors: Any) -> Any:
 
 def contiguous(tensor: Any) -> bool | None:
     """Whether the tensor is contiguous; None when a symbolic size keeps that from being known without a guard."""
-    if any(not isinstance(n, int) for n in (*tensor.shape, *tensor.stride())):
+    if any(isinstance(n, torch.SymInt) and n.node.maybe_as_int() is None for n in (*tensor.shape, *tensor.stride())):
         return None
     return bool(tensor.is_contiguous())
 

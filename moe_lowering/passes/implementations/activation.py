@@ -1,25 +1,52 @@
-"""The gated activation between the two matmuls, as a device operator or composed of ATen operators."""
+"""The gated activation between the two matmuls, as a device operator or composed of ATen operators.
+
+``_COMPOSED`` is the table of activations that can be emitted; a word that is not in it is refused by the judge
+(``block.activation``), and an error here.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch.fx import Node
 
+from moe_lowering.limits.calls import quantities
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.emitting import Emitter, aten
+from moe_lowering.passes.implementations.base import Call
+from moe_lowering.passes.operands import Operand
+from moe_lowering.words import look_up
+
+# documented for A2 and A3 only: where it is not, the activation is composed
+_CLIPPED_SOCS = ("A2", "A3")
 
 
 def activation_operator(spec: BlockSpec, soc: str) -> str | None:
     """The device operator of a block's activation; None where it is composed of ATen operators."""
     if spec.activation == "swiglu" and not spec.interleaved:
         return "npu_swiglu"
-    if spec.activation == "swiglu_oai" and soc in ("A2", "A3"):
-        return "npu_clipped_swiglu"  # documented for A2 and A3 only
+    if spec.activation == "swiglu_oai" and soc in _CLIPPED_SOCS:
+        return "npu_clipped_swiglu"
     return None
 
 
+def activation_calls(spec: BlockSpec, soc: str) -> tuple[Call, ...]:
+    """The call of the device operator, where there is one; its rows are in the dtype of the block."""
+    name = activation_operator(spec, soc)
+    if name is None:
+        return ()
+    x = Operand((1, 2 * spec.intermediate), spec.dtype, stored=False)
+    given = {"input": x, "dim": -1} if name == "npu_swiglu" else {"x": x, "dim": -1, "group_index": None}
+    return (Call(name, {**quantities(name, given), "rows": None}),)
+
+
 def emit_activation(emit: Emitter, h: Node, spec: BlockSpec, soc: str) -> Node:
-    """[N, 2I] -> [N, I]."""
+    """[N, 2I] -> [N, I].
+
+    Raises:
+        ValueError: an activation that has no emitter, which the judge should have refused.
+    """
     operator = activation_operator(spec, soc)
     if operator == "npu_swiglu":
         return emit.call(torch.ops.npu.npu_swiglu.default, h, -1)
@@ -28,23 +55,52 @@ def emit_activation(emit: Emitter, h: Node, spec: BlockSpec, soc: str) -> Node:
             torch.ops.npu.npu_clipped_swiglu.default, h,
             alpha=spec.alpha, limit=spec.limit, bias=1.0, interleaved=spec.interleaved,
         )  # fmt: skip
-    gate, up = _halves(emit, h, spec)
-    if spec.activation in ("swiglu_clamp", "swiglu_oai"):
-        gate = emit.call(aten.clamp.default, gate, None, spec.limit)
-        up = emit.call(aten.clamp.default, up, -spec.limit, spec.limit)
-    if spec.activation in ("gelu", "gelu_tanh"):
-        approximate = "tanh" if spec.activation == "gelu_tanh" else "none"
-        gate = emit.call(aten.gelu.default, gate, approximate=approximate)
-    elif spec.activation == "swiglu_oai":
-        slope = emit.call(aten.sigmoid.default, emit.call(aten.mul.Tensor, gate, spec.alpha))
-        gate = emit.call(aten.mul.Tensor, gate, slope)
-        up = emit.call(aten.add.Tensor, up, 1)
-    else:
-        gate = emit.call(aten.silu.default, gate)
-    return emit.call(aten.mul.Tensor, gate, up)
+    compose = look_up(_COMPOSED, spec.activation, "emit_activation: activation")
+    return emit.call(aten.mul.Tensor, *compose(emit, *_halves(emit, h, spec), spec))
 
 
-def _halves(emit: Emitter, h: Node, spec: BlockSpec) -> tuple[Node, Node]:
+Halves = tuple[Node, Node]
+
+
+def _swiglu(emit: Emitter, gate: Node, up: Node, spec: BlockSpec) -> Halves:
+    return emit.call(aten.silu.default, gate), up
+
+
+def _clamped(emit: Emitter, gate: Node, up: Node, spec: BlockSpec) -> Halves:
+    return emit.call(aten.clamp.default, gate, None, spec.limit), emit.call(
+        aten.clamp.default, up, -spec.limit, spec.limit
+    )
+
+
+def _swiglu_clamp(emit: Emitter, gate: Node, up: Node, spec: BlockSpec) -> Halves:
+    return _swiglu(emit, *_clamped(emit, gate, up, spec), spec)
+
+
+def _swiglu_oai(emit: Emitter, gate: Node, up: Node, spec: BlockSpec) -> Halves:
+    gate, up = _clamped(emit, gate, up, spec)
+    slope = emit.call(aten.sigmoid.default, emit.call(aten.mul.Tensor, gate, spec.alpha))
+    return emit.call(aten.mul.Tensor, gate, slope), emit.call(aten.add.Tensor, up, 1)
+
+
+def _gelu(emit: Emitter, gate: Node, up: Node, spec: BlockSpec) -> Halves:
+    return emit.call(aten.gelu.default, gate, approximate="none"), up
+
+
+def _gelu_tanh(emit: Emitter, gate: Node, up: Node, spec: BlockSpec) -> Halves:
+    return emit.call(aten.gelu.default, gate, approximate="tanh"), up
+
+
+_COMPOSED: dict[str, Callable[[Emitter, Node, Node, BlockSpec], Halves]] = {
+    "swiglu": _swiglu,
+    "swiglu_clamp": _swiglu_clamp,
+    "swiglu_oai": _swiglu_oai,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+}
+EMITTED = frozenset(_COMPOSED)
+
+
+def _halves(emit: Emitter, h: Node, spec: BlockSpec) -> Halves:
     if spec.interleaved:
         last = 2 * spec.intermediate
         return (

@@ -91,6 +91,8 @@ def _common(spec: BlockSpec) -> dict[str, Any]:
         "mask_dims": 1 if spec.has_mask else None,
         "ids_dtype": "int32",
     }
+    if spec.quantisation == "w4a16":  # their int32 weights are not the W4A8 that rules on int32 are about
+        given.update(dict.fromkeys(("weight_dtype", "has_scales", "scale_dtype", "bias_dtype", "has_offset")))
     if spec.quantisation == "w4a8" and not spec.has_bias:
         given.update(has_bias=spec.has_scale_bias, bias_dtype="float32" if spec.has_scale_bias else None)
     return given
@@ -102,7 +104,8 @@ def _ffn_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
 
 
 def _float_scales(spec: BlockSpec) -> bool:
-    return set(spec.scale_dtypes) <= {torch.float32, torch.bfloat16, torch.int64}
+    kinds = (*spec.tensors.w13_scale.kinds, *spec.tensors.w2_scale.kinds)
+    return {kind.dtype for kind in kinds} <= {torch.float32, torch.bfloat16, torch.int64}
 
 
 def _ffn_call(
@@ -132,7 +135,8 @@ def _scales(emit: Emitter, scales: list[Node]) -> list[Node]:
 
 
 def _decode_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
-    return {"scale_dtype": "float32"} if spec.quantisation == "w8a8" and _float_scales(spec) else {}
+    scales = {"scale_dtype": "float32"} if spec.quantisation == "w8a8" and _float_scales(spec) else {}
+    return {"has_bias": spec.has_bias, **scales}  # it knows no compensation, which w4a8's rule on weights is about
 
 
 def _decode_call(
@@ -195,7 +199,7 @@ TARGETS = (
 def _forms(deployment: Deployment) -> tuple[Form, ...]:
     """The targets of the deployment's mode whose provider is declared; of the mode when none is."""
     mode = deployment.fused_mode or 1  # 0 is refused by a rule of its own (fused.mode)
-    asked = [target for target in TARGETS if target.mode == mode]
+    asked = [target for target in TARGETS if target.mode == mode] or list(TARGETS)  # a mode that fused.mode refuses
     declared = [target for target in asked if deployment.provider(target.provider) is not None]
     # without a provider, the operator that vllm-ascend brings is the one to ask for
     return tuple(target.form() for target in declared or asked[-1:])

@@ -14,11 +14,13 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.emitting import Emitter
 from moe_lowering.passes.implementations import quantised_mlp
-from moe_lowering.passes.implementations.activation import activation_operator, emit_activation
+from moe_lowering.passes.implementations.activation import EMITTED, activation_calls, emit_activation
 from moe_lowering.passes.implementations.base import Call
+from moe_lowering.passes.implementations.matmul_calls import matmul_call
+from moe_lowering.passes.operands import Operand, Operands
 
 # bfloat16 inputs take a float32 bias; others a bias of their own dtype (facts/cann_ops.md §1.4, aclnnGroupedMatmulV4)
-_BIAS_DTYPE = {torch.bfloat16: torch.float32}
+_BIAS_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float16, torch.float32: torch.float32}
 
 
 def mlp_calls(
@@ -28,10 +30,30 @@ def mlp_calls(
 
     ``chosen`` is the chain of ``quantised_mlp`` of a caller that does not use ``emit_mlp``.
     """
+    words = _words(spec)
+    if not all(words.given.values()):
+        return (words,)  # no calls are known of such a block
     if spec.quantisation != "none":
-        return quantised_mlp.calls(spec, deployment, quantised_rows, chosen)
-    name = activation_operator(spec, deployment.soc)
-    return (Call("npu_grouped_matmul"), *([Call(name)] if name else []))
+        return words, *quantised_mlp.calls(spec, deployment, quantised_rows, chosen)
+    experts = spec.tensors
+    first = matmul_call(spec, deployment, spec.hidden, experts.w13, bias=_biases(spec, experts.w13_bias))
+    second = matmul_call(spec, deployment, spec.intermediate, experts.w2, bias=_biases(spec, experts.w2_bias))
+    return words, first, *activation_calls(spec, deployment.soc), second
+
+
+def _words(spec: BlockSpec) -> Call:
+    """Whether there is an emitter for the block's words: rules of ``grouped_mlp``, which makes no call itself."""
+    quantised = spec.quantisation == "none" or spec.quantisation in quantised_mlp.EMITTED
+    return Call("grouped_mlp", {"activation_is_known": spec.activation in EMITTED, "quantisation_is_known": quantised})
+
+
+def _biases(spec: BlockSpec, bias: Operands) -> list[Operand] | None:
+    return bias.cast(bias_dtype(spec.dtype)).items or None
+
+
+def bias_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a bias is cast to for rows of ``dtype``."""
+    return _BIAS_DTYPES[dtype]
 
 
 def emit_mlp(
@@ -47,8 +69,7 @@ def emit_mlp(
 
 
 def _grouped_matmul(emit: Emitter, x: Node, weight: tuple[Node, ...], bias: tuple[Node, ...], counts: Node) -> Node:
-    dtype = x.meta["val"].dtype
-    biases = [emit.cast(b, _BIAS_DTYPE.get(dtype, dtype)) for b in bias]
+    biases = [emit.cast(b, bias_dtype(x.meta["val"].dtype)) for b in bias]
     results = emit.call(
         torch.ops.npu.npu_grouped_matmul.default, [x], list(weight), bias=biases or None,
         group_list=counts, split_item=2, group_type=0, group_list_type=1,

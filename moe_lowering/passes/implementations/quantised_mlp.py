@@ -21,20 +21,23 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from moe_lowering.custom_ops.quantised import INT8_ROWS
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import check
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.emitting import Emitter, aten
-from moe_lowering.passes.implementations.activation import activation_operator, emit_activation
+from moe_lowering.passes.implementations.activation import activation_calls, emit_activation
 from moe_lowering.passes.implementations.base import Call, result_quantities
+from moe_lowering.passes.implementations.matmul_calls import call_of, counts_of, matmul_call, row_scales, rows_of
 from moe_lowering.passes.implementations.tensor_parallel import Share
+from moe_lowering.passes.operands import Operands
 from moe_lowering.passes.quantities import expert_quantities
 
-_TORCH_NPU_DTYPE = {torch.float16: 5, torch.bfloat16: 15}  # numbers that npu_grouped_matmul's output_dtype takes
+_TORCH_NPU_DTYPES = {torch.float16: 5, torch.bfloat16: 15}  # numbers that npu_grouped_matmul's output_dtype takes
 _INT32 = 3
-_FORMS = {"w8a8": "a8w8", "w4a8": "a8w4", "w4a16": "a16w4"}
 _LOW_HALF = 0xFFFFFFFF
 
+EMITTED = frozenset({*INT8_ROWS, "w4a16"})  # the quantisations that this file knows
 FUSED, DEQUANT, PLAIN = "fused", "dequant", "plain"  # the chains, in order of preference
 
 
@@ -62,7 +65,7 @@ def _legal(operator: str, soc: str, versions: tuple[tuple[str, str], ...], given
 
 def calls(spec: BlockSpec, deployment: Deployment, quantised_rows: bool, chosen: str | None = None) -> tuple[Call, ...]:
     """The calls that ``emit`` makes for a block; of the chain ``chosen`` when something else emits it."""
-    rows = () if quantised_rows or spec.quantisation not in ("w8a8", "w4a8") else (_quantise_call(spec),)
+    rows = () if quantised_rows or spec.quantisation not in INT8_ROWS else (_quantise_call(spec),)
     return (*rows, *_matmuls(chosen or chain(spec, deployment), spec, deployment))
 
 
@@ -75,73 +78,71 @@ def _quantise_call(spec: BlockSpec) -> Call:
 
 def _matmuls(name: str, spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
     """The calls of one chain, without the quantisation of its rows."""
-    second = Call("npu_grouped_matmul", _matmul_quantities(spec, spec.intermediate, spec.hidden))
+    experts, arguments = spec.tensors, _second_arguments(spec)
+    second = matmul_call(spec, deployment, spec.intermediate, experts.w2, _rows_dtype(spec), **arguments)
     if name == FUSED:
-        return Call("npu_grouped_matmul_swiglu_quant_v2", _swiglu_quant_quantities(spec)), second
-    first = _matmul_quantities(spec, spec.hidden, 2 * spec.intermediate)
+        return _swiglu_quant_call(spec, deployment), second
     if name == DEQUANT:
-        unscaled = {"output_dtype": "int32", "has_scale": False, "scale_dtype": None, "has_per_token_scale": False}
-        dequant = Call("npu_dequant_swiglu_quant", _dequant_quantities(spec))
-        return Call("npu_grouped_matmul", {**first, **unscaled}), dequant, second
-    found = [Call("npu_grouped_matmul", first)]
-    activation = activation_operator(spec, deployment.soc)
-    found += [Call(activation, result_quantities(spec))] if activation else []
-    found += [_quantise_call(spec)] if spec.quantisation in ("w8a8", "w4a8") else []
-    return (*found, second)
+        unscaled = matmul_call(spec, deployment, spec.hidden, experts.w13, torch.int8, output_dtype=_INT32)
+        return unscaled, _dequant_call(spec, deployment), second
+    first = matmul_call(spec, deployment, spec.hidden, experts.w13, _rows_dtype(spec), **_first_arguments(spec))
+    requantise = (_quantise_call(spec),) if spec.quantisation in INT8_ROWS else ()
+    return first, *activation_calls(spec, deployment.soc), *requantise, second
 
 
-def _swiglu_quant_quantities(spec: BlockSpec) -> dict[str, Any]:
-    count = 1 if spec.stacked else spec.local_experts
+def _rows_dtype(spec: BlockSpec) -> torch.dtype:
+    return torch.int8 if spec.quantisation in INT8_ROWS else spec.dtype
+
+
+def _first_arguments(spec: BlockSpec) -> dict[str, Any]:
+    experts = spec.tensors
+    return _arguments(spec, experts.w13_scale, experts.w13_offset, experts.w13_scale_bias)
+
+
+def _second_arguments(spec: BlockSpec) -> dict[str, Any]:
+    experts = spec.tensors
+    return _arguments(spec, experts.w2_scale, experts.w2_offset, experts.w2_scale_bias)
+
+
+def _arguments(spec: BlockSpec, scale: Operands, offset: Operands, bias: Operands) -> dict[str, Any]:
+    """What a call of ``npu_grouped_matmul`` gets beside rows and weights, as ``emit`` passes it."""
+    if spec.quantisation == "w4a16":
+        offsets = (offset or scale).cast(spec.dtype)
+        return {"antiquant_scale": scale.cast(spec.dtype).items, "antiquant_offset": offsets.items}
     return {
-        "form": "a8w8", "x_dtype": "int8", "x_dims": 2, "weight_dtype": "int8", "weight_count": count,
-        "weight_dims": 3 if spec.stacked else 2, "scale_count": count, "scale_dtype": "float32",
-        "scale_dims": spec.scale_dims, "n": 2 * spec.intermediate, "quant_mode": 0, "dequant_mode": 0,
-        "dequant_dtype": 6, "quant_dtype": 1, "has_smooth": False, "has_assist": False, "has_overrides": False,
-        "has_bias": False,
-    }  # fmt: skip
-
-
-def _dequant_quantities(spec: BlockSpec) -> dict[str, Any]:
-    width = 2 * spec.intermediate
-    return {
-        "x_dtype": "int32", "x_dims": 2, "width": width, "has_weight_scale": True, "scale_dtype": "float32",
-        "scale_dims": spec.scale_dims, "scale_width": width, "scale_groups": spec.local_experts, "has_x_scale": True,
-        "x_scale_dtype": "float32", "has_bias": False, "has_quant_offset": False, "has_groups": True,
-        "group_list_dtype": "int64", "group_list_dims": 1, "group_list_length": spec.local_experts, "dst_type": 1,
-        "activate_dim": -1, "quant_mode": 1, "swiglu_mode": 0,
-    }  # fmt: skip
-
-
-def _matmul_quantities(spec: BlockSpec, inner: int, width: int) -> dict[str, Any]:
-    form = _FORMS[spec.quantisation]
-    name = str(spec.dtype).removeprefix("torch.")
-    return {
-        "form": form,
-        "quantised": True,
-        "x_dtype": name if form == "a16w4" else "int8",
-        "x_count": 1,
-        "hidden": inner,
-        "k": inner,
-        "n": width,
-        "weight_dtype": "int8" if form == "a8w8" else "int32",
-        "output_dtype": "None" if form == "a16w4" else name,
-        "has_scale": form != "a16w4",
-        "scale_dtype": None if form == "a16w4" else _scale_dtype(spec),
-        "has_per_token_scale": form != "a16w4",
-        "has_antiquant_scale": form == "a16w4",
-        "antiquant_dtype": name if form == "a16w4" else None,
-        "has_bias": form == "a8w4",
-        "bias_dtype": "float32" if form == "a8w4" else None,
-        "act_type": 0,
-        "has_offset": False,
+        "scale": scale.cast(_scale_dtype(spec)).items,
+        "bias": bias.items or None,
+        "per_token_scale": [row_scales()],
+        "output_dtype": _TORCH_NPU_DTYPES.get(spec.dtype),  # other dtypes are refused: block.quantised_dtype
     }
 
 
-def _scale_dtype(spec: BlockSpec) -> str:
+def _swiglu_quant_call(spec: BlockSpec, deployment: Deployment) -> Call:
+    weight, scale = spec.tensors.w13, spec.tensors.w13_scale.cast(torch.float32)
+    given = {
+        "x": rows_of(spec.hidden, torch.int8), "weight": weight.items, "weight_scale": scale.items,
+        "x_scale": row_scales(), "group_list": counts_of(spec), "smooth_scale": None, "weight_assist_matrix": None,
+        "bias": None, "dequant_mode": 0, "dequant_dtype": 6, "quant_mode": 0, "quant_dtype": 1, "group_list_type": 1,
+        "x_dtype": None, "weight_dtype": None, "weight_scale_dtype": None, "x_scale_dtype": None,
+    }  # fmt: skip
+    return call_of("npu_grouped_matmul_swiglu_quant_v2", given, deployment, weight)
+
+
+def _dequant_call(spec: BlockSpec, deployment: Deployment) -> Call:
+    scale = spec.tensors.w13_scale.cast(torch.float32)
+    given = {
+        "x": rows_of(2 * spec.intermediate, torch.int32), "weight_scale": scale.first, "activation_scale": row_scales(),
+        "bias": None, "quant_scale": None, "quant_offset": None, "group_index": counts_of(spec), "activate_left": True,
+        "quant_mode": 1, "dst_type": None, "round_mode": None, "activate_dim": None, "swiglu_mode": 0,
+    }  # fmt: skip
+    return call_of("npu_dequant_swiglu_quant", given, deployment)
+
+
+def _scale_dtype(spec: BlockSpec) -> torch.dtype:
     """What ``npu_grouped_matmul`` takes as scale of int8 rows: bits for int4 weights, else by the result's dtype."""
     if spec.quantisation == "w4a8":
-        return "int64"
-    return "bfloat16" if spec.dtype == torch.bfloat16 else "float32"
+        return torch.int64
+    return torch.bfloat16 if spec.dtype == torch.bfloat16 else torch.float32
 
 
 def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts: Node, deployment: Deployment) -> Node:
@@ -153,6 +154,10 @@ def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts
         hidden = _antiquant_matmul(emit, rows, w13, w13_scale, w13_offset, counts)
         hidden = emit_activation(emit, hidden, spec, deployment.soc)
         return _antiquant_matmul(emit, hidden, w2, w2_scale, w2_offset, counts)
+    if spec.quantisation not in INT8_ROWS:
+        raise ValueError(
+            f"quantised_mlp: quantisation is {spec.quantisation!r}; accepted: {', '.join(sorted(EMITTED))}"
+        )
     if row_scale is None:
         rows, row_scale = _quantise(emit, rows)
     name = chain(spec, deployment)
@@ -180,7 +185,7 @@ def quantise_tokens(emit: Emitter, block: Block, mine: Share) -> tuple[Node, Nod
     x = mine.of(emit.rows(block.x))
     if block.x_scale is not None:
         return x, mine.of(emit.call(aten.reshape.default, block.x_scale, [-1]))
-    return _quantise(emit, x) if block.spec.quantisation in ("w8a8", "w4a8") else (x, None)
+    return _quantise(emit, x) if block.spec.quantisation in INT8_ROWS else (x, None)
 
 
 def _dequant_swiglu_quant(
@@ -212,7 +217,7 @@ def _scaled_matmul(
     results = emit.call(
         torch.ops.npu.npu_grouped_matmul.default, [rows], list(weight), bias=list(bias) or None,
         scale=[_scale(emit, s, spec) for s in scale], per_token_scale=[row_scale], group_list=counts, split_item=2,
-        group_type=0, group_list_type=1, output_dtype=_TORCH_NPU_DTYPE.get(spec.dtype, 15),
+        group_type=0, group_list_type=1, output_dtype=_TORCH_NPU_DTYPES[spec.dtype],
     )  # fmt: skip
     return emit.item(results, 0)
 
@@ -242,7 +247,7 @@ def _antiquant_matmul(
 def _scale(emit: Emitter, scale: Node, spec: BlockSpec) -> Node:
     if spec.quantisation == "w4a8":
         return _as_bits(emit, scale)
-    return emit.cast(_as_float(emit, scale), torch.bfloat16 if spec.dtype == torch.bfloat16 else torch.float32)
+    return emit.cast(_as_float(emit, scale), _scale_dtype(spec))
 
 
 def _as_float(emit: Emitter, scale: Node) -> Node:

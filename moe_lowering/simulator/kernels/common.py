@@ -42,6 +42,17 @@ def not_simulated(operator: str, argument: str, value: object, accepted: str) ->
     raise ValueError(f"{operator}: {argument} is {value}; the CPU kernel computes only: {accepted}")
 
 
+# What torch_npu's int arguments call dtypes: torch's ScalarType numbers.
+DTYPE_NUMBERS = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+
+
+def check_own_dtype(operator: str, argument: str, number: int | None, tensor: torch.Tensor) -> None:
+    """Accept a dtype argument that says what the tensor has anyhow, or nothing; raise ValueError for others."""
+    own = DTYPE_NUMBERS.get(tensor.dtype)
+    if number is not None and number != own:
+        not_simulated(operator, argument, number, f"None or {own}, the tensor's own {tensor.dtype}")
+
+
 def violations(op: torch._ops.OpOverload, arguments: dict[str, Any]) -> str:
     """The broken limits of one call in one text; empty when it is legal."""
     extra = {"buffer_bytes": buffer_bytes()}

@@ -84,9 +84,11 @@ def _value_refusal(operator: str, a: dict[str, Any]) -> str:
     """What the values of ids and mask break, and the documented forms that are not computed here; "" when nothing."""
     mask, ids = a["x_active_mask"], a["expert_ids"]
     unsupported = {"zero_expert_num": 0, "copy_expert_num": 0, "const_expert_num": 0, "performance_info": None}
+    if operator == DISPATCH:
+        unsupported |= {"y_dtype": None, "x_dtype": None, "scales_dtype": None}
     for argument, accepted in unsupported.items():
         if a[argument] != accepted:
-            return f"{operator}: {argument} is given; the CPU kernel computes only: {accepted}"
+            return f"{operator}: {argument} is {a[argument]}; the CPU kernel computes only: {accepted}"
     if mask is not None and mask.dim() == 2 and mask.shape != ids.shape:
         return f"{operator}: x_active_mask is {tuple(mask.shape)}; accepted: {tuple(ids.shape)} (as expert_ids), or 1-D"
     if mask is not None and mask.dim() == 1 and bool((mask[1:] & ~mask[:-1]).any()):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_lowering.simulator.kernels.common import Kernel, not_simulated, refuse, undefined
+from moe_lowering.simulator.kernels.common import Kernel, check_own_dtype, refuse, undefined
 
 PERMUTE, RE_ROUTING = "npu_moe_token_permute", "npu_moe_re_routing"
 MOST_INDICES = 16777215  # the documentation: indices are smaller
@@ -48,8 +48,7 @@ def re_routing(
 
     Scales move with their rows; without any they are undefined. The counts must add up to A.
     """
-    if tokens_dtype is not None:
-        not_simulated(RE_ROUTING, "tokens_dtype", tokens_dtype, "None")
+    check_own_dtype(RE_ROUTING, "tokens_dtype", tokens_dtype, tokens)
     counts = expert_token_num_per_rank.long()
     if bool((counts < 0).any()) or int(counts.sum()) != len(tokens):
         refuse(

@@ -126,7 +126,7 @@ def grouped_matmul_swiglu_quant_v2(
     for argument in ("x_dtype", "weight_dtype", "weight_scale_dtype", "x_scale_dtype"):
         if others[argument] is not None:
             not_simulated(FUSED_V2, argument, others[argument], "None")
-    kind = group_list_type or CUMSUM
+    kind = CUMSUM if group_list_type is None else group_list_type
     return _matmul_swiglu_quant(FUSED_V2, x, weight[0], weight_scale[0], x_scale, group_list, kind)
 
 

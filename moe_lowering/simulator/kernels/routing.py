@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moe_lowering.simulator.kernels.common import Kernel, not_simulated, refuse, undefined
+from moe_lowering.simulator.kernels.common import Kernel, check_own_dtype, not_simulated, refuse, undefined
 from moe_lowering.simulator.kernels.quantised_matmul import quantise_rows
 
 GATHER = 0  # row_idx_type: row_idx[slot] = row; 1 (scatter) is the inverse
@@ -64,7 +64,7 @@ def _expanded(
     if quant_mode == NO_QUANT:
         return rows, None if scale is None else scale[tokens]
     rows = rows.float()
-    if scale is not None:
+    if scale is not None and len(rows):
         rows = rows * scale[smooth_rows if scale.shape[0] > 1 else torch.zeros_like(smooth_rows)]
     return quantise_rows(rows)
 
@@ -91,8 +91,7 @@ def init_routing_v2(
     name = "npu_moe_init_routing_v2"
     if quant_mode not in (NO_QUANT, DYNAMIC_QUANT):
         not_simulated(name, "quant_mode", quant_mode, "-1 (none), 1 (int8 per row)")
-    if x_dtype is not None:
-        not_simulated(name, "x_dtype", x_dtype, "None")
+    check_own_dtype(name, "x_dtype", x_dtype, x)
     _check_ids(expert_idx, expert_num)
     start, end = active_expert_range or (0, expert_num)
     slots = _sorted_slots(expert_idx, start, end)

@@ -1,0 +1,243 @@
+"""A word that the code does not know is refused, by a code or by an error: never taken for another word.
+
+Each vocabulary gets a word that nothing but the vocabulary knows, as a maintainer's first step would add it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from graph_build import build
+from graph_cases import BlockCase, GraphCase, RouteCase
+
+from moe_lowering import Deployment, MoeLowering
+from moe_lowering.custom_ops import grouped_mlp, npu_grouped_mlp, quantised, route
+from moe_lowering.custom_ops.grouped_mlp import ACTIVATIONS
+from moe_lowering.custom_ops.quantised import FORMATS, INT8_ROWS
+from moe_lowering.deployment import GUARDS, MODES, SOCS, WEIGHT_FORMATS
+from moe_lowering.limits import Prover, load
+from moe_lowering.passes import choosing, costs, raising
+from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.choosing import COMMS, POLICIES, Policy
+from moe_lowering.passes.emitting import Emitter
+from moe_lowering.passes.implementations import IMPLEMENTATIONS, activation, quantised_mlp
+from moe_lowering.passes.judging import judge
+from moe_lowering.passes.operands import storage_format
+from moe_lowering.passes.quantities import GROUP_SELECT_MODES, NORM_TYPES
+from moe_lowering.passes.raising import find_blocks
+from moe_lowering.words import look_up
+
+WORD = "no_such_word"
+CAPABLE = Deployment(
+    ep_size=2, ep_group="ep", mc2_group="mc2", hccl_buffer_mb=4096, weight_format="nz", capture=False,
+    providers=(("vllm_ascend", "0.23.0"),),
+)  # fmt: skip
+CASE = GraphCase(CAPABLE, (BlockCase(8, 2, 512),), hidden=1024, dtype=torch.bfloat16, symbolic=(False,))
+
+
+def spec_of(case: GraphCase = CASE) -> BlockSpec:
+    (block,), _, _ = find_blocks(build(case).gm.graph)
+    return block.spec
+
+
+def with_word(deployment: Deployment, **fields: Any) -> Deployment:
+    """A deployment with words that its own check would refuse: as if that check had been widened, and nothing else."""
+    copy = dataclasses.replace(deployment)
+    for name, value in fields.items():
+        object.__setattr__(copy, name, value)
+    return copy
+
+
+def codes(spec: BlockSpec, deployment: Deployment = CAPABLE) -> dict[str, set[str]]:
+    verdicts = judge(spec, deployment, spec.tokens, Prover()).verdicts
+    return {comm: {v.code for v in verdict.violations} for comm, verdict in verdicts.items()}
+
+
+def test_the_case_is_legal_for_all() -> None:
+    assert codes(spec_of()) == {comm: set() for comm in IMPLEMENTATIONS}
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def test_every_activation_has_an_emitter() -> None:
+    assert set(ACTIVATIONS) == activation.EMITTED
+    assert {"none", *quantised_mlp.EMITTED} == set(FORMATS)
+
+
+@pytest.fixture
+def reglu(monkeypatch: pytest.MonkeyPatch) -> str:
+    """relu(gate) * up in the generic operator and its kernel, and nowhere else."""
+    known = grouped_mlp._gated
+    monkeypatch.setattr(grouped_mlp, "ACTIVATIONS", (*ACTIVATIONS, "reglu"))
+
+    def gated(hidden: torch.Tensor, word: str, *rest: Any) -> torch.Tensor:
+        if word != "reglu":
+            return known(hidden, word, *rest)
+        gate, up = hidden.float().chunk(2, dim=1)
+        return gate.relu() * up
+
+    monkeypatch.setattr(grouped_mlp, "_gated", gated)
+    return "reglu"
+
+
+@pytest.mark.parametrize("comm", [*IMPLEMENTATIONS])
+@pytest.mark.parametrize("quantisation", FORMATS)
+def test_an_activation_without_emitter_is_refused(reglu: str, comm: str, quantisation: str) -> None:
+    block = BlockCase(8, 2, 512, activation=reglu, quantisation=quantisation)
+    built = build(CASE.replace(blocks=(block,)))
+    before = str(built.gm.graph)
+    lowering = MoeLowering(CAPABLE, comm, policy="fixed")
+    lowering(built.gm)
+    (report,) = lowering.reports[-1].blocks
+    found = {v.code for v in report.verdicts[comm].violations}
+    fused = "fused.quantisation" if quantisation == "w4a16" else "fused.activation"
+    assert (fused if comm == "fused_mc2" else "block.activation") in found
+    assert report.comm is None and str(built.gm.graph) == before
+    twin = dataclasses.replace(block, activation="swiglu")
+    assert "block.activation" not in codes(spec_of(CASE.replace(blocks=(twin,))))[comm]
+
+
+def test_and_emission_raises(reglu: str) -> None:
+    built = build(CASE)
+    (rows,) = (n for n in built.gm.graph.nodes if n.name == "w2_0")
+    emit = Emitter(built.gm.graph, rows.meta["val"].fake_mode)
+    with (
+        emit.at(list(built.gm.graph.nodes)[-1], rows),
+        pytest.raises(ValueError, match="activation is 'reglu'; accepted: "),
+    ):
+        activation.emit_activation(emit, rows, dataclasses.replace(spec_of(), activation=reglu), "A3")
+
+
+@pytest.mark.parametrize("word", ACTIVATIONS)
+def test_kernels_know_their_words(word: str) -> None:
+    limit = 1.0 if word in grouped_mlp.CLAMPED else 0.0
+    assert grouped_mlp.activate(torch.ones(2, 4), word, limit, 1.702, False, torch.float32).shape == (2, 2)
+    with pytest.raises(ValueError, match=f"activation is '{WORD}', which has no kernel"):
+        grouped_mlp.activate(torch.ones(2, 4), WORD, limit, 1.702, False, torch.float32)
+
+
+# --- quantisation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("comm", IMPLEMENTATIONS)
+def test_a_quantisation_without_emitter_is_refused(comm: str) -> None:
+    spec = dataclasses.replace(spec_of(), quantisation=WORD)
+    assert ("fused.quantisation" if comm == "fused_mc2" else "block.quantisation") in codes(spec)[comm]
+
+
+def test_and_kernels_and_costs_raise() -> None:
+    spec = dataclasses.replace(spec_of(), quantisation=WORD)
+    with pytest.raises(ValueError, match=f"quantisation is '{WORD}'"):
+        choosing.load_of(spec, CAPABLE, 8)
+    nothing = torch.empty(0)
+    for form in (*INT8_ROWS, WORD)[-1:]:
+        with pytest.raises(ValueError, match=f"quantisation is '{form}'"):
+            npu_grouped_mlp.npu_grouped_mlp(
+                nothing, nothing, nothing, [], [], [], [], "swiglu", 0.0, 1.0, False, form, *[None] * 6, torch.bfloat16
+            )
+    assert quantised.WEIGHT_DTYPES.keys() == set(FORMATS) - {"none"}
+    assert choosing.WEIGHT_WIDTHS.keys() == set(FORMATS) - {"none"}
+    assert choosing.VLLM_QUANTISATIONS.keys() == set(FORMATS)
+
+
+# --- routing ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_router_s_words() -> None:
+    assert set(route.SCORINGS) == NORM_TYPES.keys()
+    assert set(route.GROUP_SCORES) == GROUP_SELECT_MODES.keys()
+    with pytest.raises(ValueError, match=f"scoring is '{WORD}', which has no kernel"):
+        route._score(torch.ones(1, 4), WORD)
+    with pytest.raises(ValueError, match=f"group_score is '{WORD}', which has no kernel"):
+        route._keep_best_groups(torch.ones(1, 4), 2, 1, WORD)
+
+
+@pytest.mark.parametrize("field", ["scoring", "group_score"])
+def test_a_routing_of_another_kind_is_left_alone(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    routed = BlockCase(8, 2, 512, route=RouteCase(num_groups=2))
+    built = build(CASE.replace(blocks=(routed,)))
+    name = {"scoring": "NORM_TYPES", "group_score": "GROUP_SELECT_MODES"}[field]
+    monkeypatch.setattr(raising, name, {WORD: 0})  # the word of the graph is one that the pass does not know
+    lowering = MoeLowering(CAPABLE, "allgather")
+    lowering(built.gm)
+    (why,) = {why for _, why in lowering.reports[-1].unrecognised}
+    assert why.startswith("[raise.unknown_word]") and WORD in why
+    assert built.gm.graph.find_nodes(op="call_function", target=torch.ops.moe_lowering.route.default)
+
+
+# --- deployments ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("field", "words"), [
+    ("soc", SOCS), ("weight_format", WEIGHT_FORMATS), ("guards", GUARDS), ("mode", MODES),
+])  # fmt: skip
+def test_a_deployment_s_words(field: str, words: tuple[str, ...]) -> None:
+    for word in words:
+        assert getattr(Deployment(**{field: word}), field) == word
+    with pytest.raises(ValueError, match=f"{field} is '{WORD}'; accepted: {', '.join(words)}"):
+        Deployment(**{field: WORD})
+
+
+@pytest.mark.parametrize(("field", "code"), [
+    ("mode", "deployment.mode"), ("weight_format", "gmm.weight_format"), ("fused_mode", "fused.mode"),
+])  # fmt: skip
+def test_a_deployment_s_new_word_is_refused(field: str, code: str) -> None:
+    """By a rule that lists what is known, for every implementation that reads the word."""
+    found = codes(spec_of(), with_word(CAPABLE, **{field: WORD}))
+    readers = {"fused_mode": ("fused_mc2",), "weight_format": ("allgather", "alltoall", "mc2")}.get(
+        field, [*IMPLEMENTATIONS]
+    )
+    assert all(code in found[comm] for comm in readers), found
+    assert field != "weight_format" or "fused.weight_format" in found["fused_mc2"]
+
+
+def test_new_guards_forbid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not ``allow`` adds no guard."""
+    case = CASE.replace(sizes="dynamic", symbolic=(True,), deployment=with_word(CAPABLE, guards=WORD))
+    built = build(case)
+    guards = len(built.env.guards) if built.env else 0
+    MoeLowering(case.deployment, "mc2")(built.gm)
+    assert built.env is not None and len(built.env.guards) == guards
+
+
+def test_the_format_of_stored_weights_is_the_deployment_s_word() -> None:
+    assert storage_format(WORD, frozenset({True})) == WORD
+    assert WORD not in storage_format(WORD, frozenset({False}))
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("field", "words"), [("comm", COMMS), ("name", POLICIES)])
+def test_a_policy_s_words(field: str, words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=f"'{WORD}'; accepted: {', '.join(words)}"):
+        Policy(**{field: WORD})
+    with pytest.raises(ValueError, match=f"'{WORD}'; accepted: vllm_ascend"):
+        choosing.vllm_choice(WORD, spec_of(), CAPABLE, 8)
+
+
+def test_costs_know_every_soc_and_implementation() -> None:
+    load_ = choosing.load_of(spec_of(), CAPABLE, 8)
+    assert costs.MACHINES.keys() == set(SOCS)
+    assert all(costs.estimate(comm, load_) > 0 for comm in IMPLEMENTATIONS)
+    with pytest.raises(ValueError, match=f"'{WORD}'"):
+        costs.estimate(WORD, load_)
+    with pytest.raises(ValueError, match=f"soc is '{WORD}'"):
+        costs.estimate("mc2", dataclasses.replace(load_, soc=WORD))
+
+
+def test_look_up() -> None:
+    assert look_up({"a": 1}, "a", "x: y") == 1
+    with pytest.raises(ValueError, match=r"^x: y is 'b'; accepted: a, c$"):
+        look_up({"a": 1, "c": 2}, "b", "x: y")
+
+
+def test_rows_on_words_list_what_is_accepted() -> None:
+    """A rule on a word that excludes some words would accept every new one."""
+    words = {"activation", "quantisation", "mode", "weight_format", "comm_alg", "quant_mode", "form", "reduce_op"}
+    loose = [row.code for row in load() if row.value.text in words and not row.one_of]
+    assert loose == []
