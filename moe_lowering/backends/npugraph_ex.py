@@ -56,6 +56,7 @@ def npugraph_ex_options(
             ``lowering`` is given together with ``comm``, ``strict``, ``policy`` or ``overlap``, or was made for another
             deployment.
     """
+    deployment = deployment.placed()
     if lowering is None:
         lowering = MoeLowering(deployment, comm, strict, policy, overlap=overlap)
     elif (comm, strict, policy, overlap) != ("auto", False, "auto", False) or lowering.deployment != deployment:

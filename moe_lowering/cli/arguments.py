@@ -7,8 +7,8 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moe_lowering.deployment import PROVIDERS as KNOWN_PROVIDERS
 from moe_lowering.deployment import SOCS
+from moe_lowering.providers import PROVIDERS as KNOWN_PROVIDERS
 
 if TYPE_CHECKING:
     from moe_lowering.cli.explain_arguments import ExplainRequest
