@@ -48,7 +48,7 @@ def from_groups(
         tp: the tensor-parallel group, whose ranks are ranks of ``ep``; None for none.
         mc2: a second group over the ranks of ``ep``, for MC2 and fused operators alone. When it is None, and ``mc2_group``
             is not given, one is made with the backends of ``ep``: all ranks of the default group must then call this
-            function, as they must ``torch.distributed.new_group``. ``mc2_group=""`` makes none.
+            function with their EP groups, as they must ``torch.distributed.new_group``. ``mc2_group=""`` makes none.
         rest: further fields of ``Deployment``. Of those that are not given, ``soc``, ``cann``, ``torch_npu``,
             ``hccl_buffer_mb`` (HCCL_BUFFSIZE) and ``providers`` are detected.
 
@@ -68,7 +68,7 @@ def from_groups(
     Deployment(**{**_sizes(ep, tp), **fields, "mc2_group": ""})  # what is wrong is said before a group is made
     if "mc2_group" not in rest:
         communicator = mc2
-        if mc2 is None and ep is not None and len(members["ep"]) > 1:
+        if mc2 is None and ep is not None:  # of one rank too: the others' groups are made by all
             communicator = _second_group(ep, members["ep"])
         if communicator is not None:
             fields["mc2_group"], how = communicator_name(communicator)
@@ -148,7 +148,7 @@ def _second_group(ep: Any, own: list[int]) -> Any:
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, own)
     made = None
-    for members in dict.fromkeys(tuple(ranks) for ranks in everyone if ranks):
+    for members in dict.fromkeys(tuple(ranks) for ranks in everyone if len(ranks) > 1):
         group = dist.new_group(list(members), backend=dist.get_backend_config(ep))
         made = group if members == tuple(own) else made
     return made
