@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_lowering import _versions
 from moe_lowering.deployment import SOCS, Deployment, Detected
-from moe_lowering.providers import installed_providers
+from moe_lowering.providers import declarable, installed_providers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,9 +63,16 @@ def from_groups(
     if mc2 is not None and "mc2_group" in rest:
         raise ValueError("Deployment.from_groups: mc2 and mc2_group are given; accepted: one of them")
     members = {name: _members(name, group) for name, group in (("ep", ep), ("tp", tp), ("mc2", mc2))}
-    found: list[Detected] = []
-    fields: dict[str, Any] = {**_machine(rest, found), **rest}
-    Deployment(**{**_sizes(ep, tp), **fields, "mc2_group": ""})  # what is wrong is said before a group is made
+    if mc2 is not None:
+        _check_second(ep, mc2, members)
+    groups = _sizes(ep, tp)
+    found = [
+        Detected(f"{kind}_size", str(groups[f"{kind}_size"]), f"{kind}_group {groups[f'{kind}_group']!r}")
+        for kind in ("ep", "tp")
+        if f"{kind}_group" in groups and f"{kind}_size" not in rest
+    ]
+    fields: dict[str, Any] = {**groups, **_machine(rest, found), **rest}
+    Deployment(**{**fields, "mc2_group": ""})  # what is wrong is said before a group is made
     if "mc2_group" not in rest:
         communicator = mc2
         if mc2 is None and ep is not None:  # of one rank too: the others' groups are made by all
@@ -74,7 +81,7 @@ def from_groups(
             fields["mc2_group"], how = communicator_name(communicator)
             made = "a second group over the ranks of ep" if mc2 is None else "mc2"
             found.append(Detected("mc2_group", fields["mc2_group"], f"{how} of {made}"))
-    return Deployment(**{**_sizes(ep, tp), **fields}, detected=tuple(found))
+    return Deployment(**fields, detected=tuple(found))
 
 
 def from_mesh(
@@ -139,6 +146,19 @@ def _sizes(ep: Any, tp: Any) -> dict[str, Any]:
     return fields
 
 
+def _check_second(ep: Any, mc2: Any, members: dict[str, list[int]]) -> None:
+    """What ``Deployment`` cannot see behind the name of an HCCL communicator."""
+    if mc2 is ep:
+        raise ValueError(
+            "Deployment.from_groups: mc2 is ep; accepted: a second group over its ranks, which no other collective uses, or no "
+            "mc2: then one is made"
+        )
+    if members["mc2"] != members["ep"]:
+        raise ValueError(
+            f"Deployment.from_groups: mc2 has global ranks {members['mc2']}; accepted: those of ep, {members['ep']}"
+        )
+
+
 def _second_group(ep: Any, own: list[int]) -> Any:
     """A group over the ranks of ``ep``, of its own; every rank makes those of all EP groups, as ``new_group`` wants it."""
     import torch.distributed as dist
@@ -168,14 +188,13 @@ def communicator_name(group: Any) -> tuple[str, str]:
 
 def _machine(given: dict[str, Any], found: list[Detected]) -> dict[str, Any]:
     """The fields that the machine gives and the caller does not; ``found`` is added to."""
-    providers = tuple((package.name, package.version) for package in installed_providers())
     where = ", ".join(package.where for package in installed_providers())
     readings = {
         "soc": _soc(given.get("soc")),
         "cann": _cann(),
         "torch_npu": (_versions.installed("torch_npu").partition("+")[0], "metadata of torch_npu"),
         "hccl_buffer_mb": _buffer(),
-        "providers": (providers, where),
+        "providers": (declarable(), where),
     }
     fields: dict[str, Any] = {}
     for field, (value, source) in readings.items():

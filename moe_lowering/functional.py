@@ -240,7 +240,7 @@ def check_expert_map(expert_map: Tensor, num_experts: int, deployment: Deploymen
         ValueError: ``expert_map`` is not 0 to E_local - 1 for experts [ep_rank * E_local, (ep_rank + 1) * E_local); with
             shared-expert ranks, routed experts begin at the first rank after them, which then counts as rank 0.
     """
-    _check_map(expert_map, num_experts, _SINGLE_RANK if deployment is None else deployment)
+    _check_map(expert_map, num_experts, _SINGLE_RANK if deployment is None else deployment.placed())
 
 
 @torch.compiler.assume_constant_result  # dynamo then calls it with the real tensor, instead of tracing it

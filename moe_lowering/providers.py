@@ -23,6 +23,7 @@ UNKNOWN = "unknown"  # a build that does not say for which SoC it was made
 # Of the providers that are built for one SoC: the file that says which, and vllm-ascend's words for ours.
 _BUILD_FILES = {"vllm_ascend": "_build_info.py"}
 _DEVICE_TYPES = {"A2": "A2", "A3": "A3", "A5": "A5", "_310P": "310P", "310P": "310P"}
+_VERSION = r"\d+(\.\w+)*"
 _RELEASE = re.compile(r"v?(\d+(?:\.\d+)*)(.*)")
 
 
@@ -48,6 +49,12 @@ class Package:
 def installed_providers() -> tuple[Package, ...]:
     """The providers that this Python would import now."""
     return _installed(tuple(sys.path))
+
+
+def declarable() -> tuple[tuple[str, str], ...]:
+    """(name, version) of those, as ``Deployment.providers`` takes them; what has no version is not among them."""
+    found = installed_providers()
+    return tuple((package.name, package.version) for package in found if re.fullmatch(_VERSION, package.version))
 
 
 @functools.lru_cache(maxsize=8)  # a look-up of what is not there reads every directory of the path
@@ -135,6 +142,6 @@ def check_installed(installed: Any, socs: Sequence[str]) -> None:
 
 def check_version(name: str, value: Any, optional: bool) -> None:
     """Raises a ValueError unless ``value`` is a version; "" for one that is not known is one too when ``optional``."""
-    if (optional and value == "") or (isinstance(value, str) and re.fullmatch(r"\d+(\.\w+)*", value)):
+    if (optional and value == "") or (isinstance(value, str) and re.fullmatch(_VERSION, value)):
         return
     raise ValueError(f"Deployment: {name} is {value!r}; accepted: a version such as '8.5.0'")

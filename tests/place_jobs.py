@@ -134,7 +134,12 @@ def from_groups(rank):
         name: [None if (group := find_group(g)) is None else group.ranks for g in (d.ep_group, d.tp_group, d.mc2_group)]
         for name, d in made.items()
     }
+    single = [dist.new_group([r]) for r in (0, 1)][rank]
     wrong = {
+        "mc2 is ep": _message(lambda: Deployment.from_groups(ep=world, mc2=world)),
+        "other mc2": _message(lambda: Deployment.from_groups(ep=world, mc2=single)),
+        "mc2 alone": _message(lambda: Deployment.from_groups(ep=None, mc2=mc2)),
+        "two names": _message(lambda: Deployment.from_groups(ep=world, mc2=mc2, mc2_group="")),
         "ep_rank": _message(lambda: Deployment.from_groups(ep=world, mc2=mc2, ep_rank=1 - rank)),
         "ep_size": _message(lambda: Deployment.from_groups(ep=world, mc2=mc2, ep_size=4)),
         "mesh": _message(lambda: Deployment.from_mesh(one, ep="experts")),

@@ -97,7 +97,11 @@ def test_from_groups_and_meshes(pair):
         said = {d.field: d.source for d in made["groups"].detected}
         assert said["soc"] == "torch.npu.get_device_name() is 'Ascend910_9391'"
         assert said["mc2_group"] == "the name of a second group over the ranks of ep"
-        assert said["ep_rank"] == "ep_group '0'"
+        assert said["ep_rank"] == said["ep_size"] == "ep_group '0'"
+        assert "mc2 is ep; accepted: a second group over its ranks" in wrong["mc2 is ep"]
+        assert f"mc2 has global ranks [{rank}]; accepted: those of ep, [0, 1]" in wrong["other mc2"]
+        assert "mc2 has global ranks [0, 1]; accepted: those of ep, []" in wrong["mc2 alone"]
+        assert "mc2 and mc2_group are given; accepted: one of them" in wrong["two names"]
         assert f"ep_rank is {1 - rank}, and this process is rank {rank}" in wrong["ep_rank"]
         assert "ep_size is 4, and ep_group '0' has 2 ranks" in wrong["ep_size"]
         assert "ep is 'experts'; accepted: of the mesh's dimensions ['ep']" in wrong["mesh"]
