@@ -143,7 +143,7 @@ def from_groups(rank):
         "ep_rank": _message(lambda: Deployment.from_groups(ep=world, mc2=mc2, ep_rank=1 - rank)),
         "ep_size": _message(lambda: Deployment.from_groups(ep=world, mc2=mc2, ep_size=4)),
         "mesh": _message(lambda: Deployment.from_mesh(one, ep="experts")),
-        "orthogonal": _message(lambda: Deployment.from_mesh(two, ep="dp", tp="tp", mc2=mc2)),
+        "orthogonal": _message(lambda: Deployment.from_mesh(two, ep="dp", tp="tp", mc2_group="")),
     }
     given = made["tp"].mc2_group == mc2.group_name
     return made, members, wrong, given
