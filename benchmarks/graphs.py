@@ -25,7 +25,7 @@ from moe_lowering import Deployment
 aten = torch.ops.aten
 ops = torch.ops.moe_lowering
 DEPLOYMENT = Deployment(
-    soc="A3", ep_size=16, ep_group="ep", mc2_group="mc2", max_tokens=128, hccl_buffer_mb=4096, weight_format="nz",
+    soc="A3", ep_size=16, ep_rank=0, ep_group="ep", mc2_group="mc2", max_tokens=128, hccl_buffer_mb=4096, weight_format="nz",
     providers=(("vllm_ascend", "0.23.0"),),
 )  # fmt: skip
 

@@ -107,7 +107,7 @@ def agreement_before_first(
             and for no check where there is no group of real processes to ask; None for no check.
 
     Raises:
-        ValueError: ``timeout`` is another word; the EP group has another number of ranks than the deployment says.
+        ValueError: ``timeout`` is another word; the deployment contradicts its process groups.
     """
     if isinstance(timeout, str) and timeout != "auto":
         raise ValueError(f"agreement_timeout is {timeout!r}; accepted: seconds, 'auto', or None")
@@ -140,11 +140,7 @@ def _publish_to_group(deployment: Deployment, lowering: MoeLowering) -> _Publish
     if dist.get_backend(group) == "fake":
         return None
     published = _Published(deployment, lowering, c10d._get_default_store(), members, dist.get_rank())
-    if len(members) != deployment.ep_size:  # after this rank has answered: the others need not wait for it
-        raise ValueError(
-            f"Deployment: ep_size is {deployment.ep_size}, and ep_group {deployment.ep_group!r} has {len(members)} ranks; "
-            f"accepted: {len(members)}"
-        )
+    deployment.placed()  # after this rank has answered: the others need not wait for it
     published.patience = _patience(group)
     return published
 
@@ -167,6 +163,7 @@ class _Published:
     ) -> None:
         mine = {
             "deployment": _fields(deployment),
+            "misplaced": deployment.misplaced,
             "limits": limits_digest(),
             "torch_npu": torch_npu_is_loaded(),
             "settings": _settings(lowering) if lowering else {},
@@ -218,6 +215,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list[str]:
         for name in sorted({*a["settings"], *b["settings"]})
         if a["settings"].get(name) != b["settings"].get(name)
     ]
+    found += [text for text in (b["misplaced"], a["misplaced"] and f"on rank {rank} {a['misplaced']}") if text]
     if a["torch_npu"] != b["torch_npu"]:
         found.append(f"torch_npu is {'' if b['torch_npu'] else 'not '}loaded, on rank {rank} the other way")
     if a["limits"] != b["limits"]:

@@ -5,37 +5,58 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from moe_lowering.groups import Claim, find_group, own_ranks
+from moe_lowering.providers import check_installed, check_providers, check_version, installed_providers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 SOCS = ("A2", "A3", "A5", "310P")
 WEIGHT_FORMATS = ("nd", "nz")
 GUARDS = ("allow", "forbid")
 FUSED_MODES = (0, 1, 2)
 MODES = ("npugraph_ex", "ge")
-# Libraries that bring fused operators.
-PROVIDERS = ("vllm_ascend", "cann_ops_transformer", "sgl_kernel_npu")
 
 # Fields that differ between ranks of one deployment. They never take part in a decision, nor in the digest.
 RANK_FIELDS = frozenset({"ep_rank", "tp_rank", "tp_group"})
+# Fields that repeat others, or say where they came from.
+_ORIGINS = frozenset({"detected", "places"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Detected:
+    """A field of a deployment that was not given but found, or that was compared with what was found: where, and what."""
+
+    field: str
+    value: str
+    source: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Deployment:
     """One deployment of a model: everything that a lowering decision may depend on.
 
-    All fields but ``ep_rank`` and ``tp_rank`` must be equal on every rank: the pass decides from them alone, and two
-    ranks that decide differently hang.
+    All fields but ``ep_rank``, ``tp_rank`` and ``tp_group`` must be equal on every rank: the pass decides from them alone,
+    and two ranks that decide differently hang. ``from_groups`` and ``from_mesh`` make one from process groups.
+
+    Where ``torch.distributed`` has the groups that are named, their sizes and this process's ranks are read from them, or
+    compared where they are given; and again at every use (``placed``), as a deployment may be older than its groups, or
+    come from another process. Without such groups (another machine's deployment, a fake process group) a rank that is not
+    given is not known, and what needs it is refused.
 
     Args:
         soc: ``A2`` (910B), ``A3`` (910C), ``A5`` (950) or ``310P``.
         ep_size: number of ranks in the expert-parallel (EP) group; 1 means no expert parallelism.
-        ep_rank: this rank's index in the EP group.
+        ep_rank: this rank's index in the EP group; None to read it from the group.
         ep_group: name of the EP process group (``group.group_name``); "" when ``ep_size`` is 1.
         mc2_group: communicator that MC2 and fused operators take. It is never the EP group, because no other
             collective may use it (facts: MC2's communicator is its own). On an NPU this is the HCCL communicator
             name; without one it is the name of a process group. "" means that MC2 is not available.
-        tp_size, tp_rank, tp_group: the tensor-parallel (TP) group whose ranks hold the same tokens.
+        tp_size, tp_rank, tp_group: the tensor-parallel (TP) group whose ranks hold the same tokens, likewise. Its ranks are
+            ranks of the EP group.
         max_tokens: upper bound on the token count T of one rank, for every call; 0 when none is declared.
         min_tokens: lower bound on T on every rank, for every call; read only when ``equal_tokens`` is False.
         equal_tokens: whether T is the same on all ranks of the EP group at every call. When it is not, ``max_tokens``
@@ -60,18 +81,23 @@ class Deployment:
         cann: CANN version, e.g. ``9.1.0`` or ``8.2.RC1``; "" when unknown: rules for certain versions then apply.
         torch_npu: version of torch_npu, with the same meaning.
         providers: (name, version) of installed libraries that bring fused operators, e.g. ``(("vllm_ascend", "0.23.0"),)``.
+        installed: (name, version, SoC that it was built for, "unknown", or "" where builds do not differ) of the providers
+            that this Python has: an operator of another version or build than is declared is not legal. None to look; ()
+            for a deployment on another machine, where what is installed here says nothing.
+        detected: which fields were found and not given, and where; takes no part in decisions, equality or digests.
 
     Raises:
-        ValueError: when a field is out of range, with the field, the value and what is accepted.
+        ValueError: when a field is out of range or contradicts a process group, with the field, the value and what is
+            accepted.
     """
 
     soc: str = "A3"
     ep_size: int = 1
-    ep_rank: int = 0
+    ep_rank: int | None = None
     ep_group: str = ""
     mc2_group: str = ""
     tp_size: int = 1
-    tp_rank: int = 0
+    tp_rank: int | None = None
     tp_group: str = ""
     max_tokens: int = 0
     min_tokens: int = 1
@@ -91,26 +117,28 @@ class Deployment:
     cann: str = ""
     torch_npu: str = ""
     providers: tuple[tuple[str, str], ...] = ()
+    installed: tuple[tuple[str, str, str], ...] | None = None
+    detected: tuple[Detected, ...] = dataclasses.field(default=(), compare=False, repr=False)
+    places: str = dataclasses.field(init=False, compare=False, repr=False)  # see _fill
 
     def __post_init__(self) -> None:
-        _integers(self)
+        _typed(self)
         _one_of("soc", self.soc, SOCS)
         _one_of("weight_format", self.weight_format, WEIGHT_FORMATS)
         _one_of("guards", self.guards, GUARDS)
         _one_of("mode", self.mode, MODES)
-        _flags(self)
         if self.fused_mode not in FUSED_MODES:
             raise ValueError(
                 f"Deployment: fused_mode is {self.fused_mode!r}; accepted: 0 (none), 1 (dispatch_ffn_combine, mega_moe), "
                 "2 (dispatch_gmm_combine_decode)"
             )
-        _providers(self.providers)
+        check_providers(self.providers)
         for name in ("cann", "torch_npu"):
-            _version(name, getattr(self, name), optional=True)
+            check_version(name, getattr(self, name), optional=True)
         for kind in ("ep", "tp"):
             size, rank, group = (getattr(self, f"{kind}_{part}") for part in ("size", "rank", "group"))
             _at_least(f"{kind}_size", size, 1)
-            if not 0 <= rank < size:
+            if rank is not None and not 0 <= rank < size:
                 raise ValueError(f"Deployment: {kind}_rank is {rank}; accepted: 0 to {kind}_size - 1 = {size - 1}")
             if size > 1 and not group:
                 raise ValueError(f"Deployment: {kind}_size is {size} but {kind}_group is ''; give the group's name")
@@ -139,6 +167,94 @@ class Deployment:
             raise ValueError(
                 f"Deployment: min_tokens is {self.min_tokens}; accepted: 0 to max_tokens = {self.max_tokens}"
             )
+        self._fill()
+
+    def _fill(self) -> None:
+        """What was not given, from where it can be found."""
+        found = list(self.detected)
+        for kind, rank in self._ranks().items():
+            if getattr(self, f"{kind}_rank") is None and rank is not None:
+                object.__setattr__(self, f"{kind}_rank", rank)
+                group = getattr(self, f"{kind}_group")
+                found += [Detected(f"{kind}_rank", str(rank), f"{kind}_group {group!r}")] if group else []
+        if self.installed is None:
+            packages = installed_providers()
+            object.__setattr__(self, "installed", tuple(package.record for package in packages))
+            found += [Detected("installed", package.said, package.where) for package in packages]
+        check_installed(self.installed, SOCS)
+        object.__setattr__(self, "detected", tuple(found))
+        # one string, so that under torch.compile a guard on it is one comparison, and equal deployments are as one
+        claims = [dataclasses.astuple(claim) for claim in self._claims()]
+        object.__setattr__(self, "places", json.dumps([*claims, self.mc2_group]))
+
+    def _claims(self) -> tuple[Claim, Claim]:
+        return (
+            Claim("ep", self.ep_group, self.ep_size, self.ep_rank),
+            Claim("tp", self.tp_group, self.tp_size, self.tp_rank),
+        )
+
+    def _ranks(self) -> dict[str, int | None]:
+        ep, tp = own_ranks(*self._claims(), self.mc2_group)
+        return {"ep": 0 if self.ep_size == 1 else ep, "tp": 0 if self.tp_size == 1 else tp}
+
+    @staticmethod
+    def from_groups(
+        *, ep: ProcessGroup | None, tp: ProcessGroup | None = None, mc2: ProcessGroup | None = None, **rest: Any
+    ) -> Deployment:
+        """One from process groups of ``torch.distributed``: see ``deployment_detection.from_groups``."""
+        from moe_lowering.deployment_detection import from_groups
+
+        return from_groups(ep=ep, tp=tp, mc2=mc2, **rest)
+
+    @staticmethod
+    def from_mesh(
+        device_mesh: DeviceMesh, ep: str | tuple[str, ...] = "ep", tp: str | None = "tp", **rest: Any
+    ) -> Deployment:
+        """One from the dimensions of a device mesh: see ``deployment_detection.from_mesh``."""
+        from moe_lowering.deployment_detection import from_mesh
+
+        return from_mesh(device_mesh, ep=ep, tp=tp, **rest)
+
+    def placed(self) -> Deployment:
+        """This deployment, compared with the process groups as they are now; ranks that were not known are read from them.
+
+        Raises:
+            ValueError: it contradicts a group.
+        """
+        ranks = self._ranks()
+        return self if ranks == {"ep": self.ep_rank, "tp": self.tp_rank} else self.replace()
+
+    @property
+    def misplaced(self) -> str:
+        """How this deployment contradicts the process groups as they are now; "" when it does not."""
+        try:
+            self._ranks()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def own_rank(self, kind: str) -> int:
+        """This rank's index in the EP or TP group; ``kind`` is ``ep`` or ``tp``.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        rank = {"ep": self.ep_rank, "tp": self.tp_rank}[kind]
+        if rank is None:
+            raise ValueError(self.unknown_rank)
+        return rank
+
+    @property
+    def unknown_rank(self) -> str:
+        """Why a rank of this deployment is not known; "" when all are."""
+        for claim in self._claims():
+            if claim.rank is None:
+                return (
+                    f"Deployment: {claim.kind}_rank is not known: it was not given, and {claim.kind}_group {claim.group!r} is "
+                    "no process group that communicates in this process; accepted: a deployment that is used after the "
+                    f"group was made, or {claim.kind}_rank from 0 to {claim.size - 1}"
+                )
+        return ""
 
     @property
     def token_bound(self) -> int:
@@ -153,17 +269,19 @@ class Deployment:
     @property
     def on_shared_rank(self) -> bool:
         """Whether this rank holds a shared expert, and no routed one. A rank's own: no decision may depend on it."""
-        return self.ep_rank < self.shared_expert_ranks
+        return self.shared_expert_ranks > 0 and self.own_rank("ep") < self.shared_expert_ranks
 
     @property
     def shared_expert(self) -> int | None:
         """The shared expert that this rank holds; None on the others."""
-        return self.ep_rank * self.shared_experts // self.shared_expert_ranks if self.on_shared_rank else None
+        if not self.on_shared_rank:
+            return None
+        return self.own_rank("ep") * self.shared_experts // self.shared_expert_ranks
 
     def own_experts(self, num_experts: int) -> slice:
         """The routed experts of ``num_experts`` that this rank holds; none on a shared-expert rank."""
         local = num_experts // self.routed_ranks
-        first = (self.ep_rank - self.shared_expert_ranks) * local
+        first = (self.own_rank("ep") - self.shared_expert_ranks) * local
         return slice(0, 0) if self.on_shared_rank else slice(first, first + local)
 
     @property
@@ -182,16 +300,20 @@ class Deployment:
         return dict(self.providers).get(name)
 
     def replace(self, **changes: Any) -> Deployment:
-        """A copy with some fields changed."""
+        """A copy with some fields changed. A rank is read anew from a group that is changed, where this process has it."""
+        for kind in ("ep", "tp"):
+            if find_group(changes.get(f"{kind}_group", "")) is not None:
+                changes.setdefault(f"{kind}_rank", None)
+        changes.setdefault("detected", tuple(d for d in self.detected if d.field not in changes))
         return dataclasses.replace(self, **changes)
 
     def invariant_fields(self) -> dict[str, Any]:
         """The fields that must agree on every rank, by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in RANK_FIELDS}
+        return {name: value for name, value in self.all_fields().items() if name not in RANK_FIELDS}
 
     def all_fields(self) -> dict[str, Any]:
-        """Every field by name, a rank's own among them."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """Every field that says something of the deployment by name, a rank's own among them."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _ORIGINS}
 
     def digest(self) -> str:
         """SHA-256 (hex) of the rank-invariant fields."""
@@ -216,31 +338,12 @@ def _shared_ranks(ep_size: int, ranks: int, experts: int) -> None:
         raise ValueError(f"Deployment: shared_experts is {experts}; accepted: {accepted}")
 
 
-def _integers(deployment: Deployment) -> None:
+def _typed(deployment: Deployment) -> None:
+    accepted: dict[Any, tuple[type, str]] = {"int": (int, "an int"), "bool": (bool, "True or False")}
     for field in dataclasses.fields(deployment):
-        value = getattr(deployment, field.name)
-        if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ValueError(f"Deployment: {field.name} is {value!r}; accepted: an int")
-
-
-def _flags(deployment: Deployment) -> None:
-    for field in dataclasses.fields(deployment):
-        value = getattr(deployment, field.name)
-        if field.type == "bool" and not isinstance(value, bool):
-            raise ValueError(f"Deployment: {field.name} is {value!r}; accepted: True or False")
-
-
-def _providers(providers: Any) -> None:
-    accepted = f"accepted: pairs (name, version) in a tuple; names: {', '.join(PROVIDERS)}"
-    if not isinstance(providers, tuple) or not all(isinstance(p, tuple) and len(p) == 2 for p in providers):
-        raise ValueError(f"Deployment: providers is {providers!r}; {accepted}")
-    for name, version in providers:
-        if name not in PROVIDERS:
-            raise ValueError(f"Deployment: providers names {name!r}; {accepted}")
-        _version(f"providers[{name!r}]", version, optional=False)
-
-
-def _version(name: str, value: Any, optional: bool) -> None:
-    if (optional and value == "") or (isinstance(value, str) and re.fullmatch(r"\d+(\.\w+)*", value)):
-        return
-    raise ValueError(f"Deployment: {name} is {value!r}; accepted: a version such as '8.5.0'")
+        kind, _, optional = str(field.type).partition(" | ")
+        value = getattr(deployment, field.name, None)  # places is not made yet
+        if kind not in accepted or (optional and value is None):
+            continue
+        if type(value) is not accepted[kind][0]:
+            raise ValueError(f"Deployment: {field.name} is {value!r}; accepted: {accepted[kind][1]}")

@@ -6,6 +6,7 @@ input of the graph, finds that an operator wants it as a constant, and calls the
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from moe_lowering import custom_ops as _custom_ops  # registers the operators
 from moe_lowering.deployment import Deployment
+from moe_lowering.groups import Claim, own_ranks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -184,10 +186,13 @@ def moe_experts(
         y [..., H] of x's dtype (of ``out_dtype`` for int8), complete on every rank of the TP group.
 
     Raises:
-        ValueError, TypeError: an argument out of range, with its value and what is accepted.
+        ValueError, TypeError: an argument out of range, with its value and what is accepted; ``deployment`` contradicts a
+            process group (another rank's).
         RuntimeError: a rank receives more rows than ``deployment.max_rows`` (CPU only).
     """
     place = _SINGLE_RANK if deployment is None else deployment
+    if place.ep_size > 1:
+        _check_places(place.places)
     _check_tokens(x, pertoken_scale, quantisation, out_dtype)
     w13, w2 = (_matrices(name, w, need_trans, quantisation) for name, w in (("w13", w13), ("w2", w2)))
     if num_experts is None:
@@ -235,7 +240,7 @@ def check_expert_map(expert_map: Tensor, num_experts: int, deployment: Deploymen
         ValueError: ``expert_map`` is not 0 to E_local - 1 for experts [ep_rank * E_local, (ep_rank + 1) * E_local); with
             shared-expert ranks, routed experts begin at the first rank after them, which then counts as rank 0.
     """
-    _check_map(expert_map, num_experts, _SINGLE_RANK if deployment is None else deployment)
+    _check_map(expert_map, num_experts, _SINGLE_RANK if deployment is None else deployment.placed())
 
 
 @torch.compiler.assume_constant_result  # dynamo then calls it with the real tensor, instead of tracing it
@@ -262,6 +267,14 @@ def _check_map(expert_map: Tensor, num_experts: int, place: Deployment) -> bool:
                 f"rank r holds experts {rank} * {local} to {following} * {local} - 1. For another placement use log2phy "
                 "(log2phy_from_expert_maps makes it)"
             )
+    return True
+
+
+@torch.compiler.assume_constant_result  # when it is traced: a string of constants, and no look-up in the graph
+def _check_places(places: str) -> bool:
+    """Compare ``Deployment.places`` with the process groups: the deployment may come from another rank."""
+    ep, tp, mc2_group = json.loads(places)
+    own_ranks(Claim(*ep), Claim(*tp), mc2_group)
     return True
 
 

@@ -76,6 +76,7 @@ class MoE(nn.Module):
         self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score
         self.activation, self.interleaved = activation, interleaved
         self._factors = scale, limit, alpha  # dynamo takes floats in a module's tuple as constants (see functional.py)
+        deployment = None if deployment is None else deployment.placed()
         self.moe_lowering_deployment = deployment
         self.moe_lowering_quantisation = "none"
         self.shared_experts = shared_experts
@@ -175,9 +176,12 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
     Raises:
         ValueError: E is not a multiple of the ranks with routed experts; a module has other shared experts than the
             deployment, was sharded before, for another deployment or by transformers, or holds lists (``list_experts``);
-            no MoE module found. The model is as it was then.
+            no MoE module found; the deployment contradicts its process groups, or its ``ep_rank`` is not known. The model is
+            as it was then.
     """
     found = moe_modules("shard_experts", model)
+    deployment = deployment.placed()
+    deployment.own_rank("ep")
     for name, module in found:  # first all checks, so that an error leaves the model as it was
         what = f"shard_experts: {name or type(module).__name__}"
         _check_sizes(what, module, deployment)

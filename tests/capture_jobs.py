@@ -59,12 +59,14 @@ def run_collectives(rank):
 
 
 def deployment(rank, **fields):
-    """Two groups over both ranks: EP by its name, MC2 by its communicator's."""
-    ep, mc2 = hccl_group(), hccl_group()
-    return Deployment(
-        ep_size=dist.get_world_size(), ep_rank=rank, ep_group=ep.group_name, mc2_group=communicator(mc2),
-        **{"providers": (("vllm_ascend", "0.23.0"),), "weight_format": "nz", "hccl_buffer_mb": 1024, **fields},
+    """Two groups over both ranks: EP by its name, MC2 by its communicator's. The second is made by ``from_groups``."""
+    where = Deployment.from_groups(
+        ep=hccl_group(), **{"providers": (("vllm_ascend", "0.23.0"),), "weight_format": "nz", "hccl_buffer_mb": 1024, **fields}
     )  # fmt: skip
+    assert (where.soc, where.ep_size, where.ep_rank) == ("A3", 2, rank)
+    [made] = [found for found in where.detected if found.field == "mc2_group"]
+    assert made.source == "HCCL's communicator of a second group over the ranks of ep"
+    return where
 
 
 def capture_lowered(rank, comm, replays):

@@ -108,6 +108,7 @@ def deployments(draw: Any) -> Deployment:
         ep_group="ep" if ep_size > 1 else "",
         mc2_group=rarely(draw, "mc2", "", "m" * 127, "m" * 128),
         tp_size=tp_size,
+        tp_rank=0,
         tp_group="tp" if tp_size > 1 else "",
         max_tokens=most,
         min_tokens=min(most, draw(st.sampled_from((1, 0, 1, 32)))) if not equal else 1,
@@ -323,8 +324,8 @@ def pair_deployments(draw: Any, soc: str, aim: str | None) -> Deployment:
     equal = draw(st.booleans())
     tp_size = rarely(draw, 1, 2)
     return Deployment(
-        soc=soc, ep_size=2, ep_group="ep", mc2_group="mc2", equal_tokens=equal,
-        tp_size=tp_size, tp_group="tp" if tp_size > 1 else "",
+        soc=soc, ep_size=2, ep_rank=0, ep_group="ep", mc2_group="mc2", equal_tokens=equal,
+        tp_size=tp_size, tp_rank=0, tp_group="tp" if tp_size > 1 else "",
         max_tokens=rarely(draw, 16, 0) if equal else 12,
         min_tokens=1 if equal or aim in ("mc2", "fused_mc2") else draw(st.sampled_from((1, 0))),
         guards=draw(st.sampled_from(GUARDS)),

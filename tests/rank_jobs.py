@@ -1,5 +1,7 @@
 """What runs on the ranks of a pool. Module-level functions: spawned processes import them by name."""
 
+import copy
+
 import torch
 import torch.distributed as dist
 
@@ -161,9 +163,10 @@ def agree_before_first(rank, by_rank, silent=(), timeout="auto", caching=()):
 def agree_with_wrong_size(rank):
     from moe_lowering.agreement import agreement_before_first
 
-    where = deployment(rank).replace(ep_size=2, ep_rank=rank % 2)
+    where = copy.copy(deployment(rank))
+    object.__setattr__(where, "ep_size", 2)  # as when it was made for other groups
     try:
-        agreement_before_first(where, MoeLowering(where), "auto")
+        agreement_before_first(where, MoeLowering(deployment(rank)), "auto")
     except ValueError as error:
         return str(error)
     return ""

@@ -14,7 +14,7 @@ from moe_lowering.passes.verifying import VerificationError, repropagate
 from moe_lowering.report.records import BlockReport
 
 DEPLOYMENT = Deployment(
-    ep_size=2, ep_group="ep", mc2_group="mc2", hccl_buffer_mb=1024, weight_format="nz",
+    ep_size=2, ep_rank=0, ep_group="ep", mc2_group="mc2", hccl_buffer_mb=1024, weight_format="nz",
     providers=(("vllm_ascend", "0.23.0"),),
 )  # fmt: skip
 CASE = GraphCase(DEPLOYMENT, (BlockCase(6, 2, 32),), hidden=1024, dtype=torch.bfloat16, symbolic=(False,))
@@ -82,7 +82,15 @@ def test_a_share_of_one_token_in_a_strict_range() -> None:
 def test_a_graph_serves_one_side_of_a_share_of_one(comm, change, tokens, low, high) -> None:
     """torch guards on whether a share is 1; without guards, from a cache, the graph must refuse the other side itself."""
     where = Deployment(
-        ep_size=4, ep_group="ep", mc2_group="mc2", tp_size=4, tp_group="tp", hccl_buffer_mb=1024, **change
+        ep_size=4,
+        ep_rank=0,
+        ep_group="ep",
+        mc2_group="mc2",
+        tp_size=4,
+        tp_rank=0,
+        tp_group="tp",
+        hccl_buffer_mb=1024,
+        **change,
     )
     block = BlockCase(32, 2, 32)
     built = build(CASE.replace(deployment=where, blocks=(block,), lead=(tokens,), sizes="dynamic", symbolic=(True,)))
@@ -103,7 +111,15 @@ def test_a_graph_serves_one_side_of_a_share_of_one(comm, change, tokens, low, hi
 def test_every_token_count_is_lowered_alike_where_a_share_became_one(tokens, dynamic) -> None:
     """torch writes 1 for ceil(T / 4) once it has guarded so, and metadata that is older the expression: both are the share."""
     where = Deployment(
-        ep_size=4, ep_group="ep", tp_size=4, tp_group="tp", equal_tokens=False, max_tokens=64, min_tokens=1
+        ep_size=4,
+        ep_rank=0,
+        ep_group="ep",
+        tp_size=4,
+        tp_rank=0,
+        tp_group="tp",
+        equal_tokens=False,
+        max_tokens=64,
+        min_tokens=1,
     )
     block = BlockCase(16, 4, 32, mask=True)
     sizes = {"sizes": "dynamic", "symbolic": (True,)} if dynamic else {}

@@ -122,7 +122,7 @@ def test_layers_refuse() -> None:
     with pytest.raises(
         ValueError, match="shared_experts is 2; accepted: 0, as the deployment has 0 shared-expert ranks"
     ):
-        shard_experts(layer(), Deployment(ep_size=2, ep_group="g"))
+        shard_experts(layer(), Deployment(ep_size=2, ep_rank=0, ep_group="g"))
     with pytest.raises(ValueError, match="shared_experts is 1; accepted: 2"):
         layer(1, deployment=place(0))
     with pytest.raises(

@@ -22,10 +22,9 @@ import moe_lowering.simulator
 moe_lowering.simulator.enable("A3")
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=16)
-rank, ep_group, mc2_communicator = 3, dist.new_group(range(16)), "mc2"
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+ep_group = dist.new_group([0])
 model = Qwen3MoeForCausalLM(Qwen3MoeConfig(
     vocab_size=64, hidden_size=64, moe_intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
     num_key_value_heads=2, num_experts=16, num_experts_per_tok=2,

@@ -58,6 +58,7 @@ def npugraph_ex_options(
     """
     where = "npugraph_ex_options"
     check_common(where, deployment, lowering, agreement_timeout)
+    deployment = deployment.placed()
     if lowering is None:
         lowering = MoeLowering(deployment, comm, strict, policy, overlap=overlap)
     elif (comm, strict, policy, overlap) != ("auto", False, "auto", False) or lowering.deployment != deployment:

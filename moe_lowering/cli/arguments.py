@@ -7,8 +7,9 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moe_lowering.deployment import PROVIDERS as KNOWN_PROVIDERS
 from moe_lowering.deployment import SOCS
+from moe_lowering.providers import PROVIDERS as KNOWN_PROVIDERS
+from moe_lowering.providers import declarable
 
 if TYPE_CHECKING:
     from moe_lowering.cli.explain_arguments import ExplainRequest
@@ -201,8 +202,8 @@ def installed(given: list[tuple[str, str]] | None) -> tuple[tuple[str, str], ...
     Raises:
         UsageError: ``none`` beside others, or one that is named twice.
     """
-    if given is None:
-        return PROVIDERS
+    if given is None:  # of what is assumed, the version that is there
+        return tuple((name, dict(declarable()).get(name, version)) for name, version in PROVIDERS)
     names = [name for name, _ in given]
     if "none" in names and len(names) > 1:
         raise UsageError("argument --provider: is none and others; accepted: none alone, or each library once")

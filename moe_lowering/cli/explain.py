@@ -17,7 +17,7 @@ from typing import Any
 import sympy
 
 from moe_lowering.cli import explain_models
-from moe_lowering.cli.arguments import HCCL_BUFFER_MB, PROVIDERS, WEIGHT_FORMAT, UsageError
+from moe_lowering.cli.arguments import HCCL_BUFFER_MB, WEIGHT_FORMAT, UsageError
 from moe_lowering.cli.explain_arguments import TOKENS, ExplainRequest
 from moe_lowering.cli.explain_models import Block
 from moe_lowering.deployment import Deployment
@@ -245,7 +245,7 @@ def _assumptions(request: ExplainRequest, block: Block, answer: Answer) -> tuple
     if request.weight_format is None:
         found.append(f"the expert weights are in format {WEIGHT_FORMAT}")
     if request.provider is None:
-        found.append(" ".join(PROVIDERS[0]) + " is installed")
+        found += [f"{name} {version} is installed" for name, version in request.providers]
     if not request.cann:
         found.append("the CANN version is not known: rules for any version apply")
     if not request.unequal_tokens:

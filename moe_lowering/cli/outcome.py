@@ -103,6 +103,7 @@ class Outcome:
             "pass_ms": traced.pass_ms if traced else None,
             "not_capturable": [finding.to_json() for finding in traced.not_capturable] if traced else [],
             "captured": self.captured[0].to_json() if self.captured else None,
+            "detected": first.to_json()["detected"] if first else [],
         }
         return json.dumps(fields, indent=2, allow_nan=False)
 

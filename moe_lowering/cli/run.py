@@ -221,7 +221,9 @@ def run_rank(request: Request, made: models.Plan, deployment: Deployment, progre
     if request.capture:
         return _run_captured(request, made, lowering, model, reference, taken, seconds, progress)
     compiled = compile_model(model, request, lowering)
-    inputs = [models.input_ids(made, request, length, deployment.ep_rank // request.tp) for length in request.lengths]
+    inputs = [
+        models.input_ids(made, request, length, deployment.own_rank("ep") // request.tp) for length in request.lengths
+    ]
     outputs: list[tuple[Tensor, compare.Taken]] = []
     for input_ids in inputs:
         progress(f"compiling and running {input_ids.numel()} tokens")
@@ -242,7 +244,7 @@ def _run_captured(
     taken: compare.Taken, seconds: dict[str, float], progress: Progress,
 ) -> RankResult:  # fmt: skip
     """Compile for the simulated device, capture, replay and compare; ``reference`` shares nothing with ``model``."""
-    sources, rank = capture.Sources(), lowering.deployment.ep_rank // request.tp
+    sources, rank = capture.Sources(), lowering.deployment.own_rank("ep") // request.tp
     compiled = compile_model(model.to(capture.DEVICE), request, lowering, sources)
     compare.use_reference(reference)
     replays = request.replays or REPLAYS

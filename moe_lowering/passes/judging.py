@@ -95,10 +95,12 @@ class Refusal:
 
 def refusal(spec: BlockSpec, deployment: Deployment) -> Refusal | None:
     """What keeps this rank's graph, and not the others', from what all of them decided: its own token counts where they
-    may differ, its own kind of rank.
+    may differ, its own kind of rank, a place in its groups that is not known.
 
     The decision itself must not depend on it. The others communicate as declared, so this graph must not run at all.
     """
+    if deployment.unknown_rank:
+        return Refusal(0, -1, f"[deployment.rank] {deployment.unknown_rank}: the graph refuses to run")
     if spec.on_shared_rank != deployment.on_shared_rank:
         kinds = {True: "a shared-expert rank", False: "a rank with routed experts"}
         return Refusal(

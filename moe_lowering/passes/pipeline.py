@@ -3,7 +3,8 @@
 Contract (npugraph_ex and torchair hooks): called as ``pass(gm, example_inputs, config)``; edits ``gm`` in place; the
 return value is ignored. Running it twice changes nothing the second time. It never makes a compile fail that would have
 worked without it: a block that cannot be lowered, or whose rewrite fails verification, is left as it was and reported.
-In strict mode it raises ``LoweringError`` instead, before or after having edited nothing of that block.
+In strict mode it raises ``LoweringError`` instead, before or after having edited nothing of that block. A deployment that
+contradicts this process's groups (another rank's, say) is a ``ValueError`` in every mode: its graph would be wrong in silence.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class MoeLowering:
         reports: one ``LoweringReport`` per graph seen, in order.
 
     Raises:
-        ValueError: an argument that is not accepted, with its value and what is.
+        ValueError: an argument that is not accepted, with its value and what is; here and when it is called, a deployment
+            that contradicts its process groups.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class MoeLowering:
         require_instance("MoeLowering", "deployment", deployment, Deployment, "a moe_lowering.Deployment")
         require_flag("MoeLowering", "strict", strict)
         require_flag("MoeLowering", "overlap", overlap)
-        self.deployment = deployment
+        self.deployment = deployment.placed()
         self.overlap = overlap
         self.policy = Policy(comm, policy, cost)
         self.strict = strict
@@ -99,6 +101,7 @@ class MoeLowering:
 
     def __call__(self, gm: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
         start = time.perf_counter()
+        self.deployment.placed()  # what a wrong place would emit is wrong in silence: here the compile does fail
         run = _Run(gm, self.deployment, self.policy)
         with _collector_paused():
             blocks = run.lower()
@@ -115,6 +118,7 @@ class MoeLowering:
             nodes_after=len(gm.graph.nodes),
             pass_ms=(time.perf_counter() - start) * 1e3,
             not_capturable=tuple(findings),
+            detected=self.deployment.detected,
         )
         self.reports.append(report)
         captured = is_captured(self.deployment, config)

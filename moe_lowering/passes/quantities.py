@@ -13,6 +13,7 @@ from moe_lowering.limits.calls.tensors import data_dependent, shared_dtype
 from moe_lowering.passes.blocks import BlockSpec, RouteSpec
 from moe_lowering.passes.operands import weight_format
 from moe_lowering.passes.token_ranges import hint, is_strict, known_range, must_vary
+from moe_lowering.providers import same_version
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -89,8 +90,7 @@ def block_quantities(
         "communicator_is_shared": deployment.mc2_group in spec.collective_groups,
         "group_length": len(deployment.mc2_group) or None,  # has_communicator says it better
         "buffer_bytes": deployment.hccl_buffer_bytes,
-        "has_vllm_ascend": deployment.provider("vllm_ascend") is not None,
-        "has_cann_ops_transformer": deployment.provider("cann_ops_transformer") is not None,
+        **provider_quantities(deployment),
         "capture": deployment.capture,
         "mode": deployment.mode,
         "fused_mode": deployment.fused_mode,
@@ -130,6 +130,22 @@ def block_quantities(
         "deployment_shared_expert_ranks": deployment.shared_expert_ranks,
         "expert_shard_type": 0,
     }
+
+
+def provider_quantities(deployment: Deployment) -> dict[str, Any]:
+    """The providers as they are declared, and what is installed of those; None where there is nothing to compare."""
+    found: dict[str, Any] = {}
+    here = {name: (version, build) for name, version, build in deployment.installed or ()}
+    for name in ("vllm_ascend", "cann_ops_transformer"):
+        declared = deployment.provider(name)
+        found[f"has_{name}"] = declared is not None
+        version, build = here.get(name, (None, None)) if declared is not None else (None, None)
+        found[f"{name}_declared"] = declared
+        found[f"{name}_installed"] = version
+        found[f"{name}_is_as_declared"] = version and declared and same_version(version, declared)
+        found[f"{name}_build"] = build or None
+        found[f"{name}_is_built_for_soc"] = build == deployment.soc if build else None
+    return found
 
 
 def expert_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:

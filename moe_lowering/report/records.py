@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from moe_lowering.deployment import Detected
 from moe_lowering.limits import Violation
 
 
@@ -175,6 +176,7 @@ class LoweringReport:
         nodes_before, nodes_after: nodes of the whole graph.
         pass_ms: wall time of the pass in milliseconds.
         not_capturable: what keeps the graph from being captured; empty where the deployment does not capture.
+        detected: fields of the deployment that were found and not given, and where.
     """
 
     blocks: tuple[BlockReport, ...]
@@ -183,6 +185,18 @@ class LoweringReport:
     nodes_after: int
     pass_ms: float
     not_capturable: tuple[NotCapturable, ...] = ()
+    detected: tuple[Detected, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "blocks": [block.to_json() for block in self.blocks],
+            "unrecognised": [list(place) for place in self.unrecognised],
+            "nodes_before": self.nodes_before,
+            "nodes_after": self.nodes_after,
+            "pass_ms": self.pass_ms,
+            "not_capturable": [finding.to_json() for finding in self.not_capturable],
+            "detected": [dataclasses.asdict(found) for found in self.detected],
+        }
 
     @property
     def fully_lowered(self) -> bool:

@@ -18,7 +18,8 @@ SELF_EVIDENT = ("one of True", "one of False")  # limits of rules that the messa
 
 
 def render(report: LoweringReport) -> str:
-    """The whole report: a headline, each kind of block, what was not recognised, and the sources of the broken rules."""
+    """The whole report: a headline, each kind of block, what was not recognised, what the deployment was detected to be, and
+    the sources of the broken rules."""
     sources: list[str] = []
     parts = [_headline(report)]
     parts += [_render_blocks(blocks, sources) for blocks in _equal_blocks(report.blocks)]
@@ -28,6 +29,9 @@ def render(report: LoweringReport) -> str:
     if report.not_capturable:
         lines = [_render_finding(finding) for finding in report.not_capturable]
         parts.append("\n".join(["cannot be captured:", *lines]))
+    if report.detected:
+        lines = [row(found.field, f"{found.value} ({found.source})") for found in report.detected]
+        parts.append("\n".join(["the deployment, as it was detected", *lines]))
     if sources:
         lines = [row(f"source {number}", source) for number, source in enumerate(sources, 1)]
         parts.append("\n".join(["sources of the broken rules", *lines]))

@@ -44,7 +44,8 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
     Args:
         fields: fields of ``Deployment``. Groups are made and named here: ``ep_group``, ``mc2_group`` (a second group
             over the same ranks) and ``tp_group`` cannot be given. ``soc`` defaults to A3, versions to current ones,
-            ``providers`` to vllm_ascend and ``weight_format`` to nz, so that every implementation can be legal.
+            ``providers`` to vllm_ascend, ``weight_format`` to nz and ``installed`` to nothing, so that every implementation
+            can be legal. ``ep_rank`` defaults to 0, ``tp_rank`` to the place of neighbours.
 
     Raises:
         RuntimeError: when a process group exists already.
@@ -57,13 +58,15 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
         raise ValueError(f"fake_deployment: {sorted(given)} cannot be given; groups are made here")
     current = {"providers": (("vllm_ascend", "0.23.0"),), "cann": "9.1.0", "torch_npu": "2.13.0"}
     fields = {**current, "weight_format": "nz", "hccl_buffer_mb": 1024, **fields}
+    fields.setdefault("ep_rank", 0)  # a fake group knows no place
+    fields.setdefault("installed", ())  # nor has it the libraries of this machine
     size, tp_size = fields.get("ep_size", 1), fields.get("tp_size", 1)
     if size == 1:
         yield Deployment(**fields)
         return
     if dist.is_initialized():
         raise RuntimeError("fake_deployment: a process group exists already; destroy it first")
-    rank = fields.get("ep_rank", 0)
+    rank = fields["ep_rank"]
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         world = dist.distributed_c10d._get_default_group()

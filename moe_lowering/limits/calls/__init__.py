@@ -33,7 +33,9 @@ OPERATORS = frozenset(_READERS)
 # What rows of called operators may read and no call shows.
 CONTEXT = frozenset({
     "buffer_bytes", "weight_format", "top_k", "received", "equal_tokens", "mask_is_prefix", "has_vllm_ascend", "mode",
-    "has_cann_ops_transformer", "counts_are_read",
+    "has_cann_ops_transformer", "counts_are_read", "vllm_ascend_installed", "vllm_ascend_declared",
+    "vllm_ascend_is_as_declared", "vllm_ascend_build", "vllm_ascend_is_built_for_soc", "cann_ops_transformer_installed",
+    "cann_ops_transformer_declared", "cann_ops_transformer_is_as_declared",
 })  # fmt: skip
 
 

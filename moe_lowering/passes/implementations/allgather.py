@@ -153,7 +153,7 @@ def _route_rows(
 ) -> tuple[Node, Node, Node, Node | None]:
     """(rows by expert, row index of each slot or -1, counts of this rank's experts, scales of int8 rows)."""
     spec = block.spec
-    first = deployment.ep_rank * spec.local_experts
+    first = deployment.own_rank("ep") * spec.local_experts
     extra = spec.top_k if spec.has_mask or spec.max_tokens else 0
     routed = emit.call(
         torch.ops.npu.npu_moe_init_routing_v2.default, tokens.x, tokens.ids,

@@ -149,7 +149,7 @@ def _decode_call(
         extra["mask"] = given.mask
     return emit.call(
         torch.ops.moe_lowering.dispatch_gmm_combine_decode.default, given.x, given.w13, given.w2, given.ids,
-        given.weights, deployment.mc2_group, spec.ep_size, deployment.ep_rank, spec.experts,
+        given.weights, deployment.mc2_group, spec.ep_size, deployment.own_rank("ep"), spec.experts,
         global_bs=share(spec.max_tokens, spec) * spec.ep_size, **extra,
     )  # fmt: skip
 

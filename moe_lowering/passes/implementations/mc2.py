@@ -83,7 +83,7 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[
     spec, mine = block.spec, Share(emit, block, deployment)
     start = stage_after(block, block.weights) if takes_weights(deployment) else block.dispatch
     shared = _shared_arguments(spec, deployment)
-    group = (deployment.mc2_group, spec.ep_size, deployment.ep_rank, spec.experts)
+    group = (deployment.mc2_group, spec.ep_size, deployment.own_rank("ep"), spec.experts)
     with emit.at(start, block.dispatch):
         ids = mine.of(emit.rows(block.ids))
         if block.mask is not None:

@@ -32,7 +32,7 @@ class Share:
     """This rank's share of tensors with one line per token. Lines of one block are chosen once and used for all."""
 
     def __init__(self, emit: Emitter, block: Block, deployment: Deployment) -> None:
-        self._emit, self._spec, self._rank = emit, block.spec, deployment.tp_rank
+        self._emit, self._spec, self._rank = emit, block.spec, deployment.own_rank("tp")
         self._lines: Node | None = None
 
     def of(self, node: Node) -> Node:

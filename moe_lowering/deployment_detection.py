@@ -1,0 +1,257 @@
+"""A deployment from what is there: process groups, the NPU, CANN, torch_npu, HCCL's environment, installed providers.
+
+1. Groups give names, sizes and this process's ranks. MC2 takes a communicator's name: HCCL's where the group has one (device
+   npu), else the name of the process group.
+2. What the machine says fills the fields that were not given. A given value stays; where another one was found, the
+   deployment's ``detected`` says so, and a SoC that is not the NPU's own is an error.
+
+Nothing is defaulted that a decision hangs on: without an NPU to ask, the SoC must be given.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_lowering import _versions
+from moe_lowering.deployment import SOCS, Deployment, Detected
+from moe_lowering.providers import declarable, installed_providers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+BUFFER = "HCCL_BUFFSIZE"
+BUFFER_DEFAULT = 200  # MB; CANN's HCCL documentation, environment variable HCCL_BUFFSIZE
+# aclrtGetSocName -> SoC of a Deployment. The names are those that torch_npu 2.13 knows (SocVersion in libtorch_npu.so); its
+# Ascend910B without a number is the first 910, which has no MC2.
+_SOC_NAMES = (
+    (r"Ascend910B\d.*", "A2"),
+    (r"Ascend910_93\d\d.*", "A3"),
+    (r"Ascend950(DT|PR)_.*", "A5"),
+    (r"Ascend310P\d.*", "310P"),
+)
+_HOMES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")  # set by CANN's set_env.sh
+_FROM_GROUPS = {"ep_group": "ep", "tp_group": "tp"}
+
+
+def from_groups(
+    *, ep: ProcessGroup | None, tp: ProcessGroup | None = None, mc2: ProcessGroup | None = None, **rest: Any
+) -> Deployment:
+    """A deployment of this process's groups on this machine. **A collective** when ``mc2`` is None: see below.
+
+    Args:
+        ep: the expert-parallel group; None for one rank.
+        tp: the tensor-parallel group, whose ranks are ranks of ``ep``; None for none.
+        mc2: a second group over the ranks of ``ep``, for MC2 and fused operators alone. When it is None, and ``mc2_group``
+            is not given, one is made with the backends of ``ep``: all ranks of the default group must then call this
+            function with their EP groups, as they must ``torch.distributed.new_group``. ``mc2_group=""`` makes none.
+        rest: further fields of ``Deployment``. Of those that are not given, ``soc``, ``cann``, ``torch_npu``,
+            ``hccl_buffer_mb`` (HCCL_BUFFSIZE) and ``providers`` are detected.
+
+    Raises:
+        ValueError: a field that a group gives was given otherwise; ``soc`` is not given and no NPU says it, or is not the
+            NPU's; the NPU's SoC or HCCL_BUFFSIZE is not known; and as ``Deployment`` does.
+        TypeError: a group that is none, or does not have this process in it.
+    """
+    for field, name in _FROM_GROUPS.items():
+        if field in rest:
+            raise ValueError(f"Deployment.from_groups: {field} is given; accepted: the group itself, as {name}")
+    if mc2 is not None and "mc2_group" in rest:
+        raise ValueError("Deployment.from_groups: mc2 and mc2_group are given; accepted: one of them")
+    members = {name: _members(name, group) for name, group in (("ep", ep), ("tp", tp), ("mc2", mc2))}
+    if mc2 is not None:
+        _check_second(ep, mc2, members)
+    groups = _sizes(ep, tp)
+    found = [
+        Detected(f"{kind}_size", str(groups[f"{kind}_size"]), f"{kind}_group {groups[f'{kind}_group']!r}")
+        for kind in ("ep", "tp")
+        if f"{kind}_group" in groups and f"{kind}_size" not in rest
+    ]
+    fields: dict[str, Any] = {**groups, **_machine(rest, found), **rest}
+    Deployment(**{**fields, "mc2_group": ""})  # what is wrong is said before a group is made
+    if "mc2_group" not in rest:
+        communicator = mc2
+        if mc2 is None and ep is not None:  # of one rank too: the others' groups are made by all
+            communicator = _second_group(ep, members["ep"])
+        if communicator is not None:
+            fields["mc2_group"], how = communicator_name(communicator)
+            made = "a second group over the ranks of ep" if mc2 is None else "mc2"
+            found.append(Detected("mc2_group", fields["mc2_group"], f"{how} of {made}"))
+    return Deployment(**fields, detected=tuple(found))
+
+
+def from_mesh(
+    device_mesh: DeviceMesh, ep: str | tuple[str, ...] = "ep", tp: str | None = "tp", **rest: Any
+) -> Deployment:
+    """``from_groups`` of the dimensions of a device mesh, and a collective as that is.
+
+    Args:
+        ep: the dimension whose ranks form an EP group. The ranks of a TP group are ranks of one EP group: where ``tp`` is
+            another dimension, give both, e.g. ``ep=("dp", "tp")``; they are flattened.
+        tp: the TP dimension; None for none. A mesh that has no dimension "tp" has no TP group.
+        rest: as for ``from_groups``.
+
+    Raises:
+        ValueError: the mesh has no such dimension; and as ``from_groups`` does.
+    """
+    names = tuple(getattr(device_mesh, "mesh_dim_names", None) or ())
+    if tp == "tp" and tp not in names:
+        tp = None
+    groups = {"ep": _dimension(device_mesh, names, "ep", ep)}
+    if tp is not None:
+        groups["tp"] = _dimension(device_mesh, names, "tp", tp)
+    return from_groups(**groups, **rest)
+
+
+def _dimension(mesh: Any, names: tuple[str, ...], argument: str, dimension: str | tuple[str, ...]) -> Any:
+    """The process group of one dimension, or of several together."""
+    wanted = dimension if isinstance(dimension, tuple) else (dimension,)
+    try:
+        part = mesh[wanted[0] if len(wanted) == 1 else wanted]
+        return (part._flatten() if len(wanted) > 1 else part).get_group()
+    except (KeyError, RuntimeError, ValueError) as error:  # what torch's versions raise for a name that is not there
+        raise ValueError(
+            f"Deployment.from_mesh: {argument} is {dimension!r}; accepted: of the mesh's dimensions {list(names)} ({error})"
+        ) from error
+
+
+def _members(name: str, group: Any) -> list[int]:
+    """Global ranks of a group; [] for None."""
+    import torch.distributed as dist
+
+    if group is None:
+        return []
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"Deployment.from_groups: {name} is {group!r}; accepted: a torch.distributed.ProcessGroup with this process in "
+            "it, or None"
+        )
+    return dist.get_process_group_ranks(group)
+
+
+def _sizes(ep: Any, tp: Any) -> dict[str, Any]:
+    """Sizes and names; ranks follow from the names. A group of one rank is no group."""
+    import torch.distributed as dist
+
+    fields: dict[str, Any] = {}
+    for kind, group in (("ep", ep), ("tp", tp)):
+        size = 1 if group is None else dist.get_world_size(group)
+        fields[f"{kind}_size"] = size
+        if size > 1:
+            fields[f"{kind}_group"] = group.group_name
+    return fields
+
+
+def _check_second(ep: Any, mc2: Any, members: dict[str, list[int]]) -> None:
+    """What ``Deployment`` cannot see behind the name of an HCCL communicator."""
+    if mc2 is ep:
+        raise ValueError(
+            "Deployment.from_groups: mc2 is ep; accepted: a second group over its ranks, which no other collective uses, or no "
+            "mc2: then one is made"
+        )
+    if members["mc2"] != members["ep"]:
+        raise ValueError(
+            f"Deployment.from_groups: mc2 has global ranks {members['mc2']}; accepted: those of ep, {members['ep']}"
+        )
+
+
+def _second_group(ep: Any, own: list[int]) -> Any:
+    """A group over the ranks of ``ep``, of its own; every rank makes those of all EP groups, as ``new_group`` wants it."""
+    import torch.distributed as dist
+
+    everyone: list[Any] = [own]
+    if len(own) < dist.get_world_size():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+    made = None
+    for members in dict.fromkeys(tuple(ranks) for ranks in everyone if len(ranks) > 1):
+        group = dist.new_group(list(members), backend=dist.get_backend_config(ep))
+        made = group if members == tuple(own) else made
+    return made
+
+
+def communicator_name(group: Any) -> tuple[str, str]:
+    """What MC2 operators take for a group, and what that is: HCCL's communicator on device npu, else the group's name."""
+    import torch.distributed as dist
+
+    for device in group._device_types:
+        if device.type == "npu":
+            backend = group._get_backend(device)
+            if hasattr(backend, "get_hccl_comm_name"):
+                return str(backend.get_hccl_comm_name(dist.get_rank(group))), "HCCL's communicator"
+    return str(group.group_name), "the name"
+
+
+def _machine(given: dict[str, Any], found: list[Detected]) -> dict[str, Any]:
+    """The fields that the machine gives and the caller does not; ``found`` is added to."""
+    where = ", ".join(package.where for package in installed_providers())
+    readings = {
+        "soc": _soc(given.get("soc")),
+        "cann": _cann(),
+        "torch_npu": (_versions.installed("torch_npu").partition("+")[0], "metadata of torch_npu"),
+        "hccl_buffer_mb": _buffer(),
+        "providers": (declarable(), where),
+    }
+    fields: dict[str, Any] = {}
+    for field, (value, source) in readings.items():
+        if field not in given:
+            fields[field] = value
+        if field not in given or (source and given[field] != value):
+            how = f"{source or 'not found'}" if field not in given else f"given; {source} says {_shown(value)}"
+            found.append(Detected(field, _shown(fields.get(field, given.get(field))), how))
+    return fields
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(" ".join(pair) for pair in value) or "none"
+    return str(value) or "unknown"
+
+
+def _soc(given: str | None) -> tuple[str | None, str]:
+    """The SoC of this process's NPU, as torch_npu names it; None where there is none to ask."""
+    npu: Any = getattr(sys.modules.get("torch"), "npu", None) if "torch_npu" in sys.modules else None
+    if npu is None or not npu.is_available():
+        if given is None:
+            raise ValueError(
+                f"Deployment.from_groups: soc is not given, and there is no NPU to ask (torch_npu is not imported, or has no "
+                f"device); accepted: {', '.join(SOCS)}"
+            )
+        return given, ""
+    name = npu.get_device_name()
+    soc = next((soc for pattern, soc in _SOC_NAMES if re.fullmatch(pattern, name)), None)
+    if soc is None and given is None:
+        raise ValueError(
+            f"Deployment.from_groups: soc is not given, and the NPU is {name!r}, which is none that this package knows; "
+            f"accepted: {', '.join(SOCS)}"
+        )
+    if soc is not None and given is not None and given != soc:
+        raise ValueError(
+            f"Deployment.from_groups: soc is {given!r}, and the NPU is {name!r}; accepted: {soc!r}, or no soc"
+        )
+    return soc or name, f"torch.npu.get_device_name() is {name!r}"
+
+
+def _cann() -> tuple[str, str]:
+    """CANN's version from the file that its installer writes; "" where there is none."""
+    for variable in _HOMES:
+        home = os.environ.get(variable, "")
+        for file in sorted(Path(home).glob("*/ascend_*_install.info")) if home else []:
+            match = re.search(r"^version=(\d+(?:\.\w+)*)\s*$", file.read_text("utf-8", "replace"), re.MULTILINE)
+            if match is not None:
+                return match[1], str(file)
+    return "", ""
+
+
+def _buffer() -> tuple[int, str]:
+    """MB of HCCL's window."""
+    text = os.environ.get(BUFFER)
+    if text is None:
+        return BUFFER_DEFAULT, f"{BUFFER} is not set: CANN's default"
+    if not re.fullmatch(r"[1-9]\d*", text.strip(), re.ASCII):
+        raise ValueError(f"Deployment.from_groups: the environment has {BUFFER}={text!r}; accepted: MB, 1 or more")
+    return int(text), f"{BUFFER}"
