@@ -55,7 +55,7 @@ class EditLog:
 
     def replace_uses(self, old: Node, new: Node, but: Node | None = None) -> None:
         """Every reader of ``old`` but one reads ``new``."""
-        self._note_readers(old, new)
+        self._note_readers(new)
         for user in old.users:
             if user is not but:
                 self._note_arguments(user)
@@ -63,14 +63,12 @@ class EditLog:
 
     def set_arguments(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Give a node other arguments."""
-        self._note_readers(*node.all_input_nodes)
         self._note_arguments(node)
         node.args, node.kwargs = args, kwargs
 
     def erase(self, nodes: Sequence[Node]) -> None:
         """Erase nodes that nobody outside of ``nodes`` reads, users first."""
         for node in sorted(nodes, reverse=True):
-            self._note_readers(*node.all_input_nodes)
             self._note_arguments(node)
             self._note_place(node)
             self.graph.erase_node(node)
@@ -94,6 +92,8 @@ class EditLog:
         new.name = names[new] = old.name
 
     def _note_arguments(self, node: Node) -> None:
+        """And the readers of each argument: giving them back makes this node the last one of all."""
+        self._note_readers(*node.all_input_nodes)
         args, kwargs = node.args, node.kwargs
         self._undo.append(lambda: node._update_args_kwargs(args, kwargs))
 
