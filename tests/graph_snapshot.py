@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from torch.fx import Graph
@@ -17,7 +18,7 @@ def snapshot(graph: Graph) -> dict[str, Any]:
         "inputs": [[i.name for i in n.all_input_nodes] for n in nodes],
         "readers": [[place.get(user, user.name) for user in n.users] for n in nodes],
         "meta": [{key: id(value) for key, value in n.meta.items()} for n in nodes],
-        "order": [all(a < b for a, b in zip(nodes, nodes[1:], strict=False))],
+        "order": [all(a < b for a, b in itertools.pairwise(nodes))],
         "length": len(nodes) == len(graph.nodes),
         "found": {
             str(key): sorted(map(id, found)) for key, found in graph._find_nodes_lookup_table.table.items() if found

@@ -9,23 +9,24 @@ import io
 import logging
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
-import reference
 import torch
 from graph_build import Built, build
 from graph_cases import BlockCase, GraphCase, RouteCase
 from graph_data import Data
 from graph_snapshot import differences, snapshot
 from torch.fx import Graph, GraphModule, Node
+from torch.fx import graph as graph_module
+from torch.fx import node as node_module
 
-from moe_lowering import Deployment, LoweringError, MoE, MoeLowering, testing
-from moe_lowering.passes import emitting, overlap, pipeline, verifying
+from moe_lowering import Deployment, LoweringError, MoE, MoeLowering
+from moe_lowering.backends import ge_rewrites
+from moe_lowering.passes import edits, emitting, overlap, pipeline, verifying
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.testing.graphs import fake_deployment
 
 M, aten = torch.ops.moe_lowering, torch.ops.aten
 ASSERT = M.assert_tokens.default
@@ -223,3 +224,228 @@ def check_numbers(case: GraphCase, built: Built) -> None:
         data = Data(case)
         with torch.no_grad():
             assert not (wrong := data.wrong(built, built.gm(*data.inputs(built)))), wrong
+
+
+@pytest.mark.parametrize("at", ["create", "erase", "replace"])
+def test_a_hook_of_the_users_that_always_raises(at):
+    """It raises while edits are taken back as well; and nodes that it kept from the graph leave no trace as readers."""
+    case = CASES["allgather, one rank"]
+    built = build(case)
+
+    def hook(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("planted")
+
+    getattr(built.gm, f"_register_{at}_node_hook")(hook)
+    low, before = lowering(case), snapshot(built.gm.graph)
+    with quiet():
+        low(built.gm)
+    assert not (changed := differences(before, snapshot(built.gm.graph))), changed
+    assert all("ZeroDivisionError: planted" in b.reason for b in low.reports[0].blocks)
+    check_numbers(case, built)
+
+
+class Interrupted(KeyboardInterrupt):
+    pass
+
+
+def test_ctrl_c_between_any_two_lines():
+    """Of the pass and of FX: the graph is as it was, and the interrupt passes on. A twin without one lowers the graph."""
+    case, line, hits = CASES["mc2"], 0, 0
+    built, memory = build(case), Remembering(meta_functions=False)
+    before = snapshot(built.gm.graph)
+    files = tuple(part.__file__ for part in (edits, emitting, graph_module, node_module))
+
+    def interrupted_at(wanted: int) -> Any:
+        count = 0
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal count
+            if not frame.f_code.co_filename.startswith(files):
+                return None if event == "call" else trace
+            if event == "line" and frame.f_code.co_name != "_back_to":
+                count += 1
+                if count == wanted:
+                    sys.settrace(None)
+                    raise Interrupted
+            return trace
+
+        return trace
+
+    with quiet(), memory.on():
+        lowering(case)(built.gm)
+        memory.last.edits.undo()
+        while True:
+            line += 37
+            low = lowering(case)
+            sys.settrace(interrupted_at(line))
+            try:
+                low(built.gm)
+                break
+            except Interrupted:
+                hits += 1
+            finally:
+                sys.settrace(None)
+            assert not (changed := differences(before, snapshot(built.gm.graph))), f"line {line}: {changed}"
+            assert not low.reports
+    assert hits > 20 and [b.comm for b in low.reports[0].blocks] == ["mc2", "mc2"]
+
+
+def test_what_fails_after_the_last_block_undoes_all_of_it(monkeypatch):
+    """A graph that cannot be compiled is not left; where other ranks may have lowered theirs, it refuses to run."""
+    for case, refuses in ((CASES["allgather, one rank"], 0), (CASES["allgather, another T"], 1)):
+        for place, name in ((Graph, "lint"), (GraphModule, "recompile")):
+            built, calls = build(case), []
+            before, true = snapshot(built.gm.graph), getattr(place, name)
+
+            def fails_once(self: Any, *args: Any, calls: Any = calls, true: Any = true) -> Any:
+                calls.append(self)
+                if len(calls) == 1:
+                    raise ZeroDivisionError("planted")
+                return true(self, *args)
+
+            low = lowering(case)
+            with quiet(), monkeypatch.context() as patched:
+                patched.setattr(place, name, fails_once)
+                low(built.gm)
+            asserts = built.gm.graph.find_nodes(op="call_function", target=ASSERT)
+            assert len(asserts) == refuses
+            assert ("assert_tokens" in built.gm.code) == bool(refuses)
+            for node in asserts:
+                built.gm.graph.erase_node(node)
+            assert not (changed := differences(before, snapshot(built.gm.graph))), changed
+            for b in low.reports[0].blocks:
+                assert b.comm is None and "rewrite undone: ZeroDivisionError: planted" in b.reason
+                assert ("refuses to run" in b.reason) == bool(refuses) and b.ops_after == b.ops_before
+
+
+def test_strict_raises_and_leaves_the_graph_as_it_was():
+    """Also the blocks that could be lowered, and the module's code."""
+    good, bad = block(experts=4, intermediate=8), block(experts=4, intermediate=8, odd=("rows_read",))
+    case = GraphCase(ONE, (good, bad), hidden=16, comm="allgather")
+    built = build(case)
+    before, code = snapshot(built.gm.graph), built.gm.code
+    with quiet(), pytest.raises(LoweringError, match=r"raise\.single_use"):
+        lowering(case, strict=True)(built.gm)
+    assert not (changed := differences(before, snapshot(built.gm.graph))), changed
+    assert built.gm.code == code
+    low = lowering(case)
+    with quiet():
+        low(built.gm)
+    assert [b.comm for b in low.reports[0].blocks] == ["allgather"] and built.gm.code != code
+
+
+# Which output a getitem takes
+
+
+def negative(graph: Graph, target: Any, index: Any, again: bool) -> None:
+    """Rewrite or repeat one getitem of an operator."""
+    item = next(n for n in graph.nodes if n.target is operator.getitem and n.args[0].target is target)
+    if not again:
+        item.args = (item.args[0], index)
+        return
+    with graph.inserting_after(item):
+        twin = graph.call_function(operator.getitem, (item.args[0], index))
+    twin.meta = {**item.meta}
+    (output,) = graph.find_nodes(op="output")
+    output.args = ((*output.args[0], twin),)
+
+
+@pytest.mark.parametrize(("target", "index", "again", "lowered"), [
+    (M.route.default, -2, False, True), (M.dispatch.default, -4, False, True), (M.route.default, True, False, False),
+    (M.dispatch.default, -4, True, False), (M.dispatch.default, 4, False, False), (M.dispatch.default, -5, True, False),
+    (M.dispatch.default, slice(0, 1), True, False), (M.route.default, -2, True, False), (M.route.default, 2, True, False),
+    (M.route.default, slice(None), True, False),
+])  # fmt: skip
+def test_getitems_by_any_index(target, index, again, lowered):
+    """The same output under two indices, one that there is none for, a slice: left as it was, with the reason."""
+    case = dataclasses.replace(CASES["allgather, one rank"], blocks=(dataclasses.replace(ROUTED, odd=()),))
+    built = build(case)
+    graph = built.gm.graph
+    negative(graph, target, index, again)
+    low, before = lowering(case), snapshot(graph)
+    with quiet():
+        low(built.gm)
+    report = low.reports[0]
+    said = [why for _, why in report.unrecognised] + [b.reason for b in report.blocks if b.comm is None]
+    assert not any("undone" in why or "internal" in why for why in said), said
+    if lowered:
+        assert report.fully_lowered and not verifying.generic_nodes(graph.nodes)
+        check_numbers(case, built)
+    else:
+        assert any("[raise.whole_result]" in why for why in said), said
+        if target is M.dispatch.default:
+            assert not (changed := differences(before, snapshot(graph))), changed
+
+
+# Exported programs
+
+
+class Exported(torch.nn.Module):
+    """Results of two layers, counts and a buffer that is written: all that a signature may name."""
+
+    def __init__(self, *, functional: bool = True) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(MoE(32, 16, 8, 2) for _ in range(2))
+        self.register_buffer("seen", torch.zeros(8, dtype=torch.int64))
+        self.w13, self.w2 = torch.nn.Parameter(torch.randn(8, 32, 32)), torch.nn.Parameter(torch.randn(8, 16, 32))
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, scratch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        first = self.layers[0](x)
+        weights, ids = M.route(x[:, :8], None, 2, "softmax", True, 1, 1, "max", 1.0)
+        rows, scale, counts, handle = M.dispatch(x, None, ids, None, 8, "", 1, "", 1, 0, 0)
+        rows = M.grouped_mlp(rows, scale, counts, [self.w13], [self.w2], [], [], "swiglu", 0.0, 1.702, False)
+        y = M.combine(rows, weights, ids, handle, None, 8, "", 1, "", 1, 0)
+        self.seen.copy_(counts)  # the signature names the node of the buffer's new value
+        scratch.copy_(y)
+        return first, self.layers[1](first), counts, y, weights
+
+
+def test_an_exported_program_can_be_saved_and_loaded_and_runs_right():
+    torch.manual_seed(0)
+    module, x = Exported(), torch.randn(5, 32)
+    expected = [value.clone() for value in module(x, torch.zeros(5, 32))]
+    seen = module.seen.clone()
+    module.seen.zero_()
+    program = torch.export.export(module, (x, torch.zeros(5, 32)))
+    low = MoeLowering(ONE, strict=True)
+    low(program.graph_module)
+    assert [b.comm for b in low.reports[0].blocks] == ["allgather"] * 3
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded, scratch = torch.export.load(file).module(), torch.zeros(5, 32)
+    for a, b in zip(loaded(x, scratch), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scratch, expected[3], rtol=1e-4, atol=1e-5)
+    assert torch.equal(dict(loaded.named_buffers())["seen"], seen)
+
+
+# What other passes of the package edit
+
+
+def test_ge_edits_are_all_or_nothing():
+    """For every n; the error passes on, since a graph without them may hang."""
+    import torchair  # noqa: F401  # it defines the operator of all-to-all
+
+    case = one(MANY.replace(mode="ge", equal_tokens=False, max_tokens=8), "alltoall", block(mask=True), lead=(4,))
+    built = build(case)
+    lowering(case)(built.gm)
+    graph, number = built.gm.graph, 0
+    x = next(n for n in graph.nodes if n.name == "x")
+    last = next(iter(graph.find_nodes(op="output")))
+    with graph.inserting_before(last):
+        graph.call_function(aten.lt.Tensor, (x, x)).meta["val"] = x.meta["val"]
+    before = snapshot(graph)
+    with mock.patch.object(ge_rewrites, "_group", lambda node, name: ("tag", [0, 1])):
+        while True:
+            number += 1
+            faults, log = Faults(number, Fault, after=bool(number % 2)), edits.ModuleEdits(built.gm)
+            with faults.planted(), contextlib.suppress(Fault), log.step():
+                ge_rewrites.finish(log)
+            if not faults.raised:
+                break
+            assert not (changed := differences(before, snapshot(graph))), f"{faults.raised} (n = {number}): {changed}"
+    assert number > 20
+    log.undo()
+    assert not (changed := differences(before, snapshot(graph))), changed

@@ -86,7 +86,8 @@ class EditLog:
         name, names = new.name, self.graph._graph_namespace._obj_to_name
 
         def back() -> None:
-            new.name = names[new] = name
+            object.__setattr__(new, "name", name)  # not through hooks
+            names[new] = name
 
         self._undo.append(back)
         new.name = names[new] = old.name
@@ -130,7 +131,7 @@ class EditLog:
         self._remove_strangers(self._known)
 
     def _remove_strangers(self, known: set[Node]) -> None:
-        """Take out nodes that were made meanwhile, and every trace of them."""
+        """Take out nodes that were made meanwhile, every trace of them, and what FX leaves on others when it is interrupted."""
         table, names = self.graph._find_nodes_lookup_table, self.graph._graph_namespace
         for entries in table.table.values():  # one that a hook kept from the list may be here, and the reverse
             for node in [node for node in entries if node not in known]:
@@ -143,6 +144,10 @@ class EditLog:
                 names._used_names.discard(node.name)
         count = 0
         for count, node in enumerate(self.graph.nodes, 1):  # noqa: B007
+            if node not in table:  # Node.__setattr__ takes it out for a moment, whatever the attribute is
+                table.insert(node)
+            if node._repr_fn is not None:  # Graph.python_code gives each node one for a while
+                node._repr_fn = None
             if not known.issuperset(node.users):
                 for user in [user for user in node.users if user not in known]:
                     node.users.pop(user)
