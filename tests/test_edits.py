@@ -19,6 +19,8 @@ from graph_build import Built, build
 from graph_cases import BlockCase, GraphCase, RouteCase
 from graph_data import Data
 from graph_snapshot import differences, snapshot
+from overlap_layers import Layer
+from test_overlap import InsideNpugraphEx
 from torch.fx import Graph, GraphModule, Node
 from torch.fx import graph as graph_module
 from torch.fx import node as node_module
@@ -27,6 +29,7 @@ from moe_lowering import Deployment, LoweringError, MoE, MoeLowering
 from moe_lowering.backends import ge_rewrites
 from moe_lowering.passes import edits, emitting, overlap, pipeline, verifying
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.testing import fake_deployment, lower_graph
 
 M, aten = torch.ops.moe_lowering, torch.ops.aten
 ASSERT = M.assert_tokens.default
@@ -449,3 +452,41 @@ def test_ge_edits_are_all_or_nothing():
     assert number > 20
     log.undo()
     assert not (changed := differences(before, snapshot(graph))), changed
+
+
+class EveryN(InsideNpugraphEx):
+    """The pass with overlap, whose n-th operation of that stage raises, for every n; then once without."""
+
+    number, seen = 0, frozenset[str]()
+
+    def __call__(self, gm: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
+        before, true, memory, faults = snapshot(gm.graph), pipeline.overlap, Remembering(False), Faults(0, Fault, False)
+
+        def planted(*arguments: Any) -> Any:
+            with faults.planted():
+                return true(*arguments)
+
+        with quiet(), memory.on(), mock.patch.object(pipeline, "overlap", planted):
+            while faults.raised or not self.number:
+                self.number += 1
+                error = Fault if self.number % 3 == 0 else ZeroDivisionError
+                faults, told = Faults(self.number, error, after=bool(self.number % 2)), len(self.reports)
+                with contextlib.suppress(Fault):
+                    super().__call__(gm, example_inputs, config)
+                if len(self.reports) > told:
+                    failed = "[overlap.failed]" in self.reports[-1].blocks[0].notes[-1]
+                    assert failed == bool(faults.raised), self.reports[-1].blocks[0].notes
+                    assert failed != any("scope_enter" in str(node.target) for node in gm.graph.nodes)
+                    memory.last.edits.undo()
+                assert not (changed := differences(before, snapshot(gm.graph))), f"{faults.raised}: {changed}"
+                self.seen |= {faults.raised}
+        super().__call__(gm, example_inputs, config)
+
+
+def test_the_nth_operation_of_an_overlap_raises():
+    with fake_deployment(ep_size=2) as where:
+        module = Layer(1024, 128, 12, 3, torch.bfloat16)
+        module.moe = MoE(1024, 128, 12, 3, dtype=torch.bfloat16, deployment=where)
+        low = EveryN(where, "mc2", overlap=True)
+        lower_graph(module, torch.randn(8, 1024, dtype=torch.bfloat16), deployment=where, lowering=low)
+    assert low.number > 15 and {"create_node", "prepend", "_tensors"} <= low.seen
