@@ -3,159 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import io
-import logging
-import operator
 import sys
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from graph_build import Built, build
-from graph_cases import BlockCase, GraphCase, RouteCase
-from graph_data import Data
+from edit_faults import (
+    ASSERT,
+    CASES,
+    MANY,
+    ONE,
+    Fault,
+    Faults,
+    Remembering,
+    aten,
+    block,
+    check_numbers,
+    lowering,
+    one,
+    quiet,
+)
+from graph_build import build
+from graph_cases import GraphCase
 from graph_snapshot import differences, snapshot
 from overlap_layers import Layer
 from test_overlap import InsideNpugraphEx
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 from torch.fx import graph as graph_module
 from torch.fx import node as node_module
 
-from moe_lowering import Deployment, LoweringError, MoE, MoeLowering
+from moe_lowering import LoweringError, MoE, MoeLowering
 from moe_lowering.backends import ge_rewrites
-from moe_lowering.passes import edits, emitting, overlap, pipeline, verifying
+from moe_lowering.passes import edits, emitting, pipeline, verifying
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.testing import fake_deployment, lower_graph
-
-M, aten = torch.ops.moe_lowering, torch.ops.aten
-ASSERT = M.assert_tokens.default
-ONE = Deployment()
-MANY = Deployment(
-    ep_size=8, ep_group="ep", mc2_group="mc2", hccl_buffer_mb=8192, weight_format="nz",
-    providers=(("vllm_ascend", "0.23.0"),),
-)  # fmt: skip
-UNEQUAL = {"equal_tokens": False, "max_tokens": 64}
-BLOCK = BlockCase(experts=32, top_k=2, intermediate=512)
-BIG = {"hidden": 1024, "dtype": torch.float16}
-
-
-def block(**changes: Any) -> BlockCase:
-    return dataclasses.replace(BLOCK, **changes)
-
-
-def one(deployment: Deployment, comm: str, spec: BlockCase = BLOCK, count: int = 1, **more: Any) -> GraphCase:
-    return GraphCase(deployment, (spec,) * count, comm=comm, **{**BIG, **more})
-
-
-ROUTED = block(route=RouteCase(bias=True), odd=("counts_read",))
-CASES = {
-    "allgather, one rank": one(ONE, "allgather", ROUTED, 2, hidden=16, dtype=torch.float32),
-    "allgather, groups of experts": one(ONE, "allgather", block(route=RouteCase(num_groups=4, topk_groups=2), mask=True)),
-    "allgather, ranks": one(MANY, "allgather", block(mask=True)),
-    "allgather, tensor parallel": one(MANY.replace(tp_size=2, tp_group="tp"), "allgather", lead=(5,)),
-    "allgather, another T": one(MANY.replace(**UNEQUAL), "allgather"),
-    "allgather, symbolic T": one(MANY.replace(max_tokens=64), "allgather", sizes="dynamic"),
-    "alltoall, static": one(MANY, "alltoall", ROUTED),
-    "alltoall, exact": one(MANY.replace(capture=False), "alltoall", block(mask=True)),
-    "mc2": one(MANY, "mc2", block(odd=("counts_read",)), 2),
-    "mc2, w8a8": one(MANY, "mc2", block(quantisation="w8a8")),
-    "allgather, w4a16": one(MANY, "allgather", block(quantisation="w4a16")),
-    "fused_mc2": one(MANY, "fused_mc2"),
-    "refused, T as not declared": one(MANY.replace(equal_tokens=False, max_tokens=2), "mc2"),
-}  # fmt: skip
-
-
-class Fault(BaseException):
-    """As a KeyboardInterrupt: nobody may take it for one of the errors that it handles."""
-
-
-class Faults:
-    """Makes the n-th of the operations that a rewrite is made of raise, before or after it did its work."""
-
-    PLACES: tuple[tuple[Any, str], ...] = (
-        (Graph, "create_node"), (Graph, "erase_node"), (Graph, "inserting_before"), (Node, "replace_all_uses_with"),
-        (Node, "_replace_input_with"), (Node, "_update_args_kwargs"), (Node, "prepend"), (emitting.Emitter, "_value"),
-        (pipeline, "same_value"), (pipeline, "call_violations"), (pipeline, "defined_before_readers"),
-        (pipeline, "decide"), (pipeline, "emit_route"), (pipeline, "request_guard"), (pipeline, "in_users_words"),
-        (pipeline, "BlockReport"), (Graph, "lint"), (GraphModule, "recompile"), (pipeline, "not_capturable"),
-        (overlap, "_tensors"),
-    )  # fmt: skip
-
-    def __init__(self, number: int, error: type[BaseException], after: bool) -> None:
-        self.number, self.error, self.after = number, error, after
-        self.count, self.raised = 0, ""
-
-    def _of(self, place: Any, name: str) -> Any:
-        function = getattr(place, name)
-
-        @functools.wraps(function)
-        def faulty(*args: Any, **kwargs: Any) -> Any:
-            self.count += 1
-            mine = self.count == self.number
-            if mine:
-                self.raised = name
-            if mine and not self.after:
-                raise self.error("planted")
-            result = function(*args, **kwargs)
-            if mine:
-                raise self.error("planted")
-            return result
-
-        return mock.patch.object(place, name, faulty)
-
-    @contextlib.contextmanager
-    def planted(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for place, name in self.PLACES:
-                stack.enter_context(self._of(place, name))
-            yield
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-class Remembering:
-    """Runs of the pass on one graph: each begins with what the first one judged and computed, and can be taken back."""
-
-    def __init__(self, meta_functions: bool) -> None:
-        self.known: dict[Any, Any] = {}
-        self.recordings: dict[Any, Any] = {}
-        self.routes: dict[Any, Any] = {}
-        self.last: pipeline._Run
-        self.meta_functions = meta_functions
-
-    @contextlib.contextmanager
-    def on(self) -> Iterator[None]:
-        memory, decide, init = self, pipeline.decide, pipeline._Run.__init__
-
-        def decided(spec: Any, *rest: Any) -> Any:
-            if spec not in memory.known:
-                memory.known[spec] = decide(spec, *rest)
-            return memory.known[spec]
-
-        def begun(run: Any, *args: Any) -> None:
-            init(run, *args)
-            memory.last = run
-            run._routes = memory.routes
-            if not memory.meta_functions:
-                run._recordings = memory.recordings
-
-        with mock.patch.object(pipeline, "decide", decided), mock.patch.object(pipeline._Run, "__init__", begun):
-            yield
-
-
-def lowering(case: GraphCase, **options: Any) -> MoeLowering:
-    return MoeLowering(case.deployment, case.comm, **options)
 
 
 def forms(case: GraphCase) -> set[tuple[str, str]]:
@@ -219,14 +101,6 @@ def check_left(low: MoeLowering, graph: Graph, before: dict[str, Any]) -> None:
     if all(b.comm is None for b in report.blocks) and not any("npu." in str(n.target) for n in graph.nodes):
         names = [entry[2] for entry in snapshot(graph)["nodes"] if entry[3] != str(ASSERT)]
         assert names == [entry[2] for entry in before["nodes"]]
-
-
-def check_numbers(case: GraphCase, built: Built) -> None:
-    """Where one process can run the graph."""
-    if case.deployment.ep_size == 1 and case.hidden == 16:
-        data = Data(case)
-        with torch.no_grad():
-            assert not (wrong := data.wrong(built, built.gm(*data.inputs(built)))), wrong
 
 
 @pytest.mark.parametrize("at", ["create", "erase", "replace"])
@@ -335,93 +209,6 @@ def test_strict_raises_and_leaves_the_graph_as_it_was():
     with quiet():
         low(built.gm)
     assert [b.comm for b in low.reports[0].blocks] == ["allgather"] and built.gm.code != code
-
-
-# Which output a getitem takes
-
-
-def negative(graph: Graph, target: Any, index: Any, again: bool) -> None:
-    """Rewrite or repeat one getitem of an operator."""
-    item = next(n for n in graph.nodes if n.target is operator.getitem and n.args[0].target is target)
-    if not again:
-        item.args = (item.args[0], index)
-        return
-    with graph.inserting_after(item):
-        twin = graph.call_function(operator.getitem, (item.args[0], index))
-    twin.meta = {**item.meta}
-    (output,) = graph.find_nodes(op="output")
-    output.args = ((*output.args[0], twin),)
-
-
-@pytest.mark.parametrize(("target", "index", "again", "lowered"), [
-    (M.route.default, -2, False, True), (M.dispatch.default, -4, False, True), (M.route.default, True, False, False),
-    (M.dispatch.default, -4, True, False), (M.dispatch.default, 4, False, False), (M.dispatch.default, -5, True, False),
-    (M.dispatch.default, slice(0, 1), True, False), (M.route.default, -2, True, False), (M.route.default, 2, True, False),
-    (M.route.default, slice(None), True, False),
-])  # fmt: skip
-def test_getitems_by_any_index(target, index, again, lowered):
-    """The same output under two indices, one that there is none for, a slice: left as it was, with the reason."""
-    case = dataclasses.replace(CASES["allgather, one rank"], blocks=(dataclasses.replace(ROUTED, odd=()),))
-    built = build(case)
-    graph = built.gm.graph
-    negative(graph, target, index, again)
-    low, before = lowering(case), snapshot(graph)
-    with quiet():
-        low(built.gm)
-    report = low.reports[0]
-    said = [why for _, why in report.unrecognised] + [b.reason for b in report.blocks if b.comm is None]
-    assert not any("undone" in why or "internal" in why for why in said), said
-    if lowered:
-        assert report.fully_lowered and not verifying.generic_nodes(graph.nodes)
-        check_numbers(case, built)
-    else:
-        assert any("[raise.whole_result]" in why for why in said), said
-        if target is M.dispatch.default:
-            assert not (changed := differences(before, snapshot(graph))), changed
-
-
-# Exported programs
-
-
-class Exported(torch.nn.Module):
-    """Results of two layers, counts and a buffer that is written: all that a signature may name."""
-
-    def __init__(self, *, functional: bool = True) -> None:
-        super().__init__()
-        self.layers = torch.nn.ModuleList(MoE(32, 16, 8, 2) for _ in range(2))
-        self.register_buffer("seen", torch.zeros(8, dtype=torch.int64))
-        self.w13, self.w2 = torch.nn.Parameter(torch.randn(8, 32, 32)), torch.nn.Parameter(torch.randn(8, 16, 32))
-        self.requires_grad_(False)
-
-    def forward(self, x: torch.Tensor, scratch: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        first = self.layers[0](x)
-        weights, ids = M.route(x[:, :8], None, 2, "softmax", True, 1, 1, "max", 1.0)
-        rows, scale, counts, handle = M.dispatch(x, None, ids, None, 8, "", 1, "", 1, 0, 0)
-        rows = M.grouped_mlp(rows, scale, counts, [self.w13], [self.w2], [], [], "swiglu", 0.0, 1.702, False)
-        y = M.combine(rows, weights, ids, handle, None, 8, "", 1, "", 1, 0)
-        self.seen.copy_(counts)  # the signature names the node of the buffer's new value
-        scratch.copy_(y)
-        return first, self.layers[1](first), counts, y, weights
-
-
-def test_an_exported_program_can_be_saved_and_loaded_and_runs_right():
-    torch.manual_seed(0)
-    module, x = Exported(), torch.randn(5, 32)
-    expected = [value.clone() for value in module(x, torch.zeros(5, 32))]
-    seen = module.seen.clone()
-    module.seen.zero_()
-    program = torch.export.export(module, (x, torch.zeros(5, 32)))
-    low = MoeLowering(ONE, strict=True)
-    low(program.graph_module)
-    assert [b.comm for b in low.reports[0].blocks] == ["allgather"] * 3
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    loaded, scratch = torch.export.load(file).module(), torch.zeros(5, 32)
-    for a, b in zip(loaded(x, scratch), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(scratch, expected[3], rtol=1e-4, atol=1e-5)
-    assert torch.equal(dict(loaded.named_buffers())["seen"], seen)
 
 
 # What other passes of the package edit
