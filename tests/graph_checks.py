@@ -137,7 +137,7 @@ def check_refused(lowered: Lowered) -> None:
         if block.comm is None:
             check_untouched(lowered, block, after)
     for name, why in report.unrecognised:
-        assert "internal error" not in why, why
+        assert "internal error" not in why and "undone" not in why, why
         place = name if name.startswith("layers.") else f"layers.{name}"
         assert after.get(place) == lowered.before.get(place), f"{name} was not recognised, and changed"
     if not any(lowered.comms.values()):
@@ -163,10 +163,7 @@ def without_refusals(lowered: Lowered, lines: list[str]) -> list[str]:
 def check_untouched(lowered: Lowered, block: BlockReport, after: dict[str, list[str]]) -> None:
     now = without_refusals(lowered, after[block.name])
     assert now == lowered.before[block.name], f"{block.name} was refused ({block.reason}), and changed"
-    assert "internal error" not in block.reason, block.reason
-    if "rewrite undone" in block.reason:  # the judge should have said so, but what torch_npu's meta functions ask
-        unbacked = lowered.case.sizes == "unbacked" and "GuardOnDataDependentSymNode" in block.reason
-        assert unbacked, block.reason
+    assert "internal error" not in block.reason and "undone" not in block.reason, block.reason
 
 
 def check_replaced(lowered: Lowered, block: BlockReport) -> None:

@@ -251,4 +251,5 @@ def lower_and_run(rank: int, pair: PairCase) -> Result:
         named = zip(built.outputs, outputs, strict=True)
         results = [y.float().numpy().tobytes() for name, y in named if name.startswith("y")]
     untouched = any(comms) or before == str(built.gm.graph)
-    return Result(comms, [block.reason for block in blocks], refused, wrong, untouched, results)
+    said = [block.reason for block in blocks] + [why for _, why in lowering.reports[-1].unrecognised]
+    return Result(comms, said, refused, wrong, untouched, results)

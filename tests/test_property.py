@@ -147,7 +147,9 @@ def test_legal_is_right_on_two_ranks(number: int, cases: int, on_pair: Any, reco
         for result in (first, second):
             assert not result.wrong, result.wrong
             assert result.untouched, "nothing was lowered, and a graph changed"
-            assert not any("internal error" in reason or "undone" in reason for reason in result.reasons), result
+            assert not any("internal error" in reason or "undone" in reason for reason in result.reasons), (
+                result.reasons
+            )
         assert second.comms == first.comms, "the ranks chose differently"
         assert second.refused == first.refused, "one rank refuses to run"
         if pair.case.deployment.tp_size > 1:

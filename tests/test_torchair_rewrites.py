@@ -23,6 +23,7 @@ from torch.fx import Graph, GraphModule
 
 from moe_lowering import Deployment, MoeLowering, torchair_config
 from moe_lowering.backends import ge_rewrites
+from moe_lowering.passes.edits import EditLog
 from moe_lowering.simulator import ge
 
 SPLITS = [[2, 0, 3, 1], [1, 1, 1, 1], [0, 4, 0, 2], [5, 0, 1, 0]]  # rows from rank i to rank j
@@ -41,7 +42,7 @@ def exchanged(shape, received, sent, group):
     node = graph.call_function(torch.ops._c10d_functional.all_to_all_single.default, (x, received, sent, group))
     node.meta["val"] = torch.empty((sum(received), *shape[1:]))
     graph.output(graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (node,)))
-    ge_rewrites.split_all_to_all(graph)
+    ge_rewrites.split_all_to_all(EditLog(graph))
     [new] = graph.find_nodes(op="call_function", target=torch.ops.npu_define.all_to_all_single_npu.default)
     assert not graph.find_nodes(op="call_function", target=torch.ops._c10d_functional.all_to_all_single.default)
     assert next(iter(new.users)).target is torch.ops._c10d_functional.wait_tensor.default
@@ -76,7 +77,7 @@ def test_all_to_all_of_a_group_that_is_not_there():
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_the_form_of_the_lowering_has_no_converter_before_the_rewrite(dynamic, monkeypatch):
-    monkeypatch.setattr(ge_rewrites, "split_all_to_all", lambda graph: None)
+    monkeypatch.setattr(ge_rewrites, "split_all_to_all", lambda edits: None)
     with deployed() as deployment:
         text = refusal(layer(deployment), (tokens(),), deployment, comm="alltoall", dynamic=dynamic)
     assert "_c10d_functional.all_to_all_single.default): no GE converter" in text
@@ -129,9 +130,9 @@ def test_a_check_of_several_dimensions():
 def test_without_the_rewrite_there_is_no_check(monkeypatch):
     """The twin: then the program runs with any size."""
 
-    def drop(graph):
-        for node in graph.find_nodes(op="call_function", target=torch.ops.moe_lowering.assert_tokens.default):
-            graph.erase_node(node)
+    def drop(edits):
+        for node in edits.graph.find_nodes(op="call_function", target=torch.ops.moe_lowering.assert_tokens.default):
+            edits.erase([node])
 
     monkeypatch.setattr(ge_rewrites, "place_token_checks", drop)
     with deployed(max_tokens=32, equal_tokens=False) as deployment:
@@ -171,7 +172,7 @@ def test_communication_that_no_output_needs_is_kept(comm, kept, monkeypatch):
 
 
 def test_comparisons_are_of_one_type(monkeypatch):
-    monkeypatch.setattr(ge_rewrites, "compare_in_one_type", lambda graph: None)
+    monkeypatch.setattr(ge_rewrites, "compare_in_one_type", lambda edits: None)
     with deployed() as deployment:
         graph = ge.convert(layer(deployment), (tokens(),), deployment, comm="allgather")
     assert len(graph.mixed()) == 1 and "Less" in graph.mixed()[0]  # with the rewrite: test_torchair_conversion.py
@@ -322,13 +323,6 @@ def test_a_converter_that_only_raises_is_none():
 def test_nothing_is_left_of_an_empty_graph():
     graph = Graph()
     graph.output(graph.placeholder("x"))
-    for rewrite in (
-        "split_all_to_all",
-        "place_token_checks",
-        "keep_communication",
-        "compare_in_one_type",
-        "simplify_fused",
-    ):
-        getattr(ge_rewrites, rewrite)(graph)
+    ge_rewrites.finish(EditLog(graph))
     ge_rewrites.require_converters(graph)
     assert len(GraphModule({}, graph).graph.nodes) == 2

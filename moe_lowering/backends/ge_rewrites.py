@@ -10,6 +10,9 @@
    operator that it does not know only if its converter makes little else.
 6. ``require_converters``: an operator that GE cannot take is an error here, by name, and not somewhere in torchair.
 
+``finish`` does all of it or nothing: on an error the graph is as the lowering left it, and the error passes on, since without
+any of these a graph may hang or compute something else. Reads stay where they were: nothing is moved past a write.
+
 Sources: torch_npu 2.13.0, torchair/_ge_concrete_graph: ge_converter/experimental/hcom_alltoall.py, fx2ge_converter.py
 (_parse_node_internal, get_or_auto_gen_converter), graph_pass.py.
 """
@@ -32,6 +35,8 @@ from torch.utils._sympy.printers import PythonPrinter
 from moe_lowering.backends import ge_converters
 from moe_lowering.custom_ops import assert_tokens
 from moe_lowering.custom_ops.sizes import show, token_count
+from moe_lowering.passes.blocks import arguments
+from moe_lowering.passes.edits import EditLog
 from moe_lowering.passes.verifying import GENERIC
 
 NAMESPACE = "moe_lowering"
@@ -59,7 +64,17 @@ class GeConversionError(RuntimeError):
 # ------------------------------------------------------------------------------------------------------------ all-to-all
 
 
-def split_all_to_all(graph: Graph) -> None:
+def finish(edits: EditLog) -> None:
+    """All edits of a graph for GE, or none. Raises what they raise."""
+    with edits.step():
+        split_all_to_all(edits)
+        place_token_checks(edits)
+        keep_communication(edits.graph)
+        simplify_fused(edits)
+        compare_in_one_type(edits)
+
+
+def split_all_to_all(edits: EditLog) -> None:
     """``_c10d_functional.all_to_all_single`` to ``npu_define.all_to_all_single_npu``.
 
     Before: rows per rank, and a group name. After: elements per rank, where each rank's part begins, and the group's tag
@@ -68,6 +83,7 @@ def split_all_to_all(graph: Graph) -> None:
     Raises:
         GeConversionError: the part of a row is symbolic, or the group does not exist in this process.
     """
+    graph = edits.graph
     for node in graph.find_nodes(op="call_function", target=torch.ops._c10d_functional.all_to_all_single.default):
         x, received, sent, group = node.args
         tag, ranks = _group(node, group)
@@ -80,8 +96,8 @@ def split_all_to_all(graph: Graph) -> None:
                 torch.ops.npu_define.all_to_all_single_npu.default, (x, *counts, tag, ranks, len(ranks))
             )
         new.meta = {**node.meta}
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        edits.replace_uses(node, new)
+        edits.erase([node])
 
 
 def _group(node: Node, name: Any) -> tuple[str, list[int]]:
@@ -128,7 +144,7 @@ def _calculate(graph: Graph, op: Callable[[Any, Any], Any], a: Any, b: Any) -> A
 # ---------------------------------------------------------------------------------------------------------- token checks
 
 
-def place_token_checks(graph: Graph) -> None:
+def place_token_checks(edits: EditLog) -> None:
     """``assert_tokens(x, lo, hi)``: evaluated where T is known, else to ``ge_assert_tokens`` with T's source.
 
     The source is Python over ``args``, the inputs of the compiled graph, such as ``args[3].shape[0]``.
@@ -137,6 +153,7 @@ def place_token_checks(graph: Graph) -> None:
         RuntimeError: T is known and outside of the range: the graph must not run.
         GeConversionError: T cannot be computed from the inputs' shapes.
     """
+    graph = edits.graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.moe_lowering.assert_tokens.default):
         x, low, high = node.args
         tokens = token_count(x.meta["val"].shape)
@@ -148,7 +165,7 @@ def place_token_checks(graph: Graph) -> None:
             if not any(check.args == (x, low, high, source) for check in checks):
                 with graph.inserting_before(node):
                     graph.call_function(torch.ops.moe_lowering.ge_assert_tokens.default, (x, low, high, source))
-        graph.erase_node(node)
+        edits.erase([node])
 
 
 def _source(graph: Graph, node: Node, tokens: Any) -> str:
@@ -208,14 +225,16 @@ def _communicates(target: Any) -> bool:
 # ----------------------------------------------------------------------------------------------------------- comparisons
 
 
-def compare_in_one_type(graph: Graph) -> None:
+def compare_in_one_type(edits: EditLog) -> None:
     """Cast both sides of a comparison of tensors to the type in which PyTorch compares them."""
+    graph = edits.graph
     for name in COMPARISONS:
         for node in graph.find_nodes(op="call_function", target=getattr(torch.ops.aten, name).Tensor):
-            sides = [side.meta["val"] for side in node.args]
-            dtype = torch.result_type(*sides)
+            sides = arguments(node)
+            dtype = torch.result_type(*(side.meta["val"] for side in sides))
             with graph.inserting_before(node):
-                node.args = tuple(_cast(graph, side, dtype) for side in node.args)
+                cast = tuple(_cast(graph, side, dtype) for side in sides)
+            edits.set_arguments(node, cast, {})
 
 
 def _cast(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
@@ -227,11 +246,12 @@ def _cast(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
 # ------------------------------------------------------------------------------------------------------- fused operators
 
 
-def simplify_fused(graph: Graph) -> None:
+def simplify_fused(edits: EditLog) -> None:
     """Scales of ``dispatch_ffn_combine`` to int64, and rows of masked tokens of any fused operator to zero.
 
     Both are what the wrappers do inside on a device; the converters leave them out.
     """
+    graph = edits.graph
     for name in ge_converters.TYPES:
         for node in graph.find_nodes(op="call_function", target=getattr(torch.ops.moe_lowering, name).default):
             names = [argument.name for argument in node.target._schema.arguments]
@@ -240,9 +260,11 @@ def simplify_fused(graph: Graph) -> None:
                 with graph.inserting_before(node):
                     for scale in ("w13_scale", "w2_scale"):
                         given[scale] = [_wide(graph, n) for n in given[scale]] if given.get(scale) else None
-            node.args, node.kwargs = (), given
-            for y in [user for user in node.users if user.args == (node, 0)] if given.get("mask") is not None else []:
-                _zero_masked(graph, y, given["mask"])
+            edits.set_arguments(node, (), given)
+            for y in (
+                [user for user in node.users if _is_output(user, node, 0)] if given.get("mask") is not None else []
+            ):
+                _zero_masked(edits, node, y, given["mask"])
 
 
 def _wide(graph: Graph, scale: Node) -> Node:
@@ -255,15 +277,24 @@ def _wide(graph: Graph, scale: Node) -> Node:
     return _emit(graph, torch.ops.aten.bitwise_and.Tensor, _cast(graph, bits, torch.int64), low)
 
 
-def _zero_masked(graph: Graph, y: Node, mask: Node) -> None:
-    value = y.meta["val"]
-    with graph.inserting_after(y):
-        after = graph.call_function(torch.ops.aten.where.self)  # its place; arguments follow
-    with graph.inserting_before(after):
+def _is_output(user: Node, node: Node, number: int) -> bool:
+    """Whether a node is that output of an operator with several, counted from either end."""
+    outputs = len(node.target._schema.returns)  # type: ignore[union-attr]
+    return user.target is operator.getitem and user.args in ((node, number), (node, number - outputs))
+
+
+def _zero_masked(edits: EditLog, fused: Node, y: Node, mask: Node) -> None:
+    """Right after the operator, and not where ``y`` is: the mask may be written before that."""
+    value, graph = y.meta["val"], edits.graph
+    with graph.inserting_before(fused.next):
         column = _emit(graph, torch.ops.aten.unsqueeze.default, mask, 1)
         zero = _emit(graph, torch.ops.aten.full.default, [], 0.0, fake=value, dtype=value.dtype, device=value.device)
-    y.replace_all_uses_with(after)
-    after.args, after.meta = (column, y, zero), {**y.meta}
+        rows = graph.call_function(operator.getitem, (fused, 0))
+        selected = graph.call_function(torch.ops.aten.where.self, (column, rows, zero))
+    rows.meta, selected.meta = {**y.meta}, {**y.meta}
+    edits.replace_uses(y, selected)
+    edits.erase([y])
+    edits.take_name(selected, y)
 
 
 def _emit(graph: Graph, target: Any, *args: Any, fake: Any = None, **kwargs: Any) -> Node:

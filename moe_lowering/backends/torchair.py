@@ -21,6 +21,7 @@ from moe_lowering.backends import ge_converters, ge_rewrites
 from moe_lowering.backends.cache_key import flat_hook
 from moe_lowering.backends.npugraph_ex import check_common
 from moe_lowering.deployment import Deployment
+from moe_lowering.passes.edits import ModuleEdits
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.report.records import LoweringReport
 
@@ -110,14 +111,14 @@ def _after_npugraph_ex() -> None:
 
 
 def _finish(gm: GraphModule, lowering: MoeLowering) -> None:
-    """What GE needs after the lowering."""
-    ge_rewrites.split_all_to_all(gm.graph)
-    ge_rewrites.place_token_checks(gm.graph)
-    ge_rewrites.keep_communication(gm.graph)
-    ge_rewrites.simplify_fused(gm.graph)
-    ge_rewrites.compare_in_one_type(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
+    """What GE needs after the lowering; on an error the graph is as the lowering left it."""
+    edits = ModuleEdits(gm)
+    try:
+        ge_rewrites.finish(edits)
+        edits.compile()
+    except BaseException:
+        edits.undo()
+        raise
     ge_rewrites.require_converters(gm.graph, _why_left(lowering.reports[-1]))
 
 

@@ -1,4 +1,4 @@
-"""Creating nodes with complete metadata, cheaply, and taking them back.
+"""Creating nodes with complete metadata, cheaply.
 
 Every new node gets ``meta["val"]`` (a fresh FakeTensor of its own: passes after ours tell aliases by storage, so a value
 is never shared between nodes), ``stack_trace`` and ``nn_module_stack`` of the node that it stands for. Running a stock
@@ -9,7 +9,7 @@ operator's meta costs 0.2 to 1.3 ms, so for the second and later of equal blocks
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,12 +95,6 @@ class Emitter:
         """The tensor in another dtype; the node itself when it already has it."""
         return node if node.meta["val"].dtype == dtype else self.call(aten._to_copy.default, node, dtype=dtype)
 
-    def undo(self) -> None:
-        """Remove everything that was emitted."""
-        for node in reversed(self.created):
-            self._graph.erase_node(node)
-        self.created.clear()
-
     def _value(self, node: Node) -> Any:
         index = len(self.created) - 1
         if index < len(self._recorded):
@@ -135,9 +129,3 @@ def _maker(value: Any, base_storage: int | None) -> Callable[[Any], Any]:
         kind, makers = type(value), [_maker(v, base_storage) for v in value]
         return lambda base: kind(make(base) for make in makers)
     return lambda base: value  # sizes and None
-
-
-def erase(graph: Graph, nodes: Sequence[Node]) -> None:
-    """Erase nodes that nobody outside of ``nodes`` reads, users first."""
-    for node in sorted(nodes, reverse=True):
-        graph.erase_node(node)

@@ -33,11 +33,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
+from moe_lowering.passes.edits import EditLog
 from moe_lowering.passes.emitting import COPIED_META
 from moe_lowering.passes.scopes import is_marker, scope_paths
+from moe_lowering.passes.writes import writes
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -99,11 +101,12 @@ class _Refused(Exception):
         super().__init__(f"[{code}] {CODES[code]}{f': {more}' if more else ''}")
 
 
-def overlap(graph: Graph, targets: Sequence[Target], deployment: Deployment, config: Any) -> list[str]:
+def overlap(edits: EditLog, targets: Sequence[Target], deployment: Deployment, config: Any) -> list[str]:
     """Move the shared expert of each lowered block to a side stream where that is possible.
 
     Args:
-        graph: edited in place. Every node it gets has the source metadata of the shared expert and ``val`` None.
+        edits: of the graph, edited in place. Every node it gets has the source metadata of the shared expert and ``val``
+            None.
         targets: the blocks, in graph order.
         deployment: its mode.
         config: what the backend gave the pass: only npugraph_ex's configuration says that stream scopes mean something.
@@ -119,9 +122,11 @@ def overlap(graph: Graph, targets: Sequence[Target], deployment: Deployment, con
             if not streams:
                 raise _Refused("overlap.no_streams")
             if paths is None:  # before the first edit: later on our own scopes are there too
-                paths = scope_paths(graph)
+                paths = scope_paths(edits.graph)
             plan = _plan(target, paths)
-            _apply(graph, plan)
+            added: list[Node] = []
+            with edits.step(added):
+                _edit(edits, plan, added)
             notes.append(f"the shared expert ({_matmuls(plan.region)}) overlaps dispatch to combine on a side stream")
         except _Refused as refused:
             notes.append(str(refused))
@@ -258,7 +263,7 @@ def _check_between(first: Node, last: Node, members: set[Node]) -> None:
         if node not in members:
             if is_marker(node) or getattr(node.target, "namespace", "") == "npugraph_ex":
                 raise _Refused("overlap.scope")
-            if isinstance(node.target, torch._ops.HigherOrderOperator) or _writes(node):
+            if isinstance(node.target, torch._ops.HigherOrderOperator) or writes(node):
                 raise _Refused("overlap.side_effect", _name(node))
         node = node.next
 
@@ -274,10 +279,6 @@ def _is_pure(node: Node) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _is_safe(target: torch._ops.OpOverload) -> bool:
     return not (target._schema.is_mutable or any(tag in target.tags for tag in _UNSAFE_TAGS))
-
-
-def _writes(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _communicates(node: Node) -> bool:
@@ -320,21 +321,9 @@ def _name_of(target: Any) -> str:
     return target._schema.name.replace("::", ".") if isinstance(target, torch._ops.OpOverload) else str(target)
 
 
-def _apply(graph: Graph, plan: _Plan) -> None:
-    """Move the region and order the streams; on an error the graph is as it was, and the error goes on."""
-    places = [(node, node.next) for node in plan.region]
-    added: list[Node] = []
-    try:
-        _edit(graph, plan, added)
-    except Exception:
-        for node in reversed(added):
-            graph.erase_node(node)
-        for node, following in reversed(places):
-            following.prepend(node)
-        raise
-
-
-def _edit(graph: Graph, plan: _Plan, added: list[Node]) -> None:
+def _edit(edits: EditLog, plan: _Plan, added: list[Node]) -> None:
+    """Move the region and order the streams."""
+    graph = edits.graph
     create_event = _events()
     ops = torch.ops.npugraph_ex
     record, wait = ops.tagged_event_record.default, ops.tagged_event_wait.default
@@ -353,7 +342,7 @@ def _edit(graph: Graph, plan: _Plan, added: list[Node]) -> None:
         call(ops.scope_enter.default, ["_user_stream_label"], [LABEL])
         call(wait, begin, True)
         for node in plan.region:
-            plan.position.prepend(node)
+            edits.move(node, plan.position)
         call(record, end, True)
         call(ops.scope_exit.default)
     with graph.inserting_before(plan.add):

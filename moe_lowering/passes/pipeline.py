@@ -3,8 +3,9 @@
 Contract (npugraph_ex and torchair hooks): called as ``pass(gm, example_inputs, config)``; edits ``gm`` in place; the
 return value is ignored. Running it twice changes nothing the second time. It never makes a compile fail that would have
 worked without it: a block that cannot be lowered, or whose rewrite fails verification, is left as it was and reported.
-In strict mode it raises ``LoweringError`` instead, before or after having edited nothing of that block. A deployment that
-contradicts this process's groups (another rank's, say) is a ``ValueError`` in every mode: its graph would be wrong in silence.
+In strict mode it raises ``LoweringError`` instead. What it raises, Ctrl-C too, leaves the whole graph as it was
+(``edits.EditLog``). A deployment that contradicts this process's groups (another rank's, say) is a ``ValueError`` in every
+mode: its graph would be wrong in silence.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from moe_lowering.passes.capturing import is_captured, may_be_captured, not_capt
 from moe_lowering.passes.choosing import Cost, Policy, PolicyError
 from moe_lowering.passes.costs import estimate
 from moe_lowering.passes.deciding import Decision, decide
-from moe_lowering.passes.emitting import Emitter, Recording, erase
+from moe_lowering.passes.edits import ModuleEdits
+from moe_lowering.passes.emitting import Emitter, Recording
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.judging import Refusal, refusal
@@ -100,16 +102,21 @@ class MoeLowering:
         self.reports: list[LoweringReport] = []
 
     def __call__(self, gm: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
-        start = time.perf_counter()
         self.deployment.placed()  # what a wrong place would emit is wrong in silence: here the compile does fail
         run = _Run(gm, self.deployment, self.policy)
+        try:
+            self._lower(gm, run, config)
+        except BaseException:
+            run.edits.undo()
+            raise
+
+    def _lower(self, gm: GraphModule, run: _Run, config: Any) -> None:
+        start = time.perf_counter()
         with _collector_paused():
             blocks = run.lower()
             if self.overlap:
                 blocks = run.overlap(blocks, config)
-            if run.changed:
-                gm.graph.lint()
-                gm.recompile()
+            blocks = run.finish(blocks)
             findings = run.not_capturable()
         report = LoweringReport(
             blocks=tuple(blocks),
@@ -135,6 +142,7 @@ class _Run:
 
     def __init__(self, gm: GraphModule, deployment: Deployment, policy: Policy) -> None:
         self.graph: Graph = gm.graph
+        self.edits = ModuleEdits(gm)
         self.deployment = deployment
         self.policy = policy
         self.nodes_before = len(self.graph.nodes)
@@ -145,6 +153,8 @@ class _Run:
         self._recordings: dict[tuple[Any, ...], Recording] = {}
         self._routes: dict[RouteSpec, list[Violation]] = {}
         self._enforced: set[Any] = set()
+        self._refused: list[tuple[Block, Refusal]] = []
+        self._lowered_routes: list[Node] = []
         self._said: dict[tuple[BlockSpec, str], BlockReport] = {}
         self._blocks: list[Block] = []
         self._targets: dict[Node, Target] = {}  # by the erased combine
@@ -160,7 +170,7 @@ class _Run:
         try:
             blocks, routes, self.left = find_blocks(self.graph)
         except Exception as error:  # as in _guarded: nothing was edited yet
-            log.warning("moe_lowering: looking for blocks failed, the graph is left as it was", exc_info=True)
+            _say("moe_lowering: looking for blocks failed, the graph is left as it was")
             self.left = [(node, _internal(error)) for node in generic_nodes(self.graph.nodes)]
             return []
         self._blocks = blocks
@@ -171,10 +181,13 @@ class _Run:
         return reports
 
     def _lower_or_leave(self, block: Block) -> BlockReport:
+        created: list[Node] = []  # what is in the steps within is known already
         try:
-            return self._lower_block(block)
-        except Exception as error:  # as in _guarded, which undoes edits: here deciding failed
-            log.warning("moe_lowering: deciding failed, %s left as it was", block.name, exc_info=not self._failed)
+            with self.edits.step(created):
+                return self._lower_block(block)
+        except Exception as error:  # as in _guarded: here deciding failed, or reporting
+            self._targets.pop(block.combine, None)
+            _say("moe_lowering: deciding failed, %s left as it was", block.name, trace=not self._failed)
             self._failed = True  # equal blocks fail alike: one traceback is enough
             before = tuple(_op_name(n) for n in block.stages)
             return BlockReport(block.name, None, _internal(error), before, before, {})
@@ -194,37 +207,35 @@ class _Run:
             done = self._guarded(lambda emit: self._rewrite(block, chosen, decision, emit), (chosen, block.spec))
             if isinstance(done, str):
                 comm, reason = None, done
-                if self.deployment.ep_size > 1 and not self.deployment.equal_tokens:
-                    reason += "; ranks with another T may have lowered it: the graph refuses to run"
-                    self._refuse_to_run(block, Refusal(0, -1, reason))
+                reason += self._refuse_if_ranks_differ(block)
             else:
                 after = tuple(_op_name(n) for n in sorted(done) if n.target is not operator.getitem)
                 self._enforced.add((size_key(block.spec.tokens), decision.enforced))
-        if decision.guard is not None and comm == decision.comm:
-            self._request_guard(block, decision.guard)
         report = BlockReport(
             block.name, comm, reason, before, after, decision.judgement.verdicts, decision.notes,
             enforced=str(decision.enforced or "") if comm is not None else "",
             sizes=decision.sizes if comm is not None else None,
         )  # fmt: skip
-        if isinstance(block.spec.tokens, int):  # then T is a number, or the declared one, which is named T
-            return report
-        said = self._said.get((block.spec, reason))
-        if said is None:
-            said = self._said[block.spec, reason] = _in_users_words(report, block.spec.tokens)
-        return dataclasses.replace(said, name=block.name, ops_before=before, ops_after=after)
+        if not isinstance(block.spec.tokens, int):  # else T is a number, or the declared one, which is named T
+            said = self._said.get((block.spec, reason))
+            if said is None:
+                said = self._said[block.spec, reason] = _in_users_words(report, block.spec.tokens)
+            report = dataclasses.replace(said, name=block.name, ops_before=before, ops_after=after)
+        if decision.guard is not None and comm == decision.comm:  # last: a guard cannot be taken back
+            self._request_guard(block, decision.guard)
+        return report
 
     def _guarded(self, rewrite: Callable[[Emitter], None], key: tuple[Any, ...]) -> list[Node] | str:
         """Run one rewrite; the nodes it created, or why it was undone."""
         assert self.fake_mode is not None  # lower() returns before
         emit = Emitter(self.graph, self.fake_mode, self._recordings.get(key))
         try:
-            rewrite(emit)
+            with self.edits.step(emit.created):
+                rewrite(emit)
         except Exception as error:  # a defect of ours must not fail the user's compile: undo this block, and say so
-            emit.undo()
             if not isinstance(error, VerificationError):
-                log.warning("moe_lowering: rewriting failed, block left as it was", exc_info=True)
-            return f"rewrite undone: {type(error).__name__}: {error}"
+                _say("moe_lowering: rewriting failed, block left as it was")
+            return _undone(error)
         self._recordings.setdefault(key, emit.recording)
         self.changed = True
         return emit.created
@@ -243,20 +254,53 @@ class _Run:
             self._check_limits(block.spec, decision, emit)
         if decision.enforced is not None:
             self._enforce(block, decision.enforced, emit)
-        block.combine.replace_all_uses_with(replacement.y)
+        self.edits.replace_uses(block.combine, replacement.y)
         if block.counts is not None and replacement.counts is not None:
-            block.counts.replace_all_uses_with(replacement.counts, delete_user_cb=lambda user: user is not block.mlp)
-        erase(self.graph, block.interior)
+            self.edits.replace_uses(block.counts, replacement.counts, but=block.mlp)
+        self.edits.erase(block.interior)
+        self.edits.take_name(replacement.y, block.combine)
+        if block.counts is not None and replacement.counts is not None:
+            self.edits.take_name(replacement.counts, block.counts)
         self._targets[block.combine] = Target(comm, emit.created, replacement.y)
 
     def overlap(self, reports: list[BlockReport], config: Any) -> list[BlockReport]:
         """After ``lower``: shared experts to a side stream, and the reports with what came of it."""
         targets = [self._targets.get(block.combine) for block in self._blocks]
-        found = iter(overlap(self.graph, [t for t in targets if t is not None], self.deployment, config))
+        found = iter(overlap(self.edits, [t for t in targets if t is not None], self.deployment, config))
         return [
             report if target is None else dataclasses.replace(report, notes=(*report.notes, next(found)))
             for report, target in zip(reports, targets, strict=True)
         ]
+
+    def finish(self, reports: list[BlockReport]) -> list[BlockReport]:
+        """Lint and recompile. Where that fails all edits are undone, as which one it was is not known."""
+        if not self.changed:
+            return reports
+        try:
+            self.edits.compile()
+            return reports
+        except Exception as error:  # as in _guarded
+            _say("moe_lowering: the lowered graph is not sound, all of it left as it was")
+            return self._leave_all(reports, _undone(error))
+
+    def _leave_all(self, reports: list[BlockReport], reason: str) -> list[BlockReport]:
+        """Undo everything but what must not run beside other ranks; that raises where even this cannot be compiled."""
+        refused, self.changed = self._refused, False
+        self.edits.undo()
+        self._refused = []
+        for block, why in refused:
+            self._refuse_to_run(block, why)
+        left = [
+            dataclasses.replace(
+                report, comm=None, reason=reason + self._refuse_if_ranks_differ(block), ops_after=report.ops_before,
+                enforced="", sizes=None,
+            ) if report.comm is not None else report
+            for report, block in zip(reports, self._blocks, strict=True)
+        ]  # fmt: skip
+        self.left += [(node, reason) for node in self._lowered_routes]
+        if self.changed:
+            self.edits.compile()
+        return left
 
     def not_capturable(self) -> list[NotCapturable]:
         """What keeps the graph as it is now from being captured; nothing where the deployment does not capture."""
@@ -265,7 +309,7 @@ class _Run:
         try:
             return not_capturable(self.graph, self._shape_env, self.deployment)
         except Exception:  # as in _guarded: looking must not fail a compile
-            log.warning("moe_lowering: looking for what cannot be captured failed", exc_info=True)
+            _say("moe_lowering: looking for what cannot be captured failed")
             return []
 
     def _check_limits(self, spec: BlockSpec, decision: Decision, emit: Emitter) -> None:
@@ -289,7 +333,7 @@ class _Run:
         except (
             Exception
         ):  # the graph itself refuses sizes outside of its range: without the guard it only recompiles less
-            log.warning("moe_lowering: no guard on %s could be requested for %s", interval, block.name, exc_info=True)
+            _say("moe_lowering: no guard on %s could be requested for %s", interval, block.name)
 
     def _emit_assert(self, block: Block, interval: TokenRange, emit: Emitter, position: Node) -> None:
         high = sys.maxsize if interval.high is None else interval.high
@@ -298,16 +342,27 @@ class _Run:
 
     def _refuse_to_run(self, block: Block, refused: Refusal) -> None:
         """The others communicate as they decided, so this rank must not run its generic operators beside them."""
+        self._refused.append((block, refused))
         args = (block.x, refused.low, refused.high)
         if not any(user.target is ASSERT_TOKENS and user.args == args for user in block.x.users):
             interval = TokenRange(refused.low, refused.high)
             key = ("refuse", block.spec)
             self._guarded(lambda emit: self._emit_assert(block, interval, emit, block.dispatch), key)
 
+    def _refuse_if_ranks_differ(self, block: Block) -> str:
+        """After an undone rewrite: what to add to the reason where ranks with another T may have succeeded."""
+        if self.deployment.ep_size == 1 or self.deployment.equal_tokens:
+            return ""
+        text = "; ranks with another T may have lowered it: the graph refuses to run"
+        self._refuse_to_run(block, Refusal(0, -1, text))
+        return text
+
     def _lower_route(self, route: Route) -> None:
         failure = self._guarded(lambda emit: self._rewrite_route(route, emit), (route.spec,))
         if isinstance(failure, str):
             self.left.append((route.node, failure))
+        else:
+            self._lowered_routes.append(route.node)
 
     def _rewrite_route(self, route: Route, emit: Emitter) -> None:
         violations = self._routes.get(route.spec)
@@ -317,10 +372,12 @@ class _Run:
         for old, new in ((route.weights, weights), (route.ids, ids)):
             if old is not None:
                 same_value(old, new)
-        for old, new in ((route.weights, weights), (route.ids, ids)):
-            if old is not None:
-                old.replace_all_uses_with(new)
-        erase(self.graph, [n for n in (route.weights, route.ids, route.node) if n is not None])
+        replaced = [(old, new) for old, new in ((route.weights, weights), (route.ids, ids)) if old is not None]
+        for old, new in replaced:
+            self.edits.replace_uses(old, new)
+        self.edits.erase([route.node, *(old for old, _ in replaced)])
+        for old, new in replaced:
+            self.edits.take_name(new, old)
 
 
 def _feeds_generic(route: Route) -> bool:
@@ -346,7 +403,7 @@ def _in_users_words(report: BlockReport, tokens: Any) -> BlockReport:
     try:
         return in_users_words(report, dimension_names(tokens))
     except Exception:  # as in _guarded
-        log.warning("moe_lowering: no names could be given to the sizes of %s", report.name, exc_info=True)
+        _say("moe_lowering: no names could be given to the sizes of %s", report.name)
         return report
 
 
@@ -359,6 +416,10 @@ def _internal(error: Exception) -> str:
     if isinstance(error, PolicyError):
         return str(error)
     return f"internal error, please report it: {type(error).__name__}: {error}"
+
+
+def _undone(error: Exception) -> str:
+    return f"rewrite undone: {type(error).__name__}: {error}"
 
 
 def _op_name(node: Node) -> str:
@@ -390,10 +451,18 @@ def _require_capturable(report: LoweringReport) -> None:
 def _log(report: LoweringReport, captured: bool) -> None:
     for block in report.blocks:
         if block.comm is None:
-            log.warning("moe_lowering: %s left as it was: %s", block.name, block.reason)
+            _say("moe_lowering: %s left as it was: %s", block.name, block.reason, trace=False)
     for where, why in report.unrecognised:
-        log.warning("moe_lowering: %s not recognised: %s", where, why)
-    for finding in report.not_capturable:  # without captures it only says what an NPU would refuse
-        log.log(logging.WARNING if captured else logging.INFO, "moe_lowering: cannot be captured: %s", finding)
+        _say("moe_lowering: %s not recognised: %s", where, why, trace=False)
+    level = logging.WARNING if captured else logging.INFO  # without captures it only says what an NPU would refuse
+    for finding in report.not_capturable:
+        _say("moe_lowering: cannot be captured: %s", finding, trace=False, level=level)
     if report.blocks:
-        log.info("moe_lowering: %d blocks, pass took %.1f ms", len(report.blocks), report.pass_ms)
+        text = "moe_lowering: %d blocks, pass took %.1f ms"
+        _say(text, len(report.blocks), report.pass_ms, trace=False, level=logging.INFO)
+
+
+def _say(text: str, *args: Any, trace: bool = True, level: int = logging.WARNING) -> None:
+    """Log; with the exception under way, unless ``trace`` is False."""
+    with contextlib.suppress(Exception):  # whoever listens must not fail the compile
+        log.log(level, text, *args, exc_info=trace)

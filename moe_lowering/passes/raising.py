@@ -3,7 +3,8 @@
 Contract. A block is ``dispatch -> grouped_mlp -> combine`` of our generic operators such that
 - dispatched rows, their scale and the handle are read by the next stage only (counts may be read elsewhere too);
 - the grouped MLP's result is read by ``combine`` only;
-- both ends name the same ids, mask, group, sizes and token bound.
+- both ends name the same ids, mask, group, sizes and token bound;
+- nothing that it reads, and no counts, are written in place between its first and its last stage (``writes``).
 Everything else that contains a generic operator is left alone and returned with what was seen.
 Source: the operators' schemas (docs/architecture.md).
 """
@@ -25,6 +26,7 @@ from moe_lowering.passes.operands import Experts, Operands, is_stored
 from moe_lowering.passes.quantities import GROUP_SELECT_MODES, NORM_TYPES
 from moe_lowering.passes.scopes import scope_paths
 from moe_lowering.passes.token_ranges import is_strict, must_vary
+from moe_lowering.passes.writes import Writes, describe
 
 OPS = torch.ops.moe_lowering
 _COLLECTIVES = tuple(
@@ -52,7 +54,10 @@ def place(node: Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return node.name
-    path = str(next(reversed(stack.values()))[0])
+    try:
+        path = str(next(reversed(stack.values()))[0])
+    except Exception:  # metadata that others wrote, in another form: a name is for people, and must not fail a compile
+        return node.name
     path = _ARGUMENT.sub(lambda found: "" if found[1] == "self" else found[1], path)
     return path.replace("._modules['", ".").replace("']", "").removeprefix(".") or node.name
 
@@ -70,10 +75,13 @@ def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node
     groups = _collective_groups(graph) if dispatches else frozenset()
     scopes = scope_paths(graph) if dispatches else {}
     by_ids = {route.ids: route for route in routes if route.ids is not None}
+    writes = Writes(graph) if dispatches else None
     blocks: list[Block] = []
     for node in dispatches:
         try:
-            blocks.append(_block(node, by_ids, scopes, groups))
+            block = _block(node, by_ids, scopes, groups)
+            _require_unwritten(block, writes)
+            blocks.append(block)
         except _NotABlock as reason:
             left.append((node, str(reason)))
     taken = {node for block in blocks for node in (block.mlp, block.combine)}
@@ -123,7 +131,7 @@ def _block(
     shared = dict(zip(_DISPATCH, sizes, strict=True))
     items = _items(dispatch)
     if items is None:
-        raise _NotABlock("raise.whole_result", "dispatch's result is used as a whole")
+        raise _NotABlock("raise.whole_result", "dispatch's result is used as a whole, or one output twice")
     rows, row_scale, counts, handle = (items.get(i) for i in range(4))
     mlp = _only_user(rows, "rows", OPS.grouped_mlp.default)
     combine = _only_user(mlp, "the grouped MLP's result", OPS.combine.default)
@@ -262,13 +270,34 @@ def _value(node: Node) -> torch.Tensor:
 
 
 def _items(node: Node) -> dict[int, Node] | None:
-    """The getitem users of a node by index; None when it is used in another way or an index twice."""
+    """The getitem users of a node by output, -1 being the last one.
+
+    None when it is used in another way, an output twice (under whatever index), or with an index that is none: a slice, a
+    node, a number that it has no output for.
+    """
+    assert isinstance(node.target, torch._ops.OpOverload)
+    outputs = len(node.target._schema.returns)
     items: dict[int, Node] = {}
     for user in node.users:
-        if user.target is not operator.getitem or user.args[1] in items:
+        index = user.args[1] if user.target is operator.getitem and len(user.args) == 2 else None
+        if not isinstance(index, int) or not -outputs <= index < outputs or index % outputs in items:
             return None
-        items[int(user.args[1])] = user  # type: ignore[arg-type]
+        items[index % outputs] = user
     return items
+
+
+def _require_unwritten(block: Block, writes: Writes | None) -> None:
+    """The rewrite reads the block's inputs anywhere between its two ends, and others may see its counts there."""
+    stages = block.stages
+    read = [n for stage in stages for n in stage.all_input_nodes if n not in block.interior or n is block.counts]
+    writer = writes.between(block.dispatch, block.combine, read) if writes is not None else None
+    if writer is not None:
+        raise _NotABlock(
+            "raise.written_between",
+            f"{describe(writer)} writes in place into what the block reads, between its dispatch {block.dispatch.name} and "
+            f"its combine {block.combine.name}, where the lowering would read it elsewhere; accepted: the write before or "
+            "after the block, or into a copy",
+        )
 
 
 def _only_user(node: Node | None, what: str, target: Any) -> Node:
