@@ -79,7 +79,7 @@ def npugraph_ex_options(
             f"npugraph_ex_options: {PRE_PASS} is {own!r}; accepted: a callable (gm, example_inputs, config)"
         )
     agree = agreement_before_first(deployment, lowering, agreement_timeout)
-    return {"inplace_pass": False, **options, PRE_PASS: flat_hook(lowering, own, agree)}
+    return {"inplace_pass": False, **options, PRE_PASS: flat_hook(lowering, own, agree, None, agreement_timeout)}
 
 
 def check_options(what: str, options: dict[str, Any]) -> None:

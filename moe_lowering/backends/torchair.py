@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule
 
 from moe_lowering.agreement import agreement_before_first
-from moe_lowering.backends import ge_converters, ge_rewrites
+from moe_lowering.backends import ge_agreement, ge_converters, ge_rewrites
 from moe_lowering.backends.cache_key import flat_hook
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.pipeline import MoeLowering
@@ -58,6 +58,7 @@ def torchair_config(
 
     _after_npugraph_ex()
     ge_converters.register()
+    ge_agreement.register()
     deployment = deployment.replace(mode="ge")
     if not deployment.capture:
         raise ValueError(
@@ -79,7 +80,9 @@ def torchair_config(
         )
     agree = agreement_before_first(deployment, lowering, agreement_timeout)
     own = config.post_grad_custom_pre_pass.value
-    config.post_grad_custom_pre_pass = flat_hook(lowering, own, agree, lambda gm, *_: _finish(gm, lowering))
+    config.post_grad_custom_pre_pass = flat_hook(
+        lowering, own, agree, lambda gm, *_: _finish(gm, lowering), agreement_timeout
+    )
     return config
 
 
@@ -106,6 +109,7 @@ def _finish(gm: GraphModule, lowering: MoeLowering) -> None:
     """What GE needs after the lowering."""
     ge_rewrites.split_all_to_all(gm.graph)
     ge_rewrites.place_token_checks(gm.graph)
+    ge_agreement.place_agreement_checks(gm.graph)
     ge_rewrites.keep_communication(gm.graph)
     ge_rewrites.simplify_fused(gm.graph)
     ge_rewrites.compare_in_one_type(gm.graph)

@@ -25,6 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Violation
+from moe_lowering.passes.agreement_check import Outcome, blocks_record, emit_check, first_exchange, settings_record
 from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, size_key
 from moe_lowering.passes.capturing import is_captured, may_be_captured, not_capturable
 from moe_lowering.passes.choosing import Cost, Policy, PolicyError
@@ -93,11 +94,20 @@ class MoeLowering:
         self.strict = strict
         self.reports: list[LoweringReport] = []
 
-    def __call__(self, gm: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: Any = None,
+        config: Any = None,
+        agreement_timeout: float | str | None = "auto",
+    ) -> None:
+        """``agreement_timeout``: as for ``npugraph_ex_options``; None puts no check of the other ranks in the graph."""
         start = time.perf_counter()
         run = _Run(gm, self.deployment, self.policy)
         with _collector_paused():
             blocks = run.lower()
+            if agreement_timeout is not None:
+                run.check_agreement(blocks, self, agreement_timeout)
             if self.overlap:
                 blocks = run.overlap(blocks, config)
             if run.changed:
@@ -140,6 +150,8 @@ class _Run:
         self._said: dict[tuple[BlockSpec, str], BlockReport] = {}
         self._blocks: list[Block] = []
         self._targets: dict[Node, Target] = {}  # by the erased combine
+        self._refusing: set[Node] = set()  # combines of blocks for whose sake the graph refuses to run
+        self._first_exchange: Node | None = None
         self._shape_env: Any = None
 
     def lower(self) -> list[BlockReport]:
@@ -156,6 +168,7 @@ class _Run:
             self.left = [(node, _internal(error)) for node in generic_nodes(self.graph.nodes)]
             return []
         self._blocks = blocks
+        self._first_exchange = first_exchange(self.graph)
         reports = [self._lower_or_leave(block) for block in blocks]
         for route in routes:
             if not _feeds_generic(route):
@@ -241,6 +254,27 @@ class _Run:
         erase(self.graph, block.interior)
         self._targets[block.combine] = Target(comm, emit.created, replacement.y)
 
+    def check_agreement(self, reports: list[BlockReport], lowering: MoeLowering, timeout: float | str) -> None:
+        """After ``lower``: the graph compares with the other ranks' before its first exchange."""
+        x = self._first_exchange
+        if x is None:
+            return
+        try:
+            settings = settings_record(self.deployment, lowering, ep_group=True)
+            outcomes = [self._outcome(*each) for each in zip(self._blocks, reports, strict=True)]
+            blocks = blocks_record(outcomes, [node for node, _ in self.left], self.deployment)
+            emit_check(self.graph, x, self.deployment.ep_group, timeout, settings, blocks)
+            self.changed = True
+        except Exception:  # as in _guarded: a defect of ours must not fail the user's compile
+            if lowering.strict:
+                raise
+            log.warning("moe_lowering: the graph does not compare itself with the other ranks'", exc_info=True)
+
+    def _outcome(self, block: Block, report: BlockReport) -> Outcome:
+        target = self._targets.get(block.combine)
+        created = [] if target is None else target.nodes
+        return Outcome(block, report, created, block.combine in self._refusing)
+
     def overlap(self, reports: list[BlockReport], config: Any) -> list[BlockReport]:
         """After ``lower``: shared experts to a side stream, and the reports with what came of it."""
         targets = [self._targets.get(block.combine) for block in self._blocks]
@@ -290,6 +324,7 @@ class _Run:
 
     def _refuse_to_run(self, block: Block, refused: Refusal) -> None:
         """The others communicate as they decided, so this rank must not run its generic operators beside them."""
+        self._refusing.add(block.combine)
         args = (block.x, refused.low, refused.high)
         if not any(user.target is ASSERT_TOKENS and user.args == args for user in block.x.users):
             interval = TokenRange(refused.low, refused.high)
