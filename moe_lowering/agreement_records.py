@@ -33,9 +33,9 @@ def setting_differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list
     if a["version"] != b["version"]:
         lines.append(f"moe_lowering is {b['version']}, on rank {rank} {a['version']}")
     elif a["limits"] != b["limits"]:
-        lines.append(f"its limit tables differ: their digest is {b['limits']}, on rank {rank} {a['limits']}")
+        lines.append(f"its limit tables differ: their digest is {b['limits']!r}, on rank {rank} {a['limits']!r}")
     elif a["code"] != b["code"]:
-        lines.append(f"moe_lowering's code differs: its digest is {b['code']}, on rank {rank} {a['code']}")
+        lines.append(f"moe_lowering's code differs: its digest is {b['code']!r}, on rank {rank} {a['code']!r}")
     return lines
 
 

@@ -14,7 +14,9 @@ from moe_lowering.passes.verifying import VerificationError
 
 SIZES = {"hidden": 1024, "intermediate": 128, "experts": 12, "top_k": 3, "activation": "swiglu"}
 BREAKS = {
-    "code": mock.patch("moe_lowering.passes.agreement_check.sources_digest", lambda *suffixes: "another"),
+    "code": mock.patch(
+        "moe_lowering.passes.agreement_check.sources_digest", lambda *suffixes: "limits" if suffixes else "another"
+    ),
     "rewrite": mock.patch("moe_lowering.passes.pipeline.same_value", side_effect=VerificationError("on purpose")),
 }
 
@@ -54,9 +56,7 @@ def compile_layers(rank, changes, comm, fields, backend="aot", timeout="auto"):
     compiler = lowering_backend(lowering)
     if backend == "npugraph_ex":
         compiler = backend
-        options["options"] = npugraph_ex_options(
-            where, lowering=lowering, force_eager=True, agreement_timeout=timeout
-        )
+        options["options"] = npugraph_ex_options(where, lowering=lowering, force_eager=True, agreement_timeout=timeout)
     torch._dynamo.reset()
     module = Layers(where, changes)
     return module, torch.compile(module, backend=compiler, fullgraph=True, dynamic=False, **options), lowering
