@@ -10,12 +10,14 @@ from torch import nn
 
 import moe_lowering
 from moe_lowering import MoE, MoeLowering, lowering_backend, npugraph_ex_options, shard_experts
+from moe_lowering._versions import sources_digest
 from moe_lowering.passes.verifying import VerificationError
 
 SIZES = {"hidden": 1024, "intermediate": 128, "experts": 12, "top_k": 3, "activation": "swiglu"}
 BREAKS = {
     "code": mock.patch(
-        "moe_lowering.passes.agreement_check.sources_digest", lambda *suffixes: "limits" if suffixes else "another"
+        "moe_lowering.passes.agreement_check.sources_digest",
+        lambda *suffixes: sources_digest(*suffixes) if suffixes else "another",
     ),
     "rewrite": mock.patch("moe_lowering.passes.pipeline.same_value", side_effect=VerificationError("on purpose")),
 }

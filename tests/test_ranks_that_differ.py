@@ -17,7 +17,7 @@ DIFFERENT = {
     "number of experts": ({"experts": 24}, "experts is 24, on rank 0 12"),
     "dtype": ({"dtype": "float16"}, "dtype is 'float16', on rank 0 'bfloat16'"),
     "activation": ({"activation": "gelu"}, "activation is 'gelu', on rank 0 'swiglu'"),
-    "a mask on one rank": ({"mask": True}, "has_mask is True, on rank 0 False; "),
+    "a mask on one rank": ({"mask": True}, "has_mask is True, on rank 0 False"),
     "layout of the weights": ({"transposed": True}, "weights_contiguous is False, on rank 0 True; "),
     "T, where it was declared equal": ({"tokens": 8}, "T is 8, on rank 0 6, and Deployment.equal_tokens says"),
     "number of MoE layers": ({"layers": 2}, "the graph has 2 MoE blocks that exchange tokens, on rank 0 1"),
@@ -49,10 +49,16 @@ def test_the_same_blocks_run(pair):
     assert pair.run(agreement_jobs.first_run, {}) == [["fused_mc2"]] * 2
 
 
-@pytest.mark.parametrize("changes", [{"load": True}, {"mask": True}], ids=str)
+@pytest.mark.parametrize("changes", [{"load": True}, {"transposed": True}], ids=str)
 def test_what_changes_no_decision_and_no_exchange_may_differ(pair, changes):
-    """One rank logs its experts' load, one has padding: with AllGather both decide and exchange the same."""
+    """One rank logs its experts' load, or holds its weights otherwise: with AllGather both decide and exchange the same."""
     assert pair.run(agreement_jobs.first_run, {1: changes}, "allgather") == [["allgather"]] * 2
+
+
+def test_a_mask_on_one_rank_differs_where_the_decision_is_the_same_too(pair):
+    """AllGather writes masked ids as experts past the last one: a rank without a mask would not expect them."""
+    for answer in pair.run(agreement_jobs.first_run, {1: {"mask": True}}, "allgather"):
+        assert isinstance(answer, str) and "rank 1: combine: has_mask is True, on rank 0 False" in answer
 
 
 def test_unequal_tokens_are_no_difference_where_they_were_declared(pair):

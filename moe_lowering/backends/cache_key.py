@@ -38,7 +38,8 @@ def cache_digest(lowering: MoeLowering, own: Hook | None = None, agreement_timeo
     """SHA-256 (hex) of everything that a lowered graph depends on beside the graph it was made from.
 
     That is the package's code and limits, every field of the deployment (a rank's own too: rank indices and group names
-    stand in the graph), the pass's settings, how long the graph waits for other ranks, and a cost function and a pre-pass of the user's with what they hold.
+    stand in the graph), the pass's settings, how long the graph waits for other ranks, and a cost function and a
+    pre-pass of the user's with what they hold.
     """
     policy = lowering.policy
     parts = {

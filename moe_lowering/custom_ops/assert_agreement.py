@@ -94,6 +94,8 @@ def _compare(session: Session, timeout: float, settings: Any, blocks: Any, token
 
 def _real(x: Tensor, group: str, timeout: float, settings: str, blocks: str) -> None:
     """``check`` with T, the product of the leading dimensions of ``x [..., H]``."""
+    if (group, settings, blocks) in _AGREED.contents and _AGREED.world() is dist.group.WORLD:
+        return  # in every step but the first: nothing else is computed
     check(token_count(x.shape), group, timeout, settings, blocks)
 
 

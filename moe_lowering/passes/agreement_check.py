@@ -1,8 +1,9 @@
 """Put ``assert_agreement`` in front of a graph's first exchange, with a record of what the ranks must have in common.
 
 What a rank must have in common with the others is all that a decision or an exchange depends on, and all that the result
-depends on. What only a decision depends on (where a mask, a reader of the counts or a layout stands in a rule) may
-differ as long as the decisions and the exchanges are the same: one rank may log its experts' load. With unequal token
+depends on. What only a decision depends on (where a reader of the counts or a layout stands in a rule) may differ as long
+as the decisions and the exchanges are the same: one rank may log its experts' load. A mask is not of that kind: AllGather
+writes masked ids as experts past the last one, and the other ranks must expect them. With unequal token
 counts T is not in the record, nor what follows from it; with equal ones a T that the graph knows is.
 """
 
@@ -40,7 +41,6 @@ TOLERATED = frozenset(
     {
         "stacked",
         "weights_contiguous",
-        "has_mask",
         "counts_are_read",
         "counts_read_before_combine",
         "counts_read_before_weights",
