@@ -57,7 +57,8 @@ def test_what_changes_no_decision_and_no_exchange_may_differ(pair, changes):
 
 def test_a_mask_on_one_rank_differs_where_the_decision_is_the_same_too(pair):
     """AllGather writes masked ids as experts past the last one: a rank without a mask would not expect them."""
-    for answer in pair.run(agreement_jobs.first_run, {1: {"mask": True}}, "allgather"):
+    changes = {0: {"tokens": 7}, 1: {"tokens": 7, "mask": True}}  # a T on which they have not agreed yet
+    for answer in pair.run(agreement_jobs.first_run, changes, "allgather"):
         assert isinstance(answer, str) and "rank 1: combine: has_mask is True, on rank 0 False" in answer
 
 
@@ -68,11 +69,11 @@ def test_unequal_tokens_are_no_difference_where_they_were_declared(pair):
 
 
 def test_a_graph_that_refuses_to_run_tells_the_others_why(pair):
-    fields = {"equal_tokens": False, "max_tokens": 64}
-    other, refusing = pair.run(agreement_jobs.first_run, {1: {"tokens": 65}}, "alltoall", fields)
-    assert "T is 65, but this graph was lowered for T from 1 to 64" in refusing
+    fields = {"equal_tokens": False, "max_tokens": 32}  # on which they have not agreed yet
+    other, refusing = pair.run(agreement_jobs.first_run, {1: {"tokens": 33}}, "alltoall", fields)
+    assert "T is 33, but this graph was lowered for T from 1 to 32" in refusing
     assert "rank 1: combine: implementation is 'none: the graph refuses to run'" in other
-    assert "T is 65 and the deployment declares 1 to 64 on every rank" in other
+    assert "T is 33 and the deployment declares 1 to 32 on every rank" in other
 
 
 def test_more_options_on_one_rank_put_no_rank_out_of_step(pair):
