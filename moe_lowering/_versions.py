@@ -5,8 +5,11 @@ What else depends on a version (a schema, a default) belongs here too, so that a
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import warnings
+from pathlib import Path
 
 # A prefix per distribution: what the test suite runs with. Both torch 2.10 and torch_npu 2.10.0.post4 have the same
 # hook signature and options, but differ in six MoE schemas, and the suite does not run there.
@@ -40,6 +43,17 @@ def warn_if_untested() -> None:
     if phrases and not _warned:
         _warned = True
         warnings.warn(f"moe_lowering was not tested with {' and '.join(phrases)}", RuntimeWarning, stacklevel=2)
+
+
+@functools.cache
+def sources_digest(suffixes: tuple[str, ...] = (".py", ".toml")) -> str:
+    """SHA-256 (hex) of this package's files with these suffixes: its sources, and its limit tables (``.toml``)."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for file in sorted(f for f in package.rglob("*") if f.suffix in suffixes):
+        digest.update(str(file.relative_to(package)).encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _matches(version: str, tested: str) -> bool:

@@ -1,6 +1,7 @@
 """What runs on the ranks of a pool. Module-level functions: spawned processes import them by name."""
 
 import copy
+import time
 
 import torch
 import torch.distributed as dist
@@ -121,14 +122,13 @@ def choices(rank, counts, rule_removed=False):
     return [block.comm for block in lowered.report.blocks]
 
 
-def agree(rank, common, by_rank, timeout, absent=None):
-    """The message of the disagreement, "" when all agree."""
+def agree(rank, common, by_rank, timeout, late=None):
+    """The message of the disagreement, "" when all agree. A rank that is late comes when the others have given up."""
     from moe_lowering.agreement import AgreementError, check_agreement
 
     fields = {"ep_size": 4, "ep_group": "ep", "max_tokens": 128, **common, **by_rank.get(rank, {})}
-    if rank == absent:
-        next_round()
-        return "did not call"
+    if rank == late:
+        time.sleep(timeout + 1)
     try:
         check_agreement(Deployment(ep_rank=rank, **fields), timeout=timeout)
     except AgreementError as error:
@@ -136,25 +136,17 @@ def agree(rank, common, by_rank, timeout, absent=None):
     return ""
 
 
-def next_round():
-    """A rank that misses one check is in step again for the next."""
-    from moe_lowering import agreement
-
-    next(agreement._rounds["0,1,2,3"])
-
-
-def agree_before_first(rank, by_rank, silent=(), timeout="auto", caching=()):
-    """As the options of a backend do it. ``silent`` ranks ask for no options; ``caching`` ones do, and compile nothing."""
+def agree_before_first(rank, by_rank, silent=(), timeout="auto", often=()):
+    """As the options of a backend do it. ``silent`` ranks never compile; ``often`` ones make options and compile thrice."""
     from moe_lowering.agreement import AgreementError, agreement_before_first
 
     where = deployment(rank, **by_rank.get(rank, {}))
     if rank in silent:
         return "silent"
-    check = agreement_before_first(where, MoeLowering(where), timeout)
-    if rank in caching:
-        return "found in the cache"
     try:
-        check()
+        for _ in range(3 if rank in often else 1):
+            agreement_before_first(where, MoeLowering(where, "mc2"), timeout)
+            agreement_before_first(where, MoeLowering(where), timeout)()
     except AgreementError as error:
         return str(error)
     return ""

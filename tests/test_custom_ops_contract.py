@@ -71,11 +71,14 @@ def opcheck_samples() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
             (rows[:8], weights, ids, handle_of(x, ids, mask)[:8], mask, 4, *ONE_RANK),
         ),
         ("assert_tokens", ops.assert_tokens, (x, 1, 8)),
+        ("assert_agreement", ops.assert_agreement, (x, "ep", -1.0, "{}", "{}")),
     ]
 
 
 SAMPLES = opcheck_samples()
-DIFFERENTIABLE = [sample for sample in SAMPLES if sample[0] not in ("dispatch-int8", "assert_tokens")]
+DIFFERENTIABLE = [
+    sample for sample in SAMPLES if sample[0] not in ("dispatch-int8", "assert_tokens", "assert_agreement")
+]
 
 
 @pytest.mark.parametrize(("op", "arguments"), [s[1:] for s in SAMPLES], ids=[s[0] for s in SAMPLES])
@@ -255,7 +258,7 @@ def test_assert_tokens_counts_all_leading_dimensions() -> None:
         ops.assert_tokens(torch.zeros(4, device="meta"), 3, 2)
 
 
-@pytest.mark.parametrize("name", ["dispatch", "combine", "assert_tokens", "dispatch_ffn_combine"])
+@pytest.mark.parametrize("name", ["dispatch", "combine", "assert_agreement", "assert_tokens", "dispatch_ffn_combine"])
 def test_unused_calls_survive_dead_code_elimination(name: str) -> None:
     for target in (getattr(ops, name), getattr(ops, name).default):
         graph = torch.fx.Graph()

@@ -17,7 +17,7 @@ import pytest
 import moe_lowering
 from moe_lowering import Deployment, MoeLowering, npugraph_ex_options, torchair_config
 from moe_lowering.backends.cache_key import flat_hook
-from moe_lowering.backends.identity import identity
+from moe_lowering.identity import identity
 
 TESTS = Path(__file__).parent
 HOOK = "post_grad_custom_pre_pass"

@@ -12,12 +12,12 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_lowering.backends.identity import identity
+from moe_lowering._versions import sources_digest
+from moe_lowering.identity import identity
 from moe_lowering.passes.pipeline import MoeLowering
 
 Hook = Callable[[Any, Any, Any], None]
@@ -31,19 +31,15 @@ moe_lowering_hook.cache_key = {key!r}
 @functools.cache
 def code_digest() -> str:
     """SHA-256 (hex) of this package's sources, limit tables among them, and of the versions it compiles for."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    package = Path(__file__).parents[1]
-    for file in sorted(f for f in package.rglob("*") if f.suffix in (".py", ".toml")):
-        digest.update(str(file.relative_to(package)).encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return hashlib.sha256(f"{torch.__version__} {sources_digest()}".encode()).hexdigest()
 
 
-def cache_digest(lowering: MoeLowering, own: Hook | None = None) -> str:
+def cache_digest(lowering: MoeLowering, own: Hook | None = None, agreement_timeout: float | str | None = "auto") -> str:
     """SHA-256 (hex) of everything that a lowered graph depends on beside the graph it was made from.
 
     That is the package's code and limits, every field of the deployment (a rank's own too: rank indices and group names
-    stand in the graph), the pass's settings, and a cost function and a pre-pass of the user's with what they hold.
+    stand in the graph), the pass's settings, how long the graph waits for other ranks, and a cost function and a
+    pre-pass of the user's with what they hold.
     """
     policy = lowering.policy
     parts = {
@@ -55,6 +51,7 @@ def cache_digest(lowering: MoeLowering, own: Hook | None = None) -> str:
         "overlap": lowering.overlap,
         "cost": identity(policy.cost),
         "own": None if own is None else identity(own),
+        "agreement_timeout": agreement_timeout,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -64,6 +61,7 @@ def flat_hook(
     own: Hook | None = None,
     before_first: Callable[[], None] | None = None,
     after: Hook | None = None,
+    agreement_timeout: float | str | None = "auto",
 ) -> Hook:
     """The pass as a function whose code names its digest; ``own``, a pre-pass of the user's, runs before it.
 
@@ -77,12 +75,12 @@ def flat_hook(
             waiting.pop()  # not after an error: the next graph is refused as this one
         if own is not None:
             own(gm, example_inputs, config)
-        lowering(gm, example_inputs, config)
+        lowering(gm, example_inputs, config, agreement_timeout)
         if after is not None:
             after(gm, example_inputs, config)
 
     names: dict[str, Any] = {"run": run}
-    digest = cache_digest(lowering, own)
+    digest = cache_digest(lowering, own, agreement_timeout)
     key = f"{digest}, then {getattr(after, '__qualname__', None)}"  # of a hook that is the pre-pass of another
     exec(_TEMPLATE.format(digest=digest, key=key), names)
     hook: Hook = names["moe_lowering_hook"]

@@ -42,10 +42,10 @@ def npugraph_ex_options(
         policy: how ``auto`` chooses, see ``MoeLowering``.
         overlap: shared experts on a side stream, beside dispatch and combine, see ``MoeLowering``.
         lowering: a pass object of yours, to read its ``reports`` afterwards; made from the arguments above when None.
-        agreement_timeout: ranks of one EP group with different deployments, limits or settings are told so before the first
-            graph is lowered, and so before their first collective; seconds to wait for the slowest rank. ``auto``: as long
-            as the group's collectives would wait, where there is such a group. None for no check. Every rank of the group
-            must ask for its options; one that then finds its graph in a compile cache has answered.
+        agreement_timeout: ranks of one EP group with different deployments, settings or code are told so before the first
+            graph is lowered, and ranks whose blocks differ before the first exchange of a graph (docs/ranks.md); seconds to
+            wait for the slowest rank. ``auto``: as long as the group's collectives would wait, where there is such a
+            group. None for no check, on every rank alike: who does not compare has not answered.
         options: further npugraph_ex options, kept as they are; ``inplace_pass`` is False when it is not given.
             A ``post_grad_custom_pre_pass`` of yours runs first, then the lowering: it sees, and verifies, the last
             word on MoE blocks. The hook is a function whose code holds a digest of deployment, limits and pass, so that
@@ -81,7 +81,7 @@ def npugraph_ex_options(
         require_callable(where, PRE_PASS, own, "a callable (gm, example_inputs, config)")
     check_options(where, options)
     agree = agreement_before_first(deployment, lowering, agreement_timeout)
-    return {"inplace_pass": False, **options, PRE_PASS: flat_hook(lowering, own, agree)}
+    return {"inplace_pass": False, **options, PRE_PASS: flat_hook(lowering, own, agree, None, agreement_timeout)}
 
 
 def check_common(where: str, deployment: Any, lowering: Any, agreement_timeout: Any) -> None:

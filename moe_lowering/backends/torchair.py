@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from moe_lowering.agreement import agreement_before_first
 from moe_lowering.argument_checks import require_instance
-from moe_lowering.backends import ge_converters, ge_rewrites
+from moe_lowering.backends import ge_agreement, ge_converters, ge_rewrites
 from moe_lowering.backends.cache_key import flat_hook
 from moe_lowering.backends.npugraph_ex import check_common
 from moe_lowering.deployment import Deployment
@@ -66,6 +66,7 @@ def torchair_config(
 
     _after_npugraph_ex()
     ge_converters.register()
+    ge_agreement.register()
     deployment = deployment.replace(mode="ge")
     if not deployment.capture:
         raise ValueError(
@@ -87,7 +88,9 @@ def torchair_config(
         )
     agree = agreement_before_first(deployment, lowering, agreement_timeout)
     own = config.post_grad_custom_pre_pass.value
-    config.post_grad_custom_pre_pass = flat_hook(lowering, own, agree, lambda gm, *_: _finish(gm, lowering))
+    config.post_grad_custom_pre_pass = flat_hook(
+        lowering, own, agree, lambda gm, *_: _finish(gm, lowering), agreement_timeout
+    )
     return config
 
 
@@ -115,6 +118,7 @@ def _finish(gm: GraphModule, lowering: MoeLowering) -> None:
     edits = ModuleEdits(gm)
     try:
         ge_rewrites.finish(edits)
+        ge_agreement.place_agreement_checks(edits)
         edits.compile()
     except BaseException:
         edits.undo()

@@ -6,6 +6,7 @@ contract is in ``docs/architecture.md``.
 
 from moe_lowering.custom_ops import (
     alltoall_experts,
+    assert_agreement,
     assert_tokens,
     combine,
     dispatch,
@@ -19,6 +20,7 @@ from moe_lowering.custom_ops import (
 
 __all__ = [
     "alltoall_experts",
+    "assert_agreement",
     "assert_tokens",
     "combine",
     "dispatch",

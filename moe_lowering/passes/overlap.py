@@ -291,7 +291,7 @@ def _takes_group(target: torch._ops.OpOverload) -> bool:
     if target.namespace in ("_c10d_functional", "c10d", "npu_define"):
         return True
     if target.namespace == "moe_lowering":
-        return target._opname not in ("assert_tokens", "keep_alive")
+        return target._opname not in ("assert_agreement", "assert_tokens", "keep_alive")
     return any(_is_group(argument) for argument in target._schema.arguments)
 
 

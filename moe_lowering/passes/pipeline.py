@@ -28,6 +28,7 @@ from torch.fx import Graph, GraphModule, Node
 from moe_lowering.argument_checks import require_flag, require_instance
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Violation
+from moe_lowering.passes.agreement_check import Outcome, blocks_record, emit_check, first_exchange, settings_record
 from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, size_key
 from moe_lowering.passes.capturing import is_captured, may_be_captured, not_capturable
 from moe_lowering.passes.choosing import Cost, Policy, PolicyError
@@ -101,22 +102,35 @@ class MoeLowering:
         self.strict = strict
         self.reports: list[LoweringReport] = []
 
-    def __call__(self, gm: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: Any = None,
+        config: Any = None,
+        agreement_timeout: float | str | None = "auto",
+    ) -> None:
+        """``agreement_timeout``: as for ``npugraph_ex_options``; None puts no check of the other ranks in the graph."""
         self.deployment.placed()  # what a wrong place would emit is wrong in silence: here the compile does fail
         run = _Run(gm, self.deployment, self.policy)
         try:
-            self._lower(gm, run, config)
+            self._lower(gm, run, config, agreement_timeout)
         except BaseException:
             run.edits.undo()
             raise
 
-    def _lower(self, gm: GraphModule, run: _Run, config: Any) -> None:
+    def _lower(self, gm: GraphModule, run: _Run, config: Any, agreement_timeout: float | str | None) -> None:
         start = time.perf_counter()
+
+        def agree(blocks: list[BlockReport]) -> None:
+            if agreement_timeout is not None:
+                run.check_agreement(blocks, self, agreement_timeout)
+
         with _collector_paused():
             blocks = run.lower()
+            agree(blocks)
             if self.overlap:
                 blocks = run.overlap(blocks, config)
-            blocks = run.finish(blocks)
+            blocks = run.finish(blocks, agree)
             findings = run.not_capturable()
         report = LoweringReport(
             blocks=tuple(blocks),
@@ -158,6 +172,8 @@ class _Run:
         self._said: dict[tuple[BlockSpec, str], BlockReport] = {}
         self._blocks: list[Block] = []
         self._targets: dict[Node, Target] = {}  # by the erased combine
+        self._refusing: set[Node] = set()  # combines of blocks for whose sake the graph refuses to run
+        self._first_exchange: Node | None = None
         self._shape_env: Any = None
 
     def lower(self) -> list[BlockReport]:
@@ -174,6 +190,7 @@ class _Run:
             self.left = [(node, _internal(error)) for node in generic_nodes(self.graph.nodes)]
             return []
         self._blocks = blocks
+        self._first_exchange = first_exchange(self.graph)
         reports = [self._lower_or_leave(block) for block in blocks]
         for route in routes:
             if not _feeds_generic(route):
@@ -263,6 +280,29 @@ class _Run:
             self.edits.take_name(replacement.counts, block.counts)
         self._targets[block.combine] = Target(comm, emit.created, replacement.y)
 
+    def check_agreement(self, reports: list[BlockReport], lowering: MoeLowering, timeout: float | str) -> None:
+        """After ``lower``: the graph compares with the other ranks' before its first exchange."""
+        x = self._first_exchange
+        if x is None:
+            return
+        try:
+            settings = settings_record(self.deployment, lowering, ep_group=True)
+            outcomes = [self._outcome(*each) for each in zip(self._blocks, reports, strict=True)]
+            blocks = blocks_record(outcomes, [node for node, _ in self.left], self.deployment)
+            created: list[Node] = []
+            with self.edits.step(created):
+                created.append(emit_check(self.graph, x, self.deployment.ep_group, timeout, settings, blocks))
+            self.changed = True
+        except Exception:  # as in _guarded: a defect of ours must not fail the user's compile
+            if lowering.strict:
+                raise
+            log.warning("moe_lowering: the graph does not compare itself with the other ranks'", exc_info=True)
+
+    def _outcome(self, block: Block, report: BlockReport) -> Outcome:
+        target = self._targets.get(block.combine)
+        created = [] if target is None else target.nodes
+        return Outcome(block, report, created, block.combine in self._refusing)
+
     def overlap(self, reports: list[BlockReport], config: Any) -> list[BlockReport]:
         """After ``lower``: shared experts to a side stream, and the reports with what came of it."""
         targets = [self._targets.get(block.combine) for block in self._blocks]
@@ -272,8 +312,11 @@ class _Run:
             for report, target in zip(reports, targets, strict=True)
         ]
 
-    def finish(self, reports: list[BlockReport]) -> list[BlockReport]:
-        """Lint and recompile. Where that fails all edits are undone, as which one it was is not known."""
+    def finish(self, reports: list[BlockReport], agree: Callable[[list[BlockReport]], None]) -> list[BlockReport]:
+        """Lint and recompile. Where that fails all edits are undone, as which one it was is not known.
+
+        ``agree`` puts the comparison with the other ranks into the graph once more: they may have lowered theirs.
+        """
         if not self.changed:
             return reports
         try:
@@ -281,9 +324,11 @@ class _Run:
             return reports
         except Exception as error:  # as in _guarded
             _say("moe_lowering: the lowered graph is not sound, all of it left as it was")
-            return self._leave_all(reports, _undone(error))
+            return self._leave_all(reports, _undone(error), agree)
 
-    def _leave_all(self, reports: list[BlockReport], reason: str) -> list[BlockReport]:
+    def _leave_all(
+        self, reports: list[BlockReport], reason: str, agree: Callable[[list[BlockReport]], None]
+    ) -> list[BlockReport]:
         """Undo everything but what must not run beside other ranks; that raises where even this cannot be compiled."""
         refused, self.changed = self._refused, False
         self.edits.undo()
@@ -297,7 +342,9 @@ class _Run:
             ) if report.comm is not None else report
             for report, block in zip(reports, self._blocks, strict=True)
         ]  # fmt: skip
+        self._targets.clear()
         self.left += [(node, reason) for node in self._lowered_routes]
+        agree(left)
         if self.changed:
             self.edits.compile()
         return left
@@ -343,6 +390,7 @@ class _Run:
     def _refuse_to_run(self, block: Block, refused: Refusal) -> None:
         """The others communicate as they decided, so this rank must not run its generic operators beside them."""
         self._refused.append((block, refused))
+        self._refusing.add(block.combine)
         args = (block.x, refused.low, refused.high)
         if not any(user.target is ASSERT_TOKENS and user.args == args for user in block.x.users):
             interval = TokenRange(refused.low, refused.high)

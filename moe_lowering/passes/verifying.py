@@ -106,7 +106,13 @@ def call_violations(
 def is_ascend(target: torch._ops.OpOverload) -> bool:
     """An operator of torch_npu, or our wrapper of one of its providers' operators."""
     namespace, _, name = target._schema.name.partition("::")
-    ours = (*GENERIC, "assert_tokens", "keep_alive", "alltoall_experts")  # without limits of their own
+    ours = (
+        *GENERIC,
+        "assert_agreement",
+        "assert_tokens",
+        "keep_alive",
+        "alltoall_experts",
+    )  # without limits of their own
     return namespace == "npu" or (namespace == "moe_lowering" and name not in ours)
 
 

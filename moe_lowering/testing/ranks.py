@@ -12,11 +12,15 @@ import contextlib
 import datetime
 import multiprocessing as mp
 import os
+import pickle
+import shutil
+import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+import weakref
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +29,8 @@ START_TIMEOUT = 120.0
 
 
 class RankError(RuntimeError):
-    """A rank failed, died, or did not answer in time. The message holds each failing rank's traceback."""
+    """A rank failed, died, or did not answer in time. The message names each rank with its failure, the first one first;
+    tracebacks follow the line that says what was raised."""
 
 
 class Ranks:
@@ -35,6 +40,9 @@ class Ranks:
         size: number of ranks, at least 1.
         setup: called in each process before the group is made, e.g. to enable the simulator.
         collective_timeout: seconds after which a collective that a rank does not join raises.
+
+    Raises:
+        RankError: a process does not come up. None is left then, and no file.
     """
 
     def __init__(
@@ -43,65 +51,119 @@ class Ranks:
         if size < 1:
             raise ValueError(f"Ranks: size is {size}; accepted: 1 or more")
         self.size = size
-        context = mp.get_context("spawn")
-        self._store = Path(tempfile.mkdtemp(prefix="moe_ranks_")) / "store"
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
-        for rank in range(size):
-            here, there = context.Pipe()
-            arguments = (rank, size, str(self._store), setup, collective_timeout, there)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
-            there.close()
-            self._pipes.append(here)
-            self._processes.append(process)
-        self._collect(START_TIMEOUT)
+        self._ended = ""  # why there are no processes any more
+        folder = tempfile.mkdtemp(prefix="moe_ranks_")
+        self._remove_folder = weakref.finalize(
+            self, shutil.rmtree, folder, ignore_errors=True
+        )  # at exit, at the latest
+        with self._closed_on_error():
+            context = mp.get_context("spawn")
+            for rank in range(size):
+                here, there = context.Pipe()
+                arguments = (rank, size, str(Path(folder) / "store"), setup, collective_timeout, there)
+                process = context.Process(target=_serve, args=arguments, daemon=True)
+                self._pipes.append(here)
+                process.start()
+                self._processes.append(process)
+                there.close()
+            self._collect(START_TIMEOUT)
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 300.0) -> list[Any]:
         """``function(rank, *arguments)`` on every rank; the results in rank order.
 
         Raises:
-            RankError: when a rank raises, dies, or takes longer than ``timeout`` seconds. The pool is closed then:
-                the ranks may be out of step.
+            RankError: when a rank raises, dies or has died, or takes longer than ``timeout`` seconds; when the pool was
+                closed. The pool is closed then: the ranks may be out of step.
+            Exception: of pickle, when ``function`` or an argument cannot be sent. Nothing has run then.
         """
-        for pipe in self._pipes:
-            pipe.send((function, arguments))
-        return self._collect(timeout)
+        if self._ended:
+            raise RankError(f"the ranks were ended before: {self._ended}")
+        with self._closed_on_error(but=(pickle.PicklingError, AttributeError, TypeError)):
+            self._require_alive()
+            for rank, pipe in enumerate(self._pipes):
+                try:
+                    pipe.send((function, arguments))
+                except OSError:  # it died meanwhile
+                    raise RankError(self._died(rank)) from None
+            return self._collect(timeout)
+
+    def _require_alive(self) -> None:
+        dead = [self._died(rank) for rank, process in enumerate(self._processes) if not process.is_alive()]
+        if dead:
+            raise RankError("\n".join(dead))
 
     def _collect(self, timeout: float) -> list[Any]:
+        """One answer from each rank."""
         deadline = time.monotonic() + timeout
-        results: list[Any] = [None] * self.size
-        failures: list[str] = []
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                    failures.append(f"rank {rank}: no answer within {timeout:g} s")
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}  # in order of time: the first one is the cause of most others
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        while waiting:
+            answered = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not answered:
+                failures |= {rank: f"rank {rank}: no answer within {timeout:g} s" for rank in waiting.values()}
+                break
+            for pipe in answered:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    ok, answer = pipe.recv()
+                except (EOFError, OSError):
+                    failures[rank] = self._died(rank)
                     continue
-                ok, results[rank] = pipe.recv()
-            except EOFError:
-                self._processes[rank].join(5)
-                failures.append(f"rank {rank}: process died, exit code {self._processes[rank].exitcode}")
-                continue
-            if not ok:
-                failures.append(f"rank {rank}:\n{results[rank]}")
+                except Exception as error:  # unpickling runs code of the result's own types
+                    ok, answer = False, f"its answer cannot be read: {_one_line(error)}"
+                if ok:
+                    results[rank] = answer
+                else:
+                    failures[rank] = f"rank {rank}: {answer}"
         if failures:
-            self.close()
-            raise RankError("\n".join(failures))
-        return results
+            raise RankError("\n".join(failures.values()))
+        return [results[rank] for rank in range(self.size)]
+
+    def _died(self, rank: int) -> str:
+        process = self._processes[rank]
+        process.join(5)
+        code = process.exitcode
+        named = f" ({signal.Signals(-code).name})" if code is not None and -code in set(signal.Signals) else ""
+        return f"rank {rank}: process died, exit code {code}{named}"
 
     def kill(self, rank: int) -> None:
         """Kill one process, as a failure test does."""
         self._processes[rank].kill()
 
     def close(self) -> None:
-        """End all processes."""
+        """End all processes, and remove what they left in the temporary directory."""
+        self._end("close() was called")
+
+    def _end(self, reason: str) -> None:
+        self._ended = self._ended or reason
         for pipe in self._pipes:
             with contextlib.suppress(OSError):  # already gone
                 pipe.send(None)
+        deadline = time.monotonic() + 2
         for process in self._processes:
-            process.join(2)
+            process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 process.kill()
+                process.join(5)
+        for pipe in self._pipes:
+            pipe.close()
+        self._pipes.clear()
+        self._remove_folder()
+
+    @contextlib.contextmanager
+    def _closed_on_error(self, but: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+        """Ctrl-C too: ranks that were left in the middle of something are out of step."""
+        try:
+            yield
+        except but:
+            raise
+        except BaseException as error:
+            self._end(str(error).partition("\n")[0] or type(error).__name__)
+            raise
 
     def __enter__(self) -> Ranks:
         return self
@@ -110,6 +172,29 @@ class Ranks:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def describe(error: BaseException) -> str:
+    """What was raised, in one line, with the first cause; then the traceback."""
+    chain = [error]
+    while (cause := getattr(chain[-1], "inner_exception", None) or chain[-1].__cause__) and cause not in chain:
+        chain.append(cause)
+    summary = _one_line(error)
+    if len(chain) > 1:
+        summary += f"; first cause: {_one_line(chain[-1])}"
+    return f"{summary}\n{''.join(traceback.format_exception(error))}".rstrip()
+
+
+def _one_line(error: BaseException) -> str:
+    """Type and text; the place in the code where there is no text."""
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    if text:
+        return f"{name}: {text}"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" in {frames[-1].name}, {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    line = f": {frames[-1].line}" if frames and frames[-1].line else ""
+    return f"{name} without a message{place}{line}"
 
 
 def _serve(
@@ -129,17 +214,37 @@ def _serve(
         dist.distributed_c10d.default_pg_timeout = timeout
         dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size, timeout=timeout)
         pipe.send((True, None))
-    except BaseException:
-        pipe.send((False, traceback.format_exc()))
+    except BaseException as error:
+        pipe.send((False, describe(error)))
         return
-    while (job := pipe.recv()) is not None:
+    while (job := _next_job(pipe)) is not None:
+        if isinstance(job, _Unreadable):
+            pipe.send((False, job.reason))
+            continue
         function, arguments = job
         try:
             answer = (True, function(rank, *arguments))
-        except BaseException:
-            answer = (False, traceback.format_exc())
+        except BaseException as error:  # SystemExit too: the rank lives, and the caller is told
+            answer = (False, describe(error))
         try:
             pipe.send(answer)
-        except Exception:  # the result does not pickle: say so instead of dying
-            pipe.send((False, traceback.format_exc()))
+        except Exception as error:  # the result does not pickle: say so instead of dying
+            pipe.send((False, describe(error)))
     dist.destroy_process_group()
+
+
+class _Unreadable:
+    """A job that cannot be unpickled here, such as a function of a module that this process cannot import."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def _next_job(pipe: Connection) -> Any:
+    """(function, arguments); None when there will be no more."""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError, KeyboardInterrupt):  # the parent is gone, or about to go
+        return None
+    except Exception as error:
+        return _Unreadable(describe(error))

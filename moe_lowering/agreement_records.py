@@ -1,0 +1,112 @@
+"""What ranks compare, as plain records, and how a difference is said.
+
+A record of *settings* holds what decisions depend on beside the blocks: the deployment's fields, the pass's settings, the
+package's version and digests of its code and limit tables. A record of *blocks* holds, for one graph, each kind of MoE
+block that exchanges tokens: what must be the same on every rank (``strict``), what may differ as long as the decision and
+the exchange do not (``told``; it explains a difference), and in which order how many of each kind follow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+KINDS_SHOWN = 4  # kinds of blocks of one rank whose differences are listed
+SETTINGS_ABSENT = "it has neither compiled nor run a lowered graph with an MoE block, or runs without agreement"
+BLOCKS_ABSENT = (
+    "it has not come to a graph with these MoE blocks; it may run a graph on which all agreed before, have failed, or run "
+    "without agreement"
+)
+
+
+def setting_differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list[str]:
+    """What a record of settings ``b`` has otherwise than ``a``, which is that of ``rank``."""
+    lines = [
+        f"{label} is {theirs!r}, on rank {rank} {ours!r}"
+        for part, prefix in (("deployment", "Deployment."), ("settings", "MoeLowering's "))
+        for label, ours, theirs in _unequal(a[part], b[part], prefix)
+    ]
+    lines += [text for text in (b["misplaced"], a["misplaced"] and f"on rank {rank} {a['misplaced']}") if text]
+    if a["torch_npu"] != b["torch_npu"]:
+        lines.append(f"torch_npu is {'' if b['torch_npu'] else 'not '}loaded, on rank {rank} the other way")
+    if a["version"] != b["version"]:
+        lines.append(f"moe_lowering is {b['version']}, on rank {rank} {a['version']}")
+    elif a["limits"] != b["limits"]:
+        lines.append(f"its limit tables differ: their digest is {b['limits']!r}, on rank {rank} {a['limits']!r}")
+    elif a["code"] != b["code"]:
+        lines.append(f"moe_lowering's code differs: its digest is {b['code']!r}, on rank {rank} {a['code']!r}")
+    return lines
+
+
+def _unequal(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for name in sorted({*a, *b}):
+        if a.get(name) != b.get(name):
+            yield f"{prefix}{name}", a.get(name), b.get(name)
+
+
+def block_key(blocks: dict[str, Any]) -> str:
+    """What must be the same on every rank, as text: graphs with the same need to be compared only once."""
+    return json.dumps([[kind["strict"] for kind in blocks["kinds"]], blocks["order"]], sort_keys=True)
+
+
+def block_differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list[str]:
+    """What a record of blocks ``b`` has otherwise than ``a``, which is that of ``rank``.
+
+    Each is ``{"kinds": [...], "order": [[index, how many], ...], "T": of the run that compares, or None}``. T is None where
+    ranks may have other ones.
+    """
+    lines = []
+    tokens_differ = a["T"] is not None and b["T"] is not None and a["T"] != b["T"]
+    if tokens_differ:
+        lines.append(f"T is {b['T']}, on rank {rank} {a['T']}, and Deployment.equal_tokens says that all are equal")
+    ours, theirs = list(_expand(a)), list(_expand(b))
+    if len(ours) != len(theirs):
+        lines.append(f"the graph has {len(theirs)} MoE blocks that exchange tokens, on rank {rank} {len(ours)}")
+    pairs = dict.fromkeys(zip(ours, theirs, strict=False))
+    shown = itertools.islice((said for pair in pairs if (said := _kind(a, b, *pair, rank, tokens_differ))), KINDS_SHOWN)
+    return lines + list(shown)
+
+
+def _expand(blocks: dict[str, Any]) -> Iterator[int]:
+    for index, count in blocks["order"]:
+        yield from itertools.repeat(index, count)
+
+
+def _kind(a: dict[str, Any], b: dict[str, Any], i: int, j: int, rank: int, tokens_differ: bool) -> str:
+    """What differs between two kinds of blocks that stand at the same place; "" when nothing of matter does."""
+    ours, theirs = a["kinds"][i], b["kinds"][j]
+    strict = [
+        difference
+        for difference in _unequal(ours["strict"], theirs["strict"])
+        if difference[0] != "T" or not (tokens_differ or _one_is_symbolic(difference))
+    ]
+    if not strict:
+        return ""
+    left = any(
+        str(value).startswith("none") for name, *values in strict if name == "implementation" for value in values
+    )
+    unsaid = ("name",) if left else ("name", "reason")  # why a block was left is worth its length
+    told = [d for d in _unequal(ours["told"], theirs["told"]) if d[0] not in unsaid]
+    words = "; ".join(f"{name} is {_shown(y)}, on rank {rank} {_shown(x)}" for name, x, y in _ordered(strict, told))
+    return f"{theirs['told']['name']}: {words}"
+
+
+def _one_is_symbolic(difference: tuple[str, Any, Any]) -> bool:
+    """A graph for one T beside a graph for many runs as long as the values are equal, which is compared apart."""
+    _, ours, theirs = difference
+    return isinstance(ours, int) != isinstance(theirs, int)
+
+
+def _ordered(
+    strict: Iterable[tuple[str, Any, Any]], told: Iterable[tuple[str, Any, Any]]
+) -> list[tuple[str, Any, Any]]:
+    """Causes before what came of them."""
+    results = ("implementation", "exchange", "reason")
+    both = [*strict, *told]
+    return sorted(both, key=lambda difference: results.index(difference[0]) + 1 if difference[0] in results else 0)
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else repr(value)

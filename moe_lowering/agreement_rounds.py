@@ -1,0 +1,284 @@
+"""Rounds in which the ranks of a group compare records, through a ``torch.distributed`` store and nothing else.
+
+What each rank writes, and when it is read:
+
+1. **Meeting**, once per process: every rank writes a nonce of its own, reads those of the others, and writes all of them
+   back. A rank has met the others when every one has written the same nonces, its own fresh one among them. So an answer
+   always comes from a process that was alive after this one began: what an earlier process left in the store, a rank's own
+   records or another's, is never read. A rank that was started again alone does not meet the others, as their group is
+   with the process that it replaces; it is told so, and so are they at their next round.
+2. **Rounds**, numbered for each kind of record: every rank writes its record under the number and reads the others'. The
+   first that finds a difference, or has waited long enough, writes an alarm, so that the others need not wait. A round ends
+   on every rank with agreement or with an error, and the next number is the next round. A rank that comes to a round
+   after the others have given up is told that.
+
+A rank's record of a round is deleted when every rank has come to a later one. Left in the store are two keys per process
+and two per kind of record.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime
+import hashlib
+import json
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+LONGEST = 1800.0  # seconds; what torch.distributed waits for a collective unless it is told otherwise
+GRACE = 1.0  # seconds to collect the other ranks' records once two are known to differ, so that all are named
+AT_ONCE = 8  # ranks that are looked for in one turn: a group of 256 must not flood the store
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.001, 0.25  # seconds between two turns
+
+# (reference, record, rank of the reference) to what differs, one line each.
+Compare = Callable[[Any, Any, int], list[str]]
+
+
+class AgreementError(RuntimeError):
+    """Ranks differ, or some did not answer in time. The message names the ranks and what differs."""
+
+
+class Session:
+    """This process among the ranks that compare.
+
+    Args:
+        store: the ``torch.distributed`` store. It is not kept alive by this object.
+        members: global ranks, the same on each.
+        rank: this one.
+    """
+
+    def __init__(self, store: Any, members: Sequence[int], rank: int) -> None:
+        self._store_of = weakref.ref(store)
+        self._members, self._rank = list(members), rank
+        ranks = ",".join(map(str, self._members))
+        self._prefix = f"moe_lowering/agreement/{hashlib.sha256(ranks.encode()).hexdigest()[:16]}"
+        self._nonce = uuid.uuid4().hex[:12]
+        self._nonces: dict[int, str] = {}  # of all members, once they have met
+        self._rounds: collections.Counter[str] = collections.Counter()
+        self._agreed: set[str] = set()
+
+    def agree_once(
+        self, kind: str, record: Any, compare: Compare, timeout: float, absent: str = "", key: str = ""
+    ) -> None:
+        """A round for this record, unless all have agreed before on one with the same ``key``, by default its text."""
+        content = f"{kind} {key or json.dumps(record, sort_keys=True)}"
+        if content not in self._agreed:
+            self.agree(kind, record, compare, timeout, absent)
+            self._agreed.add(content)
+
+    def agree(self, kind: str, record: Any, compare: Compare, timeout: float, absent: str = "") -> None:
+        """A round: every member comes with a record, within ``timeout`` seconds, and no two differ.
+
+        Args:
+            kind: rounds of one kind are counted together.
+            record: what JSON can hold.
+            compare: finds what differs between two records.
+            absent: what a rank that did not come may be doing, for the message.
+
+        Raises:
+            AgreementError: on every rank.
+        """
+        deadline = time.monotonic() + timeout
+        late = self._meet(deadline)
+        if late:
+            raise AgreementError(self._no_answer(late, timeout, absent))
+        prefix, number = self._open(kind, record)
+        texts, alarm = self._collect(prefix, compare, deadline)
+        late = [member for member in self._members if member not in texts]
+        message = self._differences(texts, compare)
+        if not message and late:
+            message = alarm or self._no_answer(late, timeout, absent)
+        elif not message and alarm:  # all records are alike, but some rank has given up before this one came
+            message = f"this rank came too late, and has not run: the others gave up with: {alarm}"
+        if message:
+            self._set(f"{prefix}/alarm", message)
+            raise AgreementError(message)
+        self._forget(kind, number - 1)
+
+    def refuse(self, kind: str, record: Any, reason: str, patience: float) -> None:
+        """Tell the others that this rank does not take part, without waiting for their records."""
+        if not self._meet(time.monotonic() + patience):
+            prefix, _ = self._open(kind, record)
+            self._set(f"{prefix}/alarm", f"rank {self._rank}: {reason}")
+
+    # ------------------------------------------------------------------------------------------------------------- meeting
+
+    def _meet(self, deadline: float) -> list[int]:
+        """Meet every member; those that were not met by the deadline."""
+        if self._nonces:
+            return []
+        self._set(f"{self._prefix}/here/{self._rank}", self._nonce)
+        nonces = {self._rank: self._nonce}
+        pause, seen = SHORTEST_PAUSE, ""
+        while True:
+            missing = [member for member in self._members if member not in nonces]
+            for member in missing[:AT_ONCE]:
+                nonce = self._get(f"{self._prefix}/here/{member}")
+                if nonce is not None:
+                    nonces[member] = nonce
+            if len(nonces) == len(self._members):
+                if not seen:
+                    seen = " ".join(nonces[member] for member in self._members)
+                    self._set(f"{self._prefix}/saw/{self._rank}", seen)
+                missing = [member for member in self._members if self._get(f"{self._prefix}/saw/{member}") != seen]
+                if not missing:
+                    self._nonces = nonces
+                    return []
+                for member in missing:  # another process may have come in the place of one that left its nonce
+                    if self._get(f"{self._prefix}/here/{member}") != nonces[member]:
+                        del nonces[member]
+                        seen = ""
+            if time.monotonic() >= deadline:
+                return missing
+            pause = self._pause(pause, deadline)
+
+    def _replaced(self, members: Sequence[int]) -> list[int]:
+        """Members whose place another process has taken since they met."""
+        if not self._nonces:
+            return []
+        return [m for m in members if self._get(f"{self._prefix}/here/{m}") not in (None, self._nonces[m])]
+
+    # -------------------------------------------------------------------------------------------------------------- rounds
+
+    def _open(self, kind: str, record: Any) -> tuple[str, int]:
+        """Write this rank's record of the next round; the round's prefix and number."""
+        number = self._rounds[kind]
+        self._rounds[kind] += 1
+        prefix = self._round(kind, number)
+        self._set(f"{prefix}/{self._rank}", json.dumps(record, sort_keys=True))
+        return prefix, number
+
+    def _round(self, kind: str, number: int) -> str:
+        met = hashlib.sha256(" ".join(self._nonces[member] for member in self._members).encode()).hexdigest()[:16]
+        return f"{self._prefix}/{met}/{kind}/{number}"
+
+    def _collect(self, prefix: str, compare: Compare, deadline: float) -> tuple[dict[int, str], str | None]:
+        """The records by rank, as far as they came, and the alarm of a rank that has given up."""
+        texts: dict[int, str] = {}
+        pause, alarm = SHORTEST_PAUSE, None
+        hurried = False
+        while True:
+            missing = [member for member in self._members if member not in texts]
+            came = len(texts)
+            for member in missing[:AT_ONCE]:
+                text = self._get(f"{prefix}/{member}")
+                if text is not None:
+                    texts[member] = text
+            alarm = alarm or self._get(f"{prefix}/alarm")
+            if len(texts) == len(self._members):
+                return texts, alarm
+            message = "" if hurried or len(texts) == came else self._differences(texts, compare)
+            if not hurried and (message or alarm or self._replaced(missing[:AT_ONCE])):
+                hurried, deadline = True, min(deadline, time.monotonic() + GRACE)
+                if message and not alarm:
+                    self._set(f"{prefix}/alarm", message)
+            if time.monotonic() >= deadline:
+                return texts, alarm
+            pause = SHORTEST_PAUSE if len(texts) > came else self._pause(pause, deadline)
+
+    def _differences(self, texts: dict[int, str], compare: Compare) -> str:
+        """What differs from the first rank that came; "" when nothing does."""
+        first = next((member for member in self._members if member in texts), None)
+        if first is None:
+            return ""
+        reference = json.loads(texts[first])
+        lines = [
+            f"rank {member}: {line}"
+            for member in self._members
+            if texts.get(member, texts[first]) != texts[first]
+            for line in compare(reference, json.loads(texts[member]), first)
+        ]
+        return f"ranks disagree with rank {first}:\n  " + "\n  ".join(lines) if lines else ""
+
+    def _no_answer(self, late: Sequence[int], timeout: float, absent: str) -> str:
+        """Who did not come, and what is known of it."""
+        names = ", ".join(map(str, late))
+        replaced = ", ".join(map(str, self._replaced(late)))
+        if replaced:
+            return f"rank {replaced} was started again, and this process was not: start all ranks of the group again"
+        message = f"no answer from rank {names} of {len(self._members)} within {timeout:g} s"
+        earlier = ", ".join(str(member) for member in late if self._met_an_earlier_process(member))
+        if earlier:
+            return f"{message}: rank {earlier} may be with an earlier process of this rank; start all ranks of the group again"
+        return f"{message}{absent and f': {absent}'}"
+
+    def _met_an_earlier_process(self, member: int) -> bool:
+        saw = self._get(f"{self._prefix}/saw/{member}")
+        return not self._nonces and saw is not None and self._nonce not in saw.split()
+
+    def _forget(self, kind: str, number: int) -> None:
+        """Delete a round that all have left: each its own record, and the first rank the alarm."""
+        if number < 0:
+            return
+        prefix = self._round(kind, number)
+        for name in (str(self._rank), *(["alarm"] if self._rank == self._members[0] else [])):
+            with contextlib.suppress(Exception):  # some stores cannot delete, each in its own words
+                self._store.delete_key(f"{prefix}/{name}")
+
+    # --------------------------------------------------------------------------------------------------------------- store
+
+    @property
+    def _store(self) -> Any:
+        store = self._store_of()
+        if store is None:
+            raise AgreementError("the process group's store is gone: the group was destroyed")
+        return store
+
+    def _set(self, key: str, value: str) -> None:
+        self._store.set(key, value)
+
+    def _get(self, key: str) -> str | None:
+        """The value, None when there is none; never waits for it."""
+        store = self._store
+        return store.get(key).decode() if store.check([key]) else None
+
+    @staticmethod
+    def _pause(pause: float, deadline: float) -> float:
+        """Sleep, and how long to sleep the next time."""
+        time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+        return min(1.5 * pause, LONGEST_PAUSE)
+
+
+# By store: a store that nobody else holds takes its sessions with it.
+_sessions: weakref.WeakKeyDictionary[Any, dict[tuple[tuple[int, ...], int], Session]] = weakref.WeakKeyDictionary()
+
+
+def session(store: Any, members: Sequence[int], rank: int) -> Session:
+    """This process's session with ``members`` through a store; always the same one."""
+    of_store = _sessions.setdefault(store, {})
+    return of_store.setdefault((tuple(members), rank), Session(store, members, rank))
+
+
+def group_session(name: str) -> tuple[Session, list[int], float] | None:
+    """The session of a process group of real processes, its global ranks, and the seconds that its collectives wait.
+
+    None where ``name`` is no group of this process, or one of a fake backend.
+    """
+    import torch.distributed as dist
+
+    c10d: Any = dist.distributed_c10d
+    if not dist.is_available() or not dist.is_initialized() or not name:
+        return None
+    try:
+        group = c10d._resolve_process_group(name)
+        members = dist.get_process_group_ranks(group)
+    except Exception:  # torch says in its own types that a name is not one of this process's groups
+        return None
+    if dist.get_backend(group) == "fake":
+        return None
+    found = session(c10d._get_default_store(), members, dist.get_rank())
+    return found, members, _patience(group)
+
+
+def _patience(group: Any) -> float:
+    """How long a collective of the group waits, in seconds, where its backend says so."""
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        waits = getattr(options, "_timeout", None)
+        if isinstance(waits, datetime.timedelta):
+            return waits.total_seconds()
+    return LONGEST

@@ -1,0 +1,234 @@
+"""Put ``assert_agreement`` in front of a graph's first exchange, with a record of what the ranks must have in common.
+
+What a rank must have in common with the others is all that a decision or an exchange depends on, and all that the result
+depends on. What only a decision depends on (where a reader of the counts or a layout stands in a rule) may differ as long
+as the decisions and the exchanges are the same: one rank may log its experts' load. A mask is not of that kind: AllGather
+writes masked ids as experts past the last one, and the other ranks must expect them. With unequal token
+counts T is not in the record, nor what follows from it; with equal ones a T that the graph knows is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Graph, Node
+
+from moe_lowering._versions import installed, sources_digest
+from moe_lowering.custom_ops.assert_agreement import PATIENT
+from moe_lowering.deployment import Deployment
+from moe_lowering.identity import identity
+from moe_lowering.passes.blocks import Block, BlockSpec, arguments
+from moe_lowering.passes.judging import torch_npu_is_loaded
+from moe_lowering.report.records import BlockReport
+
+if TYPE_CHECKING:
+    from moe_lowering.passes.pipeline import MoeLowering
+
+ASSERT_AGREEMENT = torch.ops.moe_lowering.assert_agreement.default
+DISPATCH = torch.ops.moe_lowering.dispatch.default
+SHORT = 12  # digits of a digest that are shown
+# A rank's own, or written down in another way; every other field of a block is compared.
+OWN = frozenset({"tokens", "key", "ep_group", "tp_group", "on_shared_rank", "collective_groups"})
+# What may differ where decision and exchange do not.
+TOLERATED = frozenset(
+    {
+        "stacked",
+        "weights_contiguous",
+        "counts_are_read",
+        "counts_read_before_combine",
+        "counts_read_before_weights",
+        "scopes_differ",
+        "scale_dims",
+        "mixed_forms",
+    }
+)
+
+
+def settings_record(deployment: Deployment, lowering: MoeLowering | None, ep_group: bool = False) -> dict[str, Any]:
+    """What decisions depend on beside the blocks, see ``agreement_records``.
+
+    Args:
+        ep_group: the ranks that compare are those of one EP group, so that its name is the same on each. Names of other
+            groups are local to a group of ranks: of them only whether there is one.
+    """
+    fields = deployment.invariant_fields()
+    for name in ("mc2_group",) if ep_group else ("ep_group", "mc2_group"):
+        fields[name] = bool(fields[name])
+    return {
+        "deployment": fields,
+        "misplaced": deployment.misplaced,
+        "settings": _settings(lowering) if lowering else {},
+        "torch_npu": torch_npu_is_loaded(),
+        "version": f"{installed('moe-lowering')} with torch {torch.__version__}",
+        "code": sources_digest()[:SHORT],
+        "limits": sources_digest((".toml",))[:SHORT],
+    }
+
+
+def _settings(lowering: MoeLowering) -> dict[str, str]:
+    policy = lowering.policy
+    cost = f"{policy.cost.__module__}.{getattr(policy.cost, '__qualname__', type(policy.cost).__name__)}"
+    text = identity(policy.cost)  # what it does and holds, where that can be compared between processes
+    if "unique(" not in text:
+        cost += f" ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+    flags = {"strict": str(lowering.strict), "overlap": str(lowering.overlap)}
+    return {"comm": policy.comm, "policy": policy.name, "cost": cost, **flags}
+
+
+def first_exchange(graph: Graph) -> Node | None:
+    """The x of the first ``dispatch`` that exchanges tokens with other ranks; None when none does, or all is checked."""
+    if graph.find_nodes(op="call_function", target=ASSERT_AGREEMENT):
+        return None  # the pass has run on this graph before
+    for node in graph.find_nodes(op="call_function", target=DISPATCH):
+        if _exchanges(node):
+            x = arguments(node)[0]
+            return x if isinstance(x, Node) else None
+    return None
+
+
+def emit_check(
+    graph: Graph, x: Node, group: str, timeout: float | str, settings: dict[str, Any], blocks: dict[str, Any]
+) -> Node:
+    """The new node, right after ``x``, which is before every node of the block that reads it.
+
+    Args:
+        timeout: seconds, or ``auto``.
+    """
+    position = x.next
+    while position.op == "placeholder":
+        position = position.next
+    texts = (json.dumps(settings, sort_keys=True), json.dumps(blocks, sort_keys=True))
+    seconds = PATIENT if isinstance(timeout, str) else float(timeout)
+    with graph.inserting_before(position):
+        node = graph.call_function(ASSERT_AGREEMENT, (x, group, seconds, *texts))
+    node.meta["val"] = None
+    return node
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one block.
+
+    Attributes:
+        block, report: the block, and what is said of it.
+        created: the nodes that a lowered block consists of.
+        refuses: the graph refuses to run for its sake.
+    """
+
+    block: Block
+    report: BlockReport
+    created: Sequence[Node]
+    refuses: bool
+
+
+def blocks_record(outcomes: Iterable[Outcome], left: Iterable[Node], deployment: Deployment) -> dict[str, Any]:
+    """The blocks of one graph that exchange tokens, in order, then the generic operators of what is no block."""
+    kinds: dict[str, int] = {}
+    written: list[dict[str, Any]] = []
+    indices: dict[Any, int] = {}
+    order: list[int] = []
+    refuses = ""
+    for outcome in outcomes:
+        if outcome.block.spec.ep_size == 1:
+            continue
+        key = (outcome.block.spec, outcome.report.comm, outcome.report.reason, outcome.refuses)
+        if key not in indices:
+            indices[key] = _add(kinds, written, _kind(outcome, deployment))
+        order.append(indices[key])
+        refuses = refuses or (outcome.report.reason if outcome.refuses else "")
+    order += [_add(kinds, written, _left(node)) for node in left if _exchanges(node)]
+    return {
+        "equal_tokens": deployment.equal_tokens,
+        "kinds": written,
+        "order": [[index, len(list(run))] for index, run in itertools.groupby(order)],
+        "refuses": refuses,
+    }
+
+
+def _add(kinds: dict[str, int], written: list[dict[str, Any]], kind: dict[str, Any]) -> int:
+    """The index of a kind, by what must be the same on every rank."""
+    text = json.dumps(kind["strict"], sort_keys=True)
+    if text not in kinds:
+        kinds[text] = len(written)
+        written.append(kind)
+    return kinds[text]
+
+
+def _kind(outcome: Outcome, deployment: Deployment) -> dict[str, Any]:
+    spec, report = outcome.block.spec, outcome.report
+    fields = {f.name: _plain(getattr(spec, f.name)) for f in dataclasses.fields(spec) if f.name not in OWN}
+    strict = {name: value for name, value in fields.items() if name not in TOLERATED}
+    told = {name: value for name, value in fields.items() if name in TOLERATED}
+    told |= {"name": report.name, "reason": report.reason, "collectives": _other_collectives(spec, deployment)}
+    if report.comm is not None:
+        form = report.verdicts[report.comm].form
+        strict["implementation"] = report.comm if form in ("", report.comm) else f"{report.comm} ({form})"
+        strict["exchange"] = [_operator(node) for node in outcome.created if communicates(node)]
+    else:
+        strict["implementation"] = "none: the graph refuses to run" if outcome.refuses else "none: left generic"
+        strict["exchange"] = []
+    if deployment.equal_tokens:
+        strict["T"] = spec.tokens if isinstance(spec.tokens, int) else report.enforced or "any"
+    return {"strict": strict, "told": told}
+
+
+def _left(node: Node) -> dict[str, Any]:
+    """A generic operator of what is no block: its numbers and words, of which groups' names are local."""
+    values = zip((a.name for a in node.target._schema.arguments), arguments(node), strict=True)  # type: ignore[union-attr]
+    strict = {name: v for name, v in values if isinstance(v, (bool, int, float, str)) and not name.endswith("_group")}
+    strict.pop("on_shared_rank", None)
+    return {"strict": {**strict, "exchange": [_operator(node)]}, "told": {"name": node.name}}
+
+
+def _exchanges(node: Node) -> bool:
+    """Whether a node is a generic operator that exchanges tokens with other ranks."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "moe_lowering":
+        return False
+    names = [argument.name for argument in target._schema.arguments]
+    return "ep_size" in names and arguments(node)[names.index("ep_size")] != 1
+
+
+def _other_collectives(spec: BlockSpec, deployment: Deployment) -> list[str]:
+    """Which of the deployment's groups other collectives of the graph use."""
+    names = ("ep_group", "mc2_group", "tp_group")
+    return [name for name in names if getattr(deployment, name) in spec.collective_groups]
+
+
+def communicates(node: Node) -> bool:
+    """Whether a node exchanges data with other ranks: a collective, or an operator that takes a communicator."""
+    return isinstance(node.target, torch._ops.OpOverload) and _takes_communicator(node.target)
+
+
+@functools.lru_cache(maxsize=256)
+def _takes_communicator(target: torch._ops.OpOverload) -> bool:
+    if target.namespace in ("_c10d_functional", "npu_define"):
+        return target._opname != "wait_tensor"
+    return any(
+        str(argument.type) in ("str", "Optional[str]") and ("group" in argument.name or "hcom" in argument.name)
+        for argument in target._schema.arguments
+    )
+
+
+def _operator(node: Node) -> str:
+    """Name and dtype of what is sent, e.g. ``_c10d_functional.all_gather_into_tensor bfloat16``."""
+    values: Iterator[Any] = (a.meta.get("val") for a in node.all_input_nodes)
+    sent = next((v for v in values if isinstance(v, torch.Tensor)), None)
+    name = str(node.target).removesuffix(".default")
+    return name if sent is None else f"{name} {_plain(sent.dtype)}"
+
+
+def _plain(value: Any) -> Any:
+    """As JSON holds it."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str)) else str(value)

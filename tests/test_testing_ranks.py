@@ -1,0 +1,86 @@
+"""``testing.Ranks``: one error that says what happened first, no process and no file left behind."""
+
+import os
+import signal
+import sys
+import tempfile
+import time
+
+import pytest
+
+from moe_lowering.testing import RankError, Ranks
+
+
+def own_rank(rank, data=b""):
+    return rank
+
+
+def fail(rank, how):
+    if how == "exit":
+        sys.exit(3)
+    if how == "nothing to say":
+        raise ValueError
+    if how == "cause":
+        raise ValueError("outer") from KeyError("inner")
+    if how == "abort":
+        os.kill(os.getpid(), signal.SIGABRT)
+    return lambda: how  # cannot be pickled
+
+
+def refuse_setup():
+    raise SystemExit
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where the pool makes its folder, and nothing else does."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("size", [0, 5_000_000], ids=["small", "larger than the pipe"])
+def test_a_rank_that_died_before_a_run_is_named_and_the_others_are_ended(folder, size):
+    ranks = Ranks(2)
+    assert ranks.run(own_rank) == [0, 1] and list(folder.iterdir())
+    ranks.kill(1)
+    ranks._processes[1].join(10)
+    start = time.monotonic()
+    with pytest.raises(RankError, match=r"^rank 1: process died, exit code -9 \(SIGKILL\)$"):
+        ranks.run(own_rank, b"x" * size, timeout=100)
+    assert time.monotonic() - start < 30
+    assert not any(process.is_alive() for process in ranks._processes)
+    assert list(folder.iterdir()) == []
+    with pytest.raises(RankError, match="the ranks were ended before: rank 1: process died"):
+        ranks.run(own_rank)
+    ranks.close()
+
+
+FIRST_LINES = {
+    "exit": "rank 0: SystemExit: 3",
+    "nothing to say": "rank 0: ValueError without a message in fail, test_testing_ranks.py:",
+    "cause": "rank 0: ValueError: outer; first cause: KeyError: 'inner'",
+    "abort": "rank 0: process died, exit code -6 (SIGABRT)",
+    "pickle": "rank 0: AttributeError: Can't pickle local object",
+}
+
+
+@pytest.mark.parametrize(("how", "said"), FIRST_LINES.items(), ids=FIRST_LINES)
+def test_the_first_line_says_what_happened(folder, how, said):
+    with Ranks(1) as ranks, pytest.raises(RankError) as failure:
+        ranks.run(fail, how)
+    assert str(failure.value).startswith(said)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_job_that_cannot_be_sent_leaves_the_ranks_as_they_are(folder):
+    with Ranks(1) as ranks:
+        with pytest.raises(Exception, match="pickle"):
+            ranks.run(lambda rank: rank)
+        assert ranks.run(own_rank) == [0]
+    assert list(folder.iterdir()) == []
+
+
+def test_a_rank_that_does_not_come_up_leaves_nothing(folder):
+    with pytest.raises(RankError, match="rank 0: SystemExit without a message in refuse_setup"):
+        Ranks(1, setup=refuse_setup)
+    assert list(folder.iterdir()) == []
