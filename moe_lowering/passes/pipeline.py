@@ -1,4 +1,4 @@
-"""The pass: raise, judge, choose, rewrite, verify, report, on one graph, in place, with one recompile.
+"""The pass: raise, judge, choose, rewrite, verify, report, on one graph and those inside of it, in place, with one recompile.
 
 Contract (npugraph_ex and torchair hooks): called as ``pass(gm, example_inputs, config)``; edits ``gm`` in place; the
 return value is ignored. Running it twice changes nothing the second time. It never makes a compile fail that would have
@@ -31,6 +31,7 @@ from moe_lowering.passes.choosing import Cost, Policy, PolicyError
 from moe_lowering.passes.costs import estimate
 from moe_lowering.passes.deciding import Decision, decide
 from moe_lowering.passes.emitting import Emitter, Recording, erase
+from moe_lowering.passes.foreign_moe import find_foreign
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.judging import Refusal, refusal
@@ -38,6 +39,7 @@ from moe_lowering.passes.naming import dimension_names, in_users_words
 from moe_lowering.passes.overlap import Target, overlap
 from moe_lowering.passes.raising import find_blocks, place
 from moe_lowering.passes.routing import emit_route, judge_route
+from moe_lowering.passes.subgraphs import Subgraph, find_subgraphs
 from moe_lowering.passes.token_ranges import TokenRange, request_guard
 from moe_lowering.passes.verifying import (
     VerificationError,
@@ -47,7 +49,7 @@ from moe_lowering.passes.verifying import (
     repropagate,
     same_value,
 )
-from moe_lowering.report.records import BlockReport, LoweringReport, NotCapturable
+from moe_lowering.report.records import BlockReport, ForeignMoe, LoweringReport, NotCapturable
 
 log = logging.getLogger(__name__)
 ASSERT_TOKENS = torch.ops.moe_lowering.assert_tokens.default
@@ -95,38 +97,47 @@ class MoeLowering:
 
     def __call__(self, gm: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
         start = time.perf_counter()
-        run = _Run(gm, self.deployment, self.policy)
         with _collector_paused():
+            run = _Run(gm, self.deployment, self.policy)
+            inner = [_Run(sub.gm, self.deployment, self.policy, sub) for sub in find_subgraphs(gm, self.deployment)]
+            runs = [run, *inner]
             blocks = run.lower()
             if self.overlap:
                 blocks = run.overlap(blocks, config)
-            if run.changed:
-                gm.graph.lint()
-                gm.recompile()
-            findings = run.not_capturable()
+            blocks += [block for each in inner for block in each.lower()]
+            for each in runs:
+                if each.changed:
+                    each.graph.lint()
+                    each.gm.recompile()
+            findings = [finding for each in runs for finding in each.not_capturable()]
+            foreign = [layer for each in runs for layer in each.foreign()]
         report = LoweringReport(
             blocks=tuple(blocks),
-            unrecognised=tuple((place(node), reason) for node, reason in run.left),
-            nodes_before=run.nodes_before,
-            nodes_after=len(gm.graph.nodes),
+            unrecognised=tuple((place(node), reason) for each in runs for node, reason in each.left),
+            nodes_before=sum(each.nodes_before for each in runs),
+            nodes_after=sum(len(each.graph.nodes) for each in runs),
             pass_ms=(time.perf_counter() - start) * 1e3,
             not_capturable=tuple(findings),
+            foreign=tuple(foreign),
         )
         self.reports.append(report)
         captured = is_captured(self.deployment, config)
         _log(report, captured)
         if self.strict:
-            _require_lowered(report, generic_nodes(gm.graph.nodes))
+            _require_lowered(report, [node for each in runs for node in generic_nodes(each.graph.nodes)])
             if captured:
                 _require_capturable(report)
-            repropagate(gm)
+            for each in runs:
+                repropagate(each.gm)
 
 
 class _Run:
     """One run over one graph: the caches of what equal blocks share, and the log of what was done."""
 
-    def __init__(self, gm: GraphModule, deployment: Deployment, policy: Policy) -> None:
+    def __init__(self, gm: GraphModule, deployment: Deployment, policy: Policy, inside: Subgraph | None = None) -> None:
+        self.gm = gm
         self.graph: Graph = gm.graph
+        self.inside = inside
         self.deployment = deployment
         self.policy = policy
         self.nodes_before = len(self.graph.nodes)
@@ -143,6 +154,15 @@ class _Run:
         self._shape_env: Any = None
 
     def lower(self) -> list[BlockReport]:
+        reports = self._lower()
+        if self.inside is None:
+            return reports
+        return [dataclasses.replace(report, notes=(*report.notes, str(self.inside))) for report in reports]
+
+    def _lower(self) -> list[BlockReport]:
+        if self.inside is not None and self.inside.refused:
+            self.left = [(node, self.inside.refused) for node in generic_nodes(self.graph.nodes)]
+            return []
         fake_mode = _fake_mode(self.graph)
         if fake_mode is None:  # not a graph of torch.compile
             reason = "the graph has no fake values (meta['val']): nothing can be proven"
@@ -260,6 +280,14 @@ class _Run:
             log.warning("moe_lowering: looking for what cannot be captured failed", exc_info=True)
             return []
 
+    def foreign(self) -> list[ForeignMoe]:
+        """MoE layers that are left in the graph and are not written with the generic operators."""
+        try:
+            return find_foreign(self.graph)
+        except Exception as error:  # as in _guarded; what could not be looked for is not taken to be absent
+            log.warning("moe_lowering: looking for other MoE layers failed", exc_info=True)
+            return [ForeignMoe("graph", "", (), "foreign.not_looked", _internal(error), "it may hold others")]
+
     def _check_limits(self, spec: BlockSpec, decision: Decision, emit: Emitter) -> None:
         """Every Ascend node against its limits, from its own arguments and not from the block's record."""
         judged = decision.judgement
@@ -366,7 +394,7 @@ def _name(target: Any) -> str:
 
 def _require_lowered(report: LoweringReport, remaining: list[Node]) -> None:
     lines = [f"{b.name}: {b.reason}" for b in report.blocks if b.comm is None]
-    lines += [f"{where}: {why}" for where, why in report.unrecognised]
+    lines += [f"{where}: {why}" for where, why in report.unlowered]
     if not lines:
         lines = [f"{node.name}: {_op_name(node)} is still in the graph" for node in remaining]
     if lines:
@@ -383,7 +411,7 @@ def _log(report: LoweringReport, captured: bool) -> None:
     for block in report.blocks:
         if block.comm is None:
             log.warning("moe_lowering: %s left as it was: %s", block.name, block.reason)
-    for where, why in report.unrecognised:
+    for where, why in report.unlowered:
         log.warning("moe_lowering: %s not recognised: %s", where, why)
     for finding in report.not_capturable:  # without captures it only says what an NPU would refuse
         log.log(logging.WARNING if captured else logging.INFO, "moe_lowering: cannot be captured: %s", finding)
