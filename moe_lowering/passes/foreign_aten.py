@@ -19,104 +19,32 @@ Cost: the graph's index by target; nothing is walked without a gathered or batch
 from __future__ import annotations
 
 import functools
-import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from moe_lowering.passes.foreign_operators import ROUTER, kind_of
-
-_STEPS = 400  # nodes that one walk may visit
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_VIEWS = _words(
-    "view _unsafe_view reshape permute transpose t expand unsqueeze squeeze clone contiguous alias detach _to_copy to "
-    "convert_element_type flatten unflatten _reshape_alias repeat lift_fresh_copy"
+from moe_lowering.passes.foreign_walks import (
+    BATCHED,
+    CHOICES,
+    MATMULS,
+    ONE_HOT,
+    POINTWISE,
+    PRODUCTS,
+    SPREADS,
+    VIEWS,
+    Walk,
+    calls,
+    depends,
+    is_activation,
+    name_of,
+    reached,
+    shape_of,
+    source_of,
 )
-_POINTWISE = _words(
-    "add sub mul div neg clamp clamp_min clamp_max minimum maximum rsub addcmul square where split split_with_sizes "
-    "unbind chunk slice select getitem cat chunk_cat npu_format_cast"
-)
-_ACTIVATIONS = ("silu", "swish", "glu", "gelu", "sigmoid", "relu", "tanh", "erf", "mish", "softplus", "pow", "elu")
-_MATMULS = _words("mm bmm addmm baddbmm matmul linear addbmm einsum _scaled_mm npu_bmmv2 addmv mv _int_mm")
-_BATCHED = ("bmm", "baddbmm")
-# What makes a matrix over experts from ids, and what is done to it before it weights or selects rows.
-_SPREADS = _VIEWS | _words(
-    "scatter scatter_add eq ne one_hot where mul add sum any bitwise_and logical_and bitwise_or logical_or "
-    "select slice gt ge lt getitem sigmoid masked_fill index_put select_scatter slice_scatter logical_not bitwise_not"
-)
-_CHOICES = _words("topk argmax sort argsort max")
-
-Walk = Callable[[Node], Any]  # a question about a node
-
-
-@functools.lru_cache(maxsize=4096)
-def _name_of(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.partition("::")[2]
-    return "getitem" if target is operator.getitem else ""
-
-
-def _name(node: Node) -> str:
-    return _name_of(node.target) if node.op == "call_function" else node.op
-
-
-def _is_activation(name: str) -> bool:
-    return any(word in name for word in _ACTIVATIONS) and "backward" not in name
-
-
-def _calls(graph: Graph, *names: str) -> Iterator[Node]:
-    for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
-        if op == "call_function" and nodes and _name_of(target) in names:
-            yield from nodes
-
-
-def _shape(node: Any) -> tuple[Any, ...] | None:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def _source(node: Any) -> Any:
-    """What a node is a view, a cast or a copy of."""
-    while isinstance(node, Node) and _name(node) in _VIEWS and node.args:
-        node = node.args[0]
-    return node
-
-
-def _reached(starts: list[Node], through: Walk, ends: Walk) -> Iterator[Node]:
-    """Readers of ``starts`` for which ``ends`` holds, through nodes for which ``through`` does."""
-    seen, pending = set(starts), list(starts)
-    while pending and len(seen) < _STEPS:
-        for user in pending.pop().users:
-            if user in seen:
-                continue
-            seen.add(user)
-            if ends(user):
-                yield user
-            if through(user):
-                pending.append(user)
-
-
-def _depends(starts: list[Node], through: Walk, ends: Walk) -> bool:
-    """Whether ``ends`` holds for one of the nodes that ``starts`` are computed from, through nodes with ``through``."""
-    seen, pending = set(starts), list(starts)
-    while pending and len(seen) < _STEPS:
-        node = pending.pop()
-        if ends(node):
-            return True
-        if through(node):
-            fresh = [source for source in node.all_input_nodes if source not in seen]
-            seen.update(fresh)
-            pending += fresh
-    return False
-
 
 # ------------------------------------------------------------------------------------------------------ gathered weights
 
@@ -124,26 +52,26 @@ def _depends(starts: list[Node], through: Walk, ends: Walk) -> bool:
 def gathered_weights(graph: Graph) -> list[Node]:
     """Gathers of stacked weights by the ids of experts."""
     by_ids: dict[Any, list[Node]] = defaultdict(list)
-    for node in _calls(graph, "index", "index_select"):
+    for node in calls(graph, "index", "index_select"):
         ids = _gathers_rows(node)
         if ids is not None:
-            by_ids[_source(ids)].append(node)
+            by_ids[source_of(ids)].append(node)
     found: set[Node] = set()
     for gathers in by_ids.values():
         if len(gathers) > 1:
             products = {gather: set(_products(gather)) for gather in gathers}
             for first, second in ((a, b) for a in gathers for b in gathers if a is not b):
-                if _activated_between(products[first], products[second]):
+                if _behind_activation(products[first], products[second]):
                     found |= {first, second}
     return list(found)
 
 
 def _gathers_rows(node: Node) -> Node | None:
     """The ids of a gather along the first axis of something with three axes or more; None of another one."""
-    shape = _shape(node.args[0])
+    shape = shape_of(node.args[0])
     if shape is not None and len(shape) < 3:
         return None
-    if _name(node) == "index_select":
+    if name_of(node) == "index_select":
         dim, ids = node.args[1:3]
         return ids if dim == 0 and isinstance(ids, Node) else None
     indices = node.args[1]
@@ -155,77 +83,79 @@ def _gathers_rows(node: Node) -> Node | None:
 
 def _products(weight: Node) -> Iterator[Node]:
     """Products that a weight goes into, also one that is written as mul and sum."""
-    scaled = _VIEWS | {"mul", "div", "sub", "add"}
-    return _reached(
-        [weight], lambda node: _name(node) in scaled, lambda node: _name(node) in _MATMULS or _name(node) == "sum"
+    through = VIEWS | POINTWISE
+    return reached(
+        [weight], lambda node: name_of(node) in through, lambda node: name_of(node) in MATMULS or name_of(node) == "sum"
     )
 
 
-def _activated_between(first: set[Node], second: set[Node]) -> bool:
-    """Whether a product among ``first`` goes through an activation into one among ``second``, and nothing but pointwise."""
-    plain = _VIEWS | _POINTWISE
-    activations = [
-        user for product in first
-        for user in _reached(
-            [product], lambda n: _name(n) in plain or _is_activation(_name(n)), lambda n: _is_activation(_name(n))
-        )
-    ]  # fmt: skip
-    onward: Walk = lambda n: n not in second and (_name(n) in plain or _is_activation(_name(n)))  # noqa: E731
-    return bool(activations) and any(_reached(activations, onward, second.__contains__))
+def _behind_activation(products: set[Node], among: Container[Node]) -> list[Node]:
+    """Nodes of ``among`` that one of ``products`` goes into through an activation, and nothing but pointwise operators."""
+
+    def onward(node: Node) -> bool:
+        return node not in among and _is_pointwise(node)
+
+    activations = list(reached(list(products), _is_pointwise, lambda n: is_activation(name_of(n))))
+    return list(reached(activations, onward, among.__contains__)) if activations else []
+
+
+def _is_pointwise(node: Node) -> bool:
+    name = name_of(node)
+    return name in VIEWS or name in POINTWISE or is_activation(name)
 
 
 # ------------------------------------------------------------------------------------------------------- stacked weights
 
 
 def stacked_weights(graph: Graph) -> list[Node]:
-    """Batched products with stored weights of experts, all of them at once."""
-    stored = [node for node in _calls(graph, *_BATCHED) if _rows_of(node) is not None]
-    if len(stored) < 2:
-        return []
+    """Products with stored weights of experts, all of them at once."""
+    stored = {node: experts for node in calls(graph, *PRODUCTS) if (experts := _experts_of(node))}
     found: set[Node] = set()
-    for first, second in ((a, b) for a in stored for b in stored if a is not b):
-        if _batch(first) == _batch(second) and _activated_between({first}, {second}) and _is_routed(first, second):
-            found |= {first, second}
+    for first, experts in stored.items():
+        for second in _behind_activation({first}, stored):
+            if experts & stored[second] and _is_routed(first, second):
+                found |= {first, second}
     return list(found)
 
 
-def _batch(product: Node) -> Any:
-    shape = _shape(product)
-    return None if shape is None else str(shape[0])
+def _experts_of(product: Node) -> set[Any]:
+    """How many matrices the stored weights of a product have; empty where it has none."""
+    return {_experts(node) for node in product.args[-2:] if isinstance(node, Node)} - {None}
 
 
-def _rows_of(product: Node) -> Node | None:
-    """The operand of a batched product that is not a stored weight; None where not exactly one of the two is."""
-    operands = product.args[-2:]
-    stored = [_is_stored(node) for node in operands]
-    if sum(stored) != 1:
+def _experts(operand: Node) -> Any:
+    """How many matrices a stored weight has: of three axes as it is stored, or as it is used; None of another node."""
+    source: Any = operand
+    while isinstance(source, Node) and name_of(source) in VIEWS and source.args:
+        if name_of(source) in ("expand", "repeat"):  # rows that are given to every expert
+            return None
+        source = source.args[0]
+    if not isinstance(source, Node) or source.op not in ("placeholder", "get_attr"):
         return None
-    rows = operands[0] if stored[1] else operands[1]
-    return rows if isinstance(rows, Node) else None
-
-
-def _is_stored(node: Any) -> bool:
-    source = _source(node)
-    return isinstance(source, Node) and source.op in ("placeholder", "get_attr") and len(_shape(source) or (0, 0)) > 1
+    stored, used = shape_of(source), shape_of(operand)
+    if stored is not None and len(stored) == 3:
+        return str(stored[0])
+    return str(used[0]) if used is not None and len(used) == 3 and stored is not None and len(stored) == 2 else None
 
 
 def _is_routed(first: Node, second: Node) -> bool:
-    rows = _rows_of(first)
-    weighted = _reached(
-        [second], lambda n: _name(n) in _VIEWS or _name(n) in ("add", "slice"), lambda n: _name(n) in ("mul", "bmm")
+    weighted = reached(
+        [second],
+        lambda n: name_of(n) in VIEWS or name_of(n) in ("add", "slice"),
+        lambda n: name_of(n) in ("mul", "bmm"),
     )
     weights = [source for product in weighted for source in product.all_input_nodes if source is not second]
-    return _depends([n for n in (rows, *weights) if n is not None], _is_local, _chooses)
+    return depends([*first.all_input_nodes, *weights], _is_local, _chooses)
 
 
 def _chooses(node: Node) -> bool:
-    return _name(node) in _CHOICES or (node.op == "call_function" and kind_of(node.target) == ROUTER)
+    return name_of(node) in CHOICES or (node.op == "call_function" and kind_of(node.target) == ROUTER)
 
 
 def _is_local(node: Node) -> bool:
     """Not a product with a weight: what is behind one belongs to another layer."""
-    name = _name(node)
-    return name not in _MATMULS or (name in _BATCHED and _rows_of(node) is None)
+    name = name_of(node)
+    return name not in MATMULS or (name in BATCHED and not _experts_of(node))
 
 
 # --------------------------------------------------------------------------------------------------- loops over experts
@@ -236,7 +166,7 @@ def expert_loops(graph: Graph) -> list[Node]:
     found: list[Node] = []
     for ids, experts in _chosen(graph):
         parts: dict[Any, Node] = {}
-        for node in _reached([ids], lambda n: _name(n) in _SPREADS, functools.partial(_part, ids=ids, experts=experts)):
+        for node in reached([ids], lambda n: name_of(n) in SPREADS, functools.partial(_part, ids=ids, experts=experts)):
             parts[_part(node, ids, experts)] = node
         telling = [node for node in parts.values() if _selects_rows(node)]
         if len(parts) > 1 and telling:
@@ -244,42 +174,55 @@ def expert_loops(graph: Graph) -> list[Node]:
     return found
 
 
+def stacked_results(graph: Graph) -> list[Node]:
+    """Where results of all experts are put together, to be weighted or picked by ids."""
+    found = []
+    for node in calls(graph, "cat", "stack"):
+        parts = node.args[0]
+        if isinstance(parts, (list, tuple)) and len(parts) > 1 and all(_is_product(part) for part in parts):
+            meets = reached([node], _is_view, lambda n: name_of(n) in ("mul", "bmm", "gather", "index", "index_select"))
+            others = [other for each in meets for other in each.all_input_nodes if source_of(other) is not node]
+            if depends(others, _is_local, _chooses):
+                found.append(node)
+    return found
+
+
 def _chosen(graph: Graph) -> Iterator[tuple[Node, Any]]:
     """(ids, number of what they were chosen from) of every top-k and the like."""
-    for node in _calls(graph, "topk", "max", "sort"):
-        shape, dim = _shape(node.args[0]), 0 if len(node.args) < 3 else node.args[2]
-        if _name(node) == "max":
+    for node in calls(graph, "topk", "max", "sort"):
+        shape, dim = shape_of(node.args[0]), 0 if len(node.args) < 3 else node.args[2]
+        if name_of(node) == "max":
             dim = node.args[1] if len(node.args) > 1 else None
-        elif _name(node) == "topk":
+        elif name_of(node) == "topk":
             dim = node.args[2] if len(node.args) > 2 else -1
         else:
             dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
         if shape and isinstance(dim, int):
-            yield from ((user, shape[dim]) for user in node.users if _name(user) == "getitem" and user.args[1] == 1)
-    for node in _calls(graph, "argmax", "argsort"):
-        shape, dim = _shape(node.args[0]), node.args[1] if len(node.args) > 1 else None
+            yield from ((user, shape[dim]) for user in node.users if name_of(user) == "getitem" and user.args[1] == 1)
+    for node in calls(graph, "argmax", "argsort"):
+        shape, dim = shape_of(node.args[0]), node.args[1] if len(node.args) > 1 else None
         if shape and isinstance(dim, int):
             yield node, shape[dim]
     for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
         if op == "call_function" and nodes and kind_of(target) == ROUTER:
             yield from (
-                (user, None) for n in nodes for user in n.users if _name(user) == "getitem" and user.args[1] == 1
+                (user, None) for n in nodes for user in n.users if name_of(user) == "getitem" and user.args[1] == 1
             )
 
 
 def _part(node: Node, ids: Node, experts: Any) -> Any:
     """Which expert's part of the ids a node takes; None of a node that takes none."""
-    name = _name(node)
+    name = name_of(node)
     if name in ("eq", "ne") and isinstance(node.args[1], (int, float)):
         return ("equal", node.args[1])
-    if name not in ("select", "slice") or _source(node.args[0]) is ids or len(node.args) < 3:
+    if name not in ("select", "slice") or source_of(node.args[0]) is ids or len(node.args) < 3:
         return None
-    shape, dim = _shape(node.args[0]), node.args[1]
-    if shape is None or not isinstance(dim, int) or not isinstance(node.args[2], int) or len(shape) < 2:
+    shape, dim = shape_of(node.args[0]), node.args[1]
+    if shape is None or not isinstance(dim, int) or not isinstance(node.args[2], int):
         return None
     if experts is not None and shape[dim] not in (experts, experts + 1):
         return None
-    taken = _shape(node)
+    taken = shape_of(node)
     return ("part", node.args[2]) if name == "select" or (taken is not None and taken[dim] == 1) else None
 
 
@@ -287,19 +230,20 @@ def _selects_rows(part: Node) -> bool:
     """Whether an expert's part weights rows of a product, or picks rows."""
 
     def ends(node: Node) -> bool:
-        name = _name(node)
-        if name in ("nonzero", "index_add", "masked_select"):
+        name = name_of(node)
+        if name in ("nonzero", "index_add", "masked_select", "_local_scalar_dense"):
             return True
         return name in ("mul", "where", "index") and any(_is_product(source) for source in node.all_input_nodes)
 
-    return any(_reached([part], lambda n: _name(n) in _SPREADS, ends))
+    return any(reached([part], lambda n: name_of(n) in SPREADS, ends))
 
 
-def _is_product(node: Node) -> bool:
-    source = _source(node)
-    if isinstance(source, Node) and _name(source) == "add":  # a bias
-        return any(_name(_source(each)) in _MATMULS for each in source.all_input_nodes)
-    return isinstance(source, Node) and _name(source) in _MATMULS
+def _is_product(node: Any) -> bool:
+    """A product, also with a bias added or weights on it."""
+    source = source_of(node)
+    if isinstance(source, Node) and name_of(source) in ("add", "mul"):
+        return any(name_of(source_of(each)) in MATMULS for each in source.all_input_nodes)
+    return isinstance(source, Node) and name_of(source) in MATMULS
 
 
 # --------------------------------------------------------------------------------------- routing that leaves the graph
@@ -312,28 +256,32 @@ def routing_alone(graph: Graph, is_ours: Walk) -> list[Node]:
         is_ours: whether a node belongs to a block, generic or lowered: ids that reach one are told by that block.
     """
     found: list[Node] = []
-    for ids, experts in _chosen(graph):
-        spreads = functools.partial(_counts, ids=ids, experts=experts)
-        starts = [node for node in _reached([ids], _is_view, spreads) if _leaves(node)]
-        if starts and not reaches(ids, is_ours):
-            found += starts
-    for ids in _integer_inputs(graph):  # the rest of a graph that broke behind the router
-        spreads = functools.partial(_counts, ids=ids, experts=None)
-        for node in _reached([ids], _is_view, spreads):
-            summed = _reached([node], lambda n: _is_view(n) or _name(n) == "sum", lambda n: _name(n) in ("gt", "ne"))
-            if any(_leaves(each) for each in summed) and not reaches(ids, is_ours):
-                found.append(node)
+    for ids, experts in [*_chosen(graph), *((ids, None) for ids in _integer_inputs(graph))]:
+        if not reaches(ids, is_ours):
+            spreads = functools.partial(_counts, ids=ids, experts=experts)
+            made = reached([ids], lambda n: _is_view(n) or name_of(n) in ONE_HOT, spreads)
+            found += [node for node in made if _leaves(node, _several(ids))]
     return found
 
 
+def _several(ids: Node) -> bool:
+    """Whether ids are the result of a top-k of more than one. One class out of many is any classifier's result."""
+    shape = shape_of(ids)
+    return bool(shape) and name_of(ids) == "getitem" and name_of(ids.args[0]) == "topk" and shape[-1] != 1  # type: ignore
+
+
 def _is_view(node: Node) -> bool:
-    return _name(node) in _VIEWS
+    return name_of(node) in VIEWS
 
 
-def _leaves(node: Node) -> bool:
-    """Whether it goes to ``nonzero`` or out of the graph, as it is, summed, or compared with a number."""
-    onward = _VIEWS | {"sum", "gt", "cumsum", "ne"}
-    return any(_reached([node], lambda n: _name(n) in onward, lambda n: n.op == "output" or _name(n) == "nonzero"))
+def _leaves(node: Node, several: bool) -> bool:
+    """Whether it goes to ``nonzero``, or out of the graph: as it is where ``several``, else as what has any token."""
+    summed = list(reached([node], lambda n: _is_view(n) or name_of(n) == "sum", lambda n: name_of(n) in ("gt", "ne")))
+    onward = VIEWS | {"sum", "gt", "cumsum", "ne"}
+    ends = reached([node], lambda n: name_of(n) in onward, lambda n: name_of(n) == "nonzero" or n.op == "output")
+    return any(several or name_of(end) == "nonzero" for end in ends) or any(
+        any(reached([each], _is_view, lambda n: n.op == "output")) for each in summed
+    )
 
 
 def _integer_inputs(graph: Graph) -> Iterator[Node]:
@@ -345,18 +293,17 @@ def _integer_inputs(graph: Graph) -> Iterator[Node]:
 
 def reaches(ids: Node, ends: Walk) -> bool:
     """Whether ids, however they are spread, mapped and cast, reach a node for which ``ends`` holds."""
-    mapped = _SPREADS | {"index", "gather", "embedding", "index_select", "remainder", "floor_divide"}
-    return any(_reached([ids], lambda n: _name(n) in mapped, ends))
+    mapped = SPREADS | {"index", "gather", "embedding", "index_select", "remainder", "floor_divide"}
+    return any(reached([ids], lambda n: name_of(n) in mapped, ends))
 
 
 def _counts(node: Node, ids: Node, experts: Any) -> bool:
     """Whether a node makes a matrix over the experts, or their counts, from ids."""
-    name = _name(node)
+    name, made, own = name_of(node), shape_of(node), shape_of(ids)
     if name in ("bincount", "histc"):
         return True
-    if name not in ("scatter", "one_hot", "eq"):
-        return False
-    made, own = _shape(node), _shape(ids)
-    if made is None or own is None or len(made) != len(own) + 1:
+    if name == "sum":
+        return experts is not None and made in ((experts,), (experts + 1,))
+    if name not in ONE_HOT or made is None or own is None or len(made) != len(own) + 1:
         return False
     return experts is None or made[-1] in (experts, experts + 1)

@@ -19,7 +19,14 @@ from torch.fx import Graph, Node
 
 from moe_lowering.passes import foreign_operators as operators
 from moe_lowering.passes.emitting import is_emitted
-from moe_lowering.passes.foreign_aten import expert_loops, gathered_weights, reaches, routing_alone, stacked_weights
+from moe_lowering.passes.foreign_aten import (
+    expert_loops,
+    gathered_weights,
+    reaches,
+    routing_alone,
+    stacked_results,
+    stacked_weights,
+)
 from moe_lowering.passes.raising import place
 from moe_lowering.passes.verifying import generic_nodes
 from moe_lowering.report.records import ForeignMoe
@@ -57,7 +64,7 @@ def find_foreign(graph: Graph) -> list[ForeignMoe]:
     for code, nodes in (
         ("foreign.gathered_weights", gathered_weights(graph)),
         ("foreign.stacked_weights", stacked_weights(graph)),
-        ("foreign.expert_loop", expert_loops(graph)),
+        ("foreign.expert_loop", expert_loops(graph) + stacked_results(graph)),
         ("foreign.routing_alone", routing_alone(graph, _is_ours)),
     ):
         for node in nodes:

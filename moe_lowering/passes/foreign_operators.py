@@ -31,7 +31,8 @@ _PHRASES = (
 # A router gives ids and weights; experts that take them are found by their own operators, or are generic ones.
 _ROUTERS = ("gating_top_k", "topk_softmax", "topk_sigmoid", "group_topk", "grouped_topk", "moe_update_expert")
 _ASCEND = ("npu", "_C_ascend", "atb", "custom", "moe_lowering")
-_HELPERS = frozenset({*GENERIC, "assert_tokens", "keep_alive"})
+# alltoall_experts is AllToAll with exact splits, which a model may call itself; capturing tells where it must not.
+_HELPERS = frozenset({*GENERIC, "assert_tokens", "keep_alive", "alltoall_experts"})
 
 # Names that look alike and are no MoE layer, or that never stand without one that is named above.
 NOT_MOE = {
