@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from moe_lowering.passes.emitting import is_emitted
 from moe_lowering.passes.foreign_operators import ROUTER, kind_of
 from moe_lowering.passes.foreign_walks import (
     BATCHED,
@@ -109,6 +110,8 @@ def _is_pointwise(node: Node) -> bool:
 
 def stacked_weights(graph: Graph) -> list[Node]:
     """Products with stored weights of experts, all of them at once."""
+    if not _has_choice(graph):
+        return []
     stored = {node: experts for node in calls(graph, *PRODUCTS) if (experts := _experts_of(node))}
     found: set[Node] = set()
     for first, experts in stored.items():
@@ -116,6 +119,13 @@ def stacked_weights(graph: Graph) -> list[Node]:
             if experts & stored[second] and _is_routed(first, second):
                 found |= {first, second}
     return list(found)
+
+
+def _has_choice(graph: Graph) -> bool:
+    return any(True for _ in calls(graph, *CHOICES)) or any(
+        op == "call_function" and nodes and kind_of(target) == ROUTER
+        for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items())
+    )
 
 
 def _experts_of(product: Node) -> set[Any]:
@@ -206,7 +216,11 @@ def _chosen(graph: Graph) -> Iterator[tuple[Node, Any]]:
     for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
         if op == "call_function" and nodes and kind_of(target) == ROUTER:
             yield from (
-                (user, None) for n in nodes for user in n.users if name_of(user) == "getitem" and user.args[1] == 1
+                (user, None)
+                for n in nodes
+                if not is_emitted(n)
+                for user in n.users
+                if name_of(user) == "getitem" and user.args[1] == 1
             )
 
 
