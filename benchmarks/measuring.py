@@ -14,7 +14,6 @@ from unittest import mock
 from torch.fx import Graph, GraphModule
 
 from moe_lowering import MoeLowering
-from moe_lowering.passes import pipeline
 
 STAGES = ("raise", "judge", "rewrite", "lint", "recompile")
 Times = dict[str, float]

@@ -17,7 +17,7 @@ from graph_data import Data
 from torch.fx import Graph, GraphModule, Node
 
 from moe_lowering import Deployment, MoeLowering
-from moe_lowering.passes import emitting, overlap, pipeline
+from moe_lowering.passes import emitting, graph_run, overlap
 
 M, aten = torch.ops.moe_lowering, torch.ops.aten
 ASSERT = M.assert_tokens.default
@@ -67,9 +67,9 @@ class Faults:
     PLACES: tuple[tuple[Any, str], ...] = (
         (Graph, "create_node"), (Graph, "erase_node"), (Graph, "inserting_before"), (Node, "replace_all_uses_with"),
         (Node, "_replace_input_with"), (Node, "_update_args_kwargs"), (Node, "prepend"), (emitting.Emitter, "_value"),
-        (pipeline, "same_value"), (pipeline, "call_violations"), (pipeline, "defined_before_readers"),
-        (pipeline, "decide"), (pipeline, "emit_route"), (pipeline, "request_guard"), (pipeline, "in_users_words"),
-        (pipeline, "BlockReport"), (Graph, "lint"), (GraphModule, "recompile"), (pipeline, "not_capturable"),
+        (graph_run, "same_value"), (graph_run, "call_violations"), (graph_run, "defined_before_readers"),
+        (graph_run, "decide"), (graph_run, "emit_route"), (graph_run, "request_guard"), (graph_run, "in_users_words"),
+        (graph_run, "BlockReport"), (Graph, "lint"), (GraphModule, "recompile"), (graph_run, "not_capturable"),
         (overlap, "_tensors"),
     )  # fmt: skip
 
@@ -119,12 +119,12 @@ class Remembering:
         self.known: dict[Any, Any] = {}
         self.recordings: dict[Any, Any] = {}
         self.routes: dict[Any, Any] = {}
-        self.last: pipeline._Run
+        self.last: graph_run.GraphRun
         self.meta_functions = meta_functions
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
-        memory, decide, init = self, pipeline.decide, pipeline._Run.__init__
+        memory, decide, init = self, graph_run.decide, graph_run.GraphRun.__init__
 
         def decided(spec: Any, *rest: Any) -> Any:
             if spec not in memory.known:
@@ -138,7 +138,7 @@ class Remembering:
             if not memory.meta_functions:
                 run._recordings = memory.recordings
 
-        with mock.patch.object(pipeline, "decide", decided), mock.patch.object(pipeline._Run, "__init__", begun):
+        with mock.patch.object(graph_run, "decide", decided), mock.patch.object(graph_run.GraphRun, "__init__", begun):
             yield
 
 

@@ -35,7 +35,7 @@ from torch.fx import node as node_module
 
 from moe_lowering import LoweringError, MoE, MoeLowering
 from moe_lowering.backends import ge_rewrites
-from moe_lowering.passes import edits, emitting, pipeline, verifying
+from moe_lowering.passes import edits, emitting, graph_run, verifying
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.testing import fake_deployment, lower_graph
 
@@ -247,13 +247,18 @@ class EveryN(InsideNpugraphEx):
     number, seen = 0, frozenset[str]()
 
     def __call__(self, gm: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
-        before, true, memory, faults = snapshot(gm.graph), pipeline.overlap, Remembering(False), Faults(0, Fault, False)
+        before, true, memory, faults = (
+            snapshot(gm.graph),
+            graph_run.overlap,
+            Remembering(False),
+            Faults(0, Fault, False),
+        )
 
         def planted(*arguments: Any) -> Any:
             with faults.planted():
                 return true(*arguments)
 
-        with quiet(), memory.on(), mock.patch.object(pipeline, "overlap", planted):
+        with quiet(), memory.on(), mock.patch.object(graph_run, "overlap", planted):
             while faults.raised or not self.number:
                 self.number += 1
                 error = Fault if self.number % 3 == 0 else ZeroDivisionError

@@ -8,7 +8,7 @@ from graph_build import build
 from graph_cases import BlockCase, GraphCase
 
 from moe_lowering import Deployment, MoeLowering
-from moe_lowering.passes import pipeline
+from moe_lowering.passes import graph_run
 from moe_lowering.passes.token_ranges import known_range
 from moe_lowering.passes.verifying import VerificationError, repropagate
 from moe_lowering.report.records import BlockReport
@@ -135,7 +135,7 @@ def test_a_rank_whose_rewrite_was_undone_does_not_run_beside_the_others(monkeypa
     def planted(*_: object) -> None:
         raise VerificationError("planted")
 
-    monkeypatch.setattr(pipeline, "same_value", planted)
+    monkeypatch.setattr(graph_run, "same_value", planted)
     op = torch.ops.moe_lowering.assert_tokens.default
     for equal in (True, False):
         where = DEPLOYMENT.replace(equal_tokens=equal, max_tokens=64)
@@ -153,7 +153,7 @@ def test_a_block_without_names_for_its_sizes_is_lowered_all_the_same(monkeypatch
     def planted(*_: object) -> None:
         raise KeyError("planted")
 
-    monkeypatch.setattr(pipeline, "in_users_words", planted)
+    monkeypatch.setattr(graph_run, "in_users_words", planted)
     report = lowered(CASE.replace(lead=(7,), sizes="dynamic", symbolic=(True,)), "allgather")
     assert report.comm == "allgather" and "npu.npu_grouped_matmul" in report.ops_after
 

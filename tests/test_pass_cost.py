@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule
 from torch.utils._pytree import tree_leaves
 
 from moe_lowering import MoeLowering
-from moe_lowering.passes import capturing, deciding, emitting, pipeline, raising
+from moe_lowering.passes import capturing, deciding, emitting, graph_run, raising
 from moe_lowering.passes.values import Template
 from moe_lowering.passes.verifying import repropagate
 
@@ -61,7 +61,7 @@ def lower(layers, comm="mc2", symbolic=False, watch=(), **shape):
 @SIZES
 @EVERY_COMM
 def test_equal_layers_are_judged_once(comm, symbolic):
-    watch = [(pipeline, "decide"), (deciding, "judge"), (pipeline, "judge_route"), (pipeline, "call_violations")]
+    watch = [(graph_run, "decide"), (deciding, "judge"), (graph_run, "judge_route"), (graph_run, "call_violations")]
     _, one, of_one = lower(1, comm, symbolic, watch)
     _, many, of_many = lower(6, comm, symbolic, watch)
     assert of_many == of_one
@@ -75,7 +75,7 @@ def test_layers_that_differ_are_judged_apart():
     last = gm.graph.find_nodes(op="call_function", target=torch.ops.moe_lowering.grouped_mlp.default)[-1]
     last.args = (*last.args[:7], "gelu", *last.args[8:])
     calls, lowering = Calls(), MoeLowering(DEPLOYMENT, "allgather")
-    with calls.of(pipeline, "decide"):
+    with calls.of(graph_run, "decide"):
         lowering(gm)
     assert calls.counts["decide"] == 2
     assert [b.ops_after.count("aten.gelu") for b in lowering.reports[0].blocks] == [0, 0, 1]
@@ -83,13 +83,13 @@ def test_layers_that_differ_are_judged_apart():
 
 @EVERY_COMM
 def test_one_lint_and_one_recompile(comm):
-    watch = [(GraphModule, "recompile"), (Graph, "lint"), (pipeline, "find_blocks")]
+    watch = [(GraphModule, "recompile"), (Graph, "lint"), (graph_run, "find_blocks")]
     _, _, counts = lower(5, comm, watch=watch)
     assert counts == {"recompile": 1, "lint": 1, "find_blocks": 1}
 
 
 def test_a_graph_without_blocks_is_left_alone():
-    watch = [(GraphModule, "recompile"), (Graph, "lint"), (raising, "scope_paths"), (pipeline, "decide")]
+    watch = [(GraphModule, "recompile"), (Graph, "lint"), (raising, "scope_paths"), (graph_run, "decide")]
     gm, report, counts = lower(5, "auto", watch=watch, blocks=False)
     assert not counts
     assert report.nodes_before == report.nodes_after == len(gm.graph.nodes)

@@ -184,15 +184,15 @@ def test_the_pass_is_idempotent():
 @pytest.mark.parametrize("broken", ["find_blocks", "decide", "request_guard", "lower_route"])
 def test_a_defect_of_the_pass_never_fails_the_compile(monkeypatch, broken):
     """Whatever goes wrong inside, the graph still computes the same, and the report says what happened."""
-    from moe_lowering.passes import pipeline
+    from moe_lowering.passes import graph_run
 
     def fail(*args, **kwargs):
         raise ZeroDivisionError("planted")
 
     if broken == "lower_route":
-        monkeypatch.setattr(pipeline, "judge_route", fail)
+        monkeypatch.setattr(graph_run, "judge_route", fail)
     else:
-        monkeypatch.setattr(pipeline, broken, fail)
+        monkeypatch.setattr(graph_run, broken, fail)
 
     def model(x, logits, w13, w2):
         weights, ids = route(logits, TOP_K)

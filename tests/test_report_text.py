@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from moe_lowering.limits import Violation
+from moe_lowering.report.naming import names
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
-from moe_lowering.report.text import WIDTH, names, render, unsaid
+from moe_lowering.report.text import WIDTH, render, unsaid
 
 OPS = ("moe_lowering.dispatch", "moe_lowering.grouped_mlp", "moe_lowering.combine")
 

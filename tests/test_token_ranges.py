@@ -10,7 +10,7 @@ from test_lowering import HIDDEN, Experts, compile_npugraph, compile_plain, rout
 
 from moe_lowering import Deployment, MoE, MoeLowering, lowering_backend, testing
 from moe_lowering.limits import Prover, Violation
-from moe_lowering.passes import judging, pipeline
+from moe_lowering.passes import graph_run, judging
 from moe_lowering.passes.token_ranges import TokenRange, widest
 
 FORBID = (("guards", "forbid"),)
@@ -202,15 +202,15 @@ def test_a_share_of_one_token_never_makes_a_constant_of_a_marked_dimension(token
 
 def test_a_block_whose_rewrite_was_undone_asks_for_no_guard_and_enforces_nothing(monkeypatch):
     """The next of equal blocks is still enforced: what the first one emitted is gone with it."""
-    real, calls = pipeline.same_value, []
+    real, calls = graph_run.same_value, []
 
     def fail_once(old, new):
         calls.append(new)
         if len(calls) == 1:
-            raise pipeline.VerificationError("planted")
+            raise graph_run.VerificationError("planted")
         return real(old, new)
 
-    monkeypatch.setattr(pipeline, "same_value", fail_once)
+    monkeypatch.setattr(graph_run, "same_value", fail_once)
     monkeypatch.setattr(judging, "check", with_limit(judging.check, 24))
     layers = torch.nn.Sequential(*(MoE(HIDDEN, 32, 8, 2) for _ in range(2)))
     lowered = testing.lower_graph(layers, torch.randn(8, HIDDEN), deployment=Deployment(), dynamic=True)

@@ -128,4 +128,4 @@ def _finish(gm: GraphModule, lowering: MoeLowering) -> None:
 
 def _why_left(report: LoweringReport) -> list[str]:
     left = [f"{block.name} was left: {block.reason}" for block in report.blocks if block.comm is None]
-    return left + [f"{where} was not recognised: {why}" for where, why in report.unrecognised]
+    return left + [f"{where} was not recognised: {why}" for where, why in report.unlowered]

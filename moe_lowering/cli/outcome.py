@@ -9,8 +9,9 @@ from typing import Any
 from moe_lowering.cli.arguments import Request
 from moe_lowering.cli.capture import Captured
 from moe_lowering.cli.compare import LOGITS_SNR_FLOOR, MAX_REROUTED, SNR_FLOOR, TOLERANCE, Errors
+from moe_lowering.report.naming import names
 from moe_lowering.report.records import BlockReport, LoweringReport
-from moe_lowering.report.text import names, render, row
+from moe_lowering.report.text import render, row
 
 
 @dataclasses.dataclass
@@ -49,7 +50,7 @@ class Outcome:
             for block in report.blocks:
                 if block.comm is None:
                     left.setdefault(_refusal(block), []).append(block.name)
-            found += [f"{place} is not lowered: {why}" for place, why in report.unrecognised]
+            found += [f"{place} is not lowered: {why}" for place, why in report.unlowered]
         found += [f"{names(list(dict.fromkeys(blocks)))} not lowered: {why}" for why, blocks in left.items()]
         if not found and not any(report.blocks for report in self.reports):
             found.append("no MoE block was found in the graph")
@@ -102,6 +103,7 @@ class Outcome:
             "nodes_after": traced.nodes_after if traced else None,
             "pass_ms": traced.pass_ms if traced else None,
             "not_capturable": [finding.to_json() for finding in traced.not_capturable] if traced else [],
+            "foreign": [layer.to_json() for layer in traced.foreign] if traced else [],
             "captured": self.captured[0].to_json() if self.captured else None,
             "detected": first.to_json()["detected"] if first else [],
         }
@@ -112,7 +114,7 @@ class Outcome:
         parts = [self._header()]
         shown: list[LoweringReport] = []
         for report in self.reports:
-            if any((report.blocks, report.not_capturable) == (o.blocks, o.not_capturable) for o in shown):
+            if any(_shown_alike(report, other) for other in shown):
                 continue
             shown.append(report)
             parts.append(render(report))
@@ -149,6 +151,10 @@ class Outcome:
             noise = f"{self.errors.snr:.1f} dB (logits), {self.errors.block_snr:.1f} dB (MoE blocks)"
             lines.append(row("signal to noise", f"{noise}; accepted: {LOGITS_SNR_FLOOR:g} and {SNR_FLOOR[quant]:g}"))
         return "\n".join(lines)
+
+
+def _shown_alike(a: LoweringReport, b: LoweringReport) -> bool:
+    return (a.blocks, a.not_capturable, a.unlowered) == (b.blocks, b.not_capturable, b.unlowered)
 
 
 def _refusal(block: BlockReport) -> str:

@@ -23,6 +23,9 @@ from moe_lowering.passes.values import Template
 aten = torch.ops.aten
 COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "seq_nr")
 
+# Nodes of the pass carry it in ``meta["custom"]``, which torch.export keeps when a program is saved.
+MARK = "moe_lowering"
+
 # For each node of one block's replacement, in emission order: what gives the value of the same node of an equal block.
 Recording = list[Callable[[Node], Any]]
 
@@ -64,7 +67,7 @@ class Emitter:
         node.args = args
         if kwargs:
             node.kwargs = kwargs
-        node.meta.update(self._origin_meta)
+        node.meta.update(self._origin_meta, custom={MARK: "emitted"})
         self.created.append(node)
         node.meta["val"] = self._value(node)
         return node
@@ -107,6 +110,11 @@ class Emitter:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with self._fake_mode:
             return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def is_emitted(node: Node) -> bool:
+    """Whether the pass made this node, in this run or in one before."""
+    return MARK in (node.meta.get("custom") or ())
 
 
 def _recorded(node: Node, value: Any) -> Callable[[Node], Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_lowering.deployment import Detected
 from moe_lowering.limits import Violation
+from moe_lowering.report.naming import names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,13 +168,47 @@ class NotCapturable:
 
 
 @dataclasses.dataclass(frozen=True)
+class ForeignMoe:
+    """An MoE layer that the pass cannot lower, since it is not written with the generic operators.
+
+    Attributes:
+        place: the module of the model, or the node's name.
+        line: the model's line, ``file:line in function: text``; "" when it is not known.
+        operators: (name, how often) of what it was known by, e.g. ``aten._grouped_mm``.
+        code: which form, ``foreign.*``.
+        reason: what was seen.
+        advice: what the user could change.
+    """
+
+    place: str
+    line: str
+    operators: tuple[tuple[str, int], ...]
+    code: str
+    reason: str
+    advice: str
+
+    @property
+    def why(self) -> str:
+        """All but place and line, in one sentence."""
+        seen = ", ".join(f"{count} x {name}" for name, count in self.operators)
+        return f"[{self.code}] {self.reason} ({seen}): {self.advice}"
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.why}" + (f"; at {self.line}" if self.line else "")
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class LoweringReport:
     """One run of the pass over one graph.
 
     Attributes:
         blocks: every MoE block that was recognised, in graph order.
         unrecognised: (place, why) of generic operators that are not part of a recognised block.
-        nodes_before, nodes_after: nodes of the whole graph.
+        foreign: MoE layers that are not written with the generic operators, one record per layer.
+        nodes_before, nodes_after: nodes of the whole graph, and of the graphs inside of it.
         pass_ms: wall time of the pass in milliseconds.
         not_capturable: what keeps the graph from being captured; empty where the deployment does not capture.
         detected: fields of the deployment that were found and not given, and where.
@@ -185,12 +220,14 @@ class LoweringReport:
     nodes_after: int
     pass_ms: float
     not_capturable: tuple[NotCapturable, ...] = ()
+    foreign: tuple[ForeignMoe, ...] = ()
     detected: tuple[Detected, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
             "blocks": [block.to_json() for block in self.blocks],
             "unrecognised": [list(place) for place in self.unrecognised],
+            "foreign": [layer.to_json() for layer in self.foreign],
             "nodes_before": self.nodes_before,
             "nodes_after": self.nodes_after,
             "pass_ms": self.pass_ms,
@@ -200,5 +237,16 @@ class LoweringReport:
 
     @property
     def fully_lowered(self) -> bool:
-        """Whether every generic operator of the graph was replaced."""
-        return not self.unrecognised and all(block.comm is not None for block in self.blocks)
+        """Whether every MoE layer of the graph that can be told was lowered. True of a graph without any."""
+        return not self.unlowered and all(block.comm is not None for block in self.blocks)
+
+    @property
+    def unlowered(self) -> list[tuple[str, str]]:
+        """(place, why) of all that is MoE and no recognised block; equal foreign layers once, with all their places."""
+        alike: dict[ForeignMoe, list[str]] = {}
+        for layer in self.foreign:
+            alike.setdefault(dataclasses.replace(layer, place=""), []).append(layer.place)
+        told = [
+            (names(places), layer.why + (f"; at {layer.line}" if layer.line else "")) for layer, places in alike.items()
+        ]
+        return [*self.unrecognised, *told]

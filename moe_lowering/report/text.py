@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from moe_lowering.limits import Violation
+from moe_lowering.report.naming import names
 from moe_lowering.report.records import BlockReport, LoweringReport, NotCapturable, Size, Sizes, Verdict, Window
 
 WIDTH = 100
 _LABEL = 18  # columns of the left column
 _INDENT = "  "
-_NUMBER = re.compile(r"(\d+)")
 _BOUND_CHECK = "moe_lowering.assert_tokens"
 SELF_EVIDENT = ("one of True", "one of False")  # limits of rules that the message puts in words
 
@@ -23,8 +22,8 @@ def render(report: LoweringReport) -> str:
     sources: list[str] = []
     parts = [_headline(report)]
     parts += [_render_blocks(blocks, sources) for blocks in _equal_blocks(report.blocks)]
-    if report.unrecognised:
-        lines = [row(place, why) for place, why in report.unrecognised]
+    if report.unlowered:
+        lines = [row(place, why) for place, why in report.unlowered]
         parts.append("\n".join(["not recognised as an MoE block:", *lines]))
     if report.not_capturable:
         lines = [_render_finding(finding) for finding in report.not_capturable]
@@ -36,30 +35,6 @@ def render(report: LoweringReport) -> str:
         lines = [row(f"source {number}", source) for number, source in enumerate(sources, 1)]
         parts.append("\n".join(["sources of the broken rules", *lines]))
     return "\n\n".join(parts)
-
-
-def names(block_names: Sequence[str]) -> str:
-    """Names that differ in one number as one name, e.g. ``model.layers.{3-60}.mlp.experts``; else joined by commas."""
-    pieces = [_NUMBER.split(name) for name in block_names]
-    first = pieces[0]
-    if len(block_names) == 1 or any(len(p) != len(first) for p in pieces):
-        return ", ".join(block_names)
-    varying = [i for i in range(len(first)) if any(p[i] != first[i] for p in pieces)]
-    if len(varying) != 1 or not all(p[varying[0]].isdigit() for p in pieces):
-        return ", ".join(block_names)
-    at = varying[0]
-    return "".join([*first[:at], "{" + _ranges(int(p[at]) for p in pieces) + "}", *first[at + 1 :]])
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """``0,2-5`` for 0, 2, 3, 4, 5."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _headline(report: LoweringReport) -> str:

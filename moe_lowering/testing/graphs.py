@@ -28,7 +28,8 @@ class Lowered:
     Attributes:
         gm: the graph module after the pass.
         report: what the pass did and why.
-        ops_before, ops_after: names of all operators of the graph in order, e.g. ``npu.npu_swiglu``.
+        ops_before, ops_after: names of all operators of the graph in order, e.g. ``npu.npu_swiglu``; those of graphs
+            inside of it follow, each once.
     """
 
     gm: GraphModule
@@ -150,7 +151,9 @@ def _root(error: BaseException) -> BaseException:
 def _operators(gm: GraphModule) -> tuple[str, ...]:
     return tuple(
         node.target._schema.name.replace("::", ".")
-        for node in gm.graph.nodes
+        for each in gm.modules()
+        if isinstance(each, GraphModule)
+        for node in each.graph.nodes
         if isinstance(node.target, torch._ops.OpOverload)
     )
 
@@ -173,7 +176,7 @@ def assert_lowered(
     if comm is not None:
         require_choice("assert_lowered", "comm", comm, tuple(IMPLEMENTATIONS))
     report = lowered.report
-    why = "; ".join([f"{b.name}: {b.reason}" for b in report.blocks] + [f"{w}: {r}" for w, r in report.unrecognised])
+    why = "; ".join([f"{b.name}: {b.reason}" for b in report.blocks] + [f"{w}: {r}" for w, r in report.unlowered])
     assert report.fully_lowered, f"not every block was lowered: {why}"
     assert report.blocks, "no MoE block was found in the graph"
     assert blocks is None or len(report.blocks) == blocks, f"{len(report.blocks)} blocks, expected {blocks}: {why}"
@@ -201,14 +204,14 @@ def assert_refused(lowered: Lowered, *, code: str, comm: str | None = None) -> N
     if comm is not None:
         require_choice("assert_refused", "comm", comm, tuple(IMPLEMENTATIONS))
     report = lowered.report
-    assert report.blocks or report.unrecognised or report.not_capturable, "no MoE block was found in the graph"
+    assert report.blocks or report.unlowered or report.not_capturable, "no MoE block was found in the graph"
     found = {
         (name, violation.code)
         for block in report.blocks
         for name, verdict in block.verdicts.items()
         for violation in verdict.violations
     }
-    found |= {("", why[1 : why.index("]")]) for _, why in report.unrecognised if why.startswith("[")}
+    found |= {("", why[1 : why.index("]")]) for _, why in report.unlowered if why.startswith("[")}
     found |= {("", finding.code) for finding in report.not_capturable}
     hits = [name for name, found_code in found if found_code == code and comm in (None, name)]
     assert hits, f"no {comm or 'implementation'} was refused with {code}; found {sorted(found)}"

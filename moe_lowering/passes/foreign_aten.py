@@ -1,0 +1,323 @@
+"""MoE layers that are written with torch's own operators: found by what they compute, not by a name.
+
+Contract. Reads the graph, never edits it. Each function returns the nodes by which one form is known, in no order. A form is
+told only where the graph shows that experts are chosen; so embeddings, attention (paged, with absorbed weights, with chosen
+keys), samplers, LoRA and block-diagonal layers are not taken for one:
+
+- gathered weights: two stacked weights are indexed by the same ids, and a product with one goes through an activation into
+  a product with the other. (LoRA has no activation there, chosen keys and values a softmax.)
+- stacked weights: two batched products with stored 3-D weights and an activation between, of rows that a routing has put
+  there or weighted. (Absorbed MLA weights have attention between them; other block-diagonal layers no routing.)
+- a loop over experts: ids, or a matrix made from them by scatter, one_hot or a comparison, are taken apart expert by
+  expert, and each part weights or selects rows of a product.
+- routing that leaves the graph: one_hot of the ids with the number of experts as its width, or counts of them, goes to
+  ``nonzero`` or out of the graph, which is what stays of a loop that dynamo could not trace.
+
+Cost: the graph's index by target; nothing is walked without a gathered or batched weight or the ids of a top-k.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Container, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from moe_lowering.passes.emitting import is_emitted
+from moe_lowering.passes.foreign_operators import ROUTER, kind_of
+from moe_lowering.passes.foreign_walks import (
+    BATCHED,
+    CHOICES,
+    MATMULS,
+    ONE_HOT,
+    POINTWISE,
+    PRODUCTS,
+    SPREADS,
+    VIEWS,
+    Walk,
+    calls,
+    depends,
+    is_activation,
+    name_of,
+    reached,
+    shape_of,
+    source_of,
+)
+
+# ------------------------------------------------------------------------------------------------------ gathered weights
+
+
+def gathered_weights(graph: Graph) -> list[Node]:
+    """Gathers of stacked weights by the ids of experts."""
+    by_ids: dict[Any, list[Node]] = defaultdict(list)
+    for node in calls(graph, "index", "index_select"):
+        ids = _gathers_rows(node)
+        if ids is not None:
+            by_ids[source_of(ids)].append(node)
+    found: set[Node] = set()
+    for gathers in by_ids.values():
+        if len(gathers) > 1:
+            products = {gather: set(_products(gather)) for gather in gathers}
+            for first, second in ((a, b) for a in gathers for b in gathers if a is not b):
+                if _behind_activation(products[first], products[second]):
+                    found |= {first, second}
+    return list(found)
+
+
+def _gathers_rows(node: Node) -> Node | None:
+    """The ids of a gather along the first axis of something with three axes or more; None of another one."""
+    shape = shape_of(node.args[0])
+    if shape is not None and len(shape) < 3:
+        return None
+    if name_of(node) == "index_select":
+        dim, ids = node.args[1:3]
+        return ids if dim == 0 and isinstance(ids, Node) else None
+    indices = node.args[1]
+    if not isinstance(indices, (list, tuple)) or len(indices) != 1 or not isinstance(indices[0], Node):
+        return None
+    value = indices[0].meta.get("val")
+    return None if isinstance(value, torch.Tensor) and value.dtype is torch.bool else indices[0]
+
+
+def _products(weight: Node) -> Iterator[Node]:
+    """Products that a weight goes into, also one that is written as mul and sum."""
+    through = VIEWS | POINTWISE
+    return reached(
+        [weight], lambda node: name_of(node) in through, lambda node: name_of(node) in MATMULS or name_of(node) == "sum"
+    )
+
+
+def _behind_activation(products: set[Node], among: Container[Node]) -> list[Node]:
+    """Nodes of ``among`` that one of ``products`` goes into through an activation, and nothing but pointwise operators."""
+
+    def onward(node: Node) -> bool:
+        return node not in among and _is_pointwise(node)
+
+    activations = list(reached(list(products), _is_pointwise, lambda n: is_activation(name_of(n))))
+    return list(reached(activations, onward, among.__contains__)) if activations else []
+
+
+def _is_pointwise(node: Node) -> bool:
+    name = name_of(node)
+    return name in VIEWS or name in POINTWISE or is_activation(name)
+
+
+# ------------------------------------------------------------------------------------------------------- stacked weights
+
+
+def stacked_weights(graph: Graph) -> list[Node]:
+    """Products with stored weights of experts, all of them at once."""
+    if not _has_choice(graph):
+        return []
+    stored = {node: experts for node in calls(graph, *PRODUCTS) if (experts := _experts_of(node))}
+    found: set[Node] = set()
+    for first, experts in stored.items():
+        for second in _behind_activation({first}, stored):
+            if experts & stored[second] and _is_routed(first, second):
+                found |= {first, second}
+    return list(found)
+
+
+def _has_choice(graph: Graph) -> bool:
+    return any(True for _ in calls(graph, *CHOICES)) or any(
+        op == "call_function" and nodes and kind_of(target) == ROUTER
+        for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items())
+    )
+
+
+def _experts_of(product: Node) -> set[Any]:
+    """How many matrices the stored weights of a product have; empty where it has none."""
+    return {_experts(node) for node in product.args[-2:] if isinstance(node, Node)} - {None}
+
+
+def _experts(operand: Node) -> Any:
+    """How many matrices a stored weight has: of three axes as it is stored, or as it is used; None of another node."""
+    source: Any = operand
+    while isinstance(source, Node) and name_of(source) in VIEWS and source.args:
+        if name_of(source) in ("expand", "repeat"):  # rows that are given to every expert
+            return None
+        source = source.args[0]
+    if not isinstance(source, Node) or source.op not in ("placeholder", "get_attr"):
+        return None
+    stored, used = shape_of(source), shape_of(operand)
+    if stored is not None and len(stored) == 3:
+        return str(stored[0])
+    return str(used[0]) if used is not None and len(used) == 3 and stored is not None and len(stored) == 2 else None
+
+
+def _is_routed(first: Node, second: Node) -> bool:
+    weighted = reached(
+        [second],
+        lambda n: name_of(n) in VIEWS or name_of(n) in ("add", "slice"),
+        lambda n: name_of(n) in ("mul", "bmm"),
+    )
+    weights = [source for product in weighted for source in product.all_input_nodes if source is not second]
+    return depends([*first.all_input_nodes, *weights], _is_local, _chooses)
+
+
+def _chooses(node: Node) -> bool:
+    return name_of(node) in CHOICES or (node.op == "call_function" and kind_of(node.target) == ROUTER)
+
+
+def _is_local(node: Node) -> bool:
+    """Not a product with a weight: what is behind one belongs to another layer."""
+    name = name_of(node)
+    return name not in MATMULS or (name in BATCHED and not _experts_of(node))
+
+
+# --------------------------------------------------------------------------------------------------- loops over experts
+
+
+def expert_loops(graph: Graph) -> list[Node]:
+    """Where ids are taken apart expert by expert."""
+    found: list[Node] = []
+    for ids, experts in _chosen(graph):
+        parts: dict[Any, Node] = {}
+        for node in reached([ids], lambda n: name_of(n) in SPREADS, functools.partial(_part, ids=ids, experts=experts)):
+            parts[_part(node, ids, experts)] = node
+        telling = [node for node in parts.values() if _selects_rows(node)]
+        if len(parts) > 1 and telling:
+            found += telling
+    return found
+
+
+def stacked_results(graph: Graph) -> list[Node]:
+    """Where results of all experts are put together, to be weighted or picked by ids."""
+    found = []
+    for node in calls(graph, "cat", "stack"):
+        parts = node.args[0]
+        if isinstance(parts, (list, tuple)) and len(parts) > 1 and all(_is_product(part) for part in parts):
+            meets = reached([node], _is_view, lambda n: name_of(n) in ("mul", "bmm", "gather", "index", "index_select"))
+            others = [other for each in meets for other in each.all_input_nodes if source_of(other) is not node]
+            if depends(others, _is_local, _chooses):
+                found.append(node)
+    return found
+
+
+def _chosen(graph: Graph) -> Iterator[tuple[Node, Any]]:
+    """(ids, number of what they were chosen from) of every top-k and the like."""
+    for node in calls(graph, "topk", "max", "sort"):
+        shape, dim = shape_of(node.args[0]), 0 if len(node.args) < 3 else node.args[2]
+        if name_of(node) == "max":
+            dim = node.args[1] if len(node.args) > 1 else None
+        elif name_of(node) == "topk":
+            dim = node.args[2] if len(node.args) > 2 else -1
+        else:
+            dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
+        if shape and isinstance(dim, int):
+            yield from ((user, shape[dim]) for user in node.users if name_of(user) == "getitem" and user.args[1] == 1)
+    for node in calls(graph, "argmax", "argsort"):
+        shape, dim = shape_of(node.args[0]), node.args[1] if len(node.args) > 1 else None
+        if shape and isinstance(dim, int):
+            yield node, shape[dim]
+    for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
+        if op == "call_function" and nodes and kind_of(target) == ROUTER:
+            yield from (
+                (user, None)
+                for n in nodes
+                if not is_emitted(n)
+                for user in n.users
+                if name_of(user) == "getitem" and user.args[1] == 1
+            )
+
+
+def _part(node: Node, ids: Node, experts: Any) -> Any:
+    """Which expert's part of the ids a node takes; None of a node that takes none."""
+    name = name_of(node)
+    if name in ("eq", "ne") and isinstance(node.args[1], (int, float)):
+        return ("equal", node.args[1])
+    if name not in ("select", "slice") or source_of(node.args[0]) is ids or len(node.args) < 3:
+        return None
+    shape, dim = shape_of(node.args[0]), node.args[1]
+    if shape is None or not isinstance(dim, int) or not isinstance(node.args[2], int):
+        return None
+    if experts is not None and shape[dim] not in (experts, experts + 1):
+        return None
+    taken = shape_of(node)
+    return ("part", node.args[2]) if name == "select" or (taken is not None and taken[dim] == 1) else None
+
+
+def _selects_rows(part: Node) -> bool:
+    """Whether an expert's part weights rows of a product, or picks rows."""
+
+    def ends(node: Node) -> bool:
+        name = name_of(node)
+        if name in ("nonzero", "index_add", "masked_select", "_local_scalar_dense"):
+            return True
+        return name in ("mul", "where", "index") and any(_is_product(source) for source in node.all_input_nodes)
+
+    return any(reached([part], lambda n: name_of(n) in SPREADS, ends))
+
+
+def _is_product(node: Any) -> bool:
+    """A product, also with a bias added or weights on it."""
+    source = source_of(node)
+    if isinstance(source, Node) and name_of(source) in ("add", "mul"):
+        return any(name_of(source_of(each)) in MATMULS for each in source.all_input_nodes)
+    return isinstance(source, Node) and name_of(source) in MATMULS
+
+
+# --------------------------------------------------------------------------------------- routing that leaves the graph
+
+
+def routing_alone(graph: Graph, is_ours: Walk) -> list[Node]:
+    """Where ids go to ``nonzero`` or out of the graph as a matrix over experts or as counts.
+
+    Args:
+        is_ours: whether a node belongs to a block, generic or lowered: ids that reach one are told by that block.
+    """
+    found: list[Node] = []
+    for ids, experts in [*_chosen(graph), *((ids, None) for ids in _integer_inputs(graph))]:
+        if not reaches(ids, is_ours):
+            spreads = functools.partial(_counts, ids=ids, experts=experts)
+            made = reached([ids], lambda n: _is_view(n) or name_of(n) in ONE_HOT, spreads)
+            found += [node for node in made if _leaves(node, _several(ids))]
+    return found
+
+
+def _several(ids: Node) -> bool:
+    """Whether ids are the result of a top-k of more than one. One class out of many is any classifier's result."""
+    shape = shape_of(ids)
+    return bool(shape) and name_of(ids) == "getitem" and name_of(ids.args[0]) == "topk" and shape[-1] != 1  # type: ignore
+
+
+def _is_view(node: Node) -> bool:
+    return name_of(node) in VIEWS
+
+
+def _leaves(node: Node, several: bool) -> bool:
+    """Whether it goes to ``nonzero``, or out of the graph: as it is where ``several``, else as what has any token."""
+    summed = list(reached([node], lambda n: _is_view(n) or name_of(n) == "sum", lambda n: name_of(n) in ("gt", "ne")))
+    onward = VIEWS | {"sum", "gt", "cumsum", "ne"}
+    ends = reached([node], lambda n: name_of(n) in onward, lambda n: name_of(n) == "nonzero" or n.op == "output")
+    return any(several or name_of(end) == "nonzero" for end in ends) or any(
+        any(reached([each], _is_view, lambda n: n.op == "output")) for each in summed
+    )
+
+
+def _integer_inputs(graph: Graph) -> Iterator[Node]:
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and value.dtype in (torch.int64, torch.int32):
+            yield node
+
+
+def reaches(ids: Node, ends: Walk) -> bool:
+    """Whether ids, however they are spread, mapped and cast, reach a node for which ``ends`` holds."""
+    mapped = SPREADS | {"index", "gather", "embedding", "index_select", "remainder", "floor_divide"}
+    return any(reached([ids], lambda n: name_of(n) in mapped, ends))
+
+
+def _counts(node: Node, ids: Node, experts: Any) -> bool:
+    """Whether a node makes a matrix over the experts, or their counts, from ids."""
+    name, made, own = name_of(node), shape_of(node), shape_of(ids)
+    if name in ("bincount", "histc"):
+        return True
+    if name == "sum":
+        return experts is not None and made in ((experts,), (experts + 1,))
+    if name not in ONE_HOT or made is None or own is None or len(made) != len(own) + 1:
+        return False
+    return experts is None or made[-1] in (experts, experts + 1)

@@ -1,0 +1,102 @@
+"""Walks through a graph by what operators do: views, pointwise operators, products, choices. Used to find foreign MoE layers."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+_STEPS = 400  # nodes that one walk may visit
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+VIEWS = _words(
+    "view _unsafe_view reshape permute transpose t expand unsqueeze squeeze clone contiguous alias detach _to_copy to "
+    "convert_element_type flatten unflatten _reshape_alias repeat lift_fresh_copy"
+)
+POINTWISE = _words(
+    "add sub mul div neg clamp clamp_min clamp_max minimum maximum rsub addcmul square where split split_with_sizes "
+    "unbind chunk slice select getitem cat chunk_cat npu_format_cast"
+)
+_ACTIVATIONS = ("silu", "swish", "glu", "gelu", "sigmoid", "relu", "tanh", "erf", "mish", "softplus", "pow", "elu")
+MATMULS = _words("mm bmm addmm baddbmm matmul linear addbmm einsum _scaled_mm npu_bmmv2 addmv mv _int_mm")
+BATCHED = ("bmm", "baddbmm")
+PRODUCTS = (*BATCHED, "mm", "addmm")
+# What makes a matrix over experts from ids, and what is done to it before it weights or selects rows.
+SPREADS = VIEWS | _words(
+    "scatter scatter_add eq ne one_hot where mul add sum any bitwise_and logical_and bitwise_or logical_or "
+    "select slice gt ge lt getitem sigmoid masked_fill index_put select_scatter slice_scatter logical_not bitwise_not "
+    "bincount histc cumsum"
+)
+ONE_HOT = _words("scatter one_hot eq")
+CHOICES = _words("topk argmax sort argsort max")
+
+Walk = Callable[[Node], Any]  # a question about a node
+
+
+@functools.lru_cache(maxsize=4096)
+def _target_name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.partition("::")[2]
+    return "getitem" if target is operator.getitem else ""
+
+
+def name_of(node: Node) -> str:
+    return _target_name(node.target) if node.op == "call_function" else node.op
+
+
+def is_activation(name: str) -> bool:
+    return any(word in name for word in _ACTIVATIONS) and "backward" not in name
+
+
+def calls(graph: Graph, *names: str) -> Iterator[Node]:
+    for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
+        if op == "call_function" and nodes and _target_name(target) in names:
+            yield from nodes
+
+
+def shape_of(node: Any) -> tuple[Any, ...] | None:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def source_of(node: Any) -> Any:
+    """What a node is a view, a cast or a copy of."""
+    while isinstance(node, Node) and name_of(node) in VIEWS and node.args:
+        node = node.args[0]
+    return node
+
+
+def reached(starts: list[Node], through: Walk, ends: Walk) -> Iterator[Node]:
+    """Readers of ``starts`` for which ``ends`` holds, through nodes for which ``through`` does."""
+    seen, pending = set(starts), list(starts)
+    while pending and len(seen) < _STEPS:
+        for user in pending.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if ends(user):
+                yield user
+            if through(user):
+                pending.append(user)
+
+
+def depends(starts: list[Node], through: Walk, ends: Walk) -> bool:
+    """Whether ``ends`` holds for one of the nodes that ``starts`` are computed from, through nodes with ``through``."""
+    seen, pending = set(starts), list(starts)
+    while pending and len(seen) < _STEPS:
+        node = pending.pop()
+        if ends(node):
+            return True
+        if through(node):
+            fresh = [source for source in node.all_input_nodes if source not in seen]
+            seen.update(fresh)
+            pending += fresh
+    return False

@@ -1,0 +1,393 @@
+"""One run of the pass over one graph: blocks are found, judged, rewritten, verified, and the edits can be taken back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import operator
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.limits import Violation
+from moe_lowering.passes.agreement_check import Outcome, blocks_record, emit_check, first_exchange, settings_record
+from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, size_key
+from moe_lowering.passes.capturing import may_be_captured, not_capturable
+from moe_lowering.passes.choosing import Policy, PolicyError
+from moe_lowering.passes.deciding import Decision, decide
+from moe_lowering.passes.edits import ModuleEdits
+from moe_lowering.passes.emitting import Emitter, Recording
+from moe_lowering.passes.foreign_moe import find_foreign
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.passes.implementations.tensor_parallel import share
+from moe_lowering.passes.judging import Refusal, refusal
+from moe_lowering.passes.naming import dimension_names, in_users_words
+from moe_lowering.passes.overlap import Target, overlap
+from moe_lowering.passes.raising import find_blocks
+from moe_lowering.passes.routing import emit_route, judge_route
+from moe_lowering.passes.subgraphs import Subgraph
+from moe_lowering.passes.token_ranges import TokenRange, request_guard
+from moe_lowering.passes.verifying import (
+    VerificationError,
+    call_violations,
+    defined_before_readers,
+    generic_nodes,
+    same_value,
+)
+from moe_lowering.report.records import BlockReport, ForeignMoe, NotCapturable
+
+if TYPE_CHECKING:
+    from moe_lowering.passes.pipeline import MoeLowering
+
+log = logging.getLogger(__name__)
+ASSERT_TOKENS = torch.ops.moe_lowering.assert_tokens.default
+
+
+class GraphRun:
+    """One run over one graph: the caches of what equal blocks share, and the log of what was done."""
+
+    def __init__(self, gm: GraphModule, deployment: Deployment, policy: Policy, inside: Subgraph | None = None) -> None:
+        self.gm = gm
+        self.graph: Graph = gm.graph
+        self.edits = ModuleEdits(gm)
+        self.inside = inside
+        self.deployment = deployment
+        self.policy = policy
+        self.nodes_before = len(self.graph.nodes)
+        self.changed = False
+        self._failed = False
+        self.left: list[tuple[Node, str]] = []
+        self._decisions: dict[BlockSpec, Decision] = {}
+        self._recordings: dict[tuple[Any, ...], Recording] = {}
+        self._routes: dict[RouteSpec, list[Violation]] = {}
+        self._enforced: set[Any] = set()
+        self._refused: list[tuple[Block, Refusal]] = []
+        self._lowered_routes: list[Node] = []
+        self._said: dict[tuple[BlockSpec, str], BlockReport] = {}
+        self._blocks: list[Block] = []
+        self._targets: dict[Node, Target] = {}  # by the erased combine
+        self._refusing: set[Node] = set()  # combines of blocks for whose sake the graph refuses to run
+        self._first_exchange: Node | None = None
+        self._shape_env: Any = None
+
+    def lower(self) -> list[BlockReport]:
+        reports = self._lower()
+        if self.inside is None:
+            return reports
+        return [dataclasses.replace(report, notes=(*report.notes, str(self.inside))) for report in reports]
+
+    def _lower(self) -> list[BlockReport]:
+        if self.inside is not None and self.inside.refused:
+            self.left = [(node, self.inside.refused) for node in generic_nodes(self.graph.nodes)]
+            return []
+        fake_mode = _fake_mode(self.graph)
+        if fake_mode is None:  # not a graph of torch.compile
+            reason = "the graph has no fake values (meta['val']): nothing can be proven"
+            self.left = [(node, reason) for node in generic_nodes(self.graph.nodes)]
+            return []
+        self.fake_mode, self._shape_env = fake_mode, fake_mode.shape_env
+        try:
+            blocks, routes, self.left = find_blocks(self.graph)
+        except Exception as error:  # as in _guarded: nothing was edited yet
+            say("moe_lowering: looking for blocks failed, the graph is left as it was")
+            self.left = [(node, _internal(error)) for node in generic_nodes(self.graph.nodes)]
+            return []
+        self._blocks = blocks
+        self._first_exchange = first_exchange(self.graph)
+        reports = [self._lower_or_leave(block) for block in blocks]
+        for route in routes:
+            if not _feeds_generic(route):
+                self._lower_route(route)
+        return reports
+
+    def _lower_or_leave(self, block: Block) -> BlockReport:
+        created: list[Node] = []  # what is in the steps within is known already
+        try:
+            with self.edits.step(created):
+                return self._lower_block(block)
+        except Exception as error:  # as in _guarded: here deciding failed, or reporting
+            self._targets.pop(block.combine, None)
+            say("moe_lowering: deciding failed, %s left as it was", block.name, trace=not self._failed)
+            self._failed = True  # equal blocks fail alike: one traceback is enough
+            before = tuple(operator_name(n) for n in block.stages)
+            return BlockReport(block.name, None, _internal(error), before, before, {})
+
+    def _lower_block(self, block: Block) -> BlockReport:
+        before = tuple(operator_name(n) for n in block.stages)
+        decision = self._decisions.get(block.spec)
+        if decision is None:
+            decision = self._decisions[block.spec] = decide(block.spec, self.deployment, self.policy)
+        comm, reason, after = decision.comm, decision.reason, before
+        refused = refusal(block.spec, self.deployment) if comm is not None else None
+        if refused is not None:
+            comm, reason = None, refused.reason
+            self._refuse_to_run(block, refused)
+        if comm is not None:
+            chosen = comm
+            done = self._guarded(lambda emit: self._rewrite(block, chosen, decision, emit), (chosen, block.spec))
+            if isinstance(done, str):
+                comm, reason = None, done
+                reason += self._refuse_if_ranks_differ(block)
+            else:
+                after = tuple(operator_name(n) for n in sorted(done) if n.target is not operator.getitem)
+                self._enforced.add((size_key(block.spec.tokens), decision.enforced))
+        report = BlockReport(
+            block.name, comm, reason, before, after, decision.judgement.verdicts, decision.notes,
+            enforced=str(decision.enforced or "") if comm is not None else "",
+            sizes=decision.sizes if comm is not None else None,
+        )  # fmt: skip
+        if not isinstance(block.spec.tokens, int):  # else T is a number, or the declared one, which is named T
+            said = self._said.get((block.spec, reason))
+            if said is None:
+                said = self._said[block.spec, reason] = _in_users_words(report, block.spec.tokens)
+            report = dataclasses.replace(said, name=block.name, ops_before=before, ops_after=after)
+        if decision.guard is not None and comm == decision.comm:  # last: a guard cannot be taken back
+            self._request_guard(block, decision.guard)
+        return report
+
+    def _guarded(self, rewrite: Callable[[Emitter], None], key: tuple[Any, ...]) -> list[Node] | str:
+        """Run one rewrite; the nodes it created, or why it was undone."""
+        assert self.fake_mode is not None  # lower() returns before
+        emit = Emitter(self.graph, self.fake_mode, self._recordings.get(key))
+        try:
+            with self.edits.step(emit.created):
+                rewrite(emit)
+        except Exception as error:  # a defect of ours must not fail the user's compile: undo this block, and say so
+            if not isinstance(error, VerificationError):
+                say("moe_lowering: rewriting failed, block left as it was")
+            return _undone(error)
+        self._recordings.setdefault(key, emit.recording)
+        self.changed = True
+        return emit.created
+
+    def _rewrite(self, block: Block, comm: str, decision: Decision, emit: Emitter) -> None:
+        first = (comm, block.spec) not in self._recordings
+        form = IMPLEMENTATIONS[comm].form(decision.judgement.form(comm), self.deployment)
+        replacement = form.emit(block, emit, self.deployment, decision.judgement.quantities)
+        same_value(block.combine, replacement.y)
+        if block.counts is not None:
+            assert replacement.counts is not None
+            same_value(block.counts, replacement.counts)
+            readers = [user for user in block.counts.users if user is not block.mlp]
+            defined_before_readers(readers, block.counts, replacement.counts)
+        if first:
+            self._check_limits(block.spec, decision, emit)
+        if decision.enforced is not None:
+            self._enforce(block, decision.enforced, emit)
+        self.edits.replace_uses(block.combine, replacement.y)
+        if block.counts is not None and replacement.counts is not None:
+            self.edits.replace_uses(block.counts, replacement.counts, but=block.mlp)
+        self.edits.erase(block.interior)
+        self.edits.take_name(replacement.y, block.combine)
+        if block.counts is not None and replacement.counts is not None:
+            self.edits.take_name(replacement.counts, block.counts)
+        self._targets[block.combine] = Target(comm, emit.created, replacement.y)
+
+    def check_agreement(self, reports: list[BlockReport], lowering: MoeLowering, timeout: float | str) -> None:
+        """After ``lower``: the graph compares with the other ranks' before its first exchange."""
+        x = self._first_exchange
+        if x is None:
+            return
+        try:
+            settings = settings_record(self.deployment, lowering, ep_group=True)
+            outcomes = [self._outcome(*each) for each in zip(self._blocks, reports, strict=True)]
+            blocks = blocks_record(outcomes, [node for node, _ in self.left], self.deployment)
+            created: list[Node] = []
+            with self.edits.step(created):
+                created.append(emit_check(self.graph, x, self.deployment.ep_group, timeout, settings, blocks))
+            self.changed = True
+        except Exception:  # as in _guarded: a defect of ours must not fail the user's compile
+            if lowering.strict:
+                raise
+            say("moe_lowering: the graph does not compare itself with the other ranks'")
+
+    def _outcome(self, block: Block, report: BlockReport) -> Outcome:
+        target = self._targets.get(block.combine)
+        created = [] if target is None else target.nodes
+        return Outcome(block, report, created, block.combine in self._refusing)
+
+    def overlap(self, reports: list[BlockReport], config: Any) -> list[BlockReport]:
+        """After ``lower``: shared experts to a side stream, and the reports with what came of it."""
+        targets = [self._targets.get(block.combine) for block in self._blocks]
+        found = iter(overlap(self.edits, [t for t in targets if t is not None], self.deployment, config))
+        return [
+            report if target is None else dataclasses.replace(report, notes=(*report.notes, next(found)))
+            for report, target in zip(reports, targets, strict=True)
+        ]
+
+    def finish(self, reports: list[BlockReport], agree: Callable[[list[BlockReport]], None]) -> list[BlockReport]:
+        """Lint and recompile. Where that fails all edits are undone, as which one it was is not known.
+
+        ``agree`` puts the comparison with the other ranks into the graph once more: they may have lowered theirs.
+        """
+        if not self.changed:
+            return reports
+        try:
+            self.edits.compile()
+            return reports
+        except Exception as error:  # as in _guarded
+            say("moe_lowering: the lowered graph is not sound, all of it left as it was")
+            return self._leave_all(reports, _undone(error), agree)
+
+    def _leave_all(
+        self, reports: list[BlockReport], reason: str, agree: Callable[[list[BlockReport]], None]
+    ) -> list[BlockReport]:
+        """Undo everything but what must not run beside other ranks; that raises where even this cannot be compiled."""
+        refused, self.changed = self._refused, False
+        self.edits.undo()
+        self._refused = []
+        for block, why in refused:
+            self._refuse_to_run(block, why)
+        left = [
+            dataclasses.replace(
+                report, comm=None, reason=reason + self._refuse_if_ranks_differ(block), ops_after=report.ops_before,
+                enforced="", sizes=None,
+            ) if report.comm is not None else report
+            for report, block in zip(reports, self._blocks, strict=True)
+        ]  # fmt: skip
+        self._targets.clear()
+        self.left += [(node, reason) for node in self._lowered_routes]
+        agree(left)
+        if self.changed:
+            self.edits.compile()
+        return left
+
+    def not_capturable(self) -> list[NotCapturable]:
+        """What keeps the graph as it is now from being captured; nothing where the deployment does not capture."""
+        if not may_be_captured(self.deployment):
+            return []
+        try:
+            return not_capturable(self.graph, self._shape_env, self.deployment)
+        except Exception:  # as in _guarded: looking must not fail a compile
+            say("moe_lowering: looking for what cannot be captured failed")
+            return []
+
+    def foreign(self) -> list[ForeignMoe]:
+        """MoE layers that are left in the graph and are not written with the generic operators."""
+        try:
+            return find_foreign(self.graph)
+        except Exception as error:  # as in _guarded; what could not be looked for is not taken to be absent
+            say("moe_lowering: looking for other MoE layers failed")
+            return [ForeignMoe("graph", "", (), "foreign.not_looked", _internal(error), "it may hold others")]
+
+    def _check_limits(self, spec: BlockSpec, decision: Decision, emit: Emitter) -> None:
+        """Every Ascend node against its limits, from its own arguments and not from the block's record."""
+        judged = decision.judgement
+        sizes = (share(spec.tokens, spec), share(judged.tokens, spec))
+        for node in emit.created:
+            violations = call_violations(node, self.deployment, judged.prover, sizes, judged.quantities["received"])
+            if violations:
+                raise VerificationError("; ".join(str(v) for v in violations))
+
+    def _enforce(self, block: Block, interval: TokenRange, emit: Emitter) -> None:
+        """The graph refuses to run outside of the range that its choice rests on, once per range of one T."""
+        if (size_key(block.spec.tokens), interval) not in self._enforced:
+            self._emit_assert(block, interval, emit, min(emit.created))
+
+    def _request_guard(self, block: Block, interval: TokenRange) -> None:
+        """After the block is rewritten, or left because no size nearby is legal; never for one that was undone."""
+        try:
+            request_guard(block.spec.tokens, interval)
+        except (
+            Exception
+        ):  # the graph itself refuses sizes outside of its range: without the guard it only recompiles less
+            say("moe_lowering: no guard on %s could be requested for %s", interval, block.name)
+
+    def _emit_assert(self, block: Block, interval: TokenRange, emit: Emitter, position: Node) -> None:
+        high = sys.maxsize if interval.high is None else interval.high
+        with emit.at(position, block.dispatch):
+            emit.call(ASSERT_TOKENS, block.x, interval.low, high)
+
+    def _refuse_to_run(self, block: Block, refused: Refusal) -> None:
+        """The others communicate as they decided, so this rank must not run its generic operators beside them."""
+        self._refused.append((block, refused))
+        self._refusing.add(block.combine)
+        args = (block.x, refused.low, refused.high)
+        if not any(user.target is ASSERT_TOKENS and user.args == args for user in block.x.users):
+            interval = TokenRange(refused.low, refused.high)
+            key = ("refuse", block.spec)
+            self._guarded(lambda emit: self._emit_assert(block, interval, emit, block.dispatch), key)
+
+    def _refuse_if_ranks_differ(self, block: Block) -> str:
+        """After an undone rewrite: what to add to the reason where ranks with another T may have succeeded."""
+        if self.deployment.ep_size == 1 or self.deployment.equal_tokens:
+            return ""
+        text = "; ranks with another T may have lowered it: the graph refuses to run"
+        self._refuse_to_run(block, Refusal(0, -1, text))
+        return text
+
+    def _lower_route(self, route: Route) -> None:
+        failure = self._guarded(lambda emit: self._rewrite_route(route, emit), (route.spec,))
+        if isinstance(failure, str):
+            self.left.append((route.node, failure))
+        else:
+            self._lowered_routes.append(route.node)
+
+    def _rewrite_route(self, route: Route, emit: Emitter) -> None:
+        violations = self._routes.get(route.spec)
+        if violations is None:
+            violations = self._routes[route.spec] = judge_route(route.spec, self.deployment)
+        weights, ids = emit_route(route, emit, use_gating=not violations)
+        for old, new in ((route.weights, weights), (route.ids, ids)):
+            if old is not None:
+                same_value(old, new)
+        replaced = [(old, new) for old, new in ((route.weights, weights), (route.ids, ids)) if old is not None]
+        for old, new in replaced:
+            self.edits.replace_uses(old, new)
+        self.edits.erase([route.node, *(old for old, _ in replaced)])
+        for old, new in replaced:
+            self.edits.take_name(new, old)
+
+
+def _feeds_generic(route: Route) -> bool:
+    """Whether the routing belongs to what was left as it was: then it stays too."""
+    readers = [user for item in (route.weights, route.ids) if item is not None for user in item.users]
+    return bool(generic_nodes(readers))
+
+
+def _in_users_words(report: BlockReport, tokens: Any) -> BlockReport:
+    """Names are for people: without them the block is lowered all the same."""
+    try:
+        return in_users_words(report, dimension_names(tokens))
+    except Exception:  # as in _guarded
+        say("moe_lowering: no names could be given to the sizes of %s", report.name)
+        return report
+
+
+def _fake_mode(graph: Graph) -> FakeTensorMode | None:
+    values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+    return torch._guards.detect_fake_mode(values)
+
+
+def _internal(error: Exception) -> str:
+    if isinstance(error, PolicyError):
+        return str(error)
+    return f"internal error, please report it: {type(error).__name__}: {error}"
+
+
+def _undone(error: Exception) -> str:
+    return f"rewrite undone: {type(error).__name__}: {error}"
+
+
+def operator_name(node: Node) -> str:
+    return _name(node.target)
+
+
+@functools.lru_cache(maxsize=1024)
+def _name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.replace("::", ".")
+    return getattr(target, "__name__", str(target))
+
+
+def say(text: str, *args: Any, trace: bool = True, level: int = logging.WARNING) -> None:
+    """Log; with the exception under way, unless ``trace`` is False."""
+    with contextlib.suppress(Exception):  # whoever listens must not fail the compile
+        log.log(level, text, *args, exc_info=trace)

@@ -1,0 +1,107 @@
+"""Graphs inside of a graph: which they are, who runs them, and whether their blocks may be lowered there.
+
+Contract. Reads only. A graph inside of another one is an attribute that is a GraphModule, however often it is called: each
+is returned once, whoever calls it, with those inside of it behind it. What calls it decides:
+
+- ``RUNS_ONCE`` runs it where it stands, on every rank: it is lowered as the outer graph is.
+- ``MAY_DIFFER`` runs it or not, or a number of times, as data or sizes say, which may differ between ranks. An exchange
+  that only some ranks come to hangs them all. (That of the generic operators as well: the model is at fault, and lowering
+  would not mend it.) It is lowered where nothing is exchanged, on one rank, and else left and told: ``subgraph.branch``.
+- any other operator may run it elsewhere, or compile it: left and told, ``subgraph.operator``.
+
+npugraph_ex and torchair of torch_npu 2.13 compile no graph that has one of these; the plain backend does.
+Source: torch 2.13, torch/_higher_order_ops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from moe_lowering.deployment import Deployment
+
+RUNS_ONCE = frozenset({
+    "invoke_subgraph", "wrap", "wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap_activation_checkpoint",
+    "tag_activation_checkpoint", "hints_wrapper", "strict_mode",
+})  # fmt: skip
+MAY_DIFFER = frozenset({"cond", "while_loop", "while_loop_stack_output", "map_impl", "scan"})
+CODES = {
+    "subgraph.branch": "whether and how often it runs may differ between ranks, and its exchanges would hang the others; "
+    "take the layer out of it",
+    "subgraph.operator": "it is not known how this operator runs its graph; take the layer out of it",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Subgraph:
+    """A graph inside of a graph.
+
+    Attributes:
+        name: the path of its attribute from the outermost graph.
+        operators: names of what calls it, in graph order, once per call.
+        refused: why nothing in it may be lowered, with its code; "" where blocks may be.
+    """
+
+    gm: GraphModule
+    name: str
+    operators: tuple[str, ...]
+    refused: str
+
+    def __str__(self) -> str:
+        called = f"{len(self.operators)} x {self.operators[0]}" if self.operators else "nobody calls it"
+        return f"inside {self.name} ({called})"
+
+
+def find_subgraphs(gm: GraphModule, deployment: Deployment) -> list[Subgraph]:
+    """All graphs inside of ``gm``, each once, an outer one before those inside of it."""
+    found: dict[GraphModule, Subgraph] = {}
+    pending = [Subgraph(gm, "", (), "")]
+    while pending:
+        outer = pending.pop(0)
+        for inner, name, operators in _inside(outer.gm):
+            path = f"{outer.name}.{name}" if outer.name else name
+            refused = outer.refused or _refused(operators, deployment)
+            before = found.get(inner)
+            if before is not None:
+                refused = before.refused or refused
+                path, operators = before.name, before.operators + operators
+            found[inner] = Subgraph(inner, path, operators, refused)
+            if before is None or before.refused != refused:
+                pending.append(found[inner])
+    return list(found.values())
+
+
+def _inside(gm: GraphModule) -> Iterator[tuple[GraphModule, str, tuple[str, ...]]]:
+    for op in ("get_attr", "call_module"):
+        for node in gm.graph.find_nodes(op=op):
+            inner = _attribute(gm, str(node.target))
+            if isinstance(inner, GraphModule):
+                callers = list(node.users) if op == "get_attr" else [node]
+                yield inner, str(node.target), tuple(_operator(caller) for caller in callers)
+
+
+def _attribute(gm: GraphModule, path: str) -> object:
+    found: object = gm
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _operator(node: Node) -> str:
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return str(node.target._name)
+    return node.op if node.op != "call_function" else str(node.target)
+
+
+def _refused(operators: tuple[str, ...], deployment: Deployment) -> str:
+    exchanges = deployment.ep_size > 1 or deployment.tp_size > 1
+    for name in operators:
+        if name in MAY_DIFFER:
+            if exchanges:
+                return f"[subgraph.branch] it is inside {name}: {CODES['subgraph.branch']}"
+        elif name not in RUNS_ONCE:
+            return f"[subgraph.operator] it is inside {name}: {CODES['subgraph.operator']}"
+    return ""
