@@ -14,6 +14,7 @@ from unittest import mock
 from torch.fx import Graph, GraphModule
 
 from moe_lowering import MoeLowering
+from moe_lowering.passes import graph_run
 
 STAGES = ("raise", "judge", "rewrite", "lint", "recompile")
 Times = dict[str, float]
@@ -42,9 +43,9 @@ class StageClock:
         """The pipeline's stages replaced by timed ones: a few calls per run, so the clock costs nothing."""
         with contextlib.ExitStack() as stack:
             for stage, place, name in (
-                ("raise", pipeline, "find_blocks"),
-                ("judge", pipeline, "decide"),
-                ("judge", pipeline, "judge_route"),
+                ("raise", graph_run, "find_blocks"),
+                ("judge", graph_run, "decide"),
+                ("judge", graph_run, "judge_route"),
                 ("lint", Graph, "lint"),
                 ("recompile", GraphModule, "recompile"),
             ):
