@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import graph_quantised
@@ -13,6 +14,7 @@ import reference
 import torch
 from graph_build import Built, build
 from graph_cases import BlockCase, GraphCase, PairCase
+from graph_runs import many_cases
 from torch import Tensor
 
 from moe_lowering import MoeLowering, simulator
@@ -253,3 +255,9 @@ def lower_and_run(rank: int, pair: PairCase) -> Result:
         results = [y.float().numpy().tobytes() for name, y in named if name.startswith("y")]
     untouched = any(comms) or before == str(built.gm.graph)
     return Result(comms, [block.reason for block in blocks], refused, wrong, untouched, results)
+
+
+def lower_and_run_all(rank: int, pairs: Sequence[PairCase]) -> list[Result]:
+    """Many cases in one job: a job for each costs more than some cases do."""
+    with many_cases():
+        return [lower_and_run(rank, pair) for pair in pairs]
