@@ -2,6 +2,9 @@
 
 import moe_lowering  # noqa: F401  # isort: skip
 import collections
+import functools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,30 @@ def ascend_stack():
     """torch_npu on this machine, with an NPU or without."""
     if not simulator.is_enabled():
         simulator.enable("A3")
+
+
+# What costs seconds: other processes, compiled graphs, models of transformers. A module that names one of these, or a helper
+# of the tests that does, is not fast.
+SLOW = re.compile(
+    r"\bRanks\b|subprocess|multiprocessing|torch\.compile|\.compile\(|transformers|cpp_extension|npugraph_ex_options"
+    r"|cli import compare"
+)
+TESTS = Path(__file__).parent
+
+
+@functools.cache
+def is_slow(module):
+    """Whether a module of the tests, or one of its helpers, names what costs seconds."""
+    text = (TESTS / f"{module}.py").read_text()
+    helpers = re.findall(r"^\s*(?:from|import) (\w+)", text, re.M)
+    return bool(SLOW.search(text)) or any(is_slow(name) for name in helpers if (TESTS / f"{name}.py").exists())
+
+
+def pytest_collection_modifyitems(items):
+    """``-m fast``: all tests but those of slow modules, so that a new file needs no entry anywhere."""
+    for item in items:
+        if not is_slow(item.path.stem):
+            item.add_marker(pytest.mark.fast)
 
 
 def pytest_terminal_summary(terminalreporter):

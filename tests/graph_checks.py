@@ -93,7 +93,8 @@ def narrows(guard: sympy.Basic, case: GraphCase) -> bool:
     named = [int(number) for number in guard.atoms(sympy.Integer)]
     sizes = sorted({low, high, *(size for size in (*SIZES, *named) if low <= size <= high)})
     symbols = sorted(guard.free_symbols, key=str)
-    points = (p for p in itertools.product(sizes, repeat=len(symbols)) if not bound or math.prod(p) <= bound)
+    static = math.prod(n for n, symbolic in zip(case.lead, case.symbolic, strict=True) if not symbolic)
+    points = (p for p in itertools.product(sizes, repeat=len(symbols)) if not bound or math.prod(p) * static <= bound)
     return not all(guard.subs(dict(zip(symbols, point, strict=True))) for point in points)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import graph_quantised
@@ -14,6 +15,7 @@ import torch
 from graph_build import Built, build
 from graph_cases import BlockCase, GraphCase, PairCase
 from graph_forms import given
+from graph_runs import many_cases
 from torch import Tensor
 
 from moe_lowering import MoeLowering, simulator
@@ -253,3 +255,9 @@ def lower_and_run(rank: int, pair: PairCase) -> Result:
     untouched = any(comms) or before == str(built.gm.graph)
     said = [block.reason for block in blocks] + [why for _, why in lowering.reports[-1].unrecognised]
     return Result(comms, said, refused, wrong, untouched, results)
+
+
+def lower_and_run_all(rank: int, pairs: Sequence[PairCase]) -> list[Result]:
+    """Many cases in one job: a job for each costs more than some cases do."""
+    with many_cases():
+        return [lower_and_run(rank, pair) for pair in pairs]

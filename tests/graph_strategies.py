@@ -1,4 +1,4 @@
-"""Hypothesis strategies for ``graph_cases``. Sizes lie around the limits of the tables, and inside them mostly.
+"""Strategies (``graph_draws``) for ``graph_cases``. Sizes lie around the limits of the tables, and inside them mostly.
 
 Most limits bind one implementation, and one broken limit is enough: of cases drawn freely AllGather is legal in many, MC2
 and FusedMC2 in one of a hundred. So a half of them are drawn with an aim, an implementation that is to be legal.
@@ -10,9 +10,9 @@ import dataclasses
 import math
 from typing import Any
 
+import graph_draws as st
 import torch
 from graph_cases import FOREIGN, FORMS, HARMLESS, SCOPES, BlockCase, GraphCase, PairCase, RouteCase
-from hypothesis import strategies as st
 
 from moe_lowering import Deployment
 from moe_lowering.custom_ops.grouped_mlp import ACTIVATIONS, CLAMPED
