@@ -57,6 +57,13 @@ def sets(elements: Strategy, *, max_size: int) -> Strategy:
     return lambda choices: {elements(choices) for _ in range(choices.below(max_size + 1))}
 
 
+def dictionaries(keys: Strategy, values: Strategy, *, min_size: int = 0, max_size: int) -> Strategy:
+    """A key that is drawn twice has the later value, so that there may be fewer than ``min_size``, and one at least."""
+    return lambda choices: {
+        keys(choices): values(choices) for _ in range(min_size + choices.below(max_size - min_size + 1))
+    }
+
+
 def composite(function: Callable[..., Any]) -> Callable[..., Strategy]:
     """``function(draw, ...)`` as a maker of strategies."""
 
