@@ -344,3 +344,12 @@ def _exit(b: Builder) -> None:
     import npugraph_ex  # noqa: F401
 
     b.call(torch.ops.npugraph_ex.scope_exit.default, value=())
+
+
+def text(graph: Graph) -> list[str]:
+    """A line for each node but the comparison with the other ranks, which is in front of blocks that were left, too."""
+    return [
+        f"{node.name} {node.target} {node.args} {node.kwargs}"
+        for node in graph.nodes
+        if node.target is not torch.ops.moe_lowering.assert_agreement.default
+    ]

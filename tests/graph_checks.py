@@ -8,7 +8,7 @@ import math
 
 import sympy
 import torch
-from graph_build import Built, build
+from graph_build import Built, build, text
 from graph_cases import FOREIGN, GraphCase
 from torch.fx import Graph, Node
 
@@ -45,10 +45,6 @@ class Lowered:
 
 def module_of(node: Node) -> str:
     return next(iter(node.meta.get("nn_module_stack") or {"": ""}))
-
-
-def text(graph: Graph) -> list[str]:
-    return [f"{node.name} {node.target} {node.args} {node.kwargs}" for node in graph.nodes]
 
 
 def by_module(graph: Graph) -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ from typing import Any
 import graph_quantised
 import reference
 import torch
-from graph_build import Built, build
+from graph_build import Built, build, text
 from graph_cases import BlockCase, GraphCase, PairCase
 from graph_forms import given
 from graph_runs import many_cases
@@ -239,7 +239,7 @@ def lower_and_run(rank: int, pair: PairCase) -> Result:
     """Lower a case for this rank and run it."""
     mine = place_on_rank(pair.case, rank).replace(lead=pair.compiled[rank])
     built, data = build(mine), Data(mine, pair.run[rank], rank)
-    before = str(built.gm.graph)
+    before = text(built.gm.graph)
     lowering = MoeLowering(mine.deployment, mine.comm, policy=mine.policy)
     lowering(built.gm)
     blocks = lowering.reports[-1].blocks
@@ -252,7 +252,7 @@ def lower_and_run(rank: int, pair: PairCase) -> Result:
         wrong = data.wrong(built, outputs)
         named = zip(built.outputs, outputs, strict=True)
         results = [y.float().numpy().tobytes() for name, y in named if name.startswith("y")]
-    untouched = any(comms) or before == str(built.gm.graph)
+    untouched = any(comms) or before == text(built.gm.graph)
     said = [block.reason for block in blocks] + [why for _, why in lowering.reports[-1].unrecognised]
     return Result(comms, said, refused, wrong, untouched, results)
 
