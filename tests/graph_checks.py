@@ -80,7 +80,7 @@ SIZES = (2, 3, 4, 5, 7, 8, 9, 16, 31, 64, 257, 512, 513, 4096, 2**24)
 def narrows(guard: sympy.Basic, case: GraphCase) -> bool:
     """Whether a guard excludes some T of the declared range; what torch_npu's meta functions add excludes none."""
     bound = case.deployment.max_tokens
-    tp = max(case.deployment.tp_size, *(dict(block.arguments).get("tp_size", 1) for block in case.blocks))
+    tp = max([case.deployment.tp_size, *(dict(block.arguments).get("tp_size", 1) for block in case.blocks)])
     low = 2
     if tp > 1 and case.sizes != "strict":  # torch's own, for a share of T that may be 1: else one more graph
         if math.prod(case.lead) <= tp or (isinstance(guard, sympy.Ne | sympy.Eq) and guard.rhs == 1):
