@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import collections
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from moe_lowering.agreement_records import SETTINGS_ABSENT, setting_differences
 from moe_lowering.agreement_rounds import AgreementError, group_session, session
+from moe_lowering.argument_checks import require_instance, require_seconds
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.agreement_check import settings_record
 from moe_lowering.passes.pipeline import MoeLowering
@@ -56,6 +56,10 @@ def check_agreement(
         AgreementError: when ranks differ, or one did not come within ``timeout``.
         RuntimeError: when there is neither a store nor a default process group.
     """
+    require_instance("check_agreement", "deployment", deployment, Deployment, "a moe_lowering.Deployment")
+    kinds = (MoeLowering, type(None))
+    require_instance("check_agreement", "lowering", lowering, kinds, "a moe_lowering.MoeLowering, or None")
+    require_seconds("check_agreement", "timeout", timeout)
     members, own, held = _all_ranks(store, ranks, rank)
     record = {
         **settings_record(deployment, lowering),
@@ -90,7 +94,7 @@ def agreement_before_first(
     Raises:
         ValueError: ``timeout`` is another word or no length of time; the deployment contradicts its process groups.
     """
-    _require_timeout(timeout)
+    require_seconds("MoeLowering", "agreement_timeout", timeout, "auto", None)
     if timeout is None or deployment.ep_size == 1:
         return None
 
@@ -109,14 +113,6 @@ def agreement_before_first(
         deployment.placed()  # after this rank has answered: the others need not wait for it
 
     return check
-
-
-def _require_timeout(timeout: Any) -> None:
-    if timeout is None or timeout == "auto":
-        return
-    number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
-    if not number or not math.isfinite(timeout) or timeout < 0:
-        raise ValueError(f"agreement_timeout is {timeout!r}; accepted: seconds (0 or more), 'auto', or None")
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list[str]:

@@ -31,6 +31,19 @@ def require_callable(where: str, name: str, value: Any, accepted: str) -> None:
         raise refuse(where, name, value, accepted)
 
 
+def require_integer(where: str, name: str, value: Any, low: int, high: int | None = None) -> None:
+    """``value`` is an int from ``low`` to ``high``, and no bool."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        raise refuse(where, name, value, f"an int, {low} or more" if high is None else f"an int from {low} to {high}")
+
+
+def require_number(where: str, name: str, value: Any) -> None:
+    """``value`` is a finite number, or None for the default."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if value is not None and not number:
+        raise refuse(where, name, value, "a finite number, or None")
+
+
 def require_choice(where: str, name: str, value: Any, choices: Sequence[str]) -> None:
     """``value`` is one of some words."""
     if not isinstance(value, str) or value not in choices:

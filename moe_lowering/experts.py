@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lowering.layers import MoE, moe_modules
+from moe_lowering.argument_checks import require_instance, require_integer
+from moe_lowering.layers import MoE, moe_modules, warn_of_other_implementations
 
 __all__ = ["list_experts", "log2phy_from_expert_maps"]
 
@@ -37,14 +38,14 @@ def log2phy_from_expert_maps(expert_maps: Sequence[Tensor], *, shared_expert_ran
         ValueError, TypeError: no map, maps of different sizes or of another dtype, a slot twice on a rank, a routed expert
             on a shared-expert rank, an expert that no rank has.
     """
+    kinds = "one map, an int32 or int64 tensor, for each EP rank"
+    require_instance("log2phy_from_expert_maps", "expert_maps", expert_maps, (list, tuple), kinds)
     if not expert_maps:
         raise ValueError("log2phy_from_expert_maps: expert_maps is empty; accepted: one map for each EP rank")
-    if not 0 <= shared_expert_ranks < len(expert_maps):
-        raise ValueError(
-            f"log2phy_from_expert_maps: shared_expert_ranks is {shared_expert_ranks} with {len(expert_maps)} maps; "
-            f"accepted: 0 to {len(expert_maps) - 1}"
-        )
+    most = len(expert_maps) - 1
+    require_integer("log2phy_from_expert_maps", "shared_expert_ranks", shared_expert_ranks, 0, most)
     for rank, each in enumerate(expert_maps):
+        require_instance("log2phy_from_expert_maps", f"expert_maps[{rank}]", each, Tensor, "an int32 or int64 tensor")
         if each.dim() != 1 or each.shape != expert_maps[0].shape or each.dtype not in (torch.int32, torch.int64):
             raise TypeError(
                 f"log2phy_from_expert_maps: expert_maps[{rank}] is {each.dtype} of shape {list(each.shape)}; accepted: "
@@ -56,8 +57,13 @@ def log2phy_from_expert_maps(expert_maps: Sequence[Tensor], *, shared_expert_ran
     for rank, of_rank in enumerate(slots):
         taken: dict[int, int] = {}
         for expert, slot in enumerate(of_rank):
-            if slot < 0:
+            if slot == -1:
                 continue
+            if slot < 0:
+                raise ValueError(
+                    f"log2phy_from_expert_maps: expert_maps[{rank}] has {slot} for expert {expert}; accepted: a slot, 0 or "
+                    "more, or -1 for an expert that is not on the rank"
+                )
             if rank < shared_expert_ranks:
                 raise ValueError(
                     f"log2phy_from_expert_maps: expert_maps[{rank}] has slot {slot} for expert {expert}, and rank {rank} "
@@ -94,7 +100,8 @@ def list_experts(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: ``model`` has no MoE module.
     """
-    for _, module in moe_modules("list_experts", model):
+    found = moe_modules("list_experts", model)
+    for _, module in found:
         known: Any = module
         own = isinstance(module, MoE)
         turned = not own and not known.is_transposed
@@ -103,6 +110,7 @@ def list_experts(model: nn.Module) -> nn.Module:
                 _to_list(module, name + suffix, transpose=turned and not suffix)
         if not own:
             known.is_transposed = True
+    warn_of_other_implementations("list_experts", found)
     return model
 
 

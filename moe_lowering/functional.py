@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from moe_lowering import custom_ops as _custom_ops  # registers the operators
+from moe_lowering.argument_checks import refuse, require_choice, require_instance, require_integer
+from moe_lowering.custom_ops.grouped_mlp import ACTIVATIONS
+from moe_lowering.custom_ops.quantised import FORMATS
 from moe_lowering.deployment import Deployment
 from moe_lowering.groups import Claim, own_ranks
 
@@ -63,6 +66,7 @@ def route(
     Raises:
         ValueError, TypeError: an argument out of range, with its value and what is accepted.
     """
+    require_instance("route", "logits", logits, Tensor, "a tensor [..., E] of float32, float16 or bfloat16")
     factor = 1.0 if scale is None else scale
     return _ops.route.default(logits, bias, top_k, scoring, renormalize, num_groups, topk_groups, group_score, factor)
 
@@ -190,6 +194,9 @@ def moe_experts(
             process group (another rank's).
         RuntimeError: a rank receives more rows than ``deployment.max_rows`` (CPU only).
     """
+    _check_kinds(x, weights, ids, w13, w2, deployment)
+    require_choice("moe_experts", "activation", activation, ACTIVATIONS)
+    require_choice("moe_experts", "quantisation", quantisation, FORMATS)
     place = _SINGLE_RANK if deployment is None else deployment
     if place.ep_size > 1:
         _check_places(place.places)
@@ -199,7 +206,7 @@ def moe_experts(
         num_experts = _all_experts(w13, place)
     if expert_map is not None:  # index: a constant for dynamo also where E is a dynamic size of w13
         _check_map(expert_map, operator.index(num_experts), place)
-    weights, ids = weights.to(torch.float32), ids.to(torch.int32)
+    weights, ids = weights.to(torch.float32), _as_int32(ids)
     if log2phy is not None:
         ids = _physical(ids, log2phy)
     if apply_router_weight_on_input:
@@ -240,6 +247,10 @@ def check_expert_map(expert_map: Tensor, num_experts: int, deployment: Deploymen
         ValueError: ``expert_map`` is not 0 to E_local - 1 for experts [ep_rank * E_local, (ep_rank + 1) * E_local); with
             shared-expert ranks, routed experts begin at the first rank after them, which then counts as rank 0.
     """
+    require_instance("check_expert_map", "expert_map", expert_map, Tensor, "an int32 or int64 tensor [num_experts]")
+    require_integer("check_expert_map", "num_experts", num_experts, 1)
+    if deployment is not None:
+        require_instance("check_expert_map", "deployment", deployment, Deployment, "a moe_lowering.Deployment, or None")
     _check_map(expert_map, num_experts, _SINGLE_RANK if deployment is None else deployment.placed())
 
 
@@ -287,6 +298,31 @@ def _all_experts(w13: list[Tensor], place: Deployment) -> int:
         )
     local = w13[0].shape[0] if len(w13) == 1 and w13[0].dim() == 3 else len(w13)
     return local * place.ep_size
+
+
+def _check_kinds(x: Any, weights: Any, ids: Any, w13: Any, w2: Any, deployment: Any) -> None:
+    for name, value in (("x", x), ("weights", weights), ("ids", ids)):
+        require_instance("moe_experts", name, value, Tensor, "a tensor")
+    for name, value in (("w13", w13), ("w2", w2)):
+        several = isinstance(value, (Sequence, nn.ParameterList))
+        if not isinstance(value, Tensor) and not (several and all(isinstance(each, Tensor) for each in value)):
+            raise refuse("moe_experts", name, value, "a tensor of all experts, or a sequence of one for each")
+    if deployment is not None:
+        require_instance("moe_experts", "deployment", deployment, Deployment, "a moe_lowering.Deployment, or None")
+
+
+def _as_int32(ids: Tensor) -> Tensor:
+    """Ids as the operators take them. Outside of a graph no id is cut to one that there is: 2**32 would be expert 0."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"moe_experts: ids is {ids.dtype}; accepted: int32, int64")
+    cast = ids.to(torch.int32)
+    if ids.dtype == torch.int64 and not torch.compiler.is_compiling() and ids.device.type == "cpu":
+        readable = not isinstance(ids, FakeTensor)
+        if readable and not torch.equal(cast.long(), ids):
+            raise ValueError(
+                f"moe_experts: ids has {int(ids[cast != ids].flatten()[0])}, which is no int32; accepted: 0 to num_experts - 1"
+            )
+    return cast
 
 
 def _check_tokens(x: Tensor, pertoken_scale: Tensor | None, quantisation: str, out_dtype: torch.dtype | None) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_lowering.argument_checks import require_choice, require_instance, require_integer, require_number
+from moe_lowering.custom_ops.grouped_mlp import ACTIVATIONS
+from moe_lowering.custom_ops.route import GROUP_SCORES, SCORINGS
 from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts, route
 
 __all__ = ["MoE", "shard_experts"]
+
+EXPERTS_IMPLEMENTATION = "moe_lowering"  # this package's name among transformers' experts implementations
 
 
 class MoE(nn.Module):
@@ -71,6 +78,21 @@ class MoE(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        for name, size in (
+            ("hidden_size", hidden_size),
+            ("intermediate_size", intermediate_size),
+            ("num_experts", num_experts),
+        ):
+            require_integer("MoE", name, size, 1)
+        require_integer("MoE", "top_k", top_k, 1, num_experts)
+        require_integer("MoE", "shared_experts", shared_experts, 0)
+        for name, number in (("scale", scale), ("limit", limit), ("alpha", alpha)):
+            require_number("MoE", name, number)
+        words = (("scoring", scoring, SCORINGS), ("group_score", group_score, GROUP_SCORES))
+        for name, word, accepted in (*words, ("activation", activation, ACTIVATIONS)):
+            require_choice("MoE", name, word, accepted)
+        kinds = (Deployment, type(None))
+        require_instance("MoE", "deployment", deployment, kinds, "a moe_lowering.Deployment, or None")
         self.num_experts, self.top_k = num_experts, top_k
         self.scoring, self.renormalize = scoring, renormalize
         self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score
@@ -99,7 +121,26 @@ class MoE(nn.Module):
                     self.register_parameter(f"{prefix}{name}_{beside}", None)
         zeros = torch.zeros(num_experts, dtype=torch.float32, device=device) if selection_bias else None
         self.register_buffer("selection_bias", zeros)
+        self._check_words()
         self.reset_parameters()
+
+    def _check_words(self) -> None:
+        """What the operators refuse of the router's and the experts' arguments they refuse here, before the first call."""
+        scale, limit, alpha = self._factors
+        logits = torch.empty(1, self.num_experts, device="meta")
+        route(
+            logits,
+            self.top_k,
+            scoring=self.scoring,
+            num_groups=self.num_groups,
+            topk_groups=self.topk_groups,
+            group_score=self.group_score,
+            scale=scale,
+        )
+        x, w13, w2 = (torch.empty(shape, device="meta") for shape in ((1, 8), (1, 8, 16), (1, 8, 8)))
+        weights, ids = x[:, :1], torch.zeros(1, 1, dtype=torch.int32, device="meta")
+        gate, interleaved = self.activation, self.interleaved
+        moe_experts(x, weights, ids, w13, w2, activation=gate, limit=limit, alpha=alpha, interleaved=interleaved)
 
     def reset_parameters(self) -> None:
         """Normal weights of standard deviation 1 / sqrt(inputs), zero biases."""
@@ -180,6 +221,7 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
             as it was then.
     """
     found = moe_modules("shard_experts", model)
+    require_instance("shard_experts", "deployment", deployment, Deployment, "a moe_lowering.Deployment")
     deployment = deployment.placed()
     deployment.own_rank("ep")
     for name, module in found:  # first all checks, so that an error leaves the model as it was
@@ -197,11 +239,13 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
     for _, module in found:
         if _deployment_of(module) is None:
             _shard(module, deployment)
+    warn_of_other_implementations("shard_experts", found)
     return model
 
 
 def moe_modules(what: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of every ``MoE`` and every experts module of transformers; a ValueError when there is none."""
+    require_instance(what, "model", model, nn.Module, "a torch.nn.Module")
     modules = list(model.named_modules())
     found = [(name, module) for name, module in modules if isinstance(module, MoE) or is_experts_module(module)]
     if not found:
@@ -211,6 +255,23 @@ def moe_modules(what: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
             "is_concatenated)"
         )
     return found
+
+
+def warn_of_other_implementations(what: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
+    """Say so where transformers' modules are not computed by this package, which alone can read what they now hold."""
+    others: dict[str, list[str]] = {}
+    for name, module in modules:
+        chosen = getattr(getattr(module, "config", None), "_experts_implementation", EXPERTS_IMPLEMENTATION)
+        if chosen != EXPERTS_IMPLEMENTATION:
+            others.setdefault(str(chosen), []).append(name or type(module).__name__)
+    for chosen, names in others.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(
+            f"{what}: {names[0]}{more} is computed by the experts implementation {chosen!r}, which does not read experts "
+            f"as they are now and is not lowered; call model.set_experts_implementation({EXPERTS_IMPLEMENTATION!r}) "
+            "(moe_lowering.integrations.transformers.register() first)",
+            stacklevel=3,
+        )
 
 
 def refuse_lists(what: str, module: nn.Module) -> None:

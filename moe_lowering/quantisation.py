@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_lowering.argument_checks import require_choice
 from moe_lowering.custom_ops import quantised as formats
 from moe_lowering.custom_ops.quantised import PER_INT32, dequantise_weight, float_scale, quantise_rows, unpack_int4
-from moe_lowering.layers import MoE, moe_modules, refuse_lists
+from moe_lowering.layers import MoE, moe_modules, refuse_lists, warn_of_other_implementations
 from moe_lowering.words import look_up
 
 __all__ = [
@@ -140,8 +141,9 @@ def quantise_experts(model: nn.Module, format: str, *, group_size: int | None = 
             sizes or dtypes that the format cannot have. The model is as it was then.
     """
     found = _quantisable(model, format, group_size)  # first all checks, so that an error leaves the model as it was
-    for module in found:
+    for _, module in found:
         _quantise(module, format, group_size)
+    warn_of_other_implementations("quantise_experts", found)
     return model
 
 
@@ -150,11 +152,12 @@ def require_quantisable(model: nn.Module, format: str, *, group_size: int | None
     _quantisable(model, format, group_size)
 
 
-def _quantisable(model: nn.Module, format: str, group_size: int | None) -> list[nn.Module]:
+def _quantisable(model: nn.Module, format: str, group_size: int | None) -> list[tuple[str, nn.Module]]:
     found = moe_modules("quantise_experts", model)
+    require_choice("quantise_experts", "format", format, FORMATS)
     for name, module in found:
         _check_module(f"quantise_experts: {name or type(module).__name__}", module, format, group_size)
-    return [module for _, module in found]
+    return found
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:

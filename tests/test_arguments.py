@@ -75,7 +75,7 @@ REFUSED = {
     "assert_refused, comm": (lambda: testing.assert_refused(lowered(), code="x", comm="mc3"), "comm is 'mc3'"),
     "Server, model": (lambda: serving.Server(None), "Server: model is None; accepted: a causal language model"),
     "Server, plain module": (lambda: serving.Server(torch.nn.Linear(1, 1)), "Server: model is Linear"),
-    "Ranks, size": (lambda: testing.Ranks(0), "Ranks: size is 0; accepted: 1 or more"),
+    "Ranks, size": (lambda: testing.Ranks(0), "Ranks: size is 0; accepted: an int, 1 or more"),
 }
 
 

@@ -293,7 +293,7 @@ def test_modules_that_are_refused() -> None:
     assert model["good"].moe_lowering_quantisation == "none" and model["good"].w13.dtype == torch.float32  # untouched
     with pytest.raises(ValueError, match="quantise_experts: MoE is w8a8 already"):
         quantise_experts(quantise_experts(layer("w8a8"), "w8a8"), "w4a8")
-    with pytest.raises(ValueError, match="MoE: w13: quantise_weight: format is 'int4'; accepted: w8a8, w4a8, w4a16"):
+    with pytest.raises(ValueError, match="quantise_experts: format is 'int4'; accepted: w8a8, w4a8, w4a16"):
         quantise_experts(layer("w8a8"), "int4")
     with pytest.raises(
         ValueError, match="MoE: w2: quantise_weight: w has 20 columns for w4a8; accepted: a multiple of 8"

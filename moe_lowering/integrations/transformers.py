@@ -32,11 +32,11 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts
-from moe_lowering.layers import MoE
+from moe_lowering.layers import EXPERTS_IMPLEMENTATION, MoE
 
 __all__ = ["NAME", "capabilities", "register", "token_mask"]
 
-NAME = "moe_lowering"
+NAME = EXPERTS_IMPLEMENTATION
 # What ``@use_experts_implementation`` sets on an instance.
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "_is_expert_parallel")
 

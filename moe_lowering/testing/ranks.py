@@ -25,6 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from moe_lowering.argument_checks import require_integer, require_seconds
+
 START_TIMEOUT = 120.0
 
 
@@ -48,8 +50,8 @@ class Ranks:
     def __init__(
         self, size: int, *, setup: Callable[[], object] | None = None, collective_timeout: float = 60.0
     ) -> None:
-        if size < 1:
-            raise ValueError(f"Ranks: size is {size}; accepted: 1 or more")
+        require_integer("Ranks", "size", size, 1)
+        require_seconds("Ranks", "collective_timeout", collective_timeout)
         self.size = size
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
