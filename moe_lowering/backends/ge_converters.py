@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from moe_lowering.custom_ops import assert_tokens
+from moe_lowering.custom_ops.assert_tokens import ADVICE
 from moe_lowering.custom_ops.library import register as register_operator
 from moe_lowering.passes.verifying import GENERIC
 
@@ -318,9 +319,7 @@ def _convert_assert_tokens(x: Any, lo: int, hi: int, source: str) -> None:
 
 
 def _check_line(lo: int, hi: int, source: str) -> str:
-    message = (
-        f"'assert_tokens: T is %d, but this graph was lowered for T from {lo} to {hi}; compile it again' % ({source})"
-    )
+    message = f"'assert_tokens: T is %d, but this graph was lowered for T from {lo} to {hi}; {ADVICE}' % ({source})"
     return f"if not {lo} <= ({source}) <= {hi}: raise RuntimeError({message})"
 
 

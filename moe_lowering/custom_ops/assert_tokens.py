@@ -12,6 +12,11 @@ from moe_lowering.custom_ops.library import register
 from moe_lowering.custom_ops.sizes import token_count
 
 NOTHING = -1  # hi of a graph that must not run
+# The operator knows only the range of its graph; a new compile helps only for T that the deployment declares.
+ADVICE = (
+    "if T is outside of min_tokens to max_tokens of the Deployment, declare a wider range there (a new compile does not "
+    "help); else compile again for this T"
+)
 SCHEMA = "assert_tokens(Tensor x, int lo, int hi) -> ()"
 
 
@@ -28,7 +33,7 @@ def _real(x: Tensor, lo: int, hi: int) -> None:
         )
     if not lo <= tokens <= hi:
         raise RuntimeError(
-            f"assert_tokens: T is {tokens}, but this graph was lowered for T from {lo} to {hi}; compile it again"
+            f"assert_tokens: T is {tokens}, but this graph was lowered for T from {lo} to {hi}; {ADVICE}"
         )
 
 

@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -70,31 +71,58 @@ def key() -> str:
 
 
 def cache() -> Path:
-    """Where builds are kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "moe_lowering" / "standins"
+    """Where builds are kept. A relative ``XDG_CACHE_HOME`` is ignored, as the XDG Base Directory Specification says."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (home if home.is_absolute() else Path.home() / ".cache") / "moe_lowering" / "standins"
 
 
 def built() -> Path:
     """The directory of the libraries for this wheel, built now when it is not there.
 
     Raises:
-        SimulatorError: no torch_npu, no C compiler, no nm, a compiler error, or a cache that cannot be written.
+        SimulatorError: no torch_npu, no C compiler, no nm, a compiler error, a cache that cannot be written, or one that
+            somebody else owns or may write to.
     """
     package, target = wheel(), cache() / key()
     if target.is_dir():
+        _require_own(target)
         return target
     compiler, nm = _tool(COMPILERS, "a C compiler", "gcc"), _tool(("nm",), "nm", "binutils")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        for directory in (target.parent.parent, target.parent):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as building:
             _build(Path(building) / "out", package, compiler, nm)
+            for path in (Path(building) / "out").iterdir():
+                path.chmod(0o644)  # the compiler follows the umask, which may let a group write
             _move(Path(building) / "out", target)
     except OSError as error:
         raise SimulatorError(
             f"the simulator's libraries cannot be written to {target}: {error}; set XDG_CACHE_HOME to a writable place"
         ) from error
+    _require_own(target)
     return target
+
+
+def _require_own(target: Path) -> None:
+    """The libraries run in this process: nobody but the user may have written them, or may replace them.
+
+    Looked at are the files, and the directories from theirs up to ``moe_lowering`` in the cache. Links are not followed.
+    """
+    for path in (target.parent.parent, target.parent, target, *target.rglob("*")):
+        status = path.lstat()
+        reason = ""
+        if stat.S_ISLNK(status.st_mode):
+            reason = "is a symbolic link"
+        elif status.st_uid != os.geteuid():
+            reason = f"belongs to user {status.st_uid}"
+        elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            reason = f"may be written by others (mode {stat.S_IMODE(status.st_mode):o})"
+        if reason:
+            raise SimulatorError(
+                f"the simulator's libraries are not loaded: {path} {reason}; accepted: files and directories of user "
+                f"{os.geteuid()} that nobody else may write to; delete it, or set XDG_CACHE_HOME to a place of your own"
+            )
 
 
 def load(directory: Path, soc_name: str) -> None:
