@@ -22,6 +22,8 @@ from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
 KEYS = {
     "model", "blocks", "max_abs_error", "max_rel_error", "snr_db", "nodes_before", "nodes_after", "pass_ms", "captured",
     "not_capturable",
+    "detected",
+    "foreign",
 }  # fmt: skip
 BLOCK_KEYS = {"name", "comm", "reason", "ops_before", "ops_after", "verdicts", "notes", "enforced", "sizes"}
 VIOLATION_KEYS = {"code", "operator", "value", "limit", "source", "message", "advice"}
