@@ -12,6 +12,9 @@ import contextlib
 import datetime
 import multiprocessing as mp
 import os
+import shutil
+import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -21,7 +24,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from moe_lowering.interrupts import Terminated, exit_code, interruptible
+
 START_TIMEOUT = 120.0
+END_TIMEOUT = 2.0  # seconds for all ranks to end when they are told to, and again when they are terminated
 
 
 class RankError(RuntimeError):
@@ -47,15 +53,19 @@ class Ranks:
         self._store = Path(tempfile.mkdtemp(prefix="moe_ranks_")) / "store"
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
-        for rank in range(size):
-            here, there = context.Pipe()
-            arguments = (rank, size, str(self._store), setup, collective_timeout, there)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
-            there.close()
-            self._pipes.append(here)
-            self._processes.append(process)
-        self._collect(START_TIMEOUT)
+        try:
+            for rank in range(size):
+                here, there = context.Pipe()
+                arguments = (rank, size, str(self._store), setup, collective_timeout, there)
+                process = context.Process(target=_serve, args=arguments, daemon=True)
+                process.start()
+                self._processes.append(process)
+                there.close()
+                self._pipes.append(here)
+            self._collect(START_TIMEOUT)
+        except BaseException:  # an interrupt too: nobody has the pool yet, to close it
+            self._end(0.0)
+            raise
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 300.0) -> list[Any]:
         """``function(rank, *arguments)`` on every rank; the results in rank order.
@@ -98,10 +108,23 @@ class Ranks:
         for pipe in self._pipes:
             with contextlib.suppress(OSError):  # already gone
                 pipe.send(None)
+        self._end(END_TIMEOUT)
+
+    def _end(self, patience: float) -> None:
+        """Wait ``patience`` seconds for the processes, then end them; one that waits in a collective hears no SIGTERM."""
+        self._join(patience)
         for process in self._processes:
-            process.join(2)
-            if process.is_alive():
-                process.kill()
+            process.terminate()
+        self._join(END_TIMEOUT)
+        for process in self._processes:
+            process.kill()
+            process.join()
+        shutil.rmtree(self._store.parent, ignore_errors=True)
+
+    def _join(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
 
     def __enter__(self) -> Ranks:
         return self
@@ -109,10 +132,22 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is None or issubclass(kind, Exception):
+            self.close()
+        else:
+            self._end(0.0)  # interrupted: the ranks are at work, and do not read what they are sent
 
 
-def _serve(
+def _serve(*arguments: Any) -> None:
+    """One rank. SIGINT and SIGTERM end it, whatever it runs."""
+    try:
+        with interruptible():
+            _answer(*arguments)
+    except KeyboardInterrupt:
+        sys.exit(exit_code(signal.SIGINT))  # without a traceback: a terminal sends it to every rank
+
+
+def _answer(
     rank: int, size: int, store: str, setup: Callable[[], object] | None, collective_timeout: float, pipe: Connection
 ) -> None:
     try:
@@ -129,6 +164,8 @@ def _serve(
         dist.distributed_c10d.default_pg_timeout = timeout
         dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size, timeout=timeout)
         pipe.send((True, None))
+    except (KeyboardInterrupt, Terminated):
+        raise
     except BaseException:
         pipe.send((False, traceback.format_exc()))
         return
@@ -136,6 +173,8 @@ def _serve(
         function, arguments = job
         try:
             answer = (True, function(rank, *arguments))
+        except (KeyboardInterrupt, Terminated):
+            raise
         except BaseException:
             answer = (False, traceback.format_exc())
         try:
