@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from moe_lowering.cli.arguments import Request, UsageError, parse
 from moe_lowering.cli.matrix import MatrixRequest, Report, run_matrix
+from moe_lowering.interrupts import Terminated, exit_code, interruptible
 
 if TYPE_CHECKING:
     from moe_lowering.cli.explain import Explanation
@@ -27,7 +29,19 @@ OK, FAILED, USAGE = 0, 1, 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command; the exit code. SIGINT and SIGTERM end it with 130 and 143, once everything is cleaned up."""
+    try:
+        with interruptible():
+            return _main(arguments)
+    except KeyboardInterrupt:
+        number = signal.SIGINT
+    except Terminated:
+        number = signal.SIGTERM
+    print(f"moe-lowering: ended by {number.name}", file=sys.stderr)
+    return exit_code(number)
+
+
+def _main(arguments: list[str] | None) -> int:
     try:
         request = parse(arguments)
         with _stdout_to_stderr():
