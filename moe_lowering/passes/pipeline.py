@@ -151,7 +151,7 @@ class _Run:
         self._blocks: list[Block] = []
         self._targets: dict[Node, Target] = {}  # by the erased combine
         self._refusing: set[Node] = set()  # combines of blocks for whose sake the graph refuses to run
-        self._first_exchange: Node | None = None
+        self._first_exchange: tuple[Node, dict[str, Any]] | None = None
         self._shape_env: Any = None
 
     def lower(self) -> list[BlockReport]:
@@ -256,14 +256,14 @@ class _Run:
 
     def check_agreement(self, reports: list[BlockReport], lowering: MoeLowering, timeout: float | str) -> None:
         """After ``lower``: the graph compares with the other ranks' before its first exchange."""
-        x = self._first_exchange
-        if x is None:
+        first = self._first_exchange
+        if first is None:
             return
         try:
             settings = settings_record(self.deployment, lowering, ep_group=True)
             outcomes = [self._outcome(*each) for each in zip(self._blocks, reports, strict=True)]
             blocks = blocks_record(outcomes, [node for node, _ in self.left], self.deployment)
-            emit_check(self.graph, x, self.deployment.ep_group, timeout, settings, blocks)
+            emit_check(self.graph, first, self.deployment.ep_group, timeout, settings, blocks)
             self.changed = True
         except Exception:  # as in _guarded: a defect of ours must not fail the user's compile
             if lowering.strict:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from moe_lowering import simulator
 from moe_lowering.backends.aot import lowering_backend
 from moe_lowering.deployment import Deployment
+from moe_lowering.passes.agreement_check import ASSERT_AGREEMENT
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.report.records import LoweringReport
 
@@ -26,7 +27,8 @@ class Lowered:
     Attributes:
         gm: the graph module after the pass.
         report: what the pass did and why.
-        ops_before, ops_after: names of all operators of the graph in order, e.g. ``npu.npu_swiglu``.
+        ops_before, ops_after: names of the operators of the graph in order, e.g. ``npu.npu_swiglu``; without
+            ``assert_agreement``, which is host code that every graph with an exchange has, whatever became of it.
     """
 
     gm: GraphModule
@@ -139,7 +141,7 @@ def _operators(gm: GraphModule) -> tuple[str, ...]:
     return tuple(
         node.target._schema.name.replace("::", ".")
         for node in gm.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
+        if isinstance(node.target, torch._ops.OpOverload) and node.target is not ASSERT_AGREEMENT
     )
 
 
