@@ -251,5 +251,7 @@ def lower_and_run(rank: int, pair: PairCase) -> Result:
         wrong = data.wrong(built, outputs)
         named = zip(built.outputs, outputs, strict=True)
         results = [y.float().numpy().tobytes() for name, y in named if name.startswith("y")]
+    for node in built.gm.graph.find_nodes(op="call_function", target=torch.ops.moe_lowering.assert_agreement.default):
+        built.gm.graph.erase_node(node)  # compares ranks, whatever became of the blocks
     untouched = any(comms) or before == str(built.gm.graph)
     return Result(comms, [block.reason for block in blocks], refused, wrong, untouched, results)
