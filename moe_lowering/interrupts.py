@@ -14,17 +14,22 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Seconds in which a second SIGTERM is taken for the first: timeout(1) sends it to the process, and then to its group.
+# Seconds in which a second signal is taken for the first: timeout(1) sends it to the process, and then to its group.
 SAME = 2.0
+AGAIN = 0.05  # seconds after which an interrupt that was swallowed is raised again
 
 _OWNERS = ("torchair", "npugraph_ex", "torch_npu")
 _module: Any = signal
-_active = False  # whether ``interruptible`` is entered; the main thread's
+_active: _Handlers | None = None  # those of ``interruptible``, while it is entered; the main thread's
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT came."""
 
 
 class Terminated(SystemExit):
@@ -32,6 +37,9 @@ class Terminated(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(exit_code(signal.SIGTERM))
+
+
+ERRORS: dict[int, type[Interrupted | Terminated]] = {signal.SIGINT: Interrupted, signal.SIGTERM: Terminated}
 
 
 def exit_code(number: int) -> int:
@@ -48,17 +56,19 @@ def interruptible() -> Iterator[None]:
 
     Handlers of torch_npu are put back at the end, and those that it would install meanwhile, as it is imported, are
     installed then. Handlers of others, and signals that are ignored, stay as they are. Like every handler of Python's it
-    runs when a call into C++ has returned. A second SIGTERM, more than ``SAME`` seconds after the first, ends the process
-    without cleaning up. A SIGTERM that was caught meanwhile, or became another error, is raised at the end.
+    runs when a call into C++ has returned.
+
+    The error leaves the block: who catches it inside gets it again, also where another error was made of it. A second
+    signal, more than ``SAME`` seconds after the first, ends the process without cleaning up.
 
     In another thread than the main one it does nothing: Python runs all handlers in the main thread.
     """
     global _active
-    if _active or threading.current_thread() is not threading.main_thread():
+    if _active is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
     handlers = _Handlers()
-    _active = True
+    _active = handlers
     try:
         handlers.install()
         yield
@@ -67,7 +77,7 @@ def interruptible() -> Iterator[None]:
         handlers.raise_what_was_swallowed()
         raise
     finally:
-        _active = False
+        _active = None
         handlers.remove()
 
 
@@ -75,17 +85,18 @@ class _Handlers:
     """Handlers of both signals, and a guard before ``signal.signal``."""
 
     def __init__(self) -> None:
-        self._terminated_at: float | None = None  # of the monotonic clock: when the first SIGTERM came
+        self._first: tuple[int, float] | None = None  # the signal, and when it came, of the monotonic clock
+        self._repeated = False  # whether the next signal is our own
+        self._watched: weakref.ref[BaseException] | None = None
         self._later: dict[int, Any] = {}  # what is installed at the end
         self._signal = signal.signal
 
     def install(self) -> None:
-        ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: self._terminate}
-        for number, handler in ours.items():
+        for number in ERRORS:
             found = signal.getsignal(number)
             if found in (signal.SIG_DFL, signal.default_int_handler) or _of_torch_npu(found):
                 self._later[number] = found
-                self._signal(number, handler)
+                self._signal(number, self._interrupt)
         _module.signal = self._guarded
 
     def remove(self) -> None:
@@ -94,27 +105,50 @@ class _Handlers:
             signal.signal(number, handler)
 
     def raise_what_was_swallowed(self) -> None:
-        """Whoever made another error of ``Terminated``, or ignored it, as Python does in ``__del__``, did not mean to."""
-        if self._terminated_at is not None:
-            raise Terminated
+        if self._first is not None:
+            raise ERRORS[self._first[0]]
 
     def _guarded(self, number: int, handler: Any) -> Any:
         """``signal.signal``, which keeps a handler of torch_npu's for later; another one stays, as without us."""
-        if number not in SIGNALS or not _of_torch_npu(handler):
+        if number not in ERRORS or not _of_torch_npu(handler):
             before = self._signal(number, handler)
             self._later.pop(number, None)
             return before
         self._later[number] = handler
         return signal.getsignal(number)
 
-    def _terminate(self, number: int, frame: FrameType | None) -> None:
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._terminated_at is None:
-            self._terminated_at = now
-            raise Terminated
-        if now - self._terminated_at > SAME:
-            self._signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        repeated, self._repeated = self._repeated, False
+        if self._first is None:
+            self._first = (number, now)
+        elif not repeated:
+            if now - self._first[1] > SAME:
+                self._signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        raise self._error(self._first[0])
+
+    def _error(self, number: int) -> BaseException:
+        """An error that comes again once nobody has it any more: not while it is on its way, nor in ``finally``.
+
+        It is lost where C code clears it (torch does, when it imports numpy) and where Python ignores it (``__del__``).
+        """
+        error = ERRORS[number]()
+        self._watched = weakref.ref(error, self._swallowed)
+        return error
+
+    def _swallowed(self, reference: object) -> None:
+        if _active is self:
+            timer = threading.Timer(AGAIN, self._repeat)  # here, whoever swallows would swallow it again
+            timer.daemon = True
+            timer.start()
+
+    def _repeat(self) -> None:
+        thread = threading.main_thread().ident
+        if _active is self and self._first is not None and thread is not None:
+            self._repeated = True
+            signal.pthread_kill(thread, self._first[0])
 
 
 def _of_torch_npu(handler: Any) -> bool:

@@ -43,9 +43,9 @@ def outcome(number, call):
 
 def here():
     command = ["lower", "moe", "--layers", "1", "--tokens", "4"]
-    ends = {number: outcome(number, lambda: cli.main(command)) for number in interrupts.SIGNALS}
+    ends = {number: outcome(number, lambda: cli.main(command)) for number in interrupts.ERRORS}
     print("command:", *ends.values())
-    print("handlers:", *(signal.getsignal(number).__module__ for number in interrupts.SIGNALS))
+    print("handlers:", *(signal.getsignal(number).__module__ for number in interrupts.ERRORS))
 
     import torch
     import transformers
@@ -59,8 +59,8 @@ def here():
         with moe_lowering.interruptible():
             compiled()
 
-    print("asked:", *(outcome(number, asked) for number in interrupts.SIGNALS))
-    print("not asked:", *(outcome(number, compiled) for number in interrupts.SIGNALS))
+    print("asked:", *(outcome(number, asked) for number in interrupts.ERRORS))
+    print("not asked:", *(outcome(number, compiled) for number in interrupts.ERRORS))
 
     config = transformers.Qwen3MoeConfig(
         vocab_size=32, hidden_size=32, moe_intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,

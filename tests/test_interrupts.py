@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM while something is compiled: commands, ranks and servers end, and leave nothing behind."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -11,7 +12,7 @@ import time
 import pytest
 
 from moe_lowering import interrupts
-from moe_lowering.interrupts import Terminated, interruptible
+from moe_lowering.interrupts import interruptible
 
 SCRIPT = pathlib.Path(__file__).with_name("interrupted.py")
 RANKS = 2
@@ -47,9 +48,9 @@ def test_in_one_process(tmp_path):
     assert out.splitlines() == [
         "command: returned 130 returned 143",
         "handlers: torch_npu.dynamo.npugraph_ex torch_npu.dynamo.npugraph_ex",
-        "asked: KeyboardInterrupt Terminated",
+        "asked: Interrupted Terminated",
         "not asked: BackendCompilerFailed BackendCompilerFailed",
-        "server: KeyboardInterrupt",
+        "server: Interrupted",
     ], err[-2000:]
     assert process.returncode == 143
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -86,7 +87,7 @@ def test_a_command_on_ranks(tmp_path, number, to_all):
 @pytest.fixture(autouse=True)
 def handlers():
     """The two signals as Python has them; what was there before afterwards."""
-    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    before = {number: signal.getsignal(number) for number in interrupts.ERRORS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
@@ -112,10 +113,10 @@ def raised(number):
         return type(error)
 
 
-ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
 
 
-@pytest.mark.parametrize("number", interrupts.SIGNALS)
+@pytest.mark.parametrize("number", interrupts.ERRORS)
 @pytest.mark.parametrize("module", ["torchair.core._backend", "npugraph_ex", "torch_npu.dynamo.npugraph_ex"])
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_handlers_of_torch_npu_wait(number, module, when):
@@ -130,7 +131,7 @@ def test_handlers_of_torch_npu_wait(number, module, when):
     assert raised(number) is None and theirs.seen == [number]
 
 
-@pytest.mark.parametrize("number", interrupts.SIGNALS)
+@pytest.mark.parametrize("number", interrupts.ERRORS)
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_handlers_of_others_stay(number, when):
     theirs = handler_of("torchair_of_somebody_else")
@@ -143,7 +144,7 @@ def test_handlers_of_others_stay(number, when):
     assert signal.getsignal(number) is theirs
 
 
-@pytest.mark.parametrize("number", interrupts.SIGNALS)
+@pytest.mark.parametrize("number", interrupts.ERRORS)
 def test_an_ignored_signal_stays_ignored(number):
     signal.signal(number, signal.SIG_IGN)
     with interruptible():
@@ -151,16 +152,12 @@ def test_an_ignored_signal_stays_ignored(number):
     assert signal.getsignal(number) is signal.SIG_IGN
 
 
-def test_inside_itself_and_elsewhere():
+def test_inside_itself():
     original = signal.signal
-    with interruptible():
+    with pytest.raises(KeyboardInterrupt), interruptible():
         with interruptible():
             pass
-        thread = threading.Thread(target=lambda: interruptible().__enter__())
-        thread.start()
-        thread.join()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
     assert signal.signal is original
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -178,14 +175,45 @@ def test_a_thread_changes_no_handler():
     assert found == [(signal.signal, signal.SIG_DFL)]
 
 
+def swallow(number):
+    """As Python and C code do that cannot pass on an error."""
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+        pytest.fail("no signal came")
+
+
+@pytest.mark.parametrize("number", interrupts.ERRORS)
 @pytest.mark.parametrize("error", [None, ValueError("made of it")])
-def test_sigterm_is_not_lost(error):
-    """Whoever catches it, or makes another error of it, does not keep the process alive."""
-    with pytest.raises(Terminated) as ended, interruptible():
-        assert raised(signal.SIGTERM) is Terminated
+def test_what_was_swallowed_is_raised_at_the_end(number, error):
+    with pytest.raises(ENDS[number]), interruptible():
+        swallow(number)
         if error is not None:
             raise error
-    assert ended.value.code == 143
+
+
+@pytest.mark.parametrize("number", interrupts.ERRORS)
+def test_what_was_swallowed_comes_again_until_it_is_not(number):
+    began, times = time.monotonic(), 0
+    with pytest.raises(ENDS[number]), interruptible():
+        swallow(number)
+        for times in (1, 2):  # noqa: B007
+            with contextlib.suppress(KeyboardInterrupt, SystemExit):
+                time.sleep(10)
+        time.sleep(10)
+    assert times == 2 and time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("number", interrupts.ERRORS)
+def test_cleaning_up_is_not_interrupted(number):
+    clean = False
+    with pytest.raises(ENDS[number]), interruptible():
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            time.sleep(10 * interrupts.AGAIN)
+            clean = True
+    assert clean
 
 
 def test_an_error_without_a_signal_is_itself():
@@ -193,19 +221,25 @@ def test_an_error_without_a_signal_is_itself():
         raise ValueError("own")
 
 
-@pytest.mark.parametrize("seconds, code", [(interrupts.SAME, 143), (0.0, -signal.SIGTERM)])
-def test_a_second_sigterm(seconds, code):
+@pytest.mark.parametrize("number", interrupts.ERRORS)
+@pytest.mark.parametrize("seconds", [interrupts.SAME, 0.0])
+def test_a_second_signal(number, seconds):
     """The same one again, as timeout(1) sends it, lets the first clean up; a later one ends the process at once."""
     script = f"""
 import os, signal
 from moe_lowering import interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 interrupts.SAME = {seconds}
-with interrupts.interruptible():
-    try:
-        os.kill(os.getpid(), signal.SIGTERM)
-    finally:
-        os.kill(os.getpid(), signal.SIGTERM)
-        print("clean")
+try:
+    with interrupts.interruptible():
+        try:
+            os.kill(os.getpid(), {number:d})
+        finally:
+            os.kill(os.getpid(), {number:d})
+            print("clean")
+except KeyboardInterrupt:
+    raise SystemExit(130)
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout) == (code, "clean\n" if code > 0 else "")
+    first = (interrupts.exit_code(number), "clean\n")
+    assert (ended.returncode, ended.stdout) == (first if seconds else (-number, ""))
