@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from moe_lowering import custom_ops as _custom_ops  # registers the operators
-from moe_lowering.argument_checks import refuse, require_choice, require_instance, require_integer
-from moe_lowering.custom_ops.grouped_mlp import ACTIVATIONS
-from moe_lowering.custom_ops.quantised import FORMATS
+from moe_lowering.argument_checks import require_instance, require_integer
 from moe_lowering.deployment import Deployment
 from moe_lowering.groups import Claim, own_ranks
+from moe_lowering.model_arguments import as_float32, as_int32, check_experts_call, check_route
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -66,7 +65,8 @@ def route(
     Raises:
         ValueError, TypeError: an argument out of range, with its value and what is accepted.
     """
-    require_instance("route", "logits", logits, Tensor, "a tensor [..., E] of float32, float16 or bfloat16")
+    integers = {"top_k": top_k, "num_groups": num_groups, "topk_groups": topk_groups}
+    check_route(logits, bias, integers, {"scoring": scoring, "group_score": group_score}, renormalize, scale)
     factor = 1.0 if scale is None else scale
     return _ops.route.default(logits, bias, top_k, scoring, renormalize, num_groups, topk_groups, group_score, factor)
 
@@ -194,9 +194,30 @@ def moe_experts(
             process group (another rank's).
         RuntimeError: a rank receives more rows than ``deployment.max_rows`` (CPU only).
     """
-    _check_kinds(x, weights, ids, w13, w2, deployment)
-    require_choice("moe_experts", "activation", activation, ACTIVATIONS)
-    require_choice("moe_experts", "quantisation", quantisation, FORMATS)
+    quantisers = {
+        "w13_scale": w13_scale,
+        "w2_scale": w2_scale,
+        "w13_offset": w13_offset,
+        "w2_offset": w2_offset,
+        "w13_scale_bias": w13_scale_bias,
+        "w2_scale_bias": w2_scale_bias,
+    }
+    check_experts_call(
+        {"x": x, "weights": weights, "ids": ids},
+        {"w13": w13, "w2": w2},
+        {"w13_bias": w13_bias, "w2_bias": w2_bias, **quantisers},
+        {"mask": mask, "pertoken_scale": pertoken_scale, "log2phy": log2phy, "expert_map": expert_map},
+        {
+            "interleaved": interleaved,
+            "need_trans": need_trans,
+            "apply_router_weight_on_input": apply_router_weight_on_input,
+            "return_counts": return_counts,
+        },
+        {"limit": limit, "alpha": alpha},
+        num_experts,
+        (activation, quantisation),
+        deployment,
+    )
     place = _SINGLE_RANK if deployment is None else deployment
     if place.ep_size > 1:
         _check_places(place.places)
@@ -206,7 +227,7 @@ def moe_experts(
         num_experts = _all_experts(w13, place)
     if expert_map is not None:  # index: a constant for dynamo also where E is a dynamic size of w13
         _check_map(expert_map, operator.index(num_experts), place)
-    weights, ids = weights.to(torch.float32), _as_int32(ids)
+    weights, ids = as_float32(weights), as_int32("ids", ids)
     if log2phy is not None:
         ids = _physical(ids, log2phy)
     if apply_router_weight_on_input:
@@ -221,7 +242,7 @@ def moe_experts(
         x, pertoken_scale, ids, mask, num_experts, place.ep_group, place.ep_size, place.tp_group, place.tp_size,
         place.token_bound, place.max_rows, *((*shared, place.on_shared_rank) if shared else ()),
     )  # fmt: skip
-    lists = [w13_scale, w2_scale, w13_offset, w2_offset, w13_scale_bias, w2_scale_bias]
+    lists = list(quantisers.values())
     quantised = quantisation != "none" or any(tensors is not None for tensors in lists)
     rows = _ops.grouped_mlp.default(
         rows, row_scale, counts, w13, w2, _as_list(w13_bias), _as_list(w2_bias), activation,
@@ -300,31 +321,6 @@ def _all_experts(w13: list[Tensor], place: Deployment) -> int:
     return local * place.ep_size
 
 
-def _check_kinds(x: Any, weights: Any, ids: Any, w13: Any, w2: Any, deployment: Any) -> None:
-    for name, value in (("x", x), ("weights", weights), ("ids", ids)):
-        require_instance("moe_experts", name, value, Tensor, "a tensor")
-    for name, value in (("w13", w13), ("w2", w2)):
-        several = isinstance(value, (Sequence, nn.ParameterList))
-        if not isinstance(value, Tensor) and not (several and all(isinstance(each, Tensor) for each in value)):
-            raise refuse("moe_experts", name, value, "a tensor of all experts, or a sequence of one for each")
-    if deployment is not None:
-        require_instance("moe_experts", "deployment", deployment, Deployment, "a moe_lowering.Deployment, or None")
-
-
-def _as_int32(ids: Tensor) -> Tensor:
-    """Ids as the operators take them. Outside of a graph no id is cut to one that there is: 2**32 would be expert 0."""
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"moe_experts: ids is {ids.dtype}; accepted: int32, int64")
-    cast = ids.to(torch.int32)
-    if ids.dtype == torch.int64 and not torch.compiler.is_compiling() and ids.device.type == "cpu":
-        readable = not isinstance(ids, FakeTensor)
-        if readable and not torch.equal(cast.long(), ids):
-            raise ValueError(
-                f"moe_experts: ids has {int(ids[cast != ids].flatten()[0])}, which is no int32; accepted: 0 to num_experts - 1"
-            )
-    return cast
-
-
 def _check_tokens(x: Tensor, pertoken_scale: Tensor | None, quantisation: str, out_dtype: torch.dtype | None) -> None:
     """What would otherwise be refused by an operator in words that the caller did not use."""
     if x.dtype not in _DTYPES:
@@ -361,7 +357,7 @@ def _physical(ids: Tensor, log2phy: Tensor) -> Tensor:
             f"moe_experts: log2phy is {log2phy.dtype} of shape {list(log2phy.shape)}; accepted: int32 or int64 "
             "[logical experts]"
         )
-    return log2phy.to(torch.int32).index_select(0, ids.reshape(-1)).reshape(ids.shape)
+    return as_int32("log2phy", log2phy).index_select(0, ids.reshape(-1)).reshape(ids.shape)
 
 
 def _weigh(x: Tensor, pertoken_scale: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lowering.argument_checks import require_choice, require_instance, require_integer, require_number
-from moe_lowering.custom_ops.grouped_mlp import ACTIVATIONS
-from moe_lowering.custom_ops.route import GROUP_SCORES, SCORINGS
+from moe_lowering.argument_checks import require_instance
 from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts, route
+from moe_lowering.model_arguments import check_layer, check_layer_call
 
 __all__ = ["MoE", "shard_experts"]
 
@@ -78,22 +77,29 @@ class MoE(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (
-            ("hidden_size", hidden_size),
-            ("intermediate_size", intermediate_size),
-            ("num_experts", num_experts),
-        ):
-            require_integer("MoE", name, size, 1)
-        require_integer("MoE", "top_k", top_k, 1, num_experts)
-        require_integer("MoE", "shared_experts", shared_experts, 0)
-        for name, number in (("scale", scale), ("limit", limit), ("alpha", alpha)):
-            require_number("MoE", name, number)
-        words = (("scoring", scoring, SCORINGS), ("group_score", group_score, GROUP_SCORES))
-        for name, word, accepted in (*words, ("activation", activation, ACTIVATIONS)):
-            require_choice("MoE", name, word, accepted)
-        kinds = (Deployment, type(None))
-        require_instance("MoE", "deployment", deployment, kinds, "a moe_lowering.Deployment, or None")
-        self.num_experts, self.top_k = num_experts, top_k
+        check_layer(
+            sizes={
+                "hidden_size": hidden_size,
+                "intermediate_size": intermediate_size,
+                "num_experts": num_experts,
+                "num_groups": num_groups,
+                "topk_groups": topk_groups,
+            },
+            top_k=top_k,
+            shared_experts=shared_experts,
+            flags={
+                "selection_bias": selection_bias,
+                "renormalize": renormalize,
+                "interleaved": interleaved,
+                "expert_bias": expert_bias,
+            },
+            numbers={"scale": scale, "limit": limit, "alpha": alpha},
+            words={"scoring": scoring, "group_score": group_score, "activation": activation},
+            deployment=deployment,
+            dtype=dtype,
+            device=device,
+        )
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.scoring, self.renormalize = scoring, renormalize
         self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score
         self.activation, self.interleaved = activation, interleaved
@@ -127,7 +133,7 @@ class MoE(nn.Module):
     def _check_words(self) -> None:
         """What the operators refuse of the router's and the experts' arguments they refuse here, before the first call."""
         scale, limit, alpha = self._factors
-        logits = torch.empty(1, self.num_experts, device="meta")
+        logits = torch.empty(1, self.num_experts, dtype=torch.float32, device="meta")
         route(
             logits,
             self.top_k,
@@ -137,7 +143,9 @@ class MoE(nn.Module):
             group_score=self.group_score,
             scale=scale,
         )
-        x, w13, w2 = (torch.empty(shape, device="meta") for shape in ((1, 8), (1, 8, 16), (1, 8, 8)))
+        x, w13, w2 = (
+            torch.empty(shape, dtype=torch.float32, device="meta") for shape in ((1, 8), (1, 8, 16), (1, 8, 8))
+        )
         weights, ids = x[:, :1], torch.zeros(1, 1, dtype=torch.int32, device="meta")
         gate, interleaved = self.activation, self.interleaved
         moe_experts(x, weights, ids, w13, w2, activation=gate, limit=limit, alpha=alpha, interleaved=interleaved)
@@ -152,6 +160,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """y [..., H] for x [..., H]; tokens whose ``mask`` [...] is False give zero."""
+        check_layer_call(x, mask, self.hidden_size)
         scale, limit, alpha = self._factors
         if self.shared_experts and self.moe_lowering_deployment is None:
             raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lowering.argument_checks import require_choice
+from moe_lowering.argument_checks import require_choice, require_instance, require_integer
 from moe_lowering.custom_ops import quantised as formats
 from moe_lowering.custom_ops.quantised import PER_INT32, dequantise_weight, float_scale, quantise_rows, unpack_int4
 from moe_lowering.layers import MoE, moe_modules, refuse_lists, warn_of_other_implementations
@@ -70,6 +70,7 @@ def quantise_weight(
     Raises:
         ValueError, TypeError: an argument out of range, with its value and what is accepted.
     """
+    require_instance("quantise_weight", "w", w, Tensor, "a tensor [..., K, N]")
     scale_dtype = _scale_dtype(w, format, scale_dtype)
     _check_weight(w, format, group_size)
     if format == "w4a16":
@@ -95,7 +96,33 @@ def quantise_weight(
 
 def dequantise(quantised: QuantisedWeight) -> Tensor:
     """The weights in float32 [..., K, N]. Scales may be bits in int64, as ``scale_bits`` makes them."""
+    require_instance("dequantise", "quantised", quantised, QuantisedWeight, "a QuantisedWeight")
+    _check_quantised(quantised)
     return dequantise_weight(quantised.weight, quantised.scale, quantised.offset)
+
+
+def _check_quantised(quantised: QuantisedWeight) -> None:
+    """Tensors of shapes and dtypes that belong together."""
+    weight, where = quantised.weight, "dequantise: quantised."
+    integers = isinstance(weight, Tensor) and weight.dtype in (torch.int8, torch.int32)
+    if not integers or weight.dim() < 2:
+        raise TypeError(f"{where}weight is {_shown(weight)}; accepted: int8 [..., K, N] or int32 [..., K, N / 8]")
+    *lead, lines, columns = weight.shape
+    columns *= PER_INT32 if weight.dtype == torch.int32 else 1
+    values: list[tuple[str, Any]] = [("scale", quantised.scale)]
+    if quantised.offset is not None:
+        values.append(("offset", quantised.offset))
+    for name, value in values:
+        numbers = isinstance(value, Tensor) and (value.is_floating_point() or value.dtype == torch.int64)
+        shape = list(value.shape) if numbers else []
+        grouped = shape[:-2] == lead and len(shape) == len(lead) + 2 and shape[-2] > 0 and lines % shape[-2] == 0
+        if shape != [*lead, columns] and not (grouped and shape[-1] == columns):
+            accepted = f"floats {[*lead, columns]}, or one line for each of G groups of {lines} lines"
+            raise TypeError(f"{where}{name} is {_shown(value)}; accepted: {accepted}")
+
+
+def _shown(value: object) -> str:
+    return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def pack_int4(values: Tensor) -> Tensor:
@@ -104,7 +131,8 @@ def pack_int4(values: Tensor) -> Tensor:
     Raises:
         ValueError: N is not a multiple of 8; a value is out of range.
     """
-    if values.dtype != torch.int8 or values.shape[-1] % PER_INT32:
+    require_instance("pack_int4", "values", values, Tensor, "an int8 tensor [..., N]")
+    if values.dtype != torch.int8 or values.dim() < 1 or values.shape[-1] % PER_INT32:
         raise ValueError(
             f"pack_int4: values is {values.dtype} of shape {list(values.shape)}; accepted: int8 [..., N], N a multiple of 8"
         )
@@ -117,6 +145,9 @@ def pack_int4(values: Tensor) -> Tensor:
 
 def scale_bits(scale: Tensor) -> Tensor:
     """float32 scales as the fused operators read them: int64, the float32's bits in the low half, 0 in the high one."""
+    require_instance("scale_bits", "scale", scale, Tensor, "a tensor of float32 scales")
+    if scale.dtype not in (torch.float32, *_HALVES, torch.int64):
+        raise TypeError(f"scale_bits: scale is {scale.dtype}; accepted: float32, float16, bfloat16, or int64 of bits")
     return float_scale(scale).contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
 
 
@@ -217,8 +248,8 @@ def _parameter(parts: list[Tensor]) -> nn.Parameter:
 
 def _scale_dtype(w: Tensor, format: str, wanted: torch.dtype | None) -> torch.dtype:
     """The dtype of scales; ``wanted``, or the format's own when that is None."""
-    if format not in FORMATS:
-        raise ValueError(f"quantise_weight: format is {format!r}; accepted: {', '.join(FORMATS)}")
+    require_choice("quantise_weight", "format", format, FORMATS)
+    require_instance("quantise_weight", "scale_dtype", wanted, (torch.dtype, type(None)), "a torch.dtype, or None")
     accepted = {"w8a8": (torch.float32, torch.bfloat16), "w4a8": (torch.float32,), "w4a16": _HALVES}[format]
     chosen = wanted or (w.dtype if format == "w4a16" else torch.float32)
     if chosen not in accepted:
@@ -236,13 +267,16 @@ def _check_weight(w: Tensor, format: str, group_size: int | None) -> None:
         )
     if format != "w8a8" and w.shape[-1] % PER_INT32:
         raise ValueError(f"quantise_weight: w has {w.shape[-1]} columns for {format}; accepted: a multiple of 8")
+    if _readable(w) and not bool(w.isfinite().all()):  # int8 has no NaN: it would become some number
+        raise ValueError("quantise_weight: w has NaN or infinity; accepted: finite weights")
     if group_size is None:
         return
     if format != "w4a16":
         raise ValueError(
             f"quantise_weight: group_size is {group_size} for {format}; accepted: None; only w4a16 has groups"
         )
-    if group_size < 1 or w.shape[-2] % group_size:
+    require_integer("quantise_weight", "group_size", group_size, 1)
+    if w.shape[-2] % group_size:
         raise ValueError(
             f"quantise_weight: group_size is {group_size}; accepted: a divisor of {w.shape[-2]}, w's lines"
         )

@@ -12,8 +12,9 @@ Quantised weights (int4 is packed by eight into int32 along the last axis, lowes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ SCHEMA = (
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
 ROW_DTYPES = {"none": FLOATS, "w4a16": HALVES, "w8a8": (*FLOATS, torch.int8), "w4a8": (*FLOATS, torch.int8)}
+QUANTISERS = {"scale": FORMATS[1:], "offset": ("w4a16",), "scale_bias": ("w4a8",)}  # and the formats that have them
 CLAMPED = ("swiglu_clamp", "swiglu_oai")
 CHUNK = (
     2**17
@@ -83,6 +85,7 @@ def _check(
     w2_bias: Sequence[Tensor],
     activation: str,
     limit: float,
+    alpha: float,
     quantisation: Quantisation,
     out_dtype: torch.dtype | None,
 ) -> None:
@@ -109,7 +112,7 @@ def _check(
         if biases:
             check_per_expert("grouped_mlp", name, biases, experts, (width,), (rows.dtype, torch.float32))
     _check_quantisers(quantisation, experts, hidden, double, rows.dtype)
-    _check_activation(activation, limit)
+    _check_activation(activation, limit, alpha)
 
 
 def _check_rows(rows: Tensor, row_scale: Tensor, form: str, out_dtype: torch.dtype | None) -> None:
@@ -147,18 +150,16 @@ def _check_quantisers(quantisation: Quantisation, experts: int, hidden: int, dou
     scales = {
         "w8a8": (torch.float32, torch.bfloat16, torch.int64), "w4a8": (torch.float32, torch.int64), "w4a16": (dtype,)
     }  # fmt: skip
+    for name, (what, formats) in product(("w13", "w2"), QUANTISERS.items()):
+        if getattr(quantisation, f"{name}_{what}") and form not in formats:
+            raise ValueError(
+                f"grouped_mlp: {name}_{what} is given for quantisation {form!r}; accepted: none, since only "
+                f"{', '.join(formats)} has it"
+            )
     for name, inner, width in (("w13", hidden, double), ("w2", double // 2, hidden)):
         scale: Sequence[Tensor] = getattr(quantisation, f"{name}_scale")
         offset: Sequence[Tensor] = getattr(quantisation, f"{name}_offset")
         bias: Sequence[Tensor] = getattr(quantisation, f"{name}_scale_bias")
-        for what, given, formats in (
-            ("scale", scale, FORMATS[1:]), ("offset", offset, ("w4a16",)), ("scale_bias", bias, ("w4a8",)),
-        ):  # fmt: skip
-            if given and form not in formats:
-                raise ValueError(
-                    f"grouped_mlp: {name}_{what} is given for quantisation {form!r}; accepted: none, since only "
-                    f"{', '.join(formats)} has it"
-                )
         if not scale:
             raise ValueError(f"grouped_mlp: {name}_scale is None for {form}; accepted: {show((experts, width))}")
         shape: tuple[int, ...] = (width,)
@@ -177,13 +178,15 @@ def _groups(name: str, groups: int, inner: int) -> int:
     return groups
 
 
-def _check_activation(activation: str, limit: float) -> None:
+def _check_activation(activation: str, limit: float, alpha: float) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"grouped_mlp: activation is {activation!r}; accepted: {', '.join(ACTIVATIONS)}")
-    if activation in CLAMPED and limit <= 0:
-        raise ValueError(f"grouped_mlp: limit is {limit} for {activation}; accepted: more than 0")
+    if activation in CLAMPED and not 0 < limit < math.inf:
+        raise ValueError(f"grouped_mlp: limit is {limit} for {activation}; accepted: more than 0, and finite")
     if activation not in CLAMPED and limit != 0:
         raise ValueError(f"grouped_mlp: limit is {limit} for {activation}, which has none; accepted: 0")
+    if not math.isfinite(alpha):
+        raise ValueError(f"grouped_mlp: alpha is {alpha}; accepted: a finite number")
 
 
 def _quantisation(form: str, *lists: Sequence[Tensor] | None) -> Quantisation:
@@ -212,7 +215,7 @@ def _fake(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     stored = _quantisation(quantisation, w13_scale, w2_scale, w13_offset, w2_offset, w13_scale_bias, w2_scale_bias)
-    _check(rows, row_scale, counts, w13, w2, w13_bias, w2_bias, activation, limit, stored, out_dtype)
+    _check(rows, row_scale, counts, w13, w2, w13_bias, w2_bias, activation, limit, alpha, stored, out_dtype)
     return rows.new_empty(rows.shape, dtype=out_dtype or rows.dtype)
 
 
@@ -238,7 +241,7 @@ def _cpu(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     stored = _quantisation(quantisation, w13_scale, w2_scale, w13_offset, w2_offset, w13_scale_bias, w2_scale_bias)
-    _check(rows, row_scale, counts, w13, w2, w13_bias, w2_bias, activation, limit, stored, out_dtype)
+    _check(rows, row_scale, counts, w13, w2, w13_bias, w2_bias, activation, limit, alpha, stored, out_dtype)
     numbers = counts.tolist()
     used, gate = sum(numbers), (activation, limit, alpha, interleaved)
     if used > rows.shape[0] or min(numbers, default=0) < 0:

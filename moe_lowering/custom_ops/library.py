@@ -6,6 +6,8 @@ registers one Python function for all devices, while ``dispatch_ffn_combine`` ha
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -39,16 +41,32 @@ def register(
     qualified = f"{NAMESPACE}::{name}"
     library: Any = LIBRARY  # torch.library is not fully typed
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, cpu, "CPU")
+    library.impl(name, _refuse_none(schema, cpu), "CPU")
     if npu is not None:
-        library.impl(name, npu, "PrivateUse1")
-    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+        library.impl(name, _refuse_none(schema, npu), "PrivateUse1")
+    torch.library.register_fake(qualified, _refuse_none(schema, fake), lib=LIBRARY)
     if not schema.endswith("-> ()"):
         torch.library.register_autograd(qualified, _no_backward(qualified), lib=LIBRARY)
     if side_effect:
         packet = getattr(getattr(torch.ops, NAMESPACE), name)
         has_side_effect(packet)  # what dynamo puts into a graph when the packet was called
         has_side_effect(packet.default)
+
+
+def _refuse_none(schema: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel`` with an error for None where the schema has ``Tensor``: torch takes that for an undefined tensor."""
+    name, _, arguments = schema.partition(" -> ")[0].partition("(")
+    kinds = [argument.split()[:2] for argument in re.split(r", ?", arguments.rstrip(")"))]
+    required = [(at, kind[1]) for at, kind in enumerate(kinds) if kind[0] == "Tensor"]
+
+    @functools.wraps(kernel)
+    def checked(*given: Any, **named: Any) -> Any:
+        for at, argument in required:  # they have no defaults, so torch hands them over by position
+            if given[at] is None:
+                raise ValueError(f"{name}: {argument} is None; accepted: a tensor")
+        return kernel(*given, **named)
+
+    return checked
 
 
 def _no_backward(qualified: str) -> Callable[..., Any]:

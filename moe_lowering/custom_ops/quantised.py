@@ -47,6 +47,9 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
         q int8 [..., K] in [-127, 127]; s float32 [...], 1 for a row of zeros. A row with a NaN or an infinity has q = 0
         there and such a scale, so that its results are NaN.
     """
+    if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.dim() < 1:
+        shown = f"{rows.dtype} of shape {list(rows.shape)}" if isinstance(rows, Tensor) else repr(rows)
+        raise TypeError(f"quantise_rows: rows is {shown}; accepted: a tensor [..., K] of floats")
     rows = rows.float()
     if not rows.shape[-1]:
         return rows.to(torch.int8), rows.new_ones(rows.shape[:-1])
@@ -58,8 +61,9 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """int32 [..., n] that hold eight int4 each, lowest bits first, as int8 [..., 8n] in [-8, 7]."""
-    if packed.dtype != torch.int32:
-        raise TypeError(f"unpack_int4: packed is {packed.dtype}; accepted: int32")
+    if not isinstance(packed, Tensor) or packed.dtype != torch.int32 or packed.dim() < 1:
+        shown = f"{packed.dtype} of shape {list(packed.shape)}" if isinstance(packed, Tensor) else repr(packed)
+        raise TypeError(f"unpack_int4: packed is {shown}; accepted: an int32 tensor [..., n]")
     shifts = torch.arange(28, -1, -4, dtype=torch.int32, device=packed.device)
     # up to the top of the word and, with its sign, down again
     return ((packed.unsqueeze(-1) << shifts) >> 28).to(torch.int8).flatten(-2)

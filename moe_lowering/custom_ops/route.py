@@ -8,6 +8,8 @@ index first among equals; weights = p at ids, divided by their sum + 1e-20 if ``
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,6 +35,7 @@ def _check(
     num_groups: int,
     topk_groups: int,
     group_score: str,
+    scale: float,
 ) -> None:
     if logits.dim() < 1:
         raise ValueError("route: logits has no dimension; accepted: [..., num_experts]")
@@ -48,6 +51,8 @@ def _check(
         raise ValueError(f"route: scoring is {scoring!r}; accepted: {', '.join(SCORINGS)}")
     if group_score not in GROUP_SCORES:
         raise ValueError(f"route: group_score is {group_score!r}; accepted: {', '.join(GROUP_SCORES)}")
+    if not math.isfinite(scale):
+        raise ValueError(f"route: scale is {scale}; accepted: a finite number")
     if top_k < 1 or known(top_k > experts):
         raise ValueError(f"route: top_k is {top_k}; accepted: 1 to {experts}, the number of experts")
     if num_groups < 1 or known(experts % num_groups != 0):
@@ -76,7 +81,7 @@ def _fake(
     group_score: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    _check(logits, bias, top_k, scoring, num_groups, topk_groups, group_score)
+    _check(logits, bias, top_k, scoring, num_groups, topk_groups, group_score, scale)
     shape = (*logits.shape[:-1], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
 
@@ -92,7 +97,7 @@ def _cpu(
     group_score: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    _check(logits, bias, top_k, scoring, num_groups, topk_groups, group_score)
+    _check(logits, bias, top_k, scoring, num_groups, topk_groups, group_score, scale)
     scores = _score(logits.float(), scoring)
     choice = scores if bias is None else scores + bias.float()
     if num_groups > 1:

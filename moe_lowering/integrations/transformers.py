@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from moe_lowering import _versions
+from moe_lowering.argument_checks import require_instance
 from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts
 from moe_lowering.layers import EXPERTS_IMPLEMENTATION, MoE
@@ -110,6 +111,9 @@ class token_mask:  # a class: dynamo traces it
     """
 
     def __init__(self, mask: Tensor) -> None:
+        require_instance("token_mask", "mask", mask, Tensor, "a bool tensor, one for each token")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"token_mask: mask is {mask.dtype}; accepted: bool")
         self.mask = mask
         self.outer: Tensor | None = None
 
@@ -127,6 +131,7 @@ def capabilities(model: nn.Module) -> list[tuple[str, bool, str]]:
 
     A module named like experts that does not take part in transformers' interface is listed as not supported.
     """
+    require_instance("capabilities", "model", model, nn.Module, "a torch.nn.Module")
     found = []
     for name, module in model.named_modules():
         if isinstance(module, MoE):
@@ -169,12 +174,25 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         limit=form.limit,
         alpha=form.alpha,
         interleaved=form.interleaved,
-        mask=None if _token_mask is None else _token_mask.reshape(hidden_states.shape[:-1]),
+        mask=_mask_of(hidden_states),
         deployment=deployment,
         quantisation=quantisation,
         **_quantisers(module) if quantisation != "none" else {},
     )
     return y.to(hidden_states.dtype)
+
+
+def _mask_of(hidden_states: Tensor) -> Tensor | None:
+    """The mask that is entered, [...] for hidden states [..., H]."""
+    if _token_mask is None:
+        return None
+    lead = hidden_states.shape[:-1]
+    if _token_mask.numel() != lead.numel():
+        raise ValueError(
+            f"token_mask: mask has shape {list(_token_mask.shape)} for hidden states {list(hidden_states.shape)}; accepted: "
+            "one element for each token"
+        )
+    return _token_mask.reshape(lead)
 
 
 def _activation_dtype(module: Any, given: torch.dtype) -> torch.dtype:

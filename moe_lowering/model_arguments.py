@@ -1,0 +1,166 @@
+"""Checks of what a model is built from: the arguments of ``MoE``, ``moe_experts`` and ``route``, before an operator sees them.
+
+Each is a ValueError or TypeError with the argument, its value and what is accepted. torch's own check of an operator's
+schema names the operator and not what the caller called, and takes 1.5 for True and a tensor for a number. Sizes that may
+be symbolic are compared where the operators do it (``custom_ops.sizes``), so that nothing here adds a guard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from moe_lowering.argument_checks import (
+    refuse,
+    require_choice,
+    require_flag,
+    require_instance,
+    require_integer,
+    require_number,
+)
+from moe_lowering.custom_ops.grouped_mlp import ACTIVATIONS, FLOATS
+from moe_lowering.custom_ops.quantised import FORMATS
+from moe_lowering.custom_ops.route import GROUP_SCORES, SCORINGS
+from moe_lowering.deployment import Deployment
+
+_WEIGHTS = "a tensor of all experts, or a sequence of one for each"
+
+
+def check_layer(
+    *,
+    sizes: Mapping[str, Any],
+    top_k: Any,
+    shared_experts: Any,
+    flags: Mapping[str, Any],
+    numbers: Mapping[str, Any],
+    words: Mapping[str, Any],
+    deployment: Any,
+    dtype: Any,
+    device: Any,
+) -> None:
+    """The arguments of ``MoE``; what depends on several of them is left to ``MoE`` and its operators."""
+    for name, size in sizes.items():
+        require_integer("MoE", name, size, 1)
+    require_integer("MoE", "top_k", top_k, 1, sizes["num_experts"])
+    require_integer("MoE", "shared_experts", shared_experts, 0)
+    for name, flag in flags.items():
+        require_flag("MoE", name, flag)
+    for name, number in numbers.items():
+        require_number("MoE", name, number)
+    accepted = {"scoring": SCORINGS, "group_score": GROUP_SCORES, "activation": ACTIVATIONS}
+    for name, word in words.items():
+        require_choice("MoE", name, word, accepted[name])
+    kinds = (Deployment, type(None))
+    require_instance("MoE", "deployment", deployment, kinds, "a moe_lowering.Deployment, or None")
+    if dtype not in (*FLOATS, None) or (dtype is None and torch.get_default_dtype() not in FLOATS):
+        shown = f"None, torch's default dtype {torch.get_default_dtype()}" if dtype is None else repr(dtype)
+        raise TypeError(f"MoE: dtype is {shown}; accepted: torch.float32, torch.float16, torch.bfloat16")
+    if device is not None:
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError) as error:  # an unknown name; another type
+            raise refuse("MoE", "device", device, f"a torch.device, its name, or None ({error})") from error
+
+
+def check_layer_call(x: Any, mask: Any, hidden_size: int) -> None:
+    """The arguments of a call of ``MoE``."""
+    require_instance("MoE", "x", x, Tensor, f"a tensor [..., {hidden_size}]")
+    if x.dim() < 1 or x.shape[-1] != hidden_size:
+        raise ValueError(f"MoE: x has shape {list(x.shape)}; accepted: [..., {hidden_size}]")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"MoE: x is {x.dtype}; accepted: float32, float16, bfloat16")
+    require_instance("MoE", "mask", mask, (Tensor, type(None)), "a bool tensor [...], or None")
+
+
+def check_route(
+    logits: Any, bias: Any, integers: Mapping[str, Any], words: Mapping[str, Any], renormalize: Any, scale: Any
+) -> None:
+    """The kinds of the arguments of ``route``; the operator knows the ranges."""
+    require_instance("route", "logits", logits, Tensor, "a tensor [..., E] of float32, float16 or bfloat16")
+    require_instance("route", "bias", bias, (Tensor, type(None)), "a tensor [E], or None")
+    for name, value in integers.items():
+        _require_size("route", name, value)
+    accepted = {"scoring": SCORINGS, "group_score": GROUP_SCORES}
+    for name, word in words.items():
+        require_choice("route", name, word, accepted[name])
+    require_flag("route", "renormalize", renormalize)
+    _require_real("route", "scale", scale)
+
+
+def check_experts_call(
+    tokens: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    optional_weights: Mapping[str, Any],
+    optional_tensors: Mapping[str, Any],
+    flags: Mapping[str, Any],
+    numbers: Mapping[str, Any],
+    num_experts: Any,
+    words: tuple[Any, Any],
+    deployment: Any,
+) -> None:
+    """The kinds of the arguments of ``moe_experts``; ``words`` are activation and quantisation."""
+    where = "moe_experts"
+    for name, value in tokens.items():
+        require_instance(where, name, value, Tensor, "a tensor")
+    for name, value in weights.items():
+        if not _are_weights(value):
+            raise refuse(where, name, value, _WEIGHTS)
+    for name, value in optional_weights.items():
+        if value is not None and not _are_weights(value):
+            raise refuse(where, name, value, f"{_WEIGHTS}, or None")
+    for name, value in optional_tensors.items():
+        require_instance(where, name, value, (Tensor, type(None)), "a tensor, or None")
+    for name, value in flags.items():
+        require_flag(where, name, value)
+    for name, value in numbers.items():
+        _require_real(where, name, value)
+    if num_experts is not None:
+        _require_size(where, "num_experts", num_experts)
+    require_choice(where, "activation", words[0], ACTIVATIONS)
+    require_choice(where, "quantisation", words[1], FORMATS)
+    require_instance(where, "deployment", deployment, (Deployment, type(None)), "a moe_lowering.Deployment, or None")
+
+
+def as_float32(weights: Tensor) -> Tensor:
+    """Routing weights as the operators take them; of a complex number only a part would be left."""
+    if not weights.dtype.is_floating_point:
+        raise TypeError(f"moe_experts: weights is {weights.dtype}; accepted: float32, float16, bfloat16, float64")
+    return weights.to(torch.float32)
+
+
+def as_int32(name: str, ids: Tensor) -> Tensor:
+    """Ids as the operators take them. Outside of a graph no id is cut to one that there is: 2**32 would be expert 0."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"moe_experts: {name} is {ids.dtype}; accepted: int32, int64")
+    cast = ids.to(torch.int32)
+    if ids.dtype == torch.int64 and not torch.compiler.is_compiling() and ids.device.type == "cpu":
+        readable = not isinstance(ids, FakeTensor) and get_proxy_mode() is None  # make_fx hands out real tensors, too
+        if readable and not torch.equal(cast.long(), ids):
+            raise ValueError(
+                f"moe_experts: {name} has {int(ids[cast != ids].flatten()[0])}, which is no int32; accepted: 0 to num_experts - 1"
+            )
+    return cast
+
+
+def _are_weights(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    return isinstance(value, (Sequence, nn.ParameterList)) and all(isinstance(each, Tensor) for each in value)
+
+
+def _require_size(where: str, name: str, value: Any) -> None:
+    """An int, symbolic or not: torch would take a tensor or True for one."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise refuse(where, name, value, "an int")
+
+
+def _require_real(where: str, name: str, value: Any) -> None:
+    """A number, symbolic or not, or None for the default; the operator refuses those that are not finite."""
+    kinds = (int, float, torch.SymInt, torch.SymFloat)
+    if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+        raise refuse(where, name, value, "a finite number, or None")
