@@ -105,6 +105,17 @@ class Operands:
         """Whether it is one tensor that holds the matrices of all experts."""
         return self.count == 1 and self.first.dim() == 3
 
+    def repeated(self, experts: int) -> Operands:
+        """Of one expert as of ``experts`` like it, in the same form: one tensor [1, ...], or a list of one."""
+        if self.count != 1:
+            return self
+        first = self.first
+        if first.dim() < 2 or first.shape[0] != 1:
+            return Operands(experts, self.kinds)
+        shape = (experts, *first.shape[1:])
+        strides = row_major(shape) if first.is_contiguous() else first.strides
+        return Operands(1, (dataclasses.replace(first, shape=shape, strides=strides),))
+
     def cast(self, dtype: torch.dtype) -> Operands:
         return Operands(self.count, tuple(kind.cast(dtype) for kind in self.kinds))
 
@@ -123,6 +134,11 @@ class Experts:
     w2_offset: Operands = Operands()
     w13_scale_bias: Operands = Operands()
     w2_scale_bias: Operands = Operands()
+
+    def of_routed_rank(self, experts: int) -> Experts:
+        """Those of a shared-expert rank as a rank with ``experts`` routed experts holds them: what all ranks judge."""
+        fields = (field.name for field in dataclasses.fields(self))
+        return Experts(**{name: getattr(self, name).repeated(experts) for name in fields})
 
 
 def is_stored(node: Node) -> bool:
