@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moe_lowering.deployment import Deployment
     from moe_lowering.experts import list_experts, log2phy_from_expert_maps
     from moe_lowering.functional import moe_experts, route
+    from moe_lowering.interrupts import interruptible
     from moe_lowering.layers import MoE, shard_experts
     from moe_lowering.passes.pipeline import LoweringError, MoeLowering
     from moe_lowering.quantisation import quantise_experts
@@ -35,6 +36,7 @@ _HOME = {
     "MoE": "layers",
     "MoeLowering": "passes.pipeline",
     "check_agreement": "agreement",
+    "interruptible": "interrupts",
     "list_experts": "experts",
     "log2phy_from_expert_maps": "experts",
     "lowering_backend": "backends.aot",
@@ -55,6 +57,7 @@ __all__ = [
     "MoE",
     "MoeLowering",
     "check_agreement",
+    "interruptible",
     "list_experts",
     "log2phy_from_expert_maps",
     "lowering_backend",

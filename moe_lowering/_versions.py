@@ -8,12 +8,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
+import re
+import runpy
+import sys
 import warnings
 from pathlib import Path
 
 # A prefix per distribution: what the test suite runs with. Both torch 2.10 and torch_npu 2.10.0.post4 have the same
 # hook signature and options, but differ in six MoE schemas, and the suite does not run there.
 TESTED = {"torch": "2.13", "torch_npu": "2.13.0"}
+
+# torch_npu (major, minor) that ends its process with SIGABRT when it is imported beside a CUDA build of torch: both define
+# one key ("Duplicated key 'pinned_reserve_segment_size_mb'"). Tried with 2.10 (no collision) to 2.14, on x86-64.
+COLLIDES_FROM, COLLIDES_TO = (2, 11), (2, 14)
 
 _warned = False
 
@@ -24,6 +32,30 @@ def installed(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def cuda_collision() -> str:
+    """Why torch_npu must not be imported beside this torch, and what to install; "" where it can be. Imports nothing."""
+    found, (version, cuda) = installed("torch_npu"), torch_build()
+    if cuda is None or "torch_npu" in sys.modules:  # the latter: it was, and the process lives
+        return ""
+    release = re.match(r"(\d+)\.(\d+)", found)
+    if release is None or not COLLIDES_FROM <= (int(release[1]), int(release[2])) <= COLLIDES_TO:
+        return ""
+    public = version.partition("+")[0]
+    return (
+        f"torch {version} is a CUDA build (CUDA {cuda}), beside which torch_npu {found} aborts the process; install "
+        f"the CPU build: pip install torch=={public}+cpu --index-url https://download.pytorch.org/whl/cpu"
+    )
+
+
+def torch_build() -> tuple[str, str | None]:
+    """``torch.__version__`` and ``torch.version.cuda``, read from the file: importing torch may import torch_npu."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return "", None
+    names = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    return names["__version__"], names["cuda"]
 
 
 def untested() -> list[str]:

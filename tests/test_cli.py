@@ -22,6 +22,8 @@ from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
 KEYS = {
     "model", "blocks", "max_abs_error", "max_rel_error", "snr_db", "nodes_before", "nodes_after", "pass_ms", "captured",
     "not_capturable",
+    "detected",
+    "foreign",
 }  # fmt: skip
 BLOCK_KEYS = {"name", "comm", "reason", "ops_before", "ops_after", "verdicts", "notes", "enforced", "sizes"}
 VIOLATION_KEYS = {"code", "operator", "value", "limit", "source", "message", "advice"}
@@ -44,9 +46,9 @@ def test_the_names_of_implementations_are_those_of_the_pass():
         (["lower", "moe", "--comm", "nccl"], "--comm: invalid choice: 'nccl' (choose from 'auto', 'allgather'"),
         (["lower", "moe", "--soc", "A9"], "--soc: invalid choice: 'A9' (choose from 'A2', 'A3'"),
         (["lower", "moe", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
-        (["lower", "moe", "--tokens", "0"], "--tokens: is 0; accepted: an integer of 1 or more"),
-        (["lower", "moe", "--tokens", "many"], "--tokens: is many; accepted"),
-        (["lower", "moe", "--layers", "-1"], "--layers: is -1; accepted"),
+        (["lower", "moe", "--tokens", "0"], "--tokens: is '0'; accepted: an integer from 1 to"),
+        (["lower", "moe", "--tokens", "many"], "--tokens: is 'many'; accepted"),
+        (["lower", "moe", "--layers", "-1"], "--layers: is '-1'; accepted"),
         (["lower", "moe", "--fused-mode", "3"], "--fused-mode: invalid choice: 3 (choose from 0, 1, 2)"),
         (["lower", "moe", "--comm", "fusedmc2"], "--comm: invalid choice: 'fusedmc2' (choose from 'auto', 'allgather'"),
         (["lower", "moe", "--quant", "int8"], "--quant: invalid choice: 'int8' (choose from 'none', 'w8a8'"),

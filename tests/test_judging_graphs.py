@@ -54,6 +54,15 @@ def test_equal_splits_want_a_bound_for_tokens_that_depend_on_data() -> None:
     assert lowered(unbacked.replace(deployment=bounded), "alltoall").comm == "alltoall"
 
 
+def test_mc2_wants_to_know_a_bounded_token_count() -> None:
+    """torch_npu's meta function compares T with rows of the bound, which a size that depends on data does not answer."""
+    bounded = DEPLOYMENT.replace(max_tokens=64, equal_tokens=False)
+    unbacked = CASE.replace(deployment=bounded, sizes="unbacked", symbolic=(True,), bounds=(2, None))
+    block = lowered(unbacked, "mc2")
+    assert {v.code for v in block.verdicts["mc2"].violations} == {"mc2.data_dependent"} and "undone" not in block.reason
+    assert lowered(unbacked.replace(sizes="dynamic"), "mc2").comm == "mc2"
+
+
 def test_one_row_is_not_taken_for_one_token() -> None:
     """Scales of rows, whose number happens to be this rank's T, which other ranks do not have."""
     alone = Deployment(max_tokens=64, min_tokens=0, equal_tokens=False, weight_format="nz")

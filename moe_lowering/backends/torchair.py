@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from moe_lowering import _versions
 from moe_lowering.agreement import agreement_before_first
 from moe_lowering.argument_checks import require_instance
 from moe_lowering.backends import ge_agreement, ge_converters, ge_rewrites
@@ -52,12 +53,14 @@ def torchair_config(
             first, then the lowering.
 
     Raises:
-        ImportError: torchair is not there; it comes with torch_npu, and needs protobuf.
+        ImportError: torchair is not there; it comes with torch_npu, and needs protobuf. Or torch_npu collides with this torch.
         ValueError: an argument that is not accepted; ``deployment.capture`` is False; ``config.mode`` is another one than
             "max-autotune"; ``lowering`` is given together with ``comm``, ``strict`` or ``policy``, or was made for another
             deployment.
     """
     check_common("torchair_config", deployment, lowering, agreement_timeout)
+    if collision := _versions.cuda_collision():
+        raise ImportError(f"torchair_config: {collision}")
     import torch_npu  # noqa: F401  # it brings torchair
     import torchair
 

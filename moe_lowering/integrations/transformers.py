@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
+from moe_lowering import _versions
 from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts
 from moe_lowering.layers import EXPERTS_IMPLEMENTATION, MoE
@@ -81,8 +82,10 @@ def register() -> None:
 
     Raises:
         ImportError: transformers is missing, too old, or does not import (with torch_npu installed and no CANN, call
-            ``moe_lowering.simulator.enable()`` first).
+            ``moe_lowering.simulator.enable()`` first), or torch_npu collides with this torch.
     """
+    if collision := _versions.cuda_collision():  # transformers imports torch_npu where it is installed
+        raise ImportError(f"moe_lowering: {collision}")
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:

@@ -25,6 +25,7 @@ from moe_lowering.custom_ops.assert_agreement import PATIENT
 from moe_lowering.deployment import Deployment
 from moe_lowering.identity import identity
 from moe_lowering.passes.blocks import Block, BlockSpec, arguments
+from moe_lowering.passes.emitting import COPIED_META
 from moe_lowering.passes.judging import torch_npu_is_loaded
 from moe_lowering.report.records import BlockReport
 
@@ -82,25 +83,35 @@ def _settings(lowering: MoeLowering) -> dict[str, str]:
     return {"comm": policy.comm, "policy": policy.name, "cost": cost, **flags}
 
 
-def first_exchange(graph: Graph) -> Node | None:
-    """The x of the first ``dispatch`` that exchanges tokens with other ranks; None when none does, or all is checked."""
+def first_exchange(graph: Graph) -> tuple[Node, dict[str, Any]] | None:
+    """The x of the first ``dispatch`` that exchanges tokens with other ranks, and the call's source metadata.
+
+    None when none does, or the graph has the check already.
+    """
     if graph.find_nodes(op="call_function", target=ASSERT_AGREEMENT):
         return None  # the pass has run on this graph before
     for node in graph.find_nodes(op="call_function", target=DISPATCH):
         if _exchanges(node):
             x = arguments(node)[0]
-            return x if isinstance(x, Node) else None
+            return x, {key: node.meta[key] for key in COPIED_META if key in node.meta}
     return None
 
 
 def emit_check(
-    graph: Graph, x: Node, group: str, timeout: float | str, settings: dict[str, Any], blocks: dict[str, Any]
+    graph: Graph,
+    first: tuple[Node, dict[str, Any]],
+    group: str,
+    timeout: float | str,
+    settings: dict[str, Any],
+    blocks: dict[str, Any],
 ) -> Node:
-    """The new node, right after ``x``, which is before every node of the block that reads it.
+    """The new node, right after the x of ``first`` and before every node of the block that reads it.
 
     Args:
+        first: what ``first_exchange`` found.
         timeout: seconds, or ``auto``.
     """
+    x, source = first
     position = x.next
     while position.op == "placeholder":
         position = position.next
@@ -108,7 +119,7 @@ def emit_check(
     seconds = PATIENT if isinstance(timeout, str) else float(timeout)
     with graph.inserting_before(position):
         node = graph.call_function(ASSERT_AGREEMENT, (x, group, seconds, *texts))
-    node.meta["val"] = None
+    node.meta.update(source, val=None)
     return node
 
 

@@ -74,7 +74,7 @@ class GraphRun:
         self._blocks: list[Block] = []
         self._targets: dict[Node, Target] = {}  # by the erased combine
         self._refusing: set[Node] = set()  # combines of blocks for whose sake the graph refuses to run
-        self._first_exchange: Node | None = None
+        self._first_exchange: tuple[Node, dict[str, Any]] | None = None
         self._shape_env: Any = None
 
     def lower(self) -> list[BlockReport]:
@@ -192,8 +192,8 @@ class GraphRun:
 
     def check_agreement(self, reports: list[BlockReport], lowering: MoeLowering, timeout: float | str) -> None:
         """After ``lower``: the graph compares with the other ranks' before its first exchange."""
-        x = self._first_exchange
-        if x is None:
+        first = self._first_exchange
+        if first is None:
             return
         try:
             settings = settings_record(self.deployment, lowering, ep_group=True)
@@ -201,7 +201,7 @@ class GraphRun:
             blocks = blocks_record(outcomes, [node for node, _ in self.left], self.deployment)
             created: list[Node] = []
             with self.edits.step(created):
-                created.append(emit_check(self.graph, x, self.deployment.ep_group, timeout, settings, blocks))
+                created.append(emit_check(self.graph, first, self.deployment.ep_group, timeout, settings, blocks))
             self.changed = True
         except Exception:  # as in _guarded: a defect of ours must not fail the user's compile
             if lowering.strict:

@@ -81,6 +81,7 @@ def block_quantities(
         "ids_dtype": "int32",
         "has_mask": spec.has_mask,
         "quantised_input": spec.quantised_input,
+        "data_dependent_bound": spec.max_tokens > 0 and data_dependent([spec.tokens]),
         "data_dependent_capacity": not spec.max_tokens and data_dependent([spec.tokens]),
         "counts_are_read": spec.counts_are_read,
         "scopes_differ": spec.scopes_differ,

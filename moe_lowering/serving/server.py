@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moe_lowering.argument_checks import require_instance
 from moe_lowering.backends.npugraph_ex import check_options, npugraph_ex_options
 from moe_lowering.deployment import Deployment
+from moe_lowering.interrupts import interruptible
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.serving import cache
 from moe_lowering.serving.checks import check_buckets, check_lengths, check_model, deployment_for
@@ -259,7 +260,7 @@ class Server:
             )
         self._busy_with = what
         try:
-            with self._settings:
+            with interruptible(), self._settings:
                 yield
         finally:
             self._busy_with = ""

@@ -56,7 +56,7 @@ def enable(soc: str = "A3") -> None:
 
     Raises:
         SimulatorError: an unknown SoC; another SoC than the one enabled before; CANN is installed; a package, the C
-            compiler or nm is missing; torch_npu does not import.
+            compiler or nm is missing; a CUDA build of torch that torch_npu collides with; torch_npu does not import.
     """
     global _enabled, _loaded
     with _lock:
@@ -127,6 +127,8 @@ def _check_machine() -> None:
             "this machine has CANN (libascendcl.so is found); the simulator would shadow it. "
             "Use torch_npu directly, or hide CANN from LD_LIBRARY_PATH"
         )
+    if collision := _versions.cuda_collision():
+        raise SimulatorError(collision)
 
 
 def _import_torch_npu() -> None:

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ import torch
 
 from moe_lowering import simulator
 from moe_lowering.deployment import Deployment
+from moe_lowering.interrupts import interruptible
 
 # (inputs, outputs, attributes) in order. Sources: vllm-project/vllm-ascend, op_host/*_def.cpp at 461cc908, 6404a4ad and
 # ee47b9b2; lists and expert_token_nums of the 16-bit variant, bias1 and bias2: facts/versions.md; the decode operator's
@@ -221,6 +220,8 @@ def convert(
         operators: what the look-up of registered operators knows, see ``engine``.
         options: ``comm``, ``strict``, ``policy``, ``cost``, as for ``MoeLowering``.
 
+    Signals end it, see ``moe_lowering.interruptible``: there is no engine to finalise.
+
     Raises:
         SimulatorError: the simulator is not enabled, or the model was not converted as one graph.
         torch._dynamo.exc.BackendCompilerFailed: what the lowering or torchair raises, with its message.
@@ -234,11 +235,11 @@ def convert(
     import torchair
 
     torch._dynamo.reset()
-    with tempfile.TemporaryDirectory() as folder, engine(operators) as converted:
+    with interruptible(), tempfile.TemporaryDirectory() as folder, engine(operators) as converted:
         config.debug.graph_dump.type, config.debug.graph_dump.path = "txt", folder
         backend = torchair.get_npu_backend(compiler_config=config)
         compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
-        with torch.no_grad(), contextlib.suppress(_Loaded), interruptible():
+        with torch.no_grad(), contextlib.suppress(_Loaded):
             compiled(*inputs)  # type: ignore[no-untyped-call]
         dumps = sorted(Path(folder).glob("dynamo_optimized_*.txt"))
         if len(dumps) != 1 or len(converted) != 1:
@@ -249,34 +250,6 @@ def convert(
         graph, arguments = converted[0]
         program = graph.codegen(extend_config={}, enable_cache=True)
     return GeGraph(nodes, program, arguments, lowering.reports)
-
-
-# What a signal does where nobody has said otherwise.
-_USUAL = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
-_HANDLERS = ("torchair", "npugraph_ex", "torch_npu")
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM end a conversion, as they do without torchair.
-
-    torchair and npugraph_ex put handlers of their own in place when they are imported (core/_backend.py and npugraph_ex's
-    __init__.py, ``_signal_handler``), for an engine that has to be finalised; here there is none. They call
-    ``torch._dynamo.reset()``, which fails while something is compiled ("Cannot clear callbacks while 1 are pending", as an
-    error of whatever was running), and otherwise leave the signal ignored. Handlers of others stay.
-    """
-    kept = []
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers, nor runs them
-        for number, usual in _USUAL:
-            handler = signal.getsignal(number)
-            if str(getattr(handler, "__module__", "")).partition(".")[0] in _HANDLERS:
-                kept.append((number, handler))
-                signal.signal(number, usual)
-    try:
-        yield
-    finally:
-        for number, handler in kept:
-            signal.signal(number, handler)
 
 
 def call(graph: GeGraph, *arguments: Any) -> None:

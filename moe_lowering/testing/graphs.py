@@ -16,6 +16,7 @@ from moe_lowering import simulator
 from moe_lowering.argument_checks import require_callable, require_choice, require_flag, require_instance
 from moe_lowering.backends.aot import lowering_backend
 from moe_lowering.deployment import Deployment
+from moe_lowering.passes.agreement_check import ASSERT_AGREEMENT
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.report.records import LoweringReport
@@ -28,8 +29,9 @@ class Lowered:
     Attributes:
         gm: the graph module after the pass.
         report: what the pass did and why.
-        ops_before, ops_after: names of all operators of the graph in order, e.g. ``npu.npu_swiglu``; those of graphs
-            inside of it follow, each once.
+        ops_before, ops_after: names of the operators of the graph in order, e.g. ``npu.npu_swiglu``; those of graphs
+            inside of it follow, each once. Without ``assert_agreement``, which is host code that every graph with an exchange
+            has, whatever became of it.
     """
 
     gm: GraphModule
@@ -154,7 +156,7 @@ def _operators(gm: GraphModule) -> tuple[str, ...]:
         for each in gm.modules()
         if isinstance(each, GraphModule)
         for node in each.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
+        if isinstance(node.target, torch._ops.OpOverload) and node.target is not ASSERT_AGREEMENT
     )
 
 

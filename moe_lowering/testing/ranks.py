@@ -15,6 +15,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -26,8 +27,10 @@ from types import TracebackType
 from typing import Any
 
 from moe_lowering.argument_checks import require_integer, require_seconds
+from moe_lowering.interrupts import Terminated, exit_code, interruptible
 
 START_TIMEOUT = 120.0
+END_TIMEOUT = 2.0  # seconds for all ranks to end when they are told to
 
 
 class RankError(RuntimeError):
@@ -140,12 +143,12 @@ class Ranks:
         """End all processes, and remove what they left in the temporary directory."""
         self._end("close() was called")
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, patience: float = END_TIMEOUT) -> None:
         self._ended = self._ended or reason
         for pipe in self._pipes:
             with contextlib.suppress(OSError):  # already gone
                 pipe.send(None)
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + patience
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
@@ -164,7 +167,10 @@ class Ranks:
         except but:
             raise
         except BaseException as error:
-            self._end(str(error).partition("\n")[0] or type(error).__name__)
+            interrupted = not isinstance(
+                error, Exception
+            )  # then the ranks are at work, and do not read what they are sent
+            self._end(str(error).partition("\n")[0] or type(error).__name__, 0.0 if interrupted else END_TIMEOUT)
             raise
 
     def __enter__(self) -> Ranks:
@@ -173,7 +179,10 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is None or issubclass(kind, Exception):
+            self.close()
+        else:
+            self._end(kind.__name__, 0.0)
 
 
 def describe(error: BaseException) -> str:
@@ -199,7 +208,16 @@ def _one_line(error: BaseException) -> str:
     return f"{name} without a message{place}{line}"
 
 
-def _serve(
+def _serve(*arguments: Any) -> None:
+    """One rank. SIGINT and SIGTERM end it, whatever it runs."""
+    try:
+        with interruptible():
+            _answer(*arguments)
+    except KeyboardInterrupt:
+        sys.exit(exit_code(signal.SIGINT))  # without a traceback: a terminal sends it to every rank
+
+
+def _answer(
     rank: int, size: int, store: str, setup: Callable[[], object] | None, collective_timeout: float, pipe: Connection
 ) -> None:
     try:
@@ -216,6 +234,8 @@ def _serve(
         dist.distributed_c10d.default_pg_timeout = timeout
         dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size, timeout=timeout)
         pipe.send((True, None))
+    except (KeyboardInterrupt, Terminated):
+        raise
     except BaseException as error:
         pipe.send((False, describe(error)))
         return
@@ -226,6 +246,8 @@ def _serve(
         function, arguments = job
         try:
             answer = (True, function(rank, *arguments))
+        except (KeyboardInterrupt, Terminated):
+            raise
         except BaseException as error:  # SystemExit too: the rank lives, and the caller is told
             answer = (False, describe(error))
         try:

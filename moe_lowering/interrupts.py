@@ -1,0 +1,155 @@
+"""SIGINT and SIGTERM end what runs, while it compiles too.
+
+torch_npu's torchair and npugraph_ex put handlers of their own in place when they are imported (torch_npu 2.13.0,
+torchair/core/_backend.py and npugraph_ex/__init__.py, ``_signal_handler``). They call ``torch._dynamo.reset()``, which fails
+while something is compiled ("Cannot clear callbacks while 1 are pending", as an error of whatever was running), and otherwise
+leave the signal ignored: in both cases the process goes on. The handlers are for an engine that has to be finalised; both
+modules do that with ``atexit`` too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+# Seconds in which a second signal is taken for the first: timeout(1) sends it to the process, and then to its group.
+SAME = 2.0
+AGAIN = 0.05  # seconds after which an interrupt that was swallowed is raised again
+
+_OWNERS = ("torchair", "npugraph_ex", "torch_npu")
+_module: Any = signal
+_active: _Handlers | None = None  # those of ``interruptible``, while it is entered; the main thread's
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT came."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM came. The process ends with exit code 143 unless somebody catches it."""
+
+    def __init__(self) -> None:
+        super().__init__(exit_code(signal.SIGTERM))
+
+
+ERRORS: dict[int, type[Interrupted | Terminated]] = {signal.SIGINT: Interrupted, signal.SIGTERM: Terminated}
+
+
+def exit_code(number: int) -> int:
+    """What a shell shows for a process that a signal ended."""
+    return 128 + number
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, SIGINT raises ``KeyboardInterrupt``, and SIGTERM raises ``SystemExit(143)``, so that ``finally`` is run.
+
+        with moe_lowering.interruptible():
+            compiled(*inputs)
+
+    Handlers of torch_npu are put back at the end, and those that it would install meanwhile, as it is imported, are
+    installed then. Handlers of others, and signals that are ignored, stay as they are. Like every handler of Python's it
+    runs when a call into C++ has returned.
+
+    The error leaves the block: who catches it inside gets it again, also where another error was made of it. A second
+    signal, more than ``SAME`` seconds after the first, ends the process without cleaning up.
+
+    In another thread than the main one it does nothing: Python runs all handlers in the main thread.
+    """
+    global _active
+    if _active is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = _Handlers()
+    _active = handlers
+    try:
+        handlers.install()
+        yield
+        handlers.raise_what_was_swallowed()
+    except Exception:
+        handlers.raise_what_was_swallowed()
+        raise
+    finally:
+        _active = None
+        handlers.remove()
+
+
+class _Handlers:
+    """Handlers of both signals, and a guard before ``signal.signal``."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None  # the signal, and when it came, of the monotonic clock
+        self._repeated = False  # whether the next signal is our own
+        self._watched: weakref.ref[BaseException] | None = None
+        self._later: dict[int, Any] = {}  # what is installed at the end
+        self._signal = signal.signal
+
+    def install(self) -> None:
+        for number in ERRORS:
+            found = signal.getsignal(number)
+            if found in (signal.SIG_DFL, signal.default_int_handler) or _of_torch_npu(found):
+                self._later[number] = found
+                self._signal(number, self._interrupt)
+        _module.signal = self._guarded
+
+    def remove(self) -> None:
+        _module.signal = self._signal
+        for number, handler in self._later.items():
+            signal.signal(number, handler)
+
+    def raise_what_was_swallowed(self) -> None:
+        if self._first is not None:
+            raise ERRORS[self._first[0]]
+
+    def _guarded(self, number: int, handler: Any) -> Any:
+        """``signal.signal``, which keeps a handler of torch_npu's for later; another one stays, as without us."""
+        if number not in ERRORS or not _of_torch_npu(handler):
+            before = self._signal(number, handler)
+            self._later.pop(number, None)
+            return before
+        self._later[number] = handler
+        return signal.getsignal(number)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        repeated, self._repeated = self._repeated, False
+        if self._first is None:
+            self._first = (number, now)
+        elif not repeated:
+            if now - self._first[1] > SAME:
+                self._signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        raise self._error(self._first[0])
+
+    def _error(self, number: int) -> BaseException:
+        """An error that comes again once nobody has it any more: not while it is on its way, nor in ``finally``.
+
+        It is lost where C code clears it (torch does, when it imports numpy) and where Python ignores it (``__del__``).
+        """
+        error = ERRORS[number]()
+        self._watched = weakref.ref(error, self._swallowed)
+        return error
+
+    def _swallowed(self, reference: object) -> None:
+        if _active is self:
+            timer = threading.Timer(AGAIN, self._repeat)  # here, whoever swallows would swallow it again
+            timer.daemon = True
+            timer.start()
+
+    def _repeat(self) -> None:
+        thread = threading.main_thread().ident
+        if _active is self and self._first is not None and thread is not None:
+            self._repeated = True
+            signal.pthread_kill(thread, self._first[0])
+
+
+def _of_torch_npu(handler: Any) -> bool:
+    return str(getattr(handler, "__module__", "")).partition(".")[0] in _OWNERS
