@@ -195,6 +195,8 @@ def moe_experts(
         RuntimeError: a rank receives more rows than ``deployment.max_rows`` (CPU only).
     """
     _check_kinds(x, weights, ids, w13, w2, deployment)
+    for name, each in (("expert_map", expert_map), ("log2phy", log2phy)):
+        require_instance("moe_experts", name, each, (Tensor, type(None)), "an int32 or int64 tensor, or None")
     require_choice("moe_experts", "activation", activation, ACTIVATIONS)
     require_choice("moe_experts", "quantisation", quantisation, FORMATS)
     place = _SINGLE_RANK if deployment is None else deployment

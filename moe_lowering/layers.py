@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lowering.argument_checks import require_choice, require_instance, require_integer, require_number
+from moe_lowering.argument_checks import require_choice, require_flag, require_instance, require_integer, require_number
 from moe_lowering.custom_ops.grouped_mlp import ACTIVATIONS
 from moe_lowering.custom_ops.route import GROUP_SCORES, SCORINGS
 from moe_lowering.deployment import Deployment
@@ -86,6 +86,15 @@ class MoE(nn.Module):
             require_integer("MoE", name, size, 1)
         require_integer("MoE", "top_k", top_k, 1, num_experts)
         require_integer("MoE", "shared_experts", shared_experts, 0)
+        require_integer("MoE", "num_groups", num_groups, 1)
+        require_integer("MoE", "topk_groups", topk_groups, 1)
+        for name, flag in (
+            ("selection_bias", selection_bias),
+            ("renormalize", renormalize),
+            ("interleaved", interleaved),
+            ("expert_bias", expert_bias),
+        ):
+            require_flag("MoE", name, flag)
         for name, number in (("scale", scale), ("limit", limit), ("alpha", alpha)):
             require_number("MoE", name, number)
         words = (("scoring", scoring, SCORINGS), ("group_score", group_score, GROUP_SCORES))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lowering.argument_checks import require_choice
+from moe_lowering.argument_checks import require_choice, require_integer
 from moe_lowering.custom_ops import quantised as formats
 from moe_lowering.custom_ops.quantised import PER_INT32, dequantise_weight, float_scale, quantise_rows, unpack_int4
 from moe_lowering.layers import MoE, moe_modules, refuse_lists, warn_of_other_implementations
@@ -155,6 +155,8 @@ def require_quantisable(model: nn.Module, format: str, *, group_size: int | None
 def _quantisable(model: nn.Module, format: str, group_size: int | None) -> list[tuple[str, nn.Module]]:
     found = moe_modules("quantise_experts", model)
     require_choice("quantise_experts", "format", format, FORMATS)
+    if group_size is not None:
+        require_integer("quantise_experts", "group_size", group_size, 1)
     for name, module in found:
         _check_module(f"quantise_experts: {name or type(module).__name__}", module, format, group_size)
     return found
