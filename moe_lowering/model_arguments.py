@@ -29,6 +29,12 @@ from moe_lowering.custom_ops.route import GROUP_SCORES, SCORINGS
 from moe_lowering.deployment import Deployment
 
 _WEIGHTS = "a tensor of all experts, or a sequence of one for each"
+_OPTIONAL = {
+    "mask": "a bool tensor [...]",
+    "pertoken_scale": "a float32 tensor [...]",
+    "log2phy": "an int32 or int64 tensor [logical experts]",
+    "expert_map": "an int32 or int64 tensor [num_experts]",
+}
 
 
 def check_layer(
@@ -114,7 +120,7 @@ def check_experts_call(
         if value is not None and not _are_weights(value):
             raise refuse(where, name, value, f"{_WEIGHTS}, or None")
     for name, value in optional_tensors.items():
-        require_instance(where, name, value, (Tensor, type(None)), "a tensor, or None")
+        require_instance(where, name, value, (Tensor, type(None)), f"{_OPTIONAL[name]}, or None")
     for name, value in flags.items():
         require_flag(where, name, value)
     for name, value in numbers.items():

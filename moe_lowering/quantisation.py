@@ -186,6 +186,8 @@ def require_quantisable(model: nn.Module, format: str, *, group_size: int | None
 def _quantisable(model: nn.Module, format: str, group_size: int | None) -> list[tuple[str, nn.Module]]:
     found = moe_modules("quantise_experts", model)
     require_choice("quantise_experts", "format", format, FORMATS)
+    if group_size is not None:
+        require_integer("quantise_experts", "group_size", group_size, 1)
     for name, module in found:
         _check_module(f"quantise_experts: {name or type(module).__name__}", module, format, group_size)
     return found

@@ -78,12 +78,33 @@ def picked(x: Tensor) -> Tensor:
     return y
 
 
+def masked(x: Tensor) -> Tensor:
+    _, ids = routed(x)
+    y = torch.zeros_like(x)
+    for e in range(EXPERTS):
+        rows = (ids == e).any(-1)
+        y[rows] += gated(x[rows] @ W13[e]) @ W2[e]
+    return y
+
+
+def chained(x: Tensor) -> Tensor:
+    ids, y = (x @ ROUTER.t()).argmax(-1, keepdim=True), torch.zeros_like(x)
+    for e in range(EXPERTS):
+        y = torch.where(ids == e, gated(x @ W13[e]) @ W2[e], y)
+    return y
+
+
 def stacked(x: Tensor) -> Tensor:
     return torch.einsum("te,teh->th", scattered(x), torch.stack([gated(x @ W13[e]) @ W2[e] for e in range(EXPERTS)], 1))
 
 
 def one_hot(x: Tensor) -> tuple[Tensor, Tensor]:
     mask = F.one_hot(routed(x)[1], EXPERTS + 1).permute(2, 1, 0)
+    return mask, mask.sum(dim=(-1, -2)) > 0
+
+
+def hit(ids: Tensor) -> tuple[Tensor, Tensor]:
+    mask = F.one_hot(ids, EXPERTS + 1).permute(2, 1, 0)
     return mask, mask.sum(dim=(-1, -2)) > 0
 
 
@@ -96,8 +117,11 @@ FOREIGN = {
     "a column per expert": ("foreign.expert_loop", columns, (X,)),
     "ids compared": ("foreign.expert_loop", compared, (X,)),
     "rows picked": ("foreign.expert_loop", picked, (X,)),
+    "rows masked": ("foreign.expert_loop", masked, (X,)),
+    "a where per expert": ("foreign.expert_loop", chained, (X,)),
     "results stacked": ("foreign.expert_loop", stacked, (X,)),
     "one_hot leaves": ("foreign.routing_alone", one_hot, (X,)),
+    "one_hot of given ids leaves": ("foreign.routing_alone", hit, (IDS,)),
 }
 
 
@@ -135,6 +159,40 @@ def classifier(x: Tensor) -> Tensor:
     return F.one_hot((x @ ROUTER.t()).argmax(-1), EXPERTS)
 
 
+def recurrent(x: Tensor, slots: Tensor, windows: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+    """A decode step of Mamba 2: the states of a batch's sequences lie in a cache, at ``slots``."""
+    window = torch.cat([windows[slots][:, :, 1:], x[:, :, None]], -1)
+    inner, write, read = F.silu((window * W13[:, :, 0][0, :, None]).sum(-1)).split(
+        [HIDDEN // 2, HIDDEN // 4, HIDDEN // 4], -1
+    )
+    state = states[slots] * 0.9 + inner[:, :, None] * write[:, None, :]
+    windows[slots] = window
+    return torch.bmm(state, read[:, :, None]), windows, states.index_copy(0, slots, state)
+
+
+def ended(x: Tensor) -> tuple[Tensor, ...]:
+    """Two words end a text: a batch's rows that have ended are filled up."""
+    logits = x @ HEAD.t()
+    word = logits.argmax(-1)
+    done = (word == 2) | (word == 3)
+    return torch.where(done, 0, word), logits * ~done[:, None]
+
+
+def class_means(x: Tensor) -> Tensor:
+    h = x @ W13[0]
+    classes = (h @ W13[0].t() @ ROUTER.t()).argmax(-1)
+    return torch.stack([(h * (classes == e)[:, None]).mean(0) for e in range(EXPERTS)])
+
+
+def used_codes(x: Tensor, words: Tensor) -> tuple[Tensor, ...]:
+    codes = F.one_hot((x @ HEAD.t()).argmax(-1), 50).float()
+    return codes @ HEAD, codes.mean(0), codes.sum(0) > 0, F.one_hot(words, 50).sum(1) > 0
+
+
+def pooled(x: Tensor) -> Tensor:
+    return block_diagonal(x.view(2, -1, HIDDEN).max(1)[0])
+
+
 NO_MOE = {
     "sampler": (sampler, (X,)),
     "LoRA": (lora, (X, IDS[:, 0])),
@@ -143,5 +201,10 @@ NO_MOE = {
     "attention to chosen keys": (chosen_keys, (X,)),
     "block-diagonal weights": (block_diagonal, (X,)),
     "classifier": (classifier, (X,)),
+    "states of a recurrent layer": (recurrent, (X, torch.arange(6), _random(9, HIDDEN, 4), _random(9, 16, 8))),
+    "words that end a text": (ended, (X,)),
+    "means of classes": (class_means, (X,)),
+    "used codes and words": (used_codes, (X, IDS)),
+    "maxima before block-diagonal weights": (pooled, (X,)),
     "dense MLP": (lambda x: gated(x @ W13[0]) @ W2[0], (X,)),
 }

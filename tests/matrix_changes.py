@@ -49,12 +49,14 @@ def gate_and_up_swapped(case):
     return _weights(case, w13=lambda weight: weight.roll(INTERMEDIATE, -1))
 
 
-def slice_of_the_other_tp_rank(case):
-    return _deployment(case, tp_rank=1 - case.deployment.tp_rank)
+def x_of_the_next_token(case):
+    return _inputs(case, x=case.inputs.x.roll(1, 0))
 
 
 def experts_of_the_next_rank(case):
-    return _deployment(case, ep_rank=(case.deployment.ep_rank + 1) % case.deployment.ep_size)
+    """Every id is that of an expert on the next rank."""
+    local = EXPERTS // case.deployment.ep_size
+    return _inputs(case, ids=(case.inputs.ids + local) % EXPERTS)
 
 
 def scales_of_the_next_token(case):

@@ -173,7 +173,7 @@ def test_too_many_captures_and_calls_without_a_graph_are_problems():
     [
         (["--capture", "--fake"], "argument --capture: is given with --fake; accepted: without"),
         (["--replays", "3"], "argument --replays: is 3 without --capture; accepted: with it"),
-        (["--capture", "--replays", "0"], "argument --replays: is 0; accepted: an integer of 1 or more"),
+        (["--capture", "--replays", "0"], "argument --replays: is '0'; accepted: an integer from 1 to"),
     ],
 )
 def test_wrong_usage(given, says, capfd):

@@ -67,7 +67,7 @@ BROKEN = [
     ("one_weight_packed_in_another_place", {"quantisations": ("w4a8",)}),
     ("gate_and_up_swapped", {"quantisations": ("none", "w8a8")}),
     ("small_error", {"quantisations": ("none",)}),
-    ("slice_of_the_other_tp_rank", {"quantisations": ("none",), "tps": (2,)}),
+    ("x_of_the_next_token", {"quantisations": ("none",), "tps": (2,)}),
     ("mask_reversed", {"quantisations": ("w8a8",), "scenarios": ("masked",), "forms": ("allgather", "mc2")}),
     ("another_x_on_the_second_rank", {"quantisations": ("w8a8",)}),
     ("scales_of_the_next_token", {"quantisations": ("w8a8",), "scenarios": ("quantised_input",)}),

@@ -49,17 +49,26 @@ def test_the_same_blocks_run(pair):
     assert pair.run(agreement_jobs.first_run, {}) == [["fused_mc2"]] * 2
 
 
-@pytest.mark.parametrize("changes", [{"load": True}, {"transposed": True}], ids=str)
-def test_what_changes_no_decision_and_no_exchange_may_differ(pair, changes):
-    """One rank logs its experts' load, or holds its weights otherwise: with AllGather both decide and exchange the same."""
-    assert pair.run(agreement_jobs.first_run, {1: changes}, "allgather") == [["allgather"]] * 2
+SAME = [
+    ({"load": True}, "allgather"),
+    ({"transposed": True}, "allgather"),
+    ({"mask": True}, "alltoall"),
+    ({"mask": True}, "mc2"),
+]
+
+
+@pytest.mark.parametrize(("changes", "comm"), SAME, ids=str)
+def test_what_changes_no_decision_and_no_exchange_may_differ(pair, changes, comm):
+    """One rank logs its experts' load, holds its weights otherwise, or has padding: both decide and exchange the same."""
+    assert pair.run(agreement_jobs.run_beside_eager, {1: changes}, comm) == [([comm], True)] * 2
 
 
 def test_a_mask_on_one_rank_differs_where_the_decision_is_the_same_too(pair):
     """AllGather writes masked ids as experts past the last one: a rank without a mask would not expect them."""
     changes = {0: {"tokens": 7}, 1: {"tokens": 7, "mask": True}}  # a T on which they have not agreed yet
     for answer in pair.run(agreement_jobs.first_run, changes, "allgather"):
-        assert isinstance(answer, str) and "rank 1: combine: has_mask is True, on rank 0 False" in answer
+        assert isinstance(answer, str) and "masked_rows_are_sent is True, on rank 0 False" in answer
+        assert "has_mask is True, on rank 0 False" in answer
 
 
 def test_unequal_tokens_are_no_difference_where_they_were_declared(pair):

@@ -316,6 +316,7 @@ def test_a_rule_that_read_a_ranks_own_experts_would_tell_them_apart(monkeypatch:
 
     assert verdicts() == [False, False]
     monkeypatch.setattr(raising, "_spec", own)
+    monkeypatch.setattr(raising.Experts, "of_routed_rank", lambda tensors, experts: tensors)
     assert verdicts() == [True, False]
 
 

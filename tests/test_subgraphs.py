@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule
 import moe_lowering
 from moe_lowering import Deployment, MoeLowering, testing
 from moe_lowering.backends.aot import lowering_backend
+from moe_lowering.passes.operands import COMPUTED_OUTSIDE, is_stored
 from moe_lowering.passes.pipeline import LoweringError
 from moe_lowering.passes.subgraphs import CODES, MAY_DIFFER, RUNS_ONCE, find_subgraphs
 from moe_lowering.passes.verifying import generic_nodes
@@ -109,6 +110,46 @@ def test_transformers_form_inside_a_region_is_told():
 
     report = testing.lower_graph(Foreign(), tokens(), deployment=Deployment()).report
     assert [layer.code for layer in report.foreign] == ["foreign.gathered_weights"]
+
+
+class Merged(nn.Module):
+    """Experts in a region, with weights that the graph around computes, or has stored."""
+
+    def __init__(self, merge):
+        super().__init__()
+        self.layer, self.merge = moe_lowering.MoE(32, 16, 8, 2), merge
+
+    def experts(self, x, w13, w2):
+        weights, ids = moe_lowering.route(x[:, :8], 2)
+        return moe_lowering.moe_experts(x, weights, ids, w13, w2)
+
+    @torch.compiler.nested_compile_region
+    def inner(self, x, w13, w2):
+        return self.experts(x, w13, w2)
+
+    @torch.compiler.nested_compile_region
+    def outer(self, x, w13, w2):
+        return self.inner(self.inner(x, w13, w2), w13, w2)
+
+    def forward(self, x):
+        w13 = self.layer.w13 * 2 if self.merge else self.layer.w13
+        if x.shape[0] > 5:
+            return torch.cond(x.sum() > 0, self.experts, lambda x, w13, w2: x + 1, (x, w13, self.layer.w2))
+        return self.outer(self.outer(x, w13, self.layer.w2), w13, self.layer.w2)
+
+
+@pytest.mark.parametrize("count", [5, 6], ids=["regions", "cond"])
+@pytest.mark.parametrize("merge", [True, False])
+def test_weights_that_the_graph_around_computes_are_not_stored(merge, count, monkeypatch):
+    formats = []
+    monkeypatch.setattr(
+        "moe_lowering.passes.raising.is_stored", lambda node: formats.append(is_stored(node)) or formats[-1]
+    )
+    x = torch.cat([tokens(), tokens()])[:count]
+    lowered = testing.lower_graph(Merged(merge).eval(), x, deployment=Deployment(weight_format="nz"))
+    assert lowered.report.blocks and formats == [not merge, True]  # w13, w2
+    inside = [sub.gm for sub in find_subgraphs(lowered.gm, Deployment())]
+    assert inside and not any(COMPUTED_OUTSIDE in node.meta for gm in inside for node in gm.graph.nodes)
 
 
 def nested(operator):

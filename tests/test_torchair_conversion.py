@@ -5,7 +5,6 @@ The conversion is real; the engine is not there, and the look-up of registered o
 
 import contextlib
 import functools
-import signal
 import subprocess
 import sys
 
@@ -365,7 +364,7 @@ print("survived")
 
 
 def test_a_signal_ends_a_conversion():
-    """torchair's handlers would reset dynamo while it compiles, and ignore the signal (ge.interruptible)."""
+    """torchair's handlers would reset dynamo while it compiles, and ignore the signal (interrupts)."""
     ended = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=300)
     assert ended.stdout == "interrupted\ncalled 1\n", ended.stderr[-2000:]
-    assert ended.returncode == -signal.SIGTERM
+    assert ended.returncode == 143

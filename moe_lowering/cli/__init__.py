@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from moe_lowering.cli.arguments import Request, UsageError, parse
 from moe_lowering.cli.matrix import MatrixRequest, Report, run_matrix
+from moe_lowering.cli.model_check import ModelError
 from moe_lowering.interrupts import Terminated, exit_code, interruptible
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         number = signal.SIGINT
     except Terminated:
         number = signal.SIGTERM
-    print(f"moe-lowering: ended by {number.name}", file=sys.stderr)
+    _complain(f"ended by {number.name}")
     return exit_code(number)
 
 
@@ -46,20 +47,26 @@ def _main(arguments: list[str] | None) -> int:
         request = parse(arguments)
         with _stdout_to_stderr():
             outcome = _run(request)
-    except UsageError as error:
-        print(f"moe-lowering: error: {' '.join(str(error).split())}", file=sys.stderr)  # one line
+        _print(outcome.to_json() if request.json else outcome.to_text())
+    except (UsageError, ModelError) as error:
+        _complain(f"error: {error}")
         return USAGE
     except Exception as error:  # not a wrong command: lowering or running failed
-        traceback.print_exc()
-        print(
-            f"moe-lowering: error: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", file=sys.stderr
-        )
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+        _complain(f"error: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
         return FAILED
-    _print(outcome.to_json() if request.json else outcome.to_text())
     problems = outcome.problems()
     for problem in problems:
-        print(f"moe-lowering: {problem}", file=sys.stderr)
+        _complain(problem)
     return FAILED if problems else OK
+
+
+def _complain(text: str) -> None:
+    """One line to stderr, where there is one that takes it."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"moe-lowering: {' '.join(text.split())}", file=sys.stderr)
 
 
 def _print(text: str) -> None:
@@ -67,8 +74,12 @@ def _print(text: str) -> None:
     try:
         print(text)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it exits
+        if not isinstance(error, BrokenPipeError):
+            raise UsageError(
+                f"stdout cannot be written: {error.strerror}; accepted: an open file, pipe or terminal"
+            ) from error
 
 
 def _run(request: Request | ExplainRequest | MatrixRequest) -> Outcome | Explanation | Report:
@@ -85,7 +96,8 @@ def _progress() -> Callable[[str], None]:
     started = time.perf_counter()
 
     def progress(message: str) -> None:
-        print(f"[{time.perf_counter() - started:6.1f} s] {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may listen
+            print(f"[{time.perf_counter() - started:6.1f} s] {message}", file=sys.stderr, flush=True)
 
     return progress
 
@@ -104,8 +116,12 @@ def _lower(request: Request, progress: Callable[[str], None]) -> Outcome:
 @contextlib.contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
     """Send what Python, C libraries and child processes write to stdout to stderr."""
-    sys.stdout.flush()
-    kept = os.dup(1)
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+        os.fstat(2)
+    except (AttributeError, OSError) as error:  # a closed one is None
+        raise UsageError("stdout or stderr is closed; accepted: both open, e.g. 2>/dev/null") from error
     os.dup2(2, 1)
     try:
         with contextlib.redirect_stdout(sys.stderr):

@@ -7,6 +7,7 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from moe_lowering.cli.model_check import LARGEST, ModelError, check_model, shown
 from moe_lowering.deployment import SOCS
 from moe_lowering.providers import PROVIDERS as KNOWN_PROVIDERS
 from moe_lowering.providers import declarable
@@ -22,6 +23,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 QUANTISATIONS = ("none", "w8a8", "w4a8", "w4a16")
 FUSED_MODES = (0, 1, 2)
 REPLAYS = 8  # of each captured graph
+RUN_TOKENS = 2**14  # of one rank, where the model is run: attention on CPU takes memory by their square
 
 # What `lower` and `explain` assume of a machine that is not described.
 PROVIDERS = (("vllm_ascend", "0.23.0"),)
@@ -145,12 +147,21 @@ def parse(arguments: list[str] | None) -> Request | ExplainRequest | MatrixReque
     request = given.pop("request")(**given)
     if isinstance(request, Request):
         _check(request)
+    if not isinstance(request, matrix.MatrixRequest) and request.model is not None:
+        try:
+            check_model(request.model, needs_type=isinstance(request, Request))
+        except ModelError as error:
+            raise UsageError(f"argument MODEL: {error}") from error
     return request
 
 
 def _check(request: Request) -> None:
     """What one option says of another."""
     installed(request.provider)
+    if not request.fake and request.tokens > RUN_TOKENS:
+        raise UsageError(
+            f"argument --tokens: is {request.tokens}; accepted: 1 to {RUN_TOKENS}, as the model is run on CPU, or --fake"
+        )
     if request.ep % request.tp or request.tp > request.ep:
         raise UsageError(f"argument --tp: is {request.tp} with --ep {request.ep}; accepted: a divisor of --ep")
     if request.quant != "none" and request.dtype == "float32":
@@ -223,14 +234,16 @@ def _provider(text: str) -> tuple[str, str]:
 
 
 def positive(text: str) -> int:
-    """An option's value as an integer of 1 or more."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"is {text}; accepted: an integer of 1 or more")
+    """An option's value as an integer from 1 to ``LARGEST``."""
+    value = whole(text)
+    if value is None or not 1 <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"is {shown(text)}; accepted: an integer from 1 to {LARGEST}")
     return value
+
+
+def whole(text: str) -> int | None:
+    """Digits as an integer; None for anything else, and for more digits than any option takes."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 20 else None
 
 
 class _Version(argparse.Action):

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from moe_lowering.cli.arguments import Request
-from moe_lowering.cli.explain_models import NAMES, Block, Gate, size_of, spec_of
+from moe_lowering.cli.explain_models import Block, Gate, size_of, spec_of
+from moe_lowering.cli.model_check import NAMES
 from moe_lowering.cli.models import Plan
 from moe_lowering.deployment import Deployment
 from moe_lowering.layers import MoE, is_experts_module

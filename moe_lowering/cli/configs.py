@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
 from moe_lowering.cli.arguments import Request, UsageError
-
-OWN = "moe"
-ACCEPTED = f"{OWN}, a transformers model type (mixtral, qwen3_moe, deepseek_v3, ...), or a path to a config.json"
+from moe_lowering.cli.model_check import ACCEPTED, NAMES, OWN, path_of, read_config, shown
 
 # Dimensions of a small instance, for every implementation the same. They are the smallest that MC2 takes (hidden 1024)
 # with experts for 8 ranks of two or more; heads are few and the vocabulary small because they do not matter here.
@@ -41,7 +38,7 @@ SMALL: dict[str, Any] = {
     "qk_nope_head_dim": 64,
     "v_head_dim": 64,
 }
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNTS = NAMES["experts"]
 # Set where the default is None too; elsewhere None says that a model does without (e.g. q_lora_rank).
 NEEDED = (*EXPERT_COUNTS, "num_experts_per_tok", "moe_intermediate_size", "head_dim")
 SMALL_LAYERS = 2
@@ -58,9 +55,9 @@ def config_of(request: Request) -> Any:
             f"argument MODEL: {request.model} needs transformers, which does not import ({error}); accepted: {OWN}, or "
             "install it with: pip install 'moe-lowering[transformers]'"
         ) from error
-    path = Path(request.model)
-    if path.exists() or path.suffix == ".json" or "/" in request.model:
-        config = _config_of_file(path / "config.json" if path.is_dir() else path)
+    path = path_of(request.model)
+    if path is not None:
+        config = _config_of_file(path)
     elif request.model in CONFIG_MAPPING:
         config = _text_config(CONFIG_MAPPING[request.model]())
         if not request.fake:
@@ -77,15 +74,12 @@ def config_of(request: Request) -> Any:
 def _config_of_file(path: Path) -> Any:
     from transformers import CONFIG_MAPPING
 
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    values = read_config(path)
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UsageError(
-            f"argument MODEL: {path} is not a readable config.json ({error}); accepted: {ACCEPTED}"
-        ) from error
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind not in CONFIG_MAPPING:
-        raise UsageError(f"argument MODEL: model_type in {path} is {kind!r}; accepted: a type that transformers knows")
+            f"argument MODEL: model_type in {path} is {shown(kind)}; accepted: a type that transformers knows"
+        )
     values.pop("quantization_config", None)  # the weights are random, of --dtype
     try:
         return _text_config(CONFIG_MAPPING[kind].from_dict(values))

@@ -170,7 +170,7 @@ class Explanation:
                     "legal": verdict.legal,
                     "form": verdict.form,
                     "cost_us": round(answer.costs[name], 1),
-                    "violations": [dataclasses.asdict(violation) for violation in verdict.violations],
+                    "violations": [violation.to_json() for violation in verdict.violations],
                 }
                 for name, verdict in answer.judgement.verdicts.items()
             },

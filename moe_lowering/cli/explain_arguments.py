@@ -18,7 +18,9 @@ from moe_lowering.cli.arguments import (
     add_provider,
     installed,
     positive,
+    whole,
 )
+from moe_lowering.cli.model_check import LARGEST, shown
 from moe_lowering.deployment import SOCS, WEIGHT_FORMATS
 
 IMPLEMENTATIONS = COMMS[1:]
@@ -162,9 +164,10 @@ def _add_answer(add: Any) -> None:
 
 
 def _tokens(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"is {text}; accepted: an integer of 0 or more")
-    return int(text)
+    value = whole(text)
+    if value is None or value > LARGEST:
+        raise argparse.ArgumentTypeError(f"is {shown(text)}; accepted: an integer from 0 to {LARGEST}")
+    return value
 
 
 def _version(text: str) -> str:
@@ -174,7 +177,10 @@ def _version(text: str) -> str:
 
 
 def _sweep(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"tokens=(\d+)\.\.(\d+)", text)
-    if match is None or int(match[1]) > int(match[2]):
-        raise argparse.ArgumentTypeError(f"is {text!r}; accepted: tokens=LOW..HIGH with 0 <= LOW <= HIGH")
-    return int(match[1]), int(match[2])
+    match = re.fullmatch(r"tokens=(\d+)\.\.(\d+)", text, re.ASCII)
+    low, high = (whole(number) for number in match.groups()) if match else (None, None)
+    if low is None or high is None or not low <= high <= LARGEST:
+        raise argparse.ArgumentTypeError(
+            f"is {shown(text)}; accepted: tokens=LOW..HIGH with 0 <= LOW <= HIGH <= {LARGEST}"
+        )
+    return low, high

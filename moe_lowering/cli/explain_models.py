@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,19 +11,12 @@ import torch
 
 from moe_lowering.cli.arguments import DTYPES, Request, UsageError
 from moe_lowering.cli.explain_arguments import ExplainRequest
+from moe_lowering.cli.model_check import NAMES, ModelError, check_size, path_of, read_config
 from moe_lowering.custom_ops.quantised import PER_INT32, WEIGHT_DTYPES
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.operands import Experts, Operand, Operands
 
-# Names of a dimension in configs, the first that is there counts: a model with an `intermediate_size` for its dense layers
-# has another name for its experts'.
-NAMES = {
-    "hidden": ("hidden_size", "d_model"),
-    "intermediate": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
-    "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-    "topk": ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token", "moe_top_k"),
-}
 ACTIVATIONS = {
     "silu": "swiglu",
     "swish": "swiglu",
@@ -196,27 +188,21 @@ def _config(request: ExplainRequest) -> tuple[Any, list[str]]:
     """A model's config (anything with attributes), and what was assumed in reading it."""
     if request.model is None:
         return SimpleNamespace(), ["SwiGLU with the gate half first, no biases"]
-    from moe_lowering.cli import configs
+    from moe_lowering.cli import configs, model_check
 
-    if request.model == configs.OWN:
+    if request.model == model_check.OWN:
         full = configs.FULL_OWN
         own = {names[0]: full[name] for name, names in NAMES.items() if name in full}
         return SimpleNamespace(**own, num_experts_per_tok=full["top_k"], hidden_act="silu"), []
-    path = Path(request.model)
-    path = path / "config.json" if path.is_dir() else path
-    if path.exists() or path.suffix == ".json" or "/" in request.model:
+    path = path_of(request.model)
+    if path is not None:
         return _config_of_file(request, path)
     return _transformers_config(request), []
 
 
 def _config_of_file(request: ExplainRequest, path: Path) -> tuple[Any, list[str]]:
-    try:
-        values = json.loads(path.read_text())
-        text = {**values, **(values.get("text_config") or {})}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"argument MODEL: {path} is not a readable config.json ({error}); accepted: a JSON object with a model's config"
-        ) from error
+    values = read_config(path)
+    text = {**values, **(values.get("text_config") or {})}
     assumptions = []
     if (quantisation := text.get("quantization_config")) and request.quant == "none":
         method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else quantisation
@@ -234,7 +220,7 @@ def _is_known_type(kind: Any) -> bool:
         from transformers import CONFIG_MAPPING
     except ImportError:
         return False
-    return kind in CONFIG_MAPPING
+    return isinstance(kind, str) and kind in CONFIG_MAPPING
 
 
 def _transformers_config(request: ExplainRequest) -> Any:
@@ -252,12 +238,20 @@ def _transformers_config(request: ExplainRequest) -> Any:
 
 
 def size_of(config: Any, names: tuple[str, ...]) -> int:
-    """The first of these attributes that is a size, 0 when none is; a list counts when all of its values are the same."""
+    """The first of these attributes that a config has, 0 when it has none; a list counts when all of its values are the same.
+
+    Raises:
+        UsageError: that attribute is no size: another one is not taken in its place.
+    """
     for name in names:
         value = getattr(config, name, None)
+        try:
+            check_size(name, value)
+        except ModelError as error:
+            raise UsageError(f"argument MODEL: {error}") from error
         if isinstance(value, (list, tuple)) and len(set(value)) == 1:
             value = value[0]
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int) and value > 0:
             return value
     return 0
 

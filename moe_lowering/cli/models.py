@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_lowering.cli.arguments import Request, UsageError
-from moe_lowering.cli.configs import FULL_OWN, OWN, SMALL, SMALL_GROUPS, SMALL_LAYERS, config_of, experts_of
+from moe_lowering.cli.configs import FULL_OWN, SMALL, SMALL_GROUPS, SMALL_LAYERS, config_of, experts_of
+from moe_lowering.cli.model_check import OWN
 from moe_lowering.layers import MoE
 
 OWN_SCALE = 2.5  # DeepSeek-V3's routed_scaling_factor

@@ -16,7 +16,7 @@ from torch.fx.experimental import _config
 
 from moe_lowering import simulator
 from moe_lowering.backends.npugraph_ex import npugraph_ex_options
-from moe_lowering.cli import beforehand, capture, compare, configs, models
+from moe_lowering.cli import beforehand, capture, compare, model_check, models
 from moe_lowering.cli.arguments import HCCL_BUFFER_MB, REPLAYS, WEIGHT_FORMAT, Request, UsageError
 from moe_lowering.cli.outcome import Outcome
 from moe_lowering.deployment import Deployment
@@ -127,7 +127,7 @@ def known_beforehand(
 
 def register_transformers(request: Request) -> None:
     """Make ``moe_lowering`` known to transformers, when the command needs it."""
-    if request.model == configs.OWN:
+    if request.model == model_check.OWN:
         return
     from moe_lowering.integrations.transformers import register
 
@@ -143,7 +143,7 @@ def unsupported_modules(model: nn.Module) -> list[tuple[str, str]]:
 
     found = capabilities(model)
     if not found:
-        raise UsageError(f"argument MODEL: {type(model).__name__} has no MoE layers; accepted: {configs.ACCEPTED}")
+        raise UsageError(f"argument MODEL: {type(model).__name__} has no MoE layers; accepted: {model_check.ACCEPTED}")
     return [(name, reason) for name, supported, reason in found if not supported]
 
 

@@ -117,7 +117,10 @@ class Limit:
 
 @dataclasses.dataclass(frozen=True)
 class Violation:
-    """Why something is not legal: a stable code, the rule, the actual value, and what would be accepted."""
+    """Why something is not legal: a stable code, the rule, the actual value, and what would be accepted.
+
+    ``versions`` names what the rule is about certain versions of (``Limit.versions``).
+    """
 
     code: str
     operator: str
@@ -126,6 +129,11 @@ class Violation:
     source: str
     message: str
     advice: str = ""
+    versions: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, str]:
+        """What a reader is told."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "versions"}
 
     def __str__(self) -> str:
         return f"[{self.code}] {self.message}"
@@ -327,6 +335,7 @@ def _violation(
         source=row.source,
         message=_message(row, value, accepted, shown) + only,
         advice="; ".join(filter(None, (advice, declare))),
+        versions=tuple(constraint.name for constraint in row.versions),
     )
 
 

@@ -2,9 +2,10 @@
 
 What a rank must have in common with the others is all that a decision or an exchange depends on, and all that the result
 depends on. What only a decision depends on (where a reader of the counts or a layout stands in a rule) may differ as long
-as the decisions and the exchanges are the same: one rank may log its experts' load. A mask is not of that kind: AllGather
-writes masked ids as experts past the last one, and the other ranks must expect them. With unequal token
-counts T is not in the record, nor what follows from it; with equal ones a T that the graph knows is.
+as the decisions and the exchanges are the same: one rank may log its experts' load. So may a mask where it stays on its
+own rank (``MASK_STAYS``), but not with AllGather, which writes masked ids as experts past the last one: the other ranks
+must expect them. With unequal token counts T is not in the record, nor what follows from it; with equal ones a T that
+the graph knows is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from moe_lowering.identity import identity
 from moe_lowering.passes.blocks import Block, BlockSpec, arguments
 from moe_lowering.passes.emitting import COPIED_META
 from moe_lowering.passes.judging import torch_npu_is_loaded
+from moe_lowering.passes.operands import Operands
 from moe_lowering.report.records import BlockReport
 
 if TYPE_CHECKING:
@@ -35,11 +37,13 @@ if TYPE_CHECKING:
 ASSERT_AGREEMENT = torch.ops.moe_lowering.assert_agreement.default
 DISPATCH = torch.ops.moe_lowering.dispatch.default
 SHORT = 12  # digits of a digest that are shown
-# A rank's own, or written down in another way; every other field of a block is compared.
-OWN = frozenset({"tokens", "key", "ep_group", "tp_group", "on_shared_rank", "collective_groups"})
+# A rank's own (of tensors the device's index, strides), or written down in another way; every other field of a block is
+# compared.
+OWN = frozenset({"tokens", "key", "ep_group", "tp_group", "on_shared_rank", "collective_groups", "tensors"})
 # What may differ where decision and exchange do not.
 TOLERATED = frozenset(
     {
+        "has_mask",  # but for masked_rows_are_sent
         "stacked",
         "weights_contiguous",
         "counts_are_read",
@@ -50,6 +54,8 @@ TOLERATED = frozenset(
         "mixed_forms",
     }
 )
+# Implementations that send other ranks nothing of a mask: masked rows do not leave their rank. None: generic operators.
+MASK_STAYS = frozenset({"alltoall", "mc2", None})
 
 
 def settings_record(deployment: Deployment, lowering: MoeLowering | None, ep_group: bool = False) -> dict[str, Any]:
@@ -177,6 +183,9 @@ def _kind(outcome: Outcome, deployment: Deployment) -> dict[str, Any]:
     fields = {f.name: _plain(getattr(spec, f.name)) for f in dataclasses.fields(spec) if f.name not in OWN}
     strict = {name: value for name, value in fields.items() if name not in TOLERATED}
     told = {name: value for name, value in fields.items() if name in TOLERATED}
+    computed = [f.name for f in dataclasses.fields(spec.tensors) if not _are_stored(getattr(spec.tensors, f.name))]
+    told |= {"computed_by_the_graph": computed}
+    strict["masked_rows_are_sent"] = spec.has_mask and report.comm not in MASK_STAYS
     told |= {"name": report.name, "reason": report.reason, "collectives": _other_collectives(spec, deployment)}
     if report.comm is not None:
         form = report.verdicts[report.comm].form
@@ -188,6 +197,10 @@ def _kind(outcome: Outcome, deployment: Deployment) -> dict[str, Any]:
     if deployment.equal_tokens:
         strict["T"] = spec.tokens if isinstance(spec.tokens, int) else report.enforced or "any"
     return {"strict": strict, "told": told}
+
+
+def _are_stored(tensors: Operands) -> bool:
+    return all(kind.stored for kind in tensors.kinds)
 
 
 def _left(node: Node) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Choose: one legal implementation by policy. What a policy sees is the same on every rank.
 
 - ``auto``: the cheapest legal one by a cost function (``costs.estimate``, or the user's). With ``comm``, that one and
-  no other; but ``fused_mc2`` without a provider of its operator becomes the cheapest legal one, and the reason says so.
+  no other; but ``fused_mc2`` that lacks a provider of its operator, and breaks no other rule, becomes the cheapest legal
+  one, and the reason says so.
 - ``fixed``: the one that ``comm`` names and no other, whatever the reason.
 - ``vllm_ascend_0_13``, ``vllm_ascend_main``: what vllm-ascend selects. Where that is not legal for the block, or
   vllm-ascend itself refuses the situation, the cheapest legal one, and the reason says so.
@@ -27,6 +28,7 @@ from moe_lowering.passes.vllm_ascend_rules import (
     choose_main,
     fused_in_main,
 )
+from moe_lowering.providers import PROVIDERS
 from moe_lowering.report.records import Verdict
 from moe_lowering.words import look_up
 
@@ -84,7 +86,7 @@ class Policy:
         if self.comm != "auto":
             verdict = verdicts[self.comm]
             codes = list(dict.fromkeys(v.code for v in verdict.violations))
-            if self.name == "fixed" or NO_PROVIDER not in codes:
+            if self.name == "fixed" or not _lacks_only_a_provider(verdict, deployment):
                 return self._fixed(verdict.legal, codes)
             asked = f"{self.comm} was asked for, and no provider of its operator is declared [{NO_PROVIDER}]; "
         legal = [name for name in IMPLEMENTATIONS if verdicts[name].legal]
@@ -119,6 +121,13 @@ class Policy:
         if legal:
             return self.comm, f"{self.comm} was asked for and is legal"
         return None, f"{self.comm} was asked for and is not legal: {', '.join(codes)}"
+
+
+def _lacks_only_a_provider(verdict: Verdict, deployment: Deployment) -> bool:
+    """Whether nothing else is wrong; rules for certain versions of a library that is not there are not yet rules."""
+    others = (v for v in verdict.violations if v.code != NO_PROVIDER)
+    absent = {name for name in PROVIDERS if deployment.provider(name) is None}
+    return NO_PROVIDER in (v.code for v in verdict.violations) and all(absent & {*v.versions} for v in others)
 
 
 def load_of(spec: BlockSpec, deployment: Deployment, tokens: int) -> Load:

@@ -5,13 +5,16 @@ told only where the graph shows that experts are chosen; so embeddings, attentio
 keys), samplers, LoRA and block-diagonal layers are not taken for one:
 
 - gathered weights: two stacked weights are indexed by the same ids, and a product with one goes through an activation into
-  a product with the other. (LoRA has no activation there, chosen keys and values a softmax.)
+  a product with the other. (LoRA has no activation there, chosen keys and values a softmax; what is written at these ids, as
+  the states of a recurrent layer are, is no weight.)
 - stacked weights: two batched products with stored 3-D weights and an activation between, of rows that a routing has put
   there or weighted. (Absorbed MLA weights have attention between them; other block-diagonal layers no routing.)
 - a loop over experts: ids, or a matrix made from them by scatter, one_hot or a comparison, are taken apart expert by
-  expert, and each part weights or selects rows of a product.
+  expert, and each part weights or selects rows of a product of its own. (Tokens that end a text, and a mask for each class,
+  meet one product.)
 - routing that leaves the graph: one_hot of the ids with the number of experts as its width, or counts of them, goes to
-  ``nonzero`` or out of the graph, which is what stays of a loop that dynamo could not trace.
+  ``nonzero`` or out of the graph, which is what stays of a loop that dynamo could not trace. Of ids that are no result of a
+  top-k of several, the matrix goes there as well. (Used words or codes are told by counts alone.)
 
 Cost: the graph's index by target; nothing is walked without a gathered or batched weight or the ids of a top-k.
 """
@@ -37,6 +40,7 @@ from moe_lowering.passes.foreign_walks import (
     PRODUCTS,
     SPREADS,
     VIEWS,
+    WRITES,
     Walk,
     calls,
     depends,
@@ -55,7 +59,7 @@ def gathered_weights(graph: Graph) -> list[Node]:
     by_ids: dict[Any, list[Node]] = defaultdict(list)
     for node in calls(graph, "index", "index_select"):
         ids = _gathers_rows(node)
-        if ids is not None:
+        if ids is not None and not _is_written_at(node.args[0], source_of(ids)):
             by_ids[source_of(ids)].append(node)
     found: set[Node] = set()
     for gathers in by_ids.values():
@@ -80,6 +84,18 @@ def _gathers_rows(node: Node) -> Node | None:
         return None
     value = indices[0].meta.get("val")
     return None if isinstance(value, torch.Tensor) and value.dtype is torch.bool else indices[0]
+
+
+def _is_written_at(stacked: Any, ids: Node) -> bool:
+    """Whether something stacked gets new rows at ``ids``, as states of recurrent layers do and weights do not."""
+    stored = source_of(stacked)
+
+    def writes(node: Node) -> bool:
+        if not any(word in name_of(node) for word in WRITES) or source_of(node.args[0]) is not stored:
+            return False
+        return any(source_of(source) is ids for source in node.all_input_nodes)
+
+    return any(reached([stored], _is_view, writes))
 
 
 def _products(weight: Node) -> Iterator[Node]:
@@ -122,7 +138,7 @@ def stacked_weights(graph: Graph) -> list[Node]:
 
 
 def _has_choice(graph: Graph) -> bool:
-    return any(True for _ in calls(graph, *CHOICES)) or any(
+    return any(map(_chooses, calls(graph, *CHOICES))) or any(
         op == "call_function" and nodes and kind_of(target) == ROUTER
         for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items())
     )
@@ -159,6 +175,8 @@ def _is_routed(first: Node, second: Node) -> bool:
 
 
 def _chooses(node: Node) -> bool:
+    if name_of(node) in ("max", "sort"):  # of which layers without experts, such as a pooling, read the values alone
+        return any(name_of(user) == "getitem" and user.args[1] == 1 for user in node.users)
     return name_of(node) in CHOICES or (node.op == "call_function" and kind_of(node.target) == ROUTER)
 
 
@@ -178,9 +196,9 @@ def expert_loops(graph: Graph) -> list[Node]:
         parts: dict[Any, Node] = {}
         for node in reached([ids], lambda n: name_of(n) in SPREADS, functools.partial(_part, ids=ids, experts=experts)):
             parts[_part(node, ids, experts)] = node
-        telling = [node for node in parts.values() if _selects_rows(node)]
-        if len(parts) > 1 and telling:
-            found += telling
+        selected = {node: _selected(node) for node in parts.values()}
+        if len(set(selected.values())) > 1:
+            found += [node for node, rows in selected.items() if rows]
     return found
 
 
@@ -240,16 +258,23 @@ def _part(node: Node, ids: Node, experts: Any) -> Any:
     return ("part", node.args[2]) if name == "select" or (taken is not None and taken[dim] == 1) else None
 
 
-def _selects_rows(part: Node) -> bool:
-    """Whether an expert's part weights rows of a product, or picks rows."""
+def _selected(part: Node) -> frozenset[Node]:
+    """The products whose rows an expert's part weights or picks, those of rows that it picks, and what gives their numbers."""
+    found: set[Node] = set()
 
     def ends(node: Node) -> bool:
         name = name_of(node)
         if name in ("nonzero", "index_add", "masked_select", "_local_scalar_dense"):
-            return True
-        return name in ("mul", "where", "index") and any(_is_product(source) for source in node.all_input_nodes)
+            found.add(node)
+        elif name in ("mul", "where", "index"):
+            found.update(source_of(source) for source in node.all_input_nodes if _is_product(source))
+        if name == "index":
+            found.update(reached([node], lambda n: name_of(n) in VIEWS, lambda n: name_of(n) in MATMULS))
+        return False
 
-    return any(reached([part], lambda n: name_of(n) in SPREADS, ends))
+    for _ in reached([part], lambda n: name_of(n) in SPREADS, ends):
+        pass
+    return frozenset(found)
 
 
 def _is_product(node: Any) -> bool:
@@ -289,13 +314,19 @@ def _is_view(node: Node) -> bool:
 
 
 def _leaves(node: Node, several: bool) -> bool:
-    """Whether it goes to ``nonzero``, or out of the graph: as it is where ``several``, else as what has any token."""
-    summed = list(reached([node], lambda n: _is_view(n) or name_of(n) == "sum", lambda n: name_of(n) in ("gt", "ne")))
-    onward = VIEWS | {"sum", "gt", "cumsum", "ne"}
-    ends = reached([node], lambda n: name_of(n) in onward, lambda n: name_of(n) == "nonzero" or n.op == "output")
-    return any(several or name_of(end) == "nonzero" for end in ends) or any(
-        any(reached([each], _is_view, lambda n: n.op == "output")) for each in summed
-    )
+    """Whether it goes to ``nonzero`` or out of the graph: itself or summed where ``several``, else itself and what has tokens."""
+    if several:
+        return any(reached([node], lambda n: name_of(n) in _SUMS, _is_end))
+    has_any = list(reached([node], lambda n: name_of(n) in _SUMS, lambda n: name_of(n) in ("gt", "ne", "nonzero")))
+    leaves = any(name_of(each) == "nonzero" for each in has_any) or any(reached(has_any, _is_view, _is_end))
+    return leaves and any(reached([node], _is_view, _is_end))
+
+
+_SUMS = VIEWS | {"sum", "gt", "cumsum", "ne"}
+
+
+def _is_end(node: Node) -> bool:
+    return name_of(node) in ("nonzero", "output")
 
 
 def _integer_inputs(graph: Graph) -> Iterator[Node]:

@@ -36,6 +36,7 @@ SPREADS = VIEWS | _words(
     "bincount histc cumsum"
 )
 ONE_HOT = _words("scatter one_hot eq")
+WRITES = ("scatter", "index_put", "index_copy", "copy_")  # parts of the names of what puts rows into its first argument
 CHOICES = _words("topk argmax sort argsort max")
 
 Walk = Callable[[Node], Any]  # a question about a node

@@ -66,9 +66,14 @@ def in_users_words(report: BlockReport, names: dict[str, str]) -> BlockReport:
 
 
 def _broken_in_words(violations: tuple[Violation, ...], names: dict[str, str]) -> tuple[Violation, ...]:
-    words = ("value", "limit", "message", "advice")
     return tuple(
-        dataclasses.replace(violation, **{word: renamed(getattr(violation, word), names) for word in words})
+        dataclasses.replace(
+            violation,
+            value=renamed(violation.value, names),
+            limit=renamed(violation.limit, names),
+            message=renamed(violation.message, names),
+            advice=renamed(violation.advice, names),
+        )
         for violation in violations
     )
 

@@ -4,7 +4,8 @@ An ``Operand`` has the attributes of a tensor that ``limits/calls`` reads, so th
 that its calls are verified with. It is hashable, and equal for equal layers.
 
 ``stored`` says that a tensor exists before the graph runs: an input of the graph (a parameter, a buffer, or a tensor that
-the caller holds), or a constant of its module, seen through nothing but a swap of its last two axes. A memory format such
+the caller holds; of a graph inside of another one only where every call gives it such a tensor, see ``subgraphs``), or a
+constant of its module, seen through nothing but a swap of its last two axes. A memory format such
 as FRACTAL_NZ is a property of those alone. What the graph computes (a cast, a LoRA merge, a gather, ``torch.stack``) is a
 new tensor in ND. So is, to be safe, every other view: FRACTAL_NZ keeps the columns of a whole matrix apart in blocks, so
 that a slice or a reshaped tensor is no part of it that could be read by itself, and torch_npu turns such views into ND.
@@ -28,6 +29,7 @@ aten = torch.ops.aten
 ND, NZ = "nd", "nz"
 # What ``weight_format`` is beside those two, where the deployment says FRACTAL_NZ and the graph computes (some) weights.
 COMPUTED, MIXED = "nd (computed)", "nz and nd (computed)"
+COMPUTED_OUTSIDE = "moe_lowering_computed"  # in the metadata of an input that the graph around may compute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,17 @@ class Operands:
         """Whether it is one tensor that holds the matrices of all experts."""
         return self.count == 1 and self.first.dim() == 3
 
+    def repeated(self, experts: int) -> Operands:
+        """Of one expert as of ``experts`` like it, in the same form: one tensor [1, ...], or a list of one."""
+        if self.count != 1:
+            return self
+        first = self.first
+        if first.dim() < 2 or first.shape[0] != 1:
+            return Operands(experts, self.kinds)
+        shape = (experts, *first.shape[1:])
+        strides = row_major(shape) if first.is_contiguous() else first.strides
+        return Operands(1, (dataclasses.replace(first, shape=shape, strides=strides),))
+
     def cast(self, dtype: torch.dtype) -> Operands:
         return Operands(self.count, tuple(kind.cast(dtype) for kind in self.kinds))
 
@@ -124,12 +137,17 @@ class Experts:
     w13_scale_bias: Operands = Operands()
     w2_scale_bias: Operands = Operands()
 
+    def of_routed_rank(self, experts: int) -> Experts:
+        """Those of a shared-expert rank as a rank with ``experts`` routed experts holds them: what all ranks judge."""
+        fields = (field.name for field in dataclasses.fields(self))
+        return Experts(**{name: getattr(self, name).repeated(experts) for name in fields})
+
 
 def is_stored(node: Node) -> bool:
     """Whether a node is a tensor that exists before the graph runs, in the memory format that it is stored in."""
     while node.op == "call_function" and _swaps_last_axes(node):
         node = node.args[0]  # type: ignore[assignment]
-    return node.op in ("placeholder", "get_attr")
+    return node.op in ("placeholder", "get_attr") and not node.meta.get(COMPUTED_OUTSIDE, False)
 
 
 def _swaps_last_axes(node: Node) -> bool:

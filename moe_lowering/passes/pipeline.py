@@ -27,7 +27,7 @@ from moe_lowering.passes.choosing import Cost, Policy
 from moe_lowering.passes.costs import estimate
 from moe_lowering.passes.graph_run import GraphRun, operator_name, say
 from moe_lowering.passes.raising import place
-from moe_lowering.passes.subgraphs import find_subgraphs
+from moe_lowering.passes.subgraphs import computed_inputs, find_subgraphs
 from moe_lowering.passes.verifying import (
     generic_nodes,
     repropagate,
@@ -91,9 +91,11 @@ class MoeLowering:
         """``agreement_timeout``: as for ``npugraph_ex_options``; None puts no check of the other ranks in the graph."""
         self.deployment.placed()  # what a wrong place would emit is wrong in silence: here the compile does fail
         runs = [GraphRun(gm, self.deployment, self.policy)]
-        runs += [GraphRun(sub.gm, self.deployment, self.policy, sub) for sub in find_subgraphs(gm, self.deployment)]
+        subgraphs = find_subgraphs(gm, self.deployment)
+        runs += [GraphRun(sub.gm, self.deployment, self.policy, sub) for sub in subgraphs]
         try:
-            self._lower(gm, runs, config, agreement_timeout)
+            with computed_inputs(gm, subgraphs):
+                self._lower(gm, runs, config, agreement_timeout)
         except BaseException:
             for run in reversed(runs):
                 run.edits.undo()

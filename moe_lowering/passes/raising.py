@@ -176,6 +176,9 @@ def _spec(
     assert x is not None
     name, limit, alpha, interleaved, quantisation = experts[4:9]
     tensors = Experts(*(_operands(nodes or ()) for nodes in (*experts[:4], *experts[9:15])))
+    local_experts = shared["num_experts"] // (shared["ep_size"] - shared["shared_expert_ranks"])
+    if shared["on_shared_rank"]:
+        tensors = tensors.of_routed_rank(local_experts)
     w13, w2 = tensors.w13, tensors.w2
     scales = [each for each in (tensors.w13_scale, tensors.w2_scale) if each]
     return BlockSpec(
@@ -184,7 +187,7 @@ def _spec(
         intermediate=w2.first.shape[-2],
         top_k=int(_value(inputs[1]).shape[-1]),
         experts=shared["num_experts"],
-        local_experts=shared["num_experts"] // (shared["ep_size"] - shared["shared_expert_ranks"]),
+        local_experts=local_experts,
         ep_size=shared["ep_size"],
         ep_group=shared["ep_group"],
         tp_size=shared["tp_size"],

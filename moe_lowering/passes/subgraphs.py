@@ -1,7 +1,8 @@
 """Graphs inside of a graph: which they are, who runs them, and whether their blocks may be lowered there.
 
-Contract. Reads only. A graph inside of another one is an attribute that is a GraphModule, however often it is called: each
-is returned once, whoever calls it, with those inside of it behind it. What calls it decides:
+Contract. Reads only; ``computed_inputs`` marks inputs while the pass runs. A graph inside of another one is an attribute that
+is a GraphModule, however often it is called: each is returned once, whoever calls it, with those inside of it behind it.
+What calls it decides:
 
 - ``RUNS_ONCE`` runs it where it stands, on every rank: it is lowered as the outer graph is.
 - ``MAY_DIFFER`` runs it or not, or a number of times, as data or sizes say, which may differ between ranks. An exchange
@@ -15,13 +16,16 @@ Source: torch 2.13, torch/_higher_order_ops.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from moe_lowering.deployment import Deployment
+from moe_lowering.passes.operands import COMPUTED_OUTSIDE, is_stored
 
 RUNS_ONCE = frozenset({
     "invoke_subgraph", "wrap", "wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap_activation_checkpoint",
@@ -74,13 +78,57 @@ def find_subgraphs(gm: GraphModule, deployment: Deployment) -> list[Subgraph]:
     return list(found.values())
 
 
+@contextlib.contextmanager
+def computed_inputs(gm: GraphModule, subgraphs: Sequence[Subgraph]) -> Iterator[None]:
+    """Within it, inputs of graphs inside of ``gm`` are marked that are no stored tensors in every call that can be read."""
+    graphs = [gm, *(sub.gm for sub in subgraphs)]
+    try:
+        while any(_mark(inner, callers) for outer in graphs for inner, _, callers in _calls(outer)):
+            pass  # an input that is computed may be given to a graph further in
+        yield
+    finally:
+        for sub in subgraphs:
+            for node in _inputs(sub.gm):
+                node.meta.pop(COMPUTED_OUTSIDE, None)
+
+
+def _mark(inner: GraphModule, callers: list[Node]) -> bool:
+    """Whether there is a new mark."""
+    inputs, changed = _inputs(inner), False
+    for given in map(_operands, callers):
+        known = given if len(given) == len(inputs) else [None] * len(inputs)
+        for node, value in zip(inputs, known, strict=True):
+            if not (isinstance(value, Node) and is_stored(value)) and not node.meta.get(COMPUTED_OUTSIDE, False):
+                node.meta[COMPUTED_OUTSIDE] = changed = True
+    return changed
+
+
+def _inputs(gm: GraphModule) -> list[Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))
+
+
+def _operands(caller: Node) -> list[Any]:
+    """What a call gives to its graph, input by input; empty of an operator whose calls are not read here."""
+    name = _operator(caller)
+    if name == "invoke_subgraph":
+        return list(caller.args[2:])
+    if name == "cond" and len(caller.args) == 4 and isinstance(caller.args[3], (list, tuple)):
+        return list(caller.args[3])
+    return []
+
+
 def _inside(gm: GraphModule) -> Iterator[tuple[GraphModule, str, tuple[str, ...]]]:
+    for inner, name, callers in _calls(gm):
+        yield inner, name, tuple(map(_operator, callers))
+
+
+def _calls(gm: GraphModule) -> Iterator[tuple[GraphModule, str, list[Node]]]:
+    """The graphs inside of one, with the name of the attribute and who calls it there."""
     for op in ("get_attr", "call_module"):
         for node in gm.graph.find_nodes(op=op):
             inner = _attribute(gm, str(node.target))
             if isinstance(inner, GraphModule):
-                callers = list(node.users) if op == "get_attr" else [node]
-                yield inner, str(node.target), tuple(_operator(caller) for caller in callers)
+                yield inner, str(node.target), list(node.users) if op == "get_attr" else [node]
 
 
 def _attribute(gm: GraphModule, path: str) -> object:

@@ -30,8 +30,9 @@ from moe_lowering.source_lines import innermost
 _TRUE_SCHEMAS = ("aten", "prims", "prim", "_c10d_functional")  # what they do not say is a view is none, but for:
 _VIEWS_UNSAID = ("_unsafe_view", "wait_tensor")
 _WRITES_UNSAID = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")  # running statistics
-# Operators without a result that only look; any other one with a tensor is there for what it writes, whatever it says.
-_LOOKS = ("assert_tokens", "keep_alive", "ge_assert_tokens", "ge_keep", "record_stream", "_assert_async")
+# Operators without a result that only look, beside this package's, whose schemas are true; any other one with a tensor is
+# there for what it writes, whatever it says.
+_LOOKS = ("record_stream", "_assert_async")
 _FUNCTIONAL = ("auto_functionalized", "auto_functionalized_v2", "triton_kernel_wrapper_functional")
 _IN_PLACE = frozenset(name for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator))
 
@@ -99,7 +100,7 @@ def _may_write(target: Any) -> bool:
 
 def _writes_unsaid(target: torch._ops.OpOverload) -> bool:
     takes_tensors = any("Tensor" in str(argument.type) for argument in target._schema.arguments)
-    looks = target._opname in _LOOKS or target._opname.startswith("_assert")
+    looks = target.namespace == "moe_lowering" or target._opname in _LOOKS or target._opname.startswith("_assert")
     return target._opname in _WRITES_UNSAID or (takes_tensors and not target._schema.returns and not looks)
 
 

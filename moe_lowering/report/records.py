@@ -35,7 +35,7 @@ class Verdict:
 
 
 def _json(violations: tuple[Violation, ...]) -> list[dict[str, str]]:
-    return [dataclasses.asdict(violation) for violation in violations]
+    return [violation.to_json() for violation in violations]
 
 
 @dataclasses.dataclass(frozen=True)

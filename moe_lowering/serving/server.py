@@ -203,8 +203,7 @@ class Server:
             return self._step()
 
     def _step(self) -> list[Result]:
-        if not self._warm:
-            raise RuntimeError("Server: step before warm_up; accepted: warm_up() first")
+        self._require_warm("step")
         while self._waiting and len(self._rows) < self.buckets[-1]:
             number, request = self._waiting[0]
             running = Running(number, request, len(request.prompt), [])
@@ -229,7 +228,9 @@ class Server:
 
         Raises:
             ValueError: a request that the server cannot hold; nothing is generated then.
+            RuntimeError: ``warm_up`` has not been called, or requests are running; nothing is queued then.
         """
+        require_instance("Server", "requests", requests, (list, tuple), "a list of moe_lowering.serving.Request")
         for request in requests:
             self._check_request(request)
         with self._alone("generate"):
@@ -237,6 +238,7 @@ class Server:
                 raise RuntimeError(
                     "Server: generate while submitted requests are running; accepted: step() until they end"
                 )
+            self._require_warm("generate")  # before anything waits that nobody will ask for
             numbers = [self.submit(request) for request in requests]
             found: dict[int, Result] = {}
             try:
@@ -245,6 +247,10 @@ class Server:
             finally:  # what other threads submitted meanwhile is for the next step
                 self._finished += [result for number, result in found.items() if number not in numbers]
             return [found[number] for number in numbers]
+
+    def _require_warm(self, what: str) -> None:
+        if not self._warm:
+            raise RuntimeError(f"Server: {what} before warm_up; accepted: warm_up() first")
 
     def _check_request(self, request: Request) -> None:
         require_instance("Server", "request", request, Request, "a moe_lowering.serving.Request")
