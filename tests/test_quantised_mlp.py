@@ -208,7 +208,7 @@ def test_unpack_int4() -> None:
         7,
         *[-1] * 8,
     ]
-    with pytest.raises(TypeError, match=r"unpack_int4: packed is torch.int64; accepted: int32"):
+    with pytest.raises(TypeError, match=r"unpack_int4: packed is torch.int64 of shape .*; accepted: an int32"):
         unpack_int4(torch.tensor([0x76543210]))
 
 
