@@ -120,7 +120,8 @@ def check_experts_call(
         if value is not None and not _are_weights(value):
             raise refuse(where, name, value, f"{_WEIGHTS}, or None")
     for name, value in optional_tensors.items():
-        require_instance(where, name, value, (Tensor, type(None)), f"{_OPTIONAL[name]}, or None")
+        if value is not None:
+            require_instance(where, name, value, Tensor, f"{_OPTIONAL[name]}, or None")
     for name, value in flags.items():
         require_flag(where, name, value)
     for name, value in numbers.items():
@@ -167,6 +168,7 @@ def _require_size(where: str, name: str, value: Any) -> None:
 
 def _require_real(where: str, name: str, value: Any) -> None:
     """A number, symbolic or not, or None for the default; the operator refuses those that are not finite."""
-    kinds = (int, float, torch.SymInt, torch.SymFloat)
-    if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+    if value is None:
+        return
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
         raise refuse(where, name, value, "a finite number, or None")
