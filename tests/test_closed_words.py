@@ -32,7 +32,7 @@ from moe_lowering.words import look_up
 
 WORD = "no_such_word"
 CAPABLE = Deployment(
-    ep_size=2, ep_group="ep", mc2_group="mc2", hccl_buffer_mb=4096, weight_format="nz", capture=False,
+    ep_size=2, ep_rank=0, ep_group="ep", mc2_group="mc2", hccl_buffer_mb=4096, weight_format="nz", capture=False,
     providers=(("vllm_ascend", "0.23.0"),),
 )  # fmt: skip
 CASE = GraphCase(CAPABLE, (BlockCase(8, 2, 512),), hidden=1024, dtype=torch.bfloat16, symbolic=(False,))
