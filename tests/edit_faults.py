@@ -23,7 +23,7 @@ M, aten = torch.ops.moe_lowering, torch.ops.aten
 ASSERT = M.assert_tokens.default
 ONE = Deployment()
 MANY = Deployment(
-    ep_size=8, ep_group="ep", mc2_group="mc2", hccl_buffer_mb=8192, weight_format="nz",
+    ep_size=8, ep_rank=0, ep_group="ep", mc2_group="mc2", hccl_buffer_mb=8192, weight_format="nz",
     providers=(("vllm_ascend", "0.23.0"),),
 )  # fmt: skip
 UNEQUAL = {"equal_tokens": False, "max_tokens": 64}
@@ -44,7 +44,7 @@ CASES = {
     "allgather, one rank": one(ONE, "allgather", ROUTED, 2, hidden=16, dtype=torch.float32),
     "allgather, groups of experts": one(ONE, "allgather", block(route=RouteCase(num_groups=4, topk_groups=2), mask=True)),
     "allgather, ranks": one(MANY, "allgather", block(mask=True)),
-    "allgather, tensor parallel": one(MANY.replace(tp_size=2, tp_group="tp"), "allgather", lead=(5,)),
+    "allgather, tensor parallel": one(MANY.replace(tp_size=2, tp_rank=0, tp_group="tp"), "allgather", lead=(5,)),
     "allgather, another T": one(MANY.replace(**UNEQUAL), "allgather"),
     "allgather, symbolic T": one(MANY.replace(max_tokens=64), "allgather", sizes="dynamic"),
     "alltoall, static": one(MANY, "alltoall", ROUTED),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph_build import build
+from graph_build import build, text
 from graph_cases import BlockCase, GraphCase, RouteCase
 
 from moe_lowering import Deployment, MoeLowering
@@ -32,7 +32,7 @@ from moe_lowering.words import look_up
 
 WORD = "no_such_word"
 CAPABLE = Deployment(
-    ep_size=2, ep_group="ep", mc2_group="mc2", hccl_buffer_mb=4096, weight_format="nz", capture=False,
+    ep_size=2, ep_rank=0, ep_group="ep", mc2_group="mc2", hccl_buffer_mb=4096, weight_format="nz", capture=False,
     providers=(("vllm_ascend", "0.23.0"),),
 )  # fmt: skip
 CASE = GraphCase(CAPABLE, (BlockCase(8, 2, 512),), hidden=1024, dtype=torch.bfloat16, symbolic=(False,))
@@ -89,14 +89,14 @@ def reglu(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_an_activation_without_emitter_is_refused(reglu: str, comm: str, quantisation: str) -> None:
     block = BlockCase(8, 2, 512, activation=reglu, quantisation=quantisation)
     built = build(CASE.replace(blocks=(block,)))
-    before = str(built.gm.graph)
+    before = text(built.gm.graph)
     lowering = MoeLowering(CAPABLE, comm, policy="fixed")
     lowering(built.gm)
     (report,) = lowering.reports[-1].blocks
     found = {v.code for v in report.verdicts[comm].violations}
     fused = "fused.quantisation" if quantisation == "w4a16" else "fused.activation"
     assert (fused if comm == "fused_mc2" else "block.activation") in found
-    assert report.comm is None and str(built.gm.graph) == before
+    assert report.comm is None and text(built.gm.graph) == before
     twin = dataclasses.replace(block, activation="swiglu")
     assert "block.activation" not in codes(spec_of(CASE.replace(blocks=(twin,))))[comm]
 

@@ -39,6 +39,8 @@ from moe_lowering.passes import edits, emitting, graph_run, verifying
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.testing import fake_deployment, lower_graph
 
+COMPARE = torch.ops.moe_lowering.assert_agreement.default
+
 
 def forms(case: GraphCase) -> set[tuple[str, str]]:
     """(implementation, form) of the blocks that a case is lowered to; checks that it is what its name says."""
@@ -99,7 +101,8 @@ def check_left(low: MoeLowering, graph: Graph, before: dict[str, Any]) -> None:
     for b in report.blocks:
         assert b.comm is None or b.ops_after != b.ops_before
     if all(b.comm is None for b in report.blocks) and not any("npu." in str(n.target) for n in graph.nodes):
-        names = [entry[2] for entry in snapshot(graph)["nodes"] if entry[3] != str(ASSERT)]
+        checks = {str(ASSERT), str(COMPARE)}
+        names = [entry[2] for entry in snapshot(graph)["nodes"] if entry[3] not in checks]
         assert names == [entry[2] for entry in before["nodes"]]
 
 
@@ -187,7 +190,9 @@ def test_what_fails_after_the_last_block_undoes_all_of_it(monkeypatch):
             asserts = built.gm.graph.find_nodes(op="call_function", target=ASSERT)
             assert len(asserts) == refuses
             assert ("assert_tokens" in built.gm.code) == bool(refuses)
-            for node in asserts:
+            compares = built.gm.graph.find_nodes(op="call_function", target=COMPARE)
+            assert len(compares) == (case.deployment.ep_size > 1)  # with ranks that may have lowered theirs
+            for node in (*asserts, *compares):
                 built.gm.graph.erase_node(node)
             assert not (changed := differences(before, snapshot(built.gm.graph))), changed
             for b in low.reports[0].blocks:

@@ -7,6 +7,7 @@ import io
 import operator
 from typing import Any
 
+import edit_faults
 import pytest
 import torch
 from edit_faults import (
@@ -23,7 +24,7 @@ from graph_snapshot import differences, snapshot
 from torch.fx import Graph
 
 from moe_lowering import MoE, MoeLowering
-from moe_lowering.passes import verifying
+from moe_lowering.passes import graph_run, verifying
 
 # Which output a getitem takes
 
@@ -110,3 +111,22 @@ def test_an_exported_program_can_be_saved_and_loaded_and_runs_right():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scratch, expected[3], rtol=1e-4, atol=1e-5)
     assert torch.equal(dict(loaded.named_buffers())["seen"], seen)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_range_of_tokens_is_enforced_by_the_block_that_is_left(fails, monkeypatch):
+    """The first block brings ``assert_tokens`` for all of its T; where reporting it fails, both are gone again."""
+    case = edit_faults.one(edit_faults.MANY.replace(max_tokens=64), "allgather", count=2, sizes="dynamic")
+    built, low, true, calls = build(case), edit_faults.lowering(case), graph_run.BlockReport, []
+
+    def report(*args, **kwargs):
+        calls.append(args)
+        if fails and len(calls) == 1:
+            raise ZeroDivisionError("planted")
+        return true(*args, **kwargs)
+
+    monkeypatch.setattr(graph_run, "BlockReport", report)
+    with edit_faults.quiet():
+        low(built.gm)
+    assert [b.comm for b in low.reports[0].blocks] == [None if fails else "allgather", "allgather"]
+    assert len(built.gm.graph.find_nodes(op="call_function", target=edit_faults.ASSERT)) == 1

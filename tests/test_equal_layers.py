@@ -254,3 +254,16 @@ def test_a_changed_flag_is_seen_by_old_graphs(flag: str):
     assert read() == ""
     setattr(module, flag, not getattr(module, flag))
     assert read() != ""
+
+
+def test_an_activation_that_was_changed_on_the_instance_is_not_guessed():
+    changes = {
+        "hook": lambda act: act.register_forward_hook(lambda module, args, result: 2 * result),
+        "hook before": lambda act: act.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+        "forward": lambda act: setattr(act, "forward", lambda x: 3 * x),
+    }
+    for module, change in zip(experts_of("qwen3_moe"), changes.values(), strict=False):
+        assert integration.form_of(module).activation == "swiglu"
+        module.act_fn = type(module.act_fn)()  # transformers may share one
+        change(module.act_fn)
+        assert "hooks or a forward of its own" in integration.form_of(module).unrecognised

@@ -164,7 +164,7 @@ REFUSED = [
     ("mc2.mask_hierarchy", {**A2, "mask": True, "mask_is_prefix": True}, A2),
     ("mc2.hidden", {**A3, "hidden": 7200}, {**A3, "hidden": 7168}),
     ("mc2.local_experts_hierarchy", {**A3, "experts": 400}, {**A3, "experts": 384}),
-    ("mc2.experts", {**A2, "experts": 528}, {**A2, "experts": 512}),
+    ("mc2.local_experts_hierarchy", {**A2, "experts": 400}, {**A2, "experts": 384}),
     ("mc2.comm_alg", {"soc": "A5", "mc2_hierarchy": True}, {"soc": "A5"}),
     ("fused.hierarchy", {**A3, "comm": "fused_mc2"}, {"soc": "A3", "comm": "fused_mc2"}),
     ("mc2.buffer", {**A3, "hccl_buffer_mb": 404}, {**A3, "hccl_buffer_mb": 405}),

@@ -26,7 +26,14 @@ from moe_lowering.passes.raising import find_blocks
 from moe_lowering.report.records import LoweringReport
 
 EXTRAS = {"none": ("bias",), "w8a8": ("scale",), "w4a8": ("scale", "scale_bias"), "w4a16": ("scale", "offset")}
-FUSED = {"ep_size": 2, "ep_group": "ep", "mc2_group": "mc2", "hccl_buffer_mb": 4096, "weight_format": "nz"}
+FUSED = {
+    "ep_size": 2,
+    "ep_rank": 0,
+    "ep_group": "ep",
+    "mc2_group": "mc2",
+    "hccl_buffer_mb": 4096,
+    "weight_format": "nz",
+}
 VLLM_ASCEND, CANN = (("vllm_ascend", "0.23.0"),), (("cann_ops_transformer", "9.2.0"),)
 DEPLOYMENTS = [
     Deployment(weight_format="nz"),

@@ -234,6 +234,7 @@ def _form(module: Any) -> Form:
         act is nn.functional.silu,
         act.approximate if type(act) is nn.GELU else "",
         getattr(act, "__name__", ""),
+        isinstance(act, nn.Module) and ("forward" in vars(act) or bool(act._forward_hooks or act._forward_pre_hooks)),
     )
     if reading.unrecognised:
         return Form(unrecognised=reading.unrecognised)
@@ -270,6 +271,7 @@ def _reading(
     act_is_silu: bool,
     approximate: str,
     act_name: str,
+    act_is_changed: bool,
 ) -> _Reading:
     """From arguments that are equal for equal layers: a module among them would be guarded on by its identity."""
     if expert_parallel:
@@ -280,6 +282,8 @@ def _reading(
         return _Reading(unrecognised="it normalises each expert's output (has_post_expert_norm=True)")
     if own_gate:
         return _Reading(unrecognised="its _apply_gate is replaced on the instance")
+    if act_is_changed:
+        return _Reading(unrecognised="its act_fn has hooks or a forward of its own")
     activation = "swiglu" if act_is_silu else _activation(act_class, approximate)
     unknown = f"its activation is {act_name or act_class.__name__}, not SiLU or GELU"
     if gate_method is _default_gate():

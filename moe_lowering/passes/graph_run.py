@@ -114,6 +114,7 @@ class GraphRun:
                 return self._lower_block(block)
         except Exception as error:  # as in _guarded: here deciding failed, or reporting
             self._targets.pop(block.combine, None)
+            self._enforced.clear()  # its assert_tokens went with it: the next block of this T brings its own
             say("moe_lowering: deciding failed, %s left as it was", block.name, trace=not self._failed)
             self._failed = True  # equal blocks fail alike: one traceback is enough
             before = tuple(operator_name(n) for n in block.stages)
