@@ -17,7 +17,7 @@ OWN = "moe"
 ACCEPTED = f"{OWN}, a transformers model type (mixtral, qwen3_moe, deepseek_v3, ...), or a path to a config.json"
 LARGEST = 2**31 - 1  # of a size, and of a number of tokens: operators take int32
 LONGEST_FILE = 2**24  # bytes of a config.json
-SHOWN = 80  # characters of a name that an error repeats
+SHOWN, SHOWN_PATH = 80, 400  # characters of a value, and of a path, that an error repeats
 
 # Names that configs have for one dimension, the first that is there counts: a model with an `intermediate_size` for its
 # dense layers has another name for its experts'.
@@ -138,9 +138,9 @@ def first_of(values: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 def shown(value: Any) -> str:
     """A value as an error repeats it, cut where it is long."""
-    text = value if isinstance(value, str) and "/" in value else repr(value)
-    text = " ".join(text.split())
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
+    is_path = isinstance(value, str) and "/" in value
+    text, most = " ".join((value if is_path else repr(value)).split()), SHOWN_PATH if is_path else SHOWN
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def _words(error: BaseException) -> str:
