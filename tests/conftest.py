@@ -4,6 +4,7 @@ import moe_lowering  # noqa: F401  # isort: skip
 import collections
 import functools
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 
 from moe_lowering import simulator
 
+# Tests send signals; a shell that starts the suite in the background has SIGINT ignored, and every child with it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Two workers on two cores: more threads only wait for each other.
 torch.set_num_threads(1)
 
