@@ -209,3 +209,12 @@ def test_a_report_that_cannot_be_written(where):
     lines = [line for line in done.stderr.splitlines() if line.startswith("moe-lowering: ")]
     assert len(lines) == 1 and "accepted: " in lines[0], done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_closed_stderr_is_wrong_usage():
+    """Else what libraries print would stand beside the report."""
+    command = [sys.executable, "-m", "moe_lowering", "explain", "moe", "--json"]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, preexec_fn=lambda: os.close(2), text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")

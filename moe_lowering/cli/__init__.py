@@ -118,8 +118,8 @@ def _stdout_to_stderr() -> Iterator[None]:
     """Send what Python, C libraries and child processes write to stdout to stderr."""
     try:
         sys.stdout.flush()
+        os.fstat(2)  # first: where it is closed, a copy of stdout would get its number
         kept = os.dup(1)
-        os.fstat(2)
     except (AttributeError, OSError) as error:  # a closed one is None
         raise UsageError("stdout or stderr is closed; accepted: both open, e.g. 2>/dev/null") from error
     os.dup2(2, 1)
