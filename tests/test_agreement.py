@@ -99,7 +99,8 @@ def test_where_there_is_nobody_to_ask():
         assert agreement_before_first(deployment, MoeLowering(deployment), None) is None
     for wrong in ("never", float("nan"), -1.0, True):
         with pytest.raises(
-            ValueError, match=f"agreement_timeout is {wrong!r}; accepted: seconds .0 or more., 'auto', or"
+            ValueError,
+            match=f"agreement_timeout is {wrong!r}; accepted: seconds, a finite number above 0, or 'auto', or",
         ):
             agreement_before_first(alone, MoeLowering(alone), wrong)
 
