@@ -183,6 +183,21 @@ def test_every_higher_order_operator_has_an_answer(name):
         assert code in found.refused and bool(code) == bool(found.refused)
 
 
+def test_looking_that_fails_is_no_success(monkeypatch):
+    """The compile goes on, and nothing says that all was lowered; strict mode raises. The twin looks."""
+    assert lower(Inside("region")).report.fully_lowered
+    monkeypatch.setattr("moe_lowering.passes.pipeline.find_subgraphs", lambda gm, deployment: 1 / 0)
+    left = lower(Inside("region"))
+    assert not left.report.fully_lowered
+    testing.assert_refused(left, code="subgraph.not_looked")
+    with pytest.raises(LoweringError, match="not_looked"):
+        lower(Inside("region"), strict=True)
+
+
+def lower(model, **options):
+    return testing.lower_graph(model.eval(), tokens(), deployment=Deployment(max_tokens=64), **options)
+
+
 def test_codes_are_documented():
     text = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
     assert all(f"`{code}`" in text for code in CODES)

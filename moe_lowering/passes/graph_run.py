@@ -97,7 +97,7 @@ class GraphRun:
             blocks, routes, self.left = find_blocks(self.graph)
         except Exception as error:  # as in _guarded: nothing was edited yet
             say("moe_lowering: looking for blocks failed, the graph is left as it was")
-            self.left = [(node, _internal(error)) for node in generic_nodes(self.graph.nodes)]
+            self.left = [(node, internal(error)) for node in generic_nodes(self.graph.nodes)]
             return []
         self._blocks = blocks
         self._first_exchange = first_exchange(self.graph)
@@ -118,7 +118,7 @@ class GraphRun:
             say("moe_lowering: deciding failed, %s left as it was", block.name, trace=not self._failed)
             self._failed = True  # equal blocks fail alike: one traceback is enough
             before = tuple(operator_name(n) for n in block.stages)
-            return BlockReport(block.name, None, _internal(error), before, before, {})
+            return BlockReport(block.name, None, internal(error), before, before, {})
 
     def _lower_block(self, block: Block) -> BlockReport:
         before = tuple(operator_name(n) for n in block.stages)
@@ -276,7 +276,7 @@ class GraphRun:
             return find_foreign(self.graph)
         except Exception as error:  # as in _guarded; what could not be looked for is not taken to be absent
             say("moe_lowering: looking for other MoE layers failed")
-            return [ForeignMoe("graph", "", (), "foreign.not_looked", _internal(error), "it may hold others")]
+            return [ForeignMoe("graph", "", (), "foreign.not_looked", internal(error), "it may hold others")]
 
     def _check_limits(self, spec: BlockSpec, decision: Decision, emit: Emitter) -> None:
         """Every Ascend node against its limits, from its own arguments and not from the block's record."""
@@ -367,7 +367,8 @@ def _fake_mode(graph: Graph) -> FakeTensorMode | None:
     return torch._guards.detect_fake_mode(values)
 
 
-def _internal(error: Exception) -> str:
+def internal(error: Exception) -> str:
+    """What the report says of an error that nobody expected."""
     if isinstance(error, PolicyError):
         return str(error)
     return f"internal error, please report it: {type(error).__name__}: {error}"

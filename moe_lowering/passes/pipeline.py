@@ -25,9 +25,9 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.capturing import is_captured
 from moe_lowering.passes.choosing import Cost, Policy
 from moe_lowering.passes.costs import estimate
-from moe_lowering.passes.graph_run import GraphRun, operator_name, say
+from moe_lowering.passes.graph_run import GraphRun, internal, operator_name, say
 from moe_lowering.passes.raising import place
-from moe_lowering.passes.subgraphs import computed_inputs, find_subgraphs
+from moe_lowering.passes.subgraphs import Subgraph, computed_inputs, find_subgraphs
 from moe_lowering.passes.verifying import (
     generic_nodes,
     repropagate,
@@ -91,17 +91,32 @@ class MoeLowering:
         """``agreement_timeout``: as for ``npugraph_ex_options``; None puts no check of the other ranks in the graph."""
         self.deployment.placed()  # what a wrong place would emit is wrong in silence: here the compile does fail
         runs = [GraphRun(gm, self.deployment, self.policy)]
-        subgraphs = find_subgraphs(gm, self.deployment)
+        subgraphs, missed = self._find_subgraphs(gm)
         runs += [GraphRun(sub.gm, self.deployment, self.policy, sub) for sub in subgraphs]
         try:
             with computed_inputs(gm, subgraphs):
-                self._lower(gm, runs, config, agreement_timeout)
+                self._lower(gm, runs, config, agreement_timeout, missed)
         except BaseException:
             for run in reversed(runs):
                 run.edits.undo()
             raise
 
-    def _lower(self, gm: GraphModule, runs: list[GraphRun], config: Any, agreement_timeout: float | str | None) -> None:
+    def _find_subgraphs(self, gm: GraphModule) -> tuple[list[Subgraph], list[tuple[str, str]]]:
+        """The graphs inside of a graph; where looking fails, what the report says of it: it must not fail a compile."""
+        try:
+            return find_subgraphs(gm, self.deployment), []
+        except Exception as error:
+            say("moe_lowering: looking for graphs inside of the graph failed")
+            return [], [("graph", f"[subgraph.not_looked] graphs inside of it were not looked at: {internal(error)}")]
+
+    def _lower(
+        self,
+        gm: GraphModule,
+        runs: list[GraphRun],
+        config: Any,
+        agreement_timeout: float | str | None,
+        missed: list[tuple[str, str]],
+    ) -> None:
         start = time.perf_counter()
         blocks: list[BlockReport] = []
 
@@ -120,7 +135,7 @@ class MoeLowering:
             foreign = [layer for run in runs for layer in run.foreign()]
         report = LoweringReport(
             blocks=tuple(blocks),
-            unrecognised=tuple((place(node), reason) for run in runs for node, reason in run.left),
+            unrecognised=(*((place(node), reason) for run in runs for node, reason in run.left), *missed),
             nodes_before=sum(run.nodes_before for run in runs),
             nodes_after=sum(len(run.graph.nodes) for run in runs),
             pass_ms=(time.perf_counter() - start) * 1e3,
