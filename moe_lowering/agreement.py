@@ -97,7 +97,6 @@ def agreement_before_first(
     require_seconds("MoeLowering", "agreement_timeout", timeout, "auto", None)
     if timeout is None or deployment.ep_size == 1:
         return None
-    deployment.placed()
 
     def check() -> None:
         found = group_session(deployment.ep_group)
