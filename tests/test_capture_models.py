@@ -138,7 +138,7 @@ def test_the_command_captures_nothing_of_a_block_that_is_not_lowered(monkeypatch
     monkeypatch.setattr(run.beforehand, "refused", lambda *_: None)
     code, out, err = command(capfd, *given)
     assert code == 1
-    assert "layers.0 not lowered: mc2 was asked for and is not legal: [mc2.communicator]" in err
+    assert "layers.0 not lowered: mc2 was asked for and is not legal: [mc2.ep_size]" in err
     assert "nothing was captured: moe_lowering::route: has no kernel on a device" in err
     assert "compared with nothing" in out and "operators on the tape" not in out
     code, out, err = command(capfd, *given, "--json")
