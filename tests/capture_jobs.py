@@ -63,7 +63,7 @@ def deployment(rank, **fields):
     where = Deployment.from_groups(
         ep=hccl_group(), **{"providers": (("vllm_ascend", "0.23.0"),), "weight_format": "nz", "hccl_buffer_mb": 1024, **fields}
     )  # fmt: skip
-    assert (where.soc, where.ep_size, where.ep_rank) == ("A3", 2, rank)
+    assert (where.soc, where.ep_size, where.ep_rank) == ("A3", dist.get_world_size(), rank)
     [made] = [found for found in where.detected if found.field == "mc2_group"]
     assert made.source == "HCCL's communicator of a second group over the ranks of ep"
     return where
