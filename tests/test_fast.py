@@ -9,7 +9,9 @@ def test_nothing_slow(module):
     assert not conftest.is_slow(module)
 
 
-@pytest.mark.parametrize("module", ["test_property", "test_matrix", "test_cli_ranks", "test_lowering_ranks", "test_compile_cache"])
+@pytest.mark.parametrize(
+    "module", ["test_property", "test_matrix", "test_cli_ranks", "test_lowering_ranks", "test_compile_cache"]
+)
 def test_ranks_compiles_and_commands_are_slow(module):
     assert conftest.is_slow(module)
 
