@@ -1,17 +1,20 @@
 """Symbolic token counts: proven for a range, guarded, or refused; and enforced in the graph."""
 
+import itertools
 import re
 
 import pytest
 import reference
 import torch
+from graph_cases import BlockCase, GraphCase
+from graph_checks import lower
 from test_judging import BASE
 from test_lowering import HIDDEN, Experts, compile_npugraph, compile_plain, routed
 
 from moe_lowering import Deployment, MoE, MoeLowering, lowering_backend, testing
 from moe_lowering.limits import Prover, Violation
 from moe_lowering.passes import graph_run, judging
-from moe_lowering.passes.token_ranges import TokenRange, widest
+from moe_lowering.passes.token_ranges import TokenRange, request_guard, widest
 
 FORBID = (("guards", "forbid"),)
 
@@ -46,6 +49,39 @@ def test_with_guards_a_graph_serves_the_range_that_its_choice_is_legal_for(token
     lowered = BASE.but(tokens=tokens).judge(comm="mc2", dynamic=True)
     assert comm_of(lowered) == comm
     assert asserted(lowered) == (None if comm is None else (low, high))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("guards", ["allow", "forbid"])
+@pytest.mark.parametrize(("tokens", "tp"), list(itertools.product((513, 16), (2, 1))))
+def test_a_compile_outside_of_the_declared_range_does_not_guard_that_it_is(tokens, tp, guards, equal):
+    """T = 513 with at most 32 declared: the graph refuses to run so, and must serve the other sizes all the same."""
+    most, groups = 32, {"tp_size": 2, "tp_rank": 0, "tp_group": "tp"} if tp == 2 else {}
+    declared = Deployment(
+        soc="A3",
+        ep_size=2,
+        ep_rank=0,
+        ep_group="ep",
+        mc2_group="mc2",
+        max_tokens=most,
+        guards=guards,
+        equal_tokens=equal,
+        **groups,
+    )
+    lowered = lower(GraphCase(declared, (BlockCase(16, 2, 32),), (tokens,), 1024, sizes="dynamic"))
+    assert lowered.comms == {"layers.0": "allgather"} and asserted(lowered.built)[1] == most
+    said = [guard.expr for guard in lowered.built.env.guards]
+    assert all(guard.subs(dict.fromkeys(guard.free_symbols, most)) for guard in said), said
+
+
+def test_a_guard_is_asked_for_where_the_compile_is_in_the_range():
+    for tokens, expected in ((16, 1), (513, 0)):
+        lowered = BASE.but(tokens=tokens).judge(comm="allgather", dynamic=True)
+        inputs = [node.meta["val"] for node in lowered.gm.graph.find_nodes(op="placeholder")]
+        (size,) = (value for value in inputs if isinstance(value, torch.SymInt))
+        before = len(size.node.shape_env.guards)
+        request_guard(size, TokenRange(2, 32))
+        assert len(size.node.shape_env.guards) == before + expected
 
 
 def test_auto_takes_one_implementation_on_each_side_of_the_capacity():

@@ -120,6 +120,9 @@ REFUSED = [
     ({"w13": "swapped"}, "w4a8", False, {"gmm.int4_layout"}),  # torch_npu unpacks such a view along its rows
     ({"w2": "swapped"}, "w4a16", False, {"gmm.int4_layout"}),
     ({"w13_scale": "list"}, "w4a8", False, {"gmm.scale_count"}),
+    ({"w13": "list"}, "w4a16", False, {"gmm.antiquant_count", "gmm.antiquant_offset_count"}),
+    ({"w2": "list", "w2_scale": "list"}, "w4a16", False, {"gmm.antiquant_offset_count"}),
+    ({"w2_scale": "list", "w2_offset": "list"}, "w4a16", False, {"gmm.antiquant_count"}),
 ]  # fmt: skip
 
 

@@ -95,8 +95,13 @@ def prover_for(tokens: torch.SymInt, interval: TokenRange) -> Prover:
 
 
 def request_guard(tokens: torch.SymInt, interval: TokenRange) -> None:
-    """Make dynamo recompile outside of ``interval``. The hint must lie in it."""
-    known = known_range(tokens)
+    """Make dynamo recompile outside of ``interval``; without a hint in it nothing is asked for.
+
+    Asked of a T outside, torch would guard on that the interval does not hold, and so serve only what the graph refuses.
+    """
+    known, started_at = known_range(tokens), hint(tokens)
+    if started_at is None or started_at not in interval:
+        return
     if interval.low > known.low:
         assert bool(tokens >= interval.low)
     if interval.high is not None and interval.high != known.high:

@@ -96,7 +96,9 @@ def _bias(bias: Any) -> dict[str, Any]:
 
 
 def _scales(a: Arguments) -> dict[str, Any]:
-    scale, per_token, antiquant = (first(a[name]) for name in ("scale", "per_token_scale", "antiquant_scale"))
+    scale, per_token, antiquant, offset = (
+        first(a[name]) for name in ("scale", "per_token_scale", "antiquant_scale", "antiquant_offset")
+    )
     return {
         "has_offset": bool(a["offset"]),
         "has_scale": scale is not None,
@@ -109,9 +111,11 @@ def _scales(a: Arguments) -> dict[str, Any]:
         "per_token_dims": dims(per_token),
         "per_token_rows": size(per_token, 0),
         "has_antiquant_scale": antiquant is not None,
+        "antiquant_count": len(a["antiquant_scale"]) if antiquant is not None else None,
         "antiquant_dtype": dtype(antiquant),
         "antiquant_width": size(antiquant, -1),
-        "antiquant_offset_dtype": dtype(first(a["antiquant_offset"])),
+        "antiquant_offset_count": len(a["antiquant_offset"]) if offset is not None else None,
+        "antiquant_offset_dtype": dtype(offset),
     }
 
 
