@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from moe_lowering import cli
-from moe_lowering.cli.model_check import LARGEST, NAMES, OTHER_SIZES
+from moe_lowering.cli import config_values
+from moe_lowering.cli.model_check import LARGEST, NAMES, OTHER_SIZES, check_values
+from moe_lowering.cli.model_error import ModelError
 
 # What a config.json may hold, by what is wrong with it.
 FILES = {
@@ -45,6 +48,11 @@ def folder(tmp_path_factory):
         (made / name).write_bytes(raw)
     (made / "without").mkdir()
     return made
+
+
+def transformers_folder() -> str:
+    found = importlib.util.find_spec("transformers")
+    return found.submodule_search_locations[0]
 
 
 def refused(capfd, *given: str) -> str:
@@ -86,6 +94,61 @@ def test_every_size_is_checked(tmp_path, capfd):
         path = tmp_path / "config.json"
         path.write_text(json.dumps({"model_type": "qwen3_moe", "text_config": {name: -5}}))
         assert f"{name} in " in refused(capfd, "explain", str(path))
+
+
+# Of one config.json each, with 8 experts: what is wrong, and the same with one thing changed.
+VALUES = [
+    ({"hidden_act": "silo"}, {"hidden_act": "silu"}),
+    ({"hidden_act": 3}, {"hidden_act": None}),
+    ({"hidden_activation": ["silu"]}, {"hidden_activation": "silu"}),
+    ({"rope_scaling": "yarn"}, {"rope_scaling": None}),
+    ({"rope_parameters": []}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    ({"torch_dtype": "float15"}, {"torch_dtype": "float16"}),
+    ({"dtype": 16}, {"dtype": "bfloat16"}),
+    ({"n_group": 3}, {"n_group": 2}),
+    ({"n_group": -1}, {"n_group": 0}),
+    ({"n_group": 2, "topk_group": 3}, {"n_group": 2, "topk_group": 2}),
+    ({"n_group": 2, "topk_group": "1"}, {"n_group": 2, "topk_group": 1}),
+    ({"norm_topk_prob": "yes"}, {"norm_topk_prob": True}),
+    ({"rms_norm_eps": "small"}, {"rms_norm_eps": 1e-6}),
+    ({"rope_theta": -1}, {"rope_theta": 1e4}),
+]
+
+
+@pytest.mark.parametrize("command", ["lower", "explain"])
+@pytest.mark.parametrize(("wrong", "right"), VALUES, ids=lambda values: json.dumps(values))
+def test_values(command, wrong, right, tmp_path, capfd):
+    path = tmp_path / "config.json"
+    sizes = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2}
+    path.write_text(json.dumps({**sizes, **wrong}))
+    assert list(wrong)[-1] in refused(capfd, command, str(path))
+    check_values({**sizes, **right}, path, needs_type=True)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_an_odd_head(kind, tmp_path, capfd):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": kind, "head_dim": 127}))
+    assert "head_dim" in refused(capfd, "lower", str(path))
+    check_values({"model_type": kind, "head_dim": 128}, path, needs_type=True)
+
+
+def test_every_value_is_checked(tmp_path):
+    for name in (*config_values.OBJECTS, *config_values.FLAGS, *config_values.NUMBERS, *config_values.DTYPES):
+        with pytest.raises(ModelError, match=name):
+            check_values({"model_type": "qwen3_moe", "text_config": {name: [1]}}, tmp_path, needs_type=True)
+
+
+def test_models_with_experts_are_not_dense():
+    """Else a model that is lowered today is refused: every module of transformers that takes an experts implementation."""
+    folder = Path(transformers_folder(), "models")
+    with_experts = {
+        f.parent.name for f in folder.glob("*/modeling_*.py") if "use_experts_implementation" in f.read_text()
+    }
+    assert len(with_experts) > 20 and not {kind for kind in with_experts if config_values.is_dense(kind)}
+    assert config_values.is_dense("bert") and config_values.is_dense("llama")
+    assert not config_values.is_dense("llava"), "it may be made of any model for text"
+    assert not config_values.is_dense("no_such_type"), "what is not found is not known to be dense"
 
 
 NAMES_OF_MODELS = ["", " ", "qwen4_moe", "x" * 5000, "bert\n", "moe\0", "\N{SNOWMAN}"]
@@ -139,6 +202,12 @@ OTHERS = [
     ["lower", "moe", "--capture", "--fake"],
     ["lower", "moe", "--replays", "2"],
     ["lower", "moe", "--tokens", str(2**20)],
+    ["lower", "moe", "--layers", "1001"],
+    ["lower", "moe", "--capture", "--replays", "100001"],
+    ["lower", "moe", "--ep", "1024"],
+    ["lower", "mixtral", "--ep", "5"],
+    ["lower", "moe", "--fake", "--ep", "3"],
+    ["lower", "bert"],
     ["explain", "moe", "--topk", "300"],
     ["explain"],
     ["explain", "--hidden", "64"],
@@ -194,6 +263,14 @@ def process(program: list[str], given: list[str], **options) -> subprocess.Compl
 def test_nothing_is_imported_for_a_wrong_command(given, folder):
     done = process(["-c", WATCH], given, cwd=folder, stdout=subprocess.PIPE)
     assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
+
+
+@pytest.mark.parametrize("given", [["--version"], ["--help"], ["lower", "--help"]], ids=" ".join)
+def test_a_help_that_cannot_be_written(given):
+    with Path("/dev/full").open("w") as full:
+        done = process(["-m", "moe_lowering"], given, stdout=full)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "accepted: " in done.stderr, done.stderr
+    assert process(["-m", "moe_lowering"], given, stdout=subprocess.PIPE).returncode == 0
 
 
 @pytest.mark.parametrize("where", ["full", "closed"])

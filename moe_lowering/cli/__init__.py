@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from moe_lowering.cli.arguments import Request, UsageError, parse
 from moe_lowering.cli.matrix import MatrixRequest, Report, run_matrix
-from moe_lowering.cli.model_check import ModelError
+from moe_lowering.cli.model_error import ModelError
 from moe_lowering.interrupts import Terminated, exit_code, interruptible
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str] | None) -> int:
     try:
-        request = parse(arguments)
+        request = _parse(arguments)
         with _stdout_to_stderr():
             outcome = _run(request)
         _print(outcome.to_json() if request.json else outcome.to_text())
@@ -62,6 +62,17 @@ def _main(arguments: list[str] | None) -> int:
     return FAILED if problems else OK
 
 
+def _parse(arguments: list[str] | None) -> Request | ExplainRequest | MatrixRequest:
+    """``parse``, and a help that cannot be written is told like a report that cannot."""
+    try:
+        return parse(arguments)
+    except SystemExit:
+        _print("", end="")
+        raise
+    except OSError as error:  # the version
+        raise _no_stdout(error) from error
+
+
 def _complain(text: str) -> None:
     """One line to stderr, where there is one that takes it."""
     if sys.stderr is not None:
@@ -69,17 +80,27 @@ def _complain(text: str) -> None:
             print(f"moe-lowering: {' '.join(text.split())}", file=sys.stderr)
 
 
-def _print(text: str) -> None:
+def _print(text: str, end: str = "\n") -> None:
     """To stdout; a reader that has seen enough, such as ``head``, is no error."""
+    if sys.stdout is None:
+        return  # only a help gets here: a report needs stdout from the start
     try:
-        print(text)
+        print(text, end=end)
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it exits
         if not isinstance(error, BrokenPipeError):
-            raise UsageError(
-                f"stdout cannot be written: {error.strerror}; accepted: an open file, pipe or terminal"
-            ) from error
+            raise _no_stdout(error) from error
+        _discard_stdout()
+
+
+def _no_stdout(error: OSError) -> UsageError:
+    _discard_stdout()
+    return UsageError(f"stdout cannot be written: {error.strerror}; accepted: an open file, pipe or terminal")
+
+
+def _discard_stdout() -> None:
+    """Or Python complains once more when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _run(request: Request | ExplainRequest | MatrixRequest) -> Outcome | Explanation | Report:

@@ -7,7 +7,8 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moe_lowering.cli.model_check import LARGEST, ModelError, check_model, shown
+from moe_lowering.cli.model_check import LARGEST, check_model
+from moe_lowering.cli.model_error import ModelError, shown
 from moe_lowering.deployment import SOCS
 from moe_lowering.providers import PROVIDERS as KNOWN_PROVIDERS
 from moe_lowering.providers import declarable
@@ -22,7 +23,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 # Equal to quantisation.FORMATS and deployment.FUSED_MODES.
 QUANTISATIONS = ("none", "w8a8", "w4a8", "w4a16")
 FUSED_MODES = (0, 1, 2)
-REPLAYS = 8  # of each captured graph
+REPLAYS, MOST_REPLAYS = 8, 100_000  # of each captured graph
+MOST_LAYERS = 1000
 RUN_TOKENS = 2**14  # of one rank, where the model is run: attention on CPU takes memory by their square
 
 # What `lower` and `explain` assume of a machine that is not described.
@@ -120,7 +122,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(arguments: list[str] | None) -> Request | ExplainRequest | MatrixRequest:
     """The command, or ``UsageError``; ``--help`` and ``--version`` print and exit."""
-    from moe_lowering.cli import explain_arguments, matrix  # they need this module
+    from moe_lowering.cli import configs, explain_arguments, matrix  # they need this module
 
     parser = _Parser(
         prog="moe-lowering",
@@ -152,6 +154,8 @@ def parse(arguments: list[str] | None) -> Request | ExplainRequest | MatrixReque
             check_model(request.model, needs_type=isinstance(request, Request))
         except ModelError as error:
             raise UsageError(f"argument MODEL: {error}") from error
+    if isinstance(request, Request):
+        configs.check_ranks(request)
     return request
 
 
@@ -162,6 +166,9 @@ def _check(request: Request) -> None:
         raise UsageError(
             f"argument --tokens: is {request.tokens}; accepted: 1 to {RUN_TOKENS}, as the model is run on CPU, or --fake"
         )
+    for name, value, most in (("layers", request.layers, MOST_LAYERS), ("replays", request.replays, MOST_REPLAYS)):
+        if value is not None and value > most:
+            raise UsageError(f"argument --{name}: is {value}; accepted: 1 to {most}")
     if request.ep % request.tp or request.tp > request.ep:
         raise UsageError(f"argument --tp: is {request.tp} with --ep {request.ep}; accepted: a divisor of --ep")
     if request.quant != "none" and request.dtype == "float32":

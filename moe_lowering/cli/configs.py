@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_lowering.cli.arguments import Request, UsageError
-from moe_lowering.cli.model_check import ACCEPTED, NAMES, OWN, path_of, read_config, shown
+from moe_lowering.cli.model_check import ACCEPTED, NAMES, OWN, first_of, path_of, read_config
+from moe_lowering.cli.model_error import shown
 
 # Dimensions of a small instance, for every implementation the same. They are the smallest that MC2 takes (hidden 1024)
 # with experts for 8 ranks of two or more; heads are few and the vocabulary small because they do not matter here.
@@ -69,6 +70,32 @@ def config_of(request: Request) -> Any:
     if request.layers is not None and request.layers != config.num_hidden_layers:
         config = _rebuild(config, _with_layers(config, request.layers))
     return config
+
+
+def check_ranks(request: Request) -> None:
+    """Refuse ranks that cannot share the experts equally, where their number is known without transformers.
+
+    Raises:
+        UsageError: one line with the numbers.
+    """
+    path = path_of(request.model) if request.model != OWN else None
+    name, experts = request.model, None
+    if request.model == OWN:
+        experts = FULL_OWN["experts"] if request.fake else SMALL["num_experts"]
+    elif path is not None:
+        values = read_config(path)
+        experts = first_of({**values, **(values.get("text_config") or {})}, EXPERT_COUNTS)
+        name = str(values.get("model_type"))
+    elif not request.fake:
+        experts = SMALL["num_experts"]
+    if isinstance(experts, int) and experts > 1:
+        refuse_uneven(request.ep, name, experts)
+
+
+def refuse_uneven(ep: int, name: str, experts: int) -> None:
+    """Refuse a number of ranks that does not divide the experts."""
+    if experts % ep:
+        raise UsageError(f"argument --ep: is {ep}, and {name} has {experts} experts; accepted: a divisor of that")
 
 
 def _config_of_file(path: Path) -> Any:

@@ -20,7 +20,8 @@ from moe_lowering.cli.arguments import (
     positive,
     whole,
 )
-from moe_lowering.cli.model_check import LARGEST, shown
+from moe_lowering.cli.model_check import LARGEST
+from moe_lowering.cli.model_error import shown
 from moe_lowering.deployment import SOCS, WEIGHT_FORMATS
 
 IMPLEMENTATIONS = COMMS[1:]

@@ -11,7 +11,8 @@ import torch
 
 from moe_lowering.cli.arguments import DTYPES, Request, UsageError
 from moe_lowering.cli.explain_arguments import ExplainRequest
-from moe_lowering.cli.model_check import NAMES, ModelError, check_size, path_of, read_config
+from moe_lowering.cli.model_check import NAMES, check_size, path_of, read_config
+from moe_lowering.cli.model_error import ModelError
 from moe_lowering.custom_ops.quantised import PER_INT32, WEIGHT_DTYPES
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec

@@ -13,11 +13,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from moe_lowering.cli.config_values import check_config_values, check_groups, is_dense, turns_halves
+from moe_lowering.cli.model_error import SHOWN, ModelError, shown
+
 OWN = "moe"
 ACCEPTED = f"{OWN}, a transformers model type (mixtral, qwen3_moe, deepseek_v3, ...), or a path to a config.json"
 LARGEST = 2**31 - 1  # of a size, and of a number of tokens: operators take int32
 LONGEST_FILE = 2**24  # bytes of a config.json
-SHOWN, SHOWN_PATH = 80, 400  # characters of a value, and of a path, that an error repeats
 
 # Names that configs have for one dimension, the first that is there counts: a model with an `intermediate_size` for its
 # dense layers has another name for its experts'.
@@ -38,10 +40,6 @@ OTHER_SIZES = (
 )
 
 
-class ModelError(ValueError):
-    """A MODEL that cannot be read: one line that names what is wrong and what is accepted."""
-
-
 def check_model(model: str, needs_type: bool = True) -> None:
     """Refuse a MODEL that is certain to be wrong.
 
@@ -57,6 +55,8 @@ def check_model(model: str, needs_type: bool = True) -> None:
         check_values(read_config(path), path, needs_type)
     elif model != OWN:
         _check_name(model)
+        if needs_type and is_dense(model):
+            raise ModelError(f"{model} has no MoE layers; accepted: {ACCEPTED}")
 
 
 def path_of(model: str) -> Path | None:
@@ -108,16 +108,26 @@ def check_values(values: dict[str, Any], path: Path, needs_type: bool) -> None:
     found = {**values, **(text or {})}
     for name in (*(name for names in NAMES.values() for name in names), *OTHER_SIZES):
         check_size(name, found.get(name), f" in {shown(str(path))}")
+    where = f" in {shown(str(path))}"
+    check_config_values(found, where)
+    _check_divisions(found, where)
+    if isinstance(kind, str) and needs_type and is_dense(kind):
+        raise ModelError(f"{kind}{where} has no MoE layers; accepted: {ACCEPTED}")
+    if isinstance(kind, str) and found.get("head_dim") and found["head_dim"] % 2 and turns_halves(kind):
+        raise ModelError(
+            f"head_dim{where} is {found['head_dim']}; accepted: an even number, of which halves are rotated"
+        )
+
+
+def _check_divisions(found: dict[str, Any], where: str) -> None:
+    """Refuse counts of which one must be a part of another."""
     experts, top_k = (first_of(found, NAMES[which]) for which in ("experts", "topk"))
     if isinstance(experts, int) and isinstance(top_k, int) and 0 < experts < top_k:
-        raise ModelError(
-            f"experts of one token in {shown(str(path))} are {top_k}; accepted: 1 to its {experts} experts"
-        )
+        raise ModelError(f"experts of one token{where} are {top_k}; accepted: 1 to its {experts} experts")
+    check_groups(found, experts, where)
     heads, shared = found.get("num_attention_heads"), found.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
-        raise ModelError(
-            f"num_key_value_heads in {shown(str(path))} is {shared}; accepted: a divisor of num_attention_heads, {heads}"
-        )
+        raise ModelError(f"num_key_value_heads{where} is {shared}; accepted: a divisor of num_attention_heads, {heads}")
 
 
 def check_size(name: str, value: Any, where: str = "") -> None:
@@ -134,13 +144,6 @@ def check_size(name: str, value: Any, where: str = "") -> None:
 def first_of(values: dict[str, Any], names: tuple[str, ...]) -> Any:
     """The first of some names that has a value."""
     return next((values[name] for name in names if values.get(name) is not None), None)
-
-
-def shown(value: Any) -> str:
-    """A value as an error repeats it, cut where it is long."""
-    is_path = isinstance(value, str) and "/" in value
-    text, most = " ".join((value if is_path else repr(value)).split()), SHOWN_PATH if is_path else SHOWN
-    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def _words(error: BaseException) -> str:

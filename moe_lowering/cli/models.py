@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lowering.cli.arguments import Request, UsageError
-from moe_lowering.cli.configs import FULL_OWN, SMALL, SMALL_GROUPS, SMALL_LAYERS, config_of, experts_of
+from moe_lowering.cli.configs import FULL_OWN, SMALL, SMALL_GROUPS, SMALL_LAYERS, config_of, experts_of, refuse_uneven
 from moe_lowering.cli.model_check import OWN
 from moe_lowering.layers import MoE
 
@@ -73,10 +73,7 @@ def plan(request: Request) -> Plan:
         config = config_of(request)
         layers = int(config.num_hidden_layers)
         made = Plan(config.model_type, config, layers, int(config.vocab_size), experts_of(config))
-    if made.experts % request.ep:
-        raise UsageError(
-            f"argument --ep: is {request.ep}, and {made.name} has {made.experts} experts; accepted: a divisor of that"
-        )
+    refuse_uneven(request.ep, made.name, made.experts)
     return made
 
 

@@ -1,0 +1,18 @@
+"""The error of a MODEL that cannot be taken, and how it repeats a value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SHOWN, SHOWN_PATH = 80, 400  # characters of a value, and of a path, that an error repeats
+
+
+class ModelError(ValueError):
+    """A MODEL that cannot be read: one line that names what is wrong and what is accepted."""
+
+
+def shown(value: Any) -> str:
+    """A value as an error repeats it, cut where it is long."""
+    is_path = isinstance(value, str) and "/" in value
+    text, most = " ".join((value if is_path else repr(value)).split()), SHOWN_PATH if is_path else SHOWN
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
