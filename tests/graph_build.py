@@ -123,7 +123,7 @@ def build(case: GraphCase) -> Built:
     for stage in stages:
         for _ in stage:
             pass
-    b.graph.output(tuple(b.outputs.values())).meta["val"] = tuple(n.meta["val"] for n in b.outputs.values())
+    b.graph.output(tuple(b.outputs.values())).meta["val"] = tuple(n.meta.get("val") for n in b.outputs.values())
     return Built(GraphModule(torch.nn.Module(), b.graph), tuple(b.outputs), b.env)
 
 

@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from moe_lowering import MoeLowering
 from moe_lowering.limits import Prover
 from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.judging import declared_tokens, judge, outside_declared_range
 from moe_lowering.passes.raising import find_blocks
 from moe_lowering.passes.scopes import scope_paths
@@ -200,7 +201,7 @@ def check_replaced(lowered: Lowered, block: BlockReport) -> None:
     spec, paths = lowered.specs[block.name], scope_paths(graph)
     tokens, prover = None, None
     if not case.deployment.equal_tokens:
-        tokens = (spec.tokens, declared_tokens(case.deployment))
+        tokens = (share(spec.tokens, spec), share(declared_tokens(case.deployment), spec))
     elif not isinstance(spec.tokens, int):
         prover = prover_for(spec.tokens, accepted_range(lowered, block))
     for node in mine:
