@@ -137,6 +137,24 @@ def test_what_was_undone_is_refused(forms: dict[str, str], quantisation: str, bi
     assert lower(case.replace(blocks=(block,)), "allgather").blocks[0].comm == "allgather"
 
 
+# One expert: forms differ where counts do not. (what to change of stacked tensors, quantisation, the code that is broken)
+ONE_EXPERT = [
+    ({"w2_offset": "list"}, "w4a16", "gmm.antiquant_offset_dims"),
+    ({"w13_scale": "list", "w13_offset": "list"}, "w4a16", "gmm.antiquant_dims"),
+    ({"w13_scale": "list"}, "w8a8", "gmm.scale_dims"),
+]
+
+
+@pytest.mark.parametrize(("forms", "quantisation", "code"), ONE_EXPERT)
+def test_one_expert_in_mixed_forms_is_refused(forms: dict[str, str], quantisation: str, code: str) -> None:
+    for changed, expected in ((forms, {code}), ({}, set())):
+        layout = {**dict.fromkeys(tensors(quantisation), "stacked"), **changed}
+        block = BlockCase(1, 1, 512, quantisation=quantisation, forms=tuple(layout.items()))
+        case = GraphCase(ALONE, (block,), hidden=1024, dtype=torch.bfloat16, symbolic=(False,))
+        (report,) = lower(case, "allgather").blocks
+        assert {v.code for v in report.verdicts["allgather"].violations} == expected, report.reason
+
+
 def test_a_list_of_one_matrix_for_the_decode_operator() -> None:
     decode = Deployment(**{**FUSED, "providers": VLLM_ASCEND, "fused_mode": 2})
     for form, expected in (("list", None), ("stacked", "fused_mc2")):

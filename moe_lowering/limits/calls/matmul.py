@@ -104,6 +104,7 @@ def _scales(a: Arguments) -> dict[str, Any]:
         "has_scale": scale is not None,
         "scale_count": len(a["scale"]) if scale is not None else None,
         "scale_dtype": dtype(scale),
+        "scale_dims": dims(scale),
         "scale_groups": size(scale, 0) if dims(scale) in (2, 3) else None,
         "scale_width": size(scale, -1),
         "has_per_token_scale": per_token is not None,
@@ -113,9 +114,11 @@ def _scales(a: Arguments) -> dict[str, Any]:
         "has_antiquant_scale": antiquant is not None,
         "antiquant_count": len(a["antiquant_scale"]) if antiquant is not None else None,
         "antiquant_dtype": dtype(antiquant),
+        "antiquant_dims": dims(antiquant),
         "antiquant_width": size(antiquant, -1),
         "antiquant_offset_count": len(a["antiquant_offset"]) if offset is not None else None,
         "antiquant_offset_dtype": dtype(offset),
+        "antiquant_offset_dims": dims(offset),
     }
 
 
