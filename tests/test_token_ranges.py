@@ -7,13 +7,14 @@ import pytest
 import reference
 import torch
 from graph_cases import BlockCase, GraphCase
-from graph_checks import lower
+from graph_checks import check_propagation, lower
 from test_judging import BASE
 from test_lowering import HIDDEN, Experts, compile_npugraph, compile_plain, routed
 
 from moe_lowering import Deployment, MoE, MoeLowering, lowering_backend, testing
 from moe_lowering.limits import Prover, Violation
 from moe_lowering.passes import graph_run, judging
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.token_ranges import TokenRange, request_guard, widest
 
 FORBID = (("guards", "forbid"),)
@@ -82,6 +83,22 @@ def test_a_guard_is_asked_for_where_the_compile_is_in_the_range():
         before = len(size.node.shape_env.guards)
         request_guard(size, TokenRange(2, 32))
         assert len(size.node.shape_env.guards) == before + expected
+
+
+@pytest.mark.parametrize("comm", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tokens", [2, 4])
+def test_equal_blocks_when_a_guard_of_the_first_makes_a_number_of_t(comm, tokens):
+    """A TP rank's share of 2 tokens is 1, which torch guards on: the second block sees T as a number."""
+    declared = Deployment(
+        soc="A3", ep_size=2, ep_rank=0, ep_group="ep", mc2_group="mc2", tp_size=2, tp_rank=0, tp_group="tp", max_tokens=12,
+        equal_tokens=False, min_tokens=1, hccl_buffer_mb=1024, weight_format="nz", providers=(("vllm_ascend", "0.23.0"),),
+    )  # fmt: skip
+    block = BlockCase(16, 2, 512)
+    lowered = lower(
+        GraphCase(declared, (block, block), (tokens,), 1024, dtype=torch.bfloat16, sizes="dynamic", comm=comm)
+    )
+    assert lowered.comms == dict.fromkeys(("layers.0", "layers.1"), comm), lowered.report.to_text()
+    check_propagation(lowered)
 
 
 def test_auto_takes_one_implementation_on_each_side_of_the_capacity():

@@ -26,8 +26,8 @@ COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_at
 # Nodes of the pass carry it in ``meta["custom"]``, which torch.export keeps when a program is saved.
 MARK = "moe_lowering"
 
-# For each node of one block's replacement, in emission order: what gives the value of the same node of an equal block.
-Recording = list[Callable[[Node], Any]]
+# For each node of one block's replacement, in emission order: its operator, and what gives its value in an equal block.
+Recording = list[tuple[Any, Callable[[Node], Any]]]
 
 
 class Emitter:
@@ -101,9 +101,13 @@ class Emitter:
     def _value(self, node: Node) -> Any:
         index = len(self.created) - 1
         if index < len(self._recorded):
-            return self._recorded[index](node)
+            target, make = self._recorded[index]
+            if target is node.target:
+                return make(node)
+            # A guard of the first block made a number of a size: from here on the equal block is written down otherwise.
+            self._recorded, self.recording = [], self.recording[:index]
         value = self._compute(node)
-        self.recording.append(_recorded(node, value))
+        self.recording.append((node.target, _recorded(node, value)))
         return value
 
     def _compute(self, node: Node) -> Any:
