@@ -109,6 +109,7 @@ def on_ffn(
     assert torch.equal(seen["x"], call["x"]) and torch.equal(seen["probs"], call["weights"])
     assert seen["expert_idx"].dtype == torch.int32 and seen["probs"].dtype == torch.float32
     assert seen.get("swiglu_limit", 0.0) == limit
+    assert seen.get("world_size", 2) == 2  # that of the group: the schema's default is none that the operator takes
     for name, given in (("weight1", "w13"), ("weight2", "w2")):
         assert [w.data_ptr() for w in seen[name]] == [w.data_ptr() for w in call[given]]
     return seen, call, counts
@@ -135,7 +136,7 @@ def test_dispatch_ffn_combine_w8a8(published: dict[str, str], lists: bool) -> No
         ]
 
 
-MAIN = version("dispatch_ffn_combine", "vllm-ascend main")
+MAIN = version("dispatch_ffn_combine", "vllm-ascend 0.20.2 to 0.29")
 FIRST = version("dispatch_ffn_combine", "vllm-ascend 0.13")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_lowering.custom_ops.absent import why_absent
 from moe_lowering.custom_ops.combine import send_back, weighted_sum
 from moe_lowering.custom_ops.dispatch import exchange
 from moe_lowering.custom_ops.exchange import ALONE, Group
@@ -240,13 +241,10 @@ def provided(operator: str) -> tuple[Any, frozenset[str]]:
     """vllm-ascend's operator of that name, and the names of its arguments, which differ between versions.
 
     Raises:
-        RuntimeError: no provider is installed.
+        RuntimeError: it is not there, and why: no provider, one that has no such operator, one that was not imported.
     """
     if not hasattr(torch.ops._C_ascend, operator):
-        raise RuntimeError(
-            f"{operator}: torch.ops._C_ascend.{operator} is not there; install vllm-ascend with its kernels for A3 and "
-            "import vllm_ascend.vllm_ascend_C before the first call"
-        )
+        raise RuntimeError(f"{operator}: {why_absent(operator)}")
     overload = getattr(torch.ops._C_ascend, operator).default
     return overload, frozenset(argument.name for argument in overload._schema.arguments)
 
