@@ -24,7 +24,7 @@ ACL_DTYPES = {
     torch.bfloat16: 27,
 }  # fmt: skip
 
-# What vllm-ascend calls a tensor that is in no format of the device, by its dimensions (csrc/aclnn_torch_adapter): NCL, NCHW, NCDHW.
+# What vllm-ascend calls a tensor in no format of the device, by its dimensions: NCL, NCHW, NCDHW (csrc/aclnn_torch_adapter).
 BASE_FORMATS = {3: 47, 4: 0, 5: 30}
 ND, NZ = 2, 29
 
@@ -126,8 +126,8 @@ def described(value: Any) -> Any:
 
 
 def storage_sizes(value: Tensor, format_: int) -> list[int]:
-    """What lies in memory: in ND as many elements as the storage holds; in FRACTAL_NZ blocks of 16 rows by 16 columns, 32 of int8,
-    as torch_npu lays them out (also of int32)."""
+    """What lies in memory: in ND as many elements as the storage holds; in FRACTAL_NZ blocks of 16 rows and 16 columns, 32
+    of int8, as torch_npu lays them out (also of int32)."""
     if format_ == ND:
         return [value.untyped_storage().nbytes() // value.element_size()]
     columns = 32 if value.element_size() == 1 else 16

@@ -12,7 +12,6 @@ from moe_lowering.custom_ops.absent import why_absent
 from moe_lowering.custom_ops.fused import FORMATS
 from moe_lowering.limits import limits_for
 from moe_lowering.providers import installed_providers
-
 from moe_lowering.simulator import standins
 
 [PACKAGE] = [package for package in installed_providers() if package.name == recorder.PACKAGE]
@@ -41,7 +40,7 @@ def test_the_newer_one_is_there() -> None:
 
 
 def test_the_build_is_read() -> None:
-    """The wheels are builds for A2: what they carry for CANN has none of the fused entries, so the first call fails on a device."""
+    """The wheels are builds for A2, and what they carry for CANN has no fused entry: the first call fails on a device."""
     assert PACKAGE.build == "A2"
     [opapi] = recorder.home().rglob("libcust_opapi.so")
     defined = standins._symbols("nm", opapi, "-D", "--defined-only")

@@ -11,7 +11,7 @@ import recorder
 import torch
 from entries import documented, expect_entry, is_there, real
 from forms import DECODE, FFN, NZ, Form, call_of
-from test_calls import expect_like_fake, run, to_meta
+from test_calls import expect_like_fake, run
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -171,9 +171,8 @@ def test_only_our_wrapper_keeps_a_symbolic_token_count(form: Form) -> None:
     dispatch_ffn_combine does not, and our fake kernels do not."""
     seen, _, _ = run(form, call_of(form))
     del seen[""]
-    arguments = {name: value for name, value in call_of(form).items()}
     fixes = form.operator == DECODE
-    assert symbolic(torch.ops.moe_lowering, form.operator, arguments)
+    assert symbolic(torch.ops.moe_lowering, form.operator, call_of(form))
     assert symbolic(torch.ops._C_ascend, form.operator, seen) != fixes
 
 
