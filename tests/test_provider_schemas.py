@@ -346,6 +346,26 @@ def test_every_published_form_has_a_source() -> None:
         assert torch._C.parse_schema(entry["schema"]).name == entry["operator"]
 
 
+@pytest.mark.parametrize("published", PUBLISHED["schema"], ids=lambda e: f"{e['operator']}-{e['version']}")
+def test_an_argument_that_is_not_known_is_refused(published: dict[str, str]) -> None:
+    """A default may be one that the operator refuses, or another meaning; without the argument the call is made."""
+    head, arrow, results = published["schema"].partition(") ->")
+    newer = {**published, "schema": f"{head}, int novel=0{arrow}{results}"}
+    wrapper, extra = {
+        "dispatch_ffn_combine": (dispatch_ffn_combine, {"max_output_size": 8, "quantisation": "w8a8"}),
+        "dispatch_gmm_combine_decode": (dispatch_gmm_combine_decode, {"ep_rank": 0, "num_experts": EXPERTS}),
+    }[published["operator"]]
+    with look_alike(newer) as seen:
+        with pytest.raises(
+            NotImplementedError, match=f"^{published['operator']}: the operator .* has novel, which this"
+        ):
+            wrapper._npu(**call_of("", "w8a8"), **extra)
+        assert not seen
+    with look_alike(published) as seen:
+        wrapper._npu(**call_of("", "w8a8"), **extra)
+    assert seen and "novel" not in seen
+
+
 def test_an_argument_that_a_schema_lacks_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """The look-alike sees mistakes: without the filter by name the call for 0.13 fails."""
     monkeypatch.setattr(dispatch_ffn_combine, "provided", lambda name: (

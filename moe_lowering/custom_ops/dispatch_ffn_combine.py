@@ -26,6 +26,7 @@ from moe_lowering.custom_ops.fused import (
     check_experts,
     check_form,
     check_group,
+    check_known,
     check_limit,
     check_mask,
     check_tokens,
@@ -166,7 +167,8 @@ def _npu(
 
     Raises:
         RuntimeError: no provider is installed.
-        NotImplementedError: the version that is installed has no argument for something that is asked for.
+        NotImplementedError: the version that is installed has no argument for something that is asked for, or one that is
+            not known here.
     """
     experts = _experts(quantisation, w13, w2, w13_scale, w2_scale, w13_scale_bias, w2_scale_bias)
     _check(x, experts, ids, weights, group, ep_size, max_output_size, mask, swiglu_limit)
@@ -199,6 +201,7 @@ def _npu(
         "swiglu_limit": float(swiglu_limit),
         "world_size": ep_size,  # the operator's own default, 0, is refused by its host tiling
     }
+    check_known(NAME, names, arguments)
     operator(**{name: value for name, value in arguments.items() if name in names})
     return zero_masked(out, mask), counts
 

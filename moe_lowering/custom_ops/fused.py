@@ -12,7 +12,7 @@ matmuls accumulate in int32; the activated values become int8 again, row by row;
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -247,6 +247,21 @@ def provided(operator: str) -> tuple[Any, frozenset[str]]:
         raise RuntimeError(f"{operator}: {why_absent(operator)}")
     overload = getattr(torch.ops._C_ascend, operator).default
     return overload, frozenset(argument.name for argument in overload._schema.arguments)
+
+
+def check_known(operator: str, names: Collection[str], given: Collection[str]) -> None:
+    """Refuse an operator that has an argument which its wrapper does not know, whatever the default is.
+
+    ``world_size`` of dispatch_ffn_combine came with a default that the operator itself refuses.
+
+    Raises:
+        NotImplementedError: naming the arguments.
+    """
+    if unknown := sorted(set(names) - set(given)):
+        raise NotImplementedError(
+            f"{operator}: the operator that is registered has {', '.join(unknown)}, which this version of moe_lowering does "
+            "not know; accepted: the versions of vllm-ascend in docs/provider.md"
+        )
 
 
 def zero_masked(y: Tensor, mask: Tensor | None) -> Tensor:
