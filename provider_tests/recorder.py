@@ -27,6 +27,8 @@ OPAPI = "libopapi.so"
 SYSTEM = re.compile(r"lib(?:torch\w*|c10|stdc\+\+|m|gcc_s|c|dl|pthread|rt)\.so[.\d]*|ld-linux.*|libvllm_ascend.*")
 ENTRY = re.compile(rb"(aclnn\w+?)GetWorkspaceSize")
 OBJECT = re.compile(rb"acl(?:Create|Destroy)(?:Tensor|Scalar|Bool|Float|Int)\w*")
+# What the wheel links to of CANN: runtime, profiling, logging, platform information.
+CANN_SYMBOL = re.compile(r"(?:acl|Hccl|Msprof|dcmi|rt[A-Z]|mm[A-Z])\w+|DlogRecord|CheckLogLevel|_ZNK?2fe\w+")
 
 _recorder: ctypes.CDLL | None = None
 
@@ -140,6 +142,3 @@ def _wanted(nm: str) -> set[str]:
     for path in (*_libraries(), standins.built() / f"lib{standins.LIBRARIES[0]}.so"):
         defined |= standins._symbols(nm, path, "-D", "--defined-only")
     return {n for n in undefined - defined if CANN_SYMBOL.fullmatch(n)}
-
-
-CANN_SYMBOL = re.compile(r"(?:acl|Hccl|Msprof|dcmi|rt[A-Z]|mm[A-Z])\w+|DlogRecord|CheckLogLevel|_ZNK?2fe\w+")

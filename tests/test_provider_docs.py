@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -87,3 +89,21 @@ def test_the_results_are_there() -> None:
     rows = [line for line in inside.splitlines() if re.match(r"\| \d", line)]
     assert rows[0].startswith("| 0.23.0 |") and len(rows) > 1
     assert all(row.endswith("| all passed |") for row in rows)
+
+
+def test_only_what_passed_is_called_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of the table: the operators that a library names, and counts; a test that failed or was skipped shows."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / ".ci"))
+    provider = importlib.import_module("provider")
+    (tmp_path / "vllm_ascend").mkdir()
+    (tmp_path / "vllm_ascend/vllm_ascend_C.cpython.so").write_bytes(b"..dispatch_ffn_combine(Tensor x..")
+    (tmp_path / "vllm_ascend/_build_info.py").write_text("__device_type__ = 'A2'\n")
+    good = Counter({"passed": 3, "calls passed": 2, "metas passed": 1})
+    row = provider.row("0.26.0rc1", tmp_path, (0, good))
+    assert row.startswith("| 0.26.0rc1 | A2 | `dispatch_ffn_combine` | `dispatch_gmm_combine_decode` | 2 | 1 | 0 |")
+    assert row.endswith("| all passed |")
+    for code, more in ((1, {"failure": 1}), (0, {"skipped": 1}), (0, {"passed": -3}), (4, {})):
+        counts = good + Counter()
+        counts.update({**more, "calls failed": 1})
+        row = provider.row("0.26.0rc1", tmp_path, (code, counts))
+        assert "| 2 of 3 |" in row and f"did not pass, pytest ended with {code} |" in row
