@@ -4,9 +4,9 @@
 
 Why: where the index has no CPU build, the CUDA libraries of one torch are 3 to 5 GB, and torch_npu 2.11 to 2.14 aborts the
 process beside ``libtorch_cuda.so`` and ``libc10_cuda.so``, which register an allocator option that it registers too. So those two
-and NVIDIA's are replaced by libraries of the same names that define what torch's other libraries need of them: the same symbols, in the
-same versions. A C function of them returns an error (100, ``cudaErrorNoDevice``), a C++ one ends the process by name, there are no
-devices. Afterwards ``torch.version.cuda`` is None, as in a CPU build. What a program does without a GPU is unchanged.
+and NVIDIA's are replaced by libraries of the same names that define what torch's other libraries need of them: the same symbols,
+in the same versions. A C function of them returns an error (100, ``cudaErrorNoDevice``), a C++ one ends the process by name, and
+there are no devices. Afterwards ``torch.version.cuda`` is None, as in a CPU build. What runs without a GPU is unchanged.
 
 Needed: a C compiler and readelf (binutils).
 """
@@ -35,8 +35,8 @@ REQUIREMENT = re.compile(r"Requires-Dist: (?:nvidia-|cuda-|triton)")
 DEVICE_COUNT = "_ZN3c104cuda12device_countEv"
 # Called while libtorch_python.so is loaded: each returns a reference to a variable, which is then written.
 REFERENCES = ("_ZN4c10d15get_gil_checkerEv",)
-# Constructed there since 2.14, on the heap, as a default argument that nothing reads: the class's virtual table, which that library
-# has. All else is zero, with which its destructor has nothing to do.
+# Constructed there since 2.14, on the heap, as a default argument that nothing reads: the class's virtual table, which that
+# library has. All else is zero, with which its destructor has nothing to do.
 OBJECTS = {"_ZN4c10d16ProcessGroupNCCL7OptionsC1Eb": "_ZTVN4c10d16ProcessGroupNCCL7OptionsE"}
 TYPE_INFO = "_ZTVN10__cxxabiv117__class_type_infoE"
 MARK = ".cuda_standins"
