@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast property lint bench setup clean
+.PHONY: demo test test-fast property lint bench setup clean provider
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -30,6 +30,10 @@ demo: $(READY)
 	$(BIN)/moe-lowering lower qwen3_moe --ep 2 --comm allgather
 	$(BIN)/moe-lowering lower qwen3_moe --ep 2 --comm mc2
 	$(BIN)/moe-lowering lower qwen3_moe --ep 2 --comm fused_mc2
+
+# the wrappers against the compiled operators of vllm-ascend's wheels, in an environment of its own: docs/provider.md
+provider:
+	$(PYTHON) .ci/provider.py $(VERSIONS)
 
 # BENCH="--quick", "--json": see benchmarks/bench_pass.py
 bench: $(READY)

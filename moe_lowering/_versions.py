@@ -13,7 +13,13 @@ import re
 import runpy
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+    from torch.library import Library
 
 # A prefix per distribution: what the test suite runs with. Both torch 2.10 and torch_npu 2.10.0.post4 have the same
 # hook signature and options, but differ in six MoE schemas, and the suite does not run there.
@@ -39,8 +45,7 @@ def cuda_collision() -> str:
     found, (version, cuda) = installed("torch_npu"), torch_build()
     if cuda is None or "torch_npu" in sys.modules:  # the latter: it was, and the process lives
         return ""
-    release = re.match(r"(\d+)\.(\d+)", found)
-    if release is None or not COLLIDES_FROM <= (int(release[1]), int(release[2])) <= COLLIDES_TO:
+    if not COLLIDES_FROM <= release("torch_npu") <= COLLIDES_TO:
         return ""
     public = version.partition("+")[0]
     return (
@@ -75,6 +80,58 @@ def warn_if_untested() -> None:
     if phrases and not _warned:
         _warned = True
         warnings.warn(f"moe_lowering was not tested with {' and '.join(phrases)}", RuntimeWarning, stacklevel=2)
+
+
+def release(distribution: str) -> tuple[int, int]:
+    """(major, minor) of an installed distribution, (0, 0) when there is none. Imports nothing."""
+    match = re.match(r"(\d+)\.(\d+)", installed(distribution))
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+# Arguments that operators of npu:: got, with their defaults: what a call of an older torch_npu means.
+# Source: the schemas of torch_npu 2.10.0.post4 and 2.11.0.post3.
+_LATER_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "npu::npu_moe_gating_top_k": {"input_ids": None, "tid2eid": None},  # torch_npu 2.11
+    "npu::npu_moe_finalize_routing": {"k": 1},  # torch_npu 2.11
+}
+
+
+def later_arguments(op: OpOverload) -> dict[str, Any]:
+    """The arguments that a later torch_npu's operator has and this one's has not, with their defaults."""
+    later = _LATER_ARGUMENTS.get(op._schema.name, {})
+    have = {argument.name for argument in op._schema.arguments} if later else set()
+    return {name: default for name, default in later.items() if name not in have}
+
+
+def overriding_impl(library: Library) -> Callable[..., None]:
+    """``library.impl``, which may replace a Python kernel: torch 2.13 made that the default of ``allow_override``."""
+    return functools.partial(library.impl, allow_override=True)
+
+
+def refaked(example_inputs: Sequence[Any]) -> Sequence[Any]:
+    """What a dynamo backend gives to AOTAutograd, without fake tensors of another mode than dynamo's.
+
+    torch 2.10 refuses them ("fake mode ... doesn't match mode ..."); 2.11 converts them itself
+    (``detect_fake_mode`` in torch/_guards.py, ``process_inputs`` in torch/_functorch/_aot_autograd/frontend_utils.py).
+    """
+    if release("torch") >= (2, 11):
+        return example_inputs
+    from torch._guards import TracingContext
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    tracing = TracingContext.try_get()
+    if tracing is None or tracing.fake_mode is None:
+        return example_inputs
+    mode = tracing.fake_mode
+    contexts: Any = tracing.tensor_to_context  # its methods have no types
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, FakeTensor) or value.fake_mode is mode:
+            return value
+        context = contexts.get(value)
+        return mode.from_tensor(value, symbolic_context=context, source=context and context.tensor_source, trace=False)
+
+    return [convert(value) for value in example_inputs]
 
 
 @functools.cache

@@ -68,6 +68,10 @@ def test_the_tables_load() -> None:
         (("max = 8", "max = 8\nversions = ['cann<8.RC1']"), "version constraint 'cann<8.RC1'; accepted"),
         (("max = 8", "max = 8\nversions = ['can<8.5']"), "can has no version here; known: cann, torch_npu"),
         (("max = 8", "max = 8\nsays = '{needed_mb} MB'"), "needed_mb.* is shown, but max does not read buffer_bytes"),
+        (
+            ("max = 8", "max = 8\nsays = 'not in {version}'"),
+            "version is shown, but the rule is not for certain versions",
+        ),
     ],
 )
 def test_malformed_rows_are_refused(change: tuple[str, str], message: str) -> None:

@@ -109,6 +109,7 @@ def on_ffn(
     assert torch.equal(seen["x"], call["x"]) and torch.equal(seen["probs"], call["weights"])
     assert seen["expert_idx"].dtype == torch.int32 and seen["probs"].dtype == torch.float32
     assert seen.get("swiglu_limit", 0.0) == limit
+    assert seen.get("world_size", 2) == 2  # that of the group: the schema's default is none that the operator takes
     for name, given in (("weight1", "w13"), ("weight2", "w2")):
         assert [w.data_ptr() for w in seen[name]] == [w.data_ptr() for w in call[given]]
     return seen, call, counts
@@ -135,7 +136,7 @@ def test_dispatch_ffn_combine_w8a8(published: dict[str, str], lists: bool) -> No
         ]
 
 
-MAIN = version("dispatch_ffn_combine", "vllm-ascend main")
+MAIN = version("dispatch_ffn_combine", "vllm-ascend 0.20.2 to 0.29")
 FIRST = version("dispatch_ffn_combine", "vllm-ascend 0.13")
 
 
@@ -343,6 +344,26 @@ def test_every_published_form_has_a_source() -> None:
         assert entry["source"] and entry["version"]
     for entry in PUBLISHED["schema"]:
         assert torch._C.parse_schema(entry["schema"]).name == entry["operator"]
+
+
+@pytest.mark.parametrize("published", PUBLISHED["schema"], ids=lambda e: f"{e['operator']}-{e['version']}")
+def test_an_argument_that_is_not_known_is_refused(published: dict[str, str]) -> None:
+    """A default may be one that the operator refuses, or another meaning; without the argument the call is made."""
+    head, arrow, results = published["schema"].partition(") ->")
+    newer = {**published, "schema": f"{head}, int novel=0{arrow}{results}"}
+    wrapper, extra = {
+        "dispatch_ffn_combine": (dispatch_ffn_combine, {"max_output_size": 8, "quantisation": "w8a8"}),
+        "dispatch_gmm_combine_decode": (dispatch_gmm_combine_decode, {"ep_rank": 0, "num_experts": EXPERTS}),
+    }[published["operator"]]
+    with look_alike(newer) as seen:
+        with pytest.raises(
+            NotImplementedError, match=f"^{published['operator']}: the operator .* has novel, which this"
+        ):
+            wrapper._npu(**call_of("", "w8a8"), **extra)
+        assert not seen
+    with look_alike(published) as seen:
+        wrapper._npu(**call_of("", "w8a8"), **extra)
+    assert seen and "novel" not in seen
 
 
 def test_an_argument_that_a_schema_lacks_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_lowering import Deployment, MoE, testing
+from moe_lowering.custom_ops.absent import why_absent
 from moe_lowering.deployment import SOCS
 from moe_lowering.passes.implementations.fused_mc2 import TARGETS
 from moe_lowering.providers import PROVIDERS, UNKNOWN, installed_providers, same_version
@@ -125,6 +126,55 @@ def test_the_version_that_is_declared(install, name, provider, fields, quantisat
     install(provider, f"{declared}+local", "__device_type__ = 'A3'")
     codes = {v.code for v in judge("auto", quantisation, **fields).report.blocks[0].verdicts["fused_mc2"].violations}
     assert not any(".provider" in code for code in codes)
+
+
+REMOVED = "removed in 0.24.0rc1, 0.13 to 0.23 have it"
+
+
+@pytest.mark.parametrize("version", ["0.24.0rc1", "0.24.0", "0.26.0rc1", "0.30.0rc2", "1.0"])
+def test_what_a_version_removed_is_said_by_name_and_version(install, version):
+    """By the verdict, and by the wrapper's device kernel."""
+    install("vllm_ascend", version, "__device_type__ = 'A3'")
+    said = f"vllm_ascend {version} has no dispatch_gmm_combine_decode: {REMOVED}"
+    fields = {**DECODE, "providers": (("vllm_ascend", version),)}
+    lowered = judge("auto", "w8a8", **fields)
+    testing.assert_refused(lowered, comm="fused_mc2", code="fused_decode.removed")
+    [violation] = [v for v in lowered.report.blocks[0].verdicts["fused_mc2"].violations if v.code.endswith(".removed")]
+    assert said in violation.message and "Deployment.fused_mode to 1" in violation.advice
+    assert said in why_absent("dispatch_gmm_combine_decode") and "install vllm-ascend" not in why_absent(
+        "dispatch_gmm_combine_decode"
+    )
+    assert f"vllm_ascend {version}, built for A3 is installed and not loaded" in why_absent("dispatch_ffn_combine")
+
+
+@pytest.mark.parametrize("version", ["0.23.0", "0.23.0.post1", "0.13.0"])
+def test_what_a_version_has_is_not_said_to_be_removed(install, version):
+    install("vllm_ascend", version, "__device_type__ = 'A3'")
+    fields = {**DECODE, "providers": (("vllm_ascend", version),)}
+    codes = {v.code for v in judge("auto", "w8a8", **fields).report.blocks[0].verdicts["fused_mc2"].violations}
+    assert "fused_decode.removed" not in codes
+    assert f"{version}, built for A3 is installed and not loaded; import vllm_ascend.vllm_ascend_C" in why_absent(
+        "dispatch_gmm_combine_decode"
+    )
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_library_without_the_operator(install, installed):
+    if installed:
+        install("vllm_ascend", "0.23.0", "__device_type__ = 'A2'")
+    assert "is loaded" not in why_absent("dispatch_ffn_combine")
+    with torch.library._scoped_library("_C_ascend", "FRAGMENT") as library:
+        library.define("another(Tensor x) -> Tensor")
+        text = why_absent("dispatch_ffn_combine")
+    whose = "vllm_ascend 0.23.0, built for A2" if installed else "a vllm-ascend whose version is not known"
+    assert f"the library of {whose} is loaded and has no such operator" in text
+
+
+def test_without_a_version_the_constraint_is_said():
+    verdict = judge("auto", "w8a8", fused_mode=2, providers=()).report.blocks[0].verdicts["fused_mc2"]
+    assert any(
+        f"vllm_ascend>=0.24 has no dispatch_gmm_combine_decode: {REMOVED}" in v.message for v in verdict.violations
+    )
 
 
 def test_what_is_installed_and_not_declared_does_not_matter(install):

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
 from moe_lowering import Deployment, MoeLowering, torchair_config
-from moe_lowering.backends import ge_rewrites
+from moe_lowering.backends import ge_converters, ge_rewrites
 from moe_lowering.passes.edits import EditLog
 from moe_lowering.simulator import ge
 
@@ -265,6 +265,18 @@ def test_an_older_operator_takes_one_stacked_tensor_and_must_count():
         oldest = {"DispatchFFNCombineBF16": (older, {"out": "required"}, attributes)}
         text = refusal(model, (tokens(),), deployment, comm="fused_mc2", operators=oldest)
     assert "dispatch_ffn_combine: expert_token_nums is needed, and the IR of DispatchFFNCombineBF16" in text
+
+
+def test_the_operator_is_told_the_size_of_its_group_where_it_asks():
+    """Required from vllm-ascend 0.30 on; an older IR does not have it."""
+    for type_, quantisation in zip(ge_converters.TYPES["dispatch_ffn_combine"], ("none", "w8a8", "w4a8"), strict=True):
+        inputs, outputs, attributes = ge.OPERATORS[type_]
+        newer = {type_: (inputs, outputs, {**attributes, "worldSize": "VT_INT"})}
+        with deployed() as deployment:
+            model = layer(deployment, quantisation)
+            for operators, size in ((newer, EP), ({type_: ge.OPERATORS[type_]}, None)):
+                graph = ge.convert(model, (tokens(),), deployment, comm="fused_mc2", operators=operators)
+                assert ge_checks.one(graph, type_).attributes.get("worldSize") == size
 
 
 def test_a_fused_operator_that_is_not_registered():

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from moe_lowering import _versions
 from moe_lowering.argument_checks import require_callable
 
 Compiler = Callable[[GraphModule, Any], Any]
@@ -33,4 +34,9 @@ def lowering_backend(*passes: Callable[..., None]) -> Compiler:
             graph_pass(gm, example_inputs, None)
         return make_boxed_func(gm.forward)
 
-    return aot_autograd(fw_compiler=compile_graph)
+    compile_with_aot = aot_autograd(fw_compiler=compile_graph)
+
+    def compile_dynamo_graph(gm: GraphModule, example_inputs: Any) -> Any:
+        return compile_with_aot(gm, _versions.refaked(example_inputs))
+
+    return compile_dynamo_graph

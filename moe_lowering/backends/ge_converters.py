@@ -11,7 +11,7 @@ compile cache, from one object for each input; the check is added to that of one
 does, on every call. ``ge_keep`` makes the graph's end depend on an operator.
 
 Sources: vllm-project/vllm-ascend csrc/{,mc2/}dispatch_ffn_combine*/op_host/*_def.cpp, *_proto.cpp (461cc908, 6404a4ad,
-e9264a99), csrc/dispatch_gmm_combine_decode/op_host (ee47b9b2, 8d007a95); facts/versions.md (arguments by version);
+e9264a99; 0.30.0rc2), csrc/dispatch_gmm_combine_decode/op_host (ee47b9b2, 8d007a95); limits/schemas.toml (by version);
 torch_npu 2.13.0: torchair/ge/ge_custom.py, torchair/ge/_ge_graph.py, _ge_concrete_graph/fx2ge_converter.py
 (_codegen_input), _ge_concrete_graph/infer_symbol_shape.py.
 """
@@ -161,7 +161,10 @@ def _convert_dispatch_ffn_combine(
     }
     if swiglu_limit > 0:
         attributes["swigluLimit"] = attr.Float(swiglu_limit)
-    y, counts = _fused("dispatch_ffn_combine", VARIANTS[quantisation], inputs, attributes, ("out", "expert_token_nums"))
+    name, type_ = "dispatch_ffn_combine", VARIANTS[quantisation]
+    if "worldSize" in _known_attributes(type_):  # from vllm-ascend 0.30 on, and required there
+        attributes["worldSize"] = attr.Int(ep_size)
+    y, counts = _fused(name, type_, inputs, attributes, ("out", "expert_token_nums"))
     return y, counts
 
 
@@ -211,6 +214,13 @@ def _convert_dispatch_gmm_combine_decode(
     [type_] = TYPES[name]
     y, counts = _fused(name, type_, inputs, attributes, ("output", "expert_token_nums"))
     return y, counts
+
+
+def _known_attributes(type_: str) -> frozenset[str]:
+    """The attributes of the IR that is registered; none where there is no IR, which ``_fused`` refuses."""
+    from torchair.core import _torchair
+
+    return frozenset() if _ir_failure(type_) else frozenset(dict(_torchair.get_registered_ir_def(type_)[3]))
 
 
 def _fused(

@@ -2,8 +2,8 @@
 
 ``_C_ascend::dispatch_ffn_combine`` writes into ``out`` and ``expert_token_nums``, which it also returns without saying so
 in its schema. Its arguments grew from version to version (limits/schemas.toml), so the wrapper looks at the schema that
-is registered, and refuses what that one cannot say. The variant follows from the weights' dtype; the 16-bit one ignores
-masks and limits, so those are refused.
+is registered, gives it what it knows, and refuses what that one cannot say. The variant follows from the weights' dtype;
+the 16-bit one ignores masks and limits, so those are refused.
 
 ``expert_token_nums`` [E_local] int32 counts the rows of each local expert from all ranks. Version 0.13 does not give it:
 it is -1 then, since making it would need a collective on a communicator that is the operator's own.
@@ -26,6 +26,7 @@ from moe_lowering.custom_ops.fused import (
     check_experts,
     check_form,
     check_group,
+    check_known,
     check_limit,
     check_mask,
     check_tokens,
@@ -166,7 +167,8 @@ def _npu(
 
     Raises:
         RuntimeError: no provider is installed.
-        NotImplementedError: the version that is installed has no argument for something that is asked for.
+        NotImplementedError: the version that is installed has no argument for something that is asked for, or one that is
+            not known here.
     """
     experts = _experts(quantisation, w13, w2, w13_scale, w2_scale, w13_scale_bias, w2_scale_bias)
     _check(x, experts, ids, weights, group, ep_size, max_output_size, mask, swiglu_limit)
@@ -197,7 +199,9 @@ def _npu(
         "expert_token_nums": counts,
         "x_active_mask": None if mask is None else mask.contiguous(),
         "swiglu_limit": float(swiglu_limit),
+        "world_size": ep_size,  # the operator's own default, 0, is refused by its host tiling
     }
+    check_known(NAME, names, arguments)
     operator(**{name: value for name, value in arguments.items() if name in names})
     return zero_masked(out, mask), counts
 

@@ -22,6 +22,7 @@ from moe_lowering.custom_ops.fused import (
     check_experts,
     check_form,
     check_group,
+    check_known,
     check_local_experts,
     check_mask,
     check_tokens,
@@ -157,32 +158,35 @@ def _npu(
     """Calls the provider.
 
     Raises:
-        RuntimeError: no provider is installed.
+        RuntimeError: no provider is installed, or one without the operator.
+        NotImplementedError: the version that is installed has an argument that is not known here.
     """
     experts = _experts(w13, w2, w13_scale, w2_scale)
     _check(x, experts, ids, weights, group, ep_size, ep_rank, num_experts, mask, global_bs)
-    operator, _ = provided(NAME)
+    operator, names = provided(NAME)
     # One 1 in the weights' dtype where there is no scale, as in vllm-ascend's own test (1052917a).
     no_scale, quantised = [x.new_ones((1,))], experts.quantisation == "w8a8"
-    y, counts = operator(
-        x=x.contiguous(),
-        expert_ids=ids.clone(memory_format=torch.contiguous_format),
-        gmm1_permuted_weight=list(w13),
-        gmm1_permuted_weight_scale=experts.in_form(experts.w13_scale) if quantised else no_scale,
-        gmm2_weight=list(w2),
-        gmm2_weight_scale=experts.in_form(experts.w2_scale) if quantised else no_scale,
-        expert_scales=weights.contiguous(),
-        expert_smooth_scales=None,
-        x_active_mask=None if mask is None else mask.contiguous(),
-        group_ep=group,
-        ep_rank_size=ep_size,
-        ep_rank_id=ep_rank,
-        moe_expert_num=num_experts,
-        shared_expert_num=1,
-        shared_expert_rank_num=0,
-        quant_mode=0,
-        global_bs=global_bs,
-    )
+    arguments = {
+        "x": x.contiguous(),
+        "expert_ids": ids.clone(memory_format=torch.contiguous_format),
+        "gmm1_permuted_weight": list(w13),
+        "gmm1_permuted_weight_scale": experts.in_form(experts.w13_scale) if quantised else no_scale,
+        "gmm2_weight": list(w2),
+        "gmm2_weight_scale": experts.in_form(experts.w2_scale) if quantised else no_scale,
+        "expert_scales": weights.contiguous(),
+        "expert_smooth_scales": None,
+        "x_active_mask": None if mask is None else mask.contiguous(),
+        "group_ep": group,
+        "ep_rank_size": ep_size,
+        "ep_rank_id": ep_rank,
+        "moe_expert_num": num_experts,
+        "shared_expert_num": 1,
+        "shared_expert_rank_num": 0,
+        "quant_mode": 0,
+        "global_bs": global_bs,
+    }
+    check_known(NAME, names, arguments)
+    y, counts = operator(**arguments)
     return zero_masked(y, mask), counts
 
 

@@ -12,12 +12,13 @@ matmuls accumulate in int32; the activated values become int8 again, row by row;
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_lowering.custom_ops.absent import why_absent
 from moe_lowering.custom_ops.combine import send_back, weighted_sum
 from moe_lowering.custom_ops.dispatch import exchange
 from moe_lowering.custom_ops.exchange import ALONE, Group
@@ -240,15 +241,27 @@ def provided(operator: str) -> tuple[Any, frozenset[str]]:
     """vllm-ascend's operator of that name, and the names of its arguments, which differ between versions.
 
     Raises:
-        RuntimeError: no provider is installed.
+        RuntimeError: it is not there, and why: no provider, one that has no such operator, one that was not imported.
     """
     if not hasattr(torch.ops._C_ascend, operator):
-        raise RuntimeError(
-            f"{operator}: torch.ops._C_ascend.{operator} is not there; install vllm-ascend with its kernels for A3 and "
-            "import vllm_ascend.vllm_ascend_C before the first call"
-        )
+        raise RuntimeError(f"{operator}: {why_absent(operator)}")
     overload = getattr(torch.ops._C_ascend, operator).default
     return overload, frozenset(argument.name for argument in overload._schema.arguments)
+
+
+def check_known(operator: str, names: Collection[str], given: Collection[str]) -> None:
+    """Refuse an operator that has an argument which its wrapper does not know, whatever the default is.
+
+    ``world_size`` of dispatch_ffn_combine came with a default that the operator itself refuses.
+
+    Raises:
+        NotImplementedError: naming the arguments.
+    """
+    if unknown := sorted(set(names) - set(given)):
+        raise NotImplementedError(
+            f"{operator}: the operator that is registered has {', '.join(unknown)}, which this version of moe_lowering does "
+            "not know; accepted: the versions of vllm-ascend in docs/provider.md"
+        )
 
 
 def zero_masked(y: Tensor, mask: Tensor | None) -> Tensor:

@@ -223,7 +223,8 @@ def _provider() -> Any:
         return importlib.import_module(PROVIDER)
     except ImportError as error:
         raise RuntimeError(
-            f"{NAME}: {PROVIDER} cannot be imported ({error}); install cann_ops_transformer, which comes with CANN 9.1"
+            f"{NAME}: {PROVIDER} cannot be imported ({error}); install cann_ops_transformer, which comes "
+            "with CANN 9.1 (no package index has it)"
         ) from error
 
 

@@ -15,7 +15,7 @@ from moe_lowering.deployment import SOCS
 from moe_lowering.limits.coverage import Absent, gaps, read_absent
 from moe_lowering.limits.expressions import Expression
 from moe_lowering.limits.prover import Prover
-from moe_lowering.limits.versions import Constraint, applies, in_words
+from moe_lowering.limits.versions import Constraint, applies, in_words, subject
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,8 +24,9 @@ else:  # pragma: no cover
 
 BOUNDS = ("min", "max", "multiple_of", "one_of", "equals")
 EXPRESSIONS = ("value", "when", "min", "max", "multiple_of", "equals")
-# What texts may show beside the quantities: the value; for bounds on the HCCL window, HCCL_BUFFSIZE and what is enough.
-SHOWN = frozenset({"value", "buffer_mb", "needed_mb"})
+# What texts may show beside the quantities: the value; of rules for certain versions, what has them (``versions.subject``);
+# for bounds on the HCCL window, HCCL_BUFFSIZE and what is enough.
+SHOWN = frozenset({"value", "version", "buffer_mb", "needed_mb"})
 MOST_BUFFER_MB = 65535  # HCCL_BUFFSIZE must fit 16 bits (vllm-ascend 182b75ea, tiling of dispatch_ffn_combine)
 UNBOUNDED, TOO_MANY = (
     "unboundedly many",
@@ -175,6 +176,8 @@ def _row(raw: dict[str, Any], where: str) -> Limit:
     sizes = (_braced(row.says) | _braced(row.advice)) & {"buffer_mb", "needed_mb"}
     if sizes and not row.bounds_buffer:
         raise LimitsError(f"{where}: {sorted(sizes)} is shown, but max does not read buffer_bytes")
+    if "version" in _braced(row.says) | _braced(row.advice) and not row.versions:
+        raise LimitsError(f"{where}: version is shown, but the rule is not for certain versions")
     return row
 
 
@@ -324,7 +327,7 @@ def _violation(
         return None
     accepted = row.accepted(quantities)
     sizes = _buffer_sizes(row, value, quantities, prover) if row.bounds_buffer else {}
-    shown = {**quantities, "value": value, **sizes}
+    shown = {**quantities, "value": value, "version": subject(row.versions, versions or {}), **sizes}
     only, declare = in_words(row.versions, versions or {})
     advice = NO_SETTING.get(sizes.get("needed_mb", "")) or row.advice.format_map(shown)
     return Violation(

@@ -71,6 +71,12 @@ def applies(constraints: Sequence[Constraint], versions: Mapping[str, str]) -> b
     return not any(c.excludes(versions.get(c.name, "")) for c in constraints)
 
 
+def subject(constraints: Sequence[Constraint], versions: Mapping[str, str]) -> str:
+    """What a rule is about: each name with its version, ``vllm_ascend 0.26.0rc1``; where none is known, ``vllm_ascend>=0.24``."""
+    known = {c.name: f"{c.name} {versions[c.name]}" for c in constraints if versions.get(c.name)}
+    return ", ".join(dict.fromkeys(known.get(c.name, c.text) for c in constraints))
+
+
 def in_words(constraints: Sequence[Constraint], versions: Mapping[str, str]) -> tuple[str, str]:
     """(to which versions a rule belongs, what to declare when they are not known)."""
     if not constraints:

@@ -25,6 +25,7 @@ class Template:
     stride: tuple[Any, ...]
     offset: Any
     dtype: torch.dtype
+    device: torch.device
     state: dict[str, Any]
     storage_bytes: Any
     symbolic: bool
@@ -37,6 +38,7 @@ class Template:
             stride=stride,
             offset=value.storage_offset(),
             dtype=value.dtype,
+            device=value.fake_device,  # its key in __dict__ has another name before torch 2.12
             state=dict(value.__dict__),
             storage_bytes=value.untyped_storage().nbytes(),
             symbolic=not all(isinstance(n, int) for n in (*shape, *stride)),
@@ -61,7 +63,7 @@ class Template:
     def _fake(self, meta: Tensor) -> FakeTensor:
         """``FakeTensor(mode, meta, device)``, three times faster: its state is copied and not built and checked again."""
         fake: Any = Tensor._make_subclass(
-            FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=self.state["_fake_device"]
+            FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=self.device
         )
         if self.state["fake_mode"]._allow_unsafe_data_ptr_access:
             torch._C._set_warn_deprecated_on_mutable_data_ptr(fake)

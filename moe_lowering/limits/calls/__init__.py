@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from moe_lowering import _versions
 from moe_lowering.limits.calls import communication, fused, matmul, quantised, routing
 from moe_lowering.limits.calls.tensors import Arguments, Reader
 from moe_lowering.limits.prover import Prover
@@ -54,10 +55,14 @@ _REQUIRED = object()
 
 @functools.lru_cache(maxsize=256)
 def _parameters(op: torch._ops.OpOverload) -> tuple[tuple[str, bool, Any], ...]:
-    """(name, keyword only, default or _REQUIRED) of each argument; reading them from the schema is slow."""
-    return tuple(
+    """(name, keyword only, default or _REQUIRED) of each argument; reading them from the schema is slow.
+
+    What later versions of the operator take is there with its default: readers and kernels know one form of a call.
+    """
+    own = (
         (a.name, a.kwarg_only, a.default_value if a.has_default_value() else _REQUIRED) for a in op._schema.arguments
     )
+    return (*own, *((name, True, default) for name, default in _versions.later_arguments(op).items()))
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,10 +12,12 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from moe_lowering import _versions
 from moe_lowering.simulator.device import attention, collectives, hccl, special
 from moe_lowering.simulator.device.kernels import Kernel, kernel
 
@@ -39,43 +41,43 @@ def register() -> int:
     importlib.import_module("moe_lowering.custom_ops")  # defines the operators
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Overriding a previously registered kernel.*")
-        aten = _library("aten")
+        aten = _implementer("aten")
         for name in known:
             op = _overload(torch.ops.aten, name)
             if name not in special.KERNELS and op is not None and _is_ours(op):
-                aten.impl(name, kernel(op), KEY)
+                aten(name, kernel(op), KEY)
                 count += 1
         for name, special_kernel in special.KERNELS.items():
-            aten.impl(name, special_kernel, KEY)
+            aten(name, special_kernel, KEY)
         for name, special_kernel in special.COMPOSITE.items():
             for key in (KEY, f"Autograd{KEY}"):
-                aten.impl(name, special_kernel, key)
+                aten(name, special_kernel, key)
         for name in BELOW_AUTOGRAD:
             op = _overload(torch.ops.aten, name)
             assert op is not None
-            aten.impl(name, _below_autograd(op), f"Autograd{KEY}")
-        npu = _library("npu")
-        npu.impl(attention.NAME, attention.fusion_attention_v3, "CPU")
-        npu.impl("_npu_dtype_cast", special.dtype_cast, "CPU")
+            aten(name, _below_autograd(op), f"Autograd{KEY}")
+        npu = _implementer("npu")
+        npu(attention.NAME, attention.fusion_attention_v3, "CPU")
+        npu("_npu_dtype_cast", special.dtype_cast, "CPU")
         with_autograd = _registered("npu", f"Autograd{KEY}")
         lowered = _registered("moe_lowering", KEY)
         for namespace, names in (
             ("npu", _registered("npu", "CPU")),
             ("moe_lowering", _registered("moe_lowering", "CPU")),
         ):
-            library = _library(namespace)
+            implement = _implementer(namespace)
             for name in names:
                 op = _overload(getattr(torch.ops, namespace), name)
                 assert op is not None
                 around = functools.partial(hccl.resolving, namespace)
                 real = namespace == "npu" or name in lowered
-                library.impl(name, kernel(op, around, real), KEY)
+                implement(name, kernel(op, around, real), KEY)
                 if namespace == "npu" and name in with_autograd:
-                    library.impl(name, _below_autograd(op), f"Autograd{KEY}")
+                    implement(name, _below_autograd(op), f"Autograd{KEY}")
                 count += 1
-        c10d = _library("c10d")
+        c10d = _implementer("c10d")
         for name, collective in collectives.kernels(_registered("c10d", KEY)).items():
-            c10d.impl(name, collective, KEY)
+            c10d(name, collective, KEY)
     hccl.register()
     return count
 
@@ -90,10 +92,11 @@ def _below_autograd(op: torch._ops.OpOverload) -> Kernel:
     return call
 
 
-def _library(namespace: str) -> Any:  # torch.library is not fully typed
+def _implementer(namespace: str) -> Callable[..., None]:
+    """``(name, kernel, dispatch key)``: put a kernel there, whatever was there before."""
     library = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]
     _LIBRARIES.append(library)
-    return library
+    return _versions.overriding_impl(library)
 
 
 def _registered(namespace: str, key: str) -> list[str]:
