@@ -25,7 +25,7 @@ from typing import Any
 from moe_lowering.custom_ops.grouped_mlp import ACTIVATIONS
 from moe_lowering.custom_ops.quantised import FORMATS
 from moe_lowering.deployment import MODES, SOCS, WEIGHT_FORMATS
-from moe_lowering.limits.table import tomllib
+from moe_lowering.limits.toml import loads
 from moe_lowering.passes.operands import COMPUTED, MIXED
 
 DATA = Path(__file__).parent / "limit_facts"
@@ -67,7 +67,7 @@ def cases() -> tuple[Case, ...]:
     """All cases of all facts."""
     found: list[Case] = []
     for file in sorted(DATA.glob("*.toml")):
-        table = tomllib.loads(file.read_text("utf-8"))
+        table = loads(file.read_text("utf-8"))
         for group in table["group"]:
             for fact in group["facts"]:
                 found += _cases({"operators": table["operators"], "soc": table["soc"], **fact}, group["source"])

@@ -26,7 +26,7 @@ KEYS = {
     "foreign",
 }  # fmt: skip
 BLOCK_KEYS = {"name", "comm", "reason", "ops_before", "ops_after", "verdicts", "notes", "enforced", "sizes"}
-VIOLATION_KEYS = {"code", "operator", "value", "limit", "source", "message", "advice"}
+VIOLATION_KEYS = {"code", "operator", "value", "limit", "source", "sources", "message", "advice"}
 FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "glm4_moe")
 
 

@@ -323,6 +323,10 @@ def test_why_lists_what_holds_and_what_does_not(capfd):
     rules = {rule["code"]: rule for rule in why["rules"]}
     assert rules["fused.ep_size"]["holds"] is False
     assert rules["fused.ep_size"]["value"] == "64"
+    (source,) = rules["fused.tokens"].pop("sources")
+    assert source["key"] == "vllm_ascend.forward_context" and source["link"].startswith(
+        "https://github.com/vllm-project/"
+    )
     assert rules["fused.tokens"] | {"source": ""} == {
         "code": "fused.tokens", "operator": "dispatch_ffn_combine", "holds": True, "expression": "tokens", "value": "32",
         "limit": "1 to 512", "source": "",
@@ -371,7 +375,7 @@ def test_json_keys(capfd):
     (buffer, *_) = [v for v in found["verdicts"]["mc2"]["violations"] if v["code"] == "mc2.buffer"] or [None]
     assert buffer is None, "1024 MB hold 128 tokens"
     violation = answer(capfd, "deepseek_v3 --ep 16 --tokens 137")[1]["verdicts"]["mc2"]["violations"][0]
-    assert violation.keys() == {"code", "message", "operator", "limit", "value", "source", "advice"}
+    assert violation.keys() == {"code", "message", "operator", "limit", "value", "source", "sources", "advice"}
     assert violation["value"] == str(137 * 7860224)
     assert found["sweep"][0].keys() == {"from", "to", "choice", "boundary", "because"}
     assert found["why"].keys() == {"implementation", "legal", "rules"}

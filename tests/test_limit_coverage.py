@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from moe_lowering.deployment import SOCS, Deployment
-from moe_lowering.limits import LimitsError, limits_for, load, table
+from moe_lowering.limits import LimitsError, limits_for, load, row, table
 from moe_lowering.limits.coverage import Absent, gaps, read_absent
-from moe_lowering.limits.table import read
+from moe_lowering.limits.row import read
+from moe_lowering.limits.sources import cite, load_sources
 
 NEW = "A9"
 ROW = """
@@ -20,7 +21,8 @@ operator = "op"
 soc = {soc}
 value = "tokens"
 max = 512
-source = "x"
+source = "here.architecture"
+advice = "x"
 """
 EXISTS = """
 [[limit]]
@@ -28,7 +30,8 @@ code = "op.soc"
 operator = "op"
 value = "soc"
 one_of = {soc}
-source = "x"
+source = "here.architecture"
+advice = "x"
 """
 
 
@@ -36,7 +39,8 @@ source = "x"
 def new_soc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A SoC that no table knows, as if its name had been added to ``SOCS`` and nothing else."""
     load()  # the tables as they are, for who asks for them meanwhile
-    monkeypatch.setattr(table, "SOCS", (*SOCS, NEW))
+    for module in (row, table):
+        monkeypatch.setattr(module, "SOCS", (*SOCS, NEW))
     yield
 
 
@@ -45,7 +49,7 @@ def rules(*texts: str) -> list[Any]:
 
 
 def absent(*socs: str, code: str = "op.tokens", operator: str = "op") -> Absent:
-    return Absent(operator, code, socs, "x", "t.toml, absent 1")
+    return Absent(operator, code, socs, cite("here.architecture", load_sources()), "t.toml, absent 1")
 
 
 def quoted(socs: tuple[str, ...]) -> str:
@@ -120,12 +124,13 @@ def test_an_entry_stands_once() -> None:
     ({"source": ""}, "none of them empty"),
     ({"codes": []}, "none of them empty"),
     ({"why": "x"}, r"has \['codes', 'operators', 'soc', 'source', 'why'\]"),
+    ({"source": "OT: no such rule"}, "'OT' is not declared in sources.toml"),
 ])  # fmt: skip
 def test_a_malformed_entry_is_an_error(change: dict[str, Any], words: str) -> None:
-    raw = {"codes": ["op.tokens"], "operators": ["op"], "soc": ["A5"], "source": "x"}
-    assert read_absent("t.toml", [raw], SOCS) == [absent("A5")]
+    raw = {"codes": ["op.tokens"], "operators": ["op"], "soc": ["A5"], "source": "here.architecture"}
+    assert read_absent("t.toml", [raw], SOCS, load_sources()) == [absent("A5")]
     with pytest.raises(ValueError, match=f"t.toml, absent 1: .*{words}"):
-        read_absent("t.toml", [{**raw, **change}], SOCS)
+        read_absent("t.toml", [{**raw, **change}], SOCS, load_sources())
 
 
 def test_every_entry_has_its_reason() -> None:

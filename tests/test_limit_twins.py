@@ -12,7 +12,7 @@ import pytest
 from twins import find, outside, rows, sides
 
 from moe_lowering.limits import Limit, check
-from moe_lowering.limits.table import read
+from moe_lowering.limits.row import read
 
 ROWS = rows()
 
@@ -56,7 +56,7 @@ def test_twins(row: Limit, soc: str) -> None:
 
 def test_a_row_that_says_nothing_of_its_own_has_no_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most 9 and at most 8 of one thing: the first can never be broken alone."""
-    row = '[[limit]]\ncode = "{}"\noperator = "op"\nvalue = "rows"\nmax = {}\nsource = "x"\n'
+    row = '[[limit]]\ncode = "{}"\noperator = "op"\nvalue = "rows"\nmax = {}\nsource = "here.architecture"\nadvice = "x"\n'
     table = read("t.toml", row.format("op.nine", 9) + row.format("op.eight", 8))
     monkeypatch.setattr("twins.limits_for", lambda operator, soc, versions=None: tuple(table))
     assert find(table[0], "A2", "above") is None

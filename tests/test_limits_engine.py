@@ -24,7 +24,8 @@ from moe_lowering.limits import (
 )  # fmt: skip
 from moe_lowering.limits.calls import OPERATORS
 from moe_lowering.limits.expressions import Expression, align, ceil_div
-from moe_lowering.limits.table import read, validate
+from moe_lowering.limits.row import read
+from moe_lowering.limits.table import validate
 from moe_lowering.limits.versions import Constraint, applies
 
 npu = torch.ops.npu
@@ -35,7 +36,8 @@ code = "x.rows"
 operator = "op"
 value = "rows"
 max = 8
-source = "somewhere"
+source = "here.architecture"
+advice = "lower it"
 """
 
 
@@ -51,7 +53,7 @@ def test_the_tables_load() -> None:
     ("change", "message"),
     [
         (("max = 8", "maximum = 8"), r"t.toml, limit 1 \(x.rows\): unknown key \['maximum'\]"),
-        (('source = "somewhere"', ""), "source is missing"),
+        (('source = "here.architecture"', ""), "source is missing"),
         (('operator = "op"', ""), "operator is missing"),
         (('value = "rows"', ""), "value is missing"),
         (("max = 8", ""), "no bound; give one of"),

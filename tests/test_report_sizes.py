@@ -150,7 +150,7 @@ def test_json_of_a_block_is_complete():
     assert found["sizes"]["range"] == "T = 600"
     assert found["sizes"]["capacity"] == {"value": 600, "most": 600}
     for violation in found["verdicts"]["mc2"]["violations"]:
-        assert violation.keys() == {"code", "operator", "value", "limit", "source", "message", "advice"}
+        assert violation.keys() == {"code", "operator", "value", "limit", "source", "sources", "message", "advice"}
         assert all(violation[key] for key in ("code", "operator", "value", "limit", "source", "message"))
     first = found["verdicts"]["mc2"]["violations"][0]
     assert (first["code"], first["value"], first["limit"]) == ("mc2.tokens", "600", "1 to 512")

@@ -339,6 +339,7 @@ def _why_json(answer: Answer, name: str) -> dict[str, Any]:
             "value": str(finding.value),
             "limit": finding.accepted,
             "source": finding.limit.source,
+            "sources": [dataclasses.asdict(source) for source in finding.limit.sources],
         }
         for finding in answer.findings(name)
     ]

@@ -9,9 +9,13 @@ meta functions accept nearly anything, so these rows are the check.
 from moe_lowering.limits.calls import bind, check_call, quantities
 from moe_lowering.limits.expressions import align, ceil_div
 from moe_lowering.limits.prover import Prover
-from moe_lowering.limits.table import Limit, LimitsError, Violation, check, limits_for, load, names, needed_buffer_mb
+from moe_lowering.limits.row import Limit, LimitsError
+from moe_lowering.limits.sources import Citation
+from moe_lowering.limits.table import limits_for, load, names
+from moe_lowering.limits.violations import Violation, check, needed_buffer_mb
 
 __all__ = [
+    "Citation",
     "Limit",
     "LimitsError",
     "Prover",

@@ -7,8 +7,10 @@ say of which rules an operator is free on a SoC, and why; what has neither row n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
+
+from moe_lowering.limits.sources import Citation, cite
 
 Key = tuple[str, str]  # operator, code
 
@@ -26,37 +28,43 @@ class Rule(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Absent:
-    """One operator has no rule of that code on these SoCs, according to ``source``; ``where`` it stands in the tables."""
+    """One operator has no rule of that code on these SoCs, according to ``sources``; ``where`` it stands in the tables."""
 
     operator: str
     code: str
     soc: tuple[str, ...]
-    source: str
+    sources: tuple[Citation, ...]
     where: str
 
 
-def read_absent(name: str, tables: Sequence[dict[str, Any]], socs: Sequence[str]) -> list[Absent]:
-    """The entries of the ``[[absent]]`` tables of a file.
+def read_absent(
+    name: str, tables: Sequence[dict[str, Any]], socs: Sequence[str], declared: Mapping[str, Citation]
+) -> list[Absent]:
+    """The entries of the ``[[absent]]`` tables of a file, which cite documents of ``declared``.
 
     Raises:
         ValueError: a table is malformed; the message names the file, the table and what is wrong.
     """
-    return [entry for at, raw in enumerate(tables, 1) for entry in _read(raw, f"{name}, absent {at}", socs)]
+    return [entry for at, raw in enumerate(tables, 1) for entry in _read(raw, f"{name}, absent {at}", socs, declared)]
 
 
-def _read(raw: dict[str, Any], where: str, socs: Sequence[str]) -> list[Absent]:
+def _read(raw: dict[str, Any], where: str, socs: Sequence[str], declared: Mapping[str, Citation]) -> list[Absent]:
     """The entries of one table.
 
     Raises:
-        ValueError: a key is missing or unknown, or a SoC is.
+        ValueError: a key is missing or unknown, or a SoC is, or a document that is cited.
     """
     keys = {"codes", "operators", "soc", "source"}
     if raw.keys() != keys or not all(raw.values()):
         raise ValueError(f"{where}: has {sorted(raw)}; accepted: {sorted(keys)}, none of them empty")
     if unknown := set(raw["soc"]) - set(socs):
         raise ValueError(f"{where}: soc is {sorted(unknown)}; accepted: {', '.join(socs)}")
+    try:
+        sources = cite(raw["source"], declared)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     return [
-        Absent(operator, code, tuple(raw["soc"]), raw["source"], where)
+        Absent(operator, code, tuple(raw["soc"]), sources, where)
         for operator in raw["operators"]
         for code in raw["codes"]
     ]

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_lowering.limits.prover import Prover
-from moe_lowering.limits.table import Limit, limits_for
+from moe_lowering.limits.row import Limit
+from moe_lowering.limits.table import limits_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ def examine(
     prover: Prover | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> list[Finding]:
-    """The rules that ``table.check`` looks at for the same arguments, in table order, broken or not."""
+    """The rules that ``violations.check`` looks at for the same arguments, in table order, broken or not."""
     prover = prover or Prover()
     given = {**{name: value for name, value in quantities.items() if value is not None}, "soc": soc}
     findings = []

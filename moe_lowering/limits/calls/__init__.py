@@ -21,7 +21,8 @@ from moe_lowering import _versions
 from moe_lowering.limits.calls import communication, fused, matmul, quantised, routing
 from moe_lowering.limits.calls.tensors import Arguments, Reader
 from moe_lowering.limits.prover import Prover
-from moe_lowering.limits.table import Violation, check
+from moe_lowering.limits.sources import cite, load_sources, render_citations
+from moe_lowering.limits.violations import Violation, check
 
 _READERS: dict[str, Reader] = {
     **routing.READERS,
@@ -111,15 +112,17 @@ def _takes_sizes(op: torch._ops.OpOverload) -> frozenset[str]:
 
 def varying_ints(op: torch._ops.OpOverload, name: str, arguments: Arguments) -> list[Violation]:
     """Plain-int arguments that receive a symbolic size: the schema would fix it at its present value."""
+    sources = cite("wheel.schemas: these arguments are int, not SymInt", load_sources())
     return [
         Violation(
             code="call.symbolic_int",
             operator=name,
             value=str(value),
             limit="a Python int",
-            source="torch_npu 2.13.0 schemas: these arguments are int, not SymInt",
+            source=render_citations(sources),
             message=f"{name}: {argument} is {value}, which varies; accepted: a Python int",
             advice="pass 0 or -1 where the operator documents it as 'all', or give the bound",
+            sources=sources,
         )
         for argument, given in arguments.items()
         for value in (given if isinstance(given, (list, tuple)) else (given,))

@@ -1,0 +1,175 @@
+"""One rule of an operator, and its reading from a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from moe_lowering.deployment import SOCS
+from moe_lowering.limits.expressions import Expression
+from moe_lowering.limits.prover import Prover
+from moe_lowering.limits.sources import Citation, cite, load_sources, render_citations
+from moe_lowering.limits.toml import loads
+from moe_lowering.limits.versions import Constraint
+
+BOUNDS = ("min", "max", "multiple_of", "one_of", "equals")
+EXPRESSIONS = ("value", "when", "min", "max", "multiple_of", "equals")
+# What texts may show beside the quantities: the value; of rules for certain versions, what has them (``versions.subject``);
+# for bounds on the HCCL window, HCCL_BUFFSIZE and what is enough.
+SHOWN = frozenset({"value", "version", "buffer_mb", "needed_mb"})
+NOTHING_HELPS = "nothing helps: "  # how advice begins where nobody could change anything; the reason follows
+
+
+class LimitsError(ValueError):
+    """A limit table is malformed: the file, the row and what is wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """One rule of one operator.
+
+    ``value`` is an expression over the operator's quantities; exactly one of ``min``/``max`` (either or both),
+    ``multiple_of``, ``one_of``, ``equals`` bounds it. Bounds may be expressions too. ``when`` restricts the rule to
+    calls for which it is true (it may read only quantities that are never symbolic), ``versions`` to versions of CANN,
+    torch_npu or a provider (``["cann<8.5"]``, all of them; a version that is not known does not restrict). ``sources`` are
+    the documents that a row's ``source`` cites (``limits.sources``). ``advice`` tells what to change, whoever chose a model
+    or wrote the call, or that ``NOTHING_HELPS`` and why; ``says`` puts a broken rule in words. Both may hold quantities in
+    braces, and those of ``SHOWN``. Without ``says`` the message is made from the value and the bound. A table may give a list
+    of operators: one rule for each then. A row whose value is ``soc`` says where the operator exists: its other rows count
+    only there.
+    """
+
+    code: str
+    operator: str
+    value: Expression
+    sources: tuple[Citation, ...]
+    advice: str
+    soc: tuple[str, ...] = SOCS
+    versions: tuple[Constraint, ...] = ()
+    when: Expression | None = None
+    min: Expression | None = None
+    max: Expression | None = None
+    multiple_of: Expression | None = None
+    one_of: tuple[Any, ...] = ()
+    equals: Expression | None = None
+    unit: str = ""
+    says: str = ""
+
+    @functools.cached_property
+    def source(self) -> str:
+        """Where the rule comes from, as text."""
+        return render_citations(self.sources)
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """The quantities that this rule reads."""
+        expressions = (getattr(self, field) for field in EXPRESSIONS)
+        shown = _braced(self.says) | _braced(self.advice)
+        return (shown - SHOWN).union(*(e.names for e in expressions if e is not None))
+
+    @property
+    def bounds_buffer(self) -> bool:
+        """Whether the rule asks for room in the HCCL window."""
+        return self.max is not None and "buffer_bytes" in self.max.names
+
+    def accepted(self, quantities: Mapping[str, Any]) -> str:
+        """The limit in words, with its value for these quantities."""
+        unit = f" {self.unit}" if self.unit else ""
+        if self.one_of:
+            return "one of " + ", ".join(str(v) for v in self.one_of) + unit
+        if self.multiple_of is not None:
+            return f"a multiple of {_show(self.multiple_of, quantities)}{unit}"
+        if self.equals is not None:
+            return f"{_show(self.equals, quantities)}{unit}"
+        if self.min is not None and self.max is not None:
+            return f"{_show(self.min, quantities)} to {_show(self.max, quantities)}{unit}"
+        if self.min is not None:
+            return f"at least {_show(self.min, quantities)}{unit}"
+        assert self.max is not None
+        return f"at most {_show(self.max, quantities)}{unit}"
+
+    def holds(self, value: Any, quantities: Mapping[str, Any], prover: Prover) -> bool:
+        """Whether the value satisfies the bound for the whole range of its symbols."""
+        if self.one_of:
+            if isinstance(value, (str, bool, int)):  # the type counts: True is not 1
+                return any(type(v) is type(value) and v == value for v in self.one_of)
+            return any(prover.equal(value, v) for v in self.one_of)
+        if self.multiple_of is not None:
+            return prover.equal(value % self.multiple_of(quantities), 0)
+        if self.equals is not None:
+            return prover.equal(value, self.equals(quantities))
+        return (self.min is None or prover.at_least(value, self.min(quantities))) and (
+            self.max is None or prover.at_most(value, self.max(quantities))
+        )
+
+
+def _braced(text: str) -> frozenset[str]:
+    """The names that stand in braces."""
+    return frozenset(name for _, name, _, _ in string.Formatter().parse(text) if name)
+
+
+def _show(expression: Expression, quantities: Mapping[str, Any]) -> str:
+    value = str(expression(quantities))
+    return value if value == expression.text else f"{value} ({expression.text})"
+
+
+def _row(raw: dict[str, Any], where: str, declared: Mapping[str, Citation]) -> Limit:
+    _check_keys(raw, where)
+    fields: dict[str, Any] = dict(raw)
+    try:
+        fields.update((key, Expression(str(fields[key]))) for key in EXPRESSIONS if key in fields)
+        fields["versions"] = tuple(Constraint.parse(text) for text in fields.get("versions", ()))
+        fields["sources"] = cite(fields.pop("source"), declared)
+    except ValueError as error:
+        raise LimitsError(f"{where}: {error}") from None
+    fields["one_of"] = tuple(fields.get("one_of", ()))
+    fields["soc"] = tuple(fields.get("soc", SOCS))
+    row = Limit(**fields)
+    if "version" in _braced(row.says) | _braced(row.advice) and not row.versions:
+        raise LimitsError(f"{where}: version is shown, but the rule is not for certain versions")
+    sizes = (_braced(row.says) | _braced(row.advice)) & {"buffer_mb", "needed_mb"}
+    if sizes and not row.bounds_buffer:
+        raise LimitsError(f"{where}: {sorted(sizes)} is shown, but max does not read buffer_bytes")
+    return row
+
+
+def _check_keys(raw: dict[str, Any], where: str) -> None:
+    """That a row has what it needs, and nothing that is unknown.
+
+    Raises:
+        LimitsError: otherwise.
+    """
+    known = {field.name for field in dataclasses.fields(Limit)} - {"sources"} | {"source"}
+    if unknown := raw.keys() - known:
+        raise LimitsError(f"{where}: unknown key {sorted(unknown)}; known: {sorted(known)}")
+    for key in ("code", "operator", "value", "source"):
+        if not raw.get(key):
+            raise LimitsError(f"{where}: {key} is missing")
+    advice = raw.get("advice", "").strip()
+    if advice in ("", NOTHING_HELPS.strip(), NOTHING_HELPS.strip(": ")):
+        raise LimitsError(f"{where}: advice is {advice!r}; accepted: what to change, or '{NOTHING_HELPS}' and why")
+    bounds = {"min/max" if b in ("min", "max") else b for b in BOUNDS if raw.get(b) not in (None, [])}
+    if len(bounds) != 1:
+        found = " and ".join(sorted(bounds)) or "no bound"
+        raise LimitsError(f"{where}: {found}; give one of {', '.join(BOUNDS)} (min and max may stand together)")
+    if set(raw.get("soc", ())) - set(SOCS):
+        raise LimitsError(f"{where}: soc is {raw['soc']}; accepted: {', '.join(SOCS)}")
+
+
+def read(name: str, text: str, declared: Mapping[str, Citation] | None = None) -> list[Limit]:
+    """The rows of one table; ``declared`` are the documents that they may cite, by default those of ``sources.toml``.
+
+    Raises:
+        LimitsError: when a row is malformed; the message names the table, the row and what is wrong.
+    """
+    declared = load_sources() if declared is None else declared
+    rows = []
+    for number, raw in enumerate(loads(text).get("limit", ()), 1):
+        operators = raw.get("operator")
+        for operator in operators if isinstance(operators, list) else [operators]:
+            where = f"{name}, limit {number} ({raw.get('code', '?')})"
+            rows.append(_row({**raw, "operator": operator}, where, declared))
+    return rows
