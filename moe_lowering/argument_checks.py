@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 
@@ -44,7 +44,7 @@ def require_number(where: str, name: str, value: Any) -> None:
         raise refuse(where, name, value, "a finite number, or None")
 
 
-def require_choice(where: str, name: str, value: Any, choices: Sequence[str]) -> None:
+def require_choice(where: str, name: str, value: Any, choices: Collection[str]) -> None:
     """``value`` is one of some words."""
     if not isinstance(value, str) or value not in choices:
         raise refuse(where, name, value, ", ".join(choices))

@@ -5,20 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from moe_lowering.groups import Claim, find_group, own_ranks
 from moe_lowering.providers import check_installed, check_providers, check_version, installed_providers
+from moe_lowering.vocabulary import FUSED_MODES, GUARDS, MODES, SOCS, WEIGHT_FORMATS, Soc
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-
-SOCS = ("A2", "A3", "A5", "310P")
-WEIGHT_FORMATS = ("nd", "nz")
-GUARDS = ("allow", "forbid")
-FUSED_MODES = (0, 1, 2)
-MODES = ("npugraph_ex", "ge")
 
 # Fields that differ between ranks of one deployment. They never take part in a decision, nor in the digest.
 RANK_FIELDS = frozenset({"ep_rank", "tp_rank", "tp_group"})
@@ -225,6 +221,16 @@ class Deployment:
         return self if ranks == {"ep": self.ep_rank, "tp": self.tp_rank} else self.replace()
 
     @property
+    def chip(self) -> Soc:
+        """What belongs to the deployment's SoC."""
+        return SOCS[self.soc]
+
+    @property
+    def weighs_before_sending(self) -> bool:
+        """Whether MC2's dispatch takes the routing weights, and combine what dispatch makes of them."""
+        return self.chip.weighs_before_sending or self.mc2_hierarchy
+
+    @property
     def misplaced(self) -> str:
         """How this deployment contradicts the process groups as they are now; "" when it does not."""
         try:
@@ -320,7 +326,7 @@ class Deployment:
         return hashlib.sha256(json.dumps(self.invariant_fields(), sort_keys=True).encode()).hexdigest()
 
 
-def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
+def _one_of(name: str, value: str, accepted: Collection[str]) -> None:
     if value not in accepted:
         raise ValueError(f"Deployment: {name} is {value!r}; accepted: {', '.join(accepted)}")
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_lowering import _versions
-from moe_lowering.deployment import SOCS, Deployment, Detected
+from moe_lowering.deployment import Deployment, Detected
 from moe_lowering.providers import declarable, installed_providers
+from moe_lowering.vocabulary import SOCS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,14 +27,6 @@ if TYPE_CHECKING:
 
 BUFFER = "HCCL_BUFFSIZE"
 BUFFER_DEFAULT = 200  # MB; CANN's HCCL documentation, environment variable HCCL_BUFFSIZE
-# aclrtGetSocName -> SoC of a Deployment. The names are those that torch_npu 2.13 knows (SocVersion in libtorch_npu.so); its
-# Ascend910B without a number is the first 910, which has no MC2.
-_SOC_NAMES = (
-    (r"Ascend910B\d.*", "A2"),
-    (r"Ascend910_93\d\d.*", "A3"),
-    (r"Ascend950(DT|PR)_.*", "A5"),
-    (r"Ascend310P\d.*", "310P"),
-)
 _HOMES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")  # set by CANN's set_env.sh
 _FROM_GROUPS = {"ep_group": "ep", "tp_group": "tp"}
 
@@ -223,7 +216,7 @@ def _soc(given: str | None) -> tuple[str | None, str]:
             )
         return given, ""
     name = npu.get_device_name()
-    soc = next((soc for pattern, soc in _SOC_NAMES if re.fullmatch(pattern, name)), None)
+    soc = next((soc.name for soc in SOCS.values() if re.fullmatch(soc.runtime_pattern, name)), None)
     if soc is None and given is None:
         raise ValueError(
             f"Deployment.from_groups: soc is not given, and the NPU is {name!r}, which is none that this package knows; "

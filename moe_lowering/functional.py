@@ -20,6 +20,7 @@ from moe_lowering.argument_checks import require_instance, require_integer
 from moe_lowering.deployment import Deployment
 from moe_lowering.groups import Claim, own_ranks
 from moe_lowering.model_arguments import as_float32, as_int32, check_experts_call, check_route
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -243,7 +244,7 @@ def moe_experts(
         place.token_bound, place.max_rows, *((*shared, place.on_shared_rank) if shared else ()),
     )  # fmt: skip
     lists = list(quantisers.values())
-    quantised = quantisation != "none" or any(tensors is not None for tensors in lists)
+    quantised = EXPERT_FORMATS[quantisation].quantised or any(tensors is not None for tensors in lists)
     rows = _ops.grouped_mlp.default(
         rows, row_scale, counts, w13, w2, _as_list(w13_bias), _as_list(w2_bias), activation,
         0.0 if limit is None else limit, 1.702 if alpha is None else alpha, interleaved,
@@ -330,7 +331,7 @@ def _check_tokens(x: Tensor, pertoken_scale: Tensor | None, quantisation: str, o
         raise ValueError(
             f"moe_experts: pertoken_scale is {state} for x of {x.dtype}; accepted: one for int8, None else"
         )
-    if x.dtype == torch.int8 and quantisation not in ("w8a8", "w4a8"):
+    if x.dtype == torch.int8 and not EXPERT_FORMATS[quantisation].int8_rows:
         raise ValueError(f"moe_experts: x is int8 for quantisation {quantisation!r}; accepted: 'w8a8', 'w4a8'")
     if x.dtype == torch.int8 and out_dtype is None:
         raise ValueError("moe_experts: out_dtype is None for int8 x; accepted: float32, float16, bfloat16")

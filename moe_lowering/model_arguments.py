@@ -23,10 +23,10 @@ from moe_lowering.argument_checks import (
     require_integer,
     require_number,
 )
-from moe_lowering.custom_ops.grouped_mlp import ACTIVATIONS, FLOATS
-from moe_lowering.custom_ops.quantised import FORMATS
+from moe_lowering.custom_ops.grouped_mlp import FLOATS
 from moe_lowering.custom_ops.route import GROUP_SCORES, SCORINGS
 from moe_lowering.deployment import Deployment
+from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS
 
 _WEIGHTS = "a tensor of all experts, or a sequence of one for each"
 _OPTIONAL = {
@@ -129,7 +129,7 @@ def check_experts_call(
     if num_experts is not None:
         _require_size(where, "num_experts", num_experts)
     require_choice(where, "activation", words[0], ACTIVATIONS)
-    require_choice(where, "quantisation", words[1], FORMATS)
+    require_choice(where, "quantisation", words[1], EXPERT_FORMATS)
     require_instance(where, "deployment", deployment, (Deployment, type(None)), "a moe_lowering.Deployment, or None")
 
 

@@ -14,15 +14,16 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-PROVIDERS = ("vllm_ascend", "cann_ops_transformer", "sgl_kernel_npu")
+from moe_lowering.vocabulary import PROVIDERS, SOCS
+
 UNKNOWN = "unknown"  # a build that does not say for which SoC it was made
 # Of the providers that are built for one SoC: the file that says which, and vllm-ascend's words for ours.
 _BUILD_FILES = {"vllm_ascend": "_build_info.py"}
-_DEVICE_TYPES = {"A2": "A2", "A3": "A3", "A5": "A5", "_310P": "310P", "310P": "310P"}
+_DEVICE_TYPES = {word: soc.name for soc in SOCS.values() for word in soc.device_types}
 _VERSION = r"\d+(\.\w+)*"
 _RELEASE = re.compile(r"v?(\d+(?:\.\d+)*)(.*)")
 
@@ -125,7 +126,7 @@ def check_providers(providers: Any) -> None:
         check_version(f"providers[{name!r}]", version, optional=False)
 
 
-def check_installed(installed: Any, socs: Sequence[str]) -> None:
+def check_installed(installed: Any, socs: Collection[str]) -> None:
     """Raises a ValueError unless ``installed`` is a tuple of triples (name, version, build)."""
     builds = ("", UNKNOWN, *socs)
     accepted = (

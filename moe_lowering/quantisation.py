@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_lowering.argument_checks import require_choice, require_instance, require_integer
-from moe_lowering.custom_ops import quantised as formats
 from moe_lowering.custom_ops.quantised import PER_INT32, dequantise_weight, float_scale, quantise_rows, unpack_int4
 from moe_lowering.layers import MoE, moe_modules, refuse_lists, warn_of_other_implementations
+from moe_lowering.vocabulary import EXPERT_FORMATS
 from moe_lowering.words import look_up
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "unpack_int4",
 ]
 
-FORMATS = formats.FORMATS[1:]  # without "none"
+FORMATS = tuple(made.name for made in EXPERT_FORMATS.values() if made.quantised)
 _HALVES = (torch.float16, torch.bfloat16)
 _SCALE_BIAS = 8  # what the device's kernel adds to the low int4 half of an int8 row (facts/cann_ops.md, 1.4)
 

@@ -22,11 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_lowering.custom_ops.grouped_mlp import ACTIVATIONS
-from moe_lowering.custom_ops.quantised import FORMATS
-from moe_lowering.deployment import MODES, SOCS, WEIGHT_FORMATS
 from moe_lowering.limits.toml import loads
 from moe_lowering.passes.operands import COMPUTED, MIXED
+from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS, MODES, SOCS, WEIGHT_FORMATS
 
 DATA = Path(__file__).parent / "limit_facts"
 KINDS = ("range", "multiple", "only", "same", "bytes", "legal")
@@ -37,8 +35,8 @@ DTYPES = (
 WORDS = {
     "comm_alg": ("fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy", "ring"),
     "weight_format": (*WEIGHT_FORMATS, COMPUTED, MIXED),
-    "activation": ACTIVATIONS,
-    "quantisation": (*FORMATS, "w8a16"),
+    "activation": tuple(ACTIVATIONS),
+    "quantisation": (*EXPERT_FORMATS, "w8a16"),
     "quant_mode": ("pertoken", "perchannel", "pertensor", "pergroup"),
     "form": ("none", "a8w8", "a8w4", "a4w4", "a16w8", "a16w4", "a8w16"),
     "mode": (*MODES, "eager"),

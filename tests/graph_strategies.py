@@ -15,19 +15,16 @@ import torch
 from graph_cases import FOREIGN, FORMS, HARMLESS, SCOPES, BlockCase, GraphCase, PairCase, RouteCase
 
 from moe_lowering import Deployment
-from moe_lowering.custom_ops.grouped_mlp import ACTIVATIONS, CLAMPED
-from moe_lowering.custom_ops.quantised import FORMATS
 from moe_lowering.custom_ops.route import GROUP_SCORES, SCORINGS
-from moe_lowering.deployment import GUARDS, SOCS, WEIGHT_FORMATS
-from moe_lowering.passes.choosing import VLLM
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.vocabulary import ACTIVATIONS, AUTO, EXPERT_FORMATS, FIXED, GUARDS, POLICIES, SOCS, WEIGHT_FORMATS
 
 SWIGLU = ("swiglu", 0.0)
-GATES = tuple((name, 0.7 if name in CLAMPED else 0.0) for name in ACTIVATIONS)
+GATES = tuple((name, 0.7 if made.clamped else 0.0) for name, made in ACTIVATIONS.items())
 PROVIDERS = (("vllm_ascend", "0.23.0"),)
 AIMS = tuple(IMPLEMENTATIONS)
 COMMS = ("auto", "auto", *AIMS)
-POLICIES = ("auto", *VLLM)
+CHOOSING_POLICIES = tuple(name for name in POLICIES if name != FIXED)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -66,7 +63,7 @@ def blocks(
     activation, limit = SWIGLU if plain else draw(st.sampled_from(GATES))
     flag = st.just(False) if plain else st.booleans()
     as_list = draw(flag) and experts <= 256
-    quantisation = rarely(draw, *FORMATS)
+    quantisation = rarely(draw, *EXPERT_FORMATS)
     usual = quantisation == "none"
     tensors = (
         "w13",
@@ -272,7 +269,7 @@ def graphs(
         layout=rarely(draw, "chain", "slices", "expanded", "permuted"),
         interleave=draw(st.booleans()),
         comm=comm,
-        policy=draw(st.sampled_from(POLICIES if comm == "auto" else ("auto", "fixed"))),
+        policy=draw(st.sampled_from(CHOOSING_POLICIES if comm == "auto" else (AUTO, FIXED))),
         seed=draw(st.integers(0, 2**16)),
         keep=draw(st.sampled_from((0.5, 0.0, 0.9, 1.0))),
         skew=draw(st.booleans()),

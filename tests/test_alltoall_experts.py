@@ -12,7 +12,7 @@ import torch
 from alltoall_layers import KERNELS, Case, arguments_of, counts_of, given_to, layer, on_case, on_quantised
 from rank_jobs import setup
 
-from moe_lowering.custom_ops.quantised import FORMATS
+from moe_lowering.quantisation import FORMATS
 from moe_lowering.testing.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("alltoall_experts")
@@ -102,14 +102,14 @@ def compare(ranks: Ranks, case: Case, form: str, dtype: torch.dtype, arrives: bo
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("form", FORMATS[1:])
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("case", QUANTISED, ids=[case.name for case in QUANTISED])
 def test_quantised_weights(size: int, form: str, case: Case, request: pytest.FixtureRequest) -> None:
     for dtype in HALVES if case.name == "even" else (torch.bfloat16,):
         compare(size_of(size, request), case, form, dtype, False, False)
 
 
-@pytest.mark.parametrize("form", FORMATS[1:])
+@pytest.mark.parametrize("form", FORMATS)
 def test_scales_as_bits_or_in_groups_of_lines(four: Ranks, form: str) -> None:
     compare(four, Case("even"), form, torch.bfloat16, False, True)
 

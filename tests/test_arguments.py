@@ -11,8 +11,8 @@ import torch
 import moe_lowering
 from moe_lowering import Deployment, MoeLowering, serving, testing
 from moe_lowering.backends.aot import lowering_backend
-from moe_lowering.passes.choosing import COMMS, POLICIES
-from moe_lowering.simulator import SOC_NAMES, SimulatorError, enable
+from moe_lowering.simulator import SimulatorError, enable
+from moe_lowering.vocabulary import COMMS, POLICIES, SOCS
 
 HERE = Deployment()
 
@@ -96,7 +96,7 @@ def test_twins_are_accepted():
 
 def test_an_unknown_soc_is_not_simulated():
     for wrong in (None, "X", 3):
-        with pytest.raises(SimulatorError, match=re.escape(f"unknown SoC {wrong!r}; accepted: {', '.join(SOC_NAMES)}")):
+        with pytest.raises(SimulatorError, match=re.escape(f"unknown SoC {wrong!r}; accepted: {', '.join(SOCS)}")):
             enable(wrong)
 
 

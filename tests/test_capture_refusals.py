@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lowering import Deployment, MoE, MoeLowering, npugraph_ex_options, simulator, testing
-from moe_lowering.passes.choosing import COMMS
 from moe_lowering.report.text import render
 from moe_lowering.simulator.device import CaptureError
+from moe_lowering.vocabulary import COMMS
 
 
 @pytest.fixture(scope="module", autouse=True)

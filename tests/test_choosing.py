@@ -12,7 +12,6 @@ import torch
 from test_judging import BASE
 
 from moe_lowering import Deployment, MoE, MoeLowering, testing
-from moe_lowering.deployment import SOCS
 from moe_lowering.passes.choosing import vllm_choice
 from moe_lowering.passes.costs import Load, estimate
 from moe_lowering.passes.raising import find_blocks
@@ -23,6 +22,7 @@ from moe_lowering.passes.vllm_ascend_rules import (
     choose_0_13,
     choose_main,
 )
+from moe_lowering.vocabulary import SOCS
 
 CAPACITY = 128
 EPS = (1, 4, 8, 16, 32, 33, 64, 65, 128)

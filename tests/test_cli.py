@@ -13,10 +13,9 @@ import torch
 from cli_commands import command, fresh_dynamo  # noqa: F401
 
 from moe_lowering import cli
-from moe_lowering.cli import arguments, compare, models, outcome, run
+from moe_lowering.cli import compare, models, outcome, run
 from moe_lowering.cli.arguments import Request, UsageError
 from moe_lowering.integrations import transformers as integration
-from moe_lowering.passes.choosing import COMMS
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
 
 KEYS = {
@@ -31,10 +30,6 @@ FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "g
 
 
 # Arguments
-
-
-def test_the_names_of_implementations_are_those_of_the_pass():
-    assert arguments.COMMS == COMMS
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_without_a_provider_the_choice_is_another_one():
     assert "no provider of fused operators installed" in run.assumptions(request)
     request = arguments.parse(["lower", "moe", "--provider", "cann_ops_transformer=9.1.0"])
     assert run.deployment_for(request).providers == (("cann_ops_transformer", "9.1.0"),)
-    assert run.deployment_for(Request("moe")).providers == arguments.PROVIDERS
+    assert run.deployment_for(Request("moe")).providers == arguments.ASSUMED_PROVIDERS
 
 
 def test_a_fused_operator_without_a_provider_leaves_the_choice_to_the_graph(capfd: pytest.CaptureFixture[str]):

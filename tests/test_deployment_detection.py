@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from moe_lowering import Deployment, deployment_detection, simulator, testing
-from moe_lowering.deployment import SOCS, Detected
+from moe_lowering import Deployment, deployment_detection, testing
+from moe_lowering.deployment import Detected
 from moe_lowering.report.text import render
+from moe_lowering.vocabulary import SOCS
 
 
 def detect(**given):
@@ -59,10 +60,10 @@ def test_a_buffer_size_that_is_none(monkeypatch, text):
 
 @pytest.mark.parametrize("soc", SOCS)
 def test_socs(monkeypatch, soc):
-    name = simulator.SOC_NAMES[soc]
+    name = SOCS[soc].runtime_name
     monkeypatch.setattr(torch.npu, "get_device_name", lambda: name)
     assert detect().soc == detect(soc=soc).soc == soc
-    other = SOCS[SOCS.index(soc) - 1]
+    other = next(name for name in SOCS if name != soc)
     with pytest.raises(ValueError, match=f"soc is '{other}', and the NPU is '{name}'; accepted: '{soc}', or no soc"):
         detect(soc=other)
 

@@ -8,8 +8,8 @@ from torch import nn
 
 import moe_lowering
 from moe_lowering import MoE, moe_experts, testing
-from moe_lowering.custom_ops.quantised import FORMATS
 from moe_lowering.experts import list_experts, log2phy_from_expert_maps
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 T, H, INNER, E, K = 11, 32, 16, 6, 2
 
@@ -74,7 +74,7 @@ def layer(**options: object) -> MoE:
     return MoE(64, 32, 4, 2, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("quantisation", FORMATS)
+@pytest.mark.parametrize("quantisation", EXPERT_FORMATS)
 def test_lists_give_what_stacked_experts_gave(quantisation: str) -> None:
     module = layer(dtype=torch.bfloat16)
     if quantisation != "none":

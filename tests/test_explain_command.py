@@ -14,6 +14,7 @@ from test_explain import BLOCK, answer, command
 from moe_lowering.cli import explain_arguments, explain_models, explain_text
 from moe_lowering.passes import choosing
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.vocabulary import VLLM_POLICIES
 
 # --------------------------------------------------------------------------------------------------------------- models
 
@@ -222,10 +223,9 @@ def test_readme_shows_what_the_command_prints(capfd):
 # ------------------------------------------------------------------------------------------------- names, speed, imports
 
 
-def test_names_that_are_written_out_are_those_of_the_pass():
+def test_names_are_those_of_the_pass():
     assert tuple(IMPLEMENTATIONS) == explain_arguments.IMPLEMENTATIONS
-    # "fixed" is what MoeLowering(comm=...) does
-    assert explain_arguments.POLICIES == choosing.POLICIES
+    assert set(choosing._CHOOSERS) == set(VLLM_POLICIES)
     assert explain_text.WIDTH == 100
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from moe_lowering.deployment import SOCS, Deployment
+from moe_lowering.deployment import Deployment
 from moe_lowering.limits import LimitsError, limits_for, load, row, table
 from moe_lowering.limits.coverage import Absent, gaps, read_absent
 from moe_lowering.limits.row import read
 from moe_lowering.limits.sources import cite, load_sources
+from moe_lowering.vocabulary import SOCS
 
 NEW = "A9"
 ROW = """

@@ -12,12 +12,13 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._sympy.value_ranges import ValueRanges
 
 import moe_lowering.custom_ops  # noqa: F401  (registers torch.ops.moe_lowering)
-from moe_lowering.deployment import SOCS, Deployment
+from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, bind, check_call, limits_for, load, names, quantities
 from moe_lowering.limits.calls import CONTEXT, OPERATORS
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.implementations.mlp import mlp_calls
 from moe_lowering.passes.quantities import block_quantities
+from moe_lowering.vocabulary import SOCS
 
 npu = torch.ops.npu
 

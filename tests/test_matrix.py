@@ -233,7 +233,6 @@ def test_a_result_rounded_once_is_over_the_floor_and_five_per_cent_off_is_not():
 
 def test_the_commands_axes_are_those_of_the_matrix():
     assert (command.EP_SIZES, command.TP_SIZES) == (matrix_cells.EP_SIZES, matrix_cells.TP_SIZES)
-    assert command.QUANTISATIONS == matrix_cells.QUANTISATIONS
     assert {comm: tuple(f.name for f in FORMS.values() if f.comm == comm) for comm in command.FORMS} == command.FORMS
     assert parse(["matrix"]).forms == tuple(FORMS)
 

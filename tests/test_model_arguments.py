@@ -10,12 +10,12 @@ from torch import nn
 
 import moe_lowering
 from moe_lowering import Deployment, MoE, check_agreement, moe_experts, testing
-from moe_lowering.custom_ops.grouped_mlp import ACTIVATIONS, CLAMPED
 from moe_lowering.custom_ops.route import GROUP_SCORES, SCORINGS
 from moe_lowering.experts import list_experts, log2phy_from_expert_maps
 from moe_lowering.functional import check_expert_map, route
 from moe_lowering.layers import EXPERTS_IMPLEMENTATION, shard_experts
 from moe_lowering.quantisation import FORMATS, quantise_experts
+from moe_lowering.vocabulary import ACTIVATIONS
 
 H, INNER, E, K, T = 64, 64, 4, 2, 3
 
@@ -77,7 +77,7 @@ REFUSED = {
     "groups kept": (lambda: layer(num_groups=2, topk_groups=3), "topk_groups is 3"),
     "a limit without a clamp": (lambda: layer(activation="gelu", limit=7.0), r"limit is 7\.0"),
     "NaN as a limit": (
-        lambda: layer(activation=CLAMPED[0], limit=float("nan")),
+        lambda: layer(activation="swiglu_clamp", limit=float("nan")),
         "MoE: limit is nan; accepted: a finite",
     ),
     "scale of text": (lambda: layer(scale="1"), "MoE: scale is '1'"),
@@ -132,7 +132,7 @@ def test_refused(case):
 @pytest.mark.parametrize("scoring", SCORINGS)
 def test_every_word_makes_a_layer(activation, scoring):
     """The twin: what the vocabularies have is accepted when the layer is built, and when it runs."""
-    made = layer(activation=activation, scoring=scoring, limit=7.0 if activation in CLAMPED else None)
+    made = layer(activation=activation, scoring=scoring, limit=7.0 if ACTIVATIONS[activation].clamped else None)
     assert made(torch.randn(T, H)).shape == (T, H)
 
 

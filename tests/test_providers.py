@@ -7,9 +7,9 @@ import torch
 
 from moe_lowering import Deployment, MoE, testing
 from moe_lowering.custom_ops.absent import why_absent
-from moe_lowering.deployment import SOCS
 from moe_lowering.passes.implementations.fused_mc2 import TARGETS
-from moe_lowering.providers import PROVIDERS, UNKNOWN, installed_providers, same_version
+from moe_lowering.providers import UNKNOWN, installed_providers, same_version
+from moe_lowering.vocabulary import PROVIDERS, SOCS
 
 VLLM = {"fused_mode": 1, "providers": (("vllm_ascend", "0.23.0"),)}
 DECODE = {**VLLM, "fused_mode": 2}

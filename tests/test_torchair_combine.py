@@ -10,9 +10,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from moe_lowering import Deployment
 from moe_lowering.backends import ge_rewrites
-from moe_lowering.deployment import MODES
 from moe_lowering.passes.emitting import Emitter
 from moe_lowering.passes.implementations import unpermute
+from moe_lowering.vocabulary import MODES
 
 ROWS, TOKENS, TOP_K, HIDDEN = 11, 5, 3, 64
 

@@ -18,12 +18,12 @@ from graph_build import build
 from graph_cases import FORMS, BlockCase, GraphCase
 
 from moe_lowering import Deployment, MoE, MoeLowering, moe_experts, route, testing
-from moe_lowering.custom_ops.quantised import FORMATS
 from moe_lowering.passes.blocks import Block
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.operands import COMPUTED, MIXED, NZ, weight_format
 from moe_lowering.passes.raising import find_blocks
 from moe_lowering.report.records import LoweringReport
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 EXTRAS = {"none": ("bias",), "w8a8": ("scale",), "w4a8": ("scale", "scale_bias"), "w4a16": ("scale", "offset")}
 FUSED = {
@@ -91,7 +91,7 @@ def lower(case: GraphCase, comm: str) -> LoweringReport:
     return lowering.reports[-1]
 
 
-@pytest.mark.parametrize("quantisation", FORMATS)
+@pytest.mark.parametrize("quantisation", EXPERT_FORMATS)
 def test_a_verdict_is_kept(quantisation: str) -> None:
     logging.disable(logging.WARNING)  # pytest keeps what the pass says of every block
     outcomes: Counter[str | None] = Counter()

@@ -15,8 +15,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from moe_lowering.deployment import SOCS
 from moe_lowering.limits import Limit, Prover, limits_for, load
+from moe_lowering.vocabulary import SOCS
 
 SIZES = (8, 1, 2, 4, 16, 64, 512, 1024, 4096, 0, 3, -1)
 LARGE = tuple(s * 2**k for k in range(13, 45) for s in (1, -1))

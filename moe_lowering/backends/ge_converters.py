@@ -29,6 +29,7 @@ from moe_lowering.custom_ops import assert_tokens
 from moe_lowering.custom_ops.assert_tokens import ADVICE
 from moe_lowering.custom_ops.library import register as register_operator
 from moe_lowering.passes.verifying import GENERIC
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 Tensors = Sequence[Any]  # of torchair.ge.Tensor: edges of the GE graph
 
@@ -147,8 +148,8 @@ def _convert_dispatch_ffn_combine(
         "expertIdx": _own_ids(ids, mask),
         "scale1": _in_form(w13, w13_scale) or [_empty("int64")],
         "scale2": _in_form(w13, w2_scale) or [_empty("int64")],
-        "bias1": _in_form(w13, w13_scale_bias) if quantisation == "w4a8" else None,
-        "bias2": _in_form(w13, w2_scale_bias) if quantisation == "w4a8" else None,
+        "bias1": _in_form(w13, w13_scale_bias) if EXPERT_FORMATS[quantisation].has_scale_bias else None,
+        "bias2": _in_form(w13, w2_scale_bias) if EXPERT_FORMATS[quantisation].has_scale_bias else None,
         "probs": weights,
         "xActiveMaskOptional": mask,
     }

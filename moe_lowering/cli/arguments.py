@@ -9,26 +9,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from moe_lowering.cli.model_check import LARGEST, check_model
 from moe_lowering.cli.model_error import ModelError, shown
-from moe_lowering.deployment import SOCS
-from moe_lowering.providers import PROVIDERS as KNOWN_PROVIDERS
 from moe_lowering.providers import declarable
+from moe_lowering.vocabulary import AUTO, COMMS, EXPERT_FORMATS, FUSED_MODES, PROVIDERS, SOCS
 
 if TYPE_CHECKING:
     from moe_lowering.cli.explain_arguments import ExplainRequest
     from moe_lowering.cli.matrix import MatrixRequest
 
-# Equal to passes.choosing.COMMS (a test says so); written out because that module imports torch.
-COMMS = ("auto", "allgather", "alltoall", "mc2", "fused_mc2")
 DTYPES = ("float32", "float16", "bfloat16")
-# Equal to quantisation.FORMATS and deployment.FUSED_MODES.
-QUANTISATIONS = ("none", "w8a8", "w4a8", "w4a16")
-FUSED_MODES = (0, 1, 2)
 REPLAYS, MOST_REPLAYS = 8, 100_000  # of each captured graph
 MOST_LAYERS = 1000
 RUN_TOKENS = 2**14  # of one rank, where the model is run: attention on CPU takes memory by their square
 
 # What `lower` and `explain` assume of a machine that is not described.
-PROVIDERS = (("vllm_ascend", "0.23.0"),)
+ASSUMED_PROVIDERS = (("vllm_ascend", "0.23.0"),)
 HCCL_BUFFER_MB = 1024  # enough for MC2 with the published sizes at 64 tokens per rank; CANN's own default is 200
 WEIGHT_FORMAT = "nz"
 
@@ -171,9 +165,9 @@ def _check(request: Request) -> None:
             raise UsageError(f"argument --{name}: is {value}; accepted: 1 to {most}")
     if request.ep % request.tp or request.tp > request.ep:
         raise UsageError(f"argument --tp: is {request.tp} with --ep {request.ep}; accepted: a divisor of --ep")
-    if request.quant != "none" and request.dtype == "float32":
+    if EXPERT_FORMATS[request.quant].quantised and request.dtype == "float32":
         raise UsageError(f"argument --quant: is {request.quant} with --dtype float32; accepted: with a 16-bit dtype")
-    if request.fused_mode != 1 and request.comm not in ("fused_mc2", "auto"):
+    if request.fused_mode != 1 and request.comm not in ("fused_mc2", AUTO):
         raise UsageError(
             f"argument --fused-mode: is {request.fused_mode} with --comm {request.comm}; accepted: with fused_mc2 or auto"
         )
@@ -191,7 +185,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--comm", choices=COMMS, default="auto", help="implementation to use (auto: the cheapest legal one)")
     add("--ep", type=positive, default=1, metavar="N", help="ranks that share the experts (default 1)")
     add("--tp", type=positive, default=1, metavar="N", help="ranks of these that hold the same tokens (default 1)")
-    add("--quant", choices=QUANTISATIONS, default="none", help="quantise the experts (default none)")
+    add("--quant", choices=EXPERT_FORMATS, default="none", help="quantise the experts (default none)")
     add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
         help="fused operators: 1 dispatch_ffn_combine or mega_moe, 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
     add_provider(add)
@@ -210,8 +204,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def add_provider(add: Any) -> None:
     """Add ``--provider`` to a command."""
-    add("--provider", type=_provider, action="append", metavar="NAME=VERSION",
-        help=f"installed library with fused operators, once for each, or none (default {'='.join(PROVIDERS[0])})")  # fmt: skip
+    assumed = "=".join(ASSUMED_PROVIDERS[0])
+    add(
+        "--provider",
+        type=_provider,
+        action="append",
+        metavar="NAME=VERSION",
+        help=f"installed library with fused operators, once for each, or none (default {assumed})",
+    )
 
 
 def installed(given: list[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:
@@ -221,7 +221,7 @@ def installed(given: list[tuple[str, str]] | None) -> tuple[tuple[str, str], ...
         UsageError: ``none`` beside others, or one that is named twice.
     """
     if given is None:  # of what is assumed, the version that is there
-        return tuple((name, dict(declarable()).get(name, version)) for name, version in PROVIDERS)
+        return tuple((name, dict(declarable()).get(name, version)) for name, version in ASSUMED_PROVIDERS)
     names = [name for name, _ in given]
     if "none" in names and len(names) > 1:
         raise UsageError("argument --provider: is none and others; accepted: none alone, or each library once")
@@ -233,9 +233,9 @@ def installed(given: list[tuple[str, str]] | None) -> tuple[tuple[str, str], ...
 
 def _provider(text: str) -> tuple[str, str]:
     name, _, version = text.partition("=")
-    if text != "none" and not (name in KNOWN_PROVIDERS and re.fullmatch(r"\d+(\.\w+)*", version)):
+    if text != "none" and not (name in PROVIDERS and re.fullmatch(r"\d+(\.\w+)*", version)):
         raise argparse.ArgumentTypeError(
-            f"is {text!r}; accepted: NAME=VERSION, e.g. vllm_ascend=0.23.0, or none; names: {', '.join(KNOWN_PROVIDERS)}"
+            f"is {text!r}; accepted: NAME=VERSION, e.g. vllm_ascend=0.23.0, or none; names: {', '.join(PROVIDERS)}"
         )
     return name, version
 

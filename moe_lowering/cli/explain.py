@@ -24,7 +24,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover
 from moe_lowering.limits.examining import Finding, examine
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.choosing import VLLM, Policy, load_of, vllm_choice
+from moe_lowering.passes.choosing import Policy, load_of, vllm_choice
 from moe_lowering.passes.costs import estimate
 from moe_lowering.passes.deciding import sweep
 from moe_lowering.passes.implementations import IMPLEMENTATIONS, Call
@@ -33,6 +33,7 @@ from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.passes.sizing import block_sizes
 from moe_lowering.passes.token_ranges import TokenRange
 from moe_lowering.report.records import Sizes
+from moe_lowering.vocabulary import VLLM_POLICIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Question:
         if self.policy.comm != "auto":
             return self.policy.comm
         name = self.policy.name
-        return vllm_choice(name, spec, deployment, tokens)[0] if name in VLLM else None
+        return vllm_choice(name, spec, deployment, tokens)[0] if name in VLLM_POLICIES else None
 
 
 @dataclasses.dataclass(frozen=True)

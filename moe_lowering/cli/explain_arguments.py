@@ -8,11 +8,8 @@ import re
 from typing import Any
 
 from moe_lowering.cli.arguments import (
-    COMMS,
     DTYPES,
-    FUSED_MODES,
     HCCL_BUFFER_MB,
-    QUANTISATIONS,
     WEIGHT_FORMAT,
     UsageError,
     add_provider,
@@ -22,12 +19,18 @@ from moe_lowering.cli.arguments import (
 )
 from moe_lowering.cli.model_check import LARGEST
 from moe_lowering.cli.model_error import shown
-from moe_lowering.deployment import SOCS, WEIGHT_FORMATS
+from moe_lowering.vocabulary import (
+    COMMS,
+    EXPERT_FORMATS,
+    FIXED,
+    FUSED_MODES,
+    IMPLEMENTATION_FORMS,
+    POLICIES,
+    SOCS,
+    WEIGHT_FORMATS,
+)
 
-IMPLEMENTATIONS = COMMS[1:]
-# Equal to passes.choosing.POLICIES, written out for the same reason as COMMS.
-FIXED = "fixed"
-POLICIES = ("auto", FIXED, "vllm_ascend_0_13", "vllm_ascend_main")
+IMPLEMENTATIONS = tuple(IMPLEMENTATION_FORMS)
 COLOURS = ("auto", "always", "never")
 
 TOKENS = 32
@@ -133,7 +136,7 @@ def _add_block(add: Any) -> None:
     add("--experts", type=positive, metavar="E", help="routed experts on all ranks")
     add("--topk", type=positive, metavar="K", help="experts of one token")
     add("--dtype", choices=DTYPES, help="of weights and activations (default the config's, else bfloat16)")
-    add("--quant", choices=QUANTISATIONS, default="none", help="quantisation of the experts (default none)")
+    add("--quant", choices=EXPERT_FORMATS, default="none", help="quantisation of the experts (default none)")
     add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
         help="fused operators: 0 none, 1 dispatch_ffn_combine, mega_moe; 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
 

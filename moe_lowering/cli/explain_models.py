@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from moe_lowering import vocabulary
 from moe_lowering.cli.arguments import DTYPES, Request, UsageError
 from moe_lowering.cli.explain_arguments import ExplainRequest
 from moe_lowering.cli.model_check import NAMES, check_size, path_of, read_config
 from moe_lowering.cli.model_error import ModelError
-from moe_lowering.custom_ops.quantised import PER_INT32, WEIGHT_DTYPES
+from moe_lowering.custom_ops.quantised import WEIGHT_DTYPES
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.operands import Experts, Operand, Operands
@@ -94,7 +95,7 @@ def describe(request: ExplainRequest) -> Block:
             f"argument --quant: is {request.quant}, and the experts of {request.model} have biases; accepted: none, as "
             "quantised matmuls take no biases"
         )
-    clamped = gate.activation in ("swiglu_oai", "swiglu_clamp")
+    clamped = vocabulary.ACTIVATIONS[gate.activation].clamped
     return Block(
         model=request.model,
         hidden=sizes["hidden"],
@@ -113,10 +114,10 @@ def spec_of(block: Block, deployment: Deployment, tokens: int, quantisation: str
     """The record that the pass would make of the block in a graph, with weights as ``shard_experts`` and
     ``quantise_experts`` lay them out."""
     dtype = getattr(torch, block.dtype)
-    second_scale = (
-        dtype if quantisation == "w4a16" or (quantisation, dtype) == ("w8a8", torch.bfloat16) else torch.float32
-    )
-    first_scale = dtype if quantisation == "w4a16" else torch.float32
+    form = vocabulary.EXPERT_FORMATS[quantisation]
+    first_scale = dtype if form.weight_only else torch.float32
+    # as ``quantise_experts`` makes them: bfloat16 for results in it, where the format has such scales
+    second_scale = dtype if dtype == torch.bfloat16 and "bfloat16" in form.scale_dtypes else first_scale
     return BlockSpec(
         tokens=tokens,
         hidden=block.hidden,
@@ -148,16 +149,16 @@ def spec_of(block: Block, deployment: Deployment, tokens: int, quantisation: str
         scopes_differ=False,
         key=(),
         quantisation=quantisation,
-        scale_dtypes=() if quantisation == "none" else (first_scale, second_scale),
-        scale_dims=0 if quantisation == "none" else 2,
-        has_offset=quantisation == "w4a16",
-        has_scale_bias=quantisation == "w4a8",
+        scale_dtypes=(first_scale, second_scale) if form.quantised else (),
+        scale_dims=2 if form.quantised else 0,
+        has_offset=form.has_offset,
+        has_scale_bias=form.has_scale_bias,
         tensors=_tensors(block, deployment, quantisation, (first_scale, second_scale)),
     )
 
 
 def _weight_dtype(quantisation: str, dtype: torch.dtype) -> torch.dtype:
-    return dtype if quantisation == "none" else WEIGHT_DTYPES[quantisation]
+    return WEIGHT_DTYPES.get(quantisation, dtype)
 
 
 def _tensors(
@@ -167,16 +168,17 @@ def _tensors(
     experts = block.experts // deployment.routed_ranks
     dtype = getattr(torch, block.dtype)
     weight = _weight_dtype(quantisation, dtype)
-    packed = PER_INT32 if weight == torch.int32 else 1
+    form = vocabulary.EXPERT_FORMATS[quantisation]
+    packed = form.packed
     found: dict[str, Operands] = {}
     for name, inner, width, scale in (
         ("w13", block.hidden, 2 * block.intermediate, scales[0]), ("w2", block.intermediate, block.hidden, scales[1]),
     ):  # fmt: skip
         beside = {
             "bias": dtype if block.gate.has_bias else None,
-            "scale": scale if quantisation != "none" else None,
-            "offset": scale if quantisation == "w4a16" else None,
-            "scale_bias": torch.float32 if quantisation == "w4a8" else None,
+            "scale": scale if form.quantised else None,
+            "offset": scale if form.has_offset else None,
+            "scale_bias": torch.float32 if form.has_scale_bias else None,
         }
         found[name] = Operands(1, (Operand((experts, inner, width // packed), weight),))
         found |= {

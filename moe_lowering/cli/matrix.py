@@ -14,18 +14,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moe_lowering.cli.arguments import QUANTISATIONS, UsageError
+from moe_lowering.cli.arguments import UsageError
+from moe_lowering.vocabulary import EXPERT_FORMATS, IMPLEMENTATION_FORMS
 
 if TYPE_CHECKING:
     from moe_lowering.testing.matrix import Result, Table
 
 # Equal to the axes of testing.matrix_cells (a test says so); written out because that module imports torch.
 EP_SIZES, TP_SIZES = (1, 2, 4), (1, 2)
+# The rows of the table: a form by its own name, or by its implementation's first where it has the one form only.
 FORMS = {
-    "allgather": ("allgather",),
-    "alltoall": ("alltoall_static", "alltoall_exact"),
-    "mc2": ("mc2",),
-    "fused_mc2": ("dispatch_ffn_combine", "mega_moe", "dispatch_gmm_combine_decode"),
+    comm: tuple(form if form == comm or comm == "fused_mc2" else f"{comm}_{form}" for form in forms)
+    for comm, forms in IMPLEMENTATION_FORMS.items()
 }
 WIDTH = 100
 MOST_PROBLEMS = 20  # lines on stderr; --json has all
@@ -58,7 +58,7 @@ class MatrixRequest:
 
     ep: tuple[int, ...] = EP_SIZES
     tp: tuple[int, ...] = TP_SIZES
-    quant: tuple[str, ...] = QUANTISATIONS
+    quant: tuple[str, ...] = tuple(EXPERT_FORMATS)
     comm: tuple[str, ...] = tuple(FORMS)
     json: bool = False
 
@@ -82,8 +82,8 @@ def add_command(commands: Any) -> None:
     add("--ep", type=_some(EP_SIZES), default=EP_SIZES, metavar="N,...", help="EP sizes, of 1, 2, 4 (default all)")
     add("--tp", type=_some(TP_SIZES), default=TP_SIZES, metavar="N,...", help="TP sizes, of 1, 2 (default all)")
     add(
-        "--quant", type=_some(QUANTISATIONS), default=QUANTISATIONS, metavar="FORMAT,...",
-        help=f"weight formats, of {', '.join(QUANTISATIONS)} (default all)",
+        "--quant", type=_some(tuple(EXPERT_FORMATS)), default=tuple(EXPERT_FORMATS), metavar="FORMAT,...",
+        help=f"weight formats, of {', '.join(tuple(EXPERT_FORMATS))} (default all)",
     )  # fmt: skip
     add(
         "--comm", type=_some(tuple(FORMS)), default=tuple(FORMS), metavar="NAME,...",

@@ -35,8 +35,8 @@ from moe_lowering.custom_ops.exchange import ALONE, Group, open_group
 from moe_lowering.custom_ops.fused import zero_masked
 from moe_lowering.custom_ops.library import register
 from moe_lowering.custom_ops.npu_grouped_mlp import npu_grouped_mlp
-from moe_lowering.custom_ops.quantised import INT8_ROWS
 from moe_lowering.custom_ops.sizes import differ, row_bound, show, unify
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 NAME = "alltoall_experts"
 SCHEMA = (
@@ -207,16 +207,16 @@ def _refuse_capture() -> None:
 
 def _check_device(call: Call, dtype: torch.dtype) -> None:
     """What the device's operators want beyond the meaning of the generic ones."""
-    if call.quantisation == "none":
+    if not EXPERT_FORMATS[call.quantisation].quantised:
         return
     if dtype not in grouped_mlp.HALVES:
         raise TypeError(
             f"{NAME}: the result is {dtype} for quantisation {call.quantisation!r}; accepted: float16 or bfloat16"
         )
     for name in ("w13", "w2"):
-        if call.quantisation == "w4a8" and not getattr(call, f"{name}_scale_bias"):
+        if EXPERT_FORMATS[call.quantisation].has_scale_bias and not getattr(call, f"{name}_scale_bias"):
             raise ValueError(
-                f"{NAME}: {name}_scale_bias is None for 'w4a8'; accepted: 8 * sum over K of w * scale, which "
+                f"{NAME}: {name}_scale_bias is None for {call.quantisation!r}; accepted: 8 * sum over K of w * scale, which "
                 "npu_grouped_matmul adds"
             )
 
@@ -240,13 +240,13 @@ def _sort_by_expert(call: Call) -> _Outbox:
     x, scale, ids = call.x, call.x_scale, call.ids
     if not ids.numel():
         rows, scales = call.empty(0)
-        quantised = call.quantisation in INT8_ROWS
+        quantised = EXPERT_FORMATS[call.quantisation].int8_rows
         counts = ids.new_zeros((call.num_experts,), dtype=torch.int64)
         return _Outbox(
             rows.to(torch.int8) if quantised else rows, scales if quantised else None, ids.new_empty((0,)), counts,
             counts.new_zeros((3,)),
         )  # fmt: skip
-    if scale is None and call.quantisation in INT8_ROWS:
+    if scale is None and EXPERT_FORMATS[call.quantisation].int8_rows:
         x, scale = torch.ops.npu.npu_dynamic_quant(x)
     outside = (ids < 0) | (ids >= call.num_experts)
     elsewhere = outside

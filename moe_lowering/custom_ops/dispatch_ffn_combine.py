@@ -39,6 +39,7 @@ from moe_lowering.custom_ops.fused import (
 )
 from moe_lowering.custom_ops.library import register
 from moe_lowering.custom_ops.sizes import known
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 NAME = "dispatch_ffn_combine"
 SCHEMA = (
@@ -64,7 +65,7 @@ def _check(
     swiglu_limit: float,
 ) -> None:
     """Raises for what the real operator refuses, or computes wrongly without a word (facts/vllm_ascend.md 3.2, 3.4)."""
-    quantised = experts.quantisation != "none"
+    quantised = EXPERT_FORMATS[experts.quantisation].quantised
     check_tokens(NAME, x, ids, weights, (torch.bfloat16,) if quantised else HALVES)
     if known(x.shape[1] % 32 != 0):
         raise ValueError(f"{NAME}: x has hidden size {x.shape[1]}; accepted: a multiple of 32")
@@ -174,8 +175,8 @@ def _npu(
     _check(x, experts, ids, weights, group, ep_size, max_output_size, mask, swiglu_limit)
     operator, names = provided(NAME)
     for name, wanted, why in (
-        ("expert_token_nums", quantisation == "none", "16-bit weights"),
-        ("bias1", quantisation == "w4a8", "quantisation 'w4a8'"),
+        ("expert_token_nums", not EXPERT_FORMATS[quantisation].quantised, "16-bit weights"),
+        ("bias1", EXPERT_FORMATS[quantisation].has_scale_bias, f"quantisation {quantisation!r}"),
         ("x_active_mask", mask is not None, "mask"),
         ("swiglu_limit", swiglu_limit > 0, "swiglu_limit"),
     ):
@@ -209,7 +210,8 @@ def _npu(
 def _scales(experts: Experts, x: Tensor) -> dict[str, Any]:
     """Scales and biases as the operator takes them; empty tensors where there are none."""
     no_scale, no_bias = x.new_empty((0,), dtype=torch.int64), x.new_empty((0,), dtype=torch.float32)
-    quantised, biased = experts.quantisation != "none", experts.quantisation == "w4a8"
+    form = EXPERT_FORMATS[experts.quantisation]
+    quantised, biased = form.quantised, form.has_scale_bias
     return {
         "scale1": experts.in_form(experts.w13_scale, wide_scale) if quantised else [no_scale],
         "scale2": experts.in_form(experts.w2_scale, wide_scale) if quantised else [no_scale],

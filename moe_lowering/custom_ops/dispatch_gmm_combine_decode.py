@@ -34,6 +34,7 @@ from moe_lowering.custom_ops.fused import (
 )
 from moe_lowering.custom_ops.library import register
 from moe_lowering.custom_ops.sizes import smaller
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 NAME = "dispatch_gmm_combine_decode"
 SCHEMA = (
@@ -126,7 +127,7 @@ def _cpu(
     most = global_bs // ep_size or x.shape[0]
     return run_layer(
         NAME, x, ids, weights, mask, experts, ep,
-        between=torch.float32 if experts.quantisation == "w8a8" else x.dtype, limit=0.0,
+        between=torch.float32 if EXPERT_FORMATS[experts.quantisation].quantised else x.dtype, limit=0.0,
         rows=ep_size * most * smaller(ids.shape[1], experts.local), rows_name="what global_bs allows",
         max_tokens=global_bs // ep_size, equal_tokens=False if global_bs else EQUAL,
     )  # fmt: skip
@@ -165,7 +166,7 @@ def _npu(
     _check(x, experts, ids, weights, group, ep_size, ep_rank, num_experts, mask, global_bs)
     operator, names = provided(NAME)
     # One 1 in the weights' dtype where there is no scale, as in vllm-ascend's own test (1052917a).
-    no_scale, quantised = [x.new_ones((1,))], experts.quantisation == "w8a8"
+    no_scale, quantised = [x.new_ones((1,))], EXPERT_FORMATS[experts.quantisation].quantised
     arguments = {
         "x": x.contiguous(),
         "expert_ids": ids.clone(memory_format=torch.contiguous_format),

@@ -23,11 +23,12 @@ from moe_lowering.custom_ops.combine import send_back, weighted_sum
 from moe_lowering.custom_ops.dispatch import exchange
 from moe_lowering.custom_ops.exchange import ALONE, Group
 from moe_lowering.custom_ops.grouped_mlp import activate, check_per_expert, grouped_matmul
-from moe_lowering.custom_ops.quantised import PER_INT32, WEIGHT_DTYPES, quantise_rows, quantised_matmul
+from moe_lowering.custom_ops.quantised import WEIGHT_DTYPES, quantise_rows, quantised_matmul
 from moe_lowering.custom_ops.sizes import differ, known, show, unify
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 HALVES = (torch.float16, torch.bfloat16)
-FORMATS = ("none", "w8a8", "w4a8")
+FORMATS = tuple(made.name for made in EXPERT_FORMATS.values() if not made.weight_only)
 Tensors = Sequence[Tensor]
 
 
@@ -59,7 +60,7 @@ class Experts:
     @property
     def packed(self) -> int:
         """Weights in one element."""
-        return PER_INT32 if self.quantisation == "w4a8" else 1
+        return EXPERT_FORMATS[self.quantisation].packed
 
     @property
     def intermediate(self) -> int:
@@ -148,14 +149,14 @@ def check_experts(operator: str, experts: Experts, x: Tensor, scale_dtypes: Sequ
         raise ValueError(f"{operator}: w13 has {width} columns; accepted: an even number, gate and up")
     if known(hidden % packed != 0):
         raise ValueError(f"{operator}: x has hidden size {hidden}; accepted: a multiple of {packed}")
-    dtypes = (x.dtype if quantisation == "none" else WEIGHT_DTYPES[quantisation],)
+    dtypes = (WEIGHT_DTYPES.get(quantisation, x.dtype),)
     check_per_expert(operator, "w13", experts.w13, experts.local, (hidden, width // packed), dtypes)
     check_per_expert(operator, "w2", experts.w2, experts.local, (width // 2, hidden // packed), dtypes)
     sizes = {"w13": width, "w2": hidden}
     for name, size in sizes.items():
         for kind, wanted, accepted in (
-            ("scale", quantisation != "none", scale_dtypes),
-            ("scale_bias", quantisation == "w4a8", (torch.float32,)),
+            ("scale", EXPERT_FORMATS[quantisation].quantised, scale_dtypes),
+            ("scale_bias", EXPERT_FORMATS[quantisation].has_scale_bias, (torch.float32,)),
         ):
             tensors = getattr(experts, f"{name}_{kind}")
             if bool(tensors) != wanted:
@@ -211,7 +212,7 @@ def run_layer(
     Raises:
         ValueError, RuntimeError: as ``exchange`` does, on all ranks alike.
     """
-    quantised = experts.quantisation != "none"
+    quantised = EXPERT_FORMATS[experts.quantisation].quantised
     sent, scale = quantise_rows(x) if quantised else (x, None)
     active = None if mask is None else mask.bool()
     received = exchange(

@@ -22,8 +22,6 @@ from torch.nn import functional as F
 
 from moe_lowering.custom_ops.library import register
 from moe_lowering.custom_ops.quantised import (
-    FORMATS,
-    INT8_ROWS,
     WEIGHT_DTYPES,
     Quantisation,
     antiquant_matmul,
@@ -33,6 +31,7 @@ from moe_lowering.custom_ops.quantised import (
     quantised_matmul,
 )
 from moe_lowering.custom_ops.sizes import differ, known, show
+from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS
 
 SCHEMA = (
     "grouped_mlp(Tensor rows, Tensor row_scale, Tensor counts, Tensor[] w13, Tensor[] w2, Tensor[] w13_bias, "
@@ -42,13 +41,14 @@ SCHEMA = (
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
-ROW_DTYPES = {"none": FLOATS, "w4a16": HALVES, "w8a8": (*FLOATS, torch.int8), "w4a8": (*FLOATS, torch.int8)}
-QUANTISERS = {"scale": FORMATS[1:], "offset": ("w4a16",), "scale_bias": ("w4a8",)}  # and the formats that have them
-CLAMPED = ("swiglu_clamp", "swiglu_oai")
+QUANTISERS = {  # and the formats that have them
+    "scale": tuple(made.name for made in EXPERT_FORMATS.values() if made.quantised),
+    "offset": tuple(made.name for made in EXPERT_FORMATS.values() if made.has_offset),
+    "scale_bias": tuple(made.name for made in EXPERT_FORMATS.values() if made.has_scale_bias),
+}
 CHUNK = (
     2**17
 )  # elements of a 16-bit activation that are worked on at a time, so that their float32 copies stay in cache
-ACTIVATIONS = ("swiglu", *CLAMPED, "gelu", "gelu_tanh")
 
 
 def check_per_expert(
@@ -98,7 +98,7 @@ def _check(
     for name, weights in (("w13", w13), ("w2", w2)):
         if not weights or weights[0].dim() < 2:
             raise ValueError(f"grouped_mlp: {name} holds no matrix; accepted: one tensor [E, K, N] or E tensors [K, N]")
-    packed, dtypes = quantisation.packed, (rows.dtype if form == "none" else WEIGHT_DTYPES[form],)
+    packed, dtypes = quantisation.packed, (WEIGHT_DTYPES.get(form, rows.dtype),)
     experts, hidden, double = counts.shape[0], rows.shape[1], w13[0].shape[-1] * packed
     if known(double % 2 != 0):
         raise ValueError(f"grouped_mlp: w13 has {double} columns; accepted: an even number, gate and up")
@@ -107,7 +107,7 @@ def _check(
     check_per_expert("grouped_mlp", "w13", w13, experts, (hidden, double // packed), dtypes)
     check_per_expert("grouped_mlp", "w2", w2, experts, (double // 2, hidden // packed), dtypes)
     for name, biases, width in (("w13_bias", w13_bias, double), ("w2_bias", w2_bias, hidden)):
-        if biases and form != "none":
+        if biases and EXPERT_FORMATS[form].quantised:
             raise ValueError(f"grouped_mlp: {name} is given for quantisation {form!r}; accepted: none")
         if biases:
             check_per_expert("grouped_mlp", name, biases, experts, (width,), (rows.dtype, torch.float32))
@@ -116,11 +116,12 @@ def _check(
 
 
 def _check_rows(rows: Tensor, row_scale: Tensor, form: str, out_dtype: torch.dtype | None) -> None:
-    if form not in FORMATS:
-        raise ValueError(f"grouped_mlp: quantisation is {form!r}; accepted: {', '.join(FORMATS)}")
+    if form not in EXPERT_FORMATS:
+        raise ValueError(f"grouped_mlp: quantisation is {form!r}; accepted: {', '.join(EXPERT_FORMATS)}")
     if rows.dim() != 2:
         raise ValueError(f"grouped_mlp: rows has shape {show(rows.shape)}; accepted: [R, hidden]")
-    accepted = ROW_DTYPES[form]
+    made = EXPERT_FORMATS[form]
+    accepted = HALVES if made.weight_only else (*FLOATS, torch.int8) if made.int8_rows else FLOATS
     if rows.dtype not in accepted:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
         raise TypeError(f"grouped_mlp: rows is {rows.dtype} for quantisation {form!r}; accepted: {names}")
@@ -147,9 +148,7 @@ def _check_quantisers(quantisation: Quantisation, experts: int, hidden: int, dou
     form = quantisation.format
     if quantisation == Quantisation("none"):
         return
-    scales = {
-        "w8a8": (torch.float32, torch.bfloat16, torch.int64), "w4a8": (torch.float32, torch.int64), "w4a16": (dtype,)
-    }  # fmt: skip
+    scale_dtypes = tuple(getattr(torch, name) for name in EXPERT_FORMATS[form].scale_dtypes) or (dtype,)
     for name, (what, formats) in product(("w13", "w2"), QUANTISERS.items()):
         if getattr(quantisation, f"{name}_{what}") and form not in formats:
             raise ValueError(
@@ -163,9 +162,9 @@ def _check_quantisers(quantisation: Quantisation, experts: int, hidden: int, dou
         if not scale:
             raise ValueError(f"grouped_mlp: {name}_scale is None for {form}; accepted: {show((experts, width))}")
         shape: tuple[int, ...] = (width,)
-        if form == "w4a16" and grouped(scale, experts):
+        if EXPERT_FORMATS[form].weight_only and grouped(scale, experts):
             shape = (_groups(f"{name}_scale", scale[0].shape[-2], inner), width)
-        check_per_expert("grouped_mlp", f"{name}_scale", scale, experts, shape, scales[form])
+        check_per_expert("grouped_mlp", f"{name}_scale", scale, experts, shape, scale_dtypes)
         if offset:
             check_per_expert("grouped_mlp", f"{name}_offset", offset, experts, shape, (dtype,))
         if bias:
@@ -181,9 +180,10 @@ def _groups(name: str, groups: int, inner: int) -> int:
 def _check_activation(activation: str, limit: float, alpha: float) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"grouped_mlp: activation is {activation!r}; accepted: {', '.join(ACTIVATIONS)}")
-    if activation in CLAMPED and not 0 < limit < math.inf:
+    clamped = ACTIVATIONS[activation].clamped
+    if clamped and not 0 < limit < math.inf:
         raise ValueError(f"grouped_mlp: limit is {limit} for {activation}; accepted: more than 0, and finite")
-    if activation not in CLAMPED and limit != 0:
+    if not clamped and limit != 0:
         raise ValueError(f"grouped_mlp: limit is {limit} for {activation}, which has none; accepted: 0")
     if not math.isfinite(alpha):
         raise ValueError(f"grouped_mlp: alpha is {alpha}; accepted: a finite number")
@@ -248,18 +248,17 @@ def _cpu(
         raise ValueError(
             f"grouped_mlp: counts is {numbers}, {used} in all; accepted: 0 or more each, at most R = {rows.shape[0]}"
         )
-    if quantisation in INT8_ROWS:
+    form = EXPERT_FORMATS[quantisation]
+    if form.int8_rows:
         out = _int8_rows(rows[:used], row_scale[:used], numbers, w13, w2, stored, gate)
-    elif quantisation == "w4a16":
+    elif form.weight_only:
         hidden = antiquant_matmul(rows[:used], numbers, w13, stored.w13_scale, stored.w13_offset)
         hidden = activate(hidden, *gate, rows.dtype)
         out = antiquant_matmul(hidden, numbers, w2, stored.w2_scale, stored.w2_offset)
-    elif quantisation == "none":
+    else:
         hidden = grouped_matmul(rows[:used], numbers, w13, w13_bias, rows.dtype)
         hidden = activate(hidden, *gate, rows.dtype)
         out = grouped_matmul(hidden, numbers, w2, w2_bias, rows.dtype)
-    else:
-        raise ValueError(f"grouped_mlp: quantisation is {quantisation!r}, which has no kernel")
     out = out.to(out_dtype or rows.dtype)
     return out if used == rows.shape[0] else F.pad(out, (0, 0, 0, rows.shape[0] - used))
 
@@ -345,7 +344,7 @@ def activate(
 def _gated(hidden: Tensor, activation: str, limit: float, alpha: float, interleaved: bool) -> Tensor:
     gate, up = (hidden[:, 0::2], hidden[:, 1::2]) if interleaved else hidden.chunk(2, dim=1)
     gate, up = gate.float(), up.float()
-    if activation in CLAMPED:
+    if activation in ACTIVATIONS and ACTIVATIONS[activation].clamped:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     if activation == "swiglu_oai":
         return torch.sigmoid(gate * alpha).mul_(gate).mul_(up + 1)

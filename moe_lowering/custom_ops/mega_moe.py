@@ -37,6 +37,7 @@ from moe_lowering.custom_ops.fused import (
 )
 from moe_lowering.custom_ops.library import register
 from moe_lowering.custom_ops.sizes import known, smaller
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 NAME = "mega_moe"
 SCHEMA = (
@@ -183,7 +184,7 @@ def _npu(
     _check(x, experts, ids, weights, group, ep_size, num_experts, max_tokens, max_rows, mask, activation_clamp)
     provider = _provider()
     present = PRESENT_FORM in inspect.signature(provider.get_symm_buffer_for_mega_moe).parameters
-    if quantisation == "w4a8" and not present:
+    if EXPERT_FORMATS[quantisation].has_scale_bias and not present:
         raise NotImplementedError(
             f"{NAME}: quantisation is 'w4a8', and get_symm_buffer_for_mega_moe has no argument {PRESENT_FORM}: this version "
             "of cann_ops_transformer reads two int4 in an int8; accepted: a newer one, which reads eight in an int32"
@@ -199,7 +200,8 @@ def _npu(
         "dispatch_quant_mode": DISPATCH_QUANT[quantisation][0],
         "dispatch_quant_out_dtype": DISPATCH_QUANT[quantisation][1],
     }
-    quantised, biased = quantisation != "none", quantisation == "w4a8"
+    form = EXPERT_FORMATS[quantisation]
+    quantised, biased = form.quantised, form.has_scale_bias
     y, counts = provider.mega_moe(
         x.contiguous(),
         ids.clone(memory_format=torch.contiguous_format),

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from moe_lowering.custom_ops.fused import wide_scale
 from moe_lowering.custom_ops.grouped_mlp import activate
-from moe_lowering.custom_ops.quantised import INT8_ROWS, float_scale
+from moe_lowering.custom_ops.quantised import float_scale
+from moe_lowering.vocabulary import EXPERT_FORMATS
+from moe_lowering.words import look_up
 
 Tensors = Sequence[Tensor]
 OUTPUT_DTYPES = {torch.float16: 5, torch.bfloat16: 15}  # numbers that npu_grouped_matmul's output_dtype takes
@@ -62,14 +64,13 @@ def npu_grouped_mlp(
             return torch.ops.npu.npu_swiglu(hidden, -1)
         return activate(hidden, activation, limit, alpha, interleaved, torch.float32).to(dtype)
 
-    if quantisation == "none":
+    form = look_up(EXPERT_FORMATS, quantisation, "grouped_mlp: quantisation")
+    if not form.quantised:
         hidden = gated(_matmul(rows, counts, w13, bias=_biases(w13, w13_bias, experts)))
         return _matmul(hidden, counts, w2, bias=_biases(w2, w2_bias, experts))
-    if quantisation == "w4a16":
+    if form.weight_only:
         hidden = gated(_antiquant_matmul(rows, counts, w13, w13_scale or (), w13_offset or ()))
         return _antiquant_matmul(hidden, counts, w2, w2_scale or (), w2_offset or ())
-    if quantisation not in INT8_ROWS:
-        raise ValueError(f"grouped_mlp: quantisation is {quantisation!r}, which has no operators on a device")
     if rows.dtype != torch.int8:
         rows, row_scale = torch.ops.npu.npu_dynamic_quant(rows)
     hidden = gated(_scaled_matmul(rows, row_scale, counts, w13, w13_scale or (), w13_scale_bias or (), dtype))

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FORMATS = ("none", "w8a8", "w4a8", "w4a16")
+from moe_lowering.vocabulary import EXPERT_FORMATS
+
 PER_INT32 = 8  # int4 weights in one int32
-WEIGHT_DTYPES = {"w8a8": torch.int8, "w4a8": torch.int32, "w4a16": torch.int32}
-INT8_ROWS = ("w8a8", "w4a8")  # formats whose matmuls take int8 rows
+WEIGHT_DTYPES = {made.name: getattr(torch, made.weight_dtype) for made in EXPERT_FORMATS.values() if made.quantised}
 LARGEST = 127  # of an int8 value that stands for an activation
 
 
@@ -34,7 +34,7 @@ class Quantisation:
     @property
     def packed(self) -> int:
         """Weights in one element of a weight tensor."""
-        return PER_INT32 if self.format != "none" and WEIGHT_DTYPES[self.format] == torch.int32 else 1
+        return EXPERT_FORMATS[self.format].packed
 
 
 def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ from moe_lowering.argument_checks import require_instance
 from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts
 from moe_lowering.layers import EXPERTS_IMPLEMENTATION, MoE
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 __all__ = ["NAME", "capabilities", "register", "token_mask"]
 
@@ -156,7 +157,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     quantisation = getattr(module, "moe_lowering_quantisation", "none")
     if form.unrecognised:
         sharded = deployment is not None and deployment.ep_size > 1
-        _refuse(type(module).__name__, form.unrecognised, sharded, quantisation != "none")
+        _refuse(type(module).__name__, form.unrecognised, sharded, EXPERT_FORMATS[quantisation].quantised)
         return _grouped_mm()(module, hidden_states, top_k_index, top_k_weights)
     w13, w2 = module.gate_up_proj, module.down_proj
     if not module.is_transposed:
@@ -177,7 +178,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         mask=_mask_of(hidden_states),
         deployment=deployment,
         quantisation=quantisation,
-        **_quantisers(module) if quantisation != "none" else {},
+        **_quantisers(module) if EXPERT_FORMATS[quantisation].quantised else {},
     )
     return y.to(hidden_states.dtype)
 
@@ -198,9 +199,10 @@ def _mask_of(hidden_states: Tensor) -> Tensor | None:
 def _activation_dtype(module: Any, given: torch.dtype) -> torch.dtype:
     """The dtype in which experts take tokens: that of the weights; of w4a16's scales; any for int8 rows."""
     quantisation = getattr(module, "moe_lowering_quantisation", "none")
-    if quantisation == "none":
+    form = EXPERT_FORMATS[quantisation]
+    if not form.quantised:
         return _first(module.gate_up_proj).dtype
-    return _first(module.gate_up_proj_scale).dtype if quantisation == "w4a16" else given
+    return _first(module.gate_up_proj_scale).dtype if form.weight_only else given
 
 
 def _first(weights: Any) -> Tensor:

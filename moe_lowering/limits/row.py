@@ -8,12 +8,12 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from moe_lowering.deployment import SOCS
 from moe_lowering.limits.expressions import Expression
 from moe_lowering.limits.prover import Prover
 from moe_lowering.limits.sources import Citation, cite, load_sources, render_citations
 from moe_lowering.limits.toml import loads
 from moe_lowering.limits.versions import Constraint
+from moe_lowering.vocabulary import SOCS
 
 BOUNDS = ("min", "max", "multiple_of", "one_of", "equals")
 EXPRESSIONS = ("value", "when", "min", "max", "multiple_of", "equals")
@@ -47,7 +47,7 @@ class Limit:
     value: Expression
     sources: tuple[Citation, ...]
     advice: str
-    soc: tuple[str, ...] = SOCS
+    soc: tuple[str, ...] = tuple(SOCS)
     versions: tuple[Constraint, ...] = ()
     when: Expression | None = None
     min: Expression | None = None

@@ -7,17 +7,17 @@ import functools
 from collections.abc import Mapping
 from importlib import resources
 
-from moe_lowering.deployment import SOCS
 from moe_lowering.limits.coverage import Absent, gaps, read_absent
 from moe_lowering.limits.row import Limit, LimitsError, read
 from moe_lowering.limits.sources import FILE, find_unused, load_sources
 from moe_lowering.limits.toml import loads
 from moe_lowering.limits.versions import applies
+from moe_lowering.vocabulary import SOCS
 
 
 def _entries(name: str, text: str) -> list[Absent]:
     try:
-        return read_absent(name, loads(text).get("absent", ()), SOCS, load_sources())
+        return read_absent(name, loads(text).get("absent", ()), tuple(SOCS), load_sources())
     except ValueError as error:
         raise LimitsError(str(error)) from None
 
@@ -82,7 +82,7 @@ def load() -> tuple[Limit, ...]:
     if unused := find_unused(load_sources(), cited):
         raise LimitsError(f"{FILE}: no row cites {', '.join(unused)}")
     narrowed = narrow(rows)
-    if found := gaps(narrowed, absent, _exists(rows), SOCS):
+    if found := gaps(narrowed, absent, _exists(rows), tuple(SOCS)):
         raise LimitsError("; ".join(found))
     return validate(narrowed)
 

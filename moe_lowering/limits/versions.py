@@ -13,7 +13,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from moe_lowering.providers import PROVIDERS
+from moe_lowering.vocabulary import PROVIDERS
 
 NAMES = ("cann", "torch_npu", *PROVIDERS)
 

@@ -3,9 +3,9 @@
 What a rank must have in common with the others is all that a decision or an exchange depends on, and all that the result
 depends on. What only a decision depends on (where a reader of the counts or a layout stands in a rule) may differ as long
 as the decisions and the exchanges are the same: one rank may log its experts' load. So may a mask where it stays on its
-own rank (``MASK_STAYS``), but not with AllGather, which writes masked ids as experts past the last one: the other ranks
-must expect them. With unequal token counts T is not in the record, nor what follows from it; with equal ones a T that
-the graph knows is.
+own rank (``Implementation.sends_masks``), but not with AllGather, which writes masked ids as experts past the last one:
+the other ranks must expect them. With unequal token counts T is not in the record, nor what follows from it; with equal
+ones a T that the graph knows is.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.identity import identity
 from moe_lowering.passes.blocks import Block, BlockSpec, arguments
 from moe_lowering.passes.emitting import COPIED_META
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.judging import torch_npu_is_loaded
 from moe_lowering.passes.operands import Operands
 from moe_lowering.report.records import BlockReport
@@ -54,8 +55,6 @@ TOLERATED = frozenset(
         "mixed_forms",
     }
 )
-# Implementations that send other ranks nothing of a mask: masked rows do not leave their rank. None: generic operators.
-MASK_STAYS = frozenset({"alltoall", "mc2", None})
 
 
 def settings_record(deployment: Deployment, lowering: MoeLowering | None, ep_group: bool = False) -> dict[str, Any]:
@@ -185,7 +184,7 @@ def _kind(outcome: Outcome, deployment: Deployment) -> dict[str, Any]:
     told = {name: value for name, value in fields.items() if name in TOLERATED}
     computed = [f.name for f in dataclasses.fields(spec.tensors) if not _are_stored(getattr(spec.tensors, f.name))]
     told |= {"computed_by_the_graph": computed}
-    strict["masked_rows_are_sent"] = spec.has_mask and report.comm not in MASK_STAYS
+    strict["masked_rows_are_sent"] = spec.has_mask and _sends_masks(report.comm)
     told |= {"name": report.name, "reason": report.reason, "collectives": _other_collectives(spec, deployment)}
     if report.comm is not None:
         form = report.verdicts[report.comm].form
@@ -256,3 +255,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
     return value if isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _sends_masks(comm: str | None) -> bool:
+    """Whether others get something of a rank's mask; the generic operators, which are left, send none."""
+    return comm is not None and IMPLEMENTATIONS[comm].sends_masks

@@ -10,6 +10,8 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.operands import Experts
+from moe_lowering.vocabulary import EXPERT_FORMATS, ExpertFormat
+from moe_lowering.words import look_up
 
 
 def size_key(size: Any) -> Any:
@@ -103,6 +105,11 @@ class BlockSpec:
     shared_experts: int = 1
     on_shared_rank: bool = False
     tensors: Experts = dataclasses.field(default_factory=Experts)
+
+    @property
+    def format(self) -> ExpertFormat:
+        """What belongs to ``quantisation``."""
+        return look_up(EXPERT_FORMATS, self.quantisation, "block: quantisation")
 
 
 def arguments(node: Node) -> tuple[Any, ...]:

@@ -28,19 +28,13 @@ from moe_lowering.passes.vllm_ascend_rules import (
     choose_main,
     fused_in_main,
 )
-from moe_lowering.providers import PROVIDERS
 from moe_lowering.report.records import Verdict
+from moe_lowering.vocabulary import COMMS, EXPERT_FORMATS, POLICIES, PROVIDERS, VLLM_POLICIES
 from moe_lowering.words import look_up
 
 Cost = Callable[[str, Load], float]
 _CHOOSERS = {"vllm_ascend_0_13": choose_0_13, "vllm_ascend_main": choose_main}
-VLLM = tuple(_CHOOSERS)
-COMMS = ("auto", *IMPLEMENTATIONS)
-POLICIES = ("auto", "fixed", *VLLM)
 NO_PROVIDER = "fused.provider"  # the code of the rule that a library brings the fused operator
-WEIGHT_WIDTHS = {"w8a8": 1.0, "w4a8": 0.5, "w4a16": 0.5}  # bytes; those of the dtype without quantisation
-# How vllm-ascend writes them.
-VLLM_QUANTISATIONS = {"none": "none", "w8a8": "w8a8_dynamic", "w4a8": "w4a8", "w4a16": "w4a16"}
 DEFAULT_TOKENS = 512  # what a graph without any bound is costed with: a full MC2 batch
 
 
@@ -70,7 +64,7 @@ class Policy:
         require_choice("MoeLowering", "policy", self.name, POLICIES)
         require_callable("MoeLowering", "cost", self.cost, "a function (implementation, load) that gives microseconds")
         fits = look_up(
-            {"auto": True, "fixed": self.comm != "auto", **dict.fromkeys(VLLM, self.comm == "auto")},
+            {"auto": True, "fixed": self.comm != "auto", **dict.fromkeys(VLLM_POLICIES, self.comm == "auto")},
             self.name,
             "policy",
         )
@@ -90,7 +84,7 @@ class Policy:
                 return self._fixed(verdict.legal, codes)
             asked = f"{self.comm} was asked for, and no provider of its operator is declared [{NO_PROVIDER}]; "
         legal = [name for name in IMPLEMENTATIONS if verdicts[name].legal]
-        if self.name in VLLM:
+        if self.name in VLLM_POLICIES:
             wanted, refused = vllm_choice(self.name, spec, deployment, tokens)
             if wanted in legal:
                 return wanted, f"{self.name} selects it"
@@ -132,6 +126,7 @@ def _lacks_only_a_provider(verdict: Verdict, deployment: Deployment) -> bool:
 
 def load_of(spec: BlockSpec, deployment: Deployment, tokens: int) -> Load:
     """What the cost function is asked about."""
+    form = spec.format
     return Load(
         soc=deployment.soc,
         ep_size=spec.ep_size,
@@ -141,15 +136,9 @@ def load_of(spec: BlockSpec, deployment: Deployment, tokens: int) -> Load:
         top_k=spec.top_k,
         local_experts=spec.local_experts,
         # int8 rows travel out, results come back in the block's dtype
-        width=(1 + spec.dtype.itemsize) / 2 if spec.quantisation in ("w8a8", "w4a8") else spec.dtype.itemsize,
-        weight_width=_weight_width(spec),
+        width=(1 + spec.dtype.itemsize) / 2 if form.int8_rows else spec.dtype.itemsize,
+        weight_width=form.bits / 8 if form.quantised else spec.dtype.itemsize,
     )
-
-
-def _weight_width(spec: BlockSpec) -> float:
-    if spec.quantisation == "none":
-        return spec.dtype.itemsize
-    return look_up(WEIGHT_WIDTHS, spec.quantisation, "cost: quantisation")
 
 
 def vllm_choice(name: str, spec: BlockSpec, deployment: Deployment, tokens: int) -> tuple[str | None, str]:
@@ -171,7 +160,7 @@ def vllm_choice(name: str, spec: BlockSpec, deployment: Deployment, tokens: int)
         top_k=spec.top_k,
         hidden=spec.hidden,
         intermediate=spec.intermediate,
-        quantisation=look_up(VLLM_QUANTISATIONS, spec.quantisation, f"{name}: quantisation"),
+        quantisation=look_up(EXPERT_FORMATS, spec.quantisation, f"{name}: quantisation").vllm_ascend,
         fused_mode=deployment.fused_mode if available else 0,
         mega_moe=mega_moe,
     )

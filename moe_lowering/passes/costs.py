@@ -2,38 +2,24 @@
 
     T = launches + bytes / (bandwidth * efficiency) + compute,   fused: max of communication and compute
 
-Figures are of one die or card. Sources: Ascend/msmodeling 84fec85 ``tensor_cast/device.py`` (bandwidth, compute, static
-costs per operator, efficiencies), facts/cann_ops.md §4; the fixed cost of dispatch from facts/peers.md §6.4. They are
-marked to be confirmed by their authors. A user's own function with the signature of ``estimate`` takes its place.
+Figures of a machine stand in ``vocabulary.Soc``. Sources of the others: Ascend/msmodeling 84fec85
+``tensor_cast/device.py`` (static costs per operator, efficiencies), facts/cann_ops.md §4; the fixed cost of dispatch from
+facts/peers.md §6.4. They are marked to be confirmed by their authors. A user's own function with the signature of
+``estimate`` takes its place.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
+from moe_lowering.vocabulary import SOCS, Soc
 from moe_lowering.words import look_up
 
 MATMUL_US, VECTOR_US, COLLECTIVE_US = 5.0, 2.0, 10.0
 # Quantisation, routing sort and flags inside the MC2 operators (the byte model alone gives half of the measured 132 us).
 DISPATCH_FIXED_US = 66.0
 COMM_EFFICIENCY, COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY = 0.7, 0.7, 0.6
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """Link bandwidth in GB/s (one direction), 16-bit matmul in TFLOPS, memory in GB/s."""
-
-    link: float
-    compute: float
-    memory: float
-
-
-MACHINES = {
-    "A2": Machine(link=196.0, compute=353.9, memory=1760.0),
-    "A3": Machine(link=196.0, compute=353.9, memory=1760.0),
-    "A5": Machine(link=159.0, compute=378.0, memory=1540.0),
-    "310P": Machine(link=16.0, compute=70.0, memory=200.0),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,34 +46,54 @@ def estimate(implementation: str, load: Load) -> float:
     Raises:
         ValueError: for an implementation that the model does not know.
     """
-    machine = look_up(MACHINES, load.soc, "cost: soc")
-    compute = _compute(load, machine)
-    if implementation == "allgather":
-        local = 3 * VECTOR_US + 2 * MATMUL_US
-        if load.ep_size == 1:
-            return local + compute
-        moved = 2 * (load.ep_size - 1) * load.tokens * load.hidden * load.width
-        return 4 * COLLECTIVE_US + 9 * VECTOR_US + local + compute + _transfer(moved, machine)
-    if implementation == "alltoall":
-        # both ways, buffers for every row that could go to a rank, and the routing around them on the vector cores
-        lines = load.ep_size * load.tokens * min(load.top_k, load.local_experts)
-        moved = 2 * lines * load.hidden * load.width * (load.ep_size - 1) / load.ep_size
-        return 3 * COLLECTIVE_US + 24 * VECTOR_US + 2 * MATMUL_US + compute + _transfer(moved, machine)
-    # both ways, each token to its k experts, of which (ep - 1) / ep live elsewhere
-    moved = 2 * load.top_k * load.tokens * load.hidden * load.width * (load.ep_size - 1) / load.ep_size
-    if implementation == "mc2":
-        launches = 2 * COLLECTIVE_US + 2 * MATMUL_US + VECTOR_US + DISPATCH_FIXED_US
-        return launches + compute + _transfer(moved, machine)
-    if implementation == "fused_mc2":
-        return COLLECTIVE_US + DISPATCH_FIXED_US + max(compute, _transfer(moved, machine))
-    raise ValueError(f"cost: implementation is {implementation!r}; accepted: allgather, alltoall, mc2, fused_mc2")
+    machine = look_up(SOCS, load.soc, "cost: soc")
+    cost = look_up(_COSTS, implementation, "cost: implementation")
+    return cost(load, machine, _compute(load, machine))
 
 
-def _transfer(moved: float, machine: Machine) -> float:
+def _allgather(load: Load, machine: Soc, compute: float) -> float:
+    local = 3 * VECTOR_US + 2 * MATMUL_US
+    if load.ep_size == 1:
+        return local + compute
+    moved = 2 * (load.ep_size - 1) * load.tokens * load.hidden * load.width
+    return 4 * COLLECTIVE_US + 9 * VECTOR_US + local + compute + _transfer(moved, machine)
+
+
+def _alltoall(load: Load, machine: Soc, compute: float) -> float:
+    """Both ways, buffers for every row that could go to a rank, and the routing around them on the vector cores."""
+    lines = load.ep_size * load.tokens * min(load.top_k, load.local_experts)
+    moved = 2 * lines * load.hidden * load.width * (load.ep_size - 1) / load.ep_size
+    return 3 * COLLECTIVE_US + 24 * VECTOR_US + 2 * MATMUL_US + compute + _transfer(moved, machine)
+
+
+def _mc2(load: Load, machine: Soc, compute: float) -> float:
+    launches = 2 * COLLECTIVE_US + 2 * MATMUL_US + VECTOR_US + DISPATCH_FIXED_US
+    return launches + compute + _transfer(_sent_to_experts(load), machine)
+
+
+def _fused_mc2(load: Load, machine: Soc, compute: float) -> float:
+    return COLLECTIVE_US + DISPATCH_FIXED_US + max(compute, _transfer(_sent_to_experts(load), machine))
+
+
+# By implementation: the load, its machine, the time of its matmuls.
+_COSTS: dict[str, Callable[[Load, Soc, float], float]] = {
+    "allgather": _allgather,
+    "alltoall": _alltoall,
+    "mc2": _mc2,
+    "fused_mc2": _fused_mc2,
+}
+
+
+def _sent_to_experts(load: Load) -> float:
+    """Bytes, both ways: each token to its k experts, of which (ep - 1) / ep live elsewhere."""
+    return 2 * load.top_k * load.tokens * load.hidden * load.width * (load.ep_size - 1) / load.ep_size
+
+
+def _transfer(moved: float, machine: Soc) -> float:
     return moved / (machine.link * COMM_EFFICIENCY * 1e3)
 
 
-def _compute(load: Load, machine: Machine) -> float:
+def _compute(load: Load, machine: Soc) -> float:
     weights = 3 * load.hidden * load.intermediate
     operations = 2 * load.tokens * load.top_k * weights
     read = load.local_experts * weights * load.weight_width

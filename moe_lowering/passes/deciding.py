@@ -60,7 +60,7 @@ def decide(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
     form = IMPLEMENTATIONS[decision.comm].form(decision.judgement.form(decision.comm), deployment)
     if form.note is not None:
         notes += (form.note(spec, deployment, _costed_tokens(spec, deployment)),)
-    if spec.max_rows and decision.comm != "alltoall":
+    if spec.max_rows and not IMPLEMENTATIONS[decision.comm].keeps_max_rows:
         notes += (_unused_cap(spec, decision.comm),)
     sizes = block_sizes(spec, deployment, decision.comm, decision.judgement)
     return dataclasses.replace(decision, notes=notes, sizes=sizes)

@@ -21,6 +21,7 @@ from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.implementations import IMPLEMENTATIONS, Call, Form
 from moe_lowering.passes.quantities import block_quantities, strict_share_of_one
 from moe_lowering.report.records import Verdict
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 _T = re.compile(r"\bT\b")
 # Codes of rules that say where a whole implementation does not exist: on which SoC, and on how many ranks.
@@ -175,6 +176,9 @@ def _verdict(name: str, spec: BlockSpec, deployment: Deployment, quantities: dic
                 break  # its operators are not called then: what they accept is no reason
         return tuple(dict.fromkeys(found))
 
+    if spec.quantisation not in EXPERT_FORMATS:  # nothing is known of its calls
+        word = Call("grouped_mlp", {"activation_is_known": True, "quantisation_is_known": False})
+        return Verdict(name, broken((word,)))
     implementation = IMPLEMENTATIONS[name]
     ruled_out = tuple(
         (form.name, broken(form.calls(spec, deployment))) for form in implementation.ruled_out(deployment)

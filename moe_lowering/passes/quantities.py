@@ -115,10 +115,10 @@ def block_quantities(
         "hierarchy": deployment.mc2_hierarchy,
         "comm_alg": "hierarchy" if deployment.mc2_hierarchy else "",
         "expert_token_nums_type": 1,
-        "group_tp_is_group_ep": deployment.soc == "A2" and deployment.mode == "ge",
-        "tp_world_size": 1 if deployment.mc2_hierarchy and deployment.soc == "A3" else 0,
-        "has_weights": deployment.soc == "A2" or deployment.mc2_hierarchy,
-        "has_expand_scales": deployment.soc == "A2" or deployment.mc2_hierarchy,
+        "group_tp_is_group_ep": deployment.chip.graph_mode_group_tp and deployment.mode == "ge",
+        "tp_world_size": deployment.chip.two_level_tp_world if deployment.mc2_hierarchy else 0,
+        "has_weights": deployment.weighs_before_sending,
+        "has_expand_scales": deployment.weighs_before_sending,
         "weights_dtype": "float32",
         "has_smooth_scales": False,
         "weight_on_input": False,
@@ -178,7 +178,7 @@ def expert_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]
 
 def _scales(spec: BlockSpec) -> dict[str, Any]:
     """What the fused operators read of scales and compensation."""
-    quantised = spec.quantisation != "none"
+    quantised = bool(spec.scale_dtypes)
     kinds = [*spec.tensors.w13_scale.kinds, *spec.tensors.w2_scale.kinds]
     return {
         "has_scales": len(spec.scale_dtypes) == 2,

@@ -38,7 +38,7 @@ def block_sizes(spec: BlockSpec, deployment: Deployment, comm: str, judgement: J
 
     form = judgement.form(comm)
     received = given["received"]
-    if comm == "alltoall" and spec.max_rows:
+    if IMPLEMENTATIONS[comm].keeps_max_rows and spec.max_rows:
         received = torch.sym_min(received, spec.max_rows)  # type: ignore[no-untyped-call]
     return Sizes(
         tokens=size(judgement.tokens),
@@ -47,8 +47,10 @@ def block_sizes(spec: BlockSpec, deployment: Deployment, comm: str, judgement: J
         bound=spec.max_tokens or high,
         capacity=size(given["max_tokens"]),
         received=size(received),
-        exchanged=size(capacity(judgement.tokens, spec)) if comm == "alltoall" and form == STATIC.name else None,
-        max_output_size=given["max_output_size"] if comm == "fused_mc2" and _is_told_rows(form) else None,
+        exchanged=size(capacity(judgement.tokens, spec)) if form == STATIC.name else None,
+        max_output_size=given["max_output_size"]
+        if IMPLEMENTATIONS[comm].is_one_operator and _is_told_rows(form)
+        else None,
         windows=tuple(
             Window(row.code, needed := size(value), limit, row.unit, needed_buffer_mb(row, needed.most, quantities))
             for row, value, limit, quantities in _window_rules(spec, deployment, comm, judgement)

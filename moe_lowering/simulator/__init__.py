@@ -25,12 +25,9 @@ from collections.abc import Iterator
 from moe_lowering import _bootstrap, _versions
 from moe_lowering.simulator import standins
 from moe_lowering.simulator.standins import SimulatorError
+from moe_lowering.vocabulary import SOCS
 
-__all__ = ["SOC_NAMES", "SimulatorError", "enable", "enable_device", "is_enabled", "soc"]
-
-# SoC of a Deployment -> what aclrtGetSocName returns. torch_npu 2.13 knows the names in libtorch_npu.so (SocVersion);
-# its numbers for these four are 223, 250, 260 and 202.
-SOC_NAMES = {"A2": "Ascend910B3", "A3": "Ascend910_9391", "A5": "Ascend950DT_9591", "310P": "Ascend310P3"}
+__all__ = ["SimulatorError", "enable", "enable_device", "is_enabled", "soc"]
 
 # What torch_npu (numpy, yaml) and npugraph_ex (packaging) import and the wheel does not declare.
 REQUIRED = {"torch": "torch", "torch_npu": "torch-npu", "numpy": "numpy", "yaml": "pyyaml", "packaging": "packaging"}
@@ -67,7 +64,7 @@ def enable(soc: str = "A3") -> None:
             _check_machine()
         libraries = standins.built()
         _loaded = soc  # before loading: a load that fails half-way leaves libraries that look like CANN to a retry
-        standins.load(libraries, SOC_NAMES[soc])
+        standins.load(libraries, SOCS[soc].runtime_name)
         _versions.warn_if_untested()
         _import_torch_npu()
         _register_kernels()
@@ -105,8 +102,8 @@ def soc() -> str:
 
 
 def _check_soc(soc: str) -> None:
-    if soc not in SOC_NAMES:
-        raise SimulatorError(f"unknown SoC {soc!r}; accepted: {', '.join(SOC_NAMES)}")
+    if soc not in SOCS:
+        raise SimulatorError(f"unknown SoC {soc!r}; accepted: {', '.join(SOCS)}")
     if _loaded is not None and _loaded != soc:
         raise SimulatorError(
             f"this process simulates {_loaded} and cannot change to {soc}: torch_npu reads the SoC once; "

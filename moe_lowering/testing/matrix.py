@@ -24,7 +24,6 @@ from moe_lowering.testing.matrix_cells import (
     EXPERTS,
     FORMS,
     LAYOUTS,
-    QUANTISATIONS,
     SCENARIOS,
     TP_SIZES,
     Cell,
@@ -33,6 +32,7 @@ from moe_lowering.testing.matrix_expected import refusals
 from moe_lowering.testing.matrix_ranks import Change, Outcome
 from moe_lowering.testing.matrix_reference import FLOORS, expected, expected_counts, signal_to_noise
 from moe_lowering.testing.ranks import RankError, Ranks
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 COLLECTIVE_TIMEOUT = 60.0  # seconds that a rank waits for one that failed
 LAYOUTS_AT = (2, 1)  # EP and TP size
@@ -45,7 +45,7 @@ class Axes:
     TP 1 and in the scenario ``even`` only, as nothing else depends on them."""
 
     forms: tuple[str, ...] = tuple(FORMS)
-    quantisations: tuple[str, ...] = QUANTISATIONS
+    quantisations: tuple[str, ...] = tuple(EXPERT_FORMATS)
     eps: tuple[int, ...] = EP_SIZES
     tps: tuple[int, ...] = TP_SIZES
     scenarios: tuple[str, ...] = tuple(SCENARIOS)

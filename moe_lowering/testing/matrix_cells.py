@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from moe_lowering.quantisation import quantise_weight
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 512, 16, 3
 TOKENS = 6  # of a TP group where nothing else is said; the bound where counts differ
 MOST_GROUPS = 4
 DTYPE = torch.bfloat16
 
-QUANTISATIONS = ("none", "w8a8", "w4a8", "w4a16")
 EP_SIZES = (1, 2, 4)
 TP_SIZES = (1, 2)
 LAYOUTS = (
@@ -121,7 +121,7 @@ class Scenario:
     quantised: bool = False
     on_input: bool = False
     logical: bool = False
-    quantisations: tuple[str, ...] = QUANTISATIONS
+    quantisations: tuple[str, ...] = tuple(EXPERT_FORMATS)
     eps: tuple[int, ...] = EP_SIZES
 
     @property

@@ -16,17 +16,15 @@ from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.emitting import Emitter, aten
 from moe_lowering.passes.implementations.base import Call
 from moe_lowering.passes.operands import Operand
+from moe_lowering.vocabulary import SOCS
 from moe_lowering.words import look_up
-
-# documented for A2 and A3 only: where it is not, the activation is composed
-_CLIPPED_SOCS = ("A2", "A3")
 
 
 def activation_operator(spec: BlockSpec, soc: str) -> str | None:
     """The device operator of a block's activation; None where it is composed of ATen operators."""
     if spec.activation == "swiglu" and not spec.interleaved:
         return "npu_swiglu"
-    if spec.activation == "swiglu_oai" and soc in _CLIPPED_SOCS:
+    if spec.activation == "swiglu_oai" and look_up(SOCS, soc, "activation: soc").clips_swiglu:
         return "npu_clipped_swiglu"
     return None
 

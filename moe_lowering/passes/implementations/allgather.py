@@ -47,7 +47,7 @@ class _Tokens:
 
 
 def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
-    quantised = spec.quantised_input or spec.quantisation in ("w8a8", "w4a8")
+    quantised = spec.quantised_input or spec.format.int8_rows
     arriving = {"x_dtype": "int8", "scale_dtype": "float32", "scale_dims": 1} if quantised else {"scale_dtype": None}
     return (
         Call("npu_moe_init_routing_v2", {**arriving, "quant_mode": -1, "has_offset": False}),

@@ -70,7 +70,7 @@ _SCALE_BYTES = 4  # of an int8 row, float32
 def _line_bytes(spec: BlockSpec) -> tuple[int, int]:
     """Bytes of one line to the experts, where it may be int8 with a scale, and back, in the block's dtype."""
     back = spec.hidden * int(spec.dtype.itemsize)
-    return (spec.hidden + _SCALE_BYTES if spec.quantisation in ("w8a8", "w4a8") else back), back
+    return (spec.hidden + _SCALE_BYTES if spec.format.int8_rows else back), back
 
 
 def _mib(size: int) -> str:
@@ -78,7 +78,7 @@ def _mib(size: int) -> str:
 
 
 def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
-    eight_bits = spec.quantised_input or spec.quantisation in ("w8a8", "w4a8")
+    eight_bits = spec.quantised_input or spec.format.int8_rows
     arriving = {"x_dtype": "int8", "scale_dtype": "float32", "scale_dims": 1} if eight_bits else {"scale_dtype": None}
     return (
         Call("alltoall.static"),
@@ -240,4 +240,4 @@ def _ruled_out(deployment: Deployment) -> tuple[Form, ...]:
     return (alltoall_exact.EXACT,) if alltoall_exact.needs_no_host(deployment) else ()
 
 
-ALLTOALL = Implementation("alltoall", _forms, _ruled_out)
+ALLTOALL = Implementation("alltoall", _forms, _ruled_out, sends_masks=False, keeps_max_rows=True)

@@ -27,7 +27,7 @@ def needs_no_host(deployment: Deployment) -> bool:
 def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
     if needs_no_host(deployment):  # what its operators say as well is of no use then
         return (Call("alltoall.exact"),)
-    eight_bits = spec.quantised_input or spec.quantisation in ("w8a8", "w4a8")
+    eight_bits = spec.quantised_input or spec.format.int8_rows
     arriving = {"x_dtype": "int8", "scale_dims": 1} if eight_bits else {}
     scale = "float32" if eight_bits else None
     return (

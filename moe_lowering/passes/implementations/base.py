@@ -58,11 +58,18 @@ class Implementation:
         name: its name in configuration, report and tests.
         forms: in order of preference, for a deployment; at least one. The first legal one is taken.
         ruled_out: forms that the deployment alone excludes: never taken, judged for the reason.
+        sends_masks: other ranks get something of this rank's mask, so that all must have one or none. Without it the rows of
+            masked tokens stay on their rank.
+        keeps_max_rows: it has room for ``max_rows`` rows and no more; the others for every row that could arrive.
+        is_one_operator: it hides its communication and its matmuls in one operator, beside which nothing can be run.
     """
 
     name: str
     forms: Callable[[Deployment], tuple[Form, ...]]
     ruled_out: Callable[[Deployment], tuple[Form, ...]] = lambda deployment: ()
+    sends_masks: bool = True
+    keeps_max_rows: bool = False
+    is_one_operator: bool = False
 
     def form(self, name: str, deployment: Deployment) -> Form:
         """The form of that name."""

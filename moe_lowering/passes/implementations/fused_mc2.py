@@ -91,16 +91,16 @@ def _common(spec: BlockSpec) -> dict[str, Any]:
         "mask_dims": 1 if spec.has_mask else None,
         "ids_dtype": "int32",
     }
-    if spec.quantisation == "w4a16":  # their int32 weights are not the W4A8 that rules on int32 are about
+    if spec.format.weight_only:  # their int32 weights are not the W4A8 that rules on int32 are about
         given.update(dict.fromkeys(("weight_dtype", "has_scales", "scale_dtype", "bias_dtype", "has_offset")))
-    if spec.quantisation == "w4a8" and not spec.has_bias:
+    if spec.format.has_scale_bias and not spec.has_bias:
         given.update(has_bias=spec.has_scale_bias, bias_dtype="float32" if spec.has_scale_bias else None)
     return given
 
 
 def _ffn_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
     # the wrapper widens float32 scales to the int64 that the operator takes
-    return {"scale_dtype": "int64" if _float_scales(spec) else None} if spec.quantisation != "none" else {}
+    return {"scale_dtype": "int64" if _float_scales(spec) else None} if spec.format.quantised else {}
 
 
 def _float_scales(spec: BlockSpec) -> bool:
@@ -112,14 +112,14 @@ def _ffn_call(
     emit: Emitter, given: _Inputs, spec: BlockSpec, deployment: Deployment, quantities: dict[str, Any]
 ) -> Node:
     extra: dict[str, Any] = {}
-    if spec.quantisation != "none":
+    if spec.format.quantised:
         extra = {
             "quantisation": spec.quantisation,
             "w13_scale": _scales(emit, given.w13_scale),
             "w2_scale": _scales(emit, given.w2_scale),
             "swiglu_limit": spec.limit,
         }
-    if spec.quantisation == "w4a8":
+    if spec.format.has_scale_bias:
         extra.update(w13_scale_bias=given.w13_scale_bias, w2_scale_bias=given.w2_scale_bias)
     if given.mask is not None:
         extra["mask"] = given.mask
@@ -135,7 +135,7 @@ def _scales(emit: Emitter, scales: list[Node]) -> list[Node]:
 
 
 def _decode_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
-    scales = {"scale_dtype": "float32"} if spec.quantisation == "w8a8" and _float_scales(spec) else {}
+    scales = {"scale_dtype": "float32"} if spec.format.weight_dtype == "int8" and _float_scales(spec) else {}
     return {"has_bias": spec.has_bias, **scales}  # it knows no compensation, which w4a8's rule on weights is about
 
 
@@ -143,7 +143,7 @@ def _decode_call(
     emit: Emitter, given: _Inputs, spec: BlockSpec, deployment: Deployment, quantities: dict[str, Any]
 ) -> Node:
     extra: dict[str, Any] = {}
-    if spec.quantisation != "none":
+    if spec.format.quantised:
         extra = {"w13_scale": _floats(emit, given.w13_scale), "w2_scale": _floats(emit, given.w2_scale)}
     if given.mask is not None:
         extra["mask"] = given.mask
@@ -159,7 +159,7 @@ def _floats(emit: Emitter, scales: list[Node]) -> list[Node]:
 
 
 def _mega_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
-    eight_bits = spec.quantisation in ("w8a8", "w4a8")
+    eight_bits = spec.format.int8_rows
     return {
         "dispatch_quant_mode": 2 if eight_bits else 0,
         "scale_dtype": "int64" if eight_bits and _float_scales(spec) else None,
@@ -172,13 +172,13 @@ def _mega_call(
     emit: Emitter, given: _Inputs, spec: BlockSpec, deployment: Deployment, quantities: dict[str, Any]
 ) -> Node:
     extra: dict[str, Any] = {}
-    if spec.quantisation != "none":
+    if spec.format.quantised:
         extra = {
             "quantisation": spec.quantisation,
             "w13_scale": _scales(emit, given.w13_scale),
             "w2_scale": _scales(emit, given.w2_scale),
         }
-    if spec.quantisation == "w4a8":
+    if spec.format.has_scale_bias:
         extra.update(w13_scale_bias=given.w13_scale_bias, w2_scale_bias=given.w2_scale_bias)
     if given.mask is not None:
         extra["mask"] = given.mask
@@ -205,4 +205,4 @@ def _forms(deployment: Deployment) -> tuple[Form, ...]:
     return tuple(target.form() for target in declared or asked[-1:])
 
 
-FUSED_MC2 = Implementation("fused_mc2", _forms)
+FUSED_MC2 = Implementation("fused_mc2", _forms, is_one_operator=True)

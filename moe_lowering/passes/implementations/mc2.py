@@ -42,11 +42,6 @@ TWO_LEVELS = "hierarchy"
 PER_TOKEN = 2  # quant_mode: int8 with a scale per token
 
 
-def takes_weights(deployment: Deployment) -> bool:
-    """Whether dispatch takes the routing weights, and combine what dispatch makes of them."""
-    return deployment.soc == "A2" or deployment.mc2_hierarchy
-
-
 def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
     both = result_quantities(
         spec,
@@ -63,7 +58,7 @@ def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
 
 
 def _quant_mode(spec: BlockSpec) -> int:
-    return PER_TOKEN if spec.quantisation in ("w8a8", "w4a8") else 0
+    return PER_TOKEN if spec.format.int8_rows else 0
 
 
 @dataclasses.dataclass
@@ -81,7 +76,7 @@ class _Sent:
 def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[str, Any]) -> Replacement:
     _keep_communication()
     spec, mine = block.spec, Share(emit, block, deployment)
-    start = stage_after(block, block.weights) if takes_weights(deployment) else block.dispatch
+    start = stage_after(block, block.weights) if deployment.weighs_before_sending else block.dispatch
     shared = _shared_arguments(spec, deployment)
     group = (deployment.mc2_group, spec.ep_size, deployment.own_rank("ep"), spec.experts)
     with emit.at(start, block.dispatch):
@@ -112,9 +107,9 @@ def _shared_arguments(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]
         shared["shared_expert_rank_num"] = spec.shared_expert_ranks
     if deployment.mc2_hierarchy:
         shared["comm_alg"] = TWO_LEVELS
-        if deployment.soc == "A3":  # the two-level algorithm of A3 wants a TP world of 1 instead of 0; both say "no TP"
-            shared["tp_world_size"] = 1
-    if deployment.soc == "A2" and deployment.mode == "ge":  # as op-plugin's documentation says of graph mode on A2
+        if deployment.chip.two_level_tp_world:
+            shared["tp_world_size"] = deployment.chip.two_level_tp_world
+    if deployment.chip.graph_mode_group_tp and deployment.mode == "ge":
         shared["group_tp"] = deployment.mc2_group
     return shared
 
@@ -128,7 +123,7 @@ def _dispatch(
     shared: dict[str, Any],
     deployment: Deployment,
 ) -> _Sent:
-    weights = {"expert_scales": mine.of(emit.rows(block.weights))} if takes_weights(deployment) else {}
+    weights = {"expert_scales": mine.of(emit.rows(block.weights))} if deployment.weighs_before_sending else {}
     mode = _quant_mode(block.spec)
     sent = emit.call(
         torch.ops.npu.npu_moe_distribute_dispatch_v2.default, mine.of(emit.rows(block.x)), ids, *group,
@@ -161,4 +156,4 @@ def _keep_communication() -> None:
         has_side_effect(op.default)
 
 
-MC2 = Implementation("mc2", lambda deployment: (Form("mc2", _calls, _emit),))
+MC2 = Implementation("mc2", lambda deployment: (Form("mc2", _calls, _emit),), sends_masks=False)

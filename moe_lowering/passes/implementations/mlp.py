@@ -18,6 +18,7 @@ from moe_lowering.passes.implementations.activation import EMITTED, activation_c
 from moe_lowering.passes.implementations.base import Call
 from moe_lowering.passes.implementations.matmul_calls import matmul_call
 from moe_lowering.passes.operands import Operand, Operands
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 # bfloat16 inputs take a float32 bias; others a bias of their own dtype (facts/cann_ops.md §1.4, aclnnGroupedMatmulV4)
 _BIAS_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float16, torch.float32: torch.float32}
@@ -33,7 +34,7 @@ def mlp_calls(
     words = _words(spec)
     if not all(words.given.values()):
         return (words,)  # no calls are known of such a block
-    if spec.quantisation != "none":
+    if spec.format.quantised:
         return words, *quantised_mlp.calls(spec, deployment, quantised_rows, chosen)
     experts = spec.tensors
     first = matmul_call(spec, deployment, spec.hidden, experts.w13, bias=_biases(spec, experts.w13_bias))
@@ -43,7 +44,9 @@ def mlp_calls(
 
 def _words(spec: BlockSpec) -> Call:
     """Whether there is an emitter for the block's words: rules of ``grouped_mlp``, which makes no call itself."""
-    quantised = spec.quantisation == "none" or spec.quantisation in quantised_mlp.EMITTED
+    quantised = spec.quantisation in EXPERT_FORMATS and (
+        not spec.format.quantised or spec.quantisation in quantised_mlp.EMITTED
+    )
     return Call("grouped_mlp", {"activation_is_known": spec.activation in EMITTED, "quantisation_is_known": quantised})
 
 
@@ -61,7 +64,7 @@ def emit_mlp(
 ) -> Node:
     """rows [N, H] (with row_scale [N] when they are int8) of which the first sum(counts) count -> [N, H] of the block's
     dtype, the rest undefined."""
-    if block.spec.quantisation != "none":
+    if block.spec.format.quantised:
         return quantised_mlp.emit(emit, block, rows, row_scale, counts, deployment)
     w13, w2, w13_bias, w2_bias = block.experts
     hidden = emit_activation(emit, _grouped_matmul(emit, rows, w13, w13_bias, counts), block.spec, deployment.soc)

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.custom_ops.quantised import INT8_ROWS
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import check
 from moe_lowering.passes.blocks import Block, BlockSpec
@@ -32,12 +31,13 @@ from moe_lowering.passes.implementations.matmul_calls import call_of, counts_of,
 from moe_lowering.passes.implementations.tensor_parallel import Share
 from moe_lowering.passes.operands import Operands
 from moe_lowering.passes.quantities import expert_quantities
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 _TORCH_NPU_DTYPES = {torch.float16: 5, torch.bfloat16: 15}  # numbers that npu_grouped_matmul's output_dtype takes
 _INT32 = 3
 _LOW_HALF = 0xFFFFFFFF
 
-EMITTED = frozenset({*INT8_ROWS, "w4a16"})  # the quantisations that this file knows
+EMITTED = frozenset(made.name for made in EXPERT_FORMATS.values() if made.int8_rows or made.weight_only)
 FUSED, DEQUANT, PLAIN = "fused", "dequant", "plain"  # the chains, in order of preference
 
 
@@ -46,7 +46,7 @@ def chain(spec: BlockSpec, deployment: Deployment) -> str:
 
     It depends on what is the same on every rank, and T is not in it: verdict, emission and every rank choose alike.
     """
-    if spec.quantisation == "w8a8" and spec.activation == "swiglu" and not spec.interleaved:
+    if spec.format.weight_dtype == "int8" and spec.activation == "swiglu" and not spec.interleaved:
         for name in (FUSED, DEQUANT):
             if all(_accepted(call, spec, deployment) for call in _matmuls(name, spec, deployment)):
                 return name
@@ -65,7 +65,7 @@ def _legal(operator: str, soc: str, versions: tuple[tuple[str, str], ...], given
 
 def calls(spec: BlockSpec, deployment: Deployment, quantised_rows: bool, chosen: str | None = None) -> tuple[Call, ...]:
     """The calls that ``emit`` makes for a block; of the chain ``chosen`` when something else emits it."""
-    rows = () if quantised_rows or spec.quantisation not in INT8_ROWS else (_quantise_call(spec),)
+    rows = () if quantised_rows or not spec.format.int8_rows else (_quantise_call(spec),)
     return (*rows, *_matmuls(chosen or chain(spec, deployment), spec, deployment))
 
 
@@ -86,12 +86,12 @@ def _matmuls(name: str, spec: BlockSpec, deployment: Deployment) -> tuple[Call, 
         unscaled = matmul_call(spec, deployment, spec.hidden, experts.w13, torch.int8, output_dtype=_INT32)
         return unscaled, _dequant_call(spec, deployment), second
     first = matmul_call(spec, deployment, spec.hidden, experts.w13, _rows_dtype(spec), **_first_arguments(spec))
-    requantise = (_quantise_call(spec),) if spec.quantisation in INT8_ROWS else ()
+    requantise = (_quantise_call(spec),) if spec.format.int8_rows else ()
     return first, *activation_calls(spec, deployment.soc), *requantise, second
 
 
 def _rows_dtype(spec: BlockSpec) -> torch.dtype:
-    return torch.int8 if spec.quantisation in INT8_ROWS else spec.dtype
+    return torch.int8 if spec.format.int8_rows else spec.dtype
 
 
 def _first_arguments(spec: BlockSpec) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _second_arguments(spec: BlockSpec) -> dict[str, Any]:
 
 def _arguments(spec: BlockSpec, scale: Operands, offset: Operands, bias: Operands) -> dict[str, Any]:
     """What a call of ``npu_grouped_matmul`` gets beside rows and weights, as ``emit`` passes it."""
-    if spec.quantisation == "w4a16":
+    if spec.format.weight_only:
         offsets = (offset or scale).cast(spec.dtype)
         return {"antiquant_scale": scale.cast(spec.dtype).items, "antiquant_offset": offsets.items}
     return {
@@ -140,7 +140,7 @@ def _dequant_call(spec: BlockSpec, deployment: Deployment) -> Call:
 
 def _scale_dtype(spec: BlockSpec) -> torch.dtype:
     """What ``npu_grouped_matmul`` takes as scale of int8 rows: bits for int4 weights, else by the result's dtype."""
-    if spec.quantisation == "w4a8":
+    if spec.format.bits_of_scales:
         return torch.int64
     return torch.bfloat16 if spec.dtype == torch.bfloat16 else torch.float32
 
@@ -150,11 +150,11 @@ def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts
     spec = block.spec
     w13, w2, _, _ = block.experts
     w13_scale, w2_scale, w13_offset, w2_offset, w13_bias, w2_bias = block.quantisers
-    if spec.quantisation == "w4a16":
+    if spec.format.weight_only:
         hidden = _antiquant_matmul(emit, rows, w13, w13_scale, w13_offset, counts)
         hidden = emit_activation(emit, hidden, spec, deployment.soc)
         return _antiquant_matmul(emit, hidden, w2, w2_scale, w2_offset, counts)
-    if spec.quantisation not in INT8_ROWS:
+    if not spec.format.int8_rows:
         raise ValueError(
             f"quantised_mlp: quantisation is {spec.quantisation!r}; accepted: {', '.join(sorted(EMITTED))}"
         )
@@ -185,7 +185,7 @@ def quantise_tokens(emit: Emitter, block: Block, mine: Share) -> tuple[Node, Nod
     x = mine.of(emit.rows(block.x))
     if block.x_scale is not None:
         return x, mine.of(emit.call(aten.reshape.default, block.x_scale, [-1]))
-    return _quantise(emit, x) if block.spec.quantisation in INT8_ROWS else (x, None)
+    return _quantise(emit, x) if block.spec.format.int8_rows else (x, None)
 
 
 def _dequant_swiglu_quant(
@@ -245,7 +245,7 @@ def _antiquant_matmul(
 
 
 def _scale(emit: Emitter, scale: Node, spec: BlockSpec) -> Node:
-    if spec.quantisation == "w4a8":
+    if spec.format.bits_of_scales:
         return _as_bits(emit, scale)
     return emit.cast(_as_float(emit, scale), _scale_dtype(spec))
 

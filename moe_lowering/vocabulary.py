@@ -1,0 +1,196 @@
+"""The words of a deployment and of a block, each once, with what belongs to it. Without torch, so that commands start fast.
+
+A word that is not here is refused (``words.look_up``). What a new word needs beside its line here stands in
+``docs/architecture.md``, "Where to add".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Soc:
+    """An Ascend system on chip.
+
+    Attributes:
+        name: as a ``Deployment`` has it.
+        product: what its boards are sold as.
+        runtime_name: one name that ``aclrtGetSocName`` returns for it, which the simulator's does.
+        runtime_pattern: all of them, a regular expression. torch_npu 2.13 knows the names (SocVersion in libtorch_npu.so);
+            its Ascend910B without a number is the first 910, which has no MC2.
+        device_types: vllm-ascend's words for it (``_build_info.__device_type__``).
+        link, memory: bandwidth of one die or card in GB/s, of links one way. Source: Ascend/msmodeling 84fec85
+            ``tensor_cast/device.py``, to be confirmed by their authors; so are those of ``compute``, 16-bit matmuls in TFLOPS.
+        clips_swiglu: it has a kernel of ``npu_clipped_swiglu`` (op-plugin's documentation of that operator).
+        weighs_before_sending: MC2's dispatch takes the weights of the tokens and combine gets them back, since its ranks
+            exchange in two levels always (op-plugin's documentation of ``npu_moe_distribute_dispatch_v2``: expert_scales).
+        two_level_tp_world: ``tp_world_size`` of MC2's two-level algorithm where there is no TP; both 0 and 1 say so.
+        graph_mode_group_tp: MC2 in GE graphs takes the EP group as ``group_tp`` (the same documentation).
+    """
+
+    name: str
+    product: str
+    runtime_name: str
+    runtime_pattern: str
+    device_types: tuple[str, ...]
+    link: float
+    compute: float
+    memory: float
+    clips_swiglu: bool = False
+    weighs_before_sending: bool = False
+    two_level_tp_world: int = 0
+    graph_mode_group_tp: bool = False
+
+
+SOCS = {
+    soc.name: soc
+    for soc in (
+        Soc(
+            "A2",
+            "910B",
+            "Ascend910B3",
+            r"Ascend910B\d.*",
+            ("A2",),
+            link=196.0,
+            compute=353.9,
+            memory=1760.0,
+            clips_swiglu=True,
+            weighs_before_sending=True,
+            graph_mode_group_tp=True,
+        ),
+        Soc(
+            "A3",
+            "910C",
+            "Ascend910_9391",
+            r"Ascend910_93\d\d.*",
+            ("A3",),
+            link=196.0,
+            compute=353.9,
+            memory=1760.0,
+            clips_swiglu=True,
+            two_level_tp_world=1,
+        ),
+        Soc(
+            "A5",
+            "950",
+            "Ascend950DT_9591",
+            r"Ascend950(DT|PR)_.*",
+            ("A5",),
+            link=159.0,
+            compute=378.0,
+            memory=1540.0,
+        ),
+        Soc(
+            "310P",
+            "310P",
+            "Ascend310P3",
+            r"Ascend310P\d.*",
+            ("310P", "_310P"),
+            link=16.0,
+            compute=70.0,
+            memory=200.0,
+        ),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertFormat:
+    """How experts' weights are stored, and what their matmuls take: the ``quantisation`` of ``grouped_mlp``.
+
+    Attributes:
+        name: as arguments spell it. ``vllm_ascend``: as vllm-ascend's rules do.
+        bits: of one weight; 0 for those in the dtype of the activations.
+        weight_dtype: of a weight tensor, as torch spells it; "" for that of the activations.
+        int8_rows: the matmuls take int8 rows with a scale each, which tokens are quantised to; and tokens may be int8.
+        has_offset, has_scale_bias: beside scales, there may be offsets, or there are scale biases (the compensation that
+            int4 weights with int8 rows need).
+        bits_of_scales: ``npu_grouped_matmul`` takes float32 scales as their bits in int64.
+        scale_dtypes: of scales, as torch spells them; () for those of the activations, or none.
+    """
+
+    name: str
+    vllm_ascend: str
+    bits: int = 0
+    weight_dtype: str = ""
+    int8_rows: bool = False
+    has_offset: bool = False
+    has_scale_bias: bool = False
+    bits_of_scales: bool = False
+    scale_dtypes: tuple[str, ...] = ()
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are integers with scales."""
+        return self.bits > 0
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether the matmuls take rows as they are, and turn the weights into their dtype."""
+        return self.quantised and not self.int8_rows
+
+    @property
+    def packed(self) -> int:
+        """Weights in one element of a weight tensor."""
+        return 32 // self.bits if self.weight_dtype == "int32" else 1
+
+
+EXPERT_FORMATS = {
+    made.name: made
+    for made in (
+        ExpertFormat("none", "none"),
+        ExpertFormat("w8a8", "w8a8_dynamic", 8, "int8", int8_rows=True, scale_dtypes=("float32", "bfloat16", "int64")),
+        ExpertFormat(
+            "w4a8",
+            "w4a8",
+            4,
+            "int32",
+            int8_rows=True,
+            has_scale_bias=True,
+            bits_of_scales=True,
+            scale_dtypes=("float32", "int64"),
+        ),
+        ExpertFormat("w4a16", "w4a16", 4, "int32", has_offset=True),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """A gated activation of ``grouped_mlp``. ``clamped``: it has a ``limit``; ``scaled``: it has an ``alpha``."""
+
+    name: str
+    clamped: bool = False
+    scaled: bool = False
+
+
+ACTIVATIONS = {
+    made.name: made
+    for made in (
+        Activation("swiglu"),
+        Activation("swiglu_clamp", clamped=True),
+        Activation("swiglu_oai", clamped=True, scaled=True),
+        Activation("gelu"),
+        Activation("gelu_tanh"),
+    )
+}
+
+# Implementations, and the forms in which each is written down (``passes/implementations``), in the order of reports.
+IMPLEMENTATION_FORMS = {
+    "allgather": ("allgather",),
+    "alltoall": ("static", "exact"),
+    "mc2": ("mc2",),
+    "fused_mc2": ("dispatch_ffn_combine", "mega_moe", "dispatch_gmm_combine_decode"),
+}
+AUTO = "auto"  # the cheapest legal implementation
+COMMS = (AUTO, *IMPLEMENTATION_FORMS)
+FIXED = "fixed"  # the implementation that is named, and no other
+VLLM_POLICIES = ("vllm_ascend_0_13", "vllm_ascend_main")  # what vllm-ascend selects
+POLICIES = (AUTO, FIXED, *VLLM_POLICIES)
+
+WEIGHT_FORMATS = ("nd", "nz")  # memory formats on a device: rows, or FRACTAL_NZ
+GUARDS = ("allow", "forbid")
+FUSED_MODES = (0, 1, 2)
+MODES = ("npugraph_ex", "ge")
+PROVIDERS = ("vllm_ascend", "cann_ops_transformer", "sgl_kernel_npu")
