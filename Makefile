@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast property lint bench setup clean provider
+.PHONY: demo test test-fast property lint bench versions provider setup clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -39,8 +39,12 @@ provider:
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_pass.py $(BENCH)
 
+# VERSIONS="2.10 2.14" selects pairs of torch and torch_npu; results go into docs/versions.md
+versions:
+	$(PYTHON) .ci/versions.py $(VERSIONS)
+
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venvs

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_lowering import _bootstrap, _versions, simulator
+from moe_lowering import Deployment, MoeLowering, _bootstrap, _versions, simulator
 from moe_lowering.simulator import SimulatorError, standins
 from moe_lowering.testing import Ranks
 
@@ -334,16 +334,17 @@ def test_unknown_soc_is_refused(fresh):
 
 def test_untested_versions_warn_once(monkeypatch):
     monkeypatch.setattr(_versions, "_warned", False)
-    monkeypatch.setattr(_versions, "installed", {"torch": "2.130.0", "torch_npu": "2.10.0.post4"}.__getitem__)
+    monkeypatch.setattr(_versions, "installed", {"torch": "2.130.0", "torch_npu": "2.9.0.post4"}.__getitem__)
     with pytest.warns(RuntimeWarning) as caught:
-        _versions.warn_if_untested()
-        _versions.warn_if_untested()
+        MoeLowering(Deployment())  # wherever the pass runs: each way makes one
+        MoeLowering(Deployment())
     assert [str(warning.message) for warning in caught] == [
-        "moe_lowering was not tested with torch 2.130.0 (tested: 2.13) and torch_npu 2.10.0.post4 (tested: 2.13.0)"
+        "moe_lowering was not tested with torch 2.130.0 (tested: 2.10, 2.11, 2.12, 2.13, 2.14) and torch_npu 2.9.0.post4 "
+        "(tested: 2.10.0, 2.11.0, 2.12.0, 2.13.0, 2.14.0)"
     ]
 
 
-@pytest.mark.parametrize("torch_npu", ["2.13.0", "2.13.0.post1", ""])
+@pytest.mark.parametrize("torch_npu", [*_versions.TESTED["torch_npu"], "2.13.0.post1", ""])
 def test_tested_versions_do_not_warn(monkeypatch, torch_npu):
     monkeypatch.setattr(_versions, "_warned", False)
     monkeypatch.setattr(_versions, "installed", {"torch": "2.13.0+cpu", "torch_npu": torch_npu}.__getitem__)

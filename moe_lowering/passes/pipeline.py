@@ -20,6 +20,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from moe_lowering import _versions
 from moe_lowering.argument_checks import require_flag, require_instance
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.capturing import is_captured
@@ -75,6 +76,7 @@ class MoeLowering:
         require_instance("MoeLowering", "deployment", deployment, Deployment, "a moe_lowering.Deployment")
         require_flag("MoeLowering", "strict", strict)
         require_flag("MoeLowering", "overlap", overlap)
+        _versions.warn_if_untested()
         self.deployment = deployment.placed()
         self.overlap = overlap
         self.policy = Policy(comm, policy, cost)

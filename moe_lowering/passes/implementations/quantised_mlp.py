@@ -35,6 +35,7 @@ from moe_lowering.vocabulary import EXPERT_FORMATS
 
 _TORCH_NPU_DTYPES = {torch.float16: 5, torch.bfloat16: 15}  # numbers that npu_grouped_matmul's output_dtype takes
 _INT32 = 3
+FLOAT32 = 6  # of torch's numbers of dtypes; not the default of dequant_dtype before torch_npu 2.11, which is 0
 _LOW_HALF = 0xFFFFFFFF
 
 EMITTED = frozenset(made.name for made in EXPERT_FORMATS.values() if made.int8_rows or made.weight_only)
@@ -122,7 +123,7 @@ def _swiglu_quant_call(spec: BlockSpec, deployment: Deployment) -> Call:
     given = {
         "x": rows_of(spec.hidden, torch.int8), "weight": weight.items, "weight_scale": scale.items,
         "x_scale": row_scales(), "group_list": counts_of(spec), "smooth_scale": None, "weight_assist_matrix": None,
-        "bias": None, "dequant_mode": 0, "dequant_dtype": 6, "quant_mode": 0, "quant_dtype": 1, "group_list_type": 1,
+        "bias": None, "dequant_mode": 0, "dequant_dtype": FLOAT32, "quant_mode": 0, "quant_dtype": 1, "group_list_type": 1,
         "x_dtype": None, "weight_dtype": None, "weight_scale_dtype": None, "x_scale_dtype": None,
     }  # fmt: skip
     return call_of("npu_grouped_matmul_swiglu_quant_v2", given, deployment, weight)
@@ -164,7 +165,7 @@ def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts
     if name == FUSED:
         pair = emit.call(
             torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2.default, rows, list(w13), [_as_float32(emit, w13_scale[0])],
-            row_scale, counts, group_list_type=1,
+            row_scale, counts, dequant_dtype=FLOAT32, group_list_type=1,
         )  # fmt: skip
         hidden, row_scale = emit.item(pair, 0), emit.item(pair, 1)
     elif name == DEQUANT:
