@@ -137,6 +137,32 @@ def test_a_quantisation_without_emitter_is_refused(comm: str) -> None:
     assert codes(spec)[comm] == {"block.quantisation"}
 
 
+WEIGHTS = ([torch.zeros(4, 1024, 64)], [torch.zeros(4, 32, 1024)])
+QUANTISED_OPERATORS = sorted(
+    name
+    for name in dir(torch.ops.moe_lowering)
+    for op in [getattr(getattr(torch.ops.moe_lowering, name), "default", None)]
+    if isinstance(op, torch._ops.OpOverload) and "quantisation" in {a.name for a in op._schema.arguments}
+)
+GIVEN = {
+    "x": torch.zeros(4, 1024, dtype=torch.bfloat16), "rows": torch.zeros(4, 1024), "row_scale": torch.zeros(0),
+    "counts": torch.zeros(4, dtype=torch.int64), "ids": torch.zeros(4, 1, dtype=torch.int32), "weights": torch.zeros(4, 1),
+    "w13": WEIGHTS[0], "w2": WEIGHTS[1], "w13_bias": [], "w2_bias": [], "activation": "swiglu", "limit": 0.0, "alpha": 1.702,
+    "interleaved": False, "group": "g", "ep_group": "g", "ep_size": 2, "tp_size": 1, "tp_group": "", "num_experts": 8,
+    "max_tokens": 8, "max_rows": 0, "max_output_size": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUANTISED_OPERATORS)
+def test_every_operator_refuses_an_unknown_quantisation(name: str) -> None:
+    op = getattr(torch.ops.moe_lowering, name).default
+    arguments = {
+        a.name: GIVEN.get(a.name) for a in op._schema.arguments if a.name in GIVEN or not a.has_default_value()
+    }
+    with pytest.raises(ValueError, match=f"{name}: quantisation is '{WORD}'; accepted: "):
+        op(**{**arguments, "quantisation": WORD})
+
+
 def test_and_kernels_and_costs_raise() -> None:
     spec = dataclasses.replace(spec_of(), quantisation=WORD)
     with pytest.raises(ValueError, match=f"quantisation is '{WORD}'"):

@@ -29,6 +29,7 @@ from moe_lowering.custom_ops.fused import (
     check_known,
     check_limit,
     check_mask,
+    check_quantisation,
     check_tokens,
     check_top_k,
     provided,
@@ -65,6 +66,7 @@ def _check(
     swiglu_limit: float,
 ) -> None:
     """Raises for what the real operator refuses, or computes wrongly without a word (facts/vllm_ascend.md 3.2, 3.4)."""
+    check_quantisation(NAME, experts.quantisation)
     quantised = EXPERT_FORMATS[experts.quantisation].quantised
     check_tokens(NAME, x, ids, weights, (torch.bfloat16,) if quantised else HALVES)
     if known(x.shape[1] % 32 != 0):

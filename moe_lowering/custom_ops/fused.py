@@ -119,16 +119,18 @@ def check_local_experts(operator: str, experts: Experts, num_experts: int, ep_si
         )
 
 
+def check_quantisation(operator: str, quantisation: str) -> None:
+    """The word, before anything is looked up by it."""
+    if quantisation not in FORMATS:
+        raise ValueError(f"{operator}: quantisation is {quantisation!r}; accepted: {', '.join(map(repr, FORMATS))}")
+
+
 def check_form(operator: str, experts: Experts, *, lists_only: bool = False) -> None:
     """Whether w13 and w2 are both stacked, or both a list: the kernels take the form of both from w13.
 
     Args:
         lists_only: one matrix for each expert, also for one expert. Without it a list of one holds all experts.
     """
-    if experts.quantisation not in FORMATS:
-        raise ValueError(
-            f"{operator}: quantisation is {experts.quantisation!r}; accepted: {', '.join(repr(f) for f in FORMATS)}"
-        )
     dims = [[w.dim() for w in weights] for weights in (experts.w13, experts.w2)]
     if lists_only:
         if not dims[0] or set(dims[0]) != {2}:

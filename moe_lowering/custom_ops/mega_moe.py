@@ -28,6 +28,7 @@ from moe_lowering.custom_ops.fused import (
     check_limit,
     check_local_experts,
     check_mask,
+    check_quantisation,
     check_tokens,
     check_top_k,
     run_layer,
@@ -75,6 +76,7 @@ def _check(
     """Raises for what the real operator refuses, or does not say that it accepts, but for the sizes of a device."""
     check_tokens(NAME, x, ids, weights, (torch.bfloat16,))
     check_group(NAME, group, ep_size, MOST_RANKS)
+    check_quantisation(NAME, experts.quantisation)
     check_form(NAME, experts, lists_only=True)
     check_local_experts(NAME, experts, num_experts, ep_size)
     check_experts(NAME, experts, x, SCALES)
