@@ -30,6 +30,7 @@ VENDOR_SYMBOL = re.compile(r"(?:cu|nv|nccl)\w+")
 EDITS = {
     "version.py": (r"^(cuda\b.*=).*$", r"\1 None"),
     "backends/cuda/__init__.py": (r"return torch\._C\._has_cuda$", "return False"),
+    "cuda/graphs.py": (r"return _cuda_isCurrentStreamCapturing\(\)$", "return False"),  # asked by dynamo's wrappers
 }
 REQUIREMENT = re.compile(r"Requires-Dist: (?:nvidia-|cuda-|triton)")
 DEVICE_COUNT = "_ZN3c104cuda12device_countEv"
