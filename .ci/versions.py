@@ -25,6 +25,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "versions.md"
 START, END = "<!-- results of make versions -->", "<!-- end of results -->"
+TIMEOUT = 3600  # seconds of one command
 HEAD = "| torch | torch_npu | transformers | tests | commands | date, machine |\n|---|---|---|---|---|---|\n"
 
 # torch -> torch_npu, each the last of its line.
@@ -184,11 +185,22 @@ def install(home: Path, torch: str, torch_npu: str) -> str:
 
 
 def run(*command: str, log: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run in the project with its sources first; output and errors together, also in ``log``."""
+    """Run in the project with its sources first; output and errors together, also in ``log``. A hang ends with code 124."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MOE_LOWERING_SEED": os.environ.get("MOE_LOWERING_SEED", "1")}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT,
+        )
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout or b""
+        text = said if isinstance(said, str) else said.decode(errors="replace")
+        done = subprocess.CompletedProcess(command, 124, f"{text}\nno end after {TIMEOUT} s")
     if log is not None:
         log.write_text(done.stdout)
     return done

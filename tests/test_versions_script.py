@@ -70,6 +70,13 @@ def test_counts_are_read_from_the_last_line(output, said):
     assert versions.summary(output) == said
 
 
+def test_a_command_that_hangs_is_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(versions, "TIMEOUT", 1)
+    done = versions.run(sys.executable, "-u", "-c", "import time; print('begun'); time.sleep(60)", log=tmp_path / "log")
+    assert done.returncode == 124 and done.stdout == "begun\n\nno end after 1 s" == (tmp_path / "log").read_text()
+    assert versions.run(sys.executable, "-c", "print(1)").returncode == 0
+
+
 def test_rows_that_were_not_run_stay():
     page = f"a\n{versions.START}\n{versions.END}\nb\n"
     page = versions.updated(page, {"2.14.0": "| 2.14.0 | old |"})
@@ -90,6 +97,8 @@ def _torch_of_c(tmp_path: Path, cuda: str) -> Path:
     (torch / "version.py").write_text(f"cuda: str | None = {cuda!r}\n")
     (torch / "backends/cuda").mkdir(parents=True)
     (torch / "backends/cuda/__init__.py").write_text("def is_built():\n    return torch._C._has_cuda\n")
+    (torch / "cuda").mkdir()
+    (torch / "cuda/graphs.py").write_text("def is_capturing():\n    return _cuda_isCurrentStreamCapturing()\n")
     (tmp_path / "torch-2.11.0.dist-info").mkdir()
     (tmp_path / "torch-2.11.0.dist-info/METADATA").write_text("Requires-Dist: sympy\nRequires-Dist: nvidia-cublas==1\n")
     sources = {
@@ -125,6 +134,7 @@ def test_libraries_of_cuda_are_replaced(tmp_path):
     assert abort.returncode == -6 and b"CUDA stand-in: _ZN1aEv was called" in abort.stderr
     assert (torch / "version.py").read_text() == "cuda: str | None = None\n"
     assert "return False" in (torch / "backends/cuda/__init__.py").read_text()
+    assert "return False" in (torch / "cuda/graphs.py").read_text()
     assert (tmp_path / "torch-2.11.0.dist-info/METADATA").read_text() == "Requires-Dist: sympy\n"
     assert standins.replace_libraries(torch) == []
 
