@@ -286,9 +286,7 @@ class Deployment:
 
     def own_experts(self, num_experts: int) -> slice:
         """The routed experts of ``num_experts`` that this rank holds; none on a shared-expert rank."""
-        local = num_experts // self.routed_ranks
-        first = (self.own_rank("ep") - self.shared_expert_ranks) * local
-        return slice(0, 0) if self.on_shared_rank else slice(first, first + local)
+        return experts_of_rank(num_experts, self.own_rank("ep"), self.ep_size, self.shared_expert_ranks)
 
     @property
     def hccl_buffer_bytes(self) -> int:
@@ -324,6 +322,13 @@ class Deployment:
     def digest(self) -> str:
         """SHA-256 (hex) of the rank-invariant fields."""
         return hashlib.sha256(json.dumps(self.invariant_fields(), sort_keys=True).encode()).hexdigest()
+
+
+def experts_of_rank(num_experts: int, ep_rank: int, ep_size: int, shared_expert_ranks: int) -> slice:
+    """The routed experts that an EP rank holds: an equal part of them on each but the first ``shared_expert_ranks``."""
+    local = num_experts // (ep_size - shared_expert_ranks)
+    first = (ep_rank - shared_expert_ranks) * local
+    return slice(0, 0) if ep_rank < shared_expert_ranks else slice(first, first + local)
 
 
 def _one_of(name: str, value: str, accepted: Collection[str]) -> None:

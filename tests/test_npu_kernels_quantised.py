@@ -130,12 +130,19 @@ def test_matmul_swiglu_quant(dtype: torch.dtype) -> None:
     assert offset.isnan()
 
 
+FLOAT32_SCALES = {"dequant_dtype": 6}  # the default since torch_npu 2.11
+
+
 @pytest.mark.parametrize(("groups", "kind"), [([2, 2, 5], 0), ([2, 0, 3], 1)])
 def test_matmul_swiglu_quant_v2(groups: list[int], kind: int) -> None:
     a = fused_arguments()
     lists = {**a, "weight": [a["weight"]], "weight_scale": [a["weight_scale"]]}
     values, scale = like_meta(
-        npu.npu_grouped_matmul_swiglu_quant_v2, **lists, group_list=torch.tensor(groups), group_list_type=kind
+        npu.npu_grouped_matmul_swiglu_quant_v2,
+        **lists,
+        **FLOAT32_SCALES,
+        group_list=torch.tensor(groups),
+        group_list_type=kind,
     )
     assert_quantised(values[:5], scale[:5], fused_reference(a))
     assert_undefined(values[5:], scale[5:])
@@ -201,7 +208,7 @@ def test_matmul_swiglu_quant_refuses(changes: dict[str, Any], code: str) -> None
     ],
 )
 def test_matmul_swiglu_quant_v2_refuses(changes: dict[str, Any], code: str) -> None:
-    a = {**FUSED, **changes}
+    a = {**FUSED, **FLOAT32_SCALES, **changes}
     with pytest.raises(ValueError, match=code):
         npu.npu_grouped_matmul_swiglu_quant_v2(
             **{**a, "weight": [a["weight"]], "weight_scale": [a["weight_scale"]]},
@@ -211,7 +218,7 @@ def test_matmul_swiglu_quant_v2_refuses(changes: dict[str, Any], code: str) -> N
 def test_each_soc_has_its_fused_operator(on_soc: Callable[[str], None]) -> None:
     a = {**FUSED, "weight": [FUSED["weight"]], "weight_scale": [FUSED["weight_scale"].bfloat16()]}
     on_soc("A5")
-    npu.npu_grouped_matmul_swiglu_quant_v2(**a)
+    npu.npu_grouped_matmul_swiglu_quant_v2(**a, **FLOAT32_SCALES)
     with pytest.raises(ValueError, match="dequant_dtype is 15; the CPU kernel computes only: 6"):
         npu.npu_grouped_matmul_swiglu_quant_v2(**a, dequant_dtype=15)
     with pytest.raises(ValueError, match=r"gmm_swiglu_quant\.soc"):
