@@ -19,6 +19,7 @@ import importlib
 import importlib.util
 import io
 import os
+import re
 import threading
 from collections.abc import Iterator
 
@@ -32,8 +33,8 @@ __all__ = ["SimulatorError", "enable", "enable_device", "is_enabled", "soc"]
 # What torch_npu (numpy, yaml) and npugraph_ex (packaging) import and the wheel does not declare.
 REQUIRED = {"torch": "torch", "torch_npu": "torch-npu", "numpy": "numpy", "yaml": "pyyaml", "packaging": "packaging"}
 
-# Printed by torch_npu's _cann_package_check on every machine without CANN.
-EXPECTED_NOISE = "Warning: ASCEND_HOME_PATH environment variable is not set."
+# Printed by torch_npu's _cann_package_check on every machine without CANN; 2.10 writes "Warning :".
+EXPECTED_NOISE = re.compile(r"Warning ?: ASCEND_HOME_PATH environment variable is not set\.")
 
 _lock = threading.RLock()
 _loaded: str | None = None  # the SoC that the libraries in this process stand in for; they cannot be unloaded
@@ -164,5 +165,5 @@ def _without_noise() -> Iterator[None]:
             yield
     finally:
         for line in held.getvalue().splitlines():
-            if line.strip() != EXPECTED_NOISE:
+            if not EXPECTED_NOISE.fullmatch(line.strip()):
                 print(line)
