@@ -15,7 +15,6 @@ class Soc:
 
     Attributes:
         name: as a ``Deployment`` has it.
-        product: what its boards are sold as.
         runtime_name: one name that ``aclrtGetSocName`` returns for it, which the simulator's does.
         runtime_pattern: all of them, a regular expression. torch_npu 2.13 knows the names (SocVersion in libtorch_npu.so);
             its Ascend910B without a number is the first 910, which has no MC2.
@@ -30,7 +29,6 @@ class Soc:
     """
 
     name: str
-    product: str
     runtime_name: str
     runtime_pattern: str
     device_types: tuple[str, ...]
@@ -48,7 +46,6 @@ SOCS = {
     for soc in (
         Soc(
             "A2",
-            "910B",
             "Ascend910B3",
             r"Ascend910B\d.*",
             ("A2",),
@@ -61,7 +58,6 @@ SOCS = {
         ),
         Soc(
             "A3",
-            "910C",
             "Ascend910_9391",
             r"Ascend910_93\d\d.*",
             ("A3",),
@@ -73,7 +69,6 @@ SOCS = {
         ),
         Soc(
             "A5",
-            "950",
             "Ascend950DT_9591",
             r"Ascend950(DT|PR)_.*",
             ("A5",),
@@ -82,7 +77,6 @@ SOCS = {
             memory=1540.0,
         ),
         Soc(
-            "310P",
             "310P",
             "Ascend310P3",
             r"Ascend310P\d.*",
@@ -158,11 +152,10 @@ EXPERT_FORMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """A gated activation of ``grouped_mlp``. ``clamped``: it has a ``limit``; ``scaled``: it has an ``alpha``."""
+    """A gated activation of ``grouped_mlp``. ``clamped``: it has a ``limit``."""
 
     name: str
     clamped: bool = False
-    scaled: bool = False
 
 
 ACTIVATIONS = {
@@ -170,7 +163,7 @@ ACTIVATIONS = {
     for made in (
         Activation("swiglu"),
         Activation("swiglu_clamp", clamped=True),
-        Activation("swiglu_oai", clamped=True, scaled=True),
+        Activation("swiglu_oai", clamped=True),
         Activation("gelu"),
         Activation("gelu_tanh"),
     )

@@ -6,7 +6,9 @@ Each vocabulary gets a word that nothing but the vocabulary knows, as a maintain
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from graph_build import build, text
 from graph_cases import BlockCase, GraphCase, RouteCase
 
 from moe_lowering import Deployment, MoeLowering
-from moe_lowering.custom_ops import grouped_mlp, npu_grouped_mlp, quantised, route
+from moe_lowering.custom_ops import fused, grouped_mlp, npu_grouped_mlp, quantised, route
 from moe_lowering.limits import Prover, load
 from moe_lowering.passes import choosing, costs, raising
 from moe_lowering.passes.blocks import BlockSpec
@@ -29,7 +31,9 @@ from moe_lowering.vocabulary import (
     ACTIVATIONS,
     COMMS,
     EXPERT_FORMATS,
+    FUSED_MODES,
     GUARDS,
+    IMPLEMENTATION_FORMS,
     MODES,
     POLICIES,
     SOCS,
@@ -74,6 +78,7 @@ def test_the_case_is_legal_for_all() -> None:
 def test_every_activation_has_an_emitter() -> None:
     assert set(ACTIVATIONS) == activation.EMITTED
     assert {"none", *quantised_mlp.EMITTED} == set(EXPERT_FORMATS)
+    assert grouped_mlp._COMPUTED == npu_grouped_mlp._COMPUTED == set(EXPERT_FORMATS)
 
 
 @pytest.fixture
@@ -135,6 +140,49 @@ def test_kernels_know_their_words(word: str) -> None:
 def test_a_quantisation_without_emitter_is_refused(comm: str) -> None:
     spec = dataclasses.replace(spec_of(), quantisation=WORD)
     assert codes(spec)[comm] == {"block.quantisation"}
+
+
+# A maintainer's first step: a record, like that of a format that is known, and nothing else.
+LIKE_OTHERS = [name for name, made in EXPERT_FORMATS.items() if made.quantised]
+
+
+@pytest.fixture(params=LIKE_OTHERS)
+def new_format(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(EXPERT_FORMATS, WORD, dataclasses.replace(EXPERT_FORMATS[request.param], name=WORD))
+    return WORD
+
+
+@pytest.mark.parametrize("comm", IMPLEMENTATIONS)
+def test_a_format_with_a_record_alone_is_refused(new_format: str, comm: str) -> None:
+    spec = dataclasses.replace(spec_of(), quantisation=new_format)
+    assert ("fused.quantisation" if comm == "fused_mc2" else "block.quantisation") in codes(spec)[comm]
+
+
+def test_and_by_emitters_kernels_and_fused_operators(new_format: str) -> None:
+    built, spec = build(CASE), dataclasses.replace(spec_of(), quantisation=new_format)
+    (block,), _, _ = find_blocks(built.gm.graph)
+    block = dataclasses.replace(block, spec=spec)
+    with pytest.raises(ValueError, match=f"quantised_mlp: quantisation is '{WORD}'"):
+        quantised_mlp.emit(None, block, block.dispatch, None, block.dispatch, CAPABLE)
+    for gate in (npu_grouped_mlp.npu_grouped_mlp, grouped_mlp._cpu):
+        with pytest.raises(ValueError, match=f"quantisation is '{WORD}'"), mock.patch.object(grouped_mlp, "_check"):
+            nothing = torch.empty(0)
+            gate(
+                nothing, nothing, nothing, [], [], [], [], "swiglu", 0.0, 1.0, False, WORD, *[None] * 6, torch.bfloat16
+            )
+    with pytest.raises(ValueError, match=f"quantisation is '{WORD}'"):
+        fused.check_quantisation("operator", WORD)
+
+
+def test_the_vocabulary_has_the_forms_of_each_implementation() -> None:
+    for name, implementation in IMPLEMENTATIONS.items():
+        deployments = (
+            CAPABLE.replace(capture=capture, fused_mode=mode, providers=providers)
+            for capture, mode in itertools.product((True, False), FUSED_MODES)
+            for providers in (CAPABLE.providers, (("cann_ops_transformer", "9.2.0"),))
+        )
+        forms = {form.name for d in deployments for form in (*implementation.forms(d), *implementation.ruled_out(d))}
+        assert forms == set(IMPLEMENTATION_FORMS[name])
 
 
 WEIGHTS = ([torch.zeros(4, 1024, 64)], [torch.zeros(4, 32, 1024)])

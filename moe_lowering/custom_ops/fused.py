@@ -28,7 +28,7 @@ from moe_lowering.custom_ops.sizes import differ, known, show, unify
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 HALVES = (torch.float16, torch.bfloat16)
-FORMATS = tuple(made.name for made in EXPERT_FORMATS.values() if not made.weight_only)
+FORMATS = ("none", "w8a8", "w4a8")  # those that the fused operators compute
 Tensors = Sequence[Tensor]
 
 

@@ -46,6 +46,7 @@ QUANTISERS = {  # and the formats that have them
     "offset": tuple(made.name for made in EXPERT_FORMATS.values() if made.has_offset),
     "scale_bias": tuple(made.name for made in EXPERT_FORMATS.values() if made.has_scale_bias),
 }
+_COMPUTED = frozenset({"none", "w8a8", "w4a8", "w4a16"})  # the formats that _cpu knows; not what the vocabulary has
 CHUNK = (
     2**17
 )  # elements of a 16-bit activation that are worked on at a time, so that their float32 copies stay in cache
@@ -248,6 +249,8 @@ def _cpu(
         raise ValueError(
             f"grouped_mlp: counts is {numbers}, {used} in all; accepted: 0 or more each, at most R = {rows.shape[0]}"
         )
+    if quantisation not in _COMPUTED:
+        raise ValueError(f"grouped_mlp: quantisation is {quantisation!r}, which has no kernel")
     form = EXPERT_FORMATS[quantisation]
     if form.int8_rows:
         out = _int8_rows(rows[:used], row_scale[:used], numbers, w13, w2, stored, gate)

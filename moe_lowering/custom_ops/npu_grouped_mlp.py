@@ -23,9 +23,9 @@ from moe_lowering.custom_ops.fused import wide_scale
 from moe_lowering.custom_ops.grouped_mlp import activate
 from moe_lowering.custom_ops.quantised import float_scale
 from moe_lowering.vocabulary import EXPERT_FORMATS
-from moe_lowering.words import look_up
 
 Tensors = Sequence[Tensor]
+_COMPUTED = frozenset({"none", "w8a8", "w4a8", "w4a16"})  # the formats with calls below; not what the vocabulary has
 OUTPUT_DTYPES = {torch.float16: 5, torch.bfloat16: 15}  # numbers that npu_grouped_matmul's output_dtype takes
 # By the dtype of weights that are not quantised.
 BIAS_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float16, torch.float32: torch.float32}
@@ -64,7 +64,9 @@ def npu_grouped_mlp(
             return torch.ops.npu.npu_swiglu(hidden, -1)
         return activate(hidden, activation, limit, alpha, interleaved, torch.float32).to(dtype)
 
-    form = look_up(EXPERT_FORMATS, quantisation, "grouped_mlp: quantisation")
+    if quantisation not in _COMPUTED:
+        raise ValueError(f"grouped_mlp: quantisation is {quantisation!r}, which has no operators on a device")
+    form = EXPERT_FORMATS[quantisation]
     if not form.quantised:
         hidden = gated(_matmul(rows, counts, w13, bias=_biases(w13, w13_bias, experts)))
         return _matmul(hidden, counts, w2, bias=_biases(w2, w2_bias, experts))

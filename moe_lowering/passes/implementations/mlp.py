@@ -18,7 +18,6 @@ from moe_lowering.passes.implementations.activation import EMITTED, activation_c
 from moe_lowering.passes.implementations.base import Call
 from moe_lowering.passes.implementations.matmul_calls import matmul_call
 from moe_lowering.passes.operands import Operand, Operands
-from moe_lowering.vocabulary import EXPERT_FORMATS
 
 # bfloat16 inputs take a float32 bias; others a bias of their own dtype (facts/cann_ops.md §1.4, aclnnGroupedMatmulV4)
 _BIAS_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float16, torch.float32: torch.float32}
@@ -44,10 +43,8 @@ def mlp_calls(
 
 def _words(spec: BlockSpec) -> Call:
     """Whether there is an emitter for the block's words: rules of ``grouped_mlp``, which makes no call itself."""
-    quantised = spec.quantisation in EXPERT_FORMATS and (
-        not spec.format.quantised or spec.quantisation in quantised_mlp.EMITTED
-    )
-    return Call("grouped_mlp", {"activation_is_known": spec.activation in EMITTED, "quantisation_is_known": quantised})
+    known = spec.quantisation == "none" or spec.quantisation in quantised_mlp.EMITTED
+    return Call("grouped_mlp", {"activation_is_known": spec.activation in EMITTED, "quantisation_is_known": known})
 
 
 def _biases(spec: BlockSpec, bias: Operands) -> list[Operand] | None:

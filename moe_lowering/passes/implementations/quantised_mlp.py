@@ -31,14 +31,13 @@ from moe_lowering.passes.implementations.matmul_calls import call_of, counts_of,
 from moe_lowering.passes.implementations.tensor_parallel import Share
 from moe_lowering.passes.operands import Operands
 from moe_lowering.passes.quantities import expert_quantities
-from moe_lowering.vocabulary import EXPERT_FORMATS
 
 _TORCH_NPU_DTYPES = {torch.float16: 5, torch.bfloat16: 15}  # numbers that npu_grouped_matmul's output_dtype takes
 _INT32 = 3
 FLOAT32 = 6  # of torch's numbers of dtypes; not the default of dequant_dtype before torch_npu 2.11, which is 0
 _LOW_HALF = 0xFFFFFFFF
 
-EMITTED = frozenset(made.name for made in EXPERT_FORMATS.values() if made.int8_rows or made.weight_only)
+EMITTED = frozenset({"w8a8", "w4a8", "w4a16"})  # the formats that this file has calls for; not what the vocabulary has
 FUSED, DEQUANT, PLAIN = "fused", "dequant", "plain"  # the chains, in order of preference
 
 
@@ -151,14 +150,14 @@ def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts
     spec = block.spec
     w13, w2, _, _ = block.experts
     w13_scale, w2_scale, w13_offset, w2_offset, w13_bias, w2_bias = block.quantisers
+    if spec.quantisation not in EMITTED:
+        raise ValueError(
+            f"quantised_mlp: quantisation is {spec.quantisation!r}; accepted: {', '.join(sorted(EMITTED))}"
+        )
     if spec.format.weight_only:
         hidden = _antiquant_matmul(emit, rows, w13, w13_scale, w13_offset, counts)
         hidden = emit_activation(emit, hidden, spec, deployment.soc)
         return _antiquant_matmul(emit, hidden, w2, w2_scale, w2_offset, counts)
-    if not spec.format.int8_rows:
-        raise ValueError(
-            f"quantised_mlp: quantisation is {spec.quantisation!r}; accepted: {', '.join(sorted(EMITTED))}"
-        )
     if row_scale is None:
         rows, row_scale = _quantise(emit, rows)
     name = chain(spec, deployment)
