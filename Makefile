@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast property lint bench setup clean
+.PHONY: demo test test-fast property lint bench costs setup clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -34,6 +34,10 @@ demo: $(READY)
 # BENCH="--quick", "--json": see benchmarks/bench_pass.py
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_pass.py $(BENCH)
+
+# kernels and bytes of a lowered layer, no device needed; COSTS="--write" renews docs/costs.md
+costs: $(READY)
+	$(BIN)/python benchmarks/costs.py $(COSTS)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -147,7 +147,9 @@ class Emitter:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with self._fake_mode:
             value = node.target(*args, **kwargs)  # type: ignore[operator]
-        if args and value is args[0] and isinstance(value, FakeTensor):  # written in place: the same memory, a value of its own
+        if (
+            args and value is args[0] and isinstance(value, FakeTensor)
+        ):  # written in place: the same memory, a value of its own
             return Template.of(value).view(value)
         return value
 

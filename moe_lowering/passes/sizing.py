@@ -41,7 +41,9 @@ def block_sizes(spec: BlockSpec, deployment: Deployment, comm: str, judgement: J
     received = given["received"]
     if comm == "alltoall" and spec.max_rows and form != STATIC.name:
         received = torch.sym_min(received, spec.max_rows)  # type: ignore[no-untyped-call]
-    lines = {STATIC.name: given["max_tokens"], BUFFERS.name: capacity(judgement.tokens, spec)} if comm == "alltoall" else {}
+    lines = (
+        {STATIC.name: given["max_tokens"], BUFFERS.name: capacity(judgement.tokens, spec)} if comm == "alltoall" else {}
+    )
     return Sizes(
         tokens=size(judgement.tokens),
         low=low or 0,

@@ -31,9 +31,14 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.emitting import Emitter, aten
 from moe_lowering.passes.implementations import alltoall_exact
-from moe_lowering.passes.implementations.alltoall_buffers import BUFFERS, line_bytes, mib
+from moe_lowering.passes.implementations.alltoall_buffers import BUFFERS, mib
 from moe_lowering.passes.implementations.base import Call, Form, Implementation, Replacement
-from moe_lowering.passes.implementations.gathered import Partial, emit_partial, gathered_calls
+from moe_lowering.passes.implementations.gathered import (
+    Partial,
+    emit_partial,
+    gathered_bytes,
+    gathered_calls,
+)
 from moe_lowering.passes.implementations.tensor_parallel import first_tokens, gather, share
 
 c10d = torch.ops._c10d_functional
@@ -65,18 +70,15 @@ def _bring_home(emit: Emitter, spec: BlockSpec, partial: Partial, deployment: De
 
 
 def _note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
-    """What equal splits cost, for the report: what one rank sends to another one, all in all, and what of it is needed."""
-    there, back = line_bytes(spec)
-    lines, own = spec.ep_size * share(spec.max_tokens or tokens, spec), share(tokens, spec)
-    there += spec.top_k * _ROUTING_BYTES
+    """What equal splits cost, for the report: what one rank gets of all and sends back to all, and what is its own."""
+    there, back = gathered_bytes(spec, deployment), spec.hidden * int(spec.dtype.itemsize)
+    own = share(spec.max_tokens or tokens, spec)
+    lines = spec.ep_size * own
     return (
         f"equal splits send every token to every rank, as AllGather does: {mib(lines * there)} per rank to the experts "
-        f"and {mib(lines * back)} back at {tokens} tokens ({mib(own * back)} are results of one rank); exact splits, "
-        "without capture, send only the rows that are needed"
+        f"and {mib(lines * back)} back at {tokens} tokens, of which {mib(own * there)} and {mib(own * back)} are its own"
     )
 
-
-_ROUTING_BYTES = 4 + 4  # of one choice: an int32 id and a float32 weight
 
 STATIC = Form("static", _calls, _emit, _note)
 

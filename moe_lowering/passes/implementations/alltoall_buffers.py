@@ -1,4 +1,5 @@
-"""AllToAll with equal splits by row, where ``max_rows`` is few: every rank sends every other one a buffer of the same size, so nothing is sized by data.
+"""AllToAll with equal splits by row, where ``max_rows`` is few: every rank sends every other one a buffer of the same
+size, so nothing is sized by data.
 
     init_routing_v2 (sort by expert) > fill the buffers > all_to_all(counts), all_to_all(rows) > init_routing_v2 (sort
     by local expert) > MLP > back to the order of arrival > all_to_all > token_unpermute
@@ -28,6 +29,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.emitting import Emitter, aten
 from moe_lowering.passes.implementations.base import Call, Form, Replacement
+from moe_lowering.passes.implementations.gathered import gathered_bytes
 from moe_lowering.passes.implementations.mc2 import zero_masked
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
 from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens
@@ -45,11 +47,11 @@ def capacity(tokens: Any, spec: BlockSpec) -> Any:
 
 def padding_note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
     """What equal splits cost, for the report: what one rank sends, with scales and counts, and what AllGather moves."""
-    there, back = line_bytes(spec)
+    there, back = _line_bytes(spec)
     lines, own = spec.ep_size * int(capacity(tokens, spec)), share(tokens, spec) * spec.top_k
     sent = lines * there + spec.experts * _COUNT_BYTES, lines * back
     gathered = spec.ep_size * share(spec.max_tokens or tokens, spec)
-    other = gathered * (there + spec.top_k * _ROUTING_BYTES), gathered * back
+    other = gathered * gathered_bytes(spec, deployment), gathered * back
     return (
         f"equal splits send {mib(sent[0])} per rank to the experts and {mib(sent[1])} back at {tokens} tokens, of which "
         f"{mib(own * there)} and {mib(own * back)} are rows; AllGather moves {mib(other[0])} and {mib(other[1])}"
@@ -62,11 +64,10 @@ def padding_note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
 
 
 _COUNT_BYTES = 8  # of an expert's count, int64
-_ROUTING_BYTES = 4 + 4  # of one choice, which AllGather sends along: an int32 id and a float32 weight
 _SCALE_BYTES = 4  # of an int8 row, float32
 
 
-def line_bytes(spec: BlockSpec) -> tuple[int, int]:
+def _line_bytes(spec: BlockSpec) -> tuple[int, int]:
     """Bytes of one line to the experts, where it may be int8 with a scale, and back, in the block's dtype."""
     back = spec.hidden * int(spec.dtype.itemsize)
     return (spec.hidden + _SCALE_BYTES if spec.quantisation in ("w8a8", "w4a8") else back), back
@@ -210,7 +211,9 @@ class _Exchange:
         fits = emit.call(aten.lt.Scalar, line, outbox.capacity)
         fits = emit.call(aten.reshape.default, fits, [-1, self.spec.top_k])
         value = weights.meta["val"]
-        nan = emit.constant(aten.full.default, [], float("nan"), dtype=value.dtype, device=value.device, pin_memory=False)
+        nan = emit.constant(
+            aten.full.default, [], float("nan"), dtype=value.dtype, device=value.device, pin_memory=False
+        )
         return emit.call(aten.where.self, fits, weights, nan)
 
 

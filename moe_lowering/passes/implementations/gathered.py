@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from moe_lowering.custom_ops.quantised import INT8_ROWS
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.emitting import Emitter, aten
@@ -66,13 +67,29 @@ class Partial:
 
 def gathered_calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
     """The calls that ``emit_partial`` makes for a block."""
-    quantised = spec.quantised_input or spec.quantisation in ("w8a8", "w4a8")
+    quantised = spec.quantised_input or spec.quantisation in INT8_ROWS
     arriving = {"x_dtype": "int8", "scale_dtype": "float32", "scale_dims": 1} if quantised else {"scale_dtype": None}
     return (
         Call("npu_moe_init_routing_v2", {**arriving, "quant_mode": -1, "has_offset": False}),
         *mlp_calls(spec, deployment, spec.quantised_input),
         *combine_calls(spec, deployment),
     )
+
+
+def gathered_bytes(spec: BlockSpec, deployment: Deployment) -> int:
+    """Bytes of one token as it is gathered: x, its scale, ids and weights."""
+    quantised = spec.quantised_input or spec.quantisation in INT8_ROWS
+    row = spec.hidden + _SCALE_BYTES if quantised else spec.hidden * int(spec.dtype.itemsize)
+    weight = _BITS if _travel_packed(spec) else weights_dtype(spec, deployment).itemsize
+    return row + spec.top_k * (_BITS + weight)
+
+
+_BITS = _SCALE_BYTES = 4  # of an id in int32; of a weight, and of a scale, in float32
+
+
+def _travel_packed(spec: BlockSpec) -> bool:
+    """Whether ids, weights and scales travel as columns of one tensor."""
+    return spec.quantised_input or spec.quantisation in INT8_ROWS or spec.has_mask or spec.max_tokens > 0
 
 
 def emit_partial(block: Block, emit: Emitter, deployment: Deployment) -> Partial:
@@ -104,10 +121,10 @@ def _gather(emit: Emitter, block: Block, deployment: Deployment) -> tuple[Tokens
     own, dtype = emit.size(x, 0), weights_dtype(spec, deployment)
     if spec.ep_size == 1:
         return _cast(emit, tokens if mask is None else _masked(emit, tokens, mask, spec), dtype), own
-    if scale is None and mask is None and not spec.max_tokens:
-        tokens = _cast(emit, tokens, dtype)  # before they are copied to every rank
-        return Tokens(*(_all_gather(emit, n, spec) for n in (x,)), None, _all_gather(emit, tokens.ids, spec),
-                      _all_gather(emit, tokens.weights, spec)), own  # fmt: skip
+    if not _travel_packed(spec):
+        weights = emit.cast(tokens.weights, dtype)  # before they are copied to every rank
+        parts = [_all_gather(emit, node, spec) for node in (x, tokens.ids, weights)]
+        return Tokens(parts[0], None, *parts[1:]), own
     columns = _pack(emit, tokens)
     if mask is not None:
         columns = emit.call(aten.where.self, mask, columns, _nothing(emit, columns, spec))
