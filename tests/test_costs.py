@@ -30,7 +30,7 @@ def test_the_page_has_the_table(rows):
     page = costs.PAGE.read_text("utf-8")
     assert costs.table(rows) in page
     assert costs.page(rows, page) == page
-    assert costs.table(rows[:-1] + [costs.Row(1, "none", "x", Cost(1), Cost())]) not in page
+    assert costs.table([*rows[:-1], costs.Row(1, "none", "x", Cost(1), Cost())]) not in page
 
 
 KERNELS = {"allgather": 14, "alltoall": 20, "mc2": 5, "fused_mc2": 1}
@@ -134,5 +134,7 @@ def test_a_reshape_that_copies_is_a_kernel():
 
 def test_a_size_that_is_not_known_is_an_error():
     (node,) = built([X], lambda e, x: e.call(aten.neg.default, x), symbolic=True)
-    with pytest.raises(ValueError, match=r"node_cost: neg_default has a tensor of shape .*; accepted: sizes that are known"):
+    with pytest.raises(
+        ValueError, match=r"node_cost: neg_default has a tensor of shape .*; accepted: sizes that are known"
+    ):
         node_cost(node)

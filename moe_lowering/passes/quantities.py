@@ -40,8 +40,13 @@ def _padded(spec: BlockSpec, tokens: Any, prover: Prover) -> bool:
     return tp > 1 and not prover.equal(tokens, tokens // tp * tp)
 
 
-def _buffers_are_shorter(spec: BlockSpec, most: int) -> bool:
-    """Whether ``max_rows`` is less than the rows that a rank may have for another one, or may be (``most`` 0: no bound)."""
+def _buffers_are_shorter(spec: BlockSpec, deployment: Deployment, most: int) -> bool:
+    """Whether ``max_rows`` is less than the rows that a rank may have for another one, or may be (``most`` 0: no bound).
+
+    Not in GE mode where T varies: torchair converts no minimum of sizes.
+    """
+    if deployment.mode == "ge" and not spec.max_tokens and not isinstance(spec.tokens, int):
+        return False
     return bool(spec.max_rows) and (not most or spec.max_rows < most * min(spec.top_k, spec.local_experts))
 
 
@@ -106,7 +111,7 @@ def block_quantities(
         "received": spec.ep_size * most * min(spec.top_k, spec.local_experts),
         "most_tokens": most_tokens(spec, tokens, prover),
         "max_rows": spec.max_rows,
-        "buffers_are_shorter": _buffers_are_shorter(spec, most_tokens(spec, tokens, prover)),
+        "buffers_are_shorter": _buffers_are_shorter(spec, deployment, most_tokens(spec, tokens, prover)),
         "max_output_size": max_output_size(spec, deployment, tokens, prover),
         "deployment_ep_size": deployment.ep_size,
         "deployment_ep_group": deployment.ep_group,
