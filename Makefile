@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast property lint bench versions provider setup clean
+.PHONY: demo test test-fast property lint bench costs versions provider setup clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -42,6 +42,10 @@ bench: $(READY)
 # VERSIONS="2.10 2.14" selects pairs of torch and torch_npu; results go into docs/versions.md
 versions:
 	$(PYTHON) .ci/versions.py $(VERSIONS)
+
+# kernels and bytes of a lowered layer, no device needed; COSTS="--write" renews docs/costs.md
+costs: $(READY)
+	$(BIN)/python benchmarks/costs.py $(COSTS)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

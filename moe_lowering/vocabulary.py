@@ -172,7 +172,7 @@ ACTIVATIONS = {
 # Implementations, and the forms in which each is written down (``passes/implementations``), in the order of reports.
 IMPLEMENTATION_FORMS = {
     "allgather": ("allgather",),
-    "alltoall": ("static", "exact"),
+    "alltoall": ("static", "buffers", "exact"),
     "mc2": ("mc2",),
     "fused_mc2": ("dispatch_ffn_combine", "mega_moe", "dispatch_gmm_combine_decode"),
 }

@@ -42,18 +42,27 @@ def inferred(node) -> bool:
     return '"shape"' in node.attributes.get("_inference_rule", "")
 
 
-def combined(graph: GeGraph, y: str):
-    """(the node that selects each token's rows, the edge of its weights) of: select, multiply in float32, sum over k."""
+def combined(graph: GeGraph, y: str, absent: str = ""):
+    """(the node that selects each token's rows, the edge of its weights) of: select, multiply in float32, sum over k.
+
+    ``absent`` is the row index where it may be -1: what was selected then is set to zero.
+    """
     total = graph.producer(graph.origin(y))
     assert total.type == "ReduceSum" and graph.dtype(total.edge("x")) == "DT_FLOAT"
     product = graph.producer(graph.origin(total.edge("x")))
     assert product.type == "Mul" and {graph.dtype(product.edge(n)) for n in ("x1", "x2")} == {"DT_FLOAT"}
     selected = graph.producer(graph.origin(product.edge("x1")))
+    if absent:
+        assert selected.type == "MaskedFill"
+        compared = graph.producer(graph.origin(selected.edge("mask")))
+        assert compared.type == "Less" and graph.origin(compared.edge("x1")) == absent
+        selected = graph.producer(graph.origin(selected.edge("x")))
     assert selected.type in ("GatherV2", "Gather")
     return selected, product.edge("x2")
 
 
-def allgather(graph: GeGraph, deployment, experts: int, top_k: int) -> None:
+def gathered(graph: GeGraph, deployment, experts: int, top_k: int, y: str) -> None:
+    """Tokens of all ranks > rows of this rank's experts > MLP > ``y``, the sums over these experts."""
     routing, gating = one(graph, "MoeInitRoutingV3"), one(graph, "MoeGatingTopK")
     local = experts // deployment.ep_size
     first = deployment.ep_rank * local
@@ -71,20 +80,35 @@ def allgather(graph: GeGraph, deployment, experts: int, top_k: int) -> None:
             assert group_text(deployment) in gather.attributes["group"]
         assert ids in {gather.edge("x") for gather in gathers}
         assert graph.producer(graph.origin(routing.edge("expert_idx"))).edge("x") == ids
+    else:
+        assert routing.edge("expert_idx") == ids
+    index = routing.output("expanded_row_idx")
+    selected, _ = combined(graph, y, index if deployment.ep_size > 1 else "")
+    assert index in _edges_behind(graph, selected.edge("indices"))
+    counts = routing.output("expert_tokens_count_or_cumsum")
+    matmuls(graph, routing.output("expanded_x"), counts, graph.origin(selected.edge("x")))
+
+
+def allgather(graph: GeGraph, deployment, experts: int, top_k: int) -> None:
+    y = one(graph, "NetOutput").inputs[0][1]
+    if deployment.ep_size > 1:
         scatter = one(graph, "HcomReduceScatter")
         attributes(scatter, rank_size=deployment.ep_size, reduction="sum")
         assert group_text(deployment) in scatter.attributes["group"]
         y = scatter.edge("x")
-    else:
-        assert routing.edge("expert_idx") == ids
-        y = one(graph, "NetOutput").inputs[0][1]
-    selected, _ = combined(graph, y)
-    rows = selected.edge("x")
-    if deployment.ep_size > 1:  # undefined rows are zero first
-        assert graph.producer(rows).type == "SelectV2"
-        rows = graph.producer(rows).edge("then")
-    assert routing.name in graph.ancestors(graph.producer(selected.edge("indices")).name) | {routing.name}
-    matmuls(graph, routing.output("expanded_x"), routing.output("expert_tokens_count_or_cumsum"), rows)
+    gathered(graph, deployment, experts, top_k, y)
+
+
+def alltoall(graph: GeGraph, deployment, experts: int, top_k: int) -> None:
+    """As AllGather, but for the last step: sums to the ranks of their tokens, and added there."""
+    exchange = one(graph, "HcomAllToAllV")
+    assert group_text(deployment) in exchange.attributes["group"]
+    total = graph.producer(graph.origin(one(graph, "NetOutput").inputs[0][1]))
+    assert total.type == "ReduceSum" and graph.dtype(total.edge("x")) == "DT_FLOAT"
+    assert graph.origin(total.edge("x")) == exchange.output("recv_data")
+    tokens = next(node.outputs[0][2] for node in graph.of_type("Data") if node.outputs[0][2][0] in (-1, 24))
+    equal_splits(graph, exchange, lambda t: t * tokens[1], (24, 40) if tokens[0] < 0 else (24,))
+    gathered(graph, deployment, experts, top_k, exchange.edge("send_data"))
 
 
 def mc2(graph: GeGraph, deployment, experts: int, top_k: int) -> None:
@@ -153,7 +177,8 @@ def equal_splits(graph: GeGraph, exchange, each, tokens=(24, 40)) -> None:
             assert first == [each(count) * rank for rank in range(ranks)]
 
 
-def alltoall(graph: GeGraph, deployment, experts: int, top_k: int) -> None:
+def buffers(graph: GeGraph, deployment, experts: int, top_k: int) -> None:
+    """AllToAll by rows, in buffers of ``max_rows`` lines."""
     gating = one(graph, "MoeGatingTopK")
     attributes(gating, k=top_k)
     there, sort = graph.of_type("MoeInitRoutingV3")
@@ -181,7 +206,7 @@ def alltoall(graph: GeGraph, deployment, experts: int, top_k: int) -> None:
     some = (size,) if size > 0 else (24, 40)
     for exchange, each in (
         (counts, lambda t: local),
-        *((e, lambda t: t * min(top_k, local) * hidden) for e in (rows, home)),
+        *((e, lambda t: min(t * min(top_k, local), deployment.max_rows) * hidden) for e in (rows, home)),
     ):
         equal_splits(graph, exchange, each, some)
     places = graph.producer(graph.origin(rows.edge("send_data"))).edge("indices")
@@ -220,4 +245,4 @@ def _edges_behind(graph: GeGraph, edge: str) -> set[str]:
     return found
 
 
-CHECKS = {"allgather": allgather, "mc2": mc2, "fused_mc2": fused_mc2, "alltoall": alltoall}
+CHECKS = {"allgather": allgather, "mc2": mc2, "fused_mc2": fused_mc2, "alltoall": alltoall, "buffers": buffers}

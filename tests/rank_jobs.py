@@ -248,15 +248,15 @@ def _shifted_counts(gm):
 def _absolute_row_index(gm):
     """The seed's abs(-1): a slot of another rank reads row 1, with a weight that is not zero."""
     (unpermute,) = _nodes(gm, torch.ops.npu.npu_moe_token_unpermute.default)
-    selected = unpermute.args[1]
+    remainder = unpermute.args[1]
     with gm.graph.inserting_before(unpermute):
-        index = gm.graph.call_function(torch.ops.aten.abs.default, (selected.args[2],))
+        index = gm.graph.call_function(torch.ops.aten.abs.default, (remainder.args[0],))
     unpermute.args = (unpermute.args[0], index, *unpermute.args[2:])
 
 
 def _undefined_rows(gm):
-    (unpermute,) = _nodes(gm, torch.ops.npu.npu_moe_token_unpermute.default)
-    unpermute.args = (unpermute.args[0].args[1], *unpermute.args[1:])
+    for node in _nodes(gm, torch.ops.aten.masked_fill_.Scalar):
+        gm.graph.erase_node(node)
 
 
 MUTATIONS = {

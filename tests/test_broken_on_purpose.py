@@ -41,10 +41,13 @@ def unweighted_combine(gm):
 
 
 def undefined_rows_let_through(gm):
-    (unpermute,) = nodes(gm, npu.npu_moe_token_unpermute.default)
-    select = unpermute.args[0]
-    assert select.target is aten.where.self
-    unpermute.args = (select.args[1], *unpermute.args[1:])
+    for node in nodes(gm, aten.masked_fill_.Scalar):
+        gm.graph.erase_node(node)
+
+
+def last_row_zeroed_where_it_is_valid(gm):
+    for node in nodes(gm, aten.masked_fill_.Scalar):
+        node.target, node.args = aten.fill_.Scalar, (node.args[0], 0)
 
 
 def counts_shifted(gm):
@@ -63,10 +66,13 @@ MUTATIONS = [
 ]
 
 
-def outcome(mutation):
-    """The relative error, or the refusal of a kernel, of a lowered block with a mask after one mutation."""
+def outcome(mutation, every=3):
+    """The relative error, or the refusal of a kernel, of a lowered block with a mask after one mutation.
+
+    One token in ``every`` is masked, none for 0.
+    """
     module, (x, weights, ids) = Experts(), routed(17)
-    mask = torch.arange(17) % 3 != 0
+    mask = torch.arange(17) % every != 0 if every else torch.ones(17, dtype=torch.bool)
 
     def mutate(gm, example_inputs, config):
         if mutation is not None:
@@ -84,8 +90,15 @@ def outcome(mutation):
     return reference.relative_error(y, module.expected(x, weights, ids, mask))
 
 
-def test_unbroken_passes():
-    assert outcome(None) <= reference.BOUNDS[torch.float32]
+@pytest.mark.parametrize("every", [0, 1, 3])
+def test_unbroken_passes(every):
+    assert outcome(None, every) <= reference.BOUNDS[torch.float32]
+
+
+def test_a_last_row_that_is_valid_is_kept():
+    """Without a masked token all rows are valid: the condition of the write is what keeps the last one."""
+    assert outcome(last_row_zeroed_where_it_is_valid, 0) > 100 * reference.BOUNDS[torch.float32]
+    assert outcome(last_row_zeroed_where_it_is_valid, 3) <= reference.BOUNDS[torch.float32]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.__name__)
@@ -98,6 +111,8 @@ def test_broken_is_caught(mutation):
 ON_RANKS = [
     ("allgather", "absolute_row_index"),
     ("allgather", "undefined_rows_let_through"),
+    ("alltoall", "absolute_row_index"),
+    ("alltoall", "undefined_rows_let_through"),
     ("alltoall", "unweighted_combine"),
     ("alltoall", "gate_and_up_swapped"),
     ("alltoall", "counts_shifted"),

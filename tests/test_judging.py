@@ -175,7 +175,10 @@ def test_block_and_deployment_must_agree():
 def test_a_cap_on_rows_is_said_to_have_no_effect_on_device_operators():
     capped = BASE.but(deployment=(("max_rows", 100),)).judge(comm="mc2").report.blocks[0]
     assert capped.comm == "mc2"
-    assert any("max_rows = 100 bounds the generic operators and AllToAll only" in note for note in capped.notes)
+    assert any(
+        "max_rows = 100 bounds the generic operators and AllToAll by rows only: mc2 has" in note
+        for note in capped.notes
+    )
     assert not BASE.judge(comm="mc2").report.blocks[0].notes
 
 

@@ -31,7 +31,12 @@ BLOCK = {
         ("HcomReduceScatter", 1, ""),
         ("GroupedMatmul", 2, ""),
     ],
-    "alltoall": [("MoeInitRoutingV3", 2, ""), ("HcomAllToAllV", 3, ""), ("GroupedMatmul", 2, "")],
+    "alltoall": [
+        ("MoeInitRoutingV3", 1, ""),
+        ("HcomAllGather", 3, ""),
+        ("HcomAllToAllV", 1, ""),
+        ("GroupedMatmul", 2, ""),
+    ],
     "fused_mc2": [("DispatchFFNCombineBF16", 1, "group")],
 }
 NEVER = {"MoeTokenUnpermute", "MoeTokenPermute", "MoeFinalizeRoutingV2"}

@@ -3,8 +3,8 @@
 What a rank must have in common with the others is all that a decision or an exchange depends on, and all that the result
 depends on. What only a decision depends on (where a reader of the counts or a layout stands in a rule) may differ as long
 as the decisions and the exchanges are the same: one rank may log its experts' load. So may a mask where it stays on its
-own rank (``Implementation.sends_masks``), but not with AllGather, which writes masked ids as experts past the last one:
-the other ranks must expect them. With unequal token counts T is not in the record, nor what follows from it; with equal
+own rank (``Form.sends_masks``), but not with AllGather and static AllToAll, which write masked ids as experts past the
+last one: the other ranks must expect them. With unequal token counts T is not in the record, nor what follows from it; with equal
 ones a T that the graph knows is.
 """
 
@@ -184,7 +184,7 @@ def _kind(outcome: Outcome, deployment: Deployment) -> dict[str, Any]:
     told = {name: value for name, value in fields.items() if name in TOLERATED}
     computed = [f.name for f in dataclasses.fields(spec.tensors) if not _are_stored(getattr(spec.tensors, f.name))]
     told |= {"computed_by_the_graph": computed}
-    strict["masked_rows_are_sent"] = spec.has_mask and _sends_masks(report.comm)
+    strict["masked_rows_are_sent"] = spec.has_mask and _sends_masks(report, deployment)
     told |= {"name": report.name, "reason": report.reason, "collectives": _other_collectives(spec, deployment)}
     if report.comm is not None:
         form = report.verdicts[report.comm].form
@@ -257,6 +257,8 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _sends_masks(comm: str | None) -> bool:
+def _sends_masks(report: BlockReport, deployment: Deployment) -> bool:
     """Whether others get something of a rank's mask; the generic operators, which are left, send none."""
-    return comm is not None and IMPLEMENTATIONS[comm].sends_masks
+    if report.comm is None:
+        return False
+    return IMPLEMENTATIONS[report.comm].form(report.verdicts[report.comm].form, deployment).sends_masks

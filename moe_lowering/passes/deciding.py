@@ -60,8 +60,8 @@ def decide(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
     form = IMPLEMENTATIONS[decision.comm].form(decision.judgement.form(decision.comm), deployment)
     if form.note is not None:
         notes += (form.note(spec, deployment, _costed_tokens(spec, deployment)),)
-    if spec.max_rows and not IMPLEMENTATIONS[decision.comm].keeps_max_rows:
-        notes += (_unused_cap(spec, decision.comm),)
+    if spec.max_rows and not form.keeps_max_rows:
+        notes += (_unused_cap(spec, decision.comm, form.name),)
     sizes = block_sizes(spec, deployment, decision.comm, decision.judgement)
     return dataclasses.replace(decision, notes=notes, sizes=sizes)
 
@@ -72,10 +72,11 @@ def _costed_tokens(spec: BlockSpec, deployment: Deployment) -> int:
     return spec.tokens if fixed else deployment.max_tokens or DEFAULT_TOKENS
 
 
-def _unused_cap(spec: BlockSpec, comm: str) -> str:
+def _unused_cap(spec: BlockSpec, comm: str, form: str) -> str:
+    name = comm if form == comm else f"{comm} ({form})"
     return (
-        f"max_rows = {spec.max_rows} bounds the generic operators and AllToAll only: {comm} has room for every row that "
-        "can arrive, so that no row is dropped"
+        f"max_rows = {spec.max_rows} bounds the generic operators and AllToAll by rows only: {name} has room for every row "
+        "that can arrive, so that no row is dropped"
     )
 
 

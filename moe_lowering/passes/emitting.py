@@ -26,6 +26,9 @@ COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_at
 # Nodes of the pass carry it in ``meta["custom"]``, which torch.export keeps when a program is saved.
 MARK = "moe_lowering"
 
+# The nodes that hold what is equal in all blocks of a graph, by operator and arguments (``Emitter.constant``).
+Constants = dict[Any, Node]
+
 # For each node of one block's replacement, in emission order: its operator, and what gives its value in an equal block.
 Recording = list[tuple[Any, Callable[[Node], Any]]]
 
@@ -37,19 +40,29 @@ class Emitter:
         graph: the graph to edit.
         fake_mode: the mode of the graph's values.
         recorded: the recording of an equal block; None computes the values.
+        constants: those of the graph so far, to which new ones are added; None for a dictionary of its own.
 
     Attributes:
         recording: for the next of equal blocks.
-        created: the nodes emitted so far.
+        created: the nodes emitted so far for the block.
+        made: these and the constants that were new.
     """
 
-    def __init__(self, graph: Graph, fake_mode: FakeTensorMode, recorded: Recording | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        fake_mode: FakeTensorMode,
+        recorded: Recording | None = None,
+        constants: Constants | None = None,
+    ) -> None:
         self._graph = graph
+        self._constants: Constants = {} if constants is None else constants
         self._fake_mode = fake_mode
         self._recorded: Recording = recorded or []
         self._origin_meta: dict[str, Any] = {}
         self.recording: Recording = [*self._recorded]
         self.created: list[Node] = []
+        self.made: list[Node] = []
 
     @contextmanager
     def at(self, position: Node, origin: Node) -> Iterator[None]:
@@ -69,7 +82,31 @@ class Emitter:
             node.kwargs = kwargs
         node.meta.update(self._origin_meta, custom={MARK: "emitted"})
         self.created.append(node)
+        self.made.append(node)
         node.meta["val"] = self._value(node)
+        return node
+
+    def constant(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A call that depends on no input, once per graph: every block that asks for the same gets the same node.
+
+        It stands before all that the graph computes, so outside of every scope. Arguments are plain values, devices,
+        dtypes, lists of them, and constants.
+        """
+        key = (target, *map(_hashable, args), *((name, _hashable(value)) for name, value in kwargs.items()))
+        node = self._constants.get(key)
+        if node is None or node._erased:  # with a rewrite that was undone
+            with self._graph.inserting_before(self._first_computed()):
+                node = self._graph.call_function(target, args, kwargs)
+            node.meta.update(val=self._compute(node), custom={MARK: "constant"})
+            self._constants[key] = node
+            self.made.append(node)
+        return node
+
+    def _first_computed(self) -> Node:
+        """The first node that is neither an input nor a constant."""
+        node = next(iter(self._graph.nodes))
+        while node.op in ("placeholder", "get_attr") or node.meta.get("custom") == {MARK: "constant"}:
+            node = node.next
         return node
 
     def item(self, node: Node, index: int) -> Node:
@@ -113,7 +150,16 @@ class Emitter:
     def _compute(self, node: Node) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with self._fake_mode:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        if (
+            args and value is args[0] and isinstance(value, FakeTensor)
+        ):  # written in place: the same memory, a value of its own
+            return Template.of(value).view(value)
+        return value
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
 def is_emitted(node: Node) -> bool:

@@ -23,7 +23,7 @@ from moe_lowering.passes.capturing import may_be_captured, not_capturable
 from moe_lowering.passes.choosing import Policy, PolicyError
 from moe_lowering.passes.deciding import Decision, decide
 from moe_lowering.passes.edits import ModuleEdits
-from moe_lowering.passes.emitting import Emitter, Recording
+from moe_lowering.passes.emitting import Constants, Emitter, Recording
 from moe_lowering.passes.foreign_moe import find_foreign
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
@@ -66,6 +66,7 @@ class GraphRun:
         self.left: list[tuple[Node, str]] = []
         self._decisions: dict[BlockSpec, Decision] = {}
         self._recordings: dict[tuple[Any, ...], Recording] = {}
+        self._constants: Constants = {}
         self._routes: dict[RouteSpec, list[Violation]] = {}
         self._enforced: set[Any] = set()
         self._refused: list[tuple[Block, Refusal]] = []
@@ -156,9 +157,9 @@ class GraphRun:
     def _guarded(self, rewrite: Callable[[Emitter], None], key: tuple[Any, ...]) -> list[Node] | str:
         """Run one rewrite; the nodes it created, or why it was undone."""
         assert self.fake_mode is not None  # lower() returns before
-        emit = Emitter(self.graph, self.fake_mode, self._recordings.get(key))
+        emit = Emitter(self.graph, self.fake_mode, self._recordings.get(key), self._constants)
         try:
-            with self.edits.step(emit.created):
+            with self.edits.step(emit.made):
                 rewrite(emit)
         except Exception as error:  # a defect of ours must not fail the user's compile: undo this block, and say so
             if not isinstance(error, VerificationError):

@@ -164,7 +164,8 @@ def _with_declared_range(verdict: Verdict, deployment: Deployment) -> Verdict:
 
 
 def _verdict(name: str, spec: BlockSpec, deployment: Deployment, quantities: dict[str, Any], prover: Prover) -> Verdict:
-    """Of the first legal form; of the preferred form when none is. With the forms that the deployment rules out."""
+    """Of the first legal form; of the preferred form when none is. With the forms that the deployment rules out, and
+    those that the first legal one was preferred to for a rule that they break."""
 
     def broken(calls: tuple[Call, ...]) -> tuple[Violation, ...]:
         found: list[Violation] = []
@@ -184,10 +185,12 @@ def _verdict(name: str, spec: BlockSpec, deployment: Deployment, quantities: dic
         (form.name, broken(form.calls(spec, deployment))) for form in implementation.ruled_out(deployment)
     )
     first: Verdict | None = None
+    passed = ruled_out
     for form in implementation.forms(deployment):
-        verdict = Verdict(name, broken(judged_calls(name, form, spec, deployment)), form.name, ruled_out)
-        if verdict.legal:
-            return verdict
-        first = first or verdict
+        found = broken(judged_calls(name, form, spec, deployment))
+        if not found:
+            return Verdict(name, (), form.name, passed)
+        first = first or Verdict(name, found, form.name, ruled_out)
+        passed = (*passed, (form.name, found))
     assert first is not None
     return first

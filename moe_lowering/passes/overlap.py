@@ -37,7 +37,7 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.edits import EditLog
-from moe_lowering.passes.emitting import COPIED_META
+from moe_lowering.passes.emitting import COPIED_META, is_emitted
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.scopes import is_marker, scope_paths
 from moe_lowering.passes.writes import writes
@@ -264,7 +264,8 @@ def _check_between(first: Node, last: Node, members: set[Node]) -> None:
         if node not in members:
             if is_marker(node) or getattr(node.target, "namespace", "") == "npugraph_ex":
                 raise _Refused("overlap.scope")
-            if isinstance(node.target, torch._ops.HigherOrderOperator) or writes(node):
+            # what a lowered block writes is memory that it has made: no shared expert reads it
+            if isinstance(node.target, torch._ops.HigherOrderOperator) or (writes(node) and not is_emitted(node)):
                 raise _Refused("overlap.side_effect", _name(node))
         node = node.next
 

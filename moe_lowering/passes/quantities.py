@@ -40,6 +40,16 @@ def _padded(spec: BlockSpec, tokens: Any, prover: Prover) -> bool:
     return tp > 1 and not prover.equal(tokens, tokens // tp * tp)
 
 
+def _buffers_are_shorter(spec: BlockSpec, deployment: Deployment, most: int) -> bool:
+    """Whether ``max_rows`` is less than the rows that a rank may have for another one, or may be (``most`` 0: no bound).
+
+    Not in GE mode where T varies: torchair converts no minimum of sizes.
+    """
+    if deployment.mode == "ge" and not spec.max_tokens and not isinstance(spec.tokens, int):
+        return False
+    return bool(spec.max_rows) and (not most or spec.max_rows < most * min(spec.top_k, spec.local_experts))
+
+
 def strict_share_of_one(spec: BlockSpec) -> bool:
     """Whether a TP rank's share of T may be 1 where T forbids the guard that meta functions add then: in a strict range, and
     where T is marked dynamic and that guard would leave a single T."""
@@ -100,6 +110,8 @@ def block_quantities(
         "has_torch_npu": torch_npu,
         "received": spec.ep_size * most * min(spec.top_k, spec.local_experts),
         "most_tokens": most_tokens(spec, tokens, prover),
+        "max_rows": spec.max_rows,
+        "buffers_are_shorter": _buffers_are_shorter(spec, deployment, most_tokens(spec, tokens, prover)),
         "max_output_size": max_output_size(spec, deployment, tokens, prover),
         "deployment_ep_size": deployment.ep_size,
         "deployment_ep_group": deployment.ep_group,

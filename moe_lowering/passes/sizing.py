@@ -15,7 +15,8 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Limit, limits_for, needed_buffer_mb
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.passes.implementations.alltoall import STATIC, capacity
+from moe_lowering.passes.implementations.alltoall import STATIC
+from moe_lowering.passes.implementations.alltoall_buffers import BUFFERS, capacity
 from moe_lowering.passes.judging import Judgement, judged_calls
 from moe_lowering.passes.token_ranges import SEARCH_LIMIT
 from moe_lowering.report.records import Size, Sizes, Window
@@ -38,8 +39,11 @@ def block_sizes(spec: BlockSpec, deployment: Deployment, comm: str, judgement: J
 
     form = judgement.form(comm)
     received = given["received"]
-    if IMPLEMENTATIONS[comm].keeps_max_rows and spec.max_rows:
+    if IMPLEMENTATIONS[comm].form(form, deployment).keeps_max_rows and spec.max_rows:
         received = torch.sym_min(received, spec.max_rows)  # type: ignore[no-untyped-call]
+    lines = (
+        {STATIC.name: given["max_tokens"], BUFFERS.name: capacity(judgement.tokens, spec)} if comm == "alltoall" else {}
+    )
     return Sizes(
         tokens=size(judgement.tokens),
         low=low or 0,
@@ -47,7 +51,7 @@ def block_sizes(spec: BlockSpec, deployment: Deployment, comm: str, judgement: J
         bound=spec.max_tokens or high,
         capacity=size(given["max_tokens"]),
         received=size(received),
-        exchanged=size(capacity(judgement.tokens, spec)) if form == STATIC.name else None,
+        exchanged=size(lines[form]) if form in lines else None,
         max_output_size=given["max_output_size"]
         if IMPLEMENTATIONS[comm].is_one_operator and _is_told_rows(form)
         else None,

@@ -15,7 +15,8 @@ class Verdict:
     """Whether one implementation is legal for one block, and if not, every rule it breaks.
 
     ``form`` is the way of writing it down that the verdict is about, e.g. which fused operator. ``ruled_out`` has the
-    forms that the deployment alone excludes, by name, with the rules that they break; they count for nothing else.
+    forms that the deployment alone excludes, and those that would have been preferred to a legal one, by name, with the
+    rules that they break; they count for nothing else.
     """
 
     implementation: str

@@ -63,7 +63,6 @@ REFUSALS = (
         "tokens are padded per TP rank, and the padding would be counted (facts/vllm_ascend.md 2.3)",
     ),
     Refusal("alltoall.ep_size", ALLTOALL, _one_rank, "nobody to exchange rows with (facts/vllm_ascend.md 1.1)"),
-    Refusal("alltoall.tokens", ("alltoall_static",), _no_tokens, "buffers are filled from a rank's own rows"),
     Refusal("mc2.ep_size", ("mc2",), _one_rank, "A3: 2 to 768 ranks (facts/cann_ops.md 1.1)"),
     Refusal("mc2.tokens", ("mc2",), _no_tokens, "1 to 512 tokens (facts/cann_ops.md 1.1)"),
     Refusal(

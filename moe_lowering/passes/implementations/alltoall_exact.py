@@ -55,4 +55,4 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[
         return Replacement(emit.like(gather(emit, block, y), block.x), counts)
 
 
-EXACT = Form("exact", _calls, _emit)
+EXACT = Form("exact", _calls, _emit, sends_masks=False, keeps_max_rows=True)

@@ -42,12 +42,17 @@ class Form:
         calls: the calls that it would make for a block; their rows in ``limits/data`` are judged.
         emit: emits the replacement. The last argument are the quantities that the block was judged with.
         note: what the user should know of its cost at a number of tokens, for the report.
+        sends_masks: other ranks get something of this rank's mask, so that all must have one or none. Without it the rows of
+            masked tokens stay on their rank.
+        keeps_max_rows: it has room for ``max_rows`` rows and no more; the others for every row that could arrive.
     """
 
     name: str
     calls: Callable[[BlockSpec, Deployment], tuple[Call, ...]]
     emit: Callable[[Block, Emitter, Deployment, dict[str, Any]], Replacement]
     note: Callable[[BlockSpec, Deployment, int], str] | None = None
+    sends_masks: bool = True
+    keeps_max_rows: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +63,12 @@ class Implementation:
         name: its name in configuration, report and tests.
         forms: in order of preference, for a deployment; at least one. The first legal one is taken.
         ruled_out: forms that the deployment alone excludes: never taken, judged for the reason.
-        sends_masks: other ranks get something of this rank's mask, so that all must have one or none. Without it the rows of
-            masked tokens stay on their rank.
-        keeps_max_rows: it has room for ``max_rows`` rows and no more; the others for every row that could arrive.
         is_one_operator: it hides its communication and its matmuls in one operator, beside which nothing can be run.
     """
 
     name: str
     forms: Callable[[Deployment], tuple[Form, ...]]
     ruled_out: Callable[[Deployment], tuple[Form, ...]] = lambda deployment: ()
-    sends_masks: bool = True
-    keeps_max_rows: bool = False
     is_one_operator: bool = False
 
     def form(self, name: str, deployment: Deployment) -> Form:

@@ -146,7 +146,7 @@ def _active(emit: Emitter, mask: Node, spec: BlockSpec, deployment: Deployment) 
 def zero_masked(emit: Emitter, y: Node, mask: Node) -> Node:
     """Results [M, H] of masked tokens, which are undefined, to zero."""
     value = y.meta["val"]
-    zero = emit.call(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device, pin_memory=False)
+    zero = emit.constant(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device, pin_memory=False)
     return emit.call(aten.where.self, emit.call(aten.unsqueeze.default, mask, 1), y, zero)
 
 
@@ -156,4 +156,4 @@ def _keep_communication() -> None:
         has_side_effect(op.default)
 
 
-MC2 = Implementation("mc2", lambda deployment: (Form("mc2", _calls, _emit),), sends_masks=False)
+MC2 = Implementation("mc2", lambda deployment: (Form("mc2", _calls, _emit, sends_masks=False),))

@@ -236,12 +236,17 @@ def _antiquant_matmul(
     if offset:
         offsets = [emit.cast(o, dtype) for o in offset]
     else:
-        offsets = [emit.call(aten.zeros_like.default, s, pin_memory=False) for s in scales]
+        offsets = [_zeros(emit, s.meta["val"]) for s in scales]
     results = emit.call(
         torch.ops.npu.npu_grouped_matmul.default, [rows], list(weight), antiquant_scale=scales,
         antiquant_offset=offsets, group_list=counts, split_item=2, group_type=0, group_list_type=1,
     )  # fmt: skip
     return emit.item(results, 0)
+
+
+def _zeros(emit: Emitter, value: torch.Tensor) -> Node:
+    shape = [int(n) for n in value.shape]
+    return emit.constant(aten.full.default, shape, 0, dtype=value.dtype, device=value.device, pin_memory=False)
 
 
 def _scale(emit: Emitter, scale: Node, spec: BlockSpec) -> Node:
@@ -268,5 +273,5 @@ def _as_bits(emit: Emitter, scale: Node) -> Node:
     if value.dtype == torch.int64:
         return scale
     bits = emit.cast(emit.call(aten.view.dtype, emit.cast(scale, torch.float32), torch.int32), torch.int64)
-    low = emit.call(aten.full.default, [], _LOW_HALF, dtype=torch.int64, device=value.device, pin_memory=False)
+    low = emit.constant(aten.full.default, [], _LOW_HALF, dtype=torch.int64, device=value.device, pin_memory=False)
     return emit.call(aten.bitwise_and.Tensor, bits, low)

@@ -63,9 +63,11 @@ class Share:
             size = emit.call(operator.floordiv, emit.call(operator.add, tokens, tp - 1), tp)
             last = emit.call(operator.sub, tokens, 1)
             first, end = (emit.call(operator.mul, size, at) for at in (self._rank, self._rank + 1))
+        fixed = isinstance(tokens, int)  # then the lines are the same in all layers
+        call = emit.constant if fixed else emit.call
         device = node.meta["val"].device
-        lines = emit.call(aten.arange.start, first, end, dtype=torch.int32, device=device, pin_memory=False)
-        return emit.call(aten.clamp.default, lines, None, last)
+        lines = call(aten.arange.start, first, end, dtype=torch.int32, device=device, pin_memory=False)
+        return call(aten.clamp.default, lines, None, last)
 
 
 def gather(emit: Emitter, block: Block, y: Node) -> Node:

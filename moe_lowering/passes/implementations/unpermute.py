@@ -3,7 +3,8 @@
 npugraph_ex: ``npu_moe_token_unpermute``, which takes weights of the dtype of the rows.
 GE: torchair has no converter for it (nor for any operator that does the same without ``npu_moe_finalize_routing``'s
 inaccuracy), so ATen ``index_select``, multiply, ``sum``, in float32, which all have one. It writes the selected rows
-[T * k, H] and their products to memory, which the fused operator does not.
+[T * k, H] and their products to memory, which the fused operator does not. Rows that no token may see are taken out of
+what was selected, one pass over [T * k, H]: GE graphs are functional, and changing one row means to write all.
 Sources: facts/npugraph_ex_and_torchair.md §3.2 (no converter); facts/cann_ops.md §2.4 (the operator).
 """
 
@@ -23,7 +24,14 @@ def combine_calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
     return () if deployment.mode == "ge" else (unpermute_call(spec),)
 
 
-def emit_combine(emit: Emitter, rows: Node, index: Node, weights: Node, deployment: Deployment) -> Node:
+def weights_dtype(spec: BlockSpec, deployment: Deployment) -> torch.dtype:
+    """The dtype in which ``emit_combine`` uses the routing weights of a block."""
+    return torch.float32 if deployment.mode == "ge" else spec.dtype
+
+
+def emit_combine(
+    emit: Emitter, rows: Node, index: Node, weights: Node, deployment: Deployment, some_absent: bool = False
+) -> Node:
     """Emit y [T, H], y[t] = sum over j of weights[t, j] * rows[index[t * k + j]], in the dtype of ``rows``.
 
     Args:
@@ -32,12 +40,22 @@ def emit_combine(emit: Emitter, rows: Node, index: Node, weights: Node, deployme
         index: int32 [T * k], every entry in 0..N-1.
         weights: [T, k], any float dtype.
         deployment: its ``mode`` says which operators may be used.
+        some_absent: for GE alone: an index may be -1, which stands for a row of zeros, and rows that no index names may
+            be undefined.
     """
     dtype = rows.meta["val"].dtype
     if deployment.mode != "ge":
         return emit.call(torch.ops.npu.npu_moe_token_unpermute.default, rows, index, emit.cast(weights, dtype))
     shape = [-1, int(weights.meta["val"].shape[1]), int(rows.meta["val"].shape[1])]
-    selected = emit.call(aten.reshape.default, emit.call(aten.index_select.default, rows, 0, index), shape)
+    selected = _select(emit, rows, index) if some_absent else emit.call(aten.index_select.default, rows, 0, index)
+    selected = emit.call(aten.reshape.default, selected, shape)
     column = emit.call(aten.unsqueeze.default, emit.cast(weights, torch.float32), 2)
     weighted = emit.call(aten.mul.Tensor, emit.cast(selected, torch.float32), column)
     return emit.cast(emit.call(aten.sum.dim_IntList, weighted, [1]), dtype)
+
+
+def _select(emit: Emitter, rows: Node, index: Node) -> Node:
+    """Rows by index, zeros for -1. Selected first: a row of a functional graph is changed by writing all of them."""
+    selected = emit.call(aten.index_select.default, rows, 0, emit.call(aten.clamp.default, index, 0))
+    absent = emit.call(aten.unsqueeze.default, emit.call(aten.lt.Scalar, index, 0), 1)
+    return emit.call(aten.masked_fill.Scalar, selected, absent, 0)

@@ -1,0 +1,270 @@
+"""Tokens of all ranks of the EP group on each of them, and this rank's rows among them: AllGather and static AllToAll.
+
+    all_gather(x, ids, weights) > init_routing_v2 (own experts only) > MLP > one undefined row to zero > token_unpermute
+
+The result is [ep * M, H]: for each token of each rank the weighted sum over the experts of this rank, zero where it has
+none here. Which ranks' sums are then added, and how, is the implementation's own.
+
+Why it is equivalent. init_routing_v2 sorts (expert, source token) stably, which is the generic row order because the
+gathered tokens are in rank order. A slot whose expert lives elsewhere has row index -1; it must contribute nothing. The
+seed takes abs(-1), which reads an undefined row, and 0 * NaN is NaN. Here -1 becomes the last row, and that row is zero
+unless it is valid. Only that row is written: no other index ever names an undefined one. Where the last row is valid all
+rows are, so that every slot is local and no index is -1. With k > E_local there is one row more than can be valid
+(``_most_rows``), so the last one is zero whatever the counts are.
+The row is written in place, in memory that the second matmul of this block has just made and that nothing else reads. GE
+graphs are functional, and a row can be changed there only by writing all of them: see ``unpermute``.
+Fewer rows than slots, and several slots on one row, are within what the kernel does (moe_token_unpermute.h gathers row by
+row and compares each index with the number of rows); a negative index is not: it would read before the buffer.
+Masked and padding tokens get ids past the last expert (E + j, with ``expert_num`` raised by k): they belong to no rank.
+
+Few exchanges. Where ids and weights are not all that travels beside x, or are changed on the way (scales of int8 rows, a
+mask, padding), they travel as the columns of one int32 tensor: a collective costs as much as several small kernels. Two
+plain tensors do not: taking them apart is two kernels for one exchange less.
+Sources: aclnnMoeInitRoutingV3 (ops-transformer 5778144), vllm-ascend 0.23.0 token_dispatcher.py (abs of the row index).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import sys
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.blocks import Block, BlockSpec
+from moe_lowering.passes.emitting import Emitter, aten
+from moe_lowering.passes.implementations.base import Call, stage_after
+from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
+from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens
+from moe_lowering.passes.implementations.tensor_parallel import Share, share
+from moe_lowering.passes.implementations.unpermute import combine_calls, emit_combine, weights_dtype
+
+c10d = torch.ops._c10d_functional
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """x [N, H], its scale [N] when it is int8, ids [N, k] and weights [N, k] of the tokens that this rank computes on."""
+
+    x: Node
+    scale: Node | None
+    ids: Node
+    weights: Node
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """y [ep * M, H], the sums over this rank's experts; how many tokens of its own it has; its experts' counts."""
+
+    y: Node
+    own: Any
+    counts: Node
+
+
+def gathered_calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
+    """The calls that ``emit_partial`` makes for a block."""
+    quantised = spec.quantised_input or spec.format.int8_rows
+    arriving = {"x_dtype": "int8", "scale_dtype": "float32", "scale_dims": 1} if quantised else {"scale_dtype": None}
+    return (
+        Call("npu_moe_init_routing_v2", {**arriving, "quant_mode": -1, "has_offset": False}),
+        *mlp_calls(spec, deployment, spec.quantised_input),
+        *combine_calls(spec, deployment),
+    )
+
+
+def gathered_bytes(spec: BlockSpec, deployment: Deployment) -> int:
+    """Bytes of one token as it is gathered: x, its scale, ids and weights."""
+    quantised = spec.quantised_input or spec.format.int8_rows
+    row = spec.hidden + _SCALE_BYTES if quantised else spec.hidden * int(spec.dtype.itemsize)
+    weight = _BITS if _travel_packed(spec) else weights_dtype(spec, deployment).itemsize
+    return row + spec.top_k * (_BITS + weight)
+
+
+_BITS = _SCALE_BYTES = 4  # of an id in int32; of a weight, and of a scale, in float32
+
+
+def _travel_packed(spec: BlockSpec) -> bool:
+    """Whether ids, weights and scales travel as columns of one tensor."""
+    return spec.quantised_input or spec.format.int8_rows or spec.has_mask or spec.max_tokens > 0
+
+
+def emit_partial(block: Block, emit: Emitter, deployment: Deployment) -> Partial:
+    """Everything up to the sums of one rank. The dispatch stage stands where the routing weights exist."""
+    spec = block.spec
+    start = stage_after(block, block.weights)
+    with emit.at(start, block.dispatch):
+        tokens, own = _gather(emit, block, deployment)
+        rows, index, counts, row_scale = _route_rows(emit, block, tokens, deployment)
+    with emit.at(max(block.mlp, start), block.mlp):
+        y_rows = emit_mlp(emit, block, rows, row_scale, counts, deployment)
+    with emit.at(block.combine, block.combine):
+        some_absent = spec.ep_size > 1 or spec.has_mask
+        if some_absent and deployment.mode != "ge":
+            index = _zero_last_row(emit, y_rows, index, counts, spec)
+        y = emit_combine(emit, y_rows, index, tokens.weights, deployment, some_absent)
+    return Partial(y, own, counts)
+
+
+def _gather(emit: Emitter, block: Block, deployment: Deployment) -> tuple[Tokens, Any]:
+    """The tokens of all ranks, and how many of them are this rank's own."""
+    spec, mine = block.spec, Share(emit, block, deployment)
+    x, scale = quantise_tokens(emit, block, mine)
+    mask = None
+    if block.mask is not None:
+        flat = mine.of(emit.call(aten.reshape.default, block.mask, [-1]))
+        mask = emit.call(aten.unsqueeze.default, flat, 1)
+    tokens = Tokens(x, scale, mine.of(emit.rows(block.ids)), mine.of(emit.rows(block.weights)))
+    own, dtype = emit.size(x, 0), weights_dtype(spec, deployment)
+    if spec.ep_size == 1:
+        return _cast(emit, tokens if mask is None else _masked(emit, tokens, mask, spec), dtype), own
+    if not _travel_packed(spec):
+        weights = emit.cast(tokens.weights, dtype)  # before they are copied to every rank
+        parts = [_all_gather(emit, node, spec) for node in (x, tokens.ids, weights)]
+        return Tokens(parts[0], None, *parts[1:]), own
+    columns = _pack(emit, tokens)
+    if mask is not None:
+        columns = emit.call(aten.where.self, mask, columns, _nothing(emit, columns, spec))
+    if spec.max_tokens:
+        x, columns = _fill(emit, x, _zeros(emit, x), spec), _fill(emit, columns, _nothing(emit, columns, spec), spec)
+    return _unpack(emit, _all_gather(emit, x, spec), _all_gather(emit, columns, spec), tokens, dtype), own
+
+
+def _cast(emit: Emitter, tokens: Tokens, dtype: torch.dtype) -> Tokens:
+    return dataclasses.replace(tokens, weights=emit.cast(tokens.weights, dtype))
+
+
+def _masked(emit: Emitter, tokens: Tokens, mask: Node, spec: BlockSpec) -> Tokens:
+    """Masked tokens get no expert, and weight 0: theirs may be NaN, and NaN * 0 is NaN."""
+    value = tokens.weights.meta["val"]
+    zero = emit.constant(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device, pin_memory=False)
+    return dataclasses.replace(
+        tokens,
+        ids=emit.call(aten.where.self, mask, tokens.ids, _no_expert(emit, tokens.ids, spec)),
+        weights=emit.call(aten.where.self, mask, tokens.weights, zero),
+    )
+
+
+def _no_expert(emit: Emitter, model: Node, spec: BlockSpec) -> Node:
+    """[k] distinct ids past the last expert."""
+    return emit.constant(
+        aten.arange.start, spec.experts, spec.experts + spec.top_k, dtype=torch.int32,
+        device=model.meta["val"].device, pin_memory=False,
+    )  # fmt: skip
+
+
+def _nothing(emit: Emitter, columns: Node, spec: BlockSpec) -> Node:
+    """[n] int32, the columns of a token without an expert: its weights are 0, and its scale."""
+    ids, value = _no_expert(emit, columns, spec), columns.meta["val"]
+    rest = int(value.shape[1]) - spec.top_k
+    zeros = emit.constant(aten.full.default, [rest], 0, dtype=torch.int32, device=value.device, pin_memory=False)
+    return emit.constant(aten.cat.default, [ids, zeros])
+
+
+def _pack(emit: Emitter, tokens: Tokens) -> Node:
+    """ids, weights and scales as bits, [M, 2k] or [M, 2k + 1] int32."""
+    parts = [tokens.ids, emit.call(aten.view.dtype, emit.cast(tokens.weights, torch.float32), torch.int32)]
+    if tokens.scale is not None:
+        parts.append(emit.call(aten.unsqueeze.default, emit.call(aten.view.dtype, tokens.scale, torch.int32), 1))
+    return emit.call(aten.cat.default, parts, 1)
+
+
+def _unpack(emit: Emitter, x: Node, columns: Node, own: Tokens, dtype: torch.dtype) -> Tokens:
+    """The columns as tensors in one piece each, which is how operators take them; the cast of the weights is a copy."""
+    k = int(own.ids.meta["val"].shape[1])
+
+    def part(first: int, end: int) -> Node:
+        return emit.call(aten.slice.Tensor, columns, 1, first, end)
+
+    def whole(node: Node) -> Node:
+        return emit.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+
+    weights = emit.call(aten.view.dtype, part(k, 2 * k), torch.float32)
+    scale = None
+    if own.scale is not None:
+        bits = emit.call(aten.reshape.default, whole(part(2 * k, 2 * k + 1)), [-1])
+        scale = emit.call(aten.view.dtype, bits, torch.float32)
+    weights = whole(weights) if dtype == torch.float32 else emit.cast(weights, dtype)
+    return Tokens(x, scale, whole(part(0, k)), weights)
+
+
+def _zeros(emit: Emitter, model: Node) -> Node:
+    """A token of zeros."""
+    value = model.meta["val"]
+    return emit.constant(
+        aten.full.default, [int(n) for n in value.shape[1:]], 0, dtype=value.dtype, device=value.device,
+        pin_memory=False,
+    )  # fmt: skip
+
+
+def _fill(emit: Emitter, node: Node, token: Node, spec: BlockSpec) -> Node:
+    """Tokens of this rank filled up to its share of ``max_tokens``: their number must be the same on every rank.
+
+    Where T varies the filler is that long, and cut: a filler of symbolic length would add a guard.
+    """
+    own, most = node.meta["val"].shape[0], share(spec.max_tokens, spec)
+    missing = most - own if isinstance(own, int) else most
+    if isinstance(own, int) and missing <= 0:
+        return node  # more than declared never gets here: the graph refuses to run
+    filler = emit.constant(aten.expand.default, token, [missing, *(int(n) for n in token.meta["val"].shape)])
+    filled = emit.call(aten.cat.default, [node, filler])
+    return filled if isinstance(own, int) else emit.call(aten.slice.Tensor, filled, 0, 0, most)
+
+
+def _all_gather(emit: Emitter, node: Node, spec: BlockSpec) -> Node:
+    gathered = emit.call(c10d.all_gather_into_tensor.default, node, spec.ep_size, spec.ep_group)
+    return emit.call(c10d.wait_tensor.default, gathered)
+
+
+def _route_rows(
+    emit: Emitter, block: Block, tokens: Tokens, deployment: Deployment
+) -> tuple[Node, Node, Node, Node | None]:
+    """(rows by expert, row index of each slot or -1, counts of this rank's experts, scales of int8 rows)."""
+    spec = block.spec
+    first = deployment.own_rank("ep") * spec.local_experts
+    extra = spec.top_k if spec.has_mask or spec.max_tokens else 0
+    routed = emit.call(
+        torch.ops.npu.npu_moe_init_routing_v2.default, tokens.x, tokens.ids,
+        expert_num=spec.experts + extra, expert_tokens_num_type=1, expert_tokens_num_flag=True,
+        active_expert_range=[first, first + spec.local_experts],
+        **({} if tokens.scale is None else {"scale": tokens.scale}),
+    )  # fmt: skip
+    rows, index, counts = (emit.item(routed, i) for i in range(3))
+    scale = None if tokens.scale is None else emit.item(routed, 3)
+    if _has_spare_row(spec):
+        # a token has at most E_local slots here: the remaining rows are never filled
+        most = _most_rows(emit, tokens.x, spec)
+        rows = emit.call(aten.slice.Tensor, rows, 0, 0, most)
+        scale = scale if scale is None else emit.call(aten.slice.Tensor, scale, 0, 0, most)
+    return rows, index, counts, scale
+
+
+def _has_spare_row(spec: BlockSpec) -> bool:
+    """Whether there are more slots than rows that can be filled: then one of those is kept, and no more."""
+    return spec.top_k > spec.local_experts and spec.ep_size > 1
+
+
+def _most_rows(emit: Emitter, x: Node, spec: BlockSpec) -> Any:
+    """tokens * E_local + 1: every row that can be filled, and one that cannot."""
+    tokens = emit.size(x, 0)
+    if isinstance(tokens, int):
+        return tokens * spec.local_experts + 1
+    return emit.call(operator.add, emit.call(operator.mul, tokens, spec.local_experts), 1)
+
+
+def _zero_last_row(emit: Emitter, rows: Node, index: Node, counts: Node, spec: BlockSpec) -> Node:
+    """The last row to zero where it is not valid, in place; the row index with -1 as the last row.
+
+    The remainder is exact: a row takes at least 2 KiB on every SoC, so that no memory holds the 2**24 rows from which an
+    int32 would not survive an operator that computes in float32.
+    """
+    total = emit.size(rows, 0)
+    last = emit.call(aten.slice.Tensor, rows, 0, -1, sys.maxsize)
+    if _has_spare_row(spec):
+        emit.call(aten.fill_.Scalar, last, 0)
+    else:
+        absent = emit.call(aten.lt.Scalar, emit.call(aten.sum.default, counts), total)
+        emit.call(aten.masked_fill_.Scalar, last, absent, 0)
+    return emit.call(aten.remainder.Scalar, index, max(total, 1) if isinstance(total, int) else total)
