@@ -3,8 +3,8 @@
     python .ci/versions.py              # all pairs; `make versions`
     python .ci/versions.py 2.10 2.14    # these; `make versions VERSIONS="2.10 2.14"`
 
-Each pair has a virtual environment in .venvs/, which is kept. torch is installed without its dependencies: of a CUDA build the
-CUDA libraries are replaced (cuda_standins.py), of a CPU build nothing is. Rows of pairs that are not run stay in the table.
+Each pair has an environment (``environments``). What is run is a copy of the sources as they were when the run began. Rows of
+pairs that are not run stay in the table.
 Exit code 0: all is green; 1: something failed or could not be installed; 2: wrong usage.
 """
 
@@ -22,39 +22,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from environments import (
+    PAIRS,
+    ROOT,
+    EnvironmentFailure,
+    copy_sources,
+    make_environment,
+    replace_between,
+    run_and_log,
+)
+
 PAGE = ROOT / "docs" / "versions.md"
 START, END = "<!-- results of make versions -->", "<!-- end of results -->"
-TIMEOUT = 3600  # seconds of one command
 HEAD = "| torch | torch_npu | transformers | tests | commands | date, machine |\n|---|---|---|---|---|---|\n"
 
-# torch -> torch_npu, each the last of its line.
-PAIRS = {
-    "2.10.0": "2.10.0.post4",
-    "2.11.0": "2.11.0.post3",
-    "2.12.0": "2.12.0.post3",
-    "2.13.0": "2.13.0",
-    "2.14.0": "2.14.0",
-}
-# What torch and the tests import; torch_npu and transformers are beside them.
-NEEDED = [
-    "filelock",
-    "typing-extensions",
-    "sympy",
-    "networkx",
-    "jinja2",
-    "fsspec",
-    "setuptools>=77",
-    "numpy",
-    "protobuf",
-    "packaging",
-    "pyyaml",
-    "pytest",
-    "pytest-xdist",
-    "expecttest",
-    "tomli",
-    "transformers",
-]
+EXTRA = ("pytest-xdist", "expecttest", "transformers")
 TESTS = tuple(
     f"tests/test_{name}.py"
     for name in [
@@ -79,6 +61,9 @@ TESTS = tuple(
         "compile_cache",
         "transformers",
         "explain",
+        "serving",
+        "testing_ranks",
+        "alltoall_experts",
     ]
 )
 COMMANDS = (
@@ -139,71 +124,34 @@ def select(words: Iterable[str]) -> list[str]:
 
 
 def check(torch: str, torch_npu: str) -> Result:
-    """Install one pair and run all that is to be run with it."""
-    home = ROOT / ".venvs" / f"torch-{torch}"
-    if reason := install(home, torch, torch_npu):
+    """Make the environment of one pair and run all that is to be run with it."""
+    try:
+        python = make_environment(f"torch-{torch}", torch, EXTRA)
+        sources = copy_sources(python.parent.parent / "sources")
+    except EnvironmentFailure as error:
+        print(f"torch {torch}: {error}", file=sys.stderr, flush=True)
+        reason = str(error).splitlines()[-1].strip().replace("|", "\\|")
         return Result(torch, torch_npu, "-", f"not installed: {reason}", "-", False)
-    python = str(home / "bin" / "python")
-    version = run(python, "-c", "import importlib.metadata as m; print(m.version('transformers'))").stdout.strip()
-    tested = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, log=home / "tests.log")
+    home = python.parent.parent
+    version = run(python, sources, "-c", "import importlib.metadata as m; print(m.version('transformers'))")
+    tested = run(python, sources, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, log=home / "tests.log")
     failed = []
-    for command in COMMANDS:
+    for number, command in enumerate(COMMANDS, 1):
         began = time.monotonic()
-        code = run(python, "-m", "moe_lowering", *shlex.split(command), log=home / "command.log").returncode
+        log = home / f"command-{number}.log"
+        code = run(python, sources, "-m", "moe_lowering", *shlex.split(command), log=log).returncode
         print(f"torch {torch}: {command}: exit {code}, {time.monotonic() - began:.0f} s", flush=True)
         if code:
             failed.append(f"`{command}` exit {code}")
     commands = "; ".join(failed) or f"{len(COMMANDS)} exit 0"
-    return Result(torch, torch_npu, version, summary(tested.stdout), commands, not (tested.returncode or failed))
+    green = not (tested.returncode or failed)
+    return Result(torch, torch_npu, version.stdout.strip(), summary(tested.stdout), commands, green)
 
 
-def install(home: Path, torch: str, torch_npu: str) -> str:
-    """Make the virtual environment unless it is complete; "" or why it cannot be made."""
-    ready, python = home / ".ready", home / "bin" / "python"
-    if ready.exists():
-        return ""
-    site_packages = home / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-    constraints = home / "constraints.txt"
-    pip = (str(python), "-m", "pip", "install", "--quiet")
-    steps = (
-        (sys.executable, "-m", "venv", str(home)),
-        (*pip, "--no-deps", f"torch=={torch}"),
-        (*pip, "--no-deps", f"torch-npu=={torch_npu}"),
-        (sys.executable, str(ROOT / ".ci" / "cuda_standins.py"), str(site_packages)),
-        (*pip, "-c", str(constraints), *NEEDED),
-    )
-    for step in steps:
-        done = run(*step)
-        if done.returncode:
-            lines = [line for line in done.stdout.splitlines() if line.strip()] or ["no output"]
-            return f"`{Path(step[0]).name} {' '.join(step[1:5])}`: {lines[-1].strip()}".replace("|", "\\|")
-        if step is steps[0]:
-            lines = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
-            constraints.write_text("".join(line for line in lines if not line.startswith("torch")))
-    ready.touch()
-    return ""
-
-
-def run(*command: str, log: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run in the project with its sources first; output and errors together, also in ``log``. A hang ends with code 124."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MOE_LOWERING_SEED": os.environ.get("MOE_LOWERING_SEED", "1")}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=TIMEOUT,
-        )
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout or b""
-        text = said if isinstance(said, str) else said.decode(errors="replace")
-        done = subprocess.CompletedProcess(command, 124, f"{text}\nno end after {TIMEOUT} s")
-    if log is not None:
-        log.write_text(done.stdout)
-    return done
+def run(python: Path, sources: Path, *words: str, log: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a Python with the copied sources first."""
+    environment = {"PYTHONPATH": str(sources), "MOE_LOWERING_SEED": os.environ.get("MOE_LOWERING_SEED", "1")}
+    return run_and_log([str(python), *words], sources, environment, log)
 
 
 def summary(output: str) -> str:
@@ -222,14 +170,11 @@ def updated(page: str, rows: dict[str, str]) -> str:
     Raises:
         ValueError: the page has no such table.
     """
-    before, start, rest = page.partition(START)
-    table, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"{PAGE.name} has no {START!r} with {END!r} after it")
+    table = page.partition(START)[2].partition(END)[0]
     old = {line.split("|")[1].strip(): line for line in table.splitlines() if re.match(r"\| \d", line)}
     merged = {**old, **rows}
     body = "".join(f"{merged[torch]}\n" for torch in PAIRS if torch in merged)
-    return f"{before}{START}\n\n{HEAD}{body}\n{END}{after}"
+    return replace_between(page, START, END, f"\n{HEAD}{body}")
 
 
 if __name__ == "__main__":
