@@ -3,8 +3,8 @@
     python .ci/versions.py              # all pairs; `make versions`
     python .ci/versions.py 2.10 2.14    # these; `make versions VERSIONS="2.10 2.14"`
 
-Each pair has an environment (``environments``). What is run is a copy of the sources as they were when the run began. Rows of
-pairs that are not run stay in the table.
+Each pair has an environment (``environments``) of the Python that runs this: `make versions PYTHON=python3.13`. What is run is a
+copy of the sources as they were when the run began. Rows of other pairs and other Pythons stay in the table.
 Exit code 0: all is green; 1: something failed or could not be installed; 2: wrong usage.
 """
 
@@ -34,7 +34,10 @@ from environments import (
 
 PAGE = ROOT / "docs" / "versions.md"
 START, END = "<!-- results of make versions -->", "<!-- end of results -->"
-HEAD = "| torch | torch_npu | transformers | tests | commands | date, machine |\n|---|---|---|---|---|---|\n"
+HEAD = (
+    "| torch | Python | torch_npu | transformers | tests | commands | date, machine |\n|---|---|---|---|---|---|---|\n"
+)
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 EXTRA = ("pytest-xdist", "expecttest", "transformers")
 TESTS = tuple(
@@ -90,7 +93,8 @@ class Result(NamedTuple):
 
     def row(self) -> str:
         when = f"{datetime.date.today()}, {machine()}"
-        return f"| {self.torch} | {self.torch_npu} | {self.transformers} | {self.tests} | {self.commands} | {when} |"
+        columns = (self.torch, PYTHON, self.torch_npu, self.transformers, self.tests, self.commands, when)
+        return f"| {' | '.join(columns)} |"
 
 
 def main(words: Sequence[str]) -> int:
@@ -104,7 +108,7 @@ def main(words: Sequence[str]) -> int:
         result = check(torch, PAIRS[torch])
         print(result.row(), flush=True)
         results.append(result)
-        PAGE.write_text(updated(PAGE.read_text(), {torch: result.row()}))
+        PAGE.write_text(updated(PAGE.read_text(), {(torch, PYTHON): result.row()}))
     return 0 if all(result.green for result in results) else 1
 
 
@@ -126,7 +130,7 @@ def select(words: Iterable[str]) -> list[str]:
 def check(torch: str, torch_npu: str) -> Result:
     """Make the environment of one pair and run all that is to be run with it."""
     try:
-        python = make_environment(f"torch-{torch}", torch, EXTRA)
+        python = make_environment(f"torch-{torch}-python{PYTHON}", torch, EXTRA)
         sources = copy_sources(python.parent.parent / "sources")
     except EnvironmentFailure as error:
         print(f"torch {torch}: {error}", file=sys.stderr, flush=True)
@@ -161,20 +165,24 @@ def summary(output: str) -> str:
 
 
 def machine() -> str:
-    return f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}"
+    return f"{os.cpu_count()} cores {platform.machine()}"
 
 
-def updated(page: str, rows: dict[str, str]) -> str:
-    """The page with these rows (by torch version) in its table of results, the others as they were.
+def updated(page: str, rows: dict[tuple[str, str], str]) -> str:
+    """The page with these rows, by versions of torch and Python, in its table of results; the others as they were.
 
     Raises:
         ValueError: the page has no such table.
     """
     table = page.partition(START)[2].partition(END)[0]
-    old = {line.split("|")[1].strip(): line for line in table.splitlines() if re.match(r"\| \d", line)}
+    old = {}
+    for line in table.splitlines():
+        if re.match(r"\| \d", line):
+            torch, python = (cell.strip() for cell in line.split("|")[1:3])
+            old[torch, python] = line
     merged = {**old, **rows}
-    body = "".join(f"{merged[torch]}\n" for torch in PAIRS if torch in merged)
-    return replace_between(page, START, END, f"\n{HEAD}{body}")
+    in_order = sorted(merged, key=lambda key: [[int(n) for n in version.split(".")] for version in key])
+    return replace_between(page, START, END, "\n".join(["", HEAD + "\n".join(merged[key] for key in in_order), ""]))
 
 
 if __name__ == "__main__":

@@ -123,14 +123,17 @@ def test_what_is_run_is_a_copy_of_the_sources(tmp_path):
 
 def test_rows_that_were_not_run_stay():
     page = f"a\n{versions.START}\n{versions.END}\nb\n"
-    page = versions.updated(page, {"2.14.0": "| 2.14.0 | old |"})
-    page = versions.updated(page, {"2.10.0": "| 2.10.0 | new |"})
-    assert page == f"a\n{versions.START}\n\n{versions.HEAD}| 2.10.0 | new |\n| 2.14.0 | old |\n\n{versions.END}\nb\n"
+    rows = {key: f"| {' | '.join(key)} | old |" for key in [("2.14.0", "3.11"), ("2.9.0", "3.13"), ("2.9.0", "3.9")]}
+    for key, row in rows.items():
+        page = versions.updated(page, {key: row})
+    page = versions.updated(page, {("2.14.0", "3.11"): "| 2.14.0 | 3.11 | new |"})
+    table = "| 2.9.0 | 3.9 | old |\n| 2.9.0 | 3.13 | old |\n| 2.14.0 | 3.11 | new |\n"
+    assert page == f"a\n{versions.START}\n\n{versions.HEAD}{table}\n{versions.END}\nb\n"
 
 
 def test_a_page_without_the_table_is_refused():
     with pytest.raises(ValueError, match="has no"):
-        versions.updated("nothing", {"2.10.0": ""})
+        versions.updated("nothing", {("2.10.0", "3.11"): ""})
 
 
 def _torch_of_c(tmp_path: Path, cuda: str) -> Path:
