@@ -48,6 +48,7 @@ CASES = {
     "allgather, another T": one(MANY.replace(**UNEQUAL), "allgather"),
     "allgather, symbolic T": one(MANY.replace(max_tokens=64), "allgather", sizes="dynamic"),
     "alltoall, static": one(MANY, "alltoall", ROUTED),
+    "alltoall, buffers": one(MANY.replace(max_rows=1), "alltoall", block(mask=True)),
     "alltoall, exact": one(MANY.replace(capture=False), "alltoall", block(mask=True)),
     "mc2": one(MANY, "mc2", block(odd=("counts_read",)), 2),
     "mc2, w8a8": one(MANY, "mc2", block(quantisation="w8a8")),

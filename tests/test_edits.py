@@ -223,7 +223,8 @@ def test_ge_edits_are_all_or_nothing():
     """For every n; the error passes on, since a graph without them may hang."""
     import torchair  # noqa: F401  # it defines the operator of all-to-all
 
-    case = one(MANY.replace(mode="ge", equal_tokens=False, max_tokens=8), "alltoall", block(mask=True), lead=(4,))
+    where = MANY.replace(mode="ge", equal_tokens=False, max_tokens=8, max_rows=1)  # buffers: three exchanges to split
+    case = one(where, "alltoall", block(mask=True), lead=(4,))
     built = build(case)
     lowering(case)(built.gm)
     graph, number = built.gm.graph, 0
