@@ -265,23 +265,23 @@ def test_a_sweep_across_the_capacity_of_a3(capfd):
 
 
 def test_a_sweep_across_the_buffer(capfd):
-    """200 MB hold 209,715,200 / 7,860,224 = 26 tokens: a piece of eleven tokens that powers of two step over."""
+    """200 MB hold 209,715,200 / 7,860,224 = 26 tokens: a piece of six tokens that powers of two step over."""
     given = f"{BLOCK} --ep 16 --provider none --buffer-mb 200"
     found = pieces(capfd, f"{given} --sweep tokens=1..8192")
     assert found == [
-        (1, 15, "allgather", ["cost"]),
-        (16, 26, "mc2", ["mc2.buffer"]),
+        (1, 20, "allgather", ["cost"]),
+        (21, 26, "mc2", ["mc2.buffer"]),
         (27, 8192, "allgather", []),
     ]
-    assert pieces(capfd, f"{given} --sweep tokens=15..8192")[1] == (16, 26, "mc2", ["mc2.buffer"])
-    because = answer(capfd, f"{given} --sweep tokens=16..100")[1]["sweep"][0]["because"]
+    assert pieces(capfd, f"{given} --sweep tokens=20..8192")[1] == (21, 26, "mc2", ["mc2.buffer"])
+    because = answer(capfd, f"{given} --sweep tokens=21..100")[1]["sweep"][0]["because"]
     assert because[0].startswith("7860224*T must be at most 209715200 (buffer_bytes)")
 
 
 def test_short_pieces_between_powers_of_two_are_found(capfd):
-    """From 3 the search looks at 4, 6, 10, 18, 34, ...: 16 to 26 would be seen by 18 only."""
-    given = f"{BLOCK} --ep 16 --provider none --buffer-mb 130 --sweep tokens=3..8192"  # 17 tokens
-    assert (16, 17, "mc2", ["mc2.buffer"]) in pieces(capfd, given)
+    """From 3 the search looks at 4, 6, 10, 18, 34, ...: none of them is in 21 to 22."""
+    given = f"{BLOCK} --ep 16 --provider none --buffer-mb 168 --sweep tokens=3..8192"  # 22 tokens
+    assert (21, 22, "mc2", ["mc2.buffer"]) in pieces(capfd, given)
 
 
 def test_a_sweep_where_a_limit_begins_to_hold(capfd):
