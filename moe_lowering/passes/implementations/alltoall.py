@@ -11,8 +11,8 @@ The receiver learns from the counts which lines are rows: line c of source s bel
 running count exceeds c, and to none past the last; those lines are outside of the second sort's range. Rows then are in
 the generic order, by local expert, source and token.
 Collectives get one-dimensional tensors: the kernel that torch_npu puts in their place inside graphs takes element counts
-as row counts when there are more dimensions (facts/npugraph_ex_and_torchair.md §4.2).
-Sources: facts/vllm_ascend.md §2.2 (the exact-split form), facts/cann_ops.md §2.4.
+as row counts when there are more dimensions.
+Sources: vllm_ascend.token_dispatcher: the exact-split form; ops_transformer.init_routing; wheel.all_to_all: the counts.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ npugraph_ex: ``npu_moe_token_unpermute``, which takes weights of the dtype of th
 GE: torchair has no converter for it (nor for any operator that does the same without ``npu_moe_finalize_routing``'s
 inaccuracy), so ATen ``index_select``, multiply, ``sum``, in float32, which all have one. It writes the selected rows
 [T * k, H] and their products to memory, which the fused operator does not.
-Sources: facts/npugraph_ex_and_torchair.md §3.2 (no converter); facts/cann_ops.md §2.4 (the operator).
+Sources: wheel.ge_converters: none; ops_transformer.token_unpermute: the operator.
 """
 
 from __future__ import annotations
