@@ -26,6 +26,8 @@ class Soc:
             exchange in two levels always (op-plugin's documentation of ``npu_moe_distribute_dispatch_v2``: expert_scales).
         two_level_tp_world: ``tp_world_size`` of MC2's two-level algorithm where there is no TP; both 0 and 1 say so.
         graph_mode_group_tp: MC2 in GE graphs takes the EP group as ``group_tp`` (the same documentation).
+
+    Sources: msmodeling.device: link, memory, compute, to be confirmed by their authors; op_plugin.dispatch.
     """
 
     name: str
