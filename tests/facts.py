@@ -1,7 +1,8 @@
 """Facts about the operators, written by hand from their sources (``limit_facts/*.toml``), as calls that are legal or not.
 
 They share nothing with ``moe_lowering/limits/data``: a wrong number there must show here. A file names the operators and
-SoCs that its facts are about, a group the documents that they were read from, cited as in ``limits/data``. A fact has a code and one of
+SoCs that its facts are about, a group the documents that they were read from, cited as
+in ``limits/data``. A fact has a code and one of
 
 - ``range = ["tokens", 1, 512]``: the first and last legal value, "" where there is none; the next ones are illegal;
 - ``multiple = ["hidden", 32]``: 32 and 96 are legal, 16, 31, 33 are not;

@@ -170,7 +170,8 @@ INT8 = {"max_tokens": 512, "top_k": 8, "hidden": 7168, "weight_dtype": "int8"}
 @pytest.mark.parametrize(
     ("operator", "soc", "block", "needed"),
     [
-        # Source: ops_transformer.dispatch_window: H 7168, K 8, BS 128, ep 64, 4 local experts, then BS 256, ep 16, 16 local experts
+        # Source: ops_transformer.dispatch_window: H 7168, K 8, BS 128, ep 64, 4 local experts,
+        # then BS 256, ep 16, 16 local experts
         (DISPATCH, "A3", LEGAL, 956),
         (DISPATCH, "A3", {**LEGAL, **V2}, 988),
         (DISPATCH, "A3", FULL, 1912),

@@ -15,7 +15,7 @@ apply_event_closure_with_multi_stream). Names of ``_create_event_by_name`` are p
 events anew in each process, also when it comes from ``cache_compile``. Memory: what the region reads is held until the
 main stream has waited (``keep_alive``); what it allocates belongs to the side stream, which starts each region after an
 event that the main stream recorded after it had read the previous one's result.
-Sources: vllm_ascend_0_13.fused_moe: AscendSharedFusedMoE; wheel.multi_stream.
+Sources: vllm_ascend_0_13.fused_moe: shared experts on a second stream; wheel.multi_stream.
 
 Refused, with a code, and left in plain order: see ``CODES``. Nothing here fails a compile.
 """

@@ -14,7 +14,7 @@ from moe_lowering.testing.matrix_cells import SCENARIOS, Cell
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """One rule: cells of ``forms`` for which ``applies`` holds are refused with ``code``; ``why`` is a citation, as in limits/data."""
+    """One rule: cells of ``forms`` for which ``applies`` holds are refused with ``code``. ``why`` is a citation."""
 
     code: str
     forms: tuple[str, ...]
