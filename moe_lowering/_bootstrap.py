@@ -2,7 +2,7 @@
 
 With torch_npu installed and no CANN, plain ``import torch`` fails: torch loads the backend extension, which needs
 ``libhccl.so``. Turning the autoload off is enough, and is only done where CANN is really missing, so that a machine with
-an NPU keeps its normal behaviour. Source: torch's ``torch.backends`` entry points; tried with torch_npu 2.13.0.
+an NPU keeps its normal behaviour. Source: torch.import_backends: the entry points, tried with torch_npu 2.13.0.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def release(distribution: str) -> tuple[int, int]:
 
 
 # Arguments that operators of npu:: got, with their defaults: what a call of an older torch_npu means.
-# Source: the schemas of torch_npu 2.10.0.post4 and 2.11.0.post3.
+# Sources: wheel_2_10.schemas, wheel_2_11.schemas.
 _LATER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "npu::npu_moe_gating_top_k": {"input_ids": None, "tid2eid": None},  # torch_npu 2.11
     "npu::npu_moe_finalize_routing": {"k": 1},  # torch_npu 2.11

@@ -32,7 +32,8 @@ __all__ = [
 
 FORMATS = tuple(made.name for made in EXPERT_FORMATS.values() if made.quantised)
 _HALVES = (torch.float16, torch.bfloat16)
-_SCALE_BIAS = 8  # what the device's kernel adds to the low int4 half of an int8 row (facts/cann_ops.md, 1.4)
+# What the device's kernel adds to each int4 weight. Source: ops_transformer.grouped_matmul: A8W4, bias 8 * sum(w * scale).
+_SCALE_BIAS = 8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,13 +19,15 @@ class Soc:
         runtime_pattern: all of them, a regular expression. torch_npu 2.13 knows the names (SocVersion in libtorch_npu.so);
             its Ascend910B without a number is the first 910, which has no MC2.
         device_types: vllm-ascend's words for it (``_build_info.__device_type__``).
-        link, memory: bandwidth of one die or card in GB/s, of links one way. Source: Ascend/msmodeling 84fec85
-            ``tensor_cast/device.py``, to be confirmed by their authors; so are those of ``compute``, 16-bit matmuls in TFLOPS.
+        link, memory: bandwidth of one die or card in GB/s, of links one way.
+            Those of ``compute`` are 16-bit matmuls in TFLOPS.
         clips_swiglu: it has a kernel of ``npu_clipped_swiglu`` (op-plugin's documentation of that operator).
         weighs_before_sending: MC2's dispatch takes the weights of the tokens and combine gets them back, since its ranks
             exchange in two levels always (op-plugin's documentation of ``npu_moe_distribute_dispatch_v2``: expert_scales).
         two_level_tp_world: ``tp_world_size`` of MC2's two-level algorithm where there is no TP; both 0 and 1 say so.
         graph_mode_group_tp: MC2 in GE graphs takes the EP group as ``group_tp`` (the same documentation).
+
+    Sources: msmodeling.device: link, memory, compute, to be confirmed by their authors; op_plugin.dispatch.
     """
 
     name: str

@@ -1,7 +1,8 @@
 """Facts about the operators, written by hand from their sources (``limit_facts/*.toml``), as calls that are legal or not.
 
 They share nothing with ``moe_lowering/limits/data``: a wrong number there must show here. A file names the operators and
-SoCs that its facts are about, a group the source that they were read from. A fact has a code and one of
+SoCs that its facts are about, a group the documents that they were read from, cited as
+in ``limits/data``. A fact has a code and one of
 
 - ``range = ["tokens", 1, 512]``: the first and last legal value, "" where there is none; the next ones are illegal;
 - ``multiple = ["hidden", 32]``: 32 and 96 are legal, 16, 31, 33 are not;
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moe_lowering.limits.sources import cite, load_sources, render_citations
 from moe_lowering.limits.toml import loads
 from moe_lowering.passes.operands import COMPUTED, MIXED
 from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS, MODES, SOCS, WEIGHT_FORMATS
@@ -67,8 +69,9 @@ def cases() -> tuple[Case, ...]:
     for file in sorted(DATA.glob("*.toml")):
         table = loads(file.read_text("utf-8"))
         for group in table["group"]:
+            source = render_citations(cite(group["source"], load_sources()))
             for fact in group["facts"]:
-                found += _cases({"operators": table["operators"], "soc": table["soc"], **fact}, group["source"])
+                found += _cases({"operators": table["operators"], "soc": table["soc"], **fact}, source)
     return tuple(found)
 
 

@@ -1,7 +1,7 @@
 """Policies: vllm-ascend's rules on a grid, the cost model's order, and what happens when a rule's answer is not legal.
 
-Expected values of the grids are written from the rules in prose (facts/vllm_ascend.md §1.1 to §1.3 and the unit tests
-named in §6), not from the code under test.
+Expected values of the grids are written from vllm-ascend's rules and its unit tests, not from the code under test.
+Sources: vllm_ascend_0_13.forward_context, vllm_ascend.forward_context, vllm_ascend.unit_tests.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ def test_main_on_a_grid(soc, fused):
         assert choose_main(s) == expected_main(soc, ep, tokens, experts, fused, top_k), s
 
 
-# From vllm-ascend's tests/ut/test_ascend_forward_context.py, as listed in facts/vllm_ascend.md §6.
+# Source: vllm_ascend.unit_tests
 UNIT_TESTS = [
     (Situation("A2", 16, 128, 128, experts=128), "mc2"),
     (Situation("A2", 16, 129, 128, experts=128), "allgather"),
@@ -114,7 +114,7 @@ def test_0_13_excludes_what_its_conditions_name():
 
 
 def test_capacities():
-    """facts/vllm_ascend.md §1.3: TP 6 with 200 x 3 requests, TP 8 with 257 captured, TP 8 with 513 batched."""
+    """Source: vllm_ascend.unit_tests: TP 6 with 200 x 3 requests, TP 8 with 257 captured, TP 8 with 513 batched."""
     assert capacity_main(6, requests=200, query_length=3) == 600
     assert capacity_main(8, largest_captured=257) == 264
     assert capacity_main(8, prefill_batched=513) == 520
@@ -139,7 +139,8 @@ def test_an_unknown_soc_is_an_error():
 
 
 # (policy, fused_mode, providers, ep_size, tokens, TP, quantisation, hidden, intermediate) -> the rule's method; from the
-# rules in prose: facts/vllm_ascend.md §1.1 to §1.3. max_tokens 512, so the capacity is 512 (MegaMoe: 512 captured tokens).
+# rules of vllm-ascend. max_tokens 512, so the capacity is 512 (MegaMoe: 512 captured tokens).
+# Sources: vllm_ascend_0_13.forward_context, vllm_ascend.forward_context
 VLLM_ASCEND, MEGA = ("vllm_ascend", "0.23.0"), ("cann_ops_transformer", "9.1.0")
 ADAPTED = [
     # 0.13: mode 1 up to 32 ranks and for any batch, W8A8 only
@@ -200,7 +201,7 @@ def test_rules_see_the_deployment(case):
 
 
 def test_capacity_is_rounded_up_to_tp():
-    """facts/vllm_ascend.md §1.3: 257 captured tokens and TP 8 make 264; MC2 up to there, AllToAll above."""
+    """Source: vllm_ascend.unit_tests: 257 captured tokens and TP 8 make 264, MC2 up to there, AllToAll above."""
     for policy in ("vllm_ascend_0_13", "vllm_ascend_main"):
         with testing.fake_deployment(ep_size=16, tp_size=8, max_tokens=257, fused_mode=0) as deployment:
             spec = block(deployment, 1024, 512, "none")

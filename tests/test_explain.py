@@ -1,6 +1,7 @@
 """``moe-lowering explain``: verdict tables, choices, sweeps, --why and JSON; the command itself: test_explain_command.py.
 
-Expected codes are written by hand from facts/vllm_ascend.md §3.4, §3.5 and facts/cann_ops.md §1.1, not from the code.
+Expected codes are written by hand from the operators' sources, not from the code.
+Sources: vllm_ascend.ffn_tiling, vllm_ascend.ffn_kernel, ops_transformer.dispatch, op_plugin.dispatch.
 """
 
 import json

@@ -110,7 +110,7 @@ MEGA = (("providers", (("cann_ops_transformer", "9.2.0"),)), ("cann", "9.2.0"), 
 
 
 def test_mega_moe_wants_the_same_positive_token_count_on_every_rank():
-    """facts/cann_ops.md 1.6, A2 and A3; one expert a tensor, which this layer has not."""
+    """Source: ops_transformer.mega_moe: A2 and A3, one expert a tensor, which this layer has not."""
 
     def codes(tokens, **fields):
         lowered = BASE.but(tokens=tokens, deployment=(*MEGA, *fields.items())).judge(comm="fused_mc2")

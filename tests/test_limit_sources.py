@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from source_citations import find_unused, read_citations, read_texts
 
-from moe_lowering.limits import LimitsError, check, load, table
+from moe_lowering.limits import LimitsError, check, load
 from moe_lowering.limits.row import NOTHING_HELPS, read
 from moe_lowering.limits.sources import (
     OWN,
     Citation,
     cite,
     declare_sources,
-    find_unused,
     load_sources,
     render_citations,
 )
+from moe_lowering.limits.toml import loads
+from moe_lowering.testing.matrix_expected import REFUSALS
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = ("moe_lowering", "tests", "provider_tests", "benchmarks", "docs", ".ci")
+PRIVATE = re.compile(r"(?<!\w)facts/|\bDESIGN\b|/work/")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SOURCES = f"""
 [lib]
@@ -115,14 +119,31 @@ def test_a_malformed_declaration_is_refused(old: str, new: str, message: str) ->
         declare_sources("s.toml", SOURCES.replace(old, new))
 
 
-def test_a_document_that_nothing_cites_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_that_nothing_cites_is_found() -> None:
     (row,) = read("t.toml", ROW, DECLARED)
-    assert find_unused(DECLARED, row.sources) == ["pull.12"]
+    assert find_unused(DECLARED, list(row.sources)) == ["pull.12"]
     assert find_unused(DECLARED, [*row.sources, *cite("pull.12", DECLARED)]) == []
-    one_more = {**load_sources(), "lib.guide": GUIDE}
-    monkeypatch.setattr(table, "load_sources", lambda: one_more)
-    with pytest.raises(LimitsError, match=r"sources.toml: no row cites lib.guide$"):
-        table.load.__wrapped__()
+
+
+@pytest.mark.parametrize(("text", "keys"), [
+    ("Source: lib.guide.", ["lib.guide"]),
+    ("It is so. Source: lib.guide: at most 8.\n\nNot lib.old.", ["lib.guide"]),
+    ("Sources: lib.guide, lib.old: at\nmost 8; pull.12.", ["lib.guide", "lib.old", "pull.12"]),
+    ("Written as ``Source: x``; no source here.", []),
+])  # fmt: skip
+def test_citations_of_a_docstring(text: str, keys: list[str]) -> None:
+    assert [citation.key for citation in read_citations(text, DECLARED)] == keys
+
+
+@pytest.mark.parametrize("text", ["Source: lib.gide.", "Source: the guide.", "Sources: lib.guide; guide", "Source:"])
+def test_a_docstring_that_cites_no_document_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not declared in sources\.toml"):
+        read_citations(text, DECLARED)
+
+
+def test_docstrings_and_comments_are_read() -> None:
+    code = '"""One."""\n\n# two\n# three\nx = 1  # four\n\n\ndef f():\n    """Five."""\n    return "six"\n'
+    assert [text for text in read_texts(code) if text] == ["One.", "Five.", "two\nthree\nfour"]
 
 
 def test_documents_that_say_the_same_share_the_note() -> None:
@@ -152,16 +173,54 @@ def test_no_key_stands_for_two_documents() -> None:
     assert len({(d.link, d.version, d.path) for d in documents}) == len(documents)
 
 
+def _files(*endings: str) -> list[Path]:
+    files = [ROOT / "README.md", *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*") if file.is_file())]
+    return [file for file in files if file.suffix in endings and "__pycache__" not in file.parts]
+
+
+def _cited_in_code() -> list[Citation]:
+    cited: list[Citation] = []
+    for file in _files(".py"):
+        code = file.read_text("utf-8")
+        for text in read_texts(code) if "Source" in code else ():
+            try:
+                cited += read_citations(text, load_sources())
+            except ValueError as error:
+                raise AssertionError(f"{file.relative_to(ROOT)}: {error}") from None
+    return cited
+
+
+def _cited_in_tables() -> list[Citation]:
+    cited: list[Citation] = []
+    for file in resources.files("moe_lowering.limits").joinpath("data").iterdir():
+        if file.name.endswith(".toml"):
+            entries = loads(file.read_text("utf-8"))
+            for entry in [*entries.get("limit", ()), *entries.get("absent", ())]:
+                cited += cite(entry["source"], load_sources())
+    return cited
+
+
+def _cited_in_facts() -> list[Citation]:
+    files = sorted((ROOT / "tests/limit_facts").glob("*.toml"))
+    groups = [group for file in files for group in loads(file.read_text("utf-8"))["group"]]
+    return [citation for group in groups for citation in cite(group["source"], load_sources())]
+
+
+def test_every_citation_is_declared_and_every_document_is_cited() -> None:
+    reasons = [citation for refusal in REFUSALS for citation in cite(refusal.why, load_sources())]
+    parts = [_cited_in_tables(), _cited_in_code(), _cited_in_facts(), reasons]
+    assert all(len(part) > 20 for part in parts)
+    assert find_unused(load_sources(), [citation for part in parts for citation in part]) == []
+
+
 def test_texts_name_nothing_that_is_not_public() -> None:
-    files = [
-        file
-        for folder in ("data", ".")
-        for file in resources.files("moe_lowering.limits").joinpath(folder).iterdir()
-        if file.name.endswith(".toml")
-    ]
-    assert len(files) > 25
-    for file in files:
-        assert not re.search(r"\bfacts/|\bDESIGN\b|/work/", file.read_text("utf-8")), file.name
+    files = _files(".py", ".toml", ".md", ".c", ".h", ".cpp", ".sh", "")
+    assert len(files) > 300
+    named = {str(file.relative_to(ROOT)) for file in files if PRIVATE.search(file.read_text("utf-8"))}
+    own = Path(__file__).relative_to(ROOT)
+    assert named == {str(own)}
+    lines = [line for line in (ROOT / own).read_text("utf-8").splitlines() if PRIVATE.search(line)]
+    assert len(lines) == 3, lines  # the pattern, and two rows that the loader must refuse
 
 
 def test_nothing_helps_is_rare_and_says_why() -> None:

@@ -170,19 +170,20 @@ INT8 = {"max_tokens": 512, "top_k": 8, "hidden": 7168, "weight_dtype": "int8"}
 @pytest.mark.parametrize(
     ("operator", "soc", "block", "needed"),
     [
-        # facts/cann_ops.md 1.1: H 7168, K 8; BS 128, ep 64, 4 local experts, then BS 256, ep 16, 16 local experts
+        # Source: ops_transformer.dispatch_window: H 7168, K 8, BS 128, ep 64, 4 local experts,
+        # then BS 256, ep 16, 16 local experts
         (DISPATCH, "A3", LEGAL, 956),
         (DISPATCH, "A3", {**LEGAL, **V2}, 988),
         (DISPATCH, "A3", FULL, 1912),
         (DISPATCH, "A3", {**FULL, **V2}, 1976),
         (DISPATCH, "A2", LARGE, 452),
         (DISPATCH, "A2", {**LARGE, "comm_alg": "hierarchy"}, 468),  # 467.06
-        # facts/vllm_ascend.md 3.3: the host's check of the W8A8 variant
+        # Source: vllm_ascend.ffn_tiling: the host's check of the W8A8 variant
         (FUSED, "A3", {**INT8, "max_tokens": 256}, 52),
         (FUSED, "A3", INT8, 94),
         (FUSED, "A3", {**INT8, "max_tokens": 1024}, 178),
         (FUSED, "A3", {**INT8, "max_tokens": 2048}, 346),
-        # facts/cann_ops.md 1.6: sgl-kernel-npu's formula, and mega_moe's example of 107.3 MB
+        # Sources: sgl_kernel_npu.fused_deep_moe: its formula; ops_transformer.mega_moe: 107.3 MB
         (DECODE, "A3", FULL, 1792),
         ("mega_moe", "A3", {**FULL, "dispatch_quant_mode": 2}, 108),
     ],

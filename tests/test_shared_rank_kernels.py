@@ -1,7 +1,8 @@
 """Shared-expert ranks: dispatch and combine, generic and npu, on four ranks, against vectors written by hand.
 
 T = 2, K = 2, E = 4; rows are constant and written as one number: token t of rank r is 10 * r + t + 1. The first two ranks hold
-shared experts, so that rank 2 has experts 0 and 1, and rank 3 experts 2 and 3 (facts/cann_ops.md 2.1).
+shared experts, so that rank 2 has experts 0 and 1, and rank 3 experts 2 and 3.
+Source: ops_transformer.dispatch_kernel.
 """
 
 from __future__ import annotations

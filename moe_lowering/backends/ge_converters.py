@@ -10,10 +10,9 @@ device).
 compile cache, from one object for each input; the check is added to that of one input, so it runs before the engine
 does, on every call. ``ge_keep`` makes the graph's end depend on an operator.
 
-Sources: vllm-project/vllm-ascend csrc/{,mc2/}dispatch_ffn_combine*/op_host/*_def.cpp, *_proto.cpp (461cc908, 6404a4ad,
-e9264a99; 0.30.0rc2), csrc/dispatch_gmm_combine_decode/op_host (ee47b9b2, 8d007a95); limits/schemas.toml (by version);
-torch_npu 2.13.0: torchair/ge/ge_custom.py, torchair/ge/_ge_graph.py, _ge_concrete_graph/fx2ge_converter.py
-(_codegen_input), _ge_concrete_graph/infer_symbol_shape.py.
+Sources: vllm_ascend.ffn_definition, vllm_ascend.ffn_definition_16_bit, vllm_ascend.ffn_definition_w4a8,
+vllm_ascend.decode_definition: inputs and attributes, by version in limits/schemas.toml; wheel.ge_custom, wheel.ge_graph,
+wheel.ge_symbol_shapes; wheel.fx2ge: _codegen_input.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@
 ``finish`` does all of it or nothing: on an error the graph is as the lowering left it, and the error passes on, since without
 any of these a graph may hang or compute something else. Reads stay where they were: nothing is moved past a write.
 
-Sources: torch_npu 2.13.0, torchair/_ge_concrete_graph: ge_converter/experimental/hcom_alltoall.py, fx2ge_converter.py
-(_parse_node_internal, get_or_auto_gen_converter), graph_pass.py.
+Sources: wheel.ge_converters: experimental/hcom_alltoall.py; wheel.fx2ge: _parse_node_internal, get_or_auto_gen_converter;
+wheel.ge_graph_pass.
 """
 
 from __future__ import annotations

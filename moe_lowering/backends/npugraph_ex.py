@@ -1,12 +1,13 @@
 """Options for ``torch.compile(model, backend="npugraph_ex", options=...)``.
 
 The pass runs as npugraph_ex's ``post_grad_custom_pre_pass``: after AOTAutograd, before npugraph_ex's own patterns, so
-stock fusions still apply to what it emits. Source: torch_npu 2.13.0, npugraph_ex/npu_fx_compiler.py (_optimize_fx).
+stock fusions still apply to what it emits. Source: wheel.fx_compiler: _optimize_fx.
 
 ``inplace_pass`` is off unless asked for. npugraph_ex of torch_npu 2.13.0 compares element counts there, not shapes or
 overlap: ``a[:, 1:] - a[:, :-1]`` becomes ``sub_`` on overlapping slices (transformers finds packed sequences that way, and
 attention is wrong from the ninth token on), and a graph for one token fails; with or without this pass. vllm-ascend turns
-it off too (facts/versions.md).
+it off too.
+Sources: wheel.reinplace, here.test_npugraph_ex: tried; vllm_ascend.compiler: inplace_pass=False.
 """
 
 from __future__ import annotations

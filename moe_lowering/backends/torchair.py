@@ -5,7 +5,7 @@
 
 The hook is the same as npugraph_ex's, and so is the pass object, with ``Deployment.mode`` "ge": then it emits only
 operators that torchair has a converter for. What GE needs beyond that is in ``ge_rewrites``; converters of this package's
-own operators are in ``ge_converters``. Source: torch_npu 2.13.0, torchair/npu_fx_compiler.py (_optimize_fx).
+own operators are in ``ge_converters``. Source: wheel.torchair_fx_compiler: _optimize_fx.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ for masked tokens, counts [E_local] int64 are the rows of each local expert from
 depend on the ids, so this is one operator that a compiler does not look into, and it cannot be captured: a captured
 graph would keep the sizes of the capture. The equal-split form of the AllToAll implementation is for that.
 
-On an NPU (as vllm-ascend does it, facts/vllm_ascend.md §2.2):
+On an NPU, as vllm-ascend does it:
 
     [dynamic_quant >] init_routing_v2 > all_to_all(counts) > counts to the host > all_to_all([scales,] rows)
     > init_routing_v2 > grouped matmul, activation, grouped matmul > all_to_all(rows) > token_unpermute
@@ -14,7 +14,8 @@ What leaves the device is one tensor of counts, which every rank gets from all: 
 raise the same errors, and one synchronisation with the host is enough. Rows are ordered as after ``dispatch``: by local
 expert, source rank, token. No device operator gets an empty tensor, of which their documentation says nothing.
 ``torch.distributed``'s own collective takes row splits of 2-D tensors as it should; the kernel that torch_npu puts in its
-place inside of graphs takes them for element counts (facts/npugraph_ex_and_torchair.md §4.2) and is not reached from here.
+place inside of graphs takes them for element counts and is not reached from here.
+Sources: vllm_ascend.token_dispatcher: TokenDispatcherWithAll2AllV; wheel.all_to_all: the kernel inside of graphs.
 """
 
 from __future__ import annotations

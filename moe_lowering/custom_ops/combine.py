@@ -1,8 +1,9 @@
 """``combine``: the experts' results back to their tokens, weighted and summed.
 
 Meaning: CANN's ``aclnnMoeDistributeCombineV2``: y = sum over k, ascending, of weight * row in float32, then the rows of
-shared-expert ranks with weight 1 (facts/cann_ops.md §2.3), cast once to the dtype of rows. Under tensor parallelism y is
-complete and the same on all ranks of the TP group.
+shared-expert ranks with weight 1, cast once to the dtype of rows. Under tensor parallelism y is complete and the same on
+all ranks of the TP group.
+Source: ops_transformer.combine_kernel: the documentation's formula weighs the shared expert, the kernel does not.
 """
 
 from __future__ import annotations

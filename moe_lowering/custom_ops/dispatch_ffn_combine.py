@@ -65,7 +65,11 @@ def _check(
     mask: Tensor | None,
     swiglu_limit: float,
 ) -> None:
-    """Raises for what the real operator refuses, or computes wrongly without a word (facts/vllm_ascend.md 3.2, 3.4)."""
+    """Raises for what the real operator refuses, or computes wrongly without a word.
+
+    Sources: vllm_ascend.ffn_adapter, vllm_ascend.ffn_api, vllm_ascend.ffn_definition: dtypes and formats;
+    vllm_ascend.ffn_kernel, vllm_ascend.ffn_kernel_16_bit: what they compute wrongly.
+    """
     check_quantisation(NAME, experts.quantisation)
     quantised = EXPERT_FORMATS[experts.quantisation].quantised
     check_tokens(NAME, x, ids, weights, (torch.bfloat16,) if quantised else HALVES)

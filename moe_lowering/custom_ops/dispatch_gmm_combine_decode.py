@@ -42,7 +42,7 @@ SCHEMA = (
     "int num_experts, Tensor[]? w13_scale=None, Tensor[]? w2_scale=None, Tensor? mask=None, int global_bs=0) "
     "-> (Tensor y, Tensor expert_token_nums)"
 )
-MOST_RANKS = 768  # of the MC2 dispatch that it holds, on A3 (facts/cann_ops.md 1.1)
+MOST_RANKS = 768  # of the MC2 dispatch that it holds, on A3. Source: ops_transformer.dispatch_tiling
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
 EQUAL = "global_bs is 0, which says that T is equal on all ranks (ep_size times the largest T says that it may differ)"
 
@@ -64,7 +64,10 @@ def _check(
     mask: Tensor | None,
     global_bs: int,
 ) -> None:
-    """Raises for what the real operator refuses (facts/vllm_ascend.md 3.6), but for the sizes of a device."""
+    """Raises for what the real operator refuses, but for the sizes of a device.
+
+    Sources: vllm_ascend.decode_tiling, vllm_ascend.decode_definition.
+    """
     check_tokens(NAME, x, ids, weights, HALVES)
     check_group(NAME, group, ep_size, MOST_RANKS)
     if not 0 <= ep_rank < ep_size:

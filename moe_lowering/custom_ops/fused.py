@@ -5,8 +5,9 @@ Ascend, each in a file of its own: ``dispatch_ffn_combine``, ``dispatch_gmm_comb
 wrapped as a function: outputs are allocated inside, the ids are handed over as a copy (the operators write into those of
 masked tokens), and the rows of masked tokens, which the operators leave undefined, are zero.
 
-Quantised (facts/vllm_ascend.md 3.4, facts/cann_ops.md 2.2): tokens become int8 before they travel, with a scale each;
+Quantised: tokens become int8 before they travel, with a scale each;
 matmuls accumulate in int32; the activated values become int8 again, row by row; the sum over k is float32.
+Sources: vllm_ascend.ffn_kernel, vllm_ascend.ffn_epilogue: the W8A8 variant; ops_transformer.gmm_swiglu_quant: its formula.
 """
 
 from __future__ import annotations

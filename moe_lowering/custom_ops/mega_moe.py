@@ -1,6 +1,6 @@
 """``mega_moe``: a functional wrapper of CANN's fused operator, the successor of ``dispatch_ffn_combine``.
 
-``cann_ops_transformer.ops.mega_moe`` (CANN 9.1; facts/cann_ops.md 1.6) in bfloat16, W8A8 and W4A8. It works on a symmetric
+``cann_ops_transformer.ops.mega_moe`` (CANN 9.1) in bfloat16, W8A8 and W4A8. It works on a symmetric
 buffer, which ``get_symm_buffer_for_mega_moe`` makes together with all ranks of the group: the wrapper makes it once for
 each group and set of sizes, at the first call. So a graph can be captured after a run without capture, and every size must
 be the same on all ranks, as must T (A2, A3).

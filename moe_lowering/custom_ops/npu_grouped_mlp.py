@@ -7,8 +7,9 @@
 
 These take weights in both formats, ND and FRACTAL_NZ; ``npu_grouped_matmul_swiglu_quant_v2`` takes one of them, which a
 tensor does not show. SwiGLU is npu_swiglu; other activations are ATen's in float32, rounded once.
-The same operators as a graph: passes/implementations/{mlp,quantised_mlp}.py. Sources: facts/vllm_ascend.md §2.5,
-facts/cann_ops.md §1.4; dtypes of scales and biases: limits/data/grouped_matmul*.toml.
+The same operators as a graph: passes/implementations/{mlp,quantised_mlp}.py. Dtypes of scales and biases:
+limits/data/grouped_matmul*.toml.
+Sources: vllm_ascend.moe_mlp: unified_apply_mlp; ops_transformer.grouped_matmul, wheel.docs.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 With ``shared_expert_ranks`` S of R ranks, ranks 0 to S - 1 hold one shared expert each, and routed expert g lives on rank
 S + g // E_local, E_local = num_experts / (R - S). Each of the ``shared_experts`` is held by P = S / shared_experts ranks: a
 token of rank r goes to rank r % P + j * P for shared expert j. Meaning: ``aclnnMoeDistributeDispatchV2`` with
-expertShardType 0 (facts/cann_ops.md §2.1).
+expertShardType 0. Source: ops_transformer.dispatch_kernel.
 
 A *place* is one expert of one rank. Places are numbered by rank: those of the shared-expert ranks come first.
 """

@@ -1,7 +1,8 @@
 """Integer arithmetic of quantised experts: rows as int8, weights as int8 or packed int4, their scales, and matmuls.
 
-Meaning: aclnnGroupedMatmulV5 with per-token scales (facts/cann_ops.md, 2.2: y = int32 sum * scale * per-token scale) and
-its antiquant form, weight = (int4 + offset) * scale. Arguments are checked by ``grouped_mlp``.
+Meaning: aclnnGroupedMatmulV5 with per-token scales, y = int32 sum * scale * per-token scale, and its antiquant form,
+weight = (int4 + offset) * scale. Arguments are checked by ``grouped_mlp``.
+Source: ops_transformer.grouped_matmul.
 """
 
 from __future__ import annotations

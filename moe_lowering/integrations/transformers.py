@@ -11,7 +11,7 @@ which modules of a model can. One that cannot (see ``_form``) keeps transformers
 its class; where its experts are spread over ranks that would be wrong, so there it raises.
 
 What a module's gate computes is never guessed: it is transformers' default gate with a known activation, or a method
-whose statements are those of one in ``_OWN_GATES``. Source of the interface: transformers 5.23.0, integrations/moe.py.
+whose statements are those of one in ``_OWN_GATES``. Source: transformers.moe: the interface.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Where rules come from. ``sources.toml`` declares every document once; a row cites it by key, with a note.
+"""Where rules come from. ``sources.toml`` declares every document once; rows, docstrings and tests cite it by key.
 
 A key is ``collection.document``, e.g. ``op_plugin.grouped_matmul``: the collection gives title, version and link, the document
 its path. A citation is ``KEY`` or ``KEY: note``, or several keys with one note: ``KEY, KEY: note``. The note says where in the
-document it stands, or what it says. ``here`` is this repository: its documents are the proof of a rule that this project
+document it stands, or what it says. A docstring or comment has ``Source: `` or ``Sources: `` before citations, up to the end
+of its paragraph, with ``; `` between them. ``here`` is this repository: its documents are the proof of a rule that this project
 derived or measured itself, and have no link.
 """
 
@@ -123,8 +124,3 @@ def load_sources() -> dict[str, Citation]:
         ValueError: as ``declare_sources``.
     """
     return declare_sources(FILE, resources.files("moe_lowering.limits").joinpath(FILE).read_text("utf-8"))
-
-
-def find_unused(declared: Mapping[str, Citation], cited: Iterable[Citation]) -> list[str]:
-    """The keys that nothing cites."""
-    return sorted(declared.keys() - {citation.key for citation in cited})

@@ -9,7 +9,7 @@ from importlib import resources
 
 from moe_lowering.limits.coverage import Absent, gaps, read_absent
 from moe_lowering.limits.row import Limit, LimitsError, read
-from moe_lowering.limits.sources import FILE, find_unused, load_sources
+from moe_lowering.limits.sources import load_sources
 from moe_lowering.limits.toml import loads
 from moe_lowering.limits.versions import applies
 from moe_lowering.vocabulary import SOCS
@@ -68,8 +68,7 @@ def load() -> tuple[Limit, ...]:
 
     Raises:
         LimitsError: when a row is malformed, two rows of one operator and SoC share both code and condition, a rule has
-            neither a row nor an ``[[absent]]`` entry on a SoC where its operator exists (``coverage``), or a document is
-            declared that nothing cites.
+            neither a row nor an ``[[absent]]`` entry on a SoC where its operator exists (``coverage``).
     """
     rows: list[Limit] = []
     absent: list[Absent] = []
@@ -77,10 +76,6 @@ def load() -> tuple[Limit, ...]:
         if file.name.endswith(".toml"):
             rows += read(file.name, text := file.read_text("utf-8"))
             absent += _entries(file.name, text)
-    cited = [citation for row in rows for citation in row.sources]
-    cited += [citation for entry in absent for citation in entry.sources]
-    if unused := find_unused(load_sources(), cited):
-        raise LimitsError(f"{FILE}: no row cites {', '.join(unused)}")
     narrowed = narrow(rows)
     if found := gaps(narrowed, absent, _exists(rows), tuple(SOCS)):
         raise LimitsError("; ".join(found))

@@ -2,10 +2,10 @@
 
     T = launches + bytes / (bandwidth * efficiency) + compute,   fused: max of communication and compute
 
-Launches are those of ``docs/costs.md`` for 16-bit weights. Figures of a machine stand in ``vocabulary.Soc``. Sources of
-the others: Ascend/msmodeling 84fec85 ``tensor_cast/device.py`` (static costs per operator, efficiencies),
-facts/cann_ops.md §4; the fixed cost of dispatch from facts/peers.md §6.4. They are marked to be confirmed by their authors.
-A user's own function with the signature of ``estimate`` takes its place.
+Launches are those of ``docs/costs.md`` for 16-bit weights. Figures of a machine stand in ``vocabulary.Soc``. A user's own
+function with the signature of ``estimate`` takes its place.
+Sources: msmodeling.device: static costs per operator and efficiencies, marked to be confirmed by their authors;
+sgl_kernel_npu.deepep, msmodeling.device: the fixed cost of dispatch is what is measured there less what is modelled here.
 """
 
 from __future__ import annotations

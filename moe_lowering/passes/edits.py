@@ -6,7 +6,7 @@ that appeared meanwhile are gone, also those that nobody wrote down. The excepti
 
 Taking back walks the whole graph, which is rare; writing down costs about a microsecond an edit. It uses what ``Node`` is
 made of and not ``Graph.erase_node`` and the like, which call hooks of the user's that may be what failed.
-Source: torch 2.13 fx/graph.py (erase_node, create_node, _FindNodesLookupTable), fx/node.py, csrc/fx/node.cpp.
+Sources: torch.fx_graph: erase_node, create_node, _FindNodesLookupTable; torch.fx_node, torch.fx_node_native.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ constant of its module, seen through nothing but a swap of its last two axes. A 
 as FRACTAL_NZ is a property of those alone. What the graph computes (a cast, a LoRA merge, a gather, ``torch.stack``) is a
 new tensor in ND. So is, to be safe, every other view: FRACTAL_NZ keeps the columns of a whole matrix apart in blocks, so
 that a slice or a reshaped tensor is no part of it that could be read by itself, and torch_npu turns such views into ND.
-Source: aclnnGroupedMatmulWeightNz and npu_format_cast in the documentation of torch_npu (FRACTAL_NZ: [N1, M1, M0, N0]).
+Sources: ops_transformer.grouped_matmul_nz; wheel.docs: npu_format_cast, FRACTAL_NZ is [N1, M1, M0, N0].
 """
 
 from __future__ import annotations

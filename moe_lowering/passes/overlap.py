@@ -6,7 +6,7 @@ After:   routing > record(in) > scope_enter > wait(in) > shared expert > record(
 
 A shared expert is what is added to the block's y, is read by nothing else, holds a matrix product, and does not depend on
 the block. Everything that only it needs goes with it, as one region, before the block's first communication operator.
-The seed does the same with events and a second stream (facts/vllm_ascend.md §5.1).
+vllm-ascend does the same with events and a second stream.
 
 Preserved: every value. Order between the streams is by tagged events: inside npugraph_ex's graphs
 ``npugraph_ex.record`` and ``wait`` do nothing (fx2acl_converter.py rewrites only ``air.record`` and ``air.wait``), and the
@@ -15,7 +15,7 @@ apply_event_closure_with_multi_stream). Names of ``_create_event_by_name`` are p
 events anew in each process, also when it comes from ``cache_compile``. Memory: what the region reads is held until the
 main stream has waited (``keep_alive``); what it allocates belongs to the side stream, which starts each region after an
 event that the main stream recorded after it had read the previous one's result.
-Source: torch_npu 2.13.0, dynamo/npugraph_ex.
+Sources: vllm_ascend_0_13.fused_moe: shared experts on a second stream; wheel.multi_stream.
 
 Refused, with a code, and left in plain order: see ``CODES``. Nothing here fails a compile.
 """

@@ -6,7 +6,7 @@ Contract. A block is ``dispatch -> grouped_mlp -> combine`` of our generic opera
 - both ends name the same ids, mask, group, sizes and token bound;
 - nothing that it reads, and no counts, are written in place between its first and its last stage (``writes``).
 Everything else that contains a generic operator is left alone and returned with what was seen.
-Source: the operators' schemas (docs/architecture.md).
+Source: here.architecture: the operators' schemas.
 """
 
 from __future__ import annotations

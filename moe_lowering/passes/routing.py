@@ -3,7 +3,7 @@
 The device operator returns weights in the dtype of its input, so logits go in as float32. It documents ``renorm`` 0 only,
 and divides by the sum of the selected scores exactly for sigmoid and sqrt-softplus; for softmax the division is emitted
 after it. Selection is stable (lower index first) in its reference; the ATen form uses a stable sort for the same reason.
-Sources: facts/cann_ops.md §1.3, §2.5; op-plugin docs torch_npu-npu_moe_gating_top_k.md.
+Sources: ops_transformer.gating, op_plugin.gating.
 """
 
 from __future__ import annotations

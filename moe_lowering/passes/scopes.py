@@ -2,7 +2,7 @@
 
 npugraph_ex marks scopes by paired nodes in the graph (``npugraph_ex.scope_enter`` / ``scope_exit``,
 ``npu.super_kernel_scope_begin`` / ``_end``). ``stream_label`` metadata is set only after the pre-pass, so the nodes
-themselves are read. Source: torch_npu 2.13.0, npugraph_ex/npu_fx_compiler.py (_valid_graph).
+themselves are read. Source: wheel.fx_compiler: _valid_graph.
 """
 
 from __future__ import annotations

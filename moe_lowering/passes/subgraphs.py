@@ -11,7 +11,7 @@ What calls it decides:
 - any other operator may run it elsewhere, or compile it: left and told, ``subgraph.operator``.
 
 npugraph_ex and torchair of torch_npu 2.13 compile no graph that has one of these; the plain backend does.
-Source: torch 2.13, torch/_higher_order_ops.
+Source: torch.higher_order_ops.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A guard is a request to dynamo to recompile outside of a range. It may be made only where T is equal on all ranks (two
 ranks that guard on their own T take different branches and hang) and outside of a strict range (``mark_dynamic`` with
-min and max, an export ``Dim``), where it would fail the compile. Source: facts/npu_free_machine.md; torch 2.13
-``ShapeEnv.tracked_fakes``.
+min and max, an export ``Dim``), where it would fail the compile.
+Sources: torch.symbolic_shapes: ShapeEnv.tracked_fakes, ConstraintViolationError; here.test_token_ranges: tried.
 """
 
 from __future__ import annotations

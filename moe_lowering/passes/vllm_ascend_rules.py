@@ -1,8 +1,8 @@
 """How vllm-ascend selects a communication method, as pure functions of what its own code reads.
 
 ``choose_0_13`` restates 22f253142a (2026-01-17), ``choose_main`` 182b75ea84 (2026-08-22),
-``vllm_ascend/ascend_forward_context.py``: facts/vllm_ascend.md §1.1 to §1.3. Names of methods are ours: ``allgather``,
-``mc2``, ``alltoall``, ``fused_mc2``.
+``vllm_ascend/ascend_forward_context.py``. Names of methods are ours: ``allgather``, ``mc2``, ``alltoall``, ``fused_mc2``.
+Sources: vllm_ascend_0_13.forward_context, vllm_ascend.forward_context: select_moe_comm_method.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def choose_main(s: Situation) -> str:
 def fused_in_main(s: Situation) -> bool:
     """Whether main's fused mode is on: with MegaMoe installed, a model that it does not take switches it off.
 
-    Source: 182b75ea ascend_config.py and platform.py (facts/vllm_ascend.md §1.2).
+    Sources: vllm_ascend.config, vllm_ascend.platform.
     """
     if not s.mega_moe:
         return s.fused_mode == 1

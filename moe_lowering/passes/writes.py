@@ -10,7 +10,7 @@ others that write), and what has one storage in ``meta["val"]``. The first two a
 rarely makes the values anew. A write to what has no value counts as one to everything.
 
 Cost: a graph that is functional pays for a look at each of its targets, not at its nodes.
-Source: torch 2.13 (schemas; fx/graph.py, _FindNodesLookupTable; _higher_order_ops).
+Sources: torch.fx_graph: _FindNodesLookupTable; torch.higher_order_ops.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Statistics:
 def captures_so_far() -> int:
     """NPU graphs that npugraph_ex has captured in this process, captures again of the same graph included.
 
-    Source: torch_npu 2.13.0, npugraph_ex/_acl_concrete_graph/acl_graph.py (counters of ``torch._dynamo.utils``).
+    Source: wheel.acl_graph: counters of torch._dynamo.utils.
     """
     from torch._dynamo.utils import counters
 

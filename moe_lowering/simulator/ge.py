@@ -30,9 +30,9 @@ from moe_lowering import simulator
 from moe_lowering.deployment import Deployment
 from moe_lowering.interrupts import interruptible
 
-# (inputs, outputs, attributes) in order. Sources: vllm-project/vllm-ascend, op_host/*_def.cpp at 461cc908, 6404a4ad and
-# ee47b9b2; lists and expert_token_nums of the 16-bit variant, bias1 and bias2: facts/versions.md; the decode operator's
-# mask: facts/vllm_ascend.md §3.1.
+# (inputs, outputs, attributes) in order. Sources: vllm_ascend.ffn_definition, vllm_ascend.ffn_definition_16_bit,
+# vllm_ascend.ffn_definition_w4a8, vllm_ascend.decode_definition: inputs, outputs, attributes; vllm_ascend_wheel.schemas:
+# lists, bias1, bias2 and expert_token_nums of the 16-bit variant, the decode operator's mask.
 _FFN_ATTRIBUTES = {"group": "VT_STRING", "M": "VT_INT", "transB": "VT_BOOL", "weightNz": "VT_BOOL"}
 _FFN_OUTPUTS = {"out": "required", "expert_token_nums": "required"}
 _FFN_INPUTS = {

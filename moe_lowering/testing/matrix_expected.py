@@ -14,7 +14,7 @@ from moe_lowering.testing.matrix_cells import SCENARIOS, Cell
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """One rule: cells of ``forms`` for which ``applies`` holds are refused with ``code``."""
+    """One rule: cells of ``forms`` for which ``applies`` holds are refused with ``code``. ``why`` is a citation."""
 
     code: str
     forms: tuple[str, ...]
@@ -56,67 +56,67 @@ def _one_rank(cell: Cell) -> bool:
 REFUSALS = (
     Refusal(
         "Deployment", EVERY, lambda c: c.ep % c.tp != 0,
-        "the ranks of a TP group are ranks of one EP group (DESIGN, generic operators)",
+        "here.architecture: the ranks of a TP group are ranks of one EP group",
     ),
     Refusal(
         "block.tp_counts", EVERY, lambda c: SCENARIOS[c.scenario].counts and SCENARIOS[c.scenario].tokens % c.tp != 0,
-        "tokens are padded per TP rank, and the padding would be counted (facts/vllm_ascend.md 2.3)",
+        "here.tensor_parallel: tokens are padded per TP rank, and the padding would be counted",
     ),
-    Refusal("alltoall.ep_size", ALLTOALL, _one_rank, "nobody to exchange rows with (facts/vllm_ascend.md 1.1)"),
-    Refusal("mc2.ep_size", ("mc2",), _one_rank, "A3: 2 to 768 ranks (facts/cann_ops.md 1.1)"),
-    Refusal("mc2.tokens", ("mc2",), _no_tokens, "1 to 512 tokens (facts/cann_ops.md 1.1)"),
+    Refusal("alltoall.ep_size", ALLTOALL, _one_rank, "vllm_ascend.forward_context: nobody to exchange rows with"),
+    Refusal("mc2.ep_size", ("mc2",), _one_rank, "ops_transformer.dispatch: A3, 2 to 768 ranks"),
+    Refusal("mc2.tokens", ("mc2",), _no_tokens, "ops_transformer.dispatch: 1 to 512 tokens"),
     Refusal(
         "mc2.mask_global_bs", ("mc2",), lambda c: _masked(c) and SCENARIOS[c.scenario].unequal,
-        "with different token counts the mask must be all true (facts/cann_ops.md 1.1); both are never passed (1.4)",
+        "ops_transformer.dispatch, vllm_ascend.token_dispatcher: the mask must be all true then, and both are never passed",
     ),
     Refusal(
-        "mc2.x_dtype", ("mc2",), _int8_tokens, "dispatch takes 16-bit tokens and quantises them (facts/cann_ops.md 1.1)"
+        "mc2.x_dtype", ("mc2",), _int8_tokens, "ops_transformer.dispatch: it takes 16-bit tokens and quantises them",
     ),
     Refusal(
         "gmm.quant_single_weight", ("allgather", *ALLTOALL, "mc2"), _list_of_int_weights,
-        "int8 tokens want one tensor of weights (aclnnGroupedMatmulV5, A8W8; A8W4: its per-token scale)",
+        "ops_transformer.grouped_matmul: int8 tokens want one tensor of weights (A8W8; A8W4: its per-token scale)",
     ),
-    Refusal("fused.ep_size", (FFN, MEGA, DECODE), _one_rank, "nobody to exchange rows with (facts/vllm_ascend.md 1.1)"),
+    Refusal("fused.ep_size", (FFN, MEGA, DECODE), _one_rank, "vllm_ascend.forward_context: nobody to exchange rows with"),
     Refusal(
         "fused.quantisation", (FFN, MEGA, DECODE), lambda c: c.quantisation == "w4a16",
-        "int32 weights are W4A8 to them (facts/vllm_ascend.md 3.1, facts/cann_ops.md 1.6)",
+        "vllm_ascend.ffn_adapter, ops_transformer.mega_moe: int32 weights are W4A8 to them",
     ),
     Refusal(
         "fused_decode.weight_dtype", (DECODE,), lambda c: c.quantisation == "w4a8",
-        "int8 or 16-bit weights (facts/vllm_ascend.md 3.6)",
+        "vllm_ascend.decode_definition: int8 or 16-bit weights",
     ),
     Refusal(
         "fused.quantised_input", (FFN,), _int8_tokens,
-        "it takes 16-bit tokens and quantises them (facts/vllm_ascend.md 3.5)",
+        "vllm_ascend.ffn_definition: it takes 16-bit tokens and quantises them",
     ),
-    Refusal("mega_moe.x_dtype", (MEGA,), _int8_tokens, "bfloat16 tokens (facts/cann_ops.md 1.6)"),
-    Refusal("fused_decode.x_dtype", (DECODE,), _int8_tokens, "16-bit tokens (facts/vllm_ascend.md 3.6)"),
+    Refusal("mega_moe.x_dtype", (MEGA,), _int8_tokens, "ops_transformer.mega_moe: bfloat16 tokens"),
+    Refusal("fused_decode.x_dtype", (DECODE,), _int8_tokens, "vllm_ascend.decode_definition: 16-bit tokens"),
     Refusal(
         "fused.weight_format", (FFN,), lambda c: c.weights_are.endswith("nd"),
-        "the wrapper says FRACTAL_NZ whatever the weights are (facts/vllm_ascend.md 3.2)",
+        "vllm_ascend.ffn_api: the wrapper says FRACTAL_NZ whatever the weights are",
     ),
     Refusal(
         "mega_moe.weight_list", (MEGA,), lambda c: c.weights_are.startswith("stacked"),
-        "a list with one tensor for each expert (facts/cann_ops.md 1.6)",
+        "ops_transformer.mega_moe: a list with one tensor for each expert",
     ),
     Refusal(
         "mega_moe.weight_format", (MEGA,), _other_format_than_mega,
-        "int8 and int4 in FRACTAL_NZ (facts/cann_ops.md 1.6), 16 bits in ND (facts/vllm_ascend.md 2.5)",
+        "ops_transformer.mega_moe, vllm_ascend.mega_moe: int8 and int4 in FRACTAL_NZ, 16 bits in ND",
     ),
-    Refusal("fused.tokens", (FFN,), _no_tokens, "1 to 512 tokens of a TP rank (facts/cann_ops.md 0.1)"),
-    Refusal("mega_moe.tokens", (MEGA,), _no_tokens, "1 to 4,096 tokens (facts/cann_ops.md 1.6)"),
-    Refusal("fused_decode.tokens", (DECODE,), _no_tokens, "1 to 256 tokens (facts/vllm_ascend.md 3.6)"),
+    Refusal("fused.tokens", (FFN,), _no_tokens, "vllm_ascend.forward_context: 1 to 512 tokens of a TP rank"),
+    Refusal("mega_moe.tokens", (MEGA,), _no_tokens, "ops_transformer.mega_moe: 1 to 4,096 tokens"),
+    Refusal("fused_decode.tokens", (DECODE,), _no_tokens, "vllm_ascend.decode_tiling: 1 to 256 tokens"),
     Refusal(
         "fused.mask", (FFN,), lambda c: _masked(c) and c.quantisation == "none",
-        "the 16-bit variant ignores the mask (facts/vllm_ascend.md 3.1)",
+        "vllm_ascend.ffn_adapter: the 16-bit variant ignores the mask",
     ),
     Refusal(
         "mega_moe.equal_tokens", (MEGA,), lambda c: SCENARIOS[c.scenario].unequal,
-        "token counts are equal on all ranks on A2 and A3 (facts/cann_ops.md 1.6)",
+        "ops_transformer.mega_moe: token counts are equal on all ranks on A2 and A3",
     ),
     Refusal(
         "fused_decode.mask", (DECODE,), lambda c: SCENARIOS[c.scenario].masked,
-        "it sends the first n tokens, n the number of True in the mask (vllm-ascend 38179739, its dispatch)",
+        "vllm_ascend.decode_dispatch: it sends the first n tokens, n the number of True in the mask",
     ),
 )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """What a cell of the matrix must give: a dense MoE layer in float64, in one process, with dequantised weights.
 
-Nothing is grouped, nothing is sent, activations are not quantised, and no code is shared with what is checked. Sources:
-SwiGLU with the gate first, docs/architecture.md; weights of the formats, facts in cann_ops.md 1.4: int8 * scale, int4 *
-scale, (int4 + offset) * scale, eight int4 in an int32 from the lowest bits up.
+Nothing is grouped, nothing is sent, activations are not quantised, and no code is shared with what is checked.
+Sources: here.architecture: SwiGLU with the gate first; ops_transformer.grouped_matmul, op_plugin.grouped_matmul: weights are
+int8 * scale, int4 * scale, (int4 + offset) * scale, eight int4 in an int32 from the lowest bits up.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ One rank:  init_routing_v2 > MLP > token_unpermute.
 EP group:  all_gather > init_routing_v2 (own experts only) > MLP > token_unpermute > reduce_scatter.
 
 Why it is equivalent: ``gathered``, which emits all but the last step.
-Source: vllm-ascend 0.23.0 prepare_finalize.py (all_gather and reduce_scatter around the experts).
+Source: vllm_ascend.prepare_finalize: all_gather and reduce_scatter around the experts.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ all ranks are sent the same M lines, and the exchange is an all_gather. What com
 each rank, M lines again, not min(k, E_local) times as many; they are added here, and rounded once, where AllGather adds
 them on the way.
 Collectives that take counts get one-dimensional tensors: the kernel that torch_npu puts in their place inside graphs takes
-element counts as row counts when there are more dimensions (torch_npu 2.13.0, npugraph_ex/ops).
-Source: vllm-ascend 0.23.0 token_dispatcher.py (the exact-split form).
+element counts as row counts when there are more dimensions.
+Sources: vllm_ascend.token_dispatcher: the exact-split form; wheel.all_to_all: the counts.
 """
 
 from __future__ import annotations

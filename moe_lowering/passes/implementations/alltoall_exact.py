@@ -1,7 +1,7 @@
 """AllToAll with exact splits: the whole block as one operator of ours, ``alltoall_experts``, for graphs not captured.
 
 It sends exactly the rows that go to each rank, and needs their numbers on the host for that: a captured graph would keep
-those of the capture. Sources: facts/vllm_ascend.md §2.2, §4.3.
+those of the capture. Source: vllm_ascend.token_dispatcher: TokenDispatcherWithAll2AllV.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 ``TARGETS`` is the table of fused operators; their versions and limits are rows in ``limits/data`` under their names. Each
 dispatches, runs both matmuls with SwiGLU (gate first), and combines with the routing weights; a block with anything else
 in it is not legal. ``Deployment.fused_mode`` and ``Deployment.providers`` say which of them may be used.
-Sources: facts/vllm_ascend.md §3 (conditions §3.5), facts/cann_ops.md §1.6, facts/versions.md (schemas).
+Sources: vllm_ascend.ffn_adapter, vllm_ascend.ffn_kernel, vllm_ascend.decode_tiling, ops_transformer.mega_moe: conditions;
+vllm_ascend_wheel.schemas: signatures.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ expert, and combine adds what it sends back with weight 1. Its graph has the sam
 
 A mask of padding (``Deployment.mask_is_prefix``) is passed as it is; any other one as [T, k], which A3 and A5 take.
 Results of masked tokens are undefined and are selected to zero.
-Sources: facts/cann_ops.md §1.1, §1.2, §2.1, §2.3; facts/vllm_ascend.md §2.3.
+Sources: ops_transformer.dispatch, ops_transformer.combine, op_plugin.dispatch, op_plugin.combine: arguments;
+ops_transformer.dispatch_kernel, ops_transformer.combine_kernel: values; vllm_ascend.token_dispatcher: TokenDispatcherWithMC2.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from moe_lowering.passes.implementations.base import Call
 from moe_lowering.passes.implementations.matmul_calls import matmul_call
 from moe_lowering.passes.operands import Operand, Operands
 
-# bfloat16 inputs take a float32 bias; others a bias of their own dtype (facts/cann_ops.md §1.4, aclnnGroupedMatmulV4)
+# bfloat16 inputs take a float32 bias; others a bias of their own dtype. Source: ops_transformer.grouped_matmul
 _BIAS_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float16, torch.float32: torch.float32}
 
 

@@ -10,7 +10,8 @@ W8A8 takes the first line whose operators accept the block, by their rows in ``l
 SwiGLU with the gate first only, and have limits of their own on format, layout and width. "quantise" is
 ``npu_dynamic_quant``, left out where rows arrive as int8 with scales (MC2's dispatch with quant_mode 2).
 Counts per expert are the group list (type 1). Rows past the sum of the counts are undefined afterwards.
-Sources: facts/vllm_ascend.md §2.5, facts/cann_ops.md §1.4; dtypes of scales: limits/data/grouped_matmul_quantised.toml.
+Dtypes of scales: limits/data/grouped_matmul_quantised.toml.
+Sources: vllm_ascend.moe_mlp: unified_apply_mlp; ops_transformer.grouped_matmul.
 """
 
 from __future__ import annotations

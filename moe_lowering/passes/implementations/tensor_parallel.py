@@ -4,7 +4,7 @@ Before: x [T, H], the same on all ``tp`` ranks. Rank j takes tokens [j * M, (j +
 [M, H] are gathered, and the first T are the block's result, complete and identical on all of them. Where T is not a
 multiple of ``tp`` the missing tokens are repetitions of the last one: finite work like any other, dropped at the end.
 They arrive at experts, so counts that somebody reads need a T that is a multiple (``block.tp_counts``).
-Sources: vllm-ascend 22f25314 prepare_finalize.py splits and gathers likewise (facts/vllm_ascend.md §2.2, §2.3).
+Source: vllm_ascend_0_13.prepare_finalize: splits and gathers likewise.
 """
 
 from __future__ import annotations

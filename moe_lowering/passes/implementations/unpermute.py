@@ -5,7 +5,7 @@ GE: torchair has no converter for it (nor for any operator that does the same wi
 inaccuracy), so ATen ``index_select``, multiply, ``sum``, in float32, which all have one. It writes the selected rows
 [T * k, H] and their products to memory, which the fused operator does not. Rows that no token may see are taken out of
 what was selected, one pass over [T * k, H]: GE graphs are functional, and changing one row means to write all.
-Sources: facts/npugraph_ex_and_torchair.md §3.2 (no converter); facts/cann_ops.md §2.4 (the operator).
+Sources: wheel.ge_converters: none; ops_transformer.token_unpermute: the operator.
 """
 
 from __future__ import annotations
