@@ -13,7 +13,7 @@ running count exceeds c, and to none past the last; those lines are outside of t
 the generic order, by local expert, source and token.
 Collectives get one-dimensional tensors: the kernel that torch_npu puts in their place inside graphs takes element counts
 as row counts when there are more dimensions (torch_npu 2.13.0, npugraph_ex/ops).
-Sources: vllm-ascend 0.23.0 token_dispatcher.py (the exact-split form), aclnnMoeInitRoutingV3 (ops-transformer 5778144).
+Sources: vllm_ascend.token_dispatcher: the exact-split form; ops_transformer.init_routing.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ Masked and padding tokens get ids past the last expert (E + j, with ``expert_num
 Few exchanges. Where ids and weights are not all that travels beside x, or are changed on the way (scales of int8 rows, a
 mask, padding), they travel as the columns of one int32 tensor: a collective costs as much as several small kernels. Two
 plain tensors do not: taking them apart is two kernels for one exchange less.
-Sources: aclnnMoeInitRoutingV3 (ops-transformer 5778144), vllm-ascend 0.23.0 token_dispatcher.py (abs of the row index).
+Sources: ops_transformer.init_routing; vllm_ascend.token_dispatcher: it reads undefined rows, by abs of the row index.
 """
 
 from __future__ import annotations
