@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from moe_lowering import shard_experts
-from moe_lowering.cli import models
-from moe_lowering.cli.arguments import Request
-from moe_lowering.cli.run import register_transformers
+from moe_lowering.cli.lower import models
+from moe_lowering.cli.lower.prepare import register_transformers
+from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.simulator import ge
 from moe_lowering.testing.graphs import fake_deployment
 
@@ -39,7 +39,7 @@ NEVER = {"MoeTokenUnpermute", "MoeTokenPermute", "MoeFinalizeRoutingV2"}
 
 @functools.cache
 def converted(family, comm, dynamic):
-    request = Request(family, comm=comm, ep=EP, tokens=TOKENS, dynamic=dynamic)
+    request = LowerRequest(family, comm=comm, ep=EP, tokens=TOKENS, dynamic=dynamic)
     register_transformers(request)
     made = models.plan(request)
     with fake_deployment(ep_size=EP, ep_rank=RANK) as deployment:
@@ -99,7 +99,7 @@ def test_edges_of_mc2_in_every_layer(family, dynamic):
 
 def test_a_block_that_cannot_be_lowered_is_named():
     """The twin: nothing is converted halfway."""
-    request = Request("mixtral", ep=EP, tokens=TOKENS)
+    request = LowerRequest("mixtral", ep=EP, tokens=TOKENS)
     register_transformers(request)
     made = models.plan(request)
     with fake_deployment(ep_size=EP, ep_rank=RANK, soc="A3", weight_format="nd") as deployment:
