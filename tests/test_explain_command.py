@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from test_explain import BLOCK, answer, command
 
-from moe_lowering.cli.explain.text import WIDTH
 from moe_lowering.cli.explain.request import IMPLEMENTATIONS as COMMAND_IMPLEMENTATIONS
+from moe_lowering.cli.explain.text import WIDTH
 from moe_lowering.explanation import configs
 from moe_lowering.passes import choosing
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
