@@ -15,6 +15,7 @@ import torch
 from moe_lowering import MoE, shard_experts
 from moe_lowering.backends import ge_converters, ge_rewrites
 from moe_lowering.simulator import ge
+from moe_lowering.testing.ge import convert
 from moe_lowering.testing.graphs import fake_deployment
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 1024, 512, 16, 4, 24
@@ -46,15 +47,13 @@ def deployed(ep=EP, **fields):
 def converted(comm, dynamic, ep=EP, quantisation="none", weight_format="nz"):
     """The GE graph of one layer, and the deployment it is for."""
     with deployed(ep, weight_format=weight_format) as deployment:
-        return ge.convert(
-            layer(deployment, quantisation), (tokens(),), deployment, dynamic=dynamic, comm=comm
-        ), deployment
+        return convert(layer(deployment, quantisation), (tokens(),), deployment, dynamic=dynamic, comm=comm), deployment
 
 
 def refusal(model, args, deployment, **options):
     """The message with which a conversion fails."""
     with pytest.raises(Exception) as caught:
-        ge.convert(model, args, deployment, **options)
+        convert(model, args, deployment, **options)
     return str(caught.value)
 
 
@@ -145,7 +144,7 @@ def test_the_checks_see_one_wrong_input(comm, operator, change):
     config = torchair.CompilerConfig()
     config.post_grad_custom_post_pass = swap
     with deployed() as deployment:
-        graph = ge.convert(layer(deployment), (tokens(),), deployment, comm=comm, config=config)
+        graph = convert(layer(deployment), (tokens(),), deployment, comm=comm, config=config)
     assert changed == [change]
     with pytest.raises(AssertionError):
         ge_checks.CHECKS[comm](graph, deployment, EXPERTS, TOP_K)
@@ -240,7 +239,7 @@ def test_operators_with_converter_are_not_refused():
 
     ids = torch.zeros(TOKENS, 2, dtype=torch.int32).to("npu")
     with deployed(1) as deployment:
-        graph = ge.convert(f, (tokens(), ids), deployment)
+        graph = convert(f, (tokens(), ids), deployment)
     assert {"SwiGlu", "MoeInitRoutingV3", "Relu"} <= graph.types()
 
 
@@ -257,7 +256,7 @@ from moe_lowering import MoE, npugraph_ex_options, simulator
 from moe_lowering.testing.graphs import fake_deployment
 
 simulator.enable()
-from moe_lowering.simulator import ge
+from moe_lowering.testing.ge import convert
 
 
 def layer():
@@ -272,7 +271,7 @@ def captured(deployment):
 
 def converted(deployment):
     x = torch.randn(8, 1024, dtype=torch.bfloat16).to("npu")
-    graph = ge.convert(layer().to("npu"), (x,), deployment, comm="allgather")
+    graph = convert(layer().to("npu"), (x,), deployment, comm="allgather")
     assert graph.of_type("GroupedMatmul"), graph.types()
 
 
@@ -332,7 +331,7 @@ from moe_lowering import MoE, simulator
 from moe_lowering.testing.graphs import fake_deployment
 
 simulator.enable()
-from moe_lowering.simulator import ge
+from moe_lowering.testing import ge
 import torchair
 from torchair.core import _backend
 

@@ -13,7 +13,7 @@ from moe_lowering import shard_experts
 from moe_lowering.cli.lower import models
 from moe_lowering.cli.lower.prepare import register_transformers
 from moe_lowering.cli.lower.request import LowerRequest
-from moe_lowering.simulator import ge
+from moe_lowering.testing.ge import convert
 from moe_lowering.testing.graphs import fake_deployment
 
 pytest.importorskip("transformers")
@@ -49,7 +49,7 @@ def converted(family, comm, dynamic):
         # Python floats of a model (scaling factors) are constants, as the command line compiles it
         with torch._dynamo.config.patch(specialize_float=True):
             forward = functools.partial(models.logits, model.to("npu"))
-            graph = ge.convert(forward, (ids,), deployment, comm=comm, dynamic=dynamic)
+            graph = convert(forward, (ids,), deployment, comm=comm, dynamic=dynamic)
     return graph, deployment, made, ids.shape
 
 
@@ -107,4 +107,4 @@ def test_a_block_that_cannot_be_lowered_is_named():
         shard_experts(model, deployment)
         ids = models.input_ids(made, request, request.lengths[0], RANK).to("npu")
         with pytest.raises(Exception, match="fused_mc2 was asked for and is not legal"):
-            ge.convert(functools.partial(models.logits, model.to("npu")), (ids,), deployment, comm="fused_mc2")
+            convert(functools.partial(models.logits, model.to("npu")), (ids,), deployment, comm="fused_mc2")
