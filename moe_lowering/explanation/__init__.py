@@ -30,6 +30,7 @@ from moe_lowering.explanation.sweep import Piece, find_pieces
 from moe_lowering.model_configs.check import LARGEST
 from moe_lowering.passes.choosing import Policy
 from moe_lowering.passes.token_ranges import TokenRange
+from moe_lowering.vocabulary import COMMS, POLICIES
 
 __all__ = [
     "Answer",
@@ -70,7 +71,6 @@ def explain(
 
     Raises:
         ExplainError: a ValueError that names the argument, its value and what is accepted.
-        ValueError: ``comm`` and ``policy`` as ``MoeLowering`` refuses them.
         ImportError: transformers' config of the model needs what is not there (torch_npu without CANN: see
             ``moe_lowering.simulator.enable``).
     """
@@ -78,7 +78,7 @@ def explain(
         raise ExplainError("deployment", f"is {deployment!r}; accepted: a moe_lowering.Deployment")
     block = describe(model, quantisation=quantisation)
     _check(block, deployment, tokens, sweep)
-    question = Question(block, deployment, Policy(comm, policy))
+    question = Question(block, deployment, _policy(comm, policy))
     answer = question.at((TOKENS if tokens is None else tokens) if deployment.equal_tokens else deployment.max_tokens)
     pieces = None if sweep is None else find_pieces(question, TokenRange(*sweep))
     return Explanation(question, answer, _assumptions(block, deployment), pieces)
@@ -132,6 +132,16 @@ def _check(block: BlockDescription, deployment: Deployment, tokens: int | None, 
     pair = isinstance(sweep, tuple) and len(sweep) == 2 and all(_is_size(end, low) for end in sweep)
     if not pair or sweep[0] > sweep[1]:
         raise ExplainError("sweep", f"is {sweep!r}; accepted: (low, high) with {low} <= low <= high <= {LARGEST}")
+
+
+def _policy(comm: str, policy: str) -> Policy:
+    for name, value, accepted in (("comm", comm, COMMS), ("policy", policy, POLICIES)):
+        if value not in accepted:
+            raise ExplainError(name, f"is {value!r}; accepted: {', '.join(accepted)}")
+    try:
+        return Policy(comm, policy)
+    except ValueError as error:  # the two do not go together
+        raise ExplainError("comm", str(error).removeprefix("MoeLowering: comm ")) from error
 
 
 def _is_size(value: Any, low: int) -> bool:

@@ -96,7 +96,7 @@ def _config(model: Any, quantisation: str) -> tuple[Any, str | None, list[str]]:
         values = dict(model)
         check_values(values, None, needs_type=False)
         config, assumptions = _config_of_values(values, None, quantisation)
-        return config, str(values.get("model_type", "the config")), assumptions
+        return config, str(values.get("model_type") or "an unnamed model"), assumptions
     if not isinstance(model, (str, os.PathLike)):
         raise ModelError(
             f"is {shown(model)}; accepted: a torch.nn.Module, a config of transformers, the name of a model type, a path to a "
