@@ -56,7 +56,7 @@ CELLS = {
 
 @pytest.mark.parametrize("ep", forms.EP_SIZES)
 def test_every_cell_is_what_it_must_be(pools, ep):
-    table = run(pools, eps=(ep,), layouts=forms.LAYOUTS)
+    table = run(pools, eps=(ep,), layouts=tuple(forms.LAYOUTS))
     assert table.problems() == []
     assert sum(result.snr is not None for result in table.results) == LEGAL[ep]
     assert len(table.results) == CELLS[ep]
@@ -166,7 +166,7 @@ def test_other_layouts_are_at_one_place_and_in_one_scenario():
     other = [cell for cell in cells() if cell.layout]
     assert {(cell.ep, cell.tp, cell.scenario) for cell in other} == {(2, 1, "even")}
     assert len(other) == 7 * 4 * 3  # the fourth is the form's own
-    assert not [cell for cell in other if cell.layout == FORMS[cell.form].layout(cell.quantisation)]
+    assert not [cell for cell in other if cell.layout == FORMS[cell.form].layout(cell.quantisation).name]
     assert Axes(scenarios=("t1",)).cells(2, 1, "none") == [Cell(form, "none", 2, 1, "t1") for form in FORMS]
 
 

@@ -30,7 +30,7 @@ from moe_lowering.explanation.sweep import Piece, find_pieces
 from moe_lowering.model_configs.check import LARGEST
 from moe_lowering.passes.choosing import Policy
 from moe_lowering.passes.token_ranges import TokenRange
-from moe_lowering.vocabulary import COMMS, POLICIES
+from moe_lowering.vocabulary import COMMS, EXPERT_FORMATS, POLICIES
 
 __all__ = [
     "Answer",
@@ -159,6 +159,6 @@ def _assumptions(block: BlockDescription, deployment: Deployment) -> tuple[str, 
     found.append("the expert weights are stacked and laid out by shard_experts; there is no token mask")
     if block.model is not None:
         found.append(f"the pass recognises the blocks of {block.model} (`moe-lowering lower` shows it)")
-    if block.quantisation != "none":
+    if EXPERT_FORMATS[block.quantisation].quantised:
         found.append("the experts are quantised as moe_lowering.quantise_experts does it")
     return tuple(found)

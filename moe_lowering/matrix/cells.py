@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
-from moe_lowering.matrix.forms import EP_SIZES, FORMS
+from moe_lowering.matrix.forms import EP_SIZES, FORMS, LAYOUTS, Layout
 from moe_lowering.quantisation import quantise_weight
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
@@ -148,9 +148,9 @@ class Cell:
         return self.layout or self.scenario
 
     @property
-    def weights_are(self) -> str:
+    def weights_are(self) -> Layout:
         """The layout of the weights."""
-        return self.layout or FORMS[self.form].layout(self.quantisation)
+        return LAYOUTS[self.layout] if self.layout else FORMS[self.form].layout(self.quantisation)
 
     def __str__(self) -> str:
         layout = f" {self.layout}" if self.layout else ""

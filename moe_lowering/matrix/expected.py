@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 
 from moe_lowering.matrix.cells import SCENARIOS, Cell
+from moe_lowering.matrix.forms import FORMS
 from moe_lowering.vocabulary import EXPERT_FORMATS, ExpertFormat
 
 
@@ -24,9 +25,9 @@ class Refusal:
 
 
 ONLY = ".ep_size"
-ALLTOALL = ("alltoall_static", "alltoall_exact")
-FFN, MEGA, DECODE = "dispatch_ffn_combine", "mega_moe", "dispatch_gmm_combine_decode"
-EVERY = ("allgather", *ALLTOALL, "mc2", FFN, MEGA, DECODE)
+EVERY = tuple(FORMS)
+ALLTOALL = tuple(form.name for form in FORMS.values() if form.comm == "alltoall")
+FUSED = FFN, MEGA, DECODE = "dispatch_ffn_combine", "mega_moe", "dispatch_gmm_combine_decode"
 
 
 def _format(cell: Cell) -> ExpertFormat:
@@ -46,12 +47,12 @@ def _int8_tokens(cell: Cell) -> bool:
 
 
 def _list_of_int_weights(cell: Cell) -> bool:
-    return cell.weights_are.startswith("list") and _format(cell).int8_rows
+    return cell.weights_are.lists and _format(cell).int8_rows
 
 
 def _other_format_than_mega(cell: Cell) -> bool:
     wanted = "nz" if _format(cell).quantised else "nd"
-    return not _format(cell).weight_only and not cell.weights_are.endswith(wanted)
+    return not _format(cell).weight_only and cell.weights_are.weight_format != wanted
 
 
 def _one_rank(cell: Cell) -> bool:
@@ -82,9 +83,9 @@ REFUSALS = (
         "gmm.quant_single_weight", ("allgather", *ALLTOALL, "mc2"), _list_of_int_weights,
         "int8 tokens want one tensor of weights (aclnnGroupedMatmulV5, A8W8; A8W4: its per-token scale)",
     ),
-    Refusal("fused.ep_size", (FFN, MEGA, DECODE), _one_rank, "nobody to exchange rows with (facts/vllm_ascend.md 1.1)"),
+    Refusal("fused.ep_size", FUSED, _one_rank, "nobody to exchange rows with (facts/vllm_ascend.md 1.1)"),
     Refusal(
-        "fused.quantisation", (FFN, MEGA, DECODE), lambda c: _format(c).weight_only,
+        "fused.quantisation", FUSED, lambda c: _format(c).weight_only,
         "int32 weights are W4A8 to them (facts/vllm_ascend.md 3.1, facts/cann_ops.md 1.6)",
     ),
     Refusal(
@@ -98,11 +99,11 @@ REFUSALS = (
     Refusal("mega_moe.x_dtype", (MEGA,), _int8_tokens, "bfloat16 tokens (facts/cann_ops.md 1.6)"),
     Refusal("fused_decode.x_dtype", (DECODE,), _int8_tokens, "16-bit tokens (facts/vllm_ascend.md 3.6)"),
     Refusal(
-        "fused.weight_format", (FFN,), lambda c: c.weights_are.endswith("nd"),
+        "fused.weight_format", (FFN,), lambda c: c.weights_are.weight_format == "nd",
         "the wrapper says FRACTAL_NZ whatever the weights are (facts/vllm_ascend.md 3.2)",
     ),
     Refusal(
-        "mega_moe.weight_list", (MEGA,), lambda c: c.weights_are.startswith("stacked"),
+        "mega_moe.weight_list", (MEGA,), lambda c: not c.weights_are.lists,
         "a list with one tensor for each expert (facts/cann_ops.md 1.6)",
     ),
     Refusal(

@@ -13,8 +13,28 @@ from moe_lowering.vocabulary import EXPERT_FORMATS
 
 EP_SIZES = (1, 2, 4)
 TP_SIZES = (1, 2)
-# One tensor, or one for each expert; and the memory format.
-LAYOUTS = ("stacked_nz", "list_nz", "stacked_nd", "list_nd")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the experts' weights are stored.
+
+    Attributes:
+        lists: each expert's weights are a tensor of their own; else one tensor holds all.
+        weight_format: memory format on the device, as a deployment has it.
+    """
+
+    lists: bool
+    weight_format: str
+
+    @property
+    def name(self) -> str:
+        return f"{'list' if self.lists else 'stacked'}_{self.weight_format}"
+
+
+LAYOUTS = {
+    layout.name: layout for layout in (Layout(False, "nz"), Layout(True, "nz"), Layout(False, "nd"), Layout(True, "nd"))
+}
 
 VLLM_ASCEND = {"providers": (("vllm_ascend", "0.23.0"),)}
 # an intermediate size of 512 from CANN 9.2: before that it is 1,024 (mega_moe.intermediate)
@@ -42,15 +62,15 @@ class Form:
     lists: bool = False
     plain_format: str = "nz"
 
-    def layout(self, quantisation: str) -> str:
+    def layout(self, quantisation: str) -> Layout:
         """The layout of the weights where nothing else is said."""
         weight_format = "nz" if EXPERT_FORMATS[quantisation].quantised else self.plain_format
-        return f"{'list' if self.lists else 'stacked'}_{weight_format}"
+        return Layout(self.lists, weight_format)
 
-    def deployment_fields(self, layout: str) -> dict[str, Any]:
+    def deployment_fields(self, layout: Layout) -> dict[str, Any]:
         """What the deployment says beside its sizes and groups: an A3 with current versions and enough HCCL window."""
         current = {"soc": "A3", "hccl_buffer_mb": 1024, "cann": "9.1.0", "torch_npu": "2.13.0"}
-        return {**current, "weight_format": layout.split("_")[1], **self.fields}
+        return {**current, "weight_format": layout.weight_format, **self.fields}
 
 
 FORMS = {

@@ -27,7 +27,7 @@ from moe_lowering import simulator
 from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts
 from moe_lowering.matrix.cells import DTYPE, EXPERTS, SCENARIOS, TOKENS, Inputs, Scenario, expert_weights
-from moe_lowering.matrix.forms import FORMS, Form
+from moe_lowering.matrix.forms import FORMS, Form, Layout
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.passes.verifying import generic_nodes, repropagate
 
@@ -81,7 +81,7 @@ def setup() -> None:
 
 
 def run(
-    rank: int, quantisation: str, tp: int, asked: Sequence[tuple[str, str, str]], change: Change | None = None
+    rank: int, quantisation: str, tp: int, asked: Sequence[tuple[str, str, Layout]], change: Change | None = None
 ) -> list[Outcome]:
     """The outcomes of (form, scenario, layout of the weights) in order.
 
@@ -121,7 +121,7 @@ def run(
 # ------------------------------------------------------------------------------------------------------------- the case
 
 
-def _deployment(rank: int, form: Form, tp: int, scenario: Scenario, layout: str) -> Deployment:
+def _deployment(rank: int, form: Form, tp: int, scenario: Scenario, layout: Layout) -> Deployment:
     """Raises ValueError where there can be no such deployment."""
     ep = dist.get_world_size()
     groups = _groups(tp if ep % tp == 0 else 1)
@@ -154,10 +154,10 @@ def _second_group() -> str:
     return dist.new_group(range(dist.get_world_size())).group_name
 
 
-def _case(rank: int, form: Form, quantisation: str, tp: int, scenario: Scenario, layout: str) -> Case:
+def _case(rank: int, form: Form, quantisation: str, tp: int, scenario: Scenario, layout: Layout) -> Case:
     where = _deployment(rank, form, tp, scenario, layout)
     inputs = scenario.inputs(rank // tp, where.ep_size // tp)
-    return Case(where, inputs, _own_weights(layout.startswith("list"), quantisation), quantisation)
+    return Case(where, inputs, _own_weights(layout.lists, quantisation), quantisation)
 
 
 @functools.lru_cache(maxsize=2)

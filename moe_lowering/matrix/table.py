@@ -24,14 +24,16 @@ class Axes:
     eps: tuple[int, ...] = EP_SIZES
     tps: tuple[int, ...] = TP_SIZES
     scenarios: tuple[str, ...] = tuple(SCENARIOS)
-    layouts: tuple[str, ...] = LAYOUTS
+    layouts: tuple[str, ...] = tuple(LAYOUTS)
 
     def cells(self, ep: int, tp: int, quantisation: str) -> list[Cell]:
         here = [s.name for s in SCENARIOS.values() if quantisation in s.quantisations and ep in s.eps]
         cells = [Cell(f, quantisation, ep, tp, s) for f in self.forms for s in self.scenarios if s in here]
         if (ep, tp) != LAYOUTS_AT or "even" not in self.scenarios:
             return cells
-        other = [(f, layout) for f in self.forms for layout in self.layouts if layout != FORMS[f].layout(quantisation)]
+        other = [
+            (f, layout) for f in self.forms for layout in self.layouts if layout != FORMS[f].layout(quantisation).name
+        ]
         return cells + [Cell(form, quantisation, ep, tp, "even", layout) for form, layout in other]
 
 

@@ -11,7 +11,7 @@ from moe_lowering.limits.examining import Finding
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.report.records import Verdict
 from moe_lowering.report.text import SELF_EVIDENT, render_sizes
-from moe_lowering.vocabulary import AUTO
+from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS
 
 WIDTH = 100
 LABEL = 18  # columns of the left column, as in report.text
@@ -65,7 +65,7 @@ def _header(explanation: Explanation, paint: Paint) -> str:
     captured = "" if deployment.capture else "not captured, "
     policy = explanation.chooses_by if comm == AUTO else f"{explanation.chooses_by} ({comm})"
     dtype = dtype_name(spec.dtype)
-    quantised = "" if spec.quantisation == "none" else f" with {spec.quantisation} experts"
+    quantised = f" with {spec.quantisation} experts" if EXPERT_FORMATS[spec.quantisation].quantised else ""
     title = textwrap.wrap(f"{explanation.block.model or 'MoE block'} on {deployment.soc}: {tokens}", WIDTH)
     return "\n".join(
         [

@@ -88,7 +88,7 @@ def _check_options(request: LowerRequest) -> None:
             raise UsageError(f"argument --{name}: is {value}; accepted: 1 to {most}")
     if request.ep % request.tp or request.tp > request.ep:
         raise UsageError(f"argument --tp: is {request.tp} with --ep {request.ep}; accepted: a divisor of --ep")
-    if EXPERT_FORMATS[request.quant].quantised and request.dtype == "float32":
+    if request.quantised and request.dtype == "float32":
         raise UsageError(f"argument --quant: is {request.quant} with --dtype float32; accepted: with a 16-bit dtype")
     if request.fused_mode != 1 and request.comm not in ("fused_mc2", AUTO):
         raise UsageError(

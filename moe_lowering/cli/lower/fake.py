@@ -61,7 +61,7 @@ def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> Outcom
             model = models.build(made, getattr(torch, request.dtype), fake=True)
             if request.ep > 1:
                 shard_experts(model, deployment)
-            if request.quant != "none":
+            if request.quantised:
                 quantise_experts(model, request.quant)
             progress(f"tracing {request.tokens} tokens per rank")
             seconds = _trace(model, made, request, lowering)

@@ -63,7 +63,7 @@ class Outcome:
     def _mismatches(self) -> list[str]:
         if self.errors is None or self.max_relative is None:
             return []
-        if self.request.quant != "none":
+        if self.request.quantised:
             return self._noise(self.errors)
         found = []
         tolerance, rerouted = TOLERANCE[self.request.dtype], MAX_REROUTED[self.request.dtype]
@@ -130,7 +130,7 @@ class Outcome:
     def _header(self) -> str:
         asked = self.request
         ranks = f"ep {asked.ep}" + (f", tp {asked.tp}" if asked.tp > 1 else "")
-        experts = "" if asked.quant == "none" else f", experts {asked.quant}"
+        experts = f", experts {asked.quant}" if asked.quantised else ""
         title = f"{self.model}: comm {asked.comm}, {ranks}, soc {asked.soc}, {asked.dtype}{experts}"
         return "\n".join([title, *(row(label, text) for label, text in self.facts)])
 
@@ -138,8 +138,8 @@ class Outcome:
         if self.errors is None:
             return "compared with nothing: nothing was run"
         tolerance, quant = TOLERANCE[self.request.dtype], self.request.quant
-        weights = "experts not sharded" + ("" if quant == "none" else f", their {quant} weights dequantised")
-        accepted = f"; accepted for {self.request.dtype}: {tolerance:g}" if quant == "none" else ""
+        weights = "experts not sharded" + (f", their {quant} weights dequantised" if self.request.quantised else "")
+        accepted = "" if self.request.quantised else f"; accepted for {self.request.dtype}: {tolerance:g}"
         lines = [
             f"compared with the model's own output (grouped_mm, {weights})",
             row("max abs error", f"{self.errors.absolute:.3g} (logits)"),
@@ -147,7 +147,7 @@ class Outcome:
                 f"{self.errors.relative:.3g} (logits), {self.errors.block_relative:.3g} (MoE blocks){accepted}"),
             row("near ties", f"{self.errors.rerouted} of {self.errors.routed} tokens went to other experts"),
         ]  # fmt: skip
-        if quant != "none":
+        if self.request.quantised:
             noise = f"{self.errors.snr:.1f} dB (logits), {self.errors.block_snr:.1f} dB (MoE blocks)"
             lines.append(row("signal to noise", f"{noise}; accepted: {LOGITS_SNR_FLOOR:g} and {SNR_FLOOR[quant]:g}"))
         return "\n".join(lines)

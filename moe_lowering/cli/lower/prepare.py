@@ -63,7 +63,7 @@ def known_beforehand(
     if unsupported:
         stops = request.ep > 1 or request.capture
         return Outcome(request, made.name, [], unsupported, None, facts) if stops else None
-    if request.quant != "none":
+    if request.quantised:
         try:
             require_quantisable(skeleton, request.quant)
         except (ValueError, TypeError) as error:

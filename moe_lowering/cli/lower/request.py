@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moe_lowering.cli.options import installed
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 REPLAYS = 8  # of each captured graph, where the command does not say
 
@@ -29,6 +30,11 @@ class LowerRequest:
     capture: bool = False
     replays: int | None = None
     json: bool = False
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the experts are quantised."""
+        return EXPERT_FORMATS[self.quant].quantised
 
     @property
     def batch(self) -> int:

@@ -132,9 +132,9 @@ def run_rank(request: LowerRequest, made: models.Plan, deployment: Deployment, p
             warnings.simplefilter("ignore")  # torch_npu's own deepcopy of a tensor uses a deprecated torch call
             reference = copy.deepcopy(model)
         shard_experts(model, deployment)
-    elif request.quant != "none" or request.capture:
+    elif request.quantised or request.capture:
         reference = copy.deepcopy(model)
-    if request.quant != "none":
+    if request.quantised:
         quantise_experts(model, request.quant)
         compare.use_quantised_weights(reference, request.quant)
     lowering = MoeLowering(deployment, request.comm)
