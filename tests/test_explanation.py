@@ -111,6 +111,16 @@ def test_unequal_tokens_are_judged_at_the_declared_bound():
         explain(BLOCK, deployment, tokens=3)
 
 
+def test_shared_expert_ranks_hold_no_routed_experts():
+    """The rank with routed experts is judged, whichever rank asks, also one that is not known."""
+    deployment = DEPLOYMENT.replace(ep_size=6, shared_expert_ranks=2, ep_rank=None)
+    found = [explain(BLOCK, deployment.replace(ep_rank=rank)).answer for rank in (None, 0, 5)]
+    assert {answer.spec.local_experts for answer in found} == {4}
+    assert found[0].judgement.verdicts == found[1].judgement.verdicts == found[2].judgement.verdicts
+    with pytest.raises(ExplainError, match="deployment: has 3 ranks with routed experts; accepted: a divisor"):
+        explain(BLOCK, DEPLOYMENT.replace(ep_size=5, shared_expert_ranks=2))
+
+
 def test_assumptions_are_those_of_this_question():
     known, unknown = (explain(BLOCK, DEPLOYMENT.replace(cann=cann)).assumptions for cann in ("9.1.0", ""))
     assert set(unknown) - set(known) == {"the CANN version is not known: rules for any version apply"}
@@ -120,6 +130,10 @@ WRONG = [
     ({"model": "qwen4_moe"}, "explain: model is 'qwen4_moe' (did you mean"),
     ({"model": 3}, "explain: model is 3; accepted: a torch.nn.Module, a config of transformers"),
     ({"model": {**CONFIG, "hidden_size": "wide"}}, "explain: model: hidden_size is 'wide'; accepted: an integer"),
+    (
+        {"model": {**CONFIG, "swiglu_alpha": "much"}},
+        "explain: model: swiglu_alpha is 'much'; accepted: a finite number",
+    ),
     ({"model": {**CONFIG, "hidden_act": "tanh"}}, "explain: model: the activation of brand_new is tanh, which"),
     (
         {"model": {"hidden_size": 8}},

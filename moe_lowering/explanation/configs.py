@@ -78,8 +78,8 @@ def describe_config(
         **found,
         dtype=dtype or _dtype(config) or torch.bfloat16,
         quantisation=quantisation,
-        limit=float(getattr(config, "swiglu_limit", None) or _LIMIT) if clamped else 0.0,
-        alpha=float(getattr(config, "swiglu_alpha", None) or _ALPHA),
+        limit=_number(config, "swiglu_limit", _LIMIT) if clamped else 0.0,
+        alpha=_number(config, "swiglu_alpha", _ALPHA),
         model=name,
         assumptions=tuple(assumptions),
         **gate,
@@ -145,6 +145,13 @@ def _gate(config: Any, model: str | None, assumptions: list[str]) -> dict[str, A
             f"the activation of {model} is {name}, which the pass does not know; accepted: {', '.join(ACTIVATIONS)}",
         )
     return {"activation": ACTIVATIONS[name]}
+
+
+def _number(config: Any, name: str, default: float) -> float:
+    value = getattr(config, name, None) or default
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
+        raise ExplainError("model", f"{name} is {shown(value)}; accepted: a finite number of 0 or more")
+    return float(value)
 
 
 def _dtype(config: Any) -> torch.dtype | None:

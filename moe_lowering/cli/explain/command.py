@@ -76,7 +76,8 @@ def run_explain(request: ExplainRequest) -> ExplainReport:
     except MissingSizesError as error:
         raise _missing_sizes(error) from error
     except ExplainError as error:
-        raise UsageError(f"argument {OPTIONS[error.argument]}: {error.problem}") from error
+        option = OPTIONS.get(error.argument, f"MODEL: {error.argument}")  # what has no option comes of the model
+        raise UsageError(f"argument {option}: {error.problem}") from error
     return ExplainReport(request, explanation)
 
 
