@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import moe_lowering
 from moe_lowering import BlockDescription, Deployment, MoE, explain, quantise_experts, shard_experts
 from moe_lowering.cli.commands import parse, run
 from moe_lowering.explanation import ExplainError, MissingSizesError, describe
+from moe_lowering.layers import is_experts_module
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 DEPLOYMENT = Deployment(
@@ -92,6 +94,23 @@ def test_a_model_of_transformers_says_it_as_its_config_does():
         answer = explain(of_model, DEPLOYMENT.replace(ep_size=ranks, ep_rank=0)).answer
         assert answer.spec.weights_contiguous == stored
         assert explain(of_config, DEPLOYMENT.replace(ep_size=ranks, ep_rank=0)).answer.spec.weights_contiguous
+
+
+def test_experts_alone_do_not_say_how_many_a_token_has():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(num_hidden_layers=1, hidden_size=64, intermediate_size=32, vocab_size=8)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    experts = next(module for module in model.modules() if is_experts_module(module))
+    assert meaning(describe(model)).top_k == 2
+    experts.config = None
+    with pytest.raises(
+        ExplainError, match="does not say how many experts a token has; accepted: the model that it is a part"
+    ):
+        describe(experts)
+    experts.config = SimpleNamespace(num_experts_per_tok="two")
+    with pytest.raises(ExplainError, match="model: num_experts_per_tok is 'two'; accepted: an integer"):
+        describe(experts)
 
 
 def test_the_command_says_what_the_library_says():

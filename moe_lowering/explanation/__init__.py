@@ -28,6 +28,7 @@ from moe_lowering.explanation.errors import ExplainError, MissingSizesError
 from moe_lowering.explanation.records import Explanation
 from moe_lowering.explanation.sweep import Piece, find_pieces
 from moe_lowering.model_configs.check import LARGEST
+from moe_lowering.model_configs.errors import ModelError
 from moe_lowering.passes.choosing import Policy
 from moe_lowering.passes.token_ranges import TokenRange
 from moe_lowering.vocabulary import COMMS, EXPERT_FORMATS, POLICIES
@@ -102,7 +103,10 @@ def describe(
     if isinstance(model, torch.nn.Module):
         from moe_lowering.explanation.modules import describe_modules  # with it dynamo, which takes a second
 
-        model = describe_modules(model)
+        try:
+            model = describe_modules(model)
+        except ModelError as error:  # its config
+            raise ExplainError("model", str(error)) from error
     if not isinstance(model, BlockDescription):
         return describe_config(model, quantisation=quantisation or "none", dtype=dtype, **given)
     given |= {} if dtype is None else {"dtype": dtype}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class ExplainError(ValueError):
     """An argument that ``explain`` cannot take.
@@ -15,7 +17,7 @@ class ExplainError(ValueError):
         super().__init__(f"explain: {argument}{'' if problem.startswith('is ') else ':'} {problem}")
         self.argument, self.problem = argument, problem
 
-    def __reduce__(self) -> tuple[type[ExplainError], tuple[str, str]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.argument, self.problem)
 
 
@@ -26,9 +28,9 @@ class MissingSizesError(ExplainError):
         what = "no model is given" if model is None else f"the config of {model} does not say all sizes"
         super().__init__(
             "model",
-            f"{what}: {', '.join(sizes)} missing; accepted: a model with MoE layers, or these sizes as arguments",
+            f"{what}: {', '.join(sizes)} missing; accepted: a model with MoE layers, or a BlockDescription",
         )
         self.model, self.sizes = model, sizes
 
-    def __reduce__(self) -> tuple[type[MissingSizesError], tuple[str | None, tuple[str, ...]]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model, self.sizes)

@@ -43,14 +43,19 @@ def _describe(name: str, module: nn.Module, config: Any, model: str) -> BlockDes
     what = f"{name or model} ({type(module).__name__})"
     if any(isinstance(getattr(module, weights, None), nn.ParameterList) for weights in ("w13", "gate_up_proj")):
         raise ExplainError("model", f"{what} holds a tensor for each expert; accepted: stacked experts")
+    if not isinstance(module, MoE) and not size_of(config, NAMES["top_k"]):
+        raise ExplainError(
+            "model", f"{what} does not say how many experts a token has; accepted: the model that it is a part of"
+        )
     quantisation = getattr(module, "moe_lowering_quantisation", "none")
     block = describe_experts(module, config, model=model, quantisation=quantisation)
     if block is None:
-        raise ExplainError("model", f"{what} computes what the pass does not know; accepted: {', '.join(_KINDS)}")
+        raise ExplainError(
+            "model",
+            f"{what} computes what the pass does not know; accepted: moe_lowering.MoE, or experts of transformers with a gate "
+            "that is known",
+        )
     return block
-
-
-_KINDS = ("moe_lowering.MoE", "experts modules of transformers with a gate that is known")
 
 
 def describe_experts(
