@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moe_lowering.backends.torchair import torchair_config
     from moe_lowering.deployment import Deployment
     from moe_lowering.experts import list_experts, log2phy_from_expert_maps
+    from moe_lowering.explanation import BlockDescription, explain
     from moe_lowering.functional import moe_experts, route
     from moe_lowering.interrupts import interruptible
     from moe_lowering.layers import MoE, shard_experts
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AgreementError": "agreement",
+    "BlockDescription": "explanation",
     "Deployment": "deployment",
     "LoweringError": "passes.pipeline",
     "MoE": "layers",
     "MoeLowering": "passes.pipeline",
     "check_agreement": "agreement",
+    "explain": "explanation",
     "interruptible": "interrupts",
     "list_experts": "experts",
     "log2phy_from_expert_maps": "experts",
@@ -52,11 +55,13 @@ _MODULES = ("serving", "simulator", "testing")
 
 __all__ = [
     "AgreementError",
+    "BlockDescription",
     "Deployment",
     "LoweringError",
     "MoE",
     "MoeLowering",
     "check_agreement",
+    "explain",
     "interruptible",
     "list_experts",
     "log2phy_from_expert_maps",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from moe_lowering.deployment_checks import check_kinds, check_shared_ranks, require_least, require_word
+from moe_lowering.deployment_detection import Detected, detect, groups_of_mesh, second_communicator
 from moe_lowering.groups import Claim, find_group, own_ranks
 from moe_lowering.providers import check_installed, check_providers, check_version, installed_providers
 from moe_lowering.vocabulary import FUSED_MODES, GUARDS, MODES, SOCS, WEIGHT_FORMATS, Soc
@@ -20,15 +21,6 @@ if TYPE_CHECKING:
 RANK_FIELDS = frozenset({"ep_rank", "tp_rank", "tp_group"})
 # Fields that repeat others, or say where they came from.
 _ORIGINS = frozenset({"detected", "places"})
-
-
-@dataclasses.dataclass(frozen=True)
-class Detected:
-    """A field of a deployment that was not given but found, or that was compared with what was found: where, and what."""
-
-    field: str
-    value: str
-    source: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,11 +110,11 @@ class Deployment:
     places: str = dataclasses.field(init=False, compare=False, repr=False)  # see _fill
 
     def __post_init__(self) -> None:
-        _typed(self)
-        _one_of("soc", self.soc, SOCS)
-        _one_of("weight_format", self.weight_format, WEIGHT_FORMATS)
-        _one_of("guards", self.guards, GUARDS)
-        _one_of("mode", self.mode, MODES)
+        check_kinds(self)
+        require_word("soc", self.soc, SOCS)
+        require_word("weight_format", self.weight_format, WEIGHT_FORMATS)
+        require_word("guards", self.guards, GUARDS)
+        require_word("mode", self.mode, MODES)
         if self.fused_mode not in FUSED_MODES:
             raise ValueError(
                 f"Deployment: fused_mode is {self.fused_mode!r}; accepted: 0 (none), 1 (dispatch_ffn_combine, mega_moe), "
@@ -133,14 +125,14 @@ class Deployment:
             check_version(name, getattr(self, name), optional=True)
         for kind in ("ep", "tp"):
             size, rank, group = (getattr(self, f"{kind}_{part}") for part in ("size", "rank", "group"))
-            _at_least(f"{kind}_size", size, 1)
+            require_least(f"{kind}_size", size, 1)
             if rank is not None and not 0 <= rank < size:
                 raise ValueError(f"Deployment: {kind}_rank is {rank}; accepted: 0 to {kind}_size - 1 = {size - 1}")
             if size > 1 and not group:
                 raise ValueError(f"Deployment: {kind}_size is {size} but {kind}_group is ''; give the group's name")
         for name in ("max_tokens", "min_tokens", "max_rows", "max_output_size"):
-            _at_least(name, getattr(self, name), 0)
-        _at_least("hccl_buffer_mb", self.hccl_buffer_mb, 1)
+            require_least(name, getattr(self, name), 0)
+        require_least("hccl_buffer_mb", self.hccl_buffer_mb, 1)
         if self.ep_size % self.tp_size:
             raise ValueError(
                 f"Deployment: ep_size is {self.ep_size}, not a multiple of tp_size {self.tp_size}: the ranks of a TP "
@@ -153,7 +145,7 @@ class Deployment:
                 f"Deployment: mc2_group is {self.mc2_group!r}, the EP group itself; MC2 operators need a communicator "
                 "that no other collective uses (make a second group over the same ranks)"
             )
-        _shared_ranks(self.ep_size, self.shared_expert_ranks, self.shared_experts)
+        check_shared_ranks(self.ep_size, self.shared_expert_ranks, self.shared_experts)
         if not self.equal_tokens and not self.max_tokens:
             raise ValueError(
                 "Deployment: equal_tokens is False, so max_tokens must give a bound that holds on every rank"
@@ -193,23 +185,49 @@ class Deployment:
         ep, tp = own_ranks(*self._claims(), self.mc2_group)
         return {"ep": 0 if self.ep_size == 1 else ep, "tp": 0 if self.tp_size == 1 else tp}
 
-    @staticmethod
+    @classmethod
     def from_groups(
-        *, ep: ProcessGroup | None, tp: ProcessGroup | None = None, mc2: ProcessGroup | None = None, **rest: Any
+        cls, *, ep: ProcessGroup | None, tp: ProcessGroup | None = None, mc2: ProcessGroup | None = None, **rest: Any
     ) -> Deployment:
-        """One from process groups of ``torch.distributed``: see ``deployment_detection.from_groups``."""
-        from moe_lowering.deployment_detection import from_groups
+        """A deployment of this process's groups on this machine. **A collective** when ``mc2`` is None: see below.
 
-        return from_groups(ep=ep, tp=tp, mc2=mc2, **rest)
+        Args:
+            ep: the expert-parallel group; None for one rank.
+            tp: the tensor-parallel group, whose ranks are ranks of ``ep``; None for none.
+            mc2: a second group over the ranks of ``ep``, for MC2 and fused operators alone. When it is None, and ``mc2_group``
+                is not given, one is made with the backends of ``ep``: all ranks of the default group must then call this
+                with their EP groups, as they must ``torch.distributed.new_group``. ``mc2_group=""`` makes none.
+            rest: further fields. Of those that are not given, ``soc``, ``cann``, ``torch_npu``, ``hccl_buffer_mb``
+                (HCCL_BUFFSIZE) and ``providers`` are detected.
 
-    @staticmethod
+        Raises:
+            ValueError: a field that a group gives was given otherwise; ``soc`` is not given and no NPU says it, or is not the
+                NPU's; the NPU's SoC or HCCL_BUFFSIZE is not known; and as ``Deployment`` does.
+            TypeError: a group that is none, or does not have this process in it.
+        """
+        fields, found = detect(ep, tp, mc2, rest)
+        cls(**{**fields, "mc2_group": ""})  # what is wrong is said before a group is made
+        if "mc2_group" not in rest and (communicator := second_communicator(ep, mc2)) is not None:
+            fields["mc2_group"] = communicator.value
+            found.append(communicator)
+        return cls(**fields, detected=tuple(found))
+
+    @classmethod
     def from_mesh(
-        device_mesh: DeviceMesh, ep: str | tuple[str, ...] = "ep", tp: str | None = "tp", **rest: Any
+        cls, device_mesh: DeviceMesh, ep: str | tuple[str, ...] = "ep", tp: str | None = "tp", **rest: Any
     ) -> Deployment:
-        """One from the dimensions of a device mesh: see ``deployment_detection.from_mesh``."""
-        from moe_lowering.deployment_detection import from_mesh
+        """``from_groups`` of the dimensions of a device mesh, and a collective as that is.
 
-        return from_mesh(device_mesh, ep=ep, tp=tp, **rest)
+        Args:
+            ep: the dimension whose ranks form an EP group. The ranks of a TP group are ranks of one EP group: where ``tp`` is
+                another dimension, give both, e.g. ``ep=("dp", "tp")``; they are flattened.
+            tp: the TP dimension; None for none. A mesh that has no dimension "tp" has no TP group.
+            rest: as for ``from_groups``.
+
+        Raises:
+            ValueError: the mesh has no such dimension; and as ``from_groups`` does.
+        """
+        return cls.from_groups(**groups_of_mesh(device_mesh, ep, tp), **rest)
 
     def placed(self) -> Deployment:
         """This deployment, compared with the process groups as they are now; ranks that were not known are read from them.
@@ -329,32 +347,3 @@ def experts_of_rank(num_experts: int, ep_rank: int, ep_size: int, shared_expert_
     local = num_experts // (ep_size - shared_expert_ranks)
     first = (ep_rank - shared_expert_ranks) * local
     return slice(0, 0) if ep_rank < shared_expert_ranks else slice(first, first + local)
-
-
-def _one_of(name: str, value: str, accepted: Collection[str]) -> None:
-    if value not in accepted:
-        raise ValueError(f"Deployment: {name} is {value!r}; accepted: {', '.join(accepted)}")
-
-
-def _at_least(name: str, value: int, low: int) -> None:
-    if value < low:
-        raise ValueError(f"Deployment: {name} is {value}; accepted: {low} or more")
-
-
-def _shared_ranks(ep_size: int, ranks: int, experts: int) -> None:
-    if not 0 <= ranks < ep_size:
-        raise ValueError(f"Deployment: shared_expert_ranks is {ranks}; accepted: 0 to ep_size - 1 = {ep_size - 1}")
-    if experts < 1 or (ranks == 0 and experts != 1) or (ranks and ranks % experts):
-        accepted = f"a divisor of shared_expert_ranks, {ranks}" if ranks else "1, as there are no shared_expert_ranks"
-        raise ValueError(f"Deployment: shared_experts is {experts}; accepted: {accepted}")
-
-
-def _typed(deployment: Deployment) -> None:
-    accepted: dict[Any, tuple[type, str]] = {"int": (int, "an int"), "bool": (bool, "True or False")}
-    for field in dataclasses.fields(deployment):
-        kind, _, optional = str(field.type).partition(" | ")
-        value = getattr(deployment, field.name, None)  # places is not made yet
-        if kind not in accepted or (optional and value is None):
-            continue
-        if type(value) is not accepted[kind][0]:
-            raise ValueError(f"Deployment: {field.name} is {value!r}; accepted: {accepted[kind][1]}")

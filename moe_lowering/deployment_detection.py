@@ -1,4 +1,4 @@
-"""A deployment from what is there: process groups, the NPU, CANN, torch_npu, HCCL's environment, installed providers.
+"""What a deployment can be made from: process groups, the NPU, CANN, torch_npu, HCCL's environment, installed providers.
 
 1. Groups give names, sizes and this process's ranks. MC2 takes a communicator's name: HCCL's where the group has one (device
    npu), else the name of the process group.
@@ -10,6 +10,7 @@ Nothing is defaulted that a decision hangs on: without an NPU to ask, the SoC mu
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_lowering import _versions
-from moe_lowering.deployment import Deployment, Detected
 from moe_lowering.providers import declarable, installed_providers
 from moe_lowering.vocabulary import SOCS
 
@@ -31,29 +31,33 @@ _HOMES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")  # set by CANN's set_env.sh
 _FROM_GROUPS = {"ep_group": "ep", "tp_group": "tp"}
 
 
-def from_groups(
-    *, ep: ProcessGroup | None, tp: ProcessGroup | None = None, mc2: ProcessGroup | None = None, **rest: Any
-) -> Deployment:
-    """A deployment of this process's groups on this machine. **A collective** when ``mc2`` is None: see below.
+@dataclasses.dataclass(frozen=True)
+class Detected:
+    """A field of a deployment that was not given but found, or that was compared with what was found: where, and what."""
+
+    field: str
+    value: str
+    source: str
+
+
+def detect(
+    ep: ProcessGroup | None, tp: ProcessGroup | None, mc2: ProcessGroup | None, given: dict[str, Any]
+) -> tuple[dict[str, Any], list[Detected]]:
+    """Fields of a deployment from its groups, from what the machine says, and as they are given; no group is made.
 
     Args:
-        ep: the expert-parallel group; None for one rank.
-        tp: the tensor-parallel group, whose ranks are ranks of ``ep``; None for none.
-        mc2: a second group over the ranks of ``ep``, for MC2 and fused operators alone. When it is None, and ``mc2_group``
-            is not given, one is made with the backends of ``ep``: all ranks of the default group must then call this
-            function with their EP groups, as they must ``torch.distributed.new_group``. ``mc2_group=""`` makes none.
-        rest: further fields of ``Deployment``. Of those that are not given, ``soc``, ``cann``, ``torch_npu``,
-            ``hccl_buffer_mb`` (HCCL_BUFFSIZE) and ``providers`` are detected.
+        ep, tp, mc2, given: as for ``Deployment.from_groups``.
+
+    Returns:
+        The fields but ``mc2_group``, unless that is given; and those that were found.
 
     Raises:
-        ValueError: a field that a group gives was given otherwise; ``soc`` is not given and no NPU says it, or is not the
-            NPU's; the NPU's SoC or HCCL_BUFFSIZE is not known; and as ``Deployment`` does.
-        TypeError: a group that is none, or does not have this process in it.
+        ValueError, TypeError: as ``Deployment.from_groups``.
     """
     for field, name in _FROM_GROUPS.items():
-        if field in rest:
+        if field in given:
             raise ValueError(f"Deployment.from_groups: {field} is given; accepted: the group itself, as {name}")
-    if mc2 is not None and "mc2_group" in rest:
+    if mc2 is not None and "mc2_group" in given:
         raise ValueError("Deployment.from_groups: mc2 and mc2_group are given; accepted: one of them")
     members = {name: _members(name, group) for name, group in (("ep", ep), ("tp", tp), ("mc2", mc2))}
     if mc2 is not None:
@@ -62,34 +66,30 @@ def from_groups(
     found = [
         Detected(f"{kind}_size", str(groups[f"{kind}_size"]), f"{kind}_group {groups[f'{kind}_group']!r}")
         for kind in ("ep", "tp")
-        if f"{kind}_group" in groups and f"{kind}_size" not in rest
+        if f"{kind}_group" in groups and f"{kind}_size" not in given
     ]
-    fields: dict[str, Any] = {**groups, **_machine(rest, found), **rest}
-    Deployment(**{**fields, "mc2_group": ""})  # what is wrong is said before a group is made
-    if "mc2_group" not in rest:
-        communicator = mc2
-        if mc2 is None and ep is not None:  # of one rank too: the others' groups are made by all
-            communicator = _second_group(ep, members["ep"])
-        if communicator is not None:
-            fields["mc2_group"], how = communicator_name(communicator)
-            made = "a second group over the ranks of ep" if mc2 is None else "mc2"
-            found.append(Detected("mc2_group", fields["mc2_group"], f"{how} of {made}"))
-    return Deployment(**fields, detected=tuple(found))
+    return {**groups, **_machine(given, found), **given}, found
 
 
-def from_mesh(
-    device_mesh: DeviceMesh, ep: str | tuple[str, ...] = "ep", tp: str | None = "tp", **rest: Any
-) -> Deployment:
-    """``from_groups`` of the dimensions of a device mesh, and a collective as that is.
+def second_communicator(ep: ProcessGroup | None, mc2: ProcessGroup | None) -> Detected | None:
+    """The ``mc2_group`` of a deployment: of ``mc2``, or of a group that is made over the ranks of ``ep``; None without both.
 
-    Args:
-        ep: the dimension whose ranks form an EP group. The ranks of a TP group are ranks of one EP group: where ``tp`` is
-            another dimension, give both, e.g. ``ep=("dp", "tp")``; they are flattened.
-        tp: the TP dimension; None for none. A mesh that has no dimension "tp" has no TP group.
-        rest: as for ``from_groups``.
+    **A collective** when ``mc2`` is None and ``ep`` is not.
+    """
+    communicator: Any = mc2
+    if mc2 is None and ep is not None:  # of one rank too: the others' groups are made by all
+        communicator = _second_group(ep, _members("ep", ep))
+    if communicator is None:
+        return None
+    name, how = communicator_name(communicator)
+    return Detected("mc2_group", name, f"{how} of {'a second group over the ranks of ep' if mc2 is None else 'mc2'}")
+
+
+def groups_of_mesh(device_mesh: DeviceMesh, ep: str | tuple[str, ...], tp: str | None) -> dict[str, Any]:
+    """The process groups ``ep`` and ``tp`` of a device mesh, as ``Deployment.from_mesh`` describes them.
 
     Raises:
-        ValueError: the mesh has no such dimension; and as ``from_groups`` does.
+        ValueError: the mesh has no such dimension.
     """
     names = tuple(getattr(device_mesh, "mesh_dim_names", None) or ())
     if tp == "tp" and tp not in names:
@@ -97,7 +97,7 @@ def from_mesh(
     groups = {"ep": _dimension(device_mesh, names, "ep", ep)}
     if tp is not None:
         groups["tp"] = _dimension(device_mesh, names, "tp", tp)
-    return from_groups(**groups, **rest)
+    return groups
 
 
 def _dimension(mesh: Any, names: tuple[str, ...], argument: str, dimension: str | tuple[str, ...]) -> Any:

@@ -13,7 +13,7 @@ import capture_models
 import torch
 
 from moe_lowering import MoeLowering, npugraph_ex_options, shard_experts, simulator
-from moe_lowering.cli import compare
+from moe_lowering.cli.lower import compare
 from moe_lowering.simulator.device import Counts
 
 BUCKETS = (4, 8)  # tokens of a rank

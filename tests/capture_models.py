@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from moe_lowering import Deployment, MoeLowering, npugraph_ex_options
-from moe_lowering.cli.models import randomise
+from moe_lowering.cli.lower.models import randomise
 from moe_lowering.integrations.transformers import register
 
 LAYERS, VOCABULARY, EXPERTS, TOP_K = 4, 64, 8, 2

@@ -30,7 +30,7 @@ def ascend_stack():
 # of the tests that does, is not fast.
 SLOW = re.compile(
     r"\bRanks\b|subprocess|multiprocessing|torch\.compile|\.compile\(|transformers|cpp_extension|npugraph_ex_options"
-    r"|cli import compare|testing import matrix"
+    r"|cli\.lower import|matrix\.runner import"
 )
 TESTS = Path(__file__).parent
 

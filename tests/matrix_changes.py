@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from moe_lowering.testing.matrix_cells import EXPERTS, INTERMEDIATE, TOKENS
+from moe_lowering.matrix.cells import EXPERTS, INTERMEDIATE, TOKENS
 
 
 def _weights(case, **changes):

@@ -14,7 +14,7 @@ from capture_model_ranks import BUCKETS, KINDS
 from test_capture_ranks import COMMUNICATION, FORMS
 
 from moe_lowering import simulator
-from moe_lowering.cli.compare import TOLERANCE
+from moe_lowering.cli.lower.compare import TOLERANCE
 from moe_lowering.simulator.device import Counts
 from moe_lowering.testing import Ranks
 

@@ -10,8 +10,8 @@ import torch
 from capture_models import BUCKETS, EXPERTS, TOP_K, tokens
 
 from moe_lowering import cli, simulator
-from moe_lowering.cli import capture, run
-from moe_lowering.cli.capture import Captured
+from moe_lowering.cli.lower import beforehand, capture
+from moe_lowering.cli.lower.capture import Captured
 from moe_lowering.simulator import device
 
 REPLAYS = 200
@@ -135,7 +135,7 @@ def test_the_command_captures_nothing_of_a_block_that_is_not_lowered(monkeypatch
     given = ["moe", "--comm", "mc2", "--tokens", "4", "--layers", "1", "--capture", "--replays", "2"]
     code, out, err = command(capfd, *given)  # the options say it already
     assert code == 1 and "layers.0 not lowered" in err and "compared with nothing" in out and "captured" not in out
-    monkeypatch.setattr(run.beforehand, "refused", lambda *_: None)
+    monkeypatch.setattr(beforehand, "refused", lambda *_: None)
     code, out, err = command(capfd, *given)
     assert code == 1
     assert "layers.0 not lowered: mc2 was asked for and is not legal: [mc2.ep_size]" in err

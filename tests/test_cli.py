@@ -13,8 +13,9 @@ import torch
 from cli_commands import command, fresh_dynamo  # noqa: F401
 
 from moe_lowering import cli
-from moe_lowering.cli import compare, models, outcome, run
-from moe_lowering.cli.arguments import Request, UsageError
+from moe_lowering.cli.lower import compare, models, outcome, run
+from moe_lowering.cli.lower.request import LowerRequest
+from moe_lowering.cli.usage import UsageError
 from moe_lowering.integrations import transformers as integration
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
 
@@ -94,14 +95,14 @@ def test_without_transformers_a_model_type_is_wrong_usage(
 @pytest.mark.parametrize(
     ("request_", "batch", "lengths", "max_tokens"),
     [
-        (Request("moe"), 2, [16], 32),
-        (Request("moe", tokens=7), 1, [7], 7),
-        (Request("moe", tokens=1), 1, [1], 1),
-        (Request("moe", dynamic=True), 2, [16, 24, 8], 48),
-        (Request("moe", tokens=1, dynamic=True), 1, [1, 2], 2),
+        (LowerRequest("moe"), 2, [16], 32),
+        (LowerRequest("moe", tokens=7), 1, [7], 7),
+        (LowerRequest("moe", tokens=1), 1, [1], 1),
+        (LowerRequest("moe", dynamic=True), 2, [16, 24, 8], 48),
+        (LowerRequest("moe", tokens=1, dynamic=True), 1, [1, 2], 2),
     ],
 )
-def test_tokens_are_split_into_sequences(request_: Request, batch: int, lengths: list[int], max_tokens: int):
+def test_tokens_are_split_into_sequences(request_: LowerRequest, batch: int, lengths: list[int], max_tokens: int):
     assert (request_.batch, request_.lengths, request_.max_tokens) == (batch, lengths, max_tokens)
 
 
@@ -110,7 +111,7 @@ def test_tokens_are_split_into_sequences(request_: Request, batch: int, lengths:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_small_models_have_moe_layers_of_the_one_size_and_no_zero_parameters(family: str):
-    made = models.plan(Request(family))
+    made = models.plan(LowerRequest(family))
     assert (made.layers, made.experts) == (2, 16)
     model = models.build(made, torch.bfloat16)
     models.randomise(model)
@@ -124,19 +125,19 @@ def test_small_models_have_moe_layers_of_the_one_size_and_no_zero_parameters(fam
 
 
 def test_weights_and_tokens_are_the_same_in_every_process_and_tokens_differ_between_ranks():
-    made = models.plan(Request("moe", layers=1))
+    made = models.plan(LowerRequest("moe", layers=1))
     pair = [models.build(made, torch.float32) for _ in range(2)]
     for model in pair:
         models.randomise(model)
     for a, b in zip(*(model.state_dict().values() for model in pair), strict=True):
         assert torch.equal(a, b)
-    tokens = [models.input_ids(made, Request("moe"), 16, rank) for rank in (0, 0, 1)]
+    tokens = [models.input_ids(made, LowerRequest("moe"), 16, rank) for rank in (0, 0, 1)]
     assert torch.equal(tokens[0], tokens[1]) and not torch.equal(tokens[0], tokens[2])
 
 
 def test_a_small_number_of_layers_leaves_moe_layers():
-    assert models.plan(Request("deepseek_v3", layers=1)).config.first_k_dense_replace == 0
-    full = models.plan(Request("deepseek_v3", fake=True)).config
+    assert models.plan(LowerRequest("deepseek_v3", layers=1)).config.first_k_dense_replace == 0
+    full = models.plan(LowerRequest("deepseek_v3", fake=True)).config
     assert (full.num_hidden_layers, full.first_k_dense_replace, full.n_routed_experts) == (61, 3, 256)
 
 
@@ -145,19 +146,19 @@ def test_a_config_json_is_taken_as_it_is(tmp_path: Path):
         json.dumps({"model_type": "mixtral", "hidden_size": 256, "num_local_experts": 4, "num_hidden_layers": 3,
                     "quantization_config": {"quant_method": "fp8"}})
     )  # fmt: skip
-    made = models.plan(Request(str(tmp_path), fake=True))
+    made = models.plan(LowerRequest(str(tmp_path), fake=True))
     assert (made.name, made.layers, made.experts, made.config.hidden_size) == ("mixtral", 3, 4, 256)
     with pytest.raises(UsageError, match="--ep: is 8, and mixtral has 4 experts"):
-        models.plan(Request(str(tmp_path), ep=8))
+        models.plan(LowerRequest(str(tmp_path), ep=8))
 
 
 def test_weights_that_do_not_fit_are_refused():
-    made = models.plan(Request("moe"))
+    made = models.plan(LowerRequest("moe"))
     skeleton = models.skeleton(made)
     size = 2 * sum(p.numel() for p in skeleton.parameters())
-    run.require_memory(made, skeleton, Request("moe"), size)
-    run.require_memory(made, skeleton, Request("moe"), None)
-    for request, available in ((Request("moe"), size - 1), (Request("moe", ep=2), 3 * size)):
+    run.require_memory(made, skeleton, LowerRequest("moe"), size)
+    run.require_memory(made, skeleton, LowerRequest("moe"), None)
+    for request, available in ((LowerRequest("moe"), size - 1), (LowerRequest("moe", ep=2), 3 * size)):
         with pytest.raises(UsageError, match="GiB are free; accepted: --fake"):
             run.require_memory(made, skeleton, request, available)
 
@@ -168,7 +169,7 @@ def test_weights_that_do_not_fit_are_refused():
 def result(errors: compare.Errors | None, comm: str | None = "allgather") -> outcome.Outcome:
     block = BlockReport("layers.0", comm, "mc2 was asked for and is not legal: x", (), (), {"mc2": Verdict("mc2")})
     report = LoweringReport((block,), (), 10, 12, 1.0)
-    return outcome.Outcome(Request("moe"), "moe", [report], [], errors, [])
+    return outcome.Outcome(LowerRequest("moe"), "moe", [report], [], errors, [])
 
 
 @pytest.mark.parametrize(
@@ -187,9 +188,9 @@ def test_problems(found: outcome.Outcome, says: str):
 
 
 def test_no_block_is_a_problem_and_text_and_json_can_be_made_of_anything():
-    empty = outcome.Outcome(Request("moe"), "moe", [], [("experts", "a reason")], None, [])
+    empty = outcome.Outcome(LowerRequest("moe"), "moe", [], [("experts", "a reason")], None, [])
     assert empty.problems() == ["experts is not lowered: a reason"]
-    assert outcome.Outcome(Request("moe"), "moe", [], [], None, []).problems() == [
+    assert outcome.Outcome(LowerRequest("moe"), "moe", [], [], None, []).problems() == [
         "no MoE block was found in the graph"
     ]
     assert json.loads(empty.to_json())["pass_ms"] is None and "a reason" in empty.to_text()

@@ -7,8 +7,10 @@ import torch
 from cli_commands import command, fresh_dynamo  # noqa: F401
 
 from moe_lowering import cli
-from moe_lowering.cli import arguments, compare, models, run
-from moe_lowering.cli.arguments import Request
+from moe_lowering.cli.commands import parse
+from moe_lowering.cli.lower import beforehand, compare, models, prepare
+from moe_lowering.cli.lower.request import LowerRequest
+from moe_lowering.cli.options import ASSUMED_PROVIDERS
 
 
 def test_an_illegal_implementation_is_refused_with_its_codes_before_anything_is_built(
@@ -27,7 +29,7 @@ def test_an_illegal_implementation_is_refused_with_its_codes_before_anything_is_
     assert all(code in err for code in codes)
     assert early["nodes_before"] is early["pass_ms"] is early["max_rel_error"] is None
 
-    monkeypatch.setattr(run.beforehand, "refused", lambda *_: None)
+    monkeypatch.setattr(beforehand, "refused", lambda *_: None)
     code, late, err = command(capfd, *given)
     assert code == 1 and "building" in err
     assert late["blocks"][0]["verdicts"] == block["verdicts"] and late["blocks"][0]["reason"] == block["reason"]
@@ -52,8 +54,8 @@ def test_codes_from_the_options_are_those_of_the_graph(
     """A graph that is traced with fake tensors has the same verdicts; T is a symbol with --dynamic."""
     arguments_ = ("--fake", "--layers", "2", *given.split())
     found = []
-    for answer in (run.beforehand.refused, lambda *_: None):
-        monkeypatch.setattr(run.beforehand, "refused", answer)
+    for answer in (beforehand.refused, lambda *_: None):
+        monkeypatch.setattr(beforehand, "refused", answer)
         torch._dynamo.reset()
         code, report, _ = command(capfd, *arguments_)
         assert code == 1
@@ -70,11 +72,11 @@ def test_codes_from_the_options_are_those_of_the_graph(
 
 @pytest.mark.parametrize("given", ["qwen3_moe --ep 4 --comm mc2", "moe --ep 4 --comm fused_mc2 --quant w8a8", "moe"])
 def test_a_legal_or_open_choice_is_not_answered_beforehand(given: str):
-    request = arguments.parse(["lower", *given.split()])
+    request = parse(["lower", *given.split()])
     made = models.plan(request)
     groups = {"ep_group": "ep", "mc2_group": "mc2"} if request.ep > 1 else {}
-    deployment = run.deployment_for(request, **groups)
-    assert run.beforehand.refused(request, made, models.skeleton(made), deployment) is None
+    deployment = prepare.deployment_for(request, **groups)
+    assert beforehand.refused(request, made, models.skeleton(made), deployment) is None
 
 
 @pytest.mark.parametrize(
@@ -82,10 +84,10 @@ def test_a_legal_or_open_choice_is_not_answered_beforehand(given: str):
 )
 def test_with_dynamic_shapes_a_refusal_that_depends_on_t_needs_the_graph(given: str, answered: bool):
     tokens = 600 if given else 512
-    request = arguments.parse(f"lower moe --ep 4 --comm mc2 --tokens {tokens} {given}".split())
+    request = parse(f"lower moe --ep 4 --comm mc2 --tokens {tokens} {given}".split())
     made = models.plan(request)
-    deployment = run.deployment_for(request, ep_group="ep", mc2_group="mc2")
-    found = run.beforehand.refused(request, made, models.skeleton(made), deployment)
+    deployment = prepare.deployment_for(request, ep_group="ep", mc2_group="mc2")
+    found = beforehand.refused(request, made, models.skeleton(made), deployment)
     assert (found is not None) == answered
     if found is not None:
         messages = [v.message for v in found.blocks[0].verdicts["mc2"].violations]
@@ -93,12 +95,12 @@ def test_with_dynamic_shapes_a_refusal_that_depends_on_t_needs_the_graph(given: 
 
 
 def test_without_a_provider_the_choice_is_another_one():
-    request = arguments.parse(["lower", "moe", "--ep", "4", "--provider", "none"])
-    assert run.deployment_for(request, ep_group="ep").providers == ()
-    assert "no provider of fused operators installed" in run.assumptions(request)
-    request = arguments.parse(["lower", "moe", "--provider", "cann_ops_transformer=9.1.0"])
-    assert run.deployment_for(request).providers == (("cann_ops_transformer", "9.1.0"),)
-    assert run.deployment_for(Request("moe")).providers == arguments.ASSUMED_PROVIDERS
+    request = parse(["lower", "moe", "--ep", "4", "--provider", "none"])
+    assert prepare.deployment_for(request, ep_group="ep").providers == ()
+    assert "no provider of fused operators installed" in prepare.assumptions(request)
+    request = parse(["lower", "moe", "--provider", "cann_ops_transformer=9.1.0"])
+    assert prepare.deployment_for(request).providers == (("cann_ops_transformer", "9.1.0"),)
+    assert prepare.deployment_for(LowerRequest("moe")).providers == ASSUMED_PROVIDERS
 
 
 def test_a_fused_operator_without_a_provider_leaves_the_choice_to_the_graph(capfd: pytest.CaptureFixture[str]):

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from moe_lowering.cli import compare, models
-from moe_lowering.cli.arguments import Request
+from moe_lowering.cli.lower import compare, models
+from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.integrations import transformers as integration
 
 
@@ -58,7 +58,7 @@ def test_an_error_in_one_block_is_seen_at_the_block_even_where_logits_hide_it(st
 
 def test_tokens_that_went_to_other_experts_are_replayed_and_counted():
     """The lowered run is one in which three tokens went to other experts in the first layer."""
-    made = models.plan(Request("mixtral"))
+    made = models.plan(LowerRequest("mixtral"))
     reference = models.build(made, torch.float32)
     models.randomise(reference)
     compare.use_reference(reference)
@@ -71,7 +71,7 @@ def test_tokens_that_went_to_other_experts_are_replayed_and_counted():
 
     compare.moe_modules(lowered)[0].register_forward_pre_hook(move)
     taken = compare.record(lowered)
-    input_ids = models.input_ids(made, Request("mixtral"), 16, 0)
+    input_ids = models.input_ids(made, LowerRequest("mixtral"), 16, 0)
     actual = models.logits(lowered, input_ids)
     errors = compare.compare(reference, input_ids, actual, taken)
     assert (errors.rerouted, errors.routed) == (3, 64)

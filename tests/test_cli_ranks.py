@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moe_lowering import cli
-from moe_lowering.cli import compare
+from moe_lowering.cli.lower import compare
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 
 SMALLEST = ("--layers", "1", "--tokens", "4")

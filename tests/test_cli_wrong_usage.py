@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from moe_lowering import cli
-from moe_lowering.cli import config_values
-from moe_lowering.cli.model_check import LARGEST, NAMES, OTHER_SIZES, check_values
-from moe_lowering.cli.model_error import ModelError
+from moe_lowering.model_configs import values as config_values
+from moe_lowering.model_configs.check import LARGEST, NAMES, OTHER_SIZES, check_values
+from moe_lowering.model_configs.errors import ModelError
 
 # What a config.json may hold, by what is wrong with it.
 FILES = {
@@ -81,7 +81,7 @@ def test_files(command, name, folder, capfd):
 @pytest.mark.parametrize("name", ["hidden_size", "moe_intermediate_size", "num_experts_per_tok", "num_attention_heads"])
 def test_sizes(command, name, value, tmp_path, capfd):
     """Also where the model has another attribute that would be taken in its place."""
-    if value == 0 and value is not True and name in NAMES["topk"]:
+    if value == 0 and value is not True and name in NAMES["top_k"]:
         value = -1  # 0 says that a model has no experts
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "qwen3_moe", "intermediate_size": 64, name: value}))

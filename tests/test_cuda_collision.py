@@ -8,7 +8,7 @@ import torch
 
 from moe_lowering import Deployment, _bootstrap, _versions, cli, simulator, torchair_config
 from moe_lowering.integrations import transformers as integration
-from moe_lowering.simulator import SimulatorError, standins
+from moe_lowering.simulator import SimulatorError, standins, state
 
 CUDA = ("2.13.0+cu130", "13.0")
 CPU = "install the CPU build: pip install torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu"
@@ -57,8 +57,8 @@ def test_the_build_is_the_imported_one():
 
 def test_a_cuda_build_is_refused_before_anything_is_loaded(monkeypatch, capsys):
     versions(monkeypatch, "2.13.0", CUDA)
-    monkeypatch.setattr(simulator, "_enabled", False)
-    monkeypatch.setattr(simulator, "_loaded", None)
+    monkeypatch.setattr(state, "enabled", False)
+    monkeypatch.setattr(state, "loaded", None)
     monkeypatch.setattr(_bootstrap, "cann_is_installed", lambda: False)
     monkeypatch.setattr(standins, "built", lambda: pytest.fail("the simulator goes on"))
     with pytest.raises(SimulatorError, match=re.escape(CPU)):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_lowering import Deployment, deployment_detection, testing
-from moe_lowering.deployment import Detected
+from moe_lowering.deployment_detection import Detected
 from moe_lowering.report.text import render
 from moe_lowering.vocabulary import SOCS
 

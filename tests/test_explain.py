@@ -10,8 +10,8 @@ import re
 import pytest
 
 from moe_lowering import cli
-from moe_lowering.cli.arguments import parse
-from moe_lowering.cli.explain import explain
+from moe_lowering.cli.commands import parse
+from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 
 # DeepSeek-V3's MoE layer
@@ -141,7 +141,7 @@ def test_verdicts_are_those_of_the_pass():
 
     for options, fields in (("--tokens 600", {}), ("--dtype float32", {}), ("--buffer-mb 10", {"hccl_buffer_mb": 10})):
         request = parse(f"explain --hidden 1024 --intermediate 512 --experts 64 --topk 4 --ep 8 {options}".split())
-        described = explain(request).answer.judgement.verdicts
+        described = run_explain(request).explanation.answer.judgement.verdicts
         dtype = torch.float32 if request.dtype else torch.bfloat16
         with testing.fake_deployment(ep_size=8, **fields) as deployment:
             with testing.fake_tensors():

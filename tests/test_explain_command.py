@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from test_explain import BLOCK, answer, command
 
-from moe_lowering.cli import explain_arguments, explain_models, explain_text
+from moe_lowering.cli.explain.request import IMPLEMENTATIONS as COMMAND_IMPLEMENTATIONS
+from moe_lowering.cli.explain.text import WIDTH
+from moe_lowering.explanation import configs
 from moe_lowering.passes import choosing
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.vocabulary import VLLM_POLICIES
@@ -78,7 +80,7 @@ def test_gates_are_those_that_the_integration_knows():
     from moe_lowering.integrations.transformers import _OWN_GATES
 
     known = {(gate.activation, gate.interleaved) for gate in _OWN_GATES.values() if gate.activation}
-    assert {(gate.activation, gate.interleaved) for gate in explain_models.GATES.values()} == known
+    assert {(gate["activation"], gate.get("interleaved", False)) for gate in configs.GATES.values()} == known
 
 
 # --------------------------------------------------------------------------------------------------------- wrong usage
@@ -224,16 +226,16 @@ def test_readme_shows_what_the_command_prints(capfd):
 
 
 def test_names_are_those_of_the_pass():
-    assert tuple(IMPLEMENTATIONS) == explain_arguments.IMPLEMENTATIONS
+    assert tuple(IMPLEMENTATIONS) == COMMAND_IMPLEMENTATIONS
     assert set(choosing._CHOOSERS) == set(VLLM_POLICIES)
-    assert explain_text.WIDTH == 100
+    assert WIDTH == 100
 
 
 def test_a_description_takes_milliseconds_and_no_transformers():
     code = f"""
 import sys, time
 from moe_lowering import cli
-import moe_lowering.cli.explain, moe_lowering.cli.explain_text
+import moe_lowering.cli.explain.command
 started = time.process_time()
 assert cli.main("explain {BLOCK} --ep 16 --sweep tokens=1..8192".split()) == 0
 assert time.process_time() - started < 0.8, time.process_time() - started
@@ -249,7 +251,7 @@ def test_a_models_config_is_read_without_building_anything():
 import sys, time
 import transformers, transformers.models
 from moe_lowering import cli
-import moe_lowering.cli.explain, moe_lowering.cli.explain_text
+import moe_lowering.cli.explain.command
 started = time.process_time()
 assert cli.main("explain deepseek_v3 --ep 16 --tokens 128".split()) == 0
 assert time.process_time() - started < 1.0, time.process_time() - started

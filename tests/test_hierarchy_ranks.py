@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_lowering import Deployment, MoE, testing
 from moe_lowering.limits import check_call
-from moe_lowering.testing.matrix_reference import FLOORS, signal_to_noise
+from moe_lowering.matrix.reference import FLOORS, signal_to_noise
 
 DISPATCH, COMBINE = "npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2"
 
@@ -66,7 +66,7 @@ def dequantised(case: Case, ranks: int) -> list[list[Tensor]]:
 
 
 def check(results: list[list[Any]], number: int, case: Case) -> None:
-    """Every rank's worst token is above the floor of its weights' format: see matrix_reference for where it comes from."""
+    """Every rank's worst token is above the floor of its weights' format: see matrix/reference.py for where it comes from."""
     for rank, answers in enumerate(results):
         y = answers[number]
         assert isinstance(y, Tensor), f"refused: {y}"

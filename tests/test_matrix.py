@@ -12,20 +12,26 @@ import pytest
 import torch
 
 from moe_lowering import cli, quantisation
-from moe_lowering.cli import matrix as command
-from moe_lowering.cli.arguments import UsageError, parse
+from moe_lowering.cli.commands import parse
+from moe_lowering.cli.matrix import text
+from moe_lowering.cli.usage import UsageError
 from moe_lowering.limits.table import load
-from moe_lowering.testing import matrix, matrix_cells, matrix_reference
-from moe_lowering.testing.matrix import Axes, Pool, Result, Table
-from moe_lowering.testing.matrix_cells import FORMS, SCENARIOS, Cell
-from moe_lowering.testing.matrix_expected import REFUSALS, refusals
-from moe_lowering.testing.matrix_reference import FLOORS, signal_to_noise
+from moe_lowering.matrix import cells as matrix_cells
+from moe_lowering.matrix import forms, runner
+from moe_lowering.matrix import reference as matrix_reference
+from moe_lowering.matrix.cells import SCENARIOS, Cell
+from moe_lowering.matrix.expected import REFUSALS, refusals
+from moe_lowering.matrix.forms import FORMS, WITHOUT_A_ROW
+from moe_lowering.matrix.reference import FLOORS, signal_to_noise
+from moe_lowering.matrix.runner import Pool
+from moe_lowering.matrix.table import EVERYTHING, Axes, Result, Table
+from moe_lowering.vocabulary import EXPERT_FORMATS, IMPLEMENTATION_FORMS
 
 
 @pytest.fixture(scope="module")
 def pools():
     """One pool for each world size, for all tests of this file."""
-    made = {ep: Pool(ep) for ep in matrix_cells.EP_SIZES}
+    made = {ep: Pool(ep) for ep in forms.EP_SIZES}
     yield made
     for pool in made.values():
         pool.close()
@@ -33,7 +39,7 @@ def pools():
 
 def run(pools, change=None, **axes):
     """The cells of ``axes``, without other layouts than the forms' own unless they are asked for."""
-    return matrix.run(Axes(**{"layouts": (), **axes}), change=change, pools=pools)
+    return runner.run(Axes(**{"layouts": (), **axes}), change=change, pools=pools)
 
 
 # The table
@@ -48,9 +54,9 @@ CELLS = {
 }  # scenarios for all formats, or for two, or for one
 
 
-@pytest.mark.parametrize("ep", matrix_cells.EP_SIZES)
+@pytest.mark.parametrize("ep", forms.EP_SIZES)
 def test_every_cell_is_what_it_must_be(pools, ep):
-    table = run(pools, eps=(ep,), layouts=matrix_cells.LAYOUTS)
+    table = run(pools, eps=(ep,), layouts=tuple(forms.LAYOUTS))
     assert table.problems() == []
     assert sum(result.snr is not None for result in table.results) == LEGAL[ep]
     assert len(table.results) == CELLS[ep]
@@ -100,11 +106,11 @@ def test_results_that_differ_within_a_tp_group_are_seen(pools):
     (good,) = run(pools, tps=(2,), scenarios=("even",), **given).results
     outcomes = pools[2].outcomes([good.cell], None)
     pair = [outcome[0] for outcome in outcomes]
-    assert matrix._judge(good.cell, pair).problems == []
+    assert runner._judge(good.cell, pair).problems == []
     pair[1].y = pair[1].y.clone()
     pair[1].y[0, 0] += 2**-9 * abs(pair[1].y[0, 0])  # less than any floor sees
     pair[1].y[0, 0] = torch.nextafter(pair[0].y[0, 0], torch.tensor(9.0, dtype=torch.bfloat16))
-    assert ["bit by bit" in problem for problem in matrix._judge(good.cell, pair).problems] == [True]
+    assert ["bit by bit" in problem for problem in runner._judge(good.cell, pair).problems] == [True]
 
 
 @pytest.mark.parametrize(("change", "form", "quantised", "scenario", "says"), [
@@ -126,7 +132,7 @@ def test_a_rank_that_raises_breaks_its_own_cell_only():
     """The other rank waits, the pool is replaced, and the next cell runs."""
     with Pool(2, collective_timeout=20) as pool:
         given = {"eps": (2,), "tps": (1,), "quantisations": ("none",), "forms": ("alltoall_static",)}
-        table = matrix.run(
+        table = runner.run(
             Axes(scenarios=("even", "t1"), layouts=(), **given),
             change=matrix_changes.a_wrong_id_on_the_second_rank,
             pools={2: pool},
@@ -142,7 +148,7 @@ def test_a_rank_that_raises_breaks_its_own_cell_only():
 
 
 def cells():
-    axes = matrix.EVERYTHING
+    axes = EVERYTHING
     for ep, tp, quantised in itertools.product(axes.eps, axes.tps, axes.quantisations):
         yield from axes.cells(ep, tp, quantised)
 
@@ -160,7 +166,7 @@ def test_other_layouts_are_at_one_place_and_in_one_scenario():
     other = [cell for cell in cells() if cell.layout]
     assert {(cell.ep, cell.tp, cell.scenario) for cell in other} == {(2, 1, "even")}
     assert len(other) == 7 * 4 * 3  # the fourth is the form's own
-    assert not [cell for cell in other if cell.layout == FORMS[cell.form].layout(cell.quantisation)]
+    assert not [cell for cell in other if cell.layout == FORMS[cell.form].layout(cell.quantisation).name]
     assert Axes(scenarios=("t1",)).cells(2, 1, "none") == [Cell(form, "none", 2, 1, "t1") for form in FORMS]
 
 
@@ -232,9 +238,15 @@ def test_a_result_rounded_once_is_over_the_floor_and_five_per_cent_off_is_not():
 
 
 def test_the_commands_axes_are_those_of_the_matrix():
-    assert (command.EP_SIZES, command.TP_SIZES) == (matrix_cells.EP_SIZES, matrix_cells.TP_SIZES)
-    assert {comm: tuple(f.name for f in FORMS.values() if f.comm == comm) for comm in command.FORMS} == command.FORMS
-    assert parse(["matrix"]).forms == tuple(FORMS)
+    request = parse(["matrix"])
+    assert (request.ep, request.tp, request.quant) == (forms.EP_SIZES, forms.TP_SIZES, tuple(EXPERT_FORMATS))
+    assert request.forms == tuple(FORMS)
+
+
+def test_every_form_of_the_vocabulary_has_its_rows():
+    rows = [(form.comm, form.form) for form in FORMS.values()]
+    registered = [(comm, form) for comm, names in IMPLEMENTATION_FORMS.items() for form in names]
+    assert {*WITHOUT_A_ROW} <= {*registered} and rows == [key for key in registered if key not in WITHOUT_A_ROW]
 
 
 @pytest.mark.parametrize(("given", "says"), [
@@ -261,7 +273,7 @@ def test_a_small_table(capfd):
     given = ["matrix", "--ep", "1", "--tp", "1", "--quant", "none", "--comm", "allgather,mc2"]
     assert cli.main(given) == 0
     printed = capfd.readouterr().out
-    assert all(len(line) <= command.WIDTH for line in printed.splitlines())
+    assert all(len(line) <= text.WIDTH for line in printed.splitlines())
     grid = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[1:3]}
     assert 40 < float(grid["allgather"][1]) < 60
     assert grid["mc2"][1] == "(a)"
@@ -280,7 +292,7 @@ def canned(**problem):
 
 
 def test_json(monkeypatch, capfd):
-    monkeypatch.setattr(matrix, "run", lambda axes, progress: canned())
+    monkeypatch.setattr(runner, "run", lambda axes, progress: canned())
     assert cli.main(["matrix", "--json"]) == 0
     printed = json.loads(capfd.readouterr().out)
     assert printed["floors_db"] == FLOORS
@@ -298,7 +310,7 @@ def test_json(monkeypatch, capfd):
 
 def test_a_cell_that_is_not_what_it_must_be_is_exit_code_1(monkeypatch, capfd):
     wrong = ["rank 0: Traceback (most recent call last):\n  File x\nValueError: ids", "under the floor"]
-    monkeypatch.setattr(matrix, "run", lambda axes, progress: canned(problems=wrong))
+    monkeypatch.setattr(runner, "run", lambda axes, progress: canned(problems=wrong))
     assert cli.main(["matrix"]) == 1
     printed = capfd.readouterr()
     assert "46.0!" in printed.out

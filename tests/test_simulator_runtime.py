@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from moe_lowering import Deployment, MoeLowering, _bootstrap, _versions, simulator
-from moe_lowering.simulator import SimulatorError, standins
+from moe_lowering.simulator import SimulatorError, standins, state
 from moe_lowering.testing import Ranks
 
 FORCE_EAGER = {"force_eager": True}
@@ -43,8 +43,8 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """This process as it was before ``enable()``, with an empty cache and no CANN. The cache is returned."""
-    monkeypatch.setattr(simulator, "_enabled", False)
-    monkeypatch.setattr(simulator, "_loaded", None)
+    monkeypatch.setattr(state, "enabled", False)
+    monkeypatch.setattr(state, "loaded", None)
     monkeypatch.setattr(_bootstrap, "cann_is_installed", lambda: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "moe_lowering" / "standins"
@@ -273,7 +273,7 @@ def test_missing_compiler_is_named(fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", tools(tmp_path / "bin", "nm"))
     with pytest.raises(SimulatorError, match=r"C compiler \(cc or gcc or clang\) is not on PATH.*install gcc"):
         simulator.enable()
-    assert not simulator.is_enabled() and simulator._loaded is None
+    assert not simulator.is_enabled() and state.loaded is None
 
 
 def test_missing_nm_is_named(fresh, monkeypatch, tmp_path):

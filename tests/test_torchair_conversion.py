@@ -15,6 +15,7 @@ import torch
 from moe_lowering import MoE, shard_experts
 from moe_lowering.backends import ge_converters, ge_rewrites
 from moe_lowering.simulator import ge
+from moe_lowering.testing.ge import convert
 from moe_lowering.testing.graphs import fake_deployment
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 1024, 512, 16, 4, 24
@@ -48,13 +49,13 @@ def converted(comm, dynamic, ep=EP, quantisation="none", weight_format="nz"):
     """The GE graph of one layer, and the deployment it is for; ``buffers`` is a form of AllToAll."""
     with deployed(ep, weight_format=weight_format, **FIELDS.get(comm, {})) as deployment:
         module, given = layer(deployment, quantisation), (tokens(),)
-        return ge.convert(module, given, deployment, dynamic=dynamic, comm=COMMS.get(comm, comm)), deployment
+        return convert(module, given, deployment, dynamic=dynamic, comm=COMMS.get(comm, comm)), deployment
 
 
 def refusal(model, args, deployment, **options):
     """The message with which a conversion fails."""
     with pytest.raises(Exception) as caught:
-        ge.convert(model, args, deployment, **options)
+        convert(model, args, deployment, **options)
     return str(caught.value)
 
 
@@ -157,7 +158,7 @@ def test_the_checks_see_one_wrong_input(comm, operator, change):
     config.post_grad_custom_post_pass = swap
     with deployed(**FIELDS.get(comm, {})) as deployment:
         module, given = layer(deployment), (tokens(),)
-        graph = ge.convert(module, given, deployment, comm=COMMS.get(comm, comm), config=config)
+        graph = convert(module, given, deployment, comm=COMMS.get(comm, comm), config=config)
     assert changed == [change]
     with pytest.raises(AssertionError):
         ge_checks.CHECKS[comm](graph, deployment, EXPERTS, TOP_K)
@@ -252,7 +253,7 @@ def test_operators_with_converter_are_not_refused():
 
     ids = torch.zeros(TOKENS, 2, dtype=torch.int32).to("npu")
     with deployed(1) as deployment:
-        graph = ge.convert(f, (tokens(), ids), deployment)
+        graph = convert(f, (tokens(), ids), deployment)
     assert {"SwiGlu", "MoeInitRoutingV3", "Relu"} <= graph.types()
 
 
@@ -269,7 +270,7 @@ from moe_lowering import MoE, npugraph_ex_options, simulator
 from moe_lowering.testing.graphs import fake_deployment
 
 simulator.enable()
-from moe_lowering.simulator import ge
+from moe_lowering.testing.ge import convert
 
 
 def layer():
@@ -284,7 +285,7 @@ def captured(deployment):
 
 def converted(deployment):
     x = torch.randn(8, 1024, dtype=torch.bfloat16).to("npu")
-    graph = ge.convert(layer().to("npu"), (x,), deployment, comm="allgather")
+    graph = convert(layer().to("npu"), (x,), deployment, comm="allgather")
     assert graph.of_type("GroupedMatmul"), graph.types()
 
 
@@ -344,7 +345,7 @@ from moe_lowering import MoE, simulator
 from moe_lowering.testing.graphs import fake_deployment
 
 simulator.enable()
-from moe_lowering.simulator import ge
+from moe_lowering.testing import ge
 import torchair
 from torchair.core import _backend
 
@@ -356,7 +357,7 @@ def convert(number):
     config.post_grad_custom_post_pass = lambda *_: os.kill(os.getpid(), number)
     with fake_deployment(ep_size=1) as deployment:
         model = MoE(1024, 512, 4, 2, dtype=torch.bfloat16).eval().requires_grad_(False).to("npu")
-        return ge.convert(model, (x,), deployment, comm="allgather", config=config)
+        return convert(model, (x,), deployment, comm="allgather", config=config)
 
 
 installed = signal.getsignal(signal.SIGINT)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from moe_lowering import shard_experts
-from moe_lowering.cli import models
-from moe_lowering.cli.arguments import Request
-from moe_lowering.cli.run import register_transformers
-from moe_lowering.simulator import ge
+from moe_lowering.cli.lower import models
+from moe_lowering.cli.lower.prepare import register_transformers
+from moe_lowering.cli.lower.request import LowerRequest
+from moe_lowering.testing.ge import convert
 from moe_lowering.testing.graphs import fake_deployment
 
 pytest.importorskip("transformers")
@@ -44,7 +44,7 @@ NEVER = {"MoeTokenUnpermute", "MoeTokenPermute", "MoeFinalizeRoutingV2"}
 
 @functools.cache
 def converted(family, comm, dynamic):
-    request = Request(family, comm=comm, ep=EP, tokens=TOKENS, dynamic=dynamic)
+    request = LowerRequest(family, comm=comm, ep=EP, tokens=TOKENS, dynamic=dynamic)
     register_transformers(request)
     made = models.plan(request)
     with fake_deployment(ep_size=EP, ep_rank=RANK) as deployment:
@@ -54,7 +54,7 @@ def converted(family, comm, dynamic):
         # Python floats of a model (scaling factors) are constants, as the command line compiles it
         with torch._dynamo.config.patch(specialize_float=True):
             forward = functools.partial(models.logits, model.to("npu"))
-            graph = ge.convert(forward, (ids,), deployment, comm=comm, dynamic=dynamic)
+            graph = convert(forward, (ids,), deployment, comm=comm, dynamic=dynamic)
     return graph, deployment, made, ids.shape
 
 
@@ -104,7 +104,7 @@ def test_edges_of_mc2_in_every_layer(family, dynamic):
 
 def test_a_block_that_cannot_be_lowered_is_named():
     """The twin: nothing is converted halfway."""
-    request = Request("mixtral", ep=EP, tokens=TOKENS)
+    request = LowerRequest("mixtral", ep=EP, tokens=TOKENS)
     register_transformers(request)
     made = models.plan(request)
     with fake_deployment(ep_size=EP, ep_rank=RANK, soc="A3", weight_format="nd") as deployment:
@@ -112,4 +112,4 @@ def test_a_block_that_cannot_be_lowered_is_named():
         shard_experts(model, deployment)
         ids = models.input_ids(made, request, request.lengths[0], RANK).to("npu")
         with pytest.raises(Exception, match="fused_mc2 was asked for and is not legal"):
-            ge.convert(functools.partial(models.logits, model.to("npu")), (ids,), deployment, comm="fused_mc2")
+            convert(functools.partial(models.logits, model.to("npu")), (ids,), deployment, comm="fused_mc2")

@@ -25,6 +25,7 @@ from moe_lowering import Deployment, MoeLowering, torchair_config
 from moe_lowering.backends import ge_converters, ge_rewrites
 from moe_lowering.passes.edits import EditLog
 from moe_lowering.simulator import ge
+from moe_lowering.testing.ge import convert
 
 SPLITS = [[2, 0, 3, 1], [1, 1, 1, 1], [0, 4, 0, 2], [5, 0, 1, 0]]  # rows from rank i to rank j
 
@@ -101,7 +102,7 @@ def with_tokens(graph, count):
 
 def test_a_dynamic_graph_refuses_other_sizes_in_the_cached_program():
     with deployed(max_tokens=32, equal_tokens=False) as deployment:
-        graph = ge.convert(layer(deployment), (tokens(),), deployment, dynamic=True, comm="mc2")
+        graph = convert(layer(deployment), (tokens(),), deployment, dynamic=True, comm="mc2")
         ge.call(graph, *with_tokens(graph, TOKENS))
         ge.call(graph, *with_tokens(graph, 32))
         with pytest.raises(RuntimeError, match="T is 33, but this graph was lowered for T from"):
@@ -112,7 +113,7 @@ def test_a_check_of_several_dimensions():
     """T is the product of the leading dimensions."""
     with deployed(max_tokens=64, equal_tokens=False) as deployment:
         x = tokens().reshape(2, 12, HIDDEN)
-        graph = ge.convert(layer(deployment), (x,), deployment, dynamic=True, comm="mc2")
+        graph = convert(layer(deployment), (x,), deployment, dynamic=True, comm="mc2")
 
         def called(batch, length):
             numbers = iter((batch, length))
@@ -136,7 +137,7 @@ def test_without_the_rewrite_there_is_no_check(monkeypatch):
 
     monkeypatch.setattr(ge_rewrites, "place_token_checks", drop)
     with deployed(max_tokens=32, equal_tokens=False) as deployment:
-        graph = ge.convert(layer(deployment), (tokens(),), deployment, dynamic=True, comm="mc2")
+        graph = convert(layer(deployment), (tokens(),), deployment, dynamic=True, comm="mc2")
         ge.call(graph, *with_tokens(graph, 33))
 
 
@@ -167,7 +168,7 @@ def test_communication_that_no_output_needs_is_kept(comm, kept, monkeypatch):
             model(x)
             return x * 2
 
-        graph = ge.convert(forward, (tokens(),), deployment, comm=comm)
+        graph = convert(forward, (tokens(),), deployment, comm=comm)
     assert (ge_checks.one(graph, last).name in graph.ancestors("NetOutput")) == kept
 
 
@@ -187,7 +188,7 @@ def test_comparisons_are_of_one_type(monkeypatch, rewritten):
     if not rewritten:
         monkeypatch.setattr(ge_rewrites, "compare_in_one_type", lambda edits: None)
     with deployed() as deployment:
-        graph = ge.convert(Compares(deployment), (tokens(),), deployment, comm="allgather")
+        graph = convert(Compares(deployment), (tokens(),), deployment, comm="allgather")
     assert ["Less" in said for said in graph.mixed()] == [True] * (not rewritten)
 
 
@@ -229,7 +230,7 @@ def test_dispatch_ffn_combine_quantised(masked):
                 mask=mask if masked else None, swiglu_limit=7.0,
             )  # fmt: skip
 
-        graph = ge.convert(f, (tokens(), *routing(), *experts()), deployment)
+        graph = convert(f, (tokens(), *routing(), *experts()), deployment)
     fused = ge_checks.one(graph, "DispatchFFNCombine")
     ge_checks.attributes(fused, M=512, group=deployment.mc2_group, swigluLimit=7.0)
     assert (
@@ -251,7 +252,7 @@ def test_dispatch_gmm_combine_decode():
                 x, [w13], [w2], ids, weights, deployment.mc2_group, EP, RANK, EXPERTS, [s13], [s2]
             )
 
-        graph = ge.convert(f, (tokens(), *routing(), *experts()), deployment)
+        graph = convert(f, (tokens(), *routing(), *experts()), deployment)
     fused = ge_checks.one(graph, "DispatchGmmCombineDecode")
     ge_checks.attributes(
         fused,
@@ -272,7 +273,7 @@ def test_an_older_operator_takes_one_stacked_tensor_and_must_count():
     with deployed() as deployment:
         model = layer(deployment)
         one_tensor = {"DispatchFFNCombineBF16": (older, outputs, attributes)}
-        graph = ge.convert(model, (tokens(),), deployment, comm="fused_mc2", operators=one_tensor)
+        graph = convert(model, (tokens(),), deployment, comm="fused_mc2", operators=one_tensor)
         fused = ge_checks.one(graph, "DispatchFFNCombineBF16")
         assert [name for name, _ in fused.inputs] == list(inputs)
         oldest = {"DispatchFFNCombineBF16": (older, {"out": "required"}, attributes)}
@@ -288,7 +289,7 @@ def test_the_operator_is_told_the_size_of_its_group_where_it_asks():
         with deployed() as deployment:
             model = layer(deployment, quantisation)
             for operators, size in ((newer, EP), ({type_: ge.OPERATORS[type_]}, None)):
-                graph = ge.convert(model, (tokens(),), deployment, comm="fused_mc2", operators=operators)
+                graph = convert(model, (tokens(),), deployment, comm="fused_mc2", operators=operators)
                 assert ge_checks.one(graph, type_).attributes.get("worldSize") == size
 
 
@@ -325,7 +326,7 @@ def test_the_users_own_pass_runs_first():
     config = torchair.CompilerConfig()
     config.post_grad_custom_pre_pass = lambda gm, *_: seen.append([str(n.target) for n in gm.graph.nodes])
     with deployed(1) as deployment:
-        ge.convert(layer(deployment), (tokens(),), deployment, config=config)
+        convert(layer(deployment), (tokens(),), deployment, config=config)
     assert "moe_lowering.dispatch.default" in seen[0] and len(seen) == 1
 
 

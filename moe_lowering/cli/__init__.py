@@ -1,4 +1,4 @@
-"""The command ``moe-lowering``. This file parses, dispatches and turns failures into exit codes; no torch is imported
+"""The command ``moe-lowering``. This file turns reports and failures into output and exit codes; no torch is imported
 before the arguments are known to be good.
 
 Only the report goes to stdout: everything that libraries print meanwhile is sent to stderr, so that ``--json`` prints
@@ -14,17 +14,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
-from moe_lowering.cli.arguments import Request, UsageError, parse
-from moe_lowering.cli.matrix import MatrixRequest, Report, run_matrix
-from moe_lowering.cli.model_error import ModelError
+from moe_lowering.cli.commands import Request, parse, run
+from moe_lowering.cli.usage import UsageError
 from moe_lowering.interrupts import Terminated, exit_code, interruptible
-
-if TYPE_CHECKING:
-    from moe_lowering.cli.explain import Explanation
-    from moe_lowering.cli.explain_arguments import ExplainRequest
-    from moe_lowering.cli.outcome import Outcome
+from moe_lowering.model_configs.errors import ModelError
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -46,23 +40,23 @@ def _main(arguments: list[str] | None) -> int:
     try:
         request = _parse(arguments)
         with _stdout_to_stderr():
-            outcome = _run(request)
-        _print(outcome.to_json() if request.json else outcome.to_text())
+            report = run(request, _progress())
+        _print(report.to_json() if request.json else report.to_text())
     except (UsageError, ModelError) as error:
-        _complain(f"error: {error}")
+        _complain(f"error: {'argument MODEL: ' if isinstance(error, ModelError) else ''}{error}")
         return USAGE
     except Exception as error:  # not a wrong command: lowering or running failed
         with contextlib.suppress(OSError):
             traceback.print_exc()
         _complain(f"error: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
         return FAILED
-    problems = outcome.problems()
+    problems = report.problems()
     for problem in problems:
         _complain(problem)
     return FAILED if problems else OK
 
 
-def _parse(arguments: list[str] | None) -> Request | ExplainRequest | MatrixRequest:
+def _parse(arguments: list[str] | None) -> Request:
     """``parse``, and a help that cannot be written is told like a report that cannot."""
     try:
         return parse(arguments)
@@ -103,16 +97,6 @@ def _discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def _run(request: Request | ExplainRequest | MatrixRequest) -> Outcome | Explanation | Report:
-    if isinstance(request, Request):
-        return _lower(request, _progress())
-    if isinstance(request, MatrixRequest):
-        return run_matrix(request, _progress())
-    from moe_lowering.cli.explain import explain
-
-    return explain(request)
-
-
 def _progress() -> Callable[[str], None]:
     started = time.perf_counter()
 
@@ -121,17 +105,6 @@ def _progress() -> Callable[[str], None]:
             print(f"[{time.perf_counter() - started:6.1f} s] {message}", file=sys.stderr, flush=True)
 
     return progress
-
-
-def _lower(request: Request, progress: Callable[[str], None]) -> Outcome:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model is built from its config, never downloaded
-    if request.fake:
-        from moe_lowering.cli.fake import lower_fake
-
-        return lower_fake(request, progress)
-    from moe_lowering.cli.run import lower_and_compare
-
-    return lower_and_compare(request, progress)
 
 
 @contextlib.contextmanager

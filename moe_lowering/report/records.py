@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from moe_lowering.deployment import Detected
+from moe_lowering.deployment_detection import Detected
 from moe_lowering.limits import Violation
 from moe_lowering.report.naming import names
 

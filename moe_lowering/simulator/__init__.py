@@ -24,8 +24,9 @@ import threading
 from collections.abc import Iterator
 
 from moe_lowering import _bootstrap, _versions
-from moe_lowering.simulator import standins
+from moe_lowering.simulator import standins, state
 from moe_lowering.simulator.standins import SimulatorError
+from moe_lowering.simulator.state import is_enabled, soc
 from moe_lowering.vocabulary import SOCS
 
 __all__ = ["SimulatorError", "enable", "enable_device", "is_enabled", "soc"]
@@ -37,8 +38,6 @@ REQUIRED = {"torch": "torch", "torch_npu": "torch-npu", "numpy": "numpy", "yaml"
 EXPECTED_NOISE = re.compile(r"Warning ?: ASCEND_HOME_PATH environment variable is not set\.")
 
 _lock = threading.RLock()
-_loaded: str | None = None  # the SoC that the libraries in this process stand in for; they cannot be unloaded
-_enabled = False
 _import_error = ""  # the first failure of `import torch_npu` in this process
 
 
@@ -56,20 +55,19 @@ def enable(soc: str = "A3") -> None:
         SimulatorError: an unknown SoC; another SoC than the one enabled before; CANN is installed; a package, the C
             compiler or nm is missing; a CUDA build of torch that torch_npu collides with; torch_npu does not import.
     """
-    global _enabled, _loaded
     with _lock:
         _check_soc(soc)
-        if _enabled:
+        if state.enabled:
             return
-        if _loaded is None:
+        if state.loaded is None:
             _check_machine()
         libraries = standins.built()
-        _loaded = soc  # before loading: a load that fails half-way leaves libraries that look like CANN to a retry
+        state.loaded = soc  # before loading: a load that fails half-way leaves libraries that look like CANN to a retry
         standins.load(libraries, SOCS[soc].runtime_name)
         _versions.warn_if_untested()
         _import_torch_npu()
         _register_kernels()
-        _enabled = True
+        state.enabled = True
 
 
 def enable_device(soc: str | None = None) -> None:
@@ -84,30 +82,18 @@ def enable_device(soc: str | None = None) -> None:
         SimulatorError: as ``enable()``.
     """
     with _lock:
-        enable(soc or _loaded or "A3")
+        enable(soc or state.loaded or "A3")
         from moe_lowering.simulator import device
 
         device.install()
 
 
-def is_enabled() -> bool:
-    """Whether ``enable()`` has completed in this process."""
-    return _enabled
-
-
-def soc() -> str:
-    """The SoC that is simulated in this process."""
-    if not _enabled or _loaded is None:
-        raise SimulatorError("the simulator is not enabled in this process; call moe_lowering.simulator.enable() first")
-    return _loaded
-
-
 def _check_soc(soc: str) -> None:
     if soc not in SOCS:
         raise SimulatorError(f"unknown SoC {soc!r}; accepted: {', '.join(SOCS)}")
-    if _loaded is not None and _loaded != soc:
+    if state.loaded is not None and state.loaded != soc:
         raise SimulatorError(
-            f"this process simulates {_loaded} and cannot change to {soc}: torch_npu reads the SoC once; "
+            f"this process simulates {state.loaded} and cannot change to {soc}: torch_npu reads the SoC once; "
             f"use one process per SoC"
         )
 

@@ -1,11 +1,11 @@
 """torchair's GE mode without the engine: a model is converted for real, and what the engine would get is read back.
 
-    graph = ge.convert(model, (x,), deployment, comm="mc2")
+    graph = moe_lowering.testing.ge.convert(model, (x,), deployment, comm="mc2")
     [dispatch] = graph.of_type("MoeDistributeDispatchV2")
     dispatch.attributes["group_ep"], graph.readers(dispatch.name, 3)
 
-dynamo, AOTAutograd, the lowering, torchair's own passes and all converters run as they do on a machine with CANN, up to
-``TorchNpuGraph.load``, which hands the graph to the engine: there it stops. The graph is read from torchair's own dump
+dynamo, AOTAutograd, the passes of the config and torchair's own, and all converters run as they do on a machine with CANN, up
+to ``TorchNpuGraph.load``, which hands the graph to the engine: there it stops. The graph is read from torchair's own dump
 (``config.debug.graph_dump``, type "txt", which is the protobuf's text and loses nothing).
 
 Stood in for, as they need CANN: ``initialize_graph_engine`` (nothing to start); ``check_cann_compat`` (an installed CANN
@@ -26,9 +26,9 @@ from unittest import mock
 
 import torch
 
-from moe_lowering import simulator
-from moe_lowering.deployment import Deployment
 from moe_lowering.interrupts import interruptible
+from moe_lowering.simulator import state
+from moe_lowering.simulator.standins import SimulatorError
 
 # (inputs, outputs, attributes) in order. Sources: vllm_ascend.ffn_definition, vllm_ascend.ffn_definition_16_bit,
 # vllm_ascend.ffn_definition_w4a8, vllm_ascend.decode_definition: inputs, outputs, attributes; vllm_ascend_wheel.schemas:
@@ -133,13 +133,13 @@ class GeGraph:
         nodes: by name, in order.
         program: the Python that torchair would write into a compile cache: it prepares the inputs and runs the graph.
         arguments: with which torchair called the graph: parameters, sizes and tensors, in its order.
-        reports: those of the lowering.
+        reports: those of the lowering, where there was one.
     """
 
     nodes: Mapping[str, GeNode]
     program: str
     arguments: tuple[Any, ...]
-    reports: Sequence[Any]
+    reports: Sequence[Any] = ()
 
     def of_type(self, *types: str) -> list[GeNode]:
         return [node for node in self.nodes.values() if node.type in types]
@@ -199,39 +199,25 @@ class _Loaded(Exception):
     """The graph has reached the engine."""
 
 
-def convert(
-    model: Any,
-    inputs: Sequence[Any],
-    deployment: Deployment,
-    *,
-    dynamic: bool = False,
-    config: Any = None,
-    operators: Mapping[str, Any] = OPERATORS,
-    **options: Any,
+def convert_with(
+    model: Any, inputs: Sequence[Any], config: Any, *, dynamic: bool = False, operators: Mapping[str, Any] = OPERATORS
 ) -> GeGraph:
-    """Convert a model with torchair's GE mode and the lowering; nothing is executed.
+    """Convert a model with torchair's GE mode; nothing is executed.
 
     Args:
         model: a callable; dynamo must be able to trace it whole.
         inputs: its arguments, on device "npu" or CPU.
-        deployment: as for ``torchair_config``.
+        config: a ``torchair.CompilerConfig``; its graph dump is set here. ``testing.ge.convert`` makes one with the lowering.
         dynamic: sizes are symbolic, as with ``torch.compile(dynamic=True)``.
-        config: a ``torchair.CompilerConfig`` to start from.
         operators: what the look-up of registered operators knows, see ``engine``.
-        options: ``comm``, ``strict``, ``policy``, ``cost``, as for ``MoeLowering``.
 
     Signals end it, see ``moe_lowering.interruptible``: there is no engine to finalise.
 
     Raises:
         SimulatorError: the simulator is not enabled, or the model was not converted as one graph.
-        torch._dynamo.exc.BackendCompilerFailed: what the lowering or torchair raises, with its message.
+        torch._dynamo.exc.BackendCompilerFailed: what the config's passes or torchair raise, with its message.
     """
-    simulator.soc()  # raises when it is not enabled
-    from moe_lowering.backends.torchair import torchair_config
-    from moe_lowering.passes.pipeline import MoeLowering
-
-    lowering = MoeLowering(deployment.replace(mode="ge"), **options)
-    config = torchair_config(deployment, lowering=lowering, config=config)
+    state.soc()  # raises when it is not enabled
     import torchair
 
     torch._dynamo.reset()
@@ -243,13 +229,11 @@ def convert(
             compiled(*inputs)  # type: ignore[no-untyped-call]
         dumps = sorted(Path(folder).glob("dynamo_optimized_*.txt"))
         if len(dumps) != 1 or len(converted) != 1:
-            raise simulator.SimulatorError(
-                f"{len(converted)} graphs were converted and {len(dumps)} loaded; expected: 1"
-            )
+            raise SimulatorError(f"{len(converted)} graphs were converted and {len(dumps)} loaded; expected: 1")
         nodes = parse(dumps[0].read_text())
         graph, arguments = converted[0]
         program = graph.codegen(extend_config={}, enable_cache=True)
-    return GeGraph(nodes, program, arguments, lowering.reports)
+    return GeGraph(nodes, program, arguments)
 
 
 def call(graph: GeGraph, *arguments: Any) -> None:

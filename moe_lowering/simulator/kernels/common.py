@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from moe_lowering import simulator
 from moe_lowering.limits import bind, check_call
+from moe_lowering.simulator import state
 
 Kernel = Callable[..., Any]
 DEFAULT_BUFFER_MB = 200  # CANN's default HCCL_BUFFSIZE
@@ -19,7 +19,7 @@ SIMULATED_VERSIONS = {"cann": "9.1.0", "torch_npu": "2.13.0"}
 
 def current_soc() -> str:
     """The SoC whose limits and shapes apply: the simulator's, ``A3`` when it is not enabled."""
-    return simulator.soc() if simulator.is_enabled() else "A3"
+    return state.soc() if state.is_enabled() else "A3"
 
 
 def buffer_bytes() -> int:

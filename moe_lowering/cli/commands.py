@@ -1,0 +1,89 @@
+"""The commands: which there are, how their arguments become a request, and what carries each out.
+
+A command is a folder here: ``request`` (a record), ``arguments`` (its parser, and what can be checked without torch), and what
+carries it out, which is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+from moe_lowering.cli.explain import arguments as explain_arguments
+from moe_lowering.cli.explain.request import ExplainRequest
+from moe_lowering.cli.lower import arguments as lower_arguments
+from moe_lowering.cli.lower.request import LowerRequest
+from moe_lowering.cli.matrix import arguments as matrix_arguments
+from moe_lowering.cli.matrix.request import MatrixRequest
+from moe_lowering.cli.options import Parser
+
+Request: TypeAlias = LowerRequest | ExplainRequest | MatrixRequest
+
+DESCRIPTION = "Lower the mixture-of-experts layers of a model to Ascend NPU operators, on a machine without an NPU."
+
+
+class Report(Protocol):
+    """What a command found."""
+
+    def problems(self) -> list[str]:
+        """Why the exit code is 1, a line each; empty when it is 0."""
+
+    def to_text(self) -> str:
+        """The report for a person."""
+
+    def to_json(self) -> str:
+        """One JSON object."""
+
+
+def parse(arguments: list[str] | None) -> Request:
+    """The command, or ``UsageError``; ``--help`` and ``--version`` print and exit."""
+    parser = Parser(
+        prog="moe-lowering",
+        description=DESCRIPTION,
+        epilog=lower_arguments.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    lower_arguments.add_command(commands)
+    explain_arguments.add_command(commands)
+    matrix_arguments.add_command(commands)
+    values = vars(parser.parse_args(arguments))
+    request: Request = values.pop("request")(**values)
+    if isinstance(request, LowerRequest):
+        lower_arguments.check(request)
+    elif isinstance(request, ExplainRequest):
+        explain_arguments.check(request)
+    return request
+
+
+def run(request: Request, progress: Callable[[str], None]) -> Report:
+    """Carry out a command; torch is imported here."""
+    if isinstance(request, LowerRequest):
+        from moe_lowering.cli.lower.command import run_lower
+
+        return run_lower(request, progress)
+    if isinstance(request, MatrixRequest):
+        from moe_lowering.cli.matrix.command import run_matrix
+
+        return run_matrix(request, progress)
+    from moe_lowering.cli.explain.command import run_explain
+
+    return run_explain(request)
+
+
+class _Version(argparse.Action):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "nargs": 0, "default": argparse.SUPPRESS})
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            found = version("moe-lowering")
+        except PackageNotFoundError:
+            found = "unknown (not installed)"
+        print(f"moe-lowering {found}")
+        parser.exit()

@@ -1,0 +1,154 @@
+"""Carry out ``moe-lowering explain``: the command's options as arguments of the library (``moe_lowering.explanation``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+
+from moe_lowering.cli.explain.request import ExplainRequest
+from moe_lowering.cli.explain.text import render
+from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT
+from moe_lowering.cli.usage import UsageError
+from moe_lowering.deployment import Deployment
+from moe_lowering.explanation import ExplainError, Explanation, MissingSizesError, describe, explain
+from moe_lowering.explanation.description import SIZES, BlockDescription
+
+# How the command line spells what the library calls by these names.
+OPTIONS = {
+    "model": "MODEL",
+    "hidden": "--hidden",
+    "intermediate": "--intermediate",
+    "experts": "--experts",
+    "top_k": "--topk",
+    "quantisation": "--quant",
+    "tokens": "--tokens",
+    "sweep": "--sweep",
+    "dtype": "--dtype",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExplainReport:
+    """What an ``explain`` command found."""
+
+    request: ExplainRequest
+    explanation: Explanation
+
+    def problems(self) -> list[str]:
+        """Why the exit code is 1; empty when it is 0."""
+        answer = self.explanation.answer
+        return [] if answer.choice is not None else [answer.reason]
+
+    def to_text(self) -> str:
+        """The report for a person."""
+        return render(self.explanation, self.request.why, colour=_colour(self.request.color))
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        fields = self.explanation.to_json()
+        if self.request.why is not None:
+            fields["why"] = self.explanation.answer.rules_json(self.request.why)
+        return json.dumps(fields, indent=2, allow_nan=False)
+
+
+def run_explain(request: ExplainRequest) -> ExplainReport:
+    """Carry out a command.
+
+    Raises:
+        UsageError: the block or the deployment is not possible.
+    """
+    try:
+        block = _describe(request)
+        deployment = _deployment(request, block.experts)
+        explanation = explain(
+            block,
+            deployment,
+            tokens=None if request.unequal_tokens else request.tokens,
+            comm=request.comm,
+            policy=request.policy,
+            sweep=request.sweep,
+        )
+    except MissingSizesError as error:
+        raise _missing_sizes(error) from error
+    except ExplainError as error:
+        option = OPTIONS.get(error.argument, f"MODEL: {error.argument}")  # what has no option comes of the model
+        raise UsageError(f"argument {option}: {error.problem}") from error
+    return ExplainReport(request, explanation)
+
+
+def _describe(request: ExplainRequest) -> BlockDescription:
+    sizes: dict[str, int | None] = {size: getattr(request, OPTIONS[size].removeprefix("--")) for size in SIZES}
+    options: dict[str, Any] = {"quantisation": request.quant, **sizes}
+    if request.dtype is not None:
+        options["dtype"] = getattr(torch, request.dtype)
+    try:
+        block = describe(request.model, **options)
+    except ImportError:  # some configs import torch_npu, which needs CANN or its stand-in
+        from moe_lowering.cli.simulation import enable_simulator
+
+        enable_simulator(request.soc)
+        block = describe(request.model, **options)
+    return dataclasses.replace(block, assumptions=(*block.assumptions, *_assumptions(request)))
+
+
+def _missing_sizes(error: MissingSizesError) -> UsageError:
+    what = "no model is given" if error.model is None else f"the config of {error.model} does not say all sizes"
+    return UsageError(
+        f"argument MODEL: {what}: {', '.join(OPTIONS[size] for size in error.sizes)} missing; accepted: a model with MoE "
+        f"layers, or all of {' '.join(OPTIONS[size] for size in SIZES)}"
+    )
+
+
+def _deployment(request: ExplainRequest, experts: int) -> Deployment:
+    if experts % request.ep:
+        raise UsageError(f"argument --ep: is {request.ep}; accepted: a divisor of the number of experts, {experts}")
+    if request.ep % request.tp:
+        raise UsageError(f"argument --tp: is {request.tp}; accepted: a divisor of --ep, {request.ep}")
+    if request.unequal_tokens and not request.max_tokens:
+        raise UsageError("argument --max-tokens: is not given, and --unequal-tokens needs it; accepted: 1 or more")
+    if request.unequal_tokens and not 1 <= (request.tokens or 1) <= request.max_tokens:
+        raise UsageError(f"argument --tokens: is {request.tokens}; accepted: 1 to --max-tokens, {request.max_tokens}")
+    if request.unequal_tokens and request.sweep and request.sweep[0] < 1:
+        raise UsageError("argument --sweep: starts at 0; accepted with --unequal-tokens: a bound of 1 or more")
+    try:
+        return Deployment(
+            soc=request.soc,
+            ep_size=request.ep,
+            ep_group="ep" if request.ep > 1 else "",
+            mc2_group="mc2",
+            tp_size=request.tp,
+            tp_group="tp" if request.tp > 1 else "",
+            max_tokens=request.max_tokens,
+            equal_tokens=not request.unequal_tokens,
+            hccl_buffer_mb=request.buffer_mb or HCCL_BUFFER_MB,
+            weight_format=request.weight_format or WEIGHT_FORMAT,
+            cann=request.cann or "",
+            fused_mode=request.fused_mode,
+            capture=request.capture,
+            mc2_hierarchy=request.hierarchy,
+            providers=request.providers,
+        )
+    except ValueError as error:  # its own words name the field, the value and what is accepted
+        raise UsageError(str(error).removeprefix("Deployment: ")) from error
+
+
+def _assumptions(request: ExplainRequest) -> list[str]:
+    """What the command did not say of the machine, and was taken to be so."""
+    found = []
+    if request.buffer_mb is None:
+        found.append(f"HCCL_BUFFSIZE is {HCCL_BUFFER_MB} MB (CANN's own default is 200)")
+    if request.weight_format is None:
+        found.append(f"the expert weights are in format {WEIGHT_FORMAT}")
+    if request.provider is None:
+        found += [f"{name} {version} is installed" for name, version in request.providers]
+    return found
+
+
+def _colour(asked: str) -> bool:
+    """Whether to colour the report; ``NO_COLOR`` (no-color.org) turns ``auto`` off."""
+    return asked == "always" or (asked == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))

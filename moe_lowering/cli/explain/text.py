@@ -1,0 +1,198 @@
+"""An ``Explanation`` as text for a person: at most 100 columns, coloured on request."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from moe_lowering.explanation import Answer, Explanation, Piece
+from moe_lowering.limits import Violation
+from moe_lowering.limits.examining import Finding
+from moe_lowering.passes.quantities import dtype_name
+from moe_lowering.report.records import Verdict
+from moe_lowering.report.text import SELF_EVIDENT, render_sizes
+from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS
+
+WIDTH = 100
+LABEL = 18  # columns of the left column, as in report.text
+_COLOURS = {"green": "\033[32m", "red": "\033[31m", "bold": "\033[1m", "dim": "\033[2m"}
+_RESET = "\033[0m"
+
+
+class Paint:
+    """Colours words, or leaves them as they are. Applied after the layout: codes have no width."""
+
+    def __init__(self, colour: bool) -> None:
+        self.colour = colour
+
+    def __call__(self, text: str, style: str) -> str:
+        return f"{_COLOURS[style]}{text}{_RESET}" if self.colour and text else text
+
+    def legal(self, text: str, legal: bool) -> str:
+        return self(text, "green" if legal else "red")
+
+
+def render(explanation: Explanation, why: str | None = None, colour: bool = False) -> str:
+    """The whole report; with ``why``, every rule of that implementation instead of the broken ones of all."""
+    paint = Paint(colour)
+    answer = explanation.answer
+    parts = [_header(explanation, paint), _table(answer, paint), _choice(explanation, paint)]
+    if explanation.pieces is not None:
+        parts.append(_sweep(explanation.pieces, explanation, paint))
+    if why is not None:
+        parts.append(_why(answer, why, paint))
+    else:
+        asked = explanation.question.policy.comm
+        parts += [_violations(name, verdict, paint) for name, verdict in _refused(answer) if asked in (AUTO, name)]
+    parts.append(_rows("assumed", explanation.assumptions))
+    return "\n\n".join(parts)
+
+
+def _header(explanation: Explanation, paint: Paint) -> str:
+    answer, comm = explanation.answer, explanation.question.policy.comm
+    spec, deployment = answer.spec, answer.deployment
+    form = f"{spec.activation}{', gate and up interleaved' if spec.interleaved else ''}{', biases' if spec.has_bias else ''}"
+    providers = ", ".join(f"{name} {version}" for name, version in deployment.providers) or "no provider"
+    declared = (
+        f", at most {deployment.max_tokens} declared" if deployment.max_tokens and deployment.equal_tokens else ""
+    )
+    tokens = (
+        f"{answer.tokens} tokens on a rank{declared}"
+        if deployment.equal_tokens
+        else f"{deployment.min_tokens} to {deployment.max_tokens} tokens on a rank, not equal on all ranks"
+    )
+    levels = "MC2 in two levels, " if deployment.mc2_hierarchy else ""
+    captured = "" if deployment.capture else "not captured, "
+    policy = explanation.chooses_by if comm == AUTO else f"{explanation.chooses_by} ({comm})"
+    dtype = dtype_name(spec.dtype)
+    quantised = f" with {spec.quantisation} experts" if EXPERT_FORMATS[spec.quantisation].quantised else ""
+    title = textwrap.wrap(f"{explanation.block.model or 'MoE block'} on {deployment.soc}: {tokens}", WIDTH)
+    return "\n".join(
+        [
+            *(paint(line, "bold") for line in title),
+            _row("block", f"hidden {spec.hidden}, intermediate {spec.intermediate}, {spec.experts} experts "
+                 f"({spec.local_experts} per rank), top {spec.top_k}, {dtype}{quantised}, {form}"),
+            _row("deployment", f"EP {deployment.ep_size}, TP {deployment.tp_size}, HCCL_BUFFSIZE "
+                 f"{deployment.hccl_buffer_mb} MB, weights {deployment.weight_format}, CANN "
+                 f"{deployment.cann or 'unknown'}, {providers}, "
+                 f"{levels}{captured}policy {policy}"),
+        ]
+    )  # fmt: skip
+
+
+def _table(answer: Answer, paint: Paint) -> str:
+    """One row per implementation."""
+    lines = [paint(f"  {'implementation':<{LABEL - 1}} {'verdict':<36} {'estimated cost':>16}", "dim")]
+    for name, verdict in answer.judgement.verdicts.items():
+        count = len(_distinct(verdict))
+        form = f", {verdict.form}" if verdict.form not in ("", name) else ""
+        said = f"legal{form}" if verdict.legal else f"refused: {count} rule{'' if count == 1 else 's'}"
+        chosen = paint("  chosen", "bold") if name == answer.choice else ""
+        cost = f"{answer.costs[name]:.0f} us"
+        lines.append(f"  {name:<{LABEL - 1}} {paint.legal(f'{said:<36}', verdict.legal)} {cost:>16}{chosen}")
+    return "\n".join(lines)
+
+
+def _choice(explanation: Explanation, paint: Paint) -> str:
+    answer = explanation.answer
+    lines = [_row("choice", f"{answer.choice or 'NONE'} ({answer.reason})")]
+    policy = explanation.question.policy
+    if answer.wanted is not None and policy.comm == AUTO:
+        lines.append(_row("policy", f"{policy.name} selects {answer.wanted}"))
+    if (sizes := answer.sizes()) is not None:
+        lines += render_sizes(sizes)
+    label = f"{answer.choice or 'NONE'}"
+    return "\n".join(lines).replace(f" {label}", " " + paint.legal(label, answer.choice is not None), 1)
+
+
+def _sweep(pieces: Sequence[Piece], explanation: Explanation, paint: Paint) -> str:
+    """The pieces, each with what ends it."""
+    what = "T" if explanation.answer.deployment.equal_tokens else "declared bound of T"
+    lines = [paint(f"  {what:<{LABEL - 1}} {'choice':<12} ends because of", "dim")]
+    for piece in pieces:
+        name = f"{piece.choice or 'none':<12}"
+        start = f"  {f'{piece.low}..{piece.high}':<{LABEL - 1}} {name} "
+        reasons = [f"[{code}] {text}" for code, text in zip(piece.boundary, piece.because, strict=True)] or ["-"]
+        text = _wrapped(start, reasons, " " * (LABEL + 15))
+        lines.append(text.replace(name.strip(), paint.legal(name.strip(), piece.choice is not None), 1))
+    return "\n".join(lines)
+
+
+def _refused(answer: Answer) -> list[tuple[str, Verdict]]:
+    return [(name, verdict) for name, verdict in answer.judgement.verdicts.items() if not verdict.legal]
+
+
+def _distinct(verdict: Verdict) -> list[Violation]:
+    """Each broken rule once: many are the same at both ends of an exchange."""
+    return list({(v.code, v.value, v.limit): v for v in reversed(verdict.violations)}.values())[::-1]
+
+
+def _violations(name: str, verdict: Verdict, paint: Paint) -> str:
+    lines: list[str] = []
+    for violation in _distinct(verdict):
+        label = "" if lines else f"not {name}"
+        line = _row(label, f"[{violation.code}] {violation.message}")
+        lines.append(line.replace(f"[{violation.code}]", paint(f"[{violation.code}]", "red"), 1))
+        if violation.limit not in violation.message and violation.limit not in SELF_EVIDENT:
+            lines.append(_row("", f"limit: {violation.limit}", indent=2))
+        if violation.advice:
+            lines.append(_row("", f"advice: {violation.advice}", indent=2))
+        lines.append(paint(_row("", f"source: {violation.source}", indent=2), "dim"))
+    return "\n".join(lines)
+
+
+def _why(answer: Answer, name: str, paint: Paint) -> str:
+    """Every rule of one implementation, by operator; those of combine that were shown for dispatch are counted."""
+    verdict = answer.judgement.verdicts[name]
+    title = f"  why {name} is {'legal' if verdict.legal else 'refused'}"
+    lines = [paint.legal(title, verdict.legal)]
+    violations = {(v.operator, v.code): v for v in verdict.violations}
+    seen: set[tuple[str, str, str]] = set()
+    by_operator: dict[str, list[Finding]] = {}
+    for finding in answer.findings(name):
+        by_operator.setdefault(finding.limit.operator, []).append(finding)
+    for operator, findings in by_operator.items():
+        keys = [(f.limit.code, str(f.value), f.accepted) for f in findings]
+        new = [f for f, key in zip(findings, keys, strict=True) if key not in seen]
+        seen.update(keys)
+        again = f" (and {len(findings) - len(new)} rules shown above)" if len(new) < len(findings) else ""
+        lines += ["", paint(f"  {operator}{again}", "bold"), *(_finding(f, violations, paint) for f in new)]
+    for form, broken in verdict.ruled_out:
+        lines += ["", paint(f"  form {form}, which the deployment rules out", "bold")]
+        lines += _wrapped("    ", [f"{v.code}: {v.message}; advice: {v.advice}" for v in broken], " " * 6).splitlines()
+    return "\n".join(lines)
+
+
+def _finding(finding: Finding, violations: dict[tuple[str, str], Violation], paint: Paint) -> str:
+    limit = finding.limit
+    mark = f"{'holds' if finding.holds else 'BROKEN':<7}"
+    texts = [f"{limit.code}: {limit.value.text} = {finding.value}; accepted: {finding.accepted}"]
+    if not finding.holds:
+        violation = violations[limit.operator, limit.code]
+        texts += [violation.message] if limit.says else []
+        texts += [f"advice: {violation.advice}"] if violation.advice else []
+    lines = _wrapped(f"    {mark} ", texts, " " * 14)
+    source = "\n".join(_lines(f"source: {limit.source}", " " * 14, " " * 16))
+    return f"{lines.replace(mark, paint.legal(mark, finding.holds), 1)}\n{paint(source, 'dim')}"
+
+
+def _rows(label: str, texts: Sequence[str]) -> str:
+    return "\n".join(_row(label if i == 0 else "", text) for i, text in enumerate(texts))
+
+
+def _row(label: str, text: str, indent: int = 0) -> str:
+    """A label, and a text beside it that is wrapped under itself."""
+    start = f"  {label:<{LABEL - 1}} "
+    return "\n".join(_lines(text, start + " " * indent, " " * (len(start) + indent + 2)))
+
+
+def _wrapped(start: str, texts: Sequence[str], rest: str) -> str:
+    """Texts under each other, the first after ``start``."""
+    lines: list[str] = []
+    for text in texts:
+        lines += _lines(text, rest if lines else start, rest + "  ")
+    return "\n".join(lines)
+
+
+def _lines(text: str, first: str, rest: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False) or [first]

@@ -1,0 +1,24 @@
+"""Carry out ``moe-lowering lower``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from moe_lowering.cli.lower.request import LowerRequest
+
+if TYPE_CHECKING:
+    from moe_lowering.cli.lower.outcome import Outcome
+
+
+def run_lower(request: LowerRequest, progress: Callable[[str], None]) -> Outcome:
+    """Carry out a command; transformers is imported after the environment says that it is offline."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model is built from its config, never downloaded
+    if request.fake:
+        from moe_lowering.cli.lower.fake import lower_fake
+
+        return lower_fake(request, progress)
+    from moe_lowering.cli.lower.run import lower_and_compare
+
+    return lower_and_compare(request, progress)

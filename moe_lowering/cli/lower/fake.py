@@ -1,0 +1,127 @@
+"""Lower a model at full size without its weights: fake tensors, a fake process group, and the pass alone.
+
+The graph is traced by dynamo and AOTAutograd as npugraph_ex would get it, with the plain backend of ``backends.aot``.
+The lowered graph is not run: the backend stops the trace when the pass is done (``_Done``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moe_lowering import _bootstrap
+from moe_lowering.backends.aot import lowering_backend
+from moe_lowering.cli.lower import models
+from moe_lowering.cli.lower.outcome import Outcome
+from moe_lowering.cli.lower.prepare import (
+    assumptions,
+    deployment_for,
+    known_beforehand,
+    register_transformers,
+    tensor_parallel_place,
+    unsupported_modules,
+)
+from moe_lowering.cli.lower.request import LowerRequest
+from moe_lowering.cli.simulation import enable_simulator
+from moe_lowering.deployment import Deployment
+from moe_lowering.layers import shard_experts
+from moe_lowering.passes.pipeline import MoeLowering
+from moe_lowering.quantisation import quantise_experts
+
+
+class _Done(Exception):
+    """The pass has run; nothing after it is wanted."""
+
+
+def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> Outcome:
+    """Carry out a command with ``--fake``."""
+    if not _bootstrap.cann_is_installed():
+        progress(f"enabling the simulator ({request.soc})")
+        enable_simulator(request.soc)
+    register_transformers(request)
+    made = models.plan(request)
+    skeleton = models.skeleton(made, fake=True)
+    unsupported = unsupported_modules(skeleton)
+    if outcome := known_beforehand(request, made, skeleton, unsupported):
+        return outcome
+    facts = [("assumed", assumptions(request))]
+    with _fake_groups(request) as deployment:
+        lowering = MoeLowering(deployment, request.comm)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            progress(f"building {made.name} ({made.layers} layers, {request.dtype}) without weights")
+            model = models.build(made, getattr(torch, request.dtype), fake=True)
+            if request.ep > 1:
+                shard_experts(model, deployment)
+            if request.quantised:
+                quantise_experts(model, request.quant)
+            progress(f"tracing {request.tokens} tokens per rank")
+            seconds = _trace(model, made, request, lowering)
+    in_pass = sum(report.pass_ms for report in lowering.reports)
+    facts += [
+        ("traced", f"{request.tokens} tokens per rank, rank 0 of {request.ep}; {made.layers} layers"),
+        ("took", f"tracing {seconds - in_pass / 1e3:.1f} s, pass {in_pass:.1f} ms"),
+        ("peak memory", f"{_peak_mib():.0f} MiB"),
+    ]
+    return Outcome(request, made.name, lowering.reports, unsupported, None, facts)
+
+
+def _trace(model: nn.Module, made: models.Plan, request: LowerRequest, lowering: MoeLowering) -> float:
+    """Trace the model up to the end of the pass; the seconds it took."""
+
+    def stop(gm: Any, example_inputs: Any, config: Any) -> None:
+        raise _Done
+
+    compiled: Any = torch.compile(
+        model, backend=lowering_backend(lowering, stop), fullgraph=True, dynamic=request.dynamic
+    )
+    shape = (request.batch, request.lengths[0])
+    started = time.perf_counter()
+    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+        try:
+            models.logits(compiled, torch.zeros(shape, dtype=torch.int64))
+        except Exception as error:
+            if not _stopped_by_us(error):
+                raise
+    return time.perf_counter() - started
+
+
+def _stopped_by_us(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, _Done):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def _fake_groups(request: LowerRequest) -> Iterator[Deployment]:
+    """The deployment of rank 0, with process groups of the right size behind which there is nobody."""
+    if request.ep == 1:
+        yield deployment_for(request)
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=request.ep, store=FakeStore())
+    try:
+        ep_group, mc2_group = dist.group.WORLD, dist.new_group(range(request.ep))
+        assert ep_group is not None and mc2_group is not None
+        yield deployment_for(
+            request, ep_rank=0, ep_group=ep_group.group_name, mc2_group=mc2_group.group_name,
+            **tensor_parallel_place(request, 0),
+        )  # fmt: skip
+    finally:
+        dist.destroy_process_group()
+
+
+def _peak_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

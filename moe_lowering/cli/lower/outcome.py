@@ -1,0 +1,166 @@
+"""What a ``lower`` command found, as JSON, as text, and as an exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from moe_lowering.cli.lower.capture import Captured
+from moe_lowering.cli.lower.compare import LOGITS_SNR_FLOOR, MAX_REROUTED, SNR_FLOOR, TOLERANCE, Errors
+from moe_lowering.cli.lower.request import LowerRequest
+from moe_lowering.report.naming import names
+from moe_lowering.report.records import BlockReport, LoweringReport
+from moe_lowering.report.text import render, row
+
+
+@dataclasses.dataclass
+class Outcome:
+    """One command's result.
+
+    Attributes:
+        model: its name.
+        reports: of the graphs of rank 0, in order of compilation.
+        unsupported: (module, why) of MoE modules that never reach the generic operators.
+        errors: over all ranks and token counts; None when nothing was run.
+        facts: (label, text) about how it was done: what was assumed, how long it took.
+        captured: by rank, with ``--capture``; JSON and text show rank 0's.
+        refused: why nothing could be captured.
+    """
+
+    request: LowerRequest
+    model: str
+    reports: list[LoweringReport]
+    unsupported: list[tuple[str, str]]
+    errors: Errors | None
+    facts: list[tuple[str, str]]
+    captured: list[Captured] = dataclasses.field(default_factory=list)
+    refused: str = ""
+
+    @property
+    def max_relative(self) -> float | None:
+        """The larger of the logits' and the blocks' relative error."""
+        return None if self.errors is None else max(self.errors.relative, self.errors.block_relative)
+
+    def problems(self) -> list[str]:
+        """Why the exit code is 1; empty when it is 0."""
+        found = [f"{module} is not lowered: {why}" for module, why in self.unsupported]
+        left: dict[str, list[str]] = {}
+        for report in self.reports:
+            for block in report.blocks:
+                if block.comm is None:
+                    left.setdefault(_refusal(block), []).append(block.name)
+            found += [f"{place} is not lowered: {why}" for place, why in report.unlowered]
+        found += [f"{names(list(dict.fromkeys(blocks)))} not lowered: {why}" for why, blocks in left.items()]
+        if not found and not any(report.blocks for report in self.reports):
+            found.append("no MoE block was found in the graph")
+        if self.refused:
+            found.append(f"nothing was captured: {self.refused}")
+        for rank, captured in enumerate(self.captured):
+            found += [f"rank {rank}: {problem}" for problem in captured.problems()]
+        return found + self._mismatches()
+
+    def _mismatches(self) -> list[str]:
+        if self.errors is None or self.max_relative is None:
+            return []
+        if self.request.quantised:
+            return self._noise(self.errors)
+        found = []
+        tolerance, rerouted = TOLERANCE[self.request.dtype], MAX_REROUTED[self.request.dtype]
+        if self.max_relative > tolerance:
+            found.append(
+                f"outputs differ: max_rel_error {self.max_relative:.3g} (logits {self.errors.relative:.3g}, blocks "
+                f"{self.errors.block_relative:.3g}); accepted for {self.request.dtype}: {tolerance:g}"
+            )
+        if self.errors.rerouted > rerouted * self.errors.routed:
+            found.append(
+                f"{self.errors.rerouted} of {self.errors.routed} tokens went to other experts; accepted for "
+                f"{self.request.dtype}: {rerouted:.0%}"
+            )
+        return found
+
+    def _noise(self, errors: Errors) -> list[str]:
+        """With quantised experts: too low a signal-to-noise ratio, and too many tokens with other experts."""
+        quant = self.request.quant
+        limits = (("blocks", errors.block_snr, SNR_FLOOR[quant]), ("logits", errors.snr, LOGITS_SNR_FLOOR))
+        return [
+            f"outputs differ: signal-to-noise ratio of {what} is {found:.1f} dB; accepted for {quant}: {floor:g} or more"
+            for what, found, floor in limits
+            if found < floor
+        ]
+
+    def to_json(self) -> str:
+        """One JSON object. The blocks and numbers are those of the first graph; no numbers where nothing was traced."""
+        first = self.reports[0] if self.reports else None
+        traced = first if first is not None and first.nodes_before else None
+        fields: dict[str, Any] = {
+            "model": self.model,
+            "blocks": [block.to_json() for block in first.blocks] if first else [],
+            "max_abs_error": None if self.errors is None else self.errors.absolute,
+            "max_rel_error": self.max_relative,
+            "snr_db": None if self.errors is None else min(self.errors.snr, self.errors.block_snr),
+            "nodes_before": traced.nodes_before if traced else None,
+            "nodes_after": traced.nodes_after if traced else None,
+            "pass_ms": traced.pass_ms if traced else None,
+            "not_capturable": [finding.to_json() for finding in traced.not_capturable] if traced else [],
+            "foreign": [layer.to_json() for layer in traced.foreign] if traced else [],
+            "captured": self.captured[0].to_json() if self.captured else None,
+            "detected": first.to_json()["detected"] if first else [],
+        }
+        return json.dumps(fields, indent=2, allow_nan=False)
+
+    def to_text(self) -> str:
+        """The report for a person."""
+        parts = [self._header()]
+        shown: list[LoweringReport] = []
+        for report in self.reports:
+            if any(_shown_alike(report, other) for other in shown):
+                continue
+            shown.append(report)
+            parts.append(render(report))
+        if self.unsupported:
+            parts.append("\n".join(["not supported:", *(row(module, why) for module, why in self.unsupported)]))
+        if self.captured:
+            parts.append("\n".join(["captured", *(row(label, text) for label, text in self.captured[0].rows())]))
+        if self.refused:
+            parts.append("\n".join(["captured", row("nothing", self.refused)]))
+        parts.append(self._comparison())
+        return "\n\n".join(parts)
+
+    def _header(self) -> str:
+        asked = self.request
+        ranks = f"ep {asked.ep}" + (f", tp {asked.tp}" if asked.tp > 1 else "")
+        experts = f", experts {asked.quant}" if asked.quantised else ""
+        title = f"{self.model}: comm {asked.comm}, {ranks}, soc {asked.soc}, {asked.dtype}{experts}"
+        return "\n".join([title, *(row(label, text) for label, text in self.facts)])
+
+    def _comparison(self) -> str:
+        if self.errors is None:
+            return "compared with nothing: nothing was run"
+        tolerance, quant = TOLERANCE[self.request.dtype], self.request.quant
+        weights = "experts not sharded" + (f", their {quant} weights dequantised" if self.request.quantised else "")
+        accepted = "" if self.request.quantised else f"; accepted for {self.request.dtype}: {tolerance:g}"
+        lines = [
+            f"compared with the model's own output (grouped_mm, {weights})",
+            row("max abs error", f"{self.errors.absolute:.3g} (logits)"),
+            row("max rel error",
+                f"{self.errors.relative:.3g} (logits), {self.errors.block_relative:.3g} (MoE blocks){accepted}"),
+            row("near ties", f"{self.errors.rerouted} of {self.errors.routed} tokens went to other experts"),
+        ]  # fmt: skip
+        if self.request.quantised:
+            noise = f"{self.errors.snr:.1f} dB (logits), {self.errors.block_snr:.1f} dB (MoE blocks)"
+            lines.append(row("signal to noise", f"{noise}; accepted: {LOGITS_SNR_FLOOR:g} and {SNR_FLOOR[quant]:g}"))
+        return "\n".join(lines)
+
+
+def _shown_alike(a: LoweringReport, b: LoweringReport) -> bool:
+    return (a.blocks, a.not_capturable, a.unlowered) == (b.blocks, b.not_capturable, b.unlowered)
+
+
+def _refusal(block: BlockReport) -> str:
+    """Why a block was left, with the messages of the implementation that was asked for."""
+    asked = [name for name in block.verdicts if block.reason.startswith(f"{name} was asked for")]
+    if not asked:
+        return block.reason
+    messages = (f"[{v.code}] {v.message}" for name in asked for v in block.verdicts[name].violations)
+    return f"{asked[0]} was asked for and is not legal: " + "; ".join(dict.fromkeys(messages))

@@ -1,0 +1,97 @@
+"""What ``lower`` does before a graph is made, with ``--fake`` and without: the deployment, and what is refused at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from moe_lowering.cli.lower import beforehand, models
+from moe_lowering.cli.lower.outcome import Outcome
+from moe_lowering.cli.lower.request import LowerRequest
+from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT
+from moe_lowering.cli.usage import UsageError
+from moe_lowering.deployment import Deployment
+from moe_lowering.model_configs.check import ACCEPTED, OWN
+from moe_lowering.quantisation import require_quantisable
+
+
+def deployment_for(request: LowerRequest, **place: Any) -> Deployment:
+    """The deployment of a command; ``place`` are this rank's index and its groups."""
+    return Deployment(
+        soc=request.soc,
+        ep_size=request.ep,
+        tp_size=request.tp,
+        fused_mode=request.fused_mode,
+        max_tokens=request.max_tokens,
+        equal_tokens=True,
+        hccl_buffer_mb=HCCL_BUFFER_MB,
+        weight_format=WEIGHT_FORMAT,
+        providers=request.providers,
+        **place,
+    )
+
+
+def assumptions(request: LowerRequest) -> str:
+    """What ``deployment_for`` takes for granted, for the report."""
+    providers = (
+        ", ".join(f"{name} {version}" for name, version in request.providers) or "no provider of fused operators"
+    )
+    return (
+        f"at most {request.max_tokens} tokens per rank, equal on all ranks; HCCL_BUFFSIZE {HCCL_BUFFER_MB} MB; expert "
+        f"weights in {WEIGHT_FORMAT} format; {providers} installed"
+    )
+
+
+def tensor_parallel_place(request: LowerRequest, rank: int, backend: str | None = None) -> dict[str, Any]:
+    """The TP group of a rank, of neighbours; every rank makes every group, as ``new_group`` wants it."""
+    import torch.distributed as dist
+
+    if request.tp == 1:
+        return {}
+    firsts = range(0, request.ep, request.tp)
+    groups = [dist.new_group(range(first, first + request.tp), backend=backend) for first in firsts]
+    mine: Any = groups[rank // request.tp]
+    return {"tp_rank": rank % request.tp, "tp_group": mine.group_name}
+
+
+def known_beforehand(
+    request: LowerRequest, made: models.Plan, skeleton: nn.Module, unsupported: list[tuple[str, str]]
+) -> Outcome | None:
+    """The outcome of a command that cannot succeed, whatever the graph is; None when the graph has to be seen."""
+    facts = [("assumed", assumptions(request))]
+    if unsupported:
+        stops = request.ep > 1 or request.capture
+        return Outcome(request, made.name, [], unsupported, None, facts) if stops else None
+    if request.quantised:
+        try:
+            require_quantisable(skeleton, request.quant)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"argument --quant: is {request.quant}, and {error}") from error
+    # groups by any name: a decision does not depend on it
+    names = {"ep_group": "ep", "mc2_group": "mc2"} if request.ep > 1 else {}
+    names |= {"tp_group": "tp"} if request.tp > 1 else {}
+    report = beforehand.refused(request, made, skeleton, deployment_for(request, **names))
+    return None if report is None else Outcome(request, made.name, [report], [], None, facts)
+
+
+def register_transformers(request: LowerRequest) -> None:
+    """Make ``moe_lowering`` known to transformers, when the command needs it."""
+    if request.model == OWN:
+        return
+    from moe_lowering.integrations.transformers import register
+
+    try:
+        register()
+    except ImportError as error:
+        raise UsageError(f"argument MODEL: {request.model} needs transformers: {error}") from error
+
+
+def unsupported_modules(model: nn.Module) -> list[tuple[str, str]]:
+    """MoE modules of the model that never reach the generic operators."""
+    from moe_lowering.integrations.transformers import capabilities
+
+    found = capabilities(model)
+    if not found:
+        raise UsageError(f"argument MODEL: {type(model).__name__} has no MoE layers; accepted: {ACCEPTED}")
+    return [(name, reason) for name, supported, reason in found if not supported]

@@ -1,0 +1,60 @@
+"""One ``lower`` command, and what follows from it. Without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moe_lowering.cli.options import installed
+from moe_lowering.vocabulary import EXPERT_FORMATS
+
+REPLAYS = 8  # of each captured graph, where the command does not say
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerRequest:
+    """One ``lower`` command. ``layers`` is None when not given; ``tokens`` are those of one rank."""
+
+    model: str
+    comm: str = "auto"
+    ep: int = 1
+    soc: str = "A3"
+    tp: int = 1
+    quant: str = "none"
+    fused_mode: int = 1
+    provider: list[tuple[str, str]] | None = None
+    tokens: int = 32
+    layers: int | None = None
+    dtype: str = "bfloat16"
+    dynamic: bool = False
+    fake: bool = False
+    capture: bool = False
+    replays: int | None = None
+    json: bool = False
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the experts are quantised."""
+        return EXPERT_FORMATS[self.quant].quantised
+
+    @property
+    def batch(self) -> int:
+        """Sequences per rank: two when the tokens can be halved."""
+        return 2 if self.tokens % 2 == 0 and self.tokens > 2 else 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Sequence lengths to run, the asked one first; with ``dynamic`` a longer and a shorter one too."""
+        length = self.tokens // self.batch
+        if not self.dynamic:
+            return [length]
+        return [length, length + max(1, length // 2), *([length // 2] if length >= 4 else [])]
+
+    @property
+    def max_tokens(self) -> int:
+        """The bound that the deployment declares: the most tokens that one rank runs."""
+        return self.batch * max(self.lengths)
+
+    @property
+    def providers(self) -> tuple[tuple[str, str], ...]:
+        """The libraries with fused operators that are taken to be installed."""
+        return installed(self.provider)

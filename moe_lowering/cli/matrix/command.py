@@ -1,0 +1,54 @@
+"""Carry out ``moe-lowering matrix``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+
+from moe_lowering.cli.matrix.request import MatrixRequest
+from moe_lowering.cli.matrix.text import render
+from moe_lowering.cli.simulation import enable_simulator
+from moe_lowering.matrix import runner
+from moe_lowering.matrix.reference import FLOORS
+from moe_lowering.matrix.table import Axes, Table
+
+MOST_PROBLEMS = 20  # lines on stderr; --json has all
+
+
+def run_matrix(request: MatrixRequest, progress: Callable[[str], None]) -> MatrixReport:
+    """Carry out a command."""
+    enable_simulator("A3")  # each rank does so; here, so that it fails with one line
+    started = time.perf_counter()
+    axes = Axes(forms=request.forms, quantisations=request.quant, eps=request.ep, tps=request.tp)
+    return MatrixReport(request, runner.run(axes, progress), time.perf_counter() - started)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixReport:
+    """One command's result."""
+
+    request: MatrixRequest
+    table: Table
+    seconds: float
+
+    def problems(self) -> list[str]:
+        """Why the exit code is 1, a line each; empty when it is 0."""
+        found = self.table.problems()
+        lines = [_last_line(problem) for problem in found[:MOST_PROBLEMS]]
+        return lines + ([f"and {len(found) - MOST_PROBLEMS} more"] if len(found) > MOST_PROBLEMS else [])
+
+    def to_json(self) -> str:
+        cells = [result.to_json() for result in self.table.results]
+        return json.dumps({"cells": cells, "floors_db": FLOORS, "seconds": round(self.seconds, 1)}, indent=1)
+
+    def to_text(self) -> str:
+        return render(self.table, self.seconds)
+
+
+def _last_line(problem: str) -> str:
+    """A problem that ends with a traceback as the cell and the exception."""
+    lines = problem.splitlines()
+    text = lines[0] if len(lines) == 1 else f"{lines[0].removesuffix('Traceback (most recent call last):')}{lines[-1]}"
+    return text if len(text) <= 300 else text[:297] + "..."

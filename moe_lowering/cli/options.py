@@ -1,0 +1,92 @@
+"""What the commands' arguments share: their parsers, types of values, and what is assumed of a machine. Without torch."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any, NoReturn
+
+from moe_lowering.cli.usage import UsageError
+from moe_lowering.model_configs.check import LARGEST
+from moe_lowering.model_configs.errors import shown
+from moe_lowering.providers import declarable
+from moe_lowering.vocabulary import PROVIDERS
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+# What `lower` and `explain` assume of a machine that is not described.
+ASSUMED_PROVIDERS = (("vllm_ascend", "0.23.0"),)
+HCCL_BUFFER_MB = 1024  # enough for MC2 with the published sizes at 64 tokens per rank; CANN's own default is 200
+WEIGHT_FORMAT = "nz"
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors as one line, with the same prefix for every command."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def add_parser(commands: Any, name: str, request: type, *, help: str, description: str, examples: str) -> Any:
+    """Add a command to a parser; its arguments become the fields of ``request``."""
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(request=request)
+    return parser
+
+
+def add_provider(add: Any) -> None:
+    """Add ``--provider`` to a command."""
+    assumed = "=".join(ASSUMED_PROVIDERS[0])
+    add(
+        "--provider",
+        type=_provider,
+        action="append",
+        metavar="NAME=VERSION",
+        help=f"installed library with fused operators, once for each, or none (default {assumed})",
+    )
+
+
+def installed(given: list[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:
+    """The providers of a command; the assumed ones when none was named.
+
+    Raises:
+        UsageError: ``none`` beside others, or one that is named twice.
+    """
+    if given is None:  # of what is assumed, the version that is there
+        return tuple((name, dict(declarable()).get(name, version)) for name, version in ASSUMED_PROVIDERS)
+    names = [name for name, _ in given]
+    if "none" in names and len(names) > 1:
+        raise UsageError("argument --provider: is none and others; accepted: none alone, or each library once")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"argument --provider: {twice} is given twice; accepted: none alone, or each library once")
+    return () if names == ["none"] else tuple(given)
+
+
+def _provider(text: str) -> tuple[str, str]:
+    name, _, version = text.partition("=")
+    if text != "none" and not (name in PROVIDERS and re.fullmatch(r"\d+(\.\w+)*", version)):
+        raise argparse.ArgumentTypeError(
+            f"is {text!r}; accepted: NAME=VERSION, e.g. vllm_ascend=0.23.0, or none; names: {', '.join(PROVIDERS)}"
+        )
+    return name, version
+
+
+def positive(text: str) -> int:
+    """An option's value as an integer from 1 to ``LARGEST``."""
+    value = whole(text)
+    if value is None or not 1 <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"is {shown(text)}; accepted: an integer from 1 to {LARGEST}")
+    return value
+
+
+def whole(text: str) -> int | None:
+    """Digits as an integer; None for anything else, and for more digits than any option takes."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 20 else None

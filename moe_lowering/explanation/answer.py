@@ -1,0 +1,122 @@
+"""Verdicts and the choice for a described block at one token count, by the functions that judge and choose in the pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.explanation.description import BlockDescription
+from moe_lowering.explanation.spec import spec_of
+from moe_lowering.limits import Prover
+from moe_lowering.limits.examining import Finding, examine
+from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.choosing import Policy, load_of, vllm_choice
+from moe_lowering.passes.costs import estimate
+from moe_lowering.passes.implementations import IMPLEMENTATIONS, Call
+from moe_lowering.passes.judging import Judgement, declared_tokens, judge, judged_calls
+from moe_lowering.passes.sizing import block_sizes
+from moe_lowering.report.records import Sizes
+from moe_lowering.vocabulary import AUTO, VLLM_POLICIES
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Verdicts and the choice at one token count.
+
+    Attributes:
+        tokens: T, or the bound that the deployment declares.
+        judgement: the verdict of each implementation, and what it was judged with.
+        choice: the implementation; None when none may be chosen. ``reason``: why.
+        costs: estimated microseconds by implementation, legal or not.
+        wanted: what ``comm`` asks for, or the policy's rule selects by itself; None for ``auto``.
+    """
+
+    tokens: int
+    spec: BlockSpec
+    deployment: Deployment
+    judgement: Judgement
+    choice: str | None
+    reason: str
+    costs: dict[str, float]
+    wanted: str | None
+
+    def findings(self, implementation: str) -> list[Finding]:
+        """Every rule that applies to an implementation, with its value and whether it holds."""
+        found: list[Finding] = []
+        for call in self.calls(implementation):
+            found += examine(
+                call.operator,
+                self.deployment.soc,
+                {**self.judgement.quantities, **call.given},
+                self.judgement.prover,
+                self.deployment.versions,
+            )
+        return found
+
+    def calls(self, implementation: str) -> tuple[Call, ...]:
+        """The calls that an implementation would make, in the form that its verdict is about."""
+        form = IMPLEMENTATIONS[implementation].form(self.judgement.form(implementation), self.deployment)
+        return judged_calls(implementation, form, self.spec, self.deployment)
+
+    def quantities(self, implementation: str, operator: str) -> dict[str, Any]:
+        """What the rules of an operator were judged with."""
+        given = next(call.given for call in self.calls(implementation) if call.operator == operator)
+        return {**self.judgement.quantities, **given}
+
+    def sizes(self) -> Sizes | None:
+        """Capacity, receive bound, HCCL window and the like of what was chosen; None when nothing was."""
+        if self.choice is None:
+            return None
+        return block_sizes(self.spec, self.deployment, self.choice, self.judgement)
+
+    def broken(self, implementation: str) -> dict[str, Finding]:
+        """The first broken rule of each code."""
+        return {f.limit.code: f for f in reversed(self.findings(implementation)) if not f.holds}
+
+    def rules_json(self, implementation: str) -> dict[str, Any]:
+        """``findings`` for JSON."""
+        rules = [
+            {
+                "code": finding.limit.code,
+                "operator": finding.limit.operator,
+                "holds": finding.holds,
+                "expression": finding.limit.value.text,
+                "value": str(finding.value),
+                "limit": finding.accepted,
+                "source": finding.limit.source,
+                "sources": [dataclasses.asdict(source) for source in finding.limit.sources],
+            }
+            for finding in self.findings(implementation)
+        ]
+        legal = self.judgement.verdicts[implementation].legal
+        return {"implementation": implementation, "legal": legal, "rules": rules}
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A block in a deployment. With equal token counts T is given; else it is the bound that the deployment declares."""
+
+    block: BlockDescription
+    deployment: Deployment
+    policy: Policy
+
+    def at(self, tokens: int) -> Answer:
+        """The answer for T, or for the declared bound. torch_npu is taken to be there: the question is about the target."""
+        deployment = self.deployment
+        if not deployment.equal_tokens:
+            deployment = deployment.replace(max_tokens=tokens)
+        spec = spec_of(self.block, deployment, tokens)
+        judged: Any = tokens if deployment.equal_tokens else declared_tokens(deployment)
+        judgement = judge(spec, deployment, judged, Prover(), torch_npu=True)
+        choice, reason = self.policy.choose(judgement.verdicts, spec, deployment, tokens)
+        load = load_of(spec, deployment, tokens)
+        costs = {name: estimate(name, load) for name in IMPLEMENTATIONS}
+        wanted = self._wanted(spec, deployment, tokens)
+        return Answer(tokens, spec, deployment, judgement, choice, reason, costs, wanted)
+
+    def _wanted(self, spec: BlockSpec, deployment: Deployment, tokens: int) -> str | None:
+        if self.policy.comm != AUTO:
+            return self.policy.comm
+        name = self.policy.name
+        return vllm_choice(name, spec, deployment, tokens)[0] if name in VLLM_POLICIES else None

@@ -1,0 +1,75 @@
+"""What ``explain`` returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from moe_lowering.explanation.answer import Answer, Question
+from moe_lowering.explanation.description import BlockDescription
+from moe_lowering.explanation.sweep import Piece
+from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.quantities import dtype_name
+from moe_lowering.vocabulary import AUTO, FIXED
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which implementations are legal for a block in a deployment, what is chosen, and why.
+
+    Attributes:
+        question: the block, the deployment and the policy.
+        answer: verdicts and the choice at the number of tokens that was asked for.
+        assumptions: what was taken for granted, in words.
+        pieces: with ``sweep``, the ranges of T with one choice each; else None.
+    """
+
+    question: Question
+    answer: Answer
+    assumptions: tuple[str, ...]
+    pieces: tuple[Piece, ...] | None = None
+
+    @property
+    def block(self) -> BlockDescription:
+        """The block that was asked about."""
+        return self.question.block
+
+    @property
+    def chooses_by(self) -> str:
+        """The policy by name: with ``comm`` it is ``fixed``."""
+        return self.question.policy.name if self.question.policy.comm == AUTO else FIXED
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but single rules (``answer.rules_json``), as ``json.dumps`` takes it."""
+        answer = self.answer
+        fields: dict[str, Any] = {
+            "model": self.block.model,
+            "block": _block_json(answer.spec),
+            "deployment": answer.deployment.invariant_fields() | {"providers": dict(answer.deployment.providers)},
+            "policy": {"name": self.chooses_by, "selects": answer.wanted},
+            "assumptions": list(self.assumptions),
+            "choice": answer.choice,
+            "reason": answer.reason,
+            "sizes": None if (sizes := answer.sizes()) is None else sizes.to_json(),
+            "verdicts": {
+                name: {
+                    "legal": verdict.legal,
+                    "form": verdict.form,
+                    "cost_us": round(answer.costs[name], 1),
+                    "violations": [violation.to_json() for violation in verdict.violations],
+                }
+                for name, verdict in answer.judgement.verdicts.items()
+            },
+        }
+        if self.pieces is not None:
+            fields["sweep"] = [
+                {"from": p.low, "to": p.high, "choice": p.choice, "boundary": p.boundary, "because": p.because}
+                for p in self.pieces
+            ]
+        return fields
+
+
+def _block_json(spec: BlockSpec) -> dict[str, Any]:
+    names = ("hidden", "intermediate", "experts", "local_experts", "top_k", "activation", "interleaved", "has_bias")
+    fields = {name: getattr(spec, name) for name in (*names, "quantisation", "tokens")}
+    return {**fields, "dtype": dtype_name(spec.dtype)}

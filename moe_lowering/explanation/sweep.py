@@ -1,0 +1,95 @@
+"""Where the choice changes with the number of tokens, and which limit, cost or policy sets each boundary."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+
+import sympy
+
+from moe_lowering.explanation.answer import Answer, Question
+from moe_lowering.limits.examining import Finding
+from moe_lowering.passes.deciding import sweep
+from moe_lowering.passes.token_ranges import TokenRange
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A range of T with one choice.
+
+    Attributes:
+        boundary: what ends it: codes of limits, or ``cost`` or the policy's name; empty at the end of the sweep.
+        because: the same in words, with sizes as expressions in T.
+    """
+
+    low: int
+    high: int
+    choice: str | None
+    boundary: tuple[str, ...] = ()
+    because: tuple[str, ...] = ()
+
+
+def find_pieces(question: Question, whole: TokenRange) -> tuple[Piece, ...]:
+    """The pieces of a range, each with what ends it."""
+    at = functools.cache(question.at)
+    parts = _parts(at, whole)
+    pieces = []
+    for (low, choice), (following, _) in itertools.pairwise([*parts, ((whole.high or 0) + 1, None)]):
+        high = following - 1
+        ends = _boundary(question.policy.name, at(high), at(following)) if high != whole.high else {}
+        pieces.append(Piece(low, high, choice, tuple(ends), tuple(ends.values())))
+    return tuple(pieces)
+
+
+def _parts(at: Callable[[int], Answer], whole: TokenRange) -> list[tuple[int, str | None]]:
+    """(first T, choice) of every piece.
+
+    ``sweep`` steps in doubling strides, so it may step over a short piece between two equal ones. An implementation does
+    not become illegal and legal again as T grows: first the ranges of equal legality, then the choices within each.
+    """
+
+    def legal(tokens: int) -> str:
+        return " ".join(name for name, verdict in at(tokens).judgement.verdicts.items() if verdict.legal)
+
+    parts: list[tuple[int, str | None]] = []
+    for part, _ in sweep(legal, whole):
+        for piece, choice in sweep(lambda tokens: at(tokens).choice, part):
+            if not parts or parts[-1][1] != choice:
+                parts.append((piece.low, choice))
+    return parts
+
+
+def _boundary(policy: str, before: Answer, after: Answer) -> dict[str, str]:
+    """What changes the choice between two neighbouring token counts, by code, in words."""
+    if before.choice is not None and (broken := after.broken(before.choice)):
+        return {code: _in_tokens(finding, after, before.choice) for code, finding in broken.items()}
+    if after.choice is not None and (broken := before.broken(after.choice)):
+        return {
+            code: f"{_in_tokens(finding, before, after.choice)}; it is from here on" for code, finding in broken.items()
+        }
+    if before.wanted != after.wanted:
+        return {policy: f"it selects {before.wanted}, then {after.wanted}"}
+    return {"cost": f"{_costs(before, after)} at {before.tokens}, {_costs(after, before)} at {after.tokens} tokens"}
+
+
+def _costs(answer: Answer, other: Answer) -> str:
+    """The estimated cost of an answer's choice and of the other's, the choice first."""
+    names = [name for name in (answer.choice, other.choice) if name is not None]
+    return " < ".join(f"{name} {answer.costs[name]:.2f} us" for name in names)
+
+
+def _in_tokens(finding: Finding, answer: Answer, implementation: str) -> str:
+    """A rule on a size as an expression in T, e.g. ``58720256*T must be at most ...``."""
+    limit, spec = finding.limit, answer.spec
+    given = answer.quantities(implementation, limit.operator)
+    whole = sympy.Symbol("T", integer=True, positive=True)
+    share = whole if spec.tp_size == 1 else sympy.Symbol(f"ceil(T/{spec.tp_size})", integer=True, positive=True)
+    received = spec.ep_size * share * min(spec.top_k, spec.local_experts)
+    sizes = {
+        **given, "block_tokens": whole, "tokens": share, "max_tokens": share, "received": received,
+        "soc": answer.deployment.soc,
+    }  # fmt: skip
+    shown = str(sympy.expand(limit.value(sizes)))
+    return f"{shown} must be {'' if limit.accepted(given)[0].isalpha() else 'in '}{limit.accepted(given)}"

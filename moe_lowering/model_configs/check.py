@@ -1,0 +1,187 @@
+"""What is wrong with a MODEL, told before anything is imported that takes seconds: its name, its file, its sizes.
+
+Names of model types are read from the text of transformers' table, not by importing it. What only the model's own code
+can tell is left to it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from moe_lowering.model_configs.errors import SHOWN, ModelError, shown
+from moe_lowering.model_configs.values import check_config_values, check_groups, is_dense, turns_halves
+
+OWN = "moe"
+ACCEPTED = f"{OWN}, a transformers model type (mixtral, qwen3_moe, deepseek_v3, ...), or a path to a config.json"
+LARGEST = 2**31 - 1  # of a size, and of a number of tokens: operators take int32
+LONGEST_FILE = 2**24  # bytes of a config.json
+OWN_SIZES = {"hidden": 7168, "intermediate": 2048, "experts": 256, "top_k": 8}  # of OWN: DeepSeek-V3's MoE layer
+
+# Names that configs have for one dimension, the first that is there counts: a model with an `intermediate_size` for its
+# dense layers has another name for its experts'.
+NAMES = {
+    "hidden": ("hidden_size", "d_model"),
+    "intermediate": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "top_k": ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token", "moe_top_k"),
+}
+# Sizes beside those that a file may have.
+OTHER_SIZES = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def check_model(model: str, needs_type: bool = True) -> None:
+    """Refuse a MODEL that is certain to be wrong.
+
+    Args:
+        model: the argument as it was typed.
+        needs_type: a file must name a type that transformers knows; else sizes are enough.
+
+    Raises:
+        ModelError: see above.
+    """
+    path = path_of(model) if model.strip() else None
+    if path is not None:
+        check_values(read_config(path), path, needs_type)
+    elif model != OWN:
+        _check_name(model)
+        if needs_type and is_dense(model):
+            raise ModelError(f"{model} has no MoE layers; accepted: {ACCEPTED}")
+
+
+def path_of(model: str) -> Path | None:
+    """The file that a MODEL means; None when it is the name of a type."""
+    path = Path(model)
+    try:
+        if path.is_dir():
+            return path / "config.json"
+        is_path = path.exists()
+    except (OSError, ValueError) as error:  # too long for a name of a file, or with a zero byte
+        raise ModelError(f"is {shown(model)}, which is no name ({_words(error)}); accepted: {ACCEPTED}") from error
+    return path if is_path or path.suffix == ".json" or "/" in model else None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a config.json.
+
+    Raises:
+        ModelError: it cannot be read, is no JSON, or no object.
+    """
+    try:
+        if path.exists() and path.stat().st_size > LONGEST_FILE:
+            raise ValueError(f"it has {path.stat().st_size} bytes, more than {LONGEST_FILE}")
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{shown(str(path))} is not a readable config.json ({_words(error)}); accepted: {ACCEPTED}"
+        ) from error
+    if not isinstance(values, dict):
+        raise ModelError(
+            f"{shown(str(path))} holds {type(values).__name__}, not an object; accepted: a JSON object with a model's config"
+        )
+    return values
+
+
+def check_values(values: dict[str, Any], path: Path | None, needs_type: bool) -> None:
+    """Refuse a config whose type is no word, or whose sizes no model can have; ``path``: the file that they are from."""
+    where = f" in {shown(str(path))}" if path is not None else ""
+    kind = values.get("model_type")
+    if not isinstance(kind, str) if needs_type or kind is not None else False:
+        raise ModelError(f"model_type{where} is {shown(kind)}; accepted: the name of a model type of transformers")
+    known = _types()
+    if needs_type and known and kind not in known:
+        raise ModelError(f"model_type{where} is {shown(kind)}; accepted: a type that transformers knows")
+    text = values.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise ModelError(f"text_config{where} is {shown(text)}; accepted: an object")
+    found = {**values, **(text or {})}
+    for name in (*(name for names in NAMES.values() for name in names), *OTHER_SIZES):
+        check_size(name, found.get(name), where)
+    check_config_values(found, where)
+    _check_divisions(found, where)
+    if isinstance(kind, str) and needs_type and is_dense(kind):
+        raise ModelError(f"{kind}{where} has no MoE layers; accepted: {ACCEPTED}")
+    if isinstance(kind, str) and found.get("head_dim") and found["head_dim"] % 2 and turns_halves(kind):
+        raise ModelError(
+            f"head_dim{where} is {found['head_dim']}; accepted: an even number, of which halves are rotated"
+        )
+
+
+def _check_divisions(found: dict[str, Any], where: str) -> None:
+    """Refuse counts of which one must be a part of another."""
+    experts, top_k = (first_of(found, NAMES[which]) for which in ("experts", "top_k"))
+    if isinstance(experts, int) and isinstance(top_k, int) and 0 < experts < top_k:
+        raise ModelError(f"experts of one token{where} are {top_k}; accepted: 1 to its {experts} experts")
+    check_groups(found, experts, where)
+    heads, shared = found.get("num_attention_heads"), found.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise ModelError(f"num_key_value_heads{where} is {shared}; accepted: a divisor of num_attention_heads, {heads}")
+
+
+def check_size(name: str, value: Any, where: str = "") -> None:
+    """Refuse what is no size. None says that a model does without, and so does 0 of experts; lists are per layer."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    absent = name in (*NAMES["experts"], *NAMES["top_k"])
+    for each in values:
+        if each is None or (each == 0 and absent and not isinstance(each, bool)):
+            continue
+        if not isinstance(each, int) or isinstance(each, bool) or not 1 <= each <= LARGEST:
+            raise ModelError(f"{name}{where} is {shown(each)}; accepted: an integer from 1 to {LARGEST}")
+
+
+def size_of(config: Any, names: tuple[str, ...]) -> int:
+    """The first of these attributes that a config has, 0 when it has none; a list counts when all of its values are the same.
+
+    Raises:
+        ModelError: that attribute is no size: another one is not taken in its place.
+    """
+    for name in names:
+        value = getattr(config, name, None)
+        check_size(name, value)
+        if isinstance(value, (list, tuple)) and len(set(value)) == 1:
+            value = value[0]
+        if isinstance(value, int) and value > 0:
+            return value
+    return 0
+
+
+def first_of(values: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """The first of some names that has a value."""
+    return next((values[name] for name in names if values.get(name) is not None), None)
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+
+
+def _check_name(model: str) -> None:
+    known = _types()
+    if known and model not in known:
+        close = difflib.get_close_matches(model[:SHOWN], [OWN, *sorted(known)], n=3)
+        hint = f" (did you mean {', '.join(close)}?)" if close else ""
+        raise ModelError(f"is {shown(model)}{hint}; accepted: {ACCEPTED}")
+
+
+def _types() -> set[str]:
+    """Names of transformers' model types; none where it is not installed, or its table is elsewhere."""
+    found = importlib.util.find_spec("transformers")
+    names: set[str] = set()
+    for folder in found.submodule_search_locations or () if found else ():
+        for file in ("auto_mappings.py", "configuration_auto.py"):
+            table = Path(folder, "models", "auto", file)
+            if table.exists():
+                names |= set(re.findall(r'\("([\w.-]+)", "\w+Config"\)', table.read_text()))
+    return names
