@@ -12,22 +12,50 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Generic
 
 import torch
 from torch import Tensor
+from typing_extensions import NamedTuple
 
 from moe_lowering.custom_ops.exchange import Group, as_bytes, from_bytes, gather_numbers, open_group, swap_rows
-from moe_lowering.custom_ops.library import register
+from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.placement import Placement, check
 from moe_lowering.custom_ops.plan import DUPLICATE, OTHER_KIND, OUT_OF_RANGE, Plan, make_plan
-from moe_lowering.custom_ops.sizes import ceil_div, differ, known, row_bound, show, token_count, unify
+from moe_lowering.custom_ops.sizes import ceil_div, differ, known, show, token_count, unify
 
-SCHEMA = (
-    "dispatch(Tensor x, Tensor? x_scale, Tensor ids, Tensor? mask, int num_experts, str ep_group, int ep_size, "
-    "str tp_group, int tp_size, int max_tokens, int max_rows, int shared_expert_ranks=0, int shared_experts=1, "
-    "bool on_shared_rank=False) "
-    "-> (Tensor rows, Tensor row_scale, Tensor counts, Tensor handle)"
-)
+
+class DispatchCall(NamedTuple, Generic[Value]):
+    """The arguments of ``dispatch``.
+
+    x [..., H], its scales [...] float32 when it is int8; ids [..., k] int32, and mask [...] bool, False for tokens that are
+    not sent. ``num_experts`` routed experts on ``ep_size`` ranks, of which ``tp_size`` neighbours have the same tokens.
+    ``max_tokens`` bounds T of every rank, 0 says that T is equal on all; ``max_rows`` bounds R, 0 for no bound.
+    ``shared_expert_ranks``, ``shared_experts``: see ``placement``; ``on_shared_rank`` says that this rank is one of those.
+    """
+
+    x: Value
+    x_scale: Value | None
+    ids: Value
+    mask: Value | None
+    num_experts: int
+    ep_group: str
+    ep_size: int
+    tp_group: str
+    tp_size: int
+    max_tokens: int
+    max_rows: int
+    shared_expert_ranks: int = 0
+    shared_experts: int = 1
+    on_shared_rank: bool = False
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.num_experts, self.ep_size, self.shared_expert_ranks, self.shared_experts)
+
+
+NAME = "dispatch"
+SCHEMA = schema_of(NAME, DispatchCall, "(Tensor rows, Tensor row_scale, Tensor counts, Tensor handle)")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 # The fields of what a rank tells the others, before its row counts per expert.
@@ -71,33 +99,18 @@ def check_ids(operator: str, ids: Tensor, mask: Tensor | None, num_experts: int)
         )
 
 
-def _check(
-    x: Tensor,
-    x_scale: Tensor | None,
-    ids: Tensor,
-    mask: Tensor | None,
-    num_experts: int,
-    ep_group: str,
-    ep_size: int,
-    tp_group: str,
-    tp_size: int,
-    max_tokens: int,
-    max_rows: int,
-    shared_expert_ranks: int = 0,
-    shared_experts: int = 1,
-    on_shared_rank: bool = False,
-) -> None:
-    placement = Placement(num_experts, ep_size, shared_expert_ranks, shared_experts)
-    check_parallel("dispatch", placement, ep_group, tp_group, tp_size, max_tokens)
-    if on_shared_rank and not shared_expert_ranks:
+def _check(call: DispatchCall[Tensor], placement: Placement) -> None:
+    x, ids, x_scale = call.x, call.ids, call.x_scale
+    check_parallel(NAME, placement, call.ep_group, call.tp_group, call.tp_size, call.max_tokens)
+    if call.on_shared_rank and not call.shared_expert_ranks:
         raise ValueError("dispatch: on_shared_rank is True with shared_expert_ranks 0; accepted: False")
-    if max_rows < 0:
-        raise ValueError(f"dispatch: max_rows is {max_rows}; accepted: 0 (no cap) or more")
+    if call.max_rows < 0:
+        raise ValueError(f"dispatch: max_rows is {call.max_rows}; accepted: 0 (no cap) or more")
     if x.dim() < 1:
         raise ValueError("dispatch: x has no dimension; accepted: [..., hidden]")
     if x.dtype not in DTYPES:
         raise TypeError(f"dispatch: x is {x.dtype}; accepted: float32, float16, bfloat16, or int8 with x_scale")
-    check_ids("dispatch", ids, mask, num_experts)
+    check_ids(NAME, ids, call.mask, call.num_experts)
     lead = x.shape[:-1]
     if differ(ids.shape[:-1], lead):
         raise ValueError(
@@ -113,106 +126,66 @@ def _check(
         raise ValueError(f"dispatch: x_scale has shape {show(x_scale.shape)}; accepted: {show(lead)}, one per token")
 
 
-def _fake(
-    x: Tensor,
-    x_scale: Tensor | None,
-    ids: Tensor,
-    mask: Tensor | None,
-    num_experts: int,
-    ep_group: str,
-    ep_size: int,
-    tp_group: str,
-    tp_size: int,
-    max_tokens: int,
-    max_rows: int,
-    shared_expert_ranks: int = 0,
-    shared_experts: int = 1,
-    on_shared_rank: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(
-        x, x_scale, ids, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens, max_rows, shared_expert_ranks,
-        shared_experts, on_shared_rank,
-    )  # fmt: skip
-    for other in (ids.shape[:-1], *(t.shape for t in (x_scale, mask) if t is not None)):
+def _row_bound(call: DispatchCall[Tensor], placement: Placement, on_shared_rank: bool) -> int:
+    share = ceil_div(call.max_tokens or token_count(call.x.shape), call.tp_size)
+    return placement.row_bound(share, call.ids.shape[-1], call.max_rows, on_shared_rank)
+
+
+def _fake(call: DispatchCall[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, placement = call.x, call.placement
+    _check(call, placement)
+    for other in (call.ids.shape[:-1], *(t.shape for t in (call.x_scale, call.mask) if t is not None)):
         unify(other, x.shape[:-1])
-    bound = row_bound(
-        token_count(x.shape), ids.shape[-1], num_experts, ep_size, tp_size, max_tokens, max_rows, shared_expert_ranks,
-        shared_experts, on_shared_rank,
-    )  # fmt: skip
-    local = 1 if on_shared_rank else num_experts // (ep_size - shared_expert_ranks)
+    bound = _row_bound(call, placement, call.on_shared_rank)
+    local = 1 if call.on_shared_rank else placement.local_experts
     return (
         x.new_empty((bound, x.shape[-1])),
-        x.new_empty((0 if x_scale is None else bound,), dtype=torch.float32),
+        x.new_empty((0 if call.x_scale is None else bound,), dtype=torch.float32),
         x.new_empty((local,), dtype=torch.int64),
         x.new_empty((bound, 3), dtype=torch.int32),
     )
 
 
-def _cpu(
-    x: Tensor,
-    x_scale: Tensor | None,
-    ids: Tensor,
-    mask: Tensor | None,
-    num_experts: int,
-    ep_group: str,
-    ep_size: int,
-    tp_group: str,
-    tp_size: int,
-    max_tokens: int,
-    max_rows: int,
-    shared_expert_ranks: int = 0,
-    shared_experts: int = 1,
-    on_shared_rank: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(
-        x, x_scale, ids, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens, max_rows, shared_expert_ranks,
-        shared_experts, on_shared_rank,
-    )  # fmt: skip
-    ep = open_group("dispatch", "ep", ep_group, ep_size)
-    tp = open_group("dispatch", "tp", tp_group, tp_size)
-    tokens = token_count(x.shape)
-    shape = (
-        tokens,
-        ids.shape[-1],
-        num_experts,
-        ep_size,
-        tp_size,
-        max_tokens,
-        max_rows,
-        shared_expert_ranks,
-        shared_experts,
-    )
-    bound = row_bound(*shape)
-    shared_bound = row_bound(*shape, on_shared_rank=True) if shared_expert_ranks else 0
-    cap = f" (max_rows is {max_rows})" if max_rows else ""
-    received = exchange(
-        "dispatch",
-        x.reshape(tokens, x.shape[-1]),
-        None if x_scale is None else x_scale.reshape(tokens),
-        ids.reshape(tokens, ids.shape[-1]),
-        None if mask is None else mask.reshape(tokens),
-        num_experts,
-        ep,
-        tp,
-        limit=bound,
-        limit_name=f"R = {bound}{cap}",
-        max_tokens=max_tokens,
-        equal_tokens=not max_tokens,
-        shared=Shared(
-            shared_expert_ranks,
-            shared_experts,
-            on_shared_rank,
-            shared_bound,
-            f"R = {shared_bound} of a shared-expert rank{cap}",
-        ),
-    )
-    bound = shared_bound if on_shared_rank else bound
+def _cpu(call: DispatchCall[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, placement = call.x, call.placement
+    _check(call, placement)
+    ep = open_group(NAME, "ep", call.ep_group, call.ep_size)
+    tp = open_group(NAME, "tp", call.tp_group, call.tp_size)
+    bounds = _bounds(call, placement)
+    received = exchange(NAME, _flat_tokens(call), placement, ep, tp, bounds)
+    size = bounds.shared_rows if call.on_shared_rank else bounds.rows
     scale = received.scale if received.scale is not None else x.new_empty((0,), dtype=torch.float32)
     return (
-        _pad(received.rows, bound, 0),
-        scale if x_scale is None else _pad(scale, bound, 0),
+        _pad(received.rows, size, 0),
+        scale if call.x_scale is None else _pad(scale, size, 0),
         received.counts,
-        _pad(received.handle, bound, -1),
+        _pad(received.handle, size, -1),
+    )
+
+
+def _flat_tokens(call: DispatchCall[Tensor]) -> Tokens:
+    """The tokens of a call with one leading dimension, T."""
+    lines = token_count(call.x.shape)
+    return Tokens(
+        call.x.reshape(lines, call.x.shape[-1]),
+        call.ids.reshape(lines, call.ids.shape[-1]),
+        None if call.x_scale is None else call.x_scale.reshape(lines),
+        None if call.mask is None else call.mask.reshape(lines),
+    )
+
+
+def _bounds(call: DispatchCall[Tensor], placement: Placement) -> Bounds:
+    rows = _row_bound(call, placement, False)
+    shared_rows = _row_bound(call, placement, True) if call.shared_expert_ranks else 0
+    cap = f" (max_rows is {call.max_rows})" if call.max_rows else ""
+    return Bounds(
+        rows=rows,
+        rows_name=f"R = {rows}{cap}",
+        max_tokens=call.max_tokens,
+        equal_tokens=not call.max_tokens,
+        shared_rows=shared_rows,
+        shared_rows_name=f"R = {shared_rows} of a shared-expert rank{cap}",
+        on_shared_rank=call.on_shared_rank,
     )
 
 
@@ -239,15 +212,36 @@ class Received:
     handle: Tensor
 
 
-@dataclasses.dataclass(frozen=True)
-class Shared:
-    """Shared-expert ranks, whether this rank was told to be one, and the most rows that one of them may receive."""
+class Tokens(NamedTuple):
+    """The tokens of one rank: x [T, H], ids [T, k] int32, x_scale [T] float32 and mask [T] bool where there are any."""
 
-    ranks: int = 0
-    experts: int = 1
-    told: bool = False
-    limit: int = 0
-    limit_name: str = ""
+    x: Tensor
+    ids: Tensor
+    x_scale: Tensor | None = None
+    mask: Tensor | None = None
+
+    def part(self, lines: slice) -> Tokens:
+        return Tokens(*(None if tensor is None else tensor[lines] for tensor in self))  # type: ignore[arg-type]
+
+
+class Bounds(NamedTuple):
+    """What an exchange was promised, and may not exceed.
+
+    Attributes:
+        rows, rows_name: the most rows that a rank with routed experts may receive, and where an error says it is from.
+        max_tokens: the most tokens of a rank, 0 for no bound.
+        equal_tokens: T is the same on all ranks; a str says why it must be.
+        shared_rows, shared_rows_name: as ``rows``, of a shared-expert rank.
+        on_shared_rank: this rank was told to be one of those.
+    """
+
+    rows: int
+    rows_name: str
+    max_tokens: int = 0
+    equal_tokens: bool | str = False
+    shared_rows: int = 0
+    shared_rows_name: str = ""
+    on_shared_rank: bool = False
 
 
 def own_slice(tokens: int, tp: Group) -> slice:
@@ -256,67 +250,55 @@ def own_slice(tokens: int, tp: Group) -> slice:
     return slice(min(tp.rank * share, tokens), min((tp.rank + 1) * share, tokens))
 
 
-def exchange(
-    operator: str,
-    x: Tensor,
-    x_scale: Tensor | None,
-    ids: Tensor,
-    mask: Tensor | None,
-    num_experts: int,
-    ep: Group,
-    tp: Group,
-    *,
-    limit: int,
-    limit_name: str,
-    max_tokens: int,
-    equal_tokens: bool | str,
-    shared: Shared = Shared(),
-) -> Received:
-    """Send this rank's slice of ``x [T, H]`` to the experts ``ids [T, k]`` and receive what the others send here.
+def exchange(operator: str, tokens: Tokens, placement: Placement, ep: Group, tp: Group, bounds: Bounds) -> Received:
+    """Send this rank's slice of the tokens to the experts that their ids name and receive what the others send here.
 
     Raises, on all ranks alike:
-        ValueError: an id outside [0, num_experts) or twice in one row; T differs although ``equal_tokens``, is more
-            than ``max_tokens`` (when not 0), or differs within a TP group; ranks disagree about k, H or dtype; a rank was
-            told wrongly whether it holds a shared expert.
-        RuntimeError: a rank would receive more than ``limit`` rows; a shared-expert rank more than ``shared.limit``.
+        ValueError: an id outside [0, num_experts) or twice in one row; T differs although ``bounds.equal_tokens``, is more
+            than ``bounds.max_tokens`` (when not 0), or differs within a TP group; ranks disagree about k, H or dtype; a rank
+            was told wrongly whether it holds a shared expert.
+        RuntimeError: a rank would receive more than ``bounds.rows`` rows; a shared-expert rank more than
+            ``bounds.shared_rows``.
     """
-    mine = own_slice(ids.shape[0], tp)
-    placement = Placement(num_experts, ep.size, shared.ranks, shared.experts)
-    plan = make_plan(ids[mine], None if mask is None else mask[mine], placement, ep.rank, mine.start)
-    if shared.told != (ep.rank < shared.ranks):
+    num_experts, shared_ranks = placement.num_experts, placement.shared_expert_ranks
+    count, mine = tokens.ids.shape[0], own_slice(tokens.ids.shape[0], tp)
+    own = tokens if tp.size == 1 else tokens.part(mine)
+    plan = make_plan(own.ids, own.mask, placement, ep.rank, mine.start)
+    if bounds.on_shared_rank != (ep.rank < shared_ranks):
         plan = plan.refused(OTHER_KIND)
     if ep.size == 1:
-        _bounded(operator, 0, ids.shape[0], max_tokens)
+        _bounded(operator, 0, count, bounds.max_tokens)
         _valid(operator, 0, plan.fault, num_experts)
-        fits(operator, [plan.slots.numel()], limit, limit_name)
-        return _keep(x, x_scale, plan)
+        fits(operator, [plan.slots.numel()], bounds.rows, bounds.rows_name)
+        return _keep(own, plan)
 
-    width = x.shape[1] * x.element_size() + 8 + (0 if x_scale is None else 4)
-    head = [ids.shape[0], tp.first_global_rank(), *plan.fault, ids.shape[1], width, DTYPES.index(x.dtype)]
+    x, scaled = own.x, own.x_scale is not None
+    width = x.shape[1] * x.element_size() + 8 + (4 if scaled else 0)
+    head = [count, tp.first_global_rank(), *plan.fault, own.ids.shape[1], width, DTYPES.index(x.dtype)]
     everyone = gather_numbers(torch.cat([torch.tensor(head, dtype=torch.int64), plan.counts]), ep)
-    agree(operator, everyone[:, :FIELDS].tolist(), num_experts, max_tokens, equal_tokens)
+    agree(operator, everyone[:, :FIELDS].tolist(), num_experts, bounds.max_tokens, bounds.equal_tokens)
     places = everyone[:, FIELDS:]  # [source, place]
     sent = placement.by_rank(places)  # [source, destination]
     received = sent.sum(0).tolist()
-    fits(operator, received[: shared.ranks], shared.limit, shared.limit_name)
-    fits(operator, received[shared.ranks :], limit, limit_name, shared.ranks)
+    fits(operator, received[:shared_ranks], bounds.shared_rows, bounds.shared_rows_name)
+    fits(operator, received[shared_ranks:], bounds.rows, bounds.rows_name, shared_ranks)
 
-    here = _keep(x[mine], None if x_scale is None else x_scale[mine], plan)
+    here = _keep(own, plan)
     parts = [as_bytes(here.rows), as_bytes(here.handle[:, 1:])]
     if here.scale is not None:
         parts.append(as_bytes(here.scale.unsqueeze(1)))
     counts = placement.of_rank(places, ep.rank)  # [source, E_local]
     arrived = swap_rows(torch.cat(parts, 1), sent[ep.rank].tolist(), sent[:, ep.rank].tolist(), ep)
-    return _sort(arrived, counts, x, scaled=x_scale is not None)
+    return _sort(arrived, counts, x, scaled=scaled)
 
 
-def _keep(x: Tensor, x_scale: Tensor | None, plan: Plan) -> Received:
+def _keep(tokens: Tokens, plan: Plan) -> Received:
     """The planned rows with their handles, before they travel; on one rank that is what it receives."""
     handle = torch.zeros((plan.slots.numel(), 3), dtype=torch.int32)
     handle[:, 1] = plan.token
     handle[:, 2] = plan.slots - plan.token * plan.choices
-    scale = None if x_scale is None else x_scale.index_select(0, plan.token)
-    return Received(x.index_select(0, plan.token), scale, plan.counts, handle)
+    scale = None if tokens.x_scale is None else tokens.x_scale.index_select(0, plan.token)
+    return Received(tokens.x.index_select(0, plan.token), scale, plan.counts, handle)
 
 
 def _bounded(operator: str, rank: int, tokens: int, max_tokens: int) -> None:
@@ -388,4 +370,4 @@ def _sort(arrived: Tensor, counts: Tensor, x: Tensor, *, scaled: bool) -> Receiv
     )
 
 
-register(SCHEMA, cpu=_cpu, fake=_fake, side_effect=True)
+register(SCHEMA, DispatchCall, cpu=_cpu, fake=_fake, side_effect=True)
