@@ -218,11 +218,8 @@ def test_and_kernels_and_costs_raise() -> None:
     spec = dataclasses.replace(spec_of(), quantisation=WORD)
     with pytest.raises(ValueError, match=f"quantisation is '{WORD}'"):
         choosing.load_of(spec, CAPABLE, 8)
-    nothing = torch.empty(0)
     with pytest.raises(ValueError, match=f"quantisation is '{WORD}'"):
-        npu_grouped_mlp.npu_grouped_mlp(
-            nothing, nothing, nothing, [], [], [], [], "swiglu", 0.0, 1.0, False, WORD, *[None] * 6, torch.bfloat16
-        )
+        npu_grouped_mlp.npu_grouped_mlp(call_of_unknown_format())
     assert quantised.WEIGHT_DTYPES.keys() == set(EXPERT_FORMATS) - {"none"}
 
 

@@ -14,10 +14,9 @@ from moe_lowering.cli.arguments import DTYPES, Request, UsageError
 from moe_lowering.cli.explain_arguments import ExplainRequest
 from moe_lowering.cli.model_check import NAMES, check_size, path_of, read_config
 from moe_lowering.cli.model_error import ModelError
-from moe_lowering.custom_ops.quantised import WEIGHT_DTYPES
 from moe_lowering.deployment import Deployment
+from moe_lowering.passes.block_specs import Layer, spec_of_layer
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.operands import Experts, Operand, Operands
 
 ACTIVATIONS = {
     "silu": "swiglu",
@@ -111,80 +110,20 @@ def describe(request: ExplainRequest) -> Block:
 
 
 def spec_of(block: Block, deployment: Deployment, tokens: int, quantisation: str) -> BlockSpec:
-    """The record that the pass would make of the block in a graph, with weights as ``shard_experts`` and
-    ``quantise_experts`` lay them out."""
-    dtype = getattr(torch, block.dtype)
-    form = vocabulary.EXPERT_FORMATS[quantisation]
-    first_scale = dtype if form.weight_only else torch.float32
-    # as ``quantise_experts`` makes them: bfloat16 for results in it, where the format has such scales
-    second_scale = dtype if dtype == torch.bfloat16 and "bfloat16" in form.scale_dtypes else first_scale
-    return BlockSpec(
-        tokens=tokens,
+    """The record that the pass would make of the block in a graph."""
+    layer = Layer(
         hidden=block.hidden,
         intermediate=block.intermediate,
-        top_k=block.top_k,
         experts=block.experts,
-        local_experts=block.experts // deployment.routed_ranks,
-        ep_size=deployment.ep_size,
-        ep_group=deployment.ep_group,
-        tp_size=deployment.tp_size,
-        tp_group=deployment.tp_group,
-        max_tokens=deployment.token_bound,
-        max_rows=deployment.max_rows,
-        shared_expert_ranks=deployment.shared_expert_ranks,
-        shared_experts=deployment.shared_experts,
-        on_shared_rank=deployment.on_shared_rank,
-        dtype=dtype,
-        weight_dtype=_weight_dtype(quantisation, dtype),
+        top_k=block.top_k,
+        dtype=getattr(torch, block.dtype),
         activation=block.gate.activation,
         limit=block.limit,
         alpha=block.alpha,
         interleaved=block.gate.interleaved,
-        stacked=True,
-        weights_contiguous=True,
         has_bias=block.gate.has_bias,
-        has_mask=False,
-        quantised_input=False,
-        counts_are_read=False,
-        scopes_differ=False,
-        key=(),
-        quantisation=quantisation,
-        scale_dtypes=(first_scale, second_scale) if form.quantised else (),
-        scale_dims=2 if form.quantised else 0,
-        has_offset=form.has_offset,
-        has_scale_bias=form.has_scale_bias,
-        tensors=_tensors(block, deployment, quantisation, (first_scale, second_scale)),
     )
-
-
-def _weight_dtype(quantisation: str, dtype: torch.dtype) -> torch.dtype:
-    return WEIGHT_DTYPES.get(quantisation, dtype)
-
-
-def _tensors(
-    block: Block, deployment: Deployment, quantisation: str, scales: tuple[torch.dtype, torch.dtype]
-) -> Experts:
-    """The experts' tensors as ``quantise_experts`` and ``shard_experts`` lay them out: stacked, contiguous, stored."""
-    experts = block.experts // deployment.routed_ranks
-    dtype = getattr(torch, block.dtype)
-    weight = _weight_dtype(quantisation, dtype)
-    form = vocabulary.EXPERT_FORMATS[quantisation]
-    packed = form.packed
-    found: dict[str, Operands] = {}
-    for name, inner, width, scale in (
-        ("w13", block.hidden, 2 * block.intermediate, scales[0]), ("w2", block.intermediate, block.hidden, scales[1]),
-    ):  # fmt: skip
-        beside = {
-            "bias": dtype if block.gate.has_bias else None,
-            "scale": scale if form.quantised else None,
-            "offset": scale if form.has_offset else None,
-            "scale_bias": torch.float32 if form.has_scale_bias else None,
-        }
-        found[name] = Operands(1, (Operand((experts, inner, width // packed), weight),))
-        found |= {
-            f"{name}_{k}": Operands(1, (Operand((experts, width), v),)) for k, v in beside.items() if v is not None
-        }
-    return Experts(**found)
+    return spec_of_layer(layer, deployment, tokens, quantisation)
 
 
 def _config(request: ExplainRequest) -> tuple[Any, list[str]]:

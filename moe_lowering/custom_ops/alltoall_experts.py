@@ -77,6 +77,11 @@ class AllToAllExpertsCall(NamedTuple, Generic[Value]):
     def placement(self) -> Placement:
         return Placement(self.num_experts, self.ep_size)
 
+    @classmethod
+    def of(cls, experts: GroupedMlpCall[Value], **others: Any) -> AllToAllExpertsCall[Value]:
+        """With the experts of a call of ``grouped_mlp``; ``others`` are the arguments that it does not have."""
+        return cls(**others, **{name: getattr(experts, name) for name in _OF_GROUPED_MLP})
+
     def dispatch(self) -> DispatchCall[Value]:
         """The call of ``dispatch`` that this one stands for."""
         given = {name: getattr(self, name) for name in _OF_DISPATCH}

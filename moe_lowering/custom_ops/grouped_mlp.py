@@ -77,10 +77,6 @@ class GroupedMlpCall(NamedTuple, Generic[Value]):
     w2_scale_bias: Sequence[Value] | None = None
     out_dtype: torch.dtype | None = None
 
-    def tensors(self, name: str) -> Sequence[Value]:
-        """A list by its name, () where there is none."""
-        return getattr(self, name) or ()
-
 
 NAME = "grouped_mlp"
 SCHEMA = schema_of(NAME, GroupedMlpCall, "Tensor")
@@ -179,7 +175,7 @@ def _check_quantisers(call: GroupedMlpCall[Tensor], experts: int, hidden: int, d
         return
     scale_dtypes = tuple(getattr(torch, name) for name in EXPERT_FORMATS[form].scale_dtypes) or (dtype,)
     for name, inner, width in (("w13", hidden, double), ("w2", double // 2, hidden)):
-        scale, offset, bias = (call.tensors(f"{name}_{what}") for what in QUANTISERS)
+        scale, offset, bias = (getattr(call, f"{name}_{what}") or () for what in QUANTISERS)
         if not scale:
             raise ValueError(f"grouped_mlp: {name}_scale is None for {form}; accepted: {show((experts, width))}")
         shape: tuple[int, ...] = (width,)
@@ -229,9 +225,9 @@ def _cpu(call: GroupedMlpCall[Tensor]) -> Tensor:
     if form.int8_rows:
         out = _int8_rows(call, numbers, used)
     elif form.weight_only:
-        hidden = antiquant_matmul(rows[:used], numbers, call.w13, call.tensors("w13_scale"), call.tensors("w13_offset"))
+        hidden = antiquant_matmul(rows[:used], numbers, call.w13, call.w13_scale or (), call.w13_offset or ())
         hidden = activate(hidden, *gate, rows.dtype)
-        out = antiquant_matmul(hidden, numbers, call.w2, call.tensors("w2_scale"), call.tensors("w2_offset"))
+        out = antiquant_matmul(hidden, numbers, call.w2, call.w2_scale or (), call.w2_offset or ())
     else:
         hidden = grouped_matmul(rows[:used], numbers, call.w13, call.w13_bias, rows.dtype)
         hidden = activate(hidden, *gate, rows.dtype)
@@ -245,10 +241,10 @@ def _int8_rows(call: GroupedMlpCall[Tensor], counts: list[int], used: int) -> Te
     rows, row_scale = call.rows[:used], call.row_scale[:used]
     if rows.dtype != torch.int8:
         rows, row_scale = quantise_rows(rows)
-    hidden = quantised_matmul(rows, row_scale, counts, call.w13, call.tensors("w13_scale"))
+    hidden = quantised_matmul(rows, row_scale, counts, call.w13, call.w13_scale or ())
     gate = (call.activation, call.limit, call.alpha, call.interleaved)
     rows, row_scale = quantise_rows(activate(hidden, *gate, torch.float32))
-    return quantised_matmul(rows, row_scale, counts, call.w2, call.tensors("w2_scale"))
+    return quantised_matmul(rows, row_scale, counts, call.w2, call.w2_scale or ())
 
 
 def grouped_matmul(

@@ -52,15 +52,15 @@ def npu_grouped_mlp(call: GroupedMlpCall[Tensor]) -> Tensor:
     if not form.quantised:
         hidden = gated(_matmul(rows, counts, w13, bias=_biases(w13, call.w13_bias, experts)))
         return _matmul(hidden, counts, w2, bias=_biases(w2, call.w2_bias, experts))
-    w13_scale, w2_scale = call.tensors("w13_scale"), call.tensors("w2_scale")
+    w13_scale, w2_scale = call.w13_scale or (), call.w2_scale or ()
     if form.weight_only:
-        hidden = gated(_antiquant_matmul(rows, counts, w13, w13_scale, call.tensors("w13_offset")))
-        return _antiquant_matmul(hidden, counts, w2, w2_scale, call.tensors("w2_offset"))
+        hidden = gated(_antiquant_matmul(rows, counts, w13, w13_scale, call.w13_offset or ()))
+        return _antiquant_matmul(hidden, counts, w2, w2_scale, call.w2_offset or ())
     if rows.dtype != torch.int8:
         rows, row_scale = torch.ops.npu.npu_dynamic_quant(rows)
-    hidden = gated(_scaled_matmul(rows, row_scale, counts, w13, w13_scale, call.tensors("w13_scale_bias"), dtype))
+    hidden = gated(_scaled_matmul(rows, row_scale, counts, w13, w13_scale, call.w13_scale_bias or (), dtype))
     rows, row_scale = torch.ops.npu.npu_dynamic_quant(hidden)
-    return _scaled_matmul(rows, row_scale, counts, w2, w2_scale, call.tensors("w2_scale_bias"), dtype)
+    return _scaled_matmul(rows, row_scale, counts, w2, w2_scale, call.w2_scale_bias or (), dtype)
 
 
 def _matmul(rows: Tensor, counts: Tensor, weights: Tensors, **options: Any) -> Tensor:
