@@ -100,17 +100,16 @@ def _shared_with(other: Any) -> tuple[str, ...]:
 _OF_DISPATCH, _OF_GROUPED_MLP = _shared_with(DispatchCall), _shared_with(GroupedMlpCall)
 NAME = "alltoall_experts"
 SCHEMA = schema_of(NAME, AllToAllExpertsCall, "(Tensor y, Tensor counts)")
-Call = AllToAllExpertsCall[Tensor]
 
 
-def _bounds(call: Call) -> Bounds:
+def _bounds(call: AllToAllExpertsCall[Tensor]) -> Bounds:
     """What the exchange may not exceed; rows as in ``dispatch``."""
     rows = call.placement.row_bound(call.max_tokens or call.x.shape[0], call.ids.shape[1], call.max_rows)
     name = f"R = {rows}" + (f" (max_rows is {call.max_rows})" if call.max_rows else "")
     return Bounds(rows, name, call.max_tokens, equal_tokens=not call.max_tokens)
 
 
-def _empty(call: Call, rows: int) -> tuple[Tensor, Tensor]:
+def _empty(call: AllToAllExpertsCall[Tensor], rows: int) -> tuple[Tensor, Tensor]:
     """Rows and their scales, of which there are none for rows without scales, as they would leave ``dispatch``."""
     scales = 0 if call.x_scale is None else rows
     return call.x.new_empty((rows, call.x.shape[1])), call.x.new_empty((scales,), dtype=torch.float32)
@@ -125,7 +124,7 @@ def _as_ours(operator: str) -> Iterator[None]:
         raise type(error)(f"{NAME}: {str(error).removeprefix(f'{operator}: ')}") from None
 
 
-def _check(call: Call) -> torch.dtype:
+def _check(call: AllToAllExpertsCall[Tensor]) -> torch.dtype:
     """The dtype of y, when nothing is wrong that can be seen without data."""
     x, ids, weights = call.x, call.ids, call.weights
     if x.dim() != 2:
@@ -141,7 +140,7 @@ def _check(call: Call) -> torch.dtype:
         return grouped_mlp._fake(call.grouped_mlp(*_empty(call, 1), counts)).dtype
 
 
-def _fake(call: Call) -> tuple[Tensor, Tensor]:
+def _fake(call: AllToAllExpertsCall[Tensor]) -> tuple[Tensor, Tensor]:
     dtype = _check(call)
     for tensor in (call.ids, call.weights, call.x_scale, call.mask):
         if tensor is not None:
@@ -152,7 +151,7 @@ def _fake(call: Call) -> tuple[Tensor, Tensor]:
     )
 
 
-def _cpu(call: Call) -> tuple[Tensor, Tensor]:
+def _cpu(call: AllToAllExpertsCall[Tensor]) -> tuple[Tensor, Tensor]:
     """The same as the three generic operators over gloo. Mistakes in ids and sizes raise on all ranks alike."""
     _check(call)
     ep, top_k = open_group(NAME, "ep", call.ep_group, call.ep_size), call.ids.shape[1]
@@ -169,7 +168,7 @@ def _cpu(call: Call) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------- device
 
 
-def _npu(call: Call) -> tuple[Tensor, Tensor]:
+def _npu(call: AllToAllExpertsCall[Tensor]) -> tuple[Tensor, Tensor]:
     """The device's kernel; see the top of this file.
 
     Raises:
@@ -207,7 +206,7 @@ def _refuse_capture() -> None:
         )
 
 
-def _check_device(call: Call, dtype: torch.dtype) -> None:
+def _check_device(call: AllToAllExpertsCall[Tensor], dtype: torch.dtype) -> None:
     """What the device's operators want beyond the meaning of the generic ones."""
     if not EXPERT_FORMATS[call.quantisation].quantised:
         return
@@ -238,7 +237,7 @@ class _Outbox:
     fault: Tensor
 
 
-def _sort_by_expert(call: Call) -> _Outbox:
+def _sort_by_expert(call: AllToAllExpertsCall[Tensor]) -> _Outbox:
     x, scale, ids = call.x, call.x_scale, call.ids
     if not ids.numel():
         rows, scales = _empty(call, 0)
@@ -271,7 +270,7 @@ def _route(x: Tensor, ids: Tensor, scale: Tensor | None, experts: int, kept: int
     )  # fmt: skip
 
 
-def _tell(call: Call, outbox: _Outbox, ep: Group) -> tuple[list[int], list[int], Tensor]:
+def _tell(call: AllToAllExpertsCall[Tensor], outbox: _Outbox, ep: Group) -> tuple[list[int], list[int], Tensor]:
     """Tell all ranks what this one sends, and learn what they do.
 
     Returns:
@@ -311,7 +310,12 @@ def _swap(rows: Tensor, send: list[int], receive: list[int], lines: int, ep: Gro
 
 
 def _run_experts(
-    call: Call, arrived: Tensor, scale: Tensor | None, arriving: Tensor, counts: Tensor, dtype: torch.dtype
+    call: AllToAllExpertsCall[Tensor],
+    arrived: Tensor,
+    scale: Tensor | None,
+    arriving: Tensor,
+    counts: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Results of the rows, in the order in which those arrived: by source rank, local expert, token."""
     total = arrived.shape[0]
