@@ -19,7 +19,7 @@ from test_custom_ops_ranks import caught, world
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_lowering.custom_ops import alltoall_experts, dispatch
+from moe_lowering.custom_ops import alltoall_experts, token_exchange
 from moe_lowering.custom_ops.library import bind_kernel
 from moe_lowering.testing.ranks import Ranks
 
@@ -252,5 +252,5 @@ for name in ("alltoall_experts", "dispatch"):
 
 
 def test_fields_that_ranks_tell_each_other_stand_where_dispatch_reads_them() -> None:
-    order = (dispatch.TOKENS, dispatch.TP_GROUP, dispatch.FAULT, dispatch.FAULT_TOKEN, dispatch.FAULT_ID)
-    assert (*order, dispatch.TOP_K, dispatch.WIDTH, dispatch.DTYPE, dispatch.FIELDS) == tuple(range(9))
+    order = (token_exchange.TOKENS, token_exchange.TP_GROUP, token_exchange.FAULT, token_exchange.FAULT_TOKEN, token_exchange.FAULT_ID)
+    assert (*order, token_exchange.TOP_K, token_exchange.WIDTH, token_exchange.DTYPE, token_exchange.FIELDS) == tuple(range(9))

@@ -31,7 +31,7 @@ from typing_extensions import NamedTuple
 
 from moe_lowering.custom_ops import dispatch, grouped_mlp
 from moe_lowering.custom_ops.combine import send_back, weighted_sum
-from moe_lowering.custom_ops.dispatch import DTYPES, FIELDS, Bounds, DispatchCall, Tokens, agree, exchange, fits
+from moe_lowering.custom_ops.dispatch import DispatchCall
 from moe_lowering.custom_ops.exchange import ALONE, Group, open_group
 from moe_lowering.custom_ops.fused import zero_masked
 from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
@@ -39,6 +39,7 @@ from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.npu_grouped_mlp import npu_grouped_mlp
 from moe_lowering.custom_ops.placement import Placement
 from moe_lowering.custom_ops.sizes import differ, show, unify
+from moe_lowering.custom_ops.token_exchange import DTYPES, FIELDS, Bounds, Tokens, agree, exchange, fits
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 

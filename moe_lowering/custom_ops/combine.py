@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import NamedTuple
 
-from moe_lowering.custom_ops.dispatch import check_ids, check_parallel, own_slice
+from moe_lowering.custom_ops.dispatch import check_ids, check_parallel
 from moe_lowering.custom_ops.exchange import (
     Group,
     as_bytes,
@@ -26,6 +26,7 @@ from moe_lowering.custom_ops.exchange import (
 from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.placement import Placement
 from moe_lowering.custom_ops.sizes import ceil_div, differ, show, token_count, unify
+from moe_lowering.custom_ops.token_exchange import own_slice
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

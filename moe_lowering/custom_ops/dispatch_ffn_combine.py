@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from typing_extensions import NamedTuple
 
-from moe_lowering.custom_ops.dispatch import Bounds
 from moe_lowering.custom_ops.exchange import open_group
 from moe_lowering.custom_ops.fused import (
     HALVES,
@@ -42,6 +41,7 @@ from moe_lowering.custom_ops.fused import (
 )
 from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.sizes import known
+from moe_lowering.custom_ops.token_exchange import Bounds
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 NAME = "dispatch_ffn_combine"

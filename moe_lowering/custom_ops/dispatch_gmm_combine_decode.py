@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from typing_extensions import NamedTuple
 
-from moe_lowering.custom_ops.dispatch import Bounds
 from moe_lowering.custom_ops.exchange import Group, gather_numbers, open_group
 from moe_lowering.custom_ops.fused import (
     HALVES,
@@ -38,6 +37,7 @@ from moe_lowering.custom_ops.fused import (
 )
 from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.sizes import smaller
+from moe_lowering.custom_ops.token_exchange import Bounds
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 NAME = "dispatch_gmm_combine_decode"
@@ -104,10 +104,9 @@ def _cpu(call: DispatchGmmCombineDecodeCall[Tensor]) -> tuple[Tensor, Tensor]:
             f"{NAME}: ep_rank is {call.ep_rank}; accepted: {ep.rank}, this rank's index in group {call.group!r}"
         )
     _prefix_masks(call.mask, ep)
+    most = call.global_bs // call.ep_size or call.x.shape[0]
     bounds = Bounds(
-        rows=call.ep_size
-        * (call.global_bs // call.ep_size or call.x.shape[0])
-        * smaller(call.ids.shape[1], experts.local),
+        rows=call.ep_size * most * smaller(call.ids.shape[1], experts.local),
         rows_name="what global_bs allows",
         max_tokens=call.global_bs // call.ep_size,
         equal_tokens=False if call.global_bs else EQUAL,

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from moe_lowering.custom_ops.absent import why_absent
 from moe_lowering.custom_ops.combine import send_back, weighted_sum
-from moe_lowering.custom_ops.dispatch import Bounds, Tokens, exchange
 from moe_lowering.custom_ops.exchange import ALONE, Group
 from moe_lowering.custom_ops.grouped_mlp import activate, check_per_expert, grouped_matmul
 from moe_lowering.custom_ops.placement import Placement
 from moe_lowering.custom_ops.quantised import WEIGHT_DTYPES, quantise_rows, quantised_matmul
 from moe_lowering.custom_ops.sizes import differ, known, show, unify
+from moe_lowering.custom_ops.token_exchange import Bounds, Tokens, exchange
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 HALVES = (torch.float16, torch.bfloat16)
