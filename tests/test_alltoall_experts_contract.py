@@ -252,5 +252,5 @@ for name in ("alltoall_experts", "dispatch"):
 
 
 def test_fields_that_ranks_tell_each_other_stand_where_dispatch_reads_them() -> None:
-    order = (token_exchange.TOKENS, token_exchange.TP_GROUP, token_exchange.FAULT, token_exchange.FAULT_TOKEN, token_exchange.FAULT_ID)
-    assert (*order, token_exchange.TOP_K, token_exchange.WIDTH, token_exchange.DTYPE, token_exchange.FIELDS) == tuple(range(9))
+    names = ("TOKENS", "TP_GROUP", "FAULT", "FAULT_TOKEN", "FAULT_ID", "TOP_K", "WIDTH", "DTYPE", "FIELDS")
+    assert [getattr(token_exchange, name) for name in names] == list(range(9))
