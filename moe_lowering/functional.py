@@ -19,7 +19,7 @@ from moe_lowering import custom_ops as _custom_ops  # registers the operators
 from moe_lowering.argument_checks import require_instance, require_integer
 from moe_lowering.deployment import Deployment, experts_of_rank
 from moe_lowering.groups import Claim, own_ranks
-from moe_lowering.model_arguments import as_float32, as_int32, check_experts_call, check_route
+from moe_lowering.model_arguments import as_float32, as_int32, check_experts_options, check_experts_tensors, check_route
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 if TYPE_CHECKING:
@@ -203,11 +203,13 @@ def moe_experts(
         "w13_scale_bias": w13_scale_bias,
         "w2_scale_bias": w2_scale_bias,
     }
-    check_experts_call(
+    check_experts_tensors(
         {"x": x, "weights": weights, "ids": ids},
         {"w13": w13, "w2": w2},
         {"w13_bias": w13_bias, "w2_bias": w2_bias, **quantisers},
         {"mask": mask, "pertoken_scale": pertoken_scale, "log2phy": log2phy, "expert_map": expert_map},
+    )
+    check_experts_options(
         {
             "interleaved": interleaved,
             "need_trans": need_trans,
@@ -216,7 +218,7 @@ def moe_experts(
         },
         {"limit": limit, "alpha": alpha},
         num_experts,
-        (activation, quantisation),
+        {"activation": activation, "quantisation": quantisation},
         deployment,
     )
     place = _SINGLE_RANK if deployment is None else deployment

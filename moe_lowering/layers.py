@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moe_lowering.argument_checks import require_instance
 from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts, route
-from moe_lowering.model_arguments import check_layer, check_layer_call
+from moe_lowering.model_arguments import check_layer, check_layer_call, check_layer_place
 
 __all__ = ["MoE", "shard_experts"]
 
@@ -95,10 +95,8 @@ class MoE(nn.Module):
             },
             numbers={"scale": scale, "limit": limit, "alpha": alpha},
             words={"scoring": scoring, "group_score": group_score, "activation": activation},
-            deployment=deployment,
-            dtype=dtype,
-            device=device,
         )
+        check_layer_place(deployment, dtype, device)
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.scoring, self.renormalize = scoring, renormalize
         self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score

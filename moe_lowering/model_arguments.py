@@ -45,11 +45,8 @@ def check_layer(
     flags: Mapping[str, Any],
     numbers: Mapping[str, Any],
     words: Mapping[str, Any],
-    deployment: Any,
-    dtype: Any,
-    device: Any,
 ) -> None:
-    """The arguments of ``MoE``; what depends on several of them is left to ``MoE`` and its operators."""
+    """What ``MoE`` computes; what depends on several arguments is left to ``MoE`` and its operators."""
     for name, size in sizes.items():
         require_integer("MoE", name, size, 1)
     require_integer("MoE", "top_k", top_k, 1, sizes["num_experts"])
@@ -61,6 +58,10 @@ def check_layer(
     accepted = {"scoring": SCORINGS, "group_score": GROUP_SCORES, "activation": ACTIVATIONS}
     for name, word in words.items():
         require_choice("MoE", name, word, accepted[name])
+
+
+def check_layer_place(deployment: Any, dtype: Any, device: Any) -> None:
+    """The arguments of ``MoE`` that say where it is, and in which dtype."""
     kinds = (Deployment, type(None))
     require_instance("MoE", "deployment", deployment, kinds, "a moe_lowering.Deployment, or None")
     if dtype not in (*FLOATS, None) or (dtype is None and torch.get_default_dtype() not in FLOATS):
@@ -98,18 +99,13 @@ def check_route(
     _require_real("route", "scale", scale)
 
 
-def check_experts_call(
+def check_experts_tensors(
     tokens: Mapping[str, Any],
     weights: Mapping[str, Any],
     optional_weights: Mapping[str, Any],
     optional_tensors: Mapping[str, Any],
-    flags: Mapping[str, Any],
-    numbers: Mapping[str, Any],
-    num_experts: Any,
-    words: tuple[Any, Any],
-    deployment: Any,
 ) -> None:
-    """The kinds of the arguments of ``moe_experts``; ``words`` are activation and quantisation."""
+    """The kinds of the tensors that ``moe_experts`` takes."""
     where = "moe_experts"
     for name, value in tokens.items():
         require_instance(where, name, value, Tensor, "a tensor")
@@ -122,14 +118,21 @@ def check_experts_call(
     for name, value in optional_tensors.items():
         if value is not None:
             require_instance(where, name, value, Tensor, f"{_OPTIONAL[name]}, or None")
+
+
+def check_experts_options(
+    flags: Mapping[str, Any], numbers: Mapping[str, Any], num_experts: Any, words: Mapping[str, Any], deployment: Any
+) -> None:
+    """The kinds of the other arguments of ``moe_experts``."""
+    where = "moe_experts"
     for name, value in flags.items():
         require_flag(where, name, value)
     for name, value in numbers.items():
         _require_real(where, name, value)
     if num_experts is not None:
         _require_size(where, "num_experts", num_experts)
-    require_choice(where, "activation", words[0], ACTIVATIONS)
-    require_choice(where, "quantisation", words[1], EXPERT_FORMATS)
+    require_choice(where, "activation", words["activation"], ACTIVATIONS)
+    require_choice(where, "quantisation", words["quantisation"], EXPERT_FORMATS)
     require_instance(where, "deployment", deployment, (Deployment, type(None)), "a moe_lowering.Deployment, or None")
 
 

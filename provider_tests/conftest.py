@@ -16,9 +16,12 @@ import torch
 
 from moe_lowering import simulator
 from moe_lowering.custom_ops import dispatch_ffn_combine, dispatch_gmm_combine_decode
-from moe_lowering.custom_ops.library import _refuse_none
+from moe_lowering.custom_ops.library import bind_kernel
 
-WRAPPERS = (dispatch_ffn_combine, dispatch_gmm_combine_decode)
+WRAPPERS: dict[Any, Any] = {  # and the records that their kernels take
+    dispatch_ffn_combine: dispatch_ffn_combine.DispatchFfnCombineCall,
+    dispatch_gmm_combine_decode: dispatch_gmm_combine_decode.DispatchGmmCombineDecodeCall,
+}
 
 pytest.register_assert_rewrite("entries")
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # the layers that the default suite computes with
@@ -31,8 +34,8 @@ recorder.load()  # before the test modules ask which operators are there
 def device_kernels() -> Iterator[None]:
     """The wrappers' own kernels for the device: the simulator puts those for CPU in their place."""
     library: Any = torch.library.Library("moe_lowering", "IMPL")  # type: ignore[no-untyped-call]
-    for module in WRAPPERS:
-        kernel = _refuse_none(module.SCHEMA, module._npu)
+    for module, call in WRAPPERS.items():
+        kernel = bind_kernel(module.SCHEMA, module._npu, call)
         library.impl(module.NAME, kernel, "PrivateUse1", allow_override=True)
     yield
     library._destroy()

@@ -19,9 +19,11 @@ from torch import Tensor
 
 import moe_lowering.custom_ops  # noqa: F401  (registers torch.ops.moe_lowering)
 from moe_lowering.custom_ops import alltoall_experts
+from moe_lowering.custom_ops.alltoall_experts import SCHEMA, AllToAllExpertsCall
+from moe_lowering.custom_ops.library import bind_kernel
 
 operator = torch.ops.moe_lowering.alltoall_experts
-KERNELS = {"cpu": operator, "npu": alltoall_experts._npu}
+KERNELS = {"cpu": operator, "npu": bind_kernel(SCHEMA, alltoall_experts._npu, AllToAllExpertsCall)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +101,7 @@ def arguments_of(**given: Any) -> tuple[Any, ...]:
         "x_scale": None, "mask": None, "w13_bias": [], "w2_bias": [], "activation": "swiglu", "limit": 0.0,
         "alpha": 1.702, "interleaved": False, "quantisation": "none", "max_tokens": 0, "max_rows": 0,
     }  # fmt: skip
-    names = [argument.name for argument in operator.default._schema.arguments]
-    assert names == [field.name for field in dataclasses.fields(alltoall_experts.Call)]
+    names = AllToAllExpertsCall._fields
     assert set(given) <= set(names)
     return tuple(given.get(name, usual.get(name)) for name in names)
 

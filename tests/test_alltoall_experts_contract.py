@@ -19,7 +19,8 @@ from test_custom_ops_ranks import caught, world
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_lowering.custom_ops import alltoall_experts, dispatch
+from moe_lowering.custom_ops import alltoall_experts, token_exchange
+from moe_lowering.custom_ops.library import bind_kernel
 from moe_lowering.testing.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("alltoall_experts")
@@ -128,11 +129,14 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+FAKE = bind_kernel(alltoall_experts.SCHEMA, alltoall_experts._fake, alltoall_experts.AllToAllExpertsCall)
+
+
 @pytest.mark.parametrize(("change", "message"), MISTAKES)
 def test_static_mistakes(change: dict[str, Any], message: str) -> None:
     """Found before anything is sent, by all three kernels."""
     texts = set()
-    for kernel in (operator, alltoall_experts._npu, alltoall_experts._fake):
+    for kernel in (operator, KERNELS["npu"], FAKE):
         with pytest.raises((TypeError, ValueError), match=f"^alltoall_experts: {message}") as found:
             kernel(*alone(**change))
         texts.add(str(found.value))
@@ -143,18 +147,18 @@ def test_what_only_the_device_refuses() -> None:
     whole = layer(4, 16, 8, "w4a8", torch.bfloat16)
     given = {**whole.shard(0, 1, False), "quantisation": "w4a8"}
     with pytest.raises(TypeError, match=r"^alltoall_experts: the result is torch.float32 for quantisation 'w4a8'"):
-        alltoall_experts._npu(*alone(**given, x=torch.ones(3, 16)))
+        KERNELS["npu"](*alone(**given, x=torch.ones(3, 16)))
     given["w2_scale_bias"] = None
     assert operator(*alone(**given))[0].shape == (3, 16)
     with pytest.raises(ValueError, match=r"^alltoall_experts: w2_scale_bias is None for 'w4a8'"):
-        alltoall_experts._npu(*alone(**given))
+        KERNELS["npu"](*alone(**given))
 
 
 def test_the_device_kernel_refuses_to_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert alltoall_experts._npu(*alone())[0].shape == (3, 16)
+    assert KERNELS["npu"](*alone())[0].shape == (3, 16)
     monkeypatch.setattr(torch.npu, "is_current_stream_capturing", lambda: True)  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match=r"during the capture of a graph.*Declare Deployment.capture=True"):
-        alltoall_experts._npu(*alone())
+        KERNELS["npu"](*alone())
 
 
 # ---------------------------------------------------------------------------------------------------------------- graphs
@@ -180,9 +184,7 @@ WAITS = {"aten._local_scalar_dense", "aten.nonzero", "aten.unique_consecutive", 
 def on_seen(rank: int, masked: str) -> list[str]:
     case, whole = Case("", masked=masked), layer(8, 32, 16, "none", torch.bfloat16)
     with Seen() as seen:
-        alltoall_experts._npu(
-            *arguments_of(**given_to(rank, case, whole, torch.bfloat16), **whole.shard(rank, 2, False))
-        )
+        KERNELS["npu"](*arguments_of(**given_to(rank, case, whole, torch.bfloat16), **whole.shard(rank, 2, False)))
     return seen.names
 
 
@@ -250,5 +252,5 @@ for name in ("alltoall_experts", "dispatch"):
 
 
 def test_fields_that_ranks_tell_each_other_stand_where_dispatch_reads_them() -> None:
-    order = (dispatch.TOKENS, dispatch.TP_GROUP, dispatch.FAULT, dispatch.FAULT_TOKEN, dispatch.FAULT_ID)
-    assert (*order, dispatch.TOP_K, dispatch.WIDTH, dispatch.DTYPE, dispatch.FIELDS) == tuple(range(9))
+    names = ("TOKENS", "TP_GROUP", "FAULT", "FAULT_TOKEN", "FAULT_ID", "TOP_K", "WIDTH", "DTYPE", "FIELDS")
+    assert [getattr(token_exchange, name) for name in names] == list(range(9))

@@ -1,135 +1,199 @@
-"""Public functions refuse what they do not accept: one ValueError that names the argument, the value, what is accepted."""
+"""Arguments by name: the records of the operators, how passes read them from nodes, and the record of a block.
+
+Each operator's arguments stand once, in its record; what is written beside it (the documentation) is compared here.
+"""
 
 from __future__ import annotations
 
-import inspect
-import re
+import dataclasses
+import importlib
+import operator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.fx import Graph, Node
 
-import moe_lowering
-from moe_lowering import Deployment, MoeLowering, serving, testing
-from moe_lowering.backends.aot import lowering_backend
-from moe_lowering.simulator import SimulatorError, enable
-from moe_lowering.vocabulary import COMMS, POLICIES, SOCS
+from moe_lowering import Deployment, MoE, custom_ops, testing
+from moe_lowering.custom_ops.dispatch import DispatchCall
+from moe_lowering.custom_ops.library import bind_kernel, schema_of
+from moe_lowering.passes import block_specs, raising
+from moe_lowering.passes.arguments import argument, arguments, given_arguments, read, results
+from moe_lowering.passes.block_specs import Layer, spec_of_layer
+from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.verifying import GENERIC
+from moe_lowering.quantisation import quantise_experts
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
-HERE = Deployment()
-
-
-def options(**given):
-    return moe_lowering.npugraph_ex_options(HERE, **given)
-
-
-def config(**given):
-    return moe_lowering.torchair_config(HERE, **given)
-
-
-def lowered():
-    return testing.lower_graph(lambda x: x, torch.ones(2, 2), deployment=HERE)
+MANY = 5  # an operator with more arguments has a record
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 64, 32, 4, 2, 6
 
 
-REFUSED = {
-    "MoeLowering, no deployment": (lambda: MoeLowering(None), "MoeLowering: deployment is None"),
-    "MoeLowering, deployment as text": (lambda: MoeLowering("A3"), "MoeLowering: deployment is 'A3'"),
-    "MoeLowering, strict": (lambda: MoeLowering(HERE, strict="no"), "strict is 'no'; accepted: True or False"),
-    "MoeLowering, overlap": (lambda: MoeLowering(HERE, overlap=1), "overlap is 1; accepted: True or False"),
-    "MoeLowering, cost": (lambda: MoeLowering(HERE, cost=5), "cost is 5; accepted: a function"),
-    "MoeLowering, no cost": (lambda: MoeLowering(HERE, cost=None), "cost is None; accepted: a function"),
-    "MoeLowering, comm": (lambda: MoeLowering(HERE, comm=None), f"comm is None; accepted: {', '.join(COMMS)}"),
-    "MoeLowering, comms": (lambda: MoeLowering(HERE, comm=["mc2"]), r"comm is \['mc2'\]; accepted: "),
-    "MoeLowering, policy": (lambda: MoeLowering(HERE, policy=0), f"policy is 0; accepted: {', '.join(POLICIES)}"),
-    "options, deployment": (lambda: moe_lowering.npugraph_ex_options(None), "npugraph_ex_options: deployment is None"),
-    "options, lowering": (lambda: options(lowering=3), "npugraph_ex_options: lowering is 3; accepted: a moe"),
-    "options, strict": (lambda: options(strict="yes"), "strict is 'yes'"),
-    "options, NaN": (lambda: options(agreement_timeout=float("nan")), "agreement_timeout is nan; accepted: seconds"),
-    "options, infinite": (lambda: options(agreement_timeout=float("inf")), "agreement_timeout is inf"),
-    "options, no time": (lambda: options(agreement_timeout=0), "agreement_timeout is 0; accepted: seconds"),
-    "options, time in the past": (lambda: options(agreement_timeout=-1.0), "agreement_timeout is -1.0"),
-    "options, a flag": (lambda: options(agreement_timeout=True), "agreement_timeout is True"),
-    "options, a word": (lambda: options(agreement_timeout="never"), "'never'; accepted: .*, or 'auto', or None"),
-    "options, unknown": (lambda: options(force_eagre=True), "unknown option 'force_eagre'; accepted: .*force_eager"),
-    "options, value": (lambda: options(force_eager="x"), "npugraph_ex_options: option force_eager is 'x'"),
-    "config, deployment": (lambda: moe_lowering.torchair_config(None), "torchair_config: deployment is None"),
-    "config, config": (lambda: config(config={}), "torchair_config: config is {}; accepted: a torchair.CompilerConfig"),
-    "config, NaN": (lambda: config(agreement_timeout=float("nan")), "torchair_config: agreement_timeout is nan"),
-    "config, lowering": (lambda: config(lowering="x"), "torchair_config: lowering is 'x'"),
-    "backend": (lambda: lowering_backend(None), r"lowering_backend: passes\[0\] is None; accepted: a callable"),
-    "lower_graph, function": (lambda: testing.lower_graph(None, deployment=HERE), "lower_graph: function is None"),
-    "lower_graph, deployment": (lambda: testing.lower_graph(len, deployment=None), "lower_graph: deployment is None"),
-    "lower_graph, lowering": (
-        lambda: testing.lower_graph(len, deployment=HERE, lowering=1),
-        "lower_graph: lowering is 1",
-    ),
-    "lower_graph, dynamic": (
-        lambda: testing.lower_graph(len, deployment=HERE, dynamic=None),
-        "lower_graph: dynamic is None",
-    ),
-    "assert_lowered": (lambda: testing.assert_lowered(None), "assert_lowered: lowered is None"),
-    "assert_lowered, comm": (
-        lambda: testing.assert_lowered(lowered(), comm="mc3"),
-        "comm is 'mc3'; accepted: allgather",
-    ),
-    "assert_refused": (lambda: testing.assert_refused(None, code="x"), "assert_refused: lowered is None"),
-    "assert_refused, code": (lambda: testing.assert_refused(lowered(), code=None), "assert_refused: code is None"),
-    "assert_refused, comm": (lambda: testing.assert_refused(lowered(), code="x", comm="mc3"), "comm is 'mc3'"),
-    "Server, model": (lambda: serving.Server(None), "Server: model is None; accepted: a causal language model"),
-    "Server, plain module": (lambda: serving.Server(torch.nn.Linear(1, 1)), "Server: model is Linear"),
-    "Ranks, size": (lambda: testing.Ranks(0), "Ranks: size is 0; accepted: an int, 1 or more"),
-}
+def record_of(name: str) -> Any:
+    module = importlib.import_module(f"moe_lowering.custom_ops.{name}")
+    found = [
+        v for k, v in vars(module).items() if k.endswith("Call") and getattr(v, "__module__", "") == module.__name__
+    ]
+    assert len(found) <= 1, found
+    return found[0] if found else None
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(case):
-    call, message = REFUSED[case]
-    with pytest.raises(ValueError, match=message):
-        call()
+def overload(name: str) -> Any:
+    return getattr(torch.ops.moe_lowering, name).default
 
 
-def test_twins_are_accepted():
-    lowering = MoeLowering(HERE, strict=False, overlap=True, cost=lambda implementation, load: 1.0)
-    assert options(agreement_timeout=0.5, force_eager=True)["force_eager"] is True
-    assert options(lowering=lowering, agreement_timeout=None)["inplace_pass"] is False
-    assert lowering_backend(lowering)
-    assert lowered().report.fully_lowered
+def test_operators_with_many_arguments_have_records() -> None:
+    assert {name for name in custom_ops.__all__ if record_of(name)} == {
+        name for name in custom_ops.__all__ if len(overload(name)._schema.arguments) > MANY
+    }
 
 
-def test_an_unknown_soc_is_not_simulated():
-    for wrong in (None, "X", 3):
-        with pytest.raises(SimulatorError, match=re.escape(f"unknown SoC {wrong!r}; accepted: {', '.join(SOCS)}")):
-            enable(wrong)
+RECORDS = [name for name in custom_ops.__all__ if record_of(name)]
 
 
-# --- every public callable, None for each argument that has no default ----------------------------------------------
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_is_what_torch_has_as_the_schema(name: str) -> None:
+    record, schema = record_of(name), overload(name)._schema
+    assert [a.name for a in schema.arguments] == list(record._fields)
+    assert {a.name: a.default_value for a in schema.arguments if a.has_default_value()} == record._field_defaults
 
 
-def public() -> dict[str, object]:
-    """By name: what the package, its serving and its testing give to users."""
-    homes = (moe_lowering, serving, testing)
-    found = {f"{home.__name__}.{name}": getattr(home, name) for home in homes for name in home.__all__}
-    return {name: call for name, call in found.items() if callable(call) and not _is_result(call)}
+ARCHITECTURE = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+SCHEMAS = " ".join(ARCHITECTURE.partition("## Generic operators\n\n")[2].partition("\n\n")[0].split())
 
 
-def _is_result(call: object) -> bool:
-    """Exceptions, and records that users read and do not make."""
-    made_here = (serving.Result, serving.Statistics, testing.Lowered)
-    return isinstance(call, type) and (issubclass(call, BaseException) or call in made_here)
+@pytest.mark.parametrize("name", (*sorted(GENERIC), "assert_tokens", "assert_agreement"))
+def test_the_documentation_has_the_schema(name: str) -> None:
+    schema = str(overload(name)._schema).removeprefix("moe_lowering::")
+    assert schema in SCHEMAS
+    assert schema.replace(")", ", int more)", 1) not in SCHEMAS
 
 
-def required(call) -> list[inspect.Parameter]:
-    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = inspect.signature(call).parameters.values()
-    return [p for p in parameters if p.default is p.empty and p.kind in plain]
+def test_a_kind_that_no_schema_has_is_refused() -> None:
+    class Odd(NamedTuple):
+        x: complex
+
+    with pytest.raises(KeyError, match="complex"):
+        schema_of("odd", Odd, "Tensor")
 
 
-@pytest.mark.parametrize("name", [name for name, call in public().items() if required(call)])
-def test_none_is_an_error_of_ours(name):
-    """With None everywhere: an error that begins with who refuses it, not one from inside."""
-    call = public()[name]
-    nothing = {p.name: None for p in required(call) if p.kind is p.KEYWORD_ONLY}
-    positional = [None for p in required(call) if p.kind is not p.KEYWORD_ONLY]
-    with pytest.raises((ValueError, TypeError)) as caught:
-        call(*positional, **nothing)
-    message = str(caught.value)
-    assert "None" in message and "accepted: " in message, message
-    assert any(f" {p.name} is None" in message or f" {p.name}" in message for p in required(call)), message
+def test_kernels_take_the_record() -> None:
+    seen: list[Any] = []
+    kernel = bind_kernel("dispatch(Tensor x, Tensor? x_scale) -> ()", seen.append, DispatchCall)
+    x, ids = torch.ones(2, 3), torch.ones(2, 1, dtype=torch.int32)
+    kernel(x, None, ids, None, 4, "", 1, "", 1, 0, max_rows=7)
+    assert seen == [DispatchCall(x, None, ids, None, 4, "", 1, "", 1, 0, 7, 0, 1, False)]
+    with pytest.raises(ValueError, match=r"^dispatch: x is None; accepted: a tensor"):
+        kernel(None, None, ids, None, 4, "", 1, "", 1, 0, 7)
+
+
+# ---------------------------------------------------------------------------------------------------------------- nodes
+
+
+def node_of(name: str, *args: Any, **kwargs: Any) -> Node:
+    return Graph().create_node("call_function", overload(name), args, kwargs)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("by_name", [0, 1, 3])
+def test_a_node_reads_as_the_record(name: str, by_name: int) -> None:
+    """Whichever arguments are written by position, by name, or left out."""
+    record = record_of(name)
+    required = [field for field in record._fields if field not in record._field_defaults]
+    values = {field: f"value of {field}" for field in required}
+    split = len(required) - by_name
+    node = node_of(name, *(values[f] for f in required[:split]), **{f: values[f] for f in required[split:]})
+    expected = {**record._field_defaults, **values}
+    assert read(record, node)._asdict() == expected == arguments(node)
+    assert list(arguments(node)) == list(record._fields)
+    assert {field: argument(node, field) for field in record._fields} == expected
+    assert given_arguments(node) == values
+
+
+def test_what_a_node_does_not_have() -> None:
+    node = node_of("combine", 1, 2)
+    with pytest.raises(TypeError, match="handle"):
+        read(raising.CombineCall[Node], node)
+    with pytest.raises(KeyError, match="max_rows"):
+        argument(node, "max_rows")
+    with pytest.raises(TypeError, match="max_rows"):
+        read(raising.CombineCall[Node], node_of("combine", *range(11), max_rows=0))
+
+
+def users_of(*indices: Any) -> dict[str, str] | None:
+    graph = Graph()
+    node = graph.create_node("call_function", overload("dispatch"), (), {})
+    for index in indices:
+        graph.create_node("call_function", operator.getitem, (node, index), name=f"item_{index}".replace("-", "m"))
+    found = results(node)
+    return None if found is None else {name: item.name for name, item in found.items()}
+
+
+def test_results_by_name() -> None:
+    assert users_of() == {}
+    assert users_of(2, -1) == {"counts": "item_2", "handle": "item_m1"}
+
+
+@pytest.mark.parametrize("indices", [(0, 0), (3, -1), (4,), (-5,), ("rows",), (slice(0, 1),)])
+def test_results_that_are_taken_in_another_way(indices: tuple[Any, ...]) -> None:
+    if isinstance(indices[0], slice):
+        graph = Graph()
+        node = graph.create_node("call_function", overload("dispatch"), (), {})
+        graph.create_node("call_function", operator.getitem, (node, indices[0]))
+        assert results(node) is None
+    else:
+        assert users_of(*indices) is None
+
+
+# --------------------------------------------------------------------------------------------------------------- blocks
+
+
+def spec_in_graph(monkeypatch: pytest.MonkeyPatch, layer: MoE, dtype: torch.dtype) -> BlockSpec:
+    made: list[BlockSpec] = []
+
+    def recorded(*facts: Any) -> BlockSpec:
+        made.append(block_specs.spec_of_graph(*facts))
+        return made[-1]
+
+    monkeypatch.setattr(raising, "spec_of_graph", recorded)
+    testing.lower_graph(layer, torch.ones(TOKENS, HIDDEN, dtype=dtype), deployment=Deployment(), comm="allgather")
+    (spec,) = made
+    return spec
+
+
+def without_devices(spec: BlockSpec) -> BlockSpec:
+    """What a description does not know of tensors: the device, and strides, which are those of contiguous ones."""
+    tensors = {
+        field.name: dataclasses.replace(
+            each,
+            kinds=tuple(dataclasses.replace(k, device=None, strides=k.stride()) for k in each.kinds),
+        )
+        for field in dataclasses.fields(spec.tensors)
+        for each in [getattr(spec.tensors, field.name)]
+    }
+    return dataclasses.replace(spec, key=(), tensors=dataclasses.replace(spec.tensors, **tensors))
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "dtype", "has_bias"),
+    [
+        ("none", torch.float32, True),
+        *((name, torch.bfloat16, False) for name in EXPERT_FORMATS),
+        ("w8a8", torch.float16, False),
+    ],
+)
+def test_a_described_layer_is_judged_as_in_a_graph(
+    monkeypatch: pytest.MonkeyPatch, quantisation: str, dtype: torch.dtype, has_bias: bool
+) -> None:
+    model = MoE(
+        HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, activation="swiglu_oai", limit=7.0, expert_bias=has_bias, dtype=dtype
+    )
+    if quantisation != "none":
+        quantise_experts(model, quantisation)
+    graph = spec_in_graph(monkeypatch, model, dtype)
+    layer = Layer(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, dtype, "swiglu_oai", 7.0, 1.702, has_bias=has_bias)
+    described = spec_of_layer(layer, Deployment(), TOKENS, quantisation)
+    assert without_devices(graph) == without_devices(described)
+    other = spec_of_layer(dataclasses.replace(layer, intermediate=2 * INTERMEDIATE), Deployment(), TOKENS, quantisation)
+    assert without_devices(graph) != without_devices(other)

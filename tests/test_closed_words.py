@@ -17,6 +17,7 @@ from graph_cases import BlockCase, GraphCase, RouteCase
 
 from moe_lowering import Deployment, MoeLowering
 from moe_lowering.custom_ops import fused, grouped_mlp, npu_grouped_mlp, quantised, route
+from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
 from moe_lowering.limits import Prover, load
 from moe_lowering.passes import choosing, costs, raising
 from moe_lowering.passes.blocks import BlockSpec
@@ -158,6 +159,11 @@ def test_a_format_with_a_record_alone_is_refused(new_format: str, comm: str) -> 
     assert ("fused.quantisation" if comm == "fused_mc2" else "block.quantisation") in codes(spec)[comm]
 
 
+def call_of_unknown_format() -> GroupedMlpCall[torch.Tensor]:
+    nothing = torch.empty(0)
+    return GroupedMlpCall(nothing, nothing, nothing, [], [], [], [], "swiglu", 0.0, 1.0, False, WORD)
+
+
 def test_and_by_emitters_kernels_and_fused_operators(new_format: str) -> None:
     built, spec = build(CASE), dataclasses.replace(spec_of(), quantisation=new_format)
     (block,), _, _ = find_blocks(built.gm.graph)
@@ -166,10 +172,7 @@ def test_and_by_emitters_kernels_and_fused_operators(new_format: str) -> None:
         quantised_mlp.emit(None, block, block.dispatch, None, block.dispatch, CAPABLE)
     for gate in (npu_grouped_mlp.npu_grouped_mlp, grouped_mlp._cpu):
         with pytest.raises(ValueError, match=f"quantisation is '{WORD}'"), mock.patch.object(grouped_mlp, "_check"):
-            nothing = torch.empty(0)
-            gate(
-                nothing, nothing, nothing, [], [], [], [], "swiglu", 0.0, 1.0, False, WORD, *[None] * 6, torch.bfloat16
-            )
+            gate(call_of_unknown_format())
     with pytest.raises(ValueError, match=f"quantisation is '{WORD}'"):
         fused.check_quantisation("operator", WORD)
 
@@ -215,11 +218,8 @@ def test_and_kernels_and_costs_raise() -> None:
     spec = dataclasses.replace(spec_of(), quantisation=WORD)
     with pytest.raises(ValueError, match=f"quantisation is '{WORD}'"):
         choosing.load_of(spec, CAPABLE, 8)
-    nothing = torch.empty(0)
     with pytest.raises(ValueError, match=f"quantisation is '{WORD}'"):
-        npu_grouped_mlp.npu_grouped_mlp(
-            nothing, nothing, nothing, [], [], [], [], "swiglu", 0.0, 1.0, False, WORD, *[None] * 6, torch.bfloat16
-        )
+        npu_grouped_mlp.npu_grouped_mlp(call_of_unknown_format())
     assert quantised.WEIGHT_DTYPES.keys() == set(EXPERT_FORMATS) - {"none"}
 
 

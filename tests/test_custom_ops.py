@@ -13,7 +13,6 @@ from torch import Tensor
 
 import moe_lowering.functional as functional
 from moe_lowering.custom_ops.route import SCORINGS, stable_top_k
-from moe_lowering.custom_ops.sizes import row_bound
 
 ops = torch.ops.moe_lowering
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -192,11 +191,14 @@ def test_dispatch_bounds() -> None:
     assert dispatch(torch.ones(4, 3), ids, 4, max_rows=8)[0].shape == (8, 3)
 
 
-def test_row_bound() -> None:
-    assert row_bound(10, 8, 64, 16, 1, 0, 0) == 16 * 10 * 4
-    assert row_bound(10, 2, 64, 16, 4, 0, 0) == 16 * 3 * 2
-    assert row_bound(10, 2, 64, 16, 4, 33, 0) == 16 * 9 * 2
-    assert row_bound(10, 2, 64, 16, 4, 33, 100) == 100
+@pytest.mark.parametrize(
+    ("top_k", "tp_size", "max_tokens", "max_rows", "rows"),
+    [(8, 1, 0, 0, 16 * 10 * 4), (2, 4, 0, 0, 16 * 3 * 2), (2, 4, 33, 0, 16 * 9 * 2), (2, 4, 33, 100, 100)],
+)
+def test_row_bound(top_k: int, tp_size: int, max_tokens: int, max_rows: int, rows: int) -> None:
+    x, ids = torch.empty(10, 8, device="meta"), torch.empty(10, top_k, dtype=torch.int32, device="meta")
+    received = ops.dispatch(x, None, ids, None, 64, "ep", 16, "tp", tp_size, max_tokens, max_rows)
+    assert [len(result) for result in received] == [rows, 0, 4, rows]
 
 
 # grouped_mlp

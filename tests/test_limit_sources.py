@@ -21,7 +21,7 @@ from moe_lowering.limits.sources import (
     render_citations,
 )
 from moe_lowering.limits.toml import loads
-from moe_lowering.testing.matrix_expected import REFUSALS
+from moe_lowering.matrix.expected import REFUSALS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("moe_lowering", "tests", "provider_tests", "benchmarks", "docs", ".ci")

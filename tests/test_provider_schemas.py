@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe_lowering.custom_ops import dispatch_ffn_combine, dispatch_gmm_combine_decode, mega_moe
+from moe_lowering.custom_ops.dispatch_ffn_combine import DispatchFfnCombineCall
+from moe_lowering.custom_ops.dispatch_gmm_combine_decode import DispatchGmmCombineDecodeCall
+from moe_lowering.custom_ops.mega_moe import MegaMoeCall
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,6 +42,13 @@ def versions(operator: str) -> list[Any]:
 
 def version(operator: str, name: str) -> dict[str, str]:
     return next(s for s in PUBLISHED["schema"] if s["operator"] == operator and s["version"] == name)
+
+
+CALLS: dict[types.ModuleType, Any] = {
+    dispatch_ffn_combine: DispatchFfnCombineCall,
+    dispatch_gmm_combine_decode: DispatchGmmCombineDecodeCall,
+    mega_moe: MegaMoeCall,
+}
 
 
 @contextlib.contextmanager
@@ -72,6 +82,11 @@ def look_alike(published: dict[str, str]) -> Iterator[dict[str, Any]]:
         yield seen
 
 
+def on_npu(wrapper: types.ModuleType, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """What the kernel for the device makes of these arguments."""
+    return wrapper._npu(CALLS[wrapper](**arguments))
+
+
 def call_of(operator: str, quantisation: str, *, lists: bool = False, masked: bool = False) -> dict[str, Any]:
     layer = make_layer(quantisation, EXPERTS, torch.bfloat16)
     x, weights, ids = make_tokens(0, 4, EXPERTS, torch.bfloat16, False)
@@ -102,7 +117,7 @@ def on_ffn(
         call["swiglu_limit"] = limit = 2.5
     before = call["ids"].clone()
     with look_alike(published) as seen:
-        y, counts = dispatch_ffn_combine._npu(max_output_size=77, quantisation=quantisation, **call)
+        y, counts = on_npu(dispatch_ffn_combine, max_output_size=77, quantisation=quantisation, **call)
     assert torch.equal(call["ids"], before)
     expect_result(y, call["x"], "mask" in call)
     assert seen["max_output_size"] == 77 and seen["group"] == "mc2"
@@ -183,11 +198,13 @@ def test_scales_take_the_form_of_the_weights() -> None:
     stacked = torch.stack(call["w13_scale"])
     with look_alike(MAIN) as seen:
         mixed = {**call, "w13_scale": [stacked], "w2_scale": [bits(s) for s in call["w2_scale"]]}
-        dispatch_ffn_combine._npu(max_output_size=77, quantisation="w8a8", **mixed)
+        on_npu(dispatch_ffn_combine, max_output_size=77, quantisation="w8a8", **mixed)
         assert equal_lists(seen["scale1"], [bits(s) for s in call["w13_scale"]])
         assert equal_lists(seen["scale2"], mixed["w2_scale"])
         whole = call_of("", "w8a8")
-        dispatch_ffn_combine._npu(max_output_size=77, quantisation="w8a8", **{**whole, "w13_scale": call["w13_scale"]})
+        on_npu(
+            dispatch_ffn_combine, max_output_size=77, quantisation="w8a8", **{**whole, "w13_scale": call["w13_scale"]}
+        )
         assert equal_lists(seen["scale1"], [bits(stacked)])
 
 
@@ -196,7 +213,7 @@ def test_widened_scales_leave_the_high_half_empty() -> None:
     call = call_of("", "w8a8")
     call["w2_scale"][0][0, 0] = -1.5
     with look_alike(MAIN) as seen:
-        dispatch_ffn_combine._npu(max_output_size=77, quantisation="w8a8", **call)
+        on_npu(dispatch_ffn_combine, max_output_size=77, quantisation="w8a8", **call)
     assert (seen["scale2"][0] >> 32 == 0).all()
     assert seen["scale2"][0][0, 0].item() == 0xBFC00000
 
@@ -210,7 +227,7 @@ def test_dispatch_gmm_combine_decode(published: dict[str, str], quantisation: st
     call = call_of("", quantisation, masked=masked)
     before = call["ids"].clone()
     with look_alike(published) as seen:
-        y, counts = dispatch_gmm_combine_decode._npu(ep_rank=1, num_experts=EXPERTS, global_bs=10, **call)
+        y, counts = on_npu(dispatch_gmm_combine_decode, ep_rank=1, num_experts=EXPERTS, global_bs=10, **call)
     assert torch.equal(call["ids"], before)
     expect_result(y, call["x"], masked)
     assert (counts.dtype, counts.tolist()) == (torch.int64, [1, 2, 3])
@@ -235,10 +252,10 @@ def test_without_a_provider() -> None:
         with pytest.raises(
             RuntimeError, match=f"^{name}: torch.ops._C_ascend.{name} is not there; install vllm-ascend"
         ):
-            wrapper._npu(**call_of("", "w8a8"), **extra)
+            on_npu(wrapper, **call_of("", "w8a8"), **extra)
     sizes = {"num_experts": EXPERTS, "max_tokens": 8, "max_rows": 0}
     with pytest.raises(RuntimeError, match=r"^mega_moe: cann_ops_transformer.ops cannot be imported"):
-        mega_moe._npu(**call_of("", "none", lists=True), **sizes)
+        on_npu(mega_moe, **call_of("", "none", lists=True), **sizes)
 
 
 # --------------------------------------------------------------------------------------------------------------- mega_moe
@@ -289,11 +306,11 @@ def test_mega_moe(published: dict[str, Any], quantisation: str, group: str, monk
     rest = {"num_experts": EXPERTS, "max_tokens": 8, "quantisation": quantisation, "activation_clamp": 1.5}
     if quantisation == "w4a8" and not present(published):
         with pytest.raises(NotImplementedError, match="reads two int4 in an int8; accepted: a newer one"):
-            mega_moe._npu(**call, **rest, max_rows=0)
+            on_npu(mega_moe, **call, **rest, max_rows=0)
         return
     before = call["ids"].clone()
     for rows in (0, 0, 40):
-        y, counts = mega_moe._npu(**call, **rest, max_rows=rows)
+        y, counts = on_npu(mega_moe, **call, **rest, max_rows=rows)
         expect_result(y, call["x"], True)
         assert (counts.dtype, counts.tolist()) == (torch.int32, [1, 2, 3])
     assert torch.equal(call["ids"], before)
@@ -326,13 +343,13 @@ def test_mega_moe_finds_its_group(group: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "cann_ops_transformer.ops", module_of(PUBLISHED["signature"][1], seen))
     call = {**call_of("", "none", lists=True), "num_experts": EXPERTS, "max_tokens": 8, "max_rows": 0}
     with pytest.raises(ValueError, match="ep_group is 'hccl_7', which names no process group"):
-        mega_moe._npu(**{**call, "group": "hccl_7"})
+        on_npu(mega_moe, **{**call, "group": "hccl_7"})
     monkeypatch.setattr(mega_moe, "_communicator", lambda handle: "hccl_7")
-    y, _ = mega_moe._npu(**{**call, "group": "hccl_7"})
+    y, _ = on_npu(mega_moe, **{**call, "group": "hccl_7"})
     assert seen[0][1]["group"] is dist.group.WORLD and y.shape == call["x"].shape
     one_expert = {name: call[name][:1] for name in ("w13", "w2")}
     with pytest.raises(ValueError, match="ep_size is 6, but group 'hccl_7' has 2 ranks"):
-        mega_moe._npu(**{**call, **one_expert, "group": "hccl_7", "ep_size": 6})
+        on_npu(mega_moe, **{**call, **one_expert, "group": "hccl_7", "ep_size": 6})
 
 
 # ------------------------------------------------------------------------------------------------------------------- data
@@ -359,10 +376,10 @@ def test_an_argument_that_is_not_known_is_refused(published: dict[str, str]) -> 
         with pytest.raises(
             NotImplementedError, match=f"^{published['operator']}: the operator .* has novel, which this"
         ):
-            wrapper._npu(**call_of("", "w8a8"), **extra)
+            on_npu(wrapper, **call_of("", "w8a8"), **extra)
         assert not seen
     with look_alike(published) as seen:
-        wrapper._npu(**call_of("", "w8a8"), **extra)
+        on_npu(wrapper, **call_of("", "w8a8"), **extra)
     assert seen and "novel" not in seen
 
 

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from moe_lowering.custom_ops import assert_tokens
 from moe_lowering.custom_ops.assert_tokens import ADVICE
+from moe_lowering.custom_ops.dispatch_ffn_combine import DispatchFfnCombineCall
+from moe_lowering.custom_ops.dispatch_gmm_combine_decode import DispatchGmmCombineDecodeCall
 from moe_lowering.custom_ops.library import register as register_operator
 from moe_lowering.passes.verifying import GENERIC
 from moe_lowering.vocabulary import EXPERT_FORMATS
@@ -119,97 +121,68 @@ def _ir_failure(type_: str) -> str:
 # ------------------------------------------------------------------------------------------------------- fused operators
 
 
-def _convert_dispatch_ffn_combine(
-    x: Any,
-    w13: Tensors,
-    w2: Tensors,
-    ids: Any,
-    weights: Any,
-    group: str,
-    ep_size: int,
-    max_output_size: int,
-    quantisation: str = "none",
-    w13_scale: Tensors | None = None,
-    w2_scale: Tensors | None = None,
-    w13_scale_bias: Tensors | None = None,
-    w2_scale_bias: Tensors | None = None,
-    mask: Any = None,
-    swiglu_limit: float = 0.0,
-    meta_outputs: Any = None,
-) -> Any:
+def _convert_dispatch_ffn_combine(*arguments: Any, meta_outputs: Any = None, **named: Any) -> Any:
     """moe_lowering.dispatch_ffn_combine: what its device kernel gives the provider, after ``ge_rewrites.simplify_fused``."""
     from torchair.ge import attr
 
+    call = DispatchFfnCombineCall[Any](*arguments, **named)
+    biased = EXPERT_FORMATS[call.quantisation].has_scale_bias
     inputs = {
-        "a": x,
-        "w1": list(w13),
-        "w2": list(w2),
-        "expertIdx": _own_ids(ids, mask),
-        "scale1": _in_form(w13, w13_scale) or [_empty("int64")],
-        "scale2": _in_form(w13, w2_scale) or [_empty("int64")],
-        "bias1": _in_form(w13, w13_scale_bias) if EXPERT_FORMATS[quantisation].has_scale_bias else None,
-        "bias2": _in_form(w13, w2_scale_bias) if EXPERT_FORMATS[quantisation].has_scale_bias else None,
-        "probs": weights,
-        "xActiveMaskOptional": mask,
+        "a": call.x,
+        "w1": list(call.w13),
+        "w2": list(call.w2),
+        "expertIdx": _own_ids(call.ids, call.mask),
+        "scale1": _in_form(call.w13, call.w13_scale) or [_empty("int64")],
+        "scale2": _in_form(call.w13, call.w2_scale) or [_empty("int64")],
+        "bias1": _in_form(call.w13, call.w13_scale_bias) if biased else None,
+        "bias2": _in_form(call.w13, call.w2_scale_bias) if biased else None,
+        "probs": call.weights,
+        "xActiveMaskOptional": call.mask,
     }
     # transB and weightNz as aclnnDispatchFFNCombine* sets them; M is max_output_size.
     attributes = {
-        "group": attr.Str(group),
-        "M": attr.Int(max_output_size),
+        "group": attr.Str(call.group),
+        "M": attr.Int(call.max_output_size),
         "transB": attr.Bool(False),
         "weightNz": attr.Bool(True),
     }
-    if swiglu_limit > 0:
-        attributes["swigluLimit"] = attr.Float(swiglu_limit)
-    name, type_ = "dispatch_ffn_combine", VARIANTS[quantisation]
+    if call.swiglu_limit > 0:
+        attributes["swigluLimit"] = attr.Float(call.swiglu_limit)
+    name, type_ = "dispatch_ffn_combine", VARIANTS[call.quantisation]
     if "worldSize" in _known_attributes(type_):  # from vllm-ascend 0.30 on, and required there
-        attributes["worldSize"] = attr.Int(ep_size)
+        attributes["worldSize"] = attr.Int(call.ep_size)
     y, counts = _fused(name, type_, inputs, attributes, ("out", "expert_token_nums"))
     return y, counts
 
 
-def _convert_dispatch_gmm_combine_decode(
-    x: Any,
-    w13: Tensors,
-    w2: Tensors,
-    ids: Any,
-    weights: Any,
-    group: str,
-    ep_size: int,
-    ep_rank: int,
-    num_experts: int,
-    w13_scale: Tensors | None = None,
-    w2_scale: Tensors | None = None,
-    mask: Any = None,
-    global_bs: int = 0,
-    meta_outputs: Any = None,
-) -> Any:
+def _convert_dispatch_gmm_combine_decode(*arguments: Any, meta_outputs: Any = None, **named: Any) -> Any:
     """moe_lowering.dispatch_gmm_combine_decode: what its device kernel gives the provider, after ``simplify_fused``."""
     from torchair._ge_concrete_graph import ge_apis as ge
     from torchair.ge import attr
 
-    no_scale = [] if w13_scale else [ge.Cast(ge.Const([1.0]), dst_type=x.dtype)]
+    call = DispatchGmmCombineDecodeCall[Any](*arguments, **named)
+    no_scale = [] if call.w13_scale else [ge.Cast(ge.Const([1.0]), dst_type=call.x.dtype)]
     inputs = {
-        "x": x,
-        "expert_ids": _own_ids(ids, mask),
-        "gmm1_permuted_weight": list(w13),
-        "gmm1_permuted_weight_scale": _in_form(w13, w13_scale) or no_scale,
-        "gmm2_weight": list(w2),
-        "gmm2_weight_scale": _in_form(w13, w2_scale) or no_scale,
-        "expert_scales": weights,
+        "x": call.x,
+        "expert_ids": _own_ids(call.ids, call.mask),
+        "gmm1_permuted_weight": list(call.w13),
+        "gmm1_permuted_weight_scale": _in_form(call.w13, call.w13_scale) or no_scale,
+        "gmm2_weight": list(call.w2),
+        "gmm2_weight_scale": _in_form(call.w13, call.w2_scale) or no_scale,
+        "expert_scales": call.weights,
         "expert_smooth_scales": None,
-        "x_active_mask": mask,
+        "x_active_mask": call.mask,
     }
     numbers = {
-        "ep_rank_size": ep_size,
-        "ep_rank_id": ep_rank,
-        "moe_expert_num": num_experts,
+        "ep_rank_size": call.ep_size,
+        "ep_rank_id": call.ep_rank,
+        "moe_expert_num": call.num_experts,
         "share_expert_num": 1,
         "share_expert_rank_num": 0,
         "quant_mode": 0,
-        "global_bs": global_bs,
+        "global_bs": call.global_bs,
     }
-    attributes = {"group_ep": attr.Str(group), **{name: attr.Int(value) for name, value in numbers.items()}}
+    attributes = {"group_ep": attr.Str(call.group), **{name: attr.Int(value) for name, value in numbers.items()}}
     name = "dispatch_gmm_combine_decode"
     [type_] = TYPES[name]
     y, counts = _fused(name, type_, inputs, attributes, ("output", "expert_token_nums"))

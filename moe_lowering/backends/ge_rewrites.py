@@ -35,7 +35,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from moe_lowering.backends import ge_converters
 from moe_lowering.custom_ops import assert_tokens
 from moe_lowering.custom_ops.sizes import show, token_count
-from moe_lowering.passes.blocks import arguments
+from moe_lowering.passes.arguments import arguments, given_arguments
 from moe_lowering.passes.edits import EditLog
 from moe_lowering.passes.verifying import GENERIC
 
@@ -230,7 +230,7 @@ def compare_in_one_type(edits: EditLog) -> None:
     graph = edits.graph
     for name in COMPARISONS:
         for node in graph.find_nodes(op="call_function", target=getattr(torch.ops.aten, name).Tensor):
-            sides = arguments(node)
+            sides = tuple(arguments(node).values())
             dtype = torch.result_type(*(side.meta["val"] for side in sides))
             with graph.inserting_before(node):
                 cast = tuple(_cast(graph, side, dtype) for side in sides)
@@ -254,8 +254,7 @@ def simplify_fused(edits: EditLog) -> None:
     graph = edits.graph
     for name in ge_converters.TYPES:
         for node in graph.find_nodes(op="call_function", target=getattr(torch.ops.moe_lowering, name).default):
-            names = [argument.name for argument in node.target._schema.arguments]
-            given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+            given = given_arguments(node)
             if name == "dispatch_ffn_combine":
                 with graph.inserting_before(node):
                     for scale in ("w13_scale", "w2_scale"):

@@ -23,57 +23,51 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Generic
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import NamedTuple
 
 from moe_lowering.custom_ops import dispatch, grouped_mlp
 from moe_lowering.custom_ops.combine import send_back, weighted_sum
-from moe_lowering.custom_ops.dispatch import DTYPES, FIELDS, agree, exchange, fits
+from moe_lowering.custom_ops.dispatch import DispatchCall
 from moe_lowering.custom_ops.exchange import ALONE, Group, open_group
 from moe_lowering.custom_ops.fused import zero_masked
-from moe_lowering.custom_ops.library import register
+from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
+from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.npu_grouped_mlp import npu_grouped_mlp
-from moe_lowering.custom_ops.sizes import differ, row_bound, show, unify
+from moe_lowering.custom_ops.placement import Placement
+from moe_lowering.custom_ops.sizes import differ, show, unify
+from moe_lowering.custom_ops.token_exchange import DTYPES, FIELDS, Bounds, Tokens, agree, exchange, fits
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
-NAME = "alltoall_experts"
-SCHEMA = (
-    f"{NAME}(Tensor x, Tensor? x_scale, Tensor ids, Tensor weights, Tensor? mask, Tensor[] w13, Tensor[] w2, "
-    "Tensor[] w13_bias, Tensor[] w2_bias, str activation, float limit, float alpha, bool interleaved, "
-    "str quantisation, Tensor[]? w13_scale, Tensor[]? w2_scale, Tensor[]? w13_offset, Tensor[]? w2_offset, "
-    "Tensor[]? w13_scale_bias, Tensor[]? w2_scale_bias, ScalarType? out_dtype, int num_experts, str ep_group, "
-    "int ep_size, int max_tokens, int max_rows) -> (Tensor y, Tensor counts)"
-)
-Tensors = Sequence[Tensor]
 
+class AllToAllExpertsCall(NamedTuple, Generic[Value]):
+    """The arguments of ``alltoall_experts``: x [M, H], and the others as in ``DispatchCall``, ``GroupedMlpCall`` and
+    ``CombineCall``."""
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The arguments of one call, in the order of the schema. ``experts`` are those that ``grouped_mlp`` takes too."""
-
-    x: Tensor
-    x_scale: Tensor | None
-    ids: Tensor
-    weights: Tensor
-    mask: Tensor | None
-    w13: Tensors
-    w2: Tensors
-    w13_bias: Tensors
-    w2_bias: Tensors
+    x: Value
+    x_scale: Value | None
+    ids: Value
+    weights: Value
+    mask: Value | None
+    w13: Sequence[Value]
+    w2: Sequence[Value]
+    w13_bias: Sequence[Value]
+    w2_bias: Sequence[Value]
     activation: str
     limit: float
     alpha: float
     interleaved: bool
     quantisation: str
-    w13_scale: Tensors | None
-    w2_scale: Tensors | None
-    w13_offset: Tensors | None
-    w2_offset: Tensors | None
-    w13_scale_bias: Tensors | None
-    w2_scale_bias: Tensors | None
+    w13_scale: Sequence[Value] | None
+    w2_scale: Sequence[Value] | None
+    w13_offset: Sequence[Value] | None
+    w2_offset: Sequence[Value] | None
+    w13_scale_bias: Sequence[Value] | None
+    w2_scale_bias: Sequence[Value] | None
     out_dtype: torch.dtype | None
     num_experts: int
     ep_group: str
@@ -82,29 +76,45 @@ class Call:
     max_rows: int
 
     @property
-    def local_experts(self) -> int:
-        return self.num_experts // self.ep_size
+    def placement(self) -> Placement:
+        return Placement(self.num_experts, self.ep_size)
 
-    @property
-    def top_k(self) -> int:
-        return self.ids.shape[1]
+    @classmethod
+    def of(cls, experts: GroupedMlpCall[Value], **others: Any) -> AllToAllExpertsCall[Value]:
+        """With the experts of a call of ``grouped_mlp``; ``others`` are the arguments that it does not have."""
+        return cls(**others, **{name: getattr(experts, name) for name in _OF_GROUPED_MLP})
 
-    @property
-    def bound(self) -> tuple[int, str]:
-        """How many rows a rank may receive, and where that comes from."""
-        rows = row_bound(self.x.shape[0], self.top_k, self.num_experts, self.ep_size, 1, self.max_tokens, self.max_rows)
-        return rows, f"R = {rows}" + (f" (max_rows is {self.max_rows})" if self.max_rows else "")
+    def dispatch(self) -> DispatchCall[Value]:
+        """The call of ``dispatch`` that this one stands for."""
+        given = {name: getattr(self, name) for name in _OF_DISPATCH}
+        return DispatchCall(**given, tp_group="", tp_size=1)
 
-    @property
-    def experts(self) -> tuple[Any, ...]:
-        names = [field.name for field in dataclasses.fields(self)]
-        first, last = names.index("w13"), names.index("out_dtype")
-        return tuple(getattr(self, name) for name in names[first : last + 1])
+    def grouped_mlp(self, rows: Value, row_scale: Value, counts: Value) -> GroupedMlpCall[Value]:
+        """The call of ``grouped_mlp`` with these rows."""
+        given = {name: getattr(self, name) for name in _OF_GROUPED_MLP}
+        return GroupedMlpCall(rows=rows, row_scale=row_scale, counts=counts, **given)
 
-    def empty(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Rows and their scales, of which there are none for rows without scales, as they would leave ``dispatch``."""
-        scales = 0 if self.x_scale is None else rows
-        return self.x.new_empty((rows, self.x.shape[1])), self.x.new_empty((scales,), dtype=torch.float32)
+
+def _shared_with(other: Any) -> tuple[str, ...]:
+    return tuple(name for name in other._fields if name in AllToAllExpertsCall._fields)
+
+
+_OF_DISPATCH, _OF_GROUPED_MLP = _shared_with(DispatchCall), _shared_with(GroupedMlpCall)
+NAME = "alltoall_experts"
+SCHEMA = schema_of(NAME, AllToAllExpertsCall, "(Tensor y, Tensor counts)")
+
+
+def _bounds(call: AllToAllExpertsCall[Tensor]) -> Bounds:
+    """What the exchange may not exceed; rows as in ``dispatch``."""
+    rows = call.placement.row_bound(call.max_tokens or call.x.shape[0], call.ids.shape[1], call.max_rows)
+    name = f"R = {rows}" + (f" (max_rows is {call.max_rows})" if call.max_rows else "")
+    return Bounds(rows, name, call.max_tokens, equal_tokens=not call.max_tokens)
+
+
+def _empty(call: AllToAllExpertsCall[Tensor], rows: int) -> tuple[Tensor, Tensor]:
+    """Rows and their scales, of which there are none for rows without scales, as they would leave ``dispatch``."""
+    scales = 0 if call.x_scale is None else rows
+    return call.x.new_empty((rows, call.x.shape[1])), call.x.new_empty((scales,), dtype=torch.float32)
 
 
 @contextlib.contextmanager
@@ -116,58 +126,51 @@ def _as_ours(operator: str) -> Iterator[None]:
         raise type(error)(f"{NAME}: {str(error).removeprefix(f'{operator}: ')}") from None
 
 
-def _check(call: Call) -> torch.dtype:
+def _check(call: AllToAllExpertsCall[Tensor]) -> torch.dtype:
     """The dtype of y, when nothing is wrong that can be seen without data."""
     x, ids, weights = call.x, call.ids, call.weights
     if x.dim() != 2:
         raise ValueError(f"{NAME}: x has shape {show(x.shape)}; accepted: [M, hidden]")
     with _as_ours("dispatch"):
-        dispatch._check(
-            x, call.x_scale, ids, call.mask, call.num_experts, call.ep_group, call.ep_size, "", 1, call.max_tokens,
-            call.max_rows,
-        )  # fmt: skip
+        dispatch._check(call.dispatch(), call.placement)
     if weights.dtype != torch.float32:
         raise TypeError(f"{NAME}: weights is {weights.dtype}; accepted: float32")
     if differ(weights.shape, ids.shape):
         raise ValueError(f"{NAME}: weights has shape {show(weights.shape)}; accepted: that of ids, {show(ids.shape)}")
-    counts = x.new_empty((call.local_experts,), dtype=torch.int64)
+    counts = x.new_empty((call.placement.local_experts,), dtype=torch.int64)
     with _as_ours("grouped_mlp"):
-        return grouped_mlp._fake(*call.empty(1), counts, *call.experts).dtype
+        return grouped_mlp._fake(call.grouped_mlp(*_empty(call, 1), counts)).dtype
 
 
-def _fake(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
-    call = Call(*arguments, **named)
+def _fake(call: AllToAllExpertsCall[Tensor]) -> tuple[Tensor, Tensor]:
     dtype = _check(call)
     for tensor in (call.ids, call.weights, call.x_scale, call.mask):
         if tensor is not None:
             unify(tensor.shape[:1], call.x.shape[:1])
     return (
         call.x.new_empty(call.x.shape, dtype=dtype),
-        call.x.new_empty((call.local_experts,), dtype=torch.int64),
+        call.x.new_empty((call.placement.local_experts,), dtype=torch.int64),
     )
 
 
-def _cpu(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+def _cpu(call: AllToAllExpertsCall[Tensor]) -> tuple[Tensor, Tensor]:
     """The same as the three generic operators over gloo. Mistakes in ids and sizes raise on all ranks alike."""
-    call = Call(*arguments, **named)
     _check(call)
-    ep, (rows, rows_name) = open_group(NAME, "ep", call.ep_group, call.ep_size), call.bound
-    received = exchange(
-        NAME, call.x, call.x_scale, call.ids, call.mask, call.num_experts, ep, ALONE, limit=rows, limit_name=rows_name,
-        max_tokens=call.max_tokens, equal_tokens=not call.max_tokens,
-    )  # fmt: skip
-    scale = call.empty(0)[1] if received.scale is None else received.scale
-    result = grouped_mlp._cpu(received.rows, scale, received.counts, *call.experts)
+    ep, top_k = open_group(NAME, "ep", call.ep_group, call.ep_size), call.ids.shape[1]
+    tokens = Tokens(call.x, call.ids, call.x_scale, call.mask)
+    received = exchange(NAME, tokens, call.placement, ep, ALONE, _bounds(call))
+    scale = _empty(call, 0)[1] if received.scale is None else received.scale
+    result = grouped_mlp._cpu(call.grouped_mlp(received.rows, scale, received.counts))
     kept = None if call.mask is None else call.mask.nonzero().squeeze(1)
-    expected = call.top_k * (call.ids.shape[0] if kept is None else kept.numel())
-    returned, slots = send_back(NAME, result, received.handle, call.top_k, expected, ep)
+    expected = top_k * (call.ids.shape[0] if kept is None else kept.numel())
+    returned, slots = send_back(NAME, result, received.handle, top_k, expected, ep)
     return weighted_sum(NAME, returned, slots, call.weights, kept), received.counts
 
 
 # ---------------------------------------------------------------------------------------------------------------- device
 
 
-def _npu(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+def _npu(call: AllToAllExpertsCall[Tensor]) -> tuple[Tensor, Tensor]:
     """The device's kernel; see the top of this file.
 
     Raises:
@@ -176,7 +179,6 @@ def _npu(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
         ValueError: an id outside [0, num_experts), or T that breaks what ``max_tokens`` says (on all ranks). Ids that
             are twice in one row are not looked for: both count.
     """
-    call = Call(*arguments, **named)
     _refuse_capture()
     dtype = _check(call)
     _check_device(call, dtype)
@@ -206,7 +208,7 @@ def _refuse_capture() -> None:
         )
 
 
-def _check_device(call: Call, dtype: torch.dtype) -> None:
+def _check_device(call: AllToAllExpertsCall[Tensor], dtype: torch.dtype) -> None:
     """What the device's operators want beyond the meaning of the generic ones."""
     if not EXPERT_FORMATS[call.quantisation].quantised:
         return
@@ -237,10 +239,10 @@ class _Outbox:
     fault: Tensor
 
 
-def _sort_by_expert(call: Call) -> _Outbox:
+def _sort_by_expert(call: AllToAllExpertsCall[Tensor]) -> _Outbox:
     x, scale, ids = call.x, call.x_scale, call.ids
     if not ids.numel():
-        rows, scales = call.empty(0)
+        rows, scales = _empty(call, 0)
         quantised = EXPERT_FORMATS[call.quantisation].int8_rows
         counts = ids.new_zeros((call.num_experts,), dtype=torch.int64)
         return _Outbox(
@@ -255,7 +257,7 @@ def _sort_by_expert(call: Call) -> _Outbox:
         masked = ~call.mask.unsqueeze(1)
         outside, elsewhere = outside & ~masked, outside | masked
     slot = outside.reshape(-1).float().argmax().reshape(1)
-    fault = torch.cat([outside.any().reshape(1).long(), slot // call.top_k, ids.reshape(-1)[slot].long()])
+    fault = torch.cat([outside.any().reshape(1).long(), slot // ids.shape[1], ids.reshape(-1)[slot].long()])
     # Ids past the last expert are outside of the range that is kept.
     ids = ids.masked_fill(elsewhere, call.num_experts)
     rows, place, counts, scales = _route(x, ids, scale, call.num_experts + 1, call.num_experts)
@@ -270,7 +272,7 @@ def _route(x: Tensor, ids: Tensor, scale: Tensor | None, experts: int, kept: int
     )  # fmt: skip
 
 
-def _tell(call: Call, outbox: _Outbox, ep: Group) -> tuple[list[int], list[int], Tensor]:
+def _tell(call: AllToAllExpertsCall[Tensor], outbox: _Outbox, ep: Group) -> tuple[list[int], list[int], Tensor]:
     """Tell all ranks what this one sends, and learn what they do.
 
     Returns:
@@ -280,7 +282,7 @@ def _tell(call: Call, outbox: _Outbox, ep: Group) -> tuple[list[int], list[int],
     x, ids = call.x, call.ids
     width = x.shape[1] * x.element_size() + (0 if call.x_scale is None else 4)
     # Filled on the device: a copy from the host would wait for it.
-    before, after = ((ids.shape[0], -1), (call.top_k, width, DTYPES.index(x.dtype)))
+    before, after = ((ids.shape[0], -1), (ids.shape[1], width, DTYPES.index(x.dtype)))
     fill = [[ids.new_full((1,), n, dtype=torch.int64) for n in numbers] for numbers in (before, after)]
     numbers = torch.cat([*fill[0], outbox.fault, *fill[1], outbox.counts])
     everyone = numbers.new_empty((ep.size * numbers.numel(),))
@@ -292,7 +294,8 @@ def _tell(call: Call, outbox: _Outbox, ep: Group) -> tuple[list[int], list[int],
     host = everyone.cpu()  # the one synchronisation with the host
     agree(NAME, host[:, :FIELDS].tolist(), call.num_experts, call.max_tokens, not call.max_tokens)
     by_rank = host[:, FIELDS:].view(ep.size, ep.size, -1)  # [source, destination, E_local]
-    fits(NAME, by_rank.sum((0, 2)).tolist(), *call.bound)
+    bounds = _bounds(call)
+    fits(NAME, by_rank.sum((0, 2)).tolist(), bounds.rows, bounds.rows_name)
     arriving = everyone[:, FIELDS:].reshape(ep.size, ep.size, -1)[:, ep.rank]
     return by_rank[ep.rank].sum(1).tolist(), by_rank[:, ep.rank].sum(1).tolist(), arriving
 
@@ -309,19 +312,29 @@ def _swap(rows: Tensor, send: list[int], receive: list[int], lines: int, ep: Gro
 
 
 def _run_experts(
-    call: Call, arrived: Tensor, scale: Tensor | None, arriving: Tensor, counts: Tensor, dtype: torch.dtype
+    call: AllToAllExpertsCall[Tensor],
+    arrived: Tensor,
+    scale: Tensor | None,
+    arriving: Tensor,
+    counts: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Results of the rows, in the order in which those arrived: by source rank, local expert, token."""
     total = arrived.shape[0]
     if not total:
         return arrived.new_empty(arrived.shape, dtype=dtype)
-    experts, unscaled = (*call.experts[:-1], dtype), call.empty(0)[1]
-    if call.local_experts == 1:
-        return npu_grouped_mlp(arrived, unscaled if scale is None else scale, counts, *experts)
-    expert = torch.arange(call.local_experts, dtype=torch.int32, device=arrived.device).repeat(call.ep_size)
+    local, unscaled = call.placement.local_experts, _empty(call, 0)[1]
+
+    def run(rows: Tensor, scales: Tensor | None) -> Tensor:
+        experts = call.grouped_mlp(rows, unscaled if scales is None else scales, counts)
+        return npu_grouped_mlp(experts._replace(out_dtype=dtype))
+
+    if local == 1:
+        return run(arrived, scale)
+    expert = torch.arange(local, dtype=torch.int32, device=arrived.device).repeat(call.ep_size)
     expert = expert.repeat_interleave(arriving.reshape(-1), output_size=total).unsqueeze(1)
-    rows, place, _, scales = _route(arrived, expert, scale, call.local_experts, call.local_experts)
-    return npu_grouped_mlp(rows, unscaled if scale is None else scales, counts, *experts).index_select(0, place)
+    rows, place, _, scales = _route(arrived, expert, scale, local, local)
+    return run(rows, None if scale is None else scales).index_select(0, place)
 
 
-register(SCHEMA, cpu=_cpu, fake=_fake, npu=_npu, side_effect=True)
+register(SCHEMA, AllToAllExpertsCall, cpu=_cpu, fake=_fake, npu=_npu, side_effect=True)

@@ -8,10 +8,13 @@ Source: ops_transformer.combine_kernel: the documentation's formula weighs the s
 
 from __future__ import annotations
 
+from typing import Generic
+
 import torch
 from torch import Tensor
+from typing_extensions import NamedTuple
 
-from moe_lowering.custom_ops.dispatch import check_ids, check_parallel, own_slice
+from moe_lowering.custom_ops.dispatch import check_ids, check_parallel
 from moe_lowering.custom_ops.exchange import (
     Group,
     as_bytes,
@@ -21,35 +24,48 @@ from moe_lowering.custom_ops.exchange import (
     open_group,
     swap_rows,
 )
-from moe_lowering.custom_ops.library import register
+from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.placement import Placement
 from moe_lowering.custom_ops.sizes import ceil_div, differ, show, token_count, unify
+from moe_lowering.custom_ops.token_exchange import own_slice
 
-SCHEMA = (
-    "combine(Tensor rows, Tensor weights, Tensor ids, Tensor handle, Tensor? mask, int num_experts, str ep_group, "
-    "int ep_size, str tp_group, int tp_size, int max_tokens, int shared_expert_ranks=0, int shared_experts=1) -> Tensor"
-)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _check(
-    rows: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    handle: Tensor,
-    mask: Tensor | None,
-    num_experts: int,
-    ep_group: str,
-    ep_size: int,
-    tp_group: str,
-    tp_size: int,
-    max_tokens: int,
-    shared_expert_ranks: int = 0,
-    shared_experts: int = 1,
-) -> None:
-    placement = Placement(num_experts, ep_size, shared_expert_ranks, shared_experts)
-    check_parallel("combine", placement, ep_group, tp_group, tp_size, max_tokens)
-    check_ids("combine", ids, mask, num_experts)
+class CombineCall(NamedTuple, Generic[Value]):
+    """The arguments of ``combine``.
+
+    rows [R, H] and handle [R, 3] as ``dispatch`` made them, but for what the experts did to the rows; weights [..., k]
+    float32 of the ids [..., k] that were dispatched. The others: as in ``DispatchCall``.
+    """
+
+    rows: Value
+    weights: Value
+    ids: Value
+    handle: Value
+    mask: Value | None
+    num_experts: int
+    ep_group: str
+    ep_size: int
+    tp_group: str
+    tp_size: int
+    max_tokens: int
+    shared_expert_ranks: int = 0
+    shared_experts: int = 1
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.num_experts, self.ep_size, self.shared_expert_ranks, self.shared_experts)
+
+
+NAME = "combine"
+SCHEMA = schema_of(NAME, CombineCall, "Tensor")
+
+
+def _check(call: CombineCall[Tensor], placement: Placement) -> None:
+    rows, weights, ids, handle = call.rows, call.weights, call.ids, call.handle
+    check_parallel(NAME, placement, call.ep_group, call.tp_group, call.tp_size, call.max_tokens)
+    check_ids(NAME, ids, call.mask, call.num_experts)
     if rows.dim() != 2:
         raise ValueError(f"combine: rows has shape {show(rows.shape)}; accepted: [R, hidden]")
     if rows.dtype not in FLOATS:
@@ -66,63 +82,29 @@ def _check(
         )
 
 
-def _fake(
-    rows: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    handle: Tensor,
-    mask: Tensor | None,
-    num_experts: int,
-    ep_group: str,
-    ep_size: int,
-    tp_group: str,
-    tp_size: int,
-    max_tokens: int,
-    shared_expert_ranks: int = 0,
-    shared_experts: int = 1,
-) -> Tensor:
-    _check(
-        rows, weights, ids, handle, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens, shared_expert_ranks,
-        shared_experts,
-    )  # fmt: skip
-    unify(weights.shape, ids.shape)
-    if mask is not None:
-        unify(mask.shape, ids.shape[:-1])
-    return rows.new_empty((*ids.shape[:-1], rows.shape[1]))
+def _fake(call: CombineCall[Tensor]) -> Tensor:
+    _check(call, call.placement)
+    unify(call.weights.shape, call.ids.shape)
+    if call.mask is not None:
+        unify(call.mask.shape, call.ids.shape[:-1])
+    return call.rows.new_empty((*call.ids.shape[:-1], call.rows.shape[1]))
 
 
-def _cpu(
-    rows: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    handle: Tensor,
-    mask: Tensor | None,
-    num_experts: int,
-    ep_group: str,
-    ep_size: int,
-    tp_group: str,
-    tp_size: int,
-    max_tokens: int,
-    shared_expert_ranks: int = 0,
-    shared_experts: int = 1,
-) -> Tensor:
-    _check(
-        rows, weights, ids, handle, mask, num_experts, ep_group, ep_size, tp_group, tp_size, max_tokens, shared_expert_ranks,
-        shared_experts,
-    )  # fmt: skip
-    ep = open_group("combine", "ep", ep_group, ep_size)
-    tp = open_group("combine", "tp", tp_group, tp_size)
-    tokens, top_k = token_count(ids.shape), ids.shape[-1]
+def _cpu(call: CombineCall[Tensor]) -> Tensor:
+    rows, ids, placement = call.rows, call.ids, call.placement
+    _check(call, placement)
+    ep = open_group(NAME, "ep", call.ep_group, call.ep_size)
+    tp = open_group(NAME, "tp", call.tp_group, call.tp_size)
+    tokens, top_k, added = token_count(ids.shape), ids.shape[-1], placement.added
     mine = own_slice(tokens, tp)
-    kept = None if mask is None else mask.reshape(tokens)[mine].nonzero().squeeze(1)
+    kept = None if call.mask is None else call.mask.reshape(tokens)[mine].nonzero().squeeze(1)
     size = mine.stop - mine.start
-    added = Placement(num_experts, ep_size, shared_expert_ranks, shared_experts).added
     expected = (top_k + added) * (size if kept is None else kept.numel())
-    returned, slots = send_back("combine", rows, handle, top_k + added, expected, ep)
-    own = weights.reshape(tokens, top_k)[mine]
+    returned, slots = send_back(NAME, rows, call.handle, top_k + added, expected, ep)
+    own = call.weights.reshape(tokens, top_k)[mine]
     if added:
         own = torch.nn.functional.pad(own, (0, added), value=1.0)
-    part = weighted_sum("combine", returned, slots, own, kept)
+    part = weighted_sum(NAME, returned, slots, own, kept)
     if tp.size > 1:
         short = ceil_div(tokens, tp.size) - size
         part = gather_rows(torch.nn.functional.pad(part, (0, 0, 0, short)), tp)[:tokens]
@@ -185,4 +167,4 @@ def weighted_sum(operator: str, rows: Tensor, slots: Tensor, weights: Tensor, ke
     return rows.new_zeros((size, rows.shape[1])).index_copy_(0, kept, total.to(rows.dtype))
 
 
-register(SCHEMA, cpu=_cpu, fake=_fake, side_effect=True)
+register(SCHEMA, CombineCall, cpu=_cpu, fake=_fake, side_effect=True)

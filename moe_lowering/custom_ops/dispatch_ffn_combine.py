@@ -13,16 +13,17 @@ Every rank of the group must call it equally often, with zero tokens too; T may 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
+from typing_extensions import NamedTuple
 
 from moe_lowering.custom_ops.exchange import open_group
 from moe_lowering.custom_ops.fused import (
     HALVES,
     Experts,
-    Tensors,
     check_experts,
     check_form,
     check_group,
@@ -38,46 +39,58 @@ from moe_lowering.custom_ops.fused import (
     wide_scale,
     zero_masked,
 )
-from moe_lowering.custom_ops.library import register
+from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.sizes import known
+from moe_lowering.custom_ops.token_exchange import Bounds
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 NAME = "dispatch_ffn_combine"
-SCHEMA = (
-    f"{NAME}(Tensor x, Tensor[] w13, Tensor[] w2, Tensor ids, Tensor weights, str group, int ep_size, "
-    'int max_output_size, str quantisation="none", Tensor[]? w13_scale=None, Tensor[]? w2_scale=None, '
-    "Tensor[]? w13_scale_bias=None, Tensor[]? w2_scale_bias=None, Tensor? mask=None, float swiglu_limit=0.0) "
-    "-> (Tensor y, Tensor expert_token_nums)"
-)
+
+
+class DispatchFfnCombineCall(NamedTuple, Generic[Value]):
+    """The arguments of ``dispatch_ffn_combine``; of tokens as in ``fused.FusedCall``, of experts as in ``fused.Experts``.
+
+    ``max_output_size`` bounds the rows that this rank receives; ``swiglu_limit`` is that of SwiGLU's inputs, 0 for none.
+    """
+
+    x: Value
+    w13: Sequence[Value]
+    w2: Sequence[Value]
+    ids: Value
+    weights: Value
+    group: str
+    ep_size: int
+    max_output_size: int
+    quantisation: str = "none"
+    w13_scale: Sequence[Value] | None = None
+    w2_scale: Sequence[Value] | None = None
+    w13_scale_bias: Sequence[Value] | None = None
+    w2_scale_bias: Sequence[Value] | None = None
+    mask: Value | None = None
+    swiglu_limit: float = 0.0
+
+
+SCHEMA = schema_of(NAME, DispatchFfnCombineCall, "(Tensor y, Tensor expert_token_nums)")
 MOST_RANKS = 32  # MAX_RANK_SIZE of its kernels
 SCALES = (torch.float32, torch.int64)
 NO_COUNT = -1
 
 
-def _check(
-    x: Tensor,
-    experts: Experts,
-    ids: Tensor,
-    weights: Tensor,
-    group: str,
-    ep_size: int,
-    max_output_size: int,
-    mask: Tensor | None,
-    swiglu_limit: float,
-) -> None:
+def _check(call: DispatchFfnCombineCall[Tensor]) -> Experts:
     """Raises for what the real operator refuses, or computes wrongly without a word.
 
     Sources: vllm_ascend.ffn_adapter, vllm_ascend.ffn_api, vllm_ascend.ffn_definition: dtypes and formats;
     vllm_ascend.ffn_kernel, vllm_ascend.ffn_kernel_16_bit: what they compute wrongly.
     """
+    x, experts = call.x, Experts.of(call.quantisation, call)
     check_quantisation(NAME, experts.quantisation)
     quantised = EXPERT_FORMATS[experts.quantisation].quantised
-    check_tokens(NAME, x, ids, weights, (torch.bfloat16,) if quantised else HALVES)
+    check_tokens(NAME, call, (torch.bfloat16,) if quantised else HALVES)
     if known(x.shape[1] % 32 != 0):
         raise ValueError(f"{NAME}: x has hidden size {x.shape[1]}; accepted: a multiple of 32")
-    check_group(NAME, group, ep_size, MOST_RANKS)
-    if max_output_size < 1:
-        raise ValueError(f"{NAME}: max_output_size is {max_output_size}; accepted: 1 or more")
+    check_group(NAME, call.group, call.ep_size, MOST_RANKS)
+    if call.max_output_size < 1:
+        raise ValueError(f"{NAME}: max_output_size is {call.max_output_size}; accepted: 1 or more")
     check_form(NAME, experts)
     if not quantised and known(experts.local == 2):
         raise ValueError(
@@ -88,88 +101,34 @@ def _check(
             f"{NAME}: w13 holds {experts.local} expert; accepted: 2 or more, as the quantised kernels skip SwiGLU for 1"
         )
     check_experts(NAME, experts, x, SCALES)
-    check_top_k(NAME, ids, ep_size * experts.local)
-    check_mask(NAME, mask, x, (torch.bool,))
-    check_limit(NAME, "swiglu_limit", swiglu_limit)
-    for name, given in (("mask", mask is not None), ("swiglu_limit", swiglu_limit > 0)):
+    check_top_k(NAME, call.ids, call.ep_size * experts.local)
+    check_mask(NAME, call, (torch.bool,))
+    check_limit(NAME, "swiglu_limit", call.swiglu_limit)
+    for name, given in (("mask", call.mask is not None), ("swiglu_limit", call.swiglu_limit > 0)):
         if given and not quantised:
             raise ValueError(f"{NAME}: {name} is given for 16-bit weights, whose kernel ignores it; accepted: none")
+    return experts
 
 
-def _experts(quantisation: str, w13: Tensors, w2: Tensors, *lists: Tensors | None) -> Experts:
-    return Experts(quantisation, w13, w2, *(tensors or () for tensors in lists))
+def _fake(call: DispatchFfnCombineCall[Tensor]) -> tuple[Tensor, Tensor]:
+    experts = _check(call)
+    unify_tokens(call)
+    return call.x.new_empty(call.x.shape), call.x.new_empty((experts.local,), dtype=torch.int32)
 
 
-def _fake(
-    x: Tensor,
-    w13: Tensors,
-    w2: Tensors,
-    ids: Tensor,
-    weights: Tensor,
-    group: str,
-    ep_size: int,
-    max_output_size: int,
-    quantisation: str = "none",
-    w13_scale: Tensors | None = None,
-    w2_scale: Tensors | None = None,
-    w13_scale_bias: Tensors | None = None,
-    w2_scale_bias: Tensors | None = None,
-    mask: Tensor | None = None,
-    swiglu_limit: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    experts = _experts(quantisation, w13, w2, w13_scale, w2_scale, w13_scale_bias, w2_scale_bias)
-    _check(x, experts, ids, weights, group, ep_size, max_output_size, mask, swiglu_limit)
-    unify_tokens(x, ids, weights, mask)
-    return x.new_empty(x.shape), x.new_empty((experts.local,), dtype=torch.int32)
-
-
-def _cpu(
-    x: Tensor,
-    w13: Tensors,
-    w2: Tensors,
-    ids: Tensor,
-    weights: Tensor,
-    group: str,
-    ep_size: int,
-    max_output_size: int,
-    quantisation: str = "none",
-    w13_scale: Tensors | None = None,
-    w2_scale: Tensors | None = None,
-    w13_scale_bias: Tensors | None = None,
-    w2_scale_bias: Tensors | None = None,
-    mask: Tensor | None = None,
-    swiglu_limit: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def _cpu(call: DispatchFfnCombineCall[Tensor]) -> tuple[Tensor, Tensor]:
     """The same over gloo. Results of both matmuls pass through float16, for bfloat16 too, as in the kernel's source.
 
     Rows past ``max_output_size`` raise on all ranks; the real operator drops them silently.
     """
-    experts = _experts(quantisation, w13, w2, w13_scale, w2_scale, w13_scale_bias, w2_scale_bias)
-    _check(x, experts, ids, weights, group, ep_size, max_output_size, mask, swiglu_limit)
-    y, counts = run_layer(
-        NAME, x, ids, weights, mask, experts, open_group(NAME, "ep", group, ep_size), between=torch.float16,
-        limit=swiglu_limit, rows=max_output_size, rows_name=f"max_output_size, {max_output_size}",
-    )  # fmt: skip
+    experts = _check(call)
+    ep = open_group(NAME, "ep", call.group, call.ep_size)
+    bounds = Bounds(call.max_output_size, f"max_output_size, {call.max_output_size}")
+    y, counts = run_layer(NAME, call, experts, ep, between=torch.float16, limit=call.swiglu_limit, bounds=bounds)
     return y, counts.to(torch.int32)
 
 
-def _npu(
-    x: Tensor,
-    w13: Tensors,
-    w2: Tensors,
-    ids: Tensor,
-    weights: Tensor,
-    group: str,
-    ep_size: int,
-    max_output_size: int,
-    quantisation: str = "none",
-    w13_scale: Tensors | None = None,
-    w2_scale: Tensors | None = None,
-    w13_scale_bias: Tensors | None = None,
-    w2_scale_bias: Tensors | None = None,
-    mask: Tensor | None = None,
-    swiglu_limit: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def _npu(call: DispatchFfnCombineCall[Tensor]) -> tuple[Tensor, Tensor]:
     """Calls the provider. Its returns are not used: they are ``out`` and ``expert_token_nums`` once more.
 
     Raises:
@@ -177,12 +136,12 @@ def _npu(
         NotImplementedError: the version that is installed has no argument for something that is asked for, or one that is
             not known here.
     """
-    experts = _experts(quantisation, w13, w2, w13_scale, w2_scale, w13_scale_bias, w2_scale_bias)
-    _check(x, experts, ids, weights, group, ep_size, max_output_size, mask, swiglu_limit)
+    experts, x, mask, swiglu_limit = _check(call), call.x, call.mask, call.swiglu_limit
+    form = EXPERT_FORMATS[call.quantisation]
     operator, names = provided(NAME)
     for name, wanted, why in (
-        ("expert_token_nums", not EXPERT_FORMATS[quantisation].quantised, "16-bit weights"),
-        ("bias1", EXPERT_FORMATS[quantisation].has_scale_bias, f"quantisation {quantisation!r}"),
+        ("expert_token_nums", not form.quantised, "16-bit weights"),
+        ("bias1", form.has_scale_bias, f"quantisation {call.quantisation!r}"),
         ("x_active_mask", mask is not None, "mask"),
         ("swiglu_limit", swiglu_limit > 0, "swiglu_limit"),
     ):
@@ -195,18 +154,18 @@ def _npu(
     counts = x.new_full((experts.local,), NO_COUNT, dtype=torch.int32)
     arguments = {
         "x": x.contiguous(),
-        "weight1": list(w13),
-        "weight2": list(w2),
-        "expert_idx": ids.clone(memory_format=torch.contiguous_format),
+        "weight1": list(call.w13),
+        "weight2": list(call.w2),
+        "expert_idx": call.ids.clone(memory_format=torch.contiguous_format),
         **_scales(experts, x),
-        "probs": weights.contiguous(),
-        "group": group,
-        "max_output_size": max_output_size,
+        "probs": call.weights.contiguous(),
+        "group": call.group,
+        "max_output_size": call.max_output_size,
         "out": out,
         "expert_token_nums": counts,
         "x_active_mask": None if mask is None else mask.contiguous(),
         "swiglu_limit": float(swiglu_limit),
-        "world_size": ep_size,  # the operator's own default, 0, is refused by its host tiling
+        "world_size": call.ep_size,  # the operator's own default, 0, is refused by its host tiling
     }
     check_known(NAME, names, arguments)
     operator(**{name: value for name, value in arguments.items() if name in names})
@@ -226,4 +185,4 @@ def _scales(experts: Experts, x: Tensor) -> dict[str, Any]:
     }
 
 
-register(SCHEMA, cpu=_cpu, fake=_fake, npu=_npu, side_effect=True)
+register(SCHEMA, DispatchFfnCombineCall, cpu=_cpu, fake=_fake, npu=_npu, side_effect=True)

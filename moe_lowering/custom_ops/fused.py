@@ -14,23 +14,40 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from moe_lowering.custom_ops.absent import why_absent
 from moe_lowering.custom_ops.combine import send_back, weighted_sum
-from moe_lowering.custom_ops.dispatch import exchange
 from moe_lowering.custom_ops.exchange import ALONE, Group
 from moe_lowering.custom_ops.grouped_mlp import activate, check_per_expert, grouped_matmul
+from moe_lowering.custom_ops.placement import Placement
 from moe_lowering.custom_ops.quantised import WEIGHT_DTYPES, quantise_rows, quantised_matmul
 from moe_lowering.custom_ops.sizes import differ, known, show, unify
+from moe_lowering.custom_ops.token_exchange import Bounds, Tokens, exchange
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 HALVES = (torch.float16, torch.bfloat16)
 FORMATS = ("none", "w8a8", "w4a8")  # those that the fused operators compute
 Tensors = Sequence[Tensor]
+
+
+class FusedCall(Protocol):
+    """The arguments that all of the fused operators have: x [T, hidden], ids and weights [T, k], mask [T] or None."""
+
+    @property
+    def x(self) -> Tensor: ...
+
+    @property
+    def ids(self) -> Tensor: ...
+
+    @property
+    def weights(self) -> Tensor: ...
+
+    @property
+    def mask(self) -> Tensor | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +65,12 @@ class Experts:
     w2_scale: Tensors = ()
     w13_scale_bias: Tensors = ()
     w2_scale_bias: Tensors = ()
+
+    @staticmethod
+    def of(quantisation: str, call: Any) -> Experts:
+        """The lists of a fused operator's call, by their names; what it has no argument for is not there."""
+        names = (field.name for field in dataclasses.fields(Experts) if field.name != "quantisation")
+        return Experts(quantisation, **{name: getattr(call, name, None) or () for name in names})
 
     @property
     def stacked(self) -> bool:
@@ -75,8 +98,9 @@ class Experts:
         return [torch.stack(changed)] if self.stacked else list(changed[0].unbind(0))
 
 
-def check_tokens(operator: str, x: Tensor, ids: Tensor, weights: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+def check_tokens(operator: str, call: FusedCall, dtypes: Sequence[torch.dtype]) -> None:
     """The rules for x [T, hidden], ids [T, k] int32 and the routing weights [T, k] float32."""
+    x, ids, weights = call.x, call.ids, call.weights
     if x.dim() != 2 or x.dtype not in dtypes:
         accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{operator}: x is {x.dtype} of shape {show(x.shape)}; accepted: {accepted} [T, hidden]")
@@ -100,8 +124,9 @@ def check_group(operator: str, group: str, ep_size: int, most: int) -> None:
         raise ValueError(f"{operator}: group is ''; accepted: the name of a communicator that nothing else uses")
 
 
-def check_mask(operator: str, mask: Tensor | None, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    if mask is not None and (mask.dtype not in dtypes or differ(mask.shape, x.shape[:1])):
+def check_mask(operator: str, call: FusedCall, dtypes: Sequence[torch.dtype]) -> None:
+    mask = call.mask
+    if mask is not None and (mask.dtype not in dtypes or differ(mask.shape, call.x.shape[:1])):
         accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{operator}: mask is {mask.dtype} of shape {show(mask.shape)}; accepted: {accepted} [T]")
 
@@ -171,10 +196,11 @@ def check_experts(operator: str, experts: Experts, x: Tensor, scale_dtypes: Sequ
                 check_per_expert(operator, f"{name}_{kind}", tensors, experts.local, (size,), accepted)
 
 
-def unify_tokens(x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor | None) -> None:
+def unify_tokens(call: FusedCall) -> None:
     """One symbol for T in all arguments, for fake kernels."""
-    for tensor in (ids, weights, *(() if mask is None else (mask,))):
-        unify(tensor.shape[:1], x.shape[:1])
+    for tensor in (call.ids, call.weights, call.mask):
+        if tensor is not None:
+            unify(tensor.shape[:1], call.x.shape[:1])
 
 
 # ------------------------------------------------------------------------------------------------------------ arithmetic
@@ -189,19 +215,13 @@ def wide_scale(scale: Tensor) -> Tensor:
 
 def run_layer(
     operator: str,
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    mask: Tensor | None,
+    call: FusedCall,
     experts: Experts,
     ep: Group,
     *,
     between: torch.dtype,
     limit: float,
-    rows: int,
-    rows_name: str,
-    max_tokens: int = 0,
-    equal_tokens: bool | str = False,
+    bounds: Bounds,
 ) -> tuple[Tensor, Tensor]:
     """The whole layer over a process group: y [T, hidden] in the dtype of x, counts [E_local] int64.
 
@@ -209,19 +229,16 @@ def run_layer(
         between: dtype in which both matmuls' results pass from the cube to the vector cores, when quantised after the
             scale of the column and before that of the row.
         limit: of SwiGLU's inputs, 0 for none: gate at most ``limit``, up within ``[-limit, limit]``.
-        rows: how many rows a rank may receive; ``rows_name`` says in an error where that comes from.
-        max_tokens, equal_tokens: see ``exchange``.
 
     Raises:
         ValueError, RuntimeError: as ``exchange`` does, on all ranks alike.
     """
+    x, ids = call.x, call.ids
     quantised = EXPERT_FORMATS[experts.quantisation].quantised
     sent, scale = quantise_rows(x) if quantised else (x, None)
-    active = None if mask is None else mask.bool()
-    received = exchange(
-        operator, sent, scale, ids, active, experts.local * ep.size, ep, ALONE,
-        limit=rows, limit_name=rows_name, max_tokens=max_tokens, equal_tokens=equal_tokens,
-    )  # fmt: skip
+    active = None if call.mask is None else call.mask.bool()
+    placement = Placement(experts.local * ep.size, ep.size)
+    received = exchange(operator, Tokens(sent, ids, scale, active), placement, ep, ALONE, bounds)
     numbers, (name, bound) = received.counts.tolist(), ("swiglu_clamp", limit) if limit else ("swiglu", 0.0)
     if quantised:
         assert received.scale is not None
@@ -235,7 +252,7 @@ def run_layer(
     kept = None if active is None else active.nonzero().squeeze(1)
     expected = ids.numel() if kept is None else kept.numel() * ids.shape[1]
     returned, slots = send_back(operator, result.to(x.dtype), received.handle, ids.shape[1], expected, ep)
-    return weighted_sum(operator, returned, slots, weights, kept), received.counts
+    return weighted_sum(operator, returned, slots, call.weights, kept), received.counts
 
 
 # -------------------------------------------------------------------------------------------------------------- provider

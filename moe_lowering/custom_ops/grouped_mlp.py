@@ -15,15 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate, product
+from typing import Generic
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import NamedTuple
 
-from moe_lowering.custom_ops.library import register
+from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.quantised import (
     WEIGHT_DTYPES,
-    Quantisation,
     antiquant_matmul,
     each,
     grouped,
@@ -33,12 +34,6 @@ from moe_lowering.custom_ops.quantised import (
 from moe_lowering.custom_ops.sizes import differ, known, show
 from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS
 
-SCHEMA = (
-    "grouped_mlp(Tensor rows, Tensor row_scale, Tensor counts, Tensor[] w13, Tensor[] w2, Tensor[] w13_bias, "
-    'Tensor[] w2_bias, str activation, float limit, float alpha, bool interleaved, str quantisation="none", '
-    "Tensor[]? w13_scale=None, Tensor[]? w2_scale=None, Tensor[]? w13_offset=None, Tensor[]? w2_offset=None, "
-    "Tensor[]? w13_scale_bias=None, Tensor[]? w2_scale_bias=None, ScalarType? out_dtype=None) -> Tensor"
-)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
 QUANTISERS = {  # and the formats that have them
@@ -46,10 +41,45 @@ QUANTISERS = {  # and the formats that have them
     "offset": tuple(made.name for made in EXPERT_FORMATS.values() if made.has_offset),
     "scale_bias": tuple(made.name for made in EXPERT_FORMATS.values() if made.has_scale_bias),
 }
+_QUANTISER_LISTS = {f"{name}_{what}": formats for name, (what, formats) in product(("w13", "w2"), QUANTISERS.items())}
 _COMPUTED = frozenset({"none", "w8a8", "w4a8", "w4a16"})  # the formats that _cpu knows; not what the vocabulary has
 CHUNK = (
     2**17
 )  # elements of a 16-bit activation that are worked on at a time, so that their float32 copies stay in cache
+
+
+class GroupedMlpCall(NamedTuple, Generic[Value]):
+    """The arguments of ``grouped_mlp``.
+
+    rows [R, H], of which the first sum(counts) are meant, their scales [R] float32 when they are int8, else [0]; counts
+    [E_local] int64. Each list holds one tensor of all experts or one for each: w13 [H, 2I] and w2 [I, H], an eighth as wide
+    in int32 for int4, biases, scales, offsets and scale biases without their first axis; none is [] or None.
+    ``out_dtype`` is that of the result of int8 rows. The others: see ``docs/architecture.md``.
+    """
+
+    rows: Value
+    row_scale: Value
+    counts: Value
+    w13: Sequence[Value]
+    w2: Sequence[Value]
+    w13_bias: Sequence[Value]
+    w2_bias: Sequence[Value]
+    activation: str
+    limit: float
+    alpha: float
+    interleaved: bool
+    quantisation: str = "none"
+    w13_scale: Sequence[Value] | None = None
+    w2_scale: Sequence[Value] | None = None
+    w13_offset: Sequence[Value] | None = None
+    w2_offset: Sequence[Value] | None = None
+    w13_scale_bias: Sequence[Value] | None = None
+    w2_scale_bias: Sequence[Value] | None = None
+    out_dtype: torch.dtype | None = None
+
+
+NAME = "grouped_mlp"
+SCHEMA = schema_of(NAME, GroupedMlpCall, "Tensor")
 
 
 def check_per_expert(
@@ -76,22 +106,9 @@ def check_per_expert(
             raise TypeError(f"{operator}: {name}[{at}] is {tensor.dtype}; accepted: {accepted}")
 
 
-def _check(
-    rows: Tensor,
-    row_scale: Tensor,
-    counts: Tensor,
-    w13: Sequence[Tensor],
-    w2: Sequence[Tensor],
-    w13_bias: Sequence[Tensor],
-    w2_bias: Sequence[Tensor],
-    activation: str,
-    limit: float,
-    alpha: float,
-    quantisation: Quantisation,
-    out_dtype: torch.dtype | None,
-) -> None:
-    form = quantisation.format
-    _check_rows(rows, row_scale, form, out_dtype)
+def _check(call: GroupedMlpCall[Tensor]) -> None:
+    form, rows, counts, w13, w2 = call.quantisation, call.rows, call.counts, call.w13, call.w2
+    _check_rows(call)
     if counts.dim() != 1 or counts.dtype != torch.int64:
         raise ValueError(
             f"grouped_mlp: counts is {counts.dtype} of shape {show(counts.shape)}; accepted: int64 [E_local]"
@@ -99,24 +116,25 @@ def _check(
     for name, weights in (("w13", w13), ("w2", w2)):
         if not weights or weights[0].dim() < 2:
             raise ValueError(f"grouped_mlp: {name} holds no matrix; accepted: one tensor [E, K, N] or E tensors [K, N]")
-    packed, dtypes = quantisation.packed, (WEIGHT_DTYPES.get(form, rows.dtype),)
+    packed, dtypes = EXPERT_FORMATS[form].packed, (WEIGHT_DTYPES.get(form, rows.dtype),)
     experts, hidden, double = counts.shape[0], rows.shape[1], w13[0].shape[-1] * packed
     if known(double % 2 != 0):
         raise ValueError(f"grouped_mlp: w13 has {double} columns; accepted: an even number, gate and up")
     if known(hidden % packed != 0):
         raise ValueError(f"grouped_mlp: rows has hidden size {hidden} for {form}; accepted: a multiple of {packed}")
-    check_per_expert("grouped_mlp", "w13", w13, experts, (hidden, double // packed), dtypes)
-    check_per_expert("grouped_mlp", "w2", w2, experts, (double // 2, hidden // packed), dtypes)
-    for name, biases, width in (("w13_bias", w13_bias, double), ("w2_bias", w2_bias, hidden)):
+    check_per_expert(NAME, "w13", w13, experts, (hidden, double // packed), dtypes)
+    check_per_expert(NAME, "w2", w2, experts, (double // 2, hidden // packed), dtypes)
+    for name, biases, width in (("w13_bias", call.w13_bias, double), ("w2_bias", call.w2_bias, hidden)):
         if biases and EXPERT_FORMATS[form].quantised:
             raise ValueError(f"grouped_mlp: {name} is given for quantisation {form!r}; accepted: none")
         if biases:
-            check_per_expert("grouped_mlp", name, biases, experts, (width,), (rows.dtype, torch.float32))
-    _check_quantisers(quantisation, experts, hidden, double, rows.dtype)
-    _check_activation(activation, limit, alpha)
+            check_per_expert(NAME, name, biases, experts, (width,), (rows.dtype, torch.float32))
+    _check_quantisers(call, experts, hidden, double)
+    _check_activation(call.activation, call.limit, call.alpha)
 
 
-def _check_rows(rows: Tensor, row_scale: Tensor, form: str, out_dtype: torch.dtype | None) -> None:
+def _check_rows(call: GroupedMlpCall[Tensor]) -> None:
+    rows, row_scale, form, out_dtype = call.rows, call.row_scale, call.quantisation, call.out_dtype
     if form not in EXPERT_FORMATS:
         raise ValueError(f"grouped_mlp: quantisation is {form!r}; accepted: {', '.join(EXPERT_FORMATS)}")
     if rows.dim() != 2:
@@ -144,32 +162,30 @@ def _check_rows(rows: Tensor, row_scale: Tensor, form: str, out_dtype: torch.dty
         raise TypeError(f"grouped_mlp: out_dtype is {out_dtype} for int8 rows; accepted: float32, float16, bfloat16")
 
 
-def _check_quantisers(quantisation: Quantisation, experts: int, hidden: int, double: int, dtype: torch.dtype) -> None:
+def _check_quantisers(call: GroupedMlpCall[Tensor], experts: int, hidden: int, double: int) -> None:
     """Scales, offsets and scale biases: there when the format has them, and of which shapes and dtypes."""
-    form = quantisation.format
-    if quantisation == Quantisation("none"):
-        return
-    scale_dtypes = tuple(getattr(torch, name) for name in EXPERT_FORMATS[form].scale_dtypes) or (dtype,)
-    for name, (what, formats) in product(("w13", "w2"), QUANTISERS.items()):
-        if getattr(quantisation, f"{name}_{what}") and form not in formats:
+    form, dtype = call.quantisation, call.rows.dtype
+    for name, formats in _QUANTISER_LISTS.items():
+        if form not in formats and getattr(call, name):
             raise ValueError(
-                f"grouped_mlp: {name}_{what} is given for quantisation {form!r}; accepted: none, since only "
+                f"grouped_mlp: {name} is given for quantisation {form!r}; accepted: none, since only "
                 f"{', '.join(formats)} has it"
             )
+    if form == "none":
+        return
+    scale_dtypes = tuple(getattr(torch, name) for name in EXPERT_FORMATS[form].scale_dtypes) or (dtype,)
     for name, inner, width in (("w13", hidden, double), ("w2", double // 2, hidden)):
-        scale: Sequence[Tensor] = getattr(quantisation, f"{name}_scale")
-        offset: Sequence[Tensor] = getattr(quantisation, f"{name}_offset")
-        bias: Sequence[Tensor] = getattr(quantisation, f"{name}_scale_bias")
+        scale, offset, bias = (getattr(call, f"{name}_{what}") or () for what in QUANTISERS)
         if not scale:
             raise ValueError(f"grouped_mlp: {name}_scale is None for {form}; accepted: {show((experts, width))}")
         shape: tuple[int, ...] = (width,)
         if EXPERT_FORMATS[form].weight_only and grouped(scale, experts):
             shape = (_groups(f"{name}_scale", scale[0].shape[-2], inner), width)
-        check_per_expert("grouped_mlp", f"{name}_scale", scale, experts, shape, scale_dtypes)
+        check_per_expert(NAME, f"{name}_scale", scale, experts, shape, scale_dtypes)
         if offset:
-            check_per_expert("grouped_mlp", f"{name}_offset", offset, experts, shape, (dtype,))
+            check_per_expert(NAME, f"{name}_offset", offset, experts, shape, (dtype,))
         if bias:
-            check_per_expert("grouped_mlp", f"{name}_scale_bias", bias, experts, (width,), (torch.float32,))
+            check_per_expert(NAME, f"{name}_scale_bias", bias, experts, (width,), (torch.float32,))
 
 
 def _groups(name: str, groups: int, inner: int) -> int:
@@ -190,97 +206,45 @@ def _check_activation(activation: str, limit: float, alpha: float) -> None:
         raise ValueError(f"grouped_mlp: alpha is {alpha}; accepted: a finite number")
 
 
-def _quantisation(form: str, *lists: Sequence[Tensor] | None) -> Quantisation:
-    return Quantisation(form, *(tensors or () for tensors in lists))
+def _fake(call: GroupedMlpCall[Tensor]) -> Tensor:
+    _check(call)
+    return call.rows.new_empty(call.rows.shape, dtype=call.out_dtype or call.rows.dtype)
 
 
-def _fake(
-    rows: Tensor,
-    row_scale: Tensor,
-    counts: Tensor,
-    w13: Sequence[Tensor],
-    w2: Sequence[Tensor],
-    w13_bias: Sequence[Tensor],
-    w2_bias: Sequence[Tensor],
-    activation: str,
-    limit: float,
-    alpha: float,
-    interleaved: bool,
-    quantisation: str = "none",
-    w13_scale: Sequence[Tensor] | None = None,
-    w2_scale: Sequence[Tensor] | None = None,
-    w13_offset: Sequence[Tensor] | None = None,
-    w2_offset: Sequence[Tensor] | None = None,
-    w13_scale_bias: Sequence[Tensor] | None = None,
-    w2_scale_bias: Sequence[Tensor] | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    stored = _quantisation(quantisation, w13_scale, w2_scale, w13_offset, w2_offset, w13_scale_bias, w2_scale_bias)
-    _check(rows, row_scale, counts, w13, w2, w13_bias, w2_bias, activation, limit, alpha, stored, out_dtype)
-    return rows.new_empty(rows.shape, dtype=out_dtype or rows.dtype)
-
-
-def _cpu(
-    rows: Tensor,
-    row_scale: Tensor,
-    counts: Tensor,
-    w13: Sequence[Tensor],
-    w2: Sequence[Tensor],
-    w13_bias: Sequence[Tensor],
-    w2_bias: Sequence[Tensor],
-    activation: str,
-    limit: float,
-    alpha: float,
-    interleaved: bool,
-    quantisation: str = "none",
-    w13_scale: Sequence[Tensor] | None = None,
-    w2_scale: Sequence[Tensor] | None = None,
-    w13_offset: Sequence[Tensor] | None = None,
-    w2_offset: Sequence[Tensor] | None = None,
-    w13_scale_bias: Sequence[Tensor] | None = None,
-    w2_scale_bias: Sequence[Tensor] | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    stored = _quantisation(quantisation, w13_scale, w2_scale, w13_offset, w2_offset, w13_scale_bias, w2_scale_bias)
-    _check(rows, row_scale, counts, w13, w2, w13_bias, w2_bias, activation, limit, alpha, stored, out_dtype)
-    numbers = counts.tolist()
-    used, gate = sum(numbers), (activation, limit, alpha, interleaved)
+def _cpu(call: GroupedMlpCall[Tensor]) -> Tensor:
+    _check(call)
+    rows, numbers = call.rows, call.counts.tolist()
+    used, gate = sum(numbers), (call.activation, call.limit, call.alpha, call.interleaved)
     if used > rows.shape[0] or min(numbers, default=0) < 0:
         raise ValueError(
             f"grouped_mlp: counts is {numbers}, {used} in all; accepted: 0 or more each, at most R = {rows.shape[0]}"
         )
-    if quantisation not in _COMPUTED:
-        raise ValueError(f"grouped_mlp: quantisation is {quantisation!r}, which has no kernel")
-    form = EXPERT_FORMATS[quantisation]
+    if call.quantisation not in _COMPUTED:
+        raise ValueError(f"grouped_mlp: quantisation is {call.quantisation!r}, which has no kernel")
+    form = EXPERT_FORMATS[call.quantisation]
     if form.int8_rows:
-        out = _int8_rows(rows[:used], row_scale[:used], numbers, w13, w2, stored, gate)
+        out = _int8_rows(call, numbers, used)
     elif form.weight_only:
-        hidden = antiquant_matmul(rows[:used], numbers, w13, stored.w13_scale, stored.w13_offset)
+        hidden = antiquant_matmul(rows[:used], numbers, call.w13, call.w13_scale or (), call.w13_offset or ())
         hidden = activate(hidden, *gate, rows.dtype)
-        out = antiquant_matmul(hidden, numbers, w2, stored.w2_scale, stored.w2_offset)
+        out = antiquant_matmul(hidden, numbers, call.w2, call.w2_scale or (), call.w2_offset or ())
     else:
-        hidden = grouped_matmul(rows[:used], numbers, w13, w13_bias, rows.dtype)
+        hidden = grouped_matmul(rows[:used], numbers, call.w13, call.w13_bias, rows.dtype)
         hidden = activate(hidden, *gate, rows.dtype)
-        out = grouped_matmul(hidden, numbers, w2, w2_bias, rows.dtype)
-    out = out.to(out_dtype or rows.dtype)
+        out = grouped_matmul(hidden, numbers, call.w2, call.w2_bias, rows.dtype)
+    out = out.to(call.out_dtype or rows.dtype)
     return out if used == rows.shape[0] else F.pad(out, (0, 0, 0, rows.shape[0] - used))
 
 
-def _int8_rows(
-    rows: Tensor,
-    row_scale: Tensor,
-    counts: list[int],
-    w13: Sequence[Tensor],
-    w2: Sequence[Tensor],
-    stored: Quantisation,
-    gate: tuple[str, float, float, bool],
-) -> Tensor:
-    """w8a8 and w4a8 in float32, of float rows or of int8 rows with their scales."""
+def _int8_rows(call: GroupedMlpCall[Tensor], counts: list[int], used: int) -> Tensor:
+    """w8a8 and w4a8 in float32, of the first ``used`` rows: floats, or int8 with their scales."""
+    rows, row_scale = call.rows[:used], call.row_scale[:used]
     if rows.dtype != torch.int8:
         rows, row_scale = quantise_rows(rows)
-    hidden = quantised_matmul(rows, row_scale, counts, w13, stored.w13_scale)
+    hidden = quantised_matmul(rows, row_scale, counts, call.w13, call.w13_scale or ())
+    gate = (call.activation, call.limit, call.alpha, call.interleaved)
     rows, row_scale = quantise_rows(activate(hidden, *gate, torch.float32))
-    return quantised_matmul(rows, row_scale, counts, w2, stored.w2_scale)
+    return quantised_matmul(rows, row_scale, counts, call.w2, call.w2_scale or ())
 
 
 def grouped_matmul(
@@ -358,4 +322,4 @@ def _gated(hidden: Tensor, activation: str, limit: float, alpha: float, interlea
     raise ValueError(f"grouped_mlp: activation is {activation!r}, which has no kernel")
 
 
-register(SCHEMA, cpu=_cpu, fake=_fake)
+register(SCHEMA, GroupedMlpCall, cpu=_cpu, fake=_fake)

@@ -1,4 +1,8 @@
-"""How an operator of this package is registered.
+"""How an operator of this package is registered, and how its signature is written.
+
+An operator's arguments stand in one place, a record: the schema is made from its fields, and every kernel (fake, CPU,
+device) and every check takes it; ``passes.arguments`` reads it from a node. Records are named tuples: a frozen dataclass
+takes 2 us to make. Operators with a few arguments have a schema as text, and kernels that take those.
 
 ``torch.library.Library`` and not ``torch.library.custom_op``: one call through the latter costs about 2 us more, and it
 registers one Python function for all devices, while ``dispatch_ffn_combine`` has another kernel on an NPU.
@@ -8,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch.fx.node import has_side_effect
@@ -19,9 +23,38 @@ NAMESPACE = "moe_lowering"
 # FRAGMENT, so that other parts of the package may define operators in the same namespace.
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
+# What stands for a tensor in a record of arguments: a tensor, real or fake, or the node of a graph that makes it.
+Value = TypeVar("Value")
+_SCHEMA_TYPES: dict[Any, str] = {
+    Value: "Tensor",
+    Value | None: "Tensor?",
+    Sequence[Value]: "Tensor[]",  # type: ignore[valid-type]
+    Sequence[Value] | None: "Tensor[]?",  # type: ignore[valid-type]
+    int: "int",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    torch.dtype | None: "ScalarType?",
+}
+
+
+def schema_of(name: str, call: Any, returns: str) -> str:
+    """The schema of the operator whose arguments are the fields of the named tuple ``call``; ``returns`` as in a schema."""
+    types = get_type_hints(call)
+    arguments = [f"{_SCHEMA_TYPES[types[field]]} {field}{_default(call, field)}" for field in call._fields]
+    return f"{name}({', '.join(arguments)}) -> {returns}"
+
+
+def _default(call: Any, field: str) -> str:
+    if field not in call._field_defaults:
+        return ""
+    default = call._field_defaults[field]
+    return f'="{default}"' if isinstance(default, str) else f"={default}"
+
 
 def register(
     schema: str,
+    call: type[Any] | None = None,
     *,
     cpu: Callable[..., Any],
     fake: Callable[..., Any],
@@ -32,6 +65,7 @@ def register(
 
     Args:
         schema: as in ``docs/architecture.md``, with the operator's name first.
+        call: the record that the kernels take, of which ``schema_of`` made the schema. None: they take the arguments.
         cpu: the kernel that defines the meaning.
         fake: shapes and dtypes from shapes and dtypes; also the kernel for device "meta".
         npu: kernel for device "npu" (PrivateUse1).
@@ -41,10 +75,10 @@ def register(
     qualified = f"{NAMESPACE}::{name}"
     library: Any = LIBRARY  # torch.library is not fully typed
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, _refuse_none(schema, cpu), "CPU")
+    library.impl(name, bind_kernel(schema, cpu, call), "CPU")
     if npu is not None:
-        library.impl(name, _refuse_none(schema, npu), "PrivateUse1")
-    torch.library.register_fake(qualified, _refuse_none(schema, fake), lib=LIBRARY)
+        library.impl(name, bind_kernel(schema, npu, call), "PrivateUse1")
+    torch.library.register_fake(qualified, bind_kernel(schema, fake, call), lib=LIBRARY)
     if not schema.endswith("-> ()"):
         torch.library.register_autograd(qualified, _no_backward(qualified), lib=LIBRARY)
     if side_effect:
@@ -53,8 +87,11 @@ def register(
         has_side_effect(packet.default)
 
 
-def _refuse_none(schema: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """``kernel`` with an error for None where the schema has ``Tensor``: torch takes that for an undefined tensor."""
+def bind_kernel(schema: str, kernel: Callable[..., Any], call: type[Any] | None = None) -> Callable[..., Any]:
+    """What torch calls with the arguments of a schema: ``kernel``, with the record ``call`` of them when there is one.
+
+    It refuses None where the schema has ``Tensor``: torch takes that for an undefined tensor.
+    """
     name, _, arguments = schema.partition(" -> ")[0].partition("(")
     kinds = [argument.split()[:2] for argument in re.split(r", ?", arguments.rstrip(")"))]
     required = [(at, kind[1]) for at, kind in enumerate(kinds) if kind[0] == "Tensor"]
@@ -64,7 +101,7 @@ def _refuse_none(schema: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         for at, argument in required:  # they have no defaults, so torch hands them over by position
             if given[at] is None:
                 raise ValueError(f"{name}: {argument} is None; accepted: a tensor")
-        return kernel(*given, **named)
+        return kernel(*given, **named) if call is None else kernel(call(*given, **named))
 
     return checked
 

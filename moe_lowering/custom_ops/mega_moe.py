@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
+from typing_extensions import NamedTuple
 
 from moe_lowering.custom_ops.exchange import open_group
 from moe_lowering.custom_ops.fused import (
     Experts,
-    Tensors,
     check_experts,
     check_form,
     check_group,
@@ -36,17 +37,41 @@ from moe_lowering.custom_ops.fused import (
     wide_scale,
     zero_masked,
 )
-from moe_lowering.custom_ops.library import register
+from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.sizes import known, smaller
+from moe_lowering.custom_ops.token_exchange import Bounds
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 NAME = "mega_moe"
-SCHEMA = (
-    f"{NAME}(Tensor x, Tensor[] w13, Tensor[] w2, Tensor ids, Tensor weights, str group, int ep_size, int num_experts, "
-    'int max_tokens, int max_rows, str quantisation="none", Tensor[]? w13_scale=None, Tensor[]? w2_scale=None, '
-    "Tensor[]? w13_scale_bias=None, Tensor[]? w2_scale_bias=None, Tensor? mask=None, float activation_clamp=0.0) "
-    "-> (Tensor y, Tensor expert_token_nums)"
-)
+
+
+class MegaMoeCall(NamedTuple, Generic[Value]):
+    """The arguments of ``mega_moe``; of tokens as in ``fused.FusedCall``, of experts as in ``fused.Experts``.
+
+    ``num_experts`` are those of all ranks; ``max_tokens`` and ``max_rows``: see the top of this file; ``activation_clamp``
+    limits SwiGLU's inputs, 0 for none.
+    """
+
+    x: Value
+    w13: Sequence[Value]
+    w2: Sequence[Value]
+    ids: Value
+    weights: Value
+    group: str
+    ep_size: int
+    num_experts: int
+    max_tokens: int
+    max_rows: int
+    quantisation: str = "none"
+    w13_scale: Sequence[Value] | None = None
+    w2_scale: Sequence[Value] | None = None
+    w13_scale_bias: Sequence[Value] | None = None
+    w2_scale_bias: Sequence[Value] | None = None
+    mask: Value | None = None
+    activation_clamp: float = 0.0
+
+
+SCHEMA = schema_of(NAME, MegaMoeCall, "(Tensor y, Tensor expert_token_nums)")
 PROVIDER = "cann_ops_transformer.ops"
 MOST_RANKS = 128
 SCALES = (torch.float32, torch.int64)
@@ -60,121 +85,49 @@ PRESENT_FORM = "topk_weights_type"
 _BUFFERS: dict[tuple[Any, ...], Any] = {}
 
 
-def _check(
-    x: Tensor,
-    experts: Experts,
-    ids: Tensor,
-    weights: Tensor,
-    group: str,
-    ep_size: int,
-    num_experts: int,
-    max_tokens: int,
-    max_rows: int,
-    mask: Tensor | None,
-    activation_clamp: float,
-) -> None:
+def _check(call: MegaMoeCall[Tensor]) -> Experts:
     """Raises for what the real operator refuses, or does not say that it accepts, but for the sizes of a device."""
-    check_tokens(NAME, x, ids, weights, (torch.bfloat16,))
-    check_group(NAME, group, ep_size, MOST_RANKS)
-    check_quantisation(NAME, experts.quantisation)
+    x, max_tokens = call.x, call.max_tokens
+    check_tokens(NAME, call, (torch.bfloat16,))
+    check_group(NAME, call.group, call.ep_size, MOST_RANKS)
+    check_quantisation(NAME, call.quantisation)
+    experts = Experts.of(call.quantisation, call)
     check_form(NAME, experts, lists_only=True)
-    check_local_experts(NAME, experts, num_experts, ep_size)
+    check_local_experts(NAME, experts, call.num_experts, call.ep_size)
     check_experts(NAME, experts, x, SCALES)
-    check_top_k(NAME, ids, num_experts)
-    check_mask(NAME, mask, x, MASKS)
-    check_limit(NAME, "activation_clamp", activation_clamp)
+    check_top_k(NAME, call.ids, call.num_experts)
+    check_mask(NAME, call, MASKS)
+    check_limit(NAME, "activation_clamp", call.activation_clamp)
     if max_tokens < 1:
         raise ValueError(f"{NAME}: max_tokens is {max_tokens}; accepted: 1 or more")
     if known(x.shape[0] > max_tokens):
         raise ValueError(f"{NAME}: x has {x.shape[0]} tokens; accepted: at most max_tokens, {max_tokens}")
-    if max_rows < 0:
-        raise ValueError(f"{NAME}: max_rows is {max_rows}; accepted: 0 (what max_tokens implies) or more")
+    if call.max_rows < 0:
+        raise ValueError(f"{NAME}: max_rows is {call.max_rows}; accepted: 0 (what max_tokens implies) or more")
+    return experts
 
 
-def _experts(quantisation: str, w13: Tensors, w2: Tensors, *lists: Tensors | None) -> Experts:
-    return Experts(quantisation, w13, w2, *(tensors or () for tensors in lists))
-
-
-def _row_bound(experts: Experts, ids: Tensor, ep_size: int, max_tokens: int, max_rows: int) -> int:
+def _row_bound(call: MegaMoeCall[Tensor], experts: Experts) -> int:
     """Rows that a rank may receive. Never 0: some versions divide by it."""
-    return max_rows or ep_size * max_tokens * smaller(ids.shape[1], experts.local)
+    return call.max_rows or call.ep_size * call.max_tokens * smaller(call.ids.shape[1], experts.local)
 
 
-def _fake(
-    x: Tensor,
-    w13: Tensors,
-    w2: Tensors,
-    ids: Tensor,
-    weights: Tensor,
-    group: str,
-    ep_size: int,
-    num_experts: int,
-    max_tokens: int,
-    max_rows: int,
-    quantisation: str = "none",
-    w13_scale: Tensors | None = None,
-    w2_scale: Tensors | None = None,
-    w13_scale_bias: Tensors | None = None,
-    w2_scale_bias: Tensors | None = None,
-    mask: Tensor | None = None,
-    activation_clamp: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    experts = _experts(quantisation, w13, w2, w13_scale, w2_scale, w13_scale_bias, w2_scale_bias)
-    _check(x, experts, ids, weights, group, ep_size, num_experts, max_tokens, max_rows, mask, activation_clamp)
-    unify_tokens(x, ids, weights, mask)
-    return x.new_empty(x.shape), x.new_empty((experts.local,), dtype=torch.int32)
+def _fake(call: MegaMoeCall[Tensor]) -> tuple[Tensor, Tensor]:
+    experts = _check(call)
+    unify_tokens(call)
+    return call.x.new_empty(call.x.shape), call.x.new_empty((experts.local,), dtype=torch.int32)
 
 
-def _cpu(
-    x: Tensor,
-    w13: Tensors,
-    w2: Tensors,
-    ids: Tensor,
-    weights: Tensor,
-    group: str,
-    ep_size: int,
-    num_experts: int,
-    max_tokens: int,
-    max_rows: int,
-    quantisation: str = "none",
-    w13_scale: Tensors | None = None,
-    w2_scale: Tensors | None = None,
-    w13_scale_bias: Tensors | None = None,
-    w2_scale_bias: Tensors | None = None,
-    mask: Tensor | None = None,
-    activation_clamp: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def _cpu(call: MegaMoeCall[Tensor]) -> tuple[Tensor, Tensor]:
     """The same over gloo, with the roundings of ``dispatch_ffn_combine``, whose kernels the operator took over."""
-    experts = _experts(quantisation, w13, w2, w13_scale, w2_scale, w13_scale_bias, w2_scale_bias)
-    _check(x, experts, ids, weights, group, ep_size, num_experts, max_tokens, max_rows, mask, activation_clamp)
-    bound = _row_bound(experts, ids, ep_size, max_tokens, max_rows)
-    y, counts = run_layer(
-        NAME, x, ids, weights, mask, experts, open_group(NAME, "ep", group, ep_size), between=torch.float16,
-        limit=activation_clamp, rows=bound, rows_name=f"{bound} (max_rows is {max_rows})",
-        max_tokens=max_tokens, equal_tokens=EQUAL,
-    )  # fmt: skip
+    experts = _check(call)
+    rows, ep = _row_bound(call, experts), open_group(NAME, "ep", call.group, call.ep_size)
+    bounds = Bounds(rows, f"{rows} (max_rows is {call.max_rows})", call.max_tokens, EQUAL)
+    y, counts = run_layer(NAME, call, experts, ep, between=torch.float16, limit=call.activation_clamp, bounds=bounds)
     return y, counts.to(torch.int32)
 
 
-def _npu(
-    x: Tensor,
-    w13: Tensors,
-    w2: Tensors,
-    ids: Tensor,
-    weights: Tensor,
-    group: str,
-    ep_size: int,
-    num_experts: int,
-    max_tokens: int,
-    max_rows: int,
-    quantisation: str = "none",
-    w13_scale: Tensors | None = None,
-    w2_scale: Tensors | None = None,
-    w13_scale_bias: Tensors | None = None,
-    w2_scale_bias: Tensors | None = None,
-    mask: Tensor | None = None,
-    activation_clamp: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def _npu(call: MegaMoeCall[Tensor]) -> tuple[Tensor, Tensor]:
     """Calls the provider; the first call for a group and its sizes is a collective that makes the buffer.
 
     Raises:
@@ -182,44 +135,42 @@ def _npu(
         NotImplementedError: W4A8 with a provider that takes other packed weights.
         ValueError: ``group`` names no communicator here.
     """
-    experts = _experts(quantisation, w13, w2, w13_scale, w2_scale, w13_scale_bias, w2_scale_bias)
-    _check(x, experts, ids, weights, group, ep_size, num_experts, max_tokens, max_rows, mask, activation_clamp)
+    experts, form = _check(call), EXPERT_FORMATS[call.quantisation]
     provider = _provider()
     present = PRESENT_FORM in inspect.signature(provider.get_symm_buffer_for_mega_moe).parameters
-    if EXPERT_FORMATS[quantisation].has_scale_bias and not present:
+    if form.has_scale_bias and not present:
         raise NotImplementedError(
             f"{NAME}: quantisation is 'w4a8', and get_symm_buffer_for_mega_moe has no argument {PRESENT_FORM}: this version "
             "of cann_ops_transformer reads two int4 in an int8; accepted: a newer one, which reads eight in an int32"
         )
     sizes = {
-        "num_experts": num_experts,
-        "num_max_tokens_per_rank": max_tokens,
-        "num_topk": int(ids.shape[1]),
-        "hidden": int(x.shape[1]),
+        "num_experts": call.num_experts,
+        "num_max_tokens_per_rank": call.max_tokens,
+        "num_topk": int(call.ids.shape[1]),
+        "hidden": int(call.x.shape[1]),
         # vllm-ascend 182b75ea passes both halves; the later documentation defines the width after SwiGLU.
         "intermediate_hidden": experts.intermediate * (1 if present else 2),
-        "max_recv_token_num": _row_bound(experts, ids, ep_size, max_tokens, max_rows),
-        "dispatch_quant_mode": DISPATCH_QUANT[quantisation][0],
-        "dispatch_quant_out_dtype": DISPATCH_QUANT[quantisation][1],
+        "max_recv_token_num": _row_bound(call, experts),
+        "dispatch_quant_mode": DISPATCH_QUANT[call.quantisation][0],
+        "dispatch_quant_out_dtype": DISPATCH_QUANT[call.quantisation][1],
     }
-    form = EXPERT_FORMATS[quantisation]
     quantised, biased = form.quantised, form.has_scale_bias
     y, counts = provider.mega_moe(
-        x.contiguous(),
-        ids.clone(memory_format=torch.contiguous_format),
-        weights.contiguous(),
-        list(w13),
-        list(w2),
-        _buffer(provider, group, ep_size, sizes),
+        call.x.contiguous(),
+        call.ids.clone(memory_format=torch.contiguous_format),
+        call.weights.contiguous(),
+        list(call.w13),
+        list(call.w2),
+        _buffer(provider, call.group, call.ep_size, sizes),
         l1_weights_sf=experts.in_form(experts.w13_scale, wide_scale) if quantised else None,
         l2_weights_sf=experts.in_form(experts.w2_scale, wide_scale) if quantised else None,
         l1_bias=experts.in_form(experts.w13_scale_bias) if biased else None,
         l2_bias=experts.in_form(experts.w2_scale_bias) if biased else None,
-        x_active_mask=None if mask is None else mask.to(torch.int8).contiguous(),
+        x_active_mask=None if call.mask is None else call.mask.to(torch.int8).contiguous(),
         activation="swiglu",
-        activation_clamp=float(activation_clamp) if activation_clamp else None,
+        activation_clamp=float(call.activation_clamp) if call.activation_clamp else None,
     )
-    return zero_masked(y, mask), counts
+    return zero_masked(y, call.mask), counts
 
 
 def _provider() -> Any:
@@ -270,4 +221,4 @@ def _communicator(handle: Any) -> str | None:
         return None
 
 
-register(SCHEMA, cpu=_cpu, fake=_fake, npu=_npu, side_effect=True)
+register(SCHEMA, MegaMoeCall, cpu=_cpu, fake=_fake, npu=_npu, side_effect=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_lowering.custom_ops.fused import wide_scale
-from moe_lowering.custom_ops.grouped_mlp import activate
+from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall, activate
 from moe_lowering.custom_ops.quantised import float_scale
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
@@ -32,53 +32,36 @@ OUTPUT_DTYPES = {torch.float16: 5, torch.bfloat16: 15}  # numbers that npu_group
 BIAS_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float16, torch.float32: torch.float32}
 
 
-def npu_grouped_mlp(
-    rows: Tensor,
-    row_scale: Tensor,
-    counts: Tensor,
-    w13: Tensors,
-    w2: Tensors,
-    w13_bias: Tensors,
-    w2_bias: Tensors,
-    activation: str,
-    limit: float,
-    alpha: float,
-    interleaved: bool,
-    quantisation: str,
-    w13_scale: Tensors | None,
-    w2_scale: Tensors | None,
-    w13_offset: Tensors | None,
-    w2_offset: Tensors | None,
-    w13_scale_bias: Tensors | None,
-    w2_scale_bias: Tensors | None,
-    out_dtype: torch.dtype | None,
-) -> Tensor:
+def npu_grouped_mlp(call: GroupedMlpCall[Tensor]) -> Tensor:
     """As ``grouped_mlp``, for at least one row; arguments are taken as checked. No synchronisation with the host.
 
     Rows past the sum of ``counts`` are undefined in the result.
     """
-    dtype = out_dtype or rows.dtype
+    rows, row_scale, counts, w13, w2 = call.rows, call.row_scale, call.counts, call.w13, call.w2
+    dtype = call.out_dtype or rows.dtype
     experts = counts.shape[0]
 
     def gated(hidden: Tensor) -> Tensor:
-        if activation == "swiglu" and not interleaved:
+        if call.activation == "swiglu" and not call.interleaved:
             return torch.ops.npu.npu_swiglu(hidden, -1)
-        return activate(hidden, activation, limit, alpha, interleaved, torch.float32).to(dtype)
+        gate = (call.activation, call.limit, call.alpha, call.interleaved)
+        return activate(hidden, *gate, torch.float32).to(dtype)
 
-    if quantisation not in _COMPUTED:
-        raise ValueError(f"grouped_mlp: quantisation is {quantisation!r}, which has no operators on a device")
-    form = EXPERT_FORMATS[quantisation]
+    if call.quantisation not in _COMPUTED:
+        raise ValueError(f"grouped_mlp: quantisation is {call.quantisation!r}, which has no operators on a device")
+    form = EXPERT_FORMATS[call.quantisation]
     if not form.quantised:
-        hidden = gated(_matmul(rows, counts, w13, bias=_biases(w13, w13_bias, experts)))
-        return _matmul(hidden, counts, w2, bias=_biases(w2, w2_bias, experts))
+        hidden = gated(_matmul(rows, counts, w13, bias=_biases(w13, call.w13_bias, experts)))
+        return _matmul(hidden, counts, w2, bias=_biases(w2, call.w2_bias, experts))
+    w13_scale, w2_scale = call.w13_scale or (), call.w2_scale or ()
     if form.weight_only:
-        hidden = gated(_antiquant_matmul(rows, counts, w13, w13_scale or (), w13_offset or ()))
-        return _antiquant_matmul(hidden, counts, w2, w2_scale or (), w2_offset or ())
+        hidden = gated(_antiquant_matmul(rows, counts, w13, w13_scale, call.w13_offset or ()))
+        return _antiquant_matmul(hidden, counts, w2, w2_scale, call.w2_offset or ())
     if rows.dtype != torch.int8:
         rows, row_scale = torch.ops.npu.npu_dynamic_quant(rows)
-    hidden = gated(_scaled_matmul(rows, row_scale, counts, w13, w13_scale or (), w13_scale_bias or (), dtype))
+    hidden = gated(_scaled_matmul(rows, row_scale, counts, w13, w13_scale, call.w13_scale_bias or (), dtype))
     rows, row_scale = torch.ops.npu.npu_dynamic_quant(hidden)
-    return _scaled_matmul(rows, row_scale, counts, w2, w2_scale or (), w2_scale_bias or (), dtype)
+    return _scaled_matmul(rows, row_scale, counts, w2, w2_scale, call.w2_scale_bias or (), dtype)
 
 
 def _matmul(rows: Tensor, counts: Tensor, weights: Tensors, **options: Any) -> Tensor:

@@ -10,14 +10,15 @@ A *place* is one expert of one rank. Places are numbered by rank: those of the s
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moe_lowering.custom_ops.sizes import ceil_div, smaller
 
-@dataclasses.dataclass(frozen=True)
-class Placement:
+
+class Placement(NamedTuple):
     """The experts of an EP group of ``ep_size`` ranks; plain ints, to be checked by ``check``."""
 
     num_experts: int
@@ -38,6 +39,22 @@ class Placement:
     @property
     def places(self) -> int:
         return self.shared_expert_ranks + self.num_experts
+
+    def row_bound(self, share: int, top_k: int, max_rows: int = 0, on_shared_rank: bool = False) -> int:
+        """R, the rows that one rank has room for: ``ep_size * share * min(k, E_local)``, at most ``max_rows``.
+
+        A shared-expert rank gets each token of the ranks that it serves once: ``ceil(ep_size / P) * share``, with
+        P = ``shared_expert_ranks / shared_experts`` ranks for each shared expert.
+
+        Args:
+            share: the most tokens that a rank contributes, may be symbolic.
+            max_rows: 0 for no cap.
+        """
+        if on_shared_rank:
+            bound = ceil_div(self.ep_size, self.shared_expert_ranks // self.shared_experts) * share
+        else:
+            bound = self.ep_size * share * smaller(top_k, self.local_experts)
+        return smaller(bound, max_rows) if max_rows else bound
 
     def shared_places(self, source: int) -> list[int]:
         """The places to which tokens of rank ``source`` go beside their routed experts, by shared expert."""

@@ -7,7 +7,6 @@ Source: ops_transformer.grouped_matmul.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -18,24 +17,6 @@ from moe_lowering.vocabulary import EXPERT_FORMATS
 PER_INT32 = 8  # int4 weights in one int32
 WEIGHT_DTYPES = {made.name: getattr(torch, made.weight_dtype) for made in EXPERT_FORMATS.values() if made.quantised}
 LARGEST = 127  # of an int8 value that stands for an activation
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantisation:
-    """How ``grouped_mlp``'s weights are stored, in the order of its arguments; () where there is no list."""
-
-    format: str
-    w13_scale: Sequence[Tensor] = ()
-    w2_scale: Sequence[Tensor] = ()
-    w13_offset: Sequence[Tensor] = ()
-    w2_offset: Sequence[Tensor] = ()
-    w13_scale_bias: Sequence[Tensor] = ()
-    w2_scale_bias: Sequence[Tensor] = ()
-
-    @property
-    def packed(self) -> int:
-        """Weights in one element of a weight tensor."""
-        return EXPERT_FORMATS[self.format].packed
 
 
 def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,34 +9,43 @@ index first among equals; weights = p at ids, divided by their sum + 1e-20 if ``
 from __future__ import annotations
 
 import math
+from typing import Generic
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import NamedTuple
 
-from moe_lowering.custom_ops.library import register
+from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.sizes import differ, known, show
 
-SCHEMA = (
-    "route(Tensor logits, Tensor? bias, int top_k, str scoring, bool renormalize, int num_groups, int topk_groups, "
-    "str group_score, float scale) -> (Tensor weights, Tensor ids)"
-)
 SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("max", "top2_sum")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 EPSILON = 1e-20
 
 
-def _check(
-    logits: Tensor,
-    bias: Tensor | None,
-    top_k: int,
-    scoring: str,
-    num_groups: int,
-    topk_groups: int,
-    group_score: str,
-    scale: float,
-) -> None:
+class RouteCall(NamedTuple, Generic[Value]):
+    """The arguments of ``route``: logits [..., E], a bias [E] for the choice, and how to choose; see the top of this file."""
+
+    logits: Value
+    bias: Value | None
+    top_k: int
+    scoring: str
+    renormalize: bool
+    num_groups: int
+    topk_groups: int
+    group_score: str
+    scale: float
+
+
+NAME = "route"
+SCHEMA = schema_of(NAME, RouteCall, "(Tensor weights, Tensor ids)")
+
+
+def _check(call: RouteCall[Tensor]) -> None:
+    logits, bias, top_k = call.logits, call.bias, call.top_k
+    num_groups, topk_groups, group_score = call.num_groups, call.topk_groups, call.group_score
     if logits.dim() < 1:
         raise ValueError("route: logits has no dimension; accepted: [..., num_experts]")
     if logits.dtype not in FLOATS:
@@ -47,12 +56,12 @@ def _check(
             raise ValueError(f"route: bias has shape {show(bias.shape)}; accepted: {show((experts,))}, one per expert")
         if bias.dtype not in FLOATS:
             raise TypeError(f"route: bias is {bias.dtype}; accepted: float32, float16, bfloat16")
-    if scoring not in SCORINGS:
-        raise ValueError(f"route: scoring is {scoring!r}; accepted: {', '.join(SCORINGS)}")
+    if call.scoring not in SCORINGS:
+        raise ValueError(f"route: scoring is {call.scoring!r}; accepted: {', '.join(SCORINGS)}")
     if group_score not in GROUP_SCORES:
         raise ValueError(f"route: group_score is {group_score!r}; accepted: {', '.join(GROUP_SCORES)}")
-    if not math.isfinite(scale):
-        raise ValueError(f"route: scale is {scale}; accepted: a finite number")
+    if not math.isfinite(call.scale):
+        raise ValueError(f"route: scale is {call.scale}; accepted: a finite number")
     if top_k < 1 or known(top_k > experts):
         raise ValueError(f"route: top_k is {top_k}; accepted: 1 to {experts}, the number of experts")
     if num_groups < 1 or known(experts % num_groups != 0):
@@ -70,43 +79,23 @@ def _check(
         )
 
 
-def _fake(
-    logits: Tensor,
-    bias: Tensor | None,
-    top_k: int,
-    scoring: str,
-    renormalize: bool,
-    num_groups: int,
-    topk_groups: int,
-    group_score: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    _check(logits, bias, top_k, scoring, num_groups, topk_groups, group_score, scale)
-    shape = (*logits.shape[:-1], top_k)
-    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+def _fake(call: RouteCall[Tensor]) -> tuple[Tensor, Tensor]:
+    _check(call)
+    shape = (*call.logits.shape[:-1], call.top_k)
+    return call.logits.new_empty(shape, dtype=torch.float32), call.logits.new_empty(shape, dtype=torch.int32)
 
 
-def _cpu(
-    logits: Tensor,
-    bias: Tensor | None,
-    top_k: int,
-    scoring: str,
-    renormalize: bool,
-    num_groups: int,
-    topk_groups: int,
-    group_score: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    _check(logits, bias, top_k, scoring, num_groups, topk_groups, group_score, scale)
-    scores = _score(logits.float(), scoring)
-    choice = scores if bias is None else scores + bias.float()
-    if num_groups > 1:
-        choice = _keep_best_groups(choice, num_groups, topk_groups, group_score)
-    ids = stable_top_k(choice, top_k)
+def _cpu(call: RouteCall[Tensor]) -> tuple[Tensor, Tensor]:
+    _check(call)
+    scores = _score(call.logits.float(), call.scoring)
+    choice = scores if call.bias is None else scores + call.bias.float()
+    if call.num_groups > 1:
+        choice = _keep_best_groups(choice, call.num_groups, call.topk_groups, call.group_score)
+    ids = stable_top_k(choice, call.top_k)
     weights = scores.gather(-1, ids)
-    if renormalize:
+    if call.renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + EPSILON)
-    return weights * scale, ids.to(torch.int32)
+    return weights * call.scale, ids.to(torch.int32)
 
 
 def _score(logits: Tensor, scoring: str) -> Tensor:
@@ -149,4 +138,4 @@ def stable_top_k(values: Tensor, k: int) -> Tensor:
     return last - (keys & 0xFFFFFFFF)
 
 
-register(SCHEMA, cpu=_cpu, fake=_fake)
+register(SCHEMA, RouteCall, cpu=_cpu, fake=_fake)

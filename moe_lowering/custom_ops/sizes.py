@@ -1,4 +1,4 @@
-"""Sizes that may be symbolic: comparisons that add no guard, one that may, and the bounds that the operators share.
+"""Sizes that may be symbolic: comparisons that add no guard, one that may, and arithmetic on them.
 
 Fake kernels see ``torch.SymInt`` where a leading dimension is dynamic. A mistake is reported when it is certain, for
 every value of the symbols; a size that merely might be wrong is left to the CPU kernel. A guard would tie the graph to
@@ -51,35 +51,6 @@ def token_count(shape: Sequence[int]) -> int:
 def ceil_div(value: int, divisor: int) -> int:
     """``ceil(value / divisor)``; ``value`` may be symbolic."""
     return value if divisor == 1 else (value + divisor - 1) // divisor
-
-
-def row_bound(
-    tokens: int,
-    top_k: int,
-    num_experts: int,
-    ep_size: int,
-    tp_size: int,
-    max_tokens: int,
-    max_rows: int,
-    shared_expert_ranks: int = 0,
-    shared_experts: int = 1,
-    on_shared_rank: bool = False,
-) -> int:
-    """R, the rows that one rank has room for: ``ep_size * ceil(T / tp_size) * min(k, E_local)``, at most ``max_rows``.
-
-    A shared-expert rank gets each token of the ranks that it serves once: ``ceil(ep_size / P) * ceil(T / tp_size)``, with
-    P = ``shared_expert_ranks / shared_experts`` ranks for each shared expert.
-
-    Args:
-        tokens: T of this rank, may be symbolic. ``max_tokens`` stands in its place when that is not 0.
-        max_rows: 0 for no cap.
-    """
-    share = ceil_div(max_tokens or tokens, tp_size)
-    if on_shared_rank:
-        bound = ceil_div(ep_size, shared_expert_ranks // shared_experts) * share
-    else:
-        bound = ep_size * share * smaller(top_k, num_experts // (ep_size - shared_expert_ranks))
-    return smaller(bound, max_rows) if max_rows else bound
 
 
 def smaller(left: int, right: int) -> int:

@@ -25,7 +25,8 @@ from moe_lowering._versions import installed, sources_digest
 from moe_lowering.custom_ops.assert_agreement import PATIENT
 from moe_lowering.deployment import Deployment
 from moe_lowering.identity import identity
-from moe_lowering.passes.blocks import Block, BlockSpec, arguments
+from moe_lowering.passes.arguments import argument, arguments
+from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.emitting import COPIED_META
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.judging import torch_npu_is_loaded
@@ -97,8 +98,7 @@ def first_exchange(graph: Graph) -> tuple[Node, dict[str, Any]] | None:
         return None  # the pass has run on this graph before
     for node in graph.find_nodes(op="call_function", target=DISPATCH):
         if _exchanges(node):
-            x = arguments(node)[0]
-            return x, {key: node.meta[key] for key in COPIED_META if key in node.meta}
+            return argument(node, "x"), {key: node.meta[key] for key in COPIED_META if key in node.meta}
     return None
 
 
@@ -204,7 +204,7 @@ def _are_stored(tensors: Operands) -> bool:
 
 def _left(node: Node) -> dict[str, Any]:
     """A generic operator of what is no block: its numbers and words, of which groups' names are local."""
-    values = zip((a.name for a in node.target._schema.arguments), arguments(node), strict=True)  # type: ignore[union-attr]
+    values = arguments(node).items()
     strict = {name: v for name, v in values if isinstance(v, (bool, int, float, str)) and not name.endswith("_group")}
     strict.pop("on_shared_rank", None)
     return {"strict": {**strict, "exchange": [_operator(node)]}, "told": {"name": node.name}}
@@ -215,8 +215,7 @@ def _exchanges(node: Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "moe_lowering":
         return False
-    names = [argument.name for argument in target._schema.arguments]
-    return "ep_size" in names and arguments(node)[names.index("ep_size")] != 1
+    return bool(arguments(node).get("ep_size", 1) != 1)
 
 
 def _other_collectives(spec: BlockSpec, deployment: Deployment) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
+from moe_lowering.passes.arguments import argument, read
 from moe_lowering.passes.operands import Experts
 from moe_lowering.vocabulary import EXPERT_FORMATS, ExpertFormat
 from moe_lowering.words import look_up
@@ -112,22 +113,6 @@ class BlockSpec:
         return look_up(EXPERT_FORMATS, self.quantisation, "block: quantisation")
 
 
-def arguments(node: Node) -> tuple[Any, ...]:
-    """All arguments of an operator's call in schema order, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    parameters = _parameters(node.target)
-    given, kwargs = node.args, node.kwargs
-    if len(given) == len(parameters):
-        return given
-    return (*given, *(kwargs.get(name, default) for name, default in parameters[len(given) :]))
-
-
-@functools.lru_cache(maxsize=256)
-def _parameters(target: torch._ops.OpOverload) -> tuple[tuple[str, Any], ...]:
-    """(name, default or None) of each argument; read from the schema they cost 20 times as much as from here."""
-    return tuple((a.name, a.default_value if a.has_default_value() else None) for a in target._schema.arguments)
-
-
 @dataclasses.dataclass(frozen=True)
 class Block:
     """One MoE block: dispatch, grouped MLP and combine.
@@ -156,30 +141,25 @@ class Block:
 
     @property
     def x(self) -> Node:
-        return arguments(self.dispatch)[0]
+        return argument(self.dispatch, "x")
 
     @property
     def x_scale(self) -> Node | None:
-        return arguments(self.dispatch)[1]
+        return argument(self.dispatch, "x_scale")
 
     @property
     def ids(self) -> Node:
-        return arguments(self.dispatch)[2]
+        return argument(self.dispatch, "ids")
 
     @property
     def mask(self) -> Node | None:
-        return arguments(self.dispatch)[3]
+        return argument(self.dispatch, "mask")
 
     @property
     def weights(self) -> Node:
-        return arguments(self.combine)[1]
+        return argument(self.combine, "weights")
 
     @property
-    def experts(self) -> tuple[tuple[Node, ...], ...]:
-        """(w13, w2, w13_bias, w2_bias)."""
-        return tuple(tuple(nodes) for nodes in arguments(self.mlp)[3:7])
-
-    @property
-    def quantisers(self) -> tuple[tuple[Node, ...], ...]:
-        """(w13_scale, w2_scale, w13_offset, w2_offset, w13_scale_bias, w2_scale_bias), each empty when there is none."""
-        return tuple(tuple(nodes or ()) for nodes in arguments(self.mlp)[12:18])
+    def experts(self) -> GroupedMlpCall[Node]:
+        """The arguments of its grouped MLP, by name."""
+        return read(GroupedMlpCall[Node], self.mlp)

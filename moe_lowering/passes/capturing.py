@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import bind, check
 from moe_lowering.limits.calls.tensors import data_dependent
+from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.raising import place
 from moe_lowering.report.records import NotCapturable
@@ -79,7 +80,7 @@ def _look(target: Any) -> _Look | None:
 
 def _to_host(node: Node) -> bool:
     """Of a copy: from a device to the CPU. Other values than the first argument's do not count."""
-    source = node.args[1] if node.target in _COPIES_SECOND else node.args[0]
+    source = argument(node, "src") if node.target in _COPIES_SRC else node.args[0]
     before, after = (n.meta.get("val") if isinstance(n, Node) else None for n in (source, node))
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
@@ -97,7 +98,7 @@ def _uneven(node: Node) -> bool:
     return False
 
 
-_COPIES_SECOND = (torch.ops.aten.copy.default, torch.ops.aten.copy_.default)  # (into, from)
+_COPIES_SRC = (torch.ops.aten.copy.default, torch.ops.aten.copy_.default)  # into the first argument
 _BY_NAME: dict[str, _Look] = {
     **dict.fromkeys(("aten::_to_copy", "aten::copy", "aten::copy_", "prims::device_put"), ("copies_to_host", _to_host)),
     "moe_lowering::alltoall_experts": ("exact_splits", lambda node: True),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.blocks import arguments
+from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.verifying import GENERIC
 
 ROUTER = "router"
@@ -118,5 +118,5 @@ def is_used_for_experts(node: Node) -> bool:
     if name == "npu_ffn":  # a dense MLP unless it is told how many tokens each expert has
         return any(node.kwargs.get(key) is not None for key in ("expert_tokens", "expert_tokens_index"))
     if name == "_grouped_mm" and isinstance(node.target, torch._ops.OpOverload):  # without offsets: a batched product
-        return arguments(node)[2] is not None
+        return argument(node, "offs") is not None
     return True

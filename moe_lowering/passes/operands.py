@@ -23,6 +23,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
+from moe_lowering.passes.arguments import argument
 
 aten = torch.ops.aten
 
@@ -163,8 +164,8 @@ def _swaps_last_axes(node: Node) -> bool:
     if target is aten.t.default:
         return dims == 2
     if target is aten.transpose.int:
-        return dims >= 2 and {int(a) % dims for a in args[1:3]} == {dims - 2, dims - 1}  # type: ignore[arg-type]
-    order = [int(a) % dims for a in args[1]]  # type: ignore[union-attr,arg-type]
+        return dims >= 2 and {argument(node, name) % dims for name in ("dim0", "dim1")} == {dims - 2, dims - 1}
+    order = [axis % dims for axis in argument(node, "dims")]
     return order in ([*range(dims)], [*range(dims - 2), dims - 1, dims - 2])
 
 

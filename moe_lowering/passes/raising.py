@@ -12,7 +12,6 @@ Source: here.architecture: the operators' schemas.
 from __future__ import annotations
 
 import dataclasses
-import operator
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +20,14 @@ import torch
 from torch.fx import Graph, Node
 
 import moe_lowering.custom_ops  # noqa: F401  (registers torch.ops.moe_lowering)
-from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, arguments, shape_key
+from moe_lowering.custom_ops.combine import CombineCall
+from moe_lowering.custom_ops.dispatch import DispatchCall
+from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
+from moe_lowering.custom_ops.route import RouteCall
+from moe_lowering.custom_ops.sizes import token_count
+from moe_lowering.passes.arguments import argument, read, results
+from moe_lowering.passes.block_specs import Surroundings, spec_of_graph
+from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, shape_key
 from moe_lowering.passes.operands import Experts, Operands, is_stored
 from moe_lowering.passes.quantities import GROUP_SELECT_MODES, NORM_TYPES
 from moe_lowering.passes.scopes import scope_paths
@@ -34,12 +40,7 @@ _COLLECTIVES = tuple(
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single", "broadcast")
 )
 _ARGUMENT = re.compile(r"^L\['(\w+)'\]")  # what dynamo calls the module that is compiled
-# The order of arguments after the tensors: of both ends, and those of dispatch alone among them.
-_DISPATCH = (
-    "num_experts", "ep_group", "ep_size", "tp_group", "tp_size", "max_tokens", "max_rows", "shared_expert_ranks",
-    "shared_experts", "on_shared_rank",
-)  # fmt: skip
-_COMBINE = tuple(name for name in _DISPATCH if name not in ("max_rows", "on_shared_rank"))
+_BOTH_ENDS = tuple(name for name in CombineCall._fields if name in DispatchCall._fields)  # must be alike in both
 
 
 class _NotABlock(Exception):
@@ -93,134 +94,79 @@ def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node
 
 
 def _collective_groups(graph: Graph) -> frozenset[str]:
-    """Names of the groups that collectives of the graph use; each takes its group last."""
+    """Names of the groups that collectives of the graph use."""
     found = (node for op in _COLLECTIVES for node in graph.find_nodes(op="call_function", target=op))
-    return frozenset(str(node.args[-1]) for node in found)
+    return frozenset(str(argument(node, "group_name")) for node in found)
 
 
 def _route(node: Node) -> Route:
-    items = _items(node)
-    logits, bias, top_k, scoring, renormalize, num_groups, topk_groups, group_score, scale = arguments(node)
-    if items is None:
+    made, call = results(node), read(RouteCall[Node], node)
+    if made is None:
         raise _NotABlock("raise.whole_result", "route's result is used as a whole, or one output twice")
-    for name, word, known in (("scoring", scoring, NORM_TYPES), ("group_score", group_score, GROUP_SELECT_MODES)):
-        if word not in known:
+    for name, known in (("scoring", NORM_TYPES), ("group_score", GROUP_SELECT_MODES)):
+        if (word := getattr(call, name)) not in known:
             raise _NotABlock("raise.unknown_word", f"route's {name} is {word!r}; the pass knows {', '.join(known)}")
-    value = _value(logits)
-    experts = _width(value)
+    value = _value(call.logits)
     spec = RouteSpec(
-        rows=_tokens(value),
-        experts=experts,
-        top_k=top_k,
-        scoring=scoring,
-        renormalize=renormalize,
-        num_groups=num_groups,
-        topk_groups=topk_groups,
-        group_score=group_score,
-        scale=scale,
-        has_bias=bias is not None,
-        key=(shape_key(value), shape_key(bias.meta["val"]) if bias is not None else None),
+        experts=_width(value),
+        rows=token_count(value.shape),
+        top_k=call.top_k,
+        scoring=call.scoring,
+        renormalize=call.renormalize,
+        num_groups=call.num_groups,
+        topk_groups=call.topk_groups,
+        group_score=call.group_score,
+        scale=call.scale,
+        has_bias=call.bias is not None,
+        key=(shape_key(value), shape_key(call.bias.meta["val"]) if call.bias is not None else None),
     )
-    return Route(node, items.get(0), items.get(1), spec)
+    return Route(node, made.get("weights"), made.get("ids"), spec)
 
 
 def _block(
     dispatch: Node, by_ids: dict[Node, Route], scopes: dict[Node, tuple[str, ...]], groups: frozenset[str]
 ) -> Block:
-    x, x_scale, ids, mask, *sizes = arguments(dispatch)
-    shared = dict(zip(_DISPATCH, sizes, strict=True))
-    items = _items(dispatch)
-    if items is None:
+    made, sent = results(dispatch), read(DispatchCall[Node], dispatch)
+    if made is None:
         raise _NotABlock("raise.whole_result", "dispatch's result is used as a whole, or one output twice")
-    rows, row_scale, counts, handle = (items.get(i) for i in range(4))
+    rows, row_scale, counts, handle = (made.get(name) for name in ("rows", "row_scale", "counts", "handle"))
     mlp = _only_user(rows, "rows", OPS.grouped_mlp.default)
     combine = _only_user(mlp, "the grouped MLP's result", OPS.combine.default)
-    mlp_rows, mlp_scale, mlp_counts, *experts = arguments(mlp)
-    if mlp_rows is not rows or mlp_scale is not row_scale or mlp_counts is not counts or counts is None:
+    experts, combined = read(GroupedMlpCall[Node], mlp), read(CombineCall[Node], combine)
+    if experts.rows is not rows or experts.row_scale is not row_scale or experts.counts is not counts or counts is None:
         raise _NotABlock(
             "raise.other_stage", "grouped_mlp does not take rows, row_scale and counts of the same dispatch"
         )
-    combined_rows, weights, combine_ids, combine_handle, combine_mask, *combine_sizes = arguments(combine)
     _require_alone(row_scale, "row_scale", mlp)
     _require_alone(handle, "handle", combine)
-    if combined_rows is not mlp or combine_handle is not handle:
+    if combined.rows is not mlp or combined.handle is not handle:
         raise _NotABlock("raise.other_stage", "combine does not take the rows and the handle of the same dispatch")
-    for name, a, b in [
-        ("ids", combine_ids, ids),
-        ("mask", combine_mask, mask),
-        *((n, c, shared[n]) for n, c in zip(_COMBINE, combine_sizes, strict=True)),
-    ]:
+    for name in _BOTH_ENDS:
+        a, b = getattr(combined, name), getattr(sent, name)
         if a is not b and (isinstance(a, Node) or isinstance(b, Node) or a != b):
             raise _NotABlock("raise.both_ends", f"dispatch has {name} {b}, combine has {a}: both ends must agree")
-    interior = (dispatch, *items.values(), mlp, combine)
+    interior = (dispatch, *made.values(), mlp, combine)
     readers = [user for user in counts.users if user is not mlp]
-    spec = _spec(
-        shared, (x, ids, weights, mask), experts, x_scale is not None,
-        (bool(readers), any(r < combine for r in readers), any(r < weights for r in readers)),
-        len({scopes.get(node, ()) for node in (dispatch, mlp, combine)}) > 1,
-    )  # fmt: skip
-    spec = dataclasses.replace(spec, collective_groups=groups)
-    return Block(place(combine), dispatch, mlp, combine, counts if readers else None, interior, by_ids.get(ids), spec)
-
-
-def _spec(
-    shared: dict[str, Any],
-    inputs: tuple[Node, Node, Node, Node | None],
-    experts: Sequence[Any],
-    quantised_input: bool,
-    counts_read: tuple[bool, bool, bool],
-    scopes_differ: bool,
-) -> BlockSpec:
-    values = [_value(node) if node is not None else None for node in inputs]
-    x = values[0]
-    assert x is not None
-    name, limit, alpha, interleaved, quantisation = experts[4:9]
-    tensors = Experts(*(_operands(nodes or ()) for nodes in (*experts[:4], *experts[9:15])))
-    local_experts = shared["num_experts"] // (shared["ep_size"] - shared["shared_expert_ranks"])
-    if shared["on_shared_rank"]:
-        tensors = tensors.of_routed_rank(local_experts)
-    w13, w2 = tensors.w13, tensors.w2
-    scales = [each for each in (tensors.w13_scale, tensors.w2_scale) if each]
-    return BlockSpec(
-        tokens=_tokens(x),
-        hidden=_width(x),
-        intermediate=w2.first.shape[-2],
-        top_k=int(_value(inputs[1]).shape[-1]),
-        experts=shared["num_experts"],
-        local_experts=local_experts,
-        ep_size=shared["ep_size"],
-        ep_group=shared["ep_group"],
-        tp_size=shared["tp_size"],
-        tp_group=shared["tp_group"],
-        max_tokens=shared["max_tokens"],
-        max_rows=shared["max_rows"],
-        shared_expert_ranks=shared["shared_expert_ranks"],
-        shared_experts=shared["shared_experts"],
-        on_shared_rank=shared["on_shared_rank"],
-        dtype=experts[15] or x.dtype,
-        weight_dtype=w13.first.dtype,
-        activation=name,
-        limit=limit,
-        alpha=alpha,
-        interleaved=interleaved,
-        stacked=w13.stacked and w2.stacked,
-        weights_contiguous=all(w.is_contiguous() for w in (*w13.kinds, *w2.kinds)),
-        has_bias=bool(tensors.w13_bias or tensors.w2_bias),
-        has_mask=inputs[3] is not None,
-        quantised_input=quantised_input,
-        counts_are_read=counts_read[0],
-        counts_read_before_combine=counts_read[1],
-        counts_read_before_weights=counts_read[2],
-        scopes_differ=scopes_differ,
-        quantisation=quantisation,
-        scale_dtypes=tuple(scale.first.dtype for scale in scales),
-        scale_dims=max((scale.first.dim() + (scale.count > 1) for scale in scales), default=0),
-        has_offset=bool(tensors.w13_offset or tensors.w2_offset),
-        has_scale_bias=bool(tensors.w13_scale_bias and tensors.w2_scale_bias),
-        mixed_forms=w13.first.dim() != w2.first.dim(),
-        key=tuple(None if v is None else shape_key(v) for v in values),
-        tensors=tensors,
+    around = Surroundings(
+        counts_are_read=bool(readers),
+        counts_read_before_combine=any(reader < combine for reader in readers),
+        counts_read_before_weights=any(reader < combined.weights for reader in readers),
+        scopes_differ=len({scopes.get(node, ()) for node in (dispatch, mlp, combine)}) > 1,
+        collective_groups=groups,
     )
+    spec = _spec(sent, combined.weights, experts, around)
+    return Block(
+        place(combine), dispatch, mlp, combine, counts if readers else None, interior, by_ids.get(sent.ids), spec
+    )
+
+
+def _spec(sent: DispatchCall[Node], weights: Node, experts: GroupedMlpCall[Node], around: Surroundings) -> BlockSpec:
+    mask = None if sent.mask is None else _value(sent.mask)
+    values = DispatchCall[Any](**{**sent._asdict(), "x": _value(sent.x), "ids": _value(sent.ids), "mask": mask})
+    weights_value = _value(weights)
+    tensors = Experts(**{f.name: _operands(getattr(experts, f.name) or ()) for f in dataclasses.fields(Experts)})
+    _width(values.x)
+    return spec_of_graph(values, weights_value, experts, tensors, around)
 
 
 def _operands(nodes: Sequence[Node]) -> Operands:
@@ -251,13 +197,6 @@ def _require_static(size: Any, what: str) -> None:
         )
 
 
-def _tokens(value: torch.Tensor) -> Any:
-    tokens: Any = 1
-    for size in value.shape[:-1]:
-        tokens = tokens * size
-    return tokens
-
-
 def _width(value: torch.Tensor) -> int:
     """The last dimension, made static when it is symbolic: the widths of a model never vary."""
     width = value.shape[-1]
@@ -270,23 +209,6 @@ def _value(node: Node) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise _NotABlock("raise.no_value", f"{node.name} has no fake value (meta['val'])")
     return value
-
-
-def _items(node: Node) -> dict[int, Node] | None:
-    """The getitem users of a node by output, -1 being the last one.
-
-    None when it is used in another way, an output twice (under whatever index), or with an index that is none: a slice, a
-    node, a number that it has no output for.
-    """
-    assert isinstance(node.target, torch._ops.OpOverload)
-    outputs = len(node.target._schema.returns)
-    items: dict[int, Node] = {}
-    for user in node.users:
-        index = user.args[1] if user.target is operator.getitem and len(user.args) == 2 else None
-        if not isinstance(index, int) or not -outputs <= index < outputs or index % outputs in items:
-            return None
-        items[index % outputs] = user
-    return items
 
 
 def _require_unwritten(block: Block, writes: Writes | None) -> None:

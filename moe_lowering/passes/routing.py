@@ -11,9 +11,11 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from moe_lowering.custom_ops.route import RouteCall
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Violation, check
-from moe_lowering.passes.blocks import Route, RouteSpec, arguments
+from moe_lowering.passes.arguments import read
+from moe_lowering.passes.blocks import Route, RouteSpec
 from moe_lowering.passes.emitting import Emitter, aten
 from moe_lowering.passes.judging import torch_npu_is_loaded
 from moe_lowering.passes.quantities import GROUP_SELECT_MODES, NORM_TYPES, route_quantities
@@ -33,9 +35,8 @@ def judge_route(spec: RouteSpec, deployment: Deployment) -> list[Violation]:
 
 def emit_route(route: Route, emit: Emitter, use_gating: bool) -> tuple[Node, Node]:
     """(weights float32, ids int32) in the shape of the generic operator's results."""
-    logits, bias = arguments(route.node)[:2]
-    assert isinstance(logits, Node)
-    assert bias is None or isinstance(bias, Node)
+    call = read(RouteCall[Node], route.node)
+    logits, bias = call.logits, call.bias
     with emit.at(route.node, route.node):
         scores_in = emit.cast(emit.rows(logits), torch.float32)
         bias = emit.cast(bias, torch.float32) if bias is not None else None

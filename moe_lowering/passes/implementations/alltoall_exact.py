@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx import Node
 
+from moe_lowering.custom_ops.alltoall_experts import AllToAllExpertsCall
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.blocks import Block, BlockSpec, arguments
+from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.emitting import Emitter, aten
 from moe_lowering.passes.implementations.base import Call, Form, Replacement, unpermute_call
 from moe_lowering.passes.implementations.mlp import mlp_calls
@@ -40,17 +42,25 @@ def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
 
 def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[str, Any]) -> Replacement:
     spec, mine = block.spec, Share(emit, block, deployment)
-    experts = arguments(block.mlp)[3:]
     with emit.at(block.combine, block.combine):
         flat = [
             None if n is None else mine.of(emit.call(aten.reshape.default, n, [-1]))
             for n in (block.x_scale, block.mask)
         ]
-        pair = emit.call(
-            torch.ops.moe_lowering.alltoall_experts.default, mine.of(emit.rows(block.x)), flat[0],
-            mine.of(emit.rows(block.ids)), mine.of(emit.rows(block.weights)), flat[1], *experts, spec.experts,
-            spec.ep_group, spec.ep_size, share(spec.max_tokens, spec), spec.max_rows,
-        )  # fmt: skip
+        call: AllToAllExpertsCall[Node] = AllToAllExpertsCall.of(
+            block.experts,
+            x=mine.of(emit.rows(block.x)),
+            x_scale=flat[0],
+            ids=mine.of(emit.rows(block.ids)),
+            weights=mine.of(emit.rows(block.weights)),
+            mask=flat[1],
+            num_experts=spec.experts,
+            ep_group=spec.ep_group,
+            ep_size=spec.ep_size,
+            max_tokens=share(spec.max_tokens, spec),
+            max_rows=spec.max_rows,
+        )
+        pair = emit.call(torch.ops.moe_lowering.alltoall_experts.default, *call)
         y, counts = emit.item(pair, 0), emit.item(pair, 1)
         return Replacement(emit.like(gather(emit, block, y), block.x), counts)
 

@@ -75,14 +75,21 @@ class Target:
 
 def _inputs(emit: Emitter, block: Block, deployment: Deployment) -> _Inputs:
     mine = Share(emit, block, deployment)
-    w13, w2, _, _ = block.experts
-    w13_scale, w2_scale, _, _, w13_scale_bias, w2_scale_bias = block.quantisers
+    experts = block.experts
     mask = None if block.mask is None else mine.of(emit.call(aten.reshape.default, block.mask, [-1]))
     x, ids, weights = (mine.of(emit.rows(n)) for n in (block.x, block.ids, block.weights))
     return _Inputs(
-        x, ids, weights, mask,
-        *(list(nodes) for nodes in (w13, w2, w13_scale, w2_scale, w13_scale_bias, w2_scale_bias)),
-    )  # fmt: skip
+        x=x,
+        ids=ids,
+        weights=weights,
+        mask=mask,
+        w13=list(experts.w13),
+        w2=list(experts.w2),
+        w13_scale=list(experts.w13_scale or ()),
+        w2_scale=list(experts.w2_scale or ()),
+        w13_scale_bias=list(experts.w13_scale_bias or ()),
+        w2_scale_bias=list(experts.w2_scale_bias or ()),
+    )
 
 
 def _common(spec: BlockSpec) -> dict[str, Any]:

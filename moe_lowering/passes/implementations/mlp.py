@@ -7,6 +7,8 @@ with counts per expert as the group list (type 1). Rows past the sum of the coun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.fx import Node
 
@@ -63,12 +65,13 @@ def emit_mlp(
     dtype, the rest undefined."""
     if block.spec.format.quantised:
         return quantised_mlp.emit(emit, block, rows, row_scale, counts, deployment)
-    w13, w2, w13_bias, w2_bias = block.experts
-    hidden = emit_activation(emit, _grouped_matmul(emit, rows, w13, w13_bias, counts), block.spec, deployment.soc)
-    return _grouped_matmul(emit, hidden, w2, w2_bias, counts)
+    experts = block.experts
+    hidden = _grouped_matmul(emit, rows, experts.w13, experts.w13_bias, counts)
+    hidden = emit_activation(emit, hidden, block.spec, deployment.soc)
+    return _grouped_matmul(emit, hidden, experts.w2, experts.w2_bias, counts)
 
 
-def _grouped_matmul(emit: Emitter, x: Node, weight: tuple[Node, ...], bias: tuple[Node, ...], counts: Node) -> Node:
+def _grouped_matmul(emit: Emitter, x: Node, weight: Sequence[Node], bias: Sequence[Node], counts: Node) -> Node:
     biases = [emit.cast(b, bias_dtype(x.meta["val"].dtype)) for b in bias]
     results = emit.call(
         torch.ops.npu.npu_grouped_matmul.default, [x], list(weight), bias=biases or None,

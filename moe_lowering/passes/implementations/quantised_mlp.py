@@ -17,6 +17,7 @@ Sources: vllm_ascend.moe_mlp: unified_apply_mlp; ops_transformer.grouped_matmul.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -149,16 +150,17 @@ def _scale_dtype(spec: BlockSpec) -> torch.dtype:
 def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts: Node, deployment: Deployment) -> Node:
     """As ``mlp.emit_mlp``."""
     spec = block.spec
-    w13, w2, _, _ = block.experts
-    w13_scale, w2_scale, w13_offset, w2_offset, w13_bias, w2_bias = block.quantisers
+    experts = block.experts
+    w13, w13_scale = experts.w13, experts.w13_scale or ()
+    w2, w2_scale = experts.w2, experts.w2_scale or ()
     if spec.quantisation not in EMITTED:
         raise ValueError(
             f"quantised_mlp: quantisation is {spec.quantisation!r}; accepted: {', '.join(sorted(EMITTED))}"
         )
     if spec.format.weight_only:
-        hidden = _antiquant_matmul(emit, rows, w13, w13_scale, w13_offset, counts)
+        hidden = _antiquant_matmul(emit, rows, w13, w13_scale, experts.w13_offset or (), counts)
         hidden = emit_activation(emit, hidden, spec, deployment.soc)
-        return _antiquant_matmul(emit, hidden, w2, w2_scale, w2_offset, counts)
+        return _antiquant_matmul(emit, hidden, w2, w2_scale, experts.w2_offset or (), counts)
     if row_scale is None:
         rows, row_scale = _quantise(emit, rows)
     name = chain(spec, deployment)
@@ -171,9 +173,9 @@ def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts
     elif name == DEQUANT:
         hidden, row_scale = _dequant_swiglu_quant(emit, rows, row_scale, w13, w13_scale[0], counts)
     else:
-        hidden = _scaled_matmul(emit, spec, rows, row_scale, w13, w13_scale, w13_bias, counts)
+        hidden = _scaled_matmul(emit, spec, rows, row_scale, w13, w13_scale, experts.w13_scale_bias or (), counts)
         hidden, row_scale = _quantise(emit, emit_activation(emit, hidden, spec, deployment.soc))
-    return _scaled_matmul(emit, spec, hidden, row_scale, w2, w2_scale, w2_bias, counts)
+    return _scaled_matmul(emit, spec, hidden, row_scale, w2, w2_scale, experts.w2_scale_bias or (), counts)
 
 
 def _quantise(emit: Emitter, rows: Node) -> tuple[Node, Node]:
@@ -190,7 +192,7 @@ def quantise_tokens(emit: Emitter, block: Block, mine: Share) -> tuple[Node, Nod
 
 
 def _dequant_swiglu_quant(
-    emit: Emitter, rows: Node, row_scale: Node, weight: tuple[Node, ...], scale: Node, counts: Node
+    emit: Emitter, rows: Node, row_scale: Node, weight: Sequence[Node], scale: Node, counts: Node
 ) -> tuple[Node, Node]:
     """int8 rows by int8 weights in int32, then scales, SwiGLU and quantisation in one: int8 [N, I], scales [N]."""
     sums = emit.call(
@@ -209,9 +211,9 @@ def _scaled_matmul(
     spec: BlockSpec,
     rows: Node,
     row_scale: Node,
-    weight: tuple[Node, ...],
-    scale: tuple[Node, ...],
-    bias: tuple[Node, ...],
+    weight: Sequence[Node],
+    scale: Sequence[Node],
+    bias: Sequence[Node],
     counts: Node,
 ) -> Node:
     """int8 rows by int8 or int4 weights: scaled by weight column and by row, in the block's dtype."""
@@ -226,9 +228,9 @@ def _scaled_matmul(
 def _antiquant_matmul(
     emit: Emitter,
     rows: Node,
-    weight: tuple[Node, ...],
-    scale: tuple[Node, ...],
-    offset: tuple[Node, ...],
+    weight: Sequence[Node],
+    scale: Sequence[Node],
+    offset: Sequence[Node],
     counts: Node,
 ) -> Node:
     """16-bit rows by int4 weights, which the operator turns into 16 bits: (w + offset) * scale."""

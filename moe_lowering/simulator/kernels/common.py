@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -12,6 +12,7 @@ from moe_lowering.limits import bind, check_call
 from moe_lowering.simulator import state
 
 Kernel = Callable[..., Any]
+Record = TypeVar("Record")
 DEFAULT_BUFFER_MB = 200  # CANN's default HCCL_BUFFSIZE
 # What the kernels follow: the CANN that vllm-ascend 0.23.0 is released for (its versioning policy), and the wheel read here.
 SIMULATED_VERSIONS = {"cann": "9.1.0", "torch_npu": "2.13.0"}
@@ -70,6 +71,12 @@ def checked(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:
         return kernel(**arguments)
 
     return call
+
+
+def take(record: type[Record], arguments: dict[str, Any]) -> Record:
+    """The arguments that a kernel reads, of all that its operator has, as the named tuple ``record``."""
+    fields: tuple[str, ...] = record._fields  # type: ignore[attr-defined]
+    return record(**{name: arguments[name] for name in fields})
 
 
 def collective(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:

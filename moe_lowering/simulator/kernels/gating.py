@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from moe_lowering.simulator.kernels.common import Kernel, not_simulated, undefined
+from moe_lowering.simulator.kernels.common import Kernel, not_simulated, take, undefined
 
 SOFTMAX, SIGMOID, SQRT_SOFTPLUS = 0, 1, 2
 SUM_OF_TWO = 1
@@ -34,38 +34,42 @@ def _in_best_groups(values: torch.Tensor, group_count: int, k_group: int, mode: 
     return groups.masked_fill(~keep.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
-def gating_top_k(
-    x: torch.Tensor,
-    k: int,
-    bias: torch.Tensor | None,
-    input_ids: torch.Tensor | None,
-    tid2eid: torch.Tensor | None,
-    k_group: int,
-    group_count: int,
-    group_select_mode: int,
-    norm_type: int,
-    out_flag: bool,
-    routed_scaling_factor: float,
-    eps: float,
-    **_: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+class GatingTopKCall(NamedTuple):
+    """What the kernel reads of a call's arguments."""
+
+    x: torch.Tensor
+    k: int
+    bias: torch.Tensor | None
+    input_ids: torch.Tensor | None
+    tid2eid: torch.Tensor | None
+    k_group: int
+    group_count: int
+    group_select_mode: int
+    norm_type: int
+    out_flag: bool
+    routed_scaling_factor: float
+    eps: float
+
+
+def gating_top_k(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [T, E] -> weights [T, k] of x's dtype, ids [T, k] int32, norm [T, E] float32 (undefined unless ``out_flag``).
 
     The bias takes part in the selection only. ``norm_type`` 0 (softmax) does not renormalise over the selected experts,
     1 (sigmoid) and 2 (sqrt of softplus, A5) do.
     """
-    if input_ids is not None or tid2eid is not None:
+    call = take(GatingTopKCall, arguments)
+    if call.input_ids is not None or call.tid2eid is not None:
         not_simulated("npu_moe_gating_top_k", "input_ids", "given", "None (no hash routing)")
-    norm = _normalised(x.float(), norm_type)
-    scores = norm if bias is None else norm + bias.float()
-    if group_count > 1:
-        scores = _in_best_groups(scores, group_count, k_group, group_select_mode)
-    ids = _largest(scores, k)
+    norm = _normalised(call.x.float(), call.norm_type)
+    scores = norm if call.bias is None else norm + call.bias.float()
+    if call.group_count > 1:
+        scores = _in_best_groups(scores, call.group_count, call.k_group, call.group_select_mode)
+    ids = _largest(scores, call.k)
     weights = norm.gather(-1, ids)
-    if norm_type != SOFTMAX:
-        weights = weights / (weights.sum(-1, keepdim=True) + eps)
-    weights = (weights * routed_scaling_factor).to(x.dtype)
-    return weights, ids.to(torch.int32), norm if out_flag else undefined(norm.shape, torch.float32)
+    if call.norm_type != SOFTMAX:
+        weights = weights / (weights.sum(-1, keepdim=True) + call.eps)
+    weights = (weights * call.routed_scaling_factor).to(call.x.dtype)
+    return weights, ids.to(torch.int32), norm if call.out_flag else undefined(norm.shape, torch.float32)
 
 
 KERNELS: dict[str, Kernel] = {"npu_moe_gating_top_k": gating_top_k}

@@ -5,11 +5,11 @@ Meaning: torch_npu 2.13.0's documentation, aclnnMoeInitRoutingV3, aclnnMoeTokenU
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from moe_lowering.simulator.kernels.common import Kernel, check_own_dtype, not_simulated, refuse, undefined
+from moe_lowering.simulator.kernels.common import Kernel, check_own_dtype, not_simulated, refuse, take, undefined
 from moe_lowering.simulator.kernels.quantised_matmul import quantise_rows
 
 GATHER = 0  # row_idx_type: row_idx[slot] = row; 1 (scatter) is the inverse
@@ -69,46 +69,50 @@ def _expanded(
     return quantise_rows(rows)
 
 
-def init_routing_v2(
-    x: torch.Tensor,
-    expert_idx: torch.Tensor,
-    scale: torch.Tensor | None,
-    active_num: int,
-    expert_num: int,
-    expert_tokens_num_type: int,
-    expert_tokens_num_flag: bool,
-    quant_mode: int,
-    active_expert_range: list[int],
-    row_idx_type: int,
-    x_dtype: int | None,
-    **_: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+class InitRoutingCall(NamedTuple):
+    """What the kernel reads of a call's arguments."""
+
+    x: torch.Tensor
+    expert_idx: torch.Tensor
+    scale: torch.Tensor | None
+    active_num: int
+    expert_num: int
+    expert_tokens_num_type: int
+    expert_tokens_num_flag: bool
+    quant_mode: int
+    active_expert_range: list[int]
+    row_idx_type: int
+    x_dtype: int | None
+
+
+def init_routing_v2(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [N, H], expert_idx [N, K] int32 -> rows [N*K, H], row_idx [N*K] int32, counts int64, scale [N*K] float32.
 
     Rows of the experts in ``active_expert_range`` (all when empty) sorted by expert, then token; rows past them are
     undefined. ``active_num`` > 0 keeps that many rows; counts and row_idx do not know of it.
     """
-    name = "npu_moe_init_routing_v2"
-    if quant_mode not in (NO_QUANT, DYNAMIC_QUANT):
-        not_simulated(name, "quant_mode", quant_mode, "-1 (none), 1 (int8 per row)")
-    check_own_dtype(name, "x_dtype", x_dtype, x)
-    _check_ids(expert_idx, expert_num)
-    start, end = active_expert_range or (0, expert_num)
+    name, call = "npu_moe_init_routing_v2", take(InitRoutingCall, arguments)
+    x, expert_idx = call.x, call.expert_idx
+    if call.quant_mode not in (NO_QUANT, DYNAMIC_QUANT):
+        not_simulated(name, "quant_mode", call.quant_mode, "-1 (none), 1 (int8 per row)")
+    check_own_dtype(name, "x_dtype", call.x_dtype, x)
+    _check_ids(expert_idx, call.expert_num)
+    start, end = call.active_expert_range or (0, call.expert_num)
     slots = _sorted_slots(expert_idx, start, end)
     experts = expert_idx.reshape(-1).long()[slots]
     total, top_k = expert_idx.numel(), expert_idx.shape[1]
-    size = min(active_num, total) if active_num > 0 else total
+    size = min(call.active_num, total) if call.active_num > 0 else total
     kept = slots[:size]
-    valid_rows, valid_scales = _expanded(x, scale, kept // top_k, experts[:size] - start, quant_mode)
+    valid_rows, valid_scales = _expanded(x, call.scale, kept // top_k, experts[:size] - start, call.quant_mode)
     rows = undefined((size, x.shape[1]), valid_rows.dtype)
     rows[: len(kept)] = valid_rows
     scales = undefined((size,), torch.float32)
     if valid_scales is not None:
         scales[: len(kept)] = valid_scales
     counts = undefined((), torch.int64)
-    if expert_tokens_num_flag:
-        counts = _expert_tokens(experts, start, end, expert_num, expert_tokens_num_type)
-    return rows, _row_idx(slots, total, row_idx_type), counts, scales
+    if call.expert_tokens_num_flag:
+        counts = _expert_tokens(experts, start, end, call.expert_num, call.expert_tokens_num_type)
+    return rows, _row_idx(slots, total, call.row_idx_type), counts, scales
 
 
 def token_unpermute(

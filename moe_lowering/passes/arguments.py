@@ -1,0 +1,71 @@
+"""What an operator's call in a graph is given and gives, by the names of the operator's schema.
+
+``read`` makes the record that the operator's own kernels take (``custom_ops``), with nodes in place of tensors; ``argument``
+and ``arguments`` serve every operator; ``results`` finds the nodes that take its results apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.fx import Node
+
+Call = TypeVar("Call")
+
+
+def read(call: Callable[..., Call], node: Node) -> Call:
+    """The arguments of a generic operator's node as the record of that operator, e.g. ``read(DispatchCall[Node], node)``."""
+    return call(*node.args, **node.kwargs)
+
+
+def argument(node: Node, name: str) -> Any:
+    """One argument, its default where it is not given."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    index, default = _parameters(node.target)[name]
+    return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
+
+
+def given_arguments(node: Node) -> dict[str, Any]:
+    """The arguments that the node has, in the order of the schema."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return {**dict(zip(_parameters(node.target), node.args, strict=False)), **node.kwargs}
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """All arguments, defaults filled in, in the order of the schema."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    defaults = {name: default for name, (_, default) in _parameters(node.target).items()}
+    return {**defaults, **given_arguments(node)}
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(target: torch._ops.OpOverload) -> dict[str, tuple[int, Any]]:
+    """(index, default or None) of each argument; read from the schema they cost 20 times as much as from here."""
+    schema = target._schema.arguments
+    return {a.name: (at, a.default_value if a.has_default_value() else None) for at, a in enumerate(schema)}
+
+
+def results(node: Node) -> dict[str, Node] | None:
+    """The getitem users of a node by the name of the result, an index of -1 being the last one.
+
+    None when it is used in another way, a result twice (under whatever index), or with an index that is none: a slice, a
+    node, a number that it has no result for.
+    """
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = _results(node.target)
+    found: dict[str, Node] = {}
+    for user in node.users:
+        index = user.args[1] if user.target is operator.getitem and len(user.args) == 2 else None
+        if not isinstance(index, int) or not -len(names) <= index < len(names) or names[index] in found:
+            return None
+        found[names[index]] = user
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _results(target: torch._ops.OpOverload) -> tuple[str, ...]:
+    return tuple(result.name for result in target._schema.returns)
