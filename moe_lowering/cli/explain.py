@@ -21,8 +21,9 @@ from moe_lowering.cli.arguments import HCCL_BUFFER_MB, WEIGHT_FORMAT, UsageError
 from moe_lowering.cli.explain_arguments import TOKENS, ExplainRequest
 from moe_lowering.cli.explain_models import Block
 from moe_lowering.deployment import Deployment
-from moe_lowering.limits import Prover
+from moe_lowering.limits import Prover, TokenRange
 from moe_lowering.limits.examining import Finding, examine
+from moe_lowering.limits.wording import show, to_json
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.choosing import Policy, load_of, vllm_choice
 from moe_lowering.passes.costs import estimate
@@ -31,7 +32,6 @@ from moe_lowering.passes.implementations import IMPLEMENTATIONS, Call
 from moe_lowering.passes.judging import Judgement, declared_tokens, judge, judged_calls
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.passes.sizing import block_sizes
-from moe_lowering.passes.token_ranges import TokenRange
 from moe_lowering.report.records import Sizes
 from moe_lowering.vocabulary import VLLM_POLICIES
 
@@ -320,8 +320,8 @@ def _in_tokens(finding: Finding, answer: Answer, implementation: str) -> str:
         **given, "block_tokens": whole, "tokens": share, "max_tokens": share, "received": received,
         "soc": answer.deployment.soc,
     }  # fmt: skip
-    shown = str(sympy.expand(limit.value(sizes)))
-    return f"{shown} must be {'' if limit.accepted(given)[0].isalpha() else 'in '}{limit.accepted(given)}"
+    accepted = limit.accepted(given).say()
+    return f"{show(sympy.expand(limit.value(sizes)))} must be {'' if accepted[0].isalpha() else 'in '}{accepted}"
 
 
 def _block_json(spec: BlockSpec) -> dict[str, Any]:
@@ -337,8 +337,9 @@ def _why_json(answer: Answer, name: str) -> dict[str, Any]:
             "operator": finding.limit.operator,
             "holds": finding.holds,
             "expression": finding.limit.value.text,
-            "value": str(finding.value),
-            "limit": finding.accepted,
+            "value": to_json(finding.value),
+            "limit": finding.accepted.to_json(),
+            "accepted": finding.accepted.say(),
             "source": finding.limit.source,
             "sources": [dataclasses.asdict(source) for source in finding.limit.sources],
         }
