@@ -14,7 +14,7 @@ from moe_lowering.limits.row import Limit
 from moe_lowering.limits.sources import Citation, render_citations
 from moe_lowering.limits.table import Versions, freeze_versions, limits_of
 from moe_lowering.limits.versions import in_words, subject
-from moe_lowering.limits.wording import Accepted, Names, Value, Wording, as_value, pick, show, to_json
+from moe_lowering.limits.wording import Accepted, Names, Value, Wording, as_value, names_in, pick, show, to_json
 
 MOST_BUFFER_MB = 65535  # HCCL_BUFFSIZE must fit 16 bits (vllm-ascend 182b75ea, tiling of dispatch_ffn_combine)
 
@@ -87,8 +87,9 @@ class Violation:
     names: Names = ()
 
     def named(self, names: Names) -> Violation:
-        """The same with the user's names."""
-        return dataclasses.replace(self, names=names)
+        """The same with the user's names, as far as they concern it."""
+        found = names_in(names, self.value, *self.limit.values, *(value for _, value in self.shown))
+        return dataclasses.replace(self, names=found) if found else self
 
     @property
     def source(self) -> str:
@@ -206,12 +207,17 @@ def _violation(
         sources=row.sources,
         says=row.says,
         advises=row.advice,
-        shown=(*pick(row.shown, quantities), ("version", subject(row.versions, versions or {}))),
+        shown=pick(row.shown, quantities) + _about(row, versions or {}),
         note=note,
         undeclared=undeclared,
         versions=tuple(constraint.name for constraint in row.versions),
         buffer=buffer,
     )
+
+
+def _about(row: Limit, versions: Mapping[str, str]) -> tuple[tuple[str, Value], ...]:
+    """What a rule for certain versions may show of them."""
+    return (("version", subject(row.versions, versions)),) if row.versions else ()
 
 
 def needed_buffer_mb(row: Limit, most: int | None, quantities: Mapping[str, Any]) -> int | None:

@@ -54,6 +54,12 @@ def show(value: Any, names: Names = ()) -> str:
     return value.say(names) if hasattr(value, "say") else str(value)
 
 
+def names_in(names: Names, *values: Any) -> Names:
+    """The names of the symbols that stand in some values."""
+    symbols = {symbol.name for value in values if isinstance(value, sympy.Basic) for symbol in value.free_symbols}
+    return tuple((symbol, name) for symbol, name in names if symbol in symbols)
+
+
 def to_json(value: Value, names: Names = ()) -> bool | int | float | str | None:
     """A number as a number, anything else as text."""
     return value if isinstance(value, NUMBERS) else show(value, names)
@@ -120,6 +126,11 @@ class Accepted:
     def is_flag(self) -> bool:
         """Whether the rule wants a yes, or a no: messages put that in words."""
         return len(self.one_of) == 1 and isinstance(self.one_of[0], bool)
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """All that it holds of sizes."""
+        return tuple(each.value for each in (self.min, self.max, self.multiple_of, self.equals) if each is not None)
 
     def say(self, names: Names = ()) -> str:
         unit = f" {self.unit}" if self.unit else ""

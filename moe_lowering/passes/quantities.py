@@ -21,17 +21,18 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def max_output_size(spec: BlockSpec, deployment: Deployment, tokens: Any, prover: Prover) -> int:
-    """Rows that a fused operator may process on one rank: the deployment's, else the proven receive bound; 0 when none."""
+def max_output_size(spec: BlockSpec, deployment: Deployment, most: int | None) -> int | None:
+    """Rows that a fused operator may process on one rank: the deployment's, else the receive bound proven from ``most``
+    tokens; None when there is none."""
     if deployment.max_output_size:
         return deployment.max_output_size
-    return spec.ep_size * most_tokens(spec, tokens, prover) * min(spec.top_k, spec.local_experts)
+    return None if most is None else spec.ep_size * most * min(spec.top_k, spec.local_experts)
 
 
-def most_tokens(spec: BlockSpec, tokens: Any, prover: Prover) -> int:
-    """The proven bound on the tokens that one rank works on; 0 when there is none."""
+def most_tokens(spec: BlockSpec, tokens: Any, prover: Prover) -> int | None:
+    """The proven bound on the tokens that one rank works on; None when there is none."""
     _, most = prover.bounds(spec.max_tokens or tokens)
-    return 0 if most is None else ceil_div(most, spec.tp_size)
+    return None if most is None else ceil_div(most, spec.tp_size)
 
 
 def _padded(spec: BlockSpec, tokens: Any, prover: Prover) -> bool:
@@ -62,6 +63,8 @@ def block_quantities(
     has room for no fewer rows (one for each token of every rank at least, where those get at most one).
     """
     most = ceil_div(spec.max_tokens or tokens, spec.tp_size)
+    proven = most_tokens(spec, tokens, prover)
+    rows = max_output_size(spec, deployment, proven)
     return {
         "block_tokens": tokens,
         "tokens": ceil_div(tokens, spec.tp_size),
@@ -99,8 +102,9 @@ def block_quantities(
         "equal_tokens": deployment.equal_tokens,
         "has_torch_npu": torch_npu,
         "received": spec.ep_size * most * min(spec.top_k, spec.local_experts),
-        "most_tokens": most_tokens(spec, tokens, prover),
-        "max_output_size": max_output_size(spec, deployment, tokens, prover),
+        "most_tokens": proven,
+        "max_output_size": rows,
+        "has_receive_bound": rows is not None,
         "deployment_ep_size": deployment.ep_size,
         "deployment_ep_group": deployment.ep_group,
         "deployment_tp_size": deployment.tp_size,

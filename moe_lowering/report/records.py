@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_lowering.deployment import Detected
 from moe_lowering.limits import TokenRange, Violation
-from moe_lowering.limits.wording import Names, Value, show, to_json
+from moe_lowering.limits.wording import Names, Value, names_in, show, to_json
 from moe_lowering.report.naming import names
 
 
@@ -73,8 +73,8 @@ class Size:
         return show(self.value, self.names)
 
     def named(self, names: Names) -> Size:
-        """The same with the user's names of the symbols."""
-        return dataclasses.replace(self, names=names)
+        """The same with the user's names of its symbols."""
+        return dataclasses.replace(self, names=names_in(names, self.value))
 
     def to_json(self) -> dict[str, Any]:
         return {"value": to_json(self.value, self.names), "most": self.most}
