@@ -311,7 +311,14 @@ class GraphRun:
 
     def _emit_assert(self, block: Block, interval: TokenRange | None, emit: Emitter, position: Node) -> None:
         with emit.at(position, block.dispatch):
-            emit.call(ASSERT_TOKENS, block.x, *_asserted(interval))
+            emit.call(ASSERT_TOKENS, block.x, *_asserted(interval), **self._declared())
+
+    def _declared(self) -> dict[str, int]:
+        """The range of T that the deployment declares, if any, for what ``assert_tokens`` says."""
+        deployment = self.deployment
+        if not deployment.max_tokens:
+            return {}
+        return {"min_tokens": deployment.min_tokens, "max_tokens": deployment.max_tokens}
 
     def _refuse_to_run(self, block: Block, refused: Refusal) -> None:
         """The others communicate as they decided, so this rank must not run its generic operators beside them."""
