@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 KINDS_SHOWN = 4  # kinds of blocks of one rank whose differences are listed
+LONGEST_SHOWN = 160  # characters of a value that are shown: of longer ones the part where two begin to differ
+ABSENT = object()  # of a rank whose record has no such field
 SETTINGS_ABSENT = "it has neither compiled nor run a lowered graph with an MoE block, or runs without agreement"
 BLOCKS_ABSENT = (
     "it has not come to a graph with these MoE blocks; it may run a graph on which all agreed before, have failed, or run "
@@ -24,13 +26,14 @@ BLOCKS_ABSENT = (
 def setting_differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list[str]:
     """What a record of settings ``b`` has otherwise than ``a``, which is that of ``rank``."""
     lines = [
-        f"{label} is {theirs!r}, on rank {rank} {ours!r}"
+        _said(label, ours, theirs, rank)
         for part, prefix in (("deployment", "Deployment."), ("settings", "MoeLowering's "))
         for label, ours, theirs in _unequal(a[part], b[part], prefix)
     ]
     lines += [text for text in (b["misplaced"], a["misplaced"] and f"on rank {rank} {a['misplaced']}") if text]
     if a["torch_npu"] != b["torch_npu"]:
-        lines.append(f"torch_npu is {'' if b['torch_npu'] else 'not '}loaded, on rank {rank} the other way")
+        loaded = {True: "loaded", False: "not loaded"}
+        lines.append(f"torch_npu is {loaded[b['torch_npu']]}, on rank {rank} {loaded[a['torch_npu']]}")
     if a["version"] != b["version"]:
         lines.append(f"moe_lowering is {b['version']}, on rank {rank} {a['version']}")
     elif a["limits"] != b["limits"]:
@@ -42,8 +45,8 @@ def setting_differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list
 
 def _unequal(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for name in sorted({*a, *b}):
-        if a.get(name) != b.get(name):
-            yield f"{prefix}{name}", a.get(name), b.get(name)
+        if a.get(name, ABSENT) != b.get(name, ABSENT):
+            yield f"{prefix}{name}", a.get(name, ABSENT), b.get(name, ABSENT)
 
 
 def block_key(blocks: dict[str, Any]) -> str:
@@ -89,7 +92,7 @@ def _kind(a: dict[str, Any], b: dict[str, Any], i: int, j: int, rank: int, token
     )
     unsaid = ("name",) if left else ("name", "reason")  # why a block was left is worth its length
     told = [d for d in _unequal(ours["told"], theirs["told"]) if d[0] not in unsaid]
-    words = "; ".join(f"{name} is {_shown(y)}, on rank {rank} {_shown(x)}" for name, x, y in _ordered(strict, told))
+    words = "; ".join(_said(name, x, y, rank) for name, x, y in _ordered(strict, told))
     return f"{theirs['told']['name']}: {words}"
 
 
@@ -108,5 +111,23 @@ def _ordered(
     return sorted(both, key=lambda difference: results.index(difference[0]) + 1 if difference[0] in results else 0)
 
 
+def _said(name: str, ours: Any, theirs: Any, rank: int) -> str:
+    """A difference with both values."""
+    a, b = _shown(ours), _shown(theirs)
+    if max(len(a), len(b)) > LONGEST_SHOWN:
+        same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        a, b = (_part(text, same) for text in (a, b))
+    return f"{name} is {b}, on rank {rank} {a}"
+
+
+def _part(text: str, at: int) -> str:
+    """What stands around a place, of a text that may be too long; "..." stands for the rest."""
+    start = max(0, min(at - LONGEST_SHOWN // 4, len(text) - LONGEST_SHOWN))
+    end = start + LONGEST_SHOWN
+    return f"{'...' if start else ''}{text[start:end]}{'...' if end < len(text) else ''}"
+
+
 def _shown(value: Any) -> str:
+    if value is ABSENT:
+        return "absent"
     return ", ".join(map(str, value)) or "none" if isinstance(value, list) else repr(value)

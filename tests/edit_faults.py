@@ -69,7 +69,7 @@ class Faults:
         (Graph, "create_node"), (Graph, "erase_node"), (Graph, "inserting_before"), (Node, "replace_all_uses_with"),
         (Node, "_replace_input_with"), (Node, "_update_args_kwargs"), (Node, "prepend"), (emitting.Emitter, "_value"),
         (graph_run, "same_value"), (graph_run, "call_violations"), (graph_run, "defined_before_readers"),
-        (graph_run, "decide"), (graph_run, "emit_route"), (graph_run, "request_guard"), (graph_run, "in_users_words"),
+        (graph_run, "decide"), (graph_run, "emit_route"), (graph_run, "request_guard"), (graph_run, "dimension_names"),
         (graph_run, "BlockReport"), (Graph, "lint"), (GraphModule, "recompile"), (graph_run, "not_capturable"),
         (overlap, "_tensors"),
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """Agreement through the store: on real processes, with a rank that differs, and with one that never comes."""
 
+import re
+
 import pytest
 import rank_jobs
 import torch
@@ -21,6 +23,14 @@ def test_a_rank_that_differs_is_named_with_the_field_on_every_rank(four):
     messages = four.run(rank_jobs.agree, {}, {2: {"max_tokens": 64}}, 20.0)
     assert all("rank 2: Deployment.max_tokens is 64, on rank 0 128" in message for message in messages)
     assert all("rank 1" not in message and "rank 3" not in message for message in messages)
+
+
+def test_of_long_values_the_part_is_shown_where_they_differ(four):
+    version = "9" + ".1" * 250
+    messages = four.run(rank_jobs.agree, {"cann": f"{version}.2"}, {2: {"cann": f"{version}.3"}}, 20.0)
+    for message in messages:
+        theirs, ours = re.search(r"rank 2: Deployment.cann is (\S+), on rank 0 (\S+)", message).groups()
+        assert (theirs[-3:], ours[-3:]) == (".3'", ".2'") and theirs.startswith("...") and len(theirs) < 200
 
 
 def test_ranks_own_indices_do_not_matter(four):

@@ -8,7 +8,7 @@ import torch
 from edit_faults import CASES, lowering, quiet
 from graph_build import build
 
-from moe_lowering.agreement_records import block_key
+from moe_lowering.agreement_records import LONGEST_SHOWN, block_differences, block_key, setting_differences
 from moe_lowering.passes import operands
 from moe_lowering.passes.agreement_check import ASSERT_AGREEMENT, OWN, TOLERATED
 from moe_lowering.passes.blocks import BlockSpec
@@ -49,3 +49,42 @@ def test_tensors_of_another_device_are_no_difference(monkeypatch):
     monkeypatch.setattr(operands, "_operand", lambda *fact: true(*fact[:4], other))
     assert block_key(record(case)) == block_key(before)
     assert block_key(record(dataclasses.replace(case, hidden=2048))) != block_key(before)
+
+
+SETTINGS = {
+    "deployment": {"soc": "A3"}, "misplaced": "", "settings": {"comm": "mc2"}, "torch_npu": True, "version": "1", "code": "c",
+    "limits": "l",
+}  # fmt: skip
+
+
+DIFFERENCES = [
+    ({"deployment": {"soc": "A2"}}, "Deployment.soc is 'A2', on rank 3 'A3'"),
+    ({"deployment": {}}, "Deployment.soc is absent, on rank 3 'A3'"),  # of another version of the package
+    ({"settings": {"comm": "auto"}}, "MoeLowering's comm is 'auto', on rank 3 'mc2'"),
+    ({"torch_npu": False}, "torch_npu is not loaded, on rank 3 loaded"),
+    ({"version": "2"}, "moe_lowering is 2, on rank 3 1"),
+    ({"code": "d"}, "moe_lowering's code differs: its digest is 'd', on rank 3 'c'"),
+    ({"limits": "m"}, "its limit tables differ: their digest is 'm', on rank 3 'l'"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), DIFFERENCES, ids=lambda value: next(iter(value), ""))
+def test_every_difference_of_settings_says_both_values(change, said):
+    assert setting_differences(SETTINGS, {**SETTINGS, **change}, 3) == [said]
+    assert setting_differences(SETTINGS, dict(SETTINGS), 3) == []
+
+
+def test_no_part_of_the_settings_is_left_out():
+    assert {name for change, _ in DIFFERENCES for name in change} == SETTINGS.keys() - {"misplaced"}
+
+
+def test_long_values_of_blocks_are_cut_around_the_place_where_they_differ():
+    def blocks(end):
+        exchange = [f"all_gather {n}" for n in range(100)] + [end] + ["tail"] * 100
+        kind = {"strict": {"exchange": exchange}, "told": {"name": "layers.0"}}
+        return {"kinds": [kind], "order": [[0, 1]], "T": None}
+
+    (line,) = block_differences(blocks("mine"), blocks("theirs"), 0)
+    assert "theirs, tail" in line.split(", on rank 0 ")[0] and "mine, tail" in line.split(", on rank 0 ")[1]
+    assert len(line) < 2 * LONGEST_SHOWN + 100
+    assert block_differences(blocks("mine"), blocks("mine"), 0) == []

@@ -246,7 +246,7 @@ def test_assert_tokens_stays_in_the_graph() -> None:
         assert torch.equal(compiled(torch.zeros(3, 4)), torch.ones(3, 4))
         with pytest.raises(
             RuntimeError,
-            match="T is 7, but this graph was lowered for T from 2 to 6; if T is outside of min_tokens",
+            match="T is 7, but this graph was lowered for T from 2 to 6; compile again for this T",
         ):
             compiled(torch.zeros(7, 4))
 
@@ -257,6 +257,9 @@ def test_assert_tokens_counts_all_leading_dimensions() -> None:
     ops.assert_tokens(torch.zeros(7, 4, device="meta"), 1, 2)  # fake kernels do nothing
     with pytest.raises(RuntimeError, match="T is 6"):
         ops.assert_tokens(torch.zeros(2, 3, 4), 7, 9)
+    with pytest.raises(RuntimeError, match="the Deployment's min_tokens is 1 and its max_tokens 9: for T outside of"):
+        ops.assert_tokens(torch.zeros(2, 3, 4), 7, 9, min_tokens=1, max_tokens=9)
+    ops.assert_tokens(torch.zeros(2, 4, 4), 7, 9, min_tokens=1, max_tokens=2)  # they are for the message only
     with pytest.raises(ValueError, match="lo is 3 and hi is 2"):
         ops.assert_tokens(torch.zeros(4, device="meta"), 3, 2)
 

@@ -323,14 +323,14 @@ def test_why_lists_what_holds_and_what_does_not(capfd):
     assert (why["implementation"], why["legal"]) == ("fused_mc2", False)
     rules = {rule["code"]: rule for rule in why["rules"]}
     assert rules["fused.ep_size"]["holds"] is False
-    assert rules["fused.ep_size"]["value"] == "64"
+    assert rules["fused.ep_size"]["value"] == 64
     (source,) = rules["fused.tokens"].pop("sources")
     assert source["key"] == "vllm_ascend.forward_context" and source["link"].startswith(
         "https://github.com/vllm-project/"
     )
     assert rules["fused.tokens"] | {"source": ""} == {
-        "code": "fused.tokens", "operator": "dispatch_ffn_combine", "holds": True, "expression": "tokens", "value": "32",
-        "limit": "1 to 512", "source": "",
+        "code": "fused.tokens", "operator": "dispatch_ffn_combine", "holds": True, "expression": "tokens", "value": 32,
+        "limit": {"min": 1, "max": 512}, "accepted": "1 to 512", "source": "",
     }  # fmt: skip
     assert all(rule["source"] for rule in why["rules"])
     broken = {rule["code"] for rule in why["rules"] if not rule["holds"]}
@@ -376,8 +376,12 @@ def test_json_keys(capfd):
     (buffer, *_) = [v for v in found["verdicts"]["mc2"]["violations"] if v["code"] == "mc2.buffer"] or [None]
     assert buffer is None, "1024 MB hold 128 tokens"
     violation = answer(capfd, "deepseek_v3 --ep 16 --tokens 137")[1]["verdicts"]["mc2"]["violations"][0]
-    assert violation.keys() == {"code", "message", "operator", "limit", "value", "source", "sources", "advice"}
-    assert violation["value"] == str(137 * 7860224)
+    assert violation.keys() == {
+        "code", "message", "operator", "quantity", "limit", "accepted", "value", "source", "sources", "advice", "buffer",
+    }  # fmt: skip
+    assert violation["value"] == 137 * 7860224
+    assert violation["limit"] == {"max": 1024 * 2**20, "unit": "bytes of HCCL window"}
+    assert violation["buffer"] == {"buffer_mb": 1024, "needed_mb": 1027}
     assert found["sweep"][0].keys() == {"from", "to", "choice", "boundary", "because"}
     assert found["why"].keys() == {"implementation", "legal", "rules"}
 

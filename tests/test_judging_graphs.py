@@ -162,7 +162,7 @@ def test_a_block_without_names_for_its_sizes_is_lowered_all_the_same(monkeypatch
     def planted(*_: object) -> None:
         raise KeyError("planted")
 
-    monkeypatch.setattr(graph_run, "in_users_words", planted)
+    monkeypatch.setattr(graph_run, "dimension_names", planted)
     report = lowered(CASE.replace(lead=(7,), sizes="dynamic", symbolic=(True,)), "allgather")
     assert report.comm == "allgather" and "npu.npu_grouped_matmul" in report.ops_after
 

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from moe_lowering.limits import Violation
+from moe_lowering.limits import Citation, TokenRange, Violation
+from moe_lowering.limits.wording import Accepted, Bound
 from moe_lowering.report.naming import names
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
 from moe_lowering.report.text import WIDTH, render, unsaid
@@ -14,8 +15,17 @@ from moe_lowering.report.text import WIDTH, render, unsaid
 OPS = ("moe_lowering.dispatch", "moe_lowering.grouped_mlp", "moe_lowering.combine")
 
 
-def violation(code: str = "mc2.hidden", message: str = "mc2: hidden is 64; accepted: 1024 to 8192") -> Violation:
-    return Violation(code, "mc2", "64", "1024 to 8192", "a source", message, "use AllGather")
+WORDS, FLAG = Accepted(one_of=("bfloat16",)), Accepted(one_of=(False,))
+SMALL = Accepted(min=Bound(1, "1"), max=Bound(3, "3"))
+RANGE = Accepted(min=Bound(1024, "1024"), max=Bound(8192, "8192"))
+
+
+def source(title: str) -> tuple[Citation, ...]:
+    return (Citation(title, title, "", "", title),)
+
+
+def violation(code: str = "mc2.hidden", says: str = "", value: int = 64) -> Violation:
+    return Violation(code, "mc2", "hidden", value, RANGE, source("a source"), says, "use AllGather")
 
 
 def block(name: str, comm: str | None = "allgather", violations: tuple[Violation, ...] = (violation(),)) -> BlockReport:
@@ -40,7 +50,7 @@ def test_equal_blocks_are_shown_once_with_their_count():
     [
         block("layers.1", comm=None),
         block("layers.1", violations=()),
-        block("layers.1", violations=(violation(message="mc2: hidden is 65; accepted: 1024 to 8192"),)),
+        block("layers.1", violations=(violation(value=65),)),
     ],
     ids=["comm", "verdict", "message"],
 )
@@ -49,7 +59,7 @@ def test_blocks_that_differ_are_shown_apart(other: BlockReport):
 
 
 def test_a_refused_block_shows_no_operators_after_and_every_violation():
-    violations = (violation(), violation("mc2.dtype", "mc2: dtype is float32; accepted: bfloat16"))
+    violations = (violation(), violation("mc2.dtype", "dtype is float32; accepted: bfloat16"))
     text = render(report(block("layers.0", comm=None, violations=violations)))
     assert "NOT LOWERED (a reason)" in text
     assert "after (" not in text
@@ -57,7 +67,7 @@ def test_a_refused_block_shows_no_operators_after_and_every_violation():
 
 
 def test_a_rule_broken_at_both_ends_of_an_exchange_is_shown_once():
-    text = render(report(block("layers.0", violations=(violation(), violation(message="combine: hidden is 64")))))
+    text = render(report(block("layers.0", violations=(violation(), violation(says="combine: hidden is 64")))))
     assert text.count("[mc2.hidden]") == 1
 
 
@@ -65,7 +75,7 @@ def test_no_line_is_wider_than_the_report():
     long = " ".join(["word"] * 80)
     text = render(
         report(
-            *(block(f"model.layers.{i}.mlp.experts", violations=(violation(message=long),)) for i in (0, 2)),
+            *(block(f"model.layers.{i}.mlp.experts", violations=(violation(says=long),)) for i in (0, 2)),
             unrecognised=(("model.layers.1.mlp", long),),
         )
     )
@@ -90,8 +100,8 @@ def test_names_are_joined_when_one_number_varies(given: list[str], shown: str):
 def test_sources_are_listed_once_each_at_the_end():
     violations = (
         violation(),
-        Violation("mc2.dtype", "mc2", "float32", "one of bfloat16", "another source", "mc2: wrong dtype", ""),
-        Violation("mc2.mode", "mc2", "True", "one of False", "a source", "mc2: captured", ""),
+        Violation("mc2.dtype", "mc2", "x_dtype", "float32", WORDS, source("another source"), "wrong dtype"),
+        Violation("mc2.mode", "mc2", "capture", True, FLAG, source("a source"), "captured"),
     )
     text = render(report(*(block(f"layers.{i}", violations=violations[: i + 2]) for i in range(2))))
     body, listed = text.split("sources of the broken rules\n")
@@ -102,10 +112,10 @@ def test_sources_are_listed_once_each_at_the_end():
 
 
 def test_value_and_limit_are_shown_where_the_message_does_not_hold_them():
-    said = Violation("a.b", "mc2", "5", "1 to 3", "s", "mc2: size is 5; accepted: 1 to 3", "")
-    value_only = Violation("a.b", "mc2", "5", "1 to 3", "s", "mc2: 5 is too much", "")
-    neither = Violation("a.b", "mc2", "5", "1 to 3", "s", "mc2: too much", "")
-    flag = Violation("a.b", "mc2", "True", "one of False", "s", "mc2: captured", "")
+    said, value_only, neither = (
+        Violation("a.b", "mc2", "size", 5, SMALL, source("s"), says) for says in ("", "5 is too much", "too much")
+    )
+    flag = Violation("a.b", "mc2", "capture", True, FLAG, source("s"), "captured")
     assert [unsaid(v) for v in (said, value_only, neither, flag)] == [
         "",
         "; limit 1 to 3",
@@ -116,13 +126,13 @@ def test_value_and_limit_are_shown_where_the_message_does_not_hold_them():
 
 def test_blocks_of_different_sizes_are_shown_apart_and_the_enforced_range_once():
     checked = dataclasses.replace(
-        block("layers.0"), ops_after=("moe_lowering.assert_tokens", "npu.npu_swiglu"), enforced="1 <= T <= 8"
+        block("layers.0"), ops_after=("moe_lowering.assert_tokens", "npu.npu_swiglu"), enforced=TokenRange(1, 8)
     )
     same = dataclasses.replace(checked, name="layers.1", ops_after=("npu.npu_swiglu",))
     text = render(report(checked, same))
     assert text.count("implementation") == 1
     assert text.count("moe_lowering.assert_tokens: refuses to run outside of 1 <= T <= 8") == 1
-    assert render(report(checked, dataclasses.replace(same, enforced="1 <= T <= 9"))).count("implementation") == 2
+    assert render(report(checked, dataclasses.replace(same, enforced=TokenRange(1, 9)))).count("implementation") == 2
 
 
 def test_a_report_without_a_graph_says_so():

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from moe_lowering.custom_ops import assert_tokens
-from moe_lowering.custom_ops.assert_tokens import ADVICE
+from moe_lowering.custom_ops.assert_tokens import refusal_of
 from moe_lowering.custom_ops.dispatch_ffn_combine import DispatchFfnCombineCall
 from moe_lowering.custom_ops.dispatch_gmm_combine_decode import DispatchGmmCombineDecodeCall
 from moe_lowering.custom_ops.library import register as register_operator
@@ -53,11 +53,11 @@ class ConversionError(RuntimeError):
 # -------------------------------------------------------------------------------------------------- operators for GE only
 
 
-def _check(x: Tensor, lo: int, hi: int, source: str) -> None:
-    assert_tokens._real(x, lo, hi)
+def _check(x: Tensor, lo: int, hi: int, source: str, *, min_tokens: int = 0, max_tokens: int = 0) -> None:
+    assert_tokens._real(x, lo, hi, min_tokens=min_tokens, max_tokens=max_tokens)
 
 
-def _fake_check(x: Tensor, lo: int, hi: int, source: str) -> None:
+def _fake_check(x: Tensor, lo: int, hi: int, source: str, *, min_tokens: int = 0, max_tokens: int = 0) -> None:
     assert_tokens._fake(x, lo, hi)
 
 
@@ -66,7 +66,7 @@ def _nothing(x: Tensor) -> None:
 
 
 register_operator(
-    "ge_assert_tokens(Tensor x, int lo, int hi, str source) -> ()",
+    "ge_assert_tokens(Tensor x, int lo, int hi, str source, *, int min_tokens=0, int max_tokens=0) -> ()",
     cpu=_check,
     npu=_check,
     fake=_fake_check,
@@ -286,7 +286,7 @@ def _convert_keep(x: Any) -> None:
     dont_prune_me(x)
 
 
-def _convert_assert_tokens(x: Any, lo: int, hi: int, source: str) -> None:
+def _convert_assert_tokens(x: Any, lo: int, hi: int, source: str, *, min_tokens: int = 0, max_tokens: int = 0) -> None:
     """Attach the check to an input that ``x`` is made from, as that one stays in the graph as long as ``x`` does."""
     from torchair.ge._ge_graph import get_default_ge_graph
 
@@ -298,11 +298,11 @@ def _convert_assert_tokens(x: Any, lo: int, hi: int, source: str) -> None:
         )
     tensors = [info for info in infos if info.value_type.name == "TENSOR"]
     info = (tensors or infos)[0]
-    info.func = _checked(info.func, _check_line(lo, hi, source))
+    info.func = _checked(info.func, _check_line(lo, hi, source, refusal_of(lo, hi, min_tokens, max_tokens)))
 
 
-def _check_line(lo: int, hi: int, source: str) -> str:
-    message = f"'assert_tokens: T is %d, but this graph was lowered for T from {lo} to {hi}; {ADVICE}' % ({source})"
+def _check_line(lo: int, hi: int, source: str, said: str) -> str:
+    message = f"'assert_tokens: T is ' + str({source}) + {', but ' + said!r}"
     return f"if not {lo} <= ({source}) <= {hi}: raise RuntimeError({message})"
 
 

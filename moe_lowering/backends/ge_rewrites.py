@@ -158,13 +158,15 @@ def place_token_checks(edits: EditLog) -> None:
         x, low, high = node.args
         tokens = token_count(x.meta["val"].shape)
         if isinstance(tokens, int):
-            assert_tokens._real(x.meta["val"], low, high)  # not the operator, which only propagates under fake tensors
+            # not the operator, which only propagates under fake tensors
+            assert_tokens._real(x.meta["val"], low, high, **node.kwargs)
         else:
             checks = [n for n in x.users if n.target is torch.ops.moe_lowering.ge_assert_tokens.default]
             source = _source(graph, node, tokens)
             if not any(check.args == (x, low, high, source) for check in checks):
                 with graph.inserting_before(node):
-                    graph.call_function(torch.ops.moe_lowering.ge_assert_tokens.default, (x, low, high, source))
+                    check = torch.ops.moe_lowering.ge_assert_tokens.default
+                    graph.call_function(check, (x, low, high, source), node.kwargs)
         edits.erase([node])
 
 

@@ -27,10 +27,10 @@ from moe_lowering.explanation.description import SIZES, BlockDescription
 from moe_lowering.explanation.errors import ExplainError, MissingSizesError
 from moe_lowering.explanation.records import Explanation
 from moe_lowering.explanation.sweep import Piece, find_pieces
+from moe_lowering.limits import TokenRange
 from moe_lowering.model_configs.check import LARGEST
 from moe_lowering.model_configs.errors import ModelError
 from moe_lowering.passes.choosing import Policy
-from moe_lowering.passes.token_ranges import TokenRange
 from moe_lowering.vocabulary import COMMS, EXPERT_FORMATS, POLICIES
 
 __all__ = [

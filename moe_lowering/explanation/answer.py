@@ -10,6 +10,7 @@ from moe_lowering.explanation.description import BlockDescription
 from moe_lowering.explanation.spec import spec_of
 from moe_lowering.limits import Prover
 from moe_lowering.limits.examining import Finding, examine
+from moe_lowering.limits.wording import to_json
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.choosing import Policy, load_of, vllm_choice
 from moe_lowering.passes.costs import estimate
@@ -82,8 +83,9 @@ class Answer:
                 "operator": finding.limit.operator,
                 "holds": finding.holds,
                 "expression": finding.limit.value.text,
-                "value": str(finding.value),
-                "limit": finding.accepted,
+                "value": to_json(finding.value),
+                "limit": finding.accepted.to_json(),
+                "accepted": finding.accepted.say(),
                 "source": finding.limit.source,
                 "sources": [dataclasses.asdict(source) for source in finding.limit.sources],
             }

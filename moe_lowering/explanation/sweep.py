@@ -10,9 +10,10 @@ from collections.abc import Callable
 import sympy
 
 from moe_lowering.explanation.answer import Answer, Question
+from moe_lowering.limits import TokenRange
 from moe_lowering.limits.examining import Finding
+from moe_lowering.limits.wording import show
 from moe_lowering.passes.deciding import sweep
-from moe_lowering.passes.token_ranges import TokenRange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,5 +92,5 @@ def _in_tokens(finding: Finding, answer: Answer, implementation: str) -> str:
         **given, "block_tokens": whole, "tokens": share, "max_tokens": share, "received": received,
         "soc": answer.deployment.soc,
     }  # fmt: skip
-    shown = str(sympy.expand(limit.value(sizes)))
-    return f"{shown} must be {'' if limit.accepted(given)[0].isalpha() else 'in '}{limit.accepted(given)}"
+    accepted = limit.accepted(given).say()
+    return f"{show(sympy.expand(limit.value(sizes)))} must be {'' if accepted[0].isalpha() else 'in '}{accepted}"

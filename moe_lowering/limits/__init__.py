@@ -6,6 +6,7 @@ refuse by them, and the verifier checks every Ascend node of a lowered graph aga
 meta functions accept nearly anything, so these rows are the check.
 """
 
+from moe_lowering.limits.bounds import TokenRange
 from moe_lowering.limits.calls import bind, check_call, quantities
 from moe_lowering.limits.expressions import align, ceil_div
 from moe_lowering.limits.prover import Prover
@@ -19,6 +20,7 @@ __all__ = [
     "Limit",
     "LimitsError",
     "Prover",
+    "TokenRange",
     "Violation",
     "align",
     "bind",

@@ -9,6 +9,7 @@ from typing import Any
 from moe_lowering.limits.prover import Prover
 from moe_lowering.limits.row import Limit
 from moe_lowering.limits.table import limits_for
+from moe_lowering.limits.wording import Accepted, Value, as_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +17,8 @@ class Finding:
     """One rule, the value that it looked at, what it accepts, and whether it holds."""
 
     limit: Limit
-    value: Any
-    accepted: str
+    value: Value
+    accepted: Accepted
     holds: bool
 
 
@@ -35,5 +36,5 @@ def examine(
     for row in limits_for(operator, soc, versions):
         if row.names <= given.keys() and (row.when is None or row.when(given)):
             value = row.value(given)
-            findings.append(Finding(row, value, row.accepted(given), row.holds(value, given, prover)))
+            findings.append(Finding(row, as_value(value), row.accepted(given), row.holds(value, given, prover)))
     return findings

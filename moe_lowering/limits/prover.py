@@ -5,33 +5,33 @@ Never checked on a hint, and never by adding a guard.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+
+from moe_lowering.limits.bounds import read_bound, value_range
 
 
 class Prover:
     """Decides comparisons of sizes that may be symbolic.
 
     Args:
-        declared: (low, high) by sympy expression, e.g. of a token count ``s0*s1``: narrower bounds than the ShapeEnv
+        declared: (low, high or None) by sympy expression, e.g. of a token count ``s0*s1``: narrower bounds than the ShapeEnv
             knows, which the caller promises to enforce (the pass puts ``assert_tokens`` in a graph whose proofs used one).
 
     Attributes:
         used_declared: whether some proof so far needed a declared bound.
     """
 
-    def __init__(self, declared: Mapping[sympy.Expr, tuple[int, int]] | None = None) -> None:
+    def __init__(self, declared: Mapping[sympy.Expr, tuple[int, int | None]] | None = None) -> None:
         self.declared = dict(declared or {})
         self.used_declared = False
         self._stand_ins = {
-            expr: (sympy.Dummy("bounded", integer=True, nonnegative=True), ValueRanges(*map(sympy.Integer, bounds)))
+            expr: (sympy.Dummy("bounded", integer=True, nonnegative=True), value_range(*bounds))
             for expr, bounds in self.declared.items()
         }
         # Every implementation's rules ask the same questions, and a proof takes 0.3 to 1 ms.
@@ -60,7 +60,7 @@ class Prover:
         if _concrete(value):
             return int(value), int(value)
         ranges = self._ranges(value, declared=True)
-        return _finite(ranges.lower), _finite(ranges.upper)
+        return read_bound(ranges.lower), read_bound(ranges.upper)
 
     def _never_negative(self, slack: Any, claim: Callable[[], Any]) -> bool:
         """slack >= 0, or the claim that says the same: each is proven where the other is not."""
@@ -88,7 +88,7 @@ class Prover:
                 expr = expr.subs(known_expr, stand_in)
                 ranges[stand_in] = bounds
         for symbol in expr.free_symbols - ranges.keys():
-            ranges[symbol] = env.var_to_range.get(symbol, ValueRanges(sympy.Integer(0), int_oo))
+            ranges[symbol] = env.var_to_range.get(symbol, value_range(0, None))
         if expr.is_Symbol:
             return ranges[expr]
         return bound_sympy(expr, {s: r for s, r in ranges.items() if s in expr.free_symbols})
@@ -96,8 +96,3 @@ class Prover:
 
 def _concrete(value: Any) -> bool:
     return not isinstance(value, torch.SymInt)
-
-
-def _finite(bound: Any) -> int | None:
-    """The bound, or None: a ShapeEnv writes "no bound" as infinity or as a number near sys.maxsize."""
-    return int(bound) if isinstance(bound, sympy.Integer) and abs(int(bound)) < sys.maxsize // 2 else None

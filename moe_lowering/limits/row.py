@@ -13,6 +13,7 @@ from moe_lowering.limits.prover import Prover
 from moe_lowering.limits.sources import Citation, cite, load_sources, render_citations
 from moe_lowering.limits.toml import loads
 from moe_lowering.limits.versions import Constraint
+from moe_lowering.limits.wording import Accepted, Bound, as_value
 from moe_lowering.vocabulary import SOCS
 
 BOUNDS = ("min", "max", "multiple_of", "one_of", "equals")
@@ -67,29 +68,27 @@ class Limit:
     def names(self) -> frozenset[str]:
         """The quantities that this rule reads."""
         expressions = (getattr(self, field) for field in EXPRESSIONS)
-        shown = _braced(self.says) | _braced(self.advice)
-        return (shown - SHOWN).union(*(e.names for e in expressions if e is not None))
+        return self.shown.union(*(e.names for e in expressions if e is not None))
 
     @property
     def bounds_buffer(self) -> bool:
         """Whether the rule asks for room in the HCCL window."""
         return self.max is not None and "buffer_bytes" in self.max.names
 
-    def accepted(self, quantities: Mapping[str, Any]) -> str:
-        """The limit in words, with its value for these quantities."""
-        unit = f" {self.unit}" if self.unit else ""
-        if self.one_of:
-            return "one of " + ", ".join(str(v) for v in self.one_of) + unit
-        if self.multiple_of is not None:
-            return f"a multiple of {_show(self.multiple_of, quantities)}{unit}"
-        if self.equals is not None:
-            return f"{_show(self.equals, quantities)}{unit}"
-        if self.min is not None and self.max is not None:
-            return f"{_show(self.min, quantities)} to {_show(self.max, quantities)}{unit}"
-        if self.min is not None:
-            return f"at least {_show(self.min, quantities)}{unit}"
-        assert self.max is not None
-        return f"at most {_show(self.max, quantities)}{unit}"
+    @functools.cached_property
+    def shown(self) -> frozenset[str]:
+        """The quantities that its texts show."""
+        return (_braced(self.says) | _braced(self.advice)) - SHOWN
+
+    def accepted(self, quantities: Mapping[str, Any]) -> Accepted:
+        """The limit, with its value for these quantities."""
+
+        def bound(expression: Expression | None) -> Bound | None:
+            return None if expression is None else Bound(as_value(expression(quantities)), expression.text)
+
+        return Accepted(
+            bound(self.min), bound(self.max), bound(self.multiple_of), bound(self.equals), self.one_of, self.unit
+        )
 
     def holds(self, value: Any, quantities: Mapping[str, Any], prover: Prover) -> bool:
         """Whether the value satisfies the bound for the whole range of its symbols."""
@@ -109,11 +108,6 @@ class Limit:
 def _braced(text: str) -> frozenset[str]:
     """The names that stand in braces."""
     return frozenset(name for _, name, _, _ in string.Formatter().parse(text) if name)
-
-
-def _show(expression: Expression, quantities: Mapping[str, Any]) -> str:
-    value = str(expression(quantities))
-    return value if value == expression.text else f"{value} ({expression.text})"
 
 
 def _row(raw: dict[str, Any], where: str, declared: Mapping[str, Citation]) -> Limit:

@@ -8,48 +8,150 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
 
+from moe_lowering.limits.bounds import TokenRange
 from moe_lowering.limits.prover import Prover
 from moe_lowering.limits.row import Limit
-from moe_lowering.limits.sources import Citation
+from moe_lowering.limits.sources import Citation, render_citations
 from moe_lowering.limits.table import Versions, freeze_versions, limits_of
 from moe_lowering.limits.versions import in_words, subject
+from moe_lowering.limits.wording import Accepted, Names, Value, Wording, as_value, names_in, pick, show, to_json
 
 MOST_BUFFER_MB = 65535  # HCCL_BUFFSIZE must fit 16 bits (vllm-ascend 182b75ea, tiling of dispatch_ffn_combine)
-# What needed_mb shows where no setting is enough.
-UNBOUNDED, TOO_MANY = "unboundedly many", f"more than {MOST_BUFFER_MB}"
-# What a bound on the HCCL window advises instead of its own advice, which names a setting.
-NO_SETTING = {
-    UNBOUNDED: "T has no upper bound, so no HCCL_BUFFSIZE is enough: declare Deployment.max_tokens, or the range of T "
-    "with mark_dynamic(..., min=..., max=...)",
-    TOO_MANY: f"HCCL_BUFFSIZE is {MOST_BUFFER_MB} MB at most: lower T (Deployment.max_tokens, or max of mark_dynamic)",
-}
+
+
+@dataclasses.dataclass(frozen=True)
+class BufferNeed:
+    """HCCL_BUFFSIZE where a rule wants more of it: as it is, and the smallest that is enough for every value of the symbols.
+
+    ``needed_mb`` is None when there is no bound, and more than ``MOST_BUFFER_MB`` when no setting is enough.
+    """
+
+    buffer_mb: int | float
+    needed_mb: int | None
+
+    @property
+    def words(self) -> str:
+        """``needed_mb`` in words."""
+        if self.needed_mb is None:
+            return "unboundedly many"
+        return f"more than {MOST_BUFFER_MB}" if self.needed_mb > MOST_BUFFER_MB else str(self.needed_mb)
+
+    @property
+    def instead(self) -> str:
+        """What to do where no setting is enough, so that a rule's own advice, which names one, is none; else ""."""
+        if self.needed_mb is None:
+            return (
+                "T has no upper bound, so no HCCL_BUFFSIZE is enough: declare Deployment.max_tokens, or the range of T "
+                "with mark_dynamic(..., min=..., max=...)"
+            )
+        if self.needed_mb > MOST_BUFFER_MB:
+            return (
+                f"HCCL_BUFFSIZE is {MOST_BUFFER_MB} MB at most: lower T (Deployment.max_tokens, or max of mark_dynamic)"
+            )
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Violation:
-    """Why something is not legal: a stable code, the rule, the actual value, and what would be accepted.
+    """Why something is not legal: numbers and expressions; ``message``, ``advice`` and ``source`` put them in words.
 
-    ``source`` says in one line where the rule comes from, ``sources`` the same as records. ``versions`` names what the rule is
-    about certain versions of (``Limit.versions``).
+    Attributes:
+        code: stable.
+        operator: which one refuses, or the implementation or ``deployment``.
+        quantity: what was looked at: a quantity, or an expression over some, as the table has it.
+        value: its value; of symbolic sizes an expression in the ShapeEnv's symbols.
+        limit: what would be accepted.
+        sources: where the rule comes from.
+        says, advises: the rule's own words, with quantities in braces, and ``shown``, their values.
+        note: for which versions the rule is; undeclared: which of them to declare. Both may be "".
+        versions: names of what the rule is about certain versions of (``Limit.versions``).
+        buffer: of a rule on the HCCL window, how much would be enough.
+        declared: the range of T that the deployment declares, where the value depends on it.
+        names: the user's names of the symbols.
     """
 
     code: str
     operator: str
-    value: str
-    limit: str
-    source: str
-    message: str
-    advice: str = ""
-    versions: tuple[str, ...] = ()
+    quantity: str
+    value: Value
+    limit: Accepted
     sources: tuple[Citation, ...] = ()
+    says: str = ""
+    advises: str = ""
+    shown: tuple[tuple[str, Value], ...] = ()
+    note: str = ""
+    undeclared: str = ""
+    versions: tuple[str, ...] = ()
+    buffer: BufferNeed | None = None
+    declared: TokenRange | None = None
+    names: Names = ()
+
+    def named(self, names: Names) -> Violation:
+        """The same with the user's names, as far as they concern it."""
+        found = names_in(names, self.value, *self.limit.values, *(value for _, value in self.shown))
+        return dataclasses.replace(self, names=found) if found else self
+
+    @property
+    def source(self) -> str:
+        """Where the rule comes from, in one line."""
+        return render_citations(self.sources)
+
+    @property
+    def fault(self) -> str:
+        """What is wrong, without who says so."""
+        if self.says:
+            text = self._fill(self.says)
+        else:
+            value, given = self.show(), self.quantity.isidentifier()
+            what = f"{self.quantity} is {value}" if given else f"value is {value} ({self.quantity})"
+            text = f"{what}; accepted: {self.limit.say(self.names)}"
+        declared = "" if self.declared is None else f"; the deployment declares {self.declared}"
+        return text + self.note + declared
+
+    @property
+    def message(self) -> str:
+        """Who refuses, and what is wrong."""
+        return f"{self.operator}: {self.fault}"
+
+    @property
+    def advice(self) -> str:
+        """What to change."""
+        instead = "" if self.buffer is None else self.buffer.instead
+        return "; ".join(filter(None, (instead or self._fill(self.advises), self.undeclared)))
+
+    def show(self) -> str:
+        """The value as text."""
+        return show(self.value, self.names)
+
+    def _fill(self, template: str) -> str:
+        shown = self.shown
+        if self.buffer is not None:
+            shown += (("buffer_mb", f"{self.buffer.buffer_mb:g}"), ("needed_mb", self.buffer.words))
+        return Wording(template, (*shown, ("value", self.value))).say(self.names)
 
     def to_json(self) -> dict[str, Any]:
-        """What a reader is told."""
-        found = {name: value for name, value in dataclasses.asdict(self).items() if name != "versions"}
-        return {**found, "sources": list(found["sources"])}
+        """Numbers as numbers, expressions as text in the user's names; and the same in sentences."""
+        found: dict[str, Any] = {
+            "code": self.code,
+            "operator": self.operator,
+            "quantity": self.quantity,
+            "value": to_json(self.value, self.names),
+            "limit": self.limit.to_json(self.names),
+            "accepted": self.limit.say(self.names),
+            "source": self.source,
+            "sources": [dataclasses.asdict(source) for source in self.sources],
+            "message": self.message,
+            "advice": self.advice,
+        }
+        return found if self.buffer is None else {**found, "buffer": dataclasses.asdict(self.buffer)}
+
+    def say(self, names: Names = ()) -> str:
+        """Code and message."""
+        named = self.named(names) if names else self
+        return f"[{named.code}] {named.message}"
 
     def __str__(self) -> str:
-        return f"[{self.code}] {self.message}"
+        return self.say()
 
 
 def check(
@@ -91,37 +193,31 @@ def _violation(
     value = row.value(quantities)
     if row.holds(value, quantities, prover):
         return None
-    accepted = row.accepted(quantities)
-    sizes = _buffer_sizes(row, value, quantities, prover) if row.bounds_buffer else {}
-    shown = {**quantities, "value": value, "version": subject(row.versions, versions or {}), **sizes}
-    only, declare = in_words(row.versions, versions or {})
-    advice = NO_SETTING.get(sizes.get("needed_mb", "")) or row.advice.format_map(shown)
+    note, undeclared = in_words(row.versions, versions or {})
+    buffer = None
+    if row.bounds_buffer:
+        needed = needed_buffer_mb(row, prover.bounds(value)[1], quantities)
+        buffer = BufferNeed(quantities["buffer_bytes"] / 2**20, needed)
     return Violation(
         code=row.code,
         operator=row.operator,
-        value=str(value),
-        limit=accepted,
-        source=row.source,
-        message=_message(row, value, accepted, shown) + only,
-        advice="; ".join(filter(None, (advice, declare))),
-        versions=tuple(constraint.name for constraint in row.versions),
+        quantity=row.value.text,
+        value=as_value(value),
+        limit=row.accepted(quantities),
         sources=row.sources,
+        says=row.says,
+        advises=row.advice,
+        shown=pick(row.shown, quantities) + _about(row, versions or {}),
+        note=note,
+        undeclared=undeclared,
+        versions=tuple(constraint.name for constraint in row.versions),
+        buffer=buffer,
     )
 
 
-def _message(row: Limit, value: Any, accepted: str, shown: Mapping[str, Any]) -> str:
-    if row.says:
-        return f"{row.operator}: {row.says.format_map(shown)}"
-    text = row.value.text
-    what = f"{text} is {value}" if text in shown else f"value is {value} ({text})"
-    return f"{row.operator}: {what}; accepted: {accepted}"
-
-
-def _buffer_sizes(row: Limit, value: Any, quantities: Mapping[str, Any], prover: Prover) -> dict[str, str]:
-    """HCCL_BUFFSIZE as it is, and the smallest that is enough for every value of the symbols, in MB; or in words, none."""
-    needed = needed_buffer_mb(row, prover.bounds(value)[1], quantities)
-    words = UNBOUNDED if needed is None else TOO_MANY if needed > MOST_BUFFER_MB else str(needed)
-    return {"buffer_mb": f"{quantities['buffer_bytes'] / 2**20:g}", "needed_mb": words}
+def _about(row: Limit, versions: Mapping[str, str]) -> tuple[tuple[str, Value], ...]:
+    """What a rule for certain versions may show of them."""
+    return (("version", subject(row.versions, versions)),) if row.versions else ()
 
 
 def needed_buffer_mb(row: Limit, most: int | None, quantities: Mapping[str, Any]) -> int | None:

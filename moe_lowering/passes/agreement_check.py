@@ -194,7 +194,7 @@ def _kind(outcome: Outcome, deployment: Deployment) -> dict[str, Any]:
         strict["implementation"] = "none: the graph refuses to run" if outcome.refuses else "none: left generic"
         strict["exchange"] = []
     if deployment.equal_tokens:
-        strict["T"] = spec.tokens if isinstance(spec.tokens, int) else report.enforced or "any"
+        strict["T"] = spec.tokens if isinstance(spec.tokens, int) else str(report.enforced or "any")
     return {"strict": strict, "told": told}
 
 

@@ -138,6 +138,6 @@ def _record(node: Node, quantity: str, deployment: Deployment) -> NotCapturable:
         line="" if line is None else str(line),
         operator=called,
         code=violation.code,
-        reason=violation.message.removeprefix("capture: "),
+        reason=violation.fault,
         advice=violation.advice,
     )

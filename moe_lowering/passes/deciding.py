@@ -18,13 +18,13 @@ import dataclasses
 from collections.abc import Callable
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.limits import Prover
+from moe_lowering.limits import Prover, TokenRange
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.choosing import DEFAULT_TOKENS, Policy
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.judging import Judgement, declared_tokens, free_tokens, judge
 from moe_lowering.passes.sizing import block_sizes
-from moe_lowering.passes.token_ranges import SEARCH_LIMIT, TokenRange, hint, is_strict, known_range, prover_for, widest
+from moe_lowering.passes.token_ranges import SEARCH_LIMIT, hint, is_strict, known_range, prover_for, widest
 from moe_lowering.report.records import Sizes
 
 

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import logging
 import operator
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
+from moe_lowering.custom_ops.assert_tokens import NOTHING
 from moe_lowering.deployment import Deployment
-from moe_lowering.limits import Violation
+from moe_lowering.limits import TokenRange, Violation
+from moe_lowering.limits.bounds import as_argument
+from moe_lowering.limits.wording import Names, Quoted, Wording, word
 from moe_lowering.passes.agreement_check import Outcome, blocks_record, emit_check, first_exchange, settings_record
 from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, size_key
 from moe_lowering.passes.capturing import may_be_captured, not_capturable
@@ -28,12 +30,12 @@ from moe_lowering.passes.foreign_moe import find_foreign
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.judging import Refusal, refusal
-from moe_lowering.passes.naming import dimension_names, in_users_words
+from moe_lowering.passes.naming import dimension_names, name_sizes
 from moe_lowering.passes.overlap import Target, overlap
 from moe_lowering.passes.raising import find_blocks
 from moe_lowering.passes.routing import emit_route, judge_route
 from moe_lowering.passes.subgraphs import Subgraph
-from moe_lowering.passes.token_ranges import TokenRange, request_guard
+from moe_lowering.passes.token_ranges import request_guard
 from moe_lowering.passes.verifying import (
     VerificationError,
     call_violations,
@@ -126,7 +128,8 @@ class GraphRun:
         decision = self._decisions.get(block.spec)
         if decision is None:
             decision = self._decisions[block.spec] = decide(block.spec, self.deployment, self.policy)
-        comm, reason, after = decision.comm, decision.reason, before
+        comm, after = decision.comm, before
+        reason = word("{why}", why=decision.reason)
         refused = refusal(block.spec, self.deployment) if comm is not None else None
         if refused is not None:
             comm, reason = None, refused.reason
@@ -134,27 +137,31 @@ class GraphRun:
         if comm is not None:
             chosen = comm
             done = self._guarded(lambda emit: self._rewrite(block, chosen, decision, emit), (chosen, block.spec))
-            if isinstance(done, str):
-                comm, reason = None, done
-                reason += self._refuse_if_ranks_differ(block)
+            if isinstance(done, Wording):
+                comm, reason = None, word("{why}{more}", why=done, more=self._refuse_if_ranks_differ(block))
             else:
                 after = tuple(operator_name(n) for n in sorted(done) if n.target is not operator.getitem)
                 self._enforced.add((size_key(block.spec.tokens), decision.enforced))
-        report = BlockReport(
-            block.name, comm, reason, before, after, decision.judgement.verdicts, decision.notes,
-            enforced=str(decision.enforced or "") if comm is not None else "",
-            sizes=decision.sizes if comm is not None else None,
-        )  # fmt: skip
-        if not isinstance(block.spec.tokens, int):  # else T is a number, or the declared one, which is named T
-            said = self._said.get((block.spec, reason))
-            if said is None:
-                said = self._said[block.spec, reason] = _in_users_words(report, block.spec.tokens)
-            report = dataclasses.replace(said, name=block.name, ops_before=before, ops_after=after)
+        report = self._report(block.spec, comm, reason, decision)
+        report = dataclasses.replace(report, name=block.name, ops_before=before, ops_after=after)
         if decision.guard is not None and comm == decision.comm:  # last: a guard cannot be taken back
             self._request_guard(block, decision.guard)
         return report
 
-    def _guarded(self, rewrite: Callable[[Emitter], None], key: tuple[Any, ...]) -> list[Node] | str:
+    def _report(self, spec: BlockSpec, comm: str | None, reason: Wording, decision: Decision) -> BlockReport:
+        """What equal blocks say alike, in the user's names."""
+        key = (spec, reason.say())
+        if key not in self._said:
+            names = () if isinstance(spec.tokens, int) else _names(spec.tokens)
+            done = comm is not None
+            report = BlockReport(
+                "", comm, reason.say(names), (), (), decision.judgement.verdicts, decision.notes,
+                enforced=decision.enforced if done else None, sizes=decision.sizes if done else None,
+            )  # fmt: skip
+            self._said[key] = name_sizes(report, names)
+        return self._said[key]
+
+    def _guarded(self, rewrite: Callable[[Emitter], None], key: tuple[Any, ...]) -> list[Node] | Wording:
         """Run one rewrite; the nodes it created, or why it was undone."""
         assert self.fake_mode is not None  # lower() returns before
         emit = Emitter(self.graph, self.fake_mode, self._recordings.get(key), self._constants)
@@ -236,7 +243,7 @@ class GraphRun:
             return reports
         except Exception as error:  # as in _guarded
             say("moe_lowering: the lowered graph is not sound, all of it left as it was")
-            return self._leave_all(reports, _undone(error), agree)
+            return self._leave_all(reports, _undone(error).say(), agree)
 
     def _leave_all(
         self, reports: list[BlockReport], reason: str, agree: Callable[[list[BlockReport]], None]
@@ -250,7 +257,7 @@ class GraphRun:
         left = [
             dataclasses.replace(
                 report, comm=None, reason=reason + self._refuse_if_ranks_differ(block), ops_after=report.ops_before,
-                enforced="", sizes=None,
+                enforced=None, sizes=None,
             ) if report.comm is not None else report
             for report, block in zip(reports, self._blocks, strict=True)
         ]  # fmt: skip
@@ -286,7 +293,8 @@ class GraphRun:
         for node in emit.created:
             violations = call_violations(node, self.deployment, judged.prover, sizes, judged.quantities["received"])
             if violations:
-                raise VerificationError("; ".join(str(v) for v in violations))
+                texts = "; ".join(f"{{{i}}}" for i in range(len(violations)))
+                raise VerificationError(Wording(texts, tuple((str(i), v) for i, v in enumerate(violations))))
 
     def _enforce(self, block: Block, interval: TokenRange, emit: Emitter) -> None:
         """The graph refuses to run outside of the range that its choice rests on, once per range of one T."""
@@ -302,33 +310,38 @@ class GraphRun:
         ):  # the graph itself refuses sizes outside of its range: without the guard it only recompiles less
             say("moe_lowering: no guard on %s could be requested for %s", interval, block.name)
 
-    def _emit_assert(self, block: Block, interval: TokenRange, emit: Emitter, position: Node) -> None:
-        high = sys.maxsize if interval.high is None else interval.high
+    def _emit_assert(self, block: Block, interval: TokenRange | None, emit: Emitter, position: Node) -> None:
         with emit.at(position, block.dispatch):
-            emit.call(ASSERT_TOKENS, block.x, interval.low, high)
+            emit.call(ASSERT_TOKENS, block.x, *_asserted(interval), **self._declared())
+
+    def _declared(self) -> dict[str, int]:
+        """The range of T that the deployment declares, if any, for what ``assert_tokens`` says."""
+        deployment = self.deployment
+        if not deployment.max_tokens:
+            return {}
+        return {"min_tokens": deployment.min_tokens, "max_tokens": deployment.max_tokens}
 
     def _refuse_to_run(self, block: Block, refused: Refusal) -> None:
         """The others communicate as they decided, so this rank must not run its generic operators beside them."""
         self._refused.append((block, refused))
         self._refusing.add(block.combine)
-        args = (block.x, refused.low, refused.high)
+        args = (block.x, *_asserted(refused.accepted))
         if not any(user.target is ASSERT_TOKENS and user.args == args for user in block.x.users):
-            interval = TokenRange(refused.low, refused.high)
             key = ("refuse", block.spec)
-            self._guarded(lambda emit: self._emit_assert(block, interval, emit, block.dispatch), key)
+            self._guarded(lambda emit: self._emit_assert(block, refused.accepted, emit, block.dispatch), key)
 
     def _refuse_if_ranks_differ(self, block: Block) -> str:
         """After an undone rewrite: what to add to the reason where ranks with another T may have succeeded."""
         if self.deployment.ep_size == 1 or self.deployment.equal_tokens:
             return ""
         text = "; ranks with another T may have lowered it: the graph refuses to run"
-        self._refuse_to_run(block, Refusal(0, -1, text))
+        self._refuse_to_run(block, Refusal(word(text)))
         return text
 
     def _lower_route(self, route: Route) -> None:
         failure = self._guarded(lambda emit: self._rewrite_route(route, emit), (route.spec,))
-        if isinstance(failure, str):
-            self.left.append((route.node, failure))
+        if isinstance(failure, Wording):
+            self.left.append((route.node, failure.say()))
         else:
             self._lowered_routes.append(route.node)
 
@@ -354,13 +367,18 @@ def _feeds_generic(route: Route) -> bool:
     return bool(generic_nodes(readers))
 
 
-def _in_users_words(report: BlockReport, tokens: Any) -> BlockReport:
-    """Names are for people: without them the block is lowered all the same."""
+def _names(tokens: Any) -> Names:
+    """The user's names of the symbols of T. They are for people: without them the block is lowered all the same."""
     try:
-        return in_users_words(report, dimension_names(tokens))
+        return dimension_names(tokens)
     except Exception:  # as in _guarded
-        say("moe_lowering: no names could be given to the sizes of %s", report.name)
-        return report
+        say("moe_lowering: no names could be given to the sizes in %s", tokens)
+        return ()
+
+
+def _asserted(interval: TokenRange | None) -> tuple[int, int]:
+    """The bounds of ``assert_tokens`` that accept a range; None is no T at all."""
+    return (0, NOTHING) if interval is None else (interval.low, as_argument(interval.high))
 
 
 def _fake_mode(graph: Graph) -> FakeTensorMode | None:
@@ -375,8 +393,9 @@ def internal(error: Exception) -> str:
     return f"internal error, please report it: {type(error).__name__}: {error}"
 
 
-def _undone(error: Exception) -> str:
-    return f"rewrite undone: {type(error).__name__}: {error}"
+def _undone(error: Exception) -> Wording:
+    why = error.wording if isinstance(error, VerificationError) else Quoted(str(error))
+    return word("rewrite undone: {kind}: {why}", kind=type(error).__name__, why=why)
 
 
 def operator_name(node: Node) -> str:

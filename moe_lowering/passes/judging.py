@@ -8,7 +8,6 @@ that a rank with one token and a rank with 512 reach the same verdict (two ranks
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 import sympy
@@ -16,16 +15,17 @@ import torch
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.limits import Prover, Violation, check
+from moe_lowering.limits import Prover, TokenRange, Violation, check
+from moe_lowering.limits.wording import Wording, word
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.implementations import IMPLEMENTATIONS, Call, Form
 from moe_lowering.passes.quantities import block_quantities, strict_share_of_one
 from moe_lowering.report.records import Verdict
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
-_T = re.compile(r"\bT\b")
-# Codes of rules that say where a whole implementation does not exist: on which SoC, and on how many ranks.
-_NOT_THERE = (".soc", ".ep_size")
+_T = sympy.Symbol("T", integer=True)
+# What rules of a whole implementation look at that say where it does not exist: on which SoC, and on how many ranks.
+_WHERE = ("soc", "ep_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +68,9 @@ def free_tokens(low: int, high: int) -> Any:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     env, source, hint = ShapeEnv(), ConstantSource("T"), max(low, min(high, 2))
-    symbol = sympy.Symbol("T", integer=True)
-    env.var_to_range[symbol] = ValueRanges(sympy.Integer(low), sympy.Integer(high))
-    env.var_to_sources[symbol] = [source]
-    return env.create_symintnode(symbol, hint=hint, source=source)
+    env.var_to_range[_T] = ValueRanges(sympy.Integer(low), sympy.Integer(high))
+    env.var_to_sources[_T] = [source]
+    return env.create_symintnode(_T, hint=hint, source=source)
 
 
 def outside_declared_range(tokens: Any, deployment: Deployment) -> bool:
@@ -84,14 +83,13 @@ def outside_declared_range(tokens: Any, deployment: Deployment) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """Why a graph of this rank must not run beside ranks that lowered the same block, and the T that it may still take.
+    """Why a graph of this rank must not run beside ranks that lowered the same block.
 
-    ``low`` and ``high`` are the bounds of ``assert_tokens``; ``high`` -1 accepts no T.
+    ``accepted`` are the T that it may still take, None for none.
     """
 
-    low: int
-    high: int
-    reason: str
+    reason: Wording
+    accepted: TokenRange | None = None
 
 
 def refusal(spec: BlockSpec, deployment: Deployment) -> Refusal | None:
@@ -101,31 +99,32 @@ def refusal(spec: BlockSpec, deployment: Deployment) -> Refusal | None:
     The decision itself must not depend on it. The others communicate as declared, so this graph must not run at all.
     """
     if deployment.unknown_rank:
-        return Refusal(0, -1, f"[deployment.rank] {deployment.unknown_rank}: the graph refuses to run")
+        return Refusal(word("[deployment.rank] {why}: the graph refuses to run", why=deployment.unknown_rank))
     if spec.on_shared_rank != deployment.on_shared_rank:
         kinds = {True: "a shared-expert rank", False: "a rank with routed experts"}
         return Refusal(
-            0,
-            -1,
-            f"the block was built for {kinds[spec.on_shared_rank]}, EP rank {deployment.ep_rank} is "
-            f"{kinds[deployment.on_shared_rank]}: the graph refuses to run (build or shard the model with the deployment "
-            "that the pass is given)",
+            word(
+                "the block was built for {block}, EP rank {rank} is {here}: the graph refuses to run (build or shard the "
+                "model with the deployment that the pass is given)",
+                block=kinds[spec.on_shared_rank],
+                rank=deployment.ep_rank,
+                here=kinds[deployment.on_shared_rank],
+            ),
         )
     if deployment.equal_tokens:
         return None
     low, high = deployment.min_tokens, deployment.max_tokens
     if outside_declared_range(spec.tokens, deployment):
-        reason = (
-            f"T is {spec.tokens} and the deployment declares {low} to {high} on every rank: the graph refuses to run"
-        )
-        return Refusal(low, high, reason)
+        reason = "T is {tokens} and the deployment declares {low} to {high} on every rank: the graph refuses to run"
+        return Refusal(word(reason, tokens=spec.tokens, low=low, high=high), TokenRange(low, high))
     if strict_share_of_one(spec):
         return Refusal(
-            0,
-            -1,
-            f"[block.tp_share] T may be {spec.tp_size} or less, so that a TP rank's share of it may be 1; torch guards on that, "
-            "which T forbids (mark_dynamic), and the other ranks do not know of it: the graph refuses to run (compile with "
-            "more than tp_size tokens first, let the range begin above tp_size, or use dynamic=True)",
+            word(
+                "[block.tp_share] T may be {tp_size} or less, so that a TP rank's share of it may be 1; torch guards on that, "
+                "which T forbids (mark_dynamic), and the other ranks do not know of it: the graph refuses to run (compile "
+                "with more than tp_size tokens first, let the range begin above tp_size, or use dynamic=True)",
+                tp_size=spec.tp_size,
+            ),
         )
     return None
 
@@ -156,11 +155,13 @@ def judge(
 
 def _with_declared_range(verdict: Verdict, deployment: Deployment) -> Verdict:
     """Messages on the declared T say what it was declared to be."""
-    declared = f"; the deployment declares {deployment.min_tokens} <= T <= {deployment.max_tokens}"
-    violations = tuple(
-        dataclasses.replace(v, message=v.message + declared) if _T.search(v.value) else v for v in verdict.violations
-    )
+    declared = TokenRange(deployment.min_tokens, deployment.max_tokens)
+    violations = tuple(dataclasses.replace(v, declared=declared) if _depends_on_t(v) else v for v in verdict.violations)
     return dataclasses.replace(verdict, violations=violations)
+
+
+def _depends_on_t(violation: Violation) -> bool:
+    return isinstance(violation.value, sympy.Basic) and _T in violation.value.free_symbols
 
 
 def _verdict(name: str, spec: BlockSpec, deployment: Deployment, quantities: dict[str, Any], prover: Prover) -> Verdict:
@@ -173,7 +174,7 @@ def _verdict(name: str, spec: BlockSpec, deployment: Deployment, quantities: dic
             given = {**quantities, **call.given}
             here = check(call.operator, deployment.soc, given, prover, deployment.versions)
             found += here
-            if call.operator == name and any(v.code.endswith(_NOT_THERE) for v in here):
+            if call.operator == name and any(v.quantity in _WHERE for v in here):
                 break  # its operators are not called then: what they accept is no reason
         return tuple(dict.fromkeys(found))
 

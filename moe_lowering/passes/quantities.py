@@ -21,17 +21,18 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def max_output_size(spec: BlockSpec, deployment: Deployment, tokens: Any, prover: Prover) -> int:
-    """Rows that a fused operator may process on one rank: the deployment's, else the proven receive bound; 0 when none."""
+def max_output_size(spec: BlockSpec, deployment: Deployment, most: int | None) -> int | None:
+    """Rows that a fused operator may process on one rank: the deployment's, else the receive bound proven from ``most``
+    tokens; None when there is none."""
     if deployment.max_output_size:
         return deployment.max_output_size
-    return spec.ep_size * most_tokens(spec, tokens, prover) * min(spec.top_k, spec.local_experts)
+    return None if most is None else spec.ep_size * most * min(spec.top_k, spec.local_experts)
 
 
-def most_tokens(spec: BlockSpec, tokens: Any, prover: Prover) -> int:
-    """The proven bound on the tokens that one rank works on; 0 when there is none."""
+def most_tokens(spec: BlockSpec, tokens: Any, prover: Prover) -> int | None:
+    """The proven bound on the tokens that one rank works on; None when there is none."""
     _, most = prover.bounds(spec.max_tokens or tokens)
-    return 0 if most is None else ceil_div(most, spec.tp_size)
+    return None if most is None else ceil_div(most, spec.tp_size)
 
 
 def _padded(spec: BlockSpec, tokens: Any, prover: Prover) -> bool:
@@ -40,14 +41,14 @@ def _padded(spec: BlockSpec, tokens: Any, prover: Prover) -> bool:
     return tp > 1 and not prover.equal(tokens, tokens // tp * tp)
 
 
-def _buffers_are_shorter(spec: BlockSpec, deployment: Deployment, most: int) -> bool:
-    """Whether ``max_rows`` is less than the rows that a rank may have for another one, or may be (``most`` 0: no bound).
+def _buffers_are_shorter(spec: BlockSpec, deployment: Deployment, most: int | None) -> bool:
+    """Whether ``max_rows`` is less than the rows that a rank may have for another one, or may be (``most`` None: no bound).
 
     Not in GE mode where T varies: torchair converts no minimum of sizes.
     """
     if deployment.mode == "ge" and not spec.max_tokens and not isinstance(spec.tokens, int):
         return False
-    return bool(spec.max_rows) and (not most or spec.max_rows < most * min(spec.top_k, spec.local_experts))
+    return bool(spec.max_rows) and (most is None or spec.max_rows < most * min(spec.top_k, spec.local_experts))
 
 
 def strict_share_of_one(spec: BlockSpec) -> bool:
@@ -72,6 +73,8 @@ def block_quantities(
     has room for no fewer rows (one for each token of every rank at least, where those get at most one).
     """
     most = ceil_div(spec.max_tokens or tokens, spec.tp_size)
+    proven = most_tokens(spec, tokens, prover)
+    rows = max_output_size(spec, deployment, proven)
     return {
         "block_tokens": tokens,
         "tokens": ceil_div(tokens, spec.tp_size),
@@ -109,10 +112,11 @@ def block_quantities(
         "equal_tokens": deployment.equal_tokens,
         "has_torch_npu": torch_npu,
         "received": spec.ep_size * most * min(spec.top_k, spec.local_experts),
-        "most_tokens": most_tokens(spec, tokens, prover),
+        "most_tokens": proven,
         "max_rows": spec.max_rows,
-        "buffers_are_shorter": _buffers_are_shorter(spec, deployment, most_tokens(spec, tokens, prover)),
-        "max_output_size": max_output_size(spec, deployment, tokens, prover),
+        "buffers_are_shorter": _buffers_are_shorter(spec, deployment, proven),
+        "max_output_size": rows,
+        "has_receive_bound": rows is not None,
         "deployment_ep_size": deployment.ep_size,
         "deployment_ep_group": deployment.ep_group,
         "deployment_tp_size": deployment.tp_size,

@@ -13,12 +13,12 @@ import torch
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Limit, limits_for, needed_buffer_mb
+from moe_lowering.limits.wording import as_value
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.alltoall import STATIC
 from moe_lowering.passes.implementations.alltoall_buffers import BUFFERS, capacity
 from moe_lowering.passes.judging import Judgement, judged_calls
-from moe_lowering.passes.token_ranges import SEARCH_LIMIT
 from moe_lowering.report.records import Size, Sizes, Window
 
 # The fused operators that are told how many rows they may process (``dispatch_ffn_combine``: max_output_size).
@@ -27,15 +27,11 @@ _TOLD_ROWS = ("max_output_size", "max_rows")
 
 def block_sizes(spec: BlockSpec, deployment: Deployment, comm: str, judgement: Judgement) -> Sizes:
     """The sizes of a block that was lowered to ``comm``."""
-    low, high = judgement.prover.bounds(judgement.tokens)
-    if high is not None and high > SEARCH_LIMIT:  # how ``prover_for`` writes "no bound"
-        high = None
     given, prover = judgement.quantities, judgement.prover
+    low, high = prover.bounds(judgement.tokens)
 
     def size(value: Any) -> Size:
-        if isinstance(value, int):
-            return Size(value, value)
-        return Size(str(value), None if high is None else prover.bounds(value)[1])
+        return Size(as_value(value), prover.bounds(value)[1])
 
     form = judgement.form(comm)
     received = given["received"]
@@ -73,7 +69,7 @@ def _window_rules(
 ) -> Iterator[tuple[Limit, Any, int, Mapping[str, Any]]]:
     """(rule, bytes needed, bytes accepted, quantities) of every rule on the HCCL window that depends on the block, once."""
     form = IMPLEMENTATIONS[comm].form(judgement.form(comm), deployment)
-    seen: set[tuple[str, int]] = set()
+    seen: set[tuple[Any, int]] = set()
     for call in judged_calls(comm, form, spec, deployment):
         rows = [row for row in limits_for(call.operator, deployment.soc, deployment.versions) if row.bounds_buffer]
         if not rows:
@@ -85,6 +81,7 @@ def _window_rules(
             if not row.value.names or not row.names <= given.keys() or (row.when is not None and not row.when(given)):
                 continue
             value, limit = row.value(given), row.max(given)
-            if (str(value), limit) not in seen:  # both ends of an exchange have the same rule
-                seen.add((str(value), limit))
+            key = as_value(value), limit
+            if key not in seen:  # both ends of an exchange have the same rule
+                seen.add(key)
                 yield row, value, limit, given

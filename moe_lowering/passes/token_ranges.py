@@ -8,41 +8,18 @@ Sources: torch.symbolic_shapes: ShapeEnv.tracked_fakes, ConstraintViolationError
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 
-from moe_lowering.limits import Prover
+from moe_lowering.limits import Prover, TokenRange
 from moe_lowering.passes.blocks import size_key
 
 Choice = TypeVar("Choice")
 
 # Where a search without an upper bound stops looking for a change: more tokens than any rank holds.
 SEARCH_LIMIT = 2**24
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenRange:
-    """``low <= T <= high``; ``high`` is None when there is no bound."""
-
-    low: int
-    high: int | None
-
-    def __contains__(self, tokens: int) -> bool:
-        return self.low <= tokens and (self.high is None or tokens <= self.high)
-
-    def at_most(self, high: int) -> TokenRange:
-        """The part up to ``high``, which may be empty (low > high)."""
-        return TokenRange(self.low, high if self.high is None else min(self.high, high))
-
-    @property
-    def empty(self) -> bool:
-        return self.high is not None and self.low > self.high
-
-    def __str__(self) -> str:
-        return f"T >= {self.low}" if self.high is None else f"{self.low} <= T <= {self.high}"
 
 
 def known_range(tokens: Any) -> TokenRange:
@@ -90,8 +67,7 @@ def _constraints(tokens: torch.SymInt) -> Iterator[Any]:
 
 def prover_for(tokens: torch.SymInt, interval: TokenRange) -> Prover:
     """A prover that knows T to lie in ``interval``."""
-    high = SEARCH_LIMIT * SEARCH_LIMIT if interval.high is None else interval.high
-    return Prover({size_key(tokens): (interval.low, high)})
+    return Prover({size_key(tokens): (interval.low, interval.high)})
 
 
 def request_guard(tokens: torch.SymInt, interval: TokenRange) -> None:

@@ -19,7 +19,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, Violation, check
-from moe_lowering.limits.calls import OPERATORS, bind, quantities, varying_ints
+from moe_lowering.limits.calls import OPERATORS, PER_TOKEN, bind, quantities, varying_ints
+from moe_lowering.limits.wording import Wording, word
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.operands import call_weight_format
 
@@ -28,7 +29,11 @@ GENERIC = ("route", "dispatch", "grouped_mlp", "combine")
 
 
 class VerificationError(RuntimeError):
-    """A replacement does not stand for what it replaces. The message says where and what."""
+    """A replacement does not stand for what it replaces. The message says where and what; ``wording`` with its quantities."""
+
+    def __init__(self, wording: Wording | str) -> None:
+        self.wording = word("{text}", text=wording) if isinstance(wording, str) else wording
+        super().__init__(str(self.wording))
 
 
 def same_value(old: Node, new: Node) -> None:
@@ -36,8 +41,15 @@ def same_value(old: Node, new: Node) -> None:
     a, b = old.meta["val"], new.meta["val"]
     if not _same_shape(a, b) or a.dtype != b.dtype or a.device != b.device:
         raise VerificationError(
-            f"{old.name} is {tuple(a.shape)} {a.dtype} on {a.device}, its replacement {new.name} is "
-            f"{tuple(b.shape)} {b.dtype} on {b.device}"
+            word(
+                "{old} is {old_shape} {old_kind}, its replacement {new} is {new_shape} {new_kind}",
+                old=old.name,
+                old_shape=tuple(a.shape),
+                old_kind=f"{a.dtype} on {a.device}",
+                new=new.name,
+                new_shape=tuple(b.shape),
+                new_kind=f"{b.dtype} on {b.device}",
+            )
         )
 
 
@@ -84,12 +96,13 @@ def call_violations(
     found = quantities(name, bound)
     if tokens is not None:
         own, seen = tokens
-        for key, value in found.items():
-            each = found["top_k"] if key == "indices_length" else 1
-            if key.endswith("scale_rows") and "tokens" not in found:
-                continue  # of rows, whose number may happen to be T
-            if key.endswith(("tokens", "indices_length", "scale_rows")) and _same_size(value, own * each):
-                found[key] = seen * each
+        for quantity in (
+            PER_TOKEN.keys() & found.keys() if "tokens" in found else ()
+        ):  # else of rows, which may be T by chance
+            factor = PER_TOKEN[quantity]
+            each = 1 if factor is None else found[factor]
+            if _same_size(found[quantity], own * each):
+                found[quantity] = seen * each
     extra = {
         "buffer_bytes": deployment.hccl_buffer_bytes,
         "weight_format": call_weight_format(bind(target, node.args, node.kwargs), deployment.weight_format),

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from moe_lowering.deployment_detection import Detected
-from moe_lowering.limits import Violation
+from moe_lowering.limits import TokenRange, Violation
+from moe_lowering.limits.wording import Names, Value, names_in, show, to_json
 from moe_lowering.report.naming import names
 
 
@@ -34,20 +35,50 @@ class Verdict:
             found["ruled_out"] = {form: _json(violations) for form, violations in self.ruled_out}
         return found
 
+    def named(self, names: Names) -> Verdict:
+        """The same with the user's names of the symbols."""
 
-def _json(violations: tuple[Violation, ...]) -> list[dict[str, str]]:
+        def name(violations: tuple[Violation, ...]) -> tuple[Violation, ...]:
+            return tuple(violation.named(names) for violation in violations)
+
+        ruled_out = tuple((form, name(violations)) for form, violations in self.ruled_out)
+        return dataclasses.replace(self, violations=name(self.violations), ruled_out=ruled_out)
+
+
+def _json(violations: tuple[Violation, ...]) -> list[dict[str, Any]]:
     return [violation.to_json() for violation in violations]
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """The fields of a record by name, as they are."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
     """A number, or an expression in the sizes of the user's arguments, and the largest value that it may have.
 
-    ``most`` is None when nothing bounds it.
+    ``most`` is None when nothing bounds it. ``names`` are the user's names of the symbols.
     """
 
-    value: int | str
+    value: Value
     most: int | None
+    names: Names = ()
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is one number."""
+        return isinstance(self.value, int)
+
+    def __str__(self) -> str:
+        return show(self.value, self.names)
+
+    def named(self, names: Names) -> Size:
+        """The same with the user's names of its symbols."""
+        return dataclasses.replace(self, names=names_in(names, self.value))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"value": to_json(self.value, self.names), "most": self.most}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +93,9 @@ class Window:
     accepted: int
     unit: str
     needed_mb: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**_fields(self), "needed": self.needed.to_json()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +127,22 @@ class Sizes:
     @property
     def range(self) -> str:
         """The range of T in words."""
-        if self.low == self.high:
-            return f"T = {self.low}"
-        return f"T >= {self.low}" if self.high is None else f"{self.low} <= T <= {self.high}"
+        return f"T = {self.low}" if self.low == self.high else str(TokenRange(self.low, self.high))
+
+    def named(self, names: Names) -> Sizes:
+        """The same with the user's names of the symbols."""
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens.named(names),
+            capacity=self.capacity.named(names),
+            received=self.received.named(names),
+            exchanged=None if self.exchanged is None else self.exchanged.named(names),
+            windows=tuple(dataclasses.replace(w, needed=w.needed.named(names)) for w in self.windows),
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "range": self.range}
+        found = {n: v.to_json() if isinstance(v, Size) else v for n, v in _fields(self).items()}
+        return {**found, "windows": [window.to_json() for window in self.windows], "range": self.range}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +156,7 @@ class BlockReport:
         ops_before, ops_after: operator names of the block in graph order, e.g. ``moe_lowering.dispatch``.
         verdicts: by implementation name.
         notes: risks and costs that the user should know, e.g. a limit that no device check enforces.
-        enforced: the range of T outside of which the lowered graph refuses to run, "" when every T is fine.
+        enforced: the range of T outside of which the lowered graph refuses to run, None when every T is fine.
         sizes: capacity, receive bound and the like of a lowered block; None of one that was left alone.
     """
 
@@ -123,7 +167,7 @@ class BlockReport:
     ops_after: tuple[str, ...]
     verdicts: dict[str, Verdict]
     notes: tuple[str, ...] = ()
-    enforced: str = ""
+    enforced: TokenRange | None = None
     sizes: Sizes | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -135,7 +179,7 @@ class BlockReport:
             "ops_after": list(self.ops_after),
             "verdicts": {name: verdict.to_json() for name, verdict in self.verdicts.items()},
             "notes": list(self.notes),
-            "enforced": self.enforced,
+            "enforced": None if self.enforced is None else _fields(self.enforced),
             "sizes": None if self.sizes is None else self.sizes.to_json(),
         }
 

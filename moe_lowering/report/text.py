@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from moe_lowering.limits import Violation
+from moe_lowering.limits.wording import Accepted, Value
 from moe_lowering.report.naming import names
 from moe_lowering.report.records import BlockReport, LoweringReport, NotCapturable, Size, Sizes, Verdict, Window
 
@@ -13,7 +14,6 @@ WIDTH = 100
 _LABEL = 18  # columns of the left column
 _INDENT = "  "
 _BOUND_CHECK = "moe_lowering.assert_tokens"
-SELF_EVIDENT = ("one of True", "one of False")  # limits of rules that the message puts in words
 
 
 def render(report: LoweringReport) -> str:
@@ -105,8 +105,8 @@ def _implementation(block: BlockReport) -> str:
 
 def render_sizes(sizes: Sizes) -> list[str]:
     """Capacity, receive bound and HCCL window of a lowered block."""
-    fixed = isinstance(sizes.tokens.value, int)
-    parts = [sizes.range if fixed or sizes.tokens.value == "T" else f"T = {sizes.tokens.value}, {sizes.range}"]
+    tokens = str(sizes.tokens)
+    parts = [sizes.range if sizes.tokens.fixed or tokens == "T" else f"T = {tokens}, {sizes.range}"]
     if sizes.bound != sizes.high:
         parts.append(f"at most {sizes.bound} on any rank")
     parts.append(f"capacity {_size(sizes.capacity)} per TP rank")
@@ -122,9 +122,7 @@ def render_sizes(sizes: Sizes) -> list[str]:
 
 
 def _size(size: Size) -> str:
-    if isinstance(size.value, int):
-        return str(size.value)
-    return f"{size.value} ({'no bound' if size.most is None else f'at most {size.most}'})"
+    return str(size) if size.fixed else f"{size} ({'no bound' if size.most is None else f'at most {size.most}'})"
 
 
 def _window(window: Window, buffer_bytes: int) -> str:
@@ -139,7 +137,7 @@ def _render_verdict(name: str, verdict: Verdict, sources: list[str]) -> str:
     if verdict.legal:
         return row("also legal", name)
     lines: list[str] = []
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[str, Value, Accepted]] = set()
     for violation in verdict.violations:
         key = (violation.code, violation.value, violation.limit)
         if key in seen:  # the same rule, broken at both ends of an exchange
@@ -162,10 +160,10 @@ def _number(violation: Violation, sources: list[str]) -> int:
 
 def unsaid(violation: Violation) -> str:
     """The value and the limit of a rule whose message does not hold them."""
-    if violation.limit in violation.message or violation.limit in SELF_EVIDENT:
+    message, value, limit = violation.message, violation.show(), violation.limit.say(violation.names)
+    if violation.limit.is_flag or limit in message:
         return ""
-    value = "" if violation.value in violation.message else f"value {violation.value}, "
-    return f"; {value}limit {violation.limit}"
+    return f"; {'' if value in message else f'value {value}, '}limit {limit}"
 
 
 def _render_ruled_out(name: str, verdict: Verdict) -> list[str]:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from moe_lowering.explanation import Answer, Explanation, Piece
 from moe_lowering.limits import Violation
 from moe_lowering.limits.examining import Finding
+from moe_lowering.limits.wording import Accepted, Value, show
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.report.records import Verdict
-from moe_lowering.report.text import SELF_EVIDENT, render_sizes
+from moe_lowering.report.text import render_sizes
 from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS
 
 WIDTH = 100
@@ -133,8 +134,9 @@ def _violations(name: str, verdict: Verdict, paint: Paint) -> str:
         label = "" if lines else f"not {name}"
         line = _row(label, f"[{violation.code}] {violation.message}")
         lines.append(line.replace(f"[{violation.code}]", paint(f"[{violation.code}]", "red"), 1))
-        if violation.limit not in violation.message and violation.limit not in SELF_EVIDENT:
-            lines.append(_row("", f"limit: {violation.limit}", indent=2))
+        limit = violation.limit.say(violation.names)
+        if limit not in violation.message and not violation.limit.is_flag:
+            lines.append(_row("", f"limit: {limit}", indent=2))
         if violation.advice:
             lines.append(_row("", f"advice: {violation.advice}", indent=2))
         lines.append(paint(_row("", f"source: {violation.source}", indent=2), "dim"))
@@ -147,12 +149,12 @@ def _why(answer: Answer, name: str, paint: Paint) -> str:
     title = f"  why {name} is {'legal' if verdict.legal else 'refused'}"
     lines = [paint.legal(title, verdict.legal)]
     violations = {(v.operator, v.code): v for v in verdict.violations}
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[str, Value, Accepted]] = set()
     by_operator: dict[str, list[Finding]] = {}
     for finding in answer.findings(name):
         by_operator.setdefault(finding.limit.operator, []).append(finding)
     for operator, findings in by_operator.items():
-        keys = [(f.limit.code, str(f.value), f.accepted) for f in findings]
+        keys = [(f.limit.code, f.value, f.accepted) for f in findings]
         new = [f for f, key in zip(findings, keys, strict=True) if key not in seen]
         seen.update(keys)
         again = f" (and {len(findings) - len(new)} rules shown above)" if len(new) < len(findings) else ""
@@ -166,7 +168,7 @@ def _why(answer: Answer, name: str, paint: Paint) -> str:
 def _finding(finding: Finding, violations: dict[tuple[str, str], Violation], paint: Paint) -> str:
     limit = finding.limit
     mark = f"{'holds' if finding.holds else 'BROKEN':<7}"
-    texts = [f"{limit.code}: {limit.value.text} = {finding.value}; accepted: {finding.accepted}"]
+    texts = [f"{limit.code}: {limit.value.text} = {show(finding.value)}; accepted: {finding.accepted}"]
     if not finding.holds:
         violation = violations[limit.operator, limit.code]
         texts += [violation.message] if limit.says else []

@@ -49,7 +49,7 @@ class Outcome:
         for report in self.reports:
             for block in report.blocks:
                 if block.comm is None:
-                    left.setdefault(_refusal(block), []).append(block.name)
+                    left.setdefault(_refusal(block, self.request.comm), []).append(block.name)
             found += [f"{place} is not lowered: {why}" for place, why in report.unlowered]
         found += [f"{names(list(dict.fromkeys(blocks)))} not lowered: {why}" for why, blocks in left.items()]
         if not found and not any(report.blocks for report in self.reports):
@@ -157,10 +157,9 @@ def _shown_alike(a: LoweringReport, b: LoweringReport) -> bool:
     return (a.blocks, a.not_capturable, a.unlowered) == (b.blocks, b.not_capturable, b.unlowered)
 
 
-def _refusal(block: BlockReport) -> str:
+def _refusal(block: BlockReport, asked: str) -> str:
     """Why a block was left, with the messages of the implementation that was asked for."""
-    asked = [name for name in block.verdicts if block.reason.startswith(f"{name} was asked for")]
-    if not asked:
+    verdict = block.verdicts.get(asked)
+    if verdict is None or verdict.legal:
         return block.reason
-    messages = (f"[{v.code}] {v.message}" for name in asked for v in block.verdicts[name].violations)
-    return f"{asked[0]} was asked for and is not legal: " + "; ".join(dict.fromkeys(messages))
+    return f"{asked} was asked for and is not legal: " + "; ".join(dict.fromkeys(map(str, verdict.violations)))

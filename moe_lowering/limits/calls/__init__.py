@@ -21,8 +21,9 @@ from moe_lowering import _versions
 from moe_lowering.limits.calls import communication, fused, matmul, quantised, routing
 from moe_lowering.limits.calls.tensors import Arguments, Reader
 from moe_lowering.limits.prover import Prover
-from moe_lowering.limits.sources import cite, load_sources, render_citations
+from moe_lowering.limits.sources import cite, load_sources
 from moe_lowering.limits.violations import Violation, check
+from moe_lowering.limits.wording import Accepted, Bound, as_value
 
 _READERS: dict[str, Reader] = {
     **routing.READERS,
@@ -32,6 +33,13 @@ _READERS: dict[str, Reader] = {
     **fused.READERS,
 }
 OPERATORS = frozenset(_READERS)
+_PYTHON_INT = Accepted(equals=Bound("a Python int", "a Python int"))
+# Of a call that has ``tokens``: the quantities that number the tokens of the rank that calls, and of which quantity there
+# is that many for each token; None for one.
+PER_TOKEN: dict[str, str | None] = {
+    **dict.fromkeys(("tokens", "max_tokens", "ids_tokens", "weights_tokens", "mask_tokens", "scale_rows")),
+    "indices_length": "top_k",
+}
 # What rows of called operators may read and no call shows.
 CONTEXT = frozenset({
     "buffer_bytes", "weight_format", "top_k", "received", "equal_tokens", "mask_is_prefix", "has_vllm_ascend", "mode",
@@ -117,12 +125,12 @@ def varying_ints(op: torch._ops.OpOverload, name: str, arguments: Arguments) -> 
         Violation(
             code="call.symbolic_int",
             operator=name,
-            value=str(value),
-            limit="a Python int",
-            source=render_citations(sources),
-            message=f"{name}: {argument} is {value}, which varies; accepted: a Python int",
-            advice="pass 0 or -1 where the operator documents it as 'all', or give the bound",
+            quantity=argument,
+            value=as_value(value),
+            limit=_PYTHON_INT,
             sources=sources,
+            says=f"{argument} is {{value}}, which varies; accepted: {_PYTHON_INT}",
+            advises="pass 0 or -1 where the operator documents it as 'all', or give the bound",
         )
         for argument, given in arguments.items()
         for value in (given if isinstance(given, (list, tuple)) else (given,))

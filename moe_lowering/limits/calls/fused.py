@@ -76,7 +76,7 @@ def _wide(a: Arguments, given: dict[str, Any]) -> dict[str, Any]:
 def dispatch_ffn_combine(a: Arguments) -> dict[str, Any]:
     """The largest T on any rank is not an argument: this rank's stands for it, and ``received`` is not known."""
     given = _fused(a, a["swiglu_limit"])
-    return {**given, **_wide(a, given), "max_output_size": a["max_output_size"]}
+    return {**given, **_wide(a, given), "max_output_size": a["max_output_size"], "has_receive_bound": True}
 
 
 def dispatch_gmm_combine_decode(a: Arguments) -> dict[str, Any]:
@@ -102,6 +102,7 @@ def mega_moe(a: Arguments) -> dict[str, Any]:
         "max_tokens": a["max_tokens"],
         "received": a["max_rows"] or rows,
         "max_output_size": a["max_rows"] or rows,
+        "has_receive_bound": True,
         "experts": a["num_experts"],
         "mask_dtype": None if a["mask"] is None else "int8",
         "dispatch_quant_mode": 0 if a["quantisation"] == "none" else 2,
