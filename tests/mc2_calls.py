@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moe_lowering import simulator
+from moe_lowering.simulator import state
 
 H, E, RANKS = 1024, 4, 2
 LOWEST = torch.iinfo(torch.int32).min
@@ -39,7 +40,7 @@ def group_name() -> str:
 
 def on_soc(soc: str) -> None:
     """What the kernels of this process take as SoC. torch_npu itself stays on the one that was enabled."""
-    simulator.soc = lambda: soc
+    state.soc = lambda: soc
 
 
 def call(name: str, rank: int, soc: str, arguments: dict[str, Any]) -> Any:

@@ -50,12 +50,12 @@ def test_one_block_however_it_is_given(given, tmp_path):
         "model of two layers": lambda: torch.nn.Sequential(layer(), layer()),
         "description": lambda: BLOCK,
     }[given]()
-    found = explain(model, DEPLOYMENT, tokens=64)
+    found = explain(model, DEPLOYMENT, tokens=128)
     assert meaning(found.block) == BLOCK
-    wanted = explain(BLOCK, DEPLOYMENT, tokens=64)
+    wanted = explain(BLOCK, DEPLOYMENT, tokens=128)
     assert found.answer.choice == wanted.answer.choice == "fused_mc2"
     assert found.answer.judgement.verdicts == wanted.answer.judgement.verdicts
-    assert explain(model, DEPLOYMENT, tokens=64, quantisation="w8a8").block.quantisation == "w8a8"
+    assert explain(model, DEPLOYMENT, tokens=128, quantisation="w8a8").block.quantisation == "w8a8"
 
 
 @pytest.mark.parametrize("format", [name for name, form in EXPERT_FORMATS.items() if form.quantised])
@@ -114,9 +114,9 @@ def test_experts_alone_do_not_say_how_many_a_token_has():
 
 
 def test_the_command_says_what_the_library_says():
-    given = "explain --hidden 1024 --intermediate 512 --experts 16 --topk 4 --ep 4 --tokens 64 --sweep tokens=1..2048"
+    given = "explain --hidden 1024 --intermediate 512 --experts 16 --topk 4 --ep 4 --tokens 128 --sweep tokens=1..2048"
     printed = json.loads(run(parse([*given.split(), "--provider", "vllm_ascend=0.23.0"]), print).to_json())
-    found = json.loads(json.dumps(explain(BLOCK, DEPLOYMENT, tokens=64, sweep=(1, 2048)).to_json()))
+    found = json.loads(json.dumps(explain(BLOCK, DEPLOYMENT, tokens=128, sweep=(1, 2048)).to_json()))
     for field in ("block", "choice", "reason", "sizes", "verdicts", "sweep", "policy"):
         assert printed[field] == found[field], field
 

@@ -30,5 +30,4 @@ def spec_of(block: BlockDescription, deployment: Deployment, tokens: int) -> Blo
     return dataclasses.replace(
         spec_of_layer(layer, deployment, tokens, block.quantisation),
         weights_contiguous=block.weights_contiguous or laid_out,
-        on_shared_rank=False,  # a decision must not depend on which rank this is
     )

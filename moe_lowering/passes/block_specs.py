@@ -29,7 +29,6 @@ _OF_DEPLOYMENT = (
     "max_rows",
     "shared_expert_ranks",
     "shared_experts",
-    "on_shared_rank",
 )
 
 
@@ -84,6 +83,7 @@ def spec_of_graph(
         experts=call.num_experts,
         local_experts=local_experts,
         max_tokens=call.max_tokens,
+        on_shared_rank=call.on_shared_rank,
         dtype=mlp.out_dtype or call.x.dtype,
         activation=mlp.activation,
         limit=mlp.limit,
@@ -100,8 +100,8 @@ def spec_of_graph(
 
 
 def spec_of_layer(layer: Layer, deployment: Deployment, tokens: int, quantisation: str) -> BlockSpec:
-    """Of a layer that is described, with ``tokens`` of a rank and weights as ``shard_experts`` and ``quantise_experts`` lay
-    them out."""
+    """Of a layer that is described, on a rank with routed experts, with ``tokens`` of a rank and weights as ``shard_experts``
+    and ``quantise_experts`` lay them out."""
     local_experts = layer.experts // deployment.routed_ranks
     return BlockSpec(
         tokens=tokens,
@@ -110,6 +110,7 @@ def spec_of_layer(layer: Layer, deployment: Deployment, tokens: int, quantisatio
         experts=layer.experts,
         local_experts=local_experts,
         max_tokens=deployment.token_bound,
+        on_shared_rank=False,  # whichever rank asks: a decision must not depend on it
         dtype=layer.dtype,
         activation=layer.activation,
         limit=layer.limit,
