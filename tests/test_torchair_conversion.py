@@ -357,7 +357,7 @@ def convert(number):
     config.post_grad_custom_post_pass = lambda *_: os.kill(os.getpid(), number)
     with fake_deployment(ep_size=1) as deployment:
         model = MoE(1024, 512, 4, 2, dtype=torch.bfloat16).eval().requires_grad_(False).to("npu")
-        return convert(model, (x,), deployment, comm="allgather", config=config)
+        return ge.convert(model, (x,), deployment, comm="allgather", config=config)
 
 
 installed = signal.getsignal(signal.SIGINT)

@@ -4,5 +4,5 @@
 - ``values``, ``check``: what is certain to be wrong, told without importing torch or transformers.
 - ``read``: the config as transformers has it; imports transformers, builds no model.
 
-Sources: the text of transformers' own tables and model files, where it is installed.
+What is known of a type is read from the text of transformers' own tables and model files, where it is installed.
 """
