@@ -31,6 +31,10 @@ CALLS: dict[str, dict[str, Any]] = {
     "npu_moe_token_unpermute": {"permuted_tokens": X, "sorted_indices": torch.arange(4).int()},
     "npu_moe_token_permute": {"tokens": X, "indices": IDS},
     "npu_moe_re_routing": {"tokens": X.half(), "expert_token_num_per_rank": torch.tensor([[1, 1], [1, 1]])},
+    "npu_moe_finalize_routing": {
+        "expanded_permuted_rows": X, "skip1": None, "skip2": None, "bias": None, "scales": None,
+        "expanded_src_to_dst_row": torch.arange(4).int(), "export_for_source_row": None,
+    },
     "npu_grouped_matmul": {"x": [X], "weight": [WEIGHTS], "group_list": ENDS, "split_item": 2, "group_type": 0},
     "npu_swiglu": {"input": X},
     "npu_clipped_swiglu": {"x": X},
@@ -57,6 +61,7 @@ CALLS: dict[str, dict[str, Any]] = {
 COLLECTIVE = {*kernels.DISTRIBUTE}
 LOCAL = {
     **kernels.GATING, **kernels.ROUTING, **kernels.GROUPED_MATMUL, **kernels.QUANTISED, **kernels.PERMUTING,
+    **kernels.FINALIZING,
 }  # fmt: skip
 # What arguments that are None by default mean, where another value says the same.
 BY_VALUE = {

@@ -113,26 +113,30 @@ def re_routing(a: Arguments) -> dict[str, Any]:
 def finalize_routing(a: Arguments) -> dict[str, Any]:
     """``npu_moe_finalize_routing``; ``index`` is the row of each slot (``expanded_src_to_dst_row``)."""
     x, scales, index, bias = a["expanded_permuted_rows"], a["scales"], a["expanded_src_to_dst_row"], a["bias"]
-    top_k = size(scales, 1) if scales is not None else a["k"]
+    k = 1 if a["k"] is None else a["k"]
     return {
         "x_dtype": dtype(x),
         "x_dims": dims(x),
+        "rows": size(x, 0),
         "hidden": size(x, -1),
         "index_dtype": dtype(index),
         "index_dims": dims(index),
         "index_length": size(index, 0),
         "tokens": size(scales, 0),
-        "top_k": top_k,
-        "k": a["k"],
+        "top_k": size(scales, 1) if scales is not None else k,
+        "k": k,
         "has_weights": scales is not None,
         "weights_dtype": dtype(scales),
         "weights_dims": dims(scales),
         "has_bias": bias is not None,
         "bias_dtype": dtype(bias),
         "has_experts": a["export_for_source_row"] is not None,
+        "experts_dtype": dtype(a["export_for_source_row"]),
+        "skip1_dtype": dtype(a["skip1"]),
+        "skip2_dtype": dtype(a["skip2"]),
         "has_skip1": a["skip1"] is not None,
         "has_skip2": a["skip2"] is not None,
-        "drop_pad_mode": a["drop_pad_mode"],
+        "drop_pad_mode": 0 if a["drop_pad_mode"] is None else a["drop_pad_mode"],
     }
 
 

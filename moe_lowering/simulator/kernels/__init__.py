@@ -11,6 +11,7 @@ import torch
 
 from moe_lowering.simulator.kernels.common import checked, collective
 from moe_lowering.simulator.kernels.distribute import KERNELS as DISTRIBUTE
+from moe_lowering.simulator.kernels.finalizing import KERNELS as FINALIZING
 from moe_lowering.simulator.kernels.gating import KERNELS as GATING
 from moe_lowering.simulator.kernels.grouped_matmul import KERNELS as GROUPED_MATMUL
 from moe_lowering.simulator.kernels.permuting import KERNELS as PERMUTING
@@ -32,7 +33,7 @@ def register() -> None:
         raise RuntimeError("simulator kernels: import torch_npu first (moe_lowering.simulator.enable() does)")
     library = torch.library.Library("npu", "IMPL")  # type: ignore[no-untyped-call]
     for kernels, wrap in (
-        ({**GATING, **ROUTING, **GROUPED_MATMUL, **QUANTISED, **PERMUTING}, checked),
+        ({**GATING, **ROUTING, **GROUPED_MATMUL, **QUANTISED, **PERMUTING, **FINALIZING}, checked),
         (DISTRIBUTE, collective),
     ):
         for name, kernel in kernels.items():
