@@ -109,7 +109,7 @@ IDS = torch.zeros(3, 2, dtype=torch.int32)
         ({"expanded_src_to_dst_row": torch.arange(1, 7).int()}, "expanded_src_to_dst_row is 1 to 6; accepted: 0 to 5"),
         ({"scales": torch.ones(3, 2).half()}, "finalize.weights_dtype"),
         ({"scales": torch.ones(2, 2)}, "finalize.index_length"),
-        ({"scales": None, "k": 4}, "finalize.index_multiple"),
+        ({"scales": None, "k": 4}, "6 long; accepted: a multiple of k = 4"),
         ({"scales": None, "k": 0}, "finalize.k"),
         ({"skip2": torch.ones(3, 4)}, "finalize.skips"),
         ({"skip1": torch.ones(3, 4).half()}, "finalize.skip1_dtype"),

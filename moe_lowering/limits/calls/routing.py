@@ -23,6 +23,51 @@ def gating(a: Arguments) -> dict[str, Any]:
     }
 
 
+def gating_softmax(a: Arguments) -> dict[str, Any]:
+    """Both versions of ``npu_moe_gating_top_k_softmax``."""
+    x, finished = a["x"], a["finished"]
+    return {
+        "x_dtype": dtype(x),
+        "x_dims": dims(x),
+        "experts": size(x, -1),
+        "top_k": a["k"],
+        "finished_dtype": dtype(finished),
+        "finished_dims": dims(finished),
+        "renorm": a.get("renorm") or 0,
+        "output_softmax": bool(a.get("output_softmax")),
+    }
+
+
+def init_routing_v1(a: Arguments) -> dict[str, Any]:
+    """``npu_moe_init_routing``; ``row`` is row_idx."""
+    x, row, ids = a["x"], a["row_idx"], a["expert_idx"]
+    return {
+        "x_dtype": dtype(x),
+        "x_dims": dims(x),
+        "tokens": size(x, 0),
+        "ids_dtype": dtype(ids),
+        "ids_dims": dims(ids),
+        "ids_tokens": size(ids, 0),
+        "top_k": size(ids, 1),
+        "row_dtype": dtype(row),
+        "row_dims": dims(row),
+        "row_tokens": size(row, 0),
+        "row_top_k": size(row, 1),
+        "active_num": a["active_num"],
+    }
+
+
+def expert_tokens(a: Arguments) -> dict[str, Any]:
+    """``npu_moe_compute_expert_tokens``."""
+    rows = a["sorted_expert_for_source_row"]
+    return {
+        "ids_dtype": dtype(rows),
+        "ids_dims": dims(rows),
+        "rows": size(rows, 0),
+        "experts": a["num_expert"],
+    }
+
+
 def init_routing(a: Arguments) -> dict[str, Any]:
     x, ids, scale = a["x"], a["expert_idx"], a["scale"]
     # without tokens the shape of scale does not matter (op-plugin, test_npu_moe_init_routing_empty_tensor)
@@ -142,6 +187,10 @@ def finalize_routing(a: Arguments) -> dict[str, Any]:
 
 READERS = {
     "npu_moe_gating_top_k": gating,
+    "npu_moe_gating_top_k_softmax": gating_softmax,
+    "npu_moe_gating_top_k_softmax_v2": gating_softmax,
+    "npu_moe_init_routing": init_routing_v1,
+    "npu_moe_compute_expert_tokens": expert_tokens,
     "npu_moe_init_routing_v2": init_routing,
     "npu_moe_token_permute": permute,
     "npu_moe_token_unpermute": unpermute,

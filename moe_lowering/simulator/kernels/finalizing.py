@@ -44,6 +44,8 @@ def finalize_routing(
     """
     mode, index = drop_pad_mode or 0, expanded_src_to_dst_row.long()
     top_k = scales.shape[1] if scales is not None else 1 if k is None else k
+    if len(index) % top_k:  # the meta function rounds down
+        refuse(FINALIZE, "expanded_src_to_dst_row", f"{len(index)} long", f"a multiple of k = {top_k}")
     tokens, hidden = len(index) // top_k, expanded_permuted_rows.shape[-1]
     rows = expanded_permuted_rows.reshape(-1, hidden)
     _check_values("expanded_src_to_dst_row", index, DROPPED if mode in (BY_COLUMN_DROP, BY_ROW_DROP) else 0, len(rows))
