@@ -66,6 +66,10 @@ def arguments_of(operator: str) -> dict[str, Any]:
     group, lists = ("name", 2, 0, 4), ([1, 1], [1, 1])
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "npu_moe_gating_top_k": ((x, 2), {}),
+        "npu_moe_gating_top_k_softmax": ((x,), {}),
+        "npu_moe_gating_top_k_softmax_v2": ((x,), {}),
+        "npu_moe_init_routing": ((x, ids, ids, 4), {}),
+        "npu_moe_compute_expert_tokens": ((ids[:, 0], 4), {}),
         "npu_moe_init_routing_v2": ((x, ids), {}),
         "npu_moe_token_permute": ((x, ids), {}),
         "npu_moe_token_unpermute": ((x, ids[:, 0]), {}),

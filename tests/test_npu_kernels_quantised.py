@@ -243,6 +243,47 @@ def test_dequant_swiglu_quant_of_integers(gate_first: bool) -> None:
     assert_undefined(values[5:], scale[5:])
 
 
+def test_dequant_swiglu_quant_of_pairs() -> None:
+    """Pairs (expert, rows) as npu_moe_init_routing_v2 leaves them: each row meets the scales of its own expert."""
+    ids = torch.tensor([[1, 4], [4, 7], [4, 1]], dtype=torch.int32)
+    named = {"expert_num": 8, "expert_tokens_num_flag": True}
+    pairs = npu.npu_moe_init_routing_v2(torch.ones(3, 4), ids, expert_tokens_num_type=2, **named)[2]
+    counts = npu.npu_moe_init_routing_v2(torch.ones(3, 4), ids, expert_tokens_num_type=1, **named)[2]
+    assert pairs[:4].tolist() == [[1, 2], [4, 3], [7, 1], [0, 0]] and (pairs[4:] == torch.iinfo(torch.int64).min).all()
+    given = {
+        "x": torch.randint(-(10**6), 10**6, (6, 128), dtype=torch.int32), "weight_scale": torch.rand(8, 128) / 1e4,
+        "activation_scale": torch.rand(6) / 20, "quant_scale": torch.rand(8, 64) + 0.5, "quant_mode": 1,
+    }  # fmt: skip
+    for got, expected in zip(
+        *(npu.npu_dequant_swiglu_quant(**given, group_index=g) for g in (pairs, counts)), strict=True
+    ):
+        assert torch.equal(got, expected)
+    total = given["x"].double() * given["weight_scale"][[1, 1, 4, 4, 4, 7]].double()
+    assert_quantised(
+        *npu.npu_dequant_swiglu_quant(**given, group_index=pairs),
+        silu(total[:, 64:] * given["activation_scale"][:, None].double())
+        * total[:, :64] * given["activation_scale"][:, None].double() * given["quant_scale"][[1, 1, 4, 4, 4, 7]].double(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [1, 2])
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_dequant_swiglu_quant_clamped(mode: int, gate_first: bool) -> None:
+    """gpt-oss: columns in turn; halves for mode 2. activate_left is for halves only."""
+    x = (torch.randn(5, 128) * 4).bfloat16()
+    settings = {"clamp_limit": 3.0, "glu_alpha": 1.5, "glu_bias": 0.5}
+    result = like_meta(
+        npu.npu_dequant_swiglu_quant, x, activate_left=gate_first, quant_mode=1, swiglu_mode=mode, **settings
+    )
+    wide = x.double()
+    gate, other = (wide[:, 0::2], wide[:, 1::2]) if mode == 1 else (wide[:, :64], wide[:, 64:])
+    if mode == 2 and not gate_first:
+        gate, other = other, gate
+    gate = torch.minimum(gate, torch.tensor(3.0))
+    other = torch.maximum(torch.minimum(other, torch.tensor(3.0)), torch.tensor(-3.0))
+    assert_quantised(*result, gate / (1 + torch.exp(-1.5 * gate)) * (other + 0.5))
+
+
 def test_dequant_swiglu_quant_of_floats_without_groups() -> None:
     x = torch.randn(4, 12).bfloat16()
     result = like_meta(npu.npu_dequant_swiglu_quant, x, activate_left=True, quant_mode=1)
@@ -290,8 +331,7 @@ DEQUANT = {
         ({"quant_offset": torch.ones(2, 64)}, "dequant_swiglu_quant.quant_offset"),
         ({"quant_scale": torch.ones(2, 128)}, r"quant_scale is \(2, 128\); accepted: \(2, 64\)"),
         ({"x": torch.ones(3, 64, dtype=torch.int32)}, "dequant_swiglu_quant.intermediate"),
-        ({"swiglu_mode": 1}, "swiglu_mode is 1; the CPU kernel computes only: 0"),
-        ({"swiglu_mode": 2}, "dequant_swiglu_quant.swiglu_mode"),
+        ({"swiglu_mode": 3}, "dequant_swiglu_quant.swiglu_mode"),
         ({"round_mode": 1}, "round_mode is 1; the CPU kernel"),
         ({"dst_type": 16}, "dequant_swiglu_quant.dst_type"),
     ],

@@ -23,6 +23,51 @@ def gating(a: Arguments) -> dict[str, Any]:
     }
 
 
+def gating_softmax(a: Arguments) -> dict[str, Any]:
+    """Both versions of ``npu_moe_gating_top_k_softmax``."""
+    x, finished = a["x"], a["finished"]
+    return {
+        "x_dtype": dtype(x),
+        "x_dims": dims(x),
+        "experts": size(x, -1),
+        "top_k": a["k"],
+        "finished_dtype": dtype(finished),
+        "finished_dims": dims(finished),
+        "renorm": a.get("renorm") or 0,
+        "output_softmax": bool(a.get("output_softmax")),
+    }
+
+
+def init_routing_v1(a: Arguments) -> dict[str, Any]:
+    """``npu_moe_init_routing``; ``row`` is row_idx."""
+    x, row, ids = a["x"], a["row_idx"], a["expert_idx"]
+    return {
+        "x_dtype": dtype(x),
+        "x_dims": dims(x),
+        "tokens": size(x, 0),
+        "ids_dtype": dtype(ids),
+        "ids_dims": dims(ids),
+        "ids_tokens": size(ids, 0),
+        "top_k": size(ids, 1),
+        "row_dtype": dtype(row),
+        "row_dims": dims(row),
+        "row_tokens": size(row, 0),
+        "row_top_k": size(row, 1),
+        "active_num": a["active_num"],
+    }
+
+
+def expert_tokens(a: Arguments) -> dict[str, Any]:
+    """``npu_moe_compute_expert_tokens``."""
+    rows = a["sorted_expert_for_source_row"]
+    return {
+        "ids_dtype": dtype(rows),
+        "ids_dims": dims(rows),
+        "rows": size(rows, 0),
+        "experts": a["num_expert"],
+    }
+
+
 def init_routing(a: Arguments) -> dict[str, Any]:
     x, ids, scale = a["x"], a["expert_idx"], a["scale"]
     # without tokens the shape of scale does not matter (op-plugin, test_npu_moe_init_routing_empty_tensor)
@@ -113,31 +158,39 @@ def re_routing(a: Arguments) -> dict[str, Any]:
 def finalize_routing(a: Arguments) -> dict[str, Any]:
     """``npu_moe_finalize_routing``; ``index`` is the row of each slot (``expanded_src_to_dst_row``)."""
     x, scales, index, bias = a["expanded_permuted_rows"], a["scales"], a["expanded_src_to_dst_row"], a["bias"]
-    top_k = size(scales, 1) if scales is not None else a["k"]
+    k = 1 if a["k"] is None else a["k"]
     return {
         "x_dtype": dtype(x),
         "x_dims": dims(x),
+        "rows": size(x, 0),
         "hidden": size(x, -1),
         "index_dtype": dtype(index),
         "index_dims": dims(index),
         "index_length": size(index, 0),
         "tokens": size(scales, 0),
-        "top_k": top_k,
-        "k": a["k"],
+        "top_k": size(scales, 1) if scales is not None else k,
+        "k": k,
         "has_weights": scales is not None,
         "weights_dtype": dtype(scales),
         "weights_dims": dims(scales),
         "has_bias": bias is not None,
         "bias_dtype": dtype(bias),
         "has_experts": a["export_for_source_row"] is not None,
+        "experts_dtype": dtype(a["export_for_source_row"]),
+        "skip1_dtype": dtype(a["skip1"]),
+        "skip2_dtype": dtype(a["skip2"]),
         "has_skip1": a["skip1"] is not None,
         "has_skip2": a["skip2"] is not None,
-        "drop_pad_mode": a["drop_pad_mode"],
+        "drop_pad_mode": 0 if a["drop_pad_mode"] is None else a["drop_pad_mode"],
     }
 
 
 READERS = {
     "npu_moe_gating_top_k": gating,
+    "npu_moe_gating_top_k_softmax": gating_softmax,
+    "npu_moe_gating_top_k_softmax_v2": gating_softmax,
+    "npu_moe_init_routing": init_routing_v1,
+    "npu_moe_compute_expert_tokens": expert_tokens,
     "npu_moe_init_routing_v2": init_routing,
     "npu_moe_token_permute": permute,
     "npu_moe_token_unpermute": unpermute,

@@ -11,12 +11,25 @@ import torch
 
 from moe_lowering.simulator.kernels.common import checked, collective
 from moe_lowering.simulator.kernels.distribute import KERNELS as DISTRIBUTE
+from moe_lowering.simulator.kernels.finalizing import KERNELS as FINALIZING
 from moe_lowering.simulator.kernels.gating import KERNELS as GATING
+from moe_lowering.simulator.kernels.gating_softmax import KERNELS as GATING_SOFTMAX
 from moe_lowering.simulator.kernels.grouped_matmul import KERNELS as GROUPED_MATMUL
 from moe_lowering.simulator.kernels.permuting import KERNELS as PERMUTING
 from moe_lowering.simulator.kernels.quantised import KERNELS as QUANTISED
 from moe_lowering.simulator.kernels.routing import KERNELS as ROUTING
+from moe_lowering.simulator.kernels.routing_v1 import KERNELS as ROUTING_V1
 
+LOCAL = {  # the kernels that need no other rank
+    **GATING,
+    **GATING_SOFTMAX,
+    **ROUTING,
+    **ROUTING_V1,
+    **GROUPED_MATMUL,
+    **QUANTISED,
+    **PERMUTING,
+    **FINALIZING,
+}
 _LIBRARY: list[torch.library.Library] = []
 
 
@@ -31,10 +44,7 @@ def register() -> None:
     if not hasattr(torch.ops.npu, "npu_swiglu"):
         raise RuntimeError("simulator kernels: import torch_npu first (moe_lowering.simulator.enable() does)")
     library = torch.library.Library("npu", "IMPL")  # type: ignore[no-untyped-call]
-    for kernels, wrap in (
-        ({**GATING, **ROUTING, **GROUPED_MATMUL, **QUANTISED, **PERMUTING}, checked),
-        (DISTRIBUTE, collective),
-    ):
+    for kernels, wrap in ((LOCAL, checked), (DISTRIBUTE, collective)):
         for name, kernel in kernels.items():
             library.impl(name, wrap(getattr(torch.ops.npu, name).default, kernel), "CPU")  # type: ignore[no-untyped-call]
     _LIBRARY.append(library)

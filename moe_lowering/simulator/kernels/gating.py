@@ -20,7 +20,7 @@ def _normalised(logits: torch.Tensor, norm_type: int) -> torch.Tensor:
     return torch.sqrt(torch.nn.functional.softplus(logits))
 
 
-def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
+def largest(values: torch.Tensor, count: int) -> torch.Tensor:
     """Indices of the largest values of each row, equal values by lower index."""
     return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :count]
 
@@ -29,7 +29,7 @@ def _in_best_groups(values: torch.Tensor, group_count: int, k_group: int, mode: 
     """The values, with -inf in the groups that are not among the ``k_group`` best of each row."""
     groups = values.reshape(*values.shape[:-1], group_count, values.shape[-1] // group_count)
     top = groups.topk(2 if mode == SUM_OF_TWO else 1, dim=-1).values
-    chosen = _largest(top.sum(-1), k_group)
+    chosen = largest(top.sum(-1), k_group)
     keep = torch.zeros(groups.shape[:-1], dtype=torch.bool).scatter_(-1, chosen, True)
     return groups.masked_fill(~keep.unsqueeze(-1), float("-inf")).flatten(-2)
 
@@ -64,7 +64,7 @@ def gating_top_k(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     scores = norm if call.bias is None else norm + call.bias.float()
     if call.group_count > 1:
         scores = _in_best_groups(scores, call.group_count, call.k_group, call.group_select_mode)
-    ids = _largest(scores, call.k)
+    ids = largest(scores, call.k)
     weights = norm.gather(-1, ids)
     if call.norm_type != SOFTMAX:
         weights = weights / (weights.sum(-1, keepdim=True) + call.eps)

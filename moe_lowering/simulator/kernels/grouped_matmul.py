@@ -24,6 +24,8 @@ def group_bounds(
 ) -> list[tuple[int, int, int]]:
     """(expert, begin, end) of each group among the rows, from prefix sums [E], counts [E] or pairs (expert, count) [E, 2].
 
+    Pairs end with the first that has no rows: npu_moe_init_routing_v2 leaves undefined what stands after it.
+
     Raises:
         ValueError: when a value is negative, prefix sums decrease, the groups need more rows than there are, or a pair
             names an expert twice, or one that does not exist, while its count is not 0.
@@ -31,11 +33,11 @@ def group_bounds(
     values = groups.tolist()
     experts = list(range(len(values)))
     if kind == PAIRS:
-        experts = [int(e) for e, n in values if n]
+        experts = [int(e) for e, _ in itertools.takewhile(lambda pair: pair[1], values)]
         if len(set(experts)) < len(experts) or any(not 0 <= e < len(values) for e in experts):
             refuse(operator, argument, values, f"pairs (expert, rows), each of the experts 0 to {len(values) - 1} once")
         groups = groups[:, 1]
-        if bool((groups[: len(experts)] == 0).any()):
+        if any(n not in (0, torch.iinfo(groups.dtype).min) for n in groups[len(experts) :].tolist()):
             refuse(operator, argument, values, "pairs (expert, rows), those with rows first")
         groups = groups[: len(experts)]
     if bool((groups < 0).any()):

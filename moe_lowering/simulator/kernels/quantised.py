@@ -1,9 +1,10 @@
 """Quantisation of rows, by itself and together with what stands before it in a quantised MLP.
 
 npu_dynamic_quant, npu_grouped_matmul_swiglu_quant, npu_grouped_matmul_swiglu_quant_v2, npu_dequant_swiglu_quant,
-npu_swiglu_quant. Meaning: torch_npu 2.13.0's documentation, aclnnDynamicQuant, aclnnGroupedMatmulSwigluQuant(V2); facts in
-cann_ops.md §2.2. All compute in float32 and quantise with ``quantise_rows``. A CPU tensor has no memory format: whether a
-device reads the weights as FRACTAL_NZ is for the pass to know (``Deployment.weight_format``).
+npu_swiglu_quant. Meaning: torch_npu 2.13.0's and op-plugin's documentation, aclnnDynamicQuant,
+aclnnGroupedMatmulSwigluQuant(V2); facts in cann_ops.md §2.2. All compute in float32 and quantise with ``quantise_rows``. A
+CPU tensor has no memory format: whether a device reads the weights as FRACTAL_NZ is for the pass to know
+(``Deployment.weight_format``).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from moe_lowering.simulator.kernels.common import Kernel, not_simulated, refuse, undefined
-from moe_lowering.simulator.kernels.grouped_matmul import COUNTS, CUMSUM, group_bounds
+from moe_lowering.simulator.kernels.grouped_matmul import COUNTS, CUMSUM, PAIRS, group_bounds
 from moe_lowering.simulator.kernels.quantised_matmul import int_product, quantise_rows
 
 QUANT = "npu_dynamic_quant"
@@ -21,12 +22,14 @@ FUSED, FUSED_V2 = "npu_grouped_matmul_swiglu_quant", "npu_grouped_matmul_swiglu_
 DEQUANT, SWIGLU_QUANT = "npu_dequant_swiglu_quant", "npu_swiglu_quant"
 INT8, FLOAT32 = 1, 6  # torch_npu's numbers of dtypes
 DYNAMIC = 1  # quant_mode of the operators that have 0 for static
+HALVES, INTERLEAVED_CLAMPED = 0, 1  # swiglu_mode; 2 is halves, clamped
 
 
 def _by_row(factors: torch.Tensor, bounds: list[tuple[int, int, int]]) -> torch.Tensor:
     """factors [G, n] -> float32 [rows of all groups, n], the row of its group for each."""
+    groups = torch.tensor([group for group, _, _ in bounds], dtype=torch.int64)
     sizes = torch.tensor([end - begin for _, begin, end in bounds], dtype=torch.int64)
-    return factors.float().repeat_interleave(sizes, 0)
+    return factors.float()[groups].repeat_interleave(sizes, 0)
 
 
 def dynamic_quant(
@@ -66,6 +69,18 @@ def _swiglu(x: torch.Tensor, gate_first: bool = True) -> torch.Tensor:
     left, right = x.chunk(2, -1)
     gate, up = (left, right) if gate_first else (right, left)
     return gate * torch.sigmoid(gate) * up
+
+
+def _activated(x: torch.Tensor, gate_first: bool, a: dict[str, Any]) -> torch.Tensor:
+    """x [m, 2H] float32 -> [m, H] by ``swiglu_mode``: 0 SwiGLU of halves; 1 even columns the gate, odd ones the other, both
+    clamped; 2 halves, clamped. Clamped: gate * sigmoid(alpha * gate) * (other + bias)."""
+    mode, limit = a["swiglu_mode"], a["clamp_limit"]
+    if mode == HALVES:
+        return _swiglu(x, gate_first)
+    left, right = (x[:, ::2], x[:, 1::2]) if mode == INTERLEAVED_CLAMPED else x.chunk(2, -1)
+    gate, other = (left, right) if gate_first or mode == INTERLEAVED_CLAMPED else (right, left)
+    gate, other = gate.clamp(max=limit), other.clamp(-limit, limit)
+    return gate * torch.sigmoid(a["glu_alpha"] * gate) * (other + a["glu_bias"])
 
 
 def _matmul_swiglu_quant(
@@ -143,19 +158,20 @@ def dequant_swiglu_quant(
     """x int32 or bfloat16 [m, 2H] -> int8 [m, H], scale [m] float32.
 
     int32 x is scaled by weight_scale [G, 2H] float32 and activation_scale [m]; then silu(one half) * the other: the gate is
-    the first half only with ``activate_left``; times quant_scale [G, H]; then int8 per row. group_index [G] holds counts;
-    without it there is one group of all rows. Rows past its sum are undefined.
+    the first half only with ``activate_left`` (other ``swiglu_mode``: see ``_activated``); times quant_scale [G, H]; then
+    int8 per row. group_index [G] holds counts, [G, 2] pairs (group, count); without it there is one group of all rows. Rows
+    past its sum are undefined.
     """
     _check_dequant(others, bias)
     groups = torch.tensor([len(x)]) if group_index is None else group_index
-    bounds = group_bounds(DEQUANT, "group_index", groups, COUNTS, len(x))
+    bounds = group_bounds(DEQUANT, "group_index", groups, PAIRS if groups.dim() == 2 else COUNTS, len(x))
     used = bounds[-1][2] if bounds else 0
     _check_groups(weight_scale, "weight_scale", len(groups), x.shape[1])
     _check_groups(quant_scale, "quant_scale", len(groups), x.shape[1] // 2)
     values = x[:used].float()
     if weight_scale is not None and activation_scale is not None:  # with int32 x only
         values = values * _by_row(weight_scale, bounds) * activation_scale.reshape(-1)[:used].unsqueeze(1)
-    values = _swiglu(values, activate_left)
+    values = _activated(values, activate_left, others)
     if quant_scale is not None:
         values = values * _by_row(quant_scale, bounds)
     y, scale = undefined((len(x), x.shape[1] // 2), torch.int8), undefined((len(x),), torch.float32)
@@ -168,8 +184,6 @@ def _check_dequant(a: dict[str, Any], bias: torch.Tensor | None) -> None:
         not_simulated(DEQUANT, "bias", "given", "None")
     if a["quant_mode"] != DYNAMIC:
         not_simulated(DEQUANT, "quant_mode", a["quant_mode"], "1 (dynamic)")
-    if a["swiglu_mode"]:
-        not_simulated(DEQUANT, "swiglu_mode", a["swiglu_mode"], "0 (the documentation does not say which columns pair)")
     if a["quant_offset"] is not None:
         not_simulated(DEQUANT, "quant_offset", "given", "None")
     if a["round_mode"]:
