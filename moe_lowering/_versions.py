@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch._ops import OpOverload
     from torch.library import Library
 
-# Prefixes per distribution: those for which the tests are known to pass. A pair is added when `make versions` is green for it.
-TESTED: dict[str, tuple[str, ...]] = {"torch": ("2.13",), "torch_npu": ("2.13.0",)}
+# (torch, torch_npu), prefixes of versions: pairs for which `make versions` is green. CI runs the whole suite with 2.13.
+TESTED = (("2.10", "2.10.0"), ("2.11", "2.11.0"), ("2.12", "2.12.0"), ("2.13", "2.13.0"), ("2.14", "2.14.0"))
 
 # torch_npu (major, minor) that ends its process with SIGABRT when it is imported beside a CUDA build of torch: both define
 # one key ("Duplicated key 'pinned_reserve_segment_size_mb'"). Tried with 2.10 (no collision) to 2.14, on x86-64.
@@ -62,23 +62,23 @@ def torch_build() -> tuple[str, str | None]:
     return names["__version__"], names["cuda"]
 
 
-def untested() -> list[str]:
-    """One phrase for each installed distribution whose version is none of the tested ones."""
-    found = {name: installed(name) for name in TESTED}
-    return [
-        f"{name} {version} (tested: {', '.join(TESTED[name])})"
-        for name, version in found.items()
-        if version and not any(_matches(version, tested) for tested in TESTED[name])
-    ]
+def untested() -> str:
+    """What is installed, when the pair of torch and torch_npu is none of the tested ones, else ""; without torch_npu,
+    when the torch is none."""
+    torch, torch_npu = installed("torch"), installed("torch_npu")
+    for tested, tested_npu in TESTED:
+        if _matches(torch, tested) and (not torch_npu or _matches(torch_npu, tested_npu)):
+            return ""
+    pairs = ", ".join(" with ".join(pair) for pair in TESTED)
+    return f"torch {torch}{f' and torch_npu {torch_npu}' if torch_npu else ''} (tested: {pairs})"
 
 
 def warn_if_untested() -> None:
-    """Warn once per process when an installed version is none of the tested ones."""
+    """Warn once per process when the installed pair is none of the tested ones."""
     global _warned
-    phrases = untested()
-    if phrases and not _warned:
+    if not _warned and (pair := untested()):
         _warned = True
-        warnings.warn(f"moe_lowering was not tested with {' and '.join(phrases)}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"moe_lowering was not tested with {pair}", RuntimeWarning, stacklevel=2)
 
 
 def release(distribution: str) -> tuple[int, int]:

@@ -339,14 +339,32 @@ def test_untested_versions_warn_once(monkeypatch):
         MoeLowering(Deployment())  # wherever the pass runs: each way makes one
         MoeLowering(Deployment())
     assert [str(warning.message) for warning in caught] == [
-        "moe_lowering was not tested with torch 2.130.0 (tested: 2.13) and torch_npu 2.9.0.post4 (tested: 2.13.0)"
+        "moe_lowering was not tested with torch 2.130.0 and torch_npu 2.9.0.post4 "
+        "(tested: 2.10 with 2.10.0, 2.11 with 2.11.0, 2.12 with 2.12.0, 2.13 with 2.13.0, 2.14 with 2.14.0)"
     ]
 
 
-@pytest.mark.parametrize("torch_npu", [*_versions.TESTED["torch_npu"], "2.13.0.post1", ""])
-def test_tested_versions_do_not_warn(monkeypatch, torch_npu):
+@pytest.mark.parametrize(
+    ("torch", "torch_npu", "said"),
+    [
+        ("2.13.0", "2.14.0", "torch 2.13.0 and torch_npu 2.14.0 ("),  # each tested, not together
+        ("2.14.0", "2.14.1", "torch 2.14.0 and torch_npu 2.14.1 ("),
+        ("2.15.0", "", "torch 2.15.0 (tested"),
+        ("2.1.0", "", "torch 2.1.0 (tested"),
+    ],
+)
+def test_a_pair_that_was_not_tested_is_named(monkeypatch, torch, torch_npu, said):
+    monkeypatch.setattr(_versions, "installed", {"torch": torch, "torch_npu": torch_npu}.__getitem__)
+    assert _versions.untested().startswith(said)
+
+
+INSTALLED = [(f"{torch}.0{build}", npu) for torch, npu in _versions.TESTED for build in ("", "+cpu")]
+
+
+@pytest.mark.parametrize(("torch", "torch_npu"), [*INSTALLED, ("2.13.0", "2.13.0.post1"), ("2.10.0+cpu", "")])
+def test_tested_versions_do_not_warn(monkeypatch, torch, torch_npu):
     monkeypatch.setattr(_versions, "_warned", False)
-    monkeypatch.setattr(_versions, "installed", {"torch": "2.13.0+cpu", "torch_npu": torch_npu}.__getitem__)
+    monkeypatch.setattr(_versions, "installed", {"torch": torch, "torch_npu": torch_npu}.__getitem__)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _versions.warn_if_untested()
