@@ -117,6 +117,40 @@ def test_wide_experts_take_the_next_chain(inner: int, weight_format: str, expect
     assert chain_of(lowered) == CHAINS[expected]
 
 
+FLOATS = torch.rand(8, 1024, generator=torch.Generator().manual_seed(3)).bfloat16().float()
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [FLOATS, FLOATS.bfloat16(), FLOATS.view(torch.int32).long(), FLOATS.view(torch.int32).long() | (7 << 40)],
+    ids=["float32", "bfloat16", "bits", "bits below others"],
+)
+def test_scales_of_the_operator_for_decoding_are_the_numbers_that_are_stored(stored: Tensor) -> None:
+    """It takes float32. Kept as bits, for dispatch_ffn_combine, scales are read as bits and not as whole numbers."""
+    with testing.fake_deployment(ep_size=2, fused_mode=2) as deployment, testing.fake_tensors():
+        experts = {
+            "w13": torch.empty(8, 1024, 1024, dtype=torch.int8), "w2": torch.empty(8, 512, 1024, dtype=torch.int8),
+            "w13_scale": torch.empty(8, 1024, dtype=stored.dtype), "w2_scale": torch.empty(8, 1024, dtype=stored.dtype),
+        }  # fmt: skip
+        x = torch.empty(4, 1024, dtype=torch.bfloat16), torch.empty(4, 2), torch.empty(4, 2, dtype=torch.int32)
+        run = block(experts, num_experts=16, deployment=deployment)
+        lowered = testing.lower_graph(run, *x, deployment=deployment, comm="fused_mc2")
+    assert lowered.report.blocks[0].comm == "fused_mc2", lowered.report.blocks[0].reason
+    operator = torch.ops.moe_lowering.dispatch_gmm_combine_decode.default
+    (call,) = lowered.gm.graph.find_nodes(op="call_function", target=operator)
+    for name in ("w13_scale", "w2_scale"):
+        (scale,) = call.kwargs[name]
+        torch.testing.assert_close(value_of(scale, stored), FLOATS, rtol=0, atol=0)
+
+
+def value_of(node: torch.fx.Node, stored: Tensor) -> Tensor:
+    """What a node computes from one tensor that is stored."""
+    if node.op != "call_function":
+        return stored
+    args = torch.fx.map_arg(node.args, lambda each: value_of(each, stored))
+    return node.target(*args, **node.kwargs)
+
+
 def test_lists_of_int8_weights_are_refused() -> None:
     """A8W8 of aclnnGroupedMatmulV5: lists of length 1. The twin is the stack of the same tensors."""
     stacked = given()

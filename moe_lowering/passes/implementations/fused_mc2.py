@@ -20,6 +20,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.emitting import Emitter, aten
 from moe_lowering.passes.implementations.base import Call, Form, Implementation, Replacement
+from moe_lowering.passes.implementations.quantised_mlp import as_float32
 from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
 
 
@@ -152,7 +153,8 @@ def _decode_call(
 ) -> Node:
     extra: dict[str, Any] = {}
     if spec.format.quantised:
-        extra = {"w13_scale": _floats(emit, given.w13_scale), "w2_scale": _floats(emit, given.w2_scale)}
+        scales = {"w13_scale": given.w13_scale, "w2_scale": given.w2_scale}
+        extra = {name: [as_float32(emit, node) for node in nodes] for name, nodes in scales.items()}
     if given.mask is not None:
         extra["mask"] = given.mask
     return emit.call(
@@ -160,10 +162,6 @@ def _decode_call(
         given.weights, deployment.mc2_group, spec.ep_size, deployment.own_rank("ep"), spec.experts,
         global_bs=share(spec.max_tokens, spec) * spec.ep_size, **extra,
     )  # fmt: skip
-
-
-def _floats(emit: Emitter, scales: list[Node]) -> list[Node]:
-    return [emit.cast(s, torch.float32) for s in scales]
 
 
 def _mega_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts
     name = chain(spec, deployment)
     if name == FUSED:
         pair = emit.call(
-            torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2.default, rows, list(w13), [_as_float32(emit, w13_scale[0])],
+            torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2.default, rows, list(w13), [as_float32(emit, w13_scale[0])],
             row_scale, counts, dequant_dtype=FLOAT32, group_list_type=1,
         )  # fmt: skip
         hidden, row_scale = emit.item(pair, 0), emit.item(pair, 1)
@@ -200,7 +200,7 @@ def _dequant_swiglu_quant(
         group_list_type=1, output_dtype=_INT32,
     )  # fmt: skip
     pair = emit.call(
-        torch.ops.npu.npu_dequant_swiglu_quant.default, emit.item(sums, 0), weight_scale=_as_float32(emit, scale),
+        torch.ops.npu.npu_dequant_swiglu_quant.default, emit.item(sums, 0), weight_scale=as_float32(emit, scale),
         activation_scale=row_scale, group_index=counts, activate_left=True, quant_mode=1,
     )  # fmt: skip
     return emit.item(pair, 0), emit.item(pair, 1)
@@ -265,7 +265,8 @@ def _as_float(emit: Emitter, scale: Node) -> Node:
     return emit.call(aten.view.dtype, emit.cast(scale, torch.int32), torch.float32)
 
 
-def _as_float32(emit: Emitter, scale: Node) -> Node:
+def as_float32(emit: Emitter, scale: Node) -> Node:
+    """Scales as the float32 numbers that they are, also where they are kept as bits."""
     return emit.cast(_as_float(emit, scale), torch.float32)
 
 
