@@ -2,9 +2,9 @@
 
     python .ci/provider.py [VERSION ...]     # make provider; without a version: 0.23.0 and the newest that has a wheel
 
-Makes one environment, in ``.venvs/provider`` (or ``$MOE_LOWERING_VENVS``/provider): the torch and torch_npu that the wheels
-are built for, without NVIDIA's libraries (``cuda_standins``), and each vllm-ascend, without what it depends on, in a folder of
-its own. Then runs ``provider_tests`` once for each. It needs a C compiler, nm, readelf and the package index; no NPU, no CANN.
+Makes one environment (``environments``) with the torch and torch_npu that the wheels are built for, and puts each vllm-ascend,
+without what it depends on, in a folder of its own there. Then runs ``provider_tests`` once for each. It needs a C compiler, nm,
+readelf and the package index; no NPU, no CANN.
 Ends with 1 when a test failed or none ran, 2 when an environment cannot be made.
 """
 
@@ -22,16 +22,11 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
-import cuda_standins
+from environments import PAIRS, ROOT, EnvironmentFailure, install, make_environment, replace_between, run_step
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/provider.md"
 FIRST = "0.23.0"  # the last release that has both operators and a wheel
-TORCH, TORCH_NPU = "2.10.0", "2.10.0.post4"  # what the wheels of 0.23.0 and 0.26.0rc1 are pinned to
-NEEDED = (
-    "setuptools<81", "sympy", "networkx", "jinja2", "fsspec", "filelock", "typing-extensions", "numpy", "pyyaml", "packaging",
-    "protobuf", "pytest", "tomli",
-)  # fmt: skip
+TORCH = "2.10.0"  # what the wheels of 0.23.0 and 0.26.0rc1 are pinned to
 OPERATORS = ("dispatch_ffn_combine", "dispatch_gmm_combine_decode", "mega_moe")
 # Column -> the tests that it counts, by file and beginning of the name.
 COLUMNS = {
@@ -44,15 +39,11 @@ COLUMNS = {
 BEGIN, END = "<!-- results: written by make provider -->", "<!-- end of results -->"
 
 
-class EnvironmentFailure(RuntimeError):
-    """What could not be installed or made, and the last lines of why."""
-
-
 def main(asked: list[str]) -> int:
     try:
-        python = environment()
+        python = make_environment("provider", TORCH)
         versions = list(dict.fromkeys(asked or [FIRST, newest(python)]))
-        homes = {version: install(python, version) for version in versions}
+        homes = {version: install_wheel(python, version) for version in versions}
     except (EnvironmentFailure, OSError) as error:
         print(f"make provider: {error}", file=sys.stderr)
         return 2
@@ -64,43 +55,19 @@ def main(asked: list[str]) -> int:
     return int(not all(all_passed(*result) for result in results.values()))
 
 
-def environment() -> Path:
-    """The environment's Python, made when it is not complete."""
-    home = Path(os.environ.get("MOE_LOWERING_VENVS", ROOT / ".venvs")) / "provider"
-    python, ready = home / "bin/python", home / ".ready"
-    made_of = "\n".join([TORCH, TORCH_NPU, *NEEDED])
-    if ready.exists() and ready.read_text() == made_of:
-        return python
-    command(sys.executable, "-m", "venv", "--clear", str(home))
-    pip(python, "--no-deps", f"torch=={TORCH}", f"torch-npu=={TORCH_NPU}")
-    [torch] = home.glob("lib/python*/site-packages/torch")
-    cuda_standins.replace_libraries(torch)
-    pip(python, *NEEDED)
-    ready.write_text(made_of)
-    return python
-
-
 def newest(python: Path) -> str:
     """The newest version of vllm-ascend that has a wheel for this Python, pre-releases too."""
     asked = ("--dry-run", "--ignore-installed", "--no-deps", "--pre", "--only-binary", ":all:", "--report", "-")
-    report = json.loads(pip(python, *asked, "vllm-ascend"))
+    report = json.loads(install(python, *asked, "vllm-ascend"))
     return str(report["install"][0]["metadata"]["version"])
 
 
-def install(python: Path, version: str) -> Path:
+def install_wheel(python: Path, version: str) -> Path:
     """The folder that holds one vllm-ascend, without its dependencies."""
     target = python.parent.parent / f"vllm-ascend-{version}"
     if not (target / ".ready").exists():
-        pip(
-            python,
-            "--no-deps",
-            "--upgrade",
-            "--only-binary",
-            ":all:",
-            "--target",
-            str(target),
-            f"vllm-ascend=={version}",
-        )
+        options = ("--no-deps", "--upgrade", "--only-binary", ":all:", "--target", str(target))
+        install(python, *options, f"vllm-ascend=={version}")
         (target / ".ready").touch()
     return target
 
@@ -110,19 +77,10 @@ def run_tests(python: Path, version: str, home: Path) -> tuple[int, Counter[str]
     report = python.parent.parent / f"results-{version}.xml"
     report.unlink(missing_ok=True)
     paths = os.pathsep.join([str(ROOT), str(home)])
-    options = (
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-c",
-        os.devnull,
-        f"--rootdir={ROOT / 'provider_tests'}",
-        f"--junitxml={report}",
-    )
-    done = subprocess.run(
-        [str(python), "-m", "pytest", *options, str(ROOT / "provider_tests")],
-        cwd=home, env={**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"},
-    )  # fmt: skip
+    tests = ROOT / "provider_tests"
+    options = ("-q", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tests}", f"--junitxml={report}")
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([str(python), "-m", "pytest", *options, str(tests)], cwd=home, env=environment)
     counts = Counter[str]()
     for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
         outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
@@ -165,29 +123,17 @@ def device(home: Path) -> str:
 
 
 def write(rows: list[str], python: Path) -> None:
-    version = command(str(python), "-c", "import platform; print(platform.python_version())").strip()
+    version = run_step(str(python), "-c", "import platform; print(platform.python_version())").strip()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, without an NPU and without CANN"
     heads = ["vllm-ascend", "built for", "has", "has not", *COLUMNS, "result"]
     lines = [
-        f"{datetime.date.today().isoformat()}; {machine}; Python {version}, torch {TORCH}, torch_npu {TORCH_NPU}.",
+        f"{datetime.date.today().isoformat()}; {machine}; Python {version}, torch {TORCH}, torch_npu {PAIRS[TORCH]}.",
         "",
         "| " + " | ".join(heads) + " |",
         "|" + "---|" * len(heads),
         *rows,
     ]
-    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
-    PAGE.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{rest.partition(END)[2]}"]), "utf-8")
-
-
-def pip(python: Path, *arguments: str) -> str:
-    return command(str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
-
-
-def command(*words: str) -> str:
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        raise EnvironmentFailure(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return done.stdout
+    PAGE.write_text(replace_between(PAGE.read_text("utf-8"), BEGIN, END, "\n".join(lines)), "utf-8")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python .ci/versions.py              # all pairs; `make versions`
     python .ci/versions.py 2.10 2.14    # these; `make versions VERSIONS="2.10 2.14"`
 
-Each pair has a virtual environment in .venvs/, which is kept. torch is installed without its dependencies: of a CUDA build the
-CUDA libraries are replaced (cuda_standins.py), of a CPU build nothing is. Rows of pairs that are not run stay in the table.
+Each pair has an environment (``environments``) of the Python that runs this: `make versions PYTHON=python3.13`. What is run is a
+copy of the sources as they were when the run began. Rows of other pairs and other Pythons stay in the table.
 Exit code 0: all is green; 1: something failed or could not be installed; 2: wrong usage.
 """
 
@@ -22,39 +22,24 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from environments import (
+    PAIRS,
+    ROOT,
+    EnvironmentFailure,
+    copy_sources,
+    make_environment,
+    replace_between,
+    run_and_log,
+)
+
 PAGE = ROOT / "docs" / "versions.md"
 START, END = "<!-- results of make versions -->", "<!-- end of results -->"
-TIMEOUT = 3600  # seconds of one command
-HEAD = "| torch | torch_npu | transformers | tests | commands | date, machine |\n|---|---|---|---|---|---|\n"
+HEAD = (
+    "| torch | Python | torch_npu | transformers | tests | commands | date, machine |\n|---|---|---|---|---|---|---|\n"
+)
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
-# torch -> torch_npu, each the last of its line.
-PAIRS = {
-    "2.10.0": "2.10.0.post4",
-    "2.11.0": "2.11.0.post3",
-    "2.12.0": "2.12.0.post3",
-    "2.13.0": "2.13.0",
-    "2.14.0": "2.14.0",
-}
-# What torch and the tests import; torch_npu and transformers are beside them.
-NEEDED = [
-    "filelock",
-    "typing-extensions",
-    "sympy",
-    "networkx",
-    "jinja2",
-    "fsspec",
-    "setuptools>=77",
-    "numpy",
-    "protobuf",
-    "packaging",
-    "pyyaml",
-    "pytest",
-    "pytest-xdist",
-    "expecttest",
-    "tomli",
-    "transformers",
-]
+EXTRA = ("pytest-xdist", "expecttest", "transformers")
 TESTS = tuple(
     f"tests/test_{name}.py"
     for name in [
@@ -79,6 +64,9 @@ TESTS = tuple(
         "compile_cache",
         "transformers",
         "explain",
+        "serving",
+        "testing_ranks",
+        "alltoall_experts",
     ]
 )
 COMMANDS = (
@@ -105,7 +93,8 @@ class Result(NamedTuple):
 
     def row(self) -> str:
         when = f"{datetime.date.today()}, {machine()}"
-        return f"| {self.torch} | {self.torch_npu} | {self.transformers} | {self.tests} | {self.commands} | {when} |"
+        columns = (self.torch, PYTHON, self.torch_npu, self.transformers, self.tests, self.commands, when)
+        return f"| {' | '.join(columns)} |"
 
 
 def main(words: Sequence[str]) -> int:
@@ -119,7 +108,7 @@ def main(words: Sequence[str]) -> int:
         result = check(torch, PAIRS[torch])
         print(result.row(), flush=True)
         results.append(result)
-        PAGE.write_text(updated(PAGE.read_text(), {torch: result.row()}))
+        PAGE.write_text(updated(PAGE.read_text(), {(torch, PYTHON): result.row()}))
     return 0 if all(result.green for result in results) else 1
 
 
@@ -139,71 +128,34 @@ def select(words: Iterable[str]) -> list[str]:
 
 
 def check(torch: str, torch_npu: str) -> Result:
-    """Install one pair and run all that is to be run with it."""
-    home = ROOT / ".venvs" / f"torch-{torch}"
-    if reason := install(home, torch, torch_npu):
+    """Make the environment of one pair and run all that is to be run with it."""
+    try:
+        python = make_environment(f"torch-{torch}-python{PYTHON}", torch, EXTRA)
+        sources = copy_sources(python.parent.parent / "sources")
+    except EnvironmentFailure as error:
+        print(f"torch {torch}: {error}", file=sys.stderr, flush=True)
+        reason = str(error).splitlines()[-1].strip().replace("|", "\\|")
         return Result(torch, torch_npu, "-", f"not installed: {reason}", "-", False)
-    python = str(home / "bin" / "python")
-    version = run(python, "-c", "import importlib.metadata as m; print(m.version('transformers'))").stdout.strip()
-    tested = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, log=home / "tests.log")
+    home = python.parent.parent
+    version = run(python, sources, "-c", "import importlib.metadata as m; print(m.version('transformers'))")
+    tested = run(python, sources, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, log=home / "tests.log")
     failed = []
-    for command in COMMANDS:
+    for number, command in enumerate(COMMANDS, 1):
         began = time.monotonic()
-        code = run(python, "-m", "moe_lowering", *shlex.split(command), log=home / "command.log").returncode
+        log = home / f"command-{number}.log"
+        code = run(python, sources, "-m", "moe_lowering", *shlex.split(command), log=log).returncode
         print(f"torch {torch}: {command}: exit {code}, {time.monotonic() - began:.0f} s", flush=True)
         if code:
             failed.append(f"`{command}` exit {code}")
     commands = "; ".join(failed) or f"{len(COMMANDS)} exit 0"
-    return Result(torch, torch_npu, version, summary(tested.stdout), commands, not (tested.returncode or failed))
+    green = not (tested.returncode or failed)
+    return Result(torch, torch_npu, version.stdout.strip(), summary(tested.stdout), commands, green)
 
 
-def install(home: Path, torch: str, torch_npu: str) -> str:
-    """Make the virtual environment unless it is complete; "" or why it cannot be made."""
-    ready, python = home / ".ready", home / "bin" / "python"
-    if ready.exists():
-        return ""
-    site_packages = home / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-    constraints = home / "constraints.txt"
-    pip = (str(python), "-m", "pip", "install", "--quiet")
-    steps = (
-        (sys.executable, "-m", "venv", str(home)),
-        (*pip, "--no-deps", f"torch=={torch}"),
-        (*pip, "--no-deps", f"torch-npu=={torch_npu}"),
-        (sys.executable, str(ROOT / ".ci" / "cuda_standins.py"), str(site_packages)),
-        (*pip, "-c", str(constraints), *NEEDED),
-    )
-    for step in steps:
-        done = run(*step)
-        if done.returncode:
-            lines = [line for line in done.stdout.splitlines() if line.strip()] or ["no output"]
-            return f"`{Path(step[0]).name} {' '.join(step[1:5])}`: {lines[-1].strip()}".replace("|", "\\|")
-        if step is steps[0]:
-            lines = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
-            constraints.write_text("".join(line for line in lines if not line.startswith("torch")))
-    ready.touch()
-    return ""
-
-
-def run(*command: str, log: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run in the project with its sources first; output and errors together, also in ``log``. A hang ends with code 124."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MOE_LOWERING_SEED": os.environ.get("MOE_LOWERING_SEED", "1")}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=TIMEOUT,
-        )
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout or b""
-        text = said if isinstance(said, str) else said.decode(errors="replace")
-        done = subprocess.CompletedProcess(command, 124, f"{text}\nno end after {TIMEOUT} s")
-    if log is not None:
-        log.write_text(done.stdout)
-    return done
+def run(python: Path, sources: Path, *words: str, log: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a Python with the copied sources first."""
+    environment = {"PYTHONPATH": str(sources), "MOE_LOWERING_SEED": os.environ.get("MOE_LOWERING_SEED", "1")}
+    return run_and_log([str(python), *words], sources, environment, log)
 
 
 def summary(output: str) -> str:
@@ -213,23 +165,24 @@ def summary(output: str) -> str:
 
 
 def machine() -> str:
-    return f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}"
+    return f"{os.cpu_count()} cores {platform.machine()}"
 
 
-def updated(page: str, rows: dict[str, str]) -> str:
-    """The page with these rows (by torch version) in its table of results, the others as they were.
+def updated(page: str, rows: dict[tuple[str, str], str]) -> str:
+    """The page with these rows, by versions of torch and Python, in its table of results; the others as they were.
 
     Raises:
         ValueError: the page has no such table.
     """
-    before, start, rest = page.partition(START)
-    table, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"{PAGE.name} has no {START!r} with {END!r} after it")
-    old = {line.split("|")[1].strip(): line for line in table.splitlines() if re.match(r"\| \d", line)}
+    table = page.partition(START)[2].partition(END)[0]
+    old = {}
+    for line in table.splitlines():
+        if re.match(r"\| \d", line):
+            torch, python = (cell.strip() for cell in line.split("|")[1:3])
+            old[torch, python] = line
     merged = {**old, **rows}
-    body = "".join(f"{merged[torch]}\n" for torch in PAIRS if torch in merged)
-    return f"{before}{START}\n\n{HEAD}{body}\n{END}{after}"
+    in_order = sorted(merged, key=lambda key: [[int(n) for n in version.split(".")] for version in key])
+    return replace_between(page, START, END, "\n".join(["", HEAD + "\n".join(merged[key] for key in in_order), ""]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 TOP = Path(__file__).parent.parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 FOLDERS = ("moe_lowering", "tests", "docs", "benchmarks", "provider_tests", ".ci")
-FILES = ("pyproject.toml", "constraints.txt", "Makefile", "README.md", "CHANGELOG.md", "LICENSE")
+FILES = ("pyproject.toml", "constraints.txt", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
 KINDS = (".py", ".toml", ".md", ".c", ".typed")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from moe_lowering.testing.ranks import RankError
 CASES = int(os.environ.get("MOE_LOWERING_CASES", "200"))
 SEED = int(os.environ.get("MOE_LOWERING_SEED") or random.SystemRandom().getrandbits(32))
 CHUNK = 250
+MOST_OF_A_POOL = 1000  # cases, then its processes are made anew: graphs and their guards stay in a process, 2 MB a case
 # The SoC of one seed or chunk after the other: only A3 has all implementations.
 PAIR_SOCS = (*["A3"] * 5, "A2", *["A3"] * 5, "A5")
 
@@ -103,10 +105,15 @@ def test_legal_is_right_on_one_rank(number: int, cases: int, record_property: An
 def on_pair() -> Iterator[Callable[[str, Sequence[PairCase]], list[list[Result]]]]:
     """Runs cases on two processes that simulate a SoC, made when they are first asked for; by rank, then by case."""
     pools: dict[str, Ranks] = {}
+    run_by = Counter[str]()
 
     def run(soc: str, pairs: Sequence[PairCase]) -> list[list[Result]]:
+        if soc in pools and run_by[soc] >= MOST_OF_A_POOL:
+            pools.pop(soc).close()
         if soc not in pools:
+            run_by[soc] = 0
             pools[soc] = Ranks(2, setup=functools.partial(graph_data.setup_rank, soc), collective_timeout=60)
+        run_by[soc] += len(pairs)
         try:
             return pools[soc].run(graph_data.lower_and_run_all, pairs)
         except RankError:  # the pool is closed; the next cases are for another one

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -15,16 +14,8 @@ from moe_lowering import _versions
 CI = Path(__file__).resolve().parent.parent / ".ci"
 
 
-def _module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"ci_{name}", CI / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # NamedTuple looks its module up
-    spec.loader.exec_module(module)
-    return module
-
-
-versions, standins = _module("versions"), _module("cuda_standins")
+sys.path.insert(0, str(CI))  # the scripts import one another, as they do when one is run
+versions, standins, environments = map(importlib.import_module, ("versions", "cuda_standins", "environments"))
 
 
 @pytest.mark.parametrize(
@@ -71,22 +62,78 @@ def test_counts_are_read_from_the_last_line(output, said):
 
 
 def test_a_command_that_hangs_is_ended(monkeypatch, tmp_path):
-    monkeypatch.setattr(versions, "TIMEOUT", 1)
-    done = versions.run(sys.executable, "-u", "-c", "import time; print('begun'); time.sleep(60)", log=tmp_path / "log")
+    monkeypatch.setattr(environments, "TIMEOUT", 1)
+    hang = [sys.executable, "-u", "-c", "import time; print('begun'); time.sleep(60)"]
+    done = environments.run_and_log(hang, tmp_path, {}, tmp_path / "log")
     assert done.returncode == 124 and done.stdout == "begun\n\nno end after 1 s" == (tmp_path / "log").read_text()
-    assert versions.run(sys.executable, "-c", "print(1)").returncode == 0
+    assert environments.run_and_log([sys.executable, "-c", "print(1)"], tmp_path, {}).returncode == 0
+
+
+@pytest.fixture
+def steps(monkeypatch, tmp_path):
+    """The commands that would make an environment; the one that ``fails`` names is refused as by pip."""
+    ran: list[str] = []
+
+    def run_step(*command: str) -> str:
+        ran.append(" ".join(command))
+        if run_step.fails in ran[-1]:
+            raise environments.EnvironmentFailure(f"{ran[-1]} ended with 1:\nno matching distribution")
+        (tmp_path / "e/lib/python3/site-packages/torch/lib").mkdir(parents=True, exist_ok=True)
+        return ""
+
+    run_step.fails = "nothing"
+    monkeypatch.setenv("MOE_LOWERING_VENVS", str(tmp_path))
+    monkeypatch.setattr(environments, "run_step", run_step)
+    return run_step, ran
+
+
+def test_an_environment_is_kept_while_its_packages_are_the_same(steps):
+    _, ran = steps
+    python = environments.make_environment("e", "2.10.0", ["transformers"])
+    made = len(ran)
+    assert made == 3 and python == environments.make_environment("e", "2.10.0", ["transformers"]) and len(ran) == made
+    environments.make_environment("e", "2.11.0", ["transformers"])
+    environments.make_environment("e", "2.11.0")
+    assert len(ran) == 3 * made
+
+
+def test_a_half_made_environment_is_not_taken_for_a_complete_one(steps):
+    run_step, ran = steps
+    run_step.fails = "sympy"
+    for attempt in (1, 2):
+        with pytest.raises(environments.EnvironmentFailure, match="no matching distribution"):
+            environments.make_environment("e", "2.10.0")
+        assert len(ran) == 3 * attempt
+
+
+def test_a_pair_that_cannot_be_installed_is_named_with_the_reason(steps):
+    run_step, _ = steps
+    run_step.fails = "torch-npu"
+    result = versions.check("2.12.0", "2.12.0.post3")
+    assert not result.green and "not installed: no matching distribution" in result.row()
+
+
+def test_what_is_run_is_a_copy_of_the_sources(tmp_path):
+    (tmp_path / "a/left.txt").mkdir(parents=True)
+    copied = environments.copy_sources(tmp_path / "a")
+    names = {path.relative_to(copied).as_posix() for path in copied.rglob("*") if path.is_file()}
+    assert {"moe_lowering/__init__.py", ".ci/versions.py", "tests/test_values.py"} <= names
+    assert not any(name.startswith((".git/", ".venv")) for name in names) and not (copied / "left.txt").exists()
 
 
 def test_rows_that_were_not_run_stay():
     page = f"a\n{versions.START}\n{versions.END}\nb\n"
-    page = versions.updated(page, {"2.14.0": "| 2.14.0 | old |"})
-    page = versions.updated(page, {"2.10.0": "| 2.10.0 | new |"})
-    assert page == f"a\n{versions.START}\n\n{versions.HEAD}| 2.10.0 | new |\n| 2.14.0 | old |\n\n{versions.END}\nb\n"
+    rows = {key: f"| {' | '.join(key)} | old |" for key in [("2.14.0", "3.11"), ("2.9.0", "3.13"), ("2.9.0", "3.9")]}
+    for key, row in rows.items():
+        page = versions.updated(page, {key: row})
+    page = versions.updated(page, {("2.14.0", "3.11"): "| 2.14.0 | 3.11 | new |"})
+    table = "| 2.9.0 | 3.9 | old |\n| 2.9.0 | 3.13 | old |\n| 2.14.0 | 3.11 | new |\n"
+    assert page == f"a\n{versions.START}\n\n{versions.HEAD}{table}\n{versions.END}\nb\n"
 
 
 def test_a_page_without_the_table_is_refused():
     with pytest.raises(ValueError, match="has no"):
-        versions.updated("nothing", {"2.10.0": ""})
+        versions.updated("nothing", {("2.10.0", "3.11"): ""})
 
 
 def _torch_of_c(tmp_path: Path, cuda: str) -> Path:
