@@ -15,10 +15,11 @@ from moe_lowering import simulator  # first: it lets torch be imported where tor
 
 simulator.enable()
 
-from layers import FORMATS, LayerSizes, emitted, lower_layer  # noqa: E402
+from layers import LayerSizes, emitted, lower_layer  # noqa: E402
 
 from moe_lowering.passes.implementations import IMPLEMENTATIONS  # noqa: E402
 from moe_lowering.report.graph_costs import Cost, total_cost  # noqa: E402
+from moe_lowering.vocabulary import EXPERT_FORMATS  # noqa: E402
 
 PAGE = Path(__file__).parents[1] / "docs" / "costs.md"
 EP_SIZES = (16, 32)
@@ -56,7 +57,7 @@ def measure(comm: str, ep_size: int, quantisation: str) -> Row:
 def measured() -> Iterator[Row]:
     """Every implementation and weight format, at every EP size."""
     for ep_size in EP_SIZES:
-        for quantisation in FORMATS:
+        for quantisation in EXPERT_FORMATS:
             for comm in IMPLEMENTATIONS:
                 if (comm, quantisation) not in NO_SUCH:
                     yield measure(comm, ep_size, quantisation)

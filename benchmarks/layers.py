@@ -11,14 +11,7 @@ from torch.fx import Node
 
 from moe_lowering import moe_experts, testing
 from moe_lowering.passes.emitting import MARK, is_emitted
-
-# Of a weight format: the weights' dtype (None: the layer's), and how many columns are packed in one element.
-FORMATS: dict[str, tuple[Any, int]] = {
-    "none": (None, 1),
-    "w8a8": (torch.int8, 1),
-    "w4a8": (torch.int32, 8),
-    "w4a16": (torch.int32, 8),
-}
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,25 +28,26 @@ class LayerSizes:
 
 def scale_dtypes(quantisation: str, comm: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     """The dtypes of w13's and w2's scales that the implementation takes as they are: others are cast in every forward."""
-    if quantisation == "w4a8":
+    if EXPERT_FORMATS[quantisation].bits_of_scales:
         return torch.int64, torch.int64  # as bits
-    if quantisation == "w4a16":
+    if EXPERT_FORMATS[quantisation].weight_only:
         return dtype, dtype
     return torch.float32, torch.float32 if comm == "fused_mc2" else dtype
 
 
 def experts_of(sizes: LayerSizes, quantisation: str, comm: str, local: int) -> dict[str, Tensor]:
     """The experts of one rank."""
-    kind, packed = FORMATS[quantisation]
+    form = EXPERT_FORMATS[quantisation]
+    kind = getattr(torch, form.weight_dtype) if form.weight_dtype else sizes.dtype
     found: dict[str, Tensor] = {}
     shapes = ((sizes.hidden, 2 * sizes.intermediate), (sizes.intermediate, sizes.hidden))
     for name, (rows, columns), scale in zip(
         ("w13", "w2"), shapes, scale_dtypes(quantisation, comm, sizes.dtype), strict=True
     ):
-        found[name] = torch.empty(local, rows, columns // packed, dtype=kind or sizes.dtype)
-        if quantisation != "none":
+        found[name] = torch.empty(local, rows, columns // form.packed, dtype=kind)
+        if form.quantised:
             found[f"{name}_scale"] = torch.empty(local, columns, dtype=scale)
-        if quantisation == "w4a8":
+        if form.has_scale_bias:
             found[f"{name}_scale_bias"] = torch.empty(local, columns)
     return found
 

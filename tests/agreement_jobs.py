@@ -82,10 +82,10 @@ def first_run(rank, by_rank, comm="auto", fields=None):
     return [block.comm for report in lowering.reports for block in report.blocks]
 
 
-def run_beside_eager(rank, by_rank, comm):
+def run_beside_eager(rank, by_rank, comm, fields):
     """What the blocks were lowered to, and whether the result is that of the generic operators."""
     changes = by_rank.get(rank, {})
-    module, compiled, lowering = compile_layers(rank, changes, comm, {})
+    module, compiled, lowering = compile_layers(rank, changes, comm, fields)
     got, want = (call(rank, module, each, 6, changes.get("mask", False))[0] for each in (compiled, module))
     close = torch.allclose(got.float(), want.float(), rtol=0.02, atol=0.02 * float(want.float().abs().max()))
     return [block.comm for report in lowering.reports for block in report.blocks], close

@@ -194,12 +194,12 @@ def agree_on_settings(rank, comm_of, cost_of):
     return ""
 
 
-def mutated(rank, comm, mutation):
+def mutated(rank, comm, mutation, experts=EXPERTS, top_k=TOP_K):
     """This rank's output of a lowered layer that was broken on purpose; the text of a kernel's refusal."""
     from moe_lowering import lowering_backend
 
     where = deployment(rank)
-    module = shard_experts(layer(torch.bfloat16), where)
+    module = shard_experts(layer(torch.bfloat16, experts, top_k), where)
     if mutation == "gate_and_up_swapped":
         module.w13.data = module.w13.roll(INTERMEDIATE, -1)
 
@@ -259,9 +259,15 @@ def _undefined_rows(gm):
         gm.graph.erase_node(node)
 
 
+def _spare_row(gm):
+    for node in _nodes(gm, torch.ops.aten.fill_.Scalar):
+        gm.graph.erase_node(node)
+
+
 MUTATIONS = {
     "unweighted_combine": _unweighted,
     "counts_shifted": _shifted_counts,
     "absolute_row_index": _absolute_row_index,
     "undefined_rows_let_through": _undefined_rows,
+    "spare_row_let_through": _spare_row,
 }

@@ -130,13 +130,14 @@ def pair():
         yield ranks
 
 
-def worst(pair, comm, mutation):
+def worst(pair, comm, mutation, **shape):
     """The largest relative error over the ranks, or the refusal of a kernel."""
-    results = pair.run(rank_jobs.mutated, comm, mutation)
+    results = pair.run(rank_jobs.mutated, comm, mutation, *shape.values())
     refusals = [result for result in results if isinstance(result, str)]
     if refusals:
         return refusals[0]
-    return max(reference.relative_error(y, expected(rank, 6, torch.bfloat16)) for rank, y in enumerate(results))
+    wanted = (expected(rank, 6, torch.bfloat16, **shape) for rank in range(len(results)))
+    return max(map(reference.relative_error, results, wanted))
 
 
 @pytest.mark.parametrize("comm", [*IMPLEMENTATIONS])
@@ -179,3 +180,11 @@ def test_lowering_to_mc2_marks_its_operators_too():
     lowered.gm.graph.eliminate_dead_code()
     assert nodes(lowered.gm, npu.npu_moe_distribute_dispatch_v2.default)
     assert nodes(lowered.gm, npu.npu_moe_distribute_combine_v2.default)
+
+
+@pytest.mark.parametrize("comm", ["allgather", "alltoall"])
+def test_the_spare_row_of_more_choices_than_local_experts_is_zero(pair, comm):
+    """k > E_local: one row is kept that no slot fills, which the device leaves undefined; absent slots name it."""
+    shape = {"experts": 4, "top_k": 3}
+    assert worst(pair, comm, None, **shape) <= reference.BOUNDS[torch.bfloat16]
+    assert worst(pair, comm, "spare_row_let_through", **shape) > 3 * reference.BOUNDS[torch.bfloat16]

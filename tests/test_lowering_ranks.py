@@ -79,13 +79,23 @@ def test_more_choices_than_local_experts(four, comm):
     check(four, comm, "bfloat16", [(5, 5, 5, 5)], experts=8, top_k=5)
 
 
+@pytest.mark.parametrize("comm", ["allgather", "alltoall"])
+def test_more_choices_than_local_experts_with_every_row_valid_none_and_unequal(pair, comm):
+    """Beside the one row that no slot fills: all others are valid where every token has all experts of a rank."""
+    shape = {"experts": 4, "top_k": 3}
+    check(pair, comm, "bfloat16", [(8, 8)], skew=True, **shape)
+    check(pair, comm, "bfloat16", [(0, 0)], **shape)
+    check(pair, comm, "bfloat16", [(6, 3), (2, 9)], equal=False, dynamic=True, **shape)
+
+
 def test_one_token_each(pair):
     for comm in COMMS:
         check(pair, comm, "bfloat16", [(1, 1)])
 
 
-def test_no_token_on_any_rank(pair):
-    check(pair, "allgather", "float32", [(0, 0)])
+@pytest.mark.parametrize("comm", ["allgather", "alltoall"])
+def test_no_token_on_any_rank(pair, comm):
+    check(pair, comm, "float32", [(0, 0)])
 
 
 def test_rows_beyond_max_rows_are_nan_with_alltoall(pair):

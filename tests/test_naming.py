@@ -63,8 +63,7 @@ def test_with_unequal_counts_messages_speak_of_t_and_its_declared_range(comm, mi
     declared = f"tokens is T; accepted: 1 to 512; the deployment declares {min_tokens} <= T <= 600"
     assert any(declared in message for message in said)
     assert not INTERNAL.search(render(lowered.report))
-    codes = {v.code for v in lowered.report.blocks[0].verdicts["alltoall"].violations}
-    assert ("alltoall.tokens" in codes) == (min_tokens == 0)
+    assert lowered.report.blocks[0].verdicts["alltoall"].legal  # ranks without tokens too
 
 
 def test_a_refused_range_of_this_rank_alone_is_named_after_the_argument():

@@ -50,23 +50,31 @@ def test_the_same_blocks_run(pair):
 
 
 SAME = [
-    ({"load": True}, "allgather"),
-    ({"transposed": True}, "allgather"),
-    ({"mask": True}, "alltoall"),
-    ({"mask": True}, "mc2"),
+    ({"load": True}, "allgather", {}),
+    ({"transposed": True}, "allgather", {}),
+    ({"mask": True}, "alltoall", {"capture": False}),  # exact splits
+    ({"mask": True}, "mc2", {}),
 ]
 
 
-@pytest.mark.parametrize(("changes", "comm"), SAME, ids=str)
-def test_what_changes_no_decision_and_no_exchange_may_differ(pair, changes, comm):
+@pytest.mark.parametrize(("changes", "comm", "fields"), SAME, ids=str)
+def test_what_changes_no_decision_and_no_exchange_may_differ(pair, changes, comm, fields):
     """One rank logs its experts' load, holds its weights otherwise, or has padding: both decide and exchange the same."""
-    assert pair.run(agreement_jobs.run_beside_eager, {1: changes}, comm) == [([comm], True)] * 2
+    assert pair.run(agreement_jobs.run_beside_eager, {1: changes}, comm, fields) == [([comm], True)] * 2
 
 
-def test_a_mask_on_one_rank_differs_where_the_decision_is_the_same_too(pair):
-    """AllGather writes masked ids as experts past the last one: a rank without a mask would not expect them."""
+def test_a_mask_on_one_rank_is_no_difference_with_buffers_of_rows(pair):
+    """6 tokens to 3 experts each: 17 lines are fewer than one rank may have for another, so that rows are exchanged."""
+    answers = pair.run(agreement_jobs.first_run, {1: {"mask": True}}, "alltoall", {"max_rows": 17})
+    assert answers == [["alltoall"]] * 2
+
+
+@pytest.mark.parametrize(("comm", "fields"), [("allgather", {}), ("alltoall", {"capture": True})], ids=str)
+def test_a_mask_on_one_rank_differs_where_the_decision_is_the_same_too(pair, comm, fields):
+    """AllGather and static AllToAll write masked ids as experts past the last one: a rank without a mask would not expect
+    them."""
     changes = {0: {"tokens": 7}, 1: {"tokens": 7, "mask": True}}  # a T on which they have not agreed yet
-    for answer in pair.run(agreement_jobs.first_run, changes, "allgather"):
+    for answer in pair.run(agreement_jobs.first_run, changes, comm, fields):
         assert isinstance(answer, str) and "masked_rows_are_sent is True, on rank 0 False" in answer
         assert "has_mask is True, on rank 0 False" in answer
 

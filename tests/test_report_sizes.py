@@ -86,8 +86,11 @@ def test_an_operator_that_is_not_told_a_bound_shows_none():
     assert sizes("mc2").max_output_size is None
 
 
-@pytest.mark.parametrize(("max_rows", "lines", "received"), [(0, 120, 240), (70, 70, 70)])
+@pytest.mark.parametrize(
+    ("max_rows", "lines", "received"), [(0, 60, 240), (120, 60, 240), (119, 119, 119), (70, 70, 70)]
+)
 def test_buffers_of_alltoall_are_capped_by_max_rows(max_rows, lines, received):
+    """60 tokens, 2 experts of each on a rank: from 120 rows on there is one line for each token instead of each row."""
     found = sizes("alltoall", max_rows=max_rows)
     assert (found.exchanged.value, found.received.value) == (lines, received)
     assert found.windows == ()

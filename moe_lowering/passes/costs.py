@@ -2,10 +2,10 @@
 
     T = launches + bytes / (bandwidth * efficiency) + compute,   fused: max of communication and compute
 
-Figures of a machine stand in ``vocabulary.Soc``. Sources of the others: Ascend/msmodeling 84fec85
-``tensor_cast/device.py`` (static costs per operator, efficiencies), facts/cann_ops.md §4; the fixed cost of dispatch from
-facts/peers.md §6.4. They are marked to be confirmed by their authors. A user's own function with the signature of
-``estimate`` takes its place.
+Launches are those of ``docs/costs.md`` for 16-bit weights. Figures of a machine stand in ``vocabulary.Soc``. Sources of
+the others: Ascend/msmodeling 84fec85 ``tensor_cast/device.py`` (static costs per operator, efficiencies),
+facts/cann_ops.md §4; the fixed cost of dispatch from facts/peers.md §6.4. They are marked to be confirmed by their authors.
+A user's own function with the signature of ``estimate`` takes its place.
 """
 
 from __future__ import annotations
@@ -56,14 +56,15 @@ def _allgather(load: Load, machine: Soc, compute: float) -> float:
     if load.ep_size == 1:
         return local + compute
     moved = 2 * (load.ep_size - 1) * load.tokens * load.hidden * load.width
-    return 4 * COLLECTIVE_US + 9 * VECTOR_US + local + compute + _transfer(moved, machine)
+    return 4 * COLLECTIVE_US + 5 * VECTOR_US + local + compute + _transfer(moved, machine)
 
 
 def _alltoall(load: Load, machine: Soc, compute: float) -> float:
-    """Both ways, buffers for every row that could go to a rank, and the routing around them on the vector cores."""
-    lines = load.ep_size * load.tokens * min(load.top_k, load.local_experts)
-    moved = 2 * lines * load.hidden * load.width * (load.ep_size - 1) / load.ep_size
-    return 3 * COLLECTIVE_US + 24 * VECTOR_US + 2 * MATMUL_US + compute + _transfer(moved, machine)
+    """Every token to every rank and sums back, as AllGather, whose last exchange adds them up; here that is a kernel more.
+
+    Other forms cost the same here: a ``Load`` does not say which it is. By exact splits it moves less.
+    """
+    return _allgather(load, machine, compute) + VECTOR_US
 
 
 def _mc2(load: Load, machine: Soc, compute: float) -> float:

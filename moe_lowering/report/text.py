@@ -112,7 +112,7 @@ def render_sizes(sizes: Sizes) -> list[str]:
     parts.append(f"capacity {_size(sizes.capacity)} per TP rank")
     parts.append(f"a rank receives up to {_size(sizes.received)} rows")
     if sizes.exchanged is not None:
-        parts.append(f"buffers of {_size(sizes.exchanged)} rows")
+        parts.append(f"{_size(sizes.exchanged)} lines to each rank")
     if sizes.max_output_size is not None:
         parts.append(f"max_output_size {sizes.max_output_size}")
     lines = [row("sizes", "; ".join(parts))]
