@@ -117,6 +117,23 @@ def test_wide_experts_take_the_next_chain(inner: int, weight_format: str, expect
     assert chain_of(lowered) == CHAINS[expected]
 
 
+@pytest.mark.parametrize(("dtype", "casts"), [
+    (torch.float32, []), (torch.bfloat16, ["aten._to_copy"]), (torch.int64, ["aten._to_copy", "aten.view"]),
+])  # fmt: skip
+def test_scales_of_the_operator_for_decoding_are_float32(dtype: torch.dtype, casts: list[str]) -> None:
+    """Kept as bits, they are read as bits: the number that the bits spell as a whole number is no scale."""
+    with testing.fake_deployment(ep_size=2, fused_mode=2) as deployment, testing.fake_tensors():
+        experts = {
+            "w13": torch.empty(8, 1024, 1024, dtype=torch.int8), "w2": torch.empty(8, 512, 1024, dtype=torch.int8),
+            "w13_scale": torch.empty(8, 1024, dtype=dtype), "w2_scale": torch.empty(8, 1024, dtype=dtype),
+        }  # fmt: skip
+        x = torch.empty(4, 1024, dtype=torch.bfloat16), torch.empty(4, 2), torch.empty(4, 2, dtype=torch.int32)
+        run = block(experts, num_experts=16, deployment=deployment)
+        lowered = testing.lower_graph(run, *x, deployment=deployment, comm="fused_mc2")
+    assert lowered.report.blocks[0].comm == "fused_mc2", lowered.report.blocks[0].reason
+    assert [name for name in lowered.ops_after if name in ("aten._to_copy", "aten.view")] == 2 * casts
+
+
 def test_lists_of_int8_weights_are_refused() -> None:
     """A8W8 of aclnnGroupedMatmulV5: lists of length 1. The twin is the stack of the same tensors."""
     stacked = given()

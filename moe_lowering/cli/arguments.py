@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from moe_lowering.cli.model_check import LARGEST, check_model
 from moe_lowering.cli.model_error import ModelError, shown
 from moe_lowering.providers import declarable
-from moe_lowering.vocabulary import AUTO, COMMS, EXPERT_FORMATS, FUSED_MODES, PROVIDERS, SOCS
+from moe_lowering.vocabulary import AUTO, COMMS, EXPERT_FORMATS, FUSED_MODES, ONE_OPERATOR, PROVIDERS, SOCS
 
 if TYPE_CHECKING:
     from moe_lowering.cli.explain_arguments import ExplainRequest
@@ -167,9 +167,10 @@ def _check(request: Request) -> None:
         raise UsageError(f"argument --tp: is {request.tp} with --ep {request.ep}; accepted: a divisor of --ep")
     if EXPERT_FORMATS[request.quant].quantised and request.dtype == "float32":
         raise UsageError(f"argument --quant: is {request.quant} with --dtype float32; accepted: with a 16-bit dtype")
-    if request.fused_mode != 1 and request.comm not in ("fused_mc2", AUTO):
+    if request.fused_mode != 1 and request.comm not in (*ONE_OPERATOR, AUTO):
         raise UsageError(
-            f"argument --fused-mode: is {request.fused_mode} with --comm {request.comm}; accepted: with fused_mc2 or auto"
+            f"argument --fused-mode: is {request.fused_mode} with --comm {request.comm}; accepted: with "
+            f"{', '.join(ONE_OPERATOR)} or auto"
         )
     if request.capture and request.fake:
         raise UsageError(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_lowering.cli.arguments import UsageError
-from moe_lowering.vocabulary import EXPERT_FORMATS, IMPLEMENTATION_FORMS
+from moe_lowering.vocabulary import EXPERT_FORMATS, IMPLEMENTATION_FORMS, ONE_OPERATOR
 
 if TYPE_CHECKING:
     from moe_lowering.testing.matrix import Result, Table
@@ -27,7 +27,9 @@ WITHOUT_A_ROW = ("buffers",)
 # The rows of the table: a form by its own name, or by its implementation's first where it has the one form only.
 FORMS = {
     comm: tuple(
-        form if form == comm or comm == "fused_mc2" else f"{comm}_{form}" for form in forms if form not in WITHOUT_A_ROW
+        form if form == comm or comm in ONE_OPERATOR else f"{comm}_{form}"
+        for form in forms
+        if form not in WITHOUT_A_ROW
     )
     for comm, forms in IMPLEMENTATION_FORMS.items()
 }

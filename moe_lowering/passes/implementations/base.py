@@ -57,14 +57,12 @@ class Implementation:
         rules: those under its name in ``limits/data``, with what they read.
         forms: in order of preference, for a deployment; at least one. The first legal one is taken.
         ruled_out: forms that the deployment alone excludes: never taken, judged for the reason.
-        is_one_operator: it hides its communication and its matmuls in one operator, beside which nothing can be run.
     """
 
     name: str
     rules: Callable[[BlockSpec, Deployment], Rules]
     forms: Callable[[Deployment], tuple[Form, ...]]
     ruled_out: Callable[[Deployment], tuple[Form, ...]] = lambda deployment: ()
-    is_one_operator: bool = False
 
     def form(self, name: str, deployment: Deployment) -> Form:
         """The form of that name."""

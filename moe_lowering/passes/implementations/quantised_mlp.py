@@ -187,12 +187,12 @@ def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts
     assert row_scale is not None  # rows travel as int8 where the weights take them so
     name = chain(spec, deployment)
     if name == FUSED:
-        scales = [_as_float32(emit, w13_scale[0])]
+        scales = [as_float32(emit, w13_scale[0])]
         pair = emit_call(emit, SWIGLU_QUANT, _swiglu_quant_arguments(rows, w13, scales, row_scale, counts))
         hidden, row_scale = emit.item(pair, 0), emit.item(pair, 1)
     elif name == DEQUANT:
         sums = emit.item(emit_call(emit, MATMUL, matmul_arguments(rows, w13, counts, _INT32)), 0)
-        scale = _as_float32(emit, w13_scale[0])
+        scale = as_float32(emit, w13_scale[0])
         pair = emit_call(emit, DEQUANTISE, _dequant_arguments(sums, scale, row_scale, counts))
         hidden, row_scale = emit.item(pair, 0), emit.item(pair, 1)
     else:
@@ -266,7 +266,7 @@ def _as_float(emit: Emitter, scale: Node) -> Node:
     return emit.call(aten.view.dtype, emit.cast(scale, torch.int32), torch.float32)
 
 
-def _as_float32(emit: Emitter, scale: Node) -> Node:
+def as_float32(emit: Emitter, scale: Node) -> Node:
     return emit.cast(_as_float(emit, scale), torch.float32)
 
 
