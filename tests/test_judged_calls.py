@@ -301,6 +301,8 @@ def test_calls_are_complete_or_refused() -> None:
     arguments = {"input": "x"}
     assert complete("npu_swiglu", arguments) == {"input": "x", "dim": -1}
     assert split("npu_swiglu", {"dim": 0, "input": "x"}) == (("x", 0), {})
+    given = {name: name for name in ("x", "w13", "w2", "ids", "weights", "group", "ep_size", "max_output_size")}
+    assert split("dispatch_ffn_combine", {**given, "quantisation": "w8a8"}) == (tuple(given), {"quantisation": "w8a8"})
     assert split("npu_clipped_swiglu", {"x": "x", "alpha": 1.0}) == (("x",), {"alpha": 1.0})
     with pytest.raises(TypeError, match="missing arguments \\['input'\\]"):
         complete("npu_swiglu", {"dim": 0})

@@ -101,7 +101,11 @@ def complete(operator: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _positional(operator: str) -> tuple[str, ...]:
-    return tuple(a.name for a in schema(operator).arguments if not a.kwarg_only)
+    """What is given by position. Our own operators declare nothing as by name only: what has a default is, all the same."""
+    ours = operator not in _TEXTS
+    return tuple(
+        a.name for a in schema(operator).arguments if not a.kwarg_only and not (ours and a.has_default_value())
+    )
 
 
 def split(operator: str, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
