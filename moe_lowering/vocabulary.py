@@ -178,6 +178,8 @@ IMPLEMENTATION_FORMS = {
     "mc2": ("mc2",),
     "fused_mc2": ("dispatch_ffn_combine", "mega_moe", "dispatch_gmm_combine_decode"),
 }
+# Those that are one operator of a library, which ``Deployment.fused_mode`` chooses; their forms are those operators.
+ONE_OPERATOR = frozenset({"fused_mc2"})
 AUTO = "auto"  # the cheapest legal implementation
 COMMS = (AUTO, *IMPLEMENTATION_FORMS)
 FIXED = "fixed"  # the implementation that is named, and no other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -12,12 +11,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._sympy.value_ranges import ValueRanges
 
 import moe_lowering.custom_ops  # noqa: F401  (registers torch.ops.moe_lowering)
-from moe_lowering.deployment import Deployment
-from moe_lowering.limits import Prover, bind, check_call, limits_for, load, names, quantities
+from moe_lowering.limits import bind, check_call, limits_for, names, quantities
 from moe_lowering.limits.calls import CONTEXT, OPERATORS
-from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.implementations.mlp import mlp_calls
-from moe_lowering.passes.quantities import block_quantities
 from moe_lowering.vocabulary import SOCS
 
 npu = torch.ops.npu
@@ -38,25 +33,6 @@ def test_calls_give_every_quantity_that_the_rows_read(operator: str) -> None:
     given = quantities(operator, arguments_of(operator)).keys() | CONTEXT
     for soc in SOCS:
         assert names(operator, soc) <= given
-
-
-@pytest.mark.parametrize("operator", sorted({row.operator for row in load()} - OPERATORS - {"gating", "capture"}))
-def test_blocks_give_every_quantity_that_other_rows_read(operator: str) -> None:
-    for soc in SOCS:
-        assert names(operator, soc) <= block_words()
-
-
-def block_words() -> set[str]:
-    """The quantities that a block has."""
-    known = {
-        "tokens": 8, "hidden": 1024, "intermediate": 512, "top_k": 2, "experts": 4, "local_experts": 4, "ep_size": 1,
-        "tp_size": 1, "dtype": torch.bfloat16, "weight_dtype": torch.bfloat16, "ep_group": "", "tp_group": "",
-    }  # fmt: skip
-    missing = dataclasses.MISSING
-    needed = [f.name for f in dataclasses.fields(BlockSpec) if f.default is missing and f.default_factory is missing]
-    spec = BlockSpec(**{name: known.get(name, False) for name in needed})
-    of_words = mlp_calls(dataclasses.replace(spec, activation="no such word"), Deployment(), False)[0]
-    return {*block_quantities(spec, Deployment(), 8, Prover(), True), *of_words.given}
 
 
 def arguments_of(operator: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Symbolic token counts: proven for a range, guarded, or refused; and enforced in the graph."""
 
+import dataclasses
 import itertools
 import re
 
@@ -14,6 +15,7 @@ from test_lowering import HIDDEN, Experts, compile_npugraph, compile_plain, rout
 from moe_lowering import Deployment, MoE, MoeLowering, lowering_backend, testing
 from moe_lowering.limits import Prover, Violation
 from moe_lowering.passes import graph_run, judging
+from moe_lowering.passes.calls import Rules
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.token_ranges import TokenRange, request_guard, widest
 
@@ -115,7 +117,7 @@ def test_auto_takes_one_implementation_on_each_side_of_the_capacity():
 @pytest.mark.parametrize("compiler", [compile_plain, compile_npugraph])
 def test_two_compiled_graphs_across_a_boundary_and_each_is_right(monkeypatch, compiler, how):
     """The boundary is made of a limit: AllGather up to 24 tokens, refused above, so the second graph is generic."""
-    monkeypatch.setattr(judging, "check", with_limit(judging.check, 24))
+    limit_allgather(monkeypatch, 24)
     module, lowering = Experts(), MoeLowering(Deployment(), "allgather")
     compiled = compiler(module, lowering, dynamic=None if how == "marked" else True)
     for tokens in (8, 24, 25, 100, 17, 3, 26):
@@ -130,8 +132,9 @@ def test_two_compiled_graphs_across_a_boundary_and_each_is_right(monkeypatch, co
     assert len(chosen) == (3 if how == "two leading dimensions" else 2)
 
 
-def with_limit(check, most):
+def limit_allgather(monkeypatch, most):
     """The limit tables with one more rule: AllGather takes at most ``most`` tokens."""
+    check, whole = judging.check, IMPLEMENTATIONS["allgather"]
 
     def extended(operator, soc, quantities, prover=None, *args, **kwargs):
         found = check(operator, soc, quantities, prover, *args, **kwargs)
@@ -139,7 +142,13 @@ def with_limit(check, most):
             found.append(Violation("test.tokens", operator, "", str(most), "this test", "too many tokens"))
         return found
 
-    return extended
+    def rules(spec, deployment):
+        fixed = whole.rules(spec, deployment)
+        return Rules(fixed.operator, lambda premises: {**fixed.read(premises), "tokens": premises.tokens})
+
+    monkeypatch.setattr(judging, "check", extended)
+    monkeypatch.setitem(IMPLEMENTATIONS, "allgather", dataclasses.replace(whole, rules=rules))
+    monkeypatch.setattr(judging, "_prepared", judging._prepared.__wrapped__)  # what was kept knows no such rule
 
 
 def strict_range(low, high, tokens, **options):
@@ -264,7 +273,7 @@ def test_a_block_whose_rewrite_was_undone_asks_for_no_guard_and_enforces_nothing
         return real(old, new)
 
     monkeypatch.setattr(graph_run, "same_value", fail_once)
-    monkeypatch.setattr(judging, "check", with_limit(judging.check, 24))
+    limit_allgather(monkeypatch, 24)
     layers = torch.nn.Sequential(*(MoE(HIDDEN, 32, 8, 2) for _ in range(2)))
     lowered = testing.lower_graph(layers, torch.randn(8, HIDDEN), deployment=Deployment(), dynamic=True)
     assert [block.comm for block in lowered.report.blocks] == [None, "allgather"]

@@ -20,7 +20,7 @@ from graph_cases import FORMS, BlockCase, GraphCase
 from moe_lowering import Deployment, MoE, MoeLowering, moe_experts, route, testing
 from moe_lowering.passes.blocks import Block
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.passes.operands import COMPUTED, MIXED, NZ, weight_format
+from moe_lowering.passes.operands import COMPUTED, MIXED, NZ, Experts, call_weight_format
 from moe_lowering.passes.raising import find_blocks
 from moe_lowering.report.records import LoweringReport
 from moe_lowering.vocabulary import EXPERT_FORMATS
@@ -186,6 +186,11 @@ def only_block(case: GraphCase) -> Block:
     return block
 
 
+def format_of(experts: Experts, declared: str) -> str:
+    """The memory format of both weights of a block."""
+    return call_weight_format({"w13": experts.w13.items, "w2": experts.w2.items}, declared)
+
+
 def test_every_form_is_known() -> None:
     assert {*FORMS, "dynamic"} == FORMATS_OF.keys()
 
@@ -193,11 +198,11 @@ def test_every_form_is_known() -> None:
 @pytest.mark.parametrize("form", FORMATS_OF)
 def test_what_is_stored(form: str) -> None:
     experts = only_block(nz_case(w13=form, w2=form)).spec.tensors
-    assert weight_format(CAPABLE, experts.w13, experts.w2) == FORMATS_OF[form]
-    assert weight_format(CAPABLE.replace(weight_format="nd"), experts.w13, experts.w2) == "nd"
+    assert format_of(experts, "nz") == FORMATS_OF[form]
+    assert format_of(experts, "nd") == "nd"
     other = only_block(nz_case(w13=form)).spec.tensors
     mixed = MIXED if FORMATS_OF[form] == COMPUTED else NZ
-    assert weight_format(CAPABLE, other.w13, other.w2) == mixed
+    assert format_of(other, "nz") == mixed
 
 
 @pytest.mark.parametrize("form", ["computed", "part"])

@@ -12,9 +12,10 @@ from moe_lowering.limits import Prover
 from moe_lowering.limits.examining import Finding, examine
 from moe_lowering.limits.wording import to_json
 from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.calls import Call, Rules
 from moe_lowering.passes.choosing import Policy, load_of, vllm_choice
 from moe_lowering.passes.costs import estimate
-from moe_lowering.passes.implementations import IMPLEMENTATIONS, Call
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.judging import Judgement, declared_tokens, judge, judged_calls
 from moe_lowering.passes.sizing import block_sizes
 from moe_lowering.report.records import Sizes
@@ -49,21 +50,21 @@ class Answer:
             found += examine(
                 call.operator,
                 self.deployment.soc,
-                {**self.judgement.quantities, **call.given},
+                self.judgement.quantities(call, self.deployment),
                 self.judgement.prover,
                 self.deployment.versions,
             )
         return found
 
-    def calls(self, implementation: str) -> tuple[Call, ...]:
+    def calls(self, implementation: str) -> tuple[Call | Rules, ...]:
         """The calls that an implementation would make, in the form that its verdict is about."""
         form = IMPLEMENTATIONS[implementation].form(self.judgement.form(implementation), self.deployment)
         return judged_calls(implementation, form, self.spec, self.deployment)
 
     def quantities(self, implementation: str, operator: str) -> dict[str, Any]:
         """What the rules of an operator were judged with."""
-        given = next(call.given for call in self.calls(implementation) if call.operator == operator)
-        return {**self.judgement.quantities, **given}
+        call = next(call for call in self.calls(implementation) if call.operator == operator)
+        return self.judgement.quantities(call, self.deployment)
 
     def sizes(self) -> Sizes | None:
         """Capacity, receive bound, HCCL window and the like of what was chosen; None when nothing was."""

@@ -179,7 +179,7 @@ class GraphRun:
     def _rewrite(self, block: Block, comm: str, decision: Decision, emit: Emitter) -> None:
         first = (comm, block.spec) not in self._recordings
         form = IMPLEMENTATIONS[comm].form(decision.judgement.form(comm), self.deployment)
-        replacement = form.emit(block, emit, self.deployment, decision.judgement.quantities)
+        replacement = form.emit(block, emit, self.deployment, decision.judgement.premises)
         same_value(block.combine, replacement.y)
         if block.counts is not None:
             assert replacement.counts is not None
@@ -291,7 +291,7 @@ class GraphRun:
         judged = decision.judgement
         sizes = (share(spec.tokens, spec), share(judged.tokens, spec))
         for node in emit.created:
-            violations = call_violations(node, self.deployment, judged.prover, sizes, judged.quantities["received"])
+            violations = call_violations(node, self.deployment, judged.prover, sizes, judged.context)
             if violations:
                 texts = "; ".join(f"{{{i}}}" for i in range(len(violations)))
                 raise VerificationError(Wording(texts, tuple((str(i), v) for i, v in enumerate(violations))))

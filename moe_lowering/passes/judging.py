@@ -8,6 +8,7 @@ that a rank with one token and a rank with 512 reach the same verdict (two ranks
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import sympy
@@ -18,8 +19,11 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, TokenRange, Violation, check
 from moe_lowering.limits.wording import Wording, word
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.implementations import IMPLEMENTATIONS, Call, Form
-from moe_lowering.passes.quantities import block_quantities, strict_share_of_one
+from moe_lowering.passes.calls import Call, Premises, Rules
+from moe_lowering.passes.context import call_context, judged_quantities
+from moe_lowering.passes.implementations import IMPLEMENTATIONS, Form
+from moe_lowering.passes.implementations.mlp import mlp_words
+from moe_lowering.passes.quantities import deployment_rules, strict_share_of_one
 from moe_lowering.report.records import Verdict
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
@@ -34,19 +38,35 @@ class Judgement:
 
     Attributes:
         verdicts: by implementation name.
-        tokens: T as the rules saw it: an int, the graph's symbol, or a symbol with the declared range.
-        prover: what it was taken to know of T.
-        quantities: what was judged, by name.
+        premises: T as the rules saw it, and what was taken to be known of it.
+        context: what rules of calls read and no call shows.
     """
 
     verdicts: dict[str, Verdict]
-    tokens: Any
-    prover: Prover
-    quantities: dict[str, Any]
+    premises: Premises
+    context: dict[str, Any]
+
+    @property
+    def tokens(self) -> Any:
+        return self.premises.tokens
+
+    @property
+    def prover(self) -> Prover:
+        return self.premises.prover
 
     def form(self, implementation: str) -> str:
         """The form of an implementation that its verdict is about."""
         return self.verdicts[implementation].form
+
+    def quantities(self, call: Call | Rules, deployment: Deployment) -> dict[str, Any]:
+        """What the rules of a call were judged with."""
+        return _read(call, self.premises, deployment, self.context)
+
+
+def _read(call: Call | Rules, premises: Premises, deployment: Deployment, context: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(call, Rules):
+        return call.read(premises)
+    return judged_quantities(call, premises, deployment, context)
 
 
 def torch_npu_is_loaded() -> bool:
@@ -117,7 +137,7 @@ def refusal(spec: BlockSpec, deployment: Deployment) -> Refusal | None:
     if outside_declared_range(spec.tokens, deployment):
         reason = "T is {tokens} and the deployment declares {low} to {high} on every rank: the graph refuses to run"
         return Refusal(word(reason, tokens=spec.tokens, low=low, high=high), TokenRange(low, high))
-    if strict_share_of_one(spec):
+    if strict_share_of_one(spec.tp_size, spec.tokens):
         return Refusal(
             word(
                 "[block.tp_share] T may be {tp_size} or less, so that a TP rank's share of it may be 1; torch guards on that, "
@@ -129,9 +149,10 @@ def refusal(spec: BlockSpec, deployment: Deployment) -> Refusal | None:
     return None
 
 
-def judged_calls(implementation: str, form: Form, spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
+def judged_calls(implementation: str, form: Form, spec: BlockSpec, deployment: Deployment) -> tuple[Call | Rules, ...]:
     """Everything whose rules bind a form of an implementation: the deployment, the implementation, and its calls."""
-    return (Call("deployment"), Call(implementation), *form.calls(spec, deployment))
+    own = IMPLEMENTATIONS[implementation].rules(spec, deployment)
+    return (deployment_rules(spec, deployment), own, *form.calls(spec, deployment))
 
 
 def judge(
@@ -145,12 +166,18 @@ def judge(
         torch_npu: whether torch_npu's operators are there; None to look in this process.
     """
     loaded = torch_npu_is_loaded() if torch_npu is None else torch_npu
-    quantities = block_quantities(spec, deployment, tokens, prover, loaded)
+    premises = Premises(tokens, spec.tokens, prover, loaded)
+    context = call_context(deployment, spec, premises)
+    if spec.quantisation not in EXPERT_FORMATS:  # nothing is known of its calls
+        words = Rules("grouped_mlp", mlp_words(spec))
+        broken = _broken(words, premises, deployment, context)
+        return Judgement({name: Verdict(name, broken) for name in IMPLEMENTATIONS}, premises, context)
+    prepared = _prepared(dataclasses.replace(spec, tokens=None, key=()), deployment)
     verdicts = {}
     for name in IMPLEMENTATIONS:
-        verdict = _verdict(name, spec, deployment, quantities, prover)
+        verdict = prepared.verdict(name, premises, context)
         verdicts[name] = verdict if deployment.equal_tokens else _with_declared_range(verdict, deployment)
-    return Judgement(verdicts, tokens, prover, quantities)
+    return Judgement(verdicts, premises, context)
 
 
 def _with_declared_range(verdict: Verdict, deployment: Deployment) -> Verdict:
@@ -164,34 +191,73 @@ def _depends_on_t(violation: Violation) -> bool:
     return isinstance(violation.value, sympy.Basic) and _T in violation.value.free_symbols
 
 
-def _verdict(name: str, spec: BlockSpec, deployment: Deployment, quantities: dict[str, Any], prover: Prover) -> Verdict:
-    """Of the first legal form; of the preferred form when none is. With the forms that the deployment rules out, and
-    those that the first legal one was preferred to for a rule that they break."""
+Broken = tuple[Violation, ...]
 
-    def broken(calls: tuple[Call, ...]) -> tuple[Violation, ...]:
+
+def _broken(call: Call | Rules, premises: Premises, deployment: Deployment, context: dict[str, Any]) -> Broken:
+    given = _read(call, premises, deployment, context)
+    return tuple(check(call.operator, deployment.soc, given, premises.prover, deployment.versions))
+
+
+@functools.lru_cache(maxsize=64)
+def _prepared(spec: BlockSpec, deployment: Deployment) -> _Prepared:
+    """For a block without T: many sizes are tried of one block, and many blocks are equal."""
+    return _Prepared(spec, deployment)
+
+
+class _Prepared:
+    """The calls of every form, and what is broken of those that do not read T."""
+
+    def __init__(self, spec: BlockSpec, deployment: Deployment) -> None:
+        self._spec, self._deployment = spec, deployment
+        self._common = deployment_rules(spec, deployment)
+        self._rules: dict[str, Rules] = {}
+        self._calls: dict[tuple[str, str], tuple[Call | Rules, ...]] = {}
+        self._fixed: dict[Call | Rules, Broken] = {}
+
+    def verdict(self, name: str, premises: Premises, context: dict[str, Any]) -> Verdict:
+        """Of the first legal form; of the preferred form when none is. With the forms that the deployment rules out, and
+        those that the first legal one was preferred to for a rule that they break."""
+        first: Verdict | None = None
+        passed = ruled_out = tuple(
+            (form.name, self._all_broken(name, self._calls_of(name, form), premises, context))
+            for form in IMPLEMENTATIONS[name].ruled_out(self._deployment)
+        )
+        for form in IMPLEMENTATIONS[name].forms(self._deployment):
+            calls = (self._common, self._rules_of(name), *self._calls_of(name, form))
+            found = self._all_broken(name, calls, premises, context)
+            if not found:
+                return Verdict(name, (), form.name, passed)
+            first = first or Verdict(name, found, form.name, ruled_out)
+            passed = (*passed, (form.name, found))
+        assert first is not None
+        return first
+
+    def _calls_of(self, name: str, form: Form) -> tuple[Call | Rules, ...]:
+        key = name, form.name
+        if key not in self._calls:
+            self._calls[key] = form.calls(self._spec, self._deployment)
+        return self._calls[key]
+
+    def _rules_of(self, name: str) -> Rules:
+        if name not in self._rules:
+            self._rules[name] = IMPLEMENTATIONS[name].rules(self._spec, self._deployment)
+        return self._rules[name]
+
+    def _all_broken(
+        self, name: str, calls: tuple[Call | Rules, ...], premises: Premises, context: dict[str, Any]
+    ) -> Broken:
         found: list[Violation] = []
         for call in calls:
-            given = {**quantities, **call.given}
-            here = check(call.operator, deployment.soc, given, prover, deployment.versions)
+            here = self._broken(call, premises, context)
             found += here
             if call.operator == name and any(v.quantity in _WHERE for v in here):
                 break  # its operators are not called then: what they accept is no reason
         return tuple(dict.fromkeys(found))
 
-    if spec.quantisation not in EXPERT_FORMATS:  # nothing is known of its calls
-        word = Call("grouped_mlp", {"activation_is_known": True, "quantisation_is_known": False})
-        return Verdict(name, broken((word,)))
-    implementation = IMPLEMENTATIONS[name]
-    ruled_out = tuple(
-        (form.name, broken(form.calls(spec, deployment))) for form in implementation.ruled_out(deployment)
-    )
-    first: Verdict | None = None
-    passed = ruled_out
-    for form in implementation.forms(deployment):
-        found = broken(judged_calls(name, form, spec, deployment))
-        if not found:
-            return Verdict(name, (), form.name, passed)
-        first = first or Verdict(name, found, form.name, ruled_out)
-        passed = (*passed, (form.name, found))
-    assert first is not None
-    return first
+    def _broken(self, call: Call | Rules, premises: Premises, context: dict[str, Any]) -> Broken:
+        if call.reads_tokens:
+            return _broken(call, premises, self._deployment, context)
+        if call not in self._fixed:
+            self._fixed[call] = _broken(call, premises, self._deployment, context)
+        return self._fixed[call]

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from moe_lowering.deployment import Deployment
 from moe_lowering.passes.arguments import argument
 
 aten = torch.ops.aten
@@ -35,16 +34,17 @@ COMPUTED_OUTSIDE = "moe_lowering_computed"  # in the metadata of an input that t
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """What rules may read of one tensor; sizes and strides are ints, since those of weights never vary."""
+    """What rules may read of one tensor. Sizes and strides of weights are ints, since those never vary; of other tensors a
+    size may be symbolic, or None where it is not judged. Without strides it is contiguous."""
 
-    shape: tuple[int, ...]
+    shape: tuple[Any, ...]
     dtype: torch.dtype
     strides: tuple[int, ...] = ()
     stored: bool = True
     device: torch.device | None = None
 
     def stride(self) -> tuple[int, ...]:
-        return self.strides or row_major(self.shape)
+        return self.strides or row_major(n if isinstance(n, int) else 1 for n in self.shape)
 
     def dim(self) -> int:
         return len(self.shape)
@@ -53,7 +53,7 @@ class Operand:
         return self.dtype.is_floating_point
 
     def is_contiguous(self) -> bool:
-        if 0 in self.shape:
+        if not self.strides or 0 in self.shape:
             return True
         pairs = zip(self.shape, self.stride(), row_major(self.shape), strict=True)
         return all(n == 1 or stride == dense for n, stride, dense in pairs)
@@ -63,10 +63,10 @@ class Operand:
         return self if dtype == self.dtype else Operand(self.shape, dtype, stored=False, device=self.device)
 
 
-def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+def row_major(shape: Iterable[int]) -> tuple[int, ...]:
     """Strides of a contiguous tensor."""
     strides, step = [], 1
-    for n in reversed(shape):
+    for n in reversed(tuple(shape)):
         strides.append(step)
         step *= max(n, 1)
     return tuple(reversed(strides))
@@ -120,7 +120,11 @@ class Operands:
         return Operands(1, (dataclasses.replace(first, shape=shape, strides=strides),))
 
     def cast(self, dtype: torch.dtype) -> Operands:
-        return Operands(self.count, tuple(kind.cast(dtype) for kind in self.kinds))
+        return self.cast_each(lambda _: dtype)
+
+    def cast_each(self, dtype: Callable[[torch.dtype], torch.dtype]) -> Operands:
+        """Each to what ``dtype`` makes of its own."""
+        return Operands(self.count, tuple(kind.cast(dtype(kind.dtype)) for kind in self.kinds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,13 +185,9 @@ def storage_format(declared: str, stored: frozenset[bool]) -> str:
     return MIXED if True in stored else COMPUTED
 
 
-def weight_format(deployment: Deployment, *weights: Operands) -> str:
-    """The memory format of these weights: the quantity ``weight_format``."""
-    return storage_format(deployment.weight_format, frozenset(k.stored for w in weights for k in w.kinds))
-
-
-def call_weight_format(arguments: dict[str, Any], declared: str) -> str:
-    """The same from a call's arguments, as nodes."""
+def call_weight_format(arguments: Mapping[str, Any], declared: str) -> str:
+    """The memory format of a call's weights, nodes or records: the quantity ``weight_format``."""
     weights = [arguments.get(name) or () for name in ("weight", "w13", "w2")]
-    nodes = [n for w in weights for n in (w if isinstance(w, (list, tuple)) else (w,)) if isinstance(n, Node)]
-    return storage_format(declared, frozenset(map(is_stored, nodes)))
+    each = {id(n): n for w in weights for n in (w if isinstance(w, (list, tuple)) else (w,))}.values()
+    stored = (n.stored if isinstance(n, Operand) else is_stored(n) for n in each if isinstance(n, (Node, Operand)))
+    return storage_format(declared, frozenset(stored))

@@ -38,9 +38,9 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.edits import EditLog
 from moe_lowering.passes.emitting import COPIED_META, is_emitted
-from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.scopes import is_marker, scope_paths
 from moe_lowering.passes.writes import writes
+from moe_lowering.vocabulary import ONE_OPERATOR
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -163,7 +163,7 @@ def _plan(target: Target, paths: dict[Node, tuple[str, ...]]) -> _Plan:
 def _position(target: Target) -> Node:
     """The block's first communication operator; its first Ascend operator where one rank has all experts."""
     nodes = sorted(node for node in target.nodes if isinstance(node.target, torch._ops.OpOverload))
-    if IMPLEMENTATIONS[target.comm].is_one_operator or any(_name(node) == _ONE_OPERATOR for node in nodes):
+    if target.comm in ONE_OPERATOR or any(_name(node) == _ONE_OPERATOR for node in nodes):
         raise _Refused("overlap.no_events")
     for starts in (_communicates, lambda node: node.target.namespace == "npu"):
         first = next(filter(starts, nodes), None)

@@ -1,7 +1,7 @@
 """The sizes of a lowered block, for the report: what the rules saw, as expressions in T, and how large they may become.
 
-Everything is read from the quantities that the block was judged with and from the limit rows of the calls that it became,
-so that the report cannot say another number than the one that was proven.
+Everything is read from what the block was judged with and from the limit rows of the calls that it became, so that the
+report cannot say another number than the one that was proven.
 """
 
 from __future__ import annotations
@@ -15,53 +15,40 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Limit, limits_for, needed_buffer_mb
 from moe_lowering.limits.wording import as_value
 from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.context import received_rows
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.passes.implementations.alltoall import STATIC
-from moe_lowering.passes.implementations.alltoall_buffers import BUFFERS, capacity
+from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.judging import Judgement, judged_calls
 from moe_lowering.report.records import Size, Sizes, Window
-
-# The fused operators that are told how many rows they may process (``dispatch_ffn_combine``: max_output_size).
-_TOLD_ROWS = ("max_output_size", "max_rows")
 
 
 def block_sizes(spec: BlockSpec, deployment: Deployment, comm: str, judgement: Judgement) -> Sizes:
     """The sizes of a block that was lowered to ``comm``."""
-    given, prover = judgement.quantities, judgement.prover
-    low, high = prover.bounds(judgement.tokens)
+    prover, tokens = judgement.prover, judgement.tokens
+    low, high = prover.bounds(tokens)
 
     def size(value: Any) -> Size:
         return Size(as_value(value), prover.bounds(value)[1])
 
-    form = judgement.form(comm)
-    received = given["received"]
-    if IMPLEMENTATIONS[comm].form(form, deployment).keeps_max_rows and spec.max_rows:
+    form = IMPLEMENTATIONS[comm].form(judgement.form(comm), deployment)
+    received = received_rows(spec, tokens)
+    if form.keeps_max_rows and spec.max_rows:
         received = torch.sym_min(received, spec.max_rows)  # type: ignore[no-untyped-call]
-    lines = (
-        {STATIC.name: given["max_tokens"], BUFFERS.name: capacity(judgement.tokens, spec)} if comm == "alltoall" else {}
-    )
     return Sizes(
         tokens=size(judgement.tokens),
         low=low or 0,
         high=high,
         bound=spec.max_tokens or high,
-        capacity=size(given["max_tokens"]),
+        capacity=size(share(spec.max_tokens or tokens, spec)),
         received=size(received),
-        exchanged=size(lines[form]) if form in lines else None,
-        max_output_size=given["max_output_size"]
-        if IMPLEMENTATIONS[comm].is_one_operator and _is_told_rows(form)
-        else None,
+        exchanged=None if form.lines is None else size(form.lines(spec, tokens)),
+        max_output_size=None if form.told_rows is None else form.told_rows(spec, deployment, judgement.premises),
         windows=tuple(
             Window(row.code, needed := size(value), limit, row.unit, needed_buffer_mb(row, needed.most, quantities))
             for row, value, limit, quantities in _window_rules(spec, deployment, comm, judgement)
         ),
         buffer_bytes=deployment.hccl_buffer_bytes,
     )
-
-
-def _is_told_rows(operator: str) -> bool:
-    schema = getattr(torch.ops.moe_lowering, operator).default._schema
-    return any(argument.name in _TOLD_ROWS for argument in schema.arguments)
 
 
 def _window_rules(
@@ -74,7 +61,7 @@ def _window_rules(
         rows = [row for row in limits_for(call.operator, deployment.soc, deployment.versions) if row.bounds_buffer]
         if not rows:
             continue
-        merged = {**judgement.quantities, **call.given, "soc": deployment.soc}
+        merged = {**judgement.quantities(call, deployment), "soc": deployment.soc}
         given = {name: value for name, value in merged.items() if value is not None}
         for row in rows:
             assert row.max is not None

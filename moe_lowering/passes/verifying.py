@@ -8,7 +8,7 @@ operator is left that the report does not name. Strict mode and tests also re-pr
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, Violation, check
-from moe_lowering.limits.calls import OPERATORS, PER_TOKEN, bind, quantities, varying_ints
+from moe_lowering.limits.calls import OPERATORS, PER_TOKEN, bind, varying_ints
 from moe_lowering.limits.wording import Wording, word
 from moe_lowering.passes.blocks import size_key
-from moe_lowering.passes.operands import call_weight_format
+from moe_lowering.passes.context import call_quantities, fixed_context
 
 COLLECTIVES = ("_c10d_functional", "npu_define")
 GENERIC = ("route", "dispatch", "grouped_mlp", "combine")
@@ -75,45 +75,58 @@ def call_violations(
     deployment: Deployment,
     prover: Prover | None = None,
     tokens: tuple[Any, Any] | None = None,
-    received: Any = None,
+    context: Mapping[str, Any] | None = None,
 ) -> list[Violation]:
     """Limits that one node of a lowered graph breaks; empty for nodes that are no Ascend operator or collective.
 
     Args:
-        deployment: its SoC and versions, and what a call does not show: the HCCL window, the format of stored weights.
+        deployment: its SoC and versions, and the format of stored weights.
+        tokens: see ``emitted_quantities``.
+        context: what its block was judged with (``context.call_context``); None where its block is not known.
+    """
+    found = emitted_quantities(node, deployment, tokens, context)
+    if found is None:
+        return []
+    target, name, bound, given = found
+    return [*varying_ints(target, name, bound), *check(name, deployment.soc, given, prover, deployment.versions)]
+
+
+def emitted_quantities(
+    node: Node,
+    deployment: Deployment,
+    tokens: tuple[Any, Any] | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> tuple[torch._ops.OpOverload, str, dict[str, Any], dict[str, Any]] | None:
+    """(operator, its name, its arguments, what its rules read) of a node; None where no rules are about it.
+
+    Args:
         tokens: (T of this rank, T as the rules see it): the first is read as the second, so that the check does not
             depend on a rank's own token count.
-        received: rows that one rank may receive, where that is known.
     """
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
-        return []
+        return None
     name = target._schema.name.split("::")[1]
     if not is_ascend(target) and not (name in OPERATORS and target.namespace in COLLECTIVES):
-        return []
+        return None
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    bound = bind(target, args, kwargs)
-    found = quantities(name, bound)
+    bound, nodes = bind(target, args, kwargs), bind(target, node.args, node.kwargs)
+    known = fixed_context(deployment) if context is None else context
+    found = call_quantities(name, bound, nodes, deployment, known)
     if tokens is not None:
-        own, seen = tokens
-        for quantity in (
-            PER_TOKEN.keys() & found.keys() if "tokens" in found else ()
-        ):  # else of rows, which may be T by chance
-            factor = PER_TOKEN[quantity]
-            each = 1 if factor is None else found[factor]
-            if _same_size(found[quantity], own * each):
-                found[quantity] = seen * each
-    extra = {
-        "buffer_bytes": deployment.hccl_buffer_bytes,
-        "weight_format": call_weight_format(bind(target, node.args, node.kwargs), deployment.weight_format),
-        "mode": deployment.mode,
-        "equal_tokens": deployment.equal_tokens,
-        "received": received,
-    }
-    return [
-        *varying_ints(target, name, bound),
-        *check(name, deployment.soc, {**found, **extra}, prover, deployment.versions),
-    ]
+        _read_tokens(found, *tokens)
+    return target, name, bound, found
+
+
+def _read_tokens(found: dict[str, Any], own: Any, seen: Any) -> None:
+    """Sizes that are T of this rank, to T as the rules see it."""
+    if "tokens" not in found:
+        return  # of rows, which may be T by chance
+    for quantity in PER_TOKEN.keys() & found.keys():
+        factor = PER_TOKEN[quantity]
+        each = 1 if factor is None else found[factor]
+        if _same_size(found[quantity], own * each):
+            found[quantity] = seen * each
 
 
 def is_ascend(target: torch._ops.OpOverload) -> bool:

@@ -11,7 +11,7 @@ from moe_lowering.cli.options import DTYPES, add_parser, add_provider, installed
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.model_configs.check import check_model
 from moe_lowering.model_configs.errors import ModelError
-from moe_lowering.vocabulary import AUTO, COMMS, EXPERT_FORMATS, FUSED_MODES, SOCS
+from moe_lowering.vocabulary import AUTO, COMMS, EXPERT_FORMATS, FUSED_MODES, ONE_OPERATOR, SOCS
 
 MOST_REPLAYS = 100_000  # of each captured graph
 MOST_LAYERS = 1000
@@ -90,9 +90,10 @@ def _check_options(request: LowerRequest) -> None:
         raise UsageError(f"argument --tp: is {request.tp} with --ep {request.ep}; accepted: a divisor of --ep")
     if request.quantised and request.dtype == "float32":
         raise UsageError(f"argument --quant: is {request.quant} with --dtype float32; accepted: with a 16-bit dtype")
-    if request.fused_mode != 1 and request.comm not in ("fused_mc2", AUTO):
+    if request.fused_mode != 1 and request.comm not in (*ONE_OPERATOR, AUTO):
         raise UsageError(
-            f"argument --fused-mode: is {request.fused_mode} with --comm {request.comm}; accepted: with fused_mc2 or auto"
+            f"argument --fused-mode: is {request.fused_mode} with --comm {request.comm}; accepted: with "
+            f"{', '.join(ONE_OPERATOR)} or auto"
         )
     if request.capture and request.fake:
         raise UsageError(

@@ -74,9 +74,10 @@ def _wide(a: Arguments, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def dispatch_ffn_combine(a: Arguments) -> dict[str, Any]:
-    """The largest T on any rank is not an argument: this rank's stands for it, and ``received`` is not known."""
-    given = _fused(a, a["swiglu_limit"])
-    return {**given, **_wide(a, given), "max_output_size": a["max_output_size"], "has_receive_bound": True}
+    """The largest T on any rank is not an argument: this rank's stands for it, and ``received`` is not known.
+    ``max_output_size`` is None in a call that is judged and has no such bound."""
+    given, rows = _fused(a, a["swiglu_limit"]), a["max_output_size"]
+    return {**given, **_wide(a, given), "max_output_size": rows, "has_receive_bound": rows is not None}
 
 
 def dispatch_gmm_combine_decode(a: Arguments) -> dict[str, Any]:
@@ -93,7 +94,8 @@ def dispatch_gmm_combine_decode(a: Arguments) -> dict[str, Any]:
 
 
 def mega_moe(a: Arguments) -> dict[str, Any]:
-    """The wrapper hands the mask over as int8 and the rows that a rank may receive as ``max_rows``, when not 0."""
+    """The wrapper hands the mask over as int8 and the rows that a rank may receive as ``max_rows``, when not 0; None in a
+    call that is judged and has no such bound."""
     given = _fused(a, a["activation_clamp"])
     rows = a["ep_size"] * a["max_tokens"] * torch.sym_min(given["top_k"], given["local_experts"])  # type: ignore[no-untyped-call]
     return {
@@ -102,7 +104,7 @@ def mega_moe(a: Arguments) -> dict[str, Any]:
         "max_tokens": a["max_tokens"],
         "received": a["max_rows"] or rows,
         "max_output_size": a["max_rows"] or rows,
-        "has_receive_bound": True,
+        "has_receive_bound": a["max_rows"] is not None,
         "experts": a["num_experts"],
         "mask_dtype": None if a["mask"] is None else "int8",
         "dispatch_quant_mode": 0 if a["quantisation"] == "none" else 2,

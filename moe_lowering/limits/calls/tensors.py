@@ -30,9 +30,11 @@ def size(tensor: Any, axis: int) -> Any:
 
 
 def product(sizes: Sequence[Any]) -> Any:
-    """The product of sizes that may be symbolic."""
+    """The product of sizes that may be symbolic; None when one is not known."""
     total: Any = 1
     for n in sizes:
+        if n is None:
+            return None
         total = total * n
     return total
 
@@ -59,7 +61,7 @@ def contiguous(tensor: Any) -> bool | None:
 
 def all_contiguous(tensors: Sequence[Any]) -> bool | None:
     """Whether all tensors are contiguous; None when none is known not to be, and some are not known to be."""
-    states = [contiguous(tensor) for tensor in tensors]
+    states = [contiguous(tensor) for tensor in _different(tensors)]
     return None if None in states and False not in states else all(states)
 
 
@@ -70,4 +72,9 @@ def data_dependent(sizes: Sequence[Any]) -> bool:
 
 def shared_dtype(tensors: Sequence[Any]) -> str:
     """The dtype of all tensors, or their dtypes joined by ``+`` when they differ."""
-    return "+".join(sorted({str(dtype(t)) for t in tensors}))
+    return "+".join(sorted({str(dtype(t)) for t in _different(tensors)}))
+
+
+def _different(tensors: Sequence[Any]) -> list[Any]:
+    """Each object once: the record of hundreds of experts that are alike is one."""
+    return list({id(tensor): tensor for tensor in tensors}.values())

@@ -4,7 +4,7 @@
 
 from moe_lowering.passes.implementations.allgather import ALLGATHER
 from moe_lowering.passes.implementations.alltoall import ALLTOALL
-from moe_lowering.passes.implementations.base import Call, Form, Implementation, Replacement
+from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
 from moe_lowering.passes.implementations.fused_mc2 import FUSED_MC2
 from moe_lowering.passes.implementations.mc2 import MC2
 from moe_lowering.vocabulary import IMPLEMENTATION_FORMS
@@ -16,4 +16,4 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     name: look_up(_REGISTERED, name, "IMPLEMENTATION_FORMS: name") for name in (*IMPLEMENTATION_FORMS, *_REGISTERED)
 }
 
-__all__ = ["IMPLEMENTATIONS", "Call", "Form", "Implementation", "Replacement"]
+__all__ = ["IMPLEMENTATIONS", "Form", "Implementation", "Replacement"]

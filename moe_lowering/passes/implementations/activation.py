@@ -7,15 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch.fx import Node
 
-from moe_lowering.limits.calls import quantities
 from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.calls import Call, emit_call, tensor
 from moe_lowering.passes.emitting import Emitter, aten
-from moe_lowering.passes.implementations.base import Call
-from moe_lowering.passes.operands import Operand
 from moe_lowering.vocabulary import SOCS
 from moe_lowering.words import look_up
 
@@ -29,14 +27,19 @@ def activation_operator(spec: BlockSpec, soc: str) -> str | None:
     return None
 
 
+def activation_arguments(operator: str, x: Any, spec: BlockSpec) -> dict[str, Any]:
+    """Arguments of that operator for x [N, 2I]."""
+    if operator == "npu_swiglu":
+        return {"input": x, "dim": -1}
+    return {"x": x, "alpha": spec.alpha, "limit": spec.limit, "bias": 1.0, "interleaved": spec.interleaved}
+
+
 def activation_calls(spec: BlockSpec, soc: str) -> tuple[Call, ...]:
     """The call of the device operator, where there is one; its rows are in the dtype of the block."""
     name = activation_operator(spec, soc)
     if name is None:
         return ()
-    x = Operand((1, 2 * spec.intermediate), spec.dtype, stored=False)
-    given = {"input": x, "dim": -1} if name == "npu_swiglu" else {"x": x, "dim": -1, "group_index": None}
-    return (Call(name, {**quantities(name, given), "rows": None}),)
+    return (Call(name, activation_arguments(name, tensor(spec.dtype, None, 2 * spec.intermediate), spec)),)
 
 
 def emit_activation(emit: Emitter, h: Node, spec: BlockSpec, soc: str) -> Node:
@@ -46,13 +49,8 @@ def emit_activation(emit: Emitter, h: Node, spec: BlockSpec, soc: str) -> Node:
         ValueError: an activation that has no emitter, which the judge should have refused.
     """
     operator = activation_operator(spec, soc)
-    if operator == "npu_swiglu":
-        return emit.call(torch.ops.npu.npu_swiglu.default, h, -1)
-    if operator == "npu_clipped_swiglu":
-        return emit.call(
-            torch.ops.npu.npu_clipped_swiglu.default, h,
-            alpha=spec.alpha, limit=spec.limit, bias=1.0, interleaved=spec.interleaved,
-        )  # fmt: skip
+    if operator is not None:
+        return emit_call(emit, operator, activation_arguments(operator, h, spec))
     compose = look_up(_COMPOSED, spec.activation, "emit_activation: activation")
     return emit.call(aten.mul.Tensor, *compose(emit, *_halves(emit, h, spec), spec))
 

@@ -9,13 +9,12 @@ Source: vllm_ascend.prepare_finalize: all_gather and reduce_scatter around the e
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.blocks import Block
+from moe_lowering.passes.blocks import Block, BlockSpec
+from moe_lowering.passes.calls import Premises, Rules
 from moe_lowering.passes.emitting import Emitter
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
 from moe_lowering.passes.implementations.gathered import Partial, emit_partial, gathered_calls
@@ -24,7 +23,7 @@ from moe_lowering.passes.implementations.tensor_parallel import first_tokens, ga
 c10d = torch.ops._c10d_functional
 
 
-def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[str, Any]) -> Replacement:
+def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premises) -> Replacement:
     partial = emit_partial(block, emit, deployment)
     with emit.at(block.combine, block.combine):
         y = _reduce(emit, block, partial)
@@ -41,4 +40,14 @@ def _reduce(emit: Emitter, block: Block, partial: Partial) -> Node:
     return first_tokens(emit, y, partial.own) if spec.max_tokens else y
 
 
-ALLGATHER = Implementation("allgather", lambda deployment: (Form("allgather", gathered_calls, _emit),))
+def _rules(spec: BlockSpec, deployment: Deployment) -> Rules:
+    return Rules(
+        "allgather",
+        {
+            "shared_expert_rank_num": spec.shared_expert_ranks,
+            "counts_read_before_weights": spec.counts_read_before_weights,
+        },
+    )
+
+
+ALLGATHER = Implementation("allgather", _rules, lambda deployment: (Form("allgather", gathered_calls, _emit),))

@@ -29,10 +29,12 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
+from moe_lowering.passes.calls import Call, Premises, Rules
+from moe_lowering.passes.context import most_tokens
 from moe_lowering.passes.emitting import Emitter, aten
 from moe_lowering.passes.implementations import alltoall_exact
-from moe_lowering.passes.implementations.alltoall_buffers import BUFFERS, mib
-from moe_lowering.passes.implementations.base import Call, Form, Implementation, Replacement
+from moe_lowering.passes.implementations.alltoall_buffers import BUFFERS, mib, sized_by_data
+from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
 from moe_lowering.passes.implementations.gathered import (
     Partial,
     emit_partial,
@@ -44,11 +46,34 @@ from moe_lowering.passes.implementations.tensor_parallel import first_tokens, ga
 c10d = torch.ops._c10d_functional
 
 
-def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
-    return (Call("alltoall.static"), *gathered_calls(spec, deployment))
+def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call | Rules, ...]:
+    rules = Rules("alltoall.static", lambda premises: _static_rules(spec, deployment, premises))
+    return (rules, *gathered_calls(spec, deployment))
 
 
-def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[str, Any]) -> Replacement:
+def _static_rules(spec: BlockSpec, deployment: Deployment, premises: Premises) -> dict[str, Any]:
+    return {
+        "max_rows": spec.max_rows,
+        "buffers_are_shorter": _buffers_are_shorter(spec, deployment, premises),
+        "counts_read_before_weights": spec.counts_read_before_weights,
+        "data_dependent_capacity": sized_by_data(spec, premises),
+    }
+
+
+def _buffers_are_shorter(spec: BlockSpec, deployment: Deployment, premises: Premises) -> bool:
+    """Whether ``max_rows`` is less than the rows that a rank may have for another one, or may be: T has no bound.
+
+    Not in GE mode where T varies: torchair converts no minimum of sizes.
+    """
+    if deployment.mode == "ge" and not spec.max_tokens and not isinstance(premises.own_tokens, int):
+        return False
+    if not spec.max_rows:
+        return False
+    most = most_tokens(spec, premises)
+    return most is None or spec.max_rows < most * min(spec.top_k, spec.local_experts)
+
+
+def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premises) -> Replacement:
     partial = emit_partial(block, emit, deployment)
     with emit.at(block.combine, block.combine):
         y = _bring_home(emit, block.spec, partial, deployment)
@@ -80,7 +105,11 @@ def _note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
     )
 
 
-STATIC = Form("static", _calls, _emit, _note)
+def _lines(spec: BlockSpec, tokens: Any) -> Any:
+    return share(spec.max_tokens or tokens, spec)
+
+
+STATIC = Form("static", _calls, _emit, _note, _lines)
 
 
 def _forms(deployment: Deployment) -> tuple[Form, ...]:
@@ -91,4 +120,8 @@ def _ruled_out(deployment: Deployment) -> tuple[Form, ...]:
     return (alltoall_exact.EXACT,) if alltoall_exact.needs_no_host(deployment) else ()
 
 
-ALLTOALL = Implementation("alltoall", _forms, _ruled_out)
+def _rules(spec: BlockSpec, deployment: Deployment) -> Rules:
+    return Rules("alltoall", {"ep_size": spec.ep_size, "shared_expert_rank_num": spec.shared_expert_ranks})
+
+
+ALLTOALL = Implementation("alltoall", _rules, _forms, _ruled_out)

@@ -26,13 +26,20 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
+from moe_lowering.limits.calls.tensors import data_dependent
 from moe_lowering.passes.blocks import Block, BlockSpec
+from moe_lowering.passes.calls import Call, Premises, Rules, emit_call
 from moe_lowering.passes.emitting import Emitter, aten
-from moe_lowering.passes.implementations.base import Call, Form, Replacement
-from moe_lowering.passes.implementations.gathered import gathered_bytes
+from moe_lowering.passes.implementations.base import Form, Replacement
+from moe_lowering.passes.implementations.gathered import (
+    ROUTE,
+    gathered_bytes,
+    route_arguments,
+    route_call,
+)
 from moe_lowering.passes.implementations.mc2 import zero_masked
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
-from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens
+from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens, tokens_calls
 from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
 from moe_lowering.passes.implementations.unpermute import combine_calls, emit_combine
 
@@ -77,15 +84,30 @@ def mib(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
-    eight_bits = spec.quantised_input or spec.format.int8_rows
-    arriving = {"x_dtype": "int8", "scale_dtype": "float32", "scale_dims": 1} if eight_bits else {"scale_dtype": None}
+def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call | Rules, ...]:
+    rules = Rules("alltoall.buffers", lambda premises: _rules(spec, premises))
     return (
-        Call("alltoall.buffers"),
-        Call("npu_moe_init_routing_v2", {**arriving, "quant_mode": -1, "has_offset": False}),
-        *mlp_calls(spec, deployment, spec.quantised_input),
+        rules,
+        *tokens_calls(spec),
+        route_call(spec, spec.top_k, _ids(spec), [0, spec.experts]),
+        route_call(spec, 1, spec.local_experts + 1, [0, spec.local_experts]),
+        *mlp_calls(spec, deployment),
         *combine_calls(spec, deployment),
     )
+
+
+def _rules(spec: BlockSpec, premises: Premises) -> dict[str, Any]:
+    return {"tokens": share(premises.tokens, spec), "data_dependent_capacity": sized_by_data(spec, premises)}
+
+
+def sized_by_data(spec: BlockSpec, premises: Premises) -> bool:
+    """Whether equal splits would be as long as a size that depends on what tensors hold."""
+    return not spec.max_tokens and data_dependent([premises.own_tokens])
+
+
+def _ids(spec: BlockSpec) -> int:
+    """How many ids there are: those of the experts, and past them those of masked tokens."""
+    return spec.experts + (spec.top_k if spec.has_mask else 0)
 
 
 @dataclasses.dataclass
@@ -118,10 +140,7 @@ class _Exchange:
 
     def route(self, x: Node, ids: Node, scale: Node | None, experts: int, kept: int) -> tuple[Node, ...]:
         """init_routing_v2: rows in order of expert, place of each slot or -1, counts of the first ``kept`` experts, scales."""
-        routed = self.emit.call(
-            torch.ops.npu.npu_moe_init_routing_v2.default, x, ids, expert_num=experts, expert_tokens_num_type=1,
-            expert_tokens_num_flag=True, active_expert_range=[0, kept], **({} if scale is None else {"scale": scale}),
-        )  # fmt: skip
+        routed = emit_call(self.emit, ROUTE, route_arguments(x, ids, scale, experts, [0, kept]))
         return tuple(self.emit.item(routed, i) for i in range(3 if scale is None else 4))
 
     def swap(self, node: Node, each: Any) -> Node:
@@ -140,9 +159,7 @@ class _Exchange:
         ids = self.mine.of(emit.rows(self.block.ids))
         if self.block.mask is not None:
             ids = self._mask(ids)
-        rows, place, sent, *scales = self.route(
-            x, ids, scale, spec.experts + (spec.top_k if spec.has_mask else 0), spec.experts
-        )
+        rows, place, sent, *scales = self.route(x, ids, scale, _ids(spec), spec.experts)
         size = self._capacity(x)
         device = x.meta["val"].device
         self.lines = emit.call(aten.arange.default, size, dtype=torch.int64, device=device, pin_memory=False)
@@ -217,7 +234,7 @@ class _Exchange:
         return emit.call(aten.where.self, fits, weights, nan)
 
 
-def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[str, Any]) -> Replacement:
+def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premises) -> Replacement:
     run = _Exchange(block, emit, deployment)
     with emit.at(block.dispatch, block.dispatch):
         arrived, scale, outbox = run.send()
@@ -231,4 +248,8 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[
         return Replacement(emit.like(gather(emit, block, y), block.x), counts)
 
 
-BUFFERS = Form("buffers", _calls, _emit, padding_note, sends_masks=False, keeps_max_rows=True)
+def _lines(spec: BlockSpec, tokens: Any) -> Any:
+    return capacity(tokens, spec)
+
+
+BUFFERS = Form("buffers", _calls, _emit, padding_note, _lines, sends_masks=False, keeps_max_rows=True)

@@ -6,19 +6,20 @@ those of the capture. Source: vllm_ascend.token_dispatcher: TokenDispatcherWithA
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import Node
 
 from moe_lowering.custom_ops.alltoall_experts import AllToAllExpertsCall
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
+from moe_lowering.passes.calls import Call, Premises, Rules
 from moe_lowering.passes.emitting import Emitter, aten
-from moe_lowering.passes.implementations.base import Call, Form, Replacement, unpermute_call
+from moe_lowering.passes.implementations.base import Form, Replacement
+from moe_lowering.passes.implementations.gathered import route_call
 from moe_lowering.passes.implementations.mlp import mlp_calls
-from moe_lowering.passes.implementations.quantised_mlp import PLAIN
+from moe_lowering.passes.implementations.quantised_mlp import PLAIN, tokens_calls
 from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
+from moe_lowering.passes.implementations.unpermute import unpermute_call
 
 
 def needs_no_host(deployment: Deployment) -> bool:
@@ -26,21 +27,32 @@ def needs_no_host(deployment: Deployment) -> bool:
     return deployment.capture or deployment.mode == "ge"
 
 
-def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
+def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call | Rules, ...]:
+    """The rules of the form, and the calls that its kernel makes, whatever the weights are."""
+    rules = Rules(
+        "alltoall.exact",
+        {
+            "capture": deployment.capture,
+            "mode": deployment.mode,
+            "experts": spec.experts,
+            "quantisation": spec.quantisation,
+            "has_scale_bias": spec.has_scale_bias,
+            "counts_read_before_combine": spec.counts_read_before_combine,
+        },
+    )
     if needs_no_host(deployment):  # what its operators say as well is of no use then
-        return (Call("alltoall.exact"),)
-    eight_bits = spec.quantised_input or spec.format.int8_rows
-    arriving = {"x_dtype": "int8", "scale_dims": 1} if eight_bits else {}
-    scale = "float32" if eight_bits else None
+        return (rules,)
     return (
-        Call("alltoall.exact"),
-        Call("npu_moe_init_routing_v2", {**arriving, "scale_dtype": scale, "has_offset": False, "quant_mode": -1}),
-        *mlp_calls(spec, deployment, spec.quantised_input, PLAIN),  # what its kernel calls, whatever the weights are
+        rules,
+        *tokens_calls(spec),
+        route_call(spec, spec.top_k, spec.experts + 1, [0, spec.experts]),
+        route_call(spec, 1, spec.local_experts, [0, spec.local_experts]),
+        *mlp_calls(spec, deployment, PLAIN),
         unpermute_call(spec),
     )
 
 
-def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[str, Any]) -> Replacement:
+def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premises) -> Replacement:
     spec, mine = block.spec, Share(emit, block, deployment)
     with emit.at(block.combine, block.combine):
         flat = [

@@ -18,26 +18,29 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
+from moe_lowering.passes.calls import Call, Premises, Rules, emit_call, tensor
+from moe_lowering.passes.context import most_tokens
 from moe_lowering.passes.emitting import Emitter, aten
-from moe_lowering.passes.implementations.base import Call, Form, Implementation, Replacement
+from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
+from moe_lowering.passes.implementations.mc2 import global_tokens
 from moe_lowering.passes.implementations.quantised_mlp import as_float32
 from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
 
 
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
-    """What every fused operator takes: this rank's share of the tokens, and the experts."""
+    """What every fused operator takes: this rank's share of the tokens, and the experts. Nodes or records."""
 
-    x: Node
-    ids: Node
-    weights: Node
-    mask: Node | None
-    w13: list[Node]
-    w2: list[Node]
-    w13_scale: list[Node]
-    w2_scale: list[Node]
-    w13_scale_bias: list[Node]
-    w2_scale_bias: list[Node]
+    x: Any
+    ids: Any
+    weights: Any
+    mask: Any
+    w13: list[Any]
+    w2: list[Any]
+    w13_scale: list[Any]
+    w2_scale: list[Any]
+    w13_scale_bias: list[Any]
+    w2_scale_bias: list[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,158 +51,196 @@ class Target:
         name: of the wrapper in ``torch.ops.moe_lowering``, and of its rows in ``limits/data``.
         mode: the ``Deployment.fused_mode`` that asks for it.
         provider: the library that brings it.
-        given: quantities of the call that are not the block's own.
-        call: emits the call; its results are y [M, H] and counts [E_local].
+        arguments: of the call; its results are y [M, H] and counts [E_local]. The rank is None in a call that is judged.
+        scale_dtype: what scales of a dtype are handed over as.
+        told_rows: the bound on the rows of one rank that it is told; None when it is told none.
     """
 
     name: str
     mode: int
     provider: str
-    given: Callable[[BlockSpec, Deployment], dict[str, Any]]
-    call: Callable[[Emitter, _Inputs, BlockSpec, Deployment, dict[str, Any]], Node]
+    arguments: Callable[[BlockSpec, Deployment, int | None, Premises, _Inputs], dict[str, Any]]
+    scale_dtype: Callable[[torch.dtype], torch.dtype]
+    told_rows: Callable[[BlockSpec, Deployment, Premises], int | None] | None = None
 
     def form(self) -> Form:
-        return Form(self.name, self._calls, self._emit)
+        return Form(self.name, self._calls, self._emit, told_rows=self.told_rows)
 
-    def _calls(self, spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
-        return (Call(self.name, {**_common(spec), **self.given(spec, deployment)}),)
+    def _calls(self, spec: BlockSpec, deployment: Deployment) -> tuple[Call | Rules, ...]:
+        def judged(premises: Premises) -> dict[str, Any]:
+            return self.arguments(spec, deployment, None, premises, self._records(spec, premises))
 
-    def _emit(self, block: Block, emit: Emitter, deployment: Deployment, quantities: dict[str, Any]) -> Replacement:
+        return (Call(self.name, judged, _words(spec, deployment)),)
+
+    def _records(self, spec: BlockSpec, premises: Premises) -> _Inputs:
+        tokens, experts = share(premises.tokens, spec), spec.tensors
+        return _Inputs(
+            tensor(torch.int8 if spec.quantised_input else spec.dtype, tokens, spec.hidden),
+            tensor(torch.int32, tokens, spec.top_k),
+            tensor(torch.float32, tokens, spec.top_k),
+            tensor(torch.bool, tokens) if spec.has_mask else None,
+            experts.w13.items,
+            experts.w2.items,
+            experts.w13_scale.cast_each(self.scale_dtype).items,
+            experts.w2_scale.cast_each(self.scale_dtype).items,
+            experts.w13_scale_bias.items,
+            experts.w2_scale_bias.items,
+        )
+
+    def _emit(self, block: Block, emit: Emitter, deployment: Deployment, premises: Premises) -> Replacement:
         # One operator in place of three: it stands where the last of its inputs exists.
         with emit.at(block.combine, block.combine):
-            inputs = _inputs(emit, block, deployment)
-            fused = self.call(emit, inputs, block.spec, deployment, quantities)
+            inputs = self._nodes(emit, block, deployment)
+            given = self.arguments(block.spec, deployment, deployment.own_rank("ep"), premises, inputs)
+            fused = emit_call(emit, self.name, given)
             y = emit.item(fused, 0)
             counts = emit.cast(emit.item(fused, 1), torch.int64) if block.counts is not None else None
             return Replacement(emit.like(gather(emit, block, y), block.x), counts)
 
+    def _nodes(self, emit: Emitter, block: Block, deployment: Deployment) -> _Inputs:
+        mine = Share(emit, block, deployment)
+        experts = block.experts
+        mask = None if block.mask is None else mine.of(emit.call(aten.reshape.default, block.mask, [-1]))
+        x, ids, weights = (mine.of(emit.rows(n)) for n in (block.x, block.ids, block.weights))
+        return _Inputs(
+            x=x,
+            ids=ids,
+            weights=weights,
+            mask=mask,
+            w13=list(experts.w13),
+            w2=list(experts.w2),
+            w13_scale=[self._scale(emit, node) for node in experts.w13_scale or ()],
+            w2_scale=[self._scale(emit, node) for node in experts.w2_scale or ()],
+            w13_scale_bias=list(experts.w13_scale_bias or ()),
+            w2_scale_bias=list(experts.w2_scale_bias or ()),
+        )
 
-def _inputs(emit: Emitter, block: Block, deployment: Deployment) -> _Inputs:
-    mine = Share(emit, block, deployment)
-    experts = block.experts
-    mask = None if block.mask is None else mine.of(emit.call(aten.reshape.default, block.mask, [-1]))
-    x, ids, weights = (mine.of(emit.rows(n)) for n in (block.x, block.ids, block.weights))
-    return _Inputs(
-        x=x,
-        ids=ids,
-        weights=weights,
-        mask=mask,
-        w13=list(experts.w13),
-        w2=list(experts.w2),
-        w13_scale=list(experts.w13_scale or ()),
-        w2_scale=list(experts.w2_scale or ()),
-        w13_scale_bias=list(experts.w13_scale_bias or ()),
-        w2_scale_bias=list(experts.w2_scale_bias or ()),
-    )
+    def _scale(self, emit: Emitter, node: Node) -> Node:
+        dtype = node.meta["val"].dtype
+        return node if dtype == self.scale_dtype(dtype) else as_float32(emit, node)  # the only other that is asked for
 
 
-def _common(spec: BlockSpec) -> dict[str, Any]:
-    """Words that have their own meaning for fused operators: a bias is the compensation of int4 weights."""
-    given: dict[str, Any] = {
-        "mask_dtype": "bool" if spec.has_mask else None,
-        "mask_dims": 1 if spec.has_mask else None,
-        "ids_dtype": "int32",
+def _words(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
+    """What no argument of a fused operator can ask for, and words that have a meaning of their own there: a bias is the
+    compensation of int4 weights."""
+    words: dict[str, Any] = {
+        "activation": spec.activation,
+        "interleaved": spec.interleaved,
+        "quantised_input": spec.quantised_input,
+        "has_offset": spec.has_offset,
     }
+    if spec.has_bias:
+        words.update(has_bias=True, bias_dtype=None)
     if spec.format.weight_only:  # their int32 weights are not the W4A8 that rules on int32 are about
-        given.update(dict.fromkeys(("weight_dtype", "has_scales", "scale_dtype", "bias_dtype", "has_offset")))
-    if spec.format.has_scale_bias and not spec.has_bias:
-        given.update(has_bias=spec.has_scale_bias, bias_dtype="float32" if spec.has_scale_bias else None)
-    return given
+        words.update(dict.fromkeys(("weight_dtype", "has_scales", "scale_dtype", "bias_dtype", "has_offset")))
+    if not deployment.mc2_group:
+        words["group_length"] = None  # has_communicator says it better
+    return words
 
 
-def _ffn_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
-    # the wrapper widens float32 scales to the int64 that the operator takes
-    return {"scale_dtype": "int64" if _float_scales(spec) else None} if spec.format.quantised else {}
+def max_output_size(spec: BlockSpec, deployment: Deployment, premises: Premises) -> int | None:
+    """Rows that a fused operator may process on one rank: the deployment's, else the proven receive bound; None when there
+    is none."""
+    if deployment.max_output_size:
+        return deployment.max_output_size
+    most = most_tokens(spec, premises)
+    return None if most is None else spec.ep_size * most * min(spec.top_k, spec.local_experts)
 
 
-def _float_scales(spec: BlockSpec) -> bool:
-    kinds = (*spec.tensors.w13_scale.kinds, *spec.tensors.w2_scale.kinds)
-    return {kind.dtype for kind in kinds} <= {torch.float32, torch.bfloat16, torch.int64}
-
-
-def _ffn_call(
-    emit: Emitter, given: _Inputs, spec: BlockSpec, deployment: Deployment, quantities: dict[str, Any]
-) -> Node:
-    extra: dict[str, Any] = {}
-    if spec.format.quantised:
-        extra = {
-            "quantisation": spec.quantisation,
-            "w13_scale": _scales(emit, given.w13_scale),
-            "w2_scale": _scales(emit, given.w2_scale),
-            "swiglu_limit": spec.limit,
-        }
-    if spec.format.has_scale_bias:
-        extra.update(w13_scale_bias=given.w13_scale_bias, w2_scale_bias=given.w2_scale_bias)
-    if given.mask is not None:
-        extra["mask"] = given.mask
-    return emit.call(
-        torch.ops.moe_lowering.dispatch_ffn_combine.default, given.x, given.w13, given.w2, given.ids, given.weights,
-        deployment.mc2_group, spec.ep_size, quantities["max_output_size"], **extra,
-    )  # fmt: skip
-
-
-def _scales(emit: Emitter, scales: list[Node]) -> list[Node]:
-    """float32, or the bits that are there."""
-    return [s if s.meta["val"].dtype == torch.int64 else emit.cast(s, torch.float32) for s in scales]
-
-
-def _decode_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
-    scales = {"scale_dtype": "float32"} if spec.format.weight_dtype == "int8" and _float_scales(spec) else {}
-    return {"has_bias": spec.has_bias, **scales}  # it knows no compensation, which w4a8's rule on weights is about
-
-
-def _decode_call(
-    emit: Emitter, given: _Inputs, spec: BlockSpec, deployment: Deployment, quantities: dict[str, Any]
-) -> Node:
-    extra: dict[str, Any] = {}
-    if spec.format.quantised:
-        scales = {"w13_scale": given.w13_scale, "w2_scale": given.w2_scale}
-        extra = {name: [as_float32(emit, node) for node in nodes] for name, nodes in scales.items()}
-    if given.mask is not None:
-        extra["mask"] = given.mask
-    return emit.call(
-        torch.ops.moe_lowering.dispatch_gmm_combine_decode.default, given.x, given.w13, given.w2, given.ids,
-        given.weights, deployment.mc2_group, spec.ep_size, deployment.own_rank("ep"), spec.experts,
-        global_bs=share(spec.max_tokens, spec) * spec.ep_size, **extra,
-    )  # fmt: skip
-
-
-def _mega_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
-    eight_bits = spec.format.int8_rows
+def _tokens_and_experts(given: _Inputs, deployment: Deployment) -> dict[str, Any]:
+    """The first arguments of each."""
     return {
-        "dispatch_quant_mode": 2 if eight_bits else 0,
-        "scale_dtype": "int64" if eight_bits and _float_scales(spec) else None,
-        "mask_dtype": "int8" if spec.has_mask else None,
-        "shared_expert_num": 0,
+        "x": given.x,
+        "w13": given.w13,
+        "w2": given.w2,
+        "ids": given.ids,
+        "weights": given.weights,
+        "group": deployment.mc2_group,
     }
 
 
-def _mega_call(
-    emit: Emitter, given: _Inputs, spec: BlockSpec, deployment: Deployment, quantities: dict[str, Any]
-) -> Node:
-    extra: dict[str, Any] = {}
+def _optional(spec: BlockSpec, given: _Inputs, *, says_format: bool) -> dict[str, Any]:
+    """Scales, compensation and mask, as far as the block has them."""
+    optional: dict[str, Any] = {}
     if spec.format.quantised:
-        extra = {
-            "quantisation": spec.quantisation,
-            "w13_scale": _scales(emit, given.w13_scale),
-            "w2_scale": _scales(emit, given.w2_scale),
-        }
-    if spec.format.has_scale_bias:
-        extra.update(w13_scale_bias=given.w13_scale_bias, w2_scale_bias=given.w2_scale_bias)
-    if given.mask is not None:
-        extra["mask"] = given.mask
-    return emit.call(
-        torch.ops.moe_lowering.mega_moe.default, given.x, given.w13, given.w2, given.ids, given.weights,
-        deployment.mc2_group, spec.ep_size, spec.experts, quantities["most_tokens"], quantities["max_output_size"],
-        **extra,
-    )  # fmt: skip
+        optional = {"quantisation": spec.quantisation} if says_format else {}
+        optional.update(w13_scale=given.w13_scale, w2_scale=given.w2_scale)
+    if spec.format.has_scale_bias and says_format:
+        optional.update(w13_scale_bias=given.w13_scale_bias, w2_scale_bias=given.w2_scale_bias)
+    return optional if given.mask is None else {**optional, "mask": given.mask}
+
+
+def _ffn_arguments(
+    spec: BlockSpec, deployment: Deployment, rank: int | None, premises: Premises, given: _Inputs
+) -> dict[str, Any]:
+    return {
+        **_tokens_and_experts(given, deployment),
+        "ep_size": spec.ep_size,
+        "max_output_size": max_output_size(spec, deployment, premises),
+        **({"swiglu_limit": spec.limit} if spec.format.quantised else {}),
+        **_optional(spec, given, says_format=True),
+    }
+
+
+def _decode_arguments(
+    spec: BlockSpec, deployment: Deployment, rank: int | None, premises: Premises, given: _Inputs
+) -> dict[str, Any]:
+    return {
+        **_tokens_and_experts(given, deployment),
+        "ep_size": spec.ep_size,
+        "ep_rank": rank,
+        "num_experts": spec.experts,
+        "global_bs": global_tokens(spec),
+        **_optional(spec, given, says_format=False),
+    }
+
+
+def _mega_arguments(
+    spec: BlockSpec, deployment: Deployment, rank: int | None, premises: Premises, given: _Inputs
+) -> dict[str, Any]:
+    most = most_tokens(spec, premises)
+    return {
+        **_tokens_and_experts(given, deployment),
+        "ep_size": spec.ep_size,
+        "num_experts": spec.experts,
+        # without a bound T itself, which then is refused as what it is: any number
+        "max_tokens": share(premises.tokens, spec) if most is None else most,
+        "max_rows": max_output_size(spec, deployment, premises),
+        **_optional(spec, given, says_format=True),
+    }
+
+
+def _bits_or_float(dtype: torch.dtype) -> torch.dtype:
+    """float32, or the bits that are there."""
+    return dtype if dtype == torch.int64 else torch.float32
+
+
+def _float(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32
 
 
 TARGETS = (
-    Target("mega_moe", 1, "cann_ops_transformer", _mega_quantities, _mega_call),
-    Target("dispatch_ffn_combine", 1, "vllm_ascend", _ffn_quantities, _ffn_call),
-    Target("dispatch_gmm_combine_decode", 2, "vllm_ascend", _decode_quantities, _decode_call),
+    Target("mega_moe", 1, "cann_ops_transformer", _mega_arguments, _bits_or_float, max_output_size),
+    Target("dispatch_ffn_combine", 1, "vllm_ascend", _ffn_arguments, _bits_or_float, max_output_size),
+    Target("dispatch_gmm_combine_decode", 2, "vllm_ascend", _decode_arguments, _float),
 )
+
+
+def _rules(spec: BlockSpec, deployment: Deployment) -> Rules:
+    return Rules(
+        "fused_mc2",
+        {
+            "ep_size": spec.ep_size,
+            "quantisation": spec.quantisation,
+            "mixed_forms": spec.mixed_forms,
+            "shared_expert_rank_num": spec.shared_expert_ranks,
+            "fused_mode": deployment.fused_mode,
+            "hierarchy": deployment.mc2_hierarchy,
+            "has_communicator": bool(deployment.mc2_group),
+            "communicator_is_shared": deployment.mc2_group in spec.collective_groups,
+            "counts_read_before_combine": spec.counts_read_before_combine,
+        },
+    )
 
 
 def _forms(deployment: Deployment) -> tuple[Form, ...]:
@@ -211,4 +252,4 @@ def _forms(deployment: Deployment) -> tuple[Form, ...]:
     return tuple(target.form() for target in declared or asked[-1:])
 
 
-FUSED_MC2 = Implementation("fused_mc2", _forms, is_one_operator=True)
+FUSED_MC2 = Implementation("fused_mc2", _rules, _forms)

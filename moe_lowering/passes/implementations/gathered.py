@@ -35,10 +35,12 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
+from moe_lowering.passes.calls import Call, Rules, emit_call, tensor
 from moe_lowering.passes.emitting import Emitter, aten
-from moe_lowering.passes.implementations.base import Call, stage_after
+from moe_lowering.passes.implementations.base import stage_after
+from moe_lowering.passes.implementations.matmul_calls import row_scales
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
-from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens
+from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens, tokens_calls
 from moe_lowering.passes.implementations.tensor_parallel import Share, share
 from moe_lowering.passes.implementations.unpermute import combine_calls, emit_combine, weights_dtype
 
@@ -64,21 +66,50 @@ class Partial:
     counts: Node
 
 
-def gathered_calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
+ROUTE = "npu_moe_init_routing_v2"
+
+
+def route_arguments(x: Any, ids: Any, scale: Any, experts: int, kept: list[Any]) -> dict[str, Any]:
+    """``init_routing_v2`` of x [N, H], int8 with ``scale`` [N] or not, by ids [N, k] in 0..experts-1: rows in order of
+    expert, and the counts, of the experts from ``kept[0]`` to ``kept[1]`` - 1."""
+    given = {
+        "x": x, "expert_idx": ids, "expert_num": experts, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True,
+        "active_expert_range": kept,
+    }  # fmt: skip
+    return given if scale is None else {**given, "scale": scale}
+
+
+def route_call(spec: BlockSpec, top_k: int, experts: int, kept: list[Any]) -> Call:
+    """The call for rows as they travel."""
+    eight_bits = travels_as_int8(spec)
+    x = tensor(torch.int8 if eight_bits else spec.dtype, None, spec.hidden)
+    scale = row_scales() if eight_bits else None
+    return Call(ROUTE, route_arguments(x, tensor(torch.int32, None, top_k), scale, experts, kept))
+
+
+def travels_as_int8(spec: BlockSpec) -> bool:
+    """Whether tokens are sent as int8 with a scale each."""
+    return spec.quantised_input or spec.format.int8_rows
+
+
+def gathered_calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call | Rules, ...]:
     """The calls that ``emit_partial`` makes for a block."""
-    quantised = spec.quantised_input or spec.format.int8_rows
-    arriving = {"x_dtype": "int8", "scale_dtype": "float32", "scale_dims": 1} if quantised else {"scale_dtype": None}
     return (
-        Call("npu_moe_init_routing_v2", {**arriving, "quant_mode": -1, "has_offset": False}),
-        *mlp_calls(spec, deployment, spec.quantised_input),
+        *tokens_calls(spec),
+        route_call(spec, spec.top_k, _ids(spec), [None, None]),  # which experts are this rank's own is no matter
+        *mlp_calls(spec, deployment),
         *combine_calls(spec, deployment),
     )
 
 
+def _ids(spec: BlockSpec) -> int:
+    """How many ids there are: those of the experts, and past them those of tokens without one."""
+    return spec.experts + (spec.top_k if spec.has_mask or spec.max_tokens else 0)
+
+
 def gathered_bytes(spec: BlockSpec, deployment: Deployment) -> int:
     """Bytes of one token as it is gathered: x, its scale, ids and weights."""
-    quantised = spec.quantised_input or spec.format.int8_rows
-    row = spec.hidden + _SCALE_BYTES if quantised else spec.hidden * int(spec.dtype.itemsize)
+    row = spec.hidden + _SCALE_BYTES if travels_as_int8(spec) else spec.hidden * int(spec.dtype.itemsize)
     weight = _BITS if _travel_packed(spec) else weights_dtype(spec, deployment).itemsize
     return row + spec.top_k * (_BITS + weight)
 
@@ -88,7 +119,7 @@ _BITS = _SCALE_BYTES = 4  # of an id in int32; of a weight, and of a scale, in f
 
 def _travel_packed(spec: BlockSpec) -> bool:
     """Whether ids, weights and scales travel as columns of one tensor."""
-    return spec.quantised_input or spec.format.int8_rows or spec.has_mask or spec.max_tokens > 0
+    return travels_as_int8(spec) or spec.has_mask or spec.max_tokens > 0
 
 
 def emit_partial(block: Block, emit: Emitter, deployment: Deployment) -> Partial:
@@ -224,13 +255,8 @@ def _route_rows(
     """(rows by expert, row index of each slot or -1, counts of this rank's experts, scales of int8 rows)."""
     spec = block.spec
     first = deployment.own_rank("ep") * spec.local_experts
-    extra = spec.top_k if spec.has_mask or spec.max_tokens else 0
-    routed = emit.call(
-        torch.ops.npu.npu_moe_init_routing_v2.default, tokens.x, tokens.ids,
-        expert_num=spec.experts + extra, expert_tokens_num_type=1, expert_tokens_num_flag=True,
-        active_expert_range=[first, first + spec.local_experts],
-        **({} if tokens.scale is None else {"scale": tokens.scale}),
-    )  # fmt: skip
+    kept = [first, first + spec.local_experts]
+    routed = emit_call(emit, ROUTE, route_arguments(tokens.x, tokens.ids, tokens.scale, _ids(spec), kept))
     rows, index, counts = (emit.item(routed, i) for i in range(3))
     scale = None if tokens.scale is None else emit.item(routed, 3)
     if _has_spare_row(spec):

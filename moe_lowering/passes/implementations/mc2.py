@@ -26,36 +26,141 @@ from torch.fx import Node
 from torch.fx.node import has_side_effect
 
 from moe_lowering.deployment import Deployment
+from moe_lowering.limits.calls.tensors import data_dependent
 from moe_lowering.passes.blocks import Block, BlockSpec
+from moe_lowering.passes.calls import Call, Premises, Rules, emit_call, tensor
 from moe_lowering.passes.emitting import Emitter, aten
-from moe_lowering.passes.implementations.base import (
-    Call,
-    Form,
-    Implementation,
-    Replacement,
-    result_quantities,
-    stage_after,
-)
+from moe_lowering.passes.implementations.base import Form, Implementation, Replacement, stage_after
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
 from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
 
 TWO_LEVELS = "hierarchy"
 PER_TOKEN = 2  # quant_mode: int8 with a scale per token
+DISPATCH, COMBINE = "npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2"
 
 
-def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
-    both = result_quantities(
-        spec,
-        mask_dims=None if not spec.has_mask else 1 if deployment.mask_is_prefix else 2,
-        mask_dtype="bool" if spec.has_mask else None,
-    )
-    sent = {"x_dtype": "int8"} if spec.quantised_input else {}  # which no dispatch takes: it quantises by itself
-    quantised = _quant_mode(spec) == PER_TOKEN
+def _rules(spec: BlockSpec, deployment: Deployment) -> Rules:
+    fixed = {
+        "ep_size": spec.ep_size,
+        "has_mask": spec.has_mask,
+        "mask_is_prefix": deployment.mask_is_prefix,
+        "comm_alg": _algorithm(deployment),
+        "has_weights": deployment.weighs_before_sending,
+        "has_communicator": bool(deployment.mc2_group),
+        "communicator_is_shared": deployment.mc2_group in spec.collective_groups,
+        "counts_read_before_weights": spec.counts_read_before_weights,
+    }
+    return Rules("mc2", lambda premises: {
+        **fixed,
+        "data_dependent_bound": spec.max_tokens > 0 and data_dependent([premises.own_tokens]),
+    })  # fmt: skip
+
+
+def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call | Rules, ...]:
+    words = {} if deployment.mc2_group else {"group_length": None}  # has_communicator says it better
     return (
-        Call("npu_moe_distribute_dispatch_v2", {**both, **sent, "quant_mode": _quant_mode(spec), "has_scales": False}),
-        *mlp_calls(spec, deployment, quantised),
-        Call("npu_moe_distribute_combine_v2", both),
+        Call(DISPATCH, lambda premises: _judged_dispatch(spec, deployment, premises), words),
+        *mlp_calls(spec, deployment),
+        Call(COMBINE, lambda premises: _judged_combine(spec, deployment, premises), words),
     )
+
+
+def _judged_dispatch(spec: BlockSpec, deployment: Deployment, premises: Premises) -> dict[str, Any]:
+    tokens = _judged_tokens(spec, deployment, share(premises.tokens, spec))
+    # no dispatch takes int8 tokens: it quantises by itself
+    x = tensor(torch.int8 if spec.quantised_input else spec.dtype, tokens.weights.shape[0], spec.hidden)
+    return dispatch_arguments(spec, deployment, None, x, tokens)
+
+
+def _judged_combine(spec: BlockSpec, deployment: Deployment, premises: Premises) -> dict[str, Any]:
+    tokens = _judged_tokens(spec, deployment, share(premises.tokens, spec))
+    expand = tensor(torch.float32, None) if deployment.weighs_before_sending else None
+    numbers = tensor(torch.int32, None)  # how many there are depends on the kind of rank
+    sent = _Sent(tensor(spec.dtype, None, spec.hidden), None, numbers, None, numbers, expand)
+    return combine_arguments(spec, deployment, None, sent.rows, tokens, sent)
+
+
+def _judged_tokens(spec: BlockSpec, deployment: Deployment, count: Any) -> _Tokens:
+    mask = None
+    if spec.has_mask:
+        mask = tensor(torch.bool, *((count,) if deployment.mask_is_prefix else (count, spec.top_k)))
+    ids, weights = (tensor(dtype, count, spec.top_k) for dtype in (torch.int32, torch.float32))
+    return _Tokens(ids, weights, mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """What both ends take of this rank's tokens: ids [M, k], weights [M, k], and the mask. Nodes or records."""
+
+    ids: Any
+    weights: Any
+    mask: Any
+
+
+def dispatch_arguments(
+    spec: BlockSpec, deployment: Deployment, rank: int | None, x: Any, tokens: _Tokens
+) -> dict[str, Any]:
+    """Of dispatch of x [M, H] on EP rank ``rank``; None in a call that is judged for all ranks."""
+    weights = {"expert_scales": tokens.weights} if deployment.weighs_before_sending else {}
+    return {
+        "x": x,
+        "expert_ids": tokens.ids,
+        **_group(spec, deployment, rank),
+        **weights,
+        "quant_mode": _quant_mode(spec),
+        "expert_token_nums_type": 1,
+        **_shared_arguments(spec, deployment, tokens.mask),
+    }
+
+
+def combine_arguments(
+    spec: BlockSpec, deployment: Deployment, rank: int | None, rows: Any, tokens: _Tokens, sent: _Sent
+) -> dict[str, Any]:
+    """Of combine of rows [N, H], with what dispatch made."""
+    expand = {} if sent.expand is None else {"expand_scales": sent.expand}
+    return {
+        "expand_x": rows,
+        "expert_ids": tokens.ids,
+        "assist_info_for_combine": sent.assist,
+        "ep_send_counts": sent.received,
+        "expert_scales": tokens.weights,
+        **_group(spec, deployment, rank),
+        **_shared_arguments(spec, deployment, tokens.mask),
+        **expand,
+    }
+
+
+def _group(spec: BlockSpec, deployment: Deployment, rank: int | None) -> dict[str, Any]:
+    return {
+        "group_ep": deployment.mc2_group,
+        "ep_world_size": spec.ep_size,
+        "ep_rank_id": rank,
+        "moe_expert_num": spec.experts,
+    }
+
+
+def _shared_arguments(spec: BlockSpec, deployment: Deployment, mask: Any) -> dict[str, Any]:
+    """What both ends take alike by name."""
+    shared: dict[str, Any] = {"global_bs": global_tokens(spec)}
+    if spec.shared_expert_ranks:
+        shared["shared_expert_num"] = spec.shared_experts
+        shared["shared_expert_rank_num"] = spec.shared_expert_ranks
+    if _algorithm(deployment):
+        shared["comm_alg"] = _algorithm(deployment)
+        if deployment.chip.two_level_tp_world:
+            shared["tp_world_size"] = deployment.chip.two_level_tp_world
+    if deployment.chip.graph_mode_group_tp and deployment.mode == "ge":
+        shared["group_tp"] = deployment.mc2_group
+    return shared if mask is None else {**shared, "x_active_mask": mask}
+
+
+def global_tokens(spec: BlockSpec) -> int:
+    """``global_bs``: what all ranks have of tokens at most, 0 where their numbers are equal."""
+    return int(share(spec.max_tokens, spec)) * spec.ep_size
+
+
+def _algorithm(deployment: Deployment) -> str:
+    return TWO_LEVELS if deployment.mc2_hierarchy else ""
 
 
 def _quant_mode(spec: BlockSpec) -> int:
@@ -64,76 +169,43 @@ def _quant_mode(spec: BlockSpec) -> int:
 
 @dataclasses.dataclass
 class _Sent:
-    """What dispatch returns, by name."""
+    """What dispatch returns, by name. Nodes or records."""
 
-    rows: Node
-    scale: Node | None
-    assist: Node
-    counts: Node
-    received: Node
-    expand: Node | None
+    rows: Any
+    scale: Any
+    assist: Any
+    counts: Any
+    received: Any
+    expand: Any
 
 
-def _emit(block: Block, emit: Emitter, deployment: Deployment, quantities: dict[str, Any]) -> Replacement:
+def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premises) -> Replacement:
     _keep_communication()
-    spec, mine = block.spec, Share(emit, block, deployment)
+    spec, mine, rank = block.spec, Share(emit, block, deployment), deployment.own_rank("ep")
     start = stage_after(block, block.weights) if deployment.weighs_before_sending else block.dispatch
-    shared = _shared_arguments(spec, deployment)
-    group = (deployment.mc2_group, spec.ep_size, deployment.own_rank("ep"), spec.experts)
     with emit.at(start, block.dispatch):
-        ids = mine.of(emit.rows(block.ids))
+        ids, mask, active = mine.of(emit.rows(block.ids)), None, None
         if block.mask is not None:
             mask = mine.of(emit.call(aten.reshape.default, block.mask, [-1]))
-            shared["x_active_mask"] = _active(emit, mask, spec, deployment)
-        sent = _dispatch(emit, block, mine, ids, group, shared, deployment)
+            active = _active(emit, mask, spec, deployment)
+        weights = mine.of(emit.rows(block.weights)) if deployment.weighs_before_sending else None
+        x = mine.of(emit.rows(block.x))
+        given = dispatch_arguments(spec, deployment, rank, x, _Tokens(ids, weights, active))
+        sent = _sent(emit, emit_call(emit, DISPATCH, given), spec, deployment)
     with emit.at(max(block.mlp, start), block.mlp):
         y_rows = emit_mlp(emit, block, sent.rows, sent.scale, sent.counts, deployment)
     with emit.at(block.combine, block.combine):
-        if sent.expand is not None:
-            shared["expand_scales"] = sent.expand
-        y = emit.call(
-            torch.ops.npu.npu_moe_distribute_combine_v2.default, y_rows, ids, sent.assist, sent.received,
-            mine.of(emit.rows(block.weights)), *group, **shared,
-        )  # fmt: skip
-        if block.mask is not None:
+        tokens = _Tokens(ids, mine.of(emit.rows(block.weights)), active)
+        y = emit_call(emit, COMBINE, combine_arguments(spec, deployment, rank, y_rows, tokens, sent))
+        if mask is not None:
             y = zero_masked(emit, y, mask)
         return Replacement(emit.like(gather(emit, block, y), block.x), sent.counts)
 
 
-def _shared_arguments(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
-    """What both ends take alike."""
-    shared: dict[str, Any] = {"global_bs": share(spec.max_tokens, spec) * spec.ep_size}
-    if spec.shared_expert_ranks:
-        shared["shared_expert_num"] = spec.shared_experts
-        shared["shared_expert_rank_num"] = spec.shared_expert_ranks
-    if deployment.mc2_hierarchy:
-        shared["comm_alg"] = TWO_LEVELS
-        if deployment.chip.two_level_tp_world:
-            shared["tp_world_size"] = deployment.chip.two_level_tp_world
-    if deployment.chip.graph_mode_group_tp and deployment.mode == "ge":
-        shared["group_tp"] = deployment.mc2_group
-    return shared
-
-
-def _dispatch(
-    emit: Emitter,
-    block: Block,
-    mine: Share,
-    ids: Node,
-    group: tuple[str, int, int, int],
-    shared: dict[str, Any],
-    deployment: Deployment,
-) -> _Sent:
-    weights = {"expert_scales": mine.of(emit.rows(block.weights))} if deployment.weighs_before_sending else {}
-    mode = _quant_mode(block.spec)
-    sent = emit.call(
-        torch.ops.npu.npu_moe_distribute_dispatch_v2.default, mine.of(emit.rows(block.x)), ids, *group,
-        **weights, quant_mode=mode, expert_token_nums_type=1, **shared,
-    )  # fmt: skip
+def _sent(emit: Emitter, sent: Node, spec: BlockSpec, deployment: Deployment) -> _Sent:
     rows, scale, assist, counts, received = (emit.item(sent, i) for i in range(5))
-    return _Sent(
-        rows, scale if mode == PER_TOKEN else None, assist, counts, received, emit.item(sent, 6) if weights else None
-    )
+    expand = emit.item(sent, 6) if deployment.weighs_before_sending else None
+    return _Sent(rows, scale if _quant_mode(spec) == PER_TOKEN else None, assist, counts, received, expand)
 
 
 def _active(emit: Emitter, mask: Node, spec: BlockSpec, deployment: Deployment) -> Node:
@@ -157,4 +229,4 @@ def _keep_communication() -> None:
         has_side_effect(op.default)
 
 
-MC2 = Implementation("mc2", lambda deployment: (Form("mc2", _calls, _emit, sends_masks=False),))
+MC2 = Implementation("mc2", _rules, lambda deployment: (Form("mc2", _calls, _emit, sends_masks=False),))

@@ -8,45 +8,49 @@ with counts per expert as the group list (type 1). Rows past the sum of the coun
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
+from moe_lowering.passes.calls import Call, Rules, emit_call
 from moe_lowering.passes.emitting import Emitter
 from moe_lowering.passes.implementations import quantised_mlp
 from moe_lowering.passes.implementations.activation import EMITTED, activation_calls, emit_activation
-from moe_lowering.passes.implementations.base import Call
-from moe_lowering.passes.implementations.matmul_calls import matmul_call
+from moe_lowering.passes.implementations.matmul_calls import MATMUL, matmul_arguments, matmul_call
 from moe_lowering.passes.operands import Operand, Operands
 
 # bfloat16 inputs take a float32 bias; others a bias of their own dtype. Source: ops_transformer.grouped_matmul
 _BIAS_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float16, torch.float32: torch.float32}
 
 
-def mlp_calls(
-    spec: BlockSpec, deployment: Deployment, quantised_rows: bool, chosen: str | None = None
-) -> tuple[Call, ...]:
-    """The calls that ``emit_mlp`` makes for a block; ``quantised_rows`` says that rows arrive as int8 with scales.
+def mlp_calls(spec: BlockSpec, deployment: Deployment, chosen: str | None = None) -> tuple[Call | Rules, ...]:
+    """The calls that ``emit_mlp`` makes for a block.
 
     ``chosen`` is the chain of ``quantised_mlp`` of a caller that does not use ``emit_mlp``.
     """
-    words = _words(spec)
-    if not all(words.given.values()):
-        return (words,)  # no calls are known of such a block
+    words = mlp_words(spec)
+    if not (words["activation_is_known"] and words["quantisation_is_known"]):
+        return (Rules("grouped_mlp", words),)  # no calls are known of such a block
     if spec.format.quantised:
-        return words, *quantised_mlp.calls(spec, deployment, quantised_rows, chosen)
+        return Rules("grouped_mlp", words), *quantised_mlp.calls(spec, deployment, chosen)
     experts = spec.tensors
-    first = matmul_call(spec, deployment, spec.hidden, experts.w13, bias=_biases(spec, experts.w13_bias))
-    second = matmul_call(spec, deployment, spec.intermediate, experts.w2, bias=_biases(spec, experts.w2_bias))
-    return words, first, *activation_calls(spec, deployment.soc), second
+    first = matmul_call(spec, spec.hidden, experts.w13, bias=_biases(spec, experts.w13_bias))
+    second = matmul_call(spec, spec.intermediate, experts.w2, bias=_biases(spec, experts.w2_bias))
+    return Rules("grouped_mlp", words), first, *activation_calls(spec, deployment.soc), second
 
 
-def _words(spec: BlockSpec) -> Call:
-    """Whether there is an emitter for the block's words: rules of ``grouped_mlp``, which makes no call itself."""
+def mlp_words(spec: BlockSpec) -> dict[str, Any]:
+    """Whether there is an emitter for the block's words: what ``grouped_mlp``, which makes no call itself, reads."""
     known = spec.quantisation == "none" or spec.quantisation in quantised_mlp.EMITTED
-    return Call("grouped_mlp", {"activation_is_known": spec.activation in EMITTED, "quantisation_is_known": known})
+    return {
+        "activation": spec.activation,
+        "activation_is_known": spec.activation in EMITTED,
+        "quantisation": spec.quantisation,
+        "quantisation_is_known": known,
+    }
 
 
 def _biases(spec: BlockSpec, bias: Operands) -> list[Operand] | None:
@@ -61,8 +65,8 @@ def bias_dtype(dtype: torch.dtype) -> torch.dtype:
 def emit_mlp(
     emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts: Node, deployment: Deployment
 ) -> Node:
-    """rows [N, H] (with row_scale [N] when they are int8) of which the first sum(counts) count -> [N, H] of the block's
-    dtype, the rest undefined."""
+    """rows [N, H] (with row_scale [N] where the weights take int8 rows) of which the first sum(counts) count -> [N, H] of
+    the block's dtype, the rest undefined."""
     if block.spec.format.quantised:
         return quantised_mlp.emit(emit, block, rows, row_scale, counts, deployment)
     experts = block.experts
@@ -73,8 +77,4 @@ def emit_mlp(
 
 def _grouped_matmul(emit: Emitter, x: Node, weight: Sequence[Node], bias: Sequence[Node], counts: Node) -> Node:
     biases = [emit.cast(b, bias_dtype(x.meta["val"].dtype)) for b in bias]
-    results = emit.call(
-        torch.ops.npu.npu_grouped_matmul.default, [x], list(weight), bias=biases or None,
-        group_list=counts, split_item=2, group_type=0, group_list_type=1,
-    )  # fmt: skip
-    return emit.item(results, 0)
+    return emit.item(emit_call(emit, MATMUL, matmul_arguments(x, weight, counts, bias=biases or None)), 0)

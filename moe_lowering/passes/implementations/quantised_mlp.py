@@ -26,13 +26,19 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import check
 from moe_lowering.passes.blocks import Block, BlockSpec
+from moe_lowering.passes.calls import Call, emit_call, tensor
+from moe_lowering.passes.context import judged_quantities
 from moe_lowering.passes.emitting import Emitter, aten
 from moe_lowering.passes.implementations.activation import activation_calls, emit_activation
-from moe_lowering.passes.implementations.base import Call, result_quantities
-from moe_lowering.passes.implementations.matmul_calls import call_of, counts_of, matmul_call, row_scales, rows_of
+from moe_lowering.passes.implementations.matmul_calls import (
+    MATMUL,
+    counts_of,
+    matmul_arguments,
+    matmul_call,
+    row_scales,
+)
 from moe_lowering.passes.implementations.tensor_parallel import Share
 from moe_lowering.passes.operands import Operands
-from moe_lowering.passes.quantities import expert_quantities
 
 _TORCH_NPU_DTYPES = {torch.float16: 5, torch.bfloat16: 15}  # numbers that npu_grouped_matmul's output_dtype takes
 _INT32 = 3
@@ -40,6 +46,8 @@ FLOAT32 = 6  # of torch's numbers of dtypes; not the default of dequant_dtype be
 _LOW_HALF = 0xFFFFFFFF
 
 EMITTED = frozenset({"w8a8", "w4a8", "w4a16"})  # the formats that this file has calls for; not what the vocabulary has
+QUANTISE, DEQUANTISE = "npu_dynamic_quant", "npu_dequant_swiglu_quant"
+SWIGLU_QUANT = "npu_grouped_matmul_swiglu_quant_v2"
 FUSED, DEQUANT, PLAIN = "fused", "dequant", "plain"  # the chains, in order of preference
 
 
@@ -50,13 +58,13 @@ def chain(spec: BlockSpec, deployment: Deployment) -> str:
     """
     if spec.format.weight_dtype == "int8" and spec.activation == "swiglu" and not spec.interleaved:
         for name in (FUSED, DEQUANT):
-            if all(_accepted(call, spec, deployment) for call in _matmuls(name, spec, deployment)):
+            if all(_accepted(call, deployment) for call in _matmuls(name, spec, deployment)):
                 return name
     return PLAIN
 
 
-def _accepted(call: Call, spec: BlockSpec, deployment: Deployment) -> bool:
-    given = {**expert_quantities(spec, deployment), **call.given}
+def _accepted(call: Call, deployment: Deployment) -> bool:
+    given = judged_quantities(call, None, deployment, {})  # no rule of theirs reads the context
     return _legal(call.operator, deployment.soc, tuple(deployment.versions.items()), frozenset(given.items()))
 
 
@@ -65,31 +73,43 @@ def _legal(operator: str, soc: str, versions: tuple[tuple[str, str], ...], given
     return not check(operator, soc, dict(given), versions=dict(versions))
 
 
-def calls(spec: BlockSpec, deployment: Deployment, quantised_rows: bool, chosen: str | None = None) -> tuple[Call, ...]:
+def calls(spec: BlockSpec, deployment: Deployment, chosen: str | None = None) -> tuple[Call, ...]:
     """The calls that ``emit`` makes for a block; of the chain ``chosen`` when something else emits it."""
-    rows = () if quantised_rows or not spec.format.int8_rows else (_quantise_call(spec),)
-    return (*rows, *_matmuls(chosen or chain(spec, deployment), spec, deployment))
+    return _matmuls(chosen or chain(spec, deployment), spec, deployment)
 
 
-def _quantise_call(spec: BlockSpec) -> Call:
-    return Call(
-        "npu_dynamic_quant",
-        result_quantities(spec, quant_mode="pertoken", dst_type=1, dst_type_max=0, x_dims=2, has_groups=False),
-    )
+def quantise_arguments(rows: Any) -> dict[str, Any]:
+    """``npu_dynamic_quant``: a scale for each row."""
+    return {"input": rows}
+
+
+def quantise_calls(spec: BlockSpec, width: int) -> tuple[Call, ...]:
+    """Of rows [N, width] of the block's dtype, where the weights take int8 rows."""
+    return (Call(QUANTISE, quantise_arguments(tensor(spec.dtype, None, width))),) if spec.format.int8_rows else ()
+
+
+def tokens_calls(spec: BlockSpec) -> tuple[Call, ...]:
+    """The calls that ``quantise_tokens`` makes for a block."""
+    return () if spec.quantised_input else quantise_calls(spec, spec.hidden)
 
 
 def _matmuls(name: str, spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
-    """The calls of one chain, without the quantisation of its rows."""
+    """The calls of one chain."""
     experts, arguments = spec.tensors, _second_arguments(spec)
-    second = matmul_call(spec, deployment, spec.intermediate, experts.w2, _rows_dtype(spec), **arguments)
+    second = matmul_call(spec, spec.intermediate, experts.w2, _rows_dtype(spec), **arguments)
+    counts = counts_of(spec)
     if name == FUSED:
-        return _swiglu_quant_call(spec, deployment), second
+        scales = experts.w13_scale.cast(torch.float32).items
+        x = tensor(torch.int8, None, spec.hidden)
+        given = _swiglu_quant_arguments(x, experts.w13.items, scales, row_scales(), counts)
+        return Call(SWIGLU_QUANT, given), second
     if name == DEQUANT:
-        unscaled = matmul_call(spec, deployment, spec.hidden, experts.w13, torch.int8, output_dtype=_INT32)
-        return unscaled, _dequant_call(spec, deployment), second
-    first = matmul_call(spec, deployment, spec.hidden, experts.w13, _rows_dtype(spec), **_first_arguments(spec))
-    requantise = (_quantise_call(spec),) if spec.format.int8_rows else ()
-    return first, *activation_calls(spec, deployment.soc), *requantise, second
+        sums = matmul_call(spec, spec.hidden, experts.w13, torch.int8, output_dtype=_INT32)
+        scale = experts.w13_scale.cast(torch.float32).first
+        x = tensor(torch.int32, None, 2 * spec.intermediate)
+        return sums, Call(DEQUANTISE, _dequant_arguments(x, scale, row_scales(), counts)), second
+    first = matmul_call(spec, spec.hidden, experts.w13, _rows_dtype(spec), **_first_arguments(spec))
+    return first, *activation_calls(spec, deployment.soc), *quantise_calls(spec, spec.intermediate), second
 
 
 def _rows_dtype(spec: BlockSpec) -> torch.dtype:
@@ -107,37 +127,42 @@ def _second_arguments(spec: BlockSpec) -> dict[str, Any]:
 
 
 def _arguments(spec: BlockSpec, scale: Operands, offset: Operands, bias: Operands) -> dict[str, Any]:
-    """What a call of ``npu_grouped_matmul`` gets beside rows and weights, as ``emit`` passes it."""
+    """What a call of ``npu_grouped_matmul`` gets beside rows and weights, as records."""
     if spec.format.weight_only:
         offsets = (offset or scale).cast(spec.dtype)
-        return {"antiquant_scale": scale.cast(spec.dtype).items, "antiquant_offset": offsets.items}
+        return _antiquant_arguments(scale.cast(spec.dtype).items, offsets.items)
+    return _scale_arguments(spec, scale.cast(_scale_dtype(spec)).items, bias.items, row_scales())
+
+
+def _antiquant_arguments(scales: list[Any], offsets: list[Any]) -> dict[str, Any]:
+    return {"antiquant_scale": scales, "antiquant_offset": offsets}
+
+
+def _scale_arguments(spec: BlockSpec, scales: list[Any], bias: list[Any], row_scale: Any) -> dict[str, Any]:
     return {
-        "scale": scale.cast(_scale_dtype(spec)).items,
-        "bias": bias.items or None,
-        "per_token_scale": [row_scales()],
+        "bias": bias or None,
+        "scale": scales,
+        "per_token_scale": [row_scale],
         "output_dtype": _TORCH_NPU_DTYPES.get(spec.dtype),  # other dtypes are refused: block.quantised_dtype
     }
 
 
-def _swiglu_quant_call(spec: BlockSpec, deployment: Deployment) -> Call:
-    weight, scale = spec.tensors.w13, spec.tensors.w13_scale.cast(torch.float32)
-    given = {
-        "x": rows_of(spec.hidden, torch.int8), "weight": weight.items, "weight_scale": scale.items,
-        "x_scale": row_scales(), "group_list": counts_of(spec), "smooth_scale": None, "weight_assist_matrix": None,
-        "bias": None, "dequant_mode": 0, "dequant_dtype": FLOAT32, "quant_mode": 0, "quant_dtype": 1, "group_list_type": 1,
-        "x_dtype": None, "weight_dtype": None, "weight_scale_dtype": None, "x_scale_dtype": None,
+def _swiglu_quant_arguments(
+    x: Any, weight: Sequence[Any], scales: list[Any], row_scale: Any, counts: Any
+) -> dict[str, Any]:
+    """``npu_grouped_matmul_swiglu_quant_v2`` of int8 rows [N, H]."""
+    return {
+        "x": x, "weight": list(weight), "weight_scale": scales, "x_scale": row_scale, "group_list": counts,
+        "dequant_dtype": FLOAT32, "group_list_type": 1,
     }  # fmt: skip
-    return call_of("npu_grouped_matmul_swiglu_quant_v2", given, deployment, weight)
 
 
-def _dequant_call(spec: BlockSpec, deployment: Deployment) -> Call:
-    scale = spec.tensors.w13_scale.cast(torch.float32)
-    given = {
-        "x": rows_of(2 * spec.intermediate, torch.int32), "weight_scale": scale.first, "activation_scale": row_scales(),
-        "bias": None, "quant_scale": None, "quant_offset": None, "group_index": counts_of(spec), "activate_left": True,
-        "quant_mode": 1, "dst_type": None, "round_mode": None, "activate_dim": None, "swiglu_mode": 0,
+def _dequant_arguments(sums: Any, scale: Any, row_scale: Any, counts: Any) -> dict[str, Any]:
+    """``npu_dequant_swiglu_quant`` of int32 sums [N, 2I]: scales, SwiGLU and quantisation in one."""
+    return {
+        "x": sums, "weight_scale": scale, "activation_scale": row_scale, "group_index": counts, "activate_left": True,
+        "quant_mode": 1,
     }  # fmt: skip
-    return call_of("npu_dequant_swiglu_quant", given, deployment)
 
 
 def _scale_dtype(spec: BlockSpec) -> torch.dtype:
@@ -161,17 +186,17 @@ def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts
         hidden = _antiquant_matmul(emit, rows, w13, w13_scale, experts.w13_offset or (), counts)
         hidden = emit_activation(emit, hidden, spec, deployment.soc)
         return _antiquant_matmul(emit, hidden, w2, w2_scale, experts.w2_offset or (), counts)
-    if row_scale is None:
-        rows, row_scale = _quantise(emit, rows)
+    assert row_scale is not None  # rows travel as int8 where the weights take them so
     name = chain(spec, deployment)
     if name == FUSED:
-        pair = emit.call(
-            torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2.default, rows, list(w13), [as_float32(emit, w13_scale[0])],
-            row_scale, counts, dequant_dtype=FLOAT32, group_list_type=1,
-        )  # fmt: skip
+        scales = [as_float32(emit, w13_scale[0])]
+        pair = emit_call(emit, SWIGLU_QUANT, _swiglu_quant_arguments(rows, w13, scales, row_scale, counts))
         hidden, row_scale = emit.item(pair, 0), emit.item(pair, 1)
     elif name == DEQUANT:
-        hidden, row_scale = _dequant_swiglu_quant(emit, rows, row_scale, w13, w13_scale[0], counts)
+        sums = emit.item(emit_call(emit, MATMUL, matmul_arguments(rows, w13, counts, _INT32)), 0)
+        scale = as_float32(emit, w13_scale[0])
+        pair = emit_call(emit, DEQUANTISE, _dequant_arguments(sums, scale, row_scale, counts))
+        hidden, row_scale = emit.item(pair, 0), emit.item(pair, 1)
     else:
         hidden = _scaled_matmul(emit, spec, rows, row_scale, w13, w13_scale, experts.w13_scale_bias or (), counts)
         hidden, row_scale = _quantise(emit, emit_activation(emit, hidden, spec, deployment.soc))
@@ -179,7 +204,7 @@ def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts
 
 
 def _quantise(emit: Emitter, rows: Node) -> tuple[Node, Node]:
-    pair = emit.call(torch.ops.npu.npu_dynamic_quant.default, rows)
+    pair = emit_call(emit, QUANTISE, quantise_arguments(rows))
     return emit.item(pair, 0), emit.item(pair, 1)
 
 
@@ -189,21 +214,6 @@ def quantise_tokens(emit: Emitter, block: Block, mine: Share) -> tuple[Node, Nod
     if block.x_scale is not None:
         return x, mine.of(emit.call(aten.reshape.default, block.x_scale, [-1]))
     return _quantise(emit, x) if block.spec.format.int8_rows else (x, None)
-
-
-def _dequant_swiglu_quant(
-    emit: Emitter, rows: Node, row_scale: Node, weight: Sequence[Node], scale: Node, counts: Node
-) -> tuple[Node, Node]:
-    """int8 rows by int8 weights in int32, then scales, SwiGLU and quantisation in one: int8 [N, I], scales [N]."""
-    sums = emit.call(
-        torch.ops.npu.npu_grouped_matmul.default, [rows], list(weight), group_list=counts, split_item=2, group_type=0,
-        group_list_type=1, output_dtype=_INT32,
-    )  # fmt: skip
-    pair = emit.call(
-        torch.ops.npu.npu_dequant_swiglu_quant.default, emit.item(sums, 0), weight_scale=as_float32(emit, scale),
-        activation_scale=row_scale, group_index=counts, activate_left=True, quant_mode=1,
-    )  # fmt: skip
-    return emit.item(pair, 0), emit.item(pair, 1)
 
 
 def _scaled_matmul(
@@ -217,12 +227,8 @@ def _scaled_matmul(
     counts: Node,
 ) -> Node:
     """int8 rows by int8 or int4 weights: scaled by weight column and by row, in the block's dtype."""
-    results = emit.call(
-        torch.ops.npu.npu_grouped_matmul.default, [rows], list(weight), bias=list(bias) or None,
-        scale=[_scale(emit, s, spec) for s in scale], per_token_scale=[row_scale], group_list=counts, split_item=2,
-        group_type=0, group_list_type=1, output_dtype=_TORCH_NPU_DTYPES[spec.dtype],
-    )  # fmt: skip
-    return emit.item(results, 0)
+    given = _scale_arguments(spec, [_scale(emit, s, spec) for s in scale], list(bias), row_scale)
+    return emit.item(emit_call(emit, MATMUL, matmul_arguments(rows, weight, counts, **given)), 0)
 
 
 def _antiquant_matmul(
@@ -240,11 +246,8 @@ def _antiquant_matmul(
         offsets = [emit.cast(o, dtype) for o in offset]
     else:
         offsets = [_zeros(emit, s.meta["val"]) for s in scales]
-    results = emit.call(
-        torch.ops.npu.npu_grouped_matmul.default, [rows], list(weight), antiquant_scale=scales,
-        antiquant_offset=offsets, group_list=counts, split_item=2, group_type=0, group_list_type=1,
-    )  # fmt: skip
-    return emit.item(results, 0)
+    given = matmul_arguments(rows, weight, counts, **_antiquant_arguments(scales, offsets))
+    return emit.item(emit_call(emit, MATMUL, given), 0)
 
 
 def _zeros(emit: Emitter, value: torch.Tensor) -> Node:

@@ -10,18 +10,33 @@ Sources: wheel.ge_converters: none; ops_transformer.token_unpermute: the operato
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.calls import Call, emit_call, tensor
 from moe_lowering.passes.emitting import Emitter, aten
-from moe_lowering.passes.implementations.base import Call, unpermute_call
+
+UNPERMUTE = "npu_moe_token_unpermute"
 
 
 def combine_calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
     """The Ascend calls that ``emit_combine`` makes for a block: those whose limits bind it."""
     return () if deployment.mode == "ge" else (unpermute_call(spec),)
+
+
+def unpermute_arguments(rows: Any, index: Any, weights: Any) -> dict[str, Any]:
+    """Rows [N, H] to tokens by index [T * k] and weights [T, k], which have the dtype of the rows."""
+    return {"permuted_tokens": rows, "sorted_indices": index, "probs": weights}
+
+
+def unpermute_call(spec: BlockSpec) -> Call:
+    """The call on rows in the dtype of the block's result, which x need not have (int8 with scales)."""
+    rows, weights = tensor(spec.dtype, None, spec.hidden), tensor(spec.dtype, None, spec.top_k)
+    return Call(UNPERMUTE, unpermute_arguments(rows, tensor(torch.int32, None), weights))
 
 
 def weights_dtype(spec: BlockSpec, deployment: Deployment) -> torch.dtype:
@@ -45,7 +60,7 @@ def emit_combine(
     """
     dtype = rows.meta["val"].dtype
     if deployment.mode != "ge":
-        return emit.call(torch.ops.npu.npu_moe_token_unpermute.default, rows, index, emit.cast(weights, dtype))
+        return emit_call(emit, UNPERMUTE, unpermute_arguments(rows, index, emit.cast(weights, dtype)))
     shape = [-1, int(weights.meta["val"].shape[1]), int(rows.meta["val"].shape[1])]
     selected = _select(emit, rows, index) if some_absent else emit.call(aten.index_select.default, rows, 0, index)
     selected = emit.call(aten.reshape.default, selected, shape)

@@ -1,0 +1,94 @@
+"""What rules of called operators read: the quantities of a call, and what no call shows (``limits.calls.CONTEXT``).
+
+One place for judging and verifying. What the readers give of ``CONTEXT`` by themselves, ``top_k`` of most operators, is
+left to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_lowering.custom_ops.sizes import ceil_div
+from moe_lowering.deployment import Deployment
+from moe_lowering.limits import quantities
+from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.calls import Call, Premises
+from moe_lowering.passes.operands import call_weight_format
+from moe_lowering.providers import same_version
+
+
+def fixed_context(deployment: Deployment, spec: BlockSpec | None = None) -> dict[str, Any]:
+    """What T takes no part in; of a call outside of any block, what the deployment says."""
+    return {
+        "buffer_bytes": deployment.hccl_buffer_bytes,
+        "mode": deployment.mode,
+        "equal_tokens": deployment.equal_tokens,
+        "mask_is_prefix": deployment.mask_is_prefix,
+        "counts_are_read": None if spec is None else spec.counts_are_read,
+        **_provider("vllm_ascend", deployment),
+        **_provider("cann_ops_transformer", deployment),
+    }
+
+
+def _provider(name: str, deployment: Deployment) -> dict[str, Any]:
+    """A provider as it is declared, and what is installed of it; nothing where there is nothing to compare."""
+    declared = deployment.provider(name)
+    found: dict[str, Any] = {f"has_{name}": declared is not None}
+    if declared is None:
+        return found
+    here = {each: (version, build) for each, version, build in deployment.installed or ()}
+    version, build = here.get(name, (None, None))
+    found[f"{name}_declared"] = declared
+    if version:
+        found[f"{name}_installed"] = version
+        found[f"{name}_is_as_declared"] = same_version(version, declared)
+    if build:
+        found[f"{name}_build"] = build
+        found[f"{name}_is_built_for_soc"] = build == deployment.soc
+    return found
+
+
+def call_context(deployment: Deployment, spec: BlockSpec, premises: Premises) -> dict[str, Any]:
+    """All of it but the memory format of weights, which each call has its own of (``call_quantities``)."""
+    return {**fixed_context(deployment, spec), "received": received_rows(spec, premises.tokens)}
+
+
+def received_rows(spec: BlockSpec, tokens: Any) -> Any:
+    """Rows that one rank may receive from all ranks, for T = ``tokens``; symbolic when that is."""
+    most = ceil_div(spec.max_tokens or tokens, spec.tp_size)
+    return spec.ep_size * most * min(spec.top_k, spec.local_experts)
+
+
+def most_tokens(spec: BlockSpec, premises: Premises) -> int | None:
+    """The proven bound on the tokens that one rank works on; None when there is none."""
+    _, most = premises.prover.bounds(spec.max_tokens or premises.tokens)
+    return None if most is None else ceil_div(most, spec.tp_size)
+
+
+def call_quantities(
+    operator: str,
+    bound: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    deployment: Deployment,
+    context: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What the rules of a call read.
+
+    Args:
+        operator: its name.
+        bound: every argument; tensors may be records.
+        stored: the same with nodes or records in place of values: which weights exist before the graph runs.
+        deployment: what is said of the format of those.
+        context: of ``call_context`` or ``fixed_context``.
+    """
+    weight_format = call_weight_format(stored, deployment.weight_format)
+    return {**quantities(operator, bound), **context, "weight_format": weight_format}
+
+
+def judged_quantities(
+    call: Call, premises: Premises | None, deployment: Deployment, context: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Those of a call that is judged, with the words of its block."""
+    bound = call.bound(premises)
+    return {**call_quantities(call.operator, bound, bound, deployment, context), **call.words}
