@@ -37,7 +37,9 @@ _PYTHON_INT = Accepted(equals=Bound("a Python int", "a Python int"))
 # Of a call that has ``tokens``: the quantities that number the tokens of the rank that calls, and of which quantity there
 # is that many for each token; None for one.
 PER_TOKEN: dict[str, str | None] = {
-    **dict.fromkeys(("tokens", "max_tokens", "ids_tokens", "weights_tokens", "mask_tokens", "scale_rows")),
+    **dict.fromkeys(
+        ("tokens", "max_tokens", "ids_tokens", "row_tokens", "weights_tokens", "mask_tokens", "scale_rows")
+    ),
     "indices_length": "top_k",
 }
 # What rows of called operators may read and no call shows.
