@@ -208,7 +208,8 @@ def test_without_capture_the_exact_form_is_chosen():
     [({}, {"alltoall_exact.capture"}), ({"mode": "ge", "capture": False}, {"alltoall_exact.ge_mode"})],
 )
 def test_the_verdict_says_why_not_the_exact_form(fields, codes):
-    """Beside a legal static form, and beside one that is refused for its own reasons (no bound on tokens of one rank)."""
+    """Beside a legal static form, and beside forms that are refused for reasons of their own: ``max_rows`` is less than what
+    one rank may send to another, and a rank may have no token to fill a buffer from."""
     (block,) = lowered("alltoall", **fields).report.blocks
     verdict = block.verdicts["alltoall"]
     ((form, violations),) = verdict.ruled_out
@@ -216,9 +217,9 @@ def test_the_verdict_says_why_not_the_exact_form(fields, codes):
     assert {v["code"] for v in verdict.to_json()["ruled_out"]["exact"]} == codes
     (code,) = codes
     assert f"nor exact         [{code}]" in render(lowered("alltoall", **fields).report)
-    refused = lowered("alltoall", **fields, equal_tokens=False, min_tokens=0, max_tokens=8).report
+    refused = lowered("alltoall", **fields, equal_tokens=False, min_tokens=0, max_tokens=8, max_rows=3).report
     verdict = refused.blocks[0].verdicts["alltoall"]
-    assert {v.code for v in verdict.violations} == {"alltoall.tokens"} and verdict.form == "static"
+    assert {v.code for v in verdict.violations} == {"alltoall.max_rows"} and verdict.form == "static"
     assert {v.code for v in verdict.ruled_out[0][1]} == codes and f"nor exact         [{code}]" in render(refused)
 
 
