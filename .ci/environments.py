@@ -49,7 +49,7 @@ class EnvironmentFailure(RuntimeError):
 
 
 def make_environment(name: str, torch: str, extra: Iterable[str] = ()) -> Path:
-    """The Python of an environment, which is made again unless it is complete and of the same packages.
+    """The Python of an environment, which is made again unless it is complete and of the same Python, packages and pins.
 
     Args:
         name: its folder in ``.venvs``.
@@ -62,7 +62,9 @@ def make_environment(name: str, torch: str, extra: Iterable[str] = ()) -> Path:
     home = Path(os.environ.get("MOE_LOWERING_VENVS", ROOT / ".venvs")) / name
     python, ready = home / "bin" / "python", home / ".ready"
     requirements = [*REQUIRED, *extra]
-    made_of = "\n".join([torch, PAIRS[torch], *requirements])
+    pins = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
+    pinned = "".join(line for line in pins if not line.startswith("torch"))
+    made_of = "\n".join([sys.version, torch, PAIRS[torch], *requirements, pinned])
     if ready.exists() and ready.read_text() == made_of:
         return python
     run_step(sys.executable, "-m", "venv", "--clear", str(home))
@@ -73,8 +75,7 @@ def make_environment(name: str, torch: str, extra: Iterable[str] = ()) -> Path:
     except RuntimeError as error:
         raise EnvironmentFailure(str(error)) from error
     constraints = home / "constraints.txt"
-    lines = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
-    constraints.write_text("".join(line for line in lines if not line.startswith("torch")))
+    constraints.write_text(pinned)
     install(python, "-c", str(constraints), *requirements)
     ready.write_text(made_of)
     return python

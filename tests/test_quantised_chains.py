@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_lowering import Deployment, moe_experts, testing
 from moe_lowering.backends.aot import lowering_backend
+from moe_lowering.matrix.forms import FORMS
 from moe_lowering.passes import deciding
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.judging import judge
@@ -141,6 +142,27 @@ def test_scales_of_the_operator_for_decoding_are_the_numbers_that_are_stored(sto
     for name in ("w13_scale", "w2_scale"):
         (scale,) = call.kwargs[name]
         torch.testing.assert_close(value_of(scale, stored), FLOATS, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_no_form_takes_the_bits_of_scales_for_numbers(name: str) -> None:
+    """Every form with the scales of dispatch_ffn_combine: int64 that is cast to a float would be another number."""
+    form = FORMS[name]
+    fields = {"ep_size": 2, **form.deployment_fields(form.layout("w8a8"))}
+    shapes = {"w13": (8, 1024, 1024), "w2": (8, 512, 1024), "w13_scale": (8, 1024), "w2_scale": (8, 1024)}
+    with testing.fake_deployment(**fields) as deployment, testing.fake_tensors():
+        experts: dict[str, Any] = {}
+        for weight, shape in shapes.items():
+            whole = torch.empty(shape, dtype=torch.int64 if weight.endswith("scale") else torch.int8)
+            experts[weight] = list(whole.unbind()) if form.lists else whole
+        x = torch.empty(4, 1024, dtype=torch.bfloat16), torch.empty(4, 2), torch.empty(4, 2, dtype=torch.int32)
+        lowered = testing.lower_graph(
+            block(experts, num_experts=16, deployment=deployment), *x, deployment=deployment, comm=form.comm
+        )
+    assert lowered.report.blocks[0].comm == form.comm, lowered.report.blocks[0].reason
+    casts = lowered.gm.graph.find_nodes(op="call_function", target=torch.ops.aten._to_copy.default)
+    pairs = [(node.args[0].meta["val"].dtype, node.meta["val"].dtype) for node in casts]
+    assert not [pair for pair in pairs if pair[0] == torch.int64 and pair[1].is_floating_point]
 
 
 def value_of(node: torch.fx.Node, stored: Tensor) -> Tensor:
