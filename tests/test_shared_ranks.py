@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -300,24 +299,17 @@ def test_both_kinds_of_rank_decide_alike(fields: dict[str, Any]) -> None:
     assert seen(0) == seen(1) == seen(3)
 
 
-def test_a_rule_that_read_a_ranks_own_experts_would_tell_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The twin: local experts of this rank's own weights. The buffer is then enough on a shared-expert rank alone."""
-    from moe_lowering.passes import raising
+def test_a_rank_that_is_judged_by_its_own_experts_would_refuse_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: a shared-expert rank holds one expert and is told the counts of several; the others see no fault."""
+    from moe_lowering.passes.operands import Experts
 
-    true = raising._spec
+    def refusals() -> list[set[str]]:
+        results = [lowered(rank, experts=60) for rank in (0, 3)]
+        return [{v.code for v in result.report.blocks[0].verdicts["mc2"].violations} for result in results]
 
-    def own(*arguments: Any) -> Any:
-        spec = true(*arguments)
-        return dataclasses.replace(spec, local_experts=1) if spec.on_shared_rank else spec
-
-    def verdicts() -> list[bool]:
-        results = [lowered(rank, experts=60, hccl_buffer_mb=4) for rank in (0, 3)]
-        return [result.report.blocks[0].verdicts["mc2"].legal for result in results]
-
-    assert verdicts() == [False, False]
-    monkeypatch.setattr(raising, "_spec", own)
-    monkeypatch.setattr(raising.Experts, "of_routed_rank", lambda tensors, experts: tensors)
-    assert verdicts() == [True, False]
+    assert refusals() == [set(), set()]
+    monkeypatch.setattr(Experts, "of_routed_rank", lambda tensors, experts: tensors)
+    assert refusals() == [{"gmm.group_list_length"}, set()]
 
 
 @pytest.mark.parametrize(
