@@ -23,7 +23,7 @@ test-fast: $(READY)
 
 # 20,000 random cases, all checked and all that fail reported; MOE_LOWERING_SEED repeats a run
 property: $(READY)
-	MOE_LOWERING_CASES=20000 $(BIN)/python -m pytest -n 2 -q tests/test_property.py
+	MOE_LOWERING_CASES=20000 $(BIN)/python -m pytest -n 2 -q tests/passes/test_property.py
 
 demo: $(READY)
 	$(BIN)/moe-lowering lower qwen3_moe --comm allgather

@@ -25,7 +25,7 @@ simulator.enable()
 import torch  # noqa: E402
 from graphs import DEPLOYMENT, Shape, build  # noqa: E402
 from inductor import apply, handler_pass, replacement_pass  # noqa: E402
-from measuring import STAGES, Times, exponent, medians, run_pass, slope, timed  # noqa: E402
+from measurements import STAGES, Times, exponent, medians, run_pass, slope, timed  # noqa: E402
 
 from moe_lowering import MoeLowering  # noqa: E402
 

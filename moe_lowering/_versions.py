@@ -31,7 +31,7 @@ COLLIDES_FROM, COLLIDES_TO = (2, 11), (2, 14)
 _warned = False
 
 
-def installed(distribution: str) -> str:
+def installed_version(distribution: str) -> str:
     """The installed version of a distribution, "" when there is none. Imports nothing."""
     try:
         return importlib.metadata.version(distribution)
@@ -41,14 +41,14 @@ def installed(distribution: str) -> str:
 
 def cuda_collision() -> str:
     """Why torch_npu must not be imported beside this torch, and what to install; "" where it can be. Imports nothing."""
-    found, (version, cuda) = installed("torch_npu"), torch_build()
+    npu_version, (version, cuda) = installed_version("torch_npu"), torch_build()
     if cuda is None or "torch_npu" in sys.modules:  # the latter: it was, and the process lives
         return ""
     if not COLLIDES_FROM <= release("torch_npu") <= COLLIDES_TO:
         return ""
     public = version.partition("+")[0]
     return (
-        f"torch {version} is a CUDA build (CUDA {cuda}), beside which torch_npu {found} aborts the process; install "
+        f"torch {version} is a CUDA build (CUDA {cuda}), beside which torch_npu {npu_version} aborts the process; install "
         f"the CPU build: pip install torch=={public}+cpu --index-url https://download.pytorch.org/whl/cpu"
     )
 
@@ -62,10 +62,10 @@ def torch_build() -> tuple[str, str | None]:
     return names["__version__"], names["cuda"]
 
 
-def untested() -> str:
+def describe_untested_pair() -> str:
     """What is installed, when the pair of torch and torch_npu is none of the tested ones, else ""; without torch_npu,
     when the torch is none."""
-    torch, torch_npu = installed("torch"), installed("torch_npu")
+    torch, torch_npu = installed_version("torch"), installed_version("torch_npu")
     for tested, tested_npu in TESTED:
         if _matches(torch, tested) and (not torch_npu or _matches(torch_npu, tested_npu)):
             return ""
@@ -76,14 +76,14 @@ def untested() -> str:
 def warn_if_untested() -> None:
     """Warn once per process when the installed pair is none of the tested ones."""
     global _warned
-    if not _warned and (pair := untested()):
+    if not _warned and (pair := describe_untested_pair()):
         _warned = True
         warnings.warn(f"moe_lowering was not tested with {pair}", RuntimeWarning, stacklevel=2)
 
 
 def release(distribution: str) -> tuple[int, int]:
     """(major, minor) of an installed distribution, (0, 0) when there is none. Imports nothing."""
-    match = re.match(r"(\d+)\.(\d+)", installed(distribution))
+    match = re.match(r"(\d+)\.(\d+)", installed_version(distribution))
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
@@ -107,7 +107,7 @@ def overriding_impl(library: Library) -> Callable[..., None]:
     return functools.partial(library.impl, allow_override=True)
 
 
-def refaked(example_inputs: Sequence[Any]) -> Sequence[Any]:
+def refake_inputs(example_inputs: Sequence[Any]) -> Sequence[Any]:
     """What a dynamo backend gives to AOTAutograd, without fake tensors of another mode than dynamo's.
 
     torch 2.10 refuses them ("fake mode ... doesn't match mode ..."); 2.11 converts them itself

@@ -60,12 +60,12 @@ def check_agreement(
     kinds = (MoeLowering, type(None))
     require_instance("check_agreement", "lowering", lowering, kinds, "a moe_lowering.MoeLowering, or None")
     require_seconds("check_agreement", "timeout", timeout)
-    members, own, held = _all_ranks(store, ranks, rank)
+    members, own, group_store = _all_ranks(store, ranks, rank)
     record = {
         **settings_record(deployment, lowering),
         "decisions": decisions(lowering) if lowering else [],
     }
-    session(held, range(members), own).agree("check", record, _differences, timeout)
+    session(group_store, range(members), own).agree("check", record, _differences, timeout)
 
 
 def _all_ranks(store: Any, ranks: int | None, rank: int | None) -> tuple[int, int, Any]:
@@ -99,16 +99,16 @@ def agreement_before_first(
         return None
 
     def check() -> None:
-        found = group_session(deployment.ep_group)
-        if found is not None:
-            with_others, _, patience = found
+        meeting = group_session(deployment.ep_group)
+        if meeting is not None:
+            with_others, _, patience = meeting
             seconds = patience if isinstance(timeout, str) else timeout
         elif isinstance(timeout, str):
             return
         else:  # the group's name means nothing here: all ranks of the job are asked
-            members, own, held = _all_ranks(None, None, None)
-            with_others, seconds = session(held, range(members), own), timeout
-        record = settings_record(deployment, lowering, ep_group=found is not None)
+            members, own, group_store = _all_ranks(None, None, None)
+            with_others, seconds = session(group_store, range(members), own), timeout
+        record = settings_record(deployment, lowering, ep_group=meeting is not None)
         with_others.agree_once("settings", record, setting_differences, seconds, SETTINGS_ABSENT)
         deployment.placed()  # after this rank has answered: the others need not wait for it
 
@@ -132,15 +132,15 @@ def _graphs(a: _Decisions, b: _Decisions) -> Iterator[tuple[str, Any, Any]]:
 
 def _blocks(a: _Decisions, b: _Decisions) -> Iterator[tuple[str, Any, Any]]:
     """The implementations of each block that both lowered: ranks with another T each compile graphs of their own. A graph
-    that left a block alone refuses to run (``passes.judging.refusal``): no other rank has to know."""
+    that left a block alone refuses to run (``passes.legality.refusal``): no other rank has to know."""
     ours, theirs = _chosen(a), _chosen(b)
     for name in sorted(ours.keys() & theirs.keys()):
         yield name, sorted(ours[name]), sorted(theirs[name])
 
 
 def _chosen(graphs: _Decisions) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = collections.defaultdict(set)
+    comms: dict[str, set[str]] = collections.defaultdict(set)
     for name, comm, _ in itertools.chain.from_iterable(graphs):
         if comm is not None:
-            found[name].add(comm)
-    return found
+            comms[name].add(comm)
+    return comms

@@ -26,7 +26,7 @@ BLOCKS_ABSENT = (
 def setting_differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list[str]:
     """What a record of settings ``b`` has otherwise than ``a``, which is that of ``rank``."""
     lines = [
-        _said(label, ours, theirs, rank)
+        _write_difference(label, ours, theirs, rank)
         for part, prefix in (("deployment", "Deployment."), ("settings", "MoeLowering's "))
         for label, ours, theirs in _unequal(a[part], b[part], prefix)
     ]
@@ -68,7 +68,9 @@ def block_differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list[s
     if len(ours) != len(theirs):
         lines.append(f"the graph has {len(theirs)} MoE blocks that exchange tokens, on rank {rank} {len(ours)}")
     pairs = dict.fromkeys(zip(ours, theirs, strict=False))
-    shown = itertools.islice((said for pair in pairs if (said := _kind(a, b, *pair, rank, tokens_differ))), KINDS_SHOWN)
+    shown = itertools.islice(
+        (line for pair in pairs if (line := _compare_kinds(a, b, *pair, rank, tokens_differ))), KINDS_SHOWN
+    )
     return lines + list(shown)
 
 
@@ -77,7 +79,7 @@ def _expand(blocks: dict[str, Any]) -> Iterator[int]:
         yield from itertools.repeat(index, count)
 
 
-def _kind(a: dict[str, Any], b: dict[str, Any], i: int, j: int, rank: int, tokens_differ: bool) -> str:
+def _compare_kinds(a: dict[str, Any], b: dict[str, Any], i: int, j: int, rank: int, tokens_differ: bool) -> str:
     """What differs between two kinds of blocks that stand at the same place; "" when nothing of matter does."""
     ours, theirs = a["kinds"][i], b["kinds"][j]
     strict = [
@@ -91,8 +93,8 @@ def _kind(a: dict[str, Any], b: dict[str, Any], i: int, j: int, rank: int, token
         str(value).startswith("none") for name, *values in strict if name == "implementation" for value in values
     )
     unsaid = ("name",) if left else ("name", "reason")  # why a block was left is worth its length
-    told = [d for d in _unequal(ours["told"], theirs["told"]) if d[0] not in unsaid]
-    words = "; ".join(_said(name, x, y, rank) for name, x, y in _ordered(strict, told))
+    tolerated = [d for d in _unequal(ours["told"], theirs["told"]) if d[0] not in unsaid]
+    words = "; ".join(_write_difference(name, x, y, rank) for name, x, y in _order_causes_first(strict, tolerated))
     return f"{theirs['told']['name']}: {words}"
 
 
@@ -102,32 +104,32 @@ def _one_is_symbolic(difference: tuple[str, Any, Any]) -> bool:
     return isinstance(ours, int) != isinstance(theirs, int)
 
 
-def _ordered(
-    strict: Iterable[tuple[str, Any, Any]], told: Iterable[tuple[str, Any, Any]]
+def _order_causes_first(
+    strict: Iterable[tuple[str, Any, Any]], tolerated: Iterable[tuple[str, Any, Any]]
 ) -> list[tuple[str, Any, Any]]:
     """Causes before what came of them."""
     results = ("implementation", "exchange", "reason")
-    both = [*strict, *told]
+    both = [*strict, *tolerated]
     return sorted(both, key=lambda difference: results.index(difference[0]) + 1 if difference[0] in results else 0)
 
 
-def _said(name: str, ours: Any, theirs: Any, rank: int) -> str:
+def _write_difference(name: str, ours: Any, theirs: Any, rank: int) -> str:
     """A difference with both values."""
-    a, b = _shown(ours), _shown(theirs)
+    a, b = _write_value(ours), _write_value(theirs)
     if max(len(a), len(b)) > LONGEST_SHOWN:
         same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-        a, b = (_part(text, same) for text in (a, b))
+        a, b = (_excerpt(text, same) for text in (a, b))
     return f"{name} is {b}, on rank {rank} {a}"
 
 
-def _part(text: str, at: int) -> str:
+def _excerpt(text: str, at: int) -> str:
     """What stands around a place, of a text that may be too long; "..." stands for the rest."""
     start = max(0, min(at - LONGEST_SHOWN // 4, len(text) - LONGEST_SHOWN))
     end = start + LONGEST_SHOWN
     return f"{'...' if start else ''}{text[start:end]}{'...' if end < len(text) else ''}"
 
 
-def _shown(value: Any) -> str:
+def _write_value(value: Any) -> str:
     if value is ABSENT:
         return "absent"
     return ", ".join(map(str, value)) or "none" if isinstance(value, list) else repr(value)

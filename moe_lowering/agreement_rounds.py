@@ -113,7 +113,7 @@ class Session:
             return []
         self._set(f"{self._prefix}/here/{self._rank}", self._nonce)
         nonces = {self._rank: self._nonce}
-        pause, seen = SHORTEST_PAUSE, ""
+        pause, meeting = SHORTEST_PAUSE, ""
         while True:
             missing = [member for member in self._members if member not in nonces]
             for member in missing[:AT_ONCE]:
@@ -121,17 +121,17 @@ class Session:
                 if nonce is not None:
                     nonces[member] = nonce
             if len(nonces) == len(self._members):
-                if not seen:
-                    seen = " ".join(nonces[member] for member in self._members)
-                    self._set(f"{self._prefix}/saw/{self._rank}", seen)
-                missing = [member for member in self._members if self._get(f"{self._prefix}/saw/{member}") != seen]
+                if not meeting:
+                    meeting = " ".join(nonces[member] for member in self._members)
+                    self._set(f"{self._prefix}/saw/{self._rank}", meeting)
+                missing = [member for member in self._members if self._get(f"{self._prefix}/saw/{member}") != meeting]
                 if not missing:
                     self._nonces = nonces
                     return []
                 for member in missing:  # another process may have come in the place of one that left its nonce
                     if self._get(f"{self._prefix}/here/{member}") != nonces[member]:
                         del nonces[member]
-                        seen = ""
+                        meeting = ""
             if time.monotonic() >= deadline:
                 return missing
             pause = self._pause(pause, deadline)
@@ -270,11 +270,11 @@ def group_session(name: str) -> tuple[Session, list[int], float] | None:
         return None
     if dist.get_backend(group) == "fake":
         return None
-    found = session(c10d._get_default_store(), members, dist.get_rank())
-    return found, members, _patience(group)
+    joined = session(c10d._get_default_store(), members, dist.get_rank())
+    return joined, members, _timeout_of(group)
 
 
-def _patience(group: Any) -> float:
+def _timeout_of(group: Any) -> float:
     """How long a collective of the group waits, in seconds, where its backend says so."""
     for device in group._device_types:
         options = getattr(group._get_backend(device), "options", None)

@@ -159,18 +159,18 @@ class Deployment:
 
     def _fill(self) -> None:
         """What was not given, from where it can be found."""
-        found = list(self.detected)
+        detected = list(self.detected)
         for kind, rank in self._ranks().items():
             if getattr(self, f"{kind}_rank") is None and rank is not None:
                 object.__setattr__(self, f"{kind}_rank", rank)
                 group = getattr(self, f"{kind}_group")
-                found += [Detected(f"{kind}_rank", str(rank), f"{kind}_group {group!r}")] if group else []
+                detected += [Detected(f"{kind}_rank", str(rank), f"{kind}_group {group!r}")] if group else []
         if self.installed is None:
             packages = installed_providers()
             object.__setattr__(self, "installed", tuple(package.record for package in packages))
-            found += [Detected("installed", package.said, package.where) for package in packages]
+            detected += [Detected("installed", package.version_text, package.where) for package in packages]
         check_installed(self.installed, SOCS)
-        object.__setattr__(self, "detected", tuple(found))
+        object.__setattr__(self, "detected", tuple(detected))
         # one string, so that under torch.compile a guard on it is one comparison, and equal deployments are as one
         claims = [dataclasses.astuple(claim) for claim in self._claims()]
         object.__setattr__(self, "places", json.dumps([*claims, self.mc2_group]))
@@ -205,12 +205,12 @@ class Deployment:
                 NPU's; the NPU's SoC or HCCL_BUFFSIZE is not known; and as ``Deployment`` does.
             TypeError: a group that is none, or does not have this process in it.
         """
-        fields, found = detect(ep, tp, mc2, rest)
+        fields, detected = detect(ep, tp, mc2, rest)
         cls(**{**fields, "mc2_group": ""})  # what is wrong is said before a group is made
         if "mc2_group" not in rest and (communicator := second_communicator(ep, mc2)) is not None:
             fields["mc2_group"] = communicator.value
-            found.append(communicator)
-        return cls(**fields, detected=tuple(found))
+            detected.append(communicator)
+        return cls(**fields, detected=tuple(detected))
 
     @classmethod
     def from_mesh(

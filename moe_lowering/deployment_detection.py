@@ -41,7 +41,7 @@ class Detected:
 
 
 def detect(
-    ep: ProcessGroup | None, tp: ProcessGroup | None, mc2: ProcessGroup | None, given: dict[str, Any]
+    ep: ProcessGroup | None, tp: ProcessGroup | None, mc2: ProcessGroup | None, declared: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Detected]]:
     """Fields of a deployment from its groups, from what the machine says, and as they are given; no group is made.
 
@@ -55,20 +55,20 @@ def detect(
         ValueError, TypeError: as ``Deployment.from_groups``.
     """
     for field, name in _FROM_GROUPS.items():
-        if field in given:
+        if field in declared:
             raise ValueError(f"Deployment.from_groups: {field} is given; accepted: the group itself, as {name}")
-    if mc2 is not None and "mc2_group" in given:
+    if mc2 is not None and "mc2_group" in declared:
         raise ValueError("Deployment.from_groups: mc2 and mc2_group are given; accepted: one of them")
     members = {name: _members(name, group) for name, group in (("ep", ep), ("tp", tp), ("mc2", mc2))}
     if mc2 is not None:
         _check_second(ep, mc2, members)
     groups = _sizes(ep, tp)
-    found = [
+    detected = [
         Detected(f"{kind}_size", str(groups[f"{kind}_size"]), f"{kind}_group {groups[f'{kind}_group']!r}")
         for kind in ("ep", "tp")
-        if f"{kind}_group" in groups and f"{kind}_size" not in given
+        if f"{kind}_group" in groups and f"{kind}_size" not in declared
     ]
-    return {**groups, **_machine(given, found), **given}, found
+    return {**groups, **_machine(declared, detected), **declared}, detected
 
 
 def second_communicator(ep: ProcessGroup | None, mc2: ProcessGroup | None) -> Detected | None:
@@ -102,10 +102,10 @@ def groups_of_mesh(device_mesh: DeviceMesh, ep: str | tuple[str, ...], tp: str |
 
 def _dimension(mesh: Any, names: tuple[str, ...], argument: str, dimension: str | tuple[str, ...]) -> Any:
     """The process group of one dimension, or of several together."""
-    wanted = dimension if isinstance(dimension, tuple) else (dimension,)
+    dimensions = dimension if isinstance(dimension, tuple) else (dimension,)
     try:
-        part = mesh[wanted[0] if len(wanted) == 1 else wanted]
-        return (part._flatten() if len(wanted) > 1 else part).get_group()
+        part = mesh[dimensions[0] if len(dimensions) == 1 else dimensions]
+        return (part._flatten() if len(dimensions) > 1 else part).get_group()
     except (KeyError, RuntimeError, ValueError) as error:  # what torch's versions raise for a name that is not there
         raise ValueError(
             f"Deployment.from_mesh: {argument} is {dimension!r}; accepted: of the mesh's dimensions {list(names)} ({error})"
@@ -160,11 +160,11 @@ def _second_group(ep: Any, own: list[int]) -> Any:
     if len(own) < dist.get_world_size():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, own)
-    made = None
+    own_group = None
     for members in dict.fromkeys(tuple(ranks) for ranks in everyone if len(ranks) > 1):
         group = dist.new_group(list(members), backend=dist.get_backend_config(ep))
-        made = group if members == tuple(own) else made
-    return made
+        own_group = group if members == tuple(own) else own_group
+    return own_group
 
 
 def communicator_name(group: Any) -> tuple[str, str]:
@@ -179,52 +179,52 @@ def communicator_name(group: Any) -> tuple[str, str]:
     return str(group.group_name), "the name"
 
 
-def _machine(given: dict[str, Any], found: list[Detected]) -> dict[str, Any]:
+def _machine(declared: dict[str, Any], detected: list[Detected]) -> dict[str, Any]:
     """The fields that the machine gives and the caller does not; ``found`` is added to."""
     where = ", ".join(package.where for package in installed_providers())
     readings = {
-        "soc": _soc(given.get("soc")),
+        "soc": _soc(declared.get("soc")),
         "cann": _cann(),
-        "torch_npu": (_versions.installed("torch_npu").partition("+")[0], "metadata of torch_npu"),
+        "torch_npu": (_versions.installed_version("torch_npu").partition("+")[0], "metadata of torch_npu"),
         "hccl_buffer_mb": _buffer(),
         "providers": (declarable(), where),
     }
     fields: dict[str, Any] = {}
     for field, (value, source) in readings.items():
-        if field not in given:
+        if field not in declared:
             fields[field] = value
-        if field not in given or (source and given[field] != value):
-            how = f"{source or 'not found'}" if field not in given else f"given; {source} says {_shown(value)}"
-            found.append(Detected(field, _shown(fields.get(field, given.get(field))), how))
+        if field not in declared or (source and declared[field] != value):
+            how = f"{source or 'not found'}" if field not in declared else f"given; {source} says {_write_value(value)}"
+            detected.append(Detected(field, _write_value(fields.get(field, declared.get(field))), how))
     return fields
 
 
-def _shown(value: Any) -> str:
+def _write_value(value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(" ".join(pair) for pair in value) or "none"
     return str(value) or "unknown"
 
 
-def _soc(given: str | None) -> tuple[str | None, str]:
+def _soc(declared_soc: str | None) -> tuple[str | None, str]:
     """The SoC of this process's NPU, as torch_npu names it; None where there is none to ask."""
     npu: Any = getattr(sys.modules.get("torch"), "npu", None) if "torch_npu" in sys.modules else None
     if npu is None or not npu.is_available():
-        if given is None:
+        if declared_soc is None:
             raise ValueError(
                 f"Deployment.from_groups: soc is not given, and there is no NPU to ask (torch_npu is not imported, or has no "
                 f"device); accepted: {', '.join(SOCS)}"
             )
-        return given, ""
+        return declared_soc, ""
     name = npu.get_device_name()
     soc = next((soc.name for soc in SOCS.values() if re.fullmatch(soc.runtime_pattern, name)), None)
-    if soc is None and given is None:
+    if soc is None and declared_soc is None:
         raise ValueError(
             f"Deployment.from_groups: soc is not given, and the NPU is {name!r}, which is none that this package knows; "
             f"accepted: {', '.join(SOCS)}"
         )
-    if soc is not None and given is not None and given != soc:
+    if soc is not None and declared_soc is not None and declared_soc != soc:
         raise ValueError(
-            f"Deployment.from_groups: soc is {given!r}, and the NPU is {name!r}; accepted: {soc!r}, or no soc"
+            f"Deployment.from_groups: soc is {declared_soc!r}, and the NPU is {name!r}; accepted: {soc!r}, or no soc"
         )
     return soc or name, f"torch.npu.get_device_name() is {name!r}"
 

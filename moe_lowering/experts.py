@@ -53,9 +53,9 @@ def log2phy_from_expert_maps(expert_maps: Sequence[Tensor], *, shared_expert_ran
             )
     slots = [each.tolist() for each in expert_maps]
     local = 1 + max(max(of_rank, default=-1) for of_rank in slots)
-    found: dict[int, int] = {}
+    physical: dict[int, int] = {}
     for rank, of_rank in enumerate(slots):
-        taken: dict[int, int] = {}
+        used: dict[int, int] = {}
         for expert, slot in enumerate(of_rank):
             if slot == -1:
                 continue
@@ -69,19 +69,19 @@ def log2phy_from_expert_maps(expert_maps: Sequence[Tensor], *, shared_expert_ran
                     f"log2phy_from_expert_maps: expert_maps[{rank}] has slot {slot} for expert {expert}, and rank {rank} "
                     "holds a shared expert; accepted: -1 throughout"
                 )
-            if slot in taken:
+            if slot in used:
                 raise ValueError(
-                    f"log2phy_from_expert_maps: expert_maps[{rank}] has slot {slot} for the experts {taken[slot]} and "
+                    f"log2phy_from_expert_maps: expert_maps[{rank}] has slot {slot} for the experts {used[slot]} and "
                     f"{expert}; accepted: every slot once"
                 )
-            taken[slot] = expert
-            found.setdefault(expert, (rank - shared_expert_ranks) * local + slot)
-    missing = [expert for expert in range(len(slots[0])) if expert not in found]
+            used[slot] = expert
+            physical.setdefault(expert, (rank - shared_expert_ranks) * local + slot)
+    missing = [expert for expert in range(len(slots[0])) if expert not in physical]
     if missing:
         raise ValueError(
             f"log2phy_from_expert_maps: no rank has expert {missing[0]}; accepted: a slot for every expert"
         )
-    placed = [found[expert] for expert in range(len(slots[0]))]
+    placed = [physical[expert] for expert in range(len(slots[0]))]
     return torch.tensor(placed, dtype=torch.int32, device=expert_maps[0].device), local * (
         len(slots) - shared_expert_ranks
     )
@@ -100,8 +100,8 @@ def list_experts(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: ``model`` has no MoE module.
     """
-    found = moe_modules("list_experts", model)
-    for _, module in found:
+    modules = moe_modules("list_experts", model)
+    for _, module in modules:
         known: Any = module
         own = isinstance(module, MoE)
         turned = not own and not known.is_transposed
@@ -110,7 +110,7 @@ def list_experts(model: nn.Module) -> nn.Module:
                 _to_list(module, name + suffix, transpose=turned and not suffix)
         if not own:
             known.is_transposed = True
-    warn_of_other_implementations("list_experts", found)
+    warn_of_other_implementations("list_experts", modules)
     return model
 
 

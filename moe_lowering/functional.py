@@ -239,7 +239,7 @@ def moe_experts(
                 f"moe_experts: apply_router_weight_on_input is True with {place.shared_expert_ranks} shared-expert ranks; "
                 "accepted: False, as shared experts take x without a weight"
             )
-        x, pertoken_scale, weights = _weigh(x, pertoken_scale, weights)
+        x, pertoken_scale, weights = _scale_rows(x, pertoken_scale, weights)
     shared = (place.shared_expert_ranks, place.shared_experts) if place.shared_expert_ranks else ()
     rows, row_scale, counts, handle = _ops.dispatch.default(
         x, pertoken_scale, ids, mask, num_experts, place.ep_group, place.ep_size, place.tp_group, place.tp_size,
@@ -306,10 +306,10 @@ def _check_map(
     rank = f"(r - {shared_expert_ranks})" if shared_expert_ranks else "r"
     following = "(r + 1)" if rank == "r" else f"(r - {shared_expert_ranks} + 1)"
     for expert, index in enumerate(expert_map.tolist()):
-        wanted = expert - own.start if own.start <= expert < own.stop else -1
-        if index != wanted:
+        expected = expert - own.start if own.start <= expert < own.stop else -1
+        if index != expected:
             raise ValueError(
-                f"moe_experts: expert_map has {index} for expert {expert} on EP rank {ep_rank}; accepted: {wanted}, as "
+                f"moe_experts: expert_map has {index} for expert {expert} on EP rank {ep_rank}; accepted: {expected}, as "
                 f"rank r holds experts {rank} * {local} to {following} * {local} - 1. For another placement use log2phy "
                 "(log2phy_from_expert_maps makes it)"
             )
@@ -374,7 +374,7 @@ def _physical(ids: Tensor, log2phy: Tensor) -> Tensor:
     return as_int32("log2phy", log2phy).index_select(0, ids.reshape(-1)).reshape(ids.shape)
 
 
-def _weigh(x: Tensor, pertoken_scale: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+def _scale_rows(x: Tensor, pertoken_scale: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     """x times its weight [..., 1] (int8: its scale times its weight), and weights of 1."""
     if weights.shape[-1] != 1:
         raise ValueError(

@@ -59,8 +59,8 @@ def own_ranks(ep: Claim, tp: Claim, mc2_group: str) -> tuple[int | None, int | N
         if group is not None:
             _compare(claim, group)
     _compare_members(ep, groups["ep"], tp, groups["tp"], mc2_group)
-    found = [claim.rank if (group := groups[claim.kind]) is None else group.rank for claim in (ep, tp)]
-    return found[0], found[1]
+    ranks = [claim.rank if (group := groups[claim.kind]) is None else group.rank for claim in (ep, tp)]
+    return ranks[0], ranks[1]
 
 
 def _compare(claim: Claim, group: Membership) -> None:

@@ -80,8 +80,8 @@ def identity(value: Any) -> str:
 
 
 class _Writer:
-    def __init__(self, seen: dict[Any, tuple[int, Any]]) -> None:
-        self._seen = seen  # with the values: the id of one that is freed is soon another's
+    def __init__(self, visited: dict[Any, tuple[int, Any]]) -> None:
+        self._seen = visited  # with the values: the id of one that is freed is soon another's
 
     def text(self, value: Any) -> str:
         key = getattr(value, "cache_key", None)
@@ -115,25 +115,25 @@ class _Writer:
         if type(value) is functools.cached_property:
             return f"cached_property({self._all(value.func)})"
         if isinstance(value, (types.BuiltinFunctionType, types.MethodWrapperType)):
-            held = value.__self__
-            if held is None or isinstance(held, types.ModuleType) or _by_name(value.__module__ or ""):
+            owner = value.__self__
+            if owner is None or isinstance(owner, types.ModuleType) or _by_name(value.__module__ or ""):
                 return f"named({_name(value)})"
-            return f"bound({value.__name__},{self._all(held)})"
+            return f"bound({value.__name__},{self._all(owner)})"
         return ""
 
     def _function(self, function: types.FunctionType) -> str:
-        codes = _codes(function.__code__)
+        codes = _nested_codes(function.__code__)
         named = tuple(sorted({name for code in codes for name in code.co_names}))
         cells = ",".join(self._cell(cell, named) for cell in function.__closure__ or ())
         if _by_name(function.__globals__.get("__name__") or ""):  # not __module__, which functools.wraps copies
             return f"named({_name(function)},({cells}))"
-        held = self._all(function.__code__, function.__defaults__, function.__kwdefaults__, vars(function))
+        code = self._all(function.__code__, function.__defaults__, function.__kwdefaults__, vars(function))
         globals_ = ",".join(
             f"{name}={self._global(function.__globals__[name], named)}"
-            for name in _loaded(function, codes)
+            for name in _global_names(function, codes)
             if name in function.__globals__
         )
-        return f"function({_name(function)},{held},({cells}),({globals_}))"
+        return f"function({_name(function)},{code},({cells}),({globals_}))"
 
     def _cell(self, cell: types.CellType, named: tuple[str, ...]) -> str:
         try:
@@ -150,8 +150,8 @@ class _Writer:
         if key in self._seen:
             return f"again:{self._seen[key][0]}"
         self._seen[key] = (len(self._seen), value)
-        held = [f"{name}={self._global(vars(value)[name], named)}" for name in named if name in vars(value)]
-        return f"module({value.__name__},({','.join(held)}))"
+        members = [f"{name}={self._global(vars(value)[name], named)}" for name in named if name in vars(value)]
+        return f"module({value.__name__},({','.join(members)}))"
 
     def _code(self, code: types.CodeType) -> str:
         counts = (code.co_flags, code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)
@@ -160,14 +160,14 @@ class _Writer:
         return f"code({self._all(code.co_code, handlers, *names, counts, code.co_consts)})"
 
     def _class(self, kind: type) -> str:
-        if not kind.__flags__ & _HEAP_TYPE or (_by_name(kind.__module__) and _found(kind)):
+        if not kind.__flags__ & _HEAP_TYPE or (_by_name(kind.__module__) and _is_importable(kind)):
             return f"named({_name(kind)})"
-        held = self._pairs(
+        members = self._pairs(
             (k, v) for k, v in vars(kind).items() if k not in _UNREAD and k != "_abc_impl" and not _of_enum(kind, k)
         )
         if issubclass(kind, enum.Enum):
-            held += self._pairs((name, each.value) for name, each in kind.__members__.items())
-        return f"class({_name(kind)},{self._all(type(kind), *kind.__bases__)},{held})"
+            members += self._pairs((name, each.value) for name, each in kind.__members__.items())
+        return f"class({_name(kind)},{self._all(type(kind), *kind.__bases__)},{members})"
 
     def _named(self, value: Any) -> str:
         """What does not compute anything, or is the same wherever it has this name."""
@@ -214,7 +214,7 @@ class _Writer:
         kind = type(value)
         slots = _slots(kind)
         base: Any = next((each for each in _BASES if issubclass(kind, each)), object)
-        if not _plainly_reduced(kind) or _size(kind, base, len(slots)) < kind.__basicsize__:
+        if not _has_plain_reduce(kind) or _size(kind, base, len(slots)) < kind.__basicsize__:
             raise _Unknown(value)
         filled = []
         for slot in slots:
@@ -252,12 +252,12 @@ def _by_name(module: str) -> bool:
     return not outside and any(folder in file.parents for folder in folders)
 
 
-def _found(kind: type) -> bool:
+def _is_importable(kind: type) -> bool:
     """Whether a class is what its module has under its name."""
-    found: Any = sys.modules.get(kind.__module__)
+    target: Any = sys.modules.get(kind.__module__)
     for name in kind.__qualname__.split("."):
-        found = inspect.getattr_static(found, name, None)
-    return found is kind
+        target = inspect.getattr_static(target, name, None)
+    return target is kind
 
 
 def _of_enum(kind: type, name: str) -> bool:
@@ -267,7 +267,7 @@ def _of_enum(kind: type, name: str) -> bool:
     return name in kind.__members__ or (name[:1] == "_" == name[-1:] and name[:2] != "__")
 
 
-def _plainly_reduced(kind: type) -> bool:
+def _has_plain_reduce(kind: type) -> bool:
     """Whether an instance is what its attributes say, as far as its class says."""
     return not any(
         "__reduce_ex__" in vars(each) or "__reduce__" in vars(each) for each in kind.__mro__ if each not in _OWN
@@ -298,10 +298,10 @@ def _content(value: Any, base: Any) -> Any:
 
 def _attributes(value: Any) -> dict[str, Any]:
     try:
-        held: dict[str, Any] = object.__getattribute__(value, "__dict__")
+        attributes: dict[str, Any] = object.__getattribute__(value, "__dict__")
     except AttributeError:
         return {}
-    return held
+    return attributes
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:
@@ -314,12 +314,15 @@ def _name(value: Any) -> str:
     return f"{getattr(value, '__module__', '')}.{name}"
 
 
-def _codes(code: types.CodeType) -> list[types.CodeType]:
+def _nested_codes(code: types.CodeType) -> list[types.CodeType]:
     """A function's code and that of the functions inside of it."""
-    return [code, *(inner for each in code.co_consts if isinstance(each, types.CodeType) for inner in _codes(each))]
+    return [
+        code,
+        *(inner for each in code.co_consts if isinstance(each, types.CodeType) for inner in _nested_codes(each)),
+    ]
 
 
-def _loaded(function: types.FunctionType, codes: list[types.CodeType]) -> list[str]:
+def _global_names(function: types.FunctionType, codes: list[types.CodeType]) -> list[str]:
     """The names of the globals that a function reads.
 
     Raises:

@@ -93,9 +93,9 @@ class _Handlers:
 
     def install(self) -> None:
         for number in ERRORS:
-            found = signal.getsignal(number)
-            if found in (signal.SIG_DFL, signal.default_int_handler) or _of_torch_npu(found):
-                self._later[number] = found
+            handler = signal.getsignal(number)
+            if handler in (signal.SIG_DFL, signal.default_int_handler) or _of_torch_npu(handler):
+                self._later[number] = handler
                 self._signal(number, self._interrupt)
         _module.signal = self._guarded
 

@@ -227,11 +227,11 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
             no MoE module found; the deployment contradicts its process groups, or its ``ep_rank`` is not known. The model is
             as it was then.
     """
-    found = moe_modules("shard_experts", model)
+    targets = moe_modules("shard_experts", model)
     require_instance("shard_experts", "deployment", deployment, Deployment, "a moe_lowering.Deployment")
     deployment = deployment.placed()
     deployment.own_rank("ep")
-    for name, module in found:  # first all checks, so that an error leaves the model as it was
+    for name, module in targets:  # first all checks, so that an error leaves the model as it was
         what = f"shard_experts: {name or type(module).__name__}"
         _check_sizes(what, module, deployment)
         if _deployment_of(module) == deployment:
@@ -243,10 +243,10 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
             )
         if getattr(module, "_is_expert_parallel", False):
             raise ValueError(f"{what} was sharded by transformers; accepted: a model loaded without expert parallelism")
-    for _, module in found:
+    for _, module in targets:
         if _deployment_of(module) is None:
             _shard(module, deployment)
-    warn_of_other_implementations("shard_experts", found)
+    warn_of_other_implementations("shard_experts", targets)
     return model
 
 
@@ -254,14 +254,14 @@ def moe_modules(what: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of every ``MoE`` and every experts module of transformers; a ValueError when there is none."""
     require_instance(what, "model", model, nn.Module, "a torch.nn.Module")
     modules = list(model.named_modules())
-    found = [(name, module) for name, module in modules if isinstance(module, MoE) or is_experts_module(module)]
-    if not found:
+    matches = [(name, module) for name, module in modules if isinstance(module, MoE) or is_experts_module(module)]
+    if not matches:
         raise ValueError(
             f"{what}: {type(model).__name__} has no MoE module; accepted: a model with moe_lowering.layers.MoE "
             "or with transformers' experts modules (num_experts, gate_up_proj, down_proj, is_transposed, has_bias, "
             "is_concatenated)"
         )
-    return found
+    return matches
 
 
 def warn_of_other_implementations(what: str, modules: Sequence[tuple[str, nn.Module]]) -> None:
@@ -307,32 +307,32 @@ def _check_sizes(what: str, module: nn.Module, deployment: Deployment) -> None:
     if experts % ranks:
         name = "ep_size - shared_expert_ranks" if deployment.shared_expert_ranks else "ep_size"
         raise ValueError(f"{what}: num_experts is {experts}; accepted: a multiple of {name}, {ranks}")
-    wanted = deployment.shared_experts if deployment.shared_expert_ranks else 0
+    expected = deployment.shared_experts if deployment.shared_expert_ranks else 0
     has = module.shared_experts if isinstance(module, MoE) else 0
-    if has != wanted:
+    if has != expected:
         raise ValueError(
-            f"{what}: shared_experts is {has}; accepted: {wanted}, as the deployment has {deployment.shared_expert_ranks} "
+            f"{what}: shared_experts is {has}; accepted: {expected}, as the deployment has {deployment.shared_expert_ranks} "
             "shared-expert ranks (modules of transformers hold no shared experts: write the layer as MoE)"
         )
 
 
 def _shard(module: nn.Module, deployment: Deployment) -> None:
-    mine: Any = module
+    experts: Any = module
     block, source = deployment.own_experts(_experts_of(module)), ""
     if deployment.shared_expert is not None:
         block, source = slice(deployment.shared_expert, deployment.shared_expert + 1), "shared_"
     own = isinstance(module, MoE)
     for name in ("w13", "w2") if own else ("gate_up_proj", "down_proj"):
-        _replace(module, name, source, block, transpose=not own and not mine.is_transposed)
+        _replace(module, name, source, block, transpose=not own and not experts.is_transposed)
         for beside in ("bias", "scale", "offset", "scale_bias"):
             _replace(module, f"{name}_{beside}", source, block, transpose=False)
     if own:
         for name in [name for name, _ in module.named_parameters(recurse=False) if name.startswith("shared_")]:
             module.register_parameter(name, None)
     else:
-        mine.is_transposed = True
-        mine.moe_lowering_num_experts = _experts_of(module)
-    mine.moe_lowering_deployment = deployment
+        experts.is_transposed = True
+        experts.moe_lowering_num_experts = _experts_of(module)
+    experts.moe_lowering_deployment = deployment
 
 
 def _replace(module: nn.Module, name: str, source: str, block: slice, *, transpose: bool) -> None:

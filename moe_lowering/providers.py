@@ -42,26 +42,26 @@ class Package:
         return self.name, self.version, self.build
 
     @property
-    def said(self) -> str:
+    def version_text(self) -> str:
         built = {"": "", UNKNOWN: ", for a SoC that its build does not name"}
         return f"{self.name} {self.version}" + built.get(self.build, f", built for {self.build}")
 
 
 def installed_providers() -> tuple[Package, ...]:
     """The providers that this Python would import now."""
-    return _installed(tuple(sys.path))
+    return _packages_in(tuple(sys.path))
 
 
 def declarable() -> tuple[tuple[str, str], ...]:
     """(name, version) of those, as ``Deployment.providers`` takes them; what has no version is not among them."""
-    found = installed_providers()
-    return tuple((package.name, package.version) for package in found if re.fullmatch(_VERSION, package.version))
+    packages = installed_providers()
+    return tuple((package.name, package.version) for package in packages if re.fullmatch(_VERSION, package.version))
 
 
 @functools.lru_cache(maxsize=8)  # a look-up of what is not there reads every directory of the path
-def _installed(path: tuple[str, ...]) -> tuple[Package, ...]:
-    found = (_find(name) for name in PROVIDERS)
-    return tuple(package for package in found if package is not None)
+def _packages_in(path: tuple[str, ...]) -> tuple[Package, ...]:
+    packages = (_find(name) for name in PROVIDERS)
+    return tuple(package for package in packages if package is not None)
 
 
 def _find(name: str) -> Package | None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from moe_lowering.argument_checks import require_choice, require_instance, require_integer
 from moe_lowering.custom_ops.quantised import PER_INT32, dequantise_weight, float_scale, quantise_rows, unpack_int4
 from moe_lowering.layers import MoE, moe_modules, refuse_lists, warn_of_other_implementations
+from moe_lowering.lookup import look_up
 from moe_lowering.vocabulary import EXPERT_FORMATS
-from moe_lowering.words import look_up
 
 __all__ = [
     "FORMATS",
@@ -30,7 +30,7 @@ __all__ = [
     "unpack_int4",
 ]
 
-FORMATS = tuple(made.name for made in EXPERT_FORMATS.values() if made.quantised)
+FORMATS = tuple(format.name for format in EXPERT_FORMATS.values() if format.quantised)
 _HALVES = (torch.float16, torch.bfloat16)
 # What the device's kernel adds to each int4 weight. Source: ops_transformer.grouped_matmul: A8W4, bias 8 * sum(w * scale).
 _SCALE_BIAS = 8
@@ -107,7 +107,7 @@ def _check_quantised(quantised: QuantisedWeight) -> None:
     weight, where = quantised.weight, "dequantise: quantised."
     integers = isinstance(weight, Tensor) and weight.dtype in (torch.int8, torch.int32)
     if not integers or weight.dim() < 2:
-        raise TypeError(f"{where}weight is {_shown(weight)}; accepted: int8 [..., K, N] or int32 [..., K, N / 8]")
+        raise TypeError(f"{where}weight is {_write_value(weight)}; accepted: int8 [..., K, N] or int32 [..., K, N / 8]")
     *lead, lines, columns = weight.shape
     columns *= PER_INT32 if weight.dtype == torch.int32 else 1
     values: list[tuple[str, Any]] = [("scale", quantised.scale)]
@@ -119,10 +119,10 @@ def _check_quantised(quantised: QuantisedWeight) -> None:
         grouped = shape[:-2] == lead and len(shape) == len(lead) + 2 and shape[-2] > 0 and lines % shape[-2] == 0
         if shape != [*lead, columns] and not (grouped and shape[-1] == columns):
             accepted = f"floats {[*lead, columns]}, or one line for each of G groups of {lines} lines"
-            raise TypeError(f"{where}{name} is {_shown(value)}; accepted: {accepted}")
+            raise TypeError(f"{where}{name} is {_write_value(value)}; accepted: {accepted}")
 
 
-def _shown(value: object) -> str:
+def _write_value(value: object) -> str:
     return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
@@ -172,10 +172,10 @@ def quantise_experts(model: nn.Module, format: str, *, group_size: int | None = 
         ValueError, TypeError: no MoE module; one that has biases, is quantised already, or was sharded by transformers;
             sizes or dtypes that the format cannot have. The model is as it was then.
     """
-    found = _quantisable(model, format, group_size)  # first all checks, so that an error leaves the model as it was
-    for _, module in found:
+    targets = _quantisable(model, format, group_size)  # first all checks, so that an error leaves the model as it was
+    for _, module in targets:
         _quantise(module, format, group_size)
-    warn_of_other_implementations("quantise_experts", found)
+    warn_of_other_implementations("quantise_experts", targets)
     return model
 
 
@@ -185,13 +185,13 @@ def require_quantisable(model: nn.Module, format: str, *, group_size: int | None
 
 
 def _quantisable(model: nn.Module, format: str, group_size: int | None) -> list[tuple[str, nn.Module]]:
-    found = moe_modules("quantise_experts", model)
+    targets = moe_modules("quantise_experts", model)
     require_choice("quantise_experts", "format", format, FORMATS)
     if group_size is not None:
         require_integer("quantise_experts", "group_size", group_size, 1)
-    for name, module in found:
+    for name, module in targets:
         _check_module(f"quantise_experts: {name or type(module).__name__}", module, format, group_size)
-    return found
+    return targets
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:
@@ -209,15 +209,15 @@ def _matrices(module: nn.Module, name: str) -> Tensor:
 
 
 def _check_module(what: str, module: nn.Module, format: str, group_size: int | None) -> None:
-    mine: Any = module  # two families of modules
-    if getattr(mine, "moe_lowering_quantisation", "none") != "none":
+    experts: Any = module  # two families of modules
+    if getattr(experts, "moe_lowering_quantisation", "none") != "none":
         raise ValueError(
-            f"{what} is {mine.moe_lowering_quantisation} already; accepted: experts that are not quantised"
+            f"{what} is {experts.moe_lowering_quantisation} already; accepted: experts that are not quantised"
         )
     refuse_lists(what, module)
-    if getattr(mine, "_is_expert_parallel", False):
+    if getattr(experts, "_is_expert_parallel", False):
         raise ValueError(f"{what} was sharded by transformers; accepted: a model loaded without expert parallelism")
-    has_bias = mine.w13_bias is not None if isinstance(module, MoE) else mine.has_bias
+    has_bias = experts.w13_bias is not None if isinstance(module, MoE) else experts.has_bias
     if has_bias:
         raise ValueError(f"{what} has expert biases; accepted: experts without, as quantised matmuls take none")
     for name in _names(module):
@@ -229,7 +229,7 @@ def _check_module(what: str, module: nn.Module, format: str, group_size: int | N
 
 
 def _quantise(module: nn.Module, format: str, group_size: int | None) -> None:
-    mine: Any = module
+    experts: Any = module
     for name in _names(module):
         weights = _matrices(module, name).detach()
         second = name in _names(module)[1::2]
@@ -241,23 +241,23 @@ def _quantise(module: nn.Module, format: str, group_size: int | None) -> None:
             values = [value for part in parts if (value := getattr(part, field)) is not None]
             module.register_parameter(f"{name}_{field}", _parameter(values) if values else None)
     if not isinstance(module, MoE):
-        mine.is_transposed = True
-    mine.moe_lowering_quantisation = format
+        experts.is_transposed = True
+    experts.moe_lowering_quantisation = format
 
 
 def _parameter(parts: list[Tensor]) -> nn.Parameter:
     return nn.Parameter(torch.stack(parts), requires_grad=False)
 
 
-def _scale_dtype(w: Tensor, format: str, wanted: torch.dtype | None) -> torch.dtype:
+def _scale_dtype(w: Tensor, format: str, requested: torch.dtype | None) -> torch.dtype:
     """The dtype of scales; ``wanted``, or the format's own when that is None."""
     require_choice("quantise_weight", "format", format, FORMATS)
-    require_instance("quantise_weight", "scale_dtype", wanted, (torch.dtype, type(None)), "a torch.dtype, or None")
+    require_instance("quantise_weight", "scale_dtype", requested, (torch.dtype, type(None)), "a torch.dtype, or None")
     accepted = {"w8a8": (torch.float32, torch.bfloat16), "w4a8": (torch.float32,), "w4a16": _HALVES}[format]
-    chosen = wanted or (w.dtype if format == "w4a16" else torch.float32)
+    chosen = requested or (w.dtype if format == "w4a16" else torch.float32)
     if chosen not in accepted:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
-        source = "scale_dtype" if wanted else "scale_dtype is None and w"
+        source = "scale_dtype" if requested else "scale_dtype is None and w"
         raise TypeError(f"quantise_weight: {source} is {chosen} for {format}; accepted: {names}")
     return chosen
 

@@ -14,7 +14,7 @@ _TRACE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<fu
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class SourceLine:
     """A line of the user's code. ``text`` is its source, "" when that is not known."""
 
     file: str
@@ -27,9 +27,11 @@ class Place:
         return f"{where}: {self.text}" if self.text else where
 
 
-def innermost(trace: str) -> Place | None:
+def innermost(trace: str) -> SourceLine | None:
     """The innermost line of the user's in a stack trace that dynamo recorded; where there is none, of any line."""
-    found = [Place(m["file"], int(m["line"]), m["function"], m["text"].strip()) for m in _TRACE_LINE.finditer(trace)]
-    users = [place for place in found if not place.file.startswith(OUTSIDE)]
-    chosen = users or found
+    places = [
+        SourceLine(m["file"], int(m["line"]), m["function"], m["text"].strip()) for m in _TRACE_LINE.finditer(trace)
+    ]
+    users = [place for place in places if not place.file.startswith(OUTSIDE)]
+    chosen = users or places
     return chosen[-1] if chosen else None

@@ -133,8 +133,8 @@ class ExpertFormat:
 
 
 EXPERT_FORMATS = {
-    made.name: made
-    for made in (
+    record.name: record
+    for record in (
         ExpertFormat("none", "none"),
         ExpertFormat("w8a8", "w8a8_dynamic", 8, "int8", int8_rows=True, scale_dtypes=("float32", "bfloat16", "int64")),
         ExpertFormat(
@@ -161,8 +161,8 @@ class Activation:
 
 
 ACTIVATIONS = {
-    made.name: made
-    for made in (
+    record.name: record
+    for record in (
         Activation("swiglu"),
         Activation("swiglu_clamp", clamped=True),
         Activation("swiglu_oai", clamped=True),

@@ -127,7 +127,7 @@ def _build(out: Path, names: set[str]) -> None:
         f'#include "{RECORDER}"\n' + "".join(f"ENTRY({name})\n" for name in entries()) + standins._generate(_wanted(nm))
     )
     empty.write_text("")
-    link = ("-Wl,--no-as-needed", f"-L{standins.built()}", "-lascendcl")
+    link = ("-Wl,--no-as-needed", f"-L{standins.build_libraries()}", "-lascendcl")
     standins._run(compiler, *standins.FLAGS, "-o", str(out / OPAPI), f"-Wl,-soname,{OPAPI}", str(source), *link)
     for name in names - {OPAPI}:
         standins._run(compiler, *standins.FLAGS, "-o", str(out / name), f"-Wl,-soname,{name}", str(empty),
@@ -139,6 +139,6 @@ def _wanted(nm: str) -> set[str]:
     undefined, defined = set[str](), set[str]()
     for path in _libraries():
         undefined |= standins._symbols(nm, path, "-D", "--undefined-only")
-    for path in (*_libraries(), standins.built() / f"lib{standins.LIBRARIES[0]}.so"):
+    for path in (*_libraries(), standins.build_libraries() / f"lib{standins.LIBRARIES[0]}.so"):
         defined |= standins._symbols(nm, path, "-D", "--defined-only")
     return {n for n in undefined - defined if CANN_SYMBOL.fullmatch(n)}

@@ -8,8 +8,8 @@ import torch
 from entries import PUBLISHED, documented, is_there, published_as, real
 from forms import FFN, MODULES, Form, call, call_of
 
-from moe_lowering.custom_ops.absent import why_absent
 from moe_lowering.custom_ops.fused import FORMATS
+from moe_lowering.custom_ops.missing_operators import why_absent
 from moe_lowering.limits import limits_for
 from moe_lowering.providers import installed_providers
 from moe_lowering.simulator import standins

@@ -38,9 +38,10 @@ TESTS = Path(__file__).parent
 @functools.cache
 def is_slow(module):
     """Whether a module of the tests, or one of its helpers, names what costs seconds."""
-    text = (TESTS / f"{module}.py").read_text()
+    files = {file.stem: file for file in TESTS.rglob("*.py")}  # no two of them have one name
+    text = files[module].read_text()
     helpers = re.findall(r"^\s*(?:from|import) (\w+)", text, re.M)
-    return bool(SLOW.search(text)) or any(is_slow(name) for name in helpers if (TESTS / f"{name}.py").exists())
+    return bool(SLOW.search(text)) or any(is_slow(name) for name in helpers if name in files)
 
 
 def pytest_collection_modifyitems(items):

@@ -37,6 +37,6 @@ def lowering_backend(*passes: Callable[..., None]) -> Compiler:
     compile_with_aot = aot_autograd(fw_compiler=compile_graph)
 
     def compile_dynamo_graph(gm: GraphModule, example_inputs: Any) -> Any:
-        return compile_with_aot(gm, _versions.refaked(example_inputs))
+        return compile_with_aot(gm, _versions.refake_inputs(example_inputs))
 
     return compile_dynamo_graph

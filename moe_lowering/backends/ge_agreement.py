@@ -17,14 +17,14 @@ from moe_lowering.custom_ops import assert_agreement
 from moe_lowering.custom_ops.library import register as register_operator
 from moe_lowering.custom_ops.sizes import token_count
 from moe_lowering.passes.agreement_check import ASSERT_AGREEMENT
-from moe_lowering.passes.edits import EditLog
+from moe_lowering.passes.edit_log import EditLog
 
 
 def _check(x: Tensor, group: str, timeout: float, settings: str, blocks: str, tokens: str) -> None:
     assert_agreement.check(token_count(x.shape), group, timeout, settings, blocks)
 
 
-def _nothing(x: Tensor, group: str, timeout: float, settings: str, blocks: str, tokens: str) -> None:
+def _do_nothing(x: Tensor, group: str, timeout: float, settings: str, blocks: str, tokens: str) -> None:
     """As the operator that it stands for."""
 
 
@@ -32,7 +32,7 @@ register_operator(
     "ge_assert_agreement(Tensor x, str group, float timeout, str settings, str blocks, str tokens) -> ()",
     cpu=_check,
     npu=_check,
-    fake=_nothing,
+    fake=_do_nothing,
     side_effect=True,
 )
 
@@ -49,10 +49,10 @@ def place_agreement_checks(edits: EditLog) -> None:
     """``assert_agreement`` to ``ge_assert_agreement``, with the Python that computes T from ``args``, the graph's inputs."""
     with edits.step():
         for node in edits.graph.find_nodes(op="call_function", target=ASSERT_AGREEMENT):
-            _place(edits, node)
+            _place_check(edits, node)
 
 
-def _place(edits: EditLog, node: Node) -> None:
+def _place_check(edits: EditLog, node: Node) -> None:
     x: Any = node.args[0]
     tokens = token_count(x.meta["val"].shape)
     if isinstance(tokens, int):
@@ -79,7 +79,7 @@ def _convert(x: Any, group: str, timeout: float, settings: str, blocks: str, tok
             "ge_assert_agreement: the graph has no input, so there is nothing to attach the comparison of the ranks to"
         )
     info = next((info for info in infos if info.value_type.name == "TENSOR"), infos[0])
-    info.func = ge_converters._checked(info.func, _line(group, timeout, settings, blocks, tokens))
+    info.func = ge_converters._check_input(info.func, _line(group, timeout, settings, blocks, tokens))
 
 
 def _line(group: str, timeout: float, settings: str, blocks: str, tokens: str) -> str:

@@ -29,7 +29,7 @@ from moe_lowering.custom_ops.assert_tokens import refusal_of
 from moe_lowering.custom_ops.dispatch_ffn_combine import DispatchFfnCombineCall
 from moe_lowering.custom_ops.dispatch_gmm_combine_decode import DispatchGmmCombineDecodeCall
 from moe_lowering.custom_ops.library import register as register_operator
-from moe_lowering.passes.verifying import GENERIC
+from moe_lowering.passes.verifier import GENERIC
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 Tensors = Sequence[Any]  # of torchair.ge.Tensor: edges of the GE graph
@@ -61,7 +61,7 @@ def _fake_check(x: Tensor, lo: int, hi: int, source: str, *, min_tokens: int = 0
     assert_tokens._fake(x, lo, hi)
 
 
-def _nothing(x: Tensor) -> None:
+def _do_nothing(x: Tensor) -> None:
     """The result is a control edge of the GE graph."""
 
 
@@ -72,7 +72,7 @@ register_operator(
     fake=_fake_check,
     side_effect=True,
 )
-register_operator("ge_keep(Tensor x) -> ()", cpu=_nothing, npu=_nothing, fake=_nothing, side_effect=True)
+register_operator("ge_keep(Tensor x) -> ()", cpu=_do_nothing, npu=_do_nothing, fake=_do_nothing, side_effect=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- registration
@@ -91,10 +91,10 @@ def register() -> None:
     if hasattr(ops, "dispatch_gmm_combine_decode"):
         converter(ops.dispatch_gmm_combine_decode.default)(_convert_dispatch_gmm_combine_decode)
     for name in (*GENERIC, "assert_tokens", *(name for name in REFUSED if hasattr(ops, name))):
-        converter(getattr(ops, name).default)(_refusing(name))
+        converter(getattr(ops, name).default)(_make_refusing_converter(name))
 
 
-def _refusing(name: str) -> Any:
+def _make_refusing_converter(name: str) -> Any:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         reason = REFUSED.get(name, "the lowering left it in the graph; torchair_config's hook says why")
         raise ConversionError(f"{name}: {reason}")
@@ -151,7 +151,7 @@ def _convert_dispatch_ffn_combine(*arguments: Any, meta_outputs: Any = None, **n
     name, type_ = "dispatch_ffn_combine", VARIANTS[call.quantisation]
     if "worldSize" in _known_attributes(type_):  # from vllm-ascend 0.30 on, and required there
         attributes["worldSize"] = attr.Int(call.ep_size)
-    y, counts = _fused(name, type_, inputs, attributes, ("out", "expert_token_nums"))
+    y, counts = _emit_fused(name, type_, inputs, attributes, ("out", "expert_token_nums"))
     return y, counts
 
 
@@ -185,18 +185,18 @@ def _convert_dispatch_gmm_combine_decode(*arguments: Any, meta_outputs: Any = No
     attributes = {"group_ep": attr.Str(call.group), **{name: attr.Int(value) for name, value in numbers.items()}}
     name = "dispatch_gmm_combine_decode"
     [type_] = TYPES[name]
-    y, counts = _fused(name, type_, inputs, attributes, ("output", "expert_token_nums"))
+    y, counts = _emit_fused(name, type_, inputs, attributes, ("output", "expert_token_nums"))
     return y, counts
 
 
 def _known_attributes(type_: str) -> frozenset[str]:
-    """The attributes of the IR that is registered; none where there is no IR, which ``_fused`` refuses."""
+    """The attributes of the IR that is registered; none where there is no IR, which ``_emit_fused`` refuses."""
     from torchair.core import _torchair
 
     return frozenset() if _ir_failure(type_) else frozenset(dict(_torchair.get_registered_ir_def(type_)[3]))
 
 
-def _fused(
+def _emit_fused(
     operator: str, type_: str, inputs: dict[str, Any], attributes: dict[str, Any], results: tuple[str, ...]
 ) -> tuple[Any, ...]:
     """Emit one operator of GE, in the form of its registered IR, and keep it: it communicates.
@@ -213,9 +213,9 @@ def _fused(
         raise ConversionError(f"{operator}: {failure}")
     _, known_inputs, known_outputs, known_attributes = _torchair.get_registered_ir_def(type_)
     known = dict(known_inputs)
-    given = {name for name, value in inputs.items() if value is not None}
+    present = {name for name, value in inputs.items() if value is not None}
     lacking = (
-        (given - set(known))
+        (present - set(known))
         | (set(attributes) - set(dict(known_attributes)))
         | (set(results) - set(dict(known_outputs)))
     )
@@ -224,16 +224,16 @@ def _fused(
             f"{operator}: {', '.join(sorted(lacking))} is needed, and the IR of {type_} that is registered does not have it; "
             "accepted: a newer version of its provider"
         )
-    missing = [name for name, kind in known.items() if kind == "required" and name not in given]
+    missing = [name for name, kind in known.items() if kind == "required" and name not in present]
     if missing:
         raise ConversionError(
             f"{operator}: the IR of {type_} that is registered needs {', '.join(missing)}, which is not known"
         )
     outputs = list(dict(known_outputs))
     arranged = {name: _as(kind, inputs.get(name), f"{operator}: {name}") for name, kind in known.items()}
-    made = custom_op(type_, inputs=arranged, outputs=outputs, attrs=attributes)
-    by_name = dict(zip(outputs, made, strict=True))
-    dont_prune_me(made[0])
+    emitted_outputs = custom_op(type_, inputs=arranged, outputs=outputs, attrs=attributes)
+    by_name = dict(zip(outputs, emitted_outputs, strict=True))
+    dont_prune_me(emitted_outputs[0])
     return tuple(by_name[name] for name in results)
 
 
@@ -298,30 +298,30 @@ def _convert_assert_tokens(x: Any, lo: int, hi: int, source: str, *, min_tokens:
         )
     tensors = [info for info in infos if info.value_type.name == "TENSOR"]
     info = (tensors or infos)[0]
-    info.func = _checked(info.func, _check_line(lo, hi, source, refusal_of(lo, hi, min_tokens, max_tokens)))
+    info.func = _check_input(info.func, _check_line(lo, hi, source, refusal_of(lo, hi, min_tokens, max_tokens)))
 
 
-def _check_line(lo: int, hi: int, source: str, said: str) -> str:
-    message = f"'assert_tokens: T is ' + str({source}) + {', but ' + said!r}"
+def _check_line(lo: int, hi: int, source: str, fault: str) -> str:
+    message = f"'assert_tokens: T is ' + str({source}) + {', but ' + fault!r}"
     return f"if not {lo} <= ({source}) <= {hi}: raise RuntimeError({message})"
 
 
 def _inputs_of(graph: Any, x: Any) -> list[str]:
     """Names of the graph's inputs that ``x`` is computed from."""
     producers = {op.name: op for op in graph.op}
-    found, seen, todo = [], set(), [x.node.name]
+    names, visited, todo = [], set(), [x.node.name]
     while todo:
         name = todo.pop()
-        if name in seen:
+        if name in visited:
             continue
-        seen.add(name)
+        visited.add(name)
         if producers[name].type == "Data":
-            found.append(name)
+            names.append(name)
         todo += [edge.split(":")[0] for edge in producers[name].input if edge and not edge.endswith(":-1")]
-    return found
+    return names
 
 
-def _checked(func: Any, line: str) -> Any:
+def _check_input(func: Any, line: str) -> Any:
     """What prepares one input of a call, with a line of Python before it."""
     from torchair.ge._ge_graph import _DiscontiguousTensorInput, _TensorInput
 

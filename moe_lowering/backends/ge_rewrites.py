@@ -36,8 +36,8 @@ from moe_lowering.backends import ge_converters
 from moe_lowering.custom_ops import assert_tokens
 from moe_lowering.custom_ops.sizes import show, token_count
 from moe_lowering.passes.arguments import arguments, given_arguments
-from moe_lowering.passes.edits import EditLog
-from moe_lowering.passes.verifying import GENERIC
+from moe_lowering.passes.edit_log import EditLog
+from moe_lowering.passes.verifier import GENERIC
 
 NAMESPACE = "moe_lowering"
 LOW_HALF = 0xFFFFFFFF
@@ -90,7 +90,7 @@ def split_all_to_all(edits: EditLog) -> None:
         with graph.inserting_before(node):
             counts = []
             for splits in (sent, received):
-                sizes = [_times(graph, size, _row(node)) for size in splits]
+                sizes = [_times(graph, size, _row_elements(node)) for size in splits]
                 counts += [sizes, _starts(graph, sizes)]
             new = graph.call_function(
                 torch.ops.npu_define.all_to_all_single_npu.default, (x, *counts, tag, ranks, len(ranks))
@@ -113,7 +113,7 @@ def _group(node: Node, name: Any) -> tuple[str, list[int]]:
     return c10d._get_group_tag(handle), list(c10d.get_process_group_ranks(handle))
 
 
-def _row(node: Node) -> int:
+def _row_elements(node: Node) -> int:
     """Elements of one row of what is sent."""
     shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
     row = token_count((*shape[1:], 1))
@@ -256,16 +256,16 @@ def simplify_fused(edits: EditLog) -> None:
     graph = edits.graph
     for name in ge_converters.TYPES:
         for node in graph.find_nodes(op="call_function", target=getattr(torch.ops.moe_lowering, name).default):
-            given = given_arguments(node)
+            arguments = given_arguments(node)
             if name == "dispatch_ffn_combine":
                 with graph.inserting_before(node):
                     for scale in ("w13_scale", "w2_scale"):
-                        given[scale] = [_wide(graph, n) for n in given[scale]] if given.get(scale) else None
-            edits.set_arguments(node, (), given)
+                        arguments[scale] = [_wide(graph, n) for n in arguments[scale]] if arguments.get(scale) else None
+            edits.set_arguments(node, (), arguments)
             for y in (
-                [user for user in node.users if _is_output(user, node, 0)] if given.get("mask") is not None else []
+                [user for user in node.users if _is_output(user, node, 0)] if arguments.get("mask") is not None else []
             ):
-                _zero_masked(edits, node, y, given["mask"])
+                _zero_masked(edits, node, y, arguments["mask"])
 
 
 def _wide(graph: Graph, scale: Node) -> Node:
@@ -324,7 +324,7 @@ def require_converters(graph: Graph, why_left: Sequence[str] = ()) -> None:
         if node.op == "call_function" and node.target not in lines:
             reason = missing_converter(node.target, node.meta.get("val"))
             if reason:
-                lines[node.target] = f"{node.name} ({node.target}): {reason}{_place(node)}"
+                lines[node.target] = f"{node.name} ({node.target}): {reason}{_node_origin(node)}"
     if lines:
         text = "\n  ".join([*lines.values(), *why_left])
         raise GeConversionError(f"torchair's GE mode cannot convert:\n  {text}")
@@ -369,6 +369,6 @@ def _empty(value: Any) -> bool:
     )
 
 
-def _place(node: Node) -> str:
+def _node_origin(node: Node) -> str:
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
     return f"; {lines[-1]}" if lines else ""

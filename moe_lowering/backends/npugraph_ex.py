@@ -110,5 +110,5 @@ def check_options(what: str, options: dict[str, Any]) -> None:
         try:
             setattr(config, name, value)
         except (TypeError, ValueError) as error:
-            said = str(error).partition("\n")[0]  # torch_npu puts its traceback into the message
-            raise ValueError(f"{what}: option {name} is {value!r}: {said}") from None
+            reason = str(error).partition("\n")[0]  # torch_npu puts its traceback into the message
+            raise ValueError(f"{what}: option {name} is {value!r}: {reason}") from None

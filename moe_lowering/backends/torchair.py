@@ -22,7 +22,7 @@ from moe_lowering.backends import ge_agreement, ge_converters, ge_rewrites
 from moe_lowering.backends.cache_key import flat_hook
 from moe_lowering.backends.npugraph_ex import check_common
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.edits import ModuleEdits
+from moe_lowering.passes.edit_log import ModuleEdits
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.report.records import LoweringReport
 
@@ -126,9 +126,9 @@ def _finish(gm: GraphModule, lowering: MoeLowering) -> None:
     except BaseException:
         edits.undo()
         raise
-    ge_rewrites.require_converters(gm.graph, _why_left(lowering.reports[-1]))
+    ge_rewrites.require_converters(gm.graph, _reasons_left(lowering.reports[-1]))
 
 
-def _why_left(report: LoweringReport) -> list[str]:
+def _reasons_left(report: LoweringReport) -> list[str]:
     left = [f"{block.name} was left: {block.reason}" for block in report.blocks if block.comm is None]
     return left + [f"{where} was not recognised: {why}" for where, why in report.unlowered]

@@ -64,7 +64,7 @@ def _parse(arguments: list[str] | None) -> Request:
         _print("", end="")
         raise
     except OSError as error:  # the version
-        raise _no_stdout(error) from error
+        raise _stdout_error(error) from error
 
 
 def _complain(text: str) -> None:
@@ -83,11 +83,11 @@ def _print(text: str, end: str = "\n") -> None:
         sys.stdout.flush()
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            raise _no_stdout(error) from error
+            raise _stdout_error(error) from error
         _discard_stdout()
 
 
-def _no_stdout(error: OSError) -> UsageError:
+def _stdout_error(error: OSError) -> UsageError:
     _discard_stdout()
     return UsageError(f"stdout cannot be written: {error.strerror}; accepted: an open file, pipe or terminal")
 

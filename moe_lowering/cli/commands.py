@@ -82,8 +82,8 @@ class _Version(argparse.Action):
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            found = version("moe-lowering")
+            release = version("moe-lowering")
         except PackageNotFoundError:
-            found = "unknown (not installed)"
-        print(f"moe-lowering {found}")
+            release = "unknown (not installed)"
+        print(f"moe-lowering {release}")
         parser.exit()

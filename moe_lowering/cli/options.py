@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.model_configs.check import LARGEST
-from moe_lowering.model_configs.errors import shown
+from moe_lowering.model_configs.errors import write_value
 from moe_lowering.providers import declarable
 from moe_lowering.vocabulary import PROVIDERS
 
@@ -53,21 +53,21 @@ def add_provider(add: Any) -> None:
     )
 
 
-def installed(given: list[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:
+def provider_packages(assumed: list[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:
     """The providers of a command; the assumed ones when none was named.
 
     Raises:
         UsageError: ``none`` beside others, or one that is named twice.
     """
-    if given is None:  # of what is assumed, the version that is there
+    if assumed is None:  # of what is assumed, the version that is there
         return tuple((name, dict(declarable()).get(name, version)) for name, version in ASSUMED_PROVIDERS)
-    names = [name for name, _ in given]
+    names = [name for name, _ in assumed]
     if "none" in names and len(names) > 1:
         raise UsageError("argument --provider: is none and others; accepted: none alone, or each library once")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UsageError(f"argument --provider: {twice} is given twice; accepted: none alone, or each library once")
-    return () if names == ["none"] else tuple(given)
+    return () if names == ["none"] else tuple(assumed)
 
 
 def _provider(text: str) -> tuple[str, str]:
@@ -79,14 +79,14 @@ def _provider(text: str) -> tuple[str, str]:
     return name, version
 
 
-def positive(text: str) -> int:
+def parse_positive(text: str) -> int:
     """An option's value as an integer from 1 to ``LARGEST``."""
-    value = whole(text)
+    value = parse_digits(text)
     if value is None or not 1 <= value <= LARGEST:
-        raise argparse.ArgumentTypeError(f"is {shown(text)}; accepted: an integer from 1 to {LARGEST}")
+        raise argparse.ArgumentTypeError(f"is {write_value(text)}; accepted: an integer from 1 to {LARGEST}")
     return value
 
 
-def whole(text: str) -> int | None:
+def parse_digits(text: str) -> int | None:
     """Digits as an integer; None for anything else, and for more digits than any option takes."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 20 else None

@@ -34,13 +34,13 @@ from moe_lowering.custom_ops import dispatch, grouped_mlp
 from moe_lowering.custom_ops.combine import send_back, weighted_sum
 from moe_lowering.custom_ops.dispatch import DispatchCall
 from moe_lowering.custom_ops.exchange import ALONE, Group, open_group
-from moe_lowering.custom_ops.fused import zero_masked
+from moe_lowering.custom_ops.fused import zero_masked_rows
 from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
 from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.npu_grouped_mlp import npu_grouped_mlp
 from moe_lowering.custom_ops.placement import Placement
-from moe_lowering.custom_ops.sizes import differ, show, unify
-from moe_lowering.custom_ops.token_exchange import DTYPES, FIELDS, Bounds, Tokens, agree, exchange, fits
+from moe_lowering.custom_ops.sizes import are_certainly_different, show, unify
+from moe_lowering.custom_ops.token_exchange import DTYPES, FIELDS, Bounds, TokenBatch, agree, exchange, fits
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 
@@ -86,13 +86,13 @@ class AllToAllExpertsCall(NamedTuple, Generic[Value]):
 
     def dispatch(self) -> DispatchCall[Value]:
         """The call of ``dispatch`` that this one stands for."""
-        given = {name: getattr(self, name) for name in _OF_DISPATCH}
-        return DispatchCall(**given, tp_group="", tp_size=1)
+        arguments = {name: getattr(self, name) for name in _OF_DISPATCH}
+        return DispatchCall(**arguments, tp_group="", tp_size=1)
 
     def grouped_mlp(self, rows: Value, row_scale: Value, counts: Value) -> GroupedMlpCall[Value]:
         """The call of ``grouped_mlp`` with these rows."""
-        given = {name: getattr(self, name) for name in _OF_GROUPED_MLP}
-        return GroupedMlpCall(rows=rows, row_scale=row_scale, counts=counts, **given)
+        arguments = {name: getattr(self, name) for name in _OF_GROUPED_MLP}
+        return GroupedMlpCall(rows=rows, row_scale=row_scale, counts=counts, **arguments)
 
 
 def _shared_with(other: Any) -> tuple[str, ...]:
@@ -118,7 +118,7 @@ def _empty(call: AllToAllExpertsCall[Tensor], rows: int) -> tuple[Tensor, Tensor
 
 
 @contextlib.contextmanager
-def _as_ours(operator: str) -> Iterator[None]:
+def _errors_in_own_name(operator: str) -> Iterator[None]:
     """Errors of another operator's checks, in this one's name."""
     try:
         yield
@@ -131,14 +131,14 @@ def _check(call: AllToAllExpertsCall[Tensor]) -> torch.dtype:
     x, ids, weights = call.x, call.ids, call.weights
     if x.dim() != 2:
         raise ValueError(f"{NAME}: x has shape {show(x.shape)}; accepted: [M, hidden]")
-    with _as_ours("dispatch"):
+    with _errors_in_own_name("dispatch"):
         dispatch._check(call.dispatch(), call.placement)
     if weights.dtype != torch.float32:
         raise TypeError(f"{NAME}: weights is {weights.dtype}; accepted: float32")
-    if differ(weights.shape, ids.shape):
+    if are_certainly_different(weights.shape, ids.shape):
         raise ValueError(f"{NAME}: weights has shape {show(weights.shape)}; accepted: that of ids, {show(ids.shape)}")
     counts = x.new_empty((call.placement.local_experts,), dtype=torch.int64)
-    with _as_ours("grouped_mlp"):
+    with _errors_in_own_name("grouped_mlp"):
         return grouped_mlp._fake(call.grouped_mlp(*_empty(call, 1), counts)).dtype
 
 
@@ -157,7 +157,7 @@ def _cpu(call: AllToAllExpertsCall[Tensor]) -> tuple[Tensor, Tensor]:
     """The same as the three generic operators over gloo. Mistakes in ids and sizes raise on all ranks alike."""
     _check(call)
     ep, top_k = open_group(NAME, "ep", call.ep_group, call.ep_size), call.ids.shape[1]
-    tokens = Tokens(call.x, call.ids, call.x_scale, call.mask)
+    tokens = TokenBatch(call.x, call.ids, call.x_scale, call.mask)
     received = exchange(NAME, tokens, call.placement, ep, ALONE, _bounds(call))
     scale = _empty(call, 0)[1] if received.scale is None else received.scale
     result = grouped_mlp._cpu(call.grouped_mlp(received.rows, scale, received.counts))
@@ -184,7 +184,7 @@ def _npu(call: AllToAllExpertsCall[Tensor]) -> tuple[Tensor, Tensor]:
     _check_device(call, dtype)
     ep = open_group(NAME, "ep", call.ep_group, call.ep_size)
     outbox = _sort_by_expert(call)
-    send, receive, arriving = _tell(call, outbox, ep)
+    send, receive, arriving = _exchange_counts(call, outbox, ep)
     total, slots = sum(receive), call.ids.numel()
     arrived = _swap(outbox.rows, send, receive, total, ep)
     scale = None if outbox.scale is None else _swap(outbox.scale, send, receive, total, ep)
@@ -196,7 +196,7 @@ def _npu(call: AllToAllExpertsCall[Tensor]) -> tuple[Tensor, Tensor]:
     # Slots of masked tokens have the index -1: any row will do for them, as they are selected to zero afterwards.
     index = outbox.place if call.mask is None else outbox.place.clamp(min=0)
     y = torch.ops.npu.npu_moe_token_unpermute(home, index, call.weights.to(dtype))
-    return zero_masked(y, call.mask), counts
+    return zero_masked_rows(y, call.mask), counts
 
 
 def _refuse_capture() -> None:
@@ -272,7 +272,9 @@ def _route(x: Tensor, ids: Tensor, scale: Tensor | None, experts: int, kept: int
     )  # fmt: skip
 
 
-def _tell(call: AllToAllExpertsCall[Tensor], outbox: _Outbox, ep: Group) -> tuple[list[int], list[int], Tensor]:
+def _exchange_counts(
+    call: AllToAllExpertsCall[Tensor], outbox: _Outbox, ep: Group
+) -> tuple[list[int], list[int], Tensor]:
     """Tell all ranks what this one sends, and learn what they do.
 
     Returns:
@@ -303,11 +305,11 @@ def _tell(call: AllToAllExpertsCall[Tensor], outbox: _Outbox, ep: Group) -> tupl
 def _swap(rows: Tensor, send: list[int], receive: list[int], lines: int, ep: Group) -> Tensor:
     """The first rows to rank 0, ...: what arrives, by source rank, in the first of ``lines`` lines."""
     arrived = rows.new_empty((lines, *rows.shape[1:]))
-    here, sent = arrived[: sum(receive)], rows[: sum(send)]
+    target, sent = arrived[: sum(receive)], rows[: sum(send)]
     if ep.size == 1:
-        here.copy_(sent)
+        target.copy_(sent)
     else:
-        dist.all_to_all_single(here, sent, receive, send, group=ep.handle)
+        dist.all_to_all_single(target, sent, receive, send, group=ep.handle)
     return arrived
 
 

@@ -68,9 +68,9 @@ def check(tokens: int, group: str, timeout: float, settings: str, blocks: str) -
     key = (group, settings, blocks)
     if key in contents:
         return
-    found = group_session(group)
-    if found is not None:
-        session, _, patience = found
+    meeting = group_session(group)
+    if meeting is not None:
+        session, _, patience = meeting
         seconds = patience if timeout == PATIENT else timeout
         if not _compare(session, seconds, json.loads(settings), json.loads(blocks), tokens):
             return  # refuses to run, each time: the next node says so
@@ -86,8 +86,8 @@ def _compare(session: Session, timeout: float, settings: Any, blocks: Any, token
         session.refuse("blocks", {**blocks, "T": None}, blocks["refuses"], patience)
         return False
     session.agree_once("settings", settings, setting_differences, timeout, SETTINGS_ABSENT)
-    seen = tokens if blocks["equal_tokens"] and tokens != UNKNOWN else None
-    record = {**blocks, "T": seen}
+    actual = tokens if blocks["equal_tokens"] and tokens != UNKNOWN else None
+    record = {**blocks, "T": actual}
     session.agree_once("blocks", record, block_differences, timeout, BLOCKS_ABSENT, key=block_key(blocks))
     return True
 

@@ -26,7 +26,7 @@ from moe_lowering.custom_ops.exchange import (
 )
 from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.placement import Placement
-from moe_lowering.custom_ops.sizes import ceil_div, differ, show, token_count, unify
+from moe_lowering.custom_ops.sizes import are_certainly_different, ceil_div, show, token_count, unify
 from moe_lowering.custom_ops.token_exchange import own_slice
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -72,11 +72,11 @@ def _check(call: CombineCall[Tensor], placement: Placement) -> None:
         raise TypeError(f"combine: rows is {rows.dtype}; accepted: float32, float16, bfloat16")
     if weights.dtype != torch.float32:
         raise TypeError(f"combine: weights is {weights.dtype}; accepted: float32")
-    if differ(weights.shape, ids.shape):
+    if are_certainly_different(weights.shape, ids.shape):
         raise ValueError(f"combine: weights has shape {show(weights.shape)}; accepted: that of ids, {show(ids.shape)}")
     if handle.dtype != torch.int32:
         raise TypeError(f"combine: handle is {handle.dtype}; accepted: int32")
-    if differ(handle.shape, (rows.shape[0], 3)):
+    if are_certainly_different(handle.shape, (rows.shape[0], 3)):
         raise ValueError(
             f"combine: handle has shape {show(handle.shape)}; accepted: {show((rows.shape[0], 3))}, one line per row"
         )
@@ -96,12 +96,12 @@ def _cpu(call: CombineCall[Tensor]) -> Tensor:
     ep = open_group(NAME, "ep", call.ep_group, call.ep_size)
     tp = open_group(NAME, "tp", call.tp_group, call.tp_size)
     tokens, top_k, added = token_count(ids.shape), ids.shape[-1], placement.added
-    mine = own_slice(tokens, tp)
-    kept = None if call.mask is None else call.mask.reshape(tokens)[mine].nonzero().squeeze(1)
-    size = mine.stop - mine.start
+    own_tokens = own_slice(tokens, tp)
+    kept = None if call.mask is None else call.mask.reshape(tokens)[own_tokens].nonzero().squeeze(1)
+    size = own_tokens.stop - own_tokens.start
     expected = (top_k + added) * (size if kept is None else kept.numel())
     returned, slots = send_back(NAME, rows, call.handle, top_k + added, expected, ep)
-    own = call.weights.reshape(tokens, top_k)[mine]
+    own = call.weights.reshape(tokens, top_k)[own_tokens]
     if added:
         own = torch.nn.functional.pad(own, (0, added), value=1.0)
     part = weighted_sum(NAME, returned, slots, own, kept)
@@ -141,10 +141,10 @@ def send_back(
 
 
 def _complete(operator: str, back: list[int], sent: list[int]) -> None:
-    for rank, (rows, wanted) in enumerate(zip(back, sent, strict=True)):
-        if rows != wanted:
+    for rank, (rows, expected) in enumerate(zip(back, sent, strict=True)):
+        if rows != expected:
             raise ValueError(
-                f"{operator}: handle sends {rows} rows to EP rank {rank}, whose ids and mask ask for {wanted}; "
+                f"{operator}: handle sends {rows} rows to EP rank {rank}, whose ids and mask ask for {expected}; "
                 "accepted: the handle that dispatch made from the same ids and mask"
             )
 

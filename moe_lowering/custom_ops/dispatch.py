@@ -18,8 +18,8 @@ from typing_extensions import NamedTuple
 from moe_lowering.custom_ops.exchange import open_group
 from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.placement import Placement, check
-from moe_lowering.custom_ops.sizes import ceil_div, differ, known, show, token_count, unify
-from moe_lowering.custom_ops.token_exchange import DTYPES, Bounds, Tokens, exchange
+from moe_lowering.custom_ops.sizes import are_certainly_different, ceil_div, is_known, show, token_count, unify
+from moe_lowering.custom_ops.token_exchange import DTYPES, Bounds, TokenBatch, exchange
 
 
 class DispatchCall(NamedTuple, Generic[Value]):
@@ -79,13 +79,13 @@ def check_ids(operator: str, ids: Tensor, mask: Tensor | None, num_experts: int)
     """The rules for ``ids [..., k]`` and ``mask [...]`` that need no data."""
     if ids.dtype != torch.int32:
         raise TypeError(f"{operator}: ids is {ids.dtype}; accepted: int32")
-    if ids.dim() < 1 or known(ids.shape[-1] < 1) or known(ids.shape[-1] > num_experts):
+    if ids.dim() < 1 or is_known(ids.shape[-1] < 1) or is_known(ids.shape[-1] > num_experts):
         raise ValueError(f"{operator}: ids has shape {show(ids.shape)}; accepted: [..., k], k from 1 to {num_experts}")
     if mask is None:
         return
     if mask.dtype != torch.bool:
         raise TypeError(f"{operator}: mask is {mask.dtype}; accepted: bool")
-    if differ(mask.shape, ids.shape[:-1]):
+    if are_certainly_different(mask.shape, ids.shape[:-1]):
         raise ValueError(
             f"{operator}: mask has shape {show(mask.shape)}; accepted: {show(ids.shape[:-1])}, one per token"
         )
@@ -104,7 +104,7 @@ def _check(call: DispatchCall[Tensor], placement: Placement) -> None:
         raise TypeError(f"dispatch: x is {x.dtype}; accepted: float32, float16, bfloat16, or int8 with x_scale")
     check_ids(NAME, ids, call.mask, call.num_experts)
     lead = x.shape[:-1]
-    if differ(ids.shape[:-1], lead):
+    if are_certainly_different(ids.shape[:-1], lead):
         raise ValueError(
             f"dispatch: ids has shape {show(ids.shape)}; accepted: [..., k] with x's leading dimensions, {show(lead)}"
         )
@@ -114,7 +114,7 @@ def _check(call: DispatchCall[Tensor], placement: Placement) -> None:
         return
     if x_scale.dtype != torch.float32:
         raise TypeError(f"dispatch: x_scale is {x_scale.dtype}; accepted: float32")
-    if differ(x_scale.shape, lead):
+    if are_certainly_different(x_scale.shape, lead):
         raise ValueError(f"dispatch: x_scale has shape {show(x_scale.shape)}; accepted: {show(lead)}, one per token")
 
 
@@ -155,10 +155,10 @@ def _cpu(call: DispatchCall[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _flat_tokens(call: DispatchCall[Tensor]) -> Tokens:
+def _flat_tokens(call: DispatchCall[Tensor]) -> TokenBatch:
     """The tokens of a call with one leading dimension, T."""
     lines = token_count(call.x.shape)
-    return Tokens(
+    return TokenBatch(
         call.x.reshape(lines, call.x.shape[-1]),
         call.ids.reshape(lines, call.ids.shape[-1]),
         None if call.x_scale is None else call.x_scale.reshape(lines),

@@ -23,7 +23,7 @@ from typing_extensions import NamedTuple
 from moe_lowering.custom_ops.exchange import open_group
 from moe_lowering.custom_ops.fused import (
     HALVES,
-    Experts,
+    ExpertTensors,
     check_experts,
     check_form,
     check_group,
@@ -33,14 +33,14 @@ from moe_lowering.custom_ops.fused import (
     check_quantisation,
     check_tokens,
     check_top_k,
-    provided,
+    find_provider_operator,
     run_layer,
     unify_tokens,
     wide_scale,
-    zero_masked,
+    zero_masked_rows,
 )
 from moe_lowering.custom_ops.library import Value, register, schema_of
-from moe_lowering.custom_ops.sizes import known
+from moe_lowering.custom_ops.sizes import is_known
 from moe_lowering.custom_ops.token_exchange import Bounds
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
@@ -48,7 +48,7 @@ NAME = "dispatch_ffn_combine"
 
 
 class DispatchFfnCombineCall(NamedTuple, Generic[Value]):
-    """The arguments of ``dispatch_ffn_combine``; of tokens as in ``fused.FusedCall``, of experts as in ``fused.Experts``.
+    """The arguments of ``dispatch_ffn_combine``; of tokens as in ``fused.FusedCall``, of experts as in ``fused.ExpertTensors``.
 
     ``max_output_size`` bounds the rows that this rank receives; ``swiglu_limit`` is that of SwiGLU's inputs, 0 for none.
     """
@@ -76,27 +76,27 @@ SCALES = (torch.float32, torch.int64)
 NO_COUNT = -1
 
 
-def _check(call: DispatchFfnCombineCall[Tensor]) -> Experts:
+def _check(call: DispatchFfnCombineCall[Tensor]) -> ExpertTensors:
     """Raises for what the real operator refuses, or computes wrongly without a word.
 
     Sources: vllm_ascend.ffn_adapter, vllm_ascend.ffn_api, vllm_ascend.ffn_definition: dtypes and formats;
     vllm_ascend.ffn_kernel, vllm_ascend.ffn_kernel_16_bit: what they compute wrongly.
     """
-    x, experts = call.x, Experts.of(call.quantisation, call)
+    x, experts = call.x, ExpertTensors.of(call.quantisation, call)
     check_quantisation(NAME, experts.quantisation)
     quantised = EXPERT_FORMATS[experts.quantisation].quantised
     check_tokens(NAME, call, (torch.bfloat16,) if quantised else HALVES)
-    if known(x.shape[1] % 32 != 0):
+    if is_known(x.shape[1] % 32 != 0):
         raise ValueError(f"{NAME}: x has hidden size {x.shape[1]}; accepted: a multiple of 32")
     check_group(NAME, call.group, call.ep_size, MOST_RANKS)
     if call.max_output_size < 1:
         raise ValueError(f"{NAME}: max_output_size is {call.max_output_size}; accepted: 1 or more")
     check_form(NAME, experts)
-    if not quantised and known(experts.local == 2):
+    if not quantised and is_known(experts.local == 2):
         raise ValueError(
             f"{NAME}: w13 holds 2 experts; accepted: 1, or 3 or more, as the 16-bit kernel skips SwiGLU for 2"
         )
-    if quantised and known(experts.local < 2):
+    if quantised and is_known(experts.local < 2):
         raise ValueError(
             f"{NAME}: w13 holds {experts.local} expert; accepted: 2 or more, as the quantised kernels skip SwiGLU for 1"
         )
@@ -104,8 +104,8 @@ def _check(call: DispatchFfnCombineCall[Tensor]) -> Experts:
     check_top_k(NAME, call.ids, call.ep_size * experts.local)
     check_mask(NAME, call, (torch.bool,))
     check_limit(NAME, "swiglu_limit", call.swiglu_limit)
-    for name, given in (("mask", call.mask is not None), ("swiglu_limit", call.swiglu_limit > 0)):
-        if given and not quantised:
+    for name, present in (("mask", call.mask is not None), ("swiglu_limit", call.swiglu_limit > 0)):
+        if present and not quantised:
             raise ValueError(f"{NAME}: {name} is given for 16-bit weights, whose kernel ignores it; accepted: none")
     return experts
 
@@ -138,14 +138,14 @@ def _npu(call: DispatchFfnCombineCall[Tensor]) -> tuple[Tensor, Tensor]:
     """
     experts, x, mask, swiglu_limit = _check(call), call.x, call.mask, call.swiglu_limit
     form = EXPERT_FORMATS[call.quantisation]
-    operator, names = provided(NAME)
-    for name, wanted, why in (
+    operator, names = find_provider_operator(NAME)
+    for name, expected, why in (
         ("expert_token_nums", not form.quantised, "16-bit weights"),
         ("bias1", form.has_scale_bias, f"quantisation {call.quantisation!r}"),
         ("x_active_mask", mask is not None, "mask"),
         ("swiglu_limit", swiglu_limit > 0, "swiglu_limit"),
     ):
-        if wanted and name not in names:
+        if expected and name not in names:
             raise NotImplementedError(
                 f"{NAME}: {why} is asked for, and the operator that is registered has no argument {name}; accepted: "
                 "a newer vllm-ascend (0.20.2 has all)"
@@ -169,10 +169,10 @@ def _npu(call: DispatchFfnCombineCall[Tensor]) -> tuple[Tensor, Tensor]:
     }
     check_known(NAME, names, arguments)
     operator(**{name: value for name, value in arguments.items() if name in names})
-    return zero_masked(out, mask), counts
+    return zero_masked_rows(out, mask), counts
 
 
-def _scales(experts: Experts, x: Tensor) -> dict[str, Any]:
+def _scales(experts: ExpertTensors, x: Tensor) -> dict[str, Any]:
     """Scales and biases as the operator takes them; empty tensors where there are none."""
     no_scale, no_bias = x.new_empty((0,), dtype=torch.int64), x.new_empty((0,), dtype=torch.float32)
     form = EXPERT_FORMATS[experts.quantisation]

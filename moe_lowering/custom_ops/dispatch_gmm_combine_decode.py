@@ -21,7 +21,7 @@ from typing_extensions import NamedTuple
 from moe_lowering.custom_ops.exchange import Group, gather_numbers, open_group
 from moe_lowering.custom_ops.fused import (
     HALVES,
-    Experts,
+    ExpertTensors,
     check_experts,
     check_form,
     check_group,
@@ -30,10 +30,10 @@ from moe_lowering.custom_ops.fused import (
     check_mask,
     check_tokens,
     check_top_k,
-    provided,
+    find_provider_operator,
     run_layer,
     unify_tokens,
-    zero_masked,
+    zero_masked_rows,
 )
 from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.sizes import smaller
@@ -45,7 +45,7 @@ NAME = "dispatch_gmm_combine_decode"
 
 class DispatchGmmCombineDecodeCall(NamedTuple, Generic[Value]):
     """The arguments of ``dispatch_gmm_combine_decode``; of tokens as in ``fused.FusedCall``, of experts as in
-    ``fused.Experts``. ``num_experts`` are those of all ranks; ``global_bs``: see the top of this file."""
+    ``fused.ExpertTensors``. ``num_experts`` are those of all ranks; ``global_bs``: see the top of this file."""
 
     x: Value
     w13: Sequence[Value]
@@ -68,12 +68,12 @@ SCALES = (torch.float32, torch.bfloat16, torch.float16)
 EQUAL = "global_bs is 0, which says that T is equal on all ranks (ep_size times the largest T says that it may differ)"
 
 
-def _check(call: DispatchGmmCombineDecodeCall[Tensor]) -> Experts:
+def _check(call: DispatchGmmCombineDecodeCall[Tensor]) -> ExpertTensors:
     """Raises for what the real operator refuses, but for the sizes of a device.
 
     Sources: vllm_ascend.decode_tiling, vllm_ascend.decode_definition.
     """
-    experts = Experts.of("w8a8" if call.w13 and call.w13[0].dtype == torch.int8 else "none", call)
+    experts = ExpertTensors.of("w8a8" if call.w13 and call.w13[0].dtype == torch.int8 else "none", call)
     ep_size, ep_rank, global_bs = call.ep_size, call.ep_rank, call.global_bs
     check_tokens(NAME, call, HALVES)
     check_group(NAME, call.group, ep_size, MOST_RANKS)
@@ -134,7 +134,7 @@ def _npu(call: DispatchGmmCombineDecodeCall[Tensor]) -> tuple[Tensor, Tensor]:
         NotImplementedError: the version that is installed has an argument that is not known here.
     """
     experts, x, mask = _check(call), call.x, call.mask
-    operator, names = provided(NAME)
+    operator, names = find_provider_operator(NAME)
     # One 1 in the weights' dtype where there is no scale, as in vllm-ascend's own test (1052917a).
     no_scale, quantised = [x.new_ones((1,))], EXPERT_FORMATS[experts.quantisation].quantised
     arguments = {
@@ -158,7 +158,7 @@ def _npu(call: DispatchGmmCombineDecodeCall[Tensor]) -> tuple[Tensor, Tensor]:
     }
     check_known(NAME, names, arguments)
     y, counts = operator(**arguments)
-    return zero_masked(y, mask), counts
+    return zero_masked_rows(y, mask), counts
 
 
 register(SCHEMA, DispatchGmmCombineDecodeCall, cpu=_cpu, fake=_fake, npu=_npu, side_effect=True)

@@ -19,14 +19,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moe_lowering.custom_ops.absent import why_absent
 from moe_lowering.custom_ops.combine import send_back, weighted_sum
 from moe_lowering.custom_ops.exchange import ALONE, Group
 from moe_lowering.custom_ops.grouped_mlp import activate, check_per_expert, grouped_matmul
+from moe_lowering.custom_ops.missing_operators import why_absent
 from moe_lowering.custom_ops.placement import Placement
 from moe_lowering.custom_ops.quantised import WEIGHT_DTYPES, quantise_rows, quantised_matmul
-from moe_lowering.custom_ops.sizes import differ, known, show, unify
-from moe_lowering.custom_ops.token_exchange import Bounds, Tokens, exchange
+from moe_lowering.custom_ops.sizes import are_certainly_different, is_known, show, unify
+from moe_lowering.custom_ops.token_exchange import Bounds, TokenBatch, exchange
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -51,7 +51,7 @@ class FusedCall(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Experts:
+class ExpertTensors:
     """The weights of one rank's experts. Every list is one stacked tensor or one tensor for each expert; () for none.
 
     w13 [E_local, hidden, 2I], w2 [E_local, I, hidden], in int32 an eighth as wide for w4a8; scales and scale biases are
@@ -67,10 +67,10 @@ class Experts:
     w2_scale_bias: Tensors = ()
 
     @staticmethod
-    def of(quantisation: str, call: Any) -> Experts:
+    def of(quantisation: str, call: Any) -> ExpertTensors:
         """The lists of a fused operator's call, by their names; what it has no argument for is not there."""
-        names = (field.name for field in dataclasses.fields(Experts) if field.name != "quantisation")
-        return Experts(quantisation, **{name: getattr(call, name, None) or () for name in names})
+        names = (field.name for field in dataclasses.fields(ExpertTensors) if field.name != "quantisation")
+        return ExpertTensors(quantisation, **{name: getattr(call, name, None) or () for name in names})
 
     @property
     def stacked(self) -> bool:
@@ -104,16 +104,16 @@ def check_tokens(operator: str, call: FusedCall, dtypes: Sequence[torch.dtype]) 
     if x.dim() != 2 or x.dtype not in dtypes:
         accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{operator}: x is {x.dtype} of shape {show(x.shape)}; accepted: {accepted} [T, hidden]")
-    if ids.dtype != torch.int32 or ids.dim() != 2 or differ(ids.shape[:1], x.shape[:1]):
+    if ids.dtype != torch.int32 or ids.dim() != 2 or are_certainly_different(ids.shape[:1], x.shape[:1]):
         raise TypeError(f"{operator}: ids is {ids.dtype} of shape {show(ids.shape)}; accepted: int32 [T, k]")
-    if weights.dtype != torch.float32 or differ(weights.shape, ids.shape):
+    if weights.dtype != torch.float32 or are_certainly_different(weights.shape, ids.shape):
         raise TypeError(
             f"{operator}: weights is {weights.dtype} of shape {show(weights.shape)}; accepted: float32 like ids"
         )
 
 
 def check_top_k(operator: str, ids: Tensor, experts: int) -> None:
-    if known(ids.shape[1] < 1) or known(ids.shape[1] > experts):
+    if is_known(ids.shape[1] < 1) or is_known(ids.shape[1] > experts):
         raise ValueError(f"{operator}: ids has k = {ids.shape[1]}; accepted: 1 to {experts}, the number of experts")
 
 
@@ -126,7 +126,7 @@ def check_group(operator: str, group: str, ep_size: int, most: int) -> None:
 
 def check_mask(operator: str, call: FusedCall, dtypes: Sequence[torch.dtype]) -> None:
     mask = call.mask
-    if mask is not None and (mask.dtype not in dtypes or differ(mask.shape, call.x.shape[:1])):
+    if mask is not None and (mask.dtype not in dtypes or are_certainly_different(mask.shape, call.x.shape[:1])):
         accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{operator}: mask is {mask.dtype} of shape {show(mask.shape)}; accepted: {accepted} [T]")
 
@@ -136,10 +136,10 @@ def check_limit(operator: str, name: str, limit: float) -> None:
         raise ValueError(f"{operator}: {name} is {limit}; accepted: 0 (no limit) or more")
 
 
-def check_local_experts(operator: str, experts: Experts, num_experts: int, ep_size: int) -> None:
+def check_local_experts(operator: str, experts: ExpertTensors, num_experts: int, ep_size: int) -> None:
     if num_experts < 1 or num_experts % ep_size:
         raise ValueError(f"{operator}: num_experts is {num_experts}; accepted: a multiple of ep_size, {ep_size}")
-    if known(experts.local != num_experts // ep_size):
+    if is_known(experts.local != num_experts // ep_size):
         raise ValueError(
             f"{operator}: w13 holds {experts.local} experts; accepted: {num_experts // ep_size}, num_experts / ep_size"
         )
@@ -151,7 +151,7 @@ def check_quantisation(operator: str, quantisation: str) -> None:
         raise ValueError(f"{operator}: quantisation is {quantisation!r}; accepted: {', '.join(map(repr, FORMATS))}")
 
 
-def check_form(operator: str, experts: Experts, *, lists_only: bool = False) -> None:
+def check_form(operator: str, experts: ExpertTensors, *, lists_only: bool = False) -> None:
     """Whether w13 and w2 are both stacked, or both a list: the kernels take the form of both from w13.
 
     Args:
@@ -169,30 +169,30 @@ def check_form(operator: str, experts: Experts, *, lists_only: bool = False) -> 
         )
 
 
-def check_experts(operator: str, experts: Experts, x: Tensor, scale_dtypes: Sequence[torch.dtype]) -> None:
+def check_experts(operator: str, experts: ExpertTensors, x: Tensor, scale_dtypes: Sequence[torch.dtype]) -> None:
     """The rules for shapes and dtypes of weights (``check_form`` first), scales and scale biases."""
     quantisation, packed, hidden = experts.quantisation, experts.packed, x.shape[1]
     width = experts.w13[0].shape[-1] * packed
-    if known(width % 2 != 0):
+    if is_known(width % 2 != 0):
         raise ValueError(f"{operator}: w13 has {width} columns; accepted: an even number, gate and up")
-    if known(hidden % packed != 0):
+    if is_known(hidden % packed != 0):
         raise ValueError(f"{operator}: x has hidden size {hidden}; accepted: a multiple of {packed}")
     dtypes = (WEIGHT_DTYPES.get(quantisation, x.dtype),)
     check_per_expert(operator, "w13", experts.w13, experts.local, (hidden, width // packed), dtypes)
     check_per_expert(operator, "w2", experts.w2, experts.local, (width // 2, hidden // packed), dtypes)
     sizes = {"w13": width, "w2": hidden}
     for name, size in sizes.items():
-        for kind, wanted, accepted in (
+        for kind, expected, accepted in (
             ("scale", EXPERT_FORMATS[quantisation].quantised, scale_dtypes),
             ("scale_bias", EXPERT_FORMATS[quantisation].has_scale_bias, (torch.float32,)),
         ):
             tensors = getattr(experts, f"{name}_{kind}")
-            if bool(tensors) != wanted:
+            if bool(tensors) != expected:
                 raise ValueError(
                     f"{operator}: {name}_{kind} is {'given' if tensors else 'None'} for quantisation {quantisation!r}; "
-                    f"accepted: {show((experts.local, size)) if wanted else 'None'}"
+                    f"accepted: {show((experts.local, size)) if expected else 'None'}"
                 )
-            if wanted:
+            if expected:
                 check_per_expert(operator, f"{name}_{kind}", tensors, experts.local, (size,), accepted)
 
 
@@ -216,7 +216,7 @@ def wide_scale(scale: Tensor) -> Tensor:
 def run_layer(
     operator: str,
     call: FusedCall,
-    experts: Experts,
+    experts: ExpertTensors,
     ep: Group,
     *,
     between: torch.dtype,
@@ -238,7 +238,7 @@ def run_layer(
     sent, scale = quantise_rows(x) if quantised else (x, None)
     active = None if call.mask is None else call.mask.bool()
     placement = Placement(experts.local * ep.size, ep.size)
-    received = exchange(operator, Tokens(sent, ids, scale, active), placement, ep, ALONE, bounds)
+    received = exchange(operator, TokenBatch(sent, ids, scale, active), placement, ep, ALONE, bounds)
     numbers, (name, bound) = received.counts.tolist(), ("swiglu_clamp", limit) if limit else ("swiglu", 0.0)
     if quantised:
         assert received.scale is not None
@@ -258,7 +258,7 @@ def run_layer(
 # -------------------------------------------------------------------------------------------------------------- provider
 
 
-def provided(operator: str) -> tuple[Any, frozenset[str]]:
+def find_provider_operator(operator: str) -> tuple[Any, frozenset[str]]:
     """vllm-ascend's operator of that name, and the names of its arguments, which differ between versions.
 
     Raises:
@@ -270,7 +270,7 @@ def provided(operator: str) -> tuple[Any, frozenset[str]]:
     return overload, frozenset(argument.name for argument in overload._schema.arguments)
 
 
-def check_known(operator: str, names: Collection[str], given: Collection[str]) -> None:
+def check_known(operator: str, names: Collection[str], passed: Collection[str]) -> None:
     """Refuse an operator that has an argument which its wrapper does not know, whatever the default is.
 
     ``world_size`` of dispatch_ffn_combine came with a default that the operator itself refuses.
@@ -278,13 +278,13 @@ def check_known(operator: str, names: Collection[str], given: Collection[str]) -
     Raises:
         NotImplementedError: naming the arguments.
     """
-    if unknown := sorted(set(names) - set(given)):
+    if unknown := sorted(set(names) - set(passed)):
         raise NotImplementedError(
             f"{operator}: the operator that is registered has {', '.join(unknown)}, which this version of moe_lowering does "
             "not know; accepted: the versions of vllm-ascend in docs/provider.md"
         )
 
 
-def zero_masked(y: Tensor, mask: Tensor | None) -> Tensor:
+def zero_masked_rows(y: Tensor, mask: Tensor | None) -> Tensor:
     """y with the rows of masked tokens zero, whatever the operator left there."""
     return y if mask is None else torch.where(mask.bool().unsqueeze(1), y, y.new_zeros(()))

@@ -26,20 +26,20 @@ from moe_lowering.custom_ops.library import Value, register, schema_of
 from moe_lowering.custom_ops.quantised import (
     WEIGHT_DTYPES,
     antiquant_matmul,
-    each,
-    grouped,
+    are_scales_grouped,
     quantise_rows,
     quantised_matmul,
+    split_experts,
 )
-from moe_lowering.custom_ops.sizes import differ, known, show
+from moe_lowering.custom_ops.sizes import are_certainly_different, is_known, show
 from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
 QUANTISERS = {  # and the formats that have them
-    "scale": tuple(made.name for made in EXPERT_FORMATS.values() if made.quantised),
-    "offset": tuple(made.name for made in EXPERT_FORMATS.values() if made.has_offset),
-    "scale_bias": tuple(made.name for made in EXPERT_FORMATS.values() if made.has_scale_bias),
+    "scale": tuple(format.name for format in EXPERT_FORMATS.values() if format.quantised),
+    "offset": tuple(format.name for format in EXPERT_FORMATS.values() if format.has_offset),
+    "scale_bias": tuple(format.name for format in EXPERT_FORMATS.values() if format.has_scale_bias),
 }
 _QUANTISER_LISTS = {f"{name}_{what}": formats for name, (what, formats) in product(("w13", "w2"), QUANTISERS.items())}
 _COMPUTED = frozenset({"none", "w8a8", "w4a8", "w4a16"})  # the formats that _cpu knows; not what the vocabulary has
@@ -97,10 +97,10 @@ def check_per_expert(
             f"{operator}: {name} has {len(tensors)} tensors; accepted: 1 of {show((experts, *shape))} or {experts} of "
             f"{show(shape)}"
         )
-    wanted = (experts, *shape) if stacked else tuple(shape)
+    expected = (experts, *shape) if stacked else tuple(shape)
     for at, tensor in enumerate(tensors):
-        if differ(tensor.shape, wanted):
-            raise ValueError(f"{operator}: {name}[{at}] has shape {show(tensor.shape)}; accepted: {show(wanted)}")
+        if are_certainly_different(tensor.shape, expected):
+            raise ValueError(f"{operator}: {name}[{at}] has shape {show(tensor.shape)}; accepted: {show(expected)}")
         if tensor.dtype not in dtypes:
             accepted = " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
             raise TypeError(f"{operator}: {name}[{at}] is {tensor.dtype}; accepted: {accepted}")
@@ -118,9 +118,9 @@ def _check(call: GroupedMlpCall[Tensor]) -> None:
             raise ValueError(f"grouped_mlp: {name} holds no matrix; accepted: one tensor [E, K, N] or E tensors [K, N]")
     packed, dtypes = EXPERT_FORMATS[form].packed, (WEIGHT_DTYPES.get(form, rows.dtype),)
     experts, hidden, double = counts.shape[0], rows.shape[1], w13[0].shape[-1] * packed
-    if known(double % 2 != 0):
+    if is_known(double % 2 != 0):
         raise ValueError(f"grouped_mlp: w13 has {double} columns; accepted: an even number, gate and up")
-    if known(hidden % packed != 0):
+    if is_known(hidden % packed != 0):
         raise ValueError(f"grouped_mlp: rows has hidden size {hidden} for {form}; accepted: a multiple of {packed}")
     check_per_expert(NAME, "w13", w13, experts, (hidden, double // packed), dtypes)
     check_per_expert(NAME, "w2", w2, experts, (double // 2, hidden // packed), dtypes)
@@ -139,13 +139,13 @@ def _check_rows(call: GroupedMlpCall[Tensor]) -> None:
         raise ValueError(f"grouped_mlp: quantisation is {form!r}; accepted: {', '.join(EXPERT_FORMATS)}")
     if rows.dim() != 2:
         raise ValueError(f"grouped_mlp: rows has shape {show(rows.shape)}; accepted: [R, hidden]")
-    made = EXPERT_FORMATS[form]
-    accepted = HALVES if made.weight_only else (*FLOATS, torch.int8) if made.int8_rows else FLOATS
+    format = EXPERT_FORMATS[form]
+    accepted = HALVES if format.weight_only else (*FLOATS, torch.int8) if format.int8_rows else FLOATS
     if rows.dtype not in accepted:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
         raise TypeError(f"grouped_mlp: rows is {rows.dtype} for quantisation {form!r}; accepted: {names}")
     if rows.dtype != torch.int8:
-        if row_scale.dim() != 1 or known(row_scale.shape[0] != 0):
+        if row_scale.dim() != 1 or is_known(row_scale.shape[0] != 0):
             raise ValueError(
                 f"grouped_mlp: row_scale has shape {show(row_scale.shape)} for rows of {rows.dtype}; accepted: [0], "
                 "since only int8 rows have scales"
@@ -153,7 +153,7 @@ def _check_rows(call: GroupedMlpCall[Tensor]) -> None:
         if out_dtype not in (None, rows.dtype):
             raise TypeError(f"grouped_mlp: out_dtype is {out_dtype}; accepted: None or that of rows, {rows.dtype}")
         return
-    if row_scale.dtype != torch.float32 or differ(row_scale.shape, rows.shape[:1]):
+    if row_scale.dtype != torch.float32 or are_certainly_different(row_scale.shape, rows.shape[:1]):
         raise TypeError(
             f"grouped_mlp: row_scale is {row_scale.dtype} of shape {show(row_scale.shape)}; accepted: float32 "
             f"{show(rows.shape[:1])}, one for each row of int8"
@@ -179,7 +179,7 @@ def _check_quantisers(call: GroupedMlpCall[Tensor], experts: int, hidden: int, d
         if not scale:
             raise ValueError(f"grouped_mlp: {name}_scale is None for {form}; accepted: {show((experts, width))}")
         shape: tuple[int, ...] = (width,)
-        if EXPERT_FORMATS[form].weight_only and grouped(scale, experts):
+        if EXPERT_FORMATS[form].weight_only and are_scales_grouped(scale, experts):
             shape = (_groups(f"{name}_scale", scale[0].shape[-2], inner), width)
         check_per_expert(NAME, f"{name}_scale", scale, experts, shape, scale_dtypes)
         if offset:
@@ -189,7 +189,7 @@ def _check_quantisers(call: GroupedMlpCall[Tensor], experts: int, hidden: int, d
 
 
 def _groups(name: str, groups: int, inner: int) -> int:
-    if groups < 1 or known(inner % groups != 0):
+    if groups < 1 or is_known(inner % groups != 0):
         raise ValueError(f"grouped_mlp: {name} has {groups} groups; accepted: a divisor of {inner}, the weight's lines")
     return groups
 
@@ -263,18 +263,18 @@ def grouped_matmul(
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
         return F.grouped_mm(rows, weights[0], offs=ends)
     out = rows.new_empty((rows.shape[0], weights[0].shape[-1]), dtype=dtype)
-    matrices = each(weights)
-    vectors = each(biases, 1) if biases else ()
+    matrices = split_experts(weights)
+    vectors = split_experts(biases, 1) if biases else ()
     for expert, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
         if not count:
             continue
-        mine, target, matrix = rows[end - count : end], out[end - count : end], matrices[expert]
+        own_rows, target, matrix = rows[end - count : end], out[end - count : end], matrices[expert]
         if native and vectors:
-            torch.addmm(vectors[expert], mine, matrix, out=target)
+            torch.addmm(vectors[expert], own_rows, matrix, out=target)
         elif native:
-            torch.mm(mine, matrix, out=target)
+            torch.mm(own_rows, matrix, out=target)
         else:
-            product = mine.float() @ matrix.float()
+            product = own_rows.float() @ matrix.float()
             target.copy_(product.add_(vectors[expert]) if vectors else product)
     return out
 
@@ -302,13 +302,13 @@ def activate(
     """The gated activation of ``hidden [n, 2I]``, computed in float32: [n, I] of ``dtype``."""
     step = CHUNK // hidden.shape[1]
     if dtype == torch.float32 or hidden.shape[0] <= step or step == 0:
-        return _gated(hidden, activation, limit, alpha, interleaved).to(dtype)
+        return _apply_gate(hidden, activation, limit, alpha, interleaved).to(dtype)
     starts = range(0, hidden.shape[0], step)
-    parts = [_gated(hidden[at : at + step], activation, limit, alpha, interleaved).to(dtype) for at in starts]
+    parts = [_apply_gate(hidden[at : at + step], activation, limit, alpha, interleaved).to(dtype) for at in starts]
     return torch.cat(parts)
 
 
-def _gated(hidden: Tensor, activation: str, limit: float, alpha: float, interleaved: bool) -> Tensor:
+def _apply_gate(hidden: Tensor, activation: str, limit: float, alpha: float, interleaved: bool) -> Tensor:
     gate, up = (hidden[:, 0::2], hidden[:, 1::2]) if interleaved else hidden.chunk(2, dim=1)
     gate, up = gate.float(), up.float()
     if activation in ACTIVATIONS and ACTIVATIONS[activation].clamped:

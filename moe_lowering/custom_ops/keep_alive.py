@@ -18,8 +18,8 @@ from moe_lowering.custom_ops.library import register
 SCHEMA = "keep_alive(Tensor[] tensors) -> ()"
 
 
-def _nothing(tensors: list[Tensor]) -> None:
+def _do_nothing(tensors: list[Tensor]) -> None:
     """That the caller holds ``tensors`` is all there is to it; any shapes, dtypes and devices."""
 
 
-register(SCHEMA, cpu=_nothing, npu=_nothing, fake=_nothing, side_effect=True)
+register(SCHEMA, cpu=_do_nothing, npu=_do_nothing, fake=_do_nothing, side_effect=True)

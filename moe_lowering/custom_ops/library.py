@@ -80,7 +80,7 @@ def register(
         library.impl(name, bind_kernel(schema, npu, call), "PrivateUse1")
     torch.library.register_fake(qualified, bind_kernel(schema, fake, call), lib=LIBRARY)
     if not schema.endswith("-> ()"):
-        torch.library.register_autograd(qualified, _no_backward(qualified), lib=LIBRARY)
+        torch.library.register_autograd(qualified, _refuse_backward(qualified), lib=LIBRARY)
     if side_effect:
         packet = getattr(getattr(torch.ops, NAMESPACE), name)
         has_side_effect(packet)  # what dynamo puts into a graph when the packet was called
@@ -97,16 +97,16 @@ def bind_kernel(schema: str, kernel: Callable[..., Any], call: type[Any] | None 
     required = [(at, kind[1]) for at, kind in enumerate(kinds) if kind[0] == "Tensor"]
 
     @functools.wraps(kernel)
-    def checked(*given: Any, **named: Any) -> Any:
+    def checked(*arguments: Any, **named: Any) -> Any:
         for at, argument in required:  # they have no defaults, so torch hands them over by position
-            if given[at] is None:
+            if arguments[at] is None:
                 raise ValueError(f"{name}: {argument} is None; accepted: a tensor")
-        return kernel(*given, **named) if call is None else kernel(call(*given, **named))
+        return kernel(*arguments, **named) if call is None else kernel(call(*arguments, **named))
 
     return checked
 
 
-def _no_backward(qualified: str) -> Callable[..., Any]:
+def _refuse_backward(qualified: str) -> Callable[..., Any]:
     def backward(ctx: Any, *gradients: Any) -> Any:
         raise NotImplementedError(
             f"{qualified} has no backward: moe_lowering is for inference. Run the model under torch.no_grad() or "

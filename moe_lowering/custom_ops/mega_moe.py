@@ -22,7 +22,7 @@ from typing_extensions import NamedTuple
 
 from moe_lowering.custom_ops.exchange import open_group
 from moe_lowering.custom_ops.fused import (
-    Experts,
+    ExpertTensors,
     check_experts,
     check_form,
     check_group,
@@ -35,10 +35,10 @@ from moe_lowering.custom_ops.fused import (
     run_layer,
     unify_tokens,
     wide_scale,
-    zero_masked,
+    zero_masked_rows,
 )
 from moe_lowering.custom_ops.library import Value, register, schema_of
-from moe_lowering.custom_ops.sizes import known, smaller
+from moe_lowering.custom_ops.sizes import is_known, smaller
 from moe_lowering.custom_ops.token_exchange import Bounds
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
@@ -46,7 +46,7 @@ NAME = "mega_moe"
 
 
 class MegaMoeCall(NamedTuple, Generic[Value]):
-    """The arguments of ``mega_moe``; of tokens as in ``fused.FusedCall``, of experts as in ``fused.Experts``.
+    """The arguments of ``mega_moe``; of tokens as in ``fused.FusedCall``, of experts as in ``fused.ExpertTensors``.
 
     ``num_experts`` are those of all ranks; ``max_tokens`` and ``max_rows``: see the top of this file; ``activation_clamp``
     limits SwiGLU's inputs, 0 for none.
@@ -85,13 +85,13 @@ PRESENT_FORM = "topk_weights_type"
 _BUFFERS: dict[tuple[Any, ...], Any] = {}
 
 
-def _check(call: MegaMoeCall[Tensor]) -> Experts:
+def _check(call: MegaMoeCall[Tensor]) -> ExpertTensors:
     """Raises for what the real operator refuses, or does not say that it accepts, but for the sizes of a device."""
     x, max_tokens = call.x, call.max_tokens
     check_tokens(NAME, call, (torch.bfloat16,))
     check_group(NAME, call.group, call.ep_size, MOST_RANKS)
     check_quantisation(NAME, call.quantisation)
-    experts = Experts.of(call.quantisation, call)
+    experts = ExpertTensors.of(call.quantisation, call)
     check_form(NAME, experts, lists_only=True)
     check_local_experts(NAME, experts, call.num_experts, call.ep_size)
     check_experts(NAME, experts, x, SCALES)
@@ -100,14 +100,14 @@ def _check(call: MegaMoeCall[Tensor]) -> Experts:
     check_limit(NAME, "activation_clamp", call.activation_clamp)
     if max_tokens < 1:
         raise ValueError(f"{NAME}: max_tokens is {max_tokens}; accepted: 1 or more")
-    if known(x.shape[0] > max_tokens):
+    if is_known(x.shape[0] > max_tokens):
         raise ValueError(f"{NAME}: x has {x.shape[0]} tokens; accepted: at most max_tokens, {max_tokens}")
     if call.max_rows < 0:
         raise ValueError(f"{NAME}: max_rows is {call.max_rows}; accepted: 0 (what max_tokens implies) or more")
     return experts
 
 
-def _row_bound(call: MegaMoeCall[Tensor], experts: Experts) -> int:
+def _row_bound(call: MegaMoeCall[Tensor], experts: ExpertTensors) -> int:
     """Rows that a rank may receive. Never 0: some versions divide by it."""
     return call.max_rows or call.ep_size * call.max_tokens * smaller(call.ids.shape[1], experts.local)
 
@@ -170,7 +170,7 @@ def _npu(call: MegaMoeCall[Tensor]) -> tuple[Tensor, Tensor]:
         activation="swiglu",
         activation_clamp=float(call.activation_clamp) if call.activation_clamp else None,
     )
-    return zero_masked(y, call.mask), counts
+    return zero_masked_rows(y, call.mask), counts
 
 
 def _provider() -> Any:

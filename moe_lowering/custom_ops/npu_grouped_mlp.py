@@ -75,8 +75,8 @@ def _matmul(rows: Tensor, counts: Tensor, weights: Tensors, **options: Any) -> T
 def _biases(weights: Tensors, biases: Tensors, experts: int) -> list[Tensor] | None:
     if not biases:
         return None
-    wanted = BIAS_DTYPES[weights[0].dtype]
-    return _like(weights, biases, experts, lambda bias: bias.to(wanted))
+    dtype = BIAS_DTYPES[weights[0].dtype]
+    return _match_layout(weights, biases, experts, lambda bias: bias.to(dtype))
 
 
 def _scaled_matmul(
@@ -98,16 +98,18 @@ def _scaled_matmul(
         return float_scale(scale).to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
 
     return _matmul(
-        rows, counts, weights, scale=_like(weights, scales, experts, taken), per_token_scale=[row_scale],
-        bias=_like(weights, bias, experts) if bias else None, output_dtype=OUTPUT_DTYPES[dtype],
+        rows, counts, weights, scale=_match_layout(weights, scales, experts, taken), per_token_scale=[row_scale],
+        bias=_match_layout(weights, bias, experts) if bias else None, output_dtype=OUTPUT_DTYPES[dtype],
     )  # fmt: skip
 
 
 def _antiquant_matmul(rows: Tensor, counts: Tensor, weights: Tensors, scales: Tensors, offsets: Tensors) -> Tensor:
     """16-bit rows by int4 weights, (w + offset) * scale: [N, n] of the rows' dtype."""
-    taken = _like(weights, scales, counts.shape[0])
-    given = _like(weights, offsets, counts.shape[0]) if offsets else [torch.zeros_like(scale) for scale in taken]
-    return _matmul(rows, counts, weights, antiquant_scale=taken, antiquant_offset=given)
+    matched = _match_layout(weights, scales, counts.shape[0])
+    zero_points = (
+        _match_layout(weights, offsets, counts.shape[0]) if offsets else [torch.zeros_like(scale) for scale in matched]
+    )
+    return _matmul(rows, counts, weights, antiquant_scale=matched, antiquant_offset=zero_points)
 
 
 def _one_matrix(weights: Tensors) -> bool:
@@ -115,7 +117,7 @@ def _one_matrix(weights: Tensors) -> bool:
     return len(weights) == 1 and weights[0].dim() == 2
 
 
-def _like(
+def _match_layout(
     weights: Tensors, vectors: Tensors, experts: int, change: Callable[[Tensor], Tensor] = lambda vector: vector
 ) -> list[Tensor]:
     """Scales, offsets or biases as one tensor or as a list, whichever the weights are, each changed by ``change``."""

@@ -15,7 +15,9 @@ from torch import Tensor
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 PER_INT32 = 8  # int4 weights in one int32
-WEIGHT_DTYPES = {made.name: getattr(torch, made.weight_dtype) for made in EXPERT_FORMATS.values() if made.quantised}
+WEIGHT_DTYPES = {
+    format.name: getattr(torch, format.weight_dtype) for format in EXPERT_FORMATS.values() if format.quantised
+}
 LARGEST = 127  # of an int8 value that stands for an activation
 
 
@@ -92,13 +94,15 @@ def quantised_matmul(
         between: what the sum times the column's scale is rounded to, before it is multiplied with the row's scale.
     """
     parts = []
-    for mine, matrix, scale in zip(torch.split(rows, counts), each(weights), each(scales, 1), strict=True):
+    for part, matrix, scale in zip(
+        torch.split(rows, counts), split_experts(weights), split_experts(scales, 1), strict=True
+    ):
         column = float_scale(scale)
-        if not mine.shape[0]:
+        if not part.shape[0]:
             parts.append(column.new_empty((0, column.shape[0])))
             continue
         whole = unpack_int4(matrix) if matrix.dtype == torch.int32 else matrix
-        total = mine.double() @ whole.double()  # exact: integers, |sum| < 2**53
+        total = part.double() @ whole.double()  # exact: integers, |sum| < 2**53
         parts.append((total.float() * column).to(between).float())
     return torch.cat(parts).mul_(row_scale.unsqueeze(1))
 
@@ -113,26 +117,26 @@ def antiquant_matmul(
         weights: [K, N / 8] int32 of each expert, or one stacked tensor.
         scales, offsets: [N] or [G, N] of each expert, or one stacked tensor; no offsets when empty.
     """
-    dims = 2 if grouped(scales, len(counts)) else 1
+    dims = 2 if are_scales_grouped(scales, len(counts)) else 1
     experts = zip(
-        torch.split(rows, counts), each(weights), each(scales, dims),
-        each(offsets, dims) if offsets else [None] * len(counts), strict=True,
+        torch.split(rows, counts), split_experts(weights), split_experts(scales, dims),
+        split_experts(offsets, dims) if offsets else [None] * len(counts), strict=True,
     )  # fmt: skip
     parts = [
-        (mine.float() @ dequantise_weight(matrix, scale, offset)).to(rows.dtype)
-        if mine.shape[0]
+        (part.float() @ dequantise_weight(matrix, scale, offset)).to(rows.dtype)
+        if part.shape[0]
         else rows.new_empty((0, scale.shape[-1]))
-        for mine, matrix, scale, offset in experts
+        for part, matrix, scale, offset in experts
     ]
     return torch.cat(parts)
 
 
-def each(tensors: Sequence[Tensor], dims: int = 2) -> Sequence[Tensor]:
+def split_experts(tensors: Sequence[Tensor], dims: int = 2) -> Sequence[Tensor]:
     """One tensor of ``dims`` dimensions for each expert, from a list of those or one stacked tensor."""
     return tensors[0].unbind(0) if len(tensors) == 1 and tensors[0].dim() > dims else tensors
 
 
-def grouped(scales: Sequence[Tensor], experts: int) -> bool:
+def are_scales_grouped(scales: Sequence[Tensor], experts: int) -> bool:
     """Whether scales are by group of lines: [E, G, N] or a list of [G, N], not [E, N] or a list of [N].
 
     One tensor [G, N] of one expert is told from [E, N] by G > 1; for G = 1 they are the same.

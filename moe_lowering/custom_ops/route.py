@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from typing_extensions import NamedTuple
 
 from moe_lowering.custom_ops.library import Value, register, schema_of
-from moe_lowering.custom_ops.sizes import differ, known, show
+from moe_lowering.custom_ops.sizes import are_certainly_different, is_known, show
 
 SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("max", "top2_sum")
@@ -52,7 +52,7 @@ def _check(call: RouteCall[Tensor]) -> None:
         raise TypeError(f"route: logits is {logits.dtype}; accepted: float32, float16, bfloat16")
     experts = logits.shape[-1]
     if bias is not None:
-        if differ(bias.shape, (experts,)):
+        if are_certainly_different(bias.shape, (experts,)):
             raise ValueError(f"route: bias has shape {show(bias.shape)}; accepted: {show((experts,))}, one per expert")
         if bias.dtype not in FLOATS:
             raise TypeError(f"route: bias is {bias.dtype}; accepted: float32, float16, bfloat16")
@@ -62,18 +62,18 @@ def _check(call: RouteCall[Tensor]) -> None:
         raise ValueError(f"route: group_score is {group_score!r}; accepted: {', '.join(GROUP_SCORES)}")
     if not math.isfinite(call.scale):
         raise ValueError(f"route: scale is {call.scale}; accepted: a finite number")
-    if top_k < 1 or known(top_k > experts):
+    if top_k < 1 or is_known(top_k > experts):
         raise ValueError(f"route: top_k is {top_k}; accepted: 1 to {experts}, the number of experts")
-    if num_groups < 1 or known(experts % num_groups != 0):
+    if num_groups < 1 or is_known(experts % num_groups != 0):
         raise ValueError(f"route: num_groups is {num_groups}; accepted: a divisor of {experts}, the number of experts")
     if not 1 <= topk_groups <= num_groups:
         raise ValueError(f"route: topk_groups is {topk_groups}; accepted: 1 to num_groups, {num_groups}")
-    if known(top_k * num_groups > topk_groups * experts):
+    if is_known(top_k * num_groups > topk_groups * experts):
         raise ValueError(
             f"route: top_k is {top_k}; accepted: at most topk_groups * experts per group, "
             f"{topk_groups} * {experts // num_groups}"
         )
-    if num_groups > 1 and group_score == "top2_sum" and known(experts < 2 * num_groups):
+    if num_groups > 1 and group_score == "top2_sum" and is_known(experts < 2 * num_groups):
         raise ValueError(
             "route: group_score is 'top2_sum' with 1 expert per group; accepted: 'max', or 2 or more experts"
         )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 
-def known(condition: bool | torch.SymBool) -> bool:
+def is_known(condition: bool | torch.SymBool) -> bool:
     """Whether ``condition`` holds for every value of its symbols. Adds no guard."""
     if isinstance(condition, bool):
         return condition
@@ -22,9 +22,9 @@ def known(condition: bool | torch.SymBool) -> bool:
     return statically_known_true(condition)
 
 
-def differ(left: Sequence[int], right: Sequence[int]) -> bool:
+def are_certainly_different(left: Sequence[int], right: Sequence[int]) -> bool:
     """Whether two shapes are certain to be different."""
-    return len(left) != len(right) or any(known(a != b) for a, b in zip(left, right, strict=True))
+    return len(left) != len(right) or any(is_known(a != b) for a, b in zip(left, right, strict=True))
 
 
 def unify(left: Sequence[int], right: Sequence[int]) -> None:
@@ -34,7 +34,7 @@ def unify(left: Sequence[int], right: Sequence[int]) -> None:
     nothing about one of them can be proven from another.
     """
     for a, b in zip(left, right, strict=True):
-        if not known(a == b):
+        if not is_known(a == b):
             torch._check(a == b, lambda a=a, b=b: f"sizes {a} and {b} must be equal")  # type: ignore[no-untyped-call]
 
 

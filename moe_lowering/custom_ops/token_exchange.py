@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_lowering.custom_ops.dispatch_plan import DUPLICATE, OTHER_KIND, OUT_OF_RANGE, DispatchPlan, make_plan
 from moe_lowering.custom_ops.exchange import Group, as_bytes, from_bytes, gather_numbers, swap_rows
 from moe_lowering.custom_ops.placement import Placement
-from moe_lowering.custom_ops.plan import DUPLICATE, OTHER_KIND, OUT_OF_RANGE, Plan, make_plan
 from moe_lowering.custom_ops.sizes import ceil_div
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
@@ -41,7 +41,7 @@ class Received:
     handle: Tensor
 
 
-class Tokens(NamedTuple):
+class TokenBatch(NamedTuple):
     """The tokens of one rank: x [T, H], ids [T, k] int32, x_scale [T] float32 and mask [T] bool where there are any."""
 
     x: Tensor
@@ -49,8 +49,8 @@ class Tokens(NamedTuple):
     x_scale: Tensor | None = None
     mask: Tensor | None = None
 
-    def part(self, lines: slice) -> Tokens:
-        return Tokens(*(None if tensor is None else tensor[lines] for tensor in self))  # type: ignore[arg-type]
+    def part(self, lines: slice) -> TokenBatch:
+        return TokenBatch(*(None if tensor is None else tensor[lines] for tensor in self))  # type: ignore[arg-type]
 
 
 class Bounds(NamedTuple):
@@ -79,7 +79,7 @@ def own_slice(tokens: int, tp: Group) -> slice:
     return slice(min(tp.rank * share, tokens), min((tp.rank + 1) * share, tokens))
 
 
-def exchange(operator: str, tokens: Tokens, placement: Placement, ep: Group, tp: Group, bounds: Bounds) -> Received:
+def exchange(operator: str, tokens: TokenBatch, placement: Placement, ep: Group, tp: Group, bounds: Bounds) -> Received:
     """Send this rank's slice of the tokens to the experts that their ids name and receive what the others send here.
 
     Raises, on all ranks alike:
@@ -90,14 +90,14 @@ def exchange(operator: str, tokens: Tokens, placement: Placement, ep: Group, tp:
             ``bounds.shared_rows``.
     """
     num_experts, shared_ranks = placement.num_experts, placement.shared_expert_ranks
-    count, mine = tokens.ids.shape[0], own_slice(tokens.ids.shape[0], tp)
-    own = tokens if tp.size == 1 else tokens.part(mine)
-    plan = make_plan(own.ids, own.mask, placement, ep.rank, mine.start)
+    count, share = tokens.ids.shape[0], own_slice(tokens.ids.shape[0], tp)
+    own = tokens if tp.size == 1 else tokens.part(share)
+    plan = make_plan(own.ids, own.mask, placement, ep.rank, share.start)
     if bounds.on_shared_rank != (ep.rank < shared_ranks):
         plan = plan.refused(OTHER_KIND)
     if ep.size == 1:
-        _bounded(operator, 0, count, bounds.max_tokens)
-        _valid(operator, 0, plan.fault, num_experts)
+        _check_bound(operator, 0, count, bounds.max_tokens)
+        _check_ids(operator, 0, plan.fault, num_experts)
         fits(operator, [plan.slots.numel()], bounds.rows, bounds.rows_name)
         return _keep(own, plan)
 
@@ -112,16 +112,16 @@ def exchange(operator: str, tokens: Tokens, placement: Placement, ep: Group, tp:
     fits(operator, received[:shared_ranks], bounds.shared_rows, bounds.shared_rows_name)
     fits(operator, received[shared_ranks:], bounds.rows, bounds.rows_name, shared_ranks)
 
-    here = _keep(own, plan)
-    parts = [as_bytes(here.rows), as_bytes(here.handle[:, 1:])]
-    if here.scale is not None:
-        parts.append(as_bytes(here.scale.unsqueeze(1)))
+    kept = _keep(own, plan)
+    parts = [as_bytes(kept.rows), as_bytes(kept.handle[:, 1:])]
+    if kept.scale is not None:
+        parts.append(as_bytes(kept.scale.unsqueeze(1)))
     counts = placement.of_rank(places, ep.rank)  # [source, E_local]
     arrived = swap_rows(torch.cat(parts, 1), sent[ep.rank].tolist(), sent[:, ep.rank].tolist(), ep)
     return _sort(arrived, counts, x, scaled=scaled)
 
 
-def _keep(tokens: Tokens, plan: Plan) -> Received:
+def _keep(tokens: TokenBatch, plan: DispatchPlan) -> Received:
     """The planned rows with their handles, before they travel; on one rank that is what it receives."""
     handle = torch.zeros((plan.slots.numel(), 3), dtype=torch.int32)
     handle[:, 1] = plan.token
@@ -130,12 +130,12 @@ def _keep(tokens: Tokens, plan: Plan) -> Received:
     return Received(tokens.x.index_select(0, plan.token), scale, plan.counts, handle)
 
 
-def _bounded(operator: str, rank: int, tokens: int, max_tokens: int) -> None:
+def _check_bound(operator: str, rank: int, tokens: int, max_tokens: int) -> None:
     if max_tokens and tokens > max_tokens:
         raise ValueError(f"{operator}: T is {tokens} on EP rank {rank}; accepted: at most max_tokens, {max_tokens}")
 
 
-def _valid(operator: str, rank: int, fault: Sequence[int], num_experts: int) -> None:
+def _check_ids(operator: str, rank: int, fault: Sequence[int], num_experts: int) -> None:
     kind, token, expert = fault
     if kind == OUT_OF_RANGE:
         raise ValueError(
@@ -165,13 +165,13 @@ def agree(operator: str, heads: list[list[int]], num_experts: int, max_tokens: i
                 f"{operator}: {why}, but T is {heads[0][TOKENS]} on EP rank 0 and {tokens} on EP rank {rank}; accepted: "
                 f"equal T{remedy}"
             )
-        _bounded(operator, rank, tokens, max_tokens)
+        _check_bound(operator, rank, tokens, max_tokens)
         if head[TP_GROUP] >= 0 and tokens != first.setdefault(head[TP_GROUP], tokens):
             raise ValueError(
                 f"{operator}: T is {tokens} on EP rank {rank} and {first[head[TP_GROUP]]} on another rank of its TP "
                 "group; accepted: the same tokens on all ranks of a TP group"
             )
-        _valid(operator, rank, head[FAULT : FAULT + 3], num_experts)
+        _check_ids(operator, rank, head[FAULT : FAULT + 3], num_experts)
 
 
 def fits(operator: str, received: list[int], limit: int, limit_name: str, first: int = 0) -> None:

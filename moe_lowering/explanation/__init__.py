@@ -30,7 +30,7 @@ from moe_lowering.explanation.sweep import Piece, find_pieces
 from moe_lowering.limits import TokenRange
 from moe_lowering.model_configs.check import LARGEST
 from moe_lowering.model_configs.errors import ModelError
-from moe_lowering.passes.choosing import Policy
+from moe_lowering.passes.policy import Policy
 from moe_lowering.vocabulary import COMMS, EXPERT_FORMATS, POLICIES
 
 __all__ = [
@@ -97,7 +97,7 @@ def describe(
     Raises:
         ExplainError, ImportError: as ``explain``.
     """
-    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    changes: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
     if unknown := [name for name in sizes if name not in SIZES]:
         raise TypeError(f"describe: {', '.join(unknown)} are no sizes; accepted: {', '.join(SIZES)}")
     if isinstance(model, torch.nn.Module):
@@ -108,10 +108,10 @@ def describe(
         except ModelError as error:  # its config
             raise ExplainError("model", str(error)) from error
     if not isinstance(model, BlockDescription):
-        return describe_config(model, quantisation=quantisation or "none", dtype=dtype, **given)
-    given |= {} if dtype is None else {"dtype": dtype}
-    given |= {} if quantisation is None else {"quantisation": quantisation}
-    return dataclasses.replace(model, **given)
+        return describe_config(model, quantisation=quantisation or "none", dtype=dtype, **changes)
+    changes |= {} if dtype is None else {"dtype": dtype}
+    changes |= {} if quantisation is None else {"quantisation": quantisation}
+    return dataclasses.replace(model, **changes)
 
 
 def _check(block: BlockDescription, deployment: Deployment, tokens: int | None, sweep: tuple[int, int] | None) -> None:
@@ -154,15 +154,15 @@ def _is_size(value: Any, low: int) -> bool:
 
 def _assumptions(block: BlockDescription, deployment: Deployment) -> tuple[str, ...]:
     """What the arguments do not say, and was taken to be so."""
-    found = list(block.assumptions)
+    assumptions = list(block.assumptions)
     if not deployment.cann:
-        found.append("the CANN version is not known: rules for any version apply")
+        assumptions.append("the CANN version is not known: rules for any version apply")
     if deployment.equal_tokens:
-        found.append("T is equal on all ranks")
-    found.append("torch_npu is installed, and MC2 has a communicator of its own")
-    found.append("the expert weights are stacked and laid out by shard_experts; there is no token mask")
+        assumptions.append("T is equal on all ranks")
+    assumptions.append("torch_npu is installed, and MC2 has a communicator of its own")
+    assumptions.append("the expert weights are stacked and laid out by shard_experts; there is no token mask")
     if block.model is not None:
-        found.append(f"the pass recognises the blocks of {block.model} (`moe-lowering lower` shows it)")
+        assumptions.append(f"the pass recognises the blocks of {block.model} (`moe-lowering lower` shows it)")
     if EXPERT_FORMATS[block.quantisation].quantised:
-        found.append("the experts are quantised as moe_lowering.quantise_experts does it")
-    return tuple(found)
+        assumptions.append("the experts are quantised as moe_lowering.quantise_experts does it")
+    return tuple(assumptions)

@@ -7,17 +7,17 @@ from typing import Any
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.explanation.description import BlockDescription
-from moe_lowering.explanation.spec import spec_of
+from moe_lowering.explanation.spec import block_spec
 from moe_lowering.limits import Prover
-from moe_lowering.limits.examining import Finding, examine
+from moe_lowering.limits.findings import Finding, examine
 from moe_lowering.limits.wording import to_json
+from moe_lowering.passes.block_sizes import block_sizes
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.calls import Call, Rules
-from moe_lowering.passes.choosing import Policy, load_of, vllm_choice
-from moe_lowering.passes.costs import estimate
+from moe_lowering.passes.calls import OperatorCall, Rules
+from moe_lowering.passes.cost_model import estimate
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.passes.judging import Judgement, declared_tokens, judge, judged_calls
-from moe_lowering.passes.sizing import block_sizes
+from moe_lowering.passes.legality import Judgement, declared_tokens, judge, judged_calls
+from moe_lowering.passes.policy import Policy, load_of, vllm_choice
 from moe_lowering.report.records import Sizes
 from moe_lowering.vocabulary import AUTO, VLLM_POLICIES
 
@@ -41,22 +41,22 @@ class Answer:
     choice: str | None
     reason: str
     costs: dict[str, float]
-    wanted: str | None
+    requested: str | None
 
     def findings(self, implementation: str) -> list[Finding]:
         """Every rule that applies to an implementation, with its value and whether it holds."""
-        found: list[Finding] = []
+        findings: list[Finding] = []
         for call in self.calls(implementation):
-            found += examine(
+            findings += examine(
                 call.operator,
                 self.deployment.soc,
                 self.judgement.quantities(call, self.deployment),
                 self.judgement.prover,
                 self.deployment.versions,
             )
-        return found
+        return findings
 
-    def calls(self, implementation: str) -> tuple[Call | Rules, ...]:
+    def calls(self, implementation: str) -> tuple[OperatorCall | Rules, ...]:
         """The calls that an implementation would make, in the form that its verdict is about."""
         form = IMPLEMENTATIONS[implementation].form(self.judgement.form(implementation), self.deployment)
         return judged_calls(implementation, form, self.spec, self.deployment)
@@ -109,16 +109,16 @@ class Question:
         deployment = self.deployment
         if not deployment.equal_tokens:
             deployment = deployment.replace(max_tokens=tokens)
-        spec = spec_of(self.block, deployment, tokens)
+        spec = block_spec(self.block, deployment, tokens)
         judged: Any = tokens if deployment.equal_tokens else declared_tokens(deployment)
         judgement = judge(spec, deployment, judged, Prover(), torch_npu=True)
         choice, reason = self.policy.choose(judgement.verdicts, spec, deployment, tokens)
         load = load_of(spec, deployment, tokens)
         costs = {name: estimate(name, load) for name in IMPLEMENTATIONS}
-        wanted = self._wanted(spec, deployment, tokens)
-        return Answer(tokens, spec, deployment, judgement, choice, reason, costs, wanted)
+        requested = self._requested(spec, deployment, tokens)
+        return Answer(tokens, spec, deployment, judgement, choice, reason, costs, requested)
 
-    def _wanted(self, spec: BlockSpec, deployment: Deployment, tokens: int) -> str | None:
+    def _requested(self, spec: BlockSpec, deployment: Deployment, tokens: int) -> str | None:
         if self.policy.comm != AUTO:
             return self.policy.comm
         name = self.policy.name

@@ -23,7 +23,7 @@ from moe_lowering.model_configs.check import (
     read_config,
     size_of,
 )
-from moe_lowering.model_configs.errors import ModelError, shown
+from moe_lowering.model_configs.errors import ModelError, write_value
 from moe_lowering.model_configs.read import config_of_values, is_known_type, read_text_config, text_part
 
 ACTIVATIONS = {
@@ -69,13 +69,13 @@ def describe_config(
         of_config = {size: size_of(config, names) for size, names in NAMES.items()}
     except ModelError as error:
         raise ExplainError("model", str(error)) from error
-    found: dict[str, Any] = {size: sizes.get(size, of_config[size]) for size in SIZES}
-    if missing := tuple(size for size in SIZES if size not in sizes and not found[size]):
+    values: dict[str, Any] = {size: sizes.get(size, of_config[size]) for size in SIZES}
+    if missing := tuple(size for size in SIZES if size not in sizes and not values[size]):
         raise MissingSizesError(name, missing)
     gate = _gate(config, name, assumptions)
     clamped = vocabulary.ACTIVATIONS[gate["activation"]].clamped
     return BlockDescription(
-        **found,
+        **values,
         dtype=dtype or _dtype(config) or torch.bfloat16,
         quantisation=quantisation,
         limit=_number(config, "swiglu_limit", _LIMIT) if clamped else 0.0,
@@ -99,8 +99,8 @@ def _config(model: Any, quantisation: str) -> tuple[Any, str | None, list[str]]:
         return config, str(values.get("model_type") or "an unnamed model"), assumptions
     if not isinstance(model, (str, os.PathLike)):
         raise ModelError(
-            f"is {shown(model)}; accepted: a torch.nn.Module, a config of transformers, the name of a model type, a path to a "
-            "config.json or its values, or a moe_lowering.BlockDescription"
+            f"is {write_value(model)}; accepted: a torch.nn.Module, a config of transformers, the name of a model type, "
+            "a path to a config.json or its values, or a moe_lowering.BlockDescription"
         )
     name = os.fspath(model)
     check_model(name, needs_type=False)
@@ -150,7 +150,7 @@ def _gate(config: Any, model: str | None, assumptions: list[str]) -> dict[str, A
 def _number(config: Any, name: str, default: float) -> float:
     value = getattr(config, name, None) or default
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
-        raise ExplainError("model", f"{name} is {shown(value)}; accepted: a finite number of 0 or more")
+        raise ExplainError("model", f"{name} is {write_value(value)}; accepted: a finite number of 0 or more")
     return float(value)
 
 

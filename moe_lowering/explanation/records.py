@@ -46,7 +46,7 @@ class Explanation:
             "model": self.block.model,
             "block": _block_json(answer.spec),
             "deployment": answer.deployment.invariant_fields() | {"providers": dict(answer.deployment.providers)},
-            "policy": {"name": self.chooses_by, "selects": answer.wanted},
+            "policy": {"name": self.chooses_by, "selects": answer.requested},
             "assumptions": list(self.assumptions),
             "choice": answer.choice,
             "reason": answer.reason,

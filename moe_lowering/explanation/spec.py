@@ -11,7 +11,7 @@ from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 
-def spec_of(block: BlockDescription, deployment: Deployment, tokens: int) -> BlockSpec:
+def block_spec(block: BlockDescription, deployment: Deployment, tokens: int) -> BlockSpec:
     """The block at T = ``tokens`` on a rank with routed experts, with weights as ``shard_experts`` and
     ``quantise_experts`` lay them out."""
     layer = Layer(

@@ -11,9 +11,9 @@ import sympy
 
 from moe_lowering.explanation.answer import Answer, Question
 from moe_lowering.limits import TokenRange
-from moe_lowering.limits.examining import Finding
+from moe_lowering.limits.findings import Finding
 from moe_lowering.limits.wording import show
-from moe_lowering.passes.deciding import sweep
+from moe_lowering.passes.decision import sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Piece:
 def find_pieces(question: Question, whole: TokenRange) -> tuple[Piece, ...]:
     """The pieces of a range, each with what ends it."""
     at = functools.cache(question.at)
-    parts = _parts(at, whole)
+    parts = _choice_pieces(at, whole)
     pieces = []
     for (low, choice), (following, _) in itertools.pairwise([*parts, ((whole.high or 0) + 1, None)]):
         high = following - 1
@@ -44,7 +44,7 @@ def find_pieces(question: Question, whole: TokenRange) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def _parts(at: Callable[[int], Answer], whole: TokenRange) -> list[tuple[int, str | None]]:
+def _choice_pieces(at: Callable[[int], Answer], whole: TokenRange) -> list[tuple[int, str | None]]:
     """(first T, choice) of every piece.
 
     ``sweep`` steps in doubling strides, so it may step over a short piece between two equal ones. An implementation does
@@ -70,8 +70,8 @@ def _boundary(policy: str, before: Answer, after: Answer) -> dict[str, str]:
         return {
             code: f"{_in_tokens(finding, before, after.choice)}; it is from here on" for code, finding in broken.items()
         }
-    if before.wanted != after.wanted:
-        return {policy: f"it selects {before.wanted}, then {after.wanted}"}
+    if before.requested != after.requested:
+        return {policy: f"it selects {before.requested}, then {after.requested}"}
     return {"cost": f"{_costs(before, after)} at {before.tokens}, {_costs(after, before)} at {after.tokens} tokens"}
 
 
@@ -84,13 +84,13 @@ def _costs(answer: Answer, other: Answer) -> str:
 def _in_tokens(finding: Finding, answer: Answer, implementation: str) -> str:
     """A rule on a size as an expression in T, e.g. ``58720256*T must be at most ...``."""
     limit, spec = finding.limit, answer.spec
-    given = answer.quantities(implementation, limit.operator)
+    quantities = answer.quantities(implementation, limit.operator)
     whole = sympy.Symbol("T", integer=True, positive=True)
     share = whole if spec.tp_size == 1 else sympy.Symbol(f"ceil(T/{spec.tp_size})", integer=True, positive=True)
     received = spec.ep_size * share * min(spec.top_k, spec.local_experts)
     sizes = {
-        **given, "block_tokens": whole, "tokens": share, "max_tokens": share, "received": received,
+        **quantities, "block_tokens": whole, "tokens": share, "max_tokens": share, "received": received,
         "soc": answer.deployment.soc,
     }  # fmt: skip
-    accepted = limit.accepted(given).say()
+    accepted = limit.accepted(quantities).say()
     return f"{show(sympy.expand(limit.value(sizes)))} must be {'' if accepted[0].isalpha() else 'in '}{accepted}"

@@ -7,7 +7,7 @@
 
 Every model whose experts module carries ``@use_experts_implementation`` then computes its experts with
 ``functional.moe_experts``; router, shared experts and the rest stay as they are. ``capabilities`` says beforehand
-which modules of a model can. One that cannot (see ``_form``) keeps transformers' ``grouped_mm``, with one warning for
+which modules of a model can. One that cannot (see ``_read_form``) keeps transformers' ``grouped_mm``, with one warning for
 its class; where its experts are spread over ranks that would be wrong, so there it raises.
 
 What a module's gate computes is never guessed: it is transformers' default gate with a known activation, or a method
@@ -48,7 +48,7 @@ _warned: set[str] = set()
 _token_mask: Tensor | None = None
 
 
-class Form(NamedTuple):
+class ExpertsForm(NamedTuple):
     """What an experts module computes between its projections, in terms of ``moe_experts``; or why that is not known."""
 
     activation: str = ""
@@ -133,26 +133,26 @@ def capabilities(model: nn.Module) -> list[tuple[str, bool, str]]:
     A module named like experts that does not take part in transformers' interface is listed as not supported.
     """
     require_instance("capabilities", "model", model, nn.Module, "a torch.nn.Module")
-    found = []
+    rows = []
     for name, module in model.named_modules():
         if isinstance(module, MoE):
-            found.append((name, True, module.activation))
+            rows.append((name, True, module.activation))
         elif all(hasattr(module, flag) for flag in _FLAGS):
-            form = _form(module)
-            found.append((name, not form.unrecognised, form.unrecognised or form.activation))
+            form = _read_form(module)
+            rows.append((name, not form.unrecognised, form.unrecognised or form.activation))
         elif type(module).__name__.endswith("Experts"):
-            found.append((name, False, "its class does not use transformers' experts interface"))
-    return found
+            rows.append((name, False, "its class does not use transformers' experts interface"))
+    return rows
 
 
-def form_of(module: nn.Module) -> Form:
+def form_of(module: nn.Module) -> ExpertsForm:
     """What an experts module (``layers.is_experts_module``) computes, or why that is not known."""
-    return _form(module)
+    return _read_form(module)
 
 
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts forward that transformers calls: [T, H], ids [T, k], weights [T, k] -> [T, H]."""
-    form = _form(module)
+    form = _read_form(module)
     deployment: Deployment | None = getattr(module, "moe_lowering_deployment", None)
     quantisation = getattr(module, "moe_lowering_quantisation", "none")
     if form.unrecognised:
@@ -196,16 +196,16 @@ def _mask_of(hidden_states: Tensor) -> Tensor | None:
     return _token_mask.reshape(lead)
 
 
-def _activation_dtype(module: Any, given: torch.dtype) -> torch.dtype:
+def _activation_dtype(module: Any, default: torch.dtype) -> torch.dtype:
     """The dtype in which experts take tokens: that of the weights; of w4a16's scales; any for int8 rows."""
     quantisation = getattr(module, "moe_lowering_quantisation", "none")
     form = EXPERT_FORMATS[quantisation]
     if not form.quantised:
-        return _first(module.gate_up_proj).dtype
-    return _first(module.gate_up_proj_scale).dtype if form.weight_only else given
+        return _first_tensor(module.gate_up_proj).dtype
+    return _first_tensor(module.gate_up_proj_scale).dtype if form.weight_only else default
 
 
-def _first(weights: Any) -> Tensor:
+def _first_tensor(weights: Any) -> Tensor:
     """The one tensor of all experts, or that of the first (``experts.list_experts``)."""
     return weights if isinstance(weights, Tensor) else weights[0]
 
@@ -219,13 +219,13 @@ def _quantisers(module: Any) -> dict[str, Any]:
     }
 
 
-def _form(module: Any) -> Form:
+def _read_form(module: Any) -> ExpertsForm:
     """Traced by dynamo: each attribute is read here, so that the graph is made anew when it changes, and by value, so that
-    equal layers share one graph. What is looked up by them is a constant of the trace (``_reading``)."""
+    equal layers share one graph. What is looked up by them is a constant of the trace (``_read_flags``)."""
     act = getattr(module, "act_fn", None)
     # The first look makes dynamo guard on whether the module has a gate of its own; ``vars`` alone has no such guard.
     own_gate = module._apply_gate is not None and "_apply_gate" in vars(module)
-    reading = _reading(
+    reading = _read_flags(
         type(module)._apply_gate,
         own_gate,
         module._is_expert_parallel,
@@ -239,19 +239,19 @@ def _form(module: Any) -> Form:
         isinstance(act, nn.Module) and ("forward" in vars(act) or bool(act._forward_hooks or act._forward_pre_hooks)),
     )
     if reading.unrecognised:
-        return Form(unrecognised=reading.unrecognised)
+        return ExpertsForm(unrecognised=reading.unrecognised)
     constants = {"limit": 0.0, "alpha": 1.702}
     for constant, attribute in (("limit", reading.limit), ("alpha", reading.alpha)):
         if attribute:
             value = getattr(module, attribute, None)
             if not isinstance(value, (int, float)):
-                return Form(unrecognised=f"its {attribute} is {value!r}, not a number")
+                return ExpertsForm(unrecognised=f"its {attribute} is {value!r}, not a number")
             # stays a number where dynamo would make it an input of the graph: with dynamic=True, or once it has changed
             constants[constant] = float(guard_scalar(value))
-    return Form(reading.activation, constants["limit"], constants["alpha"], reading.interleaved)
+    return ExpertsForm(reading.activation, constants["limit"], constants["alpha"], reading.interleaved)
 
 
-class _Reading(NamedTuple):
+class _ModuleFlags(NamedTuple):
     """What the class of a module and its flags say; ``limit`` and ``alpha`` name the attributes that hold these numbers."""
 
     activation: str = ""
@@ -262,7 +262,7 @@ class _Reading(NamedTuple):
 
 
 @torch.compiler.assume_constant_result
-def _reading(
+def _read_flags(
     gate_method: Callable[..., Any],
     own_gate: bool,
     expert_parallel: bool,
@@ -274,33 +274,33 @@ def _reading(
     approximate: str,
     act_name: str,
     act_is_changed: bool,
-) -> _Reading:
+) -> _ModuleFlags:
     """From arguments that are equal for equal layers: a module among them would be guarded on by its identity."""
     if expert_parallel:
-        return _Reading(unrecognised="it is sharded by transformers' own expert parallelism")
+        return _ModuleFlags(unrecognised="it is sharded by transformers' own expert parallelism")
     if not has_gate:
-        return _Reading(unrecognised="it has no gate projection (has_gate=False)")
+        return _ModuleFlags(unrecognised="it has no gate projection (has_gate=False)")
     if post_expert_norm:
-        return _Reading(unrecognised="it normalises each expert's output (has_post_expert_norm=True)")
+        return _ModuleFlags(unrecognised="it normalises each expert's output (has_post_expert_norm=True)")
     if own_gate:
-        return _Reading(unrecognised="its _apply_gate is replaced on the instance")
+        return _ModuleFlags(unrecognised="its _apply_gate is replaced on the instance")
     if act_is_changed:
-        return _Reading(unrecognised="its act_fn has hooks or a forward of its own")
+        return _ModuleFlags(unrecognised="its act_fn has hooks or a forward of its own")
     activation = "swiglu" if act_is_silu else _activation(act_class, approximate)
     unknown = f"its activation is {act_name or act_class.__name__}, not SiLU or GELU"
     if gate_method is _default_gate():
         if not concatenated:  # the default gate halves its input, whatever the flag says
-            return _Reading(unrecognised="is_concatenated=False with the default _apply_gate")
-        return _Reading(activation) if activation else _Reading(unrecognised=unknown)
+            return _ModuleFlags(unrecognised="is_concatenated=False with the default _apply_gate")
+        return _ModuleFlags(activation) if activation else _ModuleFlags(unrecognised=unknown)
     fingerprint = gate_fingerprint(gate_method)
     gate = _OWN_GATES.get(fingerprint)
     if gate is None:
-        return _Reading(unrecognised="its class has an _apply_gate of its own that is not known")
+        return _ModuleFlags(unrecognised="its class has an _apply_gate of its own that is not known")
     if fingerprint in _CALLS_ACT_FN and activation != "swiglu":
-        return _Reading(unrecognised=unknown)
+        return _ModuleFlags(unrecognised=unknown)
     if gate.interleaved == concatenated:
-        return _Reading(unrecognised=f"is_concatenated={concatenated} contradicts its _apply_gate")
-    return _Reading(gate.activation or "swiglu", gate.interleaved, gate.limit, gate.alpha)
+        return _ModuleFlags(unrecognised=f"is_concatenated={concatenated} contradicts its _apply_gate")
+    return _ModuleFlags(gate.activation or "swiglu", gate.interleaved, gate.limit, gate.alpha)
 
 
 def _activation(act_class: type, approximate: str) -> str:

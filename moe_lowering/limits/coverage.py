@@ -82,24 +82,24 @@ def gaps(
     for rule in rules:
         have.setdefault((rule.operator, rule.code), set()).update(rule.soc)
     free: dict[Key, set[str]] = {}
-    found = []
+    messages = []
     for entry in absent:
         key = entry.operator, entry.code
-        here = set(entry.soc) & set(exists.get(entry.operator, socs))
+        covered = set(entry.soc) & set(exists.get(entry.operator, socs))
         if key not in have:
-            found.append(f"{entry.where}: {entry.operator} has no rule {entry.code} on any SoC")
-        if both := sorted(here & have.get(key, set())):
-            found.append(f"{entry.where}: {entry.operator} has a rule {entry.code} on {', '.join(both)}")
-        if twice := sorted(here & free.get(key, set())):
-            found.append(f"{entry.where}: {entry.code} of {entry.operator} stands twice for {', '.join(twice)}")
+            messages.append(f"{entry.where}: {entry.operator} has no rule {entry.code} on any SoC")
+        if both := sorted(covered & have.get(key, set())):
+            messages.append(f"{entry.where}: {entry.operator} has a rule {entry.code} on {', '.join(both)}")
+        if twice := sorted(covered & free.get(key, set())):
+            messages.append(f"{entry.where}: {entry.code} of {entry.operator} stands twice for {', '.join(twice)}")
         free.setdefault(key, set()).update(entry.soc)
-    for (operator, code), there in have.items():
+    for (operator, code), with_rule in have.items():
         missing = [
-            s for s in exists.get(operator, socs) if s not in there and s not in free.get((operator, code), set())
+            s for s in exists.get(operator, socs) if s not in with_rule and s not in free.get((operator, code), set())
         ]
         if missing:
-            found.append(
-                f"{operator} has no rule {code} on {', '.join(missing)}, as it has on {', '.join(sorted(there))}: give it a "
+            messages.append(
+                f"{operator} has no rule {code} on {', '.join(missing)}, as it has on {', '.join(sorted(with_rule))}: give it a "
                 "row, or say in an [[absent]] entry why it needs none"
             )
-    return found
+    return messages

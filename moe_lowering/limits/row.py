@@ -18,7 +18,7 @@ from moe_lowering.vocabulary import SOCS
 
 BOUNDS = ("min", "max", "multiple_of", "one_of", "equals")
 EXPRESSIONS = ("value", "when", "min", "max", "multiple_of", "equals")
-# What texts may show beside the quantities: the value; of rules for certain versions, what has them (``versions.subject``);
+# What texts may show beside the quantities: the value; of rules for certain versions, what has them (``versions.name_subject``);
 # for bounds on the HCCL window, HCCL_BUFFSIZE and what is enough.
 SHOWN = frozenset({"value", "version", "buffer_mb", "needed_mb"})
 NOTHING_HELPS = "nothing helps: "  # how advice begins where nobody could change anything; the reason follows
@@ -78,7 +78,7 @@ class Limit:
     @functools.cached_property
     def shown(self) -> frozenset[str]:
         """The quantities that its texts show."""
-        return (_braced(self.says) | _braced(self.advice)) - SHOWN
+        return (_names_in_braces(self.says) | _names_in_braces(self.advice)) - SHOWN
 
     def accepted(self, quantities: Mapping[str, Any]) -> Accepted:
         """The limit, with its value for these quantities."""
@@ -105,12 +105,12 @@ class Limit:
         )
 
 
-def _braced(text: str) -> frozenset[str]:
+def _names_in_braces(text: str) -> frozenset[str]:
     """The names that stand in braces."""
     return frozenset(name for _, name, _, _ in string.Formatter().parse(text) if name)
 
 
-def _row(raw: dict[str, Any], where: str, declared: Mapping[str, Citation]) -> Limit:
+def _read_row(raw: dict[str, Any], where: str, declared: Mapping[str, Citation]) -> Limit:
     _check_keys(raw, where)
     fields: dict[str, Any] = dict(raw)
     try:
@@ -122,9 +122,9 @@ def _row(raw: dict[str, Any], where: str, declared: Mapping[str, Citation]) -> L
     fields["one_of"] = tuple(fields.get("one_of", ()))
     fields["soc"] = tuple(fields.get("soc", SOCS))
     row = Limit(**fields)
-    if "version" in _braced(row.says) | _braced(row.advice) and not row.versions:
+    if "version" in _names_in_braces(row.says) | _names_in_braces(row.advice) and not row.versions:
         raise LimitsError(f"{where}: version is shown, but the rule is not for certain versions")
-    sizes = (_braced(row.says) | _braced(row.advice)) & {"buffer_mb", "needed_mb"}
+    sizes = (_names_in_braces(row.says) | _names_in_braces(row.advice)) & {"buffer_mb", "needed_mb"}
     if sizes and not row.bounds_buffer:
         raise LimitsError(f"{where}: {sorted(sizes)} is shown, but max does not read buffer_bytes")
     return row
@@ -147,8 +147,8 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
         raise LimitsError(f"{where}: advice is {advice!r}; accepted: what to change, or '{NOTHING_HELPS}' and why")
     bounds = {"min/max" if b in ("min", "max") else b for b in BOUNDS if raw.get(b) not in (None, [])}
     if len(bounds) != 1:
-        found = " and ".join(sorted(bounds)) or "no bound"
-        raise LimitsError(f"{where}: {found}; give one of {', '.join(BOUNDS)} (min and max may stand together)")
+        bounds_text = " and ".join(sorted(bounds)) or "no bound"
+        raise LimitsError(f"{where}: {bounds_text}; give one of {', '.join(BOUNDS)} (min and max may stand together)")
     if set(raw.get("soc", ())) - set(SOCS):
         raise LimitsError(f"{where}: soc is {raw['soc']}; accepted: {', '.join(SOCS)}")
 
@@ -165,5 +165,5 @@ def read(name: str, text: str, declared: Mapping[str, Citation] | None = None) -
         operators = raw.get("operator")
         for operator in operators if isinstance(operators, list) else [operators]:
             where = f"{name}, limit {number} ({raw.get('code', '?')})"
-            rows.append(_row({**raw, "operator": operator}, where, declared))
+            rows.append(_read_row({**raw, "operator": operator}, where, declared))
     return rows

@@ -68,8 +68,8 @@ def declare_sources(name: str, text: str) -> dict[str, Citation]:
     for collection, raw in loads(text).items():
         where = f"{name}, {collection}"
         if not isinstance(raw, dict) or not {"title", "documents"} <= raw.keys() <= COLLECTION or not all(raw.values()):
-            found = sorted(raw) if isinstance(raw, dict) else raw
-            raise ValueError(f"{where}: has {found}; accepted: title, documents, link, version, none of them empty")
+            entry = sorted(raw) if isinstance(raw, dict) else raw
+            raise ValueError(f"{where}: has {entry}; accepted: title, documents, link, version, none of them empty")
         for document, value in raw["documents"].items():
             citation = _declare_document(f"{collection}.{document}", raw, value, where)
             declared[citation.key] = citation

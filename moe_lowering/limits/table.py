@@ -11,7 +11,7 @@ from moe_lowering.limits.coverage import Absent, gaps, read_absent
 from moe_lowering.limits.row import Limit, LimitsError, read
 from moe_lowering.limits.sources import load_sources
 from moe_lowering.limits.toml import loads
-from moe_lowering.limits.versions import applies
+from moe_lowering.limits.versions import do_constraints_apply
 from moe_lowering.vocabulary import SOCS
 
 
@@ -22,7 +22,7 @@ def _entries(name: str, text: str) -> list[Absent]:
         raise LimitsError(str(error)) from None
 
 
-def narrow(rows: list[Limit]) -> list[Limit]:
+def drop_other_socs(rows: list[Limit]) -> list[Limit]:
     """The rows, those of an operator only for SoCs that its row on ``soc`` accepts: where it does not exist, nothing else counts.
 
     Raises:
@@ -52,13 +52,13 @@ def validate(rows: list[Limit]) -> tuple[Limit, ...]:
     Raises:
         LimitsError: otherwise.
     """
-    seen: set[tuple[object, ...]] = set()
+    keys: set[tuple[object, ...]] = set()
     for row in rows:
         for soc in row.soc:
             key = (row.operator, soc, row.code, row.when.text if row.when else "", row.versions)
-            if key in seen:
+            if key in keys:
                 raise LimitsError(f"code {row.code} of {row.operator} stands twice for {soc} under one condition")
-            seen.add(key)
+            keys.add(key)
     return tuple(rows)
 
 
@@ -76,9 +76,9 @@ def load() -> tuple[Limit, ...]:
         if file.name.endswith(".toml"):
             rows += read(file.name, text := file.read_text("utf-8"))
             absent += _entries(file.name, text)
-    narrowed = narrow(rows)
-    if found := gaps(narrowed, absent, _exists(rows), tuple(SOCS)):
-        raise LimitsError("; ".join(found))
+    narrowed = drop_other_socs(rows)
+    if missing := gaps(narrowed, absent, _exists(rows), tuple(SOCS)):
+        raise LimitsError("; ".join(missing))
     return validate(narrowed)
 
 
@@ -99,7 +99,11 @@ def limits_for(operator: str, soc: str, versions: Mapping[str, str] | None = Non
 def limits_of(operator: str, soc: str, versions: Versions) -> tuple[Limit, ...]:
     """As ``limits_for``, of versions that can be hashed."""
     known = dict(versions)
-    return tuple(row for row in load() if row.operator == operator and soc in row.soc and applies(row.versions, known))
+    return tuple(
+        row
+        for row in load()
+        if row.operator == operator and soc in row.soc and do_constraints_apply(row.versions, known)
+    )
 
 
 @functools.lru_cache(maxsize=256)

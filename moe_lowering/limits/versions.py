@@ -60,24 +60,24 @@ class Constraint:
         if match is None:
             return False
         release, rest = _numbers(match[1]), match[2]
-        mine, theirs = _same_length(release, self.number)
-        if mine == theirs and _PRE_RELEASE.match(rest):
+        a, b = _same_length(release, self.number)
+        if a == b and _PRE_RELEASE.match(rest):
             return False
-        return not _COMPARE[self.operator](mine, theirs)
+        return not _COMPARE[self.operator](a, b)
 
 
-def applies(constraints: Sequence[Constraint], versions: Mapping[str, str]) -> bool:
+def do_constraints_apply(constraints: Sequence[Constraint], versions: Mapping[str, str]) -> bool:
     """Whether a rule with these constraints applies; versions that are not given are not known."""
     return not any(c.excludes(versions.get(c.name, "")) for c in constraints)
 
 
-def subject(constraints: Sequence[Constraint], versions: Mapping[str, str]) -> str:
+def name_subject(constraints: Sequence[Constraint], versions: Mapping[str, str]) -> str:
     """What a rule is about: each name with its version, ``vllm_ascend 0.26.0rc1``; where none is known, ``vllm_ascend>=0.24``."""
     known = {c.name: f"{c.name} {versions[c.name]}" for c in constraints if versions.get(c.name)}
     return ", ".join(dict.fromkeys(known.get(c.name, c.text) for c in constraints))
 
 
-def in_words(constraints: Sequence[Constraint], versions: Mapping[str, str]) -> tuple[str, str]:
+def describe_versions(constraints: Sequence[Constraint], versions: Mapping[str, str]) -> tuple[str, str]:
     """(to which versions a rule belongs, what to declare when they are not known)."""
     if not constraints:
         return "", ""

@@ -13,8 +13,8 @@ from moe_lowering.limits.prover import Prover
 from moe_lowering.limits.row import Limit
 from moe_lowering.limits.sources import Citation, render_citations
 from moe_lowering.limits.table import Versions, freeze_versions, limits_of
-from moe_lowering.limits.versions import in_words, subject
-from moe_lowering.limits.wording import Accepted, Names, Value, Wording, as_value, names_in, pick, show, to_json
+from moe_lowering.limits.versions import describe_versions, name_subject
+from moe_lowering.limits.wording import Accepted, Names, Value, Wording, as_value, names_in, pick_values, show, to_json
 
 MOST_BUFFER_MB = 65535  # HCCL_BUFFSIZE must fit 16 bits (vllm-ascend 182b75ea, tiling of dispatch_ffn_combine)
 
@@ -88,8 +88,8 @@ class Violation:
 
     def named(self, names: Names) -> Violation:
         """The same with the user's names, as far as they concern it."""
-        found = names_in(names, self.value, *self.limit.values, *(value for _, value in self.shown))
-        return dataclasses.replace(self, names=found) if found else self
+        read_names = names_in(names, self.value, *self.limit.values, *(value for _, value in self.shown))
+        return dataclasses.replace(self, names=read_names) if read_names else self
 
     @property
     def source(self) -> str:
@@ -102,8 +102,8 @@ class Violation:
         if self.says:
             text = self._fill(self.says)
         else:
-            value, given = self.show(), self.quantity.isidentifier()
-            what = f"{self.quantity} is {value}" if given else f"value is {value} ({self.quantity})"
+            value, is_argument = self.show(), self.quantity.isidentifier()
+            what = f"{self.quantity} is {value}" if is_argument else f"value is {value} ({self.quantity})"
             text = f"{what}; accepted: {self.limit.say(self.names)}"
         declared = "" if self.declared is None else f"; the deployment declares {self.declared}"
         return text + self.note + declared
@@ -131,7 +131,7 @@ class Violation:
 
     def to_json(self) -> dict[str, Any]:
         """Numbers as numbers, expressions as text in the user's names; and the same in sentences."""
-        found: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "code": self.code,
             "operator": self.operator,
             "quantity": self.quantity,
@@ -143,7 +143,7 @@ class Violation:
             "message": self.message,
             "advice": self.advice,
         }
-        return found if self.buffer is None else {**found, "buffer": dataclasses.asdict(self.buffer)}
+        return fields if self.buffer is None else {**fields, "buffer": dataclasses.asdict(self.buffer)}
 
     def say(self, names: Names = ()) -> str:
         """Code and message."""
@@ -173,16 +173,16 @@ def check(
             also when the version is not known.
     """
     prover = prover or Prover()
-    given = {name: value for name, value in quantities.items() if value is not None}
-    given["soc"] = soc
-    rows = _applicable(operator, soc, freeze_versions(versions), frozenset(given))
-    return [v for row in rows if (v := _violation(row, given, prover, versions))]
+    known = {name: value for name, value in quantities.items() if value is not None}
+    known["soc"] = soc
+    rows = _applicable(operator, soc, freeze_versions(versions), frozenset(known))
+    return [v for row in rows if (v := _violation(row, known, prover, versions))]
 
 
 @functools.lru_cache(maxsize=4096)
-def _applicable(operator: str, soc: str, versions: Versions, given: frozenset[str]) -> tuple[Limit, ...]:
+def _applicable(operator: str, soc: str, versions: Versions, known: frozenset[str]) -> tuple[Limit, ...]:
     """The rows that read nothing but what is given."""
-    return tuple(row for row in limits_of(operator, soc, versions) if row.names <= given)
+    return tuple(row for row in limits_of(operator, soc, versions) if row.names <= known)
 
 
 def _violation(
@@ -193,7 +193,7 @@ def _violation(
     value = row.value(quantities)
     if row.holds(value, quantities, prover):
         return None
-    note, undeclared = in_words(row.versions, versions or {})
+    note, undeclared = describe_versions(row.versions, versions or {})
     buffer = None
     if row.bounds_buffer:
         needed = needed_buffer_mb(row, prover.bounds(value)[1], quantities)
@@ -207,7 +207,7 @@ def _violation(
         sources=row.sources,
         says=row.says,
         advises=row.advice,
-        shown=pick(row.shown, quantities) + _about(row, versions or {}),
+        shown=pick_values(row.shown, quantities) + _about(row, versions or {}),
         note=note,
         undeclared=undeclared,
         versions=tuple(constraint.name for constraint in row.versions),
@@ -217,7 +217,7 @@ def _violation(
 
 def _about(row: Limit, versions: Mapping[str, str]) -> tuple[tuple[str, Value], ...]:
     """What a rule for certain versions may show of them."""
-    return (("version", subject(row.versions, versions)),) if row.versions else ()
+    return (("version", name_subject(row.versions, versions)),) if row.versions else ()
 
 
 def needed_buffer_mb(row: Limit, most: int | None, quantities: Mapping[str, Any]) -> int | None:

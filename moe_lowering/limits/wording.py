@@ -79,12 +79,12 @@ class Wording:
         return self.say()
 
 
-def word(template: str, **shown: Any) -> Wording:
+def make_wording(template: str, **shown: Any) -> Wording:
     """A sentence; sizes may be SymInts, and shapes tuples of them."""
-    return Wording(template, tuple((name, _plain(value)) for name, value in shown.items()))
+    return Wording(template, tuple((name, _as_plain(value)) for name, value in shown.items()))
 
 
-def _plain(value: Any) -> Any:
+def _as_plain(value: Any) -> Any:
     return tuple(map(as_value, value)) if isinstance(value, tuple) else as_value(value)
 
 
@@ -153,14 +153,14 @@ class Accepted:
     def to_json(self, names: Names = ()) -> dict[str, Any]:
         """Each bound under its kind: numbers, or expressions as text."""
         kinds = ("min", "max", "multiple_of", "equals")
-        found: dict[str, Any] = {
+        fields: dict[str, Any] = {
             kind: to_json(bound.value, names) for kind in kinds if (bound := getattr(self, kind)) is not None
         }
         if self.one_of:
-            found["one_of"] = [to_json(each, names) for each in self.one_of]
-        return {**found, "unit": self.unit} if self.unit else found
+            fields["one_of"] = [to_json(each, names) for each in self.one_of]
+        return {**fields, "unit": self.unit} if self.unit else fields
 
 
-def pick(names: frozenset[str], quantities: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+def pick_values(names: frozenset[str], quantities: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """The quantities of some names, in the order of the names, as values."""
     return tuple((name, as_value(quantities[name])) for name in sorted(names))

@@ -188,20 +188,20 @@ def expert_weights(quantisation: str) -> dict[str, Tensor]:
     """The weights of all experts as ``moe_experts`` takes them, by argument: each [E, ...]."""
     generator = torch.Generator().manual_seed(200)
     shapes = {"w13": (EXPERTS, HIDDEN, 2 * INTERMEDIATE), "w2": (EXPERTS, INTERMEDIATE, HIDDEN)}
-    made: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         # each expert has a size of its own, so that one's scales are wrong for another
         size = (1 + torch.arange(EXPERTS) / EXPERTS).view(-1, 1, 1) / shape[1] ** 0.5
         plain = torch.randn(shape, generator=generator).mul_(size)
         form = EXPERT_FORMATS[quantisation]
         if not form.quantised:
-            made[name] = plain.to(DTYPE)
+            weights[name] = plain.to(DTYPE)
             continue
         # the scales' dtypes are those of quantise_experts for a bfloat16 model
         halves = form.weight_only or ("bfloat16" in form.scale_dtypes and name == "w2")
         quantised = quantise_weight(plain, quantisation, scale_dtype=DTYPE if halves else None)
-        made[name] = quantised.weight
+        weights[name] = quantised.weight
         for field in ("scale", "offset", "scale_bias"):
             if (values := getattr(quantised, field)) is not None:
-                made[f"{name}_{field}"] = values
-    return made
+                weights[f"{name}_{field}"] = values
+    return weights

@@ -15,7 +15,7 @@ from moe_lowering.vocabulary import EXPERT_FORMATS, ExpertFormat
 
 
 @dataclasses.dataclass(frozen=True)
-class Refusal:
+class ExpectedRefusal:
     """One rule: cells of ``forms`` for which ``applies`` holds are refused with ``code``. ``why`` is a citation."""
 
     code: str
@@ -34,11 +34,11 @@ def _format(cell: Cell) -> ExpertFormat:
     return EXPERT_FORMATS[cell.quantisation]
 
 
-def _masked(cell: Cell) -> bool:
+def _has_mask(cell: Cell) -> bool:
     return SCENARIOS[cell.scenario].masked or SCENARIOS[cell.scenario].padded
 
 
-def _no_tokens(cell: Cell) -> bool:
+def _is_without_tokens(cell: Cell) -> bool:
     return SCENARIOS[cell.scenario].tokens == 0 or SCENARIOS[cell.scenario].idle
 
 
@@ -51,8 +51,8 @@ def _list_of_int_weights(cell: Cell) -> bool:
 
 
 def _other_format_than_mega(cell: Cell) -> bool:
-    wanted = "nz" if _format(cell).quantised else "nd"
-    return not _format(cell).weight_only and cell.weights_are.weight_format != wanted
+    required = "nz" if _format(cell).quantised else "nd"
+    return not _format(cell).weight_only and cell.weights_are.weight_format != required
 
 
 def _one_rank(cell: Cell) -> bool:
@@ -60,67 +60,67 @@ def _one_rank(cell: Cell) -> bool:
 
 
 REFUSALS = (
-    Refusal(
+    ExpectedRefusal(
         "Deployment", EVERY, lambda c: c.ep % c.tp != 0,
         "here.architecture: the ranks of a TP group are ranks of one EP group",
     ),
-    Refusal(
+    ExpectedRefusal(
         "block.tp_counts", EVERY, lambda c: SCENARIOS[c.scenario].counts and SCENARIOS[c.scenario].tokens % c.tp != 0,
         "here.tensor_parallel: tokens are padded per TP rank, and the padding would be counted",
     ),
-    Refusal("alltoall.ep_size", ALLTOALL, _one_rank, "vllm_ascend.forward_context: nobody to exchange rows with"),
-    Refusal("mc2.ep_size", ("mc2",), _one_rank, "ops_transformer.dispatch: A3, 2 to 768 ranks"),
-    Refusal("mc2.tokens", ("mc2",), _no_tokens, "ops_transformer.dispatch: 1 to 512 tokens"),
-    Refusal(
-        "mc2.mask_global_bs", ("mc2",), lambda c: _masked(c) and SCENARIOS[c.scenario].unequal,
+    ExpectedRefusal("alltoall.ep_size", ALLTOALL, _one_rank, "vllm_ascend.forward_context: nobody to exchange rows with"),
+    ExpectedRefusal("mc2.ep_size", ("mc2",), _one_rank, "ops_transformer.dispatch: A3, 2 to 768 ranks"),
+    ExpectedRefusal("mc2.tokens", ("mc2",), _is_without_tokens, "ops_transformer.dispatch: 1 to 512 tokens"),
+    ExpectedRefusal(
+        "mc2.mask_global_bs", ("mc2",), lambda c: _has_mask(c) and SCENARIOS[c.scenario].unequal,
         "ops_transformer.dispatch, vllm_ascend.token_dispatcher: the mask must be all true then, and both are never passed",
     ),
-    Refusal(
+    ExpectedRefusal(
         "mc2.x_dtype", ("mc2",), _int8_tokens, "ops_transformer.dispatch: it takes 16-bit tokens and quantises them",
     ),
-    Refusal(
+    ExpectedRefusal(
         "gmm.quant_single_weight", ("allgather", *ALLTOALL, "mc2"), _list_of_int_weights,
         "ops_transformer.grouped_matmul: int8 tokens want one tensor of weights (A8W8; A8W4: its per-token scale)",
     ),
-    Refusal("fused.ep_size", FUSED, _one_rank, "vllm_ascend.forward_context: nobody to exchange rows with"),
-    Refusal(
+    ExpectedRefusal("fused.ep_size", FUSED, _one_rank, "vllm_ascend.forward_context: nobody to exchange rows with"),
+    ExpectedRefusal(
         "fused.quantisation", FUSED, lambda c: _format(c).weight_only,
         "vllm_ascend.ffn_adapter, ops_transformer.mega_moe: int32 weights are W4A8 to them",
     ),
-    Refusal(
+    ExpectedRefusal(
         "fused_decode.weight_dtype", (DECODE,), lambda c: _format(c).int8_rows and _format(c).packed > 1,
         "vllm_ascend.decode_definition: int8 or 16-bit weights",
     ),
-    Refusal(
+    ExpectedRefusal(
         "fused.quantised_input", (FFN,), _int8_tokens,
         "vllm_ascend.ffn_definition: it takes 16-bit tokens and quantises them",
     ),
-    Refusal("mega_moe.x_dtype", (MEGA,), _int8_tokens, "ops_transformer.mega_moe: bfloat16 tokens"),
-    Refusal("fused_decode.x_dtype", (DECODE,), _int8_tokens, "vllm_ascend.decode_definition: 16-bit tokens"),
-    Refusal(
+    ExpectedRefusal("mega_moe.x_dtype", (MEGA,), _int8_tokens, "ops_transformer.mega_moe: bfloat16 tokens"),
+    ExpectedRefusal("fused_decode.x_dtype", (DECODE,), _int8_tokens, "vllm_ascend.decode_definition: 16-bit tokens"),
+    ExpectedRefusal(
         "fused.weight_format", (FFN,), lambda c: c.weights_are.weight_format == "nd",
         "vllm_ascend.ffn_api: the wrapper says FRACTAL_NZ whatever the weights are",
     ),
-    Refusal(
+    ExpectedRefusal(
         "mega_moe.weight_list", (MEGA,), lambda c: not c.weights_are.lists,
         "ops_transformer.mega_moe: a list with one tensor for each expert",
     ),
-    Refusal(
+    ExpectedRefusal(
         "mega_moe.weight_format", (MEGA,), _other_format_than_mega,
         "ops_transformer.mega_moe, vllm_ascend.mega_moe: int8 and int4 in FRACTAL_NZ, 16 bits in ND",
     ),
-    Refusal("fused.tokens", (FFN,), _no_tokens, "vllm_ascend.forward_context: 1 to 512 tokens of a TP rank"),
-    Refusal("mega_moe.tokens", (MEGA,), _no_tokens, "ops_transformer.mega_moe: 1 to 4,096 tokens"),
-    Refusal("fused_decode.tokens", (DECODE,), _no_tokens, "vllm_ascend.decode_tiling: 1 to 256 tokens"),
-    Refusal(
-        "fused.mask", (FFN,), lambda c: _masked(c) and not _format(c).quantised,
+    ExpectedRefusal("fused.tokens", (FFN,), _is_without_tokens, "vllm_ascend.forward_context: 1 to 512 tokens of a TP rank"),
+    ExpectedRefusal("mega_moe.tokens", (MEGA,), _is_without_tokens, "ops_transformer.mega_moe: 1 to 4,096 tokens"),
+    ExpectedRefusal("fused_decode.tokens", (DECODE,), _is_without_tokens, "vllm_ascend.decode_tiling: 1 to 256 tokens"),
+    ExpectedRefusal(
+        "fused.mask", (FFN,), lambda c: _has_mask(c) and not _format(c).quantised,
         "vllm_ascend.ffn_adapter: the 16-bit variant ignores the mask",
     ),
-    Refusal(
+    ExpectedRefusal(
         "mega_moe.equal_tokens", (MEGA,), lambda c: SCENARIOS[c.scenario].unequal,
         "ops_transformer.mega_moe: token counts are equal on all ranks on A2 and A3",
     ),
-    Refusal(
+    ExpectedRefusal(
         "fused_decode.mask", (DECODE,), lambda c: SCENARIOS[c.scenario].masked,
         "vllm_ascend.decode_dispatch: it sends the first n tokens, n the number of True in the mask",
     ),
@@ -129,9 +129,9 @@ REFUSALS = (
 
 def refusals(cell: Cell) -> tuple[str, ...]:
     """Codes that the cell must be refused with; () when it must be legal."""
-    found = tuple(rule.code for rule in REFUSALS if cell.form in rule.forms and rule.applies(cell))
-    if "Deployment" in found:
+    codes = tuple(rule.code for rule in REFUSALS if cell.form in rule.forms and rule.applies(cell))
+    if "Deployment" in codes:
         return ("Deployment",)  # nothing else is looked at then
-    if any(code.endswith(ONLY) for code in found):  # nor are the operators of what one rank has no use for
-        return tuple(code for code in found if code.endswith(ONLY) or code.startswith("block."))
-    return found
+    if any(code.endswith(ONLY) for code in codes):  # nor are the operators of what one rank has no use for
+        return tuple(code for code in codes if code.endswith(ONLY) or code.startswith("block."))
+    return codes

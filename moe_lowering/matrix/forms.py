@@ -42,7 +42,7 @@ MEGA_MOE = {"providers": (("cann_ops_transformer", "9.2.0"),), "cann": "9.2.0"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class WeightForm:
     """One way to write an implementation down.
 
     Attributes:
@@ -74,24 +74,24 @@ class Form:
 
 
 # (implementation, form) that has no row: the routings of the scenarios send more rows than the ``max_rows`` that it is for.
-# Its numbers are checked in tests/test_lowering_ranks.py.
+# Its numbers are checked in tests/passes/test_lowering_ranks.py.
 WITHOUT_A_ROW = (("alltoall", "buffers"),)
 FORMS = {
     form.name: form
     for form in (
-        Form("allgather", "allgather", "allgather", ("npu.npu_moe_init_routing_v2",)),
-        Form("alltoall_static", "alltoall", "static", ("_c10d_functional.all_to_all_single",), {"capture": True}),
-        Form("alltoall_exact", "alltoall", "exact", ("moe_lowering.alltoall_experts",), {"capture": False}),
-        Form("mc2", "mc2", "mc2", ("npu.npu_moe_distribute_dispatch_v2", "npu.npu_moe_distribute_combine_v2")),
-        Form(
+        WeightForm("allgather", "allgather", "allgather", ("npu.npu_moe_init_routing_v2",)),
+        WeightForm("alltoall_static", "alltoall", "static", ("_c10d_functional.all_to_all_single",), {"capture": True}),
+        WeightForm("alltoall_exact", "alltoall", "exact", ("moe_lowering.alltoall_experts",), {"capture": False}),
+        WeightForm("mc2", "mc2", "mc2", ("npu.npu_moe_distribute_dispatch_v2", "npu.npu_moe_distribute_combine_v2")),
+        WeightForm(
             "dispatch_ffn_combine", "fused_mc2", "dispatch_ffn_combine", ("moe_lowering.dispatch_ffn_combine",),
             {"fused_mode": 1, **VLLM_ASCEND},
         ),
-        Form(
+        WeightForm(
             "mega_moe", "fused_mc2", "mega_moe", ("moe_lowering.mega_moe",), {"fused_mode": 1, **MEGA_MOE}, lists=True,
             plain_format="nd",
         ),
-        Form(
+        WeightForm(
             "dispatch_gmm_combine_decode", "fused_mc2", "dispatch_gmm_combine_decode",
             ("moe_lowering.dispatch_gmm_combine_decode",), {"fused_mode": 2, **VLLM_ASCEND},
         ),

@@ -27,9 +27,9 @@ from moe_lowering import simulator
 from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts
 from moe_lowering.matrix.cells import DTYPE, EXPERTS, SCENARIOS, TOKENS, Inputs, Scenario, expert_weights
-from moe_lowering.matrix.forms import FORMS, Form, Layout
+from moe_lowering.matrix.forms import FORMS, Layout, WeightForm
 from moe_lowering.passes.pipeline import MoeLowering
-from moe_lowering.passes.verifying import generic_nodes, repropagate
+from moe_lowering.passes.verifier import generic_nodes, repropagate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ Change = Callable[[Case], Case]
 
 
 @dataclasses.dataclass
-class Outcome:
+class CellOutcome:
     """What came of one scenario on one rank.
 
     Attributes:
@@ -81,17 +81,17 @@ def setup() -> None:
 
 
 def run(
-    rank: int, quantisation: str, tp: int, asked: Sequence[tuple[str, str, Layout]], change: Change | None = None
-) -> list[Outcome]:
+    rank: int, quantisation: str, tp: int, requests: Sequence[tuple[str, str, Layout]], change: Change | None = None
+) -> list[CellOutcome]:
     """The outcomes of (form, scenario, layout of the weights) in order.
 
     After an exception while a graph runs, ranks are out of step: the list ends there.
     """
     tracer = _Tracer()
     lowered: dict[Any, _Lowered] = {}
-    outcomes: list[Outcome] = []
-    for form, scenario, layout in asked:
-        outcome = Outcome()
+    outcomes: list[CellOutcome] = []
+    for form, scenario, layout in requests:
+        outcome = CellOutcome()
         outcomes.append(outcome)
         try:
             case = _case(rank, FORMS[form], quantisation, tp, SCENARIOS[scenario], layout)
@@ -121,7 +121,7 @@ def run(
 # ------------------------------------------------------------------------------------------------------------- the case
 
 
-def _deployment(rank: int, form: Form, tp: int, scenario: Scenario, layout: Layout) -> Deployment:
+def _deployment(rank: int, form: WeightForm, tp: int, scenario: Scenario, layout: Layout) -> Deployment:
     """Raises ValueError where there can be no such deployment."""
     ep = dist.get_world_size()
     groups = _groups(tp if ep % tp == 0 else 1)
@@ -142,11 +142,11 @@ def _deployment(rank: int, form: Form, tp: int, scenario: Scenario, layout: Layo
 def _groups(tp: int) -> dict[str, str]:
     """Names of this rank's process groups. Every rank makes all groups of all ranks, once."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    made = {"ep": dist.group.WORLD.group_name, "mc2": _second_group()}  # type: ignore[union-attr]
+    names = {"ep": dist.group.WORLD.group_name, "mc2": _second_group()}  # type: ignore[union-attr]
     if tp > 1:
         teams = [dist.new_group(range(first, first + tp)) for first in range(0, size, tp)]
-        made["tp"] = teams[rank // tp].group_name
-    return made
+        names["tp"] = teams[rank // tp].group_name
+    return names
 
 
 @functools.cache
@@ -154,7 +154,7 @@ def _second_group() -> str:
     return dist.new_group(range(dist.get_world_size())).group_name
 
 
-def _case(rank: int, form: Form, quantisation: str, tp: int, scenario: Scenario, layout: Layout) -> Case:
+def _case(rank: int, form: WeightForm, quantisation: str, tp: int, scenario: Scenario, layout: Layout) -> Case:
     where = _deployment(rank, form, tp, scenario, layout)
     inputs = scenario.inputs(rank // tp, where.ep_size // tp)
     return Case(where, inputs, _own_weights(layout.lists, quantisation), quantisation)
@@ -165,8 +165,8 @@ def _own_weights(lists: bool, quantisation: str) -> dict[str, list[Tensor]]:
     """This rank's experts, stacked or each by itself."""
     local = EXPERTS // dist.get_world_size()
     first = dist.get_rank() * local
-    mine = {name: tensor[first : first + local] for name, tensor in expert_weights(quantisation).items()}
-    return {name: [t.contiguous() for t in tensor] if lists else [tensor.contiguous()] for name, tensor in mine.items()}
+    own = {name: tensor[first : first + local] for name, tensor in expert_weights(quantisation).items()}
+    return {name: [t.contiguous() for t in tensor] if lists else [tensor.contiguous()] for name, tensor in own.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ the graph
@@ -175,19 +175,19 @@ def _own_weights(lists: bool, quantisation: str) -> dict[str, list[Tensor]]:
 @dataclasses.dataclass
 class _Lowered:
     gm: GraphModule | None
-    outcome: Outcome
+    outcome: CellOutcome
 
 
 def _flat(case: Case) -> list[Tensor]:
-    given = case.inputs
-    tensors = [given.x, given.weights, given.ids, *_optional(given).values()]
+    inputs = case.inputs
+    tensors = [inputs.x, inputs.weights, inputs.ids, *_optional(inputs).values()]
     return tensors + [tensor for name in sorted(case.weights) for tensor in case.weights[name]]
 
 
-def _optional(given: Inputs) -> dict[str, Tensor]:
+def _optional(inputs: Inputs) -> dict[str, Tensor]:
     """What not every scenario has, by argument of ``moe_experts``."""
-    found = {"mask": given.mask, "pertoken_scale": given.scale, "log2phy": given.log2phy}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    tensors = {"mask": inputs.mask, "pertoken_scale": inputs.scale, "log2phy": inputs.log2phy}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _block(case: Case, scenario: Scenario) -> Callable[..., tuple[Tensor, ...]]:
@@ -201,13 +201,13 @@ def _block(case: Case, scenario: Scenario) -> Callable[..., tuple[Tensor, ...]]:
         options["apply_router_weight_on_input"] = True
 
     def block(x: Tensor, weights: Tensor, ids: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        given: dict[str, Any] = {**options, **dict(zip(names, rest, strict=False))}
+        arguments: dict[str, Any] = {**options, **dict(zip(names, rest, strict=False))}
         left = list(rest[len(names) :])
         for name, count in shapes:
-            given[name], left = left[:count], left[count:]
+            arguments[name], left = left[:count], left[count:]
         if not scenario.counts:
-            return (moe_experts(x, weights, ids, **given),)
-        return moe_experts(x, weights, ids, **given, return_counts=True)[:2]
+            return (moe_experts(x, weights, ids, **arguments),)
+        return moe_experts(x, weights, ids, **arguments, return_counts=True)[:2]
 
     return block
 
@@ -229,11 +229,11 @@ class _Tracer:
 
     def key(self, case: Case, scenario: Scenario) -> tuple[Any, ...]:
         """What of a case is in the graph of the generic block."""
-        where, given = case.deployment, case.inputs
+        where, inputs = case.deployment, case.inputs
         weights = tuple((name, len(ts), ts[0].shape, ts[0].dtype) for name, ts in sorted(case.weights.items()))
-        tokens = None if _any_tokens(case, scenario) else len(given.x)
+        tokens = None if _any_tokens(case, scenario) else len(inputs.x)
         options = (scenario.counts, scenario.quantised, scenario.on_input)
-        block = (tokens, tuple(_optional(given)), given.ids.shape[1], weights, *options)
+        block = (tokens, tuple(_optional(inputs)), inputs.ids.shape[1], weights, *options)
         return (*block, where.ep_group, where.tp_size, where.tp_group, where.token_bound, where.max_rows)
 
     def _symbolic_inputs(self, case: Case) -> Iterator[Tensor]:
@@ -256,7 +256,7 @@ def _any_tokens(case: Case, scenario: Scenario) -> bool:
     return scenario.symbolic and (tp == 1 or len(case.inputs.x) > tp)
 
 
-def _lower(form: Form, deployment: Deployment, gm: GraphModule, check: bool) -> _Lowered:
+def _lower(form: WeightForm, deployment: Deployment, gm: GraphModule, check: bool) -> _Lowered:
     """The lowered graph, or why there is none; ``check`` re-propagates fake tensors through it."""
     before, nodes = gm.code, list(gm.graph.nodes)
     tokens = nodes[0].meta["val"].shape[0]
@@ -264,10 +264,10 @@ def _lower(form: Form, deployment: Deployment, gm: GraphModule, check: bool) -> 
     lowering(gm, agreement_timeout=None)  # the outcomes of the ranks are compared here, and a refused graph with itself
     report = lowering.reports[-1]
     if len(report.blocks) != 1:
-        return _Lowered(None, Outcome(problems=(f"not one block: {report.blocks}, {report.unrecognised}",)))
+        return _Lowered(None, CellOutcome(problems=(f"not one block: {report.blocks}, {report.unrecognised}",)))
     block = report.blocks[0]
     verdict = block.verdicts.get(form.comm)
-    outcome = Outcome(comm=block.comm, reason=block.reason)
+    outcome = CellOutcome(comm=block.comm, reason=block.reason)
     if block.comm is None:
         violations = () if verdict is None else verdict.violations
         outcome.codes = tuple(dict.fromkeys(v.code for v in violations))
@@ -276,8 +276,8 @@ def _lower(form: Form, deployment: Deployment, gm: GraphModule, check: bool) -> 
             outcome.problems += ("refused, and the graph was changed",)
         return _Lowered(None, outcome)
     outcome.form = None if verdict is None else verdict.form
-    found = {_name(node.target) for node in gm.graph.nodes}
-    outcome.problems += tuple(f"{name} is not in the graph" for name in form.operators if name not in found)
+    operators = {_name(node.target) for node in gm.graph.nodes}
+    outcome.problems += tuple(f"{name} is not in the graph" for name in form.operators if name not in operators)
     if generic_nodes(gm.graph.nodes):
         outcome.problems += ("a generic operator is left in the graph",)
     if check:

@@ -28,26 +28,26 @@ FLOORS = {"none": 42.0, "w8a8": 28.0, "w4a8": 28.0, "w4a16": 40.0}
 @functools.cache
 def expected(quantisation: str, scenario: Scenario, group: int, groups: int) -> Tensor:
     """y [T, H] in float64 of one TP group; zero for masked tokens."""
-    given: Inputs = scenario.inputs(group, groups)
-    if given.scale is not None:
-        results = _experts(quantisation, given.x.double() * given.scale.double().unsqueeze(1))
+    inputs: Inputs = scenario.inputs(group, groups)
+    if inputs.scale is not None:
+        results = _experts(quantisation, inputs.x.double() * inputs.scale.double().unsqueeze(1))
     elif scenario.on_input:
-        results = _experts(quantisation, given.x.double() * given.weights.double())
+        results = _experts(quantisation, inputs.x.double() * inputs.weights.double())
     else:
-        results = _everything(quantisation)[:, group * TOKENS :]  # where its tokens are in the bank
-    y = torch.zeros(given.x.shape, dtype=torch.float64)
-    for token in range(len(given.x)):
-        if given.mask is not None and not given.mask[token]:
+        results = _all_experts_on_all_tokens(quantisation)[:, group * TOKENS :]  # where its tokens are in the bank
+    y = torch.zeros(inputs.x.shape, dtype=torch.float64)
+    for token in range(len(inputs.x)):
+        if inputs.mask is not None and not inputs.mask[token]:
             continue
-        for choice, expert in enumerate(_physical(given, token)):
-            weight = 1.0 if scenario.on_input else given.weights[token, choice].double()
+        for choice, expert in enumerate(_physical(inputs, token)):
+            weight = 1.0 if scenario.on_input else inputs.weights[token, choice].double()
             y[token] += weight * results[expert, token]
     return y
 
 
-def _physical(given: Inputs, token: int) -> list[int]:
-    ids: list[int] = given.ids[token].tolist()
-    return ids if given.log2phy is None else [given.log2phy.tolist()[expert] for expert in ids]
+def _physical(inputs: Inputs, token: int) -> list[int]:
+    ids: list[int] = inputs.ids[token].tolist()
+    return ids if inputs.log2phy is None else [inputs.log2phy.tolist()[expert] for expert in ids]
 
 
 @functools.cache
@@ -55,10 +55,10 @@ def expected_counts(scenario: Scenario, groups: int) -> Tensor:
     """[E] int64: tokens that each expert gets from all TP groups."""
     counts = torch.zeros(EXPERTS, dtype=torch.int64)
     for group in range(groups):
-        given = scenario.inputs(group, groups)
-        for token in range(len(given.ids)):
-            if given.mask is None or given.mask[token]:
-                for expert in _physical(given, token):
+        inputs = scenario.inputs(group, groups)
+        for token in range(len(inputs.ids)):
+            if inputs.mask is None or inputs.mask[token]:
+                for expert in _physical(inputs, token):
                     counts[expert] += 1
     return counts
 
@@ -81,7 +81,7 @@ def signal_to_noise(actual: Tensor, reference: Tensor) -> float:
 
 
 @functools.cache
-def _everything(quantisation: str) -> Tensor:
+def _all_experts_on_all_tokens(quantisation: str) -> Tensor:
     """Every expert on every token of the bank: [E, 24, H] float64."""
     return _experts(quantisation, token_bank().double())
 
@@ -90,19 +90,19 @@ def _experts(quantisation: str, x: Tensor) -> Tensor:
     """Every expert on every token of x [T, H] float64: [E, T, H]."""
     results = []
     for expert in range(EXPERTS):
-        given = {name: tensor[expert] for name, tensor in expert_weights(quantisation).items()}
-        gate, up = (x @ _dequantised(given, "w13")).tensor_split(2, 1)
-        results.append((gate / (1 + torch.exp(-gate)) * up) @ _dequantised(given, "w2"))
+        weights = {name: tensor[expert] for name, tensor in expert_weights(quantisation).items()}
+        gate, up = (x @ _dequantise_weight(weights, "w13")).tensor_split(2, 1)
+        results.append((gate / (1 + torch.exp(-gate)) * up) @ _dequantise_weight(weights, "w2"))
     return torch.stack(results)
 
 
-def _dequantised(given: dict[str, Tensor], name: str) -> Tensor:
-    weight = given[name]
+def _dequantise_weight(weights: dict[str, Tensor], name: str) -> Tensor:
+    weight = weights[name]
     if weight.dtype == torch.int32:
         parts = [(weight.to(torch.int64) >> 4 * at) & 15 for at in range(8)]
         nibbles = torch.stack(parts, 2).reshape(len(weight), -1)
         weight = torch.where(nibbles > 7, nibbles - 16, nibbles)
     matrix = weight.double()
-    if name + "_offset" in given:
-        matrix = matrix + given[name + "_offset"].double()
-    return matrix * given[name + "_scale"].double() if name + "_scale" in given else matrix
+    if name + "_offset" in weights:
+        matrix = matrix + weights[name + "_offset"].double()
+    return matrix * weights[name + "_scale"].double() if name + "_scale" in weights else matrix

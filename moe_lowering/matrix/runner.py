@@ -19,9 +19,9 @@ from moe_lowering.matrix import ranks as rank_jobs
 from moe_lowering.matrix.cells import DTYPE, EXPERTS, SCENARIOS, Cell
 from moe_lowering.matrix.expected import refusals
 from moe_lowering.matrix.forms import FORMS
-from moe_lowering.matrix.ranks import Change, Outcome
+from moe_lowering.matrix.ranks import CellOutcome, Change
 from moe_lowering.matrix.reference import FLOORS, expected, expected_counts, signal_to_noise
-from moe_lowering.matrix.table import EVERYTHING, Axes, Result, Table
+from moe_lowering.matrix.table import EVERYTHING, Axes, CellResult, Table
 from moe_lowering.testing.ranks import RankError, Ranks
 
 COLLECTIVE_TIMEOUT = 60.0  # seconds that a rank waits for one that failed
@@ -59,13 +59,13 @@ class Pool:
         self.restarts += 1
         self.close()
 
-    def outcomes(self, cells: Sequence[Cell], change: Change | None) -> list[list[Outcome]]:
+    def outcomes(self, cells: Sequence[Cell], change: Change | None) -> list[list[CellOutcome]]:
         """By rank; shorter lists than ``cells`` when a cell broke the ranks."""
         if self._ranks is None:
             self._ranks = Ranks(self.size, setup=rank_jobs.setup, collective_timeout=self._timeout)
         first = cells[0]
-        asked = [(cell.form, cell.scenario, cell.weights_are) for cell in cells]
-        return self._ranks.run(rank_jobs.run, first.quantisation, first.tp, asked, change)
+        requests = [(cell.form, cell.scenario, cell.weights_are) for cell in cells]
+        return self._ranks.run(rank_jobs.run, first.quantisation, first.tp, requests, change)
 
 
 def run(
@@ -81,7 +81,7 @@ def run(
         change: breaks something on purpose, on every rank: a module-level function that changes what a rank is given.
         pools: by EP size, to use and to leave open; made and closed here when None.
     """
-    results: list[Result] = []
+    results: list[CellResult] = []
     for ep in axes.eps:
         pool = Pool(ep) if pools is None else pools[ep]
         try:
@@ -95,19 +95,19 @@ def run(
     return Table(axes, tuple(results))
 
 
-def _run(pool: Pool, cells: list[Cell], change: Change | None) -> list[Result]:
+def _run(pool: Pool, cells: list[Cell], change: Change | None) -> list[CellResult]:
     """Results of cells of one world size, TP size and weight format."""
-    results: list[Result] = []
+    results: list[CellResult] = []
     most = pool.restarts + MOST_RESTARTS
     while len(results) < len(cells):
         rest = cells[len(results) :]
         if pool.restarts >= most:
-            return results + [Result(cell, problems=["not run: too many cells broke their ranks"]) for cell in rest]
+            return results + [CellResult(cell, problems=["not run: too many cells broke their ranks"]) for cell in rest]
         try:
             by_rank = pool.outcomes(rest, change)
         except RankError as error:
             pool.replace()
-            return results + [Result(cell, problems=[f"not run, ranks failed: {error}"]) for cell in rest]
+            return results + [CellResult(cell, problems=[f"not run, ranks failed: {error}"]) for cell in rest]
         done = min(len(outcomes) for outcomes in by_rank)
         results += [_judge(cell, [outcomes[at] for outcomes in by_rank]) for at, cell in enumerate(rest[:done])]
         if any(outcomes[done - 1].broke for outcomes in by_rank):
@@ -115,20 +115,20 @@ def _run(pool: Pool, cells: list[Cell], change: Change | None) -> list[Result]:
     return results
 
 
-def _judge(cell: Cell, outcomes: list[Outcome]) -> Result:
+def _judge(cell: Cell, outcomes: list[CellOutcome]) -> CellResult:
     """One cell against what it must be."""
     first = outcomes[0]
-    result = Result(cell, first.codes, first.reason)
+    result = CellResult(cell, first.codes, first.reason)
     for rank, outcome in enumerate(outcomes):
         result.problems += [f"rank {rank}: {problem}" for problem in outcome.problems]
     if len({(outcome.comm, outcome.form, outcome.codes) for outcome in outcomes}) > 1:
         result.problems.append(f"ranks decide differently: {[(o.comm, o.form, o.codes) for o in outcomes]}")
-    wanted = refusals(cell)
+    expected = refusals(cell)
     if first.comm is None:
-        result.problems += _refusal_problems(wanted, first)
+        result.problems += _refusal_problems(expected, first)
         return result
-    if wanted:
-        result.problems.append(f"is legal, and must be refused with {', '.join(wanted)}")
+    if expected:
+        result.problems.append(f"is legal, and must be refused with {', '.join(expected)}")
     form = FORMS[cell.form]
     if (first.comm, first.form) != (form.comm, form.form):
         result.problems.append(f"lowered to {first.comm} as {first.form}, asked for {form.comm} as {form.form}")
@@ -140,14 +140,14 @@ def _judge(cell: Cell, outcomes: list[Outcome]) -> Result:
     return result
 
 
-def _refusal_problems(wanted: Iterable[str], outcome: Outcome) -> list[str]:
-    if not wanted:
+def _refusal_problems(expected: Iterable[str], outcome: CellOutcome) -> list[str]:
+    if not expected:
         return [f"must be legal, and is refused: {outcome.reason}"]
-    missing = [code for code in wanted if code not in outcome.codes]
+    missing = [code for code in expected if code not in outcome.codes]
     return [f"must be refused with {', '.join(missing)}, and is: {outcome.reason}"] if missing else []
 
 
-def _compare(cell: Cell, outcomes: list[Outcome]) -> tuple[float, list[str]]:
+def _compare(cell: Cell, outcomes: list[CellOutcome]) -> tuple[float, list[str]]:
     """The worst signal-to-noise ratio over ranks, and what is wrong with the results."""
     problems: list[str] = []
     scenario, groups = SCENARIOS[cell.scenario], cell.ep // cell.tp

@@ -27,8 +27,8 @@ class Axes:
     layouts: tuple[str, ...] = tuple(LAYOUTS)
 
     def cells(self, ep: int, tp: int, quantisation: str) -> list[Cell]:
-        here = [s.name for s in SCENARIOS.values() if quantisation in s.quantisations and ep in s.eps]
-        cells = [Cell(f, quantisation, ep, tp, s) for f in self.forms for s in self.scenarios if s in here]
+        names = [s.name for s in SCENARIOS.values() if quantisation in s.quantisations and ep in s.eps]
+        cells = [Cell(f, quantisation, ep, tp, s) for f in self.forms for s in self.scenarios if s in names]
         if (ep, tp) != LAYOUTS_AT or "even" not in self.scenarios:
             return cells
         other = [
@@ -41,7 +41,7 @@ EVERYTHING = Axes()
 
 
 @dataclasses.dataclass
-class Result:
+class CellResult:
     """What one cell came to.
 
     Attributes:
@@ -70,15 +70,15 @@ class Table:
     """The results of a run, in order."""
 
     axes: Axes
-    results: tuple[Result, ...]
+    results: tuple[CellResult, ...]
 
     def problems(self) -> list[str]:
         """One line for each thing that is not as it must be."""
         return [f"{r.cell}: {problem.strip()}" for r in self.results for problem in r.problems]
 
-    def worst(self) -> dict[str, Result]:
+    def worst(self) -> dict[str, CellResult]:
         """By weight format, the legal cell with the lowest signal-to-noise ratio."""
-        lowest: dict[str, Result] = {}
+        lowest: dict[str, CellResult] = {}
         for result in self.results:
             known = lowest.get(result.cell.quantisation)
             if result.snr is not None and (known is None or result.snr < (known.snr or 0.0)):

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moe_lowering.model_configs.errors import SHOWN, ModelError, shown
+from moe_lowering.model_configs.errors import SHOWN, ModelError, write_value
 from moe_lowering.model_configs.values import check_config_values, check_groups, is_dense, turns_halves
 
 OWN = "moe"
@@ -68,7 +68,9 @@ def path_of(model: str) -> Path | None:
             return path / "config.json"
         is_path = path.exists()
     except (OSError, ValueError) as error:  # too long for a name of a file, or with a zero byte
-        raise ModelError(f"is {shown(model)}, which is no name ({_words(error)}); accepted: {ACCEPTED}") from error
+        raise ModelError(
+            f"is {write_value(model)}, which is no name ({_error_words(error)}); accepted: {ACCEPTED}"
+        ) from error
     return path if is_path or path.suffix == ".json" or "/" in model else None
 
 
@@ -84,47 +86,50 @@ def read_config(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
-            f"{shown(str(path))} is not a readable config.json ({_words(error)}); accepted: {ACCEPTED}"
+            f"{write_value(str(path))} is not a readable config.json ({_error_words(error)}); accepted: {ACCEPTED}"
         ) from error
     if not isinstance(values, dict):
         raise ModelError(
-            f"{shown(str(path))} holds {type(values).__name__}, not an object; accepted: a JSON object with a model's config"
+            f"{write_value(str(path))} holds {type(values).__name__}, not an object; accepted: a JSON object with a "
+            "model's config"
         )
     return values
 
 
 def check_values(values: dict[str, Any], path: Path | None, needs_type: bool) -> None:
     """Refuse a config whose type is no word, or whose sizes no model can have; ``path``: the file that they are from."""
-    where = f" in {shown(str(path))}" if path is not None else ""
+    where = f" in {write_value(str(path))}" if path is not None else ""
     kind = values.get("model_type")
     if not isinstance(kind, str) if needs_type or kind is not None else False:
-        raise ModelError(f"model_type{where} is {shown(kind)}; accepted: the name of a model type of transformers")
+        raise ModelError(
+            f"model_type{where} is {write_value(kind)}; accepted: the name of a model type of transformers"
+        )
     known = _types()
     if needs_type and known and kind not in known:
-        raise ModelError(f"model_type{where} is {shown(kind)}; accepted: a type that transformers knows")
+        raise ModelError(f"model_type{where} is {write_value(kind)}; accepted: a type that transformers knows")
     text = values.get("text_config")
     if text is not None and not isinstance(text, dict):
-        raise ModelError(f"text_config{where} is {shown(text)}; accepted: an object")
-    found = {**values, **(text or {})}
+        raise ModelError(f"text_config{where} is {write_value(text)}; accepted: an object")
+    merged = {**values, **(text or {})}
     for name in (*(name for names in NAMES.values() for name in names), *OTHER_SIZES):
-        check_size(name, found.get(name), where)
-    check_config_values(found, where)
-    _check_divisions(found, where)
+        check_size(name, merged.get(name), where)
+    check_config_values(merged, where)
+    _check_divisions(merged, where)
     if isinstance(kind, str) and needs_type and is_dense(kind):
         raise ModelError(f"{kind}{where} has no MoE layers; accepted: {ACCEPTED}")
-    if isinstance(kind, str) and found.get("head_dim") and found["head_dim"] % 2 and turns_halves(kind):
+    if isinstance(kind, str) and merged.get("head_dim") and merged["head_dim"] % 2 and turns_halves(kind):
         raise ModelError(
-            f"head_dim{where} is {found['head_dim']}; accepted: an even number, of which halves are rotated"
+            f"head_dim{where} is {merged['head_dim']}; accepted: an even number, of which halves are rotated"
         )
 
 
-def _check_divisions(found: dict[str, Any], where: str) -> None:
+def _check_divisions(values: dict[str, Any], where: str) -> None:
     """Refuse counts of which one must be a part of another."""
-    experts, top_k = (first_of(found, NAMES[which]) for which in ("experts", "top_k"))
+    experts, top_k = (first_of(values, NAMES[which]) for which in ("experts", "top_k"))
     if isinstance(experts, int) and isinstance(top_k, int) and 0 < experts < top_k:
         raise ModelError(f"experts of one token{where} are {top_k}; accepted: 1 to its {experts} experts")
-    check_groups(found, experts, where)
-    heads, shared = found.get("num_attention_heads"), found.get("num_key_value_heads")
+    check_groups(values, experts, where)
+    heads, shared = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
         raise ModelError(f"num_key_value_heads{where} is {shared}; accepted: a divisor of num_attention_heads, {heads}")
 
@@ -137,7 +142,7 @@ def check_size(name: str, value: Any, where: str = "") -> None:
         if each is None or (each == 0 and absent and not isinstance(each, bool)):
             continue
         if not isinstance(each, int) or isinstance(each, bool) or not 1 <= each <= LARGEST:
-            raise ModelError(f"{name}{where} is {shown(each)}; accepted: an integer from 1 to {LARGEST}")
+            raise ModelError(f"{name}{where} is {write_value(each)}; accepted: an integer from 1 to {LARGEST}")
 
 
 def size_of(config: Any, names: tuple[str, ...]) -> int:
@@ -161,7 +166,7 @@ def first_of(values: dict[str, Any], names: tuple[str, ...]) -> Any:
     return next((values[name] for name in names if values.get(name) is not None), None)
 
 
-def _words(error: BaseException) -> str:
+def _error_words(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
@@ -172,14 +177,14 @@ def _check_name(model: str) -> None:
     if known and model not in known:
         close = difflib.get_close_matches(model[:SHOWN], [OWN, *sorted(known)], n=3)
         hint = f" (did you mean {', '.join(close)}?)" if close else ""
-        raise ModelError(f"is {shown(model)}{hint}; accepted: {ACCEPTED}")
+        raise ModelError(f"is {write_value(model)}{hint}; accepted: {ACCEPTED}")
 
 
 def _types() -> set[str]:
     """Names of transformers' model types; none where it is not installed, or its table is elsewhere."""
-    found = importlib.util.find_spec("transformers")
+    spec = importlib.util.find_spec("transformers")
     names: set[str] = set()
-    for folder in found.submodule_search_locations or () if found else ():
+    for folder in spec.submodule_search_locations or () if spec else ():
         for file in ("auto_mappings.py", "configuration_auto.py"):
             table = Path(folder, "models", "auto", file)
             if table.exists():

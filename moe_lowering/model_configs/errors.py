@@ -11,7 +11,7 @@ class ModelError(ValueError):
     """A MODEL that cannot be read: one line that names what is wrong and what is accepted."""
 
 
-def shown(value: Any) -> str:
+def write_value(value: Any) -> str:
     """A value as an error repeats it, cut where it is long."""
     is_path = isinstance(value, str) and "/" in value
     text, most = " ".join((value if is_path else repr(value)).split()), SHOWN_PATH if is_path else SHOWN

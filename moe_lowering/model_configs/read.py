@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lowering.model_configs.check import ACCEPTED, OWN, path_of, read_config
-from moe_lowering.model_configs.errors import ModelError, shown
+from moe_lowering.model_configs.errors import ModelError, write_value
 
 
 def read_text_config(model: str) -> Any:
@@ -75,7 +75,7 @@ def config_of_values(values: Mapping[str, Any], path: Path | None = None) -> Any
     known = _config_classes(str(path or kind))
     if not isinstance(kind, str) or kind not in known:
         where = f" in {path}" if path is not None else ""
-        raise ModelError(f"model_type{where} is {shown(kind)}; accepted: a type that transformers knows")
+        raise ModelError(f"model_type{where} is {write_value(kind)}; accepted: a type that transformers knows")
     # the weights are random, of the dtype that is asked for
     values = {name: value for name, value in values.items() if name != "quantization_config"}
     try:

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moe_lowering.model_configs.errors import ModelError, shown
+from moe_lowering.model_configs.errors import ModelError, write_value
 
 # For the routing in groups, the first name is the number of groups, the second how many of them a token may use.
 GROUPS = ("n_group", "topk_group")
@@ -45,25 +45,29 @@ def check_config_values(values: dict[str, Any], where: str) -> None:
     """
 
     def refuse(name: str, accepted: str) -> None:
-        raise ModelError(f"{name}{where} is {shown(values[name])}; accepted: {accepted}")
+        raise ModelError(f"{name}{where} is {write_value(values[name])}; accepted: {accepted}")
 
-    given = {name: value for name, value in values.items() if value is not None}
-    for name in (name for name in OBJECTS if name in given):
-        if not isinstance(given[name], dict):
+    present = {name: value for name, value in values.items() if value is not None}
+    for name in (name for name in OBJECTS if name in present):
+        if not isinstance(present[name], dict):
             refuse(name, "an object")
-    for name in (name for name in FLAGS if name in given):
-        if not isinstance(given[name], bool):
+    for name in (name for name in FLAGS if name in present):
+        if not isinstance(present[name], bool):
             refuse(name, "true or false")
-    for name in (name for name in NUMBERS if name in given):
-        if isinstance(given[name], bool) or not isinstance(given[name], (int, float)) or not 0 <= given[name] < 1e300:
+    for name in (name for name in NUMBERS if name in present):
+        if (
+            isinstance(present[name], bool)
+            or not isinstance(present[name], (int, float))
+            or not 0 <= present[name] < 1e300
+        ):
             refuse(name, "a number of 0 or more")
-    for name in (name for name in DTYPES if name in given):
-        if not isinstance(given[name], str) or given[name].removeprefix("torch.") not in KNOWN_DTYPES:
+    for name in (name for name in DTYPES if name in present):
+        if not isinstance(present[name], str) or present[name].removeprefix("torch.") not in KNOWN_DTYPES:
             refuse(name, ", ".join(KNOWN_DTYPES))
     known = activations_of_transformers()
-    for name in (name for name in ACTIVATIONS if name in given):
-        if not isinstance(given[name], str) or (known and given[name] not in known):
-            close = difflib.get_close_matches(str(given[name]), sorted(known), n=3)
+    for name in (name for name in ACTIVATIONS if name in present):
+        if not isinstance(present[name], str) or (known and present[name] not in known):
+            close = difflib.get_close_matches(str(present[name]), sorted(known), n=3)
             hint = f" (did you mean {', '.join(close)}?)" if close else ""
             refuse(name, f"an activation that transformers knows, such as silu or gelu{hint}")
 
@@ -73,7 +77,7 @@ def check_groups(values: dict[str, Any], experts: Any, where: str) -> None:
     groups, used = (values.get(name) for name in GROUPS)
     for name, value in zip(GROUPS, (groups, used), strict=True):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise ModelError(f"{name}{where} is {shown(value)}; accepted: an integer of 0 or more")
+            raise ModelError(f"{name}{where} is {write_value(value)}; accepted: an integer of 0 or more")
     if not groups or groups == 1:
         return
     if isinstance(experts, int) and experts % groups:
@@ -111,8 +115,8 @@ def _modeling_text(kind: str) -> str | None:
 
 
 def _text(*parts: str) -> str | None:
-    found = importlib.util.find_spec("transformers")
-    for place in (found.submodule_search_locations or ()) if found else ():
+    spec = importlib.util.find_spec("transformers")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
         file = Path(place, *parts)
         if file.is_file():
             return file.read_text()

@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Graph, Node
 
-from moe_lowering._versions import installed, sources_digest
+from moe_lowering._versions import installed_version, sources_digest
 from moe_lowering.custom_ops.assert_agreement import PATIENT
 from moe_lowering.deployment import Deployment
 from moe_lowering.identity import identity
 from moe_lowering.passes.arguments import argument, arguments
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.emitting import COPIED_META
+from moe_lowering.passes.emitter import COPIED_META
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.passes.judging import torch_npu_is_loaded
+from moe_lowering.passes.legality import torch_npu_is_loaded
 from moe_lowering.passes.operands import Operands
 from moe_lowering.report.records import BlockReport
 
@@ -73,7 +73,7 @@ def settings_record(deployment: Deployment, lowering: MoeLowering | None, ep_gro
         "misplaced": deployment.misplaced,
         "settings": _settings(lowering) if lowering else {},
         "torch_npu": torch_npu_is_loaded(),
-        "version": f"{installed('moe-lowering')} with torch {torch.__version__}",
+        "version": f"{installed_version('moe-lowering')} with torch {torch.__version__}",
         "code": sources_digest()[:SHORT],
         "limits": sources_digest((".toml",))[:SHORT],
     }
@@ -129,7 +129,7 @@ def emit_check(
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class BlockOutcome:
     """What became of one block.
 
     Attributes:
@@ -144,7 +144,7 @@ class Outcome:
     refuses: bool
 
 
-def blocks_record(outcomes: Iterable[Outcome], left: Iterable[Node], deployment: Deployment) -> dict[str, Any]:
+def blocks_record(outcomes: Iterable[BlockOutcome], left: Iterable[Node], deployment: Deployment) -> dict[str, Any]:
     """The blocks of one graph that exchange tokens, in order, then the generic operators of what is no block."""
     kinds: dict[str, int] = {}
     written: list[dict[str, Any]] = []
@@ -156,10 +156,10 @@ def blocks_record(outcomes: Iterable[Outcome], left: Iterable[Node], deployment:
             continue
         key = (outcome.block.spec, outcome.report.comm, outcome.report.reason, outcome.refuses)
         if key not in indices:
-            indices[key] = _add(kinds, written, _kind(outcome, deployment))
+            indices[key] = _add(kinds, written, _outcome_record(outcome, deployment))
         order.append(indices[key])
         refuses = refuses or (outcome.report.reason if outcome.refuses else "")
-    order += [_add(kinds, written, _left(node)) for node in left if _exchanges(node)]
+    order += [_add(kinds, written, _left_record(node)) for node in left if _exchanges(node)]
     return {
         "equal_tokens": deployment.equal_tokens,
         "kinds": written,
@@ -177,15 +177,15 @@ def _add(kinds: dict[str, int], written: list[dict[str, Any]], kind: dict[str, A
     return kinds[text]
 
 
-def _kind(outcome: Outcome, deployment: Deployment) -> dict[str, Any]:
+def _outcome_record(outcome: BlockOutcome, deployment: Deployment) -> dict[str, Any]:
     spec, report = outcome.block.spec, outcome.report
-    fields = {f.name: _plain(getattr(spec, f.name)) for f in dataclasses.fields(spec) if f.name not in OWN}
+    fields = {f.name: _as_json(getattr(spec, f.name)) for f in dataclasses.fields(spec) if f.name not in OWN}
     strict = {name: value for name, value in fields.items() if name not in TOLERATED}
-    told = {name: value for name, value in fields.items() if name in TOLERATED}
+    tolerated = {name: value for name, value in fields.items() if name in TOLERATED}
     computed = [f.name for f in dataclasses.fields(spec.tensors) if not _are_stored(getattr(spec.tensors, f.name))]
-    told |= {"computed_by_the_graph": computed}
+    tolerated |= {"computed_by_the_graph": computed}
     strict["masked_rows_are_sent"] = spec.has_mask and _sends_masks(report, deployment)
-    told |= {"name": report.name, "reason": report.reason, "collectives": _other_collectives(spec, deployment)}
+    tolerated |= {"name": report.name, "reason": report.reason, "collectives": _other_collectives(spec, deployment)}
     if report.comm is not None:
         form = report.verdicts[report.comm].form
         strict["implementation"] = report.comm if form in ("", report.comm) else f"{report.comm} ({form})"
@@ -195,14 +195,14 @@ def _kind(outcome: Outcome, deployment: Deployment) -> dict[str, Any]:
         strict["exchange"] = []
     if deployment.equal_tokens:
         strict["T"] = spec.tokens if isinstance(spec.tokens, int) else str(report.enforced or "any")
-    return {"strict": strict, "told": told}
+    return {"strict": strict, "told": tolerated}
 
 
 def _are_stored(tensors: Operands) -> bool:
     return all(kind.stored for kind in tensors.kinds)
 
 
-def _left(node: Node) -> dict[str, Any]:
+def _left_record(node: Node) -> dict[str, Any]:
     """A generic operator of what is no block: its numbers and words, of which groups' names are local."""
     values = arguments(node).items()
     strict = {name: v for name, v in values if isinstance(v, (bool, int, float, str)) and not name.endswith("_group")}
@@ -244,15 +244,15 @@ def _operator(node: Node) -> str:
     values: Iterator[Any] = (a.meta.get("val") for a in node.all_input_nodes)
     sent = next((v for v in values if isinstance(v, torch.Tensor)), None)
     name = str(node.target).removesuffix(".default")
-    return name if sent is None else f"{name} {_plain(sent.dtype)}"
+    return name if sent is None else f"{name} {_as_json(sent.dtype)}"
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """As JSON holds it."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
+        return [_as_json(item) for item in value]
     return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 

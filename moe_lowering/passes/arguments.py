@@ -57,13 +57,13 @@ def results(node: Node) -> dict[str, Node] | None:
     """
     assert isinstance(node.target, torch._ops.OpOverload)
     names = _results(node.target)
-    found: dict[str, Node] = {}
+    outputs: dict[str, Node] = {}
     for user in node.users:
         index = user.args[1] if user.target is operator.getitem and len(user.args) == 2 else None
-        if not isinstance(index, int) or not -len(names) <= index < len(names) or names[index] in found:
+        if not isinstance(index, int) or not -len(names) <= index < len(names) or names[index] in outputs:
             return None
-        found[names[index]] = user
-    return found
+        outputs[names[index]] = user
+    return outputs
 
 
 @functools.lru_cache(maxsize=256)

@@ -17,7 +17,7 @@ from moe_lowering.custom_ops.quantised import WEIGHT_DTYPES
 from moe_lowering.custom_ops.sizes import token_count
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec, shape_key
-from moe_lowering.passes.operands import Experts, Operand, Operands
+from moe_lowering.passes.operands import ExpertOperands, Operand, Operands
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 # What ``dispatch`` is told of a deployment, under the same names in both; but for ``max_tokens``.
@@ -62,7 +62,7 @@ def spec_of_graph(
     call: DispatchCall[torch.Tensor],
     weights: torch.Tensor,
     mlp: GroupedMlpCall[Any],
-    tensors: Experts,
+    tensors: ExpertOperands,
     around: Surroundings,
 ) -> BlockSpec:
     """Of a block in a graph.
@@ -126,7 +126,7 @@ def spec_of_layer(layer: Layer, deployment: Deployment, tokens: int, quantisatio
     )
 
 
-def _facts_of(tensors: Experts) -> dict[str, Any]:
+def _facts_of(tensors: ExpertOperands) -> dict[str, Any]:
     """The fields of ``BlockSpec`` that follow from the experts' tensors."""
     w13, w2 = tensors.w13, tensors.w2
     scales = [each for each in (tensors.w13_scale, tensors.w2_scale) if each]
@@ -145,19 +145,19 @@ def _facts_of(tensors: Experts) -> dict[str, Any]:
     }
 
 
-def _tensors_of(layer: Layer, experts: int, quantisation: str) -> Experts:
+def _tensors_of(layer: Layer, experts: int, quantisation: str) -> ExpertOperands:
     """The experts' tensors as ``quantise_experts`` and ``shard_experts`` lay them out: stacked, contiguous, stored."""
     form, dtype = EXPERT_FORMATS[quantisation], layer.dtype
     weight = WEIGHT_DTYPES.get(quantisation, dtype)
     first_scale = dtype if form.weight_only else torch.float32
     # as ``quantise_experts`` makes them: bfloat16 for results in it, where the format has such scales
     second_scale = dtype if dtype == torch.bfloat16 and "bfloat16" in form.scale_dtypes else first_scale
-    made: dict[str, Operands] = {}
+    tensors: dict[str, Operands] = {}
     for name, inner, width, scale in (
         ("w13", layer.hidden, 2 * layer.intermediate, first_scale),
         ("w2", layer.intermediate, layer.hidden, second_scale),
     ):
-        made[name] = Operands(1, (Operand((experts, inner, width // form.packed), weight),))
+        tensors[name] = Operands(1, (Operand((experts, inner, width // form.packed), weight),))
         for beside, beside_dtype, is_there in (
             ("bias", dtype, layer.has_bias),
             ("scale", scale, form.quantised),
@@ -165,5 +165,5 @@ def _tensors_of(layer: Layer, experts: int, quantisation: str) -> Experts:
             ("scale_bias", torch.float32, form.has_scale_bias),
         ):
             if is_there:
-                made[f"{name}_{beside}"] = Operands(1, (Operand((experts, width), beside_dtype),))
-    return Experts(**made)
+                tensors[f"{name}_{beside}"] = Operands(1, (Operand((experts, width), beside_dtype),))
+    return ExpertOperands(**tensors)

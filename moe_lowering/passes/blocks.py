@@ -9,10 +9,10 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
+from moe_lowering.lookup import look_up
 from moe_lowering.passes.arguments import argument, read
-from moe_lowering.passes.operands import Experts
+from moe_lowering.passes.operands import ExpertOperands
 from moe_lowering.vocabulary import EXPERT_FORMATS, ExpertFormat
-from moe_lowering.words import look_up
 
 
 def size_key(size: Any) -> Any:
@@ -105,7 +105,7 @@ class BlockSpec:
     shared_expert_ranks: int = 0
     shared_experts: int = 1
     on_shared_rank: bool = False
-    tensors: Experts = dataclasses.field(default_factory=Experts)
+    tensors: ExpertOperands = dataclasses.field(default_factory=ExpertOperands)
 
     @property
     def format(self) -> ExpertFormat:

@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from moe_lowering.limits import Prover
 from moe_lowering.limits.calls.schemas import complete, split
-from moe_lowering.passes.emitting import Emitter
+from moe_lowering.passes.emitter import Emitter
 from moe_lowering.passes.operands import Operand
 
 Arguments = Mapping[str, Any]
@@ -49,19 +49,19 @@ class Rules:
     """A set of rules without an operator, such as ``deployment`` or ``alltoall.static``, and what they read."""
 
     operator: str
-    given: Mapping[str, Any] | Callable[[Premises], Mapping[str, Any]]
+    quantities: Mapping[str, Any] | Callable[[Premises], Mapping[str, Any]]
 
     @property
     def reads_tokens(self) -> bool:
-        return callable(self.given)
+        return callable(self.quantities)
 
     def read(self, premises: Premises) -> dict[str, Any]:
         """The quantities by name."""
-        return dict(self.given(premises) if callable(self.given) else self.given)
+        return dict(self.quantities(premises) if callable(self.quantities) else self.quantities)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Call:
+class OperatorCall:
     """One call of an operator.
 
     Attributes:

@@ -13,7 +13,7 @@ from moe_lowering.custom_ops.sizes import ceil_div
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import quantities
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.calls import Call, Premises
+from moe_lowering.passes.calls import OperatorCall, Premises
 from moe_lowering.passes.operands import call_weight_format
 from moe_lowering.providers import same_version
 
@@ -34,19 +34,19 @@ def fixed_context(deployment: Deployment, spec: BlockSpec | None = None) -> dict
 def _provider(name: str, deployment: Deployment) -> dict[str, Any]:
     """A provider as it is declared, and what is installed of it; nothing where there is nothing to compare."""
     declared = deployment.provider(name)
-    found: dict[str, Any] = {f"has_{name}": declared is not None}
+    values: dict[str, Any] = {f"has_{name}": declared is not None}
     if declared is None:
-        return found
-    here = {each: (version, build) for each, version, build in deployment.installed or ()}
-    version, build = here.get(name, (None, None))
-    found[f"{name}_declared"] = declared
+        return values
+    installed = {each: (version, build) for each, version, build in deployment.installed or ()}
+    version, build = installed.get(name, (None, None))
+    values[f"{name}_declared"] = declared
     if version:
-        found[f"{name}_installed"] = version
-        found[f"{name}_is_as_declared"] = same_version(version, declared)
+        values[f"{name}_installed"] = version
+        values[f"{name}_is_as_declared"] = same_version(version, declared)
     if build:
-        found[f"{name}_build"] = build
-        found[f"{name}_is_built_for_soc"] = build == deployment.soc
-    return found
+        values[f"{name}_build"] = build
+        values[f"{name}_is_built_for_soc"] = build == deployment.soc
+    return values
 
 
 def call_context(deployment: Deployment, spec: BlockSpec, premises: Premises) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def call_quantities(
 
 
 def judged_quantities(
-    call: Call, premises: Premises | None, deployment: Deployment, context: Mapping[str, Any]
+    call: OperatorCall, premises: Premises | None, deployment: Deployment, context: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Those of a call that is judged, with the words of its block."""
     bound = call.bound(premises)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from moe_lowering.passes.emitting import is_emitted
+from moe_lowering.passes.emitter import is_emitted
 from moe_lowering.passes.foreign_operators import ROUTER, kind_of
 from moe_lowering.passes.foreign_walks import (
     BATCHED,
@@ -43,12 +43,12 @@ from moe_lowering.passes.foreign_walks import (
     WRITES,
     Walk,
     calls,
-    depends,
+    depends_on,
     is_activation,
     name_of,
-    reached,
     shape_of,
     source_of,
+    walk_readers,
 )
 
 # ------------------------------------------------------------------------------------------------------ gathered weights
@@ -61,14 +61,14 @@ def gathered_weights(graph: Graph) -> list[Node]:
         ids = _gathers_rows(node)
         if ids is not None and not _is_written_at(node.args[0], source_of(ids)):
             by_ids[source_of(ids)].append(node)
-    found: set[Node] = set()
+    matches: set[Node] = set()
     for gathers in by_ids.values():
         if len(gathers) > 1:
             products = {gather: set(_products(gather)) for gather in gathers}
             for first, second in ((a, b) for a in gathers for b in gathers if a is not b):
                 if _behind_activation(products[first], products[second]):
-                    found |= {first, second}
-    return list(found)
+                    matches |= {first, second}
+    return list(matches)
 
 
 def _gathers_rows(node: Node) -> Node | None:
@@ -95,13 +95,13 @@ def _is_written_at(stacked: Any, ids: Node) -> bool:
             return False
         return any(source_of(source) is ids for source in node.all_input_nodes)
 
-    return any(reached([stored], _is_view, writes))
+    return any(walk_readers([stored], _is_view, writes))
 
 
 def _products(weight: Node) -> Iterator[Node]:
     """Products that a weight goes into, also one that is written as mul and sum."""
     through = VIEWS | POINTWISE
-    return reached(
+    return walk_readers(
         [weight], lambda node: name_of(node) in through, lambda node: name_of(node) in MATMULS or name_of(node) == "sum"
     )
 
@@ -112,8 +112,8 @@ def _behind_activation(products: set[Node], among: Container[Node]) -> list[Node
     def onward(node: Node) -> bool:
         return node not in among and _is_pointwise(node)
 
-    activations = list(reached(list(products), _is_pointwise, lambda n: is_activation(name_of(n))))
-    return list(reached(activations, onward, among.__contains__)) if activations else []
+    activations = list(walk_readers(list(products), _is_pointwise, lambda n: is_activation(name_of(n))))
+    return list(walk_readers(activations, onward, among.__contains__)) if activations else []
 
 
 def _is_pointwise(node: Node) -> bool:
@@ -129,12 +129,12 @@ def stacked_weights(graph: Graph) -> list[Node]:
     if not _has_choice(graph):
         return []
     stored = {node: experts for node in calls(graph, *PRODUCTS) if (experts := _experts_of(node))}
-    found: set[Node] = set()
+    matches: set[Node] = set()
     for first, experts in stored.items():
         for second in _behind_activation({first}, stored):
             if experts & stored[second] and _is_routed(first, second):
-                found |= {first, second}
-    return list(found)
+                matches |= {first, second}
+    return list(matches)
 
 
 def _has_choice(graph: Graph) -> bool:
@@ -165,13 +165,13 @@ def _experts(operand: Node) -> Any:
 
 
 def _is_routed(first: Node, second: Node) -> bool:
-    weighted = reached(
+    weighted = walk_readers(
         [second],
         lambda n: name_of(n) in VIEWS or name_of(n) in ("add", "slice"),
         lambda n: name_of(n) in ("mul", "bmm"),
     )
     weights = [source for product in weighted for source in product.all_input_nodes if source is not second]
-    return depends([*first.all_input_nodes, *weights], _is_local, _chooses)
+    return depends_on([*first.all_input_nodes, *weights], _is_local, _chooses)
 
 
 def _chooses(node: Node) -> bool:
@@ -191,28 +191,32 @@ def _is_local(node: Node) -> bool:
 
 def expert_loops(graph: Graph) -> list[Node]:
     """Where ids are taken apart expert by expert."""
-    found: list[Node] = []
+    matches: list[Node] = []
     for ids, experts in _chosen(graph):
         parts: dict[Any, Node] = {}
-        for node in reached([ids], lambda n: name_of(n) in SPREADS, functools.partial(_part, ids=ids, experts=experts)):
-            parts[_part(node, ids, experts)] = node
-        selected = {node: _selected(node) for node in parts.values()}
+        for node in walk_readers(
+            [ids], lambda n: name_of(n) in SPREADS, functools.partial(_expert_part, ids=ids, experts=experts)
+        ):
+            parts[_expert_part(node, ids, experts)] = node
+        selected = {node: _selected_products(node) for node in parts.values()}
         if len(set(selected.values())) > 1:
-            found += [node for node, rows in selected.items() if rows]
-    return found
+            matches += [node for node, rows in selected.items() if rows]
+    return matches
 
 
 def stacked_results(graph: Graph) -> list[Node]:
     """Where results of all experts are put together, to be weighted or picked by ids."""
-    found = []
+    matches = []
     for node in calls(graph, "cat", "stack"):
         parts = node.args[0]
         if isinstance(parts, (list, tuple)) and len(parts) > 1 and all(_is_product(part) for part in parts):
-            meets = reached([node], _is_view, lambda n: name_of(n) in ("mul", "bmm", "gather", "index", "index_select"))
+            meets = walk_readers(
+                [node], _is_view, lambda n: name_of(n) in ("mul", "bmm", "gather", "index", "index_select")
+            )
             others = [other for each in meets for other in each.all_input_nodes if source_of(other) is not node]
-            if depends(others, _is_local, _chooses):
-                found.append(node)
-    return found
+            if depends_on(others, _is_local, _chooses):
+                matches.append(node)
+    return matches
 
 
 def _chosen(graph: Graph) -> Iterator[tuple[Node, Any]]:
@@ -242,7 +246,7 @@ def _chosen(graph: Graph) -> Iterator[tuple[Node, Any]]:
             )
 
 
-def _part(node: Node, ids: Node, experts: Any) -> Any:
+def _expert_part(node: Node, ids: Node, experts: Any) -> Any:
     """Which expert's part of the ids a node takes; None of a node that takes none."""
     name = name_of(node)
     if name in ("eq", "ne") and isinstance(node.args[1], (int, float)):
@@ -254,27 +258,27 @@ def _part(node: Node, ids: Node, experts: Any) -> Any:
         return None
     if experts is not None and shape[dim] not in (experts, experts + 1):
         return None
-    taken = shape_of(node)
-    return ("part", node.args[2]) if name == "select" or (taken is not None and taken[dim] == 1) else None
+    own_shape = shape_of(node)
+    return ("part", node.args[2]) if name == "select" or (own_shape is not None and own_shape[dim] == 1) else None
 
 
-def _selected(part: Node) -> frozenset[Node]:
+def _selected_products(part: Node) -> frozenset[Node]:
     """The products whose rows an expert's part weights or picks, those of rows that it picks, and what gives their numbers."""
-    found: set[Node] = set()
+    matches: set[Node] = set()
 
     def ends(node: Node) -> bool:
         name = name_of(node)
         if name in ("nonzero", "index_add", "masked_select", "_local_scalar_dense"):
-            found.add(node)
+            matches.add(node)
         elif name in ("mul", "where", "index"):
-            found.update(source_of(source) for source in node.all_input_nodes if _is_product(source))
+            matches.update(source_of(source) for source in node.all_input_nodes if _is_product(source))
         if name == "index":
-            found.update(reached([node], lambda n: name_of(n) in VIEWS, lambda n: name_of(n) in MATMULS))
+            matches.update(walk_readers([node], lambda n: name_of(n) in VIEWS, lambda n: name_of(n) in MATMULS))
         return False
 
-    for _ in reached([part], lambda n: name_of(n) in SPREADS, ends):
+    for _ in walk_readers([part], lambda n: name_of(n) in SPREADS, ends):
         pass
-    return frozenset(found)
+    return frozenset(matches)
 
 
 def _is_product(node: Any) -> bool:
@@ -294,16 +298,16 @@ def routing_alone(graph: Graph, is_ours: Walk) -> list[Node]:
     Args:
         is_ours: whether a node belongs to a block, generic or lowered: ids that reach one are told by that block.
     """
-    found: list[Node] = []
+    matches: list[Node] = []
     for ids, experts in [*_chosen(graph), *((ids, None) for ids in _integer_inputs(graph))]:
         if not reaches(ids, is_ours):
-            spreads = functools.partial(_counts, ids=ids, experts=experts)
-            made = reached([ids], lambda n: _is_view(n) or name_of(n) in ONE_HOT, spreads)
-            found += [node for node in made if _leaves(node, _several(ids))]
-    return found
+            spreads = functools.partial(_is_count, ids=ids, experts=experts)
+            derived = walk_readers([ids], lambda n: _is_view(n) or name_of(n) in ONE_HOT, spreads)
+            matches += [node for node in derived if _leaves_graph(node, _has_several_choices(ids))]
+    return matches
 
 
-def _several(ids: Node) -> bool:
+def _has_several_choices(ids: Node) -> bool:
     """Whether ids are the result of a top-k of more than one. One class out of many is any classifier's result."""
     shape = shape_of(ids)
     return bool(shape) and name_of(ids) == "getitem" and name_of(ids.args[0]) == "topk" and shape[-1] != 1  # type: ignore
@@ -313,13 +317,13 @@ def _is_view(node: Node) -> bool:
     return name_of(node) in VIEWS
 
 
-def _leaves(node: Node, several: bool) -> bool:
+def _leaves_graph(node: Node, several: bool) -> bool:
     """Whether it goes to ``nonzero`` or out of the graph: itself or summed where ``several``, else itself and what has tokens."""
     if several:
-        return any(reached([node], lambda n: name_of(n) in _SUMS, _is_end))
-    has_any = list(reached([node], lambda n: name_of(n) in _SUMS, lambda n: name_of(n) in ("gt", "ne", "nonzero")))
-    leaves = any(name_of(each) == "nonzero" for each in has_any) or any(reached(has_any, _is_view, _is_end))
-    return leaves and any(reached([node], _is_view, _is_end))
+        return any(walk_readers([node], lambda n: name_of(n) in _SUMS, _is_end))
+    has_any = list(walk_readers([node], lambda n: name_of(n) in _SUMS, lambda n: name_of(n) in ("gt", "ne", "nonzero")))
+    leaves = any(name_of(each) == "nonzero" for each in has_any) or any(walk_readers(has_any, _is_view, _is_end))
+    return leaves and any(walk_readers([node], _is_view, _is_end))
 
 
 _SUMS = VIEWS | {"sum", "gt", "cumsum", "ne"}
@@ -339,16 +343,16 @@ def _integer_inputs(graph: Graph) -> Iterator[Node]:
 def reaches(ids: Node, ends: Walk) -> bool:
     """Whether ids, however they are spread, mapped and cast, reach a node for which ``ends`` holds."""
     mapped = SPREADS | {"index", "gather", "embedding", "index_select", "remainder", "floor_divide"}
-    return any(reached([ids], lambda n: name_of(n) in mapped, ends))
+    return any(walk_readers([ids], lambda n: name_of(n) in mapped, ends))
 
 
-def _counts(node: Node, ids: Node, experts: Any) -> bool:
+def _is_count(node: Node, ids: Node, experts: Any) -> bool:
     """Whether a node makes a matrix over the experts, or their counts, from ids."""
-    name, made, own = name_of(node), shape_of(node), shape_of(ids)
+    name, shape, own = name_of(node), shape_of(node), shape_of(ids)
     if name in ("bincount", "histc"):
         return True
     if name == "sum":
-        return experts is not None and made in ((experts,), (experts + 1,))
-    if name not in ONE_HOT or made is None or own is None or len(made) != len(own) + 1:
+        return experts is not None and shape in ((experts,), (experts + 1,))
+    if name not in ONE_HOT or shape is None or own is None or len(shape) != len(own) + 1:
         return False
-    return experts is None or made[-1] in (experts, experts + 1)
+    return experts is None or shape[-1] in (experts, experts + 1)

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.arguments import argument
-from moe_lowering.passes.verifying import GENERIC
+from moe_lowering.passes.verifier import GENERIC
 
 ROUTER = "router"
 GROUPED_MM = "grouped_mm"
@@ -85,15 +85,15 @@ def operator_name(target: Any) -> tuple[str, str]:
     return "", ""
 
 
-def called(node: Node) -> list[Any]:
+def called_operators(node: Node) -> list[Any]:
     """The operators that a node calls: its target, and for a higher-order operator those among its arguments."""
     target = node.target
     if not isinstance(target, torch._ops.HigherOrderOperator):
         return [target]
-    found: list[Any] = [
+    targets: list[Any] = [
         arg for arg in node.args if isinstance(arg, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
     ]
-    return found
+    return targets
 
 
 def triton_kernel(node: Node) -> str:

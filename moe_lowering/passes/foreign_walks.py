@@ -13,31 +13,31 @@ from torch.fx import Graph, Node
 _STEPS = 400  # nodes that one walk may visit
 
 
-def _words(text: str) -> frozenset[str]:
+def _split_words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-VIEWS = _words(
+VIEWS = _split_words(
     "view _unsafe_view reshape permute transpose t expand unsqueeze squeeze clone contiguous alias detach _to_copy to "
     "convert_element_type flatten unflatten _reshape_alias repeat lift_fresh_copy"
 )
-POINTWISE = _words(
+POINTWISE = _split_words(
     "add sub mul div neg clamp clamp_min clamp_max minimum maximum rsub addcmul square where split split_with_sizes "
     "unbind chunk slice select getitem cat chunk_cat npu_format_cast"
 )
 _ACTIVATIONS = ("silu", "swish", "glu", "gelu", "sigmoid", "relu", "tanh", "erf", "mish", "softplus", "pow", "elu")
-MATMULS = _words("mm bmm addmm baddbmm matmul linear addbmm einsum _scaled_mm npu_bmmv2 addmv mv _int_mm")
+MATMULS = _split_words("mm bmm addmm baddbmm matmul linear addbmm einsum _scaled_mm npu_bmmv2 addmv mv _int_mm")
 BATCHED = ("bmm", "baddbmm")
 PRODUCTS = (*BATCHED, "mm", "addmm")
 # What makes a matrix over experts from ids, and what is done to it before it weights or selects rows.
-SPREADS = VIEWS | _words(
+SPREADS = VIEWS | _split_words(
     "scatter scatter_add eq ne one_hot where mul add sum any bitwise_and logical_and bitwise_or logical_or "
     "select slice gt ge lt getitem sigmoid masked_fill index_put select_scatter slice_scatter logical_not bitwise_not "
     "bincount histc cumsum"
 )
-ONE_HOT = _words("scatter one_hot eq")
+ONE_HOT = _split_words("scatter one_hot eq")
 WRITES = ("scatter", "index_put", "index_copy", "copy_")  # parts of the names of what puts rows into its first argument
-CHOICES = _words("topk argmax sort argsort max")
+CHOICES = _split_words("topk argmax sort argsort max")
 
 Walk = Callable[[Node], Any]  # a question about a node
 
@@ -75,29 +75,29 @@ def source_of(node: Any) -> Any:
     return node
 
 
-def reached(starts: list[Node], through: Walk, ends: Walk) -> Iterator[Node]:
+def walk_readers(starts: list[Node], through: Walk, ends: Walk) -> Iterator[Node]:
     """Readers of ``starts`` for which ``ends`` holds, through nodes for which ``through`` does."""
-    seen, pending = set(starts), list(starts)
-    while pending and len(seen) < _STEPS:
+    visited, pending = set(starts), list(starts)
+    while pending and len(visited) < _STEPS:
         for user in pending.pop().users:
-            if user in seen:
+            if user in visited:
                 continue
-            seen.add(user)
+            visited.add(user)
             if ends(user):
                 yield user
             if through(user):
                 pending.append(user)
 
 
-def depends(starts: list[Node], through: Walk, ends: Walk) -> bool:
+def depends_on(starts: list[Node], through: Walk, ends: Walk) -> bool:
     """Whether ``ends`` holds for one of the nodes that ``starts`` are computed from, through nodes with ``through``."""
-    seen, pending = set(starts), list(starts)
-    while pending and len(seen) < _STEPS:
+    visited, pending = set(starts), list(starts)
+    while pending and len(visited) < _STEPS:
         node = pending.pop()
         if ends(node):
             return True
         if through(node):
-            fresh = [source for source in node.all_input_nodes if source not in seen]
-            seen.update(fresh)
+            fresh = [source for source in node.all_input_nodes if source not in visited]
+            visited.update(fresh)
             pending += fresh
     return False

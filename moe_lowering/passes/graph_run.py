@@ -18,25 +18,25 @@ from moe_lowering.custom_ops.assert_tokens import NOTHING
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import TokenRange, Violation
 from moe_lowering.limits.bounds import as_argument
-from moe_lowering.limits.wording import Names, Quoted, Wording, word
-from moe_lowering.passes.agreement_check import Outcome, blocks_record, emit_check, first_exchange, settings_record
+from moe_lowering.limits.wording import Names, Quoted, Wording, make_wording
+from moe_lowering.passes.agreement_check import BlockOutcome, blocks_record, emit_check, first_exchange, settings_record
 from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, size_key
-from moe_lowering.passes.capturing import may_be_captured, not_capturable
-from moe_lowering.passes.choosing import Policy, PolicyError
-from moe_lowering.passes.deciding import Decision, decide
-from moe_lowering.passes.edits import ModuleEdits
-from moe_lowering.passes.emitting import Constants, Emitter, Recording
-from moe_lowering.passes.foreign_moe import find_foreign
+from moe_lowering.passes.capturability import may_be_captured, not_capturable
+from moe_lowering.passes.decision import Decision, decide
+from moe_lowering.passes.edit_log import ModuleEdits
+from moe_lowering.passes.emitter import Constants, Emitter, Recording
+from moe_lowering.passes.find_blocks import find_blocks
+from moe_lowering.passes.find_foreign import find_foreign
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
-from moe_lowering.passes.judging import Refusal, refusal
-from moe_lowering.passes.naming import dimension_names, name_sizes
-from moe_lowering.passes.overlap import Target, overlap
-from moe_lowering.passes.raising import find_blocks
-from moe_lowering.passes.routing import emit_route, judge_route
+from moe_lowering.passes.legality import Refusal, refusal
+from moe_lowering.passes.lower_route import emit_route, judge_route
+from moe_lowering.passes.overlap import OverlapTarget, overlap
+from moe_lowering.passes.policy import Policy, PolicyError
 from moe_lowering.passes.subgraphs import Subgraph
+from moe_lowering.passes.symbol_names import dimension_names, name_sizes
 from moe_lowering.passes.token_ranges import request_guard
-from moe_lowering.passes.verifying import (
+from moe_lowering.passes.verifier import (
     VerificationError,
     call_violations,
     defined_before_readers,
@@ -75,7 +75,7 @@ class GraphRun:
         self._lowered_routes: list[Node] = []
         self._said: dict[tuple[BlockSpec, str], BlockReport] = {}
         self._blocks: list[Block] = []
-        self._targets: dict[Node, Target] = {}  # by the erased combine
+        self._targets: dict[Node, OverlapTarget] = {}  # by the erased combine
         self._refusing: set[Node] = set()  # combines of blocks for whose sake the graph refuses to run
         self._first_exchange: tuple[Node, dict[str, Any]] | None = None
         self._shape_env: Any = None
@@ -99,8 +99,8 @@ class GraphRun:
         try:
             blocks, routes, self.left = find_blocks(self.graph)
         except Exception as error:  # as in _guarded: nothing was edited yet
-            say("moe_lowering: looking for blocks failed, the graph is left as it was")
-            self.left = [(node, internal(error)) for node in generic_nodes(self.graph.nodes)]
+            log_warning("moe_lowering: looking for blocks failed, the graph is left as it was")
+            self.left = [(node, describe_internal_error(error)) for node in generic_nodes(self.graph.nodes)]
             return []
         self._blocks = blocks
         self._first_exchange = first_exchange(self.graph)
@@ -118,10 +118,10 @@ class GraphRun:
         except Exception as error:  # as in _guarded: here deciding failed, or reporting
             self._targets.pop(block.combine, None)
             self._enforced.clear()  # its assert_tokens went with it: the next block of this T brings its own
-            say("moe_lowering: deciding failed, %s left as it was", block.name, trace=not self._failed)
+            log_warning("moe_lowering: deciding failed, %s left as it was", block.name, trace=not self._failed)
             self._failed = True  # equal blocks fail alike: one traceback is enough
             before = tuple(operator_name(n) for n in block.stages)
-            return BlockReport(block.name, None, internal(error), before, before, {})
+            return BlockReport(block.name, None, describe_internal_error(error), before, before, {})
 
     def _lower_block(self, block: Block) -> BlockReport:
         before = tuple(operator_name(n) for n in block.stages)
@@ -129,7 +129,7 @@ class GraphRun:
         if decision is None:
             decision = self._decisions[block.spec] = decide(block.spec, self.deployment, self.policy)
         comm, after = decision.comm, before
-        reason = word("{why}", why=decision.reason)
+        reason = make_wording("{why}", why=decision.reason)
         refused = refusal(block.spec, self.deployment) if comm is not None else None
         if refused is not None:
             comm, reason = None, refused.reason
@@ -138,7 +138,7 @@ class GraphRun:
             chosen = comm
             done = self._guarded(lambda emit: self._rewrite(block, chosen, decision, emit), (chosen, block.spec))
             if isinstance(done, Wording):
-                comm, reason = None, word("{why}{more}", why=done, more=self._refuse_if_ranks_differ(block))
+                comm, reason = None, make_wording("{why}{more}", why=done, more=self._refuse_if_ranks_differ(block))
             else:
                 after = tuple(operator_name(n) for n in sorted(done) if n.target is not operator.getitem)
                 self._enforced.add((size_key(block.spec.tokens), decision.enforced))
@@ -170,8 +170,8 @@ class GraphRun:
                 rewrite(emit)
         except Exception as error:  # a defect of ours must not fail the user's compile: undo this block, and say so
             if not isinstance(error, VerificationError):
-                say("moe_lowering: rewriting failed, block left as it was")
-            return _undone(error)
+                log_warning("moe_lowering: rewriting failed, block left as it was")
+            return _describe_undo(error)
         self._recordings.setdefault(key, emit.recording)
         self.changed = True
         return emit.created
@@ -197,7 +197,7 @@ class GraphRun:
         self.edits.take_name(replacement.y, block.combine)
         if block.counts is not None and replacement.counts is not None:
             self.edits.take_name(replacement.counts, block.counts)
-        self._targets[block.combine] = Target(comm, emit.created, replacement.y)
+        self._targets[block.combine] = OverlapTarget(comm, emit.created, replacement.y)
 
     def check_agreement(self, reports: list[BlockReport], lowering: MoeLowering, timeout: float | str) -> None:
         """After ``lower``: the graph compares with the other ranks' before its first exchange."""
@@ -215,19 +215,19 @@ class GraphRun:
         except Exception:  # as in _guarded: a defect of ours must not fail the user's compile
             if lowering.strict:
                 raise
-            say("moe_lowering: the graph does not compare itself with the other ranks'")
+            log_warning("moe_lowering: the graph does not compare itself with the other ranks'")
 
-    def _outcome(self, block: Block, report: BlockReport) -> Outcome:
+    def _outcome(self, block: Block, report: BlockReport) -> BlockOutcome:
         target = self._targets.get(block.combine)
         created = [] if target is None else target.nodes
-        return Outcome(block, report, created, block.combine in self._refusing)
+        return BlockOutcome(block, report, created, block.combine in self._refusing)
 
     def overlap(self, reports: list[BlockReport], config: Any) -> list[BlockReport]:
         """After ``lower``: shared experts to a side stream, and the reports with what came of it."""
         targets = [self._targets.get(block.combine) for block in self._blocks]
-        found = iter(overlap(self.edits, [t for t in targets if t is not None], self.deployment, config))
+        notes = iter(overlap(self.edits, [t for t in targets if t is not None], self.deployment, config))
         return [
-            report if target is None else dataclasses.replace(report, notes=(*report.notes, next(found)))
+            report if target is None else dataclasses.replace(report, notes=(*report.notes, next(notes)))
             for report, target in zip(reports, targets, strict=True)
         ]
 
@@ -242,8 +242,8 @@ class GraphRun:
             self.edits.compile()
             return reports
         except Exception as error:  # as in _guarded
-            say("moe_lowering: the lowered graph is not sound, all of it left as it was")
-            return self._leave_all(reports, _undone(error).say(), agree)
+            log_warning("moe_lowering: the lowered graph is not sound, all of it left as it was")
+            return self._leave_all(reports, _describe_undo(error).say(), agree)
 
     def _leave_all(
         self, reports: list[BlockReport], reason: str, agree: Callable[[list[BlockReport]], None]
@@ -275,7 +275,7 @@ class GraphRun:
         try:
             return not_capturable(self.graph, self._shape_env, self.deployment)
         except Exception:  # as in _guarded: looking must not fail a compile
-            say("moe_lowering: looking for what cannot be captured failed")
+            log_warning("moe_lowering: looking for what cannot be captured failed")
             return []
 
     def foreign(self) -> list[ForeignMoe]:
@@ -283,8 +283,10 @@ class GraphRun:
         try:
             return find_foreign(self.graph)
         except Exception as error:  # as in _guarded; what could not be looked for is not taken to be absent
-            say("moe_lowering: looking for other MoE layers failed")
-            return [ForeignMoe("graph", "", (), "foreign.not_looked", internal(error), "it may hold others")]
+            log_warning("moe_lowering: looking for other MoE layers failed")
+            return [
+                ForeignMoe("graph", "", (), "foreign.not_looked", describe_internal_error(error), "it may hold others")
+            ]
 
     def _check_limits(self, spec: BlockSpec, decision: Decision, emit: Emitter) -> None:
         """Every Ascend node against its limits, from its own arguments and not from the block's record."""
@@ -308,11 +310,11 @@ class GraphRun:
         except (
             Exception
         ):  # the graph itself refuses sizes outside of its range: without the guard it only recompiles less
-            say("moe_lowering: no guard on %s could be requested for %s", interval, block.name)
+            log_warning("moe_lowering: no guard on %s could be requested for %s", interval, block.name)
 
     def _emit_assert(self, block: Block, interval: TokenRange | None, emit: Emitter, position: Node) -> None:
         with emit.at(position, block.dispatch):
-            emit.call(ASSERT_TOKENS, block.x, *_asserted(interval), **self._declared())
+            emit.call(ASSERT_TOKENS, block.x, *_assert_bounds(interval), **self._declared())
 
     def _declared(self) -> dict[str, int]:
         """The range of T that the deployment declares, if any, for what ``assert_tokens`` says."""
@@ -325,7 +327,7 @@ class GraphRun:
         """The others communicate as they decided, so this rank must not run its generic operators beside them."""
         self._refused.append((block, refused))
         self._refusing.add(block.combine)
-        args = (block.x, *_asserted(refused.accepted))
+        args = (block.x, *_assert_bounds(refused.accepted))
         if not any(user.target is ASSERT_TOKENS and user.args == args for user in block.x.users):
             key = ("refuse", block.spec)
             self._guarded(lambda emit: self._emit_assert(block, refused.accepted, emit, block.dispatch), key)
@@ -335,7 +337,7 @@ class GraphRun:
         if self.deployment.ep_size == 1 or self.deployment.equal_tokens:
             return ""
         text = "; ranks with another T may have lowered it: the graph refuses to run"
-        self._refuse_to_run(block, Refusal(word(text)))
+        self._refuse_to_run(block, Refusal(make_wording(text)))
         return text
 
     def _lower_route(self, route: Route) -> None:
@@ -372,11 +374,11 @@ def _names(tokens: Any) -> Names:
     try:
         return dimension_names(tokens)
     except Exception:  # as in _guarded
-        say("moe_lowering: no names could be given to the sizes in %s", tokens)
+        log_warning("moe_lowering: no names could be given to the sizes in %s", tokens)
         return ()
 
 
-def _asserted(interval: TokenRange | None) -> tuple[int, int]:
+def _assert_bounds(interval: TokenRange | None) -> tuple[int, int]:
     """The bounds of ``assert_tokens`` that accept a range; None is no T at all."""
     return (0, NOTHING) if interval is None else (interval.low, as_argument(interval.high))
 
@@ -386,16 +388,16 @@ def _fake_mode(graph: Graph) -> FakeTensorMode | None:
     return torch._guards.detect_fake_mode(values)
 
 
-def internal(error: Exception) -> str:
+def describe_internal_error(error: Exception) -> str:
     """What the report says of an error that nobody expected."""
     if isinstance(error, PolicyError):
         return str(error)
     return f"internal error, please report it: {type(error).__name__}: {error}"
 
 
-def _undone(error: Exception) -> Wording:
+def _describe_undo(error: Exception) -> Wording:
     why = error.wording if isinstance(error, VerificationError) else Quoted(str(error))
-    return word("rewrite undone: {kind}: {why}", kind=type(error).__name__, why=why)
+    return make_wording("rewrite undone: {kind}: {why}", kind=type(error).__name__, why=why)
 
 
 def operator_name(node: Node) -> str:
@@ -409,7 +411,7 @@ def _name(target: Any) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def say(text: str, *args: Any, trace: bool = True, level: int = logging.WARNING) -> None:
+def log_warning(text: str, *args: Any, trace: bool = True, level: int = logging.WARNING) -> None:
     """Log; with the exception under way, unless ``trace`` is False."""
     with contextlib.suppress(Exception):  # whoever listens must not fail the compile
         log.log(level, text, *args, exc_info=trace)

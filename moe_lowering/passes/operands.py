@@ -128,7 +128,7 @@ class Operands:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experts:
+class ExpertOperands:
     """The tensors of a block's experts, by the names of ``grouped_mlp``'s arguments."""
 
     w13: Operands = Operands()
@@ -142,10 +142,10 @@ class Experts:
     w13_scale_bias: Operands = Operands()
     w2_scale_bias: Operands = Operands()
 
-    def of_routed_rank(self, experts: int) -> Experts:
+    def of_routed_rank(self, experts: int) -> ExpertOperands:
         """Those of a shared-expert rank as a rank with ``experts`` routed experts holds them: what all ranks judge."""
         fields = (field.name for field in dataclasses.fields(self))
-        return Experts(**{name: getattr(self, name).repeated(experts) for name in fields})
+        return ExpertOperands(**{name: getattr(self, name).repeated(experts) for name in fields})
 
 
 def is_stored(node: Node) -> bool:

@@ -36,10 +36,10 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.edits import EditLog
-from moe_lowering.passes.emitting import COPIED_META, is_emitted
+from moe_lowering.passes.edit_log import EditLog
+from moe_lowering.passes.emitter import COPIED_META, is_emitted
+from moe_lowering.passes.memory_effects import writes
 from moe_lowering.passes.scopes import is_marker, scope_paths
-from moe_lowering.passes.writes import writes
 from moe_lowering.vocabulary import ONE_OPERATOR
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ _number = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class OverlapTarget:
     """One lowered block: the name of its implementation, the nodes it was rewritten to, and its result among them."""
 
     comm: str
@@ -102,7 +102,7 @@ class _Refused(Exception):
         super().__init__(f"[{code}] {CODES[code]}{f': {more}' if more else ''}")
 
 
-def overlap(edits: EditLog, targets: Sequence[Target], deployment: Deployment, config: Any) -> list[str]:
+def overlap(edits: EditLog, targets: Sequence[OverlapTarget], deployment: Deployment, config: Any) -> list[str]:
     """Move the shared expert of each lowered block to a side stream where that is possible.
 
     Args:
@@ -141,7 +141,7 @@ def _is_npugraph_ex(config: Any) -> bool:
     return "npugraph_ex" in type(config).__module__.split(".")
 
 
-def _plan(target: Target, paths: dict[Node, tuple[str, ...]]) -> _Plan:
+def _plan(target: OverlapTarget, paths: dict[Node, tuple[str, ...]]) -> _Plan:
     """What to move for one block. Reads only.
 
     Raises:
@@ -149,7 +149,7 @@ def _plan(target: Target, paths: dict[Node, tuple[str, ...]]) -> _Plan:
     """
     position = _position(target)
     reasons: list[_Refused] = []
-    for operand, add in _added(target.y):
+    for operand, add in _walk_additions(target.y):
         if operand.op != "call_function" or _feeds(operand, position):  # the residual
             continue
         try:
@@ -160,7 +160,7 @@ def _plan(target: Target, paths: dict[Node, tuple[str, ...]]) -> _Plan:
     raise telling[0] if telling else _Refused("overlap.no_shared_expert")
 
 
-def _position(target: Target) -> Node:
+def _position(target: OverlapTarget) -> Node:
     """The block's first communication operator; its first Ascend operator where one rank has all experts."""
     nodes = sorted(node for node in target.nodes if isinstance(node.target, torch._ops.OpOverload))
     if target.comm in ONE_OPERATOR or any(_name(node) == _ONE_OPERATOR for node in nodes):
@@ -172,7 +172,7 @@ def _position(target: Target) -> Node:
     raise _Refused("overlap.failed", "the block has no operator of an NPU")
 
 
-def _added(y: Node) -> Iterator[tuple[Node, Node]]:
+def _walk_additions(y: Node) -> Iterator[tuple[Node, Node]]:
     """(operand, addition) for what is added to y, as long as each result has one reader; y itself may have more."""
     node = y
     for number in range(MAX_ADDS):
@@ -192,7 +192,9 @@ def _reader(node: Node, addition_among_others: bool) -> Node | None:
     return readers[0] if len(readers) == 1 else None
 
 
-def _plan_for(result: Node, add: Node, target: Target, position: Node, paths: dict[Node, tuple[str, ...]]) -> _Plan:
+def _plan_for(
+    result: Node, add: Node, target: OverlapTarget, position: Node, paths: dict[Node, tuple[str, ...]]
+) -> _Plan:
     members = _only_for(result)
     region = tuple(sorted(members))
     if not _matmuls(region):
@@ -204,7 +206,7 @@ def _plan_for(result: Node, add: Node, target: Target, position: Node, paths: di
     block = set(target.nodes)
     for late in inputs:
         if not late < position:
-            depends = _depends(late, block, position)
+            depends = _reads_block(late, block, position)
             raise _Refused(
                 "overlap.depends_on_block" if depends else "overlap.late_input", "" if depends else _name(late)
             )
@@ -230,19 +232,19 @@ def _feeds(node: Node, position: Node) -> bool:
     return _reaches(node, lambda n: n is position, lambda n: [user for user in n.users if not position < user])
 
 
-def _depends(node: Node, block: set[Node], position: Node) -> bool:
+def _reads_block(node: Node, block: set[Node], position: Node) -> bool:
     """Whether ``node``, which stands after ``position``, reads anything of the block."""
     return _reaches(node, block.__contains__, lambda n: [s for s in n.all_input_nodes if not s < position])
 
 
 def _reaches(start: Node, goal: Callable[[Node], bool], onward: Callable[[Node], list[Node]]) -> bool:
-    seen, pending = {start}, [start]
+    visited, pending = {start}, [start]
     while pending:
         node = pending.pop()
         if goal(node):
             return True
-        fresh = [n for n in onward(node) if n not in seen]
-        seen.update(fresh)
+        fresh = [n for n in onward(node) if n not in visited]
+        visited.update(fresh)
         pending += fresh
     return False
 

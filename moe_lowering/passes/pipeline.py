@@ -23,13 +23,13 @@ from torch.fx import GraphModule, Node
 from moe_lowering import _versions
 from moe_lowering.argument_checks import require_flag, require_instance
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.capturing import is_captured
-from moe_lowering.passes.choosing import Cost, Policy
-from moe_lowering.passes.costs import estimate
-from moe_lowering.passes.graph_run import GraphRun, internal, operator_name, say
-from moe_lowering.passes.raising import place
+from moe_lowering.passes.capturability import is_captured
+from moe_lowering.passes.cost_model import estimate
+from moe_lowering.passes.find_blocks import module_path
+from moe_lowering.passes.graph_run import GraphRun, describe_internal_error, log_warning, operator_name
+from moe_lowering.passes.policy import Cost, Policy
 from moe_lowering.passes.subgraphs import Subgraph, computed_inputs, find_subgraphs
-from moe_lowering.passes.verifying import (
+from moe_lowering.passes.verifier import (
     generic_nodes,
     repropagate,
 )
@@ -108,8 +108,13 @@ class MoeLowering:
         try:
             return find_subgraphs(gm, self.deployment), []
         except Exception as error:
-            say("moe_lowering: looking for graphs inside of the graph failed")
-            return [], [("graph", f"[subgraph.not_looked] graphs inside of it were not looked at: {internal(error)}")]
+            log_warning("moe_lowering: looking for graphs inside of the graph failed")
+            return [], [
+                (
+                    "graph",
+                    f"[subgraph.not_looked] graphs inside of it were not looked at: {describe_internal_error(error)}",
+                )
+            ]
 
     def _lower(
         self,
@@ -137,7 +142,7 @@ class MoeLowering:
             foreign = [layer for run in runs for layer in run.foreign()]
         report = LoweringReport(
             blocks=tuple(blocks),
-            unrecognised=(*((place(node), reason) for run in runs for node, reason in run.left), *missed),
+            unrecognised=(*((module_path(node), reason) for run in runs for node, reason in run.left), *missed),
             nodes_before=sum(run.nodes_before for run in runs),
             nodes_after=sum(len(run.graph.nodes) for run in runs),
             pass_ms=(time.perf_counter() - start) * 1e3,
@@ -186,12 +191,12 @@ def _require_capturable(report: LoweringReport) -> None:
 def _log(report: LoweringReport, captured: bool) -> None:
     for block in report.blocks:
         if block.comm is None:
-            say("moe_lowering: %s left as it was: %s", block.name, block.reason, trace=False)
+            log_warning("moe_lowering: %s left as it was: %s", block.name, block.reason, trace=False)
     for where, why in report.unlowered:
-        say("moe_lowering: %s not recognised: %s", where, why, trace=False)
+        log_warning("moe_lowering: %s not recognised: %s", where, why, trace=False)
     level = logging.WARNING if captured else logging.INFO  # without captures it only says what an NPU would refuse
     for finding in report.not_capturable:
-        say("moe_lowering: cannot be captured: %s", finding, trace=False, level=level)
+        log_warning("moe_lowering: cannot be captured: %s", finding, trace=False, level=level)
     if report.blocks:
         text = "moe_lowering: %d blocks, pass took %.1f ms"
-        say(text, len(report.blocks), report.pass_ms, trace=False, level=logging.INFO)
+        log_warning(text, len(report.blocks), report.pass_ms, trace=False, level=logging.INFO)

@@ -15,7 +15,7 @@ from moe_lowering.limits import Prover
 from moe_lowering.limits.calls.tensors import shared_dtype
 from moe_lowering.passes.blocks import BlockSpec, RouteSpec
 from moe_lowering.passes.calls import Rules
-from moe_lowering.passes.token_ranges import hint, is_strict, known_range, must_vary
+from moe_lowering.passes.token_ranges import is_strict, known_range, must_vary, size_hint
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -23,7 +23,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _padded(spec: BlockSpec, tokens: Any, prover: Prover) -> bool:
+def _may_be_padded(spec: BlockSpec, tokens: Any, prover: Prover) -> bool:
     """Whether some rank of a TP group may get a repeated token, because T is no multiple of the group's size."""
     tp = spec.tp_size
     return tp > 1 and not prover.equal(tokens, tokens // tp * tp)
@@ -37,7 +37,7 @@ def strict_share_of_one(tp_size: int, tokens: Any) -> bool:
     low = known_range(tokens).low
     if is_strict(tokens):
         return low <= tp_size
-    started_at = hint(tokens)
+    started_at = size_hint(tokens)
     return started_at is not None and low == started_at == tp_size and must_vary(tokens)
 
 
@@ -55,8 +55,8 @@ def deployment_rules(spec: BlockSpec, deployment: Deployment) -> Rules:
             **fixed,
             "has_torch_npu": premises.torch_npu,
             "block_tokens": premises.tokens,
-            "tp_counts": spec.counts_are_read and _padded(spec, premises.tokens, premises.prover),
-            # with unequal T a range of this rank alone takes no part in the decision: judging.refusal
+            "tp_counts": spec.counts_are_read and _may_be_padded(spec, premises.tokens, premises.prover),
+            # with unequal T a range of this rank alone takes no part in the decision: legality.refusal
             "strict_share_of_one": deployment.equal_tokens and strict_share_of_one(spec.tp_size, premises.own_tokens),
         },
     )

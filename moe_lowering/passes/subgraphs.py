@@ -61,21 +61,21 @@ class Subgraph:
 
 def find_subgraphs(gm: GraphModule, deployment: Deployment) -> list[Subgraph]:
     """All graphs inside of ``gm``, each once, an outer one before those inside of it."""
-    found: dict[GraphModule, Subgraph] = {}
+    subgraphs: dict[GraphModule, Subgraph] = {}
     pending = [Subgraph(gm, "", (), "")]
     while pending:
         outer = pending.pop(0)
-        for inner, name, operators in _inside(outer.gm):
+        for inner, name, operators in _nested_modules(outer.gm):
             path = f"{outer.name}.{name}" if outer.name else name
-            refused = outer.refused or _refused(operators, deployment)
-            before = found.get(inner)
+            refused = outer.refused or _refusal_text(operators, deployment)
+            before = subgraphs.get(inner)
             if before is not None:
                 refused = before.refused or refused
                 path, operators = before.name, before.operators + operators
-            found[inner] = Subgraph(inner, path, operators, refused)
+            subgraphs[inner] = Subgraph(inner, path, operators, refused)
             if before is None or before.refused != refused:
-                pending.append(found[inner])
-    return list(found.values())
+                pending.append(subgraphs[inner])
+    return list(subgraphs.values())
 
 
 @contextlib.contextmanager
@@ -95,8 +95,8 @@ def computed_inputs(gm: GraphModule, subgraphs: Sequence[Subgraph]) -> Iterator[
 def _mark(inner: GraphModule, callers: list[Node]) -> bool:
     """Whether there is a new mark."""
     inputs, changed = _inputs(inner), False
-    for given in map(_operands, callers):
-        known = given if len(given) == len(inputs) else [None] * len(inputs)
+    for passed in map(_operands, callers):
+        known = passed if len(passed) == len(inputs) else [None] * len(inputs)
         for node, value in zip(inputs, known, strict=True):
             if not (isinstance(value, Node) and is_stored(value)) and not node.meta.get(COMPUTED_OUTSIDE, False):
                 node.meta[COMPUTED_OUTSIDE] = changed = True
@@ -117,7 +117,7 @@ def _operands(caller: Node) -> list[Any]:
     return []
 
 
-def _inside(gm: GraphModule) -> Iterator[tuple[GraphModule, str, tuple[str, ...]]]:
+def _nested_modules(gm: GraphModule) -> Iterator[tuple[GraphModule, str, tuple[str, ...]]]:
     for inner, name, callers in _calls(gm):
         yield inner, name, tuple(map(_operator, callers))
 
@@ -132,10 +132,10 @@ def _calls(gm: GraphModule) -> Iterator[tuple[GraphModule, str, list[Node]]]:
 
 
 def _attribute(gm: GraphModule, path: str) -> object:
-    found: object = gm
+    value: object = gm
     for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+        value = getattr(value, name, None)
+    return value
 
 
 def _operator(node: Node) -> str:
@@ -144,7 +144,7 @@ def _operator(node: Node) -> str:
     return node.op if node.op != "call_function" else str(node.target)
 
 
-def _refused(operators: tuple[str, ...], deployment: Deployment) -> str:
+def _refusal_text(operators: tuple[str, ...], deployment: Deployment) -> str:
     exchanges = deployment.ep_size > 1 or deployment.tp_size > 1
     for name in operators:
         if name in MAY_DIFFER:

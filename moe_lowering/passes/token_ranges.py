@@ -28,7 +28,7 @@ def known_range(tokens: Any) -> TokenRange:
     return TokenRange(low or 0, high)
 
 
-def hint(tokens: torch.SymInt) -> int | None:
+def size_hint(tokens: torch.SymInt) -> int | None:
     """The size that this compile was started with; None when the ShapeEnv has none."""
     return int(tokens.node.hint) if tokens.node.has_hint() else None
 
@@ -75,7 +75,7 @@ def request_guard(tokens: torch.SymInt, interval: TokenRange) -> None:
 
     Asked of a T outside, torch would guard on that the interval does not hold, and so serve only what the graph refuses.
     """
-    known, started_at = known_range(tokens), hint(tokens)
+    known, started_at = known_range(tokens), size_hint(tokens)
     if started_at is None or started_at not in interval:
         return
     if interval.low > known.low:
@@ -91,14 +91,14 @@ def widest(choice: Callable[[int], Choice], at: int, within: TokenRange) -> Toke
     would be missed; the caller proves legality for the whole range afterwards, so that could cost a better choice and
     never a right one.
     """
-    here = choice(at)
+    own_choice = choice(at)
 
     def edge(end: int) -> int:
         sign, stride, reached = (1 if end >= at else -1), 1, at
         while reached != end:
             step = end if abs(end - at) <= stride else at + sign * stride
-            if choice(step) != here:
-                return _bisect(lambda t: choice(t) == here, reached, step)
+            if choice(step) != own_choice:
+                return _bisect(lambda t: choice(t) == own_choice, reached, step)
             reached, stride = step, 2 * stride
         return end
 

@@ -114,8 +114,8 @@ def fused_in_main(s: Situation) -> bool:
         return s.fused_mode == 1
     hidden_fits = not s.hidden or (1024 <= s.hidden <= 8192 and s.hidden % 512 == 0)
     width_fits = not s.intermediate or (1024 <= s.intermediate <= 3072 and s.intermediate % 512 == 0)
-    taken = s.quantisation.removesuffix("_dynamic") in ("", "none", "w8a8", "w4a8")
-    return s.fused_mode == 1 and hidden_fits and width_fits and taken
+    accepted_format = s.quantisation.removesuffix("_dynamic") in ("", "none", "w8a8", "w4a8")
+    return s.fused_mode == 1 and hidden_fits and width_fits and accepted_format
 
 
 def capacity_0_13(tp_size: int, largest_captured: int = 0, requests: int = 0, query_length: int = 1) -> int:

@@ -68,15 +68,15 @@ def node_cost(node: Node) -> Cost:
     results = list(_tensors(node.meta.get("val")))
     if name in _HOST_ONLY or not results:
         return Cost()
-    given = [value for argument in _read(node, name) for value in _tensors(argument)]
-    if _is_view(node, results, given):
+    operands = [value for argument in _read(node, name) for value in _tensors(argument)]
+    if _is_view(node, results, operands):
         return Cost()
-    written = given[:1] if target._schema.is_mutable else results
-    moved = sum(_size(node, value) for value in (*given, *written))
+    written = operands[:1] if target._schema.is_mutable else results
+    moved = sum(_size(node, value) for value in (*operands, *written))
     collective = target.namespace in _COLLECTIVES
     copied = []
     if collective or target.namespace in ("npu", "moe_lowering"):
-        copied = [value for value in given if not value.is_contiguous()]
+        copied = [value for value in operands if not value.is_contiguous()]
     copies = Cost(len(copied), 0, sum(2 * _size(node, value) for value in copied))
     return copies + Cost(1, int(collective), moved, moved if collective else 0)
 
@@ -96,11 +96,11 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
-def _is_view(node: Node, results: list[torch.Tensor], given: list[torch.Tensor]) -> bool:
+def _is_view(node: Node, results: list[torch.Tensor], operands: list[torch.Tensor]) -> bool:
     """Whether an operator makes nothing: its results are memory that it was given. A reshape may be that or a copy."""
     if node.target._schema.is_mutable:  # type: ignore[union-attr]
         return False
-    memory = {value.untyped_storage()._cdata for value in given}
+    memory = {value.untyped_storage()._cdata for value in operands}
     return all(value.untyped_storage()._cdata in memory for value in results)
 
 

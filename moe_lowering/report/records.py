@@ -8,7 +8,7 @@ from typing import Any
 from moe_lowering.deployment_detection import Detected
 from moe_lowering.limits import TokenRange, Violation
 from moe_lowering.limits.wording import Names, Value, names_in, show, to_json
-from moe_lowering.report.naming import names
+from moe_lowering.report.module_names import names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Verdict:
         return not self.violations
 
     def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"legal": self.legal, "form": self.form, "violations": _json(self.violations)}
+        record: dict[str, Any] = {"legal": self.legal, "form": self.form, "violations": _json(self.violations)}
         if self.ruled_out:
-            found["ruled_out"] = {form: _json(violations) for form, violations in self.ruled_out}
-        return found
+            record["ruled_out"] = {form: _json(violations) for form, violations in self.ruled_out}
+        return record
 
     def named(self, names: Names) -> Verdict:
         """The same with the user's names of the symbols."""
@@ -141,8 +141,8 @@ class Sizes:
         )
 
     def to_json(self) -> dict[str, Any]:
-        found = {n: v.to_json() if isinstance(v, Size) else v for n, v in _fields(self).items()}
-        return {**found, "windows": [window.to_json() for window in self.windows], "range": self.range}
+        record = {n: v.to_json() if isinstance(v, Size) else v for n, v in _fields(self).items()}
+        return {**record, "windows": [window.to_json() for window in self.windows], "range": self.range}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +235,8 @@ class ForeignMoe:
     @property
     def why(self) -> str:
         """All but place and line, in one sentence."""
-        seen = ", ".join(f"{count} x {name}" for name, count in self.operators)
-        return f"[{self.code}] {self.reason} ({seen}): {self.advice}"
+        operators = ", ".join(f"{count} x {name}" for name, count in self.operators)
+        return f"[{self.code}] {self.reason} ({operators}): {self.advice}"
 
     def __str__(self) -> str:
         return f"{self.place}: {self.why}" + (f"; at {self.line}" if self.line else "")
@@ -277,7 +277,7 @@ class LoweringReport:
             "nodes_after": self.nodes_after,
             "pass_ms": self.pass_ms,
             "not_capturable": [finding.to_json() for finding in self.not_capturable],
-            "detected": [dataclasses.asdict(found) for found in self.detected],
+            "detected": [dataclasses.asdict(field) for field in self.detected],
         }
 
     @property
@@ -291,7 +291,7 @@ class LoweringReport:
         alike: dict[ForeignMoe, list[str]] = {}
         for layer in self.foreign:
             alike.setdefault(dataclasses.replace(layer, place=""), []).append(layer.place)
-        told = [
+        reasons = [
             (names(places), layer.why + (f"; at {layer.line}" if layer.line else "")) for layer, places in alike.items()
         ]
-        return [*self.unrecognised, *told]
+        return [*self.unrecognised, *reasons]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from moe_lowering.limits import Violation
 from moe_lowering.limits.wording import Accepted, Value
-from moe_lowering.report.naming import names
+from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport, NotCapturable, Size, Sizes, Verdict, Window
 
 WIDTH = 100
@@ -23,16 +23,16 @@ def render(report: LoweringReport) -> str:
     parts = [_headline(report)]
     parts += [_render_blocks(blocks, sources) for blocks in _equal_blocks(report.blocks)]
     if report.unlowered:
-        lines = [row(place, why) for place, why in report.unlowered]
+        lines = [labelled_text(place, why) for place, why in report.unlowered]
         parts.append("\n".join(["not recognised as an MoE block:", *lines]))
     if report.not_capturable:
         lines = [_render_finding(finding) for finding in report.not_capturable]
         parts.append("\n".join(["cannot be captured:", *lines]))
     if report.detected:
-        lines = [row(found.field, f"{found.value} ({found.source})") for found in report.detected]
+        lines = [labelled_text(detected.field, f"{detected.value} ({detected.source})") for detected in report.detected]
         parts.append("\n".join(["the deployment, as it was detected", *lines]))
     if sources:
-        lines = [row(f"source {number}", source) for number, source in enumerate(sources, 1)]
+        lines = [labelled_text(f"source {number}", source) for number, source in enumerate(sources, 1)]
         parts.append("\n".join(["sources of the broken rules", *lines]))
     return "\n\n".join(parts)
 
@@ -50,7 +50,7 @@ def _equal_blocks(blocks: Sequence[BlockReport]) -> list[list[BlockReport]]:
     groups: list[list[BlockReport]] = []
     for block in blocks:
         for group in groups:
-            if _same(group[0], block):
+            if _are_equal(group[0], block):
                 group.append(block)
                 break
         else:
@@ -58,14 +58,14 @@ def _equal_blocks(blocks: Sequence[BlockReport]) -> list[list[BlockReport]]:
     return groups
 
 
-def _same(a: BlockReport, b: BlockReport) -> bool:
+def _are_equal(a: BlockReport, b: BlockReport) -> bool:
     fields = ("comm", "reason", "ops_before", "verdicts", "notes", "enforced", "sizes")
     return all(getattr(a, field) == getattr(b, field) for field in fields) and _own_ops(a) == _own_ops(b)
 
 
 def _render_finding(finding: NotCapturable) -> str:
-    lines = [row(finding.place, f"[{finding.code}] {finding.reason} ({finding.advice})", hanging="    ")]
-    return "\n".join(lines + ([row("", finding.line)] if finding.line else []))
+    lines = [labelled_text(finding.place, f"[{finding.code}] {finding.reason} ({finding.advice})", hanging="    ")]
+    return "\n".join(lines + ([labelled_text("", finding.line)] if finding.line else []))
 
 
 def _own_ops(block: BlockReport) -> list[str]:
@@ -77,14 +77,14 @@ def _render_blocks(blocks: Sequence[BlockReport], sources: list[str]) -> str:
     block = blocks[0]
     times = f"  x{len(blocks)}" if len(blocks) > 1 else ""
     lines = textwrap.wrap(names([b.name for b in blocks]) + times, WIDTH, break_on_hyphens=False)
-    lines.append(row("implementation", f"{_implementation(block)} ({block.reason})"))
+    lines.append(labelled_text("implementation", f"{_implementation(block)} ({block.reason})"))
     if block.ops_before:
-        lines.append(row(f"before ({len(block.ops_before)})", " > ".join(block.ops_before)))
+        lines.append(labelled_text(f"before ({len(block.ops_before)})", " > ".join(block.ops_before)))
     if block.comm is not None:
         ops = _own_ops(block)
-        lines.append(row(f"after ({len(ops)})", " > ".join(ops)))
+        lines.append(labelled_text(f"after ({len(ops)})", " > ".join(ops)))
         if any(len(_own_ops(b)) < len(b.ops_after) for b in blocks):
-            lines.append(row("once per graph", f"{_BOUND_CHECK}: refuses to run outside of {block.enforced}"))
+            lines.append(labelled_text("once per graph", f"{_BOUND_CHECK}: refuses to run outside of {block.enforced}"))
     if block.sizes is not None:
         lines += render_sizes(block.sizes)
     for name, verdict in block.verdicts.items():
@@ -92,7 +92,7 @@ def _render_blocks(blocks: Sequence[BlockReport], sources: list[str]) -> str:
             lines.append(_render_verdict(name, verdict, sources))
         if name == block.comm or not verdict.legal:
             lines += _render_ruled_out(name, verdict)
-    lines += [row("note", note) for note in block.notes]
+    lines += [labelled_text("note", note) for note in block.notes]
     return "\n".join(lines)
 
 
@@ -115,9 +115,11 @@ def render_sizes(sizes: Sizes) -> list[str]:
         parts.append(f"{_size(sizes.exchanged)} lines to each rank")
     if sizes.max_output_size is not None:
         parts.append(f"max_output_size {sizes.max_output_size}")
-    lines = [row("sizes", "; ".join(parts))]
+    lines = [labelled_text("sizes", "; ".join(parts))]
     for window in sizes.windows:
-        lines.append(row("" if len(lines) > 1 else "HCCL window", _window(window, sizes.buffer_bytes), hanging="    "))
+        lines.append(
+            labelled_text("" if len(lines) > 1 else "HCCL window", _window(window, sizes.buffer_bytes), hanging="    ")
+        )
     return lines
 
 
@@ -135,19 +137,19 @@ def _window(window: Window, buffer_bytes: int) -> str:
 
 def _render_verdict(name: str, verdict: Verdict, sources: list[str]) -> str:
     if verdict.legal:
-        return row("also legal", name)
+        return labelled_text("also legal", name)
     lines: list[str] = []
-    seen: set[tuple[str, Value, Accepted]] = set()
+    shown_rules: set[tuple[str, Value, Accepted]] = set()
     for violation in verdict.violations:
         key = (violation.code, violation.value, violation.limit)
-        if key in seen:  # the same rule, broken at both ends of an exchange
+        if key in shown_rules:  # the same rule, broken at both ends of an exchange
             continue
-        seen.add(key)
+        shown_rules.add(key)
         label = f"not {name}" if not lines else ""
         advice = f"{violation.advice}; " if violation.advice else ""
         where = f"({advice}source {_number(violation, sources)})"
-        text = f"[{violation.code}] {violation.message}{unsaid(violation)} {where}"
-        lines.append(row(label, text, hanging="    "))
+        text = f"[{violation.code}] {violation.message}{missing_values(violation)} {where}"
+        lines.append(labelled_text(label, text, hanging="    "))
     return "\n".join(lines)
 
 
@@ -158,7 +160,7 @@ def _number(violation: Violation, sources: list[str]) -> int:
     return sources.index(violation.source) + 1
 
 
-def unsaid(violation: Violation) -> str:
+def missing_values(violation: Violation) -> str:
     """The value and the limit of a rule whose message does not hold them."""
     message, value, limit = violation.message, violation.show(), violation.limit.say(violation.names)
     if violation.limit.is_flag or limit in message:
@@ -171,13 +173,13 @@ def _render_ruled_out(name: str, verdict: Verdict) -> list[str]:
     if any(violation.operator in (name, "deployment") for violation in verdict.violations):
         return []
     return [
-        row(f"nor {form}", f"[{violation.code}] {violation.message}", hanging="    ")
+        labelled_text(f"nor {form}", f"[{violation.code}] {violation.message}", hanging="    ")
         for form, violations in verdict.ruled_out
         for violation in violations
     ]
 
 
-def row(label: str, text: str, hanging: str = "") -> str:
+def labelled_text(label: str, text: str, hanging: str = "") -> str:
     """A label, and a text beside it that is wrapped under itself, after its first line ``hanging`` deeper."""
     start = f"{_INDENT}{label:<{_LABEL - 1}} "
     rest = " " * len(f"{_INDENT}{'':<{_LABEL}}") + hanging

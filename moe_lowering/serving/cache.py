@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache, StaticLayer
 
-__all__ = ["KeyValues", "RowLayer", "allocate", "check_layers", "view"]
+__all__ = ["KeyValues", "RowLayer", "allocate", "cache_view", "check_layers"]
 
 
 @dataclasses.dataclass
@@ -57,12 +57,12 @@ class RowLayer(CacheLayerMixin):
         """Store keys and values [B, heads, S, size]; with prefill the same, else the first B rows [B, heads, L, size]."""
         batch, _, tokens, _ = key_states.shape
         slots = self.slots[: batch * tokens]
-        found = []
+        updated = []
         for stored, new in ((self.store.keys, key_states), (self.store.values, value_states)):
             stored.index_copy_(0, slots, new.transpose(1, 2).reshape(batch * tokens, *stored.shape[1:]))
             rows = stored[: batch * self.store.max_length].view(batch, self.store.max_length, *stored.shape[1:])
-            found.append(new if self.prefill else rows.transpose(1, 2))
-        return found[0], found[1]
+            updated.append(new if self.prefill else rows.transpose(1, 2))
+        return updated[0], updated[1]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise AssertionError("RowLayer has its memory from the beginning")
@@ -79,7 +79,7 @@ class RowLayer(CacheLayerMixin):
         return self.store.max_length
 
 
-def view(stores: list[KeyValues], slots: Tensor, prefill: bool) -> Cache:
+def cache_view(stores: list[KeyValues], slots: Tensor, prefill: bool) -> Cache:
     """The cache as one kind of call sees it."""
     return Cache(layers=[RowLayer(store, slots, prefill) for store in stores])
 

@@ -59,11 +59,11 @@ class Settings:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            for (read, write), wanted in zip(_HELD, self._values, strict=True):
+            for (read, write), value in zip(_HELD, self._values, strict=True):
                 before = read()
-                if before != wanted:
+                if before != value:
                     stack.callback(write, before)
-                    write(wanted)
+                    write(value)
             self._stack = stack.pop_all()
 
     def __exit__(

@@ -21,12 +21,12 @@ def integer(what: str, value: Any) -> int:
 def integers(what: str, values: Any, kind: str) -> tuple[int, ...]:
     """The ints of a sequence; ``kind`` says in the error what they are."""
     try:
-        found = tuple(values)
+        numbers = tuple(values)
     except TypeError:
         raise ValueError(f"{what} is {values!r}; accepted: a sequence of {kind}") from None
-    for position, value in enumerate(found):
+    for position, value in enumerate(numbers):
         integer(f"{what}[{position}]", value)
-    return tuple(operator.index(value) for value in found)
+    return tuple(operator.index(value) for value in numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Result:
 
 
 @dataclasses.dataclass
-class Running:
+class ActiveRequest:
     """A request that holds a row of the cache.
 
     Attributes:

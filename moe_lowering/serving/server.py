@@ -26,9 +26,9 @@ from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.serving import cache
 from moe_lowering.serving.checks import check_buckets, check_lengths, check_model, deployment_for
 from moe_lowering.serving.process_settings import Settings
-from moe_lowering.serving.requests import Request, Result, Running, integer, integers
+from moe_lowering.serving.requests import ActiveRequest, Request, Result, integer, integers
 from moe_lowering.serving.statistics import Statistics, captures_so_far, graphs_so_far
-from moe_lowering.serving.steps import Decode, Prefill, decode_step, named, prefill_step
+from moe_lowering.serving.steps import Decode, Prefill, decode_step, prefill_step, rename_function
 
 CAPTURE_LIMIT = 64  # npugraph_ex's default (torch_npu 2.13.0, configs/compiler_config.py)
 
@@ -101,12 +101,12 @@ class Server:
         self._columns = torch.arange(max_length, device=device)
         self._slots = self._columns.clone()
         self._stores = cache.allocate(model, most, max_length)
-        self._cache = cache.view(self._stores, self._state[2], prefill=False)
-        self._eager_prefill = prefill_step(model, cache.view(self._stores, self._slots, prefill=True))
+        self._cache = cache.cache_view(self._stores, self._state[2], prefill=False)
+        self._eager_prefill = prefill_step(model, cache.cache_view(self._stores, self._slots, prefill=True))
         self._prefill: dict[int, Prefill] = {}
         self._decode: dict[int, Decode] = {}
         self._waiting: deque[tuple[int, Request]] = deque()
-        self._rows: list[Running] = []
+        self._rows: list[ActiveRequest] = []
         self._finished: list[Result] = []  # of a step that an error ended: the next one returns them
         self._numbers = itertools.count()
         self._warm = False
@@ -137,12 +137,12 @@ class Server:
 
         eager = npugraph_ex_options(self.prefill_lowering.deployment, lowering=self.prefill_lowering, force_eager=True)
         for length in reversed(self.prefill_lengths):
-            self._prefill[length] = self._compiled(named(self._eager_prefill, f"prefill_{length}"), eager)
+            self._prefill[length] = self._compiled(rename_function(self._eager_prefill, f"prefill_{length}"), eager)
             self._first_token([0] * length)
             report(f"prefill of up to {length} tokens")
         for bucket in reversed(self.buckets):  # the largest first: the others fit into its memory
             step = decode_step(self.model, self._cache, self.max_length)
-            self._decode[bucket] = self._compiled(named(step, f"decode_{bucket}"), self._options)
+            self._decode[bucket] = self._compiled(rename_function(step, f"decode_{bucket}"), self._options)
             self._write([0] * bucket, [0] * bucket, bucket)
             self._call(bucket)
             report(f"decode of up to {bucket} requests")
@@ -206,7 +206,7 @@ class Server:
         self._require_warm("step")
         while self._waiting and len(self._rows) < self.buckets[-1]:
             number, request = self._waiting[0]
-            running = Running(number, request, len(request.prompt), [])
+            running = ActiveRequest(number, request, len(request.prompt), [])
             result = running.add(self._first_token(request.prompt))  # after an error the request still waits
             self._waiting.popleft()
             self.statistics.prefill_tokens += len(request.prompt)
@@ -240,13 +240,13 @@ class Server:
                 )
             self._require_warm("generate")  # before anything waits that nobody will ask for
             numbers = [self.submit(request) for request in requests]
-            found: dict[int, Result] = {}
+            results: dict[int, Result] = {}
             try:
-                while not found.keys() >= set(numbers):
-                    found.update({result.number: result for result in self._step()})
+                while not results.keys() >= set(numbers):
+                    results.update({result.number: result for result in self._step()})
             finally:  # what other threads submitted meanwhile is for the next step
-                self._finished += [result for number, result in found.items() if number not in numbers]
-            return [found[number] for number in numbers]
+                self._finished += [result for number, result in results.items() if number not in numbers]
+            return [results[number] for number in numbers]
 
     def _require_warm(self, what: str) -> None:
         if not self._warm:
@@ -332,7 +332,7 @@ class Server:
         stance = "fail_on_recompile" if self._warm else "default"
         try:
             with torch.no_grad(), torch.compiler.set_stance(stance):
-                found = call()
+                result = call()
         except RuntimeError as error:
             if "fail_on_recompile" not in str(error):
                 raise
@@ -343,11 +343,11 @@ class Server:
         self.statistics.captures += captures
         if not self._warm:
             self.statistics.graphs += graphs
-            return found
+            return result
         self.statistics.recompiles += graphs
         if captures:
             raise RecompileError(
                 f"Server: {what} was captured again after warm-up; weights and buffers of the model must stay at their "
                 "addresses"
             )
-        return found
+        return result

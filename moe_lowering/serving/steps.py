@@ -17,7 +17,7 @@ Prefill = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 ATTENTION = ("sdpa", "eager")  # what takes the mask that a decode step makes
 
 
-def named(function: Any, name: str) -> Any:
+def rename_function(function: Any, name: str) -> Any:
     """The same function with a code object of its own: dynamo keeps, checks and limits (to 8) its entries per code object."""
     code = function.__code__.replace(co_name=name)
     return types.FunctionType(code, function.__globals__, name, None, function.__closure__)

@@ -61,7 +61,7 @@ def enable(soc: str = "A3") -> None:
             return
         if state.loaded is None:
             _check_machine()
-        libraries = standins.built()
+        libraries = standins.build_libraries()
         state.loaded = soc  # before loading: a load that fails half-way leaves libraries that look like CANN to a retry
         standins.load(libraries, SOCS[soc].runtime_name)
         _versions.warn_if_untested()
@@ -129,9 +129,9 @@ def _import_torch_npu() -> None:
     except Exception as error:
         # A second try can succeed (a missing package) or trip over what the first one registered: keep the first cause.
         _import_error = _import_error or f"{type(error).__name__}: {error}"
-        found = " and ".join(f"{name} {_versions.installed(name)}" for name in ("torch", "torch_npu"))
+        versions = " and ".join(f"{name} {_versions.installed_version(name)}" for name in ("torch", "torch_npu"))
         raise SimulatorError(
-            f"torch_npu does not import ({found}): {_import_error}. Where a second enable() fails too, start a new "
+            f"torch_npu does not import ({versions}): {_import_error}. Where a second enable() fails too, start a new "
             f"process: torch_npu cannot be imported again after it has registered itself with torch"
         ) from error
 
@@ -145,11 +145,11 @@ def _register_kernels() -> None:
 @contextlib.contextmanager
 def _without_noise() -> Iterator[None]:
     """Hold back what is printed, and pass on all of it but the line that says what we know: there is no CANN here."""
-    held = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(held):
+        with contextlib.redirect_stdout(output):
             yield
     finally:
-        for line in held.getvalue().splitlines():
+        for line in output.getvalue().splitlines():
             if not EXPECTED_NOISE.fullmatch(line.strip()):
                 print(line)

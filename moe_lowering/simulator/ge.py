@@ -170,13 +170,13 @@ class GeGraph:
 
     def mixed(self) -> list[str]:
         """Operators that want inputs of one type and get several: the engine refuses those, or misreads them."""
-        found = []
+        nodes = []
         for node in self.nodes.values():
             names = SAME_TYPE.get(node.type, ())
             types = {name: self.dtype(edge) for name, edge in node.inputs if name in names}
             if len(set(types.values())) > 1:
-                found.append(f"{node.name} ({node.type}): {types}")
-        return found
+                nodes.append(f"{node.name} ({node.type}): {types}")
+        return nodes
 
     def readers(self, edge: str) -> list[tuple[GeNode, str]]:
         """(node, input name) of what reads exactly this edge."""
@@ -184,15 +184,15 @@ class GeGraph:
 
     def ancestors(self, name: str) -> set[str]:
         """Names of the nodes that one depends on."""
-        found: set[str] = set()
+        names: set[str] = set()
         todo = [name]
         while todo:
             node = self.nodes[todo.pop()]
             for before in (*(edge.rpartition(":")[0] for _, edge in node.inputs if edge), *node.control):
-                if before not in found:
-                    found.add(before)
+                if before not in names:
+                    names.add(before)
                     todo.append(before)
-        return found
+        return names
 
 
 class _Loaded(Exception):

@@ -1,6 +1,6 @@
 """Stand-ins for the CANN libraries that the torch_npu wheel links to, built on this machine with the C compiler.
 
-``built()`` returns a directory that holds one shared library for each name in LIBRARIES; ``load()`` loads them for the
+``build_libraries()`` returns a directory that holds one shared library for each name in LIBRARIES; ``load()`` loads them for the
 whole process. ``libascendcl.so`` holds all the code: ``runtime.c``, ``capture.c``, and one generated function for every
 CANN symbol that the wheel's own libraries leave undefined and those two do not define. A generated function fails by name:
 C entry points return ACL's "not supported", C++ ones (the GE and ATB engines) abort. The other libraries are empty and
@@ -63,10 +63,10 @@ def wheel() -> Path:
     return Path(spec.origin).parent
 
 
-def key() -> str:
+def build_key() -> str:
     """Names one build: the versions that decide which symbols are wanted, and a digest of the sources."""
     digest = hashlib.sha256(RUNTIME.read_bytes() + CAPTURE.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
-    versions = [f"{name}-{_versions.installed(name) or 'unknown'}" for name in ("torch_npu", "torch")]
+    versions = [f"{name}-{_versions.installed_version(name) or 'unknown'}" for name in ("torch_npu", "torch")]
     return "-".join([*versions, f"python-{platform.python_version()}", platform.machine(), digest])
 
 
@@ -76,14 +76,14 @@ def cache() -> Path:
     return (home if home.is_absolute() else Path.home() / ".cache") / "moe_lowering" / "standins"
 
 
-def built() -> Path:
+def build_libraries() -> Path:
     """The directory of the libraries for this wheel, built now when it is not there.
 
     Raises:
         SimulatorError: no torch_npu, no C compiler, no nm, a compiler error, a cache that cannot be written, or one that
             somebody else owns or may write to.
     """
-    package, target = wheel(), cache() / key()
+    package, target = wheel(), cache() / build_key()
     if target.is_dir():
         _require_own(target)
         return target
@@ -154,11 +154,11 @@ def _build(out: Path, package: Path, compiler: str, nm: str) -> None:
     if not (headers / "acl/acl.h").is_file():
         raise SimulatorError(f"torch_npu in {package} lacks ACL's headers ({headers}); reinstall the torch_npu wheel")
     objects = [out / "runtime.o", out / "capture.o"]
-    wanted = _wanted(nm, package)
+    symbols = _undefined_symbols(nm, package)
     for source, compiled in zip((RUNTIME, CAPTURE), objects, strict=True):
         _run(compiler, "-c", *FLAGS[1:], f"-I{headers}", str(source), "-o", str(compiled))
-        wanted -= _symbols(nm, compiled, "--defined-only")
-    generated.write_text(_generate(wanted))
+        symbols -= _symbols(nm, compiled, "--defined-only")
+    generated.write_text(_generate(symbols))
     empty.write_text("")
     for name in LIBRARIES:
         sources = [*map(str, objects), str(generated)]
@@ -177,7 +177,7 @@ def _generate(names: Iterable[str]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _wanted(nm: str, package: Path) -> set[str]:
+def _undefined_symbols(nm: str, package: Path) -> set[str]:
     """CANN's symbols that the wheel's libraries use and none of them defines."""
     libraries = sorted(package.rglob("*.so"))
     undefined, defined = set[str](), set[str]()

@@ -56,9 +56,9 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    given = {"ep_group", "mc2_group", "tp_group"} & fields.keys()
-    if given:
-        raise ValueError(f"fake_deployment: {sorted(given)} cannot be given; groups are made here")
+    group_fields = {"ep_group", "mc2_group", "tp_group"} & fields.keys()
+    if group_fields:
+        raise ValueError(f"fake_deployment: {sorted(group_fields)} cannot be given; groups are made here")
     current = {"providers": (("vllm_ascend", "0.23.0"),), "cann": "9.1.0", "torch_npu": "2.13.0"}
     fields = {**current, "weight_format": "nz", "hccl_buffer_mb": 1024, **fields}
     fields.setdefault("ep_rank", 0)  # a fake group knows no place
@@ -122,14 +122,14 @@ def lower_graph(
     require_flag("lower_graph", "dynamic", dynamic)
     simulator.enable(soc=simulator.soc() if simulator.is_enabled() else deployment.soc)
     lowering = lowering or MoeLowering(deployment, comm, strict, policy)
-    seen: dict[str, Any] = {}
+    record: dict[str, Any] = {}
 
     def note_before(gm: GraphModule, *_: Any) -> None:
-        seen["before"] = _operators(gm)
+        record["before"] = _operators(gm)
 
     def note_after(gm: GraphModule, *_: Any) -> None:
-        seen["after"] = _operators(gm)
-        seen["gm"] = gm
+        record["after"] = _operators(gm)
+        record["gm"] = gm
         raise _Captured
 
     torch._dynamo.reset()
@@ -142,7 +142,7 @@ def lower_graph(
     except Exception as error:
         if not isinstance(_root(error), _Captured):
             raise _root(error) from error
-    return Lowered(seen["gm"], lowering.reports[-1], seen["before"], seen["after"])
+    return Lowered(record["gm"], lowering.reports[-1], record["before"], record["after"])
 
 
 def _root(error: BaseException) -> BaseException:
@@ -182,8 +182,8 @@ def assert_lowered(
     assert report.fully_lowered, f"not every block was lowered: {why}"
     assert report.blocks, "no MoE block was found in the graph"
     assert blocks is None or len(report.blocks) == blocks, f"{len(report.blocks)} blocks, expected {blocks}: {why}"
-    found = {b.comm for b in report.blocks}
-    assert comm is None or found == {comm}, f"lowered to {sorted(map(str, found))}, expected {comm}: {why}"
+    comms = {b.comm for b in report.blocks}
+    assert comm is None or comms == {comm}, f"lowered to {sorted(map(str, comms))}, expected {comm}: {why}"
     remaining = iter(lowered.ops_after)
     for name in ops:
         assert name in remaining, f"{name} is not in the lowered graph in this order; it has {list(lowered.ops_after)}"
@@ -207,13 +207,13 @@ def assert_refused(lowered: Lowered, *, code: str, comm: str | None = None) -> N
         require_choice("assert_refused", "comm", comm, tuple(IMPLEMENTATIONS))
     report = lowered.report
     assert report.blocks or report.unlowered or report.not_capturable, "no MoE block was found in the graph"
-    found = {
+    codes = {
         (name, violation.code)
         for block in report.blocks
         for name, verdict in block.verdicts.items()
         for violation in verdict.violations
     }
-    found |= {("", why[1 : why.index("]")]) for _, why in report.unlowered if why.startswith("[")}
-    found |= {("", finding.code) for finding in report.not_capturable}
-    hits = [name for name, found_code in found if found_code == code and comm in (None, name)]
-    assert hits, f"no {comm or 'implementation'} was refused with {code}; found {sorted(found)}"
+    codes |= {("", why[1 : why.index("]")]) for _, why in report.unlowered if why.startswith("[")}
+    codes |= {("", finding.code) for finding in report.not_capturable}
+    hits = [name for name, found_code in codes if found_code == code and comm in (None, name)]
+    assert hits, f"no {comm or 'implementation'} was refused with {code}; found {sorted(codes)}"

@@ -66,13 +66,13 @@ class Ranks:
         with self._closed_on_error():
             context = mp.get_context("spawn")
             for rank in range(size):
-                here, there = context.Pipe()
-                arguments = (rank, size, str(Path(folder) / "store"), setup, collective_timeout, there)
+                pipe, child_pipe = context.Pipe()
+                arguments = (rank, size, str(Path(folder) / "store"), setup, collective_timeout, child_pipe)
                 process = context.Process(target=_serve, args=arguments, daemon=True)
-                self._pipes.append(here)
+                self._pipes.append(pipe)
                 process.start()
                 self._processes.append(process)
-                there.close()
+                child_pipe.close()
             self._collect(START_TIMEOUT)
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 300.0) -> list[Any]:
@@ -212,12 +212,12 @@ def _serve(*arguments: Any) -> None:
     """One rank. SIGINT and SIGTERM end it, whatever it runs."""
     try:
         with interruptible():
-            _answer(*arguments)
+            _answer_jobs(*arguments)
     except KeyboardInterrupt:
         sys.exit(exit_code(signal.SIGINT))  # without a traceback: a terminal sends it to every rank
 
 
-def _answer(
+def _answer_jobs(
     rank: int, size: int, store: str, setup: Callable[[], object] | None, collective_timeout: float, pipe: Connection
 ) -> None:
     try:

@@ -7,10 +7,18 @@ import re
 from typing import Any
 
 from moe_lowering.cli.explain.request import IMPLEMENTATIONS, ExplainRequest
-from moe_lowering.cli.options import DTYPES, HCCL_BUFFER_MB, WEIGHT_FORMAT, add_parser, add_provider, positive, whole
+from moe_lowering.cli.options import (
+    DTYPES,
+    HCCL_BUFFER_MB,
+    WEIGHT_FORMAT,
+    add_parser,
+    add_provider,
+    parse_digits,
+    parse_positive,
+)
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.model_configs.check import LARGEST, check_model
-from moe_lowering.model_configs.errors import ModelError, shown
+from moe_lowering.model_configs.errors import ModelError, write_value
 from moe_lowering.vocabulary import COMMS, EXPERT_FORMATS, FUSED_MODES, POLICIES, SOCS, WEIGHT_FORMATS
 
 COLOURS = ("auto", "always", "never")
@@ -71,10 +79,10 @@ def check(request: ExplainRequest) -> None:
 
 def _add_block(add: Any) -> None:
     add("model", metavar="MODEL", nargs="?", help="moe, a transformers model type, or a path to a config.json")
-    add("--hidden", type=positive, metavar="H", help="width of a token")
-    add("--intermediate", type=positive, metavar="I", help="width of an expert's hidden layer")
-    add("--experts", type=positive, metavar="E", help="routed experts on all ranks")
-    add("--topk", type=positive, metavar="K", help="experts of one token")
+    add("--hidden", type=parse_positive, metavar="H", help="width of a token")
+    add("--intermediate", type=parse_positive, metavar="I", help="width of an expert's hidden layer")
+    add("--experts", type=parse_positive, metavar="E", help="routed experts on all ranks")
+    add("--topk", type=parse_positive, metavar="K", help="experts of one token")
     add("--dtype", choices=DTYPES, help="of weights and activations (default the config's, else bfloat16)")
     add("--quant", choices=EXPERT_FORMATS, default="none", help="quantisation of the experts (default none)")
     add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
@@ -83,12 +91,18 @@ def _add_block(add: Any) -> None:
 
 def _add_deployment(add: Any) -> None:
     add("--soc", choices=SOCS, default="A3", help="Ascend SoC (default A3)")
-    add("--ep", type=positive, default=1, metavar="N", help="ranks that share the experts (default 1)")
-    add("--tp", type=positive, default=1, metavar="N", help="ranks that hold the same tokens (default 1)")
+    add("--ep", type=parse_positive, default=1, metavar="N", help="ranks that share the experts (default 1)")
+    add("--tp", type=parse_positive, default=1, metavar="N", help="ranks that hold the same tokens (default 1)")
     add("--tokens", type=_tokens, metavar="T", help=f"tokens of one rank (default {TOKENS})")
-    add("--max-tokens", type=positive, default=0, metavar="T", help="bound that the deployment declares (default none)")
+    add(
+        "--max-tokens",
+        type=parse_positive,
+        default=0,
+        metavar="T",
+        help="bound that the deployment declares (default none)",
+    )
     add("--unequal-tokens", action="store_true", help="ranks may have different T, up to --max-tokens: T is not read")
-    add("--buffer-mb", type=positive, metavar="MB", help=f"HCCL_BUFFSIZE (default {HCCL_BUFFER_MB})")
+    add("--buffer-mb", type=parse_positive, metavar="MB", help=f"HCCL_BUFFSIZE (default {HCCL_BUFFER_MB})")
     add("--weight-format", choices=WEIGHT_FORMATS, help=f"of the experts on the device (default {WEIGHT_FORMAT})")
     add("--cann", type=_version, metavar="V", help="CANN version (default unknown: all rules apply)")
     add("--hierarchy", action="store_true", help="MC2 in two levels, within and between nodes")
@@ -108,9 +122,9 @@ def _add_answer(add: Any) -> None:
 
 
 def _tokens(text: str) -> int:
-    value = whole(text)
+    value = parse_digits(text)
     if value is None or value > LARGEST:
-        raise argparse.ArgumentTypeError(f"is {shown(text)}; accepted: an integer from 0 to {LARGEST}")
+        raise argparse.ArgumentTypeError(f"is {write_value(text)}; accepted: an integer from 0 to {LARGEST}")
     return value
 
 
@@ -122,9 +136,9 @@ def _version(text: str) -> str:
 
 def _sweep(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"tokens=(\d+)\.\.(\d+)", text, re.ASCII)
-    low, high = (whole(number) for number in match.groups()) if match else (None, None)
+    low, high = (parse_digits(number) for number in match.groups()) if match else (None, None)
     if low is None or high is None or not low <= high <= LARGEST:
         raise argparse.ArgumentTypeError(
-            f"is {shown(text)}; accepted: tokens=LOW..HIGH with 0 <= LOW <= HIGH <= {LARGEST}"
+            f"is {write_value(text)}; accepted: tokens=LOW..HIGH with 0 <= LOW <= HIGH <= {LARGEST}"
         )
     return low, high

@@ -139,16 +139,16 @@ def _deployment(request: ExplainRequest, experts: int) -> Deployment:
 
 def _assumptions(request: ExplainRequest) -> list[str]:
     """What the command did not say of the machine, and was taken to be so."""
-    found = []
+    assumptions = []
     if request.buffer_mb is None:
-        found.append(f"HCCL_BUFFSIZE is {HCCL_BUFFER_MB} MB (CANN's own default is 200)")
+        assumptions.append(f"HCCL_BUFFSIZE is {HCCL_BUFFER_MB} MB (CANN's own default is 200)")
     if request.weight_format is None:
-        found.append(f"the expert weights are in format {WEIGHT_FORMAT}")
+        assumptions.append(f"the expert weights are in format {WEIGHT_FORMAT}")
     if request.provider is None:
-        found += [f"{name} {version} is installed" for name, version in request.providers]
-    return found
+        assumptions += [f"{name} {version} is installed" for name, version in request.providers]
+    return assumptions
 
 
-def _colour(asked: str) -> bool:
+def _colour(choice: str) -> bool:
     """Whether to colour the report; ``NO_COLOR`` (no-color.org) turns ``auto`` off."""
-    return asked == "always" or (asked == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    return choice == "always" or (choice == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from moe_lowering.cli.options import installed
+from moe_lowering.cli.options import provider_packages
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.vocabulary import AUTO, FIXED, IMPLEMENTATION_FORMS
 
@@ -44,7 +44,7 @@ class ExplainRequest:
 
     def __post_init__(self) -> None:
         """Raises UsageError for what one option says of another."""
-        installed(self.provider)
+        provider_packages(self.provider)
         if self.comm == AUTO and self.policy == FIXED:
             raise UsageError(
                 f"argument --policy: is {FIXED} without --comm; accepted: with --comm {{{','.join(IMPLEMENTATIONS)}}}"
@@ -58,4 +58,4 @@ class ExplainRequest:
     @property
     def providers(self) -> tuple[tuple[str, str], ...]:
         """The libraries with fused operators that are taken to be installed."""
-        return installed(self.provider)
+        return provider_packages(self.provider)

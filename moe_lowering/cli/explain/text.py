@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from moe_lowering.explanation import Answer, Explanation, Piece
 from moe_lowering.limits import Violation
-from moe_lowering.limits.examining import Finding
+from moe_lowering.limits.findings import Finding
 from moe_lowering.limits.wording import Accepted, Value, show
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.report.records import Verdict
@@ -37,14 +37,16 @@ def render(explanation: Explanation, why: str | None = None, colour: bool = Fals
     """The whole report; with ``why``, every rule of that implementation instead of the broken ones of all."""
     paint = Paint(colour)
     answer = explanation.answer
-    parts = [_header(explanation, paint), _table(answer, paint), _choice(explanation, paint)]
+    parts = [_header(explanation, paint), _table(answer, paint), _choice_lines(explanation, paint)]
     if explanation.pieces is not None:
         parts.append(_sweep(explanation.pieces, explanation, paint))
     if why is not None:
-        parts.append(_why(answer, why, paint))
+        parts.append(_rule_lines(answer, why, paint))
     else:
-        asked = explanation.question.policy.comm
-        parts += [_violations(name, verdict, paint) for name, verdict in _refused(answer) if asked in (AUTO, name)]
+        comm = explanation.question.policy.comm
+        parts += [
+            _violations(name, verdict, paint) for name, verdict in _refused_verdicts(answer) if comm in (AUTO, name)
+        ]
     parts.append(_rows("assumed", explanation.assumptions))
     return "\n\n".join(parts)
 
@@ -71,9 +73,9 @@ def _header(explanation: Explanation, paint: Paint) -> str:
     return "\n".join(
         [
             *(paint(line, "bold") for line in title),
-            _row("block", f"hidden {spec.hidden}, intermediate {spec.intermediate}, {spec.experts} experts "
+            _labelled_text("block", f"hidden {spec.hidden}, intermediate {spec.intermediate}, {spec.experts} experts "
                  f"({spec.local_experts} per rank), top {spec.top_k}, {dtype}{quantised}, {form}"),
-            _row("deployment", f"EP {deployment.ep_size}, TP {deployment.tp_size}, HCCL_BUFFSIZE "
+            _labelled_text("deployment", f"EP {deployment.ep_size}, TP {deployment.tp_size}, HCCL_BUFFSIZE "
                  f"{deployment.hccl_buffer_mb} MB, weights {deployment.weight_format}, CANN "
                  f"{deployment.cann or 'unknown'}, {providers}, "
                  f"{levels}{captured}policy {policy}"),
@@ -87,19 +89,19 @@ def _table(answer: Answer, paint: Paint) -> str:
     for name, verdict in answer.judgement.verdicts.items():
         count = len(_distinct(verdict))
         form = f", {verdict.form}" if verdict.form not in ("", name) else ""
-        said = f"legal{form}" if verdict.legal else f"refused: {count} rule{'' if count == 1 else 's'}"
+        status = f"legal{form}" if verdict.legal else f"refused: {count} rule{'' if count == 1 else 's'}"
         chosen = paint("  chosen", "bold") if name == answer.choice else ""
         cost = f"{answer.costs[name]:.0f} us"
-        lines.append(f"  {name:<{LABEL - 1}} {paint.legal(f'{said:<36}', verdict.legal)} {cost:>16}{chosen}")
+        lines.append(f"  {name:<{LABEL - 1}} {paint.legal(f'{status:<36}', verdict.legal)} {cost:>16}{chosen}")
     return "\n".join(lines)
 
 
-def _choice(explanation: Explanation, paint: Paint) -> str:
+def _choice_lines(explanation: Explanation, paint: Paint) -> str:
     answer = explanation.answer
-    lines = [_row("choice", f"{answer.choice or 'NONE'} ({answer.reason})")]
+    lines = [_labelled_text("choice", f"{answer.choice or 'NONE'} ({answer.reason})")]
     policy = explanation.question.policy
-    if answer.wanted is not None and policy.comm == AUTO:
-        lines.append(_row("policy", f"{policy.name} selects {answer.wanted}"))
+    if answer.requested is not None and policy.comm == AUTO:
+        lines.append(_labelled_text("policy", f"{policy.name} selects {answer.requested}"))
     if (sizes := answer.sizes()) is not None:
         lines += render_sizes(sizes)
     label = f"{answer.choice or 'NONE'}"
@@ -114,12 +116,12 @@ def _sweep(pieces: Sequence[Piece], explanation: Explanation, paint: Paint) -> s
         name = f"{piece.choice or 'none':<12}"
         start = f"  {f'{piece.low}..{piece.high}':<{LABEL - 1}} {name} "
         reasons = [f"[{code}] {text}" for code, text in zip(piece.boundary, piece.because, strict=True)] or ["-"]
-        text = _wrapped(start, reasons, " " * (LABEL + 15))
+        text = _wrap_texts(start, reasons, " " * (LABEL + 15))
         lines.append(text.replace(name.strip(), paint.legal(name.strip(), piece.choice is not None), 1))
     return "\n".join(lines)
 
 
-def _refused(answer: Answer) -> list[tuple[str, Verdict]]:
+def _refused_verdicts(answer: Answer) -> list[tuple[str, Verdict]]:
     return [(name, verdict) for name, verdict in answer.judgement.verdicts.items() if not verdict.legal]
 
 
@@ -132,40 +134,42 @@ def _violations(name: str, verdict: Verdict, paint: Paint) -> str:
     lines: list[str] = []
     for violation in _distinct(verdict):
         label = "" if lines else f"not {name}"
-        line = _row(label, f"[{violation.code}] {violation.message}")
+        line = _labelled_text(label, f"[{violation.code}] {violation.message}")
         lines.append(line.replace(f"[{violation.code}]", paint(f"[{violation.code}]", "red"), 1))
         limit = violation.limit.say(violation.names)
         if limit not in violation.message and not violation.limit.is_flag:
-            lines.append(_row("", f"limit: {limit}", indent=2))
+            lines.append(_labelled_text("", f"limit: {limit}", indent=2))
         if violation.advice:
-            lines.append(_row("", f"advice: {violation.advice}", indent=2))
-        lines.append(paint(_row("", f"source: {violation.source}", indent=2), "dim"))
+            lines.append(_labelled_text("", f"advice: {violation.advice}", indent=2))
+        lines.append(paint(_labelled_text("", f"source: {violation.source}", indent=2), "dim"))
     return "\n".join(lines)
 
 
-def _why(answer: Answer, name: str, paint: Paint) -> str:
+def _rule_lines(answer: Answer, name: str, paint: Paint) -> str:
     """Every rule of one implementation, by operator; those of combine that were shown for dispatch are counted."""
     verdict = answer.judgement.verdicts[name]
     title = f"  why {name} is {'legal' if verdict.legal else 'refused'}"
     lines = [paint.legal(title, verdict.legal)]
     violations = {(v.operator, v.code): v for v in verdict.violations}
-    seen: set[tuple[str, Value, Accepted]] = set()
+    shown: set[tuple[str, Value, Accepted]] = set()
     by_operator: dict[str, list[Finding]] = {}
     for finding in answer.findings(name):
         by_operator.setdefault(finding.limit.operator, []).append(finding)
     for operator, findings in by_operator.items():
         keys = [(f.limit.code, f.value, f.accepted) for f in findings]
-        new = [f for f, key in zip(findings, keys, strict=True) if key not in seen]
-        seen.update(keys)
+        new = [f for f, key in zip(findings, keys, strict=True) if key not in shown]
+        shown.update(keys)
         again = f" (and {len(findings) - len(new)} rules shown above)" if len(new) < len(findings) else ""
-        lines += ["", paint(f"  {operator}{again}", "bold"), *(_finding(f, violations, paint) for f in new)]
+        lines += ["", paint(f"  {operator}{again}", "bold"), *(_finding_line(f, violations, paint) for f in new)]
     for form, broken in verdict.ruled_out:
         lines += ["", paint(f"  form {form}, which the deployment rules out", "bold")]
-        lines += _wrapped("    ", [f"{v.code}: {v.message}; advice: {v.advice}" for v in broken], " " * 6).splitlines()
+        lines += _wrap_texts(
+            "    ", [f"{v.code}: {v.message}; advice: {v.advice}" for v in broken], " " * 6
+        ).splitlines()
     return "\n".join(lines)
 
 
-def _finding(finding: Finding, violations: dict[tuple[str, str], Violation], paint: Paint) -> str:
+def _finding_line(finding: Finding, violations: dict[tuple[str, str], Violation], paint: Paint) -> str:
     limit = finding.limit
     mark = f"{'holds' if finding.holds else 'BROKEN':<7}"
     texts = [f"{limit.code}: {limit.value.text} = {show(finding.value)}; accepted: {finding.accepted}"]
@@ -173,28 +177,28 @@ def _finding(finding: Finding, violations: dict[tuple[str, str], Violation], pai
         violation = violations[limit.operator, limit.code]
         texts += [violation.message] if limit.says else []
         texts += [f"advice: {violation.advice}"] if violation.advice else []
-    lines = _wrapped(f"    {mark} ", texts, " " * 14)
-    source = "\n".join(_lines(f"source: {limit.source}", " " * 14, " " * 16))
+    lines = _wrap_texts(f"    {mark} ", texts, " " * 14)
+    source = "\n".join(_wrap_text(f"source: {limit.source}", " " * 14, " " * 16))
     return f"{lines.replace(mark, paint.legal(mark, finding.holds), 1)}\n{paint(source, 'dim')}"
 
 
 def _rows(label: str, texts: Sequence[str]) -> str:
-    return "\n".join(_row(label if i == 0 else "", text) for i, text in enumerate(texts))
+    return "\n".join(_labelled_text(label if i == 0 else "", text) for i, text in enumerate(texts))
 
 
-def _row(label: str, text: str, indent: int = 0) -> str:
+def _labelled_text(label: str, text: str, indent: int = 0) -> str:
     """A label, and a text beside it that is wrapped under itself."""
     start = f"  {label:<{LABEL - 1}} "
-    return "\n".join(_lines(text, start + " " * indent, " " * (len(start) + indent + 2)))
+    return "\n".join(_wrap_text(text, start + " " * indent, " " * (len(start) + indent + 2)))
 
 
-def _wrapped(start: str, texts: Sequence[str], rest: str) -> str:
+def _wrap_texts(start: str, texts: Sequence[str], rest: str) -> str:
     """Texts under each other, the first after ``start``."""
     lines: list[str] = []
     for text in texts:
-        lines += _lines(text, rest if lines else start, rest + "  ")
+        lines += _wrap_text(text, rest if lines else start, rest + "  ")
     return "\n".join(lines)
 
 
-def _lines(text: str, first: str, rest: str) -> list[str]:
+def _wrap_text(text: str, first: str, rest: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False) or [first]

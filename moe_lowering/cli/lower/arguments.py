@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_lowering.cli.lower.configs import check_ranks
 from moe_lowering.cli.lower.request import REPLAYS, LowerRequest
-from moe_lowering.cli.options import DTYPES, add_parser, add_provider, installed, positive
+from moe_lowering.cli.options import DTYPES, add_parser, add_provider, parse_positive, provider_packages
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.model_configs.check import check_model
 from moe_lowering.model_configs.errors import ModelError
@@ -78,7 +78,7 @@ def check(request: LowerRequest) -> None:
 
 def _check_options(request: LowerRequest) -> None:
     """What one option says of another."""
-    installed(request.provider)
+    provider_packages(request.provider)
     if not request.fake and request.tokens > RUN_TOKENS:
         raise UsageError(
             f"argument --tokens: is {request.tokens}; accepted: 1 to {RUN_TOKENS}, as the model is run on CPU, or --fake"
@@ -107,20 +107,27 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="moe, a transformers model type, or a path to a config.json")
     add("--comm", choices=COMMS, default="auto", help="implementation to use (auto: the cheapest legal one)")
-    add("--ep", type=positive, default=1, metavar="N", help="ranks that share the experts (default 1)")
-    add("--tp", type=positive, default=1, metavar="N", help="ranks of these that hold the same tokens (default 1)")
+    add("--ep", type=parse_positive, default=1, metavar="N", help="ranks that share the experts (default 1)")
+    add(
+        "--tp", type=parse_positive, default=1, metavar="N", help="ranks of these that hold the same tokens (default 1)"
+    )
     add("--quant", choices=EXPERT_FORMATS, default="none", help="quantise the experts (default none)")
     add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
         help="fused operators: 1 dispatch_ffn_combine or mega_moe, 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
     add_provider(add)
     add("--soc", choices=SOCS, default="A3", help="Ascend SoC (default A3)")
-    add("--tokens", type=positive, default=32, metavar="T", help="tokens of one rank (default 32)")
-    add("--layers", type=positive, metavar="L", help="decoder layers (default 2; with --fake or a file, the config's)")
+    add("--tokens", type=parse_positive, default=32, metavar="T", help="tokens of one rank (default 32)")
+    add(
+        "--layers",
+        type=parse_positive,
+        metavar="L",
+        help="decoder layers (default 2; with --fake or a file, the config's)",
+    )
     add("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations (default bfloat16)")
     add("--dynamic", action="store_true", help="compile with dynamic shapes and run several token counts")
     add("--fake", action="store_true", help="full size, with fake tensors: lower only, run nothing")
     add("--capture", action="store_true",
         help="run the lowered model as an NPU graph on a simulated device, and compare every replay")  # fmt: skip
-    add("--replays", type=positive, metavar="N",
+    add("--replays", type=parse_positive, metavar="N",
         help=f"calls of each captured graph, with new inputs and routings (default {REPLAYS})")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object instead of the report")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from moe_lowering.cli.lower.request import LowerRequest
 
 if TYPE_CHECKING:
-    from moe_lowering.cli.lower.outcome import Outcome
+    from moe_lowering.cli.lower.outcome import LowerOutcome
 
 
-def run_lower(request: LowerRequest, progress: Callable[[str], None]) -> Outcome:
+def run_lower(request: LowerRequest, progress: Callable[[str], None]) -> LowerOutcome:
     """Carry out a command; transformers is imported after the environment says that it is offline."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model is built from its config, never downloaded
     if request.fake:

@@ -109,14 +109,14 @@ def moe_modules(model: nn.Module) -> list[nn.Module]:
 
 def record(model: nn.Module) -> Taken:
     """A list that each call of ``model`` extends by (inputs..., output) of every MoE module, compiled or not."""
-    taken: Taken = []
+    routings: Taken = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        taken.append((*args, *kwargs.values(), output))
+        routings.append((*args, *kwargs.values(), output))
 
     for module in moe_modules(model):
         module.register_forward_hook(keep, with_kwargs=True)
-    return taken
+    return routings
 
 
 def use_reference(model: nn.Module) -> None:
@@ -126,20 +126,22 @@ def use_reference(model: nn.Module) -> None:
         hugging_face.set_experts_implementation("grouped_mm")
 
 
-def compare(reference: nn.Module, input_ids: Tensor, actual: Tensor, taken: Taken) -> Errors:
+def compare(reference: nn.Module, input_ids: Tensor, actual: Tensor, routings: Taken) -> Errors:
     """Errors of a lowered run: its logits, and ``taken`` by ``record`` during it.
 
     ``reference`` is the whole model after ``use_reference``.
     """
     modules = moe_modules(reference)
-    if len(taken) != len(modules):
-        raise RuntimeError(f"{len(modules)} MoE modules, of which {len(taken)} ran: the comparison would be incomplete")
+    if len(routings) != len(modules):
+        raise RuntimeError(
+            f"{len(modules)} MoE modules, of which {len(routings)} ran: the comparison would be incomplete"
+        )
     errors = Errors()
-    for module, (*inputs, output) in zip(modules, taken, strict=True):
+    for module, (*inputs, output) in zip(modules, routings, strict=True):
         own = _block(module, inputs)
         errors.block_relative = max(errors.block_relative, difference(output, own)[1])
         errors.block_snr = min(errors.block_snr, snr(output, own))
-    replay = _Replay(modules, taken)
+    replay = _Replay(modules, routings)
     with replay:
         expected = logits(reference, input_ids)
     errors.absolute, errors.relative = difference(actual, expected)
@@ -155,8 +157,8 @@ def _block(module: nn.Module, inputs: list[Tensor]) -> Tensor:
 class _Replay:
     """While entered, tokens of the reference run that would go to other experts go to those of the lowered run."""
 
-    def __init__(self, modules: list[nn.Module], taken: Taken) -> None:
-        self.modules, self.taken = modules, taken
+    def __init__(self, modules: list[nn.Module], routings: Taken) -> None:
+        self.modules, self.taken = modules, routings
         self.rerouted = self.routed = 0
         self._hooks: list[Any] = []
 
@@ -183,21 +185,21 @@ class _Replay:
 
     def _reroute(self, lowered: tuple[Tensor, Tensor]) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            given: tuple[Tensor, ...] = (*args, *kwargs.values())
-            weights, ids = self._choose((given[2], given[1]), lowered)
-            return (given[0], ids, weights), {}
+            inputs: tuple[Tensor, ...] = (*args, *kwargs.values())
+            weights, ids = self._choose((inputs[2], inputs[1]), lowered)
+            return (inputs[0], ids, weights), {}
 
         return hook
 
     def _choose(self, own: tuple[Tensor, Tensor], lowered: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         weights, ids = lowered[0].to(own[0].dtype), lowered[1].to(own[1].dtype)
-        differs = _routed_otherwise(own, (weights, ids))
+        differs = _find_rerouted_tokens(own, (weights, ids))
         self.rerouted += int(differs.sum())
         self.routed += differs.numel()
         return torch.where(differs, weights, own[0]), torch.where(differs, ids, own[1])
 
 
-def _routed_otherwise(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+def _find_rerouted_tokens(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
     """[..., 1] bool: tokens with other experts, or with weights that rounding does not explain (phimoe's have jumps)."""
     (a_ids, a_order), (b_ids, b_order) = (routing[1].sort(-1) for routing in (a, b))
     change = (a[0].gather(-1, a_order) - b[0].gather(-1, b_order)).abs().amax(-1, keepdim=True)

@@ -21,11 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moe_lowering import _bootstrap
 from moe_lowering.backends.aot import lowering_backend
 from moe_lowering.cli.lower import models
-from moe_lowering.cli.lower.outcome import Outcome
+from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.prepare import (
     assumptions,
     deployment_for,
-    known_beforehand,
+    early_outcome,
     register_transformers,
     tensor_parallel_place,
     unsupported_modules,
@@ -42,39 +42,39 @@ class _Done(Exception):
     """The pass has run; nothing after it is wanted."""
 
 
-def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> Outcome:
+def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> LowerOutcome:
     """Carry out a command with ``--fake``."""
     if not _bootstrap.cann_is_installed():
         progress(f"enabling the simulator ({request.soc})")
         enable_simulator(request.soc)
     register_transformers(request)
-    made = models.plan(request)
-    skeleton = models.skeleton(made, fake=True)
+    plan = models.plan_model(request)
+    skeleton = models.skeleton(plan, fake=True)
     unsupported = unsupported_modules(skeleton)
-    if outcome := known_beforehand(request, made, skeleton, unsupported):
+    if outcome := early_outcome(request, plan, skeleton, unsupported):
         return outcome
     facts = [("assumed", assumptions(request))]
     with _fake_groups(request) as deployment:
         lowering = MoeLowering(deployment, request.comm)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            progress(f"building {made.name} ({made.layers} layers, {request.dtype}) without weights")
-            model = models.build(made, getattr(torch, request.dtype), fake=True)
+            progress(f"building {plan.name} ({plan.layers} layers, {request.dtype}) without weights")
+            model = models.build(plan, getattr(torch, request.dtype), fake=True)
             if request.ep > 1:
                 shard_experts(model, deployment)
             if request.quantised:
                 quantise_experts(model, request.quant)
             progress(f"tracing {request.tokens} tokens per rank")
-            seconds = _trace(model, made, request, lowering)
+            seconds = _trace(model, plan, request, lowering)
     in_pass = sum(report.pass_ms for report in lowering.reports)
     facts += [
-        ("traced", f"{request.tokens} tokens per rank, rank 0 of {request.ep}; {made.layers} layers"),
+        ("traced", f"{request.tokens} tokens per rank, rank 0 of {request.ep}; {plan.layers} layers"),
         ("took", f"tracing {seconds - in_pass / 1e3:.1f} s, pass {in_pass:.1f} ms"),
         ("peak memory", f"{_peak_mib():.0f} MiB"),
     ]
-    return Outcome(request, made.name, lowering.reports, unsupported, None, facts)
+    return LowerOutcome(request, plan.name, lowering.reports, unsupported, None, facts)
 
 
-def _trace(model: nn.Module, made: models.Plan, request: LowerRequest, lowering: MoeLowering) -> float:
+def _trace(model: nn.Module, plan: models.ModelPlan, request: LowerRequest, lowering: MoeLowering) -> float:
     """Trace the model up to the end of the pass; the seconds it took."""
 
     def stop(gm: Any, example_inputs: Any, config: Any) -> None:

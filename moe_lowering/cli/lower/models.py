@@ -29,7 +29,7 @@ SEED = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ModelPlan:
     """What to build: a transformers config, or None for this package's own MoE; and its name in the report."""
 
     name: str
@@ -67,7 +67,7 @@ class MoeStack(nn.Module):
         return self.head(x)
 
 
-def plan(request: LowerRequest) -> Plan:
+def plan_model(request: LowerRequest) -> ModelPlan:
     """What a command's MODEL means.
 
     Raises:
@@ -77,34 +77,34 @@ def plan(request: LowerRequest) -> Plan:
     if request.model == OWN:
         small = SMALL["num_experts"]
         layers = request.layers or (FULL_OWN_LAYERS if request.fake else SMALL_LAYERS)
-        made = Plan(OWN, None, layers, SMALL["vocab_size"], OWN_SIZES["experts"] if request.fake else small)
+        result = ModelPlan(OWN, None, layers, SMALL["vocab_size"], OWN_SIZES["experts"] if request.fake else small)
     else:
         config = config_of(request)
         layers = int(config.num_hidden_layers)
-        made = Plan(config.model_type, config, layers, int(config.vocab_size), experts_of(config))
-    refuse_uneven(request.ep, made.name, made.experts)
-    return made
+        result = ModelPlan(config.model_type, config, layers, int(config.vocab_size), experts_of(config))
+    refuse_uneven(request.ep, result.name, result.experts)
+    return result
 
 
-def build(made: Plan, dtype: torch.dtype, *, fake: bool = False) -> nn.Module:
+def build(plan: ModelPlan, dtype: torch.dtype, *, fake: bool = False) -> nn.Module:
     """The model in inference form, its experts on the generic operators.
 
     Raises:
         UsageError: transformers cannot build it as a causal LM.
     """
-    if made.config is None:
+    if plan.config is None:
         size = OWN_SIZES if fake else {name: SMALL[field] for name, field in _SMALL_OWN.items()}
         sizes = (size["hidden"], size["intermediate"], size["experts"], size["top_k"])
-        return MoeStack(*sizes, made.layers, dtype).eval().requires_grad_(False)
+        return MoeStack(*sizes, plan.layers, dtype).eval().requires_grad_(False)
     from transformers import AutoModelForCausalLM
 
     try:
         model: nn.Module = AutoModelForCausalLM.from_config(
-            made.config, dtype=dtype, attn_implementation="eager", experts_implementation="moe_lowering"
+            plan.config, dtype=dtype, attn_implementation="eager", experts_implementation="moe_lowering"
         )
     except Exception as error:
         raise UsageError(
-            f"argument MODEL: {made.name} cannot be built as a causal LM: {type(error).__name__}: {error}"
+            f"argument MODEL: {plan.name} cannot be built as a causal LM: {type(error).__name__}: {error}"
         ) from error
     return model.eval().requires_grad_(False)
 
@@ -117,10 +117,10 @@ _SMALL_OWN = {
 }
 
 
-def skeleton(made: Plan, *, fake: bool = False) -> nn.Module:
+def skeleton(plan: ModelPlan, *, fake: bool = False) -> nn.Module:
     """The model without data, on device meta: what it is made of, and how large it is."""
     with torch.device("meta"):
-        return build(made, torch.bfloat16, fake=fake)
+        return build(plan, torch.bfloat16, fake=fake)
 
 
 def available_memory() -> int | None:
@@ -167,7 +167,7 @@ def _inputs(model: nn.Module, name: str, weight: Tensor) -> int:
     return weight.shape[-2 if weight.dim() == 3 and k_first else -1]
 
 
-def input_ids(made: Plan, request: LowerRequest, length: int, rank: int) -> Tensor:
+def input_ids(plan: ModelPlan, request: LowerRequest, length: int, rank: int) -> Tensor:
     """Tokens of one rank, [batch, length]; other ranks have others."""
     generator = torch.Generator().manual_seed(SEED + 1 + rank)
-    return torch.randint(3, made.vocabulary, (request.batch, length), generator=generator)
+    return torch.randint(3, plan.vocabulary, (request.batch, length), generator=generator)

@@ -6,16 +6,16 @@ import dataclasses
 import json
 from typing import Any
 
-from moe_lowering.cli.lower.capture import Captured
 from moe_lowering.cli.lower.compare import LOGITS_SNR_FLOOR, MAX_REROUTED, SNR_FLOOR, TOLERANCE, Errors
+from moe_lowering.cli.lower.graph_replay import Captured
 from moe_lowering.cli.lower.request import LowerRequest
-from moe_lowering.report.naming import names
+from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport
-from moe_lowering.report.text import render, row
+from moe_lowering.report.text import labelled_text, render
 
 
 @dataclasses.dataclass
-class Outcome:
+class LowerOutcome:
     """One command's result.
 
     Attributes:
@@ -44,49 +44,49 @@ class Outcome:
 
     def problems(self) -> list[str]:
         """Why the exit code is 1; empty when it is 0."""
-        found = [f"{module} is not lowered: {why}" for module, why in self.unsupported]
+        problems = [f"{module} is not lowered: {why}" for module, why in self.unsupported]
         left: dict[str, list[str]] = {}
         for report in self.reports:
             for block in report.blocks:
                 if block.comm is None:
                     left.setdefault(_refusal(block, self.request.comm), []).append(block.name)
-            found += [f"{place} is not lowered: {why}" for place, why in report.unlowered]
-        found += [f"{names(list(dict.fromkeys(blocks)))} not lowered: {why}" for why, blocks in left.items()]
-        if not found and not any(report.blocks for report in self.reports):
-            found.append("no MoE block was found in the graph")
+            problems += [f"{place} is not lowered: {why}" for place, why in report.unlowered]
+        problems += [f"{names(list(dict.fromkeys(blocks)))} not lowered: {why}" for why, blocks in left.items()]
+        if not problems and not any(report.blocks for report in self.reports):
+            problems.append("no MoE block was found in the graph")
         if self.refused:
-            found.append(f"nothing was captured: {self.refused}")
+            problems.append(f"nothing was captured: {self.refused}")
         for rank, captured in enumerate(self.captured):
-            found += [f"rank {rank}: {problem}" for problem in captured.problems()]
-        return found + self._mismatches()
+            problems += [f"rank {rank}: {problem}" for problem in captured.problems()]
+        return problems + self._mismatches()
 
     def _mismatches(self) -> list[str]:
         if self.errors is None or self.max_relative is None:
             return []
         if self.request.quantised:
             return self._noise(self.errors)
-        found = []
+        mismatches = []
         tolerance, rerouted = TOLERANCE[self.request.dtype], MAX_REROUTED[self.request.dtype]
         if self.max_relative > tolerance:
-            found.append(
+            mismatches.append(
                 f"outputs differ: max_rel_error {self.max_relative:.3g} (logits {self.errors.relative:.3g}, blocks "
                 f"{self.errors.block_relative:.3g}); accepted for {self.request.dtype}: {tolerance:g}"
             )
         if self.errors.rerouted > rerouted * self.errors.routed:
-            found.append(
+            mismatches.append(
                 f"{self.errors.rerouted} of {self.errors.routed} tokens went to other experts; accepted for "
                 f"{self.request.dtype}: {rerouted:.0%}"
             )
-        return found
+        return mismatches
 
     def _noise(self, errors: Errors) -> list[str]:
         """With quantised experts: too low a signal-to-noise ratio, and too many tokens with other experts."""
         quant = self.request.quant
         limits = (("blocks", errors.block_snr, SNR_FLOOR[quant]), ("logits", errors.snr, LOGITS_SNR_FLOOR))
         return [
-            f"outputs differ: signal-to-noise ratio of {what} is {found:.1f} dB; accepted for {quant}: {floor:g} or more"
-            for what, found, floor in limits
-            if found < floor
+            f"outputs differ: signal-to-noise ratio of {what} is {snr:.1f} dB; accepted for {quant}: {floor:g} or more"
+            for what, snr, floor in limits
+            if snr < floor
         ]
 
     def to_json(self) -> str:
@@ -114,25 +114,29 @@ class Outcome:
         parts = [self._header()]
         shown: list[LoweringReport] = []
         for report in self.reports:
-            if any(_shown_alike(report, other) for other in shown):
+            if any(_look_alike(report, other) for other in shown):
                 continue
             shown.append(report)
             parts.append(render(report))
         if self.unsupported:
-            parts.append("\n".join(["not supported:", *(row(module, why) for module, why in self.unsupported)]))
+            parts.append(
+                "\n".join(["not supported:", *(labelled_text(module, why) for module, why in self.unsupported)])
+            )
         if self.captured:
-            parts.append("\n".join(["captured", *(row(label, text) for label, text in self.captured[0].rows())]))
+            parts.append(
+                "\n".join(["captured", *(labelled_text(label, text) for label, text in self.captured[0].rows())])
+            )
         if self.refused:
-            parts.append("\n".join(["captured", row("nothing", self.refused)]))
+            parts.append("\n".join(["captured", labelled_text("nothing", self.refused)]))
         parts.append(self._comparison())
         return "\n\n".join(parts)
 
     def _header(self) -> str:
-        asked = self.request
-        ranks = f"ep {asked.ep}" + (f", tp {asked.tp}" if asked.tp > 1 else "")
-        experts = f", experts {asked.quant}" if asked.quantised else ""
-        title = f"{self.model}: comm {asked.comm}, {ranks}, soc {asked.soc}, {asked.dtype}{experts}"
-        return "\n".join([title, *(row(label, text) for label, text in self.facts)])
+        request = self.request
+        ranks = f"ep {request.ep}" + (f", tp {request.tp}" if request.tp > 1 else "")
+        experts = f", experts {request.quant}" if request.quantised else ""
+        title = f"{self.model}: comm {request.comm}, {ranks}, soc {request.soc}, {request.dtype}{experts}"
+        return "\n".join([title, *(labelled_text(label, text) for label, text in self.facts)])
 
     def _comparison(self) -> str:
         if self.errors is None:
@@ -142,24 +146,26 @@ class Outcome:
         accepted = "" if self.request.quantised else f"; accepted for {self.request.dtype}: {tolerance:g}"
         lines = [
             f"compared with the model's own output (grouped_mm, {weights})",
-            row("max abs error", f"{self.errors.absolute:.3g} (logits)"),
-            row("max rel error",
+            labelled_text("max abs error", f"{self.errors.absolute:.3g} (logits)"),
+            labelled_text("max rel error",
                 f"{self.errors.relative:.3g} (logits), {self.errors.block_relative:.3g} (MoE blocks){accepted}"),
-            row("near ties", f"{self.errors.rerouted} of {self.errors.routed} tokens went to other experts"),
+            labelled_text("near ties", f"{self.errors.rerouted} of {self.errors.routed} tokens went to other experts"),
         ]  # fmt: skip
         if self.request.quantised:
             noise = f"{self.errors.snr:.1f} dB (logits), {self.errors.block_snr:.1f} dB (MoE blocks)"
-            lines.append(row("signal to noise", f"{noise}; accepted: {LOGITS_SNR_FLOOR:g} and {SNR_FLOOR[quant]:g}"))
+            lines.append(
+                labelled_text("signal to noise", f"{noise}; accepted: {LOGITS_SNR_FLOOR:g} and {SNR_FLOOR[quant]:g}")
+            )
         return "\n".join(lines)
 
 
-def _shown_alike(a: LoweringReport, b: LoweringReport) -> bool:
+def _look_alike(a: LoweringReport, b: LoweringReport) -> bool:
     return (a.blocks, a.not_capturable, a.unlowered) == (b.blocks, b.not_capturable, b.unlowered)
 
 
-def _refusal(block: BlockReport, asked: str) -> str:
+def _refusal(block: BlockReport, names: str) -> str:
     """Why a block was left, with the messages of the implementation that was asked for."""
-    verdict = block.verdicts.get(asked)
+    verdict = block.verdicts.get(names)
     if verdict is None or verdict.legal:
         return block.reason
-    return f"{asked} was asked for and is not legal: " + "; ".join(dict.fromkeys(map(str, verdict.violations)))
+    return f"{names} was asked for and is not legal: " + "; ".join(dict.fromkeys(map(str, verdict.violations)))

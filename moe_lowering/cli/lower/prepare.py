@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from moe_lowering.cli.lower import beforehand, models
-from moe_lowering.cli.lower.outcome import Outcome
+from moe_lowering.cli.lower import early_refusal, models
+from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT
 from moe_lowering.cli.usage import UsageError
@@ -51,18 +51,18 @@ def tensor_parallel_place(request: LowerRequest, rank: int, backend: str | None 
         return {}
     firsts = range(0, request.ep, request.tp)
     groups = [dist.new_group(range(first, first + request.tp), backend=backend) for first in firsts]
-    mine: Any = groups[rank // request.tp]
-    return {"tp_rank": rank % request.tp, "tp_group": mine.group_name}
+    group: Any = groups[rank // request.tp]
+    return {"tp_rank": rank % request.tp, "tp_group": group.group_name}
 
 
-def known_beforehand(
-    request: LowerRequest, made: models.Plan, skeleton: nn.Module, unsupported: list[tuple[str, str]]
-) -> Outcome | None:
+def early_outcome(
+    request: LowerRequest, plan: models.ModelPlan, skeleton: nn.Module, unsupported: list[tuple[str, str]]
+) -> LowerOutcome | None:
     """The outcome of a command that cannot succeed, whatever the graph is; None when the graph has to be seen."""
     facts = [("assumed", assumptions(request))]
     if unsupported:
         stops = request.ep > 1 or request.capture
-        return Outcome(request, made.name, [], unsupported, None, facts) if stops else None
+        return LowerOutcome(request, plan.name, [], unsupported, None, facts) if stops else None
     if request.quantised:
         try:
             require_quantisable(skeleton, request.quant)
@@ -71,8 +71,8 @@ def known_beforehand(
     # groups by any name: a decision does not depend on it
     names = {"ep_group": "ep", "mc2_group": "mc2"} if request.ep > 1 else {}
     names |= {"tp_group": "tp"} if request.tp > 1 else {}
-    report = beforehand.refused(request, made, skeleton, deployment_for(request, **names))
-    return None if report is None else Outcome(request, made.name, [report], [], None, facts)
+    report = early_refusal.find_early_refusal(request, plan, skeleton, deployment_for(request, **names))
+    return None if report is None else LowerOutcome(request, plan.name, [report], [], None, facts)
 
 
 def register_transformers(request: LowerRequest) -> None:
@@ -91,7 +91,7 @@ def unsupported_modules(model: nn.Module) -> list[tuple[str, str]]:
     """MoE modules of the model that never reach the generic operators."""
     from moe_lowering.integrations.transformers import capabilities
 
-    found = capabilities(model)
-    if not found:
+    modules = capabilities(model)
+    if not modules:
         raise UsageError(f"argument MODEL: {type(model).__name__} has no MoE layers; accepted: {ACCEPTED}")
-    return [(name, reason) for name, supported, reason in found if not supported]
+    return [(name, reason) for name, supported, reason in modules if not supported]

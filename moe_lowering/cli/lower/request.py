@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from moe_lowering.cli.options import installed
+from moe_lowering.cli.options import provider_packages
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 REPLAYS = 8  # of each captured graph, where the command does not say
@@ -57,4 +57,4 @@ class LowerRequest:
     @property
     def providers(self) -> tuple[tuple[str, str], ...]:
         """The libraries with fused operators that are taken to be installed."""
-        return installed(self.provider)
+        return provider_packages(self.provider)

@@ -16,12 +16,12 @@ from torch.fx.experimental import _config
 
 from moe_lowering import simulator
 from moe_lowering.backends.npugraph_ex import npugraph_ex_options
-from moe_lowering.cli.lower import capture, compare, models
-from moe_lowering.cli.lower.outcome import Outcome
+from moe_lowering.cli.lower import compare, graph_replay, models
+from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.prepare import (
     assumptions,
     deployment_for,
-    known_beforehand,
+    early_outcome,
     register_transformers,
     tensor_parallel_place,
     unsupported_modules,
@@ -49,38 +49,38 @@ class RankResult:
     reports: list[LoweringReport]
     errors: compare.Errors | None
     seconds: dict[str, float]
-    captured: capture.Captured | None = None
+    captured: graph_replay.Captured | None = None
     refused: str = ""
 
 
-def lower_and_compare(request: LowerRequest, progress: Progress) -> Outcome:
+def lower_and_compare(request: LowerRequest, progress: Progress) -> LowerOutcome:
     """Carry out a command without ``--fake``."""
     progress(f"enabling the simulator ({request.soc})")
     enable_simulator(request.soc, request.capture)
     register_transformers(request)
-    made = models.plan(request)
-    skeleton = models.skeleton(made)
+    plan = models.plan_model(request)
+    skeleton = models.skeleton(plan)
     unsupported = unsupported_modules(skeleton)
-    if outcome := known_beforehand(request, made, skeleton, unsupported):
+    if outcome := early_outcome(request, plan, skeleton, unsupported):
         return outcome
-    require_memory(made, skeleton, request, models.available_memory())
+    require_memory(plan, skeleton, request, models.available_memory())
     if request.ep == 1:
-        results = [run_rank(request, made, deployment_for(request), progress)]
+        results = [run_rank(request, plan, deployment_for(request), progress)]
     else:
         progress(f"starting {request.ep} ranks")
         setup = functools.partial(enable_simulator, request.soc, request.capture)
         with Ranks(request.ep, setup=setup, collective_timeout=COLLECTIVE_TIMEOUT) as ranks:
             results = ranks.run(_rank_job, request, timeout=RANK_TIMEOUT)
         require_same_choices([result.reports for result in results])
-    found = [result.errors for result in results if result.errors is not None]
-    errors = functools.reduce(compare.Errors.merge, found) if len(found) == len(results) else None
+    measured = [result.errors for result in results if result.errors is not None]
+    errors = functools.reduce(compare.Errors.merge, measured) if len(measured) == len(results) else None
     captured = [result.captured for result in results if result.captured is not None]
-    facts = _facts(request, made, results[0])
+    facts = _model_facts(request, plan, results[0])
     refused = next((result.refused for result in results if result.refused), "")
-    return Outcome(request, made.name, results[0].reports, unsupported, errors, facts, captured, refused)
+    return LowerOutcome(request, plan.name, results[0].reports, unsupported, errors, facts, captured, refused)
 
 
-def require_memory(made: models.Plan, skeleton: nn.Module, request: LowerRequest, available: int | None) -> None:
+def require_memory(plan: models.ModelPlan, skeleton: nn.Module, request: LowerRequest, available: int | None) -> None:
     """Refuse weights that this machine cannot hold: with a config.json they may have any size.
 
     Raises:
@@ -91,7 +91,7 @@ def require_memory(made: models.Plan, skeleton: nn.Module, request: LowerRequest
     needed = size if request.ep == 1 and not request.capture else size * (2 * request.ep + 1)
     if available is not None and needed > available:
         raise UsageError(
-            f"argument MODEL: the weights of {made.name} with {made.layers} layers on {request.ep} rank(s) need "
+            f"argument MODEL: the weights of {plan.name} with {plan.layers} layers on {request.ep} rank(s) need "
             f"{needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; accepted: --fake, or fewer --layers"
         )
 
@@ -114,18 +114,18 @@ def _rank_job(rank: int, request: LowerRequest) -> RankResult:
     mc2_group: Any = dist.new_group(range(request.ep), backend=backend)
     deployment = deployment_for(
         request, ep_rank=rank, ep_group=ep_group.group_name,
-        mc2_group=capture.communicator(mc2_group, rank) if backend else mc2_group.group_name,
+        mc2_group=graph_replay.communicator(mc2_group, rank) if backend else mc2_group.group_name,
         **tensor_parallel_place(request, rank, backend),
     )  # fmt: skip
-    progress = _rank_progress if rank == 0 else _silent
-    return run_rank(request, models.plan(request), deployment, progress)
+    progress = _rank_progress if rank == 0 else _report_nothing
+    return run_rank(request, models.plan_model(request), deployment, progress)
 
 
-def run_rank(request: LowerRequest, made: models.Plan, deployment: Deployment, progress: Progress) -> RankResult:
+def run_rank(request: LowerRequest, plan: models.ModelPlan, deployment: Deployment, progress: Progress) -> RankResult:
     """Build, lower, run and compare on one rank."""
     seconds: dict[str, float] = {}
-    progress(f"building {made.name} ({made.layers} layers, {request.dtype})")
-    model = _timed(seconds, "build", _built, made, request)
+    progress(f"building {plan.name} ({plan.layers} layers, {request.dtype})")
+    model = _measure_seconds(seconds, "build", _build_model, plan, request)
     reference = model
     if deployment.ep_size > 1:
         with warnings.catch_warnings():
@@ -138,19 +138,19 @@ def run_rank(request: LowerRequest, made: models.Plan, deployment: Deployment, p
         quantise_experts(model, request.quant)
         compare.use_quantised_weights(reference, request.quant)
     lowering = MoeLowering(deployment, request.comm)
-    taken = compare.record(model)
+    routings = compare.record(model)
     if request.capture:
-        return _run_captured(request, made, lowering, model, reference, taken, seconds, progress)
+        return _run_captured(request, plan, lowering, model, reference, routings, seconds, progress)
     compiled = compile_model(model, request, lowering)
     inputs = [
-        models.input_ids(made, request, length, deployment.own_rank("ep") // request.tp) for length in request.lengths
+        models.input_ids(plan, request, length, deployment.own_rank("ep") // request.tp) for length in request.lengths
     ]
     outputs: list[tuple[Tensor, compare.Taken]] = []
     for input_ids in inputs:
         progress(f"compiling and running {input_ids.numel()} tokens")
-        taken.clear()
-        actual = _timed(seconds, "compile and run", _run, compiled, input_ids)
-        outputs.append((actual, list(taken)))
+        routings.clear()
+        actual = _measure_seconds(seconds, "compile and run", _run, compiled, input_ids)
+        outputs.append((actual, list(routings)))
     progress("running the model's own experts, and comparing")
     compare.use_reference(reference)
     errors = compare.Errors()
@@ -161,21 +161,21 @@ def run_rank(request: LowerRequest, made: models.Plan, deployment: Deployment, p
 
 
 def _run_captured(
-    request: LowerRequest, made: models.Plan, lowering: MoeLowering, model: nn.Module, reference: nn.Module,
-    taken: compare.Taken, seconds: dict[str, float], progress: Progress,
+    request: LowerRequest, plan: models.ModelPlan, lowering: MoeLowering, model: nn.Module, reference: nn.Module,
+    routings: compare.Taken, seconds: dict[str, float], progress: Progress,
 ) -> RankResult:  # fmt: skip
     """Compile for the simulated device, capture, replay and compare; ``reference`` shares nothing with ``model``."""
-    sources, rank = capture.Sources(), lowering.deployment.own_rank("ep") // request.tp
-    compiled = compile_model(model.to(capture.DEVICE), request, lowering, sources)
+    sources, rank = graph_replay.Sources(), lowering.deployment.own_rank("ep") // request.tp
+    compiled = compile_model(model.to(graph_replay.DEVICE), request, lowering, sources)
     compare.use_reference(reference)
     replays = request.replays or REPLAYS
     batches = [
-        capture.inputs(made, request, length, rank, step) for step in range(replays) for length in request.lengths
+        graph_replay.inputs(plan, request, length, rank, step) for step in range(replays) for length in request.lengths
     ]
     progress(f"capturing and replaying {len(request.lengths)} token counts, {replays} times each, and comparing")
     try:
-        captured, errors = _timed(
-            seconds, "capture, replay and compare", capture.replay, functools.partial(_run, compiled), reference, taken,
+        captured, errors = _measure_seconds(
+            seconds, "capture, replay and compare", graph_replay.replay, functools.partial(_run, compiled), reference, routings,
             batches, sources,
         )  # fmt: skip
     except simulator.device.CaptureError as error:
@@ -188,7 +188,7 @@ def _run_captured(
 
 
 def compile_model(
-    model: nn.Module, request: LowerRequest, lowering: MoeLowering, before: capture.Sources | None = None
+    model: nn.Module, request: LowerRequest, lowering: MoeLowering, before: graph_replay.Sources | None = None
 ) -> nn.Module:
     """The model under npugraph_ex; it compiles at its first call, and runs eagerly unless it is to be captured.
 
@@ -206,8 +206,8 @@ def compile_model(
     return compiled
 
 
-def _built(made: models.Plan, request: LowerRequest) -> nn.Module:
-    model = models.build(made, getattr(torch, request.dtype))
+def _build_model(plan: models.ModelPlan, request: LowerRequest) -> nn.Module:
+    model = models.build(plan, getattr(torch, request.dtype))
     models.randomise(model)
     return model
 
@@ -221,19 +221,19 @@ def _run(compiled: nn.Module, input_ids: Tensor) -> Tensor:
         return models.logits(compiled, input_ids)
 
 
-def _timed(seconds: dict[str, float], what: str, call: Callable[..., Any], *arguments: Any) -> Any:
+def _measure_seconds(seconds: dict[str, float], what: str, call: Callable[..., Any], *arguments: Any) -> Any:
     started = time.perf_counter()
     result = call(*arguments)
     seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - started
     return result
 
 
-def _facts(request: LowerRequest, made: models.Plan, result: RankResult) -> list[tuple[str, str]]:
+def _model_facts(request: LowerRequest, plan: models.ModelPlan, result: RankResult) -> list[tuple[str, str]]:
     counts = ", ".join(str(request.batch * length) for length in request.lengths)
     graphs = len(result.reports)
     return [
         ("assumed", assumptions(request)),
-        ("ran", f"{counts} tokens per rank on {request.ep} rank{'s' if request.ep > 1 else ''}; {made.layers} layers"),
+        ("ran", f"{counts} tokens per rank on {request.ep} rank{'s' if request.ep > 1 else ''}; {plan.layers} layers"),
         ("graphs", f"{graphs} ({'dynamic' if request.dynamic else 'static'} shapes)"),
         ("took", ", ".join(f"{what} {value:.1f} s" for what, value in result.seconds.items())),
     ]
@@ -248,5 +248,5 @@ def _rank_progress(message: str) -> None:
     print(f"[rank 0 {time.perf_counter() - _rank_started:6.1f} s] {message}", file=sys.stderr, flush=True)
 
 
-def _silent(message: str) -> None:
+def _report_nothing(message: str) -> None:
     pass

@@ -50,11 +50,11 @@ def add_command(commands: Any) -> None:
         ("--comm", tuple(FORMS_OF), "NAME,...", "implementations"),
     ):
         accepted = f"{what}, of {', '.join(map(str, values))} (default all)"
-        parser.add_argument(option, type=_some(values), default=values, metavar=metavar, help=accepted)
+        parser.add_argument(option, type=_list_parser(values), default=values, metavar=metavar, help=accepted)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
-def _some(accepted: Sequence[Any]) -> Callable[[str], tuple[Any, ...]]:
+def _list_parser(accepted: Sequence[Any]) -> Callable[[str], tuple[Any, ...]]:
     """Parser of a list with commas, in the order of ``accepted``."""
 
     def parse(text: str) -> tuple[Any, ...]:

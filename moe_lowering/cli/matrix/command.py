@@ -35,9 +35,9 @@ class MatrixReport:
 
     def problems(self) -> list[str]:
         """Why the exit code is 1, a line each; empty when it is 0."""
-        found = self.table.problems()
-        lines = [_last_line(problem) for problem in found[:MOST_PROBLEMS]]
-        return lines + ([f"and {len(found) - MOST_PROBLEMS} more"] if len(found) > MOST_PROBLEMS else [])
+        problems = self.table.problems()
+        lines = [_last_line(problem) for problem in problems[:MOST_PROBLEMS]]
+        return lines + ([f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else [])
 
     def to_json(self) -> str:
         cells = [result.to_json() for result in self.table.results]

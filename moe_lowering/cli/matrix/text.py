@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from moe_lowering.matrix.expected import REFUSALS, refusals
 from moe_lowering.matrix.reference import FLOORS
-from moe_lowering.matrix.table import Result, Table
+from moe_lowering.matrix.table import CellResult, Table
 
 WIDTH = 100
 
@@ -19,16 +19,16 @@ def render(table: Table, seconds: float) -> str:
     parts = [_grid(table, letters)]
     if letters:
         parts.append("refused in all scenarios:\n" + "\n".join(_legend(table, letters)))
-    partly = _partly_refused(table)
+    partly = _refusal_lines(table)
     if partly:
         parts.append("refused in single scenarios (docs/matrix.md):\n" + "\n".join(partly))
     parts += ["\n".join(_worst(table)), _summary(table, seconds)]
     return "\n\n".join(parts)
 
 
-def _groups(table: Table) -> dict[tuple[str, str, int, int], list[Result]]:
+def _groups(table: Table) -> dict[tuple[str, str, int, int], list[CellResult]]:
     """The scenarios of each place in the table."""
-    groups: dict[tuple[str, str, int, int], list[Result]] = {}
+    groups: dict[tuple[str, str, int, int], list[CellResult]] = {}
     for result in table.results:
         cell = result.cell
         groups.setdefault((cell.form, cell.quantisation, cell.ep, cell.tp), []).append(result)
@@ -46,22 +46,22 @@ def _grid(table: Table, letters: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _entry(results: list[Result], letters: dict[str, str]) -> str:
+def _entry(results: list[CellResult], letters: dict[str, str]) -> str:
     """dB, or the letter of the code that all scenarios are refused with; ``!`` where something is not as it must be."""
     mark = "!" if any(result.problems for result in results) else " "
     ratios = [result.snr for result in results if result.snr is not None]
     if ratios:
         return f"{min(ratios):.1f}{mark}"
-    common = [code for code in _named(results[0]) if all(code in result.codes for result in results)]
+    common = [code for code in _order_codes(results[0]) if all(code in result.codes for result in results)]
     if not common:
         return f"?{mark}"
     return f"({letters.setdefault(common[0], _letter(len(letters)))}){mark}"
 
 
-def _named(result: Result) -> list[str]:
+def _order_codes(result: CellResult) -> list[str]:
     """The codes of a refused cell, those that it must be refused with first."""
-    wanted = [code for code in refusals(result.cell) if code in result.codes]
-    return wanted + [code for code in result.codes if code not in wanted]
+    expected = [code for code in refusals(result.cell) if code in result.codes]
+    return expected + [code for code in result.codes if code not in expected]
 
 
 def _letter(number: int) -> str:
@@ -71,12 +71,12 @@ def _letter(number: int) -> str:
 def _legend(table: Table, letters: dict[str, str]) -> Iterable[str]:
     reasons = {refusal.code: refusal.why for refusal in REFUSALS}
     for code, letter in letters.items():
-        yield _wrapped(f"  ({letter}) {code:23}", reasons.get(code, ""))
+        yield _wrap_text(f"  ({letter}) {code:23}", reasons.get(code, ""))
 
 
-def _partly_refused(table: Table) -> list[str]:
+def _refusal_lines(table: Table) -> list[str]:
     """Lines of code: forms, with the weight formats where those are not all, and scenarios."""
-    found: dict[tuple[str, str], dict[str, dict[str, None]]] = {}  # (code, form): scenario: formats
+    refusals: dict[tuple[str, str], dict[str, dict[str, None]]] = {}  # (code, form): scenario: formats
     legal: dict[str, dict[str, None]] = {}
     for results in _groups(table).values():
         if all(result.snr is None for result in results):
@@ -85,15 +85,15 @@ def _partly_refused(table: Table) -> list[str]:
             cell = result.cell
             legal.setdefault(cell.form, {})[cell.quantisation] = None
             if result.snr is None and result.codes:
-                scenarios = found.setdefault((_named(result)[0], cell.form), {})
+                scenarios = refusals.setdefault((_order_codes(result)[0], cell.form), {})
                 scenarios.setdefault(cell.case, {})[cell.quantisation] = None
     lines: dict[tuple[str, str], list[str]] = {}
-    for (code, form), scenarios in found.items():
+    for (code, form), scenarios in refusals.items():
         formats = list(dict.fromkeys(name for names in scenarios.values() for name in names))
         only = "" if formats == list(legal[form]) else f" {', '.join(formats)}"
         lines.setdefault((code, ", ".join(scenarios)), []).append(form + only)
     return [
-        _wrapped(f"  {code:27}", f"{scenarios}: {'all' if len(forms) == len(legal) > 1 else ', '.join(forms)}")
+        _wrap_text(f"  {code:27}", f"{scenarios}: {'all' if len(forms) == len(legal) > 1 else ', '.join(forms)}")
         for (code, scenarios), forms in lines.items()
     ]
 
@@ -116,6 +116,6 @@ def _summary(table: Table, seconds: float) -> str:
     )
 
 
-def _wrapped(label: str, text: str) -> str:
+def _wrap_text(label: str, text: str) -> str:
     label = f"{label} "
     return textwrap.fill(text or "-", WIDTH, initial_indent=label, subsequent_indent=" " * len(label))

@@ -77,7 +77,7 @@ def _parameters(op: torch._ops.OpOverload) -> tuple[tuple[str, bool, Any], ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _meant_by_none(op: torch._ops.OpOverload) -> dict[str, Any]:
+def _defaults_for_none(op: torch._ops.OpOverload) -> dict[str, Any]:
     """The defaults of optional arguments that have another one than None: ``int? group_list_type=0``."""
     return {
         a.name: a.default_value
@@ -110,7 +110,7 @@ def bind(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, An
     positional = sum(not keyword_only for _, keyword_only, _ in _parameters(op))
     if rest or len(args) > positional:
         raise TypeError(f"{op}: unknown arguments {sorted(rest) or len(args)}")
-    bound.update({name: default for name, default in _meant_by_none(op).items() if bound[name] is None})
+    bound.update({name: default for name, default in _defaults_for_none(op).items() if bound[name] is None})
     return bound
 
 
@@ -134,8 +134,8 @@ def varying_ints(op: torch._ops.OpOverload, name: str, arguments: Arguments) -> 
             says=f"{argument} is {{value}}, which varies; accepted: {_PYTHON_INT}",
             advises="pass 0 or -1 where the operator documents it as 'all', or give the bound",
         )
-        for argument, given in arguments.items()
-        for value in (given if isinstance(given, (list, tuple)) else (given,))
+        for argument, value_or_list in arguments.items()
+        for value in (value_or_list if isinstance(value_or_list, (list, tuple)) else (value_or_list,))
         if isinstance(value, torch.SymInt) and argument not in _takes_sizes(op)
     ]
 

@@ -18,7 +18,7 @@ _CONSTANTS = {
 }  # fmt: skip
 
 
-def _fused(a: Arguments, limit: float) -> dict[str, Any]:
+def _common_quantities(a: Arguments, limit: float) -> dict[str, Any]:
     """What the three share. ``limit`` is that of SwiGLU, 0 for none."""
     x, ids, mask, w13, w2 = a["x"], a["ids"], a["mask"], a["w13"], a["w2"]
     scales = [a["w13_scale"] or (), a["w2_scale"] or ()]
@@ -62,12 +62,12 @@ def _elements(tensors: Any) -> Any:
     return sum(product(t.shape) for t in tensors) if tensors else None
 
 
-def _wide(a: Arguments, given: dict[str, Any]) -> dict[str, Any]:
+def _wide(a: Arguments, shared: dict[str, Any]) -> dict[str, Any]:
     """Scales and compensation of the operators that take scales as int64: the wrappers widen float32."""
     biases = [*(a["w13_scale_bias"] or ()), *(a["w2_scale_bias"] or ())]
-    widened = given["scale_dtype"] in ("float32", "float32+int64")
+    widened = shared["scale_dtype"] in ("float32", "float32+int64")
     return {
-        "scale_dtype": "int64" if widened else given["scale_dtype"],
+        "scale_dtype": "int64" if widened else shared["scale_dtype"],
         "has_bias": bool(a["w13_scale_bias"]) and bool(a["w2_scale_bias"]),
         "bias_dtype": shared_dtype(biases) if biases else None,
     }
@@ -76,16 +76,16 @@ def _wide(a: Arguments, given: dict[str, Any]) -> dict[str, Any]:
 def dispatch_ffn_combine(a: Arguments) -> dict[str, Any]:
     """The largest T on any rank is not an argument: this rank's stands for it, and ``received`` is not known.
     ``max_output_size`` is None in a call that is judged and has no such bound."""
-    given, rows = _fused(a, a["swiglu_limit"]), a["max_output_size"]
-    return {**given, **_wide(a, given), "max_output_size": rows, "has_receive_bound": rows is not None}
+    shared, rows = _common_quantities(a, a["swiglu_limit"]), a["max_output_size"]
+    return {**shared, **_wide(a, shared), "max_output_size": rows, "has_receive_bound": rows is not None}
 
 
 def dispatch_gmm_combine_decode(a: Arguments) -> dict[str, Any]:
     """``max_tokens`` is ``global_bs // ep_size``, or this rank's own tokens when ``global_bs`` is 0."""
-    given, global_bs, ep_size = _fused(a, 0.0), a["global_bs"], a["ep_size"]
+    shared, global_bs, ep_size = _common_quantities(a, 0.0), a["global_bs"], a["ep_size"]
     return {
-        **given,
-        "max_tokens": global_bs // ep_size if global_bs and ep_size > 0 else given["tokens"],
+        **shared,
+        "max_tokens": global_bs // ep_size if global_bs and ep_size > 0 else shared["tokens"],
         "experts": a["num_experts"],
         "global_bs": global_bs,
         "shared_expert_num": 1,
@@ -96,11 +96,11 @@ def dispatch_gmm_combine_decode(a: Arguments) -> dict[str, Any]:
 def mega_moe(a: Arguments) -> dict[str, Any]:
     """The wrapper hands the mask over as int8 and the rows that a rank may receive as ``max_rows``, when not 0; None in a
     call that is judged and has no such bound."""
-    given = _fused(a, a["activation_clamp"])
-    rows = a["ep_size"] * a["max_tokens"] * torch.sym_min(given["top_k"], given["local_experts"])  # type: ignore[no-untyped-call]
+    shared = _common_quantities(a, a["activation_clamp"])
+    rows = a["ep_size"] * a["max_tokens"] * torch.sym_min(shared["top_k"], shared["local_experts"])  # type: ignore[no-untyped-call]
     return {
-        **given,
-        **_wide(a, given),
+        **shared,
+        **_wide(a, shared),
         "max_tokens": a["max_tokens"],
         "received": a["max_rows"] or rows,
         "max_output_size": a["max_rows"] or rows,

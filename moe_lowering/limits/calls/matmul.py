@@ -32,7 +32,7 @@ _FORMS = {
 PACKED = 8  # int4 values in one int32
 
 
-def form(x: Any, weight: Any, has_scales: bool) -> str:
+def dtype_form(x: Any, weight: Any, has_scales: bool) -> str:
     """``a8w8`` for int8 activations and weights, ...; int32 stands for eight packed int4; ``none`` when not quantised."""
     known = _FORMS.get((str(dtype(x)), str(dtype(weight))))
     if known is not None:
@@ -41,7 +41,7 @@ def form(x: Any, weight: Any, has_scales: bool) -> str:
     return "none" if floating and not has_scales else "other"
 
 
-def unpacked(tensor: Any, axis: int) -> Any:
+def unpacked_size(tensor: Any, axis: int) -> Any:
     """The size of an axis in numbers, where an int32 tensor holds eight int4 in each element along it."""
     n = size(tensor, axis)
     return n * PACKED if n is not None and tensor.dtype == torch.int32 else n
@@ -58,7 +58,7 @@ def grouped_matmul(a: Arguments) -> dict[str, Any]:
         "x_dims": dims(first(x)),
         "x_count": len(x),
         "rows": size(first(x), 0),
-        "hidden": unpacked(first(x), -1),
+        "hidden": unpacked_size(first(x), -1),
         "weight_dtype": shared_dtype((*x, *weight)),
         "weight_dims": dims(first(weight)),
         "weight_count": len(weight),
@@ -66,10 +66,10 @@ def grouped_matmul(a: Arguments) -> dict[str, Any]:
         "single_weight": single,
         "weights_contiguous": all_contiguous(weight),
         "k": size(first(weight), -2),
-        "n": unpacked(first(weight), -1),
+        "n": unpacked_size(first(weight), -1),
         "groups": size(first(weight), 0) if single else len(weight),
         "quantised": not floating or any(a.get(name) for name in _SCALES),
-        "form": form(first(x), first(weight), any(a.get(name) for name in _SCALES)),
+        "form": dtype_form(first(x), first(weight), any(a.get(name) for name in _SCALES)),
         "has_reserved": any(a.get(name) for name in _RESERVED),
         "has_group_list": a["group_list"] is not None,
         "group_list_dtype": dtype(group_list),
@@ -122,7 +122,7 @@ def _scales(a: Arguments) -> dict[str, Any]:
     }
 
 
-def gated(x: Any, dim: int) -> dict[str, Any]:
+def gate_quantities(x: Any, dim: int) -> dict[str, Any]:
     """Quantities of an operator that halves axis ``dim`` of x; ``intermediate`` is the halved size."""
     width = size(x, dim)
     axis = None if width is None else dim % len(x.shape)
@@ -137,13 +137,13 @@ def gated(x: Any, dim: int) -> dict[str, Any]:
 
 
 def swiglu(a: Arguments) -> dict[str, Any]:
-    return gated(a["input"], a["dim"])
+    return gate_quantities(a["input"], a["dim"])
 
 
 def clipped_swiglu(a: Arguments) -> dict[str, Any]:
     group_index = a["group_index"]
     return {
-        **gated(a["x"], a["dim"]),
+        **gate_quantities(a["x"], a["dim"]),
         "contiguous": contiguous(a["x"]),
         "group_index_dtype": dtype(group_index),
         "group_index_dims": dims(group_index),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_lowering.limits.calls.matmul import form, unpacked
+from moe_lowering.limits.calls.matmul import dtype_form, unpacked_size
 from moe_lowering.limits.calls.tensors import Arguments, contiguous, dims, dtype, first, product, size
 
 INT8 = 1  # torch's ScalarType number of int8, which torch_npu's int arguments take
@@ -43,12 +43,12 @@ def _swiglu_quant(a: Arguments, weight: Any, weight_scale: Any) -> dict[str, Any
     """What both versions of the fused matmul, SwiGLU and quantisation share."""
     x, x_scale, bias = a["x"], a["x_scale"], a["bias"]
     return {
-        "form": form(x, weight, True),
+        "form": dtype_form(x, weight, True),
         "weights_contiguous": contiguous(weight),
         "x_dtype": dtype(x),
         "x_dims": dims(x),
         "rows": size(x, 0),
-        "hidden": unpacked(x, -1),
+        "hidden": unpacked_size(x, -1),
         "weight_dtype": dtype(weight),
         "weight_dims": dims(weight),
         "groups": size(weight, 0),

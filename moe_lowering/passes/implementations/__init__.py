@@ -2,13 +2,13 @@
 ``vocabulary``, a file with an ``Implementation``, an entry here, its rows in ``limits/data``, and its estimate in
 ``costs``."""
 
+from moe_lowering.lookup import look_up
 from moe_lowering.passes.implementations.allgather import ALLGATHER
 from moe_lowering.passes.implementations.alltoall import ALLTOALL
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
 from moe_lowering.passes.implementations.fused_mc2 import FUSED_MC2
 from moe_lowering.passes.implementations.mc2 import MC2
 from moe_lowering.vocabulary import IMPLEMENTATION_FORMS
-from moe_lowering.words import look_up
 
 _REGISTERED = {i.name: i for i in (ALLGATHER, ALLTOALL, MC2, FUSED_MC2)}
 # In the order of the vocabulary; a name without an implementation, or the other way round, is an error here.

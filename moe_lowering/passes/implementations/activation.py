@@ -11,11 +11,11 @@ from typing import Any
 
 from torch.fx import Node
 
+from moe_lowering.lookup import look_up
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.calls import Call, emit_call, tensor
-from moe_lowering.passes.emitting import Emitter, aten
+from moe_lowering.passes.calls import OperatorCall, emit_call, tensor
+from moe_lowering.passes.emitter import Emitter, aten
 from moe_lowering.vocabulary import SOCS
-from moe_lowering.words import look_up
 
 
 def activation_operator(spec: BlockSpec, soc: str) -> str | None:
@@ -34,12 +34,12 @@ def activation_arguments(operator: str, x: Any, spec: BlockSpec) -> dict[str, An
     return {"x": x, "alpha": spec.alpha, "limit": spec.limit, "bias": 1.0, "interleaved": spec.interleaved}
 
 
-def activation_calls(spec: BlockSpec, soc: str) -> tuple[Call, ...]:
+def activation_calls(spec: BlockSpec, soc: str) -> tuple[OperatorCall, ...]:
     """The call of the device operator, where there is one; its rows are in the dtype of the block."""
     name = activation_operator(spec, soc)
     if name is None:
         return ()
-    return (Call(name, activation_arguments(name, tensor(spec.dtype, None, 2 * spec.intermediate), spec)),)
+    return (OperatorCall(name, activation_arguments(name, tensor(spec.dtype, None, 2 * spec.intermediate), spec)),)
 
 
 def emit_activation(emit: Emitter, h: Node, spec: BlockSpec, soc: str) -> Node:
@@ -62,18 +62,18 @@ def _swiglu(emit: Emitter, gate: Node, up: Node, spec: BlockSpec) -> Halves:
     return emit.call(aten.silu.default, gate), up
 
 
-def _clamped(emit: Emitter, gate: Node, up: Node, spec: BlockSpec) -> Halves:
+def _clamp_halves(emit: Emitter, gate: Node, up: Node, spec: BlockSpec) -> Halves:
     return emit.call(aten.clamp.default, gate, None, spec.limit), emit.call(
         aten.clamp.default, up, -spec.limit, spec.limit
     )
 
 
 def _swiglu_clamp(emit: Emitter, gate: Node, up: Node, spec: BlockSpec) -> Halves:
-    return _swiglu(emit, *_clamped(emit, gate, up, spec), spec)
+    return _swiglu(emit, *_clamp_halves(emit, gate, up, spec), spec)
 
 
 def _swiglu_oai(emit: Emitter, gate: Node, up: Node, spec: BlockSpec) -> Halves:
-    gate, up = _clamped(emit, gate, up, spec)
+    gate, up = _clamp_halves(emit, gate, up, spec)
     slope = emit.call(aten.sigmoid.default, emit.call(aten.mul.Tensor, gate, spec.alpha))
     return emit.call(aten.mul.Tensor, gate, slope), emit.call(aten.add.Tensor, up, 1)
 

@@ -29,9 +29,9 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import Call, Premises, Rules
+from moe_lowering.passes.calls import OperatorCall, Premises, Rules
 from moe_lowering.passes.context import most_tokens
-from moe_lowering.passes.emitting import Emitter, aten
+from moe_lowering.passes.emitter import Emitter, aten
 from moe_lowering.passes.implementations import alltoall_exact
 from moe_lowering.passes.implementations.alltoall_buffers import BUFFERS, mib, sized_by_data
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
@@ -46,7 +46,7 @@ from moe_lowering.passes.implementations.tensor_parallel import first_tokens, ga
 c10d = torch.ops._c10d_functional
 
 
-def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call | Rules, ...]:
+def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rules, ...]:
     rules = Rules("alltoall.static", lambda premises: _static_rules(spec, deployment, premises))
     return (rules, *gathered_calls(spec, deployment))
 
@@ -96,27 +96,27 @@ def _bring_home(emit: Emitter, spec: BlockSpec, partial: Partial, deployment: De
 
 def _note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
     """What equal splits cost, for the report: what one rank gets of all and sends back to all, and what is its own."""
-    there, back = gathered_bytes(spec, deployment), spec.hidden * int(spec.dtype.itemsize)
+    out, back = gathered_bytes(spec, deployment), spec.hidden * int(spec.dtype.itemsize)
     own = share(spec.max_tokens or tokens, spec)
     lines = spec.ep_size * own
     return (
-        f"equal splits send every token to every rank, as AllGather does: {mib(lines * there)} per rank to the experts "
-        f"and {mib(lines * back)} back at {tokens} tokens, of which {mib(own * there)} and {mib(own * back)} are its own"
+        f"equal splits send every token to every rank, as AllGather does: {mib(lines * out)} per rank to the experts "
+        f"and {mib(lines * back)} back at {tokens} tokens, of which {mib(own * out)} and {mib(own * back)} are its own"
     )
 
 
-def _lines(spec: BlockSpec, tokens: Any) -> Any:
+def _row_count(spec: BlockSpec, tokens: Any) -> Any:
     return share(spec.max_tokens or tokens, spec)
 
 
-STATIC = Form("static", _calls, _emit, _note, _lines)
+STATIC = Form("static", _calls, _emit, _note, _row_count)
 
 
 def _forms(deployment: Deployment) -> tuple[Form, ...]:
     return (STATIC, BUFFERS) if alltoall_exact.needs_no_host(deployment) else (alltoall_exact.EXACT, STATIC, BUFFERS)
 
 
-def _ruled_out(deployment: Deployment) -> tuple[Form, ...]:
+def _forms_ruled_out(deployment: Deployment) -> tuple[Form, ...]:
     return (alltoall_exact.EXACT,) if alltoall_exact.needs_no_host(deployment) else ()
 
 
@@ -124,4 +124,4 @@ def _rules(spec: BlockSpec, deployment: Deployment) -> Rules:
     return Rules("alltoall", {"ep_size": spec.ep_size, "shared_expert_rank_num": spec.shared_expert_ranks})
 
 
-ALLTOALL = Implementation("alltoall", _rules, _forms, _ruled_out)
+ALLTOALL = Implementation("alltoall", _rules, _forms, _forms_ruled_out)

@@ -28,8 +28,8 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits.calls.tensors import data_dependent
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import Call, Premises, Rules, emit_call
-from moe_lowering.passes.emitting import Emitter, aten
+from moe_lowering.passes.calls import OperatorCall, Premises, Rules, emit_call
+from moe_lowering.passes.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import Form, Replacement
 from moe_lowering.passes.implementations.gathered import (
     ROUTE,
@@ -37,7 +37,7 @@ from moe_lowering.passes.implementations.gathered import (
     route_arguments,
     route_call,
 )
-from moe_lowering.passes.implementations.mc2 import zero_masked
+from moe_lowering.passes.implementations.mc2 import zero_masked_rows
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
 from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens, tokens_calls
 from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
@@ -54,14 +54,14 @@ def capacity(tokens: Any, spec: BlockSpec) -> Any:
 
 def padding_note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
     """What equal splits cost, for the report: what one rank sends, with scales and counts, and what AllGather moves."""
-    there, back = _line_bytes(spec)
+    out, back = _line_bytes(spec)
     lines, own = spec.ep_size * int(capacity(tokens, spec)), share(tokens, spec) * spec.top_k
-    sent = lines * there + spec.experts * _COUNT_BYTES, lines * back
+    sent = lines * out + spec.experts * _COUNT_BYTES, lines * back
     gathered = spec.ep_size * share(spec.max_tokens or tokens, spec)
     other = gathered * gathered_bytes(spec, deployment), gathered * back
     return (
         f"equal splits send {mib(sent[0])} per rank to the experts and {mib(sent[1])} back at {tokens} tokens, of which "
-        f"{mib(own * there)} and {mib(own * back)} are rows; AllGather moves {mib(other[0])} and {mib(other[1])}"
+        f"{mib(own * out)} and {mib(own * back)} are rows; AllGather moves {mib(other[0])} and {mib(other[1])}"
         + (
             ""
             if sum(sent) <= sum(other)
@@ -84,7 +84,7 @@ def mib(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call | Rules, ...]:
+def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rules, ...]:
     rules = Rules("alltoall.buffers", lambda premises: _rules(spec, premises))
     return (
         rules,
@@ -244,12 +244,12 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premise
     with emit.at(block.combine, block.combine):
         y = run.bring_home(y_rows, place, outbox)
         if block.mask is not None:
-            y = zero_masked(emit, y, run.mine.of(emit.call(aten.reshape.default, block.mask, [-1])))
+            y = zero_masked_rows(emit, y, run.mine.of(emit.call(aten.reshape.default, block.mask, [-1])))
         return Replacement(emit.like(gather(emit, block, y), block.x), counts)
 
 
-def _lines(spec: BlockSpec, tokens: Any) -> Any:
+def _row_count(spec: BlockSpec, tokens: Any) -> Any:
     return capacity(tokens, spec)
 
 
-BUFFERS = Form("buffers", _calls, _emit, padding_note, _lines, sends_masks=False, keeps_max_rows=True)
+BUFFERS = Form("buffers", _calls, _emit, padding_note, _row_count, sends_masks=False, keeps_max_rows=True)

@@ -12,8 +12,8 @@ from torch.fx import Node
 from moe_lowering.custom_ops.alltoall_experts import AllToAllExpertsCall
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import Call, Premises, Rules
-from moe_lowering.passes.emitting import Emitter, aten
+from moe_lowering.passes.calls import OperatorCall, Premises, Rules
+from moe_lowering.passes.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import Form, Replacement
 from moe_lowering.passes.implementations.gathered import route_call
 from moe_lowering.passes.implementations.mlp import mlp_calls
@@ -27,7 +27,7 @@ def needs_no_host(deployment: Deployment) -> bool:
     return deployment.capture or deployment.mode == "ge"
 
 
-def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call | Rules, ...]:
+def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rules, ...]:
     """The rules of the form, and the calls that its kernel makes, whatever the weights are."""
     rules = Rules(
         "alltoall.exact",
@@ -53,18 +53,18 @@ def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call | Rules, ...]:
 
 
 def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premises) -> Replacement:
-    spec, mine = block.spec, Share(emit, block, deployment)
+    spec, own_share = block.spec, Share(emit, block, deployment)
     with emit.at(block.combine, block.combine):
         flat = [
-            None if n is None else mine.of(emit.call(aten.reshape.default, n, [-1]))
+            None if n is None else own_share.of(emit.call(aten.reshape.default, n, [-1]))
             for n in (block.x_scale, block.mask)
         ]
         call: AllToAllExpertsCall[Node] = AllToAllExpertsCall.of(
             block.experts,
-            x=mine.of(emit.rows(block.x)),
+            x=own_share.of(emit.rows(block.x)),
             x_scale=flat[0],
-            ids=mine.of(emit.rows(block.ids)),
-            weights=mine.of(emit.rows(block.weights)),
+            ids=own_share.of(emit.rows(block.ids)),
+            weights=own_share.of(emit.rows(block.weights)),
             mask=flat[1],
             num_experts=spec.experts,
             ep_group=spec.ep_group,

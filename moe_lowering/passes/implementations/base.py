@@ -10,8 +10,8 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import Call, Premises, Rules
-from moe_lowering.passes.emitting import Emitter
+from moe_lowering.passes.calls import OperatorCall, Premises, Rules
+from moe_lowering.passes.emitter import Emitter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Form:
     """
 
     name: str
-    calls: Callable[[BlockSpec, Deployment], tuple[Call | Rules, ...]]
+    calls: Callable[[BlockSpec, Deployment], tuple[OperatorCall | Rules, ...]]
     emit: Callable[[Block, Emitter, Deployment, Premises], Replacement]
     note: Callable[[BlockSpec, Deployment, int], str] | None = None
     lines: Callable[[BlockSpec, Any], Any] | None = None

@@ -18,9 +18,9 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import Call, Premises, Rules, emit_call, tensor
+from moe_lowering.passes.calls import OperatorCall, Premises, Rules, emit_call, tensor
 from moe_lowering.passes.context import most_tokens
-from moe_lowering.passes.emitting import Emitter, aten
+from moe_lowering.passes.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
 from moe_lowering.passes.implementations.mc2 import global_tokens
 from moe_lowering.passes.implementations.quantised_mlp import as_float32
@@ -44,7 +44,7 @@ class _Inputs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class FusedOperator:
     """One fused operator.
 
     Attributes:
@@ -66,11 +66,11 @@ class Target:
     def form(self) -> Form:
         return Form(self.name, self._calls, self._emit, told_rows=self.told_rows)
 
-    def _calls(self, spec: BlockSpec, deployment: Deployment) -> tuple[Call | Rules, ...]:
+    def _calls(self, spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rules, ...]:
         def judged(premises: Premises) -> dict[str, Any]:
             return self.arguments(spec, deployment, None, premises, self._records(spec, premises))
 
-        return (Call(self.name, judged, _words(spec, deployment)),)
+        return (OperatorCall(self.name, judged, _word_quantities(spec, deployment)),)
 
     def _records(self, spec: BlockSpec, premises: Premises) -> _Inputs:
         tokens, experts = share(premises.tokens, spec), spec.tensors
@@ -91,17 +91,17 @@ class Target:
         # One operator in place of three: it stands where the last of its inputs exists.
         with emit.at(block.combine, block.combine):
             inputs = self._nodes(emit, block, deployment)
-            given = self.arguments(block.spec, deployment, deployment.own_rank("ep"), premises, inputs)
-            fused = emit_call(emit, self.name, given)
+            arguments = self.arguments(block.spec, deployment, deployment.own_rank("ep"), premises, inputs)
+            fused = emit_call(emit, self.name, arguments)
             y = emit.item(fused, 0)
             counts = emit.cast(emit.item(fused, 1), torch.int64) if block.counts is not None else None
             return Replacement(emit.like(gather(emit, block, y), block.x), counts)
 
     def _nodes(self, emit: Emitter, block: Block, deployment: Deployment) -> _Inputs:
-        mine = Share(emit, block, deployment)
+        share = Share(emit, block, deployment)
         experts = block.experts
-        mask = None if block.mask is None else mine.of(emit.call(aten.reshape.default, block.mask, [-1]))
-        x, ids, weights = (mine.of(emit.rows(n)) for n in (block.x, block.ids, block.weights))
+        mask = None if block.mask is None else share.of(emit.call(aten.reshape.default, block.mask, [-1]))
+        x, ids, weights = (share.of(emit.rows(n)) for n in (block.x, block.ids, block.weights))
         return _Inputs(
             x=x,
             ids=ids,
@@ -120,7 +120,7 @@ class Target:
         return node if dtype == self.scale_dtype(dtype) else as_float32(emit, node)  # the only other that is asked for
 
 
-def _words(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
+def _word_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
     """What no argument of a fused operator can ask for, and words that have a meaning of their own there: a bias is the
     compensation of int4 weights."""
     words: dict[str, Any] = {
@@ -147,66 +147,66 @@ def max_output_size(spec: BlockSpec, deployment: Deployment, premises: Premises)
     return None if most is None else spec.ep_size * most * min(spec.top_k, spec.local_experts)
 
 
-def _tokens_and_experts(given: _Inputs, deployment: Deployment) -> dict[str, Any]:
+def _tokens_and_experts(inputs: _Inputs, deployment: Deployment) -> dict[str, Any]:
     """The first arguments of each."""
     return {
-        "x": given.x,
-        "w13": given.w13,
-        "w2": given.w2,
-        "ids": given.ids,
-        "weights": given.weights,
+        "x": inputs.x,
+        "w13": inputs.w13,
+        "w2": inputs.w2,
+        "ids": inputs.ids,
+        "weights": inputs.weights,
         "group": deployment.mc2_group,
     }
 
 
-def _optional(spec: BlockSpec, given: _Inputs, *, says_format: bool) -> dict[str, Any]:
+def _optional(spec: BlockSpec, inputs: _Inputs, *, says_format: bool) -> dict[str, Any]:
     """Scales, compensation and mask, as far as the block has them."""
     optional: dict[str, Any] = {}
     if spec.format.quantised:
         optional = {"quantisation": spec.quantisation} if says_format else {}
-        optional.update(w13_scale=given.w13_scale, w2_scale=given.w2_scale)
+        optional.update(w13_scale=inputs.w13_scale, w2_scale=inputs.w2_scale)
     if spec.format.has_scale_bias and says_format:
-        optional.update(w13_scale_bias=given.w13_scale_bias, w2_scale_bias=given.w2_scale_bias)
-    return optional if given.mask is None else {**optional, "mask": given.mask}
+        optional.update(w13_scale_bias=inputs.w13_scale_bias, w2_scale_bias=inputs.w2_scale_bias)
+    return optional if inputs.mask is None else {**optional, "mask": inputs.mask}
 
 
 def _ffn_arguments(
-    spec: BlockSpec, deployment: Deployment, rank: int | None, premises: Premises, given: _Inputs
+    spec: BlockSpec, deployment: Deployment, rank: int | None, premises: Premises, inputs: _Inputs
 ) -> dict[str, Any]:
     return {
-        **_tokens_and_experts(given, deployment),
+        **_tokens_and_experts(inputs, deployment),
         "ep_size": spec.ep_size,
         "max_output_size": max_output_size(spec, deployment, premises),
         **({"swiglu_limit": spec.limit} if spec.format.quantised else {}),
-        **_optional(spec, given, says_format=True),
+        **_optional(spec, inputs, says_format=True),
     }
 
 
 def _decode_arguments(
-    spec: BlockSpec, deployment: Deployment, rank: int | None, premises: Premises, given: _Inputs
+    spec: BlockSpec, deployment: Deployment, rank: int | None, premises: Premises, inputs: _Inputs
 ) -> dict[str, Any]:
     return {
-        **_tokens_and_experts(given, deployment),
+        **_tokens_and_experts(inputs, deployment),
         "ep_size": spec.ep_size,
         "ep_rank": rank,
         "num_experts": spec.experts,
         "global_bs": global_tokens(spec),
-        **_optional(spec, given, says_format=False),
+        **_optional(spec, inputs, says_format=False),
     }
 
 
 def _mega_arguments(
-    spec: BlockSpec, deployment: Deployment, rank: int | None, premises: Premises, given: _Inputs
+    spec: BlockSpec, deployment: Deployment, rank: int | None, premises: Premises, inputs: _Inputs
 ) -> dict[str, Any]:
     most = most_tokens(spec, premises)
     return {
-        **_tokens_and_experts(given, deployment),
+        **_tokens_and_experts(inputs, deployment),
         "ep_size": spec.ep_size,
         "num_experts": spec.experts,
         # without a bound T itself, which then is refused as what it is: any number
         "max_tokens": share(premises.tokens, spec) if most is None else most,
         "max_rows": max_output_size(spec, deployment, premises),
-        **_optional(spec, given, says_format=True),
+        **_optional(spec, inputs, says_format=True),
     }
 
 
@@ -220,9 +220,9 @@ def _float(dtype: torch.dtype) -> torch.dtype:
 
 
 TARGETS = (
-    Target("mega_moe", 1, "cann_ops_transformer", _mega_arguments, _bits_or_float, max_output_size),
-    Target("dispatch_ffn_combine", 1, "vllm_ascend", _ffn_arguments, _bits_or_float, max_output_size),
-    Target("dispatch_gmm_combine_decode", 2, "vllm_ascend", _decode_arguments, _float),
+    FusedOperator("mega_moe", 1, "cann_ops_transformer", _mega_arguments, _bits_or_float, max_output_size),
+    FusedOperator("dispatch_ffn_combine", 1, "vllm_ascend", _ffn_arguments, _bits_or_float, max_output_size),
+    FusedOperator("dispatch_gmm_combine_decode", 2, "vllm_ascend", _decode_arguments, _float),
 )
 
 
@@ -246,10 +246,10 @@ def _rules(spec: BlockSpec, deployment: Deployment) -> Rules:
 def _forms(deployment: Deployment) -> tuple[Form, ...]:
     """The targets of the deployment's mode whose provider is declared; of the mode when none is."""
     mode = deployment.fused_mode or 1  # 0 is refused by a rule of its own (fused.mode)
-    asked = [target for target in TARGETS if target.mode == mode] or list(TARGETS)  # a mode that fused.mode refuses
-    declared = [target for target in asked if deployment.provider(target.provider) is not None]
+    targets = [target for target in TARGETS if target.mode == mode] or list(TARGETS)  # a mode that fused.mode refuses
+    declared = [target for target in targets if deployment.provider(target.provider) is not None]
     # without a provider, the operator that vllm-ascend brings is the one to ask for
-    return tuple(target.form() for target in declared or asked[-1:])
+    return tuple(target.form() for target in declared or targets[-1:])
 
 
 FUSED_MC2 = Implementation("fused_mc2", _rules, _forms)

@@ -10,7 +10,7 @@ gathered tokens are in rank order. A slot whose expert lives elsewhere has row i
 seed takes abs(-1), which reads an undefined row, and 0 * NaN is NaN. Here -1 becomes the last row, and that row is zero
 unless it is valid. Only that row is written: no other index ever names an undefined one. Where the last row is valid all
 rows are, so that every slot is local and no index is -1. With k > E_local there is one row more than can be valid
-(``_most_rows``), so the last one is zero whatever the counts are.
+(``_row_bound``), so the last one is zero whatever the counts are.
 The row is written in place, in memory that the second matmul of this block has just made and that nothing else reads. GE
 graphs are functional, and a row can be changed there only by writing all of them: see ``unpermute``.
 Fewer rows than slots, and several slots on one row, are within what the kernel does (moe_token_unpermute.h gathers row by
@@ -35,8 +35,8 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import Call, Rules, emit_call, tensor
-from moe_lowering.passes.emitting import Emitter, aten
+from moe_lowering.passes.calls import OperatorCall, Rules, emit_call, tensor
+from moe_lowering.passes.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import stage_after
 from moe_lowering.passes.implementations.matmul_calls import row_scales
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
@@ -48,7 +48,7 @@ c10d = torch.ops._c10d_functional
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class GatheredTokens:
     """x [N, H], its scale [N] when it is int8, ids [N, k] and weights [N, k] of the tokens that this rank computes on."""
 
     x: Node
@@ -72,19 +72,19 @@ ROUTE = "npu_moe_init_routing_v2"
 def route_arguments(x: Any, ids: Any, scale: Any, experts: int, kept: list[Any]) -> dict[str, Any]:
     """``init_routing_v2`` of x [N, H], int8 with ``scale`` [N] or not, by ids [N, k] in 0..experts-1: rows in order of
     expert, and the counts, of the experts from ``kept[0]`` to ``kept[1]`` - 1."""
-    given = {
+    arguments = {
         "x": x, "expert_idx": ids, "expert_num": experts, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True,
         "active_expert_range": kept,
     }  # fmt: skip
-    return given if scale is None else {**given, "scale": scale}
+    return arguments if scale is None else {**arguments, "scale": scale}
 
 
-def route_call(spec: BlockSpec, top_k: int, experts: int, kept: list[Any]) -> Call:
+def route_call(spec: BlockSpec, top_k: int, experts: int, kept: list[Any]) -> OperatorCall:
     """The call for rows as they travel."""
     eight_bits = travels_as_int8(spec)
     x = tensor(torch.int8 if eight_bits else spec.dtype, None, spec.hidden)
     scale = row_scales() if eight_bits else None
-    return Call(ROUTE, route_arguments(x, tensor(torch.int32, None, top_k), scale, experts, kept))
+    return OperatorCall(ROUTE, route_arguments(x, tensor(torch.int32, None, top_k), scale, experts, kept))
 
 
 def travels_as_int8(spec: BlockSpec) -> bool:
@@ -92,7 +92,7 @@ def travels_as_int8(spec: BlockSpec) -> bool:
     return spec.quantised_input or spec.format.int8_rows
 
 
-def gathered_calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call | Rules, ...]:
+def gathered_calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rules, ...]:
     """The calls that ``emit_partial`` makes for a block."""
     return (
         *tokens_calls(spec),
@@ -110,14 +110,14 @@ def _ids(spec: BlockSpec) -> int:
 def gathered_bytes(spec: BlockSpec, deployment: Deployment) -> int:
     """Bytes of one token as it is gathered: x, its scale, ids and weights."""
     row = spec.hidden + _SCALE_BYTES if travels_as_int8(spec) else spec.hidden * int(spec.dtype.itemsize)
-    weight = _BITS if _travel_packed(spec) else weights_dtype(spec, deployment).itemsize
+    weight = _BITS if _is_packed(spec) else weights_dtype(spec, deployment).itemsize
     return row + spec.top_k * (_BITS + weight)
 
 
 _BITS = _SCALE_BYTES = 4  # of an id in int32; of a weight, and of a scale, in float32
 
 
-def _travel_packed(spec: BlockSpec) -> bool:
+def _is_packed(spec: BlockSpec) -> bool:
     """Whether ids, weights and scales travel as columns of one tensor."""
     return travels_as_int8(spec) or spec.has_mask or spec.max_tokens > 0
 
@@ -139,46 +139,49 @@ def emit_partial(block: Block, emit: Emitter, deployment: Deployment) -> Partial
     return Partial(y, own, counts)
 
 
-def _gather(emit: Emitter, block: Block, deployment: Deployment) -> tuple[Tokens, Any]:
+def _gather(emit: Emitter, block: Block, deployment: Deployment) -> tuple[GatheredTokens, Any]:
     """The tokens of all ranks, and how many of them are this rank's own."""
-    spec, mine = block.spec, Share(emit, block, deployment)
-    x, scale = quantise_tokens(emit, block, mine)
+    spec, share = block.spec, Share(emit, block, deployment)
+    x, scale = quantise_tokens(emit, block, share)
     mask = None
     if block.mask is not None:
-        flat = mine.of(emit.call(aten.reshape.default, block.mask, [-1]))
+        flat = share.of(emit.call(aten.reshape.default, block.mask, [-1]))
         mask = emit.call(aten.unsqueeze.default, flat, 1)
-    tokens = Tokens(x, scale, mine.of(emit.rows(block.ids)), mine.of(emit.rows(block.weights)))
+    tokens = GatheredTokens(x, scale, share.of(emit.rows(block.ids)), share.of(emit.rows(block.weights)))
     own, dtype = emit.size(x, 0), weights_dtype(spec, deployment)
     if spec.ep_size == 1:
-        return _cast(emit, tokens if mask is None else _masked(emit, tokens, mask, spec), dtype), own
-    if not _travel_packed(spec):
+        return _cast(emit, tokens if mask is None else _mask_tokens(emit, tokens, mask, spec), dtype), own
+    if not _is_packed(spec):
         weights = emit.cast(tokens.weights, dtype)  # before they are copied to every rank
         parts = [_all_gather(emit, node, spec) for node in (x, tokens.ids, weights)]
-        return Tokens(parts[0], None, *parts[1:]), own
+        return GatheredTokens(parts[0], None, *parts[1:]), own
     columns = _pack(emit, tokens)
     if mask is not None:
-        columns = emit.call(aten.where.self, mask, columns, _nothing(emit, columns, spec))
+        columns = emit.call(aten.where.self, mask, columns, _empty_columns(emit, columns, spec))
     if spec.max_tokens:
-        x, columns = _fill(emit, x, _zeros(emit, x), spec), _fill(emit, columns, _nothing(emit, columns, spec), spec)
+        x, columns = (
+            _fill(emit, x, _zeros(emit, x), spec),
+            _fill(emit, columns, _empty_columns(emit, columns, spec), spec),
+        )
     return _unpack(emit, _all_gather(emit, x, spec), _all_gather(emit, columns, spec), tokens, dtype), own
 
 
-def _cast(emit: Emitter, tokens: Tokens, dtype: torch.dtype) -> Tokens:
+def _cast(emit: Emitter, tokens: GatheredTokens, dtype: torch.dtype) -> GatheredTokens:
     return dataclasses.replace(tokens, weights=emit.cast(tokens.weights, dtype))
 
 
-def _masked(emit: Emitter, tokens: Tokens, mask: Node, spec: BlockSpec) -> Tokens:
+def _mask_tokens(emit: Emitter, tokens: GatheredTokens, mask: Node, spec: BlockSpec) -> GatheredTokens:
     """Masked tokens get no expert, and weight 0: theirs may be NaN, and NaN * 0 is NaN."""
     value = tokens.weights.meta["val"]
     zero = emit.constant(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device, pin_memory=False)
     return dataclasses.replace(
         tokens,
-        ids=emit.call(aten.where.self, mask, tokens.ids, _no_expert(emit, tokens.ids, spec)),
+        ids=emit.call(aten.where.self, mask, tokens.ids, _ids_of_no_expert(emit, tokens.ids, spec)),
         weights=emit.call(aten.where.self, mask, tokens.weights, zero),
     )
 
 
-def _no_expert(emit: Emitter, model: Node, spec: BlockSpec) -> Node:
+def _ids_of_no_expert(emit: Emitter, model: Node, spec: BlockSpec) -> Node:
     """[k] distinct ids past the last expert."""
     return emit.constant(
         aten.arange.start, spec.experts, spec.experts + spec.top_k, dtype=torch.int32,
@@ -186,15 +189,15 @@ def _no_expert(emit: Emitter, model: Node, spec: BlockSpec) -> Node:
     )  # fmt: skip
 
 
-def _nothing(emit: Emitter, columns: Node, spec: BlockSpec) -> Node:
+def _empty_columns(emit: Emitter, columns: Node, spec: BlockSpec) -> Node:
     """[n] int32, the columns of a token without an expert: its weights are 0, and its scale."""
-    ids, value = _no_expert(emit, columns, spec), columns.meta["val"]
+    ids, value = _ids_of_no_expert(emit, columns, spec), columns.meta["val"]
     rest = int(value.shape[1]) - spec.top_k
     zeros = emit.constant(aten.full.default, [rest], 0, dtype=torch.int32, device=value.device, pin_memory=False)
     return emit.constant(aten.cat.default, [ids, zeros])
 
 
-def _pack(emit: Emitter, tokens: Tokens) -> Node:
+def _pack(emit: Emitter, tokens: GatheredTokens) -> Node:
     """ids, weights and scales as bits, [M, 2k] or [M, 2k + 1] int32."""
     parts = [tokens.ids, emit.call(aten.view.dtype, emit.cast(tokens.weights, torch.float32), torch.int32)]
     if tokens.scale is not None:
@@ -202,7 +205,7 @@ def _pack(emit: Emitter, tokens: Tokens) -> Node:
     return emit.call(aten.cat.default, parts, 1)
 
 
-def _unpack(emit: Emitter, x: Node, columns: Node, own: Tokens, dtype: torch.dtype) -> Tokens:
+def _unpack(emit: Emitter, x: Node, columns: Node, own: GatheredTokens, dtype: torch.dtype) -> GatheredTokens:
     """The columns as tensors in one piece each, which is how operators take them; the cast of the weights is a copy."""
     k = int(own.ids.meta["val"].shape[1])
 
@@ -218,7 +221,7 @@ def _unpack(emit: Emitter, x: Node, columns: Node, own: Tokens, dtype: torch.dty
         bits = emit.call(aten.reshape.default, whole(part(2 * k, 2 * k + 1)), [-1])
         scale = emit.call(aten.view.dtype, bits, torch.float32)
     weights = whole(weights) if dtype == torch.float32 else emit.cast(weights, dtype)
-    return Tokens(x, scale, whole(part(0, k)), weights)
+    return GatheredTokens(x, scale, whole(part(0, k)), weights)
 
 
 def _zeros(emit: Emitter, model: Node) -> Node:
@@ -250,7 +253,7 @@ def _all_gather(emit: Emitter, node: Node, spec: BlockSpec) -> Node:
 
 
 def _route_rows(
-    emit: Emitter, block: Block, tokens: Tokens, deployment: Deployment
+    emit: Emitter, block: Block, tokens: GatheredTokens, deployment: Deployment
 ) -> tuple[Node, Node, Node, Node | None]:
     """(rows by expert, row index of each slot or -1, counts of this rank's experts, scales of int8 rows)."""
     spec = block.spec
@@ -261,7 +264,7 @@ def _route_rows(
     scale = None if tokens.scale is None else emit.item(routed, 3)
     if _has_spare_row(spec):
         # a token has at most E_local slots here: the remaining rows are never filled
-        most = _most_rows(emit, tokens.x, spec)
+        most = _row_bound(emit, tokens.x, spec)
         rows = emit.call(aten.slice.Tensor, rows, 0, 0, most)
         scale = scale if scale is None else emit.call(aten.slice.Tensor, scale, 0, 0, most)
     return rows, index, counts, scale
@@ -272,7 +275,7 @@ def _has_spare_row(spec: BlockSpec) -> bool:
     return spec.top_k > spec.local_experts and spec.ep_size > 1
 
 
-def _most_rows(emit: Emitter, x: Node, spec: BlockSpec) -> Any:
+def _row_bound(emit: Emitter, x: Node, spec: BlockSpec) -> Any:
     """tokens * E_local + 1: every row that can be filled, and one that cannot."""
     tokens = emit.size(x, 0)
     if isinstance(tokens, int):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.calls import Call, tensor
+from moe_lowering.passes.calls import OperatorCall, tensor
 from moe_lowering.passes.operands import Operand, Operands
 
 MATMUL = "npu_grouped_matmul"
@@ -30,10 +30,12 @@ def matmul_arguments(
     }
 
 
-def matmul_call(spec: BlockSpec, inner: int, weight: Operands, dtype: torch.dtype | None = None, **more: Any) -> Call:
+def matmul_call(
+    spec: BlockSpec, inner: int, weight: Operands, dtype: torch.dtype | None = None, **more: Any
+) -> OperatorCall:
     """The call on rows [N, inner], of the block's dtype unless given."""
     x = tensor(dtype or spec.dtype, None, inner)
-    return Call(MATMUL, matmul_arguments(x, weight.items, counts_of(spec), **more))
+    return OperatorCall(MATMUL, matmul_arguments(x, weight.items, counts_of(spec), **more))
 
 
 def row_scales() -> Operand:

@@ -28,8 +28,8 @@ from torch.fx.node import has_side_effect
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits.calls.tensors import data_dependent
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import Call, Premises, Rules, emit_call, tensor
-from moe_lowering.passes.emitting import Emitter, aten
+from moe_lowering.passes.calls import OperatorCall, Premises, Rules, emit_call, tensor
+from moe_lowering.passes.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement, stage_after
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
 from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
@@ -56,12 +56,12 @@ def _rules(spec: BlockSpec, deployment: Deployment) -> Rules:
     })  # fmt: skip
 
 
-def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call | Rules, ...]:
+def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rules, ...]:
     words = {} if deployment.mc2_group else {"group_length": None}  # has_communicator says it better
     return (
-        Call(DISPATCH, lambda premises: _judged_dispatch(spec, deployment, premises), words),
+        OperatorCall(DISPATCH, lambda premises: _judged_dispatch(spec, deployment, premises), words),
         *mlp_calls(spec, deployment),
-        Call(COMBINE, lambda premises: _judged_combine(spec, deployment, premises), words),
+        OperatorCall(COMBINE, lambda premises: _judged_combine(spec, deployment, premises), words),
     )
 
 
@@ -181,28 +181,28 @@ class _Sent:
 
 def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premises) -> Replacement:
     _keep_communication()
-    spec, mine, rank = block.spec, Share(emit, block, deployment), deployment.own_rank("ep")
+    spec, share, rank = block.spec, Share(emit, block, deployment), deployment.own_rank("ep")
     start = stage_after(block, block.weights) if deployment.weighs_before_sending else block.dispatch
     with emit.at(start, block.dispatch):
-        ids, mask, active = mine.of(emit.rows(block.ids)), None, None
+        ids, mask, active = share.of(emit.rows(block.ids)), None, None
         if block.mask is not None:
-            mask = mine.of(emit.call(aten.reshape.default, block.mask, [-1]))
+            mask = share.of(emit.call(aten.reshape.default, block.mask, [-1]))
             active = _active(emit, mask, spec, deployment)
-        weights = mine.of(emit.rows(block.weights)) if deployment.weighs_before_sending else None
-        x = mine.of(emit.rows(block.x))
-        given = dispatch_arguments(spec, deployment, rank, x, _Tokens(ids, weights, active))
-        sent = _sent(emit, emit_call(emit, DISPATCH, given), spec, deployment)
+        weights = share.of(emit.rows(block.weights)) if deployment.weighs_before_sending else None
+        x = share.of(emit.rows(block.x))
+        arguments = dispatch_arguments(spec, deployment, rank, x, _Tokens(ids, weights, active))
+        sent = _emit_dispatch(emit, emit_call(emit, DISPATCH, arguments), spec, deployment)
     with emit.at(max(block.mlp, start), block.mlp):
         y_rows = emit_mlp(emit, block, sent.rows, sent.scale, sent.counts, deployment)
     with emit.at(block.combine, block.combine):
-        tokens = _Tokens(ids, mine.of(emit.rows(block.weights)), active)
+        tokens = _Tokens(ids, share.of(emit.rows(block.weights)), active)
         y = emit_call(emit, COMBINE, combine_arguments(spec, deployment, rank, y_rows, tokens, sent))
         if mask is not None:
-            y = zero_masked(emit, y, mask)
+            y = zero_masked_rows(emit, y, mask)
         return Replacement(emit.like(gather(emit, block, y), block.x), sent.counts)
 
 
-def _sent(emit: Emitter, sent: Node, spec: BlockSpec, deployment: Deployment) -> _Sent:
+def _emit_dispatch(emit: Emitter, sent: Node, spec: BlockSpec, deployment: Deployment) -> _Sent:
     rows, scale, assist, counts, received = (emit.item(sent, i) for i in range(5))
     expand = emit.item(sent, 6) if deployment.weighs_before_sending else None
     return _Sent(rows, scale if _quant_mode(spec) == PER_TOKEN else None, assist, counts, received, expand)
@@ -216,7 +216,7 @@ def _active(emit: Emitter, mask: Node, spec: BlockSpec, deployment: Deployment) 
     return emit.call(aten.repeat.default, column, [1, spec.top_k])
 
 
-def zero_masked(emit: Emitter, y: Node, mask: Node) -> Node:
+def zero_masked_rows(emit: Emitter, y: Node, mask: Node) -> Node:
     """Results [M, H] of masked tokens, which are undefined, to zero."""
     value = y.meta["val"]
     zero = emit.constant(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device, pin_memory=False)

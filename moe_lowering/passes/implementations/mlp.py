@@ -15,8 +15,8 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import Call, Rules, emit_call
-from moe_lowering.passes.emitting import Emitter
+from moe_lowering.passes.calls import OperatorCall, Rules, emit_call
+from moe_lowering.passes.emitter import Emitter
 from moe_lowering.passes.implementations import quantised_mlp
 from moe_lowering.passes.implementations.activation import EMITTED, activation_calls, emit_activation
 from moe_lowering.passes.implementations.matmul_calls import MATMUL, matmul_arguments, matmul_call
@@ -26,7 +26,7 @@ from moe_lowering.passes.operands import Operand, Operands
 _BIAS_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float16, torch.float32: torch.float32}
 
 
-def mlp_calls(spec: BlockSpec, deployment: Deployment, chosen: str | None = None) -> tuple[Call | Rules, ...]:
+def mlp_calls(spec: BlockSpec, deployment: Deployment, chosen: str | None = None) -> tuple[OperatorCall | Rules, ...]:
     """The calls that ``emit_mlp`` makes for a block.
 
     ``chosen`` is the chain of ``quantised_mlp`` of a caller that does not use ``emit_mlp``.

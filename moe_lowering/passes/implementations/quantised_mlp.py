@@ -26,9 +26,9 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import check
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import Call, emit_call, tensor
+from moe_lowering.passes.calls import OperatorCall, emit_call, tensor
 from moe_lowering.passes.context import judged_quantities
-from moe_lowering.passes.emitting import Emitter, aten
+from moe_lowering.passes.emitter import Emitter, aten
 from moe_lowering.passes.implementations.activation import activation_calls, emit_activation
 from moe_lowering.passes.implementations.matmul_calls import (
     MATMUL,
@@ -58,22 +58,24 @@ def chain(spec: BlockSpec, deployment: Deployment) -> str:
     """
     if spec.format.weight_dtype == "int8" and spec.activation == "swiglu" and not spec.interleaved:
         for name in (FUSED, DEQUANT):
-            if all(_accepted(call, deployment) for call in _matmuls(name, spec, deployment)):
+            if all(_is_accepted(call, deployment) for call in _matmuls(name, spec, deployment)):
                 return name
     return PLAIN
 
 
-def _accepted(call: Call, deployment: Deployment) -> bool:
-    given = judged_quantities(call, None, deployment, {})  # no rule of theirs reads the context
-    return _legal(call.operator, deployment.soc, tuple(deployment.versions.items()), frozenset(given.items()))
+def _is_accepted(call: OperatorCall, deployment: Deployment) -> bool:
+    all_quantities = judged_quantities(call, None, deployment, {})  # no rule of theirs reads the context
+    return _legal(call.operator, deployment.soc, tuple(deployment.versions.items()), frozenset(all_quantities.items()))
 
 
 @functools.lru_cache(maxsize=256)
-def _legal(operator: str, soc: str, versions: tuple[tuple[str, str], ...], given: frozenset[tuple[str, Any]]) -> bool:
-    return not check(operator, soc, dict(given), versions=dict(versions))
+def _legal(
+    operator: str, soc: str, versions: tuple[tuple[str, str], ...], quantities: frozenset[tuple[str, Any]]
+) -> bool:
+    return not check(operator, soc, dict(quantities), versions=dict(versions))
 
 
-def calls(spec: BlockSpec, deployment: Deployment, chosen: str | None = None) -> tuple[Call, ...]:
+def calls(spec: BlockSpec, deployment: Deployment, chosen: str | None = None) -> tuple[OperatorCall, ...]:
     """The calls that ``emit`` makes for a block; of the chain ``chosen`` when something else emits it."""
     return _matmuls(chosen or chain(spec, deployment), spec, deployment)
 
@@ -83,17 +85,19 @@ def quantise_arguments(rows: Any) -> dict[str, Any]:
     return {"input": rows}
 
 
-def quantise_calls(spec: BlockSpec, width: int) -> tuple[Call, ...]:
+def quantise_calls(spec: BlockSpec, width: int) -> tuple[OperatorCall, ...]:
     """Of rows [N, width] of the block's dtype, where the weights take int8 rows."""
-    return (Call(QUANTISE, quantise_arguments(tensor(spec.dtype, None, width))),) if spec.format.int8_rows else ()
+    return (
+        (OperatorCall(QUANTISE, quantise_arguments(tensor(spec.dtype, None, width))),) if spec.format.int8_rows else ()
+    )
 
 
-def tokens_calls(spec: BlockSpec) -> tuple[Call, ...]:
+def tokens_calls(spec: BlockSpec) -> tuple[OperatorCall, ...]:
     """The calls that ``quantise_tokens`` makes for a block."""
     return () if spec.quantised_input else quantise_calls(spec, spec.hidden)
 
 
-def _matmuls(name: str, spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
+def _matmuls(name: str, spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall, ...]:
     """The calls of one chain."""
     experts, arguments = spec.tensors, _second_arguments(spec)
     second = matmul_call(spec, spec.intermediate, experts.w2, _rows_dtype(spec), **arguments)
@@ -101,13 +105,13 @@ def _matmuls(name: str, spec: BlockSpec, deployment: Deployment) -> tuple[Call, 
     if name == FUSED:
         scales = experts.w13_scale.cast(torch.float32).items
         x = tensor(torch.int8, None, spec.hidden)
-        given = _swiglu_quant_arguments(x, experts.w13.items, scales, row_scales(), counts)
-        return Call(SWIGLU_QUANT, given), second
+        first_arguments = _swiglu_quant_arguments(x, experts.w13.items, scales, row_scales(), counts)
+        return OperatorCall(SWIGLU_QUANT, first_arguments), second
     if name == DEQUANT:
         sums = matmul_call(spec, spec.hidden, experts.w13, torch.int8, output_dtype=_INT32)
         scale = experts.w13_scale.cast(torch.float32).first
         x = tensor(torch.int32, None, 2 * spec.intermediate)
-        return sums, Call(DEQUANTISE, _dequant_arguments(x, scale, row_scales(), counts)), second
+        return sums, OperatorCall(DEQUANTISE, _dequant_arguments(x, scale, row_scales(), counts)), second
     first = matmul_call(spec, spec.hidden, experts.w13, _rows_dtype(spec), **_first_arguments(spec))
     return first, *activation_calls(spec, deployment.soc), *quantise_calls(spec, spec.intermediate), second
 
@@ -208,11 +212,11 @@ def _quantise(emit: Emitter, rows: Node) -> tuple[Node, Node]:
     return emit.item(pair, 0), emit.item(pair, 1)
 
 
-def quantise_tokens(emit: Emitter, block: Block, mine: Share) -> tuple[Node, Node | None]:
+def quantise_tokens(emit: Emitter, block: Block, share: Share) -> tuple[Node, Node | None]:
     """This rank's share of x [M, H], as it travels: int8 with scales [M] where the weights take int8 rows."""
-    x = mine.of(emit.rows(block.x))
+    x = share.of(emit.rows(block.x))
     if block.x_scale is not None:
-        return x, mine.of(emit.call(aten.reshape.default, block.x_scale, [-1]))
+        return x, share.of(emit.call(aten.reshape.default, block.x_scale, [-1]))
     return _quantise(emit, x) if block.spec.format.int8_rows else (x, None)
 
 
@@ -227,8 +231,8 @@ def _scaled_matmul(
     counts: Node,
 ) -> Node:
     """int8 rows by int8 or int4 weights: scaled by weight column and by row, in the block's dtype."""
-    given = _scale_arguments(spec, [_scale(emit, s, spec) for s in scale], list(bias), row_scale)
-    return emit.item(emit_call(emit, MATMUL, matmul_arguments(rows, weight, counts, **given)), 0)
+    arguments = _scale_arguments(spec, [_scale(emit, s, spec) for s in scale], list(bias), row_scale)
+    return emit.item(emit_call(emit, MATMUL, matmul_arguments(rows, weight, counts, **arguments)), 0)
 
 
 def _antiquant_matmul(
@@ -246,8 +250,8 @@ def _antiquant_matmul(
         offsets = [emit.cast(o, dtype) for o in offset]
     else:
         offsets = [_zeros(emit, s.meta["val"]) for s in scales]
-    given = matmul_arguments(rows, weight, counts, **_antiquant_arguments(scales, offsets))
-    return emit.item(emit_call(emit, MATMUL, given), 0)
+    arguments = matmul_arguments(rows, weight, counts, **_antiquant_arguments(scales, offsets))
+    return emit.item(emit_call(emit, MATMUL, arguments), 0)
 
 
 def _zeros(emit: Emitter, value: torch.Tensor) -> Node:

@@ -17,13 +17,13 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.calls import Call, emit_call, tensor
-from moe_lowering.passes.emitting import Emitter, aten
+from moe_lowering.passes.calls import OperatorCall, emit_call, tensor
+from moe_lowering.passes.emitter import Emitter, aten
 
 UNPERMUTE = "npu_moe_token_unpermute"
 
 
-def combine_calls(spec: BlockSpec, deployment: Deployment) -> tuple[Call, ...]:
+def combine_calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall, ...]:
     """The Ascend calls that ``emit_combine`` makes for a block: those whose limits bind it."""
     return () if deployment.mode == "ge" else (unpermute_call(spec),)
 
@@ -33,10 +33,10 @@ def unpermute_arguments(rows: Any, index: Any, weights: Any) -> dict[str, Any]:
     return {"permuted_tokens": rows, "sorted_indices": index, "probs": weights}
 
 
-def unpermute_call(spec: BlockSpec) -> Call:
+def unpermute_call(spec: BlockSpec) -> OperatorCall:
     """The call on rows in the dtype of the block's result, which x need not have (int8 with scales)."""
     rows, weights = tensor(spec.dtype, None, spec.hidden), tensor(spec.dtype, None, spec.top_k)
-    return Call(UNPERMUTE, unpermute_arguments(rows, tensor(torch.int32, None), weights))
+    return OperatorCall(UNPERMUTE, unpermute_arguments(rows, tensor(torch.int32, None), weights))
 
 
 def weights_dtype(spec: BlockSpec, deployment: Deployment) -> torch.dtype:

@@ -13,17 +13,17 @@ nothing in it needs the host. It shows no timing, and accepts dtypes and sizes t
 
 from __future__ import annotations
 
-from moe_lowering.simulator.device.capturing import Counts, counts, is_capturing, tape_of, tapes
+from moe_lowering.simulator.device.capture_state import Counts, counts, is_capturing, tape_of, tapes
 from moe_lowering.simulator.device.tape import CaptureError, Entry, GraphError, ReplayError, Tape
-from moe_lowering.source_lines import Place
+from moe_lowering.source_lines import SourceLine
 
 __all__ = [
     "CaptureError",
     "Counts",
     "Entry",
     "GraphError",
-    "Place",
     "ReplayError",
+    "SourceLine",
     "Tape",
     "counts",
     "is_capturing",
@@ -36,10 +36,10 @@ def install() -> None:
     """Give device npu its kernels and its tapes. The simulator must be enabled. Idempotent."""
     import importlib
 
-    from moe_lowering.simulator.device import capturing, graphs, registering, source
+    from moe_lowering.simulator.device import capture_state, graphs, registration, source_location
 
     importlib.import_module("npugraph_ex")  # defines its operators and their kernels, which must not come after ours
-    capturing.install()
+    capture_state.install()
     graphs.install()
-    registering.register()
-    source.remember_generated_source()
+    registration.register()
+    source_location.remember_generated_source()

@@ -43,17 +43,19 @@ def fusion_attention_v3(
 
     True in ``atten_mask`` excludes. float32 inside, rounded once.
     """
-    given = [pse, padding_mask, prefix, actual_seq_qlen, actual_seq_kvlen, *others, *more.values()]
-    if input_layout != "BNSD" or keep_prob != 1.0 or any(x is not None and x != 0 for x in given):
-        _not_simulated(f"layout {input_layout!r}, keep_prob {keep_prob}, or an optional argument", "BNSD without them")
+    unsupported = [pse, padding_mask, prefix, actual_seq_qlen, actual_seq_kvlen, *others, *more.values()]
+    if input_layout != "BNSD" or keep_prob != 1.0 or any(x is not None and x != 0 for x in unsupported):
+        _refuse_unsimulated(
+            f"layout {input_layout!r}, keep_prob {keep_prob}, or an optional argument", "BNSD without them"
+        )
     if sparse_mode not in (WHOLE_MASK, CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT):
-        _not_simulated(f"sparse_mode {sparse_mode}", "0, 2, 3")
+        _refuse_unsimulated(f"sparse_mode {sparse_mode}", "0, 2, 3")
     if sparse_mode == WHOLE_MASK and min(pre_tockens, next_tockens) < max(query.shape[2], key.shape[2]):
-        _not_simulated(f"a band of {pre_tockens} and {next_tockens} tokens", "the whole mask")
+        _refuse_unsimulated(f"a band of {pre_tockens} and {next_tockens} tokens", "the whole mask")
     shared = head_num // key.shape[1]
     keys, values = (t.float().repeat_interleave(shared, 1) for t in (key, value))
     scores = query.float() @ keys.transpose(-1, -2) * scale
-    excluded = _excluded(atten_mask, sparse_mode, scores.shape[-2], scores.shape[-1])
+    excluded = _attention_mask(atten_mask, sparse_mode, scores.shape[-2], scores.shape[-1])
     if excluded is not None:
         scores = scores.masked_fill(excluded, float("-inf"))
     largest = scores.amax(-1, keepdim=True)
@@ -66,12 +68,12 @@ def fusion_attention_v3(
     return out.to(query.dtype), *statistics, torch.empty(0, dtype=query.dtype), state, state.clone()
 
 
-def _excluded(mask: torch.Tensor | None, sparse_mode: int, rows: int, columns: int) -> torch.Tensor | None:
+def _attention_mask(mask: torch.Tensor | None, sparse_mode: int, rows: int, columns: int) -> torch.Tensor | None:
     if sparse_mode == WHOLE_MASK:
         return None if mask is None else mask.bool()
     diagonal = 1 if sparse_mode == CAUSAL_TOP_LEFT else columns - rows + 1
     return torch.ones(rows, columns, dtype=torch.bool).triu(diagonal)
 
 
-def _not_simulated(found: str, accepted: str) -> NoReturn:
-    raise ValueError(f"{NAME}: {found}; the CPU kernel computes only: {accepted}")
+def _refuse_unsimulated(actual: str, accepted: str) -> NoReturn:
+    raise ValueError(f"{NAME}: {actual}; the CPU kernel computes only: {accepted}")

@@ -15,7 +15,7 @@ import torch
 from torch._C._distributed_c10d import FakeWork
 from torch.distributed import ProcessGroup, ReduceOp
 
-from moe_lowering.simulator.device import capturing
+from moe_lowering.simulator.device import capture_state
 from moe_lowering.simulator.device.hccl import SimulatedHccl
 from moe_lowering.simulator.device.kernels import Kernel
 from moe_lowering.simulator.device.memory import host_alias
@@ -23,15 +23,15 @@ from moe_lowering.simulator.standins import SimulatorError
 
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _REDUCE: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {
-    ReduceOp.SUM: lambda parts: _added(parts),
-    ReduceOp.AVG: lambda parts: _added(parts) / len(parts),
+    ReduceOp.SUM: lambda parts: _add_parts(parts),
+    ReduceOp.AVG: lambda parts: _add_parts(parts) / len(parts),
     ReduceOp.MAX: lambda parts: parts.amax(0),
     ReduceOp.MIN: lambda parts: parts.amin(0),
     ReduceOp.PRODUCT: lambda parts: parts.prod(0),
 }
 
 
-def _added(parts: torch.Tensor) -> torch.Tensor:
+def _add_parts(parts: torch.Tensor) -> torch.Tensor:
     return functools.reduce(torch.add, parts.unbind(0))
 
 
@@ -40,10 +40,10 @@ def _launch(name: str, group: Any, run: Callable[[Any], object]) -> Any:
     backend = ProcessGroup.unbox(group)._get_backend(torch.device("npu"))
     if not isinstance(backend, SimulatedHccl):
         raise SimulatorError(f"c10d::{name}: the group's backend for device npu is {type(backend).__name__}, not hccl")
-    if capturing.current(f"c10d::{name}") is None:
+    if capture_state.tape_in_progress(f"c10d::{name}") is None:
         run(backend)
     else:
-        capturing.record(f"c10d::{name}", lambda: run(backend))
+        capture_state.record(f"c10d::{name}", lambda: run(backend))
     return FakeWork().boxed()
 
 
@@ -51,15 +51,15 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _gathered(backend: Any, tensor: torch.Tensor) -> torch.Tensor:
+def _gather_tensors(backend: Any, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor of every rank, of one shape, as [ranks, ...]."""
-    mine = _bytes(tensor)
-    everyone = torch.empty((backend.size(), mine.numel()), dtype=torch.uint8)
-    backend.allgather([list(everyone.unbind(0))], [mine]).wait()
+    own = _bytes(tensor)
+    everyone = torch.empty((backend.size(), own.numel()), dtype=torch.uint8)
+    backend.allgather([list(everyone.unbind(0))], [own]).wait()
     return everyone.view(-1).view(tensor.dtype).reshape(backend.size(), *tensor.shape)
 
 
-def _swapped(backend: Any, tensor: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+def _swap_rows(backend: Any, tensor: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
     """All-to-all of rows, ``send[r]`` to rank r; [sum(receive), ...] by source rank."""
     row = tensor[:1].numel() if len(tensor) else tensor[0:0].new_empty(tensor.shape[1:]).numel()
     width = row * tensor.element_size()
@@ -69,7 +69,7 @@ def _swapped(backend: Any, tensor: torch.Tensor, send: list[int], receive: list[
     return arrived.view(tensor.dtype).reshape(sum(receive), *tensor.shape[1:])
 
 
-def _reduced(parts: torch.Tensor, reduce_op: Any) -> torch.Tensor:
+def _reduce_parts(parts: torch.Tensor, reduce_op: Any) -> torch.Tensor:
     kind = reduce_op.op()
     for known, function in _REDUCE.items():
         if kind == known:
@@ -78,8 +78,8 @@ def _reduced(parts: torch.Tensor, reduce_op: Any) -> torch.Tensor:
 
 
 def allgather_base(output: torch.Tensor, input: torch.Tensor, group: Any, *_: Any) -> Any:
-    out, mine = host_alias(output), host_alias(input)
-    work = _launch("_allgather_base_", group, lambda b: _put(out, _gathered(b, mine)))
+    out, own = host_alias(output), host_alias(input)
+    work = _launch("_allgather_base_", group, lambda b: _put(out, _gather_tensors(b, own)))
     return output, work
 
 
@@ -88,10 +88,10 @@ def _put(out: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def allgather(outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], group: Any, *_: Any) -> Any:
-    outs, mine = [host_alias(t) for t in _only(outputs)], host_alias(_only(inputs))
+    outs, own = [host_alias(t) for t in _only(outputs)], host_alias(_only(inputs))
 
     def run(backend: Any) -> None:
-        for out, value in zip(outs, _gathered(backend, mine), strict=True):
+        for out, value in zip(outs, _gather_tensors(backend, own), strict=True):
             _put(out, value)
 
     return outputs, _launch("allgather_", group, run)
@@ -99,17 +99,17 @@ def allgather(outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], gro
 
 def allreduce(tensors: list[torch.Tensor], group: Any, reduce_op: Any, *_: Any) -> Any:
     alias = host_alias(_only(tensors))
-    work = _launch("allreduce_", group, lambda b: _put(alias, _reduced(_gathered(b, alias), reduce_op)))
+    work = _launch("allreduce_", group, lambda b: _put(alias, _reduce_parts(_gather_tensors(b, alias), reduce_op)))
     return tensors, work
 
 
 def reduce_scatter_base(output: torch.Tensor, input: torch.Tensor, group: Any, reduce_op: Any, *_: Any) -> Any:
-    out, mine = host_alias(output), host_alias(input)
+    out, own = host_alias(output), host_alias(input)
 
     def run(backend: Any) -> None:
         ranks = backend.size()
-        parts = _swapped(backend, mine.reshape(ranks, *out.shape), [1] * ranks, [1] * ranks)
-        _put(out, _reduced(parts, reduce_op))
+        parts = _swap_rows(backend, own.reshape(ranks, *out.shape), [1] * ranks, [1] * ranks)
+        _put(out, _reduce_parts(parts, reduce_op))
 
     return output, _launch("_reduce_scatter_base_", group, run)
 
@@ -117,12 +117,12 @@ def reduce_scatter_base(output: torch.Tensor, input: torch.Tensor, group: Any, r
 def alltoall_base(
     output: torch.Tensor, input: torch.Tensor, group: Any, receive: list[int], send: list[int], *_: Any
 ) -> Any:
-    out, mine = host_alias(output), host_alias(input)
+    out, own = host_alias(output), host_alias(input)
     _refuse_unequal(send, receive)
 
     def run(backend: Any) -> None:
-        sizes = [_sizes(t, given, backend.size()) for t, given in ((mine, send), (out, receive))]
-        _put(out, _swapped(backend, mine, *sizes))
+        sizes = [_sizes(t, split, backend.size()) for t, split in ((own, send), (out, receive))]
+        _put(out, _swap_rows(backend, own, *sizes))
 
     return _launch("alltoall_base_", group, run)
 
@@ -134,19 +134,19 @@ def _refuse_unequal(send: list[int], receive: list[int]) -> None:
         CaptureError: a capture is under way, and there are such splits.
     """
     name = "c10d::alltoall_base_"
-    if capturing.current(name) is not None and any(len(set(splits)) > 1 for splits in (send, receive)):
-        raise capturing.refuse(
+    if capture_state.tape_in_progress(name) is not None and any(len(set(splits)) > 1 for splits in (send, receive)):
+        raise capture_state.refuse(
             name,
             f"has unequal splits, sent {list(send)} and received {list(receive)}: numbers of the host, which every "
             "replay would use; accepted: equal splits",
         )
 
 
-def _sizes(tensor: torch.Tensor, given: list[int], ranks: int) -> list[int]:
-    if given:
-        if sum(given) != len(tensor):
-            raise SimulatorError(f"c10d::alltoall_base_: split sizes {given} for {len(tensor)} rows")
-        return list(given)
+def _sizes(tensor: torch.Tensor, split: list[int], ranks: int) -> list[int]:
+    if split:
+        if sum(split) != len(tensor):
+            raise SimulatorError(f"c10d::alltoall_base_: split sizes {split} for {len(tensor)} rows")
+        return list(split)
     if len(tensor) % ranks:
         raise SimulatorError(f"c10d::alltoall_base_: {len(tensor)} rows are not divisible by {ranks} ranks")
     return [len(tensor) // ranks] * ranks
@@ -154,12 +154,12 @@ def _sizes(tensor: torch.Tensor, given: list[int], ranks: int) -> list[int]:
 
 def broadcast(tensors: list[torch.Tensor], group: Any, root_rank: int, root_tensor: int, *_: Any) -> Any:
     alias = host_alias(_only(tensors))
-    return tensors, _launch("broadcast_", group, lambda b: _put(alias, _gathered(b, alias)[root_rank]))
+    return tensors, _launch("broadcast_", group, lambda b: _put(alias, _gather_tensors(b, alias)[root_rank]))
 
 
 def barrier(tensor: torch.Tensor, group: Any, *_: Any) -> Any:
-    if capturing.is_capturing():
-        raise capturing.refuse("c10d::barrier", "waits on the host")
+    if capture_state.is_capturing():
+        raise capture_state.refuse("c10d::barrier", "waits on the host")
     return _launch("barrier", group, lambda b: b.barrier().wait())
 
 
@@ -173,7 +173,7 @@ def reduce_scatter_coalesced(
     return [reduce_scatter_base(o, i, group, reduce_op)[1] for o, i in zip(outputs, inputs, strict=True)][-1]
 
 
-def _not_simulated(name: str) -> Kernel:
+def _make_refusing_kernel(name: str) -> Kernel:
     def call(*args: Any, **kwargs: Any) -> Any:
         raise SimulatorError(f"c10d::{name} is not simulated on device npu; simulated: {', '.join(KERNELS)}")
 
@@ -200,4 +200,4 @@ KERNELS: dict[str, Kernel] = {
 
 def kernels(registered: list[str]) -> dict[str, Kernel]:
     """A kernel for every ``c10d::`` operator that has one for device npu: these, or one that says what is missing."""
-    return {name: KERNELS.get(name) or _not_simulated(name) for name in registered}
+    return {name: KERNELS.get(name) or _make_refusing_kernel(name) for name in registered}

@@ -16,8 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moe_lowering.simulator.device.capturing import current, is_capturing, latest, refuse
-from moe_lowering.simulator.device.capturing import error as capturing_error
+from moe_lowering.simulator.device.capture_state import capture_error as capturing_error
+from moe_lowering.simulator.device.capture_state import is_capturing, latest_tape, refuse, tape_in_progress
 from moe_lowering.simulator.device.memory import on_npu
 from moe_lowering.simulator.device.tape import CaptureError
 
@@ -50,14 +50,16 @@ class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        there = any(map(on_npu, tensors))
-        if there or any(isinstance(leaf, torch.device) and leaf.type == "npu" for leaf in leaves):
-            current(func.name())
-        if there and not _has_npu_kernel(func):
+        reads_npu = any(map(on_npu, tensors))
+        if reads_npu or any(isinstance(leaf, torch.device) and leaf.type == "npu" for leaf in leaves):
+            tape_in_progress(func.name())
+        if reads_npu and not _has_npu_kernel(func):
             raise refuse(func.name(), "has no kernel for device npu: torch_npu runs it on the CPU")
-        if there and any(_on_cpu(tensor) and not tensor.dim() and not self.made(tensor) for tensor in tensors):
+        if reads_npu and any(
+            _on_cpu(tensor) and not tensor.dim() and not self.is_constant(tensor) for tensor in tensors
+        ):
             raise refuse(func.name(), f"takes a value of the host{HOST_VALUE}{_advice(tensors)}")  # arrays: kernels.py
-        constant = func._schema.name in CONSTANTS or all(map(self.made, tensors))
+        constant = func._schema.name in CONSTANTS or all(map(self.is_constant, tensors))
         random = torch.Tag.nondeterministic_seeded in func.tags
         on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
         if tensors and on_cpu and not constant and not func.is_view:
@@ -71,7 +73,7 @@ class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._constants.discard(storage)  # written in place, which all its views see
         return result
 
-    def made(self, tensor: torch.Tensor) -> bool:
+    def is_constant(self, tensor: torch.Tensor) -> bool:
         """Whether the capture made this tensor of the host from nothing but numbers."""
         return _on_cpu(tensor) and _storage(tensor) in self._constants
 
@@ -86,7 +88,7 @@ def require_constant(operator: str, tensor: torch.Tensor) -> None:
     Raises:
         CaptureError: a capture is under way, and the tensor is no constant of it.
     """
-    if is_capturing() and not (_watches and _watches[-1].made(tensor)):
+    if is_capturing() and not (_watches and _watches[-1].is_constant(tensor)):
         raise refuse(operator, f"reads a tensor of the host{HOST_VALUE}")
 
 
@@ -116,9 +118,9 @@ def install() -> None:
 
     @functools.wraps(begin)
     def capture_begin(self: Any, *args: Any, **kwargs: Any) -> None:
-        _no_capture_inside()
+        _refuse_capture_inside()
         begin(self, *args, **kwargs)
-        self.simulated_tape = latest()
+        self.simulated_tape = latest_tape()
         self.simulated_watch = CpuWatch()
         self.simulated_watch.__enter__()
         _watches.append(self.simulated_watch)
@@ -148,7 +150,7 @@ def install() -> None:
 
     @functools.wraps(enter)
     def enter_(self: Any) -> Any:
-        _no_capture_inside()  # before torch_npu waits for the device
+        _refuse_capture_inside()  # before torch_npu waits for the device
         return enter(self)
 
     @functools.wraps(leave)
@@ -164,6 +166,6 @@ def install() -> None:
     graph.__enter__, graph.__exit__ = enter_, exit_
 
 
-def _no_capture_inside() -> None:
+def _refuse_capture_inside() -> None:
     if is_capturing():
         raise refuse("aclmdlRICaptureBegin", "begins a capture inside a capture")

@@ -5,7 +5,7 @@ with host aliases (``collectives.py``). The MC2 operators do not take a process 
 communicator, which ``group._get_backend(torch.device("npu")).get_hccl_comm_name(rank)`` gives, as in torch_npu.
 
 CPU kernels that communicate look groups up by name and use CPU tensors. While such a kernel runs for device npu,
-``resolving`` makes that look-up end at a gloo group of the same ranks: from communicator names for ``npu::`` operators,
+``resolve_groups`` makes that look-up end at a gloo group of the same ranks: from communicator names for ``npu::`` operators,
 which take nothing else, and from the names of hccl groups too for ``moe_lowering::`` ones.
 """
 
@@ -70,7 +70,7 @@ def register() -> None:
 
 
 @contextlib.contextmanager
-def resolving(namespace: str) -> Iterator[None]:
+def resolve_groups(namespace: str) -> Iterator[None]:
     """Names of groups mean what they mean on the device, for a CPU kernel that runs in place of a device's."""
     before = getattr(_lookup, "namespace", None)
     _lookup.namespace = namespace

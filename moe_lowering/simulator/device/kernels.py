@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from moe_lowering.simulator.device import capturing
+from moe_lowering.simulator.device import capture_state
 from moe_lowering.simulator.device.hccl import require_communicators
 from moe_lowering.simulator.device.memory import host_alias, new_like, on_npu, spoil, tree_to_host, tree_to_shadow
 from moe_lowering.simulator.standins import SimulatorError
@@ -69,23 +69,23 @@ def kernel(op: torch._ops.OpOverload, around: Around = contextlib.nullcontext, r
     groups = [i for i, a in enumerate(schema.arguments) if schema.name.startswith("npu::") and a.name in GROUPS]
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        tape = capturing.current(name)
+        tape = capture_state.tape_in_progress(name)
         require_communicators(name, [_argument(schema, i, args, kwargs) or "" for i in groups])
         _check_arguments(name, args, kwargs)
         if tape is None:
             with around():
                 value = _compute(op, schema, args, kwargs)
             if only_written or not schema.returns:
-                return _packed(written(args, kwargs))
-            return _replaced(value, written(args, kwargs), _stored)
+                return _pack_values(written(args, kwargs))
+            return _replace_results(value, written(args, kwargs), _store_value)
         if not real:
-            raise capturing.refuse(name, NOT_LOWERED)
+            raise capture_state.refuse(name, NOT_LOWERED)
         if reads_host(args, kwargs):
-            raise capturing.refuse(
+            raise capture_state.refuse(
                 name, "needs a value from the device on the host, or has a size that depends on data"
             )
         if torch.Tag.nondeterministic_seeded in op.tags:
-            raise capturing.refuse(name, "random numbers inside a capture are not simulated")
+            raise capture_state.refuse(name, "random numbers inside a capture are not simulated")
         return _record(op, name, around, args, kwargs, written(args, kwargs), only_written or not schema.returns)
 
     return call
@@ -100,27 +100,27 @@ def _record(
     written: list[Any],
     only_written: bool,
 ) -> Any:
-    host_args, host_kwargs = tree_map(_fixed, args), tree_map(_fixed, kwargs)
+    host_args, host_kwargs = tree_map(_fix_operand, args), tree_map(_fix_operand, kwargs)
 
     def compute() -> Any:
         with around():
             return op(*host_args, **host_kwargs)
 
     if only_written:
-        capturing.record(name, compute)
-        return _packed(written)
+        capture_state.record(name, compute)
+        return _pack_values(written)
     shadow = op(*tree_to_shadow(args), **tree_to_shadow(kwargs))
     targets: list[torch.Tensor] = []
 
     def allocated(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
-            raise capturing.refuse(name, f"returns {type(value).__name__}, which the host would read")
+            raise capture_state.refuse(name, f"returns {type(value).__name__}, which the host would read")
         out = new_like(value)
         targets.append(host_alias(out))
         spoil(targets[-1])
         return out
 
-    result = _replaced(shadow, written, allocated)
+    result = _replace_results(shadow, written, allocated)
 
     def run() -> None:
         value = compute()
@@ -128,7 +128,7 @@ def _record(
         kept = [v for v, old in zip(values, written or [None] * len(values), strict=False) if old is None]
         store(targets, tree_leaves(kept))
 
-    capturing.record(name, run)
+    capture_state.record(name, run)
     return result
 
 
@@ -158,7 +158,7 @@ def _empty_out(out: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=out.dtype)
 
 
-def _stored(value: Any) -> Any:
+def _store_value(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     out = new_like(value)
@@ -166,21 +166,21 @@ def _stored(value: Any) -> Any:
     return out
 
 
-def _fixed(value: Any) -> Any:
+def _fix_operand(value: Any) -> Any:
     """An operand as a tape keeps it: addresses of the device, and copies of host values (scalars given as tensors)."""
     if isinstance(value, torch.Tensor) and not on_npu(value):
         return value.detach().clone()
     return tree_to_host(value)
 
 
-def _replaced(value: Any, written: list[Any], make: Callable[[Any], Any]) -> Any:
+def _replace_results(value: Any, written: list[Any], make: Callable[[Any], Any]) -> Any:
     """The results of a call: the written arguments where the schema returns them, ``make(...)`` elsewhere."""
     if len(written) <= 1:
         return make(value) if not isinstance(value, (tuple, list)) else type(value)(tree_map(make, v) for v in value)
     return tuple(tree_map(make, v) if old is None else old for v, old in zip(value, written, strict=True))
 
 
-def _packed(values: list[Any]) -> Any:
+def _pack_values(values: list[Any]) -> Any:
     if not values:
         return None
     return values[0] if len(values) == 1 else tuple(values)
@@ -216,8 +216,8 @@ def _check_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
                     f"{name}: Expected all tensors to be on the same device, but found at least two devices, npu and "
                     f"{value.device}"
                 )
-            if capturing.is_capturing():
-                raise capturing.refuse(name, "copies indices from the host, which a replay would not see change")
+            if capture_state.is_capturing():
+                raise capture_state.refuse(name, "copies indices from the host, which a replay would not see change")
 
 
 def _reads_host(op: torch._ops.OpOverload, name: str) -> Check:

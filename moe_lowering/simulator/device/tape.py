@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from moe_lowering.simulator.device.source import current_place
+from moe_lowering.simulator.device.source_location import current_place
 from moe_lowering.simulator.standins import SimulatorError
-from moe_lowering.source_lines import Place
+from moe_lowering.source_lines import SourceLine
 
 
 class GraphError(SimulatorError):
@@ -26,7 +26,7 @@ class GraphError(SimulatorError):
         place: the line of the model, None when no frame is the user's.
     """
 
-    def __init__(self, operator: str, reason: str, place: Place | None) -> None:
+    def __init__(self, operator: str, reason: str, place: SourceLine | None) -> None:
         self.operator, self.place = operator, place
         super().__init__(f"{operator}: {reason}; at {place or 'a line that is not known'}")
 
@@ -54,7 +54,7 @@ class Entry:
     operator: str
     run: Callable[[], object]
     stream: int
-    place: Place | None
+    place: SourceLine | None
     clock: dict[int, int]
 
 
@@ -113,9 +113,9 @@ class Tape:
 
     def finish(self) -> None:
         """The capture ends: what the other streams did must have been waited for by the first one."""
-        seen = self._clocks[self.origin]
+        joined = self._clocks[self.origin]
         for stream, clock in self._clocks.items():
-            if clock.get(stream, 0) > seen.get(stream, 0) and self.error is None:
+            if clock.get(stream, 0) > joined.get(stream, 0) and self.error is None:
                 last = [entry for entry in self.entries if entry.stream == stream][-1]
                 reason = "its stream never joined the stream that the capture began on; wait for an event of it"
                 self.error = CaptureError(last.operator, reason, last.place)

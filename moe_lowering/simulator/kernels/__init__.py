@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from moe_lowering.simulator.kernels.common import checked, collective
+from moe_lowering.simulator.kernels.common import collective, with_limits
 from moe_lowering.simulator.kernels.distribute import KERNELS as DISTRIBUTE
-from moe_lowering.simulator.kernels.finalizing import KERNELS as FINALIZING
+from moe_lowering.simulator.kernels.finalize import KERNELS as FINALIZING
 from moe_lowering.simulator.kernels.gating import KERNELS as GATING
 from moe_lowering.simulator.kernels.gating_softmax import KERNELS as GATING_SOFTMAX
 from moe_lowering.simulator.kernels.grouped_matmul import KERNELS as GROUPED_MATMUL
-from moe_lowering.simulator.kernels.permuting import KERNELS as PERMUTING
+from moe_lowering.simulator.kernels.permute import KERNELS as PERMUTING
 from moe_lowering.simulator.kernels.quantised import KERNELS as QUANTISED
 from moe_lowering.simulator.kernels.routing import KERNELS as ROUTING
 from moe_lowering.simulator.kernels.routing_v1 import KERNELS as ROUTING_V1
@@ -44,7 +44,7 @@ def register() -> None:
     if not hasattr(torch.ops.npu, "npu_swiglu"):
         raise RuntimeError("simulator kernels: import torch_npu first (moe_lowering.simulator.enable() does)")
     library = torch.library.Library("npu", "IMPL")  # type: ignore[no-untyped-call]
-    for kernels, wrap in ((LOCAL, checked), (DISTRIBUTE, collective)):
+    for kernels, wrap in ((LOCAL, with_limits), (DISTRIBUTE, collective)):
         for name, kernel in kernels.items():
             library.impl(name, wrap(getattr(torch.ops.npu, name).default, kernel), "CPU")  # type: ignore[no-untyped-call]
     _LIBRARY.append(library)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from moe_lowering.simulator.kernels.common import current_soc, undefined
-from moe_lowering.simulator.kernels.distribute_call import AT_RETURN, COMBINE, Call, begin
+from moe_lowering.simulator.kernels.common import current_soc, make_undefined
+from moe_lowering.simulator.kernels.distribute_call import AT_RETURN, COMBINE, DistributeCall, begin_call
 from moe_lowering.simulator.kernels.exchange import agree, exchange_counts, exchange_rows
 
 TRIPLE = 3  # int32 values per row in assist_info: source rank, token, k
@@ -48,20 +48,20 @@ def _returned_rows(
     return triples, ""
 
 
-def _arrived(call: Call, triples: torch.Tensor, sender: torch.Tensor) -> str:
+def _check_arrival(call: DistributeCall, triples: torch.Tensor, sender: torch.Tensor) -> str:
     """What is wrong with the rows that came back ("" when nothing): each (token, k) once, from its expert's rank."""
     token, k = triples[:, 1], triples[:, 2]
     if bool((token >= len(call.ids)).any()):
         return f"{COMBINE}: token {int(token.max())} came back; accepted: the {len(call.ids)} tokens that were sent"
-    wanted = torch.cat([call.sent, call.active.unsqueeze(1).expand(-1, call.shared_experts)], 1)  # [T, K + shared]
-    width = wanted.shape[1]
-    seen = torch.bincount(token * width + k, minlength=wanted.numel())
-    wrong = torch.nonzero(seen != wanted.reshape(-1).long()).flatten()
+    expected = torch.cat([call.sent, call.active.unsqueeze(1).expand(-1, call.shared_experts)], 1)  # [T, K + shared]
+    width = expected.shape[1]
+    actual = torch.bincount(token * width + k, minlength=expected.numel())
+    wrong = torch.nonzero(actual != expected.reshape(-1).long()).flatten()
     if len(wrong):
         slot = int(wrong[0])
-        accepted = "once" if bool(wanted.reshape(-1)[slot]) else "never, it is masked"
+        accepted = "once" if bool(expected.reshape(-1)[slot]) else "never, it is masked"
         return (
-            f"{COMBINE}: token {slot // width}, k {slot % width} came back {int(seen[slot])} times; "
+            f"{COMBINE}: token {slot // width}, k {slot % width} came back {int(actual[slot])} times; "
             f"accepted: {accepted} (assist_info_for_combine, ep_send_counts, expert_ids and mask of one dispatch)"
         )
     owner = call.shared_rank(torch.full_like(token, call.rank), k - call.top_k)
@@ -76,7 +76,7 @@ def _arrived(call: Call, triples: torch.Tensor, sender: torch.Tensor) -> str:
     return ""
 
 
-def _weighed(places: torch.Tensor, carried: torch.Tensor, weights: torch.Tensor) -> str:
+def _check_weights(places: torch.Tensor, carried: torch.Tensor, weights: torch.Tensor) -> str:
     """What is wrong with the weights that dispatch sent along: hierarchical sums use them instead of expert_scales."""
     own = weights[places[:, 1], places[:, 2]]
     differ = torch.nonzero(carried != own).flatten()
@@ -89,7 +89,7 @@ def _weighed(places: torch.Tensor, carried: torch.Tensor, weights: torch.Tensor)
     )
 
 
-def _through_int8(rows: torch.Tensor) -> torch.Tensor:
+def _round_to_int8(rows: torch.Tensor) -> torch.Tensor:
     """Rows [n, H] as they arrive when they travel as int8 with one scale for eight values, in their own dtype."""
     hidden = rows.shape[1]
     blocks = torch.nn.functional.pad(rows.float(), (0, -hidden % BLOCK)).reshape(len(rows), -1, BLOCK)
@@ -141,26 +141,26 @@ def combine_v2(
         triples, refusal = _returned_rows(sizes, ep_send_counts, assist_info_for_combine, len(expand_x))
     weighs = current_soc() == "A2" or others["comm_alg"] == "hierarchy"
     refusal = refusal or _refusal(comm_quant_mode, others["comm_alg"], weighs, expand_scales, len(triples))
-    call = begin(COMBINE, refusal, others, expand_x, {"comm_quant_mode": comm_quant_mode})
+    call = begin_call(COMBINE, refusal, others, expand_x, {"comm_quant_mode": comm_quant_mode})
 
     back = torch.sort(triples[:, 0], stable=True).indices
     send = torch.bincount(triples[:, 0], minlength=ep_size).reshape(-1, 1)
     received = exchange_counts(send, call.group).flatten()
     sent_rows = expand_x[: len(triples)][back]
     if comm_quant_mode == INT8_BLOCKS:
-        sent_rows = _through_int8(sent_rows)
+        sent_rows = _round_to_int8(sent_rows)
     carried = torch.zeros(len(back), 1)
     if weighs and expand_scales is not None:
         carried = expand_scales[: len(triples)][back].unsqueeze(1)
     columns = [sent_rows, triples[back].to(torch.int32), carried]
     rows, places, carried = exchange_rows(columns, send.flatten().tolist(), received.tolist(), call.group)
     places = places.long()
-    wrong = _arrived(call, places, torch.arange(ep_size).repeat_interleave(received))
-    wrong = wrong or (_weighed(places, carried.flatten(), expert_scales) if weighs else "")
+    wrong = _check_arrival(call, places, torch.arange(ep_size).repeat_interleave(received))
+    wrong = wrong or (_check_weights(places, carried.flatten(), expert_scales) if weighs else "")
     agree(COMBINE, call.group, AT_RETURN, wrong, {})
 
     shared = None if shared_expert_x is None else shared_expert_x.reshape(len(ids), -1)
-    return _summed(call, rows, places, expert_scales, shared)
+    return _sum_rows(call, rows, places, expert_scales, shared)
 
 
 def _own_experts(a: dict[str, Any]) -> tuple[int, range]:
@@ -171,8 +171,8 @@ def _own_experts(a: dict[str, Any]) -> tuple[int, range]:
     return a["moe_expert_num"] // (a["ep_world_size"] - shared_ranks), range(top_k)
 
 
-def _summed(
-    call: Call, rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor | None
+def _sum_rows(
+    call: DistributeCall, rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor | None
 ) -> torch.Tensor:
     """y [T, H] from the rows that came back and their (source rank, token, k)."""
     hidden = rows.shape[1]
@@ -186,6 +186,6 @@ def _summed(
         total += table[:, k].float()
     if shared is not None:
         total += shared.float()
-    y = undefined(total.shape, rows.dtype)
+    y = make_undefined(total.shape, rows.dtype)
     y[call.active] = total[call.active].to(rows.dtype)
     return y

@@ -28,7 +28,7 @@ def buffer_bytes() -> int:
     return int(os.environ.get("HCCL_BUFFSIZE", DEFAULT_BUFFER_MB)) * 2**20
 
 
-def undefined(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def make_undefined(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A tensor of what the real operator leaves undefined: NaN, or the smallest integer of the dtype."""
     return torch.full(tuple(shape), float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min, dtype=dtype)
 
@@ -38,7 +38,7 @@ def refuse(operator: str, argument: str, value: object, accepted: str) -> NoRetu
     raise ValueError(f"{operator}: {argument} is {value}; accepted: {accepted}")
 
 
-def not_simulated(operator: str, argument: str, value: object, accepted: str) -> NoReturn:
+def refuse_unsimulated(operator: str, argument: str, value: object, accepted: str) -> NoReturn:
     """Raise the ValueError of an argument that may be legal on a device, but that no CPU kernel computes."""
     raise ValueError(f"{operator}: {argument} is {value}; the CPU kernel computes only: {accepted}")
 
@@ -51,17 +51,17 @@ def check_own_dtype(operator: str, argument: str, number: int | None, tensor: to
     """Accept a dtype argument that says what the tensor has anyhow, or nothing; raise ValueError for others."""
     own = DTYPE_NUMBERS.get(tensor.dtype)
     if number is not None and number != own:
-        not_simulated(operator, argument, number, f"None or {own}, the tensor's own {tensor.dtype}")
+        refuse_unsimulated(operator, argument, number, f"None or {own}, the tensor's own {tensor.dtype}")
 
 
 def violations(op: torch._ops.OpOverload, arguments: dict[str, Any]) -> str:
     """The broken limits of one call in one text; empty when it is legal."""
     extra = {"buffer_bytes": buffer_bytes()}
-    found = check_call(op, (), arguments, soc=current_soc(), extra=extra, versions=SIMULATED_VERSIONS)
-    return "; ".join(f"{v}{f' ({v.advice})' if v.advice else ''}" for v in found)
+    broken = check_call(op, (), arguments, soc=current_soc(), extra=extra, versions=SIMULATED_VERSIONS)
+    return "; ".join(f"{v}{f' ({v.advice})' if v.advice else ''}" for v in broken)
 
 
-def checked(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:
+def with_limits(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:
     """The kernel, called with every argument of the schema by name, after the limit tables have accepted the call."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +80,7 @@ def take(record: type[Record], arguments: dict[str, Any]) -> Record:
 
 
 def collective(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:
-    """Like ``checked``, but the kernel is told what is illegal (``refusal``): it must tell the other ranks first."""
+    """Like ``with_limits``, but the kernel is told what is illegal (``refusal``): it must tell the other ranks first."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         arguments = bind(op, args, kwargs)

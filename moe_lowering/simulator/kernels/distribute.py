@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from moe_lowering.simulator.kernels.combine import combine_v2
-from moe_lowering.simulator.kernels.common import Kernel, current_soc, undefined
-from moe_lowering.simulator.kernels.distribute_call import COMBINE, DISPATCH, Call, begin, filled
+from moe_lowering.simulator.kernels.common import Kernel, current_soc, make_undefined
+from moe_lowering.simulator.kernels.distribute_call import COMBINE, DISPATCH, DistributeCall, begin_call, pad_undefined
 from moe_lowering.simulator.kernels.exchange import exchange_counts, exchange_rows
 
 NO_QUANT, INT8_PER_TOKEN = 0, 2  # quant_mode
@@ -32,7 +32,7 @@ def _quantise(rows: torch.Tensor, smooth: torch.Tensor | None) -> tuple[torch.Te
     return torch.round(values * factor).to(torch.int8), torch.where(largest == 0, largest, 1.0 / factor)
 
 
-def _send_order(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _send_order(call: DistributeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The (token, k) pairs that are sent, by rank, expert, then token; with the rows of their smooth scales. Each [n] int64.
 
     Pairs of shared experts have k from K on. Their ranks and their smooth scales come first.
@@ -46,7 +46,7 @@ def _send_order(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return token, k, torch.cat([shared, experts[slots] + call.shared_experts])
 
 
-def _send_counts(call: Call, expert: torch.Tensor) -> torch.Tensor:
+def _send_counts(call: DistributeCall, expert: torch.Tensor) -> torch.Tensor:
     """Rows for each (rank, its local expert) [ep, experts of a rank with routed ones] int64, from what ``_send_order`` gave."""
     counts = torch.zeros(call.ep_size, call.routed_experts, dtype=torch.int64)
     counts[call.shared_ranks :] = torch.bincount(
@@ -57,7 +57,7 @@ def _send_counts(call: Call, expert: torch.Tensor) -> torch.Tensor:
     return counts
 
 
-def _counts_size(call: Call, has_weights: bool) -> int:
+def _counts_size(call: DistributeCall, has_weights: bool) -> int:
     """Length of ep_recv_counts; with expert_scales there is room for what hierarchical combine keeps (not on A5)."""
     size = call.ep_size * call.local_experts
     if has_weights and current_soc() != "A5":
@@ -85,7 +85,7 @@ def dispatch_v2(
     if not refusal and (quant_mode not in (NO_QUANT, INT8_PER_TOKEN) or others["y_dtype"] is not None):
         refusal = f"{DISPATCH}: quant_mode is {quant_mode}; the CPU kernel computes only: 0, 2 without y_dtype"
     facts = {"quant_mode": quant_mode, "expert_scales given": int(expert_scales is not None)}
-    call = begin(DISPATCH, refusal, others, x, facts)
+    call = begin_call(DISPATCH, refusal, others, x, facts)
     token, k, expert = _send_order(call)
     rows, row_scale = x[token], torch.full((len(token), 1), float("nan"))
     if quant_mode == INT8_PER_TOKEN:
@@ -107,13 +107,13 @@ def dispatch_v2(
     a, tokens_per_expert = call.max_rows, received.sum(0)
     recv_counts = received.t().reshape(-1).cumsum(0).to(torch.int32)
     return (
-        filled((a, x.shape[1]), rows),
-        filled((a,), row_scale.flatten()),
-        filled((max(call.ids.numel(), ASSIST_PER_ROW * a),), triples.reshape(-1)),
+        pad_undefined((a, x.shape[1]), rows),
+        pad_undefined((a,), row_scale.flatten()),
+        pad_undefined((max(call.ids.numel(), ASSIST_PER_ROW * a),), triples.reshape(-1)),
         tokens_per_expert.cumsum(0) if expert_token_nums_type == CUMSUM else tokens_per_expert,
-        filled((_counts_size(call, expert_scales is not None),), recv_counts),
-        undefined((tp_world_size,), torch.int32),
-        torch.empty(0) if expert_scales is None else filled((a,), weight.flatten()),
+        pad_undefined((_counts_size(call, expert_scales is not None),), recv_counts),
+        make_undefined((tp_world_size,), torch.int32),
+        torch.empty(0) if expert_scales is None else pad_undefined((a,), weight.flatten()),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moe_lowering.simulator.kernels.common import undefined
+from moe_lowering.simulator.kernels.common import make_undefined
 from moe_lowering.simulator.kernels.exchange import GroupLike, agree, resolve
 
 DISPATCH, COMBINE = "npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2"
@@ -23,7 +23,7 @@ ALGORITHMS = ("", "fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy")  # comm
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class DistributeCall:
     """What dispatch and combine of one rank have in common, checked."""
 
     operator: str
@@ -73,7 +73,7 @@ class Call:
         return self.ids.shape[1]
 
 
-def _sent(mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
+def _unmasked_pairs(mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
     """Which (token, k) pairs are not masked: bool [T, K]."""
     if mask is None:
         return torch.ones(ids.shape, dtype=torch.bool)
@@ -93,10 +93,10 @@ def _value_refusal(operator: str, a: dict[str, Any]) -> str:
         return f"{operator}: x_active_mask is {tuple(mask.shape)}; accepted: {tuple(ids.shape)} (as expert_ids), or 1-D"
     if mask is not None and mask.dim() == 1 and bool((mask[1:] & ~mask[:-1]).any()):
         return f"{operator}: x_active_mask is {mask.tolist()}; accepted: all True before the first False"
-    sent = _sent(mask, ids)
-    given = ids[sent]
-    if given.numel() and (int(given.min()) < 0 or int(given.max()) >= a["moe_expert_num"]):
-        bounds = f"{int(given.min())} to {int(given.max())}"
+    sent = _unmasked_pairs(mask, ids)
+    values = ids[sent]
+    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= a["moe_expert_num"]):
+        bounds = f"{int(values.min())} to {int(values.max())}"
         return f"{operator}: expert_ids is {bounds}; accepted: 0 to moe_expert_num - 1 = {a['moe_expert_num'] - 1}"
     # a masked pair stands for an expert of its own, which no other pair has
     ordered = torch.where(sent, ids.long(), -1 - torch.arange(ids.shape[1])).sort(-1).values
@@ -107,7 +107,9 @@ def _value_refusal(operator: str, a: dict[str, Any]) -> str:
     return ""
 
 
-def begin(operator: str, refusal: str, a: dict[str, Any], x: torch.Tensor, facts: dict[str, int]) -> Call:
+def begin_call(
+    operator: str, refusal: str, a: dict[str, Any], x: torch.Tensor, facts: dict[str, int]
+) -> DistributeCall:
     """Check this rank's values, agree with the others, and return what the call is about.
 
     Raises:
@@ -142,22 +144,22 @@ def begin(operator: str, refusal: str, a: dict[str, Any], x: torch.Tensor, facts
             f"{operator}: tokens of the ranks are {tokens} while global_bs is 0; accepted: the same on all ranks, or "
             "global_bs = largest * ep_world_size"
         )
-    return Call(
+    return DistributeCall(
         operator=operator,
         group=group,
         rank=a["ep_rank_id"],
         ep_size=ep_size,
         experts=a["moe_expert_num"],
         ids=ids,
-        sent=_sent(a["x_active_mask"], ids),
+        sent=_unmasked_pairs(a["x_active_mask"], ids),
         max_bs=global_bs // ep_size or len(ids),
         shared_ranks=a["shared_expert_rank_num"],
         shared_experts=a["shared_expert_num"] if a["shared_expert_rank_num"] else 0,
     )
 
 
-def filled(size: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
+def pad_undefined(size: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
     """``values`` at the front of an otherwise undefined tensor."""
-    out = undefined(size, values.dtype)
+    out = make_undefined(size, values.dtype)
     out[: len(values)] = values
     return out

@@ -45,10 +45,10 @@ def agree(operator: str, group: GroupLike, stage: int, refusal: str, facts: Mapp
         ValueError: on every rank, when some rank refuses or the ranks differ in a fact.
     """
     facts = {"stage (dispatch 0, combine 1, its end 2)": stage, **facts}
-    mine = torch.zeros(WIDTH, dtype=torch.int64)
-    mine[: len(facts) + 1] = torch.tensor([bool(refusal), *facts.values()])
-    table = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(table, mine, group=group)
+    own = torch.zeros(WIDTH, dtype=torch.int64)
+    own[: len(facts) + 1] = torch.tensor([bool(refusal), *facts.values()])
+    table = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(table, own, group=group)
     if refusal:
         raise ValueError(refusal)
     refusing = [rank for rank, row in enumerate(table) if row[0]]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 
 from moe_lowering.simulator.kernels.common import Kernel, refuse
-from moe_lowering.simulator.kernels.gating import largest
+from moe_lowering.simulator.kernels.gating import largest_indices
 
 FIRST, SECOND = "npu_moe_gating_top_k_softmax", "npu_moe_gating_top_k_softmax_v2"
 
 
-def _without_finished(
+def _drop_finished(
     operator: str, weights: torch.Tensor, ids: torch.Tensor, finished: torch.Tensor | None, experts: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows that ``finished`` marks take no part: their ids are the number of experts, their weights undefined (NaN)."""
@@ -59,14 +59,14 @@ def gating_top_k_softmax_v2(
     """
     logits = x.float()
     if renorm:
-        ids = largest(logits, k)
+        ids = largest_indices(logits, k)
         weights = torch.softmax(logits.gather(-1, ids), dim=-1)
     else:
         scores = torch.softmax(logits, dim=-1)
-        ids = largest(scores, k)
+        ids = largest_indices(scores, k)
         weights = scores.gather(-1, ids)
     softmax = scores if output_softmax and not renorm else torch.empty(0)
-    return *_without_finished(operator, weights.to(x.dtype), ids.to(torch.int32), finished, x.shape[-1]), softmax
+    return *_drop_finished(operator, weights.to(x.dtype), ids.to(torch.int32), finished, x.shape[-1]), softmax
 
 
 KERNELS: dict[str, Kernel] = {FIRST: gating_top_k_softmax, SECOND: gating_top_k_softmax_v2}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moe_lowering.simulator.kernels.common import Kernel, not_simulated, refuse, undefined
+from moe_lowering.simulator.kernels.common import Kernel, make_undefined, refuse, refuse_unsimulated
 from moe_lowering.simulator.kernels.quantised_matmul import operands, output_dtype, product
 
 GMM = "npu_grouped_matmul"
@@ -53,12 +53,12 @@ def group_bounds(
 def _check_simulated(a: dict[str, Any], x: list[torch.Tensor], group_type: int) -> None:
     """Refuse the documented forms that no lowering here emits."""
     if group_type != BY_ROWS:
-        not_simulated(GMM, "group_type", group_type, "0 (groups along M)")
+        refuse_unsimulated(GMM, "group_type", group_type, "0 (groups along M)")
     if len(x) != 1:
-        not_simulated(GMM, "x", f"a list of {len(x)} tensors", "a list of one tensor")
+        refuse_unsimulated(GMM, "x", f"a list of {len(x)} tensors", "a list of one tensor")
     for argument in ("x_dtype", "weight_dtype", "scale_dtype", "per_token_scale_dtype"):
         if a[argument] is not None:
-            not_simulated(GMM, argument, a[argument], "None")
+            refuse_unsimulated(GMM, argument, a[argument], "None")
 
 
 def grouped_matmul(
@@ -79,7 +79,7 @@ def grouped_matmul(
     rows = x[0]
     tensors = operands(GMM, {"x": x, "weight": weight, **others})
     dtype = output_dtype(GMM, tensors, rows, others["output_dtype"], others["act_type"])
-    y = undefined((rows.shape[0], tensors.width), dtype)
+    y = make_undefined((rows.shape[0], tensors.width), dtype)
     for expert, begin, end in group_bounds(GMM, "group_list", group_list, group_list_type, rows.shape[0]):
         if end > begin:
             y[begin:end] = product(GMM, tensors, rows, expert, begin, end).to(dtype)
@@ -116,7 +116,7 @@ def clipped_swiglu(
     half = flat.shape[1] // 2
     gate, up = (flat[:used, ::2], flat[:used, 1::2]) if interleaved else (flat[:used, :half], flat[:used, half:])
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    y = undefined((flat.shape[0], half), x.dtype)
+    y = make_undefined((flat.shape[0], half), x.dtype)
     y[:used] = (gate * torch.sigmoid(alpha * gate) * (up + bias)).to(x.dtype)
     return y.reshape(shape)
 

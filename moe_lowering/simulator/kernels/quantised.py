@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moe_lowering.simulator.kernels.common import Kernel, not_simulated, refuse, undefined
+from moe_lowering.simulator.kernels.common import Kernel, make_undefined, refuse, refuse_unsimulated
 from moe_lowering.simulator.kernels.grouped_matmul import COUNTS, CUMSUM, PAIRS, group_bounds
 from moe_lowering.simulator.kernels.quantised_matmul import int_product, quantise_rows
 
@@ -45,11 +45,11 @@ def dynamic_quant(
     smooth_scales is [n], or [G, n] with group_index [G] int32, prefix sums over the rows of x, all of which they cover.
     """
     if dst_type not in (None, INT8):
-        not_simulated(QUANT, "dst_type", dst_type, "None, 1 (int8)")
+        refuse_unsimulated(QUANT, "dst_type", dst_type, "None, 1 (int8)")
     if quant_mode != "pertoken":
-        not_simulated(QUANT, "quant_mode", quant_mode, "pertoken")
+        refuse_unsimulated(QUANT, "quant_mode", quant_mode, "pertoken")
     if dst_type_max:
-        not_simulated(QUANT, "dst_type_max", dst_type_max, "0")
+        refuse_unsimulated(QUANT, "dst_type_max", dst_type_max, "0")
     rows = input.float().reshape(-1, input.shape[-1])
     if smooth_scales is not None:
         smooth = smooth_scales.float()
@@ -71,7 +71,7 @@ def _swiglu(x: torch.Tensor, gate_first: bool = True) -> torch.Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
-def _activated(x: torch.Tensor, gate_first: bool, a: dict[str, Any]) -> torch.Tensor:
+def _apply_activation(x: torch.Tensor, gate_first: bool, a: dict[str, Any]) -> torch.Tensor:
     """x [m, 2H] float32 -> [m, H] by ``swiglu_mode``: 0 SwiGLU of halves; 1 even columns the gate, odd ones the other, both
     clamped; 2 halves, clamped. Clamped: gate * sigmoid(alpha * gate) * (other + bias)."""
     mode, limit = a["swiglu_mode"], a["clamp_limit"]
@@ -94,11 +94,13 @@ def _matmul_swiglu_quant(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x int8 [m, K], weight int8 [E, K, N], scales [E, N] and [m] -> int8 [m, N / 2], scale [m] float32."""
     if weight.dim() != 3:
-        not_simulated(operator, "weight", f"{weight.dim()}-D", "3-D (the view of FRACTAL_NZ storage that torch shows)")
-    wanted = (weight_scale.shape[0], x.shape[1], weight_scale.shape[1])
-    if tuple(weight.shape) != wanted:
-        refuse(operator, "weight", tuple(weight.shape), f"(E, K, N) = {wanted}, from weight_scale and x")
-    y, scale = undefined((len(x), wanted[2] // 2), torch.int8), undefined((len(x),), torch.float32)
+        refuse_unsimulated(
+            operator, "weight", f"{weight.dim()}-D", "3-D (the view of FRACTAL_NZ storage that torch shows)"
+        )
+    expected = (weight_scale.shape[0], x.shape[1], weight_scale.shape[1])
+    if tuple(weight.shape) != expected:
+        refuse(operator, "weight", tuple(weight.shape), f"(E, K, N) = {expected}, from weight_scale and x")
+    y, scale = make_undefined((len(x), expected[2] // 2), torch.int8), make_undefined((len(x),), torch.float32)
     for expert, begin, end in group_bounds(operator, "group_list", group_list, kind, len(x)):
         if end > begin:
             total = int_product(x[begin:end], weight[expert]).float()
@@ -121,7 +123,7 @@ def grouped_matmul_swiglu_quant(
     y = round(S / scale). Rows past the last group, and the offset, are undefined.
     """
     y, scale = _matmul_swiglu_quant(FUSED, x, weight, weight_scale, x_scale, group_list, CUMSUM)
-    return y, scale, undefined((), torch.float32)
+    return y, scale, make_undefined((), torch.float32)
 
 
 def grouped_matmul_swiglu_quant_v2(
@@ -137,10 +139,10 @@ def grouped_matmul_swiglu_quant_v2(
     accepted = {"dequant_mode": 0, "dequant_dtype": FLOAT32, "quant_mode": 0, "quant_dtype": INT8}
     for argument, value in accepted.items():
         if others[argument] != value:
-            not_simulated(FUSED_V2, argument, others[argument], str(value))
+            refuse_unsimulated(FUSED_V2, argument, others[argument], str(value))
     for argument in ("x_dtype", "weight_dtype", "weight_scale_dtype", "x_scale_dtype"):
         if others[argument] is not None:
-            not_simulated(FUSED_V2, argument, others[argument], "None")
+            refuse_unsimulated(FUSED_V2, argument, others[argument], "None")
     kind = CUMSUM if group_list_type is None else group_list_type
     return _matmul_swiglu_quant(FUSED_V2, x, weight[0], weight_scale[0], x_scale, group_list, kind)
 
@@ -158,7 +160,7 @@ def dequant_swiglu_quant(
     """x int32 or bfloat16 [m, 2H] -> int8 [m, H], scale [m] float32.
 
     int32 x is scaled by weight_scale [G, 2H] float32 and activation_scale [m]; then silu(one half) * the other: the gate is
-    the first half only with ``activate_left`` (other ``swiglu_mode``: see ``_activated``); times quant_scale [G, H]; then
+    the first half only with ``activate_left`` (other ``swiglu_mode``: see ``_apply_activation``); times quant_scale [G, H]; then
     int8 per row. group_index [G] holds counts, [G, 2] pairs (group, count); without it there is one group of all rows. Rows
     past its sum are undefined.
     """
@@ -171,25 +173,25 @@ def dequant_swiglu_quant(
     values = x[:used].float()
     if weight_scale is not None and activation_scale is not None:  # with int32 x only
         values = values * _by_row(weight_scale, bounds) * activation_scale.reshape(-1)[:used].unsqueeze(1)
-    values = _activated(values, activate_left, others)
+    values = _apply_activation(values, activate_left, others)
     if quant_scale is not None:
         values = values * _by_row(quant_scale, bounds)
-    y, scale = undefined((len(x), x.shape[1] // 2), torch.int8), undefined((len(x),), torch.float32)
+    y, scale = make_undefined((len(x), x.shape[1] // 2), torch.int8), make_undefined((len(x),), torch.float32)
     y[:used], scale[:used] = quantise_rows(values)
     return y, scale
 
 
 def _check_dequant(a: dict[str, Any], bias: torch.Tensor | None) -> None:
     if bias is not None:
-        not_simulated(DEQUANT, "bias", "given", "None")
+        refuse_unsimulated(DEQUANT, "bias", "given", "None")
     if a["quant_mode"] != DYNAMIC:
-        not_simulated(DEQUANT, "quant_mode", a["quant_mode"], "1 (dynamic)")
+        refuse_unsimulated(DEQUANT, "quant_mode", a["quant_mode"], "1 (dynamic)")
     if a["quant_offset"] is not None:
-        not_simulated(DEQUANT, "quant_offset", "given", "None")
+        refuse_unsimulated(DEQUANT, "quant_offset", "given", "None")
     if a["round_mode"]:
-        not_simulated(DEQUANT, "round_mode", a["round_mode"], "None, 0")
+        refuse_unsimulated(DEQUANT, "round_mode", a["round_mode"], "None, 0")
     if a["activate_dim"] not in (None, -1, 1):
-        not_simulated(DEQUANT, "activate_dim", a["activate_dim"], "None, -1, 1 (the last axis)")
+        refuse_unsimulated(DEQUANT, "activate_dim", a["activate_dim"], "None, -1, 1 (the last axis)")
 
 
 def _check_groups(factors: torch.Tensor | None, argument: str, groups: int, width: int) -> None:
@@ -212,7 +214,7 @@ def swiglu_quant(
     sums (group_list_type 0) or counts (1); without it there is one group of all rows. Rows past them are undefined.
     """
     if quant_mode != DYNAMIC:
-        not_simulated(SWIGLU_QUANT, "quant_mode", quant_mode, "1 (dynamic)")
+        refuse_unsimulated(SWIGLU_QUANT, "quant_mode", quant_mode, "1 (dynamic)")
     rows, half = x.reshape(-1, x.shape[-1]), x.shape[-1] // 2
     groups = torch.tensor([len(rows)]) if group_index is None else group_index
     kind = COUNTS if group_index is None else group_list_type
@@ -224,7 +226,7 @@ def swiglu_quant(
             accepted = f"{(len(groups), half)} or {(len(groups),)}, one row for each group"
             refuse(SWIGLU_QUANT, "smooth_scales", tuple(smooth_scales.shape), accepted)
         values = values * _by_row(smooth_scales.reshape(len(groups), -1), bounds)
-    y, scale = undefined((len(rows), half), torch.int8), undefined((len(rows),), torch.float32)
+    y, scale = make_undefined((len(rows), half), torch.int8), make_undefined((len(rows),), torch.float32)
     y[:used], scale[:used] = quantise_rows(values)
     return y.reshape(*x.shape[:-1], half), scale.reshape(x.shape[:-1])
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from moe_lowering.limits.calls.matmul import PACKED, form
-from moe_lowering.simulator.kernels.common import not_simulated, refuse
+from moe_lowering.limits.calls.matmul import PACKED, dtype_form
+from moe_lowering.simulator.kernels.common import refuse, refuse_unsimulated
 
 INT8_MAX = 127.0
 EXACT = 1024  # terms of at most 2 ** 14 whose sum float32 holds exactly
@@ -60,7 +60,7 @@ def scale_of_bits(scale: torch.Tensor) -> torch.Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Operands:
+class MatmulOperands:
     """The tensors of one call, by expert; None for what is not given. ``weight`` holds int8, unpacked, or floats."""
 
     form: str
@@ -77,7 +77,7 @@ class Operands:
         return self.weight[0].shape[1] * (PACKED if self.weight[0].dtype == torch.int32 else 1)
 
 
-def operands(operator: str, a: dict[str, Any]) -> Operands:
+def operands(operator: str, a: dict[str, Any]) -> MatmulOperands:
     """The operands from the arguments of npu_grouped_matmul, after shapes are found to fit.
 
     Raises:
@@ -85,27 +85,27 @@ def operands(operator: str, a: dict[str, Any]) -> Operands:
     """
     x, weight = a["x"][0], a["weight"]
     scales = ("scale", "antiquant_scale", "antiquant_offset", "per_token_scale")
-    kind = form(x, weight[0], any(a[name] for name in (*scales, "offset")))
+    kind = dtype_form(x, weight[0], any(a[name] for name in (*scales, "offset")))
     if kind not in FORMS:
-        not_simulated(operator, "quantisation", f"{x.dtype} rows with {weight[0].dtype} weights", ", ".join(FORMS))
+        refuse_unsimulated(operator, "quantisation", f"{x.dtype} rows with {weight[0].dtype} weights", ", ".join(FORMS))
     stacked = weight[0].dim() == 3
     weights = list(weight[0]) if stacked else list(weight)
     inner, width = x.shape[1], weights[0].shape[1] * (PACKED if weights[0].dtype == torch.int32 else 1)
 
     def by_expert(name: str, groups: bool) -> list[torch.Tensor] | None:
-        given = a[name]
-        if not given:
+        tensors = a[name]
+        if not tensors:
             return None
-        parts = list(given[0]) if stacked and given[0].dim() > 1 else list(given)
-        wanted = f"{len(weights)} of ({width},)" + (f" or (G, {width}), G a divisor of {inner}" if groups else "")
+        parts = list(tensors[0]) if stacked and tensors[0].dim() > 1 else list(tensors)
+        accepted = f"{len(weights)} of ({width},)" + (f" or (G, {width}), G a divisor of {inner}" if groups else "")
         shapes = [tuple(p.shape) for p in parts]
         fits = all(s == (width,) or (groups and _in_groups(s, inner, width)) for s in shapes)
         if len(parts) != len(weights) or not fits or len(set(shapes)) > 1:
-            refuse(operator, name, f"{len(parts)} of {shapes[0] if shapes else ()}", f"for each expert: {wanted}")
+            refuse(operator, name, f"{len(parts)} of {shapes[0] if shapes else ()}", f"for each expert: {accepted}")
         return parts
 
     antiquant = kind.startswith("a16")
-    found = Operands(
+    result = MatmulOperands(
         form=kind,
         weight=weights,
         bias=by_expert("bias", False),
@@ -114,41 +114,43 @@ def operands(operator: str, a: dict[str, Any]) -> Operands:
         antiquant_offset=by_expert("antiquant_offset", antiquant),
         per_token_scale=a["per_token_scale"][0] if a["per_token_scale"] else None,
     )
-    _check_pair(operator, found)
-    return found
+    _check_pair(operator, result)
+    return result
 
 
 def _in_groups(shape: tuple[int, ...], inner: int, width: int) -> bool:
     return len(shape) == 2 and shape[1] == width and shape[0] > 0 and inner % shape[0] == 0
 
 
-def _check_pair(operator: str, o: Operands) -> None:
+def _check_pair(operator: str, o: MatmulOperands) -> None:
     scale, offset = o.antiquant_scale, o.antiquant_offset
     if offset and scale and offset[0].shape != scale[0].shape:
         refuse(operator, "antiquant_offset", tuple(offset[0].shape), f"as antiquant_scale, {tuple(scale[0].shape)}")
 
 
-def output_dtype(operator: str, o: Operands, x: torch.Tensor, number: int | None, act_type: int | None) -> torch.dtype:
+def output_dtype(
+    operator: str, o: MatmulOperands, x: torch.Tensor, number: int | None, act_type: int | None
+) -> torch.dtype:
     """The dtype of y, after what is not computed here is refused."""
     if act_type:
-        not_simulated(operator, "act_type", act_type, "0 (no activation)")
+        refuse_unsimulated(operator, "act_type", act_type, "0 (no activation)")
     if o.form == "a8w8" and number == INT32:
         return torch.int32
     if not o.form.startswith("a8"):
         if number not in (None, _number(x.dtype)):
-            not_simulated(operator, "output_dtype", number, f"None, {_number(x.dtype)} (as x)")
+            refuse_unsimulated(operator, "output_dtype", number, f"None, {_number(x.dtype)} (as x)")
         return x.dtype
-    found = [dtype for dtype, value in SCALED.items() if value == number]
-    if not found:
-        not_simulated(operator, "output_dtype", number, "5, 15 (float16, bfloat16), 3 (int32) for int8 weights")
-    return found[0]
+    dtypes = [dtype for dtype, value in SCALED.items() if value == number]
+    if not dtypes:
+        refuse_unsimulated(operator, "output_dtype", number, "5, 15 (float16, bfloat16), 3 (int32) for int8 weights")
+    return dtypes[0]
 
 
 def _number(dtype: torch.dtype) -> int:
     return {torch.float32: 6, **SCALED}.get(dtype, -1)
 
 
-def product(operator: str, o: Operands, x: torch.Tensor, expert: int, begin: int, end: int) -> torch.Tensor:
+def product(operator: str, o: MatmulOperands, x: torch.Tensor, expert: int, begin: int, end: int) -> torch.Tensor:
     """Rows ``begin`` to ``end`` of x times the weight of one expert: int32 or float32 [end - begin, N]."""
     rows = x[begin:end]
     bias = None if o.bias is None else o.bias[expert]
@@ -158,18 +160,18 @@ def product(operator: str, o: Operands, x: torch.Tensor, expert: int, begin: int
         return _a8w4(o, rows, expert, begin, bias)
     weight = o.weight[expert]
     if o.form != "none":
-        weight = _dequantised(o, expert, rows.dtype)
+        weight = _dequantise_weight(o, expert, rows.dtype)
     result = rows.float() @ weight.float()
     return result if bias is None else result + bias.float()
 
 
 def _a8w8(
-    operator: str, o: Operands, rows: torch.Tensor, expert: int, begin: int, bias: torch.Tensor | None
+    operator: str, o: MatmulOperands, rows: torch.Tensor, expert: int, begin: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
     total = int_product(rows, o.weight[expert])
     if bias is not None:
         if bias.dtype != torch.int32:
-            not_simulated(operator, "bias", bias.dtype, "int32 with int8 weights")
+            refuse_unsimulated(operator, "bias", bias.dtype, "int32 with int8 weights")
         total += bias
     if o.scale is None:
         return total
@@ -179,7 +181,7 @@ def _a8w8(
     return scaled * o.per_token_scale[begin : begin + len(rows)].unsqueeze(1)
 
 
-def _a8w4(o: Operands, rows: torch.Tensor, expert: int, begin: int, bias: torch.Tensor | None) -> torch.Tensor:
+def _a8w4(o: MatmulOperands, rows: torch.Tensor, expert: int, begin: int, bias: torch.Tensor | None) -> torch.Tensor:
     assert o.scale is not None and o.per_token_scale is not None and bias is not None  # the limit tables want them
     weight = unpack_int4(o.weight[expert])
     scale = scale_of_bits(o.scale[expert])
@@ -193,7 +195,7 @@ def _a8w4(o: Operands, rows: torch.Tensor, expert: int, begin: int, bias: torch.
     return total * o.per_token_scale[begin : begin + len(rows)].unsqueeze(1)
 
 
-def _dequantised(o: Operands, expert: int, dtype: torch.dtype) -> torch.Tensor:
+def _dequantise_weight(o: MatmulOperands, expert: int, dtype: torch.dtype) -> torch.Tensor:
     """The weight [K, N] of one expert in 16 bits: (w + offset) * scale, rounded once."""
     assert o.antiquant_scale is not None  # the limit tables want it
     weight = o.weight[expert]

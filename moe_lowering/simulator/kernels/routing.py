@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_lowering.simulator.kernels.common import Kernel, check_own_dtype, not_simulated, refuse, take, undefined
+from moe_lowering.simulator.kernels.common import (
+    Kernel,
+    check_own_dtype,
+    make_undefined,
+    refuse,
+    refuse_unsimulated,
+    take,
+)
 from moe_lowering.simulator.kernels.quantised_matmul import quantise_rows
 
 GATHER = 0  # row_idx_type: row_idx[slot] = row; 1 (scatter) is the inverse
@@ -38,7 +45,7 @@ def _expert_tokens(experts: torch.Tensor, start: int, end: int, total: int, kind
     counts = torch.bincount(experts - start, minlength=end - start)
     if kind == KEY_VALUE:
         busy = torch.nonzero(counts).squeeze(-1)
-        pairs = undefined((total, 2), torch.int64)
+        pairs = make_undefined((total, 2), torch.int64)
         pairs[: len(busy) + 1] = 0
         pairs[: len(busy)] = torch.stack((busy + start, counts[busy]), dim=-1)
         return pairs
@@ -51,12 +58,12 @@ def _row_idx(slots: torch.Tensor, total: int, kind: int) -> torch.Tensor:
         row_idx = torch.full((total,), -1, dtype=torch.int32)
         row_idx[slots] = torch.arange(len(slots), dtype=torch.int32)
         return row_idx
-    row_idx = undefined((total,), torch.int32)
+    row_idx = make_undefined((total,), torch.int32)
     row_idx[: len(slots)] = slots.to(torch.int32)
     return row_idx
 
 
-def _expanded(
+def _expand_rows(
     x: torch.Tensor, scale: torch.Tensor | None, tokens: torch.Tensor, smooth_rows: torch.Tensor, quant_mode: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The valid rows, and their scales where those are defined. ``smooth_rows`` are rows of ``scale``, one per row."""
@@ -94,7 +101,7 @@ def init_routing_v2(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch
     name, call = "npu_moe_init_routing_v2", take(InitRoutingCall, arguments)
     x, expert_idx = call.x, call.expert_idx
     if call.quant_mode not in (NO_QUANT, DYNAMIC_QUANT):
-        not_simulated(name, "quant_mode", call.quant_mode, "-1 (none), 1 (int8 per row)")
+        refuse_unsimulated(name, "quant_mode", call.quant_mode, "-1 (none), 1 (int8 per row)")
     check_own_dtype(name, "x_dtype", call.x_dtype, x)
     _check_ids(expert_idx, call.expert_num)
     start, end = call.active_expert_range or (0, call.expert_num)
@@ -103,13 +110,13 @@ def init_routing_v2(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch
     total, top_k = expert_idx.numel(), expert_idx.shape[1]
     size = min(call.active_num, total) if call.active_num > 0 else total
     kept = slots[:size]
-    valid_rows, valid_scales = _expanded(x, call.scale, kept // top_k, experts[:size] - start, call.quant_mode)
-    rows = undefined((size, x.shape[1]), valid_rows.dtype)
+    valid_rows, valid_scales = _expand_rows(x, call.scale, kept // top_k, experts[:size] - start, call.quant_mode)
+    rows = make_undefined((size, x.shape[1]), valid_rows.dtype)
     rows[: len(kept)] = valid_rows
-    scales = undefined((size,), torch.float32)
+    scales = make_undefined((size,), torch.float32)
     if valid_scales is not None:
         scales[: len(kept)] = valid_scales
-    counts = undefined((), torch.int64)
+    counts = make_undefined((), torch.int64)
     if call.expert_tokens_num_flag:
         counts = _expert_tokens(experts, start, end, call.expert_num, call.expert_tokens_num_type)
     return rows, _row_idx(slots, total, call.row_idx_type), counts, scales

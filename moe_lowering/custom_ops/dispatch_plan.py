@@ -1,0 +1,77 @@
+"""What one rank sends in ``dispatch``: rows in order of the places that they go to, and the first mistake in its arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from moe_lowering.custom_ops.placement import Placement
+
+NO_FAULT, OUT_OF_RANGE, DUPLICATE, OTHER_KIND = range(4)  # OTHER_KIND: told wrongly whether it is a shared-expert rank
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchPlan:
+    """What a rank sends, in order of place (``placement``), then token.
+
+    slots: token * choices + choice of each row, int64, and token by itself; choices: k, and the shared experts of a token;
+    counts: rows per place, int64; fault: (kind, token, id) of the first mistake, by which the counts are all zero.
+    """
+
+    slots: Tensor
+    token: Tensor
+    choices: int
+    counts: Tensor
+    fault: tuple[int, int, int] = (NO_FAULT, 0, 0)
+
+    def refused(self, kind: int, token: int = 0, expert: int = 0) -> DispatchPlan:
+        """The plan of a rank that sends nothing, as it made a mistake."""
+        return dataclasses.replace(self, counts=torch.zeros_like(self.counts), fault=(kind, token, expert))
+
+
+def make_plan(ids: Tensor, mask: Tensor | None, placement: Placement, rank: int, first_token: int) -> DispatchPlan:
+    """The plan of ``ids [T, k]`` on EP rank ``rank``; ``mask [T]`` says which tokens are sent. Faults name tokens from
+    ``first_token`` on."""
+    top_k = ids.shape[1]
+    experts = ids.reshape(-1)
+    if mask is None:
+        experts, slots = torch.sort(experts, stable=True)
+    else:
+        kept = mask.unsqueeze(1).expand(-1, top_k).reshape(-1).nonzero().squeeze(1)
+        experts, order = torch.sort(experts[kept], stable=True)
+        slots = kept[order]
+    token = slots // top_k
+    kind, at = _find_fault(experts, token, placement.num_experts)
+    if kind != NO_FAULT:
+        empty = torch.zeros(placement.places, dtype=torch.int64)
+        return DispatchPlan(slots, token, top_k, empty).refused(kind, int(token[at]) + first_token, int(experts[at]))
+    plan = DispatchPlan(slots, token, top_k, torch.bincount(experts, minlength=placement.num_experts))
+    if not placement.added:
+        return plan
+    tokens = torch.arange(len(ids)) if mask is None else mask.nonzero().squeeze(1)
+    return _add_shared_experts(plan, tokens, placement, rank)
+
+
+def _add_shared_experts(plan: DispatchPlan, tokens: Tensor, placement: Placement, rank: int) -> DispatchPlan:
+    """A plan of routed rows, and each of ``tokens`` to one place for each shared expert, as its choices k, k + 1, ..."""
+    top_k, choices = plan.choices, plan.choices + placement.added
+    counts = plan.counts.new_zeros(placement.places)
+    counts[placement.shared_places(rank)] = len(tokens)
+    counts[placement.shared_expert_ranks :] = plan.counts
+    shared = [tokens * choices + top_k + expert for expert in range(placement.added)]
+    slots = torch.cat([*shared, plan.token * choices + (plan.slots - plan.token * top_k)])
+    return DispatchPlan(slots, slots // choices, choices, counts)
+
+
+def _find_fault(experts: Tensor, token: Tensor, num_experts: int) -> tuple[int, int]:
+    """The first mistake in sorted ids and where it is; equal ids of one token are neighbours there."""
+    if not experts.numel():
+        return NO_FAULT, 0
+    if int(experts[0]) < 0:
+        return OUT_OF_RANGE, 0
+    if int(experts[-1]) >= num_experts:
+        return OUT_OF_RANGE, -1
+    twice = (experts[1:] == experts[:-1]) & (token[1:] == token[:-1])
+    return (DUPLICATE, int(twice.to(torch.uint8).argmax())) if bool(twice.any()) else (NO_FAULT, 0)

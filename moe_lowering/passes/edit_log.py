@@ -1,0 +1,188 @@
+"""Edits of a graph that can be taken back: what was there is written down before each edit, and no graph is copied.
+
+Contract. Whatever is raised inside of a ``step`` (by an edit, by a hook of the graph module, by Ctrl-C between two lines),
+the graph is as it was when the step began: its nodes, their order, names, arguments and the order of their readers. Nodes
+that appeared meanwhile are gone, also those that nobody wrote down. The exception passes on.
+
+Taking back walks the whole graph, which is rare; writing down costs about a microsecond an edit. It uses what ``Node`` is
+made of and not ``Graph.erase_node`` and the like, which call hooks of the user's that may be what failed.
+Sources: torch.fx_graph: erase_node, create_node, _FindNodesLookupTable; torch.fx_node, torch.fx_node_native.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+
+log = logging.getLogger(__name__)
+
+
+class EditLog:
+    """The log of one graph. Nodes that exist are edited through it alone; new ones are made as always."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._known: set[Node] | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    @contextmanager
+    def step(self, created: Sequence[Node] | None = None) -> Iterator[None]:
+        """All or nothing. Steps may stand within steps.
+
+        Args:
+            created: a sequence that holds the new nodes when the step ends; None finds them by a walk of the graph.
+        """
+        if self._known is None:
+            self._known = set(self.graph.nodes)
+        known, mark = self._known, len(self._undo)
+        try:
+            yield
+            new = [node for node in self.graph.nodes if node not in known] if created is None else [*created]
+            self._undo.append(lambda: known.difference_update(new))
+            known.update(new)
+        except BaseException:  # Ctrl-C too: half an edit is no graph
+            self._back_to(mark)
+            raise
+
+    def undo(self) -> None:
+        """Back to the graph as the log found it."""
+        if self._known is not None:
+            self._back_to(0)
+
+    def replace_uses(self, old: Node, new: Node, but: Node | None = None) -> None:
+        """Every reader of ``old`` but one reads ``new``."""
+        self._note_readers(new)
+        for user in old.users:
+            if user is not but:
+                self._note_arguments(user)
+        old.replace_all_uses_with(new, delete_user_cb=None if but is None else lambda user: user is not but)
+
+    def set_arguments(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Give a node other arguments."""
+        self._note_arguments(node)
+        node.args, node.kwargs = args, kwargs
+
+    def erase(self, nodes: Sequence[Node]) -> None:
+        """Erase nodes that nobody outside of ``nodes`` reads, users first."""
+        for node in sorted(nodes, reverse=True):
+            self._note_arguments(node)
+            self._note_place(node)
+            self.graph.erase_node(node)
+
+    def move(self, node: Node, before: Node) -> None:
+        """Move a node to before another one."""
+        self._note_place(node)
+        before.prepend(node)
+
+    def take_name(self, new: Node, old: Node) -> None:
+        """Give a replacement the name of the erased node that it stands for.
+
+        Signatures of exported programs, and of modules in them, name the nodes of the graph that are their outputs.
+        """
+        name, names = new.name, self.graph._graph_namespace._obj_to_name
+
+        def back() -> None:
+            object.__setattr__(new, "name", name)  # not through hooks
+            names[new] = name
+
+        self._undo.append(back)
+        new.name = names[new] = old.name
+
+    def _note_arguments(self, node: Node) -> None:
+        """And the readers of each argument: giving them back makes this node the last one of all."""
+        self._note_readers(*node.all_input_nodes)
+        args, kwargs = node.args, node.kwargs
+        self._undo.append(lambda: node._update_args_kwargs(args, kwargs))
+
+    def _note_readers(self, *nodes: Node) -> None:
+        """The order of readers is part of the graph: walks through it follow that order."""
+        for node in nodes:
+            before = [*node.users]
+            self._undo.append(lambda node=node, before=before: _order(node, before))  # type: ignore[misc]
+
+    def _note_place(self, node: Node) -> None:
+        following, key, graph = node.next, node._sort_key, self.graph
+
+        def back() -> None:
+            if node._prev._next is not node:  # out of the list; its neighbours of then must not be joined again
+                node._prev = node._next = node
+            node._erased = False
+            following.prepend(node)
+            node._sort_key = key
+            table = graph._find_nodes_lookup_table
+            if node not in table:
+                table.insert(node)
+                entries = table.table[table._key(node)]
+                ordered = sorted(entries)
+                entries.clear()
+                entries.update(dict.fromkeys(ordered))
+
+        self._undo.append(back)
+
+    def _back_to(self, mark: int) -> None:
+        assert self._known is not None
+        while len(self._undo) > mark:
+            self._undo[-1]()
+            self._undo.pop()  # afterwards: a second Ctrl-C meanwhile leaves it to whoever takes back the rest
+        self._remove_strangers(self._known)
+
+    def _remove_strangers(self, known: set[Node]) -> None:
+        """Take out nodes that were made meanwhile, every trace of them, and what FX leaves on others when it is interrupted."""
+        table, names = self.graph._find_nodes_lookup_table, self.graph._graph_namespace
+        for entries in table.table.values():  # one that a hook kept from the list may be here, and the reverse
+            for node in [node for node in entries if node not in known]:
+                entries.pop(node)
+        for node in [node for node in self.graph.nodes if node not in known]:
+            node._remove_from_list()
+            node._erased = True
+            node._update_args_kwargs((), {})
+            if names._obj_to_name.pop(node, None) is not None:
+                names._used_names.discard(node.name)
+        count = 0
+        for count, node in enumerate(self.graph.nodes, 1):  # noqa: B007
+            if node not in table:  # Node.__setattr__ takes it out for a moment, whatever the attribute is
+                table.insert(node)
+            if node._repr_fn is not None:  # Graph.python_code gives each node one for a while
+                node._repr_fn = None
+            if not known.issuperset(node.users):
+                for user in [user for user in node.users if user not in known]:
+                    node.users.pop(user)
+        self.graph._len = count
+
+
+class ModuleEdits(EditLog):
+    """The log of a graph module: its code follows its graph."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm.graph)
+        self._gm = gm
+        self._compiled = False
+
+    def compile(self) -> None:
+        """Check the graph and make the module's code from it."""
+        self._compiled = True
+        self.graph.lint()
+        self._gm.recompile()
+
+    def undo(self) -> None:
+        """Back to the graph as the log found it, and its code. Raises nothing but what interrupts the process."""
+        super().undo()
+        if self._compiled:
+            try:
+                self._gm.recompile()
+            except (
+                Exception
+            ):  # then the graph could not be compiled before, either, and its code may have been another's
+                log.warning("moe_lowering: the graph as it was cannot be compiled", exc_info=True)
+
+
+def _order(node: Node, order: Sequence[Node]) -> None:
+    """Put the readers of a node in the order of ``wanted``; others come last."""
+    users = node.users
+    ordered = dict.fromkeys((*(user for user in order if user in users), *users))
+    users.clear()
+    users.update(ordered)

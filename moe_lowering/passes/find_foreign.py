@@ -1,0 +1,169 @@
+"""MoE layers in a graph that the pass cannot lower, since they are not written with the generic operators: told, not passed over.
+
+Contract. Reads the graph, never edits it; returns one record per layer, with its operators counted, the model's line and
+what to do. Run on what is left after lowering: nodes that the pass emitted carry a mark (``emitter.MARK``) and are not
+found, so that running it twice finds nothing new. Codes are the keys of ``FORMS``. What a name does not show is in
+``foreign_aten``, the names are in ``foreign_operators``.
+
+Cost: the graph's index by target gives the targets that occur, and each is classified once per process.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from moe_lowering.passes import foreign_operators as operators
+from moe_lowering.passes.emitter import is_emitted
+from moe_lowering.passes.find_blocks import module_path
+from moe_lowering.passes.foreign_aten import (
+    expert_loops,
+    gathered_weights,
+    reaches,
+    routing_alone,
+    stacked_results,
+    stacked_weights,
+)
+from moe_lowering.passes.verifier import generic_nodes
+from moe_lowering.report.records import ForeignMoe
+from moe_lowering.source_lines import innermost
+
+# By code: what was seen. The operators themselves stand beside it.
+FORMS = {
+    "foreign.grouped_mm": "experts as grouped matrix products of torch's",
+    "foreign.npu_operator": "experts written with Ascend operators",
+    "foreign.opaque_operator": "an operator that hides experts",
+    "foreign.gathered_weights": "weights of experts gathered by ids",
+    "foreign.stacked_weights": "batched products with the weights of all experts, and a routing",
+    "foreign.expert_loop": "a loop over experts",
+    "foreign.routing_alone": "ids of experts that leave the graph: their experts are computed elsewhere",
+    "foreign.router": "a router whose experts are not known",
+    "foreign.not_traced": "a generic operator in a graph that AOTAutograd has not traced",
+}
+_HAND_WRITTEN = "write the layer with moe_lowering.moe_experts or moe_lowering.MoE"
+_ADVICE = {
+    "foreign.npu_operator": f"{_HAND_WRITTEN}, which chooses and checks these operators itself",
+    "foreign.opaque_operator": f"{_HAND_WRITTEN} in place of the operator, which no pass can look into",
+    "foreign.not_traced": "run the pass on a graph of torch.compile or torch.export, or call the operator's overload",
+}
+_TRANSFORMERS = (
+    'moe_lowering.integrations.transformers.register(), then model.set_experts_implementation("moe_lowering") or '
+    'from_pretrained(..., experts_implementation="moe_lowering")'
+)
+
+
+def find_foreign(graph: Graph) -> list[ForeignMoe]:
+    """One record for each MoE layer of the graph that is neither generic nor emitted by the pass, in graph order."""
+    codes: dict[Node, str] = {}
+    for node, kind in _by_name(graph):
+        codes[node] = f"foreign.{kind}"
+    for code, nodes in (
+        ("foreign.gathered_weights", gathered_weights(graph)),
+        ("foreign.stacked_weights", stacked_weights(graph)),
+        ("foreign.expert_loop", expert_loops(graph) + stacked_results(graph)),
+        ("foreign.routing_alone", routing_alone(graph, _is_ours)),
+    ):
+        for node in nodes:
+            if not is_emitted(node):
+                codes.setdefault(node, code)
+    return [_record(nodes, codes) for nodes in _group_by_layer(sorted(codes))]
+
+
+def _by_name(graph: Graph) -> Iterable[tuple[Node, str]]:
+    for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
+        if op != "call_function" or not nodes:  # a look-up leaves an empty entry
+            continue
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            for node in nodes:
+                kinds = [
+                    kind
+                    for called in operators.called_operators(node)
+                    if (kind := operators.kind_of(called)) is not None
+                ]
+                if not kinds and operators.is_moe_name(operators.triton_kernel(node)):
+                    kinds = [operators.OPAQUE]
+                yield from ((node, kind) for kind in kinds[:1])
+            continue
+        kind = operators.kind_of(target)
+        if kind is not None:
+            yield from ((node, kind) for node in nodes if _counts_as_moe(node, kind))
+
+
+def _counts_as_moe(node: Node, kind: str) -> bool:
+    if is_emitted(node) or not operators.is_used_for_experts(node):
+        return False
+    return kind != operators.ROUTER or not reaches(node, _is_ours)
+
+
+def _is_ours(node: Node) -> bool:
+    return is_emitted(node) or bool(generic_nodes([node]))
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+def _group_by_layer(nodes: list[Node]) -> list[list[Node]]:
+    """Nodes of one layer together: those of a module, of a module inside of it, and of one function where there is none."""
+    modules = {_module_name(node) for node in nodes}
+    layers: dict[Any, list[Node]] = defaultdict(list)
+    for node in nodes:
+        layers[_outermost(_module_name(node), modules) or _function(node)].append(node)
+    return list(layers.values())
+
+
+def _module_name(node: Node) -> str:
+    return module_path(node) if node.meta.get("nn_module_stack") else ""
+
+
+def _outermost(path: str, among: set[str]) -> str:
+    """The shortest path of ``among`` that is the path's own or one above it; the whole model's, "", is none."""
+    parts = path.split(".")
+    above = (".".join(parts[:n]) for n in range(1, len(parts)))
+    return next((each for each in above if each in among), path)
+
+
+def _function(node: Node) -> tuple[str, str]:
+    line = innermost(node.meta.get("stack_trace") or "")
+    return ("", "") if line is None else (line.file, line.function)
+
+
+def _record(nodes: list[Node], codes: dict[Node, str]) -> ForeignMoe:
+    """What is told of one layer: the strongest sign, in the order of ``FORMS``, and all operators that were seen."""
+    code = min((codes[node] for node in nodes), key=list(FORMS).index)
+    first = next(node for node in nodes if codes[node] == code)
+    line = innermost(first.meta.get("stack_trace") or "")
+    counts = Counter(_call_name(node) for node in nodes)
+    return ForeignMoe(
+        place=module_path(first),
+        line="" if line is None else str(line),
+        operators=tuple(counts.items()),
+        code=code,
+        reason=FORMS[code],
+        advice=_TRANSFORMERS if _is_transformers(nodes) else _ADVICE.get(code, _HAND_WRITTEN),
+    )
+
+
+def _call_name(node: Node) -> str:
+    kernel = operators.triton_kernel(node)
+    if kernel:
+        return kernel
+    for target in operators.called_operators(node):
+        namespace, name = operators.operator_name(target)
+        if name:
+            return f"{namespace}.{name}"
+    return node.name
+
+
+def _is_transformers(nodes: list[Node]) -> bool:
+    """Whether a module of the transformers package calls one of the nodes."""
+    for node in nodes:
+        for entry in (node.meta.get("nn_module_stack") or {}).values():
+            kind = entry[1] if isinstance(entry, (tuple, list)) and len(entry) > 1 else ""
+            module = kind if isinstance(kind, str) else getattr(kind, "__module__", "")
+            if str(module).split(".")[0] == "transformers":
+                return True
+    return False

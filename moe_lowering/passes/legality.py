@@ -1,0 +1,267 @@
+"""Judge: ask every implementation whether a block is legal for it, in this deployment. Every broken rule is reported.
+
+A verdict depends on the block's record, the deployment's rank-invariant fields and the limit tables, and on nothing
+else. T enters only when the deployment declares it equal on all ranks; otherwise the rules see the declared range, so
+that a rank with one token and a rank with 512 reach the same verdict (two ranks that choose differently hang).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import sympy
+import torch
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.limits import Prover, TokenRange, Violation, check
+from moe_lowering.limits.wording import Wording, make_wording
+from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.calls import OperatorCall, Premises, Rules
+from moe_lowering.passes.context import call_context, judged_quantities
+from moe_lowering.passes.implementations import IMPLEMENTATIONS, Form
+from moe_lowering.passes.implementations.mlp import mlp_words
+from moe_lowering.passes.quantities import deployment_rules, strict_share_of_one
+from moe_lowering.report.records import Verdict
+from moe_lowering.vocabulary import EXPERT_FORMATS
+
+_T = sympy.Symbol("T", integer=True)
+# What rules of a whole implementation look at that say where it does not exist: on which SoC, and on how many ranks.
+_WHERE = ("soc", "ep_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """Verdicts of all implementations for one block, and what they were reached with.
+
+    Attributes:
+        verdicts: by implementation name.
+        premises: T as the rules saw it, and what was taken to be known of it.
+        context: what rules of calls read and no call shows.
+    """
+
+    verdicts: dict[str, Verdict]
+    premises: Premises
+    context: dict[str, Any]
+
+    @property
+    def tokens(self) -> Any:
+        return self.premises.tokens
+
+    @property
+    def prover(self) -> Prover:
+        return self.premises.prover
+
+    def form(self, implementation: str) -> str:
+        """The form of an implementation that its verdict is about."""
+        return self.verdicts[implementation].form
+
+    def quantities(self, call: OperatorCall | Rules, deployment: Deployment) -> dict[str, Any]:
+        """What the rules of a call were judged with."""
+        return _read(call, self.premises, deployment, self.context)
+
+
+def _read(
+    call: OperatorCall | Rules, premises: Premises, deployment: Deployment, context: dict[str, Any]
+) -> dict[str, Any]:
+    if isinstance(call, Rules):
+        return call.read(premises)
+    return judged_quantities(call, premises, deployment, context)
+
+
+def torch_npu_is_loaded() -> bool:
+    """Whether torch_npu's operators are registered."""
+    return hasattr(torch.ops.npu, "npu_grouped_matmul")
+
+
+def declared_tokens(deployment: Deployment) -> Any:
+    """A size with the range that the deployment declares for every rank."""
+    return free_tokens(deployment.min_tokens, deployment.max_tokens)
+
+
+def free_tokens(low: int, high: int) -> Any:
+    """A size called T, anywhere from ``low`` to ``high``, in a ShapeEnv of its own: nothing else is known of it.
+
+    The symbol is named T and not by ``create_symbol`` (``s47``), because its name reaches the user in messages.
+    """
+    from torch._dynamo.source import ConstantSource  # slow to import, and rarely needed
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    env, source, hint = ShapeEnv(), ConstantSource("T"), max(low, min(high, 2))
+    env.var_to_range[_T] = ValueRanges(sympy.Integer(low), sympy.Integer(high))
+    env.var_to_sources[_T] = [source]
+    return env.create_symintnode(_T, hint=hint, source=source)
+
+
+def outside_declared_range(tokens: Any, deployment: Deployment) -> bool:
+    """With unequal token counts: whether this rank's T, whatever value it takes, breaks what the deployment declares."""
+    if deployment.equal_tokens:
+        return False
+    low, high = Prover().bounds(tokens)
+    return (low or 0) > deployment.max_tokens or (high is not None and high < deployment.min_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a graph of this rank must not run beside ranks that lowered the same block.
+
+    ``accepted`` are the T that it may still take, None for none.
+    """
+
+    reason: Wording
+    accepted: TokenRange | None = None
+
+
+def refusal(spec: BlockSpec, deployment: Deployment) -> Refusal | None:
+    """What keeps this rank's graph, and not the others', from what all of them decided: its own token counts where they
+    may differ, its own kind of rank, a place in its groups that is not known.
+
+    The decision itself must not depend on it. The others communicate as declared, so this graph must not run at all.
+    """
+    if deployment.unknown_rank:
+        return Refusal(make_wording("[deployment.rank] {why}: the graph refuses to run", why=deployment.unknown_rank))
+    if spec.on_shared_rank != deployment.on_shared_rank:
+        kinds = {True: "a shared-expert rank", False: "a rank with routed experts"}
+        return Refusal(
+            make_wording(
+                "the block was built for {block}, EP rank {rank} is {here}: the graph refuses to run (build or shard the "
+                "model with the deployment that the pass is given)",
+                block=kinds[spec.on_shared_rank],
+                rank=deployment.ep_rank,
+                here=kinds[deployment.on_shared_rank],
+            ),
+        )
+    if deployment.equal_tokens:
+        return None
+    low, high = deployment.min_tokens, deployment.max_tokens
+    if outside_declared_range(spec.tokens, deployment):
+        reason = "T is {tokens} and the deployment declares {low} to {high} on every rank: the graph refuses to run"
+        return Refusal(make_wording(reason, tokens=spec.tokens, low=low, high=high), TokenRange(low, high))
+    if strict_share_of_one(spec.tp_size, spec.tokens):
+        return Refusal(
+            make_wording(
+                "[block.tp_share] T may be {tp_size} or less, so that a TP rank's share of it may be 1; torch guards on that, "
+                "which T forbids (mark_dynamic), and the other ranks do not know of it: the graph refuses to run (compile "
+                "with more than tp_size tokens first, let the range begin above tp_size, or use dynamic=True)",
+                tp_size=spec.tp_size,
+            ),
+        )
+    return None
+
+
+def judged_calls(
+    implementation: str, form: Form, spec: BlockSpec, deployment: Deployment
+) -> tuple[OperatorCall | Rules, ...]:
+    """Everything whose rules bind a form of an implementation: the deployment, the implementation, and its calls."""
+    own = IMPLEMENTATIONS[implementation].rules(spec, deployment)
+    return (deployment_rules(spec, deployment), own, *form.calls(spec, deployment))
+
+
+def judge(
+    spec: BlockSpec, deployment: Deployment, tokens: Any, prover: Prover, torch_npu: bool | None = None
+) -> Judgement:
+    """The verdict of every implementation for this block.
+
+    Args:
+        tokens: T as the rules see it.
+        prover: what may be taken as known of it, when it is symbolic.
+        torch_npu: whether torch_npu's operators are there; None to look in this process.
+    """
+    loaded = torch_npu_is_loaded() if torch_npu is None else torch_npu
+    premises = Premises(tokens, spec.tokens, prover, loaded)
+    context = call_context(deployment, spec, premises)
+    if spec.quantisation not in EXPERT_FORMATS:  # nothing is known of its calls
+        words = Rules("grouped_mlp", mlp_words(spec))
+        broken = _broken(words, premises, deployment, context)
+        return Judgement({name: Verdict(name, broken) for name in IMPLEMENTATIONS}, premises, context)
+    prepared = _prepare_calls(dataclasses.replace(spec, tokens=None, key=()), deployment)
+    verdicts = {}
+    for name in IMPLEMENTATIONS:
+        verdict = prepared.verdict(name, premises, context)
+        verdicts[name] = verdict if deployment.equal_tokens else _with_declared_range(verdict, deployment)
+    return Judgement(verdicts, premises, context)
+
+
+def _with_declared_range(verdict: Verdict, deployment: Deployment) -> Verdict:
+    """Messages on the declared T say what it was declared to be."""
+    declared = TokenRange(deployment.min_tokens, deployment.max_tokens)
+    violations = tuple(dataclasses.replace(v, declared=declared) if _depends_on_t(v) else v for v in verdict.violations)
+    return dataclasses.replace(verdict, violations=violations)
+
+
+def _depends_on_t(violation: Violation) -> bool:
+    return isinstance(violation.value, sympy.Basic) and _T in violation.value.free_symbols
+
+
+Broken = tuple[Violation, ...]
+
+
+def _broken(call: OperatorCall | Rules, premises: Premises, deployment: Deployment, context: dict[str, Any]) -> Broken:
+    call_quantities = _read(call, premises, deployment, context)
+    return tuple(check(call.operator, deployment.soc, call_quantities, premises.prover, deployment.versions))
+
+
+@functools.lru_cache(maxsize=64)
+def _prepare_calls(spec: BlockSpec, deployment: Deployment) -> _Prepared:
+    """For a block without T: many sizes are tried of one block, and many blocks are equal."""
+    return _Prepared(spec, deployment)
+
+
+class _Prepared:
+    """The calls of every form, and what is broken of those that do not read T."""
+
+    def __init__(self, spec: BlockSpec, deployment: Deployment) -> None:
+        self._spec, self._deployment = spec, deployment
+        self._common = deployment_rules(spec, deployment)
+        self._rules: dict[str, Rules] = {}
+        self._calls: dict[tuple[str, str], tuple[OperatorCall | Rules, ...]] = {}
+        self._fixed: dict[OperatorCall | Rules, Broken] = {}
+
+    def verdict(self, name: str, premises: Premises, context: dict[str, Any]) -> Verdict:
+        """Of the first legal form; of the preferred form when none is. With the forms that the deployment rules out, and
+        those that the first legal one was preferred to for a rule that they break."""
+        first: Verdict | None = None
+        passed = ruled_out = tuple(
+            (form.name, self._all_broken(name, self._calls_of(name, form), premises, context))
+            for form in IMPLEMENTATIONS[name].ruled_out(self._deployment)
+        )
+        for form in IMPLEMENTATIONS[name].forms(self._deployment):
+            calls = (self._common, self._rules_of(name), *self._calls_of(name, form))
+            violations = self._all_broken(name, calls, premises, context)
+            if not violations:
+                return Verdict(name, (), form.name, passed)
+            first = first or Verdict(name, violations, form.name, ruled_out)
+            passed = (*passed, (form.name, violations))
+        assert first is not None
+        return first
+
+    def _calls_of(self, name: str, form: Form) -> tuple[OperatorCall | Rules, ...]:
+        key = name, form.name
+        if key not in self._calls:
+            self._calls[key] = form.calls(self._spec, self._deployment)
+        return self._calls[key]
+
+    def _rules_of(self, name: str) -> Rules:
+        if name not in self._rules:
+            self._rules[name] = IMPLEMENTATIONS[name].rules(self._spec, self._deployment)
+        return self._rules[name]
+
+    def _all_broken(
+        self, name: str, calls: tuple[OperatorCall | Rules, ...], premises: Premises, context: dict[str, Any]
+    ) -> Broken:
+        violations: list[Violation] = []
+        for call in calls:
+            broken = self._broken(call, premises, context)
+            violations += broken
+            if call.operator == name and any(v.quantity in _WHERE for v in broken):
+                break  # its operators are not called then: what they accept is no reason
+        return tuple(dict.fromkeys(violations))
+
+    def _broken(self, call: OperatorCall | Rules, premises: Premises, context: dict[str, Any]) -> Broken:
+        if call.reads_tokens:
+            return _broken(call, premises, self._deployment, context)
+        if call not in self._fixed:
+            self._fixed[call] = _broken(call, premises, self._deployment, context)
+        return self._fixed[call]

@@ -1,0 +1,276 @@
+"""``moe-lowering explain``: what it reads of models, wrong usage, layout, colour, speed and imports."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_explain import BLOCK, answer, command
+
+from moe_lowering.cli.explain.request import IMPLEMENTATIONS as COMMAND_IMPLEMENTATIONS
+from moe_lowering.cli.explain.text import WIDTH
+from moe_lowering.explanation import configs
+from moe_lowering.passes import policy
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.vocabulary import VLLM_POLICIES
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+def config_file(tmp_path, **values):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_flags_override_the_models_values(capfd):
+    block = answer(capfd, "deepseek_v3 --hidden 4096 --experts 128 --topk 4 --intermediate 512 --dtype float16")[1][
+        "block"
+    ]
+    assert [block[k] for k in ("hidden", "experts", "top_k", "intermediate", "dtype")] == [4096, 128, 4, 512, "float16"]
+
+
+@pytest.mark.parametrize(("model", "sizes", "activation"), [
+    ("mixtral", (4096, 14336, 8, 2), "swiglu"),
+    ("qwen3_moe", (2048, 768, 128, 8), "swiglu"),
+    ("gpt_oss", (2880, 2880, 128, 4), "swiglu_oai"),
+    ("deepseek_v4", (4096, 2048, 256, 6), "swiglu_clamp"),
+    ("ernie4_5_moe", (2560, 1536, 64, 6), "swiglu"),
+    ("longcat_flash", (6144, 2048, 512, 12), "swiglu"),
+    ("moe", (7168, 2048, 256, 8), "swiglu"),
+])  # fmt: skip
+def test_model_types(capfd, model, sizes, activation):
+    block = answer(capfd, model)[1]["block"]
+    assert tuple(block[k] for k in ("hidden", "intermediate", "experts", "top_k")) == sizes
+    assert block["activation"] == activation
+
+
+def test_a_config_file_of_a_known_type(capfd, tmp_path):
+    """What the file leaves out has the type's default."""
+    path = config_file(
+        tmp_path, model_type="qwen3_moe", hidden_size=1024, num_experts=64, torch_dtype="float16",
+        quantization_config={"quant_method": "fp8"},
+    )  # fmt: skip
+    _, found = answer(capfd, f"{path} --ep 8")
+    block = found["block"]
+    assert [block[k] for k in ("hidden", "intermediate", "experts", "top_k")] == [1024, 768, 64, 8]
+    assert block["dtype"] == "float16"
+    assert any("quantization_config (fp8) is not read" in text for text in found["assumptions"])
+    assert answer(capfd, f"{path.parent} --ep 8")[1]["block"] == block, "the folder of a checkpoint"
+
+
+def test_a_config_file_of_a_type_that_transformers_does_not_know(capfd, tmp_path):
+    path = config_file(
+        tmp_path, model_type="brand_new", text_config={
+            "hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 1536, "n_routed_experts": 96,
+            "num_experts_per_tok": 6, "hidden_act": "silu", "torch_dtype": "bfloat16",
+        },
+    )  # fmt: skip
+    _, found = answer(capfd, f"{path} --ep 8")
+    assert [found["block"][k] for k in ("hidden", "intermediate", "experts", "top_k")] == [4096, 1536, 96, 6]
+    assert any("'brand_new'" in text for text in found["assumptions"])
+
+
+def test_gates_are_those_that_the_integration_knows():
+    """Every gate of its own that the transformers integration recognises is in the table here, or is the default one."""
+    from moe_lowering.integrations.transformers import _OWN_GATES
+
+    known = {(gate.activation, gate.interleaved) for gate in _OWN_GATES.values() if gate.activation}
+    assert {(gate["activation"], gate.get("interleaved", False)) for gate in configs.GATES.values()} == known
+
+
+# --------------------------------------------------------------------------------------------------------- wrong usage
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ("", "argument MODEL: no model is given: --hidden, --intermediate, --experts, --topk missing; accepted: "),
+    ("--hidden 64 --experts 8", "argument MODEL: no model is given: --intermediate, --topk missing; accepted: "),
+    ("dots1", "argument MODEL: the config of dots1 does not say all sizes: --experts, --topk missing; accepted: "),
+    ("qwen3_mo", r"argument MODEL: is 'qwen3_mo' \(did you mean qwen3_moe"),
+    ("/nowhere/config.json", "argument MODEL: /nowhere/config.json is not a readable config.json"),
+    (f"{BLOCK} --ep 24", "argument --ep: is 24; accepted: a divisor of the number of experts, 256"),
+    (f"{BLOCK} --ep 16 --tp 3", "argument --tp: is 3; accepted: a divisor of --ep, 16"),
+    (f"{BLOCK} --tp 2", "argument --tp: is 2; accepted: a divisor of --ep, 1"),
+    (f"{BLOCK} --topk 257", "argument --topk: is 257; accepted: 1 to the number of experts, 256"),
+    (f"{BLOCK} --why nccl", "argument --why: .*nccl.*allgather.*alltoall.*mc2.*fused_mc2"),
+    (f"{BLOCK} --sweep 1..8", r"argument --sweep: is '1..8'; accepted: tokens=LOW..HIGH with 0 <= LOW <= HIGH"),
+    (f"{BLOCK} --sweep tokens=8..1", r"argument --sweep: is 'tokens=8..1'; accepted: tokens=LOW..HIGH"),
+    (f"{BLOCK} --sweep hidden=1..8", "argument --sweep: is 'hidden=1..8'; accepted: tokens=LOW..HIGH"),
+    (f"{BLOCK} --provider vllm_ascend", "argument --provider: is 'vllm_ascend'; accepted: NAME=VERSION"),
+    (f"{BLOCK} --provider vllm=1", r"argument --provider: is 'vllm=1'; accepted: NAME=VERSION, .*names: vllm_ascend, cann_ops"),
+    (f"{BLOCK} --provider vllm_ascend=new", "argument --provider: is 'vllm_ascend=new'; accepted: NAME=VERSION"),
+    (f"{BLOCK} --provider none --provider vllm_ascend=1", "argument --provider: is none and others; accepted: none alone"),
+    (f"{BLOCK} --comm nccl", "argument --comm: .*nccl.*auto.*allgather.*alltoall.*mc2.*fused_mc2"),
+    (f"{BLOCK} --policy fixed", "argument --policy: is fixed without --comm; accepted: with --comm {allgather,alltoall,"),
+    (f"{BLOCK} --policy fixed --comm auto", "argument --policy: is fixed without --comm; accepted: with --comm {allg"),
+    (f"{BLOCK} --comm mc2 --policy vllm_ascend_main", "argument --policy: is vllm_ascend_main with --comm mc2, .*: fixed, or"),
+    (f"{BLOCK} --cann new", "argument --cann: is 'new'; accepted: a version such as"),
+    (f"{BLOCK} --tokens -1", "argument --tokens: "),
+    (f"{BLOCK} --tokens many", "argument --tokens: is 'many'; accepted: an integer from 0 to"),
+    (f"{BLOCK} --buffer-mb 0", "argument --buffer-mb: is '0'; accepted: an integer from 1 to"),
+    (f"{BLOCK} --soc H100", "argument --soc: .*H100.*A2.*A3.*A5.*310P"),
+    (f"{BLOCK} --quant int8", "argument --quant: .*int8.*none.*w8a8.*w4a8.*w4a16"),
+    (f"{BLOCK} --policy best", "argument --policy: .*best.*auto.*vllm_ascend_0_13.*vllm_ascend_main"),
+    (f"{BLOCK} --dtype int8", "argument --dtype: .*int8.*float32.*float16.*bfloat16"),
+    (f"{BLOCK} --weight-format nz16", "argument --weight-format: .*nz16.*nd.*nz"),
+    (f"{BLOCK} --color blue", "argument --color: .*blue.*auto.*always.*never"),
+    (f"{BLOCK} --unequal-tokens", "argument --max-tokens: is not given, and --unequal-tokens needs it; accepted: 1 or more"),
+    (f"{BLOCK} --unequal-tokens --max-tokens 8 --tokens 9", "argument --tokens: is 9; accepted: 1 to --max-tokens, 8"),
+    (f"{BLOCK} --unequal-tokens --max-tokens 8 --sweep tokens=0..8", "argument --sweep: starts at 0; accepted"),
+    ("gpt_oss --quant w8a8", "argument --quant: is w8a8, and the experts of gpt_oss have biases; accepted: none, as"),
+    (f"{BLOCK} --hidde 8", "unrecognized arguments: --hidde"),
+])  # fmt: skip
+def test_wrong_usage_is_one_line_and_code_2(capfd, given, message):
+    code, out, err = command(capfd, given)
+    assert (code, out) == (2, "")
+    assert re.match(rf"moe-lowering: error: {message}", err), err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"text_config": 3}'])
+def test_an_unreadable_config_is_wrong_usage(capfd, tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    code, _, err = command(capfd, str(path))
+    assert code == 2
+    assert err.startswith("moe-lowering: error: argument MODEL: ")
+    assert err.count("\n") == 1
+
+
+def test_an_activation_that_no_block_has_is_wrong_usage(capfd, tmp_path):
+    path = config_file(tmp_path, model_type="qwen3_moe", hidden_act="relu2")
+    code, _, err = command(capfd, str(path))
+    assert code == 2
+    assert f"the activation of {path} is relu2, which the pass does not know; accepted: silu" in err
+
+
+# --------------------------------------------------------------------------------------------------------------- layout
+
+REPORTS = [
+    f"{BLOCK} --ep 16 --tokens 600 --dtype float32 --buffer-mb 10",
+    "gpt_oss --ep 8 --unequal-tokens --max-tokens 4096",
+    f"{BLOCK} --ep 16 --provider none --buffer-mb 200 --sweep tokens=1..8192 --why mc2",
+    f"{BLOCK} --soc 310P --quant w4a16 --policy vllm_ascend_main --provider cann_ops_transformer=9.1.0",
+    f"{BLOCK} --ep 64 --why fused_mc2 --provider none",
+    f"{BLOCK} --ep 16 --comm mc2 --tokens 600 --hierarchy --no-capture",
+    f"{BLOCK} --ep 16 --tp 2 --unequal-tokens --max-tokens 600 --no-capture --policy fixed --comm alltoall",
+]
+
+
+@pytest.mark.parametrize("given", REPORTS)
+def test_reports_fit_in_100_columns(capfd, given):
+    _, out, _ = command(capfd, given)
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert not any(line != line.rstrip() for line in lines), "no blanks at the end of a line"
+
+
+def test_a_long_path_fits_too(capfd, tmp_path):
+    folder = tmp_path / ("a" * 120)
+    folder.mkdir()
+    _, out, _ = command(capfd, str(config_file(folder, model_type="mixtral")))
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_no_colour_unless_on_a_terminal_or_asked(capfd, monkeypatch):
+    given = f"{BLOCK} --ep 64"
+    plain = command(capfd, given)[1]
+    assert "\033" not in plain
+    assert command(capfd, f"{given} --color never")[1] == plain
+    painted = command(capfd, f"{given} --color always")[1]
+    assert "\033[31m" in painted
+    assert re.sub(r"\033\[\d+m", "", painted) == plain
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\033" in command(capfd, given)[1]
+    assert "\033" not in command(capfd, f"{given} --json")[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert command(capfd, given)[1] == plain
+
+
+def test_the_report_says_it_all(capfd):
+    _, out, _ = command(capfd, f"{BLOCK} --ep 16 --tokens 128 --buffer-mb 200")
+    for text in (
+        "MoE block on A3: 128 tokens on a rank",
+        "hidden 7168, intermediate 2048, 256 experts (16 per rank), top 8, bfloat16, swiglu",
+        "EP 16, TP 1, HCCL_BUFFSIZE 200 MB",
+        "not mc2           [mc2.buffer]",
+        "advice: ",
+        "source: ",
+        "choice            fused_mc2 (cheapest at 128 tokens",
+        "vllm_ascend 0.23.0 is installed",
+    ):
+        assert text in re.sub(r",\s+", ", ", out)
+    assert re.search(r"^  allgather +legal +\d+ us$", out, re.M)
+    assert re.search(r"^  mc2 +refused: 1 rule +\d+ us$", out, re.M)
+    assert re.search(r"^  fused_mc2 +legal, dispatch_ffn_combine +\d+ us  chosen$", out, re.M)
+    assert "sizes T = 128; capacity 128 per TP rank; a rank receives up to 16384 rows; max_output_size 16384" in (
+        re.sub(r"\s+", " ", out)
+    )
+    # 2 * 128 * 8 * 7168 bytes in a third of 200 MB
+    assert "[fused.window] 14680064 of 69905066 bytes (a third of HCCL_BUFFSIZE)" in re.sub(r"\s+", " ", out)
+
+
+def test_readme_shows_what_the_command_prints(capfd):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    given = re.search(r"moe-lowering explain (.*--sweep \S+)", readme)[1]
+    printed = command(capfd, given)[1].split("ends because of\n")[1].split("\n\n")[0]
+    assert re.sub(r"\s+", " ", printed) in re.sub(r"\s+", " ", readme)
+
+
+# ------------------------------------------------------------------------------------------------- names, speed, imports
+
+
+def test_names_are_those_of_the_pass():
+    assert tuple(IMPLEMENTATIONS) == COMMAND_IMPLEMENTATIONS
+    assert set(policy._CHOOSERS) == set(VLLM_POLICIES)
+    assert WIDTH == 100
+
+
+def test_a_description_takes_milliseconds_and_no_transformers():
+    code = f"""
+import sys, time
+from moe_lowering import cli
+import moe_lowering.cli.explain.command
+started = time.process_time()
+assert cli.main("explain {BLOCK} --ep 16 --sweep tokens=1..8192".split()) == 0
+assert time.process_time() - started < 0.8, time.process_time() - started
+assert not {{"transformers", "torch_npu", "torch._dynamo"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_models_config_is_read_without_building_anything():
+    """transformers' configs alone: neither torch._dynamo nor a model's code. The limit leaves a slow core room."""
+    code = """
+import sys, time
+import transformers, transformers.models
+from moe_lowering import cli
+import moe_lowering.cli.explain.command
+started = time.process_time()
+assert cli.main("explain deepseek_v3 --ep 16 --tokens 128".split()) == 0
+assert time.process_time() - started < 1.0, time.process_time() - started
+loaded = {"torch_npu", "torch._dynamo", "moe_lowering.layers", "transformers.models.deepseek_v3.modeling_deepseek_v3"}
+assert not loaded & sys.modules.keys(), loaded & sys.modules.keys()
+"""
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_needs_no_torch(capfd):
+    started = time.perf_counter()
+    code = (
+        "import sys; from moe_lowering import cli\n"
+        "try: cli.main(['explain', '--help'])\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--sweep tokens=LOW..HIGH" in done.stdout
+    assert time.perf_counter() - started < 5

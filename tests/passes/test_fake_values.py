@@ -1,0 +1,93 @@
+"""Copies of fake values, and what happens on a torch whose FakeTensor keeps more than is copied."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from moe_lowering.passes import fake_values
+from moe_lowering.passes.fake_values import Template
+
+
+@pytest.fixture
+def fresh():
+    """The question is asked anew, before and after."""
+    fake_values._copies_are_whole.cache_clear()
+    yield
+    fake_values._copies_are_whole.cache_clear()
+
+
+def _value() -> FakeTensor:
+    with FakeTensorMode():
+        return torch.empty(4, 6, dtype=torch.bfloat16).t()
+
+
+def _kept_in_a_slot():
+    class Slotted(FakeTensor):
+        __slots__ = ("origin",)
+
+        @staticmethod
+        def __new__(cls, *args, **kwargs):
+            self = FakeTensor.__new__(cls, *args, **kwargs)
+            self.origin = "constructor"
+            return self
+
+    return Slotted
+
+
+def _kept_in_c_plus_plus():
+    class Graded(FakeTensor):
+        @staticmethod
+        def __new__(cls, mode, elem, device):
+            return FakeTensor.__new__(cls, mode, elem.requires_grad_(True), device)
+
+    return Graded
+
+
+def _of_other_dispatch_keys():
+    class Elsewhere(FakeTensor):
+        @staticmethod
+        def __new__(cls, mode, elem, device):
+            return FakeTensor.__new__(cls, mode, elem, torch.device("meta" if mode.allow_meta else "xla:0"))
+
+    return Elsewhere
+
+
+def test_this_torch_copies(fresh):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy = Template.of(value := _value()).copy()
+    assert fake_values._copies_are_whole()
+    assert (copy.shape, copy.stride(), copy.dtype, copy.device) == (
+        value.shape, value.stride(), value.dtype, value.device,
+    )  # fmt: skip
+    assert copy.untyped_storage()._cdata != value.untyped_storage()._cdata
+
+
+@pytest.mark.parametrize(
+    ("twin", "lost"),
+    [
+        (_kept_in_a_slot, "slot origin"),
+        (_kept_in_c_plus_plus, "requires_grad"),
+        (_of_other_dispatch_keys, "dispatch keys"),
+    ],
+)
+def test_state_outside_of_dict_makes_the_constructor_take_over(fresh, monkeypatch, twin, lost):
+    monkeypatch.setattr(fake_values, "FakeTensor", twin())
+    template = Template.of(_value())
+    with pytest.warns(RuntimeWarning, match=f"slower: copies lack .*{lost}") as caught:
+        copies = [template.copy(), template.copy()]
+    assert len(caught) == 1
+    assert all(type(copy) is fake_values.FakeTensor for copy in copies)
+    assert getattr(copies[1], "origin", "constructor") == "constructor"
+
+
+def test_what_torch_took_away_makes_the_constructor_take_over(fresh, monkeypatch):
+    monkeypatch.setattr(fake_values, "_copy_state", lambda meta, device, state: state["gone"])
+    template = Template.of(_value())
+    with pytest.warns(RuntimeWarning, match="slower: copies lack KeyError: 'gone'"):
+        copy = template.copy()
+    assert (type(copy), copy.shape, copy.device) == (FakeTensor, (6, 4), torch.device("cpu"))

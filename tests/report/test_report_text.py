@@ -1,0 +1,141 @@
+"""The report as text: width, grouping of equal blocks, and what a refused block shows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from moe_lowering.limits import Citation, TokenRange, Violation
+from moe_lowering.limits.wording import Accepted, Bound
+from moe_lowering.report.module_names import names
+from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
+from moe_lowering.report.text import WIDTH, missing_values, render
+
+OPS = ("moe_lowering.dispatch", "moe_lowering.grouped_mlp", "moe_lowering.combine")
+
+
+WORDS, FLAG = Accepted(one_of=("bfloat16",)), Accepted(one_of=(False,))
+SMALL = Accepted(min=Bound(1, "1"), max=Bound(3, "3"))
+RANGE = Accepted(min=Bound(1024, "1024"), max=Bound(8192, "8192"))
+
+
+def source(title: str) -> tuple[Citation, ...]:
+    return (Citation(title, title, "", "", title),)
+
+
+def violation(code: str = "mc2.hidden", says: str = "", value: int = 64) -> Violation:
+    return Violation(code, "mc2", "hidden", value, RANGE, source("a source"), says, "use AllGather")
+
+
+def block(name: str, comm: str | None = "allgather", violations: tuple[Violation, ...] = (violation(),)) -> BlockReport:
+    verdicts = {"allgather": Verdict("allgather"), "mc2": Verdict("mc2", violations)}
+    after = ("npu.npu_grouped_matmul",) * 6 if comm else OPS
+    return BlockReport(name, comm, "a reason", OPS, after, verdicts)
+
+
+def report(*blocks: BlockReport, unrecognised: tuple[tuple[str, str], ...] = ()) -> LoweringReport:
+    return LoweringReport(blocks, unrecognised, 100, 120, 3.25)
+
+
+def test_equal_blocks_are_shown_once_with_their_count():
+    text = render(report(*(block(f"model.layers.{i}.mlp.experts") for i in range(3, 61))))
+    assert text.count("implementation") == 1
+    assert "model.layers.{3-60}.mlp.experts  x58" in text
+    assert "58 MoE blocks; 100 graph nodes became 120; the pass took 3.2 ms" in text
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        block("layers.1", comm=None),
+        block("layers.1", violations=()),
+        block("layers.1", violations=(violation(value=65),)),
+    ],
+    ids=["comm", "verdict", "message"],
+)
+def test_blocks_that_differ_are_shown_apart(other: BlockReport):
+    assert render(report(block("layers.0"), other)).count("implementation") == 2
+
+
+def test_a_refused_block_shows_no_operators_after_and_every_violation():
+    violations = (violation(), violation("mc2.dtype", "dtype is float32; accepted: bfloat16"))
+    text = render(report(block("layers.0", comm=None, violations=violations)))
+    assert "NOT LOWERED (a reason)" in text
+    assert "after (" not in text
+    assert "[mc2.hidden]" in text and "[mc2.dtype]" in text and "(use AllGather; source 1)" in text
+
+
+def test_a_rule_broken_at_both_ends_of_an_exchange_is_shown_once():
+    text = render(report(block("layers.0", violations=(violation(), violation(says="combine: hidden is 64")))))
+    assert text.count("[mc2.hidden]") == 1
+
+
+def test_no_line_is_wider_than_the_report():
+    long = " ".join(["word"] * 80)
+    text = render(
+        report(
+            *(block(f"model.layers.{i}.mlp.experts", violations=(violation(says=long),)) for i in (0, 2)),
+            unrecognised=(("model.layers.1.mlp", long),),
+        )
+    )
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "model.layers.{0,2}.mlp.experts" in text and "not recognised" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["a.0.b"], "a.0.b"),
+        (["a.0.b", "a.1.b", "a.5.b"], "a.{0-1,5}.b"),
+        (["a.0.b.0", "a.1.b.1"], "a.0.b.0, a.1.b.1"),
+        (["a.0.b", "c.1.b"], "a.0.b, c.1.b"),
+        (["a.0", "b"], "a.0, b"),
+    ],
+)
+def test_names_are_joined_when_one_number_varies(given: list[str], shown: str):
+    assert names(given) == shown
+
+
+def test_sources_are_listed_once_each_at_the_end():
+    violations = (
+        violation(),
+        Violation("mc2.dtype", "mc2", "x_dtype", "float32", WORDS, source("another source"), "wrong dtype"),
+        Violation("mc2.mode", "mc2", "capture", True, FLAG, source("a source"), "captured"),
+    )
+    text = render(report(*(block(f"layers.{i}", violations=violations[: i + 2]) for i in range(2))))
+    body, listed = text.split("sources of the broken rules\n")
+    assert listed.split() == ["source", "1", "a", "source", "source", "2", "another", "source"]
+    assert body.count("source 1)") == 3 and body.count("source 2)") == 2
+    assert "(use AllGather; source 1)" in body
+    assert "sources" not in render(report(block("layers.0", violations=())))
+
+
+def test_value_and_limit_are_shown_where_the_message_does_not_hold_them():
+    said, value_only, neither = (
+        Violation("a.b", "mc2", "size", 5, SMALL, source("s"), says) for says in ("", "5 is too much", "too much")
+    )
+    flag = Violation("a.b", "mc2", "capture", True, FLAG, source("s"), "captured")
+    assert [missing_values(v) for v in (said, value_only, neither, flag)] == [
+        "",
+        "; limit 1 to 3",
+        "; value 5, limit 1 to 3",
+        "",
+    ]
+
+
+def test_blocks_of_different_sizes_are_shown_apart_and_the_enforced_range_once():
+    checked = dataclasses.replace(
+        block("layers.0"), ops_after=("moe_lowering.assert_tokens", "npu.npu_swiglu"), enforced=TokenRange(1, 8)
+    )
+    same = dataclasses.replace(checked, name="layers.1", ops_after=("npu.npu_swiglu",))
+    text = render(report(checked, same))
+    assert text.count("implementation") == 1
+    assert text.count("moe_lowering.assert_tokens: refuses to run outside of 1 <= T <= 8") == 1
+    assert render(report(checked, dataclasses.replace(same, enforced=TokenRange(1, 9)))).count("implementation") == 2
+
+
+def test_a_report_without_a_graph_says_so():
+    text = render(LoweringReport((block("layers.0", comm=None),), (), 0, 0, 0.0))
+    assert text.startswith("1 MoE block, judged from the command's options alone")
+    assert "graph nodes" not in text

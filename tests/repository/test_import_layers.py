@@ -1,0 +1,154 @@
+"""Which part of the package imports which: the table of docs/architecture.md, no more and no less, and nothing in a circle.
+
+A part is a folder or a file of ``moe_lowering``. Imports within functions count; those for type checkers (``if TYPE_CHECKING``)
+do not, and neither do the lazy public names of ``moe_lowering/__init__.py``, which nothing in the package may use.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import graphlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "moe_lowering"
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path.read_text()
+    for path in (ROOT / PACKAGE).rglob("*.py")
+}
+
+
+def statements(node):
+    """Every import statement under a node that is executed."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        yield from statements(child)
+
+
+@functools.cache
+def imports(text):
+    """(module, name of it, or "") of everything that a source imports."""
+    found = []
+    for statement in statements(ast.parse(text)):
+        assert not getattr(statement, "level", 0), f"a relative import: {ast.unparse(statement)}"
+        for alias in statement.names:
+            whole = isinstance(statement, ast.Import)
+            found.append((alias.name, "") if whole else (statement.module, alias.name))
+    return found
+
+
+def module_graph(sources):
+    """Which modules import which; a name that is a module is that one, and any other its module's."""
+    graph = {}
+    for importer, text in sources.items():
+        targets = {f"{module}.{name}" if f"{module}.{name}" in sources else module for module, name in imports(text)}
+        graph[importer] = (targets & sources.keys()) - {importer}
+    return graph
+
+
+def part(module):
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def arrows(sources):
+    """(part, part that it imports): an example."""
+    graph = module_graph(sources)
+    return {
+        (part(a), part(b)): f"{a} imports {b}" for a in sorted(graph) for b in sorted(graph[a]) if part(a) != part(b)
+    }
+
+
+def circle(sources):
+    try:
+        graphlib.TopologicalSorter(module_graph(sources)).prepare()
+    except graphlib.CycleError as error:
+        return " -> ".join(error.args[1])
+    return ""
+
+
+def table():
+    """(the parts on the ground; parts above it from the top floor down, each with the parts above the ground that it imports)."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    section = text.split("## What may import what")[1].split("\n## ")[0]
+    rows = [
+        re.findall(r"`(\w+)`", cell) for cell in re.findall(r"^\| (.+) \| (.+) \|$", section, re.M)[1:] for cell in cell
+    ]
+    ground, above = rows[-2], rows[:-2]
+    return set(ground), {name: set(may) for (name,), may in zip(above[::2], above[1::2], strict=True)}
+
+
+def differences(sources):
+    """What the table does not say of the imports, or says and is not so."""
+    ground, above = table()
+    floors = list(above)
+    found = []
+    real = arrows(sources)
+    for (a, b), example in real.items():
+        if b not in ground and (a in ground or b not in above.get(a, ())):
+            found.append(f"{example}: not in the table")
+    for a, may in above.items():
+        found += [f"{a} imports {b}, says the table, and no module does" for b in sorted(may) if (a, b) not in real]
+        found += [f"{a} imports {b}: upwards" for b in sorted(may & above.keys()) if floors.index(b) <= floors.index(a)]
+    parts = {part(module) for module in sources} - {"__init__"}
+    return found + [f"{name}: in one of the table and the package" for name in sorted(parts ^ ground ^ above.keys())]
+
+
+def new(sources):
+    """The differences that the package as it is does not have."""
+    return [difference for difference in differences(sources) if difference not in differences(SOURCES)]
+
+
+def test_nothing_imports_in_a_circle():
+    assert circle(SOURCES) == ""
+
+
+def test_the_table_is_what_the_imports_are():
+    assert differences(SOURCES) == []
+
+
+def test_the_lazy_names_are_for_users():
+    assert [a for a, found in module_graph(SOURCES).items() if PACKAGE in found] == []
+
+
+def test_who_uses_the_simulator_and_what_it_uses():
+    """Beside the table, which could be changed in passing."""
+    real = arrows(SOURCES)
+    ground, _ = table()
+    assert {a for a, b in real if b == "simulator"} == {"testing", "matrix", "cli"}
+    assert {b for a, b in real if a == "simulator"} - ground == {"limits"}
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("from toy import b", "toy.a -> toy.b -> toy.a"),
+    ("import toy.b", "toy.a -> toy.b -> toy.a"),
+    ("def f():\n    from toy.b import name", "toy.a -> toy.b -> toy.a"),
+    ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import toy.b", ""),
+    ("'import toy.b'", ""),
+])  # fmt: skip
+def test_a_circle_is_seen(text, says):
+    found = circle({"toy": "", "toy.a": text, "toy.b": "from toy.a import name"})
+    assert sorted(found.split(" -> ")[1:]) == sorted(says.split(" -> ")[1:])
+
+
+@pytest.mark.parametrize(("module", "text", "says"), [
+    ("moe_lowering.limits", "def f():\n    from moe_lowering.passes import blocks", "not in the table"),
+    ("moe_lowering.simulator", "import moe_lowering.passes.pipeline", "not in the table"),
+    ("moe_lowering.vocabulary", "from moe_lowering.deployment import Deployment", "not in the table"),
+    ("moe_lowering.upstairs", "", "upstairs: in one of the table and the package"),
+])  # fmt: skip
+def test_an_arrow_that_the_table_does_not_have_is_seen(module, text, says):
+    (found,) = new({**SOURCES, module: f"{SOURCES.get(module, '')}\n{text}"})
+    assert says in found
+
+
+def test_an_arrow_that_only_the_table_has_is_seen():
+    assert new({**SOURCES, "moe_lowering.matrix.runner": ""}) == [
+        "matrix imports testing, says the table, and no module does"
+    ]
