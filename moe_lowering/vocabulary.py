@@ -1,6 +1,6 @@
 """The words of a deployment and of a block, each once, with what belongs to it. Without torch, so that commands start fast.
 
-A word that is not here is refused (``words.look_up``). What a new word needs beside its line here stands in
+A word that is not here is refused (``lookup.look_up``). What a new word needs beside its line here stands in
 ``docs/architecture.md``, "Where to add".
 """
 

@@ -4,7 +4,7 @@ Contract. A block is ``dispatch -> grouped_mlp -> combine`` of our generic opera
 - dispatched rows, their scale and the handle are read by the next stage only (counts may be read elsewhere too);
 - the grouped MLP's result is read by ``combine`` only;
 - both ends name the same ids, mask, group, sizes and token bound;
-- nothing that it reads, and no counts, are written in place between its first and its last stage (``writes``).
+- nothing that it reads, and no counts, are written in place between its first and its last stage (``memory_effects``).
 Everything else that contains a generic operator is left alone and returned with what was seen.
 Source: here.architecture: the operators' schemas.
 """
