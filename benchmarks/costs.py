@@ -17,13 +17,14 @@ simulator.enable()
 
 from layers import LayerSizes, emitted, lower_layer  # noqa: E402
 
+from moe_lowering.custom_ops.fused import FORMATS as FUSED_FORMATS  # noqa: E402
 from moe_lowering.passes.implementations import IMPLEMENTATIONS  # noqa: E402
 from moe_lowering.report.graph_costs import Cost, total_cost  # noqa: E402
 from moe_lowering.vocabulary import EXPERT_FORMATS  # noqa: E402
 
 PAGE = Path(__file__).parents[1] / "docs" / "costs.md"
 EP_SIZES = (16, 32)
-NO_SUCH = {("fused_mc2", "w4a16")}  # int32 weights are W4A8 to the fused operators
+NO_SUCH = {("fused_mc2", name) for name in EXPERT_FORMATS if name not in FUSED_FORMATS}
 HEAD = (
     "EP", "weights", "implementation", "kernels", "exchanges", "MB moved", "MB outside of exchanges", "once per graph",
 )  # fmt: skip

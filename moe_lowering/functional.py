@@ -34,7 +34,6 @@ assert _custom_ops
 _Weights = Tensor | Sequence[Tensor]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 _COUNTS = 1  # Ascend's group_list_type: rows of each expert, not prefix sums
-_PACKED = ("w4a8", "w4a16")
 
 
 def route(
@@ -356,7 +355,7 @@ def _matrices(name: str, weights: _Weights, need_trans: bool, quantisation: str)
     """Weights as a list, each [(E_local,) K, N]."""
     if not need_trans:
         return _as_list(weights)
-    if quantisation in _PACKED:
+    if EXPERT_FORMATS[quantisation].packed > 1:
         raise ValueError(
             f"moe_experts: need_trans is True for {name} of {quantisation}; accepted: False, as packed int4 cannot be "
             "transposed"

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from moe_lowering.argument_checks import require_choice, require_instance, require_integer
 from moe_lowering.custom_ops.quantised import PER_INT32, dequantise_weight, float_scale, quantise_rows, unpack_int4
 from moe_lowering.layers import MoE, moe_modules, refuse_lists, warn_of_other_implementations
-from moe_lowering.lookup import look_up
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 __all__ = [
@@ -74,25 +73,29 @@ def quantise_weight(
     require_instance("quantise_weight", "w", w, Tensor, "a tensor [..., K, N]")
     scale_dtype = _scale_dtype(w, format, scale_dtype)
     _check_weight(w, format, group_size)
-    if format == "w4a16":
+    form = EXPERT_FORMATS[format]
+    half = 2 ** (form.bits - 1)
+    if form.has_offset:
         lines = group_size or w.shape[-2]
         groups = w.float().reshape(*w.shape[:-2], w.shape[-2] // lines, lines, w.shape[-1])
         low, high = groups.amin(-2, keepdim=True).clamp(max=0), groups.amax(-2, keepdim=True).clamp(min=0)
-        scale = _not_zero((high - low) / 15, scale_dtype)
-        offset = (low / scale).round() + 8
-        whole = ((groups / scale).round() - offset).clamp(-8, 7).flatten(-3, -2)
+        scale = _not_zero((high - low) / (2**form.bits - 1), scale_dtype)
+        offset = (low / scale).round() + half
+        whole = ((groups / scale).round() - offset).clamp(-half, half - 1).flatten(-3, -2)
         scale, offset = (values.to(scale_dtype).squeeze(-2) for values in (scale, offset))
         if group_size is None:
             scale, offset = scale.squeeze(-2), offset.squeeze(-2)
-        return QuantisedWeight(format, pack_int4(whole.to(torch.int8)), scale, offset)
-    largest = look_up({"w8a8": 127, "w4a8": 7}, format, "quantise_weight: format")
-    scale = _not_zero(w.float().abs().amax(-2, keepdim=True) / largest, scale_dtype)
-    whole = (w.float() / scale).round().clamp(-largest, largest)
+        return QuantisedWeight(format, _store(whole, format), scale, offset)
+    scale = _not_zero(w.float().abs().amax(-2, keepdim=True) / (half - 1), scale_dtype)
+    whole = (w.float() / scale).round().clamp(1 - half, half - 1)
     column = scale.squeeze(-2).to(scale_dtype)
-    if format == "w8a8":
-        return QuantisedWeight(format, whole.to(torch.int8), column)
-    bias = _SCALE_BIAS * (whole.double() * scale.double()).sum(-2)
-    return QuantisedWeight(format, pack_int4(whole.to(torch.int8)), column, scale_bias=bias.float())
+    bias = _SCALE_BIAS * (whole.double() * scale.double()).sum(-2) if form.has_scale_bias else None
+    return QuantisedWeight(format, _store(whole, format), column, scale_bias=None if bias is None else bias.float())
+
+
+def _store(whole: Tensor, format: str) -> Tensor:
+    """Whole numbers as the format keeps them."""
+    return pack_int4(whole.to(torch.int8)) if EXPERT_FORMATS[format].packed > 1 else whole.to(torch.int8)
 
 
 def dequantise(quantised: QuantisedWeight) -> Tensor:
@@ -233,7 +236,8 @@ def _quantise(module: nn.Module, format: str, group_size: int | None) -> None:
     for name in _names(module):
         weights = _matrices(module, name).detach()
         second = name in _names(module)[1::2]
-        scale_dtype = torch.bfloat16 if second and format == "w8a8" and weights.dtype == torch.bfloat16 else None
+        halves = second and "bfloat16" in EXPERT_FORMATS[format].scale_dtypes and weights.dtype == torch.bfloat16
+        scale_dtype = torch.bfloat16 if halves else None
         # one expert at a time: the float32 copies of all would be several times as large as the weights
         parts = [quantise_weight(w, format, scale_dtype=scale_dtype, group_size=group_size) for w in weights.unbind(0)]
         setattr(module, name, _parameter([part.weight for part in parts]))
@@ -253,12 +257,13 @@ def _scale_dtype(w: Tensor, format: str, requested: torch.dtype | None) -> torch
     """The dtype of scales; ``wanted``, or the format's own when that is None."""
     require_choice("quantise_weight", "format", format, FORMATS)
     require_instance("quantise_weight", "scale_dtype", requested, (torch.dtype, type(None)), "a torch.dtype, or None")
-    accepted = {"w8a8": (torch.float32, torch.bfloat16), "w4a8": (torch.float32,), "w4a16": _HALVES}[format]
-    chosen = requested or (w.dtype if format == "w4a16" else torch.float32)
+    names = (name for name in EXPERT_FORMATS[format].scale_dtypes if name != "int64")  # bits: see scale_bits
+    accepted = tuple(getattr(torch, name) for name in names) or _HALVES
+    chosen = requested or (torch.float32 if torch.float32 in accepted else w.dtype)
     if chosen not in accepted:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
+        shown = " or ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
         source = "scale_dtype" if requested else "scale_dtype is None and w"
-        raise TypeError(f"quantise_weight: {source} is {chosen} for {format}; accepted: {names}")
+        raise TypeError(f"quantise_weight: {source} is {chosen} for {format}; accepted: {shown}")
     return chosen
 
 
@@ -268,13 +273,13 @@ def _check_weight(w: Tensor, format: str, group_size: int | None) -> None:
             f"quantise_weight: w is {w.dtype} of shape {list(w.shape)}; accepted: float32, float16, bfloat16 [..., K, N], "
             "K 1 or more"
         )
-    if format != "w8a8" and w.shape[-1] % PER_INT32:
+    if EXPERT_FORMATS[format].packed > 1 and w.shape[-1] % PER_INT32:
         raise ValueError(f"quantise_weight: w has {w.shape[-1]} columns for {format}; accepted: a multiple of 8")
     if _readable(w) and not bool(w.isfinite().all()):  # int8 has no NaN: it would become some number
         raise ValueError("quantise_weight: w has NaN or infinity; accepted: finite weights")
     if group_size is None:
         return
-    if format != "w4a16":
+    if not EXPERT_FORMATS[format].weight_only:
         raise ValueError(
             f"quantise_weight: group_size is {group_size} for {format}; accepted: None; only w4a16 has groups"
         )

@@ -1,7 +1,7 @@
 """The words of a deployment and of a block, each once, with what belongs to it. Without torch, so that commands start fast.
 
 A word that is not here is refused (``lookup.look_up``). What a new word needs beside its line here stands in
-``docs/architecture.md``, "Where to add".
+``docs/adding.md``.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ class ExpertFormat:
             int4 weights with int8 rows need).
         bits_of_scales: ``npu_grouped_matmul`` takes float32 scales as their bits in int64.
         scale_dtypes: of scales, as torch spells them; () for those of the activations, or none.
+        snr_floor: the least signal-to-noise ratio, in dB, of a token's result against float64 with dequantised weights
+            (measured; ``docs/matrix.md``).
     """
 
     name: str
@@ -115,6 +117,7 @@ class ExpertFormat:
     has_scale_bias: bool = False
     bits_of_scales: bool = False
     scale_dtypes: tuple[str, ...] = ()
+    snr_floor: float = 42.0
 
     @property
     def quantised(self) -> bool:
@@ -136,7 +139,15 @@ EXPERT_FORMATS = {
     record.name: record
     for record in (
         ExpertFormat("none", "none"),
-        ExpertFormat("w8a8", "w8a8_dynamic", 8, "int8", int8_rows=True, scale_dtypes=("float32", "bfloat16", "int64")),
+        ExpertFormat(
+            "w8a8",
+            "w8a8_dynamic",
+            8,
+            "int8",
+            int8_rows=True,
+            scale_dtypes=("float32", "bfloat16", "int64"),
+            snr_floor=28.0,
+        ),
         ExpertFormat(
             "w4a8",
             "w4a8",
@@ -146,8 +157,9 @@ EXPERT_FORMATS = {
             has_scale_bias=True,
             bits_of_scales=True,
             scale_dtypes=("float32", "int64"),
+            snr_floor=28.0,
         ),
-        ExpertFormat("w4a16", "w4a16", 4, "int32", has_offset=True),
+        ExpertFormat("w4a16", "w4a16", 4, "int32", has_offset=True, snr_floor=40.0),
     )
 }
 

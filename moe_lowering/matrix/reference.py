@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_lowering.matrix.cells import EXPERTS, TOKENS, Inputs, Scenario, expert_weights, token_bank
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 # The least signal-to-noise ratio, in dB, of a token's result: 10 log10(sum of squares of the reference / of the error).
 # Noise of single roundings relative to the signal, measured on normally distributed values:
@@ -22,7 +23,7 @@ from moe_lowering.matrix.cells import EXPERTS, TOKENS, Inputs, Scenario, expert_
 #   to int8 by row, scale max / 127: -42 dB for x (1,024 values, the largest 3.5 sigma), -36 dB for activated values (512 values,
 #     the largest 7.5 sigma, -31 dB for the worst token's 12.6 sigma). int4 weights are read exactly.
 # Floors stand about 3 dB below what the worst token of all cells has; the scales of another expert cost 10 dB.
-FLOORS = {"none": 42.0, "w8a8": 28.0, "w4a8": 28.0, "w4a16": 40.0}
+FLOORS = {form.name: form.snr_floor for form in EXPERT_FORMATS.values()}
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from graph_runs import many_cases
 from torch import Tensor
 
 from moe_lowering import MoeLowering, simulator
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 # A gap below which rounding to float32 may change the choice of an expert.
 DECISIVE = 1e-5
@@ -156,7 +157,7 @@ class Data:
     def _differs(self, index: int, y: Tensor, expected: Tensor) -> list[str]:
         if y.dtype != self.case.dtype:
             return [f"block {index}: y is {y.dtype}"]
-        if self.case.blocks[index].quantisation in ("w8a8", "w4a8"):
+        if EXPERT_FORMATS[self.case.blocks[index].quantisation].int8_rows:
             ratio = graph_quantised.ratio(y, expected)
             return [] if ratio >= graph_quantised.FLOOR else [f"block {index}: signal-to-noise {ratio:.1f} dB"]
         error = reference.relative_error(y, expected)

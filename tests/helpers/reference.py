@@ -95,6 +95,8 @@ def gated(hidden: Tensor, activation: str, limit: float, alpha: float, interleav
         return gate / (1 + torch.exp(-alpha * gate)) * (up + 1)
     if activation == "gelu":
         return gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2))) * up
+    if activation != "gelu_tanh":
+        raise ValueError(f"reference: no formula for activation {activation!r}")
     inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
     return 0.5 * gate * (1 + torch.tanh(inner)) * up
 

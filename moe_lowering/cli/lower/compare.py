@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from moe_lowering.cli.lower.models import OWN_SCALE, MoeStack, logits
 from moe_lowering.layers import MoE, is_experts_module
 from moe_lowering.quantisation import dequantise, quantise_weight
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 # Largest accepted max|a - b| / max|b|. Both sides round every stage to the dtype, but not at the same places: measured
 # are up to 6e-7 in float32 and 1.2e-2 in bfloat16 (float16 has 8 times finer steps), over seven models. A block that
@@ -31,8 +32,9 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 MAX_REROUTED = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.2}
 # Lowest accepted signal-to-noise ratio in dB with quantised experts, against the same weights dequantised. int8 rows of
 # normal activations cost 42 dB at the first matmul and, with their longer tails, some 35 dB at the second; int4 weights with
-# 16-bit activations round as bfloat16 does. A block that computes something else is at 20 dB or less.
-SNR_FLOOR = {"w8a8": 28.0, "w4a8": 28.0, "w4a16": 36.0}
+# 16-bit activations round as bfloat16 does, with inputs that layers before have rounded: at least 36 dB. A block that
+# computes something else is at 20 dB or less.
+SNR_FLOOR = {form.name: min(form.snr_floor, 36.0) for form in EXPERT_FORMATS.values() if form.quantised}
 LOGITS_SNR_FLOOR = 20.0  # errors of blocks add up over layers, and attention and norms spread them
 REWEIGHTED = 0.1  # share of a token's largest routing weight by which rounding is taken not to move one
 SILENT = 300.0  # dB of two equal tensors

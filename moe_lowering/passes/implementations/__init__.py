@@ -1,8 +1,5 @@
-"""The ways to communicate, one file each. To add one: its name and forms in
-``vocabulary``, a file with an ``Implementation``, an entry here, its rows in ``limits/data``, and its estimate in
-``passes.cost_model``."""
+"""The ways to communicate, one file each. What a new one needs: ``docs/adding.md``, An implementation."""
 
-from moe_lowering.lookup import look_up
 from moe_lowering.passes.implementations.allgather import ALLGATHER
 from moe_lowering.passes.implementations.alltoall import ALLTOALL
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
@@ -11,9 +8,9 @@ from moe_lowering.passes.implementations.mc2 import MC2
 from moe_lowering.vocabulary import IMPLEMENTATION_FORMS
 
 _REGISTERED = {i.name: i for i in (ALLGATHER, ALLTOALL, MC2, FUSED_MC2)}
-# In the order of the vocabulary; a name without an implementation, or the other way round, is an error here.
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    name: look_up(_REGISTERED, name, "IMPLEMENTATION_FORMS: name") for name in (*IMPLEMENTATION_FORMS, *_REGISTERED)
-}
+for _name in IMPLEMENTATION_FORMS.keys() ^ _REGISTERED.keys():
+    _where, _step = ("passes/implementations/__init__.py", 3) if _name in IMPLEMENTATION_FORMS else ("vocabulary.py", 1)
+    raise ImportError(f"{_name!r} is no implementation of {_where} (docs/adding.md, An implementation, step {_step}: forgotten)")
+IMPLEMENTATIONS: dict[str, Implementation] = {name: _REGISTERED[name] for name in IMPLEMENTATION_FORMS}
 
 __all__ = ["IMPLEMENTATIONS", "Form", "Implementation", "Replacement"]
