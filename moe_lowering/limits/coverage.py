@@ -100,6 +100,6 @@ def gaps(
         if missing:
             messages.append(
                 f"{operator} has no rule {code} on {', '.join(missing)}, as it has on {', '.join(sorted(with_rule))}: give it a "
-                "row, or say in an [[absent]] entry why it needs none"
+                "row, or say in an [[absent]] entry why it needs none (docs/adding.md, A SoC, step 2: rows)"
             )
     return messages

@@ -111,7 +111,10 @@ def cite(raw: Any, declared: Mapping[str, Citation]) -> tuple[Citation, ...]:
             raise ValueError(f"source {text!r} names {private.group()}, which is not public")
         for key in keys.split(", "):
             if key not in declared:
-                raise ValueError(f"source {text!r}: {key!r} is not declared in {FILE}; accepted: KEY, or KEY: note")
+                raise ValueError(
+                    f"source {text!r}: {key!r} is not declared in {FILE}; accepted: KEY, or KEY: note "
+                    "(docs/adding.md, A limit, step 2: declare the document)"
+                )
             citations.append(dataclasses.replace(declared[key], note=note))
     return tuple(citations)
 

@@ -10,6 +10,7 @@ in ``limits/data``. A fact has a code and one of
 - ``same = ["mask_tokens", "tokens"]``: legal when equal; or ``bytes = 1002438656``: the least HCCL window that is enough;
 - ``legal`` and ``illegal``: lists of quantities.
 
+``soc`` is ``every`` where the rule is of no machine, as its row then names none: such facts hold on a new SoC, too.
 ``when`` holds the other quantities (or is a list of such: the fact holds in each case); ``versions`` those in which the
 fact holds, ``free`` those in which its illegal values are no violation. ``soc`` and ``operators`` may stand in a fact too.
 """
@@ -80,7 +81,7 @@ def _cases(fact: dict[str, Any], source: str) -> Iterator[Case]:
     if unknown or sum(kind in fact for kind in KINDS) != 1:
         raise ValueError(f"{fact}: unknown {sorted(unknown)}, or not one of {KINDS}")
     when = fact.get("when", {})
-    for operator, soc, rest in itertools.product(fact["operators"], fact["soc"].split(), _list(when)):
+    for operator, soc, rest in itertools.product(fact["operators"], _socs(fact["soc"]), _list(when)):
         known: list[dict[str, str]] = [fact["versions"], {}] if "versions" in fact else [{}]
         for values, legal in assignments(fact):
             place = values.get("soc", soc)
@@ -90,6 +91,10 @@ def _cases(fact: dict[str, Any], source: str) -> Iterator[Case]:
                     yield Case(operator, fact["code"], place, given, legal, versions, source)
             if "free" in fact and not legal:
                 yield Case(operator, fact["code"], place, given, True, fact["free"], source)
+
+
+def _socs(text: str) -> tuple[str, ...]:
+    return tuple(SOCS) if text == "every" else tuple(text.split())
 
 
 def _list(value: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from checklists import forgotten
 from fact_tables import Case, cases
 from limit_mutants import EQUIVALENT, equivalent, mutants
 
@@ -62,7 +63,12 @@ def test_every_row_has_a_fact() -> None:
             expected |= {False} if row.max is not None or row.min is None else set()
             if expected - sides:
                 missing.append((row.operator, row.code, soc, row.when.text if row.when else "", row.source))
-    assert missing == []
+    assert missing == [], forgotten("A limit", "tests/helpers/limit_facts/*.toml", missing)
+
+
+def test_every_fact_has_a_row() -> None:
+    unknown = FACTS.keys() - {(row.operator, row.code) for row in load()}
+    assert unknown == set(), forgotten("A limit", "moe_lowering/limits/data/*.toml", unknown)
 
 
 def below(row: Limit, case: Case) -> bool:

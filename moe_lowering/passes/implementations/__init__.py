@@ -10,7 +10,9 @@ from moe_lowering.vocabulary import IMPLEMENTATION_FORMS
 _REGISTERED = {i.name: i for i in (ALLGATHER, ALLTOALL, MC2, FUSED_MC2)}
 for _name in IMPLEMENTATION_FORMS.keys() ^ _REGISTERED.keys():
     _where, _step = ("passes/implementations/__init__.py", 3) if _name in IMPLEMENTATION_FORMS else ("vocabulary.py", 1)
-    raise ImportError(f"{_name!r} is no implementation of {_where} (docs/adding.md, An implementation, step {_step}: forgotten)")
+    raise ImportError(
+        f"{_name!r} is no implementation of {_where} (docs/adding.md, An implementation, step {_step}: forgotten)"
+    )
 IMPLEMENTATIONS: dict[str, Implementation] = {name: _REGISTERED[name] for name in IMPLEMENTATION_FORMS}
 
 __all__ = ["IMPLEMENTATIONS", "Form", "Implementation", "Replacement"]
