@@ -399,7 +399,7 @@ def test_format_is_computed_on_a_device(format: str) -> None:
 
     if format not in npu_grouped_mlp._COMPUTED:
         pytest.fail(forgotten(FORMAT, "moe_lowering/custom_ops/npu_grouped_mlp.py"))
-    built, data = drawn(format)
+    _, data = drawn(format)
     given, w13, w2, _, _ = data.experts(0)
     x = torch.randn(8, 256, generator=torch.Generator().manual_seed(5)).bfloat16()
     counts, empty = torch.tensor([3, 0, 4, 1]), torch.empty(0)
