@@ -42,7 +42,9 @@ TOY = Implementation(
 )
 '''
 COSTS_OF_A_TOY = "".join(
-    f"| {ep} | {weights} | toy | 14 | 4 | 1.0 | 1.0 | 0 |\n" for ep in (16, 32) for weights in ("bf16", "W8A8", "W4A8", "W4A16")
+    f"| {ep} | {weights} | toy | 14 | 4 | 1.0 | 1.0 | 0 |\n"
+    for ep in (16, 32)
+    for weights in ("bf16", "W8A8", "W4A8", "W4A16")
 )
 IMPLEMENTATION: Edits = {
     ("An implementation", 1): (Insert("moe_lowering/vocabulary.py", '    "fused_mc2": (', '    "toy": ("toy",),\n'),),
@@ -72,7 +74,7 @@ IMPLEMENTATION: Edits = {
     ("An implementation", 10): (Insert("docs/costs.md", "| 16 | bf16 | allgather |", COSTS_OF_A_TOY),),
 }
 
-SOC_RECORD = '''        Soc(
+SOC_RECORD = """        Soc(
             "A9",
             "Ascend990_1",
             r"Ascend990_\\d",
@@ -81,7 +83,7 @@ SOC_RECORD = '''        Soc(
             compute=1.0,
             memory=1.0,
         ),
-'''
+"""
 SOC_ROW = """
 [[limit]]
 code = "gmm.x_dtype"
@@ -163,7 +165,11 @@ LIMIT: Edits = {
     ("A limit", 1): (Insert("moe_lowering/limits/data/mc2_tensors.toml", None, LIMIT_ROW),),
     ("A limit", 2): (Insert("moe_lowering/limits/sources.toml", None, SOURCE),),
     ("A limit", 3): (
-        Insert("moe_lowering/limits/calls/communication.py", '        "quant_mode": a["quant_mode"],', '        "toy_dims": dims(x),\n'),
+        Insert(
+            "moe_lowering/limits/calls/communication.py",
+            '        "quant_mode": a["quant_mode"],',
+            '        "toy_dims": dims(x),\n',
+        ),
     ),
     ("A limit", 4): (Insert("tests/helpers/limit_facts/mc2_tensors.toml", None, LIMIT_FACT),),
     ("A limit", 5): (Insert("docs/limits.md", "| commAlg |", "| a toy | `mc2.toy_dims` |\n"),),
@@ -182,11 +188,17 @@ ACTIVATION: Edits = {
         Insert("moe_lowering/vocabulary.py", '        Activation("gelu_tanh"),', '        Activation("toy"),\n'),
     ),
     ("An activation", 2): (
-        Insert("moe_lowering/custom_ops/grouped_mlp.py", "    raise ValueError(f\"grouped_mlp: activation is {activation!r}, which has no kernel", KERNEL),
+        Insert(
+            "moe_lowering/custom_ops/grouped_mlp.py",
+            '    raise ValueError(f"grouped_mlp: activation is {activation!r}, which has no kernel',
+            KERNEL,
+        ),
     ),
     ("An activation", 3): (
         Insert("moe_lowering/passes/implementations/activation.py", "def _gelu_tanh(", EMITTER),
-        Insert("moe_lowering/passes/implementations/activation.py", '    "gelu_tanh": _gelu_tanh,', '    "toy": _toy,\n'),
+        Insert(
+            "moe_lowering/passes/implementations/activation.py", '    "gelu_tanh": _gelu_tanh,', '    "toy": _toy,\n'
+        ),
     ),
     ("An activation", 4): (
         Insert(

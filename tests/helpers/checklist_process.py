@@ -7,6 +7,7 @@ what it imports must not either.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing as mp
 import os
 import shutil
@@ -103,16 +104,24 @@ def _serve(pipe: Connection) -> None:
     import pytest
     import torch
     import torch._dynamo
+    import torch.distributed.run  # it, and what follows, is what torch_npu imports of torch
+    import torch.distributed.tensor.experimental
     import torch.fx.experimental.symbolic_shapes
+    import torch.nn.attention.flex_attention
+    import torch.testing
 
     torch.set_num_threads(1)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take longer to import than the tests to run
+    sys.dont_write_bytecode = False  # what is compiled for the first copy is linked into the others
+    options = ("-q", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:unraisableexception")
+    gc.freeze()  # the objects of torch are no garbage of a child's
     assert not any(name.partition(".")[0] == "moe_lowering" for name in sys.modules)
     while True:
         try:
             copy, tests = pipe.recv()
         except EOFError:
             return
-        pipe.send(_fork(Path(copy), lambda tests=tests: pytest.main(["-q", "-p", "no:cacheprovider", *tests])))
+        pipe.send(_fork(Path(copy), lambda tests=tests: pytest.main([*options, *tests])))
 
 
 def _fork(copy: Path, function: Callable[[], int]) -> tuple[int, str]:
