@@ -31,7 +31,7 @@ class Insert:
     text: str
 
     def apply(self, copy: Path) -> None:
-        """Edit the copy, whose files are links to others.
+        """Edit the copy, whose files are links to those of another.
 
         Raises:
             ValueError: the file has no such line, or several; the new file is there.
@@ -88,7 +88,9 @@ class Checkout:
         if edits:
             self._runs += 1
             copy = self._base.with_name(f"copy{self._runs}")
-            shutil.copytree(self._base, copy, copy_function=os.link)
+            whole = {parent for edit in edits for parent in (copy / edit.file).parents}
+            folders = (copy / path.relative_to(self._base) for path in self._base.glob("tests/**/"))  # by conftest.py
+            _link(self._base, copy, whole | {path for path in folders if path.name != "__pycache__"})
             for edit in edits:
                 edit.apply(copy)
         self._pipe.send((str(copy), tuple(tests)))
@@ -98,6 +100,19 @@ class Checkout:
         if edits:
             shutil.rmtree(copy)
         return answer
+
+
+def _link(base: Path, copy: Path, whole: set[Path]) -> None:
+    """A directory with the contents of another. Directories that are not ``whole`` are links; of the others the files."""
+    copy.mkdir()
+    for entry in base.iterdir():
+        target = copy / entry.name
+        if not entry.is_dir():
+            os.link(entry, target)
+        elif target in whole:
+            _link(entry, target, whole)
+        else:
+            target.symlink_to(entry)
 
 
 def _serve(pipe: Connection) -> None:
@@ -113,7 +128,7 @@ def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take longer to import than the tests to run
     sys.dont_write_bytecode = False  # what is compiled for the first copy is linked into the others
-    options = ("-q", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:unraisableexception")
+    options = ("-q", "--assert=plain", "--maxfail=10", "-p", "no:cacheprovider", "-p", "no:unraisableexception")
     gc.freeze()  # the objects of torch are no garbage of a child's
     assert not any(name.partition(".")[0] == "moe_lowering" for name in sys.modules)
     while True:
