@@ -1,6 +1,8 @@
-"""Which versions of torch and torch_npu this package was tested with, and the one place that says so when they differ.
+"""Everything in the package that depends on the installed versions of torch and torch_npu, so that a release is one file to read.
 
-What else depends on a version (a schema, a default) belongs here too, so that a new release is one file to read.
+- The pairs that this package is tested with, one warning for any other pair, and the pairs whose import kills the process.
+- Arguments of operators that older versions lack, and functions of torch whose signature changed.
+- ``sources_digest``: the digest of this package's own files, for compile caches and for the comparison of ranks.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Do all ranks mean the same? Asked through the process group's store, before the first exchange, with a timeout.
+"""Comparison of all ranks before they exchange tokens: deployment, settings of the pass, code and limit tables.
 
-Two ranks that choose differently hang, or abort the process. A decision depends on the deployment's rank-invariant fields,
-the pass's settings, the block and the package's code and limit tables. All but the blocks are compared before the first graph is
-lowered (``agreement_before_first``), and once more with the blocks and the decisions before the first exchange of a graph
-(``custom_ops.assert_agreement``), since a rank that finds its graph in a compile cache lowers nothing. What was agreed on
-is not compared again: it does not matter how often a rank asks for options, compiles or runs.
+Two ranks that choose differently hang, or abort the process. The comparison goes through the store of the process group,
+with a timeout, and raises ``AgreementError`` on every rank. Users call ``check_agreement`` and ``decisions``; backends call
+``agreement_before_first`` before the first graph is lowered. Blocks and decisions are compared once more, before the first
+exchange of a graph (``custom_ops.assert_agreement``), since a rank that finds its graph in a compile cache lowers nothing.
+What the ranks have agreed on is not compared again: it does not matter how often a rank asks for options, compiles or runs.
 """
 
 from __future__ import annotations

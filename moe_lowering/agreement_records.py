@@ -1,9 +1,9 @@
-"""What ranks compare, as plain records, and how a difference is said.
+"""The records that ranks compare, and the text of a difference between two of them. Nothing is sent from here.
 
 A record of *settings* holds what decisions depend on beside the blocks: the deployment's fields, the pass's settings, the
 package's version and digests of its code and limit tables. A record of *blocks* holds, for one graph, each kind of MoE
-block that exchanges tokens: what must be the same on every rank (``strict``), what may differ as long as the decision and
-the exchange do not (``told``; it explains a difference), and in which order how many of each kind follow.
+block that exchanges tokens and the order in which they follow: ``strict`` must be the same on every rank; ``told`` may
+differ as long as the decision and the exchange do not, and is shown where they do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""What the pass may assume about the machine and the process groups that a model will run on."""
+"""``Deployment``: everything about the machine and the process groups that a decision of the pass may depend on.
+
+It is frozen, and every field is checked when it is made: a ValueError names the field, its value and what is accepted. Only
+this rank's place (``RANK_FIELDS``) differs between ranks; no decision reads it, and ``digest``, which compile caches hash,
+leaves it out. Users make one by hand, with ``from_groups`` or with ``from_mesh``; docs/deployment.md has the fields.
+"""
 
 from __future__ import annotations
 

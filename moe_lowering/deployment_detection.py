@@ -1,11 +1,11 @@
-"""What a deployment can be made from: process groups, the NPU, CANN, torch_npu, HCCL's environment, installed providers.
+"""The fields of a ``Deployment`` that process groups, the NPU, CANN, torch_npu, HCCL's environment and installed providers give.
 
 1. Groups give names, sizes and this process's ranks. MC2 takes a communicator's name: HCCL's where the group has one (device
    npu), else the name of the process group.
-2. What the machine says fills the fields that were not given. A given value stays; where another one was found, the
-   deployment's ``detected`` says so, and a SoC that is not the NPU's own is an error.
+2. The machine fills the fields that the caller left out. A field that the caller set stays; where the machine says something
+   else, the deployment's ``detected`` shows both, and a SoC that is not the NPU's own is an error.
 
-Nothing is defaulted that a decision hangs on: without an NPU to ask, the SoC must be given.
+A field that a decision depends on has no default: without an NPU to ask, the caller must name the SoC.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""How a model is written with the generic operators: functions that trace to ``torch.ops.moe_lowering.*``.
+"""The functions that models call to use the generic operators: ``route``, ``moe_experts`` and ``check_expert_map``.
+
+They check arguments in the caller's words, bring them to the operators' dtypes and forms, and trace to
+``torch.ops.moe_lowering.*``. ``layers.MoE`` and the integration with transformers are written with them.
 
 Float arguments default to None: with ``dynamic=True`` dynamo turns a float default, like a float attribute, into an
 input of the graph, finds that an operator wants it as a constant, and calls the backend a second time.

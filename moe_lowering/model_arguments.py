@@ -1,8 +1,9 @@
-"""Checks of what a model is built from: the arguments of ``MoE``, ``moe_experts`` and ``route``, before an operator sees them.
+"""Checks of the arguments of ``MoE``, ``moe_experts`` and ``route``, before an operator sees them, and their conversion.
 
-Each is a ValueError or TypeError with the argument, its value and what is accepted. torch's own check of an operator's
-schema names the operator and not what the caller called, and takes 1.5 for True and a tensor for a number. Sizes that may
-be symbolic are compared where the operators do it (``custom_ops.sizes``), so that nothing here adds a guard.
+Each check raises a ValueError or TypeError with the argument, its value and what is accepted. torch's own check of an
+operator's schema names the operator and not the function that the user called, and takes 1.5 for True and a tensor for a
+number. Sizes that may be symbolic are compared where the operators do it (``custom_ops.sizes``), so that nothing here adds
+a guard. Ids become int32 and weights float32 here, and no value may change by that.
 """
 
 from __future__ import annotations

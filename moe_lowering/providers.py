@@ -1,8 +1,8 @@
-"""The libraries that bring fused operators, as this Python has them: version and build, without importing any.
+"""Installed libraries with fused operators, vllm-ascend and cann_ops_transformer: their versions and builds, without an import.
 
-vllm-ascend writes the SoC that it was built for into ``_build_info.py`` (``__device_type__``; its setup.py). The wheels on
-the public index are builds for A2: the fused operators' schemas are there and their kernels are not, so that the first
-call fails. The other libraries' builds say nothing of the kind.
+Here are also the checks of what a deployment declares of them. vllm-ascend writes the SoC that it was built for into
+``_build_info.py`` (``__device_type__``; its setup.py). The wheels on the public index are builds for A2: the fused operators'
+schemas are there and their kernels are not, so that the first call fails. The other libraries' builds do not say a SoC.
 """
 
 from __future__ import annotations

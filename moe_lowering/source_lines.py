@@ -1,4 +1,8 @@
-"""Which line of the user's model something comes from: a place, and the innermost one of a recorded stack trace."""
+"""``SourceLine``, a line of the user's model, and the innermost one of a stack trace that dynamo recorded for a node.
+
+Reports and errors name it. The line that is running, which has no recorded trace, is found in
+``simulator/device/source_location``.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""``assert_agreement`` in GE mode: a GE graph has no host code, so the comparison moves to where torchair prepares the inputs
-of a call, as ``assert_tokens`` does (``ge_rewrites``, ``ge_converters``). It is part of torchair's generated program, also in
-its compile cache, and is reached before the engine is entered.
+"""GE converter of ``assert_agreement``.
+
+A GE graph has no host code, so ranks are compared where torchair prepares the inputs of a call, as ``assert_tokens`` is
+checked (``ge_rewrites``, ``ge_converters``). That code is part of torchair's generated program, also in its compile cache,
+and runs before the engine does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What the commands' arguments share: their parsers, types of values, and what is assumed of a machine. Without torch."""
+"""Options that several commands have: their parsers, the types of their values, and the machine that is assumed when none is
+described. Imports no torch.
+"""
 
 from __future__ import annotations
 

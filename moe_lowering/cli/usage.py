@@ -1,4 +1,4 @@
-"""The error of a command that cannot be carried out as it was typed."""
+"""``UsageError``: a command that cannot be carried out as it was typed. Its text is printed, and the exit code is 2."""
 
 from __future__ import annotations
 

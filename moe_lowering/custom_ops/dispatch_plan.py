@@ -1,4 +1,8 @@
-"""What one rank sends in ``dispatch``: rows in order of the places that they go to, and the first mistake in its arguments."""
+"""``DispatchPlan``: the rows that one rank sends in ``dispatch``, in order of the places (``placement``) that they go to.
+
+It serves the CPU kernels through ``token_exchange``. Wrong ids do not raise here: a plan of a rank with wrong ids sends
+nothing and carries the fault, so that all ranks learn of it and raise together.
+"""
 
 from __future__ import annotations
 

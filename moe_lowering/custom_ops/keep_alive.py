@@ -1,4 +1,4 @@
-"""``keep_alive``: holds the memory of tensors until here.
+"""``keep_alive``: an operator that computes nothing and reads tensors, so that their memory is not reused before it.
 
 The code that runs a graph drops a tensor after its last reader in program order, and the allocator then gives its memory
 to the next operator of the stream it was allocated on. A reader on another stream may not have run by then. So a tensor

@@ -1,4 +1,8 @@
-"""Why an operator of vllm-ascend is not registered in this process: said by name and version, for the error of a wrapper."""
+"""The error of a wrapper whose operator of vllm-ascend is not registered in this process: why it is missing, and what to do.
+
+The reason is one of four: the installed version has removed the operator, a library is loaded that does not have it, the
+library is installed and was not imported, or none is installed.
+"""
 
 from __future__ import annotations
 

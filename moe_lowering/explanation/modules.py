@@ -1,4 +1,4 @@
-"""MoE modules of a model, described: this package's ``MoE`` and the experts modules of transformers. No data is read."""
+"""``BlockDescription`` of a model's modules: this package's ``MoE`` and the experts modules of transformers. No data is read."""
 
 from __future__ import annotations
 

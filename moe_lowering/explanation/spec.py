@@ -1,4 +1,4 @@
-"""The record that the pass would make of a described block in a graph."""
+"""``BlockSpec`` of a ``BlockDescription``: the record that the pass would make if the layer stood in a graph."""
 
 from __future__ import annotations
 

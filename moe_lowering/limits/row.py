@@ -1,4 +1,8 @@
-"""One rule of an operator, and its reading from a table."""
+"""``Limit``, one rule of one operator, and the reading of the rows of a table.
+
+A row names its operator, SoCs, code, expression, what the value must be, sources and advice, and may have a condition and
+versions. A row with a key that is missing or unknown is a ``LimitsError`` that names the file, the row and the key.
+"""
 
 from __future__ import annotations
 

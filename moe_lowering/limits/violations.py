@@ -1,4 +1,8 @@
-"""Which rules a call breaks, and what to tell about each."""
+"""``check``: the rules of an operator that some quantities break, each as a ``Violation``.
+
+The pass judges by it, and so do the verifier and the simulator's kernels. A ``Violation`` holds numbers and expressions; its
+message, advice and source are put into words when they are read (``wording``). No guard is added.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Numbers and expressions in sentences: kept apart until the user's names of the symbols are known.
+"""Sentences about numbers and expressions, which become text or JSON only when the user's names of the symbols are known.
 
-Violations, sizes and reasons hold quantities as they are, and become text or JSON here and nowhere else.
+Violations, sizes and reasons hold their quantities as they are (``Wording``, ``Accepted``); nothing else in the package turns
+a symbolic size into text.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Put ``assert_agreement`` in front of a graph's first exchange, with a record of what the ranks must have in common.
+"""Emits ``assert_agreement`` in front of a graph's first exchange, and makes the records that it compares between ranks.
 
-What a rank must have in common with the others is all that a decision or an exchange depends on, and all that the result
-depends on. What only a decision depends on (where a reader of the counts or a layout stands in a rule) may differ as long
-as the decisions and the exchanges are the same: one rank may log its experts' load. So may a mask where it stays on its
-own rank (``Form.sends_masks``), but not with AllGather and static AllToAll, which write masked ids as experts past the
-last one: the other ranks must expect them. With unequal token counts T is not in the record, nor what follows from it; with equal
-ones a T that the graph knows is.
+The record holds all that a decision, an exchange or the result depends on. Some fields matter to a decision only
+(``TOLERATED``: where the counts are read, how weights are laid out): they may differ as long as the decisions and the
+exchanges are the same, so that one rank may log the load of its experts. A mask may differ likewise if it stays on its own
+rank; AllGather and static AllToAll write masked ids as experts past the last one, which the other ranks must expect
+(``Form.sends_masks``). With unequal token counts neither T nor what follows from it is in the record; with equal ones a T that
+the graph knows is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an operator's call in a graph is given and gives, by the names of the operator's schema.
+"""Arguments and results of an operator's node, by the names in the operator's schema instead of by position.
 
 ``read`` makes the record that the operator's own kernels take (``custom_ops``), with nodes in place of tensors; ``argument``
 and ``arguments`` serve every operator; ``results`` finds the nodes that take its results apart.

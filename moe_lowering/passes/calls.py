@@ -1,12 +1,12 @@
-"""The calls of a form: each made once, from one function, for judging and for emitting.
+"""Calls of operators as data: an implementation's form makes each call once, for legality and for the rewrite alike.
 
-A function of the implementation's file gives the arguments of a call by name. Judged, its tensors are records
-(``operands.Operand``) and the readers of ``limits/calls`` turn all of it into quantities; emitted, they are nodes. What is
-neither here nor there a fact of a call is the context (``context``).
+A function of the implementation's file gives the arguments of a call by name. For legality its tensors are records
+(``operands.Operand``), and the readers of ``limits/calls`` turn them into quantities; for the rewrite they are nodes. What
+rules read beside the arguments comes from ``context``.
 
-A size is None where a verdict must not rest on it: how many rows a rank has for its experts, which no limit of these
-operators is about, and what differs between ranks. Rows of the tables that read it do not apply then; the emitted call
-is verified with them.
+A size is None where a verdict must not depend on it: the rows that a rank has for its experts, which no limit of these
+operators is about, and what differs between ranks. Rules that read it are left out then; the emitted call is verified with
+them.
 """
 
 from __future__ import annotations

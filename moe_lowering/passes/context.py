@@ -1,7 +1,8 @@
-"""What rules of called operators read: the quantities of a call, and what no call shows (``limits.calls.CONTEXT``).
+"""Everything that the rules of a call read: the quantities of its arguments, and those that no argument shows.
 
-One place for judging and verifying. What the readers give of ``CONTEXT`` by themselves, ``top_k`` of most operators, is
-left to them.
+The latter (``limits.calls.CONTEXT``) are the HCCL window, the mode, providers, the memory format of weights and what a rank may
+receive. Legality and verifier use the same functions, so that both read the same values. A quantity of ``CONTEXT`` that a
+reader of ``limits/calls`` gives by itself (``top_k`` of most operators) is taken from the reader.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decide: verdicts and a choice for one block, for the range of token counts that its graph will serve.
+"""``decide``: verdicts and a choice for one block, for the range of token counts that its graph will serve.
 
 - T static: judged and chosen at T.
 - T not equal on all ranks: judged on the declared range, chosen at its upper end; T itself is never read.
@@ -6,8 +6,8 @@
   same, proven for the whole range, and requested as a guard: another size recompiles and may choose otherwise.
 - T symbolic otherwise: judged on the whole range, chosen at its upper end. In a strict range the notes say where another
   choice would begin, so that the user can split it.
-- T symbolic with a TP group: torch's meta functions guard on whether a rank's share of T is 1, so a graph serves one side
-  of that boundary anyhow; it is asked for, and enforced, by T instead of by the share, with forbidden guards too.
+- T symbolic with a TP group: torch's meta functions guard on whether a rank's share of T is 1, so that a graph serves one
+  side of that boundary in any case. The range is cut there, as a range of T, and enforced, with forbidden guards too.
 
 A graph whose choice depends on a range also enforces it by itself (``assert_tokens``): caches drop guards.
 """

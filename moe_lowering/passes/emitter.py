@@ -1,4 +1,4 @@
-"""Creating nodes with complete metadata, cheaply.
+"""``Emitter``: makes the nodes of one block's replacement, with complete metadata and at little cost.
 
 Every new node gets ``meta["val"]`` (a fresh FakeTensor of its own: passes after ours tell aliases by storage, so a value
 is never shared between nodes), ``stack_trace`` and ``nn_module_stack`` of the node that it stands for. Running a stock

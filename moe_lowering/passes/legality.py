@@ -1,8 +1,10 @@
-"""Judge: ask every implementation whether a block is legal for it, in this deployment. Every broken rule is reported.
+"""``judge``: whether a block is legal for each implementation in this deployment, with every rule that is broken.
 
 A verdict depends on the block's record, the deployment's rank-invariant fields and the limit tables, and on nothing
 else. T enters only when the deployment declares it equal on all ranks; otherwise the rules see the declared range, so
-that a rank with one token and a rank with 512 reach the same verdict (two ranks that choose differently hang).
+that a rank with one token and a rank with 512 reach the same verdict (two ranks that choose differently hang). What this
+rank alone breaks, such as a T outside of the declared range, is not part of a verdict: ``refusal`` returns it, and the
+rank's graph then refuses to run.
 """
 
 from __future__ import annotations

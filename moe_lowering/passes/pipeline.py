@@ -1,10 +1,12 @@
-"""The pass: raise, judge, choose, rewrite, verify, report, on one graph and those inside of it, in place, with one recompile.
+"""``MoeLowering``, the pass: it lowers the MoE blocks of one graph and of the graphs inside of it, in place.
+
+It finds blocks, judges them, chooses an implementation, rewrites, verifies and reports, with one recompile at the end.
 
 Contract (npugraph_ex and torchair hooks): called as ``pass(gm, example_inputs, config)``; edits ``gm`` in place; the
 return value is ignored. Running it twice changes nothing the second time. It never makes a compile fail that would have
 worked without it: a block that cannot be lowered, or whose rewrite fails verification, is left as it was and reported.
-In strict mode it raises ``LoweringError`` instead. What it raises, Ctrl-C too, leaves the whole graph as it was
-(``edits.EditLog``). A deployment that contradicts this process's groups (another rank's, say) is a ``ValueError`` in every
+In strict mode it raises ``LoweringError`` instead. After any exception, Ctrl-C too, the whole graph is as it was
+(``edit_log``). A deployment that contradicts this process's groups (another rank's, say) is a ``ValueError`` in every
 mode: its graph would be wrong in silence.
 """
 

@@ -1,7 +1,7 @@
-"""The named quantities that rules without an operator read of a block: ``deployment``; and those of a routing.
+"""Quantities for rules that are not about a call: those of the pseudo-operator ``deployment``, and those of a routing.
 
-What a called operator's rules read comes from its call (``calls``, ``context``), and what an implementation's own rules
-read stands in its file.
+``legality`` reads the first for every block, ``lower_route`` the second. Quantities of a call come from ``context``; those of
+an implementation's own rules stand in its file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Symbolic sizes by the names that a user knows: ``input_ids.shape[1]`` in place of dynamo's ``s77``."""
+"""The user's names of symbolic sizes for reports: ``input_ids.shape[1]`` in place of dynamo's ``s77``."""
 
 from __future__ import annotations
 

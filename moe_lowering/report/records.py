@@ -1,4 +1,8 @@
-"""What a lowering did and why, as records. Built by the pass, rendered by ``report.text`` and the CLI."""
+"""The records of a report: what a lowering did with each block and why, what it did not recognise, what cannot be captured.
+
+The pass makes them, ``report.text`` and the command line show them. They hold sizes as expressions until the user's names of
+symbols are known; ``to_json`` gives numbers as numbers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of the process that compiled code is guarded on, as they were when a server was made.
+"""``Settings``: the process-wide settings that dynamo guards compiled code on; a server restores its own around each step.
 
 Dynamo checks these before each run of a compiled function (torch 2.13.0, torch/csrc/dynamo/guards.cpp, GlobalStateGuard and
 AutocastState), and compiles again when one has changed. Nothing of that may happen after warm-up, so a server runs under its

@@ -1,4 +1,4 @@
-"""What a server is asked for, and what it answers."""
+"""``Request`` and ``Result``, a prompt and its answer, and ``ActiveRequest``, which holds a row of a server's cache."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The decode loop: requests join and leave a batch between steps, and every step replays the graph of its bucket.
+"""``Server``: a decode loop. Requests join and leave a batch between steps, and every step replays the graph of its bucket.
 
 Requests that are being continued always hold the first rows of the cache: when one leaves, the last one moves into its
 row. So the rows of a step are a prefix, the smallest bucket that holds them is used, and the rest of it is padding, which
-the token mask keeps from the experts (facts: vllm-ascend #8320: padding that is routed overloads few experts).
+the token mask keeps from the experts: padding that is routed overloads few experts (vllm-ascend, issue 8320).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lowering a function's graph without running it, and assertions on what came out."""
+"""For tests: fake deployments, ``lower_graph``, which lowers a function's graph and runs nothing, and assertions on the result."""
 
 from __future__ import annotations
 

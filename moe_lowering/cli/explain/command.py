@@ -1,4 +1,4 @@
-"""Carry out ``moe-lowering explain``: the command's options as arguments of the library (``moe_lowering.explanation``)."""
+"""Carries out an ``ExplainRequest``: calls ``moe_lowering.explanation`` with it, and returns the text or the JSON to print."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Is the implementation that ``lower --comm`` asks for refused by the command's options alone? Then nothing is built.
+"""Refusal of ``lower --comm X`` before anything is built, where the command's options alone make X illegal.
 
-The blocks are read from the model's modules on device meta; the pass's own judge decides. With ``--dynamic`` the answer is
-given only where it is the same for few and for many tokens; then T is a symbol of the command's range.
+The blocks are described from the model's modules on device meta, and the pass's own functions judge them. With
+``--dynamic`` a command is refused here only when X is illegal for few and for many tokens alike; then T is a symbol of the
+command's range. None means that the graph has to be seen.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Carry out ``moe-lowering matrix``."""
+"""Carries out a ``MatrixRequest`` with ``matrix.runner``, and reports the table and its problems."""
 
 from __future__ import annotations
 

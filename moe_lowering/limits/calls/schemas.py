@@ -1,6 +1,7 @@
-"""The schemas of the operators that the pass emits, as text: a block is also judged where torch_npu is not loaded.
+"""The schemas of the operators that the pass emits, as text, so that a block can be judged where torch_npu is not loaded.
 
-Those of torch_npu 2.13.0; a test compares each with the operator. Schemas of our own operators are asked of torch.
+They complete and split the arguments of a call as torch would. The texts are those of torch_npu 2.13.0; a test compares each
+with the operator. Schemas of our own operators are asked of torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""What an implementation of a block is: its forms, the calls whose limits bind each, and how each is emitted."""
+"""``Implementation`` and ``Form``: what a way to communicate tells legality, the choice and the rewrite.
+
+An implementation has one or more forms, of which the first legal one is taken. A form has two functions of one block: the
+calls that it would make, whose limits are judged, and the emission of its ``Replacement``.
+"""
 
 from __future__ import annotations
 
