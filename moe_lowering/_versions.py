@@ -44,7 +44,7 @@ def installed_version(distribution: str) -> str:
 def cuda_collision() -> str:
     """Why torch_npu must not be imported beside this torch, and what to install; "" where it can be. Imports nothing."""
     npu_version, (version, cuda) = installed_version("torch_npu"), torch_build()
-    if cuda is None or "torch_npu" in sys.modules:  # the latter: it was, and the process lives
+    if cuda is None or "torch_npu" in sys.modules:  # torch_npu is imported already, and the process did not end
         return ""
     if not COLLIDES_FROM <= release("torch_npu") <= COLLIDES_TO:
         return ""

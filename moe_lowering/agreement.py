@@ -105,7 +105,7 @@ def agreement_before_first(
             seconds = patience if isinstance(timeout, str) else timeout
         elif isinstance(timeout, str):
             return
-        else:  # the group's name means nothing here: all ranks of the job are asked
+        else:  # this process has no group of that name: all ranks of the job are compared
             members, own, group_store = _all_ranks(None, None, None)
             with_others, seconds = session(group_store, range(members), own), timeout
         record = settings_record(deployment, lowering, ep_group=meeting is not None)

@@ -15,7 +15,7 @@ from typing import Any
 
 KINDS_SHOWN = 4  # kinds of blocks of one rank whose differences are listed
 LONGEST_SHOWN = 160  # characters of a value that are shown: of longer ones the part where two begin to differ
-ABSENT = object()  # of a rank whose record has no such field
+ABSENT = object()  # what is shown for a rank whose record has no such field
 SETTINGS_ABSENT = "it has neither compiled nor run a lowered graph with an MoE block, or runs without agreement"
 BLOCKS_ABSENT = (
     "it has not come to a graph with these MoE blocks; it may run a graph on which all agreed before, have failed, or run "
@@ -80,7 +80,7 @@ def _expand(blocks: dict[str, Any]) -> Iterator[int]:
 
 
 def _compare_kinds(a: dict[str, Any], b: dict[str, Any], i: int, j: int, rank: int, tokens_differ: bool) -> str:
-    """What differs between two kinds of blocks that stand at the same place; "" when nothing of matter does."""
+    """The differences of two kinds of blocks at the same place, of fields that must be the same; "" when there are none."""
     ours, theirs = a["kinds"][i], b["kinds"][j]
     strict = [
         difference
@@ -92,7 +92,7 @@ def _compare_kinds(a: dict[str, Any], b: dict[str, Any], i: int, j: int, rank: i
     left = any(
         str(value).startswith("none") for name, *values in strict if name == "implementation" for value in values
     )
-    unsaid = ("name",) if left else ("name", "reason")  # why a block was left is worth its length
+    unsaid = ("name",) if left else ("name", "reason")  # shown in full: the reason why a block was left as it was
     tolerated = [d for d in _unequal(ours["told"], theirs["told"]) if d[0] not in unsaid]
     words = "; ".join(_write_difference(name, x, y, rank) for name, x, y in _order_causes_first(strict, tolerated))
     return f"{theirs['told']['name']}: {words}"

@@ -211,7 +211,7 @@ class Deployment:
             TypeError: a group that is none, or does not have this process in it.
         """
         fields, detected = detect(ep, tp, mc2, rest)
-        cls(**{**fields, "mc2_group": ""})  # what is wrong is said before a group is made
+        cls(**{**fields, "mc2_group": ""})  # checked before a group is made, so that an error leaves no group behind
         if "mc2_group" not in rest and (communicator := second_communicator(ep, mc2)) is not None:
             fields["mc2_group"] = communicator.value
             detected.append(communicator)

@@ -329,7 +329,7 @@ def _check_places(places: str) -> bool:
 
 def _all_experts(w13: list[Tensor], place: Deployment) -> int:
     """Routed experts of all ranks, from the weights of this one."""
-    if place.shared_expert_ranks:  # on all ranks, or those that can say it would wait for those that cannot
+    if place.shared_expert_ranks:  # on all ranks: otherwise the ranks that can tell raise, and the others wait for them
         raise ValueError(
             f"moe_experts: num_experts is None with {place.shared_expert_ranks} shared-expert ranks; accepted: the number of "
             "routed experts on all ranks"
@@ -339,7 +339,7 @@ def _all_experts(w13: list[Tensor], place: Deployment) -> int:
 
 
 def _check_tokens(x: Tensor, pertoken_scale: Tensor | None, quantisation: str, out_dtype: torch.dtype | None) -> None:
-    """What would otherwise be refused by an operator in words that the caller did not use."""
+    """Refuses what an operator would refuse, with the names of the caller's arguments in the message."""
     if x.dtype not in _DTYPES:
         raise TypeError(f"moe_experts: x is {x.dtype}; accepted: float32, float16, bfloat16, int8")
     if (x.dtype == torch.int8) != (pertoken_scale is not None):

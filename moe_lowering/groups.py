@@ -40,7 +40,7 @@ def find_group(name: str) -> Membership | None:
         return None
     try:
         group = dist.distributed_c10d._resolve_process_group(name)
-    except (LookupError, RuntimeError, ValueError):  # no group of this process has the name
+    except (LookupError, RuntimeError, ValueError):  # no group of this process has that name
         return None
     if dist.get_backend(group) == FAKE:
         return None

@@ -73,7 +73,7 @@ def identity(value: Any) -> str:
         return _Writer({}).text(value)
     except _Unknown as unknown:
         what = unknown.args[0]
-    except Exception:  # too deep, or an object that does not answer as others do
+    except Exception:  # nested too deep, or an object whose attributes cannot be read
         what = value
     log.warning("moe_lowering: %s cannot be part of a cache key: its graphs are never found again", reprlib.repr(what))
     return f"unique({uuid.uuid4()})"
@@ -81,7 +81,7 @@ def identity(value: Any) -> str:
 
 class _Writer:
     def __init__(self, visited: dict[Any, tuple[int, Any]]) -> None:
-        self._seen = visited  # with the values: the id of one that is freed is soon another's
+        self._seen = visited  # the values are kept, as the id of a freed one is used again
 
     def text(self, value: Any) -> str:
         key = getattr(value, "cache_key", None)

@@ -143,7 +143,8 @@ class _Handlers:
 
     def _swallowed(self, reference: object) -> None:
         if _active is self:
-            timer = threading.Timer(AGAIN, self._repeat)  # here, whoever swallows would swallow it again
+            # Raised here, whatever swallowed the first would swallow this one too
+            timer = threading.Timer(AGAIN, self._repeat)
             timer.daemon = True
             timer.start()
 

@@ -71,7 +71,7 @@ def check_layer_place(deployment: Any, dtype: Any, device: Any) -> None:
     if device is not None:
         try:
             torch.device(device)
-        except (RuntimeError, TypeError) as error:  # an unknown name; another type
+        except (RuntimeError, TypeError) as error:  # RuntimeError: an unknown name; TypeError: another type
             raise refuse("MoE", "device", device, f"a torch.device, its name, or None ({error})") from error
 
 

@@ -58,7 +58,7 @@ def declarable() -> tuple[tuple[str, str], ...]:
     return tuple((package.name, package.version) for package in packages if re.fullmatch(_VERSION, package.version))
 
 
-@functools.lru_cache(maxsize=8)  # a look-up of what is not there reads every directory of the path
+@functools.lru_cache(maxsize=8)  # to look up a package that is not installed reads every directory of the path
 def _packages_in(path: tuple[str, ...]) -> tuple[Package, ...]:
     packages = (_find(name) for name in PROVIDERS)
     return tuple(package for package in packages if package is not None)

@@ -62,7 +62,7 @@ def _place_check(edits: EditLog, node: Node) -> None:
     else:
         try:
             source = ge_rewrites._source(edits.graph, node, tokens)
-        except ge_rewrites.GeConversionError:  # T is not compared then, all else is
+        except ge_rewrites.GeConversionError:  # then T is left out of the comparison
             source = str(assert_agreement.UNKNOWN)
     with edits.graph.inserting_before(node):
         edits.graph.call_function(torch.ops.moe_lowering.ge_assert_agreement.default, (*node.args, source))

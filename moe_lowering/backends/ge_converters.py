@@ -34,7 +34,7 @@ from moe_lowering.vocabulary import EXPERT_FORMATS
 
 Tensors = Sequence[Any]  # of torchair.ge.Tensor: edges of the GE graph
 
-# Operators that have no converter on purpose, and why.
+# Operators whose converter refuses, and the reason that it gives.
 REFUSED = {
     "mega_moe": "no GE converter: all ranks make its symmetric buffer together at the first call, which is no part of a graph",
 }

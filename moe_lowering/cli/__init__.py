@@ -75,7 +75,7 @@ def _complain(text: str) -> None:
 
 
 def _print(text: str, end: str = "\n") -> None:
-    """To stdout; a reader that has seen enough, such as ``head``, is no error."""
+    """To stdout. A reader that closes the pipe early, such as ``head``, is no error."""
     if sys.stdout is None:
         return  # only a help gets here: a report needs stdout from the start
     try:
@@ -101,7 +101,7 @@ def _progress() -> Callable[[str], None]:
     started = time.perf_counter()
 
     def progress(message: str) -> None:
-        with contextlib.suppress(OSError):  # nobody may listen
+        with contextlib.suppress(OSError):  # stderr may be closed
             print(f"[{time.perf_counter() - started:6.1f} s] {message}", file=sys.stderr, flush=True)
 
     return progress

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_lowering.custom_ops.library import register
 from moe_lowering.custom_ops.sizes import token_count
 
-NOTHING = -1  # hi of a graph that must not run
+NOTHING = -1  # the ``hi`` of a graph that must never run: no T is in its range
 SCHEMA = "assert_tokens(Tensor x, int lo, int hi, *, int min_tokens=0, int max_tokens=0) -> ()"
 
 

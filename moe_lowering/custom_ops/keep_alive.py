@@ -19,7 +19,7 @@ SCHEMA = "keep_alive(Tensor[] tensors) -> ()"
 
 
 def _do_nothing(tensors: list[Tensor]) -> None:
-    """That the caller holds ``tensors`` is all there is to it; any shapes, dtypes and devices."""
+    """Computes nothing: the call itself keeps ``tensors`` alive. Any shapes, dtypes and devices."""
 
 
 register(SCHEMA, cpu=_do_nothing, npu=_do_nothing, fake=_do_nothing, side_effect=True)

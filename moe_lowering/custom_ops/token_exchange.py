@@ -153,7 +153,7 @@ def _check_ids(operator: str, rank: int, fault: Sequence[int], num_experts: int)
 
 
 def agree(operator: str, heads: list[list[int]], num_experts: int, max_tokens: int, equal_tokens: bool | str) -> None:
-    """Raise, from what all ranks said, the error that all ranks raise; a str says why T must be equal."""
+    """Raises the same error on every rank when one of them reported a fault; a str is the reason why T must be equal."""
     first: dict[int, int] = {}
     why, remedy = (equal_tokens, "") if isinstance(equal_tokens, str) else (EQUAL, ", or max_tokens as its bound")
     for rank, head in enumerate(heads):

@@ -12,7 +12,7 @@ from moe_lowering.vocabulary import EXPERT_FORMATS
 
 
 def block_spec(block: BlockDescription, deployment: Deployment, tokens: int) -> BlockSpec:
-    """The block at T = ``tokens`` on a rank with routed experts, with weights as ``shard_experts`` and
+    """The block at T = ``tokens`` on a rank with routed experts, its weights as ``shard_experts`` and
     ``quantise_experts`` lay them out."""
     layer = Layer(
         hidden=block.hidden,

@@ -102,7 +102,7 @@ class Violation:
 
     @property
     def fault(self) -> str:
-        """What is wrong, without who says so."""
+        """What is wrong, without the name of the operator that refuses it."""
         if self.says:
             text = self._fill(self.says)
         else:
@@ -114,7 +114,7 @@ class Violation:
 
     @property
     def message(self) -> str:
-        """Who refuses, and what is wrong."""
+        """The operator that refuses, and what is wrong."""
         return f"{self.operator}: {self.fault}"
 
     @property

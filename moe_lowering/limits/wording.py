@@ -91,7 +91,7 @@ def _as_plain(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Quoted:
-    """Somebody else's text, e.g. of an exception of torch: it is not touched; symbols that stand in it are explained."""
+    """A text from elsewhere, e.g. of an exception of torch: it is kept as it is, and the symbols in it are explained after it."""
 
     text: str
 

@@ -85,7 +85,7 @@ class Scenario:
         mask = torch.arange(tokens) < 4 - group if self.padded else (torch.arange(tokens) + group) % 3 != 1
         if groups > 1 and group == groups - 1:
             mask = torch.zeros(tokens, dtype=torch.bool)
-        # what a padding token holds is nobody's business: it must not reach any result
+        # a padding token may hold anything: here NaN, so that it shows if it reaches a result
         x[~mask], weights[~mask] = torch.nan, torch.nan
         return Inputs(x, weights, ids, mask)
 

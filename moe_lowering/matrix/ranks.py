@@ -77,7 +77,7 @@ class CellOutcome:
 def setup() -> None:
     """In each process of a pool."""
     simulator.enable("A3")
-    logging.getLogger("moe_lowering").setLevel(logging.CRITICAL)  # a refusal is an answer here
+    logging.getLogger("moe_lowering").setLevel(logging.CRITICAL)  # a refusal is a result of the cell, not a failure
 
 
 def run(

@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 ASSERT_AGREEMENT = torch.ops.moe_lowering.assert_agreement.default
 DISPATCH = torch.ops.moe_lowering.dispatch.default
 SHORT = 12  # digits of a digest that are shown
-# A rank's own (of tensors the device's index, strides), or written down in another way; every other field of a block is
-# compared.
+# Fields that differ between ranks (of tensors the device's index, strides), or that the record has in another form. Every
+# other field of a block is compared.
 OWN = frozenset({"tokens", "key", "ep_group", "tp_group", "on_shared_rank", "collective_groups", "tensors"})
-# What may differ where decision and exchange do not.
+# Fields that may differ as long as the decision and the exchange are the same.
 TOLERATED = frozenset(
     {
-        "has_mask",  # but for masked_rows_are_sent
+        "has_mask",  # unless its rows are sent: masked_rows_are_sent
         "stacked",
         "weights_contiguous",
         "counts_are_read",
@@ -82,7 +82,7 @@ def settings_record(deployment: Deployment, lowering: MoeLowering | None, ep_gro
 def _settings(lowering: MoeLowering) -> dict[str, str]:
     policy = lowering.policy
     cost = f"{policy.cost.__module__}.{getattr(policy.cost, '__qualname__', type(policy.cost).__name__)}"
-    text = identity(policy.cost)  # what it does and holds, where that can be compared between processes
+    text = identity(policy.cost)  # what the function computes and holds, as far as processes can compare it
     if "unique(" not in text:
         cost += f" ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
     flags = {"strict": str(lowering.strict), "overlap": str(lowering.overlap)}

@@ -29,12 +29,12 @@ Arguments = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Premises:
-    """What a verdict rests on beside the block and the deployment.
+    """What a verdict depends on beside the block and the deployment.
 
     Attributes:
         tokens: T as the rules see it: an int, the graph's symbol, or a symbol with the declared range.
         own_tokens: T of this graph.
-        prover: what is taken to be known of ``tokens``.
+        prover: knows the range of ``tokens``.
         torch_npu: whether torch_npu's operators are there.
     """
 
@@ -66,8 +66,8 @@ class OperatorCall:
 
     Attributes:
         operator: its name without namespace.
-        arguments: what it is given, by name; or what makes that, where T takes part.
-        words: what the block says and no argument can; None takes a quantity away.
+        arguments: the arguments by name; or, where they depend on T, a function that makes them.
+        words: quantities that follow from the block and that no argument shows; None removes a quantity.
     """
 
     operator: str

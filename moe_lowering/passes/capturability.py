@@ -50,7 +50,8 @@ def not_capturable(graph: Graph, shape_env: Any, deployment: Deployment) -> list
     """
     causes: dict[Node, str] = {}
     for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
-        looks = _look(target) if nodes and op == "call_function" else None  # a look-up leaves an empty entry
+        # No nodes: a look-up in the graph's index leaves an empty entry for its target
+        looks = _look(target) if nodes and op == "call_function" else None
         if looks is not None:
             quantity, holds = looks
             causes.update((node, quantity) for node in nodes if holds(node))

@@ -95,7 +95,7 @@ def _decide_unequal(spec: BlockSpec, deployment: Deployment, policy: Policy) -> 
     declared = TokenRange(deployment.min_tokens, deployment.max_tokens)
     if isinstance(spec.tokens, int):
         return Decision(comm, reason, judgement, enforced=None if spec.tokens in declared else declared)
-    # a guard on this rank's own T: it compiles once more, and decides the same
+    # a guard on this rank's own T only costs another compile: the decision does not depend on it
     side = _side_of_share(spec, declared)
     guard = side if side not in (declared, known_range(spec.tokens)) and side.low != side.high else None
     return Decision(comm, reason, judgement, guard=guard, enforced=side)
@@ -110,13 +110,14 @@ def _side_of_share(spec: BlockSpec, allowed: TokenRange) -> TokenRange:
         side = allowed.at_most(spec.tp_size)
     else:
         side = TokenRange(max(allowed.low, spec.tp_size + 1), allowed.high)
-    return allowed if side.empty else side  # the compile's own T is not as declared: all of that is enforced
+    # This compile's T is outside of the declared range: the graph enforces the whole range
+    return allowed if side.empty else side
 
 
 def _decide_symbolic(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
     known = known_range(spec.tokens)
     allowed = known.at_most(deployment.max_tokens) if deployment.max_tokens else known
-    if allowed.empty:  # the declared bound rules every size out: the verdicts say so
+    if allowed.empty:  # no T is within the declared bound; the verdicts give the reason
         judgement = judge(spec, deployment, spec.tokens, Prover())
         return Decision(*policy.choose(judgement.verdicts, spec, deployment, known.low), judgement)
 

@@ -75,7 +75,8 @@ def find_foreign(graph: Graph) -> list[ForeignMoe]:
 
 def _by_name(graph: Graph) -> Iterable[tuple[Node, str]]:
     for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
-        if op != "call_function" or not nodes:  # a look-up leaves an empty entry
+        # No nodes: a look-up in the graph's index leaves an empty entry for its target
+        if op != "call_function" or not nodes:
             continue
         if isinstance(target, torch._ops.HigherOrderOperator):
             for node in nodes:

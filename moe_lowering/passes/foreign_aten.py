@@ -175,7 +175,7 @@ def _is_routed(first: Node, second: Node) -> bool:
 
 
 def _chooses(node: Node) -> bool:
-    if name_of(node) in ("max", "sort"):  # of which layers without experts, such as a pooling, read the values alone
+    if name_of(node) in ("max", "sort"):  # other layers with a top-k, such as poolings, read its values alone
         return any(name_of(user) == "getitem" and user.args[1] == 1 for user in node.users)
     return name_of(node) in CHOICES or (node.op == "call_function" and kind_of(node.target) == ROUTER)
 

@@ -30,7 +30,7 @@ from moe_lowering.report.records import Verdict
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 _T = sympy.Symbol("T", integer=True)
-# What rules of a whole implementation look at that say where it does not exist: on which SoC, and on how many ranks.
+# Quantities of the rules that tell where an implementation exists at all: on which SoC, and on how many ranks.
 _WHERE = ("soc", "ep_size")
 
 
@@ -117,7 +117,7 @@ class Refusal:
 
 
 def refusal(spec: BlockSpec, deployment: Deployment) -> Refusal | None:
-    """What keeps this rank's graph, and not the others', from what all of them decided: its own token counts where they
+    """Why this rank's graph must not run although the others lower the block: its own token counts where they
     may differ, its own kind of rank, a place in its groups that is not known.
 
     The decision itself must not depend on it. The others communicate as declared, so this graph must not run at all.
@@ -174,7 +174,7 @@ def judge(
     loaded = torch_npu_is_loaded() if torch_npu is None else torch_npu
     premises = Premises(tokens, spec.tokens, prover, loaded)
     context = call_context(deployment, spec, premises)
-    if spec.quantisation not in EXPERT_FORMATS:  # nothing is known of its calls
+    if spec.quantisation not in EXPERT_FORMATS:  # such a block has no emitter, hence no calls
         words = Rules("grouped_mlp", mlp_words(spec))
         broken = _broken(words, premises, deployment, context)
         return Judgement({name: Verdict(name, broken) for name in IMPLEMENTATIONS}, premises, context)
@@ -258,7 +258,7 @@ class _Prepared:
             broken = self._broken(call, premises, context)
             violations += broken
             if call.operator == name and any(v.quantity in _WHERE for v in broken):
-                break  # its operators are not called then: what they accept is no reason
+                break  # its operators are not called then, so that their limits are no reason
         return tuple(dict.fromkeys(violations))
 
     def _broken(self, call: OperatorCall | Rules, premises: Premises, context: dict[str, Any]) -> Broken:

@@ -122,7 +122,7 @@ def overlap(edits: EditLog, targets: Sequence[OverlapTarget], deployment: Deploy
         try:
             if not streams:
                 raise _Refused("overlap.no_streams")
-            if paths is None:  # before the first edit: later on our own scopes are there too
+            if paths is None:  # read before the first edit, as the edits add scopes
                 paths = scope_paths(edits.graph)
             plan = _plan(target, paths)
             added: list[Node] = []

@@ -93,7 +93,8 @@ class MoeLowering:
         agreement_timeout: float | str | None = "auto",
     ) -> None:
         """``agreement_timeout``: as for ``npugraph_ex_options``; None puts no check of the other ranks in the graph."""
-        self.deployment.placed()  # what a wrong place would emit is wrong in silence: here the compile does fail
+        # A graph for another rank's place would be wrong in silence, so that the compile fails in every mode
+        self.deployment.placed()
         runs = [GraphRun(gm, self.deployment, self.policy)]
         subgraphs, missed = self._find_subgraphs(gm)
         runs += [GraphRun(sub.gm, self.deployment, self.policy, sub) for sub in subgraphs]
@@ -196,7 +197,8 @@ def _log(report: LoweringReport, captured: bool) -> None:
             log_warning("moe_lowering: %s left as it was: %s", block.name, block.reason, trace=False)
     for where, why in report.unlowered:
         log_warning("moe_lowering: %s not recognised: %s", where, why, trace=False)
-    level = logging.WARNING if captured else logging.INFO  # without captures it only says what an NPU would refuse
+    # Without a capture, findings only tell what one on an NPU would refuse
+    level = logging.WARNING if captured else logging.INFO
     for finding in report.not_capturable:
         log_warning("moe_lowering: cannot be captured: %s", finding, trace=False, level=level)
     if report.blocks:

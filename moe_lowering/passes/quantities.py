@@ -56,14 +56,14 @@ def deployment_rules(spec: BlockSpec, deployment: Deployment) -> Rules:
             "has_torch_npu": premises.torch_npu,
             "block_tokens": premises.tokens,
             "tp_counts": spec.counts_are_read and _may_be_padded(spec, premises.tokens, premises.prover),
-            # with unequal T a range of this rank alone takes no part in the decision: legality.refusal
+            # with unequal T the range of this rank alone must not enter the decision; ``legality.refusal`` reads it
             "strict_share_of_one": deployment.equal_tokens and strict_share_of_one(spec.tp_size, premises.own_tokens),
         },
     )
 
 
 def _deployment_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
-    """Those that T takes no part in."""
+    """The quantities that do not depend on T."""
     return {
         "ep_size": spec.ep_size,
         "ep_group": spec.ep_group,

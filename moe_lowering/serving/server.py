@@ -107,7 +107,7 @@ class Server:
         self._decode: dict[int, Decode] = {}
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[ActiveRequest] = []
-        self._finished: list[Result] = []  # of a step that an error ended: the next one returns them
+        self._finished: list[Result] = []  # results of a step that ended with an error: the next step returns them
         self._numbers = itertools.count()
         self._warm = False
         self._lock = threading.Lock()
@@ -140,7 +140,7 @@ class Server:
             self._prefill[length] = self._compiled(rename_function(self._eager_prefill, f"prefill_{length}"), eager)
             self._first_token([0] * length)
             report(f"prefill of up to {length} tokens")
-        for bucket in reversed(self.buckets):  # the largest first: the others fit into its memory
+        for bucket in reversed(self.buckets):  # the largest first, so that the others reuse its memory
             step = decode_step(self.model, self._cache, self.max_length)
             self._decode[bucket] = self._compiled(rename_function(step, f"decode_{bucket}"), self._options)
             self._write([0] * bucket, [0] * bucket, bucket)
@@ -238,7 +238,7 @@ class Server:
                 raise RuntimeError(
                     "Server: generate while submitted requests are running; accepted: step() until they end"
                 )
-            self._require_warm("generate")  # before anything waits that nobody will ask for
+            self._require_warm("generate")  # checked first, so that no request is left in the queue after an error
             numbers = [self.submit(request) for request in requests]
             results: dict[int, Result] = {}
             try:
@@ -281,7 +281,8 @@ class Server:
         counters.steps[bucket] = counters.steps.get(bucket, 0) + 1
         counters.real_tokens += count
         counters.padded_tokens += bucket - count
-        for index in reversed(range(count)):  # from the end: whoever moves into a free row has been looked at
+        # From the end: a request that moves into a free row has been handled already
+        for index in reversed(range(count)):
             self._rows[index].length += 1
             result = self._rows[index].add(tokens[index])
             if result is not None:

@@ -14,7 +14,7 @@ from moe_lowering.integrations.transformers import token_mask
 
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
 Prefill = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
-ATTENTION = ("sdpa", "eager")  # what takes the mask that a decode step makes
+ATTENTION = ("sdpa", "eager")  # the attention that takes the mask which a decode step makes
 
 
 def rename_function(function: Any, name: str) -> Any:

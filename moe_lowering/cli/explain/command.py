@@ -76,7 +76,8 @@ def run_explain(request: ExplainRequest) -> ExplainReport:
     except MissingSizesError as error:
         raise _missing_sizes(error) from error
     except ExplainError as error:
-        option = OPTIONS.get(error.argument, f"MODEL: {error.argument}")  # what has no option comes of the model
+        # A size that has no option comes from the model
+        option = OPTIONS.get(error.argument, f"MODEL: {error.argument}")
         raise UsageError(f"argument {option}: {error.problem}") from error
     return ExplainReport(request, explanation)
 
@@ -133,7 +134,7 @@ def _deployment(request: ExplainRequest, experts: int) -> Deployment:
             mc2_hierarchy=request.hierarchy,
             providers=request.providers,
         )
-    except ValueError as error:  # its own words name the field, the value and what is accepted
+    except ValueError as error:  # the error's text names the field, the value and what is accepted
         raise UsageError(str(error).removeprefix("Deployment: ")) from error
 
 

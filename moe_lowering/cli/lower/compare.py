@@ -35,7 +35,7 @@ MAX_REROUTED = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.2}
 SNR_FLOOR = {"w8a8": 28.0, "w4a8": 28.0, "w4a16": 36.0}
 LOGITS_SNR_FLOOR = 20.0  # errors of blocks add up over layers, and attention and norms spread them
 REWEIGHTED = 0.1  # share of a token's largest routing weight by which rounding is taken not to move one
-SILENT = 300.0  # dB of two equal tensors
+SILENT = 300.0  # dB that two equal tensors are given, whose ratio is infinite
 WORST = sys.float_info.max  # stands for NaN and infinity, which JSON lacks
 
 Taken = list[tuple[Tensor, ...]]

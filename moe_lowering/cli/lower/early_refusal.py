@@ -50,6 +50,6 @@ def find_early_refusal(
 def _choose_for(
     request: LowerRequest, spec: BlockSpec, deployment: Deployment, tokens: Any
 ) -> tuple[str | None, str, dict[str, Verdict]]:
-    """(the implementation if it is legal, why, all verdicts) for T = ``tokens``."""
+    """(the implementation, None when it is refused; the reason; all verdicts) for T = ``tokens``."""
     verdicts = judge(spec, deployment, tokens, Prover(), torch_npu=True).verdicts
     return (*Policy(request.comm).choose(verdicts, spec, deployment, spec.tokens), verdicts)

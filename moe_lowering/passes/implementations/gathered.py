@@ -96,7 +96,8 @@ def gathered_calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCal
     """The calls that ``emit_partial`` makes for a block."""
     return (
         *tokens_calls(spec),
-        route_call(spec, spec.top_k, _ids(spec), [None, None]),  # which experts are this rank's own is no matter
+        # Any range of E_local experts: no rule depends on which ones are this rank's
+        route_call(spec, spec.top_k, _ids(spec), [None, None]),
         *mlp_calls(spec, deployment),
         *combine_calls(spec, deployment),
     )

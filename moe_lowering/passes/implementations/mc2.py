@@ -57,7 +57,8 @@ def _rules(spec: BlockSpec, deployment: Deployment) -> Rules:
 
 
 def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rules, ...]:
-    words = {} if deployment.mc2_group else {"group_length": None}  # has_communicator says it better
+    # Left out: the rule on has_communicator has the better message
+    words = {} if deployment.mc2_group else {"group_length": None}
     return (
         OperatorCall(DISPATCH, lambda premises: _judged_dispatch(spec, deployment, premises), words),
         *mlp_calls(spec, deployment),

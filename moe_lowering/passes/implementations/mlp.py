@@ -33,7 +33,7 @@ def mlp_calls(spec: BlockSpec, deployment: Deployment, chosen: str | None = None
     """
     words = mlp_words(spec)
     if not (words["activation_is_known"] and words["quantisation_is_known"]):
-        return (Rules("grouped_mlp", words),)  # no calls are known of such a block
+        return (Rules("grouped_mlp", words),)  # a block that has no emitter makes no calls
     if spec.format.quantised:
         return Rules("grouped_mlp", words), *quantised_mlp.calls(spec, deployment, chosen)
     experts = spec.tensors
