@@ -176,9 +176,8 @@ class ModuleEdits(EditLog):
         if self._compiled:
             try:
                 self._gm.recompile()
-            except (
-                Exception
-            ):  # then the graph could not be compiled before either, and its old code may not have been made from it
+            except Exception:
+                # Then the graph could not be compiled before either, and its old code may not have been made from it.
                 log.warning("moe_lowering: the graph as it was cannot be compiled", exc_info=True)
 
 
