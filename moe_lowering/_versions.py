@@ -65,8 +65,8 @@ def torch_build() -> tuple[str, str | None]:
 
 
 def describe_untested_pair() -> str:
-    """What is installed, when the pair of torch and torch_npu is none of the tested ones, else ""; without torch_npu,
-    when the torch is none."""
+    """The installed pair of torch and torch_npu when it is none of the tested ones, else "". Without torch_npu the
+    version of torch is compared alone."""
     torch, torch_npu = installed_version("torch"), installed_version("torch_npu")
     for tested, tested_npu in TESTED:
         if _matches(torch, tested) and (not torch_npu or _matches(torch_npu, tested_npu)):

@@ -85,7 +85,7 @@ def _all_ranks(store: Any, ranks: int | None, rank: int | None) -> tuple[int, in
 def agreement_before_first(
     deployment: Deployment, lowering: MoeLowering, timeout: float | str | None
 ) -> Callable[[], None] | None:
-    """What to call before the first graph is lowered, so that ranks of one EP group that differ are told so.
+    """The function to call before the first graph is lowered: it raises on ranks of one EP group that differ.
 
     Args:
         timeout: seconds to wait for the slowest rank; ``auto`` for as long as the EP group's own collectives would wait,

@@ -24,7 +24,7 @@ BLOCKS_ABSENT = (
 
 
 def setting_differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list[str]:
-    """What a record of settings ``b`` has otherwise than ``a``, which is that of ``rank``."""
+    """The differences of a record of settings ``b`` from ``a``, which is that of ``rank``."""
     lines = [
         _write_difference(label, ours, theirs, rank)
         for part, prefix in (("deployment", "Deployment."), ("settings", "MoeLowering's "))
@@ -55,7 +55,7 @@ def block_key(blocks: dict[str, Any]) -> str:
 
 
 def block_differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list[str]:
-    """What a record of blocks ``b`` has otherwise than ``a``, which is that of ``rank``.
+    """The differences of a record of blocks ``b`` from ``a``, which is that of ``rank``.
 
     Each is ``{"kinds": [...], "order": [[index, how many], ...], "T": of the run that compares, or None}``. T is None where
     ranks may have other ones.
@@ -123,7 +123,7 @@ def _write_difference(name: str, ours: Any, theirs: Any, rank: int) -> str:
 
 
 def _excerpt(text: str, at: int) -> str:
-    """What stands around a place, of a text that may be too long; "..." stands for the rest."""
+    """The text around a place where two long texts begin to differ; "..." marks what is cut."""
     start = max(0, min(at - LONGEST_SHOWN // 4, len(text) - LONGEST_SHOWN))
     end = start + LONGEST_SHOWN
     return f"{'...' if start else ''}{text[start:end]}{'...' if end < len(text) else ''}"

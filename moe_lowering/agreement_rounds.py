@@ -195,7 +195,7 @@ class Session:
         return f"ranks disagree with rank {first}:\n  " + "\n  ".join(lines) if lines else ""
 
     def _no_answer(self, late: Sequence[int], timeout: float, absent: str) -> str:
-        """Who did not come, and what is known of it."""
+        """The text of the error for ranks that did not answer, with what is known of them."""
         names = ", ".join(map(str, late))
         replaced = ", ".join(map(str, self._replaced(late)))
         if replaced:

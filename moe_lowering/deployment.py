@@ -163,7 +163,7 @@ class Deployment:
         self._fill()
 
     def _fill(self) -> None:
-        """What was not given, from where it can be found."""
+        """Fill the fields that the caller left out, from the groups and from the machine."""
         detected = list(self.detected)
         for kind, rank in self._ranks().items():
             if getattr(self, f"{kind}_rank") is None and rank is not None:

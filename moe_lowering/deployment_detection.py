@@ -33,7 +33,8 @@ _FROM_GROUPS = {"ep_group": "ep", "tp_group": "tp"}
 
 @dataclasses.dataclass(frozen=True)
 class Detected:
-    """A field of a deployment that was not given but found, or that was compared with what was found: where, and what."""
+    """A field of a deployment that was read from a group or the machine, or was compared with them: where it was read,
+    and the value."""
 
     field: str
     value: str
@@ -43,7 +44,7 @@ class Detected:
 def detect(
     ep: ProcessGroup | None, tp: ProcessGroup | None, mc2: ProcessGroup | None, declared: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Detected]]:
-    """Fields of a deployment from its groups, from what the machine says, and as they are given; no group is made.
+    """Fields of a deployment: the caller's, and those that its groups and the machine give. No group is made.
 
     Args:
         ep, tp, mc2, given: as for ``Deployment.from_groups``.
@@ -206,7 +207,7 @@ def _write_value(value: Any) -> str:
 
 
 def _soc(declared_soc: str | None) -> tuple[str | None, str]:
-    """The SoC of this process's NPU, as torch_npu names it; None where there is none to ask."""
+    """The SoC of this process's NPU, as torch_npu names it; None on a machine without one."""
     npu: Any = getattr(sys.modules.get("torch"), "npu", None) if "torch_npu" in sys.modules else None
     if npu is None or not npu.is_available():
         if declared_soc is None:

@@ -282,7 +282,8 @@ def check_expert_map(expert_map: Tensor, num_experts: int, deployment: Deploymen
 
 
 def _rank_of(place: Deployment) -> tuple[int | None, int, int, str]:
-    """What ``_check_map`` needs of a deployment: dynamo of torch 2.10 hands no frozen dataclass to what it does not trace."""
+    """The fields of a deployment that ``_check_map`` needs: dynamo of torch 2.10 passes no frozen dataclass to a
+    function that it does not trace."""
     unknown = place.unknown_rank if place.ep_rank is None else ""
     return place.ep_rank, place.ep_size, place.shared_expert_ranks, unknown
 

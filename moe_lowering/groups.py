@@ -48,7 +48,8 @@ def find_group(name: str) -> Membership | None:
 
 
 def own_ranks(ep: Claim, tp: Claim, mc2_group: str) -> tuple[int | None, int | None]:
-    """This process's index in the EP and in the TP group: what the groups say, else what is claimed.
+    """This process's index in the EP and in the TP group: read from the groups where they exist, else as the deployment
+    claims.
 
     Raises:
         ValueError: a claim contradicts a group that this process has; the TP group or MC2's group has other members than

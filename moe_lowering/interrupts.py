@@ -133,7 +133,8 @@ class _Handlers:
         raise self._error(self._first[0])
 
     def _error(self, number: int) -> BaseException:
-        """An error that comes again once nobody has it any more: not while it is on its way, nor in ``finally``.
+        """An error that is raised again when nothing refers to it any more; not while it propagates, nor within
+        ``finally``.
 
         It is lost where C code clears it (torch does, when it imports numpy) and where Python ignores it (``__del__``).
         """

@@ -145,7 +145,8 @@ def as_float32(weights: Tensor) -> Tensor:
 
 
 def as_int32(name: str, ids: Tensor) -> Tensor:
-    """Ids as the operators take them. Outside of a graph no id is cut to one that there is: 2**32 would be expert 0."""
+    """Ids as the operators take them. Outside of a graph an id beyond int32 is refused, as the cast would make another
+    id of it: 2**32 would be expert 0."""
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"moe_experts: {name} is {ids.dtype}; accepted: int32, int64")
     cast = ids.to(torch.int32)

@@ -32,7 +32,7 @@ class SourceLine:
 
 
 def innermost(trace: str) -> SourceLine | None:
-    """The innermost line of the user's in a stack trace that dynamo recorded; where there is none, of any line."""
+    """The innermost line of user code in a stack trace that dynamo recorded; of any code where there is no user code."""
     places = [
         SourceLine(m["file"], int(m["line"]), m["function"], m["text"].strip()) for m in _TRACE_LINE.finditer(trace)
     ]

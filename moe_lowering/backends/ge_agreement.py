@@ -27,7 +27,7 @@ def _check(x: Tensor, group: str, timeout: float, settings: str, blocks: str, to
 
 
 def _do_nothing(x: Tensor, group: str, timeout: float, settings: str, blocks: str, tokens: str) -> None:
-    """As the operator that it stands for."""
+    """Returns nothing, like ``assert_agreement`` itself."""
 
 
 register_operator(
@@ -70,7 +70,7 @@ def _place_check(edits: EditLog, node: Node) -> None:
 
 
 def _convert(x: Any, group: str, timeout: float, settings: str, blocks: str, tokens: str) -> None:
-    """Attach the comparison to an input of the graph, of those that ``x`` is made from where there is one."""
+    """Attach the comparison to an input of the graph; to one that ``x`` is computed from, if there is such an input."""
     from torchair.ge._ge_graph import get_default_ge_graph
 
     graph = get_default_ge_graph()

@@ -57,7 +57,7 @@ def _main(arguments: list[str] | None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> Request:
-    """``parse``, and a help that cannot be written is told like a report that cannot."""
+    """``parse``. A help that stdout does not take is an error of one line, like a report that it does not take."""
     try:
         return parse(arguments)
     except SystemExit:
@@ -68,7 +68,7 @@ def _parse(arguments: list[str] | None) -> Request:
 
 
 def _complain(text: str) -> None:
-    """One line to stderr, where there is one that takes it."""
+    """Print one line to stderr, if it is open."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(f"moe-lowering: {' '.join(text.split())}", file=sys.stderr)

@@ -34,7 +34,7 @@ SCHEMA = "assert_agreement(Tensor x, str group, float timeout, str settings, str
 
 
 class _Agreed:
-    """The contents that all agreed on, for the default process group of now."""
+    """The contents that all ranks have agreed on, for the present default process group."""
 
     def __init__(self) -> None:
         self.world: Any = None  # a weak reference, so that a destroyed group is not kept alive
@@ -78,7 +78,8 @@ def check(tokens: int, group: str, timeout: float, settings: str, blocks: str) -
 
 
 def _compare(session: Session, timeout: float, settings: Any, blocks: Any, tokens: int) -> bool:
-    """Whether all agreed; False when this graph refuses to run anyhow, and the others were told."""
+    """Whether all ranks agreed. False when this graph refuses to run in any case; the other ranks have then been
+    notified."""
     if blocks["refuses"]:
         patience = min(timeout, REFUSAL_PATIENCE)
         with contextlib.suppress(AgreementError):  # this rank then raises its own reason, not that of the comparison

@@ -68,7 +68,7 @@ class ExpertTensors:
 
     @staticmethod
     def of(quantisation: str, call: Any) -> ExpertTensors:
-        """The lists of a fused operator's call, by their names; what it has no argument for is not there."""
+        """The lists of a fused operator's call, by their names; lists that the operator has no argument for are empty."""
         names = (field.name for field in dataclasses.fields(ExpertTensors) if field.name != "quantisation")
         return ExpertTensors(quantisation, **{name: getattr(call, name, None) or () for name in names})
 

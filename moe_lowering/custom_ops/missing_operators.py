@@ -30,7 +30,7 @@ def why_absent(operator: str) -> str:
 
 
 def _describe_removal(operator: str, package: Package) -> str:
-    """What the rule says that the operator was removed before this version; "" when there is none."""
+    """The text of the rule that the operator was removed before this version; "" when there is no such rule."""
     from moe_lowering.limits import limits_for  # the tables are read when they are needed first
     from moe_lowering.limits.versions import name_subject
 

@@ -122,7 +122,7 @@ def exchange(operator: str, tokens: TokenBatch, placement: Placement, ep: Group,
 
 
 def _keep(tokens: TokenBatch, plan: DispatchPlan) -> Received:
-    """The planned rows with their handles, before they travel; on one rank that is what it receives."""
+    """The rows of the plan with their handles, before they travel. On one rank these are the rows that it receives."""
     handle = torch.zeros((plan.slots.numel(), 3), dtype=torch.int32)
     handle[:, 1] = plan.token
     handle[:, 2] = plan.slots - plan.token * plan.choices

@@ -22,7 +22,8 @@ class ExplainError(ValueError):
 
 
 class MissingSizesError(ExplainError):
-    """Sizes of a block that nobody gave. ``sizes``: their names in a ``BlockDescription``."""
+    """Sizes of a block that neither the arguments nor the config have. ``sizes``: their names in a
+    ``BlockDescription``."""
 
     def __init__(self, model: str | None, sizes: tuple[str, ...]) -> None:
         what = "no model is given" if model is None else f"the config of {model} does not say all sizes"

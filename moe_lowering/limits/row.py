@@ -135,7 +135,7 @@ def _read_row(raw: dict[str, Any], where: str, declared: Mapping[str, Citation])
 
 
 def _check_keys(raw: dict[str, Any], where: str) -> None:
-    """That a row has what it needs, and nothing that is unknown.
+    """Raises unless a row has the keys that it needs and no unknown one.
 
     Raises:
         LimitsError: otherwise.

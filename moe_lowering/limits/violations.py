@@ -185,7 +185,7 @@ def check(
 
 @functools.lru_cache(maxsize=4096)
 def _applicable(operator: str, soc: str, versions: Versions, known: frozenset[str]) -> tuple[Limit, ...]:
-    """The rows that read nothing but what is given."""
+    """The rows that read only quantities which are given."""
     return tuple(row for row in limits_of(operator, soc, versions) if row.names <= known)
 
 

@@ -68,7 +68,8 @@ def to_json(value: Value, names: Names = ()) -> bool | int | float | str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
-    """A sentence with quantities in braces, and the quantities: values, tuples of them, or what can be said itself."""
+    """A sentence with quantities in braces, and the quantities: values, tuples of them, or other objects that can be
+    put into words."""
 
     template: str
     shown: tuple[tuple[str, Any], ...] = ()

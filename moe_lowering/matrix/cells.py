@@ -70,7 +70,7 @@ class Scenario:
         return {1: (3,), 2: (6, 1), 4: (6, 1, 3, 5)}[groups] if self.unequal else (self.tokens,) * groups
 
     def inputs(self, group: int, groups: int) -> Inputs:
-        """What the ranks of one TP group are given."""
+        """The inputs of the ranks of one TP group."""
         tokens = self.by_group(groups)[group]
         generator = torch.Generator().manual_seed(group + 1)
         ids = _ids(self.routing, group, tokens, self.top_k, generator)

@@ -34,7 +34,7 @@ from moe_lowering.passes.verifier import generic_nodes, repropagate
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What one rank is given for one scenario. A negative control changes it.
+    """The inputs of one rank in one scenario. A negative control changes them.
 
     Attributes:
         deployment: what the pass is told.

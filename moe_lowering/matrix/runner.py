@@ -116,7 +116,7 @@ def _run(pool: Pool, cells: list[Cell], change: Change | None) -> list[CellResul
 
 
 def _judge(cell: Cell, outcomes: list[CellOutcome]) -> CellResult:
-    """One cell against what it must be."""
+    """Compare one cell's outcome with what the cell must be."""
     first = outcomes[0]
     result = CellResult(cell, first.codes, first.reason)
     for rank, outcome in enumerate(outcomes):

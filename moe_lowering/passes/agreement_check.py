@@ -145,7 +145,7 @@ class BlockOutcome:
 
 
 def blocks_record(outcomes: Iterable[BlockOutcome], left: Iterable[Node], deployment: Deployment) -> dict[str, Any]:
-    """The blocks of one graph that exchange tokens, in order, then the generic operators of what is no block."""
+    """The blocks of one graph that exchange tokens, in order, then the generic operators that belong to no block."""
     kinds: dict[str, int] = {}
     written: list[dict[str, Any]] = []
     indices: dict[Any, int] = {}
@@ -203,7 +203,8 @@ def _are_stored(tensors: Operands) -> bool:
 
 
 def _left_record(node: Node) -> dict[str, Any]:
-    """A generic operator of what is no block: its numbers and words, of which groups' names are local."""
+    """The record of a generic operator that belongs to no block: its numbers and words, without the names of groups
+    that are local."""
     values = arguments(node).items()
     strict = {name: v for name, v in values if isinstance(v, (bool, int, float, str)) and not name.endswith("_group")}
     strict.pop("on_shared_rank", None)

@@ -23,7 +23,7 @@ def read(call: Callable[..., Call], node: Node) -> Call:
 
 
 def argument(node: Node, name: str) -> Any:
-    """One argument, its default where it is not given."""
+    """One argument of a node, or its default when the node does not have it."""
     assert isinstance(node.target, torch._ops.OpOverload)
     index, default = _parameters(node.target)[name]
     return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)

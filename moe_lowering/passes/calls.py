@@ -46,7 +46,8 @@ class Premises:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rules:
-    """A set of rules without an operator, such as ``deployment`` or ``alltoall.static``, and what they read."""
+    """A set of rules that belongs to no operator, such as ``deployment`` or ``alltoall.static``, and the quantities
+    that they read."""
 
     operator: str
     quantities: Mapping[str, Any] | Callable[[Premises], Mapping[str, Any]]

@@ -33,7 +33,8 @@ from moe_lowering.source_lines import innermost
 
 
 def is_captured(deployment: Deployment, config: Any) -> bool:
-    """Whether the compiler that runs the pass will capture: as declared, unless its own configuration says otherwise."""
+    """Whether the compiler that runs the pass will capture: as the deployment declares, unless the compiler's options
+    have ``force_eager``."""
     return may_be_captured(deployment) and not bool(getattr(config, "force_eager", False))
 
 

@@ -151,7 +151,7 @@ def _decide_symbolic(spec: BlockSpec, deployment: Deployment, policy: Policy) ->
 
 
 def _rests_on_range(spec: BlockSpec, deployment: Deployment, comm: str) -> bool:
-    """Whether the implementation is not legal for just any T: then the graph must not serve others by itself."""
+    """Whether the implementation is legal for some T only: then the graph itself must refuse other T."""
     anything = judge(spec, deployment.replace(max_tokens=0), free_tokens(0, SEARCH_LIMIT), Prover())
     return not anything.verdicts[comm].legal
 

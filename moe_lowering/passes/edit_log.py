@@ -133,7 +133,8 @@ class EditLog:
         self._remove_strangers(self._known)
 
     def _remove_strangers(self, known: set[Node]) -> None:
-        """Take out nodes that were made meanwhile, every trace of them, and what FX leaves on others when it is interrupted."""
+        """Remove the nodes that are not in ``known``, with every trace of them, and what an interrupted FX function
+        left on others."""
         table, names = self.graph._find_nodes_lookup_table, self.graph._graph_namespace
         for entries in table.table.values():  # one that a hook kept from the list may be here, and the reverse
             for node in [node for node in entries if node not in known]:

@@ -108,7 +108,7 @@ def _is_ours(node: Node) -> bool:
 
 
 def _group_by_layer(nodes: list[Node]) -> list[list[Node]]:
-    """Nodes of one layer together: those of a module, of a module inside of it, and of one function where there is none."""
+    """Groups of nodes of one layer: by module, with the modules inside of it; by function where no module is recorded."""
     modules = {_module_name(node) for node in nodes}
     layers: dict[Any, list[Node]] = defaultdict(list)
     for node in nodes:
@@ -133,7 +133,7 @@ def _function(node: Node) -> tuple[str, str]:
 
 
 def _record(nodes: list[Node], codes: dict[Node, str]) -> ForeignMoe:
-    """What is told of one layer: the strongest sign, in the order of ``FORMS``, and all operators that were seen."""
+    """The record of one layer: its code is the first of ``FORMS`` that was seen, with all operators that were seen."""
     code = min((codes[node] for node in nodes), key=list(FORMS).index)
     first = next(node for node in nodes if codes[node] == code)
     line = innermost(first.meta.get("stack_trace") or "")

@@ -181,7 +181,7 @@ def _chooses(node: Node) -> bool:
 
 
 def _is_local(node: Node) -> bool:
-    """Not a product with a weight: what is behind one belongs to another layer."""
+    """Whether a walk may pass a node: not a product with a weight, as what is behind one belongs to another layer."""
     name = name_of(node)
     return name not in MATMULS or (name in BATCHED and not _experts_of(node))
 

@@ -84,7 +84,8 @@ def declared_tokens(deployment: Deployment) -> Any:
 
 
 def free_tokens(low: int, high: int) -> Any:
-    """A size called T, anywhere from ``low`` to ``high``, in a ShapeEnv of its own: nothing else is known of it.
+    """A symbolic size called T with the range ``low`` to ``high``, in a ShapeEnv of its own, so that no other fact
+    about it is known.
 
     The symbol is named T and not by ``create_symbol`` (``s47``), because its name reaches the user in messages.
     """
@@ -187,7 +188,7 @@ def judge(
 
 
 def _with_declared_range(verdict: Verdict, deployment: Deployment) -> Verdict:
-    """Messages on the declared T say what it was declared to be."""
+    """Violations on the declared T, each with the range that was declared."""
     declared = TokenRange(deployment.min_tokens, deployment.max_tokens)
     violations = tuple(dataclasses.replace(v, declared=declared) if _depends_on_t(v) else v for v in verdict.violations)
     return dataclasses.replace(verdict, violations=violations)
@@ -212,7 +213,7 @@ def _prepare_calls(spec: BlockSpec, deployment: Deployment) -> _Prepared:
 
 
 class _Prepared:
-    """The calls of every form, and what is broken of those that do not read T."""
+    """The calls of every form, and the violations of those that do not read T."""
 
     def __init__(self, spec: BlockSpec, deployment: Deployment) -> None:
         self._spec, self._deployment = spec, deployment

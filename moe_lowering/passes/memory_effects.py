@@ -148,7 +148,7 @@ def _written(node: Node) -> list[Node] | None:
 
 
 def _bound(node: Node) -> Iterator[tuple[Any, Any]]:
-    """(argument of the schema, what it is given)."""
+    """Pairs of an argument in the schema and its value in the call."""
     assert isinstance(node.target, torch._ops.OpOverload)
     for index, argument in enumerate(node.target._schema.arguments):
         if index < len(node.args):
@@ -182,7 +182,7 @@ def _is_number(leaf: Any) -> bool:
 
 
 def _storage(value: Any) -> int | None:
-    """What tells one storage from another; None where a value has none of its own."""
+    """An identity of the value's storage; None for a value without one."""
     if not isinstance(value, torch.Tensor):
         return None
     try:

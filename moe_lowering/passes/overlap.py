@@ -173,7 +173,7 @@ def _position(target: OverlapTarget) -> Node:
 
 
 def _walk_additions(y: Node) -> Iterator[tuple[Node, Node]]:
-    """(operand, addition) for what is added to y, as long as each result has one reader; y itself may have more."""
+    """Yield (operand, addition) for each addition to y, while each result has one reader; y itself may have more."""
     node = y
     for number in range(MAX_ADDS):
         reader = _reader(node, number == 0)

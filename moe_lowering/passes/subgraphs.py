@@ -93,7 +93,7 @@ def computed_inputs(gm: GraphModule, subgraphs: Sequence[Subgraph]) -> Iterator[
 
 
 def _mark(inner: GraphModule, callers: list[Node]) -> bool:
-    """Whether there is a new mark."""
+    """Mark the inputs of one graph that are computed; whether a mark is new."""
     inputs, changed = _inputs(inner), False
     for passed in map(_operands, callers):
         known = passed if len(passed) == len(inputs) else [None] * len(inputs)

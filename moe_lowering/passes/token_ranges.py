@@ -51,7 +51,7 @@ def must_vary(tokens: torch.SymInt) -> bool:
 
 
 def _constraints(tokens: torch.SymInt) -> Iterator[Any]:
-    """What dynamo was told of the symbols of T."""
+    """The constraints that the user gave dynamo for the symbols of T."""
     symbols = tokens.node.expr.free_symbols
     return (
         constraint

@@ -30,7 +30,8 @@ GENERIC = ("route", "dispatch", "grouped_mlp", "combine")
 
 
 class VerificationError(RuntimeError):
-    """A replacement does not stand for what it replaces. The message says where and what; ``wording`` with its quantities."""
+    """A replacement that does not give what the block gave. The message names the place and the difference; ``wording``
+    holds the quantities."""
 
     def __init__(self, wording: Wording | str) -> None:
         self.wording = make_wording("{text}", text=wording) if isinstance(wording, str) else wording

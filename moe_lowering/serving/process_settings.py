@@ -49,7 +49,8 @@ _HELD: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (
 
 
 class Settings:
-    """The settings of now; while it is entered they hold, and those of the caller after it. Not for several threads."""
+    """The settings of the moment at which it is made. While it is entered they hold; at the end the caller's are
+    restored. Not for several threads."""
 
     def __init__(self) -> None:
         self._values = [read() for read, _ in _HELD]

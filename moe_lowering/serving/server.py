@@ -160,7 +160,7 @@ class Server:
         return number
 
     def cancel(self, number: int) -> Result:
-        """End a request that is waiting or running; what it has so far. ``step`` returns nothing more for it.
+        """End a request that is waiting or running, and return its tokens so far. ``step`` returns nothing more for it.
 
         The row of a running request is free at once; the tokens of the others do not change. Between steps, from the
         thread that steps.
@@ -258,7 +258,7 @@ class Server:
 
     @contextlib.contextmanager
     def _alone(self, what: str) -> Iterator[None]:
-        """Rows, cache and the process's settings belong to one thread at a time: a second one is told so."""
+        """Raises in a second thread: rows, cache and the process's settings belong to one thread at a time."""
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
                 f"Server: {what} while another call is in {self._busy_with or 'the server'}; accepted: one call at a time "

@@ -92,7 +92,7 @@ def snr(actual: Tensor, reference: Tensor) -> float:
 
 
 def use_quantised_weights(model: nn.Module, format: str) -> None:
-    """Make an unsharded model's experts what their quantised weights stand for, in the model's dtype."""
+    """Give an unsharded model the weights that its quantised weights stand for, in the model's dtype."""
     for module in moe_modules(model):
         for name in ("w13", "w2") if isinstance(module, MoE) else ("gate_up_proj", "down_proj"):
             parameter = getattr(module, name)
@@ -155,7 +155,7 @@ def _block(module: nn.Module, inputs: list[Tensor]) -> Tensor:
 
 
 class _Replay:
-    """While entered, tokens of the reference run that would go to other experts go to those of the lowered run."""
+    """While it is entered, a token of the reference run goes to the experts that the lowered run chose for it."""
 
     def __init__(self, modules: list[nn.Module], routings: Taken) -> None:
         self.modules, self.taken = modules, routings

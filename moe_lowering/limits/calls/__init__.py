@@ -87,7 +87,7 @@ def _defaults_for_none(op: torch._ops.OpOverload) -> dict[str, Any]:
 
 
 def bind(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Every argument of the schema by name: given, or its default.
+    """All arguments of a call by their names in the schema, with defaults filled in.
 
     None for an optional argument whose default is something else means that default: op-plugin reads it with ``value_or``.
 

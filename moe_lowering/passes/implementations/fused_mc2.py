@@ -211,7 +211,7 @@ def _mega_arguments(
 
 
 def _bits_or_float(dtype: torch.dtype) -> torch.dtype:
-    """float32, or the bits that are there."""
+    """The dtype of scales: int64 where they are stored as bits, else float32."""
     return dtype if dtype == torch.int64 else torch.float32
 
 

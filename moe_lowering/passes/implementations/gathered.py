@@ -277,7 +277,7 @@ def _has_spare_row(spec: BlockSpec) -> bool:
 
 
 def _row_bound(emit: Emitter, x: Node, spec: BlockSpec) -> Any:
-    """tokens * E_local + 1: every row that can be filled, and one that cannot."""
+    """tokens * E_local + 1: all rows that can be valid, and one that never is."""
     tokens = emit.size(x, 0)
     if isinstance(tokens, int):
         return tokens * spec.local_experts + 1

@@ -141,7 +141,7 @@ def _group(spec: BlockSpec, deployment: Deployment, rank: int | None) -> dict[st
 
 
 def _shared_arguments(spec: BlockSpec, deployment: Deployment, mask: Any) -> dict[str, Any]:
-    """What both ends take alike by name."""
+    """The keyword arguments that dispatch and combine have in common."""
     shared: dict[str, Any] = {"global_bs": global_tokens(spec)}
     if spec.shared_expert_ranks:
         shared["shared_expert_num"] = spec.shared_experts

@@ -43,7 +43,8 @@ def mlp_calls(spec: BlockSpec, deployment: Deployment, chosen: str | None = None
 
 
 def mlp_words(spec: BlockSpec) -> dict[str, Any]:
-    """Whether there is an emitter for the block's words: what ``grouped_mlp``, which makes no call itself, reads."""
+    """Quantities of the rules of ``grouped_mlp``, which makes no call itself: whether the block's words have an
+    emitter."""
     known = spec.quantisation == "none" or spec.quantisation in quantised_mlp.EMITTED
     return {
         "activation": spec.activation,
