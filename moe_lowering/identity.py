@@ -1,4 +1,4 @@
-"""What a callable of the user's computes, as text that is the same in every process and differs when the callable does.
+"""``identity``: a text for a user's callable, the same in every process, and another one when the callable computes otherwise.
 
 A compile cache must tell two cost functions or pre-passes apart that differ in a closure, a default, an argument of a
 partial, an attribute of an instance or its class, or a global only, and must find a nested function again in another

@@ -1,4 +1,4 @@
-"""What the wrappers of fused MoE operators share: the rules for their arguments, and a whole layer on CPU.
+"""What the wrappers of fused MoE operators share: the rules for arguments, a whole layer on CPU, and the provider's operator.
 
 A fused operator sends the tokens, runs both matmuls with SwiGLU (gate first) between them, and combines. Three exist for
 Ascend, each in a file of its own: ``dispatch_ffn_combine``, ``dispatch_gmm_combine_decode``, ``mega_moe``. Each is

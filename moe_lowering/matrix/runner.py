@@ -1,4 +1,4 @@
-"""Run cells on real ranks, and judge what came of them.
+"""Runs cells of the matrix on real ranks, and compares each with what it must be.
 
     table = runner.run(Axes(eps=(1, 2)))
     table.problems()  # [] when every cell is what it must be

@@ -1,4 +1,4 @@
-"""MoE layers in a graph that the pass cannot lower, since they are not written with the generic operators: told, not passed over.
+"""``find_foreign``: the MoE layers of a graph that are not written with the generic operators, which the pass reports and leaves.
 
 Contract. Reads the graph, never edits it; returns one record per layer, with its operators counted, the model's line and
 what to do. Run on what is left after lowering: nodes that the pass emitted carry a mark (``emitter.MARK``) and are not

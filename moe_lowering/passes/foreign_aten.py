@@ -1,7 +1,7 @@
 """MoE layers that are written with torch's own operators: found by what they compute, not by a name.
 
 Contract. Reads the graph, never edits it. Each function returns the nodes by which one form is known, in no order. A form is
-told only where the graph shows that experts are chosen; so embeddings, attention (paged, with absorbed weights, with chosen
+reported only where the graph shows that experts are chosen; so embeddings, attention (paged, with absorbed weights, with chosen
 keys), samplers, LoRA and block-diagonal layers are not taken for one:
 
 - gathered weights: two stacked weights are indexed by the same ids, and a product with one goes through an activation into
@@ -14,7 +14,7 @@ keys), samplers, LoRA and block-diagonal layers are not taken for one:
   meet one product.)
 - routing that leaves the graph: one_hot of the ids with the number of experts as its width, or counts of them, goes to
   ``nonzero`` or out of the graph, which is what stays of a loop that dynamo could not trace. Of ids that are no result of a
-  top-k of several, the matrix goes there as well. (Used words or codes are told by counts alone.)
+  top-k of several, the matrix goes there as well. (Layers that count the words or codes in use show counts alone.)
 
 Cost: the graph's index by target; nothing is walked without a gathered or batched weight or the ids of a top-k.
 """

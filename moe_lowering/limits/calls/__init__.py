@@ -1,6 +1,6 @@
 """From a call of an Ascend operator to the named quantities that its limits read, and the check of the call.
 
-The words are the same for every operator, so that the pass can give them for a block that is not a call yet:
+A reader serves the calls that the pass would emit, the nodes of a graph and the simulator's kernels. Operators share names:
 ``tokens`` and ``max_tokens`` (of one rank, and the largest of any rank), ``hidden``, ``intermediate``, ``top_k``,
 ``experts`` (of all ranks), ``local_experts``, ``ep_size``, ``<tensor>_dtype`` as in ``"bfloat16"``, ``<tensor>_dims``.
 Only shapes, strides and dtypes are read: tensors may be real, fake or symbolic. No guard is added.
