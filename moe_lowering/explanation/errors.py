@@ -1,4 +1,4 @@
-"""The errors of ``explain``'s arguments."""
+"""``ExplainError``: an argument that ``explain`` does not take; ``MissingSizesError``: sizes that a config does not have."""
 
 from __future__ import annotations
 

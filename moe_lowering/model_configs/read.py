@@ -1,4 +1,4 @@
-"""The config of a model type or of a config.json, as transformers has it: the part that makes text. Nothing is built."""
+"""The config object of transformers for a model type or a config.json: the part of it that makes text. No model is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the arguments of ``Server``: buckets, lengths, model and deployment.
+"""Checks of the arguments of ``Server``: buckets, lengths, model, and the deployment, which has a default.
 
 Each raises a ValueError that names the argument, its value and what is accepted.
 """

@@ -1,4 +1,4 @@
-"""The two functions that a server compiles: a decode step of one bucket, and the prefill of one prompt."""
+"""The two functions that a server compiles for a model: a decode step of one bucket, and the prefill of one prompt."""
 
 from __future__ import annotations
 

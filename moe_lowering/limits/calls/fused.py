@@ -1,4 +1,4 @@
-"""Quantities of our functional wrappers of fused operators: of the call that a wrapper makes of its provider.
+"""Readers (``limits/calls``) of our wrappers of fused operators: they read the call that a wrapper makes of its provider.
 
 Some rules are about what a wrapper has no argument for: columns of gate and up that alternate, routing weights on the input,
 an expert map, an x that is int8 already. For those the quantity is a constant (``_CONSTANTS``).

@@ -1,4 +1,4 @@
-"""Quantities of the grouped matmul and of the activations that stand between two of them."""
+"""Readers (``limits/calls``) of the grouped matmul and of the activations that stand between two of them."""
 
 from __future__ import annotations
 
