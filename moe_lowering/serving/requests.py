@@ -1,4 +1,4 @@
-"""``Request`` and ``Result``, a prompt and its answer, and ``ActiveRequest``, which holds a row of a server's cache; with their checks."""
+"""``Request`` and ``Result``, a prompt and its answer, with their checks; ``ActiveRequest``, which holds a row of the cache."""
 
 from __future__ import annotations
 
