@@ -1,4 +1,4 @@
-"""Carries out an ``ExplainRequest``: calls ``moe_lowering.explanation`` with it, and returns the text or the JSON to print."""
+"""Carries out an ``ExplainRequest``: calls ``moe_lowering.explanation`` with it, and makes the report to print."""
 
 from __future__ import annotations
 
