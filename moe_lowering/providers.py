@@ -1,4 +1,4 @@
-"""Installed libraries with fused operators, vllm-ascend and cann_ops_transformer: their versions and builds, without an import.
+"""Installed libraries with fused operators (``vocabulary.PROVIDERS``): their versions and builds, read without an import.
 
 Here are also the checks of what a deployment declares of them. vllm-ascend writes the SoC that it was built for into
 ``_build_info.py`` (``__device_type__``; its setup.py). The wheels on the public index are builds for A2: the fused operators'
