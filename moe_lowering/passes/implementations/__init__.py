@@ -1,6 +1,8 @@
-"""The ways to communicate, one file each. To add one: its name and forms in
-``vocabulary``, a file with an ``Implementation``, an entry here, its rows in ``limits/data``, and its estimate in
-``passes.cost_model``."""
+"""``IMPLEMENTATIONS``: the ways to communicate, by name, each in a file of its own.
+
+To add one: its name and forms in ``vocabulary``, a file with an ``Implementation``, an entry here, its rows in
+``limits/data``, and its estimate in ``passes.cost_model``.
+"""
 
 from moe_lowering.lookup import look_up
 from moe_lowering.passes.implementations.allgather import ALLGATHER
