@@ -50,7 +50,7 @@ _HOME = {
     "shard_experts": "layers",
     "torchair_config": "backends.torchair",
 }
-# Loaded when they are named, as ``moe_lowering.simulator``; not ``import *``'s: testing and serving need more than torch.
+# Loaded when they are named, as ``moe_lowering.simulator``; not by ``import *``, as testing and serving need more than torch.
 _MODULES = ("serving", "simulator", "testing")
 
 __all__ = [

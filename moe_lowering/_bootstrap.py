@@ -1,8 +1,8 @@
-"""What must happen before torch is imported.
+"""Makes ``import torch`` possible on a machine that has torch_npu and no CANN; the package calls it before it imports torch.
 
-With torch_npu installed and no CANN, plain ``import torch`` fails: torch loads the backend extension, which needs
-``libhccl.so``. Turning the autoload off is enough, and is only done where CANN is really missing, so that a machine with
-an NPU keeps its normal behaviour. Source: torch.import_backends: the entry points, tried with torch_npu 2.13.0.
+There a plain ``import torch`` fails: torch loads the backend extension, which needs ``libhccl.so``. Turning the autoload of
+extensions off is enough. It is only done where CANN is missing, so that a machine with an NPU keeps its normal behaviour.
+Source: torch.import_backends: the entry points, tried with torch_npu 2.13.0.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Which versions of torch and torch_npu this package was tested with, and the one place that says so when they differ.
+"""Everything in the package that depends on the installed versions of torch and torch_npu, so that a release is one file to read.
 
-What else depends on a version (a schema, a default) belongs here too, so that a new release is one file to read.
+- The pairs that this package is tested with, one warning for any other pair, and the pairs whose import kills the process.
+- Arguments of operators that older versions lack, and functions of torch whose signature changed.
+- ``sources_digest``: the digest of this package's own files, for compile caches and for the comparison of ranks.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def installed_version(distribution: str) -> str:
 def cuda_collision() -> str:
     """Why torch_npu must not be imported beside this torch, and what to install; "" where it can be. Imports nothing."""
     npu_version, (version, cuda) = installed_version("torch_npu"), torch_build()
-    if cuda is None or "torch_npu" in sys.modules:  # the latter: it was, and the process lives
+    if cuda is None or "torch_npu" in sys.modules:  # torch_npu is imported already, and the process did not end
         return ""
     if not COLLIDES_FROM <= release("torch_npu") <= COLLIDES_TO:
         return ""
@@ -63,8 +65,8 @@ def torch_build() -> tuple[str, str | None]:
 
 
 def describe_untested_pair() -> str:
-    """What is installed, when the pair of torch and torch_npu is none of the tested ones, else ""; without torch_npu,
-    when the torch is none."""
+    """The installed pair of torch and torch_npu when it is none of the tested ones, else "". Without torch_npu the
+    version of torch is compared alone."""
     torch, torch_npu = installed_version("torch"), installed_version("torch_npu")
     for tested, tested_npu in TESTED:
         if _matches(torch, tested) and (not torch_npu or _matches(torch_npu, tested_npu)):

@@ -1,10 +1,10 @@
-"""Do all ranks mean the same? Asked through the process group's store, before the first exchange, with a timeout.
+"""Comparison of all ranks before they exchange tokens: deployment, settings of the pass, code and limit tables.
 
-Two ranks that choose differently hang, or abort the process. A decision depends on the deployment's rank-invariant fields,
-the pass's settings, the block and the package's code and limit tables. All but the blocks are compared before the first graph is
-lowered (``agreement_before_first``), and once more with the blocks and the decisions before the first exchange of a graph
-(``custom_ops.assert_agreement``), since a rank that finds its graph in a compile cache lowers nothing. What was agreed on
-is not compared again: it does not matter how often a rank asks for options, compiles or runs.
+Two ranks that choose differently hang, or abort the process. The comparison goes through the store of the process group,
+with a timeout, and raises ``AgreementError`` on every rank. Users call ``check_agreement`` and ``decisions``; backends call
+``agreement_before_first`` before the first graph is lowered. Blocks and decisions are compared once more, before the first
+exchange of a graph (``custom_ops.assert_agreement``), since a rank that finds its graph in a compile cache lowers nothing.
+What the ranks have agreed on is not compared again: it does not matter how often a rank asks for options, compiles or runs.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _all_ranks(store: Any, ranks: int | None, rank: int | None) -> tuple[int, in
 def agreement_before_first(
     deployment: Deployment, lowering: MoeLowering, timeout: float | str | None
 ) -> Callable[[], None] | None:
-    """What to call before the first graph is lowered, so that ranks of one EP group that differ are told so.
+    """The function to call before the first graph is lowered: it raises on ranks of one EP group that differ.
 
     Args:
         timeout: seconds to wait for the slowest rank; ``auto`` for as long as the EP group's own collectives would wait,
@@ -105,7 +105,7 @@ def agreement_before_first(
             seconds = patience if isinstance(timeout, str) else timeout
         elif isinstance(timeout, str):
             return
-        else:  # the group's name means nothing here: all ranks of the job are asked
+        else:  # this process has no group of that name: all ranks of the job are compared
             members, own, group_store = _all_ranks(None, None, None)
             with_others, seconds = session(group_store, range(members), own), timeout
         record = settings_record(deployment, lowering, ep_group=meeting is not None)

@@ -1,9 +1,9 @@
-"""What ranks compare, as plain records, and how a difference is said.
+"""The records that ranks compare, and the text of a difference between two of them. Nothing is sent from here.
 
 A record of *settings* holds what decisions depend on beside the blocks: the deployment's fields, the pass's settings, the
 package's version and digests of its code and limit tables. A record of *blocks* holds, for one graph, each kind of MoE
-block that exchanges tokens: what must be the same on every rank (``strict``), what may differ as long as the decision and
-the exchange do not (``told``; it explains a difference), and in which order how many of each kind follow.
+block that exchanges tokens and the order in which they follow: ``strict`` must be the same on every rank; ``told`` may
+differ as long as the decision and the exchange do not, and is shown where they do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 KINDS_SHOWN = 4  # kinds of blocks of one rank whose differences are listed
 LONGEST_SHOWN = 160  # characters of a value that are shown: of longer ones the part where two begin to differ
-ABSENT = object()  # of a rank whose record has no such field
+ABSENT = object()  # what is shown for a rank whose record has no such field
 SETTINGS_ABSENT = "it has neither compiled nor run a lowered graph with an MoE block, or runs without agreement"
 BLOCKS_ABSENT = (
     "it has not come to a graph with these MoE blocks; it may run a graph on which all agreed before, have failed, or run "
@@ -24,7 +24,7 @@ BLOCKS_ABSENT = (
 
 
 def setting_differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list[str]:
-    """What a record of settings ``b`` has otherwise than ``a``, which is that of ``rank``."""
+    """The differences of a record of settings ``b`` from ``a``, which is that of ``rank``."""
     lines = [
         _write_difference(label, ours, theirs, rank)
         for part, prefix in (("deployment", "Deployment."), ("settings", "MoeLowering's "))
@@ -55,7 +55,7 @@ def block_key(blocks: dict[str, Any]) -> str:
 
 
 def block_differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list[str]:
-    """What a record of blocks ``b`` has otherwise than ``a``, which is that of ``rank``.
+    """The differences of a record of blocks ``b`` from ``a``, which is that of ``rank``.
 
     Each is ``{"kinds": [...], "order": [[index, how many], ...], "T": of the run that compares, or None}``. T is None where
     ranks may have other ones.
@@ -80,7 +80,7 @@ def _expand(blocks: dict[str, Any]) -> Iterator[int]:
 
 
 def _compare_kinds(a: dict[str, Any], b: dict[str, Any], i: int, j: int, rank: int, tokens_differ: bool) -> str:
-    """What differs between two kinds of blocks that stand at the same place; "" when nothing of matter does."""
+    """The differences of two kinds of blocks at the same place, of fields that must be the same; "" when there are none."""
     ours, theirs = a["kinds"][i], b["kinds"][j]
     strict = [
         difference
@@ -92,7 +92,7 @@ def _compare_kinds(a: dict[str, Any], b: dict[str, Any], i: int, j: int, rank: i
     left = any(
         str(value).startswith("none") for name, *values in strict if name == "implementation" for value in values
     )
-    unsaid = ("name",) if left else ("name", "reason")  # why a block was left is worth its length
+    unsaid = ("name",) if left else ("name", "reason")  # shown in full: the reason why a block was left as it was
     tolerated = [d for d in _unequal(ours["told"], theirs["told"]) if d[0] not in unsaid]
     words = "; ".join(_write_difference(name, x, y, rank) for name, x, y in _order_causes_first(strict, tolerated))
     return f"{theirs['told']['name']}: {words}"
@@ -123,7 +123,7 @@ def _write_difference(name: str, ours: Any, theirs: Any, rank: int) -> str:
 
 
 def _excerpt(text: str, at: int) -> str:
-    """What stands around a place, of a text that may be too long; "..." stands for the rest."""
+    """The text around a place where two long texts begin to differ; "..." marks what is cut."""
     start = max(0, min(at - LONGEST_SHOWN // 4, len(text) - LONGEST_SHOWN))
     end = start + LONGEST_SHOWN
     return f"{'...' if start else ''}{text[start:end]}{'...' if end < len(text) else ''}"

@@ -31,7 +31,7 @@ from typing import Any
 
 LONGEST = 1800.0  # seconds; what torch.distributed waits for a collective unless it is told otherwise
 GRACE = 1.0  # seconds to collect the other ranks' records once two are known to differ, so that all are named
-AT_ONCE = 8  # ranks that are looked for in one turn: a group of 256 must not flood the store
+AT_ONCE = 8  # ranks asked about in one turn: a group of 256 must not flood the store
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.001, 0.25  # seconds between two turns
 
 # (reference, record, rank of the reference) to what differs, one line each.
@@ -128,7 +128,7 @@ class Session:
                 if not missing:
                     self._nonces = nonces
                     return []
-                for member in missing:  # another process may have come in the place of one that left its nonce
+                for member in missing:  # the nonce may be of an earlier process, which another one has replaced
                     if self._get(f"{self._prefix}/here/{member}") != nonces[member]:
                         del nonces[member]
                         meeting = ""
@@ -195,7 +195,7 @@ class Session:
         return f"ranks disagree with rank {first}:\n  " + "\n  ".join(lines) if lines else ""
 
     def _no_answer(self, late: Sequence[int], timeout: float, absent: str) -> str:
-        """Who did not come, and what is known of it."""
+        """The text of the error for ranks that did not answer, with what is known of them."""
         names = ", ".join(map(str, late))
         replaced = ", ".join(map(str, self._replaced(late)))
         if replaced:
@@ -216,7 +216,7 @@ class Session:
             return
         prefix = self._round(kind, number)
         for name in (str(self._rank), *(["alarm"] if self._rank == self._members[0] else [])):
-            with contextlib.suppress(Exception):  # some stores cannot delete, each in its own words
+            with contextlib.suppress(Exception):  # some stores cannot delete, and each raises another type of error
                 self._store.delete_key(f"{prefix}/{name}")
 
     # --------------------------------------------------------------------------------------------------------------- store
@@ -243,7 +243,7 @@ class Session:
         return min(1.5 * pause, LONGEST_PAUSE)
 
 
-# By store: a store that nobody else holds takes its sessions with it.
+# By store, with weak references: the sessions of a store end with it.
 _sessions: weakref.WeakKeyDictionary[Any, dict[tuple[tuple[int, ...], int], Session]] = weakref.WeakKeyDictionary()
 
 

@@ -1,4 +1,8 @@
-"""Checks of public functions' arguments: each a ValueError that names the argument, its value and what is accepted."""
+"""Checks that all public functions share: of instances, flags, numbers, words, callables and time-outs.
+
+``refuse`` makes the ValueError, which names the argument, its value and what is accepted; each ``require_...`` raises it or
+returns nothing. Checks that know what a model or a deployment is are in ``model_arguments`` and ``deployment_checks``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""What the pass may assume about the machine and the process groups that a model will run on."""
+"""``Deployment``: everything about the machine and the process groups that a decision of the pass may depend on.
+
+It is frozen, and every field is checked when it is made: a ValueError names the field, its value and what is accepted. Only
+this rank's place (``RANK_FIELDS``) differs between ranks; no decision reads it, and ``digest``, which compile caches hash,
+leaves it out. Users make one by hand, with ``from_groups`` or with ``from_mesh``; docs/deployment.md has the fields.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +163,7 @@ class Deployment:
         self._fill()
 
     def _fill(self) -> None:
-        """What was not given, from where it can be found."""
+        """Fill the fields that the caller left out, from the groups and from the machine."""
         detected = list(self.detected)
         for kind, rank in self._ranks().items():
             if getattr(self, f"{kind}_rank") is None and rank is not None:
@@ -206,7 +211,7 @@ class Deployment:
             TypeError: a group that is none, or does not have this process in it.
         """
         fields, detected = detect(ep, tp, mc2, rest)
-        cls(**{**fields, "mc2_group": ""})  # what is wrong is said before a group is made
+        cls(**{**fields, "mc2_group": ""})  # checked before a group is made, so that an error leaves no group behind
         if "mc2_group" not in rest and (communicator := second_communicator(ep, mc2)) is not None:
             fields["mc2_group"] = communicator.value
             detected.append(communicator)

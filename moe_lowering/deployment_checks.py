@@ -33,7 +33,7 @@ def check_kinds(deployment: Any) -> None:
     accepted: dict[Any, tuple[type, str]] = {"int": (int, "an int"), "bool": (bool, "True or False")}
     for field in dataclasses.fields(deployment):
         kind, _, optional = str(field.type).partition(" | ")
-        value = getattr(deployment, field.name, None)  # places is not made yet
+        value = getattr(deployment, field.name, None)  # the field ``places`` is not set yet
         if kind not in accepted or (optional and value is None):
             continue
         if type(value) is not accepted[kind][0]:

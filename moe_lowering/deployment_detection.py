@@ -1,11 +1,11 @@
-"""What a deployment can be made from: process groups, the NPU, CANN, torch_npu, HCCL's environment, installed providers.
+"""The fields of a ``Deployment`` that process groups, the NPU, CANN, torch_npu, HCCL's environment and installed providers give.
 
 1. Groups give names, sizes and this process's ranks. MC2 takes a communicator's name: HCCL's where the group has one (device
    npu), else the name of the process group.
-2. What the machine says fills the fields that were not given. A given value stays; where another one was found, the
-   deployment's ``detected`` says so, and a SoC that is not the NPU's own is an error.
+2. The machine fills the fields that the caller left out. A field that the caller set stays; where the machine says something
+   else, the deployment's ``detected`` shows both, and a SoC that is not the NPU's own is an error.
 
-Nothing is defaulted that a decision hangs on: without an NPU to ask, the SoC must be given.
+A field that a decision depends on has no default: without an NPU to ask, the caller must name the SoC.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _FROM_GROUPS = {"ep_group": "ep", "tp_group": "tp"}
 
 @dataclasses.dataclass(frozen=True)
 class Detected:
-    """A field of a deployment that was not given but found, or that was compared with what was found: where, and what."""
+    """A field of a deployment that was read from a group or the machine, or was compared with them: where it was read,
+    and the value."""
 
     field: str
     value: str
@@ -43,7 +44,7 @@ class Detected:
 def detect(
     ep: ProcessGroup | None, tp: ProcessGroup | None, mc2: ProcessGroup | None, declared: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Detected]]:
-    """Fields of a deployment from its groups, from what the machine says, and as they are given; no group is made.
+    """Fields of a deployment: the caller's, and those that its groups and the machine give. No group is made.
 
     Args:
         ep, tp, mc2, given: as for ``Deployment.from_groups``.
@@ -206,7 +207,7 @@ def _write_value(value: Any) -> str:
 
 
 def _soc(declared_soc: str | None) -> tuple[str | None, str]:
-    """The SoC of this process's NPU, as torch_npu names it; None where there is none to ask."""
+    """The SoC of this process's NPU, as torch_npu names it; None on a machine without one."""
     npu: Any = getattr(sys.modules.get("torch"), "npu", None) if "torch_npu" in sys.modules else None
     if npu is None or not npu.is_available():
         if declared_soc is None:

@@ -1,4 +1,8 @@
-"""Where experts live, and in how many tensors: expert maps of all ranks as one ``log2phy``, and weights as lists."""
+"""Two changes of how a model's experts are stored, for users: their placement on ranks, and their number of tensors.
+
+``log2phy_from_expert_maps`` turns the expert maps of all ranks into one ``log2phy``; ``list_experts`` splits stacked weights
+into a tensor for each expert, which ``mega_moe`` wants.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How a model is written with the generic operators: functions that trace to ``torch.ops.moe_lowering.*``.
+"""The functions that models call to use the generic operators: ``route``, ``moe_experts`` and ``check_expert_map``.
+
+They check arguments in the caller's words, bring them to the operators' dtypes and forms, and trace to
+``torch.ops.moe_lowering.*``. ``layers.MoE`` and the integration with transformers are written with them.
 
 Float arguments default to None: with ``dynamic=True`` dynamo turns a float default, like a float attribute, into an
 input of the graph, finds that an operator wants it as a constant, and calls the backend a second time.
@@ -278,7 +281,8 @@ def check_expert_map(expert_map: Tensor, num_experts: int, deployment: Deploymen
 
 
 def _rank_of(place: Deployment) -> tuple[int | None, int, int, str]:
-    """What ``_check_map`` needs of a deployment: dynamo of torch 2.10 hands no frozen dataclass to what it does not trace."""
+    """The fields of a deployment that ``_check_map`` needs: dynamo of torch 2.10 passes no frozen dataclass to a
+    function that it does not trace."""
     unknown = place.unknown_rank if place.ep_rank is None else ""
     return place.ep_rank, place.ep_size, place.shared_expert_ranks, unknown
 
@@ -325,7 +329,7 @@ def _check_places(places: str) -> bool:
 
 def _all_experts(w13: list[Tensor], place: Deployment) -> int:
     """Routed experts of all ranks, from the weights of this one."""
-    if place.shared_expert_ranks:  # on all ranks, or those that can say it would wait for those that cannot
+    if place.shared_expert_ranks:  # on all ranks: otherwise the ranks that can tell raise, and the others wait for them
         raise ValueError(
             f"moe_experts: num_experts is None with {place.shared_expert_ranks} shared-expert ranks; accepted: the number of "
             "routed experts on all ranks"
@@ -335,7 +339,7 @@ def _all_experts(w13: list[Tensor], place: Deployment) -> int:
 
 
 def _check_tokens(x: Tensor, pertoken_scale: Tensor | None, quantisation: str, out_dtype: torch.dtype | None) -> None:
-    """What would otherwise be refused by an operator in words that the caller did not use."""
+    """Refuses what an operator would refuse, with the names of the caller's arguments in the message."""
     if x.dtype not in _DTYPES:
         raise TypeError(f"moe_experts: x is {x.dtype}; accepted: float32, float16, bfloat16, int8")
     if (x.dtype == torch.int8) != (pertoken_scale is not None):

@@ -1,8 +1,9 @@
-"""Process groups by name, as far as this process has them, and what a deployment may say of them.
+"""Process groups of this process by name, and the comparison of a deployment with them.
 
 A rank's place is a fact of its process group: where ``torch.distributed`` has the group, its size, its members and this
-process's index in it are read or compared, never believed. A group of the backend "fake" moves nothing and knows no place;
-neither does a name that is not of this process's groups (an HCCL communicator's, or a deployment of another machine).
+process's index in it are read from it, or a deployment that says otherwise is refused. A group of the backend "fake" moves
+nothing and has no place; neither has a name that no group of this process bears (an HCCL communicator's, or one of another
+machine).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def find_group(name: str) -> Membership | None:
         return None
     try:
         group = dist.distributed_c10d._resolve_process_group(name)
-    except (LookupError, RuntimeError, ValueError):  # no group of this process has the name
+    except (LookupError, RuntimeError, ValueError):  # no group of this process has that name
         return None
     if dist.get_backend(group) == FAKE:
         return None
@@ -47,7 +48,8 @@ def find_group(name: str) -> Membership | None:
 
 
 def own_ranks(ep: Claim, tp: Claim, mc2_group: str) -> tuple[int | None, int | None]:
-    """This process's index in the EP and in the TP group: what the groups say, else what is claimed.
+    """This process's index in the EP and in the TP group: read from the groups where they exist, else as the deployment
+    claims.
 
     Raises:
         ValueError: a claim contradicts a group that this process has; the TP group or MC2's group has other members than

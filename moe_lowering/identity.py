@@ -1,4 +1,4 @@
-"""What a callable of the user's computes, as text that is the same in every process and differs when the callable does.
+"""``identity``: a text for a user's callable, the same in every process, and another one when the callable computes otherwise.
 
 A compile cache must tell two cost functions or pre-passes apart that differ in a closure, a default, an argument of a
 partial, an attribute of an instance or its class, or a global only, and must find a nested function again in another
@@ -73,7 +73,7 @@ def identity(value: Any) -> str:
         return _Writer({}).text(value)
     except _Unknown as unknown:
         what = unknown.args[0]
-    except Exception:  # too deep, or an object that does not answer as others do
+    except Exception:  # nested too deep, or an object whose attributes cannot be read
         what = value
     log.warning("moe_lowering: %s cannot be part of a cache key: its graphs are never found again", reprlib.repr(what))
     return f"unique({uuid.uuid4()})"
@@ -81,7 +81,7 @@ def identity(value: Any) -> str:
 
 class _Writer:
     def __init__(self, visited: dict[Any, tuple[int, Any]]) -> None:
-        self._seen = visited  # with the values: the id of one that is freed is soon another's
+        self._seen = visited  # the values are kept, as the id of a freed one is used again
 
     def text(self, value: Any) -> str:
         key = getattr(value, "cache_key", None)

@@ -1,10 +1,13 @@
-"""SIGINT and SIGTERM end what runs, while it compiles too.
+"""``interruptible``: within it SIGINT and SIGTERM end what runs, also while a graph is compiled, and ``finally`` is run.
 
-torch_npu's torchair and npugraph_ex put handlers of their own in place when they are imported (torch_npu 2.13.0,
-torchair/core/_backend.py and npugraph_ex/__init__.py, ``_signal_handler``). They call ``torch._dynamo.reset()``, which fails
-while something is compiled ("Cannot clear callbacks while 1 are pending", as an error of whatever was running), and otherwise
-leave the signal ignored: in both cases the process goes on. The handlers are for an engine that has to be finalised; both
-modules do that with ``atexit`` too.
+SIGINT raises ``KeyboardInterrupt``, SIGTERM raises ``SystemExit(143)``. Only Python's own handlers and those of torch_npu are
+replaced meanwhile; a user's handlers stay. Commands, the calls of a ``Server`` and conversions for GE run under it.
+
+It is needed because torch_npu's torchair and npugraph_ex put handlers of their own in place when they are imported (torch_npu
+2.13.0, torchair/core/_backend.py and npugraph_ex/__init__.py, ``_signal_handler``). They call ``torch._dynamo.reset()``, which
+fails while something is compiled ("Cannot clear callbacks while 1 are pending", as an error of whatever was running), and
+otherwise leave the signal ignored: in both cases the process goes on. The handlers are for an engine that has to be finalised;
+both modules do that with ``atexit`` too.
 """
 
 from __future__ import annotations
@@ -130,7 +133,8 @@ class _Handlers:
         raise self._error(self._first[0])
 
     def _error(self, number: int) -> BaseException:
-        """An error that comes again once nobody has it any more: not while it is on its way, nor in ``finally``.
+        """An error that is raised again when nothing refers to it any more; not while it propagates, nor within
+        ``finally``.
 
         It is lost where C code clears it (torch does, when it imports numpy) and where Python ignores it (``__del__``).
         """
@@ -140,7 +144,8 @@ class _Handlers:
 
     def _swallowed(self, reference: object) -> None:
         if _active is self:
-            timer = threading.Timer(AGAIN, self._repeat)  # here, whoever swallows would swallow it again
+            # Raised here, whatever swallowed the first would swallow this one too
+            timer = threading.Timer(AGAIN, self._repeat)
             timer.daemon = True
             timer.start()
 

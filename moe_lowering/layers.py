@@ -1,4 +1,7 @@
-"""A mixture-of-experts layer, and how a model's experts are spread over the ranks of a deployment. Inference only."""
+"""``MoE``, a mixture-of-experts layer, and ``shard_experts``, which gives a rank its part of a model's experts. Inference only.
+
+Here is also how the package finds the MoE modules of a model (``moe_modules``), its own and those of transformers.
+"""
 
 from __future__ import annotations
 

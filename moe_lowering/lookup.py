@@ -1,4 +1,4 @@
-"""Closed vocabularies: a word that a table does not know is an error, never a default."""
+"""``look_up``: the value that a table has for a word. A word that the table lacks is a ValueError, never a default."""
 
 from __future__ import annotations
 

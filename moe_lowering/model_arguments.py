@@ -1,8 +1,9 @@
-"""Checks of what a model is built from: the arguments of ``MoE``, ``moe_experts`` and ``route``, before an operator sees them.
+"""Checks of the arguments of ``MoE``, ``moe_experts`` and ``route``, before an operator sees them, and their conversion.
 
-Each is a ValueError or TypeError with the argument, its value and what is accepted. torch's own check of an operator's
-schema names the operator and not what the caller called, and takes 1.5 for True and a tensor for a number. Sizes that may
-be symbolic are compared where the operators do it (``custom_ops.sizes``), so that nothing here adds a guard.
+Each check raises a ValueError or TypeError with the argument, its value and what is accepted. torch's own check of an
+operator's schema names the operator and not the function that the user called, and takes 1.5 for True and a tensor for a
+number. Sizes that may be symbolic are compared where the operators do it (``custom_ops.sizes``), so that nothing here adds
+a guard. Ids become int32 and weights float32 here, and no value may change by that.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def check_layer_place(deployment: Any, dtype: Any, device: Any) -> None:
     if device is not None:
         try:
             torch.device(device)
-        except (RuntimeError, TypeError) as error:  # an unknown name; another type
+        except (RuntimeError, TypeError) as error:  # RuntimeError: an unknown name; TypeError: another type
             raise refuse("MoE", "device", device, f"a torch.device, its name, or None ({error})") from error
 
 
@@ -144,7 +145,8 @@ def as_float32(weights: Tensor) -> Tensor:
 
 
 def as_int32(name: str, ids: Tensor) -> Tensor:
-    """Ids as the operators take them. Outside of a graph no id is cut to one that there is: 2**32 would be expert 0."""
+    """Ids as the operators take them. Outside of a graph an id beyond int32 is refused, as the cast would make another
+    id of it: 2**32 would be expert 0."""
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"moe_experts: {name} is {ids.dtype}; accepted: int32, int64")
     cast = ids.to(torch.int32)

@@ -1,8 +1,8 @@
-"""The libraries that bring fused operators, as this Python has them: version and build, without importing any.
+"""Installed libraries with fused operators (``vocabulary.PROVIDERS``): their versions and builds, read without an import.
 
-vllm-ascend writes the SoC that it was built for into ``_build_info.py`` (``__device_type__``; its setup.py). The wheels on
-the public index are builds for A2: the fused operators' schemas are there and their kernels are not, so that the first
-call fails. The other libraries' builds say nothing of the kind.
+Here are also the checks of what a deployment declares of them. vllm-ascend writes the SoC that it was built for into
+``_build_info.py`` (``__device_type__``; its setup.py). The wheels on the public index are builds for A2: the fused operators'
+schemas are there and their kernels are not, so that the first call fails. The other libraries' builds do not say a SoC.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def declarable() -> tuple[tuple[str, str], ...]:
     return tuple((package.name, package.version) for package in packages if re.fullmatch(_VERSION, package.version))
 
 
-@functools.lru_cache(maxsize=8)  # a look-up of what is not there reads every directory of the path
+@functools.lru_cache(maxsize=8)  # to look up a package that is not installed reads every directory of the path
 def _packages_in(path: tuple[str, ...]) -> tuple[Package, ...]:
     packages = (_find(name) for name in PROVIDERS)
     return tuple(package for package in packages if package is not None)

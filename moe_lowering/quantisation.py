@@ -275,7 +275,7 @@ def _check_weight(w: Tensor, format: str, group_size: int | None) -> None:
         )
     if EXPERT_FORMATS[format].packed > 1 and w.shape[-1] % PER_INT32:
         raise ValueError(f"quantise_weight: w has {w.shape[-1]} columns for {format}; accepted: a multiple of 8")
-    if _readable(w) and not bool(w.isfinite().all()):  # int8 has no NaN: it would become some number
+    if _readable(w) and not bool(w.isfinite().all()):  # int8 has no NaN: a NaN would become an arbitrary number
         raise ValueError("quantise_weight: w has NaN or infinity; accepted: finite weights")
     if group_size is None:
         return

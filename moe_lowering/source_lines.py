@@ -1,4 +1,8 @@
-"""Which line of the user's model something comes from: a place, and the innermost one of a recorded stack trace."""
+"""``SourceLine``, a line of the user's model, and the innermost one of a stack trace that dynamo recorded for a node.
+
+Reports and errors name it. The line that is running, which has no recorded trace, is found in
+``simulator/device/source_location``.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ class SourceLine:
 
 
 def innermost(trace: str) -> SourceLine | None:
-    """The innermost line of the user's in a stack trace that dynamo recorded; where there is none, of any line."""
+    """The innermost line of user code in a stack trace that dynamo recorded; of any code where there is no user code."""
     places = [
         SourceLine(m["file"], int(m["line"]), m["function"], m["text"].strip()) for m in _TRACE_LINE.finditer(trace)
     ]

@@ -1,1 +1,4 @@
-"""How the pass is handed to a compiler: npugraph_ex, and a plain backend for CPU."""
+"""How a compiler gets the pass: ``npugraph_ex`` and ``torchair`` (GE mode) for NPUs, ``aot`` for CPU.
+
+``cache_key`` makes what compile caches hash; the ``ge_*`` modules are what GE mode needs beyond the pass.
+"""

@@ -1,6 +1,8 @@
-"""``assert_agreement`` in GE mode: a GE graph has no host code, so the comparison moves to where torchair prepares the inputs
-of a call, as ``assert_tokens`` does (``ge_rewrites``, ``ge_converters``). It is part of torchair's generated program, also in
-its compile cache, and is reached before the engine is entered.
+"""GE converter of ``assert_agreement``.
+
+A GE graph has no host code, so ranks are compared where torchair prepares the inputs of a call, as ``assert_tokens`` is
+checked (``ge_rewrites``, ``ge_converters``). That code is part of torchair's generated program, also in its compile cache,
+and runs before the engine does.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def _check(x: Tensor, group: str, timeout: float, settings: str, blocks: str, to
 
 
 def _do_nothing(x: Tensor, group: str, timeout: float, settings: str, blocks: str, tokens: str) -> None:
-    """As the operator that it stands for."""
+    """Returns nothing, like ``assert_agreement`` itself."""
 
 
 register_operator(
@@ -60,7 +62,7 @@ def _place_check(edits: EditLog, node: Node) -> None:
     else:
         try:
             source = ge_rewrites._source(edits.graph, node, tokens)
-        except ge_rewrites.GeConversionError:  # T is not compared then, all else is
+        except ge_rewrites.GeConversionError:  # then T is left out of the comparison
             source = str(assert_agreement.UNKNOWN)
     with edits.graph.inserting_before(node):
         edits.graph.call_function(torch.ops.moe_lowering.ge_assert_agreement.default, (*node.args, source))
@@ -68,7 +70,7 @@ def _place_check(edits: EditLog, node: Node) -> None:
 
 
 def _convert(x: Any, group: str, timeout: float, settings: str, blocks: str, tokens: str) -> None:
-    """Attach the comparison to an input of the graph, of those that ``x`` is made from where there is one."""
+    """Attach the comparison to an input of the graph; to one that ``x`` is computed from, if there is such an input."""
     from torchair.ge._ge_graph import get_default_ge_graph
 
     graph = get_default_ge_graph()

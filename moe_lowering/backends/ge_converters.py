@@ -34,7 +34,7 @@ from moe_lowering.vocabulary import EXPERT_FORMATS
 
 Tensors = Sequence[Any]  # of torchair.ge.Tensor: edges of the GE graph
 
-# Operators that have no converter on purpose, and why.
+# Operators whose converter refuses, and the reason that it gives.
 REFUSED = {
     "mega_moe": "no GE converter: all ranks make its symmetric buffer together at the first call, which is no part of a graph",
 }
@@ -103,7 +103,7 @@ def _make_refusing_converter(name: str) -> Any:
 
 
 def missing_ir(name: str) -> str:
-    """Why the GE operator that ``name`` becomes cannot be used here; "" when it can, or when there is none to look up."""
+    """Why the GE operator that ``name`` becomes cannot be used here; "" when it can, or when ``name`` becomes none."""
     failures = [_ir_failure(type_) for type_ in TYPES.get(name, ())]
     return failures[0] if failures and all(failures) else ""
 

@@ -114,7 +114,7 @@ def _group(node: Node, name: Any) -> tuple[str, list[int]]:
 
 
 def _row_elements(node: Node) -> int:
-    """Elements of one row of what is sent."""
+    """Elements of one row of the tensor that is sent."""
     shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
     row = token_count((*shape[1:], 1))
     if not isinstance(row, int):
@@ -311,7 +311,7 @@ def _emit(graph: Graph, target: Any, *args: Any, fake: Any = None, **kwargs: Any
 
 
 def require_converters(graph: Graph, why_left: Sequence[str] = ()) -> None:
-    """Every operator has a GE converter, or one that torchair generates from a registered IR.
+    """Raises unless every operator has a GE converter, or one that torchair generates from a registered IR.
 
     Args:
         why_left: what the report says about blocks that were not lowered.

@@ -57,7 +57,7 @@ def _main(arguments: list[str] | None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> Request:
-    """``parse``, and a help that cannot be written is told like a report that cannot."""
+    """``parse``. A help that stdout does not take is an error of one line, like a report that it does not take."""
     try:
         return parse(arguments)
     except SystemExit:
@@ -68,14 +68,14 @@ def _parse(arguments: list[str] | None) -> Request:
 
 
 def _complain(text: str) -> None:
-    """One line to stderr, where there is one that takes it."""
+    """Print one line to stderr, if it is open."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(f"moe-lowering: {' '.join(text.split())}", file=sys.stderr)
 
 
 def _print(text: str, end: str = "\n") -> None:
-    """To stdout; a reader that has seen enough, such as ``head``, is no error."""
+    """To stdout. A reader that closes the pipe early, such as ``head``, is no error."""
     if sys.stdout is None:
         return  # only a help gets here: a report needs stdout from the start
     try:
@@ -101,7 +101,7 @@ def _progress() -> Callable[[str], None]:
     started = time.perf_counter()
 
     def progress(message: str) -> None:
-        with contextlib.suppress(OSError):  # nobody may listen
+        with contextlib.suppress(OSError):  # stderr may be closed
             print(f"[{time.perf_counter() - started:6.1f} s] {message}", file=sys.stderr, flush=True)
 
     return progress

@@ -1,7 +1,7 @@
-"""The commands: which there are, how their arguments become a request, and what carries each out.
+"""The table of the commands: the parser of each, the request that it makes, and the function that carries it out.
 
-A command is a folder here: ``request`` (a record), ``arguments`` (its parser, and what can be checked without torch), and what
-carries it out, which is imported when it is needed.
+A command is a folder here: ``request`` (a record), ``arguments`` (its parser, and what can be checked without torch), and
+``command``, which is imported only when the request is good.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What the commands' arguments share: their parsers, types of values, and what is assumed of a machine. Without torch."""
+"""Options that several commands have: their parsers, the types of their values, and the machine that is assumed when none is
+described. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,7 @@ def provider_packages(assumed: list[tuple[str, str]] | None) -> tuple[tuple[str,
     Raises:
         UsageError: ``none`` beside others, or one that is named twice.
     """
-    if assumed is None:  # of what is assumed, the version that is there
+    if assumed is None:  # of the assumed providers, the installed version where there is one
         return tuple((name, dict(declarable()).get(name, version)) for name, version in ASSUMED_PROVIDERS)
     names = [name for name, _ in assumed]
     if "none" in names and len(names) > 1:

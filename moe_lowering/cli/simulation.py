@@ -1,4 +1,4 @@
-"""The simulator for a command: here there is no NPU."""
+"""Turns the simulator on for a command: what needs torch_npu runs without an NPU, or is a ``UsageError`` where it cannot."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The error of a command that cannot be carried out as it was typed."""
+"""``UsageError``: a command that cannot be carried out as it was typed. Its text is printed, and the exit code is 2."""
 
 from __future__ import annotations
 
 
 class UsageError(Exception):
-    """The command cannot be carried out as it was given: one line that names argument, value and what is accepted."""
+    """A command that cannot be carried out as it was typed: one line that names argument, value and what is accepted."""

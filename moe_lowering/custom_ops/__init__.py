@@ -1,7 +1,10 @@
 """The operators ``torch.ops.moe_lowering.*``; importing this package registers all of them.
 
-Each file holds one operator: its schema, its checks, its fake kernel and its CPU kernel, which defines the meaning. The
-contract is in ``docs/architecture.md``.
+An operator's file holds the record of its arguments (from which ``library`` makes the schema), its checks, its fake kernel
+and its CPU kernel, which defines the meaning; a fused operator's file also the kernel that calls its provider. The other
+files hold what several of them share: sizes (``sizes``), places of experts (``placement``), exchanges (``exchange``,
+``dispatch_plan``, ``token_exchange``), arithmetic (``quantised``) and rules of the fused operators (``fused``). The contract
+is in ``docs/architecture.md``.
 """
 
 from moe_lowering.custom_ops import (

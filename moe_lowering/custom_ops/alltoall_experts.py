@@ -193,7 +193,7 @@ def _npu(call: AllToAllExpertsCall[Tensor]) -> tuple[Tensor, Tensor]:
     home = _swap(result, receive, send, slots, ep)
     if not slots:
         return home, counts
-    # Slots of masked tokens have the index -1: any row will do for them, as they are selected to zero afterwards.
+    # Slots of masked tokens have the index -1 and may read any row: their results are selected to zero afterwards.
     index = outbox.place if call.mask is None else outbox.place.clamp(min=0)
     y = torch.ops.npu.npu_moe_token_unpermute(home, index, call.weights.to(dtype))
     return zero_masked_rows(y, call.mask), counts

@@ -34,10 +34,10 @@ SCHEMA = "assert_agreement(Tensor x, str group, float timeout, str settings, str
 
 
 class _Agreed:
-    """The contents that all agreed on, for the default process group of now."""
+    """The contents that all ranks have agreed on, for the present default process group."""
 
     def __init__(self) -> None:
-        self.world: Any = None  # a weak reference: a group that was destroyed must not be kept
+        self.world: Any = None  # a weak reference, so that a destroyed group is not kept alive
         self.contents: set[tuple[str, str, str]] = set()
 
     def of(self, world: Any) -> set[tuple[str, str, str]]:
@@ -73,15 +73,16 @@ def check(tokens: int, group: str, timeout: float, settings: str, blocks: str) -
         session, _, patience = meeting
         seconds = patience if timeout == PATIENT else timeout
         if not _compare(session, seconds, json.loads(settings), json.loads(blocks), tokens):
-            return  # refuses to run, each time: the next node says so
+            return  # not stored: the graph refuses to run each time, and the next node gives the error
     contents.add(key)
 
 
 def _compare(session: Session, timeout: float, settings: Any, blocks: Any, tokens: int) -> bool:
-    """Whether all agreed; False when this graph refuses to run anyhow, and the others were told."""
+    """Whether all ranks agreed. False when this graph refuses to run in any case; the other ranks have then been
+    notified."""
     if blocks["refuses"]:
         patience = min(timeout, REFUSAL_PATIENCE)
-        with contextlib.suppress(AgreementError):  # what this rank raises is why it refuses
+        with contextlib.suppress(AgreementError):  # this rank then raises its own reason, not that of the comparison
             session.agree_once("settings", settings, setting_differences, patience, SETTINGS_ABSENT)
         session.refuse("blocks", {**blocks, "T": None}, blocks["refuses"], patience)
         return False
@@ -95,12 +96,12 @@ def _compare(session: Session, timeout: float, settings: Any, blocks: Any, token
 def _real(x: Tensor, group: str, timeout: float, settings: str, blocks: str) -> None:
     """``check`` with T, the product of the leading dimensions of ``x [..., H]``."""
     if (group, settings, blocks) in _AGREED.contents and _AGREED.world() is dist.group.WORLD:
-        return  # in every step but the first: nothing else is computed
+        return  # the path of every step but the first: one look-up and no more
     check(token_count(x.shape), group, timeout, settings, blocks)
 
 
 def _fake(x: Tensor, group: str, timeout: float, settings: str, blocks: str) -> None:
-    """Nothing: whether ranks agree is asked when a graph runs."""
+    """Does nothing: ranks are compared when a graph runs, not when it is traced."""
 
 
 register(SCHEMA, cpu=_real, npu=_real, fake=_fake, side_effect=True)

@@ -11,12 +11,13 @@ from torch import Tensor
 from moe_lowering.custom_ops.library import register
 from moe_lowering.custom_ops.sizes import token_count
 
-NOTHING = -1  # hi of a graph that must not run
+NOTHING = -1  # the ``hi`` of a graph that must never run: no T is in its range
 SCHEMA = "assert_tokens(Tensor x, int lo, int hi, *, int min_tokens=0, int max_tokens=0) -> ()"
 
 
 def refusal_of(lo: int, hi: int, min_tokens: int = 0, max_tokens: int = 0) -> str:
-    """What is said after a T that is refused; the two fields of the Deployment as ``assert_tokens`` has them."""
+    """The text that follows a refused T in the error. ``min_tokens`` and ``max_tokens`` are those of the Deployment, 0
+    for none."""
     if hi == NOTHING:
         return (
             "this graph must not run with any T: the other ranks lowered this MoE block and this one could not; the "

@@ -1,4 +1,8 @@
-"""What one rank sends in ``dispatch``: rows in order of the places that they go to, and the first mistake in its arguments."""
+"""``DispatchPlan``: the rows that one rank sends in ``dispatch``, in order of the places (``placement``) that they go to.
+
+It serves the CPU kernels through ``token_exchange``. Wrong ids do not raise here: a plan of a rank with wrong ids sends
+nothing and carries the fault, so that all ranks learn of it and raise together.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from torch import Tensor
 
 from moe_lowering.custom_ops.placement import Placement
 
-NO_FAULT, OUT_OF_RANGE, DUPLICATE, OTHER_KIND = range(4)  # OTHER_KIND: told wrongly whether it is a shared-expert rank
+NO_FAULT, OUT_OF_RANGE, DUPLICATE, OTHER_KIND = range(4)  # OTHER_KIND: ``on_shared_rank`` is wrong for this rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +21,7 @@ class DispatchPlan:
     """What a rank sends, in order of place (``placement``), then token.
 
     slots: token * choices + choice of each row, int64, and token by itself; choices: k, and the shared experts of a token;
-    counts: rows per place, int64; fault: (kind, token, id) of the first mistake, by which the counts are all zero.
+    counts: rows per place, int64; fault: (kind, token, id) of the first mistake; the counts are all zero when there is one.
     """
 
     slots: Tensor
@@ -27,7 +31,7 @@ class DispatchPlan:
     fault: tuple[int, int, int] = (NO_FAULT, 0, 0)
 
     def refused(self, kind: int, token: int = 0, expert: int = 0) -> DispatchPlan:
-        """The plan of a rank that sends nothing, as it made a mistake."""
+        """The plan of a rank with wrong arguments: it sends nothing and carries the fault."""
         return dataclasses.replace(self, counts=torch.zeros_like(self.counts), fault=(kind, token, expert))
 
 

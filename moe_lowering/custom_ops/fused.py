@@ -1,4 +1,4 @@
-"""What the wrappers of fused MoE operators share: the rules for their arguments, and a whole layer on CPU.
+"""What the wrappers of fused MoE operators share: the rules for arguments, a whole layer on CPU, and the provider's operator.
 
 A fused operator sends the tokens, runs both matmuls with SwiGLU (gate first) between them, and combines. Three exist for
 Ascend, each in a file of its own: ``dispatch_ffn_combine``, ``dispatch_gmm_combine_decode``, ``mega_moe``. Each is
@@ -68,7 +68,7 @@ class ExpertTensors:
 
     @staticmethod
     def of(quantisation: str, call: Any) -> ExpertTensors:
-        """The lists of a fused operator's call, by their names; what it has no argument for is not there."""
+        """The lists of a fused operator's call, by their names; lists that the operator has no argument for are empty."""
         names = (field.name for field in dataclasses.fields(ExpertTensors) if field.name != "quantisation")
         return ExpertTensors(quantisation, **{name: getattr(call, name, None) or () for name in names})
 

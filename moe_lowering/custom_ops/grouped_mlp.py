@@ -42,7 +42,8 @@ QUANTISERS = {  # and the formats that have them
     "scale_bias": tuple(format.name for format in EXPERT_FORMATS.values() if format.has_scale_bias),
 }
 _QUANTISER_LISTS = {f"{name}_{what}": formats for name, (what, formats) in product(("w13", "w2"), QUANTISERS.items())}
-_COMPUTED = frozenset({"none", "w8a8", "w4a8", "w4a16"})  # the formats that _cpu knows; not what the vocabulary has
+# The formats that _cpu computes; a format that only the vocabulary has is refused
+_COMPUTED = frozenset({"none", "w8a8", "w4a8", "w4a16"})
 CHUNK = (
     2**17
 )  # elements of a 16-bit activation that are worked on at a time, so that their float32 copies stay in cache

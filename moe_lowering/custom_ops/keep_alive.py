@@ -1,4 +1,4 @@
-"""``keep_alive``: holds the memory of tensors until here.
+"""``keep_alive``: an operator that computes nothing and reads tensors, so that their memory is not reused before it.
 
 The code that runs a graph drops a tensor after its last reader in program order, and the allocator then gives its memory
 to the next operator of the stream it was allocated on. A reader on another stream may not have run by then. So a tensor
@@ -19,7 +19,7 @@ SCHEMA = "keep_alive(Tensor[] tensors) -> ()"
 
 
 def _do_nothing(tensors: list[Tensor]) -> None:
-    """That the caller holds ``tensors`` is all there is to it; any shapes, dtypes and devices."""
+    """Computes nothing: the call itself keeps ``tensors`` alive. Any shapes, dtypes and devices."""
 
 
 register(SCHEMA, cpu=_do_nothing, npu=_do_nothing, fake=_do_nothing, side_effect=True)

@@ -88,7 +88,8 @@ def register(
 
 
 def bind_kernel(schema: str, kernel: Callable[..., Any], call: type[Any] | None = None) -> Callable[..., Any]:
-    """What torch calls with the arguments of a schema: ``kernel``, with the record ``call`` of them when there is one.
+    """The function that torch calls with the arguments of a schema: it calls ``kernel``, with the record ``call`` of
+    them if there is one.
 
     It refuses None where the schema has ``Tensor``: torch takes that for an undefined tensor.
     """

@@ -78,10 +78,10 @@ SCALES = (torch.float32, torch.int64)
 MASKS = (torch.bool, torch.int8)
 DISPATCH_QUANT = {"none": (0, None), "w8a8": (2, torch.int8), "w4a8": (2, torch.int8)}
 EQUAL = "the operator wants the same T on all ranks"
-# An argument that came together with the present meaning of intermediate_hidden and of packed int4 weights.
+# Versions that have this argument read intermediate_hidden and packed int4 weights as this wrapper gives them.
 PRESENT_FORM = "topk_weights_type"
 
-# By process group and sizes; the group is kept, so that no other one gets its id.
+# By process group and sizes. The group is kept too: otherwise another group could get its id, and its buffer.
 _BUFFERS: dict[tuple[Any, ...], Any] = {}
 
 

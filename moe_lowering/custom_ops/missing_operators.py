@@ -1,4 +1,8 @@
-"""Why an operator of vllm-ascend is not registered in this process: said by name and version, for the error of a wrapper."""
+"""The error of a wrapper whose operator of vllm-ascend is not registered in this process: why it is missing, and what to do.
+
+The reason is one of four: the installed version has removed the operator, a library is loaded that does not have it, the
+library is installed and was not imported, or none is installed.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ def why_absent(operator: str) -> str:
 
 
 def _describe_removal(operator: str, package: Package) -> str:
-    """What the rule says that the operator was removed before this version; "" when there is none."""
+    """The text of the rule that the operator was removed before this version; "" when there is no such rule."""
     from moe_lowering.limits import limits_for  # the tables are read when they are needed first
     from moe_lowering.limits.versions import name_subject
 

@@ -26,7 +26,8 @@ from moe_lowering.custom_ops.quantised import float_scale
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 Tensors = Sequence[Tensor]
-_COMPUTED = frozenset({"none", "w8a8", "w4a8", "w4a16"})  # the formats with calls below; not what the vocabulary has
+# The formats with calls below; a format that only the vocabulary has is refused
+_COMPUTED = frozenset({"none", "w8a8", "w4a8", "w4a16"})
 OUTPUT_DTYPES = {torch.float16: 5, torch.bfloat16: 15}  # numbers that npu_grouped_matmul's output_dtype takes
 # By the dtype of weights that are not quantised.
 BIAS_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float16, torch.float32: torch.float32}

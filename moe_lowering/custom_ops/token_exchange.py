@@ -122,7 +122,7 @@ def exchange(operator: str, tokens: TokenBatch, placement: Placement, ep: Group,
 
 
 def _keep(tokens: TokenBatch, plan: DispatchPlan) -> Received:
-    """The planned rows with their handles, before they travel; on one rank that is what it receives."""
+    """The rows of the plan with their handles, before they travel. On one rank these are the rows that it receives."""
     handle = torch.zeros((plan.slots.numel(), 3), dtype=torch.int32)
     handle[:, 1] = plan.token
     handle[:, 2] = plan.slots - plan.token * plan.choices
@@ -153,7 +153,7 @@ def _check_ids(operator: str, rank: int, fault: Sequence[int], num_experts: int)
 
 
 def agree(operator: str, heads: list[list[int]], num_experts: int, max_tokens: int, equal_tokens: bool | str) -> None:
-    """Raise, from what all ranks said, the error that all ranks raise; a str says why T must be equal."""
+    """Raises the same error on every rank when one of them reported a fault; a str is the reason why T must be equal."""
     first: dict[int, int] = {}
     why, remedy = (equal_tokens, "") if isinstance(equal_tokens, str) else (EQUAL, ", or max_tokens as its bound")
     for rank, head in enumerate(heads):

@@ -1,4 +1,7 @@
-"""Verdicts and the choice for a described block at one token count, by the functions that judge and choose in the pass."""
+"""The answer for a described block at one token count: verdicts and the choice, by the same functions as in the pass.
+
+``Question`` holds the block and the deployment; ``Question.at(T)`` makes an ``Answer``.
+"""
 
 from __future__ import annotations
 

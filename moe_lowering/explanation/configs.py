@@ -1,4 +1,8 @@
-"""A block described by a model's config: a type of transformers, a config.json, or the config itself. Nothing is built."""
+"""``BlockDescription`` of a model's config: of a model type of transformers, of a config.json, or of a config object.
+
+No model is built. An activation that the pass does not know is an error; what a config does not say (an activation, a dtype)
+is assumed, and most of what was assumed is listed in ``assumptions``.
+"""
 
 from __future__ import annotations
 

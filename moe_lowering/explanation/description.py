@@ -1,4 +1,4 @@
-"""One MoE block in words and numbers: what ``explain`` judges where there is no graph."""
+"""``BlockDescription``: the sizes and words of one MoE layer on all ranks, which ``explain`` judges in place of a graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The errors of ``explain``'s arguments."""
+"""``ExplainError``: an argument that ``explain`` does not take; ``MissingSizesError``: sizes that a config does not have."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class ExplainError(ValueError):
 
 
 class MissingSizesError(ExplainError):
-    """Sizes of a block that nobody gave. ``sizes``: their names in a ``BlockDescription``."""
+    """Sizes of a block that neither the arguments nor the config have. ``sizes``: their names in a
+    ``BlockDescription``."""
 
     def __init__(self, model: str | None, sizes: tuple[str, ...]) -> None:
         what = "no model is given" if model is None else f"the config of {model} does not say all sizes"

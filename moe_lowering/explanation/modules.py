@@ -1,4 +1,4 @@
-"""MoE modules of a model, described: this package's ``MoE`` and the experts modules of transformers. No data is read."""
+"""``BlockDescription`` of a model's modules: this package's ``MoE`` and the experts modules of transformers. No data is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_lowering.vocabulary import EXPERT_FORMATS
 
 
 def describe_modules(model: nn.Module) -> BlockDescription:
-    """The block of a model whose MoE layers are all alike, sharded or whole, quantised or not.
+    """The description of a model's MoE layers, which must all be equal; sharded or whole, quantised or not.
 
     Raises:
         ExplainError: it has no MoE layer, one whose experts are a list or compute something unknown, or unlike ones.

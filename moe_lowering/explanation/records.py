@@ -1,4 +1,4 @@
-"""What ``explain`` returns."""
+"""``Explanation``, the record that ``explain`` returns: the question, its answer, the pieces of the sweep, and its JSON."""
 
 from __future__ import annotations
 

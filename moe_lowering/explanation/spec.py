@@ -1,4 +1,4 @@
-"""The record that the pass would make of a described block in a graph."""
+"""``BlockSpec`` of a ``BlockDescription``: the record that the pass would make if the layer stood in a graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_lowering.vocabulary import EXPERT_FORMATS
 
 
 def block_spec(block: BlockDescription, deployment: Deployment, tokens: int) -> BlockSpec:
-    """The block at T = ``tokens`` on a rank with routed experts, with weights as ``shard_experts`` and
+    """The block at T = ``tokens`` on a rank with routed experts, its weights as ``shard_experts`` and
     ``quantise_experts`` lay them out."""
     layer = Layer(
         hidden=block.hidden,

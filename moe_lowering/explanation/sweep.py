@@ -1,4 +1,4 @@
-"""Where the choice changes with the number of tokens, and which limit, cost or policy sets each boundary."""
+"""``find_pieces``: the ranges of T with one choice each, and which limit, cost or policy sets each boundary between them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Bounds of sizes. "No bound" is None throughout the package; here it is read from, and written as, what others take for it.
+"""``TokenRange`` and other bounds of sizes, and their conversion. "No bound" is None throughout the package.
 
-A ``ShapeEnv`` has infinity or a number near ``sys.maxsize``, an operator's int argument ``sys.maxsize``, JSON null. The 0 of a
-user's argument (``Deployment.max_tokens``, ``max_rows``) is another thing: it says that nothing was declared.
+A ``ShapeEnv`` has infinity or a number near ``sys.maxsize`` for it, an operator's int argument ``sys.maxsize``, JSON null. The 0
+of a user's argument (``Deployment.max_tokens``, ``max_rows``) is another thing: it says that nothing was declared.
 """
 
 from __future__ import annotations

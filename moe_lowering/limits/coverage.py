@@ -1,7 +1,8 @@
-"""No rule is forgotten for a SoC: a code that an operator has on one has a row, or a reason for none, on every other one.
+"""The check that a limit table covers every SoC, made when the tables load.
 
-Rows name their SoCs, so that a SoC without rows would be one where everything is legal. ``[[absent]]`` entries of the tables
-say of which rules an operator is free on a SoC, and why; what has neither row nor entry is an error when the tables load.
+Rows name their SoCs, so that a SoC without rows would be one where everything is legal. Hence a code that an operator has on
+one SoC must have, on every other one, a row or an entry of ``[[absent]]``, which says why the operator is free of the rule
+there; a code with neither is an error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Every rule that applies, with its value and whether it holds: why something is legal, not only why it is not."""
+"""``examine``: every rule that applies to a call, with the value that it looked at and whether it holds.
+
+``violations.check`` returns the broken ones only; this is for ``explain --why``, which also shows why something is legal.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""One rule of an operator, and its reading from a table."""
+"""``Limit``, one rule of one operator, and the reading of the rows of a table.
+
+A row names its operator, SoCs, code, expression, what the value must be, sources and advice, and may have a condition and
+versions. A row with a key that is missing or unknown is a ``LimitsError`` that names the file, the row and the key.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ EXPRESSIONS = ("value", "when", "min", "max", "multiple_of", "equals")
 # What texts may show beside the quantities: the value; of rules for certain versions, what has them (``versions.name_subject``);
 # for bounds on the HCCL window, HCCL_BUFFSIZE and what is enough.
 SHOWN = frozenset({"value", "version", "buffer_mb", "needed_mb"})
-NOTHING_HELPS = "nothing helps: "  # how advice begins where nobody could change anything; the reason follows
+NOTHING_HELPS = "nothing helps: "  # how advice begins where no change would make a call legal; the reason follows
 
 
 class LimitsError(ValueError):
@@ -35,12 +39,12 @@ class Limit:
     ``value`` is an expression over the operator's quantities; exactly one of ``min``/``max`` (either or both),
     ``multiple_of``, ``one_of``, ``equals`` bounds it. Bounds may be expressions too. ``when`` restricts the rule to
     calls for which it is true (it may read only quantities that are never symbolic), ``versions`` to versions of CANN,
-    torch_npu or a provider (``["cann<8.5"]``, all of them; a version that is not known does not restrict). ``sources`` are
-    the documents that a row's ``source`` cites (``limits.sources``). ``advice`` tells what to change, whoever chose a model
-    or wrote the call, or that ``NOTHING_HELPS`` and why; ``says`` puts a broken rule in words. Both may hold quantities in
-    braces, and those of ``SHOWN``. Without ``says`` the message is made from the value and the bound. A table may give a list
-    of operators: one rule for each then. A row whose value is ``soc`` says where the operator exists: its other rows count
-    only there.
+    torch_npu or a provider (``["cann<8.5"]``, all of them; a version that is not known does not restrict). ``sources``
+    are the documents that a row's ``source`` cites (``limits.sources``). ``advice`` tells what to change, for who chose
+    a model and for who wrote the call, or that ``NOTHING_HELPS`` and why; ``says`` puts a broken rule in words. Both
+    may hold quantities in braces, and those of ``SHOWN``. Without ``says`` the message is made from the value and the
+    bound. A table may give a list of operators: one rule for each then. A row whose value is ``soc`` says where the
+    operator exists: its other rows count only there.
     """
 
     code: str
@@ -131,7 +135,7 @@ def _read_row(raw: dict[str, Any], where: str, declared: Mapping[str, Citation])
 
 
 def _check_keys(raw: dict[str, Any], where: str) -> None:
-    """That a row has what it needs, and nothing that is unknown.
+    """Raises unless a row has the keys that it needs and no unknown one.
 
     Raises:
         LimitsError: otherwise.

@@ -1,4 +1,4 @@
-"""Where rules come from. ``sources.toml`` declares every document once; rows, docstrings and tests cite it by key.
+"""Citations: ``sources.toml`` declares every document that a rule rests on once; rows, docstrings and tests cite it by key.
 
 A key is ``collection.document``, e.g. ``op_plugin.grouped_matmul``: the collection gives title, version and link, the document
 its path. A citation is ``KEY`` or ``KEY: note``, or several keys with one note: ``KEY, KEY: note``. The note says where in the

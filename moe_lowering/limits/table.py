@@ -1,4 +1,4 @@
-"""Loading and validating the limit tables: ``data/*.toml``."""
+"""The limit tables: ``data/*.toml``, loaded and validated once per process, and the rows for an operator, a SoC and versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parsing of TOML, which Python itself has from 3.11 on."""
+"""``loads`` of a TOML parser: Python's own, or ``tomli`` on Python 3.10, which has none."""
 
 import sys
 

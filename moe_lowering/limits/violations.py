@@ -1,4 +1,8 @@
-"""Which rules a call breaks, and what to tell about each."""
+"""``check``: the rules of an operator that some quantities break, each as a ``Violation``.
+
+The pass judges by it, and so do the verifier and the simulator's kernels. A ``Violation`` holds numbers and expressions; its
+message, advice and source are put into words when they are read (``wording``). No guard is added.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +102,7 @@ class Violation:
 
     @property
     def fault(self) -> str:
-        """What is wrong, without who says so."""
+        """What is wrong, without the name of the operator that refuses it."""
         if self.says:
             text = self._fill(self.says)
         else:
@@ -110,7 +114,7 @@ class Violation:
 
     @property
     def message(self) -> str:
-        """Who refuses, and what is wrong."""
+        """The operator that refuses, and what is wrong."""
         return f"{self.operator}: {self.fault}"
 
     @property
@@ -181,7 +185,7 @@ def check(
 
 @functools.lru_cache(maxsize=4096)
 def _applicable(operator: str, soc: str, versions: Versions, known: frozenset[str]) -> tuple[Limit, ...]:
-    """The rows that read nothing but what is given."""
+    """The rows that read only quantities which are given."""
     return tuple(row for row in limits_of(operator, soc, versions) if row.names <= known)
 
 

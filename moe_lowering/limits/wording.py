@@ -1,6 +1,7 @@
-"""Numbers and expressions in sentences: kept apart until the user's names of the symbols are known.
+"""Sentences about numbers and expressions, which become text or JSON only when the user's names of the symbols are known.
 
-Violations, sizes and reasons hold quantities as they are, and become text or JSON here and nowhere else.
+Violations, sizes and reasons hold their quantities as they are (``Wording``, ``Accepted``); nothing else in the package turns
+a symbolic size into text.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def to_json(value: Value, names: Names = ()) -> bool | int | float | str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
-    """A sentence with quantities in braces, and the quantities: values, tuples of them, or what can be said itself."""
+    """A sentence with quantities in braces, and the quantities: values, tuples of them, or other objects that can be
+    put into words."""
 
     template: str
     shown: tuple[tuple[str, Any], ...] = ()
@@ -90,7 +92,7 @@ def _as_plain(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Quoted:
-    """Somebody else's text, e.g. of an exception of torch: it is not touched; symbols that stand in it are explained."""
+    """A text from elsewhere, e.g. of an exception of torch: it is kept as it is, and the symbols in it are explained after it."""
 
     text: str
 

@@ -70,7 +70,7 @@ class Scenario:
         return {1: (3,), 2: (6, 1), 4: (6, 1, 3, 5)}[groups] if self.unequal else (self.tokens,) * groups
 
     def inputs(self, group: int, groups: int) -> Inputs:
-        """What the ranks of one TP group are given."""
+        """The inputs of the ranks of one TP group."""
         tokens = self.by_group(groups)[group]
         generator = torch.Generator().manual_seed(group + 1)
         ids = _ids(self.routing, group, tokens, self.top_k, generator)
@@ -85,7 +85,7 @@ class Scenario:
         mask = torch.arange(tokens) < 4 - group if self.padded else (torch.arange(tokens) + group) % 3 != 1
         if groups > 1 and group == groups - 1:
             mask = torch.zeros(tokens, dtype=torch.bool)
-        # what a padding token holds is nobody's business: it must not reach any result
+        # a padding token may hold anything: here NaN, so that it shows if it reaches a result
         x[~mask], weights[~mask] = torch.nan, torch.nan
         return Inputs(x, weights, ids, mask)
 

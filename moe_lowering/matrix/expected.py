@@ -131,7 +131,7 @@ def refusals(cell: Cell) -> tuple[str, ...]:
     """Codes that the cell must be refused with; () when it must be legal."""
     codes = tuple(rule.code for rule in REFUSALS if cell.form in rule.forms and rule.applies(cell))
     if "Deployment" in codes:
-        return ("Deployment",)  # nothing else is looked at then
-    if any(code.endswith(ONLY) for code in codes):  # nor are the operators of what one rank has no use for
+        return ("Deployment",)  # then no other rule is evaluated
+    if any(code.endswith(ONLY) for code in codes):  # nor rules of operators that exchange, which one rank does not call
         return tuple(code for code in codes if code.endswith(ONLY) or code.startswith("block."))
     return codes

@@ -63,7 +63,7 @@ class WeightForm:
     plain_format: str = "nz"
 
     def layout(self, quantisation: str) -> Layout:
-        """The layout of the weights where nothing else is said."""
+        """The layout of the weights that the form wants; used when a cell does not name another one."""
         weight_format = "nz" if EXPERT_FORMATS[quantisation].quantised else self.plain_format
         return Layout(self.lists, weight_format)
 

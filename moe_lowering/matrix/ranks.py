@@ -34,7 +34,7 @@ from moe_lowering.passes.verifier import generic_nodes, repropagate
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What one rank is given for one scenario. A negative control changes it.
+    """The inputs of one rank in one scenario. A negative control changes them.
 
     Attributes:
         deployment: what the pass is told.
@@ -77,7 +77,7 @@ class CellOutcome:
 def setup() -> None:
     """In each process of a pool."""
     simulator.enable("A3")
-    logging.getLogger("moe_lowering").setLevel(logging.CRITICAL)  # a refusal is an answer here
+    logging.getLogger("moe_lowering").setLevel(logging.CRITICAL)  # a refusal is a result of the cell, not a failure
 
 
 def run(

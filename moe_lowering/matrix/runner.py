@@ -1,4 +1,4 @@
-"""Run cells on real ranks, and judge what came of them.
+"""Runs cells of the matrix on real ranks, and compares each with what it must be.
 
     table = runner.run(Axes(eps=(1, 2)))
     table.problems()  # [] when every cell is what it must be
@@ -116,7 +116,7 @@ def _run(pool: Pool, cells: list[Cell], change: Change | None) -> list[CellResul
 
 
 def _judge(cell: Cell, outcomes: list[CellOutcome]) -> CellResult:
-    """One cell against what it must be."""
+    """Compare one cell's outcome with what the cell must be."""
     first = outcomes[0]
     result = CellResult(cell, first.codes, first.reason)
     for rank, outcome in enumerate(outcomes):

@@ -1,4 +1,4 @@
-"""The cells of a run, and what came of them."""
+"""``Axes``, which cells a run of the matrix has, and ``Table``, the results of the run."""
 
 from __future__ import annotations
 

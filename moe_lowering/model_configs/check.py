@@ -1,7 +1,7 @@
-"""What is wrong with a MODEL, told before anything is imported that takes seconds: its name, its file, its sizes.
+"""``check_model``: refuses a MODEL argument whose name, file or sizes are certain to be wrong, before torch is imported.
 
-Names of model types are read from the text of transformers' table, not by importing it. What only the model's own code
-can tell is left to it.
+Names of model types are read from the text of transformers' table, not by importing it, which takes seconds. What only the
+model's own code can tell is left to it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The error of a MODEL that cannot be taken, and how it repeats a value."""
+"""``ModelError``: a MODEL argument that is refused, and ``write_value``, the form in which its text repeats a value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The config of a model type or of a config.json, as transformers has it: the part that makes text. Nothing is built."""
+"""The config object of transformers for a model type or a config.json: the part of it that makes text. No model is built."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def config_of_values(values: Mapping[str, Any], path: Path | None = None) -> Any
     if not isinstance(kind, str) or kind not in known:
         where = f" in {path}" if path is not None else ""
         raise ModelError(f"model_type{where} is {write_value(kind)}; accepted: a type that transformers knows")
-    # the weights are random, of the dtype that is asked for
+    # how the file's weights are quantised does not matter: the weights are random, in the dtype that is asked for
     values = {name: value for name, value in values.items() if name != "quantization_config"}
     try:
         return text_part(known[kind].from_dict(values))

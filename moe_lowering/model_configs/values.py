@@ -1,7 +1,8 @@
-"""What is wrong with the values of a config.json beside its sizes: groups of experts, words, objects, numbers, flags.
+"""``check_config_values``: refuses the values of a config.json that no model takes: groups of experts, words, dtypes, flags.
 
-Told without importing transformers, which takes seconds and then says it in its own words. Names of activations, and
-whether a type has experts at all, are read from the text of its files; where they cannot be found, that is left to it.
+It does so without importing transformers, which takes seconds and whose errors do not name the key. Names of activations, and
+whether a type has experts at all, are read from the text of transformers' files; where they cannot be found, nothing is
+refused. Sizes are checked in ``check``.
 """
 
 from __future__ import annotations

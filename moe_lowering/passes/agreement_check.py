@@ -1,11 +1,11 @@
-"""Put ``assert_agreement`` in front of a graph's first exchange, with a record of what the ranks must have in common.
+"""Emits ``assert_agreement`` in front of a graph's first exchange, and makes the records that it compares between ranks.
 
-What a rank must have in common with the others is all that a decision or an exchange depends on, and all that the result
-depends on. What only a decision depends on (where a reader of the counts or a layout stands in a rule) may differ as long
-as the decisions and the exchanges are the same: one rank may log its experts' load. So may a mask where it stays on its
-own rank (``Form.sends_masks``), but not with AllGather and static AllToAll, which write masked ids as experts past the
-last one: the other ranks must expect them. With unequal token counts T is not in the record, nor what follows from it; with equal
-ones a T that the graph knows is.
+The record holds all that a decision, an exchange or the result depends on. Some fields matter to a decision only
+(``TOLERATED``: where the counts are read, how weights are laid out): they may differ as long as the decisions and the
+exchanges are the same, so that one rank may log the load of its experts. A mask may differ likewise if it stays on its own
+rank; AllGather and static AllToAll write masked ids as experts past the last one, which the other ranks must expect
+(``Form.sends_masks``). With unequal token counts neither T nor what follows from it is in the record; with equal ones a T that
+the graph knows is.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 ASSERT_AGREEMENT = torch.ops.moe_lowering.assert_agreement.default
 DISPATCH = torch.ops.moe_lowering.dispatch.default
 SHORT = 12  # digits of a digest that are shown
-# A rank's own (of tensors the device's index, strides), or written down in another way; every other field of a block is
-# compared.
+# Fields that differ between ranks (of tensors the device's index, strides), or that the record has in another form. Every
+# other field of a block is compared.
 OWN = frozenset({"tokens", "key", "ep_group", "tp_group", "on_shared_rank", "collective_groups", "tensors"})
-# What may differ where decision and exchange do not.
+# Fields that may differ as long as the decision and the exchange are the same.
 TOLERATED = frozenset(
     {
-        "has_mask",  # but for masked_rows_are_sent
+        "has_mask",  # unless its rows are sent: masked_rows_are_sent
         "stacked",
         "weights_contiguous",
         "counts_are_read",
@@ -82,7 +82,7 @@ def settings_record(deployment: Deployment, lowering: MoeLowering | None, ep_gro
 def _settings(lowering: MoeLowering) -> dict[str, str]:
     policy = lowering.policy
     cost = f"{policy.cost.__module__}.{getattr(policy.cost, '__qualname__', type(policy.cost).__name__)}"
-    text = identity(policy.cost)  # what it does and holds, where that can be compared between processes
+    text = identity(policy.cost)  # what the function computes and holds, as far as processes can compare it
     if "unique(" not in text:
         cost += f" ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
     flags = {"strict": str(lowering.strict), "overlap": str(lowering.overlap)}
@@ -145,7 +145,7 @@ class BlockOutcome:
 
 
 def blocks_record(outcomes: Iterable[BlockOutcome], left: Iterable[Node], deployment: Deployment) -> dict[str, Any]:
-    """The blocks of one graph that exchange tokens, in order, then the generic operators of what is no block."""
+    """The blocks of one graph that exchange tokens, in order, then the generic operators that belong to no block."""
     kinds: dict[str, int] = {}
     written: list[dict[str, Any]] = []
     indices: dict[Any, int] = {}
@@ -203,7 +203,8 @@ def _are_stored(tensors: Operands) -> bool:
 
 
 def _left_record(node: Node) -> dict[str, Any]:
-    """A generic operator of what is no block: its numbers and words, of which groups' names are local."""
+    """The record of a generic operator that belongs to no block: its numbers and words, without the names of groups
+    that are local."""
     values = arguments(node).items()
     strict = {name: v for name, v in values if isinstance(v, (bool, int, float, str)) and not name.endswith("_group")}
     strict.pop("on_shared_rank", None)

@@ -1,4 +1,4 @@
-"""What an operator's call in a graph is given and gives, by the names of the operator's schema.
+"""Arguments and results of an operator's node, by the names in the operator's schema instead of by position.
 
 ``read`` makes the record that the operator's own kernels take (``custom_ops``), with nodes in place of tensors; ``argument``
 and ``arguments`` serve every operator; ``results`` finds the nodes that take its results apart.
@@ -23,7 +23,7 @@ def read(call: Callable[..., Call], node: Node) -> Call:
 
 
 def argument(node: Node, name: str) -> Any:
-    """One argument, its default where it is not given."""
+    """One argument of a node, or its default when the node does not have it."""
     assert isinstance(node.target, torch._ops.OpOverload)
     index, default = _parameters(node.target)[name]
     return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)

@@ -1,7 +1,7 @@
-"""The sizes of a lowered block, for the report: what the rules saw, as expressions in T, and how large they may become.
+"""Sizes of a lowered block for the report, as expressions in T, with the largest value that each may have.
 
-Everything is read from what the block was judged with and from the limit rows of the calls that it became, so that the
-report cannot say another number than the one that was proven.
+They are read from what the block was judged with and from the limit rows of its calls, so that the report cannot show
+another number than the one that was proven.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The record that decisions about a block are made from, of a block in a graph and of a layer that is only described.
+"""Builds ``BlockSpec``, the record that decisions about a block are made from: of a block in a graph, or of a described layer.
 
-Both ways are here, side by side, so that ``explain`` judges what the pass would judge: what follows from the experts'
-tensors is derived from those, and what a deployment fixes is read under the same names.
+Both ways stand side by side, so that ``explain`` judges what the pass would judge: what follows from the experts' tensors is
+derived from those, and what a deployment fixes is read under the same names.
 """
 
 from __future__ import annotations

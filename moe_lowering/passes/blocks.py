@@ -1,4 +1,9 @@
-"""Records of what a graph contains: one MoE block, and one routing, in generic form."""
+"""Records of the MoE layers in a graph: ``Block`` and ``Route`` hold nodes, ``BlockSpec`` and ``RouteSpec`` what decisions read.
+
+``find_blocks`` makes the first two, ``block_specs`` and ``find_blocks`` the others. A spec holds no node and is hashable, so that
+equal layers have equal specs and are judged once. A ``Block`` reads its inputs from the nodes whenever it is asked, since the
+rewrite of one block replaces the node that the next one reads.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""The calls of a form: each made once, from one function, for judging and for emitting.
+"""Calls of operators as data: an implementation's form makes each call once, for legality and for the rewrite alike.
 
-A function of the implementation's file gives the arguments of a call by name. Judged, its tensors are records
-(``operands.Operand``) and the readers of ``limits/calls`` turn all of it into quantities; emitted, they are nodes. What is
-neither here nor there a fact of a call is the context (``context``).
+A function of the implementation's file gives the arguments of a call by name. For legality its tensors are records
+(``operands.Operand``), and the readers of ``limits/calls`` turn them into quantities; for the rewrite they are nodes. What
+rules read beside the arguments comes from ``context``.
 
-A size is None where a verdict must not rest on it: how many rows a rank has for its experts, which no limit of these
-operators is about, and what differs between ranks. Rows of the tables that read it do not apply then; the emitted call
-is verified with them.
+A size is None where a verdict must not depend on it: the rows that a rank has for its experts, which no limit of these
+operators is about, and what differs between ranks. Rules that read it are left out then; the emitted call is verified with
+them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Arguments = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Premises:
-    """What a verdict rests on beside the block and the deployment.
+    """What a verdict depends on beside the block and the deployment.
 
     Attributes:
         tokens: T as the rules see it: an int, the graph's symbol, or a symbol with the declared range.
         own_tokens: T of this graph.
-        prover: what is taken to be known of ``tokens``.
+        prover: knows the range of ``tokens``.
         torch_npu: whether torch_npu's operators are there.
     """
 
@@ -46,7 +46,8 @@ class Premises:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rules:
-    """A set of rules without an operator, such as ``deployment`` or ``alltoall.static``, and what they read."""
+    """A set of rules that belongs to no operator, such as ``deployment`` or ``alltoall.static``, and the quantities
+    that they read."""
 
     operator: str
     quantities: Mapping[str, Any] | Callable[[Premises], Mapping[str, Any]]
@@ -66,8 +67,8 @@ class OperatorCall:
 
     Attributes:
         operator: its name without namespace.
-        arguments: what it is given, by name; or what makes that, where T takes part.
-        words: what the block says and no argument can; None takes a quantity away.
+        arguments: the arguments by name; or, where they depend on T, a function that makes them.
+        words: quantities that follow from the block and that no argument shows; None removes a quantity.
     """
 
     operator: str

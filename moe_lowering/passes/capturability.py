@@ -33,7 +33,8 @@ from moe_lowering.source_lines import innermost
 
 
 def is_captured(deployment: Deployment, config: Any) -> bool:
-    """Whether the compiler that runs the pass will capture: as declared, unless its own configuration says otherwise."""
+    """Whether the compiler that runs the pass will capture: as the deployment declares, unless the compiler's options
+    have ``force_eager``."""
     return may_be_captured(deployment) and not bool(getattr(config, "force_eager", False))
 
 
@@ -50,7 +51,8 @@ def not_capturable(graph: Graph, shape_env: Any, deployment: Deployment) -> list
     """
     causes: dict[Node, str] = {}
     for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
-        looks = _look(target) if nodes and op == "call_function" else None  # a look-up leaves an empty entry
+        # No nodes: a look-up in the graph's index leaves an empty entry for its target
+        looks = _look(target) if nodes and op == "call_function" else None
         if looks is not None:
             quantity, holds = looks
             causes.update((node, quantity) for node in nodes if holds(node))

@@ -1,7 +1,8 @@
-"""What rules of called operators read: the quantities of a call, and what no call shows (``limits.calls.CONTEXT``).
+"""Everything that the rules of a call read: the quantities of its arguments, and those that no argument shows.
 
-One place for judging and verifying. What the readers give of ``CONTEXT`` by themselves, ``top_k`` of most operators, is
-left to them.
+The latter (``limits.calls.CONTEXT``) are the HCCL window, the mode, providers, the memory format of weights and what a rank may
+receive. Legality and verifier use the same functions, so that both read the same values. A quantity of ``CONTEXT`` that a
+reader of ``limits/calls`` gives by itself (``top_k`` of most operators) is taken from the reader.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from moe_lowering.providers import same_version
 
 
 def fixed_context(deployment: Deployment, spec: BlockSpec | None = None) -> dict[str, Any]:
-    """What T takes no part in; of a call outside of any block, what the deployment says."""
+    """The context that does not depend on T. Without ``spec``, for a call outside of any block: the deployment's part of it."""
     return {
         "buffer_bytes": deployment.hccl_buffer_bytes,
         "mode": deployment.mode,
@@ -32,7 +33,7 @@ def fixed_context(deployment: Deployment, spec: BlockSpec | None = None) -> dict
 
 
 def _provider(name: str, deployment: Deployment) -> dict[str, Any]:
-    """A provider as it is declared, and what is installed of it; nothing where there is nothing to compare."""
+    """Quantities of a provider: as it is declared, as it is installed, and whether these agree, as far as both are known."""
     declared = deployment.provider(name)
     values: dict[str, Any] = {f"has_{name}": declared is not None}
     if declared is None:
@@ -50,7 +51,7 @@ def _provider(name: str, deployment: Deployment) -> dict[str, Any]:
 
 
 def call_context(deployment: Deployment, spec: BlockSpec, premises: Premises) -> dict[str, Any]:
-    """All of it but the memory format of weights, which each call has its own of (``call_quantities``)."""
+    """The context of a block's calls, without the memory format of weights, which each call has its own of."""
     return {**fixed_context(deployment, spec), "received": received_rows(spec, premises.tokens)}
 
 
@@ -78,8 +79,8 @@ def call_quantities(
     Args:
         operator: its name.
         bound: every argument; tensors may be records.
-        stored: the same with nodes or records in place of values: which weights exist before the graph runs.
-        deployment: what is said of the format of those.
+        stored: the same arguments as nodes or records, which tell whether a weight exists before the graph runs.
+        deployment: declares the memory format of such weights.
         context: of ``call_context`` or ``fixed_context``.
     """
     weight_format = call_weight_format(stored, deployment.weight_format)
@@ -89,6 +90,6 @@ def call_quantities(
 def judged_quantities(
     call: OperatorCall, premises: Premises | None, deployment: Deployment, context: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Those of a call that is judged, with the words of its block."""
+    """The quantities of a call that is judged, with those that only its block shows (``OperatorCall.words``)."""
     bound = call.bound(premises)
     return {**call_quantities(call.operator, bound, bound, deployment, context), **call.words}

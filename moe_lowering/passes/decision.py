@@ -1,4 +1,4 @@
-"""Decide: verdicts and a choice for one block, for the range of token counts that its graph will serve.
+"""``decide``: verdicts and a choice for one block, for the range of token counts that its graph will serve.
 
 - T static: judged and chosen at T.
 - T not equal on all ranks: judged on the declared range, chosen at its upper end; T itself is never read.
@@ -6,8 +6,8 @@
   same, proven for the whole range, and requested as a guard: another size recompiles and may choose otherwise.
 - T symbolic otherwise: judged on the whole range, chosen at its upper end. In a strict range the notes say where another
   choice would begin, so that the user can split it.
-- T symbolic with a TP group: torch's meta functions guard on whether a rank's share of T is 1, so a graph serves one side
-  of that boundary anyhow; it is asked for, and enforced, by T instead of by the share, with forbidden guards too.
+- T symbolic with a TP group: torch's meta functions guard on whether a rank's share of T is 1, so that a graph serves one
+  side of that boundary in any case. The range is cut there, as a range of T, and enforced, with forbidden guards too.
 
 A graph whose choice depends on a range also enforces it by itself (``assert_tokens``): caches drop guards.
 """
@@ -95,7 +95,7 @@ def _decide_unequal(spec: BlockSpec, deployment: Deployment, policy: Policy) -> 
     declared = TokenRange(deployment.min_tokens, deployment.max_tokens)
     if isinstance(spec.tokens, int):
         return Decision(comm, reason, judgement, enforced=None if spec.tokens in declared else declared)
-    # a guard on this rank's own T: it compiles once more, and decides the same
+    # a guard on this rank's own T only costs another compile: the decision does not depend on it
     side = _side_of_share(spec, declared)
     guard = side if side not in (declared, known_range(spec.tokens)) and side.low != side.high else None
     return Decision(comm, reason, judgement, guard=guard, enforced=side)
@@ -110,13 +110,14 @@ def _side_of_share(spec: BlockSpec, allowed: TokenRange) -> TokenRange:
         side = allowed.at_most(spec.tp_size)
     else:
         side = TokenRange(max(allowed.low, spec.tp_size + 1), allowed.high)
-    return allowed if side.empty else side  # the compile's own T is not as declared: all of that is enforced
+    # This compile's T is outside of the declared range: the graph enforces the whole range
+    return allowed if side.empty else side
 
 
 def _decide_symbolic(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
     known = known_range(spec.tokens)
     allowed = known.at_most(deployment.max_tokens) if deployment.max_tokens else known
-    if allowed.empty:  # the declared bound rules every size out: the verdicts say so
+    if allowed.empty:  # no T is within the declared bound; the verdicts give the reason
         judgement = judge(spec, deployment, spec.tokens, Prover())
         return Decision(*policy.choose(judgement.verdicts, spec, deployment, known.low), judgement)
 
@@ -150,7 +151,7 @@ def _decide_symbolic(spec: BlockSpec, deployment: Deployment, policy: Policy) ->
 
 
 def _rests_on_range(spec: BlockSpec, deployment: Deployment, comm: str) -> bool:
-    """Whether the implementation is not legal for just any T: then the graph must not serve others by itself."""
+    """Whether the implementation is legal for some T only: then the graph itself must refuse other T."""
     anything = judge(spec, deployment.replace(max_tokens=0), free_tokens(0, SEARCH_LIMIT), Prover())
     return not anything.verdicts[comm].legal
 

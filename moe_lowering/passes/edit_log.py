@@ -44,7 +44,7 @@ class EditLog:
             new = [node for node in self.graph.nodes if node not in known] if created is None else [*created]
             self._undo.append(lambda: known.difference_update(new))
             known.update(new)
-        except BaseException:  # Ctrl-C too: half an edit is no graph
+        except BaseException:  # Ctrl-C too: a graph that is edited half must not stay
             self._back_to(mark)
             raise
 
@@ -86,7 +86,7 @@ class EditLog:
         name, names = new.name, self.graph._graph_namespace._obj_to_name
 
         def back() -> None:
-            object.__setattr__(new, "name", name)  # not through hooks
+            object.__setattr__(new, "name", name)  # without the hooks of the graph module, which may be what failed
             names[new] = name
 
         self._undo.append(back)
@@ -108,7 +108,8 @@ class EditLog:
         following, key, graph = node.next, node._sort_key, self.graph
 
         def back() -> None:
-            if node._prev._next is not node:  # out of the list; its neighbours of then must not be joined again
+            # Not in the list: ``prepend`` would take it out once more, and join its former neighbours
+            if node._prev._next is not node:
                 node._prev = node._next = node
             node._erased = False
             following.prepend(node)
@@ -127,11 +128,13 @@ class EditLog:
         assert self._known is not None
         while len(self._undo) > mark:
             self._undo[-1]()
-            self._undo.pop()  # afterwards: a second Ctrl-C meanwhile leaves it to whoever takes back the rest
+            # After the call: if a second Ctrl-C comes during it, an outer step still has this entry to undo
+            self._undo.pop()
         self._remove_strangers(self._known)
 
     def _remove_strangers(self, known: set[Node]) -> None:
-        """Take out nodes that were made meanwhile, every trace of them, and what FX leaves on others when it is interrupted."""
+        """Remove the nodes that are not in ``known``, with every trace of them, and what an interrupted FX function
+        left on others."""
         table, names = self.graph._find_nodes_lookup_table, self.graph._graph_namespace
         for entries in table.table.values():  # one that a hook kept from the list may be here, and the reverse
             for node in [node for node in entries if node not in known]:
@@ -174,9 +177,8 @@ class ModuleEdits(EditLog):
         if self._compiled:
             try:
                 self._gm.recompile()
-            except (
-                Exception
-            ):  # then the graph could not be compiled before, either, and its code may have been another's
+            except Exception:
+                # Then the graph could not be compiled before either, and its old code may not have been made from it.
                 log.warning("moe_lowering: the graph as it was cannot be compiled", exc_info=True)
 
 

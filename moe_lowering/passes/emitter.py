@@ -1,4 +1,4 @@
-"""Creating nodes with complete metadata, cheaply.
+"""``Emitter``: makes the nodes of one block's replacement, with complete metadata and at little cost.
 
 Every new node gets ``meta["val"]`` (a fresh FakeTensor of its own: passes after ours tell aliases by storage, so a value
 is never shared between nodes), ``stack_trace`` and ``nn_module_stack`` of the node that it stands for. Running a stock
@@ -94,7 +94,7 @@ class Emitter:
         """
         key = (target, *map(_hashable, args), *((name, _hashable(value)) for name, value in kwargs.items()))
         node = self._constants.get(key)
-        if node is None or node._erased:  # with a rewrite that was undone
+        if node is None or node._erased:  # the node was erased with a rewrite that was undone
             with self._graph.inserting_before(self._first_computed()):
                 node = self._graph.call_function(target, args, kwargs)
             node.meta.update(val=self._compute(node), custom={MARK: "constant"})
@@ -141,7 +141,7 @@ class Emitter:
             target, make = self._recorded[index]
             if target is node.target:
                 return make(node)
-            # A guard of the first block made a number of a size: from here on the equal block is written down otherwise.
+            # A guard of the first block turned a size into a number, so that values of the two blocks no longer correspond.
             self._recorded, self.recording = [], self.recording[:index]
         value = self._compute(node)
         self.recording.append((node.target, _record_value(node, value)))

@@ -5,7 +5,7 @@ and with symbolic sizes: an operator's meta function 200 to 500 us and 350 to 1,
 (``torch.empty_strided`` and ``FakeTensor``) 10 us and 125 us, of which the first computes the storage's size and
 contiguity again, 25 us for each operation on a SymInt; what is done here 3 us and 10 us.
 
-``FakeTensor``'s constructor is passed by: the state of a value is copied. A torch whose constructor keeps more than is
+``FakeTensor``'s constructor is not called: the state of a value is copied. A torch whose constructor keeps more than is
 copied here would lose it in silence, so the first copy in a process is compared with what the constructor makes; when they
 differ, the constructor makes every copy, and one warning says so.
 """

@@ -1,4 +1,4 @@
-"""MoE layers in a graph that the pass cannot lower, since they are not written with the generic operators: told, not passed over.
+"""``find_foreign``: the MoE layers of a graph that are not written with the generic operators, which the pass reports and leaves.
 
 Contract. Reads the graph, never edits it; returns one record per layer, with its operators counted, the model's line and
 what to do. Run on what is left after lowering: nodes that the pass emitted carry a mark (``emitter.MARK``) and are not
@@ -75,7 +75,8 @@ def find_foreign(graph: Graph) -> list[ForeignMoe]:
 
 def _by_name(graph: Graph) -> Iterable[tuple[Node, str]]:
     for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
-        if op != "call_function" or not nodes:  # a look-up leaves an empty entry
+        # No nodes: a look-up in the graph's index leaves an empty entry for its target
+        if op != "call_function" or not nodes:
             continue
         if isinstance(target, torch._ops.HigherOrderOperator):
             for node in nodes:
@@ -107,7 +108,7 @@ def _is_ours(node: Node) -> bool:
 
 
 def _group_by_layer(nodes: list[Node]) -> list[list[Node]]:
-    """Nodes of one layer together: those of a module, of a module inside of it, and of one function where there is none."""
+    """Groups of nodes of one layer: by module, with the modules inside of it; by function where no module is recorded."""
     modules = {_module_name(node) for node in nodes}
     layers: dict[Any, list[Node]] = defaultdict(list)
     for node in nodes:
@@ -132,7 +133,7 @@ def _function(node: Node) -> tuple[str, str]:
 
 
 def _record(nodes: list[Node], codes: dict[Node, str]) -> ForeignMoe:
-    """What is told of one layer: the strongest sign, in the order of ``FORMS``, and all operators that were seen."""
+    """The record of one layer: its code is the first of ``FORMS`` that was seen, with all operators that were seen."""
     code = min((codes[node] for node in nodes), key=list(FORMS).index)
     first = next(node for node in nodes if codes[node] == code)
     line = innermost(first.meta.get("stack_trace") or "")

@@ -1,7 +1,7 @@
 """MoE layers that are written with torch's own operators: found by what they compute, not by a name.
 
 Contract. Reads the graph, never edits it. Each function returns the nodes by which one form is known, in no order. A form is
-told only where the graph shows that experts are chosen; so embeddings, attention (paged, with absorbed weights, with chosen
+reported only where the graph shows that experts are chosen; so embeddings, attention (paged, with absorbed weights, with chosen
 keys), samplers, LoRA and block-diagonal layers are not taken for one:
 
 - gathered weights: two stacked weights are indexed by the same ids, and a product with one goes through an activation into
@@ -14,7 +14,7 @@ keys), samplers, LoRA and block-diagonal layers are not taken for one:
   meet one product.)
 - routing that leaves the graph: one_hot of the ids with the number of experts as its width, or counts of them, goes to
   ``nonzero`` or out of the graph, which is what stays of a loop that dynamo could not trace. Of ids that are no result of a
-  top-k of several, the matrix goes there as well. (Used words or codes are told by counts alone.)
+  top-k of several, the matrix goes there as well. (Layers that count the words or codes in use show counts alone.)
 
 Cost: the graph's index by target; nothing is walked without a gathered or batched weight or the ids of a top-k.
 """
@@ -175,13 +175,13 @@ def _is_routed(first: Node, second: Node) -> bool:
 
 
 def _chooses(node: Node) -> bool:
-    if name_of(node) in ("max", "sort"):  # of which layers without experts, such as a pooling, read the values alone
+    if name_of(node) in ("max", "sort"):  # other layers with a top-k, such as poolings, read its values alone
         return any(name_of(user) == "getitem" and user.args[1] == 1 for user in node.users)
     return name_of(node) in CHOICES or (node.op == "call_function" and kind_of(node.target) == ROUTER)
 
 
 def _is_local(node: Node) -> bool:
-    """Not a product with a weight: what is behind one belongs to another layer."""
+    """Whether a walk may pass a node: not a product with a weight, as what is behind one belongs to another layer."""
     name = name_of(node)
     return name not in MATMULS or (name in BATCHED and not _experts_of(node))
 

@@ -34,7 +34,7 @@ _ASCEND = ("npu", "_C_ascend", "atb", "custom", "moe_lowering")
 # alltoall_experts is AllToAll with exact splits, which a model may call itself; capturing tells where it must not.
 _HELPERS = frozenset({*GENERIC, "assert_tokens", "keep_alive", "alltoall_experts"})
 
-# Names that look alike and are no MoE layer, or that never stand without one that is named above.
+# Operators whose names have such words and that are no MoE layer, or that only occur beside an operator that is known.
 NOT_MOE = {
     "npu_group_norm_silu": "group normalisation",
     "npu_group_norm_swish": "group normalisation",

@@ -1,8 +1,10 @@
-"""Judge: ask every implementation whether a block is legal for it, in this deployment. Every broken rule is reported.
+"""``judge``: whether a block is legal for each implementation in this deployment, with every rule that is broken.
 
 A verdict depends on the block's record, the deployment's rank-invariant fields and the limit tables, and on nothing
 else. T enters only when the deployment declares it equal on all ranks; otherwise the rules see the declared range, so
-that a rank with one token and a rank with 512 reach the same verdict (two ranks that choose differently hang).
+that a rank with one token and a rank with 512 reach the same verdict (two ranks that choose differently hang). What this
+rank alone breaks, such as a T outside of the declared range, is not part of a verdict: ``refusal`` returns it, and the
+rank's graph then refuses to run.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from moe_lowering.report.records import Verdict
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 _T = sympy.Symbol("T", integer=True)
-# What rules of a whole implementation look at that say where it does not exist: on which SoC, and on how many ranks.
+# Quantities of the rules that tell where an implementation exists at all: on which SoC, and on how many ranks.
 _WHERE = ("soc", "ep_size")
 
 
@@ -82,7 +84,8 @@ def declared_tokens(deployment: Deployment) -> Any:
 
 
 def free_tokens(low: int, high: int) -> Any:
-    """A size called T, anywhere from ``low`` to ``high``, in a ShapeEnv of its own: nothing else is known of it.
+    """A symbolic size called T with the range ``low`` to ``high``, in a ShapeEnv of its own, so that no other fact
+    about it is known.
 
     The symbol is named T and not by ``create_symbol`` (``s47``), because its name reaches the user in messages.
     """
@@ -115,7 +118,7 @@ class Refusal:
 
 
 def refusal(spec: BlockSpec, deployment: Deployment) -> Refusal | None:
-    """What keeps this rank's graph, and not the others', from what all of them decided: its own token counts where they
+    """Why this rank's graph must not run although the others lower the block: its own token counts where they
     may differ, its own kind of rank, a place in its groups that is not known.
 
     The decision itself must not depend on it. The others communicate as declared, so this graph must not run at all.
@@ -172,7 +175,7 @@ def judge(
     loaded = torch_npu_is_loaded() if torch_npu is None else torch_npu
     premises = Premises(tokens, spec.tokens, prover, loaded)
     context = call_context(deployment, spec, premises)
-    if spec.quantisation not in EXPERT_FORMATS:  # nothing is known of its calls
+    if spec.quantisation not in EXPERT_FORMATS:  # such a block has no emitter, hence no calls
         words = Rules("grouped_mlp", mlp_words(spec))
         broken = _broken(words, premises, deployment, context)
         return Judgement({name: Verdict(name, broken) for name in IMPLEMENTATIONS}, premises, context)
@@ -185,7 +188,7 @@ def judge(
 
 
 def _with_declared_range(verdict: Verdict, deployment: Deployment) -> Verdict:
-    """Messages on the declared T say what it was declared to be."""
+    """Violations on the declared T, each with the range that was declared."""
     declared = TokenRange(deployment.min_tokens, deployment.max_tokens)
     violations = tuple(dataclasses.replace(v, declared=declared) if _depends_on_t(v) else v for v in verdict.violations)
     return dataclasses.replace(verdict, violations=violations)
@@ -210,7 +213,7 @@ def _prepare_calls(spec: BlockSpec, deployment: Deployment) -> _Prepared:
 
 
 class _Prepared:
-    """The calls of every form, and what is broken of those that do not read T."""
+    """The calls of every form, and the violations of those that do not read T."""
 
     def __init__(self, spec: BlockSpec, deployment: Deployment) -> None:
         self._spec, self._deployment = spec, deployment
@@ -256,7 +259,7 @@ class _Prepared:
             broken = self._broken(call, premises, context)
             violations += broken
             if call.operator == name and any(v.quantity in _WHERE for v in broken):
-                break  # its operators are not called then: what they accept is no reason
+                break  # its operators are not called then, so that their limits are no reason
         return tuple(dict.fromkeys(violations))
 
     def _broken(self, call: OperatorCall | Rules, premises: Premises, context: dict[str, Any]) -> Broken:

@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 from moe_lowering.source_lines import innermost
 
-_TRUE_SCHEMAS = ("aten", "prims", "prim", "_c10d_functional")  # what they do not say is a view is none, but for:
+# Their schemas declare every view, but for those of _VIEWS_UNSAID
+_TRUE_SCHEMAS = ("aten", "prims", "prim", "_c10d_functional")
 _VIEWS_UNSAID = ("_unsafe_view", "wait_tensor")
 _WRITES_UNSAID = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")  # running statistics
 # Operators without a result that only look, beside this package's, whose schemas are true; any other one with a tensor is
@@ -147,7 +148,7 @@ def _written(node: Node) -> list[Node] | None:
 
 
 def _bound(node: Node) -> Iterator[tuple[Any, Any]]:
-    """(argument of the schema, what it is given)."""
+    """Pairs of an argument in the schema and its value in the call."""
     assert isinstance(node.target, torch._ops.OpOverload)
     for index, argument in enumerate(node.target._schema.arguments):
         if index < len(node.args):
@@ -181,12 +182,12 @@ def _is_number(leaf: Any) -> bool:
 
 
 def _storage(value: Any) -> int | None:
-    """What tells one storage from another; None where a value has none of its own."""
+    """An identity of the value's storage; None for a value without one."""
     if not isinstance(value, torch.Tensor):
         return None
     try:
         return int(value.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # subclasses and sparse tensors have no storage to show
+    except (RuntimeError, NotImplementedError):  # subclasses and sparse tensors have no storage of their own
         return None
 
 

@@ -29,7 +29,7 @@ aten = torch.ops.aten
 ND, NZ = "nd", "nz"
 # What ``weight_format`` is beside those two, where the deployment says FRACTAL_NZ and the graph computes (some) weights.
 COMPUTED, MIXED = "nd (computed)", "nz and nd (computed)"
-COMPUTED_OUTSIDE = "moe_lowering_computed"  # in the metadata of an input that the graph around may compute
+COMPUTED_OUTSIDE = "moe_lowering_computed"  # key in the metadata of an input that the outer graph may compute
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,7 +122,7 @@ def overlap(edits: EditLog, targets: Sequence[OverlapTarget], deployment: Deploy
         try:
             if not streams:
                 raise _Refused("overlap.no_streams")
-            if paths is None:  # before the first edit: later on our own scopes are there too
+            if paths is None:  # read before the first edit, as the edits add scopes
                 paths = scope_paths(edits.graph)
             plan = _plan(target, paths)
             added: list[Node] = []
@@ -173,7 +173,7 @@ def _position(target: OverlapTarget) -> Node:
 
 
 def _walk_additions(y: Node) -> Iterator[tuple[Node, Node]]:
-    """(operand, addition) for what is added to y, as long as each result has one reader; y itself may have more."""
+    """Yield (operand, addition) for each addition to y, while each result has one reader; y itself may have more."""
     node = y
     for number in range(MAX_ADDS):
         reader = _reader(node, number == 0)

@@ -1,10 +1,12 @@
-"""The pass: raise, judge, choose, rewrite, verify, report, on one graph and those inside of it, in place, with one recompile.
+"""``MoeLowering``, the pass: it lowers the MoE blocks of one graph and of the graphs inside of it, in place.
+
+It finds blocks, judges them, chooses an implementation, rewrites, verifies and reports, with one recompile at the end.
 
 Contract (npugraph_ex and torchair hooks): called as ``pass(gm, example_inputs, config)``; edits ``gm`` in place; the
 return value is ignored. Running it twice changes nothing the second time. It never makes a compile fail that would have
 worked without it: a block that cannot be lowered, or whose rewrite fails verification, is left as it was and reported.
-In strict mode it raises ``LoweringError`` instead. What it raises, Ctrl-C too, leaves the whole graph as it was
-(``edits.EditLog``). A deployment that contradicts this process's groups (another rank's, say) is a ``ValueError`` in every
+In strict mode it raises ``LoweringError`` instead. After any exception, Ctrl-C too, the whole graph is as it was
+(``edit_log``). A deployment that contradicts this process's groups (another rank's, say) is a ``ValueError`` in every
 mode: its graph would be wrong in silence.
 """
 
@@ -91,7 +93,8 @@ class MoeLowering:
         agreement_timeout: float | str | None = "auto",
     ) -> None:
         """``agreement_timeout``: as for ``npugraph_ex_options``; None puts no check of the other ranks in the graph."""
-        self.deployment.placed()  # what a wrong place would emit is wrong in silence: here the compile does fail
+        # A graph for another rank's place would be wrong in silence, so that the compile fails in every mode
+        self.deployment.placed()
         runs = [GraphRun(gm, self.deployment, self.policy)]
         subgraphs, missed = self._find_subgraphs(gm)
         runs += [GraphRun(sub.gm, self.deployment, self.policy, sub) for sub in subgraphs]
@@ -163,7 +166,8 @@ class MoeLowering:
 
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
-    """No garbage collection meanwhile: what the pass makes stays, and a full one takes 190 ms with torch_npu loaded."""
+    """Pause the garbage collector: what the pass makes is kept, and one full collection takes 190 ms with torch_npu
+    loaded."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -194,7 +198,8 @@ def _log(report: LoweringReport, captured: bool) -> None:
             log_warning("moe_lowering: %s left as it was: %s", block.name, block.reason, trace=False)
     for where, why in report.unlowered:
         log_warning("moe_lowering: %s not recognised: %s", where, why, trace=False)
-    level = logging.WARNING if captured else logging.INFO  # without captures it only says what an NPU would refuse
+    # Without a capture, findings only tell what one on an NPU would refuse
+    level = logging.WARNING if captured else logging.INFO
     for finding in report.not_capturable:
         log_warning("moe_lowering: cannot be captured: %s", finding, trace=False, level=level)
     if report.blocks:

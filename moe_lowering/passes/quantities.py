@@ -1,7 +1,7 @@
-"""The named quantities that rules without an operator read of a block: ``deployment``; and those of a routing.
+"""Quantities for rules that are not about a call: those of the pseudo-operator ``deployment``, and those of a routing.
 
-What a called operator's rules read comes from its call (``calls``, ``context``), and what an implementation's own rules
-read stands in its file.
+``legality`` reads the first for every block, ``lower_route`` the second. Quantities of a call come from ``context``; those of
+an implementation's own rules stand in its file.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def deployment_rules(spec: BlockSpec, deployment: Deployment) -> Rules:
             "has_torch_npu": premises.torch_npu,
             "block_tokens": premises.tokens,
             "tp_counts": spec.counts_are_read and _may_be_padded(spec, premises.tokens, premises.prover),
-            # with unequal T a range of this rank alone takes no part in the decision: legality.refusal
+            # with unequal T the range of this rank alone must not enter the decision; ``legality.refusal`` reads it
             "strict_share_of_one": deployment.equal_tokens and strict_share_of_one(spec.tp_size, premises.own_tokens),
         },
     )
 
 
 def _deployment_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
-    """Those that T takes no part in."""
+    """The quantities that do not depend on T."""
     return {
         "ep_size": spec.ep_size,
         "ep_group": spec.ep_group,

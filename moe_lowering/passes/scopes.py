@@ -1,4 +1,4 @@
-"""Scopes are walls: nothing is fused across a stream, super-kernel or core-limit scope.
+"""The stream, super-kernel and core-limit scopes of a graph: which are open at each node. Nothing is fused across one.
 
 npugraph_ex marks scopes by paired nodes in the graph (``npugraph_ex.scope_enter`` / ``scope_exit``,
 ``npu.super_kernel_scope_begin`` / ``_end``). ``stream_label`` metadata is set only after the pre-pass, so the nodes

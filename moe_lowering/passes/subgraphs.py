@@ -7,8 +7,8 @@ What calls it decides:
 - ``RUNS_ONCE`` runs it where it stands, on every rank: it is lowered as the outer graph is.
 - ``MAY_DIFFER`` runs it or not, or a number of times, as data or sizes say, which may differ between ranks. An exchange
   that only some ranks come to hangs them all. (That of the generic operators as well: the model is at fault, and lowering
-  would not mend it.) It is lowered where nothing is exchanged, on one rank, and else left and told: ``subgraph.branch``.
-- any other operator may run it elsewhere, or compile it: left and told, ``subgraph.operator``.
+  would not mend it.) It is lowered where nothing is exchanged, on one rank, and else left and reported: ``subgraph.branch``.
+- any other operator may run it elsewhere, or compile it: left and reported, ``subgraph.operator``.
 
 npugraph_ex and torchair of torch_npu 2.13 compile no graph that has one of these; the plain backend does.
 Source: torch.higher_order_ops.
@@ -93,7 +93,7 @@ def computed_inputs(gm: GraphModule, subgraphs: Sequence[Subgraph]) -> Iterator[
 
 
 def _mark(inner: GraphModule, callers: list[Node]) -> bool:
-    """Whether there is a new mark."""
+    """Mark the inputs of one graph that are computed; whether a mark is new."""
     inputs, changed = _inputs(inner), False
     for passed in map(_operands, callers):
         known = passed if len(passed) == len(inputs) else [None] * len(inputs)

@@ -1,4 +1,4 @@
-"""Symbolic sizes by the names that a user knows: ``input_ids.shape[1]`` in place of dynamo's ``s77``."""
+"""The user's names of symbolic sizes for reports: ``input_ids.shape[1]`` in place of dynamo's ``s77``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_lowering.report.records import BlockReport
 _SOURCE = re.compile(r"^[LG]\['(\w+)'\](.*)$")
 _MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['(\w+)'\]")
 _PROPERTY = re.compile(r"\.(size|stride)\(\)\[(\d+)\]$")
-_KEYWORD = re.compile(r"^kwargs\['(\w+)'\]")  # how transformers' decorators hand on what they were given
+_KEYWORD = re.compile(r"^kwargs\['(\w+)'\]")  # the names under which transformers' decorators pass arguments on
 
 
 def dimension_names(size: Any) -> Names:
@@ -26,7 +26,7 @@ def dimension_names(size: Any) -> Names:
     named = {}
     for symbol in size.node.expr.free_symbols:
         candidates = [_written(str(s.name() if callable(s.name) else s.name)) for s in sources.get(symbol, ())]
-        # a view has its base for another source, which the user does not see
+        # a view has a second source, its base, which the user does not see: it comes last
         if names := sorted((name for name in candidates if name), key=lambda name: "._base" in name):
             named[str(symbol)] = names[0]
     return tuple(sorted(named.items()))

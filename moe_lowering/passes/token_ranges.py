@@ -1,4 +1,4 @@
-"""Ranges of T, the token count of one rank: what a graph knows, what a deployment declares, what a guard can narrow.
+"""Ranges of T, the token count of one rank: reading them from a graph, searching in them, and requesting guards on them.
 
 A guard is a request to dynamo to recompile outside of a range. It may be made only where T is equal on all ranks (two
 ranks that guard on their own T take different branches and hang) and outside of a strict range (``mark_dynamic`` with
@@ -51,7 +51,7 @@ def must_vary(tokens: torch.SymInt) -> bool:
 
 
 def _constraints(tokens: torch.SymInt) -> Iterator[Any]:
-    """What dynamo was told of the symbols of T."""
+    """The constraints that the user gave dynamo for the symbols of T."""
     symbols = tokens.node.expr.free_symbols
     return (
         constraint

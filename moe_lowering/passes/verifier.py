@@ -1,8 +1,9 @@
-"""Verify: what was emitted really replaces what was there, and every Ascend call is within its limits.
+"""Checks of a rewrite: a replacement gives what the block gave, and every Ascend call is within its limits.
 
 Per block, before anything is erased: each result has the shape, dtype and device of the value it stands for, results
 exist before their readers, and each Ascend node satisfies its rows in ``limits/``. For the whole graph: no generic
-operator is left that the report does not name. Strict mode and tests also re-propagate fake tensors.
+operator is left that the report does not name. Strict mode and tests also re-propagate fake tensors. A failed check is a
+``VerificationError``, upon which the caller undoes the block.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ GENERIC = ("route", "dispatch", "grouped_mlp", "combine")
 
 
 class VerificationError(RuntimeError):
-    """A replacement does not stand for what it replaces. The message says where and what; ``wording`` with its quantities."""
+    """A replacement that does not give what the block gave. The message names the place and the difference; ``wording``
+    holds the quantities."""
 
     def __init__(self, wording: Wording | str) -> None:
         self.wording = make_wording("{text}", text=wording) if isinstance(wording, str) else wording

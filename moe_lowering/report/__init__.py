@@ -1,4 +1,4 @@
-"""The report of a lowering: records (this package's ``records``), and their rendering as text."""
+"""The report of a lowering: its records (``records``), its text (``text``), and the cost of a lowered graph (``graph_costs``)."""
 
 from moe_lowering.report.records import BlockReport, LoweringReport, NotCapturable, Size, Sizes, Verdict, Window
 

@@ -1,4 +1,4 @@
-"""Many places of a model as one name."""
+"""One name for the paths of equal layers: ``model.layers.{3-60}.mlp.experts`` in place of 58 paths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What a lowering did and why, as records. Built by the pass, rendered by ``report.text`` and the CLI."""
+"""The records of a report: what a lowering did with each block and why, what it did not recognise, what cannot be captured.
+
+The pass makes them, ``report.text`` and the command line show them. They hold sizes as expressions until the user's names of
+symbols are known; ``to_json`` gives numbers as numbers.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +151,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class BlockReport:
-    """One MoE block: what it was, what it became, and why not something else.
+    """One MoE block: its name and sizes, its implementation or the reason why it was left, and all verdicts.
 
     Attributes:
         name: the block's place in the model, e.g. ``model.layers.0.mlp.experts``.
@@ -282,7 +286,7 @@ class LoweringReport:
 
     @property
     def fully_lowered(self) -> bool:
-        """Whether every MoE layer of the graph that can be told was lowered. True of a graph without any."""
+        """Whether every MoE layer that the pass can recognise was lowered. True for a graph without any."""
         return not self.unlowered and all(block.comm is not None for block in self.blocks)
 
     @property

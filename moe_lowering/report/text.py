@@ -142,7 +142,7 @@ def _render_verdict(name: str, verdict: Verdict, sources: list[str]) -> str:
     shown_rules: set[tuple[str, Value, Accepted]] = set()
     for violation in verdict.violations:
         key = (violation.code, violation.value, violation.limit)
-        if key in shown_rules:  # the same rule, broken at both ends of an exchange
+        if key in shown_rules:  # the same rule is broken at both ends of an exchange: shown once
             continue
         shown_rules.add(key)
         label = f"not {name}" if not lines else ""

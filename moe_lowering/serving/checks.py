@@ -1,4 +1,7 @@
-"""What a server refuses to be made of: each a ValueError that names the argument, its value and what is accepted."""
+"""Checks of the arguments of ``Server``: buckets, lengths, model, and the deployment, which has a default.
+
+Each raises a ValueError that names the argument, its value and what is accepted.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of the process that compiled code is guarded on, as they were when a server was made.
+"""``Settings``: the process-wide settings that dynamo guards compiled code on; a server restores its own around each step.
 
 Dynamo checks these before each run of a compiled function (torch 2.13.0, torch/csrc/dynamo/guards.cpp, GlobalStateGuard and
 AutocastState), and compiles again when one has changed. Nothing of that may happen after warm-up, so a server runs under its
@@ -49,7 +49,8 @@ _HELD: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (
 
 
 class Settings:
-    """The settings of now; while it is entered they hold, and those of the caller after it. Not for several threads."""
+    """The settings of the moment at which it is made. While it is entered they hold; at the end the caller's are
+    restored. Not for several threads."""
 
     def __init__(self) -> None:
         self._values = [read() for read, _ in _HELD]

@@ -1,4 +1,4 @@
-"""What a server is asked for, and what it answers."""
+"""``Request`` and ``Result``, a prompt and its answer, with their checks; ``ActiveRequest``, which holds a row of the cache."""
 
 from __future__ import annotations
 

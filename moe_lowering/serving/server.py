@@ -1,8 +1,8 @@
-"""The decode loop: requests join and leave a batch between steps, and every step replays the graph of its bucket.
+"""``Server``: a decode loop. Requests join and leave a batch between steps, and every step replays the graph of its bucket.
 
 Requests that are being continued always hold the first rows of the cache: when one leaves, the last one moves into its
 row. So the rows of a step are a prefix, the smallest bucket that holds them is used, and the rest of it is padding, which
-the token mask keeps from the experts (facts: vllm-ascend #8320: padding that is routed overloads few experts).
+the token mask keeps from the experts: padding that is routed overloads few experts (vllm-ascend, issue 8320).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Server:
         self._decode: dict[int, Decode] = {}
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[ActiveRequest] = []
-        self._finished: list[Result] = []  # of a step that an error ended: the next one returns them
+        self._finished: list[Result] = []  # results of a step that ended with an error: the next step returns them
         self._numbers = itertools.count()
         self._warm = False
         self._lock = threading.Lock()
@@ -140,7 +140,7 @@ class Server:
             self._prefill[length] = self._compiled(rename_function(self._eager_prefill, f"prefill_{length}"), eager)
             self._first_token([0] * length)
             report(f"prefill of up to {length} tokens")
-        for bucket in reversed(self.buckets):  # the largest first: the others fit into its memory
+        for bucket in reversed(self.buckets):  # the largest first, so that the others reuse its memory
             step = decode_step(self.model, self._cache, self.max_length)
             self._decode[bucket] = self._compiled(rename_function(step, f"decode_{bucket}"), self._options)
             self._write([0] * bucket, [0] * bucket, bucket)
@@ -160,7 +160,7 @@ class Server:
         return number
 
     def cancel(self, number: int) -> Result:
-        """End a request that is waiting or running; what it has so far. ``step`` returns nothing more for it.
+        """End a request that is waiting or running, and return its tokens so far. ``step`` returns nothing more for it.
 
         The row of a running request is free at once; the tokens of the others do not change. Between steps, from the
         thread that steps.
@@ -238,7 +238,7 @@ class Server:
                 raise RuntimeError(
                     "Server: generate while submitted requests are running; accepted: step() until they end"
                 )
-            self._require_warm("generate")  # before anything waits that nobody will ask for
+            self._require_warm("generate")  # checked first, so that no request is left in the queue after an error
             numbers = [self.submit(request) for request in requests]
             results: dict[int, Result] = {}
             try:
@@ -258,7 +258,7 @@ class Server:
 
     @contextlib.contextmanager
     def _alone(self, what: str) -> Iterator[None]:
-        """Rows, cache and the process's settings belong to one thread at a time: a second one is told so."""
+        """Raises in a second thread: rows, cache and the process's settings belong to one thread at a time."""
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
                 f"Server: {what} while another call is in {self._busy_with or 'the server'}; accepted: one call at a time "
@@ -281,7 +281,8 @@ class Server:
         counters.steps[bucket] = counters.steps.get(bucket, 0) + 1
         counters.real_tokens += count
         counters.padded_tokens += bucket - count
-        for index in reversed(range(count)):  # from the end: whoever moves into a free row has been looked at
+        # From the end: a request that moves into a free row has been handled already
+        for index in reversed(range(count)):
             self._rows[index].length += 1
             result = self._rows[index].add(tokens[index])
             if result is not None:

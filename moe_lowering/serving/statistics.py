@@ -1,4 +1,4 @@
-"""What a server counts, and how often npugraph_ex says that it has captured."""
+"""``Statistics``, the counters of one server, and the numbers of captures and compiles that the process has seen so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two functions that a server compiles: a decode step of one bucket, and the prefill of one prompt."""
+"""The two functions that a server compiles for a model: a decode step of one bucket, and the prefill of one prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_lowering.integrations.transformers import token_mask
 
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
 Prefill = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
-ATTENTION = ("sdpa", "eager")  # what takes the mask that a decode step makes
+ATTENTION = ("sdpa", "eager")  # the attention that takes the mask which a decode step makes
 
 
 def rename_function(function: Any, name: str) -> Any:

@@ -144,7 +144,7 @@ def _register_kernels() -> None:
 
 @contextlib.contextmanager
 def _without_noise() -> Iterator[None]:
-    """Hold back what is printed, and pass on all of it but the line that says what we know: there is no CANN here."""
+    """Pass on all that is printed meanwhile but the warning that CANN is missing, which is known here."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output):

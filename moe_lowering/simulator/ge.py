@@ -158,7 +158,8 @@ class GeGraph:
         return edge
 
     def dtype(self, edge: str) -> str:
-        """Element type of an edge. torchair writes DT_FLOAT for what it does not know; casts and constants say better."""
+        """The element type of an edge. torchair writes DT_FLOAT for a type that it does not know; the type of a cast or
+        a constant is read there."""
         node, index = self.producer(edge), int(edge.rpartition(":")[2])
         if node.type == "Cast":
             return _dtype_name(node.attributes["dst_type"])

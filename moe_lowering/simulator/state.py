@@ -1,4 +1,4 @@
-"""Which SoC this process simulates. Set by ``enable()`` under its lock, read by the kernels."""
+"""The SoC that this process simulates. ``enable()`` sets it under its lock; the kernels read it."""
 
 from __future__ import annotations
 

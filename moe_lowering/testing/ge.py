@@ -1,4 +1,4 @@
-"""torchair's GE mode with the lowering, without the engine: what ``simulator.ge`` reads back of it."""
+"""``convert``: torchair's GE mode with the lowering and without the engine; a test reads back the GE graph (``simulator.ge``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lowering a function's graph without running it, and assertions on what came out."""
+"""For tests: fake deployments, ``lower_graph``, which lowers a graph and runs nothing, and assertions on the result."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
         raise ValueError(f"fake_deployment: {sorted(group_fields)} cannot be given; groups are made here")
     current = {"providers": (("vllm_ascend", "0.23.0"),), "cann": "9.1.0", "torch_npu": "2.13.0"}
     fields = {**current, "weight_format": "nz", "hccl_buffer_mb": 1024, **fields}
-    fields.setdefault("ep_rank", 0)  # a fake group knows no place
-    fields.setdefault("installed", ())  # nor has it the libraries of this machine
+    fields.setdefault("ep_rank", 0)  # a fake group has no rank to read
+    fields.setdefault("installed", ())  # and a fake deployment does not depend on libraries of this machine
     size, tp_size = fields.get("ep_size", 1), fields.get("tp_size", 1)
     if size == 1:
         yield Deployment(**fields)

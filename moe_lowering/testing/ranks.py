@@ -248,11 +248,11 @@ def _answer_jobs(
             answer = (True, function(rank, *arguments))
         except (KeyboardInterrupt, Terminated):
             raise
-        except BaseException as error:  # SystemExit too: the rank lives, and the caller is told
+        except BaseException as error:  # SystemExit too: the rank lives on, and the caller gets the error
             answer = (False, describe(error))
         try:
             pipe.send(answer)
-        except Exception as error:  # the result does not pickle: say so instead of dying
+        except Exception as error:  # the result does not pickle: report that instead of ending the rank
             pipe.send((False, describe(error)))
     dist.destroy_process_group()
 

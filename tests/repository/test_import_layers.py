@@ -1,4 +1,4 @@
-"""Which part of the package imports which: the table of docs/architecture.md, no more and no less, and nothing in a circle.
+"""Which part of the package imports which: the table and the picture of docs/architecture.md, no more and no less, and no circle.
 
 A part is a folder or a file of ``moe_lowering``. Imports within functions count; those for type checkers (``if TYPE_CHECKING``)
 do not, and neither do the lazy public names of ``moe_lowering/__init__.py``, which nothing in the package may use.
@@ -100,6 +100,55 @@ def differences(sources):
     return found + [f"{name}: in one of the table and the package" for name in sorted(parts ^ ground ^ above.keys())]
 
 
+def picture():
+    """(the parts of the picture, the arrows of the picture), of the first mermaid block."""
+    text = (ROOT / "docs" / "architecture.md").read_text().split("```mermaid\n")[1].split("```")[0]
+    lines = [line.strip() for line in text.splitlines()[1:]]
+    drawn = set()
+    for line in lines:
+        start, arrow, ends = line.partition(" --> ")
+        if arrow:
+            drawn |= {(start, end) for end in ends.split(" & ")}
+        else:
+            assert re.fullmatch(r'\w+\["[^"]+"\]', line), f"neither an arrow nor the label of a part: {line}"
+    labelled = {line.split("[")[0] for line in lines if " --> " not in line}
+    return labelled | {name for ends in drawn for name in ends}, drawn
+
+
+def direct_arrows(sources):
+    """The arrows above the ground that do not follow from others: the transitive reduction, which is unique without circles."""
+    ground, _ = table()
+    below = {}
+    for a, b in arrows(sources):
+        if not {a, b} & (ground | {"__init__"}):
+            below.setdefault(a, set()).add(b)
+
+    def reached_from(start):
+        """All parts below one, also where parts import each other in a circle."""
+        reached, waiting = set(), [start]
+        while waiting:
+            next_parts = below.get(waiting.pop(), set()) - reached
+            reached |= next_parts
+            waiting += next_parts
+        return reached
+
+    reached = {name: reached_from(name) for name in below}
+    return {(a, b) for a, bs in below.items() for b in bs if not any(b in reached.get(c, ()) for c in bs - {b})}
+
+
+def picture_differences(sources):
+    """What the picture shows and the imports are not, and the reverse; parts on the ground are not in it."""
+    ground, _ = table()
+    names, drawn = picture()
+    real = direct_arrows(sources)
+    parts = {part(module) for module in sources} - {"__init__"} - ground
+    return [
+        *(f"the picture lacks {a} --> {b}" for a, b in sorted(real - drawn)),
+        *(f"the picture has {a} --> {b}, which is no import, or follows from others" for a, b in sorted(drawn - real)),
+        *(f"{name}: in one of the picture and the package" for name in sorted(names ^ parts)),
+    ]
+
+
 def new(sources):
     """The differences that the package as it is does not have."""
     return [difference for difference in differences(sources) if difference not in differences(SOURCES)]
@@ -111,6 +160,10 @@ def test_nothing_imports_in_a_circle():
 
 def test_the_table_is_what_the_imports_are():
     assert differences(SOURCES) == []
+
+
+def test_the_picture_is_what_the_imports_are():
+    assert picture_differences(SOURCES) == []
 
 
 def test_the_lazy_names_are_for_users():
@@ -151,4 +204,24 @@ def test_an_arrow_that_the_table_does_not_have_is_seen(module, text, says):
 def test_an_arrow_that_only_the_table_has_is_seen():
     assert new({**SOURCES, "moe_lowering.matrix.runner": ""}) == [
         "matrix imports testing, says the table, and no module does"
+    ]
+
+
+@pytest.mark.parametrize(("module", "text", "says"), [
+    ("moe_lowering.custom_ops", "import moe_lowering.simulator", ["the picture lacks custom_ops --> simulator"]),
+    ("moe_lowering.limits", "import moe_lowering.simulator", ["the picture lacks limits --> simulator"]),
+    ("moe_lowering.limits", "from moe_lowering.providers import Package", ["the picture lacks limits --> providers"]),
+    ("moe_lowering.matrix.runner", "from moe_lowering.limits import check", []),
+    ("moe_lowering.limits", "from moe_lowering.vocabulary import SOCS", []),
+    ("moe_lowering.upstairs", "", ["upstairs: in one of the picture and the package"]),
+])  # fmt: skip
+def test_what_the_picture_does_not_have_is_seen(module, text, says):
+    """An arrow that follows from others, or ends on the ground, is not drawn."""
+    differences = picture_differences({**SOURCES, module: f"{SOURCES.get(module, '')}\n{text}"})
+    assert [line for line in differences if "lacks" in line or "in one of" in line] == says
+
+
+def test_what_only_the_picture_has_is_seen():
+    assert picture_differences({**SOURCES, "moe_lowering.experts": ""}) == [
+        "the picture has experts --> layers, which is no import, or follows from others"
     ]

@@ -1,4 +1,4 @@
-"""The command line of ``moe-lowering explain``: what can be checked without torch."""
+"""Parser of ``moe-lowering explain``: makes an ``ExplainRequest``, and refuses what can be refused without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Carry out ``moe-lowering explain``: the command's options as arguments of the library (``moe_lowering.explanation``)."""
+"""Carries out an ``ExplainRequest``: calls ``moe_lowering.explanation`` with it, and makes the report to print."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def run_explain(request: ExplainRequest) -> ExplainReport:
     except MissingSizesError as error:
         raise _missing_sizes(error) from error
     except ExplainError as error:
-        option = OPTIONS.get(error.argument, f"MODEL: {error.argument}")  # what has no option comes of the model
+        # A size that has no option comes from the model
+        option = OPTIONS.get(error.argument, f"MODEL: {error.argument}")
         raise UsageError(f"argument {option}: {error.problem}") from error
     return ExplainReport(request, explanation)
 
@@ -133,7 +134,7 @@ def _deployment(request: ExplainRequest, experts: int) -> Deployment:
             mc2_hierarchy=request.hierarchy,
             providers=request.providers,
         )
-    except ValueError as error:  # its own words name the field, the value and what is accepted
+    except ValueError as error:  # the error's text names the field, the value and what is accepted
         raise UsageError(str(error).removeprefix("Deployment: ")) from error
 
 

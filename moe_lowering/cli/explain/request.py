@@ -1,4 +1,4 @@
-"""One ``explain`` command. Without torch."""
+"""The record of one ``explain`` command, as its parser makes it. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line of ``moe-lowering lower``: what can be checked without torch."""
+"""Parser of ``moe-lowering lower``: makes a ``LowerRequest``, and refuses what can be refused without torch."""
 
 from __future__ import annotations
 

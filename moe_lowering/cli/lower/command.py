@@ -1,4 +1,4 @@
-"""Carry out ``moe-lowering lower``."""
+"""Carries out a ``LowerRequest``, with ``fake`` or ``run``, after transformers is told not to download anything."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ MAX_REROUTED = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.2}
 SNR_FLOOR = {form.name: min(form.snr_floor, 36.0) for form in EXPERT_FORMATS.values() if form.quantised}
 LOGITS_SNR_FLOOR = 20.0  # errors of blocks add up over layers, and attention and norms spread them
 REWEIGHTED = 0.1  # share of a token's largest routing weight by which rounding is taken not to move one
-SILENT = 300.0  # dB of two equal tensors
+SILENT = 300.0  # dB that two equal tensors are given, whose ratio is infinite
 WORST = sys.float_info.max  # stands for NaN and infinity, which JSON lacks
 
 Taken = list[tuple[Tensor, ...]]
@@ -94,7 +94,7 @@ def snr(actual: Tensor, reference: Tensor) -> float:
 
 
 def use_quantised_weights(model: nn.Module, format: str) -> None:
-    """Make an unsharded model's experts what their quantised weights stand for, in the model's dtype."""
+    """Give an unsharded model the weights that its quantised weights stand for, in the model's dtype."""
     for module in moe_modules(model):
         for name in ("w13", "w2") if isinstance(module, MoE) else ("gate_up_proj", "down_proj"):
             parameter = getattr(module, name)
@@ -157,7 +157,7 @@ def _block(module: nn.Module, inputs: list[Tensor]) -> Tensor:
 
 
 class _Replay:
-    """While entered, tokens of the reference run that would go to other experts go to those of the lowered run."""
+    """While it is entered, a token of the reference run goes to the experts that the lowered run chose for it."""
 
     def __init__(self, modules: list[nn.Module], routings: Taken) -> None:
         self.modules, self.taken = modules, routings

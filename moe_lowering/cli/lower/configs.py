@@ -1,4 +1,4 @@
-"""The configs of the models that ``lower`` takes, full or shrunk. Nothing is built, and no torch is imported."""
+"""Configs of the models that ``lower`` takes, in full or in a small size. No model is built, and no torch is imported."""
 
 from __future__ import annotations
 

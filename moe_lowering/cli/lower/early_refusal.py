@@ -1,7 +1,8 @@
-"""Is the implementation that ``lower --comm`` asks for refused by the command's options alone? Then nothing is built.
+"""Refusal of ``lower --comm X`` before anything is built, where the command's options alone make X illegal.
 
-The blocks are read from the model's modules on device meta; the pass's own judge decides. With ``--dynamic`` the answer is
-given only where it is the same for few and for many tokens; then T is a symbol of the command's range.
+The blocks are described from the model's modules on device meta, and the pass's own functions judge them. With
+``--dynamic`` a command is refused here only when X is illegal for few and for many tokens alike; then T is a symbol of the
+command's range. None means that the graph has to be seen.
 """
 
 from __future__ import annotations
@@ -49,6 +50,6 @@ def find_early_refusal(
 def _choose_for(
     request: LowerRequest, spec: BlockSpec, deployment: Deployment, tokens: Any
 ) -> tuple[str | None, str, dict[str, Verdict]]:
-    """(the implementation if it is legal, why, all verdicts) for T = ``tokens``."""
+    """(the implementation, None when it is refused; the reason; all verdicts) for T = ``tokens``."""
     verdicts = judge(spec, deployment, tokens, Prover(), torch_npu=True).verdicts
     return (*Policy(request.comm).choose(verdicts, spec, deployment, spec.tokens), verdicts)

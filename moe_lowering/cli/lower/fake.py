@@ -39,7 +39,7 @@ from moe_lowering.quantisation import quantise_experts
 
 
 class _Done(Exception):
-    """The pass has run; nothing after it is wanted."""
+    """Ends the trace when the pass has run: the rest of the compile is not needed."""
 
 
 def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> LowerOutcome:
@@ -104,7 +104,7 @@ def _stopped_by_us(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def _fake_groups(request: LowerRequest) -> Iterator[Deployment]:
-    """The deployment of rank 0, with process groups of the right size behind which there is nobody."""
+    """The deployment of rank 0, with fake process groups of the right size: no other rank exists."""
     if request.ep == 1:
         yield deployment_for(request)
         return

@@ -1,4 +1,8 @@
-"""The models that the command lowers: built locally from a config, with random weights that show errors."""
+"""Models that ``lower`` builds from a config, without a download.
+
+Their weights are random, biases and correction biases too: many models start those at zero, where a lowering that left them
+out would go unnoticed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a ``lower`` command found, as JSON, as text, and as an exit code."""
+"""The result of a ``lower`` command as a record: its JSON, its text and its exit code."""
 
 from __future__ import annotations
 

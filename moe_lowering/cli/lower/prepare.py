@@ -1,4 +1,4 @@
-"""What ``lower`` does before a graph is made, with ``--fake`` and without: the deployment, and what is refused at once."""
+"""Steps of ``lower`` that ``--fake`` and a run share: the deployment is made, and a command that cannot succeed is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One ``lower`` command, and what follows from it. Without torch."""
+"""The record of one ``lower`` command, with the sizes and flags that follow from its options. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lower a small model through the real npugraph_ex, run it on CPU, on one or several ranks, and compare."""
+"""``lower`` without ``--fake``: compile a model with the real npugraph_ex, run it on one or several ranks, and compare."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line of ``moe-lowering matrix``: what can be checked without torch."""
+"""Parser of ``moe-lowering matrix``: makes a ``MatrixRequest``, and refuses what can be refused without torch."""
 
 from __future__ import annotations
 

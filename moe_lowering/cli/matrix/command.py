@@ -1,4 +1,4 @@
-"""Carry out ``moe-lowering matrix``."""
+"""Carries out a ``MatrixRequest`` with ``matrix.runner``, and reports the table and its problems."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_PROBLEMS = 20  # lines on stderr; --json has all
 
 def run_matrix(request: MatrixRequest, progress: Callable[[str], None]) -> MatrixReport:
     """Carry out a command."""
-    enable_simulator("A3")  # each rank does so; here, so that it fails with one line
+    enable_simulator("A3")  # each rank enables it too; done here first, so that a failure is one line
     started = time.perf_counter()
     axes = Axes(forms=request.forms, quantisations=request.quant, eps=request.ep, tps=request.tp)
     return MatrixReport(request, runner.run(axes, progress), time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""One ``matrix`` command. Without torch."""
+"""The record of one ``matrix`` command. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """From a call of an Ascend operator to the named quantities that its limits read, and the check of the call.
 
-The words are the same for every operator, so that the pass can give them for a block that is not a call yet:
+A reader serves the calls that the pass would emit, the nodes of a graph and the simulator's kernels. Operators share names:
 ``tokens`` and ``max_tokens`` (of one rank, and the largest of any rank), ``hidden``, ``intermediate``, ``top_k``,
 ``experts`` (of all ranks), ``local_experts``, ``ep_size``, ``<tensor>_dtype`` as in ``"bfloat16"``, ``<tensor>_dims``.
 Only shapes, strides and dtypes are read: tensors may be real, fake or symbolic. No guard is added.
@@ -87,7 +87,7 @@ def _defaults_for_none(op: torch._ops.OpOverload) -> dict[str, Any]:
 
 
 def bind(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Every argument of the schema by name: given, or its default.
+    """All arguments of a call by their names in the schema, with defaults filled in.
 
     None for an optional argument whose default is something else means that default: op-plugin reads it with ``value_or``.
 

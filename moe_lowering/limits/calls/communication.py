@@ -1,4 +1,4 @@
-"""Quantities of the operators that communicate: MC2, collectives, collectives fused with a grouped matmul."""
+"""Readers (``limits/calls``) of the operators that communicate: MC2, collectives, collectives fused with a grouped matmul."""
 
 from __future__ import annotations
 

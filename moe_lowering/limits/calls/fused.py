@@ -1,7 +1,7 @@
-"""Quantities of our functional wrappers of fused operators: of the call that a wrapper makes of its provider.
+"""Readers (``limits/calls``) of our wrappers of fused operators: they read the call that a wrapper makes of its provider.
 
-What no argument can ask for is a constant here: gate and up do not alternate, the routing weights are applied to the
-result, experts lie in blocks of consecutive ids, x is not quantised yet.
+Some rules are about what a wrapper has no argument for: columns of gate and up that alternate, routing weights on the input,
+an expert map, an x that is int8 already. For those the quantity is a constant (``_CONSTANTS``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantities of the grouped matmul and of the activations that stand between two of them."""
+"""Readers (``limits/calls``) of the grouped matmul and of the activations that stand between two of them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def grouped_matmul(a: Arguments) -> dict[str, Any]:
         "group_list_dtype": dtype(group_list),
         "group_list_dims": dims(group_list),
         "group_list_length": size(group_list, 0),
-        "group_type": "None" if a["group_type"] is None else a["group_type"],  # None is refused, not "not given"
+        # As text: rules are not applied to a quantity that is None, and None is refused here
+        "group_type": "None" if a["group_type"] is None else a["group_type"],
         "output_dtype": _OUTPUT_DTYPES.get(a["output_dtype"], "other"),
         **{name: a[name] for name in ("group_list_type", "split_item", "act_type")},
         **_bias(a["bias"]),

@@ -1,4 +1,4 @@
-"""Quantities of the operators of a quantised MLP: dynamic quantisation and the fused matmul, SwiGLU and quantisation."""
+"""Readers (``limits/calls``) of a quantised MLP's operators: dynamic quantisation, and matmul or SwiGLU fused with it."""
 
 from __future__ import annotations
 

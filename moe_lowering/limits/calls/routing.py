@@ -1,4 +1,4 @@
-"""Quantities of the local routing operators: gating, init_routing, (un)permute, finalize, re-routing."""
+"""Readers (``limits/calls``) of the local routing operators: gating, init_routing, (un)permute, finalize, re-routing."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The schemas of the operators that the pass emits, as text: a block is also judged where torch_npu is not loaded.
+"""The schemas of the operators that the pass emits, as text, so that a block can be judged where torch_npu is not loaded.
 
-Those of torch_npu 2.13.0; a test compares each with the operator. Schemas of our own operators are asked of torch.
+They complete and split the arguments of a call as torch would. The texts are those of torch_npu 2.13.0; a test compares each
+with the operator. Schemas of our own operators are asked of torch.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def complete(operator: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _positional(operator: str) -> tuple[str, ...]:
-    """What is given by position. Our own operators declare nothing as by name only: what has a default is, all the same."""
+    """The arguments that are given by position. Our own operators declare no keyword-only arguments: of theirs, those
+    without a default."""
     ours = operator not in _TEXTS
     return tuple(
         a.name for a in schema(operator).arguments if not a.kwarg_only and not (ours and a.has_default_value())
@@ -109,7 +111,8 @@ def _positional(operator: str) -> tuple[str, ...]:
 
 
 def split(operator: str, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(positional, by name) of a call: by position what may be and comes before the first that is not given."""
+    """The arguments of a call as (positional, by name): positional are those before the first that is left out, as far
+    as the schema allows."""
     rest, args = dict(arguments), []
     for name in _positional(operator):
         if name not in rest:

@@ -76,5 +76,5 @@ def shared_dtype(tensors: Sequence[Any]) -> str:
 
 
 def _different(tensors: Sequence[Any]) -> list[Any]:
-    """Each object once: the record of hundreds of experts that are alike is one."""
+    """Each different object once: hundreds of equal experts share one record."""
     return list({id(tensor): tensor for tensor in tensors}.values())

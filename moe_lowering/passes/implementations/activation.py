@@ -1,7 +1,7 @@
 """The gated activation between the two matmuls, as a device operator or composed of ATen operators.
 
-``_COMPOSED`` is the table of activations that can be emitted; a word that is not in it is refused by the judge
-(``block.activation``), and an error here.
+``_COMPOSED`` is the table of activations that can be emitted; a word that is not in it is refused by
+``legality`` (``block.activation``), and an error here.
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ def _bring_home(emit: Emitter, spec: BlockSpec, partial: Partial, deployment: De
 
 
 def _note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
-    """What equal splits cost, for the report: what one rank gets of all and sends back to all, and what is its own."""
+    """A note for the report on what equal splits cost: bytes that one rank receives and sends back, and how many of
+    these are its own."""
     out, back = gathered_bytes(spec, deployment), spec.hidden * int(spec.dtype.itemsize)
     own = share(spec.max_tokens or tokens, spec)
     lines = spec.ep_size * own

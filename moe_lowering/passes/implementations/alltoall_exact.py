@@ -40,7 +40,7 @@ def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rule
             "counts_read_before_combine": spec.counts_read_before_combine,
         },
     )
-    if needs_no_host(deployment):  # what its operators say as well is of no use then
+    if needs_no_host(deployment):  # the form is refused already: violations of its operators would not help the user
         return (rules,)
     return (
         rules,

@@ -1,4 +1,8 @@
-"""What an implementation of a block is: its forms, the calls whose limits bind each, and how each is emitted."""
+"""``Implementation`` and ``Form``: what a way to communicate tells legality, the choice and the rewrite.
+
+An implementation has one or more forms, of which the first legal one is taken. A form has two functions of one block: the
+calls that it would make, whose limits are judged, and the emission of its ``Replacement``.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ class Form:
         calls: the calls that it would make for a block; their rows in ``limits/data`` are judged.
         emit: emits the replacement. The last argument is what the block was judged with.
         note: what the user should know of its cost at a number of tokens, for the report.
-        sends_masks: other ranks get something of this rank's mask, so that all must have one or none. Without it the rows of
+        sends_masks: other ranks receive part of this rank's mask, so that all must have one or none. If False, the rows of
             masked tokens stay on their rank.
         lines: the lines of each buffer of its exchange with equal splits, for T; None when it has no such exchange.
         told_rows: the bound on rows that its operator is told; None when it is told none.

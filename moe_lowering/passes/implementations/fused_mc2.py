@@ -29,7 +29,7 @@ from moe_lowering.passes.implementations.tensor_parallel import Share, gather, s
 
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
-    """What every fused operator takes: this rank's share of the tokens, and the experts. Nodes or records."""
+    """The arguments that all fused operators take: this rank's share of the tokens, and the experts. Nodes or records."""
 
     x: Any
     ids: Any
@@ -121,7 +121,7 @@ class FusedOperator:
 
 
 def _word_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
-    """What no argument of a fused operator can ask for, and words that have a meaning of their own there: a bias is the
+    """Quantities that no argument of a fused operator shows, and those that mean something else there: a bias is the
     compensation of int4 weights."""
     words: dict[str, Any] = {
         "activation": spec.activation,
@@ -131,10 +131,10 @@ def _word_quantities(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
     }
     if spec.has_bias:
         words.update(has_bias=True, bias_dtype=None)
-    if spec.format.weight_only:  # their int32 weights are not the W4A8 that rules on int32 are about
+    if spec.format.weight_only:  # rules on int32 weights are about W4A8, and must not be applied to W4A16
         words.update(dict.fromkeys(("weight_dtype", "has_scales", "scale_dtype", "bias_dtype", "has_offset")))
     if not deployment.mc2_group:
-        words["group_length"] = None  # has_communicator says it better
+        words["group_length"] = None  # left out: the rule on has_communicator has the better message
     return words
 
 
@@ -211,7 +211,7 @@ def _mega_arguments(
 
 
 def _bits_or_float(dtype: torch.dtype) -> torch.dtype:
-    """float32, or the bits that are there."""
+    """The dtype of scales: int64 where they are stored as bits, else float32."""
     return dtype if dtype == torch.int64 else torch.float32
 
 

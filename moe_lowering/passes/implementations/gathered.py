@@ -96,7 +96,8 @@ def gathered_calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCal
     """The calls that ``emit_partial`` makes for a block."""
     return (
         *tokens_calls(spec),
-        route_call(spec, spec.top_k, _ids(spec), [None, None]),  # which experts are this rank's own is no matter
+        # Any range of E_local experts: no rule depends on which ones are this rank's
+        route_call(spec, spec.top_k, _ids(spec), [None, None]),
         *mlp_calls(spec, deployment),
         *combine_calls(spec, deployment),
     )
@@ -276,7 +277,7 @@ def _has_spare_row(spec: BlockSpec) -> bool:
 
 
 def _row_bound(emit: Emitter, x: Node, spec: BlockSpec) -> Any:
-    """tokens * E_local + 1: every row that can be filled, and one that cannot."""
+    """tokens * E_local + 1: all rows that can be valid, and one that never is."""
     tokens = emit.size(x, 0)
     if isinstance(tokens, int):
         return tokens * spec.local_experts + 1

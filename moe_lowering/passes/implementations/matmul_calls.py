@@ -1,4 +1,4 @@
-"""Arguments of the grouped matmuls, for judging and emitting alike (``passes/calls``)."""
+"""Arguments of ``npu_grouped_matmul``, made once for legality and rewrite (``passes/calls``), with and without quantisation."""
 
 from __future__ import annotations
 

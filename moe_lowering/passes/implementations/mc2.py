@@ -57,7 +57,8 @@ def _rules(spec: BlockSpec, deployment: Deployment) -> Rules:
 
 
 def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rules, ...]:
-    words = {} if deployment.mc2_group else {"group_length": None}  # has_communicator says it better
+    # Left out: the rule on has_communicator has the better message
+    words = {} if deployment.mc2_group else {"group_length": None}
     return (
         OperatorCall(DISPATCH, lambda premises: _judged_dispatch(spec, deployment, premises), words),
         *mlp_calls(spec, deployment),
@@ -140,7 +141,7 @@ def _group(spec: BlockSpec, deployment: Deployment, rank: int | None) -> dict[st
 
 
 def _shared_arguments(spec: BlockSpec, deployment: Deployment, mask: Any) -> dict[str, Any]:
-    """What both ends take alike by name."""
+    """The keyword arguments that dispatch and combine have in common."""
     shared: dict[str, Any] = {"global_bs": global_tokens(spec)}
     if spec.shared_expert_ranks:
         shared["shared_expert_num"] = spec.shared_experts

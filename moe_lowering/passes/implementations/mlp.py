@@ -33,7 +33,7 @@ def mlp_calls(spec: BlockSpec, deployment: Deployment, chosen: str | None = None
     """
     words = mlp_words(spec)
     if not (words["activation_is_known"] and words["quantisation_is_known"]):
-        return (Rules("grouped_mlp", words),)  # no calls are known of such a block
+        return (Rules("grouped_mlp", words),)  # a block that has no emitter makes no calls
     if spec.format.quantised:
         return Rules("grouped_mlp", words), *quantised_mlp.calls(spec, deployment, chosen)
     experts = spec.tensors
@@ -43,7 +43,8 @@ def mlp_calls(spec: BlockSpec, deployment: Deployment, chosen: str | None = None
 
 
 def mlp_words(spec: BlockSpec) -> dict[str, Any]:
-    """Whether there is an emitter for the block's words: what ``grouped_mlp``, which makes no call itself, reads."""
+    """Quantities of the rules of ``grouped_mlp``, which makes no call itself: whether the block's words have an
+    emitter."""
     known = spec.quantisation == "none" or spec.quantisation in quantised_mlp.EMITTED
     return {
         "activation": spec.activation,

@@ -45,7 +45,8 @@ _INT32 = 3
 FLOAT32 = 6  # of torch's numbers of dtypes; not the default of dequant_dtype before torch_npu 2.11, which is 0
 _LOW_HALF = 0xFFFFFFFF
 
-EMITTED = frozenset({"w8a8", "w4a8", "w4a16"})  # the formats that this file has calls for; not what the vocabulary has
+# The formats that this file has calls for; a format that only the vocabulary has is refused
+EMITTED = frozenset({"w8a8", "w4a8", "w4a16"})
 QUANTISE, DEQUANTISE = "npu_dynamic_quant", "npu_dequant_swiglu_quant"
 SWIGLU_QUANT = "npu_grouped_matmul_swiglu_quant_v2"
 FUSED, DEQUANT, PLAIN = "fused", "dequant", "plain"  # the chains, in order of preference

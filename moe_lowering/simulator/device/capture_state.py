@@ -179,7 +179,7 @@ def _execute(model: int, stream: int) -> int:
     tape = _tapes[model]
     try:
         tape.replay()
-    except BaseException as error:  # a C function is above: it can only be told that something failed
+    except BaseException as error:  # the caller is a C function, which takes no exception but a number
         tape.failure = error
         return FAILED
     return 0

@@ -199,5 +199,6 @@ KERNELS: dict[str, Kernel] = {
 
 
 def kernels(registered: list[str]) -> dict[str, Kernel]:
-    """A kernel for every ``c10d::`` operator that has one for device npu: these, or one that says what is missing."""
+    """A kernel for every ``c10d::`` operator on device npu: one of ``KERNELS``, or one that raises and names what is
+    missing."""
     return {name: KERNELS.get(name) or _make_refusing_kernel(name) for name in registered}

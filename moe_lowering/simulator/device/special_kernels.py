@@ -1,4 +1,4 @@
-"""Operators on device "npu" whose kernel is not the general one: copies between devices, reads by the host, clones."""
+"""Operators on device "npu" whose kernel is not the general one: copies between devices, casts, clones, reads by the host."""
 
 from __future__ import annotations
 

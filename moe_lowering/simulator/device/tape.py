@@ -86,7 +86,7 @@ class Tape:
 
     @property
     def streams(self) -> list[int]:
-        """The streams that take part, the one that the capture began on first."""
+        """The streams that take part in the capture; the one on which it began comes first."""
         return list(self._clocks)
 
     def add(self, operator: str, run: Callable[[], object], stream: int) -> None:

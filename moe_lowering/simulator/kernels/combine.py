@@ -1,8 +1,8 @@
 """npu_moe_distribute_combine_v2 over a torch.distributed process group.
 
-Meaning: aclnnMoeDistributeCombineV2 and op-plugin's documentation and reference; facts in cann_ops.md §2.3. Quantised
-communication: the device code of ops-transformer (moe_distribute_combine_v2.h, Int8QuantProcess) has one scale for eight
-values, max / 127, which travels in the dtype of the rows.
+Meaning: aclnnMoeDistributeCombineV2 and op-plugin's documentation and reference. Quantised communication: the device code
+of ops-transformer (moe_distribute_combine_v2.h, Int8QuantProcess) has one scale for eight values, max / 127, which travels
+in the dtype of the rows.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ DTYPE_NUMBERS = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.float32:
 
 
 def check_own_dtype(operator: str, argument: str, number: int | None, tensor: torch.Tensor) -> None:
-    """Accept a dtype argument that says what the tensor has anyhow, or nothing; raise ValueError for others."""
+    """Accept a dtype argument that is None or the dtype that the tensor has; raise ValueError for others."""
     own = DTYPE_NUMBERS.get(tensor.dtype)
     if number is not None and number != own:
         refuse_unsimulated(operator, argument, number, f"None or {own}, the tensor's own {tensor.dtype}")
@@ -80,7 +80,8 @@ def take(record: type[Record], arguments: dict[str, Any]) -> Record:
 
 
 def collective(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:
-    """Like ``with_limits``, but the kernel is told what is illegal (``refusal``): it must tell the other ranks first."""
+    """Like ``with_limits``, but an illegal call reaches the kernel as ``refusal``: it must tell the other ranks before
+    it raises."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         arguments = bind(op, args, kwargs)

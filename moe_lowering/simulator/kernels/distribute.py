@@ -1,10 +1,10 @@
 """npu_moe_distribute_dispatch_v2 over a torch.distributed process group.
 
-Meaning: aclnnMoeDistributeDispatchV2 and op-plugin's documentation and reference; facts in cann_ops.md §2. A rank's rows
-are ordered by local expert, source rank, token there. Besides the rows, dispatch returns what combine needs to send them
-back: (source rank, token, k) of each row, and the number of rows of each (local expert, source rank) as inclusive prefix
-sums. Rows for shared expert j have k = K + j (moe_distribute_dispatch_v2.h, SendToSharedExpert, ops-transformer 5778144).
-The order of rows within an expert is documented for A3 and A5 only; A2 and the hierarchical algorithm have the same here.
+Meaning: aclnnMoeDistributeDispatchV2 and op-plugin's documentation and reference. A rank's rows are ordered by local
+expert, source rank, token there. Besides the rows, dispatch returns what combine needs to send them back: (source rank,
+token, k) of each row, and the number of rows of each (local expert, source rank) as inclusive prefix sums. Rows for shared
+expert j have k = K + j (moe_distribute_dispatch_v2.h, SendToSharedExpert, ops-transformer 5778144). The order of rows
+within an expert is documented for A3 and A5 only; A2 and the hierarchical algorithm have the same here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """npu_moe_token_permute, npu_moe_re_routing: the local sides of AllToAll.
 
-Meaning: torch_npu 2.13.0's documentation, aclnnMoeTokenPermute, aclnnMoeReRouting; facts in cann_ops.md §2.5.
+Meaning: torch_npu 2.13.0's documentation, aclnnMoeTokenPermute, aclnnMoeReRouting.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 npu_dynamic_quant, npu_grouped_matmul_swiglu_quant, npu_grouped_matmul_swiglu_quant_v2, npu_dequant_swiglu_quant,
 npu_swiglu_quant. Meaning: torch_npu 2.13.0's and op-plugin's documentation, aclnnDynamicQuant,
-aclnnGroupedMatmulSwigluQuant(V2); facts in cann_ops.md §2.2. All compute in float32 and quantise with ``quantise_rows``. A
-CPU tensor has no memory format: whether a device reads the weights as FRACTAL_NZ is for the pass to know
-(``Deployment.weight_format``).
+aclnnGroupedMatmulSwigluQuant(V2). All compute in float32 and quantise with ``quantise_rows``. A CPU tensor has no memory
+format: whether a device reads the weights as FRACTAL_NZ is for the pass to know (``Deployment.weight_format``).
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     a8w4   ((x @ w - 8 * sum(w)) * scale + bias) * per_token_scale
     a16wN  x @ ((w + offset) * scale) + bias, the weight rounded to the dtype of x
 
-Meaning: torch_npu 2.13.0's documentation, aclnnGroupedMatmulV4/V5; facts in cann_ops.md §1.4. The device splits int8 rows
-into two int4 halves for int4 weights, the lower one less 8: only ``bias`` = 8 * sum over K of (w * scale) makes it right, so
-the missing 8 * sum(w) is computed here too. What the device rounds in between (float16 halves) is not.
+Meaning: torch_npu 2.13.0's documentation, aclnnGroupedMatmulV4/V5. The device splits int8 rows into two int4 halves for
+int4 weights, the lower one less 8: only ``bias`` = 8 * sum over K of (w * scale) makes it right, so the missing 8 * sum(w)
+is computed here too. What the device rounds in between (float16 halves) is not.
 """
 
 from __future__ import annotations
