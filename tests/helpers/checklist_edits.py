@@ -220,15 +220,9 @@ COSTS_OF_A_FORMAT = "".join(
 )  # fmt: skip
 FORMAT: Edits = {
     ("A weight format", 1): (Insert("moe_lowering/vocabulary.py", 'ExpertFormat("w4a16"', FORMAT_RECORD),),
-    ("A weight format", 2): (
-        Insert("moe_lowering/custom_ops/grouped_mlp.py", '"w4a16"})  # the formats that _cpu knows', '"w8toy", '),
-    ),
-    ("A weight format", 3): (
-        Insert("moe_lowering/custom_ops/npu_grouped_mlp.py", '"w4a16"})  # the formats with calls', '"w8toy", '),
-    ),
-    ("A weight format", 4): (
-        Insert("moe_lowering/passes/implementations/quantised_mlp.py", '"w4a16"})  # the formats that', '"w8toy", '),
-    ),
+    ("A weight format", 2): (Insert("moe_lowering/custom_ops/grouped_mlp.py", '"w4a16"})', '"w8toy", '),),
+    ("A weight format", 3): (Insert("moe_lowering/custom_ops/npu_grouped_mlp.py", '"w4a16"})', '"w8toy", '),),
+    ("A weight format", 4): (Insert("moe_lowering/passes/implementations/quantised_mlp.py", '"w4a16"})', '"w8toy", '),),
     ("A weight format", 5): (Insert("docs/architecture.md", "`w4a16` 16-bit rows", "`w8toy` the same as `w8a8`. "),),
     ("A weight format", 6): (Insert("docs/matrix.md", "| `w4a16` | 40 dB", "| `w8toy` | 28 dB | 31 | a toy |\n"),),
     ("A weight format", 7): (Insert("docs/costs.md", "| 16 | W4A16 | allgather |", COSTS_OF_A_FORMAT),),
