@@ -22,7 +22,7 @@ ALL = int(os.environ.get("MOE_LOWERING_REPLAYS", "0"))  # of every case; 200 tak
 REPLAYS = {("qwen3_moe", 2): 60, ("qwen3_moe", 4): 12, ("deepseek_v3", 2): 24, ("deepseek_v3", 4): 12}
 # left out by default: on four ranks most of the time is compiling
 LONG = {("deepseek_v3", 4, comm) for comm in ("allgather", "mc2", "fused_mc2")}
-LONG |= {("qwen3_moe", 4, comm) for comm in ("allgather", "mc2")}
+LONG |= {("qwen3_moe", 4, comm) for comm in ("allgather", "alltoall", "mc2")}
 
 
 @pytest.fixture(scope="module")
