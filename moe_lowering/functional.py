@@ -50,6 +50,7 @@ def route(
     topk_groups: int = 1,
     group_score: str = "top2_sum",
     scale: float | None = None,
+    epsilon: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose ``top_k`` experts for each token.
 
@@ -61,6 +62,7 @@ def route(
         num_groups, topk_groups, group_score: keep the best ``topk_groups`` of ``num_groups`` equal groups of experts,
             by their largest score (``max``) or by the sum of the two largest (``top2_sum``).
         scale: factor of the weights; 1 when None.
+        epsilon: is added to that sum; 1e-20 when None. 0 is what models without one compute.
 
     Returns:
         weights [..., top_k] float32 and ids [..., top_k] int32, largest first; the lower id first among equals.
@@ -69,9 +71,12 @@ def route(
         ValueError, TypeError: an argument out of range, with its value and what is accepted.
     """
     integers = {"top_k": top_k, "num_groups": num_groups, "topk_groups": topk_groups}
-    check_route(logits, bias, integers, {"scoring": scoring, "group_score": group_score}, renormalize, scale)
+    check_route(logits, bias, integers, {"scoring": scoring, "group_score": group_score}, renormalize, scale, epsilon)
     factor = 1.0 if scale is None else scale
-    return _ops.route.default(logits, bias, top_k, scoring, renormalize, num_groups, topk_groups, group_score, factor)
+    options = (scoring, renormalize, num_groups, topk_groups, group_score, factor)
+    if epsilon is None:
+        return _ops.route.default(logits, bias, top_k, *options)
+    return _ops.route.default(logits, bias, top_k, *options, epsilon)
 
 
 class _Options(TypedDict, total=False):

@@ -86,7 +86,13 @@ def check_layer_call(x: Any, mask: Any, hidden_size: int) -> None:
 
 
 def check_route(
-    logits: Any, bias: Any, integers: Mapping[str, Any], words: Mapping[str, Any], renormalize: Any, scale: Any
+    logits: Any,
+    bias: Any,
+    integers: Mapping[str, Any],
+    words: Mapping[str, Any],
+    renormalize: Any,
+    scale: Any,
+    epsilon: Any,
 ) -> None:
     """The kinds of the arguments of ``route``; the operator knows the ranges."""
     require_instance("route", "logits", logits, Tensor, "a tensor [..., E] of float32, float16 or bfloat16")
@@ -98,6 +104,7 @@ def check_route(
         require_choice("route", name, word, accepted[name])
     require_flag("route", "renormalize", renormalize)
     _require_real("route", "scale", scale)
+    _require_real("route", "epsilon", epsilon)
 
 
 def check_experts_tensors(

@@ -3,7 +3,7 @@
 Meaning: CANN's ``aclnnMoeGatingTopK`` (``npu_moe_gating_top_k``). In float32, p = softmax, sigmoid or sqrt(softplus) of
 the logits; v = p + bias decides which experts are taken and nothing else. With groups, the ``topk_groups`` groups with
 the best score (largest v, or the sum of the two largest) stay and the others are -inf. ids = the k largest v, the lower
-index first among equals; weights = p at ids, divided by their sum + 1e-20 if ``renormalize``, times ``scale``.
+index first among equals; weights = p at ids, divided by their sum + ``epsilon`` (1e-20) if ``renormalize``, times ``scale``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class RouteCall(NamedTuple, Generic[Value]):
     topk_groups: int
     group_score: str
     scale: float
+    epsilon: float = EPSILON
 
 
 NAME = "route"
@@ -62,6 +63,8 @@ def _check(call: RouteCall[Tensor]) -> None:
         raise ValueError(f"route: group_score is {group_score!r}; accepted: {', '.join(GROUP_SCORES)}")
     if not math.isfinite(call.scale):
         raise ValueError(f"route: scale is {call.scale}; accepted: a finite number")
+    if not (math.isfinite(call.epsilon) and call.epsilon >= 0):
+        raise ValueError(f"route: epsilon is {call.epsilon}; accepted: a finite number, 0 or more")
     if top_k < 1 or is_known(top_k > experts):
         raise ValueError(f"route: top_k is {top_k}; accepted: 1 to {experts}, the number of experts")
     if num_groups < 1 or is_known(experts % num_groups != 0):
@@ -94,7 +97,7 @@ def _cpu(call: RouteCall[Tensor]) -> tuple[Tensor, Tensor]:
     ids = stable_top_k(choice, call.top_k)
     weights = scores.gather(-1, ids)
     if call.renormalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + EPSILON)
+        weights = weights / (weights.sum(-1, keepdim=True) + call.epsilon)
     return weights * call.scale, ids.to(torch.int32)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
+from moe_lowering.custom_ops.route import EPSILON
 from moe_lowering.lookup import look_up
 from moe_lowering.passes.arguments import argument, read
 from moe_lowering.passes.operands import ExpertOperands
@@ -46,16 +47,66 @@ class RouteSpec:
     scale: float
     has_bias: bool
     key: tuple[Any, ...]
+    epsilon: float = EPSILON
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A tensor that a router reads, as an argument of one of its nodes: what stands there is asked when it is needed."""
+
+    reader: Node
+    index: int
+
+    @property
+    def node(self) -> Node:
+        found = self.reader.args[self.index]
+        assert isinstance(found, Node)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class RaisedRouter:
+    """What belongs to a routing that was found in a model's own operators.
+
+    Attributes:
+        logits, bias: what it reads.
+        interior: its nodes, which are erased where nobody reads them any more.
+        end: the node that the result of the block is known by whose router it is.
+        notes: what is equal within rounding only.
+    """
+
+    logits: Source
+    bias: Source | None
+    interior: tuple[Node, ...]
+    end: Node
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """A ``route`` node with its results."""
+    """A routing with its results: a ``route`` node, or (``raised``) what a model wrote and computes the same.
+
+    Attributes:
+        node: the call of ``route``; of a raised one the node that chooses, where its replacement stands.
+        weights, ids: the nodes that a rewrite replaces; None of a result that nobody reads.
+        raised: what belongs to a raised one.
+    """
 
     node: Node
     weights: Node | None
     ids: Node | None
     spec: RouteSpec
+    raised: RaisedRouter | None = None
+
+    @property
+    def logits(self) -> Node:
+        return argument(self.node, "logits") if self.raised is None else self.raised.logits.node
+
+    @property
+    def bias(self) -> Node | None:
+        if self.raised is None:
+            return argument(self.node, "bias")
+        return None if self.raised.bias is None else self.raised.bias.node
 
 
 @dataclasses.dataclass(frozen=True)

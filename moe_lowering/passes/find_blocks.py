@@ -119,6 +119,7 @@ def _route(node: Node) -> Route:
         scale=call.scale,
         has_bias=call.bias is not None,
         key=(shape_key(value), shape_key(call.bias.meta["val"]) if call.bias is not None else None),
+        epsilon=call.epsilon,
     )
     return Route(node, outputs.get("weights"), outputs.get("ids"), spec)
 

@@ -19,6 +19,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import TokenRange, Violation
 from moe_lowering.limits.bounds import as_argument
 from moe_lowering.limits.wording import Names, Quoted, Wording, make_wording
+from moe_lowering.passes import router_reports
 from moe_lowering.passes.agreement_check import BlockOutcome, blocks_record, emit_check, first_exchange, settings_record
 from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, size_key
 from moe_lowering.passes.capturability import may_be_captured, not_capturable
@@ -31,6 +32,7 @@ from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.legality import Refusal, refusal
 from moe_lowering.passes.lower_route import emit_route, judge_route
+from moe_lowering.passes.lower_router import find_routers, lower_router
 from moe_lowering.passes.overlap import OverlapTarget, overlap
 from moe_lowering.passes.policy import Policy, PolicyError
 from moe_lowering.passes.subgraphs import Subgraph
@@ -43,7 +45,7 @@ from moe_lowering.passes.verifier import (
     generic_nodes,
     same_value,
 )
-from moe_lowering.report.records import BlockReport, ForeignMoe, NotCapturable
+from moe_lowering.report.records import BlockReport, ForeignMoe, NotCapturable, RouterReport
 
 if TYPE_CHECKING:
     from moe_lowering.passes.pipeline import MoeLowering
@@ -73,6 +75,7 @@ class GraphRun:
         self._enforced: set[Any] = set()
         self._refused: list[tuple[Block, Refusal]] = []
         self._lowered_routes: list[Node] = []
+        self.routers: list[RouterReport] = []
         self._said: dict[tuple[BlockSpec, str], BlockReport] = {}
         self._blocks: list[Block] = []
         self._targets: dict[Node, OverlapTarget] = {}  # by the erased combine
@@ -103,11 +106,15 @@ class GraphRun:
             self.left = [(node, describe_internal_error(error)) for node in generic_nodes(self.graph.nodes)]
             return []
         self._blocks = blocks
+        raised, self.routers = find_routers(self.graph, blocks)
         self._first_exchange = first_exchange(self.graph)
         reports = [self._lower_or_leave(block) for block in blocks]
         for route in routes:
             if not _feeds_generic(route):
                 self._lower_route(route)
+        for route in raised:
+            is_lowered = route.raised is not None and route.raised.end in self._targets
+            self.routers.append(lower_router(route, is_lowered, self._judge_route, self._guarded, self.edits))
         return reports
 
     def _lower_or_leave(self, block: Block) -> BlockReport:
@@ -262,6 +269,7 @@ class GraphRun:
             for report, block in zip(reports, self._blocks, strict=True)
         ]  # fmt: skip
         self._targets.clear()
+        self.routers = [router_reports.undone(router, reason) for router in self.routers]
         self.left += [(node, reason) for node in self._lowered_routes]
         agree(left)
         if self.changed:
@@ -346,12 +354,15 @@ class GraphRun:
             self.left.append((route.node, failure.say()))
         else:
             self._lowered_routes.append(route.node)
+            self.routers.append(router_reports.lowered(route, self._routes[route.spec]))
+
+    def _judge_route(self, route: Route) -> list[Violation]:
+        if route.spec not in self._routes:
+            self._routes[route.spec] = judge_route(route.spec, self.deployment)
+        return self._routes[route.spec]
 
     def _rewrite_route(self, route: Route, emit: Emitter) -> None:
-        violations = self._routes.get(route.spec)
-        if violations is None:
-            violations = self._routes[route.spec] = judge_route(route.spec, self.deployment)
-        weights, ids = emit_route(route, emit, use_gating=not violations)
+        weights, ids = emit_route(route, emit, use_gating=not self._judge_route(route))
         for old, new in ((route.weights, weights), (route.ids, ids)):
             if old is not None:
                 same_value(old, new)

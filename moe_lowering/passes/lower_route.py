@@ -11,16 +11,13 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from moe_lowering.custom_ops.route import RouteCall
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Violation, check
-from moe_lowering.passes.arguments import read
+from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.blocks import Route, RouteSpec
 from moe_lowering.passes.emitter import Emitter, aten
 from moe_lowering.passes.legality import torch_npu_is_loaded
 from moe_lowering.passes.quantities import GROUP_SELECT_MODES, NORM_TYPES, route_quantities
-
-EPSILON = 1e-20
 
 
 def judge_route(spec: RouteSpec, deployment: Deployment) -> list[Violation]:
@@ -35,13 +32,13 @@ def judge_route(spec: RouteSpec, deployment: Deployment) -> list[Violation]:
 
 def emit_route(route: Route, emit: Emitter, use_gating: bool) -> tuple[Node, Node]:
     """(weights float32, ids int32) in the shape of the generic operator's results."""
-    call = read(RouteCall[Node], route.node)
-    logits, bias = call.logits, call.bias
+    logits, bias = route.logits, route.bias
     with emit.at(route.node, route.node):
         scores_in = emit.cast(emit.rows(logits), torch.float32)
         bias = emit.cast(bias, torch.float32) if bias is not None else None
         weights, ids = (_emit_gating if use_gating else _emit_composition)(emit, route.spec, scores_in, bias)
-        return emit.like(weights, logits), emit.like(ids, logits)
+        shaped = logits if route.raised is None else argument(route.node, "self")
+        return emit.like(weights, shaped), emit.like(ids, shaped)
 
 
 def _emit_gating(emit: Emitter, spec: RouteSpec, logits: Node, bias: Node | None) -> tuple[Node, Node]:
@@ -51,7 +48,7 @@ def _emit_gating(emit: Emitter, spec: RouteSpec, logits: Node, bias: Node | None
         torch.ops.npu.npu_moe_gating_top_k.default, logits, spec.top_k, bias=bias,
         k_group=spec.topk_groups, group_count=spec.num_groups, group_select_mode=quantities["group_select_mode"],
         renorm=0, norm_type=quantities["norm_type"], routed_scaling_factor=1.0 if divide_after else spec.scale,
-        eps=EPSILON,
+        eps=spec.epsilon,
     )  # fmt: skip
     weights, ids = emit.item(result, 0), emit.item(result, 1)
     return (_renormalize(emit, spec, weights) if divide_after else weights), ids
@@ -106,5 +103,7 @@ def _top_k(emit: Emitter, scores: Node, k: int) -> Node:
 
 def _renormalize(emit: Emitter, spec: RouteSpec, weights: Node) -> Node:
     total = emit.call(aten.sum.dim_IntList, weights, [-1], True)
-    weights = emit.call(aten.div.Tensor, weights, emit.call(aten.add.Tensor, total, EPSILON))
+    if spec.epsilon != 0.0:
+        total = emit.call(aten.add.Tensor, total, spec.epsilon)
+    weights = emit.call(aten.div.Tensor, weights, total)
     return weights if spec.scale == 1.0 else emit.call(aten.mul.Tensor, weights, spec.scale)

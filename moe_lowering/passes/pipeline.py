@@ -152,6 +152,7 @@ class MoeLowering:
             not_capturable=tuple(findings),
             detected=self.deployment.detected,
             foreign=tuple(foreign),
+            routers=tuple(router for run in runs for router in run.routers),
         )
         self.reports.append(report)
         captured = is_captured(self.deployment, config)

@@ -250,6 +250,35 @@ class ForeignMoe:
 
 
 @dataclasses.dataclass(frozen=True)
+class RouterReport:
+    """One router of MoE blocks: what it was and what it became.
+
+    Attributes:
+        place: the module of the model, or the node's name.
+        line: the model's line, ``file:line in function: text``; "" when it is not known.
+        was: ``moe_lowering.route``, ``aten`` of a router in the model's own operators, or the operator that it is written with.
+        became: the operator, ``aten``, or None of a router that was left as it was.
+        reason: why; of one that was left with a code, ``[router.*]`` or that of a limit.
+        notes: what is equal to the model's router within rounding only.
+    """
+
+    place: str
+    line: str
+    was: str
+    became: str | None
+    reason: str
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        became = "left as it was" if self.became is None else f"is {self.became}"
+        line = f"; at {self.line}" if self.line else ""
+        return f"{self.place}: {self.was} {became}: {self.reason}{line}"
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class LoweringReport:
     """One run of the pass over one graph.
 
@@ -261,6 +290,8 @@ class LoweringReport:
         pass_ms: wall time of the pass in milliseconds.
         not_capturable: what keeps the graph from being captured; empty where the deployment does not capture.
         detected: fields of the deployment that were found and not given, and where.
+        routers: the routers of the blocks, but for those outside of the graph. One that was left costs time and nothing else:
+            ``fully_lowered`` does not ask for it, and strict mode does not raise.
     """
 
     blocks: tuple[BlockReport, ...]
@@ -271,6 +302,7 @@ class LoweringReport:
     not_capturable: tuple[NotCapturable, ...] = ()
     foreign: tuple[ForeignMoe, ...] = ()
     detected: tuple[Detected, ...] = ()
+    routers: tuple[RouterReport, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -282,6 +314,7 @@ class LoweringReport:
             "pass_ms": self.pass_ms,
             "not_capturable": [finding.to_json() for finding in self.not_capturable],
             "detected": [dataclasses.asdict(field) for field in self.detected],
+            "routers": [router.to_json() for router in self.routers],
         }
 
     @property

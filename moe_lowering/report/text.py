@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections.abc import Sequence
 
 from moe_lowering.limits import Violation
 from moe_lowering.limits.wording import Accepted, Value
 from moe_lowering.report.module_names import names
-from moe_lowering.report.records import BlockReport, LoweringReport, NotCapturable, Size, Sizes, Verdict, Window
+from moe_lowering.report.records import (
+    BlockReport,
+    LoweringReport,
+    NotCapturable,
+    RouterReport,
+    Size,
+    Sizes,
+    Verdict,
+    Window,
+)
 
 WIDTH = 100
 _LABEL = 18  # columns of the left column
@@ -25,6 +35,8 @@ def render(report: LoweringReport) -> str:
     if report.unlowered:
         lines = [labelled_text(place, why) for place, why in report.unlowered]
         parts.append("\n".join(["not recognised as an MoE block:", *lines]))
+    if report.routers:
+        parts.append("\n".join(["routers:", *_render_routers(report.routers)]))
     if report.not_capturable:
         lines = [_render_finding(finding) for finding in report.not_capturable]
         parts.append("\n".join(["cannot be captured:", *lines]))
@@ -43,6 +55,20 @@ def _headline(report: LoweringReport) -> str:
     if not report.nodes_before:
         return f"{blocks}, judged from the command's options alone: nothing was built, traced or run"
     return f"{blocks}; {report.nodes_before} graph nodes became {report.nodes_after}; the pass took {report.pass_ms:.1f} ms"
+
+
+def _render_routers(routers: Sequence[RouterReport]) -> list[str]:
+    """Routers that differ in their place only, together."""
+    alike: dict[RouterReport, list[str]] = {}
+    for router in routers:
+        alike.setdefault(dataclasses.replace(router, place=""), []).append(router.place)
+    lines = []
+    for router, places in alike.items():
+        became = "left as it was" if router.became is None else f"{router.was} is {router.became}"
+        line = f"; at {router.line}" if router.line else ""
+        lines.append(labelled_text(names(places), f"{became}: {router.reason}{line}"))
+        lines += [labelled_text("", note) for note in router.notes]
+    return lines
 
 
 def _equal_blocks(blocks: Sequence[BlockReport]) -> list[list[BlockReport]]:

@@ -79,6 +79,18 @@ def test_route_against_reference(scoring: str, dtype: torch.dtype, groups: int, 
         torch.testing.assert_close(weights, expected.float(), rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 1e-20, 1e-6, 0.5])
+def test_route_adds_epsilon_to_the_sum(epsilon: float) -> None:
+    logits = torch.randn(9, 16, generator=torch.Generator().manual_seed(1)) - 3
+    arguments = (logits, None, 4, "sigmoid", True, 1, 1, "max", 1.0)
+    weights, ids = functional.route(logits, 4, scoring="sigmoid", epsilon=epsilon)
+    expected, chosen = reference.route(*arguments, epsilon)
+    assert torch.equal(ids, chosen)
+    torch.testing.assert_close(weights, expected.float(), rtol=2e-6, atol=1e-7)
+    assert torch.equal(functional.route(logits, 4, scoring="sigmoid")[0], ops.route(*arguments)[0])
+    assert epsilon < 1e-6 or not torch.allclose(weights, ops.route(*arguments)[0], rtol=1e-6)
+
+
 def test_route_takes_the_lower_index_among_equals() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 1.0, 3.0, 0.0], [0.0] * 6, [0.0, -0.0, 0.0, -1.0, -0.0, -1.0]])
     _, ids = ops.route(logits, None, 4, "sigmoid", True, 1, 1, "max", 1.0)

@@ -46,6 +46,7 @@ def route(
     topk_groups: int,
     group_score: str,
     scale: float,
+    epsilon: float = 1e-20,
 ) -> tuple[Tensor, Tensor]:
     """Weights (float64) and ids of the router, token by token, in plain Python."""
     experts = logits.shape[-1]
@@ -61,7 +62,7 @@ def route(
         best = sorted(range(num_groups), key=lambda g: (-values[g], g))[:topk_groups]
         allowed = [e for e in range(experts) if e // per_group in best]
         chosen = sorted(allowed, key=lambda e: (-choice[e], e))[:top_k]
-        total = sum(scores[e] for e in chosen) + 1e-20 if renormalize else 1.0
+        total = sum(scores[e] for e in chosen) + epsilon if renormalize else 1.0
         weights.append([scores[e] / total * scale for e in chosen])
         ids.append(chosen)
     shape = (*logits.shape[:-1], top_k)

@@ -3,6 +3,7 @@
 import pytest
 import rank_jobs
 import reference
+import router_rank_jobs
 import torch
 
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
@@ -66,6 +67,22 @@ def test_every_token_to_the_same_experts_and_others_empty(pair, comm):
 def test_unequal_token_counts(pair, comm, dynamic):
     counts = [(6, 3), (2, 9)] if dynamic else [(6, 1), (1, 9)]
     check(pair, comm, "bfloat16", counts, equal=False, dynamic=dynamic)
+
+
+@pytest.mark.parametrize("comm", ["allgather", "mc2"])
+def test_a_router_in_the_model_s_own_operators(pair, comm):
+    """DeepSeek-V3's becomes the operator on each rank, for its own T."""
+    counts = [(6, 3), (2, 9)]
+    layer = rank_jobs.layer(torch.bfloat16)
+    bias = torch.linspace(-0.2, 0.2, rank_jobs.EXPERTS)
+    for rank, (outputs, became) in enumerate(pair.run(router_rank_jobs.lower_and_run, comm, counts)):
+        assert became == ["npu.npu_moe_gating_top_k"]
+        for y, per_rank in zip(outputs, counts, strict=True):
+            x = rank_jobs.tokens_of(rank, per_rank[rank], torch.bfloat16, False)
+            with torch.no_grad():
+                logits = layer.gate(x)
+            weights, ids = reference.route(logits, bias, 3, "sigmoid", True, 3, 2, "top2_sum", 2.5)
+            reference.assert_near(y, reference.moe(x, weights, ids, layer.w13, layer.w2), torch.bfloat16)
 
 
 @pytest.mark.parametrize("comm", COMMS)

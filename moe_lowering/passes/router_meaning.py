@@ -1,0 +1,159 @@
+"""What nodes of a graph hold, in terms of a router, by rules for operators; the rules are ``router_rules`` and
+``router_group_rules``.
+
+Contract. ``Meaning.of`` reads the graph and never edits it, and gives ``Opaque`` for whatever it does not know. A rule holds
+for every value that its arguments may have, but for what the notes of ``match_router`` say of equals. What a rule needs and
+does not find it says as the ``why`` of an ``Opaque``, where it is a router's.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moe_lowering.passes.blocks import Source, size_key
+from moe_lowering.passes.router_values import Const, Opaque, Reason, Scores, Value, val
+
+_NODES = 160  # of one router: what is asked beyond is opaque
+INTEGERS = (torch.int32, torch.int64)
+_BETWEEN = ("topk", "max", "softplus", "_to_copy", "convert_element_type", "to")  # have no record, or may have none
+CASTS = ("_to_copy", "convert_element_type", "to")
+EXACT = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32)}
+
+Rule = Callable[["Meaning", Node], "Value | None"]
+RULES: dict[str, Rule] = {}
+
+
+class Meaning:
+    """What nodes of one graph hold; asked once each."""
+
+    def __init__(self) -> None:
+        self._known: dict[Node, Value] = {}
+        self._left = _NODES
+
+    def start(self) -> None:
+        """Before another router is looked at."""
+        self._left = _NODES
+
+    def of(self, node: Any) -> Value:
+        if not isinstance(node, Node):
+            return Const(float(node)) if is_number(node) else Opaque(node)
+        if node not in self._known:
+            self._known[node] = Opaque(node)
+            if self._left:
+                self._left -= 1
+                rule = RULES.get(name_of(node))
+                found = rule(self, node) if rule is not None and val(node) is not None else None
+                self._known[node] = Opaque(node, self._why(node)) if found is None else found
+        return self._known[node]
+
+    def _why(self, node: Node) -> Reason | None:
+        """What is known against an argument, for a node that is nothing because of it."""
+        values = [self._known.get(source) for source in node.all_input_nodes]
+        return next((value.why for value in values if isinstance(value, Opaque) and value.why is not None), None)
+
+    def is_part(self, node: Node) -> bool:
+        """Whether a node was understood as a part of a router, or stands between two parts."""
+        if name_of(node) in _BETWEEN:
+            return True
+        return node in self._known and not isinstance(self._known[node], Opaque)
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """The rule of operators, by their names in ATen."""
+
+    def add(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return add
+
+
+@functools.lru_cache(maxsize=4096)
+def _target_name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        mutable = target._schema.is_mutable
+        return name if namespace in ("aten", "prims") and not mutable else ""
+    return "getitem" if target is operator.getitem else ""
+
+
+def name_of(node: Node) -> str:
+    """The name of a functional operator of ATen; "" of any other node."""
+    return _target_name(node.target) if node.op == "call_function" else ""
+
+
+def arg(node: Node, index: int, name: str, default: Any = None) -> Any:
+    """An argument by position or by name."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def is_number(value: Any) -> bool:
+    """Whether an argument is a number that a graph fixes."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_last(node: Any, dim: Any) -> bool:
+    """Whether ``dim`` is the last axis of a node."""
+    value = val(node)
+    if isinstance(dim, (list, tuple)):
+        dim = dim[0] if len(dim) == 1 else None
+    return value is not None and isinstance(dim, int) and dim in (-1, value.dim() - 1)
+
+
+def dtype_of(node: Any) -> torch.dtype:
+    """The dtype of a node that has a value."""
+    value = val(node)
+    assert value is not None
+    return value.dtype
+
+
+def source(reader: Node, index: int) -> Source | None:
+    """Where logits come from: an argument, before casts that lose nothing."""
+    node = reader.args[index] if len(reader.args) > index else None
+    while isinstance(node, Node) and name_of(node) in CASTS and is_plain_cast(node):
+        before = node.args[0]
+        if val(before) is None or (dtype_of(before), dtype_of(node)) not in EXACT:
+            break
+        reader, index, node = node, 0, before
+    return Source(reader, index) if val(node) is not None else None
+
+
+def raw(reader: Node, index: int, given: Value) -> Scores | None:
+    """An argument as logits that nothing has scored."""
+    found = source(reader, index)
+    if found is None:
+        return None
+    return Scores(found.node, found, why=given.why if isinstance(given, Opaque) else None)
+
+
+def same_lead(a: Any, b: Any) -> bool:
+    """Whether two tensors have the same sizes but for the last."""
+    first, second = val(a), val(b)
+    if first is None or second is None:
+        return False
+    return [size_key(s) for s in first.shape[:-1]] == [size_key(s) for s in second.shape[:-1]]
+
+
+def same_sizes(a: Any, b: Any) -> bool:
+    """Whether two tensors have the same sizes."""
+    first, second = val(a), val(b)
+    if first is None or second is None:
+        return False
+    return [size_key(s) for s in first.shape] == [size_key(s) for s in second.shape]
+
+
+def keeps_axis(node: Node) -> bool:
+    """Whether a reduction keeps its axis, with one element."""
+    return bool(arg(node, 2, "keepdim", False))
+
+
+def is_plain_cast(node: Node) -> bool:
+    """Whether a cast changes the dtype and nothing else that matters."""
+    before, after = val(node.args[0]), val(node)
+    return before is not None and after is not None and before.device == after.device
