@@ -1,6 +1,6 @@
 """The ways to communicate, one file each. To add one: its name and forms in
-``vocabulary``, a file with an ``Implementation``, an entry here, its rows in ``limits/data``, and its estimate in
-``costs``."""
+``vocabulary``, a file with an ``Implementation``, an entry here, its rows in ``limits/data``; its price is that of the
+nodes that it emits."""
 
 from moe_lowering.lookup import look_up
 from moe_lowering.passes.implementations.allgather import ALLGATHER
