@@ -19,6 +19,7 @@ from layers import LayerSizes, emitted, lower_layer  # noqa: E402
 
 from moe_lowering.custom_ops.fused import FORMATS as FUSED_FORMATS  # noqa: E402
 from moe_lowering.passes.implementations import IMPLEMENTATIONS  # noqa: E402
+from moe_lowering.report.block_costs import BlockCost  # noqa: E402
 from moe_lowering.report.graph_costs import Cost, total_cost  # noqa: E402
 from moe_lowering.vocabulary import EXPERT_FORMATS  # noqa: E402
 
@@ -32,13 +33,15 @@ HEAD = (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One layer: EP size, weight format, implementation and its form, its cost, and that of what all layers share."""
+    """One layer: EP size, weight format, implementation and its form, its cost, that of what all layers share, and what the
+    report says."""
 
     ep_size: int
     quantisation: str
     name: str
     layer: Cost
     once: Cost
+    told: BlockCost | None = None
 
     def cells(self) -> tuple[str, ...]:
         layer, outside = self.layer, self.layer.moved - self.layer.exchanged
@@ -50,9 +53,10 @@ class Row:
 def measure(comm: str, ep_size: int, quantisation: str) -> Row:
     """Lower one layer and count it."""
     lowered = lower_layer(LayerSizes(), comm, ep_size, quantisation)
-    form = lowered.report.blocks[0].verdicts[comm].form
+    (block,) = lowered.report.blocks
+    form = block.verdicts[comm].form
     layer, constants = map(total_cost, emitted(lowered))
-    return Row(ep_size, quantisation, comm if form == comm else f"{comm} ({form})", layer, constants)
+    return Row(ep_size, quantisation, comm if form == comm else f"{comm} ({form})", layer, constants, block.costs[0])
 
 
 def measured() -> Iterator[Row]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from moe_lowering.deployment_checks import check_kinds, check_shared_ranks, require_least, require_word
 from moe_lowering.deployment_detection import Detected, detect, groups_of_mesh, second_communicator
 from moe_lowering.groups import Claim, find_group, own_ranks
+from moe_lowering.prices.rows import Row, digest_of, require_rows
 from moe_lowering.providers import check_installed, check_providers, check_version, installed_providers
 from moe_lowering.vocabulary import FUSED_MODES, GUARDS, MODES, SOCS, WEIGHT_FORMATS, Soc
 
@@ -70,6 +72,9 @@ class Deployment:
             routed experts are spread over the others. 0 for none: shared experts are then no matter of this package.
         shared_experts: how many shared experts these ranks hold: each is held by ``shared_expert_ranks / shared_experts``
             ranks, and each token goes to one rank of each. 1 when there are no such ranks.
+        ranks_per_node: how many ranks of a group share the links of a node, for prices; 0 for the SoC's server (8 on A2, 16 on
+            A3). Ranks of a node are neighbours in the group.
+        measured: measured rows in place of constants of prices, or the path of a CSV file with them (``prices.rows``).
         weight_format: memory format of the expert weights on the device, ``nd`` or ``nz`` (FRACTAL_NZ).
         cann: CANN version, e.g. ``9.1.0`` or ``8.2.RC1``; "" when unknown: rules for certain versions then apply.
         torch_npu: version of torch_npu, with the same meaning.
@@ -106,6 +111,8 @@ class Deployment:
     mc2_hierarchy: bool = False
     shared_expert_ranks: int = 0
     shared_experts: int = 1
+    ranks_per_node: int = 0
+    measured: tuple[Row, ...] | str | os.PathLike[str] = ()
     weight_format: str = "nd"
     cann: str = ""
     torch_npu: str = ""
@@ -120,6 +127,7 @@ class Deployment:
         require_word("weight_format", self.weight_format, WEIGHT_FORMATS)
         require_word("guards", self.guards, GUARDS)
         require_word("mode", self.mode, MODES)
+        object.__setattr__(self, "measured", require_rows("Deployment: measured", self.measured, self.soc))
         if self.fused_mode not in FUSED_MODES:
             raise ValueError(
                 f"Deployment: fused_mode is {self.fused_mode!r}; accepted: 0 (none), 1 (dispatch_ffn_combine, mega_moe), "
@@ -135,7 +143,7 @@ class Deployment:
                 raise ValueError(f"Deployment: {kind}_rank is {rank}; accepted: 0 to {kind}_size - 1 = {size - 1}")
             if size > 1 and not group:
                 raise ValueError(f"Deployment: {kind}_size is {size} but {kind}_group is ''; give the group's name")
-        for name in ("max_tokens", "min_tokens", "max_rows", "max_output_size"):
+        for name in ("max_tokens", "min_tokens", "max_rows", "max_output_size", "ranks_per_node"):
             require_least(name, getattr(self, name), 0)
         require_least("hccl_buffer_mb", self.hccl_buffer_mb, 1)
         if self.ep_size % self.tp_size:
@@ -340,7 +348,8 @@ class Deployment:
 
     def all_fields(self) -> dict[str, Any]:
         """Every field that says something of the deployment by name, a rank's own among them."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _ORIGINS}
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _ORIGINS}
+        return {**found, "measured": digest_of(found["measured"])}  # by content, and short
 
     def digest(self) -> str:
         """SHA-256 (hex) of the rank-invariant fields."""

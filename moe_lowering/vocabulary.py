@@ -19,24 +19,19 @@ class Soc:
         runtime_pattern: all of them, a regular expression. torch_npu 2.13 knows the names (SocVersion in libtorch_npu.so);
             its Ascend910B without a number is the first 910, which has no MC2.
         device_types: vllm-ascend's words for it (``_build_info.__device_type__``).
-        link, memory: bandwidth of one die or card in GB/s, of links one way.
-            Those of ``compute`` are 16-bit matmuls in TFLOPS.
         clips_swiglu: it has a kernel of ``npu_clipped_swiglu`` (op-plugin's documentation of that operator).
         weighs_before_sending: MC2's dispatch takes the weights of the tokens and combine gets them back, since its ranks
             exchange in two levels always (op-plugin's documentation of ``npu_moe_distribute_dispatch_v2``: expert_scales).
         two_level_tp_world: ``tp_world_size`` of MC2's two-level algorithm where there is no TP; both 0 and 1 say so.
         graph_mode_group_tp: MC2 in GE graphs takes the EP group as ``group_tp`` (the same documentation).
 
-    Sources: msmodeling.device: link, memory, compute, to be confirmed by their authors; op_plugin.dispatch.
+    What its memory and links take: ``prices/data/machines.toml``. Source: op_plugin.dispatch.
     """
 
     name: str
     runtime_name: str
     runtime_pattern: str
     device_types: tuple[str, ...]
-    link: float
-    compute: float
-    memory: float
     clips_swiglu: bool = False
     weighs_before_sending: bool = False
     two_level_tp_world: int = 0
@@ -51,9 +46,6 @@ SOCS = {
             "Ascend910B3",
             r"Ascend910B\d.*",
             ("A2",),
-            link=196.0,
-            compute=353.9,
-            memory=1760.0,
             clips_swiglu=True,
             weighs_before_sending=True,
             graph_mode_group_tp=True,
@@ -63,9 +55,6 @@ SOCS = {
             "Ascend910_9391",
             r"Ascend910_93\d\d.*",
             ("A3",),
-            link=196.0,
-            compute=353.9,
-            memory=1760.0,
             clips_swiglu=True,
             two_level_tp_world=1,
         ),
@@ -74,18 +63,12 @@ SOCS = {
             "Ascend950DT_9591",
             r"Ascend950(DT|PR)_.*",
             ("A5",),
-            link=159.0,
-            compute=378.0,
-            memory=1540.0,
         ),
         Soc(
             "310P",
             "Ascend310P3",
             r"Ascend310P\d.*",
             ("310P", "_310P"),
-            link=16.0,
-            compute=70.0,
-            memory=200.0,
         ),
     )
 }

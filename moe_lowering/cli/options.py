@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.model_configs.check import LARGEST
 from moe_lowering.model_configs.errors import write_value
+from moe_lowering.prices.rows import MeasuredError, Row, require_rows
 from moe_lowering.providers import declarable
 from moe_lowering.vocabulary import PROVIDERS
 
@@ -53,6 +54,30 @@ def add_provider(add: Any) -> None:
         metavar="NAME=VERSION",
         help=f"installed library with fused operators, once for each, or none (default {assumed})",
     )
+
+
+def add_prices(add: Any) -> None:
+    """Add what prices depend on to a command."""
+    add(
+        "--ranks-per-node",
+        type=parse_positive,
+        default=0,
+        metavar="N",
+        help="ranks of a node, for prices (default the SoC's)",
+    )
+    add("--measured", metavar="FILE", default="", help="CSV file of measured rows, in place of constants of prices")
+
+
+def read_measured(path: str, soc: str) -> tuple[Row, ...]:
+    """The rows of ``--measured``.
+
+    Raises:
+        UsageError: the file is wrong.
+    """
+    try:
+        return require_rows("argument --measured:", path, soc)
+    except MeasuredError as error:
+        raise UsageError(str(error)) from error
 
 
 def provider_packages(assumed: list[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:

@@ -9,7 +9,9 @@ import dataclasses
 from typing import Any
 
 from moe_lowering.deployment import Deployment
+from moe_lowering.explanation.beside_vllm import BesideRule, beside_rule
 from moe_lowering.explanation.description import BlockDescription
+from moe_lowering.explanation.memory import Memory, memory_of
 from moe_lowering.explanation.spec import block_spec
 from moe_lowering.limits import Prover
 from moe_lowering.limits.findings import Finding, examine
@@ -17,11 +19,13 @@ from moe_lowering.limits.wording import to_json
 from moe_lowering.passes.block_sizes import block_sizes
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.calls import OperatorCall, Rules
-from moe_lowering.passes.cost_model import estimate
+from moe_lowering.passes.count_blocks import costs_later
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.legality import Judgement, declared_tokens, judge, judged_calls
-from moe_lowering.passes.policy import Policy, load_of, vllm_choice
-from moe_lowering.report.records import Sizes
+from moe_lowering.passes.policy import Policy, rates_in, vllm_choice
+from moe_lowering.passes.price import Price, price_of
+from moe_lowering.report.block_costs import BlockCost
+from moe_lowering.report.records import Sizes, Verdict
 from moe_lowering.vocabulary import AUTO, VLLM_POLICIES
 
 
@@ -33,7 +37,7 @@ class Answer:
         tokens: T, or the bound that the deployment declares.
         judgement: the verdict of each implementation, and what it was judged with.
         choice: the implementation; None when none may be chosen. ``reason``: why.
-        costs: estimated microseconds by implementation, legal or not.
+        prices: by implementation; of one that is refused what it would cost, None where that cannot be told.
         wanted: what ``comm`` asks for, or the policy's rule selects by itself; None for ``auto``.
     """
 
@@ -43,7 +47,7 @@ class Answer:
     judgement: Judgement
     choice: str | None
     reason: str
-    costs: dict[str, float]
+    prices: dict[str, Price | None]
     requested: str | None
 
     def findings(self, implementation: str) -> list[Finding]:
@@ -74,6 +78,23 @@ class Answer:
         if self.choice is None:
             return None
         return block_sizes(self.spec, self.deployment, self.choice, self.judgement)
+
+    def costs(self) -> tuple[BlockCost, ...]:
+        """Kernels, bytes and price of each legal implementation, the chosen one first."""
+        verdicts = self.judgement.verdicts
+        forms = tuple((name, verdict.form) for name, verdict in verdicts.items() if verdict.legal)
+        found = costs_later(forms, self.spec, self.deployment, self.tokens)()
+        return tuple(sorted(found, key=lambda cost: cost.implementation != self.choice))
+
+    def beside_rule(self) -> BesideRule:
+        """What vllm-ascend's newest rule selects, and why that is not the choice."""
+        verdicts = self.judgement.verdicts
+        return beside_rule(self.choice, self.prices, verdicts, self.spec, self.deployment, self.tokens)
+
+    def memory(self, layers: int | None) -> Memory:
+        """What ``layers`` such layers take of a rank's memory."""
+        buffers = next((cost.buffers for cost in self.costs() if cost.implementation == self.choice), 0)
+        return memory_of(self.spec.tensors, layers, buffers, self.deployment, self.choice)
 
     def broken(self, implementation: str) -> dict[str, Finding]:
         """The first broken rule of each code."""
@@ -116,13 +137,22 @@ class Question:
         judged: Any = tokens if deployment.equal_tokens else declared_tokens(deployment)
         judgement = judge(spec, deployment, judged, Prover(), torch_npu=True)
         choice, reason = self.policy.choose(judgement.verdicts, spec, deployment, tokens)
-        load = load_of(spec, deployment, tokens)
-        costs = {name: estimate(name, load) for name in IMPLEMENTATIONS}
+        prices = {name: _price(name, verdict, spec, deployment, tokens) for name, verdict in judgement.verdicts.items()}
         requested = self._requested(spec, deployment, tokens)
-        return Answer(tokens, spec, deployment, judgement, choice, reason, costs, requested)
+        return Answer(tokens, spec, deployment, judgement, choice, reason, prices, requested)
 
     def _requested(self, spec: BlockSpec, deployment: Deployment, tokens: int) -> str | None:
         if self.policy.comm != AUTO:
             return self.policy.comm
         name = self.policy.name
         return vllm_choice(name, spec, deployment, tokens)[0] if name in VLLM_POLICIES else None
+
+
+def _price(name: str, verdict: Verdict, spec: BlockSpec, deployment: Deployment, tokens: int) -> Price | None:
+    """The price of an implementation in the form that its verdict is about."""
+    try:
+        return price_of(name, verdict.form, spec, deployment, tokens, rates_in(deployment))
+    except Exception:  # a block that is refused may be anything: what cannot be written down has no price
+        if verdict.legal:
+            raise
+        return None

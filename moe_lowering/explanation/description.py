@@ -27,6 +27,7 @@ class BlockDescription:
         activation, limit, alpha, interleaved: of ``moe_experts`` (docs/architecture.md); a limit of 0 is none.
         has_bias: the experts have biases.
         weights_contiguous: they are stored as the grouped matmul reads them, K before N, as ``shard_experts`` leaves them.
+        layers: how many MoE layers the model has, for its memory; None where that is not known.
         model: the model's type, file or class; None for a block without a model.
         assumptions: what was taken for granted, for reports.
 
@@ -46,12 +47,15 @@ class BlockDescription:
     interleaved: bool = False
     has_bias: bool = False
     weights_contiguous: bool = True
+    layers: int | None = dataclasses.field(default=None, compare=False)
     model: str | None = None
     assumptions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in SIZES:
             _require_size(name, getattr(self, name))
+        if self.layers is not None:
+            _require_size("layers", self.layers)
         if self.top_k > self.experts:
             raise ExplainError("top_k", f"is {self.top_k}; accepted: 1 to the number of experts, {self.experts}")
         if self.dtype not in DTYPES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ def describe_modules(model: nn.Module) -> BlockDescription:
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     blocks: dict[BlockDescription, str] = {}
+    layers = 0
     for name, module in model.named_modules():
         if isinstance(module, MoE) or is_experts_module(module):
+            layers += 1
             blocks.setdefault(_describe(name, module, config, type(model).__name__), name)
     if not blocks:
         raise ExplainError("model", f"{type(model).__name__} has no MoE layer; accepted: a model with MoE layers")
@@ -36,7 +39,7 @@ def describe_modules(model: nn.Module) -> BlockDescription:
             "model",
             f"{type(model).__name__} has MoE layers that differ, such as {differ}; accepted: one of these modules",
         )
-    return next(iter(blocks))
+    return dataclasses.replace(next(iter(blocks)), layers=layers)
 
 
 def _describe(name: str, module: nn.Module, config: Any, model: str) -> BlockDescription:

@@ -9,6 +9,7 @@ from moe_lowering.explanation.answer import Answer, Question
 from moe_lowering.explanation.description import BlockDescription
 from moe_lowering.explanation.sweep import Piece
 from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.price import Price
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.vocabulary import AUTO, FIXED
 
@@ -51,11 +52,14 @@ class Explanation:
             "choice": answer.choice,
             "reason": answer.reason,
             "sizes": None if (sizes := answer.sizes()) is None else sizes.to_json(),
+            "beside": answer.beside_rule().to_json(),
+            "memory": answer.memory(self.block.layers).to_json(),
+            "costs": [cost.to_json() for cost in answer.costs()],
             "verdicts": {
                 name: {
                     "legal": verdict.legal,
                     "form": verdict.form,
-                    "cost_us": round(answer.costs[name], 1),
+                    **_price_json(answer.prices[name]),
                     "violations": [violation.to_json() for violation in verdict.violations],
                 }
                 for name, verdict in answer.judgement.verdicts.items()
@@ -67,6 +71,12 @@ class Explanation:
                 for p in self.pieces
             ]
         return fields
+
+
+def _price_json(price: Price | None) -> dict[str, Any]:
+    if price is None:
+        return {"cost_us": None, "cost_error_us": None}
+    return {"cost_us": round(price.us, 1), "cost_error_us": round(price.error_us, 1)}
 
 
 def _block_json(spec: BlockSpec) -> dict[str, Any]:

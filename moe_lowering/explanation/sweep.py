@@ -14,6 +14,7 @@ from moe_lowering.limits import TokenRange
 from moe_lowering.limits.findings import Finding
 from moe_lowering.limits.wording import show
 from moe_lowering.passes.decision import sweep
+from moe_lowering.passes.price import is_tie
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +73,17 @@ def _boundary(policy: str, before: Answer, after: Answer) -> dict[str, str]:
         }
     if before.requested != after.requested:
         return {policy: f"it selects {before.requested}, then {after.requested}"}
-    return {"cost": f"{_costs(before, after)} at {before.tokens}, {_costs(after, before)} at {after.tokens} tokens"}
+    return {"cost": f"{_prices(before, after)} at {before.tokens}, {_prices(after, before)} at {after.tokens} tokens"}
 
 
-def _costs(answer: Answer, other: Answer) -> str:
-    """The estimated cost of an answer's choice and of the other's, the choice first."""
+def _prices(answer: Answer, other: Answer) -> str:
+    """The price of an answer's choice and of the other's, the choice first; a tie may choose the dearer one."""
     names = [name for name in (answer.choice, other.choice) if name is not None]
-    return " < ".join(f"{name} {answer.costs[name]:.2f} us" for name in names)
+    priced = [(name, price) for name in names if (price := answer.prices[name]) is not None]
+    sign = " against "
+    if len(priced) == 2:
+        sign = " = " if is_tie(priced[0][1], priced[1][1]) else " < "
+    return sign.join(f"{name} {price.us:.2f} us" for name, price in priced)
 
 
 def _in_tokens(finding: Finding, answer: Answer, implementation: str) -> str:

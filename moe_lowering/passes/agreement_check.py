@@ -27,6 +27,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.identity import identity
 from moe_lowering.passes.arguments import argument, arguments
 from moe_lowering.passes.blocks import Block, BlockSpec
+from moe_lowering.passes.cost_model import Cost
 from moe_lowering.passes.emitter import COPIED_META
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.legality import torch_npu_is_loaded
@@ -81,12 +82,17 @@ def settings_record(deployment: Deployment, lowering: MoeLowering | None, ep_gro
 
 def _settings(lowering: MoeLowering) -> dict[str, str]:
     policy = lowering.policy
-    cost = f"{policy.cost.__module__}.{getattr(policy.cost, '__qualname__', type(policy.cost).__name__)}"
-    text = identity(policy.cost)  # what the function computes and holds, as far as processes can compare it
-    if "unique(" not in text:
-        cost += f" ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
     flags = {"strict": str(lowering.strict), "overlap": str(lowering.overlap)}
-    return {"comm": policy.comm, "policy": policy.name, "cost": cost, **flags}
+    return {"comm": policy.comm, "policy": policy.name, "cost": _cost(policy.cost), **flags}
+
+
+def _cost(cost: Cost | None) -> str:
+    """A cost function as text: what it does and holds, where that can be compared between processes."""
+    if cost is None:
+        return "the package's own prices"
+    name = f"{cost.__module__}.{getattr(cost, '__qualname__', type(cost).__name__)}"
+    text = identity(cost)
+    return name if "unique(" in text else f"{name} ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
 def first_exchange(graph: Graph) -> tuple[Node, dict[str, Any]] | None:

@@ -12,7 +12,6 @@ them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -87,17 +86,10 @@ class OperatorCall:
         return complete(self.operator, self.arguments(premises))
 
 
-@functools.cache
-def _target(operator: str) -> Any:
-    """The overload: of torch_npu, or of ours."""
-    namespace = torch.ops.npu if hasattr(torch.ops.npu, operator) else torch.ops.moe_lowering
-    return getattr(namespace, operator).default
-
-
 def emit_call(emit: Emitter, operator: str, arguments: Arguments) -> Node:
     """The node of a call with these arguments, nodes for its tensors."""
     args, kwargs = split(operator, arguments)
-    return emit.call(_target(operator), *args, **kwargs)
+    return emit.call(emit.target(operator), *args, **kwargs)
 
 
 def tensor(dtype: torch.dtype, *shape: Any) -> Operand:

@@ -21,10 +21,12 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, TokenRange
 from moe_lowering.passes.block_sizes import block_sizes
 from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.count_blocks import costs_later
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.legality import Judgement, declared_tokens, free_tokens, judge
 from moe_lowering.passes.policy import DEFAULT_TOKENS, Policy
 from moe_lowering.passes.token_ranges import SEARCH_LIMIT, is_strict, known_range, prover_for, size_hint, widest
+from moe_lowering.report.block_costs import BlockCost
 from moe_lowering.report.records import Sizes
 
 
@@ -40,6 +42,7 @@ class Decision:
         enforced: range outside of which the lowered graph must refuse to run; None when every size is fine.
         notes: what the user should know.
         sizes: for the report; None when the block stays as it is.
+        count: works out what each legal implementation costs, for the report; None where none is.
     """
 
     comm: str | None
@@ -49,17 +52,21 @@ class Decision:
     enforced: TokenRange | None = None
     notes: tuple[str, ...] = ()
     sizes: Sizes | None = None
+    count: Callable[[], tuple[BlockCost, ...]] | None = None
 
 
 def decide(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
     """The decision for one block; the same on every rank."""
     decision = _decide(spec, deployment, policy)
+    verdicts, at = decision.judgement.verdicts, _costed_tokens(spec, deployment)
+    if forms := tuple((name, verdict.form) for name, verdict in verdicts.items() if verdict.legal):
+        decision = dataclasses.replace(decision, count=costs_later(forms, spec, deployment, at))
     if decision.comm is None:
         return decision
     notes = decision.notes
     form = IMPLEMENTATIONS[decision.comm].form(decision.judgement.form(decision.comm), deployment)
     if form.note is not None:
-        notes += (form.note(spec, deployment, _costed_tokens(spec, deployment)),)
+        notes += (form.note(spec, deployment, at),)
     if spec.max_rows and not form.keeps_max_rows:
         notes += (_note_unused_cap(spec, decision.comm, form.name),)
     sizes = block_sizes(spec, deployment, decision.comm, decision.judgement)
@@ -69,7 +76,7 @@ def decide(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
 def _costed_tokens(spec: BlockSpec, deployment: Deployment) -> int:
     """T for figures in the report: what the graph has, else the declared bound."""
     fixed = isinstance(spec.tokens, int) and deployment.equal_tokens
-    return spec.tokens if fixed else deployment.max_tokens or DEFAULT_TOKENS
+    return int(spec.tokens) if fixed else deployment.max_tokens or DEFAULT_TOKENS
 
 
 def _note_unused_cap(spec: BlockSpec, comm: str, form: str) -> str:

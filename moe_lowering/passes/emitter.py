@@ -8,6 +8,7 @@ operator's meta costs 0.2 to 1.3 ms, so for the second and later of equal blocks
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,6 +73,10 @@ class Emitter:
         with self._graph.inserting_before(position):
             yield
         self._origin_meta = previous
+
+    def target(self, operator: str) -> Any:
+        """The overload of an operator's name: of torch_npu, or of ours."""
+        return find_overload(operator)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A call_function node with its value."""
@@ -156,6 +161,13 @@ class Emitter:
         ):  # written in place: the same memory, a value of its own
             return Template.of(value).view(value)
         return value
+
+
+@functools.cache
+def find_overload(operator: str) -> Any:
+    """The overload of an operator's name without namespace: of torch_npu, or of ours."""
+    namespace = torch.ops.npu if hasattr(torch.ops.npu, operator) else torch.ops.moe_lowering
+    return getattr(namespace, operator).default
 
 
 def _hashable(value: Any) -> Any:

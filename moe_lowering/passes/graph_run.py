@@ -164,6 +164,7 @@ class GraphRun:
             report = BlockReport(
                 "", comm, reason.say(names), (), (), decision.judgement.verdicts, decision.notes,
                 enforced=decision.enforced if done else None, sizes=decision.sizes if done else None,
+                count=decision.count,
             )  # fmt: skip
             self._said[key] = name_sizes(report, names)
         return self._said[key]

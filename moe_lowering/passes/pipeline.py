@@ -26,10 +26,10 @@ from moe_lowering import _versions
 from moe_lowering.argument_checks import require_flag, require_instance
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.capturability import is_captured
-from moe_lowering.passes.cost_model import estimate
+from moe_lowering.passes.cost_model import Cost
 from moe_lowering.passes.find_blocks import module_path
 from moe_lowering.passes.graph_run import GraphRun, describe_internal_error, log_warning, operator_name
-from moe_lowering.passes.policy import Cost, Policy
+from moe_lowering.passes.policy import Policy
 from moe_lowering.passes.subgraphs import Subgraph, computed_inputs, find_subgraphs
 from moe_lowering.passes.verifier import (
     generic_nodes,
@@ -53,8 +53,8 @@ class MoeLowering:
         strict: raise instead of leaving a block alone or giving a graph that cannot be captured to a backend that
             captures, and re-propagate fake tensors through the whole graph.
         policy: how ``auto`` chooses: ``auto`` (cheapest), ``vllm_ascend_0_13`` or ``vllm_ascend_main``.
-        cost: estimated microseconds of an implementation under a ``costs.Load``, in place of the built-in model. It must
-            give the same figures on every rank.
+        cost: estimated microseconds of an implementation under a ``costs.Load``, in place of the prices of ``passes.price``. It
+            must give the same figures on every rank.
         overlap: move the shared expert of each block to a side stream where the graph has stream scopes, which is inside
             npugraph_ex; see ``passes.overlap``. The report's notes say what overlaps, or why not.
 
@@ -72,7 +72,7 @@ class MoeLowering:
         comm: str = "auto",
         strict: bool = False,
         policy: str = "auto",
-        cost: Cost = estimate,
+        cost: Cost | None = None,
         overlap: bool = False,
     ) -> None:
         require_instance("MoeLowering", "deployment", deployment, Deployment, "a moe_lowering.Deployment")

@@ -1,8 +1,8 @@
 """Choose: one legal implementation by policy. What a policy sees is the same on every rank.
 
-- ``auto``: the cheapest legal one by a cost function (``costs.estimate``, or the user's). With ``comm``, that one and
-  no other; but ``fused_mc2`` that lacks a provider of its operator, and breaks no other rule, becomes the cheapest legal
-  one, and the reason says so.
+- ``auto``: the cheapest legal one by its price (``price``; of those that tie the simplest), or by the user's cost
+  function. With ``comm``, that one and no other; but ``fused_mc2`` that lacks a provider of its operator, and breaks no
+  other rule, becomes the cheapest legal one, and the reason says so.
 - ``fixed``: the one that ``comm`` names and no other, whatever the reason.
 - ``vllm_ascend_0_13``, ``vllm_ascend_main``: what vllm-ascend selects. Where that is not legal for the block, or
   vllm-ascend itself refuses the situation, the cheapest legal one, and the reason says so.
@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 from moe_lowering.argument_checks import require_callable, require_choice
 from moe_lowering.deployment import Deployment
 from moe_lowering.lookup import look_up
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.cost_model import Load, estimate
+from moe_lowering.passes.cost_model import Cost, Load
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
+from moe_lowering.passes.price import Price, choose_cheapest, price_of
 from moe_lowering.passes.vllm_ascend_rules import (
     Situation,
     capacity_0_13,
@@ -29,10 +29,10 @@ from moe_lowering.passes.vllm_ascend_rules import (
     choose_main,
     fused_in_main,
 )
+from moe_lowering.prices.rates import Rates, rates_of
 from moe_lowering.report.records import Verdict
 from moe_lowering.vocabulary import COMMS, EXPERT_FORMATS, POLICIES, PROVIDERS, VLLM_POLICIES
 
-Cost = Callable[[str, Load], float]
 _CHOOSERS = {"vllm_ascend_0_13": choose_0_13, "vllm_ascend_main": choose_main}
 NO_PROVIDER = "fused.provider"  # the code of the rule that a library brings the fused operator
 DEFAULT_TOKENS = 512  # what a graph without any bound is costed with: a full MC2 batch
@@ -49,7 +49,7 @@ class Policy:
     Attributes:
         comm: ``auto``, or the name of the only implementation to use.
         name: ``auto``, ``fixed`` (with ``comm``), or one of vllm-ascend's rules (without).
-        cost: estimated microseconds of an implementation under a load.
+        cost: the user's estimate in microseconds of an implementation under a load; None for the package's own prices.
 
     Raises:
         ValueError: an unknown ``comm`` or ``name``, names that do not go together, a cost that cannot be called.
@@ -57,12 +57,14 @@ class Policy:
 
     comm: str = "auto"
     name: str = "auto"
-    cost: Cost = estimate
+    cost: Cost | None = None
 
     def __post_init__(self) -> None:
         require_choice("MoeLowering", "comm", self.comm, COMMS)
         require_choice("MoeLowering", "policy", self.name, POLICIES)
-        require_callable("MoeLowering", "cost", self.cost, "a function (implementation, load) that gives microseconds")
+        if self.cost is not None:
+            accepted = "a function (implementation, load) that gives microseconds, or None"
+            require_callable("MoeLowering", "cost", self.cost, accepted)
         fits = look_up(
             {"auto": True, "fixed": self.comm != "auto", **dict.fromkeys(VLLM_POLICIES, self.comm == "auto")},
             self.name,
@@ -91,6 +93,9 @@ class Policy:
             prefix = f"{refused}; " if refused else f"{self.name} selects {selected}, which is not legal here; "
         if not legal:
             return None, f"{prefix}no implementation is legal"
+        if self.cost is None:
+            forms = {name: verdicts[name].form for name in legal}
+            return _cheapest(forms, spec, deployment, tokens, f"{prefix}cheapest at {tokens} tokens: ")
         return self._cheapest(legal, load_of(spec, deployment, tokens), f"{prefix}cheapest at {tokens} tokens: ")
 
     def _cheapest(self, legal: list[str], load: Load, prefix: str) -> tuple[str, str]:
@@ -100,6 +105,7 @@ class Policy:
         return best, f"{prefix}{costs[best]:.0f} us{f' against {others}' if others else ', the only legal one'}"
 
     def _cost(self, implementation: str, load: Load) -> float:
+        assert self.cost is not None
         try:
             cost = float(self.cost(implementation, load))
             if math.isnan(cost):  # compares with nothing, so that the order of names would choose
@@ -115,6 +121,37 @@ class Policy:
         if legal:
             return self.comm, f"{self.comm} was asked for and is legal"
         return None, f"{self.comm} was asked for and is not legal: {', '.join(codes)}"
+
+
+def rates_in(deployment: Deployment) -> Rates:
+    """What prices in a deployment depend on."""
+    assert isinstance(deployment.measured, tuple)  # read when it was made
+    return rates_of(deployment.soc, deployment.ranks_per_node, deployment.measured)
+
+
+def _cheapest(
+    forms: dict[str, str], spec: BlockSpec, deployment: Deployment, tokens: int, asked: str
+) -> tuple[str, str]:
+    """The cheapest of some legal forms, by implementation, and why."""
+    if len(forms) == 1:  # nothing to compare: no price is worked out
+        (name,) = forms
+        return name, f"{asked}{name} is the only legal one"
+    rates = rates_in(deployment)
+    prices = {name: price_of(name, form, spec, deployment, tokens, rates) for name, form in forms.items()}
+    best, tied = choose_cheapest(prices, forms)
+    said = f"{asked}{_said(prices[best])}"
+    if others := [name for name in prices if name != best and name not in tied]:
+        said += f" against {', '.join(f'{name} {_said(prices[name])}' for name in others)}"
+    if tied:
+        said += (
+            f"; a tie with {', '.join(f'{name} {_said(prices[name])}' for name in tied)}, as the difference is within its error: "
+            "the simpler one is taken"
+        )
+    return best, said
+
+
+def _said(price: Price) -> str:
+    return f"{price.us:.0f} +- {price.error_us:.0f} us"
 
 
 def _lacks_only_a_provider(verdict: Verdict, deployment: Deployment) -> bool:

@@ -61,45 +61,80 @@ def node_cost(node: Node) -> Cost:
     Raises:
         ValueError: a size is symbolic; the message names node and shape.
     """
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-        return Cost()  # items of tuples, arithmetic on sizes
+    traffic = read_traffic(node)
+    if traffic is None:
+        return Cost()
+    moved = sum(_size(node, value) for value in (*traffic.all_given, *traffic.written))
+    copies = Cost(len(traffic.copied), 0, sum(2 * _size(node, value) for value in traffic.copied))
+    return copies + Cost(1, int(traffic.collective), moved, moved if traffic.collective else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """The tensors that a kernel reads and writes.
+
+    Attributes:
+        name: of the operator, without namespace. collective: it is an exchange between ranks.
+        given: what it reads by parameter, but for experts. experts: those. written: results, or what is written in place.
+        copied: what is copied first, since it is in pieces.
+    """
+
+    name: str
+    collective: bool
+    given: dict[str, list[torch.Tensor]]
+    experts: dict[str, list[torch.Tensor]]
+    written: list[torch.Tensor]
+    copied: list[torch.Tensor]
+
+    @property
+    def all_given(self) -> list[torch.Tensor]:
+        return [value for values in self.given.values() for value in values]
+
+
+def read_traffic(node: Node) -> Traffic | None:
+    """Of one node; None where nothing is launched. A target without an overload has ``_schema`` and ``namespace`` of its own."""
+    target: Any = node.target
+    if node.op != "call_function" or not hasattr(target, "_schema"):
+        return None  # items of tuples, arithmetic on sizes
     name = target._schema.name.split("::")[1]
     results = list(_tensors(node.meta.get("val")))
     if name in _HOST_ONLY or not results:
-        return Cost()
-    operands = [value for argument in _read(node, name) for value in _tensors(argument)]
-    if _is_view(node, results, operands):
-        return Cost()
-    written = operands[:1] if target._schema.is_mutable else results
-    moved = sum(_size(node, value) for value in (*operands, *written))
+        return None
+    given, experts = _read(node, name)
+    values = [value for part in given.values() for value in part]
+    mutable = target._schema.is_mutable
+    if not mutable and _is_view(results, values):
+        return None
     collective = target.namespace in _COLLECTIVES
     copied = []
     if collective or target.namespace in ("npu", "moe_lowering"):
-        copied = [value for value in operands if not value.is_contiguous()]
-    copies = Cost(len(copied), 0, sum(2 * _size(node, value) for value in copied))
-    return copies + Cost(1, int(collective), moved, moved if collective else 0)
+        copied = [value for value in values if not value.is_contiguous()]
+    return Traffic(name, collective, given, experts, values[:1] if mutable else results, copied)
 
 
-def _read(node: Node, name: str) -> Iterator[Any]:
-    """The values of a call's arguments that are not experts."""
+def _read(node: Node, name: str) -> tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]:
+    """The values of a call's arguments by parameter: those that are not experts, and those that are."""
     left_out = _EXPERTS | _EXPERTS_OF.get(name, frozenset())
-    parameters = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    target: Any = node.target
+    parameters = [argument.name for argument in target._schema.arguments]
     named = {**dict(zip(parameters, node.args, strict=False)), **node.kwargs}
-    is_aten = node.target.namespace == "aten"  # type: ignore[union-attr]
+    given: dict[str, list[torch.Tensor]] = {}
+    experts: dict[str, list[torch.Tensor]] = {}
     for parameter, value in named.items():
-        if is_aten or parameter not in left_out:
-            yield from (leaf.meta.get("val") for leaf in tree_leaves(value) if isinstance(leaf, Node))
+        nodes = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Node))
+        tensors = [tensor for leaf in nodes for tensor in _tensors(leaf.meta.get("val"))]
+        of = experts if target.namespace != "aten" and parameter in left_out else given
+        if tensors:
+            of[parameter] = tensors
+    return given, experts
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
-def _is_view(node: Node, results: list[torch.Tensor], operands: list[torch.Tensor]) -> bool:
+def _is_view(results: list[torch.Tensor], operands: list[torch.Tensor]) -> bool:
     """Whether an operator makes nothing: its results are memory that it was given. A reshape may be that or a copy."""
-    if node.target._schema.is_mutable:  # type: ignore[union-attr]
-        return False
     memory = {value.untyped_storage()._cdata for value in operands}
     return all(value.untyped_storage()._cdata in memory for value in results)
 

@@ -7,11 +7,13 @@ symbols are known; ``to_json`` gives numbers as numbers.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from moe_lowering.deployment_detection import Detected
 from moe_lowering.limits import TokenRange, Violation
 from moe_lowering.limits.wording import Names, Value, names_in, show, to_json
+from moe_lowering.report.block_costs import BlockCost
 from moe_lowering.report.module_names import names
 
 
@@ -162,6 +164,7 @@ class BlockReport:
         notes: risks and costs that the user should know, e.g. a limit that no device check enforces.
         enforced: the range of T outside of which the lowered graph refuses to run, None when every T is fine.
         sizes: capacity, receive bound and the like of a lowered block; None of one that was left alone.
+        count: works out ``costs``; None of a block of which nothing is legal.
     """
 
     name: str
@@ -173,6 +176,13 @@ class BlockReport:
     notes: tuple[str, ...] = ()
     enforced: TokenRange | None = None
     sizes: Sizes | None = None
+    count: Callable[[], tuple[BlockCost, ...]] | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def costs(self) -> tuple[BlockCost, ...]:
+        """What each legal implementation costs, the chosen one first. Counted when it is asked for."""
+        found = () if self.count is None else self.count()
+        return tuple(sorted(found, key=lambda cost: cost.implementation != self.comm))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -185,6 +195,7 @@ class BlockReport:
             "notes": list(self.notes),
             "enforced": None if self.enforced is None else _fields(self.enforced),
             "sizes": None if self.sizes is None else self.sizes.to_json(),
+            "costs": [cost.to_json() for cost in self.costs],
         }
 
 

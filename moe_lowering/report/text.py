@@ -118,6 +118,7 @@ def _render_blocks(blocks: Sequence[BlockReport], sources: list[str]) -> str:
             lines.append(_render_verdict(name, verdict, sources))
         if name == block.comm or not verdict.legal:
             lines += _render_ruled_out(name, verdict)
+    lines += [labelled_text("" if at else "cost", str(cost), hanging="    ") for at, cost in enumerate(block.costs)]
     lines += [labelled_text("note", note) for note in block.notes]
     return "\n".join(lines)
 

@@ -205,9 +205,9 @@ def test_the_report_says_it_all(capfd):
         "vllm_ascend 0.23.0 is installed",
     ):
         assert text in re.sub(r",\s+", ", ", out)
-    assert re.search(r"^  allgather +legal +\d+ us$", out, re.M)
-    assert re.search(r"^  mc2 +refused: 1 rule +\d+ us$", out, re.M)
-    assert re.search(r"^  fused_mc2 +legal, dispatch_ffn_combine +\d+ us  chosen$", out, re.M)
+    assert re.search(r"^  allgather +legal +\d+ \+- \d+ us$", out, re.M)
+    assert re.search(r"^  mc2 +refused: 1 rule +\d+ \+- \d+ us$", out, re.M)
+    assert re.search(r"^  fused_mc2 +legal, dispatch_ffn_combine +\d+ \+- \d+ us  chosen$", out, re.M)
     assert "sizes T = 128; capacity 128 per TP rank; a rank receives up to 16384 rows; max_output_size 16384" in (
         re.sub(r"\s+", " ", out)
     )

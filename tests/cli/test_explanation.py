@@ -50,9 +50,9 @@ def test_one_block_however_it_is_given(given, tmp_path):
         "model of two layers": lambda: torch.nn.Sequential(layer(), layer()),
         "description": lambda: BLOCK,
     }[given]()
-    found = explain(model, DEPLOYMENT, tokens=128)
+    found = explain(model, DEPLOYMENT, tokens=400)
     assert meaning(found.block) == BLOCK
-    expected = explain(BLOCK, DEPLOYMENT, tokens=128)
+    expected = explain(BLOCK, DEPLOYMENT, tokens=400)
     assert found.answer.choice == expected.answer.choice == "fused_mc2"
     assert found.answer.judgement.verdicts == expected.answer.judgement.verdicts
     assert explain(model, DEPLOYMENT, tokens=128, quantisation="w8a8").block.quantisation == "w8a8"

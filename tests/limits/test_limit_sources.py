@@ -22,6 +22,9 @@ from moe_lowering.limits.sources import (
 )
 from moe_lowering.limits.toml import loads
 from moe_lowering.matrix.expected import REFUSALS
+from moe_lowering.prices.laws import stated_laws
+from moe_lowering.prices.machines import machines
+from moe_lowering.prices.published import published_rows
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("moe_lowering", "tests", "provider_tests", "benchmarks", "docs", ".ci")
@@ -200,6 +203,12 @@ def _cited_in_tables() -> list[Citation]:
     return cited
 
 
+def _cited_in_prices() -> list[Citation]:
+    laws = [citation for _, sources in stated_laws().values() for citation in sources]
+    rows = [citation for _, sources in published_rows() for citation in sources]
+    return [*laws, *rows, *(citation for machine in machines().values() for citation in machine.sources)]
+
+
 def _cited_in_facts() -> list[Citation]:
     files = sorted((ROOT / "tests/helpers/limit_facts").glob("*.toml"))
     groups = [group for file in files for group in loads(file.read_text("utf-8"))["group"]]
@@ -208,7 +217,7 @@ def _cited_in_facts() -> list[Citation]:
 
 def test_every_citation_is_declared_and_every_document_is_cited() -> None:
     reasons = [citation for refusal in REFUSALS for citation in cite(refusal.why, load_sources())]
-    parts = [_cited_in_tables(), _cited_in_code(), _cited_in_facts(), reasons]
+    parts = [_cited_in_tables(), _cited_in_code(), _cited_in_facts(), _cited_in_prices(), reasons]
     assert all(len(part) > 20 for part in parts)
     assert find_unused(load_sources(), [citation for part in parts for citation in part]) == []
 

@@ -20,8 +20,8 @@ from moe_lowering.custom_ops import fused, grouped_mlp, npu_grouped_mlp, quantis
 from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
 from moe_lowering.limits import Prover, load
 from moe_lowering.lookup import look_up
-from moe_lowering.passes import cost_model, policy
 from moe_lowering.passes import find_blocks as find_blocks_module
+from moe_lowering.passes import policy
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.emitter import Emitter
 from moe_lowering.passes.find_blocks import find_blocks
@@ -29,7 +29,10 @@ from moe_lowering.passes.implementations import IMPLEMENTATIONS, activation, qua
 from moe_lowering.passes.legality import judge
 from moe_lowering.passes.operands import storage_format
 from moe_lowering.passes.policy import Policy
+from moe_lowering.passes.price import price_of
 from moe_lowering.passes.quantities import GROUP_SELECT_MODES, NORM_TYPES
+from moe_lowering.prices.rates import rates_of
+from moe_lowering.prices.rows import WORDS
 from moe_lowering.vocabulary import (
     ACTIVATIONS,
     COMMS,
@@ -300,13 +303,28 @@ def test_a_policy_s_words(field: str, words: tuple[str, ...]) -> None:
         policy.vllm_choice(WORD, spec_of(), CAPABLE, 8)
 
 
-def test_costs_know_every_soc_and_implementation() -> None:
-    load_ = policy.load_of(spec_of(), CAPABLE, 8)
-    assert all(cost_model.estimate(comm, load_) > 0 for comm in IMPLEMENTATIONS)
-    with pytest.raises(ValueError, match=f"'{WORD}'"):
-        cost_model.estimate(WORD, load_)
+@pytest.mark.parametrize("soc", SOCS)
+def test_prices_know_every_soc_and_form(soc: str) -> None:
+    rates, spec = rates_of(soc), dataclasses.replace(spec_of(), max_rows=64)
+    assert rates.machine.memory > 0 and [what for what, _ in rates.laws] == list(WORDS)
+    for name, forms in IMPLEMENTATION_FORMS.items():
+        for form in forms:
+            assert price_of(name, form, spec, pricing(form), 8, rates).ns > 0
+
+
+def pricing(form: str) -> Deployment:
+    """A deployment that has the form."""
+    mode = 2 if form == "dispatch_gmm_combine_decode" else 1
+    return CAPABLE.replace(
+        fused_mode=mode, providers=(("vllm_ascend", "0.23.0"), ("cann_ops_transformer", "9.1.0")), installed=()
+    )
+
+
+def test_prices_refuse_other_words() -> None:
     with pytest.raises(ValueError, match=f"soc is '{WORD}'"):
-        cost_model.estimate("mc2", dataclasses.replace(load_, soc=WORD))
+        rates_of(WORD)
+    with pytest.raises(ValueError, match=f"law is '{WORD}'"):
+        rates_of("A3").law(WORD)
 
 
 def test_look_up() -> None:

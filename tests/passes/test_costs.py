@@ -1,5 +1,7 @@
 """What lowered layers cost, by the operators in their graphs: docs/costs.md holds the table, and a kernel more is seen."""
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -10,10 +12,13 @@ from torch.fx import Graph
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from moe_lowering.passes.emitter import Emitter
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.passes.tally import peak_bytes
 from moe_lowering.report.graph_costs import Cost, node_cost, total_cost
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import costs
+import fit_costs
 from layers import LayerSizes, emitted, lower_layer
 
 aten, npu, c10d = torch.ops.aten, torch.ops.npu, torch.ops._c10d_functional
@@ -82,6 +87,89 @@ def built(shapes, make, symbolic=False):
         with emit.at(end, inputs[0]):
             make(emit, *inputs)
     return emit.created
+
+
+def test_reports_count_what_is_in_the_graph(rows):
+    """Counted with torch's meta tensors and our own shapes of Ascend operators; the graph has those of torch_npu."""
+    for row in rows:
+        assert (row.told.kernels, row.told.exchanges, row.told.moved) == (
+            row.layer.kernels,
+            row.layer.collectives,
+            row.layer.moved,
+        )
+        assert (row.told.name, row.told.once) == (row.name, row.once.kernels)
+        assert row.told.sent_within + row.told.sent_between > 0 and row.told.buffers > 0
+
+
+COUNTED = [
+    ("w8a8", {"mask": True}), ("none", {"max_tokens": 8, "equal_tokens": False}), ("w4a16", {"tp_size": 2, "soc": "A2"}),
+    ("w8a8", {"mode": "ge"}), ("w4a8", {"tp_size": 2, "tokens": 7, "max_rows": 6}), ("none", {"tp_size": 2, "tokens": 7}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("quantisation", "fields"), COUNTED, ids=str)
+def test_reports_count_what_is_in_the_graph_of_other_deployments(quantisation, fields):
+    fields = dict(fields)
+    sizes = dataclasses.replace(SMALL, experts=32, tokens=fields.pop("tokens", 8))
+    found = 0
+    for comm in IMPLEMENTATIONS:
+        if comm == "fused_mc2" and (quantisation == "w4a16" or fields.keys() & {"mask", "soc", "mode"}):
+            continue
+        lowered = lower_layer(sizes, comm, 4, quantisation, **fields)
+        nodes, constants = emitted(lowered)
+        (block,) = lowered.report.blocks
+        cost, *others = block.costs
+        assert cost.implementation == comm and all(block.verdicts[each.implementation].legal for each in others)
+        layer = total_cost(node for node in nodes if "assert" not in str(node.target))
+        assert (cost.kernels, cost.exchanges, cost.moved) == (layer.kernels, layer.collectives, layer.moved)
+        assert cost.outside == layer.moved - layer.exchanged and cost.once == total_cost(constants).kernels
+        assert cost.buffers > 0 and cost.us > cost.error_us > 0
+        assert json.loads(json.dumps(block.to_json()))["costs"][0] == cost.to_json()
+        found += 1
+    assert found >= 2
+
+
+def test_links_within_and_between_nodes_are_told_apart():
+    whole, split = (
+        lower_layer(SMALL, "allgather", 4, ranks_per_node=ranks).report.blocks[0].costs[0] for ranks in (4, 2)
+    )
+    assert whole.sent_between == 0 and split.sent_between > split.sent_within > 0
+    assert whole.sent_within == pytest.approx(split.sent_within + split.sent_between, abs=16)
+    assert "to other nodes" in str(split) and "to other nodes" not in str(whole)
+
+
+def test_the_peak_of_buffers_is_what_lives_at_once():
+    """x [4, 6] bfloat16, 48 bytes: two results that are read together, after one that no one reads any more."""
+
+    def chain(emit, x):
+        first = emit.call(aten.neg.default, x)
+        second = emit.call(aten.neg.default, first)
+        third = emit.call(aten.neg.default, second)
+        emit.call(
+            aten.add.Tensor, emit.call(aten.reshape.default, third, [-1]), emit.call(aten.reshape.default, second, [-1])
+        )
+
+    assert peak_bytes(built([X], chain)) == 3 * 48
+    assert peak_bytes(built([X], lambda e, x: e.call(aten.reshape.default, x, [-1]))) == 0
+
+
+def test_laws_and_tables_are_what_is_fitted():
+    """benchmarks/fit_costs.py --write renews both; the twin has one row that is otherwise."""
+    found, sources = fit_costs.published()
+    assert fit_costs.toml(found) == fit_costs.FITTED.read_text("utf-8")
+    page = costs.PAGE.read_text("utf-8")
+    assert fit_costs.page(page, fit_costs.tables(found, sources)) == page
+    rows = [row._replace(us=row.us * 2) if at == 3 else row for at, row in enumerate(sources)]
+    assert fit_costs.toml(list(fit_costs.fits(rows))) != fit_costs.FITTED.read_text("utf-8")
+
+
+def test_fitted_laws_are_near_the_published_rows():
+    worst = {what: law.error for what, _, _, law in fit_costs.published()[0]}
+    assert worst == {
+        "matmul_int8": 0.05,
+        "dispatch": pytest.approx(0.15, abs=0.02),
+        "combine": pytest.approx(0.06, abs=0.02),
+    }
 
 
 BF16, INT = torch.bfloat16, torch.int32

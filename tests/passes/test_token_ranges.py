@@ -17,6 +17,7 @@ from moe_lowering.limits import Prover, Violation
 from moe_lowering.passes import graph_run, legality
 from moe_lowering.passes.calls import Rules
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.passes.price import Price
 from moe_lowering.passes.token_ranges import TokenRange, request_guard, widest
 
 FORBID = (("guards", "forbid"),)
@@ -282,9 +283,16 @@ def test_a_block_whose_rewrite_was_undone_asks_for_no_guard_and_enforces_nothing
     assert asserted(lowered) == (2, 24)
 
 
-def test_fused_is_seen_on_both_sides_of_a_cost_crossover():
+def test_fused_is_seen_on_both_sides_of_a_cost_crossover(monkeypatch):
     """The range ends where the choice does, not where two other implementations cross."""
-    for tokens in (64, 400):  # AllGather and MC2 cross at 308
+
+    def price_of(name, form, spec, deployment, tokens, rates):
+        crossing_at_308 = {"allgather": tokens, "mc2": 308}
+        us = {**crossing_at_308, "alltoall": 2 * tokens, "fused_mc2": 1}[name]
+        return Price((("memory", 1000 * us, 0.01),))
+
+    monkeypatch.setattr("moe_lowering.passes.policy.price_of", price_of)
+    for tokens in (64, 400):
         lowered = BASE.but(tokens=tokens, deployment=(("max_tokens", 512),)).judge(dynamic=True)
         assert comm_of(lowered) == "fused_mc2"
         assert asserted(lowered)[1] == 512

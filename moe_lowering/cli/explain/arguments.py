@@ -12,6 +12,7 @@ from moe_lowering.cli.options import (
     HCCL_BUFFER_MB,
     WEIGHT_FORMAT,
     add_parser,
+    add_prices,
     add_provider,
     parse_digits,
     parse_positive,
@@ -109,6 +110,7 @@ def _add_deployment(add: Any) -> None:
     add("--capture", action=argparse.BooleanOptionalAction, default=True,
         help="whether the graph is captured, so that nothing may need a size on the host (default yes)")  # fmt: skip
     add_provider(add)
+    add_prices(add)
 
 
 def _add_answer(add: Any) -> None:

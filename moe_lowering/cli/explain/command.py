@@ -12,7 +12,7 @@ import torch
 
 from moe_lowering.cli.explain.request import ExplainRequest
 from moe_lowering.cli.explain.text import render
-from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT
+from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT, read_measured
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.deployment import Deployment
 from moe_lowering.explanation import ExplainError, Explanation, MissingSizesError, describe, explain
@@ -132,6 +132,8 @@ def _deployment(request: ExplainRequest, experts: int) -> Deployment:
             fused_mode=request.fused_mode,
             capture=request.capture,
             mc2_hierarchy=request.hierarchy,
+            ranks_per_node=request.ranks_per_node,
+            measured=read_measured(request.measured, request.soc),
             providers=request.providers,
         )
     except ValueError as error:  # the error's text names the field, the value and what is accepted

@@ -39,6 +39,8 @@ class ExplainRequest:
     policy: str = AUTO
     why: str | None = None
     sweep: tuple[int, int] | None = None
+    ranks_per_node: int = 0
+    measured: str = ""
     json: bool = False
     color: str = "auto"
 

@@ -91,7 +91,8 @@ def _table(answer: Answer, paint: Paint) -> str:
         form = f", {verdict.form}" if verdict.form not in ("", name) else ""
         status = f"legal{form}" if verdict.legal else f"refused: {count} rule{'' if count == 1 else 's'}"
         chosen = paint("  chosen", "bold") if name == answer.choice else ""
-        cost = f"{answer.costs[name]:.0f} us"
+        price = answer.prices[name]
+        cost = "not known" if price is None else f"{price.us:.0f} +- {price.error_us:.0f} us"
         lines.append(f"  {name:<{LABEL - 1}} {paint.legal(f'{status:<36}', verdict.legal)} {cost:>16}{chosen}")
     return "\n".join(lines)
 
@@ -102,8 +103,12 @@ def _choice_lines(explanation: Explanation, paint: Paint) -> str:
     policy = explanation.question.policy
     if answer.requested is not None and policy.comm == AUTO:
         lines.append(_labelled_text("policy", f"{policy.name} selects {answer.requested}"))
+    if policy.comm == AUTO and policy.name == AUTO:
+        lines.append(_labelled_text("vllm-ascend", str(answer.beside_rule())))
     if (sizes := answer.sizes()) is not None:
         lines += render_sizes(sizes)
+    lines += [_labelled_text("" if at else "cost", str(cost)) for at, cost in enumerate(answer.costs())]
+    lines.append(_labelled_text("memory", str(answer.memory(explanation.block.layers))))
     label = f"{answer.choice or 'NONE'}"
     return "\n".join(lines).replace(f" {label}", " " + paint.legal(label, answer.choice is not None), 1)
 

@@ -7,7 +7,15 @@ from typing import Any
 
 from moe_lowering.cli.lower.configs import check_ranks
 from moe_lowering.cli.lower.request import REPLAYS, LowerRequest
-from moe_lowering.cli.options import DTYPES, add_parser, add_provider, parse_positive, provider_packages
+from moe_lowering.cli.options import (
+    DTYPES,
+    add_parser,
+    add_prices,
+    add_provider,
+    parse_positive,
+    provider_packages,
+    read_measured,
+)
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.model_configs.check import check_model
 from moe_lowering.model_configs.errors import ModelError
@@ -79,6 +87,7 @@ def check(request: LowerRequest) -> None:
 def _check_options(request: LowerRequest) -> None:
     """What one option says of another."""
     provider_packages(request.provider)
+    read_measured(request.measured, request.soc)
     if not request.fake and request.tokens > RUN_TOKENS:
         raise UsageError(
             f"argument --tokens: is {request.tokens}; accepted: 1 to {RUN_TOKENS}, as the model is run on CPU, or --fake"
@@ -115,6 +124,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
         help="fused operators: 1 dispatch_ffn_combine or mega_moe, 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
     add_provider(add)
+    add_prices(add)
     add("--soc", choices=SOCS, default="A3", help="Ascend SoC (default A3)")
     add("--tokens", type=parse_positive, default=32, metavar="T", help="tokens of one rank (default 32)")
     add(

@@ -9,7 +9,7 @@ from torch import nn
 from moe_lowering.cli.lower import early_refusal, models
 from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.request import LowerRequest
-from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT
+from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT, read_measured
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.deployment import Deployment
 from moe_lowering.model_configs.check import ACCEPTED, OWN
@@ -27,6 +27,8 @@ def deployment_for(request: LowerRequest, **place: Any) -> Deployment:
         equal_tokens=True,
         hccl_buffer_mb=HCCL_BUFFER_MB,
         weight_format=WEIGHT_FORMAT,
+        ranks_per_node=request.ranks_per_node,
+        measured=read_measured(request.measured, request.soc),
         providers=request.providers,
         **place,
     )

@@ -29,6 +29,8 @@ class LowerRequest:
     fake: bool = False
     capture: bool = False
     replays: int | None = None
+    ranks_per_node: int = 0
+    measured: str = ""
     json: bool = False
 
     @property

@@ -226,8 +226,9 @@ def zero_masked_rows(emit: Emitter, y: Node, mask: Node) -> Node:
 
 def _keep_communication() -> None:
     """torch_npu does not mark its communication operators: an unused dispatch would be dropped on one rank only."""
-    for op in (torch.ops.npu.npu_moe_distribute_dispatch_v2, torch.ops.npu.npu_moe_distribute_combine_v2):
-        has_side_effect(op.default)
+    for name in (DISPATCH, COMBINE):
+        if hasattr(torch.ops.npu, name):  # a price is asked for without torch_npu, too
+            has_side_effect(getattr(torch.ops.npu, name).default)
 
 
 MC2 = Implementation("mc2", _rules, lambda deployment: (Form("mc2", _calls, _emit, sends_masks=False),))

@@ -64,12 +64,18 @@ def bias_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def emit_mlp(
-    emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts: Node, deployment: Deployment
+    emit: Emitter,
+    block: Block,
+    rows: Node,
+    row_scale: Node | None,
+    counts: Node,
+    deployment: Deployment,
+    chosen: str | None = None,
 ) -> Node:
     """rows [N, H] (with row_scale [N] where the weights take int8 rows) of which the first sum(counts) count -> [N, H] of
-    the block's dtype, the rest undefined."""
+    the block's dtype, the rest undefined. ``chosen``: as for ``mlp_calls``."""
     if block.spec.format.quantised:
-        return quantised_mlp.emit(emit, block, rows, row_scale, counts, deployment)
+        return quantised_mlp.emit(emit, block, rows, row_scale, counts, deployment, chosen)
     experts = block.experts
     hidden = _grouped_matmul(emit, rows, experts.w13, experts.w13_bias, counts)
     hidden = emit_activation(emit, hidden, block.spec, deployment.soc)

@@ -177,7 +177,15 @@ def _scale_dtype(spec: BlockSpec) -> torch.dtype:
     return torch.bfloat16 if spec.dtype == torch.bfloat16 else torch.float32
 
 
-def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts: Node, deployment: Deployment) -> Node:
+def emit(
+    emit: Emitter,
+    block: Block,
+    rows: Node,
+    row_scale: Node | None,
+    counts: Node,
+    deployment: Deployment,
+    chosen: str | None = None,
+) -> Node:
     """As ``mlp.emit_mlp``."""
     spec = block.spec
     experts = block.experts
@@ -192,7 +200,7 @@ def emit(emit: Emitter, block: Block, rows: Node, row_scale: Node | None, counts
         hidden = emit_activation(emit, hidden, spec, deployment.soc)
         return _antiquant_matmul(emit, hidden, w2, w2_scale, experts.w2_offset or (), counts)
     assert row_scale is not None  # rows travel as int8 where the weights take them so
-    name = chain(spec, deployment)
+    name = chosen or chain(spec, deployment)
     if name == FUSED:
         scales = [as_float32(emit, w13_scale[0])]
         pair = emit_call(emit, SWIGLU_QUANT, _swiglu_quant_arguments(rows, w13, scales, row_scale, counts))

@@ -1,0 +1,99 @@
+"""What a model's experts and buffers take of a SoC's memory, for ``explain``: said and warned of, never refused.
+
+Counted are the experts of all MoE layers, the most that the results of one layer take at once (row buffers at their bound;
+layers follow each other, and share it), and HCCL_BUFFSIZE once for each communicator that the choice uses. Attention, the
+KV cache and all else of the model are not known here, so what fits may still be too much.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.operands import ExpertOperands
+from moe_lowering.prices.machines import machine_of
+
+TOO_SMALL = "memory.too_small"
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank.
+
+    Attributes:
+        experts: weights, scales and biases of the experts of one MoE layer. layers: how many there are; None where it is not
+            known, and one is counted.
+        buffers: what the results of one layer take at most. window: of HCCL, for ``communicators``.
+        capacity: of the SoC; None where it is not known.
+    """
+
+    experts: int
+    layers: int | None
+    buffers: int
+    window: int
+    communicators: int
+    capacity: int | None
+
+    @property
+    def needed(self) -> int:
+        return self.experts * (self.layers or 1) + self.buffers + self.window
+
+    @property
+    def fits(self) -> bool:
+        """Whether it may fit: what is not counted is not known."""
+        return self.capacity is None or self.needed <= self.capacity
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "needed": self.needed, "fits": self.fits}
+
+    def __str__(self) -> str:
+        layers = f"{self.layers} MoE layers" if self.layers else "one MoE layer (how many there are is not known)"
+        window = f"{_gb(self.window)} HCCL window of {self.communicators} communicator{'s' * (self.communicators != 1)}"
+        there = "memory of the SoC is not known" if self.capacity is None else f"the SoC has {_gb(self.capacity)}"
+        said = (
+            f"{_gb(self.needed)} = {_gb(self.experts * (self.layers or 1))} experts of {layers}, {_gb(self.buffers)} buffers, "
+            f"{window}; {there}"
+        )
+        return (
+            said
+            if self.fits
+            else f"[{TOO_SMALL}] {said}: it cannot fit (more ranks, quantised experts, a smaller HCCL_BUFFSIZE)"
+        )
+
+
+def memory_of(
+    experts: ExpertOperands, layers: int | None, buffers: int, deployment: Deployment, choice: str | None
+) -> Memory:
+    """Of one rank in a deployment.
+
+    Args:
+        buffers: bytes. choice: the implementation; None for none.
+    """
+    exchanges = int(choice is not None and deployment.ep_size > 1) + int(deployment.tp_size > 1)
+    gib = machine_of(deployment.soc).memory_gib
+    return Memory(
+        experts_bytes(experts),
+        layers,
+        buffers,
+        exchanges * deployment.hccl_buffer_bytes,
+        exchanges,
+        gib * 2**30 or None,
+    )
+
+
+def experts_bytes(experts: ExpertOperands) -> int:
+    """Bytes of one layer's experts on a rank."""
+    lists = (getattr(experts, field.name) for field in dataclasses.fields(experts))
+    return sum(_bytes(each) for operands in lists for each in operands.items)
+
+
+def _bytes(each: Any) -> int:
+    count = 1
+    for n in each.shape:
+        count *= n
+    return int(count) * int(each.dtype.itemsize)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"

@@ -1,0 +1,197 @@
+"""A block's replacement, emitted for counting: by the implementation's own ``emit``, into a graph that nobody compiles.
+
+Tensors are on device meta, so that ATen's own functions give views in a few microseconds; what they are slow at comes
+from ``aten_results``, what Ascend operators give from ``operator_results``, so that neither torch_npu nor an NPU is
+needed. What is counted is the same on every rank: the block as a rank with routed experts sees it, with names of groups
+that no process has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from moe_lowering.custom_ops.combine import CombineCall
+from moe_lowering.custom_ops.dispatch import DispatchCall
+from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
+from moe_lowering.deployment import Deployment
+from moe_lowering.limits import Prover
+from moe_lowering.limits.calls.schemas import complete, schema
+from moe_lowering.passes.aten_results import ATEN_RESULTS
+from moe_lowering.passes.blocks import Block, BlockSpec
+from moe_lowering.passes.calls import Premises
+from moe_lowering.passes.emitter import Emitter
+from moe_lowering.passes.implementations.base import Form
+from moe_lowering.passes.operands import ExpertOperands, Operand, Operands
+from moe_lowering.passes.operator_results import IN_A_LIST, RESULTS, collective_result
+from moe_lowering.report.graph_costs import read_traffic
+
+OPS = torch.ops.moe_lowering
+
+
+class CountedOperator:
+    """An Ascend operator by its name, as the target of a node: what ``graph_costs`` reads of an overload, and its results."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
+        self._schema = schema(name)
+        self.namespace = str(self._schema.name).split("::")[0]
+        self._parameters = [argument.name for argument in self._schema.arguments]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = complete(self.__name__, {**dict(zip(self._parameters, args, strict=False)), **kwargs})
+        made = [_empty(shape, dtype) for shape, dtype in RESULTS[self.__name__](bound)]
+        if self.__name__ in IN_A_LIST:
+            return made
+        return made[0] if len(made) == 1 else tuple(made)
+
+
+@functools.cache
+def _counted(name: str) -> CountedOperator:
+    return CountedOperator(name)
+
+
+def _empty(shape: tuple[Any, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class Tally(Emitter):
+    """An emitter whose nodes are counted and not compiled."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph, None)  # type: ignore[arg-type]
+
+    def target(self, operator: str) -> Any:
+        return _counted(operator)
+
+    def _value(self, node: Node) -> Any:
+        return self._compute(node)
+
+    def _compute(self, node: Node) -> Any:
+        args: Any
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        target: Any = node.target
+        if getattr(target, "namespace", "") == "_c10d_functional":
+            return collective_result(target._schema.name.split("::")[1], *args)
+        return ATEN_RESULTS.get(target, target)(*args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """The nodes that a form emits for a block: those of every layer, and the constants that all layers share."""
+
+    nodes: list[Node]
+    constants: list[Node]
+
+
+def neutral(deployment: Deployment) -> Deployment:
+    """The deployment as the last rank has it, with groups that no process has: nothing of a rank's own is left."""
+    return deployment.replace(
+        ep_group="counted ep" if deployment.ep_size > 1 else "",
+        tp_group="counted tp" if deployment.tp_size > 1 else "",
+        mc2_group="counted mc2" if deployment.mc2_group else "",
+        ep_rank=deployment.ep_size - 1,
+        tp_rank=0,
+        detected=(),
+    )
+
+
+def count_form(form: Form, spec: BlockSpec, deployment: Deployment, tokens: int) -> Counted:
+    """Emit a form of a block at T = ``tokens``, an int.
+
+    Args:
+        deployment: ``neutral``.
+    """
+    spec = dataclasses.replace(spec, tokens=tokens, on_shared_rank=False)
+    graph = Graph()
+    block = _block(graph, spec)
+    emit = Tally(graph)
+    form.emit(block, emit, deployment, Premises(tokens, tokens, Prover()))
+    return Counted(emit.created, [node for node in emit.made if node not in emit.created])
+
+
+def _block(graph: Graph, spec: BlockSpec) -> Block:
+    """A block with the record ``spec`` in an empty graph."""
+
+    def given(name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> Node:
+        node = graph.placeholder(name)
+        node.meta["val"] = _empty(shape, dtype)
+        return node
+
+    tokens = spec.tokens
+    x = given("x", (tokens, spec.hidden), torch.int8 if spec.quantised_input else spec.dtype)
+    scale = given("x_scale", (tokens,), torch.float32) if spec.quantised_input else None
+    ids = given("ids", (tokens, spec.top_k), torch.int32)
+    weights = given("weights", (tokens, spec.top_k), torch.float32)
+    mask = given("mask", (tokens,), torch.bool) if spec.has_mask else None
+    experts = {field.name: _tensors(graph, field.name, spec.tensors) for field in dataclasses.fields(ExpertOperands)}
+
+    def called(target: Any, call: Any) -> Node:
+        return graph.call_function(target, tuple(call))
+
+    common: dict[str, Any] = {
+        "ids": ids, "mask": mask, "num_experts": spec.experts, "ep_group": spec.ep_group, "ep_size": spec.ep_size,
+        "tp_group": spec.tp_group, "tp_size": spec.tp_size, "max_tokens": spec.max_tokens,
+        "shared_expert_ranks": spec.shared_expert_ranks, "shared_experts": spec.shared_experts,
+    }  # fmt: skip
+    sent = called(OPS.dispatch.default, DispatchCall(x=x, x_scale=scale, max_rows=spec.max_rows, **common))
+    rows, row_scale, counts, handle = (graph.call_function(operator.getitem, (sent, at)) for at in range(4))
+    optional: dict[str, Any] = {
+        name: value or None for name, value in experts.items() if name.endswith(("scale", "offset", "scale_bias"))
+    }
+    mlp = called(
+        OPS.grouped_mlp.default,
+        GroupedMlpCall(
+            rows=rows, row_scale=row_scale, counts=counts, w13=experts["w13"], w2=experts["w2"],
+            w13_bias=experts["w13_bias"], w2_bias=experts["w2_bias"], activation=spec.activation, limit=spec.limit,
+            alpha=spec.alpha, interleaved=spec.interleaved, quantisation=spec.quantisation, **optional,
+        ),
+    )  # fmt: skip
+    combine = called(OPS.combine.default, CombineCall(rows=mlp, weights=weights, handle=handle, **common))
+    interior = (sent, rows, row_scale, counts, handle, mlp, combine)
+    read_counts = counts if spec.counts_are_read else None
+    return Block("counted", sent, mlp, combine, read_counts, interior, None, spec)
+
+
+def _tensors(graph: Graph, name: str, experts: ExpertOperands) -> list[Node]:
+    operands: Operands = getattr(experts, name)
+    nodes = []
+    for number, each in enumerate(operands.items):
+        node = graph.placeholder(f"{name}_{number}")
+        node.meta["val"] = _strided(each)
+        nodes.append(node)
+    return nodes
+
+
+def _strided(each: Operand) -> torch.Tensor:
+    return torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device="meta")
+
+
+def peak_bytes(nodes: list[Node]) -> int:
+    """The most bytes that results of these nodes take at once: each lives from its node to the last one that reads it."""
+    order = {node: at for at, node in enumerate(nodes)}
+    ends: dict[int, int] = {}
+    begins: dict[int, tuple[int, int]] = {}
+    for node, at in order.items():
+        last = max([at, *(order.get(user, at) for user in node.users)])
+        for tensor in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(tensor, torch.Tensor):
+                memory = tensor.untyped_storage()._cdata
+                ends[memory] = max(last, ends.get(memory, 0))
+                if memory not in begins and read_traffic(node) is not None:
+                    begins[memory] = at, tensor.untyped_storage().nbytes()
+    changes = [0] * (len(nodes) + 1)
+    for memory, (begin, size) in begins.items():
+        changes[begin] += size
+        changes[ends[memory] + 1] -= size
+    most = now = 0
+    for change in changes:
+        now += change
+        most = max(most, now)
+    return most

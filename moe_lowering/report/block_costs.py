@@ -1,0 +1,58 @@
+"""What each implementation of a block costs, for reports: counted from the nodes that it emits, and priced."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCost:
+    """One implementation of one block, at one number of tokens of a rank. Bytes are those of ``graph_costs``.
+
+    Attributes:
+        implementation, form: by their names.
+        tokens: T that it is counted at.
+        kernels: launches of a layer, ``exchanges`` of them collectives. once: kernels that all layers of a graph share.
+        moved: bytes read and written, ``outside`` of them not by collectives.
+        sent_within, sent_between: bytes that a rank sends to others of its node, and to other nodes; those that MC2's and the
+            fused operators send inside among them, with tokens spread evenly.
+        buffers: the most bytes that the layer's results take at once, row buffers at their bound.
+        us, error_us: the price, and how wrong it may be.
+    """
+
+    implementation: str
+    form: str
+    tokens: int
+    kernels: int
+    exchanges: int
+    once: int
+    moved: int
+    outside: int
+    sent_within: int
+    sent_between: int
+    buffers: int
+    us: float
+    error_us: float
+
+    @property
+    def name(self) -> str:
+        """The implementation, and its form where that has another name."""
+        return self.implementation if self.form in ("", self.implementation) else f"{self.implementation} ({self.form})"
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        exchanges = f", {self.exchanges} of them exchanges" if self.exchanges else ""
+        between = f" and {_mb(self.sent_between)} to other nodes" if self.sent_between else ""
+        once = f"; {self.once} kernels once per graph" if self.once else ""
+        return (
+            f"{self.name}: {self.kernels} kernel{'' if self.kernels == 1 else 's'}{exchanges}, {_mb(self.moved)} read and "
+            f"written, {_mb(self.sent_within)} sent within the node{between}, buffers of {_mb(self.buffers)}{once}; "
+            f"{self.us:.0f} +- {self.error_us:.0f} us"
+        )
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
