@@ -119,7 +119,8 @@ def _serve(pipe: Connection) -> None:
     import pytest
     import torch
     import torch._dynamo
-    import torch.distributed.run  # it, and what follows, is what torch_npu imports of torch
+    import torch.distributed.checkpoint  # it, and what follows, is what torch_npu imports of torch
+    import torch.distributed.run
     import torch.distributed.tensor.experimental
     import torch.fx.experimental.symbolic_shapes
     import torch.nn.attention.flex_attention
@@ -129,7 +130,7 @@ def _serve(pipe: Connection) -> None:
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take longer to import than the tests to run
     sys.dont_write_bytecode = False  # what is compiled for the first copy is linked into the others
     options = ("-q", "--assert=plain", "--maxfail=10", "-p", "no:cacheprovider", "-p", "no:unraisableexception")
-    gc.freeze()  # the objects of torch are no garbage of a child's
+    gc.disable()  # children end before a collection is worth its time
     assert not any(name.partition(".")[0] == "moe_lowering" for name in sys.modules)
     while True:
         try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGE = "docs/adding.md"
+RECORD = "moe_lowering/vocabulary.py"
 _STEP = re.compile(r"^(\d+)\. (.+?)(?=^\d+\. |\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -56,3 +58,26 @@ def forgotten(kind: str, file: str, detail: object = "") -> str:
     """The message of a test that finds the step of ``kind`` about ``file`` left out."""
     (step,) = (step for step in checklists()[kind] if step.file == file)
     return f"{step} {detail}"
+
+
+def require_words(kind: str, file: str, words: Collection[str], vocabulary: Collection[str]) -> None:
+    """``words``, which ``file`` has, are those of the vocabulary."""
+    missing, unknown = sorted({*vocabulary} - {*words}), sorted({*words} - {*vocabulary})
+    assert not missing, forgotten(kind, file, f"has no {', '.join(missing)}")
+    assert not unknown, forgotten(kind, RECORD, f"has no {', '.join(unknown)}, which {file} has")
+
+
+@functools.cache
+def page(name: str) -> str:
+    return (ROOT / name).read_text("utf-8")
+
+
+def first_cells(name: str, title: str) -> list[str]:
+    """The words of the first column of the table of a page whose first title is ``title``."""
+    table = page(name).split(f"| {title} |", 1)[1].split("\n\n", 1)[0]
+    return re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
+
+
+def bullet(name: str, title: str) -> str:
+    """The item of a list that begins with ``title``, up to the next one."""
+    return page(name).split(f"\n- `{title}`:", 1)[1].split("\n- ", 1)[0]
