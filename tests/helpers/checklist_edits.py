@@ -60,18 +60,15 @@ IMPLEMENTATION: Edits = {
     ("An implementation", 4): (Insert("moe_lowering/limits/data/implementations.toml", None, RULE),),
     ("An implementation", 5): (Insert("tests/helpers/limit_facts/implementations.toml", None, FACT),),
     ("An implementation", 6): (
-        Insert("moe_lowering/passes/cost_model.py", '    "fused_mc2": _fused_mc2,', '    "toy": _allgather,\n'),
-    ),
-    ("An implementation", 7): (
         Insert(
             "moe_lowering/matrix/forms.py",
             '        WeightForm(\n            "dispatch_ffn_combine"',
             '        WeightForm("toy", "toy", "toy", ("npu.npu_moe_init_routing_v2",)),\n',
         ),
     ),
-    ("An implementation", 8): (Insert("README.md", "| `fused_mc2` |", "| `toy` | AllGather | everywhere |\n"),),
-    ("An implementation", 9): (Insert("docs/matrix.md", "; `fused_mc2` as `dispatch_ffn_combine`", "; `toy`"),),
-    ("An implementation", 10): (Insert("docs/costs.md", "| 16 | bf16 | allgather |", COSTS_OF_A_TOY),),
+    ("An implementation", 7): (Insert("README.md", "| `fused_mc2` |", "| `toy` | AllGather | everywhere |\n"),),
+    ("An implementation", 8): (Insert("docs/matrix.md", "; `fused_mc2` as `dispatch_ffn_combine`", "; `toy`"),),
+    ("An implementation", 9): (Insert("docs/costs.md", "| 16 | bf16 | allgather |", COSTS_OF_A_TOY),),
 }
 
 SOC_RECORD = """        Soc(
@@ -79,9 +76,6 @@ SOC_RECORD = """        Soc(
             "Ascend990_1",
             r"Ascend990_\\d",
             ("A9",),
-            link=1.0,
-            compute=1.0,
-            memory=1.0,
         ),
 """
 SOC_ROW = """
@@ -93,6 +87,16 @@ value = "x_dtype"
 one_of = ["float16"]
 source = "wheel.docs: a toy"
 advice = "run the model in float16"
+"""
+SOC_FIGURES = """
+[A9]
+ranks_per_node = 8
+memory = 1.0
+memory_gib = 1
+within = { gb_s = 1.0, latency_us = 1.0 }
+between = { gb_s = 1.0, latency_us = 1.0 }
+tops = { 16bit = 1.0, int8 = 1.0, float32 = 1.0 }
+source = "wheel.docs: a toy"
 """
 SOC_FACT = """
 [[group]]
@@ -133,7 +137,8 @@ def soc_edits() -> Edits:
                 '    if s.soc == "A9":\n        return "allgather"\n',
             ),
         ),
-        ("A SoC", 5): (Insert("docs/deployment.md", "| `310P` | `Asc", "| `A9` | `Ascend990_1` | `A9` |\n"),),
+        ("A SoC", 5): (Insert("moe_lowering/prices/data/machines.toml", None, SOC_FIGURES),),
+        ("A SoC", 6): (Insert("docs/deployment.md", "| `310P` | `Asc", "| `A9` | `Ascend990_1` | `A9` |\n"),),
     }
 
 
