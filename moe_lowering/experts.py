@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lowering.argument_checks import require_instance, require_integer
-from moe_lowering.layers import MoE, moe_modules, warn_of_other_implementations
+from moe_lowering.layers import MoE, moe_modules, warn_of_other_implementations, weight_names
 
 __all__ = ["list_experts", "log2phy_from_expert_maps"]
 
@@ -109,7 +109,7 @@ def list_experts(model: nn.Module) -> nn.Module:
         known: Any = module
         own = isinstance(module, MoE)
         turned = not own and not known.is_transposed
-        for name in ("w13", "w2") if own else ("gate_up_proj", "down_proj"):
+        for name in weight_names(module):
             for suffix in _SUFFIXES:
                 _to_list(module, name + suffix, transpose=turned and not suffix)
         if not own:

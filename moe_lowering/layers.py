@@ -16,6 +16,7 @@ from moe_lowering.argument_checks import require_instance
 from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts, route
 from moe_lowering.model_arguments import check_layer, check_layer_call, check_layer_place
+from moe_lowering.vocabulary import ACTIVATIONS
 
 __all__ = ["MoE", "shard_experts"]
 
@@ -99,6 +100,7 @@ class MoE(nn.Module):
             numbers={"scale": scale, "limit": limit, "alpha": alpha},
             words={"scoring": scoring, "group_score": group_score, "activation": activation},
         )
+        width = ACTIVATIONS[activation].parts * intermediate_size
         check_layer_place(deployment, dtype, device)
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.scoring, self.renormalize = scoring, renormalize
@@ -118,7 +120,7 @@ class MoE(nn.Module):
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
         self.gate = nn.Linear(hidden_size, num_experts, bias=False, dtype=dtype, device=device).requires_grad_(False)
-        shapes = {"w13": (hidden_size, 2 * intermediate_size), "w2": (intermediate_size, hidden_size)}
+        shapes = {"w13": (hidden_size, width), "w2": (intermediate_size, hidden_size)}
         for name, (inputs, outputs) in shapes.items():
             for prefix, experts in (("", local), *((("shared_", shared),) if shared else ())):
                 self.register_parameter(f"{prefix}{name}", parameter(experts, inputs, outputs))
@@ -145,7 +147,8 @@ class MoE(nn.Module):
             scale=scale,
         )
         x, w13, w2 = (
-            torch.empty(shape, dtype=torch.float32, device="meta") for shape in ((1, 8), (1, 8, 16), (1, 8, 8))
+            torch.empty(shape, dtype=torch.float32, device="meta")
+            for shape in ((1, 8), (1, 8, 8 * ACTIVATIONS[self.activation].parts), (1, 8, 8))
         )
         weights, ids = x[:, :1], torch.zeros(1, 1, dtype=torch.int32, device="meta")
         gate, interleaved = self.activation, self.interleaved
@@ -261,7 +264,7 @@ def moe_modules(what: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
     if not matches:
         raise ValueError(
             f"{what}: {type(model).__name__} has no MoE module; accepted: a model with moe_lowering.layers.MoE "
-            "or with transformers' experts modules (num_experts, gate_up_proj, down_proj, is_transposed, has_bias, "
+            "or with transformers' experts modules (num_experts, gate_up_proj or up_proj, down_proj, is_transposed, has_bias, "
             "is_concatenated)"
         )
     return matches
@@ -286,14 +289,21 @@ def warn_of_other_implementations(what: str, modules: Sequence[tuple[str, nn.Mod
 
 def refuse_lists(what: str, module: nn.Module) -> None:
     """A ValueError for experts that ``experts.list_experts`` made lists of."""
-    if any(isinstance(getattr(module, name, None), nn.ParameterList) for name in ("w13", "gate_up_proj")):
+    if any(isinstance(getattr(module, name, None), nn.ParameterList) for name in weight_names(module)):
         raise ValueError(f"{what} holds one tensor for each expert; accepted: stacked experts (call list_experts last)")
 
 
 def is_experts_module(module: nn.Module) -> bool:
-    """Whether a module is an experts module of transformers with gate and up projection, by its attributes."""
-    names = ("num_experts", "gate_up_proj", "down_proj", "is_transposed", "has_bias", "is_concatenated")
-    return all(hasattr(module, name) for name in names)
+    """Whether a module is an experts module of transformers, by its attributes."""
+    names = ("num_experts", "down_proj", "is_transposed", "has_bias", "is_concatenated")
+    return all(hasattr(module, name) for name in names) and hasattr(module, weight_names(module)[0])
+
+
+def weight_names(module: nn.Module) -> tuple[str, str]:
+    """The attributes that hold the experts' weights, before and after the activation."""
+    if isinstance(module, MoE):
+        return "w13", "w2"
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"
 
 
 def _experts_of(module: nn.Module) -> int:
@@ -325,7 +335,7 @@ def _shard(module: nn.Module, deployment: Deployment) -> None:
     if deployment.shared_expert is not None:
         block, source = slice(deployment.shared_expert, deployment.shared_expert + 1), "shared_"
     own = isinstance(module, MoE)
-    for name in ("w13", "w2") if own else ("gate_up_proj", "down_proj"):
+    for name in weight_names(module):
         _replace(module, name, source, block, transpose=not own and not experts.is_transposed)
         for beside in ("bias", "scale", "offset", "scale_bias"):
             _replace(module, f"{name}_{beside}", source, block, transpose=False)

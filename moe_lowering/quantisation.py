@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moe_lowering.argument_checks import require_choice, require_instance, require_integer
 from moe_lowering.custom_ops.quantised import PER_INT32, dequantise_weight, float_scale, quantise_rows, unpack_int4
-from moe_lowering.layers import MoE, moe_modules, refuse_lists, warn_of_other_implementations
+from moe_lowering.layers import MoE, moe_modules, refuse_lists, warn_of_other_implementations, weight_names
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 __all__ = [
@@ -200,7 +200,7 @@ def _quantisable(model: nn.Module, format: str, group_size: int | None) -> list[
 def _names(module: nn.Module) -> tuple[str, ...]:
     """The experts' weights in pairs, the second of each last: routed ones, and the shared ones of a whole ``MoE``."""
     if not isinstance(module, MoE):
-        return "gate_up_proj", "down_proj"
+        return weight_names(module)
     shared = ("shared_w13", "shared_w2") if getattr(module, "shared_w13", None) is not None else ()
     return ("w13", "w2", *shared)
 

@@ -149,10 +149,21 @@ EXPERT_FORMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """A gated activation of ``grouped_mlp``. ``clamped``: it has a ``limit``."""
+    """What ``grouped_mlp`` computes between its two matmuls.
+
+    Attributes:
+        clamped: it has a ``limit``.
+        gated: the first matmul makes a gate beside what is gated, so that w13 is twice as wide as w2 is high.
+    """
 
     name: str
     clamped: bool = False
+    gated: bool = True
+
+    @property
+    def parts(self) -> int:
+        """Columns of w13 for each line of w2."""
+        return 2 if self.gated else 1
 
 
 ACTIVATIONS = {
@@ -163,6 +174,10 @@ ACTIVATIONS = {
         Activation("swiglu_oai", clamped=True),
         Activation("gelu"),
         Activation("gelu_tanh"),
+        Activation("swiglu_softcap", clamped=True),
+        Activation("swiglu_clamp_after", clamped=True),
+        Activation("relu", gated=False),
+        Activation("relu2", gated=False),
     )
 }
 

@@ -16,9 +16,11 @@ from moe_lowering.cli.lower import arguments as lower_arguments
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.cli.matrix import arguments as matrix_arguments
 from moe_lowering.cli.matrix.request import MatrixRequest
+from moe_lowering.cli.models import arguments as models_arguments
+from moe_lowering.cli.models.request import ModelsRequest
 from moe_lowering.cli.options import Parser
 
-Request: TypeAlias = LowerRequest | ExplainRequest | MatrixRequest
+Request: TypeAlias = LowerRequest | ExplainRequest | MatrixRequest | ModelsRequest
 
 DESCRIPTION = "Lower the mixture-of-experts layers of a model to Ascend NPU operators, on a machine without an NPU."
 
@@ -50,12 +52,15 @@ def parse(arguments: list[str] | None) -> Request:
     lower_arguments.add_command(commands)
     explain_arguments.add_command(commands)
     matrix_arguments.add_command(commands)
+    models_arguments.add_command(commands)
     values = vars(parser.parse_args(arguments))
     request: Request = values.pop("request")(**values)
     if isinstance(request, LowerRequest):
         lower_arguments.check(request)
     elif isinstance(request, ExplainRequest):
         explain_arguments.check(request)
+    elif isinstance(request, ModelsRequest):
+        models_arguments.check(request)
     return request
 
 
@@ -69,6 +74,10 @@ def run(request: Request, progress: Callable[[str], None]) -> Report:
         from moe_lowering.cli.matrix.command import run_matrix
 
         return run_matrix(request, progress)
+    if isinstance(request, ModelsRequest):
+        from moe_lowering.cli.models.command import run_models
+
+        return run_models(request, progress)
     from moe_lowering.cli.explain.command import run_explain
 
     return run_explain(request)

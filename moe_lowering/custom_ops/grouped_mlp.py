@@ -53,8 +53,9 @@ class GroupedMlpCall(NamedTuple, Generic[Value]):
     """The arguments of ``grouped_mlp``.
 
     rows [R, H], of which the first sum(counts) are meant, their scales [R] float32 when they are int8, else [0]; counts
-    [E_local] int64. Each list holds one tensor of all experts or one for each: w13 [H, 2I] and w2 [I, H], an eighth as wide
-    in int32 for int4, biases, scales, offsets and scale biases without their first axis; none is [] or None.
+    [E_local] int64. Each list holds one tensor of all experts or one for each: w13 [H, 2I] (without a gate [H, I]) and w2
+    [I, H], an eighth as wide in int32 for int4, biases, scales, offsets and scale biases without their first axis; none is []
+    or None.
     ``out_dtype`` is that of the result of int8 rows. The others: see ``docs/architecture.md``.
     """
 
@@ -110,6 +111,7 @@ def check_per_expert(
 def _check(call: GroupedMlpCall[Tensor]) -> None:
     form, rows, counts, w13, w2 = call.quantisation, call.rows, call.counts, call.w13, call.w2
     _check_rows(call)
+    _check_activation(call)
     if counts.dim() != 1 or counts.dtype != torch.int64:
         raise ValueError(
             f"grouped_mlp: counts is {counts.dtype} of shape {show(counts.shape)}; accepted: int64 [E_local]"
@@ -118,20 +120,20 @@ def _check(call: GroupedMlpCall[Tensor]) -> None:
         if not weights or weights[0].dim() < 2:
             raise ValueError(f"grouped_mlp: {name} holds no matrix; accepted: one tensor [E, K, N] or E tensors [K, N]")
     packed, dtypes = EXPERT_FORMATS[form].packed, (WEIGHT_DTYPES.get(form, rows.dtype),)
-    experts, hidden, double = counts.shape[0], rows.shape[1], w13[0].shape[-1] * packed
-    if is_known(double % 2 != 0):
-        raise ValueError(f"grouped_mlp: w13 has {double} columns; accepted: an even number, gate and up")
+    experts, hidden, width = counts.shape[0], rows.shape[1], w13[0].shape[-1] * packed
+    parts = ACTIVATIONS[call.activation].parts
+    if is_known(width % parts != 0):
+        raise ValueError(f"grouped_mlp: w13 has {width} columns; accepted: an even number, gate and up")
     if is_known(hidden % packed != 0):
         raise ValueError(f"grouped_mlp: rows has hidden size {hidden} for {form}; accepted: a multiple of {packed}")
-    check_per_expert(NAME, "w13", w13, experts, (hidden, double // packed), dtypes)
-    check_per_expert(NAME, "w2", w2, experts, (double // 2, hidden // packed), dtypes)
-    for name, biases, width in (("w13_bias", call.w13_bias, double), ("w2_bias", call.w2_bias, hidden)):
+    check_per_expert(NAME, "w13", w13, experts, (hidden, width // packed), dtypes)
+    check_per_expert(NAME, "w2", w2, experts, (width // parts, hidden // packed), dtypes)
+    for name, biases, columns in (("w13_bias", call.w13_bias, width), ("w2_bias", call.w2_bias, hidden)):
         if biases and EXPERT_FORMATS[form].quantised:
             raise ValueError(f"grouped_mlp: {name} is given for quantisation {form!r}; accepted: none")
         if biases:
-            check_per_expert(NAME, name, biases, experts, (width,), (rows.dtype, torch.float32))
-    _check_quantisers(call, experts, hidden, double)
-    _check_activation(call.activation, call.limit, call.alpha)
+            check_per_expert(NAME, name, biases, experts, (columns,), (rows.dtype, torch.float32))
+    _check_quantisers(call, experts, hidden, width)
 
 
 def _check_rows(call: GroupedMlpCall[Tensor]) -> None:
@@ -163,7 +165,7 @@ def _check_rows(call: GroupedMlpCall[Tensor]) -> None:
         raise TypeError(f"grouped_mlp: out_dtype is {out_dtype} for int8 rows; accepted: float32, float16, bfloat16")
 
 
-def _check_quantisers(call: GroupedMlpCall[Tensor], experts: int, hidden: int, double: int) -> None:
+def _check_quantisers(call: GroupedMlpCall[Tensor], experts: int, hidden: int, first: int) -> None:
     """Scales, offsets and scale biases: there when the format has them, and of which shapes and dtypes."""
     form, dtype = call.quantisation, call.rows.dtype
     for name, formats in _QUANTISER_LISTS.items():
@@ -175,7 +177,8 @@ def _check_quantisers(call: GroupedMlpCall[Tensor], experts: int, hidden: int, d
     if form == "none":
         return
     scale_dtypes = tuple(getattr(torch, name) for name in EXPERT_FORMATS[form].scale_dtypes) or (dtype,)
-    for name, inner, width in (("w13", hidden, double), ("w2", double // 2, hidden)):
+    middle = first // ACTIVATIONS[call.activation].parts
+    for name, inner, width in (("w13", hidden, first), ("w2", middle, hidden)):
         scale, offset, bias = (getattr(call, f"{name}_{what}") or () for what in QUANTISERS)
         if not scale:
             raise ValueError(f"grouped_mlp: {name}_scale is None for {form}; accepted: {show((experts, width))}")
@@ -195,7 +198,8 @@ def _groups(name: str, groups: int, inner: int) -> int:
     return groups
 
 
-def _check_activation(activation: str, limit: float, alpha: float) -> None:
+def _check_activation(call: GroupedMlpCall[Tensor]) -> None:
+    activation, limit, alpha = call.activation, call.limit, call.alpha
     if activation not in ACTIVATIONS:
         raise ValueError(f"grouped_mlp: activation is {activation!r}; accepted: {', '.join(ACTIVATIONS)}")
     clamped = ACTIVATIONS[activation].clamped
@@ -205,6 +209,12 @@ def _check_activation(activation: str, limit: float, alpha: float) -> None:
         raise ValueError(f"grouped_mlp: limit is {limit} for {activation}, which has none; accepted: 0")
     if not math.isfinite(alpha):
         raise ValueError(f"grouped_mlp: alpha is {alpha}; accepted: a finite number")
+    if activation == "swiglu_softcap" and alpha <= 0:
+        raise ValueError(
+            f"grouped_mlp: alpha is {alpha} for {activation}, whose cap of up it is; accepted: more than 0"
+        )
+    if call.interleaved and not ACTIVATIONS[activation].gated:
+        raise ValueError(f"grouped_mlp: interleaved is True for {activation}, which has no gate; accepted: False")
 
 
 def _fake(call: GroupedMlpCall[Tensor]) -> Tensor:
@@ -300,19 +310,26 @@ def _takes_grouped_mm(rows: Tensor, weights: Sequence[Tensor]) -> bool:
 def activate(
     hidden: Tensor, activation: str, limit: float, alpha: float, interleaved: bool, dtype: torch.dtype
 ) -> Tensor:
-    """The gated activation of ``hidden [n, 2I]``, computed in float32: [n, I] of ``dtype``."""
+    """The activation of ``hidden [n, 2I]``, or [n, I] where it has no gate, computed in float32: [n, I] of ``dtype``."""
     step = CHUNK // hidden.shape[1]
     if dtype == torch.float32 or hidden.shape[0] <= step or step == 0:
-        return _apply_gate(hidden, activation, limit, alpha, interleaved).to(dtype)
+        return _activated(hidden, activation, limit, alpha, interleaved).to(dtype)
     starts = range(0, hidden.shape[0], step)
-    parts = [_apply_gate(hidden[at : at + step], activation, limit, alpha, interleaved).to(dtype) for at in starts]
+    parts = [_activated(hidden[at : at + step], activation, limit, alpha, interleaved).to(dtype) for at in starts]
     return torch.cat(parts)
 
 
-def _apply_gate(hidden: Tensor, activation: str, limit: float, alpha: float, interleaved: bool) -> Tensor:
+def _activated(hidden: Tensor, activation: str, limit: float, alpha: float, interleaved: bool) -> Tensor:
+    if activation in ("relu", "relu2"):
+        positive = F.relu(hidden.float())
+        return positive if activation == "relu" else positive.square_()
     gate, up = (hidden[:, 0::2], hidden[:, 1::2]) if interleaved else hidden.chunk(2, dim=1)
     gate, up = gate.float(), up.float()
-    if activation in ACTIVATIONS and ACTIVATIONS[activation].clamped:
+    if activation == "swiglu_softcap":
+        return torch.tanh(gate / limit).mul_(limit).mul_(torch.sigmoid(gate)).mul_(torch.tanh(up / alpha).mul_(alpha))
+    if activation == "swiglu_clamp_after":
+        return F.silu(gate).clamp_(max=limit).mul_(up.clamp(-limit, limit))
+    if activation in ("swiglu_clamp", "swiglu_oai"):
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     if activation == "swiglu_oai":
         return torch.sigmoid(gate * alpha).mul_(gate).mul_(up + 1)

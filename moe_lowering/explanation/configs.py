@@ -38,6 +38,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 _LIMIT, _ALPHA = 7.0, 1.702  # of gpt-oss, where a config does not say
+_LIMITS, _ALPHAS = {"swiglu_softcap": "mlp_gate_softcap"}, {"swiglu_softcap": "mlp_up_softcap"}
 
 # Models whose experts do not compute act(gate) * up; the same as `_OWN_GATES` of integrations.transformers, by type.
 GATES: dict[str, dict[str, Any]] = {
@@ -47,7 +48,11 @@ GATES: dict[str, dict[str, Any]] = {
     "deepseek_v4": {"activation": "swiglu_clamp"},
     "hy_v4": {"activation": "swiglu_clamp"},
     "glm5_next_text": {"activation": "swiglu_clamp"},
+    "inkling2_text": {"activation": "swiglu_softcap"},
+    "step3p5": {"activation": "swiglu_clamp_after"},
 }
+# Models whose experts have no gate, and where their configs name the activation.
+WITHOUT_GATE = {"nemotron_h": "mlp_hidden_act", "switch_transformers": "dense_act_fn"}
 
 
 def describe_config(
@@ -82,8 +87,8 @@ def describe_config(
         **values,
         dtype=dtype or _dtype(config) or torch.bfloat16,
         quantisation=quantisation,
-        limit=_number(config, "swiglu_limit", _LIMIT) if clamped else 0.0,
-        alpha=_number(config, "swiglu_alpha", _ALPHA),
+        limit=_number(config, _LIMITS.get(gate["activation"], "swiglu_limit"), _LIMIT) if clamped else 0.0,
+        alpha=_number(config, _ALPHAS.get(gate["activation"], "swiglu_alpha"), _ALPHA),
         layers=_moe_layers(config),
         model=name,
         assumptions=tuple(assumptions),
@@ -137,6 +142,10 @@ def _config_of_values(values: dict[str, Any], path: Path | None, quantisation: s
 def _gate(config: Any, model: str | None, assumptions: list[str]) -> dict[str, Any]:
     """What the experts compute between their projections, as fields of a ``BlockDescription``."""
     kind = getattr(config, "model_type", "")
+    if kind in WITHOUT_GATE:
+        return {"activation": _without_gate(str(model), getattr(config, WITHOUT_GATE[kind], None))}
+    if kind == "step3p5" and not any(getattr(config, "swiglu_limits", None) or ()):
+        return {"activation": "swiglu"}  # it clamps the layers that this list says
     if kind in GATES:
         return GATES[kind]
     name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
@@ -170,6 +179,15 @@ def _moe_layers(config: Any) -> int | None:
         layer for layer in range(dense, count) if layer not in only and (layer + 1) % step == 0 and layer % every == 0
     ]
     return len(with_experts) or None
+
+
+def _without_gate(model: str, name: Any) -> str:
+    known = [made.name for made in vocabulary.ACTIVATIONS.values() if not made.gated]
+    if name not in known:
+        raise ExplainError(
+            "model", f"the activation of {model}, without a gate, is {write_value(name)}; accepted: {', '.join(known)}"
+        )
+    return str(name)
 
 
 def _number(config: Any, name: str, default: float) -> float:

@@ -11,9 +11,9 @@ from torch import nn
 from moe_lowering.explanation.description import BlockDescription
 from moe_lowering.explanation.errors import ExplainError
 from moe_lowering.integrations.transformers import form_of
-from moe_lowering.layers import MoE, is_experts_module
+from moe_lowering.layers import MoE, is_experts_module, weight_names
 from moe_lowering.model_configs.check import NAMES, size_of
-from moe_lowering.vocabulary import EXPERT_FORMATS
+from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS
 
 
 def describe_modules(model: nn.Module) -> BlockDescription:
@@ -44,7 +44,7 @@ def describe_modules(model: nn.Module) -> BlockDescription:
 
 def _describe(name: str, module: nn.Module, config: Any, model: str) -> BlockDescription:
     what = f"{name or model} ({type(module).__name__})"
-    if any(isinstance(getattr(module, weights, None), nn.ParameterList) for weights in ("w13", "gate_up_proj")):
+    if any(isinstance(getattr(module, weights, None), nn.ParameterList) for weights in weight_names(module)):
         raise ExplainError("model", f"{what} holds a tensor for each expert; accepted: stacked experts")
     if not isinstance(module, MoE) and not size_of(config, NAMES["top_k"]):
         raise ExplainError(
@@ -80,7 +80,7 @@ def describe_experts(
         block |= {"has_bias": module.w13_bias is not None, "weights_contiguous": True}
         dtype = dtype or module.gate.weight.dtype
     elif is_experts_module(module) and (form := form_of(module)).unrecognised == "":
-        weight, factors = known.gate_up_proj, {"limit": form.limit, "alpha": form.alpha}
+        weight, factors = getattr(known, weight_names(module)[0]), {"limit": form.limit, "alpha": form.alpha}
         block = {"activation": form.activation, "interleaved": form.interleaved, "has_bias": bool(known.has_bias)}
         block |= {"top_k": size_of(config, NAMES["top_k"]), "weights_contiguous": bool(known.is_transposed)}
         weight = weight if known.is_transposed else weight.transpose(-2, -1)
@@ -92,7 +92,7 @@ def describe_experts(
     stored = EXPERT_FORMATS[quantisation].packed if weight.dtype == torch.int32 else 1
     return BlockDescription(
         hidden=hidden,
-        intermediate=width * stored // 2,
+        intermediate=width * stored // ACTIVATIONS[block["activation"]].parts,
         experts=getattr(module, "moe_lowering_num_experts", known.num_experts),
         dtype=dtype or (weight.dtype if weight.dtype.is_floating_point else torch.bfloat16),
         quantisation=quantisation,

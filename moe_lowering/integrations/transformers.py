@@ -11,20 +11,17 @@ which modules of a model can. One that cannot (see ``_read_form``) keeps transfo
 its class; where its experts are spread over ranks that would be wrong, so there it raises.
 
 What a module's gate computes is never guessed: it is transformers' default gate with a known activation, or a method
-whose statements are those of one in ``_OWN_GATES``. Source: transformers.moe: the interface.
+whose statements are those of one in ``expert_gates.OWN_GATES``. Source: transformers.moe: the interface.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
-import hashlib
 import inspect
 import logging
-import textwrap
+import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +31,9 @@ from moe_lowering import _versions
 from moe_lowering.argument_checks import require_instance
 from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts
-from moe_lowering.layers import EXPERTS_IMPLEMENTATION, MoE
+from moe_lowering.integrations.expert_gates import ExpertsForm, read_gate, same_code
+from moe_lowering.integrations.replaced_experts import reason_not_replaced
+from moe_lowering.layers import EXPERTS_IMPLEMENTATION, MoE, weight_names
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 __all__ = ["NAME", "capabilities", "register", "token_mask"]
@@ -43,40 +42,12 @@ NAME = EXPERTS_IMPLEMENTATION
 # What ``@use_experts_implementation`` sets on an instance.
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "_is_expert_parallel")
 
+# Parts of the names of arguments by which a module is told which tokens go to which expert.
+_OF_A_CHOICE = ("index", "indices", "expert", "rout", "top_k", "size", "ids")
+
 log = logging.getLogger(__name__)
 _warned: set[str] = set()
 _token_mask: Tensor | None = None
-
-
-class ExpertsForm(NamedTuple):
-    """What an experts module computes between its projections, in terms of ``moe_experts``; or why that is not known."""
-
-    activation: str = ""
-    limit: float = 0.0
-    alpha: float = 1.702
-    interleaved: bool = False
-    unrecognised: str = ""
-
-
-class _OwnGate(NamedTuple):
-    """A known ``_apply_gate``: its activation ("" = by ``act_fn``) and the attributes it reads."""
-
-    activation: str
-    interleaved: bool = False
-    limit: str = ""
-    alpha: str = ""
-
-
-# By ``gate_fingerprint`` of the method; read and translated by hand, and each compared with its model in tests.
-_OWN_GATES = {
-    "d2280d6cb449ef4d": _OwnGate("swiglu_oai", interleaved=True, limit="limit", alpha="alpha"),  # gpt_oss
-    "16dda23ffa1117db": _OwnGate("swiglu_oai", limit="limit", alpha="alpha"),  # openai_privacy_filter
-    "c2cd555edece6a1a": _OwnGate("swiglu_oai", limit="swiglu_limit", alpha="swiglu_alpha"),  # minimax_m3_vl
-    "71529536b1762a73": _OwnGate("swiglu_clamp", limit="limit"),  # deepseek_v4; calls act_fn
-    "d0727b6385447f99": _OwnGate("swiglu_clamp", limit="swiglu_limit"),  # hy_v4, glm5_next
-    "09826a8b199dad9d": _OwnGate(""),  # beam: the default gate in float32, as ours is
-}
-_CALLS_ACT_FN = frozenset({"71529536b1762a73", "09826a8b199dad9d"})
 
 
 def register() -> None:
@@ -134,15 +105,30 @@ def capabilities(model: nn.Module) -> list[tuple[str, bool, str]]:
     """
     require_instance("capabilities", "model", model, nn.Module, "a torch.nn.Module")
     rows = []
+    of_experts = {id(weight) for each in model.modules() if _has_interface(each) for weight in each.parameters()}
     for name, module in model.named_modules():
         if isinstance(module, MoE):
             rows.append((name, True, module.activation))
-        elif all(hasattr(module, flag) for flag in _FLAGS):
+        elif _has_interface(module):
             form = _read_form(module)
             rows.append((name, not form.unrecognised, form.unrecognised or form.activation))
-        elif type(module).__name__.endswith("Experts"):
-            rows.append((name, False, "its class does not use transformers' experts interface"))
+        elif any(id(weight) in of_experts for weight in module.parameters(recurse=False)):
+            continue  # its weights are those of an experts module
+        elif type(module).__name__.endswith("Experts") and not _computes_all_tokens(model, name, module):
+            rows.append((name, False, reason_not_replaced(module)))
     return rows
+
+
+def _has_interface(module: nn.Module) -> bool:
+    return all(hasattr(module, flag) for flag in _FLAGS)
+
+
+def _computes_all_tokens(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether a module beside the routed experts of a layer is told of no choice: shared experts, that each token has."""
+    parent = model.get_submodule(name.rpartition(".")[0]) if name else model
+    beside = any(_has_interface(other) for other in parent.children() if other is not module)
+    parameters = inspect.signature(module.forward).parameters
+    return beside and not any(word in parameter for parameter in parameters for word in _OF_A_CHOICE)
 
 
 def form_of(module: nn.Module) -> ExpertsForm:
@@ -159,28 +145,51 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         sharded = deployment is not None and deployment.ep_size > 1
         _refuse(type(module).__name__, form.unrecognised, sharded, EXPERT_FORMATS[quantisation].quantised)
         return _grouped_mm()(module, hidden_states, top_k_index, top_k_weights)
-    w13, w2 = module.gate_up_proj, module.down_proj
+    x = hidden_states.to(_activation_dtype(module, hidden_states.dtype))
+    mask = _mask_of(hidden_states)
+    if module.has_post_expert_norm:
+        return _normalised(module, form, x, top_k_index, top_k_weights, mask).to(hidden_states.dtype)
+    return _experts(module, form, x, top_k_index, top_k_weights, mask).to(hidden_states.dtype)
+
+
+def _normalised(module: Any, form: ExpertsForm, x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
+    """The experts of a module that normalises each expert's output before it is weighted: each choice of a token is sent as
+    a token of one expert, so the block is of k times as many tokens, and what follows the experts is the model's own."""
+    tokens, top_k = ids.shape
+    ones = weights.new_ones((tokens * top_k, 1))
+    each = None if mask is None else mask.repeat_interleave(top_k)
+    y = _experts(module, form, x.repeat_interleave(top_k, dim=0), ids.reshape(-1, 1), ones, each)
+    weighted = module.post_expert_norm(y) * weights.reshape(-1, 1)
+    total = weighted.view(tokens, top_k, x.shape[-1]).sum(dim=1)
+    return total if mask is None else total.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+def _experts(module: Any, form: ExpertsForm, x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
+    """``moe_experts`` with the weights, biases and words of a module."""
+    deployment: Deployment | None = getattr(module, "moe_lowering_deployment", None)
+    quantisation = getattr(module, "moe_lowering_quantisation", "none")
+    first, second = weight_names(module)
+    w13, w2 = getattr(module, first), getattr(module, second)
     if not module.is_transposed:
         w13, w2 = w13.transpose(-2, -1), w2.transpose(-2, -1)
-    y = moe_experts(
-        hidden_states.to(_activation_dtype(module, hidden_states.dtype)),
-        top_k_weights,
-        top_k_index,
+    return moe_experts(
+        x,
+        weights,
+        ids,
         w13,
         w2,
         num_experts=getattr(module, "moe_lowering_num_experts", module.num_experts),
-        w13_bias=module.gate_up_proj_bias if module.has_bias else None,
-        w2_bias=module.down_proj_bias if module.has_bias else None,
+        w13_bias=getattr(module, f"{first}_bias") if module.has_bias else None,
+        w2_bias=getattr(module, f"{second}_bias") if module.has_bias else None,
         activation=form.activation,
         limit=form.limit,
         alpha=form.alpha,
         interleaved=form.interleaved,
-        mask=_mask_of(hidden_states),
+        mask=mask,
         deployment=deployment,
         quantisation=quantisation,
         **_quantisers(module) if EXPERT_FORMATS[quantisation].quantised else {},
     )
-    return y.to(hidden_states.dtype)
 
 
 def _mask_of(hidden_states: Tensor) -> Tensor | None:
@@ -201,8 +210,8 @@ def _activation_dtype(module: Any, default: torch.dtype) -> torch.dtype:
     quantisation = getattr(module, "moe_lowering_quantisation", "none")
     form = EXPERT_FORMATS[quantisation]
     if not form.quantised:
-        return _first_tensor(module.gate_up_proj).dtype
-    return _first_tensor(module.gate_up_proj_scale).dtype if form.weight_only else default
+        return _first_tensor(module.down_proj).dtype
+    return _first_tensor(module.down_proj_scale).dtype if form.weight_only else default
 
 
 def _first_tensor(weights: Any) -> Tensor:
@@ -214,23 +223,22 @@ def _quantisers(module: Any) -> dict[str, Any]:
     """What ``quantise_experts`` put beside the weights, by the argument of ``moe_experts``."""
     return {
         f"{ours}_{what}": getattr(module, f"{theirs}_{what}")
-        for ours, theirs in (("w13", "gate_up_proj"), ("w2", "down_proj"))
+        for ours, theirs in zip(("w13", "w2"), weight_names(module), strict=True)
         for what in ("scale", "offset", "scale_bias")
     }
 
 
 def _read_form(module: Any) -> ExpertsForm:
     """Traced by dynamo: each attribute is read here, so that the graph is made anew when it changes, and by value, so that
-    equal layers share one graph. What is looked up by them is a constant of the trace (``_read_flags``)."""
+    equal layers share one graph. What is looked up by them is a constant of the trace (``read_gate``)."""
     act = getattr(module, "act_fn", None)
     # The first look makes dynamo guard on whether the module has a gate of its own; ``vars`` alone has no such guard.
     own_gate = module._apply_gate is not None and "_apply_gate" in vars(module)
-    reading = _read_flags(
+    reading = read_gate(
         type(module)._apply_gate,
         own_gate,
         module._is_expert_parallel,
         module.has_gate,
-        module.has_post_expert_norm,
         module.is_concatenated,
         type(act),
         act is nn.functional.silu,
@@ -243,100 +251,27 @@ def _read_form(module: Any) -> ExpertsForm:
     constants = {"limit": 0.0, "alpha": 1.702}
     for constant, attribute in (("limit", reading.limit), ("alpha", reading.alpha)):
         if attribute:
-            value = getattr(module, attribute, None)
+            owner, name = _owner(module, attribute)
+            if reading.caps and not same_code(type(owner), reading.caps):
+                return ExpertsForm(
+                    unrecognised=f"its {attribute.rpartition('.')[0]} is a {type(owner).__name__} that is not known"
+                )
+            value = getattr(owner, name, None)
             if not isinstance(value, (int, float)):
                 return ExpertsForm(unrecognised=f"its {attribute} is {value!r}, not a number")
             # stays a number where dynamo would make it an input of the graph: with dynamic=True, or once it has changed
             constants[constant] = float(guard_scalar(value))
+    if reading.activation == "swiglu_clamp_after" and constants["limit"] == math.inf:
+        return ExpertsForm("swiglu")  # of layers that the model does not clamp
     return ExpertsForm(reading.activation, constants["limit"], constants["alpha"], reading.interleaved)
 
 
-class _ModuleFlags(NamedTuple):
-    """What the class of a module and its flags say; ``limit`` and ``alpha`` name the attributes that hold these numbers."""
-
-    activation: str = ""
-    interleaved: bool = False
-    limit: str = ""
-    alpha: str = ""
-    unrecognised: str = ""
-
-
-@torch.compiler.assume_constant_result
-def _read_flags(
-    gate_method: Callable[..., Any],
-    own_gate: bool,
-    expert_parallel: bool,
-    has_gate: bool,
-    post_expert_norm: bool,
-    concatenated: bool,
-    act_class: type,
-    act_is_silu: bool,
-    approximate: str,
-    act_name: str,
-    act_is_changed: bool,
-) -> _ModuleFlags:
-    """From arguments that are equal for equal layers: a module among them would be guarded on by its identity."""
-    if expert_parallel:
-        return _ModuleFlags(unrecognised="it is sharded by transformers' own expert parallelism")
-    if not has_gate:
-        return _ModuleFlags(unrecognised="it has no gate projection (has_gate=False)")
-    if post_expert_norm:
-        return _ModuleFlags(unrecognised="it normalises each expert's output (has_post_expert_norm=True)")
-    if own_gate:
-        return _ModuleFlags(unrecognised="its _apply_gate is replaced on the instance")
-    if act_is_changed:
-        return _ModuleFlags(unrecognised="its act_fn has hooks or a forward of its own")
-    activation = "swiglu" if act_is_silu else _activation(act_class, approximate)
-    unknown = f"its activation is {act_name or act_class.__name__}, not SiLU or GELU"
-    if gate_method is _default_gate():
-        if not concatenated:  # the default gate halves its input, whatever the flag says
-            return _ModuleFlags(unrecognised="is_concatenated=False with the default _apply_gate")
-        return _ModuleFlags(activation) if activation else _ModuleFlags(unrecognised=unknown)
-    fingerprint = gate_fingerprint(gate_method)
-    gate = _OWN_GATES.get(fingerprint)
-    if gate is None:
-        return _ModuleFlags(unrecognised="its class has an _apply_gate of its own that is not known")
-    if fingerprint in _CALLS_ACT_FN and activation != "swiglu":
-        return _ModuleFlags(unrecognised=unknown)
-    if gate.interleaved == concatenated:
-        return _ModuleFlags(unrecognised=f"is_concatenated={concatenated} contradicts its _apply_gate")
-    return _ModuleFlags(gate.activation or "swiglu", gate.interleaved, gate.limit, gate.alpha)
-
-
-def _activation(act_class: type, approximate: str) -> str:
-    """The activation of ``moe_experts`` whose gate function has this exact class; "" when it is none of them."""
-    from transformers import activations
-
-    if act_class is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate, "")
-    by_class = {
-        nn.SiLU: "swiglu",
-        activations.SiLUActivation: "swiglu",
-        activations.GELUActivation: "gelu",
-        activations.GELUTanh: "gelu_tanh",
-        activations.NewGELUActivation: "gelu_tanh",
-    }
-    return by_class.get(act_class, "")
-
-
-@functools.cache
-def gate_fingerprint(method: Callable[..., Any]) -> str:
-    """Hash of a method's statements, without comments, layout and docstring; "" when its source is not available."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-    except (OSError, TypeError, SyntaxError):
-        return ""
-    function = tree.body[0]
-    if not isinstance(function, ast.FunctionDef):
-        return ""
-    body = function.body[ast.get_docstring(function) is not None :]
-    return hashlib.sha256("\n".join(map(ast.unparse, body)).encode()).hexdigest()[:16]
-
-
-def _default_gate() -> Any:
-    from transformers.integrations import moe
-
-    return getattr(moe, "_default_apply_gate", None)  # private: without it no module counts as recognised
+def _owner(module: Any, attribute: str) -> tuple[Any, str]:
+    """The module that has an attribute which is named with dots, and its name there."""
+    *path, name = attribute.split(".")
+    for step in path:
+        module = getattr(module, step, None)
+    return module, name
 
 
 def _grouped_mm() -> Callable[..., Tensor]:

@@ -18,7 +18,7 @@ from moe_lowering.custom_ops.sizes import token_count
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec, shape_key
 from moe_lowering.passes.operands import ExpertOperands, Operand, Operands
-from moe_lowering.vocabulary import EXPERT_FORMATS
+from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS
 
 # What ``dispatch`` is told of a deployment, under the same names in both; but for ``max_tokens``.
 _OF_DEPLOYMENT = (
@@ -154,7 +154,7 @@ def _tensors_of(layer: Layer, experts: int, quantisation: str) -> ExpertOperands
     second_scale = dtype if dtype == torch.bfloat16 and "bfloat16" in form.scale_dtypes else first_scale
     tensors: dict[str, Operands] = {}
     for name, inner, width, scale in (
-        ("w13", layer.hidden, 2 * layer.intermediate, first_scale),
+        ("w13", layer.hidden, ACTIVATIONS[layer.activation].parts * layer.intermediate, first_scale),
         ("w2", layer.intermediate, layer.hidden, second_scale),
     ):
         tensors[name] = Operands(1, (Operand((experts, inner, width // form.packed), weight),))

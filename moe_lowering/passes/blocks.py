@@ -18,7 +18,7 @@ from moe_lowering.custom_ops.route import EPSILON
 from moe_lowering.lookup import look_up
 from moe_lowering.passes.arguments import argument, read
 from moe_lowering.passes.operands import ExpertOperands
-from moe_lowering.vocabulary import EXPERT_FORMATS, ExpertFormat
+from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS, ExpertFormat
 
 
 def size_key(size: Any) -> Any:
@@ -167,6 +167,11 @@ class BlockSpec:
     def format(self) -> ExpertFormat:
         """What belongs to ``quantisation``."""
         return look_up(EXPERT_FORMATS, self.quantisation, "block: quantisation")
+
+    @property
+    def first_width(self) -> int:
+        """Columns of the first matmul's result."""
+        return look_up(ACTIVATIONS, self.activation, "block: activation").parts * self.intermediate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -239,9 +239,9 @@ def test_a_broken_lowering_is_a_mismatch(monkeypatch: pytest.MonkeyPatch, capfd:
 
 
 def test_experts_that_are_not_supported_are_named(capfd: pytest.CaptureFixture[str]):
-    code, found, err = command(capfd, "nemotron_h", "--ep", "2")
+    code, found, err = command(capfd, "nllb-moe", "--ep", "2")
     assert code == 1 and found["blocks"] == [] and found["max_abs_error"] is None
-    assert "mixer.experts is not lowered: it has no gate projection" in err
+    assert "ffn.experts is not lowered: [experts.own_code] it takes the router" in err
 
 
 def test_ranks_that_choose_differently_are_an_error():

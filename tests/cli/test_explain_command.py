@@ -77,9 +77,9 @@ def test_a_config_file_of_a_type_that_transformers_does_not_know(capfd, tmp_path
 
 def test_gates_are_those_that_the_integration_knows():
     """Every gate of its own that the transformers integration recognises is in the table here, or is the default one."""
-    from moe_lowering.integrations.transformers import _OWN_GATES
+    from moe_lowering.integrations.expert_gates import OWN_GATES
 
-    known = {(gate.activation, gate.interleaved) for gate in _OWN_GATES.values() if gate.activation}
+    known = {(gate.activation, gate.interleaved) for gate in OWN_GATES.values() if gate.activation}
     assert {(gate["activation"], gate.get("interleaved", False)) for gate in configs.GATES.values()} == known
 
 

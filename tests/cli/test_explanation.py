@@ -188,7 +188,7 @@ def test_a_wrong_argument_is_named_with_its_value(given, says):
 
 @pytest.mark.parametrize(("field", "value"), [
     *((name, value) for name in SIZES for value in (0, -1, 2**31, 1.5, True, "8")), ("top_k", 17), ("dtype", torch.int8),
-    ("dtype", "bfloat16"), ("activation", "relu"), ("quantisation", "w8"), ("limit", -1.0), ("limit", float("nan")),
+    ("dtype", "bfloat16"), ("activation", "reglu"), ("quantisation", "w8"), ("limit", -1.0), ("limit", float("nan")),
     ("alpha", "1"), ("interleaved", 1), ("has_bias", None),
 ])  # fmt: skip
 def test_a_description_refuses_what_no_block_has(field, value):

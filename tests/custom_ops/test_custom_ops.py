@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import moe_lowering.functional as functional
+from moe_lowering import vocabulary
 from moe_lowering.custom_ops.route import SCORINGS, stable_top_k
 
 ops = torch.ops.moe_lowering
@@ -222,7 +223,19 @@ ACTIVATIONS = [
     ("swiglu_oai", 0.7, True),
     ("gelu", 0.0, False),
     ("gelu_tanh", 0.0, True),
+    ("swiglu_softcap", 0.8, False),
+    ("swiglu_clamp_after", 0.4, True),
+    ("relu", 0.0, False),
+    ("relu2", 0.0, False),
 ]
+
+
+def width(activation: str, intermediate: int) -> int:
+    return intermediate if activation in ("relu", "relu2") else 2 * intermediate
+
+
+def test_the_list_of_activations_is_whole() -> None:
+    assert {name for name, *_ in ACTIVATIONS} == set(vocabulary.ACTIVATIONS)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -234,8 +247,9 @@ def test_grouped_mlp_against_reference(
 ) -> None:
     torch.manual_seed(2)
     rows = torch.randn(9, 24).to(dtype)
-    w13, w2 = (torch.randn(4, 24, 32) / 5).to(dtype), (torch.randn(4, 16, 24) / 4).to(dtype)
-    b13, b2 = torch.randn(4, 32).to(dtype), torch.randn(4, 24).to(dtype)
+    columns = width(activation, 16)
+    w13, w2 = (torch.randn(4, 24, columns) / 5).to(dtype), (torch.randn(4, 16, 24) / 4).to(dtype)
+    b13, b2 = torch.randn(4, columns).to(dtype), torch.randn(4, 24).to(dtype)
     counts = torch.tensor([3, 0, 1, 4])
     as_argument: Callable[[Tensor], list[Tensor]] = (lambda t: list(t)) if lists else (lambda t: [t])
     biases = {"w13_bias": as_argument(b13), "w2_bias": as_argument(b2)} if bias else {}
@@ -326,7 +340,8 @@ def test_chain_against_reference(dtype: torch.dtype, lead: tuple[int, ...], expe
 @pytest.mark.parametrize(("activation", "limit", "interleaved"), ACTIVATIONS)
 def test_chain_activations_biases_mask(dtype: torch.dtype, activation: str, limit: float, interleaved: bool) -> None:
     x, weights, ids, w13, w2 = chain_case((3, 4), 6, 2, dtype)
-    b13, b2 = torch.randn(6, 48).to(dtype), torch.randn(6, 32).to(dtype)
+    w13 = w13[..., : width(activation, 24)]
+    b13, b2 = torch.randn(6, w13.shape[-1]).to(dtype), torch.randn(6, 32).to(dtype)
     mask = torch.rand(3, 4) > 0.4
     options: dict[str, Any] = {
         "w13_bias": b13,

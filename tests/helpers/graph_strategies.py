@@ -20,7 +20,7 @@ from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.vocabulary import ACTIVATIONS, AUTO, EXPERT_FORMATS, FIXED, GUARDS, POLICIES, SOCS, WEIGHT_FORMATS
 
 SWIGLU = ("swiglu", 0.0)
-GATES = tuple((name, 0.7 if made.clamped else 0.0) for name, made in ACTIVATIONS.items())
+GATES = tuple((name, 0.7 if made.clamped else 0.0) for name, made in ACTIVATIONS.items() if made.gated)
 PROVIDERS = (("vllm_ascend", "0.23.0"),)
 AIMS = tuple(IMPLEMENTATIONS)
 COMMS = ("auto", "auto", *AIMS)

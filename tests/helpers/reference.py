@@ -81,7 +81,10 @@ def _scores(row: list[float], scoring: str) -> list[float]:
 
 
 def gated(hidden: Tensor, activation: str, limit: float, alpha: float, interleaved: bool) -> Tensor:
-    """The gated activation of one row [2I] in float64: [I]."""
+    """The activation of one row [2I], or [I] where it has no gate, in float64: [I]."""
+    if activation in ("relu", "relu2"):
+        positive = torch.where(hidden > 0, hidden, torch.zeros_like(hidden))
+        return positive if activation == "relu" else positive * positive
     half = hidden.numel() // 2
     if interleaved:
         gate, up = hidden[torch.arange(half) * 2], hidden[torch.arange(half) * 2 + 1]
@@ -90,6 +93,12 @@ def gated(hidden: Tensor, activation: str, limit: float, alpha: float, interleav
     if activation in ("swiglu_clamp", "swiglu_oai"):
         gate = torch.minimum(gate, torch.full_like(gate, limit))
         up = torch.maximum(torch.minimum(up, torch.full_like(up, limit)), torch.full_like(up, -limit))
+    if activation == "swiglu_softcap":
+        return limit * torch.tanh(gate / limit) / (1 + torch.exp(-gate)) * alpha * torch.tanh(up / alpha)
+    if activation == "swiglu_clamp_after":
+        gate = gate / (1 + torch.exp(-gate))
+        gate = torch.minimum(gate, torch.full_like(gate, limit))
+        return gate * torch.maximum(torch.minimum(up, torch.full_like(up, limit)), torch.full_like(up, -limit))
     if activation in ("swiglu", "swiglu_clamp"):
         return gate / (1 + torch.exp(-gate)) * up
     if activation == "swiglu_oai":

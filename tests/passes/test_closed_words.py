@@ -89,7 +89,7 @@ def test_every_activation_has_an_emitter() -> None:
 @pytest.fixture
 def reglu(monkeypatch: pytest.MonkeyPatch) -> str:
     """relu(gate) * up in the generic operator and its kernel, and nowhere else."""
-    known = grouped_mlp._apply_gate
+    known = grouped_mlp._activated
     monkeypatch.setattr(grouped_mlp, "ACTIVATIONS", {**ACTIVATIONS, "reglu": Activation("reglu")})
 
     def gated(hidden: torch.Tensor, word: str, *rest: Any) -> torch.Tensor:
@@ -98,7 +98,7 @@ def reglu(monkeypatch: pytest.MonkeyPatch) -> str:
         gate, up = hidden.float().chunk(2, dim=1)
         return gate.relu() * up
 
-    monkeypatch.setattr(grouped_mlp, "_apply_gate", gated)
+    monkeypatch.setattr(grouped_mlp, "_activated", gated)
     return "reglu"
 
 
@@ -133,7 +133,9 @@ def test_and_emission_raises(reglu: str) -> None:
 @pytest.mark.parametrize("word", ACTIVATIONS)
 def test_kernels_know_their_words(word: str) -> None:
     limit = 1.0 if ACTIVATIONS[word].clamped else 0.0
-    assert grouped_mlp.activate(torch.ones(2, 4), word, limit, 1.702, False, torch.float32).shape == (2, 2)
+    assert grouped_mlp.activate(
+        torch.ones(2, 2 * ACTIVATIONS[word].parts), word, limit, 1.702, False, torch.float32
+    ).shape == (2, 2)
     with pytest.raises(ValueError, match=f"activation is '{WORD}', which has no kernel"):
         grouped_mlp.activate(torch.ones(2, 4), WORD, limit, 1.702, False, torch.float32)
 

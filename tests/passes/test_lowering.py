@@ -20,8 +20,9 @@ class Experts(torch.nn.Module):
             data = torch.randn(*shape, generator=generator) / shape[-2] ** 0.5
             return torch.nn.Parameter(data.to(dtype), requires_grad=False)
 
-        self.w13, self.w2 = parameter(experts, HIDDEN, 2 * INTERMEDIATE), parameter(experts, INTERMEDIATE, HIDDEN)
-        self.w13_bias = parameter(experts, 2 * INTERMEDIATE) if bias else None
+        width = INTERMEDIATE if options.get("activation") in ("relu", "relu2") else 2 * INTERMEDIATE
+        self.w13, self.w2 = parameter(experts, HIDDEN, width), parameter(experts, INTERMEDIATE, HIDDEN)
+        self.w13_bias = parameter(experts, width) if bias else None
         self.w2_bias = parameter(experts, HIDDEN) if bias else None
         self.as_list, self.options = as_list, options
 
@@ -77,6 +78,10 @@ ACTIVATIONS = [
     {"activation": "swiglu_oai", "limit": 0.7, "alpha": 1.5, "interleaved": True},
     {"activation": "gelu"},
     {"activation": "gelu_tanh"},
+    {"activation": "swiglu_softcap", "limit": 0.7, "alpha": 0.9},
+    {"activation": "swiglu_clamp_after", "limit": 0.3},
+    {"activation": "relu"},
+    {"activation": "relu2"},
 ]
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lowering.cli.lower.models import OWN_SCALE, MoeStack, logits
-from moe_lowering.layers import MoE, is_experts_module
+from moe_lowering.layers import MoE, is_experts_module, weight_names
 from moe_lowering.quantisation import dequantise, quantise_weight
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
@@ -96,7 +96,7 @@ def snr(actual: Tensor, reference: Tensor) -> float:
 def use_quantised_weights(model: nn.Module, format: str) -> None:
     """Give an unsharded model the weights that its quantised weights stand for, in the model's dtype."""
     for module in moe_modules(model):
-        for name in ("w13", "w2") if isinstance(module, MoE) else ("gate_up_proj", "down_proj"):
+        for name in weight_names(module):
             parameter = getattr(module, name)
             transposed = isinstance(module, MoE) or bool(getattr(module, "is_transposed", False))
             for expert in range(parameter.shape[0]):
@@ -123,9 +123,11 @@ def record(model: nn.Module) -> Taken:
 
 def use_reference(model: nn.Module) -> None:
     """Make an unsharded model compute its experts without the generic operators."""
-    if not isinstance(model, MoeStack) and moe_modules(model):
-        hugging_face: Any = model
-        hugging_face.set_experts_implementation("grouped_mm")
+    if isinstance(model, MoeStack):
+        return
+    for module in moe_modules(model):
+        known: Any = module
+        known.config._experts_implementation = "grouped_mm"
 
 
 def compare(reference: nn.Module, input_ids: Tensor, actual: Tensor, routings: Taken) -> Errors:

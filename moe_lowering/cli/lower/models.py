@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from moe_lowering.cli.lower.configs import (
     FULL_OWN_LAYERS,
     SMALL,
-    SMALL_GROUPS,
     SMALL_LAYERS,
     config_of,
     experts_of,
@@ -24,8 +23,10 @@ from moe_lowering.cli.lower.configs import (
 )
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.cli.usage import UsageError
+from moe_lowering.families import small_models
 from moe_lowering.layers import MoE
 from moe_lowering.model_configs.check import OWN, OWN_SIZES
+from moe_lowering.model_configs.errors import ModelError
 
 OWN_SCALE = 2.5  # DeepSeek-V3's routed_scaling_factor
 NOISE = 0.1  # standard deviation of what is added to one-dimensional parameters (norms, biases, sinks)
@@ -53,16 +54,16 @@ class MoeStack(nn.Module):
         self, hidden: int, intermediate: int, experts: int, top_k: int, layers: int, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(SMALL["vocab_size"], hidden, dtype=dtype)
+        self.embedding = nn.Embedding(SMALL.vocabulary, hidden, dtype=dtype)
         self.norms = nn.ModuleList(nn.RMSNorm(hidden, eps=1e-6, dtype=dtype) for _ in range(layers))
         self.layers = nn.ModuleList(
             MoE(
                 hidden, intermediate, experts, top_k, scoring="sigmoid", selection_bias=True, scale=OWN_SCALE,
-                num_groups=SMALL_GROUPS["n_group"], topk_groups=SMALL_GROUPS["topk_group"], dtype=dtype,
+                num_groups=SMALL.groups, topk_groups=SMALL.topk_groups, dtype=dtype,
             )
             for _ in range(layers)
         )  # fmt: skip
-        self.head = nn.Linear(hidden, SMALL["vocab_size"], bias=False, dtype=dtype)
+        self.head = nn.Linear(hidden, SMALL.vocabulary, bias=False, dtype=dtype)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embedding(input_ids)
@@ -79,9 +80,9 @@ def plan_model(request: LowerRequest) -> ModelPlan:
             cannot share equally.
     """
     if request.model == OWN:
-        small = SMALL["num_experts"]
+        small = SMALL.experts
         layers = request.layers or (FULL_OWN_LAYERS if request.fake else SMALL_LAYERS)
-        result = ModelPlan(OWN, None, layers, SMALL["vocab_size"], OWN_SIZES["experts"] if request.fake else small)
+        result = ModelPlan(OWN, None, layers, SMALL.vocabulary, OWN_SIZES["experts"] if request.fake else small)
     else:
         config = config_of(request)
         layers = int(config.num_hidden_layers)
@@ -94,31 +95,16 @@ def build(plan: ModelPlan, dtype: torch.dtype, *, fake: bool = False) -> nn.Modu
     """The model in inference form, its experts on the generic operators.
 
     Raises:
-        UsageError: transformers cannot build it as a causal LM.
+        UsageError: transformers cannot build it.
     """
     if plan.config is None:
-        size = OWN_SIZES if fake else {name: SMALL[field] for name, field in _SMALL_OWN.items()}
+        size = OWN_SIZES if fake else dataclasses.asdict(SMALL)
         sizes = (size["hidden"], size["intermediate"], size["experts"], size["top_k"])
         return MoeStack(*sizes, plan.layers, dtype).eval().requires_grad_(False)
-    from transformers import AutoModelForCausalLM
-
     try:
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            plan.config, dtype=dtype, attn_implementation="eager", experts_implementation="moe_lowering"
-        )
-    except Exception as error:
-        raise UsageError(
-            f"argument MODEL: {plan.name} cannot be built as a causal LM: {type(error).__name__}: {error}"
-        ) from error
-    return model.eval().requires_grad_(False)
-
-
-_SMALL_OWN = {
-    "hidden": "hidden_size",
-    "intermediate": "moe_intermediate_size",
-    "experts": "num_experts",
-    "top_k": "num_experts_per_tok",
-}
+        return small_models.build(plan.config, dtype)
+    except ModelError as error:
+        raise UsageError(f"argument MODEL: {error}") from error
 
 
 def skeleton(plan: ModelPlan, *, fake: bool = False) -> nn.Module:
@@ -140,7 +126,7 @@ def logits(model: nn.Module, input_ids: Tensor) -> Tensor:
     """The output that is compared; ``model`` may be compiled. The attention mask of ones is what a tokenizer gives."""
     if isinstance(getattr(model, "_orig_mod", model), MoeStack):
         return model(input_ids)
-    return model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
+    return small_models.result(model, input_ids)
 
 
 def randomise(model: nn.Module, seed: int = SEED) -> None:

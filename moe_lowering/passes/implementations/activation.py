@@ -1,6 +1,6 @@
-"""The gated activation between the two matmuls, as a device operator or composed of ATen operators.
+"""The activation between the two matmuls, as a device operator or composed of ATen operators.
 
-``_COMPOSED`` is the table of activations that can be emitted; a word that is not in it is refused by
+``_GATED`` and ``_UNGATED`` hold the activations that can be emitted; a word that is in neither is refused by
 ``legality`` (``block.activation``), and an error here.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from moe_lowering.lookup import look_up
@@ -39,11 +40,11 @@ def activation_calls(spec: BlockSpec, soc: str) -> tuple[OperatorCall, ...]:
     name = activation_operator(spec, soc)
     if name is None:
         return ()
-    return (OperatorCall(name, activation_arguments(name, tensor(spec.dtype, None, 2 * spec.intermediate), spec)),)
+    return (OperatorCall(name, activation_arguments(name, tensor(spec.dtype, None, spec.first_width), spec)),)
 
 
 def emit_activation(emit: Emitter, h: Node, spec: BlockSpec, soc: str) -> Node:
-    """[N, 2I] -> [N, I].
+    """[N, 2I], or [N, I] where the activation has no gate -> [N, I].
 
     Raises:
         ValueError: an activation that has no emitter, which the judge should have refused.
@@ -51,8 +52,10 @@ def emit_activation(emit: Emitter, h: Node, spec: BlockSpec, soc: str) -> Node:
     operator = activation_operator(spec, soc)
     if operator is not None:
         return emit_call(emit, operator, activation_arguments(operator, h, spec))
-    compose = look_up(_COMPOSED, spec.activation, "emit_activation: activation")
-    return emit.call(aten.mul.Tensor, *compose(emit, *_halves(emit, h, spec), spec))
+    if spec.activation in _UNGATED:
+        return _UNGATED[spec.activation](emit, h)
+    compose = look_up(_GATED, spec.activation, "emit_activation: activation")
+    return emit.cast(emit.call(aten.mul.Tensor, *compose(emit, *_halves(emit, h, spec), spec)), h.meta["val"].dtype)
 
 
 Halves = tuple[Node, Node]
@@ -86,19 +89,47 @@ def _gelu_tanh(emit: Emitter, gate: Node, up: Node, spec: BlockSpec) -> Halves:
     return emit.call(aten.gelu.default, gate, approximate="tanh"), up
 
 
-_COMPOSED: dict[str, Callable[[Emitter, Node, Node, BlockSpec], Halves]] = {
+def _swiglu_clamp_after(emit: Emitter, gate: Node, up: Node, spec: BlockSpec) -> Halves:
+    gate = emit.call(aten.silu.default, gate)
+    return _clamp_halves(emit, gate, up, spec)
+
+
+def _swiglu_softcap(emit: Emitter, gate: Node, up: Node, spec: BlockSpec) -> Halves:
+    """In float32, as the model that has it computes it."""
+    gate, up = emit.cast(gate, torch.float32), emit.cast(up, torch.float32)
+    slope = emit.call(aten.sigmoid.default, gate)
+    return emit.call(aten.mul.Tensor, _capped(emit, gate, spec.limit), slope), _capped(emit, up, spec.alpha)
+
+
+def _capped(emit: Emitter, x: Node, cap: float) -> Node:
+    return emit.call(aten.mul.Tensor, emit.call(aten.tanh.default, emit.call(aten.div.Tensor, x, cap)), cap)
+
+
+def _relu(emit: Emitter, x: Node) -> Node:
+    return emit.call(aten.relu.default, x)
+
+
+def _relu2(emit: Emitter, x: Node) -> Node:
+    positive = _relu(emit, x)
+    return emit.call(aten.mul.Tensor, positive, positive)
+
+
+_GATED: dict[str, Callable[[Emitter, Node, Node, BlockSpec], Halves]] = {
     "swiglu": _swiglu,
     "swiglu_clamp": _swiglu_clamp,
     "swiglu_oai": _swiglu_oai,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
+    "swiglu_softcap": _swiglu_softcap,
+    "swiglu_clamp_after": _swiglu_clamp_after,
 }
-EMITTED = frozenset(_COMPOSED)
+_UNGATED: dict[str, Callable[[Emitter, Node], Node]] = {"relu": _relu, "relu2": _relu2}
+EMITTED = frozenset({*_GATED, *_UNGATED})
 
 
 def _halves(emit: Emitter, h: Node, spec: BlockSpec) -> Halves:
     if spec.interleaved:
-        last = 2 * spec.intermediate
+        last = spec.first_width
         return (
             emit.call(aten.slice.Tensor, h, 1, 0, last, 2),
             emit.call(aten.slice.Tensor, h, 1, 1, last, 2),

@@ -111,7 +111,7 @@ def _matmuls(name: str, spec: BlockSpec, deployment: Deployment) -> tuple[Operat
     if name == DEQUANT:
         sums = matmul_call(spec, spec.hidden, experts.w13, torch.int8, output_dtype=_INT32)
         scale = experts.w13_scale.cast(torch.float32).first
-        x = tensor(torch.int32, None, 2 * spec.intermediate)
+        x = tensor(torch.int32, None, spec.first_width)
         return sums, OperatorCall(DEQUANTISE, _dequant_arguments(x, scale, row_scales(), counts)), second
     first = matmul_call(spec, spec.hidden, experts.w13, _rows_dtype(spec), **_first_arguments(spec))
     return first, *activation_calls(spec, deployment.soc), *quantise_calls(spec, spec.intermediate), second

@@ -1,0 +1,248 @@
+"""A small model of one family, lowered in each way, with each dtype and kind of shapes, run on the CPU and compared.
+
+Compared are the MoE layers, each with the same module of the untouched model for the very inputs that it had, so that no
+other layer hides an error or causes one; in float32 the model's result too. The untouched model computes its experts as
+transformers' own loops do (eager) in float32, and in 16 bits with ``grouped_mm``, which rounds as often as we do.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import re
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lowering.backends.aot import lowering_backend
+from moe_lowering.backends.npugraph_ex import npugraph_ex_options
+from moe_lowering.deployment import Deployment
+from moe_lowering.families.listing import model_type
+from moe_lowering.families.records import FAILED, LEFT, RIGHT, WRONG, Attempt, Kind, Row
+from moe_lowering.families.small_models import TINY, build, randomise, result
+from moe_lowering.integrations.replaced_experts import replace_experts
+from moe_lowering.integrations.transformers import capabilities
+from moe_lowering.layers import EXPERTS_IMPLEMENTATION, is_experts_module
+from moe_lowering.model_configs.read import read_text_config
+from moe_lowering.model_configs.small import shrink
+from moe_lowering.passes.pipeline import MoeLowering
+from moe_lowering.report.records import LoweringReport
+
+LAYERS = 1
+BATCH, LENGTHS = 2, (8, 12)  # of tokens; static shapes have the first only
+# Largest accepted error of an MoE layer. Measured: at most 1e-6 and 2e-2.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-2}
+MODEL_TOLERANCE = 1e-3  # of the model's result in float32, where attention and norms spread what layers differ by
+_REASON = 300  # characters
+
+
+def attempt_family(family: str, kinds: Sequence[Kind]) -> Row:
+    """Attempts of a family, in this process. An error of the model's own code is a state, not an exception."""
+    started = time.perf_counter()
+    found = []
+    for way, dtype, shapes in kinds:
+        with _quiet():
+            try:
+                found.append(_attempt(family, way, dtype, shapes))
+            except Exception as error:  # whatever a model's code, dynamo or a kernel raises
+                found.append(Attempt(way, dtype, shapes, FAILED, reason=_first_line(error)))
+    return Row(family, tuple(found), round(time.perf_counter() - started, 1))
+
+
+def _attempt(family: str, way: str, dtype: str, shapes: str) -> Attempt:
+    torch._dynamo.reset()
+    config = shrink(read_text_config(model_type(family)), TINY, LAYERS)
+    # eager loops compute in float32 what is to be compared; grouped_mm rounds 16 bits as rarely as the lowered experts
+    own = build(config, getattr(torch, dtype), None)
+    randomise(own)
+    model = copy.deepcopy(own)
+    _use(own, "eager" if dtype == "float32" else "grouped_mm")
+    names = [name for name, _ in _routed(own)]
+    unsupported = ""
+    if way == "hook":
+        replaced = replace_experts(model)
+        _use(model, EXPERTS_IMPLEMENTATION)
+        names = replaced or names
+        unsupported = next((reason for _, supported, reason in capabilities(model) if not supported), "")
+    overlapped = None
+    if (way, dtype, shapes) == ("hook", "bfloat16", "static") and not unsupported:
+        overlapped = _overlapped(model, config)
+    taken = _record(model, names)
+    lowering = MoeLowering(Deployment())
+    outputs = []
+    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+        compiled = _compiled(model, lowering, shapes == "dynamic")
+        for length in LENGTHS if shapes == "dynamic" else LENGTHS[:1]:
+            ids = torch.randint(3, config.vocab_size, (BATCH, length), generator=torch.Generator().manual_seed(length))
+            try:
+                outputs.append((ids, result(compiled, ids)))
+            except Exception:
+                if unsupported:  # what is not lowered cannot be compiled whole
+                    return Attempt(way, dtype, shapes, LEFT, layers=len(names), reason=_cut(unsupported))
+                raise
+        error, whole = _errors(own, names, taken, outputs if dtype == "float32" else [])
+    ran = sum(bool(calls) for calls in taken.values())  # a model for images has experts that no text comes to
+    found = _judged((way, dtype, shapes), lowering.reports, ran, error, whole, unsupported)
+    return dataclasses.replace(found, overlapped=overlapped)
+
+
+def _compiled(model: nn.Module, lowering: MoeLowering, dynamic: bool) -> nn.Module:
+    compiled: Any = torch.compile(model, backend=lowering_backend(lowering), fullgraph=True, dynamic=dynamic)
+    made: nn.Module = compiled
+    return made
+
+
+def _overlapped(model: nn.Module, config: Any) -> int | None:
+    """Shared experts that run beside a layer under npugraph_ex, whose graphs have streams; None where it cannot compile.
+
+    A graph of its own: what is compared afterwards reads the results of layers, and nothing can overlap what is read.
+    """
+    lowering = MoeLowering(Deployment(), overlap=True)
+    options = npugraph_ex_options(lowering.deployment, lowering=lowering, force_eager=True)
+    compiled: Any = torch.compile(model, backend="npugraph_ex", fullgraph=True, options=options)
+    try:
+        with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+            result(compiled, torch.randint(3, config.vocab_size, (BATCH, LENGTHS[0])))
+    except Exception:  # what the model's own code, dynamo or npugraph_ex raises; the attempt itself says it
+        return None
+    finally:
+        torch._dynamo.reset()
+    notes = [note for report in lowering.reports for block in report.blocks for note in block.notes]
+    return sum("overlaps dispatch" in note for note in notes)
+
+
+def _routed(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if is_experts_module(module)]
+
+
+def _use(model: nn.Module, implementation: str) -> None:
+    for _, module in _routed(model):
+        known: Any = module
+        if hasattr(known, "config"):
+            known.config._experts_implementation = implementation
+
+
+Taken = dict[str, list[tuple[Any, ...]]]
+
+
+def _record(model: nn.Module, names: list[str]) -> Taken:
+    """Each call of these modules, by name: (inputs..., output)."""
+    taken: Taken = {name: [] for name in names}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            taken[name].append((*args, *kwargs.values(), _tensor(output)))
+
+        return hook
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True)
+    return taken
+
+
+def _tensor(output: Any) -> Tensor:
+    """The hidden states that a module returns, alone or before router logits."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _errors(
+    own: nn.Module, names: list[str], taken: Taken, outputs: list[tuple[Tensor, Tensor]]
+) -> tuple[float | None, float]:
+    """The largest error of a module, None where none ran; and of the model's results."""
+    largest = None
+    for name in names:
+        module = own.get_submodule(name)
+        for *inputs, output in taken[name]:
+            error = difference(output, _tensor(module(*inputs)))
+            largest = error if largest is None else max(largest, error)
+    return largest, max((difference(actual, result(own, ids)) for ids, actual in outputs), default=0.0)
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """max|a - b| / max|b| in float64; infinity for another shape or what is not finite."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    a, b = actual.double(), expected.double()
+    error, largest = float((a - b).abs().max()), float(b.abs().max())
+    if not (error < float("inf") and largest > 0):
+        return float("inf")
+    return error / largest
+
+
+def _judged(
+    kind: Kind, reports: list[LoweringReport], layers: int, error: float | None, whole: float, unsupported: str
+) -> Attempt:
+    blocks = [block for report in reports for block in report.blocks]
+    comms = [block.comm for block in blocks if block.comm is not None]
+    lowered = len(comms) // max(1, len(reports))
+    facts: dict[str, Any] = {
+        "layers": layers,
+        "lowered": lowered,
+        "comms": tuple(dict.fromkeys(comms)),
+        "error": error,
+        "routers": _routers(reports),
+    }
+    dtype = kind[1]
+    reason = unsupported or _why(reports)
+    if not layers or lowered < layers or len(comms) < len(blocks) or unsupported:
+        return Attempt(
+            *kind, LEFT, **facts, reason=_cut(reason or "[models.nothing_found] no MoE layer was found in the graph")
+        )
+    if error is None or error > TOLERANCE[dtype] or whole > MODEL_TOLERANCE:
+        why = f"[models.wrong] error {error or 0:.1e} of a layer, {whole:.1e} of the model; accepted: {TOLERANCE[dtype]:.0e}"
+        return Attempt(*kind, WRONG, **facts, reason=f"{why}, {MODEL_TOLERANCE:.0e}")
+    return Attempt(*kind, RIGHT, **facts)
+
+
+def _routers(reports: list[LoweringReport]) -> int | None:
+    """Routers of a graph that became one operator of the device, where reports have them."""
+    found = [getattr(report, "routers", None) for report in reports]
+    if not found or any(routers is None for routers in found):
+        return None
+    became = [router for routers in found for router in routers or () if router.became not in (None, "aten")]
+    return len(became) // len(found)
+
+
+def _why(reports: list[LoweringReport]) -> str:
+    """The first reason that a report gives for what was not lowered."""
+    for report in reports:
+        for block in report.blocks:
+            if block.comm is None:
+                return block.reason
+        for where, reason in report.unrecognised:
+            return f"{where}: {reason}"
+        for layer in report.foreign:
+            why = getattr(layer, "not_raised", None)
+            return str(why) if why is not None else f"[{layer.code}] {layer.reason}"
+    return ""
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _REASON else text[: _REASON - 3] + "..."
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    telling = [line for line in lines if re.search(r"Error\b|raised exception", line)] or lines
+    return _cut(f"[models.failed] {type(error).__name__}: {telling[0]}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of models' own code, of which there are many in each."""
+    kept = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(kept)
