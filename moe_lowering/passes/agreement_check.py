@@ -82,7 +82,7 @@ def settings_record(deployment: Deployment, lowering: MoeLowering | None, ep_gro
 
 def _settings(lowering: MoeLowering) -> dict[str, str]:
     policy = lowering.policy
-    flags = {"strict": str(lowering.strict), "overlap": str(lowering.overlap)}
+    flags = {name: str(getattr(lowering, name)) for name in ("strict", "overlap", "raise_foreign")}
     return {"comm": policy.comm, "policy": policy.name, "cost": _cost(policy.cost), **flags}
 
 
@@ -104,8 +104,13 @@ def first_exchange(graph: Graph) -> tuple[Node, dict[str, Any]] | None:
         return None  # the pass has run on this graph before
     for node in graph.find_nodes(op="call_function", target=DISPATCH):
         if _exchanges(node):
-            return argument(node, "x"), {key: node.meta[key] for key in COPIED_META if key in node.meta}
+            return argument(node, "x"), source_meta(node)
     return None
+
+
+def source_meta(node: Node) -> dict[str, Any]:
+    """What says where in the model a node comes from."""
+    return {key: node.meta[key] for key in COPIED_META if key in node.meta}
 
 
 def emit_check(

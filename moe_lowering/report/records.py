@@ -165,6 +165,7 @@ class BlockReport:
         enforced: the range of T outside of which the lowered graph refuses to run, None when every T is fine.
         sizes: capacity, receive bound and the like of a lowered block; None of one that was left alone.
         count: works out ``costs``; None of a block of which nothing is legal.
+        raised_from: the form of other operators that the block was written in, e.g. ``grouped_mm``; "" for the generic ones.
     """
 
     name: str
@@ -176,6 +177,7 @@ class BlockReport:
     notes: tuple[str, ...] = ()
     enforced: TokenRange | None = None
     sizes: Sizes | None = None
+    raised_from: str = ""
     count: Callable[[], tuple[BlockCost, ...]] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
@@ -196,7 +198,29 @@ class BlockReport:
             "enforced": None if self.enforced is None else _fields(self.enforced),
             "sizes": None if self.sizes is None else self.sizes.to_json(),
             "costs": [cost.to_json() for cost in self.costs],
+            "raised_from": self.raised_from,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class NotRaised:
+    """Why an operator of an MoE layer that others wrote was not raised.
+
+    Attributes:
+        node: its name in the graph. line: the model's line; "" when it is not known.
+        code: ``raise.*``.
+        seen, expected: in words.
+    """
+
+    node: str
+    line: str
+    code: str
+    seen: str
+    expected: str
+
+    def __str__(self) -> str:
+        line = f", at {self.line}" if self.line else ""
+        return f"[{self.code}] {self.seen}; expected: {self.expected}{line}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +262,7 @@ class ForeignMoe:
         code: which form, ``foreign.*``.
         reason: what was seen.
         advice: what the user could change.
+        not_raised: why it was not raised, of a form that can be.
     """
 
     place: str
@@ -246,12 +271,14 @@ class ForeignMoe:
     code: str
     reason: str
     advice: str
+    not_raised: NotRaised | None = None
 
     @property
     def why(self) -> str:
         """All but place and line, in one sentence."""
         operators = ", ".join(f"{count} x {name}" for name, count in self.operators)
-        return f"[{self.code}] {self.reason} ({operators}): {self.advice}"
+        raised = f", not raised: {self.not_raised}" if self.not_raised is not None else ""
+        return f"[{self.code}] {self.reason} ({operators}){raised}: {self.advice}"
 
     def __str__(self) -> str:
         return f"{self.place}: {self.why}" + (f"; at {self.line}" if self.line else "")
@@ -338,7 +365,8 @@ class LoweringReport:
         """(place, why) of all that is MoE and no recognised block; equal foreign layers once, with all their places."""
         alike: dict[ForeignMoe, list[str]] = {}
         for layer in self.foreign:
-            alike.setdefault(dataclasses.replace(layer, place=""), []).append(layer.place)
+            why = layer.not_raised and dataclasses.replace(layer.not_raised, node="")
+            alike.setdefault(dataclasses.replace(layer, place="", not_raised=why), []).append(layer.place)
         reasons = [
             (names(places), layer.why + (f"; at {layer.line}" if layer.line else "")) for layer, places in alike.items()
         ]
