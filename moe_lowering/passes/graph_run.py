@@ -42,6 +42,7 @@ from moe_lowering.passes.legality import Refusal, refusal
 from moe_lowering.passes.lower_foreign import left_as_it_is, lower_foreign
 from moe_lowering.passes.lower_route import emit_route, judge_route
 from moe_lowering.passes.lower_router import find_routers, lower_router
+from moe_lowering.passes.match_router import RouterReader, readers_of
 from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.overlap import OverlapTarget, overlap
 from moe_lowering.passes.policy import Policy, PolicyError
@@ -133,14 +134,17 @@ class GraphRun:
             self.left = [(node, describe_internal_error(error)) for node in generic_nodes(self.graph.nodes)]
             return []
         foreign = self._find_foreign(routes)
-        raised, self.routers = find_routers(self.graph, blocks, self.raise_foreign)
+        readers = [*readers_of(blocks), *(RouterReader(layer.ids, layer.weights, layer.result) for layer in foreign)]
+        raised, self.routers = find_routers(self.graph, readers, self.raise_foreign)
         self._first_exchange = self._find_first_exchange(foreign)
         reports = self._lower_all(blocks, foreign)
         for route in routes:
             if not _feeds_generic(route):
                 self._lower_route(route)
         for route in raised:
-            is_lowered = route.raised is not None and route.raised.end in self._targets
+            is_lowered = route.raised is not None and (
+                route.raised.end in self._targets or route.raised.end in self.replaced
+            )
             self.routers.append(lower_router(route, is_lowered, self._judge_route, self._guarded, self.edits))
         return reports
 

@@ -10,10 +10,10 @@ from torch.fx import Graph
 from moe_lowering.limits import Violation
 from moe_lowering.limits.wording import Wording
 from moe_lowering.passes import router_reports
-from moe_lowering.passes.blocks import Block, Route
+from moe_lowering.passes.blocks import Route
 from moe_lowering.passes.edit_log import EditLog
 from moe_lowering.passes.emitter import Emitter
-from moe_lowering.passes.match_router import RouterLeft, match_routers, readers_of
+from moe_lowering.passes.match_router import RouterLeft, RouterReader, match_routers
 from moe_lowering.passes.rewrite_router import recording_key, rewrite_router
 from moe_lowering.report.records import RouterReport
 
@@ -25,12 +25,13 @@ Guarded = Callable[[Callable[[Emitter], None], tuple[object, ...]], object]
 
 
 def find_routers(
-    graph: Graph, blocks: Sequence[Block], raise_routers: str = "auto"
+    graph: Graph, readers: Sequence[RouterReader], raise_routers: str = "auto"
 ) -> tuple[list[Route], list[RouterReport]]:
     """The routers to lower, and what is said of those that stay. Nothing is edited; no error leaves this.
 
     Args:
-        graph, blocks: before any of the blocks is lowered.
+        graph: before any block of it is lowered.
+        readers: what reads ids and weights, of blocks and of layers that others wrote.
         raise_routers: ``auto``; ``report`` to prove and to leave all; ``off``.
     """
     if raise_routers not in RAISE_ROUTERS:
@@ -38,7 +39,7 @@ def find_routers(
     if raise_routers == "off":
         return [], []
     try:
-        routes, left = match_routers(graph, readers_of(blocks))
+        routes, left = match_routers(graph, readers)
         if raise_routers != "auto":
             left += [RouterLeft(route.node, "[router.report] proven equal, and left as asked") for route in routes]
             routes = []

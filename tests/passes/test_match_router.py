@@ -231,12 +231,12 @@ def test_an_own_route_is_reported_too(groups, became):
 def test_routers_can_be_reported_alone_or_not_at_all():
     gm = trace(FORMS["deepseek_v3"].router, logits_of())
     blocks, _, _ = find_blocks(gm.graph)
-    routes, reports = find_routers(gm.graph, blocks, raise_routers="report")
+    routes, reports = find_routers(gm.graph, readers_of(blocks), raise_routers="report")
     assert routes == [] and [report.reason[:15] for report in reports] == ["[router.report]"]
-    assert find_routers(gm.graph, blocks, raise_routers="off") == ([], [])
-    assert [route.spec.scoring for route in find_routers(gm.graph, blocks)[0]] == ["sigmoid"]
+    assert find_routers(gm.graph, readers_of(blocks), raise_routers="off") == ([], [])
+    assert [route.spec.scoring for route in find_routers(gm.graph, readers_of(blocks))[0]] == ["sigmoid"]
     with pytest.raises(ValueError, match="raise_routers is 'on'; accepted: auto, report, off"):
-        find_routers(gm.graph, blocks, raise_routers="on")
+        find_routers(gm.graph, readers_of(blocks), raise_routers="on")
 
 
 def test_a_defect_leaves_the_graph_and_is_told(monkeypatch):
