@@ -85,7 +85,7 @@ def _settings(lowering: MoeLowering) -> dict[str, str]:
     text = identity(policy.cost)  # what it does and holds, where that can be compared between processes
     if "unique(" not in text:
         cost += f" ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
-    flags = {"strict": str(lowering.strict), "overlap": str(lowering.overlap)}
+    flags = {name: str(getattr(lowering, name)) for name in ("strict", "overlap", "raise_foreign")}
     return {"comm": policy.comm, "policy": policy.name, "cost": cost, **flags}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import operator
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
+from moe_lowering.argument_checks import require_choice
 from moe_lowering.custom_ops.assert_tokens import NOTHING
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import TokenRange, Violation
@@ -25,14 +25,18 @@ from moe_lowering.passes.capturability import may_be_captured, not_capturable
 from moe_lowering.passes.decision import Decision, decide
 from moe_lowering.passes.edit_log import ModuleEdits
 from moe_lowering.passes.emitter import Constants, Emitter, Recording
-from moe_lowering.passes.find_blocks import find_blocks
+from moe_lowering.passes.find_blocks import Around, around_of, find_blocks
 from moe_lowering.passes.find_foreign import find_foreign
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.legality import Refusal, refusal
+from moe_lowering.passes.lower_foreign import left_as_it_is, lower_foreign
 from moe_lowering.passes.lower_route import emit_route, judge_route
+from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.overlap import OverlapTarget, overlap
 from moe_lowering.passes.policy import Policy, PolicyError
+from moe_lowering.passes.raise_foreign.find_foreign_blocks import find_foreign_blocks
+from moe_lowering.passes.raise_foreign.records import ForeignBlock
 from moe_lowering.passes.subgraphs import Subgraph
 from moe_lowering.passes.symbol_names import dimension_names, name_sizes
 from moe_lowering.passes.token_ranges import request_guard
@@ -43,7 +47,8 @@ from moe_lowering.passes.verifier import (
     generic_nodes,
     same_value,
 )
-from moe_lowering.report.records import BlockReport, ForeignMoe, NotCapturable
+from moe_lowering.report.records import BlockReport, ForeignMoe, NotCapturable, NotRaised
+from moe_lowering.vocabulary import RAISE_FOREIGN
 
 if TYPE_CHECKING:
     from moe_lowering.passes.pipeline import MoeLowering
@@ -55,17 +60,30 @@ ASSERT_TOKENS = torch.ops.moe_lowering.assert_tokens.default
 class GraphRun:
     """One run over one graph: the caches of what equal blocks share, and the log of what was done."""
 
-    def __init__(self, gm: GraphModule, deployment: Deployment, policy: Policy, inside: Subgraph | None = None) -> None:
+    def __init__(
+        self,
+        gm: GraphModule,
+        deployment: Deployment,
+        policy: Policy,
+        inside: Subgraph | None = None,
+        raise_foreign: str = RAISE_FOREIGN[0],
+    ) -> None:
         self.gm = gm
         self.graph: Graph = gm.graph
         self.edits = ModuleEdits(gm)
         self.inside = inside
         self.deployment = deployment
         self.policy = policy
+        self.raise_foreign = raise_foreign
         self.nodes_before = len(self.graph.nodes)
         self.changed = False
         self._failed = False
         self.left: list[tuple[Node, str]] = []
+        self.untouched: list[BlockReport] = []  # layers of others that were recognised and have no block
+        self.surroundings = Around({}, {}, frozenset())
+        self._not_raised: dict[Node, NotRaised] = {}
+        self.replaced: dict[Node, Node] = {}  # by the erased result of a layer: what stands for it
+        self._told: set[Node] = set()  # nodes of layers of others that ``blocks`` reports, lowered or not
         self._decisions: dict[BlockSpec, Decision] = {}
         self._recordings: dict[tuple[Any, ...], Recording] = {}
         self._constants: Constants = {}
@@ -102,28 +120,85 @@ class GraphRun:
             log_warning("moe_lowering: looking for blocks failed, the graph is left as it was")
             self.left = [(node, describe_internal_error(error)) for node in generic_nodes(self.graph.nodes)]
             return []
-        self._blocks = blocks
+        foreign = self._find_foreign(routes)
         self._first_exchange = first_exchange(self.graph)
-        reports = [self._lower_or_leave(block) for block in blocks]
+        reports = self._lower_all(blocks, foreign)
         for route in routes:
             if not _feeds_generic(route):
                 self._lower_route(route)
         return reports
 
+    def _find_foreign(self, routes: list[Route]) -> list[ForeignBlock]:
+        """Layers that others wrote, in graph order; none where they are not to be raised."""
+        if self.raise_foreign == "off":
+            return []
+        try:
+            found, self._not_raised = find_foreign_blocks(self.graph, self.deployment)
+        except Exception:  # as in _guarded: nothing was edited yet
+            log_warning("moe_lowering: looking for layers that others wrote failed, they are left as they were")
+            return []
+        if found:
+            self.surroundings = around_of(self.graph, routes)
+        if self.raise_foreign == "auto":
+            return found
+        require_choice("GraphRun", "raise_foreign", self.raise_foreign, RAISE_FOREIGN)
+        reason = f"[raise.report] recognised, and left: raise_foreign is {self.raise_foreign!r}"
+        self.untouched += [left_as_it_is(block, reason) for block in found]
+        self._told.update(node for block in found for node in block.interior)
+        return []
+
+    def _lower_all(self, blocks: list[Block], foreign: list[ForeignBlock]) -> list[BlockReport]:
+        """Each block and each layer that others wrote, in graph order."""
+        reports: list[BlockReport] = []
+        items = [(block.dispatch, block) for block in blocks] + [(found.result, found) for found in foreign]
+        for _, item in sorted(items, key=lambda pair: pair[0]):
+            if isinstance(item, Block):
+                self._blocks.append(item)
+                reports.append(self._lower_or_leave(item))
+            else:
+                reports += self._raise_or_leave(item)
+        return reports
+
+    def _raise_or_leave(self, found: ForeignBlock) -> list[BlockReport]:
+        """The report of a layer that others wrote, where it has a block: else it is put with those that were not touched."""
+        self._told.update(found.interior)
+        try:
+            block, report = lower_foreign(self, found)
+        except Exception as error:  # as in _guarded: the layer is as it was
+            self._enforced.clear()
+            log_warning("moe_lowering: raising failed, %s left as it was", found.result.name, trace=not self._failed)
+            self._failed = True
+            self.untouched.append(left_as_it_is(found, describe_internal_error(error)))
+            return []
+        if block is None:
+            self.untouched.append(report)
+            return []
+        self._blocks.append(block)
+        return [report]
+
+    def replacement_of(self, block: Block) -> Node:
+        """What stands for the result of a block that was lowered."""
+        return self._targets[block.combine].y
+
+    def take_back(self, block: Block) -> None:
+        """Forget what was noted of a block whose edits are taken back."""
+        self._targets.pop(block.combine, None)
+        self._enforced.clear()  # its assert_tokens went with it: the next block of this T brings its own
+
     def _lower_or_leave(self, block: Block) -> BlockReport:
         created: list[Node] = []  # what is in the steps within is known already
         try:
             with self.edits.step(created):
-                return self._lower_block(block)
+                return self.lower_block(block)
         except Exception as error:  # as in _guarded: here deciding failed, or reporting
-            self._targets.pop(block.combine, None)
-            self._enforced.clear()  # its assert_tokens went with it: the next block of this T brings its own
+            self.take_back(block)
             log_warning("moe_lowering: deciding failed, %s left as it was", block.name, trace=not self._failed)
             self._failed = True  # equal blocks fail alike: one traceback is enough
             before = tuple(operator_name(n) for n in block.stages)
             return BlockReport(block.name, None, describe_internal_error(error), before, before, {})
 
-    def _lower_block(self, block: Block) -> BlockReport:
+    def lower_block(self, block: Block) -> BlockReport:
+        """Decide, rewrite and verify one block. What it raises leaves edits to be taken back by the caller."""
         before = tuple(operator_name(n) for n in block.stages)
         decision = self._decisions.get(block.spec)
         if decision is None:
@@ -193,6 +268,7 @@ class GraphRun:
         self.edits.replace_uses(block.combine, replacement.y)
         if block.counts is not None and replacement.counts is not None:
             self.edits.replace_uses(block.counts, replacement.counts, but=block.mlp)
+        self.replaced[block.combine] = replacement.y
         self.edits.erase(block.interior)
         self.edits.take_name(replacement.y, block.combine)
         if block.counts is not None and replacement.counts is not None:
@@ -281,7 +357,7 @@ class GraphRun:
     def foreign(self) -> list[ForeignMoe]:
         """MoE layers that are left in the graph and are not written with the generic operators."""
         try:
-            return find_foreign(self.graph)
+            return find_foreign(self.graph, self._told, self._not_raised)
         except Exception as error:  # as in _guarded; what could not be looked for is not taken to be absent
             log_warning("moe_lowering: looking for other MoE layers failed")
             return [
@@ -398,17 +474,6 @@ def describe_internal_error(error: Exception) -> str:
 def _describe_undo(error: Exception) -> Wording:
     why = error.wording if isinstance(error, VerificationError) else Quoted(str(error))
     return make_wording("rewrite undone: {kind}: {why}", kind=type(error).__name__, why=why)
-
-
-def operator_name(node: Node) -> str:
-    return _name(node.target)
-
-
-@functools.lru_cache(maxsize=1024)
-def _name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.replace("::", ".")
-    return getattr(target, "__name__", str(target))
 
 
 def log_warning(text: str, *args: Any, trace: bool = True, level: int = logging.WARNING) -> None:

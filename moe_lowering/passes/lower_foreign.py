@@ -1,0 +1,108 @@
+"""Lower a layer that others wrote: all of it, or nothing of it.
+
+Contract. Within one step of the log of edits the generic operators are put in front of the layer's result, its readers read
+them, and the ordinary path decides, rewrites and verifies that block. Where it is not lowered the step is taken back, and
+the graph is node for node as it was; the report says why. Where it is, what was there for the result's sake alone is erased.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+
+from moe_lowering.passes.blocks import Block
+from moe_lowering.passes.emitter import Emitter
+from moe_lowering.passes.find_blocks import find_block, module_path
+from moe_lowering.passes.operator_names import operator_name
+from moe_lowering.passes.raise_foreign.emit_generic import Generic, emit_generic
+from moe_lowering.passes.raise_foreign.records import ForeignBlock
+from moe_lowering.passes.verifier import same_value
+from moe_lowering.report.records import BlockReport
+
+if TYPE_CHECKING:
+    from moe_lowering.passes.graph_run import GraphRun
+
+COMPUTED_EVERY_FORWARD = (
+    "gate and up projection are two tensors: they are put side by side in every forward, which copies "
+    "{megabytes:.1f} MB; moe_lowering.projections.join_projections(model) does it once"
+)
+
+
+class _Left(Exception):
+    """The block was not lowered."""
+
+    def __init__(self, block: Block | None, report: BlockReport) -> None:
+        self.block, self.report = block, report
+
+
+def lower_foreign(run: GraphRun, found: ForeignBlock) -> tuple[Block | None, BlockReport]:
+    """The block in generic form, None where it is not even that, and what became of it.
+
+    Raises:
+        Exception: what deciding or rewriting raised; the graph is as it was.
+    """
+    before = original_operators(found)
+    found = found.reading(run.replaced)
+    block: Block | None
+    try:
+        block, report = _lower(run, found)
+    except _Left as left:
+        block, report = left.block, dataclasses.replace(left.report, ops_after=before)
+    notes = (*report.notes, *found.notes, *_weights_notes(found))
+    return block, dataclasses.replace(report, ops_before=before, raised_from=found.form, notes=notes)
+
+
+def _lower(run: GraphRun, found: ForeignBlock) -> tuple[Block, BlockReport]:
+    assert run.fake_mode is not None
+    emit = Emitter(run.graph, run.fake_mode)
+    with run.edits.step(emit.made):
+        generic = emit_generic(found, emit, run.deployment)
+        same_value(found.result, generic.result)
+        block = find_block(generic.dispatch, run.surroundings)
+        if isinstance(block, str):
+            raise _Left(None, left_as_it_is(found, block))
+        run.edits.replace_uses(found.result, generic.result)
+        report = run.lower_block(block)
+        if report.comm is None:
+            run.take_back(block)
+            raise _Left(block, report)
+        _erase(run, found, generic, block)
+    return block, report
+
+
+def _erase(run: GraphRun, found: ForeignBlock, generic: Generic, block: Block) -> None:
+    """What nobody reads any more, and the result's name to what stands for it."""
+    dead: set[Node] = set()
+    for node in reversed(found.interior):
+        if all(user in dead for user in node.users):
+            dead.add(node)
+    run.edits.erase([*dead])
+    result = generic.result if generic.result is not generic.combine else run.replacement_of(block)
+    run.edits.take_name(result, found.result)
+    run.replaced[found.result] = result
+
+
+def original_operators(found: ForeignBlock) -> tuple[str, ...]:
+    """Names of the operators that a layer consists of, in graph order."""
+    return tuple(operator_name(node) for node in found.interior if node.op == "call_function" and not _is_item(node))
+
+
+def _is_item(node: Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
+def _weights_notes(found: ForeignBlock) -> Sequence[str]:
+    if not found.w13.joined:
+        return ()
+    size = sum(node.meta["val"].numel() * node.meta["val"].element_size() for node in found.w13.nodes)
+    return (COMPUTED_EVERY_FORWARD.format(megabytes=size / 2**20),)
+
+
+def left_as_it_is(found: ForeignBlock, reason: str) -> BlockReport:
+    """The report of a layer that was recognised and not touched."""
+    operators = original_operators(found)
+    name = module_path(found.result)
+    return BlockReport(name, None, reason, operators, operators, {}, raised_from=found.form, notes=found.notes)
