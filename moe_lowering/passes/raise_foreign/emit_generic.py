@@ -13,8 +13,10 @@ from moe_lowering.custom_ops.combine import CombineCall
 from moe_lowering.custom_ops.dispatch import DispatchCall
 from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
 from moe_lowering.deployment import Deployment
+from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.emitter import Emitter, aten
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Weights
+from moe_lowering.passes.verifier import VerificationError
 
 OPS = torch.ops.moe_lowering
 _NAMES = ("rows", "row_scale", "counts", "handle")
@@ -63,11 +65,31 @@ def _emit(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> Generic
     combine = emit.call(OPS.combine.default, *_given(back))
     y = combine
     if y.meta["val"].dim() != result.dim():
-        y = emit.like(y, block.result)
+        y = emit.call(aten.reshape.default, y, _shape(block, emit, result))
     y = emit.cast(y, result.dtype)
     if block.base is not None:
         y = emit.call(aten.add.Tensor, block.base, y)
     return Generic(dispatch, combine, y)
+
+
+def _shape(block: ForeignBlock, emit: Emitter, result: torch.Tensor) -> list[Any]:
+    """The result's sizes; one that is a symbol is that of an operand."""
+    shape: list[Any] = []
+    for size in result.shape:
+        if isinstance(size, int):
+            shape.append(size)
+            continue
+        same = (
+            (node, at)
+            for node in (block.x, block.ids)
+            for at, other in enumerate(node.meta["val"].shape)
+            if size_key(other) == size_key(size)
+        )
+        found = next(same, None)
+        if found is None:
+            raise VerificationError(f"{block.result.name} has size {size}, which none of x and ids has")
+        shape.append(emit.size(*found))
+    return shape
 
 
 def _mlp_call(block: ForeignBlock, emit: Emitter, rows: Node, row_scale: Node, counts: Node) -> GroupedMlpCall[Node]:

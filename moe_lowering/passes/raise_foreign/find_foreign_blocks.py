@@ -6,18 +6,24 @@ index of targets, whatever its size.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 import torch
 from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.emitter import is_emitted
-from moe_lowering.passes.raise_foreign import match_grouped_mm, rules_of_experts, rules_of_layout, rules_of_routing
+from moe_lowering.passes.raise_foreign import (
+    match_gathered_weights,
+    match_grouped_mm,
+    rules_of_experts,
+    rules_of_layout,
+    rules_of_routing,
+)
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
 from moe_lowering.report.records import NotRaised
 
-FORMS: dict[str, Form] = {form.name: form for form in (match_grouped_mm.FORM,)}
+FORMS: dict[str, Form] = {form.name: form for form in (match_grouped_mm.FORM, match_gathered_weights.FORM)}
 assert rules_of_experts and rules_of_layout and rules_of_routing  # imported for the rules that they add
 
 
@@ -29,10 +35,20 @@ def find_foreign_blocks(graph: Graph, deployment: Deployment) -> tuple[list[Fore
         anchors = _anchors(graph, frozenset(form.anchors))
         for group in form.groups(sorted(anchors)) if anchors else ():
             try:
-                found.append(form.match(graph, group, deployment))
+                block = form.match(graph, group, deployment)
+                _require_apart(block, found)
+                found.append(block)
             except NotThisForm as reason:
                 left.update(dict.fromkeys(group, reason.record))
     return sorted(found, key=lambda block: block.result), left
+
+
+def _require_apart(block: ForeignBlock, others: Iterable[ForeignBlock]) -> None:
+    for other in others:
+        if not set(block.interior).isdisjoint(other.interior):
+            raise NotThisForm(
+                block.result, "raise.overlap", f"operations that the layer of {other.result.name} has too", "its own"
+            )
 
 
 def _anchors(graph: Graph, names: Container[str]) -> list[Node]:

@@ -28,6 +28,7 @@ from moe_lowering.passes.raise_foreign.meanings import (
     Value,
     Weighted,
     choices,
+    feature,
     flat,
     product,
     sizes,
@@ -300,5 +301,5 @@ class _Parts:
                 "weights [T, k] of the ids",
             )
         axes = flat(self.value.dims)
-        if axes[:-1] != tokens(ids) or self.value.dims[-1] != axes[-1:] or axes[-1].size != sizes(x.node)[-1]:
+        if axes != (*tokens(ids), *feature(sizes(x.node)[-1])):
             raise self._not("raise.way_back", "a sum that is not in the order of the tokens", "[T, H], by token")

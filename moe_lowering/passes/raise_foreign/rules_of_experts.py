@@ -100,7 +100,8 @@ def batched_product(reader: Reader, node: Node) -> Value | None:
     if left is None or right is None or not (left.is_slotted or right.is_slotted):
         return None
     for a, b in ((0, 0), (2, 1)):  # batches; what is summed over
-        mapped = match(left.dims[a], right.dims[b])
+        pair = left.dims[a], right.dims[b]
+        mapped = match(*(pair[::-1] if isinstance(right.term, Pick) else pair))  # rows keep their axes
         if mapped is None:
             return None
         left, right = mapped_value(left, mapped), mapped_value(right, mapped)

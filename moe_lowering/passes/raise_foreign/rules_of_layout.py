@@ -24,6 +24,7 @@ from moe_lowering.passes.raise_foreign.meanings import (
 )
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, item_rule, rule
 
+_NO_END = 2**62  # an ``end`` that torch means by none
 _WHOLE_NUMBERS = (torch.int32, torch.int64, torch.float32, torch.float64)  # that hold any id and any count of slots
 
 
@@ -88,14 +89,16 @@ def cast(reader: Reader, node: Node) -> Value | None:
     """Another dtype. What a dtype rounds away of a layer's values is looked at when all of it is known."""
     source = _source(node)
     value = reader.value(source)
-    if value is None or value.is_opaque:
-        return None
     new, old = node.meta["val"], source.meta["val"]
+    if value is None or (value.is_opaque and old.is_floating_point()):
+        return None
     if new.device != old.device:
         return reader.refuse(node, "raise.device", f"a copy from {old.device} to {new.device}", "one device")
     counted = old.dtype in _WHOLE_NUMBERS and new.dtype in _WHOLE_NUMBERS
     if counted or (old.is_floating_point() and new.is_floating_point()):
         return value
+    if value.is_opaque:
+        return None
     return reader.refuse(node, "raise.cast", f"a cast from {old.dtype} to {new.dtype}", "one that keeps the values")
 
 
@@ -104,18 +107,20 @@ def columns(reader: Reader, node: Node) -> Value | None:
     """Some columns of an expert's result."""
     source = _source(node)
     value = reader.value(source)
-    if value is None or value.is_opaque:
+    if value is None:
         return None
     count = len(value.dims)
     at, width = argument(node, "dim") % count, sizes(source)[argument(node, "dim") % count]
     start, end, step = (argument(node, name) for name in ("start", "end", "step"))
+    if start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= _NO_END)):
+        return value
     bounds = (0 if start is None else start, width if end is None else end, step)
     if not all(isinstance(n, int) for n in (*bounds, width)):
         return None
     taken = range(width)[slice(*bounds)]
     if len(taken) == width:
         return value
-    return _part(value, at, taken.start, taken.step, len(taken))
+    return None if value.is_opaque else _part(value, at, taken.start, taken.step, len(taken))
 
 
 @item_rule("split", "split_with_sizes", "chunk")
