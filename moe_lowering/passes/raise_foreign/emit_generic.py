@@ -43,7 +43,8 @@ def _emit(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> Generic
     x = emit.rows(block.x)
     if block.x_scale is None:
         x = emit.cast(x, dtype)
-    ids, weights = (_by_token(emit, node, x) for node in (block.ids, block.weights))
+    top_k = int(block.ids.meta["val"].shape[-1])
+    ids, weights = (_by_token(emit, node, x, top_k) for node in (block.ids, block.weights))
     ids, weights = emit.cast(ids, torch.int32), emit.cast(weights, torch.float32)
     if block.weigh_input:
         weighted = emit.call(aten.mul.Tensor, x, weights)
@@ -136,9 +137,8 @@ def _biases(emit: Emitter, block: ForeignBlock) -> list[Node]:
     return [emit.call(aten.cat.default, biases, -1)] if block.w13.joined and biases else biases
 
 
-def _by_token(emit: Emitter, node: Node, x: Node) -> Node:
-    """[..., k] as [T, k]."""
-    value = node.meta["val"]
-    if value.dim() == 2:
+def _by_token(emit: Emitter, node: Node, x: Node, top_k: int) -> Node:
+    """What has one element for each slot, by token, as [T, k]."""
+    if node.meta["val"].dim() == 2:
         return node
-    return emit.call(aten.reshape.default, node, [emit.size(x, 0), int(value.shape[-1])])
+    return emit.call(aten.reshape.default, node, [emit.size(x, 0), top_k])

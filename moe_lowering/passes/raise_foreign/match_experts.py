@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from moe_lowering.passes.foreign_walks import name_of
 from moe_lowering.passes.memory_effects import Writes
 from moe_lowering.passes.raise_foreign.closed_region import closed_region, region_of
+from moe_lowering.passes.raise_foreign.ids_range import out_of_range
 from moe_lowering.passes.raise_foreign.match_activation import Gated, match_activation
 from moe_lowering.passes.raise_foreign.meanings import (
     Counts,
@@ -67,12 +68,24 @@ def match_experts(form: str, graph: Graph, products: Sequence[Node]) -> ForeignB
     missing = [node for node in products if node not in used]
     if missing:
         raise NotThisForm(missing[0], "raise.incomplete", f"{missing[0].name} is no part of the result", "all products")
+    _require_range(block)
     region = region_of(result, block.operands, lambda node: _is_outside(reader, node))
     _require_precision(result, region, block)
     interior = closed_region(
         result, region, block.operands, lambda node: _may_stay(reader, node), scope_paths(graph), Writes(graph)
     )
     return dataclasses.replace(block, interior=interior)
+
+
+def _require_range(block: ForeignBlock) -> None:
+    node = out_of_range(block.ids, block.num_experts)
+    if node is not None:
+        raise NotThisForm(
+            node,
+            "raise.ids_range",
+            f"ids from {node.name} ({name_of(node)}), which may be no expert of {block.num_experts}",
+            f"ids chosen among at most {block.num_experts}, or given from outside of the graph",
+        )
 
 
 def _find_result(reader: Reader, products: Sequence[Node]) -> Node:
