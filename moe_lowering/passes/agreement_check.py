@@ -98,8 +98,13 @@ def first_exchange(graph: Graph) -> tuple[Node, dict[str, Any]] | None:
         return None  # the pass has run on this graph before
     for node in graph.find_nodes(op="call_function", target=DISPATCH):
         if _exchanges(node):
-            return argument(node, "x"), {key: node.meta[key] for key in COPIED_META if key in node.meta}
+            return argument(node, "x"), source_meta(node)
     return None
+
+
+def source_meta(node: Node) -> dict[str, Any]:
+    """What says where in the model a node comes from."""
+    return {key: node.meta[key] for key in COPIED_META if key in node.meta}
 
 
 def emit_check(

@@ -19,7 +19,15 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import TokenRange, Violation
 from moe_lowering.limits.bounds import as_argument
 from moe_lowering.limits.wording import Names, Quoted, Wording, make_wording
-from moe_lowering.passes.agreement_check import BlockOutcome, blocks_record, emit_check, first_exchange, settings_record
+from moe_lowering.passes.agreement_check import (
+    ASSERT_AGREEMENT,
+    BlockOutcome,
+    blocks_record,
+    emit_check,
+    first_exchange,
+    settings_record,
+    source_meta,
+)
 from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, size_key
 from moe_lowering.passes.capturability import may_be_captured, not_capturable
 from moe_lowering.passes.decision import Decision, decide
@@ -82,6 +90,7 @@ class GraphRun:
         self.untouched: list[BlockReport] = []  # layers of others that were recognised and have no block
         self.surroundings = Around({}, {}, frozenset())
         self._not_raised: dict[Node, NotRaised] = {}
+        self.foreign_blocks: dict[Node, ForeignBlock] = {}  # by the combine of their generic form
         self.replaced: dict[Node, Node] = {}  # by the erased result of a layer: what stands for it
         self._told: set[Node] = set()  # nodes of layers of others that ``blocks`` reports, lowered or not
         self._decisions: dict[BlockSpec, Decision] = {}
@@ -121,7 +130,7 @@ class GraphRun:
             self.left = [(node, describe_internal_error(error)) for node in generic_nodes(self.graph.nodes)]
             return []
         foreign = self._find_foreign(routes)
-        self._first_exchange = first_exchange(self.graph)
+        self._first_exchange = self._find_first_exchange(foreign)
         reports = self._lower_all(blocks, foreign)
         for route in routes:
             if not _feeds_generic(route):
@@ -146,6 +155,13 @@ class GraphRun:
         self.untouched += [left_as_it_is(block, reason) for block in found]
         self._told.update(node for block in found for node in block.interior)
         return []
+
+    def _find_first_exchange(self, foreign: list[ForeignBlock]) -> tuple[Node, dict[str, Any]] | None:
+        """As ``first_exchange`` has it, of generic operators and of layers that others wrote."""
+        found = [first for first in [first_exchange(self.graph)] if first is not None]
+        if not self.graph.find_nodes(op="call_function", target=ASSERT_AGREEMENT):
+            found += [(block.x, source_meta(block.result)) for block in foreign if block.ep_size > 1]
+        return min(found, key=lambda pair: pair[0], default=None)
 
     def _lower_all(self, blocks: list[Block], foreign: list[ForeignBlock]) -> list[BlockReport]:
         """Each block and each layer that others wrote, in graph order."""
@@ -180,10 +196,14 @@ class GraphRun:
         """What stands for the result of a block that was lowered."""
         return self._targets[block.combine].y
 
-    def take_back(self, block: Block) -> None:
-        """Forget what was noted of a block whose edits are taken back."""
+    def take_back(self, block: Block) -> Refusal | None:
+        """Forget what was noted of a block whose edits are taken back; why the graph refused to run for its sake."""
         self._targets.pop(block.combine, None)
+        refused = next((why for other, why in self._refused if other is block), None)
+        self._refused = [pair for pair in self._refused if pair[0] is not block]
+        self._refusing.discard(block.combine)
         self._enforced.clear()  # its assert_tokens went with it: the next block of this T brings its own
+        return refused
 
     def _lower_or_leave(self, block: Block) -> BlockReport:
         created: list[Node] = []  # what is in the steps within is known already
@@ -191,7 +211,8 @@ class GraphRun:
             with self.edits.step(created):
                 return self.lower_block(block)
         except Exception as error:  # as in _guarded: here deciding failed, or reporting
-            self.take_back(block)
+            self._targets.pop(block.combine, None)
+            self._enforced.clear()  # its assert_tokens went with it: the next block of this T brings its own
             log_warning("moe_lowering: deciding failed, %s left as it was", block.name, trace=not self._failed)
             self._failed = True  # equal blocks fail alike: one traceback is enough
             before = tuple(operator_name(n) for n in block.stages)
@@ -208,7 +229,7 @@ class GraphRun:
         refused = refusal(block.spec, self.deployment) if comm is not None else None
         if refused is not None:
             comm, reason = None, refused.reason
-            self._refuse_to_run(block, refused)
+            self.refuse_to_run(block, refused)
         if comm is not None:
             chosen = comm
             done = self._guarded(lambda emit: self._rewrite(block, chosen, decision, emit), (chosen, block.spec))
@@ -329,7 +350,7 @@ class GraphRun:
         self.edits.undo()
         self._refused = []
         for block, why in refused:
-            self._refuse_to_run(block, why)
+            self.refuse_to_run(block, why)
         left = [
             dataclasses.replace(
                 report, comm=None, reason=reason + self._refuse_if_ranks_differ(block), ops_after=report.ops_before,
@@ -389,8 +410,13 @@ class GraphRun:
             log_warning("moe_lowering: no guard on %s could be requested for %s", interval, block.name)
 
     def _emit_assert(self, block: Block, interval: TokenRange | None, emit: Emitter, position: Node) -> None:
-        with emit.at(position, block.dispatch):
-            emit.call(ASSERT_TOKENS, block.x, *_assert_bounds(interval), **self._declared())
+        with emit.at(position, position):
+            emit.call(ASSERT_TOKENS, self._tokens_of(block), *_assert_bounds(interval), **self._declared())
+
+    def _tokens_of(self, block: Block) -> Node:
+        """Its x; of a layer that others wrote the one that stays when the layer is left."""
+        found = self.foreign_blocks.get(block.combine)
+        return block.x if found is None else found.reading(self.replaced).x
 
     def _declared(self) -> dict[str, int]:
         """The range of T that the deployment declares, if any, for what ``assert_tokens`` says."""
@@ -399,21 +425,23 @@ class GraphRun:
             return {}
         return {"min_tokens": deployment.min_tokens, "max_tokens": deployment.max_tokens}
 
-    def _refuse_to_run(self, block: Block, refused: Refusal) -> None:
+    def refuse_to_run(self, block: Block, refused: Refusal) -> None:
         """The others communicate as they decided, so this rank must not run its generic operators beside them."""
         self._refused.append((block, refused))
         self._refusing.add(block.combine)
-        args = (block.x, *_assert_bounds(refused.accepted))
-        if not any(user.target is ASSERT_TOKENS and user.args == args for user in block.x.users):
+        x, found = self._tokens_of(block), self.foreign_blocks.get(block.combine)
+        position = block.dispatch if found is None else found.result
+        args = (x, *_assert_bounds(refused.accepted))
+        if not any(user.target is ASSERT_TOKENS and user.args == args for user in x.users):
             key = ("refuse", block.spec)
-            self._guarded(lambda emit: self._emit_assert(block, refused.accepted, emit, block.dispatch), key)
+            self._guarded(lambda emit: self._emit_assert(block, refused.accepted, emit, position), key)
 
     def _refuse_if_ranks_differ(self, block: Block) -> str:
         """After an undone rewrite: what to add to the reason where ranks with another T may have succeeded."""
         if self.deployment.ep_size == 1 or self.deployment.equal_tokens:
             return ""
         text = "; ranks with another T may have lowered it: the graph refuses to run"
-        self._refuse_to_run(block, Refusal(make_wording(text)))
+        self.refuse_to_run(block, Refusal(make_wording(text)))
         return text
 
     def _lower_route(self, route: Route) -> None:

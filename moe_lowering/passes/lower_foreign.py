@@ -16,6 +16,7 @@ from torch.fx import Node
 from moe_lowering.passes.blocks import Block
 from moe_lowering.passes.emitter import Emitter
 from moe_lowering.passes.find_blocks import find_block, module_path
+from moe_lowering.passes.legality import Refusal
 from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.raise_foreign.emit_generic import Generic, emit_generic
 from moe_lowering.passes.raise_foreign.records import ForeignBlock
@@ -34,8 +35,8 @@ COMPUTED_EVERY_FORWARD = (
 class _Left(Exception):
     """The block was not lowered."""
 
-    def __init__(self, block: Block | None, report: BlockReport) -> None:
-        self.block, self.report = block, report
+    def __init__(self, block: Block | None, report: BlockReport, refused: Refusal | None = None) -> None:
+        self.block, self.report, self.refused = block, report, refused
 
 
 def lower_foreign(run: GraphRun, found: ForeignBlock) -> tuple[Block | None, BlockReport]:
@@ -51,6 +52,10 @@ def lower_foreign(run: GraphRun, found: ForeignBlock) -> tuple[Block | None, Blo
         block, report = _lower(run, found)
     except _Left as left:
         block, report = left.block, dataclasses.replace(left.report, ops_after=before)
+        if (
+            block is not None and left.refused is not None
+        ):  # other ranks may exchange: this one must not run beside them
+            run.refuse_to_run(block, left.refused)
     notes = (*report.notes, *found.notes, *_weights_notes(found))
     return block, dataclasses.replace(report, ops_before=before, raised_from=found.form, notes=notes)
 
@@ -64,11 +69,11 @@ def _lower(run: GraphRun, found: ForeignBlock) -> tuple[Block, BlockReport]:
         block = find_block(generic.dispatch, run.surroundings)
         if isinstance(block, str):
             raise _Left(None, left_as_it_is(found, block))
+        run.foreign_blocks[block.combine] = found
         run.edits.replace_uses(found.result, generic.result)
         report = run.lower_block(block)
         if report.comm is None:
-            run.take_back(block)
-            raise _Left(block, report)
+            raise _Left(block, report, run.take_back(block))
         _erase(run, found, generic, block)
     return block, report
 

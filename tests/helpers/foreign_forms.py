@@ -111,6 +111,29 @@ def offsets(ids: Tensor, most: int = EXPERTS - 1) -> Tensor:
     return torch.cumsum(torch.histc(ids.float(), bins=EXPERTS, min=0, max=most), dim=0, dtype=torch.int32)
 
 
+COUNTS = {
+    "one_hot": lambda ids: F.one_hot(ids.view(-1), EXPERTS).sum(0),
+    "one_hot of two dimensions": lambda ids: F.one_hot(ids, EXPERTS).sum(dim=(0, 1)),
+    "compared": lambda ids: (ids.view(-1, 1) == torch.arange(EXPERTS)).sum(0),
+    "scatter_add": lambda ids: torch.zeros(EXPERTS, dtype=torch.int64).scatter_add(
+        0, ids.view(-1), torch.ones_like(ids.view(-1))
+    ),
+    "index_add": lambda ids: torch.zeros(EXPERTS).index_add(0, ids.view(-1), torch.ones(ids.numel())),
+}
+
+
+def counted(count: Callable[[Tensor], Tensor]) -> Any:
+    """Rows counted in another way than by a histogram."""
+
+    def forward(x: Tensor, weights: Tensor, ids: Tensor, **t: Tensor) -> Tensor:
+        _, perm = order(ids)
+        offs = count(ids).cumsum(0).to(torch.int32)
+        y = product(halves(product(x[perm // ids.shape[-1]], t["w13"], offs)), t["w2"], offs)
+        return back(y * weights.reshape(-1)[perm].unsqueeze(-1), perm, ids)
+
+    return forward
+
+
 def back(rows: Tensor, perm: Tensor, ids: Tensor) -> Tensor:
     inverse = torch.empty_like(perm)
     inverse[perm] = torch.arange(perm.size(0))
@@ -268,6 +291,7 @@ FORMS = {
     "grouped_mm, gate in float32": Foreign(G, grouped(in_float32), NK, nk()),
     "index_add": Foreign(G, index_add, KN, kn(), FLOAT),
     "argsort back": Foreign(G, argsort_back, KN, kn(), FLOAT),
+    **{f"counted by {name}": Foreign(G, counted(count), KN, kn(), FLOAT) for name, count in COUNTS.items()},
     "titan, scatter": Foreign(G, titan_scatter, APART | SHARED, apart, weights_dtype=FLOAT, base="shared"),
     "titan, bmm": Foreign(G, titan_bmm, APART | SHARED, apart, weights_dtype=FLOAT, base="shared"),
     "titan, before, k = 1": Foreign(G, titan_before, APART, lambda t: apart(t) | {"weigh_input": True}, FLOAT, top_k=1),

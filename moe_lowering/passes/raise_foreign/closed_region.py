@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch.fx import Node
 
+from moe_lowering.passes.foreign_walks import name_of
 from moe_lowering.passes.memory_effects import Writes, describe
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
@@ -25,7 +26,13 @@ def region_of(result: Node, operands: Iterable[Node], is_outside: Callable[[Node
             if source not in found and source not in stop and not is_outside(source):
                 found.add(source)
                 pending.append(source)
-    return sorted(found)
+    looks = {user for node in found - {result} for user in node.users if looks_only(user)}
+    return sorted(found | {node for node in looks if found.issuperset(node.all_input_nodes)})
+
+
+def looks_only(node: Node) -> bool:
+    """Whether a node only checks dtype and device of a value, as torch.export puts it behind ``Tensor.to``."""
+    return name_of(node) == "_assert_tensor_metadata"
 
 
 def closed_region(

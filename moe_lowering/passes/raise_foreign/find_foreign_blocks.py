@@ -16,6 +16,7 @@ from moe_lowering.passes.emitter import is_emitted
 from moe_lowering.passes.raise_foreign import (
     match_gathered_weights,
     match_grouped_mm,
+    rules_of_counts,
     rules_of_experts,
     rules_of_layout,
     rules_of_routing,
@@ -24,7 +25,9 @@ from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThi
 from moe_lowering.report.records import NotRaised
 
 FORMS: dict[str, Form] = {form.name: form for form in (match_grouped_mm.FORM, match_gathered_weights.FORM)}
-assert rules_of_experts and rules_of_layout and rules_of_routing  # imported for the rules that they add
+assert (
+    rules_of_counts and rules_of_experts and rules_of_layout and rules_of_routing
+)  # imported for the rules that they add
 
 
 def find_foreign_blocks(graph: Graph, deployment: Deployment) -> tuple[list[ForeignBlock], dict[Node, NotRaised]]:

@@ -52,8 +52,8 @@ def _sources(node: Node, experts: int) -> list[Node] | None:
     if name in ("argmax", "argsort"):
         return _of_few(node, given_arguments(node).get("dim", -1 if name == "argsort" else None), experts)
     if name == "clamp":
-        bounds = [given_arguments(node).get(bound) for bound in ("min", "max")]
-        fits = all(isinstance(b, int) for b in bounds) and 0 <= bounds[0] <= bounds[1] < experts
+        low, high = (given_arguments(node).get(bound) for bound in ("min", "max"))
+        fits = isinstance(low, int) and isinstance(high, int) and 0 <= low <= high < experts
         return [] if fits else None
     return None
 

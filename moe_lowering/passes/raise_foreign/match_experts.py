@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, Node
 
+from moe_lowering.deployment import Deployment
 from moe_lowering.passes.foreign_walks import name_of
 from moe_lowering.passes.memory_effects import Writes
-from moe_lowering.passes.raise_foreign.closed_region import closed_region, region_of
+from moe_lowering.passes.raise_foreign.closed_region import closed_region, looks_only, region_of
 from moe_lowering.passes.raise_foreign.ids_range import out_of_range
+from moe_lowering.passes.raise_foreign.joined_storage import joined_storage
 from moe_lowering.passes.raise_foreign.match_activation import Gated, match_activation
 from moe_lowering.passes.raise_foreign.meanings import (
     Counts,
@@ -52,8 +54,11 @@ _FACTORIES = frozenset(f"{made}{how}" for made in ("empty", "zeros", "ones", "fu
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def match_experts(form: str, graph: Graph, products: Sequence[Node]) -> ForeignBlock:
+def match_experts(form: str, graph: Graph, products: Sequence[Node], deployment: Deployment) -> ForeignBlock:
     """The layer that ``products``, all matrix products of its experts, belong to.
+
+    Where ids are chosen among exactly as many experts as all ranks of the deployment hold together, and the weights are
+    one rank's, as ``shard_experts`` cuts them, the layer is spread over the ranks of the deployment.
 
     Raises:
         NotThisForm: it is not proven to be one.
@@ -68,7 +73,7 @@ def match_experts(form: str, graph: Graph, products: Sequence[Node]) -> ForeignB
     missing = [node for node in products if node not in used]
     if missing:
         raise NotThisForm(missing[0], "raise.incomplete", f"{missing[0].name} is no part of the result", "all products")
-    _require_range(block)
+    block = _over_ranks(block, deployment)
     region = region_of(result, block.operands, lambda node: _is_outside(reader, node))
     _require_precision(result, region, block)
     interior = closed_region(
@@ -77,15 +82,23 @@ def match_experts(form: str, graph: Graph, products: Sequence[Node]) -> ForeignB
     return dataclasses.replace(block, interior=interior)
 
 
-def _require_range(block: ForeignBlock) -> None:
+def _over_ranks(block: ForeignBlock, deployment: Deployment) -> ForeignBlock:
+    """The block with all experts that its ids name, on this rank or on those of the deployment."""
     node = out_of_range(block.ids, block.num_experts)
-    if node is not None:
-        raise NotThisForm(
-            node,
-            "raise.ids_range",
-            f"ids from {node.name} ({name_of(node)}), which may be no expert of {block.num_experts}",
-            f"ids chosen among at most {block.num_experts}, or given from outside of the graph",
-        )
+    if node is None:
+        return block
+    everywhere = block.num_experts * deployment.ep_size
+    alike = deployment.ep_size > 1 and not deployment.shared_expert_ranks
+    if alike and out_of_range(block.ids, everywhere) is None and out_of_range(block.ids, everywhere - 1) is not None:
+        places = {name: getattr(deployment, name) for name in ("ep_group", "ep_size", "tp_group", "tp_size")}
+        return dataclasses.replace(block, num_experts=everywhere, **places)
+    ranks = f", or among exactly {everywhere}, those of all {deployment.ep_size} ranks" if alike else ""
+    raise NotThisForm(
+        node,
+        "raise.ids_range",
+        f"ids from {node.name} ({name_of(node)}), which may be no expert of {block.num_experts}",
+        f"ids chosen among at most {block.num_experts}{ranks}, or given from outside of the graph",
+    )
 
 
 def _find_result(reader: Reader, products: Sequence[Node]) -> Node:
@@ -97,6 +110,8 @@ def _find_result(reader: Reader, products: Sequence[Node]) -> Node:
         if not pending:
             break
         node = heapq.heappop(pending)
+        if looks_only(node):
+            continue
         value = reader.value(node) if node.op != "output" else None
         if value is None:
             if node.op == "output" or not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
@@ -152,8 +167,8 @@ def _weighs_input(second: Expert) -> bool:
 
 def _end_of_casts(reader: Reader, node: Node) -> Node:
     """The result after casts that are its only readers, as far as they lead to the dtype of the experts."""
-    while len(node.users) == 1:
-        (user,) = node.users
+    while len(users := [user for user in node.users if not looks_only(user)]) == 1:
+        (user,) = users
         if name_of(user) not in ("_to_copy", "convert_element_type", "to") or reader.value(user) is None:
             break
         if reader.value(user) != reader.value(node):
@@ -184,7 +199,7 @@ def _require_precision(result: Node, region: Sequence[Node], block: ForeignBlock
     """Nothing in between may round to less than what the experts compute in."""
     dtype = block.w2.nodes[0].meta["val"].dtype
     for node in region:
-        value = node.meta["val"]
+        value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype not in (dtype, torch.float32):
             raise NotThisForm(
                 node, "raise.dtype", f"{node.name} is {value.dtype} among experts of {dtype}", f"{dtype}, or float32"
@@ -226,7 +241,9 @@ class _Parts:
             raise self._not(
                 "raise.dtype", f"weights of {', '.join(map(str, dtypes))}", "one of float32, float16, bfloat16"
             )
-        joined = len(firsts) == 2
+        w13 = Weights(tuple(e.weight for e in firsts), first.transposed, len(firsts) == 2)
+        if w13.joined and not first.bias:
+            w13 = joined_storage(w13) or w13
         return ForeignBlock(
             form=form,
             result=self.result,
@@ -235,7 +252,7 @@ class _Parts:
             ids=second.ids.node,
             weights=weights.node,
             num_experts=second.experts,
-            w13=Weights(tuple(e.weight for e in firsts), first.transposed, joined),
+            w13=w13,
             w2=Weights((second.weight,), second.transposed),
             activation=gated.activation,
             limit=gated.limit,

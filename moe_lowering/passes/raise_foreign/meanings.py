@@ -93,6 +93,14 @@ class Counts(Term):
 
 
 @dataclasses.dataclass(frozen=True)
+class OneHot(Term):
+    """Whether a slot's expert is the one that the last dimension is at."""
+
+    ids: Tensor
+    experts: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Ends(Term):
     """Where the rows of each expert end in the order of experts."""
 
@@ -241,6 +249,10 @@ def flattened(node: Node) -> Value:
 
 def feature(size: Any) -> Dim:
     return dim(Axis(FEATURE, size))
+
+
+def is_float(tensor: Tensor) -> bool:
+    return bool(tensor.node.meta["val"].is_floating_point())
 
 
 def slots(ids: Tensor) -> Dim:

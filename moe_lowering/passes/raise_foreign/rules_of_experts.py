@@ -17,6 +17,7 @@ from moe_lowering.passes.raise_foreign.meanings import (
     Ends,
     Expert,
     Gelu,
+    OneHot,
     Pick,
     Plus,
     Sigmoid,
@@ -38,6 +39,7 @@ from moe_lowering.passes.raise_foreign.meanings import (
     tokens,
 )
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, rule
+from moe_lowering.passes.raise_foreign.rules_of_counts import counted_matches, counted_ones
 from moe_lowering.passes.raise_foreign.rules_of_routing import is_line_index, order_of_ids
 
 _ZEROS = ("zeros", "zeros_like", "new_zeros")
@@ -262,6 +264,8 @@ def summed(reader: Reader, node: Node) -> Value | None:
     value = reader.value(node.args[0])
     if value is None or not value.is_slotted:
         return None
+    if isinstance(value.term, OneHot):
+        return counted_matches(reader, node, value)
     given = given_arguments(node).get("dim")
     over = [given] if isinstance(given, int) else given
     if not over or len(over) != 1:
@@ -277,6 +281,9 @@ def summed(reader: Reader, node: Node) -> Value | None:
 @rule("scatter_add", "index_add")
 def added_to_tokens(reader: Reader, node: Node) -> Value | None:
     """The rows of all slots, added to the lines of their tokens."""
+    counts = counted_ones(reader, node)
+    if counts is not None:
+        return counts
     base, at, index, source = node.args[:4]
     if at != 0 or not all(isinstance(n, Node) for n in (base, index, source)):
         return None

@@ -13,10 +13,12 @@ from moe_lowering.passes.raise_foreign.meanings import (
     Axis,
     Dims,
     Expert,
+    OneHot,
     Part,
     Value,
     dim,
     feature,
+    flat,
     flattened,
     opaque,
     regroup,
@@ -36,9 +38,9 @@ def view(reader: Reader, node: Node) -> Value | None:
     if value is None:
         return None
     if value.is_opaque:
-        if len(shape) == 1 and len(value.dims) > 1:
-            return flattened(source)
-        if [n for n in shape if n != 1] != [n for n in sizes(source) if n != 1]:
+        if len([n for n in shape if n != 1]) == 1 and len(value.dims) > 1 and len(flat(value.dims)) > 1:
+            value = flattened(source)
+        elif [n for n in shape if n != 1] != [n for n in sizes(source) if n != 1]:
             return opaque(node)  # nearer to what reads it: x as [T, H]
     dims = regroup(value.dims, shape)
     return None if dims is None else Value(dims, value.term)
@@ -95,6 +97,7 @@ def cast(reader: Reader, node: Node) -> Value | None:
     if new.device != old.device:
         return reader.refuse(node, "raise.device", f"a copy from {old.device} to {new.device}", "one device")
     counted = old.dtype in _WHOLE_NUMBERS and new.dtype in _WHOLE_NUMBERS
+    counted = counted or (isinstance(value.term, OneHot) and new.dtype in _WHOLE_NUMBERS)
     if counted or (old.is_floating_point() and new.is_floating_point()):
         return value
     if value.is_opaque:

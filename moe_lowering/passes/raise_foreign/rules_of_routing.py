@@ -15,9 +15,7 @@ from moe_lowering.passes.arguments import argument, given_arguments
 from moe_lowering.passes.raise_foreign.meanings import (
     SORTED,
     Axis,
-    Counts,
     Dim,
-    Ends,
     Pick,
     Place,
     Position,
@@ -28,8 +26,8 @@ from moe_lowering.passes.raise_foreign.meanings import (
     as_ids,
     choices,
     dim,
-    feature,
     flat,
+    is_float,
     mapped_value,
     match,
     opaque,
@@ -112,49 +110,6 @@ def positions(reader: Reader, node: Node) -> Value | None:
     return Value(opaque(node).dims, Position())
 
 
-@rule("histc", "bincount")
-def histogram(reader: Reader, node: Node) -> Value | None:
-    source = node.args[0]
-    value = reader.value(source) if isinstance(source, Node) else None
-    (count,) = sizes(node)
-    if value is None or not isinstance(count, int) or source.meta["val"].dtype not in _EXACT:  # type: ignore[union-attr]
-        return None
-    ids = as_ids(value)
-    if ids is None or not _covers_slots(reader, ids[0], ids[1]) or _is_float_input(ids[1]):
-        return None
-    if "histc" in str(node.target):
-        low, high = argument(node, "min"), argument(node, "max")
-        if argument(node, "bins") != count or low != 0 or high not in (count - 1, count):
-            return reader.refuse(
-                node,
-                "raise.histogram",
-                f"{count} bins from {low} to {high}",
-                f"{count} bins from 0 to {count - 1} or {count}, one for each expert",
-            )
-    elif argument(node, "weights") is not None:
-        return None
-    return Value((feature(count),), Counts(ids[1], count))
-
-
-def _is_float_input(ids: Tensor) -> bool:
-    return bool(ids.node.meta["val"].is_floating_point())
-
-
-def _covers_slots(reader: Reader, value: Value, ids: Tensor) -> bool:
-    """Whether each slot stands in a value once."""
-    axes = flat(value.dims)
-    return axes == slots(ids) or order_of_ids(reader, axes) == ids
-
-
-@rule("cumsum")
-def ends(reader: Reader, node: Node) -> Value | None:
-    source = node.args[0]
-    value = reader.value(source) if isinstance(source, Node) else None
-    if value is None or not isinstance(value.term, Counts) or node.meta["val"].dtype not in _EXACT:
-        return None
-    return Value(value.dims, Ends(value.term.ids, value.term.experts))
-
-
 @rule("index", "index_select", "gather", "embedding")
 def gathered(reader: Reader, node: Node) -> Value | None:
     """Lines of a tensor by an index of its first dimension."""
@@ -188,7 +143,7 @@ def gathered(reader: Reader, node: Node) -> Value | None:
 def _picked(reader: Reader, node: Node, source: Node, index: Value) -> Value | None:
     """``source[ids]``: matrices [E, K, N] or biases [E, N]."""
     made, ids = opaque(source), as_ids(index)
-    if ids is None or len(made.dims) < 2 or not source.meta["val"].is_floating_point() or _is_float_input(ids[1]):
+    if ids is None or len(made.dims) < 2 or not source.meta["val"].is_floating_point() or is_float(ids[1]):
         return None
     assert isinstance(made.term, Tensor)
     return Value((*ids[0].dims, *made.dims[1:]), Pick(made.term, ids[1]))
