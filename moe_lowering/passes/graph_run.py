@@ -94,7 +94,7 @@ class GraphRun:
         self.replaced: dict[Node, Node] = {}  # by the erased result of a layer: what stands for it
         self._told: set[Node] = set()  # nodes of layers of others that ``blocks`` reports, lowered or not
         self._decisions: dict[BlockSpec, Decision] = {}
-        self._recordings: dict[tuple[Any, ...], Recording] = {}
+        self.recordings: dict[tuple[Any, ...], Recording] = {}
         self._constants: Constants = {}
         self._routes: dict[RouteSpec, list[Violation]] = {}
         self._enforced: set[Any] = set()
@@ -260,7 +260,7 @@ class GraphRun:
     def _guarded(self, rewrite: Callable[[Emitter], None], key: tuple[Any, ...]) -> list[Node] | Wording:
         """Run one rewrite; the nodes it created, or why it was undone."""
         assert self.fake_mode is not None  # lower() returns before
-        emit = Emitter(self.graph, self.fake_mode, self._recordings.get(key), self._constants)
+        emit = Emitter(self.graph, self.fake_mode, self.recordings.get(key), self._constants)
         try:
             with self.edits.step(emit.made):
                 rewrite(emit)
@@ -268,12 +268,12 @@ class GraphRun:
             if not isinstance(error, VerificationError):
                 log_warning("moe_lowering: rewriting failed, block left as it was")
             return _describe_undo(error)
-        self._recordings.setdefault(key, emit.recording)
+        self.recordings.setdefault(key, emit.recording)
         self.changed = True
         return emit.created
 
     def _rewrite(self, block: Block, comm: str, decision: Decision, emit: Emitter) -> None:
-        first = (comm, block.spec) not in self._recordings
+        first = (comm, block.spec) not in self.recordings
         form = IMPLEMENTATIONS[comm].form(decision.judgement.form(comm), self.deployment)
         replacement = form.emit(block, emit, self.deployment, decision.judgement.premises)
         same_value(block.combine, replacement.y)

@@ -62,7 +62,8 @@ def lower_foreign(run: GraphRun, found: ForeignBlock) -> tuple[Block | None, Blo
 
 def _lower(run: GraphRun, found: ForeignBlock) -> tuple[Block, BlockReport]:
     assert run.fake_mode is not None
-    emit = Emitter(run.graph, run.fake_mode)
+    key = ("raise", found.kind)
+    emit = Emitter(run.graph, run.fake_mode, run.recordings.get(key))
     with run.edits.step(emit.made):
         generic = emit_generic(found, emit, run.deployment)
         same_value(found.result, generic.result)
@@ -75,6 +76,7 @@ def _lower(run: GraphRun, found: ForeignBlock) -> tuple[Block, BlockReport]:
         if report.comm is None:
             raise _Left(block, report, run.take_back(block))
         _erase(run, found, generic, block)
+    run.recordings.setdefault(key, emit.recording)
     return block, report
 
 

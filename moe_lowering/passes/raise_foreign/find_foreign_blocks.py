@@ -21,6 +21,7 @@ from moe_lowering.passes.raise_foreign import (
     rules_of_layout,
     rules_of_routing,
 )
+from moe_lowering.passes.raise_foreign.graph_facts import reading
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
 from moe_lowering.report.records import NotRaised
 
@@ -32,6 +33,11 @@ assert (
 
 def find_foreign_blocks(graph: Graph, deployment: Deployment) -> tuple[list[ForeignBlock], dict[Node, NotRaised]]:
     """All layers of the known forms in graph order, and of each other anchor why it is in none."""
+    with reading(graph):
+        return _find(graph, deployment)
+
+
+def _find(graph: Graph, deployment: Deployment) -> tuple[list[ForeignBlock], dict[Node, NotRaised]]:
     found: list[ForeignBlock] = []
     left: dict[Node, NotRaised] = {}
     for form in FORMS.values():

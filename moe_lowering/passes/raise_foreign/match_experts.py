@@ -15,8 +15,8 @@ from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.foreign_walks import name_of
-from moe_lowering.passes.memory_effects import Writes
 from moe_lowering.passes.raise_foreign.closed_region import closed_region, looks_only, region_of
+from moe_lowering.passes.raise_foreign.graph_facts import facts_of
 from moe_lowering.passes.raise_foreign.ids_range import out_of_range
 from moe_lowering.passes.raise_foreign.joined_storage import joined_storage
 from moe_lowering.passes.raise_foreign.match_activation import Gated, match_activation
@@ -40,7 +40,6 @@ from moe_lowering.passes.raise_foreign.meanings import (
 )
 from moe_lowering.passes.raise_foreign.read_meanings import Reader
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, NotThisForm, Weights
-from moe_lowering.passes.scopes import scope_paths
 
 _STEPS = 400  # nodes between the first product and the result
 _FACTORIES = frozenset(f"{made}{how}" for made in ("empty", "zeros", "ones", "full") for how in ("", "_like")) | {
@@ -54,16 +53,22 @@ _FACTORIES = frozenset(f"{made}{how}" for made in ("empty", "zeros", "ones", "fu
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def match_experts(form: str, graph: Graph, products: Sequence[Node], deployment: Deployment) -> ForeignBlock:
+def match_experts(
+    form: str, graph: Graph, products: Sequence[Node], deployment: Deployment, of_ids: Node | None
+) -> ForeignBlock:
     """The layer that ``products``, all matrix products of its experts, belong to.
 
     Where ids are chosen among exactly as many experts as all ranks of the deployment hold together, and the weights are
     one rank's, as ``shard_experts`` cuts them, the layer is spread over the ranks of the deployment.
 
+    Args:
+        of_ids: a node that is computed from the ids alone.
+
     Raises:
         NotThisForm: it is not proven to be one.
     """
     reader = Reader(products)
+    reader.start_at(of_ids)
     result = _end_of_casts(reader, _find_result(reader, products))
     value = reader.value(result)
     assert value is not None
@@ -76,8 +81,9 @@ def match_experts(form: str, graph: Graph, products: Sequence[Node], deployment:
     block = _over_ranks(block, deployment)
     region = region_of(result, block.operands, lambda node: _is_outside(reader, node))
     _require_precision(result, region, block)
+    facts = facts_of(graph)
     interior = closed_region(
-        result, region, block.operands, lambda node: _may_stay(reader, node), scope_paths(graph), Writes(graph)
+        result, region, block.operands, lambda node: _may_stay(reader, node), facts.scopes, facts.writes
     )
     return dataclasses.replace(block, interior=interior)
 

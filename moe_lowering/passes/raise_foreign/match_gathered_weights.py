@@ -58,7 +58,7 @@ def match(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignB
         raise NotThisForm(
             anchors[0], "raise.operation", f"{len(anchors)} gathers for {len(set(products))} products", "one for each"
         )
-    return match_experts(NAME, graph, products, deployment)
+    return match_experts(NAME, graph, products, deployment, _ids(anchors[0]))
 
 
 FORM = Form(NAME, ("aten.index.Tensor", "aten.index_select.default"), by_ids, match)

@@ -44,7 +44,7 @@ def _is_of_offsets(node: Node) -> bool:
 
 
 def match(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignBlock:
-    return match_experts(NAME, graph, anchors, deployment)
+    return match_experts(NAME, graph, anchors, deployment, argument(anchors[0], "offs"))
 
 
 FORM = Form(NAME, ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"), by_offsets, match)

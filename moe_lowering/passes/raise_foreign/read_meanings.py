@@ -15,13 +15,14 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.foreign_walks import name_of
-from moe_lowering.passes.raise_foreign.meanings import Value, opaque
+from moe_lowering.passes.raise_foreign.meanings import Tensor, Value, opaque
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 Rule: TypeAlias = "Callable[[Reader, Node], Value | None]"
 ItemRule: TypeAlias = "Callable[[Reader, Node, int], Value | None]"
 
 RULES: dict[str, Rule] = {}  # by the name of the operator, without its overload
+NEAR: set[str] = set()  # operators whose rules are of use within a layer only
 ITEM_RULES: dict[str, ItemRule] = {}  # of operators with several results: the node and which result
 
 
@@ -33,12 +34,30 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return add
 
 
+def near_rule(*names: str) -> Callable[[Rule], Rule]:
+    """A rule of an operator that computes: in front of a layer, where a model is full of them, it is not looked at."""
+    NEAR.update(names)
+    return rule(*names)
+
+
 def item_rule(*names: str) -> Callable[[ItemRule], ItemRule]:
     def add(function: ItemRule) -> ItemRule:
         ITEM_RULES.update(dict.fromkeys(names, function))
         return function
 
     return add
+
+
+_REACH = 300  # nodes in front of the first product that may belong to a layer
+
+
+def _before(node: Node) -> Node:
+    """The node that stands ``_REACH`` in front of another, or the first of the graph."""
+    for _ in range(_REACH):
+        if node.prev.op == "root":
+            break
+        node = node.prev
+    return node
 
 
 class Reader:
@@ -51,6 +70,7 @@ class Reader:
     def __init__(self, products: Iterable[Node]) -> None:
         self._products = frozenset(products)
         self._first = min(self._products)
+        self._floor = _before(self._first)
         self._values: dict[Node, Value | None] = {}
         self._derived: dict[Node, bool] = {}
         self.reasons: dict[Node, NotThisForm] = {}
@@ -68,6 +88,13 @@ class Reader:
             self._values[node] = found
         return self._values[node]
 
+    def start_at(self, node: Node | None) -> None:
+        """The ids come from what ``node`` is computed from: nothing in front of them is part of the layer but operands."""
+        value = None if node is None else self.value(node)
+        ids = getattr(value.term, "ids", value.term) if value is not None else None
+        if isinstance(ids, Tensor):
+            self._floor = max(self._floor, ids.node)
+
     def _apply(self, node: Node) -> Value | None:
         if node.op != "call_function":
             return None
@@ -77,7 +104,8 @@ class Reader:
                 return None
             items = ITEM_RULES.get(name_of(source))
             return None if items is None else items(self, source, index)
-        found = RULES.get(name_of(node))
+        name = name_of(node)
+        found = RULES.get(name) if name not in NEAR or node >= self._floor else None
         return None if found is None else found(self, node)
 
     def is_derived(self, node: Node) -> bool:

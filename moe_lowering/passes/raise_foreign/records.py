@@ -9,6 +9,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
+from moe_lowering.passes.blocks import shape_key
 from moe_lowering.report.records import NotRaised
 from moe_lowering.source_lines import innermost
 
@@ -93,6 +94,20 @@ class ForeignBlock:
         kept = ("result", "interior")
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in kept}
         return dataclasses.replace(self, **{name: now(value) for name, value in fields.items()})
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for layers whose generic operators have equal values: all but the nodes, of which shapes and dtypes."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, Node):
+                return shape_key(value.meta["val"])
+            if isinstance(value, Weights):
+                return (plain(value.nodes), value.transposed, value.joined)
+            return tuple(map(plain, value)) if isinstance(value, tuple) else value
+
+        kept = ("interior", "notes")
+        return tuple(plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in kept)
 
     @property
     def operands(self) -> tuple[Node, ...]:

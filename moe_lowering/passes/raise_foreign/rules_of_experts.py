@@ -38,7 +38,7 @@ from moe_lowering.passes.raise_foreign.meanings import (
     slots,
     tokens,
 )
-from moe_lowering.passes.raise_foreign.read_meanings import Reader, rule
+from moe_lowering.passes.raise_foreign.read_meanings import Reader, near_rule, rule
 from moe_lowering.passes.raise_foreign.rules_of_counts import counted_matches, counted_ones
 from moe_lowering.passes.raise_foreign.rules_of_routing import is_line_index, order_of_ids
 
@@ -95,7 +95,7 @@ def _is_in_order(reader: Reader, rows: Value, ids: Tensor) -> bool:
     return order_of_ids(reader, rows.dims[0]) == ids
 
 
-@rule("bmm")
+@near_rule("bmm")
 def batched_product(reader: Reader, node: Node) -> Value | None:
     """Rows times the gathered matrices of their experts; or results times routing weights, summed over choices."""
     left, right = (reader.value(each) for each in node.args[:2])
@@ -141,7 +141,7 @@ def _times_matrices(matrices: Pick, rows: Term, summed: Dim, dims: Dims) -> Valu
 # ------------------------------------------------------------------------------------------------------- element by element
 
 
-@rule("mul")
+@near_rule("mul")
 def multiplied(reader: Reader, node: Node) -> Value | None:
     pair = _operands(reader, node)
     if pair is None:
@@ -179,7 +179,7 @@ def _times(number: float, *terms: Term) -> Term:
     return Times(float(number), tuple(sorted(factors, key=repr)))
 
 
-@rule("add")
+@near_rule("add")
 def added(reader: Reader, node: Node) -> Value | None:
     """A number, or the biases of the experts."""
     if given_arguments(node).get("alpha", 1) != 1:
@@ -222,25 +222,25 @@ def _operands(reader: Reader, node: Node) -> tuple[Dims, Term, Term] | Value | N
     return None if len(set(flat(dims))) != len(flat(dims)) else (dims, a.term, b.term)
 
 
-@rule("silu")
+@near_rule("silu")
 def silu(reader: Reader, node: Node) -> Value | None:
     value = _argument(reader, node)
     return None if value is None else Value(value.dims, _times(1.0, value.term, Sigmoid(value.term)))
 
 
-@rule("sigmoid")
+@near_rule("sigmoid")
 def sigmoid(reader: Reader, node: Node) -> Value | None:
     value = _argument(reader, node)
     return None if value is None else Value(value.dims, Sigmoid(value.term))
 
 
-@rule("gelu")
+@near_rule("gelu")
 def gelu(reader: Reader, node: Node) -> Value | None:
     value = _argument(reader, node)
     return None if value is None else Value(value.dims, Gelu(value.term, argument(node, "approximate")))
 
 
-@rule("clamp", "clamp_min", "clamp_max")
+@near_rule("clamp", "clamp_min", "clamp_max")
 def clamped(reader: Reader, node: Node) -> Value | None:
     value, given = _argument(reader, node), given_arguments(node)
     bounds = [given.get(name) for name in ("min", "max")]
@@ -259,7 +259,7 @@ def _argument(reader: Reader, node: Node) -> Value | None:
 # -------------------------------------------------------------------------------------------------------- over the choices
 
 
-@rule("sum")
+@near_rule("sum")
 def summed(reader: Reader, node: Node) -> Value | None:
     value = reader.value(node.args[0])
     if value is None or not value.is_slotted:
@@ -278,7 +278,7 @@ def summed(reader: Reader, node: Node) -> Value | None:
     return Value(dims, Summed(value.term) if value.dims[at] else value.term)
 
 
-@rule("scatter_add", "index_add")
+@near_rule("scatter_add", "index_add")
 def added_to_tokens(reader: Reader, node: Node) -> Value | None:
     """The rows of all slots, added to the lines of their tokens."""
     counts = counted_ones(reader, node)
