@@ -188,6 +188,7 @@ POLICIES = (AUTO, FIXED, *VLLM_POLICIES)
 
 WEIGHT_FORMATS = ("nd", "nz")  # memory formats on a device: rows, or FRACTAL_NZ
 GUARDS = ("allow", "forbid")
+RAISE_FOREIGN = ("auto", "report", "off")  # MoE layers that others wrote: raise and lower them, name them, do not look
 FUSED_MODES = (0, 1, 2)
 MODES = ("npugraph_ex", "ge")
 PROVIDERS = ("vllm_ascend", "cann_ops_transformer", "sgl_kernel_npu")

@@ -49,6 +49,7 @@ def cache_digest(lowering: MoeLowering, own: Hook | None = None, agreement_timeo
         "policy": policy.name,
         "strict": lowering.strict,
         "overlap": lowering.overlap,
+        "raise_foreign": lowering.raise_foreign,
         "cost": identity(policy.cost),
         "own": None if own is None else identity(own),
         "agreement_timeout": agreement_timeout,

@@ -66,7 +66,7 @@ def settings_record(deployment: Deployment, lowering: MoeLowering | None, ep_gro
             groups are local to a group of ranks: of them only whether there is one.
     """
     fields = deployment.invariant_fields()
-    for name in ("mc2_group",) if ep_group else ("ep_group", "mc2_group"):
+    for name in ("mc2_group", "ep_communicator", *(() if ep_group else ("ep_group",))):
         fields[name] = bool(fields[name])
     return {
         "deployment": fields,
@@ -85,7 +85,7 @@ def _settings(lowering: MoeLowering) -> dict[str, str]:
     text = identity(policy.cost)  # what it does and holds, where that can be compared between processes
     if "unique(" not in text:
         cost += f" ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
-    flags = {"strict": str(lowering.strict), "overlap": str(lowering.overlap)}
+    flags = {name: str(getattr(lowering, name)) for name in ("strict", "overlap", "raise_foreign")}
     return {"comm": policy.comm, "policy": policy.name, "cost": cost, **flags}
 
 
@@ -98,8 +98,13 @@ def first_exchange(graph: Graph) -> tuple[Node, dict[str, Any]] | None:
         return None  # the pass has run on this graph before
     for node in graph.find_nodes(op="call_function", target=DISPATCH):
         if _exchanges(node):
-            return argument(node, "x"), {key: node.meta[key] for key in COPIED_META if key in node.meta}
+            return argument(node, "x"), source_meta(node)
     return None
+
+
+def source_meta(node: Node) -> dict[str, Any]:
+    """What says where in the model a node comes from."""
+    return {key: node.meta[key] for key in COPIED_META if key in node.meta}
 
 
 def emit_check(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
@@ -63,6 +63,22 @@ def module_path(node: Node) -> str:
     return path.replace("._modules['", ".").replace("']", "").removeprefix(".") or node.name
 
 
+class Around(NamedTuple):
+    """What a block's record says of its graph: routings by their ids, scopes, and groups that collectives use."""
+
+    routes: dict[Node, Route]
+    scopes: dict[Node, tuple[str, ...]]
+    groups: frozenset[str]
+
+
+def find_block(dispatch: Node, around: Around) -> Block | str:
+    """The block of one dispatch, or why it is none."""
+    try:
+        return _block(dispatch, around)
+    except _NotABlock as reason:
+        return str(reason)
+
+
 def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node, str]]]:
     """All blocks in graph order, all routings, and each generic operator left over with the reason."""
     routes: list[Route] = []
@@ -73,14 +89,12 @@ def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node
         except _NotABlock as reason:
             left.append((node, str(reason)))
     dispatches = graph.find_nodes(op="call_function", target=OPS.dispatch.default)
-    groups = _collective_groups(graph) if dispatches else frozenset()
-    scopes = scope_paths(graph) if dispatches else {}
-    by_ids = {route.ids: route for route in routes if route.ids is not None}
+    around = around_of(graph, routes) if dispatches else Around({}, {}, frozenset())
     writes = Writes(graph) if dispatches else None
     blocks: list[Block] = []
     for node in dispatches:
         try:
-            block = _block(node, by_ids, scopes, groups)
+            block = _block(node, around)
             _require_unwritten(block, writes)
             blocks.append(block)
         except _NotABlock as reason:
@@ -91,6 +105,11 @@ def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node
             if node not in in_blocks:
                 left.append((node, "[raise.no_chain] not part of a dispatch, grouped_mlp, combine chain"))
     return blocks, routes, left
+
+
+def around_of(graph: Graph, routes: Sequence[Route]) -> Around:
+    by_ids = {route.ids: route for route in routes if route.ids is not None}
+    return Around(by_ids, scope_paths(graph), _collective_groups(graph))
 
 
 def _collective_groups(graph: Graph) -> frozenset[str]:
@@ -123,9 +142,7 @@ def _route(node: Node) -> Route:
     return Route(node, outputs.get("weights"), outputs.get("ids"), spec)
 
 
-def _block(
-    dispatch: Node, by_ids: dict[Node, Route], scopes: dict[Node, tuple[str, ...]], groups: frozenset[str]
-) -> Block:
+def _block(dispatch: Node, graph: Around) -> Block:
     outputs, sent = results(dispatch), read(DispatchCall[Node], dispatch)
     if outputs is None:
         raise _NotABlock("raise.whole_result", "dispatch's result is used as a whole, or one output twice")
@@ -151,12 +168,19 @@ def _block(
         counts_are_read=bool(readers),
         counts_read_before_combine=any(reader < combine for reader in readers),
         counts_read_before_weights=any(reader < combined.weights for reader in readers),
-        scopes_differ=len({scopes.get(node, ()) for node in (dispatch, mlp, combine)}) > 1,
-        collective_groups=groups,
+        scopes_differ=len({graph.scopes.get(node, ()) for node in (dispatch, mlp, combine)}) > 1,
+        collective_groups=graph.groups,
     )
     spec = _spec(sent, combined.weights, experts, around)
     return Block(
-        module_path(combine), dispatch, mlp, combine, counts if readers else None, interior, by_ids.get(sent.ids), spec
+        module_path(combine),
+        dispatch,
+        mlp,
+        combine,
+        counts if readers else None,
+        interior,
+        graph.routes.get(sent.ids),
+        spec,
     )
 
 

@@ -11,7 +11,7 @@ Cost: the graph's index by target gives the targets that occur, and each is clas
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from moe_lowering.passes.foreign_aten import (
     stacked_weights,
 )
 from moe_lowering.passes.verifier import generic_nodes
-from moe_lowering.report.records import ForeignMoe
+from moe_lowering.report.records import ForeignMoe, NotRaised
 from moe_lowering.source_lines import innermost
 
 # By code: what was seen. The operators themselves stand beside it.
@@ -56,8 +56,15 @@ _TRANSFORMERS = (
 )
 
 
-def find_foreign(graph: Graph) -> list[ForeignMoe]:
-    """One record for each MoE layer of the graph that is neither generic nor emitted by the pass, in graph order."""
+def find_foreign(
+    graph: Graph, told: Container[Node] = (), not_raised: Mapping[Node, NotRaised] | None = None
+) -> list[ForeignMoe]:
+    """One record for each MoE layer of the graph that is neither generic nor emitted by the pass, in graph order.
+
+    Args:
+        told: nodes of layers that are reported as blocks.
+        not_raised: of operators that the pass tried to raise, why it did not.
+    """
     codes: dict[Node, str] = {}
     for node, kind in _by_name(graph):
         codes[node] = f"foreign.{kind}"
@@ -70,7 +77,8 @@ def find_foreign(graph: Graph) -> list[ForeignMoe]:
         for node in nodes:
             if not is_emitted(node):
                 codes.setdefault(node, code)
-    return [_record(nodes, codes) for nodes in _group_by_layer(sorted(codes))]
+    layers = _group_by_layer(sorted(node for node in codes if node not in told))
+    return [_record(nodes, codes, not_raised or {}) for nodes in layers]
 
 
 def _by_name(graph: Graph) -> Iterable[tuple[Node, str]]:
@@ -131,7 +139,7 @@ def _function(node: Node) -> tuple[str, str]:
     return ("", "") if line is None else (line.file, line.function)
 
 
-def _record(nodes: list[Node], codes: dict[Node, str]) -> ForeignMoe:
+def _record(nodes: list[Node], codes: dict[Node, str], not_raised: Mapping[Node, NotRaised]) -> ForeignMoe:
     """What is told of one layer: the strongest sign, in the order of ``FORMS``, and all operators that were seen."""
     code = min((codes[node] for node in nodes), key=list(FORMS).index)
     first = next(node for node in nodes if codes[node] == code)
@@ -144,6 +152,7 @@ def _record(nodes: list[Node], codes: dict[Node, str]) -> ForeignMoe:
         code=code,
         reason=FORMS[code],
         advice=_TRANSFORMERS if _is_transformers(nodes) else _ADVICE.get(code, _HAND_WRITTEN),
+        not_raised=next((not_raised[node] for node in nodes if node in not_raised), None),
     )
 
 

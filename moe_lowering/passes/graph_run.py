@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import operator
 from collections.abc import Callable
@@ -14,25 +13,38 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
+from moe_lowering.argument_checks import require_choice
 from moe_lowering.custom_ops.assert_tokens import NOTHING
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import TokenRange, Violation
 from moe_lowering.limits.bounds import as_argument
 from moe_lowering.limits.wording import Names, Quoted, Wording, make_wording
-from moe_lowering.passes.agreement_check import BlockOutcome, blocks_record, emit_check, first_exchange, settings_record
+from moe_lowering.passes.agreement_check import (
+    ASSERT_AGREEMENT,
+    BlockOutcome,
+    blocks_record,
+    emit_check,
+    first_exchange,
+    settings_record,
+    source_meta,
+)
 from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, size_key
 from moe_lowering.passes.capturability import may_be_captured, not_capturable
 from moe_lowering.passes.decision import Decision, decide
 from moe_lowering.passes.edit_log import ModuleEdits
 from moe_lowering.passes.emitter import Constants, Emitter, Recording
-from moe_lowering.passes.find_blocks import find_blocks
+from moe_lowering.passes.find_blocks import Around, around_of, find_blocks
 from moe_lowering.passes.find_foreign import find_foreign
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.legality import Refusal, refusal
+from moe_lowering.passes.lower_foreign import left_as_it_is, lower_foreign
 from moe_lowering.passes.lower_route import emit_route, judge_route
+from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.overlap import OverlapTarget, overlap
 from moe_lowering.passes.policy import Policy, PolicyError
+from moe_lowering.passes.raise_foreign.find_foreign_blocks import find_foreign_blocks
+from moe_lowering.passes.raise_foreign.records import ForeignBlock
 from moe_lowering.passes.subgraphs import Subgraph
 from moe_lowering.passes.symbol_names import dimension_names, name_sizes
 from moe_lowering.passes.token_ranges import request_guard
@@ -43,7 +55,8 @@ from moe_lowering.passes.verifier import (
     generic_nodes,
     same_value,
 )
-from moe_lowering.report.records import BlockReport, ForeignMoe, NotCapturable
+from moe_lowering.report.records import BlockReport, ForeignMoe, NotCapturable, NotRaised
+from moe_lowering.vocabulary import RAISE_FOREIGN
 
 if TYPE_CHECKING:
     from moe_lowering.passes.pipeline import MoeLowering
@@ -55,19 +68,33 @@ ASSERT_TOKENS = torch.ops.moe_lowering.assert_tokens.default
 class GraphRun:
     """One run over one graph: the caches of what equal blocks share, and the log of what was done."""
 
-    def __init__(self, gm: GraphModule, deployment: Deployment, policy: Policy, inside: Subgraph | None = None) -> None:
+    def __init__(
+        self,
+        gm: GraphModule,
+        deployment: Deployment,
+        policy: Policy,
+        inside: Subgraph | None = None,
+        raise_foreign: str = RAISE_FOREIGN[0],
+    ) -> None:
         self.gm = gm
         self.graph: Graph = gm.graph
         self.edits = ModuleEdits(gm)
         self.inside = inside
         self.deployment = deployment
         self.policy = policy
+        self.raise_foreign = raise_foreign
         self.nodes_before = len(self.graph.nodes)
         self.changed = False
         self._failed = False
         self.left: list[tuple[Node, str]] = []
+        self.untouched: list[BlockReport] = []  # layers of others that were recognised and have no block
+        self.surroundings = Around({}, {}, frozenset())
+        self._not_raised: dict[Node, NotRaised] = {}
+        self.foreign_blocks: dict[Node, ForeignBlock] = {}  # by the combine of their generic form
+        self.replaced: dict[Node, Node] = {}  # by the erased result of a layer: what stands for it
+        self._told: set[Node] = set()  # nodes of layers of others that ``blocks`` reports, lowered or not
         self._decisions: dict[BlockSpec, Decision] = {}
-        self._recordings: dict[tuple[Any, ...], Recording] = {}
+        self.recordings: dict[tuple[Any, ...], Recording] = {}
         self._constants: Constants = {}
         self._routes: dict[RouteSpec, list[Violation]] = {}
         self._enforced: set[Any] = set()
@@ -102,19 +129,87 @@ class GraphRun:
             log_warning("moe_lowering: looking for blocks failed, the graph is left as it was")
             self.left = [(node, describe_internal_error(error)) for node in generic_nodes(self.graph.nodes)]
             return []
-        self._blocks = blocks
-        self._first_exchange = first_exchange(self.graph)
-        reports = [self._lower_or_leave(block) for block in blocks]
+        foreign = self._find_foreign(routes)
+        self._first_exchange = self._find_first_exchange(foreign)
+        reports = self._lower_all(blocks, foreign)
         for route in routes:
             if not _feeds_generic(route):
                 self._lower_route(route)
         return reports
 
+    def _find_foreign(self, routes: list[Route]) -> list[ForeignBlock]:
+        """Layers that others wrote, in graph order; none where they are not to be raised."""
+        if self.raise_foreign == "off":
+            return []
+        try:
+            found, self._not_raised = find_foreign_blocks(self.graph, self.deployment)
+        except Exception:  # as in _guarded: nothing was edited yet
+            log_warning("moe_lowering: looking for layers that others wrote failed, they are left as they were")
+            return []
+        if found:
+            self.surroundings = around_of(self.graph, routes)
+        if self.raise_foreign == "auto":
+            return found
+        require_choice("GraphRun", "raise_foreign", self.raise_foreign, RAISE_FOREIGN)
+        reason = f"[raise.report] recognised, and left: raise_foreign is {self.raise_foreign!r}"
+        self.untouched += [left_as_it_is(block, reason) for block in found]
+        self._told.update(node for block in found for node in block.interior)
+        return []
+
+    def _find_first_exchange(self, foreign: list[ForeignBlock]) -> tuple[Node, dict[str, Any]] | None:
+        """As ``first_exchange`` has it, of generic operators and of layers that others wrote."""
+        found = [first for first in [first_exchange(self.graph)] if first is not None]
+        if not self.graph.find_nodes(op="call_function", target=ASSERT_AGREEMENT):
+            found += [(block.x, source_meta(block.result)) for block in foreign if block.ep_size > 1]
+        return min(found, key=lambda pair: pair[0], default=None)
+
+    def _lower_all(self, blocks: list[Block], foreign: list[ForeignBlock]) -> list[BlockReport]:
+        """Each block and each layer that others wrote, in graph order."""
+        reports: list[BlockReport] = []
+        items = [(block.dispatch, block) for block in blocks] + [(found.result, found) for found in foreign]
+        for _, item in sorted(items, key=lambda pair: pair[0]):
+            if isinstance(item, Block):
+                self._blocks.append(item)
+                reports.append(self._lower_or_leave(item))
+            else:
+                reports += self._raise_or_leave(item)
+        return reports
+
+    def _raise_or_leave(self, found: ForeignBlock) -> list[BlockReport]:
+        """The report of a layer that others wrote, where it has a block: else it is put with those that were not touched."""
+        self._told.update(found.interior)
+        try:
+            block, report = lower_foreign(self, found)
+        except Exception as error:  # as in _guarded: the layer is as it was
+            self._enforced.clear()
+            log_warning("moe_lowering: raising failed, %s left as it was", found.result.name, trace=not self._failed)
+            self._failed = True
+            self.untouched.append(left_as_it_is(found, describe_internal_error(error)))
+            return []
+        if block is None:
+            self.untouched.append(report)
+            return []
+        self._blocks.append(block)
+        return [report]
+
+    def replacement_of(self, block: Block) -> Node:
+        """What stands for the result of a block that was lowered."""
+        return self._targets[block.combine].y
+
+    def take_back(self, block: Block) -> Refusal | None:
+        """Forget what was noted of a block whose edits are taken back; why the graph refused to run for its sake."""
+        self._targets.pop(block.combine, None)
+        refused = next((why for other, why in self._refused if other is block), None)
+        self._refused = [pair for pair in self._refused if pair[0] is not block]
+        self._refusing.discard(block.combine)
+        self._enforced.clear()  # its assert_tokens went with it: the next block of this T brings its own
+        return refused
+
     def _lower_or_leave(self, block: Block) -> BlockReport:
         created: list[Node] = []  # what is in the steps within is known already
         try:
             with self.edits.step(created):
-                return self._lower_block(block)
+                return self.lower_block(block)
         except Exception as error:  # as in _guarded: here deciding failed, or reporting
             self._targets.pop(block.combine, None)
             self._enforced.clear()  # its assert_tokens went with it: the next block of this T brings its own
@@ -123,7 +218,8 @@ class GraphRun:
             before = tuple(operator_name(n) for n in block.stages)
             return BlockReport(block.name, None, describe_internal_error(error), before, before, {})
 
-    def _lower_block(self, block: Block) -> BlockReport:
+    def lower_block(self, block: Block) -> BlockReport:
+        """Decide, rewrite and verify one block. What it raises leaves edits to be taken back by the caller."""
         before = tuple(operator_name(n) for n in block.stages)
         decision = self._decisions.get(block.spec)
         if decision is None:
@@ -133,7 +229,7 @@ class GraphRun:
         refused = refusal(block.spec, self.deployment) if comm is not None else None
         if refused is not None:
             comm, reason = None, refused.reason
-            self._refuse_to_run(block, refused)
+            self.refuse_to_run(block, refused)
         if comm is not None:
             chosen = comm
             done = self._guarded(lambda emit: self._rewrite(block, chosen, decision, emit), (chosen, block.spec))
@@ -164,7 +260,7 @@ class GraphRun:
     def _guarded(self, rewrite: Callable[[Emitter], None], key: tuple[Any, ...]) -> list[Node] | Wording:
         """Run one rewrite; the nodes it created, or why it was undone."""
         assert self.fake_mode is not None  # lower() returns before
-        emit = Emitter(self.graph, self.fake_mode, self._recordings.get(key), self._constants)
+        emit = Emitter(self.graph, self.fake_mode, self.recordings.get(key), self._constants)
         try:
             with self.edits.step(emit.made):
                 rewrite(emit)
@@ -172,12 +268,12 @@ class GraphRun:
             if not isinstance(error, VerificationError):
                 log_warning("moe_lowering: rewriting failed, block left as it was")
             return _describe_undo(error)
-        self._recordings.setdefault(key, emit.recording)
+        self.recordings.setdefault(key, emit.recording)
         self.changed = True
         return emit.created
 
     def _rewrite(self, block: Block, comm: str, decision: Decision, emit: Emitter) -> None:
-        first = (comm, block.spec) not in self._recordings
+        first = (comm, block.spec) not in self.recordings
         form = IMPLEMENTATIONS[comm].form(decision.judgement.form(comm), self.deployment)
         replacement = form.emit(block, emit, self.deployment, decision.judgement.premises)
         same_value(block.combine, replacement.y)
@@ -193,6 +289,7 @@ class GraphRun:
         self.edits.replace_uses(block.combine, replacement.y)
         if block.counts is not None and replacement.counts is not None:
             self.edits.replace_uses(block.counts, replacement.counts, but=block.mlp)
+        self.replaced[block.combine] = replacement.y
         self.edits.erase(block.interior)
         self.edits.take_name(replacement.y, block.combine)
         if block.counts is not None and replacement.counts is not None:
@@ -253,7 +350,7 @@ class GraphRun:
         self.edits.undo()
         self._refused = []
         for block, why in refused:
-            self._refuse_to_run(block, why)
+            self.refuse_to_run(block, why)
         left = [
             dataclasses.replace(
                 report, comm=None, reason=reason + self._refuse_if_ranks_differ(block), ops_after=report.ops_before,
@@ -281,7 +378,7 @@ class GraphRun:
     def foreign(self) -> list[ForeignMoe]:
         """MoE layers that are left in the graph and are not written with the generic operators."""
         try:
-            return find_foreign(self.graph)
+            return find_foreign(self.graph, self._told, self._not_raised)
         except Exception as error:  # as in _guarded; what could not be looked for is not taken to be absent
             log_warning("moe_lowering: looking for other MoE layers failed")
             return [
@@ -313,8 +410,13 @@ class GraphRun:
             log_warning("moe_lowering: no guard on %s could be requested for %s", interval, block.name)
 
     def _emit_assert(self, block: Block, interval: TokenRange | None, emit: Emitter, position: Node) -> None:
-        with emit.at(position, block.dispatch):
-            emit.call(ASSERT_TOKENS, block.x, *_assert_bounds(interval), **self._declared())
+        with emit.at(position, position):
+            emit.call(ASSERT_TOKENS, self._tokens_of(block), *_assert_bounds(interval), **self._declared())
+
+    def _tokens_of(self, block: Block) -> Node:
+        """Its x; of a layer that others wrote the one that stays when the layer is left."""
+        found = self.foreign_blocks.get(block.combine)
+        return block.x if found is None else found.reading(self.replaced).x
 
     def _declared(self) -> dict[str, int]:
         """The range of T that the deployment declares, if any, for what ``assert_tokens`` says."""
@@ -323,21 +425,23 @@ class GraphRun:
             return {}
         return {"min_tokens": deployment.min_tokens, "max_tokens": deployment.max_tokens}
 
-    def _refuse_to_run(self, block: Block, refused: Refusal) -> None:
+    def refuse_to_run(self, block: Block, refused: Refusal) -> None:
         """The others communicate as they decided, so this rank must not run its generic operators beside them."""
         self._refused.append((block, refused))
         self._refusing.add(block.combine)
-        args = (block.x, *_assert_bounds(refused.accepted))
-        if not any(user.target is ASSERT_TOKENS and user.args == args for user in block.x.users):
+        x, found = self._tokens_of(block), self.foreign_blocks.get(block.combine)
+        position = block.dispatch if found is None else found.first or found.result
+        args = (x, *_assert_bounds(refused.accepted))
+        if not any(user.target is ASSERT_TOKENS and user.args == args for user in x.users):
             key = ("refuse", block.spec)
-            self._guarded(lambda emit: self._emit_assert(block, refused.accepted, emit, block.dispatch), key)
+            self._guarded(lambda emit: self._emit_assert(block, refused.accepted, emit, position), key)
 
     def _refuse_if_ranks_differ(self, block: Block) -> str:
         """After an undone rewrite: what to add to the reason where ranks with another T may have succeeded."""
         if self.deployment.ep_size == 1 or self.deployment.equal_tokens:
             return ""
         text = "; ranks with another T may have lowered it: the graph refuses to run"
-        self._refuse_to_run(block, Refusal(make_wording(text)))
+        self.refuse_to_run(block, Refusal(make_wording(text)))
         return text
 
     def _lower_route(self, route: Route) -> None:
@@ -398,17 +502,6 @@ def describe_internal_error(error: Exception) -> str:
 def _describe_undo(error: Exception) -> Wording:
     why = error.wording if isinstance(error, VerificationError) else Quoted(str(error))
     return make_wording("rewrite undone: {kind}: {why}", kind=type(error).__name__, why=why)
-
-
-def operator_name(node: Node) -> str:
-    return _name(node.target)
-
-
-@functools.lru_cache(maxsize=1024)
-def _name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.replace("::", ".")
-    return getattr(target, "__name__", str(target))
 
 
 def log_warning(text: str, *args: Any, trace: bool = True, level: int = logging.WARNING) -> None:

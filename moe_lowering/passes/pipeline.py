@@ -21,12 +21,13 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from moe_lowering import _versions
-from moe_lowering.argument_checks import require_flag, require_instance
+from moe_lowering.argument_checks import require_choice, require_flag, require_instance
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.capturability import is_captured
 from moe_lowering.passes.cost_model import estimate
 from moe_lowering.passes.find_blocks import module_path
-from moe_lowering.passes.graph_run import GraphRun, describe_internal_error, log_warning, operator_name
+from moe_lowering.passes.graph_run import GraphRun, describe_internal_error, log_warning
+from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.policy import Cost, Policy
 from moe_lowering.passes.subgraphs import Subgraph, computed_inputs, find_subgraphs
 from moe_lowering.passes.verifier import (
@@ -34,6 +35,7 @@ from moe_lowering.passes.verifier import (
     repropagate,
 )
 from moe_lowering.report.records import BlockReport, LoweringReport
+from moe_lowering.vocabulary import RAISE_FOREIGN
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,9 @@ class MoeLowering:
             give the same figures on every rank.
         overlap: move the shared expert of each block to a side stream where the graph has stream scopes, which is inside
             npugraph_ex; see ``passes.overlap``. The report's notes say what overlaps, or why not.
+        raise_foreign: what is done with MoE layers that are written with other operators than the generic ones, in a
+            form that is known (docs/raising.md): ``auto`` raises and lowers them, ``report`` names them, ``off``
+            does not look for them.
 
     Attributes:
         reports: one ``LoweringReport`` per graph seen, in order.
@@ -72,15 +77,18 @@ class MoeLowering:
         policy: str = "auto",
         cost: Cost = estimate,
         overlap: bool = False,
+        raise_foreign: str = RAISE_FOREIGN[0],
     ) -> None:
         require_instance("MoeLowering", "deployment", deployment, Deployment, "a moe_lowering.Deployment")
         require_flag("MoeLowering", "strict", strict)
         require_flag("MoeLowering", "overlap", overlap)
+        require_choice("MoeLowering", "raise_foreign", raise_foreign, RAISE_FOREIGN)
         _versions.warn_if_untested()
         self.deployment = deployment.placed()
         self.overlap = overlap
         self.policy = Policy(comm, policy, cost)
         self.strict = strict
+        self.raise_foreign = raise_foreign
         self.reports: list[LoweringReport] = []
 
     def __call__(
@@ -92,9 +100,9 @@ class MoeLowering:
     ) -> None:
         """``agreement_timeout``: as for ``npugraph_ex_options``; None puts no check of the other ranks in the graph."""
         self.deployment.placed()  # what a wrong place would emit is wrong in silence: here the compile does fail
-        runs = [GraphRun(gm, self.deployment, self.policy)]
+        runs = [GraphRun(gm, self.deployment, self.policy, None, self.raise_foreign)]
         subgraphs, missed = self._find_subgraphs(gm)
-        runs += [GraphRun(sub.gm, self.deployment, self.policy, sub) for sub in subgraphs]
+        runs += [GraphRun(sub.gm, self.deployment, self.policy, sub, self.raise_foreign) for sub in subgraphs]
         try:
             with computed_inputs(gm, subgraphs):
                 self._lower(gm, runs, config, agreement_timeout, missed)
@@ -137,7 +145,7 @@ class MoeLowering:
                 agree(run, reports)
                 if self.overlap and run.inside is None:
                     reports = run.overlap(reports, config)
-                blocks += run.finish(reports, functools.partial(agree, run))
+                blocks += [*run.finish(reports, functools.partial(agree, run)), *run.untouched]
             findings = [finding for run in runs for finding in run.not_capturable()]
             foreign = [layer for run in runs for layer in run.foreign()]
         report = LoweringReport(

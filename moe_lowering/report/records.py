@@ -158,6 +158,7 @@ class BlockReport:
         notes: risks and costs that the user should know, e.g. a limit that no device check enforces.
         enforced: the range of T outside of which the lowered graph refuses to run, None when every T is fine.
         sizes: capacity, receive bound and the like of a lowered block; None of one that was left alone.
+        raised_from: the form of other operators that the block was written in, e.g. ``grouped_mm``; "" for the generic ones.
     """
 
     name: str
@@ -169,6 +170,7 @@ class BlockReport:
     notes: tuple[str, ...] = ()
     enforced: TokenRange | None = None
     sizes: Sizes | None = None
+    raised_from: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -181,7 +183,29 @@ class BlockReport:
             "notes": list(self.notes),
             "enforced": None if self.enforced is None else _fields(self.enforced),
             "sizes": None if self.sizes is None else self.sizes.to_json(),
+            "raised_from": self.raised_from,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class NotRaised:
+    """Why an operator of an MoE layer that others wrote was not raised.
+
+    Attributes:
+        node: its name in the graph. line: the model's line; "" when it is not known.
+        code: ``raise.*``.
+        seen, expected: in words.
+    """
+
+    node: str
+    line: str
+    code: str
+    seen: str
+    expected: str
+
+    def __str__(self) -> str:
+        line = f", at {self.line}" if self.line else ""
+        return f"[{self.code}] {self.seen}; expected: {self.expected}{line}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +247,7 @@ class ForeignMoe:
         code: which form, ``foreign.*``.
         reason: what was seen.
         advice: what the user could change.
+        not_raised: why it was not raised, of a form that can be.
     """
 
     place: str
@@ -231,12 +256,14 @@ class ForeignMoe:
     code: str
     reason: str
     advice: str
+    not_raised: NotRaised | None = None
 
     @property
     def why(self) -> str:
         """All but place and line, in one sentence."""
         operators = ", ".join(f"{count} x {name}" for name, count in self.operators)
-        return f"[{self.code}] {self.reason} ({operators}): {self.advice}"
+        raised = f", not raised: {self.not_raised}" if self.not_raised is not None else ""
+        return f"[{self.code}] {self.reason} ({operators}){raised}: {self.advice}"
 
     def __str__(self) -> str:
         return f"{self.place}: {self.why}" + (f"; at {self.line}" if self.line else "")
@@ -290,7 +317,8 @@ class LoweringReport:
         """(place, why) of all that is MoE and no recognised block; equal foreign layers once, with all their places."""
         alike: dict[ForeignMoe, list[str]] = {}
         for layer in self.foreign:
-            alike.setdefault(dataclasses.replace(layer, place=""), []).append(layer.place)
+            why = layer.not_raised and dataclasses.replace(layer.not_raised, node="")
+            alike.setdefault(dataclasses.replace(layer, place="", not_raised=why), []).append(layer.place)
         reasons = [
             (names(places), layer.why + (f"; at {layer.line}" if layer.line else "")) for layer, places in alike.items()
         ]

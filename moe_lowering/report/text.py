@@ -59,7 +59,7 @@ def _equal_blocks(blocks: Sequence[BlockReport]) -> list[list[BlockReport]]:
 
 
 def _are_equal(a: BlockReport, b: BlockReport) -> bool:
-    fields = ("comm", "reason", "ops_before", "verdicts", "notes", "enforced", "sizes")
+    fields = ("comm", "reason", "ops_before", "verdicts", "notes", "enforced", "sizes", "raised_from")
     return all(getattr(a, field) == getattr(b, field) for field in fields) and _own_ops(a) == _own_ops(b)
 
 
@@ -78,6 +78,8 @@ def _render_blocks(blocks: Sequence[BlockReport], sources: list[str]) -> str:
     times = f"  x{len(blocks)}" if len(blocks) > 1 else ""
     lines = textwrap.wrap(names([b.name for b in blocks]) + times, WIDTH, break_on_hyphens=False)
     lines.append(labelled_text("implementation", f"{_implementation(block)} ({block.reason})"))
+    if block.raised_from:
+        lines.append(labelled_text("raised from", block.raised_from))
     if block.ops_before:
         lines.append(labelled_text(f"before ({len(block.ops_before)})", " > ".join(block.ops_before)))
     if block.comm is not None:

@@ -137,7 +137,7 @@ class Remembering:
             memory.last = run
             run._routes = memory.routes
             if not memory.meta_functions:
-                run._recordings = memory.recordings
+                run.recordings = memory.recordings
 
         with mock.patch.object(graph_run, "decide", decided), mock.patch.object(graph_run.GraphRun, "__init__", begun):
             yield

@@ -201,7 +201,7 @@ def _cited_in_tables() -> list[Citation]:
 
 
 def _cited_in_facts() -> list[Citation]:
-    files = sorted((ROOT / "tests/limit_facts").glob("*.toml"))
+    files = sorted((ROOT / "tests/helpers/limit_facts").glob("*.toml"))
     groups = [group for file in files for group in loads(file.read_text("utf-8"))["group"]]
     return [citation for group in groups for citation in cite(group["source"], load_sources())]
 

@@ -58,7 +58,7 @@ def test_a_row_that_says_nothing_of_its_own_has_no_twins(monkeypatch: pytest.Mon
     """At most 9 and at most 8 of one thing: the first can never be broken alone."""
     row = '[[limit]]\ncode = "{}"\noperator = "op"\nvalue = "rows"\nmax = {}\nsource = "here.architecture"\nadvice = "x"\n'
     table = read("t.toml", row.format("op.nine", 9) + row.format("op.eight", 8))
-    monkeypatch.setattr("twins.limits_for", lambda operator, soc, versions=None: tuple(table))
+    monkeypatch.setattr("limit_twins.limits_for", lambda operator, soc, versions=None: tuple(table))
     assert find(table[0], "A2", "above") is None
     found = find(table[1], "A2", "above")
     assert found is not None

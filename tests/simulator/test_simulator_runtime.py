@@ -257,7 +257,7 @@ def test_two_processes_build_at_once(tmp_path):
 def test_generated_functions_are_cann_only(fresh):
     """A stand-in for dlopen, which the wheel leaves unversioned, would shadow the real one."""
     nm = shutil.which("nm")
-    expected = standins._requested(nm, standins.wheel())
+    expected = standins._undefined_symbols(nm, standins.wheel())
     undefined = standins._symbols(nm, standins.wheel() / "lib/libtorch_npu.so", "-D", "--undefined-only")
     assert "dlopen" in undefined and "dlopen" not in expected
     assert {"aclrtMalloc", "_ZN2ge10GEFinalizeEv"} <= expected

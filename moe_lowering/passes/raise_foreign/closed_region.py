@@ -1,0 +1,95 @@
+"""The proof that a layer can be taken out of a graph: which nodes go with its result, and that nobody else needs them.
+
+Contract. Reads only. A region is closed when
+- each of its values but the result is read by the region alone (what only ids are, and their counts, may be read elsewhere:
+  such a node stays, since it costs next to nothing to have it twice);
+- no scope begins or ends in it;
+- nothing that it reads or computes is written in place between its first node and its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from torch.fx import Node
+
+from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.memory_effects import Writes, describe
+from moe_lowering.passes.raise_foreign.records import NotThisForm
+
+
+def region_of(result: Node, operands: Iterable[Node], is_outside: Callable[[Node], bool]) -> list[Node]:
+    """The nodes that a result is computed from, in graph order, back to its operands and to what ``is_outside``."""
+    stop, found, pending = set(operands), {result}, [result]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found and source not in stop and not is_outside(source):
+                found.add(source)
+                pending.append(source)
+    looks = {user for node in found - {result} for user in node.users if looks_only(user)}
+    return sorted(found | {node for node in looks if found.issuperset(node.all_input_nodes)})
+
+
+def looks_only(node: Node) -> bool:
+    """Whether a node only checks dtype and device of a value, as torch.export puts it behind ``Tensor.to``."""
+    return name_of(node) == "_assert_tensor_metadata"
+
+
+def closed_region(
+    result: Node,
+    region: Iterable[Node],
+    read: Iterable[Node],
+    may_stay: Callable[[Node], bool],
+    scopes: Mapping[Node, tuple[str, ...]],
+    writes: Writes,
+) -> tuple[Node, ...]:
+    """The nodes of a region that go with its result, in graph order.
+
+    Args:
+        read: what will be read where the result stands.
+        may_stay: of a value of the region that is read elsewhere, whether it may be.
+        scopes: see ``scopes.scope_paths``.
+
+    Raises:
+        NotThisForm: the region is not closed; names the node, and who reads, writes or encloses it.
+    """
+    interior = set(region)
+    for node in sorted(interior, reverse=True):
+        outside = [user for user in node.users if user not in interior]
+        if node is result or not outside:
+            continue
+        if not may_stay(node):
+            raise NotThisForm(
+                node,
+                "raise.read_outside",
+                f"{node.name} is also read by {', '.join(user.name for user in outside)}",
+                "values inside of a layer that are read inside only",
+            )
+        interior.discard(node)
+    _require_one_scope(result, interior, scopes)
+    _require_unwritten(result, interior, read, writes)
+    return tuple(sorted(interior))
+
+
+def _require_one_scope(result: Node, interior: set[Node], scopes: Mapping[Node, tuple[str, ...]]) -> None:
+    around = scopes.get(result, ())
+    for node in sorted(interior):
+        if scopes.get(node, ()) != around:
+            raise NotThisForm(
+                node,
+                "raise.scope",
+                f"{node.name} is in scope {scopes.get(node, ()) or 'none'}, the result {result.name} in {around or 'none'}",
+                "a layer within one stream, super-kernel or core-limit scope",
+            )
+
+
+def _require_unwritten(result: Node, interior: set[Node], read: Iterable[Node], writes: Writes) -> None:
+    writer = writes.between(min(interior), result, [*interior, *read])
+    if writer is not None:
+        raise NotThisForm(
+            writer,
+            "raise.written_between",
+            f"{describe(writer)} writes in place into what the layer reads or computes, between its first operation and its "
+            f"result {result.name}",
+            "the write before or after the layer, or into a copy",
+        )

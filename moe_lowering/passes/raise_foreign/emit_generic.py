@@ -1,0 +1,161 @@
+"""A layer that others wrote, as generic operators: dispatch, grouped_mlp, combine, in front of the result that they replace."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moe_lowering.custom_ops.combine import CombineCall
+from moe_lowering.custom_ops.dispatch import DispatchCall
+from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.blocks import size_key
+from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.raise_foreign.records import ForeignBlock, Weights
+from moe_lowering.passes.verifier import VerificationError
+
+OPS = torch.ops.moe_lowering
+_NAMES = ("rows", "row_scale", "counts", "handle")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generic:
+    """The nodes of a layer in generic form; ``result`` stands for the result of the foreign one."""
+
+    dispatch: Node
+    counts: Node
+    combine: Node
+    result: Node
+
+
+def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> Generic:
+    """Emits a block, each stage where it is to stand. The fake kernels of the generic operators refuse what does not fit."""
+    first, middle = block.first or block.result, block.middle or block.result
+    with emit.at(first, first):
+        sent, items, weights = _emit_dispatch(block, emit, deployment)
+    rows, row_scale, counts, handle = items
+    with emit.at(middle, middle):
+        mlp = emit.call(OPS.grouped_mlp.default, *_given(_mlp_call(block, emit, rows, row_scale, counts)))
+    with emit.at(block.result, block.result):
+        given = sent._asdict()
+        alike = {name: given[name] for name in CombineCall._fields if name in given}
+        if weights is None:
+            weights = emit.cast(_by_token(emit, block.weights, sent.x, block.top_k), torch.float32)
+        back = CombineCall[Any](**{**alike, "rows": mlp, "weights": weights, "handle": handle})
+        combine = emit.call(OPS.combine.default, *_given(back))
+        dispatch: Any = rows.args[0]
+        return Generic(dispatch, counts, combine, _result(block, emit, combine))
+
+
+def _emit_dispatch(
+    block: ForeignBlock, emit: Emitter, deployment: Deployment
+) -> tuple[DispatchCall[Any], tuple[Node, ...], Node | None]:
+    """The call, its results in order, and the weights where tokens are multiplied by them."""
+    dtype = block.out_dtype or block.w2.nodes[0].meta["val"].dtype
+    x = emit.rows(block.x)
+    if block.x_scale is None and block.quantisation == "none":
+        x = emit.cast(x, dtype)
+    ids = emit.cast(_by_token(emit, block.ids, x, block.top_k), torch.int32)
+    weights = None
+    if block.weigh_input:
+        by_token = emit.cast(_by_token(emit, block.weights, x, block.top_k), torch.float32)
+        x = emit.cast(emit.call(aten.mul.Tensor, x, by_token), dtype)
+        weights = emit.call(aten.ones_like.default, by_token)
+    sent = DispatchCall[Any](
+        x,
+        block.x_scale,
+        ids,
+        block.mask,
+        num_experts=block.num_experts,
+        ep_group=block.ep_group,
+        ep_size=block.ep_size,
+        tp_group=block.tp_group,
+        tp_size=block.tp_size,
+        max_tokens=deployment.token_bound,
+        max_rows=deployment.max_rows,
+    )
+    dispatch = emit.call(OPS.dispatch.default, *_given(sent))
+    return sent, tuple(emit.item(dispatch, index) for index, _ in enumerate(_NAMES)), weights
+
+
+def _result(block: ForeignBlock, emit: Emitter, y: Node) -> Node:
+    """As the foreign result is: its shape, its dtype, and with what is added."""
+    result = block.result.meta["val"]
+    if y.meta["val"].dim() != result.dim():
+        y = emit.call(aten.reshape.default, y, _shape(block, emit, result))
+    y = emit.cast(y, result.dtype)
+    return y if block.base is None else emit.call(aten.add.Tensor, block.base, y)
+
+
+def _shape(block: ForeignBlock, emit: Emitter, result: torch.Tensor) -> list[Any]:
+    """The result's sizes; one that is a symbol is that of an operand."""
+    shape: list[Any] = []
+    for size in result.shape:
+        if isinstance(size, int):
+            shape.append(size)
+            continue
+        same = (
+            (node, at)
+            for node in (block.x, block.ids)
+            for at, other in enumerate(node.meta["val"].shape)
+            if size_key(other) == size_key(size)
+        )
+        found = next(same, None)
+        if found is None:
+            raise VerificationError(f"{block.result.name} has size {size}, which none of x and ids has")
+        shape.append(emit.size(*found))
+    return shape
+
+
+def _mlp_call(block: ForeignBlock, emit: Emitter, rows: Node, row_scale: Node, counts: Node) -> GroupedMlpCall[Node]:
+    call = GroupedMlpCall[Node](
+        rows,
+        row_scale,
+        counts,
+        _matrices(emit, block.w13),
+        _matrices(emit, block.w2),
+        _biases(emit, block),
+        [*block.w2_bias],
+        block.activation,
+        block.limit,
+        block.alpha,
+        block.interleaved,
+    )
+    if block.quantisation == "none":
+        return call
+    lists: dict[str, Any] = {
+        name: [*getattr(block, name)] or None
+        for name in ("w13_scale", "w2_scale", "w13_offset", "w2_offset", "w13_scale_bias", "w2_scale_bias")
+    }
+    return call._replace(quantisation=block.quantisation, out_dtype=block.out_dtype, **lists)
+
+
+def _given(call: Any) -> tuple[Any, ...]:
+    """The arguments of a call without defaults at its end, as a graph has them."""
+    given = [*call]
+    defaults = type(call)._field_defaults
+    while call._fields[len(given) - 1] in defaults and given[-1] == defaults[call._fields[len(given) - 1]]:
+        given.pop()
+    return tuple(given)
+
+
+def _matrices(emit: Emitter, weights: Weights) -> list[Node]:
+    nodes = [*weights.nodes]
+    if weights.transposed:
+        nodes = [emit.call(aten.transpose.int, node, -2, -1) for node in nodes]
+    return [emit.call(aten.cat.default, nodes, -1)] if weights.joined else nodes
+
+
+def _biases(emit: Emitter, block: ForeignBlock) -> list[Node]:
+    biases = [*block.w13_bias]
+    return [emit.call(aten.cat.default, biases, -1)] if block.w13.joined and biases else biases
+
+
+def _by_token(emit: Emitter, node: Node, x: Node, top_k: int) -> Node:
+    """What has one element for each slot, by token, as [T, k]."""
+    if node.meta["val"].dim() == 2:
+        return node
+    return emit.call(aten.reshape.default, node, [emit.size(x, 0), top_k])

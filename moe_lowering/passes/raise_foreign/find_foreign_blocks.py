@@ -1,0 +1,71 @@
+"""The stage that raises what others wrote: all layers of known forms in a graph, and why an anchor is none.
+
+Contract. Reads the graph, never edits it. ``FORMS`` is the table of forms; a graph without their anchors costs a look at its
+index of targets, whatever its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+
+import torch
+from torch.fx import Graph, Node
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.emitter import is_emitted
+from moe_lowering.passes.raise_foreign import (
+    match_gathered_weights,
+    match_grouped_mm,
+    rules_of_counts,
+    rules_of_experts,
+    rules_of_layout,
+    rules_of_routing,
+)
+from moe_lowering.passes.raise_foreign.graph_facts import reading
+from moe_lowering.passes.raise_foreign.npu_forms import NPU_FORMS
+from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
+from moe_lowering.report.records import NotRaised
+
+FORMS: dict[str, Form] = {form.name: form for form in (match_grouped_mm.FORM, match_gathered_weights.FORM, *NPU_FORMS)}
+assert (
+    rules_of_counts and rules_of_experts and rules_of_layout and rules_of_routing
+)  # imported for the rules that they add
+
+
+def find_foreign_blocks(graph: Graph, deployment: Deployment) -> tuple[list[ForeignBlock], dict[Node, NotRaised]]:
+    """All layers of the known forms in graph order, and of each other anchor why it is in none."""
+    with reading(graph):
+        return _find(graph, deployment)
+
+
+def _find(graph: Graph, deployment: Deployment) -> tuple[list[ForeignBlock], dict[Node, NotRaised]]:
+    found: list[ForeignBlock] = []
+    left: dict[Node, NotRaised] = {}
+    for form in FORMS.values():
+        anchors = _anchors(graph, frozenset(form.anchors))
+        for group in form.groups(sorted(anchors)) if anchors else ():
+            try:
+                block = form.match(graph, group, deployment)
+                _require_apart(block, found)
+                found.append(block)
+            except NotThisForm as reason:
+                left.update(dict.fromkeys(group, reason.record))
+    return sorted(found, key=lambda block: block.result), left
+
+
+def _require_apart(block: ForeignBlock, others: Iterable[ForeignBlock]) -> None:
+    for other in others:
+        if not set(block.interior).isdisjoint(other.interior):
+            raise NotThisForm(
+                block.result, "raise.overlap", f"operations that the layer of {other.result.name} has too", "its own"
+            )
+
+
+def _anchors(graph: Graph, names: Container[str]) -> list[Node]:
+    return [
+        node
+        for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items())
+        if op == "call_function" and nodes and isinstance(target, torch._ops.OpOverload) and str(target) in names
+        for node in nodes
+        if not is_emitted(node)
+    ]

@@ -1,0 +1,79 @@
+"""Whether the ids of a layer are experts that it has.
+
+An id past the last expert is a row that no product computes: what the layer then makes of it (nothing, garbage, an identity
+expert) is not what ``dispatch`` does. So ids must come from choices among as many experts, or from outside of the graph: an
+input, or a table that is stored. Of those it is taken for granted, as the generic operators take it.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch.fx import Node
+
+from moe_lowering.passes.arguments import argument, given_arguments
+from moe_lowering.passes.foreign_walks import VIEWS, name_of
+
+_CHOICES = ("topk", "sort", "max", "min")  # (values, indices)
+_LOOK_UPS = ("index", "index_select", "gather", "embedding")  # of a table, by anything
+_JOINS = ("cat", "stack", "where", "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "flip")
+_STEPS = 60
+
+
+def out_of_range(ids: Node, experts: int) -> Node | None:
+    """The node for whose sake ids are not known to be within [0, experts); None where they are."""
+    pending, seen = [ids], {ids}
+    while pending:
+        node = pending.pop()
+        sources = _sources(node, experts)
+        if sources is None or len(seen) > _STEPS:
+            return node
+        fresh = [source for source in sources if source not in seen]
+        seen.update(fresh)
+        pending += fresh
+    return None
+
+
+def _sources(node: Node, experts: int) -> list[Node] | None:
+    """What a node's values are taken from; [] where they are in range, None where that is not known."""
+    if node.op in ("placeholder", "get_attr"):
+        return []
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem:
+        return _item(node, experts)
+    name, first = name_of(node), node.args[0] if node.args else None
+    if name in VIEWS or name in _LOOK_UPS:
+        return [first] if isinstance(first, Node) else None
+    if name in _JOINS:
+        given = node.args[1:3] if name == "where" else first if isinstance(first, (list, tuple)) else [first]
+        return [each for each in given if isinstance(each, Node)] if all(isinstance(e, Node) for e in given) else None
+    if name in ("argmax", "argsort"):
+        return _of_few(node, given_arguments(node).get("dim", -1 if name == "argsort" else None), experts)
+    if name == "clamp":
+        low, high = (given_arguments(node).get(bound) for bound in ("min", "max"))
+        fits = isinstance(low, int) and isinstance(high, int) and 0 <= low <= high < experts
+        return [] if fits else None
+    return None
+
+
+def _item(node: Node, experts: int) -> list[Node] | None:
+    source, index = node.args
+    if not isinstance(source, Node):
+        return None
+    name = name_of(source)
+    if name == "route":
+        return [] if index == 1 and source.args[0].meta["val"].shape[-1] == experts else None  # type: ignore[union-attr]
+    if name in _CHOICES and index == 1:
+        return _of_few(source, argument(source, "dim"), experts)
+    return _sources(source, experts) if name in _JOINS else None
+
+
+def _of_few(node: Node, dim: Any, experts: int) -> list[Node] | None:
+    """[] where a choice is among at most ``experts``."""
+    shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    if not isinstance(dim, int):
+        return None
+    size = shape[dim]
+    return [] if isinstance(size, int) and size <= experts else None

@@ -1,0 +1,59 @@
+"""Gate and up projections that are the two halves of one stored tensor: it is that tensor that the experts read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch.fx import Node
+
+from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.raise_foreign.meanings import sizes
+from moe_lowering.passes.raise_foreign.records import Weights
+from moe_lowering.passes.raise_foreign.rules_of_layout import order_of
+
+_NO_END = 2**62
+
+
+@dataclasses.dataclass(frozen=True)
+class _Half:
+    """Lines ``start`` to ``end`` of dimension ``at`` of ``whole``; its last two dimensions were then swapped, or not."""
+
+    whole: Node
+    at: int
+    start: int
+    end: int
+    swapped: bool
+
+
+def joined_storage(weights: Weights) -> Weights | None:
+    """The one tensor that gate and up are the halves of; None where they are none."""
+    gate, up = (_half(node) for node in weights.nodes)
+    if gate is None or up is None or gate.whole is not up.whole or (gate.at, gate.swapped) != (up.at, up.swapped):
+        return None
+    if (gate.start, gate.end, up.end) != (0, up.start, sizes(gate.whole)[gate.at]) or gate.end * 2 != up.end:
+        return None
+    transposed = weights.transposed != gate.swapped
+    columns = 1 if transposed else 2  # where N stands in what is stored
+    return Weights((gate.whole,), transposed) if gate.at == columns else None
+
+
+def _half(node: Node) -> _Half | None:
+    swapped = False
+    while name_of(node) in ("transpose", "permute", "alias", "detach"):
+        if name_of(node) in ("transpose", "permute"):
+            if order_of(node) != [0, 2, 1]:
+                return None
+            swapped = not swapped
+        node = node.args[0]  # type: ignore[assignment]
+    if name_of(node) != "slice" or argument(node, "step") != 1:
+        return None
+    whole, at = node.args[0], argument(node, "dim")
+    assert isinstance(whole, Node)
+    at %= len(sizes(whole))
+    width = sizes(whole)[at]
+    start, end = argument(node, "start") or 0, argument(node, "end")
+    end = width if end is None or (isinstance(end, int) and end >= _NO_END) else end
+    if not all(isinstance(n, int) and 0 <= n <= width for n in (start, end)):
+        return None
+    return _Half(whole, at, start, end, swapped)

@@ -1,0 +1,341 @@
+"""From the meaning of a layer's result to its record: the one check that all forms of ATen operators end with.
+
+A result is a layer's if its term is, for each token, the sum over its choices of weight * w2[id](gated(w13[id](x[token]))),
+with one set of ids, one tensor of weights over token and choice, and x over token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Graph, Node
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.raise_foreign.closed_region import closed_region, looks_only, region_of
+from moe_lowering.passes.raise_foreign.graph_facts import facts_of
+from moe_lowering.passes.raise_foreign.ids_range import out_of_range
+from moe_lowering.passes.raise_foreign.joined_storage import joined_storage
+from moe_lowering.passes.raise_foreign.match_activation import Gated, match_activation
+from moe_lowering.passes.raise_foreign.meanings import (
+    Counts,
+    Expert,
+    Part,
+    Summed,
+    Tensor,
+    Term,
+    Times,
+    Value,
+    Weighted,
+    choices,
+    feature,
+    flat,
+    product,
+    sizes,
+    slots,
+    tokens,
+)
+from moe_lowering.passes.raise_foreign.read_meanings import Reader
+from moe_lowering.passes.raise_foreign.records import ForeignBlock, NotThisForm, Weights
+
+_STEPS = 400  # nodes between the first product and the result
+_FACTORIES = frozenset(f"{made}{how}" for made in ("empty", "zeros", "ones", "full") for how in ("", "_like")) | {
+    "new_zeros",
+    "new_empty",
+    "new_ones",
+    "new_full",
+    "empty_strided",
+    "new_empty_strided",
+}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def match_experts(
+    form: str, graph: Graph, products: Sequence[Node], deployment: Deployment, of_ids: Node | None
+) -> ForeignBlock:
+    """The layer that ``products``, all matrix products of its experts, belong to.
+
+    Where ids are chosen among exactly as many experts as all ranks of the deployment hold together, and the weights are
+    one rank's, as ``shard_experts`` cuts them, the layer is spread over the ranks of the deployment.
+
+    Args:
+        of_ids: a node that is computed from the ids alone.
+
+    Raises:
+        NotThisForm: it is not proven to be one.
+    """
+    reader = Reader(products)
+    reader.start_at(of_ids)
+    result = _end_of_casts(reader, _find_result(reader, products))
+    value = reader.value(result)
+    assert value is not None
+    found = _Parts(result, value)
+    block = found.block(form, reader)
+    used = {node for node in reader._values if node in products}
+    missing = [node for node in products if node not in used]
+    if missing:
+        raise NotThisForm(missing[0], "raise.incomplete", f"{missing[0].name} is no part of the result", "all products")
+    block = _over_ranks(block, deployment)
+    region = region_of(result, block.operands, lambda node: _is_outside(reader, node))
+    _require_precision(result, region, block)
+    facts = facts_of(graph)
+    interior = closed_region(
+        result, region, block.operands, lambda node: _may_stay(reader, node), facts.scopes, facts.writes
+    )
+    return dataclasses.replace(block, interior=interior)
+
+
+def _over_ranks(block: ForeignBlock, deployment: Deployment) -> ForeignBlock:
+    """The block with all experts that its ids name, on this rank or on those of the deployment."""
+    node = out_of_range(block.ids, block.num_experts)
+    if node is None:
+        return block
+    everywhere = block.num_experts * deployment.ep_size
+    alike = deployment.ep_size > 1 and not deployment.shared_expert_ranks
+    if alike and out_of_range(block.ids, everywhere) is None and out_of_range(block.ids, everywhere - 1) is not None:
+        places = {name: getattr(deployment, name) for name in ("ep_group", "ep_size", "tp_group", "tp_size")}
+        return dataclasses.replace(block, num_experts=everywhere, **places)
+    ranks = f", or among exactly {everywhere}, those of all {deployment.ep_size} ranks" if alike else ""
+    raise NotThisForm(
+        node,
+        "raise.ids_range",
+        f"ids from {node.name} ({name_of(node)}), which may be no expert of {block.num_experts}",
+        f"ids chosen among at most {block.num_experts}{ranks}, or given from outside of the graph",
+    )
+
+
+def _find_result(reader: Reader, products: Sequence[Node]) -> Node:
+    """The first node on every way from the products that is a sum over choices."""
+    pending, seen = list(products), set(products)
+    heapq.heapify(pending)
+    ends: list[Node] = []
+    for _ in range(_STEPS):
+        if not pending:
+            break
+        node = heapq.heappop(pending)
+        if looks_only(node):
+            continue
+        value = reader.value(node) if node.op != "output" else None
+        if value is None:
+            if node.op == "output" or not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+                raise _ends_early(node, reader)
+            if isinstance(node.meta["val"], torch.Tensor):
+                raise reader.reason(node)
+        elif _is_layer(value):
+            ends.append(node)
+            continue
+        for user in node.users:
+            if user not in seen:
+                seen.add(user)
+                heapq.heappush(pending, user)
+    if pending or len(ends) != 1:
+        raise NotThisForm(
+            min(products),
+            "raise.result",
+            f"{len(ends)} sums over the choices of a token",
+            "one, that all products go into",
+        )
+    return ends[0]
+
+
+def _ends_early(node: Node, reader: Reader) -> NotThisForm:
+    source = next((n for n in node.all_input_nodes if reader.is_derived(n)), node)
+    return NotThisForm(
+        source,
+        "raise.read_outside",
+        f"{source.name} is read by {node.name} before it is the result of a layer",
+        "values inside of a layer that are read inside only",
+    )
+
+
+def _is_layer(value: Value) -> bool:
+    term, axes = value.term, flat(value.dims)
+    if isinstance(term, Summed):
+        return True
+    rows = term.rows if isinstance(term, Weighted) else term
+    if not isinstance(rows, Expert) or not isinstance(rows.rows, Times):
+        return False
+    done = isinstance(term, Weighted) or _weighs_input(rows)
+    return done and not choices(rows.ids) and axes[:-1] == tokens(rows.ids)  # k = 1: nothing is left to sum
+
+
+def _weighs_input(second: Expert) -> bool:
+    def first(term: Term) -> Term:
+        return first(term.whole) if isinstance(term, Part) else term
+
+    gated = match_activation(second.rows)
+    inner = None if gated is None else first(gated.gate)
+    return isinstance(inner, Expert) and isinstance(inner.rows, Weighted)
+
+
+def _end_of_casts(reader: Reader, node: Node) -> Node:
+    """The result after casts that are its only readers, as far as they lead to the dtype of the experts."""
+    while len(users := [user for user in node.users if not looks_only(user)]) == 1:
+        (user,) = users
+        if name_of(user) not in ("_to_copy", "convert_element_type", "to") or reader.value(user) is None:
+            break
+        if reader.value(user) != reader.value(node):
+            break
+        node = user
+    return node
+
+
+def _is_outside(reader: Reader, node: Node) -> bool:
+    """Whether a node that the region reads is none of it: an opaque tensor, or a size."""
+    if not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+        return True
+    if isinstance(node.meta["val"], torch.Tensor):
+        value = reader.value(node)
+        return value is None or (value.is_opaque and name_of(node) not in _FACTORIES)
+    return False
+
+
+def _may_stay(reader: Reader, node: Node) -> bool:
+    """Ids and other opaque tensors in another layout, and counts of the experts' slots."""
+    if not isinstance(node.meta["val"], torch.Tensor):
+        return False
+    value = reader.value(node)
+    return value is not None and (not value.is_slotted or isinstance(value.term, Counts))
+
+
+def _require_precision(result: Node, region: Sequence[Node], block: ForeignBlock) -> None:
+    """Nothing in between may round to less than what the experts compute in."""
+    dtype = block.w2.nodes[0].meta["val"].dtype
+    for node in region:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype not in (dtype, torch.float32):
+            raise NotThisForm(
+                node, "raise.dtype", f"{node.name} is {value.dtype} among experts of {dtype}", f"{dtype}, or float32"
+            )
+
+
+class _Parts:
+    """The parts of a layer's term, each checked."""
+
+    def __init__(self, result: Node, value: Value) -> None:
+        self.result, self.value = result, value
+        term = value.term
+        self.base = term.base if isinstance(term, Summed) else None
+        rows = term.rows if isinstance(term, Summed) else term
+        self.weights = rows.weights if isinstance(rows, Weighted) else None
+        self.second = rows.rows if isinstance(rows, Weighted) else rows
+
+    def block(self, form: str, reader: Reader) -> ForeignBlock:
+        second = self.second
+        if not isinstance(second, Expert):
+            raise self._not(
+                "raise.operation", "a sum of something else than the experts' results", "w2's products, weighted"
+            )
+        gated = match_activation(second.rows)
+        if gated is None:
+            raise self._not(
+                "raise.activation",
+                "between the two products something that is no gated activation of grouped_mlp (or gate and up exchanged)",
+                "silu, clamped silu, the gate of gpt-oss, or gelu, of the gate, times up",
+            )
+        firsts, interleaved = self._first_products(gated)
+        first = firsts[0]
+        x, weigh_input = self._tokens(first)
+        weights = self.weights if self.weights is not None else first.rows.weights if weigh_input else None  # type: ignore[attr-defined]
+        self._require_slots(second, firsts, x, weights, weigh_input)
+        assert weights is not None
+        dtypes = {n.meta["val"].dtype for e in (*firsts, second) for n in (e.weight,)}
+        if len(dtypes) != 1 or not dtypes <= {*_FLOATS}:
+            raise self._not(
+                "raise.dtype", f"weights of {', '.join(map(str, dtypes))}", "one of float32, float16, bfloat16"
+            )
+        w13 = Weights(tuple(e.weight for e in firsts), first.transposed, len(firsts) == 2)
+        if w13.joined and not first.bias:
+            w13 = joined_storage(w13) or w13
+        return ForeignBlock(
+            form=form,
+            result=self.result,
+            interior=(),
+            x=x.node,
+            ids=second.ids.node,
+            weights=weights.node,
+            num_experts=second.experts,
+            w13=w13,
+            w2=Weights((second.weight,), second.transposed),
+            activation=gated.activation,
+            limit=gated.limit,
+            alpha=gated.alpha,
+            interleaved=interleaved,
+            w13_bias=tuple(e.bias for e in firsts if e.bias is not None),
+            w2_bias=() if second.bias is None else (second.bias,),
+            weigh_input=weigh_input,
+            base=self.base,
+        )
+
+    def _not(self, code: str, seen: str, expected: str) -> NotThisForm:
+        return NotThisForm(self.result, code, seen, expected)
+
+    def _first_products(self, gated: Gated) -> tuple[list[Expert], bool]:
+        """The product that gate and up are columns of, or the two that they are; and whether columns alternate."""
+        gate, up = gated.gate, gated.up
+        if (
+            isinstance(gate, Part)
+            and isinstance(up, Part)
+            and gate.whole == up.whole
+            and isinstance(gate.whole, Expert)
+        ):
+            size = gate.size
+            if (gate.step, up.step, gate.start, up.start) == (2, 2, 0, 1) and up.size == size:
+                return [gate.whole], True
+            if (gate.step, up.step, gate.start, up.start) == (1, 1, 0, size) and up.size == size:
+                return [gate.whole], False
+            raise self._not(
+                "raise.gate",
+                f"gate and up are columns {gate.start} and {up.start} on, every {gate.step} and {up.step}",
+                "gate first, then up, or alternating from gate on",
+            )
+        if isinstance(gate, Expert) and isinstance(up, Expert):
+            alike = gate.rows == up.rows and gate.transposed == up.transposed and gate.ids == up.ids
+            if alike and (gate.bias is None) == (up.bias is None):
+                return [gate, up], False
+        raise self._not(
+            "raise.gate", "gate and up of products that differ in more than their weights", "of one product"
+        )
+
+    def _tokens(self, first: Expert) -> tuple[Tensor, bool]:
+        """x, and whether it is multiplied by the weights."""
+        rows = first.rows
+        weigh_input = isinstance(rows, Weighted)
+        if isinstance(rows, Weighted):
+            if self.weights is not None:
+                raise self._not("raise.weights_twice", "rows that are weighted before and after the experts", "once")
+            if choices(first.ids):
+                raise self._not(
+                    "raise.weigh_input",
+                    f"rows that are weighted before the experts, with k = {product(choices(first.ids))}",
+                    "k = 1, as a token is sent once, with one weight",
+                )
+            rows = rows.rows
+        if not isinstance(rows, Tensor):
+            raise self._not(
+                "raise.rows", "rows of the first product that are no tokens", "x, by the tokens of the slots"
+            )
+        return rows, weigh_input
+
+    def _require_slots(
+        self, second: Expert, firsts: list[Expert], x: Tensor, weights: Tensor | None, weigh_input: bool
+    ) -> None:
+        ids = second.ids
+        if any(first.ids != ids or first.experts != second.experts for first in firsts):
+            raise self._not("raise.ids", "two products with other ids or experts", "the same")
+        if flat(x.dims[:-1]) != tokens(ids):
+            raise self._not("raise.rows", f"{x.node.name}, whose lines are not the tokens of the slots", "x by token")
+        if weights is None:
+            raise self._not("raise.no_weights", "results that no routing weight is multiplied with", "weights [T, k]")
+        if flat(weights.dims) != slots(ids):
+            raise self._not(
+                "raise.weights",
+                f"weights {weights.node.name} that are not one for each slot",
+                "weights [T, k] of the ids",
+            )
+        axes = flat(self.value.dims)
+        if axes != (*tokens(ids), *feature(sizes(x.node)[-1])):
+            raise self._not("raise.way_back", "a sum that is not in the order of the tokens", "[T, H], by token")

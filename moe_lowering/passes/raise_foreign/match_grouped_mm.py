@@ -1,0 +1,50 @@
+"""Grouped matrix products of torch's: transformers' ``grouped_mm`` and its fallback, torchtitan.
+
+The products of a layer share one tensor of offsets.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.foreign_walks import VIEWS, name_of
+from moe_lowering.passes.raise_foreign.match_experts import match_experts
+from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form
+
+NAME = "grouped_mm"
+
+
+def by_offsets(anchors: Sequence[Node]) -> list[list[Node]]:
+    """Products with one tensor of offsets; without offsets it is a batched product of something else."""
+    found: dict[Any, list[Node]] = defaultdict(list)
+    for node in anchors:
+        offsets = argument(node, "offs")
+        if offsets is not None:
+            found[_spelling(offsets)].append(node)
+    return list(found.values())
+
+
+def _spelling(node: Any, depth: int = 12) -> Any:
+    """Equal for nodes that compute the same from the same: a graph that is not of AOTAutograd may do so twice."""
+    if isinstance(node, (list, tuple)):
+        return tuple(_spelling(each, depth) for each in node)
+    if not isinstance(node, Node) or node.op != "call_function" or not depth or not _is_of_offsets(node):
+        return node
+    return (node.target, _spelling(node.args, depth - 1), tuple(sorted(map(str, node.kwargs.items()))))
+
+
+def _is_of_offsets(node: Node) -> bool:
+    return name_of(node) in ("cumsum", "histc", "bincount", "sort", "getitem") or name_of(node) in VIEWS
+
+
+def match(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignBlock:
+    return match_experts(NAME, graph, anchors, deployment, argument(anchors[0], "offs"))
+
+
+FORM = Form(NAME, ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"), by_offsets, match)

@@ -1,0 +1,372 @@
+"""What a value of a graph is, in terms of tokens, choices and experts: the words in which foreign forms are proven.
+
+A ``Value`` says of each dimension of a tensor which index it runs over, and of its elements what they are:
+
+- ``dims``: one entry per dimension, the axes whose product the dimension is, slowest first. Axes of size 1 are left out, so
+  ``()`` is a dimension of size 1. A flattened [T, k] is ``((token, choice),)``; in order of experts it is ``((sorted,),)``.
+- ``term``: what stands there, e.g. ``Expert(rows, weight, ids)`` for "the row times the matrix of the slot's expert".
+
+A slot is a pair of a token and one of its k choices. Values are equal where their terms are: forms that spell the same
+layer in other orders and layouts have one term. Every rule that makes a value says what is true of its node, whatever
+that node is used for; what is no part of an expert layer is a ``Tensor``, an opaque one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from torch.fx import Node
+
+from moe_lowering.passes.blocks import size_key
+
+TENSOR, SPREAD, TOKEN, CHOICE, SORTED, FEATURE = "tensor", "spread", "token", "choice", "sorted", "feature"
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """An index that a dimension runs over.
+
+    ``tensor``: of an opaque tensor; ``spread``: along it nothing changes (expand); ``token`` and ``choice``: of the ids ``of``;
+    ``sorted``: slots in the order that the sort ``of`` gives; ``feature``: columns of an expert's result, by position.
+    ``size`` is an int or a sympy expression.
+    """
+
+    kind: str
+    size: Any
+    of: Node | None = None
+    index: int = 0
+
+
+Dim: TypeAlias = tuple[Axis, ...]
+Dims: TypeAlias = tuple[Dim, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """What the elements of a value are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor(Term):
+    """The elements of a node. ``dims`` says which index runs over each of its dimensions; of three dimensions or more that
+    were flattened, all but the last count as one."""
+
+    node: Node
+    dims: Dims
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot(Term):
+    """The number of a slot, token * k + choice. In order of experts: the permutation that a sort of ids returns."""
+
+    ids: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Place(Term):
+    """Where a slot stands in the order of experts: the inverse of that permutation. ``order`` is the sorted axis."""
+
+    ids: Tensor
+    order: Axis
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenOf(Term):
+    """The number of a slot's token."""
+
+    ids: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Position(Term):
+    """0, 1, 2, ... along the only dimension."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts(Term):
+    """How many slots each of ``experts`` experts has, by expert."""
+
+    ids: Tensor
+    experts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class OneHot(Term):
+    """Whether a slot's expert is the one that the last dimension is at."""
+
+    ids: Tensor
+    experts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends(Term):
+    """Where the rows of each expert end in the order of experts."""
+
+    ids: Tensor
+    experts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Pick(Term):
+    """The matrix, or the bias, of a slot's expert: ``source[ids]``."""
+
+    source: Tensor
+    ids: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Expert(Term):
+    """A slot's row times its expert's matrix, and its bias.
+
+    ``weight`` is [E, K, N], or [E, N, K] when ``transposed``; ``bias`` [E, N].
+    """
+
+    rows: Term
+    weight: Node
+    transposed: bool
+    ids: Tensor
+    experts: int
+    bias: Node | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Part(Term):
+    """Every ``step``-th column of a result from ``start`` on, ``size`` of them."""
+
+    whole: Term
+    start: int
+    step: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Times(Term):
+    """A product, of a number and terms in an order of their own."""
+
+    number: float
+    factors: tuple[Term, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plus(Term):
+    """A term and a number."""
+
+    term: Term
+    number: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Sigmoid(Term):
+    term: Term
+
+
+@dataclasses.dataclass(frozen=True)
+class Gelu(Term):
+    """``approximate`` is ``none`` or ``tanh``."""
+
+    term: Term
+    approximate: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Clamp(Term):
+    """None is no bound."""
+
+    term: Term
+    low: float | None
+    high: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted(Term):
+    """Rows times a number for each slot."""
+
+    rows: Term
+    weights: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Summed(Term):
+    """The sum over the choices of a token, and of ``base`` [T, H] where there is one."""
+
+    rows: Term
+    base: Node | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    dims: Dims
+    term: Term
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether it is a node's own tensor, in its own layout."""
+        return isinstance(self.term, Tensor) and self.dims == self.term.dims
+
+    @property
+    def is_slotted(self) -> bool:
+        """Whether it is more than an opaque tensor in some layout."""
+        return not isinstance(self.term, Tensor) or any(axis.kind in (SPREAD, SORTED) for axis in flat(self.dims))
+
+
+def dim(*axes: Axis) -> Dim:
+    """A dimension over these axes."""
+    return tuple(axis for axis in axes if axis.size != 1)
+
+
+def flat(dims: Dims) -> Dim:
+    return tuple(axis for each in dims for axis in each)
+
+
+def product(axes: Dim) -> Any:
+    size: Any = 1
+    for axis in axes:
+        size = size * axis.size
+    return size
+
+
+def sizes(node: Node) -> tuple[Any, ...]:
+    """The sizes of a node's value, as ints and sympy expressions."""
+    return tuple(size_key(size) for size in node.meta["val"].shape)
+
+
+def opaque(node: Node) -> Value:
+    dims = tuple(dim(Axis(TENSOR, size, node, index)) for index, size in enumerate(sizes(node)))
+    return Value(dims, Tensor(node, dims))
+
+
+def flattened(node: Node) -> Value:
+    """[..., n] as one dimension."""
+    shape = sizes(node)
+    lead: Any = 1
+    for size in shape[:-1]:
+        lead = lead * size
+    dims = (dim(Axis(TENSOR, lead, node, 0)), dim(Axis(TENSOR, shape[-1], node, len(shape) - 1)))
+    return Value((dims[0] + dims[1],), Tensor(node, dims))
+
+
+def feature(size: Any) -> Dim:
+    return dim(Axis(FEATURE, size))
+
+
+def is_float(tensor: Tensor) -> bool:
+    return bool(tensor.node.meta["val"].is_floating_point())
+
+
+def slots(ids: Tensor) -> Dim:
+    """The axes of all slots, by token."""
+    return flat(ids.dims)
+
+
+def tokens(ids: Tensor) -> Dim:
+    return flat(ids.dims[:-1])
+
+
+def choices(ids: Tensor) -> Dim:
+    return ids.dims[-1]
+
+
+Mapped: TypeAlias = Mapping[Axis, Dim]
+
+
+def substitute_dims(dims: Dims, mapped: Mapped) -> Dims:
+    if not mapped:
+        return dims
+    return tuple(tuple(new for axis in each for new in mapped.get(axis, (axis,))) for each in dims)
+
+
+def substitute(term: Term, mapped: Mapped) -> Term:
+    """A term in which opaque tensors run over other axes."""
+    if not mapped:
+        return term
+    if isinstance(term, Tensor):
+        return Tensor(term.node, substitute_dims(term.dims, mapped))
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(term):
+        value = getattr(term, field.name)
+        if isinstance(value, Term):
+            changes[field.name] = substitute(value, mapped)
+        elif field.name == "factors":
+            changes[field.name] = tuple(substitute(factor, mapped) for factor in value)
+    return dataclasses.replace(term, **changes) if changes else term
+
+
+def mapped_value(value: Value, mapped: Mapped) -> Value:
+    return Value(substitute_dims(value.dims, mapped), substitute(value.term, mapped))
+
+
+def as_ids(value: Value) -> tuple[Value, Tensor] | None:
+    """An opaque integer tensor [..., k] as the ids of experts: the value over token and choice, and the ids."""
+    term = value.term
+    if not isinstance(term, Tensor) or len(term.dims) < 2:
+        return None
+    last = len(term.dims) - 1
+    mapped = {
+        axis: (Axis(CHOICE if at == last else TOKEN, axis.size, term.node, at),)
+        for at, axes in enumerate(term.dims)
+        for axis in axes
+        if axis.kind == TENSOR
+    }
+    changed = mapped_value(value, mapped)
+    assert isinstance(changed.term, Tensor)
+    return changed, changed.term
+
+
+def match(a: Dim, b: Dim) -> dict[Axis, Dim] | None:
+    """What the free axes of two dimensions of one size must be for both to run over the same index; None if they do not."""
+    mapped: dict[Axis, Dim] = {}
+    left, right = list(a), list(b)
+    while left or right:
+        if not left or not right:
+            return None
+        p, q = left.pop(0), right.pop(0)
+        if p == q:
+            continue
+        if not _is_free(p) or (_is_free(q) and p.kind == TENSOR and q.kind == SPREAD):
+            p, q, left, right = q, p, right, left
+        if not _is_free(p):
+            return None
+        taken = [q]
+        while product(tuple(taken)) != p.size and right:
+            taken.append(right.pop(0))
+        if product(tuple(taken)) != p.size:
+            return None
+        mapped[p] = tuple(taken)
+    return mapped
+
+
+def _is_free(axis: Axis) -> bool:
+    return axis.kind in (TENSOR, SPREAD)
+
+
+def regroup(dims: Dims, shape: tuple[Any, ...]) -> Dims | None:
+    """The axes of ``dims`` as dimensions of other sizes, in the same order; None where an axis would be cut."""
+    axes, front = list(flat(dims)), []
+    todo = list(shape)
+    while todo and len(todo) > 1:
+        taken = _take(axes, todo[0])
+        if taken is None:
+            break
+        front.append(taken)
+        axes, todo = axes[len(taken) :], todo[1:]
+    back: list[Dim] = []
+    while len(todo) > 1:
+        taken = _take(axes[::-1], todo[-1])
+        if taken is None:
+            return None
+        back.insert(0, taken[::-1])
+        axes, todo = axes[: len(axes) - len(taken)], todo[:-1]
+    if not todo:
+        return tuple(front) if not axes else None
+    return (*front, tuple(axes), *back)  # what is left is of the size that is left
+
+
+def _take(axes: list[Axis], size: Any) -> Dim | None:
+    taken: list[Axis] = []
+    while product(tuple(taken)) != size:
+        if len(taken) == len(axes):
+            return None
+        taken.append(axes[len(taken)])
+    return tuple(taken)

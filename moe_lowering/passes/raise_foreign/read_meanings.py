@@ -1,0 +1,143 @@
+"""What the nodes around an anchor mean: rules by operator, asked for one node after the other, from its operands.
+
+Contract. ``Reader.value`` never guesses: a node without a rule, or whose rule does not hold, is an opaque tensor; where it
+is computed from a product of the experts it has no meaning at all, and ``reason`` says what was seen. Nothing is walked
+but what is asked for.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import Node
+
+from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.raise_foreign.meanings import Tensor, Value, opaque
+from moe_lowering.passes.raise_foreign.records import NotThisForm
+
+Rule: TypeAlias = "Callable[[Reader, Node], Value | None]"
+ItemRule: TypeAlias = "Callable[[Reader, Node, int], Value | None]"
+
+RULES: dict[str, Rule] = {}  # by the name of the operator, without its overload
+NEAR: set[str] = set()  # operators whose rules are of use within a layer only
+ITEM_RULES: dict[str, ItemRule] = {}  # of operators with several results: the node and which result
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def add(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return add
+
+
+def near_rule(*names: str) -> Callable[[Rule], Rule]:
+    """A rule of an operator that computes: in front of a layer, where a model is full of them, it is not looked at."""
+    NEAR.update(names)
+    return rule(*names)
+
+
+def item_rule(*names: str) -> Callable[[ItemRule], ItemRule]:
+    def add(function: ItemRule) -> ItemRule:
+        ITEM_RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return add
+
+
+_REACH = 300  # nodes in front of the first product that may belong to a layer
+
+
+def _before(node: Node) -> Node:
+    """The node that stands ``_REACH`` in front of another, or the first of the graph."""
+    for _ in range(_REACH):
+        if node.prev.op == "root":
+            break
+        node = node.prev
+    return node
+
+
+class Reader:
+    """Values of nodes, as far as they were asked for.
+
+    Args:
+        products: the matrix products of the layer that is read: what is computed from them is never opaque.
+    """
+
+    def __init__(self, products: Iterable[Node]) -> None:
+        self._products = frozenset(products)
+        self._first = min(self._products)
+        self._floor = _before(self._first)
+        self._values: dict[Node, Value | None] = {}
+        self._derived: dict[Node, bool] = {}
+        self.reasons: dict[Node, NotThisForm] = {}
+
+    def value(self, node: Any) -> Value | None:
+        """What a tensor's node means; None where that is not known, and of what is no node."""
+        if not isinstance(node, Node):
+            return None
+        if node not in self._values:
+            found = None
+            if isinstance(node.meta.get("val"), torch.Tensor):
+                found = self._apply(node)
+                if found is None and not self.is_derived(node):
+                    found = opaque(node)
+            self._values[node] = found
+        return self._values[node]
+
+    def start_at(self, node: Node | None) -> None:
+        """The ids come from what ``node`` is computed from: nothing in front of them is part of the layer but operands."""
+        value = None if node is None else self.value(node)
+        ids = getattr(value.term, "ids", value.term) if value is not None else None
+        if isinstance(ids, Tensor):
+            self._floor = max(self._floor, ids.node)
+
+    def _apply(self, node: Node) -> Value | None:
+        if node.op != "call_function":
+            return None
+        if node.target is operator.getitem:
+            source, index = node.args
+            if not isinstance(source, Node) or not isinstance(index, int):
+                return None
+            items = ITEM_RULES.get(name_of(source))
+            return None if items is None else items(self, source, index)
+        name = name_of(node)
+        found = RULES.get(name) if name not in NEAR or node >= self._floor else None
+        return None if found is None else found(self, node)
+
+    def is_derived(self, node: Node) -> bool:
+        """Whether a node is computed from one of the products."""
+        pending = [node]
+        while pending:
+            at = pending[-1]
+            if at in self._derived:
+                pending.pop()
+            elif at in self._products:
+                self._derived[at] = True
+            elif at < self._first:
+                self._derived[at] = False
+            else:
+                todo = [source for source in at.all_input_nodes if source not in self._derived]
+                if todo:
+                    pending += todo
+                else:
+                    self._derived[at] = any(self._derived[source] for source in at.all_input_nodes)
+        return self._derived[node]
+
+    def refuse(self, node: Node, code: str, seen: str, expected: str) -> Value | None:
+        """Note why a node has no meaning; returns None, for rules to return."""
+        self.reasons.setdefault(node, NotThisForm(node, code, seen, expected))
+        return None
+
+    def reason(self, node: Node) -> NotThisForm:
+        """Why a node that should have a meaning has none."""
+        return self.reasons.get(node) or NotThisForm(
+            node,
+            "raise.operation",
+            f"{name_of(node)} of what the experts compute",
+            "views, casts, biases of the experts, a gated activation that grouped_mlp has, routing weights, and the sum over "
+            "the choices of a token",
+        )

@@ -1,0 +1,172 @@
+"""Records of the stage that raises: a layer that others wrote, and why something that looks like one was not raised."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.blocks import shape_key
+from moe_lowering.report.records import NotRaised
+from moe_lowering.source_lines import innermost
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Matrices of experts, as a graph has them, and what must be put in for ``grouped_mlp`` to take them.
+
+    Attributes:
+        nodes: one tensor [E, K, N], or one [K, N] for each expert; with ``joined`` two of these, gate and up.
+        transposed: each is [..., N, K]; a view makes it [..., K, N].
+        joined: gate and up are concatenated along N, which copies them in every forward.
+    """
+
+    nodes: tuple[Node, ...]
+    transposed: bool = False
+    joined: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ForeignBlock:
+    """An MoE layer that is not written with the generic operators, in terms of those.
+
+    Attributes:
+        form: the name of the form, a key of ``FORMS``.
+        result: the node whose value is ``base + combine(...)``; it is replaced.
+        interior: all nodes that are there for the result's sake alone, the result among them; erased with it.
+        x: tokens [..., H]. ids, weights: [..., k], of as many tokens; any integers and floats.
+        num_experts: E, on all ranks.
+        w13_bias, w2_bias, and the lists of quantised weights: as ``grouped_mlp`` takes them; with ``w13.joined`` biases
+            of gate and up.
+        weigh_input: x is multiplied by the weights instead of the results; k is 1.
+        base: [T, H], added to the result.
+        counts: rows of each expert as the generic ``dispatch`` gives them, where they are read elsewhere too.
+        first, middle: where dispatch and ``grouped_mlp`` stand: what they read exists there; None for in front of the result.
+        edges: operations that only wait for a value inside: (who waits, the value). They wait for x or the result then.
+        own: the implementation that the layer is written as, "" for none. ``own_operators``: how many of each its experts are.
+            Where both are what would be chosen, the layer is left as it is.
+        overlaps: something else was put between its first operation and its result, on another stream.
+        notes: what the report says beside what the lowering says.
+    """
+
+    form: str
+    result: Node
+    interior: tuple[Node, ...]
+    x: Node
+    ids: Node
+    weights: Node
+    num_experts: int
+    w13: Weights
+    w2: Weights
+    activation: str
+    limit: float = 0.0
+    alpha: float = 1.702
+    interleaved: bool = False
+    w13_bias: tuple[Node, ...] = ()
+    w2_bias: tuple[Node, ...] = ()
+    x_scale: Node | None = None
+    mask: Node | None = None
+    weigh_input: bool = False
+    base: Node | None = None
+    quantisation: str = "none"
+    w13_scale: tuple[Node, ...] = ()
+    w2_scale: tuple[Node, ...] = ()
+    w13_offset: tuple[Node, ...] = ()
+    w2_offset: tuple[Node, ...] = ()
+    w13_scale_bias: tuple[Node, ...] = ()
+    w2_scale_bias: tuple[Node, ...] = ()
+    out_dtype: Any = None
+    ep_group: str = ""
+    ep_size: int = 1
+    tp_group: str = ""
+    tp_size: int = 1
+    counts: Node | None = None
+    first: Node | None = None
+    middle: Node | None = None
+    edges: tuple[tuple[Node, Node], ...] = ()
+    own: str = ""
+    own_operators: tuple[tuple[str, int], ...] = ()
+    overlaps: bool = False
+    notes: tuple[str, ...] = ()
+
+    def reading(self, replaced: Mapping[Node, Node]) -> ForeignBlock:
+        """The same where results of other layers that it reads were replaced."""
+        if not any(node in replaced for node in self.operands):
+            return self
+
+        def now(value: Any) -> Any:
+            if isinstance(value, Node):
+                return now(replaced[value]) if value in replaced else value
+            if isinstance(value, Weights):
+                return dataclasses.replace(value, nodes=now(value.nodes))
+            return tuple(map(now, value)) if isinstance(value, tuple) else value
+
+        kept = ("result", "interior", "counts", "first", "middle", "edges", "own_operators")
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in kept}
+        return dataclasses.replace(self, **{name: now(value) for name, value in fields.items()})
+
+    @property
+    def top_k(self) -> int:
+        """Choices of a token."""
+        return int(self.ids.meta["val"].shape[-1])
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for layers whose generic operators have equal values: all but the nodes, of which shapes and dtypes."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, Node):
+                return shape_key(value.meta["val"])
+            if isinstance(value, Weights):
+                return (plain(value.nodes), value.transposed, value.joined)
+            return tuple(map(plain, value)) if isinstance(value, tuple) else value
+
+        kept = ("interior", "notes", "first", "middle", "edges")
+        return tuple(plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in kept)
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        """Every node that the generic operators will read."""
+        single = (self.x, self.ids, self.weights, self.x_scale, self.mask, self.base)
+        lists: tuple[Sequence[Node], ...] = (
+            self.w13.nodes, self.w2.nodes, self.w13_bias, self.w2_bias, self.w13_scale, self.w2_scale, self.w13_offset,
+            self.w2_offset, self.w13_scale_bias, self.w2_scale_bias,
+        )  # fmt: skip
+        return (*(node for node in single if node is not None), *(node for nodes in lists for node in nodes))
+
+
+class NotThisForm(Exception):
+    """Why an anchor was not raised. Never leaves this package.
+
+    Args:
+        node: where in the graph.
+        code: ``raise.*``.
+        seen, expected: in words.
+    """
+
+    def __init__(self, node: Node, code: str, seen: str, expected: str) -> None:
+        line = innermost(node.meta.get("stack_trace") or "")
+        self.record = NotRaised(node.name, "" if line is None else str(line), code, seen, expected)
+        super().__init__(str(self.record))
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A way in which others write an MoE layer.
+
+    Attributes:
+        name: as reports have it.
+        anchors: names of the operators, with the overload, that a layer of this form has, e.g.
+            ``aten._grouped_mm.default``.
+        groups: takes a graph's anchors, in its order, and puts those of one layer together; what is no layer for sure is
+            left out.
+        match: reads the graph around the anchors of one layer. Raises ``NotThisForm``.
+    """
+
+    name: str
+    anchors: tuple[str, ...]
+    groups: Callable[[Sequence[Node]], list[list[Node]]]
+    match: Callable[[Graph, list[Node], Deployment], ForeignBlock]

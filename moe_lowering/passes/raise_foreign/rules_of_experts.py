@@ -1,0 +1,315 @@
+"""Rules of the experts' products, of what is done to their results element by element, and of the sum over choices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from moe_lowering.passes.arguments import argument, given_arguments
+from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.raise_foreign.meanings import (
+    CHOICE,
+    Axis,
+    Clamp,
+    Dim,
+    Dims,
+    Ends,
+    Expert,
+    Gelu,
+    OneHot,
+    Pick,
+    Plus,
+    Sigmoid,
+    Summed,
+    Tensor,
+    Term,
+    Times,
+    TokenOf,
+    Value,
+    Weighted,
+    choices,
+    feature,
+    flat,
+    mapped_value,
+    match,
+    product,
+    sizes,
+    slots,
+    tokens,
+)
+from moe_lowering.passes.raise_foreign.read_meanings import Reader, near_rule, rule
+from moe_lowering.passes.raise_foreign.rules_of_counts import counted_matches, counted_ones
+from moe_lowering.passes.raise_foreign.rules_of_routing import is_line_index, order_of_ids
+
+_ZEROS = ("zeros", "zeros_like", "new_zeros")
+
+
+# ------------------------------------------------------------------------------------------------------------ products
+
+
+@rule("_grouped_mm", "grouped_mm_fallback")
+def grouped_product(reader: Reader, node: Node) -> Value | None:
+    """Rows in order of experts, times the matrix of each row's expert."""
+    given = given_arguments(node)
+    named: list[Any] = [*given.values()][:3]
+    if len(named) < 3 or not all(isinstance(each, Node) for each in named):
+        seen, expected = "a grouped product without offsets", "offsets of each expert's rows"
+        return reader.refuse(node, "raise.offsets", seen, expected)
+    rows_node, weight, offs = named
+    rows, until = reader.value(rows_node), reader.value(offs)
+    if rows is None:
+        return None
+    if until is None or not isinstance(until.term, Ends):
+        return reader.refuse(
+            node,
+            "raise.offsets",
+            f"offsets from {offs.name} ({name_of(offs)}), which are not known to be where the rows of each expert end",
+            "the running sum of a histogram of the ids, with a bin for each expert",
+        )
+    ids, experts = until.term.ids, until.term.experts
+    if given.get("bias") is not None or given.get("out_dtype") not in (None, rows_node.meta["val"].dtype):
+        return reader.refuse(node, "raise.operation", "a grouped product with a bias or another dtype", "neither")
+    if not _is_in_order(reader, rows, ids):
+        return reader.refuse(
+            node,
+            "raise.rows",
+            f"rows from {rows_node.name} ({name_of(rows_node)}), which are not known to be in the order of their experts",
+            "rows of tokens, by the permutation that a sort of the same ids returns",
+        )
+    if len(sizes(weight)) != 3 or sizes(weight)[0] != experts:
+        return reader.refuse(
+            node, "raise.experts", f"weights {sizes(weight)} for {experts} experts", f"[{experts}, K, N]"
+        )
+    return Value(
+        (rows.dims[0], feature(sizes(node)[1])), Expert(rows.term, weight, transposed=False, ids=ids, experts=experts)
+    )
+
+
+def _is_in_order(reader: Reader, rows: Value, ids: Tensor) -> bool:
+    """Whether the lines of a value are all slots of ``ids`` in the order of a sort of them."""
+    if len(rows.dims) != 2:
+        return False
+    if not rows.dims[0]:
+        return product(slots(ids)) == 1
+    return order_of_ids(reader, rows.dims[0]) == ids
+
+
+@near_rule("bmm")
+def batched_product(reader: Reader, node: Node) -> Value | None:
+    """Rows times the gathered matrices of their experts; or results times routing weights, summed over choices."""
+    left, right = (reader.value(each) for each in node.args[:2])
+    if left is None or right is None or not (left.is_slotted or right.is_slotted):
+        return None
+    for a, b in ((0, 0), (2, 1)):  # batches; what is summed over
+        pair = left.dims[a], right.dims[b]
+        mapped = match(*(pair[::-1] if isinstance(right.term, Pick) else pair))  # rows keep their axes
+        if mapped is None:
+            return None
+        left, right = mapped_value(left, mapped), mapped_value(right, mapped)
+    dims: Dims = (left.dims[0], left.dims[1], right.dims[2])
+    if len(set(flat(dims))) != len(flat(dims)):
+        return None
+    summed = left.dims[2]
+    for matrices, rows in ((right, left), (left, right)):
+        if isinstance(matrices.term, Pick) and not isinstance(rows.term, Pick):
+            return _times_matrices(matrices.term, rows.term, summed, dims)
+    if len(summed) != 1 or summed[0].kind != CHOICE:
+        return None
+    for weights, rows in ((left, right), (right, left)):
+        if isinstance(weights.term, Tensor) and not isinstance(rows.term, Tensor):
+            return Value(dims, Summed(Weighted(rows.term, weights.term)))
+    return None
+
+
+def _times_matrices(matrices: Pick, rows: Term, summed: Dim, dims: Dims) -> Value | None:
+    """``summed`` must be one of a matrix's two axes; the other one becomes the result's columns."""
+    weight = matrices.source
+    if len(weight.dims) != 3 or summed not in weight.dims[1:]:
+        return None
+    transposed = summed == weight.dims[2]
+    columns = weight.dims[1 if transposed else 2]
+    if len(columns) > 1 or columns == summed:
+        return None
+    size = product(columns)
+    mapped: dict[Axis, Dim] = {axis: feature(size) for axis in columns}
+    dims = tuple(tuple(new for axis in each for new in mapped.get(axis, (axis,))) for each in dims)
+    experts = sizes(weight.node)[0]
+    return Value(dims, Expert(rows, weight.node, transposed, matrices.ids, experts))
+
+
+# ------------------------------------------------------------------------------------------------------- element by element
+
+
+@near_rule("mul")
+def multiplied(reader: Reader, node: Node) -> Value | None:
+    pair = _operands(reader, node)
+    if pair is None:
+        return None
+    if isinstance(pair, Value):
+        number = next(arg for arg in node.args[:2] if not isinstance(arg, Node))
+        return None if not isinstance(number, (int, float)) else Value(pair.dims, _times(number, pair.term))
+    dims, a, b = pair
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        rows, weights = (b, a) if isinstance(a, Tensor) and not (isinstance(b, Tensor) and _wider(a, b)) else (a, b)
+        if not isinstance(weights, Tensor):
+            return None
+        if isinstance(rows, Weighted):
+            return reader.refuse(
+                node, "raise.weights_twice", "rows that are weighted twice", "one weight for each slot"
+            )
+        return Value(dims, Weighted(rows, weights))
+    return Value(dims, _times(1.0, a, b))
+
+
+def _wider(a: Tensor, b: Tensor) -> bool:
+    return len(flat(a.dims)) > len(flat(b.dims))
+
+
+def _times(number: float, *terms: Term) -> Term:
+    factors: list[Term] = []
+    for term in terms:
+        if isinstance(term, Times):
+            number *= term.number
+            factors += term.factors
+        else:
+            factors.append(term)
+    if number == 1 and len(factors) == 1:
+        return factors[0]
+    return Times(float(number), tuple(sorted(factors, key=repr)))
+
+
+@near_rule("add")
+def added(reader: Reader, node: Node) -> Value | None:
+    """A number, or the biases of the experts."""
+    if given_arguments(node).get("alpha", 1) != 1:
+        return None
+    pair = _operands(reader, node)
+    if pair is None:
+        return None
+    if isinstance(pair, Value):
+        number = next(arg for arg in node.args[:2] if not isinstance(arg, Node))
+        return None if not isinstance(number, (int, float)) else Value(pair.dims, Plus(pair.term, float(number)))
+    dims, a, b = pair
+    for term, bias in ((a, b), (b, a)):
+        if isinstance(term, Expert) and isinstance(bias, Pick) and term.bias is None:
+            if bias.ids != term.ids or len(bias.source.dims) != 2 or sizes(bias.source.node)[0] != term.experts:
+                return reader.refuse(node, "raise.bias", "biases of other ids", "the bias [E, N] of each slot's expert")
+            made = Expert(term.rows, term.weight, term.transposed, term.ids, term.experts, bias.source.node)
+            return Value(dims, made)
+    return None
+
+
+def _operands(reader: Reader, node: Node) -> tuple[Dims, Term, Term] | Value | None:
+    """Two operands over the same axes; the one that is a tensor beside a number; None of opaque tensors alone."""
+    given: list[Any] = list(node.args[:2])
+    values = [reader.value(each) for each in given if isinstance(each, Node)]
+    if any(value is None for value in values) or not any(value.is_slotted for value in values if value):
+        return None
+    if len(values) == 1:
+        return values[0]
+    a, b = values
+    assert a is not None and b is not None
+    count = max(len(a.dims), len(b.dims))
+    a, b = (Value(((),) * (count - len(v.dims)) + v.dims, v.term) for v in (a, b))
+    for at in range(count):
+        if a.dims[at] and b.dims[at]:
+            mapped = match(a.dims[at], b.dims[at])
+            if mapped is None:
+                return None
+            a, b = mapped_value(a, mapped), mapped_value(b, mapped)
+    dims = tuple(x or y for x, y in zip(a.dims, b.dims, strict=True))
+    return None if len(set(flat(dims))) != len(flat(dims)) else (dims, a.term, b.term)
+
+
+@near_rule("silu")
+def silu(reader: Reader, node: Node) -> Value | None:
+    value = _argument(reader, node)
+    return None if value is None else Value(value.dims, _times(1.0, value.term, Sigmoid(value.term)))
+
+
+@near_rule("sigmoid")
+def sigmoid(reader: Reader, node: Node) -> Value | None:
+    value = _argument(reader, node)
+    return None if value is None else Value(value.dims, Sigmoid(value.term))
+
+
+@near_rule("gelu")
+def gelu(reader: Reader, node: Node) -> Value | None:
+    value = _argument(reader, node)
+    return None if value is None else Value(value.dims, Gelu(value.term, argument(node, "approximate")))
+
+
+@near_rule("clamp", "clamp_min", "clamp_max")
+def clamped(reader: Reader, node: Node) -> Value | None:
+    value, given = _argument(reader, node), given_arguments(node)
+    bounds = [given.get(name) for name in ("min", "max")]
+    if value is None or not all(bound is None or isinstance(bound, (int, float)) for bound in bounds):
+        return None
+    low, high = (None if bound is None or abs(bound) == float("inf") else float(bound) for bound in bounds)
+    return Value(value.dims, Clamp(value.term, low, high))
+
+
+def _argument(reader: Reader, node: Node) -> Value | None:
+    """The operand of an operator with one, where it is more than an opaque tensor."""
+    value = reader.value(node.args[0])
+    return value if value is not None and value.is_slotted else None
+
+
+# -------------------------------------------------------------------------------------------------------- over the choices
+
+
+@near_rule("sum")
+def summed(reader: Reader, node: Node) -> Value | None:
+    value = reader.value(node.args[0])
+    if value is None or not value.is_slotted:
+        return None
+    if isinstance(value.term, OneHot):
+        return counted_matches(reader, node, value)
+    given = given_arguments(node).get("dim")
+    over = [given] if isinstance(given, int) else given
+    if not over or len(over) != 1:
+        return None
+    at = over[0] % len(value.dims)
+    if value.dims[at] and not (len(value.dims[at]) == 1 and value.dims[at][0].kind == CHOICE):
+        return reader.refuse(node, "raise.sum", "a sum over something else than choices", "over the choices of a token")
+    kept: Dims = ((),) if argument(node, "keepdim") else ()
+    dims = (*value.dims[:at], *kept, *value.dims[at + 1 :])
+    return Value(dims, Summed(value.term) if value.dims[at] else value.term)
+
+
+@near_rule("scatter_add", "index_add")
+def added_to_tokens(reader: Reader, node: Node) -> Value | None:
+    """The rows of all slots, added to the lines of their tokens."""
+    counts = counted_ones(reader, node)
+    if counts is not None:
+        return counts
+    base, at, index, source = node.args[:4]
+    if at != 0 or not all(isinstance(n, Node) for n in (base, index, source)):
+        return None
+    if given_arguments(node).get("alpha", 1) != 1:
+        return None
+    return _added_rows(reader, node, base, reader.value(index), reader.value(source), "scatter" in str(node.target))
+
+
+def _added_rows(
+    reader: Reader, node: Node, base: Any, number: Value | None, rows: Value | None, by_element: bool
+) -> Value | None:
+    if number is None or rows is None or not isinstance(number.term, TokenOf):
+        return None
+    ids = number.term.ids
+    if by_element and not is_line_index(number, sizes(base)):
+        return None
+    first = number.dims[0]
+    if not rows.dims or rows.dims[0] != first or len(rows.dims) != 2 or reader.is_derived(base):
+        return None
+    if first != slots(ids) and order_of_ids(reader, first) != ids:
+        return None
+    term = rows.term if not choices(ids) else Summed(rows.term)
+    if not _is_zero(base):
+        term = Summed(rows.term, base)
+    return Value((tokens(ids), rows.dims[1]), term)
+
+
+def _is_zero(node: Node) -> bool:
+    return name_of(node) in _ZEROS or (name_of(node) == "full" and argument(node, "fill_value") in (0, 0.0))

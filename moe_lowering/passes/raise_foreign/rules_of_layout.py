@@ -1,0 +1,161 @@
+"""Rules of operators that change where elements stand, or their dtype, and not what they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moe_lowering.passes.arguments import argument, given_arguments
+from moe_lowering.passes.raise_foreign.meanings import (
+    SPREAD,
+    Axis,
+    Dims,
+    Expert,
+    OneHot,
+    Part,
+    Value,
+    dim,
+    feature,
+    flat,
+    flattened,
+    opaque,
+    regroup,
+    sizes,
+)
+from moe_lowering.passes.raise_foreign.read_meanings import Reader, item_rule, rule
+
+_NO_END = 2**62  # an ``end`` that torch means by none
+_WHOLE_NUMBERS = (torch.int32, torch.int64, torch.float32, torch.float64)  # that hold any id and any count of slots
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze")
+def view(reader: Reader, node: Node) -> Value | None:
+    """The same elements in the same order."""
+    source = _source(node)
+    value, shape = reader.value(source), sizes(node)
+    if value is None:
+        return None
+    if value.is_opaque:
+        if len([n for n in shape if n != 1]) == 1 and len(value.dims) > 1 and len(flat(value.dims)) > 1:
+            value = flattened(source)
+        elif [n for n in shape if n != 1] != [n for n in sizes(source) if n != 1]:
+            return opaque(node)  # nearer to what reads it: x as [T, H]
+    dims = regroup(value.dims, shape)
+    return None if dims is None else Value(dims, value.term)
+
+
+@rule("permute", "transpose", "t")
+def permute(reader: Reader, node: Node) -> Value | None:
+    value = reader.value(_source(node))
+    return None if value is None else Value(tuple(value.dims[at] for at in order_of(node)), value.term)
+
+
+def order_of(node: Node) -> list[int]:
+    """Which dimension of its argument each dimension of a permute, transpose or t is."""
+    count = len(sizes(node))
+    given = given_arguments(node)
+    if "dims" in given:
+        return [at % count for at in given["dims"]]
+    order = [*range(count)]
+    if count >= 2:
+        a, b = (given[name] % count if name in given else at for name, at in (("dim0", 0), ("dim1", 1)))
+        order[a], order[b] = order[b], order[a]
+    return order
+
+
+@rule("expand")
+def expand(reader: Reader, node: Node) -> Value | None:
+    """Along a dimension that was of size 1, nothing changes."""
+    source = _source(node)
+    value, shape = reader.value(source), sizes(node)
+    if value is None:
+        return None
+    before = sizes(source)
+    added = len(shape) - len(before)
+    dims: list[Any] = [dim(Axis(SPREAD, size, node, at)) for at, size in enumerate(shape[:added])]
+    for at, (old, new) in enumerate(zip(before, shape[added:], strict=True)):
+        dims.append(value.dims[at] if old == new else dim(Axis(SPREAD, new, node, added + at)))
+    return Value(tuple(dims), value.term)
+
+
+@rule("clone", "contiguous", "alias", "detach", "lift_fresh_copy")
+def same(reader: Reader, node: Node) -> Value | None:
+    value = reader.value(_source(node))
+    return opaque(node) if value is not None and value.is_opaque else value
+
+
+@rule("_to_copy", "to", "convert_element_type")
+def cast(reader: Reader, node: Node) -> Value | None:
+    """Another dtype. What a dtype rounds away of a layer's values is looked at when all of it is known."""
+    source = _source(node)
+    value = reader.value(source)
+    new, old = node.meta["val"], source.meta["val"]
+    if value is None or (value.is_opaque and old.is_floating_point()):
+        return None
+    if new.device != old.device:
+        return reader.refuse(node, "raise.device", f"a copy from {old.device} to {new.device}", "one device")
+    counted = old.dtype in _WHOLE_NUMBERS and new.dtype in _WHOLE_NUMBERS
+    counted = counted or (isinstance(value.term, OneHot) and new.dtype in _WHOLE_NUMBERS)
+    if counted or (old.is_floating_point() and new.is_floating_point()):
+        return value
+    if value.is_opaque:
+        return None
+    return reader.refuse(node, "raise.cast", f"a cast from {old.dtype} to {new.dtype}", "one that keeps the values")
+
+
+@rule("slice")
+def columns(reader: Reader, node: Node) -> Value | None:
+    """Some columns of an expert's result."""
+    source = _source(node)
+    value = reader.value(source)
+    if value is None:
+        return None
+    count = len(value.dims)
+    at, width = argument(node, "dim") % count, sizes(source)[argument(node, "dim") % count]
+    start, end, step = (argument(node, name) for name in ("start", "end", "step"))
+    if start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= _NO_END)):
+        return value
+    bounds = (0 if start is None else start, width if end is None else end, step)
+    if not all(isinstance(n, int) for n in (*bounds, width)):
+        return None
+    taken = range(width)[slice(*bounds)]
+    if len(taken) == width:
+        return value
+    return None if value.is_opaque else _part(value, at, taken.start, taken.step, len(taken))
+
+
+@item_rule("split", "split_with_sizes", "chunk")
+def pieces(reader: Reader, node: Node, index: int) -> Value | None:
+    source = _source(node)
+    value = reader.value(source)
+    made = node.meta["val"]
+    if value is None or value.is_opaque:
+        return None
+    at = argument(node, "dim") % len(value.dims)
+    widths = [piece.shape[at] for piece in made]
+    if not all(isinstance(n, int) for n in widths):
+        return None
+    index %= len(widths)
+    return _part(value, at, sum(widths[:index]), 1, widths[index])
+
+
+def _part(value: Value, at: int, start: int, step: int, size: int) -> Value | None:
+    if not isinstance(value.term, (Expert, Part)) or value.dims[at] != feature(_whole(value.dims, at)):
+        return None
+    dims = (*value.dims[:at], feature(size), *value.dims[at + 1 :])
+    term = value.term
+    if isinstance(term, Part):
+        return Value(dims, Part(term.whole, term.start + start * term.step, term.step * step, size))
+    return Value(dims, Part(term, start, step, size))
+
+
+def _whole(dims: Dims, at: int) -> Any:
+    return dims[at][0].size if len(dims[at]) == 1 else 1
+
+
+def _source(node: Node) -> Node:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return source

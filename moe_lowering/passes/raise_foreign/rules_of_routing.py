@@ -1,0 +1,236 @@
+"""Rules of what is done to ids: sorted, counted, inverted; and of rows that are moved by them.
+
+A sort need not be stable: slots of one expert may stand in any order, as long as one order is used throughout, which is
+what a sorted axis says (it is that of one sort).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moe_lowering.passes.arguments import argument, given_arguments
+from moe_lowering.passes.raise_foreign.meanings import (
+    SORTED,
+    Axis,
+    Dim,
+    Pick,
+    Place,
+    Position,
+    Slot,
+    Tensor,
+    TokenOf,
+    Value,
+    as_ids,
+    choices,
+    dim,
+    flat,
+    is_float,
+    mapped_value,
+    match,
+    opaque,
+    product,
+    sizes,
+    slots,
+    tokens,
+)
+from moe_lowering.passes.raise_foreign.read_meanings import Reader, item_rule, rule
+
+_EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
+
+
+def order_axis(sort: Node) -> Axis:
+    """The order that a sort of ids gives: by the node that sorts."""
+    return Axis(SORTED, sizes(sort.args[0])[0], sort)  # type: ignore[arg-type]
+
+
+def order_of_ids(reader: Reader, line: Dim) -> Tensor | None:
+    """The ids whose slots a dimension runs over in sorted order; None of any other dimension."""
+    if len(line) != 1 or line[0].kind != SORTED or line[0].of is None:
+        return None
+    value = reader.value(line[0].of.args[0])
+    found = None if value is None else as_ids(value)
+    return None if found is None else found[1]
+
+
+@item_rule("sort")
+def sorted_ids(reader: Reader, node: Node, index: int) -> Value | None:
+    """Result 0: the ids in order; result 1: their slots."""
+    return _sorted(reader, node, index % 2)
+
+
+@rule("argsort")
+def argsorted_ids(reader: Reader, node: Node) -> Value | None:
+    return _sorted(reader, node, 1)
+
+
+def _sorted(reader: Reader, node: Node, index: int) -> Value | None:
+    source = node.args[0]
+    value = reader.value(source) if isinstance(source, Node) else None
+    if value is None or len(value.dims) != 1:
+        return None
+    term = value.term
+    if isinstance(term, Slot) and index == 1 and not argument(node, "descending"):  # the inverse of a permutation
+        (order,) = value.dims
+        if len(order) == 1 and order[0].kind == SORTED:
+            return Value((slots(term.ids),), Place(term.ids, order[0]))
+        return None
+    ids = as_ids(value) if not source.meta["val"].is_floating_point() else None  # type: ignore[union-attr]
+    if ids is None or ids[0].dims != (slots(ids[1]),):
+        return None
+    if argument(node, "descending"):
+        return reader.refuse(node, "raise.sort_order", "ids sorted in descending order", "ascending, as the rows end")
+    order_dims = (dim(order_axis(node)),)
+    return Value(order_dims, ids[1] if index == 0 else Slot(ids[1]))
+
+
+@rule("floor_divide", "div")
+def token_of_slot(reader: Reader, node: Node) -> Value | None:
+    """A slot's number divided by k, rounded down."""
+    given = given_arguments(node)
+    source, by = node.args[0], node.args[1]
+    value = reader.value(source) if isinstance(source, Node) else None
+    if value is None or not isinstance(value.term, Slot):
+        return None
+    if "floor_divide" not in str(node.target) and given.get("rounding_mode") not in ("floor", "trunc"):
+        return None
+    count = product(choices(value.term.ids))
+    if by != count:
+        return reader.refuse(node, "raise.top_k", f"slots divided by {by}", f"by k = {count}, the ids of a token")
+    return Value(value.dims, TokenOf(value.term.ids))
+
+
+@rule("arange")
+def positions(reader: Reader, node: Node) -> Value | None:
+    given = given_arguments(node)
+    if given.get("start", 0) != 0 or given.get("step", 1) != 1 or node.meta["val"].dtype not in _EXACT:
+        return None
+    return Value(opaque(node).dims, Position())
+
+
+@rule("index", "index_select", "gather", "embedding")
+def gathered(reader: Reader, node: Node) -> Value | None:
+    """Lines of a tensor by an index of its first dimension."""
+    read = _lines(reader, node)
+    if read is None:
+        return None
+    source, index = read
+    if isinstance(index.term, Tensor):
+        return _picked(reader, node, source, index)
+    value = reader.value(source)
+    if value is None or not value.dims:
+        return None
+    number = index.term
+    if isinstance(number, Place):
+        mapped: dict[Axis, Dim] | None = {}
+        if value.dims[0] != dim(number.order):
+            return reader.refuse(
+                node, "raise.way_back", f"the places of one order used on {value.dims[0]}", "on rows in that order"
+            )
+    elif isinstance(number, (TokenOf, Slot)):
+        over = tokens(number.ids) if isinstance(number, TokenOf) else slots(number.ids)
+        mapped = match(value.dims[0], over)
+    else:
+        return None
+    if mapped is None:
+        return None
+    value = mapped_value(value, mapped)
+    return Value((*index.dims, *value.dims[1:]), value.term)
+
+
+def _picked(reader: Reader, node: Node, source: Node, index: Value) -> Value | None:
+    """``source[ids]``: matrices [E, K, N] or biases [E, N]."""
+    made, ids = opaque(source), as_ids(index)
+    if ids is None or len(made.dims) < 2 or not source.meta["val"].is_floating_point() or is_float(ids[1]):
+        return None
+    assert isinstance(made.term, Tensor)
+    return Value((*ids[0].dims, *made.dims[1:]), Pick(made.term, ids[1]))
+
+
+def _lines(reader: Reader, node: Node) -> tuple[Node, Value] | None:
+    """The source and the index of a gather along the first dimension, of whole lines."""
+    name, args = str(node.target), node.args
+    if "index_select" in name or "gather" in name:
+        source, at, index = args[:3]
+        if at not in (0, -len(sizes(source))):  # type: ignore[arg-type]
+            return None
+        whole = "gather" in name
+    elif "embedding" in name:
+        source, index = args[:2]
+        whole = False
+    else:
+        source, indices = args[:2]
+        if not isinstance(indices, (list, tuple)) or len(indices) != 1:
+            return None
+        index, whole = indices[0], False
+    if not isinstance(source, Node) or not isinstance(index, Node):
+        return None
+    if index.meta["val"].dtype not in (torch.int32, torch.int64):
+        return None
+    value = reader.value(index)
+    if value is None:
+        return None
+    return (source, value) if not whole else _whole_lines(source, value)
+
+
+def _whole_lines(source: Node, value: Value) -> tuple[Node, Value] | None:
+    """Of ``gather``: an index that is the same along every dimension but the first, as long as those of the source."""
+    if not is_line_index(value, sizes(source)):
+        return None
+    return source, Value(value.dims[:1], value.term)
+
+
+def is_line_index(value: Value, shape: tuple[Any, ...]) -> bool:
+    """Whether an index [n, ...] is the same for all elements of a line of ``shape``."""
+    beside = value.dims[1:]
+    spread = all(axis.kind == "spread" for axis in flat(beside))
+    return spread and tuple(product(each) for each in beside) == shape[1:]
+
+
+@rule("index_put", "_unsafe_index_put", "scatter")
+def scattered(reader: Reader, node: Node) -> Value | None:
+    """Rows in order of experts, put where a permutation says: back in order of slots; every line is written."""
+    read = _put(reader, node)
+    if read is None:
+        return None
+    base, index, source = read
+    number = index.term
+    if not isinstance(number, Slot) or len(index.dims) != 1:
+        return None
+    value = reader.value(source)
+    order: Dim = index.dims[0]
+    if value is None or sizes(base) != sizes(node) or not value.dims:
+        return None
+    if len(order) != 1 or order[0].kind != SORTED:
+        return None
+    if isinstance(value.term, Position):
+        return Value((slots(number.ids),), Place(number.ids, order[0]))
+    if value.dims[0] != order:
+        return None
+    return Value((slots(number.ids), *value.dims[1:]), value.term)
+
+
+def _put(reader: Reader, node: Node) -> tuple[Node, Value, Node] | None:
+    """(what is written into, index of its lines, what is written) of a call that writes whole lines."""
+    base = node.args[0]
+    if "scatter" in str(node.target):
+        at, index, source = (
+            (argument(node, name) for name in ("dim", "index", "src")) if _has_src(node) else (1, None, None)
+        )
+        if at != 0 or not isinstance(index, Node) or len(sizes(node)) != 1:
+            return None
+    else:
+        indices, source = argument(node, "indices"), argument(node, "values")
+        if argument(node, "accumulate") or len(indices) != 1:
+            return None
+        index = indices[0]
+    if not isinstance(base, Node) or not isinstance(index, Node) or not isinstance(source, Node):
+        return None
+    value = reader.value(index)
+    return None if value is None else (base, value, source)
+
+
+def _has_src(node: Node) -> bool:
+    return str(node.target).endswith("scatter.src")
