@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moe_lowering.layers import MoE, shard_experts
     from moe_lowering.passes.pipeline import LoweringError, MoeLowering
     from moe_lowering.quantisation import quantise_experts
+    from moe_lowering.smooth_scales import drop_unit_smooth_scales
 
 _HOME = {
     "AgreementError": "agreement",
@@ -38,6 +39,7 @@ _HOME = {
     "MoE": "layers",
     "MoeLowering": "passes.pipeline",
     "check_agreement": "agreement",
+    "drop_unit_smooth_scales": "smooth_scales",
     "explain": "explanation",
     "interruptible": "interrupts",
     "list_experts": "experts",
@@ -61,6 +63,7 @@ __all__ = [
     "MoE",
     "MoeLowering",
     "check_agreement",
+    "drop_unit_smooth_scales",
     "explain",
     "interruptible",
     "list_experts",

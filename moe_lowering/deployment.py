@@ -14,7 +14,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from moe_lowering.deployment_checks import check_kinds, check_shared_ranks, require_least, require_word
-from moe_lowering.deployment_detection import Detected, detect, groups_of_mesh, second_communicator
+from moe_lowering.deployment_detection import Detected, detect, groups_of_mesh, own_communicator, second_communicator
 from moe_lowering.groups import Claim, find_group, own_ranks
 from moe_lowering.prices.rows import Row, digest_of, require_rows
 from moe_lowering.providers import check_installed, check_providers, check_version, installed_providers
@@ -50,6 +50,8 @@ class Deployment:
         mc2_group: communicator that MC2 and fused operators take. It is never the EP group, because no other
             collective may use it (facts: MC2's communicator is its own). On an NPU this is the HCCL communicator
             name; without one it is the name of a process group. "" means that MC2 is not available.
+        ep_communicator: the communicator of the EP group itself, which code that calls torch_npu's MC2 operators passes to
+            them: HCCL's name on an NPU, else the group's. "" when it is not known.
         tp_size, tp_rank, tp_group: the tensor-parallel (TP) group whose ranks hold the same tokens, likewise. Its ranks are
             ranks of the EP group.
         max_tokens: upper bound on the token count T of one rank, for every call; 0 when none is declared.
@@ -94,6 +96,7 @@ class Deployment:
     ep_rank: int | None = None
     ep_group: str = ""
     mc2_group: str = ""
+    ep_communicator: str = ""
     tp_size: int = 1
     tp_rank: int | None = None
     tp_group: str = ""
@@ -153,7 +156,7 @@ class Deployment:
                 if self.ep_size > 1
                 else f"Deployment: tp_size is {self.tp_size} with ep_size 1: give the EP group that the TP ranks form"
             )
-        if self.mc2_group and self.mc2_group == self.ep_group:
+        if self.mc2_group and self.mc2_group in (self.ep_group, self.ep_communicator):
             raise ValueError(
                 f"Deployment: mc2_group is {self.mc2_group!r}, the EP group itself; MC2 operators need a communicator "
                 "that no other collective uses (make a second group over the same ranks)"
@@ -223,6 +226,9 @@ class Deployment:
         if "mc2_group" not in rest and (communicator := second_communicator(ep, mc2)) is not None:
             fields["mc2_group"] = communicator.value
             detected.append(communicator)
+        if "ep_communicator" not in rest and (own := own_communicator(ep, fields["ep_size"])) is not None:
+            fields["ep_communicator"] = own.value
+            detected.append(own)
         return cls(**fields, detected=tuple(detected))
 
     @classmethod
@@ -302,6 +308,11 @@ class Deployment:
     def routed_ranks(self) -> int:
         """The ranks of the EP group that hold routed experts: the last ones."""
         return self.ep_size - self.shared_expert_ranks
+
+    @property
+    def communicators(self) -> frozenset[str]:
+        """Names that MC2 operators may be given for the ranks of the EP group."""
+        return frozenset({self.mc2_group, self.ep_communicator} - {""})
 
     @property
     def on_shared_rank(self) -> bool:

@@ -86,6 +86,18 @@ def second_communicator(ep: ProcessGroup | None, mc2: ProcessGroup | None) -> De
     return Detected("mc2_group", name, f"{how} of {'a second group over the ranks of ep' if mc2 is None else 'mc2'}")
 
 
+def own_communicator(ep: ProcessGroup | None, size: int) -> Detected | None:
+    """The ``ep_communicator`` of a deployment: that of ``ep`` itself, where it has one by now; of one rank none.
+
+    Asking makes no communicator: HCCL's takes a window of ``HCCL_BUFFSIZE`` on each rank, which nobody needs who never uses
+    the group. Code that calls MC2 operators has asked for the name before it is compiled.
+    """
+    if ep is None or size == 1:
+        return None
+    name, how = communicator_name(ep, make=False)
+    return Detected("ep_communicator", name, f"{how} of ep") if name else None
+
+
 def groups_of_mesh(device_mesh: DeviceMesh, ep: str | tuple[str, ...], tp: str | None) -> dict[str, Any]:
     """The process groups ``ep`` and ``tp`` of a device mesh, as ``Deployment.from_mesh`` describes them.
 
@@ -168,15 +180,18 @@ def _second_group(ep: Any, own: list[int]) -> Any:
     return own_group
 
 
-def communicator_name(group: Any) -> tuple[str, str]:
-    """What MC2 operators take for a group, and what that is: HCCL's communicator on device npu, else the group's name."""
+def communicator_name(group: Any, make: bool = True) -> tuple[str, str]:
+    """What MC2 operators take for a group, and what that is: HCCL's communicator on device npu, else the group's name.
+
+    Without ``make`` the name is "" where HCCL has no communicator of the group yet.
+    """
     import torch.distributed as dist
 
     for device in group._device_types:
         if device.type == "npu":
             backend = group._get_backend(device)
             if hasattr(backend, "get_hccl_comm_name"):
-                return str(backend.get_hccl_comm_name(dist.get_rank(group))), "HCCL's communicator"
+                return str(backend.get_hccl_comm_name(dist.get_rank(group), init_comm=make)), "HCCL's communicator"
     return str(group.group_name), "the name"
 
 

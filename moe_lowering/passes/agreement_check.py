@@ -67,7 +67,7 @@ def settings_record(deployment: Deployment, lowering: MoeLowering | None, ep_gro
             groups are local to a group of ranks: of them only whether there is one.
     """
     fields = deployment.invariant_fields()
-    for name in ("mc2_group",) if ep_group else ("ep_group", "mc2_group"):
+    for name in ("mc2_group", "ep_communicator", *(() if ep_group else ("ep_group",))):
         fields[name] = bool(fields[name])
     return {
         "deployment": fields,

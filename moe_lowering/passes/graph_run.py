@@ -443,7 +443,7 @@ class GraphRun:
         self._refused.append((block, refused))
         self._refusing.add(block.combine)
         x, found = self._tokens_of(block), self.foreign_blocks.get(block.combine)
-        position = block.dispatch if found is None else found.result
+        position = block.dispatch if found is None else found.first or found.result
         args = (x, *_assert_bounds(refused.accepted))
         if not any(user.target is ASSERT_TOKENS and user.args == args for user in x.users):
             key = ("refuse", block.spec)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from moe_lowering.passes.blocks import Block
 from moe_lowering.passes.emitter import Emitter
@@ -19,6 +20,7 @@ from moe_lowering.passes.find_blocks import find_block, module_path
 from moe_lowering.passes.legality import Refusal
 from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.raise_foreign.emit_generic import Generic, emit_generic
+from moe_lowering.passes.raise_foreign.keep_foreign import is_unchanged, order_notes
 from moe_lowering.passes.raise_foreign.records import ForeignBlock
 from moe_lowering.passes.verifier import same_value
 from moe_lowering.report.records import BlockReport
@@ -56,7 +58,7 @@ def lower_foreign(run: GraphRun, found: ForeignBlock) -> tuple[Block | None, Blo
             block is not None and left.refused is not None
         ):  # other ranks may exchange: this one must not run beside them
             run.refuse_to_run(block, left.refused)
-    notes = (*report.notes, *found.notes, *_weights_notes(found))
+    notes = (*report.notes, *found.notes, *_weights_notes(found), *order_notes(found, report.comm))
     return block, dataclasses.replace(report, ops_before=before, raised_from=found.form, notes=notes)
 
 
@@ -65,8 +67,14 @@ def _lower(run: GraphRun, found: ForeignBlock) -> tuple[Block, BlockReport]:
     key = ("raise", found.kind)
     emit = Emitter(run.graph, run.fake_mode, run.recordings.get(key))
     with run.edits.step(emit.made):
-        generic = emit_generic(found, emit, run.deployment)
+        try:
+            generic = emit_generic(found, emit, run.deployment)
+        except (ValueError, TypeError) as error:  # of the generic operators' fake kernels: they know more than a form
+            raise _Left(
+                None, left_as_it_is(found, f"[raise.generic] the generic operators refuse it: {error}")
+            ) from error
         same_value(found.result, generic.result)
+        _move_readers(run, found, generic)
         block = find_block(generic.dispatch, run.surroundings)
         if isinstance(block, str):
             raise _Left(None, left_as_it_is(found, block))
@@ -75,9 +83,24 @@ def _lower(run: GraphRun, found: ForeignBlock) -> tuple[Block, BlockReport]:
         report = run.lower_block(block)
         if report.comm is None:
             raise _Left(block, report, run.take_back(block))
+        if is_unchanged(found, report):
+            run.take_back(block)
+            raise _Left(None, _unchanged(found, report))
         _erase(run, found, generic, block)
     run.recordings.setdefault(key, emit.recording)
     return block, report
+
+
+def _move_readers(run: GraphRun, found: ForeignBlock, generic: Generic) -> None:
+    """Who reads the counts reads those of the generic dispatch; who waits for a value inside waits for x or the result."""
+    if found.counts is not None:
+        same_value(found.counts, generic.counts)
+        inside, swap = {*found.interior}, {found.counts: generic.counts}
+        for user in [user for user in found.counts.users if user not in inside]:
+            args, kwargs = map_arg((user.args, user.kwargs), lambda node: swap.get(node, node))
+            run.edits.set_arguments(user, args, kwargs)
+    for waiter, _ in found.edges:
+        run.edits.set_arguments(waiter, (waiter.args[0], found.result if found.result < waiter else found.x), {})
 
 
 def _erase(run: GraphRun, found: ForeignBlock, generic: Generic, block: Block) -> None:
@@ -106,6 +129,12 @@ def _weights_notes(found: ForeignBlock) -> Sequence[str]:
         return ()
     size = sum(node.meta["val"].numel() * node.meta["val"].element_size() for node in found.w13.nodes)
     return (COMPUTED_EVERY_FORWARD.format(megabytes=size / 2**20),)
+
+
+def _unchanged(found: ForeignBlock, report: BlockReport) -> BlockReport:
+    """The report of a layer that is what would be chosen."""
+    reason = f"[raise.already] it is written as {report.comm}, which is what would be chosen: left as it is"
+    return dataclasses.replace(report, reason=reason, ops_after=original_operators(found), notes=())
 
 
 def left_as_it_is(found: ForeignBlock, reason: str) -> BlockReport:

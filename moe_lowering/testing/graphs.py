@@ -45,10 +45,10 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
     """A deployment of any size over a fake process group: collectives have shapes and names, and move nothing.
 
     Args:
-        fields: fields of ``Deployment``. Groups are made and named here: ``ep_group``, ``mc2_group`` (a second group
-            over the same ranks) and ``tp_group`` cannot be given. ``soc`` defaults to A3, versions to current ones,
-            ``providers`` to vllm_ascend, ``weight_format`` to nz and ``installed`` to nothing, so that every implementation
-            can be legal. ``ep_rank`` defaults to 0, ``tp_rank`` to the place of neighbours.
+        fields: fields of ``Deployment``. Groups are made and named here: ``ep_group``, ``mc2_group`` (a second group over
+            the same ranks), ``ep_communicator`` and ``tp_group`` cannot be given. ``soc`` defaults to A3, versions to
+            current ones, ``providers`` to vllm_ascend, ``weight_format`` to nz and ``installed`` to nothing, so that every
+            implementation can be legal. ``ep_rank`` defaults to 0, ``tp_rank`` to the place of neighbours.
 
     Raises:
         RuntimeError: when a process group exists already.
@@ -56,7 +56,7 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    group_fields = {"ep_group", "mc2_group", "tp_group"} & fields.keys()
+    group_fields = {"ep_group", "mc2_group", "ep_communicator", "tp_group"} & fields.keys()
     if group_fields:
         raise ValueError(f"fake_deployment: {sorted(group_fields)} cannot be given; groups are made here")
     current = {"providers": (("vllm_ascend", "0.23.0"),), "cann": "9.1.0", "torch_npu": "2.13.0"}
@@ -73,7 +73,8 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         world = dist.distributed_c10d._get_default_group()
-        groups = {"ep_group": world.group_name, "mc2_group": dist.new_group(range(size)).group_name}
+        groups: dict[str, Any] = {"ep_group": world.group_name, "ep_communicator": world.group_name}
+        groups["mc2_group"] = dist.new_group(range(size)).group_name
         if tp_size > 1:
             first = rank - rank % tp_size
             groups["tp_group"] = dist.new_group(range(first, first + tp_size)).group_name

@@ -92,6 +92,10 @@ def test_from_groups_and_meshes(pair):
         }  # fmt: skip
         assert given
         assert made["groups"].ep_group != made["groups"].mc2_group != made["mesh"].mc2_group
+        assert made["groups"].ep_communicator == made["mesh"].ep_communicator == made["groups"].ep_group  # gloo's
+        assert made["alone"].ep_communicator == "" and made["groups"].communicators == {
+            made["groups"].ep_group, made["groups"].mc2_group
+        }  # fmt: skip
         assert (made["groups"].soc, made["groups"].max_tokens) == ("A3", 64)
         assert [d.field for d in made["none"].detected if d.field == "mc2_group"] == []
         said = {d.field: d.source for d in made["groups"].detected}

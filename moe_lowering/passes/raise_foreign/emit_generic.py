@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import Any
 
 import torch
@@ -27,50 +26,68 @@ class Generic:
     """The nodes of a layer in generic form; ``result`` stands for the result of the foreign one."""
 
     dispatch: Node
+    counts: Node
     combine: Node
     result: Node
 
 
 def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> Generic:
-    """Emits a block in front of its result. The fake kernels of the generic operators refuse what does not fit."""
+    """Emits a block, each stage where it is to stand. The fake kernels of the generic operators refuse what does not fit."""
+    first, middle = block.first or block.result, block.middle or block.result
+    with emit.at(first, first):
+        sent, items, weights = _emit_dispatch(block, emit, deployment)
+    rows, row_scale, counts, handle = items
+    with emit.at(middle, middle):
+        mlp = emit.call(OPS.grouped_mlp.default, *_given(_mlp_call(block, emit, rows, row_scale, counts)))
     with emit.at(block.result, block.result):
-        return _emit(block, emit, deployment)
+        given = sent._asdict()
+        alike = {name: given[name] for name in CombineCall._fields if name in given}
+        if weights is None:
+            weights = emit.cast(_by_token(emit, block.weights, sent.x, block.top_k), torch.float32)
+        back = CombineCall[Any](**{**alike, "rows": mlp, "weights": weights, "handle": handle})
+        combine = emit.call(OPS.combine.default, *_given(back))
+        dispatch: Any = rows.args[0]
+        return Generic(dispatch, counts, combine, _result(block, emit, combine))
 
 
-def _emit(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> Generic:
+def _emit_dispatch(
+    block: ForeignBlock, emit: Emitter, deployment: Deployment
+) -> tuple[DispatchCall[Any], tuple[Node, ...], Node | None]:
+    """The call, its results in order, and the weights where tokens are multiplied by them."""
     dtype = block.out_dtype or block.w2.nodes[0].meta["val"].dtype
-    result = block.result.meta["val"]
     x = emit.rows(block.x)
-    if block.x_scale is None:
+    if block.x_scale is None and block.quantisation == "none":
         x = emit.cast(x, dtype)
-    top_k = int(block.ids.meta["val"].shape[-1])
-    ids, weights = (_by_token(emit, node, x, top_k) for node in (block.ids, block.weights))
-    ids, weights = emit.cast(ids, torch.int32), emit.cast(weights, torch.float32)
+    ids = emit.cast(_by_token(emit, block.ids, x, block.top_k), torch.int32)
+    weights = None
     if block.weigh_input:
-        weighted = emit.call(aten.mul.Tensor, x, weights)
-        x = emit.cast(weighted, dtype)
-        weights = emit.call(aten.ones_like.default, weights)
-    places: dict[str, Any] = {
-        "num_experts": block.num_experts,
-        "ep_group": block.ep_group,
-        "ep_size": block.ep_size,
-        "tp_group": block.tp_group,
-        "tp_size": block.tp_size,
-        "max_tokens": deployment.token_bound,
-    }
-    sent = DispatchCall[Any](x, block.x_scale, ids, block.mask, **places, max_rows=deployment.max_rows)
+        by_token = emit.cast(_by_token(emit, block.weights, x, block.top_k), torch.float32)
+        x = emit.cast(emit.call(aten.mul.Tensor, x, by_token), dtype)
+        weights = emit.call(aten.ones_like.default, by_token)
+    sent = DispatchCall[Any](
+        x,
+        block.x_scale,
+        ids,
+        block.mask,
+        num_experts=block.num_experts,
+        ep_group=block.ep_group,
+        ep_size=block.ep_size,
+        tp_group=block.tp_group,
+        tp_size=block.tp_size,
+        max_tokens=deployment.token_bound,
+        max_rows=deployment.max_rows,
+    )
     dispatch = emit.call(OPS.dispatch.default, *_given(sent))
-    rows, row_scale, counts, handle = (emit.call(operator.getitem, dispatch, index) for index, _ in enumerate(_NAMES))
-    mlp = emit.call(OPS.grouped_mlp.default, *_given(_mlp_call(block, emit, rows, row_scale, counts)))
-    back = CombineCall[Any](mlp, weights, ids, handle, block.mask, **places)
-    combine = emit.call(OPS.combine.default, *_given(back))
-    y = combine
+    return sent, tuple(emit.item(dispatch, index) for index, _ in enumerate(_NAMES)), weights
+
+
+def _result(block: ForeignBlock, emit: Emitter, y: Node) -> Node:
+    """As the foreign result is: its shape, its dtype, and with what is added."""
+    result = block.result.meta["val"]
     if y.meta["val"].dim() != result.dim():
         y = emit.call(aten.reshape.default, y, _shape(block, emit, result))
     y = emit.cast(y, result.dtype)
-    if block.base is not None:
-        y = emit.call(aten.add.Tensor, block.base, y)
-    return Generic(dispatch, combine, y)
+    return y if block.base is None else emit.call(aten.add.Tensor, block.base, y)
 
 
 def _shape(block: ForeignBlock, emit: Emitter, result: torch.Tensor) -> list[Any]:

@@ -22,10 +22,11 @@ from moe_lowering.passes.raise_foreign import (
     rules_of_routing,
 )
 from moe_lowering.passes.raise_foreign.graph_facts import reading
+from moe_lowering.passes.raise_foreign.npu_forms import NPU_FORMS
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
 from moe_lowering.report.records import NotRaised
 
-FORMS: dict[str, Form] = {form.name: form for form in (match_grouped_mm.FORM, match_gathered_weights.FORM)}
+FORMS: dict[str, Form] = {form.name: form for form in (match_grouped_mm.FORM, match_gathered_weights.FORM, *NPU_FORMS)}
 assert (
     rules_of_counts and rules_of_experts and rules_of_layout and rules_of_routing
 )  # imported for the rules that they add

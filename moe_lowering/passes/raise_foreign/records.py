@@ -43,6 +43,12 @@ class ForeignBlock:
             of gate and up.
         weigh_input: x is multiplied by the weights instead of the results; k is 1.
         base: [T, H], added to the result.
+        counts: rows of each expert as the generic ``dispatch`` gives them, where they are read elsewhere too.
+        first, middle: where dispatch and ``grouped_mlp`` stand: what they read exists there; None for in front of the result.
+        edges: operations that only wait for a value inside: (who waits, the value). They wait for x or the result then.
+        own: the implementation that the layer is written as, "" for none. ``own_operators``: how many of each its experts are.
+            Where both are what would be chosen, the layer is left as it is.
+        overlaps: something else was put between its first operation and its result, on another stream.
         notes: what the report says beside what the lowering says.
     """
 
@@ -77,6 +83,13 @@ class ForeignBlock:
     ep_size: int = 1
     tp_group: str = ""
     tp_size: int = 1
+    counts: Node | None = None
+    first: Node | None = None
+    middle: Node | None = None
+    edges: tuple[tuple[Node, Node], ...] = ()
+    own: str = ""
+    own_operators: tuple[tuple[str, int], ...] = ()
+    overlaps: bool = False
     notes: tuple[str, ...] = ()
 
     def reading(self, replaced: Mapping[Node, Node]) -> ForeignBlock:
@@ -91,9 +104,14 @@ class ForeignBlock:
                 return dataclasses.replace(value, nodes=now(value.nodes))
             return tuple(map(now, value)) if isinstance(value, tuple) else value
 
-        kept = ("result", "interior")
+        kept = ("result", "interior", "counts", "first", "middle", "edges", "own_operators")
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in kept}
         return dataclasses.replace(self, **{name: now(value) for name, value in fields.items()})
+
+    @property
+    def top_k(self) -> int:
+        """Choices of a token."""
+        return int(self.ids.meta["val"].shape[-1])
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -106,7 +124,7 @@ class ForeignBlock:
                 return (plain(value.nodes), value.transposed, value.joined)
             return tuple(map(plain, value)) if isinstance(value, tuple) else value
 
-        kept = ("interior", "notes")
+        kept = ("interior", "notes", "first", "middle", "edges")
         return tuple(plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in kept)
 
     @property

@@ -1,0 +1,180 @@
+"""How matchers of torch_npu chains walk: from a value to what reads it, and what the operators' arguments must be.
+
+Contract. Reads the graph, never edits it. What is not proven ends the walk: ``NotThisForm`` with a stable code, the node, what
+was seen and what is accepted. Defaults of the schema are filled in before an argument is looked at.
+
+Two kinds of readers are no use of a value. ``air.wait_tensor(other, ours)`` orders ``other`` after ours and passes ``other``
+on: an edge (``Walk.edges``), which whoever replaces the value must hang on something else. ``wait_tensor(ours, other)``, a view
+to the same shape and an alias are the value itself, and are walked through.
+Source: wheel.torchair_scope: npu_wait_tensor.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.blocks import size_key
+from moe_lowering.passes.raise_foreign.records import NotThisForm
+
+aten = torch.ops.aten
+
+
+class Walk:
+    """The nodes of a chain as a matcher goes through it.
+
+    Attributes:
+        interior: every node that belongs to the chain.
+        edges: nodes that only wait for a value of the chain: (who waits, the value).
+    """
+
+    def __init__(self) -> None:
+        self.interior: dict[Node, None] = {}
+        self.edges: list[tuple[Node, Node]] = []
+
+    def add(self, *nodes: Node) -> None:
+        self.interior.update(dict.fromkeys(nodes))
+
+    def results(self, node: Node, count: int) -> list[Node | None]:
+        """The ``getitem`` users of an operator with several results, by index; None for one that nobody reads."""
+        found: list[Node | None] = [None] * count
+        for user in node.users:
+            index = user.args[1] if user.target is operator.getitem else None
+            if type(index) is not int or not -count <= index < count or found[index] is not None:
+                raise NotThisForm(
+                    node,
+                    "raise.operation_between",
+                    f"{node.name}'s results are read by {user.name}, not one by one",
+                    "the results one by one",
+                )
+            found[index] = user
+        self.add(node, *(each for each in found if each is not None))
+        return found
+
+    def readers(self, node: Node) -> list[Node]:
+        """Who reads a value; those that only wait for it are noted as edges."""
+        readers = []
+        for user in node.users:
+            if is_wait(user) and user.args[1] is node and user.args[0] is not node:
+                self.edges.append((user, node))
+            else:
+                readers.append(user)
+        return readers
+
+    def onward(self, node: Node, what: str) -> tuple[Node, Node]:
+        """The one reader of a value, and the node that it reads: the value itself, or one of the same after it."""
+        while True:
+            readers = self.readers(node)
+            if not readers:
+                raise NotThisForm(
+                    node, "raise.unused", f"{what}, {node.name}, is not read", "a value that the form reads"
+                )
+            if len(readers) > 1:
+                names = ", ".join(user.name for user in readers)
+                raise NotThisForm(node, "raise.single_use", f"{what}, {node.name}, is read by {names}", "one reader")
+            if not is_same(readers[0]) or readers[0].args[0] is not node:
+                return readers[0], node
+            node = readers[0]
+            self.add(node)
+
+    def read_by(self, node: Node | None, what: str, *readers: Node) -> None:
+        """A value of the chain is read by these only."""
+        if node is None:
+            return
+        for user in self.readers(node):
+            if user not in readers:
+                names = ", ".join(reader.name for reader in readers)
+                raise NotThisForm(node, "raise.single_use", f"{what}, {node.name}, is read by {user.name}", names)
+
+
+def is_operator(node: Any, *names: str) -> bool:
+    """Whether a node calls one of torch_npu's operators, of any overload that takes the same arguments."""
+    target = getattr(node, "target", None)
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "npu" and target._opname in names
+
+
+def is_wait(node: Node) -> bool:
+    """Whether a node is GE's ``wait_tensor(value, dependency)``."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "air" and target._opname == "wait_tensor"
+
+
+def is_same(node: Node) -> bool:
+    """Whether a node is its first argument itself: a view to the same shape, a cast to the same dtype, a wait."""
+    if is_wait(node) or node.target in _ALIASES:
+        return True
+    if node.target not in _VIEWS or not node.args or not isinstance(node.args[0], Node):
+        return False
+    new, old = node.meta.get("val"), node.args[0].meta.get("val")
+    if not isinstance(new, torch.Tensor) or not isinstance(old, torch.Tensor):
+        return False
+    return new.dtype == old.dtype and same_sizes(new, old)
+
+
+_ALIASES = frozenset({aten.alias.default, aten.detach.default})
+_VIEWS = frozenset({
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._to_copy.default,
+})  # fmt: skip
+
+
+def source_of(node: Node) -> Node:
+    """The value that a node is, behind views to the same shape."""
+    while node.op == "call_function" and is_same(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def equal_values(a: Any, b: Any) -> bool:
+    """Whether two arguments are the same value: one node, or the same cast and views of one, written twice."""
+    if not isinstance(a, Node) or not isinstance(b, Node):
+        return bool(type(a) is type(b) and a == b)
+    a, b = source_of(a), source_of(b)
+    if a is b:
+        return True
+    if a.target is not b.target or a.target not in _VIEWS or len(a.args) != len(b.args) or a.kwargs != b.kwargs:
+        return False
+    return a.args[1:] == b.args[1:] and equal_values(a.args[0], b.args[0])
+
+
+def same_sizes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two values have the same sizes, for all values of the symbols; no guard is made."""
+    return [*map(size_key, a.shape)] == [*map(size_key, b.shape)]
+
+
+def value_of(node: Node) -> torch.Tensor:
+    """The fake value of a node."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        raise NotThisForm(
+            node, "raise.no_value", f"{node.name} has no fake value (meta['val'])", "a node of torch.compile's"
+        )
+    return value
+
+
+def require(node: Node, accepted: Mapping[str, Collection[Any]], code: str = "raise.literal") -> None:
+    """Each argument that is named is one of the accepted values; None also stands for an empty list."""
+    for name, values in accepted.items():
+        value = argument(node, name)
+        if value == [] or value == ():
+            value = None
+        if not any(type(value) is type(each) and value == each for each in values):
+            shown = " or ".join(map(repr, values))
+            raise NotThisForm(node, code, f"{node.name}: {name} is {value!r}", shown)
+
+
+def require_value(node: Node, name: str, expected: Node | None, code: str = "raise.other_value") -> None:
+    """An argument is that value."""
+    value = argument(node, name)
+    if not equal_values(value, expected):
+        raise NotThisForm(node, code, f"{node.name}: {name} is {value!r}", f"{expected!r}")
+
+
+def tensors(node: Node, name: str) -> list[Node]:
+    """A list of tensors that an operator was given; [] for none."""
+    value = argument(node, name)
+    return list(value) if isinstance(value, (list, tuple)) else []

@@ -1,0 +1,226 @@
+"""``npu_moe_distribute_dispatch_v2`` > experts > ``npu_moe_distribute_combine_v2``: a whole block, written by hand.
+
+The anchor is dispatch. Proven, each from literal arguments or by the identity of nodes:
+1. dispatch is over the ranks that the deployment names, in this rank's place, for all of its experts, without special
+   experts, in the layout of rows and with the counts that the generic ``dispatch`` has;
+2. the experts compute ``grouped_mlp`` (``match_npu_mlp``) on its rows, scales and counts;
+3. combine takes these rows, the auxiliary tensors of this dispatch, and the same ids, mask and sizes;
+4. nothing of it is read elsewhere, but for the counts.
+``group_ep`` is a communicator's name: the deployment's ``mc2_group`` or ``ep_communicator``.
+Sources: ops_transformer.dispatch, ops_transformer.combine, op_plugin.dispatch, op_plugin.combine: arguments;
+recipes.fused_mlp: what is written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.raise_foreign.chain_walk import (
+    Walk,
+    equal_values,
+    is_operator,
+    require,
+    require_value,
+    same_sizes,
+    value_of,
+)
+from moe_lowering.passes.raise_foreign.match_npu_mlp import COUNTS, Experts, match_experts
+from moe_lowering.passes.raise_foreign.npu_chain import Chain
+from moe_lowering.passes.raise_foreign.records import NotThisForm
+
+DISPATCH, COMBINE = "npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2"
+NO_QUANT, PER_TOKEN = 0, 2  # quant_mode
+TWO_LEVELS = "hierarchy"
+_ALIKE = (
+    "group_ep", "ep_world_size", "ep_rank_id", "moe_expert_num", "x_active_mask", "global_bs", "shared_expert_rank_num",
+)  # fmt: skip
+_SPECIAL = {"zero_expert_num": (0,), "copy_expert_num": (0,), "const_expert_num": (0,)}
+
+
+def match_mc2(dispatch: Node, deployment: Deployment) -> Chain:
+    """The chain that begins with a dispatch.
+
+    Raises:
+        NotThisForm: it is none that the generic operators say.
+    """
+    walk = Walk()
+    _check_dispatch(dispatch, deployment)
+    rows, scales, assist, counts, received, tp_received, expand = walk.results(dispatch, 7)
+    quantises = argument(dispatch, "quant_mode") == PER_TOKEN
+    experts = match_experts(walk, rows, scales if quantises else None, counts, COUNTS, dispatch)
+    _check_types(dispatch, experts)
+    combine, rows_back = walk.onward(experts.result, "the experts' result")
+    _check_combine(combine, dispatch, deployment)
+    walk.add(combine)
+    for name, value in (
+        ("expand_x", rows_back), ("expert_ids", argument(dispatch, "expert_ids")), ("assist_info_for_combine", assist),
+        ("ep_send_counts", received),
+    ):  # fmt: skip
+        require_value(combine, name, value)
+    _optional(combine, "tp_send_counts", tp_received)
+    _optional(combine, "expand_scales", expand)
+    _own_weights(dispatch, combine)
+    for value, what in ((assist, "the auxiliary tensor"), (received, "numbers of rows"), (tp_received, "TP's numbers")):
+        walk.read_by(value, what, combine)
+    walk.read_by(expand, "expand_scales", combine)
+    if not quantises:
+        walk.read_by(scales, "dispatch's scales")
+    return Chain(
+        form="mc2_v2",
+        own="mc2",
+        walk=walk,
+        dispatch=dispatch,
+        experts=experts,
+        combine=combine,
+        sent={
+            "x": argument(dispatch, "x"),
+            "x_scale": None,
+            "ids": argument(dispatch, "expert_ids"),
+            "mask": argument(dispatch, "x_active_mask"),
+            "num_experts": argument(dispatch, "moe_expert_num"),
+            "ep_group": deployment.ep_group,
+            "ep_size": deployment.ep_size,
+        },
+        weights=argument(combine, "expert_scales"),
+        counts=counts,
+        added=argument(combine, "shared_expert_x"),
+        x_smooth=argument(dispatch, "scales"),
+    )
+
+
+def _check_dispatch(node: Node, deployment: Deployment) -> None:
+    group = argument(node, "group_ep")
+    if group not in deployment.communicators:
+        known = ", ".join(map(repr, sorted(deployment.communicators))) or "none: give Deployment.ep_communicator"
+        raise NotThisForm(node, "raise.other_group", f"{node.name}: group_ep is {group!r}", known)
+    if deployment.ep_rank is None:
+        raise NotThisForm(node, "raise.other_rank", deployment.unknown_rank, "this rank's place")
+    require(node, {"ep_world_size": (deployment.ep_size,)}, "raise.other_group")
+    require(node, {"ep_rank_id": (deployment.ep_rank,)}, "raise.other_rank")
+    _check_tensor_parallel(node, group, deployment)
+    require(node, {"expert_shard_type": (0,), "elastic_info": (None,), "performance_info": (None,)})
+    require(node, _SPECIAL, "raise.special_experts")
+    require(node, {"shared_expert_rank_num": (0,)}, "raise.experts")
+    require(node, {"expert_token_nums_type": (1,)}, "raise.counts")
+    require(
+        node, {"quant_mode": (NO_QUANT, PER_TOKEN), "y_dtype": (None,), "x_dtype": (None,), "scales_dtype": (None,)}
+    )
+    _check_bound(node, deployment)
+    _check_algorithm(node, deployment)
+    if deployment.shared_expert_ranks:
+        raise NotThisForm(
+            node,
+            "raise.experts",
+            f"{node.name} has no shared-expert ranks, the deployment has some",
+            "none on both sides",
+        )
+    mask = argument(node, "x_active_mask")
+    if mask is not None and value_of(mask).dim() != 1:
+        raise NotThisForm(node, "raise.literal", f"{node.name}: x_active_mask is of (token, k) pairs", "of tokens")
+
+
+def _check_tensor_parallel(node: Node, group: str, deployment: Deployment) -> None:
+    """TP within MC2 is no longer there: one rank of it, whose group may be named again (production code does)."""
+    require(node, {"tp_world_size": (0, 1), "tp_rank_id": (0,), "group_tp": ("", group)})
+    if deployment.tp_size != 1:
+        raise NotThisForm(
+            node,
+            "raise.other_group",
+            f"{node.name} sends this rank's tokens, the deployment has them on {deployment.tp_size} ranks",
+            "tp_size 1",
+        )
+
+
+def _check_bound(node: Node, deployment: Deployment) -> None:
+    """``global_bs`` 0 says that T is equal on all ranks, any other number is a bound times the ranks."""
+    bound, ranks = deployment.max_tokens, deployment.ep_size
+    accepted = [0] if deployment.equal_tokens else []
+    if bound:
+        accepted.append(bound * ranks)
+    require(node, {"global_bs": accepted}, "raise.token_bound")
+
+
+def _check_algorithm(node: Node, deployment: Deployment) -> None:
+    """Sums are made in another order in two levels; all other algorithms make the same ones."""
+    algorithm = argument(node, "comm_alg")
+    if (algorithm == TWO_LEVELS) != deployment.mc2_hierarchy:
+        accepted = repr(TWO_LEVELS) if deployment.mc2_hierarchy else f"any but {TWO_LEVELS!r}"
+        raise NotThisForm(node, "raise.literal", f"{node.name}: comm_alg is {algorithm!r}", accepted)
+
+
+def _check_types(dispatch: Node, experts: Experts) -> None:
+    x, result = value_of(argument(dispatch, "x")), value_of(experts.result)
+    if x.dim() != 2 or x.dtype != result.dtype or x.dtype not in (torch.bfloat16, torch.float16):
+        raise NotThisForm(
+            dispatch,
+            "raise.dtype",
+            f"x is {x.dtype} {tuple(x.shape)}, the experts' result {result.dtype}",
+            "[T, H] in bfloat16 or float16, both the same",
+        )
+    if value_of(argument(dispatch, "expert_ids")).dtype != torch.int32:
+        raise NotThisForm(dispatch, "raise.dtype", f"{dispatch.name}: expert_ids is no int32", "int32")
+
+
+def _check_combine(node: Node, dispatch: Node, deployment: Deployment) -> None:
+    if not is_operator(node, COMBINE):
+        raise NotThisForm(
+            node, "raise.operation_between", f"the experts' result goes to {node.target}", f"npu.{COMBINE}"
+        )
+    for name in _ALIKE:
+        here, there = argument(node, name), argument(dispatch, name)
+        if not equal_values(here, there):
+            raise NotThisForm(
+                node,
+                "raise.both_ends",
+                f"{name} is {there!r} at dispatch, {here!r} at combine",
+                "the same at both ends",
+            )
+    _check_tensor_parallel(node, argument(dispatch, "group_ep"), deployment)
+    if argument(node, "comm_alg") == TWO_LEVELS:
+        require_value(dispatch, "comm_alg", argument(node, "comm_alg"), "raise.both_ends")
+    require(node, {
+        "expert_shard_type": (0,), "elastic_info": (None,), "performance_info": (None,), "comm_quant_mode": (0,),
+        "const_expert_alpha_1": (None,), "const_expert_alpha_2": (None,), "const_expert_v": (None,),
+    })  # fmt: skip
+    require(node, _SPECIAL, "raise.special_experts")
+    added, result = argument(node, "shared_expert_x"), value_of(node)
+    if isinstance(added, Node) and not (same_sizes(value_of(added), result) and value_of(added).dtype == result.dtype):
+        raise NotThisForm(
+            node,
+            "raise.dtype",
+            f"{node.name}: shared_expert_x is not like the result, {tuple(result.shape)}",
+            "[T, H], as the result",
+        )
+
+
+def _optional(node: Node, name: str, value: Node | None) -> None:
+    """An auxiliary tensor that combine may leave out."""
+    if argument(node, name) is not None:
+        require_value(node, name, value)
+
+
+def _own_weights(dispatch: Node, combine: Node) -> None:
+    """Where dispatch takes the weights too, they are those of combine."""
+    weights: Any = argument(combine, "expert_scales")
+    if not isinstance(weights, Node) or value_of(weights).dtype != torch.float32:
+        raise NotThisForm(combine, "raise.dtype", f"{combine.name}: expert_scales is no float32", "float32")
+    ids = value_of(argument(dispatch, "expert_ids"))
+    if not same_sizes(value_of(weights), ids):
+        shape = tuple(value_of(weights).shape)
+        raise NotThisForm(
+            combine, "raise.weights", f"{combine.name}: expert_scales is {shape}", f"[T, k] = {tuple(ids.shape)}"
+        )
+    if argument(dispatch, "expert_scales") is not None:
+        require_value(dispatch, "expert_scales", weights, "raise.both_ends")
+        if argument(combine, "expand_scales") is None:
+            raise NotThisForm(
+                combine,
+                "raise.both_ends",
+                f"{dispatch.name} takes expert_scales, {combine.name} no expand_scales",
+                "the same at both ends",
+            )

@@ -1,0 +1,203 @@
+"""``npu_moe_init_routing_v2`` > experts > ``npu_moe_finalize_routing`` or ``npu_moe_token_unpermute``: a block of one rank.
+
+The anchor is init_routing_v2. Proven, each from literal arguments or by the identity of nodes:
+1. it takes every slot: no capacity, no drop, the full range of experts, active_num all rows or none;
+2. the experts compute ``grouped_mlp`` on its rows and scales, in groups of its counts, which are prefix sums, counts or
+   pairs (expert, count), with the group_list_type that means the same;
+3. the way back takes these rows and the row index of this routing, by row (drop_pad_mode 2), or its absolute value: with the
+   full range no entry is negative;
+4. nothing of it is read elsewhere.
+
+What a model does with the result (an all_reduce, where experts are sharded over a TP group) is linear in it and stays outside;
+``skip1`` and ``skip2`` are added before it, as they were. Weights have been rounded to the dtype of the rows: that stays.
+Sources: ops_transformer.init_routing, ops_transformer.token_unpermute, op_plugin.finalize_routing: arguments;
+recipes.fused_mlp: what is written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.blocks import size_key
+from moe_lowering.passes.raise_foreign.chain_walk import (
+    Walk,
+    equal_values,
+    is_operator,
+    require,
+    require_value,
+    same_sizes,
+    source_of,
+    value_of,
+)
+from moe_lowering.passes.raise_foreign.match_npu_mlp import match_experts
+from moe_lowering.passes.raise_foreign.npu_chain import Chain
+from moe_lowering.passes.raise_foreign.records import NotThisForm
+
+aten = torch.ops.aten
+ROUTE, FINALIZE, UNPERMUTE = "npu_moe_init_routing_v2", "npu_moe_finalize_routing", "npu_moe_token_unpermute"
+NO_QUANT, DYNAMIC = -1, 1  # quant_mode
+BY_ROW = 2  # drop_pad_mode of finalize_routing: the index of (t, k) is at t * k + k
+COUNTS = 1  # expert_tokens_num_type, as group_list_type: 0 prefix sums, 1 counts, 2 pairs
+
+
+def match_routing(route: Node, deployment: Deployment) -> Chain:
+    """The chain that begins with a routing.
+
+    Raises:
+        NotThisForm: it is none that the generic operators say.
+    """
+    walk = Walk()
+    if deployment.ep_size != 1:
+        raise NotThisForm(
+            route,
+            "raise.other_group",
+            f"{route.name} has all experts on this rank, and ep_size is {deployment.ep_size}",
+            "ep_size 1",
+        )
+    experts_in_all = _check_route(route)
+    rows, index, counts, scales = walk.results(route, 4)
+    travels = value_of(argument(route, "x")).dtype == torch.int8  # with a scale for each token
+    quantises = travels or argument(route, "quant_mode") == DYNAMIC
+    kind = argument(route, "expert_tokens_num_type")
+    experts = match_experts(walk, rows, scales if quantises else None, counts, kind, route)
+    _check_types(route, experts.result)
+    back, rows_back = walk.onward(experts.result, "the experts' result")
+    walk.add(back)
+    weights, added = _way_back(walk, back, rows_back, index)
+    _check_weights(route, back, weights)
+    if not quantises:
+        walk.read_by(scales, "the routing's scales")
+    return Chain(
+        form="routing_v2",
+        own="allgather",
+        walk=walk,
+        dispatch=route,
+        experts=experts,
+        combine=back,
+        sent={
+            "x": argument(route, "x"),
+            "x_scale": argument(route, "scale") if travels else None,
+            "ids": argument(route, "expert_idx"),
+            "mask": None,
+            "num_experts": experts_in_all,
+        },
+        weights=weights,
+        counts=counts if kind == COUNTS else None,
+        added=added,
+        x_smooth=None if travels else argument(route, "scale"),
+    )
+
+
+def _check_route(node: Node) -> int:
+    experts = argument(node, "expert_num")
+    require(node, {
+        "offset": (None,), "drop_pad_mode": (0,), "expert_tokens_num_flag": (True,), "expert_tokens_num_type": (0, 1, 2),
+        "quant_mode": (NO_QUANT, DYNAMIC), "row_idx_type": (0,), "x_dtype": (None,),
+    })  # fmt: skip
+    if type(experts) is not int or experts < 1:
+        raise NotThisForm(node, "raise.experts", f"{node.name}: expert_num is {experts!r}", "the number of experts")
+    kept = list(argument(node, "active_expert_range") or [0, experts])
+    if kept != [0, experts]:
+        raise NotThisForm(
+            node, "raise.partial_range", f"{node.name}: active_expert_range is {kept}", f"[0, {experts}], all experts"
+        )
+    _check_rows(node)
+    return experts
+
+
+def _check_rows(node: Node) -> None:
+    """``active_num`` keeps every row: -1, 0, or T * k."""
+    given, ids = argument(node, "active_num"), value_of(argument(node, "expert_idx"))
+    number = given.meta.get("val") if isinstance(given, Node) else given
+    slots = ids.shape[0] * ids.shape[1]
+    if type(number) is int and number <= 0:
+        return
+    if number is None or not (size_key(number) == size_key(slots) or statically_known_true(number == slots)):
+        raise NotThisForm(node, "raise.rows", f"{node.name}: active_num is {number}", f"-1, or all {slots} rows")
+
+
+def _check_types(route: Node, result: Node) -> None:
+    x, made, ids = value_of(argument(route, "x")), value_of(result), value_of(argument(route, "expert_idx"))
+    if x.dtype == torch.int8:
+        _check_scale(route, x)
+    elif x.dim() != 2 or x.dtype != made.dtype or not x.dtype.is_floating_point:
+        raise NotThisForm(
+            route,
+            "raise.dtype",
+            f"x is {x.dtype} {tuple(x.shape)}, the experts' result {made.dtype}",
+            "[T, H], both of one floating dtype",
+        )
+    if ids.dim() != 2 or ids.dtype != torch.int32:
+        raise NotThisForm(route, "raise.dtype", f"expert_idx is {ids.dtype} {tuple(ids.shape)}", "int32 [T, k]")
+
+
+def _check_scale(route: Node, x: torch.Tensor) -> None:
+    """int8 tokens bring a scale each, and are not quantised once more."""
+    scale = argument(route, "scale")
+    value = value_of(scale) if isinstance(scale, Node) else None
+    if value is None or value.dim() != 1 or value.dtype != torch.float32 or x.dim() != 2:
+        raise NotThisForm(route, "raise.dtype", f"int8 tokens with scale {scale}", "[T, H] with float32 scales [T]")
+    require(route, {"quant_mode": (NO_QUANT,)})
+
+
+def _way_back(walk: Walk, node: Node, rows: Node, index: Node | None) -> tuple[Any, Node | None]:
+    """(weights [T, k], what is added) of the operator that brings rows back to tokens."""
+    if is_operator(node, UNPERMUTE):
+        require(node, {"padded_mode": (False,), "restore_shape": (None,)})
+        require_value(node, "permuted_tokens", rows)
+        _check_index(walk, node, "sorted_indices", index)
+        return argument(node, "probs"), None
+    if is_operator(node, FINALIZE):
+        require(node, {"bias": (None,), "skip2": (None,), "drop_pad_mode": (BY_ROW,)})
+        require_value(node, "expanded_permuted_rows", rows)
+        _check_index(walk, node, "expanded_src_to_dst_row", index)
+        added = argument(node, "skip1")
+        if isinstance(added, Node) and value_of(added).dtype != value_of(node).dtype:
+            raise NotThisForm(
+                node, "raise.dtype", f"{node.name}: skip1 is {value_of(added).dtype}", f"{value_of(node).dtype}"
+            )
+        return argument(node, "scales"), added
+    raise NotThisForm(
+        node,
+        "raise.operation_between",
+        f"the experts' result goes to {node.target}",
+        f"npu.{UNPERMUTE} or npu.{FINALIZE}",
+    )
+
+
+def _check_index(walk: Walk, node: Node, name: str, index: Node | None) -> None:
+    """The row index of the routing, or its absolute value, read by the way back alone."""
+    given = argument(node, name)
+    seen = source_of(given) if isinstance(given, Node) else None
+    between = []
+    if seen is not None and seen.target is aten.abs.default:
+        between, seen = [seen], source_of(seen.args[0])  # type: ignore[arg-type]
+    if index is None or not equal_values(seen, index):
+        raise NotThisForm(node, "raise.index", f"{node.name}: {name} is {given!r}", "the row index of the same routing")
+    current: Node = index
+    while current is not node:
+        reader, _ = walk.onward(current, "the row index")
+        if reader is not node and reader not in between:
+            raise NotThisForm(node, "raise.index", f"the row index goes to {reader.name}", f"{node.name}")
+        walk.add(reader)
+        current = reader
+
+
+def _check_weights(route: Node, back: Node, weights: Any) -> None:
+    ids = value_of(argument(route, "expert_idx"))
+    if not isinstance(weights, Node):
+        raise NotThisForm(back, "raise.no_weights", f"{back.name} takes no weights", "weights [T, k]")
+    value = value_of(weights)
+    if not same_sizes(value, ids) or not value.is_floating_point():
+        raise NotThisForm(
+            back,
+            "raise.weights",
+            f"{weights.name} is {value.dtype} {tuple(value.shape)}",
+            f"[T, k] = {tuple(ids.shape)}",
+        )

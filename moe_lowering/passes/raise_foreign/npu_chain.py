@@ -1,0 +1,156 @@
+"""The record of a torch_npu chain, and its way into the record that all forms have.
+
+A chain is proven to be alone here: it stands in one scope, and nothing that it reads or makes is written in place meanwhile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from moe_lowering.passes.memory_effects import Writes, describe
+from moe_lowering.passes.operator_names import operator_name
+from moe_lowering.passes.raise_foreign.chain_walk import Walk, value_of
+from moe_lowering.passes.raise_foreign.keep_foreign import expert_operators
+from moe_lowering.passes.raise_foreign.match_npu_mlp import Experts
+from moe_lowering.passes.raise_foreign.records import ForeignBlock, NotThisForm, Weights
+from moe_lowering.passes.scopes import is_marker, scope_paths
+
+
+@dataclasses.dataclass
+class Chain:
+    """One block, written with torch_npu's operators.
+
+    Attributes:
+        form: the name of the form, in reports and tests.
+        own: the implementation that it is.
+        walk: its nodes, and who only waits for one of them.
+        dispatch, combine: its first and its last operator.
+        experts: what is between.
+        sent: the arguments of the generic ``dispatch``, by name.
+        weights: the routing weights [T, k].
+        counts: rows of each expert, [E_local] int64, which others may read too; None where they are not like that.
+        added: [T, H], what is added to the result; None for nothing.
+        x_smooth: [E, H], what tokens are multiplied by before they are quantised; None for nothing.
+    """
+
+    form: str
+    own: str
+    walk: Walk
+    dispatch: Node
+    experts: Experts
+    combine: Node
+    sent: dict[str, Any]
+    weights: Node
+    counts: Node | None = None
+    added: Node | None = None
+    x_smooth: Node | None = None
+
+    @property
+    def interior(self) -> tuple[Node, ...]:
+        return tuple(sorted(self.walk.interior))
+
+
+_LISTS = (
+    "w13_bias", "w2_bias", "w13_scale", "w2_scale", "w13_offset", "w2_offset", "w13_scale_bias", "w2_scale_bias",
+)  # fmt: skip
+
+
+def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
+    """A chain as the record of a layer that others wrote.
+
+    Raises:
+        NotThisForm: another number of experts, smooth scales, several scopes, a write in between.
+    """
+    _require_local_experts(chain)
+    for what, node in (("tokens", chain.x_smooth), ("activations", chain.experts.h_smooth)):
+        if node is not None:
+            raise NotThisForm(
+                node,
+                "raise.smooth_scales",
+                f"{node.name}: smooth scales of {what}",
+                "none: moe_lowering.drop_unit_smooth_scales(model) takes out those that are all ones",
+            )
+    given = dict(chain.experts.given)
+    lists: dict[str, Any] = {name: tuple(given.pop(name, ())) for name in _LISTS}
+    out_dtype = given.pop("out_dtype", None)
+    outside = chain.counts is not None and any(user not in chain.walk.interior for user in chain.counts.users)
+    block = ForeignBlock(
+        form=chain.form,
+        result=chain.combine,
+        interior=chain.interior,
+        w13=Weights(tuple(given.pop("w13"))),
+        w2=Weights(tuple(given.pop("w2"))),
+        weights=chain.weights,
+        base=chain.added,
+        counts=chain.counts if outside else None,
+        first=chain.dispatch,
+        middle=chain.experts.last,
+        edges=tuple(chain.walk.edges),
+        own=chain.own,
+        own_operators=expert_operators(tuple(operator_name(n) for n in chain.interior if n.op == "call_function")),
+        out_dtype=out_dtype if chain.sent["x_scale"] is not None else None,
+        **chain.sent,
+        **given,
+        **lists,
+    )
+    overlaps = _require_one_scope(chain, graph)
+    _require_unwritten(block, graph)
+    return dataclasses.replace(block, overlaps=overlaps or bool(chain.walk.edges))
+
+
+def _require_local_experts(chain: Chain) -> None:
+    ranks, experts = chain.sent.get("ep_size", 1), chain.sent["num_experts"]
+    for name in ("w13", "w2"):
+        weights = chain.experts.given[name]
+        held = len(weights) if len(weights) > 1 else value_of(weights[0]).shape[0]
+        if held * ranks != experts or value_of(weights[0]).dim() != (2 if len(weights) > 1 else 3):
+            raise NotThisForm(
+                chain.experts.first, "raise.experts", f"{held} experts on each of {ranks} ranks, of {experts}",
+                f"{experts} / {ranks} of them, [E, K, N]",
+            )  # fmt: skip
+
+
+def _require_one_scope(chain: Chain, graph: Graph) -> bool:
+    """Whether something stands in another scope between the ends; looked at only where a graph has scopes at all."""
+    if not _has_scopes(graph):
+        return False
+    paths = scope_paths(graph)
+    around = paths.get(chain.combine, ())
+    for node in (chain.dispatch, chain.experts.first, chain.experts.last, chain.combine):
+        if paths.get(node, ()) != around:
+            raise NotThisForm(
+                node,
+                "raise.scope",
+                f"{node.name} is in scope {paths.get(node, ()) or 'none'}, {chain.combine.name} in {around or 'none'}",
+                "a layer within one stream, super-kernel or core-limit scope",
+            )
+    node = chain.dispatch
+    while node is not chain.combine:
+        if paths.get(node, ()) != around or getattr(node.target, "namespace", "") == "npugraph_ex":
+            return True
+        node = node.next
+    return False
+
+
+def _has_scopes(graph: Graph) -> bool:
+    table = graph._find_nodes_lookup_table.table
+    firsts = (next(iter(nodes)) for (op, _), nodes in table.items() if op == "call_function" and nodes)
+    return any(is_marker(node) for node in firsts)
+
+
+def _require_unwritten(block: ForeignBlock, graph: Graph) -> None:
+    assert block.first is not None
+    tensors = [node for node in block.operands if isinstance(node.meta.get("val"), torch.Tensor)]
+    writer = Writes(graph).between(block.first, block.result, [*block.interior, *tensors])
+    if writer is not None:
+        raise NotThisForm(
+            writer,
+            "raise.written_between",
+            f"{describe(writer)} writes in place into what the layer reads or computes, between {block.first.name} and "
+            f"{block.result.name}",
+            "the write before or after the layer, or into a copy",
+        )

@@ -1,0 +1,47 @@
+"""The forms of torch_npu chains, for the table of forms; and operators that are known and raised in no form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch.fx import Graph, Node
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.raise_foreign.match_mc2_chain import DISPATCH, match_mc2
+from moe_lowering.passes.raise_foreign.match_routing_chain import ROUTE, match_routing
+from moe_lowering.passes.raise_foreign.npu_chain import Chain, foreign_block
+from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
+
+# Operators that begin a chain which is recognised and left, and what would be raised in their place.
+NOT_RAISED = {
+    "npu_moe_distribute_dispatch": "npu_moe_distribute_dispatch_v2",
+    "npu_moe_distribute_combine_add_rms_norm": "npu_moe_distribute_combine_v2, and the norm after it",
+    "npu_moe_init_routing": "npu_moe_init_routing_v2",
+    "npu_moe_token_permute": "npu_moe_init_routing_v2 and npu_moe_token_unpermute",
+    "npu_moe_re_routing": "npu_moe_distribute_dispatch_v2, whose counts stay on the device",
+    "npu_alltoallv_gmm": "npu_moe_distribute_dispatch_v2, whose counts stay on the device",
+    "npu_gmm_alltoallv": "npu_moe_distribute_combine_v2, whose counts stay on the device",
+}
+
+
+def _each(anchors: Sequence[Node]) -> list[list[Node]]:
+    return [[node] for node in anchors]
+
+
+def _form(name: str, anchor: str, match: Callable[[Node, Deployment], Chain]) -> Form:
+    def matched(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignBlock:
+        return foreign_block(match(anchors[0], deployment), graph)
+
+    return Form(name, (f"npu.{anchor}.default",), _each, matched)
+
+
+def _not_raised(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignBlock:
+    name = getattr(anchors[0].target, "_opname", "")
+    raise NotThisForm(anchors[0], "raise.version", f"npu.{name}, which is recognised and not raised", NOT_RAISED[name])
+
+
+NPU_FORMS = (
+    _form("mc2_v2", DISPATCH, match_mc2),
+    _form("routing_v2", ROUTE, match_routing),
+    Form("npu_not_raised", tuple(f"npu.{name}.default" for name in NOT_RAISED), _each, _not_raised),
+)

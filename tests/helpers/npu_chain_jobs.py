@@ -1,0 +1,131 @@
+"""Hand-written chains on the ranks of a pool: run as they are, compiled with the pass, and a reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import npu_chain_layers as chains
+import torch
+import torch.distributed as dist
+from rank_jobs import setup  # noqa: F401  (of the pool)
+
+from moe_lowering import Deployment, MoeLowering, npugraph_ex_options
+from moe_lowering.backends.aot import lowering_backend
+
+_groups: dict[str, str] = {}
+COUNTS = {"returned": lambda rows, scale, counts, out: counts + 0}
+
+
+def deployment(rank: int, **fields: Any) -> Deployment:
+    """Over all ranks; the chains communicate in the EP group itself, as production code does."""
+    size = dist.get_world_size()
+    if "mc2" not in _groups:
+        _groups["mc2"] = dist.new_group(range(size)).group_name
+    name = dist.group.WORLD.group_name
+    return Deployment(
+        ep_size=size, ep_rank=rank, ep_group=name, ep_communicator=name, mc2_group=_groups["mc2"],
+        **{"providers": (("vllm_ascend", "0.23.0"),), "weight_format": "nz", "hccl_buffer_mb": 1024, **fields},
+    )  # fmt: skip
+
+
+def layer_of(rank: int, case: dict[str, Any], twin: str = "") -> chains.Mc2:
+    import test_match_npu_chains as tables
+
+    given = {**case, **(tables.TWINS[twin][1] if twin else {})}
+    if given.pop("counts_read", False):
+        given.update(COUNTS)
+    group = given.pop("group", dist.group.WORLD.group_name)
+    return chains.Mc2(
+        group,
+        given.pop("quantisation", "none"),
+        given.pop("activation", "swiglu"),
+        rank,
+        dist.get_world_size(),
+        **given,
+    )
+
+
+def raise_and_run(
+    rank: int, case: dict[str, Any], comm: str, tokens: tuple[int, ...] = (6,), backend: str = "aot", twin: str = ""
+) -> dict[str, Any]:
+    """Compile this rank's chain; its results, those of the chain as it is, those of the reference, and the report."""
+    layer, where = layer_of(rank, case, twin), deployment(rank)
+    lowering = MoeLowering(where, comm)
+    torch._dynamo.reset()
+    if backend == "aot":
+        compiled: Any = torch.compile(
+            layer, backend=lowering_backend(lowering), fullgraph=True, dynamic=len(tokens) > 1
+        )
+    else:
+        options = npugraph_ex_options(where, lowering=lowering, force_eager=True)
+        compiled = torch.compile(layer, backend="npugraph_ex", fullgraph=True, dynamic=False, options=options)
+    found: dict[str, Any] = {"lowered": [], "written": [], "reference": []}
+    with torch.no_grad():
+        for count in tokens:
+            x, ids, weights = chains.inputs(rank, count)
+            found["lowered"].append(compiled(x, ids, weights))
+            found["written"].append(layer(x, ids, weights))
+            found["reference"].append(chains.reference(layer, x, ids, weights) + shared_of(layer, x))
+    report = lowering.reports[0]
+    found["blocks"] = [(b.comm, b.reason, b.raised_from, b.ops_before, b.ops_after, b.notes) for b in report.blocks]
+    found["foreign"] = [str(layer.not_raised) for layer in report.foreign if layer.not_raised is not None]
+    return found
+
+
+def shared_of(layer: chains.Mc2, x: torch.Tensor) -> Any:
+    return x.double() @ layer.w_shared.double() if layer.shared else 0.0
+
+
+def edited(rank: int, case: dict[str, Any], comm: str, seeds: list[str]) -> list[tuple[str, str]]:
+    """What became of graphs with random edits, the same on each rank: (outcome, what is wrong or "")."""
+    import copy
+    import logging
+
+    from npu_chain_edits import edit
+    from raise_graphs import trace
+
+    logging.disable()
+    x, ids, weights = chains.inputs(rank)
+    layer, where = layer_of(rank, case), deployment(rank)
+    names = [n for n, t in layer.named_buffers()]
+    made = {"x": x, "ids": ids, "weights": weights, **dict(layer.named_buffers())}
+
+    def function(x: Any, ids: Any, weights: Any, **buffers: Any) -> Any:
+        return torch.func.functional_call(layer, buffers, (x, ids, weights))
+
+    assert names
+    base, found = trace(function, made), []
+    for seed in seeds:
+        gm, done = edit(base, seed)
+        lowered = copy.deepcopy(gm)
+        lowering = MoeLowering(where, comm)
+        lowering(lowered, agreement_timeout=None)
+        blocks = lowering.reports[0].blocks
+        wrong = [block.reason for block in blocks if "internal error" in block.reason or "undone" in block.reason]
+        if wrong or not any(block.comm == comm for block in blocks):
+            found.append(("left", f"{seed}: {done}: {wrong}" if wrong else ""))
+            continue
+        before, after = (run_all(each, made) for each in (gm, lowered))
+        found.append(("raised", difference(before, after) and f"{seed}: {done}: {difference(before, after)}"))
+    return found
+
+
+def run_all(gm: Any, made: dict[str, torch.Tensor]) -> Any:
+    with torch.no_grad():
+        try:
+            made = gm(*(tensor.clone() for tensor in made.values()))
+        except Exception as error:  # an edit made a graph that does not run, alike on all ranks
+            return f"{type(error).__name__}: {error}"
+    return made if isinstance(made, (tuple, list)) else (made,)
+
+
+def difference(before: Any, after: Any) -> str:
+    """What differs by more than rounding; "" where the graph before refuses its inputs."""
+    if isinstance(before, str) or isinstance(after, str):
+        return "" if isinstance(before, str) else f"only the lowered graph refuses: {after}"
+    for old, new in zip(before, after, strict=True):
+        largest = old.double().abs().max().item() or 1.0
+        error = (old.double() - new.double()).abs().max().item() / largest
+        if old.dtype != new.dtype or not error <= 4e-2:  # NaN too
+            return f"{old.dtype}, {new.dtype}, relative error {error}"
+    return ""

@@ -1,0 +1,298 @@
+"""Chains of torch_npu operators are found, and what differs from one in one thing is not: by its code.
+
+What they compute is compared in test_raise_npu_chains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import npu_chain_layers as chains
+import pytest
+import torch
+
+import moe_lowering
+from moe_lowering import MoeLowering, simulator, testing
+from moe_lowering.deployment import Deployment
+from moe_lowering.passes.agreement_check import settings_record
+from moe_lowering.passes.raise_foreign.match_mc2_chain import DISPATCH, match_mc2
+from moe_lowering.passes.raise_foreign.match_routing_chain import ROUTE, match_routing
+from moe_lowering.passes.raise_foreign.npu_chain import foreign_block
+from moe_lowering.passes.raise_foreign.records import NotThisForm
+from moe_lowering.vocabulary import ACTIVATIONS
+
+MC2 = {
+    "bfloat16": {},
+    "W8A8": {"quantisation": "w8a8"},
+    "W4A16": {"quantisation": "w4a16"},
+    "W4A8": {"quantisation": "w4a8"},
+    "GEGLU": {"activation": "gelu_tanh"},
+    "GEGLU, W4A16": {"activation": "gelu_tanh", "quantisation": "w4a16"},
+    "clamps before silu": {"activation": "swiglu_clamp"},
+    "shared expert as an argument": {"shared": "argument"},
+}
+ROUTED = {
+    "unpermute": {},
+    "finalize": {"back": "finalize"},
+    "finalize, shared expert": {"back": "finalize", "shared": True},
+    "prefix sums": {"kind": 0},
+    "pairs": {"kind": 2, "back": "finalize"},
+    "W8A8": {"quantisation": "w8a8", "back": "finalize"},
+    "W8A8, pairs": {"quantisation": "w8a8", "back": "finalize", "kind": 2},
+    "W4A16": {"quantisation": "w4a16"},
+    "GEGLU": {"activation": "gelu_tanh"},
+}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    simulator.enable("A3")
+    with testing.fake_deployment(ep_size=2) as deployment:
+        yield deployment
+
+
+@pytest.fixture
+def waits_of_ge(pair):
+    """``air.wait_tensor``, which torchair registers when it is asked for."""
+    from moe_lowering.testing import ge
+
+    assert ge
+    importlib.import_module("torchair.scope._wait_tensor")
+
+
+@contextlib.contextmanager
+def alone():
+    simulator.enable("A3")
+    yield Deployment(soc="A3", installed=())
+
+
+def graph_of(layer: torch.nn.Module, deployment: Deployment, *more: Any, dynamic: bool = False) -> torch.fx.Graph:
+    lowering = MoeLowering(deployment, raise_foreign="off")
+    inputs = (*chains.inputs(0), *more)
+    for tensor in inputs[1:3]:
+        torch._dynamo.mark_static(tensor, 1)  # k, as a router's topk has it
+    return testing.lower_graph(layer, *inputs, deployment=deployment, lowering=lowering, dynamic=dynamic).gm.graph
+
+
+def anchor(graph: torch.fx.Graph, name: str) -> torch.fx.Node:
+    (node,) = graph.find_nodes(op="call_function", target=getattr(torch.ops.npu, name).default)
+    return node
+
+
+def mc2_layer(
+    deployment: Deployment, quantisation: str = "none", activation: str = "swiglu", **more: Any
+) -> chains.Mc2:
+    group = more.pop("group", deployment.ep_communicator)
+    return chains.Mc2(group, quantisation, activation, 0, deployment.ep_size, **more)
+
+
+def routed_layer(quantisation: str = "none", activation: str = "swiglu", **more: Any) -> chains.Routed:
+    return chains.Routed(quantisation, activation, **more)
+
+
+@pytest.mark.parametrize("case", [*MC2, "bfloat16, dynamic", "W8A8, dynamic", "bfloat16, mc2_group"])
+def test_an_mc2_chain_is_found(pair, case):
+    case, _, how = case.partition(", ") if case not in MC2 else (case, "", "")
+    group = pair.mc2_group if how == "mc2_group" else pair.ep_communicator
+    layer = mc2_layer(pair, group=group, **MC2[case])
+    chain = match_mc2(anchor(graph_of(layer, pair, dynamic=how == "dynamic"), DISPATCH), pair)
+    given = chain.experts.given
+    assert (given["quantisation"], given["activation"]) == (layer.quantisation, layer.activation)
+    assert given["limit"] == (0.5 if layer.activation == "swiglu_clamp" else 0.0)
+    assert len(given["w13"]) == len(given["w2"]) == 1 and given["w13"][0].meta["val"].shape[0] == chains.EXPERTS // 2
+    assert (chain.added is not None) == (case == "shared expert as an argument")
+    assert chain.x_smooth is None and chain.experts.h_smooth is None
+    outside = {user for node in chain.interior for user in node.users} - {*chain.interior}
+    assert outside <= {*chain.combine.users}
+
+
+TWINS: dict[str, tuple[str, dict[str, Any]]] = {
+    "relu between the matmuls": ("raise.activation", {"between": torch.relu}),
+    "results weighted twice": ("raise.operation_between", {"out": lambda out: out * 2}),
+    "another index at the way back": ("raise.other_value", {"ids": lambda ids: ids.flip(1)}),
+    "another k at the way back": ("raise.other_value", {"ids": lambda ids: ids[:, :1].contiguous()}),
+    "another group": ("raise.other_group", {"group": "another"}),
+    "rows returned": ("raise.single_use", {"returned": lambda rows, scale, counts, out: rows}),
+    "results returned": ("raise.single_use", {"returned": lambda rows, scale, counts, out: out}),
+    "gate and up exchanged": ("raise.gate_second", {"activation": "gelu_tanh", "halves": lambda pair: pair[::-1]}),
+    "gate and up exchanged, W8A8": ("raise.gate_second", {"quantisation": "w8a8", "dequant": {"activate_left": False}}),
+    "prefix sums for counts": ("raise.counts", {"dispatch": {"expert_token_nums_type": 0}}),
+    "other counts at the second matmul": ("raise.counts", {"second_groups": lambda counts: counts.flip(0)}),
+    "other counts at both": ("raise.counts", {"counts": lambda counts: counts.flip(0)}),
+    "other counts, W8A8": ("raise.counts", {"quantisation": "w8a8", "second_groups": lambda counts: counts.flip(0)}),
+    "a bound on tokens": ("raise.token_bound", {"dispatch": {"global_bs": 16}, "combine": {"global_bs": 16}}),
+    "another bound at combine": ("raise.both_ends", {"combine": {"global_bs": 16}}),
+    "another communicator at combine": ("raise.both_ends", {"combine": {"group_ep": "1"}}),
+    "no mask at combine": ("raise.both_ends", {"combine": {"x_active_mask": None}}),
+    "copy experts": ("raise.special_experts", {"dispatch": {"copy_expert_num": 1}}),
+    "rows travel back as int8": ("raise.literal", {"combine": {"comm_quant_mode": 2}}),
+    "an expert rank": ("raise.experts", {"dispatch": {"shared_expert_rank_num": 1}}),
+    "TP within MC2": ("raise.literal", {"dispatch": {"tp_world_size": 2}}),
+    "static quantisation": ("raise.literal", {"quantisation": "w8a8", "dequant": {"quant_mode": 0}}),
+    "clamps of another function": (
+        "raise.activation", {"quantisation": "w8a8", "dequant": {"swiglu_mode": 2, "glu_alpha": 1.5, "glu_bias": 0.0}}
+    ),
+    "rows changed": ("raise.operation_between", {"rows": lambda rows: rows.neg()}),
+    "int4 weights without bias": ("raise.weights", {"quantisation": "w4a8", "scaled": lambda given: {**given, "bias": None}}),
+    "relu of quantised activations": ("raise.operation_between", {"quantisation": "w4a8", "between": torch.relu}),
+    "another k of the weights": ("raise.weights", {"weights": lambda weights: weights[:, :1]}),
+    "smooth scales": ("raise.smooth_scales", {"quantisation": "w8a8", "smooth": 1.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_a_twin_of_an_mc2_chain_is_left(pair, twin):
+    code, changes = TWINS[twin]
+    mask = (torch.ones(6, dtype=torch.bool),) if "mask" in twin else ()
+    graph = graph_of(mc2_layer(pair, **changes), pair, *mask)
+    with pytest.raises(NotThisForm) as left:
+        foreign_block(match_mc2(anchor(graph, DISPATCH), pair), graph)
+    assert left.value.record.code == code, left.value
+
+
+def test_clamps_after_silu_are_an_activation_of_their_own(pair):
+    graph = graph_of(mc2_layer(pair, activation="swiglu_clamp_after"), pair)
+    node = anchor(graph, DISPATCH)
+    if "swiglu_clamp_after" in ACTIVATIONS:
+        given = match_mc2(node, pair).experts.given
+        assert (given["activation"], given["limit"]) == ("swiglu_clamp_after", 0.5)
+        return
+    with pytest.raises(NotThisForm, match=r"raise\.activation"):
+        match_mc2(node, pair)
+
+
+def test_smooth_scales_of_one_are_dropped_and_others_are_not(pair):
+    layer = mc2_layer(pair, quantisation="w8a8", smooth=1.0)
+    layer.smooth_scale_2[0, 0] = 1.5
+    model = torch.nn.ModuleList([layer, mc2_layer(pair, quantisation="w8a8", smooth=1.0)])
+    assert moe_lowering.drop_unit_smooth_scales(model) == ["0.smooth_scale_1", "1.smooth_scale_1", "1.smooth_scale_2"]
+    assert layer.smooth_scale_2 is not None and layer.smooth_scale_1 is None
+    graph = graph_of(model[1], pair)
+    assert foreign_block(match_mc2(anchor(graph, DISPATCH), pair), graph).quantisation == "w8a8"
+    with pytest.raises(ValueError, match="has 'smooth' in its name; accepted: a part"):
+        moe_lowering.drop_unit_smooth_scales(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"smooth_scale_2 has no data; accepted: a model whose weights are loaded"):
+        moe_lowering.drop_unit_smooth_scales(mc2_layer(pair, quantisation="w8a8", smooth=1.0).to("meta"))
+    with pytest.raises(ValueError, match="model is 3; accepted: a torch"):
+        moe_lowering.drop_unit_smooth_scales(3)
+    with pytest.raises(ValueError, match="word is ''; accepted: a part"):
+        moe_lowering.drop_unit_smooth_scales(layer, "")
+
+
+PLACES = {
+    "of another rank": ("raise.other_rank", {"ep_rank": 1}),
+    "of more ranks": ("raise.other_group", {"ep_size": 4, "ep_group": "x"}),
+    "with another bound": ("raise.token_bound", {"max_tokens": 8, "equal_tokens": False}),
+    "that knows no communicator": ("raise.other_group", {"ep_communicator": ""}),
+    "with two levels": ("raise.literal", {"mc2_hierarchy": True}),
+}
+
+
+def test_a_communicator_is_the_ep_groups_or_mc2s():
+    with pytest.raises(ValueError, match="mc2_group is 'a', the EP group itself"):
+        Deployment(ep_size=2, ep_group="ep", mc2_group="a", ep_communicator="a", ep_rank=0)
+    a, b = (Deployment(ep_size=2, ep_group="ep", ep_communicator=name, ep_rank=0) for name in ("a", "b"))
+    assert settings_record(a, None) == settings_record(b, None) != settings_record(a.replace(ep_communicator=""), None)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_mc2_chain_is_left_by_a_deployment(pair, place):
+    code, fields = PLACES[place]
+    node = anchor(graph_of(mc2_layer(pair), pair), DISPATCH)
+    match_mc2(node, pair)
+    with pytest.raises(NotThisForm) as left:
+        match_mc2(node, Deployment(**{**pair.all_fields(), **fields}))
+    assert left.value.record.code == code, left.value
+
+
+@pytest.mark.parametrize("case", [*ROUTED, "unpermute, dynamic", "finalize, dynamic"])
+def test_a_routing_chain_is_found(case):
+    dynamic = case.endswith("dynamic")
+    case = case.removesuffix(", dynamic")
+    with alone() as deployment:
+        every_row = {"route": {"active_num": -1}} if dynamic else {}
+        layer = routed_layer(**ROUTED[case], **every_row)
+        chain = match_routing(anchor(graph_of(layer, deployment, dynamic=dynamic), ROUTE), deployment)
+    given = chain.experts.given
+    assert (given["quantisation"], given["activation"]) == (layer.quantisation, layer.activation)
+    assert (chain.added is not None) == layer.shared
+    assert (chain.counts is not None) == (layer.kind == 1)
+    assert chain.sent["num_experts"] == chains.EXPERTS
+
+
+@pytest.mark.parametrize("quantisation", chains.FORMATS)
+@pytest.mark.parametrize("comm", ["allgather", "fused_mc2"])
+def test_who_only_waits_for_a_chain_waits_for_its_ends(pair, waits_of_ge, comm, quantisation):
+    where = pair.replace(mode="ge")
+    layer = chains.Waiting(pair.ep_communicator, quantisation, "swiglu", 0, 2)
+    lowered = testing.lower_graph(layer, *chains.inputs(0), deployment=where, comm=comm)
+    (block,) = lowered.report.blocks
+    waits = lowered.gm.graph.find_nodes(op="call_function", target=torch.ops.air.wait_tensor.default)
+    if block.comm is None:
+        assert lowered.ops_before == lowered.ops_after and len(waits) == 5
+        return
+    assert any("[raise.order] 3 operations waited" in note for note in block.notes)
+    (add,) = next(iter(lowered.gm.graph.find_nodes(op="output"))).all_input_nodes
+    y, ids = add.args[0].args[0], [*lowered.gm.graph.find_nodes(op="placeholder")]
+    x = waits[0]
+    assert [node.args[1] in (x, y) for node in waits[1:]] == [True] * 3 and waits[-1].args[1] is y
+    assert all(node.args[1] < node for node in waits) and x.args[1] in ids
+
+
+def test_a_value_that_is_waited_for_is_still_read_once(pair, waits_of_ge):
+    layer = chains.Waiting(pair.ep_communicator, "none", "swiglu", 0, 2, awaited=lambda out: out + 1)
+    graph = graph_of(layer, pair)
+    with pytest.raises(NotThisForm, match=r"raise\.single_use"):
+        match_mc2(anchor(graph, DISPATCH), pair)
+
+
+ROUTED_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
+    "relu between the matmuls": ("raise.activation", {"between": torch.relu}),
+    "results weighted twice": ("raise.operation_between", {"out": lambda out: out * 2}),
+    "another index at the way back": ("raise.index", {"index": lambda index: index.flip(0)}),
+    "the index is changed": ("raise.index", {"index": lambda index: index + 0 * index}),
+    "rows returned": ("raise.single_use", {"returned": lambda rows, scale, counts, out: rows}),
+    "counts for prefix sums": ("raise.counts", {"route": {"expert_tokens_num_type": 0}}),
+    "prefix sums, W8A8": ("raise.counts", {"quantisation": "w8a8", "kind": 0}),
+    "some of the experts": ("raise.partial_range", {"route": {"active_expert_range": [0, chains.EXPERTS - 1]}}),
+    "some of the rows": ("raise.rows", {"route": {"active_num": 11}}),
+    "rows that are dropped": ("raise.literal", {"route": {"drop_pad_mode": 1, "expert_capacity": 4}}),
+    "the inverse index": ("raise.literal", {"route": {"row_idx_type": 1}}),
+    "another k": ("raise.weights", {"weights": lambda weights: weights[:, :1]}),
+    "by column": ("raise.literal", {"back": "finalize", "finalize": lambda given: [*given[:7], 0]}),
+    "a second skip": ("raise.literal", {"back": "finalize", "finalize": lambda g: [g[0], g[1], g[1], *g[3:]], "shared": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("twin", ROUTED_TWINS)
+def test_a_twin_of_a_routing_chain_is_left(twin):
+    code, changes = ROUTED_TWINS[twin]
+    with alone() as deployment:
+        if "route" in changes:  # what the matmuls are told stays
+            changes = {**changes, "kind": 1}
+        layer = routed_layer(**changes)
+        node = anchor(graph_of(layer, deployment), ROUTE)
+        with pytest.raises(NotThisForm) as left:
+            match_routing(node, deployment)
+    assert left.value.record.code == code, left.value
+
+
+def test_each_code_is_documented():
+    top = Path(chains.__file__).parent.parent
+    folder, page = top / "moe_lowering" / "passes", top / "docs" / "raising_chains.md"
+    names = (
+        "chain_walk",
+        "match_npu_mlp",
+        "match_npu_activation",
+        "match_mc2_chain",
+        "match_routing_chain",
+        "npu_chain",
+    )
+    files = [folder / "raise_foreign" / f"{name}.py" for name in (*names, "npu_forms", "keep_foreign")]
+    text = "".join(file.read_text() for file in (*files, folder / "lower_foreign.py"))
+    codes = {*re.findall(r"\braise\.[a-z_]+", text)}
+    assert codes == {*re.findall(r"raise\.[a-z_]+", page.read_text())}

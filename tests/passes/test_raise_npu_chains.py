@@ -1,0 +1,212 @@
+"""Hand-written MC2 chains on two ranks: raised, brought to each implementation that is legal, and compared.
+
+With the reference (float64, dense), and with the chain as it is written: bit by bit where the operators are the same.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import npu_chain_jobs as jobs
+import npu_chain_layers as chains
+import pytest
+import torch
+from reference import relative_error
+
+from moe_lowering import Deployment, MoeLowering, testing
+from moe_lowering.backends.aot import lowering_backend
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.testing import Ranks
+
+FORMS: dict[str, dict[str, Any]] = {
+    "bfloat16": {},
+    "W8A8": {"quantisation": "w8a8", "shared": ""},
+    "W4A16": {"quantisation": "w4a16", "shared": "argument"},
+    "W4A8": {"quantisation": "w4a8"},
+    "GEGLU": {"activation": "gelu_tanh", "shared": ""},
+    "clamps before silu": {"activation": "swiglu_clamp", "shared": "argument"},
+}
+REFUSED = {("W4A16", "fused_mc2"): "fused.quantisation", ("GEGLU", "fused_mc2"): "fused.activation"}
+REFUSED["clamps before silu", "fused_mc2"] = "fused.activation"
+UNTOUCHED = {"bfloat16", "W4A16", "W4A8", "GEGLU", "clamps before silu"}  # as MC2: W8A8's experts get a fused operator
+BOUND = {"none": 2e-2, "w8a8": 4e-2, "w4a16": 2e-2, "w4a8": 4e-2}  # int8 activations round by 1 / 254 each
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(2, setup=jobs.setup) as pool:
+        yield pool
+
+
+def require_right(found: dict[str, Any], bound: float) -> None:
+    for lowered, written, reference in zip(found["lowered"], found["written"], found["reference"], strict=True):
+        lowered, written = (each[0] if isinstance(each, tuple) else each for each in (lowered, written))
+        assert relative_error(lowered, reference) < bound
+        assert relative_error(written, reference) < bound
+        assert relative_error(lowered, written) < bound
+
+
+@pytest.mark.parametrize("comm", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_chain_becomes_what_is_asked_for(ranks, form, comm):
+    case = FORMS[form]
+    for found in ranks.run(jobs.raise_and_run, case, comm):
+        require_right(found, BOUND[case.get("quantisation", "none")])
+        ((chosen, reason, raised_from, before, after, _),) = found["blocks"]
+        assert raised_from == "mc2_v2" and before[0] == "npu.npu_moe_distribute_dispatch_v2"
+        assert found["foreign"] == []
+        if (form, comm) in REFUSED:
+            assert chosen is None and REFUSED[form, comm] in reason and after == before
+        elif comm == "mc2" and form in UNTOUCHED:
+            assert chosen == "mc2" and "[raise.already]" in reason and after == before
+        else:
+            assert chosen == comm and after != before
+        if after == before:
+            assert torch.equal(found["lowered"][0], found["written"][0])
+
+
+def test_of_many_sizes(ranks):
+    for found in ranks.run(jobs.raise_and_run, {}, "allgather", (6, 9, 17)):
+        require_right(found, 2e-2)
+        assert [chosen for chosen, *_ in found["blocks"]] == ["allgather"]
+
+
+@pytest.mark.parametrize("comm", ["allgather", "fused_mc2"])
+def test_counts_that_are_read_elsewhere(ranks, comm):
+    for found in ranks.run(jobs.raise_and_run, {"counts_read": True}, comm):
+        require_right(found, 2e-2)
+        assert [chosen for chosen, *_ in found["blocks"]] == [comm]
+        assert torch.equal(found["lowered"][0][1], found["written"][0][1])
+
+
+def test_by_npugraph_ex_with_nothing_but_our_options(ranks):
+    for found in ranks.run(jobs.raise_and_run, {"quantisation": "w8a8"}, "auto", (6,), "npugraph_ex"):
+        require_right(found, 4e-2)
+        assert len(found["blocks"]) == 1 and found["blocks"][0][0] is not None
+
+
+TWINS = [
+    "relu between the matmuls",
+    "results weighted twice",
+    "rows returned",
+    "gate and up exchanged",
+    "rows travel back as int8",
+]
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_a_twin_is_left_and_computes_what_it_did(ranks, twin):
+    for found in ranks.run(jobs.raise_and_run, {}, "allgather", (6,), "aot", twin):
+        assert found["blocks"] == []
+        assert len(found["foreign"]) == 1 and "[raise." in found["foreign"][0]
+        lowered, written = (found[name][0] for name in ("lowered", "written"))
+        pairs = zip(lowered, written, strict=True) if isinstance(lowered, tuple) else [(lowered, written)]
+        for a, b in pairs:
+            assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+
+
+ALONE: dict[str, dict[str, Any]] = {
+    "W8A8, counts": {"quantisation": "w8a8", "back": "finalize", "kind": 1, "shared": True},
+    "W8A8, int8 tokens": {"quantisation": "w8a8", "travels": True},
+    "W8A8, pairs": {"quantisation": "w8a8", "back": "finalize", "kind": 2},
+    "W8A8, unpermute": {"quantisation": "w8a8", "back": "unpermute"},
+    "bfloat16, prefix sums": {"quantisation": "none", "back": "finalize", "kind": 0, "shared": True},
+    "W4A16": {"quantisation": "w4a16", "back": "unpermute"},
+    "GEGLU": {"quantisation": "none", "activation": "gelu_tanh", "back": "unpermute", "kind": 0},
+}
+
+
+def compiled_alone(case: dict[str, Any], tokens: int = 6, **changes: Any) -> tuple[Any, ...]:
+    given = {"activation": "swiglu", **case, **changes}
+    layer = chains.Routed(given.pop("quantisation"), given.pop("activation"), **given)
+    lowering = MoeLowering(Deployment(soc="A3", installed=(), weight_format="nz"))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=lowering_backend(lowering), fullgraph=True)
+    x, ids, weights = chains.inputs(0, tokens)
+    with torch.no_grad():
+        reference = chains.reference(layer, x, ids, weights.bfloat16())
+        if layer.shared:
+            reference = reference + x.double() @ layer.w_shared.double()
+        return compiled(x, ids, weights), layer(x, ids, weights), reference, lowering.reports[0]
+
+
+@pytest.mark.parametrize("form", ALONE)
+def test_a_chain_of_one_rank(form):
+    lowered, written, reference, report = compiled_alone(ALONE[form])
+    quantisation = ALONE[form]["quantisation"]
+    for result in (lowered, written):
+        assert relative_error(result, reference) < BOUND[quantisation]
+    (block,) = report.blocks
+    assert (block.comm, block.raised_from) == ("allgather", "routing_v2") and report.foreign == ()
+    if quantisation == "w8a8":  # its experts get the operator that is one for matmul, SwiGLU and quantisation
+        assert "npu.npu_grouped_matmul_swiglu_quant_v2" in block.ops_after
+    else:
+        assert block.ops_after == block.ops_before and "[raise.already]" in block.reason
+        assert torch.equal(lowered, written)
+
+
+def test_layers_that_read_each_other():
+    layers = [chains.Routed("w8a8", "swiglu", back=back) for back in chains.ROUTED]
+    lowering = MoeLowering(Deployment(soc="A3", installed=(), weight_format="nz"), strict=True)
+    torch._dynamo.reset()
+    x, ids, weights = chains.inputs(0)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            x = x + layer(x, ids, weights)
+        return layers[0](x, ids, weights)
+
+    with torch.no_grad():
+        lowered, written = torch.compile(run, backend=lowering_backend(lowering), fullgraph=True)(x), run(x)
+    assert relative_error(lowered, written) < 4e-2
+    assert [block.comm for block in lowering.reports[0].blocks] == ["allgather"] * 3
+
+
+def test_what_the_generic_operators_refuse_is_left_with_their_reason():
+    layer = chains.Routed("w8a8", "swiglu")
+    layer.w13_scale = layer.w13_scale[:, :64]
+    report = testing.lower_graph(layer, *chains.inputs(0), deployment=Deployment(soc="A3", installed=())).report
+    ((comm, reason),) = [(block.comm, block.reason) for block in report.blocks]
+    assert (
+        comm is None and "[raise.generic]" in reason and "w13_scale[0] has shape [8, 64]; accepted: [8, 128]" in reason
+    )
+
+
+def test_a_twin_of_one_rank_computes_what_it_did():
+    lowered, written, _, report = compiled_alone(ALONE["W8A8, counts"], dequant={"activate_left": False})
+    assert report.blocks == () and "[raise.gate_second]" in str(report.foreign[0])
+    assert torch.equal(lowered, written)
+
+
+@pytest.mark.parametrize("mode", ["report", "off"])
+def test_a_chain_is_named_or_not_looked_for(mode):
+    layer = chains.Routed("none", "swiglu")
+    lowering = MoeLowering(Deployment(soc="A3", installed=()), raise_foreign=mode)
+    report = testing.lower_graph(layer, *chains.inputs(0), deployment=lowering.deployment, lowering=lowering).report
+    named = [(block.comm, block.raised_from) for block in report.blocks]
+    assert named == ([(None, "routing_v2")] if mode == "report" else [])
+    assert len(report.foreign) == (0 if mode == "report" else 2)
+
+
+def test_a_first_version_is_recognised_and_left():
+    def first_version(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        number = torch.arange(ids.numel(), dtype=torch.int32).view(chains.TOP_K, -1).t().contiguous()
+        return torch.ops.npu.npu_moe_init_routing(x, number, ids, len(x))[0]
+
+    x, ids, _ = chains.inputs(0)
+    report = testing.lower_graph(first_version, x, ids, deployment=Deployment(soc="A3", installed=())).report
+    assert "[raise.version] npu.npu_moe_init_routing, which is recognised" in str(report.foreign[0])
+
+
+EDITED = {"bfloat16": ("allgather", {}), "W8A8": ("mc2", {"quantisation": "w8a8", "shared": "argument"})}
+
+
+@pytest.mark.parametrize("case", EDITED)
+def test_graphs_with_random_edits_are_left_or_equal(ranks, case):
+    """MOE_LOWERING_EDITS sets how many of all forms."""
+    comm, layer = EDITED[case]
+    count = int(os.environ.get("MOE_LOWERING_EDITS", "150")) // 15
+    found = ranks.run(jobs.edited, layer, comm, [f"{case}/{index}" for index in range(count)], timeout=3600.0)
+    assert [wrong for each in found for _, wrong in each if wrong] == []
+    assert {outcome for each in found for outcome, _ in each} == {"left", "raised"}
