@@ -16,7 +16,7 @@ from moe_lowering import Deployment, MoeLowering, lowering_backend, route, simul
 from moe_lowering.passes import lower_router
 from moe_lowering.passes.find_blocks import find_blocks
 from moe_lowering.passes.lower_router import find_routers
-from moe_lowering.passes.match_router import BY_LOGITS, TIES
+from moe_lowering.passes.match_router import BY_LOGITS, TIES, readers_of
 from moe_lowering.passes.router_reports import GATING
 from moe_lowering.report.text import render
 
