@@ -25,7 +25,9 @@ KEYS = {
     "detected",
     "foreign",
 }  # fmt: skip
-BLOCK_KEYS = {"name", "comm", "reason", "ops_before", "ops_after", "verdicts", "notes", "enforced", "sizes"}
+BLOCK_KEYS = {
+    "name", "comm", "reason", "ops_before", "ops_after", "verdicts", "notes", "enforced", "sizes", "costs", "raised_from",
+}  # fmt: skip
 VIOLATION_KEYS = {
     "code", "operator", "quantity", "value", "limit", "accepted", "source", "sources", "message", "advice",
 }  # fmt: skip

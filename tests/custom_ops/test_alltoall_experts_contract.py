@@ -121,7 +121,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": -1}, "max_tokens is -1"),
     ({"max_rows": -1}, "max_rows is -1"),
     ({"w2": [torch.ones(4, 4, 16).bfloat16()]}, r"w2\[0\] has shape \[4, 4, 16\]"),
-    ({"activation": "relu"}, "activation is 'relu'"),
+    ({"activation": "reglu"}, "activation is 'reglu'"),
     ({"activation": "swiglu_oai"}, "limit is 0.0 for swiglu_oai"),
     ({"quantisation": "w2a2"}, "quantisation is 'w2a2'"),
     ({"quantisation": "w8a8"}, r"w13\[0\] is torch.bfloat16; accepted: torch.int8"),

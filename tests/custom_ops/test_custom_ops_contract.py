@@ -200,7 +200,7 @@ MISTAKES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("grouped_mlp", MLP, {"w2": [torch.ones(4, 12, 8)]}, r"w2\[0\] has shape \[4, 12, 8\]; accepted: \[4, 6, 8\]"),
     ("grouped_mlp", MLP, {"w13_bias": [torch.ones(4, 6)]}, r"w13_bias\[0\] has shape \[4, 6\]"),
     ("grouped_mlp", MLP, {"w2_bias": [torch.ones(4, 8).half()]}, r"w2_bias\[0\] is torch.float16"),
-    ("grouped_mlp", MLP, {"activation": "relu"}, "activation is 'relu'; accepted: swiglu, "),
+    ("grouped_mlp", MLP, {"activation": "reglu"}, "activation is 'reglu'; accepted: swiglu, "),
     ("grouped_mlp", MLP, {"activation": "swiglu_clamp"}, "limit is 0.0 for swiglu_clamp; accepted: more than 0"),
     ("grouped_mlp", MLP, {"limit": 7.0}, "limit is 7.0 for swiglu, which has none"),
     ("combine", COMBINE, {"weights": torch.ones(4, 2).half()}, "weights is torch.float16; accepted: float32"),

@@ -282,7 +282,7 @@ def test_a_twin_of_a_routing_chain_is_left(twin):
 
 
 def test_each_code_is_documented():
-    top = Path(chains.__file__).parent.parent
+    top = Path(chains.__file__).parents[2]
     folder, page = top / "moe_lowering" / "passes", top / "docs" / "raising_chains.md"
     names = (
         "chain_walk",

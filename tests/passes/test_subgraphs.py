@@ -96,7 +96,8 @@ def test_exchanges_stay_out_of_what_may_differ_between_ranks(how):
         expert_parallel(how, strict=True)
 
 
-def test_transformers_form_inside_a_region_is_told():
+@pytest.mark.parametrize("raise_foreign", ["auto", "off"])
+def test_transformers_form_inside_a_region_is_raised_or_told(raise_foreign):
     """What is not generic is looked for inside too."""
     from foreign_layers import FOREIGN
 
@@ -108,8 +109,13 @@ def test_transformers_form_inside_a_region_is_told():
         def forward(self, x):
             return self.region(x)
 
-    report = testing.lower_graph(Foreign(), tokens(), deployment=Deployment()).report
-    assert [layer.code for layer in report.foreign] == ["foreign.gathered_weights"]
+    lowering = MoeLowering(Deployment(), raise_foreign=raise_foreign)
+    report = testing.lower_graph(Foreign(), tokens(), deployment=Deployment(), lowering=lowering).report
+    if raise_foreign == "auto":
+        assert [(block.comm, block.raised_from) for block in report.blocks] == [("allgather", "gathered_weights")]
+        assert report.fully_lowered
+    else:
+        assert [layer.code for layer in report.foreign] == ["foreign.gathered_weights"] and not report.fully_lowered
 
 
 class Merged(nn.Module):
