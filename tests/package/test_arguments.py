@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import operator
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +67,7 @@ SCHEMAS = " ".join(ARCHITECTURE.partition("## Generic operators\n\n")[2].partiti
 @pytest.mark.parametrize("name", (*sorted(GENERIC), "assert_tokens", "assert_agreement"))
 def test_the_documentation_has_the_schema(name: str) -> None:
     schema = str(overload(name)._schema).removeprefix("moe_lowering::")
+    schema = re.sub(r"[\d.]+e-\d+", lambda number: repr(float(number[0])), schema)  # torch prints all 17 digits
     assert schema in SCHEMAS
     assert schema.replace(")", ", int more)", 1) not in SCHEMAS
 
