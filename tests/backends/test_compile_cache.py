@@ -181,7 +181,7 @@ def test_a_nested_function_has_the_same_digest_in_another_process():
         "import sys; sys.path.insert(0, sys.argv[1]); import moe_lowering.simulator as s; s.enable('A3');"
         "import test_compile_cache as t; print(t.digest(cost=t.preferring('mc2')))"
     )
-    command = [sys.executable, "-c", code, str(TESTS)]
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
     environment = {"PYTHONPATH": str(PACKAGE.parent), "PATH": "/usr/bin:/bin", "HOME": "/tmp", "PYTHONHASHSEED": "7"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.stdout.strip() == digest(cost=preferring("mc2")), done.stderr
