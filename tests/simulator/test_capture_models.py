@@ -149,8 +149,8 @@ def test_the_command_captures_nothing_of_a_block_that_is_not_lowered(monkeypatch
 
 
 def test_the_command_captures_nothing_of_a_module_that_it_does_not_know(capfd):
-    code, out, err = command(capfd, *["llama4", "--tokens", "4", "--layers", "1", "--capture", "--json"])
-    assert code == 1 and "feed_forward.experts is not lowered" in err and json.loads(out)["captured"] is None
+    code, out, err = command(capfd, *["nllb-moe", "--tokens", "4", "--layers", "1", "--capture", "--json"])
+    assert code == 1 and "ffn.experts is not lowered: [experts.own_code]" in err and json.loads(out)["captured"] is None
 
 
 def test_a_stale_replay_is_a_mismatch(monkeypatch, capfd):
