@@ -87,6 +87,8 @@ def test_limits_follow_the_form():
     @dataclasses.dataclass
     class Spec:
         dtype = torch.bfloat16
+        hidden = 64
+        top_k = 2
 
     assert unpermute.combine_calls(Spec(), Deployment(mode="ge")) == ()
     [call] = unpermute.combine_calls(Spec(), Deployment())
