@@ -136,6 +136,8 @@ OF_TYPE: dict[str, dict[str, Any]] = {
         "decoder_attention_heads": lambda sizes, layers: sizes.heads,
     },
     "qwen4_exp_text": {
+        # its other kind of attention chooses blocks by what tokens hold, which no graph has whole
+        "layer_types": lambda sizes, layers: ["linear_attention"] * layers,
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
         "indexer_head_dim": lambda sizes, layers: sizes.head_dim,

@@ -68,6 +68,7 @@ def test_every_moe_layer_is_converted(family, comm, dynamic):
     graph, deployment, _, shape = converted(family, comm, dynamic)
     blocks = [block.comm for block in graph.reports[-1].blocks]
     assert blocks and set(blocks) == {comm}
+    assert len(graph.of_type("MoeGatingTopK")) == len(graph.reports[-1].routers) == len(blocks)
     for kind, each, attribute in BLOCK[comm]:
         nodes = graph.of_type(kind)
         assert len(nodes) == each * len(blocks), kind

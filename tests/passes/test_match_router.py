@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_lowering import Deployment, MoeLowering, lowering_backend, route, simulator
 from moe_lowering.passes import lower_router
+from moe_lowering.passes.edit_log import ModuleEdits
 from moe_lowering.passes.find_blocks import find_blocks
 from moe_lowering.passes.lower_router import find_routers
 from moe_lowering.passes.match_router import BY_LOGITS, TIES, readers_of
@@ -251,6 +252,18 @@ def test_a_defect_leaves_the_graph_and_is_told(monkeypatch):
         assert found.became is None and found.reason.startswith(code) and "KeyError" in found.reason
         assert aten.topk.default in operators(gm)
         gm(*arguments(logits_of()))
+
+
+def test_a_graph_that_is_put_back_has_its_router(monkeypatch):
+    """Lint fails at the end: all edits are taken back, and the report says so of the router too."""
+    gm = trace(FORMS["deepseek_v3"].router, logits_of())
+    before = gm.code
+    monkeypatch.setattr(ModuleEdits, "compile", lambda self: (_ for _ in ()).throw(RuntimeError("on purpose")))
+    lowering = MoeLowering(Deployment(soc="A3"), "allgather")
+    lowering(gm)
+    (found,) = lowering.reports[-1].routers
+    assert found.became is None and "on purpose" in found.reason and found.notes == ()
+    assert gm.graph.python_code("self").src == before and aten.topk.default in operators(gm)
 
 
 def test_codes_are_documented():
