@@ -359,8 +359,8 @@ class Deployment:
 
     def all_fields(self) -> dict[str, Any]:
         """Every field that says something of the deployment by name, a rank's own among them."""
-        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _ORIGINS}
-        return {**found, "measured": digest_of(found["measured"])}  # by content, and short
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _ORIGINS}
+        return {**fields, "measured": digest_of(fields["measured"])}  # by content, and short
 
     def digest(self) -> str:
         """SHA-256 (hex) of the rank-invariant fields."""

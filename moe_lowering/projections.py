@@ -36,13 +36,13 @@ def join_projections(model: nn.Module, gate: str = "w1", up: str = "w3") -> list
     for name, value in (("gate", gate), ("up", up)):
         require_instance("join_projections", name, value, str, "the name of a parameter")
     stored = f"{gate}_{up}"
-    found = [(name, m) for name, m in model.named_modules() if {gate, up} <= m._parameters.keys()]
-    if not found and not any(stored in module._parameters for module in model.modules()):
+    targets = [(name, m) for name, m in model.named_modules() if {gate, up} <= m._parameters.keys()]
+    if not targets and not any(stored in module._parameters for module in model.modules()):
         raise ValueError(
             f"join_projections: no module of {type(model).__name__} has parameters {gate!r} and {up!r}; accepted: the names "
             "of two parameters [E, I, H]"
         )
-    for name, module in found:
+    for name, module in targets:
         a, b = (module._parameters[each] for each in (gate, up))
         shapes = [None if each is None else (tuple(each.shape), each.dtype, each.device) for each in (a, b)]
         if shapes[0] is None or shapes[0] != shapes[1] or len(shapes[0][0]) != 3:
@@ -50,9 +50,9 @@ def join_projections(model: nn.Module, gate: str = "w1", up: str = "w3") -> list
                 f"join_projections: {name or type(module).__name__} has {gate} {shapes[0]} and {up} {shapes[1]}; accepted: two "
                 "tensors [E, I, H] of one dtype and device"
             )
-    for _, module in found:
+    for _, module in targets:
         _join(module, gate, up, stored)
-    return [name for name, _ in found]
+    return [name for name, _ in targets]
 
 
 def _join(module: nn.Module, gate: str, up: str, stored: str) -> None:

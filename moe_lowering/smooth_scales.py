@@ -40,13 +40,13 @@ def drop_unit_smooth_scales(model: nn.Module, word: str = _WORD) -> list[str]:
     require_instance("drop_unit_smooth_scales", "model", model, nn.Module, "a torch.nn.Module")
     if not isinstance(word, str) or not word:
         raise refuse("drop_unit_smooth_scales", "word", word, "a part of the names of the scales")
-    found = list(_scales(model, word))
-    if not found:
+    targets = list(_scales(model, word))
+    if not targets:
         raise ValueError(
             f"drop_unit_smooth_scales: no parameter or buffer of {type(model).__name__} has {word!r} in its name; accepted: a "
             "part of the names that the model's smooth scales have"
         )
-    unit = [(module, name, path) for module, name, path, value in found if _is_one(path, value)]
+    unit = [(module, name, path) for module, name, path, value in targets if _is_one(path, value)]
     for module, name, _ in unit:
         setattr(module, name, None)
     return sorted(path for *_, path in unit)

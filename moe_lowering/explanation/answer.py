@@ -83,8 +83,8 @@ class Answer:
         """Kernels, bytes and price of each legal implementation, the chosen one first."""
         verdicts = self.judgement.verdicts
         forms = tuple((name, verdict.form) for name, verdict in verdicts.items() if verdict.legal)
-        found = costs_later(forms, self.spec, self.deployment, self.tokens)()
-        return tuple(sorted(found, key=lambda cost: cost.implementation != self.choice))
+        costs = costs_later(forms, self.spec, self.deployment, self.tokens)()
+        return tuple(sorted(costs, key=lambda cost: cost.implementation != self.choice))
 
     def beside_rule(self) -> BesideRule:
         """What vllm-ascend's newest rule selects, and why that is not the choice."""

@@ -182,7 +182,7 @@ def _moe_layers(config: Any) -> int | None:
 
 
 def _without_gate(model: str, name: Any) -> str:
-    known = [made.name for made in vocabulary.ACTIVATIONS.values() if not made.gated]
+    known = [record.name for record in vocabulary.ACTIVATIONS.values() if not record.gated]
     if name not in known:
         raise ExplainError(
             "model", f"the activation of {model}, without a gate, is {write_value(name)}; accepted: {', '.join(known)}"

@@ -50,15 +50,15 @@ class Memory:
     def __str__(self) -> str:
         layers = f"{self.layers} MoE layers" if self.layers else "one MoE layer (how many there are is not known)"
         window = f"{_gb(self.window)} HCCL window of {self.communicators} communicator{'s' * (self.communicators != 1)}"
-        there = "memory of the SoC is not known" if self.capacity is None else f"the SoC has {_gb(self.capacity)}"
-        said = (
+        capacity = "memory of the SoC is not known" if self.capacity is None else f"the SoC has {_gb(self.capacity)}"
+        text = (
             f"{_gb(self.needed)} = {_gb(self.experts * (self.layers or 1))} experts of {layers}, {_gb(self.buffers)} buffers, "
-            f"{window}; {there}"
+            f"{window}; {capacity}"
         )
         return (
-            said
+            text
             if self.fits
-            else f"[{TOO_SMALL}] {said}: it cannot fit (more ranks, quantised experts, a smaller HCCL_BUFFSIZE)"
+            else f"[{TOO_SMALL}] {text}: it cannot fit (more ranks, quantised experts, a smaller HCCL_BUFFSIZE)"
         )
 
 

@@ -45,14 +45,14 @@ _REASON = 300  # characters
 def attempt_family(family: str, kinds: Sequence[Kind]) -> Row:
     """Attempts of a family, in this process. An error of the model's own code is a state, not an exception."""
     started = time.perf_counter()
-    found = []
+    attempts = []
     for way, dtype, shapes in kinds:
         with _quiet():
             try:
-                found.append(_attempt(family, way, dtype, shapes))
+                attempts.append(_attempt(family, way, dtype, shapes))
             except Exception as error:  # whatever a model's code, dynamo or a kernel raises
-                found.append(Attempt(way, dtype, shapes, FAILED, reason=_first_line(error)))
-    return Row(family, tuple(found), round(time.perf_counter() - started, 1))
+                attempts.append(Attempt(way, dtype, shapes, FAILED, reason=_first_line(error)))
+    return Row(family, tuple(attempts), round(time.perf_counter() - started, 1))
 
 
 def _attempt(family: str, way: str, dtype: str, shapes: str) -> Attempt:
@@ -73,7 +73,7 @@ def _attempt(family: str, way: str, dtype: str, shapes: str) -> Attempt:
     overlapped = None
     if (way, dtype, shapes) == ("hook", "bfloat16", "static") and not unsupported:
         overlapped = _overlapped(model, config)
-    taken = _record(model, names)
+    inputs = _record(model, names)
     lowering = MoeLowering(Deployment())
     outputs = []
     with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
@@ -86,16 +86,16 @@ def _attempt(family: str, way: str, dtype: str, shapes: str) -> Attempt:
                 if unsupported:  # what is not lowered cannot be compiled whole
                     return Attempt(way, dtype, shapes, LEFT, layers=len(names), reason=_cut(unsupported))
                 raise
-        error, whole = _errors(own, names, taken, outputs if dtype == "float32" else [])
-    ran = sum(bool(calls) for calls in taken.values())  # a model for images has experts that no text comes to
-    found = _judged((way, dtype, shapes), lowering.reports, ran, error, whole, unsupported)
-    return dataclasses.replace(found, overlapped=overlapped)
+        error, whole = _errors(own, names, inputs, outputs if dtype == "float32" else [])
+    ran = sum(bool(calls) for calls in inputs.values())  # a model for images has experts that no text comes to
+    attempt = _judged((way, dtype, shapes), lowering.reports, ran, error, whole, unsupported)
+    return dataclasses.replace(attempt, overlapped=overlapped)
 
 
 def _compiled(model: nn.Module, lowering: MoeLowering, dynamic: bool) -> nn.Module:
     compiled: Any = torch.compile(model, backend=lowering_backend(lowering), fullgraph=True, dynamic=dynamic)
-    made: nn.Module = compiled
-    return made
+    module: nn.Module = compiled
+    return module
 
 
 def _overlapped(model: nn.Module, config: Any) -> int | None:
@@ -133,23 +133,23 @@ Taken = dict[str, list[tuple[Any, ...]]]
 
 def _record(model: nn.Module, names: list[str]) -> Taken:
     """Each call of these modules, by name: (inputs..., output)."""
-    taken: Taken = {name: [] for name in names}
+    inputs: Taken = {name: [] for name in names}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            taken[name].append((*args, *kwargs.values(), _tensor(output)))
+            inputs[name].append((*args, *kwargs.values(), _tensor(output)))
 
         return hook
 
     for name in names:
         model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True)
-    return taken
+    return inputs
 
 
 def _tensor(output: Any) -> Tensor:
     """The hidden states that a module returns, alone or before router logits."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
 
 
 def _errors(
@@ -203,11 +203,11 @@ def _judged(
 
 def _routers(reports: list[LoweringReport]) -> int | None:
     """Routers of a graph that became one operator of the device, where reports have them."""
-    found = [getattr(report, "routers", None) for report in reports]
-    if not found or any(routers is None for routers in found):
+    routers = [getattr(report, "routers", None) for report in reports]
+    if not routers or any(routers is None for routers in routers):
         return None
-    became = [router for routers in found for router in routers or () if router.became not in (None, "aten")]
-    return len(became) // len(found)
+    became = [router for routers in routers for router in routers or () if router.became not in (None, "aten")]
+    return len(became) // len(routers)
 
 
 def _why(reports: list[LoweringReport]) -> str:

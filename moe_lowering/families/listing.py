@@ -34,8 +34,8 @@ def transformers_version() -> str:
 
 
 def _folders() -> list[Path]:
-    found = importlib.util.find_spec("transformers")
-    places = (found.submodule_search_locations or ()) if found else ()
+    spec = importlib.util.find_spec("transformers")
+    places = (spec.submodule_search_locations or ()) if spec else ()
     return [folder for place in places for folder in Path(place, "models").glob("*") if folder.is_dir()]
 
 

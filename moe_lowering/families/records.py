@@ -72,17 +72,17 @@ class Row:
     def with_attempts(self, other: Row) -> Row:
         """Its attempts and those of another row of the family, which come instead of its own of the same kind."""
         kept = [attempt for attempt in self.attempts if (attempt.way, attempt.dtype, attempt.shapes) not in other.kinds]
-        found = sorted(
+        attempts = sorted(
             (*kept, *other.attempts), key=lambda a: (WAYS.index(a.way), DTYPES.index(a.dtype), SHAPES.index(a.shapes))
         )
-        return Row(self.family, tuple(found), round(self.seconds + other.seconds, 1))
+        return Row(self.family, tuple(attempts), round(self.seconds + other.seconds, 1))
 
     def of(self, way: str) -> list[Attempt]:
         return [attempt for attempt in self.attempts if attempt.way == way]
 
     def is_right(self, way: str) -> bool:
-        found = self.of(way)
-        return bool(found) and all(attempt.state == RIGHT for attempt in found)
+        attempts = self.of(way)
+        return bool(attempts) and all(attempt.state == RIGHT for attempt in attempts)
 
 
 def failed(family: str, kinds: Sequence[Kind], reason: str, seconds: float = 0.0) -> Row:
@@ -92,8 +92,8 @@ def failed(family: str, kinds: Sequence[Kind], reason: str, seconds: float = 0.0
 
 def to_json(rows: list[Row], version: str) -> str:
     """One JSON object; ``version``: of transformers."""
-    found = {"format": FORMAT, "transformers": version, "families": [dataclasses.asdict(row) for row in rows]}
-    return json.dumps(found, indent=1)
+    record = {"format": FORMAT, "transformers": version, "families": [dataclasses.asdict(row) for row in rows]}
+    return json.dumps(record, indent=1)
 
 
 def read_rows(path: Path, version: str) -> list[Row]:

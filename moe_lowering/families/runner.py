@@ -18,7 +18,7 @@ _TURN = 5.0  # seconds between two looks at it
 
 
 def run_families(
-    wanted: Sequence[tuple[str, Sequence[Kind]]],
+    planned: Sequence[tuple[str, Sequence[Kind]]],
     done: Callable[[Row], None],
     progress: Callable[[str], None],
     attempt: Callable[[str, Sequence[Kind]], Row] | None = None,
@@ -36,11 +36,11 @@ def run_families(
         from moe_lowering.families.attempts import attempt_family
 
         attempt = attempt_family
-    for at, (family, kinds) in enumerate(wanted):
+    for at, (family, kinds) in enumerate(planned):
         started = time.perf_counter()
         row = _in_process(family, kinds, attempt, timeout)
         states = ", ".join(f"{each.way} {each.dtype} {each.shapes} {each.state}" for each in row.attempts)
-        progress(f"{at + 1} of {len(wanted)}: {family}: {states} ({time.perf_counter() - started:.0f} s)")
+        progress(f"{at + 1} of {len(planned)}: {family}: {states} ({time.perf_counter() - started:.0f} s)")
         done(row)
 
 

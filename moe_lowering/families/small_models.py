@@ -52,16 +52,16 @@ def build(config: Any, dtype: torch.dtype, implementation: str | None = EXPERTS_
     if implementation is not None:
         replace_experts(model, implementation)
     _keep_in_float32(model)
-    made: nn.Module = model.eval().requires_grad_(False)
-    return made
+    module: nn.Module = model.eval().requires_grad_(False)
+    return module
 
 
 def _keep_in_float32(model: Any) -> None:
     """What ``from_pretrained`` keeps in float32 in a bfloat16 model: its code may need it."""
     for pattern in model._keep_in_fp32_modules_strict or ():
-        found = re.compile(rf"((^|\.){pattern}($|\.))")
+        expression = re.compile(rf"((^|\.){pattern}($|\.))")
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if found.search(name) and tensor.is_floating_point():
+            if expression.search(name) and tensor.is_floating_point():
                 tensor.data = tensor.data.float()
 
 
@@ -71,13 +71,15 @@ def _model_class(config: Any) -> Any:
 
     for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel):
         if type(config) in auto._model_mapping:
-            found = auto._model_mapping[type(config)]
-            return found[0] if isinstance(found, (list, tuple)) else found
+            model_class = auto._model_mapping[type(config)]
+            return model_class[0] if isinstance(model_class, (list, tuple)) else model_class
     code = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
-    for made in vars(code).values():
-        is_model = isinstance(made, type) and issubclass(made, PreTrainedModel) and "PreTrained" not in made.__name__
-        if is_model and made.config_class is type(config):
-            return made
+    for member in vars(code).values():
+        is_model = (
+            isinstance(member, type) and issubclass(member, PreTrainedModel) and "PreTrained" not in member.__name__
+        )
+        if is_model and member.config_class is type(config):
+            return member
     raise ValueError(f"transformers has no model of a {type(config).__name__}")
 
 
@@ -88,8 +90,8 @@ def result(model: nn.Module, input_ids: Tensor) -> Tensor:
     if whole.config.is_encoder_decoder:
         call["decoder_input_ids"] = input_ids
     output = model(**call, use_cache=False)
-    found: Tensor | None = getattr(output, "logits", None)
-    return output.last_hidden_state if found is None else found
+    logits: Tensor | None = getattr(output, "logits", None)
+    return output.last_hidden_state if logits is None else logits
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:

@@ -32,8 +32,8 @@ def render(rows: list[Row], version: str) -> str:
 
 
 def _line(row: Row) -> str:
-    found = {(attempt.way, attempt.dtype, attempt.shapes): attempt for attempt in row.attempts}
-    cells = [MARKS[found[kind].state] if kind in found else "-" for kind in COLUMNS]
+    attempts = {(attempt.way, attempt.dtype, attempt.shapes): attempt for attempt in row.attempts}
+    cells = [MARKS[attempts[kind].state] if kind in attempts else "-" for kind in COLUMNS]
     return f"{row.family:24}" + "".join(f"{cell:>9}" for cell in (*cells, routers(row), overlap(row), error(row)))
 
 
@@ -54,8 +54,10 @@ def overlap(row: Row) -> str:
 
 def error(row: Row) -> str:
     """The largest error of a lowered layer."""
-    found = [attempt.error for attempt in row.attempts if attempt.error is not None and attempt.state in (RIGHT, WRONG)]
-    return f"{max(found):.0e}" if found else "-"
+    errors = [
+        attempt.error for attempt in row.attempts if attempt.error is not None and attempt.state in (RIGHT, WRONG)
+    ]
+    return f"{max(errors):.0e}" if errors else "-"
 
 
 def reasons_of(rows: list[Row]) -> Iterable[tuple[str, str]]:
@@ -108,8 +110,8 @@ def page(rows: list[Row], version: str) -> str:
     heads = " | ".join(f"{way} {_SHORT[dtype]} {shapes}" for way, dtype, shapes in COLUMNS)
     lines = []
     for row in rows:
-        found = {(attempt.way, attempt.dtype, attempt.shapes): attempt for attempt in row.attempts}
-        cells = [MARKS[found[kind].state] if kind in found else "-" for kind in COLUMNS]
+        attempts = {(attempt.way, attempt.dtype, attempt.shapes): attempt for attempt in row.attempts}
+        cells = [MARKS[attempts[kind].state] if kind in attempts else "-" for kind in COLUMNS]
         lines.append(f"| {row.family} | " + " | ".join((*cells, routers(row), overlap(row), error(row))) + " |")
     grouped: dict[str, list[str]] = {}
     for name, reason in reasons_of(rows):

@@ -75,17 +75,17 @@ class Renamed(Interface):
             )
             return
         own = self.old_weights()
-        given = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
-        missing_keys += [prefix + name for name in own if name not in given]
-        wrong = [name for name, weight in given.items() if weight.shape != own[name].shape]
-        error_msgs += [f"{prefix}{n} has shape {list(given[n].shape)}; accepted: {list(own[n].shape)}" for n in wrong]
+        loaded = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        missing_keys += [prefix + name for name in own if name not in loaded]
+        wrong = [name for name, weight in loaded.items() if weight.shape != own[name].shape]
+        error_msgs += [f"{prefix}{n} has shape {list(loaded[n].shape)}; accepted: {list(own[n].shape)}" for n in wrong]
         if strict:
             known = {prefix + name for name in own}
             unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in known]
-        if not wrong and given:
+        if not wrong and loaded:
             with torch.no_grad():
-                for mine, new in zip(self._weights(), self.take_weights({**own, **given}), strict=True):
-                    mine.copy_(new)
+                for own_weight, new in zip(self._weights(), self.take_weights({**own, **loaded}), strict=True):
+                    own_weight.copy_(new)
 
 
 def frozen(weight: Tensor, like: nn.Parameter) -> nn.Parameter:
@@ -95,14 +95,14 @@ def frozen(weight: Tensor, like: nn.Parameter) -> nn.Parameter:
 def become(module: Any, *mixins: type) -> None:
     """Make a module one of a class with the same name and bases, and these before them."""
     old = type(module)
-    made = _CLASSES.get((old, mixins))
-    if made is None:
+    mixed = _CLASSES.get((old, mixins))
+    if mixed is None:
         gate = getattr(old, "_apply_gate", None) or _default_gate()
         names: dict[str, Any] = {"__module__": old.__module__, "__doc__": old.__doc__}
         if any(issubclass(each, Interface) for each in (*mixins, old)):
             names["_apply_gate"] = gate
-        made = _CLASSES[old, mixins] = type(f"MoeLowering{old.__name__}", (*mixins, old), names)
-    module.__class__ = made
+        mixed = _CLASSES[old, mixins] = type(f"MoeLowering{old.__name__}", (*mixins, old), names)
+    module.__class__ = mixed
 
 
 _CLASSES: dict[tuple[type, tuple[type, ...]], type] = {}

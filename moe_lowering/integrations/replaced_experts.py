@@ -47,13 +47,13 @@ def replace_experts(model: nn.Module, implementation: str = EXPERTS_IMPLEMENTATI
         ValueError: a routing that the replacement has not; nothing is replaced then.
     """
     require_instance("replace_experts", "model", model, nn.Module, "a torch.nn.Module")
-    found = [(name, module) for name, module in model.named_modules() if _is_known(module)]
-    for _, module in found:
+    targets = [(name, module) for name, module in model.named_modules() if _is_known(module)]
+    for _, module in targets:
         REPLACED[type(module).__name__].check(module)
-    for _, module in found:
+    for _, module in targets:
         REPLACED[type(module).__name__].take(module, _config_of(model, module))
         _experts_of(module).config._experts_implementation = implementation
-    return [name for name, _ in found]
+    return [name for name, _ in targets]
 
 
 def reason_not_replaced(module: nn.Module) -> str:
@@ -63,7 +63,7 @@ def reason_not_replaced(module: nn.Module) -> str:
         return REFUSED[name]
     if name == "JetMoeParallelExperts":
         return "[experts.of_attention] it is a projection of attention with experts, not an MLP; run it on one rank as it is"
-    if any(name in made.code for made in REPLACED.values()):
+    if any(name in replacement.code for replacement in REPLACED.values()):
         return (
             "[experts.not_replaced] its class does not use transformers' experts interface; call replace_experts(model)"
         )
@@ -71,8 +71,8 @@ def reason_not_replaced(module: nn.Module) -> str:
 
 
 def _is_known(module: nn.Module) -> bool:
-    made = REPLACED.get(type(module).__name__)
-    return made is not None and made.knows(module)
+    replacement = REPLACED.get(type(module).__name__)
+    return replacement is not None and replacement.knows(module)
 
 
 def _config_of(model: nn.Module, module: nn.Module) -> Any:

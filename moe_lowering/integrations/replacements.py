@@ -28,9 +28,9 @@ class Replacement:
 
     def knows(self, module: nn.Module) -> bool:
         """Whether a module and those within it are of the code that was read."""
-        found = {type(each).__name__: type(each) for each in module.modules() if type(each).__name__ in self.code}
-        same = all(gate_fingerprint(made.forward) == self.code[name] for name, made in found.items())
-        return same and found.keys() == self.code.keys()
+        classes = {type(each).__name__: type(each) for each in module.modules() if type(each).__name__ in self.code}
+        same = all(gate_fingerprint(member.forward) == self.code[name] for name, member in classes.items())
+        return same and classes.keys() == self.code.keys()
 
 
 # --- step3p7: the interface's own form -------------------------------------------------------------------------------

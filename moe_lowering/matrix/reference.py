@@ -91,9 +91,9 @@ def _experts(quantisation: str, x: Tensor) -> Tensor:
     """Every expert on every token of x [T, H] float64: [E, T, H]."""
     results = []
     for expert in range(EXPERTS):
-        given = {name: tensor[expert] for name, tensor in expert_weights(quantisation).items()}
-        gate, up = (x @ _dequantise_weight(given, "w13")).tensor_split(2, 1)
-        results.append((gate / (1 + torch.exp(-gate)) * up) @ _dequantise_weight(given, "w2"))
+        weights = {name: tensor[expert] for name, tensor in expert_weights(quantisation).items()}
+        gate, up = (x @ _dequantise_weight(weights, "w13")).tensor_split(2, 1)
+        results.append((gate / (1 + torch.exp(-gate)) * up) @ _dequantise_weight(weights, "w2"))
     return torch.stack(results)
 
 

@@ -59,9 +59,9 @@ class Source:
 
     @property
     def node(self) -> Node:
-        found = self.reader.args[self.index]
-        assert isinstance(found, Node)
-        return found
+        operand = self.reader.args[self.index]
+        assert isinstance(operand, Node)
+        return operand
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,10 +37,10 @@ def as_kernels(form: Form) -> Form:
 
 
 def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premises) -> Replacement:
-    spec, mine = block.spec, Share(emit, block, deployment)
+    spec, share = block.spec, Share(emit, block, deployment)
     with emit.at(block.combine, block.combine):
-        x, scale = quantise_tokens(emit, block, mine)
-        ids, weights = mine.of(emit.rows(block.ids)), mine.of(emit.rows(block.weights))
+        x, scale = quantise_tokens(emit, block, share)
+        ids, weights = share.of(emit.rows(block.ids)), share.of(emit.rows(block.weights))
         for _ in range(SMALL_KERNELS):
             emit.call(aten.clone.default, ids)
         routed = emit_call(emit, ROUTE, route_arguments(x, ids, scale, spec.experts + 1, [0, spec.experts]))

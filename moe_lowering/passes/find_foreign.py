@@ -57,7 +57,7 @@ _TRANSFORMERS = (
 
 
 def find_foreign(
-    graph: Graph, told: Container[Node] = (), not_raised: Mapping[Node, NotRaised] | None = None
+    graph: Graph, reported: Container[Node] = (), not_raised: Mapping[Node, NotRaised] | None = None
 ) -> list[ForeignMoe]:
     """One record for each MoE layer of the graph that is neither generic nor emitted by the pass, in graph order.
 
@@ -77,7 +77,7 @@ def find_foreign(
         for node in nodes:
             if not is_emitted(node):
                 codes.setdefault(node, code)
-    layers = _group_by_layer(sorted(node for node in codes if node not in told))
+    layers = _group_by_layer(sorted(node for node in codes if node not in reported))
     return [_record(nodes, codes, not_raised or {}) for nodes in layers]
 
 

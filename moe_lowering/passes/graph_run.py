@@ -153,31 +153,31 @@ class GraphRun:
         if self.raise_foreign == "off":
             return []
         try:
-            found, self._not_raised = find_foreign_blocks(self.graph, self.deployment)
+            layers, self._not_raised = find_foreign_blocks(self.graph, self.deployment)
         except Exception:  # as in _guarded: nothing was edited yet
             log_warning("moe_lowering: looking for layers that others wrote failed, they are left as they were")
             return []
-        if found:
+        if layers:
             self.surroundings = around_of(self.graph, routes)
         if self.raise_foreign == "auto":
-            return found
+            return layers
         require_choice("GraphRun", "raise_foreign", self.raise_foreign, RAISE_FOREIGN)
         reason = f"[raise.report] recognised, and left: raise_foreign is {self.raise_foreign!r}"
-        self.untouched += [left_as_it_is(block, reason) for block in found]
-        self._told.update(node for block in found for node in block.interior)
+        self.untouched += [left_as_it_is(block, reason) for block in layers]
+        self._told.update(node for block in layers for node in block.interior)
         return []
 
     def _find_first_exchange(self, foreign: list[ForeignBlock]) -> tuple[Node, dict[str, Any]] | None:
         """As ``first_exchange`` has it, of generic operators and of layers that others wrote."""
-        found = [first for first in [first_exchange(self.graph)] if first is not None]
+        exchanges = [first for first in [first_exchange(self.graph)] if first is not None]
         if not self.graph.find_nodes(op="call_function", target=ASSERT_AGREEMENT):
-            found += [(block.x, source_meta(block.result)) for block in foreign if block.ep_size > 1]
-        return min(found, key=lambda pair: pair[0], default=None)
+            exchanges += [(block.x, source_meta(block.result)) for block in foreign if block.ep_size > 1]
+        return min(exchanges, key=lambda pair: pair[0], default=None)
 
     def _lower_all(self, blocks: list[Block], foreign: list[ForeignBlock]) -> list[BlockReport]:
         """Each block and each layer that others wrote, in graph order."""
         reports: list[BlockReport] = []
-        items = [(block.dispatch, block) for block in blocks] + [(found.result, found) for found in foreign]
+        items = [(block.dispatch, block) for block in blocks] + [(layer.result, layer) for layer in foreign]
         for _, item in sorted(items, key=lambda pair: pair[0]):
             if isinstance(item, Block):
                 self._blocks.append(item)
@@ -186,16 +186,16 @@ class GraphRun:
                 reports += self._raise_or_leave(item)
         return reports
 
-    def _raise_or_leave(self, found: ForeignBlock) -> list[BlockReport]:
+    def _raise_or_leave(self, layer: ForeignBlock) -> list[BlockReport]:
         """The report of a layer that others wrote, where it has a block: else it is put with those that were not touched."""
-        self._told.update(found.interior)
+        self._told.update(layer.interior)
         try:
-            block, report = lower_foreign(self, found)
+            block, report = lower_foreign(self, layer)
         except Exception as error:  # as in _guarded: the layer is as it was
             self._enforced.clear()
-            log_warning("moe_lowering: raising failed, %s left as it was", found.result.name, trace=not self._failed)
+            log_warning("moe_lowering: raising failed, %s left as it was", layer.result.name, trace=not self._failed)
             self._failed = True
-            self.untouched.append(left_as_it_is(found, describe_internal_error(error)))
+            self.untouched.append(left_as_it_is(layer, describe_internal_error(error)))
             return []
         if block is None:
             self.untouched.append(report)
@@ -428,8 +428,8 @@ class GraphRun:
 
     def _tokens_of(self, block: Block) -> Node:
         """Its x; of a layer that others wrote the one that stays when the layer is left."""
-        found = self.foreign_blocks.get(block.combine)
-        return block.x if found is None else found.reading(self.replaced).x
+        layer = self.foreign_blocks.get(block.combine)
+        return block.x if layer is None else layer.reading(self.replaced).x
 
     def _declared(self) -> dict[str, int]:
         """The range of T that the deployment declares, if any, for what ``assert_tokens`` says."""
@@ -442,8 +442,8 @@ class GraphRun:
         """The others communicate as they decided, so this rank must not run its generic operators beside them."""
         self._refused.append((block, refused))
         self._refusing.add(block.combine)
-        x, found = self._tokens_of(block), self.foreign_blocks.get(block.combine)
-        position = block.dispatch if found is None else found.first or found.result
+        x, layer = self._tokens_of(block), self.foreign_blocks.get(block.combine)
+        position = block.dispatch if layer is None else layer.first or layer.result
         args = (x, *_assert_bounds(refused.accepted))
         if not any(user.target is ASSERT_TOKENS and user.args == args for user in x.users):
             key = ("refuse", block.spec)

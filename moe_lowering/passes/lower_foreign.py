@@ -41,104 +41,104 @@ class _Left(Exception):
         self.block, self.report, self.refused = block, report, refused
 
 
-def lower_foreign(run: GraphRun, found: ForeignBlock) -> tuple[Block | None, BlockReport]:
+def lower_foreign(run: GraphRun, layer: ForeignBlock) -> tuple[Block | None, BlockReport]:
     """The block in generic form, None where it is not even that, and what became of it.
 
     Raises:
         Exception: what deciding or rewriting raised; the graph is as it was.
     """
-    before = original_operators(found)
-    found = found.reading(run.replaced)
+    before = original_operators(layer)
+    layer = layer.reading(run.replaced)
     block: Block | None
     try:
-        block, report = _lower(run, found)
+        block, report = _lower(run, layer)
     except _Left as left:
         block, report = left.block, dataclasses.replace(left.report, ops_after=before)
         if (
             block is not None and left.refused is not None
         ):  # other ranks may exchange: this one must not run beside them
             run.refuse_to_run(block, left.refused)
-    notes = (*report.notes, *found.notes, *_weights_notes(found), *order_notes(found, report.comm))
-    return block, dataclasses.replace(report, ops_before=before, raised_from=found.form, notes=notes)
+    notes = (*report.notes, *layer.notes, *_weights_notes(layer), *order_notes(layer, report.comm))
+    return block, dataclasses.replace(report, ops_before=before, raised_from=layer.form, notes=notes)
 
 
-def _lower(run: GraphRun, found: ForeignBlock) -> tuple[Block, BlockReport]:
+def _lower(run: GraphRun, layer: ForeignBlock) -> tuple[Block, BlockReport]:
     assert run.fake_mode is not None
-    key = ("raise", found.kind)
+    key = ("raise", layer.kind)
     emit = Emitter(run.graph, run.fake_mode, run.recordings.get(key))
     with run.edits.step(emit.made):
         try:
-            generic = emit_generic(found, emit, run.deployment)
+            generic = emit_generic(layer, emit, run.deployment)
         except (ValueError, TypeError) as error:  # of the generic operators' fake kernels: they know more than a form
             raise _Left(
-                None, left_as_it_is(found, f"[raise.generic] the generic operators refuse it: {error}")
+                None, left_as_it_is(layer, f"[raise.generic] the generic operators refuse it: {error}")
             ) from error
-        same_value(found.result, generic.result)
-        _move_readers(run, found, generic)
+        same_value(layer.result, generic.result)
+        _move_readers(run, layer, generic)
         block = find_block(generic.dispatch, run.surroundings)
         if isinstance(block, str):
-            raise _Left(None, left_as_it_is(found, block))
-        run.foreign_blocks[block.combine] = found
-        run.edits.replace_uses(found.result, generic.result)
+            raise _Left(None, left_as_it_is(layer, block))
+        run.foreign_blocks[block.combine] = layer
+        run.edits.replace_uses(layer.result, generic.result)
         report = run.lower_block(block)
         if report.comm is None:
             raise _Left(block, report, run.take_back(block))
-        if is_unchanged(found, report):
+        if is_unchanged(layer, report):
             run.take_back(block)
-            raise _Left(None, _unchanged(found, report))
-        _erase(run, found, generic, block)
+            raise _Left(None, _unchanged(layer, report))
+        _erase(run, layer, generic, block)
     run.recordings.setdefault(key, emit.recording)
     return block, report
 
 
-def _move_readers(run: GraphRun, found: ForeignBlock, generic: Generic) -> None:
+def _move_readers(run: GraphRun, layer: ForeignBlock, generic: Generic) -> None:
     """Who reads the counts reads those of the generic dispatch; who waits for a value inside waits for x or the result."""
-    if found.counts is not None:
-        same_value(found.counts, generic.counts)
-        inside, swap = {*found.interior}, {found.counts: generic.counts}
-        for user in [user for user in found.counts.users if user not in inside]:
+    if layer.counts is not None:
+        same_value(layer.counts, generic.counts)
+        inside, swap = {*layer.interior}, {layer.counts: generic.counts}
+        for user in [user for user in layer.counts.users if user not in inside]:
             args, kwargs = map_arg((user.args, user.kwargs), lambda node: swap.get(node, node))
             run.edits.set_arguments(user, args, kwargs)
-    for waiter, _ in found.edges:
-        run.edits.set_arguments(waiter, (waiter.args[0], found.result if found.result < waiter else found.x), {})
+    for waiter, _ in layer.edges:
+        run.edits.set_arguments(waiter, (waiter.args[0], layer.result if layer.result < waiter else layer.x), {})
 
 
-def _erase(run: GraphRun, found: ForeignBlock, generic: Generic, block: Block) -> None:
+def _erase(run: GraphRun, layer: ForeignBlock, generic: Generic, block: Block) -> None:
     """What nobody reads any more, and the result's name to what stands for it."""
     dead: set[Node] = set()
-    for node in reversed(found.interior):
+    for node in reversed(layer.interior):
         if all(user in dead for user in node.users):
             dead.add(node)
     run.edits.erase([*dead])
     result = generic.result if generic.result is not generic.combine else run.replacement_of(block)
-    run.edits.take_name(result, found.result)
-    run.replaced[found.result] = result
+    run.edits.take_name(result, layer.result)
+    run.replaced[layer.result] = result
 
 
-def original_operators(found: ForeignBlock) -> tuple[str, ...]:
+def original_operators(layer: ForeignBlock) -> tuple[str, ...]:
     """Names of the operators that a layer consists of, in graph order."""
-    return tuple(operator_name(node) for node in found.interior if node.op == "call_function" and not _is_item(node))
+    return tuple(operator_name(node) for node in layer.interior if node.op == "call_function" and not _is_item(node))
 
 
 def _is_item(node: Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
 
 
-def _weights_notes(found: ForeignBlock) -> Sequence[str]:
-    if not found.w13.joined:
+def _weights_notes(layer: ForeignBlock) -> Sequence[str]:
+    if not layer.w13.joined:
         return ()
-    size = sum(node.meta["val"].numel() * node.meta["val"].element_size() for node in found.w13.nodes)
+    size = sum(node.meta["val"].numel() * node.meta["val"].element_size() for node in layer.w13.nodes)
     return (COMPUTED_EVERY_FORWARD.format(megabytes=size / 2**20),)
 
 
-def _unchanged(found: ForeignBlock, report: BlockReport) -> BlockReport:
+def _unchanged(layer: ForeignBlock, report: BlockReport) -> BlockReport:
     """The report of a layer that is what would be chosen."""
     reason = f"[raise.already] it is written as {report.comm}, which is what would be chosen: left as it is"
-    return dataclasses.replace(report, reason=reason, ops_after=original_operators(found), notes=())
+    return dataclasses.replace(report, reason=reason, ops_after=original_operators(layer), notes=())
 
 
-def left_as_it_is(found: ForeignBlock, reason: str) -> BlockReport:
+def left_as_it_is(layer: ForeignBlock, reason: str) -> BlockReport:
     """The report of a layer that was recognised and not touched."""
-    operators = original_operators(found)
-    name = module_path(found.result)
-    return BlockReport(name, None, reason, operators, operators, {}, raised_from=found.form, notes=found.notes)
+    operators = original_operators(layer)
+    name = module_path(layer.result)
+    return BlockReport(name, None, reason, operators, operators, {}, raised_from=layer.form, notes=layer.notes)

@@ -135,10 +135,10 @@ class _Graph:
         weights = self._weights(reader.weights, ids)
         interior = self._interior(ids, weights)
         self._require_quiet(ids, weights, interior)
-        chosen, taken = self._meaning.of(ids), self._meaning.of(weights)
-        assert isinstance(chosen, Chosen) and isinstance(taken, Taken)
-        raised = _raised(taken, interior, reader.end)
-        return Route(chosen.by.node, weights, ids, spec_of(taken), raised)
+        chosen, weighted = self._meaning.of(ids), self._meaning.of(weights)
+        assert isinstance(chosen, Chosen) and isinstance(weighted, Taken)
+        raised = _raised(weighted, interior, reader.end)
+        return Route(chosen.by.node, weights, ids, spec_of(weighted), raised)
 
     def _selected(self, node: Node) -> Node:
         """The node of the ids as they come from the selection."""
@@ -147,11 +147,11 @@ class _Graph:
             origin = _origin(node)
             seen = f"the ids that the block reads come from {origin.target}"
             raise _NoRouter(_why(chosen) or Reason("router.no_selection", origin, seen, "the ids of a top-k"))
-        made = results(chosen.by.node)
-        if made is None:
+        outputs = results(chosen.by.node)
+        if outputs is None:
             seen = "its result is used as a whole, or one output twice"
             raise _NoRouter(Reason("router.whole_result", chosen.by.node, seen, "each output once"))
-        return made["indices"]
+        return outputs["indices"]
 
     def _weights(self, node: Node, ids: Node) -> Node:
         """The last node on the way to the block that ``route`` computes."""
@@ -160,15 +160,17 @@ class _Graph:
         by = chosen.by
         reasons: list[Reason] = []
         for candidate in _between(node, by.node):
-            taken = self._meaning.of(candidate)
-            if not isinstance(taken, Taken):
-                reasons += [why] if (why := _why(taken)) else []
+            weighted = self._meaning.of(candidate)
+            if not isinstance(weighted, Taken):
+                reasons += [why] if (why := _why(weighted)) else []
                 continue
-            if taken.by != by:
-                seen = f"weights of another selection, {taken.by.node.name}"
+            if weighted.by != by:
+                seen = f"weights of another selection, {weighted.by.node.name}"
                 reasons.append(Reason("router.two_selections", candidate, seen, f"those of {by.node.name}"))
                 continue
-            reason = differs(by, taken, candidate) or _shape_differs(candidate, ids) or _read_elsewhere(by, candidate)
+            reason = (
+                differs(by, weighted, candidate) or _shape_differs(candidate, ids) or _read_elsewhere(by, candidate)
+            )
             if reason is None:
                 return candidate
             reasons.append(reason)
@@ -213,13 +215,13 @@ def _unread(node: Node, depth: int = 4) -> list[Node]:
     """A node and its readers, where none of them is read by anything else: remains of a trace."""
     if not name_of(node) or (node.users and not depth):
         return []
-    found = [node]
+    unread = [node]
     for user in node.users:
         behind = _unread(user, depth - 1)
         if not behind:
             return []
-        found += behind
-    return found
+        unread += behind
+    return unread
 
 
 def _why(value: object) -> Reason | None:
@@ -228,26 +230,26 @@ def _why(value: object) -> Reason | None:
 
 def _between(node: Node, start: Node) -> Iterator[Node]:
     """``node`` and what it is computed from, as far as it comes after ``start``; the latest first."""
-    seen, pending = {node}, [node]
-    while pending and len(seen) < _CONE:
+    visited, pending = {node}, [node]
+    while pending and len(visited) < _CONE:
         for source in pending.pop().all_input_nodes:
-            if source not in seen and start < source:
-                seen.add(source)
+            if source not in visited and start < source:
+                visited.add(source)
                 pending.append(source)
-    return iter(sorted(seen, reverse=True))
+    return iter(sorted(visited, reverse=True))
 
 
 def _read_elsewhere(by: Selection, weights: Node) -> Reason | None:
     """Values of the selection may reach nothing but through the weights: elsewhere they would meet the old order."""
     values = [user for user in by.node.users if user.args[1] == 0 and user is not weights]
-    seen, pending = set(values), list(values)
+    visited, pending = set(values), list(values)
     while pending:
         for user in pending.pop().users:
-            if user is weights or user in seen:
+            if user is weights or user in visited:
                 continue
-            seen.add(user)
+            visited.add(user)
             pending.append(user)
-            if not name_of(user) or len(seen) > _READERS:
+            if not name_of(user) or len(visited) > _READERS:
                 return Reason(
                     "router.read_elsewhere",
                     by.node,
@@ -266,7 +268,7 @@ def _shape_differs(weights: Node, ids: Node) -> Reason | None:
     return Reason("router.shape", weights, seen, "weights of the shape of the ids")
 
 
-def _raised(taken: Taken, interior: tuple[Node, ...], end: Node) -> RaisedRouter:
-    scores = taken.by.scores
+def _raised(weighted: Taken, interior: tuple[Node, ...], end: Node) -> RaisedRouter:
+    scores = weighted.by.scores
     notes = (TIES,) if scores.scoring else (TIES, BY_LOGITS)
     return RaisedRouter(scores.source, scores.bias_source, interior, end, notes)

@@ -19,73 +19,73 @@ _DTYPES = {3: torch.int32, 5: torch.float16, 6: torch.float32, 15: torch.bfloat1
 _INT8, _INT32, _INT64, _FLOAT = torch.int8, torch.int32, torch.int64, torch.float32
 
 
-def _init_routing(given: Given) -> list[Described]:
-    x, ids = given["x"], given["expert_idx"]
+def _init_routing(operands: Given) -> list[Described]:
+    x, ids = operands["x"], operands["expert_idx"]
     slots = ids.shape[0] * ids.shape[1]
-    first, end = given["active_expert_range"]
+    first, end = operands["active_expert_range"]
     return [((slots, x.shape[1]), x.dtype), ((slots,), _INT32), ((end - first,), _INT64), ((slots,), _FLOAT)]
 
 
-def _unpermute(given: Given) -> list[Described]:
-    rows, weights = given["permuted_tokens"], given["probs"]
-    return [((given["sorted_indices"].shape[0] // weights.shape[1], rows.shape[1]), rows.dtype)]
+def _unpermute(operands: Given) -> list[Described]:
+    rows, weights = operands["permuted_tokens"], operands["probs"]
+    return [((operands["sorted_indices"].shape[0] // weights.shape[1], rows.shape[1]), rows.dtype)]
 
 
-def _grouped_matmul(given: Given) -> list[Described]:
-    x, weight = given["x"][0], given["weight"][0]
+def _grouped_matmul(operands: Given) -> list[Described]:
+    x, weight = operands["x"][0], operands["weight"][0]
     wide = weight.shape[-1] * (8 if weight.dtype == _INT32 else 1)
-    dtype = x.dtype if given["output_dtype"] is None else _DTYPES[given["output_dtype"]]
+    dtype = x.dtype if operands["output_dtype"] is None else _DTYPES[operands["output_dtype"]]
     return [((x.shape[0], wide), dtype)]
 
 
 def _halved(name: str) -> Callable[[Given], list[Described]]:
-    return lambda given: [((given[name].shape[0], given[name].shape[1] // 2), given[name].dtype)]
+    return lambda operands: [((operands[name].shape[0], operands[name].shape[1] // 2), operands[name].dtype)]
 
 
-def _dynamic_quant(given: Given) -> list[Described]:
-    x = given["input"]
+def _dynamic_quant(operands: Given) -> list[Described]:
+    x = operands["input"]
     return [(tuple(x.shape), _INT8), (tuple(x.shape[:-1]), _FLOAT)]
 
 
-def _swiglu_quant(given: Given) -> list[Described]:
-    rows, wide = given["x"].shape[0], given["weight_scale"][0].shape[-1]
+def _swiglu_quant(operands: Given) -> list[Described]:
+    rows, wide = operands["x"].shape[0], operands["weight_scale"][0].shape[-1]
     return [((rows, wide // 2), _INT8), ((rows,), _FLOAT)]
 
 
-def _dequant_swiglu_quant(given: Given) -> list[Described]:
-    rows, wide = given["x"].shape
+def _dequant_swiglu_quant(operands: Given) -> list[Described]:
+    rows, wide = operands["x"].shape
     return [((rows, wide // 2), _INT8), ((rows,), _FLOAT)]
 
 
-def _dispatch(given: Given) -> list[Described]:
+def _dispatch(operands: Given) -> list[Described]:
     """Of a rank with routed experts."""
-    x, ids, ranks = given["x"], given["expert_ids"], given["ep_world_size"]
+    x, ids, ranks = operands["x"], operands["expert_ids"], operands["ep_world_size"]
     tokens, top_k = ids.shape
-    local = given["moe_expert_num"] // (ranks - given["shared_expert_rank_num"])
-    everyone = given["global_bs"] or tokens * ranks
+    local = operands["moe_expert_num"] // (ranks - operands["shared_expert_rank_num"])
+    everyone = operands["global_bs"] or tokens * ranks
     rows = everyone * min(local, top_k)
     received, expand = ranks * local, 0
-    if given["expert_scales"] is not None:
+    if operands["expert_scales"] is not None:
         received, expand = received + everyone * 2 * top_k * (ranks // 8), rows
     return [
-        ((rows * max(1, given["tp_world_size"]), x.shape[1]), _INT8 if given["quant_mode"] else x.dtype),
+        ((rows * max(1, operands["tp_world_size"]), x.shape[1]), _INT8 if operands["quant_mode"] else x.dtype),
         ((rows,), _FLOAT),
         ((max(tokens * top_k, rows * 128),), _INT32),
         ((local,), _INT64),
         ((received,), _INT32),
-        ((given["tp_world_size"],), _INT32),
+        ((operands["tp_world_size"],), _INT32),
         ((expand,), _FLOAT),
     ]
 
 
-def _combine(given: Given) -> list[Described]:
-    return [((given["expert_ids"].shape[0], given["expand_x"].shape[1]), given["expand_x"].dtype)]
+def _combine(operands: Given) -> list[Described]:
+    return [((operands["expert_ids"].shape[0], operands["expand_x"].shape[1]), operands["expand_x"].dtype)]
 
 
-def _fused(given: Given) -> list[Described]:
-    weights = given["w13"]
+def _fused(operands: Given) -> list[Described]:
+    weights = operands["w13"]
     local = weights[0].shape[0] if len(weights) == 1 and weights[0].dim() == 3 else len(weights)
-    return [(tuple(given["x"].shape), given["x"].dtype), ((local,), _INT32)]
+    return [(tuple(operands["x"].shape), operands["x"].dtype), ((local,), _INT32)]
 
 
 RESULTS: dict[str, Callable[[Given], list[Described]]] = {

@@ -130,24 +130,24 @@ def rates_in(deployment: Deployment) -> Rates:
 
 
 def _cheapest(
-    forms: dict[str, str], spec: BlockSpec, deployment: Deployment, tokens: int, asked: str
+    forms: dict[str, str], spec: BlockSpec, deployment: Deployment, tokens: int, prefix: str
 ) -> tuple[str, str]:
     """The cheapest of some legal forms, by implementation, and why."""
     if len(forms) == 1:  # nothing to compare: no price is worked out
         (name,) = forms
-        return name, f"{asked}{name} is the only legal one"
+        return name, f"{prefix}{name} is the only legal one"
     rates = rates_in(deployment)
     prices = {name: price_of(name, form, spec, deployment, tokens, rates) for name, form in forms.items()}
     best, tied = choose_cheapest(prices, forms)
-    said = f"{asked}{_said(prices[best])}"
+    text = f"{prefix}{_said(prices[best])}"
     if others := [name for name in prices if name != best and name not in tied]:
-        said += f" against {', '.join(f'{name} {_said(prices[name])}' for name in others)}"
+        text += f" against {', '.join(f'{name} {_said(prices[name])}' for name in others)}"
     if tied:
-        said += (
+        text += (
             f"; a tie with {', '.join(f'{name} {_said(prices[name])}' for name in tied)}, as the difference is within its error: "
             "the simpler one is taken"
         )
-    return best, said
+    return best, text
 
 
 def _said(price: Price) -> str:

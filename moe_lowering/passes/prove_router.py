@@ -15,9 +15,9 @@ from moe_lowering.passes.router_values import Groups, Reason, Scores, Selection,
 _LOWEST = -3.38e38  # what is lower is lower than any score with a bias: the least finite bfloat16 and float32
 
 
-def differs(by: Selection, taken: Taken, at: Node) -> Reason | None:
+def differs(by: Selection, weighted: Taken, at: Node) -> Reason | None:
     """Why a selection and the weights at it are not what ``route`` computes; None when they are."""
-    chosen, weighed = by.scores, taken.scores
+    chosen, weighed = by.scores, weighted.scores
     if chosen.logits is not weighed.logits:
         why = chosen.why or weighed.why
         seen = f"experts are chosen by {chosen.logits.name} and weighted by {weighed.logits.name}"
@@ -80,22 +80,22 @@ def _groups(scores: Scores) -> Groups:
     return groups if groups is not None and groups.kept < groups.count else Groups(1, 1, "max")
 
 
-def spec_of(taken: Taken) -> RouteSpec:
+def spec_of(weighted: Taken) -> RouteSpec:
     """What ``route`` is to compute for weights that do not differ."""
-    scores, logits = taken.by.scores, val(taken.by.scores.logits)
+    scores, logits = weighted.by.scores, val(weighted.by.scores.logits)
     assert logits is not None
     groups, bias = _groups(scores), val(scores.bias)
     return RouteSpec(
         rows=token_count(logits.shape),
         experts=int(logits.shape[-1]),
-        top_k=taken.by.k,
-        scoring=taken.scores.scoring,
-        renormalize=taken.renormalised,
+        top_k=weighted.by.k,
+        scoring=weighted.scores.scoring,
+        renormalize=weighted.renormalised,
         num_groups=groups.count,
         topk_groups=groups.kept,
         group_score=groups.score,
-        scale=1.0 if taken.scale is None else taken.scale,
+        scale=1.0 if weighted.scale is None else weighted.scale,
         has_bias=scores.bias is not None,
         key=(shape_key(logits), None if bias is None else shape_key(bias)),
-        epsilon=taken.epsilon,
+        epsilon=weighted.epsilon,
     )

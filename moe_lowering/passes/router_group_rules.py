@@ -66,20 +66,20 @@ VIEWS = (
 
 @rule("amax")
 def _amax(meaning: Meaning, node: Node) -> Value | None:
-    given = meaning.of(node.args[0])
-    plain = isinstance(given, Grouped) and is_last(node.args[0], arg(node, 1, "dim")) and not keeps_axis(node)
-    return GroupScore(given, "max") if isinstance(given, Grouped) and plain else None
+    value = meaning.of(node.args[0])
+    plain = isinstance(value, Grouped) and is_last(node.args[0], arg(node, 1, "dim")) and not keeps_axis(node)
+    return GroupScore(value, "max") if isinstance(value, Grouped) and plain else None
 
 
 @rule("sum")
 def _sum(meaning: Meaning, node: Node) -> Value | None:
-    given = meaning.of(node.args[0])
+    value = meaning.of(node.args[0])
     if not is_last(node.args[0], arg(node, 1, "dim")):
         return None
-    if isinstance(given, BestTwo) and not keeps_axis(node):
-        return GroupScore(given.of, "top2_sum") if dtype_of(node) == dtype_of(node.args[0]) else None
-    if isinstance(given, Taken) and not given.rounded and dtype_of(node) is torch.float32:
-        return Total(given)
+    if isinstance(value, BestTwo) and not keeps_axis(node):
+        return GroupScore(value.of, "top2_sum") if dtype_of(node) == dtype_of(node.args[0]) else None
+    if isinstance(value, Taken) and not value.rounded and dtype_of(node) is torch.float32:
+        return Total(value)
     return None
 
 
@@ -111,33 +111,33 @@ def _takes_all(base: Any, ids: Any) -> bool:
 
 @rule("bitwise_not", "logical_not")
 def _not(meaning: Meaning, node: Node) -> Value | None:
-    given = meaning.of(node.args[0])
+    value = meaning.of(node.args[0])
     if dtype_of(node) is not torch.bool or val(node.args[0]) is None:
         return None
     if name_of(node) == "bitwise_not" and dtype_of(node.args[0]) is not torch.bool:
         return None
-    return _flipped(given)
+    return _flipped(value)
 
 
 @rule("eq", "ne")
 def _compared(meaning: Meaning, node: Node) -> Value | None:
-    given, number = meaning.of(node.args[0]), node.args[1]
+    value, number = meaning.of(node.args[0]), node.args[1]
     if not is_number(number) or number not in (0, 1):
         return None
-    return given if (name_of(node) == "eq") == (number == 1) and isinstance(given, Mask) else _flipped(given)
+    return value if (name_of(node) == "eq") == (number == 1) and isinstance(value, Mask) else _flipped(value)
 
 
-def _flipped(given: Value) -> Value | None:
-    if isinstance(given, Mask):
-        return dataclasses.replace(given, keeps=not given.keeps)
-    if isinstance(given, Const) and given.number in (0.0, 1.0):
-        return Const(1.0 - given.number)
+def _flipped(value: Value) -> Value | None:
+    if isinstance(value, Mask):
+        return dataclasses.replace(value, keeps=not value.keeps)
+    if isinstance(value, Const) and value.number in (0.0, 1.0):
+        return Const(1.0 - value.number)
     return None
 
 
 @rule("masked_fill")
 def _masked_fill(meaning: Meaning, node: Node) -> Value | None:
-    scores, mask, put = (meaning.of(given) for given in node.args[:3])
+    scores, mask, put = (meaning.of(operand) for operand in node.args[:3])
     return dropped(node, scores, mask, False, put) if same_sizes(node, node.args[0]) else None
 
 
@@ -145,22 +145,22 @@ def _masked_fill(meaning: Meaning, node: Node) -> Value | None:
 def _where(meaning: Meaning, node: Node) -> Value | None:
     if len(node.args) < 3:
         return None
-    mask, yes, no = (meaning.of(given) for given in node.args[:3])
+    mask, yes, no = (meaning.of(operand) for operand in node.args[:3])
     if isinstance(yes, Const) and same_sizes(node, node.args[2]):
         return dropped(node, no, mask, False, yes)
     return dropped(node, yes, mask, True, no) if same_sizes(node, node.args[1]) else None
 
 
-def dropped(node: Node, given: Value, mask: Value, keeps: bool, put: Value) -> Value | None:
+def dropped(node: Node, value: Value, mask: Value, keeps: bool, put: Value) -> Value | None:
     """Scores with the number ``put`` where the mask says not to keep them (``keeps``: it says which to keep)."""
-    if not isinstance(put, Const) or not isinstance(given, (Scores, Grouped)):
+    if not isinstance(put, Const) or not isinstance(value, (Scores, Grouped)):
         return None
     if isinstance(mask, Const):
-        return given if mask.number == (1.0 if keeps else 0.0) else None
-    if not isinstance(mask, Mask) or mask.level != ("expert" if isinstance(given, Scores) else "spread"):
+        return value if mask.number == (1.0 if keeps else 0.0) else None
+    if not isinstance(mask, Mask) or mask.level != ("expert" if isinstance(value, Scores) else "spread"):
         return None
-    scores = given if isinstance(given, Scores) else given.scores
-    if isinstance(given, Grouped) and given.count != mask.groups.count:
+    scores = value if isinstance(value, Scores) else value.scores
+    if isinstance(value, Grouped) and value.count != mask.groups.count:
         return None
     if mask.keeps != keeps:
         seen = "scores of the best groups are dropped"
@@ -169,7 +169,7 @@ def dropped(node: Node, given: Value, mask: Value, keeps: bool, put: Value) -> V
         seen = "the groups are chosen by other scores than they mask"
         return Opaque(node, Reason("router.group_scores", node, seen, "the same scores"))
     done = dataclasses.replace(scores, groups=mask.groups, fill=put.number)
-    return done if isinstance(given, Scores) else Grouped(done, given.count)
+    return done if isinstance(value, Scores) else Grouped(done, value.count)
 
 
 # --------------------------------------------------------------------------------------- casts, views, constant tensors
@@ -179,81 +179,81 @@ def dropped(node: Node, given: Value, mask: Value, keeps: bool, put: Value) -> V
 def _cast(meaning: Meaning, node: Node) -> Value | None:
     if not is_plain_cast(node):
         return None
-    given, dtype, before = meaning.of(node.args[0]), dtype_of(node), dtype_of(node.args[0])
-    if isinstance(given, (Mask, Const)):
-        return given if isinstance(given, Mask) or given.number in (0.0, 1.0) else None
+    value, dtype, before = meaning.of(node.args[0]), dtype_of(node), dtype_of(node.args[0])
+    if isinstance(value, (Mask, Const)):
+        return value if isinstance(value, Mask) or value.number in (0.0, 1.0) else None
     if dtype == before:
-        return given
-    if isinstance(given, Chosen):
-        return given if dtype in INTEGERS else None
-    if isinstance(given, Scores):
+        return value
+    if isinstance(value, Chosen):
+        return value if dtype in INTEGERS else None
+    if isinstance(value, Scores):
         if dtype in FLOAT16 and before is torch.float32:
-            return dataclasses.replace(given, rounded=dtype)
-        return given if (before, dtype) in EXACT else None
-    if isinstance(given, Taken):
-        if not given.scores.scoring:
-            return given if (before, dtype) in EXACT else None
-        narrow = dtype in FLOAT16 and before is torch.float32 and not given.rounded
-        return dataclasses.replace(given, rounded=True) if narrow else None
+            return dataclasses.replace(value, rounded=dtype)
+        return value if (before, dtype) in EXACT else None
+    if isinstance(value, Taken):
+        if not value.scores.scoring:
+            return value if (before, dtype) in EXACT else None
+        narrow = dtype in FLOAT16 and before is torch.float32 and not value.rounded
+        return dataclasses.replace(value, rounded=True) if narrow else None
     return None
 
 
 @rule(*VIEWS)
 def _view(meaning: Meaning, node: Node) -> Value | None:
     """Nothing here changes the order of elements, so the last sizes tell what the axes are."""
-    given = meaning.of(node.args[0])
-    if isinstance(given, Const):
-        return given
-    if name_of(node) == "expand" and not isinstance(given, Mask) and not same_sizes(node, node.args[0]):
+    value = meaning.of(node.args[0])
+    if isinstance(value, Const):
+        return value
+    if name_of(node) == "expand" and not isinstance(value, Mask) and not same_sizes(node, node.args[0]):
         return None
-    if isinstance(given, Scores):
-        return _viewed_scores(given, node)
-    if isinstance(given, Grouped):
+    if isinstance(value, Scores):
+        return _viewed_scores(value, node)
+    if isinstance(value, Grouped):
         if last(node, 2) == last(node.args[0], 2):
-            return given
+            return value
         grouped = last(node.args[0], 2)
-        return given.scores if grouped is not None and last(node) == (grouped[0] * grouped[1],) else None
-    if isinstance(given, Mask):
-        return _viewed_mask(given, node)
-    if isinstance(given, Total):
-        return given if last(node) == (1,) or same_sizes(node, node.args[0]) else None
-    if isinstance(given, (Chosen, Taken)):
-        return given if last(node) == (given.by.k,) and last(node.args[0]) == last(node) else None
-    return given if same_sizes(node, node.args[0]) and isinstance(given, (BestTwo, GroupScore, GroupIds)) else None
+        return value.scores if grouped is not None and last(node) == (grouped[0] * grouped[1],) else None
+    if isinstance(value, Mask):
+        return _viewed_mask(value, node)
+    if isinstance(value, Total):
+        return value if last(node) == (1,) or same_sizes(node, node.args[0]) else None
+    if isinstance(value, (Chosen, Taken)):
+        return value if last(node) == (value.by.k,) and last(node.args[0]) == last(node) else None
+    return value if same_sizes(node, node.args[0]) and isinstance(value, (BestTwo, GroupScore, GroupIds)) else None
 
 
-def _viewed_scores(given: Scores, node: Node) -> Value | None:
+def _viewed_scores(value: Scores, node: Node) -> Value | None:
     before, after, pair = last(node.args[0]), last(node), last(node, 2)
     if before is None or after is None:
         return None
     if after == before:
-        return given
+        return value
     if pair is not None and pair[0] * pair[1] == before[0] and pair[0] > 1:
-        return Grouped(given, pair[0])
+        return Grouped(value, pair[0])
     return None
 
 
-def _viewed_mask(given: Mask, node: Node) -> Value | None:
+def _viewed_mask(value: Mask, node: Node) -> Value | None:
     """From groups to experts, by a new last axis that is repeated and merged."""
-    count, before, after, pair = given.groups.count, node.args[0], last(node), last(node, 2)
+    count, before, after, pair = value.groups.count, node.args[0], last(node), last(node, 2)
     if same_sizes(node, before):
-        return given
-    width = last(given.ids.of.of.scores.source.node)
+        return value
+    width = last(value.ids.of.of.scores.source.node)
     each = width[0] // count if width is not None else 0
     if name_of(node) == "expand":
-        grows = given.level == "spread" and last(before, 2) == (count, 1) and pair == (count, each)
+        grows = value.level == "spread" and last(before, 2) == (count, 1) and pair == (count, each)
         first, second = val(before), val(node)
         assert first is not None and second is not None
         lead = [size_key(s) for s in first.shape[:-1]] == [size_key(s) for s in second.shape[:-1]]
-        return given if grows and lead else None
-    if given.level == "group" and pair == (count, 1):
-        return dataclasses.replace(given, level="spread")
-    if given.level == "group" and after == (count,):
-        return given
-    if given.level == "spread" and last(before, 2) == (count, each):
+        return value if grows and lead else None
+    if value.level == "group" and pair == (count, 1):
+        return dataclasses.replace(value, level="spread")
+    if value.level == "group" and after == (count,):
+        return value
+    if value.level == "spread" and last(before, 2) == (count, each):
         if after == (count * each,):
-            return dataclasses.replace(given, level="expert")
-        return given if pair == (count, each) else None
+            return dataclasses.replace(value, level="expert")
+        return value if pair == (count, each) else None
     return None
 
 

@@ -48,8 +48,8 @@ class Meaning:
             if self._left:
                 self._left -= 1
                 rule = RULES.get(name_of(node))
-                found = rule(self, node) if rule is not None and val(node) is not None else None
-                self._known[node] = Opaque(node, self._why(node)) if found is None else found
+                meaning = rule(self, node) if rule is not None and val(node) is not None else None
+                self._known[node] = Opaque(node, self._why(node)) if meaning is None else meaning
         return self._known[node]
 
     def _why(self, node: Node) -> Reason | None:
@@ -124,12 +124,12 @@ def source(reader: Node, index: int) -> Source | None:
     return Source(reader, index) if val(node) is not None else None
 
 
-def raw(reader: Node, index: int, given: Value) -> Scores | None:
+def raw(reader: Node, index: int, value: Value) -> Scores | None:
     """An argument as logits that nothing has scored."""
-    found = source(reader, index)
-    if found is None:
+    logits = source(reader, index)
+    if logits is None:
         return None
-    return Scores(found.node, found, why=given.why if isinstance(given, Opaque) else None)
+    return Scores(logits.node, logits, why=value.why if isinstance(value, Opaque) else None)
 
 
 def same_lead(a: Any, b: Any) -> bool:

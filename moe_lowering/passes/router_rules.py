@@ -53,11 +53,11 @@ from moe_lowering.passes.router_values import (
 def _softmax(meaning: Meaning, node: Node) -> Value | None:
     if not is_last(node, arg(node, 1, "dim")):
         return None
-    given = meaning.of(node.args[0])
+    value = meaning.of(node.args[0])
     if not _keeps_precision(node):
         return None
-    if isinstance(given, Taken):
-        return _softmax_of_chosen(given, node)
+    if isinstance(value, Taken):
+        return _softmax_of_chosen(value, node)
     return _scored(node, node, "softmax")
 
 
@@ -67,20 +67,20 @@ def _keeps_precision(node: Node) -> bool:
     return before is not None and (before.dtype == dtype_of(node) or (before.dtype, dtype_of(node)) in EXACT)
 
 
-def _softmax_of_chosen(given: Taken, node: Node) -> Value | None:
+def _softmax_of_chosen(value: Taken, node: Node) -> Value | None:
     """The softmax over the k best logits is the softmax over all of them, divided by the sum of the k."""
-    if given.scores.scoring or given != Taken(given.by, given.scores):
+    if value.scores.scoring or value != Taken(value.by, value.scores):
         return None
-    scores = dataclasses.replace(given.scores, scoring="softmax")
+    scores = dataclasses.replace(value.scores, scoring="softmax")
     if dtype_of(node) not in (torch.float32, *FLOAT16):
         return None
-    return Taken(given.by, scores, renormalised=True, rounded=dtype_of(node) in FLOAT16)
+    return Taken(value.by, scores, renormalised=True, rounded=dtype_of(node) in FLOAT16)
 
 
 @rule("sigmoid")
 def _sigmoid(meaning: Meaning, node: Node) -> Value | None:
-    given = meaning.of(node.args[0])
-    if isinstance(given, Taken) and not given.scores.scoring:
+    value = meaning.of(node.args[0])
+    if isinstance(value, Taken) and not value.scores.scoring:
         return Opaque(
             node,
             Reason(
@@ -105,29 +105,29 @@ def _sqrt(meaning: Meaning, node: Node) -> Value | None:
 
 
 def _scored(node: Node, reader: Node, scoring: str) -> Value | None:
-    found = source(reader, 0)
-    if found is None or dtype_of(node) not in (torch.float32, *FLOAT16):
+    logits = source(reader, 0)
+    if logits is None or dtype_of(node) not in (torch.float32, *FLOAT16):
         return None
     rounded = dtype_of(node) if dtype_of(node) in FLOAT16 else None
-    return Scores(found.node, found, scoring, rounded=rounded)
+    return Scores(logits.node, logits, scoring, rounded=rounded)
 
 
 @rule("add")
 def _add(meaning: Meaning, node: Node) -> Value | None:
     if arg(node, 2, "alpha", 1) != 1 or len(node.args) < 2:
         return None
-    values = [meaning.of(given) for given in node.args[:2]]
-    for at, given in enumerate(values):
+    values = [meaning.of(operand) for operand in node.args[:2]]
+    for at, operand in enumerate(values):
         other = node.args[1 - at]
         if (
-            isinstance(given, Total)
-            and given.epsilon is None
+            isinstance(operand, Total)
+            and operand.epsilon is None
             and _is_epsilon(other)
             and dtype_of(node) is torch.float32
         ):
-            return dataclasses.replace(given, epsilon=float(other))  # type: ignore[arg-type]
-        if isinstance(given, Scores) and given.scoring and isinstance(other, Node):
-            return _biased(given, values[1 - at], node, 1 - at)
+            return dataclasses.replace(operand, epsilon=float(other))  # type: ignore[arg-type]
+        if isinstance(operand, Scores) and operand.scoring and isinstance(other, Node):
+            return _biased(operand, values[1 - at], node, 1 - at)
     return None
 
 
@@ -138,31 +138,31 @@ def _is_epsilon(number: Any) -> bool:
 def _biased(scores: Scores, other: Value, node: Node, at: int) -> Value | None:
     if not isinstance(other, Opaque):
         return None
-    found = _bias_source(node, at)
-    if found is None or last(found.node) != last(node):
+    bias = _bias_source(node, at)
+    if bias is None or last(bias.node) != last(node):
         seen = f"{node.args[at]} is added to the scores"
         return Opaque(node, Reason("router.bias_shape", node, seen, "a bias [E], the same for all tokens"))
     if scores.bias is not None or scores.groups is not None or not same_sizes(node, node.args[1 - at]):
         return None
     if dtype_of(node) is not torch.float32 and scores.rounded is None:
         return None
-    return dataclasses.replace(scores, bias=found.node, bias_source=found)
+    return dataclasses.replace(scores, bias=bias.node, bias_source=bias)
 
 
 def _bias_source(node: Node, at: int) -> Source | None:
     """The one-dimensional tensor that an argument is, or is a view of with leading axes of 1."""
     reader, index = node, at
     while True:
-        found = reader.args[index] if len(reader.args) > index else None
-        value = val(found)
+        operand = reader.args[index] if len(reader.args) > index else None
+        value = val(operand)
         if value is None or any(type(size) is not int or size != 1 for size in value.shape[:-1]):
             return None
         if value.dim() == 1:
             return Source(reader, index)
-        assert isinstance(found, Node)
-        if name_of(found) not in ("view", "reshape", "unsqueeze", "_unsafe_view"):
+        assert isinstance(operand, Node)
+        if name_of(operand) not in ("view", "reshape", "unsqueeze", "_unsafe_view"):
             return None
-        reader, index = found, 0
+        reader, index = operand, 0
 
 
 # ------------------------------------------------------------------------------------------------------------ selection
@@ -177,17 +177,17 @@ def _getitem(meaning: Meaning, node: Node) -> Value | None:
     k, dim, largest = _chosen(called)
     if k is None or not is_last(called.args[0], dim):
         return None
-    given = meaning.of(called.args[0])
+    value = meaning.of(called.args[0])
     if largest is not True:
         seen = "the smallest are taken"
         return Opaque(node, Reason("router.smallest", called, seen, "the largest"))
-    if isinstance(given, Grouped):
+    if isinstance(value, Grouped):
         if name == "topk" and k == 2 and index == 0:
-            return BestTwo(given)
-        return GroupScore(given, "max") if name == "max" and index == 0 and not keeps_axis(called) else None
-    if isinstance(given, GroupScore):
-        return GroupIds(given, k) if name == "topk" and index == 1 else None
-    return _select(called, given, k, bool(index == 1)) if name == "topk" or keeps_axis(called) else None
+            return BestTwo(value)
+        return GroupScore(value, "max") if name == "max" and index == 0 and not keeps_axis(called) else None
+    if isinstance(value, GroupScore):
+        return GroupIds(value, k) if name == "topk" and index == 1 else None
+    return _select(called, value, k, bool(index == 1)) if name == "topk" or keeps_axis(called) else None
 
 
 def _chosen(node: Node) -> tuple[int | None, Any, Any]:
@@ -198,8 +198,8 @@ def _chosen(node: Node) -> tuple[int | None, Any, Any]:
     return 1 if name_of(node) == "max" and len(node.args) > 1 else None, arg(node, 1, "dim"), True
 
 
-def _select(called: Node, given: Value, k: int, is_ids: bool) -> Value | None:
-    scores = given if isinstance(given, Scores) else raw(called, 0, given)
+def _select(called: Node, value: Value, k: int, is_ids: bool) -> Value | None:
+    scores = value if isinstance(value, Scores) else raw(called, 0, value)
     if scores is None or last(called.args[0]) is None:
         return None
     by = Selection(called, scores, k)
@@ -210,10 +210,10 @@ def _select(called: Node, given: Value, k: int, is_ids: bool) -> Value | None:
 def _gather(meaning: Meaning, node: Node) -> Value | None:
     if len(node.args) < 3 or not is_last(node.args[0], node.args[1]):
         return None
-    given, ids = meaning.of(node.args[0]), meaning.of(node.args[2])
+    value, ids = meaning.of(node.args[0]), meaning.of(node.args[2])
     if not isinstance(ids, Chosen) or not same_lead(node.args[0], node.args[2]):
         return None
-    scores = given if isinstance(given, Scores) else raw(node, 0, given)
+    scores = value if isinstance(value, Scores) else raw(node, 0, value)
     return None if scores is None else Taken(ids.by, scores)
 
 
@@ -224,25 +224,25 @@ def _gather(meaning: Meaning, node: Node) -> Value | None:
 def _div(meaning: Meaning, node: Node) -> Value | None:
     if "rounding_mode" in node.kwargs or len(node.args) < 2:
         return None
-    given, total = meaning.of(node.args[0]), meaning.of(node.args[1])
-    if not isinstance(given, Taken) or not isinstance(total, Total) or total.of != given:
+    value, total = meaning.of(node.args[0]), meaning.of(node.args[1])
+    if not isinstance(value, Taken) or not isinstance(total, Total) or total.of != value:
         return None
-    if given.renormalised or given.scale is not None or given.rounded or dtype_of(node) is not torch.float32:
+    if value.renormalised or value.scale is not None or value.rounded or dtype_of(node) is not torch.float32:
         return None
-    if not given.scores.scoring or last(node.args[1]) != (1,) or not same_lead(node.args[0], node.args[1]):
+    if not value.scores.scoring or last(node.args[1]) != (1,) or not same_lead(node.args[0], node.args[1]):
         return None
-    return dataclasses.replace(given, renormalised=True, epsilon=total.epsilon or 0.0)
+    return dataclasses.replace(value, renormalised=True, epsilon=total.epsilon or 0.0)
 
 
 @rule("mul")
 def _mul(meaning: Meaning, node: Node) -> Value | None:
     if len(node.args) < 2:
         return None
-    given, other = meaning.of(node.args[0]), node.args[1]
-    if isinstance(given, Taken) and is_number(other) and math.isfinite(other):  # type: ignore[arg-type]
-        plain = given.scale is None and not given.rounded and given.scores.scoring and dtype_of(node) is torch.float32
-        return dataclasses.replace(given, scale=float(other)) if plain else None  # type: ignore[arg-type]
-    values = (given, meaning.of(other))
+    value, other = meaning.of(node.args[0]), node.args[1]
+    if isinstance(value, Taken) and is_number(other) and math.isfinite(other):  # type: ignore[arg-type]
+        plain = value.scale is None and not value.rounded and value.scores.scoring and dtype_of(node) is torch.float32
+        return dataclasses.replace(value, scale=float(other)) if plain else None  # type: ignore[arg-type]
+    values = (value, meaning.of(other))
     for at, (scores, mask) in enumerate((values, values[::-1])):
         if isinstance(scores, (Scores, Grouped)) and isinstance(mask, (Mask, Const)) and isinstance(other, Node):
             return dropped(node, scores, mask, True, Const(0.0)) if same_sizes(node, node.args[at]) else None

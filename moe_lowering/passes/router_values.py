@@ -80,8 +80,8 @@ class Scores:
 
     def alike(self, other: Scores) -> bool:
         """Whether both are the same numbers but for what groups drop."""
-        mine = (self.logits, self.scoring, self.bias, self.rounded)
-        return mine == (other.logits, other.scoring, other.bias, other.rounded)
+        own = (self.logits, self.scoring, self.bias, self.rounded)
+        return own == (other.logits, other.scoring, other.bias, other.rounded)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,10 +46,10 @@ class CountedOperator:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = complete(self.__name__, {**dict(zip(self._parameters, args, strict=False)), **kwargs})
-        made = [_empty(shape, dtype) for shape, dtype in RESULTS[self.__name__](bound)]
+        outputs = [_empty(shape, dtype) for shape, dtype in RESULTS[self.__name__](bound)]
         if self.__name__ in IN_A_LIST:
-            return made
-        return made[0] if len(made) == 1 else tuple(made)
+            return outputs
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 @functools.cache

@@ -124,10 +124,10 @@ class _Reader:
             sent, ranks = self._collective(node, traffic)
             return Work("exchange", kernels, copied, sent=sent, ranks=ranks)
         if traffic.name in (_DISPATCH, _COMBINE):
-            there = traffic.name == _DISPATCH
-            int8 = there and traffic.written[0].dtype == torch.int8
+            is_dispatch = traffic.name == _DISPATCH
+            int8 = is_dispatch and traffic.written[0].dtype == torch.int8
             sent = self._to_experts(int8)
-            return Work("dispatch" if there else "combine", kernels, copied, sent=sent, ranks=self.spec.ep_size)
+            return Work("dispatch" if is_dispatch else "combine", kernels, copied, sent=sent, ranks=self.spec.ep_size)
         if traffic.name in _FUSED:
             return self._fused(traffic, kernels, copied)
         moved = copied + self._moved(traffic)
@@ -143,13 +143,13 @@ class _Reader:
 
     def _moved(self, traffic: Traffic) -> int:
         parameters, results = _VALID_ROWS.get(traffic.name, ((), False))
-        given = sum(
+        read_bytes = sum(
             self._part(value) if name in parameters else _bytes(value)
             for name, values in traffic.given.items()
             for value in values
         )
         large = max((int(value.shape[0]) for value in traffic.written if value.dim()), default=0)
-        return given + sum(
+        return read_bytes + sum(
             self._part(value) if results and value.dim() and value.shape[0] == large else _bytes(value)
             for value in traffic.written
         )
@@ -161,11 +161,11 @@ class _Reader:
 
     def _collective(self, node: Node, traffic: Traffic) -> tuple[Sent, int]:
         """Bytes that a rank sends to others, and how many ranks there are."""
-        given, made = sum(map(_bytes, traffic.all_given)), sum(map(_bytes, traffic.written))
+        read_bytes, written_bytes = sum(map(_bytes, traffic.all_given)), sum(map(_bytes, traffic.written))
         ranks = self.spec.tp_size if self.spec.tp_group in node.args else self.spec.ep_size
         if traffic.name == "all_gather_into_tensor":
-            ranks, given = int(node.args[1]), made  # type: ignore[arg-type]
-        return split_by_tier(given, ranks, self.ranks_per_node), ranks
+            ranks, read_bytes = int(node.args[1]), written_bytes  # type: ignore[arg-type]
+        return split_by_tier(read_bytes, ranks, self.ranks_per_node), ranks
 
     def _to_experts(self, int8: bool) -> Sent:
         """Bytes of this rank's rows to the experts' ranks, or back."""

@@ -50,7 +50,7 @@ def _best(points: list[tuple[float, int, float]], distinct: int, least_us: float
     least = [least_us, 0.0, 0.0]
     lines = [[1 / us, ideal / us, ideal * steps / us] for ideal, steps, us in points]
     rest = [1 - least_us / us for *_, us in points]
-    found: tuple[float, list[float]] | None = None
+    best: tuple[float, list[float]] | None = None
     for count in range(1, min(3, distinct) + 1):
         for chosen in itertools.combinations(range(3), count):
             solved = _solve([[line[at] for at in chosen] for line in lines], rest)
@@ -58,9 +58,9 @@ def _best(points: list[tuple[float, int, float]], distinct: int, least_us: float
                 continue
             figures = [least[at] + (solved[chosen.index(at)] if at in chosen else 0.0) for at in range(3)]
             squares = sum((sum(a * b for a, b in zip(line, figures, strict=True)) - 1) ** 2 for line in lines)
-            if found is None or squares < found[0] - 1e-12:
-                found = squares, figures
-    return None if found is None else found[1]
+            if best is None or squares < best[0] - 1e-12:
+                best = squares, figures
+    return None if best is None else best[1]
 
 
 def _solve(lines: list[list[float]], right: list[float]) -> list[float] | None:

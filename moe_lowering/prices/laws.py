@@ -62,14 +62,14 @@ def fitted_laws() -> dict[str, tuple[str, Law]]:
 @functools.cache
 def stated_laws() -> dict[str, tuple[Law, tuple[Citation, ...]]]:
     """Those of ``data/stated.toml``, each with its sources."""
-    found = read_data("stated.toml")
-    if tuple(found) != WORDS:
-        raise ValueError(f"stated.toml: has {', '.join(found)}; accepted: {', '.join(WORDS)}, in this order")
-    return {what: _stated(raw) for what, raw in found.items()}
+    tables = read_data("stated.toml")
+    if tuple(tables) != WORDS:
+        raise ValueError(f"stated.toml: has {', '.join(tables)}; accepted: {', '.join(WORDS)}, in this order")
+    return {what: _stated(raw) for what, raw in tables.items()}
 
 
 def _stated(raw: dict[str, Any]) -> tuple[Law, tuple[Citation, ...]]:
-    sources = tuple(found for text in raw.pop("source").split("; ") for found in cite(text, load_sources()))
+    sources = tuple(citation for text in raw.pop("source").split("; ") for citation in cite(text, load_sources()))
     return Law(**raw, origin="stated"), sources
 
 

@@ -53,10 +53,10 @@ def read_data(name: str) -> dict[str, Any]:
 @functools.cache
 def machines() -> dict[str, Machine]:
     """Every SoC of the vocabulary, by its name."""
-    found = read_data(FILE)
-    if found.keys() != SOCS.keys():
-        raise ValueError(f"{FILE}: has {sorted(found)}; accepted: {', '.join(SOCS)}, each of them")
-    return {soc: _machine(raw) for soc, raw in found.items()}
+    tables = read_data(FILE)
+    if tables.keys() != SOCS.keys():
+        raise ValueError(f"{FILE}: has {sorted(tables)}; accepted: {', '.join(SOCS)}, each of them")
+    return {soc: _machine(raw) for soc, raw in tables.items()}
 
 
 def machine_of(soc: str) -> Machine:
@@ -84,8 +84,8 @@ class Sent:
 
 def split_by_tier(amount: int, ranks: int, ranks_per_node: int) -> Sent:
     """A payload that is spread evenly over the ranks of a group, its own among them. Ranks of a node are neighbours."""
-    here = min(ranks, ranks_per_node)
-    return Sent(amount * (here - 1) // ranks, amount * (ranks - here) // ranks)
+    in_node = min(ranks, ranks_per_node)
+    return Sent(amount * (in_node - 1) // ranks, amount * (ranks - in_node) // ranks)
 
 
 def ideal_us(machine: Machine, what: str, amount: int, ranks: int, ranks_per_node: int) -> float:

@@ -61,8 +61,8 @@ def require_rows(name: str, value: Any, soc: str) -> tuple[Row, ...]:
     if not isinstance(rows, tuple) or not all(isinstance(row, Row) for row in rows):
         raise MeasuredError(f"{name} is {value!r}; accepted: a path to a CSV file, or its rows")
     if rows and all(row.soc != soc for row in rows):
-        there = ", ".join(dict.fromkeys(row.soc for row in rows))
-        raise MeasuredError(f"{name} has rows of {there}; accepted: rows of {soc}, which is soc, among them")
+        socs = ", ".join(dict.fromkeys(row.soc for row in rows))
+        raise MeasuredError(f"{name} has rows of {socs}; accepted: rows of {soc}, which is soc, among them")
     return rows
 
 
@@ -86,7 +86,7 @@ def read_csv(path: str | os.PathLike[str], name: str = "measured") -> tuple[Row,
 def _rows(text: str, where: str) -> list[Row]:
     reader = csv.reader(io.StringIO(text.removeprefix("\ufeff")), strict=True)
     columns: list[str] | None = None
-    found = []
+    parsed = []
     try:
         for cells in reader:
             if not any(cell.strip() for cell in cells):
@@ -97,22 +97,22 @@ def _rows(text: str, where: str) -> list[Row]:
                 continue
             if len(cells) != len(columns):
                 raise MeasuredError(f"{at}: has {len(cells)} columns; accepted: {len(columns)} ({', '.join(columns)})")
-            found.append(_row(dict(zip(columns, (cell.strip() for cell in cells), strict=True)), at))
+            parsed.append(_row(dict(zip(columns, (cell.strip() for cell in cells), strict=True)), at))
     except csv.Error as error:
         raise MeasuredError(f"{where}, line {reader.line_num}: {error}; accepted: CSV") from error
-    if not found:
+    if not parsed:
         raise MeasuredError(f"{where} has no rows; accepted: a line with {', '.join(REQUIRED)}, and at least one row")
-    return found
+    return parsed
 
 
-def _columns(found: list[str], at: str) -> list[str]:
+def _columns(header: list[str], at: str) -> list[str]:
     accepted = f"{', '.join(REQUIRED)}, and if wanted {', '.join(OPTIONAL)}, each once"
-    for name in found:
-        if name not in (*REQUIRED, *OPTIONAL) or found.count(name) > 1:
+    for name in header:
+        if name not in (*REQUIRED, *OPTIONAL) or header.count(name) > 1:
             raise MeasuredError(f"{at}: column {name!r} is unknown or there twice; accepted: {accepted}")
-    if missing := [name for name in REQUIRED if name not in found]:
+    if missing := [name for name in REQUIRED if name not in header]:
         raise MeasuredError(f"{at}: column {missing[0]!r} is missing; accepted: {accepted}")
-    return found
+    return header
 
 
 def _row(cells: dict[str, str], at: str) -> Row:

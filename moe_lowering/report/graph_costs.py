@@ -100,8 +100,8 @@ def read_traffic(node: Node) -> Traffic | None:
     results = list(_tensors(node.meta.get("val")))
     if name in _HOST_ONLY or not results:
         return None
-    given, experts = _read(node, name)
-    values = [value for part in given.values() for value in part]
+    operands, experts = _read(node, name)
+    values = [value for part in operands.values() for value in part]
     mutable = target._schema.is_mutable
     if not mutable and _is_view(results, values):
         return None
@@ -109,7 +109,7 @@ def read_traffic(node: Node) -> Traffic | None:
     copied = []
     if collective or target.namespace in ("npu", "moe_lowering"):
         copied = [value for value in values if not value.is_contiguous()]
-    return Traffic(name, collective, given, experts, values[:1] if mutable else results, copied)
+    return Traffic(name, collective, operands, experts, values[:1] if mutable else results, copied)
 
 
 def _read(node: Node, name: str) -> tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]:
@@ -118,15 +118,15 @@ def _read(node: Node, name: str) -> tuple[dict[str, list[torch.Tensor]], dict[st
     target: Any = node.target
     parameters = [argument.name for argument in target._schema.arguments]
     named = {**dict(zip(parameters, node.args, strict=False)), **node.kwargs}
-    given: dict[str, list[torch.Tensor]] = {}
+    operands: dict[str, list[torch.Tensor]] = {}
     experts: dict[str, list[torch.Tensor]] = {}
     for parameter, value in named.items():
         nodes = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Node))
         tensors = [tensor for leaf in nodes for tensor in _tensors(leaf.meta.get("val"))]
-        of = experts if target.namespace != "aten" and parameter in left_out else given
+        of = experts if target.namespace != "aten" and parameter in left_out else operands
         if tensors:
             of[parameter] = tensors
-    return given, experts
+    return operands, experts
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

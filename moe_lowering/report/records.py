@@ -183,8 +183,8 @@ class BlockReport:
     @property
     def costs(self) -> tuple[BlockCost, ...]:
         """What each legal implementation costs, the chosen one first. Counted when it is asked for."""
-        found = () if self.count is None else self.count()
-        return tuple(sorted(found, key=lambda cost: cost.implementation != self.comm))
+        costs = () if self.count is None else self.count()
+        return tuple(sorted(costs, key=lambda cost: cost.implementation != self.comm))
 
     def to_json(self) -> dict[str, Any]:
         return {

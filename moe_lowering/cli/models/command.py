@@ -20,21 +20,21 @@ def run_models(request: ModelsRequest, progress: Callable[[str], None]) -> Model
     """Carry out a command."""
     version = transformers_version()
     rows = {row.family: row for row in (read_rows(request.resume, version) if request.resume else [])}
-    wanted = []
+    planned = []
     for family in request.only or families():
         has = rows[family].kinds if family in rows and not request.again else set()
         if kinds := [kind for kind in request.kinds if kind not in has]:
-            wanted.append((family, kinds))
+            planned.append((family, kinds))
 
     def done(row: Row) -> None:
         rows[row.family] = rows[row.family].with_attempts(row) if row.family in rows else row
         if request.resume is not None:
             _write("resume", request.resume, to_json(_sorted(rows), version))
 
-    if wanted:
+    if planned:
         enable_simulator("A3")
         _register()
-        run_families(wanted, done, progress)
+        run_families(planned, done, progress)
     report = ModelsReport(request, _sorted(rows), version)
     if request.json_file is not None:
         _write("json", request.json_file, report.to_json())

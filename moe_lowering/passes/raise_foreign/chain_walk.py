@@ -42,19 +42,19 @@ class Walk:
 
     def results(self, node: Node, count: int) -> list[Node | None]:
         """The ``getitem`` users of an operator with several results, by index; None for one that nobody reads."""
-        found: list[Node | None] = [None] * count
+        outputs: list[Node | None] = [None] * count
         for user in node.users:
             index = user.args[1] if user.target is operator.getitem else None
-            if type(index) is not int or not -count <= index < count or found[index] is not None:
+            if type(index) is not int or not -count <= index < count or outputs[index] is not None:
                 raise NotThisForm(
                     node,
                     "raise.operation_between",
                     f"{node.name}'s results are read by {user.name}, not one by one",
                     "the results one by one",
                 )
-            found[index] = user
-        self.add(node, *(each for each in found if each is not None))
-        return found
+            outputs[index] = user
+        self.add(node, *(each for each in outputs if each is not None))
+        return outputs
 
     def readers(self, node: Node) -> list[Node]:
         """Who reads a value; those that only wait for it are noted as edges."""

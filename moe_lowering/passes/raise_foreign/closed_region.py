@@ -20,14 +20,14 @@ from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 def region_of(result: Node, operands: Iterable[Node], is_outside: Callable[[Node], bool]) -> list[Node]:
     """The nodes that a result is computed from, in graph order, back to its operands and to what ``is_outside``."""
-    stop, found, pending = set(operands), {result}, [result]
+    stop, region, pending = set(operands), {result}, [result]
     while pending:
         for source in pending.pop().all_input_nodes:
-            if source not in found and source not in stop and not is_outside(source):
-                found.add(source)
+            if source not in region and source not in stop and not is_outside(source):
+                region.add(source)
                 pending.append(source)
-    looks = {user for node in found - {result} for user in node.users if looks_only(user)}
-    return sorted(found | {node for node in looks if found.issuperset(node.all_input_nodes)})
+    looks = {user for node in region - {result} for user in node.users if looks_only(user)}
+    return sorted(region | {node for node in looks if region.issuperset(node.all_input_nodes)})
 
 
 def looks_only(node: Node) -> bool:

@@ -40,8 +40,8 @@ def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> 
     with emit.at(middle, middle):
         mlp = emit.call(OPS.grouped_mlp.default, *_given(_mlp_call(block, emit, rows, row_scale, counts)))
     with emit.at(block.result, block.result):
-        given = sent._asdict()
-        alike = {name: given[name] for name in CombineCall._fields if name in given}
+        arguments = sent._asdict()
+        alike = {name: arguments[name] for name in CombineCall._fields if name in arguments}
         if weights is None:
             weights = emit.cast(_by_token(emit, block.weights, sent.x, block.top_k), torch.float32)
         back = CombineCall[Any](**{**alike, "rows": mlp, "weights": weights, "handle": handle})
@@ -135,11 +135,11 @@ def _mlp_call(block: ForeignBlock, emit: Emitter, rows: Node, row_scale: Node, c
 
 def _given(call: Any) -> tuple[Any, ...]:
     """The arguments of a call without defaults at its end, as a graph has them."""
-    given = [*call]
+    arguments = [*call]
     defaults = type(call)._field_defaults
-    while call._fields[len(given) - 1] in defaults and given[-1] == defaults[call._fields[len(given) - 1]]:
-        given.pop()
-    return tuple(given)
+    while call._fields[len(arguments) - 1] in defaults and arguments[-1] == defaults[call._fields[len(arguments) - 1]]:
+        arguments.pop()
+    return tuple(arguments)
 
 
 def _matrices(emit: Emitter, weights: Weights) -> list[Node]:

@@ -39,18 +39,18 @@ def find_foreign_blocks(graph: Graph, deployment: Deployment) -> tuple[list[Fore
 
 
 def _find(graph: Graph, deployment: Deployment) -> tuple[list[ForeignBlock], dict[Node, NotRaised]]:
-    found: list[ForeignBlock] = []
+    layers: list[ForeignBlock] = []
     left: dict[Node, NotRaised] = {}
     for form in FORMS.values():
         anchors = _anchors(graph, frozenset(form.anchors))
         for group in form.groups(sorted(anchors)) if anchors else ():
             try:
                 block = form.match(graph, group, deployment)
-                _require_apart(block, found)
-                found.append(block)
+                _require_apart(block, layers)
+                layers.append(block)
             except NotThisForm as reason:
                 left.update(dict.fromkeys(group, reason.record))
-    return sorted(found, key=lambda block: block.result), left
+    return sorted(layers, key=lambda block: block.result), left
 
 
 def _require_apart(block: ForeignBlock, others: Iterable[ForeignBlock]) -> None:

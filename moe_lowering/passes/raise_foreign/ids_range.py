@@ -23,14 +23,14 @@ _STEPS = 60
 
 def out_of_range(ids: Node, experts: int) -> Node | None:
     """The node for whose sake ids are not known to be within [0, experts); None where they are."""
-    pending, seen = [ids], {ids}
+    pending, visited = [ids], {ids}
     while pending:
         node = pending.pop()
         sources = _sources(node, experts)
-        if sources is None or len(seen) > _STEPS:
+        if sources is None or len(visited) > _STEPS:
             return node
-        fresh = [source for source in sources if source not in seen]
-        seen.update(fresh)
+        fresh = [source for source in sources if source not in visited]
+        visited.update(fresh)
         pending += fresh
     return None
 
@@ -47,8 +47,12 @@ def _sources(node: Node, experts: int) -> list[Node] | None:
     if name in VIEWS or name in _LOOK_UPS:
         return [first] if isinstance(first, Node) else None
     if name in _JOINS:
-        given = node.args[1:3] if name == "where" else first if isinstance(first, (list, tuple)) else [first]
-        return [each for each in given if isinstance(each, Node)] if all(isinstance(e, Node) for e in given) else None
+        operands = node.args[1:3] if name == "where" else first if isinstance(first, (list, tuple)) else [first]
+        return (
+            [each for each in operands if isinstance(each, Node)]
+            if all(isinstance(e, Node) for e in operands)
+            else None
+        )
     if name in ("argmax", "argsort"):
         return _of_few(node, given_arguments(node).get("dim", -1 if name == "argsort" else None), experts)
     if name == "clamp":

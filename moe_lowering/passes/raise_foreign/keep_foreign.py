@@ -20,22 +20,22 @@ def expert_operators(names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(Counter(name for name in names if name in EXPERT_OPERATORS).items()))
 
 
-def is_unchanged(found: ForeignBlock, report: BlockReport) -> bool:
+def is_unchanged(layer: ForeignBlock, report: BlockReport) -> bool:
     """Whether lowering gave the implementation that the layer is written as, with the same operators for its experts."""
-    return bool(found.own) and report.comm == found.own and expert_operators(report.ops_after) == found.own_operators
+    return bool(layer.own) and report.comm == layer.own and expert_operators(report.ops_after) == layer.own_operators
 
 
-def order_notes(found: ForeignBlock, comm: str | None) -> tuple[str, ...]:
+def order_notes(layer: ForeignBlock, comm: str | None) -> tuple[str, ...]:
     """What became of what was put between a layer's operators, where it was changed."""
-    if comm is None or (comm == found.own and not found.edges):
+    if comm is None or (comm == layer.own and not layer.edges):
         return ()
     notes = []
-    if found.edges:
+    if layer.edges:
         notes.append(
-            f"[raise.order] {len(found.edges)} operations waited for a value inside of the layer: they wait for its input, or "
+            f"[raise.order] {len(layer.edges)} operations waited for a value inside of the layer: they wait for its input, or "
             "for its result where that is before them"
         )
-    if found.overlaps:
+    if layer.overlaps:
         kept = "lost: it is one operator" if comm in ONE_OPERATOR else "kept: dispatch stands where it stood"
         notes.append(f"[raise.overlap] what another stream did between dispatch and combine: the overlap is {kept}")
     return tuple(notes)

@@ -42,7 +42,7 @@ from moe_lowering.passes.raise_foreign.read_meanings import Reader
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, NotThisForm, Weights
 
 _STEPS = 400  # nodes between the first product and the result
-_FACTORIES = frozenset(f"{made}{how}" for made in ("empty", "zeros", "ones", "full") for how in ("", "_like")) | {
+_FACTORIES = frozenset(f"{kind}{how}" for kind in ("empty", "zeros", "ones", "full") for how in ("", "_like")) | {
     "new_zeros",
     "new_empty",
     "new_ones",
@@ -72,8 +72,8 @@ def match_experts(
     result = _end_of_casts(reader, _find_result(reader, products))
     value = reader.value(result)
     assert value is not None
-    found = _Parts(result, value)
-    block = found.block(form, reader)
+    parts = _Parts(result, value)
+    block = parts.block(form, reader)
     used = {node for node in reader._values if node in products}
     missing = [node for node in products if node not in used]
     if missing:
@@ -109,7 +109,7 @@ def _over_ranks(block: ForeignBlock, deployment: Deployment) -> ForeignBlock:
 
 def _find_result(reader: Reader, products: Sequence[Node]) -> Node:
     """The first node on every way from the products that is a sum over choices."""
-    pending, seen = list(products), set(products)
+    pending, visited = list(products), set(products)
     heapq.heapify(pending)
     ends: list[Node] = []
     for _ in range(_STEPS):
@@ -128,8 +128,8 @@ def _find_result(reader: Reader, products: Sequence[Node]) -> Node:
             ends.append(node)
             continue
         for user in node.users:
-            if user not in seen:
-                seen.add(user)
+            if user not in visited:
+                visited.add(user)
                 heapq.heappush(pending, user)
     if pending or len(ends) != 1:
         raise NotThisForm(

@@ -22,12 +22,12 @@ NAME = "gathered_weights"
 
 def by_ids(anchors: Sequence[Node]) -> list[list[Node]]:
     """Gathers of matrices by one tensor of integers that go into batched products, two of them or more."""
-    found: dict[Any, list[Node]] = defaultdict(list)
+    groups: dict[Any, list[Node]] = defaultdict(list)
     for node in anchors:
         ids = _ids(node)
         if ids is not None and _products(node):
-            found[source_of(ids)].append(node)
-    return [nodes for nodes in found.values() if len(nodes) > 1]
+            groups[source_of(ids)].append(node)
+    return [nodes for nodes in groups.values() if len(nodes) > 1]
 
 
 def _ids(node: Node) -> Node | None:

@@ -22,12 +22,12 @@ NAME = "grouped_mm"
 
 def by_offsets(anchors: Sequence[Node]) -> list[list[Node]]:
     """Products with one tensor of offsets; without offsets it is a batched product of something else."""
-    found: dict[Any, list[Node]] = defaultdict(list)
+    groups: dict[Any, list[Node]] = defaultdict(list)
     for node in anchors:
         offsets = argument(node, "offs")
         if offsets is not None:
-            found[_spelling(offsets)].append(node)
-    return list(found.values())
+            groups[_spelling(offsets)].append(node)
+    return list(groups.values())
 
 
 def _spelling(node: Any, depth: int = 12) -> Any:

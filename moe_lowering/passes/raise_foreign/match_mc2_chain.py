@@ -172,12 +172,12 @@ def _check_combine(node: Node, dispatch: Node, deployment: Deployment) -> None:
             node, "raise.operation_between", f"the experts' result goes to {node.target}", f"npu.{COMBINE}"
         )
     for name in _ALIKE:
-        here, there = argument(node, name), argument(dispatch, name)
-        if not equal_values(here, there):
+        combined, dispatched = argument(node, name), argument(dispatch, name)
+        if not equal_values(combined, dispatched):
             raise NotThisForm(
                 node,
                 "raise.both_ends",
-                f"{name} is {there!r} at dispatch, {here!r} at combine",
+                f"{name} is {dispatched!r} at dispatch, {combined!r} at combine",
                 "the same at both ends",
             )
     _check_tensor_parallel(node, argument(dispatch, "group_ep"), deployment)

@@ -139,7 +139,7 @@ def _composed(walk: Walk, hidden: Node, readers: list[Node]) -> Activated:
 def _halves(walk: Walk, hidden: Node, readers: list[Node]) -> dict[Node, _Term]:
     width = value_of(hidden).shape[-1]
     last = value_of(hidden).dim() - 1
-    found: dict[Node, _Term] = {}
+    terms: dict[Node, _Term] = {}
     for reader in readers:
         if reader.target in _SPLITS and argument(reader, "dim") in (-1, last):
             walk.add(reader)
@@ -160,10 +160,10 @@ def _halves(walk: Walk, hidden: Node, readers: list[Node]) -> dict[Node, _Term]:
                         "silu, clamped silu or gelu of the gate, times the other half",
                     )
                 walk.add(item)
-                found[item] = _Term(0 if index == 0 else 1, False)
+                terms[item] = _Term(0 if index == 0 else 1, False)
         elif reader.target is aten.slice.Tensor and argument(reader, "dim") in (-1, last):
             walk.add(reader)
-            found[reader] = _slice(reader, width)
+            terms[reader] = _slice(reader, width)
         else:
             raise NotThisForm(
                 reader,
@@ -171,14 +171,14 @@ def _halves(walk: Walk, hidden: Node, readers: list[Node]) -> dict[Node, _Term]:
                 f"the first matmul's result goes to {reader.name} ({reader.target})",
                 "silu, clamped silu or gelu of the gate, times the other half",
             )
-    if sorted((term.half, term.interleaved) for term in found.values()) not in _PAIRS:
+    if sorted((term.half, term.interleaved) for term in terms.values()) not in _PAIRS:
         raise NotThisForm(
             hidden,
             "raise.activation",
             f"{hidden.name} is not taken apart into two halves, once each",
             "silu, clamped silu or gelu of the gate, times the other half",
         )
-    return found
+    return terms
 
 
 _PAIRS = ([(0, False), (1, False)], [(0, True), (1, True)])

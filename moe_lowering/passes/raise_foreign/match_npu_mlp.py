@@ -71,8 +71,8 @@ def match_experts(
             anchor, "raise.unused", f"rows or counts of {anchor.name} are not read", "a value that the form reads"
         )
     dtype = value_of(rows).dtype
-    reader, seen = walk.onward(rows, "rows")
-    first = _matmul(walk, reader, seen, counts, kind)
+    reader, path = walk.onward(rows, "rows")
+    first = _matmul(walk, reader, path, counts, kind)
     if dtype == torch.int8:
         if row_scale is None:
             raise NotThisForm(
@@ -110,17 +110,17 @@ def _matmul(walk: Walk, node: Node, rows: Node, counts: Node, kind: int) -> Node
 
 def _result(walk: Walk, matmul: Node) -> Node:
     """The only result of a matmul."""
-    made = walk.results(matmul, 1)[0]
-    if made is None:
+    output = walk.results(matmul, 1)[0]
+    if output is None:
         raise NotThisForm(
             matmul, "raise.unused", f"the result of {matmul.name} is not read", "a value that the form reads"
         )
-    return made
+    return output
 
 
 def _second(walk: Walk, rows: Node, counts: Node, kind: int) -> Node:
-    reader, seen = walk.onward(rows, "the activation's result")
-    return _matmul(walk, reader, seen, counts, kind)
+    reader, path = walk.onward(rows, "the activation's result")
+    return _matmul(walk, reader, path, counts, kind)
 
 
 _SCALES = ("scale", "per_token_scale", "antiquant_scale", "antiquant_offset")
@@ -132,72 +132,74 @@ def _without(node: Node, *names: str) -> None:
 
 def _plain(walk: Walk, first: Node, counts: Node, kind: int, dtype: torch.dtype) -> Experts:
     last = None
-    given: dict[str, Any] = {"quantisation": "none"}
+    fields: dict[str, Any] = {"quantisation": "none"}
     _own_dtype(first, dtype)
     _without(first, *_SCALES)
     activation = match_activation(walk, _result(walk, first))
     last = _second(walk, activation.result, counts, kind)
     _own_dtype(last, dtype)
     _without(last, *_SCALES)
-    given |= {"w13_bias": tensors(first, "bias"), "w2_bias": tensors(last, "bias")}
-    return _experts(walk, first, last, {**given, **activation.words})
+    fields |= {"w13_bias": tensors(first, "bias"), "w2_bias": tensors(last, "bias")}
+    return _experts(walk, first, last, {**fields, **activation.words})
 
 
 def _int4(walk: Walk, first: Node, counts: Node, kind: int, dtype: torch.dtype) -> Experts:
-    given: dict[str, Any] = {"quantisation": "w4a16", "w13_bias": [], "w2_bias": []}
+    fields: dict[str, Any] = {"quantisation": "w4a16", "w13_bias": [], "w2_bias": []}
     activation = match_activation(walk, _result(walk, first))
     last = _second(walk, activation.result, counts, kind)
     for node, name in ((first, "w13"), (last, "w2")):
         _own_dtype(node, dtype)
         _without(node, "scale", "per_token_scale", "bias")
-        given[f"{name}_scale"], given[f"{name}_offset"] = (tensors(node, f"antiquant_{n}") for n in ("scale", "offset"))
-        if not given[f"{name}_scale"]:
+        fields[f"{name}_scale"], fields[f"{name}_offset"] = (
+            tensors(node, f"antiquant_{n}") for n in ("scale", "offset")
+        )
+        if not fields[f"{name}_scale"]:
             raise NotThisForm(node, "raise.weights", f"{node.name}: antiquant_scale is None", "as the other matmul")
         _weight_dtype(node, torch.int32)
-    return _experts(walk, first, last, {**given, **activation.words})
+    return _experts(walk, first, last, {**fields, **activation.words})
 
 
 def _int8(walk: Walk, first: Node, row_scale: Node, counts: Node, kind: int) -> Experts:
     """int8 rows: sums that ``npu_dequant_swiglu_quant`` scales, or scaled rows that are quantised again."""
     form = "w4a8" if value_of(tensors(first, "weight")[0]).dtype == torch.int32 else "w8a8"
-    given: dict[str, Any] = {"quantisation": form, "w13_bias": [], "w2_bias": []}
+    fields: dict[str, Any] = {"quantisation": form, "w13_bias": [], "w2_bias": []}
     smooth: Node | None = None
     if argument(first, "output_dtype") == INT32:
         _without(first, "scale", "per_token_scale", "bias")
         rows, scale, words, smooth = _dequantised(walk, _result(walk, first), row_scale, counts, kind)
-        given |= words
+        fields |= words
         walk.read_by(row_scale, "scales of rows", *_readers_of(row_scale, DEQUANTISE))
     else:
-        given |= _scaled(first, row_scale, form, "w13")
+        fields |= _scaled(first, row_scale, form, "w13")
         walk.read_by(row_scale, "scales of rows", first)
         activation = match_activation(walk, _result(walk, first))
-        given |= activation.words
+        fields |= activation.words
         rows, scale = _quantised(walk, activation.result)
     last = _second(walk, rows, counts, kind)
-    given |= _scaled(last, scale, form, "w2")
+    fields |= _scaled(last, scale, form, "w2")
     walk.read_by(scale, "scales of the activation", last)
-    given["out_dtype"] = dtype = value_of(_result(walk, last)).dtype
+    fields["out_dtype"] = dtype = value_of(_result(walk, last)).dtype
     for node in (first, last):
         _without(node, "antiquant_scale", "antiquant_offset")
         _weight_dtype(node, torch.int32 if form == "w4a8" else torch.int8)
     if argument(first, "output_dtype") not in (INT32, DTYPES.get(dtype)):
         seen = f"{first.name}'s result is of another dtype than {last.name}'s, {dtype}"
         raise NotThisForm(first, "raise.dtype", seen, "one dtype")
-    return _experts(walk, first, last, given, smooth)
+    return _experts(walk, first, last, fields, smooth)
 
 
 def _scaled(node: Node, row_scale: Node, form: str, name: str) -> dict[str, Any]:
     """The scales of a matmul of int8 rows. int4 weights bring a bias: it makes up for what the kernel takes off each weight."""
     _scaled_by(node, row_scale)
-    given = {f"{name}_scale": tensors(node, "scale")}
+    fields = {f"{name}_scale": tensors(node, "scale")}
     if form == "w8a8":
         _without(node, "bias")
-        return given
+        return fields
     if not tensors(node, "bias"):
         raise NotThisForm(
             node, "raise.weights", f"{node.name}: int4 weights without bias", "8 * the sums of weight * scale"
         )
-    return {**given, f"{name}_scale_bias": tensors(node, "bias")}
+    return {**fields, f"{name}_scale_bias": tensors(node, "bias")}
 
 
 def _readers_of(node: Node, name: str) -> list[Node]:
@@ -208,10 +210,10 @@ def _dequantised(
     walk: Walk, sums: Node, row_scale: Node, counts: Node, kind: int
 ) -> tuple[Node, Node, dict[str, Any], Node | None]:
     """(rows, their scales, the words of the activation with w13's scale, smooth scales) after ``npu_dequant_swiglu_quant``."""
-    node, seen = walk.onward(sums, "the first matmul's result")
+    node, path = walk.onward(sums, "the first matmul's result")
     if not is_operator(node, DEQUANTISE):
         raise NotThisForm(node, "raise.operation_between", f"int32 sums go to {node.target}", f"npu.{DEQUANTISE}")
-    require_value(node, "x", seen)
+    require_value(node, "x", path)
     require_value(node, "activation_scale", row_scale)
     require_value(node, "group_index", counts, "raise.counts")
     if kind == PREFIX_SUMS:  # it reads them as counts, whatever the matmuls were told
@@ -243,16 +245,16 @@ def _clamped_words(node: Node) -> dict[str, Any]:
 
 def _quantised(walk: Walk, rows: Node) -> tuple[Node, Node]:
     """Rows and their scales after ``npu_dynamic_quant``."""
-    node, seen = walk.onward(rows, "the activation's result")
+    node, path = walk.onward(rows, "the activation's result")
     if not is_operator(node, QUANTISE):
         raise NotThisForm(node, "raise.operation_between", f"the activation goes to {node.target}", f"npu.{QUANTISE}")
-    require_value(node, "input", seen)
+    require_value(node, "input", path)
     require(node, {"smooth_scales": (None,)}, "raise.smooth_scales")
     require(node, {"group_index": (None,), "dst_type": (None, 1), "quant_mode": ("pertoken",), "dst_type_max": (0.0,)})
-    made, scales = walk.results(node, 2)
-    if made is None or scales is None:
+    rows_int8, scales = walk.results(node, 2)
+    if rows_int8 is None or scales is None:
         raise NotThisForm(node, "raise.unused", f"a result of {node.name} is not read", "a value that the form reads")
-    return made, scales
+    return rows_int8, scales
 
 
 def _scaled_by(node: Node, row_scale: Node) -> None:
@@ -280,6 +282,6 @@ def _weight_dtype(node: Node, dtype: torch.dtype) -> None:
             )
 
 
-def _experts(walk: Walk, first: Node, last: Node, given: dict[str, Any], smooth: Node | None = None) -> Experts:
-    given |= {"w13": tensors(first, "weight"), "w2": tensors(last, "weight")}
-    return Experts(given, _result(walk, last), first, last, smooth)
+def _experts(walk: Walk, first: Node, last: Node, fields: dict[str, Any], smooth: Node | None = None) -> Experts:
+    fields |= {"w13": tensors(first, "weight"), "w2": tensors(last, "weight")}
+    return Experts(fields, _result(walk, last), first, last, smooth)

@@ -113,8 +113,8 @@ def _check_route(node: Node) -> int:
 
 def _check_rows(node: Node) -> None:
     """``active_num`` keeps every row: -1, 0, or T * k."""
-    given, ids = argument(node, "active_num"), value_of(argument(node, "expert_idx"))
-    number = given.meta.get("val") if isinstance(given, Node) else given
+    active, ids = argument(node, "active_num"), value_of(argument(node, "expert_idx"))
+    number = active.meta.get("val") if isinstance(active, Node) else active
     slots = ids.shape[0] * ids.shape[1]
     if type(number) is int and number <= 0:
         return
@@ -123,14 +123,14 @@ def _check_rows(node: Node) -> None:
 
 
 def _check_types(route: Node, result: Node) -> None:
-    x, made, ids = value_of(argument(route, "x")), value_of(result), value_of(argument(route, "expert_idx"))
+    x, output, ids = value_of(argument(route, "x")), value_of(result), value_of(argument(route, "expert_idx"))
     if x.dtype == torch.int8:
         _check_scale(route, x)
-    elif x.dim() != 2 or x.dtype != made.dtype or not x.dtype.is_floating_point:
+    elif x.dim() != 2 or x.dtype != output.dtype or not x.dtype.is_floating_point:
         raise NotThisForm(
             route,
             "raise.dtype",
-            f"x is {x.dtype} {tuple(x.shape)}, the experts' result {made.dtype}",
+            f"x is {x.dtype} {tuple(x.shape)}, the experts' result {output.dtype}",
             "[T, H], both of one floating dtype",
         )
     if ids.dim() != 2 or ids.dtype != torch.int32:

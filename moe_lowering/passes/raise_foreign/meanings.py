@@ -328,12 +328,12 @@ def match(a: Dim, b: Dim) -> dict[Axis, Dim] | None:
             p, q, left, right = q, p, right, left
         if not _is_free(p):
             return None
-        taken = [q]
-        while product(tuple(taken)) != p.size and right:
-            taken.append(right.pop(0))
-        if product(tuple(taken)) != p.size:
+        matched = [q]
+        while product(tuple(matched)) != p.size and right:
+            matched.append(right.pop(0))
+        if product(tuple(matched)) != p.size:
             return None
-        mapped[p] = tuple(taken)
+        mapped[p] = tuple(matched)
     return mapped
 
 
@@ -346,27 +346,27 @@ def regroup(dims: Dims, shape: tuple[Any, ...]) -> Dims | None:
     axes, front = list(flat(dims)), []
     todo = list(shape)
     while todo and len(todo) > 1:
-        taken = _take(axes, todo[0])
-        if taken is None:
+        axes_taken = _take(axes, todo[0])
+        if axes_taken is None:
             break
-        front.append(taken)
-        axes, todo = axes[len(taken) :], todo[1:]
+        front.append(axes_taken)
+        axes, todo = axes[len(axes_taken) :], todo[1:]
     back: list[Dim] = []
     while len(todo) > 1:
-        taken = _take(axes[::-1], todo[-1])
-        if taken is None:
+        axes_taken = _take(axes[::-1], todo[-1])
+        if axes_taken is None:
             return None
-        back.insert(0, taken[::-1])
-        axes, todo = axes[: len(axes) - len(taken)], todo[:-1]
+        back.insert(0, axes_taken[::-1])
+        axes, todo = axes[: len(axes) - len(axes_taken)], todo[:-1]
     if not todo:
         return tuple(front) if not axes else None
     return (*front, tuple(axes), *back)  # what is left is of the size that is left
 
 
 def _take(axes: list[Axis], size: Any) -> Dim | None:
-    taken: list[Axis] = []
-    while product(tuple(taken)) != size:
-        if len(taken) == len(axes):
+    axes_taken: list[Axis] = []
+    while product(tuple(axes_taken)) != size:
+        if len(axes_taken) == len(axes):
             return None
-        taken.append(axes[len(taken)])
-    return tuple(taken)
+        axes_taken.append(axes[len(axes_taken)])
+    return tuple(axes_taken)

@@ -74,16 +74,16 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
                 f"{node.name}: smooth scales of {what}",
                 "none: moe_lowering.drop_unit_smooth_scales(model) takes out those that are all ones",
             )
-    given = dict(chain.experts.given)
-    lists: dict[str, Any] = {name: tuple(given.pop(name, ())) for name in _LISTS}
-    out_dtype = given.pop("out_dtype", None)
+    fields = dict(chain.experts.given)
+    lists: dict[str, Any] = {name: tuple(fields.pop(name, ())) for name in _LISTS}
+    out_dtype = fields.pop("out_dtype", None)
     outside = chain.counts is not None and any(user not in chain.walk.interior for user in chain.counts.users)
     block = ForeignBlock(
         form=chain.form,
         result=chain.combine,
         interior=chain.interior,
-        w13=Weights(tuple(given.pop("w13"))),
-        w2=Weights(tuple(given.pop("w2"))),
+        w13=Weights(tuple(fields.pop("w13"))),
+        w2=Weights(tuple(fields.pop("w2"))),
         weights=chain.weights,
         base=chain.added,
         counts=chain.counts if outside else None,
@@ -94,7 +94,7 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
         own_operators=expert_operators(tuple(operator_name(n) for n in chain.interior if n.op == "call_function")),
         out_dtype=out_dtype if chain.sent["x_scale"] is not None else None,
         **chain.sent,
-        **given,
+        **fields,
         **lists,
     )
     overlaps = _require_one_scope(chain, graph)
@@ -106,10 +106,10 @@ def _require_local_experts(chain: Chain) -> None:
     ranks, experts = chain.sent.get("ep_size", 1), chain.sent["num_experts"]
     for name in ("w13", "w2"):
         weights = chain.experts.given[name]
-        held = len(weights) if len(weights) > 1 else value_of(weights[0]).shape[0]
-        if held * ranks != experts or value_of(weights[0]).dim() != (2 if len(weights) > 1 else 3):
+        own_experts = len(weights) if len(weights) > 1 else value_of(weights[0]).shape[0]
+        if own_experts * ranks != experts or value_of(weights[0]).dim() != (2 if len(weights) > 1 else 3):
             raise NotThisForm(
-                chain.experts.first, "raise.experts", f"{held} experts on each of {ranks} ranks, of {experts}",
+                chain.experts.first, "raise.experts", f"{own_experts} experts on each of {ranks} ranks, of {experts}",
                 f"{experts} / {ranks} of them, [E, K, N]",
             )  # fmt: skip
 

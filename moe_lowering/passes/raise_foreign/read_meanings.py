@@ -80,12 +80,12 @@ class Reader:
         if not isinstance(node, Node):
             return None
         if node not in self._values:
-            found = None
+            value = None
             if isinstance(node.meta.get("val"), torch.Tensor):
-                found = self._apply(node)
-                if found is None and not self.is_derived(node):
-                    found = opaque(node)
-            self._values[node] = found
+                value = self._apply(node)
+                if value is None and not self.is_derived(node):
+                    value = opaque(node)
+            self._values[node] = value
         return self._values[node]
 
     def start_at(self, node: Node | None) -> None:
@@ -105,8 +105,8 @@ class Reader:
             items = ITEM_RULES.get(name_of(source))
             return None if items is None else items(self, source, index)
         name = name_of(node)
-        found = RULES.get(name) if name not in NEAR or node >= self._floor else None
-        return None if found is None else found(self, node)
+        rule = RULES.get(name) if name not in NEAR or node >= self._floor else None
+        return None if rule is None else rule(self, node)
 
     def is_derived(self, node: Node) -> bool:
         """Whether a node is computed from one of the products."""

@@ -51,8 +51,8 @@ _ZEROS = ("zeros", "zeros_like", "new_zeros")
 @rule("_grouped_mm", "grouped_mm_fallback")
 def grouped_product(reader: Reader, node: Node) -> Value | None:
     """Rows in order of experts, times the matrix of each row's expert."""
-    given = given_arguments(node)
-    named: list[Any] = [*given.values()][:3]
+    arguments = given_arguments(node)
+    named: list[Any] = [*arguments.values()][:3]
     if len(named) < 3 or not all(isinstance(each, Node) for each in named):
         seen, expected = "a grouped product without offsets", "offsets of each expert's rows"
         return reader.refuse(node, "raise.offsets", seen, expected)
@@ -68,7 +68,7 @@ def grouped_product(reader: Reader, node: Node) -> Value | None:
             "the running sum of a histogram of the ids, with a bin for each expert",
         )
     ids, experts = until.term.ids, until.term.experts
-    if given.get("bias") is not None or given.get("out_dtype") not in (None, rows_node.meta["val"].dtype):
+    if arguments.get("bias") is not None or arguments.get("out_dtype") not in (None, rows_node.meta["val"].dtype):
         return reader.refuse(node, "raise.operation", "a grouped product with a bias or another dtype", "neither")
     if not _is_in_order(reader, rows, ids):
         return reader.refuse(
@@ -195,15 +195,15 @@ def added(reader: Reader, node: Node) -> Value | None:
         if isinstance(term, Expert) and isinstance(bias, Pick) and term.bias is None:
             if bias.ids != term.ids or len(bias.source.dims) != 2 or sizes(bias.source.node)[0] != term.experts:
                 return reader.refuse(node, "raise.bias", "biases of other ids", "the bias [E, N] of each slot's expert")
-            made = Expert(term.rows, term.weight, term.transposed, term.ids, term.experts, bias.source.node)
-            return Value(dims, made)
+            biased = Expert(term.rows, term.weight, term.transposed, term.ids, term.experts, bias.source.node)
+            return Value(dims, biased)
     return None
 
 
 def _operands(reader: Reader, node: Node) -> tuple[Dims, Term, Term] | Value | None:
     """Two operands over the same axes; the one that is a tensor beside a number; None of opaque tensors alone."""
-    given: list[Any] = list(node.args[:2])
-    values = [reader.value(each) for each in given if isinstance(each, Node)]
+    operands: list[Any] = list(node.args[:2])
+    values = [reader.value(each) for each in operands if isinstance(each, Node)]
     if any(value is None for value in values) or not any(value.is_slotted for value in values if value):
         return None
     if len(values) == 1:
@@ -242,8 +242,8 @@ def gelu(reader: Reader, node: Node) -> Value | None:
 
 @near_rule("clamp", "clamp_min", "clamp_max")
 def clamped(reader: Reader, node: Node) -> Value | None:
-    value, given = _argument(reader, node), given_arguments(node)
-    bounds = [given.get(name) for name in ("min", "max")]
+    value, arguments = _argument(reader, node), given_arguments(node)
+    bounds = [arguments.get(name) for name in ("min", "max")]
     if value is None or not all(bound is None or isinstance(bound, (int, float)) for bound in bounds):
         return None
     low, high = (None if bound is None or abs(bound) == float("inf") else float(bound) for bound in bounds)

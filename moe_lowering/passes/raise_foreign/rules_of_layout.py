@@ -55,12 +55,12 @@ def permute(reader: Reader, node: Node) -> Value | None:
 def order_of(node: Node) -> list[int]:
     """Which dimension of its argument each dimension of a permute, transpose or t is."""
     count = len(sizes(node))
-    given = given_arguments(node)
-    if "dims" in given:
-        return [at % count for at in given["dims"]]
+    arguments = given_arguments(node)
+    if "dims" in arguments:
+        return [at % count for at in arguments["dims"]]
     order = [*range(count)]
     if count >= 2:
-        a, b = (given[name] % count if name in given else at for name, at in (("dim0", 0), ("dim1", 1)))
+        a, b = (arguments[name] % count if name in arguments else at for name, at in (("dim0", 0), ("dim1", 1)))
         order[a], order[b] = order[b], order[a]
     return order
 
@@ -120,21 +120,21 @@ def columns(reader: Reader, node: Node) -> Value | None:
     bounds = (0 if start is None else start, width if end is None else end, step)
     if not all(isinstance(n, int) for n in (*bounds, width)):
         return None
-    taken = range(width)[slice(*bounds)]
-    if len(taken) == width:
+    span = range(width)[slice(*bounds)]
+    if len(span) == width:
         return value
-    return None if value.is_opaque else _part(value, at, taken.start, taken.step, len(taken))
+    return None if value.is_opaque else _part(value, at, span.start, span.step, len(span))
 
 
 @item_rule("split", "split_with_sizes", "chunk")
 def pieces(reader: Reader, node: Node, index: int) -> Value | None:
     source = _source(node)
     value = reader.value(source)
-    made = node.meta["val"]
+    outputs = node.meta["val"]
     if value is None or value.is_opaque:
         return None
     at = argument(node, "dim") % len(value.dims)
-    widths = [piece.shape[at] for piece in made]
+    widths = [piece.shape[at] for piece in outputs]
     if not all(isinstance(n, int) for n in widths):
         return None
     index %= len(widths)

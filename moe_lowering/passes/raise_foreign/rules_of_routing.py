@@ -51,8 +51,8 @@ def order_of_ids(reader: Reader, line: Dim) -> Tensor | None:
     if len(line) != 1 or line[0].kind != SORTED or line[0].of is None:
         return None
     value = reader.value(line[0].of.args[0])
-    found = None if value is None else as_ids(value)
-    return None if found is None else found[1]
+    ids = None if value is None else as_ids(value)
+    return None if ids is None else ids[1]
 
 
 @item_rule("sort")
@@ -89,12 +89,12 @@ def _sorted(reader: Reader, node: Node, index: int) -> Value | None:
 @rule("floor_divide", "div")
 def token_of_slot(reader: Reader, node: Node) -> Value | None:
     """A slot's number divided by k, rounded down."""
-    given = given_arguments(node)
+    arguments = given_arguments(node)
     source, by = node.args[0], node.args[1]
     value = reader.value(source) if isinstance(source, Node) else None
     if value is None or not isinstance(value.term, Slot):
         return None
-    if "floor_divide" not in str(node.target) and given.get("rounding_mode") not in ("floor", "trunc"):
+    if "floor_divide" not in str(node.target) and arguments.get("rounding_mode") not in ("floor", "trunc"):
         return None
     count = product(choices(value.term.ids))
     if by != count:
@@ -104,8 +104,8 @@ def token_of_slot(reader: Reader, node: Node) -> Value | None:
 
 @rule("arange")
 def positions(reader: Reader, node: Node) -> Value | None:
-    given = given_arguments(node)
-    if given.get("start", 0) != 0 or given.get("step", 1) != 1 or node.meta["val"].dtype not in _EXACT:
+    arguments = given_arguments(node)
+    if arguments.get("start", 0) != 0 or arguments.get("step", 1) != 1 or node.meta["val"].dtype not in _EXACT:
         return None
     return Value(opaque(node).dims, Position())
 
@@ -142,11 +142,11 @@ def gathered(reader: Reader, node: Node) -> Value | None:
 
 def _picked(reader: Reader, node: Node, source: Node, index: Value) -> Value | None:
     """``source[ids]``: matrices [E, K, N] or biases [E, N]."""
-    made, ids = opaque(source), as_ids(index)
-    if ids is None or len(made.dims) < 2 or not source.meta["val"].is_floating_point() or is_float(ids[1]):
+    picked, ids = opaque(source), as_ids(index)
+    if ids is None or len(picked.dims) < 2 or not source.meta["val"].is_floating_point() or is_float(ids[1]):
         return None
-    assert isinstance(made.term, Tensor)
-    return Value((*ids[0].dims, *made.dims[1:]), Pick(made.term, ids[1]))
+    assert isinstance(picked.term, Tensor)
+    return Value((*ids[0].dims, *picked.dims[1:]), Pick(picked.term, ids[1]))
 
 
 def _lines(reader: Reader, node: Node) -> tuple[Node, Value] | None:
