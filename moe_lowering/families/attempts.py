@@ -203,11 +203,11 @@ def _judged(
 
 def _routers(reports: list[LoweringReport]) -> int | None:
     """Routers of a graph that became one operator of the device, where reports have them."""
-    routers = [getattr(report, "routers", None) for report in reports]
-    if not routers or any(routers is None for routers in routers):
+    per_graph = [getattr(report, "routers", None) for report in reports]
+    if not per_graph or any(routers is None for routers in per_graph):
         return None
-    became = [router for routers in routers for router in routers or () if router.became not in (None, "aten")]
-    return len(became) // len(routers)
+    became = [router for routers in per_graph for router in routers or () if router.became not in (None, "aten")]
+    return len(became) // len(per_graph)
 
 
 def _why(reports: list[LoweringReport]) -> str:
