@@ -153,7 +153,7 @@ def _fork(copy: Path, function: Callable[[], int]) -> tuple[int, str]:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.chdir(copy)
-        sys.path[:] = [str(copy), *(path for path in sys.path if not Path(path or ".").resolve().is_relative_to(ROOT))]
+        sys.path[:] = [str(copy), *(path for path in sys.path if not _is_of_checkout(Path(path or ".")))]
         sys.modules.pop("checklist_process", None)
         code = int(function())
         import moe_lowering
@@ -163,3 +163,9 @@ def _fork(copy: Path, function: Callable[[], int]) -> tuple[int, str]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _is_of_checkout(path: Path) -> bool:
+    """Whether modules there are those of the checkout; its environment, which ``make`` puts into it, is not."""
+    path = path.absolute()
+    return path.is_relative_to(ROOT) and not path.is_relative_to(sys.prefix)
