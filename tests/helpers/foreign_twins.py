@@ -10,11 +10,25 @@ import torch.nn.functional as F
 from foreign_forms import APART, EXPERTS, FLOAT, NK, Foreign, halves, nk, offsets, order, product, titan_before
 from torch import Tensor
 
+# What may leave the range of experts, or name one twice for a token.
+IDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ids past the last": lambda ids: ids + 1,
+    "ids masked": lambda ids: ids.masked_fill(ids == 0, EXPERTS),
+    "ids clamped": lambda ids: ids.clamp(0, EXPERTS - 2),
+    "ids of two choices": lambda ids: torch.cat([ids[:, :1], ids[:, :1].flip(0)], -1),
+    "ids chosen by a condition": lambda ids: torch.where(ids > 2, ids, ids.flip(0)),
+}
+
+
+def _changed_ids(ids: Tensor, change: str) -> Tensor:
+    return IDS[change](ids) if change in IDS else ids
+
 
 def grouped(change: str = "") -> Callable[..., Any]:
     """transformers' ``grouped_mm``, with one change."""
 
     def forward(x: Tensor, weights: Tensor, ids: Tensor, **t: Tensor) -> Any:
+        ids = _changed_ids(ids, change)
         top_k = ids.shape[-1]
         other = (ids + 1) % EXPERTS
         sorted_ids, perm = order(other) if change == "sorted by other ids" else order(ids)
@@ -100,6 +114,7 @@ GROUPED = {
     "products returned": "raise.read_outside",
     "permutation returned": "raise.read_outside",
     "slots returned": "raise.read_outside",
+    **dict.fromkeys(IDS, "raise.ids_range"),
 }
 
 
@@ -107,6 +122,7 @@ def batched(change: str = "") -> Callable[..., Any]:
     """transformers' ``batched_mm``, with one change."""
 
     def forward(x: Tensor, weights: Tensor, ids: Tensor, **t: Tensor) -> Any:
+        ids = _changed_ids(ids, change)
         flat = ids.reshape(-1)
         rows = x.repeat_interleave(ids.size(-1), dim=0)
         if change == "tokens in turn":
@@ -135,6 +151,7 @@ BATCHED = {
     "weights twice": "raise.weights_twice",
     "over tokens": "raise.sum",
     "interior returned": "raise.read_outside",
+    **dict.fromkeys(IDS, "raise.ids_range"),
 }
 
 TWINS = {

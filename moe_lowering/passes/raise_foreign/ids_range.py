@@ -1,8 +1,10 @@
-"""Whether the ids of a layer are experts that it has.
+"""Whether the ids of a layer are experts that it has, and those of one token different ones.
 
 An id past the last expert is a row that no product computes: what the layer then makes of it (nothing, garbage, an identity
 expert) is not what ``dispatch`` does. So ids must come from choices among as many experts, or from outside of the graph: an
-input, or a table that is stored. Of those it is taken for granted, as the generic operators take it.
+input, or a table that is stored. Of those it is taken for granted, as the generic operators take it. With k > 1 they must come
+from one choice: ids that were clamped, or put together from several choices, may name an expert twice for one token, which
+MC2 does not take (op_plugin.dispatch: the experts of a token differ).
 """
 
 from __future__ import annotations
@@ -18,16 +20,18 @@ from moe_lowering.passes.foreign_walks import VIEWS, name_of
 _CHOICES = ("topk", "sort", "max", "min")  # (values, indices)
 _LOOK_UPS = ("index", "index_select", "gather", "embedding")  # of a table, by anything
 _JOINS = ("cat", "stack", "where", "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "flip")
+_MIXES = ("cat", "stack", "where", "clamp")  # after which two ids of a token may be equal
 _STEPS = 60
 
 
 def out_of_range(ids: Node, experts: int) -> Node | None:
     """The node for whose sake ids are not known to be within [0, experts); None where they are."""
     pending, visited = [ids], {ids}
+    several = ids.meta["val"].shape[-1] != 1
     while pending:
         node = pending.pop()
         sources = _sources(node, experts)
-        if sources is None or len(visited) > _STEPS:
+        if sources is None or len(visited) > _STEPS or (several and name_of(node) in _MIXES):
             return node
         fresh = [source for source in sources if source not in visited]
         visited.update(fresh)
