@@ -104,6 +104,7 @@ class Ranks:
         deadline = time.monotonic() + timeout
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}  # in order of time: the first one is the cause of most others
+        died: set[int] = set()  # and a death before all, which others may notice before this process does
         waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
         while waiting:
             answered = wait(list(waiting), max(0.0, deadline - time.monotonic()))
@@ -117,6 +118,7 @@ class Ranks:
                     ok, answer = pipe.recv()
                 except (EOFError, OSError):
                     failures[rank] = self._died(rank)
+                    died.add(rank)
                     continue
                 except Exception as error:  # unpickling runs code of the result's own types
                     ok, answer = False, f"its answer cannot be read: {_one_line(error)}"
@@ -125,7 +127,7 @@ class Ranks:
                 else:
                     failures[rank] = f"rank {rank}: {answer}"
         if failures:
-            raise RankError("\n".join(failures.values()))
+            raise RankError("\n".join(failures[rank] for rank in sorted(failures, key=lambda rank: rank not in died)))
         return [results[rank] for rank in range(self.size)]
 
     def _died(self, rank: int) -> str:

@@ -27,6 +27,14 @@ def fail(rank, how):
     return lambda: how  # cannot be pickled
 
 
+def fail_then_die(rank):
+    """Rank 0 raises, as after a connection that was lost; rank 1 dies later."""
+    if rank == 0:
+        raise ConnectionError("lost")
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def refuse_setup():
     raise SystemExit
 
@@ -70,6 +78,13 @@ def test_the_first_line_says_what_happened(folder, how, said):
         ranks.run(fail, how)
     assert str(failure.value).startswith(said)
     assert list(folder.iterdir()) == []
+
+
+def test_a_death_comes_first_whoever_answered_before(folder):
+    with Ranks(2) as ranks, pytest.raises(RankError) as failure:
+        ranks.run(fail_then_die)
+    first, second = str(failure.value).splitlines()[:2]
+    assert first == "rank 1: process died, exit code -9 (SIGKILL)" and second == "rank 0: ConnectionError: lost"
 
 
 def test_a_job_that_cannot_be_sent_leaves_the_ranks_as_they_are(folder):
