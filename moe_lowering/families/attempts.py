@@ -225,7 +225,8 @@ def _why(reports: list[LoweringReport]) -> str:
 
 
 def _cut(text: str) -> str:
-    text = " ".join(text.split())
+    """In one line, of a bounded length, and with files of packages as every machine has them: a page is made of it."""
+    text = re.sub(r"\S*/site-packages/", "", " ".join(text.split()))
     return text if len(text) <= _REASON else text[: _REASON - 3] + "..."
 
 

@@ -300,3 +300,12 @@ def test_a_page_without_a_family_is_seen(tmp_path: Path):
     changed = tmp_path / "models.md"
     changed.write_text("\n".join(line for line in PAGE.read_text().splitlines() if not line.startswith("| mixtral ")))
     assert tuple(table_rows(changed)) != listing.families()
+
+
+def test_reasons_have_no_folders_of_this_machine():
+    said = attempts._cut(
+        "[raise.operation] seen,\n at /opt/lib/site-packages/transformers/models/x.py:4 in f"
+    )
+    assert said == "[raise.operation] seen, at transformers/models/x.py:4 in f"
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    assert "site-packages" not in page.read_text()

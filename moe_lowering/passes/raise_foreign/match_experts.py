@@ -102,8 +102,8 @@ def _over_ranks(block: ForeignBlock, deployment: Deployment) -> ForeignBlock:
     raise NotThisForm(
         node,
         "raise.ids_range",
-        f"ids from {node.name} ({name_of(node)}), which may be no expert of {block.num_experts}",
-        f"ids chosen among at most {block.num_experts}{ranks}, or given from outside of the graph",
+        f"ids from {node.name} ({name_of(node)}), which may be no expert of {block.num_experts}, or one twice for a token",
+        f"ids of one choice among at most {block.num_experts}{ranks}, or given from outside of the graph",
     )
 
 
