@@ -303,9 +303,7 @@ def test_a_page_without_a_family_is_seen(tmp_path: Path):
 
 
 def test_reasons_have_no_folders_of_this_machine():
-    said = attempts._cut(
-        "[raise.operation] seen,\n at /opt/lib/site-packages/transformers/models/x.py:4 in f"
-    )
+    said = attempts._cut("[raise.operation] seen,\n at /opt/lib/site-packages/transformers/models/x.py:4 in f")
     assert said == "[raise.operation] seen, at transformers/models/x.py:4 in f"
     page = Path(__file__).parents[2] / "docs" / "models.md"
     assert "site-packages" not in page.read_text()
