@@ -40,7 +40,7 @@ ACTIVATIONS = {
 _LIMIT, _ALPHA = 7.0, 1.702  # of gpt-oss, where a config does not say
 _LIMITS, _ALPHAS = {"swiglu_softcap": "mlp_gate_softcap"}, {"swiglu_softcap": "mlp_up_softcap"}
 
-# Models whose experts do not compute act(gate) * up; the same as `_OWN_GATES` of integrations.transformers, by type.
+# Models whose experts do not compute act(gate) * up: the models of ``expert_gates.OWN_GATES``, which a test compares, by type.
 GATES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"activation": "swiglu_oai", "interleaved": True, "has_bias": True},
     "openai_privacy_filter": {"activation": "swiglu_oai", "has_bias": True},

@@ -31,11 +31,14 @@ class ExpertsForm(NamedTuple):
 class OwnGate(NamedTuple):
     """A known ``_apply_gate``: its activation ("" = by ``act_fn``) and the attributes it reads, with dots.
 
+    ``models``: the model types whose experts have it, as (text) configs have them; what such a config says of it is an entry
+    of ``explanation.configs.GATES``, but for a gate without an activation of its own.
     ``act_fn``: the hash of the forward of the module ``act_fn`` that it calls, where that is the model's own;
     ``caps``: the hash of the forward of the modules in it that ``limit`` and ``alpha`` are of.
     """
 
     activation: str
+    models: tuple[str, ...]
     interleaved: bool = False
     limit: str = ""
     alpha: str = ""
@@ -45,15 +48,16 @@ class OwnGate(NamedTuple):
 
 # By ``gate_fingerprint`` of the method; read and translated by hand, and each compared with its model in tests.
 OWN_GATES = {
-    "d2280d6cb449ef4d": OwnGate("swiglu_oai", interleaved=True, limit="limit", alpha="alpha"),  # gpt_oss
-    "16dda23ffa1117db": OwnGate("swiglu_oai", limit="limit", alpha="alpha"),  # openai_privacy_filter
-    "c2cd555edece6a1a": OwnGate("swiglu_oai", limit="swiglu_limit", alpha="swiglu_alpha"),  # minimax_m3_vl
-    "71529536b1762a73": OwnGate("swiglu_clamp", limit="limit"),  # deepseek_v4; calls act_fn
-    "d0727b6385447f99": OwnGate("swiglu_clamp", limit="swiglu_limit"),  # hy_v4, glm5_next
-    "09826a8b199dad9d": OwnGate(""),  # beam: the default gate in float32, as ours is
-    "e73c0274c903a342": OwnGate("swiglu_clamp_after", limit="limit"),  # step3p7; calls act_fn
-    "940a99606cd8f64e": OwnGate(  # inkling2
+    "d2280d6cb449ef4d": OwnGate("swiglu_oai", ("gpt_oss",), interleaved=True, limit="limit", alpha="alpha"),
+    "16dda23ffa1117db": OwnGate("swiglu_oai", ("openai_privacy_filter",), limit="limit", alpha="alpha"),
+    "c2cd555edece6a1a": OwnGate("swiglu_oai", ("minimax_m3_vl_text",), limit="swiglu_limit", alpha="swiglu_alpha"),
+    "71529536b1762a73": OwnGate("swiglu_clamp", ("deepseek_v4",), limit="limit"),  # calls act_fn
+    "d0727b6385447f99": OwnGate("swiglu_clamp", ("hy_v4", "glm5_next_text"), limit="swiglu_limit"),
+    "09826a8b199dad9d": OwnGate("", ("beam",)),  # the default gate in float32, as ours is
+    "e73c0274c903a342": OwnGate("swiglu_clamp_after", ("step3p5",), limit="limit"),  # calls act_fn
+    "940a99606cd8f64e": OwnGate(
         "swiglu_softcap",
+        ("inkling2_text",),
         limit="act_fn.gate_softcap.softcap",
         alpha="act_fn.up_softcap.softcap",
         act_fn="3800c8d7931f3a3b",

@@ -13,7 +13,6 @@ from test_explain import BLOCK, answer, command
 
 from moe_lowering.cli.explain.request import IMPLEMENTATIONS as COMMAND_IMPLEMENTATIONS
 from moe_lowering.cli.explain.text import WIDTH
-from moe_lowering.explanation import configs
 from moe_lowering.passes import policy
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.vocabulary import VLLM_POLICIES
@@ -73,14 +72,6 @@ def test_a_config_file_of_a_type_that_transformers_does_not_know(capfd, tmp_path
     _, found = answer(capfd, f"{path} --ep 8")
     assert [found["block"][k] for k in ("hidden", "intermediate", "experts", "top_k")] == [4096, 1536, 96, 6]
     assert any("'brand_new'" in text for text in found["assumptions"])
-
-
-def test_gates_are_those_that_the_integration_knows():
-    """Every gate of its own that the transformers integration recognises is in the table here, or is the default one."""
-    from moe_lowering.integrations.expert_gates import OWN_GATES
-
-    known = {(gate.activation, gate.interleaved) for gate in OWN_GATES.values() if gate.activation}
-    assert {(gate["activation"], gate.get("interleaved", False)) for gate in configs.GATES.values()} == known
 
 
 # --------------------------------------------------------------------------------------------------------- wrong usage

@@ -234,9 +234,114 @@ FORMAT: Edits = {
 }
 
 
+WRAPPER = '''"""A toy: dispatch_ffn_combine by another name."""
+
+from moe_lowering.custom_ops import dispatch_ffn_combine as ffn
+from moe_lowering.custom_ops.library import register, schema_of
+
+SCHEMA = schema_of("toy_fused", ffn.DispatchFfnCombineCall, "(Tensor y, Tensor expert_token_nums)")
+register(SCHEMA, ffn.DispatchFfnCombineCall, cpu=ffn._cpu, fake=ffn._fake, npu=ffn._npu, side_effect=True)
+'''
+FUSED_ROW = """
+[[limit]]
+code = "toy_fused.soc"
+operator = "toy_fused"
+value = "soc"
+one_of = ["A3"]
+source = "here.allgather: a toy"
+advice = "run the model on A3"
+"""
+FUSED_FACT = """operators = ["toy_fused"]
+soc = "A2 A3 A5"
+
+[[group]]
+source = "here.allgather: a toy"
+facts = [
+  { code = "toy_fused.soc", only = ["soc", ["A3"]] },
+]
+"""
+FUSED_SCHEMA = """[[schema]]
+operator = "toy_fused"
+version = "toy 1.0"
+schema = "toy_fused(Tensor x) -> Tensor"
+source = "a toy"
+
+"""
+TARGET = '    FusedOperator("toy_fused", 1, "sgl_kernel_npu", _ffn_arguments, _bits_or_float, max_output_size),\n'
+MATRIX_ROW = """        WeightForm(
+            "toy_fused", "fused_mc2", "toy_fused", ("moe_lowering.toy_fused",),
+            {"fused_mode": 1, "providers": (("sgl_kernel_npu", "1.0"),)},
+        ),
+"""
+FUSED: Edits = {
+    ("A fused operator", 1): (Insert("moe_lowering/vocabulary.py", '"mega_moe", "dispatch_gmm', '"toy_fused", '),),
+    ("A fused operator", 2): (Insert("moe_lowering/custom_ops/toy_fused.py", "", WRAPPER),),
+    ("A fused operator", 3): (
+        Insert("moe_lowering/custom_ops/__init__.py", "    route,\n)", "    toy_fused,\n"),
+        Insert("moe_lowering/custom_ops/__init__.py", '    "route",\n]', '    "toy_fused",\n'),
+    ),
+    ("A fused operator", 4): (
+        Insert(
+            "moe_lowering/passes/implementations/fused_mc2.py", '    FusedOperator("dispatch_gmm_combine_decode"', TARGET
+        ),
+    ),
+    ("A fused operator", 5): (Insert("moe_lowering/limits/data/toy_fused.toml", "", FUSED_ROW),),
+    ("A fused operator", 6): (Insert("tests/helpers/limit_facts/toy_fused.toml", "", FUSED_FACT),),
+    ("A fused operator", 7): (
+        Insert(
+            "moe_lowering/limits/schemas.toml", '[[signature]]\noperator = "mega_moe"\nversion = "cann_ops_transformer of',
+            FUSED_SCHEMA,
+        ),
+    ),
+    ("A fused operator", 8): (
+        Insert("moe_lowering/limits/calls/fused.py", '    "mega_moe": mega', '    "toy_fused": dispatch_ffn_combine,\n'),
+    ),
+    ("A fused operator", 9): (
+        Insert("moe_lowering/passes/operator_results.py", '    "mega_moe": _fused', '    "toy_fused": _fused,\n'),
+    ),
+    ("A fused operator", 10): (
+        Insert("moe_lowering/backends/ge_converters.py", '    "mega_moe": "no GE', '    "toy_fused": "a toy",\n'),
+    ),
+    ("A fused operator", 11): (
+        Insert("moe_lowering/matrix/forms.py", '        WeightForm(\n            "dispatch_gmm', MATRIX_ROW),
+    ),
+    ("A fused operator", 12): (
+        Insert("provider_tests/forms.py", "DECODE: dispatch_gmm_combine_decode}", '"toy_fused": dispatch_ffn_combine, '),
+        Insert("provider_tests/forms.py", "FFN: ffn_forms, DECODE", '"toy_fused": ffn_forms, '),
+    ),
+}  # fmt: skip
+
+# Reads what the form ``grouped_mm`` reads, at one of its anchors, and has one that is nowhere.
+FORM = """dataclasses.replace(
+    match_grouped_mm.FORM,
+    name="toy",
+    anchors=("transformers.grouped_mm_fallback.default", "toy.everyone_mlp.default"),
+    match=lambda *graph: dataclasses.replace(match_grouped_mm.match(*graph), form="toy"),
+), """
+MODEL: Edits = {
+    ("A model form", 1): (
+        Insert("moe_lowering/integrations/expert_gates.py", '    "d2280', '    "toy": OwnGate("swiglu_oai", ("toy",)),\n'),
+    ),
+    ("A model form", 2): (
+        Insert("moe_lowering/explanation/configs.py", '    "deepseek_v4": {', '    "toy": {"activation": "swiglu_oai"},\n'),
+    ),
+    ("A model form", 3): (
+        Insert("moe_lowering/passes/raise_foreign/find_foreign_blocks.py", "from collections.abc", "import dataclasses\n"),
+        Insert("moe_lowering/passes/raise_foreign/find_foreign_blocks.py", "match_grouped_mm.FORM, match", FORM),
+    ),
+    ("A model form", 4): (
+        Insert(
+            "tests/helpers/foreign_forms.py", '    "gpt-fast": ', '    "toy": Foreign("toy", grouped(), NK, nk(), FLOAT),\n'
+        ),
+    ),
+    ("A model form", 5): (Insert("moe_lowering/passes/foreign_operators.py", '"grouped_mm", "grouped_m', '"everyone_mlp", '),),
+    ("A model form", 6): (Insert("docs/raising.md", "| `gathered_weights` |", "| `toy` | a toy | nobody |\n"),),
+}  # fmt: skip
+
+
 def all_edits() -> Edits:
     """The edit of each step, by kind and number."""
-    return {**IMPLEMENTATION, **soc_edits(), **LIMIT, **ACTIVATION, **FORMAT}
+    return {**IMPLEMENTATION, **soc_edits(), **LIMIT, **ACTIVATION, **FORMAT, **FUSED, **MODEL}
 
 
 def broken(edits: tuple[Insert, ...], old: str, new: str) -> tuple[Insert, ...]:
