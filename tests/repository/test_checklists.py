@@ -1,6 +1,6 @@
 """The check-lists of docs/adding.md, walked: a toy of each kind in a copy of the checkout, and each step left out in turn.
 
-With every step done, the tests that the list names pass. Without one, the tests of that step fail, and say which step it is, and no other.
+With every step done, the tests that the list names pass. Without one, the tests of that step fail, and name it and no other.
 """
 
 from __future__ import annotations
