@@ -14,7 +14,7 @@ from unittest import mock
 from torch.fx import Graph, GraphModule
 
 from moe_lowering import MoeLowering
-from moe_lowering.passes import graph_run
+from moe_lowering.passes import graph_run, run_routes
 
 STAGES = ("raise", "judge", "rewrite", "lint", "recompile")
 Times = dict[str, float]
@@ -45,7 +45,7 @@ class StageClock:
             for stage, place, name in (
                 ("raise", graph_run, "find_blocks"),
                 ("judge", graph_run, "decide"),
-                ("judge", graph_run, "judge_route"),
+                ("judge", run_routes, "judge_route"),
                 ("lint", Graph, "lint"),
                 ("recompile", GraphModule, "recompile"),
             ):

@@ -1,10 +1,14 @@
-"""One run of the pass over one graph: blocks are found, judged, rewritten, verified, and the edits can be taken back."""
+"""One run of the pass over one graph: its blocks are decided on, rewritten and verified one by one, and what was edited can
+be taken back, of one block or of all.
+
+Contract. What is raised while a block is lowered leaves that block as it was, with the reason in its report. What the graph
+refuses to run with is in ``run_bounds``, its routings in ``run_routes``, layers that others wrote in ``run_foreign`` and
+``lower_foreign``, what is said in ``run_messages``.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,13 +17,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
-from moe_lowering.argument_checks import require_choice
-from moe_lowering.custom_ops.assert_tokens import NOTHING
 from moe_lowering.deployment import Deployment
-from moe_lowering.limits import TokenRange, Violation
-from moe_lowering.limits.bounds import as_argument
-from moe_lowering.limits.wording import Names, Quoted, Wording, make_wording
-from moe_lowering.passes import router_reports
+from moe_lowering.limits.wording import Wording, make_wording
 from moe_lowering.passes.agreement_check import (
     ASSERT_AGREEMENT,
     BlockOutcome,
@@ -29,28 +28,28 @@ from moe_lowering.passes.agreement_check import (
     settings_record,
     source_meta,
 )
-from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, size_key
+from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.capturability import may_be_captured, not_capturable
 from moe_lowering.passes.decision import Decision, decide
 from moe_lowering.passes.edit_log import ModuleEdits
 from moe_lowering.passes.emitter import Constants, Emitter, Recording
-from moe_lowering.passes.find_blocks import Around, around_of, find_blocks
-from moe_lowering.passes.find_foreign import find_foreign
+from moe_lowering.passes.find_blocks import find_blocks
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.legality import Refusal, refusal
 from moe_lowering.passes.lower_foreign import left_as_it_is, lower_foreign
-from moe_lowering.passes.lower_route import emit_route, judge_route
-from moe_lowering.passes.lower_router import find_routers, lower_router
+from moe_lowering.passes.lower_router import find_routers
 from moe_lowering.passes.match_router import RouterReader, readers_of
 from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.overlap import OverlapTarget, overlap
-from moe_lowering.passes.policy import Policy, PolicyError
-from moe_lowering.passes.raise_foreign.find_foreign_blocks import find_foreign_blocks
+from moe_lowering.passes.policy import Policy
 from moe_lowering.passes.raise_foreign.records import ForeignBlock
+from moe_lowering.passes.run_bounds import TokenBounds
+from moe_lowering.passes.run_foreign import ForeignLayers
+from moe_lowering.passes.run_messages import describe_internal_error, describe_undo, log_warning, name_symbols
+from moe_lowering.passes.run_routes import RouteLowering
 from moe_lowering.passes.subgraphs import Subgraph
-from moe_lowering.passes.symbol_names import dimension_names, name_sizes
-from moe_lowering.passes.token_ranges import request_guard
+from moe_lowering.passes.symbol_names import name_sizes
 from moe_lowering.passes.verifier import (
     VerificationError,
     call_violations,
@@ -58,14 +57,11 @@ from moe_lowering.passes.verifier import (
     generic_nodes,
     same_value,
 )
-from moe_lowering.report.records import BlockReport, ForeignMoe, NotCapturable, NotRaised, RouterReport
+from moe_lowering.report.records import BlockReport, NotCapturable
 from moe_lowering.vocabulary import RAISE_FOREIGN
 
 if TYPE_CHECKING:
     from moe_lowering.passes.pipeline import MoeLowering
-
-log = logging.getLogger(__name__)
-ASSERT_TOKENS = torch.ops.moe_lowering.assert_tokens.default
 
 
 class GraphRun:
@@ -85,29 +81,21 @@ class GraphRun:
         self.inside = inside
         self.deployment = deployment
         self.policy = policy
-        self.raise_foreign = raise_foreign
         self.nodes_before = len(self.graph.nodes)
         self.changed = False
         self._failed = False
         self.left: list[tuple[Node, str]] = []
-        self.untouched: list[BlockReport] = []  # layers of others that were recognised and have no block
-        self.surroundings = Around({}, {}, frozenset())
-        self._not_raised: dict[Node, NotRaised] = {}
-        self.foreign_blocks: dict[Node, ForeignBlock] = {}  # by the combine of their generic form
         self.replaced: dict[Node, Node] = {}  # by the erased result of a layer: what stands for it
-        self._told: set[Node] = set()  # nodes of layers of others that ``blocks`` reports, lowered or not
+        self.foreign = ForeignLayers(self.graph, deployment, raise_foreign)
+        self.bounds = TokenBounds(deployment, self.foreign.raised, self.replaced, self._guarded)
+        self.routes = RouteLowering(deployment, self.edits, self._guarded)
+        self._raise_foreign = raise_foreign
         self._decisions: dict[BlockSpec, Decision] = {}
         self.recordings: dict[tuple[Any, ...], Recording] = {}
         self._constants: Constants = {}
-        self._routes: dict[RouteSpec, list[Violation]] = {}
-        self._enforced: set[Any] = set()
-        self._refused: list[tuple[Block, Refusal]] = []
-        self._lowered_routes: list[Node] = []
-        self.routers: list[RouterReport] = []
-        self._said: dict[tuple[BlockSpec, str], BlockReport] = {}
+        self._reports: dict[tuple[BlockSpec, str], BlockReport] = {}  # of equal blocks, by what becomes of them
         self._blocks: list[Block] = []
         self._targets: dict[Node, OverlapTarget] = {}  # by the erased combine
-        self._refusing: set[Node] = set()  # combines of blocks for whose sake the graph refuses to run
         self._first_exchange: tuple[Node, dict[str, Any]] | None = None
         self._shape_env: Any = None
 
@@ -133,39 +121,16 @@ class GraphRun:
             log_warning("moe_lowering: looking for blocks failed, the graph is left as it was")
             self.left = [(node, describe_internal_error(error)) for node in generic_nodes(self.graph.nodes)]
             return []
-        foreign = self._find_foreign(routes)
+        foreign = self.foreign.find(routes)
         readers = [*readers_of(blocks), *(RouterReader(layer.ids, layer.weights, layer.result) for layer in foreign)]
-        raised, self.routers = find_routers(self.graph, readers, self.raise_foreign)
+        raised, self.routes.reports = find_routers(self.graph, readers, self._raise_foreign)
         self._first_exchange = self._find_first_exchange(foreign)
         reports = self._lower_all(blocks, foreign)
-        for route in routes:
-            if not _feeds_generic(route):
-                self._lower_route(route)
+        self.left += self.routes.lower_generic(routes)
         for route in raised:
-            is_lowered = route.raised is not None and (
-                route.raised.end in self._targets or route.raised.end in self.replaced
-            )
-            self.routers.append(lower_router(route, is_lowered, self._judge_route, self._guarded, self.edits))
+            end = None if route.raised is None else route.raised.end
+            self.routes.lower_raised(route, is_lowered=end in self._targets or end in self.replaced)
         return reports
-
-    def _find_foreign(self, routes: list[Route]) -> list[ForeignBlock]:
-        """Layers that others wrote, in graph order; none where they are not to be raised."""
-        if self.raise_foreign == "off":
-            return []
-        try:
-            layers, self._not_raised = find_foreign_blocks(self.graph, self.deployment)
-        except Exception:  # as in _guarded: nothing was edited yet
-            log_warning("moe_lowering: looking for layers that others wrote failed, they are left as they were")
-            return []
-        if layers:
-            self.surroundings = around_of(self.graph, routes)
-        if self.raise_foreign == "auto":
-            return layers
-        require_choice("GraphRun", "raise_foreign", self.raise_foreign, RAISE_FOREIGN)
-        reason = f"[raise.report] recognised, and left: raise_foreign is {self.raise_foreign!r}"
-        self.untouched += [left_as_it_is(block, reason) for block in layers]
-        self._told.update(node for block in layers for node in block.interior)
-        return []
 
     def _find_first_exchange(self, foreign: list[ForeignBlock]) -> tuple[Node, dict[str, Any]] | None:
         """As ``first_exchange`` has it, of generic operators and of layers that others wrote."""
@@ -188,17 +153,16 @@ class GraphRun:
 
     def _raise_or_leave(self, layer: ForeignBlock) -> list[BlockReport]:
         """The report of a layer that others wrote, where it has a block: else it is put with those that were not touched."""
-        self._told.update(layer.interior)
         try:
             block, report = lower_foreign(self, layer)
         except Exception as error:  # as in _guarded: the layer is as it was
-            self._enforced.clear()
+            self.bounds.forget()
             log_warning("moe_lowering: raising failed, %s left as it was", layer.result.name, trace=not self._failed)
             self._failed = True
-            self.untouched.append(left_as_it_is(layer, describe_internal_error(error)))
+            self.foreign.untouched.append(left_as_it_is(layer, describe_internal_error(error)))
             return []
         if block is None:
-            self.untouched.append(report)
+            self.foreign.untouched.append(report)
             return []
         self._blocks.append(block)
         return [report]
@@ -210,11 +174,7 @@ class GraphRun:
     def take_back(self, block: Block) -> Refusal | None:
         """Forget what was noted of a block whose edits are taken back; why the graph refused to run for its sake."""
         self._targets.pop(block.combine, None)
-        refused = next((why for other, why in self._refused if other is block), None)
-        self._refused = [pair for pair in self._refused if pair[0] is not block]
-        self._refusing.discard(block.combine)
-        self._enforced.clear()  # its assert_tokens went with it: the next block of this T brings its own
-        return refused
+        return self.bounds.take_back(block)
 
     def _lower_or_leave(self, block: Block) -> BlockReport:
         created: list[Node] = []  # what is in the steps within is known already
@@ -223,7 +183,7 @@ class GraphRun:
                 return self.lower_block(block)
         except Exception as error:  # as in _guarded: here deciding failed, or reporting
             self._targets.pop(block.combine, None)
-            self._enforced.clear()  # its assert_tokens went with it: the next block of this T brings its own
+            self.bounds.forget()
             log_warning("moe_lowering: deciding failed, %s left as it was", block.name, trace=not self._failed)
             self._failed = True  # equal blocks fail alike: one traceback is enough
             before = tuple(operator_name(n) for n in block.stages)
@@ -240,34 +200,43 @@ class GraphRun:
         refused = refusal(block.spec, self.deployment) if comm is not None else None
         if refused is not None:
             comm, reason = None, refused.reason
-            self.refuse_to_run(block, refused)
+            self.bounds.refuse_to_run(block, refused)
         if comm is not None:
             chosen = comm
             done = self._guarded(lambda emit: self._rewrite(block, chosen, decision, emit), (chosen, block.spec))
             if isinstance(done, Wording):
-                comm, reason = None, make_wording("{why}{more}", why=done, more=self._refuse_if_ranks_differ(block))
+                comm, reason = (
+                    None,
+                    make_wording("{why}{more}", why=done, more=self.bounds.refuse_if_ranks_differ(block)),
+                )
             else:
                 after = tuple(operator_name(n) for n in sorted(done) if n.target is not operator.getitem)
-                self._enforced.add((size_key(block.spec.tokens), decision.enforced))
+                self.bounds.keep(block, decision.enforced)
         report = self._report(block.spec, comm, reason, decision)
         report = dataclasses.replace(report, name=block.name, ops_before=before, ops_after=after)
         if decision.guard is not None and comm == decision.comm:  # last: a guard cannot be taken back
-            self._request_guard(block, decision.guard)
+            self.bounds.request_guard(block, decision.guard)
         return report
 
     def _report(self, spec: BlockSpec, comm: str | None, reason: Wording, decision: Decision) -> BlockReport:
         """What equal blocks say alike, in the user's names."""
         key = (spec, reason.say())
-        if key not in self._said:
-            names = () if isinstance(spec.tokens, int) else _names(spec.tokens)
-            done = comm is not None
+        if key not in self._reports:
+            names, is_lowered = name_symbols(spec.tokens), comm is not None
             report = BlockReport(
-                "", comm, reason.say(names), (), (), decision.judgement.verdicts, decision.notes,
-                enforced=decision.enforced if done else None, sizes=decision.sizes if done else None,
+                name="",
+                comm=comm,
+                reason=reason.say(names),
+                ops_before=(),
+                ops_after=(),
+                verdicts=decision.judgement.verdicts,
+                notes=decision.notes,
+                enforced=decision.enforced if is_lowered else None,
+                sizes=decision.sizes if is_lowered else None,
                 count=decision.count,
-            )  # fmt: skip
-            self._said[key] = name_sizes(report, names)
-        return self._said[key]
+            )
+            self._reports[key] = name_sizes(report, names)
+        return self._reports[key]
 
     def _guarded(self, rewrite: Callable[[Emitter], None], key: tuple[Any, ...]) -> list[Node] | Wording:
         """Run one rewrite; the nodes it created, or why it was undone."""
@@ -279,7 +248,7 @@ class GraphRun:
         except Exception as error:  # a defect of ours must not fail the user's compile: undo this block, and say so
             if not isinstance(error, VerificationError):
                 log_warning("moe_lowering: rewriting failed, block left as it was")
-            return _describe_undo(error)
+            return describe_undo(error)
         self.recordings.setdefault(key, emit.recording)
         self.changed = True
         return emit.created
@@ -297,7 +266,7 @@ class GraphRun:
         if first:
             self._check_limits(block.spec, decision, emit)
         if decision.enforced is not None:
-            self._enforce(block, decision.enforced, emit)
+            self.bounds.enforce(block, decision.enforced, emit)
         self.edits.replace_uses(block.combine, replacement.y)
         if block.counts is not None and replacement.counts is not None:
             self.edits.replace_uses(block.counts, replacement.counts, but=block.mlp)
@@ -329,7 +298,7 @@ class GraphRun:
     def _outcome(self, block: Block, report: BlockReport) -> BlockOutcome:
         target = self._targets.get(block.combine)
         created = [] if target is None else target.nodes
-        return BlockOutcome(block, report, created, block.combine in self._refusing)
+        return BlockOutcome(block, report, created, self.bounds.is_refused(block))
 
     def overlap(self, reports: list[BlockReport], config: Any) -> list[BlockReport]:
         """After ``lower``: shared experts to a side stream, and the reports with what came of it."""
@@ -352,31 +321,33 @@ class GraphRun:
             return reports
         except Exception as error:  # as in _guarded
             log_warning("moe_lowering: the lowered graph is not sound, all of it left as it was")
-            return self._leave_all(reports, _describe_undo(error).say(), agree)
+            return self._leave_all(reports, describe_undo(error).say(), agree)
 
     def _leave_all(
         self, reports: list[BlockReport], reason: str, agree: Callable[[list[BlockReport]], None]
     ) -> list[BlockReport]:
         """Undo everything but what must not run beside other ranks; that raises where even this cannot be compiled."""
-        refused, self.changed = self._refused, False
+        refused, self.changed = self.bounds.refused, False
         self.edits.undo()
-        self._refused = []
+        self.bounds.refused = []
         for block, why in refused:
-            self.refuse_to_run(block, why)
-        left = [
-            dataclasses.replace(
-                report, comm=None, reason=reason + self._refuse_if_ranks_differ(block), ops_after=report.ops_before,
-                enforced=None, sizes=None,
-            ) if report.comm is not None else report
-            for report, block in zip(reports, self._blocks, strict=True)
-        ]  # fmt: skip
+            self.bounds.refuse_to_run(block, why)
+        left = [self._leave(*each, reason) for each in zip(self._blocks, reports, strict=True)]
         self._targets.clear()
-        self.routers = [router_reports.undone(router, reason) for router in self.routers]
-        self.left += [(node, reason) for node in self._lowered_routes]
+        self.left += self.routes.undo(reason)
         agree(left)
         if self.changed:
             self.edits.compile()
         return left
+
+    def _leave(self, block: Block, report: BlockReport, reason: str) -> BlockReport:
+        """The report of a block whose edits were taken back with all others'."""
+        if report.comm is None:
+            return report
+        reason += self.bounds.refuse_if_ranks_differ(block)
+        return dataclasses.replace(
+            report, comm=None, reason=reason, ops_after=report.ops_before, enforced=None, sizes=None
+        )
 
     def not_capturable(self) -> list[NotCapturable]:
         """What keeps the graph as it is now from being captured; nothing where the deployment does not capture."""
@@ -388,16 +359,6 @@ class GraphRun:
             log_warning("moe_lowering: looking for what cannot be captured failed")
             return []
 
-    def foreign(self) -> list[ForeignMoe]:
-        """MoE layers that are left in the graph and are not written with the generic operators."""
-        try:
-            return find_foreign(self.graph, self._told, self._not_raised)
-        except Exception as error:  # as in _guarded; what could not be looked for is not taken to be absent
-            log_warning("moe_lowering: looking for other MoE layers failed")
-            return [
-                ForeignMoe("graph", "", (), "foreign.not_looked", describe_internal_error(error), "it may hold others")
-            ]
-
     def _check_limits(self, spec: BlockSpec, decision: Decision, emit: Emitter) -> None:
         """Every Ascend node against its limits, from its own arguments and not from the block's record."""
         judged = decision.judgement
@@ -408,119 +369,7 @@ class GraphRun:
                 texts = "; ".join(f"{{{i}}}" for i in range(len(violations)))
                 raise VerificationError(Wording(texts, tuple((str(i), v) for i, v in enumerate(violations))))
 
-    def _enforce(self, block: Block, interval: TokenRange, emit: Emitter) -> None:
-        """The graph refuses to run outside of the range that its choice rests on, once per range of one T."""
-        if (size_key(block.spec.tokens), interval) not in self._enforced:
-            self._emit_assert(block, interval, emit, min(emit.created))
-
-    def _request_guard(self, block: Block, interval: TokenRange) -> None:
-        """After the block is rewritten, or left because no size nearby is legal; never for one that was undone."""
-        try:
-            request_guard(block.spec.tokens, interval)
-        except (
-            Exception
-        ):  # the graph itself refuses sizes outside of its range: without the guard it only recompiles less
-            log_warning("moe_lowering: no guard on %s could be requested for %s", interval, block.name)
-
-    def _emit_assert(self, block: Block, interval: TokenRange | None, emit: Emitter, position: Node) -> None:
-        with emit.at(position, position):
-            emit.call(ASSERT_TOKENS, self._tokens_of(block), *_assert_bounds(interval), **self._declared())
-
-    def _tokens_of(self, block: Block) -> Node:
-        """Its x; of a layer that others wrote the one that stays when the layer is left."""
-        layer = self.foreign_blocks.get(block.combine)
-        return block.x if layer is None else layer.reading(self.replaced).x
-
-    def _declared(self) -> dict[str, int]:
-        """The range of T that the deployment declares, if any, for what ``assert_tokens`` says."""
-        deployment = self.deployment
-        if not deployment.max_tokens:
-            return {}
-        return {"min_tokens": deployment.min_tokens, "max_tokens": deployment.max_tokens}
-
-    def refuse_to_run(self, block: Block, refused: Refusal) -> None:
-        """The others communicate as they decided, so this rank must not run its generic operators beside them."""
-        self._refused.append((block, refused))
-        self._refusing.add(block.combine)
-        x, layer = self._tokens_of(block), self.foreign_blocks.get(block.combine)
-        position = block.dispatch if layer is None else layer.first or layer.result
-        args = (x, *_assert_bounds(refused.accepted))
-        if not any(user.target is ASSERT_TOKENS and user.args == args for user in x.users):
-            key = ("refuse", block.spec)
-            self._guarded(lambda emit: self._emit_assert(block, refused.accepted, emit, position), key)
-
-    def _refuse_if_ranks_differ(self, block: Block) -> str:
-        """After an undone rewrite: what to add to the reason where ranks with another T may have succeeded."""
-        if self.deployment.ep_size == 1 or self.deployment.equal_tokens:
-            return ""
-        text = "; ranks with another T may have lowered it: the graph refuses to run"
-        self.refuse_to_run(block, Refusal(make_wording(text)))
-        return text
-
-    def _lower_route(self, route: Route) -> None:
-        failure = self._guarded(lambda emit: self._rewrite_route(route, emit), (route.spec,))
-        if isinstance(failure, Wording):
-            self.left.append((route.node, failure.say()))
-        else:
-            self._lowered_routes.append(route.node)
-            self.routers.append(router_reports.lowered(route, self._routes[route.spec]))
-
-    def _judge_route(self, route: Route) -> list[Violation]:
-        if route.spec not in self._routes:
-            self._routes[route.spec] = judge_route(route.spec, self.deployment)
-        return self._routes[route.spec]
-
-    def _rewrite_route(self, route: Route, emit: Emitter) -> None:
-        weights, ids = emit_route(route, emit, use_gating=not self._judge_route(route))
-        for old, new in ((route.weights, weights), (route.ids, ids)):
-            if old is not None:
-                same_value(old, new)
-        replaced = [(old, new) for old, new in ((route.weights, weights), (route.ids, ids)) if old is not None]
-        for old, new in replaced:
-            self.edits.replace_uses(old, new)
-        self.edits.erase([route.node, *(old for old, _ in replaced)])
-        for old, new in replaced:
-            self.edits.take_name(new, old)
-
-
-def _feeds_generic(route: Route) -> bool:
-    """Whether the routing belongs to what was left as it was: then it stays too."""
-    readers = [user for item in (route.weights, route.ids) if item is not None for user in item.users]
-    return bool(generic_nodes(readers))
-
-
-def _names(tokens: Any) -> Names:
-    """The user's names of the symbols of T. They are for people: without them the block is lowered all the same."""
-    try:
-        return dimension_names(tokens)
-    except Exception:  # as in _guarded
-        log_warning("moe_lowering: no names could be given to the sizes in %s", tokens)
-        return ()
-
-
-def _assert_bounds(interval: TokenRange | None) -> tuple[int, int]:
-    """The bounds of ``assert_tokens`` that accept a range; None is no T at all."""
-    return (0, NOTHING) if interval is None else (interval.low, as_argument(interval.high))
-
 
 def _fake_mode(graph: Graph) -> FakeTensorMode | None:
     values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
     return torch._guards.detect_fake_mode(values)
-
-
-def describe_internal_error(error: Exception) -> str:
-    """What the report says of an error that nobody expected."""
-    if isinstance(error, PolicyError):
-        return str(error)
-    return f"internal error, please report it: {type(error).__name__}: {error}"
-
-
-def _describe_undo(error: Exception) -> Wording:
-    why = error.wording if isinstance(error, VerificationError) else Quoted(str(error))
-    return make_wording("rewrite undone: {kind}: {why}", kind=type(error).__name__, why=why)
-
-
-def log_warning(text: str, *args: Any, trace: bool = True, level: int = logging.WARNING) -> None:
-    """Log; with the exception under way, unless ``trace`` is False."""
-    with contextlib.suppress(Exception):  # whoever listens must not fail the compile
-        log.log(level, text, *args, exc_info=trace)

@@ -54,10 +54,9 @@ def lower_foreign(run: GraphRun, layer: ForeignBlock) -> tuple[Block | None, Blo
         block, report = _lower(run, layer)
     except _Left as left:
         block, report = left.block, dataclasses.replace(left.report, ops_after=before)
-        if (
-            block is not None and left.refused is not None
-        ):  # other ranks may exchange: this one must not run beside them
-            run.refuse_to_run(block, left.refused)
+        # other ranks may exchange: this one must not run beside them
+        if block is not None and left.refused is not None:
+            run.bounds.refuse_to_run(block, left.refused)
     notes = (*report.notes, *layer.notes, *_weights_notes(layer), *order_notes(layer, report.comm))
     return block, dataclasses.replace(report, ops_before=before, raised_from=layer.form, notes=notes)
 
@@ -75,10 +74,10 @@ def _lower(run: GraphRun, layer: ForeignBlock) -> tuple[Block, BlockReport]:
             ) from error
         same_value(layer.result, generic.result)
         _move_readers(run, layer, generic)
-        block = find_block(generic.dispatch, run.surroundings)
+        block = find_block(generic.dispatch, run.foreign.surroundings)
         if isinstance(block, str):
             raise _Left(None, left_as_it_is(layer, block))
-        run.foreign_blocks[block.combine] = layer
+        run.foreign.raised[block.combine] = layer
         run.edits.replace_uses(layer.result, generic.result)
         report = run.lower_block(block)
         if report.comm is None:

@@ -28,9 +28,10 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.capturability import is_captured
 from moe_lowering.passes.cost_model import Cost
 from moe_lowering.passes.find_blocks import module_path
-from moe_lowering.passes.graph_run import GraphRun, describe_internal_error, log_warning
+from moe_lowering.passes.graph_run import GraphRun
 from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.policy import Policy
+from moe_lowering.passes.run_messages import describe_internal_error, log_warning
 from moe_lowering.passes.subgraphs import Subgraph, computed_inputs, find_subgraphs
 from moe_lowering.passes.verifier import (
     generic_nodes,
@@ -148,9 +149,9 @@ class MoeLowering:
                 agree(run, reports)
                 if self.overlap and run.inside is None:
                     reports = run.overlap(reports, config)
-                blocks += [*run.finish(reports, functools.partial(agree, run)), *run.untouched]
+                blocks += [*run.finish(reports, functools.partial(agree, run)), *run.foreign.untouched]
             findings = [finding for run in runs for finding in run.not_capturable()]
-            foreign = [layer for run in runs for layer in run.foreign()]
+            foreign = [layer for run in runs for layer in run.foreign.remaining()]
         report = LoweringReport(
             blocks=tuple(blocks),
             unrecognised=(*((module_path(node), reason) for run in runs for node, reason in run.left), *missed),
@@ -160,7 +161,7 @@ class MoeLowering:
             not_capturable=tuple(findings),
             detected=self.deployment.detected,
             foreign=tuple(foreign),
-            routers=tuple(router for run in runs for router in run.routers),
+            routers=tuple(router for run in runs for router in run.routes.reports),
         )
         self.reports.append(report)
         captured = is_captured(self.deployment, config)

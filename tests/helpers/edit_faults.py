@@ -17,7 +17,7 @@ from graph_data import Data
 from torch.fx import Graph, GraphModule, Node
 
 from moe_lowering import Deployment, MoeLowering
-from moe_lowering.passes import emitter, graph_run, overlap
+from moe_lowering.passes import emitter, graph_run, overlap, run_bounds, run_messages, run_routes
 
 M, aten = torch.ops.moe_lowering, torch.ops.aten
 ASSERT = M.assert_tokens.default
@@ -69,7 +69,8 @@ class Faults:
         (Graph, "create_node"), (Graph, "erase_node"), (Graph, "inserting_before"), (Node, "replace_all_uses_with"),
         (Node, "_replace_input_with"), (Node, "_update_args_kwargs"), (Node, "prepend"), (emitter.Emitter, "_value"),
         (graph_run, "same_value"), (graph_run, "call_violations"), (graph_run, "defined_before_readers"),
-        (graph_run, "decide"), (graph_run, "emit_route"), (graph_run, "request_guard"), (graph_run, "dimension_names"),
+        (run_routes, "same_value"),
+        (graph_run, "decide"), (run_routes, "emit_route"), (run_bounds, "request_guard"), (run_messages, "dimension_names"),
         (graph_run, "BlockReport"), (Graph, "lint"), (GraphModule, "recompile"), (graph_run, "not_capturable"),
         (overlap, "_tensors"),
     )  # fmt: skip
@@ -135,7 +136,7 @@ class Remembering:
         def begun(run: Any, *args: Any) -> None:
             init(run, *args)
             memory.last = run
-            run._routes = memory.routes
+            run.routes._violations = memory.routes
             if not memory.meta_functions:
                 run.recordings = memory.recordings
 

@@ -181,18 +181,16 @@ def test_the_pass_is_idempotent():
     assert not again.reports[0].blocks
 
 
-@pytest.mark.parametrize("broken", ["find_blocks", "decide", "request_guard", "lower_route"])
+@pytest.mark.parametrize("broken", ["find_blocks", "decide", "request_guard", "judge_route"])
 def test_a_defect_of_the_pass_never_fails_the_compile(monkeypatch, broken):
     """Whatever goes wrong inside, the graph still computes the same, and the report says what happened."""
-    from moe_lowering.passes import graph_run
+    from moe_lowering.passes import graph_run, run_bounds, run_routes
 
     def fail(*args, **kwargs):
         raise ZeroDivisionError("planted")
 
-    if broken == "lower_route":
-        monkeypatch.setattr(graph_run, "judge_route", fail)
-    else:
-        monkeypatch.setattr(graph_run, broken, fail)
+    module = {"judge_route": run_routes, "request_guard": run_bounds}.get(broken, graph_run)
+    monkeypatch.setattr(module, broken, fail)
 
     def model(x, logits, w13, w2):
         weights, ids = route(logits, TOP_K)

@@ -241,7 +241,7 @@ def test_what_the_pass_emitted_is_not_told():
 
 
 def test_a_failed_search_is_not_success(monkeypatch):
-    monkeypatch.setattr("moe_lowering.passes.graph_run.find_foreign", lambda graph: 1 / 0)
+    monkeypatch.setattr("moe_lowering.passes.run_foreign.find_foreign", lambda graph: 1 / 0)
     report = lower(NO_MOE["dense MLP"][0], X).report
     assert not report.fully_lowered and report.foreign[0].code == "foreign.not_looked"
 

@@ -8,7 +8,7 @@ from graph_build import build
 from graph_cases import BlockCase, GraphCase
 
 from moe_lowering import Deployment, MoeLowering
-from moe_lowering.passes import graph_run
+from moe_lowering.passes import graph_run, run_messages
 from moe_lowering.passes.token_ranges import known_range
 from moe_lowering.passes.verifier import VerificationError, repropagate
 from moe_lowering.report.records import BlockReport
@@ -162,7 +162,7 @@ def test_a_block_without_names_for_its_sizes_is_lowered_all_the_same(monkeypatch
     def planted(*_: object) -> None:
         raise KeyError("planted")
 
-    monkeypatch.setattr(graph_run, "dimension_names", planted)
+    monkeypatch.setattr(run_messages, "dimension_names", planted)
     report = lowered(CASE.replace(lead=(7,), sizes="dynamic", symbolic=(True,)), "allgather")
     assert report.comm == "allgather" and "npu.npu_grouped_matmul" in report.ops_after
 

@@ -19,6 +19,7 @@ from moe_lowering.passes.calls import Rules
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.price import Price
 from moe_lowering.passes.token_ranges import TokenRange, request_guard, widest
+from moe_lowering.passes.verifier import VerificationError
 
 FORBID = (("guards", "forbid"),)
 
@@ -272,7 +273,7 @@ def test_a_block_whose_rewrite_was_undone_asks_for_no_guard_and_enforces_nothing
     def fail_once(old, new):
         calls.append(new)
         if len(calls) == 1:
-            raise graph_run.VerificationError("planted")
+            raise VerificationError("planted")
         return real(old, new)
 
     monkeypatch.setattr(graph_run, "same_value", fail_once)
