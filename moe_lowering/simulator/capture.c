@@ -14,11 +14,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "standin.h"
+
 #define STREAMS 64
 #define EVENTS 4096
-
-int moe_standin_unsupported(const char *function);
-int moe_standin_refused(const char *function, const char *reason);
 
 typedef struct {
     int (*begin)(uint64_t model, uintptr_t stream);

@@ -2,7 +2,7 @@
 
 ``build_libraries()`` returns a directory that holds one shared library for each name in LIBRARIES; ``load()`` loads them for the
 whole process. ``libascendcl.so`` holds all the code: ``runtime.c``, ``capture.c``, and one generated function for every
-CANN symbol that the wheel's own libraries leave undefined and those two do not define. A generated function fails by name:
+CANN symbol that the wheel's own libraries leave undefined and those two do not define; ``standin.h`` declares what they share. A generated function fails by name:
 C entry points return ACL's "not supported", C++ ones (the GE and ATB engines) abort. The other libraries are empty and
 link to the first; the dynamic loader matches them by soname, so no LD_LIBRARY_PATH is needed.
 
@@ -40,8 +40,8 @@ LIBRARIES = (
     "ascend_protobuf",
     "atb",
 )
-RUNTIME = Path(__file__).with_name("runtime.c")
-CAPTURE = Path(__file__).with_name("capture.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("runtime.c", "capture.c"))
+HEADER = Path(__file__).with_name("standin.h")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-shared", "-fPIC", "-O1", "-w")
 
@@ -65,7 +65,8 @@ def wheel() -> Path:
 
 def build_key() -> str:
     """Names one build: the versions that decide which symbols are wanted, and a digest of the sources."""
-    digest = hashlib.sha256(RUNTIME.read_bytes() + CAPTURE.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
+    sources = b"".join(path.read_bytes() for path in (*SOURCES, HEADER, Path(__file__)))
+    digest = hashlib.sha256(sources).hexdigest()[:12]
     versions = [f"{name}-{_versions.installed_version(name) or 'unknown'}" for name in ("torch_npu", "torch")]
     return "-".join([*versions, f"python-{platform.python_version()}", platform.machine(), digest])
 
@@ -153,22 +154,22 @@ def _build(out: Path, package: Path, compiler: str, nm: str) -> None:
     headers, generated, empty = package / "include/third_party/acl/inc", out / "generated.c", out / "empty.c"
     if not (headers / "acl/acl.h").is_file():
         raise SimulatorError(f"torch_npu in {package} lacks ACL's headers ({headers}); reinstall the torch_npu wheel")
-    objects = [out / "runtime.o", out / "capture.o"]
+    objects, own = [out / f"{source.stem}.o" for source in SOURCES], f"-I{HEADER.parent}"
     symbols = _undefined_symbols(nm, package)
-    for source, compiled in zip((RUNTIME, CAPTURE), objects, strict=True):
-        _run(compiler, "-c", *FLAGS[1:], f"-I{headers}", str(source), "-o", str(compiled))
+    for source, compiled in zip(SOURCES, objects, strict=True):
+        _run(compiler, "-c", *FLAGS[1:], f"-I{headers}", own, str(source), "-o", str(compiled))
         symbols -= _symbols(nm, compiled, "--defined-only")
     generated.write_text(_generate(symbols))
     empty.write_text("")
     for name in LIBRARIES:
-        sources = [*map(str, objects), str(generated)]
+        sources = [own, *map(str, objects), str(generated)]
         if name != LIBRARIES[0]:
             sources = ["-Wl,--no-as-needed", f"-L{out}", f"-l{LIBRARIES[0]}", str(empty)]
         _run(compiler, *FLAGS, "-o", str(out / f"lib{name}.so"), f"-Wl,-soname,lib{name}.so", *sources)
 
 
 def _generate(names: Iterable[str]) -> str:
-    lines = ["int moe_standin_unsupported(const char *);", "void moe_standin_abort(const char *);"]
+    lines = [f'#include "{HEADER.name}"']
     for name in sorted(names):
         if CPP_NAME.fullmatch(name):
             lines.append(f'void {name}(void) {{ moe_standin_abort("{name}"); }}')

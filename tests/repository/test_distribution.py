@@ -15,7 +15,7 @@ TOP = Path(__file__).parents[2]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 FOLDERS = ("moe_lowering", "tests", "docs", "benchmarks", "provider_tests", ".ci")
 FILES = ("pyproject.toml", "constraints.txt", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
-KINDS = (".py", ".toml", ".md", ".c", ".typed")
+KINDS = (".py", ".toml", ".md", ".c", ".h", ".typed")
 
 
 def source_files() -> set[str]:

@@ -218,12 +218,16 @@ def test_built_once_and_again_when_a_source_or_version_changes(fresh, monkeypatc
     monkeypatch.setattr(standins, "_run", real)
 
     changed = tmp_path / "runtime.c"
-    changed.write_text(standins.RUNTIME.read_text() + "/* changed */\n")
-    monkeypatch.setattr(standins, "RUNTIME", changed)
+    runtime, capture = standins.SOURCES
+    changed.write_text(runtime.read_text() + "/* changed */\n")
+    monkeypatch.setattr(standins, "SOURCES", (changed, capture))
     second = standins.build_libraries()
     monkeypatch.setattr(_versions, "installed_version", lambda name: "9.9")
     third = standins.build_key()
-    assert len({first.name, second.name, third}) == 3
+    header = tmp_path / "standin.h"
+    header.write_text(standins.HEADER.read_text() + "/* changed */\n")
+    monkeypatch.setattr(standins, "HEADER", header)
+    assert len({first.name, second.name, third, standins.build_key()}) == 4
     assert sorted(path.name for path in fresh.iterdir()) == sorted([first.name, second.name])
 
 
