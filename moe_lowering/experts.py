@@ -123,7 +123,9 @@ def _to_list(module: nn.Module, name: str, *, transpose: bool) -> None:
     if not isinstance(stacked, Tensor):  # there is none, or it is a list
         return
     with torch.no_grad():
-        experts = [(each.transpose(0, 1) if transpose else each).clone(memory_format=torch.contiguous_format)
-                   for each in stacked.unbind(0)]  # fmt: skip
+        experts = [
+            (each.transpose(0, 1) if transpose else each).clone(memory_format=torch.contiguous_format)
+            for each in stacked.unbind(0)
+        ]
     delattr(module, name)
     setattr(module, name, nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in experts))

@@ -249,20 +249,49 @@ def moe_experts(
         x, pertoken_scale, weights = _scale_rows(x, pertoken_scale, weights)
     shared = (place.shared_expert_ranks, place.shared_experts) if place.shared_expert_ranks else ()
     rows, row_scale, counts, handle = _ops.dispatch.default(
-        x, pertoken_scale, ids, mask, num_experts, place.ep_group, place.ep_size, place.tp_group, place.tp_size,
-        place.token_bound, place.max_rows, *((*shared, place.on_shared_rank) if shared else ()),
-    )  # fmt: skip
+        x,
+        pertoken_scale,
+        ids,
+        mask,
+        num_experts,
+        place.ep_group,
+        place.ep_size,
+        place.tp_group,
+        place.tp_size,
+        place.token_bound,
+        place.max_rows,
+        *((*shared, place.on_shared_rank) if shared else ()),
+    )
     lists = list(quantisers.values())
     quantised = EXPERT_FORMATS[quantisation].quantised or any(tensors is not None for tensors in lists)
     rows = _ops.grouped_mlp.default(
-        rows, row_scale, counts, w13, w2, _as_list(w13_bias), _as_list(w2_bias), activation,
-        0.0 if limit is None else limit, 1.702 if alpha is None else alpha, interleaved,
+        rows,
+        row_scale,
+        counts,
+        w13,
+        w2,
+        _as_list(w13_bias),
+        _as_list(w2_bias),
+        activation,
+        0.0 if limit is None else limit,
+        1.702 if alpha is None else alpha,
+        interleaved,
         *((quantisation, *(_as_list(t) or None for t in lists), out_dtype) if quantised else ()),
-    )  # fmt: skip
+    )
     y = _ops.combine.default(
-        rows, weights, ids, handle, mask, num_experts, place.ep_group, place.ep_size, place.tp_group, place.tp_size,
-        place.token_bound, *shared,
-    )  # fmt: skip
+        rows,
+        weights,
+        ids,
+        handle,
+        mask,
+        num_experts,
+        place.ep_group,
+        place.ep_size,
+        place.tp_group,
+        place.tp_size,
+        place.token_bound,
+        *shared,
+    )
     return (y, counts, _COUNTS) if return_counts else y
 
 

@@ -246,9 +246,12 @@ def _sort_by_expert(call: AllToAllExpertsCall[Tensor]) -> _Outbox:
         quantised = EXPERT_FORMATS[call.quantisation].int8_rows
         counts = ids.new_zeros((call.num_experts,), dtype=torch.int64)
         return _Outbox(
-            rows.to(torch.int8) if quantised else rows, scales if quantised else None, ids.new_empty((0,)), counts,
+            rows.to(torch.int8) if quantised else rows,
+            scales if quantised else None,
+            ids.new_empty((0,)),
+            counts,
             counts.new_zeros((3,)),
-        )  # fmt: skip
+        )
     if scale is None and EXPERT_FORMATS[call.quantisation].int8_rows:
         x, scale = torch.ops.npu.npu_dynamic_quant(x)
     outside = (ids < 0) | (ids >= call.num_experts)
@@ -267,9 +270,14 @@ def _sort_by_expert(call: AllToAllExpertsCall[Tensor]) -> _Outbox:
 def _route(x: Tensor, ids: Tensor, scale: Tensor | None, experts: int, kept: int) -> tuple[Tensor, ...]:
     """Rows in order of expert, the row of each slot or -1, counts of the first ``kept`` experts, scales."""
     return torch.ops.npu.npu_moe_init_routing_v2(
-        x, ids, scale=scale, expert_num=experts, expert_tokens_num_type=1, expert_tokens_num_flag=True,
+        x,
+        ids,
+        scale=scale,
+        expert_num=experts,
+        expert_tokens_num_type=1,
+        expert_tokens_num_flag=True,
         active_expert_range=[0, kept],
-    )  # fmt: skip
+    )
 
 
 def _exchange_counts(

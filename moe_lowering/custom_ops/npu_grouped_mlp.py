@@ -99,9 +99,14 @@ def _scaled_matmul(
         return float_scale(scale).to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
 
     return _matmul(
-        rows, counts, weights, scale=_match_layout(weights, scales, experts, taken), per_token_scale=[row_scale],
-        bias=_match_layout(weights, bias, experts) if bias else None, output_dtype=OUTPUT_DTYPES[dtype],
-    )  # fmt: skip
+        rows,
+        counts,
+        weights,
+        scale=_match_layout(weights, scales, experts, taken),
+        per_token_scale=[row_scale],
+        bias=_match_layout(weights, bias, experts) if bias else None,
+        output_dtype=OUTPUT_DTYPES[dtype],
+    )
 
 
 def _antiquant_matmul(rows: Tensor, counts: Tensor, weights: Tensors, scales: Tensors, offsets: Tensors) -> Tensor:

@@ -119,9 +119,12 @@ def antiquant_matmul(
     """
     dims = 2 if are_scales_grouped(scales, len(counts)) else 1
     experts = zip(
-        torch.split(rows, counts), split_experts(weights), split_experts(scales, dims),
-        split_experts(offsets, dims) if offsets else [None] * len(counts), strict=True,
-    )  # fmt: skip
+        torch.split(rows, counts),
+        split_experts(weights),
+        split_experts(scales, dims),
+        split_experts(offsets, dims) if offsets else [None] * len(counts),
+        strict=True,
+    )
     parts = [
         (part.float() @ dequantise_weight(matrix, scale, offset)).to(rows.dtype)
         if part.shape[0]

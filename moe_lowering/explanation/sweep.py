@@ -94,8 +94,12 @@ def _in_tokens(finding: Finding, answer: Answer, implementation: str) -> str:
     share = whole if spec.tp_size == 1 else sympy.Symbol(f"ceil(T/{spec.tp_size})", integer=True, positive=True)
     received = spec.ep_size * share * min(spec.top_k, spec.local_experts)
     sizes = {
-        **quantities, "block_tokens": whole, "tokens": share, "max_tokens": share, "received": received,
+        **quantities,
+        "block_tokens": whole,
+        "tokens": share,
+        "max_tokens": share,
+        "received": received,
         "soc": answer.deployment.soc,
-    }  # fmt: skip
+    }
     accepted = limit.accepted(quantities).say()
     return f"{show(sympy.expand(limit.value(sizes)))} must be {'' if accepted[0].isalpha() else 'in '}{accepted}"

@@ -133,9 +133,15 @@ def _deployment(rank: int, form: WeightForm, tp: int, scenario: Scenario, layout
     if scenario.padded:
         fields.update(mask_is_prefix=True)
     return Deployment(
-        ep_size=ep, ep_rank=rank, ep_group=groups["ep"] if ep > 1 else "", mc2_group=groups["mc2"],
-        tp_size=tp, tp_rank=rank % tp, tp_group=groups.get("tp", ""), **{"installed": (), **fields},
-    )  # fmt: skip
+        ep_size=ep,
+        ep_rank=rank,
+        ep_group=groups["ep"] if ep > 1 else "",
+        mc2_group=groups["mc2"],
+        tp_size=tp,
+        tp_rank=rank % tp,
+        tp_group=groups.get("tp", ""),
+        **{"installed": (), **fields},
+    )
 
 
 @functools.cache

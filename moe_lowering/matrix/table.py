@@ -60,9 +60,13 @@ class CellResult:
     def to_json(self) -> dict[str, Any]:
         snr = None if self.snr is None or math.isinf(self.snr) else round(self.snr, 2)
         return {
-            **dataclasses.asdict(self.cell), "legal": self.snr is not None, "snr_db": snr, "codes": list(self.codes),
-            "expected_codes": list(refusals(self.cell)), "problems": self.problems,
-        }  # fmt: skip
+            **dataclasses.asdict(self.cell),
+            "legal": self.snr is not None,
+            "snr_db": snr,
+            "codes": list(self.codes),
+            "expected_codes": list(refusals(self.cell)),
+            "problems": self.problems,
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,17 @@ def _cost(name: str, form: str, spec: BlockSpec, deployment: Deployment, tokens:
     sent = sum((work.sent + work.back for work in works), Sent(0, 0))
     price = price_of(name, form, spec, deployment, spec.max_tokens or tokens, rates)
     return BlockCost(
-        name, form, tokens, layer.kernels, layer.collectives, once.kernels, layer.moved, layer.moved - layer.exchanged,
-        sent.within, sent.between, peak_bytes(counted.nodes), price.us, price.error_us,
-    )  # fmt: skip
+        name,
+        form,
+        tokens,
+        layer.kernels,
+        layer.collectives,
+        once.kernels,
+        layer.moved,
+        layer.moved - layer.exchanged,
+        sent.within,
+        sent.between,
+        peak_bytes(counted.nodes),
+        price.us,
+        price.error_us,
+    )

@@ -45,11 +45,18 @@ def _emit_gating(emit: Emitter, spec: RouteSpec, logits: Node, bias: Node | None
     quantities = route_quantities(spec)
     divide_after = spec.scoring == "softmax" and spec.renormalize
     result = emit.call(
-        torch.ops.npu.npu_moe_gating_top_k.default, logits, spec.top_k, bias=bias,
-        k_group=spec.topk_groups, group_count=spec.num_groups, group_select_mode=quantities["group_select_mode"],
-        renorm=0, norm_type=quantities["norm_type"], routed_scaling_factor=1.0 if divide_after else spec.scale,
+        torch.ops.npu.npu_moe_gating_top_k.default,
+        logits,
+        spec.top_k,
+        bias=bias,
+        k_group=spec.topk_groups,
+        group_count=spec.num_groups,
+        group_select_mode=quantities["group_select_mode"],
+        renorm=0,
+        norm_type=quantities["norm_type"],
+        routed_scaling_factor=1.0 if divide_after else spec.scale,
         eps=spec.epsilon,
-    )  # fmt: skip
+    )
     weights, ids = emit.item(result, 0), emit.item(result, 1)
     return (_renormalize(emit, spec, weights) if divide_after else weights), ids
 

@@ -136,10 +136,17 @@ def _block(graph: Graph, spec: BlockSpec) -> Block:
         return graph.call_function(target, tuple(call))
 
     common: dict[str, Any] = {
-        "ids": ids, "mask": mask, "num_experts": spec.experts, "ep_group": spec.ep_group, "ep_size": spec.ep_size,
-        "tp_group": spec.tp_group, "tp_size": spec.tp_size, "max_tokens": spec.max_tokens,
-        "shared_expert_ranks": spec.shared_expert_ranks, "shared_experts": spec.shared_experts,
-    }  # fmt: skip
+        "ids": ids,
+        "mask": mask,
+        "num_experts": spec.experts,
+        "ep_group": spec.ep_group,
+        "ep_size": spec.ep_size,
+        "tp_group": spec.tp_group,
+        "tp_size": spec.tp_size,
+        "max_tokens": spec.max_tokens,
+        "shared_expert_ranks": spec.shared_expert_ranks,
+        "shared_experts": spec.shared_experts,
+    }
     sent = called(OPS.dispatch.default, DispatchCall(x=x, x_scale=scale, max_rows=spec.max_rows, **common))
     rows, row_scale, counts, handle = (graph.call_function(operator.getitem, (sent, at)) for at in range(4))
     optional: dict[str, Any] = {
@@ -148,11 +155,21 @@ def _block(graph: Graph, spec: BlockSpec) -> Block:
     mlp = called(
         OPS.grouped_mlp.default,
         GroupedMlpCall(
-            rows=rows, row_scale=row_scale, counts=counts, w13=experts["w13"], w2=experts["w2"],
-            w13_bias=experts["w13_bias"], w2_bias=experts["w2_bias"], activation=spec.activation, limit=spec.limit,
-            alpha=spec.alpha, interleaved=spec.interleaved, quantisation=spec.quantisation, **optional,
+            rows=rows,
+            row_scale=row_scale,
+            counts=counts,
+            w13=experts["w13"],
+            w2=experts["w2"],
+            w13_bias=experts["w13_bias"],
+            w2_bias=experts["w2_bias"],
+            activation=spec.activation,
+            limit=spec.limit,
+            alpha=spec.alpha,
+            interleaved=spec.interleaved,
+            quantisation=spec.quantisation,
+            **optional,
         ),
-    )  # fmt: skip
+    )
     combine = called(OPS.combine.default, CombineCall(rows=mlp, weights=weights, handle=handle, **common))
     interior = (sent, rows, row_scale, counts, handle, mlp, combine)
     read_counts = counts if spec.counts_are_read else None

@@ -183,9 +183,18 @@ class _Reader:
         once = 2 * self.rows * spec.hidden * spec.intermediate
         rate = "matmul_int8" if spec.format.int8_rows else _rate(spec.dtype)
         return Work(
-            "fused", kernels, copied, (2 * once, once), rate, tuple(weights), self.rows, spec.local_experts,
-            self._to_experts(spec.format.int8_rows), self._to_experts(False), spec.ep_size,
-        )  # fmt: skip
+            "fused",
+            kernels,
+            copied,
+            (2 * once, once),
+            rate,
+            tuple(weights),
+            self.rows,
+            spec.local_experts,
+            self._to_experts(spec.format.int8_rows),
+            self._to_experts(False),
+            spec.ep_size,
+        )
 
 
 _FUSED = frozenset(form for name in ONE_OPERATOR for form in IMPLEMENTATION_FORMS[name])

@@ -2,9 +2,10 @@
 
 ``build_libraries()`` returns a directory that holds one shared library for each name in LIBRARIES; ``load()`` loads them for the
 whole process. ``libascendcl.so`` holds all the code: ``runtime.c``, ``capture.c``, and one generated function for every
-CANN symbol that the wheel's own libraries leave undefined and those two do not define; ``standin.h`` declares what they share. A generated function fails by name:
-C entry points return ACL's "not supported", C++ ones (the GE and ATB engines) abort. The other libraries are empty and
-link to the first; the dynamic loader matches them by soname, so no LD_LIBRARY_PATH is needed.
+CANN symbol that the wheel's own libraries leave undefined and those two do not define; ``standin.h`` declares what
+they share. A generated function fails by name: C entry points return ACL's "not supported", C++ ones (the GE and ATB
+engines) abort. The other libraries are empty and link to the first; the dynamic loader matches them by soname, so no
+LD_LIBRARY_PATH is needed.
 
 Needed: a C compiler (cc, gcc or clang) and nm (binutils), on PATH, once per version of wheel, Python and this package:
 the result is kept in ``$XDG_CACHE_HOME/moe_lowering/standins/<key>`` (``~/.cache`` by default). A directory there is

@@ -86,8 +86,13 @@ def _add_block(add: Any) -> None:
     add("--topk", type=parse_positive, metavar="K", help="experts of one token")
     add("--dtype", choices=DTYPES, help="of weights and activations (default the config's, else bfloat16)")
     add("--quant", choices=EXPERT_FORMATS, default="none", help="quantisation of the experts (default none)")
-    add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
-        help="fused operators: 0 none, 1 dispatch_ffn_combine, mega_moe; 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
+    add(
+        "--fused-mode",
+        type=int,
+        choices=FUSED_MODES,
+        default=1,
+        help="fused operators: 0 none, 1 dispatch_ffn_combine, mega_moe; 2 dispatch_gmm_combine_decode (default 1)",
+    )
 
 
 def _add_deployment(add: Any) -> None:
@@ -107,16 +112,24 @@ def _add_deployment(add: Any) -> None:
     add("--weight-format", choices=WEIGHT_FORMATS, help=f"of the experts on the device (default {WEIGHT_FORMAT})")
     add("--cann", type=_version, metavar="V", help="CANN version (default unknown: all rules apply)")
     add("--hierarchy", action="store_true", help="MC2 in two levels, within and between nodes")
-    add("--capture", action=argparse.BooleanOptionalAction, default=True,
-        help="whether the graph is captured, so that nothing may need a size on the host (default yes)")  # fmt: skip
+    add(
+        "--capture",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the graph is captured, so that nothing may need a size on the host (default yes)",
+    )
     add_provider(add)
     add_prices(add)
 
 
 def _add_answer(add: Any) -> None:
     add("--comm", choices=COMMS, default="auto", help="the only implementation to choose (default auto: any legal one)")
-    add("--policy", choices=POLICIES, default="auto",
-        help="how to choose among what is legal (default auto: by cost; fixed: with --comm, what that asks for)")  # fmt: skip
+    add(
+        "--policy",
+        choices=POLICIES,
+        default="auto",
+        help="how to choose among what is legal (default auto: by cost; fixed: with --comm, what that asks for)",
+    )
     add("--why", choices=IMPLEMENTATIONS, metavar="IMPLEMENTATION", help="every rule for one implementation")
     add("--sweep", type=_sweep, metavar="tokens=LOW..HIGH", help="where the choice changes, and what sets the boundary")
     add("--json", action="store_true", help="print one JSON object instead of the report")

@@ -121,8 +121,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--tp", type=parse_positive, default=1, metavar="N", help="ranks of these that hold the same tokens (default 1)"
     )
     add("--quant", choices=EXPERT_FORMATS, default="none", help="quantise the experts (default none)")
-    add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
-        help="fused operators: 1 dispatch_ffn_combine or mega_moe, 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
+    add(
+        "--fused-mode",
+        type=int,
+        choices=FUSED_MODES,
+        default=1,
+        help="fused operators: 1 dispatch_ffn_combine or mega_moe, 2 dispatch_gmm_combine_decode (default 1)",
+    )
     add_provider(add)
     add_prices(add)
     add("--soc", choices=SOCS, default="A3", help="Ascend SoC (default A3)")
@@ -136,8 +141,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations (default bfloat16)")
     add("--dynamic", action="store_true", help="compile with dynamic shapes and run several token counts")
     add("--fake", action="store_true", help="full size, with fake tensors: lower only, run nothing")
-    add("--capture", action="store_true",
-        help="run the lowered model as an NPU graph on a simulated device, and compare every replay")  # fmt: skip
-    add("--replays", type=parse_positive, metavar="N",
-        help=f"calls of each captured graph, with new inputs and routings (default {REPLAYS})")  # fmt: skip
+    add(
+        "--capture",
+        action="store_true",
+        help="run the lowered model as an NPU graph on a simulated device, and compare every replay",
+    )
+    add(
+        "--replays",
+        type=parse_positive,
+        metavar="N",
+        help=f"calls of each captured graph, with new inputs and routings (default {REPLAYS})",
+    )
     add("--json", action="store_true", help="print one JSON object instead of the report")

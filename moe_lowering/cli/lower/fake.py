@@ -115,9 +115,12 @@ def _fake_groups(request: LowerRequest) -> Iterator[Deployment]:
         ep_group, mc2_group = dist.group.WORLD, dist.new_group(range(request.ep))
         assert ep_group is not None and mc2_group is not None
         yield deployment_for(
-            request, ep_rank=0, ep_group=ep_group.group_name, mc2_group=mc2_group.group_name,
+            request,
+            ep_rank=0,
+            ep_group=ep_group.group_name,
+            mc2_group=mc2_group.group_name,
             **tensor_parallel_place(request, 0),
-        )  # fmt: skip
+        )
     finally:
         dist.destroy_process_group()
 

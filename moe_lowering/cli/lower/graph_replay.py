@@ -76,11 +76,17 @@ class Captured:
         """(label, text) for the report."""
         return [
             ("captures", f"{self.captures} for {self.sizes} token count{'s' if self.sizes > 1 else ''}"),
-            ("replays", f"{self.replays}, each with new inputs and compared; {self.routings} different routings, "
-                        f"of which the most skewed gave rows to {self.fewest_experts} of {self.experts} experts"),
+            (
+                "replays",
+                f"{self.replays}, each with new inputs and compared; {self.routings} different routings, "
+                f"of which the most skewed gave rows to {self.fewest_experts} of {self.experts} experts",
+            ),
             ("MoE layer", f"{self.operators_per_layer} operators on the tape, from dispatch to combine"),
-            ("memory pool", f"{self.pool_bytes / 2**20:.1f} MiB, with the MoE blocks' inputs and outputs for the comparison"),
-        ]  # fmt: skip
+            (
+                "memory pool",
+                f"{self.pool_bytes / 2**20:.1f} MiB, with the MoE blocks' inputs and outputs for the comparison",
+            ),
+        ]
 
 
 class Sources:

@@ -58,11 +58,19 @@ class MoeStack(nn.Module):
         self.norms = nn.ModuleList(nn.RMSNorm(hidden, eps=1e-6, dtype=dtype) for _ in range(layers))
         self.layers = nn.ModuleList(
             MoE(
-                hidden, intermediate, experts, top_k, scoring="sigmoid", selection_bias=True, scale=OWN_SCALE,
-                num_groups=SMALL.groups, topk_groups=SMALL.topk_groups, dtype=dtype,
+                hidden,
+                intermediate,
+                experts,
+                top_k,
+                scoring="sigmoid",
+                selection_bias=True,
+                scale=OWN_SCALE,
+                num_groups=SMALL.groups,
+                topk_groups=SMALL.topk_groups,
+                dtype=dtype,
             )
             for _ in range(layers)
-        )  # fmt: skip
+        )
         self.head = nn.Linear(hidden, SMALL.vocabulary, bias=False, dtype=dtype)
 
     def forward(self, input_ids: Tensor) -> Tensor:

@@ -147,10 +147,12 @@ class LowerOutcome:
         lines = [
             f"compared with the model's own output (grouped_mm, {weights})",
             labelled_text("max abs error", f"{self.errors.absolute:.3g} (logits)"),
-            labelled_text("max rel error",
-                f"{self.errors.relative:.3g} (logits), {self.errors.block_relative:.3g} (MoE blocks){accepted}"),
+            labelled_text(
+                "max rel error",
+                f"{self.errors.relative:.3g} (logits), {self.errors.block_relative:.3g} (MoE blocks){accepted}",
+            ),
             labelled_text("near ties", f"{self.errors.rerouted} of {self.errors.routed} tokens went to other experts"),
-        ]  # fmt: skip
+        ]
         if self.request.quantised:
             noise = f"{self.errors.snr:.1f} dB (logits), {self.errors.block_snr:.1f} dB (MoE blocks)"
             lines.append(

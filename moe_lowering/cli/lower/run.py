@@ -113,10 +113,12 @@ def _rank_job(rank: int, request: LowerRequest) -> RankResult:
     ep_group: Any = dist.new_group(range(request.ep), backend=backend) if backend else dist.group.WORLD
     mc2_group: Any = dist.new_group(range(request.ep), backend=backend)
     deployment = deployment_for(
-        request, ep_rank=rank, ep_group=ep_group.group_name,
+        request,
+        ep_rank=rank,
+        ep_group=ep_group.group_name,
         mc2_group=graph_replay.communicator(mc2_group, rank) if backend else mc2_group.group_name,
         **tensor_parallel_place(request, rank, backend),
-    )  # fmt: skip
+    )
     progress = _rank_progress if rank == 0 else _report_nothing
     return run_rank(request, models.plan_model(request), deployment, progress)
 
@@ -161,9 +163,15 @@ def run_rank(request: LowerRequest, plan: models.ModelPlan, deployment: Deployme
 
 
 def _run_captured(
-    request: LowerRequest, plan: models.ModelPlan, lowering: MoeLowering, model: nn.Module, reference: nn.Module,
-    routings: compare.Taken, seconds: dict[str, float], progress: Progress,
-) -> RankResult:  # fmt: skip
+    request: LowerRequest,
+    plan: models.ModelPlan,
+    lowering: MoeLowering,
+    model: nn.Module,
+    reference: nn.Module,
+    routings: compare.Taken,
+    seconds: dict[str, float],
+    progress: Progress,
+) -> RankResult:
     """Compile for the simulated device, capture, replay and compare; ``reference`` shares nothing with ``model``."""
     sources, rank = graph_replay.Sources(), lowering.deployment.own_rank("ep") // request.tp
     compiled = compile_model(model.to(graph_replay.DEVICE), request, lowering, sources)
@@ -175,9 +183,15 @@ def _run_captured(
     progress(f"capturing and replaying {len(request.lengths)} token counts, {replays} times each, and comparing")
     try:
         captured, errors = _measure_seconds(
-            seconds, "capture, replay and compare", graph_replay.replay, functools.partial(_run, compiled), reference, routings,
-            batches, sources,
-        )  # fmt: skip
+            seconds,
+            "capture, replay and compare",
+            graph_replay.replay,
+            functools.partial(_run, compiled),
+            reference,
+            routings,
+            batches,
+            sources,
+        )
     except simulator.device.CaptureError as error:
         if all(report.fully_lowered for report in lowering.reports):
             raise

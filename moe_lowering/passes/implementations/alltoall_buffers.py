@@ -186,9 +186,13 @@ class _Exchange:
         emit, spec, value = self.emit, self.spec, ids.meta["val"]
         mask = self.mine.of(emit.call(aten.reshape.default, self.block.mask, [-1]))
         nowhere = emit.constant(
-            aten.arange.start, spec.experts, spec.experts + spec.top_k, dtype=value.dtype, device=value.device,
+            aten.arange.start,
+            spec.experts,
+            spec.experts + spec.top_k,
+            dtype=value.dtype,
+            device=value.device,
             pin_memory=False,
-        )  # fmt: skip
+        )
         return emit.call(aten.where.self, emit.call(aten.unsqueeze.default, mask, 1), ids, nowhere)
 
     def sort(self, arrived: Node, scale: Node | None, outbox: _Outbox) -> tuple[Node, Node, Node, Node | None]:

@@ -73,9 +73,13 @@ def route_arguments(x: Any, ids: Any, scale: Any, experts: int, kept: list[Any])
     """``init_routing_v2`` of x [N, H], int8 with ``scale`` [N] or not, by ids [N, k] in 0..experts-1: rows in order of
     expert, and the counts, of the experts from ``kept[0]`` to ``kept[1]`` - 1."""
     arguments = {
-        "x": x, "expert_idx": ids, "expert_num": experts, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True,
+        "x": x,
+        "expert_idx": ids,
+        "expert_num": experts,
+        "expert_tokens_num_type": 1,
+        "expert_tokens_num_flag": True,
         "active_expert_range": kept,
-    }  # fmt: skip
+    }
     return arguments if scale is None else {**arguments, "scale": scale}
 
 
@@ -185,9 +189,13 @@ def _mask_tokens(emit: Emitter, tokens: GatheredTokens, mask: Node, spec: BlockS
 def _ids_of_no_expert(emit: Emitter, model: Node, spec: BlockSpec) -> Node:
     """[k] distinct ids past the last expert."""
     return emit.constant(
-        aten.arange.start, spec.experts, spec.experts + spec.top_k, dtype=torch.int32,
-        device=model.meta["val"].device, pin_memory=False,
-    )  # fmt: skip
+        aten.arange.start,
+        spec.experts,
+        spec.experts + spec.top_k,
+        dtype=torch.int32,
+        device=model.meta["val"].device,
+        pin_memory=False,
+    )
 
 
 def _empty_columns(emit: Emitter, columns: Node, spec: BlockSpec) -> Node:
@@ -229,9 +237,13 @@ def _zeros(emit: Emitter, model: Node) -> Node:
     """A token of zeros."""
     value = model.meta["val"]
     return emit.constant(
-        aten.full.default, [int(n) for n in value.shape[1:]], 0, dtype=value.dtype, device=value.device,
+        aten.full.default,
+        [int(n) for n in value.shape[1:]],
+        0,
+        dtype=value.dtype,
+        device=value.device,
         pin_memory=False,
-    )  # fmt: skip
+    )
 
 
 def _fill(emit: Emitter, node: Node, token: Node, spec: BlockSpec) -> Node:

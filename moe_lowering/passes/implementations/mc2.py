@@ -50,10 +50,13 @@ def _rules(spec: BlockSpec, deployment: Deployment) -> Rules:
         "communicator_is_shared": deployment.mc2_group in spec.collective_groups,
         "counts_read_before_weights": spec.counts_read_before_weights,
     }
-    return Rules("mc2", lambda premises: {
-        **fixed,
-        "data_dependent_bound": spec.max_tokens > 0 and data_dependent([premises.own_tokens]),
-    })  # fmt: skip
+    return Rules(
+        "mc2",
+        lambda premises: {
+            **fixed,
+            "data_dependent_bound": spec.max_tokens > 0 and data_dependent([premises.own_tokens]),
+        },
+    )
 
 
 def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rules, ...]:

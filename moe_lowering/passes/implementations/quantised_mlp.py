@@ -157,17 +157,26 @@ def _swiglu_quant_arguments(
 ) -> dict[str, Any]:
     """``npu_grouped_matmul_swiglu_quant_v2`` of int8 rows [N, H]."""
     return {
-        "x": x, "weight": list(weight), "weight_scale": scales, "x_scale": row_scale, "group_list": counts,
-        "dequant_dtype": FLOAT32, "group_list_type": 1,
-    }  # fmt: skip
+        "x": x,
+        "weight": list(weight),
+        "weight_scale": scales,
+        "x_scale": row_scale,
+        "group_list": counts,
+        "dequant_dtype": FLOAT32,
+        "group_list_type": 1,
+    }
 
 
 def _dequant_arguments(sums: Any, scale: Any, row_scale: Any, counts: Any) -> dict[str, Any]:
     """``npu_dequant_swiglu_quant`` of int32 sums [N, 2I]: scales, SwiGLU and quantisation in one."""
     return {
-        "x": sums, "weight_scale": scale, "activation_scale": row_scale, "group_index": counts, "activate_left": True,
+        "x": sums,
+        "weight_scale": scale,
+        "activation_scale": row_scale,
+        "group_index": counts,
+        "activate_left": True,
         "quant_mode": 1,
-    }  # fmt: skip
+    }
 
 
 def _scale_dtype(spec: BlockSpec) -> torch.dtype:

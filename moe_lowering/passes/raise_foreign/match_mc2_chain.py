@@ -58,9 +58,11 @@ def match_mc2(dispatch: Node, deployment: Deployment) -> Chain:
     _check_combine(combine, dispatch, deployment)
     walk.add(combine)
     for name, value in (
-        ("expand_x", rows_back), ("expert_ids", argument(dispatch, "expert_ids")), ("assist_info_for_combine", assist),
+        ("expand_x", rows_back),
+        ("expert_ids", argument(dispatch, "expert_ids")),
+        ("assist_info_for_combine", assist),
         ("ep_send_counts", received),
-    ):  # fmt: skip
+    ):
         require_value(combine, name, value)
     _optional(combine, "tp_send_counts", tp_received)
     _optional(combine, "expand_scales", expand)
@@ -183,10 +185,18 @@ def _check_combine(node: Node, dispatch: Node, deployment: Deployment) -> None:
     _check_tensor_parallel(node, argument(dispatch, "group_ep"), deployment)
     if argument(node, "comm_alg") == TWO_LEVELS:
         require_value(dispatch, "comm_alg", argument(node, "comm_alg"), "raise.both_ends")
-    require(node, {
-        "expert_shard_type": (0,), "elastic_info": (None,), "performance_info": (None,), "comm_quant_mode": (0,),
-        "const_expert_alpha_1": (None,), "const_expert_alpha_2": (None,), "const_expert_v": (None,),
-    })  # fmt: skip
+    require(
+        node,
+        {
+            "expert_shard_type": (0,),
+            "elastic_info": (None,),
+            "performance_info": (None,),
+            "comm_quant_mode": (0,),
+            "const_expert_alpha_1": (None,),
+            "const_expert_alpha_2": (None,),
+            "const_expert_v": (None,),
+        },
+    )
     require(node, _SPECIAL, "raise.special_experts")
     added, result = argument(node, "shared_expert_x"), value_of(node)
     if isinstance(added, Node) and not (same_sizes(value_of(added), result) and value_of(added).dtype == result.dtype):

@@ -220,8 +220,10 @@ def _step(node: Node, value: Node) -> tuple[Any, ...] | None:
     if node.target is aten.gelu.default:
         return ({"none": "gelu", "tanh": "gelu_tanh"}[argument(node, "approximate")],)
     bounds = {
-        aten.clamp.default: ("min", "max"), aten.clamp_min.default: ("min",), aten.clamp_max.default: ("max",)
-    }.get(node.target)  # type: ignore[call-overload]  # fmt: skip
+        aten.clamp.default: ("min", "max"),
+        aten.clamp_min.default: ("min",),
+        aten.clamp_max.default: ("max",),
+    }.get(node.target)  # type: ignore[call-overload]
     if bounds is None:
         return None
     low, high = (argument(node, name) if name in bounds else None for name in ("min", "max"))

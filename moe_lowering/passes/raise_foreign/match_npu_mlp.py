@@ -95,11 +95,17 @@ def _matmul(walk: Walk, node: Node, rows: Node, counts: Node, kind: int) -> Node
         raise NotThisForm(node, "raise.other_value", f"{node.name}: x is {argument(node, 'x')}", f"[{rows}]")
     none = dict.fromkeys(
         (
-            "offset", "activation_input", "activation_quant_scale", "activation_quant_offset", "x_dtype", "weight_dtype",
-            "scale_dtype", "per_token_scale_dtype",
+            "offset",
+            "activation_input",
+            "activation_quant_scale",
+            "activation_quant_offset",
+            "x_dtype",
+            "weight_dtype",
+            "scale_dtype",
+            "per_token_scale_dtype",
         ),
         (None,),
-    )  # fmt: skip
+    )
     require(node, {**none, "split_item": (2, 3), "group_type": (0,), "act_type": (0, None)})
     require(node, {"group_list_type": (kind,)}, "raise.counts")
     require_value(node, "group_list", counts, "raise.counts")
@@ -219,10 +225,17 @@ def _dequantised(
     if kind == PREFIX_SUMS:  # it reads them as counts, whatever the matmuls were told
         raise NotThisForm(node, "raise.counts", f"{node.name}: group_index are prefix sums", "counts, or pairs")
     require(node, {"activate_left": (True,)}, "raise.gate_second")
-    require(node, {
-        "bias": (None,), "quant_offset": (None,), "quant_mode": (1,), "dst_type": (None, 1), "round_mode": (None, 0),
-        "activate_dim": (None, -1, 1),
-    })  # fmt: skip
+    require(
+        node,
+        {
+            "bias": (None,),
+            "quant_offset": (None,),
+            "quant_mode": (1,),
+            "dst_type": (None, 1),
+            "round_mode": (None, 0),
+            "activate_dim": (None, -1, 1),
+        },
+    )
     scale = argument(node, "weight_scale")
     if not isinstance(scale, Node) or value_of(scale).dim() != 2:
         raise NotThisForm(node, "raise.weights", f"{node.name}: weight_scale is {scale}", "[E, 2I]")

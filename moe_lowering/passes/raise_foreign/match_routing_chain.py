@@ -96,10 +96,18 @@ def match_routing(route: Node, deployment: Deployment) -> Chain:
 
 def _check_route(node: Node) -> int:
     experts = argument(node, "expert_num")
-    require(node, {
-        "offset": (None,), "drop_pad_mode": (0,), "expert_tokens_num_flag": (True,), "expert_tokens_num_type": (0, 1, 2),
-        "quant_mode": (NO_QUANT, DYNAMIC), "row_idx_type": (0,), "x_dtype": (None,),
-    })  # fmt: skip
+    require(
+        node,
+        {
+            "offset": (None,),
+            "drop_pad_mode": (0,),
+            "expert_tokens_num_flag": (True,),
+            "expert_tokens_num_type": (0, 1, 2),
+            "quant_mode": (NO_QUANT, DYNAMIC),
+            "row_idx_type": (0,),
+            "x_dtype": (None,),
+        },
+    )
     if type(experts) is not int or experts < 1:
         raise NotThisForm(node, "raise.experts", f"{node.name}: expert_num is {experts!r}", "the number of experts")
     kept = list(argument(node, "active_expert_range") or [0, experts])

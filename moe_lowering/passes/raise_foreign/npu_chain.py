@@ -109,9 +109,11 @@ def _require_local_experts(chain: Chain) -> None:
         own_experts = len(weights) if len(weights) > 1 else value_of(weights[0]).shape[0]
         if own_experts * ranks != experts or value_of(weights[0]).dim() != (2 if len(weights) > 1 else 3):
             raise NotThisForm(
-                chain.experts.first, "raise.experts", f"{own_experts} experts on each of {ranks} ranks, of {experts}",
+                chain.experts.first,
+                "raise.experts",
+                f"{own_experts} experts on each of {ranks} ranks, of {experts}",
                 f"{experts} / {ranks} of them, [E, K, N]",
-            )  # fmt: skip
+            )
 
 
 def _require_one_scope(chain: Chain, graph: Graph) -> bool:

@@ -132,9 +132,17 @@ class ForeignBlock:
         """Every node that the generic operators will read."""
         single = (self.x, self.ids, self.weights, self.x_scale, self.mask, self.base)
         lists: tuple[Sequence[Node], ...] = (
-            self.w13.nodes, self.w2.nodes, self.w13_bias, self.w2_bias, self.w13_scale, self.w2_scale, self.w13_offset,
-            self.w2_offset, self.w13_scale_bias, self.w2_scale_bias,
-        )  # fmt: skip
+            self.w13.nodes,
+            self.w2.nodes,
+            self.w13_bias,
+            self.w2_bias,
+            self.w13_scale,
+            self.w2_scale,
+            self.w13_offset,
+            self.w2_offset,
+            self.w13_scale_bias,
+            self.w2_scale_bias,
+        )
         return (*(node for node in single if node is not None), *(node for nodes in lists for node in nodes))
 
 
