@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -22,7 +21,19 @@ from moe_lowering import custom_ops as _custom_ops  # registers the operators
 from moe_lowering.argument_checks import require_instance, require_integer
 from moe_lowering.deployment import Deployment, experts_of_rank
 from moe_lowering.groups import Claim, own_ranks
-from moe_lowering.model_arguments import as_float32, as_int32, check_experts_options, check_experts_tensors, check_route
+from moe_lowering.model_arguments import (
+    Weights,
+    as_float32,
+    as_int32,
+    as_list,
+    check_experts_options,
+    check_experts_tensors,
+    check_route,
+    check_tokens,
+    list_matrices,
+    physical_ids,
+    weigh_tokens,
+)
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 if TYPE_CHECKING:
@@ -34,8 +45,6 @@ _ops = torch.ops.moe_lowering
 _SINGLE_RANK = Deployment()
 assert _custom_ops
 
-_Weights = Tensor | Sequence[Tensor]
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 _COUNTS = 1  # Ascend's group_list_type: rows of each expert, not prefix sums
 
 
@@ -83,8 +92,8 @@ class _Options(TypedDict, total=False):
     """The keyword arguments of ``moe_experts``, for its two result types."""
 
     num_experts: int | None
-    w13_bias: _Weights | None
-    w2_bias: _Weights | None
+    w13_bias: Weights | None
+    w2_bias: Weights | None
     activation: str
     limit: float | None
     alpha: float | None
@@ -92,12 +101,12 @@ class _Options(TypedDict, total=False):
     mask: Tensor | None
     deployment: Deployment | None
     quantisation: str
-    w13_scale: _Weights | None
-    w2_scale: _Weights | None
-    w13_offset: _Weights | None
-    w2_offset: _Weights | None
-    w13_scale_bias: _Weights | None
-    w2_scale_bias: _Weights | None
+    w13_scale: Weights | None
+    w2_scale: Weights | None
+    w13_offset: Weights | None
+    w2_offset: Weights | None
+    w13_scale_bias: Weights | None
+    w2_scale_bias: Weights | None
     pertoken_scale: Tensor | None
     out_dtype: torch.dtype | None
     need_trans: bool
@@ -111,8 +120,8 @@ def moe_experts(
     x: Tensor,
     weights: Tensor,
     ids: Tensor,
-    w13: _Weights,
-    w2: _Weights,
+    w13: Weights,
+    w2: Weights,
     *,
     return_counts: Literal[False] = False,
     **options: Unpack[_Options],
@@ -124,8 +133,8 @@ def moe_experts(
     x: Tensor,
     weights: Tensor,
     ids: Tensor,
-    w13: _Weights,
-    w2: _Weights,
+    w13: Weights,
+    w2: Weights,
     *,
     return_counts: Literal[True],
     **options: Unpack[_Options],
@@ -136,12 +145,12 @@ def moe_experts(
     x: Tensor,
     weights: Tensor,
     ids: Tensor,
-    w13: _Weights,
-    w2: _Weights,
+    w13: Weights,
+    w2: Weights,
     *,
     num_experts: int | None = None,
-    w13_bias: _Weights | None = None,
-    w2_bias: _Weights | None = None,
+    w13_bias: Weights | None = None,
+    w2_bias: Weights | None = None,
     activation: str = "swiglu",
     limit: float | None = None,
     alpha: float | None = None,
@@ -149,12 +158,12 @@ def moe_experts(
     mask: Tensor | None = None,
     deployment: Deployment | None = None,
     quantisation: str = "none",
-    w13_scale: _Weights | None = None,
-    w2_scale: _Weights | None = None,
-    w13_offset: _Weights | None = None,
-    w2_offset: _Weights | None = None,
-    w13_scale_bias: _Weights | None = None,
-    w2_scale_bias: _Weights | None = None,
+    w13_scale: Weights | None = None,
+    w2_scale: Weights | None = None,
+    w13_offset: Weights | None = None,
+    w2_offset: Weights | None = None,
+    w13_scale_bias: Weights | None = None,
+    w2_scale_bias: Weights | None = None,
     pertoken_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     need_trans: bool = False,
@@ -231,36 +240,27 @@ def moe_experts(
     place = _SINGLE_RANK if deployment is None else deployment
     if place.ep_size > 1:
         _check_places(place.places)
-    _check_tokens(x, pertoken_scale, quantisation, out_dtype)
-    w13, w2 = (_matrices(name, w, need_trans, quantisation) for name, w in (("w13", w13), ("w2", w2)))
+    check_tokens(x, pertoken_scale, quantisation, out_dtype)
+    w13, w2 = (list_matrices(name, w, need_trans, quantisation) for name, w in (("w13", w13), ("w2", w2)))
     if num_experts is None:
         num_experts = _all_experts(w13, place)
     if expert_map is not None:  # index: a constant for dynamo also where E is a dynamic size of w13
         _check_map(expert_map, operator.index(num_experts), *_rank_of(place))
     weights, ids = as_float32(weights), as_int32("ids", ids)
     if log2phy is not None:
-        ids = _physical(ids, log2phy)
+        ids = physical_ids(ids, log2phy)
     if apply_router_weight_on_input:
         if place.shared_expert_ranks:
             raise ValueError(
                 f"moe_experts: apply_router_weight_on_input is True with {place.shared_expert_ranks} shared-expert ranks; "
                 "accepted: False, as shared experts take x without a weight"
             )
-        x, pertoken_scale, weights = _scale_rows(x, pertoken_scale, weights)
+        x, pertoken_scale, weights = weigh_tokens(x, pertoken_scale, weights)
+    groups = (place.ep_group, place.ep_size, place.tp_group, place.tp_size, place.token_bound)
     shared = (place.shared_expert_ranks, place.shared_experts) if place.shared_expert_ranks else ()
+    on_shared = (*shared, place.on_shared_rank) if shared else ()
     rows, row_scale, counts, handle = _ops.dispatch.default(
-        x,
-        pertoken_scale,
-        ids,
-        mask,
-        num_experts,
-        place.ep_group,
-        place.ep_size,
-        place.tp_group,
-        place.tp_size,
-        place.token_bound,
-        place.max_rows,
-        *((*shared, place.on_shared_rank) if shared else ()),
+        x, pertoken_scale, ids, mask, num_experts, *groups, place.max_rows, *on_shared
     )
     lists = list(quantisers.values())
     quantised = EXPERT_FORMATS[quantisation].quantised or any(tensors is not None for tensors in lists)
@@ -270,28 +270,15 @@ def moe_experts(
         counts,
         w13,
         w2,
-        _as_list(w13_bias),
-        _as_list(w2_bias),
+        as_list(w13_bias),
+        as_list(w2_bias),
         activation,
         0.0 if limit is None else limit,
         1.702 if alpha is None else alpha,
         interleaved,
-        *((quantisation, *(_as_list(t) or None for t in lists), out_dtype) if quantised else ()),
+        *((quantisation, *(as_list(t) or None for t in lists), out_dtype) if quantised else ()),
     )
-    y = _ops.combine.default(
-        rows,
-        weights,
-        ids,
-        handle,
-        mask,
-        num_experts,
-        place.ep_group,
-        place.ep_size,
-        place.tp_group,
-        place.tp_size,
-        place.token_bound,
-        *shared,
-    )
+    y = _ops.combine.default(rows, weights, ids, handle, mask, num_experts, *groups, *shared)
     return (y, counts, _COUNTS) if return_counts else y
 
 
@@ -370,60 +357,3 @@ def _all_experts(w13: list[Tensor], place: Deployment) -> int:
         )
     local = w13[0].shape[0] if len(w13) == 1 and w13[0].dim() == 3 else len(w13)
     return local * place.ep_size
-
-
-def _check_tokens(x: Tensor, pertoken_scale: Tensor | None, quantisation: str, out_dtype: torch.dtype | None) -> None:
-    """Refuses what an operator would refuse, with the names of the caller's arguments in the message."""
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"moe_experts: x is {x.dtype}; accepted: float32, float16, bfloat16, int8")
-    if (x.dtype == torch.int8) != (pertoken_scale is not None):
-        state = "None" if pertoken_scale is None else "given"
-        raise ValueError(
-            f"moe_experts: pertoken_scale is {state} for x of {x.dtype}; accepted: one for int8, None else"
-        )
-    if x.dtype == torch.int8 and not EXPERT_FORMATS[quantisation].int8_rows:
-        raise ValueError(f"moe_experts: x is int8 for quantisation {quantisation!r}; accepted: 'w8a8', 'w4a8'")
-    if x.dtype == torch.int8 and out_dtype is None:
-        raise ValueError("moe_experts: out_dtype is None for int8 x; accepted: float32, float16, bfloat16")
-    if x.dtype != torch.int8 and out_dtype not in (None, x.dtype):
-        raise ValueError(f"moe_experts: out_dtype is {out_dtype} for x of {x.dtype}; accepted: None or {x.dtype}")
-
-
-def _matrices(name: str, weights: _Weights, need_trans: bool, quantisation: str) -> list[Tensor]:
-    """Weights as a list, each [(E_local,) K, N]."""
-    if not need_trans:
-        return _as_list(weights)
-    if EXPERT_FORMATS[quantisation].packed > 1:
-        raise ValueError(
-            f"moe_experts: need_trans is True for {name} of {quantisation}; accepted: False, as packed int4 cannot be "
-            "transposed"
-        )
-    return [tensor.transpose(-2, -1) for tensor in _as_list(weights)]
-
-
-def _physical(ids: Tensor, log2phy: Tensor) -> Tensor:
-    """The physical experts of logical ``ids`` [..., k], int32. On CPU an id outside of log2phy is an IndexError."""
-    if log2phy.dim() != 1 or log2phy.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"moe_experts: log2phy is {log2phy.dtype} of shape {list(log2phy.shape)}; accepted: int32 or int64 "
-            "[logical experts]"
-        )
-    return as_int32("log2phy", log2phy).index_select(0, ids.reshape(-1)).reshape(ids.shape)
-
-
-def _scale_rows(x: Tensor, pertoken_scale: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """x times its weight [..., 1] (int8: its scale times its weight), and weights of 1."""
-    if weights.shape[-1] != 1:
-        raise ValueError(
-            f"moe_experts: apply_router_weight_on_input is True for k = {weights.shape[-1]}; accepted: k = 1, as x is "
-            "sent once, with one weight"
-        )
-    if pertoken_scale is None:
-        return (x * weights).to(x.dtype), None, torch.ones_like(weights)
-    return x, pertoken_scale * weights.squeeze(-1), torch.ones_like(weights)
-
-
-def _as_list(tensors: _Weights | None) -> list[Tensor]:
-    if tensors is None:
-        return []
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)

@@ -3,7 +3,8 @@
 Each check raises a ValueError or TypeError with the argument, its value and what is accepted. torch's own check of an
 operator's schema names the operator and not the function that the user called, and takes 1.5 for True and a tensor for a
 number. Sizes that may be symbolic are compared where the operators do it (``custom_ops.sizes``), so that nothing here adds
-a guard. Ids become int32 and weights float32 here, and no value may change by that.
+a guard. Ids become int32 and weights float32 here, and no value may change by that; weights become lists, logical experts
+physical ones.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from moe_lowering.custom_ops.route import GROUP_SCORES, SCORINGS
 from moe_lowering.deployment import Deployment
 from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS
 
+Weights = Tensor | Sequence[Tensor]
+_TOKENS = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 _WEIGHTS = "a tensor of all experts, or a sequence of one for each"
 _OPTIONAL = {
     "mask": "a bool tensor [...]",
@@ -184,3 +187,60 @@ def _require_real(where: str, name: str, value: Any) -> None:
         return
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
         raise refuse(where, name, value, "a finite number, or None")
+
+
+def check_tokens(x: Tensor, pertoken_scale: Tensor | None, quantisation: str, out_dtype: torch.dtype | None) -> None:
+    """Refuses what an operator would refuse, with the names of the caller's arguments in the message."""
+    if x.dtype not in _TOKENS:
+        raise TypeError(f"moe_experts: x is {x.dtype}; accepted: float32, float16, bfloat16, int8")
+    if (x.dtype == torch.int8) != (pertoken_scale is not None):
+        state = "None" if pertoken_scale is None else "given"
+        raise ValueError(
+            f"moe_experts: pertoken_scale is {state} for x of {x.dtype}; accepted: one for int8, None else"
+        )
+    if x.dtype == torch.int8 and not EXPERT_FORMATS[quantisation].int8_rows:
+        raise ValueError(f"moe_experts: x is int8 for quantisation {quantisation!r}; accepted: 'w8a8', 'w4a8'")
+    if x.dtype == torch.int8 and out_dtype is None:
+        raise ValueError("moe_experts: out_dtype is None for int8 x; accepted: float32, float16, bfloat16")
+    if x.dtype != torch.int8 and out_dtype not in (None, x.dtype):
+        raise ValueError(f"moe_experts: out_dtype is {out_dtype} for x of {x.dtype}; accepted: None or {x.dtype}")
+
+
+def list_matrices(name: str, weights: Weights, need_trans: bool, quantisation: str) -> list[Tensor]:
+    """Weights as a list, each [(E_local,) K, N]."""
+    if not need_trans:
+        return as_list(weights)
+    if EXPERT_FORMATS[quantisation].packed > 1:
+        raise ValueError(
+            f"moe_experts: need_trans is True for {name} of {quantisation}; accepted: False, as packed int4 cannot be "
+            "transposed"
+        )
+    return [tensor.transpose(-2, -1) for tensor in as_list(weights)]
+
+
+def physical_ids(ids: Tensor, log2phy: Tensor) -> Tensor:
+    """The physical experts of logical ``ids`` [..., k], int32. On CPU an id outside of log2phy is an IndexError."""
+    if log2phy.dim() != 1 or log2phy.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"moe_experts: log2phy is {log2phy.dtype} of shape {list(log2phy.shape)}; accepted: int32 or int64 "
+            "[logical experts]"
+        )
+    return as_int32("log2phy", log2phy).index_select(0, ids.reshape(-1)).reshape(ids.shape)
+
+
+def weigh_tokens(x: Tensor, pertoken_scale: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x times its weight [..., 1] (int8: its scale times its weight), and weights of 1."""
+    if weights.shape[-1] != 1:
+        raise ValueError(
+            f"moe_experts: apply_router_weight_on_input is True for k = {weights.shape[-1]}; accepted: k = 1, as x is "
+            "sent once, with one weight"
+        )
+    if pertoken_scale is None:
+        return (x * weights).to(x.dtype), None, torch.ones_like(weights)
+    return x, pertoken_scale * weights.squeeze(-1), torch.ones_like(weights)
+
+
+def as_list(tensors: Weights | None) -> list[Tensor]:
+    if tensors is None:
+        return []
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)

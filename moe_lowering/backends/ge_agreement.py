@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_lowering.backends import ge_converters, ge_rewrites
+from moe_lowering.backends import ge_converters, ge_missing, ge_rewrites
 from moe_lowering.custom_ops import assert_agreement
 from moe_lowering.custom_ops.library import register as register_operator
 from moe_lowering.custom_ops.sizes import token_count
@@ -62,7 +62,7 @@ def _place_check(edits: EditLog, node: Node) -> None:
     else:
         try:
             source = ge_rewrites._source(edits.graph, node, tokens)
-        except ge_rewrites.GeConversionError:  # then T is left out of the comparison
+        except ge_missing.GeConversionError:  # then T is left out of the comparison
             source = str(assert_agreement.UNKNOWN)
     with edits.graph.inserting_before(node):
         edits.graph.call_function(torch.ops.moe_lowering.ge_assert_agreement.default, (*node.args, source))

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from moe_lowering import _versions
 from moe_lowering.agreement import agreement_before_first
 from moe_lowering.argument_checks import require_instance
-from moe_lowering.backends import ge_agreement, ge_converters, ge_rewrites
+from moe_lowering.backends import ge_agreement, ge_converters, ge_missing, ge_rewrites
 from moe_lowering.backends.cache_key import flat_hook
 from moe_lowering.backends.npugraph_ex import check_common
 from moe_lowering.deployment import Deployment
@@ -126,7 +126,7 @@ def _finish(gm: GraphModule, lowering: MoeLowering) -> None:
     except BaseException:
         edits.undo()
         raise
-    ge_rewrites.require_converters(gm.graph, _reasons_left(lowering.reports[-1]))
+    ge_missing.require_converters(gm.graph, _reasons_left(lowering.reports[-1]))
 
 
 def _reasons_left(report: LoweringReport) -> list[str]:

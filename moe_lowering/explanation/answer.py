@@ -25,7 +25,8 @@ from moe_lowering.passes.legality import Judgement, declared_tokens, judge, judg
 from moe_lowering.passes.policy import Policy, rates_in, vllm_choice
 from moe_lowering.passes.price import Price, price_of
 from moe_lowering.report.block_costs import BlockCost
-from moe_lowering.report.records import Sizes, Verdict
+from moe_lowering.report.records import Verdict
+from moe_lowering.report.sizes import Sizes
 from moe_lowering.vocabulary import AUTO, VLLM_POLICIES
 
 

@@ -19,7 +19,7 @@ from moe_lowering.passes.context import received_rows
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.legality import Judgement, judged_calls
-from moe_lowering.report.records import Size, Sizes, Window
+from moe_lowering.report.sizes import Size, Sizes, Window
 
 
 def block_sizes(spec: BlockSpec, deployment: Deployment, comm: str, judgement: Judgement) -> Sizes:

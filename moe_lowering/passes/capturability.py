@@ -28,7 +28,7 @@ from moe_lowering.limits.calls.tensors import data_dependent
 from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.find_blocks import module_path
-from moe_lowering.report.records import NotCapturable
+from moe_lowering.report.leftovers import NotCapturable
 from moe_lowering.source_lines import innermost
 
 

@@ -27,7 +27,7 @@ from moe_lowering.passes.legality import Judgement, declared_tokens, free_tokens
 from moe_lowering.passes.policy import DEFAULT_TOKENS, Policy
 from moe_lowering.passes.token_ranges import SEARCH_LIMIT, is_strict, known_range, prover_for, size_hint, widest
 from moe_lowering.report.block_costs import BlockCost
-from moe_lowering.report.records import Sizes
+from moe_lowering.report.sizes import Sizes
 
 
 @dataclasses.dataclass(frozen=True)

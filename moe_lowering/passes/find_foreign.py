@@ -29,7 +29,7 @@ from moe_lowering.passes.foreign_aten import (
     stacked_weights,
 )
 from moe_lowering.passes.verifier import generic_nodes
-from moe_lowering.report.records import ForeignMoe, NotRaised
+from moe_lowering.report.leftovers import ForeignMoe, NotRaised
 from moe_lowering.source_lines import innermost
 
 # By code: what was seen. The operators themselves stand beside it.

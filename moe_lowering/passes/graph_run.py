@@ -57,7 +57,8 @@ from moe_lowering.passes.verifier import (
     generic_nodes,
     same_value,
 )
-from moe_lowering.report.records import BlockReport, NotCapturable
+from moe_lowering.report.leftovers import NotCapturable
+from moe_lowering.report.records import BlockReport
 from moe_lowering.vocabulary import RAISE_FOREIGN
 
 if TYPE_CHECKING:

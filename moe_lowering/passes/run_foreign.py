@@ -13,7 +13,8 @@ from moe_lowering.passes.lower_foreign import left_as_it_is
 from moe_lowering.passes.raise_foreign.find_foreign_blocks import find_foreign_blocks
 from moe_lowering.passes.raise_foreign.records import ForeignBlock
 from moe_lowering.passes.run_messages import describe_internal_error, log_warning
-from moe_lowering.report.records import BlockReport, ForeignMoe, NotRaised
+from moe_lowering.report.leftovers import ForeignMoe, NotRaised
+from moe_lowering.report.records import BlockReport
 from moe_lowering.vocabulary import RAISE_FOREIGN
 
 

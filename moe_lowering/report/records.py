@@ -12,9 +12,11 @@ from typing import Any
 
 from moe_lowering.deployment_detection import Detected
 from moe_lowering.limits import TokenRange, Violation
-from moe_lowering.limits.wording import Names, Value, names_in, show, to_json
+from moe_lowering.limits.wording import Names
 from moe_lowering.report.block_costs import BlockCost
+from moe_lowering.report.leftovers import ForeignMoe, NotCapturable
 from moe_lowering.report.module_names import names
+from moe_lowering.report.sizes import Sizes, fields_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,102 +55,6 @@ class Verdict:
 
 def _json(violations: tuple[Violation, ...]) -> list[dict[str, Any]]:
     return [violation.to_json() for violation in violations]
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    """The fields of a record by name, as they are."""
-    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """A number, or an expression in the sizes of the user's arguments, and the largest value that it may have.
-
-    ``most`` is None when nothing bounds it. ``names`` are the user's names of the symbols.
-    """
-
-    value: Value
-    most: int | None
-    names: Names = ()
-
-    @property
-    def fixed(self) -> bool:
-        """Whether it is one number."""
-        return isinstance(self.value, int)
-
-    def __str__(self) -> str:
-        return show(self.value, self.names)
-
-    def named(self, names: Names) -> Size:
-        """The same with the user's names of its symbols."""
-        return dataclasses.replace(self, names=names_in(names, self.value))
-
-    def to_json(self) -> dict[str, Any]:
-        return {"value": to_json(self.value, self.names), "most": self.most}
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """What one rule says of the HCCL window: bytes ``needed`` of ``accepted``; ``needed_mb`` of HCCL_BUFFSIZE would do.
-
-    ``unit`` says what is counted, e.g. ``bytes (a third of HCCL_BUFFSIZE)``; ``needed_mb`` is None without a bound.
-    """
-
-    code: str
-    needed: Size
-    accepted: int
-    unit: str
-    needed_mb: int | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {**_fields(self), "needed": self.needed.to_json()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The sizes of a lowered block, as the rules saw them: proven for every T from ``low`` to ``high``.
-
-    Attributes:
-        tokens: T, the tokens of one rank.
-        low, high: the range of T that everything was proven for; high is None when there is no bound.
-        bound: the most tokens of any rank; None when there is no bound.
-        capacity: tokens of one rank of the TP group, rounded up.
-        received: rows that one rank receives at most.
-        exchanged: lines that the equal-split AllToAll sends each rank, of tokens or, in buffers, of rows; None elsewhere.
-        max_output_size: rows that a fused operator may process on one rank; None where it is not told.
-        windows: of the rules on the HCCL window. buffer_bytes: HCCL_BUFFSIZE in bytes.
-    """
-
-    tokens: Size
-    low: int
-    high: int | None
-    bound: int | None
-    capacity: Size
-    received: Size
-    exchanged: Size | None
-    max_output_size: int | None
-    windows: tuple[Window, ...]
-    buffer_bytes: int
-
-    @property
-    def range(self) -> str:
-        """The range of T in words."""
-        return f"T = {self.low}" if self.low == self.high else str(TokenRange(self.low, self.high))
-
-    def named(self, names: Names) -> Sizes:
-        """The same with the user's names of the symbols."""
-        return dataclasses.replace(
-            self,
-            tokens=self.tokens.named(names),
-            capacity=self.capacity.named(names),
-            received=self.received.named(names),
-            exchanged=None if self.exchanged is None else self.exchanged.named(names),
-            windows=tuple(dataclasses.replace(w, needed=w.needed.named(names)) for w in self.windows),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        record = {n: v.to_json() if isinstance(v, Size) else v for n, v in _fields(self).items()}
-        return {**record, "windows": [window.to_json() for window in self.windows], "range": self.range}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,96 +101,11 @@ class BlockReport:
             "ops_after": list(self.ops_after),
             "verdicts": {name: verdict.to_json() for name, verdict in self.verdicts.items()},
             "notes": list(self.notes),
-            "enforced": None if self.enforced is None else _fields(self.enforced),
+            "enforced": None if self.enforced is None else fields_of(self.enforced),
             "sizes": None if self.sizes is None else self.sizes.to_json(),
             "costs": [cost.to_json() for cost in self.costs],
             "raised_from": self.raised_from,
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class NotRaised:
-    """Why an operator of an MoE layer that others wrote was not raised.
-
-    Attributes:
-        node: its name in the graph. line: the model's line; "" when it is not known.
-        code: ``raise.*``.
-        seen, expected: in words.
-    """
-
-    node: str
-    line: str
-    code: str
-    seen: str
-    expected: str
-
-    def __str__(self) -> str:
-        line = f", at {self.line}" if self.line else ""
-        return f"[{self.code}] {self.seen}; expected: {self.expected}{line}"
-
-
-@dataclasses.dataclass(frozen=True)
-class NotCapturable:
-    """Something in a graph that keeps an NPU graph of it from being captured.
-
-    Attributes:
-        place: the module of the model, or the node's name.
-        line: the model's line, ``file:line in function: text``; "" when it is not known.
-        operator: what was called, e.g. ``aten::nonzero``; of an input, ``placeholder`` and its name.
-        code: which rule, ``capture.*``.
-        reason: why it cannot be captured.
-        advice: what the user could change.
-    """
-
-    place: str
-    line: str
-    operator: str
-    code: str
-    reason: str
-    advice: str
-
-    def __str__(self) -> str:
-        line = f"; at {self.line}" if self.line else ""
-        return f"{self.place}: [{self.code}] {self.reason} ({self.advice}){line}"
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class ForeignMoe:
-    """An MoE layer that the pass cannot lower, since it is not written with the generic operators.
-
-    Attributes:
-        place: the module of the model, or the node's name.
-        line: the model's line, ``file:line in function: text``; "" when it is not known.
-        operators: (name, how often) of what it was known by, e.g. ``aten._grouped_mm``.
-        code: which form, ``foreign.*``.
-        reason: what was seen.
-        advice: what the user could change.
-        not_raised: why it was not raised, of a form that can be.
-    """
-
-    place: str
-    line: str
-    operators: tuple[tuple[str, int], ...]
-    code: str
-    reason: str
-    advice: str
-    not_raised: NotRaised | None = None
-
-    @property
-    def why(self) -> str:
-        """All but place and line, in one sentence."""
-        operators = ", ".join(f"{count} x {name}" for name, count in self.operators)
-        raised = f", not raised: {self.not_raised}" if self.not_raised is not None else ""
-        return f"[{self.code}] {self.reason} ({operators}){raised}: {self.advice}"
-
-    def __str__(self) -> str:
-        return f"{self.place}: {self.why}" + (f"; at {self.line}" if self.line else "")
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)

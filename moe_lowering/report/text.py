@@ -8,17 +8,10 @@ from collections.abc import Sequence
 
 from moe_lowering.limits import Violation
 from moe_lowering.limits.wording import Accepted, Value
+from moe_lowering.report.leftovers import NotCapturable
 from moe_lowering.report.module_names import names
-from moe_lowering.report.records import (
-    BlockReport,
-    LoweringReport,
-    NotCapturable,
-    RouterReport,
-    Size,
-    Sizes,
-    Verdict,
-    Window,
-)
+from moe_lowering.report.records import BlockReport, LoweringReport, RouterReport, Verdict
+from moe_lowering.report.sizes import Size, Sizes, Window
 
 WIDTH = 100
 _LABEL = 18  # columns of the left column

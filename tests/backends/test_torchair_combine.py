@@ -9,7 +9,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from moe_lowering import Deployment
-from moe_lowering.backends import ge_rewrites
+from moe_lowering.backends import ge_missing
 from moe_lowering.passes.emitter import Emitter
 from moe_lowering.passes.implementations import unpermute
 from moe_lowering.vocabulary import MODES
@@ -79,7 +79,7 @@ def test_ge_rounds_once_and_the_operator_rounds_the_weights_too():
 
 
 def test_only_the_form_for_ge_is_convertible():
-    missing = {mode: [t for t in built(mode, torch.bfloat16)[1] if ge_rewrites.missing_converter(t)] for mode in MODES}
+    missing = {mode: [t for t in built(mode, torch.bfloat16)[1] if ge_missing.missing_converter(t)] for mode in MODES}
     assert missing == {"npugraph_ex": [torch.ops.npu.npu_moe_token_unpermute.default], "ge": []}
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moe_lowering import MoE, shard_experts
-from moe_lowering.backends import ge_converters, ge_rewrites
+from moe_lowering.backends import ge_converters, ge_missing
 from moe_lowering.simulator import ge
 from moe_lowering.testing.ge import convert
 from moe_lowering.testing.graphs import fake_deployment
@@ -308,7 +308,7 @@ def test_both_backends_in_one_process(order):
 def test_mega_moe_has_no_converter_and_says_why():
     with ge.engine():
         ge_converters.register()
-        assert "symmetric buffer" in ge_rewrites.missing_converter(torch.ops.moe_lowering.mega_moe.default)
+        assert "symmetric buffer" in ge_missing.missing_converter(torch.ops.moe_lowering.mega_moe.default)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_mega_moe_has_no_converter_and_says_why():
 )  # fmt: skip
 def test_operators_of_the_lowering_have_converters(name):
     with ge.engine():
-        assert ge_rewrites.missing_converter(getattr(torch.ops.npu, name).default) == ""
+        assert ge_missing.missing_converter(getattr(torch.ops.npu, name).default) == ""
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_operators_without_converter_are_known(name):
     if not hasattr(torch.ops.npu, name):
         pytest.skip(f"this torch_npu has no {name}")
     with ge.engine():
-        assert "no GE converter" in ge_rewrites.missing_converter(getattr(torch.ops.npu, name).default)
+        assert "no GE converter" in ge_missing.missing_converter(getattr(torch.ops.npu, name).default)
 
 
 INTERRUPTED = """

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
 from moe_lowering import Deployment, MoeLowering, torchair_config
-from moe_lowering.backends import ge_converters, ge_rewrites
+from moe_lowering.backends import ge_converters, ge_missing, ge_rewrites
 from moe_lowering.passes.edit_log import EditLog
 from moe_lowering.simulator import ge
 from moe_lowering.testing.ge import convert
@@ -72,7 +72,7 @@ def test_all_to_all_moves_the_same_elements(row):
 
 
 def test_all_to_all_of_a_group_that_is_not_there():
-    with deployed(), pytest.raises(ge_rewrites.GeConversionError, match="group 'nowhere' names no process group"):
+    with deployed(), pytest.raises(ge_missing.GeConversionError, match="group 'nowhere' names no process group"):
         exchanged((4, 2), [1] * EP, [1] * EP, "nowhere")
 
 
@@ -342,13 +342,13 @@ def test_the_hook_names_its_deployment():
 
 def test_a_converter_that_only_raises_is_none():
     with ge.engine(), FakeTensorMode():
-        assert "not supported" in ge_rewrites.missing_converter(torch.ops.aten.bitwise_and.Scalar)
-        assert ge_rewrites.missing_converter(torch.ops.aten.bitwise_and.Tensor) == ""
+        assert "not supported" in ge_missing.missing_converter(torch.ops.aten.bitwise_and.Scalar)
+        assert ge_missing.missing_converter(torch.ops.aten.bitwise_and.Tensor) == ""
 
 
 def test_nothing_is_left_of_an_empty_graph():
     graph = Graph()
     graph.output(graph.placeholder("x"))
     ge_rewrites.finish(EditLog(graph))
-    ge_rewrites.require_converters(graph)
+    ge_missing.require_converters(graph)
     assert len(GraphModule({}, graph).graph.nodes) == 2

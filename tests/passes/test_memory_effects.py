@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from moe_lowering import Deployment, MoeLowering
 from moe_lowering.passes import memory_effects
-from moe_lowering.passes.overlap import _check_between, _Refused
+from moe_lowering.passes.overlap_region import Refused, check_between
 
 aten, M = torch.ops.aten, torch.ops.moe_lowering
 BLOCK = BlockCase(experts=4, top_k=2, intermediate=8, bias=(True, True), mask=True, odd=("counts_read",))
@@ -220,8 +220,8 @@ def test_writers_of_every_kind(kind):
     if comm is None:
         assert f"written_between] {node.name} (" in why[0]
     walls = kind in WRITE or kind == "graph that reads"  # a shared expert is moved past no graph
-    with pytest.raises(_Refused) if walls else contextlib.nullcontext():
-        _check_between(node, node.next, set())
+    with pytest.raises(Refused) if walls else contextlib.nullcontext():
+        check_between(node, node.next, set())
 
 
 def test_operators_of_the_package_without_a_result_only_look():

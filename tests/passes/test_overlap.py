@@ -12,7 +12,7 @@ from overlap_layers import Layer
 from moe_lowering import Deployment, MoeLowering, npugraph_ex_options, simulator, testing
 from moe_lowering.backends.cache_key import cache_digest
 from moe_lowering.integrations import transformers as integration
-from moe_lowering.passes import overlap
+from moe_lowering.passes import overlap, overlap_region
 from moe_lowering.testing import Ranks
 
 c10d, aten = torch.ops._c10d_functional, torch.ops.aten
@@ -172,7 +172,7 @@ def past_a_scope(layer, x, h):
 ], ids=lambda v: getattr(v, "__name__", ""))  # fmt: skip
 def test_plain_order(join, code):
     lowered, note = lower(big(join))
-    assert note.startswith(f"[overlap.{code}] {overlap.CODES[f'overlap.{code}']}")
+    assert note.startswith(f"[overlap.{code}] {overlap_region.CODES[f'overlap.{code}']}")
     assert layers.region(lowered.gm.graph) == []
     assert "keep_alive" not in lowered.gm.code and "tagged_event" not in lowered.gm.code
 

@@ -18,7 +18,8 @@ from moe_lowering.limits.calls import fused as fused_calls
 from moe_lowering.limits.wording import Accepted, Bound, Quoted, make_wording, show
 from moe_lowering.passes import graph_run
 from moe_lowering.passes.symbol_names import _written, dimension_names, name_sizes
-from moe_lowering.report.records import BlockReport, Size, Verdict
+from moe_lowering.report.records import BlockReport, Verdict
+from moe_lowering.report.sizes import Size
 from moe_lowering.report.text import render
 
 

@@ -24,7 +24,7 @@ from moe_lowering.passes.raise_foreign import (
 from moe_lowering.passes.raise_foreign.graph_facts import reading
 from moe_lowering.passes.raise_foreign.npu_forms import NPU_FORMS
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
-from moe_lowering.report.records import NotRaised
+from moe_lowering.report.leftovers import NotRaised
 
 FORMS: dict[str, Form] = {form.name: form for form in (match_grouped_mm.FORM, match_gathered_weights.FORM, *NPU_FORMS)}
 assert (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from moe_lowering.passes.raise_foreign.meanings import Clamp, Expert, Gelu, Part, Plus, Sigmoid, Term, Times
+from moe_lowering.passes.raise_foreign.terms import Clamp, Expert, Gelu, Part, Plus, Sigmoid, Term, Times
 
 _ALPHA = 1.702  # where an activation does not read it
 

@@ -20,26 +20,10 @@ from moe_lowering.passes.raise_foreign.graph_facts import facts_of
 from moe_lowering.passes.raise_foreign.ids_range import out_of_range
 from moe_lowering.passes.raise_foreign.joined_storage import joined_storage
 from moe_lowering.passes.raise_foreign.match_activation import Gated, match_activation
-from moe_lowering.passes.raise_foreign.meanings import (
-    Counts,
-    Expert,
-    Part,
-    Summed,
-    Tensor,
-    Term,
-    Times,
-    Value,
-    Weighted,
-    choices,
-    feature,
-    flat,
-    product,
-    sizes,
-    slots,
-    tokens,
-)
+from moe_lowering.passes.raise_foreign.meanings import Value, choices, feature, flat, product, sizes, slots, tokens
 from moe_lowering.passes.raise_foreign.read_meanings import Reader
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, NotThisForm, Weights
+from moe_lowering.passes.raise_foreign.terms import Counts, Expert, Part, Summed, Tensor, Term, Times, Weighted
 
 _STEPS = 400  # nodes between the first product and the result
 _FACTORIES = frozenset(f"{kind}{how}" for kind in ("empty", "zeros", "ones", "full") for how in ("", "_like")) | {

@@ -4,7 +4,8 @@ A ``Value`` says of each dimension of a tensor which index it runs over, and of 
 
 - ``dims``: one entry per dimension, the axes whose product the dimension is, slowest first. Axes of size 1 are left out, so
   ``()`` is a dimension of size 1. A flattened [T, k] is ``((token, choice),)``; in order of experts it is ``((sorted,),)``.
-- ``term``: what stands there, e.g. ``Expert(rows, weight, ids)`` for "the row times the matrix of the slot's expert".
+- ``term``: what stands there (``terms.py``), e.g. ``Expert(rows, weight, ids)`` for "the row times the matrix of the slot's
+  expert".
 
 A slot is a pair of a token and one of its k choices. Values are equal where their terms are: forms that spell the same
 layer in other orders and layouts have one term. Every rule that makes a value says what is true of its node, whatever
@@ -20,179 +21,19 @@ from typing import Any, TypeAlias
 from torch.fx import Node
 
 from moe_lowering.passes.blocks import size_key
-
-TENSOR, SPREAD, TOKEN, CHOICE, SORTED, FEATURE = "tensor", "spread", "token", "choice", "sorted", "feature"
-
-
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """An index that a dimension runs over.
-
-    ``tensor``: of an opaque tensor; ``spread``: along it nothing changes (expand); ``token`` and ``choice``: of the ids ``of``;
-    ``sorted``: slots in the order that the sort ``of`` gives; ``feature``: columns of an expert's result, by position.
-    ``size`` is an int or a sympy expression.
-    """
-
-    kind: str
-    size: Any
-    of: Node | None = None
-    index: int = 0
-
-
-Dim: TypeAlias = tuple[Axis, ...]
-Dims: TypeAlias = tuple[Dim, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """What the elements of a value are."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor(Term):
-    """The elements of a node. ``dims`` says which index runs over each of its dimensions; of three dimensions or more that
-    were flattened, all but the last count as one."""
-
-    node: Node
-    dims: Dims
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot(Term):
-    """The number of a slot, token * k + choice. In order of experts: the permutation that a sort of ids returns."""
-
-    ids: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Place(Term):
-    """Where a slot stands in the order of experts: the inverse of that permutation. ``order`` is the sorted axis."""
-
-    ids: Tensor
-    order: Axis
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenOf(Term):
-    """The number of a slot's token."""
-
-    ids: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Position(Term):
-    """0, 1, 2, ... along the only dimension."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts(Term):
-    """How many slots each of ``experts`` experts has, by expert."""
-
-    ids: Tensor
-    experts: int
-
-
-@dataclasses.dataclass(frozen=True)
-class OneHot(Term):
-    """Whether a slot's expert is the one that the last dimension is at."""
-
-    ids: Tensor
-    experts: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Ends(Term):
-    """Where the rows of each expert end in the order of experts."""
-
-    ids: Tensor
-    experts: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Pick(Term):
-    """The matrix, or the bias, of a slot's expert: ``source[ids]``."""
-
-    source: Tensor
-    ids: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Expert(Term):
-    """A slot's row times its expert's matrix, and its bias.
-
-    ``weight`` is [E, K, N], or [E, N, K] when ``transposed``; ``bias`` [E, N].
-    """
-
-    rows: Term
-    weight: Node
-    transposed: bool
-    ids: Tensor
-    experts: int
-    bias: Node | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Part(Term):
-    """Every ``step``-th column of a result from ``start`` on, ``size`` of them."""
-
-    whole: Term
-    start: int
-    step: int
-    size: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Times(Term):
-    """A product, of a number and terms in an order of their own."""
-
-    number: float
-    factors: tuple[Term, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plus(Term):
-    """A term and a number."""
-
-    term: Term
-    number: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Sigmoid(Term):
-    term: Term
-
-
-@dataclasses.dataclass(frozen=True)
-class Gelu(Term):
-    """``approximate`` is ``none`` or ``tanh``."""
-
-    term: Term
-    approximate: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Clamp(Term):
-    """None is no bound."""
-
-    term: Term
-    low: float | None
-    high: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Weighted(Term):
-    """Rows times a number for each slot."""
-
-    rows: Term
-    weights: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Summed(Term):
-    """The sum over the choices of a token, and of ``base`` [T, H] where there is one."""
-
-    rows: Term
-    base: Node | None = None
+from moe_lowering.passes.raise_foreign.terms import (
+    CHOICE,
+    FEATURE,
+    SORTED,
+    SPREAD,
+    TENSOR,
+    TOKEN,
+    Axis,
+    Dim,
+    Dims,
+    Tensor,
+    Term,
+)
 
 
 @dataclasses.dataclass(frozen=True)

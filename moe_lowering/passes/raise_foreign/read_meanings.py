@@ -15,8 +15,9 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.foreign_walks import name_of
-from moe_lowering.passes.raise_foreign.meanings import Tensor, Value, opaque
+from moe_lowering.passes.raise_foreign.meanings import Value, opaque
 from moe_lowering.passes.raise_foreign.records import NotThisForm
+from moe_lowering.passes.raise_foreign.terms import Tensor
 
 Rule: TypeAlias = "Callable[[Reader, Node], Value | None]"
 ItemRule: TypeAlias = "Callable[[Reader, Node, int], Value | None]"

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import shape_key
-from moe_lowering.report.records import NotRaised
+from moe_lowering.report.leftovers import NotRaised
 from moe_lowering.source_lines import innermost
 
 

@@ -7,22 +7,10 @@ from torch.fx import Node
 
 from moe_lowering.passes.arguments import argument, given_arguments
 from moe_lowering.passes.foreign_walks import name_of
-from moe_lowering.passes.raise_foreign.meanings import (
-    Counts,
-    Ends,
-    OneHot,
-    Position,
-    Tensor,
-    Value,
-    as_ids,
-    feature,
-    flat,
-    is_float,
-    sizes,
-    slots,
-)
+from moe_lowering.passes.raise_foreign.meanings import Value, as_ids, feature, flat, is_float, sizes, slots
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, rule
 from moe_lowering.passes.raise_foreign.rules_of_routing import order_of_ids
+from moe_lowering.passes.raise_foreign.terms import Counts, Ends, OneHot, Position, Tensor
 
 _EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)  # hold any count of slots
 _ONES = ("ones", "ones_like", "new_ones")

@@ -9,6 +9,21 @@ from torch.fx import Node
 from moe_lowering.passes.arguments import argument, given_arguments
 from moe_lowering.passes.foreign_walks import name_of
 from moe_lowering.passes.raise_foreign.meanings import (
+    Value,
+    choices,
+    feature,
+    flat,
+    mapped_value,
+    match,
+    product,
+    sizes,
+    slots,
+    tokens,
+)
+from moe_lowering.passes.raise_foreign.read_meanings import Reader, near_rule, rule
+from moe_lowering.passes.raise_foreign.rules_of_counts import counted_matches, counted_ones
+from moe_lowering.passes.raise_foreign.rules_of_routing import is_line_index, order_of_ids
+from moe_lowering.passes.raise_foreign.terms import (
     CHOICE,
     Axis,
     Clamp,
@@ -26,21 +41,8 @@ from moe_lowering.passes.raise_foreign.meanings import (
     Term,
     Times,
     TokenOf,
-    Value,
     Weighted,
-    choices,
-    feature,
-    flat,
-    mapped_value,
-    match,
-    product,
-    sizes,
-    slots,
-    tokens,
 )
-from moe_lowering.passes.raise_foreign.read_meanings import Reader, near_rule, rule
-from moe_lowering.passes.raise_foreign.rules_of_counts import counted_matches, counted_ones
-from moe_lowering.passes.raise_foreign.rules_of_routing import is_line_index, order_of_ids
 
 _ZEROS = ("zeros", "zeros_like", "new_zeros")
 

@@ -8,23 +8,9 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.arguments import argument, given_arguments
-from moe_lowering.passes.raise_foreign.meanings import (
-    SPREAD,
-    Axis,
-    Dims,
-    Expert,
-    OneHot,
-    Part,
-    Value,
-    dim,
-    feature,
-    flat,
-    flattened,
-    opaque,
-    regroup,
-    sizes,
-)
+from moe_lowering.passes.raise_foreign.meanings import Value, dim, feature, flat, flattened, opaque, regroup, sizes
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, item_rule, rule
+from moe_lowering.passes.raise_foreign.terms import SPREAD, Axis, Dims, Expert, OneHot, Part
 
 _NO_END = 2**62  # an ``end`` that torch means by none
 _WHOLE_NUMBERS = (torch.int32, torch.int64, torch.float32, torch.float64)  # that hold any id and any count of slots

@@ -13,15 +13,6 @@ from torch.fx import Node
 
 from moe_lowering.passes.arguments import argument, given_arguments
 from moe_lowering.passes.raise_foreign.meanings import (
-    SORTED,
-    Axis,
-    Dim,
-    Pick,
-    Place,
-    Position,
-    Slot,
-    Tensor,
-    TokenOf,
     Value,
     as_ids,
     choices,
@@ -37,6 +28,7 @@ from moe_lowering.passes.raise_foreign.meanings import (
     tokens,
 )
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, item_rule, rule
+from moe_lowering.passes.raise_foreign.terms import SORTED, Axis, Dim, Pick, Place, Position, Slot, Tensor, TokenOf
 
 _EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
 

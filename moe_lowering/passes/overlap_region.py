@@ -1,0 +1,113 @@
+"""Whether operations may run on another stream than the block: pure, without an exchange, with nothing unsafe between."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moe_lowering.passes.emitter import is_emitted
+from moe_lowering.passes.memory_effects import writes
+from moe_lowering.passes.scopes import is_marker
+
+aten = torch.ops.aten
+
+
+CODES = {
+    "overlap.no_streams": "plain order: only npugraph_ex's graphs have stream scopes",
+    "overlap.no_events": "plain order: the block is one operator, which nothing can stand inside",
+    "overlap.no_shared_expert": "nothing that could overlap is added to the block's result",
+    "overlap.no_matmul": "plain order: what is added to the block's result has no matrix product",
+    "overlap.used_elsewhere": "plain order: the shared expert's result is read by more than the addition",
+    "overlap.depends_on_block": "plain order: what is added to the block's result depends on that result",
+    "overlap.late_input": "plain order: the shared expert reads what exists only after the block's dispatch",
+    "overlap.scope": "plain order: the shared expert or the block is in a scope, or one lies between them",
+    "overlap.side_effect": "plain order: the shared expert, or what it would move past, writes or draws random numbers",
+    "overlap.communicates": "plain order: the shared expert communicates between ranks",
+    "overlap.failed": "plain order: moving the shared expert failed and was undone",
+}
+
+
+THROUGH = frozenset({
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._to_copy.default, aten.clone.default,
+    aten.squeeze.dim, aten.unsqueeze.default, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.alias.default,
+    torch.ops.prims.convert_element_type.default,
+})  # fmt: skip
+
+
+_UNSAFE_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+class Refused(Exception):
+    """A key of ``CODES``, and what to say beside it. Never leaves this module."""
+
+    def __init__(self, code: str, more: str = "") -> None:
+        super().__init__(f"[{code}] {CODES[code]}{f': {more}' if more else ''}")
+
+
+def check_region(region: Sequence[Node]) -> None:
+    for node in region:
+        if is_marker(node):
+            raise Refused("overlap.scope")
+        if communicates(node):
+            raise Refused("overlap.communicates", node_name(node))
+        if not _is_pure(node):
+            raise Refused("overlap.side_effect", node_name(node))
+
+
+def check_between(first: Node, last: Node, members: set[Node]) -> None:
+    """Nothing that the region would be moved past is a wall: a scope, an event, or something that writes."""
+    node = first
+    while node is not last:
+        if node not in members:
+            if is_marker(node) or getattr(node.target, "namespace", "") == "npugraph_ex":
+                raise Refused("overlap.scope")
+            # what a lowered block writes is memory that it has made: no shared expert reads it
+            if isinstance(node.target, torch._ops.HigherOrderOperator) or (writes(node) and not is_emitted(node)):
+                raise Refused("overlap.side_effect", node_name(node))
+        node = node.next
+
+
+def _is_pure(node: Node) -> bool:
+    """An operator whose result depends on its arguments only, that writes nothing, and that the host need not wait for."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return _is_safe(target) and not node.is_impure()
+    return target is operator.getitem or isinstance(node.meta.get("val"), (int, torch.SymInt))
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_safe(target: torch._ops.OpOverload) -> bool:
+    return not (target._schema.is_mutable or any(tag in target.tags for tag in _UNSAFE_TAGS))
+
+
+def communicates(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and _takes_group(node.target)
+
+
+@functools.lru_cache(maxsize=1024)
+def _takes_group(target: torch._ops.OpOverload) -> bool:
+    """A collective, an operator that takes a group, or one of this package's: a block inside of the shared expert."""
+    if target.namespace in ("_c10d_functional", "c10d", "npu_define"):
+        return True
+    if target.namespace == "moe_lowering":
+        return target._opname not in ("assert_agreement", "assert_tokens", "keep_alive")
+    return any(_is_group(argument) for argument in target._schema.arguments)
+
+
+def _is_group(argument: Any) -> bool:
+    """``group``, ``group_ep``, ``hcom`` and the like are strings; ``group_list`` of a grouped matmul is not."""
+    return str(argument.type) in ("str", "Optional[str]") and argument.name.startswith(("group", "hcom", "comm"))
+
+
+def node_name(node: Node) -> str:
+    return _name_of(node.target)
+
+
+@functools.lru_cache(maxsize=1024)
+def _name_of(target: Any) -> str:
+    return target._schema.name.replace("::", ".") if isinstance(target, torch._ops.OpOverload) else str(target)
