@@ -33,7 +33,7 @@ from moe_lowering.backends import ge_converters
 from moe_lowering.backends.ge_missing import GeConversionError
 from moe_lowering.custom_ops import assert_tokens
 from moe_lowering.custom_ops.sizes import show, token_count
-from moe_lowering.passes.arguments import arguments, given_arguments
+from moe_lowering.passes.arguments import arguments, explicit_arguments
 from moe_lowering.passes.edit_log import EditLog
 
 LOW_HALF = 0xFFFFFFFF
@@ -237,7 +237,7 @@ def simplify_fused(edits: EditLog) -> None:
     graph = edits.graph
     for name in ge_converters.TYPES:
         for node in graph.find_nodes(op="call_function", target=getattr(torch.ops.moe_lowering, name).default):
-            arguments = given_arguments(node)
+            arguments = explicit_arguments(node)
             if name == "dispatch_ffn_combine":
                 with graph.inserting_before(node):
                     for scale in ("w13_scale", "w2_scale"):

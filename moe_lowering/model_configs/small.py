@@ -176,11 +176,11 @@ def _of_sizes(config: Any, sizes: Dimensions, layers: int) -> dict[str, Any]:
     for dimension, names in _NAMES.items():
         new = getattr(sizes, dimension)
         for name in names:
-            given = old.get(name)
-            if given is None and not (name in _NEEDED and hasattr(config, name)):
+            value = old.get(name)
+            if value is None and not (name in _NEEDED and hasattr(config, name)):
                 continue
-            if given != 0:  # of a part that the model does without
-                values[name] = [new] * len(given) if isinstance(given, list) else new
+            if value != 0:  # of a part that the model does without
+                values[name] = [new] * len(value) if isinstance(value, list) else new
     if old.get("num_experts_per_tok") == 1:
         values["num_experts_per_tok"] = 1  # of models whose routing is written for one expert
     if "qk_rope_head_dim" in values and "head_dim" in values:

@@ -29,17 +29,25 @@ def argument(node: Node, name: str) -> Any:
     return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
 
 
-def given_arguments(node: Node) -> dict[str, Any]:
+def explicit_arguments(node: Node) -> dict[str, Any]:
     """The arguments that the node has, in the order of the schema."""
     assert isinstance(node.target, torch._ops.OpOverload)
     return {**dict(zip(_parameters(node.target), node.args, strict=False)), **node.kwargs}
+
+
+def positional_arguments(call: Any) -> tuple[Any, ...]:
+    """The fields of a record of arguments by position, as a graph has them: without defaults at its end."""
+    values, defaults = [*call], type(call)._field_defaults
+    while (last := call._fields[len(values) - 1]) in defaults and values[-1] == defaults[last]:
+        values.pop()
+    return tuple(values)
 
 
 def arguments(node: Node) -> dict[str, Any]:
     """All arguments, defaults filled in, in the order of the schema."""
     assert isinstance(node.target, torch._ops.OpOverload)
     defaults = {name: default for name, (_, default) in _parameters(node.target).items()}
-    return {**defaults, **given_arguments(node)}
+    return {**defaults, **explicit_arguments(node)}
 
 
 @functools.lru_cache(maxsize=256)

@@ -206,10 +206,8 @@ class GraphRun:
             chosen = comm
             done = self._guarded(lambda emit: self._rewrite(block, chosen, decision, emit), (chosen, block.spec))
             if isinstance(done, Wording):
-                comm, reason = (
-                    None,
-                    make_wording("{why}{more}", why=done, more=self.bounds.refuse_if_ranks_differ(block)),
-                )
+                more = self.bounds.refuse_if_ranks_differ(block)
+                comm, reason = None, make_wording("{why}{more}", why=done, more=more)
             else:
                 after = tuple(operator_name(n) for n in sorted(done) if n.target is not operator.getitem)
                 self.bounds.keep(block, decision.enforced)

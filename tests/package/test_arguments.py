@@ -20,7 +20,7 @@ from moe_lowering import Deployment, MoE, custom_ops, testing
 from moe_lowering.custom_ops.dispatch import DispatchCall
 from moe_lowering.custom_ops.library import bind_kernel, schema_of
 from moe_lowering.passes import block_specs, find_blocks
-from moe_lowering.passes.arguments import argument, arguments, given_arguments, read, results
+from moe_lowering.passes.arguments import argument, arguments, explicit_arguments, read, results
 from moe_lowering.passes.block_specs import Layer, spec_of_layer
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.verifier import GENERIC
@@ -110,7 +110,7 @@ def test_a_node_reads_as_the_record(name: str, by_name: int) -> None:
     assert read(record, node)._asdict() == expected == arguments(node)
     assert list(arguments(node)) == list(record._fields)
     assert {field: argument(node, field) for field in record._fields} == expected
-    assert given_arguments(node) == values
+    assert explicit_arguments(node) == values
 
 
 def test_what_a_node_does_not_have() -> None:

@@ -12,6 +12,7 @@ from moe_lowering.custom_ops.combine import CombineCall
 from moe_lowering.custom_ops.dispatch import DispatchCall
 from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
 from moe_lowering.deployment import Deployment
+from moe_lowering.passes.arguments import positional_arguments
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.emitter import Emitter, aten
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Weights
@@ -38,14 +39,14 @@ def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> 
         sent, items, weights = _emit_dispatch(block, emit, deployment)
     rows, row_scale, counts, handle = items
     with emit.at(middle, middle):
-        mlp = emit.call(OPS.grouped_mlp.default, *_given(_mlp_call(block, emit, rows, row_scale, counts)))
+        mlp = emit.call(OPS.grouped_mlp.default, *positional_arguments(_mlp_call(block, emit, rows, row_scale, counts)))
     with emit.at(block.result, block.result):
         arguments = sent._asdict()
         alike = {name: arguments[name] for name in CombineCall._fields if name in arguments}
         if weights is None:
             weights = emit.cast(_by_token(emit, block.weights, sent.x, block.top_k), torch.float32)
         back = CombineCall[Any](**{**alike, "rows": mlp, "weights": weights, "handle": handle})
-        combine = emit.call(OPS.combine.default, *_given(back))
+        combine = emit.call(OPS.combine.default, *positional_arguments(back))
         dispatch: Any = rows.args[0]
         return Generic(dispatch, counts, combine, _result(block, emit, combine))
 
@@ -77,7 +78,7 @@ def _emit_dispatch(
         max_tokens=deployment.token_bound,
         max_rows=deployment.max_rows,
     )
-    dispatch = emit.call(OPS.dispatch.default, *_given(sent))
+    dispatch = emit.call(OPS.dispatch.default, *positional_arguments(sent))
     return sent, tuple(emit.item(dispatch, index) for index, _ in enumerate(_NAMES)), weights
 
 
@@ -103,10 +104,10 @@ def _shape(block: ForeignBlock, emit: Emitter, result: torch.Tensor) -> list[Any
             for at, other in enumerate(node.meta["val"].shape)
             if size_key(other) == size_key(size)
         )
-        found = next(same, None)
-        if found is None:
+        source = next(same, None)
+        if source is None:
             raise VerificationError(f"{block.result.name} has size {size}, which none of x and ids has")
-        shape.append(emit.size(*found))
+        shape.append(emit.size(*source))
     return shape
 
 
@@ -131,15 +132,6 @@ def _mlp_call(block: ForeignBlock, emit: Emitter, rows: Node, row_scale: Node, c
         for name in ("w13_scale", "w2_scale", "w13_offset", "w2_offset", "w13_scale_bias", "w2_scale_bias")
     }
     return call._replace(quantisation=block.quantisation, out_dtype=block.out_dtype, **lists)
-
-
-def _given(call: Any) -> tuple[Any, ...]:
-    """The arguments of a call without defaults at its end, as a graph has them."""
-    arguments = [*call]
-    defaults = type(call)._field_defaults
-    while call._fields[len(arguments) - 1] in defaults and arguments[-1] == defaults[call._fields[len(arguments) - 1]]:
-        arguments.pop()
-    return tuple(arguments)
 
 
 def _matrices(emit: Emitter, weights: Weights) -> list[Node]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument, given_arguments
+from moe_lowering.passes.arguments import argument, explicit_arguments
 from moe_lowering.passes.foreign_walks import VIEWS, name_of
 
 _CHOICES = ("topk", "sort", "max", "min")  # (values, indices)
@@ -58,9 +58,9 @@ def _sources(node: Node, experts: int) -> list[Node] | None:
             else None
         )
     if name in ("argmax", "argsort"):
-        return _of_few(node, given_arguments(node).get("dim", -1 if name == "argsort" else None), experts)
+        return _of_few(node, explicit_arguments(node).get("dim", -1 if name == "argsort" else None), experts)
     if name == "clamp":
-        low, high = (given_arguments(node).get(bound) for bound in ("min", "max"))
+        low, high = (explicit_arguments(node).get(bound) for bound in ("min", "max"))
         fits = isinstance(low, int) and isinstance(high, int) and 0 <= low <= high < experts
         return [] if fits else None
     return None

@@ -181,13 +181,13 @@ def _way_back(walk: Walk, node: Node, rows: Node, index: Node | None) -> tuple[A
 
 def _check_index(walk: Walk, node: Node, name: str, index: Node | None) -> None:
     """The row index of the routing, or its absolute value, read by the way back alone."""
-    given = argument(node, name)
-    seen = source_of(given) if isinstance(given, Node) else None
+    value = argument(node, name)
+    source = source_of(value) if isinstance(value, Node) else None
     between = []
-    if seen is not None and seen.target is aten.abs.default:
-        between, seen = [seen], source_of(seen.args[0])  # type: ignore[arg-type]
-    if index is None or not equal_values(seen, index):
-        raise NotThisForm(node, "raise.index", f"{node.name}: {name} is {given!r}", "the row index of the same routing")
+    if source is not None and source.target is aten.abs.default:
+        between, source = [source], source_of(source.args[0])  # type: ignore[arg-type]
+    if index is None or not equal_values(source, index):
+        raise NotThisForm(node, "raise.index", f"{node.name}: {name} is {value!r}", "the row index of the same routing")
     current: Node = index
     while current is not node:
         reader, _ = walk.onward(current, "the row index")

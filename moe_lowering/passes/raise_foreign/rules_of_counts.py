@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument, given_arguments
+from moe_lowering.passes.arguments import argument, explicit_arguments
 from moe_lowering.passes.foreign_walks import name_of
 from moe_lowering.passes.raise_foreign.meanings import Value, as_ids, feature, flat, is_float, sizes, slots
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, rule
@@ -76,7 +76,7 @@ def counted_matches(reader: Reader, node: Node, value: Value) -> Value | None:
     """Of ``sum`` of ``one_hot``: over all slots it is the counts."""
     term = value.term
     assert isinstance(term, OneHot)
-    over = given_arguments(node).get("dim")
+    over = explicit_arguments(node).get("dim")
     at = sorted(each % len(value.dims) for each in ([over] if isinstance(over, int) else over or ()))
     slot_dims = value.dims[:-1]
     if at != [*range(len(slot_dims))] or not covers_slots(reader, Value(slot_dims, term.ids), term.ids):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument, given_arguments
+from moe_lowering.passes.arguments import argument, explicit_arguments
 from moe_lowering.passes.foreign_walks import name_of
 from moe_lowering.passes.raise_foreign.meanings import (
     Value,
@@ -53,7 +53,7 @@ _ZEROS = ("zeros", "zeros_like", "new_zeros")
 @rule("_grouped_mm", "grouped_mm_fallback")
 def grouped_product(reader: Reader, node: Node) -> Value | None:
     """Rows in order of experts, times the matrix of each row's expert."""
-    arguments = given_arguments(node)
+    arguments = explicit_arguments(node)
     named: list[Any] = [*arguments.values()][:3]
     if len(named) < 3 or not all(isinstance(each, Node) for each in named):
         seen, expected = "a grouped product without offsets", "offsets of each expert's rows"
@@ -184,7 +184,7 @@ def _times(number: float, *terms: Term) -> Term:
 @near_rule("add")
 def added(reader: Reader, node: Node) -> Value | None:
     """A number, or the biases of the experts."""
-    if given_arguments(node).get("alpha", 1) != 1:
+    if explicit_arguments(node).get("alpha", 1) != 1:
         return None
     pair = _operands(reader, node)
     if pair is None:
@@ -244,7 +244,7 @@ def gelu(reader: Reader, node: Node) -> Value | None:
 
 @near_rule("clamp", "clamp_min", "clamp_max")
 def clamped(reader: Reader, node: Node) -> Value | None:
-    value, arguments = _argument(reader, node), given_arguments(node)
+    value, arguments = _argument(reader, node), explicit_arguments(node)
     bounds = [arguments.get(name) for name in ("min", "max")]
     if value is None or not all(bound is None or isinstance(bound, (int, float)) for bound in bounds):
         return None
@@ -268,8 +268,8 @@ def summed(reader: Reader, node: Node) -> Value | None:
         return None
     if isinstance(value.term, OneHot):
         return counted_matches(reader, node, value)
-    given = given_arguments(node).get("dim")
-    over = [given] if isinstance(given, int) else given
+    axes = explicit_arguments(node).get("dim")
+    over = [axes] if isinstance(axes, int) else axes
     if not over or len(over) != 1:
         return None
     at = over[0] % len(value.dims)
@@ -289,7 +289,7 @@ def added_to_tokens(reader: Reader, node: Node) -> Value | None:
     base, at, index, source = node.args[:4]
     if at != 0 or not all(isinstance(n, Node) for n in (base, index, source)):
         return None
-    if given_arguments(node).get("alpha", 1) != 1:
+    if explicit_arguments(node).get("alpha", 1) != 1:
         return None
     return _added_rows(reader, node, base, reader.value(index), reader.value(source), "scatter" in str(node.target))
 

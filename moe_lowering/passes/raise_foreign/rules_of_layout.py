@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument, given_arguments
+from moe_lowering.passes.arguments import argument, explicit_arguments
 from moe_lowering.passes.raise_foreign.meanings import Value, dim, feature, flat, flattened, opaque, regroup, sizes
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, item_rule, rule
 from moe_lowering.passes.raise_foreign.terms import SPREAD, Axis, Dims, Expert, OneHot, Part
@@ -41,7 +41,7 @@ def permute(reader: Reader, node: Node) -> Value | None:
 def order_of(node: Node) -> list[int]:
     """Which dimension of its argument each dimension of a permute, transpose or t is."""
     count = len(sizes(node))
-    arguments = given_arguments(node)
+    arguments = explicit_arguments(node)
     if "dims" in arguments:
         return [at % count for at in arguments["dims"]]
     order = [*range(count)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument, given_arguments
+from moe_lowering.passes.arguments import argument, explicit_arguments
 from moe_lowering.passes.raise_foreign.meanings import (
     Value,
     as_ids,
@@ -81,7 +81,7 @@ def _sorted(reader: Reader, node: Node, index: int) -> Value | None:
 @rule("floor_divide", "div")
 def token_of_slot(reader: Reader, node: Node) -> Value | None:
     """A slot's number divided by k, rounded down."""
-    arguments = given_arguments(node)
+    arguments = explicit_arguments(node)
     source, by = node.args[0], node.args[1]
     value = reader.value(source) if isinstance(source, Node) else None
     if value is None or not isinstance(value.term, Slot):
@@ -96,7 +96,7 @@ def token_of_slot(reader: Reader, node: Node) -> Value | None:
 
 @rule("arange")
 def positions(reader: Reader, node: Node) -> Value | None:
-    arguments = given_arguments(node)
+    arguments = explicit_arguments(node)
     if arguments.get("start", 0) != 0 or arguments.get("step", 1) != 1 or node.meta["val"].dtype not in _EXACT:
         return None
     return Value(opaque(node).dims, Position())

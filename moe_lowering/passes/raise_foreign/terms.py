@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any, TypeAlias
 
 from torch.fx import Node
+from typing_extensions import dataclass_transform
 
 TENSOR, SPREAD, TOKEN, CHOICE, SORTED, FEATURE = "tensor", "spread", "token", "choice", "sorted", "feature"
 
@@ -35,12 +36,15 @@ Dim: TypeAlias = tuple[Axis, ...]
 Dims: TypeAlias = tuple[Dim, ...]
 
 
+@dataclass_transform(frozen_default=True)
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """What the elements of a value are."""
+    """What the elements of a value are. Each term is a frozen record of its fields: subclasses need not say so."""
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(frozen=True)(cls)
 
 
-@dataclasses.dataclass(frozen=True)
 class Tensor(Term):
     """The elements of a node. ``dims`` says which index runs over each of its dimensions; of three dimensions or more that
     were flattened, all but the last count as one."""
@@ -49,14 +53,12 @@ class Tensor(Term):
     dims: Dims
 
 
-@dataclasses.dataclass(frozen=True)
 class Slot(Term):
     """The number of a slot, token * k + choice. In order of experts: the permutation that a sort of ids returns."""
 
     ids: Tensor
 
 
-@dataclasses.dataclass(frozen=True)
 class Place(Term):
     """Where a slot stands in the order of experts: the inverse of that permutation. ``order`` is the sorted axis."""
 
@@ -64,19 +66,16 @@ class Place(Term):
     order: Axis
 
 
-@dataclasses.dataclass(frozen=True)
 class TokenOf(Term):
     """The number of a slot's token."""
 
     ids: Tensor
 
 
-@dataclasses.dataclass(frozen=True)
 class Position(Term):
     """0, 1, 2, ... along the only dimension."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Counts(Term):
     """How many slots each of ``experts`` experts has, by expert."""
 
@@ -84,7 +83,6 @@ class Counts(Term):
     experts: int
 
 
-@dataclasses.dataclass(frozen=True)
 class OneHot(Term):
     """Whether a slot's expert is the one that the last dimension is at."""
 
@@ -92,7 +90,6 @@ class OneHot(Term):
     experts: int
 
 
-@dataclasses.dataclass(frozen=True)
 class Ends(Term):
     """Where the rows of each expert end in the order of experts."""
 
@@ -100,7 +97,6 @@ class Ends(Term):
     experts: int
 
 
-@dataclasses.dataclass(frozen=True)
 class Pick(Term):
     """The matrix, or the bias, of a slot's expert: ``source[ids]``."""
 
@@ -108,7 +104,6 @@ class Pick(Term):
     ids: Tensor
 
 
-@dataclasses.dataclass(frozen=True)
 class Expert(Term):
     """A slot's row times its expert's matrix, and its bias.
 
@@ -123,7 +118,6 @@ class Expert(Term):
     bias: Node | None = None
 
 
-@dataclasses.dataclass(frozen=True)
 class Part(Term):
     """Every ``step``-th column of a result from ``start`` on, ``size`` of them."""
 
@@ -133,7 +127,6 @@ class Part(Term):
     size: int
 
 
-@dataclasses.dataclass(frozen=True)
 class Times(Term):
     """A product, of a number and terms in an order of their own."""
 
@@ -141,7 +134,6 @@ class Times(Term):
     factors: tuple[Term, ...]
 
 
-@dataclasses.dataclass(frozen=True)
 class Plus(Term):
     """A term and a number."""
 
@@ -149,12 +141,10 @@ class Plus(Term):
     number: float
 
 
-@dataclasses.dataclass(frozen=True)
 class Sigmoid(Term):
     term: Term
 
 
-@dataclasses.dataclass(frozen=True)
 class Gelu(Term):
     """``approximate`` is ``none`` or ``tanh``."""
 
@@ -162,7 +152,6 @@ class Gelu(Term):
     approximate: str
 
 
-@dataclasses.dataclass(frozen=True)
 class Clamp(Term):
     """None is no bound."""
 
@@ -171,7 +160,6 @@ class Clamp(Term):
     high: float | None
 
 
-@dataclasses.dataclass(frozen=True)
 class Weighted(Term):
     """Rows times a number for each slot."""
 
@@ -179,7 +167,6 @@ class Weighted(Term):
     weights: Tensor
 
 
-@dataclasses.dataclass(frozen=True)
 class Summed(Term):
     """The sum over the choices of a token, and of ``base`` [T, H] where there is one."""
 
