@@ -4,8 +4,9 @@ import threading
 
 import pytest
 import rank_jobs
+from rank_pools import Ranks
 
-from moe_lowering.testing import RankError, Ranks
+from moe_lowering.testing import RankError
 
 
 @pytest.mark.parametrize("comm", ["alltoall", "mc2"])

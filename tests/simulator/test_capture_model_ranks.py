@@ -11,12 +11,12 @@ import capture_model_ranks
 import capture_models
 import pytest
 from capture_model_ranks import BUCKETS, KINDS
+from rank_pools import Ranks
 from test_capture_ranks import COMMUNICATION, FORMS
 
 from moe_lowering import simulator
 from moe_lowering.cli.lower.compare import TOLERANCE
 from moe_lowering.simulator.device import Counts
-from moe_lowering.testing import Ranks
 
 ALL = int(os.environ.get("MOE_LOWERING_REPLAYS", "0"))  # of every case; 200 takes most of half an hour on two cores
 REPLAYS = {("qwen3_moe", 2): 60, ("qwen3_moe", 4): 12, ("deepseek_v3", 2): 24, ("deepseek_v3", 4): 12}
