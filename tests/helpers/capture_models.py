@@ -1,4 +1,4 @@
-"""Small transformers models, of four layers if not told otherwise, and token ids that move and skew their routing, for the capture tests."""
+"""Small transformers models, of four layers if not told otherwise, and token ids that move and skew their routing."""
 
 from __future__ import annotations
 
