@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY)
 	# the property test draws another seed with MOE_LOWERING_SEED= or `make property`
-	MOE_LOWERING_SEED=$${MOE_LOWERING_SEED-1} $(BIN)/python -m pytest -n 2 --dist loadfile -q
+	MOE_LOWERING_SEED=$${MOE_LOWERING_SEED-1} $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 # what starts no process and compiles nothing
 test-fast: $(READY)

@@ -44,8 +44,13 @@ def is_slow(module):
     return bool(SLOW.search(text)) or any(is_slow(name) for name in helpers if name in files)
 
 
+# These take more than a minute each, and come first: a worker that gets one of them last keeps the other one waiting.
+LONGEST = ("test_matrix", "test_capture_model_ranks", "test_torchair_models", "test_capture_models", "test_property")
+
+
 def pytest_collection_modifyitems(items):
     """``-m fast``: all tests but those of slow modules, so that a new file needs no entry anywhere."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if not is_slow(item.path.stem):
             item.add_marker(pytest.mark.fast)

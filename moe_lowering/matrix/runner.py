@@ -62,7 +62,9 @@ class Pool:
     def outcomes(self, cells: Sequence[Cell], change: Change | None) -> list[list[CellOutcome]]:
         """By rank; shorter lists than ``cells`` when a cell broke the ranks."""
         if self._ranks is None:
-            self._ranks = Ranks(self.size, setup=rank_jobs.setup, collective_timeout=self._timeout)
+            self._ranks = Ranks(
+                self.size, setup=rank_jobs.setup, collective_timeout=self._timeout, start_method="forkserver"
+            )
         first = cells[0]
         requests = [(cell.form, cell.scenario, cell.weights_are) for cell in cells]
         return self._ranks.run(rank_jobs.run, first.quantisation, first.tp, requests, change)

@@ -3,7 +3,7 @@
     with Ranks(4) as ranks:
         results = ranks.run(function, argument)  # function(rank, argument) in each process; results by rank
 
-Processes are spawned once and reused. ``function`` must be importable from the child (a module-level function).
+Processes are started once and reused. ``function`` must be importable from the child (a module-level function).
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args
 
-from moe_lowering.argument_checks import require_integer, require_seconds
+from moe_lowering.argument_checks import require_choice, require_integer, require_seconds
 from moe_lowering.interrupts import Terminated, exit_code, interruptible
 
 START_TIMEOUT = 120.0
 END_TIMEOUT = 2.0  # seconds for all ranks to end when they are told to
+StartMethod = Literal["spawn", "forkserver"]
+# Imports that cost seconds and start no thread. Not torch_npu: setup says whether it is simulated, and a device is not forked.
+PRELOAD = ["moe_lowering", "torch", "torch._dynamo", "torch._inductor.compile_fx", "moe_lowering.passes.pipeline"]
 
 
 class RankError(RuntimeError):
@@ -39,22 +42,32 @@ class RankError(RuntimeError):
 
 
 class Ranks:
-    """``size`` spawned processes with a default gloo process group.
+    """``size`` processes with a default gloo process group.
 
     Args:
         size: number of ranks, at least 1.
         setup: called in each process before the group is made, e.g. to enable the simulator.
         collective_timeout: seconds after which a collective that a rank does not join raises.
+        start_method: of ``multiprocessing``. ``"spawn"`` imports torch again in each rank, 4 to 5 seconds of CPU time;
+            ``"forkserver"`` forks the ranks from a process of this one's that imported it once and lives as long as this
+            process: for many pools, on machines without a device. It sets the preload list of the one forkserver that
+            ``multiprocessing`` has, and has no effect on one that runs already.
 
     Raises:
         RankError: a process does not come up. None is left then, and no file.
     """
 
     def __init__(
-        self, size: int, *, setup: Callable[[], object] | None = None, collective_timeout: float = 60.0
+        self,
+        size: int,
+        *,
+        setup: Callable[[], object] | None = None,
+        collective_timeout: float = 60.0,
+        start_method: StartMethod = "spawn",
     ) -> None:
         require_integer("Ranks", "size", size, 1)
         require_seconds("Ranks", "collective_timeout", collective_timeout)
+        require_choice("Ranks", "start_method", start_method, get_args(StartMethod))
         self.size = size
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
@@ -64,11 +77,13 @@ class Ranks:
             self, shutil.rmtree, folder, ignore_errors=True
         )  # at exit, at the latest
         with self._closed_on_error():
-            context = mp.get_context("spawn")
+            if start_method == "forkserver":
+                mp.set_forkserver_preload(PRELOAD)
+            context: Any = mp.get_context(start_method)  # its stubs know no Process for a method that is a variable
             for rank in range(size):
                 pipe, child_pipe = context.Pipe()
-                arguments = (rank, size, str(Path(folder) / "store"), setup, collective_timeout, child_pipe)
-                process = context.Process(target=_serve, args=arguments, daemon=True)
+                job = (rank, size, str(Path(folder) / "store"), setup, collective_timeout, child_pipe)
+                process = context.Process(target=_serve, args=(dict(os.environ), *job), daemon=True)
                 self._pipes.append(pipe)
                 process.start()
                 self._processes.append(process)
@@ -210,8 +225,10 @@ def _one_line(error: BaseException) -> str:
     return f"{name} without a message{place}{line}"
 
 
-def _serve(*arguments: Any) -> None:
+def _serve(environment: dict[str, str], *arguments: Any) -> None:
     """One rank. SIGINT and SIGTERM end it, whatever it runs."""
+    os.environ.clear()  # a forkserver's is what it was when the first pool was made
+    os.environ.update(environment)
     try:
         with interruptible():
             _answer_jobs(*arguments)

@@ -11,9 +11,9 @@ import reference
 import torch
 from alltoall_layers import KERNELS, Case, arguments_of, counts_of, given_to, layer, on_case, on_quantised
 from rank_jobs import setup
+from rank_pools import Ranks
 
 from moe_lowering.quantisation import FORMATS
-from moe_lowering.testing.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("alltoall_experts")
 HALVES = (torch.float16, torch.bfloat16)

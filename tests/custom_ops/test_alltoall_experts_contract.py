@@ -15,13 +15,13 @@ import reference
 import torch
 from alltoall_layers import KERNELS, Case, arguments_of, given_to, layer, on_case, operator
 from rank_jobs import setup
+from rank_pools import Ranks
 from test_custom_ops_ranks import caught, world
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lowering.custom_ops import alltoall_experts, token_exchange
 from moe_lowering.custom_ops.library import bind_kernel
-from moe_lowering.testing.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("alltoall_experts")
 

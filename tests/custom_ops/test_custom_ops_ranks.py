@@ -12,11 +12,11 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
+from rank_pools import Ranks
 from torch import Tensor
 
 from moe_lowering import Deployment, functional
 from moe_lowering.layers import MoE, shard_experts
-from moe_lowering.testing.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("custom_ops_ranks")
 ops = torch.ops.moe_lowering

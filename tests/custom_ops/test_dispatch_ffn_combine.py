@@ -12,12 +12,12 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
+from rank_pools import Ranks
 from test_custom_ops_ranks import caught, world
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_lowering import functional
-from moe_lowering.testing.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("custom_ops_ranks")
 ops = torch.ops.moe_lowering

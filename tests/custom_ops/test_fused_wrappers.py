@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 from fused_layers import FLOORS, STEP_FLOOR, expected, in_steps, lists_of, make_layer, make_tokens, snr
+from rank_pools import Ranks
 from test_custom_ops_ranks import caught, world
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from moe_lowering.testing.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("custom_ops_ranks")
 ops = torch.ops.moe_lowering

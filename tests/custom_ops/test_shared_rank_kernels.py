@@ -15,8 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from mc2_calls import COMBINE, DISPATCH, LOWEST, column, setup_rank, tokens_of
-
-from moe_lowering.testing.ranks import Ranks
+from rank_pools import Ranks
 
 ops = torch.ops.moe_lowering
 E, H, T = 4, 1024, 2

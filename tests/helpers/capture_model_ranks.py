@@ -1,4 +1,4 @@
-"""What each rank does in the tests of captured models: four layers, sharded, on device npu, against the same without a graph."""
+"""What each rank does in the tests of captured models: sharded, on device npu, against the same without a graph."""
 
 from __future__ import annotations
 
@@ -74,11 +74,12 @@ def without_graphs(graphs):
     assert simulator.device.counts() == before
 
 
-def run_model(rank: int, name: str, comm: str, replays: int, compared_every: int) -> Seen:
+def run_model(rank: int, name: str, layers: int, comm: str, replays: int, compared_every: int) -> Seen:
     """``replays`` replays with new inputs each, and of some the comparison with the whole model's own experts."""
     torch._dynamo.reset()
     where = capture_jobs.deployment(rank, max_tokens=max(BUCKETS))
-    whole = capture_models.build(name, torch.bfloat16, **SIZES, **{COUNTED[name]: EXPERTS})
+    sizes = {**SIZES, COUNTED[name]: EXPERTS, "num_hidden_layers": layers}
+    whole = capture_models.build(name, torch.bfloat16, **sizes)
     model = copy.deepcopy(whole)
     model.set_experts_implementation("moe_lowering")
     shard_experts(model, where).to("npu")

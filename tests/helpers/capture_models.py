@@ -1,4 +1,4 @@
-"""Small transformers models with four layers, and token ids that move and skew their routing, for the capture tests."""
+"""Small transformers models, of four layers if not told otherwise, and token ids that move and skew their routing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIGS = {
     "qwen3_moe": (
         transformers.Qwen3MoeConfig,
         {"num_key_value_heads": 2, "head_dim": 8, "num_experts": EXPERTS},
-        LAYERS,  # MoE layers
+        0,  # layers without experts
     ),
     "deepseek_v3": (
         transformers.DeepseekV3Config,
@@ -32,7 +32,7 @@ CONFIGS = {
             "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
             "qk_nope_head_dim": 8, "v_head_dim": 8,
         },
-        LAYERS - 1,
+        1,
     ),
 }  # fmt: skip
 
@@ -63,10 +63,15 @@ def build(name: str, dtype: torch.dtype = torch.float32, **changes: int) -> nn.M
     return model.eval().requires_grad_(False)
 
 
-def pair(name: str, masked: bool = False, **options: bool) -> Pair:
+def moe_layers(name: str, layers: int = LAYERS) -> int:
+    """How many of ``layers`` layers have experts."""
+    return layers - CONFIGS[name][2]
+
+
+def pair(name: str, masked: bool = False, layers: int = LAYERS, **options: bool) -> Pair:
     """``masked``: the model is given an attention mask. ``options`` are npugraph_ex's, of the captured one."""
     torch._dynamo.reset()
-    reference = build(name)
+    reference = build(name, num_hidden_layers=layers)
     reference.set_experts_implementation("grouped_mm")
     lowered = copy.deepcopy(reference)
     lowered.set_experts_implementation("moe_lowering")

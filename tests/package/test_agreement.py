@@ -5,8 +5,7 @@ import re
 import pytest
 import rank_jobs
 import torch
-
-from moe_lowering.testing import Ranks
+from rank_pools import Ranks
 
 
 @pytest.fixture(scope="module")

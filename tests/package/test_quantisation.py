@@ -13,13 +13,13 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
+from rank_pools import Ranks
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_lowering
 from moe_lowering import Deployment, MoE, quantisation, quantise_experts, shard_experts
 from moe_lowering.quantisation import FORMATS
-from moe_lowering.testing.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("quantisation_ranks")
 ops = torch.ops.moe_lowering

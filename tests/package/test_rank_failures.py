@@ -4,15 +4,16 @@ import threading
 
 import pytest
 import rank_jobs
+from rank_pools import Ranks
 
-from moe_lowering.testing import RankError, Ranks
+from moe_lowering.testing import RankError
 
 
 @pytest.mark.parametrize("comm", ["alltoall", "mc2"])
 def test_a_killed_rank_is_an_error_on_the_others_within_the_timeout(comm):
-    with Ranks(4, setup=rank_jobs.setup, collective_timeout=30) as ranks:
+    with Ranks(4, setup=rank_jobs.setup, collective_timeout=15) as ranks:
         ranks.run(rank_jobs.lower_and_run, comm, "bfloat16", [(4, 4, 4, 4)], {})  # all are up, and compiled once
-        threading.Timer(5.0, ranks.kill, [3]).start()
+        threading.Timer(3.0, ranks.kill, [3]).start()
         with pytest.raises(RankError) as failure:
             ranks.run(rank_jobs.run_until_killed, comm, timeout=300)
     text = str(failure.value)

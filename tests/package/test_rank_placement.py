@@ -3,11 +3,11 @@
 import pytest
 import rank_jobs
 import rank_placement_jobs
+from rank_pools import Ranks
 from reference import BOUNDS
 
 from moe_lowering import Deployment, MoE, MoeLowering, shard_experts, testing
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.testing import Ranks
 
 WORLD = "0"  # what torch calls the default group
 

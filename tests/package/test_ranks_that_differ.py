@@ -5,8 +5,7 @@ from pathlib import Path
 import agreement_jobs
 import pytest
 import rank_jobs
-
-from moe_lowering.testing import Ranks
+from rank_pools import Ranks
 
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "ranks.md"
 # row of the table: what rank 1 changes, and what both ranks then say of it

@@ -4,13 +4,13 @@ import pytest
 import rank_jobs
 import reference
 import torch
+from rank_pools import Ranks
 from test_lowering import INTERMEDIATE, Experts, routed
 from test_lowering_ranks import expected
 from torch.fx import Graph
 
 from moe_lowering import Deployment, MoE, MoeLowering, lowering_backend, testing
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.testing import Ranks
 
 aten, npu = torch.ops.aten, torch.ops.npu
 

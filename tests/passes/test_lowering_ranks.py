@@ -5,9 +5,10 @@ import rank_jobs
 import reference
 import router_rank_jobs
 import torch
+from rank_pools import Ranks
 
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.testing import RankError, Ranks
+from moe_lowering.testing import RankError
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import reference
 import torch
 import torch.nn.functional as F
 from overlap_layers import Layer
+from rank_pools import Ranks
 
 from moe_lowering import Deployment, MoeLowering, npugraph_ex_options, simulator, testing
 from moe_lowering.backends.cache_key import cache_digest
 from moe_lowering.integrations import transformers as integration
 from moe_lowering.passes import overlap, overlap_region
-from moe_lowering.testing import Ranks
 
 c10d, aten = torch.ops._c10d_functional, torch.ops.aten
 MOVED = ["tagged_event_wait", "t", "mm", "silu", "t", "mm", "mul", "t", "mm", "tagged_event_record"]

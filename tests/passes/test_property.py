@@ -25,9 +25,9 @@ from graph_data import Data, Result, refuses
 from graph_draws import Strategy
 from graph_runs import CheckAll, one_by_one, run_cases
 from graph_strategies import judged_cases, local_cases, pair_cases
+from rank_pools import Ranks
 
 from moe_lowering.passes.legality import outside_declared_range
-from moe_lowering.testing import Ranks
 from moe_lowering.testing.ranks import RankError
 
 CASES = int(os.environ.get("MOE_LOWERING_CASES", "200"))

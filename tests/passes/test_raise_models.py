@@ -8,12 +8,13 @@ import reference
 import torch
 from foreign_forms import APART, FLOAT, FORMS, SHARED, Foreign, apart, titan_scatter
 from raise_graphs import lower
+from rank_pools import Ranks
 from torch import Tensor, nn
 
 from moe_lowering import Deployment, MoeLowering
 from moe_lowering.backends.aot import lowering_backend
 from moe_lowering.projections import join_projections
-from moe_lowering.testing import Ranks, assert_lowered, lower_graph
+from moe_lowering.testing import assert_lowered, lower_graph
 
 COMMON = {
     "vocab_size": 64,

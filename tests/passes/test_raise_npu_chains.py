@@ -12,12 +12,12 @@ import npu_chain_jobs as jobs
 import npu_chain_layers as chains
 import pytest
 import torch
+from rank_pools import Ranks
 from reference import relative_error
 
 from moe_lowering import Deployment, MoeLowering, testing
 from moe_lowering.backends.aot import lowering_backend
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.testing import Ranks
 
 FORMS: dict[str, dict[str, Any]] = {
     "bfloat16": {},

@@ -11,9 +11,8 @@ import rank_jobs
 import reference
 import shared_rank_jobs as jobs
 import torch
+from rank_pools import Ranks
 from shared_rank_jobs import Case
-
-from moe_lowering.testing import Ranks
 
 INT8_DB = 28.0  # the floor of docs/matrix.md: x and the activated values are rounded to int8
 

@@ -1,8 +1,8 @@
-"""Four-layer Qwen3-MoE and DeepSeek-V3 on 2 and 4 ranks, captured, for every implementation: replays with changing inputs,
+"""Qwen3-MoE and DeepSeek-V3 on 2 and 4 ranks, captured, for every implementation: replays with changing inputs,
 skewed routings and experts without rows, each equal to the lowered model without a graph, bit by bit; some of them compared
 with transformers' own experts, unsharded, on the CPU.
 
-How many replays there are by default, and why not 200 in all cases: docs/simulator.md.
+How many layers and replays there are by default, and why not four and 200 in all cases: docs/simulator.md.
 """
 
 import os
@@ -11,15 +11,16 @@ import capture_model_ranks
 import capture_models
 import pytest
 from capture_model_ranks import BUCKETS, KINDS
+from rank_pools import Ranks
 from test_capture_ranks import COMMUNICATION, FORMS
 
 from moe_lowering import simulator
 from moe_lowering.cli.lower.compare import TOLERANCE
 from moe_lowering.simulator.device import Counts
-from moe_lowering.testing import Ranks
 
 ALL = int(os.environ.get("MOE_LOWERING_REPLAYS", "0"))  # of every case; 200 takes most of half an hour on two cores
 REPLAYS = {("qwen3_moe", 2): 60, ("qwen3_moe", 4): 12, ("deepseek_v3", 2): 24, ("deepseek_v3", 4): 12}
+LAYERS = 4 if ALL else 2
 # left out by default: on four ranks most of the time is compiling
 LONG = {("deepseek_v3", 4, comm) for comm in ("allgather", "mc2", "fused_mc2")}
 LONG |= {("qwen3_moe", 4, comm) for comm in ("allgather", "alltoall", "mc2")}
@@ -42,8 +43,8 @@ CASES = [
 
 @pytest.mark.parametrize(("ranks", "comm", "name"), CASES, indirect=["ranks"])
 def test_replays_are_equal_to_eager_and_each_bucket_is_captured_once(ranks, comm, name):
-    replays, layers = ALL or REPLAYS[name, ranks.size], capture_models.CONFIGS[name][2]
-    found = ranks.run(capture_model_ranks.run_model, name, comm, replays, 13, timeout=600)
+    replays, layers = ALL or REPLAYS[name, ranks.size], capture_models.moe_layers(name, LAYERS)
+    found = ranks.run(capture_model_ranks.run_model, name, LAYERS, comm, replays, 13, timeout=600)
     for seen in found:
         assert seen.equal == [True] * replays
         assert seen.counts == Counts(begun=len(BUCKETS) + 1, empty=1, captured=len(BUCKETS), replayed=replays)

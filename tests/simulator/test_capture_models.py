@@ -48,7 +48,7 @@ def test_200_replays_are_equal_to_eager_and_each_bucket_is_captured_once(name):
             routings.add(tuple(chosen.flatten().tolist()))
             skewed += len(chosen.unique()) == TOP_K
     assert worst < NEAR
-    counts, layers = device.counts() - before, capture_models.CONFIGS[name][2]
+    counts, layers = device.counts() - before, capture_models.moe_layers(name)
     assert (counts.captured, counts.replayed) == (len(BUCKETS), REPLAYS)
     assert counts.begun == len(BUCKETS) + 1 == counts.captured + counts.empty
     assert len(pair.chosen) == layers and [len(report.blocks) for report in pair.lowering.reports] == [layers]
@@ -64,7 +64,7 @@ def test_200_replays_are_equal_to_eager_and_each_bucket_is_captured_once(name):
 def test_all_defaults_of_npugraph_ex(name):
     """Its ``inplace_pass`` too, which the package turns off: right for a model that is given its attention mask. Its guards
     compare element counts, so that one graph need not serve all sizes; each size is captured once all the same."""
-    pair, before = capture_models.pair(name, masked=True, inplace_pass=True), device.counts()
+    pair, before = capture_models.pair(name, masked=True, layers=2, inplace_pass=True), device.counts()
     for step in range(9):
         ids = tokens(step, BUCKETS[step % len(BUCKETS)])
         found = pair.captured(ids.npu()).cpu()
@@ -76,7 +76,7 @@ def test_all_defaults_of_npugraph_ex(name):
 
 def test_a_replay_that_leaves_out_one_operator_is_seen():
     """The twin: without one layer's combine, or with the inputs of the capture, replays differ."""
-    pair = capture_models.pair("qwen3_moe")
+    pair = capture_models.pair("qwen3_moe", layers=2)
     first, second = tokens(0, 8).npu(), tokens(1, 8).npu()
     pair.captured(first)
     assert torch.equal(pair.captured(second), pair.eager(second))

@@ -9,10 +9,10 @@ import rank_jobs
 import reference
 import torch
 from capture_ranks import BUCKETS, REPLAYS
+from rank_pools import Ranks
 
 from moe_lowering import simulator
 from moe_lowering.simulator.device import Counts
-from moe_lowering.testing import Ranks
 
 FORMS = {"allgather": "allgather", "alltoall": "static", "mc2": "mc2", "fused_mc2": "dispatch_ffn_combine"}
 COMMUNICATION = {

@@ -21,8 +21,7 @@ from mc2_calls import (
     setup_rank,
     tokens_of,
 )
-
-from moe_lowering.testing.ranks import Ranks
+from rank_pools import Ranks
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import pytest
 import rank_jobs
 import reference
 import torch
+from rank_pools import Ranks
 
 from moe_lowering import simulator
 from moe_lowering.simulator.device import Counts
-from moe_lowering.testing import Ranks
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+from rank_pools import Ranks
 
 from moe_lowering import Deployment, MoeLowering, _bootstrap, _versions, simulator
 from moe_lowering.simulator import SimulatorError, standins, state
-from moe_lowering.testing import Ranks
 
 FORCE_EAGER = {"force_eager": True}
 

@@ -1,14 +1,19 @@
 """``testing.Ranks``: one error that says what happened first, no process and no file left behind."""
 
+import functools
+import multiprocessing.forkserver
 import os
 import signal
 import sys
 import tempfile
 import time
+from typing import get_args
 
 import pytest
 
-from moe_lowering.testing import RankError, Ranks
+from moe_lowering import testing
+from moe_lowering.testing import RankError
+from moe_lowering.testing.ranks import PRELOAD, StartMethod
 
 
 def own_rank(rank, data=b""):
@@ -39,15 +44,22 @@ def refuse_setup():
     raise SystemExit
 
 
+@pytest.fixture(params=get_args(StartMethod))
+def Ranks(request):
+    return functools.partial(testing.Ranks, start_method=request.param)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where the pool makes its folder, and nothing else does."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    multiprocessing.forkserver.ensure_running()  # has a folder of its own as long as this process lives
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
 @pytest.mark.parametrize("size", [0, 5_000_000], ids=["small", "larger than the pipe"])
-def test_a_rank_that_died_before_a_run_is_named_and_the_others_are_ended(folder, size):
+def test_a_rank_that_died_before_a_run_is_named_and_the_others_are_ended(Ranks, folder, size):
     ranks = Ranks(2)
     assert ranks.run(own_rank) == [0, 1] and list(folder.iterdir())
     ranks.kill(1)
@@ -73,21 +85,21 @@ FIRST_LINES = {
 
 
 @pytest.mark.parametrize(("how", "said"), FIRST_LINES.items(), ids=FIRST_LINES)
-def test_the_first_line_says_what_happened(folder, how, said):
+def test_the_first_line_says_what_happened(Ranks, folder, how, said):
     with Ranks(1) as ranks, pytest.raises(RankError) as failure:
         ranks.run(fail, how)
     assert str(failure.value).startswith(said)
     assert list(folder.iterdir()) == []
 
 
-def test_a_death_comes_first_whoever_answered_before(folder):
+def test_a_death_comes_first_whoever_answered_before(Ranks, folder):
     with Ranks(2) as ranks, pytest.raises(RankError) as failure:
         ranks.run(fail_then_die)
     first, second = str(failure.value).splitlines()[:2]
     assert first == "rank 1: process died, exit code -9 (SIGKILL)" and second == "rank 0: ConnectionError: lost"
 
 
-def test_a_job_that_cannot_be_sent_leaves_the_ranks_as_they_are(folder):
+def test_a_job_that_cannot_be_sent_leaves_the_ranks_as_they_are(Ranks, folder):
     with Ranks(1) as ranks:
         with pytest.raises(Exception, match="pickle"):
             ranks.run(lambda rank: rank)
@@ -95,7 +107,26 @@ def test_a_job_that_cannot_be_sent_leaves_the_ranks_as_they_are(folder):
     assert list(folder.iterdir()) == []
 
 
-def test_a_rank_that_does_not_come_up_leaves_nothing(folder):
+def test_a_rank_that_does_not_come_up_leaves_nothing(Ranks, folder):
     with pytest.raises(RankError, match="rank 0: SystemExit without a message in refuse_setup"):
         Ranks(1, setup=refuse_setup)
     assert list(folder.iterdir()) == []
+
+
+def environment(rank):
+    return os.environ.get("MOE_LOWERING_TEST_RANKS")
+
+
+def test_a_rank_has_the_environment_of_the_time_when_the_pool_was_made(Ranks, monkeypatch):
+    for value in ("one", "two", None):
+        if value is None:
+            monkeypatch.delenv("MOE_LOWERING_TEST_RANKS")
+        else:
+            monkeypatch.setenv("MOE_LOWERING_TEST_RANKS", value)
+        with Ranks(1) as ranks:
+            assert ranks.run(environment) == [value]
+
+
+def test_an_unknown_start_method_is_refused():
+    with pytest.raises(ValueError, match=r"Ranks: start_method is 'fork'; accepted: .*spawn.*forkserver"):
+        testing.Ranks(1, start_method="fork")

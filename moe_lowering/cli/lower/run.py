@@ -69,7 +69,7 @@ def lower_and_compare(request: LowerRequest, progress: Progress) -> LowerOutcome
     else:
         progress(f"starting {request.ep} ranks")
         setup = functools.partial(enable_simulator, request.soc, request.capture)
-        with Ranks(request.ep, setup=setup, collective_timeout=COLLECTIVE_TIMEOUT) as ranks:
+        with Ranks(request.ep, setup=setup, collective_timeout=COLLECTIVE_TIMEOUT, start_method="forkserver") as ranks:
             results = ranks.run(_rank_job, request, timeout=RANK_TIMEOUT)
         require_same_choices([result.reports for result in results])
     measured = [result.errors for result in results if result.errors is not None]
