@@ -38,12 +38,12 @@ from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.legality import Refusal, refusal
 from moe_lowering.passes.lower_foreign import left_as_it_is, lower_foreign
-from moe_lowering.passes.lower_router import find_routers
-from moe_lowering.passes.match_router import RouterReader, readers_of
 from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.overlap import OverlapTarget, overlap
 from moe_lowering.passes.policy import Policy
 from moe_lowering.passes.raise_foreign.records import ForeignBlock
+from moe_lowering.passes.routers.lower_router import find_routers
+from moe_lowering.passes.routers.match_router import RouterReader, readers_of
 from moe_lowering.passes.run_bounds import TokenBounds
 from moe_lowering.passes.run_foreign import ForeignLayers
 from moe_lowering.passes.run_messages import describe_internal_error, describe_undo, log_warning, name_symbols

@@ -12,12 +12,12 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Violation
 from moe_lowering.limits.wording import Wording
-from moe_lowering.passes import router_reports
 from moe_lowering.passes.blocks import Route, RouteSpec
 from moe_lowering.passes.edit_log import EditLog
 from moe_lowering.passes.emitter import Emitter
 from moe_lowering.passes.lower_route import emit_route, judge_route
-from moe_lowering.passes.lower_router import Guarded, lower_router
+from moe_lowering.passes.routers import reports
+from moe_lowering.passes.routers.lower_router import Guarded, lower_router
 from moe_lowering.passes.verifier import generic_nodes, same_value
 from moe_lowering.report.records import RouterReport
 
@@ -52,7 +52,7 @@ class RouteLowering:
                 left.append((route.node, failure.say()))
             else:
                 self.lowered.append(route.node)
-                self.reports.append(router_reports.lowered(route, self._violations[route.spec]))
+                self.reports.append(reports.lowered(route, self._violations[route.spec]))
         return left
 
     def lower_raised(self, route: Route, is_lowered: bool) -> None:
@@ -61,7 +61,7 @@ class RouteLowering:
 
     def undo(self, reason: str) -> list[tuple[Node, str]]:
         """After all edits were taken back: the reports say so; the nodes of generic operators that are there again."""
-        self.reports = [router_reports.undone(report, reason) for report in self.reports]
+        self.reports = [reports.undone(report, reason) for report in self.reports]
         return [(node, reason) for node in self.lowered]
 
     def replace(self, route: Route, emit: Emitter) -> None:

@@ -7,7 +7,7 @@ import torch
 from router_families import EXPERTS, HIDDEN, TOKENS, Family, make_router, trace_layer
 
 from moe_lowering import Deployment, MoeLowering
-from moe_lowering.passes.router_reports import GATING
+from moe_lowering.passes.routers.reports import GATING
 
 ROUNDED = "router.rounded_scores"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

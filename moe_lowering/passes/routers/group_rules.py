@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.blocks import size_key
-from moe_lowering.passes.router_meaning import (
+from moe_lowering.passes.routers.meaning import (
     CASTS,
     EXACT,
     INTEGERS,
@@ -25,7 +25,7 @@ from moe_lowering.passes.router_meaning import (
     same_lead,
     same_sizes,
 )
-from moe_lowering.passes.router_values import (
+from moe_lowering.passes.routers.values import (
     FLOAT16,
     BestTwo,
     Chosen,

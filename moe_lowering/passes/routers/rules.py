@@ -10,8 +10,8 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.blocks import Source
-from moe_lowering.passes.router_group_rules import dropped
-from moe_lowering.passes.router_meaning import (
+from moe_lowering.passes.routers.group_rules import dropped
+from moe_lowering.passes.routers.meaning import (
     EXACT,
     Meaning,
     arg,
@@ -26,7 +26,7 @@ from moe_lowering.passes.router_meaning import (
     same_sizes,
     source,
 )
-from moe_lowering.passes.router_values import (
+from moe_lowering.passes.routers.values import (
     FLOAT16,
     BestTwo,
     Chosen,

@@ -10,7 +10,7 @@ from torch.fx import Node
 from moe_lowering.custom_ops.route import FLOATS
 from moe_lowering.custom_ops.sizes import token_count
 from moe_lowering.passes.blocks import RouteSpec, shape_key
-from moe_lowering.passes.router_values import Groups, Reason, Scores, Selection, Taken, last, val
+from moe_lowering.passes.routers.values import Groups, Reason, Scores, Selection, Taken, last, val
 
 _LOWEST = -3.38e38  # what is lower is lower than any score with a bias: the least finite bfloat16 and float32
 

@@ -26,18 +26,18 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.fx import Graph, Node
 
-from moe_lowering.passes import router_rules
 from moe_lowering.passes.arguments import results
 from moe_lowering.passes.blocks import Block, RaisedRouter, Route, size_key
 from moe_lowering.passes.foreign_operators import ROUTER, kind_of
 from moe_lowering.passes.memory_effects import Writes
-from moe_lowering.passes.prove_router import differs, spec_of
-from moe_lowering.passes.router_group_rules import VIEWS
-from moe_lowering.passes.router_meaning import CASTS, Meaning, name_of
-from moe_lowering.passes.router_values import Chosen, Opaque, Reason, Selection, Taken, val
+from moe_lowering.passes.routers import rules
+from moe_lowering.passes.routers.group_rules import VIEWS
+from moe_lowering.passes.routers.meaning import CASTS, Meaning, name_of
+from moe_lowering.passes.routers.prove_router import differs, spec_of
+from moe_lowering.passes.routers.values import Chosen, Opaque, Reason, Selection, Taken, val
 from moe_lowering.passes.scopes import scope_paths
 
-assert router_rules  # which add their rules to those of ``Meaning``
+assert rules  # which add their rules to those of ``Meaning``
 _SAME = frozenset((*CASTS, *VIEWS, "getitem"))
 _CONE = 96  # nodes between a selection and the block that are looked at
 _READERS = 200  # of values of a selection

@@ -1,5 +1,5 @@
-"""What nodes of a graph hold, in terms of a router, by rules for operators; the rules are ``router_rules`` and
-``router_group_rules``.
+"""What nodes of a graph hold, in terms of a router, by rules for operators; the rules are ``rules`` and
+``group_rules``.
 
 Contract. ``Meaning.of`` reads the graph and never edits it, and gives ``Opaque`` for whatever it does not know. A rule holds
 for every value that its arguments may have, but for what the notes of ``match_router`` say of equals. What a rule needs and
@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.blocks import Source, size_key
-from moe_lowering.passes.router_values import Const, Opaque, Reason, Scores, Value, val
+from moe_lowering.passes.routers.values import Const, Opaque, Reason, Scores, Value, val
 
 _NODES = 160  # of one router: what is asked beyond is opaque
 INTEGERS = (torch.int32, torch.int64)

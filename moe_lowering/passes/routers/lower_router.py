@@ -9,12 +9,12 @@ from torch.fx import Graph
 
 from moe_lowering.limits import Violation
 from moe_lowering.limits.wording import Wording
-from moe_lowering.passes import router_reports
 from moe_lowering.passes.blocks import Route
 from moe_lowering.passes.edit_log import EditLog
 from moe_lowering.passes.emitter import Emitter
-from moe_lowering.passes.match_router import RouterLeft, RouterReader, match_routers
-from moe_lowering.passes.rewrite_router import recording_key, rewrite_router
+from moe_lowering.passes.routers import reports
+from moe_lowering.passes.routers.match_router import RouterLeft, RouterReader, match_routers
+from moe_lowering.passes.routers.rewrite_router import recording_key, rewrite_router
 from moe_lowering.report.records import RouterReport
 
 log = logging.getLogger(__name__)
@@ -43,10 +43,10 @@ def find_routers(
         if raise_routers != "auto":
             left += [RouterLeft(route.node, "[router.report] proven equal, and left as asked") for route in routes]
             routes = []
-        return routes, [*map(router_reports.left, left), *router_reports.kept(graph)]
+        return routes, [*map(reports.left, left), *reports.kept(graph)]
     except Exception as error:  # a defect of ours must not fail the user's compile
         log.warning("moe_lowering: looking for routers failed, they are left as they were", exc_info=True)
-        return [], [router_reports.not_looked(f"internal error, please report it: {type(error).__name__}: {error}")]
+        return [], [reports.not_looked(f"internal error, please report it: {type(error).__name__}: {error}")]
 
 
 def lower_router(
@@ -54,7 +54,7 @@ def lower_router(
 ) -> RouterReport:
     """What became of one router; its block may have been left (not ``is_lowered``): then so is it."""
     why = _rewrite(route, judge, guarded, edits) if is_lowered else "[router.block_left] its block was left as it was"
-    return router_reports.left(RouterLeft(route.node, why)) if why else router_reports.lowered(route, ())
+    return reports.left(RouterLeft(route.node, why)) if why else reports.lowered(route, ())
 
 
 def _rewrite(route: Route, judge: Callable[[Route], list[Violation]], guarded: Guarded, edits: EditLog) -> str:
