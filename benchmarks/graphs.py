@@ -108,9 +108,9 @@ def fresh(value: Any) -> Any:
     return FakeTensor(value.fake_mode, meta, value.device)
 
 
-def build(shape: Shape) -> GraphModule:
-    """A graph module of ``shape.layers`` layers, with blocks or with filler only; of the class that hooks of a compile get,
-    whose code is made when somebody asks for it and not by each ``recompile``."""
+def build(shape: Shape, kind: type[GraphModule] = _LazyGraphModule) -> GraphModule:
+    """A graph module of ``shape.layers`` layers, with blocks or with filler only; unless ``kind`` says otherwise of
+    the class that hooks of a compile get, whose code is made when somebody asks for it and not by each ``recompile``."""
     b = _Builder(shape)
     if shape.symbolic:
         b.graph.placeholder("T").meta["val"] = b.tokens
@@ -122,7 +122,7 @@ def build(shape: Shape) -> GraphModule:
         if shape.blocks:
             x = _block(b, x, weights[layer])
     b.graph.output((x,)).meta["val"] = (x.meta["val"],)
-    return _LazyGraphModule(torch.nn.Module(), b.graph)
+    return kind(torch.nn.Module(), b.graph)
 
 
 def _weights(b: _Builder, layer: int) -> dict[str, Node]:
