@@ -66,7 +66,8 @@ class Faults:
     """Makes the n-th of the operations that a rewrite is made of raise, before or after it did its work."""
 
     PLACES: tuple[tuple[Any, str], ...] = (
-        (Graph, "create_node"), (new_nodes, "_insert"), (Graph, "erase_node"), (Graph, "inserting_before"), (Node, "replace_all_uses_with"),
+        (Graph, "create_node"), (new_nodes, "_insert"), (Graph, "erase_node"), (Graph, "inserting_before"),
+        (Node, "replace_all_uses_with"),
         (Node, "_replace_input_with"), (Node, "_update_args_kwargs"), (Node, "prepend"), (emitter.Emitter, "_value"),
         (graph_run, "same_value"), (graph_run, "call_violations"), (graph_run, "defined_before_readers"),
         (graph_run, "decide"), (graph_run, "emit_route"), (graph_run, "request_guard"), (graph_run, "dimension_names"),
