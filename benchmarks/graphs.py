@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_arg
 from torch.utils._mode_utils import no_dispatch
@@ -107,8 +108,9 @@ def fresh(value: Any) -> Any:
     return FakeTensor(value.fake_mode, meta, value.device)
 
 
-def build(shape: Shape) -> GraphModule:
-    """A graph module of ``shape.layers`` layers, with blocks or with filler only."""
+def build(shape: Shape, kind: type[GraphModule] = _LazyGraphModule) -> GraphModule:
+    """A graph module of ``shape.layers`` layers, with blocks or with filler only; unless ``kind`` says otherwise of
+    the class that hooks of a compile get, whose code is made when somebody asks for it and not by each ``recompile``."""
     b = _Builder(shape)
     if shape.symbolic:
         b.graph.placeholder("T").meta["val"] = b.tokens
@@ -120,7 +122,7 @@ def build(shape: Shape) -> GraphModule:
         if shape.blocks:
             x = _block(b, x, weights[layer])
     b.graph.output((x,)).meta["val"] = (x.meta["val"],)
-    return GraphModule(torch.nn.Module(), b.graph)
+    return kind(torch.nn.Module(), b.graph)
 
 
 def _weights(b: _Builder, layer: int) -> dict[str, Node]:

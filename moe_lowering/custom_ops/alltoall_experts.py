@@ -132,7 +132,7 @@ def _check(call: AllToAllExpertsCall[Tensor]) -> torch.dtype:
     if x.dim() != 2:
         raise ValueError(f"{NAME}: x has shape {show(x.shape)}; accepted: [M, hidden]")
     with _errors_in_own_name("dispatch"):
-        dispatch._check(call.dispatch(), call.placement)
+        dispatch._check(call.dispatch())
     if weights.dtype != torch.float32:
         raise TypeError(f"{NAME}: weights is {weights.dtype}; accepted: float32")
     if are_certainly_different(weights.shape, ids.shape):

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import NamedTuple
 
 from moe_lowering.custom_ops.dispatch import check_ids, check_parallel
+from moe_lowering.custom_ops.dispatch_plan import FEW
 from moe_lowering.custom_ops.exchange import (
     Group,
     as_bytes,
@@ -24,11 +25,12 @@ from moe_lowering.custom_ops.exchange import (
     open_group,
     swap_rows,
 )
-from moe_lowering.custom_ops.library import Value, register, schema_of
+from moe_lowering.custom_ops.library import Value, check_once, register, schema_of
 from moe_lowering.custom_ops.placement import Placement
 from moe_lowering.custom_ops.sizes import are_certainly_different, ceil_div, show, token_count, unify
 from moe_lowering.custom_ops.token_exchange import own_slice
 
+SLOT_TWICE = "handle names a slot twice; accepted: the handle that dispatch made"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -62,8 +64,9 @@ NAME = "combine"
 SCHEMA = schema_of(NAME, CombineCall, "Tensor")
 
 
-def _check(call: CombineCall[Tensor], placement: Placement) -> None:
+def _check(call: CombineCall[Tensor]) -> None:
     rows, weights, ids, handle = call.rows, call.weights, call.ids, call.handle
+    placement = call.placement
     check_parallel(NAME, placement, call.ep_group, call.tp_group, call.tp_size, call.max_tokens)
     check_ids(NAME, ids, call.mask, call.num_experts)
     if rows.dim() != 2:
@@ -83,7 +86,7 @@ def _check(call: CombineCall[Tensor], placement: Placement) -> None:
 
 
 def _fake(call: CombineCall[Tensor]) -> Tensor:
-    _check(call, call.placement)
+    _check(call)
     unify(call.weights.shape, call.ids.shape)
     if call.mask is not None:
         unify(call.mask.shape, call.ids.shape[:-1])
@@ -92,7 +95,7 @@ def _fake(call: CombineCall[Tensor]) -> Tensor:
 
 def _cpu(call: CombineCall[Tensor]) -> Tensor:
     rows, ids, placement = call.rows, call.ids, call.placement
-    _check(call, placement)
+    check_once(_check, call)
     ep = open_group(NAME, "ep", call.ep_group, call.ep_size)
     tp = open_group(NAME, "tp", call.tp_group, call.tp_size)
     tokens, top_k, added = token_count(ids.shape), ids.shape[-1], placement.added
@@ -100,6 +103,9 @@ def _cpu(call: CombineCall[Tensor]) -> Tensor:
     kept = None if call.mask is None else call.mask.reshape(tokens)[own_tokens].nonzero().squeeze(1)
     size = own_tokens.stop - own_tokens.start
     expected = (top_k + added) * (size if kept is None else kept.numel())
+    if ep.size == tp.size == 1 and kept is None and 0 < top_k * tokens <= FEW and not added:
+        y = _sum_few(rows, call.handle.tolist(), call.weights.reshape(tokens, top_k))
+        return y.reshape(*ids.shape[:-1], rows.shape[1])
     returned, slots = send_back(NAME, rows, call.handle, top_k + added, expected, ep)
     own = call.weights.reshape(tokens, top_k)[own_tokens]
     if added:
@@ -109,6 +115,24 @@ def _cpu(call: CombineCall[Tensor]) -> Tensor:
         short = ceil_div(tokens, tp.size) - size
         part = gather_rows(torch.nn.functional.pad(part, (0, 0, 0, short)), tp)[:tokens]
     return part.reshape(*ids.shape[:-1], rows.shape[1])
+
+
+def _sum_few(rows: Tensor, handle: list[list[int]], weights: Tensor) -> Tensor:
+    """``send_back`` and ``weighted_sum`` on one rank without a mask, with the handle in Python's lists: a decode step has
+    few rows, and an operator on the handle takes 3 us or more."""
+    tokens, top_k = weights.shape
+    used = [line for line in handle if line[0] >= 0]
+    _complete(NAME, [len(used)], [tokens * top_k])
+    row_of = [-1] * (tokens * top_k)
+    for row, (_, token, choice) in enumerate(used):
+        row_of[choice * tokens + token] = row
+    if min(row_of) < 0:
+        raise ValueError(f"{NAME}: {SLOT_TWICE}")
+    chosen = rows.index_select(0, torch.tensor(row_of)).float().view(top_k, tokens, rows.shape[1])
+    total = torch.zeros((tokens, rows.shape[1]), dtype=torch.float32)
+    for each, weight in zip(chosen.unbind(0), weights.unsqueeze(2).unbind(1), strict=True):
+        total.addcmul_(each, weight)
+    return total.to(rows.dtype)
 
 
 def send_back(
@@ -158,7 +182,7 @@ def weighted_sum(operator: str, rows: Tensor, slots: Tensor, weights: Tensor, ke
     if kept is not None:
         row_of, weights = row_of[kept], weights[kept]
     if row_of.numel() and int(row_of.min()) < 0:
-        raise ValueError(f"{operator}: handle names a slot twice; accepted: the handle that dispatch made")
+        raise ValueError(f"{operator}: {SLOT_TWICE}")
     total = torch.zeros((row_of.shape[0], rows.shape[1]), dtype=torch.float32)
     for index, weight in zip(row_of.unbind(1), weights.unsqueeze(2).unbind(1), strict=True):
         total.addcmul_(rows.index_select(0, index).float(), weight)

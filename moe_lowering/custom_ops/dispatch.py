@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import NamedTuple
 
 from moe_lowering.custom_ops.exchange import open_group
-from moe_lowering.custom_ops.library import Value, register, schema_of
+from moe_lowering.custom_ops.library import Value, check_once, register, schema_of
 from moe_lowering.custom_ops.placement import Placement, check
 from moe_lowering.custom_ops.sizes import are_certainly_different, ceil_div, is_known, show, token_count, unify
 from moe_lowering.custom_ops.token_exchange import DTYPES, Bounds, TokenBatch, exchange
@@ -91,8 +91,8 @@ def check_ids(operator: str, ids: Tensor, mask: Tensor | None, num_experts: int)
         )
 
 
-def _check(call: DispatchCall[Tensor], placement: Placement) -> None:
-    x, ids, x_scale = call.x, call.ids, call.x_scale
+def _check(call: DispatchCall[Tensor]) -> None:
+    x, ids, x_scale, placement = call.x, call.ids, call.x_scale, call.placement
     check_parallel(NAME, placement, call.ep_group, call.tp_group, call.tp_size, call.max_tokens)
     if call.on_shared_rank and not call.shared_expert_ranks:
         raise ValueError("dispatch: on_shared_rank is True with shared_expert_ranks 0; accepted: False")
@@ -125,7 +125,7 @@ def _row_bound(call: DispatchCall[Tensor], placement: Placement, on_shared_rank:
 
 def _fake(call: DispatchCall[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, placement = call.x, call.placement
-    _check(call, placement)
+    _check(call)
     for other in (call.ids.shape[:-1], *(t.shape for t in (call.x_scale, call.mask) if t is not None)):
         unify(other, x.shape[:-1])
     bound = _row_bound(call, placement, call.on_shared_rank)
@@ -140,7 +140,7 @@ def _fake(call: DispatchCall[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _cpu(call: DispatchCall[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, placement = call.x, call.placement
-    _check(call, placement)
+    check_once(_check, call)
     ep = open_group(NAME, "ep", call.ep_group, call.ep_size)
     tp = open_group(NAME, "tp", call.tp_group, call.tp_size)
     bounds = _bounds(call, placement)

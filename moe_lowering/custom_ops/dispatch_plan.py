@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_lowering.custom_ops.placement import Placement
 
+FEW = 64  # slots of a rank up to which a plan is made in Python
 NO_FAULT, OUT_OF_RANGE, DUPLICATE, OTHER_KIND = range(4)  # OTHER_KIND: ``on_shared_rank`` is wrong for this rank
 
 
@@ -21,7 +22,8 @@ class DispatchPlan:
     """What a rank sends, in order of place (``placement``), then token.
 
     slots: token * choices + choice of each row, int64, and token by itself; choices: k, and the shared experts of a token;
-    counts: rows per place, int64; fault: (kind, token, id) of the first mistake; the counts are all zero when there is one.
+    counts: rows per place, int64; fault: (kind, token, id) of the first mistake; the counts are all zero when there is one;
+    listed: slots once more, of a plan of few rows.
     """
 
     slots: Tensor
@@ -29,6 +31,7 @@ class DispatchPlan:
     choices: int
     counts: Tensor
     fault: tuple[int, int, int] = (NO_FAULT, 0, 0)
+    listed: tuple[int, ...] | None = None
 
     def refused(self, kind: int, token: int = 0, expert: int = 0) -> DispatchPlan:
         """The plan of a rank with wrong arguments: it sends nothing and carries the fault."""
@@ -40,6 +43,8 @@ def make_plan(ids: Tensor, mask: Tensor | None, placement: Placement, rank: int,
     ``first_token`` on."""
     top_k = ids.shape[1]
     experts = ids.reshape(-1)
+    if experts.numel() <= FEW and not placement.added:
+        return _plan_few(experts.tolist(), mask, top_k, placement, first_token)
     if mask is None:
         experts, slots = torch.sort(experts, stable=True)
     else:
@@ -56,6 +61,39 @@ def make_plan(ids: Tensor, mask: Tensor | None, placement: Placement, rank: int,
         return plan
     tokens = torch.arange(len(ids)) if mask is None else mask.nonzero().squeeze(1)
     return _add_shared_experts(plan, tokens, placement, rank)
+
+
+def _plan_few(
+    experts: list[int], mask: Tensor | None, top_k: int, placement: Placement, first_token: int
+) -> DispatchPlan:
+    """As ``make_plan``, in Python's lists: a decode step has few rows, and an operator on them takes 3 us or more."""
+    kept = None if mask is None else mask.tolist()
+    slots = [slot for slot in range(len(experts)) if kept is None or kept[slot // top_k]]
+    slots.sort(key=experts.__getitem__)
+    tokens, counts = [slot // top_k for slot in slots], [0] * placement.places
+    at = _find_fault_of_few([experts[slot] for slot in slots], tokens, placement.num_experts)
+    for slot in slots if at is None else ():
+        counts[experts[slot]] += 1
+    plan = DispatchPlan(
+        torch.tensor(slots, dtype=torch.int64),
+        torch.tensor(tokens, dtype=torch.int64),
+        top_k,
+        torch.tensor(counts, dtype=torch.int64),
+        listed=tuple(slots),
+    )
+    return plan if at is None else plan.refused(at[0], tokens[at[1]] + first_token, experts[slots[at[1]]])
+
+
+def _find_fault_of_few(experts: list[int], tokens: list[int], num_experts: int) -> tuple[int, int] | None:
+    """As ``_find_fault``; None where there is none."""
+    if not experts:
+        return None
+    if experts[0] < 0 or experts[-1] >= num_experts:
+        return OUT_OF_RANGE, 0 if experts[0] < 0 else len(experts) - 1
+    pairs = zip(experts, experts[1:], tokens, tokens[1:], strict=False)
+    twice = (at for at, (a, b, s, t) in enumerate(pairs) if a == b and s == t)
+    at = next(twice, None)
+    return None if at is None else (DUPLICATE, at)
 
 
 def _add_shared_experts(plan: DispatchPlan, tokens: Tensor, placement: Placement, rank: int) -> DispatchPlan:

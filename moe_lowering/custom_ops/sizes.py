@@ -55,4 +55,6 @@ def ceil_div(value: int, divisor: int) -> int:
 
 def smaller(left: int, right: int) -> int:
     """``min``, without a guard where a size is symbolic."""
-    return torch.sym_min(left, right)  # type: ignore[no-untyped-call]
+    if isinstance(left, int) and isinstance(right, int):
+        return min(left, right)
+    return torch.sym_min(left, right)

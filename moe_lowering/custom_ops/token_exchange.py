@@ -123,9 +123,13 @@ def exchange(operator: str, tokens: TokenBatch, placement: Placement, ep: Group,
 
 def _keep(tokens: TokenBatch, plan: DispatchPlan) -> Received:
     """The rows of the plan with their handles, before they travel. On one rank these are the rows that it receives."""
-    handle = torch.zeros((plan.slots.numel(), 3), dtype=torch.int32)
-    handle[:, 1] = plan.token
-    handle[:, 2] = plan.slots - plan.token * plan.choices
+    if plan.listed is not None:
+        lines = [(0, *divmod(slot, plan.choices)) for slot in plan.listed]
+        handle = torch.tensor(lines, dtype=torch.int32).view(len(lines), 3)
+    else:
+        handle = torch.zeros((plan.slots.numel(), 3), dtype=torch.int32)
+        handle[:, 1] = plan.token
+        handle[:, 2] = plan.slots - plan.token * plan.choices
     scale = None if tokens.x_scale is None else tokens.x_scale.index_select(0, plan.token)
     return Received(tokens.x.index_select(0, plan.token), scale, plan.counts, handle)
 

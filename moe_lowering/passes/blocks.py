@@ -8,6 +8,8 @@ rewrite of one block replaces the node that the next one reads.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 import torch
@@ -163,6 +165,14 @@ class BlockSpec:
     on_shared_rank: bool = False
     tensors: ExpertOperands = dataclasses.field(default_factory=ExpertOperands)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Asked for ten times per block, over 40 fields."""
+        return hash(_COMPARED(self))
+
     @property
     def format(self) -> ExpertFormat:
         """What belongs to ``quantisation``."""
@@ -172,6 +182,9 @@ class BlockSpec:
     def first_width(self) -> int:
         """Columns of the first matmul's result."""
         return look_up(ACTIVATIONS, self.activation, "block: activation").parts * self.intermediate
+
+
+_COMPARED = operator.attrgetter(*(field.name for field in dataclasses.fields(BlockSpec) if field.compare))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,8 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from moe_lowering.passes.fake_values import Template
+from moe_lowering.passes.known_results import known_result
+from moe_lowering.passes.new_nodes import insert_call
 
 aten = torch.ops.aten
 COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "seq_nr")
@@ -30,8 +32,10 @@ MARK = "moe_lowering"
 # The nodes that hold what is equal in all blocks of a graph, by operator and arguments (``Emitter.constant``).
 Constants = dict[Any, Node]
 
-# For each node of one block's replacement, in emission order: its operator, and what gives its value in an equal block.
-Recording = list[tuple[Any, Callable[[Node], Any]]]
+# For each node of one block's replacement, in emission order: its operator, and what gives its value in an equal block,
+# from the arguments there.
+Arguments = tuple[Any, ...]
+Recording = list[tuple[Any, Callable[[Arguments], Any]]]
 
 
 class Emitter:
@@ -57,6 +61,7 @@ class Emitter:
         constants: Constants | None = None,
     ) -> None:
         self._graph = graph
+        self._insert = insert_call(graph)
         self._constants: Constants = {} if constants is None else constants
         self._fake_mode = fake_mode
         self._recorded: Recording = recorded or []
@@ -80,15 +85,13 @@ class Emitter:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A call_function node with its value."""
-        node = self._graph.call_function(target)
-        # Arguments are set afterwards: call_function would walk them to look for SymInts, 4 to 8 us of 9 to 15.
-        node.args = args
-        if kwargs:
-            node.kwargs = kwargs
-        node.meta.update(self._origin_meta, custom={MARK: "emitted"})
+        node = self._insert(self._graph, target, args, kwargs)
+        meta = node.meta
+        meta.update(self._origin_meta)
+        meta["custom"] = {MARK: "emitted"}
         self.created.append(node)
         self.made.append(node)
-        node.meta["val"] = self._value(node)
+        meta["val"] = self._value(node, target, args)
         return node
 
     def constant(self, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -140,20 +143,23 @@ class Emitter:
         """The tensor in another dtype; the node itself when it already has it."""
         return node if node.meta["val"].dtype == dtype else self.call(aten._to_copy.default, node, dtype=dtype)
 
-    def _value(self, node: Node) -> Any:
+    def _value(self, node: Node, target: Any, args: tuple[Any, ...]) -> Any:
         index = len(self.created) - 1
         if index < len(self._recorded):
-            target, make = self._recorded[index]
-            if target is node.target:
-                return make(node)
+            recorded, make = self._recorded[index]
+            if recorded is target:
+                return make(args)
             # A guard of the first block turned a size into a number, so that values of the two blocks no longer correspond.
             self._recorded, self.recording = [], self.recording[:index]
         value = self._compute(node)
-        self.recording.append((node.target, _record_value(node, value)))
+        self.recording.append((target, _record_value(node, value)))
         return value
 
     def _compute(self, node: Node) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        known = known_result(node.target, args, kwargs, self._fake_mode)
+        if known is not None:
+            return known
         with self._fake_mode:
             value = node.target(*args, **kwargs)  # type: ignore[operator]
         if (
@@ -179,23 +185,22 @@ def is_emitted(node: Node) -> bool:
     return MARK in (node.meta.get("custom") or ())
 
 
-def _record_value(node: Node, value: Any) -> Callable[[Node], Any]:
+def _record_value(node: Node, value: Any) -> Callable[[Arguments], Any]:
     """What gives the value of the same node of an equal block."""
     if node.target is operator.getitem:
-        return lambda equal: equal.args[0].meta["val"][equal.args[1]]  # type: ignore[union-attr]
+        return lambda args: args[0].meta["val"][args[1]]
     base = node.args[0].meta["val"] if node.args and isinstance(node.args[0], Node) else None
-    make = _maker(value, base.untyped_storage()._cdata if isinstance(base, FakeTensor) else None)
-    return lambda equal: make(equal.args[0])
+    return _maker(value, base.untyped_storage()._cdata if isinstance(base, FakeTensor) else None)
 
 
-def _maker(value: Any, base_storage: int | None) -> Callable[[Any], Any]:
-    """Makes a value with the metadata of ``value`` from the first argument: views of it alias it, all else is fresh."""
+def _maker(value: Any, base_storage: int | None) -> Callable[[Arguments], Any]:
+    """Makes a value with the metadata of ``value`` from the arguments: views of the first alias it, all else is fresh."""
     if isinstance(value, FakeTensor):
         template = Template.of(value)
         if value.untyped_storage()._cdata == base_storage:
-            return lambda base: template.view(base.meta["val"])
-        return lambda base: template.copy()
+            return lambda args: template.view(args[0].meta["val"])
+        return lambda args: template.copy()
     if isinstance(value, (list, tuple)):
         kind, makers = type(value), [_maker(v, base_storage) for v in value]
-        return lambda base: kind(make(base) for make in makers)
-    return lambda base: value  # sizes and None
+        return lambda args: kind([make(args) for make in makers])
+    return lambda args: value  # sizes and None

@@ -53,12 +53,15 @@ class Template:
 
     def copy(self) -> FakeTensor:
         """A tensor with a storage of its own."""
-        with no_dispatch():
+        guard = torch._C._DisableTorchDispatch()  # what ``no_dispatch`` holds, without a context manager
+        try:
             if not self.symbolic:
                 return self._fake(torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta"))
             base = torch.empty(0, dtype=self.dtype, device="meta")
             torch.ops.inductor.resize_storage_bytes_.default(base, self.storage_bytes)
             return self._fake(base.as_strided(self.shape, self.stride))
+        finally:
+            del guard
 
     def view(self, base: FakeTensor) -> FakeTensor:
         """A tensor on the storage of ``base``, whose bytes it may read as another dtype of the same size."""

@@ -11,7 +11,6 @@ Source: here.architecture: the operators' schemas.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ from moe_lowering.passes.arguments import argument, read, results
 from moe_lowering.passes.block_specs import Surroundings, spec_of_graph
 from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, shape_key
 from moe_lowering.passes.memory_effects import Writes, describe
-from moe_lowering.passes.operands import ExpertOperands, Operands, is_stored
+from moe_lowering.passes.operands import OPERAND_NAMES, ExpertOperands, Operands, is_stored
 from moe_lowering.passes.quantities import GROUP_SELECT_MODES, NORM_TYPES
 from moe_lowering.passes.scopes import scope_paths
 from moe_lowering.passes.token_ranges import is_strict, must_vary
@@ -74,7 +73,7 @@ class Around(NamedTuple):
 def find_block(dispatch: Node, around: Around) -> Block | str:
     """The block of one dispatch, or why it is none."""
     try:
-        return _block(dispatch, around)
+        return _block(dispatch, around, {})
     except _NotABlock as reason:
         return str(reason)
 
@@ -92,9 +91,10 @@ def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node
     around = around_of(graph, routes) if dispatches else Around({}, {}, frozenset())
     writes = Writes(graph) if dispatches else None
     blocks: list[Block] = []
+    specs: dict[BlockSpec, BlockSpec] = {}  # equal layers get the same record, so that looking it up compares no fields
     for node in dispatches:
         try:
-            block = _block(node, around)
+            block = _block(node, around, specs)
             _require_unwritten(block, writes)
             blocks.append(block)
         except _NotABlock as reason:
@@ -143,7 +143,7 @@ def _route(node: Node) -> Route:
     return Route(node, outputs.get("weights"), outputs.get("ids"), spec)
 
 
-def _block(dispatch: Node, graph: Around) -> Block:
+def _block(dispatch: Node, graph: Around, specs: dict[BlockSpec, BlockSpec]) -> Block:
     outputs, sent = results(dispatch), read(DispatchCall[Node], dispatch)
     if outputs is None:
         raise _NotABlock("raise.whole_result", "dispatch's result is used as a whole, or one output twice")
@@ -181,7 +181,7 @@ def _block(dispatch: Node, graph: Around) -> Block:
         counts if readers else None,
         interior,
         graph.routes.get(sent.ids),
-        spec,
+        specs.setdefault(spec, spec),
     )
 
 
@@ -189,9 +189,7 @@ def _spec(sent: DispatchCall[Node], weights: Node, experts: GroupedMlpCall[Node]
     mask = None if sent.mask is None else _value(sent.mask)
     values = DispatchCall[Any](**{**sent._asdict(), "x": _value(sent.x), "ids": _value(sent.ids), "mask": mask})
     weights_value = _value(weights)
-    tensors = ExpertOperands(
-        **{f.name: _operands(getattr(experts, f.name) or ()) for f in dataclasses.fields(ExpertOperands)}
-    )
+    tensors = ExpertOperands(**{name: _operands(getattr(experts, name) or ()) for name in OPERAND_NAMES})
     _width(values.x)
     return spec_of_graph(values, weights_value, experts, tensors, around)
 

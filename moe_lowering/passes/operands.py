@@ -88,6 +88,8 @@ class Operands:
     @staticmethod
     def of(tensors: Sequence[tuple[torch.Tensor, bool]]) -> Operands:
         """Of (fake) tensors of static shapes, each with whether it is stored. Most lists are of tensors that are alike."""
+        if not tensors:
+            return NO_OPERANDS
         facts = [(tuple(t.shape), t.dtype, tuple(t.stride()), stored, t.device) for t, stored in tensors]
         alike = all(fact == facts[0] for fact in facts)
         return Operands(len(facts), tuple(_operand(*fact) for fact in (facts[:1] if alike else facts)))
@@ -127,6 +129,9 @@ class Operands:
         return Operands(self.count, tuple(kind.cast(dtype(kind.dtype)) for kind in self.kinds))
 
 
+NO_OPERANDS = Operands()
+
+
 @dataclasses.dataclass(frozen=True)
 class ExpertOperands:
     """The tensors of a block's experts, by the names of ``grouped_mlp``'s arguments."""
@@ -144,8 +149,10 @@ class ExpertOperands:
 
     def of_routed_rank(self, experts: int) -> ExpertOperands:
         """Those of a shared-expert rank as a rank with ``experts`` routed experts holds them: what all ranks judge."""
-        fields = (field.name for field in dataclasses.fields(self))
-        return ExpertOperands(**{name: getattr(self, name).repeated(experts) for name in fields})
+        return ExpertOperands(**{name: getattr(self, name).repeated(experts) for name in OPERAND_NAMES})
+
+
+OPERAND_NAMES = tuple(field.name for field in dataclasses.fields(ExpertOperands))
 
 
 def is_stored(node: Node) -> bool:

@@ -70,7 +70,7 @@ class Tally(Emitter):
     def target(self, operator: str) -> Any:
         return _counted(operator)
 
-    def _value(self, node: Node) -> Any:
+    def _value(self, node: Node, target: Any, args: tuple[Any, ...]) -> Any:
         return self._compute(node)
 
     def _compute(self, node: Node) -> Any:

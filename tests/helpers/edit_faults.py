@@ -17,7 +17,7 @@ from graph_data import Data
 from torch.fx import Graph, GraphModule, Node
 
 from moe_lowering import Deployment, MoeLowering
-from moe_lowering.passes import emitter, graph_run, overlap, run_bounds, run_messages, run_routes
+from moe_lowering.passes import emitter, graph_run, new_nodes, overlap, run_bounds, run_messages, run_routes
 
 M, aten = torch.ops.moe_lowering, torch.ops.aten
 ASSERT = M.assert_tokens.default
@@ -66,7 +66,8 @@ class Faults:
     """Makes the n-th of the operations that a rewrite is made of raise, before or after it did its work."""
 
     PLACES: tuple[tuple[Any, str], ...] = (
-        (Graph, "create_node"), (Graph, "erase_node"), (Graph, "inserting_before"), (Node, "replace_all_uses_with"),
+        (Graph, "create_node"), (new_nodes, "_insert"), (Graph, "erase_node"), (Graph, "inserting_before"),
+        (Node, "replace_all_uses_with"),
         (Node, "_replace_input_with"), (Node, "_update_args_kwargs"), (Node, "prepend"), (emitter.Emitter, "_value"),
         (graph_run, "same_value"), (graph_run, "call_violations"), (graph_run, "defined_before_readers"),
         (run_routes, "same_value"),

@@ -88,7 +88,7 @@ def test_the_nth_operation_of_a_rewrite_raises(name):
                 break
             seen.add(faults.raised)
     check_numbers(case, built)
-    assert number > 8 and {"create_node", "_update_args_kwargs", "BlockReport", "lint", "recompile"} <= seen, seen
+    assert number > 8 and {"_insert", "_update_args_kwargs", "BlockReport", "lint", "recompile"} <= seen, seen
 
 
 def check_left(low: MoeLowering, graph: Graph, before: dict[str, Any]) -> None:

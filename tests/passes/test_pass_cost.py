@@ -47,7 +47,7 @@ class Calls:
 def lower(layers, comm="mc2", symbolic=False, watch=(), **shape):
     """(graph module, report, number of calls of each watched function)."""
     calls, lowering = Calls(), MoeLowering(DEPLOYMENT, comm)
-    gm = build(Shape(layers, filler=2, symbolic=symbolic, **shape))
+    gm = build(Shape(layers, filler=2, symbolic=symbolic, **shape), GraphModule)
     patches = [calls.of(place, name) for place, name in watch]
     for patch in patches:
         patch.start()

@@ -42,7 +42,9 @@ examples:
   moe-lowering lower qwen3_moe --ep 2 --comm mc2 --capture --replays 20
       the same as an NPU graph on a simulated device: captured once, and compared at every replay
   moe-lowering lower deepseek_v3 --fake --ep 64 --tokens 64
-      lower DeepSeek-V3 at its published size for 64 ranks; no weights are allocated, nothing is run
+      lower DeepSeek-V3 at its published size for 64 ranks, equal layers once; no weights are allocated, nothing is run
+  moe-lowering lower deepseek_v3 --fake --ep 64 --tokens 64 --whole
+      the same from the graph of the whole model, which takes ten times as long
   moe-lowering lower ./config.json --fake --comm fused_mc2 --json
       is FusedMC2 legal for the model of this config.json, and if not, why; as JSON
 
@@ -104,6 +106,10 @@ def _check_options(request: LowerRequest) -> None:
             f"argument --fused-mode: is {request.fused_mode} with --comm {request.comm}; accepted: with "
             f"{', '.join(ONE_OPERATOR)} or auto"
         )
+    if request.whole and not request.fake:
+        raise UsageError(
+            "argument --whole: is given without --fake; accepted: with it, as a model that runs is compiled whole"
+        )
     if request.capture and request.fake:
         raise UsageError(
             "argument --capture: is given with --fake; accepted: without, as a graph is captured by running it"
@@ -141,6 +147,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations (default bfloat16)")
     add("--dynamic", action="store_true", help="compile with dynamic shapes and run several token counts")
     add("--fake", action="store_true", help="full size, with fake tensors: lower only, run nothing")
+    add("--whole", action="store_true", help="with --fake: trace the whole model, not each kind of layer once")
     add(
         "--capture",
         action="store_true",

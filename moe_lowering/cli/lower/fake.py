@@ -1,12 +1,14 @@
 """Lower a model at full size without its weights: fake tensors, a fake process group, and the pass alone.
 
-The graph is traced by dynamo and AOTAutograd as npugraph_ex would get it, with the plain backend of ``backends.aot``.
+Graphs are traced by dynamo and AOTAutograd as npugraph_ex would get them, with the plain backend of ``backends.aot``: of each
+kind of layer one (``layerwise``), or of the whole model with ``--whole``.
 The lowered graph is not run: the backend stops the trace when the pass is done (``_Done``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import resource
 import sys
 import time
@@ -20,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_lowering import _bootstrap
 from moe_lowering.backends.aot import lowering_backend
-from moe_lowering.cli.lower import models
+from moe_lowering.cli.lower import layerwise, models
 from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.prepare import (
     assumptions,
@@ -36,6 +38,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.layers import shard_experts
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.quantisation import quantise_experts
+from moe_lowering.report.records import LoweringReport
 
 
 class _Done(Exception):
@@ -64,34 +67,70 @@ def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> LowerO
             if request.quantised:
                 quantise_experts(model, request.quant)
             progress(f"tracing {request.tokens} tokens per rank")
-            seconds = _trace(model, plan, request, lowering)
-    in_pass = sum(report.pass_ms for report in lowering.reports)
+            reports, seconds, what = _lower_layers(model, plan, request, lowering)
+    in_pass = sum(report.pass_ms for report in reports)
     facts += [
         ("traced", f"{request.tokens} tokens per rank, rank 0 of {request.ep}; {plan.layers} layers"),
+        ("lowered", what),
         ("took", f"tracing {seconds - in_pass / 1e3:.1f} s, pass {in_pass:.1f} ms"),
         ("peak memory", f"{_peak_mib():.0f} MiB"),
     ]
-    return LowerOutcome(request, plan.name, lowering.reports, unsupported, None, facts)
+    return LowerOutcome(request, plan.name, reports, unsupported, None, facts)
 
 
-def _trace(model: nn.Module, plan: models.ModelPlan, request: LowerRequest, lowering: MoeLowering) -> float:
-    """Trace the model up to the end of the pass; the seconds it took."""
+def _lower_layers(
+    model: nn.Module, plan: models.ModelPlan, request: LowerRequest, lowering: MoeLowering
+) -> tuple[list[LoweringReport], float, str]:
+    """(reports, seconds of tracing, what was traced): each kind of layer once, or the whole model."""
+    started = time.perf_counter()
+    ids = torch.zeros((request.batch, request.lengths[0]), dtype=torch.int64)
+
+    def run(model: Any) -> Any:
+        return models.logits(model, ids)
+
+    why = "--whole" if request.whole else ""
+    if not why:
+        kinds = layerwise.unit_kinds(model)
+        calls, why = _calls_of(kinds, functools.partial(run, model))
+    if not why:
+        for kind in kinds:
+            _trace(layerwise.Alone(kind.module), request, lowering, calls[kind.names[0]].of)
+        if len(lowering.reports) == len(kinds):
+            report = layerwise.spread(kinds, lowering.reports)
+            return [report], time.perf_counter() - started, layerwise.describe_kinds(kinds)
+        why = "a layer by itself gave no graph"
+        lowering.reports.clear()
+    _trace(model, request, lowering, run)
+    return lowering.reports, time.perf_counter() - started, f"the graph of the whole model: {why}"
+
+
+def _calls_of(kinds: list[layerwise.UnitKind], run: Callable[[], Any]) -> tuple[dict[str, layerwise.UnitCall], str]:
+    """The call of the first of each kind of layer, or why layers cannot be lowered by themselves."""
+    if not kinds:
+        return {}, "an MoE module is in no list of layers"
+    try:
+        calls = layerwise.calls_of(kinds, run)
+    except Exception as error:  # a model that does not run under fake tensors by itself may well be traced
+        return {}, f"it does not run by itself under fake tensors ({type(error).__name__})"
+    missing = [kind.names[0] for kind in kinds if kind.names[0] not in calls]
+    return calls, f"{', '.join(missing)} is not called" if missing else ""
+
+
+def _trace(module: nn.Module, request: LowerRequest, lowering: MoeLowering, call: Callable[[Any], Any]) -> None:
+    """Trace a module up to the end of the pass."""
 
     def stop(gm: Any, example_inputs: Any, config: Any) -> None:
         raise _Done
 
     compiled: Any = torch.compile(
-        model, backend=lowering_backend(lowering, stop), fullgraph=True, dynamic=request.dynamic
+        module, backend=lowering_backend(lowering, stop), fullgraph=True, dynamic=request.dynamic
     )
-    shape = (request.batch, request.lengths[0])
-    started = time.perf_counter()
     with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
         try:
-            models.logits(compiled, torch.zeros(shape, dtype=torch.int64))
+            call(compiled)
         except Exception as error:
             if not _stopped_by_us(error):
                 raise
-    return time.perf_counter() - started
 
 
 def _stopped_by_us(error: BaseException | None) -> bool:

@@ -27,6 +27,7 @@ class LowerRequest:
     dtype: str = "bfloat16"
     dynamic: bool = False
     fake: bool = False
+    whole: bool = False
     capture: bool = False
     replays: int | None = None
     ranks_per_node: int = 0

@@ -16,6 +16,7 @@ from moe_lowering.lookup import look_up
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.calls import OperatorCall, emit_call, tensor
 from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.implementations.matmul_calls import counts_of
 from moe_lowering.vocabulary import SOCS
 
 
@@ -23,16 +24,29 @@ def activation_operator(spec: BlockSpec, soc: str) -> str | None:
     """The device operator of a block's activation; None where it is composed of ATen operators."""
     if spec.activation == "swiglu" and not spec.interleaved:
         return "npu_swiglu"
-    if spec.activation == "swiglu_oai" and look_up(SOCS, soc, "activation: soc").clips_swiglu:
+    if spec.activation in _CLIPPED and look_up(SOCS, soc, "activation: soc").clips_swiglu:
         return "npu_clipped_swiglu"
     return None
 
 
-def activation_arguments(operator: str, x: Any, spec: BlockSpec) -> dict[str, Any]:
-    """Arguments of that operator for x [N, 2I]."""
+def activation_arguments(operator: str, x: Any, spec: BlockSpec, counts: Any) -> dict[str, Any]:
+    """Arguments of that operator for x [N, 2I], of which the first sum(counts) rows are valid: one of the two can be told."""
     if operator == "npu_swiglu":
         return {"input": x, "dim": -1}
-    return {"x": x, "alpha": spec.alpha, "limit": spec.limit, "bias": 1.0, "interleaved": spec.interleaved}
+    alpha, bias = _CLIPPED[spec.activation]
+    return {
+        "x": x,
+        "group_index": counts,
+        "alpha": spec.alpha if alpha is None else alpha,
+        "limit": spec.limit,
+        "bias": bias,
+        "interleaved": spec.interleaved,
+    }
+
+
+# What npu_clipped_swiglu computes, A * sigmoid(alpha * A) * (B + bias) of clamped halves, by activation: (alpha, bias); an
+# alpha of None is the block's. Source: wheel.docs.
+_CLIPPED: dict[str, tuple[float | None, float]] = {"swiglu_oai": (None, 1.0), "swiglu_clamp": (1.0, 0.0)}
 
 
 def activation_calls(spec: BlockSpec, soc: str) -> tuple[OperatorCall, ...]:
@@ -40,18 +54,19 @@ def activation_calls(spec: BlockSpec, soc: str) -> tuple[OperatorCall, ...]:
     name = activation_operator(spec, soc)
     if name is None:
         return ()
-    return (OperatorCall(name, activation_arguments(name, tensor(spec.dtype, None, spec.first_width), spec)),)
+    x = tensor(spec.dtype, None, spec.first_width)
+    return (OperatorCall(name, activation_arguments(name, x, spec, counts_of(spec))),)
 
 
-def emit_activation(emit: Emitter, h: Node, spec: BlockSpec, soc: str) -> Node:
-    """[N, 2I], or [N, I] where the activation has no gate -> [N, I].
+def emit_activation(emit: Emitter, h: Node, counts: Node, spec: BlockSpec, soc: str) -> Node:
+    """[N, 2I], or [N, I] where the activation has no gate -> [N, I]; rows past sum(counts) are undefined.
 
     Raises:
         ValueError: an activation that has no emitter, which the judge should have refused.
     """
     operator = activation_operator(spec, soc)
     if operator is not None:
-        return emit_call(emit, operator, activation_arguments(operator, h, spec))
+        return emit_call(emit, operator, activation_arguments(operator, h, spec, counts))
     if spec.activation in _UNGATED:
         return _UNGATED[spec.activation](emit, h)
     compose = look_up(_GATED, spec.activation, "emit_activation: activation")

@@ -78,7 +78,7 @@ def emit_mlp(
         return quantised_mlp.emit(emit, block, rows, row_scale, counts, deployment, chosen)
     experts = block.experts
     hidden = _grouped_matmul(emit, rows, experts.w13, experts.w13_bias, counts)
-    hidden = emit_activation(emit, hidden, block.spec, deployment.soc)
+    hidden = emit_activation(emit, hidden, counts, block.spec, deployment.soc)
     return _grouped_matmul(emit, hidden, experts.w2, experts.w2_bias, counts)
 
 

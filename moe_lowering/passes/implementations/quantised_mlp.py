@@ -206,7 +206,7 @@ def emit(
         )
     if spec.format.weight_only:
         hidden = _antiquant_matmul(emit, rows, w13, w13_scale, experts.w13_offset or (), counts)
-        hidden = emit_activation(emit, hidden, spec, deployment.soc)
+        hidden = emit_activation(emit, hidden, counts, spec, deployment.soc)
         return _antiquant_matmul(emit, hidden, w2, w2_scale, experts.w2_offset or (), counts)
     assert row_scale is not None  # rows travel as int8 where the weights take them so
     name = chosen or chain(spec, deployment)
@@ -221,7 +221,7 @@ def emit(
         hidden, row_scale = emit.item(pair, 0), emit.item(pair, 1)
     else:
         hidden = _scaled_matmul(emit, spec, rows, row_scale, w13, w13_scale, experts.w13_scale_bias or (), counts)
-        hidden, row_scale = _quantise(emit, emit_activation(emit, hidden, spec, deployment.soc))
+        hidden, row_scale = _quantise(emit, emit_activation(emit, hidden, counts, spec, deployment.soc))
     return _scaled_matmul(emit, spec, hidden, row_scale, w2, w2_scale, experts.w2_scale_bias or (), counts)
 
 

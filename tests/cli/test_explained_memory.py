@@ -1,0 +1,96 @@
+"""The bytes in ``explain``'s ``memory`` against a calculation of its own: sizes of what lives at once, written out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+import moe_lowering
+from moe_lowering.cli.explain.text import render
+from moe_lowering.explanation.description import BlockDescription
+from moe_lowering.explanation.memory import TOO_SMALL, Memory
+
+TOKENS, HIDDEN, INNER, EXPERTS, TOP_K, RANKS, LAYERS = 128, 7168, 2048, 256, 8, 16, 58
+LOCAL = EXPERTS // RANKS
+ROWS = RANKS * TOKENS * TOP_K  # every token of every rank may come here with all of its choices
+BF16, INT8, F32, I32, I64 = 2, 1, 4, 4, 8
+MATRICES = LOCAL * (HIDDEN * 2 * INNER + INNER * HIDDEN)
+ROW_INDEX = ROWS * I32
+WEIGHTS = RANKS * TOKENS * TOP_K * BF16
+COUNTS = LOCAL * I64
+# What MC2's dispatch gives beside rows, scales and counts: 128 numbers a row, and counts of each rank for each expert
+RETURN = ROWS * 128 * I32 + RANKS * LOCAL * I32
+
+EXPERTS_BYTES = {
+    "none": MATRICES * BF16,
+    "w8a8": MATRICES * INT8 + LOCAL * 2 * INNER * F32 + LOCAL * HIDDEN * BF16,
+    "w4a16": MATRICES // 2 + 2 * LOCAL * (2 * INNER + HIDDEN) * BF16,  # scales and offsets
+}
+# The first matmul's rows beside its result; with int8 rows the second one's, with a scale each, beside its result
+FLOAT_ROWS = ROWS * (HIDDEN + 2 * INNER) * BF16
+INT8_ROWS = ROWS * (INNER * INT8 + F32 + HIDDEN * BF16)
+BUFFERS = {
+    ("allgather", "none"): FLOAT_ROWS + ROW_INDEX + WEIGHTS + COUNTS,
+    ("allgather", "w8a8"): INT8_ROWS + ROW_INDEX + WEIGHTS + COUNTS,
+    ("mc2", "none"): FLOAT_ROWS + RETURN + COUNTS,
+    ("mc2", "w8a8"): INT8_ROWS + RETURN + COUNTS,
+}
+LAYER = BlockDescription(hidden=HIDDEN, intermediate=INNER, experts=EXPERTS, top_k=TOP_K, layers=LAYERS)
+
+
+def deployment(**fields):
+    return moe_lowering.Deployment(
+        **{
+            "soc": "A3", "ep_size": RANKS, "ep_rank": 0, "ep_group": "ep", "mc2_group": "mc2", "hccl_buffer_mb": 4096,
+            "weight_format": "nz", **fields,
+        }
+    )  # fmt: skip
+
+
+def memory_of(comm="auto", quantisation="none", layer=LAYER, **fields):
+    layer = dataclasses.replace(layer, quantisation=quantisation)
+    explained = moe_lowering.explain(layer, deployment(**fields), tokens=TOKENS, comm=comm)
+    return explained.to_json()["memory"], " ".join(render(explained).split())
+
+
+@pytest.mark.parametrize("quantisation", EXPERTS_BYTES)
+def test_bytes_of_experts(quantisation):
+    memory, _ = memory_of("mc2", quantisation)
+    assert memory["experts"] == EXPERTS_BYTES[quantisation]
+    assert memory["layers"] == LAYERS
+
+
+@pytest.mark.parametrize(("comm", "quantisation"), BUFFERS)
+def test_bytes_of_buffers(comm, quantisation):
+    memory, _ = memory_of(comm, quantisation)
+    assert memory["buffers"] == BUFFERS[comm, quantisation]
+    window = 4096 * 2**20
+    assert memory["window"] == window and memory["communicators"] == 1
+    assert memory["needed"] == LAYERS * EXPERTS_BYTES[quantisation] + BUFFERS[comm, quantisation] + window
+
+
+def test_a_bias_and_a_tp_group_are_counted():
+    plain, _ = memory_of("mc2")
+    biased, _ = memory_of("allgather", layer=dataclasses.replace(LAYER, has_bias=True))
+    assert biased["experts"] - plain["experts"] == LOCAL * (2 * INNER + HIDDEN) * BF16
+    shared, _ = memory_of("allgather", tp_size=2, tp_group="tp", tp_rank=0)
+    assert shared["communicators"] == 2 and shared["window"] == 2 * plain["window"]
+
+
+def test_what_cannot_fit_is_said_with_its_numbers_and_what_fits_is_not():
+    """82 GB of experts on a die of 64 GiB; in int8 they fit."""
+    memory, text = memory_of("mc2")
+    assert memory["capacity"] == 64 * 2**30 and not memory["fits"]
+    assert f"[{TOO_SMALL}] 86.4 GB = 81.7 GB experts of 58 MoE layers, 0.4 GB buffers, 4.3 GB HCCL window" in text
+    memory, text = memory_of("mc2", "w8a8")
+    assert memory["fits"] and TOO_SMALL not in text and "45.5 GB = 40.9 GB experts" in text
+    memory, text = memory_of("mc2", layer=dataclasses.replace(LAYER, layers=None))
+    assert memory["fits"] and memory["needed"] == sum(memory[each] for each in ("experts", "buffers", "window"))
+
+
+@pytest.mark.parametrize(("capacity", "fits"), [(100, True), (99, False), (None, True)])
+def test_it_fits_up_to_the_last_byte(capacity, fits):
+    memory = Memory(experts=20, layers=4, buffers=13, window=7, communicators=1, capacity=capacity)
+    assert (memory.needed, memory.fits) == (100, fits)
+    assert (TOO_SMALL in str(memory)) is not fits

@@ -1,0 +1,146 @@
+"""``lower --fake`` lowers equal layers once: what comes out is what the graph of the whole model gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from moe_lowering import MoE
+from moe_lowering.cli.lower import fake, layerwise
+from moe_lowering.cli.lower.models import MoeStack
+from moe_lowering.cli.lower.request import LowerRequest
+from moe_lowering.passes.emitter import is_emitted
+
+# DeepSeek-V3's first three layers have no experts
+REQUEST = LowerRequest(model="deepseek_v3", fake=True, ep=16, tokens=64, layers=5, comm="mc2")
+VARYING = ("pass_ms", "nodes_before", "nodes_after")
+
+
+def lowered(request, monkeypatch):
+    """(JSON, what the pass emitted, by traced graph, facts)."""
+    graphs, backend = [], fake.lowering_backend
+
+    def keep(gm, *_):
+        nodes = [node for node in gm.graph.nodes if is_emitted(node)]
+        graphs.append([(str(node.target), describe(node.meta.get("val"))) for node in nodes])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake, "lowering_backend", lambda lowering, stop: backend(lowering, keep, stop))
+        outcome = fake.lower_fake(request, lambda text: None)
+    torch._dynamo.reset()
+    return json.loads(outcome.to_json()), graphs, dict(outcome.facts), outcome.reports
+
+
+def describe(value):
+    if isinstance(value, (list, tuple)):
+        return [describe(each) for each in value]
+    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+def test_a_layer_by_itself_is_lowered_as_in_the_whole(monkeypatch):
+    one, graphs, facts, reports = lowered(REQUEST, monkeypatch)
+    whole, (whole_graph,), whole_facts, whole_reports = lowered(dataclasses.replace(REQUEST, whole=True), monkeypatch)
+    assert facts["lowered"] == "model.layers.3 for 2 equal layers up to model.layers.4"
+    assert whole_facts["lowered"] == "the graph of the whole model: --whole"
+    assert [block["name"] for block in one["blocks"]] == [f"model.layers.{n}.mlp.experts" for n in (3, 4)]
+    for fields in (one, whole):
+        assert fields["nodes_before"] > 0 and fields["pass_ms"] > 0
+    assert {k: v for k, v in one.items() if k not in VARYING} == {k: v for k, v in whole.items() if k not in VARYING}
+    assert reports[0].routers == whole_reports[0].routers and len(reports[0].routers) == 2
+    assert len(graphs) == 1, "equal layers are traced once"
+    agreement = [node for node in whole_graph if "assert_agreement" in node[0]]
+    assert graphs[0] * 2 == whole_graph and len(graphs[0]) > 10, agreement
+    assert one["nodes_before"] < whole["nodes_before"] / 2
+
+
+def test_a_model_whose_layers_cannot_be_told_apart_from_it_is_traced_as_a_whole(monkeypatch):
+    request = LowerRequest(model="moe", fake=True, tokens=8, layers=2)
+
+    def fail(kinds, run):
+        raise TypeError("no data")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layerwise, "calls_of", fail)
+        whole, graphs, facts, _ = lowered(request, monkeypatch)
+    assert facts["lowered"] == (
+        "the graph of the whole model: it does not run by itself under fake tensors (TypeError)"
+    )
+    one, _, facts, _ = lowered(request, monkeypatch)
+    assert facts["lowered"] == "layers.0 for 2 equal layers up to layers.1"
+    assert one["blocks"] == whole["blocks"] and len(graphs) == 1
+
+
+def stack(layers=3):
+    with torch.device("meta"):
+        return MoeStack(16, 8, 16, 2, layers, torch.float32)
+
+
+def with_layer(model, at, layer):
+    model.layers[at] = layer
+    return model
+
+
+def test_equal_layers_are_one_kind():
+    (kind,) = layerwise.unit_kinds(stack())
+    assert kind.names == ("layers.0", "layers.1", "layers.2")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: with_layer(model, 1, MoE(16, 8, 8, 2)),
+        lambda model: with_layer(model, 1, MoE(16, 4, 16, 2)),
+        lambda model: setattr(model.layers[1], "top_k", 1),
+        lambda model: setattr(model.layers[1], "anything", object()),
+        lambda model: model.layers[1].double(),
+        lambda model: model.layers[1].add_module("more", nn.Identity()),
+        lambda model: model.layers[1].register_forward_hook(lambda *_: None),
+    ],
+    ids=["experts", "intermediate", "a setting", "an object of its own", "dtype", "another module", "a hook"],
+)
+def test_layers_that_differ_are_kinds_of_their_own(change):
+    model = stack()
+    change(model)
+    kinds = layerwise.unit_kinds(model)
+    assert [kind.names for kind in kinds] == [("layers.0", "layers.2"), ("layers.1",)]
+
+
+def test_the_index_of_a_layer_is_no_difference_and_another_number_is():
+    model = stack()
+    for at, layer in enumerate(model.layers):
+        layer.layer_idx = at
+    assert len(layerwise.unit_kinds(model)) == 1
+    for at, layer in enumerate(model.layers):
+        layer.window = at
+    assert len(layerwise.unit_kinds(model)) == 3
+
+
+def test_a_module_in_no_list_has_no_unit():
+    assert layerwise.unit_kinds(MoE(16, 8, 16, 2)) == []
+
+
+def test_only_the_layers_up_to_the_last_new_kind_run():
+    ran = []
+
+    class Noted(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.mlp, self.ran = layer, ran
+
+        def forward(self, x):
+            ran.append(self.mlp.top_k)
+            return x
+
+    model = stack()
+    model.layers = nn.ModuleList(map(Noted, model.layers))
+    model.layers[1].mlp.top_k = 1
+    model.norms, model.embedding = nn.ModuleList(nn.Identity() for _ in range(3)), nn.Identity()
+    x = torch.zeros(2, 16)
+    calls = layerwise.calls_of(layerwise.unit_kinds(model), lambda: model(x))
+    assert ran == [2] and set(calls) == {"layers.0", "layers.1"}
+    assert calls["layers.1"].of(lambda given: given.shape) == (2, 16)
+    assert all(not layer._forward_pre_hooks for layer in model.layers)

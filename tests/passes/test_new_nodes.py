@@ -1,0 +1,96 @@
+"""Nodes made by the pass are those that FX makes (``passes/new_nodes.py``)."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from torch.fx import Graph, GraphModule
+
+from moe_lowering.passes import new_nodes
+from moe_lowering.passes.new_nodes import insert_call
+
+aten = torch.ops.aten
+
+
+def number_1(x):
+    """A function whose nodes FX numbers in another way."""
+    return x
+
+
+CALLS = (
+    (aten.add.Tensor, lambda x: (x, x), {"alpha": 2}),
+    (aten.cat.default, lambda x: ([x, x], 1), {}),
+    (operator.getitem, lambda x: (x, 0), {}),
+    (max, lambda x: (x,), {}),
+    (number_1, lambda x: (x,), {}),
+    (torch.ops._c10d_functional.wait_tensor.default, lambda x: (x,), {}),
+)
+
+
+def graph_of(make, *taken):
+    graph = Graph()
+    x = graph.placeholder("x")
+    for name in taken:
+        graph.placeholder(name)
+    for target, arguments, named in CALLS * 3:
+        make(graph)(graph, target, arguments(x), named)
+    graph.output(x)
+    return graph
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """What this process knows of names and of torch is forgotten before and after."""
+    new_nodes._CANDIDATES.clear()
+    new_nodes._is_whole.cache_clear()
+    yield
+    new_nodes._CANDIDATES.clear()
+    new_nodes._is_whole.cache_clear()
+
+
+@pytest.mark.parametrize("taken", [(), ("add_tensor", "getitem_1", "cat_default_2", "wait_tensor")])
+def test_nodes_names_and_index_are_those_of_call_function(taken):
+    for _ in range(2):  # with names that were not met, and that were
+        ours, theirs = graph_of(insert_call, *taken), graph_of(lambda graph: Graph.call_function, *taken)
+        assert str(ours) == str(theirs)
+        assert [n.name for n in ours.nodes] == [n.name for n in theirs.nodes]
+        assert ours._graph_namespace._base_count == theirs._graph_namespace._base_count
+        for target, _, _ in CALLS:
+            found = [[n.name for n in g.find_nodes(op="call_function", target=target)] for g in (ours, theirs)]
+            assert found[0] == found[1] and len(found[0]) == 3
+        ours.lint()
+    assert new_nodes._CANDIDATES, "no name was kept: all of this was FX's own"
+
+
+def test_hooks_of_a_graph_module_hear_of_new_nodes():
+    graph = Graph()
+    x = graph.placeholder("x")
+    graph.output(x)
+    gm, heard = GraphModule(torch.nn.Module(), graph), []
+    insert_call(gm.graph)(gm.graph, aten.relu.default, (x,), {})
+    assert not heard
+    gm._register_create_node_hook(heard.append)
+    with gm.graph.inserting_before(next(reversed(gm.graph.nodes))):
+        node = insert_call(gm.graph)(gm.graph, aten.relu.default, (next(iter(gm.graph.nodes)),), {})
+    assert heard == [node]
+
+
+def test_a_torch_that_does_more_is_asked_itself(monkeypatch):
+    class MoreNodes(Graph):
+        pass
+
+    theirs = Graph.call_function
+
+    def call_function(self, *args, **kwargs):
+        node = theirs(self, *args, **kwargs)
+        node.meta["more"] = True
+        return node
+
+    assert insert_call(Graph()) is new_nodes._insert
+    assert insert_call(MoreNodes()) is not new_nodes._insert
+    monkeypatch.setattr(Graph, "call_function", call_function)
+    new_nodes._is_whole.cache_clear()
+    with pytest.warns(RuntimeWarning, match="those made here differ in nodes"):
+        assert insert_call(Graph()) is call_function
