@@ -193,6 +193,9 @@ def _spec(sent: DispatchCall[Node], weights: Node, experts: GroupedMlpCall[Node]
         **{f.name: _operands(getattr(experts, f.name) or ()) for f in dataclasses.fields(ExpertOperands)}
     )
     _width(values.x)
+    for smooth in (sent.x_smooth, experts.h_smooth):
+        if smooth is not None:
+            _static_value(smooth)
     return spec_of_graph(values, weights_value, experts, tensors, around)
 
 

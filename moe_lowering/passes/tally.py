@@ -140,7 +140,11 @@ def _block(graph: Graph, spec: BlockSpec) -> Block:
         "tp_group": spec.tp_group, "tp_size": spec.tp_size, "max_tokens": spec.max_tokens,
         "shared_expert_ranks": spec.shared_expert_ranks, "shared_experts": spec.shared_experts,
     }  # fmt: skip
-    sent = called(OPS.dispatch.default, DispatchCall(x=x, x_scale=scale, max_rows=spec.max_rows, **common))
+    x_smooth = given("x_smooth", (spec.experts, spec.hidden), torch.float32) if spec.has_x_smooth else None
+    h_smooth = given("h_smooth", (spec.local_experts, spec.intermediate), torch.float32) if spec.has_h_smooth else None
+    sent = called(
+        OPS.dispatch.default, DispatchCall(x=x, x_scale=scale, max_rows=spec.max_rows, x_smooth=x_smooth, **common)
+    )
     rows, row_scale, counts, handle = (graph.call_function(operator.getitem, (sent, at)) for at in range(4))
     optional: dict[str, Any] = {
         name: value or None for name, value in experts.items() if name.endswith(("scale", "offset", "scale_bias"))
@@ -150,7 +154,8 @@ def _block(graph: Graph, spec: BlockSpec) -> Block:
         GroupedMlpCall(
             rows=rows, row_scale=row_scale, counts=counts, w13=experts["w13"], w2=experts["w2"],
             w13_bias=experts["w13_bias"], w2_bias=experts["w2_bias"], activation=spec.activation, limit=spec.limit,
-            alpha=spec.alpha, interleaved=spec.interleaved, quantisation=spec.quantisation, **optional,
+            alpha=spec.alpha, interleaved=spec.interleaved, quantisation=spec.quantisation, h_smooth=h_smooth,
+            **optional,
         ),
     )  # fmt: skip
     combine = called(OPS.combine.default, CombineCall(rows=mlp, weights=weights, handle=handle, **common))

@@ -34,6 +34,7 @@ MC2 = {
     "GEGLU, W4A16": {"activation": "gelu_tanh", "quantisation": "w4a16"},
     "clamps before silu": {"activation": "swiglu_clamp"},
     "shared expert as an argument": {"shared": "argument"},
+    "W8A8, smooth": {"quantisation": "w8a8", "smooth": "both"},
 }
 ROUTED = {
     "unpermute": {},
@@ -105,7 +106,8 @@ def test_an_mc2_chain_is_found(pair, case):
     assert given["limit"] == (0.5 if layer.activation == "swiglu_clamp" else 0.0)
     assert len(given["w13"]) == len(given["w2"]) == 1 and given["w13"][0].meta["val"].shape[0] == chains.EXPERTS // 2
     assert (chain.added is not None) == (case == "shared expert as an argument")
-    assert chain.x_smooth is None and chain.experts.h_smooth is None
+    smooth = [getattr(node, "name", None) for node in (chain.x_smooth, chain.experts.h_smooth)]
+    assert (smooth == [None, None]) == (case != "W8A8, smooth")
     outside = {user for node in chain.interior for user in node.users} - {*chain.interior}
     assert outside <= {*chain.combine.users}
 
@@ -140,7 +142,21 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "int4 weights without bias": ("raise.weights", {"quantisation": "w4a8", "scaled": lambda given: {**given, "bias": None}}),
     "relu of quantised activations": ("raise.operation_between", {"quantisation": "w4a8", "between": torch.relu}),
     "another k of the weights": ("raise.weights", {"weights": lambda weights: weights[:, :1]}),
-    "smooth scales": ("raise.smooth_scales", {"quantisation": "w8a8", "smooth": 1.0}),
+    "smooth scales of nothing": ("raise.smooth_scales", {"dispatch": {"scales": torch.ones(chains.EXPERTS, chains.HIDDEN)}}),
+    "one line of smooth scales": (
+        "raise.smooth_scales", {"quantisation": "w8a8", "dispatch": {"scales": torch.ones(1, chains.HIDDEN)}}
+    ),
+    "smooth scales of this rank's experts": (
+        "raise.smooth_scales", {"quantisation": "w8a8", "dispatch": {"scales": torch.ones(chains.EXPERTS // 2, chains.HIDDEN)}}
+    ),
+    "smooth scales in 16 bits": (
+        "raise.smooth_scales",
+        {"quantisation": "w8a8", "dispatch": {"scales": torch.ones(chains.EXPERTS, chains.HIDDEN).bfloat16()}},
+    ),
+    "smooth scales of all experts' activations": (
+        "raise.smooth_scales",
+        {"quantisation": "w8a8", "dequant": {"quant_scale": torch.ones(chains.EXPERTS, chains.INTERMEDIATE)}},
+    ),
 }  # fmt: skip
 
 
@@ -175,7 +191,7 @@ def test_smooth_scales_of_one_are_dropped_and_others_are_not(pair):
     assert foreign_block(match_mc2(anchor(graph, DISPATCH), pair), graph).quantisation == "w8a8"
     with pytest.raises(ValueError, match="has 'smooth' in its name; accepted: a part"):
         moe_lowering.drop_unit_smooth_scales(torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"smooth_scale_2 has no data; accepted: a model whose weights are loaded"):
+    with pytest.raises(ValueError, match=r"smooth_scale_1 has no data; accepted: a model whose weights are loaded"):
         moe_lowering.drop_unit_smooth_scales(mc2_layer(pair, quantisation="w8a8", smooth=1.0).to("meta"))
     with pytest.raises(ValueError, match="model is 3; accepted: a torch"):
         moe_lowering.drop_unit_smooth_scales(3)

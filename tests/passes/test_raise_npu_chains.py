@@ -22,6 +22,7 @@ from moe_lowering.testing import Ranks
 FORMS: dict[str, dict[str, Any]] = {
     "bfloat16": {},
     "W8A8": {"quantisation": "w8a8", "shared": ""},
+    "W8A8, smooth scales": {"quantisation": "w8a8", "smooth": "both"},
     "W4A16": {"quantisation": "w4a16", "shared": "argument"},
     "W4A8": {"quantisation": "w4a8"},
     "GEGLU": {"activation": "gelu_tanh", "shared": ""},
@@ -29,7 +30,9 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 REFUSED = {("W4A16", "fused_mc2"): "fused.quantisation", ("GEGLU", "fused_mc2"): "fused.activation"}
 REFUSED["clamps before silu", "fused_mc2"] = "fused.activation"
-UNTOUCHED = {"bfloat16", "W4A16", "W4A8", "GEGLU", "clamps before silu"}  # as MC2: W8A8's experts get a fused operator
+REFUSED["W8A8, smooth scales", "fused_mc2"] = "fused.smooth_scales"
+# As MC2: W8A8's experts get a fused operator, which has no smooth scales
+UNTOUCHED = {"W8A8, smooth scales", "bfloat16", "W4A16", "W4A8", "GEGLU", "clamps before silu"}
 BOUND = {"none": 2e-2, "w8a8": 4e-2, "w4a16": 2e-2, "w4a8": 4e-2}  # int8 activations round by 1 / 254 each
 
 
@@ -110,6 +113,8 @@ ALONE: dict[str, dict[str, Any]] = {
     "W8A8, counts": {"quantisation": "w8a8", "back": "finalize", "kind": 1, "shared": True},
     "W8A8, int8 tokens": {"quantisation": "w8a8", "travels": True},
     "W8A8, pairs": {"quantisation": "w8a8", "back": "finalize", "kind": 2},
+    "W8A8, pairs, smooth scales": {"quantisation": "w8a8", "back": "finalize", "kind": 2, "smooth": "both"},
+    "W8A8, smooth tokens": {"quantisation": "w8a8", "smooth": "tokens"},
     "W8A8, unpermute": {"quantisation": "w8a8", "back": "unpermute"},
     "bfloat16, prefix sums": {"quantisation": "none", "back": "finalize", "kind": 0, "shared": True},
     "W4A16": {"quantisation": "w4a16", "back": "unpermute"},
@@ -139,7 +144,9 @@ def test_a_chain_of_one_rank(form):
         assert relative_error(result, reference) < BOUND[quantisation]
     (block,) = report.blocks
     assert (block.comm, block.raised_from) == ("allgather", "routing_v2") and report.foreign == ()
-    if quantisation == "w8a8":  # its experts get the operator that is one for matmul, SwiGLU and quantisation
+    if ALONE[form].get("smooth") == "both":  # pairs are counts then, and the same operators
+        assert "npu.npu_dequant_swiglu_quant" in block.ops_after and torch.equal(lowered, written)
+    elif quantisation == "w8a8":  # its experts get the operator that is one for matmul, SwiGLU and quantisation
         assert "npu.npu_grouped_matmul_swiglu_quant_v2" in block.ops_after
     else:
         assert block.ops_after == block.ops_before and "[raise.already]" in block.reason
