@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from rank_jobs import setup  # noqa: F401  (of the pool)
 
-from moe_lowering import Deployment, MoeLowering, npugraph_ex_options
+from moe_lowering import Deployment, MoeLowering
 from moe_lowering.backends.aot import lowering_backend
 
 _groups: dict[str, str] = {}
@@ -46,19 +46,13 @@ def layer_of(rank: int, case: dict[str, Any], twin: str = "") -> chains.Mc2:
 
 
 def raise_and_run(
-    rank: int, case: dict[str, Any], comm: str, tokens: tuple[int, ...] = (6,), backend: str = "aot", twin: str = ""
+    rank: int, case: dict[str, Any], comm: str, tokens: tuple[int, ...] = (6,), twin: str = ""
 ) -> dict[str, Any]:
     """Compile this rank's chain; its results, those of the chain as it is, those of the reference, and the report."""
     layer, where = layer_of(rank, case, twin), deployment(rank)
     lowering = MoeLowering(where, comm)
     torch._dynamo.reset()
-    if backend == "aot":
-        compiled: Any = torch.compile(
-            layer, backend=lowering_backend(lowering), fullgraph=True, dynamic=len(tokens) > 1
-        )
-    else:
-        options = npugraph_ex_options(where, lowering=lowering, force_eager=True)
-        compiled = torch.compile(layer, backend="npugraph_ex", fullgraph=True, dynamic=False, options=options)
+    compiled = torch.compile(layer, backend=lowering_backend(lowering), fullgraph=True, dynamic=len(tokens) > 1)
     found: dict[str, Any] = {"lowered": [], "written": [], "reference": []}
     with torch.no_grad():
         for count in tokens:

@@ -83,12 +83,6 @@ def test_counts_that_are_read_elsewhere(ranks, comm):
         assert torch.equal(found["lowered"][0][1], found["written"][0][1])
 
 
-def test_by_npugraph_ex_with_nothing_but_our_options(ranks):
-    for found in ranks.run(jobs.raise_and_run, {"quantisation": "w8a8"}, "auto", (6,), "npugraph_ex"):
-        require_right(found, 4e-2)
-        assert len(found["blocks"]) == 1 and found["blocks"][0][0] is not None
-
-
 TWINS = [
     "relu between the matmuls",
     "results weighted twice",
@@ -100,7 +94,7 @@ TWINS = [
 
 @pytest.mark.parametrize("twin", TWINS)
 def test_a_twin_is_left_and_computes_what_it_did(ranks, twin):
-    for found in ranks.run(jobs.raise_and_run, {}, "allgather", (6,), "aot", twin):
+    for found in ranks.run(jobs.raise_and_run, {}, "allgather", (6,), twin):
         assert found["blocks"] == []
         assert len(found["foreign"]) == 1 and "[raise." in found["foreign"][0]
         lowered, written = (found[name][0] for name in ("lowered", "written"))
