@@ -3,8 +3,8 @@
 Before a graph of another size is captured, npugraph_ex asks weak references which outputs of earlier replays still live,
 keeps the addresses of their storages, and hands these to ``_npu_setCheckpointPoolState`` some time later. An output that only
 a reference cycle keeps (an exception's frames, an object that names itself) may be collected in between: the addresses are
-stale then, and torch_npu raises "Expected allocated_pointer != definitely_stale_pointers.end()", or reads freed memory. It does so
-on a real NPU too. Here the collector waits, so that tests do not fail by chance.
+stale then, and torch_npu raises "Expected allocated_pointer != definitely_stale_pointers.end()", or reads freed memory, on a
+real NPU too. Here the collector waits, so that tests do not fail by chance.
 Source: wheel.acl_graph: compile_for_graph_key and set_to_original_state_bofore_reconstruct.
 """
 
