@@ -101,6 +101,14 @@ class OneHot(Term):
 
 
 @dataclasses.dataclass(frozen=True)
+class Past(Term):
+    """Whether a slot's id is ``experts`` or more."""
+
+    ids: Tensor
+    experts: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Ends(Term):
     """Where the rows of each expert end in the order of experts."""
 
