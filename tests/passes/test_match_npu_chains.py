@@ -49,6 +49,11 @@ ROUTED = {
 }
 
 
+npu = chains.npu
+torch.library.define("custom::clip_quant", "(Tensor x) -> Tensor")
+torch.library.register_fake("custom::clip_quant", torch.empty_like)
+
+
 @pytest.fixture(scope="module")
 def pair():
     simulator.enable("A3")
@@ -142,6 +147,14 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "int4 weights without bias": ("raise.weights", {"quantisation": "w4a8", "scaled": lambda given: {**given, "bias": None}}),
     "relu of quantised activations": ("raise.operation_between", {"quantisation": "w4a8", "between": torch.relu}),
     "another k of the weights": ("raise.weights", {"weights": lambda weights: weights[:, :1]}),
+    "counts shifted by one": ("raise.counts", {"counts": lambda counts: counts.roll(1)}),
+    "counts shifted by one at the second matmul": ("raise.counts", {"second_groups": lambda counts: counts.roll(1)}),
+    "counts shifted by one, W8A8": ("raise.counts", {"quantisation": "w8a8", "second_groups": lambda counts: counts.roll(1)}),
+    "tokens in MX": ("raise.format", {"dispatch": {"quant_mode": 4}}),
+    "rows in MX": ("raise.format", {"rows": lambda rows: npu().npu_dynamic_mx_quant(rows)[0]}),
+    "a custom operator of rows": ("raise.custom", {"rows": lambda rows: torch.ops.custom.clip_quant(rows)}),
+    "a custom activation": ("raise.custom", {"between": lambda hidden: torch.ops.custom.clip_quant(hidden)}),
+    "a custom operator of results": ("raise.custom", {"out": lambda out: torch.ops.custom.clip_quant(out)}),
     "smooth scales of nothing": ("raise.smooth_scales", {"dispatch": {"scales": torch.ones(chains.EXPERTS, chains.HIDDEN)}}),
     "one line of smooth scales": (
         "raise.smooth_scales", {"quantisation": "w8a8", "dispatch": {"scales": torch.ones(1, chains.HIDDEN)}}
@@ -272,6 +285,9 @@ ROUTED_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "another index at the way back": ("raise.index", {"index": lambda index: index.flip(0)}),
     "the index is changed": ("raise.index", {"index": lambda index: index + 0 * index}),
     "rows returned": ("raise.single_use", {"returned": lambda rows, scale, counts, out: rows}),
+    "counts shifted by one": ("raise.counts", {"second_groups": lambda counts: counts.roll(1)}),
+    "prefix sums shifted by one": ("raise.counts", {"kind": 0, "second_groups": lambda sums: sums.roll(1)}),
+    "rows in MX": ("raise.format", {"route": {"quant_mode": 3}}),
     "counts for prefix sums": ("raise.counts", {"route": {"expert_tokens_num_type": 0}}),
     "prefix sums, W8A8": ("raise.counts", {"quantisation": "w8a8", "kind": 0}),
     "some of the experts": ("raise.partial_range", {"route": {"active_expert_range": [0, chains.EXPERTS - 1]}}),

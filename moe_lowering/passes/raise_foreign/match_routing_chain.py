@@ -29,6 +29,7 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
     Walk,
     equal_values,
     is_operator,
+    other_operator,
     require,
     require_value,
     same_sizes,
@@ -98,8 +99,9 @@ def _check_route(node: Node) -> int:
     experts = argument(node, "expert_num")
     require(node, {
         "offset": (None,), "drop_pad_mode": (0,), "expert_tokens_num_flag": (True,), "expert_tokens_num_type": (0, 1, 2),
-        "quant_mode": (NO_QUANT, DYNAMIC), "row_idx_type": (0,), "x_dtype": (None,),
+        "row_idx_type": (0,),
     })  # fmt: skip
+    require(node, {"quant_mode": (NO_QUANT, DYNAMIC), "x_dtype": (None,)}, "raise.format")
     if type(experts) is not int or experts < 1:
         raise NotThisForm(node, "raise.experts", f"{node.name}: expert_num is {experts!r}", "the number of experts")
     kept = list(argument(node, "active_expert_range") or [0, experts])
@@ -163,12 +165,7 @@ def _way_back(walk: Walk, node: Node, rows: Node, index: Node | None) -> tuple[A
                 node, "raise.dtype", f"{node.name}: skip1 is {value_of(added).dtype}", f"{value_of(node).dtype}"
             )
         return argument(node, "scales"), added
-    raise NotThisForm(
-        node,
-        "raise.operation_between",
-        f"the experts' result goes to {node.target}",
-        f"npu.{UNPERMUTE} or npu.{FINALIZE}",
-    )
+    raise other_operator(node, f"the experts' result goes to {node.target}", f"npu.{UNPERMUTE} or npu.{FINALIZE}")
 
 
 def _check_index(walk: Walk, node: Node, name: str, index: Node | None) -> None:
