@@ -39,11 +39,9 @@ from moe_lowering.families.listing import families, model_type  # noqa: E402
 
 # (dtype, batch and tokens, symbolic sizes)
 KINDS = {
-    "bfloat16, 1 x 16": (torch.bfloat16, (1, 16), False),
-    "float32, 2 x 33": (torch.float32, (2, 33), False),
-    "bfloat16, symbolic": (torch.bfloat16, (2, 24), True),
-    "float16, 1 x 7": (torch.float16, (1, 7), False),
-    "float32, symbolic": (torch.float32, (3, 12), True),
+    f"{str(dtype).removeprefix('torch.')}, {how}": (dtype, sizes, how == "symbolic")
+    for dtype in (torch.bfloat16, torch.float32)
+    for how, sizes in (("1 x 16", (1, 16)), ("2 x 33", (2, 33)), ("symbolic", (2, 24)))
 }
 LAYERS = 4
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
@@ -109,32 +107,43 @@ def inputs_of(model: Any, batch: int, tokens: int, dtype: torch.dtype) -> dict[s
     return found
 
 
-def trace(name: str, kind: str) -> GraphModule:
-    """The graph of a type."""
-    dtype, (batch, tokens), symbolic = KINDS[kind]
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv() if symbolic else None)
-    with mode, torch.no_grad():
-        model = build(name, dtype)
+class Tracer:
+    """Traces one type; a model is built once for each dtype."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.models: dict[torch.dtype, Any] = {}
+
+    def trace(self, kind: str) -> GraphModule:
+        """The graph of a kind."""
+        dtype, (batch, tokens), symbolic = KINDS[kind]
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv() if symbolic else None)
+        if dtype not in self.models:
+            with FakeTensorMode(), torch.no_grad():
+                self.models[dtype] = build(self.name, dtype)
+        model = self.models[dtype]
         given = inputs_of(model, batch, tokens, dtype)
-    keys = list(given)
-    cached = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+        keys = list(given)
+        cached = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+        for tensors in (model.named_parameters(), model.named_buffers()):
+            for tensor_name, tensor in list(tensors):
+                owner, _, last = tensor_name.rpartition(".")
+                of = model.get_submodule(owner)
+                with mode:  # each mode takes its own fake tensors only
+                    fresh = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                if last in of._parameters:
+                    of._parameters[last] = torch.nn.Parameter(fresh, requires_grad=False)
+                else:
+                    of._buffers[last] = fresh
 
-    def forward(*values: torch.Tensor) -> list[torch.Tensor]:
-        result = model(**dict(zip(keys, values, strict=True)), **cached)
-        return [
-            each for each in torch.utils._pytree.tree_leaves(tuple(result.values())) if isinstance(each, torch.Tensor)
-        ]
+        def forward(*values: torch.Tensor) -> list[torch.Tensor]:
+            result = model(**dict(zip(keys, values, strict=True)), **cached)
+            leaves = torch.utils._pytree.tree_leaves(tuple(result.values()))
+            return [each for each in leaves if isinstance(each, torch.Tensor)]
 
-    with torch.no_grad():
-        if not symbolic:
-            with mode:
-                return make_fx(forward, tracing_mode="real")(*given.values())
-        free = [
-            mode.from_tensor(torch.empty(value.shape, dtype=value.dtype), static_shapes=False)
-            for value in given.values()
-        ]
-        with mode:
-            return make_fx(forward, tracing_mode="real")(*free)
+        inputs = [mode.from_tensor(value, static_shapes=not symbolic) for value in given.values()]
+        with mode, torch.no_grad():
+            return make_fx(forward, tracing_mode="real")(*inputs)
 
 
 def measure(gm: GraphModule) -> dict[str, Any]:
@@ -162,13 +171,14 @@ def measure(gm: GraphModule) -> dict[str, Any]:
 def attempt(name: str) -> list[dict[str, Any]]:
     """A row for each kind of graph; ``error`` where there is none."""
     rows: list[dict[str, Any]] = []
+    tracer = Tracer(name)
     for kind in KINDS:
         row: dict[str, Any] = {"type": name, "kind": kind}
         if rows and all("error" in done for done in rows):
             rows.append(row | {"error": "as the kinds before"})
             continue
         try:
-            row |= measure(trace(name, kind))
+            row |= measure(tracer.trace(kind))
         except Exception as error:  # of any model's code, which is not ours to judge
             row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
         rows.append(row)
