@@ -35,7 +35,7 @@ def layer_of(rank: int, case: dict[str, Any], twin: str = "") -> chains.Mc2:
     if given.pop("counts_read", False):
         given.update(COUNTS)
     group = given.pop("group", dist.group.WORLD.group_name)
-    return chains.Mc2(
+    return given.pop("kind_of", chains.Mc2)(
         group,
         given.pop("quantisation", "none"),
         given.pop("activation", "swiglu"),
@@ -66,8 +66,20 @@ def raise_and_run(
     return found
 
 
-def shared_of(layer: chains.Mc2, x: torch.Tensor) -> Any:
-    return x.double() @ layer.w_shared.double() if layer.shared else 0.0
+def off_by_one(span: tuple[int, int]) -> tuple[int, int]:
+    return span[0], span[1] - 1
+
+
+def doubled(rows: torch.Tensor) -> torch.Tensor:
+    return rows * 2
+
+
+def maximum(operation: str) -> str:
+    return "max"
+
+
+def shared_of(layer: chains.Layer, x: torch.Tensor) -> Any:
+    return x.double() @ layer.w_shared.double() if getattr(layer, "shared", "") else 0.0  # type: ignore[operator]
 
 
 def edited(rank: int, case: dict[str, Any], comm: str, seeds: list[str]) -> list[tuple[str, str]]:

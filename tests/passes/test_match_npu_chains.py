@@ -279,6 +279,15 @@ def test_a_value_that_is_waited_for_is_still_read_once(pair, waits_of_ge):
         match_mc2(anchor(graph, DISPATCH), pair)
 
 
+@pytest.mark.parametrize("masked", ["where", "mul"])
+def test_exchanges_of_a_chain_of_gathered_tokens_go_with_it(pair, masked):
+    layer = chains.Gathered(pair.ep_group, "none", "swiglu", 0, 2, masked=masked)
+    lowered = testing.lower_graph(layer, *chains.inputs(0), deployment=pair, comm="mc2")
+    assert [(block.comm, block.raised_from) for block in lowered.report.blocks] == [("mc2", "gathered_v2")]
+    assert not [name for name in lowered.ops_after if name.startswith("_c10d")]
+    assert sum(name.endswith("all_gather_into_tensor") for name in lowered.ops_before) == 3
+
+
 ROUTED_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu between the matmuls": ("raise.activation", {"between": torch.relu}),
     "results weighted twice": ("raise.operation_between", {"out": lambda out: out * 2}),
@@ -322,6 +331,7 @@ def test_each_code_is_documented():
         "match_npu_activation",
         "match_mc2_chain",
         "match_routing_chain",
+        "match_gathered_chain",
         "npu_chain",
     )
     files = [folder / "raise_foreign" / f"{name}.py" for name in (*names, "npu_forms", "keep_foreign")]

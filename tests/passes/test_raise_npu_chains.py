@@ -103,6 +103,42 @@ def test_a_twin_is_left_and_computes_what_it_did(ranks, twin):
             assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
 
 
+GATHERED: dict[str, tuple[dict[str, Any], str]] = {
+    "unpermute": ({}, "mc2"),
+    "finalize, by a product": ({"back": "finalize", "masked": "mul"}, "fused_mc2"),
+    "W8A8": ({"quantisation": "w8a8"}, "alltoall"),
+    "as it is": ({}, "allgather"),
+}
+
+
+@pytest.mark.parametrize("form", GATHERED)
+def test_a_chain_of_gathered_tokens(ranks, form):
+    case, comm = GATHERED[form]
+    for found in ranks.run(jobs.raise_and_run, {**case, "kind_of": chains.Gathered}, comm):
+        require_right(found, BOUND[case.get("quantisation", "none")])
+        ((chosen, reason, raised_from, before, after, _),) = found["blocks"]
+        assert (chosen, raised_from) == (comm, "gathered_v2"), reason
+        assert found["foreign"] == []
+        assert (before == after) == (comm == "allgather") == ("[raise.already]" in reason)
+
+
+GATHERED_TWINS = {
+    "no mask": ("raise.partial_range", {"masked": ""}),
+    "a range off by one": ("raise.partial_range", {"range": jobs.off_by_one}),
+    "results doubled": ("raise.operation_between", {"out": jobs.doubled}),
+    "a maximum": ("raise.other_group", {"reduce": jobs.maximum}),
+    "sums doubled": ("raise.scattered", {"sums": jobs.doubled}),
+}
+
+
+@pytest.mark.parametrize("twin", GATHERED_TWINS)
+def test_a_twin_of_gathered_tokens_is_left(ranks, twin):
+    code, changes = GATHERED_TWINS[twin]
+    for found in ranks.run(jobs.raise_and_run, {**changes, "kind_of": chains.Gathered}, "mc2"):
+        assert found["blocks"] == [] and f"[{code}]" in found["foreign"][0], found["foreign"]
+        assert torch.equal(torch.nan_to_num(found["lowered"][0]), torch.nan_to_num(found["written"][0]))
+
+
 ALONE: dict[str, dict[str, Any]] = {
     "W8A8, counts": {"quantisation": "w8a8", "back": "finalize", "kind": 1, "shared": True},
     "W8A8, int8 tokens": {"quantisation": "w8a8", "travels": True},

@@ -53,15 +53,26 @@ def match_routing(route: Node, deployment: Deployment) -> Chain:
     Raises:
         NotThisForm: it is none that the generic operators say.
     """
-    walk = Walk()
-    if deployment.ep_size != 1:
+    experts = argument(route, "expert_num")
+    whole = list(argument(route, "active_expert_range") or [0, experts]) == [0, experts]
+    if deployment.ep_size != 1 and whole:
         raise NotThisForm(
             route,
             "raise.other_group",
             f"{route.name} has all experts on this rank, and ep_size is {deployment.ep_size}",
-            "ep_size 1",
+            "ep_size 1, or the range of this rank's experts",
         )
-    experts_in_all = _check_route(route)
+    return match_range(route, None)
+
+
+def match_range(route: Node, own_range: list[int] | None) -> Chain:
+    """The chain that begins with a routing to the experts of a range, None for all: all but what becomes of others' experts.
+
+    Raises:
+        NotThisForm: it is none that the generic operators say.
+    """
+    walk = Walk()
+    experts_in_all = _check_route(route, own_range)
     rows, index, counts, scales = walk.results(route, 4)
     travels = value_of(argument(route, "x")).dtype == torch.int8  # with a scale for each token
     quantises = travels or argument(route, "quant_mode") == DYNAMIC
@@ -95,7 +106,7 @@ def match_routing(route: Node, deployment: Deployment) -> Chain:
     )
 
 
-def _check_route(node: Node) -> int:
+def _check_route(node: Node, own_range: list[int] | None) -> int:
     experts = argument(node, "expert_num")
     require(node, {
         "offset": (None,), "drop_pad_mode": (0,), "expert_tokens_num_flag": (True,), "expert_tokens_num_type": (0, 1, 2),
@@ -105,9 +116,13 @@ def _check_route(node: Node) -> int:
     if type(experts) is not int or experts < 1:
         raise NotThisForm(node, "raise.experts", f"{node.name}: expert_num is {experts!r}", "the number of experts")
     kept = list(argument(node, "active_expert_range") or [0, experts])
-    if kept != [0, experts]:
+    accepted = own_range or [0, experts]
+    if kept != accepted:
         raise NotThisForm(
-            node, "raise.partial_range", f"{node.name}: active_expert_range is {kept}", f"[0, {experts}], all experts"
+            node,
+            "raise.partial_range",
+            f"{node.name}: active_expert_range is {kept}",
+            f"{accepted}, " + ("the experts of this rank" if own_range else "all experts"),
         )
     _check_rows(node)
     return experts
