@@ -41,7 +41,13 @@ from moe_lowering.families.listing import families, model_type  # noqa: E402
 KINDS = {
     f"{str(dtype).removeprefix('torch.')}, {how}": (dtype, sizes, how == "symbolic")
     for dtype in (torch.bfloat16, torch.float32)
-    for how, sizes in (("1 x 16", (1, 16)), ("2 x 33", (2, 33)), ("symbolic", (2, 24)))
+    for how, sizes in (
+        ("1 x 16", (1, 16)),
+        ("2 x 33", (2, 33)),
+        ("symbolic", (2, 24)),
+        ("4 x 8", (4, 8)),
+        ("1 x 40", (1, 40)),
+    )
 }
 LAYERS = 4
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
@@ -235,6 +241,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         return "no graphs"
     each = sorted(row["microseconds"] / row["nodes"] for row in graphs)
     nodes, spent = sum(row["nodes"] for row in graphs), sum(row["microseconds"] for row in graphs)
+    line = statistics.linear_regression([row["nodes"] for row in graphs], [row["microseconds"] for row in graphs])
     lines = [
         f"graphs {len(graphs)} of {len({row['type'] for row in graphs})} types; types without a graph "
         f"{len({row['type'] for row in rows} - {row['type'] for row in graphs})}",
@@ -243,6 +250,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"{sum(len(row['foreign']) for row in graphs)}, graphs changed {sum(not row['unchanged'] for row in graphs)}",
         f"microseconds for each node: all {spent / nodes:.2f}, median {statistics.median(each):.2f}, 95 % "
         f"{each[int(0.95 * len(each))]:.2f}, most {each[-1]:.2f}",
+        f"as a line: {line.intercept:.0f} us for a graph and {line.slope:.2f} us for each node",
     ]
     for kind in KINDS:
         own = [row for row in graphs if row["kind"] == kind]
