@@ -18,7 +18,9 @@ from typing_extensions import NamedTuple
 from moe_lowering.custom_ops.exchange import open_group
 from moe_lowering.custom_ops.library import Value, check_once, register, schema_of
 from moe_lowering.custom_ops.placement import Placement, check
+from moe_lowering.custom_ops.quantised import quantise_rows
 from moe_lowering.custom_ops.sizes import are_certainly_different, ceil_div, is_known, show, token_count, unify
+from moe_lowering.custom_ops.smooth import check_smooth
 from moe_lowering.custom_ops.token_exchange import DTYPES, Bounds, TokenBatch, exchange
 
 
@@ -29,6 +31,8 @@ class DispatchCall(NamedTuple, Generic[Value]):
     not sent. ``num_experts`` routed experts on ``ep_size`` ranks, of which ``tp_size`` neighbours have the same tokens.
     ``max_tokens`` bounds T of every rank, 0 says that T is equal on all; ``max_rows`` bounds R, 0 for no bound.
     ``shared_expert_ranks``, ``shared_experts``: see ``placement``; ``on_shared_rank`` says that this rank is one of those.
+    ``x_smooth`` [num_experts, H] float32: each row is multiplied by that of its expert, in float32, and arrives as int8 with a
+    scale. Source: ops_transformer.dispatch: scales of quantMode 2.
     """
 
     x: Value
@@ -45,6 +49,7 @@ class DispatchCall(NamedTuple, Generic[Value]):
     shared_expert_ranks: int = 0
     shared_experts: int = 1
     on_shared_rank: bool = False
+    x_smooth: Value | None = None
 
     @property
     def placement(self) -> Placement:
@@ -103,6 +108,7 @@ def _check(call: DispatchCall[Tensor]) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"dispatch: x is {x.dtype}; accepted: float32, float16, bfloat16, or int8 with x_scale")
     check_ids(NAME, ids, call.mask, call.num_experts)
+    _check_smooth(call)
     lead = x.shape[:-1]
     if are_certainly_different(ids.shape[:-1], lead):
         raise ValueError(
@@ -118,6 +124,22 @@ def _check(call: DispatchCall[Tensor]) -> None:
         raise ValueError(f"dispatch: x_scale has shape {show(x_scale.shape)}; accepted: {show(lead)}, one per token")
 
 
+def _check_smooth(call: DispatchCall[Tensor]) -> None:
+    x, smooth = call.x, call.x_smooth
+    if smooth is None:
+        return
+    if x.dtype == torch.int8 or call.x_scale is not None:
+        raise ValueError(
+            "dispatch: x_smooth is given for tokens that are int8 already; accepted: tokens of floats without x_scale"
+        )
+    if call.shared_expert_ranks:
+        raise ValueError(
+            f"dispatch: x_smooth is given with shared_expert_ranks {call.shared_expert_ranks}; accepted: 0, since no form "
+            "of shared experts' scales is known"
+        )
+    check_smooth(NAME, "x_smooth", smooth, (call.num_experts, x.shape[-1]), "[experts, H]")
+
+
 def _row_bound(call: DispatchCall[Tensor], placement: Placement, on_shared_rank: bool) -> int:
     share = ceil_div(call.max_tokens or token_count(call.x.shape), call.tp_size)
     return placement.row_bound(share, call.ids.shape[-1], call.max_rows, on_shared_rank)
@@ -130,9 +152,10 @@ def _fake(call: DispatchCall[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         unify(other, x.shape[:-1])
     bound = _row_bound(call, placement, call.on_shared_rank)
     local = 1 if call.on_shared_rank else placement.local_experts
+    scaled = call.x_scale is not None or call.x_smooth is not None
     return (
-        x.new_empty((bound, x.shape[-1])),
-        x.new_empty((0 if call.x_scale is None else bound,), dtype=torch.float32),
+        x.new_empty((bound, x.shape[-1]), dtype=x.dtype if call.x_smooth is None else torch.int8),
+        x.new_empty((bound if scaled else 0,), dtype=torch.float32),
         x.new_empty((local,), dtype=torch.int64),
         x.new_empty((bound, 3), dtype=torch.int32),
     )
@@ -146,13 +169,25 @@ def _cpu(call: DispatchCall[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bounds = _bounds(call, placement)
     received = exchange(NAME, _flat_tokens(call), placement, ep, tp, bounds)
     size = bounds.shared_rows if call.on_shared_rank else bounds.rows
-    scale = received.scale if received.scale is not None else x.new_empty((0,), dtype=torch.float32)
+    rows, scale = received.rows, received.scale
+    if call.x_smooth is not None:
+        rows, scale = _smooth_rows(rows, received.counts, call.x_smooth, ep.rank)
     return (
-        _pad(received.rows, size, 0),
-        scale if call.x_scale is None else _pad(scale, size, 0),
+        _pad(rows, size, 0),
+        x.new_empty((0,), dtype=torch.float32) if scale is None else _pad(scale, size, 0),
         received.counts,
         _pad(received.handle, size, -1),
     )
+
+
+def _smooth_rows(rows: Tensor, counts: Tensor, smooth: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Rows of this rank's experts, times each one's line of ``smooth`` [num_experts, H], as int8 with a scale each.
+
+    Each row is quantised by itself, so that it is the same here as before it was sent.
+    """
+    first = rank * len(counts)
+    own = smooth[first : first + len(counts)].repeat_interleave(counts, 0)
+    return quantise_rows(rows.float() * own)
 
 
 def _flat_tokens(call: DispatchCall[Tensor]) -> TokenBatch:

@@ -32,6 +32,7 @@ from moe_lowering.custom_ops.quantised import (
     split_experts,
 )
 from moe_lowering.custom_ops.sizes import are_certainly_different, is_known, show
+from moe_lowering.custom_ops.smooth import check_smooth
 from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,7 +57,8 @@ class GroupedMlpCall(NamedTuple, Generic[Value]):
     [E_local] int64. Each list holds one tensor of all experts or one for each: w13 [H, 2I] (without a gate [H, I]) and w2
     [I, H], an eighth as wide in int32 for int4, biases, scales, offsets and scale biases without their first axis; none is []
     or None.
-    ``out_dtype`` is that of the result of int8 rows. The others: see ``docs/architecture.md``.
+    ``out_dtype`` is that of the result of int8 rows. ``h_smooth`` [E_local, I] float32 multiplies the activation, in float32,
+    before that becomes int8. The others: see ``docs/architecture.md``.
     """
 
     rows: Value
@@ -78,6 +80,7 @@ class GroupedMlpCall(NamedTuple, Generic[Value]):
     w13_scale_bias: Sequence[Value] | None = None
     w2_scale_bias: Sequence[Value] | None = None
     out_dtype: torch.dtype | None = None
+    h_smooth: Value | None = None
 
 
 NAME = "grouped_mlp"
@@ -134,6 +137,7 @@ def _check(call: GroupedMlpCall[Tensor]) -> None:
         if biases:
             check_per_expert(NAME, name, biases, experts, (columns,), (rows.dtype, torch.float32))
     _check_quantisers(call, experts, hidden, width)
+    _check_smooth(call, experts, width // parts)
 
 
 def _check_rows(call: GroupedMlpCall[Tensor]) -> None:
@@ -190,6 +194,19 @@ def _check_quantisers(call: GroupedMlpCall[Tensor], experts: int, hidden: int, f
             check_per_expert(NAME, f"{name}_offset", offset, experts, shape, (dtype,))
         if bias:
             check_per_expert(NAME, f"{name}_scale_bias", bias, experts, (width,), (torch.float32,))
+
+
+def _check_smooth(call: GroupedMlpCall[Tensor], experts: int, middle: int) -> None:
+    smooth = call.h_smooth
+    if smooth is None:
+        return
+    if not EXPERT_FORMATS[call.quantisation].int8_rows:
+        accepted = ", ".join(form.name for form in EXPERT_FORMATS.values() if form.int8_rows)
+        raise ValueError(
+            f"grouped_mlp: h_smooth is given for quantisation {call.quantisation!r}; accepted: none, since only {accepted} "
+            "quantise activations"
+        )
+    check_smooth(NAME, "h_smooth", smooth, (experts, middle), "[E_local, I]")
 
 
 def _groups(name: str, groups: int, inner: int) -> int:
@@ -254,7 +271,10 @@ def _int8_rows(call: GroupedMlpCall[Tensor], counts: list[int], used: int) -> Te
         rows, row_scale = quantise_rows(rows)
     hidden = quantised_matmul(rows, row_scale, counts, call.w13, call.w13_scale or ())
     gate = (call.activation, call.limit, call.alpha, call.interleaved)
-    rows, row_scale = quantise_rows(activate(hidden, *gate, torch.float32))
+    activated = activate(hidden, *gate, torch.float32)
+    if call.h_smooth is not None:
+        activated = activated * call.h_smooth.repeat_interleave(torch.tensor(counts), 0)
+    rows, row_scale = quantise_rows(activated)
     return quantised_matmul(rows, row_scale, counts, call.w2, call.w2_scale or ())
 
 

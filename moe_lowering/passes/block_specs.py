@@ -91,6 +91,8 @@ def spec_of_graph(
         interleaved=mlp.interleaved,
         has_mask=call.mask is not None,
         quantised_input=call.x_scale is not None,
+        has_x_smooth=call.x_smooth is not None,
+        has_h_smooth=mlp.h_smooth is not None,
         key=tuple(None if v is None else shape_key(v) for v in (call.x, call.ids, weights, call.mask)),
         quantisation=mlp.quantisation,
         **{name: getattr(call, name) for name in _OF_DEPLOYMENT},

@@ -122,7 +122,8 @@ class BlockSpec:
     scales, ``scale_dims`` their number of dimensions (a list of tensors counts as the stacked one). ``mixed_forms`` says
     that one of w13 and w2 is one tensor and the other a list. With shared-expert ranks ``experts`` and ``local_experts``
     are those of a rank with routed experts, on every rank; ``on_shared_rank`` is a rank's own and no rule reads it.
-    ``tensors`` are the experts' own: what rules read of each, and whether the graph computes it.
+    ``tensors`` are the experts' own: what rules read of each, and whether the graph computes it. ``has_x_smooth`` and
+    ``has_h_smooth``: tokens and activations are multiplied by smooth scales before they become int8.
     """
 
     tokens: Any = dataclasses.field(compare=False)
@@ -164,6 +165,8 @@ class BlockSpec:
     shared_experts: int = 1
     on_shared_rank: bool = False
     tensors: ExpertOperands = dataclasses.field(default_factory=ExpertOperands)
+    has_x_smooth: bool = False
+    has_h_smooth: bool = False
 
     def __hash__(self) -> int:
         return self._hash
@@ -177,6 +180,12 @@ class BlockSpec:
     def format(self) -> ExpertFormat:
         """What belongs to ``quantisation``."""
         return look_up(EXPERT_FORMATS, self.quantisation, "block: quantisation")
+
+    @property
+    def smooth_scales(self) -> str:
+        """Of what there are smooth scales, in words: ``none`` or which."""
+        named = (("tokens", self.has_x_smooth), ("activations", self.has_h_smooth))
+        return " and ".join(name for name, there in named if there) or "none"
 
     @property
     def first_width(self) -> int:
@@ -220,6 +229,10 @@ class Block:
     @property
     def x_scale(self) -> Node | None:
         return argument(self.dispatch, "x_scale")
+
+    @property
+    def x_smooth(self) -> Node | None:
+        return argument(self.dispatch, "x_smooth")
 
     @property
     def ids(self) -> Node:

@@ -23,7 +23,8 @@ def _init_routing(operands: Given) -> list[Described]:
     x, ids = operands["x"], operands["expert_idx"]
     slots = ids.shape[0] * ids.shape[1]
     first, end = operands["active_expert_range"]
-    return [((slots, x.shape[1]), x.dtype), ((slots,), _INT32), ((end - first,), _INT64), ((slots,), _FLOAT)]
+    dtype = x.dtype if operands["quant_mode"] == -1 else _INT8
+    return [((slots, x.shape[1]), dtype), ((slots,), _INT32), ((end - first,), _INT64), ((slots,), _FLOAT)]
 
 
 def _unpermute(operands: Given) -> list[Described]:

@@ -147,7 +147,11 @@ def _block(graph: Graph, spec: BlockSpec) -> Block:
         "shared_expert_ranks": spec.shared_expert_ranks,
         "shared_experts": spec.shared_experts,
     }
-    sent = called(OPS.dispatch.default, DispatchCall(x=x, x_scale=scale, max_rows=spec.max_rows, **common))
+    x_smooth = given("x_smooth", (spec.experts, spec.hidden), torch.float32) if spec.has_x_smooth else None
+    h_smooth = given("h_smooth", (spec.local_experts, spec.intermediate), torch.float32) if spec.has_h_smooth else None
+    sent = called(
+        OPS.dispatch.default, DispatchCall(x=x, x_scale=scale, max_rows=spec.max_rows, x_smooth=x_smooth, **common)
+    )
     rows, row_scale, counts, handle = (graph.call_function(operator.getitem, (sent, at)) for at in range(4))
     optional: dict[str, Any] = {
         name: value or None for name, value in experts.items() if name.endswith(("scale", "offset", "scale_bias"))
@@ -167,6 +171,7 @@ def _block(graph: Graph, spec: BlockSpec) -> Block:
             alpha=spec.alpha,
             interleaved=spec.interleaved,
             quantisation=spec.quantisation,
+            h_smooth=h_smooth,
             **optional,
         ),
     )

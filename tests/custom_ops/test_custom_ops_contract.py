@@ -42,6 +42,7 @@ def opcheck_samples() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     quantised_mlps = [
         ("grouped_mlp-w8a8", torch.float32, W8A8 | {"w2_scale": [torch.ones(4, 8).bfloat16()]}),
         ("grouped_mlp-w8a8-rows", torch.int8, W8A8 | {"row_scale": torch.rand(12), "out_dtype": torch.bfloat16}),
+        ("grouped_mlp-w8a8-smooth", torch.bfloat16, W8A8 | {"h_smooth": torch.rand(4, 8)}),
         ("grouped_mlp-w4a8", torch.float16, W4A8),
         ("grouped_mlp-w4a8-lists", torch.bfloat16, {n: list(v[0]) if type(v) is list else v for n, v in W4A8.items()}),
         ("grouped_mlp-w4a16", torch.float16, W4A16),
@@ -58,6 +59,7 @@ def opcheck_samples() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
         ("dispatch", ops.dispatch, (x, None, ids, None, 4, *ONE_RANK, 0)),
         ("dispatch-mask", ops.dispatch, (x.view(2, 3, 8), None, ids.view(2, 3, 2), mask.view(2, 3), 4, *ONE_RANK, 11)),
         ("dispatch-int8", ops.dispatch, (quantised, torch.rand(6), ids, mask, 4, "", 1, "", 1, 9, 0)),
+        ("dispatch-smooth", ops.dispatch, (x, None, ids, mask, 4, *ONE_RANK, 0, 0, 1, False, torch.rand(4, 8))),
         ("grouped_mlp", ops.grouped_mlp, (rows, none, counts, [w13], [w2], [], [], *tail)),
         (
             "grouped_mlp-lists",
@@ -78,7 +80,9 @@ def opcheck_samples() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
 
 SAMPLES = opcheck_samples()
 DIFFERENTIABLE = [
-    sample for sample in SAMPLES if sample[0] not in ("dispatch-int8", "assert_tokens", "assert_agreement")
+    sample
+    for sample in SAMPLES
+    if sample[0] not in ("dispatch-int8", "dispatch-smooth", "assert_tokens", "assert_agreement")
 ]
 
 
@@ -183,6 +187,14 @@ MISTAKES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("dispatch", DISPATCH, {"x_scale": torch.ones(4, 1)}, r"x_scale has shape \[4, 1\]; accepted: \[4\]"),
     ("dispatch", DISPATCH, {"x_scale": torch.ones(4).half()}, "x_scale is torch.float16; accepted: float32"),
     ("dispatch", DISPATCH, {"mask": torch.ones(3, dtype=torch.bool)}, r"mask has shape \[3\]; accepted: \[4\]"),
+    ("dispatch", DISPATCH, {"x_smooth": torch.ones(1, 8)}, r"x_smooth has shape \[1, 8\]; accepted: \[4, 8\]"),
+    ("dispatch", DISPATCH, {"x_smooth": torch.ones(4, 8).half()}, "x_smooth is torch.float16; accepted: float32"),
+    (
+        "dispatch",
+        DISPATCH,
+        {"x": X.to(torch.int8), "x_scale": torch.ones(4), "x_smooth": torch.ones(4, 8)},
+        "x_smooth is given for tokens that are int8 already",
+    ),
     ("dispatch", DISPATCH, {"mask": torch.ones(4)}, "mask is torch.float32; accepted: bool"),
     ("grouped_mlp", MLP, {"rows": torch.ones(8, 7)}, r"w13\[0\] has shape \[4, 8, 12\]; accepted: \[4, 7, 12\]"),
     ("grouped_mlp", MLP, {"rows": torch.ones(8, 8).half()}, r"w13\[0\] is torch.float32; accepted: torch.float16"),

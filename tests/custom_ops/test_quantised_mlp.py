@@ -108,6 +108,28 @@ def model(q: list[int], s: Tensor, given: dict[str, Tensor], expert: int) -> Ten
 HALF_GATE = {"activation": "swiglu_oai", "limit": 1e9, "alpha": 0.0}
 
 
+def test_smooth_scales_are_those_of_each_expert() -> None:
+    """Of tokens in ``dispatch``, of activations in ``grouped_mlp``: multiplied in float32 before they become int8."""
+    given, generator = weights("w8a8"), torch.Generator().manual_seed(3)
+    x = torch.randn(5, HIDDEN, generator=generator).bfloat16()
+    ids = torch.tensor([[0, 2], [2, 3], [3, 0], [0, 3], [2, 0]], dtype=torch.int32)
+    x_smooth, h_smooth = (torch.rand(EXPERTS, width, generator=generator) + 0.5 for width in (HIDDEN, INNER))
+    place = {"num_experts": EXPERTS, "ep_group": "", "ep_size": 1, "tp_group": "", "tp_size": 1}
+    sent = {**place, "mask": None, "max_tokens": 0, "max_rows": 0}
+    rows, scale, counts, handle = ops.dispatch(x=x, x_scale=None, ids=ids, x_smooth=x_smooth, **sent)
+    out = mlp(
+        rows, counts.tolist(), "w8a8", given, row_scale=scale, out_dtype=torch.float32, h_smooth=h_smooth, **HALF_GATE
+    )
+    for row, (_, token, choice) in enumerate(handle.tolist()):
+        expert = int(ids[token, choice])
+        q, s = int8_model(x[token].float() * x_smooth[expert])
+        assert rows[row].tolist() == q and scale[row] == s
+        first = sums_model(q, given["w13"][expert]).float() * given["w13_scale"][expert] * s
+        again, between = int8_model(half_gate(first) * h_smooth[expert])
+        expected = sums_model(again, given["w2"][expert]).float() * given["w2_scale"][expert] * between
+        assert torch.equal(out[row], expected)
+
+
 @pytest.mark.parametrize("lists", [False, True], ids=["stacked", "lists"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("form", ["w8a8", "w4a8"])

@@ -43,6 +43,7 @@ WORDS = {
     "quant_mode": ("pertoken", "perchannel", "pertensor", "pergroup"),
     "form": ("none", "a8w8", "a8w4", "a4w4", "a16w8", "a16w4", "a8w16"),
     "mode": (*MODES, "eager"),
+    "smooth_scales": ("none", "tokens", "activations", "tokens and activations"),
     "reduce_op": ("sum", "avg", "max", "min"),
 }
 

@@ -38,6 +38,9 @@ def grouped(change: str = "") -> Callable[..., Any]:
         offs = offsets(counted, EXPERTS - 2 if change == "bins" else EXPERTS - 1)
         if change == "no running sum":
             offs = torch.histc(counted.float(), EXPERTS, 0, EXPERTS - 1).to(torch.int32)
+        if change == "counts shifted by one":
+            shifted = torch.histc(counted.float(), EXPERTS, 0, EXPERTS - 1).roll(1)
+            offs = shifted.cumsum(0, dtype=torch.int32)
         by = {"another k": top_k + 1}.get(change, top_k)
         place = perm.roll(1) if change == "rows off by one" else perm
         rows = x[place // by]
@@ -92,6 +95,7 @@ GROUPED = {
     "descending": "raise.offsets",
     "bins": "raise.offsets",
     "no running sum": "raise.offsets",
+    "counts shifted by one": "raise.offsets",
     "another k": "raise.rows",
     "rows off by one": "raise.rows",
     "rows activated": "raise.rows",

@@ -26,6 +26,7 @@ MLP: dict[str, Any] = {
     "w13_scale_bias": None,
     "w2_scale_bias": None,
     "out_dtype": None,
+    "h_smooth": None,
 }
 W8A8: dict[str, Any] = {
     "quantisation": "w8a8",
@@ -86,6 +87,9 @@ QUANTISED_MISTAKES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         {"w2_scale_bias": [torch.ones(4, 8)]},
         "w2_scale_bias is given .* since only w4a8 has it",
     ),
+    ("grouped_mlp", MLP, {"h_smooth": torch.ones(4, 6)}, "h_smooth is given for quantisation 'none'; .* w8a8, w4a8"),
+    ("grouped_mlp", MLP | W8A8, {"h_smooth": torch.ones(4, 16)}, r"h_smooth has shape \[4, 16\]; accepted: \[4, 8\]"),
+    ("grouped_mlp", MLP | W8A8, {"h_smooth": torch.ones(4, 8).half()}, "h_smooth is torch.float16; accepted: float32"),
     ("grouped_mlp", MLP | INT8_ROWS, {"out_dtype": None}, "out_dtype is None for int8 rows; accepted: float32"),
     ("grouped_mlp", MLP | INT8_ROWS, {"out_dtype": torch.int8}, "out_dtype is torch.int8 for int8 rows"),
     (

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from rank_jobs import setup  # noqa: F401  (of the pool)
 
-from moe_lowering import Deployment, MoeLowering, npugraph_ex_options
+from moe_lowering import Deployment, MoeLowering
 from moe_lowering.backends.aot import lowering_backend
 
 _groups: dict[str, str] = {}
@@ -35,7 +35,7 @@ def layer_of(rank: int, case: dict[str, Any], twin: str = "") -> chains.Mc2:
     if given.pop("counts_read", False):
         given.update(COUNTS)
     group = given.pop("group", dist.group.WORLD.group_name)
-    return chains.Mc2(
+    return given.pop("kind_of", chains.Mc2)(
         group,
         given.pop("quantisation", "none"),
         given.pop("activation", "swiglu"),
@@ -46,19 +46,13 @@ def layer_of(rank: int, case: dict[str, Any], twin: str = "") -> chains.Mc2:
 
 
 def raise_and_run(
-    rank: int, case: dict[str, Any], comm: str, tokens: tuple[int, ...] = (6,), backend: str = "aot", twin: str = ""
+    rank: int, case: dict[str, Any], comm: str, tokens: tuple[int, ...] = (6,), twin: str = ""
 ) -> dict[str, Any]:
     """Compile this rank's chain; its results, those of the chain as it is, those of the reference, and the report."""
     layer, where = layer_of(rank, case, twin), deployment(rank)
     lowering = MoeLowering(where, comm)
     torch._dynamo.reset()
-    if backend == "aot":
-        compiled: Any = torch.compile(
-            layer, backend=lowering_backend(lowering), fullgraph=True, dynamic=len(tokens) > 1
-        )
-    else:
-        options = npugraph_ex_options(where, lowering=lowering, force_eager=True)
-        compiled = torch.compile(layer, backend="npugraph_ex", fullgraph=True, dynamic=False, options=options)
+    compiled = torch.compile(layer, backend=lowering_backend(lowering), fullgraph=True, dynamic=len(tokens) > 1)
     found: dict[str, Any] = {"lowered": [], "written": [], "reference": []}
     with torch.no_grad():
         for count in tokens:
@@ -72,8 +66,20 @@ def raise_and_run(
     return found
 
 
-def shared_of(layer: chains.Mc2, x: torch.Tensor) -> Any:
-    return x.double() @ layer.w_shared.double() if layer.shared else 0.0
+def off_by_one(span: tuple[int, int]) -> tuple[int, int]:
+    return span[0], span[1] - 1
+
+
+def doubled(rows: torch.Tensor) -> torch.Tensor:
+    return rows * 2
+
+
+def maximum(operation: str) -> str:
+    return "max"
+
+
+def shared_of(layer: chains.Layer, x: torch.Tensor) -> Any:
+    return x.double() @ layer.w_shared.double() if getattr(layer, "shared", "") else 0.0  # type: ignore[operator]
 
 
 def edited(rank: int, case: dict[str, Any], comm: str, seeds: list[str]) -> list[tuple[str, str]]:

@@ -104,8 +104,24 @@ class Layer(torch.nn.Module):
             tensor = getattr(own, field.name)
             if tensor is not None and not field.name.startswith("dense"):
                 self.register_buffer(field.name, tensor)
+        self.register_buffer("smooth_scale_1", None)
         self.register_buffer("smooth_scale_2", None)
+        self.whole_smooth: tuple[Tensor | None, Tensor | None] = (None, None)
         self.changes = changes
+
+    def smoothed(self, smooth: float | str | None) -> None:
+        """Smooth scales that are all that number; or each its own, of ``tokens``, ``activations`` or ``both``."""
+        if smooth is None:
+            return
+        shapes = ((EXPERTS, HIDDEN), (EXPERTS, width_of(self.quantisation)))
+        drawn = [numbers(seed, *shape).abs() + 0.25 for seed, shape in enumerate(shapes, 7)]
+        if isinstance(smooth, float):
+            drawn, smooth = [torch.full(shape, smooth) for shape in shapes], "both"
+        pairs = zip(("tokens", "activations"), drawn, strict=True)
+        first, second = self.whole_smooth = tuple(each if smooth in (name, "both") else None for name, each in pairs)  # type: ignore[assignment]
+        local = EXPERTS // self.ranks
+        self.smooth_scale_1 = first
+        self.smooth_scale_2 = None if second is None else second[self.rank * local : (self.rank + 1) * local].clone()
 
     def change(self, name: str, value: Any) -> Any:
         return self.changes.get(name, same)(value)
@@ -128,8 +144,8 @@ class Layer(torch.nn.Module):
             hidden = self.matmul(rows, "w13", groups, kind, output_dtype=3, tuning_config=[0])
             hidden = self.change("between", hidden)
             hidden, scale = npu().npu_dequant_swiglu_quant(
-                hidden, weight_scale=self.w13_scale, activation_scale=row_scale, quant_scale=self.smooth_scale_2,
-                group_index=groups, quant_mode=1, **{"activate_left": True, **self.changes.get("dequant", {})},
+                hidden, weight_scale=self.w13_scale, activation_scale=row_scale, group_index=groups, quant_mode=1,
+                **{"activate_left": True, "quant_scale": self.smooth_scale_2, **self.changes.get("dequant", {})},
             )  # fmt: skip
             groups = self.change("second_groups", groups)
             return self.matmul(
@@ -166,15 +182,12 @@ class Mc2(Layer):
     """Decode with MC2: dispatch_v2 > experts > combine_v2."""
 
     def __init__(
-        self, group: str, *args: Any, shared: str = "added", smooth: float | None = None, **changes: Any
+        self, group: str, *args: Any, shared: str = "added", smooth: float | str | None = None, **changes: Any
     ) -> None:
         super().__init__(*args, **changes)
         self.group, self.shared = group, shared
         self.register_buffer("w_shared", numbers(5, HIDDEN, HIDDEN, scale=HIDDEN**-0.5).bfloat16())
-        self.register_buffer("smooth_scale_1", None)
-        if smooth is not None:
-            self.smooth_scale_1 = torch.full((EXPERTS, HIDDEN), smooth)
-            self.smooth_scale_2 = torch.full((EXPERTS // self.ranks, INTERMEDIATE), smooth)
+        self.smoothed(smooth)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor | None = None) -> Any:
         common = {
@@ -184,7 +197,7 @@ class Mc2(Layer):
         sent = {**common, "quant_mode": 2 if self.quantisation in INT8 else 0, "comm_alg": "fullmesh_v2"}
         shared = x @ self.w_shared
         rows, scale, assist, counts, received, tp_received, _ = npu().npu_moe_distribute_dispatch_v2(
-            x.view(-1, HIDDEN), ids, **{**sent, **self.changes.get("dispatch", {})}, scales=self.smooth_scale_1
+            x.view(-1, HIDDEN), ids, **{"scales": self.smooth_scale_1, **sent, **self.changes.get("dispatch", {})}
         )
         out = self.change("out", self.experts(self.change("rows", rows), scale, self.change("counts", counts)))
         back = {**common, "tp_send_counts": tp_received}
@@ -231,9 +244,16 @@ class Routed(Layer):
     """All experts here: init_routing_v2 > experts > finalize_routing or token_unpermute."""
 
     def __init__(
-        self, *args: Any, back: str = "unpermute", kind: int = 1, shared: bool = False, **changes: Any
+        self,
+        *args: Any,
+        back: str = "unpermute",
+        kind: int = 1,
+        shared: bool = False,
+        smooth: float | str | None = None,
+        **changes: Any,
     ) -> None:
         super().__init__(*args, **changes)
+        self.smoothed(smooth)
         self.back, self.kind, self.shared = back, kind, shared
         self.register_buffer("w_shared", numbers(5, HIDDEN, HIDDEN, scale=HIDDEN**-0.5).bfloat16())
 
@@ -241,7 +261,7 @@ class Routed(Layer):
         given = {
             "active_num": ids.numel(), "expert_num": EXPERTS, "expert_tokens_num_type": self.kind,
             "expert_tokens_num_flag": True, "active_expert_range": [0, EXPERTS],
-            "quant_mode": 1 if self.quantisation in INT8 else -1,
+            "quant_mode": 1 if self.quantisation in INT8 else -1, "scale": self.smooth_scale_1,
         }  # fmt: skip
         tokens = x
         if self.changes.get("travels"):  # as int8 with a scale each
@@ -260,6 +280,43 @@ class Routed(Layer):
         return (y, self.changes["returned"](rows, scale, groups, out)) if "returned" in self.changes else y
 
 
+class Gathered(Layer):
+    """AllGather over the ranks: every token here, the rows of this rank's experts, the sums scattered back."""
+
+    def __init__(self, group: str, *args: Any, back: str = "unpermute", masked: str = "where", **changes: Any) -> None:
+        super().__init__(*args, **changes)
+        self.group, self.back, self.masked = group, back, masked
+
+    def gathered(self, value: Tensor) -> Tensor:
+        gathered = torch.ops._c10d_functional.all_gather_into_tensor(
+            value, self.ranks, self.change("group", self.group)
+        )
+        return torch.ops._c10d_functional.wait_tensor(gathered)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        x, ids, weights = self.gathered(x), self.gathered(ids), self.gathered(weights.bfloat16())
+        local = EXPERTS // self.ranks
+        first, last = self.change("range", (self.rank * local, (self.rank + 1) * local))
+        rows, index, counts, scale = npu().npu_moe_init_routing_v2(
+            x, ids, expert_num=EXPERTS, expert_tokens_num_type=1, expert_tokens_num_flag=True,
+            active_expert_range=[self.rank * local, (self.rank + 1) * local],
+            quant_mode=1 if self.quantisation in INT8 else -1,
+        )  # fmt: skip
+        out = self.change("out", self.experts(rows, scale, counts))
+        own = (ids >= first) & (ids < last)
+        if self.masked == "where":
+            weights = torch.where(own, weights, 0.0)
+        elif self.masked == "mul":
+            weights = weights * own
+        if self.back == "finalize":
+            y = npu().npu_moe_finalize_routing(out, None, None, None, weights, index.abs(), None, 2)
+        else:
+            y = npu().npu_moe_token_unpermute(out, index.abs(), weights)
+        y = self.change("sums", y)
+        mine = torch.ops._c10d_functional.reduce_scatter_tensor(y, self.change("reduce", "sum"), self.ranks, self.group)
+        return torch.ops._c10d_functional.wait_tensor(mine)
+
+
 def inputs(rank: int, tokens: int = 6, top_k: int = TOP_K) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, H] bfloat16, ids [T, k] int32 distinct within a token, weights [T, k] float32."""
     x = numbers(100 + rank, tokens, HIDDEN).bfloat16()
@@ -272,7 +329,9 @@ def reference(layer: Layer, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     out = torch.zeros(len(x), HIDDEN, dtype=torch.float64)
     for token, chosen in enumerate(ids.tolist()):
         for choice, expert in enumerate(chosen):
-            hidden = x[token].double() @ layer.whole.dense13[expert]
+            row = x[token].double()
+            smooth_x, smooth_h = layer.whole_smooth
+            hidden = (row if smooth_x is None else row * smooth_x[expert]) @ layer.whole.dense13[expert]
             gate, up = hidden.chunk(2)
             opened = gate / (1 + torch.exp(-gate))
             if layer.activation == "swiglu_clamp_after":
@@ -282,5 +341,6 @@ def reference(layer: Layer, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
                 opened = gate / (1 + torch.exp(-gate))
             if layer.activation == "gelu_tanh":
                 opened = gate * 0.5 * (1 + torch.tanh(0.7978845608028654 * (gate + 0.044715 * gate**3)))
-            out[token] += weights[token, choice].double() * ((opened * up) @ layer.whole.dense2[expert])
+            between = opened * up if smooth_h is None else opened * up * smooth_h[expert]
+            out[token] += weights[token, choice].double() * (between @ layer.whole.dense2[expert])
     return out

@@ -34,6 +34,7 @@ MC2 = {
     "GEGLU, W4A16": {"activation": "gelu_tanh", "quantisation": "w4a16"},
     "clamps before silu": {"activation": "swiglu_clamp"},
     "shared expert as an argument": {"shared": "argument"},
+    "W8A8, smooth": {"quantisation": "w8a8", "smooth": "both"},
 }
 ROUTED = {
     "unpermute": {},
@@ -46,6 +47,11 @@ ROUTED = {
     "W4A16": {"quantisation": "w4a16"},
     "GEGLU": {"activation": "gelu_tanh"},
 }
+
+
+npu = chains.npu
+torch.library.define("custom::clip_quant", "(Tensor x) -> Tensor")
+torch.library.register_fake("custom::clip_quant", torch.empty_like)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +111,8 @@ def test_an_mc2_chain_is_found(pair, case):
     assert given["limit"] == (0.5 if layer.activation == "swiglu_clamp" else 0.0)
     assert len(given["w13"]) == len(given["w2"]) == 1 and given["w13"][0].meta["val"].shape[0] == chains.EXPERTS // 2
     assert (chain.added is not None) == (case == "shared expert as an argument")
-    assert chain.x_smooth is None and chain.experts.h_smooth is None
+    smooth = [getattr(node, "name", None) for node in (chain.x_smooth, chain.experts.h_smooth)]
+    assert (smooth == [None, None]) == (case != "W8A8, smooth")
     outside = {user for node in chain.interior for user in node.users} - {*chain.interior}
     assert outside <= {*chain.combine.users}
 
@@ -140,7 +147,29 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "int4 weights without bias": ("raise.weights", {"quantisation": "w4a8", "scaled": lambda given: {**given, "bias": None}}),
     "relu of quantised activations": ("raise.operation_between", {"quantisation": "w4a8", "between": torch.relu}),
     "another k of the weights": ("raise.weights", {"weights": lambda weights: weights[:, :1]}),
-    "smooth scales": ("raise.smooth_scales", {"quantisation": "w8a8", "smooth": 1.0}),
+    "counts shifted by one": ("raise.counts", {"counts": lambda counts: counts.roll(1)}),
+    "counts shifted by one at the second matmul": ("raise.counts", {"second_groups": lambda counts: counts.roll(1)}),
+    "counts shifted by one, W8A8": ("raise.counts", {"quantisation": "w8a8", "second_groups": lambda counts: counts.roll(1)}),
+    "tokens in MX": ("raise.format", {"dispatch": {"quant_mode": 4}}),
+    "rows in MX": ("raise.format", {"rows": lambda rows: npu().npu_dynamic_mx_quant(rows)[0]}),
+    "a custom operator of rows": ("raise.custom", {"rows": lambda rows: torch.ops.custom.clip_quant(rows)}),
+    "a custom activation": ("raise.custom", {"between": lambda hidden: torch.ops.custom.clip_quant(hidden)}),
+    "a custom operator of results": ("raise.custom", {"out": lambda out: torch.ops.custom.clip_quant(out)}),
+    "smooth scales of nothing": ("raise.smooth_scales", {"dispatch": {"scales": torch.ones(chains.EXPERTS, chains.HIDDEN)}}),
+    "one line of smooth scales": (
+        "raise.smooth_scales", {"quantisation": "w8a8", "dispatch": {"scales": torch.ones(1, chains.HIDDEN)}}
+    ),
+    "smooth scales of this rank's experts": (
+        "raise.smooth_scales", {"quantisation": "w8a8", "dispatch": {"scales": torch.ones(chains.EXPERTS // 2, chains.HIDDEN)}}
+    ),
+    "smooth scales in 16 bits": (
+        "raise.smooth_scales",
+        {"quantisation": "w8a8", "dispatch": {"scales": torch.ones(chains.EXPERTS, chains.HIDDEN).bfloat16()}},
+    ),
+    "smooth scales of all experts' activations": (
+        "raise.smooth_scales",
+        {"quantisation": "w8a8", "dequant": {"quant_scale": torch.ones(chains.EXPERTS, chains.INTERMEDIATE)}},
+    ),
 }  # fmt: skip
 
 
@@ -175,7 +204,7 @@ def test_smooth_scales_of_one_are_dropped_and_others_are_not(pair):
     assert foreign_block(match_mc2(anchor(graph, DISPATCH), pair), graph).quantisation == "w8a8"
     with pytest.raises(ValueError, match="has 'smooth' in its name; accepted: a part"):
         moe_lowering.drop_unit_smooth_scales(torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"smooth_scale_2 has no data; accepted: a model whose weights are loaded"):
+    with pytest.raises(ValueError, match=r"smooth_scale_1 has no data; accepted: a model whose weights are loaded"):
         moe_lowering.drop_unit_smooth_scales(mc2_layer(pair, quantisation="w8a8", smooth=1.0).to("meta"))
     with pytest.raises(ValueError, match="model is 3; accepted: a torch"):
         moe_lowering.drop_unit_smooth_scales(3)
@@ -250,12 +279,24 @@ def test_a_value_that_is_waited_for_is_still_read_once(pair, waits_of_ge):
         match_mc2(anchor(graph, DISPATCH), pair)
 
 
+@pytest.mark.parametrize("masked", ["where", "mul"])
+def test_exchanges_of_a_chain_of_gathered_tokens_go_with_it(pair, masked):
+    layer = chains.Gathered(pair.ep_group, "none", "swiglu", 0, 2, masked=masked)
+    lowered = testing.lower_graph(layer, *chains.inputs(0), deployment=pair, comm="mc2")
+    assert [(block.comm, block.raised_from) for block in lowered.report.blocks] == [("mc2", "gathered_v2")]
+    assert not [name for name in lowered.ops_after if name.startswith("_c10d")]
+    assert sum(name.endswith("all_gather_into_tensor") for name in lowered.ops_before) == 3
+
+
 ROUTED_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu between the matmuls": ("raise.activation", {"between": torch.relu}),
     "results weighted twice": ("raise.operation_between", {"out": lambda out: out * 2}),
     "another index at the way back": ("raise.index", {"index": lambda index: index.flip(0)}),
     "the index is changed": ("raise.index", {"index": lambda index: index + 0 * index}),
     "rows returned": ("raise.single_use", {"returned": lambda rows, scale, counts, out: rows}),
+    "counts shifted by one": ("raise.counts", {"second_groups": lambda counts: counts.roll(1)}),
+    "prefix sums shifted by one": ("raise.counts", {"kind": 0, "second_groups": lambda sums: sums.roll(1)}),
+    "rows in MX": ("raise.format", {"route": {"quant_mode": 3}}),
     "counts for prefix sums": ("raise.counts", {"route": {"expert_tokens_num_type": 0}}),
     "prefix sums, W8A8": ("raise.counts", {"quantisation": "w8a8", "kind": 0}),
     "some of the experts": ("raise.partial_range", {"route": {"active_expert_range": [0, chains.EXPERTS - 1]}}),
@@ -290,6 +331,7 @@ def test_each_code_is_documented():
         "match_npu_activation",
         "match_mc2_chain",
         "match_routing_chain",
+        "match_gathered_chain",
         "npu_chain",
     )
     files = [folder / "raise_foreign" / f"{name}.py" for name in (*names, "npu_forms", "keep_foreign")]

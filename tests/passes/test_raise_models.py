@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import raise_rank_jobs
 import reference
@@ -15,6 +18,9 @@ from moe_lowering import Deployment, MoeLowering
 from moe_lowering.backends.aot import lowering_backend
 from moe_lowering.projections import join_projections
 from moe_lowering.testing import assert_lowered, lower_graph
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import dense_models
 
 COMMON = {
     "vocab_size": 64,
@@ -54,27 +60,13 @@ def test_a_model_of_transformers_as_it_is(implementation, dtype, dynamic):
     reference.assert_near(found, expected.double(), dtype)
 
 
-def dense_models():
-    import transformers as t
-
-    mlp = {"intermediate_size": 32}
-    bert = {**COMMON, **mlp}
-    bert.pop("num_key_value_heads")
-    yield t.LlamaForCausalLM(t.LlamaConfig(**COMMON, **mlp))
-    yield t.BertForMaskedLM(t.BertConfig(**bert))
-    yield t.Gemma2ForCausalLM(t.Gemma2Config(**COMMON, **mlp, head_dim=16))
-    yield t.GPT2LMHeadModel(t.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
-
-
-def test_models_without_experts_raise_nothing():
-    for model in dense_models():
-        lowering = MoeLowering(Deployment(), strict=True)
-        torch._dynamo.reset()
-        compiled = torch.compile(model.eval(), backend=lowering_backend(lowering), fullgraph=True)
-        with torch.no_grad():
-            compiled(torch.arange(8).reshape(1, 8))
-        for report in lowering.reports:
-            assert report.blocks == () and report.unlowered == [] and report.nodes_before == report.nodes_after
+@pytest.mark.parametrize("kind", ["bfloat16, 1 x 16", "float32, symbolic"])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_models_without_experts_raise_nothing(name, kind):
+    """A sample of benchmarks/dense_models.py, which makes hundreds of such graphs."""
+    found = dense_models.measure(dense_models.Tracer(name).trace(kind))
+    assert found["nodes"] > 200 and found["unchanged"]
+    assert (found["blocks"], found["routers"], found["foreign"]) == (0, 0, [])
 
 
 class Titan(nn.Module):

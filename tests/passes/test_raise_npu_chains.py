@@ -22,6 +22,7 @@ from moe_lowering.passes.implementations import IMPLEMENTATIONS
 FORMS: dict[str, dict[str, Any]] = {
     "bfloat16": {},
     "W8A8": {"quantisation": "w8a8", "shared": ""},
+    "W8A8, smooth scales": {"quantisation": "w8a8", "smooth": "both"},
     "W4A16": {"quantisation": "w4a16", "shared": "argument"},
     "W4A8": {"quantisation": "w4a8"},
     "GEGLU": {"activation": "gelu_tanh", "shared": ""},
@@ -29,7 +30,9 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 REFUSED = {("W4A16", "fused_mc2"): "fused.quantisation", ("GEGLU", "fused_mc2"): "fused.activation"}
 REFUSED["clamps before silu", "fused_mc2"] = "fused.activation"
-UNTOUCHED = {"bfloat16", "W4A16", "W4A8", "GEGLU", "clamps before silu"}  # as MC2: W8A8's experts get a fused operator
+REFUSED["W8A8, smooth scales", "fused_mc2"] = "fused.smooth_scales"
+# As MC2: W8A8's experts get a fused operator, which has no smooth scales
+UNTOUCHED = {"W8A8, smooth scales", "bfloat16", "W4A16", "W4A8", "GEGLU", "clamps before silu"}
 BOUND = {"none": 2e-2, "w8a8": 4e-2, "w4a16": 2e-2, "w4a8": 4e-2}  # int8 activations round by 1 / 254 each
 
 
@@ -80,12 +83,6 @@ def test_counts_that_are_read_elsewhere(ranks, comm):
         assert torch.equal(found["lowered"][0][1], found["written"][0][1])
 
 
-def test_by_npugraph_ex_with_nothing_but_our_options(ranks):
-    for found in ranks.run(jobs.raise_and_run, {"quantisation": "w8a8"}, "auto", (6,), "npugraph_ex"):
-        require_right(found, 4e-2)
-        assert len(found["blocks"]) == 1 and found["blocks"][0][0] is not None
-
-
 TWINS = [
     "relu between the matmuls",
     "results weighted twice",
@@ -97,7 +94,7 @@ TWINS = [
 
 @pytest.mark.parametrize("twin", TWINS)
 def test_a_twin_is_left_and_computes_what_it_did(ranks, twin):
-    for found in ranks.run(jobs.raise_and_run, {}, "allgather", (6,), "aot", twin):
+    for found in ranks.run(jobs.raise_and_run, {}, "allgather", (6,), twin):
         assert found["blocks"] == []
         assert len(found["foreign"]) == 1 and "[raise." in found["foreign"][0]
         lowered, written = (found[name][0] for name in ("lowered", "written"))
@@ -106,10 +103,48 @@ def test_a_twin_is_left_and_computes_what_it_did(ranks, twin):
             assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
 
 
+GATHERED: dict[str, tuple[dict[str, Any], str]] = {
+    "unpermute": ({}, "mc2"),
+    "finalize, by a product": ({"back": "finalize", "masked": "mul"}, "fused_mc2"),
+    "W8A8": ({"quantisation": "w8a8"}, "alltoall"),
+    "as it is": ({}, "allgather"),
+}
+
+
+@pytest.mark.parametrize("form", GATHERED)
+def test_a_chain_of_gathered_tokens(ranks, form):
+    case, comm = GATHERED[form]
+    for found in ranks.run(jobs.raise_and_run, {**case, "kind_of": chains.Gathered}, comm):
+        require_right(found, BOUND[case.get("quantisation", "none")])
+        ((chosen, reason, raised_from, before, after, _),) = found["blocks"]
+        assert (chosen, raised_from) == (comm, "gathered_v2"), reason
+        assert found["foreign"] == []
+        assert (before == after) == (comm == "allgather") == ("[raise.already]" in reason)
+
+
+GATHERED_TWINS = {
+    "no mask": ("raise.partial_range", {"masked": ""}),
+    "a range off by one": ("raise.partial_range", {"range": jobs.off_by_one}),
+    "results doubled": ("raise.operation_between", {"out": jobs.doubled}),
+    "a maximum": ("raise.other_group", {"reduce": jobs.maximum}),
+    "sums doubled": ("raise.scattered", {"sums": jobs.doubled}),
+}
+
+
+@pytest.mark.parametrize("twin", GATHERED_TWINS)
+def test_a_twin_of_gathered_tokens_is_left(ranks, twin):
+    code, changes = GATHERED_TWINS[twin]
+    for found in ranks.run(jobs.raise_and_run, {**changes, "kind_of": chains.Gathered}, "mc2"):
+        assert found["blocks"] == [] and f"[{code}]" in found["foreign"][0], found["foreign"]
+        assert torch.equal(torch.nan_to_num(found["lowered"][0]), torch.nan_to_num(found["written"][0]))
+
+
 ALONE: dict[str, dict[str, Any]] = {
     "W8A8, counts": {"quantisation": "w8a8", "back": "finalize", "kind": 1, "shared": True},
     "W8A8, int8 tokens": {"quantisation": "w8a8", "travels": True},
     "W8A8, pairs": {"quantisation": "w8a8", "back": "finalize", "kind": 2},
+    "W8A8, pairs, smooth scales": {"quantisation": "w8a8", "back": "finalize", "kind": 2, "smooth": "both"},
+    "W8A8, smooth tokens": {"quantisation": "w8a8", "smooth": "tokens"},
     "W8A8, unpermute": {"quantisation": "w8a8", "back": "unpermute"},
     "bfloat16, prefix sums": {"quantisation": "none", "back": "finalize", "kind": 0, "shared": True},
     "W4A16": {"quantisation": "w4a16", "back": "unpermute"},
@@ -139,7 +174,9 @@ def test_a_chain_of_one_rank(form):
         assert relative_error(result, reference) < BOUND[quantisation]
     (block,) = report.blocks
     assert (block.comm, block.raised_from) == ("allgather", "routing_v2") and report.foreign == ()
-    if quantisation == "w8a8":  # its experts get the operator that is one for matmul, SwiGLU and quantisation
+    if ALONE[form].get("smooth") == "both":  # pairs are counts then, and the same operators
+        assert "npu.npu_dequant_swiglu_quant" in block.ops_after and torch.equal(lowered, written)
+    elif quantisation == "w8a8":  # its experts get the operator that is one for matmul, SwiGLU and quantisation
         assert "npu.npu_grouped_matmul_swiglu_quant_v2" in block.ops_after
     else:
         assert block.ops_after == block.ops_before and "[raise.already]" in block.reason

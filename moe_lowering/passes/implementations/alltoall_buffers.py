@@ -97,7 +97,11 @@ def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rule
 
 
 def _rules(spec: BlockSpec, premises: Premises) -> dict[str, Any]:
-    return {"tokens": share(premises.tokens, spec), "data_dependent_capacity": sized_by_data(spec, premises)}
+    return {
+        "tokens": share(premises.tokens, spec),
+        "has_x_smooth": spec.has_x_smooth,
+        "data_dependent_capacity": sized_by_data(spec, premises),
+    }
 
 
 def sized_by_data(spec: BlockSpec, premises: Premises) -> bool:

@@ -36,6 +36,7 @@ def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rule
             "mode": deployment.mode,
             "experts": spec.experts,
             "quantisation": spec.quantisation,
+            "smooth_scales": spec.smooth_scales,
             "has_scale_bias": spec.has_scale_bias,
             "counts_read_before_combine": spec.counts_read_before_combine,
         },

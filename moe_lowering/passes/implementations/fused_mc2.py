@@ -232,6 +232,7 @@ def _rules(spec: BlockSpec, deployment: Deployment) -> Rules:
         {
             "ep_size": spec.ep_size,
             "quantisation": spec.quantisation,
+            "smooth_scales": spec.smooth_scales,
             "mixed_forms": spec.mixed_forms,
             "shared_expert_rank_num": spec.shared_expert_ranks,
             "fused_mode": deployment.fused_mode,

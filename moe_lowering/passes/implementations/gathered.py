@@ -69,9 +69,12 @@ class Partial:
 ROUTE = "npu_moe_init_routing_v2"
 
 
-def route_arguments(x: Any, ids: Any, scale: Any, experts: int, kept: list[Any]) -> dict[str, Any]:
+def route_arguments(
+    x: Any, ids: Any, scale: Any, experts: int, kept: list[Any], x_smooth: Any = None
+) -> dict[str, Any]:
     """``init_routing_v2`` of x [N, H], int8 with ``scale`` [N] or not, by ids [N, k] in 0..experts-1: rows in order of
-    expert, and the counts, of the experts from ``kept[0]`` to ``kept[1]`` - 1."""
+    expert, and the counts, of the experts from ``kept[0]`` to ``kept[1]`` - 1. With ``x_smooth`` [kept, H] it multiplies rows by
+    their expert's line and makes them int8."""
     arguments = {
         "x": x,
         "expert_idx": ids,
@@ -80,7 +83,12 @@ def route_arguments(x: Any, ids: Any, scale: Any, experts: int, kept: list[Any])
         "expert_tokens_num_flag": True,
         "active_expert_range": kept,
     }
+    if x_smooth is not None:
+        return {**arguments, "scale": x_smooth, "quant_mode": _DYNAMIC}
     return arguments if scale is None else {**arguments, "scale": scale}
+
+
+_DYNAMIC = 1  # quant_mode: int8 with a scale for each row
 
 
 def route_call(spec: BlockSpec, top_k: int, experts: int, kept: list[Any]) -> OperatorCall:
@@ -88,12 +96,15 @@ def route_call(spec: BlockSpec, top_k: int, experts: int, kept: list[Any]) -> Op
     eight_bits = travels_as_int8(spec)
     x = tensor(torch.int8 if eight_bits else spec.dtype, None, spec.hidden)
     scale = row_scales() if eight_bits else None
-    return OperatorCall(ROUTE, route_arguments(x, tensor(torch.int32, None, top_k), scale, experts, kept))
+    # as many lines as the range has experts, which is left open where the range is
+    lines = None if kept[0] is None else kept[1] - kept[0]
+    smooth = tensor(torch.float32, lines, spec.hidden) if spec.has_x_smooth else None
+    return OperatorCall(ROUTE, route_arguments(x, tensor(torch.int32, None, top_k), scale, experts, kept, smooth))
 
 
 def travels_as_int8(spec: BlockSpec) -> bool:
-    """Whether tokens are sent as int8 with a scale each."""
-    return spec.quantised_input or spec.format.int8_rows
+    """Whether tokens are sent as int8 with a scale each. Smooth scales are an expert's: a token has one result for each."""
+    return spec.quantised_input or (spec.format.int8_rows and not spec.has_x_smooth)
 
 
 def gathered_calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rules, ...]:
@@ -272,9 +283,13 @@ def _route_rows(
     spec = block.spec
     first = deployment.own_rank("ep") * spec.local_experts
     kept = [first, first + spec.local_experts]
-    routed = emit_call(emit, ROUTE, route_arguments(tokens.x, tokens.ids, tokens.scale, _ids(spec), kept))
+    smooth = block.x_smooth
+    if smooth is not None and spec.ep_size > 1:
+        smooth = emit.call(aten.slice.Tensor, smooth, 0, *kept)
+    arguments = route_arguments(tokens.x, tokens.ids, tokens.scale, _ids(spec), kept, smooth)
+    routed = emit_call(emit, ROUTE, arguments)
     rows, index, counts = (emit.item(routed, i) for i in range(3))
-    scale = None if tokens.scale is None else emit.item(routed, 3)
+    scale = None if tokens.scale is None and smooth is None else emit.item(routed, 3)
     if _has_spare_row(spec):
         # a token has at most E_local slots here: the remaining rows are never filled
         most = _row_bound(emit, tokens.x, spec)

@@ -3,7 +3,8 @@
 The operators order rows by local expert, source rank and token, like the generic ``dispatch``, and allocate the same
 bound ``ep * max_tokens * min(k, E_local)``. Rows past the received ones are undefined; ``combine`` never reads them.
 When T may differ between ranks, ``global_bs = max_tokens * ep`` says so; a mask and ``global_bs`` exclude each other.
-With W8A8 and W4A8 weights dispatch quantises each token (quant_mode 2) and its int8 rows feed the MLP directly.
+With W8A8 and W4A8 weights dispatch quantises each token (quant_mode 2), times its expert's smooth scales where there are
+any, and its int8 rows feed the MLP directly.
 Auxiliary tensors go from dispatch to combine untouched. On A2, and in the two-level algorithm ("hierarchy"), both ends
 take the routing weights, so dispatch stands where they exist.
 
@@ -73,7 +74,8 @@ def _judged_dispatch(spec: BlockSpec, deployment: Deployment, premises: Premises
     tokens = _judged_tokens(spec, deployment, share(premises.tokens, spec))
     # no dispatch takes int8 tokens: it quantises by itself
     x = tensor(torch.int8 if spec.quantised_input else spec.dtype, tokens.weights.shape[0], spec.hidden)
-    return dispatch_arguments(spec, deployment, None, x, tokens)
+    smooth = tensor(torch.float32, spec.experts, spec.hidden) if spec.has_x_smooth else None
+    return dispatch_arguments(spec, deployment, None, x, tokens, smooth)
 
 
 def _judged_combine(spec: BlockSpec, deployment: Deployment, premises: Premises) -> dict[str, Any]:
@@ -102,7 +104,7 @@ class _Tokens:
 
 
 def dispatch_arguments(
-    spec: BlockSpec, deployment: Deployment, rank: int | None, x: Any, tokens: _Tokens
+    spec: BlockSpec, deployment: Deployment, rank: int | None, x: Any, tokens: _Tokens, x_smooth: Any = None
 ) -> dict[str, Any]:
     """Of dispatch of x [M, H] on EP rank ``rank``; None in a call that is judged for all ranks."""
     weights = {"expert_scales": tokens.weights} if deployment.weighs_before_sending else {}
@@ -111,6 +113,7 @@ def dispatch_arguments(
         "expert_ids": tokens.ids,
         **_group(spec, deployment, rank),
         **weights,
+        **({} if x_smooth is None else {"scales": x_smooth}),
         "quant_mode": _quant_mode(spec),
         "expert_token_nums_type": 1,
         **_shared_arguments(spec, deployment, tokens.mask),
@@ -194,7 +197,7 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premise
             active = _active(emit, mask, spec, deployment)
         weights = share.of(emit.rows(block.weights)) if deployment.weighs_before_sending else None
         x = share.of(emit.rows(block.x))
-        arguments = dispatch_arguments(spec, deployment, rank, x, _Tokens(ids, weights, active))
+        arguments = dispatch_arguments(spec, deployment, rank, x, _Tokens(ids, weights, active), block.x_smooth)
         sent = _emit_dispatch(emit, emit_call(emit, DISPATCH, arguments), spec, deployment)
     with emit.at(max(block.mlp, start), block.mlp):
         y_rows = emit_mlp(emit, block, sent.rows, sent.scale, sent.counts, deployment)

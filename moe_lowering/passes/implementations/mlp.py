@@ -32,7 +32,7 @@ def mlp_calls(spec: BlockSpec, deployment: Deployment, chosen: str | None = None
     ``chosen`` is the chain of ``quantised_mlp`` of a caller that does not use ``emit_mlp``.
     """
     words = mlp_words(spec)
-    if not (words["activation_is_known"] and words["quantisation_is_known"]):
+    if not (words["activation_is_known"] and words["quantisation_is_known"] and words["smooth_scales_have_a_call"]):
         return (Rules("grouped_mlp", words),)  # a block that has no emitter makes no calls
     if spec.format.quantised:
         return Rules("grouped_mlp", words), *quantised_mlp.calls(spec, deployment, chosen)
@@ -51,6 +51,7 @@ def mlp_words(spec: BlockSpec) -> dict[str, Any]:
         "activation_is_known": spec.activation in EMITTED,
         "quantisation": spec.quantisation,
         "quantisation_is_known": known,
+        "smooth_scales_have_a_call": not spec.has_h_smooth or quantised_mlp.takes_smooth(spec),
     }
 
 

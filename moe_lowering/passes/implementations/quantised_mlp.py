@@ -7,7 +7,8 @@
     w4a16  ``npu_grouped_matmul`` (antiquant scale and offset) > activation > ``npu_grouped_matmul``
 
 W8A8 takes the first line whose operators accept the block, by their rows in ``limits/data`` (``chain``): the first two know
-SwiGLU with the gate first only, and have limits of their own on format, layout and width. "quantise" is
+SwiGLU with the gate first only, and have limits of their own on format, layout and width. Smooth scales of activations are an
+argument of the second line's operator alone, which is taken for them with clamps too. "quantise" is
 ``npu_dynamic_quant``, left out where rows arrive as int8 with scales (MC2's dispatch with quant_mode 2).
 Counts per expert are the group list (type 1). Rows past the sum of the counts are undefined afterwards.
 Dtypes of scales: limits/data/grouped_matmul_quantised.toml.
@@ -17,7 +18,7 @@ Sources: vllm_ascend.moe_mlp: unified_apply_mlp; ops_transformer.grouped_matmul.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +58,10 @@ def chain(spec: BlockSpec, deployment: Deployment) -> str:
 
     It depends on what is the same on every rank, and T is not in it: verdict, emission and every rank choose alike.
     """
+    if spec.has_h_smooth:
+        return (
+            DEQUANT  # the only one that multiplies each expert's activations; where it is not legal, the block is not
+        )
     if spec.format.weight_dtype == "int8" and spec.activation == "swiglu" and not spec.interleaved:
         for name in (FUSED, DEQUANT):
             if all(_is_accepted(call, deployment) for call in _matmuls(name, spec, deployment)):
@@ -95,7 +100,7 @@ def quantise_calls(spec: BlockSpec, width: int) -> tuple[OperatorCall, ...]:
 
 def tokens_calls(spec: BlockSpec) -> tuple[OperatorCall, ...]:
     """The calls that ``quantise_tokens`` makes for a block."""
-    return () if spec.quantised_input else quantise_calls(spec, spec.hidden)
+    return () if spec.quantised_input or spec.has_x_smooth else quantise_calls(spec, spec.hidden)
 
 
 def _matmuls(name: str, spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall, ...]:
@@ -112,7 +117,9 @@ def _matmuls(name: str, spec: BlockSpec, deployment: Deployment) -> tuple[Operat
         sums = matmul_call(spec, spec.hidden, experts.w13, torch.int8, output_dtype=_INT32)
         scale = experts.w13_scale.cast(torch.float32).first
         x = tensor(torch.int32, None, spec.first_width)
-        return sums, OperatorCall(DEQUANTISE, _dequant_arguments(x, scale, row_scales(), counts)), second
+        smooth = tensor(torch.float32, spec.local_experts, spec.intermediate) if spec.has_h_smooth else None
+        dequantise = _dequant_arguments(spec, x, scale, row_scales(), counts, smooth)
+        return sums, OperatorCall(DEQUANTISE, dequantise), second
     first = matmul_call(spec, spec.hidden, experts.w13, _rows_dtype(spec), **_first_arguments(spec))
     return first, *activation_calls(spec, deployment.soc), *quantise_calls(spec, spec.intermediate), second
 
@@ -167,9 +174,11 @@ def _swiglu_quant_arguments(
     }
 
 
-def _dequant_arguments(sums: Any, scale: Any, row_scale: Any, counts: Any) -> dict[str, Any]:
-    """``npu_dequant_swiglu_quant`` of int32 sums [N, 2I]: scales, SwiGLU and quantisation in one."""
-    return {
+def _dequant_arguments(
+    spec: BlockSpec, sums: Any, scale: Any, row_scale: Any, counts: Any, smooth: Any
+) -> dict[str, Any]:
+    """``npu_dequant_swiglu_quant`` of int32 sums [N, 2I]: scales, SwiGLU, smooth scales and quantisation in one."""
+    arguments = {
         "x": sums,
         "weight_scale": scale,
         "activation_scale": row_scale,
@@ -177,6 +186,28 @@ def _dequant_arguments(sums: Any, scale: Any, row_scale: Any, counts: Any) -> di
         "activate_left": True,
         "quant_mode": 1,
     }
+    if smooth is not None:
+        arguments["quant_scale"] = smooth
+    if spec.activation in _GLU:
+        alpha, bias = _GLU[spec.activation](spec.alpha)
+        mode = _COLUMNS if spec.interleaved else _HALVES
+        arguments |= {"swiglu_mode": mode, "clamp_limit": spec.limit, "glu_alpha": alpha, "glu_bias": bias}
+    return arguments
+
+
+_COLUMNS, _HALVES = 1, 2  # swiglu_mode with clamps: even and odd columns, or halves
+_GLU: dict[
+    str, Callable[[float], tuple[float, float]]
+] = {  # glu_alpha and glu_bias of the activations with clamps before
+    "swiglu_clamp": lambda alpha: (1.0, 0.0),
+    "swiglu_oai": lambda alpha: (alpha, 1.0),
+}
+
+
+def takes_smooth(spec: BlockSpec) -> bool:
+    """Whether there is a call that multiplies a block's activations by smooth scales: of int8 weights, by its activation."""
+    known = spec.activation in _GLU or (spec.activation == "swiglu" and not spec.interleaved)
+    return spec.format.weight_dtype == "int8" and known
 
 
 def _scale_dtype(spec: BlockSpec) -> torch.dtype:
@@ -217,7 +248,7 @@ def emit(
     elif name == DEQUANT:
         sums = emit.item(emit_call(emit, MATMUL, matmul_arguments(rows, w13, counts, _INT32)), 0)
         scale = as_float32(emit, w13_scale[0])
-        pair = emit_call(emit, DEQUANTISE, _dequant_arguments(sums, scale, row_scale, counts))
+        pair = emit_call(emit, DEQUANTISE, _dequant_arguments(spec, sums, scale, row_scale, counts, experts.h_smooth))
         hidden, row_scale = emit.item(pair, 0), emit.item(pair, 1)
     else:
         hidden = _scaled_matmul(emit, spec, rows, row_scale, w13, w13_scale, experts.w13_scale_bias or (), counts)
@@ -235,6 +266,8 @@ def quantise_tokens(emit: Emitter, block: Block, share: Share) -> tuple[Node, No
     x = share.of(emit.rows(block.x))
     if block.x_scale is not None:
         return x, share.of(emit.call(aten.reshape.default, block.x_scale, [-1]))
+    if block.spec.has_x_smooth:
+        return x, None  # made int8 where it is known which expert a row is for
     return _quantise(emit, x) if block.spec.format.int8_rows else (x, None)
 
 

@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.blocks import size_key
+from moe_lowering.passes.foreign_operators import operator_name
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 aten = torch.ops.aten
@@ -96,6 +97,21 @@ def is_operator(node: Any, *names: str) -> bool:
     """Whether a node calls one of torch_npu's operators, of any overload that takes the same arguments."""
     target = getattr(node, "target", None)
     return isinstance(target, torch._ops.OpOverload) and target.namespace == "npu" and target._opname in names
+
+
+def other_operator(node: Node, seen: str, expected: str) -> NotThisForm:
+    """Why a chain ends at an operator that the form does not have there, by what kind of operator it is."""
+    namespace, name = operator_name(node.target)
+    code = "raise.operation_between"
+    if namespace == "custom":
+        code, expected = "raise.custom", f"{expected}; what custom::{name} computes is not known"
+    elif any(word in name for word in _OTHER_FORMATS):
+        code, expected = "raise.format", f"{expected}, in 16 bits, int8 or int4"
+    return NotThisForm(node, code, seen, expected)
+
+
+# Words of operators that quantise to MX or FP8 formats, which no generic operator has
+_OTHER_FORMATS = ("mx_quant", "block_quant", "fp8", "mxfp", "hifloat")
 
 
 def is_wait(node: Node) -> bool:

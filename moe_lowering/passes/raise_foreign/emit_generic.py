@@ -77,6 +77,7 @@ def _emit_dispatch(
         tp_size=block.tp_size,
         max_tokens=deployment.token_bound,
         max_rows=deployment.max_rows,
+        x_smooth=block.x_smooth,
     )
     dispatch = emit.call(OPS.dispatch.default, *positional_arguments(sent))
     return sent, tuple(emit.item(dispatch, index) for index, _ in enumerate(_NAMES)), weights
@@ -131,7 +132,8 @@ def _mlp_call(block: ForeignBlock, emit: Emitter, rows: Node, row_scale: Node, c
         name: [*getattr(block, name)] or None
         for name in ("w13_scale", "w2_scale", "w13_offset", "w2_offset", "w13_scale_bias", "w2_scale_bias")
     }
-    return call._replace(quantisation=block.quantisation, out_dtype=block.out_dtype, **lists)
+    words = {"quantisation": block.quantisation, "out_dtype": block.out_dtype, "h_smooth": block.h_smooth}
+    return call._replace(**words, **lists)
 
 
 def _matrices(emit: Emitter, weights: Weights) -> list[Node]:

@@ -6,7 +6,7 @@ index of targets, whatever its size.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch.fx import Graph, Node
@@ -41,8 +41,9 @@ def find_foreign_blocks(graph: Graph, deployment: Deployment) -> tuple[list[Fore
 def _find(graph: Graph, deployment: Deployment) -> tuple[list[ForeignBlock], dict[Node, NotRaised]]:
     layers: list[ForeignBlock] = []
     left: dict[Node, NotRaised] = {}
+    by_name = _anchors_by_name(graph)
     for form in FORMS.values():
-        anchors = _anchors(graph, frozenset(form.anchors))
+        anchors = [node for name in form.anchors for node in by_name.get(name, ())]
         for group in form.groups(sorted(anchors)) if anchors else ():
             try:
                 block = form.match(graph, group, deployment)
@@ -61,11 +62,13 @@ def _require_apart(block: ForeignBlock, others: Iterable[ForeignBlock]) -> None:
             )
 
 
-def _anchors(graph: Graph, names: Container[str]) -> list[Node]:
-    return [
-        node
-        for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items())
-        if op == "call_function" and nodes and isinstance(target, torch._ops.OpOverload) and str(target) in names
-        for node in nodes
-        if not is_emitted(node)
-    ]
+def _anchors_by_name(graph: Graph) -> dict[str, list[Node]]:
+    """The anchors of all forms in a graph, in one look at its index of targets."""
+    found: dict[str, list[Node]] = {}
+    for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
+        if op == "call_function" and nodes and isinstance(target, torch._ops.OpOverload) and str(target) in _ANCHORS:
+            found[str(target)] = [node for node in nodes if not is_emitted(node)]
+    return found
+
+
+_ANCHORS = frozenset(name for form in FORMS.values() for name in form.anchors)

@@ -24,13 +24,17 @@ _MIXES = ("cat", "stack", "where", "clamp")  # after which two ids of a token ma
 _STEPS = 60
 
 
-def out_of_range(ids: Node, experts: int) -> Node | None:
-    """The node for whose sake ids are not known to be within [0, experts); None where they are."""
+def out_of_range(ids: Node, experts: int, given: bool = True) -> Node | None:
+    """The node for whose sake ids are not known to be within [0, experts); None where they are.
+
+    Args:
+        given: ids from outside of the graph are taken to be.
+    """
     pending, visited = [ids], {ids}
     several = ids.meta["val"].shape[-1] != 1
     while pending:
         node = pending.pop()
-        sources = _sources(node, experts)
+        sources = _sources(node, experts) if given or node.op not in ("placeholder", "get_attr") else None
         if sources is None or len(visited) > _STEPS or (several and name_of(node) in _MIXES):
             return node
         fresh = [source for source in sources if source not in visited]

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.foreign_walks import name_of
 from moe_lowering.passes.raise_foreign.closed_region import closed_region, looks_only, region_of
+from moe_lowering.passes.raise_foreign.expert_parallel import over_shared_tokens
 from moe_lowering.passes.raise_foreign.graph_facts import facts_of
 from moe_lowering.passes.raise_foreign.ids_range import out_of_range
 from moe_lowering.passes.raise_foreign.joined_storage import joined_storage
@@ -56,14 +57,17 @@ def match_experts(
     result = _end_of_casts(reader, _find_result(reader, products))
     value = reader.value(result)
     assert value is not None
-    parts = _Parts(result, value)
-    block = parts.block(form, reader)
+    own = block = _Parts(result, value).block(form, reader)
     used = {node for node in reader._values if node in products}
     missing = [node for node in products if node not in used]
     if missing:
         raise NotThisForm(missing[0], "raise.incomplete", f"{missing[0].name} is no part of the result", "all products")
-    block = _over_ranks(block, deployment)
+    shared = over_shared_tokens(block, deployment)
+    block, beside = shared or (_over_ranks(block, deployment), ())
+    result = block.result
     region = region_of(result, block.operands, lambda node: _is_outside(reader, node))
+    region = sorted({*region, *beside})
+    _require_bounds(reader, region, own, shared is not None)
     _require_precision(result, region, block)
     facts = facts_of(graph)
     interior = closed_region(
@@ -89,6 +93,25 @@ def _over_ranks(block: ForeignBlock, deployment: Deployment) -> ForeignBlock:
         f"ids from {node.name} ({name_of(node)}), which may be no expert of {block.num_experts}, or one twice for a token",
         f"ids of one choice among at most {block.num_experts}{ranks}, or given from outside of the graph",
     )
+
+
+def _require_bounds(reader: Reader, region: Sequence[Node], own: ForeignBlock, shared: bool) -> None:
+    """What was read as the identity, of ids that are experts, is it: these ids, this number of experts, and a choice of theirs
+    (or ids that are past it on purpose)."""
+    inside = {*region}
+    for node, ids, experts in reader.bounds:
+        if ids.node is not own.ids:
+            if node in inside:
+                raise NotThisForm(node, "raise.mask", f"{node.name} by {ids.node.name}", f"by the ids, {own.ids.name}")
+            continue
+        chosen = shared or out_of_range(own.ids, own.num_experts, given=False) is None
+        if experts != own.num_experts or not chosen:
+            raise NotThisForm(
+                node,
+                "raise.mask",
+                f"{node.name} ({name_of(node)}) treats ids from {experts} on in another way, of {own.num_experts} experts",
+                f"{own.num_experts}, and ids of one choice among as many, or transformers' expert parallelism",
+            )
 
 
 def _find_result(reader: Reader, products: Sequence[Node]) -> Node:

@@ -24,6 +24,7 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
     Walk,
     equal_values,
     is_operator,
+    other_operator,
     require,
     require_value,
     same_sizes,
@@ -109,9 +110,8 @@ def _check_dispatch(node: Node, deployment: Deployment) -> None:
     require(node, _SPECIAL, "raise.special_experts")
     require(node, {"shared_expert_rank_num": (0,)}, "raise.experts")
     require(node, {"expert_token_nums_type": (1,)}, "raise.counts")
-    require(
-        node, {"quant_mode": (NO_QUANT, PER_TOKEN), "y_dtype": (None,), "x_dtype": (None,), "scales_dtype": (None,)}
-    )
+    formats = ("y_dtype", "x_dtype", "scales_dtype")
+    require(node, {"quant_mode": (NO_QUANT, PER_TOKEN), **dict.fromkeys(formats, (None,))}, "raise.format")
     _check_bound(node, deployment)
     _check_algorithm(node, deployment)
     if deployment.shared_expert_ranks:
@@ -170,9 +170,7 @@ def _check_types(dispatch: Node, experts: Experts) -> None:
 
 def _check_combine(node: Node, dispatch: Node, deployment: Deployment) -> None:
     if not is_operator(node, COMBINE):
-        raise NotThisForm(
-            node, "raise.operation_between", f"the experts' result goes to {node.target}", f"npu.{COMBINE}"
-        )
+        raise other_operator(node, f"the experts' result goes to {node.target}", f"npu.{COMBINE}")
     for name in _ALIKE:
         combined, dispatched = argument(node, name), argument(dispatch, name)
         if not equal_values(combined, dispatched):

@@ -19,6 +19,7 @@ from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.raise_foreign.chain_walk import (
     Walk,
     is_operator,
+    other_operator,
     require,
     require_value,
     value_of,
@@ -165,11 +166,16 @@ def _halves(walk: Walk, hidden: Node, readers: list[Node]) -> dict[Node, _Term]:
             walk.add(reader)
             terms[reader] = _slice(reader, width)
         else:
+            seen, known = (
+                f"the first matmul's result goes to {reader.name} ({reader.target})",
+                other_operator(reader, "", ""),
+            )
+            code = known.record.code if known.record.code != "raise.operation_between" else "raise.activation"
             raise NotThisForm(
                 reader,
-                "raise.activation",
-                f"the first matmul's result goes to {reader.name} ({reader.target})",
-                "silu, clamped silu or gelu of the gate, times the other half",
+                code,
+                seen,
+                "silu, clamped silu or gelu of the gate, times the other half, of operators that are known",
             )
     if sorted((term.half, term.interleaved) for term in terms.values()) not in _PAIRS:
         raise NotThisForm(

@@ -24,6 +24,7 @@ from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.raise_foreign.chain_walk import (
     Walk,
     is_operator,
+    other_operator,
     require,
     require_value,
     source_of,
@@ -90,22 +91,13 @@ def match_experts(
 def _matmul(walk: Walk, node: Node, rows: Node, counts: Node, kind: int) -> Node:
     """A grouped matmul of all rows at once, in groups along the rows."""
     if not is_operator(node, MATMUL):
-        raise NotThisForm(node, "raise.operation_between", f"rows go to {node.target}", f"npu.{MATMUL}")
+        raise other_operator(node, f"rows go to {node.target}", f"npu.{MATMUL}")
     if tensors(node, "x") != [rows]:
         raise NotThisForm(node, "raise.other_value", f"{node.name}: x is {argument(node, 'x')}", f"[{rows}]")
-    none = dict.fromkeys(
-        (
-            "offset",
-            "activation_input",
-            "activation_quant_scale",
-            "activation_quant_offset",
-            "x_dtype",
-            "weight_dtype",
-            "scale_dtype",
-            "per_token_scale_dtype",
-        ),
-        (None,),
-    )
+    formats = ("x_dtype", "weight_dtype", "scale_dtype", "per_token_scale_dtype")
+    require(node, dict.fromkeys(formats, (None,)), "raise.format")
+    rest = ("offset", "activation_input", "activation_quant_scale", "activation_quant_offset")
+    none = dict.fromkeys(rest, (None,))
     require(node, {**none, "split_item": (2, 3), "group_type": (0,), "act_type": (0, None)})
     require(node, {"group_list_type": (kind,)}, "raise.counts")
     require_value(node, "group_list", counts, "raise.counts")
@@ -218,7 +210,7 @@ def _dequantised(
     """(rows, their scales, the words of the activation with w13's scale, smooth scales) after ``npu_dequant_swiglu_quant``."""
     node, path = walk.onward(sums, "the first matmul's result")
     if not is_operator(node, DEQUANTISE):
-        raise NotThisForm(node, "raise.operation_between", f"int32 sums go to {node.target}", f"npu.{DEQUANTISE}")
+        raise other_operator(node, f"int32 sums go to {node.target}", f"npu.{DEQUANTISE}")
     require_value(node, "x", path)
     require_value(node, "activation_scale", row_scale)
     require_value(node, "group_index", counts, "raise.counts")
@@ -260,7 +252,7 @@ def _quantised(walk: Walk, rows: Node) -> tuple[Node, Node]:
     """Rows and their scales after ``npu_dynamic_quant``."""
     node, path = walk.onward(rows, "the activation's result")
     if not is_operator(node, QUANTISE):
-        raise NotThisForm(node, "raise.operation_between", f"the activation goes to {node.target}", f"npu.{QUANTISE}")
+        raise other_operator(node, f"the activation goes to {node.target}", f"npu.{QUANTISE}")
     require_value(node, "input", path)
     require(node, {"smooth_scales": (None,)}, "raise.smooth_scales")
     require(node, {"group_index": (None,), "dst_type": (None, 1), "quant_mode": ("pertoken",), "dst_type_max": (0.0,)})

@@ -29,6 +29,7 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
     Walk,
     equal_values,
     is_operator,
+    other_operator,
     require,
     require_value,
     same_sizes,
@@ -52,15 +53,26 @@ def match_routing(route: Node, deployment: Deployment) -> Chain:
     Raises:
         NotThisForm: it is none that the generic operators say.
     """
-    walk = Walk()
-    if deployment.ep_size != 1:
+    experts = argument(route, "expert_num")
+    whole = list(argument(route, "active_expert_range") or [0, experts]) == [0, experts]
+    if deployment.ep_size != 1 and whole:
         raise NotThisForm(
             route,
             "raise.other_group",
             f"{route.name} has all experts on this rank, and ep_size is {deployment.ep_size}",
-            "ep_size 1",
+            "ep_size 1, or the range of this rank's experts",
         )
-    experts_in_all = _check_route(route)
+    return match_range(route, None)
+
+
+def match_range(route: Node, own_range: list[int] | None) -> Chain:
+    """The chain that begins with a routing to the experts of a range, None for all: all but what becomes of others' experts.
+
+    Raises:
+        NotThisForm: it is none that the generic operators say.
+    """
+    walk = Walk()
+    experts_in_all = _check_route(route, own_range)
     rows, index, counts, scales = walk.results(route, 4)
     travels = value_of(argument(route, "x")).dtype == torch.int8  # with a scale for each token
     quantises = travels or argument(route, "quant_mode") == DYNAMIC
@@ -94,26 +106,21 @@ def match_routing(route: Node, deployment: Deployment) -> Chain:
     )
 
 
-def _check_route(node: Node) -> int:
+def _check_route(node: Node, own_range: list[int] | None) -> int:
     experts = argument(node, "expert_num")
-    require(
-        node,
-        {
-            "offset": (None,),
-            "drop_pad_mode": (0,),
-            "expert_tokens_num_flag": (True,),
-            "expert_tokens_num_type": (0, 1, 2),
-            "quant_mode": (NO_QUANT, DYNAMIC),
-            "row_idx_type": (0,),
-            "x_dtype": (None,),
-        },
-    )
+    counted = {"expert_tokens_num_flag": (True,), "expert_tokens_num_type": (0, 1, 2)}
+    require(node, {"offset": (None,), "drop_pad_mode": (0,), "row_idx_type": (0,), **counted})
+    require(node, {"quant_mode": (NO_QUANT, DYNAMIC), "x_dtype": (None,)}, "raise.format")
     if type(experts) is not int or experts < 1:
         raise NotThisForm(node, "raise.experts", f"{node.name}: expert_num is {experts!r}", "the number of experts")
     kept = list(argument(node, "active_expert_range") or [0, experts])
-    if kept != [0, experts]:
+    accepted = own_range or [0, experts]
+    if kept != accepted:
         raise NotThisForm(
-            node, "raise.partial_range", f"{node.name}: active_expert_range is {kept}", f"[0, {experts}], all experts"
+            node,
+            "raise.partial_range",
+            f"{node.name}: active_expert_range is {kept}",
+            f"{accepted}, " + ("the experts of this rank" if own_range else "all experts"),
         )
     _check_rows(node)
     return experts
@@ -171,12 +178,7 @@ def _way_back(walk: Walk, node: Node, rows: Node, index: Node | None) -> tuple[A
                 node, "raise.dtype", f"{node.name}: skip1 is {value_of(added).dtype}", f"{value_of(node).dtype}"
             )
         return argument(node, "scales"), added
-    raise NotThisForm(
-        node,
-        "raise.operation_between",
-        f"the experts' result goes to {node.target}",
-        f"npu.{UNPERMUTE} or npu.{FINALIZE}",
-    )
+    raise other_operator(node, f"the experts' result goes to {node.target}", f"npu.{UNPERMUTE} or npu.{FINALIZE}")
 
 
 def _check_index(walk: Walk, node: Node, name: str, index: Node | None) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.memory_effects import Writes, describe
 from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, value_of
@@ -18,6 +20,7 @@ from moe_lowering.passes.raise_foreign.keep_foreign import expert_operators
 from moe_lowering.passes.raise_foreign.match_npu_mlp import Experts
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, NotThisForm, Weights
 from moe_lowering.passes.scopes import is_marker, scope_paths
+from moe_lowering.vocabulary import EXPERT_FORMATS
 
 
 @dataclasses.dataclass
@@ -63,17 +66,10 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
     """A chain as the record of a layer that others wrote.
 
     Raises:
-        NotThisForm: another number of experts, smooth scales, several scopes, a write in between.
+        NotThisForm: another number of experts, smooth scales of another form, several scopes, a write in between.
     """
     _require_local_experts(chain)
-    for what, node in (("tokens", chain.x_smooth), ("activations", chain.experts.h_smooth)):
-        if node is not None:
-            raise NotThisForm(
-                node,
-                "raise.smooth_scales",
-                f"{node.name}: smooth scales of {what}",
-                "none: moe_lowering.drop_unit_smooth_scales(model) takes out those that are all ones",
-            )
+    _require_smooth_scales(chain)
     fields = dict(chain.experts.given)
     lists: dict[str, Any] = {name: tuple(fields.pop(name, ())) for name in _LISTS}
     out_dtype = fields.pop("out_dtype", None)
@@ -92,7 +88,9 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
         edges=tuple(chain.walk.edges),
         own=chain.own,
         own_operators=expert_operators(tuple(operator_name(n) for n in chain.interior if n.op == "call_function")),
-        out_dtype=out_dtype if chain.sent["x_scale"] is not None else None,
+        x_smooth=chain.x_smooth,
+        h_smooth=chain.experts.h_smooth,
+        out_dtype=out_dtype if chain.sent["x_scale"] is not None or chain.x_smooth is not None else None,
         **chain.sent,
         **fields,
         **lists,
@@ -114,6 +112,31 @@ def _require_local_experts(chain: Chain) -> None:
                 f"{own_experts} experts on each of {ranks} ranks, of {experts}",
                 f"{experts} / {ranks} of them, [E, K, N]",
             )
+
+
+def _require_smooth_scales(chain: Chain) -> None:
+    """Smooth scales are those of every expert that they are for, of a chain that quantises."""
+    experts, hidden = chain.sent["num_experts"], value_of(chain.sent["x"]).shape[-1]
+    local, rows = experts // chain.sent.get("ep_size", 1), argument(chain.experts.last, "x")[0]
+    middle = value_of(rows).shape[-1]
+    for what, node, shape in (
+        ("tokens", chain.x_smooth, (experts, hidden)), ("activations", chain.experts.h_smooth, (local, middle)),
+    ):  # fmt: skip
+        if node is None:
+            continue
+        value = value_of(node)
+        if value.dtype != torch.float32 or [*map(size_key, value.shape)] != [*map(size_key, shape)]:
+            seen = f"{node.name}: smooth scales of {what} are {value.dtype} {tuple(value.shape)}"
+            raise NotThisForm(node, "raise.smooth_scales", seen, f"float32 {shape}")
+        if chain.sent["x_scale"] is not None and node is chain.x_smooth:
+            seen = f"{node.name}: smooth scales of tokens that are int8 already"
+            raise NotThisForm(node, "raise.smooth_scales", seen, "tokens of floats")
+        if chain.experts.given["quantisation"] not in _INT8_ROWS:
+            seen = f"{node.name}: smooth scales of {what}, which are not quantised"
+            raise NotThisForm(node, "raise.smooth_scales", seen, " or ".join(_INT8_ROWS))
+
+
+_INT8_ROWS = tuple(form.name for form in EXPERT_FORMATS.values() if form.int8_rows)
 
 
 def _require_one_scope(chain: Chain, graph: Graph) -> bool:

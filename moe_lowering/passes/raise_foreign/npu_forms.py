@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
+from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.raise_foreign.match_gathered_chain import FORM as GATHERED
+from moe_lowering.passes.raise_foreign.match_gathered_chain import match_gathered
 from moe_lowering.passes.raise_foreign.match_mc2_chain import DISPATCH, match_mc2
 from moe_lowering.passes.raise_foreign.match_routing_chain import ROUTE, match_routing
 from moe_lowering.passes.raise_foreign.npu_chain import Chain, foreign_block
@@ -40,8 +43,22 @@ def _not_raised(graph: Graph, anchors: list[Node], deployment: Deployment) -> Fo
     raise NotThisForm(anchors[0], "raise.version", f"npu.{name}, which is recognised and not raised", NOT_RAISED[name])
 
 
+def _match_routing(route: Node, deployment: Deployment) -> Chain:
+    """Over one rank, or of tokens that were gathered from several."""
+    experts = argument(route, "expert_num")
+    whole = list(argument(route, "active_expert_range") or [0, experts]) == [0, experts]
+    return (
+        match_gathered(route, deployment) if deployment.ep_size != 1 and not whole else match_routing(route, deployment)
+    )
+
+
+def _never(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignBlock:
+    raise AssertionError("a form without anchors of its own")
+
+
 NPU_FORMS = (
+    Form(GATHERED, (), _each, _never),  # its anchor is that of routing_v2
     _form("mc2_v2", DISPATCH, match_mc2),
-    _form("routing_v2", ROUTE, match_routing),
+    _form("routing_v2", ROUTE, _match_routing),
     Form("npu_not_raised", tuple(f"npu.{name}.default" for name in NOT_RAISED), _each, _not_raised),
 )

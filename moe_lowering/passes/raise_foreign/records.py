@@ -42,6 +42,7 @@ class ForeignBlock:
         w13_bias, w2_bias, and the lists of quantised weights: as ``grouped_mlp`` takes them; with ``w13.joined`` biases
             of gate and up.
         weigh_input: x is multiplied by the weights instead of the results; k is 1.
+        x_smooth, h_smooth: [E, H] and [E_local, I] float32, smooth scales of tokens and activations.
         base: [T, H], added to the result.
         counts: rows of each expert as the generic ``dispatch`` gives them, where they are read elsewhere too.
         first, middle: where dispatch and ``grouped_mlp`` stand: what they read exists there; None for in front of the result.
@@ -79,6 +80,8 @@ class ForeignBlock:
     w13_scale_bias: tuple[Node, ...] = ()
     w2_scale_bias: tuple[Node, ...] = ()
     out_dtype: Any = None
+    x_smooth: Node | None = None
+    h_smooth: Node | None = None
     ep_group: str = ""
     ep_size: int = 1
     tp_group: str = ""
@@ -130,7 +133,9 @@ class ForeignBlock:
     @property
     def operands(self) -> tuple[Node, ...]:
         """Every node that the generic operators will read."""
-        single = (self.x, self.ids, self.weights, self.x_scale, self.mask, self.base)
+        single = (
+            self.x, self.ids, self.weights, self.x_scale, self.mask, self.base, self.x_smooth, self.h_smooth,
+        )  # fmt: skip
         lists: tuple[Sequence[Node], ...] = (
             self.w13.nodes,
             self.w2.nodes,

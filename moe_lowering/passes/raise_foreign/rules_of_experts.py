@@ -22,6 +22,7 @@ from moe_lowering.passes.raise_foreign.meanings import (
 )
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, near_rule, rule
 from moe_lowering.passes.raise_foreign.rules_of_counts import counted_matches, counted_ones
+from moe_lowering.passes.raise_foreign.rules_of_masks import clamped_ids
 from moe_lowering.passes.raise_foreign.rules_of_routing import is_line_index, order_of_ids
 from moe_lowering.passes.raise_foreign.terms import (
     CHOICE,
@@ -244,6 +245,8 @@ def gelu(reader: Reader, node: Node) -> Value | None:
 
 @near_rule("clamp", "clamp_min", "clamp_max")
 def clamped(reader: Reader, node: Node) -> Value | None:
+    if not node.meta["val"].is_floating_point():
+        return clamped_ids(reader, node)
     value, arguments = _argument(reader, node), explicit_arguments(node)
     bounds = [arguments.get(name) for name in ("min", "max")]
     if value is None or not all(bound is None or isinstance(bound, (int, float)) for bound in bounds):

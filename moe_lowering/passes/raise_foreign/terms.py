@@ -90,6 +90,13 @@ class OneHot(Term):
     experts: int
 
 
+class Past(Term):
+    """Whether a slot's id is ``experts`` or more."""
+
+    ids: Tensor
+    experts: int
+
+
 class Ends(Term):
     """Where the rows of each expert end in the order of experts."""
 

@@ -36,10 +36,11 @@ def install() -> None:
     """Give device npu its kernels and its tapes. The simulator must be enabled. Idempotent."""
     import importlib
 
-    from moe_lowering.simulator.device import capture_state, graphs, registration, source_location
+    from moe_lowering.simulator.device import capture_state, graphs, registration, source_location, stale_outputs
 
     importlib.import_module("npugraph_ex")  # defines its operators and their kernels, which must not come after ours
     capture_state.install()
     graphs.install()
+    stale_outputs.install()
     registration.register()
     source_location.remember_generated_source()

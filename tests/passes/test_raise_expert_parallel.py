@@ -1,0 +1,58 @@
+"""transformers' own expert parallelism, on two real ranks: its blocks are raised from the trace, and right."""
+
+import expert_parallel_jobs as jobs
+import pytest
+import torch
+from reference import relative_error
+
+from moe_lowering.testing import Ranks
+
+CASES = [
+    ("qwen3_moe", "grouped_mm", torch.bfloat16, "mc2", 6),
+    ("qwen3_moe", "grouped_mm", torch.float32, "allgather", 5),
+    ("gpt_oss", "grouped_mm", torch.bfloat16, "allgather", 6),
+    ("gpt_oss", "batched_mm", torch.bfloat16, "alltoall", 5),
+]
+TWINS = {
+    "the other rank's place": "raise.expert_parallel",
+    "an expert for those of others": "raise.expert_parallel",
+    "weights of others": "raise.expert_parallel",
+    "a maximum": "raise.expert_parallel",
+    "relu before the sum": "raise.expert_parallel",
+    "one rank's result read": "raise.expert_parallel",
+}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(2, setup=jobs.setup, collective_timeout=60) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(("family", "implementation", "dtype", "comm", "tokens"), CASES)
+def test_a_block_is_raised_over_the_ranks(ranks, family, implementation, dtype, comm, tokens):
+    for found in ranks.run(jobs.compile_block, family, implementation, dtype, comm, tokens):
+        form = "grouped_mm" if implementation == "grouped_mm" else "gathered_weights"
+        ((chosen, raised, reason, after),) = found["blocks"]
+        assert (chosen, raised) == (comm, form), reason
+        assert found["foreign"] == []
+        assert "_c10d_functional.all_reduce" not in after
+        bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        assert relative_error(found["written"], found["reference"]) < bound
+        assert relative_error(found["lowered"], found["reference"]) < bound
+
+
+@pytest.mark.parametrize("change", TWINS)
+def test_a_twin_is_left_and_computes_what_it_did(ranks, change):
+    for found in ranks.run(jobs.compile_block, "qwen3_moe", "grouped_mm", torch.float32, "allgather", 6, change):
+        assert found["blocks"] == [] and f"[{TWINS[change]}]" in found["foreign"][0], found
+        assert torch.equal(found["lowered"], found["written"])
+
+
+def test_a_deployment_whose_ranks_have_tokens_of_their_own(ranks):
+    """The twin: all ranks have the same tokens here, and the deployment says that each has its own."""
+    fields = {"tp_size": 1, "tp_rank": 0, "tp_group": ""}
+    given = ("qwen3_moe", "batched_mm", torch.float32, "allgather", 6, "")
+    for found in ranks.run(jobs.compile_with, given, fields):
+        assert found["blocks"] == [] and "tp_size 1" in found["foreign"][0]
+        assert torch.equal(found["lowered"], found["written"])
