@@ -10,6 +10,7 @@
  */
 #include <acl/acl.h>
 #include <acl/acl_op_compiler.h>
+#include <malloc.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -171,8 +172,19 @@ static aclError release(void *pointer)
     return ACL_SUCCESS;
 }
 
-aclError aclrtMalloc(void **p, size_t size, aclrtMemMallocPolicy policy) { return allocate(p, size); }
-aclError aclrtMallocAlign32(void **p, size_t size, aclrtMemMallocPolicy policy) { return allocate(p, size); }
+/* What the device has given out, so that free memory shrinks and grows as programs that measure it expect. */
+static size_t used;
+
+static aclError allocate_on_device(void **pointer, size_t size)
+{
+    aclError error = allocate(pointer, size);
+    if (error == ACL_SUCCESS)
+        __atomic_add_fetch(&used, malloc_usable_size(*pointer), __ATOMIC_RELAXED);
+    return error;
+}
+
+aclError aclrtMalloc(void **p, size_t size, aclrtMemMallocPolicy policy) { return allocate_on_device(p, size); }
+aclError aclrtMallocAlign32(void **p, size_t size, aclrtMemMallocPolicy policy) { return allocate_on_device(p, size); }
 
 /* torch_npu allocates device memory inside a capture, for the graph's pool, so that is allowed. Giving it back, and
  * pinned host memory, are not: both wait for the device. They spoil the capture and go on, since torch_npu does not
@@ -187,6 +199,8 @@ aclError aclrtMallocHost(void **p, size_t size)
 aclError aclrtFree(void *p)
 {
     moe_standin_forbidden(__func__, 1);
+    if (p)
+        __atomic_sub_fetch(&used, malloc_usable_size(p), __ATOMIC_RELAXED);
     return release(p);
 }
 
@@ -219,7 +233,9 @@ aclError aclrtMemsetAsync(void *to, size_t capacity, int32_t value, size_t size,
 
 aclError aclrtGetMemInfo(aclrtMemAttr attribute, size_t *available, size_t *total)
 {
-    *available = *total = MEMORY_BYTES;
+    size_t taken = __atomic_load_n(&used, __ATOMIC_RELAXED);
+    *total = MEMORY_BYTES;
+    *available = taken < MEMORY_BYTES ? MEMORY_BYTES - taken : 0;
     return ACL_SUCCESS;
 }
 

@@ -1,0 +1,13 @@
+"""The record of one ``simulate`` command. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulateRequest:
+    """One ``simulate`` command: a program, and the SoC that it finds."""
+
+    command: tuple[str, ...]
+    soc: str = "A3"
