@@ -40,4 +40,12 @@ def into_out(name: str) -> Kernel:
     return call
 
 
-KERNELS: dict[str, Kernel] = {f"{name}.out": into_out(name) for name in infer_attention.KERNELS}
+def max_workspace(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """How much memory a device wants beside its operands, as a tensor of that many bytes: one byte here. It is asked on the host,
+    in a capture too, and is not part of the graph."""
+    return torch.empty(1, dtype=torch.uint8, device=query.device)
+
+
+KERNELS: dict[str, Kernel] = {f"{name}.out": into_out(name) for name in infer_attention.KERNELS} | {
+    f"_{name}_get_max_workspace": max_workspace for name in infer_attention.KERNELS
+}

@@ -17,7 +17,6 @@ from moe_lowering.simulator.kernels.gating import KERNELS as GATING
 from moe_lowering.simulator.kernels.gating_softmax import KERNELS as GATING_SOFTMAX
 from moe_lowering.simulator.kernels.grouped_matmul import KERNELS as GROUPED_MATMUL
 from moe_lowering.simulator.kernels.infer_attention import KERNELS as INFER_ATTENTION
-from moe_lowering.simulator.kernels.infer_attention import WORKSPACES
 from moe_lowering.simulator.kernels.norm import KERNELS as NORMS
 from moe_lowering.simulator.kernels.permute import KERNELS as PERMUTING
 from moe_lowering.simulator.kernels.quantised import KERNELS as QUANTISED
@@ -53,9 +52,7 @@ def register() -> None:
         raise RuntimeError("simulator kernels: import torch_npu first (moe_lowering.simulator.enable() does)")
     register_kernels("npu", {name: with_limits(_overload("npu", name), kernel) for name, kernel in LOCAL.items()})
     register_kernels("npu", {name: collective(_overload("npu", name), kernel) for name, kernel in DISTRIBUTE.items()})
-    for namespace, kernels in (("npu", WORKSPACES), ("atb", ATB)):
-        there = {name: kernel for name, kernel in kernels.items() if hasattr(getattr(torch.ops, namespace), name)}
-        register_kernels(namespace, {name: with_limits(_overload(namespace, name), k) for name, k in there.items()})
+    register_kernels("atb", {name: with_limits(_overload("atb", name), kernel) for name, kernel in ATB.items()})
 
 
 def register_kernels(namespace: str, kernels: dict[str, Kernel]) -> None:

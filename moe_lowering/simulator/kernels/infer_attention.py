@@ -183,10 +183,4 @@ def fused_infer_attention_score_v2(**arguments: Any) -> tuple[torch.Tensor, torc
     return attention(NAME_V2, arguments)
 
 
-def max_workspace(**arguments: Any) -> torch.Tensor:
-    """How much memory a device would want beside its operands: none here. -> uint8 [0]."""
-    return torch.empty(0, dtype=torch.uint8)
-
-
 KERNELS: dict[str, Kernel] = {NAME: fused_infer_attention_score, NAME_V2: fused_infer_attention_score_v2}
-WORKSPACES: dict[str, Kernel] = {f"_{name}_get_max_workspace": max_workspace for name in KERNELS}
