@@ -74,6 +74,7 @@ def make() -> Path:
     install(python, "--no-deps", "--no-build-isolation", "--no-binary", "vllm", VLLM)
     install(python, "--no-deps", *ALONE)
     install(python, f"torch=={TORCH}", *BESIDE, *requirements(python))
+    install(python, "--no-deps", "--no-build-isolation", "-e", str(ROOT))  # for the entry point of the plugin
     ready.write_text(made_of)
     return python
 

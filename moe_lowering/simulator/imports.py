@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_lowering import simulator
-from moe_lowering.simulator import SimulatorError, import_hooks, state
+from moe_lowering import import_hooks, simulator
+from moe_lowering.simulator import SimulatorError, state
 from moe_lowering.vocabulary import SOCS
 
 # Given the SoC and the module.

@@ -1,4 +1,4 @@
-"""Captured operators with other arguments at each replay: groups of tasks, external events (as vllm-ascend captures attention)."""
+"""Captured operators with other arguments at each replay: groups of tasks, external events (vllm-ascend's attention)."""
 
 import pytest
 import torch

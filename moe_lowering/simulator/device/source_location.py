@@ -14,7 +14,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from moe_lowering.simulator import import_hooks
+from moe_lowering import import_hooks
 from moe_lowering.source_lines import OUTSIDE, SourceLine, innermost
 
 _SITE = Path(sysconfig.get_paths()["purelib"])

@@ -19,7 +19,7 @@ Around = Callable[[Any], contextlib.AbstractContextManager[None]]
 
 
 def around(name: str, manager: Around) -> None:
-    """Let a module's code run inside of ``manager(module)`` when it is imported from now on; the last manager of a name counts."""
+    """Let a module's code run inside of ``manager(module)`` when it is imported from now on; a name's last manager counts."""
     _finder().around[name] = manager
 
 
