@@ -31,7 +31,7 @@ from moe_lowering.argument_checks import require_choice, require_flag
 from moe_lowering.backends.cache_key import cache_digest
 from moe_lowering.backends.npugraph_ex import PRE_PASS, npugraph_ex_options
 from moe_lowering.deployment import Deployment
-from moe_lowering.integrations.vllm_deployment import deployment_of
+from moe_lowering.integrations.vllm_deployment import deployment_for_range, deployment_of
 from moe_lowering.integrations.vllm_layers import Refused, read_layer, refuse, take_over
 from moe_lowering.integrations.vllm_ranges import ranges_of_vllm
 from moe_lowering.passes.pipeline import MoeLowering
@@ -155,11 +155,9 @@ def _deployment_of(config: Any) -> Deployment:
 
 def _watch_compiler(module: Any) -> None:
     """Put the pass into the options of npugraph_ex, and what it depends on into the key of the compile cache."""
-    configure, compile_graph, compute_hash = (
-        module._configure_backend,
-        module.npugraph_ex_compile,
-        module.AscendCompiler.compute_hash,
-    )
+    compiler = module.AscendCompiler
+    configure, compile_graph = module._configure_backend, module.npugraph_ex_compile
+    compute_hash, load_graph = compiler.compute_hash, compiler.load
     if hasattr(configure, "__wrapped__"):
         return
 
@@ -180,12 +178,21 @@ def _watch_compiler(module: Any) -> None:
     def hash_with_pass(self: Any, vllm_config: Any) -> str:
         settings = settings_of(vllm_config)
         found = str(compute_hash(self, vllm_config))
-        if settings is None or _deployment is None:
+        if settings is None or "" not in _taken.values():
             return found
-        return f"{found}-{cache_digest(_lowering(settings, _deployment), None, None)[:16]}"
+        return f"{found}-{cache_digest(_lowering(settings, _deployment_of(vllm_config)))[:16]}"
+
+    @functools.wraps(load_graph)
+    def load(self: Any, handle: Any, *args: Any, **kwargs: Any) -> Any:
+        if "" in _taken.values():
+            log.info(
+                "moe_lowering: a lowered graph comes from vLLM's compile cache, %s: its report was in the log then",
+                handle,
+            )
+        return load_graph(self, handle, *args, **kwargs)
 
     module._configure_backend, module.npugraph_ex_compile = configure_backend, npugraph_ex_compile
-    module.AscendCompiler.compute_hash = hash_with_pass
+    compiler.compute_hash, compiler.load = hash_with_pass, load
 
 
 def _user_pass(config: Any) -> Any:
@@ -211,7 +218,7 @@ def _hook(vllm_config: Any, own: Any) -> Any:
     deployment = _deployment_of(vllm_config)
     if _compile_range:
         first, last = int(_compile_range[-1].start), int(_compile_range[-1].end)
-        deployment = deployment.replace(min_tokens=first, max_tokens=min(last, deployment.max_tokens))
+        deployment = deployment_for_range(deployment, first, last)
     lowering = _lowering(settings, deployment)
     options = npugraph_ex_options(
         deployment, lowering=lowering, force_eager=True, **({} if own is None else {PRE_PASS: own})

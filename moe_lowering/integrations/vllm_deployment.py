@@ -42,3 +42,12 @@ def deployment_of(vllm_config: Any) -> Deployment:
     deployment = Deployment.from_groups(**groups, **{name: value for name, (value, _) in fields.items()})
     read = tuple(Detected(name, str(value), source) for name, (value, source) in fields.items())
     return deployment.replace(detected=(*deployment.detected, *read))
+
+
+def deployment_for_range(deployment: Deployment, first: int, last: int) -> Deployment:
+    """The deployment for a graph that vLLM compiles for ``first`` to ``last`` tokens."""
+    most = min(last, deployment.max_tokens)
+    narrowed = deployment.replace(min_tokens=first, max_tokens=most)
+    source = f"vLLM's compile range, {first} to {last}, and scheduler_config.max_num_batched_tokens"
+    read = (Detected("min_tokens", str(first), source), Detected("max_tokens", str(most), source))
+    return narrowed.replace(detected=(*narrowed.detected, *read))

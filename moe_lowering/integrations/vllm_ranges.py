@@ -20,7 +20,7 @@ SPECIALISED = 2  # dynamo keeps 0 and 1 for graphs of their own
 
 @contextlib.contextmanager
 def ranges_of_vllm(gm: GraphModule, first: int, last: int) -> Iterator[None]:
-    """Inside, the sizes that dynamo knows as 2 or more are ``first`` to ``last`` (or as much of that as they were known to be)."""
+    """Inside, the sizes that dynamo knows as 2 or more are ``first`` to ``last``, or less, as they were known to be."""
     values = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder" and "val" in node.meta]
     mode = detect_fake_mode(values)
     environment: Any = None if mode is None else mode.shape_env
