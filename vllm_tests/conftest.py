@@ -13,11 +13,11 @@ HERE = Path(__file__).parent
 TIMEOUT = 900  # seconds of one engine on a busy machine
 
 
-def simulate(*command, timeout=TIMEOUT):
+def simulate(*command, devices=1, timeout=TIMEOUT):
     """Run a program as a user does; (exit code, stdout, stderr)."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH",)}
     done = subprocess.run(
-        [sys.executable, "-m", "moe_lowering", "simulate", "--soc", "A3", "--", sys.executable, *map(str, command)],
+        [sys.executable, "-m", "moe_lowering", "simulate", "--soc", "A3", "--devices", str(devices), "--", sys.executable, *map(str, command)],
         capture_output=True, text=True, timeout=timeout, env=environment,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
@@ -47,7 +47,7 @@ def served(reference, tmp_path_factory):
                 "requests": 50,
                 **settings,
             }
-            results[key] = simulate(HERE / "serve.py", json.dumps(given))
+            results[key] = simulate(HERE / "serve.py", json.dumps(given), devices=settings.get("ranks", 1))
         code, out, error = results[key]
         if fails:
             return code, error

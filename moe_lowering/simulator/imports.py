@@ -22,11 +22,12 @@ from moe_lowering.vocabulary import SOCS
 Around = Callable[[str, Any], contextlib.AbstractContextManager[None]]
 
 VARIABLE = "MOE_LOWERING_SIMULATOR"
+DEVICES = "MOE_LOWERING_SIMULATOR_DEVICES"  # read by runtime.c
 STARTUP = Path(__file__).resolve().parent / "startup"
 
 
-def environment(soc: str, inherited: dict[str, str]) -> dict[str, str]:
-    """The variables with which a program and the processes that it starts run on the simulator.
+def environment(soc: str, inherited: dict[str, str], devices: int = 1) -> dict[str, str]:
+    """The variables with which a program and the processes that it starts run on the simulator, on a machine of so many devices.
 
     Raises:
         SimulatorError: an unknown SoC.
@@ -35,7 +36,7 @@ def environment(soc: str, inherited: dict[str, str]) -> dict[str, str]:
     others = [
         folder for folder in inherited.get("PYTHONPATH", "").split(os.pathsep) if folder and folder != str(STARTUP)
     ]
-    return {**inherited, VARIABLE: soc, "PYTHONPATH": os.pathsep.join([str(STARTUP), *others])}
+    return {**inherited, VARIABLE: soc, DEVICES: str(devices), "PYTHONPATH": os.pathsep.join([str(STARTUP), *others])}
 
 
 def install(soc: str) -> None:

@@ -18,7 +18,7 @@
 
 #define ALIGNMENT 512               /* what torch_npu's caching allocator rounds to */
 #define MEMORY_BYTES (64ul << 30)   /* nominal: 64 GB of HBM, so that no allocation is refused for size alone */
-#define CONTEXT ((void *)0x10)      /* one device, one context; never dereferenced */
+#define CONTEXT(device) ((void *)(uintptr_t)(0x10 + 0x10 * (device))) /* one for each device; never dereferenced */
 
 /* capture.c: nonzero when a capture is under way that forbids the call. */
 int moe_standin_forbidden(const char *function, int relaxed_allows);
@@ -71,9 +71,30 @@ const char *aclGetRecentErrMsg(void) { return last_error; }
 
 aclError aclInit(const char *config) { return ACL_SUCCESS; }
 aclError aclFinalize(void) { return ACL_SUCCESS; }
-aclError aclrtSetDevice(int32_t device) { return device == 0 ? ACL_SUCCESS : ACL_ERROR_INVALID_PARAM; }
+
+/* Devices beyond the first are for other processes: one process uses one, the last that it set. */
+static int32_t current_device;
+
+static int32_t device_count(void)
+{
+    const char *asked = getenv("MOE_LOWERING_SIMULATOR_DEVICES");
+    int count = asked ? atoi(asked) : 1;
+    return count > 0 ? count : 1;
+}
+
+aclError aclrtSetDevice(int32_t device)
+{
+    if (device < 0 || device >= device_count())
+        return ACL_ERROR_INVALID_PARAM;
+    current_device = device;
+    return ACL_SUCCESS;
+}
+
 aclError aclrtResetDevice(int32_t device) { return ACL_SUCCESS; }
-aclError aclrtSetCurrentContext(aclrtContext context) { return ACL_SUCCESS; }
+aclError aclrtSetCurrentContext(aclrtContext context)
+{
+    return aclrtSetDevice((int32_t)((uintptr_t)context / 0x10) - 1);
+}
 aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode mode) { return ACL_SUCCESS; }
 aclError aclrtSetStreamOverflowSwitch(aclrtStream stream, uint32_t flag) { return ACL_SUCCESS; }
 aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode) { return ACL_SUCCESS; }
@@ -93,25 +114,25 @@ const char *aclrtGetSocName(void) { return soc_name; }
 
 aclError aclrtGetDeviceCount(uint32_t *count)
 {
-    *count = 1;
+    *count = (uint32_t)device_count();
     return ACL_SUCCESS;
 }
 
 aclError aclrtGetDevice(int32_t *device)
 {
-    *device = 0;
+    *device = current_device;
     return ACL_SUCCESS;
 }
 
 aclError aclrtGetCurrentContext(aclrtContext *context)
 {
-    *context = CONTEXT;
+    *context = CONTEXT(current_device);
     return ACL_SUCCESS;
 }
 
 aclError aclrtGetPrimaryCtxState(int32_t device, uint32_t *flags, int32_t *active)
 {
-    *active = 1;
+    *active = device == current_device;
     if (flags)
         *flags = 0;
     return ACL_SUCCESS;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_lowering.cli.options import add_parser
+from moe_lowering.cli.options import add_parser, parse_positive
 from moe_lowering.cli.simulate.request import SimulateRequest
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.vocabulary import SOCS
@@ -34,6 +34,9 @@ def add_command(commands: Any) -> None:
         examples=EXAMPLES,
     )
     parser.add_argument("--soc", choices=tuple(SOCS), default="A3", help="what the program finds (default A3)")
+    parser.add_argument(
+        "--devices", type=parse_positive, default=1, metavar="N", help="how many, one for each process (default 1)"
+    )
     parser.add_argument("command", nargs="*", metavar="-- PROGRAM ARGUMENT", help="the program and its arguments")
 
 

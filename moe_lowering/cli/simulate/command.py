@@ -23,6 +23,6 @@ def run_simulate(request: SimulateRequest) -> NoReturn:
         raise UsageError(f"the simulator cannot be used: {error}") from error
     program, *_ = request.command
     try:
-        os.execvpe(program, list(request.command), imports.environment(request.soc, dict(os.environ)))
+        os.execvpe(program, list(request.command), imports.environment(request.soc, dict(os.environ), request.devices))
     except OSError as error:
         raise UsageError(f"argument PROGRAM: {program} cannot be started: {error.strerror}") from error

@@ -7,7 +7,8 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class SimulateRequest:
-    """One ``simulate`` command: a program, and the SoC that it finds."""
+    """One ``simulate`` command: a program, and the devices that it finds."""
 
     command: tuple[str, ...]
     soc: str = "A3"
+    devices: int = 1
