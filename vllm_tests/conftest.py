@@ -13,13 +13,12 @@ HERE = Path(__file__).parent
 TIMEOUT = 900  # seconds of one engine on a busy machine
 
 
-def simulate(*command, devices=1, timeout=TIMEOUT):
+def simulate(*command, soc="A3", devices=1, timeout=TIMEOUT):
     """Run a program as a user does; (exit code, stdout, stderr)."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH",)}
-    done = subprocess.run(
-        [sys.executable, "-m", "moe_lowering", "simulate", "--soc", "A3", "--devices", str(devices), "--", sys.executable, *map(str, command)],
-        capture_output=True, text=True, timeout=timeout, env=environment,
-    )  # fmt: skip
+    launcher = [sys.executable, "-m", "moe_lowering", "simulate", "--soc", soc, "--devices", str(devices), "--"]
+    program = [sys.executable, *map(str, command)]
+    done = subprocess.run([*launcher, *program], capture_output=True, text=True, timeout=timeout, env=environment)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -38,8 +37,8 @@ def served(reference, tmp_path_factory):
     """``served(**settings)``: what ``serve.py`` prints, each once; ``fails=True`` for (exit code, stderr)."""
     results = {}
 
-    def run(fails=False, **settings):
-        key = json.dumps(settings, sort_keys=True)
+    def run(fails=False, soc="A3", **settings):
+        key = json.dumps([soc, settings], sort_keys=True)
         if key not in results:
             given = {
                 "model": str(reference[0]),
@@ -47,7 +46,8 @@ def served(reference, tmp_path_factory):
                 "requests": 50,
                 **settings,
             }
-            results[key] = simulate(HERE / "serve.py", json.dumps(given), devices=settings.get("ranks", 1))
+            ranks = settings.get("ranks", 1)
+            results[key] = simulate(HERE / "serve.py", json.dumps(given), soc=soc, devices=ranks)
         code, out, error = results[key]
         if fails:
             return code, error

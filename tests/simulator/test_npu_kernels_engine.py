@@ -209,6 +209,15 @@ def test_the_second_version_and_rows_of_heads():
     close(y[:10], batch.reference()[0], torch.float32)
 
 
+def test_a_query_without_keys_gives_zero():
+    """What pads a batch in a captured graph."""
+    batch = Batch(torch.float32)
+    y, _ = npu.npu_fused_infer_attention_score(**batch.arguments(actual_seq_lengths_kv=[9, 0, 6]))
+    expected = batch.reference()[0]
+    expected[3] = 0
+    close(y[:10], expected, torch.float32)
+
+
 def test_positions_have_a_part_of_their_own():
     """MLA: query and key are the content's part, then the positions'."""
     batch = Batch(torch.float32)

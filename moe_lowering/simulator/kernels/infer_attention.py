@@ -58,7 +58,7 @@ def attention(operator: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, t
     y [T, N, D_v], and the logarithm of the softmax's sum [T, N, 1] float32 (one undefined number without the flag).
 
     ``actual_seq_lengths`` are where each request's queries end, ``actual_seq_lengths_kv`` how many keys it has in the cache, or,
-    without a cache, where they end. Rows past the last end are undefined.
+    without a cache, where they end. Rows past the last end are undefined; a query without any key gives zero.
     """
     call = _read_call(operator, arguments)
     ends, key_ends = _lengths(operator, call)
@@ -149,7 +149,8 @@ def _keys_of(operator: str, call: AttentionCall, request: int, ends: list[int]) 
         taken = cache[blocks]
         if cache.dim() == 4 and cache.shape[1] != size:
             taken = taken.transpose(1, 2)
-        return taken.reshape(count * size, call.num_key_value_heads, -1)[:length]
+        width = cache[0].numel() // (size * call.num_key_value_heads)
+        return taken.reshape(count * size, call.num_key_value_heads, width)[:length]
 
     key = gather(call.key)
     return _joined(key, None if call.key_rope is None else gather(call.key_rope)), gather(call.value)
