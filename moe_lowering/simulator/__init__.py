@@ -86,7 +86,8 @@ def prepare(soc: str = "A3") -> None:
         SimulatorError: as ``enable()``, as far as it can be known without importing torch_npu.
     """
     _check_soc(soc)
-    _check_machine()
+    if state.loaded is None:
+        _check_machine()
     standins.build_libraries()
 
 
