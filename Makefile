@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast property lint bench costs versions provider setup clean
+.PHONY: demo test test-fast property lint bench costs versions provider vllm setup clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -34,6 +34,10 @@ demo: $(READY)
 # the wrappers against the compiled operators of vllm-ascend's wheels, in an environment of its own: docs/provider.md
 provider:
 	$(PYTHON) .ci/provider.py $(VERSIONS)
+
+# the real vLLM and vllm-ascend on the simulator, in an environment of its own: docs/vllm.md; TESTS="-k eager" selects
+vllm:
+	$(PYTHON) .ci/vllm.py $(TESTS)
 
 # BENCH="--quick", "--json": see benchmarks/bench_pass.py
 bench: $(READY)

@@ -62,11 +62,12 @@ def main() -> int:
     return 0
 
 
-def replace_libraries(torch: Path) -> list[str]:
+def replace_libraries(torch: Path, beside: Iterable[Path] = ()) -> list[str]:
     """Put stand-ins into an installed torch; their file names, [] where there is no CUDA code or they are there.
 
     Args:
         torch: the directory of the package.
+        beside: libraries of other packages that link to it and to NVIDIA's.
 
     Raises:
         RuntimeError: the compiler or readelf failed.
@@ -75,7 +76,7 @@ def replace_libraries(torch: Path) -> list[str]:
     if (lib / MARK).exists() or not (lib / REPLACED[0]).exists():
         return []
     removed = [lib / name for name in (*REPLACED, *DROPPED) if (lib / name).exists()]
-    kept = [path for path in (*lib.glob("*.so*"), *torch.glob("_C*.so")) if path not in removed]
+    kept = [path for path in (*lib.glob("*.so*"), *torch.glob("_C*.so"), *beside) if path not in removed]
     originals = {s.name: s for path in removed for s in symbols(path) if s.defined}
     by_library = wanted(kept, originals)
     with tempfile.TemporaryDirectory(dir=lib) as building:

@@ -48,13 +48,17 @@ class EnvironmentFailure(RuntimeError):
     """What could not be installed or made, and the last lines of why."""
 
 
-def make_environment(name: str, torch: str, extra: Iterable[str] = ()) -> Path:
+def make_environment(
+    name: str, torch: str, extra: Iterable[str] = (), pinned: bool = True, beside: Sequence[str] = ()
+) -> Path:
     """The Python of an environment, which is made again unless it is complete and of the same Python, packages and pins.
 
     Args:
         name: its folder in ``.venvs``.
         torch: a key of ``PAIRS``.
-        extra: requirements beside ``REQUIRED``, such as ``"transformers"``; versions come from ``constraints.txt``.
+        extra: requirements beside ``REQUIRED``, such as ``"transformers"``.
+        beside: packages with CUDA code of their own, installed as torch is; what their ``_C*.so`` needs is replaced too.
+        pinned: take versions from ``constraints.txt``; False for what has pins of its own.
 
     Raises:
         EnvironmentFailure: a step failed; no half-made environment is taken for a complete one.
@@ -63,19 +67,20 @@ def make_environment(name: str, torch: str, extra: Iterable[str] = ()) -> Path:
     python, ready = home / "bin" / "python", home / ".ready"
     requirements = [*REQUIRED, *extra]
     pins = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
-    pinned = "".join(line for line in pins if not line.startswith("torch"))
-    made_of = "\n".join([sys.version, torch, PAIRS[torch], *requirements, pinned])
+    versions = "".join(line for line in pins if pinned and not line.startswith("torch"))
+    made_of = "\n".join([sys.version, torch, PAIRS[torch], *beside, *requirements, versions])
     if ready.exists() and ready.read_text() == made_of:
         return python
     run_step(sys.executable, "-m", "venv", "--clear", str(home))
-    install(python, "--no-deps", f"torch=={torch}", f"torch-npu=={PAIRS[torch]}")
+    install(python, "--no-deps", f"torch=={torch}", f"torch-npu=={PAIRS[torch]}", *beside)
     [package] = home.glob("lib/python*/site-packages/torch")
     try:
-        cuda_standins.replace_libraries(package)
+        names = [requirement.partition("==")[0] for requirement in beside]
+        cuda_standins.replace_libraries(package, [p for n in names for p in (package.parent / n).glob("_C*.so")])
     except RuntimeError as error:
         raise EnvironmentFailure(str(error)) from error
     constraints = home / "constraints.txt"
-    constraints.write_text(pinned)
+    constraints.write_text(versions)
     install(python, "-c", str(constraints), *requirements)
     ready.write_text(made_of)
     return python

@@ -107,7 +107,7 @@ def _missing_libraries() -> set[str]:
     there = {f"lib{name}.so" for name in standins.LIBRARIES}
     needed: set[str] = set()
     for path in _libraries():
-        needed |= set(re.findall(r"NEEDED.*\[(.+)\]", standins._run("readelf", "-W", "-d", str(path))))
+        needed |= set(re.findall(r"NEEDED.*\[(.+)\]", standins.run_tool("readelf", "-W", "-d", str(path))))
     return {name for name in needed - there if not SYSTEM.fullmatch(name)}
 
 
@@ -116,7 +116,10 @@ def _libraries() -> list[Path]:
 
 
 def _build(out: Path, names: set[str]) -> None:
-    compiler, nm = standins._tool(standins.COMPILERS, "a C compiler", "gcc"), standins._tool(("nm",), "nm", "binutils")
+    compiler, nm = (
+        standins.find_tool(standins.COMPILERS, "a C compiler", "gcc"),
+        standins.find_tool(("nm",), "nm", "binutils"),
+    )
     unknown = {n.decode() for n in OBJECT.findall(library().read_bytes())} - set(
         re.findall(r"\b(acl(?:Create|Destroy)\w+)\(", RECORDER.read_text("utf-8"))
     )
@@ -124,13 +127,15 @@ def _build(out: Path, names: set[str]) -> None:
         raise RuntimeError(f"{RECORDER.name} does not define {', '.join(sorted(unknown))}, which {library().name} uses")
     source, empty = out / "libopapi.c", out / "empty.c"
     source.write_text(
-        f'#include "{RECORDER}"\n' + "".join(f"ENTRY({name})\n" for name in entries()) + standins._generate(_wanted(nm))
+        f'#include "{RECORDER}"\n'
+        + "".join(f"ENTRY({name})\n" for name in entries())
+        + standins.generate_functions(_wanted(nm))
     )
     empty.write_text("")
     link = ("-Wl,--no-as-needed", f"-L{standins.build_libraries()}", "-lascendcl")
-    standins._run(compiler, *standins.FLAGS, "-o", str(out / OPAPI), f"-Wl,-soname,{OPAPI}", str(source), *link)
+    standins.run_tool(compiler, *standins.FLAGS, "-o", str(out / OPAPI), f"-Wl,-soname,{OPAPI}", str(source), *link)
     for name in names - {OPAPI}:
-        standins._run(compiler, *standins.FLAGS, "-o", str(out / name), f"-Wl,-soname,{name}", str(empty),
+        standins.run_tool(compiler, *standins.FLAGS, "-o", str(out / name), f"-Wl,-soname,{name}", str(empty),
                       "-Wl,--no-as-needed", f"-L{out}", "-lopapi", *link)  # fmt: skip
 
 
@@ -138,7 +143,7 @@ def _wanted(nm: str) -> set[str]:
     """CANN's symbols that the wheel's libraries use, and neither they nor the simulator's define."""
     undefined, defined = set[str](), set[str]()
     for path in _libraries():
-        undefined |= standins._symbols(nm, path, "-D", "--undefined-only")
+        undefined |= standins.read_symbols(nm, path, "-D", "--undefined-only")
     for path in (*_libraries(), standins.build_libraries() / f"lib{standins.LIBRARIES[0]}.so"):
-        defined |= standins._symbols(nm, path, "-D", "--defined-only")
+        defined |= standins.read_symbols(nm, path, "-D", "--defined-only")
     return {n for n in undefined - defined if CANN_SYMBOL.fullmatch(n)}

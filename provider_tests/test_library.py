@@ -43,7 +43,7 @@ def test_the_build_is_read() -> None:
     """The wheels are builds for A2, and what they carry for CANN has no fused entry: the first call fails on a device."""
     assert PACKAGE.build == "A2"
     [opapi] = recorder.home().rglob("libcust_opapi.so")
-    defined = standins._symbols("nm", opapi, "-D", "--defined-only")
+    defined = standins.read_symbols("nm", opapi, "-D", "--defined-only")
     assert any(name.startswith("aclnnMoe") for name in defined)
     assert not defined & {entry["entry"] for entry in PUBLISHED["entry"]}
 

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 from moe_lowering.cli.commands import Request, parse, run
+from moe_lowering.cli.simulate.request import SimulateRequest
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.interrupts import Terminated, exit_code, interruptible
 from moe_lowering.model_configs.errors import ModelError
@@ -39,9 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(arguments: list[str] | None) -> int:
     try:
         request = _parse(arguments)
-        with _stdout_to_stderr():
+        with contextlib.nullcontext() if isinstance(request, SimulateRequest) else _stdout_to_stderr():
             report = run(request, _progress())
-        _print(report.to_json() if request.json else report.to_text())
+        _print(report.to_json() if getattr(request, "json", False) else report.to_text())
     except (UsageError, ModelError) as error:
         _complain(f"error: {'argument MODEL: ' if isinstance(error, ModelError) else ''}{error}")
         return USAGE

@@ -19,8 +19,10 @@ from moe_lowering.cli.matrix.request import MatrixRequest
 from moe_lowering.cli.models import arguments as models_arguments
 from moe_lowering.cli.models.request import ModelsRequest
 from moe_lowering.cli.options import Parser
+from moe_lowering.cli.simulate import arguments as simulate_arguments
+from moe_lowering.cli.simulate.request import SimulateRequest
 
-Request: TypeAlias = LowerRequest | ExplainRequest | MatrixRequest | ModelsRequest
+Request: TypeAlias = LowerRequest | ExplainRequest | MatrixRequest | ModelsRequest | SimulateRequest
 
 DESCRIPTION = "Lower the mixture-of-experts layers of a model to Ascend NPU operators, on a machine without an NPU."
 
@@ -53,6 +55,7 @@ def parse(arguments: list[str] | None) -> Request:
     explain_arguments.add_command(commands)
     matrix_arguments.add_command(commands)
     models_arguments.add_command(commands)
+    simulate_arguments.add_command(commands)
     values = vars(parser.parse_args(arguments))
     request: Request = values.pop("request")(**values)
     if isinstance(request, LowerRequest):
@@ -61,11 +64,17 @@ def parse(arguments: list[str] | None) -> Request:
         explain_arguments.check(request)
     elif isinstance(request, ModelsRequest):
         models_arguments.check(request)
+    elif isinstance(request, SimulateRequest):
+        simulate_arguments.check(request)
     return request
 
 
 def run(request: Request, progress: Callable[[str], None]) -> Report:
-    """Carry out a command; torch is imported here."""
+    """Carry out a command that makes a report; torch is imported here. ``simulate`` makes none: it does not come back."""
+    if isinstance(request, SimulateRequest):
+        from moe_lowering.cli.simulate.command import run_simulate
+
+        run_simulate(request)
     if isinstance(request, LowerRequest):
         from moe_lowering.cli.lower.command import run_lower
 

@@ -1,5 +1,8 @@
 """Serving: a decode loop over buckets of batch sizes, each one compiled and captured once.
 
+It is a reference loop of one rank, to read and to test graphs with. Who serves on Ascend serves with vLLM and vllm-ascend; the
+pass inside of them is ``integrations.vllm`` (docs/vllm.md).
+
     from moe_lowering import Deployment
     from moe_lowering.serving import Request, Server
 

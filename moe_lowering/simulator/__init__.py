@@ -29,7 +29,7 @@ from moe_lowering.simulator.standins import SimulatorError
 from moe_lowering.simulator.state import is_enabled, soc
 from moe_lowering.vocabulary import SOCS
 
-__all__ = ["SimulatorError", "enable", "enable_device", "is_enabled", "soc"]
+__all__ = ["SimulatorError", "enable", "enable_device", "is_enabled", "prepare", "soc"]
 
 # What torch_npu (numpy, yaml) and npugraph_ex (packaging) import and the wheel does not declare.
 REQUIRED = {"torch": "torch", "torch_npu": "torch-npu", "numpy": "numpy", "yaml": "pyyaml", "packaging": "packaging"}
@@ -59,15 +59,36 @@ def enable(soc: str = "A3") -> None:
         _check_soc(soc)
         if state.enabled:
             return
+        load(soc)
+        _versions.warn_if_untested()
+        _import_torch_npu()
+        _register_kernels()
+        state.enabled = True
+
+
+def load(soc: str) -> None:
+    """The first half of ``enable()``: after it torch_npu can be imported. For ``simulator.imports``, which is told of an import
+    that has begun."""
+    with _lock:
+        _check_soc(soc)
         if state.loaded is None:
             _check_machine()
         libraries = standins.build_libraries()
         state.loaded = soc  # before loading: a load that fails half-way leaves libraries that look like CANN to a retry
         standins.load(libraries, SOCS[soc].runtime_name)
-        _versions.warn_if_untested()
-        _import_torch_npu()
-        _register_kernels()
-        state.enabled = True
+        _set_environment()
+
+
+def prepare(soc: str = "A3") -> None:
+    """Do what ``enable(soc)`` needs once per machine, so that processes that start together find it done. Imports no torch.
+
+    Raises:
+        SimulatorError: as ``enable()``, as far as it can be known without importing torch_npu.
+    """
+    _check_soc(soc)
+    if state.loaded is None:
+        _check_machine()
+    standins.build_libraries()
 
 
 def enable_device(soc: str | None = None) -> None:
@@ -115,16 +136,19 @@ def _check_machine() -> None:
         raise SimulatorError(collision)
 
 
-def _import_torch_npu() -> None:
-    global _import_error
+def _set_environment() -> None:
     # torch_npu restores what it finds here when it is imported; "0" lets the children of this process, which have no
     # stand-ins when they start, import torch.
     os.environ[_bootstrap.AUTOLOAD] = "0"
     # An operator that fails in torch_npu's launch thread raises later or never, and what follows reads memory that was
     # not written (tried: a cast after a failed add gave garbage, an event never completed). Launch in the caller.
     os.environ["TASK_QUEUE_ENABLE"] = "0"
+
+
+def _import_torch_npu() -> None:
+    global _import_error
     try:
-        with _without_noise():
+        with without_noise():
             importlib.import_module("torch_npu")
     except Exception as error:
         # A second try can succeed (a missing package) or trip over what the first one registered: keep the first cause.
@@ -143,7 +167,7 @@ def _register_kernels() -> None:
 
 
 @contextlib.contextmanager
-def _without_noise() -> Iterator[None]:
+def without_noise() -> Iterator[None]:
     """Pass on all that is printed meanwhile but the warning that CANN is missing, which is known here."""
     output = io.StringIO()
     try:

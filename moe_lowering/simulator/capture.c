@@ -27,7 +27,11 @@ typedef struct {
     void (*forbidden)(const char *function, const char *reason);
     void (*record)(uintptr_t event, uintptr_t stream);
     void (*wait)(uintptr_t stream, uintptr_t event);
+    int (*value)(int waits, uintptr_t address, uint64_t value, uintptr_t stream);
+    int (*group)(int action, uintptr_t stream, uintptr_t *handle);
 } hooks_t;
+
+enum { GROUP_BEGIN, GROUP_END, UPDATE_BEGIN, UPDATE_END }; /* of a group of tasks */
 
 static hooks_t hooks;
 static uint64_t models, begun, replayed;
@@ -141,6 +145,43 @@ aclError aclmdlRIGetId(aclmdlRI model, uint32_t *id)
 {
     *id = (uint32_t)(uintptr_t)model;
     return ACL_SUCCESS;
+}
+
+/* A group of tasks of a captured graph can be launched anew with other arguments, which the graph then has. */
+
+static aclError group(const char *function, int action, aclrtStream stream, aclrtTaskGrp *handle)
+{
+    if (!hooks.group)
+        return moe_standin_unsupported(function);
+    return hooks.group(action, (uintptr_t)stream, (uintptr_t *)handle);
+}
+
+aclError aclmdlRICaptureTaskGrpBegin(aclrtStream stream) { return group(__func__, GROUP_BEGIN, stream, NULL); }
+
+aclError aclmdlRICaptureTaskGrpEnd(aclrtStream stream, aclrtTaskGrp *handle)
+{
+    return group(__func__, GROUP_END, stream, handle);
+}
+
+aclError aclmdlRICaptureTaskUpdateBegin(aclrtStream stream, aclrtTaskGrp handle)
+{
+    return group(__func__, UPDATE_BEGIN, stream, &handle);
+}
+
+aclError aclmdlRICaptureTaskUpdateEnd(aclrtStream stream) { return group(__func__, UPDATE_END, stream, NULL); }
+
+/* Words of memory that streams write, and wait for: torch_npu's external events, which a graph waits for when it runs. */
+
+aclError aclrtValueWrite(void *address, uint64_t value, uint32_t flag, aclrtStream stream)
+{
+    return hooks.value ? hooks.value(0, (uintptr_t)address, value, (uintptr_t)stream) : moe_standin_unsupported(__func__);
+}
+
+aclError aclrtValueWait(void *address, uint64_t value, uint32_t flag, aclrtStream stream)
+{
+    if (flag != 1) /* the mode that torch_npu asks for: until the word is equal */
+        return moe_standin_unsupported("aclrtValueWait in another mode than 1");
+    return hooks.value ? hooks.value(1, (uintptr_t)address, value, (uintptr_t)stream) : moe_standin_unsupported(__func__);
 }
 
 /* Events order streams; only inside a capture does that have an effect, since all else has finished when it returns. */

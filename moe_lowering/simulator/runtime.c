@@ -11,6 +11,7 @@
  */
 #include <acl/acl.h>
 #include <acl/acl_op_compiler.h>
+#include <malloc.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,7 +21,7 @@
 
 #define ALIGNMENT 512               /* what torch_npu's caching allocator rounds to */
 #define MEMORY_BYTES (64ul << 30)   /* nominal: 64 GB of HBM, so that no allocation is refused for size alone */
-#define CONTEXT ((void *)0x10)      /* one device, one context; never dereferenced */
+#define CONTEXT(device) ((void *)(uintptr_t)(0x10 + 0x10 * (device))) /* one for each device; never dereferenced */
 
 #define NOT_IN_CAPTURE() \
     do { \
@@ -70,9 +71,30 @@ const char *aclGetRecentErrMsg(void) { return last_error; }
 
 aclError aclInit(const char *config) { return ACL_SUCCESS; }
 aclError aclFinalize(void) { return ACL_SUCCESS; }
-aclError aclrtSetDevice(int32_t device) { return device == 0 ? ACL_SUCCESS : ACL_ERROR_INVALID_PARAM; }
+
+/* Devices beyond the first are for other processes: one process uses one, the last that it set. */
+static int32_t current_device;
+
+static int32_t device_count(void)
+{
+    const char *asked = getenv("MOE_LOWERING_SIMULATOR_DEVICES");
+    int count = asked ? atoi(asked) : 1;
+    return count > 0 ? count : 1;
+}
+
+aclError aclrtSetDevice(int32_t device)
+{
+    if (device < 0 || device >= device_count())
+        return ACL_ERROR_INVALID_PARAM;
+    current_device = device;
+    return ACL_SUCCESS;
+}
+
 aclError aclrtResetDevice(int32_t device) { return ACL_SUCCESS; }
-aclError aclrtSetCurrentContext(aclrtContext context) { return ACL_SUCCESS; }
+aclError aclrtSetCurrentContext(aclrtContext context)
+{
+    return aclrtSetDevice((int32_t)((uintptr_t)context / 0x10) - 1);
+}
 aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode mode) { return ACL_SUCCESS; }
 aclError aclrtSetStreamOverflowSwitch(aclrtStream stream, uint32_t flag) { return ACL_SUCCESS; }
 aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode) { return ACL_SUCCESS; }
@@ -92,25 +114,25 @@ const char *aclrtGetSocName(void) { return soc_name; }
 
 aclError aclrtGetDeviceCount(uint32_t *count)
 {
-    *count = 1;
+    *count = (uint32_t)device_count();
     return ACL_SUCCESS;
 }
 
 aclError aclrtGetDevice(int32_t *device)
 {
-    *device = 0;
+    *device = current_device;
     return ACL_SUCCESS;
 }
 
 aclError aclrtGetCurrentContext(aclrtContext *context)
 {
-    *context = CONTEXT;
+    *context = CONTEXT(current_device);
     return ACL_SUCCESS;
 }
 
 aclError aclrtGetPrimaryCtxState(int32_t device, uint32_t *flags, int32_t *active)
 {
-    *active = 1;
+    *active = device == current_device;
     if (flags)
         *flags = 0;
     return ACL_SUCCESS;
@@ -171,8 +193,19 @@ static aclError release(void *pointer)
     return ACL_SUCCESS;
 }
 
-aclError aclrtMalloc(void **p, size_t size, aclrtMemMallocPolicy policy) { return allocate(p, size); }
-aclError aclrtMallocAlign32(void **p, size_t size, aclrtMemMallocPolicy policy) { return allocate(p, size); }
+/* What the device has given out, so that free memory shrinks and grows as programs that measure it expect. */
+static size_t used;
+
+static aclError allocate_on_device(void **pointer, size_t size)
+{
+    aclError error = allocate(pointer, size);
+    if (error == ACL_SUCCESS)
+        __atomic_add_fetch(&used, malloc_usable_size(*pointer), __ATOMIC_RELAXED);
+    return error;
+}
+
+aclError aclrtMalloc(void **p, size_t size, aclrtMemMallocPolicy policy) { return allocate_on_device(p, size); }
+aclError aclrtMallocAlign32(void **p, size_t size, aclrtMemMallocPolicy policy) { return allocate_on_device(p, size); }
 
 /* torch_npu allocates device memory inside a capture, for the graph's pool, so that is allowed. Giving it back, and
  * pinned host memory, are not: both wait for the device. They spoil the capture and go on, since torch_npu does not
@@ -187,6 +220,8 @@ aclError aclrtMallocHost(void **p, size_t size)
 aclError aclrtFree(void *p)
 {
     moe_standin_forbidden(__func__, 1);
+    if (p)
+        __atomic_sub_fetch(&used, malloc_usable_size(p), __ATOMIC_RELAXED);
     return release(p);
 }
 
@@ -207,7 +242,10 @@ aclError aclrtMemcpyAsync(void *to, size_t capacity, const void *from, size_t si
 
 aclError aclrtMemset(void *to, size_t capacity, int32_t value, size_t size)
 {
-    NOT_IN_CAPTURE();
+    /* torch_npu clears the words of external events in a capture, and makes the thread's mode relaxed for it */
+    int refused = moe_standin_forbidden(__func__, 1);
+    if (refused)
+        return refused;
     return fill(to, capacity, value, size);
 }
 
@@ -219,7 +257,9 @@ aclError aclrtMemsetAsync(void *to, size_t capacity, int32_t value, size_t size,
 
 aclError aclrtGetMemInfo(aclrtMemAttr attribute, size_t *available, size_t *total)
 {
-    *available = *total = MEMORY_BYTES;
+    size_t taken = __atomic_load_n(&used, __ATOMIC_RELAXED);
+    *total = MEMORY_BYTES;
+    *available = taken < MEMORY_BYTES ? MEMORY_BYTES - taken : 0;
     return ACL_SUCCESS;
 }
 

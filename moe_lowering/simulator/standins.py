@@ -24,7 +24,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from moe_lowering import _versions
@@ -85,19 +85,32 @@ def build_libraries() -> Path:
         SimulatorError: no torch_npu, no C compiler, no nm, a compiler error, a cache that cannot be written, or one that
             somebody else owns or may write to.
     """
-    package, target = wheel(), cache() / build_key()
+    package = wheel()
+    return build_once(build_key(), lambda out: _build(out, package))
+
+
+def build_once(key: str, build: Callable[[Path], None]) -> Path:
+    """The directory ``key`` of the cache, which ``build`` fills when it is not there.
+
+    Raises:
+        SimulatorError: as ``build_libraries``.
+    """
+    target = cache() / key
     if target.is_dir():
         _require_own(target)
         return target
-    compiler, nm = _tool(COMPILERS, "a C compiler", "gcc"), _tool(("nm",), "nm", "binutils")
+    for tools, what, package in ((COMPILERS, "a C compiler", "gcc"), (("nm",), "nm", "binutils")):
+        find_tool(tools, what, package)
     try:
         for directory in (target.parent.parent, target.parent):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as building:
-            _build(Path(building) / "out", package, compiler, nm)
-            for path in (Path(building) / "out").iterdir():
+            out = Path(building) / "out"
+            out.mkdir(mode=0o755)
+            build(out)
+            for path in out.iterdir():
                 path.chmod(0o644)  # the compiler follows the umask, which may let a group write
-            _move(Path(building) / "out", target)
+            _move(out, target)
     except OSError as error:
         raise SimulatorError(
             f"the simulator's libraries cannot be written to {target}: {error}; set XDG_CACHE_HOME to a writable place"
@@ -140,7 +153,7 @@ def load(directory: Path, soc_name: str) -> None:
         ) from error
 
 
-def _tool(names: Iterable[str], what: str, package: str) -> str:
+def find_tool(names: Iterable[str], what: str, package: str) -> str:
     for name in names:
         if path := shutil.which(name):
             return path
@@ -150,26 +163,26 @@ def _tool(names: Iterable[str], what: str, package: str) -> str:
     )
 
 
-def _build(out: Path, package: Path, compiler: str, nm: str) -> None:
-    out.mkdir(mode=0o755)
+def _build(out: Path, package: Path) -> None:
+    compiler, nm = find_tool(COMPILERS, "a C compiler", "gcc"), find_tool(("nm",), "nm", "binutils")
     headers, generated, empty = package / "include/third_party/acl/inc", out / "generated.c", out / "empty.c"
     if not (headers / "acl/acl.h").is_file():
         raise SimulatorError(f"torch_npu in {package} lacks ACL's headers ({headers}); reinstall the torch_npu wheel")
     objects, own = [out / f"{source.stem}.o" for source in SOURCES], f"-I{HEADER.parent}"
     symbols = _undefined_symbols(nm, package)
     for source, compiled in zip(SOURCES, objects, strict=True):
-        _run(compiler, "-c", *FLAGS[1:], f"-I{headers}", own, str(source), "-o", str(compiled))
-        symbols -= _symbols(nm, compiled, "--defined-only")
-    generated.write_text(_generate(symbols))
+        run_tool(compiler, "-c", *FLAGS[1:], f"-I{headers}", own, str(source), "-o", str(compiled))
+        symbols -= read_symbols(nm, compiled, "--defined-only")
+    generated.write_text(generate_functions(symbols))
     empty.write_text("")
     for name in LIBRARIES:
         sources = [own, *map(str, objects), str(generated)]
         if name != LIBRARIES[0]:
             sources = ["-Wl,--no-as-needed", f"-L{out}", f"-l{LIBRARIES[0]}", str(empty)]
-        _run(compiler, *FLAGS, "-o", str(out / f"lib{name}.so"), f"-Wl,-soname,lib{name}.so", *sources)
+        run_tool(compiler, *FLAGS, "-o", str(out / f"lib{name}.so"), f"-Wl,-soname,lib{name}.so", *sources)
 
 
-def _generate(names: Iterable[str]) -> str:
+def generate_functions(names: Iterable[str]) -> str:
     lines = [f'#include "{HEADER.name}"']
     for name in sorted(names):
         if CPP_NAME.fullmatch(name):
@@ -184,18 +197,18 @@ def _undefined_symbols(nm: str, package: Path) -> set[str]:
     libraries = sorted(package.rglob("*.so"))
     undefined, defined = set[str](), set[str]()
     for library in libraries:
-        undefined |= _symbols(nm, library, "-D", "--undefined-only")
-        defined |= _symbols(nm, library, "-D", "--defined-only")
+        undefined |= read_symbols(nm, library, "-D", "--undefined-only")
+        defined |= read_symbols(nm, library, "-D", "--defined-only")
     return {name for name in undefined - defined if C_NAME.fullmatch(name) or CPP_NAME.fullmatch(name)}
 
 
-def _symbols(nm: str, library: Path, *options: str) -> set[str]:
+def read_symbols(nm: str, library: Path, *options: str) -> set[str]:
     """Names without their version; the kind of symbol is the word before the name, ``w`` for one that may be absent."""
-    rows = [line.split()[-2:] for line in _run(nm, *options, str(library)).splitlines() if line.strip()]
+    rows = [line.split()[-2:] for line in run_tool(nm, *options, str(library)).splitlines() if line.strip()]
     return {row[-1].partition("@")[0] for row in rows if row[0] != "w"}
 
 
-def _run(*command: str) -> str:
+def run_tool(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SimulatorError(

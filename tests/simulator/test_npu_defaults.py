@@ -22,7 +22,7 @@ X, IDS = torch.randn(4, 8), torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2]], dtype
 INT8, SCALE = torch.randint(-9, 9, (4, 64), dtype=torch.int8), torch.rand(4) + 0.5
 W8, W_SCALE = torch.randint(-9, 9, (2, 64, 128), dtype=torch.int8), torch.rand(2, 128) + 0.5
 COUNTS, ENDS = torch.tensor([1, 3]), torch.tensor([1, 4])
-WEIGHTS = torch.randn(2, 8, 8)
+WEIGHTS, HEADS = torch.randn(2, 8, 8), torch.randn(4, 2, 8)
 MC2 = ("group", 2, 0, 8)
 # A legal call of every operator that has a kernel: the arguments that it must have.
 CALLS: dict[str, dict[str, Any]] = {
@@ -54,6 +54,19 @@ CALLS: dict[str, dict[str, Any]] = {
         "group_index": COUNTS, "quant_mode": 1,
     },
     "npu_swiglu_quant": {"x": X.half(), "quant_mode": 1},
+    "npu_rms_norm": {"input": X, "gamma": X[0]},
+    "npu_add_rms_norm": {"x1": X, "x2": X, "gamma": X[0]},
+    "npu_rotary_mul": {"input": X, "r1": X, "r2": X},
+    "npu_interleave_rope": {"x": X, "cos": X, "sin": X},
+    "npu_apply_rotary_pos_emb": {"query": X, "key": X, "cos": X, "sin": X},
+    "npu_fused_infer_attention_score": {
+        "query": HEADS, "key": HEADS, "value": HEADS, "num_heads": 2, "input_layout": "TND", "actual_seq_lengths": [4],
+        "actual_seq_lengths_kv": [4],
+    },
+    "npu_fused_infer_attention_score_v2": {
+        "query": HEADS, "key": HEADS, "value": HEADS, "num_query_heads": 2, "input_layout": "TND", "actual_seq_qlen": [4],
+        "actual_seq_kvlen": [4],
+    },
     "npu_moe_distribute_dispatch_v2": {
         "x": X.bfloat16(), "expert_ids": IDS, "group_ep": "g", "ep_world_size": 2, "ep_rank_id": 0, "moe_expert_num": 8,
     },
@@ -64,7 +77,7 @@ CALLS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 COLLECTIVE = {*kernels.DISTRIBUTE}
 LOCAL = kernels.LOCAL
-NO_DEFAULTS = {"npu_swiglu", "npu_moe_init_routing", "npu_moe_compute_expert_tokens"}
+NO_DEFAULTS = {"npu_swiglu", "npu_moe_init_routing", "npu_moe_compute_expert_tokens", "npu_interleave_rope"}
 # What arguments that are None by default mean, where another value says the same.
 BY_VALUE = {
     ("npu_dynamic_quant", "dst_type"): 1,

@@ -212,10 +212,10 @@ def test_built_once_and_again_when_a_source_or_version_changes(fresh, monkeypatc
     first = standins.build_libraries()
     assert {path.name for path in first.glob("*.so")} == {f"lib{name}.so" for name in standins.LIBRARIES}
 
-    real = standins._run
-    monkeypatch.setattr(standins, "_run", lambda *command: pytest.fail(f"built again: {command}"))
+    real = standins.run_tool
+    monkeypatch.setattr(standins, "run_tool", lambda *command: pytest.fail(f"built again: {command}"))
     assert standins.build_libraries() == first
-    monkeypatch.setattr(standins, "_run", real)
+    monkeypatch.setattr(standins, "run_tool", real)
 
     changed = tmp_path / "runtime.c"
     runtime, capture = standins.SOURCES
@@ -262,10 +262,10 @@ def test_generated_functions_are_cann_only(fresh):
     """A stand-in for dlopen, which the wheel leaves unversioned, would shadow the real one."""
     nm = shutil.which("nm")
     expected = standins._undefined_symbols(nm, standins.wheel())
-    undefined = standins._symbols(nm, standins.wheel() / "lib/libtorch_npu.so", "-D", "--undefined-only")
+    undefined = standins.read_symbols(nm, standins.wheel() / "lib/libtorch_npu.so", "-D", "--undefined-only")
     assert "dlopen" in undefined and "dlopen" not in expected
     assert {"aclrtMalloc", "_ZN2ge10GEFinalizeEv"} <= expected
-    source = standins._generate(["aclX", "_ZN2ge1YEv"])
+    source = standins.generate_functions(["aclX", "_ZN2ge1YEv"])
     assert 'int aclX(void) { return moe_standin_unsupported("aclX"); }' in source
     assert 'void _ZN2ge1YEv(void) { moe_standin_abort("_ZN2ge1YEv"); }' in source
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from moe_lowering.simulator.device.tape import CaptureError, Tape
+from moe_lowering.simulator.device.task_groups import TaskGroups, Update
 from moe_lowering.simulator.standins import SimulatorError
 
 _ADDRESS, _MODEL = ctypes.c_size_t, ctypes.c_uint64
@@ -23,6 +24,9 @@ _END = ctypes.CFUNCTYPE(ctypes.c_int, _MODEL)
 _DESTROY = ctypes.CFUNCTYPE(None, _MODEL)
 _FORBIDDEN = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p)
 _ORDER = ctypes.CFUNCTYPE(None, _ADDRESS, _ADDRESS)
+_VALUE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, _ADDRESS, ctypes.c_uint64, _ADDRESS)
+_GROUP = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, _ADDRESS, ctypes.POINTER(_ADDRESS))
+_GROUP_BEGIN, _GROUP_END, _UPDATE_BEGIN, _UPDATE_END = range(4)
 FAILED = 500000  # ACL_ERROR_INTERNAL_ERROR
 
 
@@ -37,6 +41,8 @@ class _Hooks(ctypes.Structure):
         ("forbidden", _FORBIDDEN),
         ("record", _ORDER),
         ("wait", _ORDER),
+        ("value", _VALUE),
+        ("group", _GROUP),
     )
 
 
@@ -69,6 +75,7 @@ _current: Tape | None = None
 _latest: Tape | None = None
 _tapes: dict[int, Tape] = {}
 _finished = {"empty": 0, "captured": 0}
+_tasks = TaskGroups()
 
 
 def counts() -> Counts:
@@ -92,13 +99,19 @@ def tapes() -> list[Tape]:
     return [tape for tape in _tapes.values() if tape.entries]
 
 
-def tape_in_progress(operator: str = "launch") -> Tape | None:
-    """The tape of the capture under way in which the current stream takes part, None when nothing is captured.
+def tape_in_progress(operator: str = "launch") -> Tape | Update | None:
+    """The tape of the capture under way in which the current stream takes part, or the update of a captured group that its
+    launches belong to; None when nothing is captured.
 
     Raises:
         CaptureError: a capture is under way, and the current stream is not part of it.
+        SimulatorError: a graph that was replayed on the current stream waits for an external event.
     """
     if _current is None:
+        if _tasks.update is not None and current_stream() == _tasks.update.stream:
+            return _tasks.update
+        if _tasks.waiting is not None and current_stream() == _tasks.waiting.stream:
+            raise SimulatorError(f"{operator}: launched behind a graph that was replayed: {_tasks.describe()}")
         return None
     if not _library.moe_standin_is_captured(current_stream()):
         raise refuse(operator, "on a stream that is not part of the capture under way: let it wait for an event of it")
@@ -123,8 +136,11 @@ def refuse(operator: str, reason: str) -> CaptureError:
 
 
 def record(operator: str, run: Callable[[], object]) -> None:
-    """Append a launch on the current stream to the tape of the capture under way."""
-    assert _current is not None
+    """Append a launch on the current stream to the tape of the capture under way, or to the update of a captured group."""
+    if _current is None:
+        assert _tasks.update is not None
+        _tasks.update.add(operator, run)
+        return
     _current.add(operator, run, current_stream())
 
 
@@ -142,6 +158,7 @@ def install() -> None:
     for name in ("moe_standin_captures_begun", "moe_standin_replays"):
         getattr(_library, name).restype = ctypes.c_uint64
     _library.moe_standin_is_captured.argtypes = (ctypes.c_size_t,)
+    _library.moe_standin_refused.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
     _hooks = _Hooks(
         _BEGIN(_begin),
         _END(_end),
@@ -150,6 +167,8 @@ def install() -> None:
         _FORBIDDEN(_forbidden),
         _ORDER(lambda event, stream: _in_order(lambda tape: tape.record(event, stream))),
         _ORDER(lambda stream, event: _in_order(lambda tape: tape.wait(stream, event))),
+        _VALUE(_value),
+        _GROUP(_group),
     )
     _library.moe_standin_set_hooks(ctypes.byref(_hooks))
 
@@ -178,7 +197,7 @@ def _end(model: int) -> int:
 def _execute(model: int, stream: int) -> int:
     tape = _tapes[model]
     try:
-        tape.replay()
+        _tasks.replay(tape, stream)
     except BaseException as error:  # the caller is a C function, which takes no exception but a number
         tape.failure = error
         return FAILED
@@ -186,7 +205,60 @@ def _execute(model: int, stream: int) -> int:
 
 
 def _destroy(model: int) -> None:
-    _tapes.pop(model, None)
+    if (tape := _tapes.pop(model, None)) is not None:
+        _tasks.forget(tape)
+
+
+def _value(waits: int, address: int, value: int, stream: int) -> int:
+    """A stream writes a word of memory, or waits until it is ``value``: an external event."""
+    word = ctypes.c_uint64.from_address(address)
+
+    def write() -> None:
+        word.value = value
+
+    def ready() -> bool:
+        return bool(word.value == value)
+
+    if _current is not None and _library.moe_standin_is_captured(stream):
+        if waits:
+            _current.add("wait for an external event", lambda: None, stream, ready)
+        else:
+            _current.add("write an external event", write, stream)
+    elif not waits:
+        write()
+        waiting = _tasks.waiting
+        try:
+            _tasks.wake()
+        except BaseException as error:  # as in _execute
+            assert waiting is not None
+            waiting.tape.failure = error
+            return FAILED
+    elif not ready():
+        return int(
+            _library.moe_standin_refused(b"aclrtValueWait", b"waits for an external event that nothing recorded")
+        )
+    return 0
+
+
+def _group(action: int, stream: int, handle: Any) -> int:
+    """A group of tasks begins or ends, in a capture or in an update."""
+    if action == _GROUP_END:
+        handle[0] = _tasks.end()
+        refused = "" if handle[0] else "no group of tasks is open"
+    elif action == _GROUP_BEGIN:
+        refused = _tasks.begin(_current)
+    else:
+        refused = _tasks.begin_update(stream, handle[0]) if action == _UPDATE_BEGIN else _tasks.end_update()
+    return int(_library.moe_standin_refused(b"aclmdlRICaptureTask", refused.encode())) if refused else 0
+
+
+def waiting_failure() -> BaseException | None:
+    """What a graph raised that went on because an external event was recorded; forgotten afterwards."""
+    for tape in _tapes.values():
+        if tape.failure is not None:
+            failure, tape.failure = tape.failure, None
+            return failure
+    return None
 
 
 def _forbidden(function: bytes, reason: bytes) -> None:

@@ -17,7 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_lowering.simulator.device.capture_state import capture_error as capturing_error
-from moe_lowering.simulator.device.capture_state import is_capturing, latest_tape, refuse, tape_in_progress
+from moe_lowering.simulator.device.capture_state import (
+    is_capturing,
+    latest_tape,
+    refuse,
+    tape_in_progress,
+    waiting_failure,
+)
 from moe_lowering.simulator.device.memory import on_npu
 from moe_lowering.simulator.device.tape import CaptureError
 
@@ -109,12 +115,12 @@ def _has_npu_kernel(func: Any) -> bool:
 
 def install() -> None:
     """Wrap ``NPUGraph`` and ``torch.npu.graph``. Idempotent."""
-    from torch_npu.npu import NPUGraph, graph
+    from torch_npu.npu import ExternalEvent, NPUGraph, graph
 
     if hasattr(NPUGraph.capture_begin, "__wrapped__"):
         return
     begin, end, replay = NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay
-    enter, leave = graph.__enter__, graph.__exit__
+    enter, leave, record = graph.__enter__, graph.__exit__, ExternalEvent.record
 
     @functools.wraps(begin)
     def capture_begin(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -162,6 +168,16 @@ def install() -> None:
             if error is not value:
                 raise
 
+    @functools.wraps(record)
+    def record_(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            record(self, *args, **kwargs)
+        except RuntimeError as error:
+            if (failure := waiting_failure()) is None:
+                raise
+            raise failure from error
+
+    ExternalEvent.record = record_
     NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay = capture_begin, capture_end, replay_
     graph.__enter__, graph.__exit__ = enter_, exit_
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from moe_lowering.simulator.device import capture_state
 from moe_lowering.simulator.device.hccl import require_communicators
-from moe_lowering.simulator.device.memory import host_alias, new_like, on_npu, spoil, tree_to_host, tree_to_shadow
+from moe_lowering.simulator.device.memory import NPU, host_alias, new_like, on_npu, spoil, tree_to_host, tree_to_shadow
 from moe_lowering.simulator.standins import SimulatorError
 
 Kernel = Callable[..., Any]
@@ -205,10 +205,10 @@ def _check_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
     Raises:
         RuntimeError: as torch does.
-        SimulatorError: a generator, which is not simulated.
     """
-    if kwargs.get("generator") is not None:
-        raise SimulatorError(f"{name}: a generator of device npu is not simulated; leave generator out")
+    generator = kwargs.get("generator")
+    if generator is not None and generator.device.type != NPU:
+        raise RuntimeError(f"{name}: Expected a '{NPU}' device type for generator but found '{generator.device.type}'")
     for value in tree_leaves((args, kwargs)):
         if isinstance(value, torch.Tensor) and not on_npu(value) and (value.dim() or value.device.type != "cpu"):
             if name not in INDEX_BY_MASK:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from moe_lowering.simulator.device.generators import to_host_generator
+
 NPU, CPU, META = "npu", "cpu", "meta"
 
 
@@ -37,9 +39,12 @@ def new_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def to_host(value: Any) -> Any:
-    """Arguments of an operator as its CPU kernel takes them: aliases for npu tensors, "cpu" for device "npu"."""
+    """Arguments of an operator as its CPU kernel takes them: aliases for npu tensors, "cpu" for device "npu", a generator of the
+    CPU for one of the device (which it moves on)."""
     if on_npu(value):
         return host_alias(value)
+    if isinstance(value, torch.Generator) and value.device.type == NPU:
+        return to_host_generator(value)
     return torch.device(CPU) if _is_npu_device(value) else value
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 
 from moe_lowering import _versions
-from moe_lowering.simulator.device import attention, collectives, hccl, special_kernels
+from moe_lowering.simulator.device import attention, attention_out, collectives, hccl, special_kernels
 from moe_lowering.simulator.device.kernels import Kernel, kernel
 
 KEY = "PrivateUse1"
@@ -59,26 +59,37 @@ def register() -> int:
         npu = _implementer("npu")
         npu(attention.NAME, attention.fusion_attention_v3, "CPU")
         npu("_npu_dtype_cast", special_kernels.dtype_cast, "CPU")
-        with_autograd = _registered_operators("npu", f"Autograd{KEY}")
-        lowered = _registered_operators("moe_lowering", KEY)
-        for namespace, names in (
-            ("npu", _registered_operators("npu", "CPU")),
-            ("moe_lowering", _registered_operators("moe_lowering", "CPU")),
-        ):
-            implement = _implementer(namespace)
-            for name in names:
-                op = _overload(getattr(torch.ops, namespace), name)
-                assert op is not None
-                around = functools.partial(hccl.resolve_groups, namespace)
-                real = namespace == "npu" or name in lowered
-                implement(name, kernel(op, around, real), KEY)
-                if namespace == "npu" and name in with_autograd:
-                    implement(name, _below_autograd(op), f"Autograd{KEY}")
-                count += 1
+        for name, special_kernel in attention_out.KERNELS.items():
+            npu(name, special_kernel, KEY)
+        lowered = frozenset(_registered_operators("moe_lowering", KEY))
+        count += register_namespace("npu", _registered_operators("npu", "CPU"))
+        count += register_namespace("atb", _registered_operators("atb", "CPU"))
+        count += register_namespace("moe_lowering", _registered_operators("moe_lowering", "CPU"), lowered)
         c10d = _implementer("c10d")
         for name, collective in collectives.kernels(_registered_operators("c10d", KEY)).items():
             c10d(name, collective, KEY)
     hccl.register()
+    return count
+
+
+def register_namespace(namespace: str, names: Iterable[str], real: Collection[str] | None = None) -> int:
+    """Give operators that have a CPU kernel one for the device; how many.
+
+    Args:
+        namespace: ``npu``, or of another library of operators.
+        names: the operators.
+        real: those that a device has too; None for all.
+    """
+    implement, count = _implementer(namespace), 0
+    with_autograd = _registered_operators(namespace, f"Autograd{KEY}") if namespace == "npu" else []
+    around = functools.partial(hccl.resolve_groups, namespace)
+    for name in names:
+        op = _overload(getattr(torch.ops, namespace), name)
+        assert op is not None
+        implement(name, kernel(op, around, real is None or name in real), KEY)
+        if name in with_autograd:
+            implement(name, _below_autograd(op), f"Autograd{KEY}")
+        count += 1
     return count
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+from moe_lowering import import_hooks
 from moe_lowering.source_lines import OUTSIDE, SourceLine, innermost
 
 _SITE = Path(sysconfig.get_paths()["purelib"])
@@ -42,18 +43,18 @@ def remember_generated_source() -> None:
     """Make npugraph_ex's generated modules carry their source. Idempotent.
 
     Replaced, and called by the replacements: ``AclConcreteGraph._codegen_fx_forward`` and ``codegen``, and
-    ``npu_fx_compiler._compile_py_code`` (torch_npu 2.13.0).
+    ``npu_fx_compiler._compile_py_code`` (torch_npu 2.13.0), each when its module is imported: vllm-ascend replaces a class that
+    the converter imports, which works as long as nothing has imported the converter.
     """
-    from npugraph_ex import npu_fx_compiler
-    from npugraph_ex._acl_concrete_graph.fx2acl_converter import AclConcreteGraph
+    import_hooks.after("npugraph_ex._acl_concrete_graph.fx2acl_converter", _remember_traces)
+    import_hooks.after("npugraph_ex.npu_fx_compiler", _remember_source)
 
-    if hasattr(AclConcreteGraph, _KEY):
+
+def _remember_traces(converter: Any) -> None:
+    graph_class = converter.AclConcreteGraph
+    if hasattr(graph_class, _KEY):
         return
-    forward, codegen, compile_code = (
-        AclConcreteGraph._codegen_fx_forward,
-        AclConcreteGraph.codegen,
-        npu_fx_compiler._compile_py_code,
-    )
+    forward, codegen = graph_class._codegen_fx_forward, graph_class.codegen
 
     def with_traces(self: Any, gm: Any, *args: Any, **kwargs: Any) -> str:
         nodes = gm.graph.nodes
@@ -66,14 +67,22 @@ def remember_generated_source() -> None:
             _traces[code] = getattr(self, _KEY, {})
         return code
 
+    graph_class._codegen_fx_forward, graph_class.codegen = with_traces, with_source
+    setattr(graph_class, _KEY, None)
+
+
+def _remember_source(compiler: Any) -> None:
+    compile_code = compiler._compile_py_code
+    if hasattr(compile_code, _KEY):
+        return
+
     def keeping(code: str) -> Any:
         module = compile_code(code)
         module.__dict__[_KEY] = code
         return module
 
-    AclConcreteGraph._codegen_fx_forward, AclConcreteGraph.codegen = with_traces, with_source
-    npu_fx_compiler._compile_py_code = keeping
-    setattr(AclConcreteGraph, _KEY, None)
+    setattr(keeping, _KEY, True)
+    compiler._compile_py_code = keeping
 
 
 def _model_line(frame: FrameType) -> SourceLine:

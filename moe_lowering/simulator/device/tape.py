@@ -49,6 +49,7 @@ class Entry:
         stream: the stream it was launched on.
         place: the line of the model.
         clock: how far each stream had come, as its launches see it.
+        ready: whether what the stream waits for here has happened, None where it launches an operator.
     """
 
     operator: str
@@ -56,6 +57,7 @@ class Entry:
     stream: int
     place: SourceLine | None
     clock: dict[int, int]
+    ready: Callable[[], bool] | None = None
 
 
 class Tape:
@@ -89,11 +91,13 @@ class Tape:
         """The streams that take part in the capture; the one on which it began comes first."""
         return list(self._clocks)
 
-    def add(self, operator: str, run: Callable[[], object], stream: int) -> None:
-        """Record one launch."""
+    def add(
+        self, operator: str, run: Callable[[], object], stream: int, ready: Callable[[], bool] | None = None
+    ) -> None:
+        """Record one launch, or that a stream waits for something outside of the graph."""
         clock = self._clocks[stream]
         clock[stream] = clock.get(stream, 0) + 1
-        self.entries.append(Entry(operator, run, stream, current_place(), dict(clock)))
+        self.entries.append(Entry(operator, run, stream, current_place(), dict(clock), ready))
 
     def record(self, event: int, stream: int) -> None:
         """An event was recorded: it stands for all that the stream has seen."""
@@ -120,8 +124,9 @@ class Tape:
                 reason = "its stream never joined the stream that the capture began on; wait for an event of it"
                 self.error = CaptureError(last.operator, reason, last.place)
 
-    def replay(self) -> None:
-        """Run every entry on its addresses.
+    def replay(self, first: int = 0) -> int:
+        """Run every entry from ``first`` on, on its addresses; where it ended: the number of entries, or the first one that waits
+        for something that has not happened.
 
         Raises:
             CaptureError: the capture was invalid.
@@ -129,13 +134,17 @@ class Tape:
         """
         if self.error is not None:
             raise self.error
-        self.replays += 1
-        for entry in self.entries:
+        self.replays += first == 0
+        for position in range(first, len(self.entries)):
+            entry = self.entries[position]
+            if entry.ready is not None and not entry.ready():
+                return position
             try:
                 entry.run()
             except Exception as error:
                 reason = f"failed when the graph was replayed: {type(error).__name__}: {error}"
                 raise ReplayError(entry.operator, reason, entry.place) from error
+        return len(self.entries)
 
     def pool_bytes(self) -> int:
         """Bytes of device memory that the pool of this graph holds, for all graphs that share it."""

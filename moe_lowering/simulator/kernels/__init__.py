@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import torch
 
-from moe_lowering.simulator.kernels.common import collective, with_limits
+from moe_lowering.simulator.kernels.atb import KERNELS as ATB
+from moe_lowering.simulator.kernels.common import Kernel, collective, with_limits
 from moe_lowering.simulator.kernels.distribute import KERNELS as DISTRIBUTE
 from moe_lowering.simulator.kernels.finalize import KERNELS as FINALIZING
 from moe_lowering.simulator.kernels.gating import KERNELS as GATING
 from moe_lowering.simulator.kernels.gating_softmax import KERNELS as GATING_SOFTMAX
 from moe_lowering.simulator.kernels.grouped_matmul import KERNELS as GROUPED_MATMUL
+from moe_lowering.simulator.kernels.infer_attention import KERNELS as INFER_ATTENTION
+from moe_lowering.simulator.kernels.norm import KERNELS as NORMS
 from moe_lowering.simulator.kernels.permute import KERNELS as PERMUTING
 from moe_lowering.simulator.kernels.quantised import KERNELS as QUANTISED
+from moe_lowering.simulator.kernels.rotary import KERNELS as ROTARY
 from moe_lowering.simulator.kernels.routing import KERNELS as ROUTING
 from moe_lowering.simulator.kernels.routing_v1 import KERNELS as ROUTING_V1
 
@@ -29,6 +33,9 @@ LOCAL = {  # the kernels that need no other rank
     **QUANTISED,
     **PERMUTING,
     **FINALIZING,
+    **NORMS,
+    **ROTARY,
+    **INFER_ATTENTION,
 }
 _LIBRARY: list[torch.library.Library] = []
 
@@ -43,8 +50,19 @@ def register() -> None:
         return
     if not hasattr(torch.ops.npu, "npu_swiglu"):
         raise RuntimeError("simulator kernels: import torch_npu first (moe_lowering.simulator.enable() does)")
-    library = torch.library.Library("npu", "IMPL")  # type: ignore[no-untyped-call]
-    for kernels, wrap in ((LOCAL, with_limits), (DISTRIBUTE, collective)):
-        for name, kernel in kernels.items():
-            library.impl(name, wrap(getattr(torch.ops.npu, name).default, kernel), "CPU")  # type: ignore[no-untyped-call]
+    register_kernels("npu", {name: with_limits(_overload("npu", name), kernel) for name, kernel in LOCAL.items()})
+    register_kernels("npu", {name: collective(_overload("npu", name), kernel) for name, kernel in DISTRIBUTE.items()})
+    register_kernels("atb", {name: with_limits(_overload("atb", name), kernel) for name, kernel in ATB.items()})
+
+
+def register_kernels(namespace: str, kernels: dict[str, Kernel]) -> None:
+    """Register kernels of a namespace for dispatch key CPU."""
+    library = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]
+    for name, kernel in kernels.items():
+        library.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]
     _LIBRARY.append(library)
+
+
+def _overload(namespace: str, name: str) -> torch._ops.OpOverload:
+    overload: torch._ops.OpOverload = getattr(getattr(torch.ops, namespace), name).default
+    return overload

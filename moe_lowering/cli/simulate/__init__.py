@@ -1,0 +1,1 @@
+"""``moe-lowering simulate``."""

@@ -1,0 +1,241 @@
+"""vLLM on Ascend (vllm-ascend): its MoE layers, lowered by this package inside of its compiled graph.
+
+A plugin of vLLM (entry point ``vllm.general_plugins``), which vLLM loads in each of its processes. Where the package is
+installed it is there, and does nothing until it is switched on:
+
+    LLM(model, additional_config={"moe_lowering": {}})              # docs/vllm.md has the settings
+    vllm serve model --additional-config '{"moe_lowering": {"policy": "auto"}}'
+
+Before: a compiled graph has one opaque operator for each MoE layer, ``torch.ops.vllm.moe_forward``, which picks its communication
+on the host in each forward. After: it has the operators of the implementation that the pass chose for the graph's range of
+tokens. Kept: routing, shared experts, the reduction that vLLM expects of the layer, vllm-ascend's other passes, the user's own.
+Not taken over: what ``vllm_layers.read_layer`` refuses, and whatever runs outside of a compile; there vllm-ascend's operator
+stays, and the log says why.
+
+vllm-ascend is changed when its modules are imported (``import_hooks``): a method that says when a layer's weights are loaded,
+the options of its compiler, and the key of its compile cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from moe_lowering import import_hooks
+from moe_lowering.argument_checks import require_choice, require_flag
+from moe_lowering.backends.cache_key import cache_digest
+from moe_lowering.backends.npugraph_ex import PRE_PASS, npugraph_ex_options
+from moe_lowering.deployment import Deployment
+from moe_lowering.integrations.vllm_deployment import deployment_for_range, deployment_of
+from moe_lowering.integrations.vllm_layers import Refused, read_layer, refuse, take_over
+from moe_lowering.integrations.vllm_ranges import ranges_of_vllm
+from moe_lowering.passes.pipeline import MoeLowering
+from moe_lowering.report.records import LoweringReport
+from moe_lowering.report.text import render
+from moe_lowering.vocabulary import POLICIES
+
+__all__ = ["KEY", "register", "reports"]
+
+KEY = "moe_lowering"  # of additional_config
+TESTED = ("0.23.0",)  # versions of vllm-ascend
+LAYERS, COMPILER = "vllm_ascend.ops.fused_moe.fused_moe", "vllm_ascend.compilation.compiler_interface"
+SETTINGS = {"enable": True, "policy": "vllm_ascend_main", "comm": "auto", "strict": False}
+
+log = logging.getLogger("vllm.moe_lowering")  # vLLM shows loggers of its own
+_reports: list[LoweringReport] = []
+_taken: dict[str, str] = {}  # layer -> "" where it is taken over, else why not
+_compile_range: list[Any] = []  # of the compile under way
+_deployment: Deployment | None = None
+
+
+def register() -> None:
+    """Let vllm-ascend's layers be taken over where ``additional_config`` asks for it. Calling it again changes nothing."""
+    import_hooks.after(LAYERS, _watch_layers)
+    import_hooks.after(COMPILER, _watch_compiler)
+
+
+def reports() -> list[LoweringReport]:
+    """The report of each graph that was compiled in this process, oldest first."""
+    return list(_reports)
+
+
+def layers() -> dict[str, str]:
+    """Each MoE layer of this process: "" where it is taken over, else why it is not."""
+    return dict(_taken)
+
+
+def settings_of(vllm_config: Any) -> dict[str, Any] | None:
+    """The settings of the plugin; None where it is not switched on.
+
+    Raises:
+        ValueError: an unknown setting, or a value that is not accepted.
+    """
+    asked = (vllm_config.additional_config or {}).get(KEY)
+    if asked is None:
+        return None
+    what = f"additional_config[{KEY!r}]"
+    if not isinstance(asked, dict) or asked.keys() - SETTINGS.keys():
+        raise ValueError(f"{what} is {asked!r}; accepted: a dictionary with some of {', '.join(SETTINGS)}")
+    settings = {**SETTINGS, **asked}
+    require_flag(what, "enable", settings["enable"])
+    require_flag(what, "strict", settings["strict"])
+    require_choice(what, "policy", settings["policy"], POLICIES)
+    return settings if settings["enable"] else None
+
+
+def _current_config() -> Any:
+    return importlib.import_module("vllm.config").get_current_vllm_config()
+
+
+def _watch_layers(module: Any) -> None:
+    """When a layer has its weights, decide whether it is taken over."""
+    method = module.AscendUnquantizedFusedMoEMethod
+    original = method.process_weights_after_loading
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def process_weights_after_loading(self: Any, layer: Any) -> None:
+        original(self, layer)
+        _decide(layer)
+
+    method.process_weights_after_loading = process_weights_after_loading
+
+
+def _decide(layer: Any) -> None:
+    config = layer.vllm_config
+    settings = settings_of(config)
+    if settings is None or layer.layer_name in _taken:
+        return
+    try:
+        _check_engine(config)
+        take_over(layer, read_layer(layer, _deployment_of(config)))
+    except Refused as reason:
+        _taken[layer.layer_name] = str(reason)
+        log.warning("moe_lowering: %s stays with vllm-ascend's operator: %s", layer.layer_name, reason)
+        return
+    _taken[layer.layer_name] = ""
+    opaque = config.compilation_config.static_all_moe_layers  # vLLM numbers its operator's calls by this list
+    if layer.layer_name in opaque:
+        opaque.remove(layer.layer_name)
+    log.info("moe_lowering: %s is taken over", layer.layer_name)
+
+
+def _check_engine(config: Any) -> None:
+    """Refuse an engine whose graphs do not come by.
+
+    Raises:
+        Refused: see above.
+    """
+    version = importlib.metadata.version("vllm_ascend")
+    if version.partition("+")[0] not in TESTED:
+        raise refuse("version", "vllm-ascend", version, ", ".join(TESTED))
+    if config.lora_config is not None:
+        raise refuse("lora", "lora_config", "given", "none")
+    if config.speculative_config is not None:
+        raise refuse("speculative", "speculative_config", "given", "none")
+    if config.model_config.enforce_eager:
+        raise refuse("eager", "enforce_eager", "True", "False: nothing is compiled, and there is no graph to lower in")
+    ascend = importlib.import_module("vllm_ascend.ascend_config").get_ascend_config()
+    if not ascend.ascend_compilation_config.enable_npugraph_ex:
+        raise refuse("compiler", "ascend_compilation_config.enable_npugraph_ex", "False", "True")
+
+
+def _deployment_of(config: Any) -> Deployment:
+    global _deployment
+    if _deployment is None:
+        _deployment = deployment_of(config)
+    return _deployment
+
+
+def _watch_compiler(module: Any) -> None:
+    """Put the pass into the options of npugraph_ex, and what it depends on into the key of the compile cache."""
+    compiler = module.AscendCompiler
+    configure, compile_graph = module._configure_backend, module.npugraph_ex_compile
+    compute_hash, load_graph = compiler.compute_hash, compiler.load
+    if hasattr(configure, "__wrapped__"):
+        return
+
+    @functools.wraps(configure)
+    def configure_backend(
+        config: Any, ascend_config: Any, vllm_config: Any, process_kwargs_options: Callable[..., Any] | None = None
+    ) -> None:
+        configure(config, ascend_config, vllm_config, process_kwargs_options)
+        if process_kwargs_options is not None and (hook := _hook(vllm_config, _user_pass(config))):
+            process_kwargs_options(config, {"options": {PRE_PASS: hook}})
+
+    @functools.wraps(compile_graph)
+    def npugraph_ex_compile(*args: Any, **kwargs: Any) -> Any:
+        with _range_of(args[5] if len(args) > 5 else kwargs["compile_range"]):
+            return compile_graph(*args, **kwargs)
+
+    @functools.wraps(compute_hash)
+    def hash_with_pass(self: Any, vllm_config: Any) -> str:
+        settings = settings_of(vllm_config)
+        found = str(compute_hash(self, vllm_config))
+        if settings is None or "" not in _taken.values():
+            return found
+        return f"{found}-{cache_digest(_lowering(settings, _deployment_of(vllm_config)))[:16]}"
+
+    @functools.wraps(load_graph)
+    def load(self: Any, handle: Any, *args: Any, **kwargs: Any) -> Any:
+        if "" in _taken.values():
+            log.info(
+                "moe_lowering: a lowered graph comes from vLLM's compile cache, %s: its report was in the log then",
+                handle,
+            )
+        return load_graph(self, handle, *args, **kwargs)
+
+    module._configure_backend, module.npugraph_ex_compile = configure_backend, npugraph_ex_compile
+    compiler.compute_hash, compiler.load = hash_with_pass, load
+
+
+def _user_pass(config: Any) -> Any:
+    """A pre-pass that somebody else put into npugraph_ex's configuration, None without one."""
+    option = getattr(config, PRE_PASS, None)
+    return getattr(option, "value", option)
+
+
+@contextlib.contextmanager
+def _range_of(compile_range: Any) -> Iterator[None]:
+    _compile_range.append(compile_range)
+    try:
+        yield
+    finally:
+        _compile_range.pop()
+
+
+def _hook(vllm_config: Any, own: Any) -> Any:
+    """The pre-pass for the graph that is about to be compiled; None where the plugin is off or took over no layer."""
+    settings = settings_of(vllm_config)
+    if settings is None or "" not in _taken.values():
+        return None
+    deployment = _deployment_of(vllm_config)
+    if _compile_range:
+        first, last = int(_compile_range[-1].start), int(_compile_range[-1].end)
+        deployment = deployment_for_range(deployment, first, last)
+    lowering = _lowering(settings, deployment)
+    options = npugraph_ex_options(
+        deployment, lowering=lowering, force_eager=True, **({} if own is None else {PRE_PASS: own})
+    )
+    run = options[PRE_PASS]
+
+    def lower_and_report(gm: Any, example_inputs: Any, config: Any) -> None:
+        before = len(lowering.reports)
+        with ranges_of_vllm(gm, deployment.min_tokens, deployment.max_tokens):
+            run(gm, example_inputs, config)
+            for report in lowering.reports[before:]:
+                _reports.append(report)
+                text = "moe_lowering: graph for %d to %d tokens\n%s"
+                log.info(text, deployment.min_tokens, deployment.max_tokens, render(report))
+
+    return lower_and_report
+
+
+def _lowering(settings: dict[str, Any], deployment: Deployment) -> MoeLowering:
+    return MoeLowering(deployment, settings["comm"], settings["strict"], settings["policy"])

@@ -1,0 +1,53 @@
+"""What the pass may assume of a vLLM that serves on vllm-ascend: its configuration and its groups as a ``Deployment``.
+
+``Deployment.detected`` says what was taken from where, beside what ``Deployment.from_groups`` reads of the machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.deployment_detection import Detected
+
+
+def deployment_of(vllm_config: Any) -> Deployment:
+    """The deployment of this process, whose groups vLLM has made.
+
+    Raises:
+        ValueError: as ``Deployment.from_groups``.
+    """
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    config = importlib.import_module("vllm_ascend.ascend_config").get_ascend_config()
+    expert_parallel = (
+        parallel.enable_expert_parallel and parallel.tensor_parallel_size * parallel.data_parallel_size > 1
+    )
+    fields: dict[str, tuple[Any, str]] = {
+        "max_tokens": (scheduler.max_num_batched_tokens, "scheduler_config.max_num_batched_tokens"),
+        "guards": ("forbid", "vLLM keeps no guards of a compiled graph"),
+        "capture": (vllm_config.compilation_config.cudagraph_mode.name != "NONE", "compilation_config.cudagraph_mode"),
+        "fused_mode": (int(config.enable_fused_mc2), "additional_config.enable_fused_mc2"),
+        "weight_format": ("nd", "unquantised weights, which vllm-ascend keeps in ND"),
+    }
+    if int(config.enable_fused_mc2):
+        fields["weight_format"] = ("nz", "additional_config.enable_fused_mc2 casts weights to FRACTAL_NZ")
+    groups: dict[str, Any] = {"ep": None}
+    if expert_parallel:
+        state = importlib.import_module("vllm.distributed.parallel_state")
+        ascend_state = importlib.import_module("vllm_ascend.distributed.parallel_state")
+        groups = {"ep": state.get_ep_group().device_group, "mc2": ascend_state.get_mc2_group().device_group}
+        if parallel.tensor_parallel_size > 1:
+            groups["tp"] = state.get_tp_group().device_group
+    deployment = Deployment.from_groups(**groups, **{name: value for name, (value, _) in fields.items()})
+    read = tuple(Detected(name, str(value), source) for name, (value, source) in fields.items())
+    return deployment.replace(detected=(*deployment.detected, *read))
+
+
+def deployment_for_range(deployment: Deployment, first: int, last: int) -> Deployment:
+    """The deployment for a graph that vLLM compiles for ``first`` to ``last`` tokens."""
+    most = min(last, deployment.max_tokens)
+    narrowed = deployment.replace(min_tokens=first, max_tokens=most)
+    source = f"vLLM's compile range, {first} to {last}, and scheduler_config.max_num_batched_tokens"
+    read = (Detected("min_tokens", str(first), source), Detected("max_tokens", str(most), source))
+    return narrowed.replace(detected=(*narrowed.detected, *read))

@@ -1,0 +1,41 @@
+"""The token counts that vLLM runs a compiled graph with, told to the graph's ShapeEnv while the pass runs.
+
+vLLM compiles for a range of token counts and drops dynamo's guards (``vllm/compilation/backends.py``, ``piecewise_backend.py``):
+a graph that was traced for two tokens or more, as dynamo always does, or for more than one token on each TP rank, which its
+views ask for, runs with one token too. What the pass proves, and what the graph then refuses, must hold for the range that vLLM
+means. Token counts are the only sizes that vLLM leaves open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch._guards import detect_fake_mode
+from torch.fx import GraphModule
+from torch.utils._sympy.value_ranges import ValueRanges
+
+SPECIALISED = 2  # dynamo keeps 0 and 1 for graphs of their own
+
+
+@contextlib.contextmanager
+def ranges_of_vllm(gm: GraphModule, first: int, last: int) -> Iterator[None]:
+    """Inside, the sizes that dynamo knows as 2 or more are ``first`` to ``last``, or to less where that was known."""
+    values = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder" and "val" in node.meta]
+    mode = detect_fake_mode(values)
+    environment: Any = None if mode is None else mode.shape_env
+    if environment is None:
+        yield
+        return
+    known = dict(environment.var_to_range)
+    for symbol, values_known in known.items():
+        if values_known.lower >= SPECIALISED:
+            upper = last if values_known.upper > last else values_known.upper
+            environment.var_to_range[symbol] = ValueRanges(first, upper)
+    environment._version_counter += 1  # what was proven before is forgotten
+    try:
+        yield
+    finally:
+        environment.var_to_range.update(known)
+        environment._version_counter += 1

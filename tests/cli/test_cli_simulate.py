@@ -1,0 +1,61 @@
+"""``moe-lowering simulate``: a program and what it starts find the simulator; nothing else of them changes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_lowering import cli
+from moe_lowering.simulator import SimulatorError, imports
+
+PARENT = """
+import subprocess, sys
+print("torch" in sys.modules, "mine" in sys.modules)
+code = '''
+import torch, torch_npu, acl
+torch.npu.set_device(1)
+x = torch.arange(4.0).npu()
+print((x * 2).sum().item(), x.device, torch.npu.device_count(), acl.get_soc_name())
+'''
+print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
+sys.exit(7)
+"""
+
+
+def test_a_program_and_its_children(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    (tmp_path / "mine.py").write_text("")
+    (tmp_path / "sitecustomize.py").write_text("import mine\n")  # somebody else's is read too
+    path = os.pathsep.join([str(Path(cli.__file__).parents[2]), str(tmp_path)])
+    command = [sys.executable, "-m", "moe_lowering", "simulate", "--soc", "A2", "--devices", "2", "--", sys.executable]
+    done = subprocess.run(
+        [*command, str(tmp_path / "parent.py")], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 7, done.stderr
+    assert done.stdout.split("\n")[:2] == ["False True", "12.0 npu:1 2 Ascend910B3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "argument PROGRAM: is missing; accepted: a program after --"),
+        (["--soc", "A9", "--", "x"], "argument --soc: invalid choice: 'A9'"),
+        (["--devices", "0", "--", "x"], "argument --devices: is '0'; accepted: an integer from 1"),
+        (["--", "no-such-program-at-all"], "no-such-program-at-all cannot be started: No such file or directory"),
+    ],
+)
+def test_wrong_usage(arguments, says, capsys):
+    assert cli.main(["simulate", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_the_environment_keeps_what_was_there():
+    made = imports.environment("A3", {"PYTHONPATH": "/a:/b", "OTHER": "x"}, devices=2)
+    assert made["PYTHONPATH"].split(":")[1:] == ["/a", "/b"] and made["OTHER"] == "x"
+    assert (made["MOE_LOWERING_SIMULATOR"], made["MOE_LOWERING_SIMULATOR_DEVICES"]) == ("A3", "2")
+    assert imports.environment("A3", made, devices=2) == made  # once more changes nothing
+    with pytest.raises(SimulatorError, match="MOE_LOWERING_SIMULATOR is 'A4'; accepted: A2, A3"):
+        imports.environment("A4", {})

@@ -1,0 +1,109 @@
+"""Serves a small model with the real engine, and prints one JSON object: tokens, layers, reports, what the compiled graphs call.
+
+moe-lowering simulate -- python serve.py '{"model": "/folder", "plugin": {}, "graphs": true, ...}'   # see Settings
+"""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+# What vllm-ascend fuses with kernels that it writes in Triton, or whose patterns run operators that have no kernel here.
+FUSIONS = dict.fromkeys(("fuse_norm_quant", "fuse_qknorm_rope", "fuse_allreduce_rms", "fuse_muls_add"), False)
+CALL = re.compile(r"torch\.ops\.(\w+)\.(\w+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to serve.
+
+    Attributes:
+        model: the folder of a checkpoint.
+        cache: vLLM's cache, a folder of this run's own.
+        plugin: settings of the plugin, None for off.
+        graphs: compile, and capture decode; else eager.
+        requests: how many, of random lengths; all at once.
+        tokens: how many each is continued with.
+        dtype: of the model.
+        ranks: of one tensor-parallel group, with expert parallelism.
+        options: further arguments of ``LLM``.
+        additional: further ``additional_config``.
+    """
+
+    model: str
+    cache: str
+    plugin: dict[str, Any] | None = None
+    graphs: bool = False
+    requests: int = 8
+    tokens: int = 6
+    dtype: str = "float32"
+    ranks: int = 1
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    additional: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def prompts(settings: Settings) -> list[list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(2, 500) for _ in range(draw.randrange(1, 40))] for _ in range(settings.requests)]
+
+
+def serve(settings: Settings) -> dict[str, Any]:
+    os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CACHE_ROOT=settings.cache)
+    if settings.ranks == 1:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+
+    additional: dict[str, Any] = {"ascend_compilation_config": FUSIONS, **settings.additional}
+    if settings.plugin is not None:
+        additional["moe_lowering"] = settings.plugin
+    options: dict[str, Any] = {"enforce_eager": True}
+    if settings.graphs:
+        graphs = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
+        options = {"compilation_config": {**graphs, **settings.options.get("compilation_config", {})}}
+    options |= {name: value for name, value in settings.options.items() if name != "compilation_config"}
+    if settings.ranks > 1:
+        options |= {"tensor_parallel_size": settings.ranks, "enable_expert_parallel": True}
+    llm = LLM(
+        model=settings.model,
+        skip_tokenizer_init=True,
+        max_model_len=128,
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        gpu_memory_utilization=0.5,
+        dtype=settings.dtype,
+        num_gpu_blocks_override=64,
+        enable_prefix_caching=False,
+        additional_config=additional,
+        **options,
+    )
+    sampling = SamplingParams(max_tokens=settings.tokens, temperature=0.0, detokenize=False, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts(settings)], sampling)
+    result: dict[str, Any] = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+    files = [path for path in Path(settings.cache).rglob("artifact_compile_range*") if path.is_file()]
+    calls = [sorted({".".join(call) for call in CALL.findall(path.read_text())}) for path in files]
+    result["compiled"] = calls
+    if settings.ranks == 1:
+        from moe_lowering import simulator
+        from moe_lowering.integrations import vllm
+
+        tapes = [tape.operators for tape in simulator.device.tapes()]
+        result |= {
+            "layers": vllm.layers(),
+            "reports": [json.loads(json.dumps(report.to_json(), default=str)) for report in vllm.reports()],
+            "captured": [len(tape) for tape in tapes],
+            "captures": simulator.device.counts().captured,
+            "replays": simulator.device.counts().replayed,
+        }
+    return result
+
+
+if __name__ == "__main__":
+    out = os.dup(1)
+    os.dup2(2, 1)  # vLLM prints on stdout
+    found = serve(Settings(**json.loads(sys.argv[1])))
+    with os.fdopen(out, "w") as stream:
+        print(json.dumps(found), file=stream)
