@@ -1,6 +1,6 @@
 """Writes the list of docs/refusals.md: every code of the limit tables with what it asks for and what to change.
 
-    python .ci/refusals.py    # `make refusals`; tests/repository/test_refusals.py compares
+python .ci/refusals.py    # `make refusals`; tests/repository/test_refusals.py compares
 """
 
 from __future__ import annotations
@@ -48,7 +48,13 @@ def line(code: str, rows: list[Limit]) -> str:
 
 def rule(row: Limit) -> str:
     """The value, its bounds, and where the rule counts."""
-    words = {"min": "at least", "max": "at most", "multiple_of": "a multiple of", "equals": "equal to", "one_of": "one of"}
+    words = {
+        "min": "at least",
+        "max": "at most",
+        "multiple_of": "a multiple of",
+        "equals": "equal to",
+        "one_of": "one of",
+    }
     bounds = []
     for bound in BOUNDS:
         limit = getattr(row, bound)

@@ -13,7 +13,9 @@ DOCS = sorted((TOP / "docs").glob("*.md"))
 PAGES = [TOP / "README.md", *DOCS]
 MOST_WORDS = 35
 # Pages for a reader who is new, and the words of the glossary that they may not use unexplained.
-FOR_NEWCOMERS = [TOP / name for name in ("README.md", "docs/five_minutes.md", "docs/use.md", "docs/examples.md", "docs/loading.md")]
+FOR_NEWCOMERS = [
+    TOP / name for name in ("README.md", "docs/five_minutes.md", "docs/use.md", "docs/examples.md", "docs/loading.md")
+]
 WORDS = ("EP", "MC2", "FusedMC2", "CANN", "npugraph_ex", "GE", "FRACTAL_NZ", "W8A8", "SoC", "NPU", "NPUs", "log2phy")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^ *```.*?^ *```$", re.S | re.M)
@@ -30,7 +32,9 @@ def prose(text: str) -> str:
 def sentences(text: str) -> list[str]:
     """A sentence ends at a full stop, question mark, colon or semicolon, and with its paragraph or its item of a list."""
     paragraphs = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.)\s)", LINK.sub(r"\1", prose(text)))
-    return [each for paragraph in paragraphs for each in re.split(r"(?<=[.!?:;])\s+", " ".join(paragraph.split())) if each]
+    return [
+        each for paragraph in paragraphs for each in re.split(r"(?<=[.!?:;])\s+", " ".join(paragraph.split())) if each
+    ]
 
 
 def long_sentences(text: str) -> list[str]:
@@ -44,7 +48,10 @@ def first_paragraph(text: str) -> str:
 def anchors(text: str) -> set[str]:
     """The names that headings get, as GitHub and mkdocs make them."""
     heads = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.M)
-    return {re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", LINK.sub(r"\1", head))).strip().lower().replace(" ", "-") for head in heads}
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", LINK.sub(r"\1", head))).strip().lower().replace(" ", "-")
+        for head in heads
+    }
 
 
 def broken_links(page: Path, text: str) -> list[str]:
@@ -66,7 +73,9 @@ def unexplained(text: str) -> list[str]:
     bare = re.sub(r"^(    .*|#.*)$", "\n", bare, flags=re.M)
     missing = []
     for word in WORDS:
-        match = re.search(rf"(?<![\w/-]){word}(?![\w-])", re.sub(r"\]\([^)]*\)", lambda m: "]" + " " * (len(m[0]) - 1), bare))
+        match = re.search(
+            rf"(?<![\w/-]){word}(?![\w-])", re.sub(r"\]\([^)]*\)", lambda m: "]" + " " * (len(m[0]) - 1), bare)
+        )
         if match and not re.match(r"[^\[\]]*\]\((?:docs/)?glossary\.md#", bare[match.start() :]):
             missing.append(word)
     return missing
@@ -87,7 +96,9 @@ def says_all(text: str) -> bool:
     return match is not None and LINK.search(match[1]) is not None
 
 
-@pytest.mark.parametrize("page", [*PAGES, TOP / "CONTRIBUTING.md", TOP / "SECURITY.md", TOP / "CHANGELOG.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, TOP / "CONTRIBUTING.md", TOP / "SECURITY.md", TOP / "CHANGELOG.md"], ids=lambda page: page.name
+)
 def test_links_lead_somewhere(page):
     assert not broken_links(page, page.read_text())
 
@@ -109,5 +120,8 @@ def test_the_checks_can_fail():
     assert not long_sentences("| " + "word " * 40 + "|")
     assert not says_all("# T\n\n**What:** a. **For:** b. **Next:** nothing.\n\n")
     assert not says_all("# T\n\nA page.\n\n") and says_all("# T\n\n**What:** a. **For:** b. **Next:** [c](c.md).\n\n")
-    assert broken_links(page, "# A b\n[x](no.md) [y](glossary.md#no) [z](#a-b) [w](glossary.md#ep)") == ["no.md", "glossary.md#no"]
+    assert broken_links(page, "# A b\n[x](no.md) [y](glossary.md#no) [z](#a-b) [w](glossary.md#ep)") == [
+        "no.md",
+        "glossary.md#no",
+    ]
     assert unexplained("An EP group and [CANN](glossary.md#cann), [MC2](ranks.md), CANN") == ["EP", "MC2"]
