@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast property lint bench costs versions provider refusals setup clean
+.PHONY: demo test test-fast property lint bench costs versions provider refusals examples setup clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -46,6 +46,10 @@ versions:
 # kernels and bytes of a lowered layer, no device needed; COSTS="--write" renews docs/costs.md
 costs: $(READY)
 	$(BIN)/python benchmarks/costs.py $(COSTS)
+
+# the programs of examples/ with their output: docs/examples.md
+examples: $(READY)
+	$(BIN)/python .ci/examples.py
 
 # every code of the limit tables with what to do: the list of docs/refusals.md
 refusals: $(READY)

@@ -57,7 +57,7 @@ def anchors(text: str) -> set[str]:
 def broken_links(page: Path, text: str) -> list[str]:
     """Links to files that are not there, or to headings that they have not."""
     broken = []
-    for _, target in LINK.findall(re.sub(r"`[^`]*`", "", FENCE.sub("", text))):
+    for _, target in LINK.findall(re.sub(r"`[^`]*`|^    .*$", "", FENCE.sub("", text), flags=re.M)):
         name, _, anchor = target.partition("#")
         if name.startswith(("http:", "https:")):
             continue
