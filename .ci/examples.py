@@ -1,6 +1,6 @@
 """Runs the programs of examples/ and writes docs/examples.md: each as it stands, with its output as it was printed.
 
-    python .ci/examples.py    # `make examples`; tests/repository/test_examples.py runs the same and compares
+python .ci/examples.py    # `make examples`; tests/repository/test_examples.py runs the same and compares
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ EXAMPLES = (
         "Your own model on two ranks",
         "own_model.py",
         TORCHRUN,
-        "Two layers of [MoE](glossary.md#moe), each rank with half of the experts, lowered to [MC2](glossary.md#mc2) and compared with the\n"
-        "whole model.",
+        "Two layers of [MoE](glossary.md#moe), each rank with half of the experts, lowered to [MC2](glossary.md#mc2)\n"
+        "and compared with the whole model.",
     ),
     Example(
         "A checkpoint on two ranks, W8A8, generate",
@@ -68,11 +68,12 @@ EXAMPLES = (
 INTRO = """\
 # Examples
 
-**What:** five whole programs, with what they print. **For:** whoever wants to begin with something that runs. **Next:** [the user guide](use.md).
+**What:** five whole programs, with what they print. **For:** whoever wants to begin with something that runs.
+**Next:** [the user guide](use.md).
 
 They lie in `examples/` of a checkout and run there with the environment that `make demo` makes: `PATH=$PWD/.venv/bin:$PATH`.
-On a machine with [NPUs](glossary.md#npu) the word `npu` behind a command runs the same file on them. What differs is the line after
-`if device == "cpu"`.
+On a machine with [NPUs](glossary.md#npu) the word `npu` behind a command runs the same file on them.
+What differs is the line after `if device == "cpu"`.
 Without [CANN](glossary.md#cann), `TORCH_DEVICE_BACKEND_AUTOLOAD=0` stands before `torchrun`, which imports torch by itself.
 `make examples` renews this page.
 """
@@ -92,16 +93,16 @@ def run(example: Example) -> str:
     command = [sys.executable, *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540, check=False)
     if done.returncode:
-        raise RuntimeError(f"{example.command} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+        raise RuntimeError(
+            f"{example.command} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        )
     lines = [line.rstrip() for line in done.stdout.splitlines()]
     return "\n".join(line for line in lines if line and not line.startswith(NOISE))
 
 
 def section(example: Example, output: str) -> str:
     code = (ROOT / "examples" / example.file).read_text("utf-8")
-    return (
-        f"## {example.title}\n\n{example.about}\n\n```py\n{code}```\n\n```text\n$ {example.command}\n{output}\n```\n"
-    )
+    return f"## {example.title}\n\n{example.about}\n\n```py\n{code}```\n\n```text\n$ {example.command}\n{output}\n```\n"
 
 
 def main() -> int:
