@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast property lint bench costs versions provider vllm setup clean
+.PHONY: demo test test-fast property lint bench costs versions provider vllm refusals examples docs release setup clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3 -m venv failed: install python3-venv (apt-get install -y python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[npu,transformers,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[npu,transformers,dev,docs]'
 	touch $(READY)
 
 test: $(READY)
@@ -51,8 +51,25 @@ versions:
 costs: $(READY)
 	$(BIN)/python benchmarks/costs.py $(COSTS)
 
+# the programs of examples/ with their output: docs/examples.md
+examples: $(READY)
+	$(BIN)/python .ci/examples.py
+
+# every code of the limit tables with what to do: the list of docs/refusals.md
+refusals: $(READY)
+	$(BIN)/python .ci/refusals.py
+
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(MAKE) docs
+
+# the site in build/site; a link that leads nowhere is an error. No -q: it would hide what strict mode counts
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
+
+# wheel and source archive, installed and run away from the checkout; PYTHON=python3.13 for another Python
+release:
+	$(PYTHON) .ci/release.py
 
 clean:
 	rm -rf $(VENV) .venvs

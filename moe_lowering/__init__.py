@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moe_lowering.functional import moe_experts, route
     from moe_lowering.interrupts import interruptible
     from moe_lowering.layers import MoE, shard_experts
+    from moe_lowering.loading import CheckpointError, load_experts
     from moe_lowering.passes.pipeline import LoweringError, MoeLowering
     from moe_lowering.quantisation import quantise_experts
     from moe_lowering.smooth_scales import drop_unit_smooth_scales
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AgreementError": "agreement",
     "BlockDescription": "explanation",
+    "CheckpointError": "loading",
     "Deployment": "deployment",
     "LoweringError": "passes.pipeline",
     "MoE": "layers",
@@ -43,6 +45,7 @@ _HOME = {
     "explain": "explanation",
     "interruptible": "interrupts",
     "list_experts": "experts",
+    "load_experts": "loading",
     "log2phy_from_expert_maps": "experts",
     "lowering_backend": "backends.aot",
     "moe_experts": "functional",
@@ -58,6 +61,7 @@ _MODULES = ("serving", "simulator", "testing")
 __all__ = [
     "AgreementError",
     "BlockDescription",
+    "CheckpointError",
     "Deployment",
     "LoweringError",
     "MoE",
@@ -67,6 +71,7 @@ __all__ = [
     "explain",
     "interruptible",
     "list_experts",
+    "load_experts",
     "log2phy_from_expert_maps",
     "lowering_backend",
     "moe_experts",

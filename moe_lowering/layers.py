@@ -233,27 +233,37 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
             no MoE module found; the deployment contradicts its process groups, or its ``ep_rank`` is not known. The model is
             as it was then.
     """
-    targets = moe_modules("shard_experts", model)
-    require_instance("shard_experts", "deployment", deployment, Deployment, "a moe_lowering.Deployment")
-    deployment = deployment.placed()
-    deployment.own_rank("ep")
-    for name, module in targets:  # first all checks, so that an error leaves the model as it was
-        what = f"shard_experts: {name or type(module).__name__}"
-        _check_sizes(what, module, deployment)
-        if _deployment_of(module) == deployment:
-            continue
-        refuse_lists(what, module)
-        if _deployment_of(module) is not None:
-            raise ValueError(
-                f"{what} was sharded for another deployment; accepted: a whole module, or the same deployment"
-            )
-        if getattr(module, "_is_expert_parallel", False):
-            raise ValueError(f"{what} was sharded by transformers; accepted: a model loaded without expert parallelism")
+    targets, deployment = require_shardable("shard_experts", model, deployment)
     for _, module in targets:
         if _deployment_of(module) is None:
             _shard(module, deployment)
     warn_of_other_implementations("shard_experts", targets)
     return model
+
+
+def require_shardable(
+    what: str, model: nn.Module, deployment: Deployment
+) -> tuple[list[tuple[str, nn.Module]], Deployment]:
+    """The MoE modules and the deployment with this rank's place; raises what ``shard_experts`` would, and changes nothing."""
+    targets = moe_modules(what, model)
+    require_instance(what, "deployment", deployment, Deployment, "a moe_lowering.Deployment")
+    deployment = deployment.placed()
+    deployment.own_rank("ep")
+    for name, module in targets:  # first all checks, so that an error leaves the model as it was
+        where = f"{what}: {name or type(module).__name__}"
+        _check_sizes(where, module, deployment)
+        if _deployment_of(module) == deployment:
+            continue
+        refuse_lists(where, module)
+        if _deployment_of(module) is not None:
+            raise ValueError(
+                f"{where} was sharded for another deployment; accepted: a whole module, or the same deployment"
+            )
+        if getattr(module, "_is_expert_parallel", False):
+            raise ValueError(
+                f"{where} was sharded by transformers; accepted: a model loaded without expert parallelism"
+            )
+    return targets, deployment
 
 
 def moe_modules(what: str, model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -85,6 +85,9 @@ def summary(rows: list[Row], version: str) -> str:
 PAGE = """\
 # Models of transformers
 
+**What:** which families of transformers are lowered, by the hook and from the trace. **For:** whoever has a model of
+transformers. **Next:** [how such a model is made ready](transformers.md).
+
 Written by `moe-lowering models --write docs/models.md`; do not edit. {summary}.
 
 Each family of the installed transformers whose code has a class of experts, as a small random model on the CPU: by the **hook**

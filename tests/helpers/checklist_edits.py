@@ -66,7 +66,7 @@ IMPLEMENTATION: Edits = {
             '        WeightForm("toy", "toy", "toy", ("npu.npu_moe_init_routing_v2",)),\n',
         ),
     ),
-    ("An implementation", 7): (Insert("README.md", "| `fused_mc2` |", "| `toy` | AllGather | everywhere |\n"),),
+    ("An implementation", 7): (Insert("README.md", "| `fused_mc2` (", "| `toy` | AllGather | everywhere |\n"),),
     ("An implementation", 8): (Insert("docs/matrix.md", "; `fused_mc2` as `dispatch_ffn_combine`", "; `toy`"),),
     ("An implementation", 9): (Insert("docs/costs.md", "| 16 | bf16 | allgather |", COSTS_OF_A_TOY),),
 }

@@ -12,9 +12,14 @@ import pytest
 from packaging.requirements import Requirement
 
 TOP = Path(__file__).parents[2]
+sys.path.insert(0, str(TOP / ".ci"))
+
+import release  # noqa: E402
+
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-FOLDERS = ("moe_lowering", "tests", "docs", "benchmarks", "provider_tests", ".ci")
-FILES = ("pyproject.toml", "constraints.txt", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
+FOLDERS = ("moe_lowering", "tests", "docs", "benchmarks", "provider_tests", "vllm_tests", "examples", ".ci", ".github")
+NAMES = ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")
+FILES = ("pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "mkdocs.yml", *(f"{name}.md" for name in NAMES))
 KINDS = (".py", ".toml", ".md", ".c", ".h", ".typed")
 
 
@@ -59,3 +64,34 @@ def pins(python: str) -> Counter[str]:
 @pytest.mark.parametrize("python", PYTHONS)
 def test_each_package_is_pinned_once_for_each_python(python):
     assert pins(python) == Counter(dict.fromkeys(pins("3.11"), 1))
+
+
+def test_wheel_and_archive_run_away_from_the_checkout(tmp_path):
+    """The wheel is made of the archive and run in a folder of its own; a wheel without its data is refused (the twin)."""
+    wheel, _ = release.build(tmp_path)
+    (tmp_path / "away").mkdir()
+    release.install_beside(wheel, tmp_path / "target")
+    home = release.check(Path(sys.executable), tmp_path / "target", tmp_path / "away")
+    assert Path(home).is_relative_to(tmp_path)
+    for table in (tmp_path / "target/moe_lowering/limits/data").glob("*.toml"):
+        table.unlink()
+    with pytest.raises(RuntimeError):
+        release.check(Path(sys.executable), tmp_path / "target", tmp_path / "away")
+
+
+def test_the_metadata_says_what_it_is_for(archive):
+    lines = archive[1].splitlines()
+    for python in PYTHONS:
+        assert f"Classifier: Programming Language :: Python :: {python}" in lines
+    assert "Classifier: Typing :: Typed" in lines
+    assert any(line.startswith("Keywords: mixture-of-experts") for line in lines)
+
+
+def test_extras_stop_at_what_was_run(archive):
+    """What docs/versions.md has rows or words for; the pins of CI are within."""
+    extras = [
+        Requirement(line.partition(": ")[2]) for line in archive[1].splitlines() if line.startswith("Requires-Dist")
+    ]
+    bounded = {extra.name: extra.specifier for extra in extras if extra.name in ("torch-npu", "transformers")}
+    assert bounded["torch-npu"].contains("2.14.0") and not bounded["torch-npu"].contains("2.15.0")
+    assert bounded["transformers"].contains("5.23.0") and not bounded["transformers"].contains("5.25.0")

@@ -1,0 +1,30 @@
+"""Choosing a deployment for published models, from Python: python examples/choose.py"""
+
+import moe_lowering
+
+MODELS = {
+    "DeepSeek-V3": moe_lowering.BlockDescription(hidden=7168, intermediate=2048, experts=256, top_k=8),
+    "Qwen3-235B-A22B": moe_lowering.BlockDescription(hidden=4096, intermediate=1536, experts=128, top_k=8),
+}
+MACHINES = (("A2", 64), ("A3", 16), ("A3", 32), ("A3", 64))
+
+print(f"{'model':<16} {'SoC':<3} {'EP':>2} {'128 tokens':<11} {'1..4096 tokens'}")
+for name, block in MODELS.items():
+    for soc, ranks in MACHINES:
+        deployment = moe_lowering.Deployment(
+            soc=soc,
+            ep_size=ranks,
+            ep_group="ep",
+            mc2_group="mc2",
+            hccl_buffer_mb=1024,
+            weight_format="nz",
+            providers=(("vllm_ascend", "0.23.0"),),  # built from source; () says that nothing brings fused operators
+            installed=(),  # of another machine
+        )
+        explanation = moe_lowering.explain(block, deployment, tokens=128, sweep=(1, 4096))
+        pieces = ", ".join(f"{piece.choice} to {piece.high}" for piece in explanation.pieces)
+        print(f"{name:<16} {soc:<3} {ranks:>2} {explanation.answer.choice:<11} {pieces}")
+        for implementation, verdict in explanation.answer.judgement.verdicts.items():
+            if verdict.violations:
+                codes = ", ".join(dict.fromkeys(violation.code for violation in verdict.violations))
+                print(f"{'':<25} not {implementation}: {codes}")

@@ -1,0 +1,127 @@
+"""Pages can be read and followed: short sentences, a first paragraph that says what, for whom and what next, links that lead
+somewhere, and words that are explained where they first stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[2]
+DOCS = sorted((TOP / "docs").glob("*.md"))
+PAGES = [TOP / "README.md", *DOCS]
+MOST_WORDS = 35
+# Pages for a reader who is new, and the words of the glossary that they may not use unexplained.
+FOR_NEWCOMERS = [
+    TOP / name for name in ("README.md", "docs/five_minutes.md", "docs/use.md", "docs/examples.md", "docs/loading.md")
+]
+WORDS = ("EP", "MC2", "FusedMC2", "CANN", "npugraph_ex", "GE", "FRACTAL_NZ", "W8A8", "SoC", "NPU", "log2phy")
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^ *```.*?^ *```$", re.S | re.M)
+
+
+def prose(text: str) -> str:
+    """A page without code, comments, tables and headings; what is in backticks is one word."""
+    text = FENCE.sub("\n\n", text)
+    text = re.sub(r"<!--.*?-->", "\n\n", text, flags=re.S)
+    text = re.sub(r"^(    .*|\s*\|.*|#.*)$", "\n", text, flags=re.M)
+    return re.sub(r"`[^`]*`", "code", text)
+
+
+def sentences(text: str) -> list[str]:
+    """A sentence ends at a full stop, question mark, colon or semicolon, and with its paragraph or its item of a list."""
+    paragraphs = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.)\s)", LINK.sub(r"\1", prose(text)))
+    return [
+        each for paragraph in paragraphs for each in re.split(r"(?<=[.!?:;])\s+", " ".join(paragraph.split())) if each
+    ]
+
+
+def long_sentences(text: str) -> list[str]:
+    return [each for each in sentences(text) if len(each.split()) > MOST_WORDS]
+
+
+def first_paragraph(text: str) -> str:
+    return text.split("\n\n", 2)[1]
+
+
+def anchors(text: str) -> set[str]:
+    """The names that headings get, as GitHub and mkdocs make them."""
+    heads = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.M)
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", LINK.sub(r"\1", head))).strip().lower().replace(" ", "-")
+        for head in heads
+    }
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """Links to files that are not there, or to headings that they have not."""
+    broken = []
+    for _, target in LINK.findall(re.sub(r"`[^`]*`|^    .*$", "", FENCE.sub("", text), flags=re.M)):
+        name, _, anchor = target.partition("#")
+        if name.startswith(("http:", "https:")):
+            continue
+        file = (page.parent / name).resolve() if name else page
+        if not file.exists() or (anchor and anchor not in anchors(text if file == page else file.read_text())):
+            broken.append(target)
+    return broken
+
+
+def unexplained(text: str) -> list[str]:
+    """Words whose first place in the prose is no link to the glossary."""
+    bare = re.sub(r"`[^`]*`", "code", FENCE.sub("\n\n", text))
+    bare = re.sub(r"^(    .*|#.*)$", "\n", bare, flags=re.M)
+    missing = []
+    for word in WORDS:
+        match = re.search(
+            rf"(?<![\w/-]){word}s?(?![\w-])", re.sub(r"\]\([^)]*\)", lambda m: "]" + " " * (len(m[0]) - 1), bare)
+        )
+        if match and not re.match(r"[^\[\]]*\]\((?:docs/)?glossary\.md#", bare[match.start() :]):
+            missing.append(word)
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_sentence_is_long(page):
+    assert not long_sentences(page.read_text())
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_the_first_paragraph_says_what_for_whom_and_what_next(page):
+    assert says_all(page.read_text())
+
+
+def says_all(text: str) -> bool:
+    match = re.fullmatch(r"\*\*What:\*\* .+\.\s\*\*For:\*\* .+\.\s\*\*Next:\*\* (.+)\.", first_paragraph(text), re.S)
+    return match is not None and LINK.search(match[1]) is not None
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, TOP / "CONTRIBUTING.md", TOP / "SECURITY.md", TOP / "CHANGELOG.md"], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page):
+    assert not broken_links(page, page.read_text())
+
+
+@pytest.mark.parametrize("page", FOR_NEWCOMERS, ids=lambda page: page.name)
+def test_words_are_explained_where_they_first_stand(page):
+    assert not unexplained(page.read_text())
+
+
+def test_every_page_is_reached_from_the_index():
+    index = (TOP / "docs" / "index.md").read_text()
+    linked = {target.partition("#")[0] for _, target in LINK.findall(index)}
+    assert {page.name for page in DOCS} - {"index.md"} <= linked
+
+
+def test_the_checks_can_fail():
+    page = TOP / "docs" / "index.md"
+    assert long_sentences("one two, " * 18 + "end.") and not long_sentences("one two; " * 18 + "end.")
+    assert not long_sentences("| " + "word " * 40 + "|")
+    assert not says_all("# T\n\n**What:** a. **For:** b. **Next:** nothing.\n\n")
+    assert not says_all("# T\n\nA page.\n\n") and says_all("# T\n\n**What:** a. **For:** b. **Next:** [c](c.md).\n\n")
+    assert broken_links(page, "# A b\n[x](no.md) [y](glossary.md#no) [z](#a-b) [w](glossary.md#ep)") == [
+        "no.md",
+        "glossary.md#no",
+    ]
+    assert unexplained("An EP group and [CANN](glossary.md#cann), [MC2](ranks.md), CANN") == ["EP", "MC2"]
