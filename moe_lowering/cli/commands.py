@@ -7,9 +7,11 @@ A command is a folder here: ``request`` (a record), ``arguments`` (its parser, a
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
+from moe_lowering.cli.completion import complete
 from moe_lowering.cli.explain import arguments as explain_arguments
 from moe_lowering.cli.explain.request import ExplainRequest
 from moe_lowering.cli.lower import arguments as lower_arguments
@@ -39,7 +41,7 @@ class Report(Protocol):
 
 
 def parse(arguments: list[str] | None) -> Request:
-    """The command, or ``UsageError``; ``--help`` and ``--version`` print and exit."""
+    """The command, or ``UsageError``; ``--help``, ``--version`` and no arguments at all print and exit."""
     parser = Parser(
         prog="moe-lowering",
         description=DESCRIPTION,
@@ -53,6 +55,10 @@ def parse(arguments: list[str] | None) -> Request:
     explain_arguments.add_command(commands)
     matrix_arguments.add_command(commands)
     models_arguments.add_command(commands)
+    complete(parser)
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        parser.exit()
     values = vars(parser.parse_args(arguments))
     request: Request = values.pop("request")(**values)
     if isinstance(request, LowerRequest):

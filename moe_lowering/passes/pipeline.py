@@ -37,6 +37,7 @@ from moe_lowering.passes.verifier import (
     repropagate,
 )
 from moe_lowering.report.records import BlockReport, LoweringReport
+from moe_lowering.stray_output import silence_torch_npu
 from moe_lowering.vocabulary import RAISE_FOREIGN
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class MoeLowering:
         """``agreement_timeout``: as for ``npugraph_ex_options``; None puts no check of the other ranks in the graph."""
         # A graph for another rank's place would be wrong in silence, so that the compile fails in every mode
         self.deployment.placed()
+        silence_torch_npu()
         runs = [GraphRun(gm, self.deployment, self.policy, None, self.raise_foreign)]
         subgraphs, missed = self._find_subgraphs(gm)
         runs += [GraphRun(sub.gm, self.deployment, self.policy, sub, self.raise_foreign) for sub in subgraphs]

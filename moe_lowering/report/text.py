@@ -1,4 +1,5 @@
-"""A ``LoweringReport`` as text for a person: 100 columns, equal blocks once with their count, sources in a list at the end."""
+"""A ``LoweringReport`` as text for a person: wrapped to ``report_width``; equal blocks stand once with their count, and
+sources in a list at the end."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from moe_lowering.report.records import (
     Verdict,
     Window,
 )
+from moe_lowering.report.width import fold, report_width
 
-WIDTH = 100
 _LABEL = 18  # columns of the left column
 _INDENT = "  "
 _BOUND_CHECK = "moe_lowering.assert_tokens"
@@ -30,7 +31,7 @@ def render(report: LoweringReport) -> str:
     """The whole report: a headline, each kind of block, what was not recognised, what the deployment was detected to be, and
     the sources of the broken rules."""
     sources: list[str] = []
-    parts = [_headline(report)]
+    parts = [fold(_headline(report))]
     parts += [_render_blocks(blocks, sources) for blocks in _equal_blocks(report.blocks)]
     if report.unlowered:
         lines = [labelled_text(place, why) for place, why in report.unlowered]
@@ -102,7 +103,7 @@ def _own_ops(block: BlockReport) -> list[str]:
 def _render_blocks(blocks: Sequence[BlockReport], sources: list[str]) -> str:
     block = blocks[0]
     times = f"  x{len(blocks)}" if len(blocks) > 1 else ""
-    lines = textwrap.wrap(names([b.name for b in blocks]) + times, WIDTH, break_on_hyphens=False)
+    lines = textwrap.wrap(names([b.name for b in blocks]) + times, report_width(), break_on_hyphens=False)
     lines.append(labelled_text("implementation", f"{_implementation(block)} ({block.reason})"))
     if block.raised_from:
         lines.append(labelled_text("raised from", block.raised_from))
@@ -212,7 +213,5 @@ def labelled_text(label: str, text: str, hanging: str = "") -> str:
     """A label, and a text beside it that is wrapped under itself, after its first line ``hanging`` deeper."""
     start = f"{_INDENT}{label:<{_LABEL - 1}} "
     rest = " " * len(f"{_INDENT}{'':<{_LABEL}}") + hanging
-    wrapped = textwrap.wrap(
-        text, WIDTH, initial_indent=start, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False
-    )
+    wrapped = textwrap.wrap(text, report_width(), initial_indent=start, subsequent_indent=rest, break_on_hyphens=False)
     return "\n".join(wrapped) if wrapped else start.rstrip()

@@ -362,7 +362,7 @@ def test_json_keys(capfd):
     _, found = answer(capfd, "deepseek_v3 --ep 16 --tokens 128 --cann 8.5.0 --why mc2 --sweep tokens=1..64")
     assert found.keys() == {
         "model", "block", "deployment", "policy", "assumptions", "choice", "reason", "sizes", "costs", "verdicts", "sweep",
-        "memory", "beside", "why",
+        "memory", "beside", "why", "changes",
     }  # fmt: skip
     assert found["model"] == "deepseek_v3"
     assert found["block"] == {

@@ -12,6 +12,7 @@ from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport
 from moe_lowering.report.text import labelled_text, render
+from moe_lowering.report.width import fold
 
 
 @dataclasses.dataclass
@@ -136,7 +137,7 @@ class LowerOutcome:
         ranks = f"ep {request.ep}" + (f", tp {request.tp}" if request.tp > 1 else "")
         experts = f", experts {request.quant}" if request.quantised else ""
         title = f"{self.model}: comm {request.comm}, {ranks}, soc {request.soc}, {request.dtype}{experts}"
-        return "\n".join([title, *(labelled_text(label, text) for label, text in self.facts)])
+        return "\n".join([fold(title), *(labelled_text(label, text) for label, text in self.facts)])
 
     def _comparison(self) -> str:
         if self.errors is None:
@@ -145,7 +146,7 @@ class LowerOutcome:
         weights = "experts not sharded" + (f", their {quant} weights dequantised" if self.request.quantised else "")
         accepted = "" if self.request.quantised else f"; accepted for {self.request.dtype}: {tolerance:g}"
         lines = [
-            f"compared with the model's own output (grouped_mm, {weights})",
+            fold(f"compared with the model's own output (grouped_mm, {weights})"),
             labelled_text("max abs error", f"{self.errors.absolute:.3g} (logits)"),
             labelled_text("max rel error",
                 f"{self.errors.relative:.3g} (logits), {self.errors.block_relative:.3g} (MoE blocks){accepted}"),
