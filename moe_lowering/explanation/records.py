@@ -13,6 +13,7 @@ from moe_lowering.explanation.sweep import Piece
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.price import Price
 from moe_lowering.passes.quantities import dtype_name
+from moe_lowering.report.schemas import SCHEMA_VERSION
 from moe_lowering.vocabulary import AUTO, FIXED
 
 
@@ -51,6 +52,7 @@ class Explanation:
         """Everything but single rules (``answer.rules_json``), as ``json.dumps`` takes it."""
         answer = self.answer
         fields: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
             "model": self.block.model,
             "block": _block_json(answer.spec),
             "deployment": answer.deployment.invariant_fields() | {"providers": dict(answer.deployment.providers)},

@@ -19,6 +19,7 @@ from moe_lowering.report.records import (
     Sizes,
     Verdict,
     Window,
+    renderers,
 )
 from moe_lowering.report.width import fold, report_width
 
@@ -32,7 +33,7 @@ def render(report: LoweringReport) -> str:
     the sources of the broken rules."""
     sources: list[str] = []
     parts = [fold(_headline(report))]
-    parts += [_render_blocks(blocks, sources) for blocks in _equal_blocks(report.blocks)]
+    parts += [_render_blocks(blocks, sources) for blocks in equal_blocks(report.blocks)]
     if report.unlowered:
         lines = [labelled_text(place, why) for place, why in report.unlowered]
         parts.append("\n".join(["not recognised as an MoE block:", *lines]))
@@ -72,7 +73,7 @@ def _render_routers(routers: Sequence[RouterReport]) -> list[str]:
     return lines
 
 
-def _equal_blocks(blocks: Sequence[BlockReport]) -> list[list[BlockReport]]:
+def equal_blocks(blocks: Sequence[BlockReport]) -> list[list[BlockReport]]:
     """Blocks that differ in their name only, together, in order of first appearance."""
     groups: list[list[BlockReport]] = []
     for block in blocks:
@@ -215,3 +216,6 @@ def labelled_text(label: str, text: str, hanging: str = "") -> str:
     rest = " " * len(f"{_INDENT}{'':<{_LABEL}}") + hanging
     wrapped = textwrap.wrap(text, report_width(), initial_indent=start, subsequent_indent=rest, break_on_hyphens=False)
     return "\n".join(wrapped) if wrapped else start.rstrip()
+
+
+renderers.append(render)

@@ -19,6 +19,7 @@ from moe_lowering.explanation import TOKENS, ExplainError, Explanation, MissingS
 from moe_lowering.explanation.description import SIZES, BlockDescription
 from moe_lowering.explanation.table import Row, tabulate
 from moe_lowering.limits import TokenRange
+from moe_lowering.report.schemas import SCHEMA_VERSION
 
 # How the command line spells what the library calls by these names.
 OPTIONS = {
@@ -78,6 +79,7 @@ class TableReport:
         """One JSON object."""
         first = self.first.to_json()
         fields = {
+            "schema_version": SCHEMA_VERSION,
             "model": first["model"],
             "block": {name: value for name, value in first["block"].items() if name in BLOCK_FIELDS},
             "assumptions": first["assumptions"],

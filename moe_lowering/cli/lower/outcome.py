@@ -11,6 +11,7 @@ from moe_lowering.cli.lower.graph_replay import Captured
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport
+from moe_lowering.report.schemas import SCHEMA_VERSION
 from moe_lowering.report.text import labelled_text, render
 from moe_lowering.report.width import fold
 
@@ -95,6 +96,7 @@ class LowerOutcome:
         first = self.reports[0] if self.reports else None
         traced = first if first is not None and first.nodes_before else None
         fields: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
             "model": self.model,
             "blocks": [block.to_json() for block in first.blocks] if first else [],
             "max_abs_error": None if self.errors is None else self.errors.absolute,
