@@ -17,8 +17,11 @@ REPORT, BEFORE, AFTER = "moe_lowering_report", "moe_lowering_graph_before", "moe
 
 
 def is_traced() -> bool:
-    """Whether a trace is taken. torch puts a handler there always, which goes without a directory when it is first used."""
-    return any(getattr(handler, "root_dir", True) is not None for handler in trace_log.handlers)
+    """Whether a trace is taken. torch puts handlers there that write nothing: one without a directory, ``NullHandler`` s."""
+    return any(
+        getattr(handler, "root_dir", True) is not None and not isinstance(handler, logging.NullHandler)
+        for handler in trace_log.handlers
+    )
 
 
 def readable_graph(gm: GraphModule) -> str:
