@@ -13,9 +13,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 from moe_lowering.cli import terminal
-from moe_lowering.cli.commands import Report, Request, parse, run
+from moe_lowering.cli.commands import PageReport, Report, Request, parse, run
+from moe_lowering.cli.files import write_file
 from moe_lowering.cli.progress import Progress
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.interrupts import Terminated, exit_code, interruptible
@@ -46,6 +48,9 @@ def _main(arguments: list[str] | None) -> int:
                 report = run(request, progress)
         finally:
             progress.close()
+        if page := getattr(request, "html", ""):
+            assert isinstance(report, PageReport)  # of each request that has the option
+            write_file("html", Path(page), report.to_html())
         _print(report.to_json() if request.json else _text(report))
     except (UsageError, ModelError) as error:
         _complain(f"error: {'argument MODEL: ' if isinstance(error, ModelError) else ''}{error}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from moe_lowering.cli.completion import complete
 from moe_lowering.cli.explain import arguments as explain_arguments
@@ -38,6 +38,14 @@ class Report(Protocol):
 
     def to_json(self) -> str:
         """One JSON object."""
+
+
+@runtime_checkable
+class PageReport(Report, Protocol):
+    """What a command with ``--html`` found."""
+
+    def to_html(self) -> str:
+        """The page."""
 
 
 def parse(arguments: list[str] | None) -> Request:

@@ -68,6 +68,32 @@ class Row:
         }
 
 
+PICTURED_TOKENS, PICTURED_RANKS = 4096, 128
+
+
+def choices_around(question: Question, tokens: int, more: TokenRange | None = None) -> tuple[Row, ...]:
+    """The rows of a picture around one deployment: T from 1 to 4096 or beyond ``tokens``, its EP size and powers of two.
+
+    Args:
+        more: a range of T in place of that.
+    """
+    deployment, experts = question.deployment, question.block.experts
+    powers = {2**n for n in range(1, PICTURED_RANKS.bit_length()) if 2**n <= PICTURED_RANKS}
+    # A deployment with shared-expert ranks has no other size that is like it
+    sizes = {deployment.ep_size} if deployment.shared_expert_ranks else {deployment.ep_size, *powers}
+    sizes = {
+        size
+        for size in sizes
+        if experts % (size - deployment.shared_expert_ranks) == 0 and size % deployment.tp_size == 0
+    }
+    asked = [
+        dataclasses.replace(question, deployment=deployment.replace(ep_size=size, ep_group="ep" if size > 1 else ""))
+        for size in sorted(sizes)
+    ]
+    least = 1 if deployment.equal_tokens else max(1, deployment.min_tokens)
+    return tabulate(asked, [more or TokenRange(least, max(PICTURED_TOKENS, 2 * tokens))])
+
+
 def tabulate(questions: Iterable[Question], counts: Sequence[TokenRange]) -> tuple[Row, ...]:
     """The rows of some questions, in their order.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import Any
 
 from moe_lowering.cli.explain.request import IMPLEMENTATIONS, ExplainRequest
+from moe_lowering.cli.files import add_html, check_file
 from moe_lowering.cli.options import (
     DTYPES,
     SocAction,
@@ -74,11 +76,13 @@ def add_command(commands: Any) -> None:
 
 
 def check(request: ExplainRequest) -> None:
-    """Refuse a model that is certain to be wrong.
+    """Refuse a model that is certain to be wrong, and a file that cannot be written.
 
     Raises:
         UsageError: see above.
     """
+    if request.html:
+        check_file("html", Path(request.html))
     if request.model is None:
         return
     try:
@@ -133,6 +137,7 @@ def _add_answer(add: Any) -> None:
     add("--why", choices=IMPLEMENTATIONS, metavar="IMPLEMENTATION", help="every rule for one implementation")
     add("--sweep", type=_sweep, metavar="tokens=LOW..HIGH", help="where the choice changes, and what sets the boundary")
     add("--json", action="store_true", help="print one JSON object instead of the report")
+    add_html(add)
     add("--color", choices=COLOURS, default="auto", help="colour the report (default auto: on a terminal)")
 
 

@@ -11,13 +11,14 @@ import torch
 from moe_lowering.cli.explain.request import ExplainRequest
 from moe_lowering.cli.explain.table_text import render_table
 from moe_lowering.cli.explain.text import render
+from moe_lowering.cli.html.explain_page import explain_page, table_page
 from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT, assumed_differences, read_measured
 from moe_lowering.cli.terminal import use_colour
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.deployment import Deployment
 from moe_lowering.explanation import TOKENS, ExplainError, Explanation, MissingSizesError, describe, explain
 from moe_lowering.explanation.description import SIZES, BlockDescription
-from moe_lowering.explanation.table import Row, tabulate
+from moe_lowering.explanation.table import Row, choices_around, tabulate
 from moe_lowering.limits import TokenRange
 from moe_lowering.report.schemas import SCHEMA_VERSION
 
@@ -51,6 +52,12 @@ class ExplainReport:
         """The report for a person."""
         return render(self.explanation, self.request.why, colour=use_colour(self.request.color))
 
+    def to_html(self) -> str:
+        """A page, with the choice over tokens and EP sizes around this deployment."""
+        explanation, sweep = self.explanation, self.request.sweep
+        around = choices_around(explanation.question, explanation.answer.tokens, TokenRange(*sweep) if sweep else None)
+        return explain_page(explanation, around)
+
     def to_json(self) -> str:
         """One JSON object."""
         fields = self.explanation.to_json()
@@ -74,6 +81,10 @@ class TableReport:
     def to_text(self) -> str:
         """The report for a person."""
         return render_table(self.first, self.rows, colour=use_colour(self.request.color))
+
+    def to_html(self) -> str:
+        """A page."""
+        return table_page(self.first, self.rows)
 
     def to_json(self) -> str:
         """One JSON object."""

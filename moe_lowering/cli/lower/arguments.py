@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from moe_lowering.cli.files import add_html, check_file
 from moe_lowering.cli.lower.configs import check_ranks
 from moe_lowering.cli.lower.request import REPLAYS, LowerRequest
 from moe_lowering.cli.options import (
@@ -98,6 +100,8 @@ def _check_options(request: LowerRequest) -> None:
             f"argument --max-tokens: is {request.declared}, and a rank runs {request.most_run} tokens; accepted: "
             f"{request.most_run} or more"
         )
+    if request.html:
+        check_file("html", Path(request.html))
     read_measured(request.measured, request.soc)
     if not request.fake and request.tokens > RUN_TOKENS:
         raise UsageError(
@@ -160,4 +164,5 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="run the lowered model as an NPU graph on a simulated device, and compare every replay")  # fmt: skip
     add("--replays", type=parse_positive, metavar="N",
         help=f"calls of each captured graph, with new inputs and routings (default {REPLAYS})")  # fmt: skip
+    add_html(add)
     add("--json", action="store_true", help="print one JSON object instead of the report")

@@ -6,9 +6,11 @@ import dataclasses
 import json
 from typing import Any
 
+from moe_lowering.cli.html.lower_page import lower_page
 from moe_lowering.cli.lower.compare import LOGITS_SNR_FLOOR, MAX_REROUTED, SNR_FLOOR, TOLERANCE, Errors
 from moe_lowering.cli.lower.graph_replay import Captured
 from moe_lowering.cli.lower.request import LowerRequest
+from moe_lowering.explanation.table import Row
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport
 from moe_lowering.report.schemas import SCHEMA_VERSION
@@ -28,6 +30,7 @@ class LowerOutcome:
         facts: (label, text) about how it was done: what was assumed, how long it took.
         captured: by rank, with ``--capture``; JSON and text show rank 0's.
         refused: why nothing could be captured.
+        choices: over tokens and EP sizes, for ``to_html``.
     """
 
     request: LowerRequest
@@ -38,6 +41,7 @@ class LowerOutcome:
     facts: list[tuple[str, str]]
     captured: list[Captured] = dataclasses.field(default_factory=list)
     refused: str = ""
+    choices: tuple[Row, ...] = ()
 
     @property
     def max_relative(self) -> float | None:
@@ -111,6 +115,10 @@ class LowerOutcome:
             "detected": first.to_json()["detected"] if first else [],
         }
         return json.dumps(fields, indent=2, allow_nan=False)
+
+    def to_html(self) -> str:
+        """A page with the blocks drawn, and the choice over tokens and EP sizes."""
+        return lower_page(self, self.choices)
 
     def to_text(self) -> str:
         """The report for a person."""
