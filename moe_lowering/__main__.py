@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """``python -m moe_lowering``: the same as the command ``moe-lowering``."""
 
 import sys

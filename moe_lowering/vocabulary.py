@@ -7,6 +7,7 @@ A word that is not here is refused (``lookup.look_up``). What a new word needs b
 from __future__ import annotations
 
 import dataclasses
+import re
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Soc:
         runtime_pattern: all of them, a regular expression. torch_npu 2.13 knows the names (SocVersion in libtorch_npu.so);
             its Ascend910B without a number is the first 910, which has no MC2.
         device_types: vllm-ascend's words for it (``_build_info.__device_type__``).
+        aliases: other names of it that people use, of the chip or of its series, which commands take (``soc_named``).
         clips_swiglu: it has a kernel of ``npu_clipped_swiglu`` (op-plugin's documentation of that operator).
         weighs_before_sending: MC2's dispatch takes the weights of the tokens and combine gets them back, since its ranks
             exchange in two levels always (op-plugin's documentation of ``npu_moe_distribute_dispatch_v2``: expert_scales).
@@ -32,6 +34,7 @@ class Soc:
     runtime_name: str
     runtime_pattern: str
     device_types: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
     clips_swiglu: bool = False
     weighs_before_sending: bool = False
     two_level_tp_world: int = 0
@@ -46,6 +49,7 @@ SOCS = {
             "Ascend910B3",
             r"Ascend910B\d.*",
             ("A2",),
+            aliases=("910B",),
             clips_swiglu=True,
             weighs_before_sending=True,
             graph_mode_group_tp=True,
@@ -55,6 +59,7 @@ SOCS = {
             "Ascend910_9391",
             r"Ascend910_93\d\d.*",
             ("A3",),
+            aliases=("910C", "910_93"),
             clips_swiglu=True,
             two_level_tp_world=1,
         ),
@@ -63,15 +68,29 @@ SOCS = {
             "Ascend950DT_9591",
             r"Ascend950(DT|PR)_.*",
             ("A5",),
+            aliases=("950", "950DT", "950PR"),
         ),
         Soc(
             "310P",
             "Ascend310P3",
             r"Ascend310P\d.*",
             ("310P", "_310P"),
+            aliases=("310",),
         ),
     )
 }
+
+
+def soc_named(text: str) -> Soc | None:
+    """The SoC of a name in any case: its own, an alias, or one of the runtime's, with ``Ascend`` or without; None for another."""
+    word = re.sub(r"^ascend[ _-]?", "", text.strip(), flags=re.IGNORECASE)
+    for soc in SOCS.values():
+        names = (soc.name, *soc.aliases, *soc.device_types)
+        if word.upper() in (name.upper() for name in names):
+            return soc
+        if re.fullmatch(soc.runtime_pattern, f"Ascend{word}", re.IGNORECASE):
+            return soc
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,14 @@ import contextlib
 import os
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 
-from moe_lowering.cli.commands import Request, parse, run
+from moe_lowering.cli import terminal
+from moe_lowering.cli.commands import PageReport, Report, Request, parse, run
+from moe_lowering.cli.files import write_file
+from moe_lowering.cli.progress import Progress
 from moe_lowering.cli.simulate.request import SimulateRequest
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.interrupts import Terminated, exit_code, interruptible
@@ -40,9 +43,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(arguments: list[str] | None) -> int:
     try:
         request = _parse(arguments)
-        with contextlib.nullcontext() if isinstance(request, SimulateRequest) else _stdout_to_stderr():
-            report = run(request, _progress())
-        _print(report.to_json() if getattr(request, "json", False) else report.to_text())
+        progress = Progress()
+        try:
+            with contextlib.nullcontext() if isinstance(request, SimulateRequest) else _stdout_to_stderr():
+                report = run(request, progress)
+        finally:
+            progress.close()
+        if page := getattr(request, "html", ""):
+            assert isinstance(report, PageReport)  # of each request that has the option
+            write_file("html", Path(page), report.to_html())
+        _print(report.to_json() if getattr(request, "json", False) else _text(report))
     except (UsageError, ModelError) as error:
         _complain(f"error: {'argument MODEL: ' if isinstance(error, ModelError) else ''}{error}")
         return USAGE
@@ -66,6 +76,14 @@ def _parse(arguments: list[str] | None) -> Request:
         raise
     except OSError as error:  # the version
         raise _stdout_error(error) from error
+
+
+def _text(report: Report) -> str:
+    """A report for a person, as wide as the terminal."""
+    from moe_lowering.report.width import use_width  # with it torch, which the report has imported
+
+    with use_width(terminal.width()):
+        return report.to_text()
 
 
 def _complain(text: str) -> None:
@@ -96,16 +114,6 @@ def _stdout_error(error: OSError) -> UsageError:
 def _discard_stdout() -> None:
     """Or Python complains once more when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def _progress() -> Callable[[str], None]:
-    started = time.perf_counter()
-
-    def progress(message: str) -> None:
-        with contextlib.suppress(OSError):  # stderr may be closed
-            print(f"[{time.perf_counter() - started:6.1f} s] {message}", file=sys.stderr, flush=True)
-
-    return progress
 
 
 @contextlib.contextmanager

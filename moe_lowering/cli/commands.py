@@ -7,9 +7,11 @@ A command is a folder here: ``request`` (a record), ``arguments`` (its parser, a
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from moe_lowering.cli.completion import complete
 from moe_lowering.cli.explain import arguments as explain_arguments
 from moe_lowering.cli.explain.request import ExplainRequest
 from moe_lowering.cli.lower import arguments as lower_arguments
@@ -40,8 +42,16 @@ class Report(Protocol):
         """One JSON object."""
 
 
+@runtime_checkable
+class PageReport(Report, Protocol):
+    """What a command with ``--html`` found."""
+
+    def to_html(self) -> str:
+        """The page."""
+
+
 def parse(arguments: list[str] | None) -> Request:
-    """The command, or ``UsageError``; ``--help`` and ``--version`` print and exit."""
+    """The command, or ``UsageError``; ``--help``, ``--version`` and no arguments at all print and exit."""
     parser = Parser(
         prog="moe-lowering",
         description=DESCRIPTION,
@@ -56,6 +66,10 @@ def parse(arguments: list[str] | None) -> Request:
     matrix_arguments.add_command(commands)
     models_arguments.add_command(commands)
     simulate_arguments.add_command(commands)
+    complete(parser)
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        parser.exit()
     values = vars(parser.parse_args(arguments))
     request: Request = values.pop("request")(**values)
     if isinstance(request, LowerRequest):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from moe_lowering.cli.usage import UsageError
@@ -13,13 +14,23 @@ from moe_lowering.model_configs.check import LARGEST
 from moe_lowering.model_configs.errors import write_value
 from moe_lowering.prices.rows import MeasuredError, Row, require_rows
 from moe_lowering.providers import declarable
-from moe_lowering.vocabulary import PROVIDERS
+from moe_lowering.vocabulary import (
+    AUTO,
+    FIXED,
+    IMPLEMENTATION_FORMS,
+    POLICIES,
+    PROVIDERS,
+    SOCS,
+    WEIGHT_FORMATS,
+    soc_named,
+)
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 # What `lower` and `explain` assume of a machine that is not described.
 ASSUMED_PROVIDERS = (("vllm_ascend", "0.23.0"),)
 HCCL_BUFFER_MB = 1024  # enough for MC2 with the published sizes at 64 tokens per rank; CANN's own default is 200
+CANN_BUFFER_MB = 200
 WEIGHT_FORMAT = "nz"
 
 
@@ -44,6 +55,68 @@ def add_parser(commands: Any, name: str, request: type, *, help: str, descriptio
     return parser
 
 
+def assumed_differences(request: Any) -> list[str]:
+    """What a command did not say of the machine and was taken to be so, other than a ``Deployment`` takes it."""
+    assumptions = []
+    if request.buffer_mb is None:
+        assumptions.append(
+            f"HCCL_BUFFSIZE is {HCCL_BUFFER_MB} MB (CANN's own default, and that of a Deployment, is {CANN_BUFFER_MB})"
+        )
+    if request.weight_format is None:
+        assumptions.append(f"the expert weights are in format {WEIGHT_FORMAT} (a Deployment's default is nd)")
+    if request.provider is None:
+        assumptions += [
+            f"{name} {version} is installed (a Deployment's default is none)" for name, version in request.providers
+        ]
+    return assumptions
+
+
+class SocAction(argparse.Action):
+    """Keeps SoCs by their own names: one, or where it takes ``several`` some with commas; ``taken_as`` says which word was
+    taken as which."""
+
+    def __init__(self, *args: Any, several: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.several = several
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, text: Any, option: str | None = None) -> None:
+        words = str(text).split(",") if self.several else [str(text)]
+        socs = [soc_named(word) for word in words]
+        names = [soc.name for soc in socs if soc is not None]
+        if len(names) < len(words):
+            word = next(word for word, soc in zip(words, socs, strict=True) if soc is None)
+            accepted = ", ".join(f"{soc.name} ({', '.join(soc.aliases)})" for soc in SOCS.values())
+            raise argparse.ArgumentError(self, f"is {write_value(word)}; accepted: {accepted}")
+        if len(set(names)) < len(names):
+            raise argparse.ArgumentError(self, f"is {write_value(text)}, with a SoC twice; accepted: each SoC once")
+        setattr(namespace, self.dest, tuple(names) if self.several else names[0])
+        pairs = zip(words, names, strict=True)
+        namespace.taken_as = tuple(f"SoC {word} is taken as {name}" for word, name in pairs if word != name)
+
+
+def parse_several(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """The parser of a list with commas, from that of one value; a value may be there once."""
+
+    def parse_list(text: str) -> tuple[Any, ...]:
+        values = tuple(parse(part) for part in text.split(","))
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"is {write_value(text)}, with a value twice; accepted: each value once")
+        return values
+
+    return parse_list
+
+
+def parse_word(accepted: Sequence[str]) -> Callable[[str], str]:
+    """The parser of one of some words."""
+
+    def parse(text: str) -> str:
+        if text not in accepted:
+            raise argparse.ArgumentTypeError(f"is {write_value(text)}; accepted: {', '.join(accepted)}")
+        return text
+
+    return parse
+
+
 def add_provider(add: Any) -> None:
     """Add ``--provider`` to a command."""
     assumed = "=".join(ASSUMED_PROVIDERS[0])
@@ -54,6 +127,45 @@ def add_provider(add: Any) -> None:
         metavar="NAME=VERSION",
         help=f"installed library with fused operators, once for each, or none (default {assumed})",
     )
+
+
+def add_machine(add: Any, tokens: str) -> None:
+    """Add what a command may say of the machine and of token counts; ``tokens``: the field of the bound that is declared."""
+    add(
+        "--max-tokens",
+        dest=tokens,
+        type=parse_positive,
+        default=0,
+        metavar="T",
+        help="bound on the tokens of a rank that the deployment declares",
+    )
+    add("--unequal-tokens", action="store_true", help="ranks may have different T, up to --max-tokens")
+    add("--buffer-mb", type=parse_positive, metavar="MB", help=f"HCCL_BUFFSIZE (default {HCCL_BUFFER_MB})")
+    add("--weight-format", choices=WEIGHT_FORMATS, help=f"of the experts on the device (default {WEIGHT_FORMAT})")
+    add("--cann", type=_version, metavar="V", help="CANN version (default unknown: all rules apply)")
+    add("--hierarchy", action="store_true", help="MC2 in two levels, within and between nodes")
+
+
+def add_policy(add: Any) -> None:
+    """Add ``--policy`` to a command."""
+    add("--policy", choices=POLICIES, default=AUTO,
+        help="how to choose among what is legal (default auto: by cost; fixed: with --comm, what that asks for)")  # fmt: skip
+
+
+def check_policy(comm: str, policy: str) -> None:
+    """Refuse a policy that does not go with ``--comm``.
+
+    Raises:
+        UsageError: see above.
+    """
+    if comm == AUTO and policy == FIXED:
+        names = ",".join(IMPLEMENTATION_FORMS)
+        raise UsageError(f"argument --policy: is {FIXED} without --comm; accepted: with --comm {{{names}}}")
+    if comm != AUTO and policy not in (AUTO, FIXED):
+        raise UsageError(
+            f"argument --policy: is {policy} with --comm {comm}, which leaves nothing to choose; accepted: {FIXED}, or "
+            "without --comm"
+        )
 
 
 def add_prices(add: Any) -> None:
@@ -104,6 +216,12 @@ def _provider(text: str) -> tuple[str, str]:
             f"is {text!r}; accepted: NAME=VERSION, e.g. vllm_ascend=0.23.0, or none; names: {', '.join(PROVIDERS)}"
         )
     return name, version
+
+
+def _version(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\w+)*", text):
+        raise argparse.ArgumentTypeError(f"is {write_value(text)}; accepted: a version such as 8.5.0 or 8.2.RC1")
+    return text
 
 
 def parse_positive(text: str) -> int:

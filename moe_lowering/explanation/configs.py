@@ -28,6 +28,7 @@ from moe_lowering.model_configs.check import (
     size_of,
 )
 from moe_lowering.model_configs.errors import ModelError, write_value
+from moe_lowering.model_configs.presets import PRESETS, presets_of
 from moe_lowering.model_configs.read import config_of_values, is_known_type, read_text_config, text_part
 
 ACTIVATIONS = {
@@ -121,7 +122,18 @@ def _config(model: Any, quantisation: str) -> tuple[Any, str | None, list[str]]:
     if path is not None:
         config, assumptions = _config_of_values(read_config(path), path, quantisation)
         return config, name, assumptions
-    return read_text_config(name), name, []
+    if name in PRESETS:
+        preset = PRESETS[name]
+        config, assumptions = _config_of_values(preset.config, None, "none")
+        return config, name, [f"{name} is {preset.hub} ({preset.billions:g} billion parameters)", *assumptions]
+    return read_text_config(name), name, [_what_a_type_means(name)]
+
+
+def _what_a_type_means(kind: str) -> str:
+    """Which size the name of a model type stands for."""
+    presets = presets_of(kind)
+    others = f"; published sizes of it are {', '.join(presets)}" if presets else ""
+    return f"{kind} means the sizes of transformers' default config of that type, which may be no published model's{others}"
 
 
 def _config_of_values(values: dict[str, Any], path: Path | None, quantisation: str) -> tuple[Any, list[str]]:

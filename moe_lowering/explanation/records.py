@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from moe_lowering.explanation.answer import Answer, Question
 from moe_lowering.explanation.description import BlockDescription
+from moe_lowering.explanation.single_changes import Change, single_changes
 from moe_lowering.explanation.sweep import Piece
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.price import Price
 from moe_lowering.passes.quantities import dtype_name
+from moe_lowering.report.schemas import SCHEMA_VERSION
 from moe_lowering.vocabulary import AUTO, FIXED
 
 
@@ -35,6 +38,11 @@ class Explanation:
         """The block that was asked about."""
         return self.question.block
 
+    @functools.cached_property
+    def changes(self) -> dict[str, tuple[Change, ...]]:
+        """By implementation that is refused: which one change would make it legal, each of them tried."""
+        return single_changes(self.question, self.answer)
+
     @property
     def chooses_by(self) -> str:
         """The policy by name: with ``comm`` it is ``fixed``."""
@@ -44,10 +52,12 @@ class Explanation:
         """Everything but single rules (``answer.rules_json``), as ``json.dumps`` takes it."""
         answer = self.answer
         fields: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
             "model": self.block.model,
             "block": _block_json(answer.spec),
             "deployment": answer.deployment.invariant_fields() | {"providers": dict(answer.deployment.providers)},
             "policy": {"name": self.chooses_by, "selects": answer.requested},
+            "changes": {name: [change.to_json() for change in found] for name, found in self.changes.items()},
             "assumptions": list(self.assumptions),
             "choice": answer.choice,
             "reason": answer.reason,

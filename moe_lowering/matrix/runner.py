@@ -84,13 +84,16 @@ def run(
         pools: by EP size, to use and to leave open; made and closed here when None.
     """
     results: list[CellResult] = []
+    count = sum(len(axes.cells(ep, tp, quant)) for ep in axes.eps for quant in axes.quantisations for tp in axes.tps)
     for ep in axes.eps:
         pool = Pool(ep) if pools is None else pools[ep]
         try:
             for quantisation in axes.quantisations:
                 for tp in axes.tps:
-                    progress(f"EP {ep}, TP {tp}, {quantisation}")
-                    results += _run(pool, axes.cells(ep, tp, quantisation), change)
+                    cells = axes.cells(ep, tp, quantisation)
+                    last = len(results) + len(cells)
+                    progress(f"EP {ep}, TP {tp}, {quantisation}: cells {len(results) + 1} to {last} of {count}")
+                    results += _run(pool, cells, change)
         finally:
             if pools is None:
                 pool.close()

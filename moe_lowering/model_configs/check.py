@@ -10,14 +10,26 @@ import difflib
 import importlib.util
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from moe_lowering.model_configs.errors import SHOWN, ModelError, write_value
-from moe_lowering.model_configs.values import check_config_values, check_groups, is_dense, turns_halves
+from moe_lowering.model_configs.presets import PRESETS, preset_of_hub
+from moe_lowering.model_configs.values import (
+    check_config_values,
+    check_groups,
+    has_experts,
+    is_dense,
+    turns_halves,
+)
 
 OWN = "moe"
-ACCEPTED = f"{OWN}, a transformers model type (mixtral, qwen3_moe, deepseek_v3, ...), or a path to a config.json"
+ACCEPTED = (
+    f"{OWN}, a published model (deepseek_v3, qwen3_235b, kimi_k2, ...), a transformers model type (mixtral, qwen3_moe, ...), or "
+    "a path to a config.json"
+)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LARGEST = 2**31 - 1  # of a size, and of a number of tokens: operators take int32
 LONGEST_FILE = 2**24  # bytes of a config.json
 OWN_SIZES = {"hidden": 7168, "intermediate": 2048, "experts": 256, "top_k": 8}  # of OWN: DeepSeek-V3's MoE layer
@@ -53,8 +65,9 @@ def check_model(model: str, needs_type: bool = True) -> None:
     """
     path = path_of(model) if model.strip() else None
     if path is not None:
+        _check_hub_id(model, path)
         check_values(read_config(path), path, needs_type)
-    elif model != OWN:
+    elif model != OWN and model not in PRESETS:
         _check_name(model)
         if needs_type and is_dense(model):
             raise ModelError(f"{model} has no MoE layers; accepted: {ACCEPTED}")
@@ -172,12 +185,30 @@ def _error_words(error: BaseException) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
 
 
+def _check_hub_id(model: str, path: Path) -> None:
+    """Refuse what is no file and looks like a repository of the Hugging Face hub: nothing is downloaded."""
+    if path.exists() or path.suffix == ".json" or Path(model).exists() or not HUB_ID.fullmatch(model):
+        return
+    preset = preset_of_hub(model)
+    also = f"{preset.name}, which has its sizes, or " if preset is not None else ""
+    name = model.rpartition("/")[2]
+    raise ModelError(
+        f"is {model}, which is no folder here and looks like an id of the Hugging Face hub, from which nothing is downloaded; "
+        f"accepted: {also}a local folder with its config.json (hf download {model} config.json --local-dir {name})"
+    )
+
+
 def _check_name(model: str) -> None:
     known = _types()
     if known and model not in known:
-        close = difflib.get_close_matches(model[:SHOWN], [OWN, *sorted(known)], n=3)
-        hint = f" (did you mean {', '.join(close)}?)" if close else ""
-        raise ModelError(f"is {write_value(model)}{hint}; accepted: {ACCEPTED}")
+        raise ModelError(f"is {write_value(model)}{hint_of(model, known)}; accepted: {ACCEPTED}")
+
+
+def hint_of(model: str, known: Iterable[str]) -> str:
+    """What was meant by a name that is none, of ``known`` names: presets and types with MoE layers alone."""
+    close = difflib.get_close_matches(model[:SHOWN], [OWN, *PRESETS, *sorted(known)], n=12)
+    close = [name for name in dict.fromkeys(close) if name == OWN or name in PRESETS or has_experts(name)][:3]
+    return f" (did you mean {', '.join(close)}?)" if close else ""
 
 
 def _types() -> set[str]:

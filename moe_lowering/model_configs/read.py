@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_lowering.model_configs.check import ACCEPTED, OWN, path_of, read_config
+from moe_lowering.model_configs.check import ACCEPTED, OWN, hint_of, path_of, read_config
 from moe_lowering.model_configs.errors import ModelError, write_value
+from moe_lowering.model_configs.presets import PRESETS
 
 
 def read_text_config(model: str) -> Any:
-    """The config of a model type, with the type's own values, or of a file.
+    """The config of a published model, of a model type, with the type's own values, or of a file.
 
     Raises:
         ModelError: transformers does not import; it does not know the type; the file is no config of it; no decoder.
@@ -22,11 +22,11 @@ def read_text_config(model: str) -> Any:
     if path is not None:
         return config_of_values(read_config(path), path)
     known = _config_classes(model)
+    if model in PRESETS:
+        return config_of_values(PRESETS[model].config)
     if model in known:
         return text_part(known[model]())
-    close = difflib.get_close_matches(model, [OWN, *known], n=3)
-    hint = f" (did you mean {', '.join(close)}?)" if close else ""
-    raise ModelError(f"is {model!r}{hint}; accepted: {ACCEPTED}")
+    raise ModelError(f"is {model!r}{hint_of(model, known)}; accepted: {ACCEPTED}")
 
 
 def is_known_type(kind: Any) -> bool:

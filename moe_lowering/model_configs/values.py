@@ -97,6 +97,13 @@ def is_dense(kind: str) -> bool:
     return makes_text and "text_config" not in text and "expert" not in text.lower()
 
 
+def has_experts(kind: str) -> bool:
+    """Whether the code of a model type makes text and routes tokens to experts; false where the code is not found."""
+    text = _modeling_text(kind) or ""
+    makes_text = "ForCausalLM" in text or "ConditionalGeneration" in text
+    return makes_text and re.search(r"class \w*(Experts|Moe|MoE|Router)\w*\(", text) is not None
+
+
 def turns_halves(kind: str) -> bool:
     """Whether the code of a model type rotates halves of a head, which an odd head has not."""
     text = _modeling_text(kind)

@@ -34,6 +34,7 @@ from moe_lowering.passes.decision import Decision, decide
 from moe_lowering.passes.edit_log import ModuleEdits
 from moe_lowering.passes.emitter import Constants, Emitter, Recording
 from moe_lowering.passes.find_blocks import find_blocks
+from moe_lowering.passes.graph_nodes import graph_nodes
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.legality import Refusal, refusal
@@ -57,6 +58,7 @@ from moe_lowering.passes.verifier import (
     generic_nodes,
     same_value,
 )
+from moe_lowering.report.graphs import GraphNode
 from moe_lowering.report.leftovers import NotCapturable
 from moe_lowering.report.records import BlockReport
 from moe_lowering.vocabulary import RAISE_FOREIGN
@@ -192,11 +194,12 @@ class GraphRun:
 
     def lower_block(self, block: Block) -> BlockReport:
         """Decide, rewrite and verify one block. What it raises leaves edits to be taken back by the caller."""
-        before = tuple(operator_name(n) for n in block.stages)
+        before, nodes = tuple(operator_name(n) for n in block.stages), graph_nodes(sorted(block.interior))
         decision = self._decisions.get(block.spec)
         if decision is None:
             decision = self._decisions[block.spec] = decide(block.spec, self.deployment, self.policy)
         comm, after = decision.comm, before
+        made: tuple[GraphNode, ...] = ()
         reason = make_wording("{why}", why=decision.reason)
         refused = refusal(block.spec, self.deployment) if comm is not None else None
         if refused is not None:
@@ -209,10 +212,14 @@ class GraphRun:
                 more = self.bounds.refuse_if_ranks_differ(block)
                 comm, reason = None, make_wording("{why}{more}", why=done, more=more)
             else:
-                after = tuple(operator_name(n) for n in sorted(done) if n.target is not operator.getitem)
+                in_order = sorted(done)
+                after = tuple(operator_name(n) for n in in_order if n.target is not operator.getitem)
+                made = graph_nodes(in_order)
                 self.bounds.keep(block, decision.enforced)
         report = self._report(block.spec, comm, reason, decision)
-        report = dataclasses.replace(report, name=block.name, ops_before=before, ops_after=after)
+        report = dataclasses.replace(
+            report, name=block.name, ops_before=before, ops_after=after, nodes_before=nodes, nodes_after=made
+        )
         if decision.guard is not None and comm == decision.comm:  # last: a guard cannot be taken back
             self.bounds.request_guard(block, decision.guard)
         return report

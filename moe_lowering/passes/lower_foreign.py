@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from moe_lowering.passes.blocks import Block
 from moe_lowering.passes.emitter import Emitter
 from moe_lowering.passes.find_blocks import find_block, module_path
+from moe_lowering.passes.graph_nodes import graph_nodes
 from moe_lowering.passes.legality import Refusal
 from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.raise_foreign.emit_generic import Generic, emit_generic
@@ -47,7 +48,7 @@ def lower_foreign(run: GraphRun, layer: ForeignBlock) -> tuple[Block | None, Blo
     Raises:
         Exception: what deciding or rewriting raised; the graph is as it was.
     """
-    before = original_operators(layer)
+    before, nodes = original_operators(layer), graph_nodes(sorted(layer.interior))
     layer = layer.reading(run.replaced)
     block: Block | None
     try:
@@ -58,7 +59,9 @@ def lower_foreign(run: GraphRun, layer: ForeignBlock) -> tuple[Block | None, Blo
         if block is not None and left.refused is not None:
             run.bounds.refuse_to_run(block, left.refused)
     notes = (*report.notes, *layer.notes, *_weights_notes(layer), *order_notes(layer, report.comm))
-    return block, dataclasses.replace(report, ops_before=before, raised_from=layer.form, notes=notes)
+    return block, dataclasses.replace(
+        report, ops_before=before, raised_from=layer.form, notes=notes, nodes_before=nodes
+    )
 
 
 def _lower(run: GraphRun, layer: ForeignBlock) -> tuple[Block, BlockReport]:

@@ -33,11 +33,13 @@ from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.policy import Policy
 from moe_lowering.passes.run_messages import describe_internal_error, log_warning
 from moe_lowering.passes.subgraphs import Subgraph, computed_inputs, find_subgraphs
+from moe_lowering.passes.trace_artifacts import readable_graph, write_artifacts
 from moe_lowering.passes.verifier import (
     generic_nodes,
     repropagate,
 )
 from moe_lowering.report.records import BlockReport, LoweringReport
+from moe_lowering.stray_output import silence_torch_npu
 from moe_lowering.vocabulary import RAISE_FOREIGN
 
 log = logging.getLogger(__name__)
@@ -104,6 +106,8 @@ class MoeLowering:
         """``agreement_timeout``: as for ``npugraph_ex_options``; None puts no check of the other ranks in the graph."""
         # A graph for another rank's place would be wrong in silence, so that the compile fails in every mode
         self.deployment.placed()
+        silence_torch_npu()
+        graph_before, count = readable_graph(gm), len(self.reports)
         runs = [GraphRun(gm, self.deployment, self.policy, None, self.raise_foreign)]
         subgraphs, missed = self._find_subgraphs(gm)
         runs += [GraphRun(sub.gm, self.deployment, self.policy, sub, self.raise_foreign) for sub in subgraphs]
@@ -114,6 +118,9 @@ class MoeLowering:
             for run in reversed(runs):
                 run.edits.undo()
             raise
+        finally:
+            if len(self.reports) > count:  # strict mode's error too: the report says why
+                write_artifacts(graph_before, gm, self.reports[-1])
 
     def _find_subgraphs(self, gm: GraphModule) -> tuple[list[Subgraph], list[tuple[str, str]]]:
         """The graphs inside of a graph; where looking fails, what the report says of it: it must not fail a compile."""
@@ -206,6 +213,10 @@ def _log(report: LoweringReport, captured: bool) -> None:
     for block in report.blocks:
         if block.comm is None:
             log_warning("moe_lowering: %s left as it was: %s", block.name, block.reason, trace=False)
+        else:
+            log_warning(
+                "moe_lowering: %s is %s: %s", block.name, block.comm, block.reason, trace=False, level=logging.INFO
+            )
     for where, why in report.unlowered:
         log_warning("moe_lowering: %s not recognised: %s", where, why, trace=False)
     # Without a capture, findings only tell what one on an NPU would refuse

@@ -14,9 +14,14 @@ from moe_lowering.deployment_detection import Detected
 from moe_lowering.limits import TokenRange, Violation
 from moe_lowering.limits.wording import Names
 from moe_lowering.report.block_costs import BlockCost
+from moe_lowering.report.graphs import GraphNode, graph_text
 from moe_lowering.report.leftovers import ForeignMoe, NotCapturable
 from moe_lowering.report.module_names import names
+from moe_lowering.report.schemas import SCHEMA_VERSION
 from moe_lowering.report.sizes import Sizes, fields_of
+
+# Makes the text of a report. ``report.text`` puts its own here: it reads these records, so that they cannot import it.
+renderers: list[Callable[[LoweringReport], str]] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +77,7 @@ class BlockReport:
         sizes: capacity, receive bound and the like of a lowered block; None of one that was left alone.
         count: works out ``costs``; None of a block of which nothing is legal.
         raised_from: the form of other operators that the block was written in, e.g. ``grouped_mm``; "" for the generic ones.
+        nodes_before, nodes_after: the block's nodes, in graph order; of one that was left alone, ``nodes_after`` is empty.
     """
 
     name: str
@@ -85,6 +91,8 @@ class BlockReport:
     sizes: Sizes | None = None
     raised_from: str = ""
     count: Callable[[], tuple[BlockCost, ...]] | None = dataclasses.field(default=None, compare=False, repr=False)
+    nodes_before: tuple[GraphNode, ...] = dataclasses.field(default=(), compare=False, repr=False)
+    nodes_after: tuple[GraphNode, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     @property
     def costs(self) -> tuple[BlockCost, ...]:
@@ -163,8 +171,27 @@ class LoweringReport:
     detected: tuple[Detected, ...] = ()
     routers: tuple[RouterReport, ...] = ()
 
+    def __str__(self) -> str:
+        """The report for a person."""
+        return renderers[0](self)
+
+    @property
+    def graph_before(self) -> str:
+        """The nodes of each block before the pass, one a line below the block's name."""
+        return graph_text([(block.name, block.nodes_before) for block in self.blocks])
+
+    @property
+    def graph_after(self) -> str:
+        """The nodes that each block is now; of one that was left alone, those that it was."""
+        kept = [
+            (b.name, b.nodes_after if b.comm is not None and b.nodes_after else b.nodes_before) for b in self.blocks
+        ]
+        return graph_text(kept)
+
     def to_json(self) -> dict[str, Any]:
+        """What ``report/schemas/report.json`` describes."""
         return {
+            "schema_version": SCHEMA_VERSION,
             "blocks": [block.to_json() for block in self.blocks],
             "unrecognised": [list(place) for place in self.unrecognised],
             "foreign": [layer.to_json() for layer in self.foreign],

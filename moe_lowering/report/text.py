@@ -1,4 +1,5 @@
-"""A ``LoweringReport`` as text for a person: 100 columns, equal blocks once with their count, sources in a list at the end."""
+"""A ``LoweringReport`` as text for a person: wrapped to ``report_width``; equal blocks stand once with their count, and
+sources in a list at the end."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ from moe_lowering.limits import Violation
 from moe_lowering.limits.wording import Accepted, Value
 from moe_lowering.report.leftovers import NotCapturable
 from moe_lowering.report.module_names import names
-from moe_lowering.report.records import BlockReport, LoweringReport, RouterReport, Verdict
+from moe_lowering.report.records import BlockReport, LoweringReport, RouterReport, Verdict, renderers
 from moe_lowering.report.sizes import Size, Sizes, Window
+from moe_lowering.report.width import fold, report_width
 
-WIDTH = 100
 _LABEL = 18  # columns of the left column
 _INDENT = "  "
 _BOUND_CHECK = "moe_lowering.assert_tokens"
@@ -23,8 +24,8 @@ def render(report: LoweringReport) -> str:
     """The whole report: a headline, each kind of block, what was not recognised, what the deployment was detected to be, and
     the sources of the broken rules."""
     sources: list[str] = []
-    parts = [_headline(report)]
-    parts += [_render_blocks(blocks, sources) for blocks in _equal_blocks(report.blocks)]
+    parts = [fold(_headline(report))]
+    parts += [_render_blocks(blocks, sources) for blocks in equal_blocks(report.blocks)]
     if report.unlowered:
         lines = [labelled_text(place, why) for place, why in report.unlowered]
         parts.append("\n".join(["not recognised as an MoE block:", *lines]))
@@ -64,7 +65,7 @@ def _render_routers(routers: Sequence[RouterReport]) -> list[str]:
     return lines
 
 
-def _equal_blocks(blocks: Sequence[BlockReport]) -> list[list[BlockReport]]:
+def equal_blocks(blocks: Sequence[BlockReport]) -> list[list[BlockReport]]:
     """Blocks that differ in their name only, together, in order of first appearance."""
     groups: list[list[BlockReport]] = []
     for block in blocks:
@@ -95,7 +96,7 @@ def _own_ops(block: BlockReport) -> list[str]:
 def _render_blocks(blocks: Sequence[BlockReport], sources: list[str]) -> str:
     block = blocks[0]
     times = f"  x{len(blocks)}" if len(blocks) > 1 else ""
-    lines = textwrap.wrap(names([b.name for b in blocks]) + times, WIDTH, break_on_hyphens=False)
+    lines = textwrap.wrap(names([b.name for b in blocks]) + times, report_width(), break_on_hyphens=False)
     lines.append(labelled_text("implementation", f"{_implementation(block)} ({block.reason})"))
     if block.raised_from:
         lines.append(labelled_text("raised from", block.raised_from))
@@ -205,7 +206,8 @@ def labelled_text(label: str, text: str, hanging: str = "") -> str:
     """A label, and a text beside it that is wrapped under itself, after its first line ``hanging`` deeper."""
     start = f"{_INDENT}{label:<{_LABEL - 1}} "
     rest = " " * len(f"{_INDENT}{'':<{_LABEL}}") + hanging
-    wrapped = textwrap.wrap(
-        text, WIDTH, initial_indent=start, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False
-    )
+    wrapped = textwrap.wrap(text, report_width(), initial_indent=start, subsequent_indent=rest, break_on_hyphens=False)
     return "\n".join(wrapped) if wrapped else start.rstrip()
+
+
+renderers.append(render)

@@ -27,6 +27,7 @@ from moe_lowering import _bootstrap, _versions
 from moe_lowering.simulator import standins, state
 from moe_lowering.simulator.standins import SimulatorError
 from moe_lowering.simulator.state import is_enabled, soc
+from moe_lowering.stray_output import silence_torch_npu
 from moe_lowering.vocabulary import SOCS
 
 __all__ = ["SimulatorError", "enable", "enable_device", "is_enabled", "prepare", "soc"]
@@ -62,6 +63,7 @@ def enable(soc: str = "A3") -> None:
         load(soc)
         _versions.warn_if_untested()
         _import_torch_npu()
+        silence_torch_npu()
         _register_kernels()
         state.enabled = True
 

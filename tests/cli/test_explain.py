@@ -8,11 +8,13 @@ import json
 import re
 
 import pytest
+from json_schema import problems
 
 from moe_lowering import cli
 from moe_lowering.cli.commands import parse
 from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.report.schemas import schema
 
 # DeepSeek-V3's MoE layer
 BLOCK = "--hidden 7168 --intermediate 2048 --experts 256 --topk 8"
@@ -28,7 +30,9 @@ def command(capfd, given):
 def answer(capfd, given):
     """(exit code, the JSON object)."""
     code, out, _ = command(capfd, f"{given} --json")
-    return code, json.loads(out)
+    found = json.loads(out)
+    assert not problems(found, schema("explain_table" if "rows" in found else "explain"))
+    return code, found
 
 
 def codes(found):
@@ -362,7 +366,7 @@ def test_json_keys(capfd):
     _, found = answer(capfd, "deepseek_v3 --ep 16 --tokens 128 --cann 8.5.0 --why mc2 --sweep tokens=1..64")
     assert found.keys() == {
         "model", "block", "deployment", "policy", "assumptions", "choice", "reason", "sizes", "costs", "verdicts", "sweep",
-        "memory", "beside", "why",
+        "memory", "beside", "why", "changes", "schema_version",
     }  # fmt: skip
     assert found["model"] == "deepseek_v3"
     assert found["block"] == {

@@ -12,9 +12,9 @@ import pytest
 from test_explain import BLOCK, answer, command
 
 from moe_lowering.cli.explain.request import IMPLEMENTATIONS as COMMAND_IMPLEMENTATIONS
-from moe_lowering.cli.explain.text import WIDTH
 from moe_lowering.passes import policy
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.report.width import WIDTH
 from moe_lowering.vocabulary import VLLM_POLICIES
 
 # --------------------------------------------------------------------------------------------------------------- models

@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from json_schema import problems
 
 from moe_lowering import cli
 from moe_lowering.integrations import transformers as integration
+from moe_lowering.report.schemas import schema
 
 
 @pytest.fixture(autouse=True)
@@ -23,4 +25,6 @@ def command(capfd: pytest.CaptureFixture[str], *given: str) -> tuple[int, dict, 
     capfd.readouterr()
     code = cli.main(["lower", *given, "--json"])
     printed = capfd.readouterr()
-    return code, json.loads(printed.out), printed.err
+    found = json.loads(printed.out)
+    assert not problems(found, schema("lower"))
+    return code, found, printed.err

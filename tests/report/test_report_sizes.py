@@ -15,7 +15,8 @@ from moe_lowering import MoE, MoeLowering, testing
 from moe_lowering.limits import TokenRange
 from moe_lowering.passes import decision
 from moe_lowering.report import BlockReport
-from moe_lowering.report.text import WIDTH, render
+from moe_lowering.report.text import render
+from moe_lowering.report.width import WIDTH
 
 DTYPE = torch.bfloat16
 VIOLATION_KEYS = {

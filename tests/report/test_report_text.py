@@ -10,7 +10,8 @@ from moe_lowering.limits import Citation, TokenRange, Violation
 from moe_lowering.limits.wording import Accepted, Bound
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
-from moe_lowering.report.text import WIDTH, missing_values, render
+from moe_lowering.report.text import missing_values, render
+from moe_lowering.report.width import WIDTH
 
 OPS = ("moe_lowering.dispatch", "moe_lowering.grouped_mlp", "moe_lowering.combine")
 

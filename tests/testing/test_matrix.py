@@ -13,7 +13,6 @@ import torch
 
 from moe_lowering import cli, quantisation
 from moe_lowering.cli.commands import parse
-from moe_lowering.cli.matrix import text
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.limits.table import load
 from moe_lowering.matrix import cells as matrix_cells
@@ -25,6 +24,7 @@ from moe_lowering.matrix.forms import FORMS, WITHOUT_A_ROW
 from moe_lowering.matrix.reference import FLOORS, signal_to_noise
 from moe_lowering.matrix.runner import Pool
 from moe_lowering.matrix.table import EVERYTHING, Axes, CellResult, Table
+from moe_lowering.report.width import WIDTH
 from moe_lowering.vocabulary import EXPERT_FORMATS, IMPLEMENTATION_FORMS
 
 
@@ -273,7 +273,7 @@ def test_a_small_table(capfd):
     given = ["matrix", "--ep", "1", "--tp", "1", "--quant", "none", "--comm", "allgather,mc2"]
     assert cli.main(given) == 0
     printed = capfd.readouterr().out
-    assert all(len(line) <= text.WIDTH for line in printed.splitlines())
+    assert all(len(line) <= WIDTH for line in printed.splitlines())
     grid = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[1:3]}
     assert 40 < float(grid["allgather"][1]) < 60
     assert grid["mc2"][1] == "(a)"

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import Any
 
 from moe_lowering.cli.explain.request import IMPLEMENTATIONS, ExplainRequest
+from moe_lowering.cli.files import add_html, check_file
 from moe_lowering.cli.options import (
     DTYPES,
-    HCCL_BUFFER_MB,
-    WEIGHT_FORMAT,
+    SocAction,
+    add_machine,
     add_parser,
+    add_policy,
     add_prices,
     add_provider,
     parse_digits,
     parse_positive,
+    parse_several,
+    parse_word,
 )
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.model_configs.check import LARGEST, check_model
 from moe_lowering.model_configs.errors import ModelError, write_value
-from moe_lowering.vocabulary import COMMS, EXPERT_FORMATS, FUSED_MODES, POLICIES, SOCS, WEIGHT_FORMATS
+from moe_lowering.vocabulary import COMMS, EXPERT_FORMATS, FUSED_MODES
 
 COLOURS = ("auto", "always", "never")
 
@@ -44,6 +49,12 @@ examples:
       for graphs that are not captured, where AllToAll may send exactly the rows that there are
   moe-lowering explain qwen3_moe --ep 16 --sweep tokens=1..8192
       where the choice changes with the number of tokens, and which limit sets each boundary
+  moe-lowering explain qwen3_235b --soc A2,A3 --ep 16,32,64 --quant none,w8a8 --tokens 1..4096
+      one table: the choice in every deployment by ranges of T, what it costs and needs, and why not the others
+
+MODEL is `moe` (this package's own MoE module), a published model (deepseek_v3, qwen3_235b, qwen3_30b, kimi_k2, glm_4_5,
+gpt_oss_120b, mixtral_8x7b, ...), a transformers model type, which means its default config, or a config.json.
+SoCs: A2 (910B), A3 (910C), A5 (950), 310P.
 
 exit code: 0 an implementation is chosen; 1 none is legal, or the one of --comm is not; 2 wrong usage
 """
@@ -65,11 +76,13 @@ def add_command(commands: Any) -> None:
 
 
 def check(request: ExplainRequest) -> None:
-    """Refuse a model that is certain to be wrong.
+    """Refuse a model that is certain to be wrong, and a file that cannot be written.
 
     Raises:
         UsageError: see above.
     """
+    if request.html:
+        check_file("html", Path(request.html))
     if request.model is None:
         return
     try:
@@ -79,60 +92,52 @@ def check(request: ExplainRequest) -> None:
 
 
 def _add_block(add: Any) -> None:
-    add("model", metavar="MODEL", nargs="?", help="moe, a transformers model type, or a path to a config.json")
+    add(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="moe, a published model, a transformers model type, or a path to a config.json",
+    )
     add("--hidden", type=parse_positive, metavar="H", help="width of a token")
     add("--intermediate", type=parse_positive, metavar="I", help="width of an expert's hidden layer")
     add("--experts", type=parse_positive, metavar="E", help="routed experts on all ranks")
     add("--topk", type=parse_positive, metavar="K", help="experts of one token")
     add("--dtype", choices=DTYPES, help="of weights and activations (default the config's, else bfloat16)")
-    add("--quant", choices=EXPERT_FORMATS, default="none", help="quantisation of the experts (default none)")
-    add(
-        "--fused-mode",
-        type=int,
-        choices=FUSED_MODES,
-        default=1,
-        help="fused operators: 0 none, 1 dispatch_ffn_combine, mega_moe; 2 dispatch_gmm_combine_decode (default 1)",
-    )
+    add("--quant", dest="quants", type=parse_several(parse_word(tuple(EXPERT_FORMATS))), default=("none",),
+        metavar="FORMAT,...", help=f"quantisation of the experts, of {', '.join(EXPERT_FORMATS)} (default none)")  # fmt: skip
+    add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
+        help="fused operators: 0 none, 1 dispatch_ffn_combine, mega_moe; 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
 
 
 def _add_deployment(add: Any) -> None:
-    add("--soc", choices=SOCS, default="A3", help="Ascend SoC (default A3)")
-    add("--ep", type=parse_positive, default=1, metavar="N", help="ranks that share the experts (default 1)")
+    add(
+        "--soc",
+        dest="socs",
+        action=SocAction,
+        several=True,
+        default=("A3",),
+        metavar="SOC,...",
+        help="Ascend SoC (default A3)",
+    )
+    add("--ep", dest="eps", type=parse_several(parse_positive), default=(1,), metavar="N,...",
+        help="ranks that share the experts (default 1)")  # fmt: skip
     add("--tp", type=parse_positive, default=1, metavar="N", help="ranks that hold the same tokens (default 1)")
-    add("--tokens", type=_tokens, metavar="T", help=f"tokens of one rank (default {TOKENS})")
-    add(
-        "--max-tokens",
-        type=parse_positive,
-        default=0,
-        metavar="T",
-        help="bound that the deployment declares (default none)",
-    )
-    add("--unequal-tokens", action="store_true", help="ranks may have different T, up to --max-tokens: T is not read")
-    add("--buffer-mb", type=parse_positive, metavar="MB", help=f"HCCL_BUFFSIZE (default {HCCL_BUFFER_MB})")
-    add("--weight-format", choices=WEIGHT_FORMATS, help=f"of the experts on the device (default {WEIGHT_FORMAT})")
-    add("--cann", type=_version, metavar="V", help="CANN version (default unknown: all rules apply)")
-    add("--hierarchy", action="store_true", help="MC2 in two levels, within and between nodes")
-    add(
-        "--capture",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="whether the graph is captured, so that nothing may need a size on the host (default yes)",
-    )
+    add("--tokens", dest="counts", type=parse_several(_token_range), default=(), metavar="T,LOW..HIGH,...",
+        help=f"tokens of one rank, or ranges of them (default {TOKENS})")  # fmt: skip
+    add_machine(add, "max_tokens")
+    add("--capture", action=argparse.BooleanOptionalAction, default=True,
+        help="whether the graph is captured, so that nothing may need a size on the host (default yes)")  # fmt: skip
     add_provider(add)
     add_prices(add)
 
 
 def _add_answer(add: Any) -> None:
     add("--comm", choices=COMMS, default="auto", help="the only implementation to choose (default auto: any legal one)")
-    add(
-        "--policy",
-        choices=POLICIES,
-        default="auto",
-        help="how to choose among what is legal (default auto: by cost; fixed: with --comm, what that asks for)",
-    )
+    add_policy(add)
     add("--why", choices=IMPLEMENTATIONS, metavar="IMPLEMENTATION", help="every rule for one implementation")
     add("--sweep", type=_sweep, metavar="tokens=LOW..HIGH", help="where the choice changes, and what sets the boundary")
     add("--json", action="store_true", help="print one JSON object instead of the report")
+    add_html(add)
     add("--color", choices=COLOURS, default="auto", help="colour the report (default auto: on a terminal)")
 
 
@@ -143,10 +148,16 @@ def _tokens(text: str) -> int:
     return value
 
 
-def _version(text: str) -> str:
-    if not re.fullmatch(r"\d+(\.\w+)*", text):
-        raise argparse.ArgumentTypeError(f"is {text!r}; accepted: a version such as 8.5.0 or 8.2.RC1")
-    return text
+def _token_range(text: str) -> tuple[int, int]:
+    low, dots, high = text.partition("..")
+    if not dots:
+        return (_tokens(text), _tokens(text))
+    first, last = parse_digits(low), parse_digits(high)
+    if first is None or last is None or not first <= last <= LARGEST:
+        raise argparse.ArgumentTypeError(
+            f"is {write_value(text)}; accepted: T, or LOW..HIGH with 0 <= LOW <= HIGH <= {LARGEST}"
+        )
+    return first, last
 
 
 def _sweep(text: str) -> tuple[int, int]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import sys
 from typing import Any
 
 import torch
 
 from moe_lowering.cli.explain.request import ExplainRequest
+from moe_lowering.cli.explain.table_text import render_table
 from moe_lowering.cli.explain.text import render
-from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT, read_measured
+from moe_lowering.cli.html.explain_page import explain_page, table_page
+from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT, assumed_differences, read_measured
+from moe_lowering.cli.terminal import use_colour
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.deployment import Deployment
-from moe_lowering.explanation import ExplainError, Explanation, MissingSizesError, describe, explain
+from moe_lowering.explanation import TOKENS, ExplainError, Explanation, MissingSizesError, describe, explain
 from moe_lowering.explanation.description import SIZES, BlockDescription
+from moe_lowering.explanation.table import Row, choices_around, tabulate
+from moe_lowering.limits import TokenRange
+from moe_lowering.report.schemas import SCHEMA_VERSION
 
 # How the command line spells what the library calls by these names.
 OPTIONS = {
@@ -46,7 +50,13 @@ class ExplainReport:
 
     def to_text(self) -> str:
         """The report for a person."""
-        return render(self.explanation, self.request.why, colour=_colour(self.request.color))
+        return render(self.explanation, self.request.why, colour=use_colour(self.request.color))
+
+    def to_html(self) -> str:
+        """A page, with the choice over tokens and EP sizes around this deployment."""
+        explanation, sweep = self.explanation, self.request.sweep
+        around = choices_around(explanation.question, explanation.answer.tokens, TokenRange(*sweep) if sweep else None)
+        return explain_page(explanation, around)
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -56,12 +66,60 @@ class ExplainReport:
         return json.dumps(fields, indent=2, allow_nan=False)
 
 
-def run_explain(request: ExplainRequest) -> ExplainReport:
+@dataclasses.dataclass(frozen=True)
+class TableReport:
+    """What an ``explain`` command about several deployments found. ``first`` is the answer for the first of them."""
+
+    request: ExplainRequest
+    first: Explanation
+    rows: tuple[Row, ...]
+
+    def problems(self) -> list[str]:
+        """Why the exit code is 1: no deployment has a choice for any T."""
+        return [] if any(row.choice for row in self.rows) else ["no implementation is legal in any of the deployments"]
+
+    def to_text(self) -> str:
+        """The report for a person."""
+        return render_table(self.first, self.rows, colour=use_colour(self.request.color))
+
+    def to_html(self) -> str:
+        """A page."""
+        return table_page(self.first, self.rows)
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        first = self.first.to_json()
+        fields = {
+            "schema_version": SCHEMA_VERSION,
+            "model": first["model"],
+            "block": {name: value for name, value in first["block"].items() if name in BLOCK_FIELDS},
+            "assumptions": first["assumptions"],
+            "rows": [row.to_json() for row in self.rows],
+        }
+        return json.dumps(fields, indent=2, allow_nan=False)
+
+
+# Of the block in JSON: what is the same in all deployments.
+BLOCK_FIELDS = ("hidden", "intermediate", "experts", "top_k", "activation", "interleaved", "has_bias", "dtype")
+
+
+def run_explain(request: ExplainRequest) -> ExplainReport | TableReport:
     """Carry out a command.
 
     Raises:
-        UsageError: the block or the deployment is not possible.
+        UsageError: the block or a deployment is not possible.
     """
+    if not request.is_table:
+        return _explain(request)
+    reports = [_explain(each) for each in request.each()]
+    counts = request.counts or ((TOKENS, TOKENS),)
+    if request.unequal_tokens:
+        counts = ((request.max_tokens, request.max_tokens),)
+    rows = tabulate((report.explanation.question for report in reports), [TokenRange(*count) for count in counts])
+    return TableReport(request, reports[0].explanation, rows)
+
+
+def _explain(request: ExplainRequest) -> ExplainReport:
     try:
         block = _describe(request)
         deployment = _deployment(request, block.experts)
@@ -142,16 +200,4 @@ def _deployment(request: ExplainRequest, experts: int) -> Deployment:
 
 def _assumptions(request: ExplainRequest) -> list[str]:
     """What the command did not say of the machine, and was taken to be so."""
-    assumptions = []
-    if request.buffer_mb is None:
-        assumptions.append(f"HCCL_BUFFSIZE is {HCCL_BUFFER_MB} MB (CANN's own default is 200)")
-    if request.weight_format is None:
-        assumptions.append(f"the expert weights are in format {WEIGHT_FORMAT}")
-    if request.provider is None:
-        assumptions += [f"{name} {version} is installed" for name, version in request.providers]
-    return assumptions
-
-
-def _colour(choice: str) -> bool:
-    """Whether to colour the report; ``NO_COLOR`` (no-color.org) turns ``auto`` off."""
-    return choice == "always" or (choice == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    return [*request.taken_as, *assumed_differences(request)]

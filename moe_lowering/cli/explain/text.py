@@ -1,20 +1,21 @@
-"""An ``Explanation`` as text for a person: at most 100 columns, coloured on request."""
+"""An ``Explanation`` as text for a person: wrapped to ``report_width``, coloured on request."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from moe_lowering.explanation import Answer, Explanation, Piece
+from moe_lowering.explanation.single_changes import Change
 from moe_lowering.limits import Violation
 from moe_lowering.limits.findings import Finding
 from moe_lowering.limits.wording import Accepted, Value, show
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.report.records import Verdict
 from moe_lowering.report.text import render_sizes
+from moe_lowering.report.width import report_width
 from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS
 
-WIDTH = 100
 LABEL = 18  # columns of the left column, as in report.text
 _COLOURS = {"green": "\033[32m", "red": "\033[31m", "bold": "\033[1m", "dim": "\033[2m"}
 _RESET = "\033[0m"
@@ -37,7 +38,10 @@ def render(explanation: Explanation, why: str | None = None, colour: bool = Fals
     """The whole report; with ``why``, every rule of that implementation instead of the broken ones of all."""
     paint = Paint(colour)
     answer = explanation.answer
-    parts = [_header(explanation, paint), _table(answer, paint), _choice_lines(explanation, paint)]
+    parts = [_header(explanation, paint)]
+    if explanation.changes:
+        parts.append(labelled_rows("one change", change_texts(explanation.changes)))
+    parts += [_table(answer, paint), _choice_lines(explanation, paint)]
     if explanation.pieces is not None:
         parts.append(_sweep(explanation.pieces, explanation, paint))
     if why is not None:
@@ -47,8 +51,18 @@ def render(explanation: Explanation, why: str | None = None, colour: bool = Fals
         parts += [
             _violations(name, verdict, paint) for name, verdict in _refused_verdicts(answer) if comm in (AUTO, name)
         ]
-    parts.append(_rows("assumed", explanation.assumptions))
+    parts.append(labelled_rows("assumed", explanation.assumptions))
     return "\n\n".join(parts)
+
+
+def change_texts(changes: Mapping[str, Sequence[Change]]) -> list[str]:
+    """What one change would make each refused implementation legal."""
+    return [
+        f"{name} would be legal with {' or '.join(change.text for change in found)}"
+        if found
+        else f"{name}: no one change of the deployment makes it legal"
+        for name, found in changes.items()
+    ]
 
 
 def _header(explanation: Explanation, paint: Paint) -> str:
@@ -69,7 +83,7 @@ def _header(explanation: Explanation, paint: Paint) -> str:
     policy = explanation.chooses_by if comm == AUTO else f"{explanation.chooses_by} ({comm})"
     dtype = dtype_name(spec.dtype)
     quantised = f" with {spec.quantisation} experts" if EXPERT_FORMATS[spec.quantisation].quantised else ""
-    title = textwrap.wrap(f"{explanation.block.model or 'MoE block'} on {deployment.soc}: {tokens}", WIDTH)
+    title = textwrap.wrap(f"{explanation.block.model or 'MoE block'} on {deployment.soc}: {tokens}", report_width())
     return "\n".join(
         [
             *(paint(line, "bold") for line in title),
@@ -91,7 +105,7 @@ def _header(explanation: Explanation, paint: Paint) -> str:
 
 def _table(answer: Answer, paint: Paint) -> str:
     """One row per implementation."""
-    lines = [paint(f"  {'implementation':<{LABEL - 1}} {'verdict':<36} {'estimated cost':>16}", "dim")]
+    lines = [paint(f"  {'implementation':<{LABEL - 1}} {'verdict':<34} {'estimated cost':>16}", "dim")]
     for name, verdict in answer.judgement.verdicts.items():
         count = len(_distinct(verdict))
         form = f", {verdict.form}" if verdict.form not in ("", name) else ""
@@ -99,7 +113,7 @@ def _table(answer: Answer, paint: Paint) -> str:
         chosen = paint("  chosen", "bold") if name == answer.choice else ""
         price = answer.prices[name]
         cost = "not known" if price is None else f"{price.us:.0f} +- {price.error_us:.0f} us"
-        lines.append(f"  {name:<{LABEL - 1}} {paint.legal(f'{status:<36}', verdict.legal)} {cost:>16}{chosen}")
+        lines.append(f"  {name:<{LABEL - 1}} {paint.legal(f'{status:<34}', verdict.legal)} {cost:>16}{chosen}")
     return "\n".join(lines)
 
 
@@ -193,7 +207,8 @@ def _finding_line(finding: Finding, violations: dict[tuple[str, str], Violation]
     return f"{lines.replace(mark, paint.legal(mark, finding.holds), 1)}\n{paint(source, 'dim')}"
 
 
-def _rows(label: str, texts: Sequence[str]) -> str:
+def labelled_rows(label: str, texts: Sequence[str]) -> str:
+    """Texts under each other beside one label."""
     return "\n".join(_labelled_text(label if i == 0 else "", text) for i, text in enumerate(texts))
 
 
@@ -212,4 +227,6 @@ def _wrap_texts(start: str, texts: Sequence[str], rest: str) -> str:
 
 
 def _wrap_text(text: str, first: str, rest: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False) or [first]
+    return textwrap.wrap(
+        text, report_width(), initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
+    ) or [first]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from moe_lowering.cli.files import add_html, check_file
 from moe_lowering.cli.lower.configs import check_ranks
 from moe_lowering.cli.lower.request import REPLAYS, LowerRequest
 from moe_lowering.cli.options import (
     DTYPES,
+    SocAction,
+    add_machine,
     add_parser,
+    add_policy,
     add_prices,
     add_provider,
+    check_policy,
     parse_positive,
     provider_packages,
     read_measured,
@@ -19,8 +25,9 @@ from moe_lowering.cli.options import (
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.model_configs.check import check_model
 from moe_lowering.model_configs.errors import ModelError
-from moe_lowering.vocabulary import AUTO, COMMS, EXPERT_FORMATS, FUSED_MODES, ONE_OPERATOR, SOCS
+from moe_lowering.vocabulary import AUTO, COMMS, EXPERT_FORMATS, FUSED_MODES, ONE_OPERATOR
 
+SOC_HELP = "Ascend SoC: A2 (910B), A3 (910C), A5 (950), 310P (default A3)"
 MOST_REPLAYS = 100_000  # of each captured graph
 MOST_LAYERS = 1000
 RUN_TOKENS = 2**14  # of one rank, where the model is run: attention on CPU takes memory by their square
@@ -48,9 +55,9 @@ examples:
   moe-lowering lower ./config.json --fake --comm fused_mc2 --json
       is FusedMC2 legal for the model of this config.json, and if not, why; as JSON
 
-MODEL is `moe` (this package's own MoE module), a transformers model type with MoE layers (mixtral, qwen3_moe,
-deepseek_v3, olmoe, gpt_oss, glm4_moe, ...), or a config.json. For a type, without --fake, a small instance with random
-weights is built: hidden 1024, intermediate 512, 16 experts, 2 layers.
+MODEL is `moe` (this package's own MoE module), a published model (qwen3_235b, kimi_k2, glm_4_5, ...), a transformers model
+type with MoE layers (mixtral, qwen3_moe, deepseek_v3, olmoe, gpt_oss, ...), or a config.json. For a name, without --fake, a small
+instance with random weights is built: hidden 1024, intermediate 512, 16 experts, 2 layers.
 
 The report lists, for each block, the implementation, its sizes and what each other implementation breaks, with sources.
 Where the implementation of --comm is refused by the options alone, nothing is built: the report says why and ends there.
@@ -89,6 +96,14 @@ def check(request: LowerRequest) -> None:
 def _check_options(request: LowerRequest) -> None:
     """What one option says of another."""
     provider_packages(request.provider)
+    check_policy(request.comm, request.policy)
+    if request.declared and request.declared < request.most_run:
+        raise UsageError(
+            f"argument --max-tokens: is {request.declared}, and a rank runs {request.most_run} tokens; accepted: "
+            f"{request.most_run} or more"
+        )
+    if request.html:
+        check_file("html", Path(request.html))
     read_measured(request.measured, request.soc)
     if not request.fake and request.tokens > RUN_TOKENS:
         raise UsageError(
@@ -127,16 +142,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--tp", type=parse_positive, default=1, metavar="N", help="ranks of these that hold the same tokens (default 1)"
     )
     add("--quant", choices=EXPERT_FORMATS, default="none", help="quantise the experts (default none)")
-    add(
-        "--fused-mode",
-        type=int,
-        choices=FUSED_MODES,
-        default=1,
-        help="fused operators: 1 dispatch_ffn_combine or mega_moe, 2 dispatch_gmm_combine_decode (default 1)",
-    )
+    add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
+        help="fused operators: 1 dispatch_ffn_combine or mega_moe, 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
+    add_machine(add, "declared")
+    add_policy(add)
+    add("--overlap", action="store_true", help="shared experts on a side stream, where the graph has stream scopes")
     add_provider(add)
     add_prices(add)
-    add("--soc", choices=SOCS, default="A3", help="Ascend SoC (default A3)")
+    add(
+        "--soc",
+        action=SocAction,
+        default="A3",
+        metavar="SOC",
+        help=SOC_HELP,
+    )
     add("--tokens", type=parse_positive, default=32, metavar="T", help="tokens of one rank (default 32)")
     add(
         "--layers",
@@ -159,4 +178,5 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"calls of each captured graph, with new inputs and routings (default {REPLAYS})",
     )
+    add_html(add)
     add("--json", action="store_true", help="print one JSON object instead of the report")

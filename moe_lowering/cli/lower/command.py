@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 def run_lower(request: LowerRequest, progress: Callable[[str], None]) -> LowerOutcome:
     """Carry out a command; transformers is imported after the environment says that it is offline."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model is built from its config, never downloaded
+    outcome = _run(request, progress)
+    if request.html:
+        from moe_lowering.cli.lower.choices import rows_of
+
+        outcome.choices = rows_of(request)
+    return outcome
+
+
+def _run(request: LowerRequest, progress: Callable[[str], None]) -> LowerOutcome:
     if request.fake:
         from moe_lowering.cli.lower.fake import lower_fake
 

@@ -52,4 +52,4 @@ def _choose_for(
 ) -> tuple[str | None, str, dict[str, Verdict]]:
     """(the implementation, None when it is refused; the reason; all verdicts) for T = ``tokens``."""
     verdicts = judge(spec, deployment, tokens, Prover(), torch_npu=True).verdicts
-    return (*Policy(request.comm).choose(verdicts, spec, deployment, spec.tokens), verdicts)
+    return (*Policy(request.comm, request.policy).choose(verdicts, spec, deployment, spec.tokens), verdicts)

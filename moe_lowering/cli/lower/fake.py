@@ -58,7 +58,7 @@ def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> LowerO
         return outcome
     facts = [("assumed", assumptions(request))]
     with _fake_groups(request) as deployment:
-        lowering = MoeLowering(deployment, request.comm)
+        lowering = MoeLowering(deployment, request.comm, policy=request.policy, overlap=request.overlap)
         with FakeTensorMode(allow_non_fake_inputs=True):
             progress(f"building {plan.name} ({plan.layers} layers, {request.dtype}) without weights")
             model = models.build(plan, getattr(torch, request.dtype), fake=True)

@@ -6,12 +6,16 @@ import dataclasses
 import json
 from typing import Any
 
+from moe_lowering.cli.html.lower_page import lower_page
 from moe_lowering.cli.lower.compare import LOGITS_SNR_FLOOR, MAX_REROUTED, SNR_FLOOR, TOLERANCE, Errors
 from moe_lowering.cli.lower.graph_replay import Captured
 from moe_lowering.cli.lower.request import LowerRequest
+from moe_lowering.explanation.table import Row
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport
+from moe_lowering.report.schemas import SCHEMA_VERSION
 from moe_lowering.report.text import labelled_text, render
+from moe_lowering.report.width import fold
 
 
 @dataclasses.dataclass
@@ -26,6 +30,7 @@ class LowerOutcome:
         facts: (label, text) about how it was done: what was assumed, how long it took.
         captured: by rank, with ``--capture``; JSON and text show rank 0's.
         refused: why nothing could be captured.
+        choices: over tokens and EP sizes, for ``to_html``.
     """
 
     request: LowerRequest
@@ -36,6 +41,7 @@ class LowerOutcome:
     facts: list[tuple[str, str]]
     captured: list[Captured] = dataclasses.field(default_factory=list)
     refused: str = ""
+    choices: tuple[Row, ...] = ()
 
     @property
     def max_relative(self) -> float | None:
@@ -94,6 +100,7 @@ class LowerOutcome:
         first = self.reports[0] if self.reports else None
         traced = first if first is not None and first.nodes_before else None
         fields: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
             "model": self.model,
             "blocks": [block.to_json() for block in first.blocks] if first else [],
             "max_abs_error": None if self.errors is None else self.errors.absolute,
@@ -108,6 +115,10 @@ class LowerOutcome:
             "detected": first.to_json()["detected"] if first else [],
         }
         return json.dumps(fields, indent=2, allow_nan=False)
+
+    def to_html(self) -> str:
+        """A page with the blocks drawn, and the choice over tokens and EP sizes."""
+        return lower_page(self, self.choices)
 
     def to_text(self) -> str:
         """The report for a person."""
@@ -136,7 +147,7 @@ class LowerOutcome:
         ranks = f"ep {request.ep}" + (f", tp {request.tp}" if request.tp > 1 else "")
         experts = f", experts {request.quant}" if request.quantised else ""
         title = f"{self.model}: comm {request.comm}, {ranks}, soc {request.soc}, {request.dtype}{experts}"
-        return "\n".join([title, *(labelled_text(label, text) for label, text in self.facts)])
+        return "\n".join([fold(title), *(labelled_text(label, text) for label, text in self.facts)])
 
     def _comparison(self) -> str:
         if self.errors is None:
@@ -145,7 +156,7 @@ class LowerOutcome:
         weights = "experts not sharded" + (f", their {quant} weights dequantised" if self.request.quantised else "")
         accepted = "" if self.request.quantised else f"; accepted for {self.request.dtype}: {tolerance:g}"
         lines = [
-            f"compared with the model's own output (grouped_mm, {weights})",
+            fold(f"compared with the model's own output (grouped_mm, {weights})"),
             labelled_text("max abs error", f"{self.errors.absolute:.3g} (logits)"),
             labelled_text(
                 "max rel error",

@@ -9,7 +9,7 @@ from torch import nn
 from moe_lowering.cli.lower import early_refusal, models
 from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.request import LowerRequest
-from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT, read_measured
+from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT, assumed_differences, read_measured
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.deployment import Deployment
 from moe_lowering.model_configs.check import ACCEPTED, OWN
@@ -24,9 +24,11 @@ def deployment_for(request: LowerRequest, **place: Any) -> Deployment:
         tp_size=request.tp,
         fused_mode=request.fused_mode,
         max_tokens=request.max_tokens,
-        equal_tokens=True,
-        hccl_buffer_mb=HCCL_BUFFER_MB,
-        weight_format=WEIGHT_FORMAT,
+        equal_tokens=not request.unequal_tokens,
+        hccl_buffer_mb=request.buffer_mb or HCCL_BUFFER_MB,
+        weight_format=request.weight_format or WEIGHT_FORMAT,
+        cann=request.cann or "",
+        mc2_hierarchy=request.hierarchy,
         ranks_per_node=request.ranks_per_node,
         measured=read_measured(request.measured, request.soc),
         providers=request.providers,
@@ -36,13 +38,18 @@ def deployment_for(request: LowerRequest, **place: Any) -> Deployment:
 
 def assumptions(request: LowerRequest) -> str:
     """What ``deployment_for`` takes for granted, for the report."""
-    providers = (
-        ", ".join(f"{name} {version}" for name, version in request.providers) or "no provider of fused operators"
-    )
-    return (
-        f"at most {request.max_tokens} tokens per rank, equal on all ranks; HCCL_BUFFSIZE {HCCL_BUFFER_MB} MB; expert "
-        f"weights in {WEIGHT_FORMAT} format; {providers} installed"
-    )
+    named = [f"{name} {version}" for name, version in request.providers] if request.provider is not None else []
+    given = {
+        "HCCL_BUFFSIZE {} MB": request.buffer_mb,
+        "expert weights in format {}": request.weight_format,
+        "CANN {}": request.cann,
+        "{} installed": ", ".join(named) or (None if request.provider is None else "no provider of fused operators"),
+        "MC2 in two levels": request.hierarchy or None,
+    }
+    equal = "not equal on all ranks" if request.unequal_tokens else "equal on all ranks"
+    said = [text.format(value) for text, value in given.items() if value is not None]
+    tokens = f"at most {request.max_tokens} tokens per rank, {equal}"
+    return "; ".join([tokens, *request.taken_as, *said, *assumed_differences(request)])
 
 
 def tensor_parallel_place(request: LowerRequest, rank: int, backend: str | None = None) -> dict[str, Any]:

@@ -12,7 +12,12 @@ REPLAYS = 8  # of each captured graph, where the command does not say
 
 @dataclasses.dataclass(frozen=True)
 class LowerRequest:
-    """One ``lower`` command. ``layers`` is None when not given; ``tokens`` are those of one rank."""
+    """One ``lower`` command; None for what was not given.
+
+    Attributes:
+        tokens: of one rank. declared: the bound that the deployment declares, 0 for the most tokens that a rank runs.
+        taken_as: which alias of a SoC was taken as which.
+    """
 
     model: str
     comm: str = "auto"
@@ -32,7 +37,17 @@ class LowerRequest:
     replays: int | None = None
     ranks_per_node: int = 0
     measured: str = ""
+    declared: int = 0
+    unequal_tokens: bool = False
+    buffer_mb: int | None = None
+    weight_format: str | None = None
+    cann: str | None = None
+    hierarchy: bool = False
+    policy: str = "auto"
+    overlap: bool = False
     json: bool = False
+    html: str = ""
+    taken_as: tuple[str, ...] = ()
 
     @property
     def quantised(self) -> bool:
@@ -54,7 +69,12 @@ class LowerRequest:
 
     @property
     def max_tokens(self) -> int:
-        """The bound that the deployment declares: the most tokens that one rank runs."""
+        """The bound that the deployment declares: what the command says, or the most tokens that one rank runs."""
+        return self.declared or self.most_run
+
+    @property
+    def most_run(self) -> int:
+        """The most tokens that one rank runs."""
         return self.batch * max(self.lengths)
 
     @property

@@ -16,6 +16,7 @@ from torch.fx.experimental import _config
 
 from moe_lowering import simulator
 from moe_lowering.backends.npugraph_ex import npugraph_ex_options
+from moe_lowering.cli import progress as shown_progress
 from moe_lowering.cli.lower import compare, graph_replay, models
 from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.prepare import (
@@ -119,7 +120,7 @@ def _rank_job(rank: int, request: LowerRequest) -> RankResult:
         mc2_group=graph_replay.communicator(mc2_group, rank) if backend else mc2_group.group_name,
         **tensor_parallel_place(request, rank, backend),
     )
-    progress = _rank_progress if rank == 0 else _report_nothing
+    progress: Progress = shown_progress.Progress("rank 0") if rank == 0 else _report_nothing
     return run_rank(request, models.plan_model(request), deployment, progress)
 
 
@@ -139,7 +140,7 @@ def run_rank(request: LowerRequest, plan: models.ModelPlan, deployment: Deployme
     if request.quantised:
         quantise_experts(model, request.quant)
         compare.use_quantised_weights(reference, request.quant)
-    lowering = MoeLowering(deployment, request.comm)
+    lowering = MoeLowering(deployment, request.comm, policy=request.policy, overlap=request.overlap)
     routings = compare.record(model)
     if request.capture:
         return _run_captured(request, plan, lowering, model, reference, routings, seconds, progress)
@@ -251,15 +252,6 @@ def _model_facts(request: LowerRequest, plan: models.ModelPlan, result: RankResu
         ("graphs", f"{graphs} ({'dynamic' if request.dynamic else 'static'} shapes)"),
         ("took", ", ".join(f"{what} {value:.1f} s" for what, value in result.seconds.items())),
     ]
-
-
-_rank_started = time.perf_counter()
-
-
-def _rank_progress(message: str) -> None:
-    import sys
-
-    print(f"[rank 0 {time.perf_counter() - _rank_started:6.1f} s] {message}", file=sys.stderr, flush=True)
 
 
 def _report_nothing(message: str) -> None:

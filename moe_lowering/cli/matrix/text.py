@@ -1,4 +1,4 @@
-"""A ``matrix.table.Table`` as text for a person: at most 100 columns."""
+"""A ``matrix.table.Table`` as text for a person: wrapped to ``report_width``; a grid that is wider is cut into several."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from moe_lowering.matrix.expected import REFUSALS, refusals
 from moe_lowering.matrix.reference import FLOORS
 from moe_lowering.matrix.table import CellResult, Table
+from moe_lowering.report.width import report_width
 
-WIDTH = 100
+LABEL, COLUMN = 37, 9
 
 
 def render(table: Table, seconds: float) -> str:
@@ -38,6 +39,21 @@ def _groups(table: Table) -> dict[tuple[str, str, int, int], list[CellResult]]:
 def _grid(table: Table, letters: dict[str, str]) -> str:
     axes, groups = table.axes, _groups(table)
     columns = [(ep, tp) for ep in axes.eps for tp in axes.tps]
+    most = (report_width() - LABEL) // COLUMN
+    if len(columns) > most:
+        parts = [columns[at : at + most] for at in range(0, len(columns), most)]
+        return "\n\n".join(_columns(table, groups, part, letters) for part in parts)
+    return _columns(table, groups, columns, letters)
+
+
+def _columns(
+    table: Table,
+    groups: dict[tuple[str, str, int, int], list[CellResult]],
+    columns: list[tuple[int, int]],
+    letters: dict[str, str],
+) -> str:
+    """The grid of some (EP, TP)."""
+    axes = table.axes
     lines = [f"{'':29}{'EP/TP':8}" + "".join(f"{f'{ep}/{tp}':>9}" for ep, tp in columns)]
     for form in axes.forms:
         for at, quantisation in enumerate(axes.quantisations):
@@ -100,7 +116,7 @@ def _refusal_lines(table: Table) -> list[str]:
 
 def _worst(table: Table) -> list[str]:
     return [
-        f"worst of {quantisation:8}{result.snr:5.1f} dB, floor {FLOORS[quantisation]:g} dB: {result.cell}"
+        _wrap_text(f"worst of {quantisation}", f"{result.snr:.1f} dB, floor {FLOORS[quantisation]:g} dB: {result.cell}")
         for quantisation, result in table.worst().items()
         if result.snr is not None and math.isfinite(result.snr)
     ]
@@ -110,12 +126,13 @@ def _summary(table: Table, seconds: float) -> str:
     legal = sum(result.snr is not None for result in table.results)
     wrong = sum(bool(result.problems) for result in table.results)
     scenarios = len({result.cell.scenario for result in table.results})
-    return (
+    text = (
         f"{len(table.results)} cells in {scenarios} scenarios: {legal} run, {len(table.results) - legal} "
         f"refused, {wrong} not as they must be; {seconds:.0f} s"
     )
+    return textwrap.fill(text, report_width())
 
 
 def _wrap_text(label: str, text: str) -> str:
     label = f"{label} "
-    return textwrap.fill(text or "-", WIDTH, initial_indent=label, subsequent_indent=" " * len(label))
+    return textwrap.fill(text or "-", report_width(), initial_indent=label, subsequent_indent=" " * len(label))

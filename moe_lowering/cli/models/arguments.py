@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_lowering.cli.files import check_file
 from moe_lowering.cli.models.request import ModelsRequest
 from moe_lowering.cli.options import add_parser
 from moe_lowering.cli.usage import UsageError
@@ -84,10 +85,8 @@ def check(request: ModelsRequest) -> None:
     if request.again and request.resume is None:
         raise UsageError("argument --again: is given without --resume; accepted: with it")
     for option, path in (("json", request.json_file), ("resume", request.resume), ("write", request.write)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise UsageError(
-                f"argument --{option}: is {write_value(str(path))}; accepted: a file in a folder that exists"
-            )
+        if path is not None:
+            check_file(option, path)
     if request.resume is not None:
         try:
             read_rows(request.resume, transformers_version())

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
-from pathlib import Path
 
+from moe_lowering.cli.files import write_file
 from moe_lowering.cli.models.request import ModelsRequest
 from moe_lowering.cli.simulation import enable_simulator
 from moe_lowering.cli.usage import UsageError
@@ -29,7 +28,7 @@ def run_models(request: ModelsRequest, progress: Callable[[str], None]) -> Model
     def done(row: Row) -> None:
         rows[row.family] = rows[row.family].with_attempts(row) if row.family in rows else row
         if request.resume is not None:
-            _write("resume", request.resume, to_json(_sorted(rows), version))
+            write_file("resume", request.resume, to_json(_sorted(rows), version))
 
     if planned:
         enable_simulator("A3")
@@ -37,9 +36,9 @@ def run_models(request: ModelsRequest, progress: Callable[[str], None]) -> Model
         run_families(planned, done, progress)
     report = ModelsReport(request, _sorted(rows), version)
     if request.json_file is not None:
-        _write("json", request.json_file, report.to_json())
+        write_file("json", request.json_file, report.to_json())
     if request.write is not None:
-        _write("write", request.write, page(report.rows, version))
+        write_file("write", request.write, page(report.rows, version))
     return report
 
 
@@ -54,18 +53,6 @@ def _register() -> None:
         register()
     except ImportError as error:
         raise UsageError(f"transformers cannot be used: {error}") from error
-
-
-def _write(option: str, path: Path, text: str) -> None:
-    """The whole file or what was there before, whenever the command is ended."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text if text.endswith("\n") else text + "\n")
-        beside.replace(path)
-    except OSError as error:
-        raise UsageError(f"argument --{option}: {path} cannot be written: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)

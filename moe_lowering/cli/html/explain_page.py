@@ -1,0 +1,57 @@
+"""The page of ``explain --html``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_lowering.cli.explain.text import change_texts
+from moe_lowering.cli.html.choice_drawing import draw_choices
+from moe_lowering.cli.html.page import element, items, page
+from moe_lowering.cli.html.parts import cost_table, deployment_table, verdict_table
+from moe_lowering.explanation import Explanation
+from moe_lowering.explanation.table import Row
+from moe_lowering.passes.quantities import dtype_name
+
+
+def explain_page(explanation: Explanation, rows: Sequence[Row]) -> str:
+    """Of one deployment. ``rows``: the choice over tokens and EP sizes."""
+    answer, block = explanation.answer, explanation.block
+    deployment = answer.deployment
+    facts = [
+        describe_block(explanation),
+        f"{deployment.soc}, EP {deployment.ep_size}, TP {deployment.tp_size}, {answer.tokens} tokens of a rank, HCCL_BUFFSIZE "
+        f"{deployment.hccl_buffer_mb} MB, weights {deployment.weight_format}",
+        f"choice: {answer.choice or 'none'} ({answer.reason})",
+        str(answer.beside_rule()),
+        f"memory: {answer.memory(block.layers)}",
+    ]
+    changes = change_texts(explanation.changes)
+    return page(f"{block.model or 'MoE block'} on {deployment.soc}", [
+        items(facts),
+        *([element("h2", "One change that would help"), items(changes)] if changes else []),
+        element("h2", "Verdicts"), verdict_table(answer.judgement.verdicts, answer.choice),
+        element("h2", "Kernels, bytes and cost"), cost_table(answer.costs()),
+        element("h2", "The choice over tokens and EP sizes"), draw_choices(rows),
+        element("h2", "Assumed"), items(explanation.assumptions),
+    ])  # fmt: skip
+
+
+def table_page(first: Explanation, rows: Sequence[Row]) -> str:
+    """Of several deployments."""
+    return page(f"{first.block.model or 'MoE block'} in several deployments", [
+        items([describe_block(first)]),
+        element("h2", "The choice over tokens and EP sizes"), draw_choices(rows),
+        element("h2", "Deployments"),
+        element("p", "Figures are those at the most tokens of a row; memory is that of all MoE layers.", class_="note"),
+        deployment_table(rows),
+        element("h2", "Assumed"), items(first.assumptions),
+    ])  # fmt: skip
+
+
+def describe_block(explanation: Explanation) -> str:
+    """Sizes and words of the block in one line."""
+    block = explanation.block
+    return (
+        f"hidden {block.hidden}, intermediate {block.intermediate}, {block.experts} experts, top {block.top_k}, "
+        f"{dtype_name(block.dtype)}, {block.activation}"
+    )

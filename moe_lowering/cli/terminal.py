@@ -1,0 +1,43 @@
+"""What the terminal can show: its width, and whether words may be coloured. Imports no torch.
+
+NO_COLOR and FORCE_COLOR are those of no-color.org and force-color.org: set, and not empty. A terminal that calls itself "dumb"
+understands no escapes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+
+def width() -> int:
+    """Columns of stdout: COLUMNS where it is set, else those of the terminal; ``report.width.WIDTH`` where it is none."""
+    from moe_lowering.report.width import WIDTH  # with it torch, which a wrong command is not to wait for
+
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isascii() and columns.isdecimal() and 0 < len(columns) < 6 and int(columns) > 0:
+        return int(columns)
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or WIDTH
+    except (AttributeError, ValueError, OSError):  # closed, no file, no terminal
+        return WIDTH
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream is open, and a terminal."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # closed
+        return False
+
+
+def use_colour(choice: str) -> bool:
+    """Whether to colour stdout: ``always``, ``never``, or ``auto``, where the environment and the terminal decide."""
+    if choice != "auto":
+        return choice == "always"
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return is_terminal(sys.stdout) and os.environ.get("TERM") != "dumb"

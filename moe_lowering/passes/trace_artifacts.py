@@ -1,0 +1,51 @@
+"""What ``TORCH_TRACE`` records of a pass, for tlparse: the report, and the graph before and after it.
+
+Nothing is written down, and nothing costs, where no trace is taken. A failure here must not fail a compile.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from torch._logging._internal import trace_log, trace_structured
+from torch.fx import GraphModule
+
+from moe_lowering.report.records import LoweringReport
+
+log = logging.getLogger(__name__)
+REPORT, BEFORE, AFTER = "moe_lowering_report", "moe_lowering_graph_before", "moe_lowering_graph_after"
+
+
+def is_traced() -> bool:
+    """Whether a trace is taken. torch puts handlers there that write nothing: one without a directory, ``NullHandler`` s."""
+    return any(
+        getattr(handler, "root_dir", True) is not None and not isinstance(handler, logging.NullHandler)
+        for handler in trace_log.handlers
+    )
+
+
+def readable_graph(gm: GraphModule) -> str:
+    """The graph as text where a trace is taken; "" where none is."""
+    if not is_traced():
+        return ""
+    try:
+        return gm.print_readable(print_output=False)
+    except Exception:  # a graph that cannot be printed is lowered all the same
+        log.warning("moe_lowering: the graph cannot be written to the trace", exc_info=True)
+        return "it cannot be printed"
+
+
+def write_artifacts(before: str, gm: GraphModule, report: LoweringReport) -> None:
+    """Add the artefacts of one pass to the trace, if one is taken."""
+    if not is_traced():
+        return
+    try:
+        for name, text in ((BEFORE, before), (AFTER, readable_graph(gm)), (REPORT, str(report))):
+            trace_structured(
+                "artifact",
+                metadata_fn=lambda name=name: {"name": name, "encoding": "string"},  # type: ignore[misc]
+                payload_fn=lambda text=text: text,  # type: ignore[misc]
+                expect_trace_id=False,
+            )
+    except Exception:
+        log.warning("moe_lowering: the report cannot be written to the trace", exc_info=True)

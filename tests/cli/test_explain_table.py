@@ -1,0 +1,242 @@
+"""``explain`` for several deployments, single changes, presets, hub ids, aliases of SoCs, and defaults that are said."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from test_explain import BLOCK, answer, codes, command
+
+from moe_lowering import Deployment
+from moe_lowering.cli.commands import parse
+from moe_lowering.cli.explain.command import run_explain
+from moe_lowering.cli.lower.prepare import assumptions
+from moe_lowering.explanation import describe
+from moe_lowering.model_configs.check import check_model
+from moe_lowering.model_configs.errors import ModelError
+from moe_lowering.model_configs.presets import PRESETS
+from moe_lowering.vocabulary import IMPLEMENTATION_FORMS, SOCS, soc_named
+
+DEPLOYMENTS = f"{BLOCK} --soc A2,910C --ep 16,64 --quant none,w8a8"
+
+
+def table(capfd, given):
+    return answer(capfd, given)[1]["rows"]
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def test_a_table_says_what_single_answers_say(capfd):
+    """Each row's ends, and the tokens next to them, by the command for one deployment."""
+    rows = table(capfd, f"{DEPLOYMENTS} --tokens 1..700")
+    assert {(row["soc"], row["ep"], row["quantisation"]) for row in rows} == {
+        (soc, ep, quant) for soc in ("A2", "A3") for ep in (16, 64) for quant in ("none", "w8a8")
+    }
+    for row in rows[::3]:
+        given = f"{BLOCK} --soc {row['soc']} --ep {row['ep']} --quant {row['quantisation']}"
+        assert answer(capfd, f"{given} --tokens {row['from']}")[1]["choice"] == row["choice"]
+        last = answer(capfd, f"{given} --tokens {row['to']}")[1]
+        assert last["choice"] == row["choice"]
+        assert last["costs"][0] == row["cost"] and last["memory"] == row["memory"]
+        refused = {name: found for name, found in codes(last).items() if found}
+        assert {
+            name: set(found) for name, found in row["others"].items() if found not in (["cost"], ["policy"])
+        } == refused
+        assert set(row["others"]) == IMPLEMENTATION_FORMS.keys() - {row["choice"]}
+        if row["to"] < 700:
+            assert answer(capfd, f"{given} --tokens {row['to'] + 1}")[1]["choice"] != row["choice"]
+
+
+def test_ranges_and_single_numbers_are_rows_of_their_own(capfd):
+    rows = table(capfd, f"{BLOCK} --ep 16 --tokens 4,600..601,8")
+    assert [(row["from"], row["to"]) for row in rows] == [(4, 4), (600, 601), (8, 8)]
+    assert "rows" not in answer(capfd, f"{BLOCK} --ep 16 --tokens 4")[1], "one deployment and one T: no table"
+
+
+def test_the_buffer_to_set_is_enough_and_less_is_not(capfd):
+    (row,) = table(capfd, f"{BLOCK} --ep 16,32 --tokens 100 --comm mc2 --buffer-mb 4096")[:1]
+    size = row["hccl_buffer_mb"]
+    assert row["choice"] == "mc2" and 200 < size < 4096
+    given = f"{BLOCK} --ep 16 --tokens 100 --comm mc2 --buffer-mb"
+    assert answer(capfd, f"{given} {size}")[0] == 0
+    assert answer(capfd, f"{given} {size - 1}")[0] == 1
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 300])
+def test_a_table_fits(capfd, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = command(
+        capfd,
+        f"{BLOCK} --soc A2,A3 --ep 16 --tokens {0 if columns == 80 else 500}..{2**31 - 1 if columns == 80 else 600}",
+    )
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= min(max(columns, 80), 100)
+    assert not any(line != line.rstrip() for line in out.splitlines())
+    assert out.index("one change:") < out.index("not alltoall"), "what would help stands first"
+
+
+def test_where_nothing_is_legal_the_exit_code_is_1(capfd):
+    code, out, err = command(capfd, f"{BLOCK} --ep 16,32 --tokens 600 --comm mc2")
+    assert code == 1 and out.count("NONE") == 2
+    assert err == "moe-lowering: no implementation is legal in any of the deployments\n"
+    assert command(capfd, f"{BLOCK} --ep 16,32 --tokens 600")[0] == 0
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ("--ep 16,24", "argument --ep: is 24; accepted: a divisor of the number of experts, 256"),
+    ("--ep 16,16", "argument --ep: is '16,16', with a value twice; accepted: each value once"),
+    ("--ep 16,", "argument --ep: is ''; accepted: an integer from 1 to"),
+    ("--soc A2,910b", "argument --soc: is 'A2,910b', with a SoC twice; accepted: each SoC once"),
+    ("--soc A2,H100", r"argument --soc: is 'H100'; accepted: A2 \(910B\), A3 \(910C, "),
+    ("--quant none,int8", "argument --quant: is 'int8'; accepted: none, w8a8, w4a8, w4a16"),
+    ("--tokens 8..1", r"argument --tokens: is '8..1'; accepted: T, or LOW..HIGH with 0 <= LOW <= HIGH"),
+    ("--tokens 1..", r"argument --tokens: is '1..'; accepted: T, or LOW..HIGH"),
+    ("--tokens 1..8,1..8", r"argument --tokens: is '1..8,1..8', with a value twice"),
+    ("--tokens 1..8 --why mc2", "argument --why: is given with several deployments or a range of --tokens"),
+    ("--ep 16,32 --sweep tokens=1..8", "argument --sweep: is given with several deployments or a range of --tokens"),
+    ("--tokens 1..8 --unequal-tokens --max-tokens 8", "argument --tokens: is a range with --unequal-tokens"),
+])  # fmt: skip
+def test_wrong_usage_is_one_line(capfd, given, message):
+    code, out, err = command(capfd, f"{BLOCK} {given}")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.match(f"moe-lowering: error: {message}", err), err
+
+
+# -------------------------------------------------------------------------------------------------------------- changes
+
+REFUSALS = [
+    f"{BLOCK} --ep 16 --tokens 600",
+    f"{BLOCK} --ep 16 --tokens 128 --buffer-mb 200 --provider none --weight-format nd",
+    f"{BLOCK} --ep 64 --soc A2 --tokens 0",
+    f"{BLOCK} --ep 16 --dtype float32",
+    f"{BLOCK} --ep 16 --unequal-tokens --max-tokens 4096",
+    f"{BLOCK} --soc 310P --quant w8a8",
+    "mixtral_8x7b --ep 4 --fused-mode 0",
+    "gpt_oss_20b --ep 8 --hierarchy --soc A5",
+]
+
+
+def applied(question, change, tokens):
+    """The verdicts with a change, put together here by hand."""
+    block, deployment = question.block, question.deployment
+    if change.field in ("quantisation", "dtype"):
+        block = dataclasses.replace(block, **{change.field: change.value})
+    elif change.field == "tokens":
+        tokens = change.value
+    else:
+        more = {"ep_group": "ep"} if change.field == "ep_size" else {}
+        deployment = deployment.replace(**{change.field: change.value}, **more)
+    asked = dataclasses.replace(question, block=block, deployment=deployment)
+    return asked.at(tokens if deployment.equal_tokens else deployment.max_tokens).judgement.verdicts
+
+
+@pytest.mark.parametrize("given", REFUSALS)
+def test_each_single_change_makes_it_legal_and_one_step_less_does_not(given):
+    explanation = run_explain(parse(["explain", *given.split()])).explanation
+    question, tokens = explanation.question, explanation.answer.tokens
+    refused = {name for name, verdict in explanation.answer.judgement.verdicts.items() if not verdict.legal}
+    assert explanation.changes.keys() == refused
+    for name, changes in explanation.changes.items():
+        assert len({change.field for change in changes}) == len(changes)
+        for change in changes:
+            assert applied(question, change, tokens)[name].legal, change
+            step = {"hccl_buffer_mb": -1, "tokens": 1, "max_tokens": 1}.get(change.field)
+            if step is not None and not (change.field == "tokens" and tokens == 0):
+                less = dataclasses.replace(change, value=change.value + step)
+                assert not applied(question, less, tokens)[name].legal, change
+
+
+def test_changes_are_found_and_said_before_the_verdicts(capfd):
+    code, out, _ = command(capfd, f"{BLOCK} --ep 16 --tokens 600 --comm mc2")
+    assert code == 1
+    assert "one change        mc2 would be legal with T at most 136" in out
+    assert out.index("one change") < out.index("implementation    verdict") < out.index("not mc2")
+    given = f"{BLOCK} --ep 16 --tokens 128 --buffer-mb 200 --provider none"
+    changes = answer(capfd, given)[1]["changes"]
+    assert {"field": "hccl_buffer_mb", "value": 960, "text": "HCCL_BUFFSIZE 960 MB"} in changes["mc2"]
+    assert "providers" in [change["field"] for change in changes["fused_mc2"]]
+    assert not answer(capfd, f"{BLOCK} --ep 16 --tokens 128")[1]["changes"], "nothing is refused"
+
+
+# ------------------------------------------------------------------------------------------------- names, sizes, aliases
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_the_parameters_that_its_model_card_says(name):
+    """Experts are nine tenths or more of these models; kimi's card rounds down."""
+    block = describe(name)
+    experts = block.layers * block.experts * 3 * block.hidden * block.intermediate / 1e9
+    assert 0.89 < experts / PRESETS[name].billions < 1.02
+    assert PRESETS[name].hub in block.assumptions[0]
+
+
+def test_a_type_says_that_it_means_its_defaults_and_which_sizes_are_published(capfd):
+    (said,) = [text for text in answer(capfd, "qwen3_moe")[1]["assumptions"] if "default config" in text]
+    assert "qwen3_30b, qwen3_235b, qwen3_coder_480b" in said
+    assert not [text for text in answer(capfd, "qwen3_235b")[1]["assumptions"] if "default config" in text]
+
+
+def test_a_hub_id_says_that_files_must_be_local(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, also in (
+        ("Qwen/Qwen3-30B-A3B", "accepted: qwen3_30b, which"),
+        ("some/model", "accepted: a local folder"),
+    ):
+        code, out, err = command(capfd, given)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "nothing is downloaded" in err and also in err
+    folder = tmp_path / "some" / "model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(PRESETS["qwen3_30b"].config))
+    assert answer(capfd, "some/model")[1]["block"] == answer(capfd, "qwen3_30b")[1]["block"]
+
+
+@pytest.mark.parametrize("name", ["qwen3_mo", "gpt_os", "mixtra", "glm45", "deepseek_r1"])
+def test_suggestions_are_models_with_experts(name):
+    with pytest.raises(ModelError) as caught:
+        check_model(name)
+    close = re.search(r"did you mean (.*)\?\)", str(caught.value))[1].split(", ")
+    for each in close:
+        check_model(each)
+    with pytest.raises(ModelError) as caught:
+        check_model("bertt")
+    assert "did you mean" not in str(caught.value), "bert has no experts"
+
+
+@pytest.mark.parametrize("soc", SOCS.values(), ids=SOCS)
+def test_a_soc_has_its_aliases_in_any_case(soc):
+    for word in (soc.name, *soc.aliases, *soc.device_types, soc.runtime_name, soc.runtime_name.removeprefix("Ascend")):
+        for spelt in (word, word.lower(), word.upper()):
+            assert soc_named(spelt) is soc, spelt
+
+
+@pytest.mark.parametrize("word", ["", "A", "A4", "910", "910A", "Ascend", "H100", "A3 A2", "9"])
+def test_another_word_is_no_soc(word):
+    assert soc_named(word) is None
+
+
+def test_an_alias_is_said_as_what_it_was_taken(capfd):
+    found = answer(capfd, f"{BLOCK} --soc 910c")[1]
+    assert found["deployment"]["soc"] == "A3" and "SoC 910c is taken as A3" in found["assumptions"]
+    assert not [text for text in answer(capfd, f"{BLOCK} --soc A3")[1]["assumptions"] if "taken as" in text]
+    request = parse(["lower", "moe", "--soc", "950"])
+    assert request.soc == "A5" and "SoC 950 is taken as A5" in assumptions(request)
+
+
+def test_every_default_that_differs_from_a_deployments_is_said(capfd):
+    """Fields of the deployment of a bare command against those of a bare ``Deployment``."""
+    explanation = run_explain(parse(["explain", *BLOCK.split()])).explanation
+    made, bare = explanation.question.deployment, Deployment()
+    differing = {
+        field.name
+        for field in dataclasses.fields(Deployment)
+        if field.compare and getattr(made, field.name) != getattr(bare, field.name)
+    }
+    said = {"hccl_buffer_mb": f"is {bare.hccl_buffer_mb})", "weight_format": f"default is {bare.weight_format})",
+            "providers": "is installed (a Deployment's default is none)", "mc2_group": "MC2 has a communicator"}  # fmt: skip
+    assert differing == said.keys(), "the package's defaults and those of the command"
+    for text in said.values():
+        assert any(text in assumption for assumption in explanation.assumptions), text
+    assert torch.bfloat16 == explanation.block.dtype

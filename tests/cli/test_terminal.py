@@ -1,0 +1,243 @@
+"""Width, colour, progress, help and completion of the commands; torch_npu's stray lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import time
+import types
+
+import pytest
+import torch
+from test_explain import BLOCK, command
+
+from moe_lowering import cli, simulator, stray_output
+from moe_lowering.cli import commands, completion, progress, terminal
+from moe_lowering.cli.explain.arguments import COLOURS
+from moe_lowering.cli.lower.early_refusal import Policy
+from moe_lowering.cli.lower.prepare import assumptions, deployment_for
+from moe_lowering.report.text import labelled_text
+from moe_lowering.report.width import NARROWEST, WIDTH, report_width, use_width
+
+# ---------------------------------------------------------------------------------------------------------------- width
+
+
+@pytest.mark.parametrize(("columns", "used"), [("", WIDTH), ("80", 80), ("92", 92), ("40", NARROWEST), ("500", WIDTH),
+                                               ("0", WIDTH), ("wide", WIDTH), ("٣", WIDTH)])  # fmt: skip
+def test_reports_are_as_wide_as_the_terminal(monkeypatch, columns, used):
+    monkeypatch.setenv("COLUMNS", columns)
+    with use_width(terminal.width()):
+        assert report_width() == used
+        lines = labelled_text("label", "word " * 60 + "x" * 300).splitlines()
+    assert used - 6 < max(map(len, lines)) <= used
+    assert report_width() == WIDTH, "as it was"
+
+
+@pytest.mark.parametrize("given", [
+    f"{BLOCK} --ep 16 --tokens 600 --dtype float32 --buffer-mb 10",
+    f"{BLOCK} --ep 16 --provider none --buffer-mb 200 --sweep tokens=1..8192 --why mc2",
+    f"{BLOCK} --ep 16 --comm mc2 --tokens 600 --hierarchy --no-capture",
+])  # fmt: skip
+def test_explain_fits_in_80_columns(capfd, monkeypatch, given):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, command(capfd, given)[1].splitlines())) <= 80
+    monkeypatch.setenv("COLUMNS", "100")
+    assert max(map(len, command(capfd, given)[1].splitlines())) > 80, "the twin: what is there fills the line"
+
+
+def test_lower_fits_in_80_columns(capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert (
+        cli.main(["lower", "moe", "--fake", "--ep", "16", "--comm", "mc2", "--tokens", "600", "--provider", "none"])
+        == 1
+    )
+    out, err = capfd.readouterr()
+    assert max(map(len, out.splitlines())) <= 80
+    assert "\033" not in out + err
+    assert not re.search(r"^\[ *\d", err, re.M), "no progress where stderr is no terminal"
+
+
+# --------------------------------------------------------------------------------------------------------------- colour
+
+
+@pytest.mark.parametrize(("environment", "on_terminal", "coloured"), [
+    ({}, True, True),
+    ({}, False, False),
+    ({"NO_COLOR": "1"}, True, False),
+    ({"NO_COLOR": ""}, True, True),
+    ({"TERM": "dumb"}, True, False),
+    ({"TERM": "xterm"}, True, True),
+    ({"FORCE_COLOR": "1"}, False, True),
+    ({"FORCE_COLOR": "1", "TERM": "dumb"}, True, True),
+    ({"FORCE_COLOR": ""}, False, False),
+    ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, True, False),
+])  # fmt: skip
+def test_what_decides_on_colour(monkeypatch, environment, on_terminal, coloured):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(isatty=lambda: on_terminal))
+    assert [terminal.use_colour(choice) for choice in COLOURS] == [coloured, True, False]
+
+
+# ------------------------------------------------------------------------------------------------------------- progress
+
+
+def test_progress_is_for_who_waits(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "QUIET", 0.2)
+    shown = progress.Progress(shown=True)
+    shown("first")
+    shown("second")
+    assert stream.getvalue() == "", "what is done at once is not said"
+    time.sleep(0.5)
+    assert stream.getvalue().count("\n") == 1 and stream.getvalue().endswith("s] second\n")
+    shown("third")
+    assert (
+        stream.getvalue().endswith("s] third\n") and "\r" not in stream.getvalue() and "\033" not in stream.getvalue()
+    )
+    shown.close()
+    shown("fourth")
+    assert "fourth" not in stream.getvalue()
+    short = progress.Progress(shown=True)
+    short("short")
+    short.close()
+    time.sleep(0.4)
+    assert "short" not in stream.getvalue()
+
+
+def test_progress_is_for_terminals(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "QUIET", 0.0)
+    progress.Progress()("piped")
+    assert stream.getvalue() == ""
+    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    progress.Progress("rank 0")("seen")
+    assert stream.getvalue().startswith("[rank 0 ") and "seen" in stream.getvalue()
+
+
+# ----------------------------------------------------------------------------------------------- help, lower's options
+
+
+def test_the_command_alone_prints_its_help(capfd):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    out, err = capfd.readouterr()
+    assert (ended.value.code, err) == (0, "")
+    for name in ("lower", "explain", "matrix", "models"):
+        assert name in out
+
+
+# Of `explain` and `lower`: an option, and what it makes of the deployment or the policy.
+OPTIONS = [
+    ("--buffer-mb 300", "hccl_buffer_mb", 300),
+    ("--cann 8.5.0", "cann", "8.5.0"),
+    ("--weight-format nd", "weight_format", "nd"),
+    ("--max-tokens 999", "max_tokens", 999),
+    ("--unequal-tokens --max-tokens 999", "equal_tokens", False),
+    ("--hierarchy", "mc2_hierarchy", True),
+    ("--soc a2", "soc", "A2"),
+    ("--fused-mode 2", "fused_mode", 2),
+    ("--provider none", "providers", ()),
+    ("--ranks-per-node 4", "ranks_per_node", 4),
+]
+
+
+@pytest.mark.parametrize(("option", "field", "value"), OPTIONS, ids=[option for option, _, _ in OPTIONS])
+def test_lower_takes_what_explain_takes(capfd, option, field, value):
+    request = commands.parse(["lower", "moe", *option.split()])
+    made, bare = deployment_for(request), deployment_for(commands.parse(["lower", "moe"]))
+    assert getattr(made, field) == value != getattr(bare, field)
+    explained = json.loads(command(capfd, f"{BLOCK} {option} --json")[1])["deployment"]
+    assert explained[field] == ({} if value == () else value)
+    if "--ranks" not in option and "--fused" not in option and "--max" not in option:
+        assert assumptions(request) != assumptions(commands.parse(["lower", "moe"])), "the report says it"
+
+
+def test_policy_and_overlap_reach_the_pass(capfd):
+    given = ["lower", "moe", "--fake", "--layers", "1", "--ep", "16", "--tokens", "8", "--json"]
+    for policy in ("auto", "vllm_ascend_main"):
+        assert cli.main([*given, "--policy", policy, "--overlap"]) == 0
+        (block,) = json.loads(capfd.readouterr().out)["blocks"]
+        assert ("vllm_ascend_main selects it" in block["reason"]) == (policy == "vllm_ascend_main")
+        assert any("overlap" in note for note in block["notes"]), block["notes"]
+    assert cli.main(given) == 0
+    assert not any("overlap" in note for note in json.loads(capfd.readouterr().out)["blocks"][0]["notes"])
+    assert Policy("mc2", "fixed").name == "fixed"
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    ("--max-tokens 16", "argument --max-tokens: is 16, and a rank runs 32 tokens; accepted: 32 or more"),
+    ("--policy fixed", "argument --policy: is fixed without --comm; accepted: with --comm {allgather,"),
+    ("--comm mc2 --policy vllm_ascend_main", "argument --policy: is vllm_ascend_main with --comm mc2, which leaves nothing"),
+    ("--policy best", "argument --policy: invalid choice: 'best'"),
+    ("--cann new", "argument --cann: is 'new'; accepted: a version such as"),
+    ("--buffer-mb 0", "argument --buffer-mb: is '0'; accepted: an integer from 1"),
+    ("--weight-format nz16", "argument --weight-format: invalid choice: 'nz16'"),
+    ("--soc A2,A3", "argument --soc: is 'A2,A3'; accepted: A2 (910B), A3 (910C"),
+])  # fmt: skip
+def test_wrong_usage_of_lower(capfd, given, says):
+    assert cli.main(["lower", "moe", *given.split()]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and says in err, err
+
+
+# ----------------------------------------------------------------------------------------------------------- completion
+
+
+def test_a_shell_that_asks_is_answered(monkeypatch):
+    """argcomplete itself is an extra; its one function gets the parser, with the words that are no choices."""
+    asked = []
+    monkeypatch.setitem(sys.modules, "argcomplete", types.SimpleNamespace(autocomplete=asked.append))
+    monkeypatch.delenv(completion.IN_COMPLETION, raising=False)
+    commands.parse(["explain", "moe"])
+    assert not asked
+    monkeypatch.setenv(completion.IN_COMPLETION, "1")
+    commands.parse(["explain", "moe"])
+    words = {
+        action.dest: action.completer(prefix="")
+        for action in completion._actions(asked[0])
+        if hasattr(action, "completer")
+    }
+    assert words.keys() == completion._WORDS.keys() and "kimi_k2" in words["model"] and "910B" in words["socs"]
+    monkeypatch.setitem(sys.modules, "argcomplete", None)
+    commands.parse(["explain", "moe"])
+
+
+# ---------------------------------------------------------------------------------------------------------- stray lines
+
+
+def test_torch_npus_stray_lines_are_kept_away_and_others_are_not(capfd):
+    simulator.enable()
+    module = sys.modules[stray_output.MODULE]
+    x, ids, scale = (
+        torch.empty(4, 8, device="meta"),
+        torch.empty(4, 2, dtype=torch.int32, device="meta"),
+        torch.empty(4, device="meta"),
+    )
+
+    def route():
+        torch.ops.npu.npu_moe_init_routing_v2(
+            x, ids, scale=scale, active_num=8, expert_num=4, expert_tokens_num_type=1, expert_tokens_num_flag=True,
+            active_expert_range=[0, 4], quant_mode=-1, row_idx_type=0,
+        )  # fmt: skip
+
+    route()
+    assert capfd.readouterr().out == ""
+    exec(
+        "def other(x_dtype, y):\n    print(x_dtype)\n    print(y)\n    print(x_dtype, y)\n",
+        namespace := vars(module).copy(),
+    )
+    namespace["other"](None, "kept")
+    assert capfd.readouterr().out == "kept\nNone kept\n"
+    silenced = vars(module).pop("print")
+    try:
+        route()
+        assert capfd.readouterr().out == "None\n", "the twin: it is still printed"
+    finally:
+        vars(module)["print"] = silenced
