@@ -127,7 +127,7 @@ def test_and_emission_raises(reglu: str) -> None:
         emit.at(list(built.gm.graph.nodes)[-1], rows),
         pytest.raises(ValueError, match="activation is 'reglu'; accepted: "),
     ):
-        activation.emit_activation(emit, rows, dataclasses.replace(spec_of(), activation=reglu), "A3")
+        activation.emit_activation(emit, rows, rows, dataclasses.replace(spec_of(), activation=reglu), "A3")
 
 
 @pytest.mark.parametrize("word", ACTIVATIONS)

@@ -119,12 +119,14 @@ def test_activation_is_emitted(word: str, interleaved: bool, soc: str) -> None:
     mode, graph = FakeTensorMode(), Graph()
     node = graph.placeholder("hidden")
     node.meta["val"] = mode.from_tensor(hidden)
+    counts, every_row = graph.placeholder("counts"), torch.tensor([hidden.shape[0]])
+    counts.meta["val"] = mode.from_tensor(every_row)
     end = graph.output(None)
     emit = Emitter(graph, mode)
     with emit.at(end, node):
-        y = activation.emit_activation(emit, node, dataclasses.replace(a_block(), **fields), soc)
+        y = activation.emit_activation(emit, node, counts, dataclasses.replace(a_block(), **fields), soc)
     end.args = (y,)
-    result = GraphModule(torch.nn.Module(), graph)(hidden)
+    result = GraphModule(torch.nn.Module(), graph)(hidden, every_row)
     torch.testing.assert_close(result.double(), expected(word, interleaved), rtol=1e-5, atol=1e-6)
 
 
