@@ -37,7 +37,9 @@ def _value(node: Node) -> Any:
 
 
 def _computed(gm: GraphModule) -> list[Node]:
-    return [node for node in gm.graph.nodes if node.op == "call_function" and isinstance(_value(node), torch.Tensor)]
+    """Nodes that compute numbers; masks take none of the operations that are put in."""
+    calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+    return [node for node in calls if isinstance(_value(node), torch.Tensor) and _value(node).dtype != torch.bool]
 
 
 def _insert(gm: GraphModule, draw: random.Random) -> str:

@@ -139,6 +139,14 @@ def test_a_twin_of_gathered_tokens_is_left(ranks, twin):
         assert torch.equal(torch.nan_to_num(found["lowered"][0]), torch.nan_to_num(found["written"][0]))
 
 
+def test_a_write_into_what_was_gathered_is_seen(ranks):
+    """Edits that put a zero_ behind the routing, on the gathered weights and on half of their mask."""
+    case = {"kind_of": chains.Gathered, "quantisation": "w8a8", "masked": "mul"}
+    seeds = [f"f/gathered w8a8/{seed}" for seed in (63, 79)]
+    for found in ranks.run(jobs.edited, case, "allgather", seeds):
+        assert found == [("left", "")] * 2
+
+
 ALONE: dict[str, dict[str, Any]] = {
     "W8A8, counts": {"quantisation": "w8a8", "back": "finalize", "kind": 1, "shared": True},
     "W8A8, int8 tokens": {"quantisation": "w8a8", "travels": True},

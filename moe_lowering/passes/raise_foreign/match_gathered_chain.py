@@ -67,12 +67,12 @@ def match_gathered(route: Node, deployment: Deployment) -> Chain:
     if chain.x_smooth is not None:
         seen = f"{chain.x_smooth.name}: smooth scales of this rank's experts"
         raise NotThisForm(chain.x_smooth, "raise.smooth_scales", seen, "none, since other ranks' are not in this graph")
-    _add_what_is_gathered(chain, route, (x, ids, weights, sent["x_scale"]))
-    return dataclasses.replace(chain, form=FORM, sent=sent, weights=weights, combine=result)
+    before = _add_what_is_gathered(chain, route, (x, ids, weights, sent["x_scale"]))
+    return dataclasses.replace(chain, form=FORM, sent=sent, weights=weights, combine=result, read_before=before)
 
 
-def _add_what_is_gathered(chain: Chain, route: Node, own: tuple[Node | None, ...]) -> None:
-    """Exchanges, and masks of what they gave, that are there for the chain alone: they go with it."""
+def _add_what_is_gathered(chain: Chain, route: Node, own: tuple[Node | None, ...]) -> tuple[Node, ...]:
+    """Exchanges and masks of what they gave; those that are there for the chain alone go with it."""
     pending, inside = [route, *chain.weights.all_input_nodes, chain.weights], chain.walk.interior
     before: set[Node] = {chain.weights}
     while pending:
@@ -83,6 +83,7 @@ def _add_what_is_gathered(chain: Chain, route: Node, own: tuple[Node | None, ...
     for node in sorted(before, reverse=True):
         if all(user in inside for user in node.users):
             chain.walk.add(node)
+    return tuple(before)
 
 
 def _gathered(value: Any, deployment: Deployment, route: Node) -> Node:

@@ -37,6 +37,7 @@ class Chain:
         weights: the routing weights [T, k].
         counts: rows of each expert, [E_local] int64, which others may read too; None where they are not like that.
         added: [T, H], what is added to the result; None for nothing.
+        read_before: what stands in front of dispatch and is proven too, such as masks; read elsewhere perhaps.
         x_smooth: [E, H], what tokens are multiplied by before they are quantised; None for nothing.
     """
 
@@ -51,6 +52,7 @@ class Chain:
     counts: Node | None = None
     added: Node | None = None
     x_smooth: Node | None = None
+    read_before: tuple[Node, ...] = ()
 
     @property
     def interior(self) -> tuple[Node, ...]:
@@ -96,7 +98,7 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
         **lists,
     )
     overlaps = _require_one_scope(chain, graph)
-    _require_unwritten(block, graph)
+    _require_unwritten(block, graph, chain.read_before)
     return dataclasses.replace(block, overlaps=overlaps or bool(chain.walk.edges))
 
 
@@ -167,10 +169,11 @@ def _has_scopes(graph: Graph) -> bool:
     return any(is_marker(node) for node in firsts)
 
 
-def _require_unwritten(block: ForeignBlock, graph: Graph) -> None:
+def _require_unwritten(block: ForeignBlock, graph: Graph, before: tuple[Node, ...]) -> None:
     assert block.first is not None
     tensors = [node for node in block.operands if isinstance(node.meta.get("val"), torch.Tensor)]
-    writer = Writes(graph).between(block.first, block.result, [*block.interior, *tensors])
+    start = min((block.first, *before))
+    writer = Writes(graph).between(start, block.result, [*block.interior, *tensors, *before])
     if writer is not None:
         raise NotThisForm(
             writer,
