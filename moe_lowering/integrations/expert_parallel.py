@@ -7,7 +7,7 @@
 
 transformers makes the mesh, shards the experts as DTensors and loads each rank's slice of them; a block's tokens then go through
 ``moe_experts`` and are lowered like any other. Every rank of the TP group holds the same tokens, which is what transformers'
-own implementations assume too. Source: transformers.distributed.expert_parallel: ``EPImplementation``.
+own implementations assume too. Source: transformers.expert_parallel: ``EPImplementation``.
 """
 
 from __future__ import annotations

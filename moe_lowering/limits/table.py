@@ -67,8 +67,8 @@ def load() -> tuple[Limit, ...]:
     """All rows of all tables, validated.
 
     Raises:
-        LimitsError: when a row is malformed, two rows of one operator and SoC share both code and condition, a rule has
-            neither a row nor an ``[[absent]]`` entry on a SoC where its operator exists (``coverage``).
+        LimitsError: when there is no row, one is malformed, two of one operator and SoC share both code and condition, a rule
+            has neither a row nor an ``[[absent]]`` entry on a SoC where its operator exists (``coverage``).
     """
     rows: list[Limit] = []
     absent: list[Absent] = []
@@ -76,6 +76,8 @@ def load() -> tuple[Limit, ...]:
         if file.name.endswith(".toml"):
             rows += read(file.name, text := file.read_text("utf-8"))
             absent += _entries(file.name, text)
+    if not rows:  # an installation without its data would find everything legal
+        raise LimitsError("there are no limit tables in moe_lowering/limits/data; accepted: a complete installation")
     narrowed = drop_other_socs(rows)
     if missing := gaps(narrowed, absent, _exists(rows), tuple(SOCS)):
         raise LimitsError("; ".join(missing))

@@ -1,7 +1,7 @@
 """Safetensors files, read a piece at a time into memory of the caller: nothing is mapped, and nothing but the piece is held.
 
 ``open_checkpoint`` reads the index and every header, and checks them against the files, before any tensor is read.
-Source: safetensors: README, "Format": eight bytes of header length, the header as JSON, then the tensors.
+Source: safetensors.readme: "Format", eight bytes of header length, the header as JSON, then the tensors.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The rules are transformers' own (``get_model_conversion_mapping``): keys are renamed, and those of one parameter go through a
 chain of operations. ``of_one_expert`` says whether such a chain treats every expert by itself.
-Source: transformers.core_model_loading.
+Source: transformers.core_model_loading: ``convert_and_load_state_dict_in_model``.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,9 @@ TOP = Path(__file__).parents[2]
 sys.path.insert(0, str(TOP / ".ci"))
 
 import release  # noqa: E402
+
+from moe_lowering.limits import table  # noqa: E402
+from moe_lowering.limits.row import LimitsError  # noqa: E402
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 FOLDERS = ("moe_lowering", "tests", "docs", "benchmarks", "provider_tests", "vllm_tests", "examples", ".ci", ".github")
@@ -67,16 +71,22 @@ def test_each_package_is_pinned_once_for_each_python(python):
 
 
 def test_wheel_and_archive_run_away_from_the_checkout(tmp_path):
-    """The wheel is made of the archive and run in a folder of its own; a wheel without its data is refused (the twin)."""
+    """The wheel is made of the archive, has every file of the package, and is run in a folder of its own."""
     wheel, _ = release.build(tmp_path)
+    package = {name for name in source_files() if name.startswith("moe_lowering/") and not name.endswith(".md")}
+    with zipfile.ZipFile(wheel) as files:
+        assert package <= set(files.namelist())
     (tmp_path / "away").mkdir()
     release.install_beside(wheel, tmp_path / "target")
     home = release.check(Path(sys.executable), tmp_path / "target", tmp_path / "away")
     assert Path(home).is_relative_to(tmp_path)
-    for table in (tmp_path / "target/moe_lowering/limits/data").glob("*.toml"):
-        table.unlink()
-    with pytest.raises(RuntimeError):
-        release.check(Path(sys.executable), tmp_path / "target", tmp_path / "away")
+
+
+def test_a_package_without_its_tables_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(table.resources, "files", lambda package: tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(LimitsError, match="there are no limit tables"):
+        table.load.__wrapped__()
 
 
 def test_the_metadata_says_what_it_is_for(archive):

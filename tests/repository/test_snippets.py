@@ -44,12 +44,13 @@ sys.exit(code)
 
 
 def snippets() -> list[tuple[str, str]]:
-    """(page and line, text) of each."""
-    return [
-        (f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 1}", match[1])
-        for page in PAGES
-        for match in SNIPPET.finditer(page.read_text())
-    ]
+    """(page and line, text) of each; one that stands on two pages once."""
+    places: dict[str, str] = {}
+    for page in PAGES:
+        for match in SNIPPET.finditer(page.read_text()):
+            line = page.read_text()[: match.start()].count("\n") + 1
+            places.setdefault(textwrap.dedent(match[1]), f"{page.name}:{line}")
+    return [(where, text) for text, where in places.items()]
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
@@ -62,7 +63,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(("where", "text"), snippets(), ids=[where for where, _ in snippets()])
 def test_snippet_runs_in_a_process_of_its_own(where, text):
     before = "".join(more for line, more in CONTEXT.items() if line in text)
-    done = run(RUN_TESTS.format(text=text) if "def test_" in text else before + textwrap.dedent(text))
+    done = run(RUN_TESTS.format(text=text) if "def test_" in text else before + text)
     assert done.returncode == 0, f"{where}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
