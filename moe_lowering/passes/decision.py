@@ -103,17 +103,15 @@ def _decide_unequal(spec: BlockSpec, deployment: Deployment, policy: Policy) -> 
     if isinstance(spec.tokens, int):
         return Decision(comm, reason, judgement, enforced=None if spec.tokens in declared else declared)
     # a guard on this rank's own T only costs another compile: the decision does not depend on it
-    side = _side_of_share(spec, deployment, declared)
+    side = _side_of_share(spec, declared)
     guard = side if side not in (declared, known_range(spec.tokens)) and side.low != side.high else None
     return Decision(comm, reason, judgement, guard=guard, enforced=side)
 
 
-def _side_of_share(spec: BlockSpec, deployment: Deployment, allowed: TokenRange) -> TokenRange:
-    """The T on the compile's own side of the boundary at which a TP rank's share is more than 1; all of a strict range, and where
-    no other compile will come for the other side."""
+def _side_of_share(spec: BlockSpec, allowed: TokenRange) -> TokenRange:
+    """The T on the compile's own side of the boundary at which a TP rank's share is more than 1; all of a strict range."""
     started_at = size_hint(spec.tokens)
-    forbidden = deployment.guards == "forbid"
-    if spec.tp_size == 1 or started_at is None or is_strict(spec.tokens) or forbidden:
+    if spec.tp_size == 1 or started_at is None or is_strict(spec.tokens):
         return allowed
     if started_at <= spec.tp_size:
         side = allowed.at_most(spec.tp_size)
@@ -136,7 +134,7 @@ def _decide_symbolic(spec: BlockSpec, deployment: Deployment, policy: Policy) ->
 
     strict = is_strict(spec.tokens)
     started_at = size_hint(spec.tokens)
-    whole, allowed = allowed, _side_of_share(spec, deployment, allowed)
+    whole, allowed = allowed, _side_of_share(spec, allowed)
     interval, at = allowed, allowed.high or DEFAULT_TOKENS
     if deployment.guards == "allow" and not strict and started_at is not None and started_at in allowed:
         widest_interval = widest(choice_at, started_at, allowed)
