@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
 from torch.utils._sympy.value_ranges import ValueRanges
+
+from moe_lowering.passes.token_ranges import RUNS_WITHOUT_GUARDS
 
 SPECIALISED = 2  # dynamo keeps 0 and 1 for graphs of their own
 
@@ -31,30 +30,16 @@ def ranges_of_vllm(gm: GraphModule, first: int, last: int) -> Iterator[None]:
     if environment is None:
         yield
         return
-    known, tracked = dict(environment.var_to_range), environment.tracked_fakes
+    known = dict(environment.var_to_range)
     for symbol, values_known in known.items():
         if values_known.lower >= SPECIALISED:
             upper = last if values_known.upper > last else values_known.upper
             environment.var_to_range[symbol] = ValueRanges(first, upper)
-    environment.tracked_fakes = [_strict(size, first, last) for size in _sizes(values)]
+    token = RUNS_WITHOUT_GUARDS.set(True)
     environment._version_counter += 1  # what was proven before is forgotten
     try:
         yield
     finally:
         environment.var_to_range.update(known)
-        environment.tracked_fakes = tracked
+        RUNS_WITHOUT_GUARDS.reset(token)
         environment._version_counter += 1
-
-
-def _sizes(values: list[Any]) -> list[torch.SymInt]:
-    """The symbolic sizes among a graph's inputs and their shapes."""
-    sizes = [size for value in values for size in (getattr(value, "shape", None) or (value,))]
-    return [size for size in sizes if isinstance(size, torch.SymInt)]
-
-
-def _strict(size: torch.SymInt, first: int, last: int) -> Any:
-    """What dynamo keeps of an input whose size was declared with a range that must not be narrowed, as ``mark_dynamic`` does."""
-    constraint = StrictMinMaxConstraint(vr=ValueRanges(first, last), warn_only=False)
-    return SimpleNamespace(
-        fake=SimpleNamespace(shape=(size,)), symbolic_context=SimpleNamespace(constraint_sizes=(constraint,))
-    )

@@ -25,7 +25,15 @@ from moe_lowering.passes.count_blocks import costs_later
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.legality import Judgement, declared_tokens, free_tokens, judge
 from moe_lowering.passes.policy import DEFAULT_TOKENS, Policy
-from moe_lowering.passes.token_ranges import SEARCH_LIMIT, is_strict, known_range, prover_for, size_hint, widest
+from moe_lowering.passes.token_ranges import (
+    RUNS_WITHOUT_GUARDS,
+    SEARCH_LIMIT,
+    is_strict,
+    known_range,
+    prover_for,
+    size_hint,
+    widest,
+)
 from moe_lowering.report.block_costs import BlockCost
 from moe_lowering.report.records import Sizes
 
@@ -111,7 +119,7 @@ def _decide_unequal(spec: BlockSpec, deployment: Deployment, policy: Policy) -> 
 def _side_of_share(spec: BlockSpec, allowed: TokenRange) -> TokenRange:
     """The T on the compile's own side of the boundary at which a TP rank's share is more than 1; all of a strict range."""
     started_at = size_hint(spec.tokens)
-    if spec.tp_size == 1 or started_at is None or is_strict(spec.tokens):
+    if spec.tp_size == 1 or started_at is None or is_strict(spec.tokens) or RUNS_WITHOUT_GUARDS.get():
         return allowed
     if started_at <= spec.tp_size:
         side = allowed.at_most(spec.tp_size)
