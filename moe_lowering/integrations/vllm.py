@@ -242,8 +242,8 @@ def _hook(vllm_config: Any, own: Any) -> Any:
 
 def _cannot_run(name: str, reason: str) -> str:
     return (
-        f"[vllm.not_lowered] {name} was taken over and is not lowered, so that the graph cannot run on a device: {reason}; accepted: "
-        "another policy or comm, or the plugin switched off"
+        f"[vllm.not_lowered] {name} was taken over and is not lowered, so that the graph cannot run on a device: {reason}; "
+        "accepted: another policy or comm, or the plugin switched off"
     )
 
 
