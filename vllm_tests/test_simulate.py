@@ -26,8 +26,8 @@ def test_the_library_of_vllm_ascend(tmp_path):
         "y, inverse, total = ops.npu_add_rms_norm_bias(x, x, torch.ones(8).npu(), torch.ones(8).npu())\n"
         "right = torch.nn.functional.rms_norm(2 * x.cpu(), (8,), eps=1e-6) + 1\n"
         "print(torch.allclose(y.cpu(), right), vllm_ascend._build_info.__device_type__)\n"
-        "try:\n    ops.npu_lightning_indexer(x, x, x)\n"
+        "try:\n    ops.moe_gating_top_k_hash(torch.randn(3, 16).npu(), 2)\n"
         "except RuntimeError as error:\n    print('libopapi' in str(error) or error)\n"
     )
     code, out, error = conftest.simulate(script)
-    assert code == 0 and out.split()[:2] == ["True", "A3"], (out, error)
+    assert code == 0 and out.strip().endswith("True A3\nTrue"), (out, error)

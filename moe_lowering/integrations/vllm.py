@@ -233,8 +233,18 @@ def _hook(vllm_config: Any, own: Any) -> Any:
                 _reports.append(report)
                 text = "moe_lowering: graph for %d to %d tokens\n%s"
                 log.info(text, deployment.min_tokens, deployment.max_tokens, render(report))
+                for block in report.blocks:
+                    if block.comm is None:
+                        log.error("moe_lowering: %s", _cannot_run(block.name, block.reason))
 
     return lower_and_report
+
+
+def _cannot_run(name: str, reason: str) -> str:
+    return (
+        f"[vllm.not_lowered] {name} was taken over and is not lowered, so that the graph cannot run on a device: {reason}; "
+        "accepted: another policy or comm, or the plugin switched off"
+    )
 
 
 def _lowering(settings: dict[str, Any], deployment: Deployment) -> MoeLowering:

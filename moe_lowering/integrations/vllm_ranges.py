@@ -16,6 +16,8 @@ from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from moe_lowering.passes.token_ranges import RUNS_WITHOUT_GUARDS
+
 SPECIALISED = 2  # dynamo keeps 0 and 1 for graphs of their own
 
 
@@ -33,9 +35,11 @@ def ranges_of_vllm(gm: GraphModule, first: int, last: int) -> Iterator[None]:
         if values_known.lower >= SPECIALISED:
             upper = last if values_known.upper > last else values_known.upper
             environment.var_to_range[symbol] = ValueRanges(first, upper)
+    token = RUNS_WITHOUT_GUARDS.set(True)
     environment._version_counter += 1  # what was proven before is forgotten
     try:
         yield
     finally:
         environment.var_to_range.update(known)
+        RUNS_WITHOUT_GUARDS.reset(token)
         environment._version_counter += 1

@@ -25,7 +25,15 @@ from moe_lowering.passes.count_blocks import costs_later
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.legality import Judgement, declared_tokens, free_tokens, judge
 from moe_lowering.passes.policy import DEFAULT_TOKENS, Policy
-from moe_lowering.passes.token_ranges import SEARCH_LIMIT, is_strict, known_range, prover_for, size_hint, widest
+from moe_lowering.passes.token_ranges import (
+    RUNS_WITHOUT_GUARDS,
+    SEARCH_LIMIT,
+    is_strict,
+    known_range,
+    prover_for,
+    size_hint,
+    widest,
+)
 from moe_lowering.report.block_costs import BlockCost
 from moe_lowering.report.sizes import Sizes
 
@@ -103,17 +111,15 @@ def _decide_unequal(spec: BlockSpec, deployment: Deployment, policy: Policy) -> 
     if isinstance(spec.tokens, int):
         return Decision(comm, reason, judgement, enforced=None if spec.tokens in declared else declared)
     # a guard on this rank's own T only costs another compile: the decision does not depend on it
-    side = _side_of_share(spec, deployment, declared)
+    side = _side_of_share(spec, declared)
     guard = side if side not in (declared, known_range(spec.tokens)) and side.low != side.high else None
     return Decision(comm, reason, judgement, guard=guard, enforced=side)
 
 
-def _side_of_share(spec: BlockSpec, deployment: Deployment, allowed: TokenRange) -> TokenRange:
-    """The T on the compile's own side of the boundary at which a TP rank's share is more than 1; all of a strict range, and where
-    no other compile will come for the other side."""
+def _side_of_share(spec: BlockSpec, allowed: TokenRange) -> TokenRange:
+    """The T on the compile's own side of the boundary at which a TP rank's share is more than 1; all of a strict range."""
     started_at = size_hint(spec.tokens)
-    forbidden = deployment.guards == "forbid"
-    if spec.tp_size == 1 or started_at is None or is_strict(spec.tokens) or forbidden:
+    if spec.tp_size == 1 or started_at is None or is_strict(spec.tokens) or RUNS_WITHOUT_GUARDS.get():
         return allowed
     if started_at <= spec.tp_size:
         side = allowed.at_most(spec.tp_size)
@@ -136,7 +142,7 @@ def _decide_symbolic(spec: BlockSpec, deployment: Deployment, policy: Policy) ->
 
     strict = is_strict(spec.tokens)
     started_at = size_hint(spec.tokens)
-    whole, allowed = allowed, _side_of_share(spec, deployment, allowed)
+    whole, allowed = allowed, _side_of_share(spec, allowed)
     interval, at = allowed, allowed.high or DEFAULT_TOKENS
     if deployment.guards == "allow" and not strict and started_at is not None and started_at in allowed:
         widest_interval = widest(choice_at, started_at, allowed)

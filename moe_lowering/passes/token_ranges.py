@@ -9,6 +9,7 @@ Sources: torch.symbolic_shapes: ShapeEnv.tracked_fakes, ConstraintViolationError
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,9 @@ from moe_lowering.limits import Prover, TokenRange
 from moe_lowering.passes.blocks import size_key
 
 Choice = TypeVar("Choice")
+
+# Set by who runs a graph without dynamo's guards, for every T of its range: nothing may rest on one side of a boundary in it.
+RUNS_WITHOUT_GUARDS: ContextVar[bool] = ContextVar("RUNS_WITHOUT_GUARDS", default=False)
 
 # Where a search without an upper bound stops looking for a change: more tokens than any rank holds.
 SEARCH_LIMIT = 2**24
