@@ -13,7 +13,7 @@ from moe_lowering.report.leftovers import NotCapturable
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport, RouterReport, Verdict, renderers
 from moe_lowering.report.sizes import Size, Sizes, Window
-from moe_lowering.report.width import fold, report_width
+from moe_lowering.report.width import fold, report_width, wrap
 
 _LABEL = 18  # columns of the left column
 _INDENT = "  "
@@ -206,7 +206,7 @@ def labelled_text(label: str, text: str, hanging: str = "") -> str:
     """A label, and a text beside it that is wrapped under itself, after its first line ``hanging`` deeper."""
     start = f"{_INDENT}{label:<{_LABEL - 1}} "
     rest = " " * len(f"{_INDENT}{'':<{_LABEL}}") + hanging
-    wrapped = textwrap.wrap(text, report_width(), initial_indent=start, subsequent_indent=rest, break_on_hyphens=False)
+    wrapped = wrap(text, start, rest)
     return "\n".join(wrapped) if wrapped else start.rstrip()
 
 

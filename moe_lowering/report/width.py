@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import re
 import textwrap
 from collections.abc import Iterator
 
@@ -20,7 +21,23 @@ def report_width() -> int:
 
 def fold(text: str) -> str:
     """A paragraph on lines of that width, the later ones indented."""
-    return "\n".join(textwrap.wrap(text, report_width(), subsequent_indent="  ", break_on_hyphens=False))
+    return "\n".join(wrap(text, "", "  "))
+
+
+def wrap(text: str, first: str, rest: str) -> list[str]:
+    """A text on lines of ``report_width``: the first after ``first``, the others after ``rest``. A path that is longer than a
+    line is broken after a slash."""
+    return _Wrapper(report_width(), initial_indent=first, subsequent_indent=rest, break_on_hyphens=False).wrap(text)
+
+
+class _Wrapper(textwrap.TextWrapper):
+    def _split(self, text: str) -> list[str]:
+        room = self.width - len(self.subsequent_indent)
+        return [
+            part
+            for word in super()._split(text)
+            for part in (re.findall(r"[^/]*/|[^/]+", word) if len(word) > room else [word])
+        ]
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from moe_lowering.cli.usage import UsageError
 from moe_lowering.integrations import transformers as integration
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
 
-KEYS = {
+KEYS = {"schema_version",
     "model", "blocks", "max_abs_error", "max_rel_error", "snr_db", "nodes_before", "nodes_after", "pass_ms", "captured",
     "not_capturable",
     "detected",
@@ -40,11 +40,10 @@ FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "g
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ([], "required: COMMAND"),
         (["lower"], "required: MODEL"),
         (["raise", "moe"], "'raise'"),
         (["lower", "moe", "--comm", "nccl"], "--comm: invalid choice: 'nccl' (choose from 'auto', 'allgather'"),
-        (["lower", "moe", "--soc", "A9"], "--soc: invalid choice: 'A9' (choose from 'A2', 'A3'"),
+        (["lower", "moe", "--soc", "A9"], "--soc: is 'A9'; accepted: A2 (910B), A3 (910C,"),
         (["lower", "moe", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["lower", "moe", "--tokens", "0"], "--tokens: is '0'; accepted: an integer from 1 to"),
         (["lower", "moe", "--tokens", "many"], "--tokens: is 'many'; accepted"),

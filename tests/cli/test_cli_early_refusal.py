@@ -7,10 +7,18 @@ import torch
 from cli_commands import command, fresh_dynamo  # noqa: F401
 
 from moe_lowering import cli
+from moe_lowering.cli import progress
 from moe_lowering.cli.commands import parse
 from moe_lowering.cli.lower import compare, early_refusal, models, prepare
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.cli.options import ASSUMED_PROVIDERS
+
+
+@pytest.fixture(autouse=True)
+def progress_is_shown(monkeypatch: pytest.MonkeyPatch):
+    """What was begun is told by it."""
+    monkeypatch.setattr(progress, "QUIET", 0.0)
+    monkeypatch.setattr(progress, "is_terminal", lambda stream: True)
 
 
 def test_an_illegal_implementation_is_refused_with_its_codes_before_anything_is_built(

@@ -11,7 +11,7 @@ from moe_lowering.explanation.memory import TOO_SMALL
 from moe_lowering.explanation.table import Row
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.report.block_costs import BlockCost
-from moe_lowering.report.width import report_width
+from moe_lowering.report.width import report_width, wrap
 
 INDENT = " " * 16
 
@@ -64,9 +64,7 @@ def _entry(row: Row, names_deployment: bool, paint: Paint) -> list[str]:
     lines[0] = lines[0].replace(f" {choice}", " " + paint.legal(choice, row.choice is not None), 1)
     lines += [] if fits else [INDENT + figures.strip()]
     for text in _below(row):
-        painted = textwrap.wrap(text, report_width(), initial_indent=INDENT, subsequent_indent=INDENT + "  ",
-                                break_on_hyphens=False)  # fmt: skip
-        lines += painted
+        lines += wrap(text, INDENT, INDENT + "  ")
     return lines
 
 

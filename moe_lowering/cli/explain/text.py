@@ -13,7 +13,7 @@ from moe_lowering.limits.wording import Accepted, Value, show
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.report.records import Verdict
 from moe_lowering.report.text import render_sizes
-from moe_lowering.report.width import report_width
+from moe_lowering.report.width import report_width, wrap
 from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS
 
 LABEL = 18  # columns of the left column, as in report.text
@@ -227,6 +227,4 @@ def _wrap_texts(start: str, texts: Sequence[str], rest: str) -> str:
 
 
 def _wrap_text(text: str, first: str, rest: str) -> list[str]:
-    return textwrap.wrap(
-        text, report_width(), initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
-    ) or [first]
+    return wrap(text, first, rest) or [first]

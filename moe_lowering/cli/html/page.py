@@ -18,6 +18,7 @@ body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;padding:16px 24px;max-wid
 h1{font-size:22px}h2{font-size:17px;margin-top:28px;border-bottom:1px solid #ccc}h3{font-size:15px}
 table{border-collapse:collapse;margin:8px 0;font-size:13px}th,td{border:1px solid #ccc;padding:3px 8px;text-align:left;
 vertical-align:top}td.number{text-align:right;white-space:nowrap}th{background:#f2f2f2}code{font-size:12px;overflow-wrap:anywhere}
+td ul{margin:0;padding-left:16px}td p{margin:0 0 4px}
 .sides{display:flex;gap:24px;align-items:flex-start}.sides>div{flex:1;min-width:0}svg{max-width:100%;height:auto}
 .key{display:inline-block;width:12px;height:12px;margin:0 4px 0 12px;vertical-align:-1px}.bar{display:block;height:5px;
 background:#4477aa;margin-top:2px}ul{padding-left:20px}.note{color:#555;font-size:13px}

@@ -55,7 +55,7 @@ def cost_table(costs: Sequence[BlockCost]) -> Markup:
 def deployment_table(rows: Iterable[Row]) -> Markup:
     """The rows of ``explanation.table``."""
     titles = ("SoC", "EP", "experts", "T", "choice", "us", "kernels", "MB moved", "MB sent", "GB of memory",
-              "HCCL_BUFFSIZE", "one change", "not")  # fmt: skip
+              "HCCL_BUFFSIZE", "one change; why not the others")  # fmt: skip
     return table(titles, [_deployment_row(row) for row in rows])
 
 
@@ -66,10 +66,10 @@ def _deployment_row(row: Row) -> list[object]:
         sent = (cost.sent_within + cost.sent_between) / 1e6
         price = f"{cost.us:.0f} +- {cost.error_us:.0f}"
         figures = [price, cost.kernels, f"{cost.moved / 1e6:.1f}", f"{sent:.1f}"]
-    changes = (f"{name}: {' or '.join(c.text for c in found)}" for name, found in row.changes.items() if found)
-    others = (f"{name} [{'] ['.join(codes)}]" for name, codes in row.others.items())
-    needed = f"{memory.needed / 1e9:.1f}" + ("" if memory.fits else f" [{TOO_SMALL}]")
+    changes = [f"{name}: {' or '.join(c.text for c in found)}" for name, found in row.changes.items() if found]
+    others = "; ".join(f"{name} [{'] ['.join(codes)}]" for name, codes in row.others.items())
+    needed = Markup(f"{memory.needed / 1e9:.1f}" + ("" if memory.fits else f"<br>[{TOO_SMALL}]"))
     tokens = str(piece.low) if piece.low == piece.high else f"{piece.low} to {piece.high}"
     buffer = "" if row.buffer_mb is None else f"{row.buffer_mb} MB"
-    return [row.soc, row.ep, row.quantisation, tokens, row.choice or "none", *figures, needed, buffer, items(changes),
-            items(others)]  # fmt: skip
+    why = join((element("p", "; ".join(changes)), element("span", others, class_="note")) if changes else (others,))
+    return [row.soc, row.ep, row.quantisation, tokens, row.choice or "none", *figures, needed, buffer, why]
