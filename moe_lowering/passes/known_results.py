@@ -70,7 +70,7 @@ def _cast(x: torch.Tensor, rest: tuple[Any, ...], named: Mapping[str, Any]) -> t
 
 def _with_other(x: torch.Tensor, rest: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Sizes, torch.dtype] | None:
     """Arithmetic with a number that keeps the dtype, or with a tensor of it that has as many rows, or one column."""
-    if len(rest) != 1 or named:
+    if len(rest) != 1 or named or x.dtype == torch.bool:  # a bool and a number are an integer
         return None
     other = rest[0]
     if isinstance(other, (int, torch.SymInt)) and not isinstance(other, bool):

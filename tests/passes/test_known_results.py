@@ -80,6 +80,7 @@ def test_what_is_not_described_is_asked():
         (aten.add.Tensor, (rows.make(1), x), {}),  # the result is wider
         (aten.add.Tensor, (ints, x), {}),  # the result is float32
         (aten.add.Tensor, (ints, 0.5), {}),
+        (aten.mul.Tensor, (rows.make(8, dtype=torch.bool), 2), {}),  # the result is int64
         (aten.add.Tensor, (x, True), {}),
         (aten.add.Tensor, (x, x), {"alpha": 2}),
         (aten.div.Tensor, (ints, 2), {}),
