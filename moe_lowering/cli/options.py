@@ -149,8 +149,12 @@ def add_machine(add: Any, tokens: str) -> None:
 
 def add_policy(add: Any) -> None:
     """Add ``--policy`` to a command."""
-    add("--policy", choices=POLICIES, default=AUTO,
-        help="how to choose among what is legal (default auto: by cost; fixed: with --comm, what that asks for)")  # fmt: skip
+    add(
+        "--policy",
+        choices=POLICIES,
+        default=AUTO,
+        help="how to choose among what is legal (default auto: by cost; fixed: with --comm, what that asks for)",
+    )
 
 
 def check_policy(comm: str, policy: str) -> None:

@@ -87,14 +87,20 @@ def _header(explanation: Explanation, paint: Paint) -> str:
     return "\n".join(
         [
             *(paint(line, "bold") for line in title),
-            _labelled_text("block", f"hidden {spec.hidden}, intermediate {spec.intermediate}, {spec.experts} experts "
-                 f"({spec.local_experts} per rank), top {spec.top_k}, {dtype}{quantised}, {form}"),
-            _labelled_text("deployment", f"EP {deployment.ep_size}, TP {deployment.tp_size}, HCCL_BUFFSIZE "
-                 f"{deployment.hccl_buffer_mb} MB, weights {deployment.weight_format}, CANN "
-                 f"{deployment.cann or 'unknown'}, {providers}, "
-                 f"{levels}{captured}policy {policy}"),
+            _labelled_text(
+                "block",
+                f"hidden {spec.hidden}, intermediate {spec.intermediate}, {spec.experts} experts "
+                f"({spec.local_experts} per rank), top {spec.top_k}, {dtype}{quantised}, {form}",
+            ),
+            _labelled_text(
+                "deployment",
+                f"EP {deployment.ep_size}, TP {deployment.tp_size}, HCCL_BUFFSIZE "
+                f"{deployment.hccl_buffer_mb} MB, weights {deployment.weight_format}, CANN "
+                f"{deployment.cann or 'unknown'}, {providers}, "
+                f"{levels}{captured}policy {policy}",
+            ),
         ]
-    )  # fmt: skip
+    )
 
 
 def _table(answer: Answer, paint: Paint) -> str:
