@@ -220,4 +220,6 @@ GUARDS = ("allow", "forbid")
 RAISE_FOREIGN = ("auto", "report", "off")  # MoE layers that others wrote: raise and lower them, name them, do not look
 FUSED_MODES = (0, 1, 2)
 MODES = ("npugraph_ex", "ge")
+# A version of each provider that has the operators that are used of it (provider.md).
+PROVIDER_VERSIONS = {"vllm_ascend": "0.23.0", "cann_ops_transformer": "9.1.0"}
 PROVIDERS = ("vllm_ascend", "cann_ops_transformer", "sgl_kernel_npu")

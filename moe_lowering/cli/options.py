@@ -19,6 +19,7 @@ from moe_lowering.vocabulary import (
     FIXED,
     IMPLEMENTATION_FORMS,
     POLICIES,
+    PROVIDER_VERSIONS,
     PROVIDERS,
     SOCS,
     WEIGHT_FORMATS,
@@ -28,7 +29,7 @@ from moe_lowering.vocabulary import (
 DTYPES = ("float32", "float16", "bfloat16")
 
 # What `lower` and `explain` assume of a machine that is not described.
-ASSUMED_PROVIDERS = (("vllm_ascend", "0.23.0"),)
+ASSUMED_PROVIDERS = (("vllm_ascend", PROVIDER_VERSIONS["vllm_ascend"]),)
 HCCL_BUFFER_MB = 1024  # enough for MC2 with the published sizes at 64 tokens per rank; CANN's own default is 200
 CANN_BUFFER_MB = 200
 WEIGHT_FORMAT = "nz"
@@ -148,8 +149,12 @@ def add_machine(add: Any, tokens: str) -> None:
 
 def add_policy(add: Any) -> None:
     """Add ``--policy`` to a command."""
-    add("--policy", choices=POLICIES, default=AUTO,
-        help="how to choose among what is legal (default auto: by cost; fixed: with --comm, what that asks for)")  # fmt: skip
+    add(
+        "--policy",
+        choices=POLICIES,
+        default=AUTO,
+        help="how to choose among what is legal (default auto: by cost; fixed: with --comm, what that asks for)",
+    )
 
 
 def check_policy(comm: str, policy: str) -> None:

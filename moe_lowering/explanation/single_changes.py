@@ -21,12 +21,9 @@ from moe_lowering.explanation.spec import block_spec
 from moe_lowering.limits import Prover
 from moe_lowering.passes.legality import declared_tokens, judge
 from moe_lowering.report.records import Verdict
-from moe_lowering.vocabulary import EXPERT_FORMATS, FUSED_MODES, SOCS, WEIGHT_FORMATS
+from moe_lowering.vocabulary import EXPERT_FORMATS, FUSED_MODES, PROVIDER_VERSIONS, SOCS, WEIGHT_FORMATS
 
 MOST_RANKS = 1024
-# A version of each provider that has its operators, for the question what would be with it (sources: limits/sources.toml).
-PROVIDER_VERSIONS = {"vllm_ascend": "0.23.0", "cann_ops_transformer": "9.1.0"}
-
 # What a flag is in words, by its value.
 _FLAGS = {
     "capture": {True: "captured graphs", False: "graphs that are not captured"},

@@ -55,11 +55,12 @@ def test_ranges_and_single_numbers_are_rows_of_their_own(capfd):
     assert "rows" not in answer(capfd, f"{BLOCK} --ep 16 --tokens 4")[1], "one deployment and one T: no table"
 
 
-def test_the_buffer_to_set_is_enough_and_less_is_not(capfd):
-    (row,) = table(capfd, f"{BLOCK} --ep 16,32 --tokens 100 --comm mc2 --buffer-mb 4096")[:1]
+@pytest.mark.parametrize(("comm", "tokens"), [("mc2", 100), ("fused_mc2", 512)])  # of one rule, of the larger of two
+def test_the_buffer_to_set_is_enough_and_less_is_not(capfd, comm, tokens):
+    (row,) = table(capfd, f"{BLOCK} --ep 16,32 --tokens {tokens} --comm {comm} --buffer-mb 4096")[:1]
     size = row["hccl_buffer_mb"]
-    assert row["choice"] == "mc2" and 200 < size < 4096
-    given = f"{BLOCK} --ep 16 --tokens 100 --comm mc2 --buffer-mb"
+    assert row["choice"] == comm and 100 < size < 4096
+    given = f"{BLOCK} --ep 16 --tokens {tokens} --comm {comm} --buffer-mb"
     assert answer(capfd, f"{given} {size}")[0] == 0
     assert answer(capfd, f"{given} {size - 1}")[0] == 1
 

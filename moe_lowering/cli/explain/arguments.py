@@ -103,10 +103,21 @@ def _add_block(add: Any) -> None:
     add("--experts", type=parse_positive, metavar="E", help="routed experts on all ranks")
     add("--topk", type=parse_positive, metavar="K", help="experts of one token")
     add("--dtype", choices=DTYPES, help="of weights and activations (default the config's, else bfloat16)")
-    add("--quant", dest="quants", type=parse_several(parse_word(tuple(EXPERT_FORMATS))), default=("none",),
-        metavar="FORMAT,...", help=f"quantisation of the experts, of {', '.join(EXPERT_FORMATS)} (default none)")  # fmt: skip
-    add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
-        help="fused operators: 0 none, 1 dispatch_ffn_combine, mega_moe; 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
+    add(
+        "--quant",
+        dest="quants",
+        type=parse_several(parse_word(tuple(EXPERT_FORMATS))),
+        default=("none",),
+        metavar="FORMAT,...",
+        help=f"quantisation of the experts, of {', '.join(EXPERT_FORMATS)} (default none)",
+    )
+    add(
+        "--fused-mode",
+        type=int,
+        choices=FUSED_MODES,
+        default=1,
+        help="fused operators: 0 none, 1 dispatch_ffn_combine, mega_moe; 2 dispatch_gmm_combine_decode (default 1)",
+    )
 
 
 def _add_deployment(add: Any) -> None:
@@ -119,14 +130,30 @@ def _add_deployment(add: Any) -> None:
         metavar="SOC,...",
         help="Ascend SoC (default A3)",
     )
-    add("--ep", dest="eps", type=parse_several(parse_positive), default=(1,), metavar="N,...",
-        help="ranks that share the experts (default 1)")  # fmt: skip
+    add(
+        "--ep",
+        dest="eps",
+        type=parse_several(parse_positive),
+        default=(1,),
+        metavar="N,...",
+        help="ranks that share the experts (default 1)",
+    )
     add("--tp", type=parse_positive, default=1, metavar="N", help="ranks that hold the same tokens (default 1)")
-    add("--tokens", dest="counts", type=parse_several(_token_range), default=(), metavar="T,LOW..HIGH,...",
-        help=f"tokens of one rank, or ranges of them (default {TOKENS})")  # fmt: skip
+    add(
+        "--tokens",
+        dest="counts",
+        type=parse_several(_token_range),
+        default=(),
+        metavar="T,LOW..HIGH,...",
+        help=f"tokens of one rank, or ranges of them (default {TOKENS})",
+    )
     add_machine(add, "max_tokens")
-    add("--capture", action=argparse.BooleanOptionalAction, default=True,
-        help="whether the graph is captured, so that nothing may need a size on the host (default yes)")  # fmt: skip
+    add(
+        "--capture",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the graph is captured, so that nothing may need a size on the host (default yes)",
+    )
     add_provider(add)
     add_prices(add)
 

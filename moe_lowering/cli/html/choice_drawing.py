@@ -41,9 +41,14 @@ def _picture(rows: Sequence[Row]) -> Markup:
     drawn.append(_text("tokens of a rank (T)", (LEFT + WIDTH) / 2, bottom + 28, size=12))
     height = bottom + 36
     return element(
-        "svg", *drawn, xmlns="http://www.w3.org/2000/svg", width=WIDTH, height=height, role="img",
+        "svg",
+        *drawn,
+        xmlns="http://www.w3.org/2000/svg",
+        width=WIDTH,
+        height=height,
+        role="img",
         viewBox=f"0 0 {WIDTH} {height}",
-    )  # fmt: skip
+    )
 
 
 def _field(row: Row, x: float, end: float, y: float) -> list[Markup]:

@@ -26,26 +26,40 @@ def explain_page(explanation: Explanation, rows: Sequence[Row]) -> str:
         f"memory: {answer.memory(block.layers)}",
     ]
     changes = change_texts(explanation.changes)
-    return page(f"{block.model or 'MoE block'} on {deployment.soc}", [
-        items(facts),
-        *([element("h2", "One change that would help"), items(changes)] if changes else []),
-        element("h2", "Verdicts"), verdict_table(answer.judgement.verdicts, answer.choice),
-        element("h2", "Kernels, bytes and cost"), cost_table(answer.costs()),
-        element("h2", "The choice over tokens and EP sizes"), draw_choices(rows),
-        element("h2", "Assumed"), items(explanation.assumptions),
-    ])  # fmt: skip
+    return page(
+        f"{block.model or 'MoE block'} on {deployment.soc}",
+        [
+            items(facts),
+            *([element("h2", "One change that would help"), items(changes)] if changes else []),
+            element("h2", "Verdicts"),
+            verdict_table(answer.judgement.verdicts, answer.choice),
+            element("h2", "Kernels, bytes and cost"),
+            cost_table(answer.costs()),
+            element("h2", "The choice over tokens and EP sizes"),
+            draw_choices(rows),
+            element("h2", "Assumed"),
+            items(explanation.assumptions),
+        ],
+    )
 
 
 def table_page(first: Explanation, rows: Sequence[Row]) -> str:
     """Of several deployments."""
-    return page(f"{first.block.model or 'MoE block'} in several deployments", [
-        items([describe_block(first)]),
-        element("h2", "The choice over tokens and EP sizes"), draw_choices(rows),
-        element("h2", "Deployments"),
-        element("p", "Figures are those at the most tokens of a row; memory is that of all MoE layers.", class_="note"),
-        deployment_table(rows),
-        element("h2", "Assumed"), items(first.assumptions),
-    ])  # fmt: skip
+    return page(
+        f"{first.block.model or 'MoE block'} in several deployments",
+        [
+            items([describe_block(first)]),
+            element("h2", "The choice over tokens and EP sizes"),
+            draw_choices(rows),
+            element("h2", "Deployments"),
+            element(
+                "p", "Figures are those at the most tokens of a row; memory is that of all MoE layers.", class_="note"
+            ),
+            deployment_table(rows),
+            element("h2", "Assumed"),
+            items(first.assumptions),
+        ],
+    )
 
 
 def describe_block(explanation: Explanation) -> str:

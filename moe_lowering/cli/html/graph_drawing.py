@@ -42,9 +42,15 @@ def draw_graph(nodes: Sequence[GraphNode]) -> Markup:
     boxes = [_box(node, places[node.name], widths[node.name]) for node in drawn]
     height = 2 * MARGIN + max(rows) * LEVEL + HEIGHT
     return element(
-        "svg", *edges, *boxes, xmlns="http://www.w3.org/2000/svg", width=f"{width:.0f}", height=height, role="img",
+        "svg",
+        *edges,
+        *boxes,
+        xmlns="http://www.w3.org/2000/svg",
+        width=f"{width:.0f}",
+        height=height,
+        role="img",
         viewBox=f"0 0 {width:.0f} {height}",
-    )  # fmt: skip
+    )
 
 
 def _without_items(nodes: Sequence[GraphNode]) -> tuple[list[GraphNode], dict[str, list[str]]]:

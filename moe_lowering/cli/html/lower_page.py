@@ -47,13 +47,27 @@ def _report_parts(report: LoweringReport) -> list[object]:
 def _strip(blocks: Sequence[BlockReport]) -> Markup:
     """A cell for each block, in the colour of its implementation."""
     cells = [
-        element("rect", element("title", f"{block.name}: {block.comm or 'left as it was'}"), x=at * CELL, y=0, width=CELL - 2,
-                height=CELL, fill=COLOURS[block.comm])
+        element(
+            "rect",
+            element("title", f"{block.name}: {block.comm or 'left as it was'}"),
+            x=at * CELL,
+            y=0,
+            width=CELL - 2,
+            height=CELL,
+            fill=COLOURS[block.comm],
+        )
         for at, block in enumerate(blocks)
-    ]  # fmt: skip
+    ]
     width = max(len(blocks), 1) * CELL
-    strip = element("svg", *cells, xmlns="http://www.w3.org/2000/svg", width=width, height=CELL,
-                    viewBox=f"0 0 {width} {CELL}", role="img")  # fmt: skip
+    strip = element(
+        "svg",
+        *cells,
+        xmlns="http://www.w3.org/2000/svg",
+        width=width,
+        height=CELL,
+        viewBox=f"0 0 {width} {CELL}",
+        role="img",
+    )
     return join((strip, key(dict.fromkeys(block.comm for block in blocks))))
 
 

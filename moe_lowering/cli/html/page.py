@@ -5,14 +5,11 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-# By implementation, and None where none is legal; dark enough for white text, and apart for who sees few colours.
-COLOURS = {
-    "allgather": "#4477aa",
-    "alltoall": "#117733",
-    "mc2": "#882255",
-    "fused_mc2": "#aa4400",
-    None: "#777777",
-}
+from moe_lowering.vocabulary import IMPLEMENTATION_FORMS
+
+# Dark enough for white text, and apart for who sees few colours.
+PALETTE = ("#4477aa", "#117733", "#882255", "#aa4400", "#332288", "#66600f", "#993399", "#0f6066")
+COLOURS: dict[str | None, str] = {None: "#777777", **dict(zip(IMPLEMENTATION_FORMS, PALETTE, strict=False))}
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;padding:16px 24px;max-width:1180px;color:#1a1a1a;background:#fff}
 h1{font-size:22px}h2{font-size:17px;margin-top:28px;border-bottom:1px solid #ccc}h3{font-size:15px}

@@ -54,8 +54,20 @@ def cost_table(costs: Sequence[BlockCost]) -> Markup:
 
 def deployment_table(rows: Iterable[Row]) -> Markup:
     """The rows of ``explanation.table``."""
-    titles = ("SoC", "EP", "experts", "T", "choice", "us", "kernels", "MB moved", "MB sent", "GB of memory",
-              "HCCL_BUFFSIZE", "one change; why not the others")  # fmt: skip
+    titles = (
+        "SoC",
+        "EP",
+        "experts",
+        "T",
+        "choice",
+        "us",
+        "kernels",
+        "MB moved",
+        "MB sent",
+        "GB of memory",
+        "HCCL_BUFFSIZE",
+        "one change; why not the others",
+    )
     return table(titles, [_deployment_row(row) for row in rows])
 
 
