@@ -106,7 +106,7 @@ def test_what_is_not_known_is_refused_by_name(changes, code):
 
 def served(**changes):
     """Of vLLM's configuration: what says for which token counts it compiles."""
-    given = {"get_compile_ranges": lambda: [], "compile_sizes": None, **changes}
+    given = {"get_compile_ranges": list, "compile_sizes": None, **changes}
     return SimpleNamespace(compilation_config=SimpleNamespace(**given))
 
 
