@@ -49,7 +49,10 @@ def test_captured_with_the_plugin(served, reference):
     [
         ({"plugin": {}}, "[vllm.eager] enforce_eager is True"),
         # On one rank MC2 is not legal: the engine works without the plugin, and so it must with it
-        ({"plugin": {"comm": "mc2"}, "graphs": True}, "[vllm.not_lowered] the pass's choice for 1 to 256 tokens is none"),
+        (
+            {"plugin": {"comm": "mc2"}, "graphs": True},
+            "[vllm.not_lowered] the pass's choice for 1 to 256 tokens is none",
+        ),
     ],
 )
 def test_what_is_not_taken_over_stays(served, reference, settings, code):
