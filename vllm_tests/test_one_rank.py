@@ -47,15 +47,20 @@ def test_captured_with_the_plugin(served, reference):
 @pytest.mark.parametrize(
     ("settings", "code"),
     [
-        ({"graphs": False}, "[vllm.eager] enforce_eager is True"),
-        ({"graphs": True, "options": {"enable_lora": True}}, "[vllm.lora] lora_config is given"),
+        ({"plugin": {}}, "[vllm.eager] enforce_eager is True"),
+        # On one rank MC2 is not legal: the engine works without the plugin, and so it must with it
+        (
+            {"plugin": {"comm": "mc2"}, "graphs": True},
+            "[vllm.not_lowered] the pass's choice for 1 to 256 tokens is none",
+        ),
     ],
 )
 def test_what_is_not_taken_over_stays(served, reference, settings, code):
-    found = served(plugin={}, requests=3, **settings)
+    found = served(requests=3, **settings)
     assert found["tokens"] == reference[1][:3]
     assert len(found["layers"]) == 2 and all(why.startswith(code) for why in found["layers"].values())
     assert f"stays with vllm-ascend's operator: {code}" in found["log"]
+    assert found["reports"] == [] and all(OPAQUE in calls for calls in found["compiled"])
 
 
 def test_a_wrong_setting_is_one_clear_error(served):

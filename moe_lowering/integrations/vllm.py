@@ -33,11 +33,13 @@ from moe_lowering.backends.npugraph_ex import PRE_PASS, npugraph_ex_options
 from moe_lowering.deployment import Deployment
 from moe_lowering.integrations.vllm_deployment import deployment_for_range, deployment_of
 from moe_lowering.integrations.vllm_layers import Refused, read_layer, refuse, take_over
+from moe_lowering.integrations.vllm_legality import require_lowered, token_ranges_of
 from moe_lowering.integrations.vllm_ranges import ranges_of_vllm
 from moe_lowering.passes.pipeline import MoeLowering
+from moe_lowering.passes.policy import Policy
 from moe_lowering.report.records import LoweringReport
 from moe_lowering.report.text import render
-from moe_lowering.vocabulary import POLICIES
+from moe_lowering.vocabulary import AUTO, COMMS, POLICIES
 
 __all__ = ["KEY", "register", "reports"]
 
@@ -51,6 +53,7 @@ _reports: list[LoweringReport] = []
 _taken: dict[str, str] = {}  # layer -> "" where it is taken over, else why not
 _compile_range: list[Any] = []  # of the compile under way
 _deployment: Deployment | None = None
+_engine: Any = None  # the configuration of the engine that the two above are of
 
 
 def register() -> None:
@@ -84,7 +87,14 @@ def settings_of(vllm_config: Any) -> dict[str, Any] | None:
     settings = {**SETTINGS, **asked}
     require_flag(what, "enable", settings["enable"])
     require_flag(what, "strict", settings["strict"])
+    require_choice(what, "comm", settings["comm"], COMMS)
+    if settings["comm"] != AUTO and "policy" not in asked:
+        settings["policy"] = AUTO  # one of vllm-ascend's rules would choose by itself
     require_choice(what, "policy", settings["policy"], POLICIES)
+    try:
+        Policy(settings["comm"], settings["policy"])
+    except ValueError as error:  # words that do not go together
+        raise ValueError(f"{what}: {error}") from error
     return settings if settings["enable"] else None
 
 
@@ -110,12 +120,19 @@ def _watch_layers(module: Any) -> None:
 def _decide(layer: Any) -> None:
     config = layer.vllm_config
     settings = settings_of(config)
+    _begin(config)
     if settings is None or layer.layer_name in _taken:
         return
     try:
         _check_engine(config)
-        take_over(layer, read_layer(layer, _deployment_of(config)))
+        deployment = _deployment_of(config)
+        form = read_layer(layer, deployment)
+        policy = Policy(settings["comm"], settings["policy"])
+        require_lowered(layer, form, policy, deployment, token_ranges_of(config, deployment))
+        take_over(layer, form)
     except Refused as reason:
+        if settings["strict"]:
+            raise ValueError(f"moe_lowering (strict): {layer.layer_name}: {reason}") from reason
         _taken[layer.layer_name] = str(reason)
         log.warning("moe_lowering: %s stays with vllm-ascend's operator: %s", layer.layer_name, reason)
         return
@@ -124,6 +141,14 @@ def _decide(layer: Any) -> None:
     if layer.layer_name in opaque:
         opaque.remove(layer.layer_name)
     log.info("moe_lowering: %s is taken over", layer.layer_name)
+
+
+def _begin(config: Any) -> None:
+    """Forget what was decided for another engine of this process, whose layers have the same names."""
+    global _deployment, _engine
+    if config is not _engine:
+        _taken.clear()
+        _deployment, _engine = None, config
 
 
 def _check_engine(config: Any) -> None:
@@ -149,7 +174,10 @@ def _check_engine(config: Any) -> None:
 def _deployment_of(config: Any) -> Deployment:
     global _deployment
     if _deployment is None:
-        _deployment = deployment_of(config)
+        try:
+            _deployment = deployment_of(config)
+        except ValueError as error:  # groups or sizes that the pass does not know
+            raise Refused(f"[vllm.deployment] {error}") from error
     return _deployment
 
 

@@ -9,6 +9,9 @@ import torch
 from moe_lowering import Deployment
 from moe_lowering.integrations import vllm
 from moe_lowering.integrations.vllm_layers import Refused, compute_layer, read_layer
+from moe_lowering.integrations.vllm_legality import require_lowered, token_ranges_of
+from moe_lowering.passes.policy import Policy
+from moe_lowering.vocabulary import IMPLEMENTATION_FORMS
 
 EXPERTS, HIDDEN, WIDTH, TOP_K = 8, 16, 4, 2
 
@@ -101,6 +104,158 @@ def test_what_is_not_known_is_refused_by_name(changes, code):
     read_layer(layer(), Deployment())
 
 
+def served(**changes):
+    """Of vLLM's configuration: what says for which token counts it compiles."""
+    given = {"get_compile_ranges": list, "compile_sizes": None, **changes}
+    return SimpleNamespace(compilation_config=SimpleNamespace(**given))
+
+
+def judge(policy, deployment, ranges=((1, 256),), **changes):
+    given = layer(**changes)
+    require_lowered(given, read_layer(given, deployment), policy, deployment, list(ranges))
+
+
+def on_ranks(tokens=8192):
+    groups = {"ep_size": 2, "ep_group": "ep", "mc2_group": "mc2"}
+    return Deployment(soc="A3", **groups, max_tokens=tokens, guards="forbid")
+
+
+def weights(hidden, width, experts, dtype=torch.bfloat16):
+    shapes = {"w13_weight": (experts, hidden, 2 * width), "w2_weight": (experts, width, hidden)}
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+
+
+def test_a_layer_that_the_pass_lowers_is_taken_over():
+    judge(Policy("auto", "vllm_ascend_main"), Deployment(soc="A3", max_tokens=256, guards="forbid"))
+    judge(Policy("mc2"), on_ranks(), [(1, 64), (32, 32)], **weights(1024, 64, EXPERTS // 2))
+
+
+@pytest.mark.parametrize("comm", [name for name in IMPLEMENTATION_FORMS if name != "allgather"])
+def test_a_layer_that_the_pass_would_leave_stays(comm):
+    """On one rank nothing but AllGather is legal."""
+    deployment = Deployment(soc="A3", max_tokens=256, guards="forbid")
+    with pytest.raises(Refused, match=rf"^\[vllm.not_lowered\] .* 1 to 256 tokens .*{comm}: \[.*accepted: .*comm"):
+        judge(Policy(comm), deployment)
+    judge(Policy("allgather"), deployment)
+
+
+@pytest.mark.parametrize("bad", [(1, 8192), (4096, 4096)])
+def test_each_range_and_size_is_judged(bad):
+    """MC2 ends at its capacity: a layer stays where one graph of several would not be lowered, and the range is named."""
+    given = weights(1024, 64, EXPERTS // 2)
+    judge(Policy("mc2"), on_ranks(), [(1, 64), (8, 8)], **given)
+    with pytest.raises(Refused, match=rf"^\[vllm.not_lowered\] .* {bad[0]} to {bad[1]} tokens is none \(mc2 was asked"):
+        judge(Policy("mc2"), on_ranks(), [(1, 64), bad, (8, 8)], **given)
+    judge(Policy("auto"), on_ranks(), [(1, 64), bad, (8, 8)], **given)
+
+
+def test_what_the_weights_say_is_judged():
+    deployment, policy = Deployment(soc="A3", max_tokens=256, guards="forbid"), Policy()
+    with pytest.raises(Refused, match=r"^\[vllm.arguments\] .*float64"):
+        judge(policy, deployment, **weights(HIDDEN, WIDTH, EXPERTS, torch.float64))
+    judge(policy, deployment, **weights(HIDDEN, WIDTH, EXPERTS))
+    with pytest.raises(Refused, match=r"^\[vllm.uneven_experts\] the number of experts is 3 of 8 on one of 2 ranks"):
+        judge(policy, on_ranks(), **weights(HIDDEN, WIDTH, 3))
+    with pytest.raises(Refused, match=r"^\[vllm.compile_range\] a compile range is 300 to 400 tokens; accep"):
+        judge(policy, deployment, [(300, 400)])
+
+
+@pytest.mark.parametrize(
+    ("bad", "good"),
+    [
+        ({"apply_router_weight_on_input": True, "top_k": 2}, {"apply_router_weight_on_input": True, "top_k": 1}),
+        ({"num_expert_group": 3, "topk_group": 1}, {"num_expert_group": 4, "topk_group": 2}),
+        ({"top_k": EXPERTS + 1}, {"top_k": EXPERTS}),
+        ({"log2phy": torch.zeros(EXPERTS)}, {"log2phy": torch.arange(EXPERTS)}),
+    ],
+)
+def test_what_would_fail_the_trace_stays(bad, good):
+    deployment = Deployment(soc="A3", max_tokens=256, guards="forbid")
+    with pytest.raises(Refused, match=r"^\[vllm.arguments\] "):
+        judge(Policy(), deployment, **bad)
+    judge(Policy(), deployment, **good)
+
+
+def test_the_token_counts_of_a_configuration():
+    class Range(SimpleNamespace):
+        pass
+
+    ends = [Range(start=1, end=512), Range(start=513, end=8192)]
+    split = served(get_compile_ranges=lambda: ends, compile_sizes=[4])
+    assert token_ranges_of(split, on_ranks()) == [(1, 512), (513, 8192), (4, 4)]
+    assert token_ranges_of(served(), on_ranks()) == [(1, 8192)]
+
+
+def engine(asked):
+    """What is read of vLLM's configuration before a layer is taken over, with the plugin's settings."""
+    return SimpleNamespace(additional_config={"moe_lowering": asked}, **vars(served()))
+
+
+@pytest.fixture
+def decide(monkeypatch):
+    """``decide(vllm_config)``: what becomes of a layer on one rank in an engine whose graphs come by; ("", entry) if taken."""
+    monkeypatch.setattr(vllm, "_check_engine", lambda config: None)
+    deployment = Deployment(soc="A3", max_tokens=256, guards="forbid")
+    monkeypatch.setattr(vllm, "deployment_of", lambda config: deployment)
+    monkeypatch.setattr(vllm, "take_over", lambda layer, form: taken.append(layer))
+    taken = []
+
+    def run(config):
+        config.compilation_config.static_all_moe_layers = ["mlp.experts"]
+        given = layer()
+        given.vllm_config, given.layer_name = config, "mlp.experts"
+        vllm._decide(given)
+        return vllm.layers(), given in taken, config.compilation_config.static_all_moe_layers
+
+    yield run
+    vllm._begin(None)
+
+
+def test_a_layer_that_is_not_lowered_keeps_its_operator(decide, caplog):
+    assert decide(engine({})) == ({"mlp.experts": ""}, True, [])
+    why, taken, opaque = decide(engine({"comm": "mc2"}))  # another engine in one process is decided anew
+    assert not taken and opaque == ["mlp.experts"] and why["mlp.experts"].startswith("[vllm.not_lowered] ")
+    assert "mlp.experts stays with vllm-ascend's operator: [vllm.not_lowered]" in caplog.text
+    with pytest.raises(ValueError, match=r"strict.*mlp.experts: \[vllm.not_lowered\]"):
+        decide(engine({"comm": "mc2", "strict": True}))
+
+
+def test_a_deployment_that_is_not_known_takes_nothing_over(decide, monkeypatch):
+    def fail(config):
+        raise ValueError("Deployment: max_tokens is -1; accepted: more")
+
+    monkeypatch.setattr(vllm, "deployment_of", fail)
+    why, taken, _ = decide(engine({}))
+    assert not taken and why == {"mlp.experts": "[vllm.deployment] Deployment: max_tokens is -1; accepted: more"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"version": "0.24.0"}, "version"),
+        ({"lora_config": SimpleNamespace(max_loras=1)}, "lora"),
+        ({"speculative_config": SimpleNamespace(method="mtp")}, "speculative"),
+        ({"enforce_eager": True}, "eager"),
+        ({"npugraph_ex": False}, "compiler"),
+    ],
+)
+def test_an_engine_whose_graphs_do_not_come_by(monkeypatch, changes, code):
+    def check(version="0.23.0+local", enforce_eager=False, npugraph_ex=True, **given):
+        monkeypatch.setattr(vllm.importlib.metadata, "version", lambda name: version)
+        compilation = SimpleNamespace(enable_npugraph_ex=npugraph_ex)
+        found = SimpleNamespace(get_ascend_config=lambda: SimpleNamespace(ascend_compilation_config=compilation))
+        monkeypatch.setitem(sys.modules, "vllm_ascend.ascend_config", found)
+        monkeypatch.setitem(sys.modules, "vllm_ascend", SimpleNamespace(ascend_config=found))
+        model = SimpleNamespace(enforce_eager=enforce_eager)
+        vllm._check_engine(
+            SimpleNamespace(**{"lora_config": None, "speculative_config": None, "model_config": model, **given})
+        )
+
+    check()
+    with pytest.raises(Refused, match=rf"^\[vllm\.{code}\] .* is .*; accepted: "):
+        check(**changes)
+
+
 def config(asked):
     return SimpleNamespace(additional_config=asked)
 
@@ -110,9 +265,23 @@ def test_settings():
     assert vllm.settings_of(config({"moe_lowering": {"enable": False}})) is None
     assert vllm.settings_of(config({"moe_lowering": {}})) == vllm.SETTINGS
     assert vllm.settings_of(config({"moe_lowering": {"policy": "auto"}}))["policy"] == "auto"
+    # vllm-ascend's rule chooses by itself: with ``comm`` alone it is not the policy
+    assert vllm.settings_of(config({"moe_lowering": {"comm": "mc2"}}))["policy"] == "auto"
 
 
-@pytest.mark.parametrize("asked", [True, {"polcy": "auto"}, {"policy": "best"}, {"strict": 1}, {"enable": "yes"}])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        True,
+        {"polcy": "auto"},
+        {"policy": "best"},
+        {"strict": 1},
+        {"enable": "yes"},
+        {"comm": "mc3"},
+        {"comm": "mc2", "policy": "vllm_ascend_main"},
+        {"policy": "fixed"},
+    ],
+)
 def test_wrong_settings(asked):
     with pytest.raises((ValueError, TypeError), match=r"additional_config\['moe_lowering'\].*accepted"):
         vllm.settings_of(config({"moe_lowering": asked}))

@@ -1,0 +1,120 @@
+"""Whether the pass would lower a layer in every graph that vLLM compiles: asked before the layer is taken over.
+
+A layer that is taken over traces to the generic operators, which no device runs: where the pass then chose nothing, the engine
+could not start. So the pass's own ``decide`` is asked first, of the record that the layer would have in the graph, for each
+compile range and size of vLLM's configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from moe_lowering.deployment import Deployment
+from moe_lowering.integrations.vllm_deployment import deployment_for_range
+from moe_lowering.integrations.vllm_layers import LayerForm, Refused, compute_layer, refuse
+from moe_lowering.passes.block_specs import Layer, spec_of_layer
+from moe_lowering.passes.decision import Decision, decide
+from moe_lowering.passes.policy import Policy
+from moe_lowering.passes.token_ranges import RUNS_WITHOUT_GUARDS
+
+TOKENS_TRIED = 8  # checks of arguments do not depend on it
+
+
+def token_ranges_of(vllm_config: Any, deployment: Deployment) -> list[tuple[int, int]]:
+    """First and last token count of each graph that vLLM compiles. Capture sizes are no compiles: they run these graphs."""
+    compilation = vllm_config.compilation_config
+    ranges = [(int(each.start), int(each.end)) for each in compilation.get_compile_ranges()]
+    ranges += [(int(size), int(size)) for size in compilation.compile_sizes or ()]
+    return ranges or [(max(1, deployment.min_tokens), deployment.max_tokens)]
+
+
+def require_lowered(
+    layer: Any, form: LayerForm, policy: Policy, deployment: Deployment, ranges: list[tuple[int, int]]
+) -> None:
+    """Refuse a layer for which nothing would be chosen in one of the graphs; the same on every rank.
+
+    Raises:
+        Refused: see above, with the range, the policy's reason and the rules that each implementation breaks.
+    """
+    w13, w2 = layer.w13_weight, layer.w2_weight
+    if w13.shape[0] * deployment.routed_ranks != form.num_experts:
+        value = f"{w13.shape[0]} of {form.num_experts} on one of {deployment.routed_ranks} ranks"
+        raise refuse("uneven_experts", "the number of experts", value, "as many on each rank")
+    described = Layer(
+        hidden=int(w13.shape[1]),
+        intermediate=int(w2.shape[1]),
+        experts=form.num_experts,
+        top_k=form.top_k,
+        dtype=w13.dtype,
+        activation=form.activation,
+        limit=0.0,
+        alpha=1.702,  # moe_experts' own, which no activation of vLLM's here reads
+    )
+    _require_accepted(layer, form)
+    contiguous = bool(w13.is_contiguous() and w2.is_contiguous())
+    for first, last in ranges:
+        if first > deployment.max_tokens:
+            accepted = f"up to max_num_batched_tokens, {deployment.max_tokens}"
+            raise refuse("compile_range", "a compile range", f"{first} to {last} tokens", accepted)
+        decision = _decide(described, contiguous, policy, deployment, first, last)
+        if decision.comm is None:
+            raise refuse(
+                "not_lowered",
+                f"the pass's choice for {first} to {last} tokens",
+                f"none ({decision.reason}; {_broken_rules(decision)})",
+                "an implementation that is legal for all of them: another policy or comm, or compile_ranges_endpoints "
+                "that split the range",
+            )
+
+
+def _require_accepted(layer: Any, form: LayerForm) -> None:
+    """Refuse what the generic operators' own checks of arguments would: they would fail the trace."""
+    w13, log2phy = layer.w13_weight, layer.log2phy
+    logical = form.num_experts if log2phy is None else int(log2phy.shape[-1])
+    names = ("w13_weight", "w2_weight", "e_score_correction_bias", "log2phy")
+    given = {name: getattr(layer, name) for name in names}
+    shapes = {name: None if value is None else value.detach().to("meta") for name, value in given.items()}
+    x = torch.empty(TOKENS_TRIED, w13.shape[1], dtype=w13.dtype, device="meta")
+    logits = torch.empty(TOKENS_TRIED, logical, dtype=w13.dtype, device="meta")
+    try:
+        compute_layer(SimpleNamespace(**shapes), form, x, logits)
+    except (ValueError, TypeError) as error:
+        raise Refused(f"[vllm.arguments] {error}") from error
+
+
+@functools.cache
+def _decide(
+    described: Layer, contiguous: bool, policy: Policy, deployment: Deployment, first: int, last: int
+) -> Decision:
+    """Layers of a model are alike: each kind is decided once for a range."""
+    narrowed = deployment_for_range(deployment, first, last)
+    tokens = first if first == last else _symbolic_tokens(narrowed.min_tokens, narrowed.max_tokens)
+    spec = spec_of_layer(described, narrowed, tokens, "none")
+    token = RUNS_WITHOUT_GUARDS.set(True)
+    try:
+        return decide(dataclasses.replace(spec, weights_contiguous=contiguous), narrowed, policy)
+    finally:
+        RUNS_WITHOUT_GUARDS.reset(token)
+
+
+def _symbolic_tokens(first: int, last: int) -> Any:
+    """T as it stands in a graph that is compiled for ``first`` to ``last`` tokens."""
+    from torch._dynamo.source import ConstantSource  # slow to import, as is symbolic_shapes
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    environment, source = ShapeEnv(), ConstantSource("tokens")
+    symbol = environment.create_symbol(max(last, 2), source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    environment.var_to_range[symbol] = ValueRanges(first, last)
+    return environment.create_symintnode(symbol, hint=max(last, 2), source=source)
+
+
+def _broken_rules(decision: Decision) -> str:
+    verdicts = decision.judgement.verdicts
+    broken = {name: dict.fromkeys(f"[{v.code}]" for v in verdict.violations) for name, verdict in verdicts.items()}
+    return ", ".join(f"{name}: {' '.join(codes)}" for name, codes in broken.items() if codes)
