@@ -17,11 +17,9 @@ REPORT, BEFORE, AFTER = "moe_lowering_report", "moe_lowering_graph_before", "moe
 
 
 def is_traced() -> bool:
-    """Whether a trace is taken. torch puts handlers there that write nothing: one without a directory, ``NullHandler`` s."""
-    return any(
-        getattr(handler, "root_dir", True) is not None and not isinstance(handler, logging.NullHandler)
-        for handler in trace_log.handlers
-    )
+    """Whether ``TORCH_TRACE`` names a directory. Other handlers (pytest adds some to every logger) are not worth the text of a
+    graph for each pass."""
+    return any(getattr(handler, "root_dir", None) is not None for handler in trace_log.handlers)
 
 
 def readable_graph(gm: GraphModule) -> str:

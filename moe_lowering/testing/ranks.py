@@ -21,6 +21,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
@@ -77,9 +78,7 @@ class Ranks:
             self, shutil.rmtree, folder, ignore_errors=True
         )  # at exit, at the latest
         with self._closed_on_error():
-            if start_method == "forkserver":
-                mp.set_forkserver_preload(PRELOAD)
-            context: Any = mp.get_context(start_method)  # its stubs know no Process for a method that is a variable
+            context = _start_context(start_method)
             for rank in range(size):
                 pipe, child_pipe = context.Pipe()
                 job = (rank, size, str(Path(folder) / "store"), setup, collective_timeout, child_pipe)
@@ -200,6 +199,17 @@ class Ranks:
             self.close()
         else:
             self._end(kind.__name__, 0.0)
+
+
+def _start_context(start_method: StartMethod) -> Any:
+    """The context of ``multiprocessing``; Any, as its stubs know no Process for a method that is a variable."""
+    if start_method == "forkserver":
+        mp.set_forkserver_preload(PRELOAD)
+        try:
+            forkserver.ensure_running()
+        except OSError:  # TMPDIR is too long for the path of a socket: as slow as "spawn", and right
+            return mp.get_context("spawn")
+    return mp.get_context(start_method)
 
 
 def describe(error: BaseException) -> str:

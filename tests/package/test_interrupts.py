@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -56,10 +57,23 @@ def test_in_one_process(tmp_path):
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-@pytest.mark.parametrize("number, to_all", [(signal.SIGINT, True), (signal.SIGTERM, False)])
-def test_a_command_on_ranks(tmp_path, number, to_all):
+@pytest.fixture
+def folder(tmp_path, request):
+    """A temporary directory that is too long for the path of a socket, or short enough: ranks are spawned, or forked."""
+    if request.param == "long":
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        yield pathlib.Path(short)
+
+
+ENDS_OF_COMMANDS = [(signal.SIGINT, True, "short"), (signal.SIGTERM, False, "short"), (signal.SIGTERM, False, "long")]
+
+
+@pytest.mark.parametrize("number, to_all, folder", ENDS_OF_COMMANDS, indirect=["folder"])
+def test_a_command_on_ranks(folder, number, to_all):
     """Ctrl-C goes to all processes of a terminal, SIGTERM to the one that was started."""
-    process = start(tmp_path, "command", "lower", "moe", "--ep", str(RANKS), "--layers", "1", "--tokens", "4")
+    process = start(folder, "command", "lower", "moe", "--ep", str(RANKS), "--layers", "1", "--tokens", "4")
     lines = []
     try:
         while sum(line.startswith("compiling ") for line in lines) < RANKS:
@@ -75,7 +89,7 @@ def test_a_command_on_ranks(tmp_path, number, to_all):
         while session(process.pid) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert session(process.pid) == []
-        assert list((tmp_path / "tmp").iterdir()) == []
+        assert list((folder / "tmp").iterdir()) == []
     finally:
         if process.poll() is None or session(process.pid):
             os.killpg(process.pid, signal.SIGKILL)

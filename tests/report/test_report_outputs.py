@@ -156,15 +156,15 @@ def test_torch_trace_has_the_report_and_the_graphs_and_torch_logs_a_line_for_eac
 
 
 def test_without_a_trace_nothing_is_written_and_without_logs_nothing_is_said(caplog, monkeypatch):
-    """Handlers of torch's own that write nothing are no trace. (pytest puts some of its own there, which are.)"""
-    idle = [LazyTraceHandler(None), logging.NullHandler()]
+    """A handler without a directory is no trace, nor are others, as pytest's."""
+    idle = [LazyTraceHandler(None), logging.NullHandler(), logging.Handler()]
     monkeypatch.setattr(trace_artifacts.trace_log, "handlers", idle)
     monkeypatch.setattr(trace_artifacts, "trace_structured", lambda *given, **more: pytest.fail("a trace was taken"))
     with caplog.at_level(logging.WARNING, logger="moe_lowering"):
         exec(LAYERS, {})
     assert not [record for record in caplog.records if " is mc2" in record.getMessage()]
     assert not trace_artifacts.is_traced()
-    monkeypatch.setattr(trace_artifacts.trace_log, "handlers", [*idle, logging.Handler()])
+    monkeypatch.setattr(trace_artifacts.trace_log, "handlers", [*idle, LazyTraceHandler("/a/directory")])
     assert trace_artifacts.is_traced()
 
 

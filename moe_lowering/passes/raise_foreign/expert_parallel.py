@@ -7,7 +7,7 @@ experts, and the results are added up.
 is a block over all ranks, whose tokens are the same on those of a TP group that is the EP group: what ``combine`` gives is
 complete on all of them. Proven: the three lines, with this rank's place and the group of the deployment; that the ids are
 chosen among exactly n * ranks experts; that nothing but the sum over the ranks reads a rank's own result.
-Source: transformers 5.23, distributed/expert_parallel.py: AllReduceEP; integrations/moe.py: ids past the last expert.
+Source: transformers.expert_parallel, transformers.moe: AllReduceEP, ids past the last expert.
 """
 
 from __future__ import annotations
