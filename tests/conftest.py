@@ -3,6 +3,7 @@
 import moe_lowering  # noqa: F401  # isort: skip
 import collections
 import functools
+import os
 import re
 import signal
 from pathlib import Path
@@ -15,6 +16,8 @@ from moe_lowering import simulator
 # Tests send signals; a shell that starts the suite in the background has SIGINT ignored, and every child with it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Reports are as wide as it says; pytest-xdist sets it for its workers.
+os.environ.pop("COLUMNS", None)
 # Two workers on two cores: more threads only wait for each other.
 torch.set_num_threads(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import os
@@ -157,7 +158,7 @@ def test_torch_trace_has_the_report_and_the_graphs_and_torch_logs_a_line_for_eac
 
 def test_without_a_trace_nothing_is_written_and_without_logs_nothing_is_said(caplog, monkeypatch):
     """A handler without a directory is no trace, nor are others, as pytest's."""
-    idle = [LazyTraceHandler(None), logging.NullHandler(), logging.Handler()]
+    idle = [LazyTraceHandler(None), logging.NullHandler(), logging.StreamHandler(io.StringIO())]
     monkeypatch.setattr(trace_artifacts.trace_log, "handlers", idle)
     monkeypatch.setattr(trace_artifacts, "trace_structured", lambda *given, **more: pytest.fail("a trace was taken"))
     with caplog.at_level(logging.WARNING, logger="moe_lowering"):
