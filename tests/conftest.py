@@ -16,7 +16,7 @@ from moe_lowering import simulator
 # Tests send signals; a shell that starts the suite in the background has SIGINT ignored, and every child with it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# Reports are as wide as it says; pytest-xdist sets it for its workers.
+# Reports are as wide as it says, and what they must be is written for 100 columns.
 os.environ.pop("COLUMNS", None)
 # Two workers on two cores: more threads only wait for each other.
 torch.set_num_threads(1)
