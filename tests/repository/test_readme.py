@@ -34,7 +34,7 @@ def test_ci_runs_the_second_command_of_readme():
 
 def test_the_report_is_the_one_that_is_printed(capsys):
     blocks = re.findall(r"```(?:python|text)\n(.*?)```", README, re.S)
-    place = next(index for index, block in enumerate(blocks) if "print(render(" in block)
+    place = next(index for index, block in enumerate(blocks) if "print(lowered.report)" in block)
     exec(blocks[place], {})
     printed, shown = comparable(capsys.readouterr().out), comparable(blocks[place + 1])
     assert printed.startswith(shown)
