@@ -1,6 +1,11 @@
-"""What is done around the import of a module, in this process, whoever imports it: ``around`` and ``after``.
+"""Hooks on the import of a module by name, in this process, whoever imports it.
 
-Modules that others reload (vllm-ascend reloads npugraph_ex's compiler) come by again.
+- ``around``: a context manager that the module's code runs inside of.
+- ``after``: a function that gets the module when its code has run.
+- ``provide``: a module that no file holds.
+
+A module that is reloaded (vllm-ascend reloads npugraph_ex's compiler) goes through its hooks again. Used by the plugin
+of vLLM and by the simulator.
 """
 
 from __future__ import annotations

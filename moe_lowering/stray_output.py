@@ -1,9 +1,9 @@
 """Keeps away the lines "None" that torch_npu prints, and nothing else.
 
 The meta function of ``npu_moe_init_routing_v2`` in torch_npu 2.13 (op_plugin/meta/_meta_registrations.py) has a
-``print(x_dtype)``
-that was left in: each fake call of the operator with a scale and without quantisation prints a line. That module gets a ``print``
-of its own, which leaves out a call with nothing but the local ``x_dtype`` of the function that calls it.
+leftover ``print(x_dtype)``: each fake call of the operator with a scale and without quantisation prints a line. That
+module gets a ``print`` of its own, which leaves out a call with nothing but the local ``x_dtype`` of the function that
+calls it.
 """
 
 from __future__ import annotations

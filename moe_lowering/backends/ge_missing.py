@@ -1,4 +1,7 @@
-"""Which operators of a graph torchair has no converter for, found before it looks, and named with the line of the model.
+"""Find the operators of a graph that torchair's GE mode cannot convert, before torchair fails at one of them.
+
+``require_converters`` raises one error that names each such operator, why it has no GE converter, and the line of the
+model that it comes from.
 
 Contract. Reads the graph, never edits it. Source: wheel.fx2ge: _parse_node_internal, get_or_auto_gen_converter.
 """

@@ -1,4 +1,7 @@
-"""Completion of the command in a shell, by argcomplete where it is installed (the extra ``completion``)."""
+"""Completion of ``moe-lowering`` with TAB in a shell, by argcomplete where it is installed (the extra ``completion``).
+
+argcomplete knows commands and options from the parser; the names of models and SoCs are added here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Files that commands write: checked before anything is started, and written whole or not at all. Imports no torch."""
+"""Files that commands write: the path is checked before any work, and a file is written whole or not at all.
+
+``add_html`` adds the option ``--html``. Imports no torch.
+"""
 
 from __future__ import annotations
 

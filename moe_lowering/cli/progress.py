@@ -1,7 +1,7 @@
-"""What a command is doing, on stderr: lines for a person who waits, none where stderr is no terminal.
+"""Lines on stderr that say what a command is doing, for a person who waits; none where stderr is no terminal.
 
-A command that is done within two seconds says nothing. After them each message is a line; before, only the last one is shown,
-when they are over.
+For the first two seconds nothing is printed. Then the latest message is, and from there on every message; so a command
+that is done within two seconds prints nothing.
 """
 
 from __future__ import annotations

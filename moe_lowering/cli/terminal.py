@@ -1,7 +1,7 @@
-"""What the terminal can show: its width, and whether words may be coloured. Imports no torch.
+"""What the terminal can show: its width, and whether text may be coloured. Imports no torch.
 
-NO_COLOR and FORCE_COLOR are those of no-color.org and force-color.org: set, and not empty. A terminal that calls itself "dumb"
-understands no escapes.
+NO_COLOR and FORCE_COLOR are read as no-color.org and force-color.org say: they count when they are set and not empty. A
+terminal with TERM=dumb gets no colours.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
-"""Smooth scales, which multiply tokens and activations before they become int8: the checks of ``dispatch`` and ``grouped_mlp``.
+"""``check_smooth``: the check of smooth scales that ``dispatch`` and ``grouped_mlp`` share.
 
-Source: ops_transformer.dispatch: scales, (moeExpertNum, H); op_plugin.dequant_swiglu_quant: quant_scale, a line for each group.
+Smooth scales are float32 factors that tokens and activations are multiplied by before they become int8.
+
+Source: ops_transformer.dispatch: scales, (moeExpertNum, H); op_plugin.dequant_swiglu_quant: quant_scale, a line for
+each group.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """``single_changes``: which one change of the deployment or the block would make a refused implementation legal.
 
-Each candidate is one other value of one field; the whole block is judged again with it, so what is said was tried and is not
-read off a message. Where several values of a field would do, it is the nearest. Numbers of tokens and ranks and the HCCL window
-are searched, and words are those of ``vocabulary``.
+A candidate is another value of one field: HCCL window, weight format, fused mode, an installed provider, quantisation,
+dtype, capture, MC2 in two levels, EP size, SoC, tokens. The block is judged again with each, so a change that is
+reported was tried and is not read off a message. Where several values of a field would do, the nearest is reported; for
+tokens it is the largest, by bisection.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""``tabulate``: the choice for a block in many deployments, as rows of one table.
+"""``tabulate``: which implementation is chosen for a block in many deployments, as rows of one table.
 
-A row is a deployment and a range of T with one choice. Its figures are those at the most tokens of the range, where buffers and
-HCCL windows are largest.
+Each row is a deployment and a range of T (tokens of a rank) with one choice. Its figures are those at the most tokens
+of the range, where buffers and HCCL windows are largest. ``choices_around`` makes the rows around one deployment, for a
+picture.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the pass may assume of a vLLM that serves on vllm-ascend: its configuration and its groups as a ``Deployment``.
+"""The ``Deployment`` of a vLLM process on vllm-ascend, from vLLM's configuration and process groups.
 
-``Deployment.detected`` says what was taken from where, beside what ``Deployment.from_groups`` reads of the machine.
+``Deployment.detected`` names, for each field that comes from vLLM, the setting that it was read from.
 """
 
 from __future__ import annotations

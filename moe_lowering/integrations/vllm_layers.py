@@ -1,8 +1,9 @@
-"""A MoE layer of vllm-ascend: whether it can be written with the generic operators, and how.
+"""MoE layers of vllm-ascend: whether one can be written with the generic operators, and the change that makes it so.
 
-Read of a layer (``AscendFusedMoE``, vllm-ascend 0.23.0) after its weights are loaded. What is not known here is not guessed: the
-layer then keeps vllm-ascend's operator, and ``Refused`` says why. Meaning of the attributes: vllm-ascend's
-``ops/fused_moe/fused_moe_0_23_0.py`` (``forward_impl``), ``experts_selector.py`` and ``moe_mlp.py``.
+``read_layer`` says whether, ``take_over`` changes the layer. A layer (``AscendFusedMoE``, vllm-ascend 0.23.0) is read
+after its weights are loaded. Nothing is guessed: a layer with a feature that is not known here keeps vllm-ascend's
+operator, and ``Refused`` says why. Meaning of the attributes: vllm-ascend's ``ops/fused_moe/fused_moe_0_23_0.py``
+(``forward_impl``), ``experts_selector.py`` and ``moe_mlp.py``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Whether the pass would lower a layer in every graph that vLLM compiles: asked before the layer is taken over.
+"""Would the pass lower a layer in every graph that vLLM compiles? Asked before the layer is taken over.
 
-A layer that is taken over traces to the generic operators, which no device runs: where the pass then chose nothing, the engine
-could not start. So the pass's own ``decide`` is asked first, of the record that the layer would have in the graph, for each
-compile range and size of vLLM's configuration.
+A layer that is taken over traces to the generic operators, which no device runs: if the pass then chose no
+implementation, the engine could not start. So the pass's own ``decide`` is asked first, with the record that the layer
+would have in the graph, for each compile range and compile size of vLLM's configuration.
 """
 
 from __future__ import annotations

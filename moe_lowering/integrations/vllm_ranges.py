@@ -1,9 +1,10 @@
-"""The token counts that vLLM runs a compiled graph with, told to the graph's ShapeEnv while the pass runs.
+"""Tell a graph's ShapeEnv, while the pass runs, which token counts vLLM will run the graph with.
 
-vLLM compiles for a range of token counts and drops dynamo's guards (``vllm/compilation/backends.py``, ``piecewise_backend.py``):
-a graph that was traced for two tokens or more, as dynamo always does, or for more than one token on each TP rank, which its
-views ask for, runs with one token too. What the pass proves, and what the graph then refuses, must hold for the range that vLLM
-means. Token counts are the only sizes that vLLM leaves open.
+vLLM compiles a graph for a range of token counts and drops dynamo's guards (``vllm/compilation/backends.py``,
+``piecewise_backend.py``). Dynamo assumes two tokens or more, or more than one on each TP rank where views ask for it;
+vLLM runs the same graph with one token too. So the lower bounds that dynamo assumed are replaced by vLLM's: what the
+pass proves, and what the graph refuses, must hold for vLLM's range. Token counts are the only sizes that vLLM leaves
+symbolic.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loading a model from safetensors, of its experts only those that a rank keeps (``load.load_experts``)."""
+"""Loading a model from safetensors, with only those experts that a rank keeps: ``load_experts``."""
 
 from moe_lowering.loading.files import CheckpointError
 from moe_lowering.loading.load import load_experts

@@ -1,4 +1,4 @@
-"""Safetensors files, read a piece at a time into memory of the caller: nothing is mapped, and nothing but the piece is held.
+"""Safetensors files, read piece by piece into the caller's memory: no file is mapped, only the piece is in memory.
 
 ``open_checkpoint`` reads the index and every header, and checks them against the files, before any tensor is read.
 Source: safetensors.readme: "Format", eight bytes of header length, the header as JSON, then the tensors.

@@ -1,8 +1,10 @@
-"""``load_experts``: a model on device meta gets its weights from safetensors, of the experts only this rank's.
+"""``load_experts``: fill a model on device meta from safetensors, with only this rank's experts.
 
-1. plan: every key of the checkpoint finds its parameter, and every parameter its keys, from headers alone; shapes and dtypes
-   are checked with tensors on device meta. 2. buffers that no checkpoint has are made. 3. read: pieces go straight to where
-   they stay, expert by expert, laid out as ``shard_experts`` does. 4. assign. What fails before 4 leaves the model on meta.
+1. Plan: each key of the checkpoint is matched with its parameter, and each parameter with its keys, from headers alone;
+   shapes and dtypes are checked with tensors on device meta.
+2. Buffers that no checkpoint has are made.
+3. Read: pieces go straight into the tensors that stay, expert by expert, in the layout of ``shard_experts``.
+4. Assign the tensors to the model. What fails before this step leaves the model on meta.
 """
 
 from __future__ import annotations

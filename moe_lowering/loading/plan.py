@@ -1,6 +1,7 @@
-"""Which keys of a checkpoint make which parameter of a model, checked from headers alone, and the pieces that it is made of.
+"""Which keys of a checkpoint make which parameter of a model, and how the pieces are read.
 
-Shapes are those of the operations' results for tensors on device meta, so that nothing is read before all is right.
+``make_plan`` checks everything from headers alone: transformers' operations run on tensors on device meta, and the
+shapes of their results are compared with the model's. ``fill_expert`` and ``read_whole`` then read the values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``graph_nodes``: nodes of a graph as records for reports."""
+"""``graph_nodes``: the nodes of a block as records (``report.graphs.GraphNode``), so that a report holds no graph."""
 
 from __future__ import annotations
 

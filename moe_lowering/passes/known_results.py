@@ -1,9 +1,9 @@
-"""``known_result``: values of operators whose result follows from their first argument, without running them.
+"""``known_result``: the fake values of a few operators, made from their first argument without running the operator.
 
-With symbolic sizes an operator's fake kernel takes 0.5 to 7 ms (sizes, strides and storage are compared and multiplied as
-expressions, and every broadcast asks for a proof); the value made here takes 0.1 to 0.2. Only results on contiguous
-tensors whose first size alone is symbolic are described; all others, and static ones, are computed. A test compares each
-entry with the operator, and strict mode runs the whole graph once more (``verifier.repropagate``).
+With symbolic sizes an operator's fake kernel takes 0.5 to 7 ms (sizes, strides and storage are compared and multiplied
+as expressions, and every broadcast asks for a proof); a value made here takes 0.1 to 0.2 ms. Only results on contiguous
+tensors whose first size alone is symbolic are described; for all others, and static ones, the operator is asked. A test
+compares each entry with the operator, and strict mode runs the whole graph once more (``verifier.repropagate``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Whether operations may run on another stream than the block: pure, without an exchange, with nothing unsafe between."""
+"""Checks of ``overlap``: may the operators of a shared expert be moved to a stream beside the block?
+
+They must be pure and without an exchange between ranks, and nothing that they are moved past may be a scope, an event,
+or an operator that writes. ``CODES`` has every reason why a shared expert stays in plain order.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +47,7 @@ _UNSAFE_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_outp
 
 
 class Refused(Exception):
-    """A key of ``CODES``, and what to say beside it. Never leaves this module."""
+    """A key of ``CODES``, and what to say beside it. ``overlap`` catches it and leaves the block in plain order."""
 
     def __init__(self, code: str, more: str = "") -> None:
         super().__init__(f"[{code}] {CODES[code]}{f': {more}' if more else ''}")

@@ -1,8 +1,10 @@
-"""The numbers of tokens that a graph runs with: what a choice rests on is asserted in it, and a block that this rank must
-not run beside the other ranks makes it refuse.
+"""The range of T (tokens of a rank) that a lowered graph accepts, enforced in the graph by ``assert_tokens``.
 
-Contract. ``assert_tokens`` is emitted once per range of one T, in front of what rests on it. An entry that went with the
-edits of a block is forgotten (``forget``), so that the next block brings its own.
+It refuses any T outside of the range that a choice rests on. It also refuses any T with which this rank leaves a block
+that other ranks may have lowered, since the ranks would wait for each other.
+
+Contract. ``assert_tokens`` is emitted once for each range of one T, in front of what rests on it. When a block's edits
+are taken back, its ``assert_tokens`` go too and are forgotten here (``forget``), so that the next block emits its own.
 """
 
 from __future__ import annotations
@@ -82,9 +84,8 @@ class TokenBounds:
         """After the block is rewritten, or left because no size nearby is legal; never for one that was undone."""
         try:
             request_guard(block.spec.tokens, interval)
-        except (
-            Exception
-        ):  # the graph refuses sizes outside of its range itself: without the guard it only recompiles less
+        except Exception:
+            # The graph itself refuses sizes outside of its range: without the guard they are refused, not recompiled for
             log_warning("moe_lowering: no guard on %s could be requested for %s", interval, block.name)
 
     def refuse_to_run(self, block: Block, refusal: Refusal) -> None:

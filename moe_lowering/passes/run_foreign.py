@@ -1,4 +1,8 @@
-"""The layers of one graph that others wrote: which are to be raised, which were recognised and are left, what else remains."""
+"""The MoE layers of one graph that are not written with the generic operators, during one run of the pass.
+
+``find``: those to be raised to the generic operators; others that were recognised are reported and left. ``remaining``:
+what is still in the graph at the end.
+"""
 
 from __future__ import annotations
 

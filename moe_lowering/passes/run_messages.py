@@ -1,6 +1,6 @@
-"""What one run of the pass says: warnings in the log, reasons of errors that nobody expected, the user's names of sizes.
+"""What one run of the pass says: warnings in the log, reasons for unexpected errors, the user's names of sizes.
 
-Contract. None of these raises: what is said must not fail a compile.
+Contract. None of these raises: a message must not fail a compile.
 """
 
 from __future__ import annotations

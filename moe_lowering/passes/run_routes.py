@@ -1,5 +1,7 @@
-"""The routings of one graph, written with the generic ``route`` or raised from a model's own operators: each is judged once
-for equal ones, lowered, and reported.
+"""The routings of one graph, during one run of the pass.
+
+They are calls of the generic ``route``, and routers raised from a model's own operators. Each is judged (equal ones
+once), lowered, and reported.
 """
 
 from __future__ import annotations

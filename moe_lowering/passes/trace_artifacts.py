@@ -1,6 +1,6 @@
-"""What ``TORCH_TRACE`` records of a pass, for tlparse: the report, and the graph before and after it.
+"""What the pass adds to a trace that ``TORCH_TRACE`` takes, for tlparse: its report, and the graph before and after.
 
-Nothing is written down, and nothing costs, where no trace is taken. A failure here must not fail a compile.
+Without a trace nothing is written and no graph is printed. A failure here must not fail a compile.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The nodes of a block before and after it was lowered, as records and as text. They hold no graph and keep none alive."""
+"""``GraphNode``: one node of a block, before or after lowering, as reports have it. It keeps no graph alive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a lowered graph still has, as reports have it: MoE layers that were not raised, and what keeps it from being captured."""
+"""Records of what is left in a lowered graph: MoE layers that were not raised, and what prevents its capture."""
 
 from __future__ import annotations
 

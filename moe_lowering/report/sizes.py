@@ -1,4 +1,4 @@
-"""Sizes of a block as reports have them: numbers or symbols with the user's names, and the window that they need."""
+"""Records of a lowered block's sizes, as numbers or symbols with the user's names, and of the HCCL window it needs."""
 
 from __future__ import annotations
 

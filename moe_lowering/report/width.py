@@ -1,4 +1,4 @@
-"""The columns that reports are wrapped to: 100, or what a command found its terminal to have (``use_width``)."""
+"""Wrapping of reports: to 100 columns, or to what a command sets for its terminal (``use_width``)."""
 
 from __future__ import annotations
 

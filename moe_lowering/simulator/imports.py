@@ -1,8 +1,9 @@
 """The simulator behind ``import torch_npu``, in programs that know nothing of it and in the processes that they start.
 
-``moe-lowering simulate -- python serve.py`` runs a program with the variable ``MOE_LOWERING_SIMULATOR`` (a SoC) and the folder
-``startup`` on PYTHONPATH; each Python process then calls ``install``. Nothing is imported for it: a process that never imports
-torch_npu pays nothing. What happens at which import stands in ``AROUND`` and ``PROVIDED``.
+``moe-lowering simulate -- python serve.py`` runs a program with the variable ``MOE_LOWERING_SIMULATOR`` (a SoC) and the
+folder ``startup`` on PYTHONPATH. Its ``sitecustomize`` calls ``install`` in each Python process, which only sets import
+hooks: a process that never imports torch_npu pays nothing. ``AROUND`` and ``PROVIDED`` say what is done at the import
+of which module.
 """
 
 from __future__ import annotations

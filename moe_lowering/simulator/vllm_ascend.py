@@ -1,8 +1,11 @@
-"""What vllm-ascend needs beside torch_npu: the libraries that its compiled operators link to, kernels for those operators, and
-what it writes in Triton.
+"""What vllm-ascend needs of the simulator beside torch_npu.
 
-The operators' schemas and meta kernels are those of the real library, ``vllm_ascend_C``. The stand-ins are built from what it
-needs, as ``standins`` does; an operator without a kernel here fails, as its aclnn entry is not in ``libopapi.so``.
+That is CANN libraries that its compiled operators link to, kernels for those operators, and a stand-in for a kernel
+that it writes in Triton (``SlotMapping``).
+
+The operators' schemas and meta kernels are those of the real library, ``vllm_ascend_C``. The libraries are built with
+the symbols that it lacks, as in ``standins``; an operator without a kernel here fails, as its aclnn entry is not in
+``libopapi.so``.
 """
 
 from __future__ import annotations

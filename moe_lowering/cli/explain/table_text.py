@@ -1,4 +1,7 @@
-"""The rows of ``explanation.table`` as text for a person: wrapped to ``report_width``, coloured on request."""
+"""What ``moe-lowering explain`` prints for several deployments: one entry for each row of ``explanation.table``.
+
+Lines are wrapped to ``report_width``, and coloured on request.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Pages of ``--html``: one file each, which needs no network and no script.
+"""The pages that ``--html`` writes: each is one file, without scripts, and loads nothing from the network.
 
-- ``page``: elements, escaped, and the page around them.
-- ``graph_drawing``, ``choice_drawing``: the pictures, as SVG.
-- ``lower_page``, ``explain_page``: what a command found.
+- ``page``: HTML elements with their text escaped, and the document around them.
+- ``parts``: tables that several pages have.
+- ``graph_drawing``, ``choice_drawing``: pictures, as SVG.
+- ``lower_page``, ``explain_page``: the page of each command.
 """

@@ -1,4 +1,8 @@
-"""The choice over tokens and EP sizes as SVG: a line for each EP size, a field for each range of T with one choice."""
+"""An SVG picture of which implementation is chosen, by tokens and EP size, for the pages of ``--html``.
+
+Each EP size is a line; on it each range of T (tokens of a rank) with one choice is a box in the colour of that
+implementation.
+"""
 
 from __future__ import annotations
 

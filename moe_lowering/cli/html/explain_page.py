@@ -1,4 +1,4 @@
-"""The page of ``explain --html``."""
+"""The page of ``explain --html``: ``explain_page`` for one deployment, ``table_page`` for several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A block's nodes as an SVG graph: each below all that it reads, edges from what is read to who reads it."""
+"""An SVG picture of a block's nodes: each is a box below all boxes that it reads, with an edge from each of them."""
 
 from __future__ import annotations
 

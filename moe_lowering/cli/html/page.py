@@ -1,4 +1,4 @@
-"""Elements of a page as text, everything in them escaped, and the page around them. It refers to nothing outside."""
+"""HTML as text: elements with their text escaped, tables, lists, bars, colours, and a document that loads nothing."""
 
 from __future__ import annotations
 

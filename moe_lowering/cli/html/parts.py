@@ -1,4 +1,4 @@
-"""Parts that pages share: verdicts, costs with bars, broken rules, and a row for each deployment."""
+"""Tables that several pages of ``--html`` have: verdicts with broken rules, costs with bars, deployments."""
 
 from __future__ import annotations
 

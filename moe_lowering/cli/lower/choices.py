@@ -1,4 +1,7 @@
-"""The choice over tokens and EP sizes for the model of a ``lower`` command, for its page: from its config, nothing is built."""
+"""The rows behind the picture on the page of ``lower --html``: which implementation is chosen, by tokens and EP size.
+
+They come from the config of the model that the command lowers; no model is built.
+"""
 
 from __future__ import annotations
 

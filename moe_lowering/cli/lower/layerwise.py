@@ -1,13 +1,15 @@
-"""Equal layers of a model are lowered once: what ``lower --fake`` does unless ``--whole`` asks for the graph of the whole model.
+"""Lower one layer of each kind in place of a whole model: what ``lower --fake`` does unless ``--whole`` is given.
 
-1. A unit is a module of a list that holds MoE modules: a decoder layer. Units are of one kind where nothing that can be seen
-   differs: classes, names, shapes and dtypes of tensors, and settings, but for the index of the layer.
-2. The model runs under fake tensors, without dynamo, up to the last unit that is the first of its kind; what each of those
-   is called with is kept.
-3. Each is traced and lowered alone with that, as ``layer.compile()`` would; its report stands for all of its kind.
+1. A unit is an entry of a list of modules that holds MoE modules: a decoder layer. Two units are of one kind where
+   nothing that can be seen differs, except the index of the layer: classes, names, shapes and dtypes of tensors,
+   settings.
+2. The model runs under fake tensors, without dynamo, until the first unit of every kind has been called; the arguments
+   of these calls are kept.
+3. The first unit of each kind is traced and lowered alone with its arguments, as ``layer.compile()`` would do it. Its
+   report stands for all units of its kind.
 
-None of it guesses: where a model has no such units, or cannot be run so, the answer says why, and the whole graph is traced.
-What is not in a unit (embedding, head, layers without experts) is not looked at.
+Nothing is guessed: where a model has no such units, or cannot be run so, the caller (``fake``) says why and traces the
+whole graph. What is in no unit (embedding, head, layers without experts) is not looked at.
 """
 
 from __future__ import annotations

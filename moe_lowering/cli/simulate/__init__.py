@@ -1,1 +1,1 @@
-"""``moe-lowering simulate``."""
+"""``moe-lowering simulate``: runs a program on the simulator, without a change to the program."""

@@ -1,4 +1,4 @@
-"""Carries out ``moe-lowering simulate``: prepares the simulator's libraries, and becomes the program."""
+"""Carries out ``moe-lowering simulate``: builds the simulator's libraries, then becomes the program."""
 
 from __future__ import annotations
 

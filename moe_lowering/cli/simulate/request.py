@@ -1,4 +1,4 @@
-"""The record of one ``simulate`` command. Imports no torch."""
+"""The record of one ``simulate`` command, as its parser makes it. Imports no torch."""
 
 from __future__ import annotations
 

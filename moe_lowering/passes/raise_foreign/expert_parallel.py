@@ -1,11 +1,12 @@
-"""transformers' expert parallelism without an exchange of tokens (``AllReduceEP``): every rank has all tokens, computes its own
-experts, and the results are added up.
+"""transformers' expert parallelism without an exchange of tokens (``AllReduceEP``), raised to a block over all ranks.
+
+Every rank has all tokens, computes its own n experts, and the results are added up:
 
     off = ids // n != rank;  own = where(off, n, ids % n);  w = masked_fill(weights, off, 0)
-    y = all_reduce(experts(x, own, w))                                  n experts on each rank
+    y = all_reduce(experts(x, own, w))
 
-is a block over all ranks, whose tokens are the same on those of a TP group that is the EP group: what ``combine`` gives is
-complete on all of them. Proven: the three lines, with this rank's place and the group of the deployment; that the ids are
+This is a block over all ranks whose TP group is its EP group: all of them have the same tokens, and ``combine`` gives the
+complete result on each. Proven: these lines, with this rank's place and the group of the deployment; that the ids are
 chosen among exactly n * ranks experts; that nothing but the sum over the ranks reads a rank's own result.
 Source: transformers.expert_parallel, transformers.moe: AllReduceEP, ids past the last expert.
 """

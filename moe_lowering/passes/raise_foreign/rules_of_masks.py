@@ -1,8 +1,9 @@
-"""Rules of ids that may be past a rank's experts: which slots those are, their rows set to zero, their ids clamped.
+"""Rules for ids past the last expert of a rank: a mask of their slots, zeros in their rows or weights, clamped ids.
 
-transformers writes them under its expert parallelism, where an id that is no expert of this rank is the number of its experts.
-Each is the identity where all ids are experts. That is what a reader takes it for, and what ``Reader.bounds`` notes: whoever
-makes a block of it must prove the ids to be in range, or to be marked so on purpose (``expert_parallel``).
+A slot is a pair of a token and one of its k choices. Under expert parallelism transformers gives a slot whose expert is
+on another rank the number of this rank's experts as its id. The rules take each operator for the identity, which is
+true only while all ids are experts; each adds to ``Reader.bounds`` what it assumed. Who makes a block of the result
+must prove that the ids are in range, or that they were put out of it on purpose (``expert_parallel``).
 """
 
 from __future__ import annotations

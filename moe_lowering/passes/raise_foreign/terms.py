@@ -1,7 +1,8 @@
-"""The words in which foreign forms are proven: axes, and what elements of a value are in terms of tokens, choices and experts.
+"""Records of what the elements of a value are, for layers that others wrote: ``Axis`` and the subclasses of ``Term``.
 
-Terms are records without rules: two nodes compute the same where their terms are equal. Which dimension runs over which axes
-is told by the value that a term is of (``meanings.py``).
+A slot is a pair of a token and one of its k choices. "In order of experts" means slots sorted by their expert's id. Two
+nodes compute the same where their terms are equal. Terms know no rules, and no layout: along which axes the dimensions
+of a tensor run is in the ``Value`` around a term (``meanings``).
 """
 
 from __future__ import annotations

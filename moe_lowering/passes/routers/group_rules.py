@@ -1,4 +1,4 @@
-"""The operators with which routers drop groups of experts, and those that change no element, as rules of ``router_meaning``."""
+"""Rules of ``meaning`` for operators that drop groups of experts, for casts and views, and for constant tensors."""
 
 from __future__ import annotations
 

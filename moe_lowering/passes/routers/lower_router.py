@@ -1,4 +1,8 @@
-"""Find the routers that a model wrote with its own operators, and lower one: the operator, or left as it was."""
+"""What a run of the pass calls for routers in a model's own operators.
+
+``find_routers`` finds those of a graph; ``lower_router`` replaces a router by the device's operator, or leaves it as it
+was; the report says which, and why.
+"""
 
 from __future__ import annotations
 

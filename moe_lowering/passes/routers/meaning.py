@@ -1,9 +1,10 @@
-"""What nodes of a graph hold, in terms of a router, by rules for operators; the rules are ``rules`` and
-``group_rules``.
+"""``Meaning``: what each node of a graph holds, as a record of ``values``, by a rule for each operator.
 
-Contract. ``Meaning.of`` reads the graph and never edits it, and gives ``Opaque`` for whatever it does not know. A rule holds
-for every value that its arguments may have, but for what the notes of ``match_router`` say of equals. What a rule needs and
-does not find it says as the ``why`` of an ``Opaque``, where it is a router's.
+The rules are in ``rules`` and ``group_rules``.
+
+Contract. ``Meaning.of`` reads the graph and never edits it, and gives ``Opaque`` for whatever it does not know. A rule
+holds for every value that its arguments may have, except among equal scores (see the notes of ``match_router``). A rule
+that fails at something of a router's gives an ``Opaque`` whose ``why`` says what is missing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Whether a selection of experts and weights at it are what ``route`` computes, and with which arguments.
+"""Whether a selection of experts and the weights at it are what ``route`` computes, and with which arguments.
 
-``router_values`` says what the records mean; what stays open among equal scores, the notes of ``match_router``.
+``differs`` says whether, ``spec_of`` with which arguments. The records are explained in ``values``; the notes of
+``match_router`` say what stays open among equal scores.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the report says of routers: what each was, what it became, or why it stays."""
+"""The report's records of routers: what each was written with, what it became, or why it stays."""
 
 from __future__ import annotations
 

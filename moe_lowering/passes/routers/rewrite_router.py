@@ -1,9 +1,9 @@
-"""Replace a router that a model wrote with its own operators by what ``route`` becomes.
+"""Replace a router that a model wrote with its own operators by the operators that ``route`` becomes.
 
-Before: ``Route`` with ``raised``. After: the operator where the selection stood, its weights in the dtype that the model's
-had, its ids as the model's readers take them: int64, or int32 where they would cast them to that. Nodes of the router that
-nobody reads any more are gone; logits and scores that others read stay. Each result is compared with what it stands for
-before anything is erased.
+Before: a ``Route`` whose ``raised`` is set, from ``match_router``. After: the operator stands where the selection
+stood. Its weights have the dtype of the model's; its ids are int64, or int32 for readers that would cast them to that.
+Nodes of the router that nobody reads any more are gone; logits and scores that others read stay. Each result is
+compared with what it replaces before anything is erased.
 """
 
 from __future__ import annotations

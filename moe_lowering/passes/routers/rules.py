@@ -1,4 +1,4 @@
-"""The operators that routers score, choose and weigh with, as rules of ``router_meaning``."""
+"""Rules of ``meaning`` for the operators with which routers score, choose and weigh experts."""
 
 from __future__ import annotations
 

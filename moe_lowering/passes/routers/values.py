@@ -1,8 +1,8 @@
-"""What the values of a router are, in terms of ``route``: scores, groups of them, masks, chosen ids, weights.
+"""Records of what a node of a router holds, in terms of ``route``: scores, groups of them, masks, chosen ids, weights.
 
-Each record says what one node of the graph holds, whatever came before it; rules (``rules``) give the record of a
-node from those of its arguments. A node without a rule, or whose rule does not hold, is ``Opaque``: a tensor of which
-nothing is known, which may still be someone's logits. So a router is proven by meaning and not by the order of nodes.
+``meaning`` makes the record of a node from those of its arguments, by the rule of its operator, so a router is proven
+by what it computes and not by the order of its nodes. A node without a rule, or whose rule does not hold, is
+``Opaque``: a tensor of which nothing is known; it may still be the logits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""npu_fused_infer_attention_score.out and its second version: attention into tensors that are given.
+"""npu_fused_infer_attention_score.out and its second version on device "npu": attention into the caller's tensors.
 
-The schema does not say that ``out`` is written, and there is no meta kernel, so the general kernel of the device cannot serve
-it: results go to the addresses of ``out``, now or at each replay, and ``out`` is what is returned.
+The schema does not say that ``out`` is written, and there is no meta kernel, so the general kernel of the device cannot
+serve it: results go to the addresses of ``out``, now or at each replay, and ``out`` is what is returned. Also here: the
+operators that ask for the size of a workspace.
 """
 
 from __future__ import annotations

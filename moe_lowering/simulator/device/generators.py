@@ -1,8 +1,9 @@
 """Generators of device "npu": where a random operator of the device takes its numbers from.
 
-torch_npu's generator is two numbers, a seed and how many numbers were drawn, and its kernels are the device's. Here each call
-draws from a generator of the CPU that is seeded with both, and moves the second one on: equal seeds give equal numbers, a state
-that is put back gives them again, and two calls differ. They are not the numbers of a device.
+torch_npu's generator is two numbers, a seed and a count of the numbers that were drawn; the kernels that use them run
+on a device. Here each call draws from a generator of the CPU that is seeded with both, and raises the count: equal
+seeds give equal numbers, a state that is put back gives them again, and two calls differ. They are not the numbers of a
+device.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""npugraph_ex and the garbage collector: no collection between its look at outputs and the reset of the pool they lie in.
+"""Keep Python's garbage collector from running inside two methods of npugraph_ex that it would make fail by chance.
 
-Before a graph of another size is captured, npugraph_ex asks weak references which outputs of earlier replays still live,
-keeps the addresses of their storages, and hands these to ``_npu_setCheckpointPoolState`` some time later. An output that only
-a reference cycle keeps (an exception's frames, an object that names itself) may be collected in between: the addresses are
-stale then, and torch_npu raises "Expected allocated_pointer != definitely_stale_pointers.end()", or reads freed memory, on a
-real NPU too. Here the collector waits, so that tests do not fail by chance.
+Before a graph of another size is captured, npugraph_ex asks weak references which outputs of earlier replays still
+live, keeps the addresses of their storages, and hands these to ``_npu_setCheckpointPoolState`` some time later. An
+output that only a reference cycle keeps (an exception's frames, an object that names itself) may be collected in
+between: the addresses are stale then, and torch_npu raises "Expected allocated_pointer !=
+definitely_stale_pointers.end()", or reads freed memory, on a real NPU too. Here the collector waits, so that tests do
+not fail by chance.
+
 Source: wheel.acl_graph: compile_for_graph_key and set_to_original_state_bofore_reconstruct.
 """
 

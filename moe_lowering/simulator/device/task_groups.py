@@ -1,12 +1,13 @@
-"""Captured operators that get other arguments before a replay: groups of tasks, and the external events that a graph waits for.
+"""Captured operators that get other arguments before a replay: task groups, and external events that a graph waits for.
 
-vllm-ascend captures attention this way (``full_graph_fia``): inside the capture the stream waits for an external event, resets
-it, and launches attention between ``graph_task_group_begin`` and ``graph_task_group_end``. A replay is started first; then, on
-another stream, the group is launched anew with this step's lengths (``graph_task_update_begin`` to ``graph_task_update_end``) and
-the event is recorded, which lets the graph go on.
+vllm-ascend captures attention this way (``full_graph_fia``): inside the capture the stream waits for an external event,
+resets it, and launches attention between ``graph_task_group_begin`` and ``graph_task_group_end``. A replay is started
+first; then, on another stream, the group is launched anew with this step's lengths (``graph_task_update_begin`` to
+``graph_task_update_end``) and the event is recorded, which lets the graph go on.
 
-Here a replay computes when it is started, so it stops at an event that is not recorded, and goes on, with what the update put on
-the tape, when it is. Launches behind a graph that has stopped would wait on a device; here they are refused.
+The simulator computes a replay at once, from its tape (the captured calls in order). So a replay stops at an event that
+is not recorded yet; an update replaces entries of the tape; when the event is recorded, the replay goes on with them.
+On a device, launches behind a graph that waits would wait too; here they are refused.
 """
 
 from __future__ import annotations

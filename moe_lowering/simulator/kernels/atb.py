@@ -1,8 +1,9 @@
-"""Operators of ``atb::``, CANN's transformer boost library, that write their arguments: rotary positions, the paged cache, the
-product that adds to float32.
+"""CPU kernels of operators of ``atb::`` (CANN's transformer boost library) that write their arguments.
 
-Meaning: ATB's documentation of RopeOperation, ReshapeAndCacheOperation and LinearOperation, and op-plugin's wrappers. torch_npu
-has no meta kernel for them: a capture records them, a graph that traces them needs one of its own.
+They are rotary positions, writes into the paged cache, and a matrix product that is added to a float32 tensor.
+
+Meaning: ATB's documentation of RopeOperation, ReshapeAndCacheOperation and LinearOperation, and op-plugin's wrappers.
+torch_npu has no meta kernel for them: a capture records them, and a graph that traces them must bring its own.
 """
 
 from __future__ import annotations

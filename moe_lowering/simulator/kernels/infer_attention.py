@@ -1,7 +1,10 @@
-"""npu_fused_infer_attention_score and its second version: attention over a packed batch, from a paged cache or from rows.
+"""CPU kernels of npu_fused_infer_attention_score and its second version.
 
-Meaning: torch_npu 2.13.0's documentation, aclnnFusedInferAttentionScoreV3; the form that vllm-ascend calls: layout TND, no
-quantisation, no prefix, no position bias. float32 inside, rounded once.
+They compute attention over a packed batch, with keys and values from a paged cache or from rows. Only the form that
+vllm-ascend calls: layout TND, no quantisation, no prefix, no position bias; others are refused. float32 inside, rounded
+once.
+
+Meaning: torch_npu 2.13.0's documentation, aclnnFusedInferAttentionScoreV3.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""npu_rms_norm, npu_add_rms_norm. Meaning: torch_npu 2.13.0's documentation, aclnnRmsNorm, aclnnAddRmsNorm."""
+"""CPU kernels of npu_rms_norm and npu_add_rms_norm.
+
+Meaning: torch_npu 2.13.0's documentation, aclnnRmsNorm, aclnnAddRmsNorm.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary positions of torch_npu: npu_rotary_mul, npu_interleave_rope, npu_apply_rotary_pos_emb.
+"""CPU kernels of torch_npu's rotary positions: npu_rotary_mul, npu_interleave_rope, npu_apply_rotary_pos_emb.
 
 Meaning: torch_npu 2.13.0's documentation, aclnnRotaryPositionEmbedding, aclnnInterleaveRope, aclnnApplyRotaryPosEmbV2.
 float32 inside, rounded once.

@@ -1,7 +1,8 @@
-"""Operators of vllm-ascend's own library (``_C_ascend``) that a served model calls beside those of torch_npu.
+"""CPU kernels of vllm-ascend's own operators (``_C_ascend``) that a served model calls beside those of torch_npu.
 
-Meaning: vllm-ascend 0.23.0, csrc/torch_binding.cpp and what its Python passes; each is an operator of torch_npu under another
-name, or with another argument. float32 inside, rounded once.
+Each is an operator of torch_npu under another name, or with another argument. float32 inside, rounded once.
+
+Meaning: vllm-ascend 0.23.0, csrc/torch_binding.cpp and what its Python passes.
 """
 
 from __future__ import annotations

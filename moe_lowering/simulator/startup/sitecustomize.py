@@ -1,5 +1,7 @@
-"""Read by Python when it starts, where ``moe-lowering simulate`` put this folder on PYTHONPATH: the program, and processes that
-it starts, find the simulator behind torch_npu (``moe_lowering.simulator.imports``). Another sitecustomize is read after it.
+"""Run by Python when it starts, where ``moe-lowering simulate`` has put this folder on PYTHONPATH.
+
+It installs the simulator's import hooks (``moe_lowering.simulator.imports``) in the program and in each Python process
+that it starts. Then the next sitecustomize on the path is run, which this one hides.
 """
 
 import os
