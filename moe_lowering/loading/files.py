@@ -163,9 +163,15 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(opened.read(length))
         header.pop("__metadata__", None)
         tensors = {key: _stored(key, file, about, 8 + length) for key, about in header.items()}
-        end = 8 + length + max((about["data_offsets"][1] for about in header.values()), default=0)
-        if end != size:
-            raise ValueError(f"its tensors end at byte {end}, and the file has {size}")
+        end = 0
+        for key, (begin, ends) in sorted(
+            ((key, about["data_offsets"]) for key, about in header.items()), key=lambda row: row[1]
+        ):
+            if begin != end:
+                raise ValueError(f"{key} begins at byte {begin} of the data, and what stands before it ends at {end}")
+            end = ends
+        if 8 + length + end != size:
+            raise ValueError(f"its tensors end at byte {8 + length + end}, and the file has {size}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{file}: is no complete safetensors file ({type(error).__name__}: {error})") from error
     return tensors

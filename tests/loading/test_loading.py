@@ -133,6 +133,20 @@ def damage(folder):
     file.write_bytes(struct.pack("<Q", 1 << 40) + file.read_bytes()[8:])
 
 
+def overlap(folder):
+    """A header by which the second tensor begins where the first one does."""
+    file = first_shard(folder)
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    places = sorted(about["data_offsets"] for key, about in header.items() if key != "__metadata__")
+    for about in header.values():
+        if about.get("data_offsets") == places[1]:
+            about["data_offsets"] = [0, places[1][1] - places[1][0]]
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
 EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
 PLAIN = "model.layers.0.self_attn.q_proj.weight"
 FAULTS = {
@@ -145,6 +159,7 @@ FAULTS = {
     "a shard without a key": (lambda f: change(f, PLAIN, lambda t: None), f"has no {PLAIN}, which model.safe"),
     "a shard cut short": (cut, "is no complete safetensors file"),
     "a damaged header": (damage, "its header would have 1099511627776 bytes"),
+    "tensors in one place": (overlap, "of the data, and what stands before it ends at"),
     "a damaged index": (lambda f: (f / INDEX).write_text("{}"), "is no index of safetensors (KeyError"),
     "an index that leads elsewhere": (
         lambda f: (f / INDEX).write_text('{"weight_map": {"a": "../b"}}'),

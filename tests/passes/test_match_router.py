@@ -107,6 +107,30 @@ def test_dynamic_tokens(name):
     assert [router.became for router in report.routers] == [GATING]
 
 
+COMPARED = {
+    "== 1": (torch.eq, 1, False),
+    "!= 0": (torch.ne, 0, False),
+    "== 0": (torch.eq, 0, True),
+    "!= 1": (torch.ne, 1, True),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("ones", [True, False], ids=["ones", "zeros"])
+def test_a_constant_mask_that_is_compared(name, ones):
+    """It drops all experts, which is no router, or none of them."""
+    compare, number, drops_none_of_ones = COMPARED[name]
+
+    def router(logits, bias):
+        scores = logits.float().softmax(-1)
+        mask = torch.ones_like(scores) if ones else torch.zeros_like(scores)
+        ids = scores.masked_fill(compare(mask, number), 0.0).topk(4, -1)[1]
+        return scores.gather(1, ids), ids
+
+    (found,) = lower(trace(router, logits_of())).routers
+    assert (found.became is not None) == (drops_none_of_ones == ones), found
+
+
 def test_a_write_in_place():
     """Scores that are written between the selection and the weights; the twin writes before anything reads them."""
 

@@ -227,6 +227,9 @@ def test_positions_have_a_part_of_their_own():
     close(y[:10], batch.reference()[0], torch.float32)
 
 
+ROWS = torch.zeros(12, KV_HEADS, 8)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -240,8 +243,19 @@ def test_positions_have_a_part_of_their_own():
         ({"block_size": 8}, "block_size is 8; accepted: that of the cache"),
         ({"query_rope": torch.zeros(12, HEADS, 2)}, "key_rope is None; accepted: a tensor, as query_rope is one"),
         (
-            {"antiquant_scale": torch.ones(1)},
-            "antiquant_scale is given; the CPU kernel computes only: none of quantisation",
+            {"sparse_mode": 4, "pre_tokens": 3, "next_tokens": 2},
+            "next_tokens is 2; the CPU kernel computes only: 0 with",
+        ),
+        *(
+            ({"antiquant_scale": scale}, "antiquant_scale is given; the CPU kernel computes only: none of quantisation")
+            for scale in (torch.ones(1), torch.zeros(1), torch.ones(3))
+        ),
+        *(
+            (
+                {"block_table": None, "key": ROWS, "value": ROWS, "actual_seq_lengths_kv": ends},
+                "actual_seq_lengths_kv is .* never",
+            )
+            for ends in ([9, 3, 10], [9, 10, 13])
         ),
     ],
 )

@@ -77,6 +77,15 @@ def test_an_update_launches_the_same_operators():
     assert case.y.tolist() == [0.0, 10.0]
 
 
+def test_a_group_is_its_own_when_an_older_graph_is_gone():
+    first, second = Captured(), Captured()
+    first.graph.reset()
+    Captured()  # its group must not take the place of the second one's
+    second.graph.replay()
+    second.update(lambda: second.launch(second.other))
+    assert second.y.tolist() == [30.0, 20.0]
+
+
 def test_a_group_outside_of_a_capture_is_refused():
     stream = torch.npu.current_stream()
     with pytest.raises(RuntimeError, match="begins outside of a capture"):

@@ -124,7 +124,11 @@ def _compared(meaning: Meaning, node: Node) -> Value | None:
     value, number = meaning.of(node.args[0]), node.args[1]
     if not is_number(number) or number not in (0, 1):
         return None
-    return value if (name_of(node) == "eq") == (number == 1) and isinstance(value, Mask) else _flipped(value)
+    if isinstance(value, Const):
+        return Const(float((value.number == number) == (name_of(node) == "eq")))
+    if not isinstance(value, Mask):
+        return None
+    return value if (name_of(node) == "eq") == (number == 1) else _flipped(value)
 
 
 def _flipped(value: Value) -> Value | None:
@@ -269,5 +273,6 @@ def _ones(meaning: Meaning, node: Node) -> Value | None:
 
 @rule("full", "full_like", "new_full", "scalar_tensor")
 def _full(meaning: Meaning, node: Node) -> Value | None:
-    number = node.args[0 if name_of(node) == "scalar_tensor" else 2 if name_of(node) == "new_full" else 1]
+    places = {"scalar_tensor": (0, "s"), "new_full": (2, "fill_value")}
+    number = arg(node, *places.get(name_of(node), (1, "fill_value")))
     return Const(float(number)) if isinstance(number, (int, float)) else None

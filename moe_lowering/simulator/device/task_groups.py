@@ -13,6 +13,7 @@ On a device, launches behind a graph that waits would wait too; here they are re
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 from moe_lowering.simulator.device.tape import Tape
@@ -66,6 +67,9 @@ class TaskGroups:
 
     def __init__(self) -> None:
         self.groups = dict[int, Group]()
+        self._handles = itertools.count(
+            1
+        )  # 0 says that there is none; those of graphs that are gone are not used again
         self.open: Group | None = None
         self.update: Update | None = None
         self.waiting: Waiting | None = None
@@ -82,7 +86,7 @@ class TaskGroups:
         if self.open is None:
             return 0
         self.open.end = len(self.open.tape.entries)
-        handle = len(self.groups) + 1
+        handle = next(self._handles)
         self.groups[handle], self.open = self.open, None
         return handle
 

@@ -84,7 +84,7 @@ def _read_call(operator: str, arguments: dict[str, Any]) -> AttentionCall:
     others = {
         name: value
         for name, value in given.items()
-        if name not in AttentionCall._fields and name not in WITHOUT_EFFECT and value not in (None, 0)
+        if name not in AttentionCall._fields and name not in WITHOUT_EFFECT and not _is_left_out(value)
     }
     if others:
         refuse_unsimulated(
@@ -95,6 +95,10 @@ def _read_call(operator: str, arguments: dict[str, Any]) -> AttentionCall:
         refuse_unsimulated(operator, "input_layout", repr(call.input_layout), repr(LAYOUT))
     if call.sparse_mode not in (WHOLE, CAUSAL, BAND) or (call.sparse_mode == WHOLE and call.atten_mask is not None):
         refuse_unsimulated(operator, "sparse_mode", call.sparse_mode, "0 without a mask, 3 (causal), 4 (a window)")
+    if call.sparse_mode == BAND and call.next_tokens:
+        refuse_unsimulated(
+            operator, "next_tokens", call.next_tokens, "0 with sparse_mode 4: no key after the query's own"
+        )
     if (call.sparse_mode == WHOLE) != (call.atten_mask is None):
         refuse(operator, "atten_mask", "None", "a mask [2048, 2048] with sparse_mode 3 or 4")
     if call.query_rope is not None and call.block_table is not None and call.key_rope is None:
@@ -107,6 +111,11 @@ def _read_call(operator: str, arguments: dict[str, Any]) -> AttentionCall:
     return call._replace(num_key_value_heads=heads)
 
 
+def _is_left_out(value: Any) -> bool:
+    """Whether an argument is None, or a number that is zero. A tensor is given, whatever it holds."""
+    return value is None or (isinstance(value, (int, float)) and value == 0)
+
+
 def _lengths(operator: str, call: AttentionCall) -> tuple[list[int], list[int]]:
     ends = [int(end) for end in call.actual_seq_lengths or ()]
     key_ends = [int(end) for end in call.actual_seq_lengths_kv or ()]
@@ -114,6 +123,8 @@ def _lengths(operator: str, call: AttentionCall) -> tuple[list[int], list[int]]:
         refuse(operator, "actual_seq_lengths", ends, f"ends that never decrease, up to {len(call.query)} queries")
     if len(key_ends) < len(ends) or min(key_ends) < 0:
         refuse(operator, "actual_seq_lengths_kv", key_ends, f"one for each of {len(ends)} requests, 0 or more")
+    if call.block_table is None and (sorted(key_ends) != key_ends or key_ends[-1] > len(call.key)):
+        refuse(operator, "actual_seq_lengths_kv", key_ends, f"ends that never decrease, up to {len(call.key)} keys")
     return ends, key_ends
 
 
