@@ -36,14 +36,14 @@ print(moe_lowering.__file__)
 """
 
 
-def build(folder: Path) -> tuple[Path, Path]:
-    """(wheel, source archive) in a folder; the wheel comes from what the archive holds."""
-    _run(ROOT, "-c", BUILD.format(kind="sdist", folder=str(folder)))
+def build(folder: Path, python: Path | None = None) -> tuple[Path, Path]:
+    """(wheel, source archive) in a folder, by a Python that has setuptools; the wheel comes from what the archive holds."""
+    _run(ROOT, "-c", BUILD.format(kind="sdist", folder=str(folder)), python=python)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(folder / "unpacked", filter="data")
     (source,) = (folder / "unpacked").iterdir()
-    _run(source, "-c", BUILD.format(kind="wheel", folder=str(folder)))
+    _run(source, "-c", BUILD.format(kind="wheel", folder=str(folder)), python=python)
     (wheel,) = folder.glob("*.whl")
     return wheel, archive
 
@@ -89,9 +89,9 @@ def _run(folder: Path, *words: str, python: Path | None = None, environment: dic
 def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        wheel, archive = build(folder)
         (folder / "away").mkdir()
         if words == ["--offline"]:
+            wheel, archive = build(folder)
             install_beside(wheel, folder / "target")
             home = check(Path(sys.executable), folder / "target", folder / "away")
         else:
@@ -99,6 +99,7 @@ def main(words: list[str]) -> int:
 
             release = f"release-python{sys.version_info[0]}.{sys.version_info[1]}"
             python = make_environment(release, "2.13.0", ("transformers",))
+            wheel, archive = build(folder, python)  # a bare Python from 3.12 on has no setuptools
             install(python, "--no-deps", "--force-reinstall", str(wheel))
             home = check(python, None, folder / "away")
         print(f"Python {sys.version.split()[0]}: {wheel.name} and {archive.name} are complete; ran from {home}")

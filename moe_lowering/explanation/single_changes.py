@@ -132,8 +132,10 @@ def _other_sizes(deployment: Deployment, experts: int) -> list[int]:
     now = deployment.ep_size
     sizes = [
         size
-        for size in range(1, min(experts, MOST_RANKS) + 1)
-        if experts % size == 0 and size % deployment.tp_size == 0
+        for size in range(1, min(experts + deployment.shared_expert_ranks, MOST_RANKS) + 1)
+        if (routed := size - deployment.shared_expert_ranks) > 0
+        and experts % routed == 0
+        and size % deployment.tp_size == 0
     ]
     return sorted((size for size in sizes if size != now), key=lambda size: (max(size, now) / min(size, now), size))
 

@@ -30,7 +30,7 @@ def insert_call(graph: Graph) -> Make:
     by name. Arguments hold nodes and plain values, no SymInt."""
     module = graph.owning_module
     if type(graph) is not Graph or (module is not None and getattr(module, "_create_node_hooks", None)):
-        return Graph.call_function if type(graph) is Graph else type(graph).call_function
+        return type(graph).call_function
     return _insert if _is_whole() else Graph.call_function
 
 

@@ -69,10 +69,9 @@ class RouteLowering:
     def replace(self, route: Route, emit: Emitter) -> None:
         """Emit what a routing becomes, and let its readers read that."""
         weights, ids = emit_route(route, emit, use_gating=not self._judge(route))
-        for old, new in ((route.weights, weights), (route.ids, ids)):
-            if old is not None:
-                same_value(old, new)
         replaced = [(old, new) for old, new in ((route.weights, weights), (route.ids, ids)) if old is not None]
+        for old, new in replaced:
+            same_value(old, new)
         for old, new in replaced:
             self._edits.replace_uses(old, new)
         self._edits.erase([route.node, *(old for old, _ in replaced)])

@@ -29,7 +29,6 @@ from moe_lowering.simulator.kernels.common import with_limits
 NAMESPACE = "_C_ascend"
 OPAPI = "libopapi.so"
 SYSTEM = re.compile(r"lib(?:torch\w*|c10|stdc\+\+|m|gcc_s|c|dl|pthread|rt)\.so[.\d]*|ld-linux.*|libvllm_ascend.*")
-NEEDED = re.compile(rb"lib[\w+-]+\.so(?:\.\d+)*")
 # What the library links to of CANN: runtime, profiling, logging, platform information.
 CANN_SYMBOL = re.compile(r"(?:acl|Hccl|Msprof|dcmi|rt[A-Z]|mm[A-Z])\w+|DlogRecord|CheckLogLevel|_ZNK?2fe\w+")
 

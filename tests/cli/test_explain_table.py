@@ -12,13 +12,23 @@ from moe_lowering import Deployment
 from moe_lowering.cli.commands import parse
 from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.cli.lower.prepare import assumptions
-from moe_lowering.explanation import describe
+from moe_lowering.explanation import describe, single_changes
 from moe_lowering.model_configs.check import check_model
 from moe_lowering.model_configs.errors import ModelError
 from moe_lowering.model_configs.presets import PRESETS
 from moe_lowering.vocabulary import IMPLEMENTATION_FORMS, SOCS, soc_named
 
 DEPLOYMENTS = f"{BLOCK} --soc A2,910C --ep 16,64 --quant none,w8a8"
+
+
+def test_other_sizes_count_the_ranks_that_hold_routed_experts():
+    """Of 6 ranks with 2 of shared experts, 4 hold the 8 routed ones; the twin has none of shared experts."""
+    assert single_changes._other_sizes(Deployment(ep_size=6, ep_rank=0, ep_group="ep", shared_expert_ranks=2), 8) == [
+        4,
+        10,
+        3,
+    ]
+    assert single_changes._other_sizes(Deployment(ep_size=4, ep_rank=0, ep_group="ep"), 8) == [2, 8, 1]
 
 
 def table(capfd, given):

@@ -14,6 +14,7 @@ from moe_lowering.cli.lower import fake, layerwise
 from moe_lowering.cli.lower.models import MoeStack
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.passes.emitter import is_emitted
+from moe_lowering.report import LoweringReport, NotCapturable
 
 # DeepSeek-V3's first three layers have no experts
 REQUEST = LowerRequest(model="deepseek_v3", fake=True, ep=16, tokens=64, layers=5, comm="mc2")
@@ -82,6 +83,14 @@ def stack(layers=3):
 def with_layer(model, at, layer):
     model.layers[at] = layer
     return model
+
+
+def test_what_keeps_a_layer_from_being_captured_is_told_of_all_equal_layers():
+    found = NotCapturable("unit.mlp.experts", "", "aten::nonzero", "capture.sizes", "sizes are data", "")
+    report = LoweringReport((), (), 1, 1, 0.0, not_capturable=(found,))
+    kind = layerwise.UnitKind(("layers.3", "layers.4"), nn.Identity())
+    places = [each.place for each in layerwise.spread([kind], [report]).not_capturable]
+    assert places == ["layers.3.mlp.experts", "layers.4.mlp.experts"]
 
 
 def test_equal_layers_are_one_kind():

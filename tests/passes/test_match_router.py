@@ -15,10 +15,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from moe_lowering import Deployment, MoeLowering, lowering_backend, route, simulator
 from moe_lowering.passes.edit_log import ModuleEdits
 from moe_lowering.passes.find_blocks import find_blocks
-from moe_lowering.passes.routers import lower_router
+from moe_lowering.passes.routers import lower_router, meaning
 from moe_lowering.passes.routers.lower_router import find_routers
 from moe_lowering.passes.routers.match_router import BY_LOGITS, TIES, readers_of
 from moe_lowering.passes.routers.reports import GATING
+from moe_lowering.passes.routers.values import Opaque
 from moe_lowering.report.text import render
 
 simulator.enable()
@@ -129,6 +130,19 @@ def test_a_constant_mask_that_is_compared(name, ones):
 
     (found,) = lower(trace(router, logits_of())).routers
     assert (found.became is not None) == (drops_none_of_ones == ones), found
+
+
+def test_what_one_router_left_no_room_for_is_open_to_the_next(monkeypatch):
+    """Nodes that are not understood for want of room are understood afterwards; the twin has room at once."""
+    gm = trace(FORMS["deepseek_v3"].router, logits_of())
+    last = next(node for node in reversed(gm.graph.nodes) if node.target is aten.gather.default)
+    monkeypatch.setattr(meaning, "_NODES", 3)
+    read = meaning.Meaning()
+    assert isinstance(read.of(last), Opaque)
+    monkeypatch.setattr(meaning, "_NODES", 160)
+    read.start()
+    assert not isinstance(read.of(last), Opaque)
+    assert type(meaning.Meaning().of(last)) is type(read.of(last))
 
 
 def test_a_write_in_place():

@@ -160,7 +160,7 @@ def spread(kinds: list[UnitKind], reports: list[LoweringReport]) -> LoweringRepo
         nodes_before=sum(report.nodes_before for report in reports),
         nodes_after=sum(report.nodes_after for report in reports),
         pass_ms=sum(report.pass_ms for report in reports),
-        not_capturable=tuple(finding for report in reports for finding in report.not_capturable),
+        not_capturable=tuple(_placed(unit, each, "place") for unit, report in units for each in report.not_capturable),
         foreign=tuple(_placed(unit, each, "place") for unit, report in units for each in report.foreign),
         routers=tuple(_placed(unit, each, "place") for unit, report in units for each in report.routers),
     )

@@ -38,7 +38,9 @@ class Meaning:
         self._left = _NODES
 
     def start(self) -> None:
-        """Before another router is looked at."""
+        """Before another router is looked at. What was not understood because too many nodes were asked is open again."""
+        if not self._left:
+            self._known = {node: value for node, value in self._known.items() if not isinstance(value, Opaque)}
         self._left = _NODES
 
     def of(self, node: Any) -> Value:
