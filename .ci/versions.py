@@ -65,6 +65,7 @@ TESTS = tuple(
         "integrations/test_transformers",
         "cli/test_explain",
         "serving/test_serving",
+        "serving/test_serving_refusals",
         "testing/test_testing_ranks",
         "custom_ops/test_alltoall_experts",
     ]

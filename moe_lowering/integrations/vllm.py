@@ -46,6 +46,7 @@ __all__ = ["KEY", "register", "reports"]
 KEY = "moe_lowering"  # of additional_config
 TESTED = ("0.23.0",)  # versions of vllm-ascend
 LAYERS, COMPILER = "vllm_ascend.ops.fused_moe.fused_moe", "vllm_ascend.compilation.compiler_interface"
+_WATCHED = "_moe_lowering_watches"
 SETTINGS = {"enable": True, "policy": "vllm_ascend_main", "comm": "auto", "strict": False}
 
 log = logging.getLogger("vllm.moe_lowering")  # vLLM shows loggers of its own
@@ -106,7 +107,7 @@ def _watch_layers(module: Any) -> None:
     """When a layer has its weights, decide whether it is taken over."""
     method = module.AscendUnquantizedFusedMoEMethod
     original = method.process_weights_after_loading
-    if hasattr(original, "__wrapped__"):
+    if _is_watched(method):
         return
 
     @functools.wraps(original)
@@ -115,6 +116,13 @@ def _watch_layers(module: Any) -> None:
         _decide(layer)
 
     method.process_weights_after_loading = process_weights_after_loading
+
+
+def _is_watched(owner: Any) -> bool:
+    """Whether this was asked of a class or a module before. (That a function of it is wrapped does not say by whom.)"""
+    known = vars(owner).get(_WATCHED, False)
+    setattr(owner, _WATCHED, True)
+    return bool(known)
 
 
 def _decide(layer: Any) -> None:
@@ -186,7 +194,7 @@ def _watch_compiler(module: Any) -> None:
     compiler = module.AscendCompiler
     configure, compile_graph = module._configure_backend, module.npugraph_ex_compile
     compute_hash, load_graph = compiler.compute_hash, compiler.load
-    if hasattr(configure, "__wrapped__"):
+    if _is_watched(module):
         return
 
     @functools.wraps(configure)

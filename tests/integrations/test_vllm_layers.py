@@ -1,5 +1,6 @@
 """The plugin of vLLM, as far as it can be tried without vLLM: what it reads of a layer, its settings. The rest: vllm_tests/."""
 
+import functools
 import sys
 from types import SimpleNamespace
 
@@ -291,3 +292,24 @@ def test_registering_imports_nothing_of_vllm():
     vllm.register()
     vllm.register()
     assert "vllm" not in sys.modules and "vllm_ascend" not in sys.modules
+
+
+def test_layers_are_watched_once_whoever_wrapped_their_method(monkeypatch):
+    """vllm-ascend may decorate the method itself; a second engine of the process asks again."""
+    decided, loaded = [], []
+
+    def load(self, layer):
+        loaded.append(layer)
+
+    @functools.wraps(load)
+    def decorated(self, layer):
+        load(self, layer)
+
+    module = SimpleNamespace(
+        AscendUnquantizedFusedMoEMethod=type("Method", (), {"process_weights_after_loading": decorated})
+    )
+    monkeypatch.setattr(vllm, "_decide", decided.append)
+    for _ in range(2):
+        vllm._watch_layers(module)
+    module.AscendUnquantizedFusedMoEMethod().process_weights_after_loading("layer")
+    assert loaded == decided == ["layer"]
