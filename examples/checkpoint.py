@@ -73,13 +73,13 @@ tokens = model.generate(
     pad_token_id=0,
 )
 
-for each in range(dist.get_world_size()):
-    dist.barrier()
-    if each == rank:
-        weight = model.model.layers[0].mlp.experts.gate_up_proj
-        print(f"rank {rank}: experts {list(weight.shape)} {weight.dtype}, wrote {tokens[0, 4:].tolist()}", flush=True)
 if rank == 0:
     for report in lowering.reports:
         for block in report.blocks:
             print(f"{block.name}: {block.comm}, {block.reason}")
+for each in range(dist.get_world_size()):
+    dist.barrier()  # one rank prints after the other
+    if each == rank:
+        weight = model.model.layers[0].mlp.experts.gate_up_proj
+        print(f"rank {rank}: experts {list(weight.shape)} {weight.dtype}, wrote {tokens[0, 4:].tolist()}", flush=True)
 dist.destroy_process_group()
