@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from moe_lowering.cli.lower.request import LowerRequest
-from moe_lowering.collector import collector_paused
 
 if TYPE_CHECKING:
     from moe_lowering.cli.lower.outcome import LowerOutcome
@@ -25,9 +24,10 @@ def run_lower(request: LowerRequest, progress: Callable[[str], None]) -> LowerOu
 
 
 def _run(request: LowerRequest, progress: Callable[[str], None]) -> LowerOutcome:
-    with collector_paused():  # torch and the like: nothing of what an import makes is to be collected
-        if request.fake:
-            from moe_lowering.cli.lower.fake import lower_fake as carry_out
-        else:
-            from moe_lowering.cli.lower.run import lower_and_compare as carry_out
-    return carry_out(request, progress)
+    if request.fake:
+        from moe_lowering.cli.lower.fake import lower_fake
+
+        return lower_fake(request, progress)
+    from moe_lowering.cli.lower.run import lower_and_compare
+
+    return lower_and_compare(request, progress)

@@ -34,7 +34,6 @@ from moe_lowering.cli.lower.prepare import (
 )
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.cli.simulation import enable_simulator
-from moe_lowering.collector import collector_paused
 from moe_lowering.deployment import Deployment
 from moe_lowering.layers import shard_experts
 from moe_lowering.passes.pipeline import MoeLowering
@@ -48,13 +47,12 @@ class _Done(Exception):
 
 def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> LowerOutcome:
     """Carry out a command with ``--fake``."""
-    with collector_paused():  # imports of transformers and of the model
-        if not _bootstrap.cann_is_installed():
-            progress(f"enabling the simulator ({request.soc})")
-            enable_simulator(request.soc)
-        register_transformers(request)
-        plan = models.plan_model(request)
-        skeleton = models.skeleton(plan, fake=True)
+    if not _bootstrap.cann_is_installed():
+        progress(f"enabling the simulator ({request.soc})")
+        enable_simulator(request.soc)
+    register_transformers(request)
+    plan = models.plan_model(request)
+    skeleton = models.skeleton(plan, fake=True)
     unsupported = unsupported_modules(skeleton)
     if outcome := early_outcome(request, plan, skeleton, unsupported):
         return outcome
