@@ -56,18 +56,32 @@ def raise_and_run(
     found: dict[str, Any] = {"lowered": [], "written": [], "reference": []}
     with torch.no_grad():
         for count in tokens:
-            x, ids, weights = chains.inputs(rank, count)
+            x, ids, weights = inputs_of(layer, rank, count)
             found["lowered"].append(compiled(x, ids, weights))
             found["written"].append(layer(x, ids, weights))
-            found["reference"].append(chains.reference(layer, x, ids, weights) + shared_of(layer, x))
+            found["reference"].append(reference_of(layer, x, ids, weights) + shared_of(layer, x))
     report = lowering.reports[0]
     found["blocks"] = [(b.comm, b.reason, b.raised_from, b.ops_before, b.ops_after, b.notes) for b in report.blocks]
     found["foreign"] = [str(layer.not_raised) for layer in report.foreign if layer.not_raised is not None]
     return found
 
 
+def inputs_of(layer: chains.Layer, rank: int, tokens: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return getattr(layer, "inputs", chains.inputs)(rank, tokens)
+
+
+def reference_of(layer: chains.Layer, *tensors: torch.Tensor) -> torch.Tensor:
+    own = getattr(layer, "reference", None)
+    return chains.reference(layer, *tensors) if own is None else own(*tensors)
+
+
 def off_by_one(span: tuple[int, int]) -> tuple[int, int]:
     return span[0], span[1] - 1
+
+
+def skipped_twice(arguments: list[Any]) -> list[Any]:
+    """``finalize_routing`` with its first skip as its second one, too."""
+    return [*arguments[:2], arguments[1], *arguments[3:]]
 
 
 def doubled(rows: torch.Tensor) -> torch.Tensor:
@@ -91,8 +105,8 @@ def edited(rank: int, case: dict[str, Any], comm: str, seeds: list[str]) -> list
     from raise_graphs import trace
 
     logging.disable()
-    x, ids, weights = chains.inputs(rank)
     layer, where = layer_of(rank, case), deployment(rank)
+    x, ids, weights = inputs_of(layer, rank)
     names = [n for n, t in layer.named_buffers()]
     made = {"x": x, "ids": ids, "weights": weights, **dict(layer.named_buffers())}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import npu_chain_jobs as jobs
 import npu_chain_layers as chains
+import npu_chain_variants as variants
 import pytest
 import torch
 from rank_pools import Ranks
@@ -104,6 +105,32 @@ def test_a_twin_is_left_and_computes_what_it_did(ranks, twin):
             assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
 
 
+SPECIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "copies": ({"copies": 4}, {"fused_mc2": "fused.zero_experts", "alltoall": ""}),
+    "zeros and copies, W8A8": ({"zero": 2, "copies": 3, "quantisation": "w8a8", "shared": ""}, {"mc2": ""}),
+    "zeros, shared expert": ({"zero": 4, "shared": "argument"}, {}),
+}
+
+
+@pytest.mark.parametrize("comm", ["allgather", "mc2"])
+@pytest.mark.parametrize("form", SPECIAL)
+def test_zero_and_copy_experts(ranks, form, comm):
+    case, others = SPECIAL[form]
+    for name in (comm, *others):
+        for found in ranks.run(jobs.raise_and_run, {**case, "kind_of": variants.Special}, name):
+            require_right(found, BOUND[case.get("quantisation", "none")])
+            ((chosen, reason, raised_from, before, after, _),) = found["blocks"]
+            assert raised_from == "mc2_v2" and found["foreign"] == []
+            if others.get(name):
+                assert chosen is None and others[name] in reason
+            else:
+                assert chosen == name, reason
+            if after == before:
+                assert torch.equal(found["lowered"][0], found["written"][0])
+            elif name == "mc2":
+                assert "npu.npu_moe_distribute_dispatch_v2" in after
+
+
 GATHERED: dict[str, tuple[dict[str, Any], str]] = {
     "unpermute": ({}, "mc2"),
     "finalize, by a product": ({"back": "finalize", "masked": "mul"}, "fused_mc2"),
@@ -150,6 +177,7 @@ def test_a_write_into_what_was_gathered_is_seen(ranks):
 
 ALONE: dict[str, dict[str, Any]] = {
     "W8A8, counts": {"quantisation": "w8a8", "back": "finalize", "kind": 1, "shared": True},
+    "two skips": {"quantisation": "none", "back": "finalize", "shared": True, "finalize": jobs.skipped_twice},
     "W8A8, int8 tokens": {"quantisation": "w8a8", "travels": True},
     "W8A8, pairs": {"quantisation": "w8a8", "back": "finalize", "kind": 2},
     "W8A8, pairs, smooth scales": {"quantisation": "w8a8", "back": "finalize", "kind": 2, "smooth": "both"},
@@ -171,7 +199,8 @@ def compiled_alone(case: dict[str, Any], tokens: int = 6, **changes: Any) -> tup
     with torch.no_grad():
         reference = chains.reference(layer, x, ids, weights.bfloat16())
         if layer.shared:
-            reference = reference + x.double() @ layer.w_shared.double()
+            skips = 2 if "finalize" in layer.changes else 1
+            reference = reference + skips * (x.double() @ layer.w_shared.double())
         return compiled(x, ids, weights), layer(x, ids, weights), reference, lowering.reports[0]
 
 

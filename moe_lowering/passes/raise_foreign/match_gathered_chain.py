@@ -56,8 +56,8 @@ def match_gathered(route: Node, deployment: Deployment) -> Chain:
     _require_range(mask, argument(route, "expert_idx"), first, last)
     weights = _gathered(gathered, deployment, route)
     result = _scattered(chain, deployment)
-    if chain.added is not None:
-        raise NotThisForm(chain.added, "raise.literal", f"{chain.added.name} is added on each rank", "no skip1")
+    for added in chain.added:
+        raise NotThisForm(added, "raise.literal", f"{added.name} is added on each rank", "no skip1, no skip2")
     scale = chain.sent["x_scale"]
     sent = {
         **chain.sent, "x": x, "ids": ids, "x_scale": None if scale is None else _gathered(scale, deployment, route),

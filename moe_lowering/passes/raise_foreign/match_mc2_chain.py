@@ -1,8 +1,8 @@
 """``npu_moe_distribute_dispatch_v2`` > experts > ``npu_moe_distribute_combine_v2``: a whole block, written by hand.
 
 The anchor is dispatch. Proven, each from literal arguments or by the identity of nodes:
-1. dispatch is over the ranks that the deployment names, in this rank's place, for all of its experts, without special
-   experts, in the layout of rows and with the counts that the generic ``dispatch`` has;
+1. dispatch is over the ranks that the deployment names, in this rank's place, for all of its experts, in the layout of rows
+   and with the counts that the generic ``dispatch`` has; experts past these give nothing, or copies (``special_experts``);
 2. the experts compute ``grouped_mlp`` (``match_npu_mlp``) on its rows, scales and counts;
 3. combine takes these rows, the auxiliary tensors of this dispatch, and the same ids, mask and sizes;
 4. nothing of it is read elsewhere, but for the counts.
@@ -33,14 +33,15 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
 from moe_lowering.passes.raise_foreign.match_npu_mlp import COUNTS, Experts, match_experts
 from moe_lowering.passes.raise_foreign.npu_chain import Chain
 from moe_lowering.passes.raise_foreign.records import NotThisForm
+from moe_lowering.passes.raise_foreign.special_experts import SPECIAL, copied_tokens, require_special, special_experts
 
 DISPATCH, COMBINE = "npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2"
 NO_QUANT, PER_TOKEN = 0, 2  # quant_mode
 TWO_LEVELS = "hierarchy"
 _ALIKE = (
     "group_ep", "ep_world_size", "ep_rank_id", "moe_expert_num", "x_active_mask", "global_bs", "shared_expert_rank_num",
+    *SPECIAL,
 )  # fmt: skip
-_SPECIAL = {"zero_expert_num": (0,), "copy_expert_num": (0,), "const_expert_num": (0,)}
 
 
 def match_mc2(dispatch: Node, deployment: Deployment) -> Chain:
@@ -86,12 +87,14 @@ def match_mc2(dispatch: Node, deployment: Deployment) -> Chain:
             "ids": argument(dispatch, "expert_ids"),
             "mask": argument(dispatch, "x_active_mask"),
             "num_experts": argument(dispatch, "moe_expert_num"),
+            "zero_experts": special_experts(dispatch),
             "ep_group": deployment.ep_group,
             "ep_size": deployment.ep_size,
         },
         weights=argument(combine, "expert_scales"),
         counts=counts,
-        added=argument(combine, "shared_expert_x"),
+        added=tuple(filter(None, (argument(combine, "shared_expert_x"),))),
+        copied=copied_tokens(combine),
         x_smooth=argument(dispatch, "scales"),
     )
 
@@ -107,7 +110,7 @@ def _check_dispatch(node: Node, deployment: Deployment) -> None:
     require(node, {"ep_rank_id": (deployment.ep_rank,)}, "raise.other_rank")
     _check_tensor_parallel(node, group, deployment)
     require(node, {"expert_shard_type": (0,), "elastic_info": (None,), "performance_info": (None,)})
-    require(node, _SPECIAL, "raise.special_experts")
+    require_special(node)
     require(node, {"shared_expert_rank_num": (0,)}, "raise.experts")
     require(node, {"expert_token_nums_type": (1,)}, "raise.counts")
     formats = ("y_dtype", "x_dtype", "scales_dtype")
@@ -190,12 +193,8 @@ def _check_combine(node: Node, dispatch: Node, deployment: Deployment) -> None:
             "elastic_info": (None,),
             "performance_info": (None,),
             "comm_quant_mode": (0,),
-            "const_expert_alpha_1": (None,),
-            "const_expert_alpha_2": (None,),
-            "const_expert_v": (None,),
         },
     )
-    require(node, _SPECIAL, "raise.special_experts")
     added, result = argument(node, "shared_expert_x"), value_of(node)
     if isinstance(added, Node) and not (same_sizes(value_of(added), result) and value_of(added).dtype == result.dtype):
         raise NotThisForm(

@@ -161,24 +161,29 @@ def _check_scale(route: Node, x: torch.Tensor) -> None:
     require(route, {"quant_mode": (NO_QUANT,)})
 
 
-def _way_back(walk: Walk, node: Node, rows: Node, index: Node | None) -> tuple[Any, Node | None]:
+def _way_back(walk: Walk, node: Node, rows: Node, index: Node | None) -> tuple[Any, tuple[Node, ...]]:
     """(weights [T, k], what is added) of the operator that brings rows back to tokens."""
     if is_operator(node, UNPERMUTE):
         require(node, {"padded_mode": (False,), "restore_shape": (None,)})
         require_value(node, "permuted_tokens", rows)
         _check_index(walk, node, "sorted_indices", index)
-        return argument(node, "probs"), None
+        return argument(node, "probs"), ()
     if is_operator(node, FINALIZE):
-        require(node, {"bias": (None,), "skip2": (None,), "drop_pad_mode": (BY_ROW,)})
+        require(node, {"bias": (None,), "drop_pad_mode": (BY_ROW,)})
         require_value(node, "expanded_permuted_rows", rows)
         _check_index(walk, node, "expanded_src_to_dst_row", index)
-        added = argument(node, "skip1")
-        if isinstance(added, Node) and value_of(added).dtype != value_of(node).dtype:
-            raise NotThisForm(
-                node, "raise.dtype", f"{node.name}: skip1 is {value_of(added).dtype}", f"{value_of(node).dtype}"
-            )
-        return argument(node, "scales"), added
+        skips = tuple(skip for skip in (argument(node, "skip1"), argument(node, "skip2")) if isinstance(skip, Node))
+        for skip in skips:
+            _require_like_result(node, skip)
+        return argument(node, "scales"), skips
     raise other_operator(node, f"the experts' result goes to {node.target}", f"npu.{UNPERMUTE} or npu.{FINALIZE}")
+
+
+def _require_like_result(node: Node, skip: Node) -> None:
+    result, value = value_of(node), value_of(skip)
+    if value.dtype != result.dtype or not same_sizes(value, result):
+        seen = f"{node.name}: {skip.name}, which is added, is {value.dtype} {tuple(value.shape)}"
+        raise NotThisForm(node, "raise.dtype", seen, f"{result.dtype} {tuple(result.shape)}")
 
 
 def _check_index(walk: Walk, node: Node, name: str, index: Node | None) -> None:
