@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import npu_chain_layers as chains
+import npu_chain_variants as variants
 import torch
 import torch.distributed as dist
 from rank_jobs import setup  # noqa: F401  (of the pool)
@@ -28,6 +29,11 @@ def deployment(rank: int, **fields: Any) -> Deployment:
     )  # fmt: skip
 
 
+def shared_tokens(rank: int) -> dict[str, Any]:
+    """The fields of a deployment in which all ranks have the same tokens."""
+    return {"tp_size": dist.get_world_size(), "tp_rank": rank, "tp_group": dist.group.WORLD.group_name}
+
+
 def layer_of(rank: int, case: dict[str, Any], twin: str = "") -> chains.Mc2:
     import test_match_npu_chains as tables
 
@@ -49,7 +55,11 @@ def raise_and_run(
     rank: int, case: dict[str, Any], comm: str, tokens: tuple[int, ...] = (6,), twin: str = ""
 ) -> dict[str, Any]:
     """Compile this rank's chain; its results, those of the chain as it is, those of the reference, and the report."""
-    layer, where = layer_of(rank, case, twin), deployment(rank)
+    case = dict(case)
+    where = deployment(rank, **(shared_tokens(rank) if case.pop("same_tokens", False) else {}))
+    if case.get("kind_of") is variants.Sharded:  # each rank has all experts, and nobody to exchange tokens with
+        where = Deployment(soc="A3", installed=(), weight_format="nz")
+    layer = layer_of(rank, case, twin)
     lowering = MoeLowering(where, comm)
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend=lowering_backend(lowering), fullgraph=True, dynamic=len(tokens) > 1)

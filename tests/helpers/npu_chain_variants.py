@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import npu_chain_layers as chains
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -46,3 +48,84 @@ class Special(chains.Mc2):
                 if expert >= chains.EXPERTS + self.zero:
                     out[token] += weights[token, choice].double() * x[token].double()
         return out
+
+
+class Gathered(chains.Layer):
+    """AllGather over the ranks: every token here, the rows of this rank's experts, the sums scattered back."""
+
+    def __init__(self, group: str, *args: Any, back: str = "unpermute", masked: str = "where", **changes: Any) -> None:
+        super().__init__(*args, **changes)
+        self.group, self.back, self.masked = group, back, masked
+
+    def gathered(self, value: Tensor) -> Tensor:
+        gathered = torch.ops._c10d_functional.all_gather_into_tensor(
+            value, self.ranks, self.change("group", self.group)
+        )
+        return torch.ops._c10d_functional.wait_tensor(gathered)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        x, ids, weights = self.gathered(x), self.gathered(ids), self.gathered(weights.bfloat16())
+        local = chains.EXPERTS // self.ranks
+        first, last = self.change("range", (self.rank * local, (self.rank + 1) * local))
+        rows, index, counts, scale = chains.npu().npu_moe_init_routing_v2(
+            x, ids, expert_num=chains.EXPERTS, expert_tokens_num_type=1, expert_tokens_num_flag=True,
+            active_expert_range=[self.rank * local, (self.rank + 1) * local],
+            quant_mode=1 if self.quantisation in chains.INT8 else -1,
+        )  # fmt: skip
+        out = self.change("out", self.experts(rows, scale, counts))
+        own = (ids >= first) & (ids < last)
+        if self.masked == "where":
+            weights = torch.where(own, weights, 0.0)
+        elif self.masked == "mul":
+            weights = weights * own
+        if self.back == "finalize":
+            y = chains.npu().npu_moe_finalize_routing(out, None, None, None, weights, index.abs(), None, 2)
+        else:
+            y = chains.npu().npu_moe_token_unpermute(out, index.abs(), weights)
+        return self.sums(self.change("sums", y), self.change("reduce", "sum"))
+
+    def sums(self, y: Tensor, operation: str) -> Tensor:
+        mine = torch.ops._c10d_functional.reduce_scatter_tensor(y, operation, self.ranks, self.group)
+        return torch.ops._c10d_functional.wait_tensor(mine)
+
+
+class Reduced(Gathered):
+    """The same where all ranks have the same tokens, and get all sums."""
+
+    def gathered(self, value: Tensor) -> Tensor:
+        return value
+
+    def sums(self, y: Tensor, operation: str) -> Tensor:
+        mine = torch.ops._c10d_functional.all_reduce(y, operation, self.group)
+        return torch.ops._c10d_functional.wait_tensor(mine)
+
+    def inputs(self, rank: int, tokens: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+        return chains.inputs(0, tokens)
+
+
+class Sharded(chains.Routed):
+    """Experts of which each rank has some columns, all tokens on each: an all_reduce in place adds their sums."""
+
+    def __init__(self, group: str, quantisation: str, activation: str, rank: int, ranks: int, **more: Any) -> None:
+        super().__init__(quantisation, activation, **more)
+        self.group = group
+        self.columns = [chains.make_weights(quantisation, 1 + 10 * part) for part in range(ranks)]
+        for field in dataclasses.fields(self.whole):
+            if getattr(self, field.name, None) is not None:
+                setattr(self, field.name, getattr(self.columns[rank], field.name))
+        self.w_shared = self.w_shared / ranks
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        y = super().forward(x, ids, weights)
+        dist.all_reduce(y, group=dist.group.WORLD)
+        return y
+
+    def inputs(self, rank: int, tokens: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+        return chains.inputs(0, tokens)
+
+    def reference(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        total = x.double() @ self.w_shared.double() if self.shared else torch.zeros(len(x), 1)
+        for columns in self.columns:
+            self.whole = columns
+            total = total + chains.reference(self, x, ids, weights.bfloat16())
+        return total

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import npu_chain_layers as chains
+import npu_chain_variants as variants
 import pytest
 import torch
 
@@ -285,7 +286,7 @@ def test_a_value_that_is_waited_for_is_still_read_once(pair, waits_of_ge):
 
 @pytest.mark.parametrize("masked", ["where", "mul"])
 def test_exchanges_of_a_chain_of_gathered_tokens_go_with_it(pair, masked):
-    layer = chains.Gathered(pair.ep_group, "none", "swiglu", 0, 2, masked=masked)
+    layer = variants.Gathered(pair.ep_group, "none", "swiglu", 0, 2, masked=masked)
     lowered = testing.lower_graph(layer, *chains.inputs(0), deployment=pair, comm="mc2")
     assert [(block.comm, block.raised_from) for block in lowered.report.blocks] == [("mc2", "gathered_v2")]
     assert not [name for name in lowered.ops_after if name.startswith("_c10d")]

@@ -142,12 +142,66 @@ GATHERED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("form", GATHERED)
 def test_a_chain_of_gathered_tokens(ranks, form):
     case, comm = GATHERED[form]
-    for found in ranks.run(jobs.raise_and_run, {**case, "kind_of": chains.Gathered}, comm):
+    for found in ranks.run(jobs.raise_and_run, {**case, "kind_of": variants.Gathered}, comm):
         require_right(found, BOUND[case.get("quantisation", "none")])
         ((chosen, reason, raised_from, before, after, _),) = found["blocks"]
         assert (chosen, raised_from) == (comm, "gathered_v2"), reason
         assert found["foreign"] == []
         assert (before == after) == (comm == "allgather") == ("[raise.already]" in reason)
+
+
+REDUCED: dict[str, tuple[dict[str, Any], str]] = {
+    "unpermute": ({}, "mc2"),
+    "finalize, by a product, W8A8": ({"back": "finalize", "masked": "mul", "quantisation": "w8a8"}, "alltoall"),
+    "as it is": ({}, "allgather"),
+}
+
+
+@pytest.mark.parametrize("form", REDUCED)
+def test_a_chain_of_tokens_that_all_ranks_have(ranks, form):
+    case, comm = REDUCED[form]
+    for found in ranks.run(jobs.raise_and_run, {**case, "kind_of": variants.Reduced, "same_tokens": True}, comm):
+        require_right(found, BOUND[case.get("quantisation", "none")])
+        ((chosen, reason, raised_from, before, after, _),) = found["blocks"]
+        assert (chosen, raised_from) == (comm, "reduced_v2"), reason
+        assert found["foreign"] == [] and ("_c10d_functional.all_reduce" in after) == (comm == "allgather")
+        assert (before == after) == (comm == "allgather") == ("[raise.already]" in reason)
+
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "W8A8, pairs, shared expert": {"quantisation": "w8a8", "back": "finalize", "kind": 2, "shared": True},
+    "prefix sums": {"back": "finalize", "kind": 0},
+    "unpermute": {"back": "unpermute"},
+}
+
+
+@pytest.mark.parametrize("form", SHARDED)
+def test_a_chain_of_experts_sharded_by_columns(ranks, form):
+    """A block of one rank each; the all_reduce after it stays."""
+    case = {**SHARDED[form], "kind_of": variants.Sharded}
+    for found in ranks.run(jobs.raise_and_run, case, "allgather"):
+        require_right(found, BOUND[case.get("quantisation", "none")])
+        ((chosen, reason, raised_from, before, after, _),) = found["blocks"]
+        assert (chosen, raised_from) == ("allgather", "routing_v2"), reason
+        assert found["foreign"] == [] and (before == after) == ("quantisation" not in case)
+
+
+REDUCED_TWINS = {
+    "no mask": ("raise.partial_range", {"masked": ""}),
+    "a range off by one": ("raise.partial_range", {"range": jobs.off_by_one}),
+    "a maximum": ("raise.expert_parallel", {"reduce": jobs.maximum}),
+    "sums doubled": ("raise.expert_parallel", {"sums": jobs.doubled}),
+    "tokens of each rank": ("raise.gathered", {"same_tokens": False}),
+}
+
+
+@pytest.mark.parametrize("twin", REDUCED_TWINS)
+def test_a_twin_of_tokens_that_all_ranks_have_is_left(ranks, twin):
+    code, changes = REDUCED_TWINS[twin]
+    case = {"kind_of": variants.Reduced, "same_tokens": True, **changes}
+    for found in ranks.run(jobs.raise_and_run, case, "mc2"):
+        assert found["blocks"] == [] and f"[{code}]" in found["foreign"][0], found["foreign"]
+        assert torch.equal(torch.nan_to_num(found["lowered"][0]), torch.nan_to_num(found["written"][0]))
 
 
 GATHERED_TWINS = {
@@ -162,14 +216,14 @@ GATHERED_TWINS = {
 @pytest.mark.parametrize("twin", GATHERED_TWINS)
 def test_a_twin_of_gathered_tokens_is_left(ranks, twin):
     code, changes = GATHERED_TWINS[twin]
-    for found in ranks.run(jobs.raise_and_run, {**changes, "kind_of": chains.Gathered}, "mc2"):
+    for found in ranks.run(jobs.raise_and_run, {**changes, "kind_of": variants.Gathered}, "mc2"):
         assert found["blocks"] == [] and f"[{code}]" in found["foreign"][0], found["foreign"]
         assert torch.equal(torch.nan_to_num(found["lowered"][0]), torch.nan_to_num(found["written"][0]))
 
 
 def test_a_write_into_what_was_gathered_is_seen(ranks):
     """Edits that put a zero_ behind the routing, on the gathered weights and on half of their mask."""
-    case = {"kind_of": chains.Gathered, "quantisation": "w8a8", "masked": "mul"}
+    case = {"kind_of": variants.Gathered, "quantisation": "w8a8", "masked": "mul"}
     seeds = [f"f/gathered w8a8/{seed}" for seed in (63, 79)]
     for found in ranks.run(jobs.edited, case, "allgather", seeds):
         assert found == [("left", "")] * 2

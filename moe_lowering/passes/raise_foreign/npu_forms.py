@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.raise_foreign.match_gathered_chain import FORM as GATHERED
-from moe_lowering.passes.raise_foreign.match_gathered_chain import match_gathered
+from moe_lowering.passes.raise_foreign.match_gathered_chain import REDUCED, match_gathered
 from moe_lowering.passes.raise_foreign.match_mc2_chain import DISPATCH, match_mc2
 from moe_lowering.passes.raise_foreign.match_routing_chain import ROUTE, match_routing
 from moe_lowering.passes.raise_foreign.npu_chain import Chain, foreign_block
@@ -58,6 +58,7 @@ def _never(graph: Graph, anchors: list[Node], deployment: Deployment) -> Foreign
 
 NPU_FORMS = (
     Form(GATHERED, (), _each, _never),  # its anchor is that of routing_v2
+    Form(REDUCED, (), _each, _never),  # likewise
     _form("mc2_v2", DISPATCH, match_mc2),
     _form("routing_v2", ROUTE, _match_routing),
     Form("npu_not_raised", tuple(f"npu.{name}.default" for name in NOT_RAISED), _each, _not_raised),
