@@ -197,14 +197,14 @@ class Mc2(Layer):
         }  # fmt: skip
         sent = {**common, "quant_mode": 2 if self.quantisation in INT8 else 0, "comm_alg": "fullmesh_v2"}
         shared = x @ self.w_shared
-        rows, scale, assist, counts, received, tp_received, _ = npu().npu_moe_distribute_dispatch_v2(
+        rows, scale, assist, counts, received, tp_received, _ = self.dispatch(
             x.view(-1, HIDDEN), ids, **{"scales": self.smooth_scale_1, **sent, **self.changes.get("dispatch", {})}
         )
         out = self.change("out", self.experts(self.change("rows", rows), scale, self.change("counts", counts)))
         back = {**common, "tp_send_counts": tp_received}
         if self.shared == "argument":
             back["shared_expert_x"] = shared
-        y = npu().npu_moe_distribute_combine_v2(
+        y = self.combine(
             out,
             self.change("ids", ids),
             assist,
@@ -214,6 +214,12 @@ class Mc2(Layer):
         )
         y = y + shared if self.shared == "added" else y
         return (y, self.changes["returned"](rows, scale, counts, out)) if "returned" in self.changes else y
+
+    def dispatch(self, *args: Any, **more: Any) -> Any:
+        return npu().npu_moe_distribute_dispatch_v2(*args, **more)
+
+    def combine(self, *args: Any, **more: Any) -> Any:
+        return npu().npu_moe_distribute_combine_v2(*args, **more)
 
 
 class Waiting(Mc2):

@@ -50,6 +50,16 @@ class Special(chains.Mc2):
         return out
 
 
+class First(chains.Mc2):
+    """By the first versions of dispatch and combine, which have fewer arguments."""
+
+    def dispatch(self, *args: Any, comm_alg: str, **more: Any) -> Any:
+        return chains.npu().npu_moe_distribute_dispatch(*args, **more)
+
+    def combine(self, *args: Any, **more: Any) -> Any:
+        return chains.npu().npu_moe_distribute_combine(*args, **more)
+
+
 class Gathered(chains.Layer):
     """AllGather over the ranks: every token here, the rows of this rank's experts, the sums scattered back."""
 

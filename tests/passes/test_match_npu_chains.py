@@ -342,6 +342,7 @@ def test_each_code_is_documented():
         "match_mc2_chain",
         "match_routing_chain",
         "match_gathered_chain",
+        "match_first_routing",
         "special_experts",
         "npu_chain",
     )

@@ -318,14 +318,12 @@ def test_a_chain_is_named_or_not_looked_for(mode):
     assert len(report.foreign) == (0 if mode == "report" else 2)
 
 
-def test_a_first_version_is_recognised_and_left():
-    def first_version(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        number = torch.arange(ids.numel(), dtype=torch.int32).view(chains.TOP_K, -1).t().contiguous()
-        return torch.ops.npu.npu_moe_init_routing(x, number, ids, len(x))[0]
+def test_an_operator_of_no_form_is_recognised_and_left():
+    def re_routing(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.npu.npu_moe_re_routing(x, torch.full((2, 1), 3))[0]
 
-    x, ids, _ = chains.inputs(0)
-    report = testing.lower_graph(first_version, x, ids, deployment=Deployment(soc="A3", installed=())).report
-    assert "[raise.version] npu.npu_moe_init_routing, which is recognised" in str(report.foreign[0])
+    report = testing.lower_graph(re_routing, chains.inputs(0)[0], deployment=Deployment(soc="A3", installed=())).report
+    assert "[raise.version] npu.npu_moe_re_routing, which is recognised" in str(report.foreign[0])
 
 
 EDITED = {"bfloat16": ("allgather", {}), "W8A8": ("mc2", {"quantisation": "w8a8", "shared": "argument"})}

@@ -183,6 +183,17 @@ def require(node: Node, accepted: Mapping[str, Collection[Any]], code: str = "ra
             raise NotThisForm(node, code, f"{node.name}: {name} is {value!r}", shown)
 
 
+def require_of(node: Node, accepted: Mapping[str, Collection[Any]], code: str = "raise.literal") -> None:
+    """As ``require``, of those arguments that this version of the operator has."""
+    require(node, {name: values for name, values in accepted.items() if has_argument(node, name)}, code)
+
+
+def has_argument(node: Node, name: str) -> bool:
+    """Whether the operator has an argument of that name."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return any(each.name == name for each in node.target._schema.arguments)
+
+
 def require_value(node: Node, name: str, expected: Node | None, code: str = "raise.other_value") -> None:
     """An argument is that value."""
     value = argument(node, name)

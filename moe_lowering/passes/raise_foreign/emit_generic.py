@@ -16,6 +16,7 @@ from moe_lowering.passes.arguments import positional_arguments
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.emitter import Emitter, aten
 from moe_lowering.passes.raise_foreign.records import Copied, ForeignBlock, Weights
+from moe_lowering.passes.token_ranges import is_strict, must_vary
 from moe_lowering.passes.verifier import VerificationError
 
 OPS = torch.ops.moe_lowering
@@ -35,6 +36,7 @@ class Generic:
 def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> Generic:
     """Emits a block, each stage where it is to stand. The fake kernels of the generic operators refuse what does not fit."""
     first, middle = block.first or block.result, block.middle or block.result
+    _fix_widths(block)
     with emit.at(first, first):
         sent, items, weights = _emit_dispatch(block, emit, deployment)
     rows, row_scale, counts, handle = items
@@ -49,6 +51,15 @@ def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> 
         combine = emit.call(OPS.combine.default, *positional_arguments(back))
         dispatch: Any = rows.args[0]
         return Generic(dispatch, counts, combine, _result(block, emit, combine, weights))
+
+
+def _fix_widths(block: ForeignBlock) -> None:
+    """Columns of x, and sizes of the experts' matrices, which may be symbols in a dynamic graph, to what they are: no operator of
+    torch_npu says that they agree, as the generic ones do. Sizes that must vary stay; the block is refused by them."""
+    matrices = (size for node in (*block.w13.nodes, *block.w2.nodes) for size in node.meta["val"].shape)
+    for size in (block.x.meta["val"].shape[-1], *matrices):
+        if isinstance(size, torch.SymInt) and size.node.has_hint() and not (is_strict(size) or must_vary(size)):
+            int(size)
 
 
 def _emit_dispatch(

@@ -58,10 +58,10 @@ def match_gathered(route: Node, deployment: Deployment) -> Chain:
     _require_range(mask, argument(route, "expert_idx"), first, last)
     for added in chain.added:
         raise NotThisForm(added, "raise.literal", f"{added.name} is added on each rank", "no skip1, no skip2")
-    own = dict(chain.sent)
+    sent = dict(chain.sent)
     if deployment.tp_size == 1:
         form, weights, result = FORM, _gathered(unmasked, deployment, route), _scattered(chain, deployment)
-        own |= {n: None if own[n] is None else _gathered(own[n], deployment, route) for n in ("x", "ids", "x_scale")}
+        sent |= {n: sent[n] and _gathered(sent[n], deployment, route) for n in ("x", "ids", "x_scale")}
     else:
         form, weights = REDUCED, unmasked
         result, summing = summed_over_ranks(chain.combine, deployment)
@@ -70,10 +70,10 @@ def match_gathered(route: Node, deployment: Deployment) -> Chain:
     if chain.x_smooth is not None:
         seen = f"{chain.x_smooth.name}: smooth scales of this rank's experts"
         raise NotThisForm(chain.x_smooth, "raise.smooth_scales", seen, "none, since other ranks' are not in this graph")
-    before = _add_what_is_gathered(chain, route, (own["x"], own["ids"], weights, own["x_scale"]))
+    before = _add_what_is_gathered(chain, route, (sent["x"], sent["ids"], weights, sent["x_scale"]))
     places = {name: getattr(deployment, name) for name in ("ep_group", "ep_size", "tp_group", "tp_size")}
     return dataclasses.replace(
-        chain, form=form, sent={**own, **places}, weights=weights, combine=result, read_before=before
+        chain, form=form, sent={**sent, **places}, weights=weights, combine=result, read_before=before
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from moe_lowering.passes.arguments import argument
-from moe_lowering.passes.raise_foreign.chain_walk import require, same_sizes, value_of
+from moe_lowering.passes.raise_foreign.chain_walk import has_argument, require_of, same_sizes, value_of
 from moe_lowering.passes.raise_foreign.records import Copied, NotThisForm
 
 SPECIAL = ("zero_expert_num", "copy_expert_num", "const_expert_num")  # in the order of their ids
@@ -23,8 +23,8 @@ def require_special(node: Node) -> None:
     Raises:
         NotThisForm: ``raise.const_experts``, or a number that is none.
     """
-    require(node, {"const_expert_num": (0,)}, "raise.const_experts")
-    for name in SPECIAL:
+    require_of(node, {"const_expert_num": (0,)}, "raise.const_experts")
+    for name in filter(lambda name: has_argument(node, name), SPECIAL):
         number = argument(node, name)
         if type(number) is not int or number < 0:
             raise NotThisForm(node, "raise.special_experts", f"{node.name}: {name} is {number!r}", "0 or more")
@@ -32,7 +32,7 @@ def require_special(node: Node) -> None:
 
 def special_experts(node: Node) -> int:
     """Of all kinds, of a dispatch or combine that ``require_special`` accepts."""
-    return sum(argument(node, name) for name in SPECIAL)
+    return sum(argument(node, name) for name in SPECIAL if has_argument(node, name))
 
 
 def copied_tokens(combine: Node) -> Copied | None:
@@ -41,7 +41,7 @@ def copied_tokens(combine: Node) -> Copied | None:
     Raises:
         NotThisForm: there is no ``ori_x`` [T, H] for them.
     """
-    copies = argument(combine, "copy_expert_num")
+    copies = argument(combine, "copy_expert_num") if has_argument(combine, "copy_expert_num") else 0
     if not copies:
         return None
     x, result = argument(combine, "ori_x"), value_of(combine)
