@@ -53,6 +53,13 @@ ROUTED = {
 npu = chains.npu
 torch.library.define("custom::clip_quant", "(Tensor x) -> Tensor")
 torch.library.register_fake("custom::clip_quant", torch.empty_like)
+for name in ("npu_swiglu_clip_quant", "npu_dequant_swiglu_clamp_quant"):
+    torch.library.define(f"custom::{name}", "(Tensor x) -> Tensor")
+    torch.library.register_fake(f"custom::{name}", torch.empty_like)
+
+
+def clip(name: str) -> Any:
+    return lambda hidden: getattr(torch.ops.custom, name)(hidden)
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +166,8 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "rows in MX": ("raise.format", {"rows": lambda rows: npu().npu_dynamic_mx_quant(rows)[0]}),
     "a custom operator of rows": ("raise.custom", {"rows": lambda rows: torch.ops.custom.clip_quant(rows)}),
     "a custom activation": ("raise.custom", {"between": lambda hidden: torch.ops.custom.clip_quant(hidden)}),
+    "activations clipped before they become int8": ("raise.clip", {"between": clip("npu_swiglu_clip_quant")}),
+    "custom clamps": ("raise.clamp_quant", {"quantisation": "w8a8", "between": clip("npu_dequant_swiglu_clamp_quant")}),
     "a custom operator of results": ("raise.custom", {"out": lambda out: torch.ops.custom.clip_quant(out)}),
     "smooth scales of nothing": ("raise.smooth_scales", {"dispatch": {"scales": torch.ones(chains.EXPERTS, chains.HIDDEN)}}),
     "one line of smooth scales": (
