@@ -5,6 +5,7 @@ Each is found, becomes what the newer operators are, and computes the same; what
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import npu_chain_first as first
@@ -12,6 +13,7 @@ import npu_chain_layers as chains
 import npu_chain_variants as variants
 import pytest
 import torch
+from raise_graphs import trace
 from reference import relative_error
 
 from moe_lowering import Deployment, MoeLowering, simulator, testing
@@ -117,6 +119,33 @@ def test_a_twin_is_left(kind, name, twin):
     lowered = testing.lower_graph(kind(**changes), *chains.inputs(0), deployment=alone())
     assert lowered.report.blocks == () and lowered.ops_before == lowered.ops_after
     assert f"[{code}]" in str(lowered.report.foreign[0].not_raised), lowered.report.foreign[0]
+
+
+READ_BY = {first.FirstRouting: ("npu_moe_init_routing", 1), first.Permuted: ("npu_grouped_matmul", "group_list")}
+
+
+@pytest.mark.parametrize("kind", READ_BY)
+def test_a_write_into_numbers_or_counts_is_seen(kind):
+    """A zero_ between the matmuls, on each value that row_idx or the groups are made of."""
+    x, ids, weights = chains.inputs(0)
+    base = trace(lambda x, ids, weights: kind()(x, ids, weights), {"x": x, "ids": ids, "weights": weights})
+    name, argument = READ_BY[kind]
+    reader = next(node for node in base.graph.nodes if name in str(node.target))
+    pending = [reader.args[argument] if isinstance(argument, int) else reader.kwargs[argument]]
+    read = []
+    while pending and pending[0].op == "call_function":
+        read += pending
+        pending = [node for each in pending for node in each.all_input_nodes if node.op == "call_function"]
+    assert len(read) >= 3
+    for each in read:
+        gm = copy.deepcopy(base)
+        written, swiglu = (next(n for n in gm.graph.nodes if n.name == name) for name in (each.name, "npu_swiglu"))
+        with gm.graph.inserting_before(swiglu):
+            gm.graph.call_function(torch.ops.aten.zero_.default, (written,)).meta.update(val=written.meta["val"])
+        gm.recompile()
+        lowering = MoeLowering(alone())
+        lowering(gm, agreement_timeout=None)
+        assert lowering.reports[0].blocks == (), each.name
 
 
 def test_not_on_one_of_several_ranks():

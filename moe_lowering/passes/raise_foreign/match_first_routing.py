@@ -49,7 +49,7 @@ def match_routing_v1(route: Node, deployment: Deployment) -> Chain:
     """
     ids = argument(route, "expert_idx")
     _check_start(route, ids, deployment)
-    _require_by_column(route, argument(route, "row_idx"), ids)
+    numbers = _require_by_column(route, argument(route, "row_idx"), ids)
     _require_all_rows(route, argument(route, "active_num"), value_of(argument(route, "x")).shape[0], "active_num")
     walk = Walk()
     rows, places, sorted_ids = walk.results(route, 3)
@@ -59,7 +59,9 @@ def match_routing_v1(route: Node, deployment: Deployment) -> Chain:
     walk.add(back)
     weights, added = way_back(walk, back, rows_back, places, BY_COLUMN)
     check_weights(ids, back, weights)
-    return _chain("routing_v1", walk, route, experts, back, ids, experts_in_all, weights, added, argument(route, "x"))
+    sent = {"x": argument(route, "x"), "x_scale": None, "ids": ids, "mask": None, "num_experts": experts_in_all}
+    _check_types(route, sent["x"], experts.result)
+    return Chain("routing_v1", "", walk, route, experts, back, sent, weights, added=added, read_before=numbers)
 
 
 def match_permute(permute: Node, deployment: Deployment) -> Chain:
@@ -82,25 +84,10 @@ def match_permute(permute: Node, deployment: Deployment) -> Chain:
     walk.add(back)
     weights, added = way_back(walk, back, rows_back, places, BY_ROW)
     check_weights(ids, back, weights)
-    _add_counting(walk, groups, source)
-    return _chain("permute", walk, permute, experts, back, ids, experts_in_all, weights, added, x)
-
-
-def _chain(
-    form: str,
-    walk: Walk,
-    first: Node,
-    experts: Any,
-    back: Node,
-    ids: Node,
-    count: int,
-    weights: Node,
-    added: Any,
-    x: Node,
-) -> Chain:
-    sent = {"x": x, "x_scale": None, "ids": ids, "mask": None, "num_experts": count}
-    _check_types(first, x, experts.result)
-    return Chain(form, "", walk, first, experts, back, sent, weights, added=added)
+    counting = _add_counting(walk, groups, source)
+    sent = {"x": x, "x_scale": None, "ids": ids, "mask": None, "num_experts": experts_in_all}
+    _check_types(permute, x, experts.result)
+    return Chain("permute", "", walk, permute, experts, back, sent, weights, added=added, read_before=counting)
 
 
 def _check_start(node: Node, ids: Any, deployment: Deployment, x: Node | None = None) -> None:
@@ -129,23 +116,26 @@ def _require_all_rows(node: Node, number: Any, every: Any, name: str) -> None:
         raise NotThisForm(node, "raise.rows", f"{node.name}: {name} is {number}", f"{every} or more: no row is dropped")
 
 
-def _require_by_column(route: Node, row_idx: Any, ids: Node) -> None:
-    """Slot (t, j) has number j * T + t."""
+def _require_by_column(route: Node, row_idx: Any, ids: Node) -> tuple[Node, ...]:
+    """Slot (t, j) has number j * T + t; the nodes that say so."""
     node = source_of(row_idx)
     if same_sizes(value_of(node), value_of(ids)):
         source = node.args[0] if node.target is operator.getitem and node.args[1] == 2 else None
-        if is_operator(source, SOFTMAX) or _is_table_by_column(node):
-            return
+        if is_operator(source, SOFTMAX):
+            return (row_idx, node)
+        table = _table_by_column(node)
+        if table:
+            return (row_idx, *table)
     seen = f"{route.name}: row_idx is {row_idx}, in which order is not known"
     raise NotThisForm(
         route, "raise.index", seen, f"the third result of npu.{SOFTMAX}, or arange(k * T).view(k, T) transposed"
     )
 
 
-def _is_table_by_column(node: Node) -> bool:
-    """``arange(k * T).view(k, T).t()``, in whatever copies and casts."""
+def _table_by_column(node: Node) -> tuple[Node, ...]:
+    """``arange(k * T).view(k, T).t()``, in whatever copies and casts: its nodes, () where it is another table."""
     shape = [*map(size_key, value_of(node).shape)]
-    turned = False
+    turned, path = False, list[Node]()
     while node.op == "call_function" and node.args:
         if node.target in (aten.clone.default, aten._to_copy.default):
             pass
@@ -155,11 +145,12 @@ def _is_table_by_column(node: Node) -> bool:
             turned = not turned
         elif node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default) and turned:
             sizes = [*map(size_key, value_of(node).shape)]
-            return sizes == shape[::-1] and _counts_up(node.args[0])
+            return (*path, node) if sizes == shape[::-1] and _counts_up(node.args[0]) else ()
         else:
-            return False
+            return ()
+        path.append(node)
         node = node.args[0]  # type: ignore[assignment]
-    return False
+    return ()
 
 
 def _counts_up(node: Any) -> bool:
@@ -218,8 +209,8 @@ def _counted(groups: Node, kind: int, ids: Node, permute: Node) -> tuple[int, No
     return term.experts, term.ids.node
 
 
-def _add_counting(walk: Walk, groups: Node, ids: Node) -> None:
-    """What only counts for the chain goes with it."""
+def _add_counting(walk: Walk, groups: Node, ids: Node) -> tuple[Node, ...]:
+    """The nodes that count; those that do it for the chain alone go with it."""
     found, pending = {groups}, [groups]
     while pending:
         for node in pending.pop().all_input_nodes:
@@ -229,3 +220,4 @@ def _add_counting(walk: Walk, groups: Node, ids: Node) -> None:
     for node in sorted(found, reverse=True):
         if all(user in walk.interior for user in node.users):
             walk.add(node)
+    return tuple(found)
