@@ -223,7 +223,10 @@ class Mc2(Layer):
 
 
 class Waiting(Mc2):
-    """The shared expert on a stream of GE's: it waits for values inside of the chain, and so does the chain for it."""
+    """The shared expert on a stream of GE's: it waits for values inside of the chain, and so does the chain for it. ``numbers``:
+    of special experts."""
+
+    numbers: dict[str, int] = {}  # noqa: RUF012 (never written)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor | None = None) -> Any:
         wait = torch.ops.air.wait_tensor
@@ -234,13 +237,13 @@ class Waiting(Mc2):
             "moe_expert_num": EXPERTS,
         }
         sent = {"quant_mode": 2} if self.quantisation in INT8 else {}
-        rows, scale, assist, counts, received, _, _ = npu().npu_moe_distribute_dispatch_v2(
-            wait(x, ids), ids, **common, **sent
-        )
+        sent |= self.numbers
+        rows, scale, assist, counts, received, _, _ = self.dispatch(wait(x, ids), ids, **common, **sent)
         shared = wait(x @ self.w_shared, rows)
         out = self.experts(wait(rows, shared), scale, counts)
         shared = wait(shared, self.change("awaited", out)) + 1
-        y = npu().npu_moe_distribute_combine_v2(out, ids, assist, received, weights.float(), **common)
+        back = {"ori_x": x, **self.numbers} if self.numbers else {}
+        y = self.combine(out, ids, assist, received, weights.float(), **common, **back)
         return y + shared + wait(x, out)
 
 

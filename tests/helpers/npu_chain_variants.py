@@ -53,11 +53,19 @@ class Special(chains.Mc2):
 class First(chains.Mc2):
     """By the first versions of dispatch and combine, which have fewer arguments."""
 
-    def dispatch(self, *args: Any, comm_alg: str, **more: Any) -> Any:
+    def dispatch(self, *args: Any, comm_alg: str = "", **more: Any) -> Any:
         return chains.npu().npu_moe_distribute_dispatch(*args, **more)
 
     def combine(self, *args: Any, **more: Any) -> Any:
         return chains.npu().npu_moe_distribute_combine(*args, **more)
+
+
+class WaitingFirst(First, chains.Waiting):
+    pass
+
+
+class WaitingCopies(chains.Waiting):
+    numbers = {"copy_expert_num": 2}  # noqa: RUF012 (never written)
 
 
 class Gathered(chains.Layer):

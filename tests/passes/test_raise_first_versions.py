@@ -6,6 +6,7 @@ Each is found, becomes what the newer operators are, and computes the same; what
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import npu_chain_first as first
@@ -18,6 +19,7 @@ from reference import relative_error
 
 from moe_lowering import Deployment, MoeLowering, simulator, testing
 from moe_lowering.backends.aot import lowering_backend
+from moe_lowering.testing import ge
 
 BOUND = {"none": 2e-2, "w8a8": 4e-2}
 FORMS: dict[str, tuple[type[first.Old], dict[str, Any]]] = {
@@ -164,6 +166,26 @@ def test_the_first_dispatch_becomes_the_second(comm, quantisation):
     assert (block.comm, block.raised_from) == (comm, "mc2_v1"), block.reason
     assert "npu.npu_moe_distribute_dispatch" not in lowered.ops_after
     assert ("npu.npu_moe_distribute_dispatch_v2" in lowered.ops_after) == (comm == "mc2")
+
+
+@pytest.mark.parametrize("kind", [variants.WaitingFirst, variants.WaitingCopies])
+@pytest.mark.parametrize("comm", ["mc2", "allgather"])
+def test_another_stream_still_waits_and_overlaps(comm, kind):
+    assert ge
+    importlib.import_module("torchair.scope._wait_tensor")
+    with testing.fake_deployment(ep_size=2) as deployment:
+        layer = kind(deployment.ep_communicator, "none", "swiglu", 0, 2)
+        lowered = testing.lower_graph(layer, *chains.inputs(0), deployment=deployment.replace(mode="ge"), comm=comm)
+    (block,) = lowered.report.blocks
+    assert block.comm == comm, block.reason
+    notes = " ".join(block.notes)
+    if "[raise.already]" in block.reason:
+        assert (kind, comm, notes) == (variants.WaitingCopies, "mc2", "")
+        return
+    assert "[raise.order] 3 operations waited" in notes
+    assert "[raise.overlap]" in notes and "kept: dispatch stands where it stood" in notes
+    waits = lowered.gm.graph.find_nodes(op="call_function", target=torch.ops.air.wait_tensor.default)
+    assert len(waits) == 4 and all(node.args[1] < node for node in waits)
 
 
 DISPATCH_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
