@@ -131,6 +131,15 @@ def test_zero_and_copy_experts(ranks, form, comm):
                 assert "npu.npu_moe_distribute_dispatch_v2" in after
 
 
+@pytest.mark.parametrize("comm", ["mc2", "fused_mc2"])
+def test_the_first_versions(ranks, comm):
+    case = {"quantisation": "w8a8", "shared": "", "kind_of": variants.First}
+    for found in ranks.run(jobs.raise_and_run, case, comm):
+        require_right(found, BOUND["w8a8"])
+        ((chosen, reason, raised_from, *_),) = found["blocks"]
+        assert (chosen, raised_from) == (comm, "mc2_v1"), reason
+
+
 GATHERED: dict[str, tuple[dict[str, Any], str]] = {
     "unpermute": ({}, "mc2"),
     "finalize, by a product": ({"back": "finalize", "masked": "mul"}, "fused_mc2"),
