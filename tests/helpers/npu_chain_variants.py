@@ -147,3 +147,31 @@ class Sharded(chains.Routed):
             self.whole = columns
             total = total + chains.reference(self, x, ids, weights.bfloat16())
         return total
+
+
+class Chosen(Special):
+    """Zero or copy experts among which a router chooses: ``written`` by an operator of torch_npu's or in ATen."""
+
+    def __init__(self, *args: Any, written: str = "npu", **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.written = written
+        width = chains.EXPERTS + self.zero + self.copies
+        self.register_buffer("gating", chains.numbers(6, chains.HIDDEN, width, scale=chains.HIDDEN**-0.5))
+
+    def choose(self, x: Tensor, written: str) -> tuple[Tensor, Tensor]:
+        logits = x.float() @ self.gating
+        if written == "npu":
+            weights, ids, _ = chains.npu().npu_moe_gating_top_k(
+                logits, 4, renorm=0, norm_type=0, routed_scaling_factor=1.5
+            )
+            return weights, ids
+        weights, ids = logits.softmax(-1).topk(4)
+        return weights * 1.5, ids.to(torch.int32)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor | None = None) -> Any:
+        weights, ids = self.choose(x, self.written)
+        return super().forward(x, ids, weights)
+
+    def reference(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        weights, ids = self.choose(x, "aten")
+        return super().reference(x, ids, weights)

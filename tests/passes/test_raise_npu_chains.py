@@ -131,6 +131,16 @@ def test_zero_and_copy_experts(ranks, form, comm):
                 assert "npu.npu_moe_distribute_dispatch_v2" in after
 
 
+@pytest.mark.parametrize("written", ["npu", "aten"])
+def test_a_router_over_experts_and_copies(ranks, written):
+    """Its ids are more than the block's experts."""
+    case = {"copies": 4, "written": written, "kind_of": variants.Chosen}
+    for found in ranks.run(jobs.raise_and_run, case, "allgather"):
+        require_right(found, BOUND["none"])
+        assert [chosen for chosen, *_ in found["blocks"]] == ["allgather"]
+        assert found["foreign"] == []
+
+
 @pytest.mark.parametrize("comm", ["mc2", "fused_mc2"])
 def test_the_first_versions(ranks, comm):
     case = {"quantisation": "w8a8", "shared": "", "kind_of": variants.First}
