@@ -13,6 +13,8 @@ from moe_lowering.cli.commands import parse
 from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.cli.lower.prepare import assumptions
 from moe_lowering.explanation import describe, single_changes
+from moe_lowering.limits import row, violations
+from moe_lowering.limits.sources import load_sources
 from moe_lowering.model_configs.check import check_model
 from moe_lowering.model_configs.errors import ModelError
 from moe_lowering.model_configs.presets import PRESETS
@@ -169,6 +171,31 @@ def test_changes_are_found_and_said_before_the_verdicts(capfd):
     assert {"field": "hccl_buffer_mb", "value": 960, "text": "HCCL_BUFFSIZE 960 MB"} in changes["mc2"]
     assert "providers" in [change["field"] for change in changes["fused_mc2"]]
     assert not answer(capfd, f"{BLOCK} --ep 16 --tokens 128")[1]["changes"], "nothing is refused"
+
+
+DISPATCH = "npu_moe_distribute_dispatch_v2"
+# Rules that it may have beside its own, and what its change of tokens is then; 136 is the most by its own.
+NOT_MONOTONE = {
+    "none": ("value = 'tokens'\nmin = 1", "T at most 136"),
+    "a hole": ("value = '(tokens - 40) * (tokens - 40)'\nmin = 100", "T from 50 to 136"),
+    "multiples": ("value = 'tokens'\nmultiple_of = 8", "T 136"),
+    "not a few": ("value = 'tokens'\nmin = 100", "T from 100 to 136"),
+    "a power of two": ("value = 'tokens'\none_of = [2, 64]", "T 64"),
+    "nothing": ("value = 'tokens'\nmin = 601", None),
+}
+
+
+@pytest.mark.parametrize(("rule", "said"), NOT_MONOTONE.values(), ids=NOT_MONOTONE)
+def test_tokens_are_said_as_far_as_they_were_shown(monkeypatch, rule, said):
+    source = next(iter(load_sources()))
+    text = f"[[limit]]\ncode = 'toy.tokens'\noperator = '{DISPATCH}'\nsource = '{source}: a toy'\nadvice = 'another T'\n{rule}"
+    toys, applicable = tuple(row.read("toy", text)), violations._applicable
+    monkeypatch.setattr(
+        violations, "_applicable", lambda operator, *of: applicable(operator, *of) + toys * (operator == DISPATCH)
+    )
+    explanation = run_explain(parse(["explain", *BLOCK.split(), "--ep", "16", "--tokens", "600"])).explanation
+    changes = [change.text for change in explanation.changes["mc2"] if change.field == "tokens"]
+    assert changes == ([] if said is None else [said])
 
 
 # ------------------------------------------------------------------------------------------------- names, sizes, aliases
