@@ -13,7 +13,8 @@ from moe_lowering.cli.commands import parse
 from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.cli.lower.prepare import assumptions
 from moe_lowering.explanation import describe, single_changes
-from moe_lowering.limits import row, violations
+from moe_lowering.limits import violations
+from moe_lowering.limits.row import read
 from moe_lowering.limits.sources import load_sources
 from moe_lowering.model_configs.check import check_model
 from moe_lowering.model_configs.errors import ModelError
@@ -189,7 +190,7 @@ NOT_MONOTONE = {
 def test_tokens_are_said_as_far_as_they_were_shown(monkeypatch, rule, said):
     source = next(iter(load_sources()))
     text = f"[[limit]]\ncode = 'toy.tokens'\noperator = '{DISPATCH}'\nsource = '{source}: a toy'\nadvice = 'another T'\n{rule}"
-    toys, applicable = tuple(row.read("toy", text)), violations._applicable
+    toys, applicable = tuple(read("toy", text)), violations._applicable
     monkeypatch.setattr(
         violations, "_applicable", lambda operator, *of: applicable(operator, *of) + toys * (operator == DISPATCH)
     )
