@@ -6,9 +6,10 @@ import re
 
 import pytest
 import torch
+import transformers
 from test_explain import BLOCK, answer, codes, command
 
-from moe_lowering import Deployment
+from moe_lowering import Deployment, simulator
 from moe_lowering.cli.commands import parse
 from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.cli.lower.prepare import assumptions
@@ -18,7 +19,7 @@ from moe_lowering.limits.row import read
 from moe_lowering.limits.sources import load_sources
 from moe_lowering.model_configs.check import check_model
 from moe_lowering.model_configs.errors import ModelError
-from moe_lowering.model_configs.presets import PRESETS
+from moe_lowering.model_configs.presets import DEFAULTS, PRESETS
 from moe_lowering.vocabulary import IMPLEMENTATION_FORMS, SOCS, soc_named
 
 DEPLOYMENTS = f"{BLOCK} --soc A2,910C --ep 16,64 --quant none,w8a8"
@@ -200,6 +201,16 @@ def test_tokens_are_said_as_far_as_they_were_shown(monkeypatch, rule, said):
 
 
 # ------------------------------------------------------------------------------------------------- names, sizes, aliases
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_that_is_a_default_is_the_default(name):
+    """Of those that say so, and of no other: there some value differs, so that the default is another model."""
+    simulator.enable()
+    preset = PRESETS[name]
+    default = transformers.CONFIG_MAPPING[preset.kind]()
+    differ = [key for key, value in preset.values.items() if getattr(default, key, value) != value]
+    assert bool(preset.source) and (differ == []) == (preset.source == DEFAULTS), differ
 
 
 @pytest.mark.parametrize("name", PRESETS)
