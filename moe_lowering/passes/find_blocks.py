@@ -40,6 +40,10 @@ _COLLECTIVES = tuple(
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single", "broadcast")
 )
 _ARGUMENT = re.compile(r"^L\['(\w+)'\]")  # what dynamo calls the module that is compiled
+_COMPILED = (
+    "self",
+    "fn",
+)  # of its own forward, and of one of torch's own (nn.Sequential), which external_utils.wrap_inline calls
 _BOTH_ENDS = tuple(name for name in CombineCall._fields if name in DispatchCall._fields)  # must be alike in both
 
 
@@ -59,7 +63,7 @@ def module_path(node: Node) -> str:
         path = str(next(reversed(stack.values()))[0])
     except Exception:  # metadata that others wrote, in another form: a name is for people, and must not fail a compile
         return node.name
-    path = _ARGUMENT.sub(lambda match: "" if match[1] == "self" else match[1], path)
+    path = _ARGUMENT.sub(lambda match: "" if match[1] in _COMPILED else match[1], path)
     return path.replace("._modules['", ".").replace("']", "").removeprefix(".") or node.name
 
 
