@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
@@ -21,6 +21,9 @@ from moe_lowering.lookup import look_up
 from moe_lowering.passes.arguments import argument, read
 from moe_lowering.passes.operands import ExpertOperands
 from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS, ExpertFormat
+
+if TYPE_CHECKING:
+    from moe_lowering.passes.wiring import Wiring
 
 
 def size_key(size: Any) -> Any:
@@ -208,6 +211,7 @@ class Block:
         counts: the counts' node when something outside of the block reads it.
         interior: every node that a rewrite erases.
         route: the routing that makes the ids, when it is a generic one.
+        wiring: what its stages read, when it was found.
     """
 
     name: str
@@ -218,6 +222,7 @@ class Block:
     interior: tuple[Node, ...]
     route: Route | None
     spec: BlockSpec
+    wiring: Wiring | None = None
 
     @property
     def stages(self) -> tuple[Node, Node, Node]:

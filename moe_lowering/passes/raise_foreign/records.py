@@ -12,6 +12,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import shape_key
 from moe_lowering.report.leftovers import NotRaised
 from moe_lowering.source_lines import innermost
+from moe_lowering.vocabulary import SWIGLU_ALPHA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ class ForeignBlock:
     w2: Weights
     activation: str
     limit: float = 0.0
-    alpha: float = 1.702
+    alpha: float = SWIGLU_ALPHA
     interleaved: bool = False
     w13_bias: tuple[Node, ...] = ()
     w2_bias: tuple[Node, ...] = ()
