@@ -256,8 +256,11 @@ def one_rank_key(
         absent: the arguments that such a call does not have.
         options: num_experts, quantisation, and flags that are False in such a call. place: the deployment.
     """
-    if any(each is not None for each in absent) or not isinstance(place, Deployment):
+    quantisation, *flags = options[1:]
+    if any(each is not None for each in absent) or any(flag is not False for flag in flags):
         return None
-    if any(options[2:]) or options[1] != "none" or place.ep_size != 1 or place.tp_size != 1:
+    if not isinstance(place, Deployment) or place.ep_size != 1 or place.tp_size != 1:
+        return None
+    if not isinstance(quantisation, str) or quantisation != "none":
         return None
     return one_rank.signature(layer, (*options, place.token_bound, place.max_rows))

@@ -42,6 +42,7 @@ FEW = 64  # slots up to which they are sorted in Python
 _PASSED: set[Hashable] = set()
 _MOST_PASSED = 4096
 _PLAIN = (Tensor, torch.nn.Parameter)
+_SCALARS = (str, int, float, bool, type(None))
 _c: Any = torch._C  # not all of it is typed
 
 
@@ -55,9 +56,9 @@ def signature(layer: Layer, more: tuple[Any, ...]) -> Hashable | None:
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return None
-    if _is_watched():
-        return None
     options = (*layer[5:], *more)
+    if _is_watched() or any(type(option) not in _SCALARS for option in options):
+        return None
     facts = [(tensor.shape, tensor.dtype, tensor.layout) for tensor in tensors]
     return (*facts, *options, *map(type, options))  # 1, 1.0 and True are equal, and not the same argument
 
