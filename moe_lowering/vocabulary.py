@@ -22,9 +22,6 @@ class Soc:
         device_types: vllm-ascend's words for it (``_build_info.__device_type__``).
         aliases: other names of it that people use, of the chip or of its series, which commands take (``soc_named``).
         clips_swiglu: it has a kernel of ``npu_clipped_swiglu`` (op-plugin's documentation of that operator).
-        skips_absent_rows: ``npu_moe_token_unpermute`` adds nothing for an index past its rows. CANN's kernel of A2 and A3
-            (moe_token_unpermute.h) compares each index with their number, since ``npu_moe_token_permute`` may drop rows;
-            on A5 the call goes to another operator.
         weighs_before_sending: MC2's dispatch takes the weights of the tokens and combine gets them back, since its ranks
             exchange in two levels always (op-plugin's documentation of ``npu_moe_distribute_dispatch_v2``: expert_scales).
         two_level_tp_world: ``tp_world_size`` of MC2's two-level algorithm where there is no TP; both 0 and 1 say so.
@@ -39,7 +36,6 @@ class Soc:
     device_types: tuple[str, ...]
     aliases: tuple[str, ...] = ()
     clips_swiglu: bool = False
-    skips_absent_rows: bool = False
     weighs_before_sending: bool = False
     two_level_tp_world: int = 0
     graph_mode_group_tp: bool = False
@@ -55,7 +51,6 @@ SOCS = {
             ("A2",),
             aliases=("910B",),
             clips_swiglu=True,
-            skips_absent_rows=True,
             weighs_before_sending=True,
             graph_mode_group_tp=True,
         ),
@@ -66,7 +61,6 @@ SOCS = {
             ("A3",),
             aliases=("910C", "910_93"),
             clips_swiglu=True,
-            skips_absent_rows=True,
             two_level_tp_world=1,
         ),
         Soc(

@@ -194,11 +194,11 @@ def agree_on_settings(rank, comm_of, cost_of):
     return ""
 
 
-def mutated(rank, comm, mutation, experts=EXPERTS, top_k=TOP_K, soc="A3"):
+def mutated(rank, comm, mutation, experts=EXPERTS, top_k=TOP_K):
     """This rank's output of a lowered layer that was broken on purpose; the text of a kernel's refusal."""
     from moe_lowering import lowering_backend
 
-    where = deployment(rank, soc=soc)
+    where = deployment(rank)
     module = shard_experts(layer(torch.bfloat16, experts, top_k), where)
     if mutation == "gate_and_up_swapped":
         module.w13.data = module.w13.roll(INTERMEDIATE, -1)
@@ -254,13 +254,6 @@ def _absolute_row_index(gm):
     unpermute.args = (unpermute.args[0], index, *unpermute.args[2:])
 
 
-def _absent_as_last_row(gm):
-    """A slot of another rank reads the last row, which is undefined, and not one past the rows."""
-    (unpermute,) = _nodes(gm, torch.ops.npu.npu_moe_token_unpermute.default)
-    index, divisor = unpermute.args[1].args
-    unpermute.args[1].args = (index, divisor - 1)
-
-
 def _undefined_rows(gm):
     for node in _nodes(gm, torch.ops.aten.masked_fill_.Scalar):
         gm.graph.erase_node(node)
@@ -275,7 +268,6 @@ MUTATIONS = {
     "unweighted_combine": _unweighted,
     "counts_shifted": _shifted_counts,
     "absolute_row_index": _absolute_row_index,
-    "absent_slots_read_the_last_row": _absent_as_last_row,
     "undefined_rows_let_through": _undefined_rows,
     "spare_row_let_through": _spare_row,
 }

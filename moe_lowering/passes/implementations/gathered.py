@@ -1,29 +1,26 @@
 """Tokens of all ranks of the EP group on each of them, and this rank's rows among them: AllGather and static AllToAll.
 
-    all_gather(x, ids, weights) > init_routing_v2 (own experts only) > MLP > token_unpermute
+    all_gather(x, ids, weights) > init_routing_v2 (own experts only) > MLP > one undefined row to zero > token_unpermute
 
 The result is [ep * M, H]: for each token of each rank the weighted sum over the experts of this rank, zero where it has
 none here. Which ranks' sums are then added, and how, is the implementation's own.
 
 Why it is equivalent. init_routing_v2 sorts (expert, source token) stably, which is the generic row order because the
 gathered tokens are in rank order. A slot whose expert lives elsewhere has row index -1; it must contribute nothing. The
-seed takes abs(-1), which reads an undefined row, and 0 * NaN is NaN. Here -1 becomes the number of rows: unpermute's kernel
-adds nothing for an index that is not less than that (moe_token_unpermute.h; npu_moe_token_permute with num_out_tokens gives
-it such ones). Documentation wants distinct indices of at most T * k - 1; the kernel compares, and needs neither.
-A negative index is not within that: it would read before the buffer.
-On a SoC whose unpermute is not known to do so (``Soc.skips_absent_rows``), -1 becomes the last row, and that row is zero
+seed takes abs(-1), which reads an undefined row, and 0 * NaN is NaN. Here -1 becomes the last row, and that row is zero
 unless it is valid. Only that row is written: no other index ever names an undefined one. Where the last row is valid all
 rows are, so that every slot is local and no index is -1. With k > E_local there is one row more than can be valid
 (``_row_bound``), so the last one is zero whatever the counts are.
 The row is written in place, in memory that the second matmul of this block has just made and that nothing else reads. GE
 graphs are functional, and a row can be changed there only by writing all of them: see ``unpermute``.
+Fewer rows than slots, and several slots on one row, are within what the kernel does (moe_token_unpermute.h gathers row by
+row and compares each index with the number of rows); a negative index is not: it would read before the buffer.
 Masked and padding tokens get ids past the last expert (E + j, with ``expert_num`` raised by k): they belong to no rank.
 
 Few exchanges. Where ids and weights are not all that travels beside x, or are changed on the way (scales of int8 rows, a
 mask, padding), they travel as the columns of one int32 tensor: a collective costs as much as several small kernels. Two
 plain tensors do not: taking them apart is two kernels for one exchange less.
-Sources: ops_transformer.init_routing; ops_transformer.token_unpermute_kernel: an index past the rows;
-vllm_ascend.token_dispatcher: it reads undefined rows, by abs of the row index.
+Sources: ops_transformer.init_routing; vllm_ascend.token_dispatcher: it reads undefined rows, by abs of the row index.
 """
 
 from __future__ import annotations
@@ -37,7 +34,6 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.lookup import look_up
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.calls import OperatorCall, Rules, emit_call, tensor
 from moe_lowering.passes.emitter import Emitter, aten
@@ -47,7 +43,6 @@ from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
 from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens, tokens_calls
 from moe_lowering.passes.implementations.tensor_parallel import Share, share
 from moe_lowering.passes.implementations.unpermute import combine_calls, emit_combine, weights_dtype
-from moe_lowering.vocabulary import SOCS
 
 c10d = torch.ops._c10d_functional
 
@@ -155,7 +150,7 @@ def emit_partial(block: Block, emit: Emitter, deployment: Deployment) -> Partial
     with emit.at(block.combine, block.combine):
         some_absent = spec.ep_size > 1 or spec.has_mask
         if some_absent and deployment.mode != "ge":
-            index = _name_absent(emit, y_rows, index, counts, spec, deployment)
+            index = _zero_last_row(emit, y_rows, index, counts, spec)
         y = emit_combine(emit, y_rows, index, tokens.weights, deployment, some_absent)
     return Partial(y, own, counts)
 
@@ -297,44 +292,32 @@ def _route_rows(
     scale = None if tokens.scale is None and smooth is None else emit.item(routed, 3)
     if _has_spare_row(spec):
         # a token has at most E_local slots here: the remaining rows are never filled
-        most = _row_bound(emit, tokens.x, spec, deployment)
+        most = _row_bound(emit, tokens.x, spec)
         rows = emit.call(aten.slice.Tensor, rows, 0, 0, most)
         scale = scale if scale is None else emit.call(aten.slice.Tensor, scale, 0, 0, most)
     return rows, index, counts, scale
 
 
 def _has_spare_row(spec: BlockSpec) -> bool:
-    """Whether there are more slots than rows that can be filled: then at most one of those is kept."""
+    """Whether there are more slots than rows that can be filled: then one of those is kept, and no more."""
     return spec.top_k > spec.local_experts and spec.ep_size > 1
 
 
-def _row_bound(emit: Emitter, x: Node, spec: BlockSpec, deployment: Deployment) -> Any:
-    """tokens * E_local: all rows that can be valid; and one that never is, where that has to stand for no row."""
+def _row_bound(emit: Emitter, x: Node, spec: BlockSpec) -> Any:
+    """tokens * E_local + 1: all rows that can be valid, and one that never is."""
     tokens = emit.size(x, 0)
-    most = (
-        tokens * spec.local_experts if isinstance(tokens, int) else emit.call(operator.mul, tokens, spec.local_experts)
-    )
-    return most if _skips_absent(deployment) else _one_more(emit, most)
+    if isinstance(tokens, int):
+        return tokens * spec.local_experts + 1
+    return emit.call(operator.add, emit.call(operator.mul, tokens, spec.local_experts), 1)
 
 
-def _skips_absent(deployment: Deployment) -> bool:
-    """Whether the operator that combines adds nothing for an index past the rows."""
-    return deployment.mode != "ge" and look_up(SOCS, deployment.soc, "gathered: soc").skips_absent_rows
-
-
-def _one_more(emit: Emitter, size: Any) -> Any:
-    return size + 1 if isinstance(size, int) else emit.call(operator.add, size, 1)
-
-
-def _name_absent(emit: Emitter, rows: Node, index: Node, counts: Node, spec: BlockSpec, deployment: Deployment) -> Node:
-    """The row index with another name for no row than -1: one past the rows, or the last row, which is zero then.
+def _zero_last_row(emit: Emitter, rows: Node, index: Node, counts: Node, spec: BlockSpec) -> Node:
+    """The last row to zero where it is not valid, in place; the row index with -1 as the last row.
 
     The remainder is exact: a row takes at least 2 KiB on every SoC, so that no memory holds the 2**24 rows from which an
     int32 would not survive an operator that computes in float32.
     """
     total = emit.size(rows, 0)
-    if _skips_absent(deployment):
-        return emit.call(aten.remainder.Scalar, index, _one_more(emit, total))
     last = emit.call(aten.slice.Tensor, rows, 0, -1, sys.maxsize)
     if _has_spare_row(spec):
         emit.call(aten.fill_.Scalar, last, 0)

@@ -51,8 +51,8 @@ def emit_combine(
 
     Args:
         emit: where.
-        rows: [N, H], of which those that an index names are defined: a row is read even where its weight is 0.
-        index: int32 [T * k], every entry in 0..N-1; N for no row where the SoC skips that (``gathered``).
+        rows: [N, H], without undefined rows: a row is read even where its weight is 0.
+        index: int32 [T * k], every entry in 0..N-1.
         weights: [T, k], any float dtype.
         deployment: its ``mode`` says which operators may be used.
         some_absent: for GE alone: an index may be -1, which stands for a row of zeros, and rows that no index names may

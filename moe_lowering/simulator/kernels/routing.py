@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_lowering.simulator.kernels import common
 from moe_lowering.simulator.kernels.common import (
     Kernel,
     check_own_dtype,
@@ -19,7 +18,6 @@ from moe_lowering.simulator.kernels.common import (
     take,
 )
 from moe_lowering.simulator.kernels.quantised_matmul import quantise_rows
-from moe_lowering.vocabulary import SOCS
 
 GATHER = 0  # row_idx_type: row_idx[slot] = row; 1 (scatter) is the inverse
 CUMSUM, COUNT, KEY_VALUE = 0, 1, 2  # expert_tokens_num_type
@@ -130,23 +128,19 @@ def token_unpermute(
     """rows [R, H], indices [T*k] int32, probs [T, k] or None (k = 1) -> [T, H]: sum over k of probs * rows[index].
 
     Accumulates in float32, k ascending, and rounds once. Documentation wants distinct indices; a repeated one
-    is read twice, which vllm-ascend's AllGather path relies on (``abs(row_idx)`` with zero weights). On a SoC with
-    ``skips_absent_rows`` an index of R or more adds nothing: the kernel compares each with R.
+    is read twice, which vllm-ascend's AllGather path relies on (``abs(row_idx)`` with zero weights).
     """
     rows = permuted_tokens.shape[0]
     if sorted_indices.numel():
         low, high = int(sorted_indices.min()), int(sorted_indices.max())
-        skips = SOCS[common.current_soc()].skips_absent_rows
-        if low < 0 or (high >= rows and not skips):
-            accepted = "0 or more" if skips else f"0 to {rows - 1} (rows given)"
-            refuse("npu_moe_token_unpermute", "sorted_indices", f"{low} to {high}", accepted)
+        if low < 0 or high >= rows:
+            refuse("npu_moe_token_unpermute", "sorted_indices", f"{low} to {high}", f"0 to {rows - 1} (rows given)")
     top_k = 1 if probs is None else probs.shape[1]
     indices = sorted_indices.reshape(-1, top_k).long()
     total = torch.zeros(indices.shape[0], permuted_tokens.shape[1], dtype=torch.float32)
     for k in range(top_k):
-        present = (indices[:, k] < rows).nonzero().squeeze(1)
-        part = permuted_tokens[indices[present, k]].float()
-        total[present] += part if probs is None else part * probs[present, k : k + 1].float()
+        part = permuted_tokens[indices[:, k]].float()
+        total += part if probs is None else part * probs[:, k : k + 1].float()
     return total.to(permuted_tokens.dtype)
 
 
