@@ -21,6 +21,7 @@ from moe_lowering.passes.block_specs import Layer, spec_of_layer
 from moe_lowering.passes.decision import Decision, decide
 from moe_lowering.passes.policy import Policy
 from moe_lowering.passes.token_ranges import RUNS_WITHOUT_GUARDS
+from moe_lowering.vocabulary import SWIGLU_ALPHA
 
 TOKENS_TRIED = 8  # checks of arguments do not depend on it
 
@@ -53,7 +54,7 @@ def require_lowered(
         dtype=w13.dtype,
         activation=form.activation,
         limit=0.0,
-        alpha=1.702,  # moe_experts' own, which no activation of vLLM's here reads
+        alpha=SWIGLU_ALPHA,  # as moe_experts gives it; no activation of vLLM's here reads it
     )
     _require_accepted(layer, form)
     contiguous = bool(w13.is_contiguous() and w2.is_contiguous())

@@ -5,6 +5,7 @@
     w8a8   matmul (int32) > npu_dequant_swiglu_quant > matmul, of int8 rows
     w8a8   matmul (scaled) > activation > npu_dynamic_quant > matmul, likewise; or npu_swiglu_quant for the middle two
     w4a8   the same with int4 weights, which bring a bias
+    rows   may become int8 by npu_dynamic_quant after they were routed
 
 The activation is ``npu_swiglu``, ``npu_clipped_swiglu``, or written in ATen: halves or even and odd columns, clamps, silu or
 gelu, a product. Rows past the sum of the counts are undefined before and after, in the chain and in what replaces it.
@@ -74,6 +75,10 @@ def match_experts(
         )
     dtype = value_of(rows).dtype
     reader, path = walk.onward(rows, "rows")
+    if row_scale is None and is_operator(reader, QUANTISE):
+        rows, row_scale = _quantised(walk, rows, "rows")
+        dtype = value_of(rows).dtype
+        reader, path = walk.onward(rows, "rows")
     first = _matmul(walk, reader, path, counts, kind)
     if dtype == torch.int8:
         if row_scale is None:
@@ -251,7 +256,7 @@ def _activated(walk: Walk, hidden: Node) -> tuple[Node, Node, dict[str, Any]]:
     readers = walk.readers(hidden)
     if len(readers) != 1 or not is_operator(readers[0], SWIGLU_ROWS):
         activation = match_activation(walk, hidden)
-        return *_quantised(walk, activation.result), activation.words
+        return *_quantised(walk, activation.result, "the activation"), activation.words
     (node,) = readers
     walk.add(node)
     require_value(node, "x", hidden)
@@ -269,11 +274,11 @@ def _pair(walk: Walk, node: Node) -> tuple[Node, Node]:
     return rows, scales
 
 
-def _quantised(walk: Walk, rows: Node) -> tuple[Node, Node]:
+def _quantised(walk: Walk, rows: Node, what: str) -> tuple[Node, Node]:
     """Rows and their scales after ``npu_dynamic_quant``."""
-    node, path = walk.onward(rows, "the activation's result")
+    node, path = walk.onward(rows, what)
     if not is_operator(node, QUANTISE):
-        raise other_operator(node, f"the activation goes to {node.target}", f"npu.{QUANTISE}")
+        raise other_operator(node, f"{what} goes to {node.target}", f"npu.{QUANTISE}")
     require_value(node, "input", path)
     require(node, {"smooth_scales": (None,)}, "raise.smooth_scales")
     require(node, {"group_index": (None,), "dst_type": (None, 1), "quant_mode": ("pertoken",), "dst_type_max": (0.0,)})
