@@ -29,6 +29,7 @@ class Settings:
         requests: how many, of random lengths; all at once.
         tokens: how many each is continued with.
         dtype: of the model.
+        logprobs: how many of the best tokens' log probabilities to keep, of the first token of each request.
         ranks: of one tensor-parallel group, with expert parallelism.
         options: further arguments of ``LLM``.
         additional: further ``additional_config``.
@@ -41,6 +42,7 @@ class Settings:
     requests: int = 8
     tokens: int = 6
     dtype: str = "float32"
+    logprobs: int = 0
     ranks: int = 1
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     additional: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -80,9 +82,18 @@ def serve(settings: Settings) -> dict[str, Any]:
         additional_config=additional,
         **options,
     )
-    sampling = SamplingParams(max_tokens=settings.tokens, temperature=0.0, detokenize=False, ignore_eos=True)
+    sampling = SamplingParams(
+        max_tokens=settings.tokens,
+        temperature=0.0,
+        detokenize=False,
+        ignore_eos=True,
+        logprobs=settings.logprobs or None,
+    )
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts(settings)], sampling)
     result: dict[str, Any] = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+    if settings.logprobs:
+        first = [output.outputs[0].logprobs[0] for output in outputs]
+        result["logprobs"] = [{token: entry.logprob for token, entry in found.items()} for found in first]
     files = [path for path in Path(settings.cache).rglob("artifact_compile_range*") if path.is_file()]
     calls = [sorted({".".join(call) for call in CALL.findall(path.read_text())}) for path in files]
     result["compiled"] = calls

@@ -9,8 +9,10 @@ import torch
 
 from moe_lowering import Deployment
 from moe_lowering.integrations import vllm
-from moe_lowering.integrations.vllm_layers import Refused, compute_layer, read_layer
+from moe_lowering.integrations.vllm_deployment import deployment_for_weights
+from moe_lowering.integrations.vllm_layers import compute_layer, read_layer
 from moe_lowering.integrations.vllm_legality import require_lowered, token_ranges_of
+from moe_lowering.integrations.vllm_refusals import Refused
 from moe_lowering.passes.policy import Policy
 from moe_lowering.vocabulary import IMPLEMENTATION_FORMS
 
@@ -26,7 +28,7 @@ class Other:
 
 
 def moe(**changes):
-    config = {"has_bias": False, "is_sequence_parallel": False, "dp_size": 1, "pcp_size": 1, "tp_size": 1, **changes}
+    config = {"in_dtype": torch.float32, "has_bias": False, "is_sequence_parallel": False, "dp_size": 1, "pcp_size": 1, "tp_size": 1, **changes}
     return {"moe_config": SimpleNamespace(**config)}
 
 
@@ -112,7 +114,8 @@ def served(**changes):
 
 
 def judge(policy, deployment, ranges=((1, 256),), **changes):
-    given = layer(**changes)
+    dtype = changes.get("w13_weight", torch.empty(0)).dtype
+    given = layer(**{**moe(in_dtype=dtype), **changes})
     require_lowered(given, read_layer(given, deployment), policy, deployment, list(ranges))
 
 
@@ -198,13 +201,14 @@ def decide(monkeypatch):
     monkeypatch.setattr(vllm, "_check_engine", lambda config: None)
     deployment = Deployment(soc="A3", max_tokens=256, guards="forbid")
     monkeypatch.setattr(vllm, "deployment_of", lambda config: deployment)
+    monkeypatch.setattr(vllm, "deployment_for_weights", lambda deployment, layer: deployment)
     monkeypatch.setattr(vllm, "take_over", lambda layer, form: taken.append(layer))
     taken = []
 
-    def run(config):
+    def run(config, name="mlp.experts"):
         config.compilation_config.static_all_moe_layers = ["mlp.experts"]
         given = layer()
-        given.vllm_config, given.layer_name = config, "mlp.experts"
+        given.vllm_config, given.layer_name = config, name
         vllm._decide(given)
         return vllm.layers(), given in taken, config.compilation_config.static_all_moe_layers
 

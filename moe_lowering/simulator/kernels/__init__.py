@@ -13,6 +13,7 @@ from moe_lowering.simulator.kernels.atb import KERNELS as ATB
 from moe_lowering.simulator.kernels.common import Kernel, collective, with_limits
 from moe_lowering.simulator.kernels.distribute import KERNELS as DISTRIBUTE
 from moe_lowering.simulator.kernels.finalize import KERNELS as FINALIZING
+from moe_lowering.simulator.kernels.format_cast import KERNELS as FORMAT_CASTS
 from moe_lowering.simulator.kernels.gating import KERNELS as GATING
 from moe_lowering.simulator.kernels.gating_softmax import KERNELS as GATING_SOFTMAX
 from moe_lowering.simulator.kernels.grouped_matmul import KERNELS as GROUPED_MATMUL
@@ -36,6 +37,7 @@ LOCAL = {  # the kernels that need no other rank
     **NORMS,
     **ROTARY,
     **INFER_ATTENTION,
+    **FORMAT_CASTS,
 }
 _LIBRARY: list[torch.library.Library] = []
 
