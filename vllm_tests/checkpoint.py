@@ -1,8 +1,8 @@
 """Makes small checkpoints with transformers, as models that vLLM serves, and continues prompts with one, greedily, on the CPU.
 
-python checkpoint.py '{"folder": ..., "model": "qwen3_moe", "quantisation": "none", "prompts": [[1, 2], ...], ...}'    # see Settings
+python checkpoint.py '{"folder": ..., "model": "qwen3_moe", "quantisation": "none", "prompts": [[1, 2], ...]}'    # see Settings
 
-Prints the tokens that transformers continues each prompt with. Quantised checkpoints are in the format of ModelSlim, which
+Prints what transformers continues each prompt with (``continue_prompts``). Quantised checkpoints are in the format of ModelSlim, which
 vllm-ascend reads: experts alone are quantised, and quant_model_description.json says how each weight is kept.
 """
 
@@ -62,7 +62,49 @@ def qwen3_moe(**changes):
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**config, **changes}))
 
 
-MODELS = {"qwen3_moe": qwen3_moe}
+def deepseek_v3(**changes):
+    """MLA in its real widths, one dense layer, then shared experts and groups of experts with a correction bias."""
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.08,
+        "num_nextn_predict_layers": 0,
+        "rope_interleave": True,
+        "topk_method": "noaux_tc",  # what vLLM reads, and transformers does not
+        "scoring_func": "sigmoid",
+    }
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**{**config, **changes}))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.rand(buffer.shape) * 0.2)
+    return model
+
+
+MODELS = {"qwen3_moe": qwen3_moe, "deepseek_v3": deepseek_v3}
+BEST = 5  # log probabilities of so many first tokens
 
 
 def make(settings):
@@ -110,16 +152,21 @@ def quantise(folder, quantisation):
 
 
 def continue_prompts(model, prompts):
-    """The tokens of each prompt, chosen one by one from transformers' own logits without a cache."""
+    """The tokens of each prompt, chosen one by one from transformers' own logits without a cache, and the log probabilities of
+    the best first tokens."""
     import torch
 
-    found = []
+    found = {"tokens": [], "logprobs": []}
     with torch.no_grad():
         for prompt in prompts:
             tokens = list(prompt)
             for _ in range(TOKENS):
-                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-            found.append(tokens[len(prompt) :])
+                logits = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+                if len(tokens) == len(prompt):
+                    best = logits.topk(BEST)
+                    found["logprobs"].append(dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+                tokens.append(int(logits.argmax()))
+            found["tokens"].append(tokens[len(prompt) :])
     return found
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import serve
@@ -15,6 +16,14 @@ import serve
 HERE = Path(__file__).parent
 REQUESTS = 50
 TIMEOUT = 900  # seconds of one engine on a busy machine
+
+
+class Reference(NamedTuple):
+    """A checkpoint, and what transformers computes with it: tokens, and the best first ones' log probabilities."""
+
+    folder: Path
+    tokens: list[list[int]]
+    logprobs: list[dict[str, float]]
 
 
 def simulate(*command, soc="A3", devices=1, timeout=TIMEOUT, settings=None):
@@ -51,7 +60,7 @@ def simulate(*command, soc="A3", devices=1, timeout=TIMEOUT, settings=None):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """``checkpoint(model, prompts=50, **settings)``: (folder, transformers' tokens for so many requests), each made once."""
+    """``checkpoint(model, prompts=50, **settings)``: a ``Reference`` with so many requests, each made once."""
     results = {}
 
     def make(model="qwen3_moe", prompts=REQUESTS, **settings):
@@ -62,7 +71,7 @@ def checkpoint(tmp_path_factory):
             asked = {"folder": str(folder), "model": model, "prompts": asked, **settings}
             code, out, error = simulate(HERE / "checkpoint.py", json.dumps(asked))
             assert code == 0, error[-3000:]
-            results[key] = folder, json.loads(out)
+            results[key] = Reference(folder, **json.loads(out))
         return results[key]
 
     return make
@@ -70,7 +79,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reference(checkpoint):
-    """(folder of a Qwen3-MoE, transformers' tokens for 50 requests)."""
+    """Of a Qwen3-MoE."""
     return checkpoint()
 
 
@@ -83,7 +92,7 @@ def served(reference, tmp_path_factory):
         key = json.dumps([soc, environment, settings], sort_keys=True)
         if key not in results:
             cache = str(tmp_path_factory.mktemp("cache"))
-            given = {"model": str(reference[0]), "cache": cache, "requests": REQUESTS, **settings}
+            given = {"model": str(reference.folder), "cache": cache, "requests": REQUESTS, **settings}
             ranks = settings.get("ranks", 1)
             program = (HERE / "serve.py", json.dumps(given))
             results[key] = simulate(*program, soc=soc, devices=ranks, timeout=timeout, settings=environment)

@@ -120,12 +120,18 @@ def compute_layer(layer: Any, form: LayerForm, hidden_states: Tensor, router_log
         topk_groups=form.topk_groups,
         scale=form.scale,
     )
+    tensors = tensors_of(layer, form.scheme)
     return moe_experts(
         hidden_states,
         weights,
         ids,
-        **tensors_of(layer, form.scheme),
+        tensors["w13"],
+        tensors["w2"],
         quantisation=form.scheme.quantisation,
+        w13_scale=tensors.get("w13_scale"),
+        w2_scale=tensors.get("w2_scale"),
+        w13_scale_bias=tensors.get("w13_scale_bias"),
+        w2_scale_bias=tensors.get("w2_scale_bias"),
         num_experts=form.num_experts,
         activation=form.activation,
         deployment=form.deployment,

@@ -85,15 +85,21 @@ def scheme_of(layer: Any) -> Scheme:
         tensor = getattr(layer, attribute, None)
         if tensor is None:
             raise refuse("weight_lists", f"the layer's {attribute}", "not there", "one tensor of all experts")
-        if argument.endswith("_scale") and tensor.dim() != 2:
+        if argument.endswith("_scale") and tensor.dim() != 2 and not _is_one_group(tensor):
             accepted = "one scale for each column, [experts, columns] (group_size 0)"
             raise refuse("scale_groups", f"the layer's {attribute}", f"of shape {list(tensor.shape)}", accepted)
     return scheme
 
 
+def _is_one_group(scale: Tensor) -> bool:
+    """[experts, 1, columns], as vllm-ascend keeps some scales of whole columns."""
+    return scale.dim() == 3 and scale.shape[1] == 1
+
+
 def tensors_of(layer: Any, scheme: Scheme) -> dict[str, Tensor]:
     """The layer's tensors by the names of ``moe_experts``."""
-    return {name: getattr(layer, attribute) for name, attribute in scheme.tensors.items()}
+    tensors = {name: getattr(layer, attribute) for name, attribute in scheme.tensors.items()}
+    return {name: t.squeeze(1) if name.endswith("_scale") and _is_one_group(t) else t for name, t in tensors.items()}
 
 
 def operands_of(tensors: Mapping[str, Tensor]) -> ExpertOperands:

@@ -9,7 +9,6 @@ import torch
 
 from moe_lowering import Deployment
 from moe_lowering.integrations import vllm
-from moe_lowering.integrations.vllm_deployment import deployment_for_weights
 from moe_lowering.integrations.vllm_layers import compute_layer, read_layer
 from moe_lowering.integrations.vllm_legality import require_lowered, token_ranges_of
 from moe_lowering.integrations.vllm_refusals import Refused
@@ -28,7 +27,15 @@ class Other:
 
 
 def moe(**changes):
-    config = {"in_dtype": torch.float32, "has_bias": False, "is_sequence_parallel": False, "dp_size": 1, "pcp_size": 1, "tp_size": 1, **changes}
+    config = {
+        "in_dtype": torch.float32,
+        "has_bias": False,
+        "is_sequence_parallel": False,
+        "dp_size": 1,
+        "pcp_size": 1,
+        "tp_size": 1,
+        **changes,
+    }
     return {"moe_config": SimpleNamespace(**config)}
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_vllm_layers import EXPERTS, HIDDEN, TOP_K, WIDTH, engine, judge, layer, moe
+from test_vllm_layers import EXPERTS, HIDDEN, TOP_K, WIDTH, engine, layer, moe
 
 from moe_lowering import Deployment
 from moe_lowering.integrations import vllm
@@ -48,6 +48,8 @@ def quantised(quantisation, experts=EXPERTS, hidden=HIDDEN, width=WIDTH):
         else:
             given[f"{name}_weight"] = packed(whole)
             given[f"{name}_weight_scale"] = scale.view(torch.int32).to(torch.int64)
+            if name == "w2":  # vllm-ascend drops the axis of groups of w13's scales alone
+                given["w2_weight_scale"] = given["w2_weight_scale"].unsqueeze(1)
             given[f"{name}_scale_bias"] = (8 * real[name].sum(1)).float()
     if quantisation == "w8a8":
         given["w13_weight_scale_fp32"] = given["w13_weight_scale"].float()
@@ -94,7 +96,7 @@ def test_a_quantised_layer_is_judged_by_its_own_tensors(quantisation):
 
     decide()
     with pytest.raises(Refused, match=r"^\[vllm.arguments\] .*w2_scale"):
-        decide(w2_weight_scale=given["w2_weight_scale"][:, :-1])
+        decide(w2_weight_scale=given["w2_weight_scale"][..., :-1])
 
 
 def test_scales_of_groups_and_missing_tensors_are_refused():
@@ -151,20 +153,34 @@ def test_layers_of_two_memory_formats_are_not_lowered_together(ascend_config, mo
     monkeypatch.setattr(vllm, "deployment_of", lambda config: Deployment(soc="A3", max_tokens=256, guards="forbid"))
     config = engine({})
     config.compilation_config.static_all_moe_layers = []
-    first, second, third = quantised_layer("w8a8", hidden=512, width=512)[0], layer(), quantised_layer("w8a8", hidden=64, width=64)[0]
+    first, second, third = (
+        quantised_layer("w8a8", hidden=512, width=512)[0],
+        layer(),
+        quantised_layer("w8a8", hidden=64, width=64)[0],
+    )
     for name, given in (("first", first), ("second", second), ("third", third)):
         given.vllm_config, given.layer_name = config, name
         vllm._decide(given)
     found = vllm.layers()
     vllm._begin(None)
     assert found["first"] == found["third"] == ""
-    assert found["second"].startswith("[vllm.weight_format] the memory format of the experts is nd; accepted: nz, as of")
+    assert found["second"].startswith(
+        "[vllm.weight_format] the memory format of the experts is nd; accepted: nz, as of"
+    )
 
 
 def test_mc2_and_fused_mc2_take_quantised_experts_on_ranks():
     """What vllm-ascend selects for W8A8 on two ranks is legal here too; unquantised in ND is not, for FusedMC2."""
-    groups = {"ep_size": 2, "ep_group": "ep", "mc2_group": "mc2", "providers": (("vllm_ascend", "0.23.0"),), "installed": ()}
-    deployment = Deployment(soc="A3", **groups, max_tokens=256, guards="forbid", weight_format="nz", hccl_buffer_mb=1024)
+    groups = {
+        "ep_size": 2,
+        "ep_group": "ep",
+        "mc2_group": "mc2",
+        "providers": (("vllm_ascend", "0.23.0"),),
+        "installed": (),
+    }
+    deployment = Deployment(
+        soc="A3", **groups, max_tokens=256, guards="forbid", weight_format="nz", hccl_buffer_mb=1024
+    )
     given, _ = quantised("w8a8", experts=EXPERTS // 2, hidden=1024, width=256)
     given = SimpleNamespace(**{**vars(layer()), **moe(in_dtype=torch.bfloat16), **given})
     from moe_lowering.integrations.vllm_legality import require_lowered
@@ -172,4 +188,10 @@ def test_mc2_and_fused_mc2_take_quantised_experts_on_ranks():
     for comm in IMPLEMENTATION_FORMS:
         require_lowered(given, read_layer(given, deployment), Policy(comm), deployment, [(1, 256)])
     with pytest.raises(Refused, match=r"fused.weight_format"):
-        require_lowered(given, read_layer(given, deployment), Policy("fused_mc2"), deployment.replace(weight_format="nd"), [(1, 256)])
+        require_lowered(
+            given,
+            read_layer(given, deployment),
+            Policy("fused_mc2"),
+            deployment.replace(weight_format="nd"),
+            [(1, 256)],
+        )

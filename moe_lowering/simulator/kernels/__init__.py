@@ -18,6 +18,7 @@ from moe_lowering.simulator.kernels.gating import KERNELS as GATING
 from moe_lowering.simulator.kernels.gating_softmax import KERNELS as GATING_SOFTMAX
 from moe_lowering.simulator.kernels.grouped_matmul import KERNELS as GROUPED_MATMUL
 from moe_lowering.simulator.kernels.infer_attention import KERNELS as INFER_ATTENTION
+from moe_lowering.simulator.kernels.mla import KERNELS as MLA
 from moe_lowering.simulator.kernels.norm import KERNELS as NORMS
 from moe_lowering.simulator.kernels.permute import KERNELS as PERMUTING
 from moe_lowering.simulator.kernels.quantised import KERNELS as QUANTISED
@@ -38,6 +39,7 @@ LOCAL = {  # the kernels that need no other rank
     **ROTARY,
     **INFER_ATTENTION,
     **FORMAT_CASTS,
+    **MLA,
 }
 _LIBRARY: list[torch.library.Library] = []
 

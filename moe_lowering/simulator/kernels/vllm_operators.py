@@ -90,8 +90,8 @@ def grouped_matmul_swiglu_quant_v2(
         if others[argument] != value:
             refuse_unsimulated(SWIGLU_QUANT_W4, argument, others[argument], str(value))
     if swiglu_limit or weight_assist_matrix is None or weight[0].dtype != torch.int32 or len(weight) != 1:
-        value = f"{len(weight)} {weight[0].dtype}, swiglu_limit {swiglu_limit}"
-        refuse_unsimulated(SWIGLU_QUANT_W4, "weight", value, "one int32 tensor with weight_assist_matrix, and no limit")
+        given = f"{len(weight)} {weight[0].dtype}, swiglu_limit {swiglu_limit}"
+        refuse_unsimulated(SWIGLU_QUANT_W4, "weight", given, "one int32 tensor with weight_assist_matrix, and no limit")
     width = weight_scale[0].shape[-1]
     y, scale = make_undefined((len(x), width // 2), torch.int8), make_undefined((len(x),), torch.float32)
     scales = scale_of_bits(weight_scale[0].reshape(-1, width))
