@@ -2,8 +2,8 @@
 
 python checkpoint.py '{"folder": ..., "model": "qwen3_moe", "quantisation": "none", "prompts": [[1, 2], ...]}'    # see Settings
 
-Prints what transformers continues each prompt with (``continue_prompts``). Quantised checkpoints are in the format of ModelSlim, which
-vllm-ascend reads: experts alone are quantised, and quant_model_description.json says how each weight is kept.
+Prints what transformers continues each prompt with (``continue_prompts``). Quantised checkpoints are in the format of
+ModelSlim, which vllm-ascend reads: experts alone are quantised, and quant_model_description.json says how each weight is kept.
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 import math
 
+BEST = 5  # log probabilities that are kept of each request
 FLOOR = 20.0  # dB, of two chains that round bfloat16 and int8 in different places; other weights are below 10
 NEAR = 0.5  # log probability by which a chosen token may be worse than the best one of the other engine
 

@@ -7,6 +7,7 @@ would have in the graph, for each compile range and compile size of vLLM's confi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +105,9 @@ def _decide(
     narrowed = deployment_for_range(deployment, first, last)
     tokens = first if first == last else _symbolic_tokens(narrowed.min_tokens, narrowed.max_tokens)
     spec = spec_of_layer(described, narrowed, tokens, quantisation, tensors)
+    # vLLM's graph has collectives of its own over these, and MC2's communicator must be none of them
+    others = frozenset({narrowed.tp_group, narrowed.ep_group, narrowed.ep_communicator} - {""})
+    spec = dataclasses.replace(spec, collective_groups=others)
     token = RUNS_WITHOUT_GUARDS.set(True)
     try:
         return decide(spec, narrowed, policy)

@@ -160,6 +160,16 @@ def test_each_range_and_size_is_judged(bad):
     judge(Policy("auto"), on_ranks(), [(1, 64), bad, (8, 8)], **given)
 
 
+def test_a_communicator_that_vllm_uses_is_none_for_mc2():
+    """Said before the layer is taken over: in the graph it would be too late."""
+    groups = {"ep_size": 2, "ep_group": "ep", "mc2_group": "tp", "tp_size": 2}
+    shared = Deployment(soc="A3", **groups, tp_group="tp", max_tokens=64, guards="forbid")
+    given = weights(1024, 64, EXPERTS // 2)
+    with pytest.raises(Refused, match=r"^\[vllm.not_lowered\] .*mc2: \[mc2.shared_communicator\]"):
+        judge(Policy("mc2"), shared, [(1, 64)], **given)
+    judge(Policy("mc2"), shared.replace(mc2_group="mc2"), [(1, 64)], **given)
+
+
 def test_what_the_weights_say_is_judged():
     deployment, policy = Deployment(soc="A3", max_tokens=256, guards="forbid"), Policy()
     with pytest.raises(Refused, match=r"^\[vllm.arguments\] .*float64"):

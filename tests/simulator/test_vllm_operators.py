@@ -1,4 +1,4 @@
-"""Kernels of vllm-ascend's own operators for quantised experts, and what its loading and its AllToAll call; references in float64."""
+"""Kernels of vllm-ascend's own operators for quantised experts, and what its loading and AllToAll call; float64 references."""
 
 import pytest
 import torch

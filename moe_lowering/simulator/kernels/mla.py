@@ -1,4 +1,4 @@
-"""CPU kernels that MLA (DeepSeek's attention) needs beside attention itself: npu_kv_rmsnorm_rope_cache, npu_transpose_batchmatmul.
+"""CPU kernels of npu_kv_rmsnorm_rope_cache and npu_transpose_batchmatmul, which MLA (DeepSeek's attention) needs.
 
 Meaning: torch_npu 2.13.0's documentation, aclnnKvRmsNormRopeCache, aclnnTransposeBatchMatMul. Only the form that vllm-ascend
 calls: one key head, a paged cache, no quantisation. float32 inside, rounded once.
@@ -34,7 +34,7 @@ def kv_rmsnorm_rope_cache(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """kv [B, 1, 1, L + R], gamma [L], cos and sin [B, 1, 1, R] -> the caches, k_rope [B, 1, 1, R], c_kv [B, 1, 1, L].
 
-    c_kv is the norm of the first L numbers; k_rope is the rest, whose neighbours are pairs, rotated as ``npu_interleave_rope`` does.
+    c_kv is the norm of the first L numbers; k_rope is the rest, rotated as ``npu_interleave_rope`` does (neighbours are pairs).
     Token i is written at slot ``index[i]`` of caches [blocks, block size, 1, R] and [..., L]; at a negative slot it is not.
     Without ``is_output_kv`` the last two results are undefined.
     """
@@ -57,7 +57,7 @@ def kv_rmsnorm_rope_cache(
         cache.view(total, -1)[slots[stored]] = flat
     if is_output_kv:
         return k_cache, ckv_cache, turned, normed
-    return k_cache, ckv_cache, *(make_undefined(rows.shape, kv.dtype) for rows in (turned, normed))
+    return k_cache, ckv_cache, make_undefined(turned.shape, kv.dtype), make_undefined(normed.shape, kv.dtype)
 
 
 def transpose_batchmatmul(
