@@ -33,6 +33,8 @@ def simulate(*command, soc="A3", devices=1, timeout=TIMEOUT, settings=None):
     program by a while. What is left of them when the program ends, or is out of time, is ended here.
     """
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH",)}
+    paths = [str(HERE), *filter(None, [environment.get("PYTHONPATH")])]  # for ``faults``, in the processes of vLLM
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     launcher = [sys.executable, "-m", "moe_lowering", "simulate", "--soc", soc, "--devices", str(devices), "--"]
     program = [sys.executable, *map(str, command)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:

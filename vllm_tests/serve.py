@@ -69,19 +69,16 @@ def serve(settings: Settings) -> dict[str, Any]:
     options |= {name: value for name, value in settings.options.items() if name != "compilation_config"}
     if settings.ranks > 1:
         options |= {"tensor_parallel_size": settings.ranks, "enable_expert_parallel": True}
-    llm = LLM(
-        model=settings.model,
-        skip_tokenizer_init=True,
-        max_model_len=128,
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-        gpu_memory_utilization=0.5,
-        dtype=settings.dtype,
-        num_gpu_blocks_override=64,
-        enable_prefix_caching=False,
-        additional_config=additional,
-        **options,
-    )
+    defaults: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "max_model_len": 128,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+        "gpu_memory_utilization": 0.5,
+        "num_gpu_blocks_override": 64,
+        "enable_prefix_caching": False,
+    }
+    llm = LLM(model=settings.model, dtype=settings.dtype, additional_config=additional, **{**defaults, **options})
     sampling = SamplingParams(
         max_tokens=settings.tokens,
         temperature=0.0,

@@ -8,6 +8,7 @@ SERVED = {"dtype": "bfloat16", "requests": REQUESTS, "logprobs": 5}
 OPTIONS = {"quantization": "ascend"}
 # MC2 takes hidden sizes from 1024 on
 MODEL = {"quantisation": "w8a8", "dtype": "bfloat16", "config": {"hidden_size": 1024, "moe_intermediate_size": 256}}
+GRAPH = "moe_lowering: graph for "  # in the log
 CAPACITY = 8  # of MC2: vllm-ascend takes it from the largest size that is captured
 # vllm-ascend multiplies rows that no operator wrote by zero, and NaN would stay NaN
 FINITE = {"MOE_LOWERING_SIMULATOR_UNDEFINED": "finite"}
@@ -36,7 +37,7 @@ def test_vllm_ascends_own_path(served, checkpoint, one_rank):
 def chosen(log, rank):
     """(range, implementation) of each graph of a rank, in order."""
     own = [line for line in log.splitlines() if line.startswith(f"(Worker_TP{rank}_EP{rank}")]
-    ranges = [line.split("graph for ")[1] for line in own if "graph for " in line]
+    ranges = [line.split(GRAPH)[1] for line in own if GRAPH in line]
     names = [line.split("implementation ")[1].split()[0].strip(",") for line in own if " implementation  " in line]
     return list(zip(ranges, names, strict=True))
 
