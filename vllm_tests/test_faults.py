@@ -19,9 +19,7 @@ EXTENSION = {"worker_extension_cls": "faults.Extension"}
 )
 def test_one_rank_is_at_fault(served, fault, plugin, message):
     began = time.monotonic()
-    code, error = served(
-        graphs=True, plugin=plugin, options=EXTENSION, environment={"VLLM_TESTS_FAULT": fault}, **TWO
-    )
+    code, error = served(graphs=True, plugin=plugin, options=EXTENSION, environment={"VLLM_TESTS_FAULT": fault}, **TWO)
     assert code != 0 and message in error, error[-3000:]
     assert time.monotonic() - began < SECONDS
 
@@ -37,14 +35,22 @@ def test_a_batch_above_the_capacity_of_mc2(served, checkpoint):
     settings = {"graphs": True, "plugin": {"comm": "mc2", "strict": True}, "options": {"max_num_batched_tokens": 4096}}
     code, error = served(model=str(folder), dtype="bfloat16", **settings, **{**TWO, "soc": "A3"})
     assert code != 0
-    assert "moe_lowering (strict): model.layers.0.mlp.experts: [vllm.not_lowered] the pass's choice for 1 to 4096 tokens" in error
+    assert (
+        "moe_lowering (strict): model.layers.0.mlp.experts: [vllm.not_lowered] the pass's choice for 1 to 4096 tokens"
+        in error
+    )
 
 
 def test_lora_stays_with_vllm_ascend(served, checkpoint):
     """LoRA of vllm-ascend takes 16-bit models alone."""
     folder = checkpoint(prompts=0, dtype="bfloat16").folder
     found = served(
-        model=str(folder), dtype="bfloat16", graphs=True, plugin={}, requests=2, options={"enable_lora": True, "max_lora_rank": 8}
+        model=str(folder),
+        dtype="bfloat16",
+        graphs=True,
+        plugin={},
+        requests=2,
+        options={"enable_lora": True, "max_lora_rank": 8},
     )
     assert all(why.startswith("[vllm.lora] lora_config is given; accepted: none") for why in found["layers"].values())
     assert len(found["layers"]) == 2 and all("vllm.moe_forward" in calls for calls in found["compiled"])

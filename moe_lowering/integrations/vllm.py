@@ -33,7 +33,7 @@ from moe_lowering.backends.npugraph_ex import PRE_PASS, npugraph_ex_options
 from moe_lowering.deployment import Deployment
 from moe_lowering.integrations.vllm_deployment import deployment_for_range, deployment_for_weights, deployment_of
 from moe_lowering.integrations.vllm_layers import read_layer, take_over
-from moe_lowering.integrations.vllm_legality import require_lowered, token_ranges_of
+from moe_lowering.integrations.vllm_legality import require_lowered, token_ranges_of, unsplit_range
 from moe_lowering.integrations.vllm_ranges import ranges_of_vllm
 from moe_lowering.integrations.vllm_refusals import Refused, refuse
 from moe_lowering.passes.pipeline import MoeLowering
@@ -148,7 +148,8 @@ def _decide(layer: Any) -> None:
         deployment = _deployment_for(layer)
         form = read_layer(layer, deployment)
         policy = Policy(settings["comm"], settings["policy"])
-        require_lowered(layer, form, policy, deployment, token_ranges_of(config, deployment))
+        ranges = token_ranges_of(config, deployment)
+        require_lowered(layer, form, policy, deployment, ranges)
         take_over(layer, form)
     except Refused as reason:
         if settings["strict"]:
@@ -156,6 +157,8 @@ def _decide(layer: Any) -> None:
         _taken[layer.layer_name] = str(reason)
         log.warning("moe_lowering: %s stays with vllm-ascend's operator: %s", layer.layer_name, reason)
         return
+    if "" not in _taken.values() and (hint := unsplit_range(policy, deployment, ranges)):
+        log.info("moe_lowering: %s", hint)
     _taken[layer.layer_name] = ""
     _deployment = deployment
     opaque = config.compilation_config.static_all_moe_layers  # vLLM numbers its operator's calls by this list

@@ -24,6 +24,7 @@ from moe_lowering.passes.decision import Decision, decide
 from moe_lowering.passes.operands import ExpertOperands
 from moe_lowering.passes.policy import Policy
 from moe_lowering.passes.token_ranges import RUNS_WITHOUT_GUARDS
+from moe_lowering.vocabulary import VLLM_POLICIES
 
 TOKENS_TRIED = 8  # checks of arguments do not depend on it
 
@@ -34,6 +35,18 @@ def token_ranges_of(vllm_config: Any, deployment: Deployment) -> list[tuple[int,
     ranges = [(int(each.start), int(each.end)) for each in compilation.get_compile_ranges()]
     ranges += [(int(size), int(size)) for size in compilation.compile_sizes or ()]
     return ranges or [(max(1, deployment.min_tokens), deployment.max_tokens)]
+
+
+def unsplit_range(policy: Policy, deployment: Deployment, ranges: list[tuple[int, int]]) -> str:
+    """A hint where a range goes on beyond MC2's capacity: a graph has one implementation, that of its largest batch; or ""."""
+    capacity = deployment.mc2_capacity
+    within = [(first, last) for first, last in ranges if first <= capacity < last]
+    if policy.name not in VLLM_POLICIES or deployment.ep_size == 1 or not within:
+        return ""
+    return (
+        f"[vllm.unsplit_range] one graph is for {within[0][0]} to {within[0][1]} tokens, and vllm-ascend uses MC2 up to "
+        f"{capacity}; to have MC2 there, split it: compilation_config={{'compile_ranges_endpoints': [{capacity}]}}"
+    )
 
 
 def require_lowered(

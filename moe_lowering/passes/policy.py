@@ -202,14 +202,11 @@ def vllm_choice(name: str, spec: BlockSpec, deployment: Deployment, tokens: int)
         fused_mode=deployment.fused_mode if available else 0,
         mega_moe=mega_moe,
     )
-    capacity = deployment.mc2_capacity
-    if capacity:
-        pass  # what the stack that serves says itself
-    elif old:
-        capacity = capacity_0_13(spec.tp_size, most)
+    if old:
+        derived = capacity_0_13(spec.tp_size, most)
     else:
-        capacity = capacity_main(spec.tp_size, most, fused=fused_in_main(situation), mega_moe=mega_moe)
-    situation = dataclasses.replace(situation, capacity=capacity)
+        derived = capacity_main(spec.tp_size, most, fused=fused_in_main(situation), mega_moe=mega_moe)
+    situation = dataclasses.replace(situation, capacity=deployment.mc2_capacity or derived)
     try:
         return choose(situation), ""
     except ValueError as refused:

@@ -10,7 +10,7 @@ import torch
 from moe_lowering import Deployment
 from moe_lowering.integrations import vllm
 from moe_lowering.integrations.vllm_layers import compute_layer, read_layer
-from moe_lowering.integrations.vllm_legality import require_lowered, token_ranges_of
+from moe_lowering.integrations.vllm_legality import require_lowered, token_ranges_of, unsplit_range
 from moe_lowering.integrations.vllm_refusals import Refused
 from moe_lowering.passes.policy import Policy
 from moe_lowering.vocabulary import IMPLEMENTATION_FORMS
@@ -168,6 +168,23 @@ def test_a_communicator_that_vllm_uses_is_none_for_mc2():
     with pytest.raises(Refused, match=r"^\[vllm.not_lowered\] .*mc2: \[mc2.shared_communicator\]"):
         judge(Policy("mc2"), shared, [(1, 64)], **given)
     judge(Policy("mc2"), shared.replace(mc2_group="mc2"), [(1, 64)], **given)
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "ranges", "hints"),
+    [
+        ("vllm_ascend_main", {}, [(1, 256)], True),
+        ("vllm_ascend_main", {}, [(1, 8), (9, 256)], False),
+        ("vllm_ascend_main", {"mc2_capacity": 0}, [(1, 256)], False),
+        ("vllm_ascend_main", {"ep_size": 1}, [(1, 256)], False),
+        ("auto", {}, [(1, 256)], False),
+    ],
+)
+def test_a_range_beyond_the_capacity_is_hinted_at(policy, changes, ranges, hints):
+    deployment = on_ranks().replace(mc2_capacity=8).replace(**changes)
+    hint = unsplit_range(Policy("auto", policy), deployment, ranges)
+    assert bool(hint) == hints
+    assert not hints or ("1 to 256 tokens" in hint and "'compile_ranges_endpoints': [8]" in hint)
 
 
 def test_what_the_weights_say_is_judged():
