@@ -5,7 +5,7 @@ import time
 import pytest
 
 REQUESTS = 3
-SECONDS = 300  # of an engine that fails, on a busy machine
+SECONDS = 600  # of an engine that fails, on a busy machine
 TWO = {"ranks": 2, "requests": REQUESTS, "soc": "A2", "fails": True, "timeout": SECONDS}
 EXTENSION = {"worker_extension_cls": "faults.Extension"}
 
@@ -42,15 +42,11 @@ def test_a_batch_above_the_capacity_of_mc2(served, checkpoint):
 
 
 def test_lora_stays_with_vllm_ascend(served, checkpoint):
-    """LoRA of vllm-ascend takes 16-bit models alone."""
+    """Decided when the weights are loaded. (The engine then ends: LoRA's operators, sgmv_shrink and others, have no kernel here.)"""
     folder = checkpoint(prompts=0, dtype="bfloat16").folder
-    found = served(
-        model=str(folder),
-        dtype="bfloat16",
-        graphs=True,
-        plugin={},
-        requests=2,
-        options={"enable_lora": True, "max_lora_rank": 8},
-    )
-    assert all(why.startswith("[vllm.lora] lora_config is given; accepted: none") for why in found["layers"].values())
-    assert len(found["layers"]) == 2 and all("vllm.moe_forward" in calls for calls in found["compiled"])
+    options = {"enable_lora": True, "max_lora_rank": 8}
+    settings = {"graphs": True, "plugin": {}, "requests": 2, "options": options}
+    code, error = served(model=str(folder), dtype="bfloat16", fails=True, timeout=SECONDS, **settings)
+    assert code != 0 and "aclGetDeviceCapability" in error
+    why = "stays with vllm-ascend's operator: [vllm.lora] lora_config is given; accepted: none"
+    assert [line.count(why) for line in error.splitlines() if ".mlp.experts stays" in line] == [1, 1]
