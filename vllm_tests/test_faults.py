@@ -42,7 +42,7 @@ def test_a_batch_above_the_capacity_of_mc2(served, checkpoint):
 
 
 def test_lora_stays_with_vllm_ascend(served, checkpoint):
-    """Decided when the weights are loaded. (The engine then ends: LoRA's operators, sgmv_shrink and others, have no kernel here.)"""
+    """Decided when the weights are loaded. (The engine then ends: sgmv_shrink and sgmv_expand have no kernel here.)"""
     folder = checkpoint(prompts=0, dtype="bfloat16").folder
     options = {"enable_lora": True, "max_lora_rank": 8}
     settings = {"graphs": True, "plugin": {}, "requests": 2, "options": options}

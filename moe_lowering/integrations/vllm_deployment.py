@@ -44,10 +44,10 @@ def deployment_of(vllm_config: Any) -> Deployment:
             groups["tp"] = state.get_tp_group().device_group
     deployment = Deployment.from_groups(**groups, **{name: value for name, (value, _) in fields.items()})
     read = tuple(Detected(name, str(value), source) for name, (value, source) in fields.items())
-    return _with_loaded_build(deployment.replace(detected=(*deployment.detected, *read)))
+    return with_loaded_build(deployment.replace(detected=(*deployment.detected, *read)))
 
 
-def _with_loaded_build(deployment: Deployment) -> Deployment:
+def with_loaded_build(deployment: Deployment) -> Deployment:
     """The deployment with the build of vllm-ascend that this process has imported, which need not be the file's."""
     build = soc_of_device_type(importlib.import_module("vllm_ascend._build_info").__device_type__)
     installed = tuple(

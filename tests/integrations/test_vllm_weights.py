@@ -9,7 +9,7 @@ from test_vllm_layers import EXPERTS, HIDDEN, TOP_K, WIDTH, engine, layer, moe
 
 from moe_lowering import Deployment
 from moe_lowering.integrations import vllm
-from moe_lowering.integrations.vllm_deployment import deployment_for_weights
+from moe_lowering.integrations.vllm_deployment import deployment_for_weights, with_loaded_build
 from moe_lowering.integrations.vllm_layers import compute_layer, read_layer
 from moe_lowering.integrations.vllm_refusals import Refused
 from moe_lowering.integrations.vllm_weights import SCHEMES
@@ -167,6 +167,20 @@ def test_layers_of_two_memory_formats_are_not_lowered_together(ascend_config, mo
     assert found["second"].startswith(
         "[vllm.weight_format] the memory format of the experts is nd; accepted: nz, as of"
     )
+
+
+@pytest.mark.parametrize(("word", "build"), [("A3", "A3"), ("A2", "A2"), ("B9", "unknown")])
+def test_the_build_is_that_of_the_module_which_is_imported(monkeypatch, word, build):
+    """The simulator says of a wheel for A2 that it is for A3, and a process may have another build than the one on disk."""
+    found = SimpleNamespace(__device_type__=word)
+    monkeypatch.setitem(sys.modules, "vllm_ascend._build_info", found)
+    monkeypatch.setitem(sys.modules, "vllm_ascend", SimpleNamespace(_build_info=found))
+    others = ("cann_ops_transformer", "9.1.0", "")
+    installed = (("vllm_ascend", "0.23.0", "A2"), others)
+    deployment = with_loaded_build(Deployment(soc="A3", installed=installed))
+    assert deployment.installed == (("vllm_ascend", "0.23.0", build), others)
+    sources = [each.source for each in deployment.detected if each.field == "installed"]
+    assert sources == ([] if build == "A2" else ["vllm_ascend._build_info, as imported"])
 
 
 def test_mc2_and_fused_mc2_take_quantised_experts_on_ranks():
