@@ -34,7 +34,7 @@ from moe_lowering.model_arguments import (
     physical_ids,
     weigh_tokens,
 )
-from moe_lowering.vocabulary import EXPERT_FORMATS
+from moe_lowering.vocabulary import EXPERT_FORMATS, SWIGLU_ALPHA
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -274,7 +274,7 @@ def moe_experts(
         as_list(w2_bias),
         activation,
         0.0 if limit is None else limit,
-        1.702 if alpha is None else alpha,
+        SWIGLU_ALPHA if alpha is None else alpha,
         interleaved,
         *((quantisation, *(as_list(t) or None for t in lists), out_dtype) if quantised else ()),
     )

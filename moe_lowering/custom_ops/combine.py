@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import NamedTuple
 
-from moe_lowering.custom_ops.dispatch import check_ids, check_parallel
+from moe_lowering.custom_ops.dispatch import check_ids, check_parallel, placement_of
 from moe_lowering.custom_ops.dispatch_plan import FEW
 from moe_lowering.custom_ops.exchange import (
     Group,
@@ -54,10 +54,11 @@ class CombineCall(NamedTuple, Generic[Value]):
     max_tokens: int
     shared_expert_ranks: int = 0
     shared_experts: int = 1
+    zero_experts: int = 0
 
     @property
     def placement(self) -> Placement:
-        return Placement(self.num_experts, self.ep_size, self.shared_expert_ranks, self.shared_experts)
+        return placement_of(self)
 
 
 NAME = "combine"
@@ -68,7 +69,7 @@ def _check(call: CombineCall[Tensor]) -> None:
     rows, weights, ids, handle = call.rows, call.weights, call.ids, call.handle
     placement = call.placement
     check_parallel(NAME, placement, call.ep_group, call.tp_group, call.tp_size, call.max_tokens)
-    check_ids(NAME, ids, call.mask, call.num_experts)
+    check_ids(NAME, ids, call.mask, placement.num_ids)
     if rows.dim() != 2:
         raise ValueError(f"combine: rows has shape {show(rows.shape)}; accepted: [R, hidden]")
     if rows.dtype not in FLOATS:
@@ -103,10 +104,17 @@ def _cpu(call: CombineCall[Tensor]) -> Tensor:
     kept = None if call.mask is None else call.mask.reshape(tokens)[own_tokens].nonzero().squeeze(1)
     size = own_tokens.stop - own_tokens.start
     expected = (top_k + added) * (size if kept is None else kept.numel())
-    if ep.size == tp.size == 1 and kept is None and 0 < top_k * tokens <= FEW and not added:
+    empty = _empty_slots(ids.reshape(tokens, top_k)[own_tokens], call.mask, own_tokens, call)
+    expected -= empty.numel()
+    if ep.size == tp.size == 1 and kept is None and 0 < top_k * tokens <= FEW and not added and not empty.numel():
         y = _sum_few(rows, call.handle.tolist(), call.weights.reshape(tokens, top_k))
         return y.reshape(*ids.shape[:-1], rows.shape[1])
     returned, slots = send_back(NAME, rows, call.handle, top_k + added, expected, ep)
+    if empty.numel():
+        returned, slots = (
+            torch.cat([returned, rows.new_zeros((empty.numel(), rows.shape[1]))]),
+            torch.cat([slots, empty]),
+        )
     own = call.weights.reshape(tokens, top_k)[own_tokens]
     if added:
         own = torch.nn.functional.pad(own, (0, added), value=1.0)
@@ -115,6 +123,16 @@ def _cpu(call: CombineCall[Tensor]) -> Tensor:
         short = ceil_div(tokens, tp.size) - size
         part = gather_rows(torch.nn.functional.pad(part, (0, 0, 0, short)), tp)[:tokens]
     return part.reshape(*ids.shape[:-1], rows.shape[1])
+
+
+def _empty_slots(ids: Tensor, mask: Tensor | None, own_tokens: slice, call: CombineCall[Tensor]) -> Tensor:
+    """Slots, token * k + choice, int64, of own tokens that chose an expert that gives nothing."""
+    if not call.zero_experts:
+        return torch.empty(0, dtype=torch.int64)
+    empty = ids >= call.num_experts
+    if mask is not None:
+        empty &= mask.reshape(-1)[own_tokens].unsqueeze(1)
+    return empty.reshape(-1).nonzero().squeeze(1)
 
 
 def _sum_few(rows: Tensor, handle: list[list[int]], weights: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from moe_lowering.passes.decision import Decision, decide
 from moe_lowering.passes.operands import ExpertOperands
 from moe_lowering.passes.policy import Policy
 from moe_lowering.passes.token_ranges import RUNS_WITHOUT_GUARDS
-from moe_lowering.vocabulary import VLLM_POLICIES
+from moe_lowering.vocabulary import SWIGLU_ALPHA, VLLM_POLICIES
 
 TOKENS_TRIED = 8  # checks of arguments do not depend on it
 
@@ -70,7 +70,7 @@ def require_lowered(
         dtype=layer.moe_config.in_dtype,
         activation=form.activation,
         limit=0.0,
-        alpha=1.702,  # moe_experts' own, which no activation of vLLM's here reads
+        alpha=SWIGLU_ALPHA,  # as moe_experts gives it; no activation of vLLM's here reads it
     )
     _require_accepted(layer, form)
     operands = operands_of(tensors)

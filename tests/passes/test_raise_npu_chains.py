@@ -10,6 +10,7 @@ from typing import Any
 
 import npu_chain_jobs as jobs
 import npu_chain_layers as chains
+import npu_chain_variants as variants
 import pytest
 import torch
 from rank_pools import Ranks
@@ -104,6 +105,51 @@ def test_a_twin_is_left_and_computes_what_it_did(ranks, twin):
             assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
 
 
+SPECIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "copies": ({"copies": 4}, {"fused_mc2": "fused.zero_experts", "alltoall": ""}),
+    "zeros and copies, W8A8": ({"zero": 2, "copies": 3, "quantisation": "w8a8", "shared": ""}, {"mc2": ""}),
+    "zeros, shared expert": ({"zero": 4, "shared": "argument"}, {}),
+}
+
+
+@pytest.mark.parametrize("comm", ["allgather", "mc2"])
+@pytest.mark.parametrize("form", SPECIAL)
+def test_zero_and_copy_experts(ranks, form, comm):
+    case, others = SPECIAL[form]
+    for name in (comm, *others):
+        for found in ranks.run(jobs.raise_and_run, {**case, "kind_of": variants.Special}, name):
+            require_right(found, BOUND[case.get("quantisation", "none")])
+            ((chosen, reason, raised_from, before, after, _),) = found["blocks"]
+            assert raised_from == "mc2_v2" and found["foreign"] == []
+            if others.get(name):
+                assert chosen is None and others[name] in reason
+            else:
+                assert chosen == name, reason
+            if after == before:
+                assert torch.equal(found["lowered"][0], found["written"][0])
+            elif name == "mc2":
+                assert "npu.npu_moe_distribute_dispatch_v2" in after
+
+
+@pytest.mark.parametrize("written", ["npu", "aten"])
+def test_a_router_over_experts_and_copies(ranks, written):
+    """Its ids are more than the block's experts."""
+    case = {"copies": 4, "written": written, "kind_of": variants.Chosen}
+    for found in ranks.run(jobs.raise_and_run, case, "allgather"):
+        require_right(found, BOUND["none"])
+        assert [chosen for chosen, *_ in found["blocks"]] == ["allgather"]
+        assert found["foreign"] == []
+
+
+@pytest.mark.parametrize("comm", ["mc2", "fused_mc2"])
+def test_the_first_versions(ranks, comm):
+    case = {"quantisation": "w8a8", "shared": "", "kind_of": variants.First}
+    for found in ranks.run(jobs.raise_and_run, case, comm):
+        require_right(found, BOUND["w8a8"])
+        ((chosen, reason, raised_from, *_),) = found["blocks"]
+        assert (chosen, raised_from) == (comm, "mc2_v1"), reason
+
+
 GATHERED: dict[str, tuple[dict[str, Any], str]] = {
     "unpermute": ({}, "mc2"),
     "finalize, by a product": ({"back": "finalize", "masked": "mul"}, "fused_mc2"),
@@ -115,12 +161,66 @@ GATHERED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("form", GATHERED)
 def test_a_chain_of_gathered_tokens(ranks, form):
     case, comm = GATHERED[form]
-    for found in ranks.run(jobs.raise_and_run, {**case, "kind_of": chains.Gathered}, comm):
+    for found in ranks.run(jobs.raise_and_run, {**case, "kind_of": variants.Gathered}, comm):
         require_right(found, BOUND[case.get("quantisation", "none")])
         ((chosen, reason, raised_from, before, after, _),) = found["blocks"]
         assert (chosen, raised_from) == (comm, "gathered_v2"), reason
         assert found["foreign"] == []
         assert (before == after) == (comm == "allgather") == ("[raise.already]" in reason)
+
+
+REDUCED: dict[str, tuple[dict[str, Any], str]] = {
+    "unpermute": ({}, "mc2"),
+    "finalize, by a product, W8A8": ({"back": "finalize", "masked": "mul", "quantisation": "w8a8"}, "alltoall"),
+    "as it is": ({}, "allgather"),
+}
+
+
+@pytest.mark.parametrize("form", REDUCED)
+def test_a_chain_of_tokens_that_all_ranks_have(ranks, form):
+    case, comm = REDUCED[form]
+    for found in ranks.run(jobs.raise_and_run, {**case, "kind_of": variants.Reduced, "same_tokens": True}, comm):
+        require_right(found, BOUND[case.get("quantisation", "none")])
+        ((chosen, reason, raised_from, before, after, _),) = found["blocks"]
+        assert (chosen, raised_from) == (comm, "reduced_v2"), reason
+        assert found["foreign"] == [] and ("_c10d_functional.all_reduce" in after) == (comm == "allgather")
+        assert (before == after) == (comm == "allgather") == ("[raise.already]" in reason)
+
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "W8A8, pairs, shared expert": {"quantisation": "w8a8", "back": "finalize", "kind": 2, "shared": True},
+    "prefix sums": {"back": "finalize", "kind": 0},
+    "unpermute": {"back": "unpermute"},
+}
+
+
+@pytest.mark.parametrize("form", SHARDED)
+def test_a_chain_of_experts_sharded_by_columns(ranks, form):
+    """A block of one rank each; the all_reduce after it stays."""
+    case = {**SHARDED[form], "kind_of": variants.Sharded}
+    for found in ranks.run(jobs.raise_and_run, case, "allgather"):
+        require_right(found, BOUND[case.get("quantisation", "none")])
+        ((chosen, reason, raised_from, before, after, _),) = found["blocks"]
+        assert (chosen, raised_from) == ("allgather", "routing_v2"), reason
+        assert found["foreign"] == [] and (before == after) == ("quantisation" not in case)
+
+
+REDUCED_TWINS = {
+    "no mask": ("raise.partial_range", {"masked": ""}),
+    "a range off by one": ("raise.partial_range", {"range": jobs.off_by_one}),
+    "a maximum": ("raise.expert_parallel", {"reduce": jobs.maximum}),
+    "sums doubled": ("raise.expert_parallel", {"sums": jobs.doubled}),
+    "tokens of each rank": ("raise.gathered", {"same_tokens": False}),
+}
+
+
+@pytest.mark.parametrize("twin", REDUCED_TWINS)
+def test_a_twin_of_tokens_that_all_ranks_have_is_left(ranks, twin):
+    code, changes = REDUCED_TWINS[twin]
+    case = {"kind_of": variants.Reduced, "same_tokens": True, **changes}
+    for found in ranks.run(jobs.raise_and_run, case, "mc2"):
+        assert found["blocks"] == [] and f"[{code}]" in found["foreign"][0], found["foreign"]
+        assert torch.equal(torch.nan_to_num(found["lowered"][0]), torch.nan_to_num(found["written"][0]))
 
 
 GATHERED_TWINS = {
@@ -135,14 +235,14 @@ GATHERED_TWINS = {
 @pytest.mark.parametrize("twin", GATHERED_TWINS)
 def test_a_twin_of_gathered_tokens_is_left(ranks, twin):
     code, changes = GATHERED_TWINS[twin]
-    for found in ranks.run(jobs.raise_and_run, {**changes, "kind_of": chains.Gathered}, "mc2"):
+    for found in ranks.run(jobs.raise_and_run, {**changes, "kind_of": variants.Gathered}, "mc2"):
         assert found["blocks"] == [] and f"[{code}]" in found["foreign"][0], found["foreign"]
         assert torch.equal(torch.nan_to_num(found["lowered"][0]), torch.nan_to_num(found["written"][0]))
 
 
 def test_a_write_into_what_was_gathered_is_seen(ranks):
     """Edits that put a zero_ behind the routing, on the gathered weights and on half of their mask."""
-    case = {"kind_of": chains.Gathered, "quantisation": "w8a8", "masked": "mul"}
+    case = {"kind_of": variants.Gathered, "quantisation": "w8a8", "masked": "mul"}
     seeds = [f"f/gathered w8a8/{seed}" for seed in (63, 79)]
     for found in ranks.run(jobs.edited, case, "allgather", seeds):
         assert found == [("left", "")] * 2
@@ -150,6 +250,7 @@ def test_a_write_into_what_was_gathered_is_seen(ranks):
 
 ALONE: dict[str, dict[str, Any]] = {
     "W8A8, counts": {"quantisation": "w8a8", "back": "finalize", "kind": 1, "shared": True},
+    "two skips": {"quantisation": "none", "back": "finalize", "shared": True, "finalize": jobs.skipped_twice},
     "W8A8, int8 tokens": {"quantisation": "w8a8", "travels": True},
     "W8A8, pairs": {"quantisation": "w8a8", "back": "finalize", "kind": 2},
     "W8A8, pairs, smooth scales": {"quantisation": "w8a8", "back": "finalize", "kind": 2, "smooth": "both"},
@@ -171,7 +272,8 @@ def compiled_alone(case: dict[str, Any], tokens: int = 6, **changes: Any) -> tup
     with torch.no_grad():
         reference = chains.reference(layer, x, ids, weights.bfloat16())
         if layer.shared:
-            reference = reference + x.double() @ layer.w_shared.double()
+            skips = 2 if "finalize" in layer.changes else 1
+            reference = reference + skips * (x.double() @ layer.w_shared.double())
         return compiled(x, ids, weights), layer(x, ids, weights), reference, lowering.reports[0]
 
 
@@ -235,14 +337,12 @@ def test_a_chain_is_named_or_not_looked_for(mode):
     assert len(report.foreign) == (0 if mode == "report" else 2)
 
 
-def test_a_first_version_is_recognised_and_left():
-    def first_version(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        number = torch.arange(ids.numel(), dtype=torch.int32).view(chains.TOP_K, -1).t().contiguous()
-        return torch.ops.npu.npu_moe_init_routing(x, number, ids, len(x))[0]
+def test_an_operator_of_no_form_is_recognised_and_left():
+    def re_routing(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.npu.npu_moe_re_routing(x, torch.full((2, 1), 3))[0]
 
-    x, ids, _ = chains.inputs(0)
-    report = testing.lower_graph(first_version, x, ids, deployment=Deployment(soc="A3", installed=())).report
-    assert "[raise.version] npu.npu_moe_init_routing, which is recognised" in str(report.foreign[0])
+    report = testing.lower_graph(re_routing, chains.inputs(0)[0], deployment=Deployment(soc="A3", installed=())).report
+    assert "[raise.version] npu.npu_moe_re_routing, which is recognised" in str(report.foreign[0])
 
 
 EDITED = {"bfloat16": ("allgather", {}), "W8A8": ("mc2", {"quantisation": "w8a8", "shared": "argument"})}

@@ -18,7 +18,7 @@ vertical-align:top}td.number{text-align:right;white-space:nowrap}th{background:#
 td ul{margin:0;padding-left:16px}td p{margin:0 0 4px}
 .sides{display:flex;gap:24px;align-items:flex-start}.sides>div{flex:1;min-width:0}svg{max-width:100%;height:auto}
 .key{display:inline-block;width:12px;height:12px;margin:0 4px 0 12px;vertical-align:-1px}.bar{display:block;height:5px;
-background:#4477aa;margin-top:2px}ul{padding-left:20px}.note{color:#555;font-size:13px}
+background:#4477aa;margin-top:2px}ul{padding-left:20px}.note{color:#555;font-size:13px}h3 code,h4 code{font-size:1em}
 """
 
 

@@ -186,8 +186,10 @@ def _order(unit: str) -> tuple[Any, ...]:
 
 def describe_kinds(kinds: list[UnitKind]) -> str:
     """For the report: what was lowered for what."""
-    return "; ".join(
-        f"{kind.names[0]}"
-        + (f" for {len(kind.names)} equal layers up to {kind.names[-1]}" if len(kind.names) > 1 else "")
-        for kind in kinds
-    )
+    return "; ".join(map(describe_kind, kinds))
+
+
+def describe_kind(kind: UnitKind) -> str:
+    """The unit that stands for the others, and how many they are."""
+    more = f" for {len(kind.names)} equal layers up to {kind.names[-1]}" if len(kind.names) > 1 else ""
+    return f"{kind.names[0]}{more}"

@@ -5,6 +5,7 @@
     w8a8   matmul (int32) > npu_dequant_swiglu_quant > matmul, of int8 rows
     w8a8   matmul (scaled) > activation > npu_dynamic_quant > matmul, likewise
     w4a8   the same with int4 weights, which bring a bias
+    rows   may become int8 by npu_dynamic_quant after they were routed
 
 The activation is ``npu_swiglu``, ``npu_clipped_swiglu``, or written in ATen: halves or even and odd columns, clamps, silu or
 gelu, a product. Rows past the sum of the counts are undefined before and after, in the chain and in what replaces it.
@@ -73,6 +74,10 @@ def match_experts(
         )
     dtype = value_of(rows).dtype
     reader, path = walk.onward(rows, "rows")
+    if row_scale is None and is_operator(reader, QUANTISE):
+        rows, row_scale = _quantised(walk, rows, "rows")
+        dtype = value_of(rows).dtype
+        reader, path = walk.onward(rows, "rows")
     first = _matmul(walk, reader, path, counts, kind)
     if dtype == torch.int8:
         if row_scale is None:
@@ -172,7 +177,7 @@ def _int8(walk: Walk, first: Node, row_scale: Node, counts: Node, kind: int) -> 
         walk.read_by(row_scale, "scales of rows", first)
         activation = match_activation(walk, _result(walk, first))
         fields |= activation.words
-        rows, scale = _quantised(walk, activation.result)
+        rows, scale = _quantised(walk, activation.result, "the activation")
     last = _second(walk, rows, counts, kind)
     fields |= _scaled(last, scale, form, "w2")
     walk.read_by(scale, "scales of the activation", last)
@@ -248,11 +253,11 @@ def _clamped_words(node: Node) -> dict[str, Any]:
     return clipped_words(node, limit, alpha, bias, mode == INTERLEAVED)
 
 
-def _quantised(walk: Walk, rows: Node) -> tuple[Node, Node]:
+def _quantised(walk: Walk, rows: Node, what: str) -> tuple[Node, Node]:
     """Rows and their scales after ``npu_dynamic_quant``."""
-    node, path = walk.onward(rows, "the activation's result")
+    node, path = walk.onward(rows, what)
     if not is_operator(node, QUANTISE):
-        raise other_operator(node, f"the activation goes to {node.target}", f"npu.{QUANTISE}")
+        raise other_operator(node, f"{what} goes to {node.target}", f"npu.{QUANTISE}")
     require_value(node, "input", path)
     require(node, {"smooth_scales": (None,)}, "raise.smooth_scales")
     require(node, {"group_index": (None,), "dst_type": (None, 1), "quant_mode": ("pertoken",), "dst_type_max": (0.0,)})
