@@ -23,7 +23,7 @@ VIEWS = _split_words(
 )
 POINTWISE = _split_words(
     "add sub mul div neg clamp clamp_min clamp_max minimum maximum rsub addcmul square where split split_with_sizes "
-    "unbind chunk slice select getitem cat chunk_cat npu_format_cast"
+    "unbind chunk slice select getitem cat chunk_cat npu_format_cast exp reciprocal"
 )
 _ACTIVATIONS = ("silu", "swish", "glu", "gelu", "sigmoid", "relu", "tanh", "erf", "mish", "softplus", "pow", "elu")
 MATMULS = _split_words("mm bmm addmm baddbmm matmul linear addbmm einsum _scaled_mm npu_bmmv2 addmv mv _int_mm")
