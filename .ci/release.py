@@ -3,7 +3,8 @@
     python .ci/release.py              # `make release`; the environment is made for the Python that runs this
     python .ci/release.py --offline    # into a folder, with the packages of this Python: what the tests do
 
-The wheel is built from the source archive, so that a file that the archive lacks is missed.
+Before that the names of the release must agree (``release_names``). The wheel is built from the source archive, so that a file
+that the archive lacks is missed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+
+from release_names import check_names
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = "from setuptools import build_meta; build_meta.build_{kind}({folder!r})"
@@ -87,6 +90,7 @@ def _run(folder: Path, *words: str, python: Path | None = None, environment: dic
 
 
 def main(words: list[str]) -> int:
+    version = check_names()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "away").mkdir()
@@ -102,6 +106,8 @@ def main(words: list[str]) -> int:
             wheel, archive = build(folder, python)  # a bare Python from 3.12 on has no setuptools
             install(python, "--no-deps", "--force-reinstall", str(wheel))
             home = check(python, None, folder / "away")
+        if not wheel.name.startswith(f"moe_lowering-{version}-"):
+            raise RuntimeError(f"the wheel is {wheel.name}; accepted: of version {version}, as in pyproject.toml")
         print(f"Python {sys.version.split()[0]}: {wheel.name} and {archive.name} are complete; ran from {home}")
     return 0
 

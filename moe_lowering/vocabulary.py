@@ -185,6 +185,10 @@ class Activation:
         return 2 if self.gated else 1
 
 
+# gpt-oss's alpha of g * sigmoid(alpha * g) (transformers, ``GptOssExperts.alpha``; the default of npu_clipped_swiglu). An
+# operator is given it for an activation that does not read it, too, so that equal blocks have equal arguments.
+SWIGLU_ALPHA = 1.702
+
 ACTIVATIONS = {
     record.name: record
     for record in (

@@ -49,7 +49,7 @@ def _main(arguments: list[str] | None) -> int:
                 report = run(request, progress)
         finally:
             progress.close()
-        if page := getattr(request, "html", ""):
+        if page := getattr(request, "html", None):
             assert isinstance(report, PageReport)  # of each request that has the option
             write_file("html", Path(page), report.to_html())
         _print(report.to_json() if getattr(request, "json", False) else _text(report))

@@ -23,6 +23,7 @@ from moe_lowering.cli.models.request import ModelsRequest
 from moe_lowering.cli.options import Parser
 from moe_lowering.cli.simulate import arguments as simulate_arguments
 from moe_lowering.cli.simulate.request import SimulateRequest
+from moe_lowering.cli.usage import UsageError
 
 Request: TypeAlias = LowerRequest | ExplainRequest | MatrixRequest | ModelsRequest | SimulateRequest
 
@@ -70,7 +71,11 @@ def parse(arguments: list[str] | None) -> Request:
     if not (sys.argv[1:] if arguments is None else arguments):
         parser.print_help()
         parser.exit()
-    values = vars(parser.parse_args(arguments))
+    namespace, more = parser.parse_known_args(arguments)
+    values = vars(namespace)
+    called = values.pop("called")
+    if more:
+        raise UsageError(f"argument {more[0]}: is none of {called}; accepted: those of moe-lowering {called} --help")
     request: Request = values.pop("request")(**values)
     if isinstance(request, LowerRequest):
         lower_arguments.check(request)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,19 @@ from moe_lowering.model_configs.errors import write_value
 
 def add_html(add: Any) -> None:
     """Add ``--html`` to a command."""
-    add("--html", metavar="FILE", default="", help="also write a page with pictures: one file, which needs no network")
+    add("--html", metavar="FILE", help="also write a page with pictures: one file, which needs no network")
 
 
-def check_file(option: str, path: Path) -> None:
-    """Refuse a path that no file can have.
+def check_file(option: str, text: str) -> None:
+    """Refuse a path at which no file can be written, by writing an empty one beside it.
 
     Raises:
-        UsageError: it is a folder, or in one that is not there.
+        UsageError: it is empty or a folder, or its own folder is not there or takes no files.
     """
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UsageError(f"argument --{option}: is {write_value(str(path))}; accepted: a file in a folder that exists")
+    path = Path(text)
+    if not text or path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(f"argument --{option}: is {write_value(text)}; accepted: a file in a folder that exists")
+    _write(option, path, "", keep=False)
 
 
 def write_file(option: str, path: Path, text: str) -> None:
@@ -34,11 +37,19 @@ def write_file(option: str, path: Path, text: str) -> None:
     Raises:
         UsageError: it cannot be written.
     """
+    _write(option, path, text if text.endswith("\n") else text + "\n", keep=True)
+
+
+def _write(option: str, path: Path, text: str, keep: bool) -> None:
+    """To a file beside ``path``, which takes its place when it is to be kept, and else goes."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
-        beside.replace(path)
+        beside.write_text(text, encoding="utf-8")
+        if keep:
+            beside.replace(path)
     except OSError as error:
-        raise UsageError(f"argument --{option}: {path} cannot be written: {error.strerror}") from error
+        reason = f"is {write_value(str(path))}, which cannot be written ({error.strerror})"
+        raise UsageError(f"argument --{option}: {reason}; accepted: a file in a folder that takes files") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing is left either
+            beside.unlink(missing_ok=True)

@@ -36,10 +36,16 @@ WEIGHT_FORMAT = "nz"
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors as one line, with the same prefix for every command."""
+    """Errors as one line, with the same prefix for every command and the same words in every version of Python."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """argparse's own check of ``choices``, which says it otherwise from Python 3.12 on."""
+        if action.choices is not None and value not in action.choices:
+            accepted = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"is {write_value(value)}; accepted: {accepted}")
 
 
 def add_parser(commands: Any, name: str, request: type, *, help: str, description: str, examples: str) -> Any:
@@ -52,7 +58,7 @@ def add_parser(commands: Any, name: str, request: type, *, help: str, descriptio
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(request=request)
+    parser.set_defaults(request=request, called=name)
     return parser
 
 

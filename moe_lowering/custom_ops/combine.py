@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import NamedTuple
 
-from moe_lowering.custom_ops.dispatch import check_ids, check_parallel
+from moe_lowering.custom_ops.dispatch import check_ids, check_parallel, placement_of
 from moe_lowering.custom_ops.dispatch_plan import FEW
 from moe_lowering.custom_ops.exchange import (
     Group,
@@ -29,6 +29,7 @@ from moe_lowering.custom_ops.library import Value, check_once, register, schema_
 from moe_lowering.custom_ops.placement import Placement
 from moe_lowering.custom_ops.sizes import are_certainly_different, ceil_div, show, token_count, unify
 from moe_lowering.custom_ops.token_exchange import own_slice
+from moe_lowering.custom_ops.weighted_sum import sum_rows
 
 SLOT_TWICE = "handle names a slot twice; accepted: the handle that dispatch made"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,10 +55,11 @@ class CombineCall(NamedTuple, Generic[Value]):
     max_tokens: int
     shared_expert_ranks: int = 0
     shared_experts: int = 1
+    zero_experts: int = 0
 
     @property
     def placement(self) -> Placement:
-        return Placement(self.num_experts, self.ep_size, self.shared_expert_ranks, self.shared_experts)
+        return placement_of(self)
 
 
 NAME = "combine"
@@ -68,7 +70,7 @@ def _check(call: CombineCall[Tensor]) -> None:
     rows, weights, ids, handle = call.rows, call.weights, call.ids, call.handle
     placement = call.placement
     check_parallel(NAME, placement, call.ep_group, call.tp_group, call.tp_size, call.max_tokens)
-    check_ids(NAME, ids, call.mask, call.num_experts)
+    check_ids(NAME, ids, call.mask, placement.num_ids)
     if rows.dim() != 2:
         raise ValueError(f"combine: rows has shape {show(rows.shape)}; accepted: [R, hidden]")
     if rows.dtype not in FLOATS:
@@ -103,10 +105,17 @@ def _cpu(call: CombineCall[Tensor]) -> Tensor:
     kept = None if call.mask is None else call.mask.reshape(tokens)[own_tokens].nonzero().squeeze(1)
     size = own_tokens.stop - own_tokens.start
     expected = (top_k + added) * (size if kept is None else kept.numel())
-    if ep.size == tp.size == 1 and kept is None and 0 < top_k * tokens <= FEW and not added:
+    empty = _empty_slots(ids.reshape(tokens, top_k)[own_tokens], call.mask, own_tokens, call)
+    expected -= empty.numel()
+    if ep.size == tp.size == 1 and kept is None and 0 < top_k * tokens <= FEW and not added and not empty.numel():
         y = _sum_few(rows, call.handle.tolist(), call.weights.reshape(tokens, top_k))
         return y.reshape(*ids.shape[:-1], rows.shape[1])
     returned, slots = send_back(NAME, rows, call.handle, top_k + added, expected, ep)
+    if empty.numel():
+        returned, slots = (
+            torch.cat([returned, rows.new_zeros((empty.numel(), rows.shape[1]))]),
+            torch.cat([slots, empty]),
+        )
     own = call.weights.reshape(tokens, top_k)[own_tokens]
     if added:
         own = torch.nn.functional.pad(own, (0, added), value=1.0)
@@ -117,6 +126,16 @@ def _cpu(call: CombineCall[Tensor]) -> Tensor:
     return part.reshape(*ids.shape[:-1], rows.shape[1])
 
 
+def _empty_slots(ids: Tensor, mask: Tensor | None, own_tokens: slice, call: CombineCall[Tensor]) -> Tensor:
+    """Slots, token * k + choice, int64, of own tokens that chose an expert that gives nothing."""
+    if not call.zero_experts:
+        return torch.empty(0, dtype=torch.int64)
+    empty = ids >= call.num_experts
+    if mask is not None:
+        empty &= mask.reshape(-1)[own_tokens].unsqueeze(1)
+    return empty.reshape(-1).nonzero().squeeze(1)
+
+
 def _sum_few(rows: Tensor, handle: list[list[int]], weights: Tensor) -> Tensor:
     """``send_back`` and ``weighted_sum`` on one rank without a mask, with the handle in Python's lists: a decode step has
     few rows, and an operator on the handle takes 3 us or more."""
@@ -125,14 +144,10 @@ def _sum_few(rows: Tensor, handle: list[list[int]], weights: Tensor) -> Tensor:
     _complete(NAME, [len(used)], [tokens * top_k])
     row_of = [-1] * (tokens * top_k)
     for row, (_, token, choice) in enumerate(used):
-        row_of[choice * tokens + token] = row
+        row_of[token * top_k + choice] = row
     if min(row_of) < 0:
         raise ValueError(f"{NAME}: {SLOT_TWICE}")
-    chosen = rows.index_select(0, torch.tensor(row_of)).float().view(top_k, tokens, rows.shape[1])
-    total = torch.zeros((tokens, rows.shape[1]), dtype=torch.float32)
-    for each, weight in zip(chosen.unbind(0), weights.unsqueeze(2).unbind(1), strict=True):
-        total.addcmul_(each, weight)
-    return total.to(rows.dtype)
+    return sum_rows(rows.index_select(0, torch.tensor(row_of)), weights)
 
 
 def send_back(
@@ -183,12 +198,8 @@ def weighted_sum(operator: str, rows: Tensor, slots: Tensor, weights: Tensor, ke
         row_of, weights = row_of[kept], weights[kept]
     if row_of.numel() and int(row_of.min()) < 0:
         raise ValueError(f"{operator}: {SLOT_TWICE}")
-    total = torch.zeros((row_of.shape[0], rows.shape[1]), dtype=torch.float32)
-    for index, weight in zip(row_of.unbind(1), weights.unsqueeze(2).unbind(1), strict=True):
-        total.addcmul_(rows.index_select(0, index).float(), weight)
-    if kept is None:
-        return total.to(rows.dtype)
-    return rows.new_zeros((size, rows.shape[1])).index_copy_(0, kept, total.to(rows.dtype))
+    total = sum_rows(rows.index_select(0, row_of.reshape(-1)), weights)
+    return total if kept is None else rows.new_zeros((size, rows.shape[1])).index_copy_(0, kept, total)
 
 
 register(SCHEMA, CombineCall, cpu=_cpu, fake=_fake, side_effect=True)

@@ -9,7 +9,7 @@ The CPU kernel is ``token_exchange``.
 
 from __future__ import annotations
 
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class DispatchCall(NamedTuple, Generic[Value]):
     ``shared_expert_ranks``, ``shared_experts``: see ``placement``; ``on_shared_rank`` says that this rank is one of those.
     ``x_smooth`` [num_experts, H] float32: each row is multiplied by that of its expert, in float32, and arrives as int8 with a
     scale. Source: ops_transformer.dispatch: scales of quantMode 2.
+    ``zero_experts``: ids from num_experts on, that many, are experts that give nothing: no row is sent for them.
+    Source: op_plugin.dispatch: zero_expert_num.
     """
 
     x: Value
@@ -50,14 +52,22 @@ class DispatchCall(NamedTuple, Generic[Value]):
     shared_experts: int = 1
     on_shared_rank: bool = False
     x_smooth: Value | None = None
+    zero_experts: int = 0
 
     @property
     def placement(self) -> Placement:
-        return Placement(self.num_experts, self.ep_size, self.shared_expert_ranks, self.shared_experts)
+        return placement_of(self)
 
 
 NAME = "dispatch"
 SCHEMA = schema_of(NAME, DispatchCall, "(Tensor rows, Tensor row_scale, Tensor counts, Tensor handle)")
+
+
+def placement_of(call: Any) -> Placement:
+    """Where the experts of a call of ``dispatch`` or ``combine`` live."""
+    return Placement(
+        call.num_experts, call.ep_size, call.shared_expert_ranks, call.shared_experts, zero_experts=call.zero_experts
+    )
 
 
 def check_parallel(
@@ -80,12 +90,12 @@ def check_parallel(
         raise ValueError(f"{operator}: max_tokens is {max_tokens}; accepted: 0 (T is equal on all ranks) or more")
 
 
-def check_ids(operator: str, ids: Tensor, mask: Tensor | None, num_experts: int) -> None:
-    """The rules for ``ids [..., k]`` and ``mask [...]`` that need no data."""
+def check_ids(operator: str, ids: Tensor, mask: Tensor | None, num_ids: int) -> None:
+    """The rules for ``ids [..., k]`` from 0 to ``num_ids`` - 1, and ``mask [...]``, that need no data."""
     if ids.dtype != torch.int32:
         raise TypeError(f"{operator}: ids is {ids.dtype}; accepted: int32")
-    if ids.dim() < 1 or is_known(ids.shape[-1] < 1) or is_known(ids.shape[-1] > num_experts):
-        raise ValueError(f"{operator}: ids has shape {show(ids.shape)}; accepted: [..., k], k from 1 to {num_experts}")
+    if ids.dim() < 1 or is_known(ids.shape[-1] < 1) or is_known(ids.shape[-1] > num_ids):
+        raise ValueError(f"{operator}: ids has shape {show(ids.shape)}; accepted: [..., k], k from 1 to {num_ids}")
     if mask is None:
         return
     if mask.dtype != torch.bool:
@@ -107,7 +117,7 @@ def _check(call: DispatchCall[Tensor]) -> None:
         raise ValueError("dispatch: x has no dimension; accepted: [..., hidden]")
     if x.dtype not in DTYPES:
         raise TypeError(f"dispatch: x is {x.dtype}; accepted: float32, float16, bfloat16, or int8 with x_scale")
-    check_ids(NAME, ids, call.mask, call.num_experts)
+    check_ids(NAME, ids, call.mask, placement.num_ids)
     _check_smooth(call)
     lead = x.shape[:-1]
     if are_certainly_different(ids.shape[:-1], lead):

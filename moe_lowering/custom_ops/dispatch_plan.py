@@ -52,10 +52,13 @@ def make_plan(ids: Tensor, mask: Tensor | None, placement: Placement, rank: int,
         experts, order = torch.sort(experts[kept], stable=True)
         slots = kept[order]
     token = slots // top_k
-    kind, at = _find_fault(experts, token, placement.num_experts)
+    kind, at = _find_fault(experts, token, placement.num_ids)
     if kind != NO_FAULT:
         empty = torch.zeros(placement.places, dtype=torch.int64)
         return DispatchPlan(slots, token, top_k, empty).refused(kind, int(token[at]) + first_token, int(experts[at]))
+    if placement.zero_experts:  # the last ones in order
+        some = int((experts < placement.num_experts).sum())
+        experts, slots, token = experts[:some], slots[:some], token[:some]
     plan = DispatchPlan(slots, token, top_k, torch.bincount(experts, minlength=placement.num_experts))
     if not placement.added:
         return plan
@@ -71,24 +74,26 @@ def _plan_few(
     slots = [slot for slot in range(len(experts)) if kept is None or kept[slot // top_k]]
     slots.sort(key=experts.__getitem__)
     tokens, counts = [slot // top_k for slot in slots], [0] * placement.places
-    at = _find_fault_of_few([experts[slot] for slot in slots], tokens, placement.num_experts)
-    for slot in slots if at is None else ():
+    at = _find_fault_of_few([experts[slot] for slot in slots], tokens, placement.num_ids)
+    fault = None if at is None else (at[0], tokens[at[1]] + first_token, experts[slots[at[1]]])
+    slots = [slot for slot in slots if experts[slot] < placement.num_experts]
+    for slot in slots if fault is None else ():
         counts[experts[slot]] += 1
     plan = DispatchPlan(
         torch.tensor(slots, dtype=torch.int64),
-        torch.tensor(tokens, dtype=torch.int64),
+        torch.tensor([slot // top_k for slot in slots], dtype=torch.int64),
         top_k,
         torch.tensor(counts, dtype=torch.int64),
         listed=tuple(slots),
     )
-    return plan if at is None else plan.refused(at[0], tokens[at[1]] + first_token, experts[slots[at[1]]])
+    return plan if fault is None else plan.refused(*fault)
 
 
-def _find_fault_of_few(experts: list[int], tokens: list[int], num_experts: int) -> tuple[int, int] | None:
+def _find_fault_of_few(experts: list[int], tokens: list[int], num_ids: int) -> tuple[int, int] | None:
     """As ``_find_fault``; None where there is none."""
     if not experts:
         return None
-    if experts[0] < 0 or experts[-1] >= num_experts:
+    if experts[0] < 0 or experts[-1] >= num_ids:
         return OUT_OF_RANGE, 0 if experts[0] < 0 else len(experts) - 1
     pairs = zip(experts, experts[1:], tokens, tokens[1:], strict=False)
     twice = (at for at, (a, b, s, t) in enumerate(pairs) if a == b and s == t)
@@ -107,13 +112,13 @@ def _add_shared_experts(plan: DispatchPlan, tokens: Tensor, placement: Placement
     return DispatchPlan(slots, slots // choices, choices, counts)
 
 
-def _find_fault(experts: Tensor, token: Tensor, num_experts: int) -> tuple[int, int]:
+def _find_fault(experts: Tensor, token: Tensor, num_ids: int) -> tuple[int, int]:
     """The first mistake in sorted ids and where it is; equal ids of one token are neighbours there."""
     if not experts.numel():
         return NO_FAULT, 0
     if int(experts[0]) < 0:
         return OUT_OF_RANGE, 0
-    if int(experts[-1]) >= num_experts:
+    if int(experts[-1]) >= num_ids:
         return OUT_OF_RANGE, -1
     twice = (experts[1:] == experts[:-1]) & (token[1:] == token[:-1])
     return (DUPLICATE, int(twice.to(torch.uint8).argmax())) if bool(twice.any()) else (NO_FAULT, 0)

@@ -25,6 +25,12 @@ class Placement(NamedTuple):
     ep_size: int
     shared_expert_ranks: int = 0
     shared_experts: int = 1
+    zero_experts: int = 0  # ids past the routed experts', of experts that live nowhere
+
+    @property
+    def num_ids(self) -> int:
+        """Ids that a token may have."""
+        return self.num_experts + self.zero_experts
 
     @property
     def local_experts(self) -> int:
@@ -94,3 +100,6 @@ def check(operator: str, placement: Placement) -> None:
     if experts < 1 or (ranks or 1) % experts:
         accepted = f"a divisor of shared_expert_ranks, {ranks}" if ranks else "1, as there are no shared_expert_ranks"
         raise ValueError(f"{operator}: shared_experts is {experts}; accepted: {accepted}")
+    if placement.zero_experts < 0 or (placement.zero_experts and ranks):
+        accepted = f"0 with shared_expert_ranks {ranks}: no operator takes both" if ranks else "0 or more"
+        raise ValueError(f"{operator}: zero_experts is {placement.zero_experts}; accepted: {accepted}")

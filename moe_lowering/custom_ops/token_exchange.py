@@ -83,13 +83,13 @@ def exchange(operator: str, tokens: TokenBatch, placement: Placement, ep: Group,
     """Send this rank's slice of the tokens to the experts that their ids name and receive what the others send here.
 
     Raises, on all ranks alike:
-        ValueError: an id outside [0, num_experts) or twice in one row; T differs although ``bounds.equal_tokens``, is more
+        ValueError: an id outside [0, placement.num_ids) or twice in one row; T differs although ``bounds.equal_tokens``, is more
             than ``bounds.max_tokens`` (when not 0), or differs within a TP group; ranks disagree about k, H or dtype; a rank
             was told wrongly whether it holds a shared expert.
         RuntimeError: a rank would receive more than ``bounds.rows`` rows; a shared-expert rank more than
             ``bounds.shared_rows``.
     """
-    num_experts, shared_ranks = placement.num_experts, placement.shared_expert_ranks
+    num_ids, shared_ranks = placement.num_ids, placement.shared_expert_ranks
     count, share = tokens.ids.shape[0], own_slice(tokens.ids.shape[0], tp)
     own = tokens if tp.size == 1 else tokens.part(share)
     plan = make_plan(own.ids, own.mask, placement, ep.rank, share.start)
@@ -97,7 +97,7 @@ def exchange(operator: str, tokens: TokenBatch, placement: Placement, ep: Group,
         plan = plan.refused(OTHER_KIND)
     if ep.size == 1:
         _check_bound(operator, 0, count, bounds.max_tokens)
-        _check_ids(operator, 0, plan.fault, num_experts)
+        _check_ids(operator, 0, plan.fault, num_ids)
         fits(operator, [plan.slots.numel()], bounds.rows, bounds.rows_name)
         return _keep(own, plan)
 
@@ -105,7 +105,7 @@ def exchange(operator: str, tokens: TokenBatch, placement: Placement, ep: Group,
     width = x.shape[1] * x.element_size() + 8 + (4 if scaled else 0)
     head = [count, tp.first_global_rank(), *plan.fault, own.ids.shape[1], width, DTYPES.index(x.dtype)]
     everyone = gather_numbers(torch.cat([torch.tensor(head, dtype=torch.int64), plan.counts]), ep)
-    agree(operator, everyone[:, :FIELDS].tolist(), num_experts, bounds.max_tokens, bounds.equal_tokens)
+    agree(operator, everyone[:, :FIELDS].tolist(), num_ids, bounds.max_tokens, bounds.equal_tokens)
     places = everyone[:, FIELDS:]  # [source, place]
     sent = placement.by_rank(places)  # [source, destination]
     received = sent.sum(0).tolist()
@@ -139,11 +139,11 @@ def _check_bound(operator: str, rank: int, tokens: int, max_tokens: int) -> None
         raise ValueError(f"{operator}: T is {tokens} on EP rank {rank}; accepted: at most max_tokens, {max_tokens}")
 
 
-def _check_ids(operator: str, rank: int, fault: Sequence[int], num_experts: int) -> None:
+def _check_ids(operator: str, rank: int, fault: Sequence[int], num_ids: int) -> None:
     kind, token, expert = fault
     if kind == OUT_OF_RANGE:
         raise ValueError(
-            f"{operator}: ids has {expert} for token {token} on EP rank {rank}; accepted: 0 to {num_experts - 1}"
+            f"{operator}: ids has {expert} for token {token} on EP rank {rank}; accepted: 0 to {num_ids - 1}"
         )
     if kind == OTHER_KIND:
         raise ValueError(
@@ -156,7 +156,7 @@ def _check_ids(operator: str, rank: int, fault: Sequence[int], num_experts: int)
         )
 
 
-def agree(operator: str, heads: list[list[int]], num_experts: int, max_tokens: int, equal_tokens: bool | str) -> None:
+def agree(operator: str, heads: list[list[int]], num_ids: int, max_tokens: int, equal_tokens: bool | str) -> None:
     """Raises the same error on every rank when one of them reported a fault; a str is the reason why T must be equal."""
     first: dict[int, int] = {}
     why, remedy = (equal_tokens, "") if isinstance(equal_tokens, str) else (EQUAL, ", or max_tokens as its bound")
@@ -175,7 +175,7 @@ def agree(operator: str, heads: list[list[int]], num_experts: int, max_tokens: i
                 f"{operator}: T is {tokens} on EP rank {rank} and {first[head[TP_GROUP]]} on another rank of its TP "
                 "group; accepted: the same tokens on all ranks of a TP group"
             )
-        _check_ids(operator, rank, head[FAULT : FAULT + 3], num_experts)
+        _check_ids(operator, rank, head[FAULT : FAULT + 3], num_ids)
 
 
 def fits(operator: str, received: list[int], limit: int, limit_name: str, first: int = 0) -> None:

@@ -30,6 +30,7 @@ from moe_lowering.model_configs.check import (
 from moe_lowering.model_configs.errors import ModelError, write_value
 from moe_lowering.model_configs.presets import PRESETS, presets_of
 from moe_lowering.model_configs.read import config_of_values, is_known_type, read_text_config, text_part
+from moe_lowering.vocabulary import SWIGLU_ALPHA
 
 ACTIVATIONS = {
     "silu": "swiglu",
@@ -38,7 +39,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-_LIMIT, _ALPHA = 7.0, 1.702  # of gpt-oss, where a config does not say
+_LIMIT = 7.0  # of gpt-oss, where a config does not say
 _LIMITS, _ALPHAS = {"swiglu_softcap": "mlp_gate_softcap"}, {"swiglu_softcap": "mlp_up_softcap"}
 
 # Models whose experts do not compute act(gate) * up: the models of ``expert_gates.OWN_GATES``, which a test compares, by type.
@@ -89,7 +90,7 @@ def describe_config(
         dtype=dtype or _dtype(config) or torch.bfloat16,
         quantisation=quantisation,
         limit=_number(config, _LIMITS.get(gate["activation"], "swiglu_limit"), _LIMIT) if clamped else 0.0,
-        alpha=_number(config, _ALPHAS.get(gate["activation"], "swiglu_alpha"), _ALPHA),
+        alpha=_number(config, _ALPHAS.get(gate["activation"], "swiglu_alpha"), SWIGLU_ALPHA),
         layers=_moe_layers(config),
         model=name,
         assumptions=tuple(assumptions),
@@ -194,10 +195,11 @@ def _moe_layers(config: Any) -> int | None:
 
 
 def _without_gate(model: str, name: Any) -> str:
-    known = [record.name for record in vocabulary.ACTIVATIONS.values() if not record.gated]
-    if name not in known:
+    ungated = [record.name for record in vocabulary.ACTIVATIONS.values() if not record.gated]
+    if name not in ungated:
         raise ExplainError(
-            "model", f"the activation of {model}, without a gate, is {write_value(name)}; accepted: {', '.join(known)}"
+            "model",
+            f"the activation of {model}, without a gate, is {write_value(name)}; accepted: {', '.join(ungated)}",
         )
     return str(name)
 

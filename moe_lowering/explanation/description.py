@@ -9,7 +9,7 @@ import torch
 
 from moe_lowering.explanation.errors import ExplainError
 from moe_lowering.model_configs.check import LARGEST
-from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS
+from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS, SWIGLU_ALPHA
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = ("hidden", "intermediate", "experts", "top_k")
@@ -43,7 +43,7 @@ class BlockDescription:
     quantisation: str = "none"
     activation: str = "swiglu"
     limit: float = 0.0
-    alpha: float = 1.702
+    alpha: float = SWIGLU_ALPHA
     interleaved: bool = False
     has_bias: bool = False
     weights_contiguous: bool = True

@@ -2,14 +2,14 @@
 
 A candidate is another value of one field: HCCL window, weight format, fused mode, an installed provider, quantisation,
 dtype, capture, MC2 in two levels, EP size, SoC, tokens. The block is judged again with each, so a change that is
-reported was tried and is not read off a message. Where several values of a field would do, the nearest is reported; for
-tokens it is the largest, by bisection.
+reported was tried and is not read off a message. Where several values of a field would do, the nearest is reported; tokens
+are in ``token_changes``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from moe_lowering.explanation.answer import Answer, Question
 from moe_lowering.explanation.description import BlockDescription
 from moe_lowering.explanation.errors import ExplainError
 from moe_lowering.explanation.spec import block_spec
+from moe_lowering.explanation.token_changes import describe_tokens, first_proven, most_tokens
 from moe_lowering.limits import Prover
-from moe_lowering.passes.legality import declared_tokens, judge
+from moe_lowering.passes.legality import declared_tokens, free_tokens, judge
 from moe_lowering.report.records import Verdict
 from moe_lowering.vocabulary import EXPERT_FORMATS, FUSED_MODES, PROVIDER_VERSIONS, SOCS, WEIGHT_FORMATS
 
@@ -119,12 +120,12 @@ def _candidates(question: Question, answer: Answer) -> Iterator[tuple[Change, Bl
 
 def _needed_buffers(answer: Answer) -> list[int]:
     """Sizes of the HCCL window that broken rules name, the smallest first."""
-    needed = set()
+    window_sizes = set()
     for verdict in answer.judgement.verdicts.values():
         sizes = [size for v in verdict.violations if (size := (v.to_json().get("buffer") or {}).get("needed_mb"))]
         if sizes:
-            needed.add(max(sizes))
-    return sorted(needed)
+            window_sizes.add(max(sizes))
+    return sorted(window_sizes)
 
 
 def _other_sizes(deployment: Deployment, experts: int) -> list[int]:
@@ -141,26 +142,26 @@ def _other_sizes(deployment: Deployment, experts: int) -> list[int]:
 
 
 def _fewer_tokens(question: Question, tokens: int, name: str) -> Change | None:
-    """The most tokens below T (or below the declared bound), or 1 in place of 0, with which an implementation is legal."""
+    """Fewer tokens (or a lower declared bound), or 1 in place of 0, with which an implementation is legal."""
     deployment = question.deployment
     least = 1 if deployment.equal_tokens else max(1, deployment.min_tokens)
 
-    def legal(count: int) -> bool:
+    def is_legal(count: int) -> bool:
         changed = deployment if deployment.equal_tokens else deployment.replace(max_tokens=count)
         verdicts = _verdicts(question.block, changed, count)
         return name in verdicts and verdicts[name].legal
 
-    if not legal(least):
+    most = most_tokens(is_legal, least, tokens)
+    if most is None:
         return None
-    low = _last(legal, least, tokens)
-    if not deployment.equal_tokens:
-        return Change("max_tokens", low, f"at most {low} tokens declared")
-    return Change("tokens", low, f"T {'at most ' if tokens else ''}{low}")
+    if not deployment.equal_tokens:  # a verdict for a bound is one for all T within it
+        return Change("max_tokens", most, f"at most {most} tokens declared")
+    if tokens == 0:
+        return Change("tokens", most, f"T {most}")
 
+    def is_proven(low: int, high: int) -> bool:
+        judged = free_tokens(low, high)
+        spec = dataclasses.replace(block_spec(question.block, deployment, high), tokens=judged)
+        return judge(spec, deployment, judged, Prover(), torch_npu=True).verdicts[name].legal
 
-def _last(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """The last number before ``high`` for which ``holds`` is true, as it is for ``low``; it does not become true again."""
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+    return Change("tokens", most, f"T {describe_tokens(first_proven(is_proven, least, most), least, most)}")

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from moe_lowering.vocabulary import SWIGLU_ALPHA
+
 __all__ = ["OWN_GATES", "ExpertsForm", "OwnGate", "Reading", "gate_fingerprint", "read_gate", "same_code"]
 
 
@@ -23,7 +25,7 @@ class ExpertsForm(NamedTuple):
 
     activation: str = ""
     limit: float = 0.0
-    alpha: float = 1.702
+    alpha: float = SWIGLU_ALPHA
     interleaved: bool = False
     unrecognised: str = ""
 

@@ -4,7 +4,7 @@
    shapes and dtypes are checked with tensors on device meta.
 2. Buffers that no checkpoint has are made.
 3. Read: pieces go straight into the tensors that stay, expert by expert, in the layout of ``shard_experts``.
-4. Assign the tensors to the model. What fails before this step leaves the model on meta.
+4. Shard the model, assign the tensors, tie what the model ties. Whatever fails from step 2 on, the model is as it was, on meta.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.layers import require_shardable, shard_experts
 from moe_lowering.loading.files import CheckpointError, Scratch, StoredTensor, open_checkpoint
 from moe_lowering.loading.plan import Parameter, fill_expert, make_plan, read_whole
+from moe_lowering.loading.undo import as_it_was
 
 __all__ = ["CheckpointError", "load_experts"]
 
@@ -57,21 +58,17 @@ def load_experts(
     place = torch.device("cpu" if device is None else device)
     block = deployment.own_experts
     plan = make_plan(model, open_checkpoint(Path(path)), targets)
-    made, scratch = _make_buffers(model, place), Scratch()
-    try:
-        tensors: dict[str, Tensor] = {}
+    with as_it_was(model):
+        _make_buffers(model, place)
+        tensors, scratch = dict[str, Tensor](), Scratch()
         for each in plan:
             tensors |= _read(each, model, block(each.experts) if each.experts else None, place, scratch)
-    except BaseException:
-        for owner, name, old in made:
-            owner._buffers[name] = old
-        raise
-    shard_experts(model, deployment)
-    for name, tensor in tensors.items():
-        _assign(model, name, tensor)
-    if hasattr(model, "tie_weights"):
-        known: Any = model
-        known.tie_weights()
+        shard_experts(model, deployment)
+        for name, tensor in tensors.items():
+            _assign(model, name, tensor)
+        if hasattr(model, "tie_weights"):
+            known: Any = model
+            known.tie_weights()
     return model
 
 
@@ -136,37 +133,30 @@ def _pieces(stored: StoredTensor) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, stored.shape[0])
 
 
-def _make_buffers(model: nn.Module, device: torch.device) -> list[tuple[nn.Module, str, Tensor]]:
-    """Make the buffers that are not in state dicts, by the model's own initialisation; (module, name, what was there).
+def _make_buffers(model: nn.Module, device: torch.device) -> None:
+    """Make the buffers that are not in state dicts, by the model's own initialisation.
 
     Raises:
-        ValueError: the model's initialisation leaves one as it was; all are as they were then.
+        ValueError: the model's initialisation leaves one as it was.
     """
-    made = []
+    buffers = []
     for module in model.modules():
         for name in module._non_persistent_buffers_set:
             old = module._buffers[name]
             if old is not None:
-                made.append((module, name, old))
+                buffers.append((module, name))
                 module._buffers[name] = torch.empty_like(old, device=device)
-    before = [getattr(module, name)._version for module, name, _ in made]
+    before = [getattr(module, name)._version for module, name in buffers]
     for module in model.modules():  # transformers passes over what was initialised, and here nothing is
         vars(module).pop("_is_hf_initialized", None)
-    try:
-        if made and hasattr(model, "initialize_weights"):
-            known: Any = model
-            known.initialize_weights()  # of the weights nothing is written: they are on meta
-        for (module, name, _), version in zip(made, before, strict=True):
-            if getattr(module, name)._version == version:
-                what = f"{type(module).__name__}.{name}"
-                raise refuse(
-                    "load_experts", "model", what, "buffers that are in the checkpoint, or that the model's init makes"
-                )
-    except BaseException:
-        for module, name, old in made:
-            module._buffers[name] = old
-        raise
-    return made
+    if buffers and hasattr(model, "initialize_weights"):
+        known: Any = model
+        known.initialize_weights()  # of the weights nothing is written: they are on meta
+    for (module, name), version in zip(buffers, before, strict=True):
+        if getattr(module, name)._version == version:
+            what = f"{type(module).__name__}.{name}"
+            accepted = "buffers that are in the checkpoint, or that the model's init makes"
+            raise refuse("load_experts", "model", what, accepted)
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

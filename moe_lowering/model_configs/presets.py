@@ -1,8 +1,9 @@
 """Published models by name, with the values of their config.json that an MoE layer depends on. Without torch and transformers.
 
 A model type of transformers (``qwen3_moe``) means the defaults of its config class, which may be no published size; a preset
-means one checkpoint, whose repository on the Hugging Face hub is named with it. The values were written down by hand, nothing is
-downloaded; a test compares the parameters that they give with ``billions``, of the model card.
+means one checkpoint, whose repository on the Hugging Face hub is named with it. Nothing is downloaded: the values were written
+down by hand and compared with ``source``. Tests compare those that are defaults of transformers, and of all presets the
+parameters that they give with ``billions``, of the model card.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ class Preset:
     Attributes:
         name: as commands take it. hub: its repository. billions: of parameters, as its model card says.
         kind: the model type of transformers. values: of its config, beside the type.
+        source: what the values were compared with (2026-11-26).
     """
 
     name: str
@@ -25,11 +27,30 @@ class Preset:
     billions: float
     kind: str
     values: dict[str, Any]
+    source: str = ""
 
     @property
     def config(self) -> dict[str, Any]:
         """The values of a config.json."""
         return {"model_type": self.kind, "dtype": "bfloat16", "hidden_act": "silu", **self.values}
+
+
+DEFAULTS = "transformers: the defaults of the type's config class"
+_SOURCES = {
+    "deepseek_v2": "NVIDIA NeMo: DeepSeekV2Config",
+    "deepseek_v2_lite": "AMD-AGI/Primus (3aa8772c): primus/configs/models/megatron/deepseek_v2_lite.yaml",
+    "deepseek_v3": DEFAULTS,
+    "glm_4_5": "zyzshishui/slime (ffec5340): scripts/models/glm4.5-355B-A32B.sh",
+    "glm_4_5_air": DEFAULTS,
+    "gpt_oss_120b": DEFAULTS,
+    "gpt_oss_20b": "EchoCog/gpt-oss-20b: docs/gpt-oss-20b-architecture.md, of its config.json",
+    "kimi_k2": "zyzshishui/slime (34bba0b8): scripts/models/kimi-k2.sh",
+    "mixtral_8x7b": DEFAULTS,
+    "mixtral_8x22b": "huggingface.co/mistral-community/Mixtral-8x22B-v0.1: config.json",
+    "qwen3_30b": "zyzshishui/slime (e0be9a07): scripts/models/qwen3-30B-A3B.sh",
+    "qwen3_235b": "zyzshishui/slime (a2938638): scripts/models/qwen3-235B-A22B.sh",
+    "qwen3_coder_480b": "zyzshishui/miles (b2699705): scripts/models/qwen3-coder-480B-A35B.sh",
+}
 
 
 def _qwen3(
@@ -47,7 +68,7 @@ def _deepseek(name: str, hub: str, billions: float, kind: str, **values: Any) ->
 
 
 def _glm4(
-    name: str, hub: str, billions: float, hidden: int, expert: int, experts: int, layers: int, **rest: int
+    name: str, hub: str, billions: float, hidden: int, expert: int, experts: int, layers: int, **rest: float
 ) -> Preset:
     return Preset(name, hub, billions, "glm4_moe", {
         "hidden_size": hidden, "moe_intermediate_size": expert, "n_routed_experts": experts, "num_experts_per_tok": 8,
@@ -72,7 +93,7 @@ def _mixtral(name: str, hub: str, billions: float, hidden: int, expert: int, lay
 
 
 PRESETS = {
-    preset.name: preset
+    preset.name: dataclasses.replace(preset, source=_SOURCES[preset.name])
     for preset in (
         _deepseek(
             "deepseek_v2", "deepseek-ai/DeepSeek-V2", 236, "deepseek_v2", hidden_size=5120, moe_intermediate_size=1536,
@@ -92,8 +113,10 @@ PRESETS = {
             intermediate_size=18432, num_attention_heads=128, num_key_value_heads=128, vocab_size=129280, n_group=8,
             topk_group=4, routed_scaling_factor=2.5,
         ),
-        _glm4("glm_4_5", "zai-org/GLM-4.5", 355, 5120, 1536, 160, 92, first_k_dense_replace=3, intermediate_size=12288),
-        _glm4("glm_4_5_air", "zai-org/GLM-4.5-Air", 106, 4096, 1408, 128, 46, first_k_dense_replace=1, intermediate_size=10944),
+        _glm4("glm_4_5", "zai-org/GLM-4.5", 355, 5120, 1536, 160, 92, first_k_dense_replace=3, intermediate_size=12288,
+              routed_scaling_factor=2.5),
+        _glm4("glm_4_5_air", "zai-org/GLM-4.5-Air", 106, 4096, 1408, 128, 46, first_k_dense_replace=1, intermediate_size=10944,
+              routed_scaling_factor=1.0),
         _gpt_oss("gpt_oss_120b", "openai/gpt-oss-120b", 117, 128, 36),
         _gpt_oss("gpt_oss_20b", "openai/gpt-oss-20b", 21, 32, 24),
         _deepseek(

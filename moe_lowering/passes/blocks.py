@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
@@ -21,6 +21,9 @@ from moe_lowering.lookup import look_up
 from moe_lowering.passes.arguments import argument, read
 from moe_lowering.passes.operands import ExpertOperands
 from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS, ExpertFormat
+
+if TYPE_CHECKING:
+    from moe_lowering.passes.wiring import Wiring
 
 
 def size_key(size: Any) -> Any:
@@ -123,7 +126,8 @@ class BlockSpec:
     that one of w13 and w2 is one tensor and the other a list. With shared-expert ranks ``experts`` and ``local_experts``
     are those of a rank with routed experts, on every rank; ``on_shared_rank`` is a rank's own and no rule reads it.
     ``tensors`` are the experts' own: what rules read of each, and whether the graph computes it. ``has_x_smooth`` and
-    ``has_h_smooth``: tokens and activations are multiplied by smooth scales before they become int8.
+    ``has_h_smooth``: tokens and activations are multiplied by smooth scales before they become int8. ``zero_experts``: ids past
+    the experts', of those that give nothing.
     """
 
     tokens: Any = dataclasses.field(compare=False)
@@ -167,6 +171,7 @@ class BlockSpec:
     tensors: ExpertOperands = dataclasses.field(default_factory=ExpertOperands)
     has_x_smooth: bool = False
     has_h_smooth: bool = False
+    zero_experts: int = 0
 
     def __hash__(self) -> int:
         return self._hash
@@ -206,6 +211,7 @@ class Block:
         counts: the counts' node when something outside of the block reads it.
         interior: every node that a rewrite erases.
         route: the routing that makes the ids, when it is a generic one.
+        wiring: what its stages read, when it was found.
     """
 
     name: str
@@ -216,6 +222,7 @@ class Block:
     interior: tuple[Node, ...]
     route: Route | None
     spec: BlockSpec
+    wiring: Wiring | None = None
 
     @property
     def stages(self) -> tuple[Node, Node, Node]:

@@ -51,6 +51,7 @@ class Emitter:
         recording: for the next of equal blocks.
         created: the nodes emitted so far for the block.
         made: these and the constants that were new.
+        places: for each of ``created``, what it was inserted before, and whose source it has.
     """
 
     def __init__(
@@ -66,18 +67,21 @@ class Emitter:
         self._fake_mode = fake_mode
         self._recorded: Recording = recorded or []
         self._origin_meta: dict[str, Any] = {}
+        self._place: Any = None
         self.recording: Recording = [*self._recorded]
         self.created: list[Node] = []
         self.made: list[Node] = []
+        self.places: list[tuple[Node, Node]] = []
 
     @contextmanager
     def at(self, position: Node, origin: Node) -> Iterator[None]:
         """Insert before ``position``; new nodes take the source metadata of ``origin``."""
-        previous = self._origin_meta
+        previous = self._origin_meta, self._place
+        self._place = (position, origin)
         self._origin_meta = {key: origin.meta[key] for key in COPIED_META if key in origin.meta}
         with self._graph.inserting_before(position):
             yield
-        self._origin_meta = previous
+        self._origin_meta, self._place = previous
 
     def target(self, operator: str) -> Any:
         """The overload of an operator's name: of torch_npu, or of ours."""
@@ -85,13 +89,24 @@ class Emitter:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A call_function node with its value."""
+        node = self._node(target, args, kwargs)
+        node.meta["val"] = self._value(node, target, args)
+        return node
+
+    def repeat(self, target: Any, args: Arguments, kwargs: dict[str, Any], make: Callable[[Arguments], Any]) -> Node:
+        """A node of an equal block once more: ``make`` gives its value, from these arguments."""
+        node = self._node(target, args, kwargs)
+        node.meta["val"] = make(args)
+        return node
+
+    def _node(self, target: Any, args: Arguments, kwargs: dict[str, Any]) -> Node:
         node = self._insert(self._graph, target, args, kwargs)
         meta = node.meta
         meta.update(self._origin_meta)
         meta["custom"] = {MARK: "emitted"}
         self.created.append(node)
         self.made.append(node)
-        meta["val"] = self._value(node, target, args)
+        self.places.append(self._place)
         return node
 
     def constant(self, target: Any, *args: Any, **kwargs: Any) -> Node:

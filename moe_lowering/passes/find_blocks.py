@@ -12,7 +12,7 @@ Source: here.architecture: the operators' schemas.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from moe_lowering.passes.operands import OPERAND_NAMES, ExpertOperands, Operands
 from moe_lowering.passes.quantities import GROUP_SELECT_MODES, NORM_TYPES
 from moe_lowering.passes.scopes import scope_paths
 from moe_lowering.passes.token_ranges import is_strict, must_vary
+from moe_lowering.passes.wiring import Wiring, read_wiring
 
 OPS = torch.ops.moe_lowering
 _COLLECTIVES = tuple(
@@ -39,6 +40,8 @@ _COLLECTIVES = tuple(
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single", "broadcast")
 )
 _ARGUMENT = re.compile(r"^L\['(\w+)'\]")  # what dynamo calls the module that is compiled
+# Of its own forward, and of one of torch's own (nn.Sequential), which dynamo's external_utils.wrap_inline calls.
+_COMPILED = ("self", "fn")
 _BOTH_ENDS = tuple(name for name in CombineCall._fields if name in DispatchCall._fields)  # must be alike in both
 
 
@@ -58,7 +61,7 @@ def module_path(node: Node) -> str:
         path = str(next(reversed(stack.values()))[0])
     except Exception:  # metadata that others wrote, in another form: a name is for people, and must not fail a compile
         return node.name
-    path = _ARGUMENT.sub(lambda match: "" if match[1] == "self" else match[1], path)
+    path = _ARGUMENT.sub(lambda match: "" if match[1] in _COMPILED else match[1], path)
     return path.replace("._modules['", ".").replace("']", "").removeprefix(".") or node.name
 
 
@@ -73,7 +76,7 @@ class Around(NamedTuple):
 def find_block(dispatch: Node, around: Around) -> Block | str:
     """The block of one dispatch, or why it is none."""
     try:
-        return _block(dispatch, around, {})
+        return _block(dispatch, around, Specs())
     except _NotABlock as reason:
         return str(reason)
 
@@ -91,7 +94,7 @@ def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node
     around = around_of(graph, routes) if dispatches else Around({}, {}, frozenset())
     writes = Writes(graph) if dispatches else None
     blocks: list[Block] = []
-    specs: dict[BlockSpec, BlockSpec] = {}  # equal layers get the same record, so that looking it up compares no fields
+    specs = Specs()
     for node in dispatches:
         try:
             block = _block(node, around, specs)
@@ -143,7 +146,25 @@ def _route(node: Node) -> Route:
     return Route(node, outputs.get("weights"), outputs.get("ids"), spec)
 
 
-def _block(dispatch: Node, graph: Around, specs: dict[BlockSpec, BlockSpec]) -> Block:
+class Specs:
+    """Records of the blocks that were found so far. Equal layers get the same one, so that looking it up compares no fields, and
+    it is made once for those that are wired alike."""
+
+    def __init__(self) -> None:
+        self._by_wiring: dict[tuple[Any, ...], BlockSpec] = {}
+        self._specs: dict[BlockSpec, BlockSpec] = {}
+
+    def get(self, wiring: Wiring, around: Surroundings, make: Callable[[], BlockSpec]) -> BlockSpec:
+        """The record of a block; ``make`` reads nothing but what wiring and surroundings describe."""
+        key = (wiring.key, around)
+        spec = self._by_wiring.get(key)
+        if spec is None:
+            made = make()
+            spec = self._by_wiring[key] = self._specs.setdefault(made, made)
+        return spec
+
+
+def _block(dispatch: Node, graph: Around, specs: Specs) -> Block:
     outputs, sent = results(dispatch), read(DispatchCall[Node], dispatch)
     if outputs is None:
         raise _NotABlock("raise.whole_result", "dispatch's result is used as a whole, or one output twice")
@@ -172,7 +193,8 @@ def _block(dispatch: Node, graph: Around, specs: dict[BlockSpec, BlockSpec]) -> 
         scopes_differ=len({graph.scopes.get(node, ()) for node in (dispatch, mlp, combine)}) > 1,
         collective_groups=graph.groups,
     )
-    spec = _spec(sent, combined.weights, experts, around)
+    wiring = read_wiring((dispatch, mlp, combine), interior, mlp)
+    spec = specs.get(wiring, around, lambda: _spec(sent, combined.weights, experts, around))
     return Block(
         module_path(combine),
         dispatch,
@@ -181,7 +203,8 @@ def _block(dispatch: Node, graph: Around, specs: dict[BlockSpec, BlockSpec]) -> 
         counts if readers else None,
         interior,
         graph.routes.get(sent.ids),
-        specs.setdefault(spec, spec),
+        spec,
+        wiring,
     )
 
 

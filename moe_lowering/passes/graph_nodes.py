@@ -13,7 +13,9 @@ from moe_lowering.report.graphs import GraphNode
 def graph_nodes(nodes: Iterable[Node]) -> tuple[GraphNode, ...]:
     """Of nodes in graph order, those that call something."""
     return tuple(
-        GraphNode(node.name, operator_name(node), tuple(each.name for each in node.all_input_nodes))
-        for node in nodes
-        if node.op == "call_function"
+        [
+            GraphNode(node.name, operator_name(node), tuple([each.name for each in node.all_input_nodes]))
+            for node in nodes
+            if node.op == "call_function"
+        ]
     )

@@ -9,8 +9,7 @@ refuses to run with is in ``run_bounds``, its routings in ``run_routes``, layers
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,8 +33,10 @@ from moe_lowering.passes.decision import Decision, decide
 from moe_lowering.passes.edit_log import ModuleEdits
 from moe_lowering.passes.emitter import Constants, Emitter, Recording
 from moe_lowering.passes.find_blocks import find_blocks
+from moe_lowering.passes.forward_casts import note_casts
 from moe_lowering.passes.graph_nodes import graph_nodes
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.passes.implementations.base import Replacement
 from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.legality import Refusal, refusal
 from moe_lowering.passes.lower_foreign import left_as_it_is, lower_foreign
@@ -51,6 +52,7 @@ from moe_lowering.passes.run_messages import describe_internal_error, describe_u
 from moe_lowering.passes.run_routes import RouteLowering
 from moe_lowering.passes.subgraphs import Subgraph
 from moe_lowering.passes.symbol_names import name_sizes
+from moe_lowering.passes.tapes import Tapes
 from moe_lowering.passes.verifier import (
     VerificationError,
     call_violations,
@@ -58,6 +60,7 @@ from moe_lowering.passes.verifier import (
     generic_nodes,
     same_value,
 )
+from moe_lowering.passes.wiring import Wiring
 from moe_lowering.report.graphs import GraphNode
 from moe_lowering.report.leftovers import NotCapturable
 from moe_lowering.report.records import BlockReport
@@ -89,13 +92,15 @@ class GraphRun:
         self._failed = False
         self.left: list[tuple[Node, str]] = []
         self.replaced: dict[Node, Node] = {}  # by the erased result of a layer: what stands for it
+        self._constants: Constants = {}
+        self.tapes = Tapes(self._constants)
         self.foreign = ForeignLayers(self.graph, deployment, raise_foreign)
         self.bounds = TokenBounds(deployment, self.foreign.raised, self.replaced, self._guarded)
-        self.routes = RouteLowering(deployment, self.edits, self._guarded)
+        self.routes = RouteLowering(deployment, self.edits, self._guarded, self.tapes)
         self._raise_foreign = raise_foreign
         self._decisions: dict[BlockSpec, Decision] = {}
         self.recordings: dict[tuple[Any, ...], Recording] = {}
-        self._constants: Constants = {}
+        self._cast_notes: dict[tuple[str, BlockSpec], tuple[str, ...]] = {}
         self._reports: dict[tuple[BlockSpec, str], BlockReport] = {}  # of equal blocks, by what becomes of them
         self._blocks: list[Block] = []
         self._targets: dict[Node, OverlapTarget] = {}  # by the erased combine
@@ -118,6 +123,7 @@ class GraphRun:
             self.left = [(node, reason) for node in generic_nodes(self.graph.nodes)]
             return []
         self.fake_mode, self._shape_env = fake_mode, fake_mode.shape_env
+        self.tapes.shape_env = self._shape_env
         try:
             blocks, routes, self.left = find_blocks(self.graph)
         except Exception as error:  # as in _guarded: nothing was edited yet
@@ -199,26 +205,32 @@ class GraphRun:
         if decision is None:
             decision = self._decisions[block.spec] = decide(block.spec, self.deployment, self.policy)
         comm, after = decision.comm, before
-        made: tuple[GraphNode, ...] = ()
+        made: Sequence[GraphNode] = ()
         reason = make_wording("{why}", why=decision.reason)
         refused = refusal(block.spec, self.deployment) if comm is not None else None
         if refused is not None:
             comm, reason = None, refused.reason
             self.bounds.refuse_to_run(block, refused)
         if comm is not None:
-            chosen = comm
-            done = self._guarded(lambda emit: self._rewrite(block, chosen, decision, emit), (chosen, block.spec))
+            chosen, (wiring, kind) = comm, self.tapes.read(block.stages, block.interior, block.mlp, block.wiring)
+            key = (chosen, block.spec, kind)
+            done = self._guarded(lambda emit: self._rewrite(block, chosen, decision, emit, wiring, key), key)
             if isinstance(done, Wording):
                 more = self.bounds.refuse_if_ranks_differ(block)
                 comm, reason = None, make_wording("{why}{more}", why=done, more=more)
             else:
-                in_order = sorted(done)
-                after = tuple(operator_name(n) for n in in_order if n.target is not operator.getitem)
-                made = graph_nodes(in_order)
+                after, made = self.tapes.describe(key, wiring, done)
                 self.bounds.keep(block, decision.enforced)
         report = self._report(block.spec, comm, reason, decision)
+        notes = report.notes if comm is None else (*report.notes, *self._cast_notes.get((comm, block.spec), ()))
         report = dataclasses.replace(
-            report, name=block.name, ops_before=before, ops_after=after, nodes_before=nodes, nodes_after=made
+            report,
+            notes=notes,
+            name=block.name,
+            ops_before=before,
+            ops_after=after,
+            nodes_before=nodes,
+            nodes_after=made,
         )
         if decision.guard is not None and comm == decision.comm:  # last: a guard cannot be taken back
             self.bounds.request_guard(block, decision.guard)
@@ -259,10 +271,19 @@ class GraphRun:
         self.changed = True
         return emit.created
 
-    def _rewrite(self, block: Block, comm: str, decision: Decision, emit: Emitter) -> None:
-        first = (comm, block.spec) not in self.recordings
-        form = IMPLEMENTATIONS[comm].form(decision.judgement.form(comm), self.deployment)
-        replacement = form.emit(block, emit, self.deployment, decision.judgement.premises)
+    def _rewrite(
+        self, block: Block, comm: str, decision: Decision, emit: Emitter, wiring: Wiring, key: tuple[Any, ...]
+    ) -> None:
+        first = key not in self.recordings
+
+        def write() -> tuple[Node, Node | None]:
+            form = IMPLEMENTATIONS[comm].form(decision.judgement.form(comm), self.deployment)
+            emitted = form.emit(block, emit, self.deployment, decision.judgement.premises)
+            return emitted.y, emitted.counts
+
+        y, counts = self.tapes.write(key, emit, block.stages, wiring, write)
+        assert y is not None
+        replacement = Replacement(y, counts)
         same_value(block.combine, replacement.y)
         if block.counts is not None:
             assert replacement.counts is not None
@@ -271,6 +292,7 @@ class GraphRun:
             defined_before_readers(readers, block.counts, replacement.counts)
         if first:
             self._check_limits(block.spec, decision, emit)
+            self._cast_notes[comm, block.spec] = note_casts(block.experts, emit.created, comm)
         if decision.enforced is not None:
             self.bounds.enforce(block, decision.enforced, emit)
         self.edits.replace_uses(block.combine, replacement.y)

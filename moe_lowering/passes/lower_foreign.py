@@ -51,14 +51,16 @@ def lower_foreign(run: GraphRun, layer: ForeignBlock) -> tuple[Block | None, Blo
     before, nodes = original_operators(layer), graph_nodes(sorted(layer.interior))
     layer = layer.reading(run.replaced)
     block: Block | None
+    ordered: tuple[str, ...] = ()
     try:
         block, report = _lower(run, layer)
+        ordered = order_notes(layer, report.comm)
     except _Left as left:
         block, report = left.block, dataclasses.replace(left.report, ops_after=before)
         # other ranks may exchange: this one must not run beside them
         if block is not None and left.refused is not None:
             run.bounds.refuse_to_run(block, left.refused)
-    notes = (*report.notes, *layer.notes, *_weights_notes(layer), *order_notes(layer, report.comm))
+    notes = (*report.notes, *layer.notes, *_weights_notes(layer), *ordered)
     return block, dataclasses.replace(
         report, ops_before=before, raised_from=layer.form, notes=notes, nodes_before=nodes
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from moe_lowering.argument_checks import require_choice
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Route
 from moe_lowering.passes.find_blocks import Around, around_of
@@ -19,7 +18,6 @@ from moe_lowering.passes.raise_foreign.records import ForeignBlock
 from moe_lowering.passes.run_messages import describe_internal_error, log_warning
 from moe_lowering.report.leftovers import ForeignMoe, NotRaised
 from moe_lowering.report.records import BlockReport
-from moe_lowering.vocabulary import RAISE_FOREIGN
 
 
 class ForeignLayers:
@@ -55,7 +53,7 @@ class ForeignLayers:
         self._told.update(node for layer in layers for node in layer.interior)
         if self._raise_foreign == "auto":
             return layers
-        require_choice("GraphRun", "raise_foreign", self._raise_foreign, RAISE_FOREIGN)
+        # "report": MoeLowering took no other word
         reason = f"[raise.report] recognised, and left: raise_foreign is {self._raise_foreign!r}"
         self.untouched += [left_as_it_is(layer, reason) for layer in layers]
         return []

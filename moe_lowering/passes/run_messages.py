@@ -1,6 +1,7 @@
 """What one run of the pass says: warnings in the log, reasons for unexpected errors, the user's names of sizes.
 
-Contract. None of these raises: a message must not fail a compile.
+Contract. ``name_symbols`` and ``log_warning`` do not raise: a message must not fail a compile. The others put an error into
+words, by its own ``str``.
 """
 
 from __future__ import annotations

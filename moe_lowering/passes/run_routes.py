@@ -20,7 +20,9 @@ from moe_lowering.passes.emitter import Emitter
 from moe_lowering.passes.lower_route import emit_route, judge_route
 from moe_lowering.passes.routers import reports
 from moe_lowering.passes.routers.lower_router import Guarded, lower_router
+from moe_lowering.passes.tapes import Tapes
 from moe_lowering.passes.verifier import generic_nodes, same_value
+from moe_lowering.passes.wiring import Wiring
 from moe_lowering.report.records import RouterReport
 
 
@@ -29,16 +31,18 @@ class RouteLowering:
 
     Args:
         rewrite: runs one rewrite with a key of what it emits; the nodes that it created, or why it was undone.
+        tapes: what equal routings become.
 
     Attributes:
         lowered: nodes of the generic operators that were replaced.
         reports: one for each routing that is not left as it was, and for each that was recognised and not raised.
     """
 
-    def __init__(self, deployment: Deployment, edits: EditLog, rewrite: Guarded) -> None:
+    def __init__(self, deployment: Deployment, edits: EditLog, rewrite: Guarded, tapes: Tapes) -> None:
         self._deployment = deployment
         self._edits = edits
         self._rewrite = rewrite
+        self._tapes = tapes
         self._violations: dict[RouteSpec, list[Violation]] = {}
         self.lowered: list[Node] = []
         self.reports: list[RouterReport] = []
@@ -49,7 +53,9 @@ class RouteLowering:
         for route in routes:
             if _feeds_generic(route):
                 continue
-            failure = self._rewrite(_replacing(self, route), (route.spec,))
+            wiring, kind = self._tapes.read((route.node,), (route.node,))
+            key = (route.spec, kind)
+            failure = self._rewrite(_replacing(self, route, wiring, key), key)
             if isinstance(failure, Wording):
                 left.append((route.node, failure.say()))
             else:
@@ -66,10 +72,14 @@ class RouteLowering:
         self.reports = [reports.undone(report, reason) for report in self.reports]
         return [(node, reason) for node in self.lowered]
 
-    def replace(self, route: Route, emit: Emitter) -> None:
+    def replace(self, route: Route, emit: Emitter, wiring: Wiring, key: tuple[Any, ...]) -> None:
         """Emit what a routing becomes, and let its readers read that."""
-        weights, ids = emit_route(route, emit, use_gating=not self._judge(route))
-        replaced = [(old, new) for old, new in ((route.weights, weights), (route.ids, ids)) if old is not None]
+        use_gating = not self._judge(route)
+        weights, ids = self._tapes.write(
+            key, emit, (route.node,), wiring, lambda: emit_route(route, emit, use_gating=use_gating)
+        )
+        pairs = ((route.weights, weights), (route.ids, ids))
+        replaced = [(old, new) for old, new in pairs if old is not None and new is not None]
         for old, new in replaced:
             same_value(old, new)
         for old, new in replaced:
@@ -84,8 +94,8 @@ class RouteLowering:
         return self._violations[route.spec]
 
 
-def _replacing(lowering: RouteLowering, route: Route) -> Callable[[Emitter], Any]:
-    return lambda emit: lowering.replace(route, emit)
+def _replacing(lowering: RouteLowering, route: Route, wiring: Wiring, key: tuple[Any, ...]) -> Callable[[Emitter], Any]:
+    return lambda emit: lowering.replace(route, emit, wiring, key)
 
 
 def _feeds_generic(route: Route) -> bool:

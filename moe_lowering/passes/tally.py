@@ -146,6 +146,7 @@ def _block(graph: Graph, spec: BlockSpec) -> Block:
         "max_tokens": spec.max_tokens,
         "shared_expert_ranks": spec.shared_expert_ranks,
         "shared_experts": spec.shared_experts,
+        "zero_experts": spec.zero_experts,
     }
     x_smooth = given("x_smooth", (spec.experts, spec.hidden), torch.float32) if spec.has_x_smooth else None
     h_smooth = given("h_smooth", (spec.local_experts, spec.intermediate), torch.float32) if spec.has_h_smooth else None

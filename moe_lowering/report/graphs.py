@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,37 @@ class GraphNode:
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "operator": self.operator, "inputs": list(self.inputs)}
+
+
+# Of each node the number of its name, its operator, and the numbers of the names of what it reads.
+Pattern = tuple[tuple[int, str, tuple[int, ...]], ...]
+
+
+class NamedNodes(Sequence[GraphNode]):
+    """The nodes of a block that is equal to others but for the names. Records are made when somebody reads them."""
+
+    def __init__(self, names: Sequence[str], pattern: Pattern) -> None:
+        self._names, self._pattern = names, pattern
+
+    @functools.cached_property
+    def _nodes(self) -> tuple[GraphNode, ...]:
+        names = self._names
+        return tuple(
+            GraphNode(names[name], operator, tuple([names[each] for each in inputs]))
+            for name, operator, inputs in self._pattern
+        )
+
+    def __len__(self) -> int:
+        return len(self._pattern)
+
+    @overload
+    def __getitem__(self, index: int) -> GraphNode: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[GraphNode, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> GraphNode | tuple[GraphNode, ...]:
+        return self._nodes[index]
 
 
 def graph_text(blocks: Sequence[tuple[str, Sequence[GraphNode]]]) -> str:

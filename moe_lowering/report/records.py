@@ -7,7 +7,7 @@ symbols are known; ``to_json`` gives numbers as numbers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_lowering.deployment_detection import Detected
@@ -91,8 +91,8 @@ class BlockReport:
     sizes: Sizes | None = None
     raised_from: str = ""
     count: Callable[[], tuple[BlockCost, ...]] | None = dataclasses.field(default=None, compare=False, repr=False)
-    nodes_before: tuple[GraphNode, ...] = dataclasses.field(default=(), compare=False, repr=False)
-    nodes_after: tuple[GraphNode, ...] = dataclasses.field(default=(), compare=False, repr=False)
+    nodes_before: Sequence[GraphNode] = dataclasses.field(default=(), compare=False, repr=False)
+    nodes_after: Sequence[GraphNode] = dataclasses.field(default=(), compare=False, repr=False)
 
     @property
     def costs(self) -> tuple[BlockCost, ...]:

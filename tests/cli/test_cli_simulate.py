@@ -29,7 +29,18 @@ def test_a_program_and_its_children(tmp_path):
     (tmp_path / "mine.py").write_text("")
     (tmp_path / "sitecustomize.py").write_text("import mine\n")  # somebody else's is read too
     path = os.pathsep.join([str(Path(cli.__file__).parents[2]), str(tmp_path)])
-    command = [sys.executable, "-m", "moe_lowering", "simulate", "--soc", "A2", "--devices", "2", "--", sys.executable]
+    command = [
+        sys.executable,
+        "-m",
+        "moe_lowering",
+        "simulate",
+        "--soc",
+        "910b",
+        "--devices",
+        "2",
+        "--",
+        sys.executable,
+    ]
     done = subprocess.run(
         [*command, str(tmp_path / "parent.py")], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
     )
@@ -41,7 +52,7 @@ def test_a_program_and_its_children(tmp_path):
     ("arguments", "says"),
     [
         ([], "argument PROGRAM: is missing; accepted: a program after --"),
-        (["--soc", "A9", "--", "x"], "argument --soc: invalid choice: 'A9'"),
+        (["--soc", "A9", "--", "x"], "argument --soc: is 'A9'; accepted: A2 (910B), A3 ("),
         (["--devices", "0", "--", "x"], "argument --devices: is '0'; accepted: an integer from 1"),
         (["--", "no-such-program-at-all"], "no-such-program-at-all cannot be started: No such file or directory"),
     ],

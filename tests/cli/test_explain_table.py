@@ -6,16 +6,20 @@ import re
 
 import pytest
 import torch
+import transformers
 from test_explain import BLOCK, answer, codes, command
 
-from moe_lowering import Deployment
+from moe_lowering import Deployment, simulator
 from moe_lowering.cli.commands import parse
 from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.cli.lower.prepare import assumptions
 from moe_lowering.explanation import describe, single_changes
+from moe_lowering.limits import violations
+from moe_lowering.limits.row import read
+from moe_lowering.limits.sources import load_sources
 from moe_lowering.model_configs.check import check_model
 from moe_lowering.model_configs.errors import ModelError
-from moe_lowering.model_configs.presets import PRESETS
+from moe_lowering.model_configs.presets import DEFAULTS, PRESETS
 from moe_lowering.vocabulary import IMPLEMENTATION_FORMS, SOCS, soc_named
 
 DEPLOYMENTS = f"{BLOCK} --soc A2,910C --ep 16,64 --quant none,w8a8"
@@ -171,7 +175,42 @@ def test_changes_are_found_and_said_before_the_verdicts(capfd):
     assert not answer(capfd, f"{BLOCK} --ep 16 --tokens 128")[1]["changes"], "nothing is refused"
 
 
+DISPATCH = "npu_moe_distribute_dispatch_v2"
+# Rules that it may have beside its own, and what its change of tokens is then; 136 is the most by its own.
+NOT_MONOTONE = {
+    "none": ("value = 'tokens'\nmin = 1", "T at most 136"),
+    "a hole": ("value = '(tokens - 40) * (tokens - 40)'\nmin = 100", "T from 50 to 136"),
+    "multiples": ("value = 'tokens'\nmultiple_of = 8", "T 136"),
+    "not a few": ("value = 'tokens'\nmin = 100", "T from 100 to 136"),
+    "a power of two": ("value = 'tokens'\none_of = [2, 64]", "T 64"),
+    "nothing": ("value = 'tokens'\nmin = 601", None),
+}
+
+
+@pytest.mark.parametrize(("rule", "said"), NOT_MONOTONE.values(), ids=NOT_MONOTONE)
+def test_tokens_are_said_as_far_as_they_were_shown(monkeypatch, rule, said):
+    source = next(iter(load_sources()))
+    text = f"[[limit]]\ncode = 'toy.tokens'\noperator = '{DISPATCH}'\nsource = '{source}: a toy'\nadvice = 'another T'\n{rule}"
+    toys, applicable = tuple(read("toy", text)), violations._applicable
+    monkeypatch.setattr(
+        violations, "_applicable", lambda operator, *of: applicable(operator, *of) + toys * (operator == DISPATCH)
+    )
+    explanation = run_explain(parse(["explain", *BLOCK.split(), "--ep", "16", "--tokens", "600"])).explanation
+    changes = [change.text for change in explanation.changes["mc2"] if change.field == "tokens"]
+    assert changes == ([] if said is None else [said])
+
+
 # ------------------------------------------------------------------------------------------------- names, sizes, aliases
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_that_is_a_default_is_the_default(name):
+    """Of those that say so, and of no other: there some value differs, so that the default is another model."""
+    simulator.enable()
+    preset = PRESETS[name]
+    default = transformers.CONFIG_MAPPING[preset.kind]()
+    differ = [key for key, value in preset.values.items() if getattr(default, key, value) != value]
+    assert bool(preset.source) and (differ == []) == (preset.source == DEFAULTS), differ
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,6 +1,7 @@
 """Pages of ``--html``: sound, self-contained, escaped, and they show what the report says.
 
-They were looked at in headless Chromium at 1 and 61 layers; here an HTML parser and an XML parser for the pictures stand for it.
+An HTML parser and an XML parser for the pictures read them. Where Chromium is installed it reads them too, at 1 and 61 layers,
+and must find the same (the name of that test says which of the two it was); the pictures were looked at by a person.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ import html.parser
 import itertools
 import json
 import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -175,6 +180,46 @@ def test_equal_layers_are_drawn_once(layers):
     report = dataclasses.replace(report_of(layers), blocks=(*report_of(layers).blocks, other))
     two = lower_page(LowerOutcome(LowerRequest("moe"), "moe", [report], [], None, []), ())
     assert len(pictures(two)) == 5, "the twin: another kind of block is drawn by itself"
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+SCREEN = (1280, 2400)
+
+
+def opened(browser: str, page: str, folder: Path) -> tuple[str, bytes]:
+    """(the document, a picture of it as PNG), as a browser has it."""
+    (folder / "page.html").write_text(page)
+    options = (
+        "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --hide-scrollbars --dump-dom"
+    )
+    command = [
+        *(browser, *options.split(), f"--user-data-dir={folder / 'profile'}", f"--screenshot={folder / 'page.png'}"),
+        *(f"--window-size={SCREEN[0]},{SCREEN[1]}", (folder / "page.html").as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, (folder / "page.png").read_bytes()
+
+
+def blank_page() -> str:
+    return "<!DOCTYPE html>\n<html><head><title>t</title></head><body></body></html>\n"
+
+
+@pytest.mark.parametrize("browser", [BROWSER], ids=["by Chromium" if BROWSER else "by the parsers alone"])
+def test_a_page_is_read_as_it_was_written(browser, tmp_path):
+    nothing = b"" if browser is None else opened(browser, blank_page(), tmp_path)[1]
+    for layers in (1, 61):
+        page = lower_page(LowerOutcome(LowerRequest("moe"), "moe", [report_of(layers)], [], None, []), ())
+        document, picture = page, None
+        if browser is not None:
+            document, picture = opened(browser, page, tmp_path)
+        seen = read(document if document.startswith("<!DOCTYPE html>\n") else document.replace(">", ">\n", 1))
+        tags = [tag for tag in seen.tags if tag != "tbody"]  # a browser adds it
+        assert tags == read(page).tags and "".join(seen.texts).split() == "".join(read(page).texts).split()
+        assert [len(boxes(each)) for each in pictures(document)] == [layers, 1, 1]
+        if picture is not None:
+            assert picture.startswith(b"\x89PNG") and struct.unpack(">II", picture[16:24]) == SCREEN
+            assert len(picture) > 1.5 * len(nothing), "the twin: a page with nothing on it is a smaller picture"
 
 
 def test_everything_is_escaped():

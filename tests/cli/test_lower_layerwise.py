@@ -21,8 +21,8 @@ REQUEST = LowerRequest(model="deepseek_v3", fake=True, ep=16, tokens=64, layers=
 VARYING = ("pass_ms", "nodes_before", "nodes_after")
 
 
-def lowered(request, monkeypatch):
-    """(JSON, what the pass emitted, by traced graph, facts)."""
+def lowered(request, monkeypatch, told=None):
+    """(JSON, what the pass emitted, by traced graph, facts, reports); messages of progress are added to ``told``."""
     graphs, backend = [], fake.lowering_backend
 
     def keep(gm, *_):
@@ -31,7 +31,7 @@ def lowered(request, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(fake, "lowering_backend", lambda lowering, stop: backend(lowering, keep, stop))
-        outcome = fake.lower_fake(request, lambda text: None)
+        outcome = fake.lower_fake(request, told.append if told is not None else lambda text: None)
     torch._dynamo.reset()
     return json.loads(outcome.to_json()), graphs, dict(outcome.facts), outcome.reports
 
@@ -43,8 +43,15 @@ def describe(value):
 
 
 def test_a_layer_by_itself_is_lowered_as_in_the_whole(monkeypatch):
-    one, graphs, facts, reports = lowered(REQUEST, monkeypatch)
-    whole, (whole_graph,), whole_facts, whole_reports = lowered(dataclasses.replace(REQUEST, whole=True), monkeypatch)
+    told, told_of_whole = [], []
+    one, graphs, facts, reports = lowered(REQUEST, monkeypatch, told)
+    whole, (whole_graph,), whole_facts, whole_reports = lowered(
+        dataclasses.replace(REQUEST, whole=True), monkeypatch, told_of_whole
+    )
+    assert "kind 1 of 1, model.layers.3 for 2 equal layers up to model.layers.4: tracing with dynamo" in told
+    assert "the whole model, 5 layers (--whole): tracing with dynamo" in told_of_whole
+    for messages in (told, told_of_whole):
+        assert messages[-1].endswith("nodes; AOTAutograd, then the pass") and "kind" in told[-1] != told_of_whole[-1]
     assert facts["lowered"] == "model.layers.3 for 2 equal layers up to model.layers.4"
     assert whole_facts["lowered"] == "the graph of the whole model: --whole"
     assert [block["name"] for block in one["blocks"]] == [f"model.layers.{n}.mlp.experts" for n in (3, 4)]

@@ -175,10 +175,10 @@ def test_policy_and_overlap_reach_the_pass(capfd):
     ("--max-tokens 16", "argument --max-tokens: is 16, and a rank runs 32 tokens; accepted: 32 or more"),
     ("--policy fixed", "argument --policy: is fixed without --comm; accepted: with --comm {allgather,"),
     ("--comm mc2 --policy vllm_ascend_main", "argument --policy: is vllm_ascend_main with --comm mc2, which leaves nothing"),
-    ("--policy best", "argument --policy: invalid choice: 'best'"),
+    ("--policy best", "argument --policy: is 'best'; accepted: auto, "),
     ("--cann new", "argument --cann: is 'new'; accepted: a version such as"),
     ("--buffer-mb 0", "argument --buffer-mb: is '0'; accepted: an integer from 1"),
-    ("--weight-format nz16", "argument --weight-format: invalid choice: 'nz16'"),
+    ("--weight-format nz16", "argument --weight-format: is 'nz16'; accepted: nd, nz"),
     ("--soc A2,A3", "argument --soc: is 'A2,A3'; accepted: A2 (910B), A3 (910C"),
 ])  # fmt: skip
 def test_wrong_usage_of_lower(capfd, given, says):

@@ -109,7 +109,10 @@ def dispatch_then_combine(
     out = call(DISPATCH, rank, soc, own)
     if out[0] == "refused":
         return out
-    passed_on = ("expert_ids", "x_active_mask", "global_bs", "expert_scales", "tp_world_size", "comm_alg")
+    passed_on = (
+        "expert_ids", "x_active_mask", "global_bs", "expert_scales", "tp_world_size", "comm_alg", "zero_expert_num",
+        "copy_expert_num", "const_expert_num",
+    )  # fmt: skip
     common = {"expert_scales": torch.full(tuple(own["expert_ids"].shape), 0.5)}
     common |= {n: own[n] for n in passed_on if n in own}
     received = {

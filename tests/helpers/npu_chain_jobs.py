@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import npu_chain_layers as chains
+import npu_chain_variants as variants
 import torch
 import torch.distributed as dist
 from graph_edits import values
@@ -29,6 +30,11 @@ def deployment(rank: int, **fields: Any) -> Deployment:
     )  # fmt: skip
 
 
+def shared_tokens(rank: int) -> dict[str, Any]:
+    """The fields of a deployment in which all ranks have the same tokens."""
+    return {"tp_size": dist.get_world_size(), "tp_rank": rank, "tp_group": dist.group.WORLD.group_name}
+
+
 def layer_of(rank: int, case: dict[str, Any], twin: str = "") -> chains.Mc2:
     import test_match_npu_chains as tables
 
@@ -50,25 +56,45 @@ def raise_and_run(
     rank: int, case: dict[str, Any], comm: str, tokens: tuple[int, ...] = (6,), twin: str = ""
 ) -> dict[str, Any]:
     """Compile this rank's chain; its results, those of the chain as it is, those of the reference, and the report."""
-    layer, where = layer_of(rank, case, twin), deployment(rank)
+    case = dict(case)
+    where = deployment(rank, **(shared_tokens(rank) if case.pop("same_tokens", False) else {}))
+    if case.get("kind_of") is variants.Sharded:  # each rank has all experts, and nobody to exchange tokens with
+        where = Deployment(soc="A3", installed=(), weight_format="nz")
+    layer = layer_of(rank, case, twin)
     lowering = MoeLowering(where, comm)
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend=lowering_backend(lowering), fullgraph=True, dynamic=len(tokens) > 1)
     found: dict[str, Any] = {"lowered": [], "written": [], "reference": []}
     with torch.no_grad():
         for count in tokens:
-            x, ids, weights = chains.inputs(rank, count)
+            x, ids, weights = inputs_of(layer, rank, count)
             found["lowered"].append(compiled(x, ids, weights))
-            found["written"].append(layer(x, ids, weights))
-            found["reference"].append(chains.reference(layer, x, ids, weights) + shared_of(layer, x))
+            # no CPU kernels of the first versions: nothing to compare with but the reference
+            first = isinstance(layer, variants.First)
+            found["written"].append(found["lowered"][-1] if first else layer(x, ids, weights))
+            found["reference"].append(reference_of(layer, x, ids, weights) + shared_of(layer, x))
     report = lowering.reports[0]
     found["blocks"] = [(b.comm, b.reason, b.raised_from, b.ops_before, b.ops_after, b.notes) for b in report.blocks]
     found["foreign"] = [str(layer.not_raised) for layer in report.foreign if layer.not_raised is not None]
     return found
 
 
+def inputs_of(layer: chains.Layer, rank: int, tokens: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return getattr(layer, "inputs", chains.inputs)(rank, tokens)
+
+
+def reference_of(layer: chains.Layer, *tensors: torch.Tensor) -> torch.Tensor:
+    own = getattr(layer, "reference", None)
+    return chains.reference(layer, *tensors) if own is None else own(*tensors)
+
+
 def off_by_one(span: tuple[int, int]) -> tuple[int, int]:
     return span[0], span[1] - 1
+
+
+def skipped_twice(arguments: list[Any]) -> list[Any]:
+    """``finalize_routing`` with its first skip as its second one, too."""
+    return [*arguments[:2], arguments[1], *arguments[3:]]
 
 
 def doubled(rows: torch.Tensor) -> torch.Tensor:
@@ -87,8 +113,8 @@ def edited(rank: int, case: dict[str, Any], comm: str, seeds: list[str]) -> list
     """What became of graphs with random edits, the same on each rank: (outcome, what is wrong or "")."""
     from raise_graphs import trace
 
-    x, ids, weights = chains.inputs(rank)
     layer, where = layer_of(rank, case), deployment(rank)
+    x, ids, weights = inputs_of(layer, rank)
     names = [n for n, t in layer.named_buffers()]
     made = {"x": x, "ids": ids, "weights": weights, **dict(layer.named_buffers())}
 

@@ -57,9 +57,10 @@ def width_of(quantisation: str) -> int:
     return 256 if quantisation == "w4a8" else INTERMEDIATE
 
 
-def make_weights(quantisation: str) -> Weights:
+def make_weights(quantisation: str, first: int = 1) -> Weights:
+    """Drawn from seeds ``first`` and the next."""
     shapes = ((EXPERTS, HIDDEN, 2 * width_of(quantisation)), (EXPERTS, width_of(quantisation), HIDDEN))
-    raw = [numbers(seed, *shape, scale=shape[1] ** -0.5) for seed, shape in enumerate(shapes, 1)]
+    raw = [numbers(seed, *shape, scale=shape[1] ** -0.5) for seed, shape in enumerate(shapes, first)]
     if quantisation == "none":
         pair = [each.bfloat16() for each in raw]
         return Weights(*pair, *(each.double() for each in pair))
@@ -152,8 +153,12 @@ class Layer(torch.nn.Module):
                 hidden, "w2", groups, kind, scale=[self.w2_scale], per_token_scale=[scale], output_dtype=BF16
             )
         if self.quantisation == "w4a8":
-            hidden = self.gate(self.scaled(rows, "w13", row_scale, groups))
-            rows, row_scale = npu().npu_dynamic_quant(self.change("between", hidden))
+            hidden = self.scaled(rows, "w13", row_scale, groups)
+            if "joined" in self.changes:
+                how = {"activate_left": True, "quant_mode": 1, "dst_type": torch.int8, **self.changes["joined"]}
+                rows, row_scale = npu().npu_swiglu_quant(hidden, **how)
+            else:
+                rows, row_scale = npu().npu_dynamic_quant(self.change("between", self.gate(hidden)))
             return self.scaled(rows, "w2", row_scale, groups)
         hidden = self.change("between", self.matmul(rows, "w13", groups, kind))
         groups = self.change("second_groups", groups)
@@ -196,14 +201,14 @@ class Mc2(Layer):
         }  # fmt: skip
         sent = {**common, "quant_mode": 2 if self.quantisation in INT8 else 0, "comm_alg": "fullmesh_v2"}
         shared = x @ self.w_shared
-        rows, scale, assist, counts, received, tp_received, _ = npu().npu_moe_distribute_dispatch_v2(
+        rows, scale, assist, counts, received, tp_received, _ = self.dispatch(
             x.view(-1, HIDDEN), ids, **{"scales": self.smooth_scale_1, **sent, **self.changes.get("dispatch", {})}
         )
         out = self.change("out", self.experts(self.change("rows", rows), scale, self.change("counts", counts)))
         back = {**common, "tp_send_counts": tp_received}
         if self.shared == "argument":
             back["shared_expert_x"] = shared
-        y = npu().npu_moe_distribute_combine_v2(
+        y = self.combine(
             out,
             self.change("ids", ids),
             assist,
@@ -214,9 +219,18 @@ class Mc2(Layer):
         y = y + shared if self.shared == "added" else y
         return (y, self.changes["returned"](rows, scale, counts, out)) if "returned" in self.changes else y
 
+    def dispatch(self, *args: Any, **more: Any) -> Any:
+        return npu().npu_moe_distribute_dispatch_v2(*args, **more)
+
+    def combine(self, *args: Any, **more: Any) -> Any:
+        return npu().npu_moe_distribute_combine_v2(*args, **more)
+
 
 class Waiting(Mc2):
-    """The shared expert on a stream of GE's: it waits for values inside of the chain, and so does the chain for it."""
+    """The shared expert on a stream of GE's: it waits for values inside of the chain, and so does the chain for it. ``numbers``:
+    of special experts."""
+
+    numbers: dict[str, int] = {}  # noqa: RUF012 (never written)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor | None = None) -> Any:
         wait = torch.ops.air.wait_tensor
@@ -227,13 +241,13 @@ class Waiting(Mc2):
             "moe_expert_num": EXPERTS,
         }
         sent = {"quant_mode": 2} if self.quantisation in INT8 else {}
-        rows, scale, assist, counts, received, _, _ = npu().npu_moe_distribute_dispatch_v2(
-            wait(x, ids), ids, **common, **sent
-        )
+        sent |= self.numbers
+        rows, scale, assist, counts, received, _, _ = self.dispatch(wait(x, ids), ids, **common, **sent)
         shared = wait(x @ self.w_shared, rows)
         out = self.experts(wait(rows, shared), scale, counts)
         shared = wait(shared, self.change("awaited", out)) + 1
-        y = npu().npu_moe_distribute_combine_v2(out, ids, assist, received, weights.float(), **common)
+        back = {"ori_x": x, **self.numbers} if self.numbers else {}
+        y = self.combine(out, ids, assist, received, weights.float(), **common, **back)
         return y + shared + wait(x, out)
 
 
@@ -278,43 +292,6 @@ class Routed(Layer):
         else:
             y = npu().npu_moe_token_unpermute(out, index.abs(), weights)
         return (y, self.changes["returned"](rows, scale, groups, out)) if "returned" in self.changes else y
-
-
-class Gathered(Layer):
-    """AllGather over the ranks: every token here, the rows of this rank's experts, the sums scattered back."""
-
-    def __init__(self, group: str, *args: Any, back: str = "unpermute", masked: str = "where", **changes: Any) -> None:
-        super().__init__(*args, **changes)
-        self.group, self.back, self.masked = group, back, masked
-
-    def gathered(self, value: Tensor) -> Tensor:
-        gathered = torch.ops._c10d_functional.all_gather_into_tensor(
-            value, self.ranks, self.change("group", self.group)
-        )
-        return torch.ops._c10d_functional.wait_tensor(gathered)
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
-        x, ids, weights = self.gathered(x), self.gathered(ids), self.gathered(weights.bfloat16())
-        local = EXPERTS // self.ranks
-        first, last = self.change("range", (self.rank * local, (self.rank + 1) * local))
-        rows, index, counts, scale = npu().npu_moe_init_routing_v2(
-            x, ids, expert_num=EXPERTS, expert_tokens_num_type=1, expert_tokens_num_flag=True,
-            active_expert_range=[self.rank * local, (self.rank + 1) * local],
-            quant_mode=1 if self.quantisation in INT8 else -1,
-        )  # fmt: skip
-        out = self.change("out", self.experts(rows, scale, counts))
-        own = (ids >= first) & (ids < last)
-        if self.masked == "where":
-            weights = torch.where(own, weights, 0.0)
-        elif self.masked == "mul":
-            weights = weights * own
-        if self.back == "finalize":
-            y = npu().npu_moe_finalize_routing(out, None, None, None, weights, index.abs(), None, 2)
-        else:
-            y = npu().npu_moe_token_unpermute(out, index.abs(), weights)
-        y = self.change("sums", y)
-        mine = torch.ops._c10d_functional.reduce_scatter_tensor(y, self.change("reduce", "sum"), self.ranks, self.group)
-        return torch.ops._c10d_functional.wait_tensor(mine)
 
 
 def inputs(rank: int, tokens: int = 6, top_k: int = TOP_K) -> tuple[Tensor, Tensor, Tensor]:

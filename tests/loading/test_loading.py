@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import moe_lowering
 from moe_lowering import CheckpointError, load_experts
+from moe_lowering.loading import load
 
 # Keys for each expert, joined (qwen3_moe); renamed (mixtral); stacked, with biases (gpt_oss); a buffer that is stored
 # (deepseek_v3); no gate (nemotron_h); stacked and turned (qwen3_vl_moe_text).
@@ -221,8 +222,6 @@ def assert_loads(model, folder):
 def test_a_file_that_goes_while_it_is_read(checkpoints, tmp_path, monkeypatch):
     config, folder, _ = checkpoints("qwen3_moe")
     copied = Path(shutil.copytree(folder, tmp_path / "copy"))
-    from moe_lowering.loading import load
-
     plan = load.make_plan
     monkeypatch.setattr(load, "make_plan", lambda *arguments: (plan(*arguments), first_shard(copied).unlink())[0])
     model = models.on_meta(config)
@@ -231,6 +230,50 @@ def test_a_file_that_goes_while_it_is_read(checkpoints, tmp_path, monkeypatch):
     assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     monkeypatch.undo()
     assert_loads(model, folder)
+
+
+def held(model):
+    """What the modules of a model hold, by the identity of each object."""
+    return [
+        (
+            name,
+            sorted((key, id(value)) for key, value in vars(module).items()),
+            *map(list, (module._parameters.items(), module._buffers.items())),
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+# Steps after reading, and at which of its calls each fails, after it was done.
+STEPS = {"_make_buffers": 1, "_read": 3, "shard_experts": 1, "_assign": 3, "tie_weights": 1}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_whatever_fails_the_model_is_as_it_was(checkpoints, monkeypatch, step, error):
+    config, folder, _ = checkpoints("qwen3_moe")
+    model, calls = models.on_meta(config), []
+    owner = model if step == "tie_weights" else load
+    done = getattr(owner, step)
+
+    def fail(*arguments):
+        result = done(*arguments)
+        calls.append(step)
+        if len(calls) == STEPS[step]:
+            raise error("no room")
+        return result
+
+    before = held(model)
+    with monkeypatch.context() as patch:
+        if step == "tie_weights":  # of the class: an attribute of the model would be seen as a change
+            patch.setattr(type(model), step, lambda self: fail())
+        else:
+            patch.setattr(load, step, fail)
+        with pytest.raises(error):
+            load_experts(model, folder, models.deployment(2, 0))
+    assert len(calls) == STEPS[step] and held(model) == before
+    assert_loads(model, folder)
+    assert held(model) != before, "the twin: what is held tells a model that was filled"
 
 
 def test_other_models_and_deployments_are_refused(checkpoints):

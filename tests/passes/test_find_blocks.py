@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_lowering import Deployment, LoweringError, MoE, MoeLowering, lowering_backend, moe_experts, route, testing
+from moe_lowering.passes.find_blocks import module_path
 
 ops = torch.ops.moe_lowering
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 64, 32, 4, 2, 6
@@ -116,6 +117,23 @@ def test_counts_may_be_read_elsewhere():
 def test_strict_raises_for_what_is_left():
     with pytest.raises(LoweringError, match="rows is read by 2 operations"):
         lower(lambda *a: block(*a, change="rows read elsewhere"), *tensors(), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("stack", "name"),
+    [
+        ("L['self'].layers.3.experts", "layers.3.experts"),
+        ("L['self']._modules['layers']._modules['3'].experts", "layers.3.experts"),
+        ("L['fn'].0.experts", "0.experts"),  # of nn.Sequential
+        ("L['fn'].0.fn", "0.fn"),
+        ("L['draft'].0.experts", "draft.0.experts"),  # an argument of a function: which of them it is matters
+        ("L['self']", "node"),
+    ],
+)
+def test_block_names_are_paths_in_the_compiled_module(stack, name):
+    node = torch.fx.Graph().placeholder("node")
+    node.meta["nn_module_stack"] = {"0": (stack, torch.nn.Module)}
+    assert module_path(node) == name
 
 
 def test_block_names_come_from_the_model():

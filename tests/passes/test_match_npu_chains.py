@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import npu_chain_layers as chains
+import npu_chain_variants as variants
 import pytest
 import torch
 
@@ -30,6 +31,7 @@ MC2 = {
     "W8A8": {"quantisation": "w8a8"},
     "W4A16": {"quantisation": "w4a16"},
     "W4A8": {"quantisation": "w4a8"},
+    "W4A8, SwiGLU and quantisation in one": {"quantisation": "w4a8", "joined": {}},
     "GEGLU": {"activation": "gelu_tanh"},
     "GEGLU, W4A16": {"activation": "gelu_tanh", "quantisation": "w4a16"},
     "clamps before silu": {"activation": "swiglu_clamp"},
@@ -52,6 +54,13 @@ ROUTED = {
 npu = chains.npu
 torch.library.define("custom::clip_quant", "(Tensor x) -> Tensor")
 torch.library.register_fake("custom::clip_quant", torch.empty_like)
+for name in ("npu_swiglu_clip_quant", "npu_dequant_swiglu_clamp_quant"):
+    torch.library.define(f"custom::{name}", "(Tensor x) -> Tensor")
+    torch.library.register_fake(f"custom::{name}", torch.empty_like)
+
+
+def clip(name: str) -> Any:
+    return lambda hidden: getattr(torch.ops.custom, name)(hidden)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +119,7 @@ def test_an_mc2_chain_is_found(pair, case):
     assert (given["quantisation"], given["activation"]) == (layer.quantisation, layer.activation)
     assert given["limit"] == (0.5 if layer.activation == "swiglu_clamp" else 0.0)
     assert len(given["w13"]) == len(given["w2"]) == 1 and given["w13"][0].meta["val"].shape[0] == chains.EXPERTS // 2
-    assert (chain.added is not None) == (case == "shared expert as an argument")
+    assert (chain.added != ()) == (case == "shared expert as an argument")
     smooth = [getattr(node, "name", None) for node in (chain.x_smooth, chain.experts.h_smooth)]
     assert (smooth == [None, None]) == (case != "W8A8, smooth")
     outside = {user for node in chain.interior for user in node.users} - {*chain.interior}
@@ -127,6 +136,13 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "results returned": ("raise.single_use", {"returned": lambda rows, scale, counts, out: out}),
     "gate and up exchanged": ("raise.gate_second", {"activation": "gelu_tanh", "halves": lambda pair: pair[::-1]}),
     "gate and up exchanged, W8A8": ("raise.gate_second", {"quantisation": "w8a8", "dequant": {"activate_left": False}}),
+    "gate and up exchanged, in one": ("raise.gate_second", {"quantisation": "w4a8", "joined": {"activate_left": False}}),
+    "groups, in one": (
+        "raise.literal", {"quantisation": "w4a8", "joined": {"group_index": torch.ones(chains.EXPERTS // 2).int()}}
+    ),
+    "smooth scales, in one": (
+        "raise.smooth_scales", {"quantisation": "w4a8", "joined": {"smooth_scales": torch.ones(1, 256)}}
+    ),
     "prefix sums for counts": ("raise.counts", {"dispatch": {"expert_token_nums_type": 0}}),
     "other counts at the second matmul": ("raise.counts", {"second_groups": lambda counts: counts.flip(0)}),
     "other counts at both": ("raise.counts", {"counts": lambda counts: counts.flip(0)}),
@@ -135,7 +151,11 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "another bound at combine": ("raise.both_ends", {"combine": {"global_bs": 16}}),
     "another communicator at combine": ("raise.both_ends", {"combine": {"group_ep": "1"}}),
     "no mask at combine": ("raise.both_ends", {"combine": {"x_active_mask": None}}),
-    "copy experts": ("raise.special_experts", {"dispatch": {"copy_expert_num": 1}}),
+    "copy experts at one end": ("raise.both_ends", {"dispatch": {"copy_expert_num": 1}}),
+    "copy experts without tokens": (
+        "raise.special_experts", {"dispatch": {"copy_expert_num": 1}, "combine": {"copy_expert_num": 1}}
+    ),
+    "const experts": ("raise.const_experts", {"dispatch": {"const_expert_num": 1}, "combine": {"const_expert_num": 1}}),
     "rows travel back as int8": ("raise.literal", {"combine": {"comm_quant_mode": 2}}),
     "an expert rank": ("raise.experts", {"dispatch": {"shared_expert_rank_num": 1}}),
     "TP within MC2": ("raise.literal", {"dispatch": {"tp_world_size": 2}}),
@@ -154,6 +174,8 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "rows in MX": ("raise.format", {"rows": lambda rows: npu().npu_dynamic_mx_quant(rows)[0]}),
     "a custom operator of rows": ("raise.custom", {"rows": lambda rows: torch.ops.custom.clip_quant(rows)}),
     "a custom activation": ("raise.custom", {"between": lambda hidden: torch.ops.custom.clip_quant(hidden)}),
+    "activations clipped before they become int8": ("raise.clip", {"between": clip("npu_swiglu_clip_quant")}),
+    "custom clamps": ("raise.clamp_quant", {"quantisation": "w8a8", "between": clip("npu_dequant_swiglu_clamp_quant")}),
     "a custom operator of results": ("raise.custom", {"out": lambda out: torch.ops.custom.clip_quant(out)}),
     "smooth scales of nothing": ("raise.smooth_scales", {"dispatch": {"scales": torch.ones(chains.EXPERTS, chains.HIDDEN)}}),
     "one line of smooth scales": (
@@ -248,7 +270,7 @@ def test_a_routing_chain_is_found(case):
         chain = match_routing(anchor(graph_of(layer, deployment, dynamic=dynamic), ROUTE), deployment)
     given = chain.experts.given
     assert (given["quantisation"], given["activation"]) == (layer.quantisation, layer.activation)
-    assert (chain.added is not None) == layer.shared
+    assert (chain.added != ()) == layer.shared
     assert (chain.counts is not None) == (layer.kind == 1)
     assert chain.sent["num_experts"] == chains.EXPERTS
 
@@ -281,7 +303,7 @@ def test_a_value_that_is_waited_for_is_still_read_once(pair, waits_of_ge):
 
 @pytest.mark.parametrize("masked", ["where", "mul"])
 def test_exchanges_of_a_chain_of_gathered_tokens_go_with_it(pair, masked):
-    layer = chains.Gathered(pair.ep_group, "none", "swiglu", 0, 2, masked=masked)
+    layer = variants.Gathered(pair.ep_group, "none", "swiglu", 0, 2, masked=masked)
     lowered = testing.lower_graph(layer, *chains.inputs(0), deployment=pair, comm="mc2")
     assert [(block.comm, block.raised_from) for block in lowered.report.blocks] == [("mc2", "gathered_v2")]
     assert not [name for name in lowered.ops_after if name.startswith("_c10d")]
@@ -305,7 +327,12 @@ ROUTED_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "the inverse index": ("raise.literal", {"route": {"row_idx_type": 1}}),
     "another k": ("raise.weights", {"weights": lambda weights: weights[:, :1]}),
     "by column": ("raise.literal", {"back": "finalize", "finalize": lambda given: [*given[:7], 0]}),
-    "a second skip": ("raise.literal", {"back": "finalize", "finalize": lambda g: [g[0], g[1], g[1], *g[3:]], "shared": True}),
+    "a skip of half the columns": (
+        "raise.dtype", {"back": "finalize", "finalize": lambda g: [g[0], g[1], g[1][:, :512], *g[3:]], "shared": True}
+    ),
+    "a skip in float32": (
+        "raise.dtype", {"back": "finalize", "finalize": lambda g: [g[0], g[1].float(), *g[2:]], "shared": True}
+    ),
 }  # fmt: skip
 
 
@@ -332,6 +359,8 @@ def test_each_code_is_documented():
         "match_mc2_chain",
         "match_routing_chain",
         "match_gathered_chain",
+        "match_first_routing",
+        "special_experts",
         "npu_chain",
     )
     files = [folder / "raise_foreign" / f"{name}.py" for name in (*names, "npu_forms", "keep_foreign")]

@@ -11,6 +11,7 @@ from typing import Any
 
 import npu_chain_jobs as jobs
 import npu_chain_layers as chains
+import npu_chain_variants as variants
 import pytest
 import torch
 from rank_pools import Ranks
@@ -28,15 +29,16 @@ FORMS: dict[str, dict[str, Any]] = {
     "W8A8, smooth scales": {"quantisation": "w8a8", "smooth": "both"},
     "W4A16": {"quantisation": "w4a16", "shared": "argument"},
     "W4A8": {"quantisation": "w4a8"},
+    "W4A8, in one": {"quantisation": "w4a8", "joined": {}},
     "GEGLU": {"activation": "gelu_tanh", "shared": ""},
     "clamps before silu": {"activation": "swiglu_clamp", "shared": "argument"},
 }
 REFUSED = {("W4A16", "fused_mc2"): "fused.quantisation", ("GEGLU", "fused_mc2"): "fused.activation"}
 REFUSED["clamps before silu", "fused_mc2"] = "fused.activation"
 REFUSED["W8A8, smooth scales", "fused_mc2"] = "fused.smooth_scales"
-# As MC2: W8A8's experts get a fused operator, which has no smooth scales
+# As MC2: W8A8's and W4A8's experts get an operator that fuses more, which has no smooth scales
 # What is written as the pass would write it. Not clamps before SiLU: the pass has one operator for them where the chain has six.
-UNTOUCHED = {"W8A8, smooth scales", "bfloat16", "W4A16", "W4A8", "GEGLU"}
+UNTOUCHED = {"W8A8, smooth scales", "bfloat16", "W4A16", "W4A8, in one", "GEGLU"}
 BOUND = {"none": 2e-2, "w8a8": 4e-2, "w4a16": 2e-2, "w4a8": 4e-2}  # int8 activations round by 1 / 254 each
 
 
@@ -107,6 +109,47 @@ def test_a_twin_is_left_and_computes_what_it_did(ranks, twin):
             assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
 
 
+COPIES: dict[str, Any] = {"copies": 4}
+SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
+    ("copies", "allgather"): COPIES,
+    ("copies", "fused_mc2"): COPIES,  # refused
+    ("zeros and copies, W8A8", "mc2"): {"zero": 2, "copies": 3, "quantisation": "w8a8", "shared": ""},
+    ("zeros, shared expert", "alltoall"): {"zero": 4, "shared": "argument"},
+}
+
+
+@pytest.mark.parametrize(("form", "comm"), SPECIAL)
+def test_zero_and_copy_experts(ranks, form, comm):
+    case = SPECIAL[form, comm]
+    for found in ranks.run(jobs.raise_and_run, {**case, "kind_of": variants.Special}, comm):
+        require_right(found, BOUND[case.get("quantisation", "none")])
+        ((chosen, reason, raised_from, before, after, _),) = found["blocks"]
+        assert raised_from == "mc2_v2" and found["foreign"] == []
+        if comm == "fused_mc2":
+            assert chosen is None and "fused.zero_experts" in reason and after == before
+            assert torch.equal(found["lowered"][0], found["written"][0])
+        else:
+            assert chosen == comm and after != before, reason
+
+
+def test_a_router_over_experts_and_copies(ranks):
+    """Its ids are more than the block's experts."""
+    case = {"copies": 4, "kind_of": variants.Chosen}
+    for found in ranks.run(jobs.raise_and_run, case, "allgather"):
+        require_right(found, BOUND["none"])
+        assert [chosen for chosen, *_ in found["blocks"]] == ["allgather"]
+        assert found["foreign"] == []
+
+
+def test_the_first_versions(ranks):
+    comm = "fused_mc2"
+    case = {"quantisation": "w8a8", "shared": "", "kind_of": variants.First}
+    for found in ranks.run(jobs.raise_and_run, case, comm):
+        require_right(found, BOUND["w8a8"])
+        ((chosen, reason, raised_from, *_),) = found["blocks"]
+        assert (chosen, raised_from) == (comm, "mc2_v1"), reason
+
+
 GATHERED: dict[str, tuple[dict[str, Any], str]] = {
     "unpermute": ({}, "mc2"),
     "finalize, by a product": ({"back": "finalize", "masked": "mul"}, "fused_mc2"),
@@ -118,12 +161,64 @@ GATHERED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("form", GATHERED)
 def test_a_chain_of_gathered_tokens(ranks, form):
     case, comm = GATHERED[form]
-    for found in ranks.run(jobs.raise_and_run, {**case, "kind_of": chains.Gathered}, comm):
+    for found in ranks.run(jobs.raise_and_run, {**case, "kind_of": variants.Gathered}, comm):
         require_right(found, BOUND[case.get("quantisation", "none")])
         ((chosen, reason, raised_from, before, after, _),) = found["blocks"]
         assert (chosen, raised_from) == (comm, "gathered_v2"), reason
         assert found["foreign"] == []
         assert (before == after) == (comm == "allgather") == ("[raise.already]" in reason)
+
+
+REDUCED: dict[str, tuple[dict[str, Any], str]] = {
+    "unpermute": ({}, "mc2"),
+    "finalize, by a product, W8A8": ({"back": "finalize", "masked": "mul", "quantisation": "w8a8"}, "alltoall"),
+    "as it is": ({}, "allgather"),
+}
+
+
+@pytest.mark.parametrize("form", REDUCED)
+def test_a_chain_of_tokens_that_all_ranks_have(ranks, form):
+    case, comm = REDUCED[form]
+    for found in ranks.run(jobs.raise_and_run, {**case, "kind_of": variants.Reduced, "same_tokens": True}, comm):
+        require_right(found, BOUND[case.get("quantisation", "none")])
+        ((chosen, reason, raised_from, before, after, _),) = found["blocks"]
+        assert (chosen, raised_from) == (comm, "reduced_v2"), reason
+        assert found["foreign"] == [] and ("_c10d_functional.all_reduce" in after) == (comm == "allgather")
+        assert (before == after) == (comm == "allgather") == ("[raise.already]" in reason)
+
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "W8A8, pairs, shared expert": {"quantisation": "w8a8", "back": "finalize", "kind": 2, "shared": True},
+    "prefix sums": {"back": "finalize", "kind": 0},
+}
+
+
+@pytest.mark.parametrize("form", SHARDED)
+def test_a_chain_of_experts_sharded_by_columns(ranks, form):
+    """A block of one rank each; the all_reduce after it stays."""
+    case = {**SHARDED[form], "kind_of": variants.Sharded}
+    for found in ranks.run(jobs.raise_and_run, case, "allgather"):
+        require_right(found, BOUND[case.get("quantisation", "none")])
+        ((chosen, reason, raised_from, before, after, _),) = found["blocks"]
+        assert (chosen, raised_from) == ("allgather", "routing_v2"), reason
+        assert found["foreign"] == [] and (before == after) == ("quantisation" not in case)
+
+
+REDUCED_TWINS = {
+    "another range": ("raise.partial_range", {"range": jobs.off_by_one}),
+    "a maximum": ("raise.expert_parallel", {"reduce": jobs.maximum}),
+    "sums doubled": ("raise.expert_parallel", {"sums": jobs.doubled}),
+    "tokens of each rank": ("raise.gathered", {"same_tokens": False}),
+}
+
+
+@pytest.mark.parametrize("twin", REDUCED_TWINS)
+def test_a_twin_of_tokens_that_all_ranks_have_is_left(ranks, twin):
+    code, changes = REDUCED_TWINS[twin]
+    case = {"kind_of": variants.Reduced, "same_tokens": True, **changes}
+    for found in ranks.run(jobs.raise_and_run, case, "mc2"):
+        assert found["blocks"] == [] and f"[{code}]" in found["foreign"][0], found["foreign"]
+        assert torch.equal(torch.nan_to_num(found["lowered"][0]), torch.nan_to_num(found["written"][0]))
 
 
 GATHERED_TWINS = {
@@ -138,14 +233,14 @@ GATHERED_TWINS = {
 @pytest.mark.parametrize("twin", GATHERED_TWINS)
 def test_a_twin_of_gathered_tokens_is_left(ranks, twin):
     code, changes = GATHERED_TWINS[twin]
-    for found in ranks.run(jobs.raise_and_run, {**changes, "kind_of": chains.Gathered}, "mc2"):
+    for found in ranks.run(jobs.raise_and_run, {**changes, "kind_of": variants.Gathered}, "mc2"):
         assert found["blocks"] == [] and f"[{code}]" in found["foreign"][0], found["foreign"]
         assert torch.equal(torch.nan_to_num(found["lowered"][0]), torch.nan_to_num(found["written"][0]))
 
 
 def test_a_write_into_what_was_gathered_is_seen(ranks):
     """Edits that put a zero_ behind the routing, on the gathered weights and on half of their mask."""
-    case = {"kind_of": chains.Gathered, "quantisation": "w8a8", "masked": "mul"}
+    case = {"kind_of": variants.Gathered, "quantisation": "w8a8", "masked": "mul"}
     seeds = [f"f/gathered w8a8/{seed}" for seed in (63, 79)]
     for found in ranks.run(jobs.edited, case, "allgather", seeds):
         assert found == [("left", "")] * 2
@@ -153,6 +248,7 @@ def test_a_write_into_what_was_gathered_is_seen(ranks):
 
 ALONE: dict[str, dict[str, Any]] = {
     "W8A8, counts": {"quantisation": "w8a8", "back": "finalize", "kind": 1, "shared": True},
+    "two skips": {"quantisation": "none", "back": "finalize", "shared": True, "finalize": jobs.skipped_twice},
     "W8A8, int8 tokens": {"quantisation": "w8a8", "travels": True},
     "W8A8, pairs": {"quantisation": "w8a8", "back": "finalize", "kind": 2},
     "W8A8, pairs, smooth scales": {"quantisation": "w8a8", "back": "finalize", "kind": 2, "smooth": "both"},
@@ -174,7 +270,8 @@ def compiled_alone(case: dict[str, Any], tokens: int = 6, **changes: Any) -> tup
     with torch.no_grad():
         reference = chains.reference(layer, x, ids, weights.bfloat16())
         if layer.shared:
-            reference = reference + x.double() @ layer.w_shared.double()
+            skips = 2 if "finalize" in layer.changes else 1
+            reference = reference + skips * (x.double() @ layer.w_shared.double())
         return compiled(x, ids, weights), layer(x, ids, weights), reference, lowering.reports[0]
 
 
@@ -238,14 +335,12 @@ def test_a_chain_is_named_or_not_looked_for(mode):
     assert len(report.foreign) == (0 if mode == "report" else 2)
 
 
-def test_a_first_version_is_recognised_and_left():
-    def first_version(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        number = torch.arange(ids.numel(), dtype=torch.int32).view(chains.TOP_K, -1).t().contiguous()
-        return torch.ops.npu.npu_moe_init_routing(x, number, ids, len(x))[0]
+def test_an_operator_of_no_form_is_recognised_and_left():
+    def re_routing(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.npu.npu_moe_re_routing(x, torch.full((2, 1), 3))[0]
 
-    x, ids, _ = chains.inputs(0)
-    report = testing.lower_graph(first_version, x, ids, deployment=Deployment(soc="A3", installed=())).report
-    assert "[raise.version] npu.npu_moe_init_routing, which is recognised" in str(report.foreign[0])
+    report = testing.lower_graph(re_routing, chains.inputs(0)[0], deployment=Deployment(soc="A3", installed=())).report
+    assert "[raise.version] npu.npu_moe_re_routing, which is recognised" in str(report.foreign[0])
 
 
 EDITED = {
@@ -255,11 +350,13 @@ EDITED = {
 }
 
 
-@pytest.mark.parametrize("case", EDITED)
-def test_graphs_with_random_edits_are_left_or_equal(ranks, case):
+def test_graphs_with_random_edits_are_left_or_equal(ranks):
     """MOE_LOWERING_EDITS sets how many of all forms."""
-    comm, layer = EDITED[case]
     count = int(os.environ.get("MOE_LOWERING_EDITS", "150")) // 15
-    found = ranks.run(jobs.edited, layer, comm, [f"{SEED}{case}/{index}" for index in range(count)], timeout=3600.0)
-    assert [wrong for each in found for _, wrong in each if wrong] == []
-    assert {outcome for each in found for outcome, _ in each} == {"left", "raised"}
+    outcomes = set()
+    for case, (comm, layer) in EDITED.items():
+        seeds = [f"{SEED}{case}/{index}" for index in range(count)]
+        found = ranks.run(jobs.edited, layer, comm, seeds, timeout=3600.0)
+        assert [wrong for each in found for _, wrong in each if wrong] == []
+        outcomes |= {outcome for each in found for outcome, _ in each}
+    assert outcomes == {"left", "raised"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ TOP = Path(__file__).parents[2]
 sys.path.insert(0, str(TOP / ".ci"))
 
 import release  # noqa: E402
+import release_names  # noqa: E402
 
 from moe_lowering.limits import table  # noqa: E402
 from moe_lowering.limits.row import LimitsError  # noqa: E402
@@ -105,3 +107,33 @@ def test_extras_stop_at_what_was_run(archive):
     bounded = {extra.name: extra.specifier for extra in extras if extra.name in ("torch-npu", "transformers")}
     assert bounded["torch-npu"].contains("2.14.0") and not bounded["torch-npu"].contains("2.15.0")
     assert bounded["transformers"].contains("5.23.0") and not bounded["transformers"].contains("5.25.0")
+
+
+CURRENT = tuple((TOP / name).read_text() for name in ("pyproject.toml", "CHANGELOG.md"))
+HEAD = re.search(r"^## \d.*$", CURRENT[1], re.M)[0]
+VERSION = HEAD.split()[1]
+
+
+def test_version_changelog_and_tag_agree():
+    assert release_names.check_names() == VERSION == release_names.declared_version(CURRENT[0])
+    assert not release_names.mistakes(*CURRENT, [f"v{VERSION}", "someone-elses"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "tags", "says"),
+    [
+        (f'version = "{VERSION}"', 'version = "9.9.9"', [], "its newest version is"),
+        (f'version = "{VERSION}"', 'version = "next"', [], "version is 'next'"),
+        ("## Unreleased\n", "", [], "its first section is"),
+        (HEAD, f"## {VERSION} (unreleased)", [], "a section is"),
+        (HEAD, f"## {VERSION} (2026-02-30)", [], "a section is"),
+        (HEAD, f"{HEAD}\n\n## 0.0.1 (2999-01-01)", [], "versions are not in order"),
+        (HEAD, f"{HEAD}\n\n{HEAD}", [], "versions are not in order"),
+        ("", "", ["v9.9.9"], "the tag is v9.9.9; accepted: v"),
+        ("", "", [f"v{VERSION}rc1"], f"the tag is v{VERSION}rc1"),
+    ],
+)
+def test_names_that_do_not_agree(old, new, tags, says):
+    assert old in CURRENT[0] + CURRENT[1]
+    (said,) = release_names.mistakes(*(text.replace(old, new, 1) if old else text for text in CURRENT), tags)[:1]
+    assert says in said

@@ -75,7 +75,10 @@ EMPTY = {"x": tokens_of(0, 0), "expert_ids": torch.empty(0, 2, dtype=torch.int32
         ({"shared_expert_rank_num": 1, "shared_expert_num": 0}, "mc2.shared_experts"),
         ({"shared_expert_num": 2}, "mc2.shared_experts"),
         ({"expert_shard_type": 1}, "mc2.expert_shard_type"),
-        ({"zero_expert_num": 1}, "zero_expert_num is 1; the CPU kernel"),
+        (
+            {"zero_expert_num": 1, **ids([[0, 5], [1, 2], [2, 3]])},
+            "expert_ids is 0 to 5; accepted: 0 to moe_expert_num - 1 +",
+        ),
         ({"scales": torch.ones(E, H)}, "mc2.scales"),
         ({"scales": torch.ones(E + 1, H), "quant_mode": 2}, "mc2.scales_rows"),
         ({"expert_token_nums_type": 2}, "mc2.expert_token_nums_type"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 from typing import Any
 
 from moe_lowering.cli.explain.request import IMPLEMENTATIONS, ExplainRequest
@@ -81,8 +80,8 @@ def check(request: ExplainRequest) -> None:
     Raises:
         UsageError: see above.
     """
-    if request.html:
-        check_file("html", Path(request.html))
+    if request.html is not None:
+        check_file("html", request.html)
     if request.model is None:
         return
     try:

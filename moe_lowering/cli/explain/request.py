@@ -48,7 +48,7 @@ class ExplainRequest:
     ranks_per_node: int = 0
     measured: str = ""
     json: bool = False
-    html: str = ""
+    html: str | None = None
     color: str = "auto"
     taken_as: tuple[str, ...] = ()
 

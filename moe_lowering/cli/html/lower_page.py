@@ -37,7 +37,10 @@ def lower_page(outcome: LowerOutcome, rows: Sequence[Row]) -> str:
 
 def _report_parts(report: LoweringReport) -> list[object]:
     traced = f"; {report.nodes_before} nodes became {report.nodes_after}" if report.nodes_before else ""
-    parts: list[object] = [element("p", f"{len(report.blocks)} MoE blocks{traced}"), _strip(report.blocks)]
+    parts: list[object] = [
+        element("p", f"{len(report.blocks)} MoE block{'' if len(report.blocks) == 1 else 's'}{traced}"),
+        _strip(report.blocks),
+    ]
     for group in equal_blocks(report.blocks):
         parts += _block_parts(group)
     parts.append(items(f"{place}: {why}" for place, why in report.unlowered))

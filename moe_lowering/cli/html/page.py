@@ -18,7 +18,7 @@ vertical-align:top}td.number{text-align:right;white-space:nowrap}th{background:#
 td ul{margin:0;padding-left:16px}td p{margin:0 0 4px}
 .sides{display:flex;gap:24px;align-items:flex-start}.sides>div{flex:1;min-width:0}svg{max-width:100%;height:auto}
 .key{display:inline-block;width:12px;height:12px;margin:0 4px 0 12px;vertical-align:-1px}.bar{display:block;height:5px;
-background:#4477aa;margin-top:2px}ul{padding-left:20px}.note{color:#555;font-size:13px}
+background:#4477aa;margin-top:2px}ul{padding-left:20px}.note{color:#555;font-size:13px}h3 code,h4 code{font-size:1em}
 """
 
 
@@ -32,12 +32,12 @@ def escape(value: object) -> Markup:
 
 def element(name: str, *children: object, **attributes: object) -> Markup:
     """An element; ``class_`` stands for class, an underscore within a name for a dash, and None for no attribute."""
-    given = "".join(
+    attribute_text = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
-    return Markup(f"<{name}{given}>{''.join(map(escape, children))}</{name}>")
+    return Markup(f"<{name}{attribute_text}>{''.join(map(escape, children))}</{name}>")
 
 
 def join(parts: Iterable[object]) -> Markup:
@@ -57,8 +57,8 @@ def _cell(value: object) -> Markup:
 
 def items(texts: Iterable[object]) -> Markup:
     """A list; empty without texts."""
-    found = [element("li", text) for text in texts]
-    return element("ul", *found) if found else Markup()
+    entries = [element("li", text) for text in texts]
+    return element("ul", *entries) if entries else Markup()
 
 
 def bar(value: float, most: float) -> Markup:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from moe_lowering.cli.files import add_html, check_file
@@ -102,8 +101,8 @@ def _check_options(request: LowerRequest) -> None:
             f"argument --max-tokens: is {request.declared}, and a rank runs {request.most_run} tokens; accepted: "
             f"{request.most_run} or more"
         )
-    if request.html:
-        check_file("html", Path(request.html))
+    if request.html is not None:
+        check_file("html", request.html)
     read_measured(request.measured, request.soc)
     if not request.fake and request.tokens > RUN_TOKENS:
         raise UsageError(

@@ -65,13 +65,17 @@ def check_ranks(request: LowerRequest) -> None:
     elif not request.fake:
         experts = SMALL.experts
     if isinstance(experts, int) and experts > 1:
-        refuse_uneven(request.ep, name, experts)
+        refuse_uneven(request, name, experts)
 
 
-def refuse_uneven(ep: int, name: str, experts: int) -> None:
+def refuse_uneven(request: LowerRequest, name: str, experts: int) -> None:
     """Refuse a number of ranks that does not divide the experts."""
-    if experts % ep:
-        raise UsageError(f"argument --ep: is {ep}, and {name} has {experts} experts; accepted: a divisor of that")
+    if experts % request.ep:
+        is_small = not request.fake and (request.model == OWN or path_of(request.model) is None)
+        what = f"the small {name} that runs without --fake" if is_small else name
+        raise UsageError(
+            f"argument --ep: is {request.ep}, and {what} has {experts} experts; accepted: a divisor of that"
+        )
 
 
 def experts_of(config: Any) -> int:

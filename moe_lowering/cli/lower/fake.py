@@ -66,8 +66,7 @@ def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> LowerO
                 shard_experts(model, deployment)
             if request.quantised:
                 quantise_experts(model, request.quant)
-            progress(f"tracing {request.tokens} tokens per rank")
-            reports, seconds, what = _lower_layers(model, plan, request, lowering)
+            reports, seconds, what = _lower_layers(model, plan, request, lowering, progress)
     in_pass = sum(report.pass_ms for report in reports)
     facts += [
         ("traced", f"{request.tokens} tokens per rank, rank 0 of {request.ep}; {plan.layers} layers"),
@@ -79,7 +78,11 @@ def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> LowerO
 
 
 def _lower_layers(
-    model: nn.Module, plan: models.ModelPlan, request: LowerRequest, lowering: MoeLowering
+    model: nn.Module,
+    plan: models.ModelPlan,
+    request: LowerRequest,
+    lowering: MoeLowering,
+    progress: Callable[[str], None],
 ) -> tuple[list[LoweringReport], float, str]:
     """(reports, seconds of tracing, what was traced): each kind of layer once, or the whole model."""
     started = time.perf_counter()
@@ -91,16 +94,18 @@ def _lower_layers(
     why = "--whole" if request.whole else ""
     if not why:
         kinds = layerwise.unit_kinds(model)
+        progress(f"running {request.tokens} tokens under fake tensors up to a layer of each kind (of {len(kinds)})")
         calls, why = _calls_of(kinds, functools.partial(run, model))
     if not why:
-        for kind in kinds:
-            _trace(layerwise.Alone(kind.module), request, lowering, calls[kind.names[0]].of)
+        for at, kind in enumerate(kinds, 1):
+            tell = _after(progress, f"kind {at} of {len(kinds)}, {layerwise.describe_kind(kind)}")
+            _trace(layerwise.Alone(kind.module), request, lowering, calls[kind.names[0]].of, tell)
         if len(lowering.reports) == len(kinds):
             report = layerwise.spread(kinds, lowering.reports)
             return [report], time.perf_counter() - started, layerwise.describe_kinds(kinds)
         why = "a layer by itself gave no graph"
         lowering.reports.clear()
-    _trace(model, request, lowering, run)
+    _trace(model, request, lowering, run, _after(progress, f"the whole model, {plan.layers} layers ({why})"))
     return lowering.reports, time.perf_counter() - started, f"the graph of the whole model: {why}"
 
 
@@ -116,15 +121,31 @@ def _calls_of(kinds: list[layerwise.UnitKind], run: Callable[[], Any]) -> tuple[
     return calls, f"{', '.join(missing)} is not called" if missing else ""
 
 
-def _trace(module: nn.Module, request: LowerRequest, lowering: MoeLowering, call: Callable[[Any], Any]) -> None:
+def _after(progress: Callable[[str], None], what: str) -> Callable[[str], None]:
+    """A progress of which each message is about one thing."""
+    return lambda message: progress(f"{what}: {message}")
+
+
+def _trace(
+    module: nn.Module,
+    request: LowerRequest,
+    lowering: MoeLowering,
+    call: Callable[[Any], Any],
+    progress: Callable[[str], None],
+) -> None:
     """Trace a module up to the end of the pass."""
 
     def stop(gm: Any, example_inputs: Any, config: Any) -> None:
         raise _Done
 
-    compiled: Any = torch.compile(
-        module, backend=lowering_backend(lowering, stop), fullgraph=True, dynamic=request.dynamic
-    )
+    lower = lowering_backend(lowering, stop)
+
+    def lower_and_tell(gm: Any, example_inputs: Any) -> Any:
+        progress(f"dynamo made {len(gm.graph.nodes)} nodes; AOTAutograd, then the pass")
+        return lower(gm, example_inputs)
+
+    progress("tracing with dynamo")
+    compiled: Any = torch.compile(module, backend=lower_and_tell, fullgraph=True, dynamic=request.dynamic)
     with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
         try:
             call(compiled)

@@ -95,7 +95,7 @@ def plan_model(request: LowerRequest) -> ModelPlan:
         config = config_of(request)
         layers = int(config.num_hidden_layers)
         result = ModelPlan(config.model_type, config, layers, int(config.vocab_size), experts_of(config))
-    refuse_uneven(request.ep, result.name, result.experts)
+    refuse_uneven(request, result.name, result.experts)
     return result
 
 

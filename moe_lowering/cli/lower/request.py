@@ -46,7 +46,7 @@ class LowerRequest:
     policy: str = "auto"
     overlap: bool = False
     json: bool = False
-    html: str = ""
+    html: str | None = None
     taken_as: tuple[str, ...] = ()
 
     @property

@@ -86,7 +86,7 @@ def check(request: ModelsRequest) -> None:
         raise UsageError("argument --again: is given without --resume; accepted: with it")
     for option, path in (("json", request.json_file), ("resume", request.resume), ("write", request.write)):
         if path is not None:
-            check_file(option, path)
+            check_file(option, str(path))
     if request.resume is not None:
         try:
             read_rows(request.resume, transformers_version())

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_lowering.cli.options import add_parser, parse_positive
+from moe_lowering.cli.options import SocAction, add_parser, parse_positive
 from moe_lowering.cli.simulate.request import SimulateRequest
 from moe_lowering.cli.usage import UsageError
-from moe_lowering.vocabulary import SOCS
 
 DESCRIPTION = """\
 Run a program on the simulator: where it, or a Python process that it starts, imports torch_npu, it finds one NPU of the SoC,
@@ -33,7 +32,7 @@ def add_command(commands: Any) -> None:
         description=DESCRIPTION,
         examples=EXAMPLES,
     )
-    parser.add_argument("--soc", choices=tuple(SOCS), default="A3", help="what the program finds (default A3)")
+    parser.add_argument("--soc", action=SocAction, default="A3", help="what the program finds (default A3)")
     parser.add_argument(
         "--devices", type=parse_positive, default=1, metavar="N", help="how many, one for each process (default 1)"
     )

@@ -12,3 +12,4 @@ class SimulateRequest:
     command: tuple[str, ...]
     soc: str = "A3"
     devices: int = 1
+    taken_as: tuple[str, ...] = ()

@@ -100,6 +100,7 @@ def _rules(spec: BlockSpec, premises: Premises) -> dict[str, Any]:
     return {
         "tokens": share(premises.tokens, spec),
         "has_x_smooth": spec.has_x_smooth,
+        "zero_experts": spec.zero_experts,
         "data_dependent_capacity": sized_by_data(spec, premises),
     }
 

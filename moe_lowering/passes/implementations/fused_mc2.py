@@ -23,7 +23,7 @@ from moe_lowering.passes.context import most_tokens
 from moe_lowering.passes.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
 from moe_lowering.passes.implementations.mc2 import global_tokens
-from moe_lowering.passes.implementations.quantised_mlp import as_float32
+from moe_lowering.passes.implementations.scale_casts import as_float32
 from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
 
 
@@ -233,6 +233,7 @@ def _rules(spec: BlockSpec, deployment: Deployment) -> Rules:
             "ep_size": spec.ep_size,
             "quantisation": spec.quantisation,
             "smooth_scales": spec.smooth_scales,
+            "zero_experts": spec.zero_experts,
             "mixed_forms": spec.mixed_forms,
             "shared_expert_rank_num": spec.shared_expert_ranks,
             "fused_mode": deployment.fused_mode,

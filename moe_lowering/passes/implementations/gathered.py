@@ -15,7 +15,8 @@ The row is written in place, in memory that the second matmul of this block has 
 graphs are functional, and a row can be changed there only by writing all of them: see ``unpermute``.
 Fewer rows than slots, and several slots on one row, are within what the kernel does (moe_token_unpermute.h gathers row by
 row and compares each index with the number of rows); a negative index is not: it would read before the buffer.
-Masked and padding tokens get ids past the last expert (E + j, with ``expert_num`` raised by k): they belong to no rank.
+Masked and padding tokens get ids past the last expert (E + j, with ``expert_num`` raised by k): they belong to no rank. So do
+experts that give nothing, whose ids are there already.
 
 Few exchanges. Where ids and weights are not all that travels beside x, or are changed on the way (scales of int8 rows, a
 mask, padding), they travel as the columns of one int32 tensor: a collective costs as much as several small kernels. Two
@@ -119,8 +120,8 @@ def gathered_calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCal
 
 
 def _ids(spec: BlockSpec) -> int:
-    """How many ids there are: those of the experts, and past them those of tokens without one."""
-    return spec.experts + (spec.top_k if spec.has_mask or spec.max_tokens else 0)
+    """How many ids there are: those of the experts, and past them those of tokens without one and of zero experts."""
+    return spec.experts + max(spec.zero_experts, spec.top_k if spec.has_mask or spec.max_tokens else 0)
 
 
 def gathered_bytes(spec: BlockSpec, deployment: Deployment) -> int:
@@ -148,7 +149,7 @@ def emit_partial(block: Block, emit: Emitter, deployment: Deployment) -> Partial
     with emit.at(max(block.mlp, start), block.mlp):
         y_rows = emit_mlp(emit, block, rows, row_scale, counts, deployment)
     with emit.at(block.combine, block.combine):
-        some_absent = spec.ep_size > 1 or spec.has_mask
+        some_absent = spec.ep_size > 1 or spec.has_mask or spec.zero_experts > 0
         if some_absent and deployment.mode != "ge":
             index = _zero_last_row(emit, y_rows, index, counts, spec)
         y = emit_combine(emit, y_rows, index, tokens.weights, deployment, some_absent)

@@ -12,7 +12,7 @@ With shared-expert ranks both ends are told their number and that of shared expe
 expert, and combine adds what it sends back with weight 1. Its graph has the same operators, with other sizes.
 
 A mask of padding (``Deployment.mask_is_prefix``) is passed as it is; any other one as [T, k], which A3 and A5 take.
-Results of masked tokens are undefined and are selected to zero.
+Results of masked tokens are undefined and are selected to zero. Ids of experts that give nothing are told by their number.
 Sources: ops_transformer.dispatch, ops_transformer.combine, op_plugin.dispatch, op_plugin.combine: arguments;
 ops_transformer.dispatch_kernel, ops_transformer.combine_kernel: values; vllm_ascend.token_dispatcher: TokenDispatcherWithMC2.
 """
@@ -152,6 +152,8 @@ def _shared_arguments(spec: BlockSpec, deployment: Deployment, mask: Any) -> dic
     if spec.shared_expert_ranks:
         shared["shared_expert_num"] = spec.shared_experts
         shared["shared_expert_rank_num"] = spec.shared_expert_ranks
+    if spec.zero_experts:
+        shared["zero_expert_num"] = spec.zero_experts
     if _algorithm(deployment):
         shared["comm_alg"] = _algorithm(deployment)
         if deployment.chip.two_level_tp_world:

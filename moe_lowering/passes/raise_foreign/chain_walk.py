@@ -103,12 +103,30 @@ def other_operator(node: Node, seen: str, expected: str) -> NotThisForm:
     """Why a chain ends at an operator that the form does not have there, by what kind of operator it is."""
     namespace, name = operator_name(node.target)
     code = "raise.operation_between"
-    if namespace == "custom":
+    if namespace == "custom" and name in _CUSTOM:
+        code, reason = _CUSTOM[name]
+        expected = f"{expected}; {reason}"
+    elif namespace == "custom":
         code, expected = "raise.custom", f"{expected}; what custom::{name} computes is not known"
     elif any(word in name for word in _OTHER_FORMATS):
         code, expected = "raise.format", f"{expected}, in 16 bits, int8 or int4"
     return NotThisForm(node, code, seen, expected)
 
+
+# Operators of custom:: that are known by name, and why none of them is raised.
+# Source: recipes.swiglu_clamp_quant, and the page beside it on npu_swiglu_clip_quant: what they compute
+_CUSTOM = {
+    "npu_swiglu_clip_quant": (
+        "raise.clip",
+        "custom::npu_swiglu_clip_quant clips each row of the activation at its expert's share of the row's largest value "
+        "before it becomes int8, which no generic operator has",
+    ),
+    "npu_dequant_swiglu_clamp_quant": (
+        "raise.clamp_quant",
+        "custom::npu_dequant_swiglu_clamp_quant is documented to clamp its halves with swiglu_mode 1, and measured not to; "
+        "npu_dequant_swiglu_quant with swiglu_mode 2 does",
+    ),
+}
 
 # Words of operators that quantise to MX or FP8 formats, which no generic operator has
 _OTHER_FORMATS = ("mx_quant", "block_quant", "fp8", "mxfp", "hifloat")
@@ -181,6 +199,17 @@ def require(node: Node, accepted: Mapping[str, Collection[Any]], code: str = "ra
         if not any(type(value) is type(each) and value == each for each in values):
             shown = " or ".join(map(repr, values))
             raise NotThisForm(node, code, f"{node.name}: {name} is {value!r}", shown)
+
+
+def require_of(node: Node, accepted: Mapping[str, Collection[Any]], code: str = "raise.literal") -> None:
+    """As ``require``, of those arguments that this version of the operator has."""
+    require(node, {name: values for name, values in accepted.items() if has_argument(node, name)}, code)
+
+
+def has_argument(node: Node, name: str) -> bool:
+    """Whether the operator has an argument of that name."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return any(each.name == name for each in node.target._schema.arguments)
 
 
 def require_value(node: Node, name: str, expected: Node | None, code: str = "raise.other_value") -> None:

@@ -15,7 +15,8 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.arguments import positional_arguments
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.emitter import Emitter, aten
-from moe_lowering.passes.raise_foreign.records import ForeignBlock, Weights
+from moe_lowering.passes.raise_foreign.records import Copied, ForeignBlock, Weights
+from moe_lowering.passes.token_ranges import is_strict, must_vary
 from moe_lowering.passes.verifier import VerificationError
 
 OPS = torch.ops.moe_lowering
@@ -35,6 +36,7 @@ class Generic:
 def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> Generic:
     """Emits a block, each stage where it is to stand. The fake kernels of the generic operators refuse what does not fit."""
     first, middle = block.first or block.result, block.middle or block.result
+    _fix_widths(block)
     with emit.at(first, first):
         sent, items, weights = _emit_dispatch(block, emit, deployment)
     rows, row_scale, counts, handle = items
@@ -48,7 +50,16 @@ def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> 
         back = CombineCall[Any](**{**alike, "rows": mlp, "weights": weights, "handle": handle})
         combine = emit.call(OPS.combine.default, *positional_arguments(back))
         dispatch: Any = rows.args[0]
-        return Generic(dispatch, counts, combine, _result(block, emit, combine))
+        return Generic(dispatch, counts, combine, _result(block, emit, combine, weights))
+
+
+def _fix_widths(block: ForeignBlock) -> None:
+    """Columns of x, and sizes of the experts' matrices, which may be symbols in a dynamic graph, to what they are: no operator of
+    torch_npu says that they agree, as the generic ones do. Sizes that must vary stay; the block is refused by them."""
+    matrices = (size for node in (*block.w13.nodes, *block.w2.nodes) for size in node.meta["val"].shape)
+    for size in (block.x.meta["val"].shape[-1], *matrices):
+        if isinstance(size, torch.SymInt) and size.node.has_hint() and not (is_strict(size) or must_vary(size)):
+            int(size)
 
 
 def _emit_dispatch(
@@ -78,18 +89,32 @@ def _emit_dispatch(
         max_tokens=deployment.token_bound,
         max_rows=deployment.max_rows,
         x_smooth=block.x_smooth,
+        zero_experts=block.zero_experts,
     )
     dispatch = emit.call(OPS.dispatch.default, *positional_arguments(sent))
     return sent, tuple(emit.item(dispatch, index) for index, _ in enumerate(_NAMES)), weights
 
 
-def _result(block: ForeignBlock, emit: Emitter, y: Node) -> Node:
+def _result(block: ForeignBlock, emit: Emitter, y: Node, weights: Node) -> Node:
     """As the foreign result is: its shape, its dtype, and with what is added."""
     result = block.result.meta["val"]
     if y.meta["val"].dim() != result.dim():
         y = emit.call(aten.reshape.default, y, _shape(block, emit, result))
     y = emit.cast(y, result.dtype)
-    return y if block.base is None else emit.call(aten.add.Tensor, block.base, y)
+    for base in block.bases:
+        y = emit.call(aten.add.Tensor, base, y)
+    return y if block.copied is None else _add_copies(block, block.copied, emit, y, weights)
+
+
+def _add_copies(block: ForeignBlock, copied: Copied, emit: Emitter, y: Node, weights: Node) -> Node:
+    """y + x * the sum of the weights of those choices, rounded once."""
+    ids = block.ids
+    chosen = emit.call(aten.ge.Scalar, ids, copied.first)
+    if copied.last < block.num_experts + block.zero_experts:
+        chosen = emit.call(aten.logical_and.default, chosen, emit.call(aten.lt.Scalar, ids, copied.last))
+    share = emit.call(aten.sum.dim_IntList, emit.call(aten.mul.Tensor, weights, chosen), [1], True)
+    copies = emit.call(aten.mul.Tensor, share, copied.x)
+    return emit.cast(emit.call(aten.add.Tensor, copies, y), y.meta["val"].dtype)
 
 
 def _shape(block: ForeignBlock, emit: Emitter, result: torch.Tensor) -> list[Any]:

@@ -61,7 +61,7 @@ def over_shared_tokens(block: ForeignBlock, deployment: Deployment) -> tuple[For
             f"ids of one choice among exactly {everywhere}, {block.num_experts} on each of {ranks} ranks",
         )  # fmt: skip
     weights, masked = _unmasked(block.weights, own.off)
-    result, summing = _summed_over_ranks(block.result, deployment)
+    result, summing = summed_over_ranks(block.result, deployment)
     places = {name: getattr(deployment, name) for name in ("ep_group", "ep_size", "tp_group", "tp_size")}
     whole = dataclasses.replace(
         block, ids=own.ids, weights=weights, result=result, num_experts=everywhere, **places
@@ -130,7 +130,7 @@ def _unmasked(weights: Node, off: Node) -> tuple[Node, tuple[Node, ...]]:
     raise _not(weights, f"weights from {weights.name} of experts of other ranks", "zero for those, by the same mask")
 
 
-def _summed_over_ranks(result: Node, deployment: Deployment) -> tuple[Node, tuple[Node, ...]]:
+def summed_over_ranks(result: Node, deployment: Deployment) -> tuple[Node, tuple[Node, ...]]:
     """What a rank's own result becomes in the sum over the ranks."""
     sums = [user for user in result.users if name_of(user) == "all_reduce"]
     if len(sums) != 1:

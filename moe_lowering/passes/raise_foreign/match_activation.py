@@ -9,8 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from moe_lowering.passes.raise_foreign.terms import Clamp, Expert, Gelu, Part, Plus, Sigmoid, Term, Times
-
-_ALPHA = 1.702  # where an activation does not read it
+from moe_lowering.vocabulary import SWIGLU_ALPHA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ def match_activation(term: Term) -> Gated | None:
                 for alpha in alphas:
                     if make(gate, up, limit, alpha) == term:
                         clamped = limit if limits else 0.0
-                        return Gated(name, clamped, alpha if name == "swiglu_oai" else _ALPHA, gate, up)
+                        return Gated(name, clamped, alpha if name == "swiglu_oai" else SWIGLU_ALPHA, gate, up)
     return None
 
 

@@ -212,7 +212,7 @@ class _Parts:
             w13_bias=tuple(e.bias for e in firsts if e.bias is not None),
             w2_bias=() if second.bias is None else (second.bias,),
             weigh_input=weigh_input,
-            base=self.base,
+            bases=() if self.base is None else (self.base,),
         )
 
     def _not(self, code: str, seen: str, expected: str) -> NotThisForm:

@@ -3,8 +3,11 @@
     all_gather(x, ids, weights) > npu_moe_init_routing_v2 (this rank's range) > experts > npu_moe_token_unpermute or
     npu_moe_finalize_routing, with weights that are zero for experts of other ranks > reduce_scatter
 
+In a deployment whose TP group is its EP group all ranks have the same tokens: nothing is gathered there, and an all_reduce gives
+the sums to all of them.
+
 The anchor is init_routing_v2 in a deployment of several ranks. Proven beside what ``match_routing_chain`` proves:
-1. x, ids and weights are gathered over the EP group, in its order;
+1. x, ids and weights are gathered over the EP group, in its order, or are those of the TP group;
 2. the range is that of this rank's experts;
 3. the weights are zero where the id is out of that range: such a slot has row index -1, whose absolute value is another row;
 4. the result goes into a sum over the ranks of which each takes its tokens, and nowhere else.
@@ -23,12 +26,13 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.raise_foreign.chain_walk import equal_values, source_of, value_of
+from moe_lowering.passes.raise_foreign.expert_parallel import summed_over_ranks
 from moe_lowering.passes.raise_foreign.match_routing_chain import match_range
 from moe_lowering.passes.raise_foreign.npu_chain import Chain
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
-FORM = "gathered_v2"
+FORM, REDUCED = "gathered_v2", "reduced_v2"
 _NO_VALUE = (0, 0.0)
 
 
@@ -40,35 +44,37 @@ def match_gathered(route: Node, deployment: Deployment) -> Chain:
     """
     rank, ranks = deployment.ep_rank, deployment.ep_size
     experts = argument(route, "expert_num")
-    if rank is None or deployment.tp_size != 1 or deployment.shared_expert_ranks:
+    if rank is None or deployment.tp_size not in (1, ranks) or deployment.shared_expert_ranks:
         raise NotThisForm(
             route, "raise.other_rank", f"{route.name} on one of {ranks} ranks; {deployment.unknown_rank or 'TP or shared'}",
-            "this rank's place in the EP group, tp_size 1, no shared-expert ranks",
+            "this rank's place in the EP group, tp_size 1 or ep_size, no shared-expert ranks",
         )  # fmt: skip
     if type(experts) is not int or experts < 1 or experts % ranks:
         raise NotThisForm(route, "raise.experts", f"{route.name}: expert_num is {experts!r}", f"a multiple of {ranks}")
     own = experts // ranks
     first, last = rank * own, (rank + 1) * own
     chain = match_range(route, [first, last])
-    x, ids = (_gathered(argument(route, name), deployment, route) for name in ("x", "expert_idx"))
-    masked = chain.weights
-    gathered, mask = _unmasked(masked)
+    unmasked, mask = _unmasked(chain.weights)
     _require_range(mask, argument(route, "expert_idx"), first, last)
-    weights = _gathered(gathered, deployment, route)
-    result = _scattered(chain, deployment)
-    if chain.added is not None:
-        raise NotThisForm(chain.added, "raise.literal", f"{chain.added.name} is added on each rank", "no skip1")
-    scale = chain.sent["x_scale"]
-    sent = {
-        **chain.sent, "x": x, "ids": ids, "x_scale": None if scale is None else _gathered(scale, deployment, route),
-        "ep_group": deployment.ep_group, "ep_size": ranks,
-    }  # fmt: skip
+    for added in chain.added:
+        raise NotThisForm(added, "raise.literal", f"{added.name} is added on each rank", "no skip1, no skip2")
+    sent = dict(chain.sent)
+    if deployment.tp_size == 1:
+        form, weights, result = FORM, _gathered(unmasked, deployment, route), _scattered(chain, deployment)
+        sent |= {n: sent[n] and _gathered(sent[n], deployment, route) for n in ("x", "ids", "x_scale")}
+    else:
+        form, weights = REDUCED, unmasked
+        result, summing = summed_over_ranks(chain.combine, deployment)
+        chain.walk.add(*summing)
     chain.walk.add(route, result)
     if chain.x_smooth is not None:
         seen = f"{chain.x_smooth.name}: smooth scales of this rank's experts"
         raise NotThisForm(chain.x_smooth, "raise.smooth_scales", seen, "none, since other ranks' are not in this graph")
-    before = _add_what_is_gathered(chain, route, (x, ids, weights, sent["x_scale"]))
-    return dataclasses.replace(chain, form=FORM, sent=sent, weights=weights, combine=result, read_before=before)
+    before = _add_what_is_gathered(chain, route, (sent["x"], sent["ids"], weights, sent["x_scale"]))
+    places = {name: getattr(deployment, name) for name in ("ep_group", "ep_size", "tp_group", "tp_size")}
+    return dataclasses.replace(
+        chain, form=form, sent={**sent, **places}, weights=weights, combine=result, read_before=before
+    )  # fmt: skip
 
 
 def _add_what_is_gathered(chain: Chain, route: Node, own: tuple[Node | None, ...]) -> tuple[Node, ...]:

@@ -1,18 +1,22 @@
 """``npu_moe_distribute_dispatch_v2`` > experts > ``npu_moe_distribute_combine_v2``: a whole block, written by hand.
 
 The anchor is dispatch. Proven, each from literal arguments or by the identity of nodes:
-1. dispatch is over the ranks that the deployment names, in this rank's place, for all of its experts, without special
-   experts, in the layout of rows and with the counts that the generic ``dispatch`` has;
+1. dispatch is over the ranks that the deployment names, in this rank's place, for all of its experts, in the layout of rows
+   and with the counts that the generic ``dispatch`` has; experts past these give nothing, or copies (``special_experts``);
 2. the experts compute ``grouped_mlp`` (``match_npu_mlp``) on its rows, scales and counts;
 3. combine takes these rows, the auxiliary tensors of this dispatch, and the same ids, mask and sizes;
 4. nothing of it is read elsewhere, but for the counts.
 ``group_ep`` is a communicator's name: the deployment's ``mc2_group`` or ``ep_communicator``.
+
+The first versions of the two operators differ in the auxiliary tensor (``expand_idx``) and have fewer arguments. They become
+version 2.
 Sources: ops_transformer.dispatch, ops_transformer.combine, op_plugin.dispatch, op_plugin.combine: arguments;
 recipes.fused_mlp: what is written.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -23,9 +27,11 @@ from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.raise_foreign.chain_walk import (
     Walk,
     equal_values,
+    has_argument,
     is_operator,
     other_operator,
     require,
+    require_of,
     require_value,
     same_sizes,
     value_of,
@@ -33,17 +39,45 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
 from moe_lowering.passes.raise_foreign.match_npu_mlp import COUNTS, Experts, match_experts
 from moe_lowering.passes.raise_foreign.npu_chain import Chain
 from moe_lowering.passes.raise_foreign.records import NotThisForm
+from moe_lowering.passes.raise_foreign.special_experts import SPECIAL, copied_tokens, require_special, special_experts
 
 DISPATCH, COMBINE = "npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """One pair of operators: the form that reports name, what combine calls the auxiliary tensor, and the implementation that the
+    pair is ("" for none)."""
+
+    form: str
+    dispatch: str
+    combine: str
+    auxiliary: str
+    own: str
+    alike: tuple[str, ...]
+
+
 NO_QUANT, PER_TOKEN = 0, 2  # quant_mode
 TWO_LEVELS = "hierarchy"
 _ALIKE = (
     "group_ep", "ep_world_size", "ep_rank_id", "moe_expert_num", "x_active_mask", "global_bs", "shared_expert_rank_num",
 )  # fmt: skip
-_SPECIAL = {"zero_expert_num": (0,), "copy_expert_num": (0,), "const_expert_num": (0,)}
+SECOND = Version("mc2_v2", DISPATCH, COMBINE, "assist_info_for_combine", "mc2", (*_ALIKE, *SPECIAL))
+FIRST = Version("mc2_v1", "npu_moe_distribute_dispatch", "npu_moe_distribute_combine", "expand_idx", "", _ALIKE)
+# What only the first version of combine has, and its only meaning; shared_expert_x of it is documented in no source.
+_OF_FIRST = {
+    **dict.fromkeys(("activation_scale", "weight_scale", "group_list", "shared_expert_x"), (None,)),
+    **dict.fromkeys(("out_dtype", "group_list_type"), (0,)),
+}
 
 
-def match_mc2(dispatch: Node, deployment: Deployment) -> Chain:
+def match_mc2_v1(dispatch: Node, deployment: Deployment) -> Chain:
+    """As ``match_mc2``, of the operators' first versions."""
+    require(dispatch, {"x_active_mask": (None,)})
+    return match_mc2(dispatch, deployment, FIRST)
+
+
+def match_mc2(dispatch: Node, deployment: Deployment, version: Version = SECOND) -> Chain:
     """The chain that begins with a dispatch.
 
     Raises:
@@ -56,12 +90,12 @@ def match_mc2(dispatch: Node, deployment: Deployment) -> Chain:
     experts = match_experts(walk, rows, scales if quantises else None, counts, COUNTS, dispatch)
     _check_types(dispatch, experts)
     combine, rows_back = walk.onward(experts.result, "the experts' result")
-    _check_combine(combine, dispatch, deployment)
+    _check_combine(combine, dispatch, deployment, version)
     walk.add(combine)
     for name, value in (
         ("expand_x", rows_back),
         ("expert_ids", argument(dispatch, "expert_ids")),
-        ("assist_info_for_combine", assist),
+        (version.auxiliary, assist),
         ("ep_send_counts", received),
     ):
         require_value(combine, name, value)
@@ -74,8 +108,8 @@ def match_mc2(dispatch: Node, deployment: Deployment) -> Chain:
     if not quantises:
         walk.read_by(scales, "dispatch's scales")
     return Chain(
-        form="mc2_v2",
-        own="mc2",
+        form=version.form,
+        own=version.own,
         walk=walk,
         dispatch=dispatch,
         experts=experts,
@@ -86,12 +120,14 @@ def match_mc2(dispatch: Node, deployment: Deployment) -> Chain:
             "ids": argument(dispatch, "expert_ids"),
             "mask": argument(dispatch, "x_active_mask"),
             "num_experts": argument(dispatch, "moe_expert_num"),
+            "zero_experts": special_experts(dispatch),
             "ep_group": deployment.ep_group,
             "ep_size": deployment.ep_size,
         },
         weights=argument(combine, "expert_scales"),
         counts=counts,
-        added=argument(combine, "shared_expert_x"),
+        added=tuple(filter(None, (argument(combine, "shared_expert_x"),))),
+        copied=copied_tokens(combine),
         x_smooth=argument(dispatch, "scales"),
     )
 
@@ -106,12 +142,13 @@ def _check_dispatch(node: Node, deployment: Deployment) -> None:
     require(node, {"ep_world_size": (deployment.ep_size,)}, "raise.other_group")
     require(node, {"ep_rank_id": (deployment.ep_rank,)}, "raise.other_rank")
     _check_tensor_parallel(node, group, deployment)
-    require(node, {"expert_shard_type": (0,), "elastic_info": (None,), "performance_info": (None,)})
-    require(node, _SPECIAL, "raise.special_experts")
+    require(node, {"expert_shard_type": (0,)})
+    require_of(node, {"elastic_info": (None,), "performance_info": (None,)})
+    require_special(node)
     require(node, {"shared_expert_rank_num": (0,)}, "raise.experts")
     require(node, {"expert_token_nums_type": (1,)}, "raise.counts")
-    formats = ("y_dtype", "x_dtype", "scales_dtype")
-    require(node, {"quant_mode": (NO_QUANT, PER_TOKEN), **dict.fromkeys(formats, (None,))}, "raise.format")
+    require(node, {"quant_mode": (NO_QUANT, PER_TOKEN)}, "raise.format")
+    require_of(node, dict.fromkeys(("y_dtype", "x_dtype", "scales_dtype"), (None,)), "raise.format")
     _check_bound(node, deployment)
     _check_algorithm(node, deployment)
     if deployment.shared_expert_ranks:
@@ -149,7 +186,7 @@ def _check_bound(node: Node, deployment: Deployment) -> None:
 
 def _check_algorithm(node: Node, deployment: Deployment) -> None:
     """Sums are made in another order in two levels; all other algorithms make the same ones."""
-    algorithm = argument(node, "comm_alg")
+    algorithm = argument(node, "comm_alg") if has_argument(node, "comm_alg") else ""
     if (algorithm == TWO_LEVELS) != deployment.mc2_hierarchy:
         accepted = repr(TWO_LEVELS) if deployment.mc2_hierarchy else f"any but {TWO_LEVELS!r}"
         raise NotThisForm(node, "raise.literal", f"{node.name}: comm_alg is {algorithm!r}", accepted)
@@ -168,10 +205,10 @@ def _check_types(dispatch: Node, experts: Experts) -> None:
         raise NotThisForm(dispatch, "raise.dtype", f"{dispatch.name}: expert_ids is no int32", "int32")
 
 
-def _check_combine(node: Node, dispatch: Node, deployment: Deployment) -> None:
-    if not is_operator(node, COMBINE):
-        raise other_operator(node, f"the experts' result goes to {node.target}", f"npu.{COMBINE}")
-    for name in _ALIKE:
+def _check_combine(node: Node, dispatch: Node, deployment: Deployment, version: Version) -> None:
+    if not is_operator(node, version.combine):
+        raise other_operator(node, f"the experts' result goes to {node.target}", f"npu.{version.combine}")
+    for name in version.alike:
         combined, dispatched = argument(node, name), argument(dispatch, name)
         if not equal_values(combined, dispatched):
             raise NotThisForm(
@@ -181,21 +218,12 @@ def _check_combine(node: Node, dispatch: Node, deployment: Deployment) -> None:
                 "the same at both ends",
             )
     _check_tensor_parallel(node, argument(dispatch, "group_ep"), deployment)
-    if argument(node, "comm_alg") == TWO_LEVELS:
+    if version is FIRST:
+        require(node, _OF_FIRST)
+    elif argument(node, "comm_alg") == TWO_LEVELS:
         require_value(dispatch, "comm_alg", argument(node, "comm_alg"), "raise.both_ends")
-    require(
-        node,
-        {
-            "expert_shard_type": (0,),
-            "elastic_info": (None,),
-            "performance_info": (None,),
-            "comm_quant_mode": (0,),
-            "const_expert_alpha_1": (None,),
-            "const_expert_alpha_2": (None,),
-            "const_expert_v": (None,),
-        },
-    )
-    require(node, _SPECIAL, "raise.special_experts")
+    require(node, {"expert_shard_type": (0,), "comm_quant_mode": (0,)})
+    require_of(node, {"elastic_info": (None,), "performance_info": (None,)})
     added, result = argument(node, "shared_expert_x"), value_of(node)
     if isinstance(added, Node) and not (same_sizes(value_of(added), result) and value_of(added).dtype == result.dtype):
         raise NotThisForm(

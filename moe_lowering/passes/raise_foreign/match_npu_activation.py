@@ -25,11 +25,10 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
     value_of,
 )
 from moe_lowering.passes.raise_foreign.records import NotThisForm
-from moe_lowering.vocabulary import ACTIVATIONS
+from moe_lowering.vocabulary import ACTIVATIONS, SWIGLU_ALPHA
 
 aten = torch.ops.aten
 CLAMPS_AFTER = "swiglu_clamp_after"  # silu(gate) at most L, times the other half within +-L
-_ALPHA = 1.702  # where an activation does not read it
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 
@@ -41,7 +40,7 @@ class Activated:
     words: dict[str, Any]
 
 
-def words_of(name: str, limit: float = 0.0, alpha: float = _ALPHA, interleaved: bool = False) -> dict[str, Any]:
+def words_of(name: str, limit: float = 0.0, alpha: float = SWIGLU_ALPHA, interleaved: bool = False) -> dict[str, Any]:
     """The arguments of ``grouped_mlp`` that name an activation."""
     return {"activation": name, "limit": limit, "alpha": alpha, "interleaved": interleaved}
 
@@ -77,7 +76,7 @@ def clipped_words(node: Node, limit: Any, alpha: Any, bias: Any, interleaved: bo
     if bias == 1.0:
         name = "swiglu_oai"
     elif bias == 0.0 and alpha == 1.0:
-        name, alpha = "swiglu_clamp", _ALPHA
+        name, alpha = "swiglu_clamp", SWIGLU_ALPHA
     else:
         raise NotThisForm(
             node,

@@ -81,8 +81,8 @@ def match_range(route: Node, own_range: list[int] | None) -> Chain:
     _check_types(route, experts.result)
     back, rows_back = walk.onward(experts.result, "the experts' result")
     walk.add(back)
-    weights, added = _way_back(walk, back, rows_back, index)
-    _check_weights(route, back, weights)
+    weights, added = way_back(walk, back, rows_back, index)
+    check_weights(argument(route, "expert_idx"), back, weights)
     if not quantises:
         walk.read_by(scales, "the routing's scales")
     return Chain(
@@ -161,24 +161,36 @@ def _check_scale(route: Node, x: torch.Tensor) -> None:
     require(route, {"quant_mode": (NO_QUANT,)})
 
 
-def _way_back(walk: Walk, node: Node, rows: Node, index: Node | None) -> tuple[Any, Node | None]:
-    """(weights [T, k], what is added) of the operator that brings rows back to tokens."""
-    if is_operator(node, UNPERMUTE):
+def way_back(
+    walk: Walk, node: Node, rows: Node, index: Node | None, order: int = BY_ROW
+) -> tuple[Any, tuple[Node, ...]]:
+    """(weights [T, k], what is added) of the operator that brings rows back to tokens.
+
+    Args:
+        index: the row of each slot; in ``order``, a drop_pad_mode of finalize_routing.
+    """
+    if is_operator(node, UNPERMUTE) and order == BY_ROW:
         require(node, {"padded_mode": (False,), "restore_shape": (None,)})
         require_value(node, "permuted_tokens", rows)
         _check_index(walk, node, "sorted_indices", index)
-        return argument(node, "probs"), None
+        return argument(node, "probs"), ()
     if is_operator(node, FINALIZE):
-        require(node, {"bias": (None,), "skip2": (None,), "drop_pad_mode": (BY_ROW,)})
+        require(node, {"bias": (None,), "drop_pad_mode": (order,) if order else (order, None)})
         require_value(node, "expanded_permuted_rows", rows)
         _check_index(walk, node, "expanded_src_to_dst_row", index)
-        added = argument(node, "skip1")
-        if isinstance(added, Node) and value_of(added).dtype != value_of(node).dtype:
-            raise NotThisForm(
-                node, "raise.dtype", f"{node.name}: skip1 is {value_of(added).dtype}", f"{value_of(node).dtype}"
-            )
-        return argument(node, "scales"), added
-    raise other_operator(node, f"the experts' result goes to {node.target}", f"npu.{UNPERMUTE} or npu.{FINALIZE}")
+        skips = tuple(skip for skip in (argument(node, "skip1"), argument(node, "skip2")) if isinstance(skip, Node))
+        for skip in skips:
+            _require_like_result(node, skip)
+        return argument(node, "scales"), skips
+    known = f"npu.{UNPERMUTE} or npu.{FINALIZE}" if order == BY_ROW else f"npu.{FINALIZE}"
+    raise other_operator(node, f"the experts' result goes to {node.target}", known)
+
+
+def _require_like_result(node: Node, skip: Node) -> None:
+    result, value = value_of(node), value_of(skip)
+    if value.dtype != result.dtype or not same_sizes(value, result):
+        seen = f"{node.name}: {skip.name}, which is added, is {value.dtype} {tuple(value.shape)}"
+        raise NotThisForm(node, "raise.dtype", seen, f"{result.dtype} {tuple(result.shape)}")
 
 
 def _check_index(walk: Walk, node: Node, name: str, index: Node | None) -> None:
@@ -199,8 +211,9 @@ def _check_index(walk: Walk, node: Node, name: str, index: Node | None) -> None:
         current = reader
 
 
-def _check_weights(route: Node, back: Node, weights: Any) -> None:
-    ids = value_of(argument(route, "expert_idx"))
+def check_weights(expert_ids: Node, back: Node, weights: Any) -> None:
+    """They are one number for each slot."""
+    ids = value_of(expert_ids)
     if not isinstance(weights, Node):
         raise NotThisForm(back, "raise.no_weights", f"{back.name} takes no weights", "weights [T, k]")
     value = value_of(weights)

@@ -18,7 +18,7 @@ from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, value_of
 from moe_lowering.passes.raise_foreign.keep_foreign import expert_operators
 from moe_lowering.passes.raise_foreign.match_npu_mlp import Experts
-from moe_lowering.passes.raise_foreign.records import ForeignBlock, NotThisForm, Weights
+from moe_lowering.passes.raise_foreign.records import Copied, ForeignBlock, NotThisForm, Weights
 from moe_lowering.passes.scopes import is_marker, scope_paths
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
@@ -36,7 +36,7 @@ class Chain:
         sent: the arguments of the generic ``dispatch``, by name.
         weights: the routing weights [T, k].
         counts: rows of each expert, [E_local] int64, which others may read too; None where they are not like that.
-        added: [T, H], what is added to the result; None for nothing.
+        added: [T, H] each, what is added to the result. copied: what the tokens themselves add to it.
         read_before: what stands in front of dispatch and is proven too, such as masks; read elsewhere perhaps.
         x_smooth: [E, H], what tokens are multiplied by before they are quantised; None for nothing.
     """
@@ -50,7 +50,8 @@ class Chain:
     sent: dict[str, Any]
     weights: Node
     counts: Node | None = None
-    added: Node | None = None
+    added: tuple[Node, ...] = ()
+    copied: Copied | None = None
     x_smooth: Node | None = None
     read_before: tuple[Node, ...] = ()
 
@@ -83,7 +84,8 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
         w13=Weights(tuple(fields.pop("w13"))),
         w2=Weights(tuple(fields.pop("w2"))),
         weights=chain.weights,
-        base=chain.added,
+        bases=chain.added,
+        copied=chain.copied,
         counts=chain.counts if outside else None,
         first=chain.dispatch,
         middle=chain.experts.last,

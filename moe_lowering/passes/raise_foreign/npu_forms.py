@@ -8,19 +8,17 @@ from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.raise_foreign.match_first_routing import PERMUTE, ROUTE_V1, match_permute, match_routing_v1
 from moe_lowering.passes.raise_foreign.match_gathered_chain import FORM as GATHERED
-from moe_lowering.passes.raise_foreign.match_gathered_chain import match_gathered
-from moe_lowering.passes.raise_foreign.match_mc2_chain import DISPATCH, match_mc2
+from moe_lowering.passes.raise_foreign.match_gathered_chain import REDUCED, match_gathered
+from moe_lowering.passes.raise_foreign.match_mc2_chain import FIRST, SECOND, match_mc2, match_mc2_v1
 from moe_lowering.passes.raise_foreign.match_routing_chain import ROUTE, match_routing
 from moe_lowering.passes.raise_foreign.npu_chain import Chain, foreign_block
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
 
 # Operators that begin a chain which is recognised and left, and what would be raised in their place.
 NOT_RAISED = {
-    "npu_moe_distribute_dispatch": "npu_moe_distribute_dispatch_v2",
     "npu_moe_distribute_combine_add_rms_norm": "npu_moe_distribute_combine_v2, and the norm after it",
-    "npu_moe_init_routing": "npu_moe_init_routing_v2",
-    "npu_moe_token_permute": "npu_moe_init_routing_v2 and npu_moe_token_unpermute",
     "npu_moe_re_routing": "npu_moe_distribute_dispatch_v2, whose counts stay on the device",
     "npu_alltoallv_gmm": "npu_moe_distribute_dispatch_v2, whose counts stay on the device",
     "npu_gmm_alltoallv": "npu_moe_distribute_combine_v2, whose counts stay on the device",
@@ -58,7 +56,11 @@ def _never(graph: Graph, anchors: list[Node], deployment: Deployment) -> Foreign
 
 NPU_FORMS = (
     Form(GATHERED, (), _each, _never),  # its anchor is that of routing_v2
-    _form("mc2_v2", DISPATCH, match_mc2),
+    Form(REDUCED, (), _each, _never),  # likewise
+    _form(SECOND.form, SECOND.dispatch, match_mc2),
+    _form(FIRST.form, FIRST.dispatch, match_mc2_v1),
     _form("routing_v2", ROUTE, _match_routing),
+    _form("routing_v1", ROUTE_V1, match_routing_v1),
+    _form("permute", PERMUTE, match_permute),
     Form("npu_not_raised", tuple(f"npu.{name}.default" for name in NOT_RAISED), _each, _not_raised),
 )

@@ -12,6 +12,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import shape_key
 from moe_lowering.report.leftovers import NotRaised
 from moe_lowering.source_lines import innermost
+from moe_lowering.vocabulary import SWIGLU_ALPHA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +31,21 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
+class Copied:
+    """Choices that give a token itself: x [T, H] times the weights of ids from ``first`` to ``last`` - 1."""
+
+    x: Node
+    first: int
+    last: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ForeignBlock:
     """An MoE layer that is not written with the generic operators, in terms of those.
 
     Attributes:
         form: the name of the form, a key of ``FORMS``.
-        result: the node whose value is ``base + combine(...)``; it is replaced.
+        result: the node whose value is the sum of ``bases``, ``copied`` and ``combine(...)``; it is replaced.
         interior: all nodes that are there for the result's sake alone, the result among them; erased with it.
         x: tokens [..., H]. ids, weights: [..., k], of as many tokens; any integers and floats.
         num_experts: E, on all ranks.
@@ -43,7 +53,8 @@ class ForeignBlock:
             of gate and up.
         weigh_input: x is multiplied by the weights instead of the results; k is 1.
         x_smooth, h_smooth: [E, H] and [E_local, I] float32, smooth scales of tokens and activations.
-        base: [T, H], added to the result.
+        bases: [T, H] each, added to the result. copied: what the tokens themselves add to it.
+        zero_experts: ids past the experts', for which no row is sent.
         counts: rows of each expert as the generic ``dispatch`` gives them, where they are read elsewhere too.
         first, middle: where dispatch and ``grouped_mlp`` stand: what they read exists there; None for in front of the result.
         edges: operations that only wait for a value inside: (who waits, the value). They wait for x or the result then.
@@ -64,14 +75,16 @@ class ForeignBlock:
     w2: Weights
     activation: str
     limit: float = 0.0
-    alpha: float = 1.702
+    alpha: float = SWIGLU_ALPHA
     interleaved: bool = False
     w13_bias: tuple[Node, ...] = ()
     w2_bias: tuple[Node, ...] = ()
     x_scale: Node | None = None
     mask: Node | None = None
     weigh_input: bool = False
-    base: Node | None = None
+    bases: tuple[Node, ...] = ()
+    copied: Copied | None = None
+    zero_experts: int = 0
     quantisation: str = "none"
     w13_scale: tuple[Node, ...] = ()
     w2_scale: tuple[Node, ...] = ()
@@ -105,6 +118,8 @@ class ForeignBlock:
                 return now(replaced[value]) if value in replaced else value
             if isinstance(value, Weights):
                 return dataclasses.replace(value, nodes=now(value.nodes))
+            if isinstance(value, Copied):
+                return dataclasses.replace(value, x=now(value.x))
             return tuple(map(now, value)) if isinstance(value, tuple) else value
 
         kept = ("result", "interior", "counts", "first", "middle", "edges", "own_operators")
@@ -125,6 +140,8 @@ class ForeignBlock:
                 return shape_key(value.meta["val"])
             if isinstance(value, Weights):
                 return (plain(value.nodes), value.transposed, value.joined)
+            if isinstance(value, Copied):
+                return (plain(value.x), value.first, value.last)
             return tuple(map(plain, value)) if isinstance(value, tuple) else value
 
         kept = ("interior", "notes", "first", "middle", "edges")
@@ -134,9 +151,11 @@ class ForeignBlock:
     def operands(self) -> tuple[Node, ...]:
         """Every node that the generic operators will read."""
         single = (
-            self.x, self.ids, self.weights, self.x_scale, self.mask, self.base, self.x_smooth, self.h_smooth,
+            self.x, self.ids, self.weights, self.x_scale, self.mask, self.x_smooth, self.h_smooth,
+            None if self.copied is None else self.copied.x,
         )  # fmt: skip
         lists: tuple[Sequence[Node], ...] = (
+            self.bases,
             self.w13.nodes,
             self.w2.nodes,
             self.w13_bias,

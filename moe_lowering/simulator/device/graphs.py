@@ -38,6 +38,7 @@ _KEYS = (
     "CompositeImplicitAutograd",
 )
 
+_OURS = "moe_lowering_watches"  # that a method is wrapped does not say by whom
 _watches: list[CpuWatch] = []  # of the capture under way
 
 
@@ -117,7 +118,7 @@ def install() -> None:
     """Wrap ``NPUGraph`` and ``torch.npu.graph``. Idempotent."""
     from torch_npu.npu import ExternalEvent, NPUGraph, graph
 
-    if hasattr(NPUGraph.capture_begin, "__wrapped__"):
+    if getattr(NPUGraph.capture_begin, _OURS, False):
         return
     begin, end, replay = NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay
     enter, leave, record = graph.__enter__, graph.__exit__, ExternalEvent.record
@@ -177,6 +178,7 @@ def install() -> None:
                 raise
             raise failure from error
 
+    setattr(capture_begin, _OURS, True)
     ExternalEvent.record = record_
     NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay = capture_begin, capture_end, replay_
     graph.__enter__, graph.__exit__ = enter_, exit_

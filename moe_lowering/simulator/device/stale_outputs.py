@@ -18,6 +18,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+_OURS = "moe_lowering_collector_waits"  # that a method is wrapped does not say by whom
 _MODULE = "npugraph_ex._acl_concrete_graph.acl_graph"
 # both read the weak references first and reset the pool at their end; the second one's name is spelt so
 _WINDOWS = ("compile_for_graph_key", "set_to_original_state_bofore_reconstruct")
@@ -28,7 +29,7 @@ def install() -> None:
     graph = importlib.import_module(_MODULE).AclGraph
     for name in _WINDOWS:
         method = getattr(graph, name, None)
-        if method is not None and not hasattr(method, "__wrapped__"):
+        if method is not None and not getattr(method, _OURS, False):
             setattr(graph, name, _without_collection(method))
 
 
@@ -43,4 +44,5 @@ def _without_collection(method: Callable[..., Any]) -> Callable[..., Any]:
             if enabled:
                 gc.enable()
 
+    setattr(run, _OURS, True)
     return run

@@ -14,6 +14,7 @@ import torch
 from moe_lowering.simulator.kernels.common import current_soc, make_undefined
 from moe_lowering.simulator.kernels.distribute_call import AT_RETURN, COMBINE, DistributeCall, begin_call
 from moe_lowering.simulator.kernels.exchange import agree, exchange_counts, exchange_rows
+from moe_lowering.simulator.kernels.special_experts import special_refusal, special_results
 
 TRIPLE = 3  # int32 values per row in assist_info: source rank, token, k
 INT8_BLOCKS = 2  # comm_quant_mode
@@ -129,7 +130,8 @@ def combine_v2(
     """rows [A, H] of the experts -> y [T, H]: sum over k of expert_scales[t, k] * row, plus the rows of shared-expert ranks,
     plus shared_expert_x[t].
 
-    Float32, k ascending, shared experts last with weight 1, rounded once. Masked (token, k) pairs are left out; a token
+    Float32, k ascending, shared experts last with weight 1, rounded once; zero, copy and const experts give what
+    ``special_experts`` says. Masked (token, k) pairs are left out; a token
     that has no other is undefined. Rows are sent where ``assist_info_for_combine`` and ``ep_send_counts`` say; those of
     another dispatch are refused where they cannot be right. expand_scales (A2, hierarchy) must be expert_scales as
     dispatch got them. comm_quant_mode 2: rows travel as int8.
@@ -141,6 +143,7 @@ def combine_v2(
         triples, refusal = _returned_rows(sizes, ep_send_counts, assist_info_for_combine, len(expand_x))
     weighs = current_soc() == "A2" or others["comm_alg"] == "hierarchy"
     refusal = refusal or _refusal(comm_quant_mode, others["comm_alg"], weighs, expand_scales, len(triples))
+    refusal = refusal or special_refusal(COMBINE, others, expand_x)
     call = begin_call(COMBINE, refusal, others, expand_x, {"comm_quant_mode": comm_quant_mode})
 
     back = torch.sort(triples[:, 0], stable=True).indices
@@ -160,7 +163,7 @@ def combine_v2(
     agree(COMBINE, call.group, AT_RETURN, wrong, {})
 
     shared = None if shared_expert_x is None else shared_expert_x.reshape(len(ids), -1)
-    return _sum_rows(call, rows, places, expert_scales, shared)
+    return _sum_rows(call, rows, places, expert_scales, shared, special_results(others, ids))
 
 
 def _own_experts(a: dict[str, Any]) -> tuple[int, range]:
@@ -172,16 +175,24 @@ def _own_experts(a: dict[str, Any]) -> tuple[int, range]:
 
 
 def _sum_rows(
-    call: DistributeCall, rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor | None
+    call: DistributeCall,
+    rows: torch.Tensor,
+    places: torch.Tensor,
+    weights: torch.Tensor,
+    shared: torch.Tensor | None,
+    special: list[torch.Tensor],
 ) -> torch.Tensor:
-    """y [T, H] from the rows that came back and their (source rank, token, k)."""
+    """y [T, H] from the rows that came back and their (source rank, token, k); ``special``: by k what experts give that no row
+    was sent for."""
     hidden = rows.shape[1]
     table = torch.zeros(len(call.ids), call.top_k + call.shared_experts, hidden, dtype=rows.dtype)
     table[places[:, 1], places[:, 2]] = rows
     total = torch.zeros(len(call.ids), hidden)
     for k in range(call.top_k):
-        term = weights[:, k : k + 1] * table[:, k].float()
-        total += torch.where(call.sent[:, k : k + 1], term, 0.0)
+        given = (
+            torch.where(call.sent[:, k : k + 1], table[:, k].float(), special[k]) if special else table[:, k].float()
+        )
+        total += torch.where(call.chosen[:, k : k + 1], weights[:, k : k + 1] * given, 0.0)
     for k in range(call.top_k, table.shape[1]):
         total += table[:, k].float()
     if shared is not None:

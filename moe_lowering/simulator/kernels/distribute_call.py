@@ -4,7 +4,7 @@ Routed expert g lives on rank S + g // E_local, where the first S ranks hold sha
 expert j on ranks j * P to (j + 1) * P - 1, P = S / shared_expert_num, of which rank r sends its tokens to the one of index
 r % P. ``group_ep`` is the name of a process group here, and that of an HCCL communicator on a
 device. A mask of one axis says which tokens take part (the first ones), one of two axes which (token, k) pairs do; a token
-without any pair takes no part.
+without any pair takes no part. Ids past the experts: ``special_experts``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from moe_lowering.simulator.kernels.common import make_undefined
 from moe_lowering.simulator.kernels.exchange import GroupLike, agree, resolve
+from moe_lowering.simulator.kernels.special_experts import special_experts
 
 DISPATCH, COMBINE = "npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2"
 AT_DISPATCH, AT_COMBINE, AT_RETURN = 0, 1, 2  # stages of ``agree``
@@ -32,7 +33,7 @@ class DistributeCall:
     ep_size: int
     experts: int
     ids: torch.Tensor  # [T, K] int32
-    sent: torch.Tensor  # [T, K] bool: not masked
+    chosen: torch.Tensor  # [T, K] bool: not masked
     max_bs: int  # the most tokens of a rank
     shared_ranks: int
     shared_experts: int  # 0 without shared ranks
@@ -59,9 +60,14 @@ class DistributeCall:
         return self.max_bs * self.ep_size * min(self.routed_experts, self.top_k)
 
     @property
+    def sent(self) -> torch.Tensor:
+        """[T, K] bool: pairs for which a row is sent, not those of zero, copy and const experts."""
+        return self.chosen & (self.ids < self.experts)
+
+    @property
     def active(self) -> torch.Tensor:
-        """[T] bool: tokens of which at least one pair is sent."""
-        return self.sent.any(1)
+        """[T] bool: tokens that take part."""
+        return self.chosen.any(1)
 
     def shared_rank(self, source: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
         """The ranks to which tokens of ranks ``source`` go for shared experts ``expert``."""
@@ -83,7 +89,7 @@ def _unmasked_pairs(mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tenso
 def _value_refusal(operator: str, a: dict[str, Any]) -> str:
     """What the values of ids and mask break, and the documented forms that are not computed here; "" when nothing."""
     mask, ids = a["x_active_mask"], a["expert_ids"]
-    unsupported = {"zero_expert_num": 0, "copy_expert_num": 0, "const_expert_num": 0, "performance_info": None}
+    unsupported = {"performance_info": None}
     if operator == DISPATCH:
         unsupported |= {"y_dtype": None, "x_dtype": None, "scales_dtype": None}
     for argument, accepted in unsupported.items():
@@ -95,9 +101,11 @@ def _value_refusal(operator: str, a: dict[str, Any]) -> str:
         return f"{operator}: x_active_mask is {mask.tolist()}; accepted: all True before the first False"
     sent = _unmasked_pairs(mask, ids)
     values = ids[sent]
-    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= a["moe_expert_num"]):
+    number, words = a["moe_expert_num"] + special_experts(a), "moe_expert_num - 1"
+    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= number):
+        words = f"{words} + zero, copy and const experts" if number > a["moe_expert_num"] else words
         bounds = f"{int(values.min())} to {int(values.max())}"
-        return f"{operator}: expert_ids is {bounds}; accepted: 0 to moe_expert_num - 1 = {a['moe_expert_num'] - 1}"
+        return f"{operator}: expert_ids is {bounds}; accepted: 0 to {words} = {number - 1}"
     # a masked pair stands for an expert of its own, which no other pair has
     ordered = torch.where(sent, ids.long(), -1 - torch.arange(ids.shape[1])).sort(-1).values
     repeated = torch.nonzero((ordered[:, 1:] == ordered[:, :-1]).any(-1)).flatten()
@@ -133,6 +141,9 @@ def begin_call(
             "moe_expert_num": a["moe_expert_num"],
             "shared_expert_num": a["shared_expert_num"],
             "shared_expert_rank_num": a["shared_expert_rank_num"],
+            "zero_expert_num": a["zero_expert_num"],
+            "copy_expert_num": a["copy_expert_num"],
+            "const_expert_num": a["const_expert_num"],
             "global_bs": global_bs,
             "comm_alg (0 is the empty one)": ALGORITHMS.index(a["comm_alg"]) if a["comm_alg"] in ALGORITHMS else -1,
             **facts,
@@ -151,7 +162,7 @@ def begin_call(
         ep_size=ep_size,
         experts=a["moe_expert_num"],
         ids=ids,
-        sent=_unmasked_pairs(a["x_active_mask"], ids),
+        chosen=_unmasked_pairs(a["x_active_mask"], ids),
         max_bs=global_bs // ep_size or len(ids),
         shared_ranks=a["shared_expert_rank_num"],
         shared_experts=a["shared_expert_num"] if a["shared_expert_rank_num"] else 0,

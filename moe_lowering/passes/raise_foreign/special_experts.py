@@ -1,0 +1,52 @@
+"""Zero and copy experts of an MC2 chain: ids past the experts', for which no row is sent.
+
+The generic ``dispatch`` knows ids of experts that give nothing, however many kinds of these a chain has. A copy expert gives the
+token itself, which combine reads as ``ori_x``: weights times that are added beside the block. Const experts mix it with tensors
+of their own, which no model of those that were read does.
+Sources: op_plugin.dispatch, op_plugin.combine: ids and what each kind gives.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.raise_foreign.chain_walk import has_argument, require_of, same_sizes, value_of
+from moe_lowering.passes.raise_foreign.records import Copied, NotThisForm
+
+SPECIAL = ("zero_expert_num", "copy_expert_num", "const_expert_num")  # in the order of their ids
+
+
+def require_special(node: Node) -> None:
+    """Of dispatch or combine: no const experts.
+
+    Raises:
+        NotThisForm: ``raise.const_experts``, or a number that is none.
+    """
+    require_of(node, {"const_expert_num": (0,)}, "raise.const_experts")
+    for name in filter(lambda name: has_argument(node, name), SPECIAL):
+        number = argument(node, name)
+        if type(number) is not int or number < 0:
+            raise NotThisForm(node, "raise.special_experts", f"{node.name}: {name} is {number!r}", "0 or more")
+
+
+def special_experts(node: Node) -> int:
+    """Of all kinds, of a dispatch or combine that ``require_special`` accepts."""
+    return sum(argument(node, name) for name in SPECIAL if has_argument(node, name))
+
+
+def copied_tokens(combine: Node) -> Copied | None:
+    """What copy experts add at a combine; None without any. ``ori_x`` is not read then.
+
+    Raises:
+        NotThisForm: there is no ``ori_x`` [T, H] for them.
+    """
+    copies = argument(combine, "copy_expert_num") if has_argument(combine, "copy_expert_num") else 0
+    if not copies:
+        return None
+    x, result = argument(combine, "ori_x"), value_of(combine)
+    if not isinstance(x, Node) or not same_sizes(value_of(x), result) or value_of(x).dtype != result.dtype:
+        seen = f"{combine.name}: ori_x is {x} with {copies} copy experts"
+        raise NotThisForm(combine, "raise.special_experts", seen, f"{result.dtype} {tuple(result.shape)}")
+    first = argument(combine, "moe_expert_num") + argument(combine, "zero_expert_num")
+    return Copied(x, first, first + copies)
