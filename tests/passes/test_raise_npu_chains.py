@@ -346,7 +346,7 @@ def test_an_operator_of_no_form_is_recognised_and_left():
 EDITED = {
     "bfloat16": ("allgather", {}),
     "W8A8": ("mc2", {"quantisation": "w8a8", "shared": "argument"}),
-    "gathered": ("mc2", {"kind_of": chains.Gathered}),
+    "gathered": ("mc2", {"kind_of": variants.Gathered}),
 }
 
 
