@@ -14,9 +14,11 @@ from torch.fx import Graph, GraphModule
 from torch.utils._pytree import tree_leaves
 
 from moe_lowering import MoeLowering
+from moe_lowering.limits import violations
 from moe_lowering.passes import capturability, decision, emitter, find_blocks, graph_run, run_routes
 from moe_lowering.passes.fake_values import Template
 from moe_lowering.passes.verifier import repropagate
+from moe_lowering.report import graphs as report_graphs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from graphs import DEPLOYMENT, Shape, build
@@ -68,6 +70,29 @@ def test_equal_layers_are_judged_once(comm, symbolic):
     assert of_many == of_one
     assert of_one["decide"] == of_one["judge_route"] == 1
     assert [block.comm for block in (*one.blocks, *many.blocks)] == [comm] * 7
+
+
+@SIZES
+@EVERY_COMM
+def test_what_equal_layers_are_and_become_is_worked_out_once(comm, symbolic):
+    """No emitter is asked, no record made, no row evaluated and no node described for one more equal layer."""
+    watch = [
+        (emitter.Emitter, "call"),
+        (find_blocks, "_spec"),
+        (violations, "_violation"),
+        (report_graphs, "GraphNode"),
+    ]
+    lower(1, comm, symbolic)  # what does not read T is kept from graph to graph
+    violations._rules.cache_clear()  # as are answers
+    _, _, of_one = lower(1, comm, symbolic, watch)
+    violations._rules.cache_clear()
+    _, many, of_many = lower(6, comm, symbolic, watch)
+    assert of_many == of_one
+    assert of_one["_spec"] == 1
+    assert min(of_one["call"], of_one["_violation"]) > 0
+    assert len({block.ops_after for block in many.blocks[1:]}) == 1  # the first has an assert_tokens
+    texts = ["; ".join(map(str, block.nodes_after)) for block in many.blocks]
+    assert len(set(texts)) == 6  # with their own names
 
 
 def test_layers_that_differ_are_judged_apart():
