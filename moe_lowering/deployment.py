@@ -69,6 +69,8 @@ class Deployment:
         fused_mode: which fused operators FusedMC2 may use: 0 (none), 1 (``dispatch_ffn_combine`` or ``mega_moe``) or 2
             (``dispatch_gmm_combine_decode``), as vllm-ascend's VLLM_ASCEND_ENABLE_FUSED_MC2.
         mask_is_prefix: promise that every token mask is True for the first n tokens and False after them, as padding is.
+        mc2_capacity: up to how many tokens of a TP group a serving stack uses MC2, for the policies that choose as vllm-ascend
+            does; 0 for what that derives from ``max_tokens``.
         mc2_hierarchy: MC2 in two levels, within and between nodes (``comm_alg="hierarchy"``).
         shared_expert_ranks: the first ranks of the EP group that hold shared experts, one each, and no routed ones; the
             routed experts are spread over the others. 0 for none: shared experts are then no matter of this package.
@@ -111,6 +113,7 @@ class Deployment:
     mode: str = "npugraph_ex"
     fused_mode: int = 1
     mask_is_prefix: bool = False
+    mc2_capacity: int = 0
     mc2_hierarchy: bool = False
     shared_expert_ranks: int = 0
     shared_experts: int = 1
@@ -146,7 +149,7 @@ class Deployment:
                 raise ValueError(f"Deployment: {kind}_rank is {rank}; accepted: 0 to {kind}_size - 1 = {size - 1}")
             if size > 1 and not group:
                 raise ValueError(f"Deployment: {kind}_size is {size} but {kind}_group is ''; give the group's name")
-        for name in ("max_tokens", "min_tokens", "max_rows", "max_output_size", "ranks_per_node"):
+        for name in ("max_tokens", "min_tokens", "max_rows", "max_output_size", "ranks_per_node", "mc2_capacity"):
             require_least(name, getattr(self, name), 0)
         require_least("hccl_buffer_mb", self.hccl_buffer_mb, 1)
         if self.ep_size % self.tp_size:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from moe_lowering import custom_ops as _custom_ops  # registers the operators
 from moe_lowering.argument_checks import require_instance, require_integer
+from moe_lowering.custom_ops import one_rank
 from moe_lowering.deployment import Deployment, experts_of_rank
 from moe_lowering.groups import Claim, own_ranks
 from moe_lowering.model_arguments import (
@@ -31,6 +32,7 @@ from moe_lowering.model_arguments import (
     check_route,
     check_tokens,
     list_matrices,
+    one_rank_key,
     physical_ids,
     weigh_tokens,
 )
@@ -219,6 +221,15 @@ def moe_experts(
         "w13_scale_bias": w13_scale_bias,
         "w2_scale_bias": w2_scale_bias,
     }
+    key = None
+    if not torch.compiler.is_compiling():
+        absent = (w13_bias, w2_bias, mask, pertoken_scale, out_dtype, log2phy, expert_map, *quantisers.values())
+        options = (num_experts, quantisation, need_trans, apply_router_weight_on_input, return_counts)
+        layer = one_rank.Layer(x, weights, ids, w13, w2, activation, limit, alpha, interleaved)
+        key = one_rank_key(layer, absent, options, _SINGLE_RANK if deployment is None else deployment)
+        y = None if key is None else one_rank.compute(layer, key)
+        if y is not None:
+            return y
     check_experts_tensors(
         {"x": x, "weights": weights, "ids": ids},
         {"w13": w13, "w2": w2},
@@ -279,6 +290,8 @@ def moe_experts(
         *((quantisation, *(as_list(t) or None for t in lists), out_dtype) if quantised else ()),
     )
     y = _ops.combine.default(rows, weights, ids, handle, mask, num_experts, *groups, *shared)
+    if key is not None:
+        one_rank.remember(key)
     return (y, counts, _COUNTS) if return_counts else y
 
 

@@ -284,13 +284,13 @@ def warn_of_other_implementations(what: str, modules: Sequence[tuple[str, nn.Mod
     """Say so where transformers' modules are not computed by this package, which alone can read what they now hold."""
     others: dict[str, list[str]] = {}
     for name, module in modules:
-        chosen = getattr(getattr(module, "config", None), "_experts_implementation", EXPERTS_IMPLEMENTATION)
-        if chosen != EXPERTS_IMPLEMENTATION:
-            others.setdefault(str(chosen), []).append(name or type(module).__name__)
-    for chosen, names in others.items():
+        implementation = getattr(getattr(module, "config", None), "_experts_implementation", EXPERTS_IMPLEMENTATION)
+        if implementation != EXPERTS_IMPLEMENTATION:
+            others.setdefault(str(implementation), []).append(name or type(module).__name__)
+    for implementation, names in others.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         warnings.warn(
-            f"{what}: {names[0]}{more} is computed by the experts implementation {chosen!r}, which does not read experts "
+            f"{what}: {names[0]}{more} is computed by the experts implementation {implementation!r}, which does not read experts "
             f"as they are now and is not lowered; call model.set_experts_implementation({EXPERTS_IMPLEMENTATION!r}) "
             "(moe_lowering.integrations.transformers.register() first)",
             stacklevel=3,

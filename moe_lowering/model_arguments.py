@@ -9,7 +9,7 @@ physical ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from moe_lowering.argument_checks import (
     require_integer,
     require_number,
 )
+from moe_lowering.custom_ops import one_rank
 from moe_lowering.custom_ops.grouped_mlp import FLOATS
 from moe_lowering.custom_ops.route import GROUP_SCORES, SCORINGS
 from moe_lowering.deployment import Deployment
@@ -244,3 +245,22 @@ def as_list(tensors: Weights | None) -> list[Tensor]:
     if tensors is None:
         return []
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def one_rank_key(
+    layer: one_rank.Layer, absent: tuple[Any, ...], options: tuple[Any, ...], place: Any
+) -> Hashable | None:
+    """What the checks of a call of ``moe_experts`` depend on that ``one_rank`` may compute; None of others.
+
+    Args:
+        absent: the arguments that such a call does not have.
+        options: num_experts, quantisation, and flags that are False in such a call. place: the deployment.
+    """
+    quantisation, *flags = options[1:]
+    if any(each is not None for each in absent) or any(flag is not False for flag in flags):
+        return None
+    if not isinstance(place, Deployment) or place.ep_size != 1 or place.tp_size != 1:
+        return None
+    if not isinstance(quantisation, str) or quantisation != "none":
+        return None
+    return one_rank.signature(layer, (*options, place.token_bound, place.max_rows))

@@ -98,8 +98,13 @@ def _device_type(file: Path) -> str:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant):
             names = [target.id for target in statement.targets if isinstance(target, ast.Name)]
             if "__device_type__" in names:
-                return _DEVICE_TYPES.get(str(statement.value.value), UNKNOWN)
+                return soc_of_device_type(statement.value.value)
     return UNKNOWN
+
+
+def soc_of_device_type(word: object) -> str:
+    """Our name of the SoC that vllm-ascend's ``__device_type__`` names, ``UNKNOWN`` for a word that is not known."""
+    return _DEVICE_TYPES.get(str(word), UNKNOWN)
 
 
 def same_version(a: str, b: str) -> bool:

@@ -254,17 +254,17 @@ def _parameter(parts: list[Tensor]) -> nn.Parameter:
 
 
 def _scale_dtype(w: Tensor, format: str, requested: torch.dtype | None) -> torch.dtype:
-    """The dtype of scales; ``wanted``, or the format's own when that is None."""
+    """The dtype of scales; ``requested``, or the format's own when that is None."""
     require_choice("quantise_weight", "format", format, FORMATS)
     require_instance("quantise_weight", "scale_dtype", requested, (torch.dtype, type(None)), "a torch.dtype, or None")
     names = (name for name in EXPERT_FORMATS[format].scale_dtypes if name != "int64")  # bits: see scale_bits
     accepted = tuple(getattr(torch, name) for name in names) or _HALVES
-    chosen = requested or (torch.float32 if torch.float32 in accepted else w.dtype)
-    if chosen not in accepted:
+    scale_type = requested or (torch.float32 if torch.float32 in accepted else w.dtype)
+    if scale_type not in accepted:
         shown = " or ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
         source = "scale_dtype" if requested else "scale_dtype is None and w"
-        raise TypeError(f"quantise_weight: {source} is {chosen} for {format}; accepted: {shown}")
-    return chosen
+        raise TypeError(f"quantise_weight: {source} is {scale_type} for {format}; accepted: {shown}")
+    return scale_type
 
 
 def _check_weight(w: Tensor, format: str, group_size: int | None) -> None:

@@ -29,6 +29,7 @@ class Settings:
         requests: how many, of random lengths; all at once.
         tokens: how many each is continued with.
         dtype: of the model.
+        logprobs: how many of the best tokens' log probabilities to keep, of the first token of each request.
         ranks: of one tensor-parallel group, with expert parallelism.
         options: further arguments of ``LLM``.
         additional: further ``additional_config``.
@@ -41,6 +42,7 @@ class Settings:
     requests: int = 8
     tokens: int = 6
     dtype: str = "float32"
+    logprobs: int = 0
     ranks: int = 1
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     additional: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -67,22 +69,28 @@ def serve(settings: Settings) -> dict[str, Any]:
     options |= {name: value for name, value in settings.options.items() if name != "compilation_config"}
     if settings.ranks > 1:
         options |= {"tensor_parallel_size": settings.ranks, "enable_expert_parallel": True}
-    llm = LLM(
-        model=settings.model,
-        skip_tokenizer_init=True,
-        max_model_len=128,
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-        gpu_memory_utilization=0.5,
-        dtype=settings.dtype,
-        num_gpu_blocks_override=64,
-        enable_prefix_caching=False,
-        additional_config=additional,
-        **options,
+    defaults: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "max_model_len": 128,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+        "gpu_memory_utilization": 0.5,
+        "num_gpu_blocks_override": 64,
+        "enable_prefix_caching": False,
+    }
+    llm = LLM(model=settings.model, dtype=settings.dtype, additional_config=additional, **{**defaults, **options})
+    sampling = SamplingParams(
+        max_tokens=settings.tokens,
+        temperature=0.0,
+        detokenize=False,
+        ignore_eos=True,
+        logprobs=settings.logprobs or None,
     )
-    sampling = SamplingParams(max_tokens=settings.tokens, temperature=0.0, detokenize=False, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts(settings)], sampling)
     result: dict[str, Any] = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+    if settings.logprobs:
+        first = [output.outputs[0].logprobs[0] for output in outputs]
+        result["logprobs"] = [{token: entry.logprob for token, entry in found.items()} for found in first]
     files = [path for path in Path(settings.cache).rglob("artifact_compile_range*") if path.is_file()]
     calls = [sorted({".".join(call) for call in CALL.findall(path.read_text())}) for path in files]
     result["compiled"] = calls

@@ -14,20 +14,20 @@ SIZES = 4  # capture sizes of serve.py
 
 def test_eager(served, reference):
     found = served()
-    assert found["tokens"] == reference[1] and found["captures"] == 0 and not found["compiled"]
+    assert found["tokens"] == reference.tokens and found["captures"] == 0 and not found["compiled"]
 
 
 def test_captured_without_the_plugin(served, reference):
     """The twin of the next test: installed and not asked for, it changes nothing."""
     found = served(graphs=True)
-    assert found["tokens"] == reference[1] and found["layers"] == {} and found["reports"] == []
+    assert found["tokens"] == reference.tokens and found["layers"] == {} and found["reports"] == []
     assert [OPAQUE in calls for calls in found["compiled"]] == [True] and not LOWERED & set(found["compiled"][0])
     assert found["captures"] == SIZES and found["replays"] > SIZES
 
 
 def test_captured_with_the_plugin(served, reference):
     found = served(graphs=True, plugin={})
-    assert found["tokens"] == reference[1]
+    assert found["tokens"] == reference.tokens
     assert found["layers"] == dict.fromkeys(("model.layers.0.mlp.experts", "model.layers.1.mlp.experts"), "")
     [calls] = found["compiled"]
     assert OPAQUE not in calls and set(calls) >= LOWERED
@@ -57,7 +57,7 @@ def test_captured_with_the_plugin(served, reference):
 )
 def test_what_is_not_taken_over_stays(served, reference, settings, code):
     found = served(requests=3, **settings)
-    assert found["tokens"] == reference[1][:3]
+    assert found["tokens"] == reference.tokens[:3]
     assert len(found["layers"]) == 2 and all(why.startswith(code) for why in found["layers"].values())
     assert f"stays with vllm-ascend's operator: {code}" in found["log"]
     assert found["reports"] == [] and all(OPAQUE in calls for calls in found["compiled"])

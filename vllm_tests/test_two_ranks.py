@@ -1,19 +1,25 @@
 """Qwen3-MoE on two ranks, expert parallel within a TP group, gloo under HCCL's name: AllGather, as vllm-ascend selects on A2."""
 
 REQUESTS = 6
+# vllm-ascend multiplies rows that no operator wrote by zero where a rank receives fewer than two rows, and NaN would stay NaN
+FINITE = {"MOE_LOWERING_SIMULATOR_UNDEFINED": "finite"}
+
+
+def lines_of(rank, log):
+    return [line for line in log.splitlines() if line.startswith(f"(Worker_TP{rank}_EP{rank}")]
 
 
 def test_expert_parallel(served, reference):
     """vllm-ascend's own path."""
-    found = served(soc="A2", ranks=2, requests=REQUESTS)
-    assert found["tokens"] == reference[1][:REQUESTS]
+    found = served(soc="A2", ranks=2, requests=REQUESTS, environment=FINITE)
+    assert found["tokens"] == reference.tokens[:REQUESTS]
 
 
 def test_expert_parallel_with_the_plugin(served, reference):
     found = served(soc="A2", ranks=2, requests=REQUESTS, graphs=True, plugin={})
-    assert found["tokens"] == reference[1][:REQUESTS]
+    assert found["tokens"] == reference.tokens[:REQUESTS]
     assert found["compiled"] and all("vllm.moe_forward" not in calls for calls in found["compiled"])
     for rank in range(2):
-        lines = [line for line in found["log"].splitlines() if line.startswith(f"(Worker_TP{rank}_EP{rank}")]
+        lines = lines_of(rank, found["log"])
         assert any("graph for 1 to 256 tokens" in line for line in lines)
         assert any("implementation    allgather (vllm_ascend_main selects it)" in line for line in lines)

@@ -39,10 +39,10 @@ def _words(words: tuple[str, ...]) -> Any:
 
 def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """Of a parser and its commands."""
-    found = []
+    actions = []
     for action in parser._actions:
-        found.append(action)
+        actions.append(action)
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
-                found += _actions(command)
-    return found
+                actions += _actions(command)
+    return actions

@@ -29,6 +29,7 @@ from moe_lowering.custom_ops.library import Value, check_once, register, schema_
 from moe_lowering.custom_ops.placement import Placement
 from moe_lowering.custom_ops.sizes import are_certainly_different, ceil_div, show, token_count, unify
 from moe_lowering.custom_ops.token_exchange import own_slice
+from moe_lowering.custom_ops.weighted_sum import sum_rows
 
 SLOT_TWICE = "handle names a slot twice; accepted: the handle that dispatch made"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -143,14 +144,10 @@ def _sum_few(rows: Tensor, handle: list[list[int]], weights: Tensor) -> Tensor:
     _complete(NAME, [len(used)], [tokens * top_k])
     row_of = [-1] * (tokens * top_k)
     for row, (_, token, choice) in enumerate(used):
-        row_of[choice * tokens + token] = row
+        row_of[token * top_k + choice] = row
     if min(row_of) < 0:
         raise ValueError(f"{NAME}: {SLOT_TWICE}")
-    chosen = rows.index_select(0, torch.tensor(row_of)).float().view(top_k, tokens, rows.shape[1])
-    total = torch.zeros((tokens, rows.shape[1]), dtype=torch.float32)
-    for each, weight in zip(chosen.unbind(0), weights.unsqueeze(2).unbind(1), strict=True):
-        total.addcmul_(each, weight)
-    return total.to(rows.dtype)
+    return sum_rows(rows.index_select(0, torch.tensor(row_of)), weights)
 
 
 def send_back(
@@ -201,12 +198,8 @@ def weighted_sum(operator: str, rows: Tensor, slots: Tensor, weights: Tensor, ke
         row_of, weights = row_of[kept], weights[kept]
     if row_of.numel() and int(row_of.min()) < 0:
         raise ValueError(f"{operator}: {SLOT_TWICE}")
-    total = torch.zeros((row_of.shape[0], rows.shape[1]), dtype=torch.float32)
-    for index, weight in zip(row_of.unbind(1), weights.unsqueeze(2).unbind(1), strict=True):
-        total.addcmul_(rows.index_select(0, index).float(), weight)
-    if kept is None:
-        return total.to(rows.dtype)
-    return rows.new_zeros((size, rows.shape[1])).index_copy_(0, kept, total.to(rows.dtype))
+    total = sum_rows(rows.index_select(0, row_of.reshape(-1)), weights)
+    return total if kept is None else rows.new_zeros((size, rows.shape[1])).index_copy_(0, kept, total)
 
 
 register(SCHEMA, CombineCall, cpu=_cpu, fake=_fake, side_effect=True)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from moe_lowering.custom_ops.combine import send_back, weighted_sum
 from moe_lowering.custom_ops.exchange import ALONE, Group
-from moe_lowering.custom_ops.grouped_mlp import activate, check_per_expert, grouped_matmul
+from moe_lowering.custom_ops.expert_matmul import grouped_matmul
+from moe_lowering.custom_ops.grouped_mlp import activate, check_per_expert
 from moe_lowering.custom_ops.missing_operators import why_absent
 from moe_lowering.custom_ops.placement import Placement
 from moe_lowering.custom_ops.quantised import WEIGHT_DTYPES, quantise_rows, quantised_matmul

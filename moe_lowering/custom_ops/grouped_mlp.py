@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate, product
+from itertools import product
 from typing import Generic
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import NamedTuple
 
+from moe_lowering.custom_ops.expert_matmul import grouped_matmul
 from moe_lowering.custom_ops.library import Value, check_once, register, schema_of
 from moe_lowering.custom_ops.quantised import (
     WEIGHT_DTYPES,
@@ -29,7 +30,6 @@ from moe_lowering.custom_ops.quantised import (
     are_scales_grouped,
     quantise_rows,
     quantised_matmul,
-    split_experts,
 )
 from moe_lowering.custom_ops.sizes import are_certainly_different, is_known, show
 from moe_lowering.custom_ops.smooth import check_smooth
@@ -276,56 +276,6 @@ def _int8_rows(call: GroupedMlpCall[Tensor], counts: list[int], used: int) -> Te
         activated = activated * call.h_smooth.repeat_interleave(torch.tensor(counts), 0)
     rows, row_scale = quantise_rows(activated)
     return quantised_matmul(rows, row_scale, counts, call.w2, call.w2_scale or ())
-
-
-def grouped_matmul(
-    rows: Tensor, counts: list[int], weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype
-) -> Tensor:
-    """For each expert, its rows @ its weight (+ its bias): summed in float32, rounded once to ``dtype``.
-
-    Args:
-        rows: [sum(counts), K], by expert.
-        weights, biases: as in the schema; no bias when empty.
-
-    A matmul in the rows' own dtype rounds like that: CPU kernels for 16-bit types accumulate in float32.
-    """
-    native = dtype == rows.dtype and all(bias.dtype == dtype for bias in biases)
-    few = 0 < 2 * rows.shape[0] <= len(counts)  # torch's own loop takes 1 us for each expert without a row
-    if native and not biases and not few and _takes_grouped_mm(rows, weights):
-        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
-        return F.grouped_mm(rows, weights[0], offs=ends)
-    out = rows.new_empty((rows.shape[0], weights[0].shape[-1]), dtype=dtype)
-    matrices = split_experts(weights)
-    vectors = split_experts(biases, 1) if biases else ()
-    for expert, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
-        if not count:
-            continue
-        own_rows, target, matrix = rows[end - count : end], out[end - count : end], matrices[expert]
-        if native and vectors:
-            torch.addmm(vectors[expert], own_rows, matrix, out=target)
-        elif native:
-            torch.mm(own_rows, matrix, out=target)
-        else:
-            product = own_rows.float() @ matrix.float()
-            target.copy_(product.add_(vectors[expert]) if vectors else product)
-    return out
-
-
-def _takes_grouped_mm(rows: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether torch's own loop takes them: it wants lines that start at multiples of 16 bytes (torch 2.10 to 2.13)."""
-    if len(weights) != 1 or weights[0].dim() != 3 or not rows.shape[0]:
-        return False
-    weight, size = weights[0], rows.element_size()
-    inner, outer = sorted(weight.stride()[1:])
-    return (
-        inner == 1
-        and outer * size % 16 == 0
-        and outer >= min(weight.shape[1:])
-        and weight.data_ptr() % 16 == 0
-        and rows.stride() == (rows.shape[1], 1)
-        and rows.shape[1] * size % 16 == 0
-        and rows.data_ptr() % 16 == 0
-    )
 
 
 def activate(

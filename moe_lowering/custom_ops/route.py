@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import NamedTuple
 
-from moe_lowering.custom_ops.library import Value, register, schema_of
+from moe_lowering.custom_ops.library import Value, check_once, register, schema_of
 from moe_lowering.custom_ops.sizes import are_certainly_different, is_known, show
 
 SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -89,7 +89,7 @@ def _fake(call: RouteCall[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _cpu(call: RouteCall[Tensor]) -> tuple[Tensor, Tensor]:
-    _check(call)
+    check_once(_check, call)
     scores = _score(call.logits.float(), call.scoring)
     choice = scores if call.bias is None else scores + call.bias.float()
     if call.num_groups > 1:

@@ -39,7 +39,7 @@ class Answer:
         judgement: the verdict of each implementation, and what it was judged with.
         choice: the implementation; None when none may be chosen. ``reason``: why.
         prices: by implementation; of one that is refused what it would cost, None where that cannot be told.
-        wanted: what ``comm`` asks for, or the policy's rule selects by itself; None for ``auto``.
+        requested: what ``comm`` asks for, or the policy's rule selects by itself; None for ``auto``.
     """
 
     tokens: int

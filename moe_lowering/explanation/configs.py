@@ -195,10 +195,11 @@ def _moe_layers(config: Any) -> int | None:
 
 
 def _without_gate(model: str, name: Any) -> str:
-    known = [record.name for record in vocabulary.ACTIVATIONS.values() if not record.gated]
-    if name not in known:
+    ungated = [record.name for record in vocabulary.ACTIVATIONS.values() if not record.gated]
+    if name not in ungated:
         raise ExplainError(
-            "model", f"the activation of {model}, without a gate, is {write_value(name)}; accepted: {', '.join(known)}"
+            "model",
+            f"the activation of {model}, without a gate, is {write_value(name)}; accepted: {', '.join(ungated)}",
         )
     return str(name)
 

@@ -120,12 +120,12 @@ def _candidates(question: Question, answer: Answer) -> Iterator[tuple[Change, Bl
 
 def _needed_buffers(answer: Answer) -> list[int]:
     """Sizes of the HCCL window that broken rules name, the smallest first."""
-    needed = set()
+    window_sizes = set()
     for verdict in answer.judgement.verdicts.values():
         sizes = [size for v in verdict.violations if (size := (v.to_json().get("buffer") or {}).get("needed_mb"))]
         if sizes:
-            needed.add(max(sizes))
-    return sorted(needed)
+            window_sizes.add(max(sizes))
+    return sorted(window_sizes)
 
 
 def _other_sizes(deployment: Deployment, experts: int) -> list[int]:

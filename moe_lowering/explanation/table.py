@@ -87,12 +87,12 @@ def choices_around(question: Question, tokens: int, more: TokenRange | None = No
         for size in sizes
         if experts % (size - deployment.shared_expert_ranks) == 0 and size % deployment.tp_size == 0
     }
-    asked = [
+    questions = [
         dataclasses.replace(question, deployment=deployment.replace(ep_size=size, ep_group="ep" if size > 1 else ""))
         for size in sorted(sizes)
     ]
     least = 1 if deployment.equal_tokens else max(1, deployment.min_tokens)
-    return tabulate(asked, [more or TokenRange(least, max(PICTURED_TOKENS, 2 * tokens))])
+    return tabulate(questions, [more or TokenRange(least, max(PICTURED_TOKENS, 2 * tokens))])
 
 
 def tabulate(questions: Iterable[Question], counts: Sequence[TokenRange]) -> tuple[Row, ...]:
@@ -137,5 +137,7 @@ def _others(answer: Answer) -> dict[str, tuple[str, ...]]:
 
 def _enough(answer: Answer) -> int | None:
     sizes = answer.sizes()
-    needed = [] if sizes is None else [window.needed_mb for window in sizes.windows if window.needed_mb is not None]
-    return max(needed, default=None)
+    buffer_sizes = (
+        [] if sizes is None else [window.needed_mb for window in sizes.windows if window.needed_mb is not None]
+    )
+    return max(buffer_sizes, default=None)

@@ -73,29 +73,39 @@ def _attempt(family: str, way: str, dtype: str, shapes: str) -> Attempt:
     overlapped = None
     if (way, dtype, shapes) == ("hook", "bfloat16", "static") and not unsupported:
         overlapped = _overlapped(model, config)
-    inputs = _record(model, names)
-    lowering = MoeLowering(Deployment())
-    outputs = []
+    ran = _Calls(model, names)
+    no_graph = ""
     with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
-        compiled = _compiled(model, lowering, shapes == "dynamic")
-        for length in LENGTHS if shapes == "dynamic" else LENGTHS[:1]:
-            ids = torch.randint(3, config.vocab_size, (BATCH, length), generator=torch.Generator().manual_seed(length))
-            try:
-                outputs.append((ids, result(compiled, ids)))
-            except Exception:
-                if unsupported:  # what is not lowered cannot be compiled whole
-                    return Attempt(way, dtype, shapes, LEFT, layers=len(names), reason=_cut(unsupported))
+        try:
+            reports, outputs = _run(model, config.vocab_size, ran, shapes == "dynamic", whole=True)
+        except Exception as raised:
+            if unsupported:  # what is not lowered cannot be compiled whole
+                return Attempt(way, dtype, shapes, LEFT, layers=len(names), reason=_cut(unsupported))
+            if not isinstance(raised, torch._dynamo.exc.TorchDynamoException):
                 raise
-        error, whole = _errors(own, names, inputs, outputs if dtype == "float32" else [])
-    ran = sum(bool(calls) for calls in inputs.values())  # a model for images has experts that no text comes to
-    attempt = _judged((way, dtype, shapes), lowering.reports, ran, error, whole, unsupported)
+            no_graph = _no_graph(raised)
+            reports, outputs = _run(model, config.vocab_size, ran, shapes == "dynamic", whole=False)
+        error, off = _errors(own, ran.taken, outputs if dtype == "float32" else [])
+    layers = sum(bool(calls) for calls in ran.taken.values())  # a model for images has experts that no text comes to
+    why = f"{no_graph}, and of its parts: {_why(reports) or 'nothing'}" if no_graph else unsupported
+    attempt = _judged((way, dtype, shapes), reports, layers, error, off, why)
     return dataclasses.replace(attempt, overlapped=overlapped)
 
 
-def _compiled(model: nn.Module, lowering: MoeLowering, dynamic: bool) -> nn.Module:
-    compiled: Any = torch.compile(model, backend=lowering_backend(lowering), fullgraph=True, dynamic=dynamic)
-    module: nn.Module = compiled
-    return module
+def _run(
+    model: nn.Module, vocabulary: int, calls: _Calls, dynamic: bool, whole: bool
+) -> tuple[list[LoweringReport], list[tuple[Tensor, Tensor]]]:
+    """The reports of the graphs of a model, or of its parts where it need not be one, and (ids, result) of each length."""
+    torch._dynamo.reset()
+    calls.forget()
+    lowering = MoeLowering(Deployment())
+    compiled: Any = torch.compile(model, backend=lowering_backend(lowering), fullgraph=whole, dynamic=dynamic)
+    outputs = []
+    for length in LENGTHS if dynamic else LENGTHS[:1]:
+        ids = torch.randint(3, vocabulary, (BATCH, length), generator=torch.Generator().manual_seed(length))
+        outputs.append((ids, result(compiled, ids)))
+        calls.take()
+    return lowering.reports, outputs
 
 
 def _overlapped(model: nn.Module, config: Any) -> int | None:
@@ -131,19 +141,35 @@ def _use(model: nn.Module, implementation: str) -> None:
 Taken = dict[str, list[tuple[Any, ...]]]
 
 
-def _record(model: nn.Module, names: list[str]) -> Taken:
-    """Each call of these modules, by name: (inputs..., output)."""
-    inputs: Taken = {name: [] for name in names}
+class _Calls:
+    """Each call of some modules, by name: (inputs..., output).
 
-    def keep(name: str) -> Any:
+    What a hook writes into is emptied by ``take`` after each run: dynamo guards how long it is, and would compile a graph
+    for every run, so that none with dynamic shapes ever ran with another length.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self.taken: Taken = {name: [] for name in names}
+        self._fresh: Taken = {name: [] for name in names}
+        for name in names:
+            model.get_submodule(name).register_forward_hook(self._keep(name), with_kwargs=True)
+
+    def _keep(self, name: str) -> Any:
+        fresh = self._fresh[name]
+
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            inputs[name].append((*args, *kwargs.values(), _tensor(output)))
+            fresh.append((*args, *kwargs.values(), _tensor(output)))
 
         return hook
 
-    for name in names:
-        model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True)
-    return inputs
+    def take(self) -> None:
+        for name, calls in self._fresh.items():
+            self.taken[name] += calls
+            calls.clear()
+
+    def forget(self) -> None:
+        for calls in (*self._fresh.values(), *self.taken.values()):
+            calls.clear()
 
 
 def _tensor(output: Any) -> Tensor:
@@ -152,14 +178,12 @@ def _tensor(output: Any) -> Tensor:
     return tensor
 
 
-def _errors(
-    own: nn.Module, names: list[str], taken: Taken, outputs: list[tuple[Tensor, Tensor]]
-) -> tuple[float | None, float]:
+def _errors(own: nn.Module, taken: Taken, outputs: list[tuple[Tensor, Tensor]]) -> tuple[float | None, float]:
     """The largest error of a module, None where none ran; and of the model's results."""
     largest = None
-    for name in names:
+    for name, calls in taken.items():
         module = own.get_submodule(name)
-        for *inputs, output in taken[name]:
+        for *inputs, output in calls:
             error = difference(output, _tensor(module(*inputs)))
             largest = error if largest is None else max(largest, error)
     return largest, max((difference(actual, result(own, ids)) for ids, actual in outputs), default=0.0)
@@ -179,6 +203,7 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 def _judged(
     kind: Kind, reports: list[LoweringReport], layers: int, error: float | None, whole: float, unsupported: str
 ) -> Attempt:
+    """``unsupported``: why it cannot be lowered in whole, known beforehand; "" where nothing is known against it."""
     blocks = [block for report in reports for block in report.blocks]
     comms = [block.comm for block in blocks if block.comm is not None]
     lowered = len(comms) // max(1, len(reports))
@@ -190,14 +215,13 @@ def _judged(
         "routers": _routers(reports),
     }
     dtype = kind[1]
-    reason = unsupported or _why(reports)
-    if not layers or lowered < layers or len(comms) < len(blocks) or unsupported:
-        return Attempt(
-            *kind, LEFT, **facts, reason=_cut(reason or "[models.nothing_found] no MoE layer was found in the graph")
-        )
-    if error is None or error > TOLERANCE[dtype] or whole > MODEL_TOLERANCE:
+    is_left = not layers or lowered < layers or len(comms) < len(blocks) or bool(unsupported)
+    if (error is None and not is_left) or (error or 0.0) > TOLERANCE[dtype] or whole > MODEL_TOLERANCE:
         why = f"[models.wrong] error {error or 0:.1e} of a layer, {whole:.1e} of the model; accepted: {TOLERANCE[dtype]:.0e}"
         return Attempt(*kind, WRONG, **facts, reason=f"{why}, {MODEL_TOLERANCE:.0e}")
+    if is_left:
+        reason = unsupported or _why(reports) or "[models.nothing_found] no MoE layer was found in the graph"
+        return Attempt(*kind, LEFT, **facts, reason=_cut(reason))
     return Attempt(*kind, RIGHT, **facts)
 
 
@@ -222,6 +246,14 @@ def _why(reports: list[LoweringReport]) -> str:
             why = getattr(layer, "not_raised", None)
             return str(why) if why is not None else f"[{layer.code}] {layer.reason}"
     return ""
+
+
+def _no_graph(error: Exception) -> str:
+    """Why dynamo makes no whole graph of a model: the line of the model that it cannot trace."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.*)', str(error))
+    of_model = [frame for frame in frames if "/transformers/models/" in frame[0]] or frames
+    where = "at {}:{} in {}: {}".format(*of_model[-1]) if of_model else f"as {_first_line(error)}"
+    return f"[models.no_graph] torch.compile makes no whole graph of the model, {where}"
 
 
 def _cut(text: str) -> str:

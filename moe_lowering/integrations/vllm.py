@@ -31,10 +31,11 @@ from moe_lowering.argument_checks import require_choice, require_flag
 from moe_lowering.backends.cache_key import cache_digest
 from moe_lowering.backends.npugraph_ex import PRE_PASS, npugraph_ex_options
 from moe_lowering.deployment import Deployment
-from moe_lowering.integrations.vllm_deployment import deployment_for_range, deployment_of
-from moe_lowering.integrations.vllm_layers import Refused, read_layer, refuse, take_over
-from moe_lowering.integrations.vllm_legality import require_lowered, token_ranges_of
+from moe_lowering.integrations.vllm_deployment import deployment_for_range, deployment_for_weights, deployment_of
+from moe_lowering.integrations.vllm_layers import read_layer, take_over
+from moe_lowering.integrations.vllm_legality import require_lowered, token_ranges_of, unsplit_range
 from moe_lowering.integrations.vllm_ranges import ranges_of_vllm
+from moe_lowering.integrations.vllm_refusals import Refused, refuse
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.passes.policy import Policy
 from moe_lowering.report.records import LoweringReport
@@ -46,6 +47,7 @@ __all__ = ["KEY", "register", "reports"]
 KEY = "moe_lowering"  # of additional_config
 TESTED = ("0.23.0",)  # versions of vllm-ascend
 LAYERS, COMPILER = "vllm_ascend.ops.fused_moe.fused_moe", "vllm_ascend.compilation.compiler_interface"
+QUANTISED_LAYERS = "vllm_ascend.quantization.method_adapters"
 _WATCHED = "_moe_lowering_watches"
 SETTINGS = {"enable": True, "policy": "vllm_ascend_main", "comm": "auto", "strict": False}
 
@@ -60,6 +62,7 @@ _engine: Any = None  # the configuration of the engine that the two above are of
 def register() -> None:
     """Let vllm-ascend's layers be taken over where ``additional_config`` asks for it. Calling it again changes nothing."""
     import_hooks.after(LAYERS, _watch_layers)
+    import_hooks.after(QUANTISED_LAYERS, _watch_quantised_layers)
     import_hooks.after(COMPILER, _watch_compiler)
 
 
@@ -104,8 +107,16 @@ def _current_config() -> Any:
 
 
 def _watch_layers(module: Any) -> None:
-    """When a layer has its weights, decide whether it is taken over."""
-    method = module.AscendUnquantizedFusedMoEMethod
+    """When an unquantised layer has its weights, decide whether it is taken over."""
+    _watch_method(module.AscendUnquantizedFusedMoEMethod)
+
+
+def _watch_quantised_layers(module: Any) -> None:
+    """The same for quantised ones, of all schemes."""
+    _watch_method(module.AscendFusedMoEMethod)
+
+
+def _watch_method(method: Any) -> None:
     original = method.process_weights_after_loading
     if _is_watched(method):
         return
@@ -126,6 +137,7 @@ def _is_watched(owner: Any) -> bool:
 
 
 def _decide(layer: Any) -> None:
+    global _deployment
     config = layer.vllm_config
     settings = settings_of(config)
     _begin(config)
@@ -133,10 +145,11 @@ def _decide(layer: Any) -> None:
         return
     try:
         _check_engine(config)
-        deployment = _deployment_of(config)
+        deployment = _deployment_for(layer)
         form = read_layer(layer, deployment)
         policy = Policy(settings["comm"], settings["policy"])
-        require_lowered(layer, form, policy, deployment, token_ranges_of(config, deployment))
+        ranges = token_ranges_of(config, deployment)
+        require_lowered(layer, form, policy, deployment, ranges)
         take_over(layer, form)
     except Refused as reason:
         if settings["strict"]:
@@ -144,7 +157,10 @@ def _decide(layer: Any) -> None:
         _taken[layer.layer_name] = str(reason)
         log.warning("moe_lowering: %s stays with vllm-ascend's operator: %s", layer.layer_name, reason)
         return
+    if "" not in _taken.values() and (hint := unsplit_range(policy, deployment, ranges)):
+        log.info("moe_lowering: %s", hint)
     _taken[layer.layer_name] = ""
+    _deployment = deployment
     opaque = config.compilation_config.static_all_moe_layers  # vLLM numbers its operator's calls by this list
     if layer.layer_name in opaque:
         opaque.remove(layer.layer_name)
@@ -187,6 +203,16 @@ def _deployment_of(config: Any) -> Deployment:
         except ValueError as error:  # groups or sizes that the pass does not know
             raise Refused(f"[vllm.deployment] {error}") from error
     return _deployment
+
+
+def _deployment_for(layer: Any) -> Deployment:
+    """The deployment for the layers taken over so far and this one: a graph has one memory format of experts."""
+    others = _deployment_of(layer.vllm_config)
+    deployment = deployment_for_weights(others, layer)
+    if "" in _taken.values() and deployment.weight_format != others.weight_format:
+        accepted = f"{others.weight_format}, as of the layers that are taken over already"
+        raise refuse("weight_format", "the memory format of the experts", deployment.weight_format, accepted)
+    return deployment
 
 
 def _watch_compiler(module: Any) -> None:

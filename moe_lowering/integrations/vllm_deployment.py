@@ -10,6 +10,10 @@ from typing import Any
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.deployment_detection import Detected
+from moe_lowering.integrations.vllm_weights import scheme_of, weight_format_of
+from moe_lowering.providers import soc_of_device_type
+
+VLLM_ASCEND = "vllm_ascend"
 
 
 def deployment_of(vllm_config: Any) -> Deployment:
@@ -28,10 +32,9 @@ def deployment_of(vllm_config: Any) -> Deployment:
         "guards": ("forbid", "vLLM keeps no guards of a compiled graph"),
         "capture": (vllm_config.compilation_config.cudagraph_mode.name != "NONE", "compilation_config.cudagraph_mode"),
         "fused_mode": (int(config.enable_fused_mc2), "additional_config.enable_fused_mc2"),
-        "weight_format": ("nd", "unquantised weights, which vllm-ascend keeps in ND"),
     }
-    if int(config.enable_fused_mc2):
-        fields["weight_format"] = ("nz", "additional_config.enable_fused_mc2 casts weights to FRACTAL_NZ")
+    context = importlib.import_module("vllm_ascend.ascend_forward_context")
+    fields["mc2_capacity"] = (int(context.get_mc2_tokens_capacity() or 0), "vllm-ascend's get_mc2_tokens_capacity()")
     groups: dict[str, Any] = {"ep": None}
     if expert_parallel:
         state = importlib.import_module("vllm.distributed.parallel_state")
@@ -41,7 +44,33 @@ def deployment_of(vllm_config: Any) -> Deployment:
             groups["tp"] = state.get_tp_group().device_group
     deployment = Deployment.from_groups(**groups, **{name: value for name, (value, _) in fields.items()})
     read = tuple(Detected(name, str(value), source) for name, (value, source) in fields.items())
-    return deployment.replace(detected=(*deployment.detected, *read))
+    return with_loaded_build(deployment.replace(detected=(*deployment.detected, *read)))
+
+
+def with_loaded_build(deployment: Deployment) -> Deployment:
+    """The deployment with the build of vllm-ascend that this process has imported, which need not be the file's."""
+    build = soc_of_device_type(importlib.import_module("vllm_ascend._build_info").__device_type__)
+    installed = tuple(
+        (name, version, build if name == VLLM_ASCEND else old) for name, version, old in deployment.installed or ()
+    )
+    if installed == deployment.installed:
+        return deployment
+    read = Detected("installed", f"{VLLM_ASCEND} built for {build}", "vllm_ascend._build_info, as imported")
+    kept = tuple(each for each in deployment.detected if each.field != "installed")
+    return deployment.replace(installed=installed, detected=(*kept, read))
+
+
+def deployment_for_weights(deployment: Deployment, layer: Any) -> Deployment:
+    """The deployment with the memory format of a layer's experts.
+
+    Raises:
+        Refused: see ``scheme_of``.
+    """
+    word, source = weight_format_of(layer, scheme_of(layer))
+    if word == deployment.weight_format and any(each.field == "weight_format" for each in deployment.detected):
+        return deployment
+    kept = tuple(each for each in deployment.detected if each.field != "weight_format")
+    return deployment.replace(weight_format=word, detected=(*kept, Detected("weight_format", word, source)))
 
 
 def deployment_for_range(deployment: Deployment, first: int, last: int) -> Deployment:

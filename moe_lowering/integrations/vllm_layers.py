@@ -17,15 +17,12 @@ from torch import Tensor
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts, route
+from moe_lowering.integrations.vllm_refusals import refuse
+from moe_lowering.integrations.vllm_weights import Scheme, scheme_of, tensors_of
 
 # vLLM's names of activations -> ours; the gate is the first half of w13.
 ACTIVATIONS = {"silu": "swiglu"}
 SCORINGS = ("softmax", "sigmoid")
-UNQUANTISED = "AscendUnquantizedFusedMoEMethod"
-
-
-class Refused(Exception):
-    """Why a layer stays with vllm-ascend's operator: a code in brackets, what was found and what is accepted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +34,7 @@ class LayerForm:
         num_experts: on all ranks, redundant ones included.
         activation: one of ours.
         weight_on_input: multiply the tokens by their weight before the experts.
+        scheme: how the experts are kept.
         deployment: the groups that the layer's experts are spread over.
     """
 
@@ -49,11 +47,8 @@ class LayerForm:
     num_experts: int
     activation: str
     weight_on_input: bool
+    scheme: Scheme
     deployment: Deployment
-
-
-def refuse(code: str, what: str, value: object, accepted: str) -> Refused:
-    return Refused(f"[vllm.{code}] {what} is {value}; accepted: {accepted}")
 
 
 def read_layer(layer: Any, deployment: Deployment) -> LayerForm:
@@ -62,13 +57,8 @@ def read_layer(layer: Any, deployment: Deployment) -> LayerForm:
     Raises:
         Refused: something that this package does not compute, or that is not known.
     """
-    method = layer.quant_method
-    if type(method).__name__ != UNQUANTISED:
-        inner = getattr(method, "quant_method", method)
-        raise refuse(
-            "quantisation", "the quantisation method", type(inner).__name__, f"{UNQUANTISED} (no quantisation)"
-        )
-    _check_features(layer, method)
+    _check_features(layer)
+    scheme = scheme_of(layer)
     groups, kept = layer.num_expert_group or 1, layer.topk_group or 1
     if layer.scoring_func not in SCORINGS or (layer.scoring_func == "sigmoid" and not layer.renormalize):
         value = f"{layer.scoring_func}, renormalize {layer.renormalize}"
@@ -87,11 +77,12 @@ def read_layer(layer: Any, deployment: Deployment) -> LayerForm:
         num_experts=int(layer.global_num_experts),
         activation=ACTIVATIONS[name],
         weight_on_input=bool(layer.apply_router_weight_on_input),
+        scheme=scheme,
         deployment=deployment,
     )
 
 
-def _check_features(layer: Any, method: Any) -> None:
+def _check_features(layer: Any) -> None:
     """Refuse what changes the layer's meaning and has no place in the generic operators, or none yet."""
     present = {
         "custom_routing": ("a routing function of the model's own", layer.custom_routing_function),
@@ -129,12 +120,18 @@ def compute_layer(layer: Any, form: LayerForm, hidden_states: Tensor, router_log
         topk_groups=form.topk_groups,
         scale=form.scale,
     )
+    tensors = tensors_of(layer, form.scheme)
     return moe_experts(
         hidden_states,
         weights,
         ids,
-        layer.w13_weight,
-        layer.w2_weight,
+        tensors["w13"],
+        tensors["w2"],
+        quantisation=form.scheme.quantisation,
+        w13_scale=tensors.get("w13_scale"),
+        w2_scale=tensors.get("w2_scale"),
+        w13_scale_bias=tensors.get("w13_scale_bias"),
+        w2_scale_bias=tensors.get("w2_scale_bias"),
         num_experts=form.num_experts,
         activation=form.activation,
         deployment=form.deployment,

@@ -16,12 +16,15 @@ import torch
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.integrations.vllm_deployment import deployment_for_range
-from moe_lowering.integrations.vllm_layers import LayerForm, Refused, compute_layer, refuse
+from moe_lowering.integrations.vllm_layers import LayerForm, compute_layer
+from moe_lowering.integrations.vllm_refusals import Refused, refuse
+from moe_lowering.integrations.vllm_weights import operands_of, tensors_of
 from moe_lowering.passes.block_specs import Layer, spec_of_layer
 from moe_lowering.passes.decision import Decision, decide
+from moe_lowering.passes.operands import ExpertOperands
 from moe_lowering.passes.policy import Policy
 from moe_lowering.passes.token_ranges import RUNS_WITHOUT_GUARDS
-from moe_lowering.vocabulary import SWIGLU_ALPHA
+from moe_lowering.vocabulary import SWIGLU_ALPHA, VLLM_POLICIES
 
 TOKENS_TRIED = 8  # checks of arguments do not depend on it
 
@@ -34,6 +37,18 @@ def token_ranges_of(vllm_config: Any, deployment: Deployment) -> list[tuple[int,
     return ranges or [(max(1, deployment.min_tokens), deployment.max_tokens)]
 
 
+def unsplit_range(policy: Policy, deployment: Deployment, ranges: list[tuple[int, int]]) -> str:
+    """A hint where a range goes on beyond MC2's capacity: a graph has one implementation, that of its largest batch; or ""."""
+    capacity = deployment.mc2_capacity
+    within = [(first, last) for first, last in ranges if first <= capacity < last]
+    if policy.name not in VLLM_POLICIES or deployment.ep_size == 1 or not within:
+        return ""
+    return (
+        f"[vllm.unsplit_range] one graph is for {within[0][0]} to {within[0][1]} tokens, and vllm-ascend uses MC2 up to "
+        f"{capacity}; to have MC2 there, split it: compilation_config={{'compile_ranges_endpoints': [{capacity}]}}"
+    )
+
+
 def require_lowered(
     layer: Any, form: LayerForm, policy: Policy, deployment: Deployment, ranges: list[tuple[int, int]]
 ) -> None:
@@ -42,27 +57,28 @@ def require_lowered(
     Raises:
         Refused: see above, with the range, the policy's reason and the rules that each implementation breaks.
     """
-    w13, w2 = layer.w13_weight, layer.w2_weight
-    if w13.shape[0] * deployment.routed_ranks != form.num_experts:
-        value = f"{w13.shape[0]} of {form.num_experts} on one of {deployment.routed_ranks} ranks"
+    tensors = tensors_of(layer, form.scheme)
+    experts = len(tensors["w13"])
+    if experts * deployment.routed_ranks != form.num_experts:
+        value = f"{experts} of {form.num_experts} on one of {deployment.routed_ranks} ranks"
         raise refuse("uneven_experts", "the number of experts", value, "as many on each rank")
     described = Layer(
-        hidden=int(w13.shape[1]),
-        intermediate=int(w2.shape[1]),
+        hidden=int(tensors["w13"].shape[1]),
+        intermediate=int(tensors["w2"].shape[1]),
         experts=form.num_experts,
         top_k=form.top_k,
-        dtype=w13.dtype,
+        dtype=layer.moe_config.in_dtype,
         activation=form.activation,
         limit=0.0,
         alpha=SWIGLU_ALPHA,  # as moe_experts gives it; no activation of vLLM's here reads it
     )
     _require_accepted(layer, form)
-    contiguous = bool(w13.is_contiguous() and w2.is_contiguous())
+    operands = operands_of(tensors)
     for first, last in ranges:
         if first > deployment.max_tokens:
             accepted = f"up to max_num_batched_tokens, {deployment.max_tokens}"
             raise refuse("compile_range", "a compile range", f"{first} to {last} tokens", accepted)
-        decision = _decide(described, contiguous, policy, deployment, first, last)
+        decision = _decide(described, operands, form.scheme.quantisation, policy, deployment, first, last)
         if decision.comm is None:
             raise refuse(
                 "not_lowered",
@@ -75,13 +91,13 @@ def require_lowered(
 
 def _require_accepted(layer: Any, form: LayerForm) -> None:
     """Refuse what the generic operators' own checks of arguments would: they would fail the trace."""
-    w13, log2phy = layer.w13_weight, layer.log2phy
+    log2phy, dtype = layer.log2phy, layer.moe_config.in_dtype
     logical = form.num_experts if log2phy is None else int(log2phy.shape[-1])
-    names = ("w13_weight", "w2_weight", "e_score_correction_bias", "log2phy")
+    names = ("e_score_correction_bias", "log2phy", *form.scheme.tensors.values())
     given = {name: getattr(layer, name) for name in names}
     shapes = {name: None if value is None else value.detach().to("meta") for name, value in given.items()}
-    x = torch.empty(TOKENS_TRIED, w13.shape[1], dtype=w13.dtype, device="meta")
-    logits = torch.empty(TOKENS_TRIED, logical, dtype=w13.dtype, device="meta")
+    x = torch.empty(TOKENS_TRIED, layer.w13_weight.shape[1], dtype=dtype, device="meta")
+    logits = torch.empty(TOKENS_TRIED, logical, dtype=dtype, device="meta")
     try:
         compute_layer(SimpleNamespace(**shapes), form, x, logits)
     except (ValueError, TypeError) as error:
@@ -90,15 +106,24 @@ def _require_accepted(layer: Any, form: LayerForm) -> None:
 
 @functools.cache
 def _decide(
-    described: Layer, contiguous: bool, policy: Policy, deployment: Deployment, first: int, last: int
+    described: Layer,
+    tensors: ExpertOperands,
+    quantisation: str,
+    policy: Policy,
+    deployment: Deployment,
+    first: int,
+    last: int,
 ) -> Decision:
     """Layers of a model are alike: each kind is decided once for a range."""
     narrowed = deployment_for_range(deployment, first, last)
     tokens = first if first == last else _symbolic_tokens(narrowed.min_tokens, narrowed.max_tokens)
-    spec = spec_of_layer(described, narrowed, tokens, "none")
+    spec = spec_of_layer(described, narrowed, tokens, quantisation, tensors)
+    # vLLM's graph has collectives of its own over these, and MC2's communicator must be none of them
+    others = frozenset({narrowed.tp_group, narrowed.ep_group, narrowed.ep_communicator} - {""})
+    spec = dataclasses.replace(spec, collective_groups=others)
     token = RUNS_WITHOUT_GUARDS.set(True)
     try:
-        return decide(dataclasses.replace(spec, weights_contiguous=contiguous), narrowed, policy)
+        return decide(spec, narrowed, policy)
     finally:
         RUNS_WITHOUT_GUARDS.reset(token)
 

@@ -31,16 +31,25 @@ def ranges_of_vllm(gm: GraphModule, first: int, last: int) -> Iterator[None]:
     if environment is None:
         yield
         return
-    known = dict(environment.var_to_range)
-    for symbol, values_known in known.items():
-        if values_known.lower >= SPECIALISED:
-            upper = last if values_known.upper > last else values_known.upper
-            environment.var_to_range[symbol] = ValueRanges(first, upper)
+    changed = {}
+    for symbol, before in dict(environment.var_to_range).items():
+        if before.lower >= SPECIALISED:
+            ours = ValueRanges(first, last if before.upper > last else before.upper)
+            changed[symbol] = before, ours
+            environment.var_to_range[symbol] = ours
     token = RUNS_WITHOUT_GUARDS.set(True)
     environment._version_counter += 1  # what was proven before is forgotten
     try:
         yield
     finally:
-        environment.var_to_range.update(known)
+        for symbol, (before, ours) in changed.items():
+            environment.var_to_range[symbol] = _restored(before, ours, environment.var_to_range[symbol])
         RUNS_WITHOUT_GUARDS.reset(token)
         environment._version_counter += 1
+
+
+def _restored(before: Any, ours: Any, now: Any) -> Any:
+    """The range as it was, but where somebody narrowed it meanwhile."""
+    lower = before.lower if now.lower == ours.lower else max(before.lower, now.lower)
+    upper = before.upper if now.upper == ours.upper else min(before.upper, now.upper)
+    return ValueRanges(lower, upper)

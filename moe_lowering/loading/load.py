@@ -139,20 +139,20 @@ def _make_buffers(model: nn.Module, device: torch.device) -> None:
     Raises:
         ValueError: the model's initialisation leaves one as it was.
     """
-    made = []
+    buffers = []
     for module in model.modules():
         for name in module._non_persistent_buffers_set:
             old = module._buffers[name]
             if old is not None:
-                made.append((module, name))
+                buffers.append((module, name))
                 module._buffers[name] = torch.empty_like(old, device=device)
-    before = [getattr(module, name)._version for module, name in made]
+    before = [getattr(module, name)._version for module, name in buffers]
     for module in model.modules():  # transformers passes over what was initialised, and here nothing is
         vars(module).pop("_is_hf_initialized", None)
-    if made and hasattr(model, "initialize_weights"):
+    if buffers and hasattr(model, "initialize_weights"):
         known: Any = model
         known.initialize_weights()  # of the weights nothing is written: they are on meta
-    for (module, name), version in zip(made, before, strict=True):
+    for (module, name), version in zip(buffers, before, strict=True):
         if getattr(module, name)._version == version:
             what = f"{type(module).__name__}.{name}"
             accepted = "buffers that are in the checkpoint, or that the model's init makes"

@@ -121,23 +121,25 @@ def _check(parameter: Parameter, names: Mapping[str, Tensor], model: nn.Module) 
         elif len(parameter.sources) != 1:
             raise CheckpointError(f"{first.file}: {first.key} and another key are both for {parameter.name}")
         elif not first.shape or first.shape[0] != parameter.experts:
-            wanted_shape = [parameter.experts, "..."]
-            raise CheckpointError(f"{first.file}: {first.key} has shape {list(first.shape)}; accepted: {wanted_shape}")
+            accepted_shape = [parameter.experts, "..."]
+            raise CheckpointError(
+                f"{first.file}: {first.key} has shape {list(first.shape)}; accepted: {accepted_shape}"
+            )
     elif conversion is None and len(parameter.sources) != 1:
         raise CheckpointError(f"{first.file}: {first.key} and another key are both for {parameter.name}")
-    made = _make_on_meta(parameter, model)
-    expected = {name: names[name].shape if name in names else torch.Size() for name in made}
+    results = _make_on_meta(parameter, model)
+    expected = {name: names[name].shape if name in names else torch.Size() for name in results}
     if parameter.experts:
         expected = {parameter.name: torch.Size([1, *parameter.meta.shape[1:]])}
-    for name, tensor in made.items():
+    for name, tensor in results.items():
         if name not in names or tensor.shape != expected[name]:
             shapes = {tuple(stored.shape) for _, stored in parameter.sources}
-            wanted = list(names[name].shape) if name in names else "a parameter of the model"
+            accepted = list(names[name].shape) if name in names else "a parameter of the model"
             raise CheckpointError(
                 f"{first.file}: {first.key} has shape {', '.join(str(list(shape)) for shape in sorted(shapes))}, which makes "
-                f"{name} {list(tensor.shape)}; accepted: {wanted}"
+                f"{name} {list(tensor.shape)}; accepted: {accepted}"
             )
-    return set(made)
+    return set(results)
 
 
 def _make_on_meta(parameter: Parameter, model: nn.Module) -> dict[str, Tensor]:
@@ -238,10 +240,11 @@ def read_whole(parameter: Parameter, model: nn.Module, *, meta: bool = False) ->
     parts: dict[str, list[Tensor]] = {}
     for source, stored in parameter.sources:
         parts.setdefault(source.pattern or "", []).append(_empty(stored.shape, stored) if meta else stored.read())
-    made = conversion.run(parts, parameter.name, model)
+    results = conversion.run(parts, parameter.name, model)
     cut = next((pattern for pattern in conversion.targets if pattern in parameter.name), "")
     return {
-        parameter.name.replace(cut, key, 1) if cut and key in conversion.targets else key: v for key, v in made.items()
+        parameter.name.replace(cut, key, 1) if cut and key in conversion.targets else key: v
+        for key, v in results.items()
     }
 
 

@@ -21,12 +21,12 @@ def read_text_config(model: str) -> Any:
     path = path_of(model)
     if path is not None:
         return config_of_values(read_config(path), path)
-    known = _config_classes(model)
+    classes = _config_classes(model)
     if model in PRESETS:
         return config_of_values(PRESETS[model].config)
-    if model in known:
-        return text_part(known[model]())
-    raise ModelError(f"is {model!r}{hint_of(model, known)}; accepted: {ACCEPTED}")
+    if model in classes:
+        return text_part(classes[model]())
+    raise ModelError(f"is {model!r}{hint_of(model, classes)}; accepted: {ACCEPTED}")
 
 
 def is_known_type(kind: Any) -> bool:
@@ -72,14 +72,14 @@ def config_of_values(values: Mapping[str, Any], path: Path | None = None) -> Any
         ImportError: as ``read_text_config``.
     """
     kind = values.get("model_type")
-    known = _config_classes(str(path or kind))
-    if not isinstance(kind, str) or kind not in known:
+    classes = _config_classes(str(path or kind))
+    if not isinstance(kind, str) or kind not in classes:
         where = f" in {path}" if path is not None else ""
         raise ModelError(f"model_type{where} is {write_value(kind)}; accepted: a type that transformers knows")
     # how the file's weights are quantised does not matter: the weights are random, in the dtype that is asked for
     values = {name: value for name, value in values.items() if name != "quantization_config"}
     try:
-        return text_part(known[kind].from_dict(values))
+        return text_part(classes[kind].from_dict(values))
     except (ModelError, ImportError):
         raise
     except Exception as error:  # whatever a config class raises for its values

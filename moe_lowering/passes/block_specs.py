@@ -102,9 +102,11 @@ def spec_of_graph(
     )
 
 
-def spec_of_layer(layer: Layer, deployment: Deployment, tokens: int, quantisation: str) -> BlockSpec:
-    """Of a layer that is described, on a rank with routed experts, with ``tokens`` of a rank and weights as ``shard_experts``
-    and ``quantise_experts`` lay them out."""
+def spec_of_layer(
+    layer: Layer, deployment: Deployment, tokens: int, quantisation: str, tensors: ExpertOperands | None = None
+) -> BlockSpec:
+    """Of a layer that is described, on a rank with routed experts, with ``tokens`` of a rank and the given experts' tensors
+    of that rank; without them as ``shard_experts`` and ``quantise_experts`` lay them out."""
     local_experts = layer.experts // deployment.routed_ranks
     return BlockSpec(
         tokens=tokens,
@@ -124,7 +126,7 @@ def spec_of_layer(layer: Layer, deployment: Deployment, tokens: int, quantisatio
         key=(),
         quantisation=quantisation,
         **{name: getattr(deployment, name) for name in _OF_DEPLOYMENT},
-        **_facts_of(_tensors_of(layer, local_experts, quantisation)),
+        **_facts_of(tensors or _tensors_of(layer, local_experts, quantisation)),
         **Surroundings()._asdict(),
     )
 

@@ -40,10 +40,8 @@ _COLLECTIVES = tuple(
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single", "broadcast")
 )
 _ARGUMENT = re.compile(r"^L\['(\w+)'\]")  # what dynamo calls the module that is compiled
-_COMPILED = (
-    "self",
-    "fn",
-)  # of its own forward, and of one of torch's own (nn.Sequential), which external_utils.wrap_inline calls
+# Of its own forward, and of one of torch's own (nn.Sequential), which dynamo's external_utils.wrap_inline calls.
+_COMPILED = ("self", "fn")
 _BOTH_ENDS = tuple(name for name in CombineCall._fields if name in DispatchCall._fields)  # must be alike in both
 
 

@@ -112,8 +112,15 @@ def _behind_activation(products: set[Node], among: Container[Node]) -> list[Node
     def onward(node: Node) -> bool:
         return node not in among and _is_pointwise(node)
 
-    activations = list(walk_readers(list(products), _is_pointwise, lambda n: is_activation(name_of(n))))
+    activations = list(walk_readers(list(products), _is_pointwise, _activates))
     return list(walk_readers(activations, onward, among.__contains__)) if activations else []
+
+
+def _activates(node: Node) -> bool:
+    """An activation, or the exponential of one; of a softmax the exponentials are summed."""
+    if name_of(node) == "exp":
+        return not any(name_of(user) == "sum" for user in node.users)
+    return is_activation(name_of(node))
 
 
 def _is_pointwise(node: Node) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +22,7 @@ VIEWS = _split_words(
 )
 POINTWISE = _split_words(
     "add sub mul div neg clamp clamp_min clamp_max minimum maximum rsub addcmul square where split split_with_sizes "
-    "unbind chunk slice select getitem cat chunk_cat npu_format_cast"
+    "unbind chunk slice select getitem cat chunk_cat npu_format_cast exp reciprocal"
 )
 _ACTIVATIONS = ("silu", "swish", "glu", "gelu", "sigmoid", "relu", "tanh", "erf", "mish", "softplus", "pow", "elu")
 MATMULS = _split_words("mm bmm addmm baddbmm matmul linear addbmm einsum _scaled_mm npu_bmmv2 addmv mv _int_mm")
@@ -42,10 +41,17 @@ CHOICES = _split_words("topk argmax sort argsort max")
 Walk = Callable[[Node], Any]  # a question about a node
 
 
-@functools.lru_cache(maxsize=4096)
+_NAMES: dict[int, tuple[Any, str]] = {}  # by id: an operator's own hash is Python code, asked for 450 times a graph
+
+
 def _target_name(target: Any) -> str:
+    known = _NAMES.get(id(target))
+    if known is not None and known[0] is target:
+        return known[1]
     if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.partition("::")[2]
+        name = target._schema.name.partition("::")[2]
+        _NAMES[id(target)] = target, name
+        return name
     return "getitem" if target is operator.getitem else ""
 
 

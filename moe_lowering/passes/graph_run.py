@@ -33,6 +33,7 @@ from moe_lowering.passes.decision import Decision, decide
 from moe_lowering.passes.edit_log import ModuleEdits
 from moe_lowering.passes.emitter import Constants, Emitter, Recording
 from moe_lowering.passes.find_blocks import find_blocks
+from moe_lowering.passes.forward_casts import note_casts
 from moe_lowering.passes.graph_nodes import graph_nodes
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.base import Replacement
@@ -99,6 +100,7 @@ class GraphRun:
         self._raise_foreign = raise_foreign
         self._decisions: dict[BlockSpec, Decision] = {}
         self.recordings: dict[tuple[Any, ...], Recording] = {}
+        self._cast_notes: dict[tuple[str, BlockSpec], tuple[str, ...]] = {}
         self._reports: dict[tuple[BlockSpec, str], BlockReport] = {}  # of equal blocks, by what becomes of them
         self._blocks: list[Block] = []
         self._targets: dict[Node, OverlapTarget] = {}  # by the erased combine
@@ -220,8 +222,15 @@ class GraphRun:
                 after, made = self.tapes.describe(key, wiring, done)
                 self.bounds.keep(block, decision.enforced)
         report = self._report(block.spec, comm, reason, decision)
+        notes = report.notes if comm is None else (*report.notes, *self._cast_notes.get((comm, block.spec), ()))
         report = dataclasses.replace(
-            report, name=block.name, ops_before=before, ops_after=after, nodes_before=nodes, nodes_after=made
+            report,
+            notes=notes,
+            name=block.name,
+            ops_before=before,
+            ops_after=after,
+            nodes_before=nodes,
+            nodes_after=made,
         )
         if decision.guard is not None and comm == decision.comm:  # last: a guard cannot be taken back
             self.bounds.request_guard(block, decision.guard)
@@ -283,6 +292,7 @@ class GraphRun:
             defined_before_readers(readers, block.counts, replacement.counts)
         if first:
             self._check_limits(block.spec, decision, emit)
+            self._cast_notes[comm, block.spec] = note_casts(block.experts, emit.created, comm)
         if decision.enforced is not None:
             self.bounds.enforce(block, decision.enforced, emit)
         self.edits.replace_uses(block.combine, replacement.y)

@@ -53,7 +53,7 @@ def _swiglu_quant(operands: Given) -> list[Described]:
     return [((rows, wide // 2), _INT8), ((rows,), _FLOAT)]
 
 
-def _dequant_swiglu_quant(operands: Given) -> list[Described]:
+def _halved_to_int8(operands: Given) -> list[Described]:
     rows, wide = operands["x"].shape
     return [((rows, wide // 2), _INT8), ((rows,), _FLOAT)]
 
@@ -97,7 +97,8 @@ RESULTS: dict[str, Callable[[Given], list[Described]]] = {
     "npu_clipped_swiglu": _halved("x"),
     "npu_dynamic_quant": _dynamic_quant,
     "npu_grouped_matmul_swiglu_quant_v2": _swiglu_quant,
-    "npu_dequant_swiglu_quant": _dequant_swiglu_quant,
+    "npu_dequant_swiglu_quant": _halved_to_int8,
+    "npu_swiglu_quant": _halved_to_int8,
     "npu_moe_distribute_dispatch_v2": _dispatch,
     "npu_moe_distribute_combine_v2": _combine,
     "dispatch_ffn_combine": _fused,

@@ -179,7 +179,8 @@ def load_of(spec: BlockSpec, deployment: Deployment, tokens: int) -> Load:
 
 
 def vllm_choice(name: str, spec: BlockSpec, deployment: Deployment, tokens: int) -> tuple[str | None, str]:
-    """(what vllm-ascend's rule selects for this block, or why it refuses); capacity comes from ``max_tokens``.
+    """(what vllm-ascend's rule selects for this block, or why it refuses); MC2's capacity is the deployment's, else that
+    of a largest captured batch of ``max_tokens``.
 
     The rule's fused mode is the deployment's, as far as a library that it would call is declared.
     """
@@ -202,10 +203,10 @@ def vllm_choice(name: str, spec: BlockSpec, deployment: Deployment, tokens: int)
         mega_moe=mega_moe,
     )
     if old:
-        capacity = capacity_0_13(spec.tp_size, most)
+        derived = capacity_0_13(spec.tp_size, most)
     else:
-        capacity = capacity_main(spec.tp_size, most, fused=fused_in_main(situation), mega_moe=mega_moe)
-    situation = dataclasses.replace(situation, capacity=capacity)
+        derived = capacity_main(spec.tp_size, most, fused=fused_in_main(situation), mega_moe=mega_moe)
+    situation = dataclasses.replace(situation, capacity=deployment.mc2_capacity or derived)
     try:
         return choose(situation), ""
     except ValueError as refused:

@@ -14,12 +14,13 @@ from moe_lowering.cli.commands import parse
 from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.cli.lower.prepare import assumptions
 from moe_lowering.explanation import describe, single_changes
-from moe_lowering.limits import violations
+from moe_lowering.limits import Violation
 from moe_lowering.limits.row import read
 from moe_lowering.limits.sources import load_sources
 from moe_lowering.model_configs.check import check_model
 from moe_lowering.model_configs.errors import ModelError
 from moe_lowering.model_configs.presets import DEFAULTS, PRESETS
+from moe_lowering.passes import legality
 from moe_lowering.vocabulary import IMPLEMENTATION_FORMS, SOCS, soc_named
 
 DEPLOYMENTS = f"{BLOCK} --soc A2,910C --ep 16,64 --quant none,w8a8"
@@ -191,10 +192,15 @@ NOT_MONOTONE = {
 def test_tokens_are_said_as_far_as_they_were_shown(monkeypatch, rule, said):
     source = next(iter(load_sources()))
     text = f"[[limit]]\ncode = 'toy.tokens'\noperator = '{DISPATCH}'\nsource = '{source}: a toy'\nadvice = 'another T'\n{rule}"
-    toys, applicable = tuple(read("toy", text)), violations._applicable
-    monkeypatch.setattr(
-        violations, "_applicable", lambda operator, *of: applicable(operator, *of) + toys * (operator == DISPATCH)
-    )
+    (toy,), check = read("toy", text), legality.check
+
+    def check_toy_too(operator, soc, quantities, prover, versions):
+        broken, known = check(operator, soc, quantities, prover, versions), {**quantities, "soc": soc}
+        if operator == DISPATCH and not toy.holds(toy.value(known), known, prover):
+            broken.append(Violation(toy.code, operator, "tokens", None, toy.accepted(known), toy.sources))
+        return broken
+
+    monkeypatch.setattr(legality, "check", check_toy_too)
     explanation = run_explain(parse(["explain", *BLOCK.split(), "--ep", "16", "--tokens", "600"])).explanation
     changes = [change.text for change in explanation.changes["mc2"] if change.field == "tokens"]
     assert changes == ([] if said is None else [said])

@@ -126,9 +126,33 @@ def test_what_is_refused_and_what_cannot_be_built_have_their_reasons(monkeypatch
     assert (attempt.state, attempt.reason) == (FAILED, "[models.failed] RuntimeError: no such thing")
 
 
-def test_from_the_trace_the_report_says_why_a_layer_is_left():
-    (attempt,) = attempts.attempt_family("mixtral", [("trace", "float32", "static")]).attempts
-    assert attempt.state == RIGHT or attempt.reason.startswith("[")
+def test_a_graph_with_dynamic_shapes_runs_with_all_lengths(monkeypatch: pytest.MonkeyPatch):
+    """One graph for both: what records the calls of the layers makes dynamo compile none anew."""
+    judge, graphs = attempts._judged, []
+
+    def judged(kind, reports, *more):
+        graphs.append(len(reports))
+        return judge(kind, reports, *more)
+
+    monkeypatch.setattr(attempts, "_judged", judged)
+    (attempt,) = attempts.attempt_family("mixtral", [("trace", "float32", "dynamic")]).attempts
+    assert (attempt.state, attempt.layers, graphs) == (RIGHT, 1, [1])
+
+
+def test_a_model_that_is_no_graph_is_left_with_its_line():
+    """A loop over the experts that have tokens; what its parts hold is said as well."""
+    (attempt,) = attempts.attempt_family("dbrx", [("trace", "bfloat16", "static")]).attempts
+    assert (attempt.state, attempt.lowered) == (LEFT, 0)
+    assert attempt.reason.startswith("[models.no_graph] ") and "for expert_idx in expert_hit:" in attempt.reason
+    assert "modeling_dbrx.py:" in attempt.reason and "[foreign.routing_alone]" in attempt.reason
+
+
+@pytest.mark.parametrize(("error", "of_model", "state"), [(1e-7, 0.0, LEFT), (1e-2, 0.0, WRONG), (1e-7, 1.0, WRONG)])
+def test_a_layer_that_is_left_is_compared_too(error: float, of_model: float, state: str):
+    attempt = attempts._judged(STATIC[0], [], 1, error, of_model, "[experts.other] of another kind")
+    assert attempt.state == state and attempt.reason.startswith(
+        "[experts.other]" if state == LEFT else "[models.wrong]"
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,9 @@ def run_collectives(rank):
     listed = [torch.empty(4, device="npu") for _ in range(2)]
     dist.all_gather(listed, x, group=group)
     found["all_gather"] = [t.tolist() for t in listed]
+    shares = [torch.empty(3, device="npu"), torch.empty(1, 2, device="npu")]
+    dist.all_gather(shares, x[:3] if rank == 0 else x[None, :2], group=group)
+    found["all_gather uneven"] = [t.tolist() for t in shares]
     half = torch.empty(2, device="npu")
     dist.reduce_scatter_tensor(half, x, group=group)
     found["reduce_scatter_tensor"] = half.tolist()

@@ -8,13 +8,16 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from functorch.compile import make_boxed_func
+from npu_chain_jobs import outcomes
 from rank_jobs import setup
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from moe_lowering import Deployment, MoeLowering
 from moe_lowering.backends.aot import lowering_backend
 
-__all__ = ["compile_block", "compile_with", "setup"]
+__all__ = ["compile_block", "compile_with", "edited", "setup"]
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 128, 8, 2  # as small as MC2 takes them
 _groups: list[str] = []
 
@@ -48,7 +51,7 @@ class Changed:
         )  # fmt: skip
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        rank = 1 - self.rank if self.change == "the other rank's place" else self.rank
+        rank = (self.rank + (self.change == "the other rank's place")) % dist.get_world_size()
         off = (ids // self.count) != rank
         past = self.count - 1 if self.change == "an expert for those of others" else self.count
         own = torch.where(off, past, ids % self.count)
@@ -125,6 +128,33 @@ def compile_block(
 def compile_with(rank: int, given: tuple[Any, ...], fields: dict[str, Any]) -> dict[str, Any]:
     """``compile_block`` in a deployment with other fields."""
     return compile_block(rank, *given, **fields)
+
+
+def graph_of(rank: int, family: str, implementation: str, dtype: torch.dtype) -> tuple[Any, list[Tensor]]:
+    """The graph of this rank's block as the pass gets it, and the inputs that it ran with."""
+    block = block_of(family, dtype)
+    shard(block, rank, implementation, "")
+    found: dict[str, Any] = {}
+
+    def capture(gm: Any, _: Any) -> Any:
+        def call(*inputs: Tensor) -> Any:
+            found.update(gm=gm, inputs=list(inputs))
+            return gm(*inputs)
+
+        return make_boxed_func(call)
+
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+        torch.compile(block, backend=aot_autograd(fw_compiler=capture), fullgraph=True)(
+            torch.randn(1, 6, HIDDEN, generator=torch.Generator().manual_seed(6)).to(dtype)
+        )
+    return found["gm"], found["inputs"]
+
+
+def edited(rank: int, case: tuple[Any, ...], comm: str, seeds: list[str]) -> list[tuple[str, str]]:
+    """What became of graphs with random edits, the same on each rank: (outcome, what is wrong or "")."""
+    gm, inputs = graph_of(rank, *case)
+    return outcomes(gm, {str(at): tensor for at, tensor in enumerate(inputs)}, deployment(rank), comm, seeds)
 
 
 def first(result: Any) -> Tensor:

@@ -118,7 +118,7 @@ GROUPED = {
     "products returned": "raise.read_outside",
     "permutation returned": "raise.read_outside",
     "slots returned": "raise.read_outside",
-    **dict.fromkeys(IDS, "raise.ids_range"),
+    **dict.fromkeys(IDS, "raise.ids_range raise.mask"),
 }
 
 
@@ -155,7 +155,7 @@ BATCHED = {
     "weights twice": "raise.weights_twice",
     "over tokens": "raise.sum",
     "interior returned": "raise.read_outside",
-    **dict.fromkeys(IDS, "raise.ids_range"),
+    **dict.fromkeys(IDS, "raise.ids_range raise.mask"),
 }
 
 TWINS = {

@@ -153,8 +153,12 @@ class Layer(torch.nn.Module):
                 hidden, "w2", groups, kind, scale=[self.w2_scale], per_token_scale=[scale], output_dtype=BF16
             )
         if self.quantisation == "w4a8":
-            hidden = self.gate(self.scaled(rows, "w13", row_scale, groups))
-            rows, row_scale = npu().npu_dynamic_quant(self.change("between", hidden))
+            hidden = self.scaled(rows, "w13", row_scale, groups)
+            if "joined" in self.changes:
+                how = {"activate_left": True, "quant_mode": 1, "dst_type": torch.int8, **self.changes["joined"]}
+                rows, row_scale = npu().npu_swiglu_quant(hidden, **how)
+            else:
+                rows, row_scale = npu().npu_dynamic_quant(self.change("between", self.gate(hidden)))
             return self.scaled(rows, "w2", row_scale, groups)
         hidden = self.change("between", self.matmul(rows, "w13", groups, kind))
         groups = self.change("second_groups", groups)

@@ -9,8 +9,9 @@ import torch
 
 from moe_lowering import Deployment
 from moe_lowering.integrations import vllm
-from moe_lowering.integrations.vllm_layers import Refused, compute_layer, read_layer
-from moe_lowering.integrations.vllm_legality import require_lowered, token_ranges_of
+from moe_lowering.integrations.vllm_layers import compute_layer, read_layer
+from moe_lowering.integrations.vllm_legality import require_lowered, token_ranges_of, unsplit_range
+from moe_lowering.integrations.vllm_refusals import Refused
 from moe_lowering.passes.policy import Policy
 from moe_lowering.vocabulary import IMPLEMENTATION_FORMS
 
@@ -26,7 +27,15 @@ class Other:
 
 
 def moe(**changes):
-    config = {"has_bias": False, "is_sequence_parallel": False, "dp_size": 1, "pcp_size": 1, "tp_size": 1, **changes}
+    config = {
+        "in_dtype": torch.float32,
+        "has_bias": False,
+        "is_sequence_parallel": False,
+        "dp_size": 1,
+        "pcp_size": 1,
+        "tp_size": 1,
+        **changes,
+    }
     return {"moe_config": SimpleNamespace(**config)}
 
 
@@ -112,7 +121,8 @@ def served(**changes):
 
 
 def judge(policy, deployment, ranges=((1, 256),), **changes):
-    given = layer(**changes)
+    dtype = changes.get("w13_weight", torch.empty(0)).dtype
+    given = layer(**{**moe(in_dtype=dtype), **changes})
     require_lowered(given, read_layer(given, deployment), policy, deployment, list(ranges))
 
 
@@ -148,6 +158,33 @@ def test_each_range_and_size_is_judged(bad):
     with pytest.raises(Refused, match=rf"^\[vllm.not_lowered\] .* {bad[0]} to {bad[1]} tokens is none \(mc2 was asked"):
         judge(Policy("mc2"), on_ranks(), [(1, 64), bad, (8, 8)], **given)
     judge(Policy("auto"), on_ranks(), [(1, 64), bad, (8, 8)], **given)
+
+
+def test_a_communicator_that_vllm_uses_is_none_for_mc2():
+    """Said before the layer is taken over: in the graph it would be too late."""
+    groups = {"ep_size": 2, "ep_group": "ep", "mc2_group": "tp", "tp_size": 2}
+    shared = Deployment(soc="A3", **groups, tp_group="tp", max_tokens=64, guards="forbid")
+    given = weights(1024, 64, EXPERTS // 2)
+    with pytest.raises(Refused, match=r"^\[vllm.not_lowered\] .*mc2: \[mc2.shared_communicator\]"):
+        judge(Policy("mc2"), shared, [(1, 64)], **given)
+    judge(Policy("mc2"), shared.replace(mc2_group="mc2"), [(1, 64)], **given)
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "ranges", "hints"),
+    [
+        ("vllm_ascend_main", {}, [(1, 256)], True),
+        ("vllm_ascend_main", {}, [(1, 8), (9, 256)], False),
+        ("vllm_ascend_main", {"mc2_capacity": 0}, [(1, 256)], False),
+        ("vllm_ascend_main", {"ep_size": 1}, [(1, 256)], False),
+        ("auto", {}, [(1, 256)], False),
+    ],
+)
+def test_a_range_beyond_the_capacity_is_hinted_at(policy, changes, ranges, hints):
+    deployment = on_ranks().replace(mc2_capacity=8).replace(**changes)
+    hint = unsplit_range(Policy("auto", policy), deployment, ranges)
+    assert bool(hint) == hints
+    assert not hints or ("1 to 256 tokens" in hint and "'compile_ranges_endpoints': [8]" in hint)
 
 
 def test_what_the_weights_say_is_judged():
@@ -198,13 +235,14 @@ def decide(monkeypatch):
     monkeypatch.setattr(vllm, "_check_engine", lambda config: None)
     deployment = Deployment(soc="A3", max_tokens=256, guards="forbid")
     monkeypatch.setattr(vllm, "deployment_of", lambda config: deployment)
+    monkeypatch.setattr(vllm, "deployment_for_weights", lambda deployment, layer: deployment)
     monkeypatch.setattr(vllm, "take_over", lambda layer, form: taken.append(layer))
     taken = []
 
-    def run(config):
+    def run(config, name="mlp.experts"):
         config.compilation_config.static_all_moe_layers = ["mlp.experts"]
         given = layer()
-        given.vllm_config, given.layer_name = config, "mlp.experts"
+        given.vllm_config, given.layer_name = config, name
         vllm._decide(given)
         return vllm.layers(), given in taken, config.compilation_config.static_all_moe_layers
 

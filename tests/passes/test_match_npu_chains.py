@@ -31,6 +31,7 @@ MC2 = {
     "W8A8": {"quantisation": "w8a8"},
     "W4A16": {"quantisation": "w4a16"},
     "W4A8": {"quantisation": "w4a8"},
+    "W4A8, SwiGLU and quantisation in one": {"quantisation": "w4a8", "joined": {}},
     "GEGLU": {"activation": "gelu_tanh"},
     "GEGLU, W4A16": {"activation": "gelu_tanh", "quantisation": "w4a16"},
     "clamps before silu": {"activation": "swiglu_clamp"},
@@ -135,6 +136,13 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "results returned": ("raise.single_use", {"returned": lambda rows, scale, counts, out: out}),
     "gate and up exchanged": ("raise.gate_second", {"activation": "gelu_tanh", "halves": lambda pair: pair[::-1]}),
     "gate and up exchanged, W8A8": ("raise.gate_second", {"quantisation": "w8a8", "dequant": {"activate_left": False}}),
+    "gate and up exchanged, in one": ("raise.gate_second", {"quantisation": "w4a8", "joined": {"activate_left": False}}),
+    "groups, in one": (
+        "raise.literal", {"quantisation": "w4a8", "joined": {"group_index": torch.ones(chains.EXPERTS // 2).int()}}
+    ),
+    "smooth scales, in one": (
+        "raise.smooth_scales", {"quantisation": "w4a8", "joined": {"smooth_scales": torch.ones(1, 256)}}
+    ),
     "prefix sums for counts": ("raise.counts", {"dispatch": {"expert_token_nums_type": 0}}),
     "other counts at the second matmul": ("raise.counts", {"second_groups": lambda counts: counts.flip(0)}),
     "other counts at both": ("raise.counts", {"counts": lambda counts: counts.flip(0)}),

@@ -208,6 +208,18 @@ def test_capacity_is_rounded_up_to_tp():
         assert vllm_choice(policy, spec, deployment, 265)[0] == "alltoall"
 
 
+@pytest.mark.parametrize("policy", ["vllm_ascend_0_13", "vllm_ascend_main"])
+def test_a_declared_capacity_is_that_of_the_rules(policy):
+    """What a serving stack says itself, in place of what ``max_tokens`` would; it is no limit of the operators."""
+    with testing.fake_deployment(ep_size=16, max_tokens=512, fused_mode=0, mc2_capacity=8) as deployment:
+        spec = block(deployment, 1024, 512, "none")
+    found = [vllm_choice(policy, spec, deployment, tokens)[0] for tokens in (8, 9)]
+    assert found == ["mc2", "alltoall"]
+    assert vllm_choice(policy, spec, deployment.replace(mc2_capacity=0), 9)[0] == "mc2"
+    with pytest.raises(ValueError, match="Deployment: mc2_capacity is -1"):
+        deployment.replace(mc2_capacity=-1)
+
+
 def test_what_a_rule_itself_refuses_is_said():
     wrong = BASE.but(deployment=(("fused_mode", 2),)).judge(policy="vllm_ascend_main").report.blocks[0]
     assert wrong.comm is not None

@@ -1,8 +1,9 @@
 """Which operators a block with quantised weights becomes, and what they compute, on one rank.
 
 What is expected is written from the operators' documentation: npu_grouped_matmul_swiglu_quant(_v2) up to 10,240 columns,
-FRACTAL_NZ and not transposed on A2 and A3, ND on A5; npu_dequant_swiglu_quant with groups on A2 and A3 up to 10,496
-columns, a multiple of 64; SwiGLU with the gate first in both. Numbers are compared with a model in whole numbers.
+FRACTAL_NZ and not transposed on A2 and A3, ND on A5; npu_dequant_swiglu_quant with groups on A2 and A3 up to 3,616
+columns of its result, a multiple of 64, with clamps too from CANN 8.5 on; npu_swiglu_quant on A2 and A3 up to 4,096; SwiGLU
+with the gate first in all. Numbers are compared with a model in whole numbers.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from moe_lowering.passes.pipeline import MoeLowering
 EXPERTS, TOP_K, HIDDEN, INNER, TOKENS = 4, 2, 64, 128, 11
 FUSED, DEQUANT = "npu.npu_grouped_matmul_swiglu_quant_v2", "npu.npu_dequant_swiglu_quant"
 MATMUL, SWIGLU, QUANT = "npu.npu_grouped_matmul", "npu.npu_swiglu", "npu.npu_dynamic_quant"
+JOINED = "npu.npu_swiglu_quant"
 CHAINS = {
     "fused": [QUANT, FUSED, MATMUL],
     "dequant": [QUANT, MATMUL, DEQUANT, MATMUL],
+    "joined": [QUANT, MATMUL, JOINED, MATMUL],
     "plain": [QUANT, MATMUL, SWIGLU, QUANT, MATMUL],
     "activation": [QUANT, MATMUL, QUANT, MATMUL],  # composed of ATen operators
 }
@@ -83,12 +86,26 @@ EXPECTED = [
     ("plain", {}, {"soc": "A5"}),  # the first wants ND there, the second does not exist
     ("dequant", {"transposed": ("w13", "w2")}, {}),
     ("fused", {"transposed": ("w13", "w2")}, {"soc": "A5", "weight_format": "nd"}),
-    ("plain", {"inner": 96}, {"weight_format": "nd"}),  # not a multiple of 64
+    ("joined", {"inner": 96}, {"weight_format": "nd"}),  # not a multiple of 64
+    ("plain", {"inner": 96}, {"weight_format": "nd", "mode": "ge"}),  # which has no converter for the joined one
     ("fused", {"inner": 96}, {}),
-    ("activation", {"options": {"activation": "swiglu_clamp", "limit": 7.0}}, {}),
-    ("activation", {"options": {"activation": "swiglu_clamp", "limit": 7.0}}, {"weight_format": "nd"}),
     ("activation", {"options": {"interleaved": True}}, {}),
     ("activation", {"options": {"interleaved": True}}, {"weight_format": "nd"}),
+    *(
+        (chain, {"inner": inner, "options": {**clamps, "interleaved": interleaved}}, fields)
+        for clamps in ({"activation": "swiglu_clamp", "limit": 7.0}, {"activation": "swiglu_oai", "limit": 3.0})
+        for chain, inner, interleaved, fields in (
+            ("dequant", INNER, False, {}),
+            ("dequant", INNER, True, {"soc": "A2", "weight_format": "nd"}),
+            ("dequant", INNER, True, {"torch_npu": "2.12.0"}),
+            ("activation", INNER, False, {"torch_npu": "2.12.0"}),  # which knows no clamps of halves
+            ("activation", INNER, True, {"cann": "8.3.RC1"}),  # and this one no clamps
+            ("activation", INNER, True, {"cann": ""}),
+            ("activation", INNER, True, {"soc": "A5"}),
+            ("activation", 96, False, {}),
+        )
+    ),
+    ("activation", {"options": {"activation": "gelu"}}, {}),
 ]
 
 
@@ -101,11 +118,11 @@ def test_the_chain(expected: str, what: dict[str, Any], fields: dict[str, str]) 
 
 
 @pytest.mark.parametrize(("inner", "weight_format", "expected"), [
-    (5120, "nz", "fused"), (5152, "nz", "plain"), (5184, "nz", "dequant"), (10496, "nd", "dequant"),
-    (10560, "nd", "plain"), (14336, "nz", "plain"),
+    (5120, "nz", "fused"), (5152, "nz", "plain"), (3584, "nd", "dequant"), (3648, "nd", "joined"),
+    (4096, "nd", "joined"), (4128, "nd", "plain"), (14336, "nz", "plain"),
 ])  # fmt: skip
 def test_wide_experts_take_the_next_chain(inner: int, weight_format: str, expected: str) -> None:
-    """5,152 is no multiple of 64; 14,336 is Mixtral's."""
+    """The widest of each chain, and the next; 14,336 is Mixtral's."""
     with testing.fake_tensors():
         weights = {
             "w13": torch.empty(EXPERTS, HIDDEN, 2 * inner, dtype=torch.int8),
@@ -218,22 +235,41 @@ def product(row: list[int], matrix: Tensor) -> Tensor:
     return torch.tensor([sum(a * b for a, b in zip(row, column, strict=True)) for column in matrix.t().tolist()])
 
 
-def token(x: Tensor, weights: dict[str, Tensor], expert: int, between: torch.dtype, out: torch.dtype) -> Tensor:
-    """One expert's result of one token. ``between`` is what the first matmul's result is rounded to."""
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def clamped(limit: float, alpha: float, bias: float) -> Any:
+    def activation(gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return gate / (1 + torch.exp(-alpha * gate)) * (up + bias)
+
+    return activation
+
+
+def token(
+    x: Tensor, weights: dict[str, Tensor], expert: int, between: torch.dtype, out: torch.dtype, activation: Any = swiglu,
+    interleaved: bool = False, after: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """One expert's result of one token. ``between`` is what the first matmul's result is rounded to, and the activation's,
+    where that is not rounded to ``after``."""
     row, scale = int8(x)
     sums = product(row, weights["w13"][expert].long()).float()
     hidden = (sums * weights["w13_scale"][expert] * scale).to(between)
-    gate, up = hidden.double().split(len(hidden) // 2)
-    activated = (gate / (1 + torch.exp(-gate)) * up).float().to(between)
+    wide = hidden.double()
+    activated = activation(*((wide[0::2], wide[1::2]) if interleaved else wide.split(len(wide) // 2)))
+    activated = activated.float().to(after or between)
     row, scale = int8(activated)
     sums = product(row, weights["w2"][expert].long()).float()
     return (sums * weights["w2_scale"][expert] * scale).to(out)
 
 
-def model(x: Tensor, routing: Tensor, ids: Tensor, weights: dict[str, Tensor], between: torch.dtype) -> Tensor:
+def model(
+    x: Tensor, routing: Tensor, ids: Tensor, weights: dict[str, Tensor], between: torch.dtype, *how: Any
+) -> Tensor:
     rows = []
     for at, row in enumerate(x):
-        parts = [token(row, weights, e, between, x.dtype).double() for e in ids[at].tolist()]
+        parts = [token(row, weights, e, between, x.dtype, *how).double() for e in ids[at].tolist()]
         rows.append(sum(w * part for w, part in zip(routing[at].double(), parts, strict=True)))
     return torch.stack(rows)
 
@@ -249,23 +285,44 @@ def ratio(actual: Tensor, expected: Tensor) -> float:
 FLOOR = 44.0
 
 
-@pytest.mark.parametrize(("name", "fields", "between"), [
-    ("fused", {}, torch.float32),
-    ("dequant", {"weight_format": "nd"}, torch.float32),
-    ("plain", {"weight_format": "nz", "soc": "A5"}, torch.bfloat16),
+@pytest.mark.parametrize(("name", "fields", "between", "after"), [
+    ("fused", {}, torch.float32, None),
+    ("dequant", {"weight_format": "nd"}, torch.float32, None),
+    ("plain", {"weight_format": "nz", "soc": "A5"}, torch.bfloat16, None),
+    ("joined", {"weight_format": "nd"}, torch.bfloat16, torch.float32),
 ])  # fmt: skip
-def test_each_chain_against_whole_numbers(name: str, fields: dict[str, str], between: torch.dtype) -> None:
-    weights, (x, routing, ids) = given(), inputs()
+def test_each_chain_against_whole_numbers(
+    name: str, fields: dict[str, str], between: torch.dtype, after: torch.dtype | None
+) -> None:
+    weights, (x, routing, ids) = given(96 if name == "joined" else INNER), inputs()
     got, chain = run_chain(weights, (x, routing, ids), **fields)
     assert chain == CHAINS[name]
-    expected = model(x, routing, ids, weights, between)
-    assert ratio(got, expected) > FLOOR
+    how = (between, swiglu, False, after)
+    assert ratio(got, model(x, routing, ids, weights, *how)) > FLOOR
     for wrong in (
         {**weights, "w13_scale": weights["w13_scale"].roll(1, 0)},
-        {**weights, "w13": torch.cat(weights["w13"].split(INNER, 2)[::-1], 2)},  # up first
+        {**weights, "w13": torch.cat(weights["w13"].chunk(2, 2)[::-1], 2)},  # up first
         {**weights, "w2_scale": weights["w2_scale"] * 1.02},
     ):
-        assert ratio(got, model(x, routing, ids, wrong, between)) < FLOOR
+        assert ratio(got, model(x, routing, ids, wrong, *how)) < FLOOR
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("activation", "alpha", "numbers"), [
+    ("swiglu_clamp", 1.0, clamped(0.3, 1.0, 0.0)), ("swiglu_oai", 1.5, clamped(0.3, 1.5, 1.0)),
+])  # fmt: skip
+def test_clamps_in_one_operator_against_whole_numbers(
+    activation: str, alpha: float, numbers: Any, interleaved: bool
+) -> None:
+    """gpt-oss's and DeepSeek's, with a limit that binds: without it, or with the columns paired otherwise, it is not this."""
+    weights, (x, routing, ids) = given(), inputs()
+    options = {"activation": activation, "limit": 0.3, "alpha": alpha, "interleaved": interleaved}
+    known = {"cann": "9.1.0", "torch_npu": "2.13.0"}
+    got, chain = run_chain(weights, (x, routing, ids), options, **known)
+    assert chain == CHAINS["dequant"]
+    assert ratio(got, model(x, routing, ids, weights, torch.float32, numbers, interleaved)) > FLOOR
+    for wrong in (numbers, not interleaved), (clamped(30.0, alpha, 0.0), interleaved), (swiglu, interleaved):
+        assert ratio(got, model(x, routing, ids, weights, torch.float32, *wrong)) < FLOOR
 
 
 def test_scales_that_are_kept_as_bits() -> None:
@@ -277,7 +334,9 @@ def test_scales_that_are_kept_as_bits() -> None:
     assert torch.equal(got, run_chain(weights, inputs(), weight_format="nd")[0])
 
 
-def run_chain(weights: dict[str, Tensor], x: tuple[Tensor, ...], **fields: str) -> tuple[Tensor, list[str]]:
+def run_chain(
+    weights: dict[str, Tensor], x: tuple[Tensor, ...], options: Any = None, **fields: str
+) -> tuple[Tensor, list[str]]:
     """The lowered graph's result with the simulator's kernels, which fill what is undefined with the least integer."""
     where = Deployment(**{"soc": "A3", "weight_format": "nz", **fields})
     lowering = MoeLowering(where, "allgather", strict=True)
@@ -289,7 +348,9 @@ def run_chain(weights: dict[str, Tensor], x: tuple[Tensor, ...], **fields: str) 
 
     torch._dynamo.reset()
     with torch.no_grad():
-        y = torch.compile(block(weights), backend=lowering_backend(lowering, note), fullgraph=True)(*x)
+        y = torch.compile(block(weights, **(options or {})), backend=lowering_backend(lowering, note), fullgraph=True)(
+            *x
+        )
     return y, [name for name in seen if name in OPERATORS]
 
 

@@ -1,4 +1,9 @@
-"""transformers' own expert parallelism, on two real ranks: its blocks are raised from the trace, and right."""
+"""transformers' own expert parallelism, on two real ranks: its blocks are raised from the trace, and right.
+
+MOE_LOWERING_RANKS sets another number of ranks.
+"""
+
+import os
 
 import expert_parallel_jobs as jobs
 import pytest
@@ -7,6 +12,8 @@ from reference import relative_error
 
 from moe_lowering.testing import Ranks
 
+RANKS = int(os.environ.get("MOE_LOWERING_RANKS", "2"))
+SEED = os.environ.get("MOE_LOWERING_SEED", "")  # part of the seeds of edits
 CASES = [
     ("qwen3_moe", "grouped_mm", torch.bfloat16, "mc2", 6),
     ("qwen3_moe", "grouped_mm", torch.float32, "allgather", 5),
@@ -25,7 +32,7 @@ TWINS = {
 
 @pytest.fixture(scope="module")
 def ranks():
-    with Ranks(2, setup=jobs.setup, collective_timeout=60) as pool:
+    with Ranks(RANKS, setup=jobs.setup, collective_timeout=60) as pool:
         yield pool
 
 
@@ -56,3 +63,22 @@ def test_a_deployment_whose_ranks_have_tokens_of_their_own(ranks):
     for found in ranks.run(jobs.compile_with, given, fields):
         assert found["blocks"] == [] and "tp_size 1" in found["foreign"][0]
         assert torch.equal(found["lowered"], found["written"])
+
+
+EDITED = {  # in float32, where no two logits are equal: of equal ones the router's operator may take another first
+    "grouped_mm": ("qwen3_moe", "grouped_mm", torch.float32),
+    "batched_mm": ("qwen3_moe", "batched_mm", torch.float32),
+    "gpt-oss": ("gpt_oss", "grouped_mm", torch.float32),
+}
+
+
+def test_graphs_with_random_edits_are_left_or_equal(ranks):
+    """MOE_LOWERING_EDITS sets how many of all forms."""
+    count = int(os.environ.get("MOE_LOWERING_EDITS", "150")) // 15
+    outcomes = set()
+    for name, case in EDITED.items():
+        seeds = [f"{SEED}{name}/{index}" for index in range(count)]
+        found = ranks.run(jobs.edited, case, "allgather", seeds, timeout=3600.0)
+        assert [wrong for each in found for _, wrong in each if wrong] == []
+        outcomes |= {outcome for each in found for outcome, _ in each}
+    assert outcomes == {"left", "raised"}

@@ -106,8 +106,6 @@ PERMUTE_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "the last row dropped": ("raise.rows", {"kept": lambda _: -1}),
     "another index at the way back": ("raise.index", {"places": lambda places: places.flip(0)}),
     "rows changed": ("raise.operation_between", {"rows": lambda rows: rows.neg()}),
-    "relu between the matmuls": ("raise.activation", {"between": torch.relu}),
-    "results weighted twice": ("raise.operation_between", {"out": lambda out: out * 2}),
     "results returned": ("raise.single_use", {"returned": lambda rows, places, groups, out: out}),
 }
 ALL_TWINS = [(kind, name, twins[name]) for kind, twins in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -266,10 +267,9 @@ def test_dequant_swiglu_quant_of_pairs() -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", [1, 2])
-@pytest.mark.parametrize("gate_first", [True, False])
+@pytest.mark.parametrize(("mode", "gate_first"), [(1, True), (2, True), (2, False)])
 def test_dequant_swiglu_quant_clamped(mode: int, gate_first: bool) -> None:
-    """gpt-oss: columns in turn; halves for mode 2. activate_left is for halves only."""
+    """gpt-oss: columns in turn, the even ones the gate; halves for mode 2, of which either may be."""
     x = (torch.randn(5, 128) * 4).bfloat16()
     settings = {"clamp_limit": 3.0, "glu_alpha": 1.5, "glu_bias": 0.5}
     result = like_meta(
@@ -332,6 +332,10 @@ DEQUANT = {
         ({"quant_scale": torch.ones(2, 128)}, r"quant_scale is \(2, 128\); accepted: \(2, 64\)"),
         ({"x": torch.ones(3, 64, dtype=torch.int32)}, "dequant_swiglu_quant.intermediate"),
         ({"swiglu_mode": 3}, "dequant_swiglu_quant.swiglu_mode"),
+        ({"swiglu_mode": 1, "activate_left": False}, "dequant_swiglu_quant.activate_left"),
+        ({"clamp_limit": 0.0}, "dequant_swiglu_quant.clamp_limit"),
+        ({"clamp_limit": math.inf}, "dequant_swiglu_quant.clamp_limit"),
+        ({"swiglu_mode": 2, "group_index": torch.tensor([[0, 1], [1, 1]])}, "dequant_swiglu_quant.clamped_pairs"),
         ({"round_mode": 1}, "round_mode is 1; the CPU kernel"),
         ({"dst_type": 16}, "dequant_swiglu_quant.dst_type"),
     ],

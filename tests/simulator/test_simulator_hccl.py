@@ -26,6 +26,7 @@ def both(*values):
 EXPECTED = {
     "all_gather_into_tensor": both(0, 1, 2, 3, 4, 5, 6, 7),
     "all_gather": [[[0, 1, 2, 3], [4, 5, 6, 7]]] * 2,
+    "all_gather uneven": [[[0, 1, 2], [[4, 5]]]] * 2,
     "reduce_scatter_tensor": [[4, 6], [8, 10]],
     "all_reduce SUM": both(4, 6, 8, 10),
     "all_reduce MAX": both(4, 5, 6, 7),

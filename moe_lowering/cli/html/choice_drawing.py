@@ -87,11 +87,11 @@ def _boundaries(rows: Sequence[Row]) -> list[str]:
 def _spread(ticks: Sequence[int], x: object) -> list[int]:
     """Ticks that do not overlap: the ends, and of the others those with room."""
     assert callable(x)
-    kept = [ticks[0]]
+    shown = [ticks[0]]
     for tick in ticks[1:-1]:
-        if x(tick) - x(kept[-1]) > 44 and x(ticks[-1]) - x(tick) > 52:
-            kept.append(tick)
-    return kept if ticks[-1] == kept[-1] else [*kept, ticks[-1]]
+        if x(tick) - x(shown[-1]) > 44 and x(ticks[-1]) - x(tick) > 52:
+            shown.append(tick)
+    return shown if ticks[-1] == shown[-1] else [*shown, ticks[-1]]
 
 
 def _text(text: str, x: float, y: float, size: int = 13, anchor: str = "middle", fill: str = "#222") -> Markup:

@@ -32,12 +32,12 @@ def escape(value: object) -> Markup:
 
 def element(name: str, *children: object, **attributes: object) -> Markup:
     """An element; ``class_`` stands for class, an underscore within a name for a dash, and None for no attribute."""
-    given = "".join(
+    attribute_text = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
-    return Markup(f"<{name}{given}>{''.join(map(escape, children))}</{name}>")
+    return Markup(f"<{name}{attribute_text}>{''.join(map(escape, children))}</{name}>")
 
 
 def join(parts: Iterable[object]) -> Markup:
@@ -57,8 +57,8 @@ def _cell(value: object) -> Markup:
 
 def items(texts: Iterable[object]) -> Markup:
     """A list; empty without texts."""
-    found = [element("li", text) for text in texts]
-    return element("ul", *found) if found else Markup()
+    entries = [element("li", text) for text in texts]
+    return element("ul", *entries) if entries else Markup()
 
 
 def bar(value: float, most: float) -> Markup:

@@ -66,14 +66,14 @@ class Alone(nn.Module):
 
 def unit_kinds(model: nn.Module) -> list[UnitKind]:
     """The kinds of units of a model, each in the order of its first; empty where an MoE module is in no list."""
-    found: dict[str, None] = {}
+    units: dict[str, None] = {}
     for name, *_ in capabilities(model):
         unit = _unit_of(name)
         if unit is None:
             return []
-        found[unit] = None
+        units[unit] = None
     kinds: dict[Any, list[str]] = {}
-    for unit in found:
+    for unit in units:
         kinds.setdefault(describe_module(model.get_submodule(unit)), []).append(unit)
     return [UnitKind(tuple(names), model.get_submodule(names[0])) for names in kinds.values()]
 

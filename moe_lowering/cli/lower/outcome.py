@@ -51,13 +51,15 @@ class LowerOutcome:
     def problems(self) -> list[str]:
         """Why the exit code is 1; empty when it is 0."""
         problems = [f"{module} is not lowered: {why}" for module, why in self.unsupported]
-        left: dict[str, list[str]] = {}
+        blocks_by_reason: dict[str, list[str]] = {}
         for report in self.reports:
             for block in report.blocks:
                 if block.comm is None:
-                    left.setdefault(_refusal(block, self.request.comm), []).append(block.name)
+                    blocks_by_reason.setdefault(_refusal(block, self.request.comm), []).append(block.name)
             problems += [f"{place} is not lowered: {why}" for place, why in report.unlowered]
-        problems += [f"{names(list(dict.fromkeys(blocks)))} not lowered: {why}" for why, blocks in left.items()]
+        problems += [
+            f"{names(list(dict.fromkeys(blocks)))} not lowered: {why}" for why, blocks in blocks_by_reason.items()
+        ]
         if not problems and not any(report.blocks for report in self.reports):
             problems.append("no MoE block was found in the graph")
         if self.refused:

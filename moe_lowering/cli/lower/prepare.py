@@ -39,7 +39,7 @@ def deployment_for(request: LowerRequest, **place: Any) -> Deployment:
 def assumptions(request: LowerRequest) -> str:
     """What ``deployment_for`` takes for granted, for the report."""
     named = [f"{name} {version}" for name, version in request.providers] if request.provider is not None else []
-    given = {
+    templates = {
         "HCCL_BUFFSIZE {} MB": request.buffer_mb,
         "expert weights in format {}": request.weight_format,
         "CANN {}": request.cann,
@@ -47,9 +47,9 @@ def assumptions(request: LowerRequest) -> str:
         "MC2 in two levels": request.hierarchy or None,
     }
     equal = "not equal on all ranks" if request.unequal_tokens else "equal on all ranks"
-    said = [text.format(value) for text, value in given.items() if value is not None]
+    sentences = [text.format(value) for text, value in templates.items() if value is not None]
     tokens = f"at most {request.max_tokens} tokens per rank, {equal}"
-    return "; ".join([tokens, *request.taken_as, *said, *assumed_differences(request)])
+    return "; ".join([tokens, *request.taken_as, *sentences, *assumed_differences(request)])
 
 
 def tensor_parallel_place(request: LowerRequest, rank: int, backend: str | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from moe_lowering.limits.calls.matmul import dtype_form, unpacked_size
@@ -110,6 +111,10 @@ def dequant_swiglu_quant(a: Arguments) -> dict[str, Any]:
         "activate_dim": -1 if a["activate_dim"] is None else a["activate_dim"],
         "quant_mode": a["quant_mode"],
         "swiglu_mode": a["swiglu_mode"],
+        "has_clamps": a["swiglu_mode"] != 0,
+        "has_clamped_halves": a["swiglu_mode"] == 2,
+        "activate_left": a["activate_left"],
+        "has_clamp_limit": 0 < a["clamp_limit"] < math.inf,
         **_group_list(groups),
     }
 

@@ -23,7 +23,7 @@ from moe_lowering.passes.context import most_tokens
 from moe_lowering.passes.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
 from moe_lowering.passes.implementations.mc2 import global_tokens
-from moe_lowering.passes.implementations.quantised_mlp import as_float32
+from moe_lowering.passes.implementations.scale_casts import as_float32
 from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
 
 

@@ -2,14 +2,17 @@
 
     w8a8   quantise rows > ``npu_grouped_matmul_swiglu_quant_v2`` > ``npu_grouped_matmul``
            quantise rows > ``npu_grouped_matmul`` (int32) > ``npu_dequant_swiglu_quant`` > ``npu_grouped_matmul``
+           quantise rows > ``npu_grouped_matmul`` > ``npu_swiglu_quant`` > ``npu_grouped_matmul``
            quantise rows > ``npu_grouped_matmul`` > activation > quantise > ``npu_grouped_matmul``
-    w4a8   the third line, with int4 weights, their scales as bits and their compensation as bias
+    w4a8   the last two lines, with int4 weights, their scales as bits and their compensation as bias
     w4a16  ``npu_grouped_matmul`` (antiquant scale and offset) > activation > ``npu_grouped_matmul``
 
-W8A8 takes the first line whose operators accept the block, by their rows in ``limits/data`` (``chain``): the first two know
-SwiGLU with the gate first only, and have limits of their own on format, layout and width. Smooth scales of activations are an
-argument of the second line's operator alone, which is taken for them with clamps too. "quantise" is
-``npu_dynamic_quant``, left out where rows arrive as int8 with scales (MC2's dispatch with quant_mode 2).
+The first line is taken whose operators accept the block, by their rows in ``limits/data`` (``chain``). The first and the
+third know SwiGLU with the gate first only, the second also with clamps and of alternating columns; each has limits of its own
+on format, layout and width. The third has no converter for GE graphs. It is not told which rows are valid: it wants counts
+in int32, and documentation wants them not to fall. Smooth scales of activations are an argument of the second line's
+operator alone. "quantise" is ``npu_dynamic_quant``, left out where rows arrive as int8 with scales (MC2's dispatch with
+quant_mode 2).
 Counts per expert are the group list (type 1). Rows past the sum of the counts are undefined afterwards.
 Dtypes of scales: limits/data/grouped_matmul_quantised.toml.
 Sources: vllm_ascend.moe_mlp: unified_apply_mlp; ops_transformer.grouped_matmul.
@@ -38,23 +41,24 @@ from moe_lowering.passes.implementations.matmul_calls import (
     matmul_call,
     row_scales,
 )
+from moe_lowering.passes.implementations.scale_casts import as_float32, matmul_scale, scale_dtype
 from moe_lowering.passes.implementations.tensor_parallel import Share
 from moe_lowering.passes.operands import Operands
 
 _TORCH_NPU_DTYPES = {torch.float16: 5, torch.bfloat16: 15}  # numbers that npu_grouped_matmul's output_dtype takes
 _INT32 = 3
 FLOAT32 = 6  # of torch's numbers of dtypes; not the default of dequant_dtype before torch_npu 2.11, which is 0
-_LOW_HALF = 0xFFFFFFFF
 
 # The formats that this file has calls for; a format that only the vocabulary has is refused
 EMITTED = frozenset({"w8a8", "w4a8", "w4a16"})
 QUANTISE, DEQUANTISE = "npu_dynamic_quant", "npu_dequant_swiglu_quant"
 SWIGLU_QUANT = "npu_grouped_matmul_swiglu_quant_v2"
-FUSED, DEQUANT, PLAIN = "fused", "dequant", "plain"  # the chains, in order of preference
+SWIGLU_ROWS = "npu_swiglu_quant"
+FUSED, DEQUANT, JOINED, PLAIN = "fused", "dequant", "joined", "plain"  # the chains, in order of preference
 
 
 def chain(spec: BlockSpec, deployment: Deployment) -> str:
-    """The chain that a block takes: the first one whose operators accept it; ``PLAIN`` when neither of the others does.
+    """The chain that a block takes: the first one whose operators accept it; ``PLAIN`` when none of the others does.
 
     It depends on what is the same on every rank, and T is not in it: verdict, emission and every rank choose alike.
     """
@@ -62,11 +66,24 @@ def chain(spec: BlockSpec, deployment: Deployment) -> str:
         return (
             DEQUANT  # the only one that multiplies each expert's activations; where it is not legal, the block is not
         )
-    if spec.format.weight_dtype == "int8" and spec.activation == "swiglu" and not spec.interleaved:
-        for name in (FUSED, DEQUANT):
-            if all(_is_accepted(call, deployment) for call in _matmuls(name, spec, deployment)):
-                return name
+    for name in _candidates(spec, deployment):
+        if all(_is_accepted(call, deployment) for call in _matmuls(name, spec, deployment)):
+            return name
     return PLAIN
+
+
+def _candidates(spec: BlockSpec, deployment: Deployment) -> tuple[str, ...]:
+    """The chains but ``PLAIN`` that compute a block's activation."""
+    if not spec.format.int8_rows:
+        return ()
+    halves = spec.activation == "swiglu" and not spec.interleaved
+    eight_bits = spec.format.weight_dtype == "int8"
+    known = {
+        FUSED: eight_bits and halves,
+        DEQUANT: eight_bits and (halves or spec.activation in _GLU),
+        JOINED: halves and deployment.mode != "ge",
+    }
+    return tuple(name for name, computes in known.items() if computes)
 
 
 def _is_accepted(call: OperatorCall, deployment: Deployment) -> bool:
@@ -121,6 +138,9 @@ def _matmuls(name: str, spec: BlockSpec, deployment: Deployment) -> tuple[Operat
         dequantise = _dequant_arguments(spec, x, scale, row_scales(), counts, smooth)
         return sums, OperatorCall(DEQUANTISE, dequantise), second
     first = matmul_call(spec, spec.hidden, experts.w13, _rows_dtype(spec), **_first_arguments(spec))
+    if name == JOINED:
+        rows = tensor(spec.dtype, None, spec.first_width)
+        return first, OperatorCall(SWIGLU_ROWS, _swiglu_rows_arguments(rows)), second
     return first, *activation_calls(spec, deployment.soc), *quantise_calls(spec, spec.intermediate), second
 
 
@@ -143,7 +163,7 @@ def _arguments(spec: BlockSpec, scale: Operands, offset: Operands, bias: Operand
     if spec.format.weight_only:
         offsets = (offset or scale).cast(spec.dtype)
         return _antiquant_arguments(scale.cast(spec.dtype).items, offsets.items)
-    return _scale_arguments(spec, scale.cast(_scale_dtype(spec)).items, bias.items, row_scales())
+    return _scale_arguments(spec, scale.cast(scale_dtype(spec)).items, bias.items, row_scales())
 
 
 def _antiquant_arguments(scales: list[Any], offsets: list[Any]) -> dict[str, Any]:
@@ -172,6 +192,11 @@ def _swiglu_quant_arguments(
         "dequant_dtype": FLOAT32,
         "group_list_type": 1,
     }
+
+
+def _swiglu_rows_arguments(rows: Any) -> dict[str, Any]:
+    """``npu_swiglu_quant`` of rows [N, 2I]: SwiGLU, and a scale for each row."""
+    return {"x": rows, "activate_left": True, "quant_mode": 1, "dst_type": torch.int8}
 
 
 def _dequant_arguments(
@@ -210,13 +235,6 @@ def takes_smooth(spec: BlockSpec) -> bool:
     return spec.format.weight_dtype == "int8" and known
 
 
-def _scale_dtype(spec: BlockSpec) -> torch.dtype:
-    """What ``npu_grouped_matmul`` takes as scale of int8 rows: bits for int4 weights, else by the result's dtype."""
-    if spec.format.bits_of_scales:
-        return torch.int64
-    return torch.bfloat16 if spec.dtype == torch.bfloat16 else torch.float32
-
-
 def emit(
     emit: Emitter,
     block: Block,
@@ -252,7 +270,11 @@ def emit(
         hidden, row_scale = emit.item(pair, 0), emit.item(pair, 1)
     else:
         hidden = _scaled_matmul(emit, spec, rows, row_scale, w13, w13_scale, experts.w13_scale_bias or (), counts)
-        hidden, row_scale = _quantise(emit, emit_activation(emit, hidden, counts, spec, deployment.soc))
+        if name == JOINED:
+            pair = emit_call(emit, SWIGLU_ROWS, _swiglu_rows_arguments(hidden))
+            hidden, row_scale = emit.item(pair, 0), emit.item(pair, 1)
+        else:
+            hidden, row_scale = _quantise(emit, emit_activation(emit, hidden, counts, spec, deployment.soc))
     return _scaled_matmul(emit, spec, hidden, row_scale, w2, w2_scale, experts.w2_scale_bias or (), counts)
 
 
@@ -282,7 +304,7 @@ def _scaled_matmul(
     counts: Node,
 ) -> Node:
     """int8 rows by int8 or int4 weights: scaled by weight column and by row, in the block's dtype."""
-    arguments = _scale_arguments(spec, [_scale(emit, s, spec) for s in scale], list(bias), row_scale)
+    arguments = _scale_arguments(spec, [matmul_scale(emit, s, spec) for s in scale], list(bias), row_scale)
     return emit.item(emit_call(emit, MATMUL, matmul_arguments(rows, weight, counts, **arguments)), 0)
 
 
@@ -308,32 +330,3 @@ def _antiquant_matmul(
 def _zeros(emit: Emitter, value: torch.Tensor) -> Node:
     shape = [int(n) for n in value.shape]
     return emit.constant(aten.full.default, shape, 0, dtype=value.dtype, device=value.device, pin_memory=False)
-
-
-def _scale(emit: Emitter, scale: Node, spec: BlockSpec) -> Node:
-    if spec.format.bits_of_scales:
-        return _as_bits(emit, scale)
-    return emit.cast(_as_float(emit, scale), _scale_dtype(spec))
-
-
-def _as_float(emit: Emitter, scale: Node) -> Node:
-    """Scales that are kept as bits (float32 in the low half of int64, for dispatch_ffn_combine) as float32."""
-    if scale.meta["val"].dtype != torch.int64:
-        return scale
-    return emit.call(aten.view.dtype, emit.cast(scale, torch.int32), torch.float32)
-
-
-def as_float32(emit: Emitter, scale: Node) -> Node:
-    """Scales as the float32 numbers that they are, also where they are kept as bits."""
-    return emit.cast(_as_float(emit, scale), torch.float32)
-
-
-def _as_bits(emit: Emitter, scale: Node) -> Node:
-    """The bits of float32 in the low half of int64, and nothing in the high one, where the sign would go and hardware
-    reads flags. With a tensor for the mask: torchair has no converter of ``bitwise_and.Scalar``."""
-    value = scale.meta["val"]
-    if value.dtype == torch.int64:
-        return scale
-    bits = emit.cast(emit.call(aten.view.dtype, emit.cast(scale, torch.float32), torch.int32), torch.int64)
-    low = emit.constant(aten.full.default, [], _LOW_HALF, dtype=torch.int64, device=value.device, pin_memory=False)
-    return emit.call(aten.bitwise_and.Tensor, bits, low)

@@ -20,6 +20,7 @@ from moe_lowering.passes.raise_foreign import (
     rules_of_experts,
     rules_of_layout,
     rules_of_routing,
+    rules_of_sums,
 )
 from moe_lowering.passes.raise_foreign.graph_facts import reading
 from moe_lowering.passes.raise_foreign.npu_forms import NPU_FORMS
@@ -28,7 +29,7 @@ from moe_lowering.report.leftovers import NotRaised
 
 FORMS: dict[str, Form] = {form.name: form for form in (match_grouped_mm.FORM, match_gathered_weights.FORM, *NPU_FORMS)}
 assert (
-    rules_of_counts and rules_of_experts and rules_of_layout and rules_of_routing
+    rules_of_counts and rules_of_experts and rules_of_layout and rules_of_routing and rules_of_sums
 )  # imported for the rules that they add
 
 

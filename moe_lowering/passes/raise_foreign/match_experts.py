@@ -7,7 +7,6 @@ with one set of ids, one tensor of weights over token and choice, and x over tok
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +14,9 @@ from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.foreign_walks import name_of
-from moe_lowering.passes.raise_foreign.closed_region import closed_region, looks_only, region_of
+from moe_lowering.passes.raise_foreign.closed_region import closed_region, region_of
 from moe_lowering.passes.raise_foreign.expert_parallel import over_shared_tokens
+from moe_lowering.passes.raise_foreign.find_result import end_of_casts, find_result
 from moe_lowering.passes.raise_foreign.graph_facts import facts_of
 from moe_lowering.passes.raise_foreign.ids_range import out_of_range
 from moe_lowering.passes.raise_foreign.joined_storage import joined_storage
@@ -24,9 +24,16 @@ from moe_lowering.passes.raise_foreign.match_activation import Gated, match_acti
 from moe_lowering.passes.raise_foreign.meanings import Value, choices, feature, flat, product, sizes, slots, tokens
 from moe_lowering.passes.raise_foreign.read_meanings import Reader
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, NotThisForm, Weights
-from moe_lowering.passes.raise_foreign.terms import Counts, Expert, Part, Summed, Tensor, Term, Times, Weighted
+from moe_lowering.passes.raise_foreign.terms import (
+    Counts,
+    Expert,
+    Part,
+    Position,
+    Summed,
+    Tensor,
+    Weighted,
+)
 
-_STEPS = 400  # nodes between the first product and the result
 _FACTORIES = frozenset(f"{kind}{how}" for kind in ("empty", "zeros", "ones", "full") for how in ("", "_like")) | {
     "new_zeros",
     "new_empty",
@@ -54,7 +61,7 @@ def match_experts(
     """
     reader = Reader(products)
     reader.start_at(of_ids)
-    result = _end_of_casts(reader, _find_result(reader, products))
+    result = end_of_casts(reader, find_result(reader, products))
     value = reader.value(result)
     assert value is not None
     own = block = _Parts(result, value).block(form, reader)
@@ -114,82 +121,6 @@ def _require_bounds(reader: Reader, region: Sequence[Node], own: ForeignBlock, s
             )
 
 
-def _find_result(reader: Reader, products: Sequence[Node]) -> Node:
-    """The first node on every way from the products that is a sum over choices."""
-    pending, visited = list(products), set(products)
-    heapq.heapify(pending)
-    ends: list[Node] = []
-    for _ in range(_STEPS):
-        if not pending:
-            break
-        node = heapq.heappop(pending)
-        if looks_only(node):
-            continue
-        value = reader.value(node) if node.op != "output" else None
-        if value is None:
-            if node.op == "output" or not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
-                raise _ends_early(node, reader)
-            if isinstance(node.meta["val"], torch.Tensor):
-                raise reader.reason(node)
-        elif _is_layer(value):
-            ends.append(node)
-            continue
-        for user in node.users:
-            if user not in visited:
-                visited.add(user)
-                heapq.heappush(pending, user)
-    if pending or len(ends) != 1:
-        raise NotThisForm(
-            min(products),
-            "raise.result",
-            f"{len(ends)} sums over the choices of a token",
-            "one, that all products go into",
-        )
-    return ends[0]
-
-
-def _ends_early(node: Node, reader: Reader) -> NotThisForm:
-    source = next((n for n in node.all_input_nodes if reader.is_derived(n)), node)
-    return NotThisForm(
-        source,
-        "raise.read_outside",
-        f"{source.name} is read by {node.name} before it is the result of a layer",
-        "values inside of a layer that are read inside only",
-    )
-
-
-def _is_layer(value: Value) -> bool:
-    term, axes = value.term, flat(value.dims)
-    if isinstance(term, Summed):
-        return True
-    rows = term.rows if isinstance(term, Weighted) else term
-    if not isinstance(rows, Expert) or not isinstance(rows.rows, Times):
-        return False
-    done = isinstance(term, Weighted) or _weighs_input(rows)
-    return done and not choices(rows.ids) and axes[:-1] == tokens(rows.ids)  # k = 1: nothing is left to sum
-
-
-def _weighs_input(second: Expert) -> bool:
-    def first(term: Term) -> Term:
-        return first(term.whole) if isinstance(term, Part) else term
-
-    gated = match_activation(second.rows)
-    inner = None if gated is None else first(gated.gate)
-    return isinstance(inner, Expert) and isinstance(inner.rows, Weighted)
-
-
-def _end_of_casts(reader: Reader, node: Node) -> Node:
-    """The result after casts that are its only readers, as far as they lead to the dtype of the experts."""
-    while len(users := [user for user in node.users if not looks_only(user)]) == 1:
-        (user,) = users
-        if name_of(user) not in ("_to_copy", "convert_element_type", "to") or reader.value(user) is None:
-            break
-        if reader.value(user) != reader.value(node):
-            break
-        node = user
-    return node
-
-
 def _is_outside(reader: Reader, node: Node) -> bool:
     """Whether a node that the region reads is none of it: an opaque tensor, or a size."""
     if not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
@@ -201,11 +132,11 @@ def _is_outside(reader: Reader, node: Node) -> bool:
 
 
 def _may_stay(reader: Reader, node: Node) -> bool:
-    """Ids and other opaque tensors in another layout, and counts of the experts' slots."""
+    """Ids and other opaque tensors in another layout, numbers from 0 on, and counts of the experts' slots."""
     if not isinstance(node.meta["val"], torch.Tensor):
         return False
     value = reader.value(node)
-    return value is not None and (not value.is_slotted or isinstance(value.term, Counts))
+    return value is not None and (not value.is_slotted or isinstance(value.term, (Counts, Position)))
 
 
 def _require_precision(result: Node, region: Sequence[Node], block: ForeignBlock) -> None:
@@ -228,7 +159,14 @@ class _Parts:
         self.base = term.base if isinstance(term, Summed) else None
         rows = term.rows if isinstance(term, Summed) else term
         self.weights = rows.weights if isinstance(rows, Weighted) else None
-        self.second = rows.rows if isinstance(rows, Weighted) else rows
+        second = rows.rows if isinstance(rows, Weighted) else rows
+        if self.weights is None and isinstance(second, Expert) and isinstance(second.rows, Weighted):
+            if second.bias is not None:
+                raise self._not(
+                    "raise.weights", "weights in front of a product whose biases they do not reach", "after it"
+                )
+            self.weights, second = second.rows.weights, dataclasses.replace(second, rows=second.rows.rows)
+        self.second = second
 
     def block(self, form: str, reader: Reader) -> ForeignBlock:
         second = self.second

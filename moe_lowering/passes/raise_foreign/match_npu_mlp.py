@@ -3,7 +3,7 @@
     none   matmul > activation > matmul, with biases or without
     w4a16  matmul (antiquant scale and offset) > activation > matmul
     w8a8   matmul (int32) > npu_dequant_swiglu_quant > matmul, of int8 rows
-    w8a8   matmul (scaled) > activation > npu_dynamic_quant > matmul, likewise
+    w8a8   matmul (scaled) > activation > npu_dynamic_quant > matmul, likewise; or npu_swiglu_quant for the middle two
     w4a8   the same with int4 weights, which bring a bias
     rows   may become int8 by npu_dynamic_quant after they were routed
 
@@ -36,6 +36,7 @@ from moe_lowering.passes.raise_foreign.match_npu_activation import clipped_words
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 MATMUL, QUANTISE, DEQUANTISE = "npu_grouped_matmul", "npu_dynamic_quant", "npu_dequant_swiglu_quant"
+SWIGLU_ROWS = "npu_swiglu_quant"
 INT32 = 3  # numbers of dtypes that ``output_dtype`` takes
 DTYPES = {torch.float16: 5, torch.bfloat16: 15}
 PREFIX_SUMS, COUNTS = 0, 1  # group_list_type
@@ -175,9 +176,8 @@ def _int8(walk: Walk, first: Node, row_scale: Node, counts: Node, kind: int) -> 
     else:
         fields |= _scaled(first, row_scale, form, "w13")
         walk.read_by(row_scale, "scales of rows", first)
-        activation = match_activation(walk, _result(walk, first))
-        fields |= activation.words
-        rows, scale = _quantised(walk, activation.result, "the activation")
+        rows, scale, words = _activated(walk, _result(walk, first))
+        fields |= words
     last = _second(walk, rows, counts, kind)
     fields |= _scaled(last, scale, form, "w2")
     walk.read_by(scale, "scales of the activation", last)
@@ -236,9 +236,7 @@ def _dequantised(
     scale = argument(node, "weight_scale")
     if not isinstance(scale, Node) or value_of(scale).dim() != 2:
         raise NotThisForm(node, "raise.weights", f"{node.name}: weight_scale is {scale}", "[E, 2I]")
-    rows, scales = walk.results(node, 2)
-    if rows is None or scales is None:
-        raise NotThisForm(node, "raise.unused", f"a result of {node.name} is not read", "a value that the form reads")
+    rows, scales = _pair(walk, node)
     return rows, scales, {"w13_scale": [scale], **_clamped_words(node)}, argument(node, "quant_scale")
 
 
@@ -253,6 +251,29 @@ def _clamped_words(node: Node) -> dict[str, Any]:
     return clipped_words(node, limit, alpha, bias, mode == INTERLEAVED)
 
 
+def _activated(walk: Walk, hidden: Node) -> tuple[Node, Node, dict[str, Any]]:
+    """(rows, their scales, the words of the activation) of hidden [N, 2I], in one operator or in two."""
+    readers = walk.readers(hidden)
+    if len(readers) != 1 or not is_operator(readers[0], SWIGLU_ROWS):
+        activation = match_activation(walk, hidden)
+        return *_quantised(walk, activation.result, "the activation"), activation.words
+    (node,) = readers
+    walk.add(node)
+    require_value(node, "x", hidden)
+    require(node, {"smooth_scales": (None,)}, "raise.smooth_scales")
+    require(node, {"activate_left": (True,)}, "raise.gate_second")
+    require(node, {"offsets": (None,), "group_index": (None,), "quant_mode": (1,), "dst_type": (None, torch.int8)})
+    return *_pair(walk, node), words_of("swiglu")
+
+
+def _pair(walk: Walk, node: Node) -> tuple[Node, Node]:
+    """Both results of an operator that quantises."""
+    rows, scales = walk.results(node, 2)
+    if rows is None or scales is None:
+        raise NotThisForm(node, "raise.unused", f"a result of {node.name} is not read", "a value that the form reads")
+    return rows, scales
+
+
 def _quantised(walk: Walk, rows: Node, what: str) -> tuple[Node, Node]:
     """Rows and their scales after ``npu_dynamic_quant``."""
     node, path = walk.onward(rows, what)
@@ -261,10 +282,7 @@ def _quantised(walk: Walk, rows: Node, what: str) -> tuple[Node, Node]:
     require_value(node, "input", path)
     require(node, {"smooth_scales": (None,)}, "raise.smooth_scales")
     require(node, {"group_index": (None,), "dst_type": (None, 1), "quant_mode": ("pertoken",), "dst_type_max": (0.0,)})
-    rows_int8, scales = walk.results(node, 2)
-    if rows_int8 is None or scales is None:
-        raise NotThisForm(node, "raise.unused", f"a result of {node.name} is not read", "a value that the form reads")
-    return rows_int8, scales
+    return _pair(walk, node)
 
 
 def _scaled_by(node: Node, row_scale: Node) -> None:

@@ -129,6 +129,8 @@ def substitute(term: Term, mapped: Mapped) -> Term:
         value = getattr(term, field.name)
         if isinstance(value, Term):
             changes[field.name] = substitute(value, mapped)
+        elif field.name == "over":
+            (changes["over"],) = substitute_dims((value,), mapped)
         elif field.name == "factors":
             changes[field.name] = tuple(substitute(factor, mapped) for factor in value)
     return dataclasses.replace(term, **changes) if changes else term

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.foreign_walks import name_of
-from moe_lowering.passes.raise_foreign.meanings import Value, opaque
+from moe_lowering.passes.raise_foreign.meanings import Value, opaque, product, sizes
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 from moe_lowering.passes.raise_foreign.terms import Tensor
 
@@ -47,6 +47,12 @@ def item_rule(*names: str) -> Callable[[ItemRule], ItemRule]:
         return function
 
     return add
+
+
+def is_made_alike(node: Node) -> bool:
+    """Whether a node has the shape of another one and nothing else of it: ``zeros_like`` and its kin."""
+    name = name_of(node)
+    return name.endswith("_like") or name.startswith("new_")
 
 
 _REACH = 300  # nodes in front of the first product that may belong to a layer
@@ -85,6 +91,13 @@ class Reader:
             value = None
             if isinstance(node.meta.get("val"), torch.Tensor):
                 value = self._apply(node)
+                if value is not None and tuple(map(product, value.dims)) != sizes(node):
+                    value = self.refuse(
+                        node,
+                        "raise.shape",
+                        f"{node.name} of shape {[*map(str, sizes(node))]} where it has a line for each of other tokens or slots",
+                        "sizes that are those of the tokens, choices and experts for every number of tokens",
+                    )
                 if value is None and not self.is_derived(node):
                     value = opaque(node)
             self._values[node] = value
@@ -119,7 +132,7 @@ class Reader:
                 pending.pop()
             elif at in self._products:
                 self._derived[at] = True
-            elif at < self._first:
+            elif at < self._first or is_made_alike(at):
                 self._derived[at] = False
             else:
                 todo = [source for source in at.all_input_nodes if source not in self._derived]

@@ -10,11 +10,11 @@ from moe_lowering.passes.foreign_walks import name_of
 from moe_lowering.passes.raise_foreign.meanings import Value, as_ids, feature, flat, is_float, sizes, slots
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, rule
 from moe_lowering.passes.raise_foreign.rules_of_routing import order_of_ids
-from moe_lowering.passes.raise_foreign.terms import Counts, Ends, OneHot, Position, Tensor
+from moe_lowering.passes.raise_foreign.terms import FEATURE, Counts, Ends, OneHot, Position, Tensor
 
 _EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)  # hold any count of slots
 _ONES = ("ones", "ones_like", "new_ones")
-_ZEROS = ("zeros", "zeros_like", "new_zeros")
+ZEROS = ("zeros", "zeros_like", "new_zeros")
 
 
 @rule("histc", "bincount")
@@ -51,38 +51,89 @@ def covers_slots(reader: Reader, value: Value, ids: Tensor) -> bool:
 def ends(reader: Reader, node: Node) -> Value | None:
     source = node.args[0]
     value = reader.value(source) if isinstance(source, Node) else None
-    if value is None or not isinstance(value.term, Counts) or node.meta["val"].dtype not in _EXACT:
+    if (
+        value is None
+        or not isinstance(value.term, Counts)
+        or node.meta["val"].dtype not in _EXACT
+        or len(value.dims) != 1
+    ):
         return None
     return Value(value.dims, Ends(value.term.ids, value.term.experts))
 
 
+@rule("searchsorted")
+def ends_by_search(reader: Reader, node: Node) -> Value | None:
+    """How many of the ids in order are at most each expert's number."""
+    ordered, numbers = (reader.value(each) for each in node.args[:2])
+    right = argument(node, "right") or argument(node, "side") == "right"
+    if ordered is None or numbers is None or not right or argument(node, "sorter") is not None:
+        return None
+    ids, (count,) = as_ids(ordered), sizes(node) if len(sizes(node)) == 1 else (None,)
+    if (
+        ids is None
+        or is_float(ids[1])
+        or not isinstance(count, int)
+        or order_of_ids(reader, flat(ids[0].dims)) != ids[1]
+    ):
+        return None
+    is_counting = isinstance(numbers.term, Position) and numbers.dims == (numbers.term.over,)
+    return Value((feature(count),), Ends(ids[1], count)) if is_counting else None
+
+
 @rule("eq")
 def one_hot(reader: Reader, node: Node) -> Value | None:
-    """Which expert a slot has: ids [..., 1] == arange(E), as one_hot is traced."""
+    """Which expert a slot has: ids == arange(E), broadcast over a dimension that the ids do not have."""
     left, right = (reader.value(each) for each in node.args[:2])
     if left is None or right is None:
         return None
     for chosen, numbers in ((left, right), (right, left)):
-        ids = as_ids(chosen) if isinstance(chosen.term, Tensor) and isinstance(numbers.term, Position) else None
-        if ids is None or is_float(ids[1]) or chosen.dims[-1] != () or len(numbers.dims) != 1:
+        ids, over = as_ids(chosen) if isinstance(chosen.term, Tensor) else None, numbers.term
+        if (
+            ids is None
+            or not isinstance(over, Position)
+            or is_float(ids[1])
+            or not covers_slots(reader, ids[0], ids[1])
+        ):
             continue
-        count = sizes(node)[-1]
-        if isinstance(count, int) and len(sizes(node)) == len(chosen.dims):
-            return Value((*ids[0].dims[:-1], feature(count)), OneHot(ids[1], count))
+        count = len(sizes(node))
+        by_slot, by_expert = (((),) * (count - len(dims)) + dims for dims in (ids[0].dims, numbers.dims))
+        at = next((at for at, dim in enumerate(by_expert) if dim), None)
+        experts = None if at is None else sizes(node)[at]
+        if not isinstance(experts, int) or at is None or by_slot[at]:
+            continue
+        if by_expert != (*((),) * at, over.over, *((),) * (count - at - 1)):
+            continue
+        return Value((*by_slot[:at], feature(experts), *by_slot[at + 1 :]), OneHot(ids[1], experts))
     return None
 
 
+def scattered_ones(reader: Reader, node: Node) -> Value | None:
+    """Of ``scatter`` of a one into zeros [..., E] by ids [..., k], which are different ones for a token."""
+    base, at, index, number = node.args[:4]
+    value, count = reader.value(index), sizes(node)[-1]
+    if at not in (-1, len(sizes(node)) - 1) or number != 1 or not isinstance(base, Node) or not isinstance(count, int):
+        return None
+    ids = as_ids(value) if value is not None and value.is_opaque and name_of(base) in ZEROS else None
+    if ids is None or is_float(ids[1]) or sizes(base)[:-1] != sizes(index)[:-1] or node.meta["val"].dtype not in _EXACT:  # type: ignore[arg-type]
+        return None
+    return Value((*ids[0].dims[:-1], feature(count)), OneHot(ids[1], count))
+
+
 def counted_matches(reader: Reader, node: Node, value: Value) -> Value | None:
-    """Of ``sum`` of ``one_hot``: over all slots it is the counts."""
+    """Of ``sum`` of ``one_hot`` over dimensions of slots: over all of them it is the counts."""
     term = value.term
     assert isinstance(term, OneHot)
-    over = explicit_arguments(node).get("dim")
-    at = sorted(each % len(value.dims) for each in ([over] if isinstance(over, int) else over or ()))
-    slot_dims = value.dims[:-1]
-    if at != [*range(len(slot_dims))] or not covers_slots(reader, Value(slot_dims, term.ids), term.ids):
+    over, count = explicit_arguments(node).get("dim"), len(value.dims)
+    at = {each % count for each in ([over] if isinstance(over, int) else over or ())}
+    summed = [axis for each in at for axis in value.dims[each]]
+    if not at or any(axis.kind == FEATURE for axis in summed) or node.meta["val"].dtype not in _EXACT:
         return None
-    kept = ((),) * len(at) if argument(node, "keepdim") else ()
-    return Value((*kept, value.dims[-1]), Counts(term.ids, term.experts))
+    if any(axis not in slots(term.ids) for axis in summed) and order_of_ids(reader, tuple(summed)) != term.ids:
+        return None
+    kept = argument(node, "keepdim")
+    dims = tuple(() if each in at else value.dims[each] for each in range(count) if kept or each not in at)
+    is_whole = flat(dims) == feature(term.experts)
+    return Value(dims, Counts(term.ids, term.experts) if is_whole else term)
 
 
 def counted_ones(reader: Reader, node: Node) -> Value | None:
@@ -91,7 +142,7 @@ def counted_ones(reader: Reader, node: Node) -> Value | None:
     if at != 0 or not all(isinstance(each, Node) for each in (base, index, ones)):
         return None
     count, value = sizes(node), reader.value(index)
-    if len(count) != 1 or not isinstance(count[0], int) or name_of(base) not in _ZEROS or name_of(ones) not in _ONES:  # type: ignore[arg-type]
+    if len(count) != 1 or not isinstance(count[0], int) or name_of(base) not in ZEROS or name_of(ones) not in _ONES:  # type: ignore[arg-type]
         return None
     if value is None or node.meta["val"].dtype not in _EXACT or sizes(ones) != sizes(index):  # type: ignore[arg-type]
         return None

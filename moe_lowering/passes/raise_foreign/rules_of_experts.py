@@ -1,4 +1,4 @@
-"""Rules of the experts' products, of what is done to their results element by element, and of the sum over choices."""
+"""Rules of the experts' products, and of what is done to their results element by element."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from moe_lowering.passes.arguments import argument, explicit_arguments
 from moe_lowering.passes.foreign_walks import name_of
 from moe_lowering.passes.raise_foreign.meanings import (
     Value,
-    choices,
     feature,
     flat,
     mapped_value,
@@ -18,12 +17,10 @@ from moe_lowering.passes.raise_foreign.meanings import (
     product,
     sizes,
     slots,
-    tokens,
 )
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, near_rule, rule
-from moe_lowering.passes.raise_foreign.rules_of_counts import counted_matches, counted_ones
 from moe_lowering.passes.raise_foreign.rules_of_masks import clamped_ids
-from moe_lowering.passes.raise_foreign.rules_of_routing import is_line_index, order_of_ids
+from moe_lowering.passes.raise_foreign.rules_of_routing import order_of_ids
 from moe_lowering.passes.raise_foreign.terms import (
     CHOICE,
     Axis,
@@ -33,7 +30,6 @@ from moe_lowering.passes.raise_foreign.terms import (
     Ends,
     Expert,
     Gelu,
-    OneHot,
     Pick,
     Plus,
     Sigmoid,
@@ -41,12 +37,8 @@ from moe_lowering.passes.raise_foreign.terms import (
     Tensor,
     Term,
     Times,
-    TokenOf,
     Weighted,
 )
-
-_ZEROS = ("zeros", "zeros_like", "new_zeros")
-
 
 # ------------------------------------------------------------------------------------------------------------ products
 
@@ -259,62 +251,3 @@ def _argument(reader: Reader, node: Node) -> Value | None:
     """The operand of an operator with one, where it is more than an opaque tensor."""
     value = reader.value(node.args[0])
     return value if value is not None and value.is_slotted else None
-
-
-# -------------------------------------------------------------------------------------------------------- over the choices
-
-
-@near_rule("sum")
-def summed(reader: Reader, node: Node) -> Value | None:
-    value = reader.value(node.args[0])
-    if value is None or not value.is_slotted:
-        return None
-    if isinstance(value.term, OneHot):
-        return counted_matches(reader, node, value)
-    axes = explicit_arguments(node).get("dim")
-    over = [axes] if isinstance(axes, int) else axes
-    if not over or len(over) != 1:
-        return None
-    at = over[0] % len(value.dims)
-    if value.dims[at] and not (len(value.dims[at]) == 1 and value.dims[at][0].kind == CHOICE):
-        return reader.refuse(node, "raise.sum", "a sum over something else than choices", "over the choices of a token")
-    kept: Dims = ((),) if argument(node, "keepdim") else ()
-    dims = (*value.dims[:at], *kept, *value.dims[at + 1 :])
-    return Value(dims, Summed(value.term) if value.dims[at] else value.term)
-
-
-@near_rule("scatter_add", "index_add")
-def added_to_tokens(reader: Reader, node: Node) -> Value | None:
-    """The rows of all slots, added to the lines of their tokens."""
-    counts = counted_ones(reader, node)
-    if counts is not None:
-        return counts
-    base, at, index, source = node.args[:4]
-    if at != 0 or not all(isinstance(n, Node) for n in (base, index, source)):
-        return None
-    if explicit_arguments(node).get("alpha", 1) != 1:
-        return None
-    return _added_rows(reader, node, base, reader.value(index), reader.value(source), "scatter" in str(node.target))
-
-
-def _added_rows(
-    reader: Reader, node: Node, base: Any, number: Value | None, rows: Value | None, by_element: bool
-) -> Value | None:
-    if number is None or rows is None or not isinstance(number.term, TokenOf):
-        return None
-    ids = number.term.ids
-    if by_element and not is_line_index(number, sizes(base)):
-        return None
-    first = number.dims[0]
-    if not rows.dims or rows.dims[0] != first or len(rows.dims) != 2 or reader.is_derived(base):
-        return None
-    if first != slots(ids) and order_of_ids(reader, first) != ids:
-        return None
-    term = rows.term if not choices(ids) else Summed(rows.term)
-    if not _is_zero(base):
-        term = Summed(rows.term, base)
-    return Value((tokens(ids), rows.dims[1]), term)
-
-
-def _is_zero(node: Node) -> bool:
-    return name_of(node) in _ZEROS or (name_of(node) == "full" and argument(node, "fill_value") in (0, 0.0))

@@ -25,7 +25,7 @@ def view(reader: Reader, node: Node) -> Value | None:
         return None
     if value.is_opaque:
         if len([n for n in shape if n != 1]) == 1 and len(value.dims) > 1 and len(flat(value.dims)) > 1:
-            value = flattened(source)
+            value = flattened(value.term.node)  # type: ignore[attr-defined]
         elif [n for n in shape if n != 1] != [n for n in sizes(source) if n != 1]:
             return opaque(node)  # nearer to what reads it: x as [T, H]
     dims = regroup(value.dims, shape)

@@ -28,7 +28,18 @@ from moe_lowering.passes.raise_foreign.meanings import (
     tokens,
 )
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, item_rule, rule
-from moe_lowering.passes.raise_foreign.terms import SORTED, Axis, Dim, Pick, Place, Position, Slot, Tensor, TokenOf
+from moe_lowering.passes.raise_foreign.terms import (
+    SORTED,
+    Axis,
+    Dim,
+    Pick,
+    Place,
+    Position,
+    Slot,
+    Tensor,
+    Term,
+    TokenOf,
+)
 
 _EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
 
@@ -99,7 +110,8 @@ def positions(reader: Reader, node: Node) -> Value | None:
     arguments = explicit_arguments(node)
     if arguments.get("start", 0) != 0 or arguments.get("step", 1) != 1 or node.meta["val"].dtype not in _EXACT:
         return None
-    return Value(opaque(node).dims, Position())
+    dims = opaque(node).dims
+    return Value(dims, Position(dims[0]))
 
 
 @rule("index", "index_select", "gather", "embedding")
@@ -129,7 +141,17 @@ def gathered(reader: Reader, node: Node) -> Value | None:
     if mapped is None:
         return None
     value = mapped_value(value, mapped)
-    return Value((*index.dims, *value.dims[1:]), value.term)
+    return Value((*index.dims, *value.dims[1:]), _numbered(value.term, number))
+
+
+def _numbered(term: Term, number: Slot | Place | TokenOf) -> Term:
+    """Positions that were moved by the numbers of slots or tokens: those of slots, or of their tokens."""
+    if isinstance(term, Position) and not isinstance(number, Place):
+        if isinstance(number, Slot) and term.over == slots(number.ids):
+            return number
+        if term.over == tokens(number.ids):
+            return TokenOf(number.ids)
+    return term
 
 
 def _picked(reader: Reader, node: Node, source: Node, index: Value) -> Value | None:
@@ -181,7 +203,7 @@ def is_line_index(value: Value, shape: tuple[Any, ...]) -> bool:
     return spread and tuple(product(each) for each in beside) == shape[1:]
 
 
-@rule("index_put", "_unsafe_index_put", "scatter")
+@rule("index_copy")
 def scattered(reader: Reader, node: Node) -> Value | None:
     """Rows in order of experts, put where a permutation says: back in order of slots; every line is written."""
     read = _put(reader, node)
@@ -198,7 +220,8 @@ def scattered(reader: Reader, node: Node) -> Value | None:
     if len(order) != 1 or order[0].kind != SORTED:
         return None
     if isinstance(value.term, Position):
-        return Value((slots(number.ids),), Place(number.ids, order[0]))
+        counts = value.dims == (value.term.over,) and product(value.dims[0]) == order[0].size
+        return Value((slots(number.ids),), Place(number.ids, order[0])) if counts else None
     if value.dims[0] != order:
         return None
     return Value((slots(number.ids), *value.dims[1:]), value.term)
@@ -206,13 +229,13 @@ def scattered(reader: Reader, node: Node) -> Value | None:
 
 def _put(reader: Reader, node: Node) -> tuple[Node, Value, Node] | None:
     """(what is written into, index of its lines, what is written) of a call that writes whole lines."""
-    base = node.args[0]
-    if "scatter" in str(node.target):
-        at, index, source = (
-            (argument(node, name) for name in ("dim", "index", "src")) if _has_src(node) else (1, None, None)
-        )
-        if at != 0 or not isinstance(index, Node) or len(sizes(node)) != 1:
+    base, by_element = node.args[0], str(node.target).endswith("scatter.src")
+    if by_element or "index_copy" in str(node.target):
+        at, index, source = (argument(node, name) for name in ("dim", "index", "src" if by_element else "source"))
+        if at != 0:
             return None
+    elif "scatter" in str(node.target):  # a number, or a reduction
+        return None
     else:
         indices, source = argument(node, "indices"), argument(node, "values")
         if argument(node, "accumulate") or len(indices) != 1:
@@ -221,8 +244,6 @@ def _put(reader: Reader, node: Node) -> tuple[Node, Value, Node] | None:
     if not isinstance(base, Node) or not isinstance(index, Node) or not isinstance(source, Node):
         return None
     value = reader.value(index)
-    return None if value is None else (base, value, source)
-
-
-def _has_src(node: Node) -> bool:
-    return str(node.target).endswith("scatter.src")
+    if value is None or (by_element and not is_line_index(value, sizes(base))):
+        return None
+    return base, Value(value.dims[:1], value.term) if by_element else value, source

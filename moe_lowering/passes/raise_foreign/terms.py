@@ -74,7 +74,9 @@ class TokenOf(Term):
 
 
 class Position(Term):
-    """0, 1, 2, ... along the only dimension."""
+    """0, 1, 2, ... along the dimension ``over``; what was spread or moved since has other dimensions than that one."""
+
+    over: Dim
 
 
 class Counts(Term):
@@ -85,7 +87,8 @@ class Counts(Term):
 
 
 class OneHot(Term):
-    """Whether a slot's expert is the one that the last dimension is at."""
+    """Whether a slot's expert is the one that the dimension of experts, the only one of columns, is at: summed over those axes
+    of the slots that are not among the dimensions."""
 
     ids: Tensor
     experts: int

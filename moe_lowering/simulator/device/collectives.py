@@ -89,10 +89,13 @@ def _put(out: torch.Tensor, value: torch.Tensor) -> None:
 
 def allgather(outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], group: Any, *_: Any) -> Any:
     outs, own = [host_alias(t) for t in _only(outputs)], host_alias(_only(inputs))
+    most = max(out.numel() for out in outs)  # tensors of ranks may differ in size, as in torch_npu
 
     def run(backend: Any) -> None:
-        for out, value in zip(outs, _gather_tensors(backend, own), strict=True):
-            _put(out, value)
+        padded = own.new_zeros(most)
+        padded[: own.numel()] = own.reshape(-1)
+        for out, value in zip(outs, _gather_tensors(backend, padded), strict=True):
+            _put(out, value[: out.numel()])
 
     return outputs, _launch("allgather_", group, run)
 

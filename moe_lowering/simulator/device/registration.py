@@ -45,7 +45,8 @@ def register() -> int:
         for name in known:
             op = _overload(torch.ops.aten, name)
             if name not in special_kernels.KERNELS and op is not None and _is_ours(op):
-                aten(name, kernel(op), KEY)
+                own = kernel(op)
+                aten(name, special_kernels.histc_of(own) if name == "histc" else own, KEY)
                 count += 1
         for name, special_kernel in special_kernels.KERNELS.items():
             aten(name, special_kernel, KEY)

@@ -88,6 +88,17 @@ def dtype_cast(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return input.to(dtype, copy=True)
 
 
+def histc_of(of_floats: Kernel) -> Kernel:
+    """``histc`` of integers too, which a device counts and the CPU does not; a result of the input's dtype."""
+
+    def histc(self: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Any:
+        if self.is_floating_point():
+            return of_floats(self, bins, min, max)
+        return of_floats(self.to(torch.float64), bins, min, max).to(self.dtype)
+
+    return histc
+
+
 COMPOSITE: dict[str, Kernel] = {"tensor_split.tensor_indices_or_sections": tensor_split}
 KERNELS: dict[str, Kernel] = {
     "copy_": copy_,

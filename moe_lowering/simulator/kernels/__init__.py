@@ -13,10 +13,12 @@ from moe_lowering.simulator.kernels.atb import KERNELS as ATB
 from moe_lowering.simulator.kernels.common import Kernel, collective, with_limits
 from moe_lowering.simulator.kernels.distribute import KERNELS as DISTRIBUTE
 from moe_lowering.simulator.kernels.finalize import KERNELS as FINALIZING
+from moe_lowering.simulator.kernels.format_cast import KERNELS as FORMAT_CASTS
 from moe_lowering.simulator.kernels.gating import KERNELS as GATING
 from moe_lowering.simulator.kernels.gating_softmax import KERNELS as GATING_SOFTMAX
 from moe_lowering.simulator.kernels.grouped_matmul import KERNELS as GROUPED_MATMUL
 from moe_lowering.simulator.kernels.infer_attention import KERNELS as INFER_ATTENTION
+from moe_lowering.simulator.kernels.mla import KERNELS as MLA
 from moe_lowering.simulator.kernels.norm import KERNELS as NORMS
 from moe_lowering.simulator.kernels.permute import KERNELS as PERMUTING
 from moe_lowering.simulator.kernels.quantised import KERNELS as QUANTISED
@@ -36,6 +38,8 @@ LOCAL = {  # the kernels that need no other rank
     **NORMS,
     **ROTARY,
     **INFER_ATTENTION,
+    **FORMAT_CASTS,
+    **MLA,
 }
 _LIBRARY: list[torch.library.Library] = []
 

@@ -13,6 +13,8 @@ from moe_lowering.simulator import state
 
 Kernel = Callable[..., Any]
 Record = TypeVar("Record")
+UNDEFINED = "MOE_LOWERING_SIMULATOR_UNDEFINED"  # environment variable: one of
+FILLS = ("nan", "finite")
 DEFAULT_BUFFER_MB = 200  # CANN's default HCCL_BUFFSIZE
 # What the kernels follow: the CANN that vllm-ascend 0.23.0 is released for (its versioning policy), and the wheel read here.
 SIMULATED_VERSIONS = {"cann": "9.1.0", "torch_npu": "2.13.0"}
@@ -29,7 +31,17 @@ def buffer_bytes() -> int:
 
 
 def make_undefined(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of what the real operator leaves undefined: NaN, or the smallest integer of the dtype."""
+    """A tensor of what the real operator leaves undefined: NaN, or the smallest integer of the dtype; 1 for programs that are
+    to see numbers there (``UNDEFINED``).
+
+    Raises:
+        ValueError: a word in ``UNDEFINED`` that is not accepted.
+    """
+    word = os.environ.get(UNDEFINED, "nan")
+    if word not in FILLS:
+        raise ValueError(f"{UNDEFINED} is {word!r}; accepted: {', '.join(FILLS)}")
+    if word != "nan":
+        return torch.ones(tuple(shape), dtype=dtype)
     return torch.full(tuple(shape), float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min, dtype=dtype)
 
 

@@ -18,6 +18,8 @@ from moe_lowering.simulator.kernels.common import Kernel, make_undefined, refuse
 
 NAME, NAME_V2 = "npu_fused_infer_attention_score", "npu_fused_infer_attention_score_v2"
 LAYOUT = "TND"
+# [B, N, 1, D] -> [N, B, 1, D]: one query of each request, as MLA decodes.
+DECODE_LAYOUT = "BNSD_NBSD"
 WHOLE, CAUSAL, BAND = 0, 3, 4  # sparse_mode; 3 aligns the last query with the last key, 4 looks back over a window too
 # What the second version calls the arguments that are read here.
 V2_NAMES = {
@@ -79,6 +81,21 @@ def attention(operator: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, t
     return y, logarithms if call.softmax_lse_flag else make_undefined((1,), torch.float32)
 
 
+def decode_attention(operator: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """``attention`` in layout BNSD_NBSD: query [B, N, 1, D] -> y [N, B, 1, D_v] and the logarithms [B, N, 1, 1]."""
+    rows = {name: arguments[name] for name in ("query", "query_rope") if arguments[name] is not None}
+    for name, tensor in rows.items():
+        if tensor.dim() != 4 or tensor.shape[2] != 1:
+            refuse_unsimulated(operator, name, f"{list(tensor.shape)}", f"[B, N, 1, D] in layout {DECODE_LAYOUT}")
+    requests = len(arguments["query"])
+    ends = next(name for name in ("actual_seq_qlen", "actual_seq_lengths") if name in arguments)
+    packed = {name: tensor.squeeze(2) for name, tensor in rows.items()}
+    y, logarithms = attention(
+        operator, {**arguments, **packed, ends: list(range(1, requests + 1)), "input_layout": LAYOUT}
+    )
+    return y.unsqueeze(2).transpose(0, 1).contiguous(), logarithms.unsqueeze(2) if logarithms.dim() == 3 else logarithms
+
+
 def _read_call(operator: str, arguments: dict[str, Any]) -> AttentionCall:
     given = {V2_NAMES.get(name, name): value for name, value in arguments.items()}
     others = {
@@ -92,7 +109,7 @@ def _read_call(operator: str, arguments: dict[str, Any]) -> AttentionCall:
         )
     call = AttentionCall(**{name: given[name] for name in AttentionCall._fields})
     if call.input_layout != LAYOUT:
-        refuse_unsimulated(operator, "input_layout", repr(call.input_layout), repr(LAYOUT))
+        refuse_unsimulated(operator, "input_layout", repr(call.input_layout), f"{LAYOUT!r}, {DECODE_LAYOUT!r}")
     if call.sparse_mode not in (WHOLE, CAUSAL, BAND) or (call.sparse_mode == WHOLE and call.atten_mask is not None):
         refuse_unsimulated(operator, "sparse_mode", call.sparse_mode, "0 without a mask, 3 (causal), 4 (a window)")
     if call.sparse_mode == BAND and call.next_tokens:
@@ -188,14 +205,18 @@ def _attend(
     return torch.einsum("hqk,khd->qhd", weights, values), logarithm.permute(1, 0, 2)
 
 
+def _in_layout(operator: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    return (decode_attention if arguments["input_layout"] == DECODE_LAYOUT else attention)(operator, arguments)
+
+
 def fused_infer_attention_score(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``attention``."""
-    return attention(NAME, arguments)
+    """See ``attention``, ``decode_attention``."""
+    return _in_layout(NAME, arguments)
 
 
 def fused_infer_attention_score_v2(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``attention``."""
-    return attention(NAME_V2, arguments)
+    """See ``attention``, ``decode_attention``."""
+    return _in_layout(NAME_V2, arguments)
 
 
 KERNELS: dict[str, Kernel] = {NAME: fused_infer_attention_score, NAME_V2: fused_infer_attention_score_v2}

@@ -1,0 +1,37 @@
+"""DeepSeek-V3 small (MLA, shared experts, groups of experts with a correction bias) on one rank, with the plugin and without.
+
+vllm-ascend computes MLA's prefill in bfloat16 whatever the model's dtype, so tokens of transformers in float32 are not the bar:
+log probabilities are, and the two engines' tokens against each other.
+"""
+
+import comparison
+import pytest
+
+SERVED = {"requests": 12, "logprobs": comparison.BEST}
+FLOOR = 40.0  # dB against transformers
+
+
+@pytest.fixture(scope="module")
+def own(served, checkpoint):
+    """vllm-ascend's own path, eager."""
+    return served(model=str(checkpoint("deepseek_v3", prompts=12).folder), **SERVED)
+
+
+def test_the_engine_computes_the_model(own, checkpoint):
+    reference = checkpoint("deepseek_v3", prompts=12)
+    assert comparison.ratio(reference.logprobs, own["logprobs"]) > FLOOR
+    comparison.assert_close(reference._asdict(), own)
+    first = [tokens[0] for tokens in own["tokens"]]
+    assert sum(a == b[0] for a, b in zip(first, reference.tokens, strict=True)) >= len(first) - 1
+
+
+def test_with_the_plugin(own, served, checkpoint):
+    folder = checkpoint("deepseek_v3", prompts=12).folder
+    found = served(model=str(folder), graphs=True, plugin={"strict": True}, **SERVED)
+    assert found["tokens"] == own["tokens"]
+    assert found["layers"] == {f"model.layers.{i}.mlp.experts": "" for i in (1, 2)}  # the first layer is dense
+    [calls] = found["compiled"]
+    assert not any(name.startswith("vllm.moe_forward") for name in calls) and "npu.npu_grouped_matmul" in calls
+    assert found["captures"] == 4 and found["replays"] > 4
+    [report] = found["reports"]
+    assert [block["comm"] for block in report["blocks"]] == ["allgather"] * 2

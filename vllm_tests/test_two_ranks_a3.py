@@ -1,0 +1,65 @@
+"""Qwen3-MoE in W8A8 on two ranks of A3: MC2, AllToAll and FusedMC2, each where vllm-ascend selects it, against one rank."""
+
+import comparison
+import pytest
+
+REQUESTS = 8
+SERVED = {"dtype": "bfloat16", "requests": REQUESTS, "logprobs": 5}
+OPTIONS = {"quantization": "ascend"}
+# MC2 takes hidden sizes from 1024 on
+MODEL = {"quantisation": "w8a8", "dtype": "bfloat16", "config": {"hidden_size": 1024, "moe_intermediate_size": 256}}
+GRAPH = "moe_lowering: graph for "  # in the log
+CAPACITY = 8  # of MC2: vllm-ascend takes it from the largest size that is captured
+# vllm-ascend multiplies rows that no operator wrote by zero, and NaN would stay NaN
+FINITE = {"MOE_LOWERING_SIMULATOR_UNDEFINED": "finite"}
+CALLS = {
+    "mc2": {"npu.npu_moe_distribute_dispatch_v2", "npu.npu_moe_distribute_combine_v2"},
+    "alltoall": {"_c10d_functional.all_to_all_single", "npu.npu_moe_init_routing_v2"},
+    "fused_mc2": {"moe_lowering.dispatch_ffn_combine"},
+}
+
+
+@pytest.fixture(scope="module")
+def one_rank(served, checkpoint):
+    """vllm-ascend's own path on one rank."""
+    folder = checkpoint(prompts=0, **MODEL).folder
+    return served(model=str(folder), options=OPTIONS, **SERVED)
+
+
+def test_vllm_ascends_own_path(served, checkpoint, one_rank):
+    """AllToAll in prefill and MC2 in captured decode, behind the opaque operator."""
+    folder = checkpoint(prompts=0, **MODEL).folder
+    own = served(model=str(folder), ranks=2, graphs=True, options=OPTIONS, environment=FINITE, **SERVED)
+    assert all("vllm.moe_forward" in calls for calls in own["compiled"]) and own["compiled"]
+    comparison.assert_close(one_rank, own)
+
+
+def chosen(log, rank):
+    """(range, implementation) of each graph of a rank, in order."""
+    own = [line for line in log.splitlines() if line.startswith(f"(Worker_TP{rank}_EP{rank}")]
+    ranges = [line.split(GRAPH)[1] for line in own if GRAPH in line]
+    names = [line.split("implementation ")[1].split()[0].strip(",") for line in own if " implementation  " in line]
+    return list(zip(ranges, names, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"options": {"compilation_config": {"compile_ranges_endpoints": [CAPACITY]}}},
+            [("1 to 8 tokens", "mc2"), ("9 to 256 tokens", "alltoall")],
+        ),
+        ({"additional": {"enable_fused_mc2": 1}}, [("1 to 256 tokens", "fused_mc2")]),
+    ],
+)
+def test_what_vllm_ascend_selects(served, checkpoint, one_rank, settings, expected):
+    folder = checkpoint(prompts=0, **MODEL).folder
+    settings = {**settings, "options": {**OPTIONS, **settings.get("options", {})}}
+    found = served(model=str(folder), ranks=2, graphs=True, plugin={"strict": True}, **settings, **SERVED)
+    for rank in range(2):
+        assert chosen(found["log"], rank) == expected
+    for _, comm in expected:
+        graphs = [calls for calls in found["compiled"] if set(calls) >= CALLS[comm]]
+        assert len(graphs) == 2, comm  # one of each rank
+    assert all("vllm.moe_forward" not in calls for calls in found["compiled"])
+    comparison.assert_close(one_rank, found)
