@@ -192,7 +192,9 @@ def find_overload(operator: str) -> Any:
 
 
 def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_hashable, value))
+    return repr(value) if isinstance(value, float) else value  # NaN is not equal to itself, and 0.0 is to -0.0
 
 
 def is_emitted(node: Node) -> bool:

@@ -46,6 +46,7 @@ SITUATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "lists": ({}, {"as_list": (True, True)}, {}),
     "counts": ({}, {"odd": ("counts_read",)}, {}),
     "late weights": ({}, {"odd": ("weights_late",)}, {}),
+    "rows of a rank are bounded": ({"max_rows": 8}, {}, {}),  # AllToAll by row
 }
 
 
