@@ -255,7 +255,7 @@ def test_every_form_of_the_vocabulary_has_its_rows():
     (["--tp", "1,4"], "argument --tp: is '1,4'; accepted: one or more of 1,2"),
     (["--quant", "fp8"], "argument --quant: is 'fp8'; accepted: one or more of none,w8a8,w4a8,w4a16"),
     (["--comm", "nccl"], "argument --comm: is 'nccl'; accepted: one or more of allgather,alltoall,mc2,fused_mc2"),
-    (["--soc", "A3"], "unrecognized arguments: --soc A3"),
+    (["--soc", "A3"], "argument --soc: is none of matrix; accepted: those of moe-lowering matrix --help"),
 ])  # fmt: skip
 def test_wrong_usage(given, says):
     with pytest.raises(UsageError) as caught:
