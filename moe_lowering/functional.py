@@ -36,7 +36,7 @@ from moe_lowering.model_arguments import (
     physical_ids,
     weigh_tokens,
 )
-from moe_lowering.vocabulary import EXPERT_FORMATS, SWIGLU_ALPHA
+from moe_lowering.vocabulary import EXPERT_FORMATS, swiglu_alpha
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -285,7 +285,7 @@ def moe_experts(
         as_list(w2_bias),
         activation,
         0.0 if limit is None else limit,
-        SWIGLU_ALPHA if alpha is None else alpha,
+        swiglu_alpha() if alpha is None else alpha,
         interleaved,
         *((quantisation, *(as_list(t) or None for t in lists), out_dtype) if quantised else ()),
     )

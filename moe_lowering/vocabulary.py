@@ -185,9 +185,17 @@ class Activation:
         return 2 if self.gated else 1
 
 
-# gpt-oss's alpha of g * sigmoid(alpha * g) (transformers, ``GptOssExperts.alpha``; the default of npu_clipped_swiglu). An
-# operator is given it for an activation that does not read it, too, so that equal blocks have equal arguments.
-SWIGLU_ALPHA = 1.702
+
+def swiglu_alpha() -> float:
+    """gpt-oss's alpha of g * sigmoid(alpha * g) (transformers, ``GptOssExperts.alpha``; the default of npu_clipped_swiglu).
+
+    An operator is given it for an activation that does not read it, too, so that equal blocks have equal arguments. Code that
+    is traced calls this: of a module's float Dynamo makes an input of the graph where sizes are dynamic, and traces again.
+    """
+    return 1.702
+
+
+SWIGLU_ALPHA = swiglu_alpha()
 
 ACTIVATIONS = {
     record.name: record

@@ -22,6 +22,7 @@ from torch import Tensor
 from moe_lowering.custom_ops.expert_matmul import last_rows, single_matmuls, stacked_matmul
 from moe_lowering.custom_ops.grouped_mlp import activate
 from moe_lowering.custom_ops.weighted_sum import sum_rows
+from moe_lowering.vocabulary import SWIGLU_ALPHA
 
 
 class Layer(NamedTuple):
@@ -151,5 +152,5 @@ def _experts(layer: Layer, rows: Tensor, ends: Tensor) -> Tensor:
 
 
 def _activated(layer: Layer, hidden: Tensor) -> Tensor:
-    limit, alpha = layer.limit or 0.0, 1.702 if layer.alpha is None else layer.alpha
+    limit, alpha = layer.limit or 0.0, SWIGLU_ALPHA if layer.alpha is None else layer.alpha
     return activate(hidden, layer.activation, limit, alpha, layer.interleaved, hidden.dtype)

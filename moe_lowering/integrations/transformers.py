@@ -34,7 +34,7 @@ from moe_lowering.functional import moe_experts
 from moe_lowering.integrations.expert_gates import ExpertsForm, read_gate, same_code
 from moe_lowering.integrations.replaced_experts import reason_not_replaced
 from moe_lowering.layers import EXPERTS_IMPLEMENTATION, MoE, weight_names
-from moe_lowering.vocabulary import EXPERT_FORMATS, SWIGLU_ALPHA
+from moe_lowering.vocabulary import EXPERT_FORMATS, swiglu_alpha
 
 __all__ = ["NAME", "capabilities", "register", "token_mask"]
 
@@ -248,7 +248,7 @@ def _read_form(module: Any) -> ExpertsForm:
     )
     if reading.unrecognised:
         return ExpertsForm(unrecognised=reading.unrecognised)
-    constants = {"limit": 0.0, "alpha": SWIGLU_ALPHA}
+    constants = {"limit": 0.0, "alpha": swiglu_alpha()}
     for constant, attribute in (("limit", reading.limit), ("alpha", reading.alpha)):
         if attribute:
             owner, name = _owner(module, attribute)

@@ -114,7 +114,7 @@ def other_operator(node: Node, seen: str, expected: str) -> NotThisForm:
 
 
 # Operators of custom:: that are known by name, and why none of them is raised.
-# Source: recipes.swiglu_clamp_quant, and the page beside it on npu_swiglu_clip_quant: what they compute
+# Source: recipes.swiglu_clamp_quant, recipes.swiglu_clip_quant: what they compute
 _CUSTOM = {
     "npu_swiglu_clip_quant": (
         "raise.clip",
