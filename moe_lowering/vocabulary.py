@@ -185,7 +185,6 @@ class Activation:
         return 2 if self.gated else 1
 
 
-
 def swiglu_alpha() -> float:
     """gpt-oss's alpha of g * sigmoid(alpha * g) (transformers, ``GptOssExperts.alpha``; the default of npu_clipped_swiglu).
 
