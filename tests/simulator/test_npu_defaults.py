@@ -22,7 +22,7 @@ X, IDS = torch.randn(4, 8), torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2]], dtype
 INT8, SCALE = torch.randint(-9, 9, (4, 64), dtype=torch.int8), torch.rand(4) + 0.5
 W8, W_SCALE = torch.randint(-9, 9, (2, 64, 128), dtype=torch.int8), torch.rand(2, 128) + 0.5
 COUNTS, ENDS = torch.tensor([1, 3]), torch.tensor([1, 4])
-WEIGHTS, HEADS = torch.randn(2, 8, 8), torch.randn(4, 2, 8)
+WEIGHTS, HEADS, LINES = torch.randn(2, 8, 8), torch.randn(4, 2, 8), torch.randn(4, 1, 1, 2)
 MC2 = ("group", 2, 0, 8)
 # A legal call of every operator that has a kernel: the arguments that it must have.
 CALLS: dict[str, dict[str, Any]] = {
@@ -59,6 +59,12 @@ CALLS: dict[str, dict[str, Any]] = {
     "npu_rotary_mul": {"input": X, "r1": X, "r2": X},
     "npu_interleave_rope": {"x": X, "cos": X, "sin": X},
     "npu_apply_rotary_pos_emb": {"query": X, "key": X, "cos": X, "sin": X},
+    "npu_kv_rmsnorm_rope_cache": {
+        "kv": X.view(4, 1, 1, 8), "gamma": X[0, :6], "cos": LINES, "sin": LINES, "index": torch.arange(4), "cache_mode": "PA",
+        "k_cache": torch.zeros(2, 2, 1, 2), "ckv_cache": torch.zeros(2, 2, 1, 6),
+    },
+    "npu_transpose_batchmatmul": {"input": WEIGHTS, "weight": WEIGHTS},
+    "npu_format_cast": {"input": X.half(), "acl_format": 29},
     "npu_fused_infer_attention_score": {
         "query": HEADS, "key": HEADS, "value": HEADS, "num_heads": 2, "input_layout": "TND", "actual_seq_lengths": [4],
         "actual_seq_lengths_kv": [4],

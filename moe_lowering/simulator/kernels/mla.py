@@ -47,8 +47,9 @@ def kv_rmsnorm_rope_cache(
     if kv.dim() != 4 or kv.shape[1:] != (1, 1, latent + rope):
         refuse(KV_CACHE, "kv", f"{list(kv.shape)}", f"[tokens, 1, 1, {latent} + {rope}], widths of gamma and cos")
     slots, total = index.flatten().long(), k_cache.shape[0] * k_cache.shape[1]
-    if len(slots) != len(kv) or (len(slots) and int(slots.max()) >= total):
-        refuse(KV_CACHE, "index", f"{len(slots)} up to {int(slots.max())}", f"{len(kv)} below {total}")
+    highest = int(slots.max()) if len(slots) else -1
+    if len(slots) != len(kv) or highest >= total:
+        refuse(KV_CACHE, "index", f"{len(slots)} up to {highest}", f"{len(kv)} below {total}")
     normed, _ = normalise_rows(KV_CACHE, kv[..., :latent], gamma, epsilon)
     turned = interleave_rope(kv[..., latent:], cos, sin)
     stored = slots >= 0
