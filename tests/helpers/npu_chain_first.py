@@ -42,7 +42,9 @@ class FirstRouting(Old):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
         tokens, top_k = ids.shape
         if self.numbering == "softmax":
-            weights, ids, number = chains.npu().npu_moe_gating_top_k_softmax(x @ self.gating, None, top_k)
+            weights, ids, number = chains.npu().npu_moe_gating_top_k_softmax(
+                x @ self.gating, self.change("finished", None), top_k
+            )
         else:
             number = torch.arange(tokens * top_k, dtype=torch.int32).view(top_k, tokens).t().contiguous()
         number = self.change("number", number)

@@ -85,8 +85,14 @@ def test_what_only_counts_for_a_chain_goes_with_it():
         assert sum(name == "aten.histc" for name in lowered.ops_after) == left
 
 
+def finished(_):
+    return torch.zeros(6, dtype=torch.bool)
+
+
 FIRST_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "numbered by row": ("raise.index", {"number": lambda n: n.t().reshape(n.shape).contiguous()}),
+    "numbered in 8 bits": ("raise.index", {"number": lambda n: n.to(torch.int8).to(torch.int32)}),
+    "tokens that are finished": ("raise.ids_range", {"numbering": "softmax", "finished": finished}),
     "numbered from one on": ("raise.index", {"number": lambda n: (n + 1) % n.numel()}),
     "another index at the way back": ("raise.index", {"places": lambda places: places.flip(0)}),
     "read by row": ("raise.literal", {"mode": lambda _: (2,)}),

@@ -22,6 +22,8 @@ _LOOK_UPS = ("index", "index_select", "gather", "embedding")  # of a table, by a
 _JOINS = ("cat", "stack", "where", "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "flip")
 _MIXES = ("cat", "stack", "where", "clamp")  # after which two ids of a token may be equal
 _STEPS = 60
+_FILLED = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value", "scalar_tensor": "s"}  # with what
+_ROUTERS = ("npu_moe_gating_top_k_softmax", "npu_moe_gating_top_k_softmax_v2")
 
 
 def out_of_range(ids: Node, experts: int, given: bool = True) -> Node | None:
@@ -68,6 +70,36 @@ def _sources(node: Node, experts: int) -> list[Node] | None:
         fits = isinstance(low, int) and isinstance(high, int) and 0 <= low <= high < experts
         return [] if fits else None
     return None
+
+
+def past_experts(ids: Node, experts: int) -> Node | None:
+    """The node that gives some tokens an id that is no expert, on purpose; None where none is seen.
+
+    Chains of torch_npu operators drop such tokens (``finished`` of a router, a mask filled with the number of experts), which
+    ``dispatch`` does not. What else makes their ids is taken to make experts, as those operators take it.
+    """
+    pending, visited = [ids], {ids}
+    while pending and len(visited) <= _STEPS:
+        node = pending.pop()
+        name = name_of(node)
+        if name in _ROUTERS and argument(node, "finished") is not None:
+            return node
+        filled = node.args[1:] if name == "where" else node.args[2:] if name == "masked_fill" else ()
+        if any(not _is_expert(each, experts) for each in filled):
+            return node
+        followed = node.target is operator.getitem or name in (*VIEWS, *_JOINS, "masked_fill", "clone")
+        fresh = [source for source in node.all_input_nodes if followed and source not in visited]
+        visited.update(fresh)
+        pending += fresh
+    return None
+
+
+def _is_expert(value: Any, experts: int) -> bool:
+    """Of what a mask fills in: no number, or one of an expert."""
+    if isinstance(value, Node):
+        name = _FILLED.get(name_of(value))
+        value = None if name is None else argument(value, name)
+    return not isinstance(value, (int, float)) or 0 <= value < experts
 
 
 def _item(node: Node, experts: int) -> list[Node] | None:

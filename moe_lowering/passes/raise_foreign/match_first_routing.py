@@ -37,6 +37,7 @@ from moe_lowering.passes.raise_foreign.terms import Counts, Ends
 
 ROUTE_V1, TOKENS, PERMUTE = "npu_moe_init_routing", "npu_moe_compute_expert_tokens", "npu_moe_token_permute"
 SOFTMAX = "npu_moe_gating_top_k_softmax"
+_NUMBERS = (torch.int32, torch.int64)
 BY_COLUMN = 0  # drop_pad_mode of finalize_routing
 aten = torch.ops.aten
 
@@ -137,7 +138,7 @@ def _table_by_column(node: Node) -> tuple[Node, ...]:
     shape = [*map(size_key, value_of(node).shape)]
     turned, path = False, list[Node]()
     while node.op == "call_function" and node.args:
-        if node.target in (aten.clone.default, aten._to_copy.default):
+        if node.target is aten.clone.default or _is_exact_cast(node):
             pass
         elif node.target is aten.t.default or (
             node.target is aten.transpose.int and {*node.args[1:]} in ({0, 1}, {-1, -2})
@@ -153,11 +154,16 @@ def _table_by_column(node: Node) -> tuple[Node, ...]:
     return ()
 
 
+def _is_exact_cast(node: Node) -> bool:
+    """A cast that keeps every number: in 8 or 16 bits a large table would not be one."""
+    return node.target is aten._to_copy.default and value_of(node).dtype in _NUMBERS
+
+
 def _counts_up(node: Any) -> bool:
     """0, 1, 2, ..."""
-    while isinstance(node, Node) and node.target is aten._to_copy.default:
+    while isinstance(node, Node) and _is_exact_cast(node):
         node = node.args[0]
-    if not isinstance(node, Node) or name_of(node) != "arange":
+    if not isinstance(node, Node) or name_of(node) != "arange" or value_of(node).dtype not in _NUMBERS:
         return False
     args: list[Any] = list(node.args)
     return len(args) == 1 or (args[0] == 0 and (len(args) == 2 or args[2] == 1))

@@ -16,6 +16,7 @@ from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.memory_effects import Writes, describe
 from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, value_of
+from moe_lowering.passes.raise_foreign.ids_range import past_experts
 from moe_lowering.passes.raise_foreign.keep_foreign import expert_operators
 from moe_lowering.passes.raise_foreign.match_npu_mlp import Experts
 from moe_lowering.passes.raise_foreign.records import Copied, ForeignBlock, NotThisForm, Weights
@@ -72,6 +73,7 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
         NotThisForm: another number of experts, smooth scales of another form, several scopes, a write in between.
     """
     _require_local_experts(chain)
+    _require_ids_of_experts(chain)
     _require_smooth_scales(chain)
     fields = dict(chain.experts.given)
     lists: dict[str, Any] = {name: tuple(fields.pop(name, ())) for name in _LISTS}
@@ -116,6 +118,16 @@ def _require_local_experts(chain: Chain) -> None:
                 f"{own_experts} experts on each of {ranks} ranks, of {experts}",
                 f"{experts} / {ranks} of them, [E, K, N]",
             )
+
+
+def _require_ids_of_experts(chain: Chain) -> None:
+    number = chain.sent["num_experts"] + chain.sent.get("zero_experts", 0)
+    outside = past_experts(chain.sent["ids"], number)
+    if outside is not None:
+        seen = f"{outside.name} gives some tokens an id that is no expert"
+        raise NotThisForm(
+            outside, "raise.ids_range", seen, f"ids from 0 to {number - 1}; tokens without one by dispatch's mask"
+        )
 
 
 def _require_smooth_scales(chain: Chain) -> None:
