@@ -1,8 +1,8 @@
 """``combine``: the experts' results back to their tokens, weighted and summed.
 
 Meaning: CANN's ``aclnnMoeDistributeCombineV2``: y = sum over k of weight * row in float32 and the rows of shared-expert
-ranks with weight 1, cast once to the dtype of rows. CANN's order, k ascending, is not kept here. Under tensor parallelism y is complete and the same on
-all ranks of the TP group.
+ranks with weight 1, cast once to the dtype of rows. CANN's order, k ascending, is not kept here. Under tensor parallelism y
+is complete and the same on all ranks of the TP group.
 Source: ops_transformer.combine_kernel: the documentation's formula weighs the shared expert, the kernel does not.
 """
 

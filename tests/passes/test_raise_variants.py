@@ -142,6 +142,16 @@ NUMBERS = {  # numbers of tokens, or of some experts, where those of slots or of
     "the largest": {
         "back": lambda y, perm, ids: torch.zeros_like(y).scatter_reduce(0, perm[:, None].expand_as(y), y, "amax")
     },
+    "twice what is added": {"back": lambda y, perm, ids: torch.zeros_like(y).index_add(0, perm, y, alpha=2)},
+    "added to half of the columns": {
+        "back": lambda y, perm, ids: torch.zeros_like(y).scatter_add(0, perm[:, None].expand(-1, y.shape[1] // 2), y)
+    },
+    "in place of what was there": {
+        "back": lambda y, perm, ids: torch.ones(len(ids), y.shape[1]).scatter_reduce(
+            0, (perm // ids.shape[1])[:, None].expand_as(y), y, "sum", include_self=False
+        ),
+        "way": lambda rows, ids: rows,
+    },
     "the mean": {
         "back": lambda y, perm, ids: torch.ones_like(y).scatter_reduce(0, perm[:, None].expand_as(y), y, "mean")
     },
@@ -161,7 +171,9 @@ def sorted_layer(changes, way=lambda rows, ids: rows.view(*ids.shape, -1).sum(1)
 
 @pytest.mark.parametrize("twin", NUMBERS)
 def test_other_numbers_are_not_taken_for_those_of_slots_or_experts(twin: str):
-    code, error = outcome(sorted_layer(NUMBERS[twin]))
+    changes = dict(NUMBERS[twin])
+    way = {"way": changes.pop("way")} if "way" in changes else {}
+    code, error = outcome(sorted_layer(changes, **way))
     assert code.startswith("raise.") and error == 0
 
 

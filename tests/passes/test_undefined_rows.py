@@ -7,6 +7,7 @@ runs: that rows were undefined at all is asserted, then that the result is what 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from moe_lowering import Deployment, MoeLowering, lowering_backend, moe_experts
 from moe_lowering.quantisation import quantise_weight, scale_bits
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
+OPS = torch.ops.moe_lowering
 EXPERTS, TOP_K, HIDDEN, INNER, TOKENS = 8, 2, 256, 256, 10
 KNOWN = {"cann": "9.1.0", "torch_npu": "2.13.0"}
 CLAMPS = {"activation": "swiglu_oai", "limit": 3.0}
@@ -70,12 +72,15 @@ class Watched(Interpreter):
         return result
 
 
-def run(form: str, fields: dict[str, str], options: dict[str, Any], mask: Tensor) -> tuple[Tensor, set[str]]:
-    given = experts(form) | options
+def tokens() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16()
     ids = torch.rand(TOKENS, EXPERTS, generator=generator).argsort(1)[:, :TOP_K].int()
-    weights = torch.rand(TOKENS, TOP_K, generator=generator)
+    return x, torch.rand(TOKENS, TOP_K, generator=generator), ids
+
+
+def run_lowered(layer: Callable[..., Tensor], arguments: Sequence[Tensor], **fields: str) -> tuple[Tensor, set[str]]:
+    """What a lowered layer gives, and the operators that left rows undefined."""
     undefined: set[str] = set()
     lowering = MoeLowering(Deployment(**KNOWN, **fields), "allgather", strict=True)
 
@@ -84,12 +89,18 @@ def run(form: str, fields: dict[str, str], options: dict[str, Any], mask: Tensor
         gm.forward = lambda *arguments: watched.run(*arguments)  # type: ignore[method-assign]
 
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda x, weights, ids, mask: moe_experts(x, weights, ids, mask=mask, **given),
-        backend=lowering_backend(lowering, watch), fullgraph=True,
-    )  # fmt: skip
+    compiled = torch.compile(layer, backend=lowering_backend(lowering, watch), fullgraph=True)
     with torch.no_grad():
-        return compiled(x, weights, ids, mask), undefined
+        return compiled(*arguments), undefined
+
+
+def run(form: str, fields: dict[str, str], options: dict[str, Any], mask: Tensor) -> tuple[Tensor, set[str]]:
+    given = experts(form) | options
+
+    def layer(x: Tensor, weights: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        return moe_experts(x, weights, ids, mask=mask, **given)
+
+    return run_lowered(layer, (*tokens(), mask), **fields)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -101,6 +112,24 @@ def test_undefined_rows_are_there_and_are_not_read(name: str) -> None:
     assert not nothing, "all rows are valid"
     assert undefined >= set(operators), "the twin: with masked tokens these leave rows undefined"
     assert torch.equal(y[some], full[some]) and not y[~some].any()
+
+
+def test_slots_of_zero_experts_read_no_undefined_row() -> None:
+    given, spare = experts("none"), 2
+    group = (EXPERTS - spare, "", 1, "", 1, 0)
+    w13, w2 = ([given[name][: EXPERTS - spare]] for name in ("w13", "w2"))
+
+    def layer(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        rows, scale, counts, handle = OPS.dispatch(x, None, ids, None, *group, 0, zero_experts=spare)
+        y = OPS.grouped_mlp(rows, scale, counts, w13, w2, [], [], "swiglu", 0.0, 0.0, False)
+        return OPS.combine(y, weights, ids, handle, None, *group, zero_experts=spare)
+
+    x, weights, ids = tokens()
+    y, undefined = run_lowered(layer, (x, weights, ids))
+    assert undefined >= {ROUTE, MATMUL} and bool((ids >= EXPERTS - spare).any())
+    torch.testing.assert_close(y, layer(x, weights, ids), rtol=2**-6, atol=2**-6)
+    _, nothing = run_lowered(layer, (x, weights[:, :1], ids[:, :1] % (EXPERTS - spare)))
+    assert not nothing, "the twin: each slot has a row"
 
 
 def test_every_weight_format_is_tried() -> None:

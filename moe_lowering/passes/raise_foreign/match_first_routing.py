@@ -135,7 +135,6 @@ def _require_by_column(route: Node, row_idx: Any, ids: Node) -> tuple[Node, ...]
 
 def _table_by_column(node: Node) -> tuple[Node, ...]:
     """``arange(k * T).view(k, T).t()``, in whatever copies and casts: its nodes, () where it is another table."""
-    shape = [*map(size_key, value_of(node).shape)]
     turned, path = False, list[Node]()
     while node.op == "call_function" and node.args:
         if node.target is aten.clone.default or _is_exact_cast(node):
@@ -145,8 +144,7 @@ def _table_by_column(node: Node) -> tuple[Node, ...]:
         ):
             turned = not turned
         elif node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default) and turned:
-            sizes = [*map(size_key, value_of(node).shape)]
-            return (*path, node) if sizes == shape[::-1] and _counts_up(node.args[0]) else ()
+            return (*path, node) if _counts_up(node.args[0]) else ()
         else:
             return ()
         path.append(node)
