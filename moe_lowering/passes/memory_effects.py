@@ -18,13 +18,14 @@ from __future__ import annotations
 import bisect
 import functools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from moe_lowering.passes.own_writes import is_unseen_write
 from moe_lowering.source_lines import innermost
 
 # Their schemas declare every view, but for those of _VIEWS_UNSAID
@@ -39,15 +40,19 @@ _IN_PLACE = frozenset(name for name in dir(operator) if name.startswith("i") and
 
 
 class Writes:
-    """The writes of one graph, as it is when this is made."""
+    """The writes of one graph, as it is when this is made; not those into memory that nothing else reads."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._nodes = sorted(_writers(graph))
+        self._nodes = sorted(node for node in _writers(graph) if not is_unseen_write(node))
         self._memory: dict[Node, Node] | None = None
 
-    def between(self, first: Node, last: Node, read: Iterable[Node]) -> Node | None:
-        """A node after ``first`` and before ``last`` that may write what one of ``read`` is, or shares memory with."""
+    def between(self, first: Node, last: Node, read: Iterable[Node], gone: Container[Node] = ()) -> Node | None:
+        """A node after ``first`` and before ``last`` that may write what one of ``read`` is, or shares memory with.
+
+        Args:
+            gone: writers that do not count, as they are erased with what they write into.
+        """
         if not self._nodes:
             return None
         low, high = bisect.bisect_right(self._nodes, first), bisect.bisect_left(self._nodes, last)
@@ -56,7 +61,7 @@ class Writes:
         if self._memory is None:
             self._memory = _shared_memory(self._graph)
         roots = {_root(self._memory, node) for node in read}
-        return next((node for node in self._nodes[low:high] if self._hits(node, roots)), None)
+        return next((node for node in self._nodes[low:high] if node not in gone and self._hits(node, roots)), None)
 
     def _hits(self, node: Node, roots: set[Node]) -> bool:
         assert self._memory is not None

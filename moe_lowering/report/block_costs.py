@@ -49,7 +49,8 @@ class BlockCost:
         once = f"; {self.once} kernels once per graph" if self.once else ""
         return (
             f"{self.name}: {self.kernels} kernel{'' if self.kernels == 1 else 's'}{exchanges}, {_mb(self.moved)} read and "
-            f"written beside weights, {_mb(self.sent_within)} sent within the node{between}, buffers of {_mb(self.buffers)}{once}; "
+            f"written beside weights, {_mb(self.sent_within)} sent within the node{between}, buffers of "
+            f"{_mb(self.buffers)}{once}; "
             f"{self.us:.0f} +- {self.error_us:.0f} us"
         )
 

@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.arguments import argument, explicit_arguments
+from moe_lowering.passes.own_writes import overload_of
 from moe_lowering.passes.raise_foreign.meanings import (
     Value,
     as_ids,
@@ -229,7 +230,7 @@ def scattered(reader: Reader, node: Node) -> Value | None:
 
 def _put(reader: Reader, node: Node) -> tuple[Node, Value, Node] | None:
     """(what is written into, index of its lines, what is written) of a call that writes whole lines."""
-    base, by_element = node.args[0], str(node.target).endswith("scatter.src")
+    base, by_element = node.args[0], overload_of(node) == "scatter.src"
     if by_element or "index_copy" in str(node.target):
         at, index, source = (argument(node, name) for name in ("dim", "index", "src" if by_element else "source"))
         if at != 0:
