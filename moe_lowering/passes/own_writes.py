@@ -54,6 +54,8 @@ def _is_own(write: Node, read_before: bool) -> bool:
     if not _writes_first(write.target) or not write.args or not isinstance(write.args[0], Node):
         return False
     node, reader = write.args[0], write
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
     while all(user is reader or (read_before and user < write and _takes_no_part(user)) for user in node.users):
         if _makes_memory(node.target) or _is_own(node, read_before) or _is_result(node):
             others = [leaf for leaf in tree_leaves((write.args[1:], write.kwargs)) if isinstance(leaf, Node)]

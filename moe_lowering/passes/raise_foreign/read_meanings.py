@@ -154,6 +154,6 @@ class Reader:
             node,
             "raise.operation",
             f"{name_of(node)} of what the experts compute",
-            "views, casts, biases of the experts, a gated activation that grouped_mlp has, routing weights, and the sum over "
+            "views, casts, biases of the experts, an activation that grouped_mlp has, routing weights, and the sum over "
             "the choices of a token",
         )

@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from moe_lowering.passes.arguments import argument, explicit_arguments
 from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.own_writes import functional_name
 from moe_lowering.passes.raise_foreign.meanings import (
     Value,
     feature,
@@ -20,7 +21,7 @@ from moe_lowering.passes.raise_foreign.meanings import (
 )
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, near_rule, rule
 from moe_lowering.passes.raise_foreign.rules_of_masks import clamped_ids
-from moe_lowering.passes.raise_foreign.rules_of_routing import order_of_ids
+from moe_lowering.passes.raise_foreign.rules_of_routing import order_of_ids, token_of_slot
 from moe_lowering.passes.raise_foreign.terms import (
     CHOICE,
     Axis,
@@ -30,10 +31,13 @@ from moe_lowering.passes.raise_foreign.terms import (
     Ends,
     Expert,
     Gelu,
+    Over,
     Pick,
     Plus,
+    Relu,
     Sigmoid,
     Summed,
+    Tanh,
     Tensor,
     Term,
     Times,
@@ -275,6 +279,25 @@ def gelu(reader: Reader, node: Node) -> Value | None:
     return None if value is None else Value(value.dims, Gelu(value.term, argument(node, "approximate")))
 
 
+@near_rule("relu")
+def relu(reader: Reader, node: Node) -> Value | None:
+    value = _argument(reader, node)
+    return None if value is None else Value(value.dims, Relu(value.term))
+
+
+@near_rule("tanh")
+def tanh(reader: Reader, node: Node) -> Value | None:
+    value = _argument(reader, node)
+    return None if value is None else Value(value.dims, Tanh(value.term))
+
+
+@near_rule("square", "pow")
+def squared(reader: Reader, node: Node) -> Value | None:
+    value = _argument(reader, node)
+    is_square = functional_name(node) == "square" or node.args[1] in (2, 2.0)
+    return Value(value.dims, _times(1.0, value.term, value.term)) if value is not None and is_square else None
+
+
 @near_rule("clamp", "clamp_min", "clamp_max")
 def clamped(reader: Reader, node: Node) -> Value | None:
     if not node.meta["val"].is_floating_point():
@@ -284,7 +307,18 @@ def clamped(reader: Reader, node: Node) -> Value | None:
     if value is None or not all(bound is None or isinstance(bound, (int, float)) for bound in bounds):
         return None
     low, high = (None if bound is None or abs(bound) == float("inf") else float(bound) for bound in bounds)
-    return Value(value.dims, Clamp(value.term, low, high))
+    return Value(value.dims, Relu(value.term) if (low, high) == (0.0, None) else Clamp(value.term, low, high))
+
+
+@rule("floor_divide", "div")
+def divided(reader: Reader, node: Node) -> Value | None:
+    """A slot's number by k, or a row of the experts' by a number."""
+    token = token_of_slot(reader, node)
+    if token is not None:
+        return token
+    value, by = _argument(reader, node), node.args[1]
+    is_plain = isinstance(by, (int, float)) and by and explicit_arguments(node).get("rounding_mode") is None
+    return Value(value.dims, Over(value.term, float(by))) if value is not None and is_plain else None  # type: ignore[arg-type]
 
 
 def _argument(reader: Reader, node: Node) -> Value | None:

@@ -90,7 +90,6 @@ def _sorted(reader: Reader, node: Node, index: int) -> Value | None:
     return Value(order_dims, ids[1] if index == 0 else Slot(ids[1]))
 
 
-@rule("floor_divide", "div")
 def token_of_slot(reader: Reader, node: Node) -> Value | None:
     """A slot's number divided by k, rounded down."""
     arguments = explicit_arguments(node)
