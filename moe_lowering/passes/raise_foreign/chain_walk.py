@@ -84,11 +84,14 @@ class Walk:
             self.add(node)
 
     def read_by(self, node: Node | None, what: str, *readers: Node) -> None:
-        """A value of the chain is read by these only."""
+        """A value of the chain is read by these only, itself or behind views to the same shape."""
         if node is None:
             return
         for user in self.readers(node):
-            if user not in readers:
+            if is_same(user) and user not in readers:
+                self.add(user)
+                self.read_by(user, what, *readers)
+            elif user not in readers:
                 names = ", ".join(reader.name for reader in readers)
                 raise NotThisForm(node, "raise.single_use", f"{what}, {node.name}, is read by {user.name}", names)
 

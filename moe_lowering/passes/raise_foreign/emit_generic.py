@@ -46,7 +46,9 @@ def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> 
         arguments = sent._asdict()
         alike = {name: arguments[name] for name in CombineCall._fields if name in arguments}
         if weights is None:
-            weights = emit.cast(_by_token(emit, block.weights, sent.x, block.top_k), torch.float32)
+            weights = _by_token(emit, block.weights, sent.x, block.top_k)
+            rounded = weights if block.rounded is None else emit.cast(weights, block.rounded)
+            weights = emit.cast(rounded, torch.float32)
         back = CombineCall[Any](**{**alike, "rows": mlp, "weights": weights, "handle": handle})
         combine = emit.call(OPS.combine.default, *positional_arguments(back))
         dispatch: Any = rows.args[0]

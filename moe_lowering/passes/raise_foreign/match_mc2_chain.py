@@ -36,8 +36,10 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
     same_sizes,
     value_of,
 )
-from moe_lowering.passes.raise_foreign.match_npu_mlp import COUNTS, Experts, match_experts
+from moe_lowering.passes.raise_foreign.group_lists import COUNTS, PREFIX_SUMS
+from moe_lowering.passes.raise_foreign.match_npu_mlp import match_experts
 from moe_lowering.passes.raise_foreign.npu_chain import Chain
+from moe_lowering.passes.raise_foreign.npu_matmuls import Experts
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 from moe_lowering.passes.raise_foreign.special_experts import SPECIAL, copied_tokens, require_special, special_experts
 
@@ -87,7 +89,10 @@ def match_mc2(dispatch: Node, deployment: Deployment, version: Version = SECOND)
     _check_dispatch(dispatch, deployment)
     rows, scales, assist, counts, received, tp_received, expand = walk.results(dispatch, 7)
     quantises = argument(dispatch, "quant_mode") == PER_TOKEN
-    experts = match_experts(walk, rows, scales if quantises else None, counts, COUNTS, dispatch)
+    kind = argument(dispatch, "expert_token_nums_type")
+    experts = match_experts(walk, rows, scales if quantises else None, counts, kind, dispatch)
+    if kind == PREFIX_SUMS:  # who else reads them would keep this dispatch
+        walk.read_by(counts, "prefix sums", *walk.interior)
     _check_types(dispatch, experts)
     combine, rows_back = walk.onward(experts.result, "the experts' result")
     _check_combine(combine, dispatch, deployment, version)
@@ -125,7 +130,7 @@ def match_mc2(dispatch: Node, deployment: Deployment, version: Version = SECOND)
             "ep_size": deployment.ep_size,
         },
         weights=argument(combine, "expert_scales"),
-        counts=counts,
+        counts=counts if kind == COUNTS else None,
         added=tuple(filter(None, (argument(combine, "shared_expert_x"),))),
         copied=copied_tokens(combine),
         x_smooth=argument(dispatch, "scales"),
@@ -146,7 +151,7 @@ def _check_dispatch(node: Node, deployment: Deployment) -> None:
     require_of(node, {"elastic_info": (None,), "performance_info": (None,)})
     require_special(node)
     require(node, {"shared_expert_rank_num": (0,)}, "raise.experts")
-    require(node, {"expert_token_nums_type": (1,)}, "raise.counts")
+    require(node, {"expert_token_nums_type": (PREFIX_SUMS, COUNTS)}, "raise.counts")
     require(node, {"quant_mode": (NO_QUANT, PER_TOKEN)}, "raise.format")
     require_of(node, dict.fromkeys(("y_dtype", "x_dtype", "scales_dtype"), (None,)), "raise.format")
     _check_bound(node, deployment)

@@ -43,7 +43,7 @@ from moe_lowering.passes.raise_foreign.records import NotThisForm
 aten = torch.ops.aten
 ROUTE, FINALIZE, UNPERMUTE = "npu_moe_init_routing_v2", "npu_moe_finalize_routing", "npu_moe_token_unpermute"
 NO_QUANT, DYNAMIC = -1, 1  # quant_mode
-BY_ROW = 2  # drop_pad_mode of finalize_routing: the index of (t, k) is at t * k + k
+BY_ROW, BY_ROW_DROP = 2, 3  # drop_pad_mode of finalize_routing: the index of (t, k) is at t * k + k; in 3 may be -1: no row
 COUNTS = 1  # expert_tokens_num_type, as group_list_type: 0 prefix sums, 1 counts, 2 pairs
 
 
@@ -79,9 +79,9 @@ def match_range(route: Node, own_range: list[int] | None) -> Chain:
     kind = argument(route, "expert_tokens_num_type")
     experts = match_experts(walk, rows, scales if quantises else None, counts, kind, route)
     _check_types(route, experts.result)
-    back, rows_back = walk.onward(experts.result, "the experts' result")
+    back, rows_back, order = _back(walk, experts.result)
     walk.add(back)
-    weights, added = way_back(walk, back, rows_back, index)
+    weights, added = way_back(walk, back, rows_back, index, order)
     check_weights(argument(route, "expert_idx"), back, weights)
     if not quantises:
         walk.read_by(scales, "the routing's scales")
@@ -103,6 +103,7 @@ def match_range(route: Node, own_range: list[int] | None) -> Chain:
         counts=counts if kind == COUNTS else None,
         added=added,
         x_smooth=None if travels else argument(route, "scale"),
+        drops=order == BY_ROW_DROP and not _is_absolute(back),
     )
 
 
@@ -159,6 +160,25 @@ def _check_scale(route: Node, x: torch.Tensor) -> None:
     if value is None or value.dim() != 1 or value.dtype != torch.float32 or x.dim() != 2:
         raise NotThisForm(route, "raise.dtype", f"int8 tokens with scale {scale}", "[T, H] with float32 scales [T]")
     require(route, {"quant_mode": (NO_QUANT,)})
+
+
+def _back(walk: Walk, result: Node) -> tuple[Node, Node, int]:
+    """(the operator that brings rows back, the rows that it reads, its drop_pad_mode): mode 3 takes rows [N, 1, H]."""
+    back, rows = walk.onward(result, "the experts' result")
+    shape = [*map(size_key, value_of(result).shape)]
+    padded = back.target in _PADS and [*map(size_key, value_of(back).shape)] == [shape[0], 1, *shape[1:]]
+    if not padded:
+        return back, rows, BY_ROW
+    walk.add(back)
+    return *walk.onward(back, "the experts' result"), BY_ROW_DROP
+
+
+_PADS = (aten.unsqueeze.default, aten.view.default, aten.reshape.default)
+
+
+def _is_absolute(back: Node) -> bool:
+    index = argument(back, "expanded_src_to_dst_row")
+    return isinstance(index, Node) and source_of(index).target is aten.abs.default
 
 
 def way_back(

@@ -51,6 +51,7 @@ class ForeignBlock:
         num_experts: E, on all ranks.
         w13_bias, w2_bias, and the lists of quantised weights: as ``grouped_mlp`` takes them; with ``w13.joined`` biases
             of gate and up.
+        rounded: the dtype that weights are rounded to before they are used; None for their own.
         weigh_input: x is multiplied by the weights instead of the results; k is 1.
         x_smooth, h_smooth: [E, H] and [E_local, I] float32, smooth scales of tokens and activations.
         bases: [T, H] each, added to the result. copied: what the tokens themselves add to it.
@@ -81,6 +82,7 @@ class ForeignBlock:
     w2_bias: tuple[Node, ...] = ()
     x_scale: Node | None = None
     mask: Node | None = None
+    rounded: Any = None
     weigh_input: bool = False
     bases: tuple[Node, ...] = ()
     copied: Copied | None = None
