@@ -7,7 +7,9 @@ Every type that transformers' AutoModel knows, but for the families with experts
 layers, and traced with make_fx: fake tensors, so that neither memory nor weights are needed. What cannot be built or traced so
 (data-dependent control flow, inputs that cannot be guessed) is counted and left. Kinds of graphs: ``KINDS``.
 
-Two graphs of a type with the same operators, in the same places, count once. Times are CPU time of the thread that runs the pass, the least of five runs on the same graph, which it does not change.
+Two graphs of a type with the same operators, in the same places, count once.
+
+Times are CPU time of the thread that runs the pass, the least of five runs on the same graph, which it does not change.
 A process for each type, forked from one that has imported transformers; a type that takes too long is given up.
 """
 
@@ -38,6 +40,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: E402
 
 from moe_lowering import Deployment, MoeLowering  # noqa: E402
 from moe_lowering.families.listing import families, model_type  # noqa: E402
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -188,7 +191,9 @@ def measure(gm: GraphModule) -> dict[str, Any]:
 def fingerprint(gm: GraphModule) -> str:
     """A hash of the operators in their order, and of which value each reads: sizes and dtypes are not in it."""
     numbers = {node: number for number, node in enumerate(gm.graph.nodes)}
-    lines = (f"{n.op} {n.target if n.op != 'placeholder' else ''} {[numbers[i] for i in n.all_input_nodes]}" for n in numbers)
+    lines = (
+        f"{n.op} {n.target if n.op != 'placeholder' else ''} {[numbers[i] for i in n.all_input_nodes]}" for n in numbers
+    )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

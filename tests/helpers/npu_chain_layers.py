@@ -311,6 +311,9 @@ def reference(layer: Layer, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             hidden = (row if smooth_x is None else row * smooth_x[expert]) @ layer.whole.dense13[expert]
             gate, up = hidden.chunk(2)
             opened = gate / (1 + torch.exp(-gate))
+            if layer.activation == "swiglu_oai":  # even and odd columns
+                gate, up = hidden[::2].clamp(max=7.0), hidden[1::2].clamp(-7.0, 7.0) + 1
+                opened = gate / (1 + torch.exp(-1.702 * gate))
             if layer.activation == "swiglu_clamp_after":
                 opened, up = opened.clamp(max=0.5), up.clamp(-0.5, 0.5)
             if layer.activation == "swiglu_clamp":

@@ -3,9 +3,9 @@
 Contract. Reads the graph, never edits it. What is not proven ends the walk: ``NotThisForm`` with a stable code, the node, what
 was seen and what is accepted. Defaults of the schema are filled in before an argument is looked at.
 
-Two kinds of readers are no use of a value. ``air.wait_tensor(other, ours)`` orders ``other`` after ours and passes ``other``
-on: an edge (``Walk.edges``), which whoever replaces the value must hang on something else. ``wait_tensor(ours, other)``, a view
-to the same shape and an alias are the value itself, and are walked through.
+Three kinds of readers are no use of a value. What is made in its sizes (``empty_like``) reads no element. ``air.wait_tensor(other,
+ours)`` orders ``other`` after ours and passes ``other`` on: an edge (``Walk.edges``), which whoever replaces the value must hang on
+something else. ``wait_tensor(ours, other)``, a view to the same shape and an alias are the value itself, and are walked through.
 Source: wheel.torchair_scope: npu_wait_tensor.
 """
 
@@ -21,6 +21,7 @@ from torch.fx import Node
 from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.foreign_operators import operator_name
+from moe_lowering.passes.raise_foreign.read_meanings import is_made_alike
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 aten = torch.ops.aten
@@ -32,11 +33,13 @@ class Walk:
     Attributes:
         interior: every node that belongs to the chain.
         edges: nodes that only wait for a value of the chain: (who waits, the value).
+        alike: nodes that are made in the sizes of a value of the chain, and read nothing else of it.
     """
 
     def __init__(self) -> None:
         self.interior: dict[Node, None] = {}
         self.edges: list[tuple[Node, Node]] = []
+        self.alike: list[Node] = []
 
     def add(self, *nodes: Node) -> None:
         self.interior.update(dict.fromkeys(nodes))
@@ -63,9 +66,21 @@ class Walk:
         for user in node.users:
             if is_wait(user) and user.args[1] is node and user.args[0] is not node:
                 self.edges.append((user, node))
+            elif is_made_alike(user):
+                self.alike.append(user)
             else:
                 readers.append(user)
         return readers
+
+    def close(self) -> None:
+        """What is made in the sizes of a value of the chain goes with it.
+
+        Raises:
+            NotThisForm: it is read by more than the chain.
+        """
+        for node in self.alike:
+            self.read_by(node, "a tensor as large as a value of the chain", *self.interior)
+            self.add(node)
 
     def onward(self, node: Node, what: str) -> tuple[Node, Node]:
         """The one reader of a value, and the node that it reads: the value itself, or one of the same after it."""

@@ -52,7 +52,7 @@ def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> 
         back = CombineCall[Any](**{**alike, "rows": mlp, "weights": weights, "handle": handle})
         combine = emit.call(OPS.combine.default, *positional_arguments(back))
         dispatch: Any = rows.args[0]
-        return Generic(dispatch, counts, combine, _result(block, emit, combine, weights))
+        return Generic(dispatch, counts, combine, _result(block, emit, combine, weights, sent))
 
 
 def _fix_widths(block: ForeignBlock) -> None:
@@ -73,7 +73,9 @@ def _emit_dispatch(
     if block.x_scale is None and block.quantisation == "none":
         x = emit.cast(x, dtype)
     ids = emit.cast(_by_token(emit, block.ids, x, block.top_k), torch.int32)
-    weights = None
+    zero_experts, weights = block.zero_experts, None
+    if block.slot_mask is not None:
+        ids, zero_experts = _masked_ids(block, emit, ids, block.slot_mask), zero_experts + block.top_k
     if block.weigh_input:
         by_token = emit.cast(_by_token(emit, block.weights, x, block.top_k), torch.float32)
         x = emit.cast(emit.call(aten.mul.Tensor, x, by_token), dtype)
@@ -91,13 +93,13 @@ def _emit_dispatch(
         max_tokens=deployment.token_bound,
         max_rows=deployment.max_rows,
         x_smooth=block.x_smooth,
-        zero_experts=block.zero_experts,
+        zero_experts=zero_experts,
     )
     dispatch = emit.call(OPS.dispatch.default, *positional_arguments(sent))
     return sent, tuple(emit.item(dispatch, index) for index, _ in enumerate(_NAMES)), weights
 
 
-def _result(block: ForeignBlock, emit: Emitter, y: Node, weights: Node) -> Node:
+def _result(block: ForeignBlock, emit: Emitter, y: Node, weights: Node, sent: DispatchCall[Any]) -> Node:
     """As the foreign result is: its shape, its dtype, and with what is added."""
     result = block.result.meta["val"]
     if y.meta["val"].dim() != result.dim():
@@ -105,14 +107,23 @@ def _result(block: ForeignBlock, emit: Emitter, y: Node, weights: Node) -> Node:
     y = emit.cast(y, result.dtype)
     for base in block.bases:
         y = emit.call(aten.add.Tensor, base, y)
-    return y if block.copied is None else _add_copies(block, block.copied, emit, y, weights)
+    return y if block.copied is None else _add_copies(block.copied, emit, y, weights, sent)
 
 
-def _add_copies(block: ForeignBlock, copied: Copied, emit: Emitter, y: Node, weights: Node) -> Node:
+def _masked_ids(block: ForeignBlock, emit: Emitter, ids: Node, mask: Node) -> Node:
+    """Slots that give nothing as choices of zero experts, which differ for a token, as all of its experts do."""
+    first, device = block.num_experts + block.zero_experts, ids.meta["val"].device
+    nothing = emit.call(
+        aten.arange.start, first, first + block.top_k, dtype=torch.int32, device=device, pin_memory=False
+    )
+    return emit.call(aten.where.self, mask, ids, nothing)
+
+
+def _add_copies(copied: Copied, emit: Emitter, y: Node, weights: Node, sent: DispatchCall[Any]) -> Node:
     """y + x * the sum of the weights of those choices, rounded once."""
-    ids = block.ids
+    ids = sent.ids
     chosen = emit.call(aten.ge.Scalar, ids, copied.first)
-    if copied.last < block.num_experts + block.zero_experts:
+    if copied.last < sent.num_experts + sent.zero_experts:
         chosen = emit.call(aten.logical_and.default, chosen, emit.call(aten.lt.Scalar, ids, copied.last))
     share = emit.call(aten.sum.dim_IntList, emit.call(aten.mul.Tensor, weights, chosen), [1], True)
     copies = emit.call(aten.mul.Tensor, share, copied.x)

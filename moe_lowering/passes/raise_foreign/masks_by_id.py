@@ -19,15 +19,15 @@ from moe_lowering.passes.raise_foreign.chain_walk import equal_values
 
 # What is computed for each element on its own
 _BY_ELEMENT = frozenset({
-    "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "logical_not", "bitwise_and", "bitwise_or",
-    "bitwise_xor", "bitwise_not", "add", "sub", "rsub", "mul", "floor_divide", "div", "remainder", "neg", "abs", "clamp", "clamp_min",
-    "clamp_max", "where", "_to_copy", "clone", "alias", "detach",
+    "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "logical_not", "bitwise_and",
+    "bitwise_or", "bitwise_xor", "bitwise_not", "add", "sub", "rsub", "mul", "floor_divide", "div", "remainder", "neg",
+    "abs", "clamp", "clamp_min", "clamp_max", "where", "_to_copy", "clone", "alias", "detach",
 })  # fmt: skip
 # What makes tables of numbers, from nothing or from other tables
 _TABLES = _BY_ELEMENT | {
-    "arange", "full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones", "scalar_tensor",
-    "slice", "slice_scatter", "select", "select_scatter", "cat", "copy", "view", "reshape", "unsqueeze", "squeeze", "expand", "index_put",
-    "lift_fresh_copy", "index",
+    "arange", "full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones",
+    "scalar_tensor", "slice", "slice_scatter", "select", "select_scatter", "cat", "copy", "view", "reshape", "unsqueeze",
+    "squeeze", "expand", "index_put", "lift_fresh_copy", "index",
 }  # fmt: skip
 _LARGEST = 1 << 16  # elements of a table
 _STEPS = 64
@@ -72,7 +72,12 @@ def _called(node: Node, ids: Node, numbers: torch.Tensor, known: dict[Node, Any]
     args, kwargs = torch.fx.node.map_arg((node.args, _without_device(node.kwargs)), made.__getitem__)
     try:
         result = node.target(*args, **kwargs)
-    except (RuntimeError, TypeError, IndexError, ValueError):  # sizes of slots in a constant, an id that a table has not
+    except (
+        RuntimeError,
+        TypeError,
+        IndexError,
+        ValueError,
+    ):  # sizes of slots in a constant, an id that a table has not
         return None
     return result if isinstance(result, torch.Tensor) and result.numel() <= _LARGEST else None
 

@@ -29,14 +29,13 @@ from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.raise_foreign.chain_walk import same_sizes, source_of, value_of
 from moe_lowering.passes.raise_foreign.expert_parallel import summed_over_ranks
 from moe_lowering.passes.raise_foreign.ids_range import may_repeat
-from moe_lowering.passes.raise_foreign.masks_by_id import experts_of_mask
+from moe_lowering.passes.raise_foreign.masked_weights import behind_casts, weights_before_mask
 from moe_lowering.passes.raise_foreign.match_routing_chain import match_range
 from moe_lowering.passes.raise_foreign.npu_chain import Chain
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 FORM, REDUCED = "gathered_v2", "reduced_v2"
-_NO_VALUE = (0, 0.0)
 
 
 def match_gathered(route: Node, deployment: Deployment) -> Chain:
@@ -63,7 +62,7 @@ def match_gathered(route: Node, deployment: Deployment) -> Chain:
     sent = dict(chain.sent)
     if deployment.tp_size == 1:
         form, weights, result = FORM, _gathered(unmasked, deployment, route), _scattered(chain, deployment)
-        sent["ids"] = _behind_casts(sent["ids"])[0]
+        sent["ids"] = behind_casts(sent["ids"])[0]
         sent |= {n: sent[n] and _gathered(sent[n], deployment, route) for n in ("x", "ids", "x_scale")}
     else:
         form, weights = REDUCED, unmasked
@@ -89,36 +88,14 @@ def _weights_of_all(chain: Chain, route: Node, first: int, last: int) -> tuple[A
 
     Where finalize_routing drops such slots, weights that were gathered, each by its token's rank, need no mask.
     """
-    node, rounded = _behind_casts(chain.weights)
+    node, rounded = behind_casts(chain.weights)
     if chain.drops and _gather_of(node) is not None:
         return node, rounded
-    unmasked, mask, kept = _unmasked(node, route)
-    ids, experts = _behind_casts(argument(route, "expert_idx"))[0], argument(route, "expert_num")
-    found = experts_of_mask(mask, ids, experts)
-    if found != [kept == (first <= expert < last) for expert in range(experts)]:
-        chosen = None if found is None else [expert for expert, own in enumerate(found) if own == kept]
-        seen = "no function of the ids that the graph shows" if chosen is None else f"the experts {chosen}"
-        raise NotThisForm(
-            mask, "raise.partial_range", f"weights by {mask}: {seen}",
-            f"those of ids from {first} to {last - 1}, this rank's, by comparisons, arithmetic or tables made in the graph",
-        )  # fmt: skip
-    behind, also = _behind_casts(unmasked)
+    unmasked, rounded = weights_before_mask(chain.weights, route, first, last)
+    behind, also = behind_casts(unmasked)
     if _gather_of(behind) is None or (rounded and also and rounded is not also):
         return unmasked, rounded
     return behind, rounded or also
-
-
-def _behind_casts(value: Any) -> tuple[Any, Any]:
-    """What a value is behind casts from float to float or int to int and copies, and the dtype of 16 bits on the way, if any."""
-    node, narrow = source_of(value), set[torch.dtype]()
-    while node.target in (aten._to_copy.default, aten.clone.default):
-        before: Any = node.args[0]
-        new, old = value_of(node).dtype, value_of(before).dtype
-        if new.is_floating_point != old.is_floating_point or torch.bool in (new, old):
-            break
-        narrow |= {new} - {torch.float32, torch.float64, old} if new.is_floating_point else set()
-        node = source_of(before)
-    return (node, next(iter(narrow), None)) if len(narrow) < 2 else (source_of(value), None)
 
 
 def _add_what_is_gathered(chain: Chain, route: Node, own: tuple[Node | None, ...]) -> tuple[Node, ...]:
@@ -170,41 +147,6 @@ def _is_whole_copy(node: Node) -> bool:
         return False
     new, old = (value_of(each) for each in node.args[:2])  # type: ignore[arg-type]
     return new.dtype == old.dtype and same_sizes(new, old)
-
-
-def _unmasked(weights: Node, route: Node) -> tuple[Any, Any, bool]:
-    """Weights that are zero by a mask: those before, the mask, and whether they are kept where it is True."""
-    args: Any = weights.args
-    if weights.target is aten.where.self:
-        if _is_zero(args[2]):
-            return args[1], args[0], True
-        if _is_zero(args[1]):
-            return args[2], args[0], False
-    if weights.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and _is_zero(args[2]):
-        return args[0], args[1], False
-    if weights.target is aten.mul.Tensor:
-        for gathered, mask in (args[:2], args[1::-1]):
-            while isinstance(mask, Node) and mask.target in (aten._to_copy.default, aten.clone.default):
-                mask = mask.args[0]
-            if isinstance(mask, Node) and value_of(mask).dtype == torch.bool:
-                return gathered, mask, True
-    raise NotThisForm(
-        route, "raise.partial_range", f"weights from {weights.name} of all experts, for rows of some",
-        "weights that are zero for experts of other ranks",
-    )  # fmt: skip
-
-
-def _is_zero(value: Any) -> bool:
-    if isinstance(value, Node):
-        made = {
-            aten.scalar_tensor.default: 0, aten.full.default: 1, aten.full_like.default: 1, aten.zeros_like.default: None,
-            aten.zeros.default: None, aten.new_zeros.default: None,
-        }  # fmt: skip
-        if value.target not in made:
-            return False
-        at = made[value.target]
-        return at is None or value.args[at] in _NO_VALUE
-    return value in _NO_VALUE
 
 
 def _scattered(chain: Chain, deployment: Deployment) -> Node:

@@ -90,9 +90,7 @@ def _require_same_dtype(first: Node, last: Node, dtype: torch.dtype) -> None:
         raise NotThisForm(first, "raise.dtype", seen, "one dtype")
 
 
-def _fused(
-    walk: Walk, node: Node, rows: Node, row_scale: Node, groups: Groups
-) -> tuple[Node, Node, dict[str, Any]]:
+def _fused(walk: Walk, node: Node, rows: Node, row_scale: Node, groups: Groups) -> tuple[Node, Node, dict[str, Any]]:
     """(rows, their scales, the words of the activation with w13 and its scale) of matmul, SwiGLU and quantisation in one."""
     require_value(node, "x", rows)
     require_value(node, "x_scale", row_scale)
@@ -101,7 +99,9 @@ def _fused(
     if second:
         require(node, {"smooth_scale": (None,)}, "raise.smooth_scales")
         formats = ("x_dtype", "weight_dtype", "weight_scale_dtype", "x_scale_dtype")
-        require(node, {**dict.fromkeys(formats, (None,)), "quant_dtype": (1, None), "dequant_dtype": (6,)}, "raise.format")
+        require(
+            node, {**dict.fromkeys(formats, (None,)), "quant_dtype": (1, None), "dequant_dtype": (6,)}, "raise.format"
+        )
         require(node, {**dict.fromkeys(("dequant_mode", "quant_mode"), (0, None)), "weight_assist_matrix": (None,)})
     else:
         require_none(node, "offset")
@@ -112,7 +112,9 @@ def _fused(
         raise NotThisForm(node, "raise.weights", seen, "int8 weights [E, K, 2I] with scales [E, 2I]")
     made, scale, *rest = walk.results(node, 2 if second else 3)
     if made is None or scale is None or any(each is not None for each in rest):
-        raise NotThisForm(node, "raise.unused", f"results of {node.name}", "rows and their scales, and none but these, read")
+        raise NotThisForm(
+            node, "raise.unused", f"results of {node.name}", "rows and their scales, and none but these, read"
+        )
     walk.read_by(row_scale, "scales of rows", node)
     return made, scale, {"w13": weights, "w13_scale": scales, **words_of("swiglu")}
 
@@ -145,7 +147,9 @@ def _dequantised(
     require_value(node, "x", path)
     require_value(node, "activation_scale", row_scale)
     kind = groups.kind_of(argument(node, "group_index"))
-    groups.require(node, "group_index", COUNTS if kind == PREFIX_SUMS else kind)  # counts or pairs, whatever matmuls are told
+    groups.require(
+        node, "group_index", COUNTS if kind == PREFIX_SUMS else kind
+    )  # counts or pairs, whatever matmuls are told
     require(node, {"activate_left": (True,)}, "raise.gate_second")
     require(
         node,
@@ -202,5 +206,3 @@ def _scaled_by(node: Node, row_scale: Node) -> None:
         )
     if not tensors(node, "scale"):
         raise NotThisForm(node, "raise.weights", f"{node.name}: scale is None", "the scales of its weights")
-
-

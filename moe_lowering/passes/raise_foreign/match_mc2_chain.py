@@ -112,6 +112,8 @@ def match_mc2(dispatch: Node, deployment: Deployment, version: Version = SECOND)
     walk.read_by(expand, "expand_scales", combine)
     if not quantises:
         walk.read_by(scales, "dispatch's scales")
+    mask = argument(dispatch, "x_active_mask")
+    by_slot = mask is not None and value_of(mask).dim() == 2
     return Chain(
         form=version.form,
         own=version.own,
@@ -123,7 +125,8 @@ def match_mc2(dispatch: Node, deployment: Deployment, version: Version = SECOND)
             "x": argument(dispatch, "x"),
             "x_scale": None,
             "ids": argument(dispatch, "expert_ids"),
-            "mask": argument(dispatch, "x_active_mask"),
+            "mask": None if by_slot else mask,
+            "slot_mask": mask if by_slot else None,
             "num_experts": argument(dispatch, "moe_expert_num"),
             "zero_experts": special_experts(dispatch),
             "ep_group": deployment.ep_group,
@@ -163,9 +166,10 @@ def _check_dispatch(node: Node, deployment: Deployment) -> None:
             f"{node.name} has no shared-expert ranks, the deployment has some",
             "none on both sides",
         )
-    mask = argument(node, "x_active_mask")
-    if mask is not None and value_of(mask).dim() != 1:
-        raise NotThisForm(node, "raise.literal", f"{node.name}: x_active_mask is of (token, k) pairs", "of tokens")
+    mask, ids = argument(node, "x_active_mask"), value_of(argument(node, "expert_ids"))
+    if mask is not None and value_of(mask).dim() != 1 and not same_sizes(value_of(mask), ids):
+        shape = tuple(value_of(mask).shape)
+        raise NotThisForm(node, "raise.literal", f"{node.name}: x_active_mask is {shape}", f"[T] or {tuple(ids.shape)}")
 
 
 def _check_tensor_parallel(node: Node, group: str, deployment: Deployment) -> None:

@@ -100,13 +100,18 @@ def _composed(walk: Walk, hidden: Node) -> Activated:
     value = reader.value(result)
     if value is None:
         reason = next((reader.reasons[node] for node in region if node in reader.reasons), None)
-        unknown = next(node for node in region if isinstance(node.meta.get("val"), torch.Tensor) and reader.value(node) is None)
+        unknown = next(
+            node for node in region if isinstance(node.meta.get("val"), torch.Tensor) and reader.value(node) is None
+        )
         seen = f"{unknown.name} ({unknown.target}) is in no activation that is known"
         raise NotThisForm(unknown, "raise.activation", seen if reason is None else reason.record.seen, _KNOWN)
     gated = match_gated(value.term)
     if gated is None or value.dims != (rows, feature(getattr(gated.gate, "size", None))):
         raise NotThisForm(
-            result, "raise.activation", f"{result.name} is no product of an activation of one half and the other", _KNOWN
+            result,
+            "raise.activation",
+            f"{result.name} is no product of an activation of one half and the other",
+            _KNOWN,
         )
     _require_precision(region, hidden, result)
     walk.add(*region)

@@ -4,7 +4,8 @@
     w4a16  matmul (antiquant scale and offset) > activation > matmul
     rows   may become int8 by npu_dynamic_quant after they were routed; of int8 rows see ``match_int8_experts``
 
-Activations: ``match_npu_activation``. Groups: ``group_lists``. Rows past the sum of the counts are undefined before and after, in the chain and in what replaces it.
+Activations: ``match_npu_activation``. Groups: ``group_lists``. Rows past the sum of the counts are undefined before and after, in
+the chain and in what replaces it.
 Sources: ops_transformer.grouped_matmul; recipes.fused_mlp: the chains that are written.
 """
 
@@ -98,5 +99,3 @@ def _int4(walk: Walk, first: Node, groups: Groups, dtype: torch.dtype) -> Expert
             raise NotThisForm(node, "raise.weights", f"{node.name}: antiquant_scale is None", "as the other matmul")
         require_weight_dtype(node, torch.int32)
     return experts_of(walk, first, last, {**fields, **activation.words})
-
-

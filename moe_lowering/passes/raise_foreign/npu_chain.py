@@ -76,6 +76,7 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
     Raises:
         NotThisForm: another number of experts, smooth scales of another form, several scopes, a write in between.
     """
+    chain.walk.close()
     _require_local_experts(chain)
     _require_ids_of_experts(chain)
     _require_smooth_scales(chain)

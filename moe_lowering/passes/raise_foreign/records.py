@@ -56,6 +56,7 @@ class ForeignBlock:
         x_smooth, h_smooth: [E, H] and [E_local, I] float32, smooth scales of tokens and activations.
         bases: [T, H] each, added to the result. copied: what the tokens themselves add to it.
         zero_experts: ids past the experts', for which no row is sent.
+        slot_mask: [T, k] bool, False for a slot that gives nothing, whatever its id is; None for none of them.
         counts: rows of each expert as the generic ``dispatch`` gives them, where they are read elsewhere too.
         first, middle: where dispatch and ``grouped_mlp`` stand: what they read exists there; None for in front of the result.
         edges: operations that only wait for a value inside: (who waits, the value). They wait for x or the result then.
@@ -87,6 +88,7 @@ class ForeignBlock:
     bases: tuple[Node, ...] = ()
     copied: Copied | None = None
     zero_experts: int = 0
+    slot_mask: Node | None = None
     quantisation: str = "none"
     w13_scale: tuple[Node, ...] = ()
     w2_scale: tuple[Node, ...] = ()
@@ -153,7 +155,7 @@ class ForeignBlock:
     def operands(self) -> tuple[Node, ...]:
         """Every node that the generic operators will read."""
         single = (
-            self.x, self.ids, self.weights, self.x_scale, self.mask, self.x_smooth, self.h_smooth,
+            self.x, self.ids, self.weights, self.x_scale, self.mask, self.slot_mask, self.x_smooth, self.h_smooth,
             None if self.copied is None else self.copied.x,
         )  # fmt: skip
         lists: tuple[Sequence[Node], ...] = (

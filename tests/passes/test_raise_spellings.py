@@ -1,0 +1,121 @@
+"""Chains that mean what others mean and are spelled otherwise are raised, and equal to the reference and to what is written.
+
+Twins beside them, which differ in what they compute, are left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import npu_chain_layers as chains
+import npu_chain_spellings as spelled
+import pytest
+import torch
+from reference import relative_error
+
+from moe_lowering import Deployment, MoeLowering, simulator, testing
+from moe_lowering.backends.aot import lowering_backend
+
+BOUND = {"none": 2e-2, "w8a8": 4e-2}
+FUSED = {"quantisation": "w8a8"}
+
+
+def compiled(layer: Any) -> tuple[Any, ...]:
+    """(result with the pass, as it is written, of the reference, the report)."""
+    simulator.enable("A3")
+    lowering = MoeLowering(Deployment(soc="A3", installed=(), weight_format="nz"))
+    torch._dynamo.reset()
+    x, ids, weights = getattr(layer, "inputs", chains.inputs)(0)
+    with torch.no_grad():
+        lowered = torch.compile(layer, backend=lowering_backend(lowering), fullgraph=True)(x, ids, weights)
+        reference = getattr(layer, "reference", lambda *tensors: chains.reference(layer, *tensors))
+        return lowered, layer(x, ids, weights), reference(x, ids, weights.bfloat16()), lowering.reports[0]
+
+
+def require_raised(layer: Any, form: str = "routing_v2") -> Any:
+    lowered, written, reference, report = compiled(layer)
+    ((comm, raised_from),) = [(block.comm, block.raised_from) for block in report.blocks]
+    assert (comm, raised_from) == ("allgather", form) and report.foreign == ()
+    for each in (lowered, written):
+        assert relative_error(each, reference) < BOUND[layer.quantisation]
+    return report.blocks[0]
+
+
+def require_left(layer: Any, code: str) -> None:
+    lowered, written, _, report = compiled(layer)
+    assert report.blocks == () and f"[{code}]" in str(report.foreign[0].not_raised), report.foreign
+    assert torch.equal(torch.nan_to_num(lowered), torch.nan_to_num(written))
+
+
+@pytest.mark.parametrize("groups", spelled.GROUPS)
+def test_groups_are_what_they_count(groups):
+    require_raised(spelled.Spelled(groups=spelled.GROUPS[groups]))
+
+
+@pytest.mark.parametrize("twin", spelled.GROUP_TWINS)
+def test_other_groups_are_left(twin):
+    layer = spelled.Spelled(groups=spelled.GROUP_TWINS[twin])
+    assert "raise.counts" in reason_of(layer)
+
+
+def reason_of(layer: Any) -> str:
+    """Why a chain is left, of its graph alone: what it computes may be refused by a kernel."""
+    lowered = testing.lower_graph(layer, *chains.inputs(0), deployment=Deployment(soc="A3", installed=()))
+    assert lowered.report.blocks == () and lowered.ops_before == lowered.ops_after
+    return str(lowered.report.foreign[0].not_raised)
+
+
+@pytest.mark.parametrize("activation", spelled.ACTIVATIONS)
+def test_activations_are_what_they_compute(activation):
+    name, act = spelled.ACTIVATIONS[activation]
+    block = require_raised(spelled.Spelled(activation=name, act=act))
+    if name in ("swiglu", "swiglu_oai"):
+        assert any(op in block.ops_after for op in ("npu.npu_swiglu", "npu.npu_clipped_swiglu"))
+
+
+@pytest.mark.parametrize("twin", spelled.ACTIVATION_TWINS)
+def test_other_activations_are_left(twin):
+    code, act = spelled.ACTIVATION_TWINS[twin]
+    require_left(spelled.Spelled(act=act), code)
+
+
+ALONE: dict[str, dict[str, Any]] = {
+    "the first matmul and SwiGLU in one": {**FUSED, "fused": "first"},
+    "in one, version 2": {**FUSED, "fused": "second"},
+    "in one, version 2, counts": {**FUSED, "fused": "counts"},
+    "rows with a second axis": {"back": 3},
+    "ids past the experts": {"zero": 3, "back": 3},
+    "ids past the experts, by a mask": {"zero": 3},
+}
+ALONE_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
+    "counts for prefix sums, in one": (
+        "raise.counts", {**FUSED, "fused": "first", "sums": lambda sums: sums.diff(prepend=sums[:1] * 0)}
+    ),
+    "a third result that is read": (
+        "raise.unused", {**FUSED, "fused": "first", "rest": lambda rows, rest: (rows + (rest * 0).to(torch.int8)).to(torch.int8)}
+    ),
+    "smooth scales, in one": ("raise.smooth_scales", {**FUSED, "fused": "second", "more": {"smooth_scale": torch.ones(8, 64)}}),
+    "ids past the experts, no mask": ("raise.partial_range", {"zero": 3, "masked": lambda w, ids: w}),
+    "ids past the experts, a mask of one more": (
+        "raise.partial_range", {"zero": 3, "masked": lambda w, ids: w * (ids <= chains.EXPERTS)}
+    ),
+    "ids past the experts, rows of others": (
+        "raise.partial_range", {"zero": 3, "back": 3, "index": torch.abs, "masked": lambda w, ids: w}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ALONE)
+def test_a_chain_in_other_operators(form):
+    require_raised(spelled.Spelled(**ALONE[form]))
+
+
+@pytest.mark.parametrize("twin", ALONE_TWINS)
+def test_a_twin_in_other_operators_is_left(twin):
+    code, changes = ALONE_TWINS[twin]
+    assert f"[{code}]" in reason_of(spelled.Spelled(**changes))
+
+
+def test_slots_numbered_by_a_permuted_table():
+    require_raised(spelled.FirstVersion(spelled.by_column), "routing_v1")
+    require_left(spelled.FirstVersion(spelled.by_row), "raise.index")
