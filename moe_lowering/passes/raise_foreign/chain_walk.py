@@ -3,9 +3,10 @@
 Contract. Reads the graph, never edits it. What is not proven ends the walk: ``NotThisForm`` with a stable code, the node, what
 was seen and what is accepted. Defaults of the schema are filled in before an argument is looked at.
 
-Three kinds of readers are no use of a value. What is made in its sizes (``empty_like``) reads no element. ``air.wait_tensor(other,
-ours)`` orders ``other`` after ours and passes ``other`` on: an edge (``Walk.edges``), which whoever replaces the value must hang on
-something else. ``wait_tensor(ours, other)``, a view to the same shape and an alias are the value itself, and are walked through.
+Three kinds of readers are no use of a value. What is made in its sizes (``empty_like``) reads no element.
+``air.wait_tensor(other, ours)`` orders ``other`` after ours and passes ``other`` on: an edge (``Walk.edges``), which whoever
+replaces the value must hang on something else. ``wait_tensor(ours, other)``, a view to the same shape and an alias are the value
+itself, and are walked through.
 Source: wheel.torchair_scope: npu_wait_tensor.
 """
 
