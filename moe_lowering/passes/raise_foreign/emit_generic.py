@@ -15,6 +15,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.arguments import positional_arguments
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.raise_foreign.normed_combine import emit_norm
 from moe_lowering.passes.raise_foreign.records import Copied, ForeignBlock, Weights
 from moe_lowering.passes.token_ranges import is_strict, must_vary
 from moe_lowering.passes.verifier import VerificationError
@@ -25,12 +26,13 @@ _NAMES = ("rows", "row_scale", "counts", "handle")
 
 @dataclasses.dataclass(frozen=True)
 class Generic:
-    """The nodes of a layer in generic form; ``result`` stands for the result of the foreign one."""
+    """The nodes of a layer in generic form; ``result`` stands for the result of the foreign one, or the first of several."""
 
     dispatch: Node
     counts: Node
     combine: Node
     result: Node
+    results: tuple[tuple[Node, Node], ...]  # (result of the layer, what stands for it), of all
 
 
 def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> Generic:
@@ -52,7 +54,9 @@ def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> 
         back = CombineCall[Any](**{**alike, "rows": mlp, "weights": weights, "handle": handle})
         combine = emit.call(OPS.combine.default, *positional_arguments(back))
         dispatch: Any = rows.args[0]
-        return Generic(dispatch, counts, combine, _result(block, emit, combine, weights, sent))
+        y = _result(block, emit, combine, weights, sent)
+        results = [(block.result, y)] if block.norm is None else emit_norm(block.norm, emit, y)
+        return Generic(dispatch, counts, combine, dict(results)[block.result], tuple(results))
 
 
 def _fix_widths(block: ForeignBlock) -> None:
@@ -102,9 +106,9 @@ def _emit_dispatch(
 def _result(block: ForeignBlock, emit: Emitter, y: Node, weights: Node, sent: DispatchCall[Any]) -> Node:
     """As the foreign result is: its shape, its dtype, and with what is added."""
     result = block.result.meta["val"]
-    if y.meta["val"].dim() != result.dim():
+    if block.norm is None and y.meta["val"].dim() != result.dim():
         y = emit.call(aten.reshape.default, y, _shape(block, emit, result))
-    y = emit.cast(y, result.dtype)
+    y = emit.cast(y, result.dtype if block.norm is None else block.norm.gamma.meta["val"].dtype)
     for base in block.bases:
         y = emit.call(aten.add.Tensor, base, y)
     return y if block.copied is None else _add_copies(block.copied, emit, y, weights, sent)

@@ -8,6 +8,7 @@ The anchor is dispatch. Proven, each from literal arguments or by the identity o
 4. nothing of it is read elsewhere, but for the counts.
 ``group_ep`` is a communicator's name: the deployment's ``mc2_group`` or ``ep_communicator``.
 
+``npu_moe_distribute_combine_add_rms_norm`` may stand at the end of it (``normed_combine``).
 The first versions of the two operators differ in the auxiliary tensor (``expand_idx``) and have fewer arguments. They become
 version 2.
 Sources: ops_transformer.dispatch, ops_transformer.combine, op_plugin.dispatch, op_plugin.combine: arguments;
@@ -38,6 +39,7 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
 )
 from moe_lowering.passes.raise_foreign.group_lists import COUNTS, PREFIX_SUMS
 from moe_lowering.passes.raise_foreign.match_npu_mlp import match_experts
+from moe_lowering.passes.raise_foreign.normed_combine import NORMED, read_norm
 from moe_lowering.passes.raise_foreign.npu_chain import Chain
 from moe_lowering.passes.raise_foreign.npu_matmuls import Experts
 from moe_lowering.passes.raise_foreign.records import NotThisForm
@@ -65,6 +67,7 @@ _ALIKE = (
     "group_ep", "ep_world_size", "ep_rank_id", "moe_expert_num", "x_active_mask", "global_bs", "shared_expert_rank_num",
 )  # fmt: skip
 SECOND = Version("mc2_v2", DISPATCH, COMBINE, "assist_info_for_combine", "mc2", (*_ALIKE, *SPECIAL))
+WITH_NORM = Version("mc2_v2_norm", DISPATCH, NORMED, "expand_idx", "", (*_ALIKE, *SPECIAL))
 FIRST = Version("mc2_v1", "npu_moe_distribute_dispatch", "npu_moe_distribute_combine", "expand_idx", "", _ALIKE)
 # What only the first version of combine has, and its only meaning; shared_expert_x of it is documented in no source.
 _OF_FIRST = {
@@ -95,8 +98,11 @@ def match_mc2(dispatch: Node, deployment: Deployment, version: Version = SECOND)
         walk.read_by(counts, "prefix sums", *walk.interior)
     _check_types(dispatch, experts)
     combine, rows_back = walk.onward(experts.result, "the experts' result")
+    if version is SECOND and is_operator(combine, NORMED):
+        version = WITH_NORM
     _check_combine(combine, dispatch, deployment, version)
     walk.add(combine)
+    norm = read_norm(walk, combine) if version is WITH_NORM else None
     for name, value in (
         ("expand_x", rows_back),
         ("expert_ids", argument(dispatch, "expert_ids")),
@@ -120,7 +126,8 @@ def match_mc2(dispatch: Node, deployment: Deployment, version: Version = SECOND)
         walk=walk,
         dispatch=dispatch,
         experts=experts,
-        combine=combine,
+        combine=combine if norm is None else norm.first,
+        norm=norm,
         sent={
             "x": argument(dispatch, "x"),
             "x_scale": None,
@@ -134,8 +141,8 @@ def match_mc2(dispatch: Node, deployment: Deployment, version: Version = SECOND)
         },
         weights=argument(combine, "expert_scales"),
         counts=counts if kind == COUNTS else None,
-        added=tuple(filter(None, (argument(combine, "shared_expert_x"),))),
-        copied=copied_tokens(combine),
+        added=() if norm is not None else tuple(filter(None, (argument(combine, "shared_expert_x"),))),
+        copied=None if norm is not None else copied_tokens(combine),
         x_smooth=argument(dispatch, "scales"),
     )
 
@@ -233,6 +240,8 @@ def _check_combine(node: Node, dispatch: Node, deployment: Deployment, version: 
         require_value(dispatch, "comm_alg", argument(node, "comm_alg"), "raise.both_ends")
     require(node, {"expert_shard_type": (0,), "comm_quant_mode": (0,)})
     require_of(node, {"elastic_info": (None,), "performance_info": (None,)})
+    if version is WITH_NORM:  # its arguments of that kind are reserved
+        return
     added, result = argument(node, "shared_expert_x"), value_of(node)
     if isinstance(added, Node) and not (same_sizes(value_of(added), result) and value_of(added).dtype == result.dtype):
         raise NotThisForm(

@@ -19,7 +19,7 @@ from moe_lowering.passes.raise_foreign.chain_walk import Walk, value_of
 from moe_lowering.passes.raise_foreign.ids_range import past_experts
 from moe_lowering.passes.raise_foreign.keep_foreign import expert_operators
 from moe_lowering.passes.raise_foreign.npu_matmuls import Experts
-from moe_lowering.passes.raise_foreign.records import Copied, ForeignBlock, NotThisForm, Weights
+from moe_lowering.passes.raise_foreign.records import Copied, ForeignBlock, Norm, NotThisForm, Weights
 from moe_lowering.passes.scopes import is_marker, scope_paths
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
@@ -40,6 +40,7 @@ class Chain:
         added: [T, H] each, what is added to the result. copied: what the tokens themselves add to it.
         read_before: what stands in front of dispatch and is proven too, such as masks; read elsewhere perhaps.
         drops: a slot of another rank's expert gives nothing, whatever its weight is.
+        norm: what the last operator does after combine; ``combine`` is the first of its results then.
         rounded: a dtype that the weights are rounded to on their way to combine; None for their own.
         x_smooth: [E, H], what tokens are multiplied by before they are quantised; None for nothing.
     """
@@ -56,6 +57,7 @@ class Chain:
     added: tuple[Node, ...] = ()
     copied: Copied | None = None
     drops: bool = False
+    norm: Norm | None = None
     rounded: Any = None
     x_smooth: Node | None = None
     read_before: tuple[Node, ...] = ()
@@ -95,6 +97,7 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
         copied=chain.copied,
         counts=chain.counts if outside else None,
         rounded=chain.rounded,
+        norm=chain.norm,
         first=chain.dispatch,
         middle=chain.experts.last,
         edges=tuple(chain.walk.edges),
