@@ -166,7 +166,7 @@ class Layer(torch.nn.Module):
 
     def scaled(self, rows: Tensor, name: str, row_scale: Tensor, groups: Tensor) -> Tensor:
         """By int4 weights, whose bias stands where ``w4a16`` has its offset."""
-        scale, bias = getattr(self, f"{name}_scale"), getattr(self, f"{name}_offset")
+        scale, bias = self.change("scale", getattr(self, f"{name}_scale")), getattr(self, f"{name}_offset")
         more = {"scale": [scale], "bias": [bias], "per_token_scale": [row_scale], "output_dtype": BF16}
         return self.matmul(rows, name, groups, **self.change("scaled", more))
 

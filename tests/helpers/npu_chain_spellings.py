@@ -100,7 +100,7 @@ class Spelled(chains.Layer):
         rows, index, counts, scale = chains.npu().npu_moe_init_routing_v2(
             x, ids, active_num=ids.numel(), expert_num=chains.EXPERTS + self.zero, expert_tokens_num_type=counted,
             expert_tokens_num_flag=True, active_expert_range=[0, chains.EXPERTS],
-            quant_mode=1 if self.quantisation == "w8a8" else -1,
+            quant_mode=1 if self.quantisation in chains.INT8 else -1,
         )  # fmt: skip
         out = self.joined(rows, scale, counts) if self.fused else self.experts(rows, scale, group(counts), kind)
         if self.zero:

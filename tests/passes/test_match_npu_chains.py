@@ -207,7 +207,9 @@ def test_a_twin_of_an_mc2_chain_is_left(pair, twin):
 NORM_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "a residual of one token": ("raise.dtype", {"residual": lambda given: given[:1]}),
     "a residual in float32": ("raise.dtype", {"residual": torch.Tensor.float}),
-    "a shared expert, which is weighed or is not": ("raise.literal", {"combine": {"shared_expert_x": torch.ones(6, 1024).bfloat16()}}),
+    "a shared expert, which is weighed or is not": (
+        "raise.literal", {"combine": {"shared_expert_x": torch.ones(6, chains.HIDDEN).bfloat16()}}
+    ),
     "copy experts": ("raise.literal", {"dispatch": {"copy_expert_num": 1}, "combine": {"copy_expert_num": 1}}),
 }  # fmt: skip
 

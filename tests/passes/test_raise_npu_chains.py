@@ -253,7 +253,9 @@ SPELLED: dict[str, tuple[dict[str, Any], str, str]] = {
     "slots that are off, W8A8": ({"kind_of": spelled.Slots, "quantisation": "w8a8"}, "mc2", "mc2_v2"),
     "a norm": ({"kind_of": variants.Normed}, "mc2", "mc2_v2_norm"),
     "a norm, its inverse alone": ({"kind_of": variants.Normed, "read": (1,)}, "allgather", "mc2_v2_norm"),
-    "a norm, W8A8, the sum alone": ({"kind_of": variants.Normed, "read": (2,), "quantisation": "w8a8"}, "fused_mc2", "mc2_v2_norm"),
+    "a norm, W8A8, the sum alone": (
+        {"kind_of": variants.Normed, "read": (2,), "quantisation": "w8a8"}, "fused_mc2", "mc2_v2_norm"
+    ),
     "by a stored table": ({**IN_PLACE, "own": "stored"}, "mc2", "raise.partial_range"),
     "by a table off by one": ({**IN_PLACE, "own": "table", "table": jobs.rolled}, "mc2", "raise.partial_range"),
     "rows of others": ({**IN_PLACE, "back": "drop", "index": torch.abs}, "mc2", "raise.partial_range"),

@@ -16,7 +16,7 @@ from reference import relative_error
 from moe_lowering import Deployment, MoeLowering, simulator, testing
 from moe_lowering.backends.aot import lowering_backend
 
-BOUND = {"none": 2e-2, "w8a8": 4e-2}
+BOUND = {"none": 2e-2, "w8a8": 4e-2, "w4a8": 4e-2}
 FUSED = {"quantisation": "w8a8"}
 
 
@@ -84,10 +84,14 @@ ALONE: dict[str, dict[str, Any]] = {
     "in one, version 2": {**FUSED, "fused": "second"},
     "in one, version 2, counts": {**FUSED, "fused": "counts"},
     "rows with a second axis": {"back": 3},
+    "scales with an axis more": {"quantisation": "w4a8", "scale": lambda scale: scale.unsqueeze(1)},
     "ids past the experts": {"zero": 3, "back": 3},
     "ids past the experts, by a mask": {"zero": 3},
 }
 ALONE_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
+    "scales by group": (
+        "raise.scale_groups", {"quantisation": "w4a8", "scale": lambda scale: scale.unsqueeze(1).repeat(1, 2, 1)}
+    ),
     "counts for prefix sums, in one": (
         "raise.counts", {**FUSED, "fused": "first", "sums": lambda sums: sums.diff(prepend=sums[:1] * 0)}
     ),

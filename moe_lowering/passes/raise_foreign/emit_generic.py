@@ -170,10 +170,13 @@ def _mlp_call(block: ForeignBlock, emit: Emitter, rows: Node, row_scale: Node, c
     )
     if block.quantisation == "none":
         return call
-    lists: dict[str, Any] = {
-        name: [*getattr(block, name)] or None
-        for name in ("w13_scale", "w2_scale", "w13_offset", "w2_offset", "w13_scale_bias", "w2_scale_bias")
-    }
+    names = ("w13_scale", "w2_scale", "w13_offset", "w2_offset", "w13_scale_bias", "w2_scale_bias")
+    lists: dict[str, Any] = {name: [*getattr(block, name)] or None for name in names}
+    if block.quantisation == "w4a8":  # [E, 1, N] for [E, N]
+        for name in ("w13_scale", "w2_scale"):
+            lists[name] = [
+                emit.call(aten.squeeze.dim, each, 1) if each.meta["val"].dim() == 3 else each for each in lists[name]
+            ]
     words = {"quantisation": block.quantisation, "out_dtype": block.out_dtype, "h_smooth": block.h_smooth}
     return call._replace(**words, **lists)
 

@@ -130,6 +130,11 @@ def _scaled(node: Node, row_scale: Node, form: str, name: str) -> dict[str, Any]
     if form == "w8a8":
         require_none(node, "bias")
         return fields
+    for scale in fields[f"{name}_scale"]:
+        shape = value_of(scale).shape
+        if len(shape) == 3 and shape[1] != 1:
+            seen = f"{node.name}: scales {tuple(shape)} of int4 weights, by group of lines"
+            raise NotThisForm(node, "raise.scale_groups", seen, "[E, N] or [E, 1, N]: one for each column")
     if not tensors(node, "bias"):
         raise NotThisForm(
             node, "raise.weights", f"{node.name}: int4 weights without bias", "8 * the sums of weight * scale"

@@ -3,8 +3,8 @@
     x = combine(...) + residual_x;  y = x / sqrt(mean(x^2) + norm_eps) * gamma;  rstd = 1 / sqrt(mean(x^2) + norm_eps)
 
 y and x are [T, 1, H], as the residual is. A layer that ends so becomes a block and ``npu_add_rms_norm`` behind it, which rounds x
-before it is normalised. The operator's page has a formula that weighs ``shared_expert_x`` and a text that does not: with it the layer
-is left.
+before it is normalised. The operator's page has a formula that weighs ``shared_expert_x`` and a text that does not: with it the
+layer is left.
 Sources: op_plugin.combine_add_rms_norm: formulas, shapes, reserved arguments; wheel.docs: npu_add_rms_norm.
 """
 
