@@ -102,6 +102,8 @@ class Spelled(chains.Layer):
             expert_tokens_num_flag=True, active_expert_range=[0, chains.EXPERTS],
             quant_mode=1 if self.quantisation in chains.INT8 else -1,
         )  # fmt: skip
+        if self.changes.get("views"):
+            rows, scale = rows.unsqueeze(0).view(-1, chains.HIDDEN), scale.unsqueeze(-1).squeeze(-1)
         out = self.joined(rows, scale, counts) if self.fused else self.experts(rows, scale, group(counts), kind)
         if self.zero:
             weights = self.changes.get("masked", experts_only)(weights, ids)
@@ -141,6 +143,18 @@ class Spelled(chains.Layer):
     def reference(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         own = ids < chains.EXPERTS
         return chains.reference(self, x, torch.where(own, ids, 0), torch.where(own, weights, 0.0))
+
+
+class Chosen(Spelled):
+    """A router in front."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        self.register_buffer("gating", chains.numbers(6, chains.HIDDEN, chains.EXPERTS, scale=chains.HIDDEN**-0.5))
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        weights, ids, _ = chains.npu().npu_moe_gating_top_k(x.float() @ self.gating, 2, renorm=0, norm_type=1)
+        return super().forward(x, ids, weights / weights.sum(-1, keepdim=True))
 
 
 class FirstVersion(chains.Layer):

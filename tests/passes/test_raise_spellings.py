@@ -85,6 +85,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "in one, version 2, counts": {**FUSED, "fused": "counts"},
     "rows with a second axis": {"back": 3},
     "scales with an axis more": {"quantisation": "w4a8", "scale": lambda scale: scale.unsqueeze(1)},
+    "views there and back": {"quantisation": "w8a8", "back": 2, "views": True},
     "ids past the experts": {"zero": 3, "back": 3},
     "ids past the experts, by a mask": {"zero": 3},
 }
@@ -118,6 +119,15 @@ def test_a_chain_in_other_operators(form):
 def test_a_twin_in_other_operators_is_left(twin):
     code, changes = ALONE_TWINS[twin]
     assert f"[{code}]" in reason_of(spelled.Spelled(**changes))
+
+
+def test_a_router_of_a_chain_that_is_left_as_it_is():
+    """It is not told as one whose experts are not known: strict mode takes the layer as it is."""
+    written = Deployment(soc="A3", installed=(), weight_format="nz")
+    report = testing.lower_graph(spelled.Chosen(), chains.inputs(0)[0], deployment=written, strict=True).report
+    assert "[raise.already]" in report.blocks[0].reason and report.foreign == ()
+    other = testing.lower_graph(spelled.Chosen(act=torch.relu), chains.inputs(0)[0], deployment=written).report
+    assert other.blocks == () and "npu_moe_gating_top_k" in str(other.foreign)
 
 
 def test_slots_numbered_by_a_permuted_table():

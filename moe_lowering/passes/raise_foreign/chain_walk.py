@@ -94,19 +94,21 @@ class Walk:
             if len(readers) > 1:
                 names = ", ".join(user.name for user in readers)
                 raise NotThisForm(node, "raise.single_use", f"{what}, {node.name}, is read by {names}", "one reader")
-            if not is_same(readers[0]) or readers[0].args[0] is not node:
+            path = same_value_after(node, readers[0])
+            if not path:
                 return readers[0], node
-            node = readers[0]
-            self.add(node)
+            self.add(*path)
+            node = path[-1]
 
     def read_by(self, node: Node | None, what: str, *readers: Node) -> None:
         """A value of the chain is read by these only, itself or behind views to the same shape."""
         if node is None:
             return
         for user in self.readers(node):
-            if is_same(user) and user not in readers:
-                self.add(user)
-                self.read_by(user, what, *readers)
+            path = same_value_after(node, user) if user not in readers else ()
+            if path:
+                self.add(*path)
+                self.read_by(path[-1], what, *readers)
             elif user not in readers:
                 names = ", ".join(reader.name for reader in readers)
                 raise NotThisForm(node, "raise.single_use", f"{what}, {node.name}, is read by {user.name}", names)
@@ -175,11 +177,46 @@ _VIEWS = frozenset({
 })  # fmt: skip
 
 
+_RESHAPES = frozenset({
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.squeeze.default,
+})  # fmt: skip
+_FEW = 4  # views one behind the other
+
+
+def same_value_after(node: Node, reader: Node) -> tuple[Node, ...]:
+    """The reader, where it is the value itself; or views, each read by the next alone, of which the last has its shape again."""
+    if is_same(reader) and reader.args[0] is node:
+        return (reader,)
+    path = [reader]
+    while len(path) <= _FEW and path[-1].target in _RESHAPES:
+        if same_sizes(value_of(path[-1]), value_of(node)):
+            return tuple(path)
+        if len(path[-1].users) != 1:
+            return ()
+        path.append(next(iter(path[-1].users)))
+    return ()
+
+
 def source_of(node: Node) -> Node:
-    """The value that a node is, behind views to the same shape."""
-    while node.op == "call_function" and is_same(node):
-        node = node.args[0]  # type: ignore[assignment]
+    """The value that a node is, behind views to the same shape, or views of which the last has that shape again."""
+    while node.op == "call_function":
+        before = node.args[0] if is_same(node) else _before_views(node)
+        if before is None:
+            return node
+        node = before  # type: ignore[assignment]
     return node
+
+
+def _before_views(node: Node) -> Node | None:
+    at: Any = node
+    for _ in range(_FEW):
+        if not isinstance(at, Node) or at.target not in _RESHAPES:
+            return None
+        at = at.args[0]
+        if isinstance(at.meta.get("val"), torch.Tensor) and same_sizes(value_of(at), value_of(node)):
+            return at
+    return None
 
 
 def equal_values(a: Any, b: Any) -> bool:
