@@ -101,19 +101,6 @@ def doubled(rows: torch.Tensor) -> torch.Tensor:
     return rows * 2
 
 
-def rolled(table: torch.Tensor) -> torch.Tensor:
-    return table.roll(1)
-
-
-def within(ids: torch.Tensor) -> torch.Tensor:
-    """Ids past the experts as expert 0, which a token may have chosen already."""
-    return ids * (ids < chains.EXPERTS).to(ids.dtype)
-
-
-def plus_zero(counts: torch.Tensor) -> torch.Tensor:
-    return counts + 0
-
-
 def maximum(operation: str) -> str:
     return "max"
 

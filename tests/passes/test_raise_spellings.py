@@ -133,3 +133,34 @@ def test_a_router_of_a_chain_that_is_left_as_it_is():
 def test_slots_numbered_by_a_permuted_table():
     require_raised(spelled.FirstVersion(spelled.by_column), "routing_v1")
     require_left(spelled.FirstVersion(spelled.by_row), "raise.index")
+
+
+def within(ids: torch.Tensor) -> torch.Tensor:
+    """Ids past the experts as expert 0, which a token may have chosen already."""
+    return ids * (ids < chains.EXPERTS).to(ids.dtype)
+
+
+SHARED: dict[str, tuple[str, type, dict[str, Any]]] = {
+    "by a stored table": ("raise.partial_range", spelled.InPlace, {"own": "stored"}),
+    "by a table off by one": ("raise.partial_range", spelled.InPlace, {"own": "table", "table": lambda table: table.roll(1)}),
+    "rows of others": ("raise.partial_range", spelled.InPlace, {"back": "drop", "index": torch.abs}),
+    "ids that may repeat": ("raise.ids_range", spelled.InPlace, {"ids": within}),
+    "no mask, tokens of all": ("raise.partial_range", spelled.InPlaceReduced, {"back": "drop"}),
+    "prefix sums returned": ("raise.single_use", spelled.PrefixSums, {"shared": "", "returned": lambda sums: sums + 0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("twin", [*SHARED, "none: by a table", "none: dropped"])
+def test_twins_over_two_ranks_are_left(twin):
+    code, kind, changes = SHARED.get(
+        twin, ("", spelled.InPlace, {"own": "table"} if "table" in twin else {"back": "drop"})
+    )
+    with testing.fake_deployment(ep_size=2) as pair:
+        same = {"tp_size": 2, "tp_rank": 0, "tp_group": pair.ep_group} if kind is spelled.InPlaceReduced else {}
+        layer = kind(pair.ep_communicator, "none", "swiglu", 0, 2, **changes)
+        lowered = testing.lower_graph(layer, *chains.inputs(0), deployment=pair.replace(**same), comm="mc2")
+    if not code:
+        assert [block.comm for block in lowered.report.blocks] == ["mc2"]
+        return
+    assert lowered.report.blocks == () and lowered.ops_before == lowered.ops_after
+    assert f"[{code}]" in str(lowered.report.foreign[0].not_raised)
