@@ -77,13 +77,15 @@ def _lower(run: GraphRun, layer: ForeignBlock) -> tuple[Block, BlockReport]:
             raise _Left(
                 None, left_as_it_is(layer, f"[raise.generic] the generic operators refuse it: {error}")
             ) from error
-        same_value(layer.result, generic.result)
+        for old, new in generic.results:
+            same_value(old, new)
         _move_readers(run, layer, generic)
         block = find_block(generic.dispatch, run.foreign.surroundings)
         if isinstance(block, str):
             raise _Left(None, left_as_it_is(layer, block))
         run.foreign.raised[block.combine] = layer
-        run.edits.replace_uses(layer.result, generic.result)
+        for old, new in generic.results:
+            run.edits.replace_uses(old, new)
         report = run.lower_block(block)
         if report.comm is None:
             raise _Left(block, report, run.take_back(block))
@@ -116,7 +118,7 @@ def _erase(run: GraphRun, layer: ForeignBlock, generic: Generic, block: Block) -
     run.edits.erase([*dead])
     result = generic.result if generic.result is not generic.combine else run.replacement_of(block)
     run.edits.take_name(result, layer.result)
-    run.replaced[layer.result] = result
+    run.replaced.update({**dict(generic.results), layer.result: result})
 
 
 def original_operators(layer: ForeignBlock) -> tuple[str, ...]:

@@ -82,6 +82,10 @@ def _swiglu_clamp(gate: Term, up: Term, limit: float, alpha: float) -> Term:
     return _swiglu(Clamp(gate, None, limit), Clamp(up, -limit, limit), 0.0, alpha)
 
 
+def _swiglu_clamp_after(gate: Term, up: Term, limit: float, alpha: float) -> Term:
+    return _product(Clamp(_product(gate, Sigmoid(gate)), None, limit), Clamp(up, -limit, limit))
+
+
 def _swiglu_oai(gate: Term, up: Term, limit: float, alpha: float) -> Term:
     low, bounded = Clamp(gate, None, limit), Clamp(up, -limit, limit)
     inside = low if alpha == 1 else Times(alpha, (low,))
@@ -103,6 +107,7 @@ def _gelu_tanh(gate: Term, up: Term, limit: float, alpha: float) -> Term:
 _FORMS: dict[str, Callable[[Term, Term, float, float], Term]] = {
     "swiglu": _swiglu,
     "swiglu_clamp": _swiglu_clamp,
+    "swiglu_clamp_after": _swiglu_clamp_after,
     "swiglu_oai": _swiglu_oai,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,

@@ -104,6 +104,10 @@ class Reader:
             self._values[node] = value
         return self._values[node]
 
+    def assume(self, node: Node, value: Value) -> None:
+        """What a node means that no rule reads."""
+        self._values[node] = value
+
     def start_at(self, node: Node | None) -> None:
         """The ids come from what ``node`` is computed from: nothing in front of them is part of the layer but operands."""
         value = None if node is None else self.value(node)
