@@ -8,16 +8,17 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from edit_outcomes import outcomes
 from functorch.compile import make_boxed_func
-from npu_chain_jobs import outcomes
+from npu_chain_edits import edit
 from rank_jobs import setup
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from moe_lowering import Deployment, MoeLowering
+from moe_lowering import AgreementError, Deployment, MoeLowering
 from moe_lowering.backends.aot import lowering_backend
 
-__all__ = ["compile_block", "compile_with", "edited", "setup"]
+__all__ = ["compare_blocks", "compile_block", "compile_with", "edited", "setup"]
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 128, 8, 2  # as small as MC2 takes them
 _groups: list[str] = []
 
@@ -155,6 +156,22 @@ def edited(rank: int, case: tuple[Any, ...], comm: str, seeds: list[str]) -> lis
     """What became of graphs with random edits, the same on each rank: (outcome, what is wrong or "")."""
     gm, inputs = graph_of(rank, *case)
     return outcomes(gm, {str(at): tensor for at, tensor in enumerate(inputs)}, deployment(rank), comm, seeds)
+
+
+def compare_blocks(rank: int, case: tuple[Any, ...], seed: str) -> tuple[bool, str]:
+    """Of a graph with an edit: whether this rank's layer is raised, and with which error its graph then ends, before
+    it sends anything, the comparison with the others."""
+    gm, inputs = graph_of(rank, *case)
+    gm, _ = edit(gm, seed)
+    lowering = MoeLowering(deployment(rank), "allgather")
+    lowering(gm, agreement_timeout=1.0)
+    if not lowering.reports[0].blocks:
+        return False, ""
+    try:
+        gm(*inputs)
+    except AgreementError as error:
+        return True, type(error).__name__
+    return True, ""
 
 
 def first(result: Any) -> Tensor:
