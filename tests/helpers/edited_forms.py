@@ -66,12 +66,14 @@ def edited_alone(name: str, seeds: list[str]) -> list[tuple[str, str]]:
     return outcomes(*graph_of(kind(**given), 0), where, "allgather", seeds)
 
 
-def graph_of(layer: chains.Layer, rank: int) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The graph of a layer as the pass gets it, and its inputs."""
+def graph_of(layer: Any, rank: int, **more: torch.Tensor) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The graph of a layer as the pass gets it, and its inputs; ``more`` stand behind x, ids and weights."""
     x, ids, weights = jobs.inputs_of(layer, rank)
-    made = {"x": x, "ids": ids, "weights": weights, **dict(layer.named_buffers())}
+    given = {"x": x, "ids": ids, "weights": weights, **more}
+    made = {**given, **dict(layer.named_buffers())}
 
-    def function(x: Any, ids: Any, weights: Any, **buffers: Any) -> Any:
-        return torch.func.functional_call(layer, buffers, (x, ids, weights))
+    def function(**tensors: Any) -> Any:
+        buffers = {name: tensor for name, tensor in tensors.items() if name not in given}
+        return torch.func.functional_call(layer, buffers, tuple(tensors[name] for name in given))
 
     return trace(function, made), made

@@ -53,18 +53,22 @@ class Changed:
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         rank = (self.rank + (self.change == "the other rank's place")) % dist.get_world_size()
-        off = (ids // self.count) != rank
+        given = ids + 1 if self.change == "a range off by one" else ids
+        off = (given // self.count) != rank
         past = self.count - 1 if self.change == "an expert for those of others" else self.count
-        own = torch.where(off, past, ids % self.count)
-        weights = weights if self.change == "weights of others" else weights.masked_fill(off, 0.0)
-        y = self.forward(x, own, weights)
+        own = torch.where(~off if self.change == "the condition inverted" else off, past, self.local(ids))
+        masked = {"another mask at one end": off.flip(0), "the mask inverted": ~off, "weights of others": off & ~off}
+        y = self.forward(x, own, weights.masked_fill(masked.get(self.change, off), 0.0))
         if self.change == "relu before the sum":
             y = y.relu()
-        operation = "max" if self.change == "a maximum" else "sum"
-        total = torch.ops._c10d_functional.wait_tensor(
-            torch.ops._c10d_functional.all_reduce(y, operation, self.group.group_name)
-        )
+        operation = {"a maximum": "max", "the mean": "avg"}.get(self.change, "sum")
+        group = "another" if self.change == "another group" else self.group.group_name
+        total = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(y, operation, group))
         return total + y if self.change == "one rank's result read" else total
+
+    def local(self, ids: Tensor) -> Tensor:
+        """The number of an expert among its rank's."""
+        return ids % (self.count - 1 if self.change == "fewer experts on a rank" else self.count)
 
 
 def shard(block: nn.Module, rank: int, implementation: str, change: str) -> None:

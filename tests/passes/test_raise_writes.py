@@ -64,7 +64,9 @@ def require_left_or_equal(gm: Any, made: dict[str, Tensor]) -> None:
             left += 1
             continue
         raised += 1
-        wrong = difference(run_all(changed, made), run_all(lowered, made))
+        before = run_all(changed, made)
+        assert not isinstance(before, str), before
+        wrong = difference(before, run_all(lowered, made))
         assert not wrong, (name, wrong)
     assert raised >= 2 and left >= 10, (raised, left)
 
