@@ -92,10 +92,6 @@ def _swiglu_oai(gate: Term, up: Term, limit: float, alpha: float) -> Term:
     return _product(low, Sigmoid(inside), Plus(bounded, 1.0))
 
 
-def _swiglu_clamp_after(gate: Term, up: Term, limit: float, alpha: float) -> Term:
-    return _product(Clamp(_product(gate, Sigmoid(gate)), None, limit), Clamp(up, -limit, limit))
-
-
 def _gelu(gate: Term, up: Term, limit: float, alpha: float) -> Term:
     return _product(Gelu(gate, "none"), up)
 
@@ -111,7 +107,6 @@ _FORMS: dict[str, Callable[[Term, Term, float, float], Term]] = {
     "swiglu_oai": _swiglu_oai,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
-    "swiglu_clamp_after": _swiglu_clamp_after,
 }
 _UNGATED: dict[str, Callable[[Term], Term]] = {"relu": Relu, "relu2": lambda up: _product(Relu(up), Relu(up))}
 
