@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 COMPUTED_EVERY_FORWARD = (
     "gate and up projection are two tensors: they are put side by side in every forward, which copies "
-    "{megabytes:.1f} MB; moe_lowering.projections.join_projections(model) does it once"
+    "{copied}; moe_lowering.projections.join_projections(model) does it once"
 )
 
 
@@ -134,7 +134,8 @@ def _weights_notes(layer: ForeignBlock) -> Sequence[str]:
     if not layer.w13.joined:
         return ()
     size = sum(node.meta["val"].numel() * node.meta["val"].element_size() for node in layer.w13.nodes)
-    return (COMPUTED_EVERY_FORWARD.format(megabytes=size / 2**20),)
+    copied = f"{size / 2**20:.1f} MB" if isinstance(size, int) else "tensors whose sizes are not known"
+    return (COMPUTED_EVERY_FORWARD.format(copied=copied),)
 
 
 def _unchanged(layer: ForeignBlock, report: BlockReport) -> BlockReport:

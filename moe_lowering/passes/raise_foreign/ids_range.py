@@ -32,17 +32,27 @@ def out_of_range(ids: Node, experts: int, given: bool = True) -> Node | None:
     Args:
         given: ids from outside of the graph are taken to be.
     """
+    return _walk(ids, experts, given)[0]
+
+
+def made_from(ids: Node, experts: int) -> list[Node]:
+    """The nodes whose values the ids are taken from, back to a choice or to what is given: what the proof was read from."""
+    return _walk(ids, experts, given=True)[1]
+
+
+def _walk(ids: Node, experts: int, given: bool) -> tuple[Node | None, list[Node]]:
+    """The node for whose sake ids may be out of range, or None; and the nodes that were looked at."""
     pending, visited = [ids], {ids}
     several = ids.meta["val"].shape[-1] != 1
     while pending:
         node = pending.pop()
         sources = _sources(node, experts) if given or node.op not in ("placeholder", "get_attr") else None
         if sources is None or len(visited) > _STEPS or (several and name_of(node) in _MIXES):
-            return node
+            return node, sorted(visited)
         fresh = [source for source in sources if source not in visited]
         visited.update(fresh)
         pending += fresh
-    return None
+    return None, sorted(visited)
 
 
 def _sources(node: Node, experts: int) -> list[Node] | None:
