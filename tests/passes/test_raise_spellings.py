@@ -11,11 +11,13 @@ import npu_chain_layers as chains
 import npu_chain_spellings as spelled
 import pytest
 import torch
+from raise_graphs import trace
 from reference import relative_error
 
 from moe_lowering import Deployment, MoeLowering, simulator, testing
 from moe_lowering.backends.aot import lowering_backend
 
+aten = torch.ops.aten
 BOUND = {"none": 2e-2, "w8a8": 4e-2, "w4a8": 4e-2}
 FUSED = {"quantisation": "w8a8"}
 
@@ -77,6 +79,34 @@ def test_activations_are_what_they_compute(activation):
 def test_other_activations_are_left(twin):
     code, act = spelled.ACTIVATION_TWINS[twin]
     require_left(spelled.Spelled(act=act), code)
+
+
+@pytest.mark.parametrize("code", ["", "raise.written_between", "raise.single_use"])
+def test_what_else_reads_the_first_product_is_kept(code):
+    """Where graphs keep writes into inputs, as those of npugraph_ex do, such a write stands behind everything, read by nobody."""
+    layer = spelled.Spelled(act=spelled.in_float32)
+    x, ids, weights = chains.inputs(0)
+    made = {"x": x, "ids": ids, "weights": weights, **dict(layer.named_buffers())}
+    made["kept"] = torch.zeros(12, 2 * spelled.WIDTH).bfloat16()
+
+    def run(x: Any, ids: Any, weights: Any, kept: Any, **buffers: Any) -> Any:
+        return torch.func.functional_call(layer, buffers, (x, ids, weights))
+
+    gm = trace(run, made)
+    first = gm.graph.find_nodes(op="call_function", target=torch.ops.npu.npu_grouped_matmul.default)[0]
+    (hidden,), kept = first.users, gm.graph.find_nodes(op="placeholder")[-1]
+    ops = {
+        "raise.written_between": (aten.copy_.default, (kept, hidden)),
+        "raise.single_use": (aten.neg.default, (hidden,)),
+    }
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        if code:
+            gm.graph.call_function(*ops[code]).meta["val"] = hidden.meta["val"]
+    lowering = MoeLowering(Deployment(soc="A3", installed=(), weight_format="nz"))
+    lowering(gm)
+    report = lowering.reports[0]
+    assert [block.comm for block in report.blocks] == ([] if code else ["allgather"])
+    assert not code or f"[{code}]" in str(report.foreign[0].not_raised)
 
 
 ALONE: dict[str, dict[str, Any]] = {

@@ -66,9 +66,11 @@ class Walk:
         readers = []
         for user in node.users:
             if is_wait(user) and user.args[1] is node and user.args[0] is not node:
-                self.edges.append((user, node))
+                if (user, node) not in self.edges:
+                    self.edges.append((user, node))
             elif is_made_alike(user):
-                self.alike.append(user)
+                if user not in self.alike:
+                    self.alike.append(user)
             else:
                 readers.append(user)
         return readers

@@ -22,6 +22,7 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
     require_value,
     value_of,
 )
+from moe_lowering.passes.raise_foreign.closed_region import looks_only
 from moe_lowering.passes.raise_foreign.match_activation import Gated
 from moe_lowering.passes.raise_foreign.match_activation import match_activation as match_gated
 from moe_lowering.passes.raise_foreign.meanings import Value, dim, feature, sizes
@@ -136,7 +137,22 @@ def _region(walk: Walk, hidden: Node) -> tuple[list[Node], Node]:
         names = ", ".join(sorted(node.name for node in results)) or "nothing"
         seen = f"of what is computed from {hidden.name} others read {names}"
         raise NotThisForm(hidden, "raise.activation", seen, f"one value of at most {_LARGEST} operations; {_KNOWN}")
-    return sorted(region), results.pop()
+    (result,) = results
+    needed, todo = {result}, [result]
+    while todo:
+        fresh = [node for node in todo.pop().all_input_nodes if node in region and node not in needed]
+        needed.update(fresh)
+        todo += fresh
+    for node in sorted(region):
+        if node.target is not operator.getitem and node.target._schema.is_mutable:  # type: ignore[union-attr]
+            raise NotThisForm(
+                node, "raise.written_between", f"{node.name} ({node.target}) writes in place", "none of it"
+            )
+        if node not in needed and not looks_only(node):
+            raise NotThisForm(
+                node, "raise.single_use", f"{node.name} ({node.target}) reads the activation's values too", result.name
+            )
+    return sorted(region), result
 
 
 _LARGEST = 64  # operations that an activation may have
