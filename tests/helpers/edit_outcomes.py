@@ -16,7 +16,8 @@ from moe_lowering.report.records import LoweringReport
 
 # "no graph": the edit made a graph that does not run, whatever a pass does. "ranks differ": the pass left the layer on some ranks
 # and raised it on others, whose graphs then do not meet; what compares the ranks refuses that, and is left out here.
-OUTCOMES = ("left", "raised", "no graph", "ranks differ")
+# "not finite": it was raised, and the graph before reads rows that nobody wrote, which the simulator fills with NaN.
+OUTCOMES = ("left", "raised", "no graph", "ranks differ", "not finite")
 
 
 def outcomes(
@@ -45,6 +46,8 @@ def _outcome(base: Any, made: dict[str, torch.Tensor], where: Deployment, comm: 
     before, after = run_all(second_versions(gm), made), run_all(lowered, made)
     if isinstance(before, str):
         return "no graph", ""
+    if not all(torch.isfinite(each.double()).all() for each in before):
+        return "not finite", ""
     return "raised", difference(before, after) and f"{seed}: {done}: {difference(before, after)}"
 
 

@@ -122,7 +122,8 @@ class Reduced(Gathered):
         return torch.ops._c10d_functional.wait_tensor(mine)
 
     def inputs(self, rank: int, tokens: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-        return chains.inputs(0, tokens)
+        """Enough for two rows on each rank: the chain as it is written multiplies row 1 by zero, which is undefined without."""
+        return chains.inputs(0, tokens * chains.RANKS // 2)
 
 
 class Sharded(chains.Routed):

@@ -1,7 +1,7 @@
 """Negative twins of every form: the same layer with one thing changed, which is none of that form any more.
 
-``TWINS[form][change]`` is a ``Twin``, or the reason in words why the change cannot be made in that form. A form or a change that is
-missing fails ``test_twins_of_forms``.
+``TWINS[form][change]`` is a ``Twin``, or the reason in words why the change cannot be made in that form. A form or a change that
+is missing fails ``test_twins_of_forms``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ CHANGES = (
 )
 RANKS = 2
 HALF = chains.EXPERTS // RANKS
+OF_ANOTHER_RANK = {"active_expert_range": [HALF, 2 * HALF]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +140,9 @@ MORE: dict[tuple[str, str], Twin] = {
             "the lower bound exclusive": Twin("raise.partial_range", {"range": lambda span: (span[0] + 1, span[1])}),
             "either bound": Twin("raise.partial_range", {"own": lambda own: own | own.flip(0)}),
             "the place of another rank": Twin(
-                "raise.partial_range", {"range": lambda span: (HALF, 2 * HALF), "route": {"active_expert_range": [HALF, 2 * HALF]}}
+                "raise.partial_range", {"range": lambda span: (HALF, 2 * HALF), "route": OF_ANOTHER_RANK}
             ),
-            "the place of another rank at the routing": Twin("raise.partial_range", {"route": {"active_expert_range": [HALF, 2 * HALF]}}),
+            "the place of another rank at the routing": Twin("raise.partial_range", {"route": OF_ANOTHER_RANK}),
             "the mask of weights doubled": Twin("raise.partial_range raise.weights", {"weights": twice}),
             "the mean of the ranks": Twin("raise.other_group raise.expert_parallel", {"reduce": lambda _: "avg"}),
             "the largest of the ranks": Twin("raise.other_group raise.expert_parallel", {"reduce": lambda _: "max"}),
@@ -168,7 +169,7 @@ MORE: dict[tuple[str, str], Twin] = {
     ("routing_v2", "rows in another order"): Twin("raise.operation_between", {"rows": flipped}),
     ("routing_v1", "the index through 8 bits"): Twin("raise.index", {"places": lambda at: at.to(torch.int8).int()}),
     ("permute", "ids counted through 8 bits"): Twin("raise.counts", {"counted": lambda ids: ids.to(torch.int8).int()}),
-    ("permute", "prefix sums of flipped counts"): Twin("raise.counts", {"kind": 0, "counted": lambda ids: chains.EXPERTS - 1 - ids}),
+    ("permute", "prefix sums of other counts"): Twin("raise.counts", {"kind": 0, "counted": lambda ids: (ids + 1) % 7}),
 }  # fmt: skip
 
 
