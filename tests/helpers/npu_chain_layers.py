@@ -169,7 +169,7 @@ class Layer(torch.nn.Module):
 
     def scaled(self, rows: Tensor, name: str, row_scale: Tensor, groups: Tensor) -> Tensor:
         """By int4 weights, whose bias stands where ``w4a16`` has its offset."""
-        scale, bias = getattr(self, f"{name}_scale"), getattr(self, f"{name}_offset")
+        scale, bias = self.change("scale", getattr(self, f"{name}_scale")), getattr(self, f"{name}_offset")
         more = {"scale": [scale], "bias": [bias], "per_token_scale": [row_scale], "output_dtype": BF16}
         return self.matmul(rows, name, groups, **self.change("scaled", more))
 
@@ -314,6 +314,9 @@ def reference(layer: Layer, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             hidden = (row if smooth_x is None else row * smooth_x[expert]) @ layer.whole.dense13[expert]
             gate, up = hidden.chunk(2)
             opened = gate / (1 + torch.exp(-gate))
+            if layer.activation == "swiglu_oai":  # even and odd columns
+                gate, up = hidden[::2].clamp(max=7.0), hidden[1::2].clamp(-7.0, 7.0) + 1
+                opened = gate / (1 + torch.exp(-1.702 * gate))
             if layer.activation == "swiglu_clamp_after":
                 opened, up = opened.clamp(max=0.5), up.clamp(-0.5, 0.5)
             if layer.activation == "swiglu_clamp":

@@ -60,6 +60,33 @@ class First(chains.Mc2):
         return chains.npu().npu_moe_distribute_combine(*args, **more)
 
 
+class Normed(chains.Mc2):
+    """A combine that adds a residual and normalises the sum. ``read``: which results are returned."""
+
+    def __init__(self, *args: Any, read: tuple[int, ...] = (0, 2), **more: Any) -> None:
+        super().__init__(*args, shared="", **more)
+        self.read = read
+        self.register_buffer("gamma", chains.numbers(8, chains.HIDDEN).bfloat16())
+
+    def combine(self, *args: Any, **more: Any) -> Any:
+        residual = self.change("residual", torch.full((6, 1, chains.HIDDEN), 0.5, dtype=torch.bfloat16))
+        given = {"norm_eps": 1e-5, **more}
+        made = chains.npu().npu_moe_distribute_combine_add_rms_norm(*args, residual, self.gamma, **given)
+        return tuple(made[at] for at in self.read)
+
+    @staticmethod
+    def joined(results: tuple[Tensor, ...]) -> Tensor:
+        """[T, the results one behind the other]."""
+        return torch.cat([each.squeeze(1).float() for each in results], -1)
+
+    def reference(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """[T, the results that are read, one behind the other]."""
+        total = chains.reference(self, x, ids, weights) + 0.5
+        inverse = (total.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        results = (total * inverse * self.gamma.double(), inverse, total)
+        return torch.cat([results[at] for at in self.read], -1)
+
+
 class WaitingFirst(First, chains.Waiting):
     pass
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import npu_chain_jobs as jobs
 import npu_chain_layers as chains
+import npu_chain_spellings as spelled
 import npu_chain_variants as variants
 import pytest
 import torch
@@ -238,6 +239,31 @@ def test_a_twin_of_gathered_tokens_is_left(ranks, twin):
     for found in ranks.run(jobs.raise_and_run, {**changes, "kind_of": variants.Gathered}, "mc2"):
         assert found["blocks"] == [] and f"[{code}]" in found["foreign"][0], found["foreign"]
         assert torch.equal(torch.nan_to_num(found["lowered"][0]), torch.nan_to_num(found["written"][0]))
+
+
+# Spelled otherwise: the layer, the implementation asked for, and the form that it is raised from
+IN_PLACE: dict[str, Any] = {"kind_of": spelled.InPlace}
+SPELLED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "by the quotient of ids": (IN_PLACE, "mc2", "gathered_v2"),
+    "by a table made here": ({**IN_PLACE, "own": "table"}, "alltoall", "gathered_v2"),
+    "rows of others dropped": ({**IN_PLACE, "back": "drop"}, "fused_mc2", "gathered_v2"),
+    "neither below nor above": (
+        {"same_tokens": True, "kind_of": spelled.InPlaceReduced, "own": "neither"}, "mc2", "reduced_v2"
+    ),
+    "prefix sums": ({"kind_of": spelled.PrefixSums, "shared": "", "quantisation": "w8a8"}, "fused_mc2", "mc2_v2"),
+    "slots that are off": ({"kind_of": spelled.Slots, "copies": 3, "zero": 1, "quantisation": "w8a8"}, "mc2", "mc2_v2"),
+    "a norm": ({"kind_of": variants.Normed}, "mc2", "mc2_v2_norm"),
+    "a norm, the sum alone": ({"kind_of": variants.Normed, "read": (2,)}, "fused_mc2", "mc2_v2_norm"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", SPELLED)
+def test_a_chain_that_is_spelled_otherwise(ranks, form):
+    case, comm, raised = SPELLED[form]
+    for found in ranks.run(jobs.raise_and_run, case, comm):
+        require_right(found, BOUND[case.get("quantisation", "none")])
+        ((chosen, reason, raised_from, *_),) = found["blocks"]
+        assert (chosen, raised_from) == (comm, raised), reason
 
 
 def test_a_write_into_what_was_gathered_is_seen(ranks):

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from moe_lowering.passes.foreign_walks import name_of
 from moe_lowering.passes.memory_effects import Writes, describe
+from moe_lowering.passes.own_writes import is_own_write
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 
@@ -26,8 +27,23 @@ def region_of(result: Node, operands: Iterable[Node], is_outside: Callable[[Node
             if source not in region and source not in stop and not is_outside(source):
                 region.add(source)
                 pending.append(source)
-    looks = {user for node in region - {result} for user in node.users if looks_only(user)}
-    return sorted(region | {node for node in looks if region.issuperset(node.all_input_nodes)})
+    unread = sorted(region - {result})
+    while unread:
+        looks = {user for node in unread for user in node.users if looks_only(user) or is_dead(user)} - region
+        unread = [node for node in looks if region.issuperset(node.all_input_nodes)]
+        region.update(unread)
+    return sorted(region)
+
+
+def is_dead(node: Node, steps: int = 8) -> bool:
+    """Whether nothing reads a node, nor notices that it is not run. Graphs of torch.export and make_fx have such nodes.
+
+    Args:
+        steps: the longest chain of nodes that read each other and that nothing else reads.
+    """
+    if node.op != "call_function" or node.is_impure() or steps == 0:
+        return False
+    return all(is_dead(user, steps - 1) for user in node.users)
 
 
 def looks_only(node: Node) -> bool:
@@ -89,7 +105,7 @@ def closed_region(
             )
         interior.discard(node)
     _require_one_scope(result, interior, scopes)
-    _require_unwritten(result, whole.union(before), read, writes)
+    _require_unwritten(result, interior, whole.union(before), read, writes)
     return tuple(sorted(interior))
 
 
@@ -105,9 +121,12 @@ def _require_one_scope(result: Node, interior: set[Node], scopes: Mapping[Node, 
             )
 
 
-def _require_unwritten(result: Node, whole: set[Node], read: Iterable[Node], writes: Writes) -> None:
+def _require_unwritten(
+    result: Node, interior: set[Node], whole: set[Node], read: Iterable[Node], writes: Writes
+) -> None:
     """Of all nodes of the region and before it: what stays because it is read elsewhere is computed anew in the layer."""
-    writer = writes.between(min(whole), result, [*whole, *read])
+    own = {node for node in interior if is_own_write(node)}
+    writer = writes.between(min(whole), result, [*whole, *read], gone=own)
     if writer is not None:
         raise NotThisForm(
             writer,

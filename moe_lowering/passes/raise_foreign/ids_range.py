@@ -104,6 +104,29 @@ def past_experts(ids: Node, experts: int) -> Node | None:
     return None
 
 
+def may_repeat(ids: Node) -> Node | None:
+    """The node after which two ids of a token may be equal; None where none is seen.
+
+    Operators that route rows do not mind; MC2, to which their layer may be brought, wants different experts for a token.
+    """
+    node, steps = ids, 0
+    while node.meta["val"].shape[-1] != 1 and node.op == "call_function" and steps < _STEPS:
+        name, steps = name_of(node), steps + 1
+        if name in _COLLIDE:
+            return node
+        first = node.args[0] if name in (*VIEWS, "_to_copy", "clone", "add", "sub") and node.args else None
+        if not isinstance(first, Node) or (name in ("add", "sub") and isinstance(node.args[1], Node)):
+            return None
+        node = first
+    return None
+
+
+_COLLIDE = frozenset({
+    "mul", "where", "masked_fill", "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "remainder", "floor_divide", "div",
+    "bitwise_and", "bitwise_right_shift",
+})  # fmt: skip
+
+
 def _is_expert(value: Any, experts: int) -> bool:
     """Of what a mask fills in: no number, or one of an expert."""
     if isinstance(value, Node):

@@ -187,8 +187,8 @@ class _Parts:
         if gated is None:
             raise self._not(
                 "raise.activation",
-                "between the two products something that is no gated activation of grouped_mlp (or gate and up exchanged)",
-                "silu, clamped silu, the gate of gpt-oss, or gelu, of the gate, times up",
+                "between the two products something that is no activation of grouped_mlp (or gate and up exchanged)",
+                "silu, clamped silu, the gates of gpt-oss and inkling2, or gelu, of the gate, times up; or relu, or its square",
             )
         firsts, interleaved = self._first_products(gated)
         first = firsts[0]
@@ -230,6 +230,10 @@ class _Parts:
     def _first_products(self, gated: Gated) -> tuple[list[Expert], bool]:
         """The product that gate and up are columns of, or the two that they are; and whether columns alternate."""
         gate, up = gated.gate, gated.up
+        if up is None:
+            if isinstance(gate, Expert):
+                return [gate], False
+            raise self._not("raise.gate", "some columns of a product", "all of them, as there is no gate")
         if (
             isinstance(gate, Part)
             and isinstance(up, Part)
