@@ -117,7 +117,7 @@ class Gathered(chains.Layer):
             "active_expert_range": [self.rank * local, (self.rank + 1) * local],
             "quant_mode": 1 if self.quantisation in chains.INT8 else -1, **self.changes.get("route", {}),
         }  # fmt: skip
-        rows, index, counts, scale = chains.npu().npu_moe_init_routing_v2(x, ids, **given)
+        rows, index, counts, scale = chains.npu().npu_moe_init_routing_v2(x, self.change("routed", ids), **given)
         out = self.change("out", self.experts(rows, scale, counts))
         index, compared = self.change("index", index), self.change("compared", ids)
         own = self.change("own", (compared >= first) & (compared < last))

@@ -100,8 +100,10 @@ OLD: dict[str, Twin | str] = {
     "an interior value returned": Twin("raise.single_use", {"returned": lambda rows, places, groups, out: out}),
     "abs on a partial range": NO_RANGE,
 }
+MC2_KINDS = {"mc2_v2": chains.Mc2, "mc2_v1": variants.First, "mc2_v2_norm": variants.Normed}
 TWINS: dict[str, dict[str, Twin | str]] = {
     "mc2_v2": MC2,
+    "mc2_v2_norm": MC2,
     "mc2_v1": {**MC2, "another mask at one end": Twin("raise.literal", {"combine": {"x_active_mask": None}}, mask=True)},
     "routing_v2": {
         **EXPERTS,
@@ -149,13 +151,16 @@ MORE: dict[tuple[str, str], Twin] = {
             "sums that are rounded before": Twin(
                 "raise.scattered raise.expert_parallel", {"sums": lambda y: y.to(torch.float8_e4m3fn).bfloat16()}
             ),
-            "ids compared through 8 bits": Twin("raise.partial_range", {"compared": lambda ids: ids.to(torch.int8)}),
+            "ids compared as booleans": Twin("raise.partial_range", {"compared": lambda ids: ids.bool().int()}),
+            "ids routed through 8 bits": Twin(
+                "raise.partial_range raise.gathered", {"routed": lambda ids: ids.to(torch.int8).int()}
+            ),
             "rows doubled": Twin("raise.operation_between", {"out": twice}),
         }.items()
     },
     **{
         (form, change): twin
-        for form in ("mc2_v2", "mc2_v1")
+        for form in MC2_KINDS
         for change, twin in {
             "ids through 8 bits at the way back": Twin("raise.other_value", {"ids": lambda ids: ids.to(torch.int8).int()}),
             "another rank at one end": Twin("raise.both_ends raise.other_rank", {"combine": {"ep_rank_id": 1}}),
@@ -177,8 +182,8 @@ def layer_of(form: str, deployment: Deployment, changes: dict[str, Any]) -> torc
     """The layer of a form, on rank 0 of the deployment's ranks."""
     given = {"quantisation": "none", "activation": "swiglu", **changes}
     quantisation, activation = given.pop("quantisation"), given.pop("activation")
-    if form in ("mc2_v2", "mc2_v1"):
-        kind = chains.Mc2 if form == "mc2_v2" else variants.First
+    if form in MC2_KINDS:
+        kind = MC2_KINDS[form]
         group = given.pop("group", deployment.ep_communicator)
         return kind(group, quantisation, activation, 0, RANKS, **given)
     if form in ("gathered_v2", "reduced_v2"):
@@ -192,4 +197,4 @@ def layer_of(form: str, deployment: Deployment, changes: dict[str, Any]) -> torc
 
 
 def has_ranks(form: str) -> bool:
-    return form in ("mc2_v2", "mc2_v1", "gathered_v2", "reduced_v2")
+    return form in (*MC2_KINDS, "gathered_v2", "reduced_v2")
