@@ -16,7 +16,8 @@ from moe_lowering.report.records import LoweringReport
 
 # "no graph": the edit made a graph that does not run, whatever a pass does. "ranks differ": the pass left the layer on some ranks
 # and raised it on others, whose graphs then do not meet; what compares the ranks refuses that, and is left out here.
-OUTCOMES = ("left", "raised", "no graph", "ranks differ")
+# "not finite": it was raised, and the graph before reads rows that nobody wrote, which the simulator fills with NaN.
+OUTCOMES = ("left", "raised", "no graph", "ranks differ", "not finite")
 
 
 def outcomes(
@@ -38,13 +39,16 @@ def _outcome(base: Any, made: dict[str, torch.Tensor], where: Deployment, comm: 
     blocks = report.blocks
     wrong = [block.reason for block in blocks if "internal error" in block.reason or "undone" in block.reason]
     raised = any(block.comm == comm for block in blocks)
-    if not _alike_everywhere(exchanges(lowered)):
+    if not _alike_everywhere([*exchanges(lowered), *(str(block.comm) for block in blocks)]):
         return "ranks differ", f"{seed}: {done}: {wrong}" if wrong else ""
     if wrong or not raised:
         return "left", f"{seed}: {done}: {wrong}" if wrong else ""
-    before, after = run_all(second_versions(gm), made), run_all(lowered, made)
-    if isinstance(before, str):
+    before = run_all(second_versions(gm), made)
+    if not _alike_everywhere([str(isinstance(before, str))]) or isinstance(before, str):
         return "no graph", ""
+    after = run_all(lowered, made)
+    if not all(torch.isfinite(each.double()).all() for each in before):
+        return "not finite", ""
     return "raised", difference(before, after) and f"{seed}: {done}: {difference(before, after)}"
 
 

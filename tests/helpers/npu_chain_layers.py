@@ -8,7 +8,6 @@ Form after hicann/cann-recipes-infer fbc225d (2026-08-21), models/: written anew
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from typing import Any
 
@@ -61,9 +60,8 @@ def width_of(quantisation: str) -> int:
     return 256 if quantisation == "w4a8" else INTERMEDIATE
 
 
-@functools.cache
 def make_weights(quantisation: str, first: int = 1) -> Weights:
-    """Drawn from seeds ``first`` and the next; the same tensors each time, which nobody writes."""
+    """Drawn from seeds ``first`` and the next."""
     shapes = ((EXPERTS, HIDDEN, 2 * width_of(quantisation)), (EXPERTS, width_of(quantisation), HIDDEN))
     raw = [numbers(seed, *shape, scale=shape[1] ** -0.5) for seed, shape in enumerate(shapes, first)]
     if quantisation == "none":

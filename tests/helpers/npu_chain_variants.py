@@ -117,7 +117,7 @@ class Gathered(chains.Layer):
             "active_expert_range": [self.rank * local, (self.rank + 1) * local],
             "quant_mode": 1 if self.quantisation in chains.INT8 else -1, **self.changes.get("route", {}),
         }  # fmt: skip
-        rows, index, counts, scale = chains.npu().npu_moe_init_routing_v2(x, ids, **given)
+        rows, index, counts, scale = chains.npu().npu_moe_init_routing_v2(x, self.change("routed", ids), **given)
         out = self.change("out", self.experts(rows, scale, counts))
         index, compared = self.change("index", index), self.change("compared", ids)
         own = self.change("own", (compared >= first) & (compared < last))
@@ -149,7 +149,8 @@ class Reduced(Gathered):
         return torch.ops._c10d_functional.wait_tensor(mine)
 
     def inputs(self, rank: int, tokens: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-        return chains.inputs(0, tokens)
+        """Enough for two rows on each rank: the chain as it is written multiplies row 1 by zero, which is undefined without."""
+        return chains.inputs(0, tokens * chains.RANKS // 2)
 
 
 class Sharded(chains.Routed):

@@ -1,7 +1,7 @@
 """Negative twins of every form: the same layer with one thing changed, which is none of that form any more.
 
-``TWINS[form][change]`` is a ``Twin``, or the reason in words why the change cannot be made in that form. A form or a change that is
-missing fails ``test_twins_of_forms``.
+``TWINS[form][change]`` is a ``Twin``, or the reason in words why the change cannot be made in that form. A form or a change that
+is missing fails ``test_twins_of_forms``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ CHANGES = (
 )
 RANKS = 2
 HALF = chains.EXPERTS // RANKS
+OF_ANOTHER_RANK = {"active_expert_range": [HALF, 2 * HALF]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +100,10 @@ OLD: dict[str, Twin | str] = {
     "an interior value returned": Twin("raise.single_use", {"returned": lambda rows, places, groups, out: out}),
     "abs on a partial range": NO_RANGE,
 }
+MC2_KINDS = {"mc2_v2": chains.Mc2, "mc2_v1": variants.First, "mc2_v2_norm": variants.Normed}
 TWINS: dict[str, dict[str, Twin | str]] = {
     "mc2_v2": MC2,
+    "mc2_v2_norm": MC2,
     "mc2_v1": {**MC2, "another mask at one end": Twin("raise.literal", {"combine": {"x_active_mask": None}}, mask=True)},
     "routing_v2": {
         **EXPERTS,
@@ -139,22 +142,25 @@ MORE: dict[tuple[str, str], Twin] = {
             "the lower bound exclusive": Twin("raise.partial_range", {"range": lambda span: (span[0] + 1, span[1])}),
             "either bound": Twin("raise.partial_range", {"own": lambda own: own | own.flip(0)}),
             "the place of another rank": Twin(
-                "raise.partial_range", {"range": lambda span: (HALF, 2 * HALF), "route": {"active_expert_range": [HALF, 2 * HALF]}}
+                "raise.partial_range", {"range": lambda span: (HALF, 2 * HALF), "route": OF_ANOTHER_RANK}
             ),
-            "the place of another rank at the routing": Twin("raise.partial_range", {"route": {"active_expert_range": [HALF, 2 * HALF]}}),
+            "the place of another rank at the routing": Twin("raise.partial_range", {"route": OF_ANOTHER_RANK}),
             "the mask of weights doubled": Twin("raise.partial_range raise.weights", {"weights": twice}),
             "the mean of the ranks": Twin("raise.other_group raise.expert_parallel", {"reduce": lambda _: "avg"}),
             "the largest of the ranks": Twin("raise.other_group raise.expert_parallel", {"reduce": lambda _: "max"}),
             "sums that are rounded before": Twin(
                 "raise.scattered raise.expert_parallel", {"sums": lambda y: y.to(torch.float8_e4m3fn).bfloat16()}
             ),
-            "ids compared through 8 bits": Twin("raise.partial_range", {"compared": lambda ids: ids.to(torch.int8)}),
+            "ids compared as booleans": Twin("raise.partial_range", {"compared": lambda ids: ids.bool().int()}),
+            "ids routed through 8 bits": Twin(
+                "raise.partial_range raise.gathered", {"routed": lambda ids: ids.to(torch.int8).int()}
+            ),
             "rows doubled": Twin("raise.operation_between", {"out": twice}),
         }.items()
     },
     **{
         (form, change): twin
-        for form in ("mc2_v2", "mc2_v1")
+        for form in MC2_KINDS
         for change, twin in {
             "ids through 8 bits at the way back": Twin("raise.other_value", {"ids": lambda ids: ids.to(torch.int8).int()}),
             "another rank at one end": Twin("raise.both_ends raise.other_rank", {"combine": {"ep_rank_id": 1}}),
@@ -168,7 +174,7 @@ MORE: dict[tuple[str, str], Twin] = {
     ("routing_v2", "rows in another order"): Twin("raise.operation_between", {"rows": flipped}),
     ("routing_v1", "the index through 8 bits"): Twin("raise.index", {"places": lambda at: at.to(torch.int8).int()}),
     ("permute", "ids counted through 8 bits"): Twin("raise.counts", {"counted": lambda ids: ids.to(torch.int8).int()}),
-    ("permute", "prefix sums of flipped counts"): Twin("raise.counts", {"kind": 0, "counted": lambda ids: chains.EXPERTS - 1 - ids}),
+    ("permute", "prefix sums of other counts"): Twin("raise.counts", {"kind": 0, "counted": lambda ids: (ids + 1) % 7}),
 }  # fmt: skip
 
 
@@ -176,8 +182,8 @@ def layer_of(form: str, deployment: Deployment, changes: dict[str, Any]) -> torc
     """The layer of a form, on rank 0 of the deployment's ranks."""
     given = {"quantisation": "none", "activation": "swiglu", **changes}
     quantisation, activation = given.pop("quantisation"), given.pop("activation")
-    if form in ("mc2_v2", "mc2_v1"):
-        kind = chains.Mc2 if form == "mc2_v2" else variants.First
+    if form in MC2_KINDS:
+        kind = MC2_KINDS[form]
         group = given.pop("group", deployment.ep_communicator)
         return kind(group, quantisation, activation, 0, RANKS, **given)
     if form in ("gathered_v2", "reduced_v2"):
@@ -191,4 +197,4 @@ def layer_of(form: str, deployment: Deployment, changes: dict[str, Any]) -> torc
 
 
 def has_ranks(form: str) -> bool:
-    return form in ("mc2_v2", "mc2_v1", "gathered_v2", "reduced_v2")
+    return form in (*MC2_KINDS, "gathered_v2", "reduced_v2")

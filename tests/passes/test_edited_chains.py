@@ -15,7 +15,7 @@ from edited_forms import OF_ONE, edited_alone
 
 from moe_lowering import simulator
 
-EDITS = int(os.environ.get("MOE_LOWERING_EDITS", "45"))
+EDITS = int(os.environ.get("MOE_LOWERING_EDITS", "36"))
 SEED = os.environ.get("MOE_LOWERING_SEED", "")
 
 

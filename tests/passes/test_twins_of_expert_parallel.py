@@ -1,5 +1,7 @@
-"""transformers' expert parallelism with one thing changed is left, by its code; as it is it is raised. No ranks run here: what the
-twins compute is compared in test_raise_expert_parallel."""
+"""transformers' expert parallelism with one thing changed is left, by its code; as it is it is raised.
+
+No ranks run here: what the twins compute is compared in test_raise_expert_parallel.
+"""
 
 from __future__ import annotations
 

@@ -51,6 +51,8 @@ def behind_casts(value: Any) -> tuple[Any, Any]:
         new, old = value_of(node).dtype, value_of(before).dtype
         if new.is_floating_point != old.is_floating_point or torch.bool in (new, old):
             break
+        if not new.is_floating_point and torch.iinfo(new).bits < 32:  # ids past its largest number would be others
+            break
         narrow |= {new} - {torch.float32, torch.float64, old} if new.is_floating_point else set()
         node = source_of(before)
     return (node, next(iter(narrow), None)) if len(narrow) < 2 else (source_of(value), None)
