@@ -55,6 +55,7 @@ log = logging.getLogger("vllm.moe_lowering")  # vLLM shows loggers of its own
 _reports: list[LoweringReport] = []
 _taken: dict[str, str] = {}  # layer -> "" where it is taken over, else why not
 _compile_range: list[Any] = []  # of the compile under way
+_unlowered: list[dict[str, Any]] = []  # settings of the compile under way, until its graph went through the pass
 _deployment: Deployment | None = None
 _engine: Any = None  # the configuration of the engine that the two above are of
 
@@ -234,7 +235,10 @@ def _watch_compiler(module: Any) -> None:
     @functools.wraps(compile_graph)
     def npugraph_ex_compile(*args: Any, **kwargs: Any) -> Any:
         with _range_of(args[5] if len(args) > 5 else kwargs["compile_range"]):
-            return compile_graph(*args, **kwargs)
+            _unlowered.clear()
+            compiled = compile_graph(*args, **kwargs)
+        _require_run()
+        return compiled
 
     @functools.wraps(compute_hash)
     def hash_with_pass(self: Any, vllm_config: Any) -> str:
@@ -286,8 +290,10 @@ def _hook(vllm_config: Any, own: Any) -> Any:
         deployment, lowering=lowering, force_eager=True, **({} if own is None else {PRE_PASS: own})
     )
     run = options[PRE_PASS]
+    _unlowered.append(settings)
 
     def lower_and_report(gm: Any, example_inputs: Any, config: Any) -> None:
+        _unlowered.clear()
         before = len(lowering.reports)
         with ranges_of_vllm(gm, deployment.min_tokens, deployment.max_tokens):
             run(gm, example_inputs, config)
@@ -300,6 +306,24 @@ def _hook(vllm_config: Any, own: Any) -> Any:
                         log.error("moe_lowering: %s", _cannot_run(block.name, block.reason))
 
     return lower_and_report
+
+
+def _require_run() -> None:
+    """Say so where somebody replaced the pre-pass after the plugin had set it: the graph was not lowered.
+
+    Raises:
+        ValueError: strict is on.
+    """
+    if not _unlowered:
+        return
+    what = (
+        f"[vllm.pass_not_run] {PRE_PASS} is another one than the plugin's, which was set before, so that the graph is not "
+        "lowered and cannot run on a device; accepted: one that is there when _configure_backend returns, it then runs "
+        "before the plugin's; or the plugin switched off"
+    )
+    if _unlowered.pop()["strict"]:
+        raise ValueError(f"moe_lowering (strict): {what}")
+    log.error("moe_lowering: %s", what)
 
 
 def _cannot_run(name: str, reason: str) -> str:
