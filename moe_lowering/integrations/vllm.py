@@ -3,8 +3,9 @@
 A plugin of vLLM (entry point ``vllm.general_plugins``), which vLLM loads in each of its processes. Where the package is
 installed it is there, and does nothing until it is switched on:
 
-    LLM(model, additional_config={"moe_lowering": {}})              # docs/vllm.md has the settings
-    vllm serve model --additional-config '{"moe_lowering": {"policy": "auto"}}'
+    LLM(model, additional_config={"moe_lowering": {}}, compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"})
+
+docs/vllm.md has the settings.
 
 Before: a compiled graph has one opaque operator for each MoE layer, ``torch.ops.vllm.moe_forward``, which picks its communication
 on the host in each forward. After: it has the operators of the implementation that the pass chose for the graph's range of
@@ -47,6 +48,7 @@ __all__ = ["KEY", "register", "reports"]
 KEY = "moe_lowering"  # of additional_config
 TESTED = ("0.23.0",)  # versions of vllm-ascend
 LAYERS, COMPILER = "vllm_ascend.ops.fused_moe.fused_moe", "vllm_ascend.compilation.compiler_interface"
+COMPILED = "VLLM_COMPILE"  # vLLM's mode in which vllm-ascend's compiler is called
 QUANTISED_LAYERS = "vllm_ascend.quantization.method_adapters"
 _WATCHED = "_moe_lowering_watches"
 SETTINGS = {"enable": True, "policy": "vllm_ascend_main", "comm": "auto", "strict": False}
@@ -191,9 +193,15 @@ def _check_engine(config: Any) -> None:
         raise refuse("speculative", "speculative_config", "given", "none")
     if config.model_config.enforce_eager:
         raise refuse("eager", "enforce_eager", "True", "False: nothing is compiled, and there is no graph to lower in")
+    compilation = config.compilation_config
+    chosen = f"cudagraph_mode is {compilation.cudagraph_mode.name}"
+    if compilation.mode.name != COMPILED:
+        accepted = f"{COMPILED}: nothing is compiled, and there is no graph to lower in"
+        raise refuse("eager", "compilation_config.mode", f"{compilation.mode.name} ({chosen})", accepted)
     ascend = importlib.import_module("vllm_ascend.ascend_config").get_ascend_config()
     if not ascend.ascend_compilation_config.enable_npugraph_ex:
-        raise refuse("compiler", "ascend_compilation_config.enable_npugraph_ex", "False", "True")
+        accepted = "True; vllm-ascend switches it off unless compilation_config={'cudagraph_mode': 'FULL_DECODE_ONLY'} is given"
+        raise refuse("compiler", "ascend_compilation_config.enable_npugraph_ex", f"False ({chosen})", accepted)
 
 
 def _deployment_of(config: Any) -> Deployment:

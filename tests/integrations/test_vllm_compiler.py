@@ -1,5 +1,7 @@
-"""The plugin of vLLM beside another pre-pass of npugraph_ex, with a compiler that stands in for vllm-ascend's."""
+"""The plugin of vLLM and the compiler: which engines use it, and a pre-pass of somebody else's. What is asked of vllm-ascend
+stands in for it."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from moe_lowering import Deployment
 from moe_lowering.backends.npugraph_ex import PRE_PASS
 from moe_lowering.integrations import vllm
+from moe_lowering.integrations.vllm_refusals import Refused
 
 RANGE = SimpleNamespace(start=1, end=256)
 
@@ -73,3 +76,31 @@ def test_a_pre_pass_instead_of_ours_is_told(compile_with, caplog):
     assert "[vllm.pass_not_run]" in caplog.text
     caplog.clear()  # where the plugin is off or took nothing over, the pre-pass is nobody's business
     assert compile_with({"enable": False}, instead=lambda *_: None) == "compiled" and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"version": "0.24.0"}, "version"),
+        ({"lora_config": SimpleNamespace(max_loras=1)}, "lora"),
+        ({"speculative_config": SimpleNamespace(method="mtp")}, "speculative"),
+        ({"enforce_eager": True}, "eager"),
+        ({"mode": "NONE"}, "eager"),
+        ({"npugraph_ex": False}, "compiler"),
+    ],
+)
+def test_an_engine_whose_graphs_do_not_come_by(monkeypatch, changes, code):
+    def check(version="0.23.0+local", enforce_eager=False, npugraph_ex=True, mode="VLLM_COMPILE", **given):
+        monkeypatch.setattr(vllm.importlib.metadata, "version", lambda name: version)
+        compilation = SimpleNamespace(enable_npugraph_ex=npugraph_ex)
+        found = SimpleNamespace(get_ascend_config=lambda: SimpleNamespace(ascend_compilation_config=compilation))
+        monkeypatch.setitem(sys.modules, "vllm_ascend.ascend_config", found)
+        monkeypatch.setitem(sys.modules, "vllm_ascend", SimpleNamespace(ascend_config=found))
+        model = SimpleNamespace(enforce_eager=enforce_eager)
+        named = {name: SimpleNamespace(name=value) for name, value in (("mode", mode), ("cudagraph_mode", "FULL"))}
+        usual = {"lora_config": None, "speculative_config": None, "compilation_config": SimpleNamespace(**named)}
+        vllm._check_engine(SimpleNamespace(**{**usual, "model_config": model, **given}))
+
+    check()
+    with pytest.raises(Refused, match=rf"^\[vllm\.{code}\] .* is .*; accepted: "):
+        check(**changes)
