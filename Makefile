@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test test-fast property lint bench costs versions provider vllm refusals examples docs release setup clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3 -m venv failed: install python3-venv (apt-get install -y python3-venv)"; exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	# PyPI's torch is a CUDA build of gigabytes on most machines; where the second index cannot be reached, the first has to do
+	$(BIN)/python -m pip install -qq --no-deps --timeout 20 --retries 2 -c constraints.txt --extra-index-url $(CPU_BUILDS) torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[npu,transformers,dev,docs]'
 	touch $(READY)
 
