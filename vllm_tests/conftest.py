@@ -35,6 +35,9 @@ def simulate(*command, soc="A3", devices=1, timeout=TIMEOUT, settings=None):
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH",)}
     paths = [str(HERE), *filter(None, [environment.get("PYTHONPATH")])]  # for ``faults``, in the processes of vLLM
     environment["PYTHONPATH"] = os.pathsep.join(paths)
+    environment.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # threads of small kernels wait for each other where processors are shared
     launcher = [sys.executable, "-m", "moe_lowering", "simulate", "--soc", soc, "--devices", str(devices), "--"]
     program = [sys.executable, *map(str, command)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:

@@ -3,8 +3,9 @@
 A plugin of vLLM (entry point ``vllm.general_plugins``), which vLLM loads in each of its processes. Where the package is
 installed it is there, and does nothing until it is switched on:
 
-    LLM(model, additional_config={"moe_lowering": {}})              # docs/vllm.md has the settings
-    vllm serve model --additional-config '{"moe_lowering": {"policy": "auto"}}'
+    LLM(model, additional_config={"moe_lowering": {}}, compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"})
+
+docs/vllm.md has the settings.
 
 Before: a compiled graph has one opaque operator for each MoE layer, ``torch.ops.vllm.moe_forward``, which picks its communication
 on the host in each forward. After: it has the operators of the implementation that the pass chose for the graph's range of
@@ -47,6 +48,7 @@ __all__ = ["KEY", "register", "reports"]
 KEY = "moe_lowering"  # of additional_config
 TESTED = ("0.23.0",)  # versions of vllm-ascend
 LAYERS, COMPILER = "vllm_ascend.ops.fused_moe.fused_moe", "vllm_ascend.compilation.compiler_interface"
+COMPILED = "VLLM_COMPILE"  # vLLM's mode in which vllm-ascend's compiler is called
 QUANTISED_LAYERS = "vllm_ascend.quantization.method_adapters"
 _WATCHED = "_moe_lowering_watches"
 SETTINGS = {"enable": True, "policy": "vllm_ascend_main", "comm": "auto", "strict": False}
@@ -55,6 +57,7 @@ log = logging.getLogger("vllm.moe_lowering")  # vLLM shows loggers of its own
 _reports: list[LoweringReport] = []
 _taken: dict[str, str] = {}  # layer -> "" where it is taken over, else why not
 _compile_range: list[Any] = []  # of the compile under way
+_unlowered: list[dict[str, Any]] = []  # settings of the compile under way, until its graph went through the pass
 _deployment: Deployment | None = None
 _engine: Any = None  # the configuration of the engine that the two above are of
 
@@ -190,9 +193,15 @@ def _check_engine(config: Any) -> None:
         raise refuse("speculative", "speculative_config", "given", "none")
     if config.model_config.enforce_eager:
         raise refuse("eager", "enforce_eager", "True", "False: nothing is compiled, and there is no graph to lower in")
+    compilation = config.compilation_config
+    chosen = f"cudagraph_mode is {compilation.cudagraph_mode.name}"
+    if compilation.mode.name != COMPILED:
+        accepted = f"{COMPILED}: nothing is compiled, and there is no graph to lower in"
+        raise refuse("eager", "compilation_config.mode", f"{compilation.mode.name} ({chosen})", accepted)
     ascend = importlib.import_module("vllm_ascend.ascend_config").get_ascend_config()
     if not ascend.ascend_compilation_config.enable_npugraph_ex:
-        raise refuse("compiler", "ascend_compilation_config.enable_npugraph_ex", "False", "True")
+        accepted = "True; vllm-ascend switches it off unless compilation_config={'cudagraph_mode': 'FULL_DECODE_ONLY'} is given"
+        raise refuse("compiler", "ascend_compilation_config.enable_npugraph_ex", f"False ({chosen})", accepted)
 
 
 def _deployment_of(config: Any) -> Deployment:
@@ -234,7 +243,10 @@ def _watch_compiler(module: Any) -> None:
     @functools.wraps(compile_graph)
     def npugraph_ex_compile(*args: Any, **kwargs: Any) -> Any:
         with _range_of(args[5] if len(args) > 5 else kwargs["compile_range"]):
-            return compile_graph(*args, **kwargs)
+            _unlowered.clear()
+            compiled = compile_graph(*args, **kwargs)
+        _require_run()
+        return compiled
 
     @functools.wraps(compute_hash)
     def hash_with_pass(self: Any, vllm_config: Any) -> str:
@@ -286,8 +298,10 @@ def _hook(vllm_config: Any, own: Any) -> Any:
         deployment, lowering=lowering, force_eager=True, **({} if own is None else {PRE_PASS: own})
     )
     run = options[PRE_PASS]
+    _unlowered.append(settings)
 
     def lower_and_report(gm: Any, example_inputs: Any, config: Any) -> None:
+        _unlowered.clear()
         before = len(lowering.reports)
         with ranges_of_vllm(gm, deployment.min_tokens, deployment.max_tokens):
             run(gm, example_inputs, config)
@@ -300,6 +314,24 @@ def _hook(vllm_config: Any, own: Any) -> Any:
                         log.error("moe_lowering: %s", _cannot_run(block.name, block.reason))
 
     return lower_and_report
+
+
+def _require_run() -> None:
+    """Say so where somebody replaced the pre-pass after the plugin had set it: the graph was not lowered.
+
+    Raises:
+        ValueError: strict is on.
+    """
+    if not _unlowered:
+        return
+    what = (
+        f"[vllm.pass_not_run] {PRE_PASS} is another one than the plugin's, which was set before, so that the graph is not "
+        "lowered and cannot run on a device; accepted: one that is there when _configure_backend returns, it then runs "
+        "before the plugin's; or the plugin switched off"
+    )
+    if _unlowered.pop()["strict"]:
+        raise ValueError(f"moe_lowering (strict): {what}")
+    log.error("moe_lowering: %s", what)
 
 
 def _cannot_run(name: str, reason: str) -> str:

@@ -268,33 +268,6 @@ def test_a_deployment_that_is_not_known_takes_nothing_over(decide, monkeypatch):
     assert not taken and why == {"mlp.experts": "[vllm.deployment] Deployment: max_tokens is -1; accepted: more"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "code"),
-    [
-        ({"version": "0.24.0"}, "version"),
-        ({"lora_config": SimpleNamespace(max_loras=1)}, "lora"),
-        ({"speculative_config": SimpleNamespace(method="mtp")}, "speculative"),
-        ({"enforce_eager": True}, "eager"),
-        ({"npugraph_ex": False}, "compiler"),
-    ],
-)
-def test_an_engine_whose_graphs_do_not_come_by(monkeypatch, changes, code):
-    def check(version="0.23.0+local", enforce_eager=False, npugraph_ex=True, **given):
-        monkeypatch.setattr(vllm.importlib.metadata, "version", lambda name: version)
-        compilation = SimpleNamespace(enable_npugraph_ex=npugraph_ex)
-        found = SimpleNamespace(get_ascend_config=lambda: SimpleNamespace(ascend_compilation_config=compilation))
-        monkeypatch.setitem(sys.modules, "vllm_ascend.ascend_config", found)
-        monkeypatch.setitem(sys.modules, "vllm_ascend", SimpleNamespace(ascend_config=found))
-        model = SimpleNamespace(enforce_eager=enforce_eager)
-        vllm._check_engine(
-            SimpleNamespace(**{"lora_config": None, "speculative_config": None, "model_config": model, **given})
-        )
-
-    check()
-    with pytest.raises(Refused, match=rf"^\[vllm\.{code}\] .* is .*; accepted: "):
-        check(**changes)
-
-
 def config(asked):
     return SimpleNamespace(additional_config=asked)
 

@@ -1,0 +1,106 @@
+"""The plugin of vLLM and the compiler: which engines use it, and a pre-pass of somebody else's. What is asked of vllm-ascend
+stands in for it."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from moe_lowering import Deployment
+from moe_lowering.backends.npugraph_ex import PRE_PASS
+from moe_lowering.integrations import vllm
+from moe_lowering.integrations.vllm_refusals import Refused
+
+RANGE = SimpleNamespace(start=1, end=256)
+
+
+class Compiler:
+    def compute_hash(self, vllm_config):
+        return "hash"
+
+    def load(self, handle):
+        return handle
+
+
+@pytest.fixture
+def compile_with(monkeypatch):
+    """``compile_with(settings, before, instead)``: compile a graph without experts, with a pre-pass of the user's set before
+    vllm-ascend's options or instead of them."""
+    monkeypatch.setattr(vllm, "_taken", {"mlp.experts": ""})
+    monkeypatch.setattr(vllm, "_deployment", Deployment(soc="A3", max_tokens=256, guards="forbid"))
+
+    def run(settings, before=None, instead=None):
+        def set_options(config, given):
+            vars(config).update(given["options"])
+
+        def configure(config, ascend_config, vllm_config, process_kwargs_options=None):
+            process_kwargs_options(config, {"options": {"force_eager": True}})
+
+        def npugraph_ex_compile(graph, inputs, compiler_config, vllm_config, ascend_config, compile_range):
+            config = SimpleNamespace(**{PRE_PASS: before})
+            module._configure_backend(config, ascend_config, vllm_config, process_kwargs_options=set_options)
+            if instead is not None:
+                setattr(config, PRE_PASS, instead)
+            getattr(config, PRE_PASS)(graph, inputs, config)
+            return "compiled"
+
+        module = SimpleNamespace(
+            AscendCompiler=type("AscendCompiler", (Compiler,), dict(vars(Compiler))),
+            _configure_backend=configure,
+            npugraph_ex_compile=npugraph_ex_compile,
+        )
+        vllm._watch_compiler(module)
+        graph = make_fx(lambda x: x + 1)(torch.ones(2))
+        config = SimpleNamespace(additional_config={"moe_lowering": settings})
+        return module.npugraph_ex_compile(graph, [torch.ones(2)], {}, config, None, RANGE)
+
+    return run
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_pre_pass_that_was_there_runs_before_ours(compile_with, caplog, own, strict):
+    ran = []
+    assert compile_with({"strict": strict}, before=(lambda *_: ran.append(1)) if own else None) == "compiled"
+    assert len(ran) == own and "pass_not_run" not in caplog.text
+
+
+def test_a_pre_pass_instead_of_ours_is_told(compile_with, caplog):
+    told = r"\[vllm.pass_not_run\] post_grad_custom_pre_pass is another one than the plugin's.*accepted: "
+    with pytest.raises(ValueError, match=rf"moe_lowering \(strict\): {told}"):
+        compile_with({"strict": True}, instead=lambda *_: None)
+    assert not caplog.records
+    assert compile_with({}, instead=lambda *_: None) == "compiled"
+    assert "[vllm.pass_not_run]" in caplog.text
+    caplog.clear()  # where the plugin is off or took nothing over, the pre-pass is nobody's business
+    assert compile_with({"enable": False}, instead=lambda *_: None) == "compiled" and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"version": "0.24.0"}, "version"),
+        ({"lora_config": SimpleNamespace(max_loras=1)}, "lora"),
+        ({"speculative_config": SimpleNamespace(method="mtp")}, "speculative"),
+        ({"enforce_eager": True}, "eager"),
+        ({"mode": "NONE"}, "eager"),
+        ({"npugraph_ex": False}, "compiler"),
+    ],
+)
+def test_an_engine_whose_graphs_do_not_come_by(monkeypatch, changes, code):
+    def check(version="0.23.0+local", enforce_eager=False, npugraph_ex=True, mode="VLLM_COMPILE", **given):
+        monkeypatch.setattr(vllm.importlib.metadata, "version", lambda name: version)
+        compilation = SimpleNamespace(enable_npugraph_ex=npugraph_ex)
+        found = SimpleNamespace(get_ascend_config=lambda: SimpleNamespace(ascend_compilation_config=compilation))
+        monkeypatch.setitem(sys.modules, "vllm_ascend.ascend_config", found)
+        monkeypatch.setitem(sys.modules, "vllm_ascend", SimpleNamespace(ascend_config=found))
+        model = SimpleNamespace(enforce_eager=enforce_eager)
+        named = {name: SimpleNamespace(name=value) for name, value in (("mode", mode), ("cudagraph_mode", "FULL"))}
+        usual = {"lora_config": None, "speculative_config": None, "compilation_config": SimpleNamespace(**named)}
+        vllm._check_engine(SimpleNamespace(**{**usual, "model_config": model, **given}))
+
+    check()
+    with pytest.raises(Refused, match=rf"^\[vllm\.{code}\] .* is .*; accepted: "):
+        check(**changes)

@@ -1,0 +1,37 @@
+"""vLLM's configurations, one by one: each serves the tokens that it serves without the plugin, or the log says what stays."""
+
+import pytest
+import serve
+
+REQUESTS = 12
+OPAQUE = "vllm.moe_forward"
+STAYS = "stays with vllm-ascend's operator: "
+SHORT = 32  # max_num_batched_tokens, below the longest prompt and far below all of them
+# option: what it changes, capture sizes that remain
+TAKEN_OVER = {
+    "chunked_prefill": ({"max_num_batched_tokens": SHORT}, 4),
+    "more_sequences_than_captured": ({"max_num_seqs": 32}, 4),
+    "other_sizes": ({"compilation_config": {"cudagraph_capture_sizes": [1, 3, 5]}}, 3),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN_OVER)
+def test_taken_over_with_the_same_tokens(served, reference, name):
+    options, sizes = TAKEN_OVER[name]
+    found = served(requests=REQUESTS, graphs=True, plugin={"strict": True}, options=options)
+    assert found["tokens"] == reference.tokens[:REQUESTS]
+    assert list(found["layers"].values()) == ["", ""] and found["captures"] == sizes
+    assert found["compiled"] and all(OPAQUE not in calls for calls in found["compiled"])
+    [report] = found["reports"]
+    assert [block["comm"] for block in report["blocks"]] == ["allgather"] * 2
+    most = options.get("max_num_batched_tokens", 256)
+    assert f"graph for 1 to {most} tokens" in found["log"]
+
+
+def test_chunked_prefill_without_the_plugin(served, reference):
+    """The twin: prompts are in parts here too. The longest does not fit one batch."""
+    asked = serve.Settings(model="", cache="", requests=REQUESTS)
+    assert max(len(prompt) for prompt in serve.prompts(asked)) > SHORT
+    options, _ = TAKEN_OVER["chunked_prefill"]
+    found = served(requests=REQUESTS, options=options)
+    assert found["tokens"] == reference.tokens[:REQUESTS] and not found["compiled"]
