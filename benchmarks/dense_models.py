@@ -7,6 +7,8 @@ Every type that transformers' AutoModel knows, but for the families with experts
 layers, and traced with make_fx: fake tensors, so that neither memory nor weights are needed. What cannot be built or traced so
 (data-dependent control flow, inputs that cannot be guessed) is counted and left. Kinds of graphs: ``KINDS``.
 
+Two graphs of a type with the same operators, in the same places, count once.
+
 Times are CPU time of the thread that runs the pass, the least of five runs on the same graph, which it does not change.
 A process for each type, forked from one that has imported transformers; a type that takes too long is given up.
 """
@@ -15,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
+import hashlib
 import json
 import multiprocessing
 import statistics
@@ -37,17 +41,25 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: E402
 from moe_lowering import Deployment, MoeLowering  # noqa: E402
 from moe_lowering.families.listing import families, model_type  # noqa: E402
 
-# (dtype, batch and tokens, symbolic sizes)
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How a model is traced. ``cached``: with a cache of keys and values where it has one; ``train``: with dropout."""
+
+    dtype: torch.dtype = torch.bfloat16
+    sizes: tuple[int, int] = (2, 33)  # batch and tokens
+    symbolic: bool = False
+    cached: bool = False
+    train: bool = False
+
+
 KINDS = {
-    f"{str(dtype).removeprefix('torch.')}, {how}": (dtype, sizes, how == "symbolic")
-    for dtype in (torch.bfloat16, torch.float32)
-    for how, sizes in (
-        ("1 x 16", (1, 16)),
-        ("2 x 33", (2, 33)),
-        ("symbolic", (2, 24)),
-        ("4 x 8", (4, 8)),
-        ("1 x 40", (1, 40)),
-    )
+    "bfloat16": Kind(),
+    "float32": Kind(torch.float32),
+    "symbolic sizes": Kind(symbolic=True),
+    "with a cache": Kind(cached=True),
+    "in training": Kind(train=True),
+    "float32, symbolic sizes, with a cache": Kind(torch.float32, symbolic=True, cached=True),
 }
 LAYERS = 4
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
@@ -122,15 +134,16 @@ class Tracer:
 
     def trace(self, kind: str) -> GraphModule:
         """The graph of a kind."""
-        dtype, (batch, tokens), symbolic = KINDS[kind]
+        how = KINDS[kind]
+        dtype, (batch, tokens), symbolic = how.dtype, how.sizes, how.symbolic
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv() if symbolic else None)
         if dtype not in self.models:
             with FakeTensorMode(), torch.no_grad():
                 self.models[dtype] = build(self.name, dtype)
-        model = self.models[dtype]
+        model = self.models[dtype].train(how.train)
         given = inputs_of(model, batch, tokens, dtype)
         keys = list(given)
-        cached = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+        cached = {"use_cache": how.cached} if hasattr(model.config, "use_cache") else {}
         for tensors in (model.named_parameters(), model.named_buffers()):
             for tensor_name, tensor in list(tensors):
                 owner, _, last = tensor_name.rpartition(".")
@@ -171,7 +184,17 @@ def measure(gm: GraphModule) -> dict[str, Any]:
             for layer in report.foreign
         ],
         "unchanged": len(gm.graph.nodes) == nodes,
+        "graph": fingerprint(gm),
     }
+
+
+def fingerprint(gm: GraphModule) -> str:
+    """A hash of the operators in their order, and of which value each reads: sizes and dtypes are not in it."""
+    numbers = {node: number for number, node in enumerate(gm.graph.nodes)}
+    lines = (
+        f"{n.op} {n.target if n.op != 'placeholder' else ''} {[numbers[i] for i in n.all_input_nodes]}" for n in numbers
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def attempt(name: str) -> list[dict[str, Any]]:
@@ -185,6 +208,8 @@ def attempt(name: str) -> list[dict[str, Any]]:
             continue
         try:
             row |= measure(tracer.trace(kind))
+            if row["graph"] in {done.get("graph") for done in rows}:  # a model without dropout, in training
+                row["error"] = "the same operators as another kind's graph"
         except Exception as error:  # of any model's code, which is not ours to judge
             row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
         rows.append(row)

@@ -11,7 +11,7 @@ Cost: the graph's index by target gives the targets that occur, and each is clas
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -62,17 +62,21 @@ def find_foreign(
     """One record for each MoE layer of the graph that is neither generic nor emitted by the pass, in graph order.
 
     Args:
-        told: nodes of layers that are reported as blocks.
+        reported: nodes of layers that are reported as blocks, lowered or left: their routers are not told alone.
         not_raised: of operators that the pass tried to raise, why it did not.
     """
+
+    def is_told(node: Node) -> bool:
+        return node in reported or _is_ours(node)
+
     codes: dict[Node, str] = {}
-    for node, kind in _by_name(graph):
+    for node, kind in _by_name(graph, is_told):
         codes[node] = f"foreign.{kind}"
     for code, nodes in (
         ("foreign.gathered_weights", gathered_weights(graph)),
         ("foreign.stacked_weights", stacked_weights(graph)),
         ("foreign.expert_loop", expert_loops(graph) + stacked_results(graph)),
-        ("foreign.routing_alone", routing_alone(graph, _is_ours)),
+        ("foreign.routing_alone", routing_alone(graph, is_told)),
     ):
         for node in nodes:
             if not is_emitted(node):
@@ -81,7 +85,7 @@ def find_foreign(
     return [_record(nodes, codes, not_raised or {}) for nodes in layers]
 
 
-def _by_name(graph: Graph) -> Iterable[tuple[Node, str]]:
+def _by_name(graph: Graph, is_told: Callable[[Node], bool]) -> Iterable[tuple[Node, str]]:
     for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
         # No nodes: a look-up in the graph's index leaves an empty entry for its target
         if op != "call_function" or not nodes:
@@ -99,13 +103,13 @@ def _by_name(graph: Graph) -> Iterable[tuple[Node, str]]:
             continue
         kind = operators.kind_of(target)
         if kind is not None:
-            yield from ((node, kind) for node in nodes if _counts_as_moe(node, kind))
+            yield from ((node, kind) for node in nodes if _counts_as_moe(node, kind, is_told))
 
 
-def _counts_as_moe(node: Node, kind: str) -> bool:
+def _counts_as_moe(node: Node, kind: str, is_told: Callable[[Node], bool]) -> bool:
     if is_emitted(node) or not operators.is_used_for_experts(node):
         return False
-    return kind != operators.ROUTER or not reaches(node, _is_ours)
+    return kind != operators.ROUTER or not reaches(node, is_told)
 
 
 def _is_ours(node: Node) -> bool:

@@ -124,7 +124,7 @@ def _activates(node: Node) -> bool:
 
 
 def _is_pointwise(node: Node) -> bool:
-    name = name_of(node)
+    name = name_of(node).removesuffix("_")  # also in place
     return name in VIEWS or name in POINTWISE or is_activation(name)
 
 

@@ -20,6 +20,10 @@ VIEWS = _split_words(
     "view _unsafe_view reshape permute transpose t expand unsqueeze squeeze clone contiguous alias detach _to_copy to "
     "convert_element_type flatten unflatten _reshape_alias repeat lift_fresh_copy"
 )
+# Operators that functionalisation without views puts in their place: ``view_copy`` for ``view``, with the same arguments
+_COPIED_VIEWS = _split_words(
+    "view permute transpose t expand unsqueeze squeeze alias detach slice select split split_with_sizes unbind _reshape_alias"
+)
 POINTWISE = _split_words(
     "add sub mul div neg clamp clamp_min clamp_max minimum maximum rsub addcmul square where split split_with_sizes "
     "unbind chunk slice select getitem cat chunk_cat npu_format_cast exp reciprocal"
@@ -44,12 +48,17 @@ Walk = Callable[[Node], Any]  # a question about a node
 _NAMES: dict[int, tuple[Any, str]] = {}  # by id: an operator's own hash is Python code, asked for 450 times a graph
 
 
+def without_copy(name: str) -> str:
+    """The name of an operator, of ``view_copy`` and its kin that of the view."""
+    return name[:-5] if name.endswith("_copy") and name[:-5] in _COPIED_VIEWS else name
+
+
 def _target_name(target: Any) -> str:
     known = _NAMES.get(id(target))
     if known is not None and known[0] is target:
         return known[1]
     if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.partition("::")[2]
+        name = without_copy(target._schema.name.partition("::")[2])
         _NAMES[id(target)] = target, name
         return name
     return "getitem" if target is operator.getitem else ""

@@ -12,8 +12,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from moe_lowering.deployment import Deployment
@@ -32,6 +30,7 @@ from moe_lowering.passes.capturability import may_be_captured, not_capturable
 from moe_lowering.passes.decision import Decision, decide
 from moe_lowering.passes.edit_log import ModuleEdits
 from moe_lowering.passes.emitter import Constants, Emitter, Recording
+from moe_lowering.passes.fake_modes import join_fake_modes
 from moe_lowering.passes.find_blocks import find_blocks
 from moe_lowering.passes.forward_casts import note_casts
 from moe_lowering.passes.graph_nodes import graph_nodes
@@ -117,10 +116,9 @@ class GraphRun:
         if self.inside is not None and self.inside.refused:
             self.left = [(node, self.inside.refused) for node in generic_nodes(self.graph.nodes)]
             return []
-        fake_mode = _fake_mode(self.graph)
-        if fake_mode is None:  # not a graph of torch.compile
-            reason = "the graph has no fake values (meta['val']): nothing can be proven"
-            self.left = [(node, reason) for node in generic_nodes(self.graph.nodes)]
+        fake_mode = join_fake_modes(self.graph)
+        if isinstance(fake_mode, str):  # not a graph of torch.compile
+            self.left = [(node, fake_mode) for node in generic_nodes(self.graph.nodes)]
             return []
         self.fake_mode, self._shape_env = fake_mode, fake_mode.shape_env
         self.tapes.shape_env = self._shape_env
@@ -396,8 +394,3 @@ class GraphRun:
             if violations:
                 texts = "; ".join(f"{{{i}}}" for i in range(len(violations)))
                 raise VerificationError(Wording(texts, tuple((str(i), v) for i, v in enumerate(violations))))
-
-
-def _fake_mode(graph: Graph) -> FakeTensorMode | None:
-    values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
-    return torch._guards.detect_fake_mode(values)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 COMPUTED_EVERY_FORWARD = (
     "gate and up projection are two tensors: they are put side by side in every forward, which copies "
-    "{megabytes:.1f} MB; moe_lowering.projections.join_projections(model) does it once"
+    "{copied}; moe_lowering.projections.join_projections(model) does it once"
 )
 
 
@@ -77,13 +77,15 @@ def _lower(run: GraphRun, layer: ForeignBlock) -> tuple[Block, BlockReport]:
             raise _Left(
                 None, left_as_it_is(layer, f"[raise.generic] the generic operators refuse it: {error}")
             ) from error
-        same_value(layer.result, generic.result)
+        for old, new in generic.results:
+            same_value(old, new)
         _move_readers(run, layer, generic)
         block = find_block(generic.dispatch, run.foreign.surroundings)
         if isinstance(block, str):
             raise _Left(None, left_as_it_is(layer, block))
         run.foreign.raised[block.combine] = layer
-        run.edits.replace_uses(layer.result, generic.result)
+        for old, new in generic.results:
+            run.edits.replace_uses(old, new)
         report = run.lower_block(block)
         if report.comm is None:
             raise _Left(block, report, run.take_back(block))
@@ -116,7 +118,7 @@ def _erase(run: GraphRun, layer: ForeignBlock, generic: Generic, block: Block) -
     run.edits.erase([*dead])
     result = generic.result if generic.result is not generic.combine else run.replacement_of(block)
     run.edits.take_name(result, layer.result)
-    run.replaced[layer.result] = result
+    run.replaced.update({**dict(generic.results), layer.result: result})
 
 
 def original_operators(layer: ForeignBlock) -> tuple[str, ...]:
@@ -132,7 +134,8 @@ def _weights_notes(layer: ForeignBlock) -> Sequence[str]:
     if not layer.w13.joined:
         return ()
     size = sum(node.meta["val"].numel() * node.meta["val"].element_size() for node in layer.w13.nodes)
-    return (COMPUTED_EVERY_FORWARD.format(megabytes=size / 2**20),)
+    copied = f"{size / 2**20:.1f} MB" if isinstance(size, int) else "tensors whose sizes are not known"
+    return (COMPUTED_EVERY_FORWARD.format(copied=copied),)
 
 
 def _unchanged(layer: ForeignBlock, report: BlockReport) -> BlockReport:

@@ -18,13 +18,14 @@ from __future__ import annotations
 import bisect
 import functools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from moe_lowering.passes.own_writes import is_unseen_write
 from moe_lowering.source_lines import innermost
 
 # Their schemas declare every view, but for those of _VIEWS_UNSAID
@@ -39,15 +40,19 @@ _IN_PLACE = frozenset(name for name in dir(operator) if name.startswith("i") and
 
 
 class Writes:
-    """The writes of one graph, as it is when this is made."""
+    """The writes of one graph, as it is when this is made; not those into memory that nothing else reads."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._nodes = sorted(_writers(graph))
+        self._nodes = sorted(node for node in _writers(graph) if not is_unseen_write(node))
         self._memory: dict[Node, Node] | None = None
 
-    def between(self, first: Node, last: Node, read: Iterable[Node]) -> Node | None:
-        """A node after ``first`` and before ``last`` that may write what one of ``read`` is, or shares memory with."""
+    def between(self, first: Node, last: Node, read: Iterable[Node], gone: Container[Node] = ()) -> Node | None:
+        """A node after ``first`` and before ``last`` that may write what one of ``read`` before it is, or shares memory with.
+
+        Args:
+            gone: writers that do not count, as they are erased with what they write into.
+        """
         if not self._nodes:
             return None
         low, high = bisect.bisect_right(self._nodes, first), bisect.bisect_left(self._nodes, last)
@@ -55,13 +60,18 @@ class Writes:
             return None
         if self._memory is None:
             self._memory = _shared_memory(self._graph)
-        roots = {_root(self._memory, node) for node in read}
-        return next((node for node in self._nodes[low:high] if self._hits(node, roots)), None)
+        roots: dict[Node, Node] = {}  # to the first node that has this memory
+        for node in sorted(read, reverse=True):
+            roots[_root(self._memory, node)] = node
+        return next((node for node in self._nodes[low:high] if node not in gone and self._hits(node, roots)), None)
 
-    def _hits(self, node: Node, roots: set[Node]) -> bool:
+    def _hits(self, node: Node, roots: dict[Node, Node]) -> bool:
+        """What was made by a write, or after it, is as it was made."""
         assert self._memory is not None
         written = _written(node)
-        return written is None or any(not _is_known(n) or _root(self._memory, n) in roots for n in written)
+        if written is None or not all(map(_is_known, written)):
+            return True
+        return any(roots.get(_root(self._memory, n), node) < node for n in written)
 
 
 def describe(node: Node) -> str:
@@ -199,7 +209,8 @@ def _shared_memory(graph: Graph) -> dict[Node, Node]:
         parents[node] = node
         for source in _may_be(node):
             _join(parents, source, node)
-        for leaf in tree_leaves(node.meta.get("val")) if node.op != "output" else ():
+        has_memory = node.op != "output" and not _gives_parts(node)
+        for leaf in tree_leaves(node.meta.get("val")) if has_memory else ():
             storage = _storage(leaf)
             if storage is not None:
                 _join(parents, owners.setdefault(storage, node), node)
@@ -211,6 +222,8 @@ def _may_be(node: Node) -> list[Node]:
     target = node.target
     if node.op in ("placeholder", "get_attr", "output") or _is_size(node):
         return []
+    if target is operator.getitem and isinstance(node.args[0], Node) and _gives_parts(node.args[0]):
+        return []
     if not isinstance(target, torch._ops.OpOverload):
         functional = isinstance(target, torch._ops.HigherOrderOperator) and not _may_write(target)
         return [] if functional else _tensor_nodes((node.args, node.kwargs))
@@ -220,6 +233,19 @@ def _may_be(node: Node) -> list[Node]:
     if not _returns_views(target):
         return []
     return [n for argument, value in _bound(node) if argument.alias_info is not None for n in _tensor_nodes(value)]
+
+
+def _gives_parts(node: Node) -> bool:
+    """Whether a node gives several new tensors, such as values and indices, each of which is read by itself."""
+    target = node.target
+    if (
+        not isinstance(target, torch._ops.OpOverload)
+        or target.namespace not in _TRUE_SCHEMAS
+        or len(target._schema.returns) < 2
+    ):
+        return False
+    is_new = not target._schema.is_mutable and not _returns_views(target)
+    return is_new and all(user.target is operator.getitem for user in node.users)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ class BlockCost:
         implementation, form: by their names.
         tokens: T that it is counted at.
         kernels: launches of a layer, ``exchanges`` of them collectives. once: kernels that all layers of a graph share.
-        moved: bytes read and written, ``outside`` of them not by collectives.
+        moved: bytes read and written beside the experts' weights, ``outside`` of them not by collectives.
         sent_within, sent_between: bytes that a rank sends to others of its node, and to other nodes; those that MC2's and the
             fused operators send inside among them, with tokens spread evenly.
         buffers: the most bytes that the layer's results take at once, row buffers at their bound.
@@ -49,7 +49,8 @@ class BlockCost:
         once = f"; {self.once} kernels once per graph" if self.once else ""
         return (
             f"{self.name}: {self.kernels} kernel{'' if self.kernels == 1 else 's'}{exchanges}, {_mb(self.moved)} read and "
-            f"written, {_mb(self.sent_within)} sent within the node{between}, buffers of {_mb(self.buffers)}{once}; "
+            f"written beside weights, {_mb(self.sent_within)} sent within the node{between}, buffers of "
+            f"{_mb(self.buffers)}{once}; "
             f"{self.us:.0f} +- {self.error_us:.0f} us"
         )
 

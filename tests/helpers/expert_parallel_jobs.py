@@ -8,16 +8,17 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from edit_outcomes import outcomes
 from functorch.compile import make_boxed_func
-from npu_chain_jobs import outcomes
+from npu_chain_edits import edit
 from rank_jobs import setup
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from moe_lowering import Deployment, MoeLowering
+from moe_lowering import AgreementError, Deployment, MoeLowering
 from moe_lowering.backends.aot import lowering_backend
 
-__all__ = ["compile_block", "compile_with", "edited", "setup"]
+__all__ = ["compare_blocks", "compile_block", "compile_with", "edited", "setup"]
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 128, 8, 2  # as small as MC2 takes them
 _groups: list[str] = []
 
@@ -52,18 +53,22 @@ class Changed:
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         rank = (self.rank + (self.change == "the other rank's place")) % dist.get_world_size()
-        off = (ids // self.count) != rank
+        given = ids + 1 if self.change == "a range off by one" else ids
+        off = (given // self.count) != rank
         past = self.count - 1 if self.change == "an expert for those of others" else self.count
-        own = torch.where(off, past, ids % self.count)
-        weights = weights if self.change == "weights of others" else weights.masked_fill(off, 0.0)
-        y = self.forward(x, own, weights)
+        own = torch.where(~off if self.change == "the condition inverted" else off, past, self.local(ids))
+        masked = {"another mask at one end": off.flip(0), "the mask inverted": ~off, "weights of others": off & ~off}
+        y = self.forward(x, own, weights.masked_fill(masked.get(self.change, off), 0.0))
         if self.change == "relu before the sum":
             y = y.relu()
-        operation = "max" if self.change == "a maximum" else "sum"
-        total = torch.ops._c10d_functional.wait_tensor(
-            torch.ops._c10d_functional.all_reduce(y, operation, self.group.group_name)
-        )
+        operation = {"a maximum": "max", "the mean": "avg"}.get(self.change, "sum")
+        group = "another" if self.change == "another group" else self.group.group_name
+        total = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(y, operation, group))
         return total + y if self.change == "one rank's result read" else total
+
+    def local(self, ids: Tensor) -> Tensor:
+        """The number of an expert among its rank's."""
+        return ids % (self.count - 1 if self.change == "fewer experts on a rank" else self.count)
 
 
 def shard(block: nn.Module, rank: int, implementation: str, change: str) -> None:
@@ -155,6 +160,22 @@ def edited(rank: int, case: tuple[Any, ...], comm: str, seeds: list[str]) -> lis
     """What became of graphs with random edits, the same on each rank: (outcome, what is wrong or "")."""
     gm, inputs = graph_of(rank, *case)
     return outcomes(gm, {str(at): tensor for at, tensor in enumerate(inputs)}, deployment(rank), comm, seeds)
+
+
+def compare_blocks(rank: int, case: tuple[Any, ...], seed: str) -> tuple[bool, str]:
+    """Of a graph with an edit: whether this rank's layer is raised, and with which error its graph then ends, before
+    it sends anything, the comparison with the others."""
+    gm, inputs = graph_of(rank, *case)
+    gm, _ = edit(gm, seed)
+    lowering = MoeLowering(deployment(rank), "allgather")
+    lowering(gm, agreement_timeout=1.0)
+    if not lowering.reports[0].blocks:
+        return False, ""
+    try:
+        gm(*inputs)
+    except AgreementError as error:
+        return True, type(error).__name__
+    return True, ""
 
 
 def first(result: Any) -> Tensor:

@@ -92,6 +92,16 @@ def gelu_tanh(h: Tensor) -> Tensor:
     return up * F.gelu(gate, approximate="tanh")
 
 
+def softcapped(h: Tensor) -> Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return torch.tanh(gate / 2.5) * 2.5 * torch.sigmoid(gate) * (torch.tanh(up / 0.7) * 0.7)
+
+
+def clamped_after(h: Tensor) -> Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate).clamp(max=0.5) * up.clamp(min=-0.5, max=0.5)
+
+
 def in_float32(h: Tensor) -> Tensor:
     gate, up = h.chunk(2, dim=-1)
     return (F.silu(gate.float()) * up.float()).to(h.dtype)
@@ -255,6 +265,13 @@ def gpt_fast(x: Tensor, weights: Tensor, ids: Tensor, **t: Tensor) -> Tensor:
 
 NK = {"w13": (EXPERTS, 2 * INTERMEDIATE, HIDDEN), "w2": (EXPERTS, HIDDEN, INTERMEDIATE)}  # as transformers stores them
 KN = {"w13": (EXPERTS, HIDDEN, 2 * INTERMEDIATE), "w2": (EXPERTS, INTERMEDIATE, HIDDEN)}
+UNGATED = {"w13": (EXPERTS, INTERMEDIATE, HIDDEN), "w2": (EXPERTS, HIDDEN, INTERMEDIATE)}
+UNGATED_KN = {
+    "w13": (EXPERTS, HIDDEN, INTERMEDIATE),
+    "w2": (EXPERTS, INTERMEDIATE, HIDDEN),
+    "w13_bias": (EXPERTS, INTERMEDIATE),
+    "w2_bias": (EXPERTS, HIDDEN),
+}
 BIASES = {"w13_bias": (EXPERTS, 2 * INTERMEDIATE), "w2_bias": (EXPERTS, HIDDEN)}
 APART = {
     "w1": (EXPERTS, INTERMEDIATE, HIDDEN),
@@ -289,6 +306,16 @@ FORMS = {
     "grouped_mm, gelu": Foreign(G, grouped(gelu), NK, nk(activation="gelu"), FLOAT),
     "grouped_mm, gelu_tanh": Foreign(G, grouped(gelu_tanh), NK, nk(activation="gelu_tanh"), FLOAT),
     "grouped_mm, gate in float32": Foreign(G, grouped(in_float32), NK, nk()),
+    "grouped_mm, clamps after": Foreign(
+        G, grouped(clamped_after), NK, nk(activation="swiglu_clamp_after", limit=0.5), FLOAT
+    ),
+    "grouped_mm, softcap": Foreign(
+        G, grouped(softcapped), NK, nk(activation="swiglu_softcap", limit=2.5, alpha=0.7), FLOAT
+    ),
+    "grouped_mm, relu": Foreign(G, grouped(F.relu), UNGATED, nk(activation="relu"), FLOAT),
+    "grouped_mm, relu2, biased": Foreign(
+        G, grouped(lambda h: torch.square(F.relu(h)), True, True), UNGATED_KN, kn(activation="relu2"), FLOAT
+    ),
     "index_add": Foreign(G, index_add, KN, kn(), FLOAT),
     "argsort back": Foreign(G, argsort_back, KN, kn(), FLOAT),
     **{f"counted by {name}": Foreign(G, counted(count), KN, kn(), FLOAT) for name, count in COUNTS.items()},

@@ -8,12 +8,16 @@ Form after hicann/cann-recipes-infer fbc225d (2026-08-21), models/: written anew
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 64, 8, 2
+RANKS = int(os.environ.get("MOE_LOWERING_RANKS", "2"))  # of the tests' pools
+# Experts: at least four on each rank, fewer are not for FusedMC2
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 64, max(8, 4 * RANKS), 2
 FORMATS = ("none", "w8a8", "w4a16", "w4a8")
 INT8 = ("w8a8", "w4a8")  # formats whose rows are int8
 BF16 = 15  # output_dtype
@@ -57,8 +61,9 @@ def width_of(quantisation: str) -> int:
     return 256 if quantisation == "w4a8" else INTERMEDIATE
 
 
+@functools.cache
 def make_weights(quantisation: str, first: int = 1) -> Weights:
-    """Drawn from seeds ``first`` and the next."""
+    """Drawn from seeds ``first`` and the next; the same tensors each time, which nobody writes."""
     shapes = ((EXPERTS, HIDDEN, 2 * width_of(quantisation)), (EXPERTS, width_of(quantisation), HIDDEN))
     raw = [numbers(seed, *shape, scale=shape[1] ** -0.5) for seed, shape in enumerate(shapes, first)]
     if quantisation == "none":
@@ -166,7 +171,7 @@ class Layer(torch.nn.Module):
 
     def scaled(self, rows: Tensor, name: str, row_scale: Tensor, groups: Tensor) -> Tensor:
         """By int4 weights, whose bias stands where ``w4a16`` has its offset."""
-        scale, bias = getattr(self, f"{name}_scale"), getattr(self, f"{name}_offset")
+        scale, bias = self.change("scale", getattr(self, f"{name}_scale")), getattr(self, f"{name}_offset")
         more = {"scale": [scale], "bias": [bias], "per_token_scale": [row_scale], "output_dtype": BF16}
         return self.matmul(rows, name, groups, **self.change("scaled", more))
 
@@ -311,6 +316,9 @@ def reference(layer: Layer, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             hidden = (row if smooth_x is None else row * smooth_x[expert]) @ layer.whole.dense13[expert]
             gate, up = hidden.chunk(2)
             opened = gate / (1 + torch.exp(-gate))
+            if layer.activation == "swiglu_oai":  # even and odd columns
+                gate, up = hidden[::2].clamp(max=7.0), hidden[1::2].clamp(-7.0, 7.0) + 1
+                opened = gate / (1 + torch.exp(-1.702 * gate))
             if layer.activation == "swiglu_clamp_after":
                 opened, up = opened.clamp(max=0.5), up.clamp(-0.5, 0.5)
             if layer.activation == "swiglu_clamp":

@@ -60,6 +60,33 @@ class First(chains.Mc2):
         return chains.npu().npu_moe_distribute_combine(*args, **more)
 
 
+class Normed(chains.Mc2):
+    """A combine that adds a residual and normalises the sum. ``read``: which results are returned."""
+
+    def __init__(self, *args: Any, read: tuple[int, ...] = (0, 2), **more: Any) -> None:
+        super().__init__(*args, shared="", **more)
+        self.read = read
+        self.register_buffer("gamma", chains.numbers(8, chains.HIDDEN).bfloat16())
+
+    def combine(self, *args: Any, **more: Any) -> Any:
+        residual = self.change("residual", torch.full((6, 1, chains.HIDDEN), 0.5, dtype=torch.bfloat16))
+        given = {"norm_eps": 1e-5, **more}
+        made = chains.npu().npu_moe_distribute_combine_add_rms_norm(*args, residual, self.gamma, **given)
+        return tuple(made[at] for at in self.read)
+
+    @staticmethod
+    def joined(results: tuple[Tensor, ...]) -> Tensor:
+        """[T, the results one behind the other]."""
+        return torch.cat([each.squeeze(1).float() for each in results], -1)
+
+    def reference(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """[T, the results that are read, one behind the other]."""
+        total = chains.reference(self, x, ids, weights) + 0.5
+        inverse = (total.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        results = (total * inverse * self.gamma.double(), inverse, total)
+        return torch.cat([results[at] for at in self.read], -1)
+
+
 class WaitingFirst(First, chains.Waiting):
     pass
 
@@ -85,22 +112,26 @@ class Gathered(chains.Layer):
         x, ids, weights = self.gathered(x), self.gathered(ids), self.gathered(weights.bfloat16())
         local = chains.EXPERTS // self.ranks
         first, last = self.change("range", (self.rank * local, (self.rank + 1) * local))
-        rows, index, counts, scale = chains.npu().npu_moe_init_routing_v2(
-            x, ids, expert_num=chains.EXPERTS, expert_tokens_num_type=1, expert_tokens_num_flag=True,
-            active_expert_range=[self.rank * local, (self.rank + 1) * local],
-            quant_mode=1 if self.quantisation in chains.INT8 else -1,
-        )  # fmt: skip
+        given = {
+            "expert_num": chains.EXPERTS, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True,
+            "active_expert_range": [self.rank * local, (self.rank + 1) * local],
+            "quant_mode": 1 if self.quantisation in chains.INT8 else -1, **self.changes.get("route", {}),
+        }  # fmt: skip
+        rows, index, counts, scale = chains.npu().npu_moe_init_routing_v2(x, ids, **given)
         out = self.change("out", self.experts(rows, scale, counts))
-        own = (ids >= first) & (ids < last)
+        index, compared = self.change("index", index), self.change("compared", ids)
+        own = self.change("own", (compared >= first) & (compared < last))
         if self.masked == "where":
             weights = torch.where(own, weights, 0.0)
         elif self.masked == "mul":
             weights = weights * own
+        weights = self.change("weights", weights)
         if self.back == "finalize":
             y = chains.npu().npu_moe_finalize_routing(out, None, None, None, weights, index.abs(), None, 2)
         else:
             y = chains.npu().npu_moe_token_unpermute(out, index.abs(), weights)
-        return self.sums(self.change("sums", y), self.change("reduce", "sum"))
+        y = self.sums(self.change("sums", y), self.change("reduce", "sum"))
+        return (y, self.changes["returned"](rows, scale, counts, out)) if "returned" in self.changes else y
 
     def sums(self, y: Tensor, operation: str) -> Tensor:
         mine = torch.ops._c10d_functional.reduce_scatter_tensor(y, operation, self.ranks, self.group)
@@ -142,7 +173,9 @@ class Sharded(chains.Routed):
         return chains.inputs(0, tokens)
 
     def reference(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        total = x.double() @ self.w_shared.double() if self.shared else torch.zeros(len(x), 1)
+        total = torch.zeros(len(x), 1)
+        if self.shared:  # of the other ranks; this one's is added by who calls
+            total = (len(self.columns) - 1) * (x.double() @ self.w_shared.double())
         for columns in self.columns:
             self.whole = columns
             total = total + chains.reference(self, x, ids, weights.bfloat16())

@@ -24,7 +24,6 @@ from moe_lowering.passes.raise_foreign.match_mc2_chain import DISPATCH, match_mc
 from moe_lowering.passes.raise_foreign.match_routing_chain import ROUTE, match_routing
 from moe_lowering.passes.raise_foreign.npu_chain import foreign_block
 from moe_lowering.passes.raise_foreign.records import NotThisForm
-from moe_lowering.vocabulary import ACTIVATIONS
 
 MC2 = {
     "bfloat16": {},
@@ -205,15 +204,30 @@ def test_a_twin_of_an_mc2_chain_is_left(pair, twin):
     assert left.value.record.code == code, left.value
 
 
+NORM_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a residual of one token": ("raise.dtype", {"residual": lambda given: given[:1]}),
+    "a residual in float32": ("raise.dtype", {"residual": torch.Tensor.float}),
+    "a shared expert, which is weighed or is not": (
+        "raise.literal", {"combine": {"shared_expert_x": torch.ones(6, chains.HIDDEN).bfloat16()}}
+    ),
+    "copy experts": ("raise.literal", {"dispatch": {"copy_expert_num": 1}, "combine": {"copy_expert_num": 1}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("twin", NORM_TWINS)
+def test_a_twin_of_a_combine_with_a_norm_is_left(pair, twin):
+    code, changes = NORM_TWINS[twin]
+    graph = graph_of(variants.Normed(pair.ep_communicator, "none", "swiglu", 0, pair.ep_size, **changes), pair)
+    with pytest.raises(NotThisForm) as left:
+        foreign_block(match_mc2(anchor(graph, DISPATCH), pair), graph)
+    assert left.value.record.code == code, left.value
+
+
 def test_clamps_after_silu_are_an_activation_of_their_own(pair):
     graph = graph_of(mc2_layer(pair, activation="swiglu_clamp_after"), pair)
     node = anchor(graph, DISPATCH)
-    if "swiglu_clamp_after" in ACTIVATIONS:
-        given = match_mc2(node, pair).experts.given
-        assert (given["activation"], given["limit"]) == ("swiglu_clamp_after", 0.5)
-        return
-    with pytest.raises(NotThisForm, match=r"raise\.activation"):
-        match_mc2(node, pair)
+    given = match_mc2(node, pair).experts.given
+    assert (given["activation"], given["limit"]) == ("swiglu_clamp_after", 0.5)
 
 
 def test_smooth_scales_of_one_are_dropped_and_others_are_not(pair):
@@ -355,6 +369,11 @@ def test_each_code_is_documented():
     names = (
         "chain_walk",
         "match_npu_mlp",
+        "match_int8_experts",
+        "npu_matmuls",
+        "group_lists",
+        "masked_weights",
+        "normed_combine",
         "match_npu_activation",
         "match_mc2_chain",
         "match_routing_chain",

@@ -51,7 +51,7 @@ def add_command(commands: Any) -> None:
         examples=EXAMPLES,
     )
     add = parser.add_argument
-    add("--only", type=_names, default=(), metavar="FAMILY,...", help="these families (default all)")
+    add("--only", type=_names, action="extend", default=[], metavar="FAMILY,...", help="these families (default all)")
     for option, values, what in (
         ("--ways", WAYS, "ways"),
         ("--dtypes", DTYPES, "dtypes"),

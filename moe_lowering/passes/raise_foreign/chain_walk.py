@@ -3,9 +3,10 @@
 Contract. Reads the graph, never edits it. What is not proven ends the walk: ``NotThisForm`` with a stable code, the node, what
 was seen and what is accepted. Defaults of the schema are filled in before an argument is looked at.
 
-Two kinds of readers are no use of a value. ``air.wait_tensor(other, ours)`` orders ``other`` after ours and passes ``other``
-on: an edge (``Walk.edges``), which whoever replaces the value must hang on something else. ``wait_tensor(ours, other)``, a view
-to the same shape and an alias are the value itself, and are walked through.
+Three kinds of readers are no use of a value. What is made in its sizes (``empty_like``) reads no element.
+``air.wait_tensor(other, ours)`` orders ``other`` after ours and passes ``other`` on: an edge (``Walk.edges``), which whoever
+replaces the value must hang on something else. ``wait_tensor(ours, other)``, a view to the same shape and an alias are the value
+itself, and are walked through.
 Source: wheel.torchair_scope: npu_wait_tensor.
 """
 
@@ -21,6 +22,7 @@ from torch.fx import Node
 from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.foreign_operators import operator_name
+from moe_lowering.passes.raise_foreign.read_meanings import is_made_alike
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 aten = torch.ops.aten
@@ -32,11 +34,13 @@ class Walk:
     Attributes:
         interior: every node that belongs to the chain.
         edges: nodes that only wait for a value of the chain: (who waits, the value).
+        alike: nodes that are made in the sizes of a value of the chain, and read nothing else of it.
     """
 
     def __init__(self) -> None:
         self.interior: dict[Node, None] = {}
         self.edges: list[tuple[Node, Node]] = []
+        self.alike: list[Node] = []
 
     def add(self, *nodes: Node) -> None:
         self.interior.update(dict.fromkeys(nodes))
@@ -63,9 +67,21 @@ class Walk:
         for user in node.users:
             if is_wait(user) and user.args[1] is node and user.args[0] is not node:
                 self.edges.append((user, node))
+            elif is_made_alike(user):
+                self.alike.append(user)
             else:
                 readers.append(user)
         return readers
+
+    def close(self) -> None:
+        """What is made in the sizes of a value of the chain goes with it.
+
+        Raises:
+            NotThisForm: it is read by more than the chain.
+        """
+        for node in self.alike:
+            self.read_by(node, "a tensor as large as a value of the chain", *self.interior)
+            self.add(node)
 
     def onward(self, node: Node, what: str) -> tuple[Node, Node]:
         """The one reader of a value, and the node that it reads: the value itself, or one of the same after it."""
@@ -78,17 +94,22 @@ class Walk:
             if len(readers) > 1:
                 names = ", ".join(user.name for user in readers)
                 raise NotThisForm(node, "raise.single_use", f"{what}, {node.name}, is read by {names}", "one reader")
-            if not is_same(readers[0]) or readers[0].args[0] is not node:
+            path = same_value_after(node, readers[0])
+            if not path:
                 return readers[0], node
-            node = readers[0]
-            self.add(node)
+            self.add(*path)
+            node = path[-1]
 
     def read_by(self, node: Node | None, what: str, *readers: Node) -> None:
-        """A value of the chain is read by these only."""
+        """A value of the chain is read by these only, itself or behind views to the same shape."""
         if node is None:
             return
         for user in self.readers(node):
-            if user not in readers:
+            path = same_value_after(node, user) if user not in readers else ()
+            if path:
+                self.add(*path)
+                self.read_by(path[-1], what, *readers)
+            elif user not in readers:
                 names = ", ".join(reader.name for reader in readers)
                 raise NotThisForm(node, "raise.single_use", f"{what}, {node.name}, is read by {user.name}", names)
 
@@ -156,11 +177,46 @@ _VIEWS = frozenset({
 })  # fmt: skip
 
 
+_RESHAPES = frozenset({
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.squeeze.default,
+})  # fmt: skip
+_FEW = 4  # views one behind the other
+
+
+def same_value_after(node: Node, reader: Node) -> tuple[Node, ...]:
+    """The reader, where it is the value itself; or views, each read by the next alone, of which the last has its shape again."""
+    if is_same(reader) and reader.args[0] is node:
+        return (reader,)
+    path = [reader]
+    while len(path) <= _FEW and path[-1].target in _RESHAPES:
+        if same_sizes(value_of(path[-1]), value_of(node)):
+            return tuple(path)
+        if len(path[-1].users) != 1:
+            return ()
+        path.append(next(iter(path[-1].users)))
+    return ()
+
+
 def source_of(node: Node) -> Node:
-    """The value that a node is, behind views to the same shape."""
-    while node.op == "call_function" and is_same(node):
-        node = node.args[0]  # type: ignore[assignment]
+    """The value that a node is, behind views to the same shape, or views of which the last has that shape again."""
+    while node.op == "call_function":
+        before = node.args[0] if is_same(node) else _before_views(node)
+        if before is None:
+            return node
+        node = before  # type: ignore[assignment]
     return node
+
+
+def _before_views(node: Node) -> Node | None:
+    at: Any = node
+    for _ in range(_FEW):
+        if not isinstance(at, Node) or at.target not in _RESHAPES:
+            return None
+        at = at.args[0]
+        if isinstance(at.meta.get("val"), torch.Tensor) and same_sizes(value_of(at), value_of(node)):
+            return at
+    return None
 
 
 def equal_values(a: Any, b: Any) -> bool:

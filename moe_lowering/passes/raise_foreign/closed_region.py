@@ -4,7 +4,7 @@ Contract. Reads only. A region is closed when
 - each of its values but the result is read by the region alone (what only ids are, and their counts, may be read elsewhere:
   such a node stays, since it costs next to nothing to have it twice);
 - no scope begins or ends in it;
-- nothing that it reads or computes is written in place between its first node and its result.
+- nothing that it reads or computes is written in place between its first node and its result: of values that stay, too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from moe_lowering.passes.foreign_walks import name_of
 from moe_lowering.passes.memory_effects import Writes, describe
+from moe_lowering.passes.own_writes import is_own_write
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 
@@ -26,8 +27,23 @@ def region_of(result: Node, operands: Iterable[Node], is_outside: Callable[[Node
             if source not in region and source not in stop and not is_outside(source):
                 region.add(source)
                 pending.append(source)
-    looks = {user for node in region - {result} for user in node.users if looks_only(user)}
-    return sorted(region | {node for node in looks if region.issuperset(node.all_input_nodes)})
+    unread = sorted(region - {result})
+    while unread:
+        looks = {user for node in unread for user in node.users if looks_only(user) or is_dead(user)} - region
+        unread = [node for node in looks if region.issuperset(node.all_input_nodes)]
+        region.update(unread)
+    return sorted(region)
+
+
+def is_dead(node: Node, steps: int = 8) -> bool:
+    """Whether nothing reads a node, nor notices that it is not run. Graphs of torch.export and make_fx have such nodes.
+
+    Args:
+        steps: the longest chain of nodes that read each other and that nothing else reads.
+    """
+    if node.op != "call_function" or node.is_impure() or steps == 0:
+        return False
+    return all(is_dead(user, steps - 1) for user in node.users)
 
 
 def looks_only(node: Node) -> bool:
@@ -35,9 +51,29 @@ def looks_only(node: Node) -> bool:
     return name_of(node) == "_assert_tensor_metadata"
 
 
+def copies_before(region: Iterable[Node], is_own: Callable[[Node], bool]) -> tuple[list[Node], list[Node]]:
+    """What a region reads that is none of it: copies and views of other tensors, which the layer will read in their place, back
+    to those; and the tensors themselves, for which ``is_own`` holds."""
+    copies: list[Node] = []
+    own: list[Node] = []
+    visited, pending = {*region}, [*region]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source in visited:
+                continue
+            visited.add(source)
+            if is_own(source):
+                own.append(source)
+            else:
+                copies.append(source)
+                pending.append(source)
+    return copies, own
+
+
 def closed_region(
     result: Node,
     region: Iterable[Node],
+    before: Iterable[Node],
     read: Iterable[Node],
     may_stay: Callable[[Node], bool],
     scopes: Mapping[Node, tuple[str, ...]],
@@ -46,6 +82,7 @@ def closed_region(
     """The nodes of a region that go with its result, in graph order.
 
     Args:
+        before: what stands in front of the region and was read to prove it, such as what ids were chosen by.
         read: what will be read where the result stands.
         may_stay: of a value of the region that is read elsewhere, whether it may be.
         scopes: see ``scopes.scope_paths``.
@@ -53,7 +90,8 @@ def closed_region(
     Raises:
         NotThisForm: the region is not closed; names the node, and who reads, writes or encloses it.
     """
-    interior = set(region)
+    whole = set(region)
+    interior = {*whole}
     for node in sorted(interior, reverse=True):
         outside = [user for user in node.users if user not in interior]
         if node is result or not outside:
@@ -67,7 +105,7 @@ def closed_region(
             )
         interior.discard(node)
     _require_one_scope(result, interior, scopes)
-    _require_unwritten(result, interior, read, writes)
+    _require_unwritten(result, interior, whole.union(before), read, writes)
     return tuple(sorted(interior))
 
 
@@ -83,8 +121,12 @@ def _require_one_scope(result: Node, interior: set[Node], scopes: Mapping[Node, 
             )
 
 
-def _require_unwritten(result: Node, interior: set[Node], read: Iterable[Node], writes: Writes) -> None:
-    writer = writes.between(min(interior), result, [*interior, *read])
+def _require_unwritten(
+    result: Node, interior: set[Node], whole: set[Node], read: Iterable[Node], writes: Writes
+) -> None:
+    """Of all nodes of the region and before it: what stays because it is read elsewhere is computed anew in the layer."""
+    own = {node for node in interior if is_own_write(node)}
+    writer = writes.between(min(whole), result, [*whole, *read], gone=own)
     if writer is not None:
         raise NotThisForm(
             writer,

@@ -15,6 +15,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.arguments import positional_arguments
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.raise_foreign.normed_combine import emit_norm
 from moe_lowering.passes.raise_foreign.records import Copied, ForeignBlock, Weights
 from moe_lowering.passes.token_ranges import is_strict, must_vary
 from moe_lowering.passes.verifier import VerificationError
@@ -25,12 +26,13 @@ _NAMES = ("rows", "row_scale", "counts", "handle")
 
 @dataclasses.dataclass(frozen=True)
 class Generic:
-    """The nodes of a layer in generic form; ``result`` stands for the result of the foreign one."""
+    """The nodes of a layer in generic form; ``result`` stands for the result of the foreign one, or the first of several."""
 
     dispatch: Node
     counts: Node
     combine: Node
     result: Node
+    results: tuple[tuple[Node, Node], ...]  # (result of the layer, what stands for it), of all
 
 
 def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> Generic:
@@ -46,11 +48,15 @@ def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> 
         arguments = sent._asdict()
         alike = {name: arguments[name] for name in CombineCall._fields if name in arguments}
         if weights is None:
-            weights = emit.cast(_by_token(emit, block.weights, sent.x, block.top_k), torch.float32)
+            weights = _by_token(emit, block.weights, sent.x, block.top_k)
+            rounded = weights if block.rounded is None else emit.cast(weights, block.rounded)
+            weights = emit.cast(rounded, torch.float32)
         back = CombineCall[Any](**{**alike, "rows": mlp, "weights": weights, "handle": handle})
         combine = emit.call(OPS.combine.default, *positional_arguments(back))
         dispatch: Any = rows.args[0]
-        return Generic(dispatch, counts, combine, _result(block, emit, combine, weights))
+        y = _result(block, emit, combine, weights, sent)
+        results = [(block.result, y)] if block.norm is None else emit_norm(block.norm, emit, y)
+        return Generic(dispatch, counts, combine, dict(results)[block.result], tuple(results))
 
 
 def _fix_widths(block: ForeignBlock) -> None:
@@ -71,7 +77,9 @@ def _emit_dispatch(
     if block.x_scale is None and block.quantisation == "none":
         x = emit.cast(x, dtype)
     ids = emit.cast(_by_token(emit, block.ids, x, block.top_k), torch.int32)
-    weights = None
+    zero_experts, weights = block.zero_experts, None
+    if block.slot_mask is not None:
+        ids, zero_experts = _masked_ids(block, emit, ids, block.slot_mask), zero_experts + block.top_k
     if block.weigh_input:
         by_token = emit.cast(_by_token(emit, block.weights, x, block.top_k), torch.float32)
         x = emit.cast(emit.call(aten.mul.Tensor, x, by_token), dtype)
@@ -89,28 +97,37 @@ def _emit_dispatch(
         max_tokens=deployment.token_bound,
         max_rows=deployment.max_rows,
         x_smooth=block.x_smooth,
-        zero_experts=block.zero_experts,
+        zero_experts=zero_experts,
     )
     dispatch = emit.call(OPS.dispatch.default, *positional_arguments(sent))
     return sent, tuple(emit.item(dispatch, index) for index, _ in enumerate(_NAMES)), weights
 
 
-def _result(block: ForeignBlock, emit: Emitter, y: Node, weights: Node) -> Node:
+def _result(block: ForeignBlock, emit: Emitter, y: Node, weights: Node, sent: DispatchCall[Any]) -> Node:
     """As the foreign result is: its shape, its dtype, and with what is added."""
     result = block.result.meta["val"]
-    if y.meta["val"].dim() != result.dim():
+    if block.norm is None and y.meta["val"].dim() != result.dim():
         y = emit.call(aten.reshape.default, y, _shape(block, emit, result))
-    y = emit.cast(y, result.dtype)
+    y = emit.cast(y, result.dtype if block.norm is None else block.norm.gamma.meta["val"].dtype)
     for base in block.bases:
         y = emit.call(aten.add.Tensor, base, y)
-    return y if block.copied is None else _add_copies(block, block.copied, emit, y, weights)
+    return y if block.copied is None else _add_copies(block.copied, emit, y, weights, sent)
 
 
-def _add_copies(block: ForeignBlock, copied: Copied, emit: Emitter, y: Node, weights: Node) -> Node:
+def _masked_ids(block: ForeignBlock, emit: Emitter, ids: Node, mask: Node) -> Node:
+    """Slots that give nothing as choices of zero experts, which differ for a token, as all of its experts do."""
+    first, device = block.num_experts + block.zero_experts, ids.meta["val"].device
+    nothing = emit.call(
+        aten.arange.start, first, first + block.top_k, dtype=torch.int32, device=device, pin_memory=False
+    )
+    return emit.call(aten.where.self, mask, ids, nothing)
+
+
+def _add_copies(copied: Copied, emit: Emitter, y: Node, weights: Node, sent: DispatchCall[Any]) -> Node:
     """y + x * the sum of the weights of those choices, rounded once."""
-    ids = block.ids
+    ids = sent.ids
     chosen = emit.call(aten.ge.Scalar, ids, copied.first)
-    if copied.last < block.num_experts + block.zero_experts:
+    if copied.last < sent.num_experts + sent.zero_experts:
         chosen = emit.call(aten.logical_and.default, chosen, emit.call(aten.lt.Scalar, ids, copied.last))
     share = emit.call(aten.sum.dim_IntList, emit.call(aten.mul.Tensor, weights, chosen), [1], True)
     copies = emit.call(aten.mul.Tensor, share, copied.x)
@@ -153,10 +170,13 @@ def _mlp_call(block: ForeignBlock, emit: Emitter, rows: Node, row_scale: Node, c
     )
     if block.quantisation == "none":
         return call
-    lists: dict[str, Any] = {
-        name: [*getattr(block, name)] or None
-        for name in ("w13_scale", "w2_scale", "w13_offset", "w2_offset", "w13_scale_bias", "w2_scale_bias")
-    }
+    names = ("w13_scale", "w2_scale", "w13_offset", "w2_offset", "w13_scale_bias", "w2_scale_bias")
+    lists: dict[str, Any] = {name: [*getattr(block, name)] or None for name in names}
+    if block.quantisation == "w4a8":  # [E, 1, N] for [E, N]
+        for name in ("w13_scale", "w2_scale"):
+            lists[name] = [
+                emit.call(aten.squeeze.dim, each, 1) if each.meta["val"].dim() == 3 else each for each in lists[name]
+            ]
     words = {"quantisation": block.quantisation, "out_dtype": block.out_dtype, "h_smooth": block.h_smooth}
     return call._replace(**words, **lists)
 

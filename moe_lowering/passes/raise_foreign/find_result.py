@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.foreign_walks import name_of
-from moe_lowering.passes.raise_foreign.closed_region import looks_only
+from moe_lowering.passes.raise_foreign.closed_region import is_dead, looks_only
 from moe_lowering.passes.raise_foreign.match_activation import match_activation
 from moe_lowering.passes.raise_foreign.meanings import Value, choices, flat, tokens
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, is_made_alike
@@ -28,7 +28,7 @@ def find_result(reader: Reader, products: Sequence[Node]) -> Node:
         if not pending:
             break
         node = heapq.heappop(pending)
-        if looks_only(node) or is_made_alike(node):
+        if looks_only(node) or is_dead(node) or is_made_alike(node):
             continue
         value = reader.value(node) if node.op != "output" else None
         if value is None:

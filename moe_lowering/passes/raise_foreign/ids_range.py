@@ -32,17 +32,27 @@ def out_of_range(ids: Node, experts: int, given: bool = True) -> Node | None:
     Args:
         given: ids from outside of the graph are taken to be.
     """
+    return _walk(ids, experts, given)[0]
+
+
+def made_from(ids: Node, experts: int) -> list[Node]:
+    """The nodes whose values the ids are taken from, back to a choice or to what is given: what the proof was read from."""
+    return _walk(ids, experts, given=True)[1]
+
+
+def _walk(ids: Node, experts: int, given: bool) -> tuple[Node | None, list[Node]]:
+    """The node for whose sake ids may be out of range, or None; and the nodes that were looked at."""
     pending, visited = [ids], {ids}
     several = ids.meta["val"].shape[-1] != 1
     while pending:
         node = pending.pop()
         sources = _sources(node, experts) if given or node.op not in ("placeholder", "get_attr") else None
         if sources is None or len(visited) > _STEPS or (several and name_of(node) in _MIXES):
-            return node
+            return node, sorted(visited)
         fresh = [source for source in sources if source not in visited]
         visited.update(fresh)
         pending += fresh
-    return None
+    return None, sorted(visited)
 
 
 def _sources(node: Node, experts: int) -> list[Node] | None:
@@ -92,6 +102,29 @@ def past_experts(ids: Node, experts: int) -> Node | None:
         visited.update(fresh)
         pending += fresh
     return None
+
+
+def may_repeat(ids: Node) -> Node | None:
+    """The node after which two ids of a token may be equal; None where none is seen.
+
+    Operators that route rows do not mind; MC2, to which their layer may be brought, wants different experts for a token.
+    """
+    node, steps = ids, 0
+    while node.meta["val"].shape[-1] != 1 and node.op == "call_function" and steps < _STEPS:
+        name, steps = name_of(node), steps + 1
+        if name in _COLLIDE:
+            return node
+        first = node.args[0] if name in (*VIEWS, "_to_copy", "clone", "add", "sub") and node.args else None
+        if not isinstance(first, Node) or (name in ("add", "sub") and isinstance(node.args[1], Node)):
+            return None
+        node = first
+    return None
+
+
+_COLLIDE = frozenset({
+    "mul", "where", "masked_fill", "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "remainder", "floor_divide", "div",
+    "bitwise_and", "bitwise_right_shift",
+})  # fmt: skip
 
 
 def _is_expert(value: Any, experts: int) -> bool:

@@ -14,11 +14,11 @@ from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.foreign_walks import name_of
-from moe_lowering.passes.raise_foreign.closed_region import closed_region, region_of
+from moe_lowering.passes.raise_foreign.closed_region import closed_region, copies_before, region_of
 from moe_lowering.passes.raise_foreign.expert_parallel import over_shared_tokens
 from moe_lowering.passes.raise_foreign.find_result import end_of_casts, find_result
 from moe_lowering.passes.raise_foreign.graph_facts import facts_of
-from moe_lowering.passes.raise_foreign.ids_range import out_of_range
+from moe_lowering.passes.raise_foreign.ids_range import made_from, out_of_range
 from moe_lowering.passes.raise_foreign.joined_storage import joined_storage
 from moe_lowering.passes.raise_foreign.match_activation import Gated, match_activation
 from moe_lowering.passes.raise_foreign.meanings import Value, choices, feature, flat, product, sizes, slots, tokens
@@ -77,8 +77,11 @@ def match_experts(
     _require_bounds(reader, region, own, shared is not None)
     _require_precision(result, region, block)
     facts = facts_of(graph)
+    before, read = copies_before(region, lambda node: _is_own(reader, node))
+    read += [*block.operands, *(sources := made_from(block.ids, block.num_experts))]
+    before += [node for node in sources if node.op == "call_function"]
     interior = closed_region(
-        result, region, block.operands, lambda node: _may_stay(reader, node), facts.scopes, facts.writes
+        result, region, before, read, lambda node: _may_stay(reader, node), facts.scopes, facts.writes
     )
     return dataclasses.replace(block, interior=interior)
 
@@ -131,6 +134,12 @@ def _is_outside(reader: Reader, node: Node) -> bool:
     return False
 
 
+def _is_own(reader: Reader, node: Node) -> bool:
+    """Whether a node is a tensor of its own, and no copy or view of another one."""
+    value = reader.value(node) if isinstance(node.meta.get("val"), torch.Tensor) else None
+    return value is None or (isinstance(value.term, Tensor) and value.term.node is node)
+
+
 def _may_stay(reader: Reader, node: Node) -> bool:
     """Ids and other opaque tensors in another layout, numbers from 0 on, and counts of the experts' slots."""
     if not isinstance(node.meta["val"], torch.Tensor):
@@ -178,8 +187,8 @@ class _Parts:
         if gated is None:
             raise self._not(
                 "raise.activation",
-                "between the two products something that is no gated activation of grouped_mlp (or gate and up exchanged)",
-                "silu, clamped silu, the gate of gpt-oss, or gelu, of the gate, times up",
+                "between the two products something that is no activation of grouped_mlp (or gate and up exchanged)",
+                "silu, clamped silu, the gates of gpt-oss and inkling2, or gelu, of the gate, times up; or relu, or its square",
             )
         firsts, interleaved = self._first_products(gated)
         first = firsts[0]
@@ -221,6 +230,10 @@ class _Parts:
     def _first_products(self, gated: Gated) -> tuple[list[Expert], bool]:
         """The product that gate and up are columns of, or the two that they are; and whether columns alternate."""
         gate, up = gated.gate, gated.up
+        if up is None:
+            if isinstance(gate, Expert):
+                return [gate], False
+            raise self._not("raise.gate", "some columns of a product", "all of them, as there is no gate")
         if (
             isinstance(gate, Part)
             and isinstance(up, Part)

@@ -27,12 +27,16 @@ from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.foreign_walks import name_of
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, is_operator, require, same_sizes, source_of, value_of
-from moe_lowering.passes.raise_foreign.match_npu_mlp import COUNTS, MATMUL, PREFIX_SUMS, QUANTISE, match_experts
-from moe_lowering.passes.raise_foreign.match_routing_chain import BY_ROW, check_weights, way_back
+from moe_lowering.passes.raise_foreign.group_lists import COUNTS, PREFIX_SUMS
+from moe_lowering.passes.raise_foreign.match_int8_experts import FUSED, FUSED_V2
+from moe_lowering.passes.raise_foreign.match_npu_mlp import match_experts
+from moe_lowering.passes.raise_foreign.match_routing_chain import BY_ROW, FINALIZE, check_weights, way_back
 from moe_lowering.passes.raise_foreign.meanings import as_ids
 from moe_lowering.passes.raise_foreign.npu_chain import Chain
+from moe_lowering.passes.raise_foreign.npu_matmuls import MATMUL, QUANTISE
 from moe_lowering.passes.raise_foreign.read_meanings import Reader
 from moe_lowering.passes.raise_foreign.records import NotThisForm
+from moe_lowering.passes.raise_foreign.rules_of_layout import order_of
 from moe_lowering.passes.raise_foreign.terms import Counts, Ends
 
 ROUTE_V1, TOKENS, PERMUTE = "npu_moe_init_routing", "npu_moe_compute_expert_tokens", "npu_moe_token_permute"
@@ -54,11 +58,14 @@ def match_routing_v1(route: Node, deployment: Deployment) -> Chain:
     _require_all_rows(route, argument(route, "active_num"), value_of(argument(route, "x")).shape[0], "active_num")
     walk = Walk()
     rows, places, sorted_ids = walk.results(route, 3)
-    sums, experts_in_all = _prefix_sums(walk, route, sorted_ids)
+    sums, experts_in_all, counting = _prefix_sums(walk, route, sorted_ids)
     experts = match_experts(walk, rows, None, sums, PREFIX_SUMS, route)
     back, rows_back = walk.onward(experts.result, "the experts' result")
     walk.add(back)
     weights, added = way_back(walk, back, rows_back, places, BY_COLUMN)
+    walk.read_by(
+        sorted_ids, "the sorted experts", counting, back
+    )  # way_back reads them for biases, of which there are none
     check_weights(ids, back, weights)
     sent = {"x": argument(route, "x"), "x_scale": None, "ids": ids, "mask": None, "num_experts": experts_in_all}
     _check_types(route, sent["x"], experts.result)
@@ -139,10 +146,8 @@ def _table_by_column(node: Node) -> tuple[Node, ...]:
     while node.op == "call_function" and node.args:
         if node.target is aten.clone.default or _is_exact_cast(node):
             pass
-        elif node.target is aten.t.default or (
-            node.target is aten.transpose.int and {*node.args[1:]} in ({0, 1}, {-1, -2})
-        ):
-            turned = not turned
+        elif name_of(node) in ("t", "transpose", "permute") and value_of(node).dim() == 2:
+            turned = turned != (order_of(node) == [1, 0])
         elif node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default) and turned:
             return (*path, node) if _counts_up(node.args[0]) else ()
         else:
@@ -167,19 +172,21 @@ def _counts_up(node: Any) -> bool:
     return len(args) == 1 or (args[0] == 0 and (len(args) == 2 or args[2] == 1))
 
 
-def _prefix_sums(walk: Walk, route: Node, sorted_ids: Node | None) -> tuple[Node, int]:
-    """(what the matmuls are given as groups, the number of experts) from the experts of the sorted rows."""
+def _prefix_sums(walk: Walk, route: Node, sorted_ids: Node | None) -> tuple[Node, int, Node]:
+    """(what the matmuls are given as groups, the number of experts, who counts) from the experts of the sorted rows."""
     if sorted_ids is None:
         raise NotThisForm(route, "raise.unused", f"the sorted experts of {route.name} are not read", f"npu.{TOKENS}")
-    node, _ = walk.onward(sorted_ids, "the sorted experts")
-    if not is_operator(node, TOKENS):
-        raise NotThisForm(node, "raise.counts", f"the sorted experts go to {node.target}", f"npu.{TOKENS}")
+    readers = [node for node in walk.readers(sorted_ids) if not is_operator(node, FINALIZE)]
+    if len(readers) != 1 or not is_operator(readers[0], TOKENS):
+        names = ", ".join(f"{node.name} ({node.target})" for node in readers) or "nothing that counts"
+        raise NotThisForm(sorted_ids, "raise.counts", f"the sorted experts go to {names}", f"npu.{TOKENS} alone")
+    (node,) = readers
     walk.add(node)
     cast, _ = walk.onward(node, "prefix sums")
     if cast.target is not aten._to_copy.default or value_of(cast).dtype != torch.int64:
         raise NotThisForm(cast, "raise.counts", f"prefix sums go to {cast.target}", "a cast to int64")
     walk.add(cast)
-    return cast, int(argument(node, "num_expert"))
+    return cast, int(argument(node, "num_expert")), node
 
 
 def _groups_of(rows: Node | None, permute: Node) -> tuple[Node, int]:
@@ -189,9 +196,9 @@ def _groups_of(rows: Node | None, permute: Node) -> tuple[Node, int]:
         if node is None:
             break
         reader, _ = look.onward(node, "rows")
-        groups = argument(reader, "group_list") if is_operator(reader, MATMUL) else None
+        groups = argument(reader, "group_list") if is_operator(reader, MATMUL, FUSED, FUSED_V2) else None
         if isinstance(groups, Node):
-            return groups, argument(reader, "group_list_type")
+            return groups, PREFIX_SUMS if is_operator(reader, FUSED) else argument(reader, "group_list_type")
         node = look.results(reader, 2)[0] if is_operator(reader, QUANTISE) else None
     raise NotThisForm(
         permute, "raise.operation_between", f"rows of {permute.name} go to no grouped matmul", f"npu.{MATMUL}"

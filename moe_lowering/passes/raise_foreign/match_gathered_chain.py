@@ -10,8 +10,9 @@ The anchor is init_routing_v2 in a deployment of several ranks. Proven beside wh
 1. x, ids and weights are gathered over the EP group, in its order, or are those of the TP group;
 2. the range is that of this rank's experts;
 3. the weights are zero where the id is out of that range: such a slot has row index -1, whose absolute value is another row;
+   or finalize_routing drops it (drop_pad_mode 3, which reads -1 as no row);
 4. the result goes into a sum over the ranks of which each takes its tokens, and nowhere else.
-A table of experts that comes from outside of the graph proves nothing: the mask must compare ids with the range.
+A table of experts that comes from outside of the graph proves nothing: the mask must be a function of the ids (``masks_by_id``).
 Source: vllm_ascend.token_dispatcher: the weights of other ranks' experts are multiplied by a mask; vllm_ascend.prepare_finalize.
 """
 
@@ -25,15 +26,16 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.arguments import argument
-from moe_lowering.passes.raise_foreign.chain_walk import equal_values, source_of, value_of
+from moe_lowering.passes.raise_foreign.chain_walk import same_sizes, source_of, value_of
 from moe_lowering.passes.raise_foreign.expert_parallel import summed_over_ranks
+from moe_lowering.passes.raise_foreign.ids_range import may_repeat
+from moe_lowering.passes.raise_foreign.masked_weights import behind_casts, weights_before_mask
 from moe_lowering.passes.raise_foreign.match_routing_chain import match_range
 from moe_lowering.passes.raise_foreign.npu_chain import Chain
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 FORM, REDUCED = "gathered_v2", "reduced_v2"
-_NO_VALUE = (0, 0.0)
 
 
 def match_gathered(route: Node, deployment: Deployment) -> Chain:
@@ -54,27 +56,46 @@ def match_gathered(route: Node, deployment: Deployment) -> Chain:
     own = experts // ranks
     first, last = rank * own, (rank + 1) * own
     chain = match_range(route, [first, last])
-    unmasked, mask = _unmasked(chain.weights)
-    _require_range(mask, argument(route, "expert_idx"), first, last)
+    unmasked, rounded = _weights_of_all(chain, route, first, last)
     for added in chain.added:
         raise NotThisForm(added, "raise.literal", f"{added.name} is added on each rank", "no skip1, no skip2")
     sent = dict(chain.sent)
     if deployment.tp_size == 1:
         form, weights, result = FORM, _gathered(unmasked, deployment, route), _scattered(chain, deployment)
+        sent["ids"] = behind_casts(sent["ids"])[0]
         sent |= {n: sent[n] and _gathered(sent[n], deployment, route) for n in ("x", "ids", "x_scale")}
     else:
         form, weights = REDUCED, unmasked
         result, summing = summed_over_ranks(chain.combine, deployment)
         chain.walk.add(*summing)
     chain.walk.add(route, result)
+    repeated = may_repeat(sent["ids"])
+    if repeated is not None:
+        seen = f"{repeated.name} ({repeated.target}) may give a token one expert twice"
+        raise NotThisForm(repeated, "raise.ids_range", seen, "different experts for a token, as MC2 wants them")
     if chain.x_smooth is not None:
         seen = f"{chain.x_smooth.name}: smooth scales of this rank's experts"
         raise NotThisForm(chain.x_smooth, "raise.smooth_scales", seen, "none, since other ranks' are not in this graph")
     before = _add_what_is_gathered(chain, route, (sent["x"], sent["ids"], weights, sent["x_scale"]))
     places = {name: getattr(deployment, name) for name in ("ep_group", "ep_size", "tp_group", "tp_size")}
     return dataclasses.replace(
-        chain, form=form, sent={**sent, **places}, weights=weights, combine=result, read_before=before
+        chain, form=form, sent={**sent, **places}, weights=weights, combine=result, read_before=before, rounded=rounded
     )  # fmt: skip
+
+
+def _weights_of_all(chain: Chain, route: Node, first: int, last: int) -> tuple[Any, Any]:
+    """(the weights before those of other ranks' experts became zero, the dtype that rounds them afterwards or None).
+
+    Where finalize_routing drops such slots, weights that were gathered, each by its token's rank, need no mask.
+    """
+    node, rounded = behind_casts(chain.weights)
+    if chain.drops and _gather_of(node) is not None:
+        return node, rounded
+    unmasked, rounded = weights_before_mask(chain.weights, route, first, last)
+    behind, also = behind_casts(unmasked)
+    if _gather_of(behind) is None or (rounded and also and rounded is not also):
+        return unmasked, rounded
+    return behind, rounded or also
 
 
 def _add_what_is_gathered(chain: Chain, route: Node, own: tuple[Node | None, ...]) -> tuple[Node, ...]:
@@ -94,9 +115,8 @@ def _add_what_is_gathered(chain: Chain, route: Node, own: tuple[Node | None, ...
 
 def _gathered(value: Any, deployment: Deployment, route: Node) -> Node:
     """What each rank has of a value that is gathered over the EP group."""
-    node = source_of(value) if isinstance(value, Node) else None
-    gather = node.args[0] if node is not None and node.target is c10d.wait_tensor.default else None
-    if not isinstance(gather, Node) or gather.target is not c10d.all_gather_into_tensor.default:
+    gather = _gather_of(value)
+    if gather is None:
         raise NotThisForm(
             route,
             "raise.gathered",
@@ -112,61 +132,21 @@ def _gathered(value: Any, deployment: Deployment, route: Node) -> Node:
     return own
 
 
-def _unmasked(weights: Node) -> tuple[Any, Any]:
-    """Weights that are zero where a mask is False: those before, and the mask."""
-    node = source_of(weights)
-    args: Any = node.args
-    if node.target is aten.where.self and _is_zero(args[2]):
-        return args[1], args[0]
-    if node.target is aten.masked_fill.Scalar and args[2] in _NO_VALUE and args[1].target is aten.logical_not.default:
-        return args[0], args[1].args[0]
-    if node.target is aten.mul.Tensor:
-        for gathered, mask in (args[:2], args[1::-1]):
-            kind = value_of(mask).dtype if isinstance(mask, Node) else None
-            if kind == torch.bool:
-                return gathered, mask
-            if isinstance(mask, Node) and mask.target is aten._to_copy.default and _is_mask(mask.args[0]):
-                return gathered, mask.args[0]
-    raise NotThisForm(
-        weights, "raise.partial_range", f"weights from {weights.name} of all experts, for rows of some",
-        "weights that are zero for experts of other ranks",
-    )  # fmt: skip
+def _gather_of(value: Any) -> Node | None:
+    """The all_gather whose result a value is, which may have been copied into a tensor that was there for it."""
+    node = source_of(value) if isinstance(value, Node) else None
+    if node is not None and _is_whole_copy(node):
+        node = source_of(node.args[1])  # type: ignore[arg-type]
+    gather = node.args[0] if node is not None and node.target is c10d.wait_tensor.default else None
+    return gather if isinstance(gather, Node) and gather.target is c10d.all_gather_into_tensor.default else None
 
 
-def _is_mask(node: Any) -> bool:
-    return isinstance(node, Node) and value_of(node).dtype == torch.bool
-
-
-def _is_zero(value: Any) -> bool:
-    if isinstance(value, Node):
-        made = {aten.scalar_tensor.default: 0, aten.full.default: 1, aten.zeros_like.default: None}
-        if value.target not in made:
-            return False
-        at = made[value.target]
-        return at is None or value.args[at] in _NO_VALUE
-    return value in _NO_VALUE
-
-
-def _require_range(mask: Any, ids: Any, first: int, last: int) -> None:
-    """The mask is True for ids from ``first`` to ``last`` - 1."""
-    ands = (aten.logical_and.default, aten.bitwise_and.Tensor)
-    args: Any = mask.args if isinstance(mask, Node) and mask.target in ands else ()
-    bounds = sorted(filter(None, (_bound(each, ids) for each in args)))
-    if bounds != [("from", first), ("to", last)]:
-        raise NotThisForm(
-            mask, "raise.partial_range", f"weights by {mask}: {bounds or 'no comparison of the ids'}",
-            f"those of ids from {first} to {last - 1}, this rank's, by comparisons",
-        )  # fmt: skip
-
-
-def _bound(node: Any, ids: Any) -> tuple[str, int] | None:
-    if not isinstance(node, Node) or not equal_values(node.args[0], ids) or type(node.args[1]) is not int:
-        return None
-    number = node.args[1]
-    return {
-        aten.ge.Scalar: ("from", number), aten.gt.Scalar: ("from", number + 1),
-        aten.lt.Scalar: ("to", number), aten.le.Scalar: ("to", number + 1),
-    }.get(node.target)  # type: ignore[call-overload]  # fmt: skip
+def _is_whole_copy(node: Node) -> bool:
+    """Whether a node is its second argument: written over all of a tensor of the same sizes and dtype."""
+    if node.target is not aten.copy.default or not all(isinstance(each, Node) for each in node.args[:2]):
+        return False
+    new, old = (value_of(each) for each in node.args[:2])  # type: ignore[arg-type]
+    return new.dtype == old.dtype and same_sizes(new, old)
 
 
 def _scattered(chain: Chain, deployment: Deployment) -> Node:
@@ -186,4 +166,8 @@ def _scattered(chain: Chain, deployment: Deployment) -> Node:
     if wait.target is not c10d.wait_tensor.default:
         raise NotThisForm(wait, "raise.scattered", f"the scattered sum goes to {wait.target}", "wait_tensor")
     chain.walk.add(reduce)
-    return wait
+    copied = [user for user in wait.users if _is_whole_copy(user) and user.args[1] is wait]
+    if len(copied) != 1 or len(wait.users) != 1:
+        return wait
+    chain.walk.add(wait)  # into a tensor that was there for it
+    return copied[0]

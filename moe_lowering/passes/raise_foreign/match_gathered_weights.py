@@ -49,7 +49,8 @@ def _ids(node: Node) -> Node | None:
 
 def _products(gather: Node) -> list[Node]:
     """The batched products that a gathered tensor goes into."""
-    return list(walk_readers([gather], lambda node: name_of(node) in VIEWS, lambda node: name_of(node) == "bmm"))
+    products = ("bmm", "matmul", "einsum")
+    return list(walk_readers([gather], lambda node: name_of(node) in VIEWS, lambda node: name_of(node) in products))
 
 
 def match(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignBlock:

@@ -8,6 +8,7 @@ The anchor is dispatch. Proven, each from literal arguments or by the identity o
 4. nothing of it is read elsewhere, but for the counts.
 ``group_ep`` is a communicator's name: the deployment's ``mc2_group`` or ``ep_communicator``.
 
+``npu_moe_distribute_combine_add_rms_norm`` may stand at the end of it (``normed_combine``).
 The first versions of the two operators differ in the auxiliary tensor (``expand_idx``) and have fewer arguments. They become
 version 2.
 Sources: ops_transformer.dispatch, ops_transformer.combine, op_plugin.dispatch, op_plugin.combine: arguments;
@@ -36,8 +37,11 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
     same_sizes,
     value_of,
 )
-from moe_lowering.passes.raise_foreign.match_npu_mlp import COUNTS, Experts, match_experts
+from moe_lowering.passes.raise_foreign.group_lists import COUNTS, PREFIX_SUMS
+from moe_lowering.passes.raise_foreign.match_npu_mlp import match_experts
+from moe_lowering.passes.raise_foreign.normed_combine import NORMED, read_norm
 from moe_lowering.passes.raise_foreign.npu_chain import Chain
+from moe_lowering.passes.raise_foreign.npu_matmuls import Experts
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 from moe_lowering.passes.raise_foreign.special_experts import SPECIAL, copied_tokens, require_special, special_experts
 
@@ -63,6 +67,7 @@ _ALIKE = (
     "group_ep", "ep_world_size", "ep_rank_id", "moe_expert_num", "x_active_mask", "global_bs", "shared_expert_rank_num",
 )  # fmt: skip
 SECOND = Version("mc2_v2", DISPATCH, COMBINE, "assist_info_for_combine", "mc2", (*_ALIKE, *SPECIAL))
+WITH_NORM = Version("mc2_v2_norm", DISPATCH, NORMED, "expand_idx", "", (*_ALIKE, *SPECIAL))
 FIRST = Version("mc2_v1", "npu_moe_distribute_dispatch", "npu_moe_distribute_combine", "expand_idx", "", _ALIKE)
 # What only the first version of combine has, and its only meaning; shared_expert_x of it is documented in no source.
 _OF_FIRST = {
@@ -87,11 +92,17 @@ def match_mc2(dispatch: Node, deployment: Deployment, version: Version = SECOND)
     _check_dispatch(dispatch, deployment)
     rows, scales, assist, counts, received, tp_received, expand = walk.results(dispatch, 7)
     quantises = argument(dispatch, "quant_mode") == PER_TOKEN
-    experts = match_experts(walk, rows, scales if quantises else None, counts, COUNTS, dispatch)
+    kind = argument(dispatch, "expert_token_nums_type")
+    experts = match_experts(walk, rows, scales if quantises else None, counts, kind, dispatch)
+    if kind == PREFIX_SUMS:  # who else reads them would keep this dispatch
+        walk.read_by(counts, "prefix sums", *walk.interior)
     _check_types(dispatch, experts)
     combine, rows_back = walk.onward(experts.result, "the experts' result")
+    if version is SECOND and is_operator(combine, NORMED):
+        version = WITH_NORM
     _check_combine(combine, dispatch, deployment, version)
     walk.add(combine)
+    norm = read_norm(walk, combine) if version is WITH_NORM else None
     for name, value in (
         ("expand_x", rows_back),
         ("expert_ids", argument(dispatch, "expert_ids")),
@@ -107,27 +118,31 @@ def match_mc2(dispatch: Node, deployment: Deployment, version: Version = SECOND)
     walk.read_by(expand, "expand_scales", combine)
     if not quantises:
         walk.read_by(scales, "dispatch's scales")
+    mask = argument(dispatch, "x_active_mask")
+    by_slot = mask is not None and value_of(mask).dim() == 2
     return Chain(
         form=version.form,
         own=version.own,
         walk=walk,
         dispatch=dispatch,
         experts=experts,
-        combine=combine,
+        combine=combine if norm is None else norm.first,
+        norm=norm,
         sent={
             "x": argument(dispatch, "x"),
             "x_scale": None,
             "ids": argument(dispatch, "expert_ids"),
-            "mask": argument(dispatch, "x_active_mask"),
+            "mask": None if by_slot else mask,
+            "slot_mask": mask if by_slot else None,
             "num_experts": argument(dispatch, "moe_expert_num"),
             "zero_experts": special_experts(dispatch),
             "ep_group": deployment.ep_group,
             "ep_size": deployment.ep_size,
         },
         weights=argument(combine, "expert_scales"),
-        counts=counts,
-        added=tuple(filter(None, (argument(combine, "shared_expert_x"),))),
-        copied=copied_tokens(combine),
+        counts=counts if kind == COUNTS else None,
+        added=() if norm is not None else tuple(filter(None, (argument(combine, "shared_expert_x"),))),
+        copied=None if norm is not None else copied_tokens(combine),
         x_smooth=argument(dispatch, "scales"),
     )
 
@@ -146,7 +161,7 @@ def _check_dispatch(node: Node, deployment: Deployment) -> None:
     require_of(node, {"elastic_info": (None,), "performance_info": (None,)})
     require_special(node)
     require(node, {"shared_expert_rank_num": (0,)}, "raise.experts")
-    require(node, {"expert_token_nums_type": (1,)}, "raise.counts")
+    require(node, {"expert_token_nums_type": (PREFIX_SUMS, COUNTS)}, "raise.counts")
     require(node, {"quant_mode": (NO_QUANT, PER_TOKEN)}, "raise.format")
     require_of(node, dict.fromkeys(("y_dtype", "x_dtype", "scales_dtype"), (None,)), "raise.format")
     _check_bound(node, deployment)
@@ -158,9 +173,10 @@ def _check_dispatch(node: Node, deployment: Deployment) -> None:
             f"{node.name} has no shared-expert ranks, the deployment has some",
             "none on both sides",
         )
-    mask = argument(node, "x_active_mask")
-    if mask is not None and value_of(mask).dim() != 1:
-        raise NotThisForm(node, "raise.literal", f"{node.name}: x_active_mask is of (token, k) pairs", "of tokens")
+    mask, ids = argument(node, "x_active_mask"), value_of(argument(node, "expert_ids"))
+    if mask is not None and value_of(mask).dim() != 1 and not same_sizes(value_of(mask), ids):
+        shape = tuple(value_of(mask).shape)
+        raise NotThisForm(node, "raise.literal", f"{node.name}: x_active_mask is {shape}", f"[T] or {tuple(ids.shape)}")
 
 
 def _check_tensor_parallel(node: Node, group: str, deployment: Deployment) -> None:
@@ -224,6 +240,8 @@ def _check_combine(node: Node, dispatch: Node, deployment: Deployment, version: 
         require_value(dispatch, "comm_alg", argument(node, "comm_alg"), "raise.both_ends")
     require(node, {"expert_shard_type": (0,), "comm_quant_mode": (0,)})
     require_of(node, {"elastic_info": (None,), "performance_info": (None,)})
+    if version is WITH_NORM:  # its arguments of that kind are reserved
+        return
     added, result = argument(node, "shared_expert_x"), value_of(node)
     if isinstance(added, Node) and not (same_sizes(value_of(added), result) and value_of(added).dtype == result.dtype):
         raise NotThisForm(

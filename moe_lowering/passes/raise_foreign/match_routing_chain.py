@@ -1,7 +1,8 @@
 """``npu_moe_init_routing_v2`` > experts > ``npu_moe_finalize_routing`` or ``npu_moe_token_unpermute``: a block of one rank.
 
 The anchor is init_routing_v2. Proven, each from literal arguments or by the identity of nodes:
-1. it takes every slot: no capacity, no drop, the full range of experts, active_num all rows or none;
+1. it takes every slot: no capacity, no drop, active_num all rows or none; and the full range of experts, or the first ones, where
+   slots of the others weigh nothing: these are zero experts;
 2. the experts compute ``grouped_mlp`` on its rows and scales, in groups of its counts, which are prefix sums, counts or
    pairs (expert, count), with the group_list_type that means the same;
 3. the way back takes these rows and the row index of this routing, by row (drop_pad_mode 2), or its absolute value: with the
@@ -16,6 +17,7 @@ recipes.fused_mlp: what is written.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
     source_of,
     value_of,
 )
+from moe_lowering.passes.raise_foreign.masked_weights import weights_before_mask
 from moe_lowering.passes.raise_foreign.match_npu_mlp import match_experts
 from moe_lowering.passes.raise_foreign.npu_chain import Chain
 from moe_lowering.passes.raise_foreign.records import NotThisForm
@@ -43,7 +46,10 @@ from moe_lowering.passes.raise_foreign.records import NotThisForm
 aten = torch.ops.aten
 ROUTE, FINALIZE, UNPERMUTE = "npu_moe_init_routing_v2", "npu_moe_finalize_routing", "npu_moe_token_unpermute"
 NO_QUANT, DYNAMIC = -1, 1  # quant_mode
-BY_ROW = 2  # drop_pad_mode of finalize_routing: the index of (t, k) is at t * k + k
+BY_ROW, BY_ROW_DROP = (
+    2,
+    3,
+)  # drop_pad_mode of finalize_routing: the index of (t, k) is at t * k + k; in 3 may be -1: no row
 COUNTS = 1  # expert_tokens_num_type, as group_list_type: 0 prefix sums, 1 counts, 2 pairs
 
 
@@ -54,7 +60,8 @@ def match_routing(route: Node, deployment: Deployment) -> Chain:
         NotThisForm: it is none that the generic operators say.
     """
     experts = argument(route, "expert_num")
-    whole = list(argument(route, "active_expert_range") or [0, experts]) == [0, experts]
+    first, last = argument(route, "active_expert_range") or (0, experts)
+    whole = (first, last) == (0, experts)
     if deployment.ep_size != 1 and whole:
         raise NotThisForm(
             route,
@@ -62,7 +69,16 @@ def match_routing(route: Node, deployment: Deployment) -> Chain:
             f"{route.name} has all experts on this rank, and ep_size is {deployment.ep_size}",
             "ep_size 1, or the range of this rank's experts",
         )
-    return match_range(route, None)
+    return match_range(route, None) if whole or first != 0 else _some_experts(route, experts, last)
+
+
+def _some_experts(route: Node, numbers: int, experts: int) -> Chain:
+    """Ids from ``experts`` on have no row, and give nothing: they are zero experts."""
+    chain = match_range(route, [0, experts])
+    if not chain.drops:
+        weights_before_mask(chain.weights, route, 0, experts)
+    sent = {**chain.sent, "num_experts": experts, "zero_experts": numbers - experts}
+    return dataclasses.replace(chain, sent=sent)
 
 
 def match_range(route: Node, own_range: list[int] | None) -> Chain:
@@ -79,9 +95,9 @@ def match_range(route: Node, own_range: list[int] | None) -> Chain:
     kind = argument(route, "expert_tokens_num_type")
     experts = match_experts(walk, rows, scales if quantises else None, counts, kind, route)
     _check_types(route, experts.result)
-    back, rows_back = walk.onward(experts.result, "the experts' result")
+    back, rows_back, order = _back(walk, experts.result)
     walk.add(back)
-    weights, added = way_back(walk, back, rows_back, index)
+    weights, added = way_back(walk, back, rows_back, index, order)
     check_weights(argument(route, "expert_idx"), back, weights)
     if not quantises:
         walk.read_by(scales, "the routing's scales")
@@ -103,6 +119,7 @@ def match_range(route: Node, own_range: list[int] | None) -> Chain:
         counts=counts if kind == COUNTS else None,
         added=added,
         x_smooth=None if travels else argument(route, "scale"),
+        drops=order == BY_ROW_DROP and not _is_absolute(back),
     )
 
 
@@ -159,6 +176,25 @@ def _check_scale(route: Node, x: torch.Tensor) -> None:
     if value is None or value.dim() != 1 or value.dtype != torch.float32 or x.dim() != 2:
         raise NotThisForm(route, "raise.dtype", f"int8 tokens with scale {scale}", "[T, H] with float32 scales [T]")
     require(route, {"quant_mode": (NO_QUANT,)})
+
+
+def _back(walk: Walk, result: Node) -> tuple[Node, Node, int]:
+    """(the operator that brings rows back, the rows that it reads, its drop_pad_mode): mode 3 takes rows [N, 1, H]."""
+    back, rows = walk.onward(result, "the experts' result")
+    shape = [*map(size_key, value_of(result).shape)]
+    padded = back.target in _PADS and [*map(size_key, value_of(back).shape)] == [shape[0], 1, *shape[1:]]
+    if not padded:
+        return back, rows, BY_ROW
+    walk.add(back)
+    return *walk.onward(back, "the experts' result"), BY_ROW_DROP
+
+
+_PADS = (aten.unsqueeze.default, aten.view.default, aten.reshape.default)
+
+
+def _is_absolute(back: Node) -> bool:
+    index = argument(back, "expanded_src_to_dst_row")
+    return isinstance(index, Node) and source_of(index).target is aten.abs.default
 
 
 def way_back(

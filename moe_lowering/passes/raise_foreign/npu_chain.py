@@ -18,8 +18,8 @@ from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, value_of
 from moe_lowering.passes.raise_foreign.ids_range import past_experts
 from moe_lowering.passes.raise_foreign.keep_foreign import expert_operators
-from moe_lowering.passes.raise_foreign.match_npu_mlp import Experts
-from moe_lowering.passes.raise_foreign.records import Copied, ForeignBlock, NotThisForm, Weights
+from moe_lowering.passes.raise_foreign.npu_matmuls import Experts
+from moe_lowering.passes.raise_foreign.records import Copied, ForeignBlock, Norm, NotThisForm, Weights
 from moe_lowering.passes.scopes import is_marker, scope_paths
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
@@ -39,6 +39,9 @@ class Chain:
         counts: rows of each expert, [E_local] int64, which others may read too; None where they are not like that.
         added: [T, H] each, what is added to the result. copied: what the tokens themselves add to it.
         read_before: what stands in front of dispatch and is proven too, such as masks; read elsewhere perhaps.
+        drops: a slot of another rank's expert gives nothing, whatever its weight is.
+        norm: what the last operator does after combine; ``combine`` is the first of its results then.
+        rounded: a dtype that the weights are rounded to on their way to combine; None for their own.
         x_smooth: [E, H], what tokens are multiplied by before they are quantised; None for nothing.
     """
 
@@ -53,6 +56,9 @@ class Chain:
     counts: Node | None = None
     added: tuple[Node, ...] = ()
     copied: Copied | None = None
+    drops: bool = False
+    norm: Norm | None = None
+    rounded: Any = None
     x_smooth: Node | None = None
     read_before: tuple[Node, ...] = ()
 
@@ -72,6 +78,7 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
     Raises:
         NotThisForm: another number of experts, smooth scales of another form, several scopes, a write in between.
     """
+    chain.walk.close()
     _require_local_experts(chain)
     _require_ids_of_experts(chain)
     _require_smooth_scales(chain)
@@ -89,6 +96,8 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
         bases=chain.added,
         copied=chain.copied,
         counts=chain.counts if outside else None,
+        rounded=chain.rounded,
+        norm=chain.norm,
         first=chain.dispatch,
         middle=chain.experts.last,
         edges=tuple(chain.walk.edges),

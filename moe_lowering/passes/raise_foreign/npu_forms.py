@@ -11,14 +11,13 @@ from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.raise_foreign.match_first_routing import PERMUTE, ROUTE_V1, match_permute, match_routing_v1
 from moe_lowering.passes.raise_foreign.match_gathered_chain import FORM as GATHERED
 from moe_lowering.passes.raise_foreign.match_gathered_chain import REDUCED, match_gathered
-from moe_lowering.passes.raise_foreign.match_mc2_chain import FIRST, SECOND, match_mc2, match_mc2_v1
+from moe_lowering.passes.raise_foreign.match_mc2_chain import FIRST, SECOND, WITH_NORM, match_mc2, match_mc2_v1
 from moe_lowering.passes.raise_foreign.match_routing_chain import ROUTE, match_routing
 from moe_lowering.passes.raise_foreign.npu_chain import Chain, foreign_block
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
 
 # Operators that begin a chain which is recognised and left, and what would be raised in their place.
 NOT_RAISED = {
-    "npu_moe_distribute_combine_add_rms_norm": "npu_moe_distribute_combine_v2, and the norm after it",
     "npu_moe_re_routing": "npu_moe_distribute_dispatch_v2, whose counts stay on the device",
     "npu_alltoallv_gmm": "npu_moe_distribute_dispatch_v2, whose counts stay on the device",
     "npu_gmm_alltoallv": "npu_moe_distribute_combine_v2, whose counts stay on the device",
@@ -57,6 +56,7 @@ def _never(graph: Graph, anchors: list[Node], deployment: Deployment) -> Foreign
 NPU_FORMS = (
     Form(GATHERED, (), _each, _never),  # its anchor is that of routing_v2
     Form(REDUCED, (), _each, _never),  # likewise
+    Form(WITH_NORM.form, (), _each, _never),  # that of mc2_v2
     _form(SECOND.form, SECOND.dispatch, match_mc2),
     _form(FIRST.form, FIRST.dispatch, match_mc2_v1),
     _form("routing_v2", ROUTE, _match_routing),

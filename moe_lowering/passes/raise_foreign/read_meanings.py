@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.own_writes import functional_name
 from moe_lowering.passes.raise_foreign.meanings import Value, opaque, product, sizes
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 from moe_lowering.passes.raise_foreign.terms import Tensor
@@ -103,6 +104,10 @@ class Reader:
             self._values[node] = value
         return self._values[node]
 
+    def assume(self, node: Node, value: Value) -> None:
+        """What a node means that no rule reads."""
+        self._values[node] = value
+
     def start_at(self, node: Node | None) -> None:
         """The ids come from what ``node`` is computed from: nothing in front of them is part of the layer but operands."""
         value = None if node is None else self.value(node)
@@ -119,7 +124,7 @@ class Reader:
                 return None
             items = ITEM_RULES.get(name_of(source))
             return None if items is None else items(self, source, index)
-        name = name_of(node)
+        name = functional_name(node)
         rule = RULES.get(name) if name not in NEAR or node >= self._floor else None
         return None if rule is None else rule(self, node)
 
@@ -153,6 +158,6 @@ class Reader:
             node,
             "raise.operation",
             f"{name_of(node)} of what the experts compute",
-            "views, casts, biases of the experts, a gated activation that grouped_mlp has, routing weights, and the sum over "
+            "views, casts, biases of the experts, an activation that grouped_mlp has, routing weights, and the sum over "
             "the choices of a token",
         )

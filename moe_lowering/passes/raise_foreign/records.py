@@ -40,6 +40,25 @@ class Copied:
 
 
 @dataclasses.dataclass(frozen=True)
+class Norm:
+    """What follows a combine in the same operator: a residual [T, 1, H] that is added, and the RMS norm by gamma [H] of the sum.
+
+    Attributes:
+        results: the operator's results that are read: (index, node).
+    """
+
+    residual: Node
+    gamma: Node
+    epsilon: float
+    results: tuple[tuple[int, Node], ...]
+
+    @property
+    def first(self) -> Node:
+        """The result that stands first in the graph."""
+        return min(node for _, node in self.results)
+
+
+@dataclasses.dataclass(frozen=True)
 class ForeignBlock:
     """An MoE layer that is not written with the generic operators, in terms of those.
 
@@ -51,16 +70,19 @@ class ForeignBlock:
         num_experts: E, on all ranks.
         w13_bias, w2_bias, and the lists of quantised weights: as ``grouped_mlp`` takes them; with ``w13.joined`` biases
             of gate and up.
+        rounded: the dtype that weights are rounded to before they are used; None for their own.
         weigh_input: x is multiplied by the weights instead of the results; k is 1.
         x_smooth, h_smooth: [E, H] and [E_local, I] float32, smooth scales of tokens and activations.
         bases: [T, H] each, added to the result. copied: what the tokens themselves add to it.
         zero_experts: ids past the experts', for which no row is sent.
+        slot_mask: [T, k] bool, False for a slot that gives nothing, whatever its id is; None for none of them.
         counts: rows of each expert as the generic ``dispatch`` gives them, where they are read elsewhere too.
         first, middle: where dispatch and ``grouped_mlp`` stand: what they read exists there; None for in front of the result.
         edges: operations that only wait for a value inside: (who waits, the value). They wait for x or the result then.
         own: the implementation that the layer is written as, "" for none. ``own_operators``: how many of each its experts are.
             Where both are what would be chosen, the layer is left as it is.
         overlaps: something else was put between its first operation and its result, on another stream.
+        norm: what the layer's last operator does after combine; ``result`` is the first of its results then. None for nothing.
         notes: what the report says beside what the lowering says.
     """
 
@@ -81,10 +103,12 @@ class ForeignBlock:
     w2_bias: tuple[Node, ...] = ()
     x_scale: Node | None = None
     mask: Node | None = None
+    rounded: Any = None
     weigh_input: bool = False
     bases: tuple[Node, ...] = ()
     copied: Copied | None = None
     zero_experts: int = 0
+    slot_mask: Node | None = None
     quantisation: str = "none"
     w13_scale: tuple[Node, ...] = ()
     w2_scale: tuple[Node, ...] = ()
@@ -106,6 +130,7 @@ class ForeignBlock:
     own: str = ""
     own_operators: tuple[tuple[str, int], ...] = ()
     overlaps: bool = False
+    norm: Norm | None = None
     notes: tuple[str, ...] = ()
 
     def reading(self, replaced: Mapping[Node, Node]) -> ForeignBlock:
@@ -120,6 +145,8 @@ class ForeignBlock:
                 return dataclasses.replace(value, nodes=now(value.nodes))
             if isinstance(value, Copied):
                 return dataclasses.replace(value, x=now(value.x))
+            if isinstance(value, Norm):
+                return dataclasses.replace(value, residual=now(value.residual), gamma=now(value.gamma))
             return tuple(map(now, value)) if isinstance(value, tuple) else value
 
         kept = ("result", "interior", "counts", "first", "middle", "edges", "own_operators")
@@ -142,6 +169,8 @@ class ForeignBlock:
                 return (plain(value.nodes), value.transposed, value.joined)
             if isinstance(value, Copied):
                 return (plain(value.x), value.first, value.last)
+            if isinstance(value, Norm):
+                return (plain(value.residual), plain(value.gamma), value.epsilon, tuple(at for at, _ in value.results))
             return tuple(map(plain, value)) if isinstance(value, tuple) else value
 
         kept = ("interior", "notes", "first", "middle", "edges")
@@ -151,8 +180,8 @@ class ForeignBlock:
     def operands(self) -> tuple[Node, ...]:
         """Every node that the generic operators will read."""
         single = (
-            self.x, self.ids, self.weights, self.x_scale, self.mask, self.x_smooth, self.h_smooth,
-            None if self.copied is None else self.copied.x,
+            self.x, self.ids, self.weights, self.x_scale, self.mask, self.slot_mask, self.x_smooth, self.h_smooth,
+            None if self.copied is None else self.copied.x, *(() if self.norm is None else (self.norm.residual, self.norm.gamma)),
         )  # fmt: skip
         lists: tuple[Sequence[Node], ...] = (
             self.bases,

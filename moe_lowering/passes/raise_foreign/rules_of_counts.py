@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -13,8 +15,10 @@ from moe_lowering.passes.raise_foreign.rules_of_routing import order_of_ids
 from moe_lowering.passes.raise_foreign.terms import FEATURE, Counts, Ends, OneHot, Position, Tensor
 
 _EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)  # hold any count of slots
-_ONES = ("ones", "ones_like", "new_ones")
-ZEROS = ("zeros", "zeros_like", "new_zeros")
+_FILLED = {  # by operators that fill, with what
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), 1),
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), 0),
+}
 
 
 @rule("histc", "bincount")
@@ -39,6 +43,13 @@ def histogram(reader: Reader, node: Node) -> Value | None:
     elif argument(node, "weights") is not None:
         return None
     return Value((feature(count),), Counts(ids[1], count))
+
+
+def is_filled(node: Node, number: int) -> bool:
+    """Whether all of a tensor is ``number``, by the operator that made it."""
+    name = name_of(node)
+    filled = argument(node, "fill_value") if name in ("full", "full_like", "new_full") else _FILLED.get(name)
+    return isinstance(filled, (int, float)) and filled == number
 
 
 def covers_slots(reader: Reader, value: Value, ids: Tensor) -> bool:
@@ -80,8 +91,18 @@ def ends_by_search(reader: Reader, node: Node) -> Value | None:
     return Value((feature(count),), Ends(ids[1], count)) if is_counting else None
 
 
-@rule("eq")
+@rule("one_hot")
 def one_hot(reader: Reader, node: Node) -> Value | None:
+    """Before decompositions."""
+    value, count = reader.value(node.args[0]), argument(node, "num_classes")
+    ids = None if value is None else as_ids(value)
+    if ids is None or not isinstance(count, int) or sizes(node)[-1] != count or not covers_slots(reader, *ids):
+        return None
+    return Value((*ids[0].dims, feature(count)), OneHot(ids[1], count))
+
+
+@rule("eq")
+def compared(reader: Reader, node: Node) -> Value | None:
     """Which expert a slot has: ids == arange(E), broadcast over a dimension that the ids do not have."""
     left, right = (reader.value(each) for each in node.args[:2])
     if left is None or right is None:
@@ -113,7 +134,7 @@ def scattered_ones(reader: Reader, node: Node) -> Value | None:
     value, count = reader.value(index), sizes(node)[-1]
     if at not in (-1, len(sizes(node)) - 1) or number != 1 or not isinstance(base, Node) or not isinstance(count, int):
         return None
-    ids = as_ids(value) if value is not None and value.is_opaque and name_of(base) in ZEROS else None
+    ids = as_ids(value) if value is not None and value.is_opaque and is_filled(base, 0) else None
     if ids is None or is_float(ids[1]) or sizes(base)[:-1] != sizes(index)[:-1] or node.meta["val"].dtype not in _EXACT:  # type: ignore[arg-type]
         return None
     return Value((*ids[0].dims[:-1], feature(count)), OneHot(ids[1], count))
@@ -136,15 +157,14 @@ def counted_matches(reader: Reader, node: Node, value: Value) -> Value | None:
     return Value(dims, Counts(term.ids, term.experts) if is_whole else term)
 
 
-def counted_ones(reader: Reader, node: Node) -> Value | None:
-    """Of ``scatter_add`` and ``index_add``: a one for each slot, added to a zero for each expert."""
-    base, at, index, ones = node.args[:4]
-    if at != 0 or not all(isinstance(each, Node) for each in (base, index, ones)):
+def counted_ones(reader: Reader, node: Node, base: Any, index: Any, ones: Any) -> Value | None:
+    """Of ``scatter_add``, ``index_add`` and ``index_put``: a one for each slot, added to a zero for each expert."""
+    if explicit_arguments(node).get("alpha", 1) != 1 or not all(isinstance(n, Node) for n in (base, index, ones)):
         return None
     count, value = sizes(node), reader.value(index)
-    if len(count) != 1 or not isinstance(count[0], int) or name_of(base) not in ZEROS or name_of(ones) not in _ONES:  # type: ignore[arg-type]
+    if len(count) != 1 or not isinstance(count[0], int) or not is_filled(base, 0) or not is_filled(ones, 1):
         return None
-    if value is None or node.meta["val"].dtype not in _EXACT or sizes(ones) != sizes(index):  # type: ignore[arg-type]
+    if value is None or node.meta["val"].dtype not in _EXACT or sizes(ones) != sizes(index):
         return None
     ids = as_ids(value)
     if ids is None or is_float(ids[1]) or not covers_slots(reader, ids[0], ids[1]):

@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from moe_lowering.passes.arguments import argument, explicit_arguments
 from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.own_writes import functional_name
 from moe_lowering.passes.raise_foreign.meanings import (
     Value,
     feature,
@@ -20,7 +21,7 @@ from moe_lowering.passes.raise_foreign.meanings import (
 )
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, near_rule, rule
 from moe_lowering.passes.raise_foreign.rules_of_masks import clamped_ids
-from moe_lowering.passes.raise_foreign.rules_of_routing import order_of_ids
+from moe_lowering.passes.raise_foreign.rules_of_routing import order_of_ids, token_of_slot
 from moe_lowering.passes.raise_foreign.terms import (
     CHOICE,
     Axis,
@@ -30,10 +31,13 @@ from moe_lowering.passes.raise_foreign.terms import (
     Ends,
     Expert,
     Gelu,
+    Over,
     Pick,
     Plus,
+    Relu,
     Sigmoid,
     Summed,
+    Tanh,
     Tensor,
     Term,
     Times,
@@ -90,22 +94,47 @@ def _is_in_order(reader: Reader, rows: Value, ids: Tensor) -> bool:
     return order_of_ids(reader, rows.dims[0]) == ids
 
 
-@near_rule("bmm")
+@near_rule("bmm", "matmul")
 def batched_product(reader: Reader, node: Node) -> Value | None:
-    """Rows times the gathered matrices of their experts; or results times routing weights, summed over choices."""
-    left, right = (reader.value(each) for each in node.args[:2])
+    shapes = [sizes(each) for each in node.args[:2] if isinstance(each, Node)]
+    if len(shapes) != 2 or [*map(len, shapes)] != [3, 3] or shapes[0][0] != shapes[1][0]:
+        return None
+    return _contract(reader, node.args[:2], "bij,bjk->bik")
+
+
+@near_rule("einsum")
+def einsum(reader: Reader, node: Node) -> Value | None:
+    """Before decompositions: of two operands, over one dimension of both."""
+    equation, operands = node.args[:2]
+    is_pair = isinstance(equation, str) and isinstance(operands, (list, tuple)) and len(operands) == 2
+    return _contract(reader, operands, str(equation).replace(" ", "")) if is_pair else None
+
+
+def _contract(reader: Reader, operands: Any, equation: str) -> Value | None:
+    """Rows times the gathered matrices of their experts; or results times routing weights, summed over choices.
+
+    Args:
+        equation: of ``einsum``, without spaces. Each letter stands once in a term, and is summed over where it is missing
+            behind the arrow, which one of both operands is.
+    """
+    left, right = (reader.value(each) for each in operands)
     if left is None or right is None or not (left.is_slotted or right.is_slotted):
         return None
-    for a, b in ((0, 0), (2, 1)):  # batches; what is summed over
-        pair = left.dims[a], right.dims[b]
+    terms = _letters(equation, (left, right))
+    if terms is None:
+        return None
+    a, b, result = terms
+    for letter in sorted({*a} & {*b}):
+        pair = left.dims[a.index(letter)], right.dims[b.index(letter)]
         mapped = match(*(pair[::-1] if isinstance(right.term, Pick) else pair))  # rows keep their axes
         if mapped is None:
             return None
         left, right = mapped_value(left, mapped), mapped_value(right, mapped)
-    dims: Dims = (left.dims[0], left.dims[1], right.dims[2])
+    (over,) = {*a, *b} - {*result}
+    dims = tuple(left.dims[a.index(n)] if n in a else right.dims[b.index(n)] for n in result)
     if len(set(flat(dims))) != len(flat(dims)):
         return None
-    summed = left.dims[2]
+    summed = left.dims[a.index(over)]
     for matrices, rows in ((right, left), (left, right)):
         if isinstance(matrices.term, Pick) and not isinstance(rows.term, Pick):
             return _times_matrices(matrices.term, rows.term, summed, dims)
@@ -115,6 +144,21 @@ def batched_product(reader: Reader, node: Node) -> Value | None:
         if isinstance(weights.term, Tensor) and not isinstance(rows.term, Tensor):
             return Value(dims, Summed(Weighted(rows.term, weights.term)))
     return None
+
+
+def _letters(equation: str, operands: tuple[Value, Value]) -> tuple[str, str, str] | None:
+    """The terms of an equation that sums over one letter of both operands; None of another one."""
+    terms = equation.replace("->", ",").split(",")
+    if (
+        "->" not in equation
+        or len(terms) != 3
+        or not all(len({*term}) == len(term) and term.isalpha() for term in terms)
+    ):
+        return None
+    a, b, result = terms
+    once = {*a, *b} - {*result}
+    fits = [len(term) for term in (a, b)] == [len(value.dims) for value in operands]
+    return (a, b, result) if fits and len(once) == 1 and once <= {*a} & {*b} and {*result} <= {*a, *b} else None
 
 
 def _times_matrices(matrices: Pick, rows: Term, summed: Dim, dims: Dims) -> Value | None:
@@ -235,6 +279,25 @@ def gelu(reader: Reader, node: Node) -> Value | None:
     return None if value is None else Value(value.dims, Gelu(value.term, argument(node, "approximate")))
 
 
+@near_rule("relu")
+def relu(reader: Reader, node: Node) -> Value | None:
+    value = _argument(reader, node)
+    return None if value is None else Value(value.dims, Relu(value.term))
+
+
+@near_rule("tanh")
+def tanh(reader: Reader, node: Node) -> Value | None:
+    value = _argument(reader, node)
+    return None if value is None else Value(value.dims, Tanh(value.term))
+
+
+@near_rule("square", "pow")
+def squared(reader: Reader, node: Node) -> Value | None:
+    value = _argument(reader, node)
+    is_square = functional_name(node) == "square" or node.args[1] in (2, 2.0)
+    return Value(value.dims, _times(1.0, value.term, value.term)) if value is not None and is_square else None
+
+
 @near_rule("clamp", "clamp_min", "clamp_max")
 def clamped(reader: Reader, node: Node) -> Value | None:
     if not node.meta["val"].is_floating_point():
@@ -244,7 +307,18 @@ def clamped(reader: Reader, node: Node) -> Value | None:
     if value is None or not all(bound is None or isinstance(bound, (int, float)) for bound in bounds):
         return None
     low, high = (None if bound is None or abs(bound) == float("inf") else float(bound) for bound in bounds)
-    return Value(value.dims, Clamp(value.term, low, high))
+    return Value(value.dims, Relu(value.term) if (low, high) == (0.0, None) else Clamp(value.term, low, high))
+
+
+@rule("floor_divide", "div")
+def divided(reader: Reader, node: Node) -> Value | None:
+    """A slot's number by k, or a row of the experts' by a number."""
+    token = token_of_slot(reader, node)
+    if token is not None:
+        return token
+    value, by = _argument(reader, node), node.args[1]
+    is_plain = isinstance(by, (int, float)) and by and explicit_arguments(node).get("rounding_mode") is None
+    return Value(value.dims, Over(value.term, float(by))) if value is not None and is_plain else None  # type: ignore[arg-type]
 
 
 def _argument(reader: Reader, node: Node) -> Value | None:

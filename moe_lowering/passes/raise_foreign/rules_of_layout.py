@@ -13,10 +13,14 @@ from moe_lowering.passes.raise_foreign.read_meanings import Reader, item_rule, r
 from moe_lowering.passes.raise_foreign.terms import SPREAD, Axis, Dims, Expert, OneHot, Part
 
 _NO_END = 2**62  # an ``end`` that torch means by none
+_SAME_ORDER = (
+    *("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze"),
+    *("flatten", "unflatten", "view_as", "reshape_as"),  # before decompositions
+)
 _WHOLE_NUMBERS = (torch.int32, torch.int64, torch.float32, torch.float64)  # that hold any id and any count of slots
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze")
+@rule(*_SAME_ORDER)
 def view(reader: Reader, node: Node) -> Value | None:
     """The same elements in the same order."""
     source = _source(node)
@@ -51,7 +55,7 @@ def order_of(node: Node) -> list[int]:
     return order
 
 
-@rule("expand")
+@rule("expand", "expand_as")
 def expand(reader: Reader, node: Node) -> Value | None:
     """Along a dimension that was of size 1, nothing changes."""
     source = _source(node)
@@ -66,13 +70,26 @@ def expand(reader: Reader, node: Node) -> Value | None:
     return Value(tuple(dims), value.term)
 
 
+@rule("repeat_interleave")
+def repeat(reader: Reader, node: Node) -> Value | None:
+    """Each line several times, one after the other, as an expanded dimension behind it would have them."""
+    source = _source(node)
+    value, arguments = reader.value(source), explicit_arguments(node)
+    at, repeats = arguments.get("dim"), arguments.get("repeats")
+    if value is None or not isinstance(repeats, int) or (at is None and len(value.dims) != 1):
+        return None
+    at = (at or 0) % len(value.dims)
+    lines = (*value.dims[at], *dim(Axis(SPREAD, repeats, node, at)))
+    return Value((*value.dims[:at], lines, *value.dims[at + 1 :]), value.term)
+
+
 @rule("clone", "contiguous", "alias", "detach", "lift_fresh_copy")
 def same(reader: Reader, node: Node) -> Value | None:
     value = reader.value(_source(node))
     return opaque(node) if value is not None and value.is_opaque else value
 
 
-@rule("_to_copy", "to", "convert_element_type")
+@rule("_to_copy", "to", "type_as", "convert_element_type")
 def cast(reader: Reader, node: Node) -> Value | None:
     """Another dtype. What a dtype rounds away of a layer's values is looked at when all of it is known."""
     source = _source(node)

@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.arguments import argument, explicit_arguments
+from moe_lowering.passes.own_writes import overload_of
 from moe_lowering.passes.raise_foreign.meanings import (
     Value,
     as_ids,
@@ -89,7 +90,6 @@ def _sorted(reader: Reader, node: Node, index: int) -> Value | None:
     return Value(order_dims, ids[1] if index == 0 else Slot(ids[1]))
 
 
-@rule("floor_divide", "div")
 def token_of_slot(reader: Reader, node: Node) -> Value | None:
     """A slot's number divided by k, rounded down."""
     arguments = explicit_arguments(node)
@@ -229,7 +229,7 @@ def scattered(reader: Reader, node: Node) -> Value | None:
 
 def _put(reader: Reader, node: Node) -> tuple[Node, Value, Node] | None:
     """(what is written into, index of its lines, what is written) of a call that writes whole lines."""
-    base, by_element = node.args[0], str(node.target).endswith("scatter.src")
+    base, by_element = node.args[0], overload_of(node) == "scatter.src"
     if by_element or "index_copy" in str(node.target):
         at, index, source = (argument(node, name) for name in ("dim", "index", "src" if by_element else "source"))
         if at != 0:

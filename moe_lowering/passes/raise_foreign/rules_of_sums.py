@@ -10,10 +10,10 @@ from typing import Any
 from torch.fx import Node
 
 from moe_lowering.passes.arguments import argument, explicit_arguments
-from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.own_writes import functional_name, overload_of
 from moe_lowering.passes.raise_foreign.meanings import Value, choices, sizes, slots, tokens
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, near_rule, rule
-from moe_lowering.passes.raise_foreign.rules_of_counts import ZEROS, counted_matches, counted_ones, scattered_ones
+from moe_lowering.passes.raise_foreign.rules_of_counts import counted_matches, counted_ones, is_filled, scattered_ones
 from moe_lowering.passes.raise_foreign.rules_of_routing import is_line_index, order_of_ids, scattered
 from moe_lowering.passes.raise_foreign.terms import CHOICE, Dims, OneHot, Slot, Summed, TokenOf
 
@@ -40,12 +40,15 @@ def summed(reader: Reader, node: Node) -> Value | None:
 @near_rule("scatter_add", "index_add", "scatter_reduce")
 def added_to_tokens(reader: Reader, node: Node) -> Value | None:
     """The rows of all slots, added to the lines of their tokens."""
-    counts = counted_ones(reader, node) if name_of(node) != "scatter_reduce" else None
-    if counts is not None:
-        return counts
     base, at, index, source = node.args[:4]
     arguments = explicit_arguments(node)
-    if at != 0 or not all(isinstance(n, Node) for n in (base, index, source)):
+    if at != 0:
+        return None
+    if functional_name(node) != "scatter_reduce":
+        counts = counted_ones(reader, node, base, index, source)
+        if counts is not None:
+            return counts
+    if not all(isinstance(n, Node) for n in (base, index, source)):
         return None
     if (
         arguments.get("alpha", 1) != 1
@@ -59,7 +62,7 @@ def added_to_tokens(reader: Reader, node: Node) -> Value | None:
 @rule("scatter")
 def put_or_counted(reader: Reader, node: Node) -> Value | None:
     """Rows, or places, written into lines; or ones at the experts of each token."""
-    return scattered_ones(reader, node) if str(node.target).endswith("scatter.value") else scattered(reader, node)
+    return scattered_ones(reader, node) if overload_of(node) == "scatter.value" else scattered(reader, node)
 
 
 @rule("index_put", "_unsafe_index_put")
@@ -70,6 +73,9 @@ def put_or_added(reader: Reader, node: Node) -> Value | None:
         return scattered(reader, node)
     if len(indices) != 1 or not all(isinstance(each, Node) for each in (base, indices[0], source)):
         return None
+    counts = counted_ones(reader, node, base, indices[0], source)
+    if counts is not None:
+        return counts
     return _added_rows(reader, node, base, reader.value(indices[0]), reader.value(source), False)
 
 
@@ -87,12 +93,8 @@ def _added_rows(
     if first != slots(ids) and order_of_ids(reader, first) != ids:
         return None
     if isinstance(number.term, Slot):
-        return Value((slots(ids), rows.dims[1]), rows.term) if _is_zero(base) else None
+        return Value((slots(ids), rows.dims[1]), rows.term) if is_filled(base, 0) else None
     term = rows.term if not choices(ids) else Summed(rows.term)
-    if not _is_zero(base):
+    if not is_filled(base, 0):
         term = Summed(rows.term, base)
     return Value((tokens(ids), rows.dims[1]), term)
-
-
-def _is_zero(node: Node) -> bool:
-    return name_of(node) in ZEROS or (name_of(node) == "full" and argument(node, "fill_value") in (0, 0.0))

@@ -152,6 +152,21 @@ class Plus(Term):
     number: float
 
 
+class Over(Term):
+    """A term divided by a number."""
+
+    term: Term
+    number: float
+
+
+class Relu(Term):
+    term: Term
+
+
+class Tanh(Term):
+    term: Term
+
+
 class Sigmoid(Term):
     term: Term
 

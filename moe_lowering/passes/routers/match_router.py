@@ -30,6 +30,7 @@ from moe_lowering.passes.arguments import results
 from moe_lowering.passes.blocks import Block, RaisedRouter, Route, size_key
 from moe_lowering.passes.foreign_operators import ROUTER, kind_of
 from moe_lowering.passes.memory_effects import Writes
+from moe_lowering.passes.own_writes import is_own_write
 from moe_lowering.passes.routers import rules
 from moe_lowering.passes.routers.group_rules import VIEWS
 from moe_lowering.passes.routers.meaning import CASTS, Meaning, name_of
@@ -200,7 +201,8 @@ class _Graph:
             self._writes, self._scopes = Writes(self._graph), scope_paths(self._graph)
         inputs = [source for node in interior for source in node.all_input_nodes]
         end = next(iter(reversed(self._graph.nodes)))
-        writer = self._writes.between(min(interior), end, {*interior, *inputs})
+        own = {node for node in interior if is_own_write(node) and (node is weights or {*node.users} <= {*interior})}
+        writer = self._writes.between(min(interior), end, {*interior, *inputs}, gone=own)
         if writer is not None:
             seen = "a write in place into what the router reads or holds"
             raise _NoRouter(Reason("router.written", writer, seen, "no write into them, or into a copy"))

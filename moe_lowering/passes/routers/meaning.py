@@ -18,6 +18,8 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.blocks import Source, size_key
+from moe_lowering.passes.foreign_walks import without_copy
+from moe_lowering.passes.own_writes import functional_name, is_own_write
 from moe_lowering.passes.routers.values import Const, Opaque, Reason, Scores, Value, val
 
 _NODES = 160  # of one router: what is asked beyond is opaque
@@ -82,13 +84,15 @@ def _target_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         namespace, _, name = target._schema.name.partition("::")
         mutable = target._schema.is_mutable
-        return name if namespace in ("aten", "prims") and not mutable else ""
+        return without_copy(name) if namespace in ("aten", "prims") and not mutable else ""
     return "getitem" if target is operator.getitem else ""
 
 
 def name_of(node: Node) -> str:
-    """The name of a functional operator of ATen; "" of any other node."""
-    return _target_name(node.target) if node.op == "call_function" else ""
+    """The name of a functional operator of ATen, or of a write that means the same; "" of any other node."""
+    if node.op != "call_function":
+        return ""
+    return _target_name(node.target) or (functional_name(node) if is_own_write(node) else "")
 
 
 def arg(node: Node, index: int, name: str, default: Any = None) -> Any:

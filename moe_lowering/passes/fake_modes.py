@@ -1,0 +1,60 @@
+"""The one fake mode that a graph's values must have, since an operator takes no values of two.
+
+``make_fx`` of real tensors gives each value a mode of its own. Such values are made anew in one mode, as far as all they
+say is sizes that are known, strides, dtype and device: their storages are apart already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+NO_VALUES = "the graph has no fake values (meta['val']): nothing can be proven"
+MIXED = (
+    "the graph's values (meta['val']) are of several fake modes and of sizes that are not known: nothing can be proven"
+)
+
+
+def join_fake_modes(graph: Graph) -> FakeTensorMode | str:
+    """The fake mode of a graph's values, which is made one where it is not; or why there is none."""
+    modes = {value.fake_mode for value in _fake_values(_ends(graph))}
+    if len(modes) < 2:
+        placeholders = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+        mode: FakeTensorMode | None = torch._guards.detect_fake_mode([*placeholders, *_fake_values(_ends(graph))])
+        return NO_VALUES if mode is None else mode
+    if not all(map(_is_plain, _fake_values(graph.nodes))):
+        return MIXED
+    mode = modes.pop()
+    for node in graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = tree_map_only(FakeTensor, lambda value: _make_again(value, mode), node.meta["val"])
+    return mode
+
+
+def _ends(graph: Graph) -> Iterator[Node]:
+    """What a graph takes and what it returns."""
+    yield from graph.find_nodes(op="placeholder")
+    yield from graph.output_node().all_input_nodes
+
+
+def _fake_values(nodes: Any) -> Iterator[FakeTensor]:
+    for node in nodes:
+        yield from (leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, FakeTensor))
+
+
+def _is_plain(value: FakeTensor) -> bool:
+    sizes = (*value.shape, *value.stride()) if value.layout is torch.strided else (None,)
+    return all(isinstance(size, int) for size in sizes)
+
+
+def _make_again(value: FakeTensor, mode: FakeTensorMode) -> FakeTensor:
+    if value.fake_mode is mode:
+        return value
+    with mode:
+        made: Any = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return made

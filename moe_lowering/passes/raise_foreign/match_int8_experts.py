@@ -1,0 +1,213 @@
+"""Experts of int8 rows in a torch_npu chain.
+
+    w8a8   matmul (int32) > npu_dequant_swiglu_quant > matmul
+    w8a8   npu_grouped_matmul_swiglu_quant, of either version, for the first two
+    w8a8   matmul (scaled) > activation > npu_dynamic_quant > matmul; or npu_swiglu_quant for the middle two
+    w4a8   the same with int4 weights, which bring a bias
+
+Sources: op_plugin.dequant_swiglu_quant: which half is the gate; op_plugin.gmm_swiglu_quant, op_plugin.gmm_swiglu_quant_v2:
+arguments; recipes.fused_mlp: the chains that are written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.raise_foreign.chain_walk import (
+    Walk,
+    is_operator,
+    other_operator,
+    require,
+    require_value,
+    source_of,
+    tensors,
+    value_of,
+)
+from moe_lowering.passes.raise_foreign.group_lists import COUNTS, PREFIX_SUMS, Groups
+from moe_lowering.passes.raise_foreign.match_npu_activation import clipped_words, match_activation, words_of
+from moe_lowering.passes.raise_foreign.npu_matmuls import (
+    DTYPES,
+    Experts,
+    both_results,
+    check_matmul,
+    experts_of,
+    quantised_rows,
+    require_none,
+    require_weight_dtype,
+    result_of,
+    second_matmul,
+)
+from moe_lowering.passes.raise_foreign.records import NotThisForm
+
+DEQUANTISE, SWIGLU_ROWS = "npu_dequant_swiglu_quant", "npu_swiglu_quant"
+FUSED, FUSED_V2 = "npu_grouped_matmul_swiglu_quant", "npu_grouped_matmul_swiglu_quant_v2"
+INT32 = 3  # as ``output_dtype`` takes it
+HALVES, INTERLEAVED, HALVES_CLAMPED = 0, 1, 2  # swiglu_mode
+
+
+def match_int8(walk: Walk, node: Node, rows: Node, row_scale: Node, groups: Groups) -> Experts:
+    """Of int8 ``rows`` with ``row_scale``, which ``node`` reads.
+
+    Raises:
+        NotThisForm: what follows the rows is no such chain.
+    """
+    smooth: Node | None = None
+    if is_operator(node, FUSED, FUSED_V2):
+        form, first = "w8a8", node
+        made, scale, words = _fused(walk, node, rows, row_scale, groups)
+    else:
+        first = check_matmul(walk, node, rows, groups)
+        form = "w4a8" if value_of(tensors(first, "weight")[0]).dtype == torch.int32 else "w8a8"
+        require_none(first, "antiquant_scale", "antiquant_offset")
+        require_weight_dtype(first, torch.int32 if form == "w4a8" else torch.int8)
+        if argument(first, "output_dtype") == INT32:
+            require_none(first, "scale", "per_token_scale", "bias")
+            made, scale, words, smooth = _dequantised(walk, result_of(walk, first), row_scale, groups)
+        else:
+            scales = _scaled(first, row_scale, form, "w13")
+            walk.read_by(row_scale, "scales of rows", first)
+            made, scale, words = _activated(walk, result_of(walk, first))
+            words |= scales
+    last = second_matmul(walk, made, groups)
+    fields: dict[str, Any] = {"quantisation": form, "w13_bias": [], "w2_bias": [], **words}
+    fields |= _scaled(last, scale, form, "w2")
+    walk.read_by(scale, "scales of the activation", last)
+    fields["out_dtype"] = dtype = value_of(result_of(walk, last)).dtype
+    require_none(last, "antiquant_scale", "antiquant_offset")
+    require_weight_dtype(last, torch.int32 if form == "w4a8" else torch.int8)
+    if not is_operator(first, FUSED, FUSED_V2):
+        _require_same_dtype(first, last, dtype)
+    return experts_of(walk, first, last, fields, smooth)
+
+
+def _require_same_dtype(first: Node, last: Node, dtype: torch.dtype) -> None:
+    if argument(first, "output_dtype") not in (INT32, DTYPES.get(dtype)):
+        seen = f"{first.name}'s result is of another dtype than {last.name}'s, {dtype}"
+        raise NotThisForm(first, "raise.dtype", seen, "one dtype")
+
+
+def _fused(walk: Walk, node: Node, rows: Node, row_scale: Node, groups: Groups) -> tuple[Node, Node, dict[str, Any]]:
+    """(rows, their scales, the words of the activation with w13 and its scale) of matmul, SwiGLU and quantisation in one."""
+    require_value(node, "x", rows)
+    require_value(node, "x_scale", row_scale)
+    second = is_operator(node, FUSED_V2)
+    groups.require(node, "group_list", argument(node, "group_list_type") or PREFIX_SUMS if second else PREFIX_SUMS)
+    if second:
+        require(node, {"smooth_scale": (None,)}, "raise.smooth_scales")
+        formats = ("x_dtype", "weight_dtype", "weight_scale_dtype", "x_scale_dtype")
+        require(
+            node, {**dict.fromkeys(formats, (None,)), "quant_dtype": (1, None), "dequant_dtype": (6,)}, "raise.format"
+        )
+        require(node, {**dict.fromkeys(("dequant_mode", "quant_mode"), (0, None)), "weight_assist_matrix": (None,)})
+    else:
+        require_none(node, "offset")
+    require_none(node, "bias")
+    weights, scales = ([*each] if isinstance(each, (list, tuple)) else [each] for each in _given(node))
+    if any(value_of(each).dtype != torch.int8 for each in weights) or any(value_of(each).dim() != 2 for each in scales):
+        seen = f"{node.name}: weight is {weights}, weight_scale {scales}"
+        raise NotThisForm(node, "raise.weights", seen, "int8 weights [E, K, 2I] with scales [E, 2I]")
+    made, scale, *rest = walk.results(node, 2 if second else 3)
+    if made is None or scale is None or any(each is not None for each in rest):
+        raise NotThisForm(
+            node, "raise.unused", f"results of {node.name}", "rows and their scales, and none but these, read"
+        )
+    walk.read_by(row_scale, "scales of rows", node)
+    return made, scale, {"w13": weights, "w13_scale": scales, **words_of("swiglu")}
+
+
+def _given(node: Node) -> tuple[Any, Any]:
+    return argument(node, "weight"), argument(node, "weight_scale")
+
+
+def _scaled(node: Node, row_scale: Node, form: str, name: str) -> dict[str, Any]:
+    """The scales of a matmul of int8 rows. int4 weights bring a bias: it makes up for what the kernel takes off each weight."""
+    _scaled_by(node, row_scale)
+    fields = {f"{name}_scale": tensors(node, "scale")}
+    if form == "w8a8":
+        require_none(node, "bias")
+        return fields
+    for scale in fields[f"{name}_scale"]:
+        shape = value_of(scale).shape
+        if len(shape) == 3 and shape[1] != 1:
+            seen = f"{node.name}: scales {tuple(shape)} of int4 weights, by group of lines"
+            raise NotThisForm(node, "raise.scale_groups", seen, "[E, N] or [E, 1, N]: one for each column")
+    if not tensors(node, "bias"):
+        raise NotThisForm(
+            node, "raise.weights", f"{node.name}: int4 weights without bias", "8 * the sums of weight * scale"
+        )
+    return {**fields, f"{name}_scale_bias": tensors(node, "bias")}
+
+
+def _dequantised(
+    walk: Walk, sums: Node, row_scale: Node, groups: Groups
+) -> tuple[Node, Node, dict[str, Any], Node | None]:
+    """(rows, their scales, the words of the activation with w13's scale, smooth scales) after ``npu_dequant_swiglu_quant``."""
+    node, path = walk.onward(sums, "the first matmul's result")
+    if not is_operator(node, DEQUANTISE):
+        raise other_operator(node, f"int32 sums go to {node.target}", f"npu.{DEQUANTISE}")
+    require_value(node, "x", path)
+    require_value(node, "activation_scale", row_scale)
+    kind = groups.kind_of(argument(node, "group_index"))
+    groups.require(
+        node, "group_index", COUNTS if kind == PREFIX_SUMS else kind
+    )  # counts or pairs, whatever matmuls are told
+    require(node, {"activate_left": (True,)}, "raise.gate_second")
+    require(
+        node,
+        {
+            "bias": (None,),
+            "quant_offset": (None,),
+            "quant_mode": (1,),
+            "dst_type": (None, 1),
+            "round_mode": (None, 0),
+            "activate_dim": (None, -1, 1),
+        },
+    )
+    scale = argument(node, "weight_scale")
+    if not isinstance(scale, Node) or value_of(scale).dim() != 2:
+        raise NotThisForm(node, "raise.weights", f"{node.name}: weight_scale is {scale}", "[E, 2I]")
+    rows, scales = both_results(walk, node)
+    walk.read_by(row_scale, "scales of rows", node)
+    return rows, scales, {"w13_scale": [scale], **_clamped_words(node)}, argument(node, "quant_scale")
+
+
+def _clamped_words(node: Node) -> dict[str, Any]:
+    """The activation that ``swiglu_mode`` and its numbers say."""
+    mode = argument(node, "swiglu_mode")
+    if mode == HALVES:
+        return words_of("swiglu")
+    if mode not in (INTERLEAVED, HALVES_CLAMPED):
+        raise NotThisForm(node, "raise.activation", f"{node.name}: swiglu_mode is {mode}", "0, 1, 2")
+    limit, alpha, bias = (argument(node, name) for name in ("clamp_limit", "glu_alpha", "glu_bias"))
+    return clipped_words(node, limit, alpha, bias, mode == INTERLEAVED)
+
+
+def _activated(walk: Walk, hidden: Node) -> tuple[Node, Node, dict[str, Any]]:
+    """(rows, their scales, the words of the activation) of hidden [N, 2I], in one operator or in two."""
+    readers = walk.readers(hidden)
+    if len(readers) != 1 or not is_operator(readers[0], SWIGLU_ROWS):
+        activation = match_activation(walk, hidden)
+        return *quantised_rows(walk, activation.result, "the activation"), activation.words
+    (node,) = readers
+    walk.add(node)
+    require_value(node, "x", hidden)
+    require(node, {"smooth_scales": (None,)}, "raise.smooth_scales")
+    require(node, {"activate_left": (True,)}, "raise.gate_second")
+    require(node, {"offsets": (None,), "group_index": (None,), "quant_mode": (1,), "dst_type": (None, torch.int8)})
+    return *both_results(walk, node), words_of("swiglu")
+
+
+def _scaled_by(node: Node, row_scale: Node) -> None:
+    if [source_of(each) for each in tensors(node, "per_token_scale")] != [row_scale]:
+        raise NotThisForm(
+            node,
+            "raise.other_value",
+            f"{node.name}: per_token_scale is {argument(node, 'per_token_scale')}",
+            f"[{row_scale}], the scales of its rows",
+        )
+    if not tensors(node, "scale"):
+        raise NotThisForm(node, "raise.weights", f"{node.name}: scale is None", "the scales of its weights")

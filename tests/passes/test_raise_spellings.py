@@ -1,0 +1,166 @@
+"""Chains that mean what others mean and are spelled otherwise are raised, and equal to the reference and to what is written.
+
+Twins beside them, which differ in what they compute, are left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import npu_chain_layers as chains
+import npu_chain_spellings as spelled
+import pytest
+import torch
+from reference import relative_error
+
+from moe_lowering import Deployment, MoeLowering, simulator, testing
+from moe_lowering.backends.aot import lowering_backend
+
+BOUND = {"none": 2e-2, "w8a8": 4e-2, "w4a8": 4e-2}
+FUSED = {"quantisation": "w8a8"}
+
+
+def compiled(layer: Any) -> tuple[Any, ...]:
+    """(result with the pass, as it is written, of the reference, the report)."""
+    simulator.enable("A3")
+    lowering = MoeLowering(Deployment(soc="A3", installed=(), weight_format="nz"))
+    torch._dynamo.reset()
+    x, ids, weights = getattr(layer, "inputs", chains.inputs)(0)
+    with torch.no_grad():
+        lowered = torch.compile(layer, backend=lowering_backend(lowering), fullgraph=True)(x, ids, weights)
+        reference = getattr(layer, "reference", lambda *tensors: chains.reference(layer, *tensors))
+        return lowered, layer(x, ids, weights), reference(x, ids, weights.bfloat16()), lowering.reports[0]
+
+
+def require_raised(layer: Any, form: str = "routing_v2") -> Any:
+    lowered, written, reference, report = compiled(layer)
+    ((comm, raised_from),) = [(block.comm, block.raised_from) for block in report.blocks]
+    assert (comm, raised_from) == ("allgather", form) and report.foreign == ()
+    for each in (lowered, written):
+        assert relative_error(each, reference) < BOUND[layer.quantisation]
+    return report.blocks[0]
+
+
+def require_left(layer: Any, code: str) -> None:
+    lowered, written, _, report = compiled(layer)
+    assert report.blocks == () and f"[{code}]" in str(report.foreign[0].not_raised), report.foreign
+    assert torch.equal(torch.nan_to_num(lowered), torch.nan_to_num(written))
+
+
+@pytest.mark.parametrize("groups", spelled.GROUPS)
+def test_groups_are_what_they_count(groups):
+    require_raised(spelled.Spelled(groups=spelled.GROUPS[groups]))
+
+
+@pytest.mark.parametrize("twin", spelled.GROUP_TWINS)
+def test_other_groups_are_left(twin):
+    layer = spelled.Spelled(groups=spelled.GROUP_TWINS[twin])
+    assert "raise.counts" in reason_of(layer)
+
+
+def reason_of(layer: Any) -> str:
+    """Why a chain is left, of its graph alone: what it computes may be refused by a kernel."""
+    lowered = testing.lower_graph(layer, *chains.inputs(0), deployment=Deployment(soc="A3", installed=()))
+    assert lowered.report.blocks == () and lowered.ops_before == lowered.ops_after
+    return str(lowered.report.foreign[0].not_raised)
+
+
+@pytest.mark.parametrize("activation", spelled.ACTIVATIONS)
+def test_activations_are_what_they_compute(activation):
+    name, act = spelled.ACTIVATIONS[activation]
+    block = require_raised(spelled.Spelled(activation=name, act=act))
+    if name in ("swiglu", "swiglu_oai"):
+        assert any(op in block.ops_after for op in ("npu.npu_swiglu", "npu.npu_clipped_swiglu"))
+
+
+@pytest.mark.parametrize("twin", spelled.ACTIVATION_TWINS)
+def test_other_activations_are_left(twin):
+    code, act = spelled.ACTIVATION_TWINS[twin]
+    require_left(spelled.Spelled(act=act), code)
+
+
+ALONE: dict[str, dict[str, Any]] = {
+    "the first matmul and SwiGLU in one": {**FUSED, "fused": "first"},
+    "in one, version 2": {**FUSED, "fused": "second"},
+    "in one, version 2, counts": {**FUSED, "fused": "counts"},
+    "rows with a second axis": {"back": 3},
+    "scales with an axis more": {"quantisation": "w4a8", "scale": lambda scale: scale.unsqueeze(1)},
+    "views there and back": {"quantisation": "w8a8", "back": 2, "views": True},
+    "ids past the experts": {"zero": 3, "back": 3},
+    "ids past the experts, by a mask": {"zero": 3},
+}
+ALONE_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
+    "scales by group": (
+        "raise.scale_groups", {"quantisation": "w4a8", "scale": lambda scale: scale.unsqueeze(1).repeat(1, 2, 1)}
+    ),
+    "counts for prefix sums, in one": (
+        "raise.counts", {**FUSED, "fused": "first", "sums": lambda sums: sums.diff(prepend=sums[:1] * 0)}
+    ),
+    "a third result that is read": (
+        "raise.unused", {**FUSED, "fused": "first", "rest": lambda rows, rest: (rows + (rest * 0).to(torch.int8)).to(torch.int8)}
+    ),
+    "smooth scales, in one": ("raise.smooth_scales", {**FUSED, "fused": "second", "more": {"smooth_scale": torch.ones(8, 64)}}),
+    "ids past the experts, no mask": ("raise.partial_range", {"zero": 3, "masked": lambda w, ids: w}),
+    "ids past the experts, a mask of one more": (
+        "raise.partial_range", {"zero": 3, "masked": lambda w, ids: w * (ids <= chains.EXPERTS)}
+    ),
+    "ids past the experts, rows of others": (
+        "raise.partial_range", {"zero": 3, "back": 3, "index": torch.abs, "masked": lambda w, ids: w}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ALONE)
+def test_a_chain_in_other_operators(form):
+    require_raised(spelled.Spelled(**ALONE[form]))
+
+
+@pytest.mark.parametrize("twin", ALONE_TWINS)
+def test_a_twin_in_other_operators_is_left(twin):
+    code, changes = ALONE_TWINS[twin]
+    assert f"[{code}]" in reason_of(spelled.Spelled(**changes))
+
+
+def test_a_router_of_a_chain_that_is_left_as_it_is():
+    """It is not told as one whose experts are not known: strict mode takes the layer as it is."""
+    written = Deployment(soc="A3", installed=(), weight_format="nz")
+    report = testing.lower_graph(spelled.Chosen(), chains.inputs(0)[0], deployment=written, strict=True).report
+    assert "[raise.already]" in report.blocks[0].reason and report.foreign == ()
+    other = testing.lower_graph(spelled.Chosen(act=torch.relu), chains.inputs(0)[0], deployment=written).report
+    assert other.blocks == () and "npu_moe_gating_top_k" in str(other.foreign)
+
+
+def test_slots_numbered_by_a_permuted_table():
+    require_raised(spelled.FirstVersion(spelled.by_column), "routing_v1")
+    require_left(spelled.FirstVersion(spelled.by_row), "raise.index")
+
+
+def within(ids: torch.Tensor) -> torch.Tensor:
+    """Ids past the experts as expert 0, which a token may have chosen already."""
+    return ids * (ids < chains.EXPERTS).to(ids.dtype)
+
+
+SHARED: dict[str, tuple[str, type, dict[str, Any]]] = {
+    "by a stored table": ("raise.partial_range", spelled.InPlace, {"own": "stored"}),
+    "by a table off by one": ("raise.partial_range", spelled.InPlace, {"own": "table", "table": lambda table: table.roll(1)}),
+    "rows of others": ("raise.partial_range", spelled.InPlace, {"back": "drop", "index": torch.abs}),
+    "ids that may repeat": ("raise.ids_range", spelled.InPlace, {"ids": within}),
+    "no mask, tokens of all": ("raise.partial_range", spelled.InPlaceReduced, {"back": "drop"}),
+    "prefix sums returned": ("raise.single_use", spelled.PrefixSums, {"shared": "", "returned": lambda sums: sums + 0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("twin", [*SHARED, "none: by a table", "none: dropped"])
+def test_twins_over_two_ranks_are_left(twin):
+    code, kind, changes = SHARED.get(
+        twin, ("", spelled.InPlace, {"own": "table"} if "table" in twin else {"back": "drop"})
+    )
+    with testing.fake_deployment(ep_size=2) as pair:
+        same = {"tp_size": 2, "tp_rank": 0, "tp_group": pair.ep_group} if kind is spelled.InPlaceReduced else {}
+        layer = kind(pair.ep_communicator, "none", "swiglu", 0, 2, **changes)
+        lowered = testing.lower_graph(layer, *chains.inputs(0), deployment=pair.replace(**same), comm="mc2")
+    if not code:
+        assert [block.comm for block in lowered.report.blocks] == ["mc2"]
+        return
+    assert lowered.report.blocks == () and lowered.ops_before == lowered.ops_after
+    assert f"[{code}]" in str(lowered.report.foreign[0].not_raised)
