@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import gc
 import time
 
 import capture_jobs
@@ -52,28 +50,6 @@ def tokens(rank: int, step: int) -> torch.Tensor:
     return ids
 
 
-def graphs_of_this_process():
-    """What npugraph_ex made of the models compiled so far."""
-    from npugraph_ex._acl_concrete_graph.acl_graph import AclGraph
-
-    return [found for found in gc.get_objects() if type(found) is AclGraph]
-
-
-@contextlib.contextmanager
-def without_graphs(graphs):
-    """The compiled model runs its lowered graphs operator by operator, as with ``force_eager``: no capture, no replay."""
-    assert graphs
-    for graph in graphs:
-        graph.config["force_eager"] = True
-    before = simulator.device.counts()
-    try:
-        yield
-    finally:
-        for graph in graphs:
-            graph.config["force_eager"] = False
-    assert simulator.device.counts() == before
-
-
 def run_model(rank: int, name: str, layers: int, comm: str, replays: int, compared_every: int) -> Seen:
     """``replays`` replays with new inputs each, and of some the comparison with the whole model's own experts."""
     torch._dynamo.reset()
@@ -107,8 +83,8 @@ def run_model(rank: int, name: str, layers: int, comm: str, replays: int, compar
         for step in range(replays):
             ids = tokens(rank, step)
             logits, blocks = run(ids)
-            graphs = graphs or graphs_of_this_process()
-            with without_graphs(graphs):
+            graphs = graphs or capture_models.graphs_of_this_process()
+            with capture_models.without_graphs(graphs):
                 expected, eager_blocks = run(ids)
             if not step:
                 seen.compile_seconds = time.process_time() - began

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import gc
 
 import torch
 import transformers
 from torch import nn
 
-from moe_lowering import Deployment, MoeLowering, npugraph_ex_options
+from moe_lowering import Deployment, MoeLowering, npugraph_ex_options, simulator
 from moe_lowering.cli.lower.models import randomise
 from moe_lowering.integrations.transformers import register
 
@@ -41,7 +43,7 @@ CONFIGS = {
 class Pair:
     """The same weights twice: unlowered on the CPU, lowered on device npu. ``chosen``: expert ids of the unlowered one.
 
-    ``captured`` runs as NPU graphs, ``eager`` is the same lowered graph without them.
+    ``captured`` runs as NPU graphs, ``eager`` is compiled again, from the same modules, to run without them.
     """
 
     reference: nn.Module
@@ -101,3 +103,25 @@ def tokens(step: int, length: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, VOCABULARY, (1, length), generator=generator)
     return ids[:, :1].expand(1, length).contiguous() if step % 4 == 3 else ids
+
+
+def graphs_of_this_process():
+    """What npugraph_ex made of the models compiled so far."""
+    from npugraph_ex._acl_concrete_graph.acl_graph import AclGraph
+
+    return [found for found in gc.get_objects() if type(found) is AclGraph]
+
+
+@contextlib.contextmanager
+def without_graphs(graphs):
+    """The compiled model runs its lowered graphs operator by operator, as with ``force_eager``: no capture, no replay."""
+    assert graphs
+    for graph in graphs:
+        graph.config["force_eager"] = True
+    before = simulator.device.counts()
+    try:
+        yield
+    finally:
+        for graph in graphs:
+            graph.config["force_eager"] = False
+    assert simulator.device.counts() == before

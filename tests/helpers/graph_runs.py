@@ -37,8 +37,7 @@ def many_cases() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.enable()
-        gc.unfreeze()
+        gc.enable()  # what was frozen stays so: conftest.py
         torch._dynamo.config.fake_tensor_cache_enabled = enabled
         logging.disable(disabled)
 
