@@ -44,3 +44,13 @@ def test_a_pre_pass_of_the_user_runs_too(served, reference):
     assert found["tokens"] == reference.tokens[:3]
     assert "the user's own pass saw 2 moe_lowering.dispatch" in found["log"]  # it runs first
     assert len(found["reports"]) == 1 and all(OPAQUE not in calls for calls in found["compiled"])
+
+
+def test_a_pre_pass_instead_of_ours_is_told(served):
+    """The twin: the plugin's pass is gone from the options, so that nothing lowers what was taken over."""
+    fault = {"VLLM_TESTS_FAULT": "own_pass_instead"}
+    options = {"worker_extension_cls": "faults.Extension"}
+    code, error = served(
+        fails=True, requests=3, graphs=True, plugin={"strict": True}, options=options, environment=fault
+    )
+    assert code != 0 and "moe_lowering (strict): [vllm.pass_not_run] post_grad_custom_pre_pass is " in error
