@@ -37,6 +37,19 @@ def test_with_the_plugin(own, served, checkpoint):
     assert [block["comm"] for block in report["blocks"]] == ["allgather"] * 2
 
 
+def test_quantised_with_the_plugin(served, checkpoint):
+    """Routed experts in W8A8, shared ones not."""
+    folder = checkpoint("deepseek_v3", prompts=0, quantisation="w8a8", dtype="bfloat16").folder
+    settings = {"model": str(folder), "dtype": "bfloat16", "options": {"quantization": "ascend"}, **SERVED}
+    own = served(**settings)
+    found = served(graphs=True, plugin={"strict": True}, **settings)
+    assert list(found["layers"].values()) == ["", ""] and own["layers"] == {}
+    [calls] = found["compiled"]
+    assert {"npu.npu_dynamic_quant", "npu.npu_grouped_matmul"} <= set(calls)
+    assert not any(name.startswith("vllm.moe_forward") for name in calls)
+    comparison.assert_close(own, found)
+
+
 def test_two_ranks_with_the_plugin(own, served, checkpoint):
     """Expert parallel. The result of the routed experts is complete on each rank, and that of the shared ones is reduced once."""
     folder = checkpoint("deepseek_v3", prompts=12).folder
