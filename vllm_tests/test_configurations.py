@@ -5,7 +5,6 @@ import serve
 
 REQUESTS = 12
 OPAQUE = "vllm.moe_forward"
-STAYS = "stays with vllm-ascend's operator: "
 SHORT = 32  # max_num_batched_tokens, below the longest prompt and far below all of them
 # option: what it changes, capture sizes that remain
 TAKEN_OVER = {
@@ -35,3 +34,23 @@ def test_chunked_prefill_without_the_plugin(served, reference):
     options, _ = TAKEN_OVER["chunked_prefill"]
     found = served(requests=REQUESTS, options=options)
     assert found["tokens"] == reference.tokens[:REQUESTS] and not found["compiled"]
+
+
+def test_a_pre_pass_of_the_user_runs_too(served, reference):
+    """Put into npugraph_ex's configuration by somebody else's code, before the plugin reads it."""
+    fault = {"VLLM_TESTS_FAULT": "own_pass"}
+    options = {"worker_extension_cls": "faults.Extension"}
+    found = served(requests=3, graphs=True, plugin={"strict": True}, options=options, environment=fault)
+    assert found["tokens"] == reference.tokens[:3]
+    assert "the user's own pass saw 2 moe_lowering.dispatch" in found["log"]  # it runs first
+    assert len(found["reports"]) == 1 and all(OPAQUE not in calls for calls in found["compiled"])
+
+
+def test_a_pre_pass_instead_of_ours_is_told(served):
+    """The twin: the plugin's pass is gone from the options, so that nothing lowers what was taken over."""
+    fault = {"VLLM_TESTS_FAULT": "own_pass_instead"}
+    options = {"worker_extension_cls": "faults.Extension"}
+    code, error = served(
+        fails=True, requests=3, graphs=True, plugin={"strict": True}, options=options, environment=fault
+    )
+    assert code != 0 and "moe_lowering (strict): [vllm.pass_not_run] post_grad_custom_pre_pass is " in error

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 small (MLA, shared experts, groups of experts with a correction bias) on one rank, with the plugin and without.
+"""DeepSeek-V3 small (MLA, shared experts, groups of experts with a correction bias) with the plugin and without.
 
 vllm-ascend computes MLA's prefill in bfloat16 whatever the model's dtype, so tokens of transformers in float32 are not the bar:
 log probabilities are, and the two engines' tokens against each other.
@@ -35,3 +35,29 @@ def test_with_the_plugin(own, served, checkpoint):
     assert found["captures"] == 4 and found["replays"] > 4
     [report] = found["reports"]
     assert [block["comm"] for block in report["blocks"]] == ["allgather"] * 2
+
+
+def test_quantised_with_the_plugin(served, checkpoint):
+    """Routed experts in W8A8, shared ones not."""
+    folder = checkpoint("deepseek_v3", prompts=0, quantisation="w8a8", dtype="bfloat16").folder
+    settings = {"model": str(folder), "dtype": "bfloat16", "options": {"quantization": "ascend"}, **SERVED}
+    own = served(**settings)
+    found = served(graphs=True, plugin={"strict": True}, **settings)
+    assert list(found["layers"].values()) == ["", ""] and own["layers"] == {}
+    [calls] = found["compiled"]
+    assert {"npu.npu_dynamic_quant", "npu.npu_grouped_matmul"} <= set(calls)
+    assert not any(name.startswith("vllm.moe_forward") for name in calls)
+    comparison.assert_close(own, found)
+
+
+def test_two_ranks_with_the_plugin(own, served, checkpoint):
+    """Expert parallel. The result of the routed experts is complete on each rank, and that of the shared ones is reduced once."""
+    folder = checkpoint("deepseek_v3", prompts=12).folder
+    found = served(model=str(folder), soc="A2", ranks=2, graphs=True, plugin={"strict": True}, **SERVED)
+    assert found["tokens"] == own["tokens"]
+    assert comparison.ratio(own["logprobs"], found["logprobs"]) > FLOOR
+    assert len(found["compiled"]) == 2
+    assert not any(name.startswith("vllm.moe_forward") for calls in found["compiled"] for name in calls)
+    for rank in range(2):
+        lines = [line for line in found["log"].splitlines() if line.startswith(f"(Worker_TP{rank}_EP{rank}")]
+        assert any("implementation    allgather (vllm_ascend_main selects it)" in line for line in lines)
