@@ -103,7 +103,7 @@ GROUPED = {
     "exchanged": "raise.operation",
     "up and gate": "raise.gate raise.activation",
     "no up": "raise.activation",
-    "tanh": "raise.operation",
+    "tanh": "raise.operation raise.activation",
     "halved": "raise.activation",
     "relu after": "raise.operation",
     "weights of other slots": "raise.weights",

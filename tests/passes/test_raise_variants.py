@@ -43,7 +43,8 @@ REFUSED = {
     ("gathered", "second", "sum"): "foreign.gathered_weights",
     ("gathered", "second", "baddbmm"): "foreign.gathered_weights",
     **{(maker, "halves", how): "raise.operation" for maker in MAKERS for how in ("unflatten", "view")},
-    **{(maker, "gate", how): "raise.operation" for maker in MAKERS for how in ("tanh", "addcmul", "exp")},
+    **{(maker, "gate", how): "raise.operation" for maker in MAKERS for how in ("addcmul", "exp")},
+    **{(maker, "gate", "tanh"): "raise.activation" for maker in MAKERS},
 }
 PLAIN = {"weights": "joined", "back": "second argsort", "weighed": "multiplied"}
 
