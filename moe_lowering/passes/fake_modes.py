@@ -22,6 +22,9 @@ MIXED = (
 
 def join_fake_modes(graph: Graph) -> FakeTensorMode | str:
     """The fake mode of a graph's values, which is made one where it is not; or why there is none."""
+    given = tree_leaves([node.meta.get("val") for node in graph.find_nodes(op="placeholder")])
+    if any(isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) for leaf in given):
+        return NO_VALUES
     modes = {value.fake_mode for value in _fake_values(_ends(graph))}
     if len(modes) < 2:
         placeholders = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]

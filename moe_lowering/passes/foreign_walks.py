@@ -12,35 +12,35 @@ from torch.fx import Graph, Node
 _STEPS = 400  # nodes that one walk may visit
 
 
-def _split_words(text: str) -> frozenset[str]:
+def split_words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-VIEWS = _split_words(
+VIEWS = split_words(
     "view _unsafe_view reshape permute transpose t expand unsqueeze squeeze clone contiguous alias detach _to_copy to "
     "convert_element_type flatten unflatten _reshape_alias repeat lift_fresh_copy"
 )
 # Operators that functionalisation without views puts in their place: ``view_copy`` for ``view``, with the same arguments
-_COPIED_VIEWS = _split_words(
+_COPIED_VIEWS = split_words(
     "view permute transpose t expand unsqueeze squeeze alias detach slice select split split_with_sizes unbind _reshape_alias"
 )
-POINTWISE = _split_words(
+POINTWISE = split_words(
     "add sub mul div neg clamp clamp_min clamp_max minimum maximum rsub addcmul square where split split_with_sizes "
     "unbind chunk slice select getitem cat chunk_cat npu_format_cast exp reciprocal"
 )
 _ACTIVATIONS = ("silu", "swish", "glu", "gelu", "sigmoid", "relu", "tanh", "erf", "mish", "softplus", "pow", "elu")
-MATMULS = _split_words("mm bmm addmm baddbmm matmul linear addbmm einsum _scaled_mm npu_bmmv2 addmv mv _int_mm")
+MATMULS = split_words("mm bmm addmm baddbmm matmul linear addbmm einsum _scaled_mm npu_bmmv2 addmv mv _int_mm")
 BATCHED = ("bmm", "baddbmm")
 PRODUCTS = (*BATCHED, "mm", "addmm")
 # What makes a matrix over experts from ids, and what is done to it before it weights or selects rows.
-SPREADS = VIEWS | _split_words(
+SPREADS = VIEWS | split_words(
     "scatter scatter_add eq ne one_hot where mul add sum any bitwise_and logical_and bitwise_or logical_or "
     "select slice gt ge lt getitem sigmoid masked_fill index_put select_scatter slice_scatter logical_not bitwise_not "
     "bincount histc cumsum"
 )
-ONE_HOT = _split_words("scatter one_hot eq")
+ONE_HOT = split_words("scatter one_hot eq")
 WRITES = ("scatter", "index_put", "index_copy", "copy_")  # parts of the names of what puts rows into its first argument
-CHOICES = _split_words("topk argmax sort argsort max")
+CHOICES = split_words("topk argmax sort argsort max")
 
 Walk = Callable[[Node], Any]  # a question about a node
 

@@ -25,12 +25,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from moe_lowering.passes.own_writes import is_unseen_write
+from moe_lowering.passes.own_writes import is_unseen_write, makes_memory
 from moe_lowering.source_lines import innermost
 
 # Their schemas declare every view, but for those of _VIEWS_UNSAID
 _TRUE_SCHEMAS = ("aten", "prims", "prim", "_c10d_functional")
-_VIEWS_UNSAID = ("_unsafe_view", "wait_tensor")
+_VIEWS_UNSAID = ("_unsafe_view", "wait_tensor", "unsafe_split", "unsafe_split_with_sizes", "dequantize", "lift")
 _WRITES_UNSAID = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")  # running statistics
 # Operators without a result that only look, beside this package's, whose schemas are true; any other one with a tensor is
 # there for what it writes, whatever it says.
@@ -48,22 +48,26 @@ class Writes:
         self._memory: dict[Node, Node] | None = None
 
     def between(self, first: Node, last: Node, read: Iterable[Node], gone: Container[Node] = ()) -> Node | None:
-        """A node after ``first`` and before ``last`` that may write what one of ``read`` before it is, or shares memory with.
+        """A node from ``first`` on and before ``last`` that may write what one of ``read`` before it is, or shares memory with.
+
+        Writes that change sizes count wherever they stand in front of ``last``: values are taken to have the sizes they were
+        made with.
 
         Args:
             gone: writers that do not count, as they are erased with what they write into.
         """
         if not self._nodes:
             return None
-        low, high = bisect.bisect_right(self._nodes, first), bisect.bisect_left(self._nodes, last)
-        if low >= high:
+        low, high = bisect.bisect_left(self._nodes, first), bisect.bisect_left(self._nodes, last)
+        candidates = [*filter(_changes_sizes, self._nodes[:low]), *self._nodes[low:high]]
+        if not candidates:
             return None
         if self._memory is None:
             self._memory = _shared_memory(self._graph)
         roots: dict[Node, Node] = {}  # to the first node that has this memory
         for node in sorted(read, reverse=True):
             roots[_root(self._memory, node)] = node
-        return next((node for node in self._nodes[low:high] if node not in gone and self._hits(node, roots)), None)
+        return next((node for node in candidates if node not in gone and self._hits(node, roots)), None)
 
     def _hits(self, node: Node, roots: dict[Node, Node]) -> bool:
         """What was made by a write, or after it, is as it was made."""
@@ -72,6 +76,13 @@ class Writes:
         if written is None or not all(map(_is_known, written)):
             return True
         return any(roots.get(_root(self._memory, n), node) < node for n in written)
+
+
+def _changes_sizes(node: Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    if getattr(node.target, "_opname", "") == "detach_":
+        return False
+    return torch.Tag.inplace_view in tags or getattr(node.target, "_opname", "").startswith(("set_", "resize"))
 
 
 def describe(node: Node) -> str:
@@ -231,7 +242,7 @@ def _may_be(node: Node) -> list[Node]:
     if target._opname in _VIEWS_UNSAID or (target._schema.is_mutable and not schema_is_true):
         return _tensor_nodes((node.args, node.kwargs))
     if not _returns_views(target):
-        return []
+        return _tensor_nodes((node.args, node.kwargs)) if _may_return_arguments(target) else []
     return [n for argument, value in _bound(node) if argument.alias_info is not None for n in _tensor_nodes(value)]
 
 
@@ -251,6 +262,14 @@ def _gives_parts(node: Node) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _returns_views(target: torch._ops.OpOverload) -> bool:
     return any(result.alias_info is not None for result in target._schema.returns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _may_return_arguments(target: torch._ops.OpOverload) -> bool:
+    """Of an operator that is written with others, as dropout is: its schema says nothing of what they return."""
+    name = f"{target._schema.name}.{target._schema.overload_name}".rstrip(".")
+    made_of_others = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    return bool(made_of_others) and not makes_memory(target)
 
 
 def _root(parents: dict[Node, Node], node: Node) -> Node:

@@ -17,10 +17,24 @@ import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.foreign_walks import name_of, split_words
 
-_PRODUCTS = ("transformers::grouped_mm_fallback",)  # of others, that give a new tensor
-_VIEWS_UNSAID = ("_unsafe_view",)  # of its schema a new tensor
+# Writes that have a functional form among the rules. Those that change sizes or storage (unsqueeze_, set_) are none.
+_WRITES = split_words(
+    "add_ sub_ mul_ div_ floor_divide_ clamp_ clamp_min_ clamp_max_ relu_ silu_ sigmoid_ tanh_ square_ pow_ masked_fill_ "
+    "scatter_ scatter_add_ scatter_reduce_ index_put_ index_add_ index_copy_"
+)
+# Results that are memory of their own, always, each element once. A schema does not say so: dropout returns what it is given.
+_MAKERS = split_words(
+    "empty empty_like zeros zeros_like ones ones_like full full_like new_empty new_zeros new_ones new_full arange clone _to_copy "
+    "mm bmm addmm matmul linear _grouped_mm grouped_mm_fallback gather index index_select embedding topk sort argsort cumsum "
+    "sum mean softmax _softmax histc cat scatter scatter_add index_add index_put masked_fill where add sub mul div neg exp "
+    "sigmoid silu tanh relu gelu clamp clamp_min clamp_max pow square eq ne lt gt le ge floor_divide amax amin"
+)
+# Views of each element once, and what returns its argument or a copy
+_VIEWS = split_words("view reshape squeeze unsqueeze transpose permute t flatten unflatten contiguous to alias detach")
+_SIZES = ("sym_size", "sym_numel", "_assert_tensor_metadata")  # read no element
+_NAMESPACES = ("aten", "transformers")
 
 
 def functional_name(node: Node) -> str:
@@ -39,14 +53,14 @@ def overload_of(node: Node) -> str:
 def is_own_write(node: Node) -> bool:
     """Whether a node writes in place into a tensor that some operator made and that nothing else reads from there on.
 
-    Its result is then what the functional form gives. Who reads the tensor before must still do so, or be gone with the
-    write (``is_unseen_write`` where nobody does).
+    Its result is then what the functional form gives. A caller must not let anybody read the tensor at a later place than
+    before, unless the write is erased.
     """
     return _is_own(node, read_before=True)
 
 
 def is_unseen_write(node: Node) -> bool:
-    """Whether a node is an own write into what nothing else reads at all: other reads can be moved past it."""
+    """Whether a node is an own write into what nothing else reads at all: what reads other tensors can be moved past it."""
     return _is_own(node, read_before=False)
 
 
@@ -57,10 +71,10 @@ def _is_own(write: Node, read_before: bool) -> bool:
     if not isinstance(node.meta.get("val"), torch.Tensor):
         return False
     while all(user is reader or (read_before and user < write and _takes_no_part(user)) for user in node.users):
-        if _makes_memory(node.target) or _is_own(node, read_before) or _is_result(node):
+        if makes_memory(node.target) or _is_own(node, read_before) or _is_result(node):
             others = [leaf for leaf in tree_leaves((write.args[1:], write.kwargs)) if isinstance(leaf, Node)]
             return all(_may_stand_beside(other, write.args[0]) for other in others)
-        if not _may_be_view(node.target) or not isinstance(node.args[0], Node):
+        if _name(node.target) not in _VIEWS or not isinstance(node.args[0], Node):
             return False
         node, reader = node.args[0], node
     return False
@@ -68,12 +82,19 @@ def _is_own(write: Node, read_before: bool) -> bool:
 
 def _takes_no_part(user: Node) -> bool:
     """Whether what a reader returns is no part of the memory that it reads."""
-    return _makes_memory(user.target) or not isinstance(user.meta.get("val"), torch.Tensor | tuple | list)
+    return makes_memory(user.target) or _name(user.target) in _SIZES
 
 
 def _is_result(node: Node) -> bool:
-    """Whether a node is one result of an operator whose results are memory of their own, as those of ``topk``."""
-    return node.target is operator.getitem and isinstance(node.args[0], Node) and _makes_memory(node.args[0].target)
+    """Whether a node is one result of an operator whose results are memory of their own, as those of ``topk``, taken once."""
+    if (
+        node.target is not operator.getitem
+        or not isinstance(node.args[0], Node)
+        or not makes_memory(node.args[0].target)
+    ):
+        return False
+    taken = [user.args[1] for user in node.args[0].users if user.target is operator.getitem]
+    return len(taken) == len(node.args[0].users) and taken.count(node.args[1]) == 1
 
 
 def _may_stand_beside(other: Node, base: Node) -> bool:
@@ -86,32 +107,17 @@ def _may_stand_beside(other: Node, base: Node) -> bool:
 @functools.cache
 def _writes_first(target: object) -> bool:
     """Of an overload, whether it writes its first argument, no other one, and returns it."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target._opname not in _WRITES:
         return False
     writes = [bool(argument.alias_info and argument.alias_info.is_write) for argument in target._schema.arguments]
-    return (
-        target._opname.endswith("_") and writes[:1] == [True] and sum(writes) == 1 and len(target._schema.returns) == 1
-    )
+    return writes[:1] == [True] and sum(writes) == 1
 
 
-@functools.cache
-def _may_be_view(target: object) -> bool:
-    """Of an overload, whether its result is its first argument's memory or memory of its own, as ``reshape`` and ``squeeze``."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target._schema.is_mutable:
-        return False
-    shared = [bool(argument.alias_info) for argument in target._schema.arguments]
-    return shared[:1] == [True] and sum(shared) == 1 and len(target._schema.returns) == 1
-
-
-@functools.cache
-def _makes_memory(target: object) -> bool:
+def makes_memory(target: object) -> bool:
     """Of an overload, whether its results are memory of their own, always."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if target.namespace != "aten":
-        return target._schema.name in _PRODUCTS
-    schema = target._schema
-    name = f"{schema.name}.{schema.overload_name}".rstrip(".")
-    made_of_others = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
-    shared = any(each.alias_info for each in (*schema.arguments, *schema.returns))
-    return not made_of_others and not shared and bool(schema.returns) and target._opname not in _VIEWS_UNSAID
+    return _name(target) in _MAKERS and not target._schema.is_mutable  # type: ignore[attr-defined]
+
+
+def _name(target: object) -> str:
+    is_known = isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES
+    return target._opname if is_known else ""  # type: ignore[attr-defined]

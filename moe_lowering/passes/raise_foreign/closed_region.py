@@ -9,8 +9,10 @@ Contract. Reads only. A region is closed when
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 
+import torch
 from torch.fx import Node
 
 from moe_lowering.passes.foreign_walks import name_of
@@ -41,9 +43,18 @@ def is_dead(node: Node, steps: int = 8) -> bool:
     Args:
         steps: the longest chain of nodes that read each other and that nothing else reads.
     """
-    if node.op != "call_function" or node.is_impure() or steps == 0:
+    if node.op != "call_function" or not may_be_left_out(node) or steps == 0:
         return False
     return all(is_dead(user, steps - 1) for user in node.users)
+
+
+def may_be_left_out(node: Node) -> bool:
+    """Whether a call has no other effect than its result: it checks nothing, and draws no random numbers."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    draws = torch.Tag.nondeterministic_seeded in target.tags
+    return not draws and bool(target._schema.returns) and not target._schema.is_mutable and not node.is_impure()
 
 
 def looks_only(node: Node) -> bool:
@@ -125,8 +136,9 @@ def _require_unwritten(
     result: Node, interior: set[Node], whole: set[Node], read: Iterable[Node], writes: Writes
 ) -> None:
     """Of all nodes of the region and before it: what stays because it is read elsewhere is computed anew in the layer."""
-    own = {node for node in interior if is_own_write(node)}
-    writer = writes.between(min(whole), result, [*whole, *read], gone=own)
+    own = {node for node in whole if is_own_write(node)}
+    stays = min(own - interior, default=None)  # and what it writes into is read anew
+    writer = stays or writes.between(min(whole), result, [*whole, *read], gone=own)
     if writer is not None:
         raise NotThisForm(
             writer,

@@ -6,7 +6,7 @@ index of targets, whatever its size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.fx import Graph, Node
@@ -25,6 +25,7 @@ from moe_lowering.passes.raise_foreign import (
 from moe_lowering.passes.raise_foreign.graph_facts import reading
 from moe_lowering.passes.raise_foreign.npu_forms import NPU_FORMS
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
+from moe_lowering.passes.run_messages import describe_internal_error, log_warning
 from moe_lowering.report.leftovers import NotRaised
 
 FORMS: dict[str, Form] = {form.name: form for form in (match_grouped_mm.FORM, match_gathered_weights.FORM, *NPU_FORMS)}
@@ -44,15 +45,29 @@ def _find(graph: Graph, deployment: Deployment) -> tuple[list[ForeignBlock], dic
     left: dict[Node, NotRaised] = {}
     by_name = _anchors_by_name(graph)
     for form in FORMS.values():
-        anchors = [node for name in form.anchors for node in by_name.get(name, ())]
-        for group in form.groups(sorted(anchors)) if anchors else ():
+        anchors = sorted(node for name in form.anchors for node in by_name.get(name, ()))
+        try:
+            groups = form.groups(anchors) if anchors else []
+        except Exception as error:
+            groups = []
+            left.update(dict.fromkeys(anchors, _failed(anchors, error)))
+        for group in groups:
             try:
                 block = form.match(graph, group, deployment)
                 _require_apart(block, layers)
                 layers.append(block)
             except NotThisForm as reason:
                 left.update(dict.fromkeys(group, reason.record))
+            except Exception as error:
+                left.update(dict.fromkeys(group, _failed(group, error)))
     return sorted(layers, key=lambda block: block.result), left
+
+
+def _failed(nodes: Sequence[Node], error: Exception) -> NotRaised:
+    """A defect of ours must not fail the user's compile, nor keep other layers from being raised."""
+    log_warning("moe_lowering: looking for layers that others wrote failed, this one is left as it was")
+    expected = "a graph that the forms can be looked for in"
+    return NotThisForm(nodes[0], "raise.internal", describe_internal_error(error), expected).record
 
 
 def _require_apart(block: ForeignBlock, others: Iterable[ForeignBlock]) -> None:

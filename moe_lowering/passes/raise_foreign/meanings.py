@@ -29,11 +29,21 @@ from moe_lowering.passes.raise_foreign.terms import (
     TENSOR,
     TOKEN,
     Axis,
+    Counts,
     Dim,
     Dims,
+    Ends,
+    OneHot,
+    Past,
+    Place,
+    Position,
+    Slot,
     Tensor,
     Term,
+    TokenOf,
 )
+
+_WHOLE = (Slot, Place, TokenOf, Position, Counts, OneHot, Past, Ends)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +100,11 @@ def flattened(node: Node) -> Value:
 
 def feature(size: Any) -> Dim:
     return dim(Axis(FEATURE, size))
+
+
+def is_whole(term: Term) -> bool:
+    """Whether what a term stands for are whole numbers, whatever dtype they have."""
+    return isinstance(term, _WHOLE) or (isinstance(term, Tensor) and not is_float(term))
 
 
 def is_float(tensor: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from moe_lowering.passes.foreign_walks import name_of
 from moe_lowering.passes.own_writes import functional_name
-from moe_lowering.passes.raise_foreign.meanings import Value, opaque, product, sizes
+from moe_lowering.passes.raise_foreign.meanings import Value, is_whole, opaque, product, sizes
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 from moe_lowering.passes.raise_foreign.terms import Tensor
 
@@ -56,6 +56,7 @@ def is_made_alike(node: Node) -> bool:
     return name.endswith("_like") or name.startswith("new_")
 
 
+_OTHERS = frozenset({"transformers::grouped_mm_fallback"})
 _REACH = 300  # nodes in front of the first product that may belong to a layer
 
 
@@ -66,6 +67,17 @@ def _before(node: Node) -> Node:
             break
         node = node.prev
     return node
+
+
+def _is_float(node: Node) -> bool:
+    return bool(node.meta["val"].is_floating_point())
+
+
+def _is_known(target: object) -> bool:
+    """Whether the rules are those of an operator: another library's ``silu`` may be something else."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return target.namespace in ("aten", "prims") or target._schema.name in _OTHERS
 
 
 class Reader:
@@ -99,6 +111,8 @@ class Reader:
                         f"{node.name} of shape {[*map(str, sizes(node))]} where it has a line for each of other tokens or slots",
                         "sizes that are those of the tokens, choices and experts for every number of tokens",
                     )
+                if value is not None and not value.is_opaque and not is_whole(value.term) and not _is_float(node):
+                    value = self.refuse(node, "raise.cast", f"{node.name} in {node.meta['val'].dtype}", "a float dtype")
                 if value is None and not self.is_derived(node):
                     value = opaque(node)
             self._values[node] = value
@@ -122,8 +136,10 @@ class Reader:
             source, index = node.args
             if not isinstance(source, Node) or not isinstance(index, int):
                 return None
-            items = ITEM_RULES.get(name_of(source))
+            items = ITEM_RULES.get(name_of(source)) if _is_known(source.target) else None
             return None if items is None else items(self, source, index)
+        if not _is_known(node.target):
+            return None
         name = functional_name(node)
         rule = RULES.get(name) if name not in NEAR or node >= self._floor else None
         return None if rule is None else rule(self, node)

@@ -8,7 +8,17 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.arguments import argument, explicit_arguments
-from moe_lowering.passes.raise_foreign.meanings import Value, dim, feature, flat, flattened, opaque, regroup, sizes
+from moe_lowering.passes.raise_foreign.meanings import (
+    Value,
+    dim,
+    feature,
+    flat,
+    flattened,
+    is_whole,
+    opaque,
+    regroup,
+    sizes,
+)
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, item_rule, rule
 from moe_lowering.passes.raise_foreign.terms import SPREAD, Axis, Dims, Expert, OneHot, Part
 
@@ -24,6 +34,8 @@ _WHOLE_NUMBERS = (torch.int32, torch.int64, torch.float32, torch.float64)  # tha
 def view(reader: Reader, node: Node) -> Value | None:
     """The same elements in the same order."""
     source = _source(node)
+    if source.meta["val"].dtype != node.meta["val"].dtype:  # the same bits
+        return None
     value, shape = reader.value(source), sizes(node)
     if value is None:
         return None
@@ -99,7 +111,7 @@ def cast(reader: Reader, node: Node) -> Value | None:
         return None
     if new.device != old.device:
         return reader.refuse(node, "raise.device", f"a copy from {old.device} to {new.device}", "one device")
-    counted = old.dtype in _WHOLE_NUMBERS and new.dtype in _WHOLE_NUMBERS
+    counted = is_whole(value.term) and old.dtype in _WHOLE_NUMBERS and new.dtype in _WHOLE_NUMBERS
     counted = counted or (isinstance(value.term, OneHot) and new.dtype in _WHOLE_NUMBERS)
     if counted or (old.is_floating_point() and new.is_floating_point()):
         return value

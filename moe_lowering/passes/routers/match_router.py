@@ -31,6 +31,7 @@ from moe_lowering.passes.blocks import Block, RaisedRouter, Route, size_key
 from moe_lowering.passes.foreign_operators import ROUTER, kind_of
 from moe_lowering.passes.memory_effects import Writes
 from moe_lowering.passes.own_writes import is_own_write
+from moe_lowering.passes.raise_foreign.closed_region import may_be_left_out
 from moe_lowering.passes.routers import rules
 from moe_lowering.passes.routers.group_rules import VIEWS
 from moe_lowering.passes.routers.meaning import CASTS, Meaning, name_of
@@ -202,7 +203,10 @@ class _Graph:
         inputs = [source for node in interior for source in node.all_input_nodes]
         end = next(iter(reversed(self._graph.nodes)))
         own = {node for node in interior if is_own_write(node) and (node is weights or {*node.users} <= {*interior})}
-        writer = self._writes.between(min(interior), end, {*interior, *inputs}, gone=own)
+        stays = next(
+            (node for node in interior if is_own_write(node) and node not in own), None
+        )  # and its base is read anew
+        writer = stays or self._writes.between(min(interior), end, {*interior, *inputs}, gone=own)
         if writer is not None:
             seen = "a write in place into what the router reads or holds"
             raise _NoRouter(Reason("router.written", writer, seen, "no write into them, or into a copy"))
@@ -215,7 +219,7 @@ class _Graph:
 
 def _unread(node: Node, depth: int = 4) -> list[Node]:
     """A node and its readers, where none of them is read by anything else: remains of a trace."""
-    if not name_of(node) or (node.users and not depth):
+    if not name_of(node) or not may_be_left_out(node) or (node.users and not depth):
         return []
     unread = [node]
     for user in node.users:
