@@ -115,9 +115,10 @@ def _writes_first(target: object) -> bool:
 
 def makes_memory(target: object) -> bool:
     """Of an overload, whether its results are memory of their own, always."""
-    return _name(target) in _MAKERS and not target._schema.is_mutable  # type: ignore[attr-defined]
+    return isinstance(target, torch._ops.OpOverload) and _name(target) in _MAKERS and not target._schema.is_mutable
 
 
 def _name(target: object) -> str:
-    is_known = isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES
-    return target._opname if is_known else ""  # type: ignore[attr-defined]
+    if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
+        return str(target._opname)
+    return ""

@@ -30,6 +30,18 @@ OTHER_ACTIVATIONS = {  # and whether the first product has a gate
         gated(lambda gate, up: capped(gate, 2.5) * capped(gate, 2.5).sigmoid() * capped(up, 0.7)),
         True,
     ),
+    "rounded down inside": (
+        gated(lambda gate, up: torch.tanh(gate // 2.5) * 2.5 * gate.sigmoid() * capped(up, 0.7)),
+        True,
+    ),
+    "rounded inside": (
+        gated(
+            lambda gate, up: (
+                torch.tanh(torch.div(gate, 2.5, rounding_mode="trunc")) * 2.5 * gate.sigmoid() * capped(up, 0.7)
+            )
+        ),
+        True,
+    ),
     "only gate capped": (gated(lambda gate, up: capped(gate, 2.5) * gate.sigmoid() * up), True),
     "the sigmoid of up": (gated(lambda gate, up: capped(gate, 2.5) * up.sigmoid() * capped(up, 0.7)), True),
     "other bounds behind": (gated(lambda gate, up: F.silu(gate).clamp(max=0.5) * up.clamp(-0.4, 0.5)), True),

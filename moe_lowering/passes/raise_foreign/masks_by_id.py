@@ -66,6 +66,8 @@ def _called(node: Node, ids: Node, numbers: torch.Tensor, known: dict[Node, Any]
     by_slot = [each for each in node.all_input_nodes if _depends(each, ids)]
     if by_slot and not _is_by_element(node, by_slot):
         return None
+    if not by_slot and not _is_small(node):
+        return None
     made: dict[Node, Any] = {each: value(each) for each in node.all_input_nodes}
     if any(each is None for each in made.values()):
         return None
@@ -80,6 +82,12 @@ def _called(node: Node, ids: Node, numbers: torch.Tensor, known: dict[Node, Any]
     ):  # sizes of slots in a constant, an id that a table has not
         return None
     return result if isinstance(result, torch.Tensor) and result.numel() <= _LARGEST else None
+
+
+def _is_small(node: Node) -> bool:
+    """Whether a table may be made, before it is."""
+    size = node.meta["val"].numel()
+    return isinstance(size, int) and size <= _LARGEST
 
 
 def _is_by_element(node: Node, by_slot: list[Node]) -> bool:

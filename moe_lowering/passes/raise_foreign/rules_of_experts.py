@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.fx import Node
@@ -19,7 +20,7 @@ from moe_lowering.passes.raise_foreign.meanings import (
     sizes,
     slots,
 )
-from moe_lowering.passes.raise_foreign.read_meanings import Reader, near_rule, rule
+from moe_lowering.passes.raise_foreign.read_meanings import Reader, Rule, near_rule, rule
 from moe_lowering.passes.raise_foreign.rules_of_masks import clamped_ids
 from moe_lowering.passes.raise_foreign.rules_of_routing import order_of_ids, token_of_slot
 from moe_lowering.passes.raise_foreign.terms import (
@@ -261,34 +262,26 @@ def _operands(reader: Reader, node: Node) -> tuple[Dims, Term, Term] | Value | N
     return None if len(set(flat(dims))) != len(flat(dims)) else (dims, a.term, b.term)
 
 
-@near_rule("silu")
-def silu(reader: Reader, node: Node) -> Value | None:
-    value = _argument(reader, node)
-    return None if value is None else Value(value.dims, _times(1.0, value.term, Sigmoid(value.term)))
+def _of_one(make: Callable[[Term], Term]) -> Rule:
+    """The rule of an operator with one operand, by what it makes of the operand's term."""
+
+    def read(reader: Reader, node: Node) -> Value | None:
+        value = _argument(reader, node)
+        return None if value is None else Value(value.dims, make(value.term))
+
+    return read
 
 
-@near_rule("sigmoid")
-def sigmoid(reader: Reader, node: Node) -> Value | None:
-    value = _argument(reader, node)
-    return None if value is None else Value(value.dims, Sigmoid(value.term))
+near_rule("silu")(_of_one(lambda term: _times(1.0, term, Sigmoid(term))))
+near_rule("sigmoid")(_of_one(Sigmoid))
+near_rule("relu")(_of_one(Relu))
+near_rule("tanh")(_of_one(Tanh))
 
 
 @near_rule("gelu")
 def gelu(reader: Reader, node: Node) -> Value | None:
     value = _argument(reader, node)
     return None if value is None else Value(value.dims, Gelu(value.term, argument(node, "approximate")))
-
-
-@near_rule("relu")
-def relu(reader: Reader, node: Node) -> Value | None:
-    value = _argument(reader, node)
-    return None if value is None else Value(value.dims, Relu(value.term))
-
-
-@near_rule("tanh")
-def tanh(reader: Reader, node: Node) -> Value | None:
-    value = _argument(reader, node)
-    return None if value is None else Value(value.dims, Tanh(value.term))
 
 
 @near_rule("square", "pow")
@@ -317,8 +310,10 @@ def divided(reader: Reader, node: Node) -> Value | None:
     if token is not None:
         return token
     value, by = _argument(reader, node), node.args[1]
-    is_plain = isinstance(by, (int, float)) and by and explicit_arguments(node).get("rounding_mode") is None
-    return Value(value.dims, Over(value.term, float(by))) if value is not None and is_plain else None  # type: ignore[arg-type]
+    is_exact = functional_name(node) == "div" and explicit_arguments(node).get("rounding_mode") is None
+    if value is None or not is_exact or not isinstance(by, (int, float)) or by == 0:
+        return None
+    return Value(value.dims, Over(value.term, float(by)))
 
 
 def _argument(reader: Reader, node: Node) -> Value | None:
