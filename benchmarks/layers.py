@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_lowering import moe_experts, testing
-from moe_lowering.passes.emitter import MARK, is_emitted
+from moe_lowering.passes.emission.emitter import MARK, is_emitted
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 

@@ -14,7 +14,8 @@ from unittest import mock
 from torch.fx import Graph, GraphModule
 
 from moe_lowering import MoeLowering
-from moe_lowering.passes import graph_run, run_routes
+from moe_lowering.passes.run import graph_run
+from moe_lowering.passes.run import routes as run_routes
 
 STAGES = ("raise", "judge", "rewrite", "lint", "recompile")
 Times = dict[str, float]

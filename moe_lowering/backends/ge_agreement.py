@@ -19,7 +19,7 @@ from moe_lowering.custom_ops import assert_agreement
 from moe_lowering.custom_ops.library import register as register_operator
 from moe_lowering.custom_ops.sizes import token_count
 from moe_lowering.passes.agreement_check import ASSERT_AGREEMENT
-from moe_lowering.passes.edit_log import EditLog
+from moe_lowering.passes.graph.edit_log import EditLog
 
 
 def _check(x: Tensor, group: str, timeout: float, settings: str, blocks: str, tokens: str) -> None:

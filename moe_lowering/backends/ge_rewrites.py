@@ -33,8 +33,8 @@ from moe_lowering.backends import ge_converters
 from moe_lowering.backends.ge_missing import GeConversionError
 from moe_lowering.custom_ops import assert_tokens
 from moe_lowering.custom_ops.sizes import show, token_count
-from moe_lowering.passes.arguments import arguments, explicit_arguments
-from moe_lowering.passes.edit_log import EditLog
+from moe_lowering.passes.graph.arguments import arguments, explicit_arguments
+from moe_lowering.passes.graph.edit_log import EditLog
 
 LOW_HALF = 0xFFFFFFFF
 WAIT = "wait_tensor"

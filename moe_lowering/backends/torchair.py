@@ -22,7 +22,7 @@ from moe_lowering.backends import ge_agreement, ge_converters, ge_missing, ge_re
 from moe_lowering.backends.cache_key import flat_hook
 from moe_lowering.backends.npugraph_ex import check_common
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.edit_log import ModuleEdits
+from moe_lowering.passes.graph.edit_log import ModuleEdits
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.report.records import LoweringReport
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.costs.price import Price, difference_error, is_tie
 from moe_lowering.passes.policy import vllm_choice
-from moe_lowering.passes.price import Price, difference_error, is_tie
 from moe_lowering.report.records import Verdict
 
 RULE = "vllm_ascend_main"

@@ -11,7 +11,7 @@ from moe_lowering.explanation.description import BlockDescription
 from moe_lowering.explanation.single_changes import Change, single_changes
 from moe_lowering.explanation.sweep import Piece
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.price import Price
+from moe_lowering.passes.costs.price import Price
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.report.schemas import SCHEMA_VERSION
 from moe_lowering.vocabulary import AUTO, FIXED

@@ -13,8 +13,8 @@ from moe_lowering.explanation.answer import Answer, Question
 from moe_lowering.limits import TokenRange
 from moe_lowering.limits.findings import Finding
 from moe_lowering.limits.wording import show
+from moe_lowering.passes.costs.price import is_tie
 from moe_lowering.passes.decision import sweep
-from moe_lowering.passes.price import is_tie
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,10 +25,10 @@ from moe_lowering._versions import installed_version, sources_digest
 from moe_lowering.custom_ops.assert_agreement import PATIENT
 from moe_lowering.deployment import Deployment
 from moe_lowering.identity import identity
-from moe_lowering.passes.arguments import argument, arguments
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.cost_model import Cost
-from moe_lowering.passes.emitter import COPIED_META
+from moe_lowering.passes.costs.cost_model import Cost
+from moe_lowering.passes.emission.emitter import COPIED_META
+from moe_lowering.passes.graph.arguments import argument, arguments
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.legality import torch_npu_is_loaded
 from moe_lowering.passes.operands import Operands

@@ -18,12 +18,12 @@ from torch.fx import Node
 from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
 from moe_lowering.custom_ops.route import EPSILON
 from moe_lowering.lookup import look_up
-from moe_lowering.passes.arguments import argument, read
+from moe_lowering.passes.graph.arguments import argument, read
 from moe_lowering.passes.operands import ExpertOperands
 from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS, ExpertFormat
 
 if TYPE_CHECKING:
-    from moe_lowering.passes.wiring import Wiring
+    from moe_lowering.passes.emission.wiring import Wiring
 
 
 def size_key(size: Any) -> Any:

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from moe_lowering.limits import Prover
 from moe_lowering.limits.calls.schemas import complete, split
-from moe_lowering.passes.emitter import Emitter
+from moe_lowering.passes.emission.emitter import Emitter
 from moe_lowering.passes.operands import Operand
 
 Arguments = Mapping[str, Any]

@@ -25,9 +25,9 @@ from torch.utils import _pytree as pytree
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import bind, check
 from moe_lowering.limits.calls.tensors import data_dependent
-from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.find_blocks import module_path
+from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.report.leftovers import NotCapturable
 from moe_lowering.source_lines import innermost
 

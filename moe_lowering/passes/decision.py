@@ -21,7 +21,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, TokenRange
 from moe_lowering.passes.block_sizes import block_sizes
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.count_blocks import costs_later
+from moe_lowering.passes.costs.count_blocks import costs_later
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.legality import Judgement, declared_tokens, free_tokens, judge
 from moe_lowering.passes.policy import DEFAULT_TOKENS, Policy

@@ -24,15 +24,15 @@ from moe_lowering.custom_ops.dispatch import DispatchCall
 from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
 from moe_lowering.custom_ops.route import RouteCall
 from moe_lowering.custom_ops.sizes import token_count
-from moe_lowering.passes.arguments import argument, read, results
 from moe_lowering.passes.block_specs import Surroundings, spec_of_graph
 from moe_lowering.passes.blocks import Block, BlockSpec, Route, RouteSpec, shape_key
-from moe_lowering.passes.memory_effects import Writes, describe
+from moe_lowering.passes.emission.wiring import Wiring, read_wiring
+from moe_lowering.passes.graph.arguments import argument, read, results
+from moe_lowering.passes.graph.memory_effects import Writes, describe
+from moe_lowering.passes.graph.scopes import scope_paths
 from moe_lowering.passes.operands import OPERAND_NAMES, ExpertOperands, Operands, is_stored
 from moe_lowering.passes.quantities import GROUP_SELECT_MODES, NORM_TYPES
-from moe_lowering.passes.scopes import scope_paths
 from moe_lowering.passes.token_ranges import is_strict, must_vary
-from moe_lowering.passes.wiring import Wiring, read_wiring
 
 OPS = torch.ops.moe_lowering
 _COLLECTIVES = tuple(

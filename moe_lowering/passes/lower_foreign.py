@@ -15,11 +15,11 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from moe_lowering.passes.blocks import Block
-from moe_lowering.passes.emitter import Emitter
+from moe_lowering.passes.emission.emitter import Emitter
 from moe_lowering.passes.find_blocks import find_block, module_path
-from moe_lowering.passes.graph_nodes import graph_nodes
+from moe_lowering.passes.graph.graph_nodes import graph_nodes
+from moe_lowering.passes.graph.operator_names import operator_name
 from moe_lowering.passes.legality import Refusal
-from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.raise_foreign.emit_generic import Generic, emit_generic
 from moe_lowering.passes.raise_foreign.keep_foreign import is_unchanged, order_notes
 from moe_lowering.passes.raise_foreign.records import ForeignBlock
@@ -27,7 +27,7 @@ from moe_lowering.passes.verifier import same_value
 from moe_lowering.report.records import BlockReport
 
 if TYPE_CHECKING:
-    from moe_lowering.passes.graph_run import GraphRun
+    from moe_lowering.passes.run.graph_run import GraphRun
 
 COMPUTED_EVERY_FORWARD = (
     "gate and up projection are two tensors: they are put side by side in every forward, which copies "

@@ -13,9 +13,9 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Violation, check
-from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.blocks import Route, RouteSpec
-from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.emission.emitter import Emitter, aten
+from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.legality import torch_npu_is_loaded
 from moe_lowering.passes.quantities import GROUP_SELECT_MODES, NORM_TYPES, route_quantities
 

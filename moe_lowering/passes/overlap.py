@@ -35,10 +35,10 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.edit_log import EditLog
-from moe_lowering.passes.emitter import COPIED_META
+from moe_lowering.passes.emission.emitter import COPIED_META
+from moe_lowering.passes.graph.edit_log import EditLog
+from moe_lowering.passes.graph.scopes import scope_paths
 from moe_lowering.passes.overlap_region import THROUGH, Refused, check_between, check_region, communicates, node_name
-from moe_lowering.passes.scopes import scope_paths
 from moe_lowering.vocabulary import ONE_OPERATOR
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.emitter import is_emitted
-from moe_lowering.passes.memory_effects import writes
-from moe_lowering.passes.scopes import is_marker
+from moe_lowering.passes.emission.emitter import is_emitted
+from moe_lowering.passes.graph.memory_effects import writes
+from moe_lowering.passes.graph.scopes import is_marker
 
 aten = torch.ops.aten
 

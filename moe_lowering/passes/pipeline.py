@@ -26,13 +26,13 @@ from moe_lowering import _versions
 from moe_lowering.argument_checks import require_choice, require_flag, require_instance
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.capturability import is_captured
-from moe_lowering.passes.cost_model import Cost
+from moe_lowering.passes.costs.cost_model import Cost
 from moe_lowering.passes.find_blocks import module_path
-from moe_lowering.passes.graph_run import GraphRun
-from moe_lowering.passes.operator_names import operator_name
+from moe_lowering.passes.graph.operator_names import operator_name
 from moe_lowering.passes.policy import Policy
-from moe_lowering.passes.run_messages import describe_internal_error, log_warning
-from moe_lowering.passes.subgraphs import Subgraph, computed_inputs, find_subgraphs
+from moe_lowering.passes.run.graph_run import GraphRun
+from moe_lowering.passes.run.messages import describe_internal_error, log_warning
+from moe_lowering.passes.run.subgraphs import Subgraph, computed_inputs, find_subgraphs
 from moe_lowering.passes.trace_artifacts import readable_graph, write_artifacts
 from moe_lowering.passes.verifier import (
     generic_nodes,

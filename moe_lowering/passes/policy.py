@@ -17,10 +17,10 @@ from moe_lowering.argument_checks import require_callable, require_choice
 from moe_lowering.deployment import Deployment
 from moe_lowering.lookup import look_up
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.cost_model import Cost, Load
+from moe_lowering.passes.costs.cost_model import Cost, Load
+from moe_lowering.passes.costs.price import Price, choose_cheapest, price_of
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import share
-from moe_lowering.passes.price import Price, choose_cheapest, price_of
 from moe_lowering.passes.vllm_ascend_rules import (
     Situation,
     capacity_0_13,

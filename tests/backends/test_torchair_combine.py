@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from moe_lowering import Deployment
 from moe_lowering.backends import ge_missing
-from moe_lowering.passes.emitter import Emitter
+from moe_lowering.passes.emission.emitter import Emitter
 from moe_lowering.passes.implementations import unpermute
 from moe_lowering.vocabulary import MODES
 

@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule
 
 from moe_lowering import Deployment, MoeLowering, torchair_config
 from moe_lowering.backends import ge_converters, ge_missing, ge_rewrites
-from moe_lowering.passes.edit_log import EditLog
+from moe_lowering.passes.graph.edit_log import EditLog
 from moe_lowering.simulator import ge
 from moe_lowering.testing.ge import convert
 

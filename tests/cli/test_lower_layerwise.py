@@ -13,7 +13,7 @@ from moe_lowering import MoE
 from moe_lowering.cli.lower import fake, layerwise
 from moe_lowering.cli.lower.models import MoeStack
 from moe_lowering.cli.lower.request import LowerRequest
-from moe_lowering.passes.emitter import is_emitted
+from moe_lowering.passes.emission.emitter import is_emitted
 from moe_lowering.report import LoweringReport, NotCapturable
 
 # DeepSeek-V3's first three layers have no experts

@@ -19,7 +19,7 @@ BREAKS = {
         "moe_lowering.passes.agreement_check.sources_digest",
         lambda *suffixes: sources_digest(*suffixes) if suffixes else "another",
     ),
-    "rewrite": mock.patch("moe_lowering.passes.graph_run.same_value", side_effect=VerificationError("on purpose")),
+    "rewrite": mock.patch("moe_lowering.passes.run.graph_run.same_value", side_effect=VerificationError("on purpose")),
 }
 
 

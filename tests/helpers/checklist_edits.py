@@ -297,7 +297,7 @@ FUSED: Edits = {
         Insert("moe_lowering/limits/calls/fused.py", '    "mega_moe": mega', '    "toy_fused": dispatch_ffn_combine,\n'),
     ),
     ("A fused operator", 9): (
-        Insert("moe_lowering/passes/operator_results.py", '    "mega_moe": _fused', '    "toy_fused": _fused,\n'),
+        Insert("moe_lowering/passes/costs/operator_results.py", '    "mega_moe": _fused', '    "toy_fused": _fused,\n'),
     ),
     ("A fused operator", 10): (
         Insert("moe_lowering/backends/ge_converters.py", '    "mega_moe": "no GE', '    "toy_fused": "a toy",\n'),
@@ -334,7 +334,9 @@ MODEL: Edits = {
             "tests/helpers/foreign_forms.py", '    "gpt-fast": ', '    "toy": Foreign("toy", grouped(), NK, nk(), FLOAT),\n'
         ),
     ),
-    ("A model form", 5): (Insert("moe_lowering/passes/foreign_operators.py", '"grouped_mm", "grouped_m', '"everyone_mlp", '),),
+    ("A model form", 5): (
+        Insert("moe_lowering/passes/leftovers/foreign_operators.py", '"grouped_mm", "grouped_m', '"everyone_mlp", '),
+    ),
     ("A model form", 6): (Insert("docs/raising.md", "| `gathered_weights` |", "| `toy` | a toy | nobody |\n"),),
 }  # fmt: skip
 

@@ -17,7 +17,12 @@ from graph_data import Data
 from torch.fx import Graph, GraphModule, Node
 
 from moe_lowering import Deployment, MoeLowering
-from moe_lowering.passes import emitter, graph_run, new_nodes, overlap, run_bounds, run_messages, run_routes
+from moe_lowering.passes import overlap
+from moe_lowering.passes.emission import emitter, new_nodes
+from moe_lowering.passes.run import bounds as run_bounds
+from moe_lowering.passes.run import graph_run
+from moe_lowering.passes.run import messages as run_messages
+from moe_lowering.passes.run import routes as run_routes
 
 M, aten = torch.ops.moe_lowering, torch.ops.aten
 ASSERT = M.assert_tokens.default

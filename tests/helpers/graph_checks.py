@@ -16,9 +16,9 @@ from moe_lowering import MoeLowering
 from moe_lowering.limits import Prover
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.find_blocks import find_blocks
+from moe_lowering.passes.graph.scopes import scope_paths
 from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.legality import declared_tokens, judge, outside_declared_range
-from moe_lowering.passes.scopes import scope_paths
 from moe_lowering.passes.token_ranges import SEARCH_LIMIT, TokenRange, known_range, prover_for
 from moe_lowering.passes.verifier import call_violations, generic_nodes, is_ascend, repropagate
 from moe_lowering.report.records import BlockReport, LoweringReport

@@ -20,9 +20,9 @@ from moe_lowering import Deployment, MoE, custom_ops, testing
 from moe_lowering.custom_ops.dispatch import DispatchCall
 from moe_lowering.custom_ops.library import bind_kernel, schema_of
 from moe_lowering.passes import block_specs, find_blocks
-from moe_lowering.passes.arguments import argument, arguments, explicit_arguments, read, results
 from moe_lowering.passes.block_specs import Layer, spec_of_layer
 from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.graph.arguments import argument, arguments, explicit_arguments, read, results
 from moe_lowering.passes.verifier import GENERIC
 from moe_lowering.quantisation import quantise_experts
 from moe_lowering.vocabulary import EXPERT_FORMATS

@@ -23,13 +23,13 @@ from moe_lowering.lookup import look_up
 from moe_lowering.passes import find_blocks as find_blocks_module
 from moe_lowering.passes import policy
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.emitter import Emitter
+from moe_lowering.passes.costs.price import price_of
+from moe_lowering.passes.emission.emitter import Emitter
 from moe_lowering.passes.find_blocks import find_blocks
 from moe_lowering.passes.implementations import IMPLEMENTATIONS, activation, quantised_mlp
 from moe_lowering.passes.legality import judge
 from moe_lowering.passes.operands import storage_format
 from moe_lowering.passes.policy import Policy
-from moe_lowering.passes.price import price_of
 from moe_lowering.passes.quantities import GROUP_SELECT_MODES, NORM_TYPES
 from moe_lowering.prices.rates import rates_of
 from moe_lowering.prices.rows import WORDS

@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from moe_lowering.passes.emitter import Emitter
+from moe_lowering.passes.costs.tally import peak_bytes
+from moe_lowering.passes.emission.emitter import Emitter
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.passes.tally import peak_bytes
 from moe_lowering.report.graph_costs import Cost, node_cost, total_cost
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

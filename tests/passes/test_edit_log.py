@@ -35,8 +35,11 @@ from torch.fx import node as node_module
 
 from moe_lowering import LoweringError, MoE, MoeLowering
 from moe_lowering.backends import ge_rewrites
-from moe_lowering.passes import edit_log, emitter, graph_run, verifier
+from moe_lowering.passes import verifier
+from moe_lowering.passes.emission import emitter
+from moe_lowering.passes.graph import edit_log
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.passes.run import graph_run
 from moe_lowering.testing import fake_deployment, lower_graph
 
 COMPARE = torch.ops.moe_lowering.assert_agreement.default

@@ -24,7 +24,8 @@ from graph_snapshot import differences, snapshot
 from torch.fx import Graph
 
 from moe_lowering import MoE, MoeLowering
-from moe_lowering.passes import graph_run, verifier
+from moe_lowering.passes import verifier
+from moe_lowering.passes.run import graph_run
 
 # Which output a getitem takes
 

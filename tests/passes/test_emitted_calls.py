@@ -18,11 +18,11 @@ from moe_lowering.matrix.forms import FORMS
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.calls import OperatorCall, Rules
 from moe_lowering.passes.context import call_context
-from moe_lowering.passes.graph_run import GraphRun
 from moe_lowering.passes.implementations import IMPLEMENTATIONS, fused_mc2, gathered, mc2, mlp
 from moe_lowering.passes.implementations.matmul_calls import MATMUL
 from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.legality import Judgement, judged_calls
+from moe_lowering.passes.run.graph_run import GraphRun
 from moe_lowering.passes.verifier import COLLECTIVES, emitted_quantities
 from moe_lowering.vocabulary import EXPERT_FORMATS, SOCS
 

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
-from moe_lowering.passes.fake_modes import MIXED, NO_VALUES, join_fake_modes
+from moe_lowering.passes.graph.fake_modes import MIXED, NO_VALUES, join_fake_modes
 
 
 def layer(x):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from moe_lowering.passes import fake_values
-from moe_lowering.passes.fake_values import Template
+from moe_lowering.passes.emission import fake_values
+from moe_lowering.passes.emission.fake_values import Template
 
 
 @pytest.fixture

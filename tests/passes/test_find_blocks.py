@@ -202,7 +202,9 @@ def test_the_pass_is_idempotent():
 @pytest.mark.parametrize("broken", ["find_blocks", "decide", "request_guard", "judge_route"])
 def test_a_defect_of_the_pass_never_fails_the_compile(monkeypatch, broken):
     """Whatever goes wrong inside, the graph still computes the same, and the report says what happened."""
-    from moe_lowering.passes import graph_run, run_bounds, run_routes
+    from moe_lowering.passes.run import bounds as run_bounds
+    from moe_lowering.passes.run import graph_run
+    from moe_lowering.passes.run import routes as run_routes
 
     def fail(*args, **kwargs):
         raise ZeroDivisionError("planted")

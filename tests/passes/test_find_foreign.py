@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import moe_lowering
 from moe_lowering import Deployment, MoeLowering, simulator, testing
 from moe_lowering.backends.aot import lowering_backend
-from moe_lowering.passes import find_foreign, foreign_operators
+from moe_lowering.passes.leftovers import find_foreign, foreign_operators
 from moe_lowering.passes.pipeline import LoweringError
 from moe_lowering.report.text import render
 
@@ -241,7 +241,7 @@ def test_what_the_pass_emitted_is_not_told():
 
 
 def test_a_failed_search_is_not_success(monkeypatch):
-    monkeypatch.setattr("moe_lowering.passes.run_foreign.find_foreign", lambda graph: 1 / 0)
+    monkeypatch.setattr("moe_lowering.passes.run.foreign.find_foreign", lambda graph: 1 / 0)
     report = lower(NO_MOE["dense MLP"][0], X).report
     assert not report.fully_lowered and report.foreign[0].code == "foreign.not_looked"
 

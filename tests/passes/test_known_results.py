@@ -1,4 +1,4 @@
-"""Values that are made without running the operator are what the operator gives (``passes/known_results.py``)."""
+"""Values that are made without running the operator are what the operator gives (``passes/emission/known_results.py``)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from moe_lowering.passes.blocks import shape_key, size_key
-from moe_lowering.passes.known_results import RULES, known_result
+from moe_lowering.passes.emission.known_results import RULES, known_result
 
 aten = torch.ops.aten
 FLOATS = (torch.float32, torch.bfloat16)

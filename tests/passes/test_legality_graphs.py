@@ -8,7 +8,8 @@ from graph_build import build
 from graph_cases import BlockCase, GraphCase
 
 from moe_lowering import Deployment, MoeLowering
-from moe_lowering.passes import graph_run, run_messages
+from moe_lowering.passes.run import graph_run
+from moe_lowering.passes.run import messages as run_messages
 from moe_lowering.passes.token_ranges import known_range
 from moe_lowering.passes.verifier import VerificationError, repropagate
 from moe_lowering.report.records import BlockReport

@@ -13,8 +13,8 @@ from router_graphs import arguments, expected, layer, logits_of, lower, trace
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_lowering import Deployment, MoeLowering, lowering_backend, route, simulator
-from moe_lowering.passes.edit_log import ModuleEdits
 from moe_lowering.passes.find_blocks import find_blocks
+from moe_lowering.passes.graph.edit_log import ModuleEdits
 from moe_lowering.passes.routers import lower_router, meaning
 from moe_lowering.passes.routers.lower_router import find_routers
 from moe_lowering.passes.routers.match_router import BY_LOGITS, TIES, readers_of

@@ -17,7 +17,7 @@ from graph_data import Data
 from torch.fx import Graph, GraphModule, Node
 
 from moe_lowering import Deployment, MoeLowering
-from moe_lowering.passes import memory_effects
+from moe_lowering.passes.graph import memory_effects
 from moe_lowering.passes.overlap_region import Refused, check_between
 
 aten, M = torch.ops.aten, torch.ops.moe_lowering

@@ -1,4 +1,4 @@
-"""Nodes made by the pass are those that FX makes (``passes/new_nodes.py``)."""
+"""Nodes made by the pass are those that FX makes (``passes/emission/new_nodes.py``)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule
 
-from moe_lowering.passes import new_nodes
-from moe_lowering.passes.new_nodes import insert_call
+from moe_lowering.passes.emission import new_nodes
+from moe_lowering.passes.emission.new_nodes import insert_call
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
-from moe_lowering.passes.own_writes import functional_name, is_own_write, is_unseen_write
+from moe_lowering.passes.graph.own_writes import functional_name, is_own_write, is_unseen_write
 
 aten = torch.ops.aten
 

@@ -15,8 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from moe_lowering import MoeLowering
 from moe_lowering.limits import violations
-from moe_lowering.passes import capturability, decision, emitter, find_blocks, graph_run, run_routes
-from moe_lowering.passes.fake_values import Template
+from moe_lowering.passes import capturability, decision, find_blocks
+from moe_lowering.passes.emission import emitter
+from moe_lowering.passes.emission.fake_values import Template
+from moe_lowering.passes.run import graph_run
+from moe_lowering.passes.run import routes as run_routes
 from moe_lowering.passes.verifier import repropagate
 from moe_lowering.report import graphs as report_graphs
 

@@ -10,10 +10,10 @@ import torch
 from moe_lowering import BlockDescription, Deployment
 from moe_lowering.explanation.answer import Question
 from moe_lowering.explanation.spec import block_spec
-from moe_lowering.passes import work
+from moe_lowering.passes.costs import work
+from moe_lowering.passes.costs.price import Price, choose_cheapest, difference_error, is_tie, price_of, price_work
+from moe_lowering.passes.costs.work import Work, counted_work, valid_rows
 from moe_lowering.passes.policy import Policy
-from moe_lowering.passes.price import Price, choose_cheapest, difference_error, is_tie, price_of, price_work
-from moe_lowering.passes.work import Work, counted_work, valid_rows
 from moe_lowering.prices.machines import Sent, machines, split_by_tier
 from moe_lowering.prices.rates import rates_of
 from moe_lowering.prices.rows import EXCHANGES, Row

@@ -14,7 +14,7 @@ from moe_lowering import Deployment, MoeLowering, testing
 from moe_lowering.backends.aot import lowering_backend
 from moe_lowering.passes.operands import COMPUTED_OUTSIDE, is_stored
 from moe_lowering.passes.pipeline import LoweringError
-from moe_lowering.passes.subgraphs import CODES, MAY_DIFFER, RUNS_ONCE, find_subgraphs
+from moe_lowering.passes.run.subgraphs import CODES, MAY_DIFFER, RUNS_ONCE, find_subgraphs
 from moe_lowering.passes.verifier import generic_nodes
 
 GENERIC = "moe_lowering.dispatch"

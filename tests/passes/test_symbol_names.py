@@ -16,8 +16,8 @@ from moe_lowering.limits.bounds import as_argument, least, read_bound, value_ran
 from moe_lowering.limits.calls import OPERATORS, PER_TOKEN, communication, matmul, quantised, routing
 from moe_lowering.limits.calls import fused as fused_calls
 from moe_lowering.limits.wording import Accepted, Bound, Quoted, make_wording, show
-from moe_lowering.passes import graph_run
-from moe_lowering.passes.symbol_names import _written, dimension_names, name_sizes
+from moe_lowering.passes.graph.symbol_names import _written, dimension_names, name_sizes
+from moe_lowering.passes.run import graph_run
 from moe_lowering.report.records import BlockReport, Verdict
 from moe_lowering.report.sizes import Size
 from moe_lowering.report.text import render

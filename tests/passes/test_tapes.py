@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from moe_lowering import Deployment, MoeLowering, simulator
 from moe_lowering.matrix.forms import FORMS
-from moe_lowering.passes import tapes
 from moe_lowering.passes.blocks import shape_key
-from moe_lowering.passes.emitter import COPIED_META, Emitter
-from moe_lowering.passes.graph_run import GraphRun
-from moe_lowering.passes.tapes import Tape, Tapes
-from moe_lowering.passes.wiring import Wiring, read_wiring
+from moe_lowering.passes.emission import tapes
+from moe_lowering.passes.emission.emitter import COPIED_META, Emitter
+from moe_lowering.passes.emission.tapes import Tape, Tapes
+from moe_lowering.passes.emission.wiring import Wiring, read_wiring
+from moe_lowering.passes.run.graph_run import GraphRun
 
 simulator.enable()
 

@@ -170,6 +170,13 @@ def test_the_lazy_names_are_for_users():
     assert [a for a, found in module_graph(SOURCES).items() if PACKAGE in found] == []
 
 
+def test_what_reads_and_edits_graphs_knows_nothing_of_layers():
+    graph = f"{PACKAGE}.passes.graph"
+    found = {b for a, used in module_graph(SOURCES).items() if a.startswith(graph) for b in used}
+    assert found
+    assert [b for b in found if b.startswith(f"{PACKAGE}.passes") and not b.startswith(graph)] == []
+
+
 def test_who_uses_the_simulator_and_what_it_uses():
     """Beside the table, which could be changed in passing."""
     real = arrows(SOURCES)

@@ -109,7 +109,7 @@ def test_activation_is_emitted(word: str, interleaved: bool, soc: str) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx import Graph, GraphModule
 
-    from moe_lowering.passes.emitter import Emitter
+    from moe_lowering.passes.emission.emitter import Emitter
     from moe_lowering.passes.implementations import activation
 
     if word not in activation.EMITTED:

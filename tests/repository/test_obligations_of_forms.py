@@ -58,12 +58,12 @@ def test_form_is_raised() -> None:
 
 def test_anchors_are_told_where_they_are_left() -> None:
     """By the words of their names; operators of ATen by what they compute (``test_find_foreign.py``)."""
-    from moe_lowering.passes.foreign_operators import is_moe_name
+    from moe_lowering.passes.leftovers.foreign_operators import is_moe_name
     from moe_lowering.passes.raise_foreign.find_foreign_blocks import FORMS
 
     anchors = {anchor for form in FORMS.values() for anchor in form.anchors if not anchor.startswith("aten.")}
     untold = {anchor for anchor in anchors if not is_moe_name(anchor.split(".")[1])}
-    assert not untold, forgotten(MODEL, "moe_lowering/passes/foreign_operators.py", untold)
+    assert not untold, forgotten(MODEL, "moe_lowering/passes/leftovers/foreign_operators.py", untold)
 
 
 def test_form_is_documented() -> None:

@@ -77,10 +77,10 @@ def test_fused_operator_has_a_schema() -> None:
 
 def test_fused_operator_is_read() -> None:
     from moe_lowering.limits.calls.fused import READERS
-    from moe_lowering.passes.operator_results import RESULTS
+    from moe_lowering.passes.costs.operator_results import RESULTS
 
     require_words(FUSED, "moe_lowering/limits/calls/fused.py", READERS, NAMES)
-    require("moe_lowering/passes/operator_results.py", RESULTS)
+    require("moe_lowering/passes/costs/operator_results.py", RESULTS)
 
 
 def test_fused_operator_in_graphs_of_ge() -> None:

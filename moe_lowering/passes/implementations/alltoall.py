@@ -31,7 +31,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.calls import OperatorCall, Premises, Rules
 from moe_lowering.passes.context import most_tokens
-from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations import alltoall_exact
 from moe_lowering.passes.implementations.alltoall_buffers import BUFFERS, mib, sized_by_data
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement

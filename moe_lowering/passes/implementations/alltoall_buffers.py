@@ -29,7 +29,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits.calls.tensors import data_dependent
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.calls import OperatorCall, Premises, Rules, emit_call
-from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import Form, Replacement
 from moe_lowering.passes.implementations.gathered import (
     ROUTE,

@@ -13,7 +13,7 @@ from moe_lowering.custom_ops.alltoall_experts import AllToAllExpertsCall
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.calls import OperatorCall, Premises, Rules
-from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import Form, Replacement
 from moe_lowering.passes.implementations.gathered import route_call
 from moe_lowering.passes.implementations.mlp import mlp_calls

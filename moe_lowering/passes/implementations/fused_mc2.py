@@ -20,7 +20,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.calls import OperatorCall, Premises, Rules, emit_call, tensor
 from moe_lowering.passes.context import most_tokens
-from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
 from moe_lowering.passes.implementations.mc2 import global_tokens
 from moe_lowering.passes.implementations.scale_casts import as_float32

@@ -37,7 +37,7 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.calls import OperatorCall, Rules, emit_call, tensor
-from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import stage_after
 from moe_lowering.passes.implementations.matmul_calls import row_scales
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls

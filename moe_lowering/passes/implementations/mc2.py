@@ -30,7 +30,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits.calls.tensors import data_dependent
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.calls import OperatorCall, Premises, Rules, emit_call, tensor
-from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement, stage_after
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
 from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share

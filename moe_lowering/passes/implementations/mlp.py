@@ -16,7 +16,7 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.calls import OperatorCall, Rules, emit_call
-from moe_lowering.passes.emitter import Emitter
+from moe_lowering.passes.emission.emitter import Emitter
 from moe_lowering.passes.implementations import quantised_mlp
 from moe_lowering.passes.implementations.activation import EMITTED, activation_calls, emit_activation
 from moe_lowering.passes.implementations.matmul_calls import MATMUL, matmul_arguments, matmul_call

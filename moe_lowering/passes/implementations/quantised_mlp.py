@@ -32,7 +32,7 @@ from moe_lowering.limits import check
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.calls import OperatorCall, emit_call, tensor
 from moe_lowering.passes.context import judged_quantities
-from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.activation import activation_calls, emit_activation
 from moe_lowering.passes.implementations.matmul_calls import (
     MATMUL,

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.emission.emitter import Emitter, aten
 
 _LOW_HALF = 0xFFFFFFFF
 

@@ -18,7 +18,7 @@ from torch.fx import Node
 from moe_lowering.custom_ops.sizes import ceil_div
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.emission.emitter import Emitter, aten
 
 c10d = torch.ops._c10d_functional
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.blocks import size_key
-from moe_lowering.passes.foreign_operators import operator_name
+from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.leftovers.foreign_operators import operator_name
 from moe_lowering.passes.raise_foreign.read_meanings import is_made_alike
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.foreign_walks import name_of
-from moe_lowering.passes.memory_effects import Writes, describe
-from moe_lowering.passes.own_writes import is_own_write
+from moe_lowering.passes.graph.memory_effects import Writes, describe
+from moe_lowering.passes.graph.own_writes import is_own_write
+from moe_lowering.passes.graph.walks import name_of
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 

@@ -12,9 +12,9 @@ from moe_lowering.custom_ops.combine import CombineCall
 from moe_lowering.custom_ops.dispatch import DispatchCall
 from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.arguments import positional_arguments
 from moe_lowering.passes.blocks import size_key
-from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.emission.emitter import Emitter, aten
+from moe_lowering.passes.graph.arguments import positional_arguments
 from moe_lowering.passes.raise_foreign.normed_combine import emit_norm
 from moe_lowering.passes.raise_foreign.records import Copied, ForeignBlock, Weights
 from moe_lowering.passes.token_ranges import is_strict, must_vary

@@ -19,8 +19,8 @@ from typing import Any
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.arguments import argument
-from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.walks import name_of
 from moe_lowering.passes.raise_foreign.ids_range import out_of_range
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, NotThisForm
 

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.emitter import is_emitted
+from moe_lowering.passes.emission.emitter import is_emitted
 from moe_lowering.passes.raise_foreign import (
     match_gathered_weights,
     match_grouped_mm,
@@ -25,7 +25,7 @@ from moe_lowering.passes.raise_foreign import (
 from moe_lowering.passes.raise_foreign.graph_facts import reading
 from moe_lowering.passes.raise_foreign.npu_forms import NPU_FORMS
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
-from moe_lowering.passes.run_messages import describe_internal_error, log_warning
+from moe_lowering.passes.run.messages import describe_internal_error, log_warning
 from moe_lowering.report.leftovers import NotRaised
 
 FORMS: dict[str, Form] = {form.name: form for form in (match_grouped_mm.FORM, match_gathered_weights.FORM, *NPU_FORMS)}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.graph.walks import name_of
 from moe_lowering.passes.raise_foreign.closed_region import is_dead, looks_only
 from moe_lowering.passes.raise_foreign.match_activation import match_activation
 from moe_lowering.passes.raise_foreign.meanings import Value, choices, flat, tokens

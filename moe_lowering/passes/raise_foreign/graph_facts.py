@@ -8,8 +8,8 @@ from functools import cached_property
 
 from torch.fx import Graph, Node
 
-from moe_lowering.passes.memory_effects import Writes
-from moe_lowering.passes.scopes import scope_paths
+from moe_lowering.passes.graph.memory_effects import Writes
+from moe_lowering.passes.graph.scopes import scope_paths
 
 
 class GraphFacts:

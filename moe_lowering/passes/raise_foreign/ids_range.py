@@ -14,8 +14,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument, explicit_arguments
-from moe_lowering.passes.foreign_walks import VIEWS, name_of
+from moe_lowering.passes.graph.arguments import argument, explicit_arguments
+from moe_lowering.passes.graph.walks import VIEWS, name_of
 
 _CHOICES = ("topk", "sort", "max", "min")  # (values, indices)
 _LOOK_UPS = ("index", "index_select", "gather", "embedding")  # of a table, by anything

@@ -6,8 +6,8 @@ import dataclasses
 
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument
-from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.walks import name_of
 from moe_lowering.passes.raise_foreign.meanings import sizes
 from moe_lowering.passes.raise_foreign.records import Weights
 from moe_lowering.passes.raise_foreign.rules_of_layout import order_of

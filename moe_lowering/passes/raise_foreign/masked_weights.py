@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.raise_foreign.chain_walk import source_of, value_of
 from moe_lowering.passes.raise_foreign.masks_by_id import experts_of_mask
 from moe_lowering.passes.raise_foreign.records import NotThisForm

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
-from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.graph.walks import name_of
 from moe_lowering.passes.raise_foreign.chain_walk import equal_values
 
 # What is computed for each element on its own

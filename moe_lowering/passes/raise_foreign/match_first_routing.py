@@ -23,9 +23,9 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.blocks import size_key
-from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.walks import name_of
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, is_operator, require, same_sizes, source_of, value_of
 from moe_lowering.passes.raise_foreign.group_lists import COUNTS, PREFIX_SUMS
 from moe_lowering.passes.raise_foreign.match_int8_experts import FUSED, FUSED_V2

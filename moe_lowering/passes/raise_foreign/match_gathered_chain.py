@@ -25,7 +25,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.raise_foreign.chain_walk import same_sizes, source_of, value_of
 from moe_lowering.passes.raise_foreign.expert_parallel import summed_over_ranks
 from moe_lowering.passes.raise_foreign.ids_range import may_repeat

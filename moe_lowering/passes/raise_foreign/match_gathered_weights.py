@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.foreign_walks import VIEWS, name_of, source_of, walk_readers
+from moe_lowering.passes.graph.walks import VIEWS, name_of, source_of, walk_readers
 from moe_lowering.passes.raise_foreign.match_experts import match_experts
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
 

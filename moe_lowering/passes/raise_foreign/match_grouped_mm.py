@@ -12,8 +12,8 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.arguments import argument
-from moe_lowering.passes.foreign_walks import VIEWS, name_of
+from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.walks import VIEWS, name_of
 from moe_lowering.passes.raise_foreign.match_experts import match_experts
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form
 

@@ -24,7 +24,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.raise_foreign.chain_walk import (
     Walk,
     equal_values,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, is_operator, tensors, value_of
 from moe_lowering.passes.raise_foreign.group_lists import Groups
 from moe_lowering.passes.raise_foreign.match_int8_experts import match_int8

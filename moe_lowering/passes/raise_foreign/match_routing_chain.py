@@ -25,8 +25,8 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.blocks import size_key
+from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.raise_foreign.chain_walk import (
     Walk,
     equal_values,

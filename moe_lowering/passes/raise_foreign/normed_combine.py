@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.blocks import size_key
-from moe_lowering.passes.emitter import Emitter
+from moe_lowering.passes.emission.emitter import Emitter
+from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, require, value_of
 from moe_lowering.passes.raise_foreign.records import Norm, NotThisForm
 

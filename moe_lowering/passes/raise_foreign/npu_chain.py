@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from moe_lowering.passes.arguments import argument
 from moe_lowering.passes.blocks import size_key
-from moe_lowering.passes.memory_effects import Writes, describe
-from moe_lowering.passes.operator_names import operator_name
+from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.memory_effects import Writes, describe
+from moe_lowering.passes.graph.operator_names import operator_name
+from moe_lowering.passes.graph.scopes import is_marker, scope_paths
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, value_of
 from moe_lowering.passes.raise_foreign.ids_range import past_experts
 from moe_lowering.passes.raise_foreign.keep_foreign import expert_operators
 from moe_lowering.passes.raise_foreign.npu_matmuls import Experts
 from moe_lowering.passes.raise_foreign.records import Copied, ForeignBlock, Norm, NotThisForm, Weights
-from moe_lowering.passes.scopes import is_marker, scope_paths
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.raise_foreign.match_first_routing import PERMUTE, ROUTE_V1, match_permute, match_routing_v1
 from moe_lowering.passes.raise_foreign.match_gathered_chain import FORM as GATHERED
 from moe_lowering.passes.raise_foreign.match_gathered_chain import REDUCED, match_gathered

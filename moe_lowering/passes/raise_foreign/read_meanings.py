@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.foreign_walks import name_of
-from moe_lowering.passes.own_writes import functional_name
+from moe_lowering.passes.graph.own_writes import functional_name
+from moe_lowering.passes.graph.walks import name_of
 from moe_lowering.passes.raise_foreign.meanings import Value, is_whole, opaque, product, sizes
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 from moe_lowering.passes.raise_foreign.terms import Tensor

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument, explicit_arguments
-from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.graph.arguments import argument, explicit_arguments
+from moe_lowering.passes.graph.walks import name_of
 from moe_lowering.passes.raise_foreign.meanings import Value, as_ids, feature, flat, is_float, sizes, slots
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, rule
 from moe_lowering.passes.raise_foreign.rules_of_routing import order_of_ids

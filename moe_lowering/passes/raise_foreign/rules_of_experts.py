@@ -7,9 +7,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument, explicit_arguments
-from moe_lowering.passes.foreign_walks import name_of
-from moe_lowering.passes.own_writes import functional_name
+from moe_lowering.passes.graph.arguments import argument, explicit_arguments
+from moe_lowering.passes.graph.own_writes import functional_name
+from moe_lowering.passes.graph.walks import name_of
 from moe_lowering.passes.raise_foreign.meanings import (
     Value,
     feature,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument, explicit_arguments
+from moe_lowering.passes.graph.arguments import argument, explicit_arguments
 from moe_lowering.passes.raise_foreign.meanings import (
     Value,
     dim,

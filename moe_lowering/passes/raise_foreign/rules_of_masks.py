@@ -12,8 +12,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import explicit_arguments
-from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.graph.arguments import explicit_arguments
+from moe_lowering.passes.graph.walks import name_of
 from moe_lowering.passes.raise_foreign.meanings import Value, as_ids, is_float, mapped_value, match
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, near_rule
 from moe_lowering.passes.raise_foreign.terms import Past, Tensor

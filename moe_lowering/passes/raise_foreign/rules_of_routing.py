@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument, explicit_arguments
-from moe_lowering.passes.own_writes import overload_of
+from moe_lowering.passes.graph.arguments import argument, explicit_arguments
+from moe_lowering.passes.graph.own_writes import overload_of
 from moe_lowering.passes.raise_foreign.meanings import (
     Value,
     as_ids,

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument, explicit_arguments
-from moe_lowering.passes.own_writes import functional_name, overload_of
+from moe_lowering.passes.graph.arguments import argument, explicit_arguments
+from moe_lowering.passes.graph.own_writes import functional_name, overload_of
 from moe_lowering.passes.raise_foreign.meanings import Value, choices, sizes, slots, tokens
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, near_rule, rule
 from moe_lowering.passes.raise_foreign.rules_of_counts import counted_matches, counted_ones, is_filled, scattered_ones

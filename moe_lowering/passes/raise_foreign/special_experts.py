@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.raise_foreign.chain_walk import has_argument, require_of, same_sizes, value_of
 from moe_lowering.passes.raise_foreign.records import Copied, NotThisForm
 

@@ -14,8 +14,8 @@ from torch.fx import Graph
 from moe_lowering.limits import Violation
 from moe_lowering.limits.wording import Wording
 from moe_lowering.passes.blocks import Route
-from moe_lowering.passes.edit_log import EditLog
-from moe_lowering.passes.emitter import Emitter
+from moe_lowering.passes.emission.emitter import Emitter
+from moe_lowering.passes.graph.edit_log import EditLog
 from moe_lowering.passes.routers import reports
 from moe_lowering.passes.routers.match_router import RouterLeft, RouterReader, match_routers
 from moe_lowering.passes.routers.rewrite_router import recording_key, rewrite_router

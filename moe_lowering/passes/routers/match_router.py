@@ -26,18 +26,18 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.fx import Graph, Node
 
-from moe_lowering.passes.arguments import results
 from moe_lowering.passes.blocks import Block, RaisedRouter, Route, size_key
-from moe_lowering.passes.foreign_operators import ROUTER, kind_of
-from moe_lowering.passes.memory_effects import Writes
-from moe_lowering.passes.own_writes import is_own_write
+from moe_lowering.passes.graph.arguments import results
+from moe_lowering.passes.graph.memory_effects import Writes
+from moe_lowering.passes.graph.own_writes import is_own_write
+from moe_lowering.passes.graph.scopes import scope_paths
+from moe_lowering.passes.leftovers.foreign_operators import ROUTER, kind_of
 from moe_lowering.passes.raise_foreign.closed_region import may_be_left_out
 from moe_lowering.passes.routers import rules
 from moe_lowering.passes.routers.group_rules import VIEWS
 from moe_lowering.passes.routers.meaning import CASTS, Meaning, name_of
 from moe_lowering.passes.routers.prove_router import differs, spec_of
 from moe_lowering.passes.routers.values import Chosen, Opaque, Reason, Selection, Taken, val
-from moe_lowering.passes.scopes import scope_paths
 
 assert rules  # which add their rules to those of ``Meaning``
 _SAME = frozenset((*CASTS, *VIEWS, "getitem"))

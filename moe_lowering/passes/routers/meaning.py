@@ -18,8 +18,8 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.blocks import Source, size_key
-from moe_lowering.passes.foreign_walks import without_copy
-from moe_lowering.passes.own_writes import functional_name, is_own_write
+from moe_lowering.passes.graph.own_writes import functional_name, is_own_write
+from moe_lowering.passes.graph.walks import without_copy
 from moe_lowering.passes.routers.values import Const, Opaque, Reason, Scores, Value, val
 
 _NODES = 160  # of one router: what is asked beyond is opaque

@@ -10,9 +10,9 @@ from torch.fx import Graph, Node
 
 from moe_lowering.limits import Violation
 from moe_lowering.passes.blocks import Route
-from moe_lowering.passes.emitter import is_emitted
+from moe_lowering.passes.emission.emitter import is_emitted
 from moe_lowering.passes.find_blocks import module_path
-from moe_lowering.passes.foreign_operators import ROUTER, kind_of, operator_name
+from moe_lowering.passes.leftovers.foreign_operators import ROUTER, kind_of, operator_name
 from moe_lowering.passes.routers.match_router import RouterLeft
 from moe_lowering.report.records import RouterReport
 from moe_lowering.source_lines import innermost

@@ -12,8 +12,8 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.blocks import Route
-from moe_lowering.passes.edit_log import EditLog
-from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.emission.emitter import Emitter, aten
+from moe_lowering.passes.graph.edit_log import EditLog
 from moe_lowering.passes.lower_route import emit_route
 from moe_lowering.passes.verifier import defined_before_readers, same_value
 

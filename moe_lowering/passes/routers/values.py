@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.blocks import Source
-from moe_lowering.passes.memory_effects import describe
+from moe_lowering.passes.graph.memory_effects import describe
 
 FLOAT16 = (torch.float16, torch.bfloat16)
 

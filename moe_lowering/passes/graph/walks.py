@@ -1,4 +1,4 @@
-"""Walks through a graph by what operators do: views, pointwise operators, products, choices. Used to find foreign MoE layers."""
+"""Walks through a graph by what operators do: views, pointwise operators, products, choices."""
 
 from __future__ import annotations
 

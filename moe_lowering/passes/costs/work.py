@@ -21,9 +21,9 @@ from torch.fx import Node
 from moe_lowering.custom_ops.sizes import ceil_div
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.exact_kernels import as_kernels
+from moe_lowering.passes.costs.exact_kernels import as_kernels
+from moe_lowering.passes.costs.tally import Counted, count_form, neutral
 from moe_lowering.passes.implementations import IMPLEMENTATIONS, Form
-from moe_lowering.passes.tally import Counted, count_form, neutral
 from moe_lowering.prices.machines import Sent, split_by_tier
 from moe_lowering.report.graph_costs import Traffic, read_traffic
 from moe_lowering.vocabulary import IMPLEMENTATION_FORMS, ONE_OPERATOR

@@ -11,8 +11,8 @@ import logging
 from typing import Any
 
 from moe_lowering.limits.wording import Names, Quoted, Wording, make_wording
+from moe_lowering.passes.graph.symbol_names import dimension_names
 from moe_lowering.passes.policy import PolicyError
-from moe_lowering.passes.symbol_names import dimension_names
 from moe_lowering.passes.verifier import VerificationError
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.arguments import argument
+from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.verifier import GENERIC
 
 ROUTER = "router"

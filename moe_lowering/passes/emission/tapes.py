@@ -19,10 +19,10 @@ from typing import Any
 
 from torch.fx import Node
 
-from moe_lowering.passes.emitter import Constants, Emitter
-from moe_lowering.passes.graph_nodes import graph_nodes
-from moe_lowering.passes.operator_names import operator_name
-from moe_lowering.passes.wiring import Wiring, read_wiring
+from moe_lowering.passes.emission.emitter import Constants, Emitter
+from moe_lowering.passes.emission.wiring import Wiring, read_wiring
+from moe_lowering.passes.graph.graph_nodes import graph_nodes
+from moe_lowering.passes.graph.operator_names import operator_name
 from moe_lowering.report.graphs import GraphNode, NamedNodes, Pattern
 
 Nodes = Sequence[Node]

@@ -2,8 +2,8 @@
 be taken back, of one block or of all.
 
 Contract. What is raised while a block is lowered leaves that block as it was, with the reason in its report. What the graph
-refuses to run with is in ``run_bounds``, its routings in ``run_routes``, layers that others wrote in ``run_foreign`` and
-``lower_foreign``, what is said in ``run_messages``.
+refuses to run with is in ``bounds``, its routings in ``routes``, layers that others wrote in ``foreign`` and
+``lower_foreign``, what is said in ``messages``.
 """
 
 from __future__ import annotations
@@ -28,30 +28,31 @@ from moe_lowering.passes.agreement_check import (
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.capturability import may_be_captured, not_capturable
 from moe_lowering.passes.decision import Decision, decide
-from moe_lowering.passes.edit_log import ModuleEdits
-from moe_lowering.passes.emitter import Constants, Emitter, Recording
-from moe_lowering.passes.fake_modes import join_fake_modes
+from moe_lowering.passes.emission.emitter import Constants, Emitter, Recording
+from moe_lowering.passes.emission.tapes import Tapes
+from moe_lowering.passes.emission.wiring import Wiring
 from moe_lowering.passes.find_blocks import find_blocks
 from moe_lowering.passes.forward_casts import note_casts
-from moe_lowering.passes.graph_nodes import graph_nodes
+from moe_lowering.passes.graph.edit_log import ModuleEdits
+from moe_lowering.passes.graph.fake_modes import join_fake_modes
+from moe_lowering.passes.graph.graph_nodes import graph_nodes
+from moe_lowering.passes.graph.operator_names import operator_name
+from moe_lowering.passes.graph.symbol_names import name_sizes
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.base import Replacement
 from moe_lowering.passes.implementations.tensor_parallel import share
 from moe_lowering.passes.legality import Refusal, refusal
 from moe_lowering.passes.lower_foreign import left_as_it_is, lower_foreign
-from moe_lowering.passes.operator_names import operator_name
 from moe_lowering.passes.overlap import OverlapTarget, overlap
 from moe_lowering.passes.policy import Policy
 from moe_lowering.passes.raise_foreign.records import ForeignBlock
 from moe_lowering.passes.routers.lower_router import find_routers
 from moe_lowering.passes.routers.match_router import RouterReader, readers_of
-from moe_lowering.passes.run_bounds import TokenBounds
-from moe_lowering.passes.run_foreign import ForeignLayers
-from moe_lowering.passes.run_messages import describe_internal_error, describe_undo, log_warning, name_symbols
-from moe_lowering.passes.run_routes import RouteLowering
-from moe_lowering.passes.subgraphs import Subgraph
-from moe_lowering.passes.symbol_names import name_sizes
-from moe_lowering.passes.tapes import Tapes
+from moe_lowering.passes.run.bounds import TokenBounds
+from moe_lowering.passes.run.foreign import ForeignLayers
+from moe_lowering.passes.run.messages import describe_internal_error, describe_undo, log_warning, name_symbols
+from moe_lowering.passes.run.routes import RouteLowering
+from moe_lowering.passes.run.subgraphs import Subgraph
 from moe_lowering.passes.verifier import (
     VerificationError,
     call_violations,
@@ -59,7 +60,6 @@ from moe_lowering.passes.verifier import (
     generic_nodes,
     same_value,
 )
-from moe_lowering.passes.wiring import Wiring
 from moe_lowering.report.graphs import GraphNode
 from moe_lowering.report.leftovers import NotCapturable
 from moe_lowering.report.records import BlockReport

@@ -9,10 +9,10 @@ from typing import Any
 from moe_lowering.custom_ops.sizes import ceil_div
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.costs.price import price_of
+from moe_lowering.passes.costs.tally import peak_bytes
+from moe_lowering.passes.costs.work import counted_nodes, work_of
 from moe_lowering.passes.policy import rates_in
-from moe_lowering.passes.price import price_of
-from moe_lowering.passes.tally import peak_bytes
-from moe_lowering.passes.work import counted_nodes, work_of
 from moe_lowering.prices.machines import Sent
 from moe_lowering.report.block_costs import BlockCost
 from moe_lowering.report.graph_costs import total_cost

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from moe_lowering.passes.foreign_walks import name_of, split_words
+from moe_lowering.passes.graph.walks import name_of, split_words
 
 # Writes that have a functional form among the rules. Those that change sizes or storage (unsqueeze_, set_) are none.
 _WRITES = split_words(

@@ -11,11 +11,11 @@ from torch.fx import Graph, Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Route
 from moe_lowering.passes.find_blocks import Around, around_of
-from moe_lowering.passes.find_foreign import find_foreign
+from moe_lowering.passes.leftovers.find_foreign import find_foreign
 from moe_lowering.passes.lower_foreign import left_as_it_is
 from moe_lowering.passes.raise_foreign.find_foreign_blocks import find_foreign_blocks
 from moe_lowering.passes.raise_foreign.records import ForeignBlock
-from moe_lowering.passes.run_messages import describe_internal_error, log_warning
+from moe_lowering.passes.run.messages import describe_internal_error, log_warning
 from moe_lowering.report.leftovers import ForeignMoe, NotRaised
 from moe_lowering.report.records import BlockReport
 

@@ -15,14 +15,14 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Violation
 from moe_lowering.limits.wording import Wording
 from moe_lowering.passes.blocks import Route, RouteSpec
-from moe_lowering.passes.edit_log import EditLog
-from moe_lowering.passes.emitter import Emitter
+from moe_lowering.passes.emission.emitter import Emitter
+from moe_lowering.passes.emission.tapes import Tapes
+from moe_lowering.passes.emission.wiring import Wiring
+from moe_lowering.passes.graph.edit_log import EditLog
 from moe_lowering.passes.lower_route import emit_route, judge_route
 from moe_lowering.passes.routers import reports
 from moe_lowering.passes.routers.lower_router import Guarded, lower_router
-from moe_lowering.passes.tapes import Tapes
 from moe_lowering.passes.verifier import generic_nodes, same_value
-from moe_lowering.passes.wiring import Wiring
 from moe_lowering.report.records import RouterReport
 
 

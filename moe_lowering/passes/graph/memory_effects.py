@@ -25,7 +25,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from moe_lowering.passes.own_writes import is_unseen_write, makes_memory
+from moe_lowering.passes.graph.own_writes import is_unseen_write, makes_memory
 from moe_lowering.source_lines import innermost
 
 # Their schemas declare every view, but for those of _VIEWS_UNSAID

@@ -23,13 +23,13 @@ from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover
 from moe_lowering.limits.calls.schemas import complete, schema
-from moe_lowering.passes.aten_results import ATEN_RESULTS
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.calls import Premises
-from moe_lowering.passes.emitter import Emitter
+from moe_lowering.passes.costs.aten_results import ATEN_RESULTS
+from moe_lowering.passes.costs.operator_results import IN_A_LIST, RESULTS, collective_result
+from moe_lowering.passes.emission.emitter import Emitter
 from moe_lowering.passes.implementations.base import Form
 from moe_lowering.passes.operands import ExpertOperands, Operand, Operands
-from moe_lowering.passes.operator_results import IN_A_LIST, RESULTS, collective_result
 from moe_lowering.report.graph_costs import read_traffic
 
 OPS = torch.ops.moe_lowering

@@ -24,8 +24,8 @@ from collections.abc import Mapping, Sequence
 from moe_lowering.custom_ops.sizes import ceil_div
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec
+from moe_lowering.passes.costs.work import Work, counted_work
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.passes.work import Work, counted_work
 from moe_lowering.prices.machines import Sent
 from moe_lowering.prices.rates import Rates
 

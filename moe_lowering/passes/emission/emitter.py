@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from moe_lowering.passes.fake_values import Template
-from moe_lowering.passes.known_results import known_result
-from moe_lowering.passes.new_nodes import insert_call
+from moe_lowering.passes.emission.fake_values import Template
+from moe_lowering.passes.emission.known_results import known_result
+from moe_lowering.passes.emission.new_nodes import insert_call
 
 aten = torch.ops.aten
 COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "seq_nr")

@@ -21,10 +21,10 @@ from moe_lowering.limits import TokenRange
 from moe_lowering.limits.bounds import as_argument
 from moe_lowering.limits.wording import make_wording
 from moe_lowering.passes.blocks import Block, size_key
-from moe_lowering.passes.emitter import Emitter
+from moe_lowering.passes.emission.emitter import Emitter
 from moe_lowering.passes.legality import Refusal
 from moe_lowering.passes.raise_foreign.records import ForeignBlock
-from moe_lowering.passes.run_messages import log_warning
+from moe_lowering.passes.run.messages import log_warning
 from moe_lowering.passes.token_ranges import request_guard
 
 ASSERT_TOKENS = torch.ops.moe_lowering.assert_tokens.default

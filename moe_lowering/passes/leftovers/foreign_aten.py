@@ -29,9 +29,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from moe_lowering.passes.emitter import is_emitted
-from moe_lowering.passes.foreign_operators import ROUTER, kind_of
-from moe_lowering.passes.foreign_walks import (
+from moe_lowering.passes.emission.emitter import is_emitted
+from moe_lowering.passes.graph.walks import (
     BATCHED,
     CHOICES,
     MATMULS,
@@ -50,6 +49,7 @@ from moe_lowering.passes.foreign_walks import (
     source_of,
     walk_readers,
 )
+from moe_lowering.passes.leftovers.foreign_operators import ROUTER, kind_of
 
 # ------------------------------------------------------------------------------------------------------ gathered weights
 

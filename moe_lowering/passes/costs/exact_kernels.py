@@ -17,7 +17,7 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block
 from moe_lowering.passes.calls import Premises, emit_call
-from moe_lowering.passes.emitter import Emitter, aten
+from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.alltoall_exact import EXACT
 from moe_lowering.passes.implementations.base import Form, Replacement
 from moe_lowering.passes.implementations.gathered import ROUTE, route_arguments

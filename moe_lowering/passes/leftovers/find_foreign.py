@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from moe_lowering.passes import foreign_operators as operators
-from moe_lowering.passes.emitter import is_emitted
+from moe_lowering.passes.emission.emitter import is_emitted
 from moe_lowering.passes.find_blocks import module_path
-from moe_lowering.passes.foreign_aten import (
+from moe_lowering.passes.leftovers import foreign_operators as operators
+from moe_lowering.passes.leftovers.foreign_aten import (
     expert_loops,
     gathered_weights,
     reaches,

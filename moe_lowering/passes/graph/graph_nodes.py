@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
-from moe_lowering.passes.operator_names import operator_name
+from moe_lowering.passes.graph.operator_names import operator_name
 from moe_lowering.report.graphs import GraphNode
 
 

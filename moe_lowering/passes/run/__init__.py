@@ -1,0 +1,5 @@
+"""One run of the pass over one graph (``graph_run``).
+
+Beside it: the range of T that the graph accepts (``bounds``), its routings (``routes``), layers that others wrote (``foreign``),
+what is said (``messages``), and which graphs inside of it are run too (``subgraphs``).
+"""
