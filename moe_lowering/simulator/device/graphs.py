@@ -94,7 +94,8 @@ class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A higher-order operator by its own kernel, with the watch on (which is off in ``__torch_dispatch__``)."""
         kernel = func.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
         if kernel is None:
-            raise refuse(func.name(), "has no kernel that calls other operators, and what it does cannot be watched")
+            name = func.name()  # type: ignore[no-untyped-call]
+            raise refuse(name, "has no kernel that calls other operators, and what it does cannot be watched")
         with self:
             return kernel(*args, **kwargs)
 
