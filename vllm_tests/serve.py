@@ -1,4 +1,5 @@
-"""Serves a small model with the real engine, and prints one JSON object: tokens, layers, reports, what the compiled graphs call.
+"""Serves a small model with the real engine, and prints one JSON object: tokens, what the compiled graphs call, and what each
+rank says of itself (``ranks``, see ``workers``), the first one's answer at the top too.
 
 moe-lowering simulate -- python serve.py '{"model": "/folder", "plugin": {}, "graphs": true, ...}'   # see Settings
 """
@@ -74,6 +75,7 @@ def options_of(settings: Settings) -> dict[str, Any]:
         "gpu_memory_utilization": 0.5,
         "num_gpu_blocks_override": 64,
         "enable_prefix_caching": False,
+        "worker_extension_cls": "workers.Extension",
     }
     if settings.ranks * settings.replicas > 1:
         options |= {"tensor_parallel_size": settings.ranks, "enable_expert_parallel": settings.expert_parallel}
@@ -106,21 +108,8 @@ def serve(settings: Settings, replica: int = 0) -> dict[str, Any]:
         result["logprobs"] = [{token: entry.logprob for token, entry in found.items()} for found in first]
     files = [path for path in Path(settings.cache).rglob("artifact_compile_range*") if path.is_file()]
     result["compiled"] = [sorted({".".join(call) for call in CALL.findall(path.read_text())}) for path in files]
-    return result | (in_this_process() if settings.ranks * settings.replicas == 1 else {})
-
-
-def in_this_process() -> dict[str, Any]:
-    """What the plugin did, and what was captured, where the engine is in this process."""
-    from moe_lowering import simulator
-    from moe_lowering.integrations import vllm
-
-    return {
-        "layers": vllm.layers(),
-        "reports": [json.loads(json.dumps(report.to_json(), default=str)) for report in vllm.reports()],
-        "captured": [tape.operators for tape in simulator.device.tapes()],
-        "captures": simulator.device.counts().captured,
-        "replays": simulator.device.counts().replayed,
-    }
+    result["ranks"] = llm.collective_rpc("observe")
+    return result | result["ranks"][0]
 
 
 def serve_replicas(settings: Settings) -> dict[str, Any]:
@@ -143,7 +132,7 @@ def serve_replicas(settings: Settings) -> dict[str, Any]:
     requests = range(settings.requests)
     return {
         "tokens": [results[request % count]["tokens"][request // count] for request in requests],
-        "compiled": [calls for result in results for calls in result["compiled"]],
+        **{name: [each for result in results for each in result[name]] for name in ("compiled", "ranks")},
     }
 
 
