@@ -1,6 +1,8 @@
-"""Whether two engines computed the same model: log probabilities of the best first tokens, as ``serve.py`` prints them."""
+"""Whether two engines computed the same model: log probabilities of the best first tokens, as ``serve.py`` prints them. And what
+each MoE layer runs, beside the table of docs/vllm.md."""
 
 import math
+from pathlib import Path
 
 BEST = 5  # log probabilities that are kept of each request
 FLOOR = 20.0  # dB, of two chains that round bfloat16 and int8 in different places; other weights are below 10
@@ -28,3 +30,27 @@ def assert_close(reference, found):
     others = [*second[1:], second[0]]
     common = sum(len(a.keys() & b.keys()) for a, b in zip(first, others, strict=True))
     assert common < sum(len(a.keys() & b.keys()) for a, b in zip(first, second, strict=True)) / 2
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "vllm.md"
+NORM = "_C_ascend::npu_add_rms_norm_bias"  # stands before attention and before the MoE layer
+
+
+def operators_of_layer(tape):
+    """What a captured graph runs for an MoE layer of Qwen3-MoE, from the gate on; the same for all of its layers."""
+    parts = [[]]
+    for operator in tape:
+        if operator == NORM:
+            parts.append([])
+        else:
+            parts[-1].append(operator.rpartition("::")[2])
+    first, *others = parts[1::2]
+    assert first and all(other == first for other in others)
+    return first
+
+
+def assert_documented(row, own, found):
+    """The operators of a layer in decode, vllm-ascend's own and with the plugin, are those of the page."""
+    [line] = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| {row} |")]
+    cells = [cell.strip().replace("`", "").split(", ") for cell in line.strip("|").split("|")[1:]]
+    assert [operators_of_layer(each["captured"][-1]) for each in (own, found)] == cells

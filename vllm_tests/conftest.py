@@ -98,7 +98,7 @@ def served(reference, tmp_path_factory):
         if key not in results:
             cache = str(tmp_path_factory.mktemp("cache"))
             given = {"model": str(reference.folder), "cache": cache, "requests": REQUESTS, **settings}
-            ranks = settings.get("ranks", 1)
+            ranks = settings.get("ranks", 1) * settings.get("replicas", 1)
             program = (HERE / "serve.py", json.dumps(given))
             results[key] = simulate(*program, soc=soc, devices=ranks, timeout=timeout, settings=environment)
         code, out, error = results[key]

@@ -1,4 +1,5 @@
-"""Serves a small model with the real engine, and prints one JSON object: tokens, layers, reports, what the compiled graphs call.
+"""Serves a small model with the real engine, and prints one JSON object: tokens, what the compiled graphs call, and what each
+rank says of itself (``ranks``, see ``workers``), the first one's answer at the top too.
 
 moe-lowering simulate -- python serve.py '{"model": "/folder", "plugin": {}, "graphs": true, ...}'   # see Settings
 """
@@ -8,6 +9,8 @@ import json
 import os
 import random
 import re
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,9 @@ class Settings:
         tokens: how many each is continued with.
         dtype: of the model.
         logprobs: how many of the best tokens' log probabilities to keep, of the first token of each request.
-        ranks: of one tensor-parallel group, with expert parallelism.
+        ranks: of one tensor-parallel group.
+        replicas: data parallel engines, each with every so many requests.
+        expert_parallel: over all ranks, where there is more than one.
         options: further arguments of ``LLM``.
         additional: further ``additional_config``.
     """
@@ -44,6 +49,8 @@ class Settings:
     dtype: str = "float32"
     logprobs: int = 0
     ranks: int = 1
+    replicas: int = 1
+    expert_parallel: bool = True
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     additional: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -53,23 +60,14 @@ def prompts(settings: Settings) -> list[list[int]]:
     return [[draw.randrange(2, 500) for _ in range(draw.randrange(1, 40))] for _ in range(settings.requests)]
 
 
-def serve(settings: Settings) -> dict[str, Any]:
-    os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CACHE_ROOT=settings.cache)
-    if settings.ranks == 1:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM, SamplingParams
-
+def options_of(settings: Settings) -> dict[str, Any]:
+    """Arguments of ``LLM``."""
     additional: dict[str, Any] = {"ascend_compilation_config": FUSIONS, **settings.additional}
     if settings.plugin is not None:
         additional["moe_lowering"] = settings.plugin
-    options: dict[str, Any] = {"enforce_eager": True}
-    if settings.graphs:
-        graphs = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
-        options = {"compilation_config": {**graphs, **settings.options.get("compilation_config", {})}}
-    options |= {name: value for name, value in settings.options.items() if name != "compilation_config"}
-    if settings.ranks > 1:
-        options |= {"tensor_parallel_size": settings.ranks, "enable_expert_parallel": True}
-    defaults: dict[str, Any] = {
+    options: dict[str, Any] = {
+        "additional_config": additional,
+        "dtype": settings.dtype,
         "skip_tokenizer_init": True,
         "max_model_len": 128,
         "max_num_seqs": 8,
@@ -77,8 +75,24 @@ def serve(settings: Settings) -> dict[str, Any]:
         "gpu_memory_utilization": 0.5,
         "num_gpu_blocks_override": 64,
         "enable_prefix_caching": False,
+        "worker_extension_cls": "workers.Extension",
     }
-    llm = LLM(model=settings.model, dtype=settings.dtype, additional_config=additional, **{**defaults, **options})
+    if settings.ranks * settings.replicas > 1:
+        options |= {"tensor_parallel_size": settings.ranks, "enable_expert_parallel": settings.expert_parallel}
+    compilation = settings.options.get("compilation_config", {})
+    if settings.graphs:
+        graphs = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
+        return {**options, **settings.options, "compilation_config": {**graphs, **compilation}}
+    return {**options, "enforce_eager": True, **settings.options}
+
+
+def serve(settings: Settings, replica: int = 0) -> dict[str, Any]:
+    os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CACHE_ROOT=settings.cache)
+    if settings.ranks * settings.replicas == 1:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=settings.model, **options_of(settings))
     sampling = SamplingParams(
         max_tokens=settings.tokens,
         temperature=0.0,
@@ -86,32 +100,47 @@ def serve(settings: Settings) -> dict[str, Any]:
         ignore_eos=True,
         logprobs=settings.logprobs or None,
     )
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts(settings)], sampling)
+    asked = prompts(settings)[replica :: settings.replicas]
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in asked], sampling)
     result: dict[str, Any] = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
     if settings.logprobs:
         first = [output.outputs[0].logprobs[0] for output in outputs]
         result["logprobs"] = [{token: entry.logprob for token, entry in found.items()} for found in first]
     files = [path for path in Path(settings.cache).rglob("artifact_compile_range*") if path.is_file()]
-    calls = [sorted({".".join(call) for call in CALL.findall(path.read_text())}) for path in files]
-    result["compiled"] = calls
-    if settings.ranks == 1:
-        from moe_lowering import simulator
-        from moe_lowering.integrations import vllm
+    result["compiled"] = [sorted({".".join(call) for call in CALL.findall(path.read_text())}) for path in files]
+    result["ranks"] = llm.collective_rpc("observe")
+    return result | result["ranks"][0]
 
-        tapes = [tape.operators for tape in simulator.device.tapes()]
-        result |= {
-            "layers": vllm.layers(),
-            "reports": [json.loads(json.dumps(report.to_json(), default=str)) for report in vllm.reports()],
-            "captured": [len(tape) for tape in tapes],
-            "captures": simulator.device.counts().captured,
-            "replays": simulator.device.counts().replayed,
-        }
-    return result
+
+def serve_replicas(settings: Settings) -> dict[str, Any]:
+    """Data parallel engines, each a process that is told its place as vLLM's own example does it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    count = settings.replicas
+    processes = []
+    for rank in range(count):
+        place = {"VLLM_DP_RANK": rank, "VLLM_DP_RANK_LOCAL": rank, "VLLM_DP_SIZE": count, "VLLM_DP_MASTER_PORT": port}
+        own = dataclasses.replace(settings, cache=f"{settings.cache}/{rank}")
+        command = [sys.executable, __file__, json.dumps(dataclasses.asdict(own)), str(rank)]
+        environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    answers = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        sys.exit("a replica ended with an error")
+    results = [json.loads(answer) for answer in answers]
+    requests = range(settings.requests)
+    return {
+        "tokens": [results[request % count]["tokens"][request // count] for request in requests],
+        **{name: [each for result in results for each in result[name]] for name in ("compiled", "ranks")},
+    }
 
 
 if __name__ == "__main__":
     out = os.dup(1)
     os.dup2(2, 1)  # vLLM prints on stdout
-    found = serve(Settings(**json.loads(sys.argv[1])))
+    asked, *place = sys.argv[1:]
+    settings = Settings(**json.loads(asked))
+    found = serve(settings, *map(int, place)) if place or settings.replicas == 1 else serve_replicas(settings)
     with os.fdopen(out, "w") as stream:
         print(json.dumps(found), file=stream)

@@ -41,7 +41,7 @@ def test_captured_with_the_plugin(served, reference):
     assert "compile range, 1 to 256" in sources["max_tokens"] and "cudagraph_mode" in sources["capture"]
     without = served(graphs=True)
     assert (found["captures"], found["replays"]) == (without["captures"], without["replays"])
-    assert all(later > earlier for later, earlier in zip(found["captured"], [0] * SIZES, strict=True))
+    assert len(found["captured"]) == SIZES and all(found["captured"])
 
 
 @pytest.mark.parametrize(

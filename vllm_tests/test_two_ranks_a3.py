@@ -3,8 +3,7 @@
 import comparison
 import pytest
 
-REQUESTS = 8
-SERVED = {"dtype": "bfloat16", "requests": REQUESTS, "logprobs": 5}
+SERVED = {"dtype": "bfloat16", "logprobs": 5}
 OPTIONS = {"quantization": "ascend"}
 # MC2 takes hidden sizes from 1024 on
 MODEL = {"quantisation": "w8a8", "dtype": "bfloat16", "config": {"hidden_size": 1024, "moe_intermediate_size": 256}}
@@ -26,10 +25,14 @@ def one_rank(served, checkpoint):
     return served(model=str(folder), options=OPTIONS, **SERVED)
 
 
-def test_vllm_ascends_own_path(served, checkpoint, one_rank):
-    """AllToAll in prefill and MC2 in captured decode, behind the opaque operator."""
+@pytest.fixture(scope="module")
+def own(served, checkpoint):
+    """The same on two ranks: AllToAll in prefill and MC2 in captured decode, behind the opaque operator."""
     folder = checkpoint(prompts=0, **MODEL).folder
-    own = served(model=str(folder), ranks=2, graphs=True, options=OPTIONS, environment=FINITE, **SERVED)
+    return served(model=str(folder), ranks=2, graphs=True, options=OPTIONS, environment=FINITE, **SERVED)
+
+
+def test_vllm_ascends_own_path(own, one_rank):
     assert all("vllm.moe_forward" in calls for calls in own["compiled"]) and own["compiled"]
     comparison.assert_close(one_rank, own)
 
@@ -52,7 +55,7 @@ def chosen(log, rank):
         ({"additional": {"enable_fused_mc2": 1}}, [("1 to 256 tokens", "fused_mc2")]),
     ],
 )
-def test_what_vllm_ascend_selects(served, checkpoint, one_rank, settings, expected):
+def test_what_vllm_ascend_selects(served, checkpoint, one_rank, own, settings, expected):
     folder = checkpoint(prompts=0, **MODEL).folder
     settings = {**settings, "options": {**OPTIONS, **settings.get("options", {})}}
     found = served(model=str(folder), ranks=2, graphs=True, plugin={"strict": True}, **settings, **SERVED)
@@ -63,3 +66,5 @@ def test_what_vllm_ascend_selects(served, checkpoint, one_rank, settings, expect
         assert len(graphs) == 2, comm  # one of each rank
     assert all("vllm.moe_forward" not in calls for calls in found["compiled"])
     comparison.assert_close(one_rank, found)
+    decode = expected[0][1]
+    comparison.assert_documented(f"W8A8, two ranks, {decode}", own, found)

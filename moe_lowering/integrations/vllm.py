@@ -3,7 +3,7 @@
 A plugin of vLLM (entry point ``vllm.general_plugins``), which vLLM loads in each of its processes. Where the package is
 installed it is there, and does nothing until it is switched on:
 
-    LLM(model, additional_config={"moe_lowering": {}}, compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"})
+    LLM(model, additional_config={"moe_lowering": {}})
 
 docs/vllm.md has the settings.
 
@@ -14,44 +14,40 @@ Not taken over: what ``vllm_layers.read_layer`` refuses, and whatever runs outsi
 stays, and the log says why.
 
 vllm-ascend is changed when its modules are imported (``import_hooks``): a method that says when a layer's weights are loaded,
-the options of its compiler, and the key of its compile cache.
+its two ways to compile (npugraph_ex's options, and the passes that it runs where it switches that off: for a
+``cudagraph_mode`` with PIECEWISE), and the key of its compile cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from moe_lowering import import_hooks
-from moe_lowering.argument_checks import require_choice, require_flag
 from moe_lowering.backends.cache_key import cache_digest
 from moe_lowering.backends.npugraph_ex import PRE_PASS, npugraph_ex_options
 from moe_lowering.deployment import Deployment
 from moe_lowering.integrations.vllm_deployment import deployment_for_range, deployment_for_weights, deployment_of
+from moe_lowering.integrations.vllm_engine import check_engine
 from moe_lowering.integrations.vllm_layers import read_layer, take_over
 from moe_lowering.integrations.vllm_legality import require_lowered, token_ranges_of, unsplit_range
 from moe_lowering.integrations.vllm_ranges import ranges_of_vllm
 from moe_lowering.integrations.vllm_refusals import Refused, refuse
+from moe_lowering.integrations.vllm_settings import KEY, SETTINGS, settings_of
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.passes.policy import Policy
+from moe_lowering.passes.verifier import generic_nodes
 from moe_lowering.report.records import LoweringReport
 from moe_lowering.report.text import render
-from moe_lowering.vocabulary import AUTO, COMMS, POLICIES
 
-__all__ = ["KEY", "register", "reports"]
+__all__ = ["KEY", "SETTINGS", "register", "reports"]
 
-KEY = "moe_lowering"  # of additional_config
-TESTED = ("0.23.0",)  # versions of vllm-ascend
 LAYERS, COMPILER = "vllm_ascend.ops.fused_moe.fused_moe", "vllm_ascend.compilation.compiler_interface"
-COMPILED = "VLLM_COMPILE"  # vLLM's mode in which vllm-ascend's compiler is called
 QUANTISED_LAYERS = "vllm_ascend.quantization.method_adapters"
 _WATCHED = "_moe_lowering_watches"
-SETTINGS = {"enable": True, "policy": "vllm_ascend_main", "comm": "auto", "strict": False}
 
 log = logging.getLogger("vllm.moe_lowering")  # vLLM shows loggers of its own
 _reports: list[LoweringReport] = []
@@ -77,36 +73,6 @@ def reports() -> list[LoweringReport]:
 def layers() -> dict[str, str]:
     """Each MoE layer of this process: "" where it is taken over, else why it is not."""
     return dict(_taken)
-
-
-def settings_of(vllm_config: Any) -> dict[str, Any] | None:
-    """The settings of the plugin; None where it is not switched on.
-
-    Raises:
-        ValueError: an unknown setting, or a value that is not accepted.
-    """
-    asked = (vllm_config.additional_config or {}).get(KEY)
-    if asked is None:
-        return None
-    what = f"additional_config[{KEY!r}]"
-    if not isinstance(asked, dict) or asked.keys() - SETTINGS.keys():
-        raise ValueError(f"{what} is {asked!r}; accepted: a dictionary with some of {', '.join(SETTINGS)}")
-    settings = {**SETTINGS, **asked}
-    require_flag(what, "enable", settings["enable"])
-    require_flag(what, "strict", settings["strict"])
-    require_choice(what, "comm", settings["comm"], COMMS)
-    if settings["comm"] != AUTO and "policy" not in asked:
-        settings["policy"] = AUTO  # one of vllm-ascend's rules would choose by itself
-    require_choice(what, "policy", settings["policy"], POLICIES)
-    try:
-        Policy(settings["comm"], settings["policy"])
-    except ValueError as error:  # words that do not go together
-        raise ValueError(f"{what}: {error}") from error
-    return settings if settings["enable"] else None
-
-
-def _current_config() -> Any:
-    return importlib.import_module("vllm.config").get_current_vllm_config()
 
 
 def _watch_layers(module: Any) -> None:
@@ -147,7 +113,7 @@ def _decide(layer: Any) -> None:
     if settings is None or layer.layer_name in _taken:
         return
     try:
-        _check_engine(config)
+        check_engine(config)
         deployment = _deployment_for(layer)
         form = read_layer(layer, deployment)
         policy = Policy(settings["comm"], settings["policy"])
@@ -178,32 +144,6 @@ def _begin(config: Any) -> None:
         _deployment, _engine = None, config
 
 
-def _check_engine(config: Any) -> None:
-    """Refuse an engine whose graphs do not come by.
-
-    Raises:
-        Refused: see above.
-    """
-    version = importlib.metadata.version("vllm_ascend")
-    if version.partition("+")[0] not in TESTED:
-        raise refuse("version", "vllm-ascend", version, ", ".join(TESTED))
-    if config.lora_config is not None:
-        raise refuse("lora", "lora_config", "given", "none")
-    if config.speculative_config is not None:
-        raise refuse("speculative", "speculative_config", "given", "none")
-    if config.model_config.enforce_eager:
-        raise refuse("eager", "enforce_eager", "True", "False: nothing is compiled, and there is no graph to lower in")
-    compilation = config.compilation_config
-    chosen = f"cudagraph_mode is {compilation.cudagraph_mode.name}"
-    if compilation.mode.name != COMPILED:
-        accepted = f"{COMPILED}: nothing is compiled, and there is no graph to lower in"
-        raise refuse("eager", "compilation_config.mode", f"{compilation.mode.name} ({chosen})", accepted)
-    ascend = importlib.import_module("vllm_ascend.ascend_config").get_ascend_config()
-    if not ascend.ascend_compilation_config.enable_npugraph_ex:
-        accepted = "True; vllm-ascend switches it off unless compilation_config={'cudagraph_mode': 'FULL_DECODE_ONLY'} is given"
-        raise refuse("compiler", "ascend_compilation_config.enable_npugraph_ex", f"False ({chosen})", accepted)
-
-
 def _deployment_of(config: Any) -> Deployment:
     global _deployment
     if _deployment is None:
@@ -225,12 +165,17 @@ def _deployment_for(layer: Any) -> Deployment:
 
 
 def _watch_compiler(module: Any) -> None:
-    """Put the pass into the options of npugraph_ex, and what it depends on into the key of the compile cache."""
-    compiler = module.AscendCompiler
-    configure, compile_graph = module._configure_backend, module.npugraph_ex_compile
-    compute_hash, load_graph = compiler.compute_hash, compiler.load
+    """Let the pass run in vllm-ascend's compiles, and put what it depends on into the key of the compile cache."""
     if _is_watched(module):
         return
+    _watch_npugraph_ex(module)
+    _watch_passes(module)
+    _watch_cache(module.AscendCompiler)
+
+
+def _watch_npugraph_ex(module: Any) -> None:
+    """Put the pass into the options of npugraph_ex."""
+    configure, compile_graph = module._configure_backend, module.npugraph_ex_compile
 
     @functools.wraps(configure)
     def configure_backend(
@@ -241,18 +186,47 @@ def _watch_compiler(module: Any) -> None:
             process_kwargs_options(config, {"options": {PRE_PASS: hook}})
 
     @functools.wraps(compile_graph)
-    def npugraph_ex_compile(*args: Any, **kwargs: Any) -> Any:
-        with _range_of(args[5] if len(args) > 5 else kwargs["compile_range"]):
-            _unlowered.clear()
-            compiled = compile_graph(*args, **kwargs)
-        _require_run()
-        return compiled
+    def npugraph_ex_compile(
+        graph: Any, inputs: Any, options: Any, vllm_config: Any, ascend_config: Any, compile_range: Any, *more: Any
+    ) -> Any:
+        with _compile_of(vllm_config, compile_range):
+            return compile_graph(graph, inputs, options, vllm_config, ascend_config, compile_range, *more)
+
+    module._configure_backend, module.npugraph_ex_compile = configure_backend, npugraph_ex_compile
+
+
+def _watch_passes(module: Any) -> None:
+    """Where vllm-ascend switches npugraph_ex off, it runs passes of its own over each piece of the model: be the first."""
+    compile_piece = module.fusion_pass_compile
+
+    @functools.wraps(compile_piece)
+    def fusion_pass_compile(graph: Any, inputs: Any, options: Any, compile_range: Any, *more: Any) -> Any:
+        with _compile_of(_engine, compile_range):
+            if (hook := _hook(_engine, None)) is not None:
+                key = module.COMPILATION_PASS_KEY
+                options = {**options, key: _one_after_the_other(hook, options[key])}
+            return compile_piece(graph, inputs, options, compile_range, *more)
+
+    module.fusion_pass_compile = fusion_pass_compile
+
+
+def _one_after_the_other(hook: Any, passes: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def run(graph: Any) -> Any:
+        hook(graph, None, None)
+        return passes(graph)
+
+    return run
+
+
+def _watch_cache(compiler: Any) -> None:
+    """Put what the pass depends on into the key of the compile cache, and say where a graph comes from there."""
+    compute_hash, load_graph = compiler.compute_hash, compiler.load
 
     @functools.wraps(compute_hash)
     def hash_with_pass(self: Any, vllm_config: Any) -> str:
-        settings = settings_of(vllm_config)
+        settings = _settings_where_taken(vllm_config)
         found = str(compute_hash(self, vllm_config))
-        if settings is None or "" not in _taken.values():
+        if settings is None:
             return found
         return f"{found}-{cache_digest(_lowering(settings, _deployment_of(vllm_config)))[:16]}"
 
@@ -265,7 +239,6 @@ def _watch_compiler(module: Any) -> None:
             )
         return load_graph(self, handle, *args, **kwargs)
 
-    module._configure_backend, module.npugraph_ex_compile = configure_backend, npugraph_ex_compile
     compiler.compute_hash, compiler.load = hash_with_pass, load
 
 
@@ -276,18 +249,31 @@ def _user_pass(config: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _range_of(compile_range: Any) -> Iterator[None]:
+def _compile_of(vllm_config: Any, compile_range: Any) -> Iterator[None]:
+    """One compile: for which range it is, and afterwards whether the pass saw its graph.
+
+    Raises:
+        ValueError: strict is on, and it did not.
+    """
+    settings = _settings_where_taken(vllm_config)
     _compile_range.append(compile_range)
+    _unlowered[:] = [settings] if settings else []
     try:
         yield
     finally:
         _compile_range.pop()
+    _require_run()
+
+
+def _settings_where_taken(vllm_config: Any) -> dict[str, Any] | None:
+    """The settings, where the plugin is on and took a layer over."""
+    return settings_of(vllm_config) if "" in _taken.values() else None
 
 
 def _hook(vllm_config: Any, own: Any) -> Any:
     """The pre-pass for the graph that is about to be compiled; None where the plugin is off or took over no layer."""
-    settings = settings_of(vllm_config)
-    if settings is None or "" not in _taken.values():
+    settings = _settings_where_taken(vllm_config)
+    if settings is None:
         return None
     deployment = _deployment_of(vllm_config)
     if _compile_range:
@@ -298,7 +284,6 @@ def _hook(vllm_config: Any, own: Any) -> Any:
         deployment, lowering=lowering, force_eager=True, **({} if own is None else {PRE_PASS: own})
     )
     run = options[PRE_PASS]
-    _unlowered.append(settings)
 
     def lower_and_report(gm: Any, example_inputs: Any, config: Any) -> None:
         _unlowered.clear()
@@ -306,14 +291,19 @@ def _hook(vllm_config: Any, own: Any) -> Any:
         with ranges_of_vllm(gm, deployment.min_tokens, deployment.max_tokens):
             run(gm, example_inputs, config)
             for report in lowering.reports[before:]:
-                _reports.append(report)
-                text = "moe_lowering: graph for %d to %d tokens\n%s"
-                log.info(text, deployment.min_tokens, deployment.max_tokens, render(report))
-                for block in report.blocks:
-                    if block.comm is None:
-                        log.error("moe_lowering: %s", _cannot_run(block.name, block.reason))
+                if report.blocks or generic_nodes(gm.graph.nodes):  # not a piece of the model without a layer
+                    _log_report(report, deployment)
 
     return lower_and_report
+
+
+def _log_report(report: LoweringReport, deployment: Deployment) -> None:
+    _reports.append(report)
+    text = "moe_lowering: graph for %d to %d tokens\n%s"
+    log.info(text, deployment.min_tokens, deployment.max_tokens, render(report))
+    for block in report.blocks:
+        if block.comm is None:
+            log.error("moe_lowering: %s", _cannot_run(block.name, block.reason))
 
 
 def _require_run() -> None:

@@ -1,16 +1,16 @@
-"""The plugin of vLLM and the compiler: which engines use it, and a pre-pass of somebody else's. What is asked of vllm-ascend
-stands in for it."""
+"""The plugin of vLLM and the compiler: which engines use it, both ways to compile, and a pre-pass of somebody else's. What is
+asked of vllm-ascend stands in for it."""
 
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moe_lowering import Deployment
+from moe_lowering import Deployment, MoE
 from moe_lowering.backends.npugraph_ex import PRE_PASS
-from moe_lowering.integrations import vllm
+from moe_lowering.integrations import vllm, vllm_engine
 from moe_lowering.integrations.vllm_refusals import Refused
 
 RANGE = SimpleNamespace(start=1, end=256)
@@ -50,6 +50,7 @@ def compile_with(monkeypatch):
             AscendCompiler=type("AscendCompiler", (Compiler,), dict(vars(Compiler))),
             _configure_backend=configure,
             npugraph_ex_compile=npugraph_ex_compile,
+            fusion_pass_compile=None,
         )
         vllm._watch_compiler(module)
         graph = make_fx(lambda x: x + 1)(torch.ones(2))
@@ -78,6 +79,58 @@ def test_a_pre_pass_instead_of_ours_is_told(compile_with, caplog):
     assert compile_with({"enable": False}, instead=lambda *_: None) == "compiled" and not caplog.records
 
 
+def trace(function, *inputs):
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return make_fx(function)(*map(mode.from_tensor, inputs))
+
+
+@pytest.fixture
+def compile_piece(monkeypatch):
+    """``compile_piece(settings, graph)``: compile a graph as vllm-ascend does without npugraph_ex; what its passes saw."""
+    monkeypatch.setattr(vllm, "_taken", {"mlp.experts": ""})
+    monkeypatch.setattr(vllm, "_deployment", Deployment(soc="A3", max_tokens=256, guards="forbid"))
+    monkeypatch.setattr(vllm, "_reports", [])
+
+    def run(settings, graph, skip=False):
+        monkeypatch.setattr(vllm, "_engine", SimpleNamespace(additional_config={"moe_lowering": settings}))
+        seen = []
+
+        def passes(graph):
+            seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+            return graph
+
+        def fusion_pass_compile(graph, inputs, options, compile_range, key=None):
+            return graph if skip else options["passes"](graph), key
+
+        module = SimpleNamespace(COMPILATION_PASS_KEY="passes", fusion_pass_compile=fusion_pass_compile)
+        vllm._watch_passes(module)
+        options = {"passes": passes}
+        assert module.fusion_pass_compile(graph, [], options, RANGE, "key") == (graph, "key")
+        assert options == {"passes": passes}  # vLLM's own, which it uses for other pieces
+        return seen
+
+    return run
+
+
+def test_the_pass_runs_before_vllm_ascends_own_passes(compile_piece, caplog):
+    """With a cudagraph_mode of pieces: each is a graph, and one without a layer has no report."""
+    caplog.set_level("INFO", "vllm.moe_lowering")
+    layer = MoE(64, 32, 8, 2)
+    seen = compile_piece({}, trace(layer, torch.ones(4, 64)))
+    assert "npu.npu_moe_init_routing_v2.default" in seen and not any("moe_lowering" in name for name in seen)
+    assert [block.comm for report in vllm.reports() for block in report.blocks] == ["allgather"]
+    assert "graph for 1 to 256 tokens" in caplog.text
+    assert compile_piece({}, trace(lambda x: x + 1, torch.ones(4, 64))) == ["aten.add.Tensor"]
+    assert len(vllm.reports()) == 1
+    seen = compile_piece({"enable": False}, trace(layer, torch.ones(4, 64)))
+    assert "moe_lowering.dispatch.default" in seen and len(vllm.reports()) == 1
+
+
+def test_passes_that_are_not_run_are_told(compile_piece):
+    with pytest.raises(ValueError, match=r"strict.*\[vllm.pass_not_run\]"):
+        compile_piece({"strict": True}, trace(lambda x: x + 1, torch.ones(4)), skip=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
@@ -86,20 +139,15 @@ def test_a_pre_pass_instead_of_ours_is_told(compile_with, caplog):
         ({"speculative_config": SimpleNamespace(method="mtp")}, "speculative"),
         ({"enforce_eager": True}, "eager"),
         ({"mode": "NONE"}, "eager"),
-        ({"npugraph_ex": False}, "compiler"),
     ],
 )
 def test_an_engine_whose_graphs_do_not_come_by(monkeypatch, changes, code):
-    def check(version="0.23.0+local", enforce_eager=False, npugraph_ex=True, mode="VLLM_COMPILE", **given):
-        monkeypatch.setattr(vllm.importlib.metadata, "version", lambda name: version)
-        compilation = SimpleNamespace(enable_npugraph_ex=npugraph_ex)
-        found = SimpleNamespace(get_ascend_config=lambda: SimpleNamespace(ascend_compilation_config=compilation))
-        monkeypatch.setitem(sys.modules, "vllm_ascend.ascend_config", found)
-        monkeypatch.setitem(sys.modules, "vllm_ascend", SimpleNamespace(ascend_config=found))
+    def check(version="0.23.0+local", enforce_eager=False, mode="VLLM_COMPILE", **given):
+        monkeypatch.setattr(vllm_engine.importlib.metadata, "version", lambda name: version)
         model = SimpleNamespace(enforce_eager=enforce_eager)
         named = {name: SimpleNamespace(name=value) for name, value in (("mode", mode), ("cudagraph_mode", "FULL"))}
         usual = {"lora_config": None, "speculative_config": None, "compilation_config": SimpleNamespace(**named)}
-        vllm._check_engine(SimpleNamespace(**{**usual, "model_config": model, **given}))
+        vllm_engine.check_engine(SimpleNamespace(**{**usual, "model_config": model, **given}))
 
     check()
     with pytest.raises(Refused, match=rf"^\[vllm\.{code}\] .* is .*; accepted: "):

@@ -232,7 +232,7 @@ def engine(asked):
 @pytest.fixture
 def decide(monkeypatch):
     """``decide(vllm_config)``: what becomes of a layer on one rank in an engine whose graphs come by; ("", entry) if taken."""
-    monkeypatch.setattr(vllm, "_check_engine", lambda config: None)
+    monkeypatch.setattr(vllm, "check_engine", lambda config: None)
     deployment = Deployment(soc="A3", max_tokens=256, guards="forbid")
     monkeypatch.setattr(vllm, "deployment_of", lambda config: deployment)
     monkeypatch.setattr(vllm, "deployment_for_weights", lambda deployment, layer: deployment)

@@ -5,6 +5,8 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
+from torch._ops import HigherOrderOperator
 
 from moe_lowering import simulator
 from moe_lowering.simulator import device
@@ -182,6 +184,36 @@ def with_data(constant):
 X, SCALAR = torch.arange(6.0), torch.tensor(2.0)
 SECTIONS, SPLITS = torch.tensor(3), torch.tensor([2, 4])
 PINNED: list[torch.Tensor] = []
+LIBRARY = torch.library.Library("moe_lowering_capture", "FRAGMENT")
+LIBRARY.define("scale_(Tensor(a!) x, Tensor by) -> ()")
+
+
+@torch.library.impl(LIBRARY, "scale_", "CompositeExplicitAutograd")
+def scale_(x, by):
+    x.mul_(by)
+
+
+def functional(x, by):
+    """``scale_`` as a functional graph calls it: x stays as it was, and the result is a copy."""
+    return auto_functionalized_v2(
+        torch.ops.moe_lowering_capture.scale_.default, by=by, _x_base_index=0, _all_bases=[x]
+    )[1]
+
+
+class Opaque(HigherOrderOperator):
+    """One without a kernel that calls other operators."""
+
+    def __init__(self):
+        super().__init__("moe_lowering_capture_opaque")
+        self.fallthrough(torch._C.DispatchKey.AutogradPrivateUse1)
+        self.py_impl(torch._C.DispatchKey.PrivateUse1)(lambda x: x + 1)
+
+    def __call__(self, *args):
+        return super().__call__(*args)
+
+
+OPAQUE = Opaque()
+
 FORBIDDEN = {
     "item": (lambda x: x.sum().item(), "aten::_local_scalar_dense"),
     "bool": (lambda x: bool(x[0] > 0), "aten::_local_scalar_dense"),
@@ -225,6 +257,9 @@ FORBIDDEN = {
     "pinned memory": (lambda x: PINNED.append(torch.empty(1 << 20).pin_memory()), "aclrtMallocHost|aten::"),
     "no npu kernel": (lambda x: torch.special.airy_ai(x), "aten::special_airy_ai"),
     "random": (lambda x: torch.rand_like(x), "aten::"),
+    "functional call on the CPU": (lambda x: x + functional(X, X).npu(), "aten::"),
+    "functional call with a value of the host": (lambda x: functional(x, SCALAR), "takes a value of the host"),
+    "operator that cannot be watched": (lambda x: OPAQUE(x), "moe_lowering_capture_opaque: has no kernel that calls"),
 }
 
 
@@ -252,6 +287,7 @@ ALLOWED = {
     "splits that are constants": lambda x: x.tensor_split(torch.tensor([2, 4]))[1] + 1,
     "sections that are numbers": lambda x: x.tensor_split(3)[1] + 1,
     "allocation": lambda x: torch.empty(1 << 20, device="npu").fill_(1)[:6] + x,
+    "functional call": lambda x: functional(x, x) + x,
     "copies on the device": lambda x: torch.empty_like(x).copy_(x).half(),
 }
 

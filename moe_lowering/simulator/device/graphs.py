@@ -12,6 +12,8 @@ import functools
 from typing import Any
 
 import torch
+from torch._C import DispatchKey
+from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,7 +45,13 @@ _watches: list[CpuWatch] = []  # of the capture under way
 
 
 class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Active during a capture: refuses operators that the CPU would run, and values of the host, but for constants."""
+    """Active during a capture: refuses operators that the CPU would run, and values of the host, but for constants.
+
+    Of a higher-order operator, such as ``auto_functionalized_v2`` in a graph that is functional, the operators inside
+    are watched: a capture sees nothing else of it.
+    """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -55,6 +63,8 @@ class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return self._run_watched(func, args, kwargs)
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         reads_npu = any(map(on_npu, tensors))
@@ -79,6 +89,15 @@ class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             elif random:
                 self._constants.discard(storage)  # written in place, which all its views see
         return result
+
+    def _run_watched(self, func: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
+        """A higher-order operator by its own kernel, with the watch on (which is off in ``__torch_dispatch__``)."""
+        kernel = func.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
+        if kernel is None:
+            name = func.name()  # type: ignore[no-untyped-call]
+            raise refuse(name, "has no kernel that calls other operators, and what it does cannot be watched")
+        with self:
+            return kernel(*args, **kwargs)
 
     def is_constant(self, tensor: torch.Tensor) -> bool:
         """Whether the capture made this tensor of the host from nothing but numbers."""

@@ -1,0 +1,50 @@
+"""cudagraph modes with pieces, as vLLM's default has: vllm-ascend compiles each piece with passes of its own, not npugraph_ex."""
+
+import comparison
+import pytest
+
+PIECES, SIZES = 3, 4  # of a model with two layers: split at attention; capture sizes of serve.py
+REQUESTS = 12
+ROUTED = "npu::npu_moe_init_routing_v2"
+LAYERS = ["layers.0.mlp.experts", "layers.1.mlp.experts"]
+
+
+def options(mode, **more):
+    return {"compilation_config": {"cudagraph_mode": mode, **more}}
+
+
+def test_pieces_without_the_plugin(served, reference):
+    """The twin: captured piece by piece, attention in between."""
+    found = served(graphs=True, requests=REQUESTS, options=options("PIECEWISE"))
+    assert found["tokens"] == reference.tokens[:REQUESTS] and found["layers"] == {} and found["reports"] == []
+    assert found["captures"] == PIECES * SIZES and not any(ROUTED in piece for piece in found["captured"])
+
+
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+def test_pieces_with_the_plugin(served, reference, mode):
+    found = served(graphs=True, requests=REQUESTS, plugin={"strict": True}, options=options(mode))
+    assert found["tokens"] == reference.tokens[:REQUESTS]
+    assert list(found["layers"].values()) == ["", ""]
+    # each piece is a graph of its own, and the first one has no layer
+    assert [[(b["name"], b["comm"]) for b in r["blocks"]] for r in found["reports"]] == [
+        [(name, "allgather")] for name in LAYERS
+    ]
+    whole = SIZES if mode == "FULL_AND_PIECEWISE" else 0  # decode, beside the pieces
+    assert found["captures"] == PIECES * SIZES + whole
+    routed = [sum(operator == ROUTED for operator in tape) for tape in found["captured"]]
+    assert sorted(routed) == [0] * SIZES + [1] * (2 * SIZES) + [2] * whole
+
+
+def test_pieces_on_two_ranks(served, checkpoint):
+    """MC2 up to its capacity, AllToAll above, as with one graph."""
+    model = {"quantisation": "w8a8", "dtype": "bfloat16", "config": {"hidden_size": 1024, "moe_intermediate_size": 256}}
+    settings = {"model": str(checkpoint(prompts=0, **model).folder), "dtype": "bfloat16", "logprobs": comparison.BEST}
+    one = served(requests=REQUESTS, options={"quantization": "ascend"}, **settings)
+    split = options("FULL_AND_PIECEWISE", compile_ranges_endpoints=[8])
+    more = {"plugin": {"strict": True}, "options": {"quantization": "ascend", **split}}
+    found = served(ranks=2, requests=REQUESTS, graphs=True, **more, **settings)
+    comparison.assert_close(one, found)
+    for rank in found["ranks"]:
+        assert list(rank["layers"].values()) == ["", ""]
+        chosen = sorted(block["comm"] for report in rank["reports"] for block in report["blocks"])
+        assert chosen == ["alltoall"] * 2 + ["mc2"] * 2

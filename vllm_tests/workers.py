@@ -1,0 +1,19 @@
+"""What vLLM's workers can be asked (``LLM.collective_rpc("observe")``): vLLM makes ``Extension`` a base of its worker."""
+
+import json
+
+
+class Extension:
+    def observe(self):
+        """What the plugin did on this rank, and what was captured."""
+        from moe_lowering import simulator
+        from moe_lowering.integrations import vllm
+
+        counts = simulator.device.counts()
+        return {
+            "layers": vllm.layers(),
+            "reports": [json.loads(json.dumps(report.to_json(), default=str)) for report in vllm.reports()],
+            "captured": [tape.operators for tape in simulator.device.tapes()],
+            "captures": counts.captured,
+            "replays": counts.replayed,
+        }
