@@ -161,7 +161,7 @@ def _mlp_call(block: ForeignBlock, emit: Emitter, rows: Node, row_scale: Node, c
         counts,
         _matrices(emit, block.w13),
         _matrices(emit, block.w2),
-        _biases(emit, block),
+        _side_by_side(emit, block, block.w13_bias, "w13_bias"),
         [*block.w2_bias],
         block.activation,
         block.limit,
@@ -171,7 +171,7 @@ def _mlp_call(block: ForeignBlock, emit: Emitter, rows: Node, row_scale: Node, c
     if block.quantisation == "none":
         return call
     names = ("w13_scale", "w2_scale", "w13_offset", "w2_offset", "w13_scale_bias", "w2_scale_bias")
-    lists: dict[str, Any] = {name: [*getattr(block, name)] or None for name in names}
+    lists: dict[str, Any] = {name: _side_by_side(emit, block, getattr(block, name), name) or None for name in names}
     if block.quantisation == "w4a8":  # [E, 1, N] for [E, N]
         for name in ("w13_scale", "w2_scale"):
             lists[name] = [
@@ -185,12 +185,19 @@ def _matrices(emit: Emitter, weights: Weights) -> list[Node]:
     nodes = [*weights.nodes]
     if weights.transposed:
         nodes = [emit.call(aten.transpose.int, node, -2, -1) for node in nodes]
-    return [emit.call(aten.cat.default, nodes, -1)] if weights.joined else nodes
+    return _pairs(emit, nodes) if weights.joined else nodes
 
 
-def _biases(emit: Emitter, block: ForeignBlock) -> list[Node]:
-    biases = [*block.w13_bias]
-    return [emit.call(aten.cat.default, biases, -1)] if block.w13.joined and biases else biases
+def _pairs(emit: Emitter, nodes: list[Node]) -> list[Node]:
+    """Each of gate beside its one of up."""
+    half = len(nodes) // 2
+    return [emit.call(aten.cat.default, [*pair], -1) for pair in zip(nodes[:half], nodes[half:], strict=True)]
+
+
+def _side_by_side(emit: Emitter, block: ForeignBlock, given: tuple[Node, ...], name: str) -> list[Node]:
+    """A list of ``grouped_mlp``; of ``w13`` that of gate beside that of up, where each has its own."""
+    apart = block.w13.joined and name.startswith("w13") and len(given) == len(block.w13.nodes)
+    return _pairs(emit, [*given]) if apart else [*given]
 
 
 def _by_token(emit: Emitter, node: Node, x: Node, top_k: int) -> Node:

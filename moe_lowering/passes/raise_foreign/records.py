@@ -20,7 +20,7 @@ class Weights:
     """Matrices of experts, as a graph has them, and what must be put in for ``grouped_mlp`` to take them.
 
     Attributes:
-        nodes: one tensor [E, K, N], or one [K, N] for each expert; with ``joined`` two of these, gate and up.
+        nodes: one tensor [E, K, N], or one [K, N] for each expert; with ``joined`` those of gate, then as many of up.
         transposed: each is [..., N, K]; a view makes it [..., K, N].
         joined: gate and up are concatenated along N, which copies them in every forward.
     """
@@ -68,8 +68,8 @@ class ForeignBlock:
         interior: all nodes that are there for the result's sake alone, the result among them; erased with it.
         x: tokens [..., H]. ids, weights: [..., k], of as many tokens; any integers and floats.
         num_experts: E, on all ranks.
-        w13_bias, w2_bias, and the lists of quantised weights: as ``grouped_mlp`` takes them; with ``w13.joined`` biases
-            of gate and up.
+        w13_bias, w2_bias, and the lists of quantised weights: as ``grouped_mlp`` takes them; with ``w13.joined`` those of
+            ``w13`` are of gate, then of up, where they are as many as its nodes, and of both side by side elsewhere.
         rounded: the dtype that weights are rounded to before they are used; None for their own.
         weigh_input: x is multiplied by the weights instead of the results; k is 1.
         x_smooth, h_smooth: [E, H] and [E_local, I] float32, smooth scales of tokens and activations.
