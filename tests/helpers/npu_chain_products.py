@@ -59,18 +59,11 @@ class Apart:
         dequantises = how == "w8a8" and self.act is joined
         products = []
         for name in ("w1", "w3"):
-            x, more = layer.change(name, rows), {}
+            x, of_name = layer.change(name, rows), layer.change(f"groups of {name}", groups)
             if dequantises:
-                more = {"output_dtype": 3}
-            elif how in chains.INT8:
-                scale = layer.of(name, "scale")
-                more = {
-                    "scale": [scale.bfloat16() if how == "w8a8" else scale],
-                    "per_token_scale": [row_scale],
-                    "output_dtype": chains.BF16,
-                }
-                more |= {"bias": [layer.of(name, "offset")]} if how == "w4a8" else {}
-            products.append(layer.matmul(x, name, layer.change(f"groups of {name}", groups), kind, **more))
+                products.append(layer.matmul(x, name, of_name, kind, output_dtype=3))
+            else:
+                products.append(self.product(x, row_scale, name, of_name, kind))
         if dequantises:
             sums = torch.cat(layer.change("sums", products), -1)
             hidden, scale = chains.npu().npu_dequant_swiglu_quant(
@@ -82,16 +75,50 @@ class Apart:
             scale = None
             if how in chains.INT8:
                 hidden, scale = chains.npu().npu_dynamic_quant(hidden)
-        more = {}
-        if scale is not None:
-            more = {"scale": [layer.w2_scale], "per_token_scale": [scale], "output_dtype": chains.BF16}
-            more |= {"bias": [layer.w2_offset]} if how == "w4a8" else {}
-        out = layer.matmul(hidden, "w2", groups, kind, **more)
+        out = self.product(hidden, scale, "w2", groups, kind)
         return out + 0 * products[0][:, :1] if layer.changes.get("read again") else out
 
-    def of(self, name: str, what: str) -> Tensor:
-        tensor: Tensor = getattr(self, f"{name}_{what}")
-        return tensor
+    def product(self, rows: Tensor, row_scale: Tensor | None, name: str, groups: Tensor, kind: int) -> Tensor:
+        """Rows, which may be int8 with scales, times a weight of the layer."""
+        layer: Any = self
+        how, more = layer.quantisation, {}
+        if how in chains.INT8:
+            scale = getattr(self, f"{name}_scale")
+            more = {"scale": [scale.bfloat16() if how == "w8a8" else scale], "per_token_scale": [row_scale]}
+            more |= {
+                "output_dtype": chains.BF16,
+                **({"bias": [getattr(self, f"{name}_offset")]} if how == "w4a8" else {}),
+            }
+        made: Tensor = layer.matmul(rows, name, groups, kind, **more)
+        return made
+
+
+class Ungated(Apart):
+    """Before a layer of ``npu_chain_layers``: its experts have w1 and no w3. ``plain``: the activation, of all columns."""
+
+    def __init__(self, *args: Any, plain: Callable[[Tensor], Tensor] = torch.relu, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.plain = plain
+
+    def experts(self, rows: Tensor, row_scale: Tensor, groups: Tensor, kind: int = 1) -> Tensor:
+        """rows [N, H] -> [N, H] in bfloat16."""
+        layer: Any = self
+        hidden = self.plain(self.product(rows, row_scale, "w1", groups, kind))
+        scale = row_scale
+        if layer.quantisation in chains.INT8:
+            hidden, scale = chains.npu().npu_dynamic_quant(hidden)
+        return self.product(hidden, scale, "w2", groups, kind)
+
+    def reference(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """[T, H] in float64, token by token."""
+        whole: chains.Weights = self.whole  # type: ignore[attr-defined]
+        first = whole.dense13.chunk(2, -1)[0]
+        out = torch.zeros(len(x), chains.HIDDEN, dtype=torch.float64)
+        for token, chosen in enumerate(ids.tolist()):
+            for choice, expert in enumerate(chosen):
+                hidden = self.plain(x[token].double() @ first[expert])
+                out[token] += weights[token, choice].double() * (hidden @ whole.dense2[expert])
+        return out
 
 
 class Mc2Apart(Apart, chains.Mc2):
@@ -111,4 +138,12 @@ class PermutedApart(Apart, first.Permuted):
 
 
 class FirstApart(Apart, first.FirstRouting):
+    pass
+
+
+class SpelledUngated(Ungated, spelled.Spelled):
+    pass
+
+
+class Mc2Ungated(Ungated, chains.Mc2):
     pass

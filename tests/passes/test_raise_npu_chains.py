@@ -258,6 +258,8 @@ SPELLED: dict[str, tuple[dict[str, Any], str, str]] = {
     "gate and up apart, W8A8": ({"kind_of": products.Mc2Apart, "quantisation": "w8a8"}, "mc2", "mc2_v2"),
     "gate and up apart, W4A8": ({"kind_of": products.Mc2Apart, "quantisation": "w4a8"}, "alltoall", "mc2_v2"),
     "gate and up apart, gathered": ({"kind_of": products.GatheredApart}, "mc2", "gathered_v2"),
+    "no gate": ({"kind_of": products.Mc2Ungated, "shared": ""}, "allgather", "mc2_v2"),
+    "no gate, W8A8": ({"kind_of": products.Mc2Ungated, "quantisation": "w8a8", "shared": ""}, "alltoall", "mc2_v2"),
     "a norm, the sum alone": ({"kind_of": variants.Normed, "read": (2,)}, "fused_mc2", "mc2_v2_norm"),
 }  # fmt: skip
 

@@ -76,6 +76,36 @@ def test_gate_and_up_may_be_two_products(form):
     assert note.endswith("store them as one, [E, H, 2I]") and ("in every forward" in note) != left
 
 
+UNGATED: dict[str, tuple[str, Any]] = {
+    "relu": ("none", torch.relu),
+    "relu2 in float32": ("w8a8", lambda h: torch.square(torch.relu(h.float())).to(h.dtype)),
+    "silu": ("w4a16", lambda h: h * torch.sigmoid(h)),
+    "gelu": ("w4a8", torch.nn.functional.gelu),
+}
+
+
+@pytest.mark.parametrize("form", UNGATED)
+def test_experts_may_have_no_gate(form):
+    quantisation, plain = UNGATED[form]
+    require_raised(products.SpelledUngated(quantisation=quantisation, plain=plain))
+
+
+UNGATED_TWINS: dict[str, Any] = {
+    "nothing": chains.same,
+    "a number": lambda h: h * 2,
+    "relu of a shifted one": lambda h: torch.relu(h + 1),
+    "one of every other column": lambda h: torch.relu(h[:, ::2]).repeat_interleave(2, -1),
+    "one that leaks": torch.nn.functional.leaky_relu,
+    "columns in another order": lambda h: torch.relu(h).flip(-1),
+    "rows in another order": lambda h: torch.relu(h).flip(0),
+}
+
+
+@pytest.mark.parametrize("twin", UNGATED_TWINS)
+def test_other_experts_without_a_gate_are_left(twin):
+    assert "[raise.activation]" in reason_of(products.SpelledUngated(plain=UNGATED_TWINS[twin]))
+
+
 APART_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "up of other rows": ("raise.single_use", {"w3": torch.Tensor.neg}),
     "up in other groups": ("raise.counts", {"groups of w3": lambda groups: groups.flip(0)}),

@@ -120,7 +120,7 @@ def _composed(walk: Walk, hidden: tuple[Node, ...]) -> Activated:
         raise NotThisForm(
             result,
             "raise.activation",
-            f"{result.name} is no product of an activation of one half and the other",
+            f"{result.name} is no product of an activation of one half and the other, nor one of all columns",
             _KNOWN,
         )
     _require_precision(region, hidden[0], result)
