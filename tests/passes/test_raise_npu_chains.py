@@ -118,6 +118,8 @@ SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
     ("copies", "allgather"): COPIES,
     ("copies", "fused_mc2"): COPIES,  # refused
     ("zeros and copies, W8A8", "mc2"): {"zero": 2, "copies": 3, "quantisation": "w8a8", "shared": ""},
+    ("copies and consts", "allgather"): {"copies": 2, "const": 3, "shared": ""},
+    ("zeros and consts, W8A8", "mc2"): {"zero": 2, "const": 4, "quantisation": "w8a8", "shared": "argument"},
     ("zeros, shared expert", "alltoall"): {"zero": 4, "shared": "argument"},
 }
 

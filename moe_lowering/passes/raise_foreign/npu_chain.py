@@ -20,7 +20,7 @@ from moe_lowering.passes.raise_foreign.ids_range import past_experts
 from moe_lowering.passes.raise_foreign.joined_storage import joined_storage
 from moe_lowering.passes.raise_foreign.keep_foreign import expert_operators
 from moe_lowering.passes.raise_foreign.npu_matmuls import Experts
-from moe_lowering.passes.raise_foreign.records import Copied, ForeignBlock, Norm, NotThisForm, Weights
+from moe_lowering.passes.raise_foreign.records import Constant, Copied, ForeignBlock, Norm, NotThisForm, Weights
 from moe_lowering.passes.scopes import is_marker, scope_paths
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
@@ -38,7 +38,7 @@ class Chain:
         sent: the arguments of the generic ``dispatch``, by name.
         weights: the routing weights [T, k].
         counts: rows of each expert, [E_local] int64, which others may read too; None where they are not like that.
-        added: [T, H] each, what is added to the result. copied: what the tokens themselves add to it.
+        added: [T, H] each, what is added to the result. copied, constant: what copy and const experts add to it.
         read_before: what stands in front of dispatch and is proven too, such as masks; read elsewhere perhaps.
         drops: a slot of another rank's expert gives nothing, whatever its weight is.
         norm: what the last operator does after combine; ``combine`` is the first of its results then.
@@ -57,6 +57,7 @@ class Chain:
     counts: Node | None = None
     added: tuple[Node, ...] = ()
     copied: Copied | None = None
+    constant: Constant | None = None
     drops: bool = False
     norm: Norm | None = None
     rounded: Any = None
@@ -96,6 +97,7 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
         weights=chain.weights,
         bases=chain.added,
         copied=chain.copied,
+        constant=chain.constant,
         counts=chain.counts if outside else None,
         rounded=chain.rounded,
         norm=chain.norm,
