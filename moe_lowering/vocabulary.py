@@ -208,6 +208,9 @@ ACTIVATIONS = {
         Activation("swiglu_clamp_after", clamped=True),
         Activation("relu", gated=False),
         Activation("relu2", gated=False),
+        Activation("silu", gated=False),
+        Activation("gelu_ungated", gated=False),
+        Activation("gelu_tanh_ungated", gated=False),
     )
 }
 

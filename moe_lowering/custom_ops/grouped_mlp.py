@@ -13,7 +13,7 @@ Quantised weights (int4 is packed by eight into int32 along the last axis, lowes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Generic
 
@@ -291,9 +291,8 @@ def activate(
 
 
 def _activated(hidden: Tensor, activation: str, limit: float, alpha: float, interleaved: bool) -> Tensor:
-    if activation in ("relu", "relu2"):
-        positive = F.relu(hidden.float())
-        return positive if activation == "relu" else positive.square_()
+    if activation in _UNGATED:
+        return _UNGATED[activation](hidden.float())
     gate, up = (hidden[:, 0::2], hidden[:, 1::2]) if interleaved else hidden.chunk(2, dim=1)
     gate, up = gate.float(), up.float()
     if activation == "swiglu_softcap":
@@ -310,5 +309,13 @@ def _activated(hidden: Tensor, activation: str, limit: float, alpha: float, inte
         return F.silu(gate).mul_(up)
     raise ValueError(f"grouped_mlp: activation is {activation!r}, which has no kernel")
 
+
+_UNGATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu2": lambda hidden: F.relu(hidden).square_(),
+    "silu": F.silu,
+    "gelu_ungated": F.gelu,
+    "gelu_tanh_ungated": lambda hidden: F.gelu(hidden, approximate="tanh"),
+}
 
 register(SCHEMA, GroupedMlpCall, cpu=_cpu, fake=_fake)

@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 
 COMPUTED_EVERY_FORWARD = (
     "gate and up projection are two tensors: they are put side by side in every forward, which copies "
-    "{copied}; moe_lowering.projections.join_projections(model) does it once"
+    "{copied}; {advice}"
 )
+LEFT_APART = "gate and up projection are two tensors, {copied}: as one their experts have fewer operators; {advice}"
+JOIN_ONCE = "moe_lowering.projections.join_projections(model) does it once"
+STORE_ONE = "store them as one, [E, H, 2I]"
 
 
 class _Left(Exception):
@@ -60,7 +63,7 @@ def lower_foreign(run: GraphRun, layer: ForeignBlock) -> tuple[Block | None, Blo
         # other ranks may exchange: this one must not run beside them
         if block is not None and left.refused is not None:
             run.bounds.refuse_to_run(block, left.refused)
-    notes = (*report.notes, *layer.notes, *_weights_notes(layer), *ordered)
+    notes = (*report.notes, *layer.notes, *_weights_notes(layer, report.ops_after == before), *ordered)
     return block, dataclasses.replace(
         report, ops_before=before, raised_from=layer.form, notes=notes, nodes_before=nodes
     )
@@ -130,12 +133,14 @@ def _is_item(node: Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
 
 
-def _weights_notes(layer: ForeignBlock) -> Sequence[str]:
+def _weights_notes(layer: ForeignBlock, left: bool) -> Sequence[str]:
     if not layer.w13.joined:
         return ()
     size = sum(node.meta["val"].numel() * node.meta["val"].element_size() for node in layer.w13.nodes)
     copied = f"{size / 2**20:.1f} MB" if isinstance(size, int) else "tensors whose sizes are not known"
-    return (COMPUTED_EVERY_FORWARD.format(copied=copied),)
+    lines_last = layer.w13.transposed or all(operator_name(node).endswith("transpose") for node in layer.w13.nodes)
+    note = LEFT_APART if left else COMPUTED_EVERY_FORWARD
+    return (note.format(copied=copied, advice=JOIN_ONCE if lines_last else STORE_ONE),)
 
 
 def _unchanged(layer: ForeignBlock, report: BlockReport) -> BlockReport:

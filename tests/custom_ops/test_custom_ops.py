@@ -227,11 +227,14 @@ ACTIVATIONS = [
     ("swiglu_clamp_after", 0.4, True),
     ("relu", 0.0, False),
     ("relu2", 0.0, False),
+    ("silu", 0.0, False),
+    ("gelu_ungated", 0.0, False),
+    ("gelu_tanh_ungated", 0.0, False),
 ]
 
 
 def width(activation: str, intermediate: int) -> int:
-    return intermediate if activation in ("relu", "relu2") else 2 * intermediate
+    return intermediate * vocabulary.ACTIVATIONS[activation].parts
 
 
 def test_the_list_of_activations_is_whole() -> None:

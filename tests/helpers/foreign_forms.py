@@ -316,6 +316,11 @@ FORMS = {
     "grouped_mm, relu2, biased": Foreign(
         G, grouped(lambda h: torch.square(F.relu(h)), True, True), UNGATED_KN, kn(activation="relu2"), FLOAT
     ),
+    "grouped_mm, silu": Foreign(G, grouped(F.silu), UNGATED, nk(activation="silu"), FLOAT),
+    "grouped_mm, gelu alone": Foreign(G, grouped(F.gelu), UNGATED, nk(activation="gelu_ungated"), FLOAT),
+    "grouped_mm, gelu_tanh alone": Foreign(
+        G, grouped(lambda h: F.gelu(h, approximate="tanh")), UNGATED, nk(activation="gelu_tanh_ungated"), FLOAT
+    ),
     "index_add": Foreign(G, index_add, KN, kn(), FLOAT),
     "argsort back": Foreign(G, argsort_back, KN, kn(), FLOAT),
     **{f"counted by {name}": Foreign(G, counted(count), KN, kn(), FLOAT) for name, count in COUNTS.items()},

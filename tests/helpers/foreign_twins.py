@@ -102,7 +102,7 @@ GROUPED = {
     "relu between": "raise.operation",
     "exchanged": "raise.operation",
     "up and gate": "raise.gate raise.activation",
-    "no up": "raise.activation",
+    "no up": "raise.gate",
     "tanh": "raise.operation raise.activation",
     "halved": "raise.activation",
     "relu after": "raise.operation",

@@ -12,15 +12,18 @@ from torch import Tensor
 
 
 class Special(chains.Mc2):
-    """MC2 with experts past the others' that give nothing, and such that give the token itself."""
+    """MC2 with experts past the others' that give nothing, such that give the token itself, and such that mix it with numbers."""
 
-    def __init__(self, *args: Any, zero: int = 0, copies: int = 0, **more: Any) -> None:
+    def __init__(self, *args: Any, zero: int = 0, copies: int = 0, const: int = 0, **more: Any) -> None:
         super().__init__(*args, **more)
-        self.zero, self.copies = zero, copies
+        self.zero, self.copies, self.const = zero, copies, const
+        for seed, name in enumerate(("alpha_1", "alpha_2", "v"), 20):
+            self.register_buffer(name, chains.numbers(seed, const, chains.HIDDEN).bfloat16() if const else None)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor | None = None) -> Any:
-        numbers = {"zero_expert_num": self.zero, "copy_expert_num": self.copies}
+        numbers = {"zero_expert_num": self.zero, "copy_expert_num": self.copies, "const_expert_num": self.const}
         sent, back = dict(numbers), {**numbers, "ori_x": self.change("copied", x)}
+        back |= {f"const_expert_{name}": getattr(self, name) for name in ("alpha_1", "alpha_2", "v")}
         for name, changes in (("dispatch", sent), ("combine", back)):
             changes.update(self.own_changes.get(name, {}))
         self.changes = {**self.own_changes, "dispatch": sent, "combine": back}
@@ -35,18 +38,24 @@ class Special(chains.Mc2):
     def inputs(self, rank: int, tokens: int = 6) -> tuple[Tensor, Tensor, Tensor]:
         """As ``npu_chain_layers.inputs``, with k = 4 of all ids."""
         x, _, _ = chains.inputs(rank, tokens)
-        drawn = chains.numbers(200 + rank, tokens, chains.EXPERTS + self.zero + self.copies).argsort(-1)
+        drawn = chains.numbers(200 + rank, tokens, chains.EXPERTS + self.zero + self.copies + self.const).argsort(-1)
         ids = drawn[:, :4].to(torch.int32)
         return x, ids, chains.numbers(300 + rank, tokens, 4).softmax(-1)
 
     def reference(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """In float64: the experts by ``npu_chain_layers.reference`` with weight 0 for others' ids, and the copies one by one."""
+        """In float64: the experts by ``npu_chain_layers.reference`` with weight 0 for others' ids, and the rest one by one."""
         experts = ids < chains.EXPERTS
         out = chains.reference(self, x, torch.where(experts, ids, 0), torch.where(experts, weights, 0.0))
         for token, chosen in enumerate(ids.tolist()):
             for choice, expert in enumerate(chosen):
-                if expert >= chains.EXPERTS + self.zero:
-                    out[token] += weights[token, choice].double() * x[token].double()
+                past = expert - chains.EXPERTS - self.zero
+                if past < 0:
+                    continue
+                given = x[token].double()
+                if past >= self.copies:
+                    line = past - self.copies
+                    given = self.alpha_1[line].double() * given + self.alpha_2[line].double() * self.v[line].double()
+                out[token] += weights[token, choice].double() * given
         return out
 
 
@@ -189,7 +198,7 @@ class Chosen(Special):
     def __init__(self, *args: Any, written: str = "npu", **more: Any) -> None:
         super().__init__(*args, **more)
         self.written = written
-        width = chains.EXPERTS + self.zero + self.copies
+        width = chains.EXPERTS + self.zero + self.copies + self.const
         self.register_buffer("gating", chains.numbers(6, chains.HIDDEN, width, scale=chains.HIDDEN**-0.5))
 
     def choose(self, x: Tensor, written: str) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,11 @@ def gated(hidden: Tensor, activation: str, limit: float, alpha: float, interleav
     if activation in ("relu", "relu2"):
         positive = torch.where(hidden > 0, hidden, torch.zeros_like(hidden))
         return positive if activation == "relu" else positive * positive
+    if activation == "silu":
+        return hidden / (1 + torch.exp(-hidden))
+    if activation in ("gelu_ungated", "gelu_tanh_ungated"):  # as with a gate whose other half is one
+        pair = torch.cat([hidden, torch.ones_like(hidden)])
+        return gated(pair, activation.removesuffix("_ungated"), 0.0, 0.0, False)
     half = hidden.numel() // 2
     if interleaved:
         gate, up = hidden[torch.arange(half) * 2], hidden[torch.arange(half) * 2 + 1]

@@ -5,6 +5,7 @@ import reference
 import torch
 
 from moe_lowering import Deployment, MoE, MoeLowering, lowering_backend, moe_experts, npugraph_ex_options, route
+from moe_lowering.vocabulary import ACTIVATIONS as VOCABULARY
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 64, 48, 6, 2
 
@@ -20,7 +21,7 @@ class Experts(torch.nn.Module):
             data = torch.randn(*shape, generator=generator) / shape[-2] ** 0.5
             return torch.nn.Parameter(data.to(dtype), requires_grad=False)
 
-        width = INTERMEDIATE if options.get("activation") in ("relu", "relu2") else 2 * INTERMEDIATE
+        width = VOCABULARY[options.get("activation", "swiglu")].parts * INTERMEDIATE
         self.w13, self.w2 = parameter(experts, HIDDEN, width), parameter(experts, INTERMEDIATE, HIDDEN)
         self.w13_bias = parameter(experts, width) if bias else None
         self.w2_bias = parameter(experts, HIDDEN) if bias else None
@@ -82,6 +83,9 @@ ACTIVATIONS = [
     {"activation": "swiglu_clamp_after", "limit": 0.3},
     {"activation": "relu"},
     {"activation": "relu2"},
+    {"activation": "silu"},
+    {"activation": "gelu_ungated"},
+    {"activation": "gelu_tanh_ungated"},
 ]
 
 

@@ -125,6 +125,7 @@ def test_an_mc2_chain_is_found(pair, case):
     assert outside <= {*chain.combine.users}
 
 
+CONSTANTS = ("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v")
 TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu between the matmuls": ("raise.activation", {"between": torch.relu}),
     "results weighted twice": ("raise.operation_between", {"out": lambda out: out * 2}),
@@ -154,7 +155,20 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "copy experts without tokens": (
         "raise.special_experts", {"dispatch": {"copy_expert_num": 1}, "combine": {"copy_expert_num": 1}}
     ),
-    "const experts": ("raise.const_experts", {"dispatch": {"const_expert_num": 1}, "combine": {"const_expert_num": 1}}),
+    "const experts without tensors": (
+        "raise.special_experts", {"dispatch": {"const_expert_num": 1}, "combine": {"const_expert_num": 1}}
+    ),
+    "const experts at one end": ("raise.both_ends", {"dispatch": {"const_expert_num": 1}}),
+    "const experts in float32": (
+        "raise.special_experts",
+        {
+            "dispatch": {"const_expert_num": 1},
+            "combine": {
+                "const_expert_num": 1, "ori_x": torch.ones(6, chains.HIDDEN).bfloat16(),
+                **dict.fromkeys(CONSTANTS, torch.ones(1, chains.HIDDEN)),
+            },
+        },
+    ),
     "rows travel back as int8": ("raise.literal", {"combine": {"comm_quant_mode": 2}}),
     "an expert rank": ("raise.experts", {"dispatch": {"shared_expert_rank_num": 1}}),
     "TP within MC2": ("raise.literal", {"dispatch": {"tp_world_size": 2}}),
@@ -210,6 +224,7 @@ NORM_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "a shared expert, which is weighed or is not": (
         "raise.literal", {"combine": {"shared_expert_x": torch.ones(6, chains.HIDDEN).bfloat16()}}
     ),
+    "const experts": ("raise.literal", {"dispatch": {"const_expert_num": 1}, "combine": {"const_expert_num": 1}}),
     "copy experts": ("raise.literal", {"dispatch": {"copy_expert_num": 1}, "combine": {"copy_expert_num": 1}}),
 }  # fmt: skip
 

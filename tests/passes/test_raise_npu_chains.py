@@ -12,6 +12,7 @@ from typing import Any
 
 import npu_chain_jobs as jobs
 import npu_chain_layers as chains
+import npu_chain_products as products
 import npu_chain_spellings as spelled
 import npu_chain_variants as variants
 import pytest
@@ -117,6 +118,8 @@ SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
     ("copies", "allgather"): COPIES,
     ("copies", "fused_mc2"): COPIES,  # refused
     ("zeros and copies, W8A8", "mc2"): {"zero": 2, "copies": 3, "quantisation": "w8a8", "shared": ""},
+    ("copies and consts", "allgather"): {"copies": 2, "const": 3, "shared": ""},
+    ("zeros and consts, W8A8", "mc2"): {"zero": 2, "const": 4, "quantisation": "w8a8", "shared": "argument"},
     ("zeros, shared expert", "alltoall"): {"zero": 4, "shared": "argument"},
 }
 
@@ -253,6 +256,12 @@ SPELLED: dict[str, tuple[dict[str, Any], str, str]] = {
     "prefix sums": ({"kind_of": spelled.PrefixSums, "shared": "", "quantisation": "w8a8"}, "fused_mc2", "mc2_v2"),
     "slots that are off": ({"kind_of": spelled.Slots, "copies": 3, "zero": 1, "quantisation": "w8a8"}, "mc2", "mc2_v2"),
     "a norm": ({"kind_of": variants.Normed}, "mc2", "mc2_v2_norm"),
+    "gate and up apart": ({"kind_of": products.Mc2Apart}, "allgather", "mc2_v2"),
+    "gate and up apart, W8A8": ({"kind_of": products.Mc2Apart, "quantisation": "w8a8"}, "mc2", "mc2_v2"),
+    "gate and up apart, W4A8": ({"kind_of": products.Mc2Apart, "quantisation": "w4a8"}, "alltoall", "mc2_v2"),
+    "gate and up apart, gathered": ({"kind_of": products.GatheredApart}, "mc2", "gathered_v2"),
+    "no gate": ({"kind_of": products.Mc2Ungated, "shared": ""}, "allgather", "mc2_v2"),
+    "no gate, W8A8": ({"kind_of": products.Mc2Ungated, "quantisation": "w8a8", "shared": ""}, "alltoall", "mc2_v2"),
     "a norm, the sum alone": ({"kind_of": variants.Normed, "read": (2,)}, "fused_mc2", "mc2_v2_norm"),
 }  # fmt: skip
 

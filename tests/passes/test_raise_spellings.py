@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import npu_chain_layers as chains
+import npu_chain_products as products
 import npu_chain_spellings as spelled
 import pytest
 import torch
@@ -18,7 +19,7 @@ from moe_lowering import Deployment, MoeLowering, simulator, testing
 from moe_lowering.backends.aot import lowering_backend
 
 aten = torch.ops.aten
-BOUND = {"none": 2e-2, "w8a8": 4e-2, "w4a8": 4e-2}
+BOUND = {"none": 2e-2, "w8a8": 4e-2, "w4a16": 2e-2, "w4a8": 4e-2}
 FUSED = {"quantisation": "w8a8"}
 
 
@@ -47,6 +48,87 @@ def require_left(layer: Any, code: str) -> None:
     lowered, written, _, report = compiled(layer)
     assert report.blocks == () and f"[{code}]" in str(report.foreign[0].not_raised), report.foreign
     assert torch.equal(torch.nan_to_num(lowered), torch.nan_to_num(written))
+
+
+APART: dict[str, tuple[type, dict[str, Any]]] = {
+    "of both": (products.SpelledApart, {}),
+    "up in front, W8A8": (products.SpelledApart, {"act": products.up_in_front, "quantisation": "w8a8"}),
+    "side by side, W8A8": (products.SpelledApart, {"act": products.joined, "quantisation": "w8a8"}),
+    "side by side and clipped, W4A16": (
+        products.SpelledApart, {"act": products.clipped, "quantisation": "w4a16", "activation": "swiglu_clamp"}
+    ),
+    "clamped, W4A8": (
+        products.SpelledApart, {"act": products.clamped, "quantisation": "w4a8", "activation": "swiglu_clamp"}
+    ),
+    "permuted": (products.PermutedApart, {}),
+    "the first version, W8A8": (products.FirstApart, {"quantisation": "w8a8", "act": products.up_in_front}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", APART)
+def test_gate_and_up_may_be_two_products(form):
+    """Where the layer is what would be chosen it is left: putting weights side by side costs more than a matmul."""
+    kind, given = APART[form]
+    block = require_raised(kind(**given), {"p": "permute", "t": "routing_v1"}.get(form[0], "routing_v2"))
+    left = kind is products.SpelledApart
+    assert ("[raise.already]" in block.reason) == (block.ops_before == block.ops_after) == left
+    (note,) = [note for note in block.notes if "two tensors" in note]
+    assert note.endswith("store them as one, [E, H, 2I]") and ("in every forward" in note) != left
+
+
+UNGATED: dict[str, tuple[str, Any]] = {
+    "relu": ("none", torch.relu),
+    "relu2 in float32": ("w8a8", lambda h: torch.square(torch.relu(h.float())).to(h.dtype)),
+    "silu": ("w4a16", lambda h: h * torch.sigmoid(h)),
+    "gelu": ("w4a8", torch.nn.functional.gelu),
+}
+
+
+@pytest.mark.parametrize("form", UNGATED)
+def test_experts_may_have_no_gate(form):
+    quantisation, plain = UNGATED[form]
+    require_raised(products.SpelledUngated(quantisation=quantisation, plain=plain))
+
+
+UNGATED_TWINS: dict[str, Any] = {
+    "nothing": chains.same,
+    "a number": lambda h: h * 2,
+    "relu of a shifted one": lambda h: torch.relu(h + 1),
+    "one of every other column": lambda h: torch.relu(h[:, ::2]).repeat_interleave(2, -1),
+    "one that leaks": torch.nn.functional.leaky_relu,
+    "columns in another order": lambda h: torch.relu(h).flip(-1),
+    "rows in another order": lambda h: torch.relu(h).flip(0),
+}
+
+
+@pytest.mark.parametrize("twin", UNGATED_TWINS)
+def test_other_experts_without_a_gate_are_left(twin):
+    assert "[raise.activation]" in reason_of(products.SpelledUngated(plain=UNGATED_TWINS[twin]))
+
+
+APART_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
+    "up of other rows": ("raise.single_use", {"w3": torch.Tensor.neg}),
+    "up in other groups": ("raise.counts", {"groups of w3": lambda groups: groups.flip(0)}),
+    "the gate read again": ("raise.activation", {"read again": True}),
+    "the gate twice": ("raise.activation", {"act": lambda gate, up: products.of_halves(gate, gate) + up}),
+    "a half of each": ("raise.activation", {"act": lambda gate, up: products.of_halves(gate, up.roll(1, -1))}),
+    "a product that nobody reads": ("raise.activation", {"act": lambda gate, up: products.of_halves(gate, gate) + 0 * up}),
+    "three side by side": ("raise.activation", {"act": lambda gate, up: torch.cat([gate, up, gate], -1)}),
+    "halves of each side by side": (
+        "raise.activation", {"act": lambda gate, up: chains.npu().npu_swiglu(torch.cat([gate, gate], -1)) * up}
+    ),
+    "one over the other": ("raise.activation", {"act": lambda gate, up: products.of_halves(*torch.cat([gate, up]).chunk(2))}),
+    "sums apart, W8A8": (
+        "raise.operation_between",
+        {"quantisation": "w8a8", "act": products.joined, "sums": lambda pair: [pair[0].neg(), pair[1]]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("twin", APART_TWINS)
+def test_other_pairs_of_products_are_left(twin):
+    code, given = APART_TWINS[twin]
+    assert f"[{code}]" in reason_of(products.SpelledApart(**given))
 
 
 @pytest.mark.parametrize("groups", spelled.GROUPS)

@@ -138,7 +138,13 @@ _GATED: dict[str, Callable[[Emitter, Node, Node, BlockSpec], Halves]] = {
     "swiglu_softcap": _swiglu_softcap,
     "swiglu_clamp_after": _swiglu_clamp_after,
 }
-_UNGATED: dict[str, Callable[[Emitter, Node], Node]] = {"relu": _relu, "relu2": _relu2}
+_UNGATED: dict[str, Callable[[Emitter, Node], Node]] = {
+    "relu": _relu,
+    "relu2": _relu2,
+    "silu": lambda emit, x: emit.call(aten.silu.default, x),
+    "gelu_ungated": lambda emit, x: emit.call(aten.gelu.default, x, approximate="none"),
+    "gelu_tanh_ungated": lambda emit, x: emit.call(aten.gelu.default, x, approximate="tanh"),
+}
 EMITTED = frozenset({*_GATED, *_UNGATED})
 
 

@@ -102,6 +102,22 @@ class Walk:
             self.add(*path)
             node = path[-1]
 
+    def ways(self, node: Node, what: str) -> list[tuple[Node, Node]]:
+        """Each reader of a value, and the node that it reads: the value itself, or one of the same after it."""
+        ways, pending = [], [node]
+        while pending:
+            at = pending.pop(0)
+            for reader in self.readers(at):
+                path = same_value_after(at, reader)
+                if path:
+                    self.add(*path)
+                    pending.append(path[-1])
+                else:
+                    ways.append((reader, at))
+        if not ways:
+            raise NotThisForm(node, "raise.unused", f"{what}, {node.name}, is not read", "a value that the form reads")
+        return ways
+
     def read_by(self, node: Node | None, what: str, *readers: Node) -> None:
         """A value of the chain is read by these only, itself or behind views to the same shape."""
         if node is None:

@@ -16,7 +16,7 @@ from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.graph.arguments import positional_arguments
 from moe_lowering.passes.raise_foreign.normed_combine import emit_norm
-from moe_lowering.passes.raise_foreign.records import Copied, ForeignBlock, Weights
+from moe_lowering.passes.raise_foreign.records import Constant, Copied, ForeignBlock, Weights
 from moe_lowering.passes.token_ranges import is_strict, must_vary
 from moe_lowering.passes.verifier import VerificationError
 
@@ -111,7 +111,9 @@ def _result(block: ForeignBlock, emit: Emitter, y: Node, weights: Node, sent: Di
     y = emit.cast(y, result.dtype if block.norm is None else block.norm.gamma.meta["val"].dtype)
     for base in block.bases:
         y = emit.call(aten.add.Tensor, base, y)
-    return y if block.copied is None else _add_copies(block.copied, emit, y, weights, sent)
+    if block.copied is not None:
+        y = _add_copies(block.copied, emit, y, weights, sent)
+    return y if block.constant is None else _add_constants(block.constant, emit, y, weights, sent)
 
 
 def _masked_ids(block: ForeignBlock, emit: Emitter, ids: Node, mask: Node) -> Node:
@@ -132,6 +134,21 @@ def _add_copies(copied: Copied, emit: Emitter, y: Node, weights: Node, sent: Dis
     share = emit.call(aten.sum.dim_IntList, emit.call(aten.mul.Tensor, weights, chosen), [1], True)
     copies = emit.call(aten.mul.Tensor, share, copied.x)
     return emit.cast(emit.call(aten.add.Tensor, copies, y), y.meta["val"].dtype)
+
+
+def _add_constants(constant: Constant, emit: Emitter, y: Node, weights: Node, sent: DispatchCall[Any]) -> Node:
+    """y + the weights of each const expert's choices times alpha_1 * x + alpha_2 * v, in float32, rounded once."""
+    ids: Any = sent.ids
+    where = {"dtype": torch.int32, "device": ids.meta["val"].device, "pin_memory": False}
+    numbers = emit.call(aten.arange.start, constant.first, constant.last, **where)
+    chosen = emit.call(aten.eq.Tensor, emit.call(aten.unsqueeze.default, ids, 2), numbers)
+    by_slot = emit.call(aten.mul.Tensor, emit.call(aten.unsqueeze.default, weights, 2), chosen)
+    share = emit.call(aten.sum.dim_IntList, by_slot, [1])  # [T, C]
+    x, alpha_1, alpha_2, v = (emit.cast(node, torch.float32) for node in constant.nodes)
+    scaled = emit.call(aten.mul.Tensor, emit.call(aten.mm.default, share, alpha_1), x)
+    shifted = emit.call(aten.mm.default, share, emit.call(aten.mul.Tensor, alpha_2, v))
+    total = emit.call(aten.add.Tensor, emit.call(aten.add.Tensor, scaled, shifted), y)
+    return emit.cast(total, y.meta["val"].dtype)
 
 
 def _shape(block: ForeignBlock, emit: Emitter, result: torch.Tensor) -> list[Any]:
@@ -161,7 +178,7 @@ def _mlp_call(block: ForeignBlock, emit: Emitter, rows: Node, row_scale: Node, c
         counts,
         _matrices(emit, block.w13),
         _matrices(emit, block.w2),
-        _biases(emit, block),
+        _side_by_side(emit, block, block.w13_bias, "w13_bias"),
         [*block.w2_bias],
         block.activation,
         block.limit,
@@ -171,7 +188,7 @@ def _mlp_call(block: ForeignBlock, emit: Emitter, rows: Node, row_scale: Node, c
     if block.quantisation == "none":
         return call
     names = ("w13_scale", "w2_scale", "w13_offset", "w2_offset", "w13_scale_bias", "w2_scale_bias")
-    lists: dict[str, Any] = {name: [*getattr(block, name)] or None for name in names}
+    lists: dict[str, Any] = {name: _side_by_side(emit, block, getattr(block, name), name) or None for name in names}
     if block.quantisation == "w4a8":  # [E, 1, N] for [E, N]
         for name in ("w13_scale", "w2_scale"):
             lists[name] = [
@@ -185,12 +202,19 @@ def _matrices(emit: Emitter, weights: Weights) -> list[Node]:
     nodes = [*weights.nodes]
     if weights.transposed:
         nodes = [emit.call(aten.transpose.int, node, -2, -1) for node in nodes]
-    return [emit.call(aten.cat.default, nodes, -1)] if weights.joined else nodes
+    return _pairs(emit, nodes) if weights.joined else nodes
 
 
-def _biases(emit: Emitter, block: ForeignBlock) -> list[Node]:
-    biases = [*block.w13_bias]
-    return [emit.call(aten.cat.default, biases, -1)] if block.w13.joined and biases else biases
+def _pairs(emit: Emitter, nodes: list[Node]) -> list[Node]:
+    """Each of gate beside its one of up."""
+    half = len(nodes) // 2
+    return [emit.call(aten.cat.default, [*pair], -1) for pair in zip(nodes[:half], nodes[half:], strict=True)]
+
+
+def _side_by_side(emit: Emitter, block: ForeignBlock, given: tuple[Node, ...], name: str) -> list[Node]:
+    """A list of ``grouped_mlp``; of ``w13`` that of gate beside that of up, where each has its own."""
+    apart = block.w13.joined and name.startswith("w13") and len(given) == len(block.w13.nodes)
+    return _pairs(emit, [*given]) if apart else [*given]
 
 
 def _by_token(emit: Emitter, node: Node, x: Node, top_k: int) -> Node:

@@ -21,8 +21,13 @@ def expert_operators(names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
 
 
 def is_unchanged(layer: ForeignBlock, report: BlockReport) -> bool:
-    """Whether lowering gave the implementation that the layer is written as, with the same operators for its experts."""
-    return bool(layer.own) and report.comm == layer.own and expert_operators(report.ops_after) == layer.own_operators
+    """Whether lowering gave the implementation that the layer is written as, with the same operators for its experts.
+
+    Where it would put gate and up side by side in every forward, it is left too: a copy of the weights costs more than a matmul.
+    """
+    if not layer.own or report.comm != layer.own:
+        return False
+    return layer.w13.joined or expert_operators(report.ops_after) == layer.own_operators
 
 
 def order_notes(layer: ForeignBlock, comm: str | None) -> tuple[str, ...]:

@@ -108,7 +108,13 @@ _FORMS: dict[str, Callable[[Term, Term, float, float], Term]] = {
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
 }
-_UNGATED: dict[str, Callable[[Term], Term]] = {"relu": Relu, "relu2": lambda up: _product(Relu(up), Relu(up))}
+_UNGATED: dict[str, Callable[[Term], Term]] = {
+    "relu": Relu,
+    "relu2": lambda up: _product(Relu(up), Relu(up)),
+    "silu": lambda up: _product(up, Sigmoid(up)),
+    "gelu_ungated": lambda up: Gelu(up, "none"),
+    "gelu_tanh_ungated": lambda up: Gelu(up, "tanh"),
+}
 
 
 def _leaves(term: Term) -> Iterator[Term]:

@@ -188,7 +188,7 @@ class _Parts:
             raise self._not(
                 "raise.activation",
                 "between the two products something that is no activation of grouped_mlp (or gate and up exchanged)",
-                "silu, clamped silu, the gates of gpt-oss and inkling2, or gelu, of the gate, times up; or relu, or its square",
+                "silu, clamped silu, the gates of gpt-oss and inkling2, or gelu, of the gate, times up; relu, relu2, silu, gelu",
             )
         firsts, interleaved = self._first_products(gated)
         first = firsts[0]

@@ -195,7 +195,7 @@ def _groups_of(rows: Node | None, permute: Node) -> tuple[Node, int]:
     for _ in range(2):
         if node is None:
             break
-        reader, _ = look.onward(node, "rows")
+        reader, _ = look.ways(node, "rows")[0]
         groups = argument(reader, "group_list") if is_operator(reader, MATMUL, FUSED, FUSED_V2) else None
         if isinstance(groups, Node):
             return groups, PREFIX_SUMS if is_operator(reader, FUSED) else argument(reader, "group_list_type")

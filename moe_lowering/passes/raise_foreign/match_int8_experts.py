@@ -11,6 +11,7 @@ arguments; recipes.fused_mlp: the chains that are written.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -31,15 +32,18 @@ from moe_lowering.passes.raise_foreign.group_lists import COUNTS, PREFIX_SUMS, G
 from moe_lowering.passes.raise_foreign.match_npu_activation import clipped_words, match_activation, words_of
 from moe_lowering.passes.raise_foreign.npu_matmuls import (
     DTYPES,
+    MATMUL,
     Experts,
     both_results,
-    check_matmul,
     experts_of,
+    first_matmuls,
+    of_firsts,
     quantised_rows,
     require_none,
     require_weight_dtype,
     result_of,
     second_matmul,
+    side_by_side,
 )
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
@@ -49,49 +53,72 @@ INT32 = 3  # as ``output_dtype`` takes it
 HALVES, INTERLEAVED, HALVES_CLAMPED = 0, 1, 2  # swiglu_mode
 
 
-def match_int8(walk: Walk, node: Node, rows: Node, row_scale: Node, groups: Groups) -> Experts:
-    """Of int8 ``rows`` with ``row_scale``, which ``node`` reads.
+def match_int8(walk: Walk, rows: Node, row_scale: Node, groups: Groups) -> Experts:
+    """Of int8 ``rows`` with ``row_scale``.
 
     Raises:
         NotThisForm: what follows the rows is no such chain.
     """
-    smooth: Node | None = None
-    if is_operator(node, FUSED, FUSED_V2):
-        form, first = "w8a8", node
-        made, scale, words = _fused(walk, node, rows, row_scale, groups)
+    reader, path = walk.ways(rows, "rows")[0]
+    if is_operator(reader, FUSED, FUSED_V2):
+        node, path = walk.onward(rows, "rows")
+        made = _fused(walk, node, path, row_scale, groups)
     else:
-        first = check_matmul(walk, node, rows, groups)
-        form = "w4a8" if value_of(tensors(first, "weight")[0]).dtype == torch.int32 else "w8a8"
-        require_none(first, "antiquant_scale", "antiquant_offset")
-        require_weight_dtype(first, torch.int32 if form == "w4a8" else torch.int8)
-        if argument(first, "output_dtype") == INT32:
-            require_none(first, "scale", "per_token_scale", "bias")
-            made, scale, words, smooth = _dequantised(walk, result_of(walk, first), row_scale, groups)
-        else:
-            scales = _scaled(first, row_scale, form, "w13")
-            walk.read_by(row_scale, "scales of rows", first)
-            made, scale, words = _activated(walk, result_of(walk, first))
-            words |= scales
-    last = second_matmul(walk, made, groups)
-    fields: dict[str, Any] = {"quantisation": form, "w13_bias": [], "w2_bias": [], **words}
-    fields |= _scaled(last, scale, form, "w2")
-    walk.read_by(scale, "scales of the activation", last)
+        made = _by_matmuls(walk, first_matmuls(walk, rows, groups), row_scale, groups)
+    form = made.form
+    last = second_matmul(walk, made.rows, groups)
+    fields: dict[str, Any] = {"quantisation": form, "w13_bias": [], "w2_bias": [], **made.words}
+    fields |= _scaled((last,), made.scale, form, "w2")
+    walk.read_by(made.scale, "scales of the activation", last)
     fields["out_dtype"] = dtype = value_of(result_of(walk, last)).dtype
     require_none(last, "antiquant_scale", "antiquant_offset")
     require_weight_dtype(last, torch.int32 if form == "w4a8" else torch.int8)
-    if not is_operator(first, FUSED, FUSED_V2):
+    for first in made.firsts:
         _require_same_dtype(first, last, dtype)
-    return experts_of(walk, first, last, fields, smooth)
+    return experts_of(walk, made.firsts, last, fields, made.smooth)
+
+
+@dataclasses.dataclass
+class _Made:
+    """The int8 rows of the activation and their scales; what made them, and the words of ``grouped_mlp`` for it."""
+
+    form: str
+    firsts: tuple[Node, ...]
+    rows: Node
+    scale: Node
+    words: dict[str, Any]
+    smooth: Node | None = None
 
 
 def _require_same_dtype(first: Node, last: Node, dtype: torch.dtype) -> None:
+    if not is_operator(first, MATMUL):
+        return
     if argument(first, "output_dtype") not in (INT32, DTYPES.get(dtype)):
         seen = f"{first.name}'s result is of another dtype than {last.name}'s, {dtype}"
         raise NotThisForm(first, "raise.dtype", seen, "one dtype")
 
 
-def _fused(walk: Walk, node: Node, rows: Node, row_scale: Node, groups: Groups) -> tuple[Node, Node, dict[str, Any]]:
-    """(rows, their scales, the words of the activation with w13 and its scale) of matmul, SwiGLU and quantisation in one."""
+def _by_matmuls(walk: Walk, firsts: tuple[Node, ...], row_scale: Node, groups: Groups) -> _Made:
+    form = "w4a8" if value_of(tensors(firsts[0], "weight")[0]).dtype == torch.int32 else "w8a8"
+    for first in firsts:
+        require_none(first, "antiquant_scale", "antiquant_offset")
+        require_weight_dtype(first, torch.int32 if form == "w4a8" else torch.int8)
+    if any(argument(first, "output_dtype") == INT32 for first in firsts):
+        for first in firsts:
+            require(first, {"output_dtype": (INT32,)})
+            require_none(first, "scale", "per_token_scale", "bias")
+        firsts, sums = side_by_side(walk, firsts)
+        return _dequantised(walk, form, firsts, sums, row_scale, groups)
+    for first in firsts:
+        _require_scaled(first, row_scale)
+    walk.read_by(row_scale, "scales of rows", *firsts)
+    firsts, hidden = side_by_side(walk, firsts)
+    rows, scale, words, firsts = _activated(walk, firsts, hidden)
+    return _Made(form, firsts, rows, scale, {**words, **_scaled(firsts, row_scale, form, "w13")})
+
+
+def _fused(walk: Walk, node: Node, rows: Node, row_scale: Node, groups: Groups) -> _Made:
+    """Of matmul, SwiGLU and quantisation in one."""
     require_value(node, "x", rows)
     require_value(node, "x_scale", row_scale)
     second = is_operator(node, FUSED_V2)
@@ -116,37 +143,40 @@ def _fused(walk: Walk, node: Node, rows: Node, row_scale: Node, groups: Groups) 
             node, "raise.unused", f"results of {node.name}", "rows and their scales, and none but these, read"
         )
     walk.read_by(row_scale, "scales of rows", node)
-    return made, scale, {"w13": weights, "w13_scale": scales, **words_of("swiglu")}
+    return _Made("w8a8", (node,), made, scale, {"w13": weights, "w13_scale": scales, **words_of("swiglu")})
 
 
 def _given(node: Node) -> tuple[Any, Any]:
     return argument(node, "weight"), argument(node, "weight_scale")
 
 
-def _scaled(node: Node, row_scale: Node, form: str, name: str) -> dict[str, Any]:
-    """The scales of a matmul of int8 rows. int4 weights bring a bias: it makes up for what the kernel takes off each weight."""
-    _scaled_by(node, row_scale)
-    fields = {f"{name}_scale": tensors(node, "scale")}
-    if form == "w8a8":
-        require_none(node, "bias")
-        return fields
-    for scale in fields[f"{name}_scale"]:
-        shape = value_of(scale).shape
-        if len(shape) == 3 and shape[1] != 1:
-            seen = f"{node.name}: scales {tuple(shape)} of int4 weights, by group of lines"
-            raise NotThisForm(node, "raise.scale_groups", seen, "[E, N] or [E, 1, N]: one for each column")
-    if not tensors(node, "bias"):
-        raise NotThisForm(
-            node, "raise.weights", f"{node.name}: int4 weights without bias", "8 * the sums of weight * scale"
-        )
-    return {**fields, f"{name}_scale_bias": tensors(node, "bias")}
+def _scaled(nodes: tuple[Node, ...], row_scale: Node, form: str, name: str) -> dict[str, Any]:
+    """The scales of a product of int8 rows, which is one matmul, or one of gate and one of up. int4 weights bring a bias: it
+    makes up for what the kernel takes off each weight."""
+    fields = {f"{name}_scale": of_firsts(nodes, "scale")}
+    for node in nodes:
+        _require_scaled(node, row_scale)
+        if form == "w8a8":
+            require_none(node, "bias")
+            continue
+        for shape in (value_of(scale).shape for scale in tensors(node, "scale")):
+            if len(shape) == 3 and shape[1] != 1:
+                seen = f"{node.name}: scales {tuple(shape)} of int4 weights, by group of lines"
+                raise NotThisForm(node, "raise.scale_groups", seen, "[E, N] or [E, 1, N]: one for each column")
+        if not tensors(node, "bias"):
+            seen = f"{node.name}: int4 weights without bias"
+            raise NotThisForm(node, "raise.weights", seen, "8 * the sums of weight * scale")
+    return fields if form == "w8a8" else {**fields, f"{name}_scale_bias": of_firsts(nodes, "bias")}
 
 
 def _dequantised(
-    walk: Walk, sums: Node, row_scale: Node, groups: Groups
-) -> tuple[Node, Node, dict[str, Any], Node | None]:
-    """(rows, their scales, the words of the activation with w13's scale, smooth scales) after ``npu_dequant_swiglu_quant``."""
-    node, path = walk.onward(sums, "the first matmul's result")
+    walk: Walk, form: str, firsts: tuple[Node, ...], sums: tuple[Node, ...], row_scale: Node, groups: Groups
+) -> _Made:
+    """After ``npu_dequant_swiglu_quant``, which reads one tensor of both gate and up."""
+    if len(sums) != 1:
+        seen = f"int32 sums of gate and up in {sums[0].name} and {sums[1].name}"
+        raise NotThisForm(sums[0], "raise.operation_between", seen, f"one tensor of both, for npu.{DEQUANTISE}")
+    node, path = walk.onward(sums[0], "the first matmul's result")
     if not is_operator(node, DEQUANTISE):
         raise other_operator(node, f"int32 sums go to {node.target}", f"npu.{DEQUANTISE}")
     require_value(node, "x", path)
@@ -172,7 +202,8 @@ def _dequantised(
         raise NotThisForm(node, "raise.weights", f"{node.name}: weight_scale is {scale}", "[E, 2I]")
     rows, scales = both_results(walk, node)
     walk.read_by(row_scale, "scales of rows", node)
-    return rows, scales, {"w13_scale": [scale], **_clamped_words(node)}, argument(node, "quant_scale")
+    words = {"w13_scale": [scale], **_clamped_words(node)}
+    return _Made(form, firsts, rows, scales, words, argument(node, "quant_scale"))
 
 
 def _clamped_words(node: Node) -> dict[str, Any]:
@@ -186,22 +217,26 @@ def _clamped_words(node: Node) -> dict[str, Any]:
     return clipped_words(node, limit, alpha, bias, mode == INTERLEAVED)
 
 
-def _activated(walk: Walk, hidden: Node) -> tuple[Node, Node, dict[str, Any]]:
-    """(rows, their scales, the words of the activation) of hidden [N, 2I], in one operator or in two."""
-    readers = walk.readers(hidden)
-    if len(readers) != 1 or not is_operator(readers[0], SWIGLU_ROWS):
+def _activated(
+    walk: Walk, firsts: tuple[Node, ...], hidden: tuple[Node, ...]
+) -> tuple[Node, Node, dict[str, Any], tuple[Node, ...]]:
+    """(rows, their scales, the words of the activation, the matmuls in the order of their columns) of hidden [N, 2I], or gate
+    and up, in one operator or in two."""
+    readers = walk.readers(hidden[0])
+    if len(hidden) != 1 or len(readers) != 1 or not is_operator(readers[0], SWIGLU_ROWS):
         activation = match_activation(walk, hidden)
-        return *quantised_rows(walk, activation.result, "the activation"), activation.words
+        rows, scale = quantised_rows(walk, activation.result, "the activation")
+        return rows, scale, activation.words, activation.ordered(firsts, hidden)
     (node,) = readers
     walk.add(node)
-    require_value(node, "x", hidden)
+    require_value(node, "x", hidden[0])
     require(node, {"smooth_scales": (None,)}, "raise.smooth_scales")
     require(node, {"activate_left": (True,)}, "raise.gate_second")
     require(node, {"offsets": (None,), "group_index": (None,), "quant_mode": (1,), "dst_type": (None, torch.int8)})
-    return *both_results(walk, node), words_of("swiglu")
+    return *both_results(walk, node), words_of("swiglu"), firsts
 
 
-def _scaled_by(node: Node, row_scale: Node) -> None:
+def _require_scaled(node: Node, row_scale: Node) -> None:
     if [source_of(each) for each in tensors(node, "per_token_scale")] != [row_scale]:
         raise NotThisForm(
             node,

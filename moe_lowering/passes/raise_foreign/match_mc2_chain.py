@@ -43,7 +43,13 @@ from moe_lowering.passes.raise_foreign.normed_combine import NORMED, read_norm
 from moe_lowering.passes.raise_foreign.npu_chain import Chain
 from moe_lowering.passes.raise_foreign.npu_matmuls import Experts
 from moe_lowering.passes.raise_foreign.records import NotThisForm
-from moe_lowering.passes.raise_foreign.special_experts import SPECIAL, copied_tokens, require_special, special_experts
+from moe_lowering.passes.raise_foreign.special_experts import (
+    SPECIAL,
+    constant_experts,
+    copied_tokens,
+    require_special,
+    special_experts,
+)
 
 DISPATCH, COMBINE = "npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2"
 
@@ -143,6 +149,7 @@ def match_mc2(dispatch: Node, deployment: Deployment, version: Version = SECOND)
         counts=counts if kind == COUNTS else None,
         added=() if norm is not None else tuple(filter(None, (argument(combine, "shared_expert_x"),))),
         copied=None if norm is not None else copied_tokens(combine),
+        constant=None if norm is not None else constant_experts(combine),
         x_smooth=argument(dispatch, "scales"),
     )
 

@@ -34,10 +34,18 @@ from moe_lowering.vocabulary import SWIGLU_ALPHA
 
 @dataclasses.dataclass
 class Activated:
-    """[N, I], and the words of ``grouped_mlp`` for what made it from [N, 2I]."""
+    """[N, I], and the words of ``grouped_mlp`` for what made it from [N, 2I], or from gate and up [N, I].
+
+    ``order``: of gate and up that are two values, which is the gate, and which is up.
+    """
 
     result: Node
     words: dict[str, Any]
+    order: tuple[int, ...] = (0, 1)
+
+    def ordered(self, firsts: tuple[Node, ...], hidden: tuple[Node, ...]) -> tuple[Node, ...]:
+        """The matmuls of gate and up in that order; others, whose results are one value, as they are."""
+        return firsts if len(hidden) == 1 else tuple(firsts[at] for at in self.order)
 
 
 def words_of(name: str, limit: float = 0.0, alpha: float = SWIGLU_ALPHA, interleaved: bool = False) -> dict[str, Any]:
@@ -45,21 +53,21 @@ def words_of(name: str, limit: float = 0.0, alpha: float = SWIGLU_ALPHA, interle
     return {"activation": name, "limit": limit, "alpha": alpha, "interleaved": interleaved}
 
 
-def match_activation(walk: Walk, hidden: Node) -> Activated:
-    """Of hidden [N, 2I].
+def match_activation(walk: Walk, hidden: tuple[Node, ...]) -> Activated:
+    """Of hidden [N, 2I], [N, I] without a gate, or of gate and up [N, I].
 
     Raises:
         NotThisForm: ``raise.activation``, or what keeps it from being read.
     """
-    readers = walk.readers(hidden)
-    if len(readers) == 1 and is_operator(readers[0], "npu_swiglu"):
+    readers = walk.readers(hidden[0])
+    if len(hidden) == len(readers) == 1 and is_operator(readers[0], "npu_swiglu"):
         node = readers[0]
         walk.add(node)
-        require_value(node, "input", hidden)
-        require(node, {"dim": (-1, value_of(hidden).dim() - 1)})
+        require_value(node, "input", hidden[0])
+        require(node, {"dim": (-1, value_of(hidden[0]).dim() - 1)})
         return Activated(node, words_of("swiglu"))
-    if len(readers) == 1 and is_operator(readers[0], "npu_clipped_swiglu"):
-        return _clipped(walk, readers[0], hidden)
+    if len(hidden) == len(readers) == 1 and is_operator(readers[0], "npu_clipped_swiglu"):
+        return _clipped(walk, readers[0], hidden[0])
     return _composed(walk, hidden)
 
 
@@ -87,17 +95,18 @@ def clipped_words(node: Node, limit: Any, alpha: Any, bias: Any, interleaved: bo
     return words_of(name, limit, alpha, interleaved)
 
 
-_KNOWN = "an activation that grouped_mlp has, of both halves, in operators of ATen"
+_KNOWN = "an activation that grouped_mlp has, of gate and up or without a gate, in operators of ATen"
 
 
-def _composed(walk: Walk, hidden: Node) -> Activated:
+def _composed(walk: Walk, hidden: tuple[Node, ...]) -> Activated:
     """Operators of ATen between hidden and what is no such operator, by what they compute."""
     region, result = _region(walk, hidden)
-    width = sizes(hidden)[-1]
-    reader = Reader([hidden])
-    rows = dim(Axis(SORTED, sizes(hidden)[0], hidden))
-    itself = Tensor(hidden, ())
-    reader.assume(hidden, Value((rows, feature(width)), Expert(itself, hidden, False, itself, 0)))
+    width = sizes(hidden[0])[-1]
+    reader = Reader(hidden)
+    rows = dim(Axis(SORTED, sizes(hidden[0])[0], hidden[0]))
+    for node in hidden:
+        itself = Tensor(node, ())
+        reader.assume(node, Value((rows, feature(sizes(node)[-1])), Expert(itself, node, False, itself, 0)))
     value = reader.value(result)
     if value is None:
         reason = next((reader.reasons[node] for node in region if node in reader.reasons), None)
@@ -107,36 +116,39 @@ def _composed(walk: Walk, hidden: Node) -> Activated:
         seen = f"{unknown.name} ({unknown.target}) is in no activation that is known"
         raise NotThisForm(unknown, "raise.activation", seen if reason is None else reason.record.seen, _KNOWN)
     gated = match_gated(value.term)
-    if gated is None or value.dims != (rows, feature(getattr(gated.gate, "size", None))):
+    if gated is None or value.dims != (rows, feature(getattr(gated.gate, "size", width))):
         raise NotThisForm(
             result,
             "raise.activation",
-            f"{result.name} is no product of an activation of one half and the other",
+            f"{result.name} is no product of an activation of one half and the other, nor one of all columns",
             _KNOWN,
         )
-    _require_precision(region, hidden, result)
+    _require_precision(region, hidden[0], result)
+    _require_last(walk, result)
     walk.add(*region)
-    interleaved = _columns(result, gated, width)
-    return Activated(result, words_of(gated.activation, gated.limit, gated.alpha, interleaved))
+    words = words_of(gated.activation, gated.limit, gated.alpha, _columns(result, gated, width, len(hidden)))
+    places = tuple(hidden.index(each.weight) for each in (gated.gate, gated.up) if isinstance(each, Expert))
+    return Activated(result, words, places if len(hidden) == 2 else (0, 1))
 
 
-def _region(walk: Walk, hidden: Node) -> tuple[list[Node], Node]:
+def _region(walk: Walk, hidden: tuple[Node, ...]) -> tuple[list[Node], Node]:
     """The operators of ATen that are computed from hidden, in graph order, and the one value of theirs that others read."""
     region: dict[Node, None] = {}
-    pending, results = [hidden], set[Node]()
+    pending, results = [*hidden], set[Node]()
     while pending:
         node = pending.pop()
         for user in walk.readers(node):
             if user.target is not operator.getitem and getattr(user.target, "namespace", "") != "aten":
                 results.add(node)
-                _require_known(hidden, node, user)
+                if node in hidden:
+                    _require_known(node, user)
             elif user not in region:
                 region[user] = None
                 pending.append(user)
     if len(results) != 1 or len(region) > _LARGEST:
         names = ", ".join(sorted(node.name for node in results)) or "nothing"
-        seen = f"of what is computed from {hidden.name} others read {names}"
-        raise NotThisForm(hidden, "raise.activation", seen, f"one value of at most {_LARGEST} operations; {_KNOWN}")
+        seen = f"of what is computed from {', '.join(node.name for node in hidden)} others read {names}"
+        raise NotThisForm(hidden[0], "raise.activation", seen, f"one value of at most {_LARGEST} operations; {_KNOWN}")
     (result,) = results
     needed, todo = {result}, [result]
     while todo:
@@ -158,12 +170,22 @@ def _region(walk: Walk, hidden: Node) -> tuple[list[Node], Node]:
 _LARGEST = 64  # operations that an activation may have
 
 
-def _require_known(hidden: Node, node: Node, user: Node) -> None:
+def _require_known(hidden: Node, user: Node) -> None:
     """Of hidden itself only ATen reads; the reason is that of the operator where it is known."""
-    if node is hidden:
-        code = other_operator(user, "", "").record.code
-        code = code if code != "raise.operation_between" else "raise.activation"
-        raise NotThisForm(user, code, f"{hidden.name} goes to {user.name} ({user.target})", _KNOWN)
+    code = other_operator(user, "", "").record.code
+    code = code if code != "raise.operation_between" else "raise.activation"
+    raise NotThisForm(user, code, f"{hidden.name} goes to {user.name} ({user.target})", _KNOWN)
+
+
+def _require_last(walk: Walk, result: Node) -> None:
+    """No other activation comes after it."""
+    for user in walk.readers(result):
+        if is_operator(user, *_ACTIVATIONS):
+            seen = f"{result.name} ({result.target}) goes to {user.name} ({user.target})"
+            raise NotThisForm(result, "raise.activation", seen, f"one activation; {_KNOWN}")
+
+
+_ACTIVATIONS = ("npu_swiglu", "npu_clipped_swiglu", "npu_swiglu_quant", "npu_dequant_swiglu_quant")
 
 
 def _require_precision(region: list[Node], hidden: Node, result: Node) -> None:
@@ -177,10 +199,18 @@ def _require_precision(region: list[Node], hidden: Node, result: Node) -> None:
             raise NotThisForm(node, "raise.dtype", f"{node.name} is {value.dtype} in an activation of {own}", expected)
 
 
-def _columns(node: Node, gated: Gated, width: Any) -> bool:
-    """Whether gate and up are every other column; else they are the halves, gate first."""
+def _columns(node: Node, gated: Gated, width: Any, values: int) -> bool:
+    """Whether gate and up are every other column; else they are the halves, gate first, or one of two values each."""
     gate, up = gated.gate, gated.up
-    if isinstance(gate, Part) and isinstance(up, Part) and gate.size == up.size == width // 2 and width % 2 == 0:
+    if isinstance(gate, Expert) and (isinstance(up, Expert) if values == 2 else up is None):
+        return False
+    if (
+        values == 1
+        and isinstance(gate, Part)
+        and isinstance(up, Part)
+        and gate.size == up.size == width // 2
+        and width % 2 == 0
+    ):
         places = ((gate.start, gate.step), (up.start, up.step))
         for first, second, interleaved in (((0, 1), (width // 2, 1), False), ((0, 2), (1, 2), True)):
             if places == (first, second):

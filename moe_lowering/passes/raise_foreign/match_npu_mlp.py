@@ -2,6 +2,7 @@
 
     none   matmul > activation > matmul, with biases or without
     w4a16  matmul (antiquant scale and offset) > activation > matmul
+    gate and up may be two matmuls of the same rows, whose results the activation takes, or which are put side by side
     rows   may become int8 by npu_dynamic_quant after they were routed; of int8 rows see ``match_int8_experts``
 
 Activations: ``match_npu_activation``. Groups: ``group_lists``. Rows past the sum of the counts are undefined before and after, in
@@ -25,14 +26,15 @@ from moe_lowering.passes.raise_foreign.npu_matmuls import (
     QUANTISE,
     SCALES,
     Experts,
-    check_matmul,
     experts_of,
+    first_matmuls,
+    of_firsts,
     quantised_rows,
     require_none,
     require_own_dtype,
     require_weight_dtype,
-    result_of,
     second_matmul,
+    side_by_side,
 )
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
@@ -50,11 +52,9 @@ def match_experts(
             anchor, "raise.unused", f"rows or counts of {anchor.name} are not read", "a value that the form reads"
         )
     dtype = value_of(rows).dtype
-    reader, path = walk.onward(rows, "rows")
-    if row_scale is None and is_operator(reader, QUANTISE):
+    if row_scale is None and all(is_operator(reader, QUANTISE) for reader, _ in walk.ways(rows, "rows")):
         rows, row_scale = quantised_rows(walk, rows, "rows")
         dtype = value_of(rows).dtype
-        reader, path = walk.onward(rows, "rows")
     groups = Groups(counts, kind)
     if dtype == torch.int8:
         if row_scale is None:
@@ -64,38 +64,43 @@ def match_experts(
                 f"scales of the int8 rows of {anchor.name} are not read",
                 "a value that the form reads",
             )
-        experts = match_int8(walk, reader, path, row_scale, groups)
+        experts = match_int8(walk, rows, row_scale, groups)
     else:
-        first = check_matmul(walk, reader, path, groups)
-        match = _int4 if argument(first, "antiquant_scale") else _plain
-        experts = match(walk, first, groups, dtype)
+        firsts = first_matmuls(walk, rows, groups)
+        match = _int4 if argument(firsts[0], "antiquant_scale") else _plain
+        experts = match(walk, firsts, groups, dtype)
     groups.add_to(walk)
     return experts
 
 
-def _plain(walk: Walk, first: Node, groups: Groups, dtype: torch.dtype) -> Experts:
+def _plain(walk: Walk, firsts: tuple[Node, ...], groups: Groups, dtype: torch.dtype) -> Experts:
     fields: dict[str, Any] = {"quantisation": "none"}
-    require_own_dtype(first, dtype)
-    require_none(first, *SCALES)
-    activation = match_activation(walk, result_of(walk, first))
-    last = second_matmul(walk, activation.result, groups)
-    require_own_dtype(last, dtype)
-    require_none(last, *SCALES)
-    fields |= {"w13_bias": tensors(first, "bias"), "w2_bias": tensors(last, "bias")}
-    return experts_of(walk, first, last, {**fields, **activation.words})
+    firsts, words, last = _between(walk, firsts, groups)
+    for node in (*firsts, last):
+        require_own_dtype(node, dtype)
+        require_none(node, *SCALES)
+    fields |= {"w13_bias": of_firsts(firsts, "bias"), "w2_bias": tensors(last, "bias")}
+    return experts_of(walk, firsts, last, {**fields, **words})
 
 
-def _int4(walk: Walk, first: Node, groups: Groups, dtype: torch.dtype) -> Experts:
+def _int4(walk: Walk, firsts: tuple[Node, ...], groups: Groups, dtype: torch.dtype) -> Experts:
     fields: dict[str, Any] = {"quantisation": "w4a16", "w13_bias": [], "w2_bias": []}
-    activation = match_activation(walk, result_of(walk, first))
-    last = second_matmul(walk, activation.result, groups)
-    for node, name in ((first, "w13"), (last, "w2")):
+    firsts, words, last = _between(walk, firsts, groups)
+    for node in (*firsts, last):
         require_own_dtype(node, dtype)
         require_none(node, "scale", "per_token_scale", "bias")
-        fields[f"{name}_scale"], fields[f"{name}_offset"] = (
-            tensors(node, f"antiquant_{n}") for n in ("scale", "offset")
-        )
-        if not fields[f"{name}_scale"]:
+        if not tensors(node, "antiquant_scale"):
             raise NotThisForm(node, "raise.weights", f"{node.name}: antiquant_scale is None", "as the other matmul")
         require_weight_dtype(node, torch.int32)
-    return experts_of(walk, first, last, {**fields, **activation.words})
+    for nodes, name in ((firsts, "w13"), ((last,), "w2")):
+        fields[f"{name}_scale"], fields[f"{name}_offset"] = (
+            of_firsts(nodes, f"antiquant_{each}") for each in ("scale", "offset")
+        )
+    return experts_of(walk, firsts, last, {**fields, **words})
+
+
+def _between(walk: Walk, firsts: tuple[Node, ...], groups: Groups) -> tuple[tuple[Node, ...], dict[str, Any], Node]:
+    """(the first matmuls in the order of their columns, the words of the activation, the second matmul)."""
+    firsts, hidden = side_by_side(walk, firsts)
+    activation = match_activation(walk, hidden)
+    return activation.ordered(firsts, hidden), activation.words, second_matmul(walk, activation.result, groups)

@@ -4,7 +4,7 @@
 
 y and x are [T, 1, H], as the residual is. A layer that ends so becomes a block and ``npu_add_rms_norm`` behind it, which rounds x
 before it is normalised. The operator's page has a formula that weighs ``shared_expert_x`` and a text that does not: with it the
-layer is left.
+layer is left, as with copy and const experts.
 Sources: op_plugin.combine_add_rms_norm: formulas, shapes, reserved arguments; wheel.docs: npu_add_rms_norm.
 """
 
@@ -34,7 +34,7 @@ def read_norm(walk: Walk, combine: Node) -> Norm:
     Raises:
         NotThisForm: reserved arguments, nothing that is read, or sizes and dtypes that are not those of the operator's page.
     """
-    require(combine, {**_RESERVED, "copy_expert_num": (0,)})
+    require(combine, {**_RESERVED, "copy_expert_num": (0,), "const_expert_num": (0,)})
     items = walk.results(combine, 3)
     results = tuple((at, node) for at, node in enumerate(items) if node is not None)
     residual, gamma, x = (

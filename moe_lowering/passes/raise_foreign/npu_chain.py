@@ -18,9 +18,10 @@ from moe_lowering.passes.graph.operator_names import operator_name
 from moe_lowering.passes.graph.scopes import is_marker, scope_paths
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, value_of
 from moe_lowering.passes.raise_foreign.ids_range import past_experts
+from moe_lowering.passes.raise_foreign.joined_storage import joined_storage
 from moe_lowering.passes.raise_foreign.keep_foreign import expert_operators
 from moe_lowering.passes.raise_foreign.npu_matmuls import Experts
-from moe_lowering.passes.raise_foreign.records import Copied, ForeignBlock, Norm, NotThisForm, Weights
+from moe_lowering.passes.raise_foreign.records import Constant, Copied, ForeignBlock, Norm, NotThisForm, Weights
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 
@@ -37,7 +38,7 @@ class Chain:
         sent: the arguments of the generic ``dispatch``, by name.
         weights: the routing weights [T, k].
         counts: rows of each expert, [E_local] int64, which others may read too; None where they are not like that.
-        added: [T, H] each, what is added to the result. copied: what the tokens themselves add to it.
+        added: [T, H] each, what is added to the result. copied, constant: what copy and const experts add to it.
         read_before: what stands in front of dispatch and is proven too, such as masks; read elsewhere perhaps.
         drops: a slot of another rank's expert gives nothing, whatever its weight is.
         norm: what the last operator does after combine; ``combine`` is the first of its results then.
@@ -56,6 +57,7 @@ class Chain:
     counts: Node | None = None
     added: tuple[Node, ...] = ()
     copied: Copied | None = None
+    constant: Constant | None = None
     drops: bool = False
     norm: Norm | None = None
     rounded: Any = None
@@ -90,11 +92,12 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
         form=chain.form,
         result=chain.combine,
         interior=chain.interior,
-        w13=Weights(tuple(fields.pop("w13"))),
+        w13=_first_weights(tuple(fields.pop("w13")), chain.experts, lists),
         w2=Weights(tuple(fields.pop("w2"))),
         weights=chain.weights,
         bases=chain.added,
         copied=chain.copied,
+        constant=chain.constant,
         counts=chain.counts if outside else None,
         rounded=chain.rounded,
         norm=chain.norm,
@@ -115,10 +118,22 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
     return dataclasses.replace(block, overlaps=overlaps or bool(chain.walk.edges))
 
 
+def _first_weights(nodes: tuple[Node, ...], experts: Experts, lists: dict[str, Any]) -> Weights:
+    """One matmul's; or gate's and up's, which may be halves of one stored tensor."""
+    if len(experts.firsts) == 1:
+        return Weights(nodes)
+    pair = Weights(nodes, joined=True)
+    beside = any(lists[name] for name in _LISTS if name.startswith("w13"))
+    return pair if beside or len(nodes) != 2 else joined_storage(pair) or pair
+
+
 def _require_local_experts(chain: Chain) -> None:
     ranks, experts = chain.sent.get("ep_size", 1), chain.sent["num_experts"]
-    for name in ("w13", "w2"):
-        weights = chain.experts.given[name]
+    pairs = len(chain.experts.firsts) == 2
+    for name in ("w13", "w13, up", "w2"):
+        weights = chain.experts.given[name.partition(",")[0]]
+        if pairs and name != "w2":
+            weights = weights[len(weights) // 2 :] if name != "w13" else weights[: len(weights) // 2]
         own_experts = len(weights) if len(weights) > 1 else value_of(weights[0]).shape[0]
         if own_experts * ranks != experts or value_of(weights[0]).dim() != (2 if len(weights) > 1 else 3):
             raise NotThisForm(
@@ -170,7 +185,7 @@ def _require_one_scope(chain: Chain, graph: Graph) -> bool:
         return False
     paths = scope_paths(graph)
     around = paths.get(chain.combine, ())
-    for node in (chain.dispatch, chain.experts.first, chain.experts.last, chain.combine):
+    for node in (chain.dispatch, *chain.experts.firsts, chain.experts.last, chain.combine):
         if paths.get(node, ()) != around:
             raise NotThisForm(
                 node,

@@ -21,6 +21,7 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
 from moe_lowering.passes.raise_foreign.group_lists import Groups
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
+aten = torch.ops.aten
 MATMUL, QUANTISE = "npu_grouped_matmul", "npu_dynamic_quant"
 DTYPES = {torch.float16: 5, torch.bfloat16: 15}  # numbers of dtypes that ``output_dtype`` takes
 
@@ -30,17 +31,23 @@ class Experts:
     """What a chain's experts compute: the arguments of ``grouped_mlp`` by name, but for rows, row_scale and counts.
 
     Attributes:
-        given: those arguments.
+        given: those arguments. Where gate and up are two matmuls, lists of ``w13`` are those of gate, then those of up.
         result: the rows that the second matmul makes, behind views.
-        first, last: the two matmuls.
+        firsts: the first matmul; or that of gate and that of up, in the order in which their columns are in ``w13``.
+        last: the second matmul.
         h_smooth: [E, I], what the activation is multiplied by before it is quantised; None for nothing.
     """
 
     given: dict[str, Any]
     result: Node
-    first: Node
+    firsts: tuple[Node, ...]
     last: Node
     h_smooth: Node | None = None
+
+    @property
+    def first(self) -> Node:
+        """The first matmul, of two the one that stands first in the graph."""
+        return min(self.firsts)
 
 
 def check_matmul(walk: Walk, node: Node, rows: Node, groups: Groups) -> Node:
@@ -60,6 +67,39 @@ def check_matmul(walk: Walk, node: Node, rows: Node, groups: Groups) -> Node:
     return node
 
 
+def first_matmuls(walk: Walk, rows: Node, groups: Groups) -> tuple[Node, ...]:
+    """The matmul that takes the rows, or both where gate and up are one each."""
+    ways = walk.ways(rows, "rows")
+    if len(ways) == 2 and all(is_operator(reader, MATMUL) for reader, _ in ways):
+        pair = tuple(check_matmul(walk, reader, path, groups) for reader, path in ways)
+        if pair[0] is not pair[1]:
+            return pair
+    return (check_matmul(walk, *walk.onward(rows, "rows"), groups),)
+
+
+def side_by_side(walk: Walk, matmuls: tuple[Node, ...]) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """(the matmuls, their results). Of two results that are only put side by side: in that order, and what that gives."""
+    results = tuple(result_of(walk, matmul) for matmul in matmuls)
+    readers = [walk.readers(result) for result in results]
+    if len(results) == 2 and readers[0] == readers[1] and len(readers[0]) == 1:
+        (cat,) = readers[0]
+        parts: Any = cat.args[0]
+        by_column = cat.target is aten.cat.default and argument(cat, "dim") in (-1, value_of(cat).dim() - 1)
+        if by_column and [*parts] in ([*results], [*results[::-1]]):
+            walk.add(cat)
+            return (matmuls if parts[0] is results[0] else matmuls[::-1]), (cat,)
+    return matmuls, results
+
+
+def of_firsts(firsts: tuple[Node, ...], name: str) -> list[Node]:
+    """A list of tensors that the first matmul was given; of two the lists one behind the other, which are equally long."""
+    lists = [tensors(first, name) for first in firsts]
+    if len({*map(len, lists)}) != 1:
+        seen = f"{name} of {len(lists[0])} tensors at {firsts[0].name}, of {len(lists[1])} at {firsts[1].name}"
+        raise NotThisForm(firsts[1], "raise.weights", seen, "gate and up in one form")
+    return [each for tensors_of_one in lists for each in tensors_of_one]
+
+
 def result_of(walk: Walk, matmul: Node) -> Node:
     """The only result of a matmul."""
     output = walk.results(matmul, 1)[0]
@@ -72,7 +112,14 @@ def result_of(walk: Walk, matmul: Node) -> Node:
 
 def second_matmul(walk: Walk, rows: Node, groups: Groups) -> Node:
     reader, path = walk.onward(rows, "the activation's result")
-    return check_matmul(walk, reader, path, groups)
+    last = check_matmul(walk, reader, path, groups)
+    columns = value_of(rows).shape[-1]
+    for weight in tensors(last, "weight"):
+        lines = value_of(weight).shape[-2]
+        if type(lines) is type(columns) is int and lines != columns:
+            seen = f"{last.name}: {weight.name} has {lines} lines for rows of {columns}"
+            raise NotThisForm(last, "raise.weights", seen, f"{columns}, one for each column that the activation makes")
+    return last
 
 
 SCALES = ("scale", "per_token_scale", "antiquant_scale", "antiquant_offset")
@@ -95,10 +142,14 @@ def require_weight_dtype(node: Node, dtype: torch.dtype) -> None:
             )
 
 
-def experts_of(walk: Walk, first: Node, last: Node, fields: dict[str, Any], smooth: Node | None = None) -> Experts:
+def experts_of(
+    walk: Walk, firsts: tuple[Node, ...], last: Node, fields: dict[str, Any], smooth: Node | None = None
+) -> Experts:
     """``fields`` may have ``w13`` already, of an operator that takes it otherwise."""
-    fields = {"w13": tensors(first, "weight"), **fields, "w2": tensors(last, "weight")}
-    return Experts(fields, result_of(walk, last), first, last, smooth)
+    fields = {**fields, "w2": tensors(last, "weight")}
+    if "w13" not in fields:
+        fields["w13"] = of_firsts(firsts, "weight")
+    return Experts(fields, result_of(walk, last), firsts, last, smooth)
 
 
 def quantised_rows(walk: Walk, rows: Node, what: str) -> tuple[Node, Node]:

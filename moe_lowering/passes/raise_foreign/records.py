@@ -20,7 +20,7 @@ class Weights:
     """Matrices of experts, as a graph has them, and what must be put in for ``grouped_mlp`` to take them.
 
     Attributes:
-        nodes: one tensor [E, K, N], or one [K, N] for each expert; with ``joined`` two of these, gate and up.
+        nodes: one tensor [E, K, N], or one [K, N] for each expert; with ``joined`` those of gate, then as many of up.
         transposed: each is [..., N, K]; a view makes it [..., K, N].
         joined: gate and up are concatenated along N, which copies them in every forward.
     """
@@ -37,6 +37,22 @@ class Copied:
     x: Node
     first: int
     last: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """Choices that give alpha_1 * x + alpha_2 * v, by line of [C, H], times the weights of ids from ``first`` to ``last`` - 1."""
+
+    x: Node
+    alpha_1: Node
+    alpha_2: Node
+    v: Node
+    first: int
+    last: int
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return (self.x, self.alpha_1, self.alpha_2, self.v)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +80,16 @@ class ForeignBlock:
 
     Attributes:
         form: the name of the form, a key of ``FORMS``.
-        result: the node whose value is the sum of ``bases``, ``copied`` and ``combine(...)``; it is replaced.
+        result: the node whose value is the sum of ``bases``, ``copied``, ``constant`` and ``combine(...)``; it is replaced.
         interior: all nodes that are there for the result's sake alone, the result among them; erased with it.
         x: tokens [..., H]. ids, weights: [..., k], of as many tokens; any integers and floats.
         num_experts: E, on all ranks.
-        w13_bias, w2_bias, and the lists of quantised weights: as ``grouped_mlp`` takes them; with ``w13.joined`` biases
-            of gate and up.
+        w13_bias, w2_bias, and the lists of quantised weights: as ``grouped_mlp`` takes them; with ``w13.joined`` those of
+            ``w13`` are of gate, then of up, where they are as many as its nodes, and of both side by side elsewhere.
         rounded: the dtype that weights are rounded to before they are used; None for their own.
         weigh_input: x is multiplied by the weights instead of the results; k is 1.
         x_smooth, h_smooth: [E, H] and [E_local, I] float32, smooth scales of tokens and activations.
-        bases: [T, H] each, added to the result. copied: what the tokens themselves add to it.
+        bases: [T, H] each, added to the result. copied, constant: what copy and const experts add to it.
         zero_experts: ids past the experts', for which no row is sent.
         slot_mask: [T, k] bool, False for a slot that gives nothing, whatever its id is; None for none of them.
         counts: rows of each expert as the generic ``dispatch`` gives them, where they are read elsewhere too.
@@ -107,6 +123,7 @@ class ForeignBlock:
     weigh_input: bool = False
     bases: tuple[Node, ...] = ()
     copied: Copied | None = None
+    constant: Constant | None = None
     zero_experts: int = 0
     slot_mask: Node | None = None
     quantisation: str = "none"
@@ -145,6 +162,8 @@ class ForeignBlock:
                 return dataclasses.replace(value, nodes=now(value.nodes))
             if isinstance(value, Copied):
                 return dataclasses.replace(value, x=now(value.x))
+            if isinstance(value, Constant):
+                return Constant(*map(now, value.nodes), value.first, value.last)
             if isinstance(value, Norm):
                 return dataclasses.replace(value, residual=now(value.residual), gamma=now(value.gamma))
             return tuple(map(now, value)) if isinstance(value, tuple) else value
@@ -169,6 +188,8 @@ class ForeignBlock:
                 return (plain(value.nodes), value.transposed, value.joined)
             if isinstance(value, Copied):
                 return (plain(value.x), value.first, value.last)
+            if isinstance(value, Constant):
+                return (plain(value.nodes), value.first, value.last)
             if isinstance(value, Norm):
                 return (plain(value.residual), plain(value.gamma), value.epsilon, tuple(at for at, _ in value.results))
             return tuple(map(plain, value)) if isinstance(value, tuple) else value
@@ -181,7 +202,8 @@ class ForeignBlock:
         """Every node that the generic operators will read."""
         single = (
             self.x, self.ids, self.weights, self.x_scale, self.mask, self.slot_mask, self.x_smooth, self.h_smooth,
-            None if self.copied is None else self.copied.x, *(() if self.norm is None else (self.norm.residual, self.norm.gamma)),
+            None if self.copied is None else self.copied.x, *(() if self.constant is None else self.constant.nodes),
+            *(() if self.norm is None else (self.norm.residual, self.norm.gamma)),
         )  # fmt: skip
         lists: tuple[Sequence[Node], ...] = (
             self.bases,

@@ -1,8 +1,8 @@
-"""Zero and copy experts of an MC2 chain: ids past the experts', for which no row is sent.
+"""Zero, copy and const experts of an MC2 chain: ids past the experts', for which no row is sent.
 
 The generic ``dispatch`` knows ids of experts that give nothing, however many kinds of these a chain has. A copy expert gives the
-token itself, which combine reads as ``ori_x``: weights times that are added beside the block. Const experts mix it with tensors
-of their own, which no model of those that were read does.
+token itself, which combine reads as ``ori_x``: weights times that are added beside the block. So is what a const expert gives:
+``const_expert_alpha_1 * ori_x + const_expert_alpha_2 * const_expert_v``, a line of each for each of these experts.
 Sources: op_plugin.dispatch, op_plugin.combine: ids and what each kind gives.
 """
 
@@ -11,19 +11,18 @@ from __future__ import annotations
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument
-from moe_lowering.passes.raise_foreign.chain_walk import has_argument, require_of, same_sizes, value_of
-from moe_lowering.passes.raise_foreign.records import Copied, NotThisForm
+from moe_lowering.passes.raise_foreign.chain_walk import has_argument, same_sizes, value_of
+from moe_lowering.passes.raise_foreign.records import Constant, Copied, NotThisForm
 
 SPECIAL = ("zero_expert_num", "copy_expert_num", "const_expert_num")  # in the order of their ids
 
 
 def require_special(node: Node) -> None:
-    """Of dispatch or combine: no const experts.
+    """Of dispatch or combine.
 
     Raises:
-        NotThisForm: ``raise.const_experts``, or a number that is none.
+        NotThisForm: a number that is none.
     """
-    require_of(node, {"const_expert_num": (0,)}, "raise.const_experts")
     for name in filter(lambda name: has_argument(node, name), SPECIAL):
         number = argument(node, name)
         if type(number) is not int or number < 0:
@@ -50,3 +49,27 @@ def copied_tokens(combine: Node) -> Copied | None:
         raise NotThisForm(combine, "raise.special_experts", seen, f"{result.dtype} {tuple(result.shape)}")
     first = argument(combine, "moe_expert_num") + argument(combine, "zero_expert_num")
     return Copied(x, first, first + copies)
+
+
+_OF_CONST = ("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v")
+
+
+def constant_experts(combine: Node) -> Constant | None:
+    """What const experts add at a combine; None without any.
+
+    Raises:
+        NotThisForm: there is no ``ori_x`` [T, H], or no [C, H] of what they mix it with.
+    """
+    number = argument(combine, "const_expert_num") if has_argument(combine, "const_expert_num") else 0
+    if not number:
+        return None
+    result = value_of(combine)
+    x, *mixed = (argument(combine, name) for name in ("ori_x", *_OF_CONST))
+    lines = result.new_empty(number, result.shape[1])
+    for name, node, like in zip(("ori_x", *_OF_CONST), (x, *mixed), (result, lines, lines, lines), strict=True):
+        if not isinstance(node, Node) or not same_sizes(value_of(node), like) or value_of(node).dtype != result.dtype:
+            seen = f"{combine.name}: {name} is {node} with {number} const experts"
+            raise NotThisForm(combine, "raise.special_experts", seen, f"{result.dtype} {tuple(like.shape)}")
+    first = argument(combine, "moe_expert_num") + argument(combine, "zero_expert_num")
+    first += argument(combine, "copy_expert_num")
+    return Constant(x, *mixed, first, first + number)
