@@ -12,7 +12,7 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from moe_lowering.limits.expressions import Expression
+from moe_lowering.limits.expressions import Expression, expression_of
 from moe_lowering.limits.prover import Prover
 from moe_lowering.limits.sources import Citation, cite, load_sources, render_citations
 from moe_lowering.limits.toml import loads
@@ -118,7 +118,7 @@ def _read_row(raw: dict[str, Any], where: str, declared: Mapping[str, Citation])
     _check_keys(raw, where)
     fields: dict[str, Any] = dict(raw)
     try:
-        fields.update((key, Expression(str(fields[key]))) for key in EXPRESSIONS if key in fields)
+        fields.update((key, expression_of(str(fields[key]))) for key in EXPRESSIONS if key in fields)
         fields["versions"] = tuple(Constraint.parse(text) for text in fields.get("versions", ()))
         fields["sources"] = cite(fields.pop("source"), declared)
     except ValueError as error:
@@ -158,6 +158,11 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
 
 
 def read(name: str, text: str, declared: Mapping[str, Citation] | None = None) -> list[Limit]:
+    """As ``read_rows``, of the text of a table."""
+    return read_rows(name, loads(text), declared)
+
+
+def read_rows(name: str, table: Mapping[str, Any], declared: Mapping[str, Citation] | None = None) -> list[Limit]:
     """The rows of one table; ``declared`` are the documents that they may cite, by default those of ``sources.toml``.
 
     Raises:
@@ -165,7 +170,7 @@ def read(name: str, text: str, declared: Mapping[str, Citation] | None = None) -
     """
     declared = load_sources() if declared is None else declared
     rows = []
-    for number, raw in enumerate(loads(text).get("limit", ()), 1):
+    for number, raw in enumerate(table.get("limit", ()), 1):
         operators = raw.get("operator")
         for operator in operators if isinstance(operators, list) else [operators]:
             where = f"{name}, limit {number} ({raw.get('code', '?')})"

@@ -6,18 +6,19 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from importlib import resources
+from typing import Any
 
 from moe_lowering.limits.coverage import Absent, gaps, read_absent
-from moe_lowering.limits.row import Limit, LimitsError, read
+from moe_lowering.limits.row import Limit, LimitsError, read_rows
 from moe_lowering.limits.sources import load_sources
 from moe_lowering.limits.toml import loads
 from moe_lowering.limits.versions import do_constraints_apply
 from moe_lowering.vocabulary import SOCS
 
 
-def _entries(name: str, text: str) -> list[Absent]:
+def _entries(name: str, table: Mapping[str, Any]) -> list[Absent]:
     try:
-        return read_absent(name, loads(text).get("absent", ()), tuple(SOCS), load_sources())
+        return read_absent(name, table.get("absent", ()), tuple(SOCS), load_sources())
     except ValueError as error:
         raise LimitsError(str(error)) from None
 
@@ -74,8 +75,9 @@ def load() -> tuple[Limit, ...]:
     absent: list[Absent] = []
     for file in sorted(resources.files("moe_lowering.limits").joinpath("data").iterdir(), key=lambda f: f.name):
         if file.name.endswith(".toml"):
-            rows += read(file.name, text := file.read_text("utf-8"))
-            absent += _entries(file.name, text)
+            table = loads(file.read_text("utf-8"))
+            rows += read_rows(file.name, table)
+            absent += _entries(file.name, table)
     if not rows:  # an installation without its data would find everything legal
         raise LimitsError("there are no limit tables in moe_lowering/limits/data; accepted: a complete installation")
     narrowed = drop_other_socs(rows)
