@@ -81,25 +81,40 @@ def _alike_everywhere(what: list[str]) -> bool:
     return all(each == what for each in everywhere)
 
 
+_NORMED = "npu_moe_distribute_combine_add_rms_norm"
 _SECOND = {
-    f"npu_moe_distribute_{name}": f"npu_moe_distribute_{name}_v2" for name in ("dispatch", "combine")
-}  # of operators without CPU kernels, those that compute the same of the same arguments
+    **{f"npu_moe_distribute_{name}": f"npu_moe_distribute_{name}_v2" for name in ("dispatch", "combine")},
+    _NORMED: "npu_moe_distribute_combine_v2",
+}  # of operators without CPU kernels, those that compute the same of the same arguments, but for the norm
+
+
+def normed_combine(
+    *args: Any, residual_x: torch.Tensor, gamma: torch.Tensor, norm_eps: float = 1e-6, **more: Any
+) -> Any:
+    """By the formulas of its page: the sum with the residual [T, 1, H], normalised, beside 1 / its root mean square."""
+    combined = torch.ops.npu.npu_moe_distribute_combine_v2(*args, **more)
+    total = (combined.unsqueeze(1) + residual_x).double()
+    inverse = (total.square().mean(-1, keepdim=True) + norm_eps).rsqrt()
+    return (total * inverse * gamma.double()).to(gamma.dtype), inverse.float(), total.to(gamma.dtype)
 
 
 def second_versions(gm: Any) -> Any:
     """A graph in which first versions of dispatch and combine are their second ones, which run; what only the first have
     must not be given, or be the default."""
-    nodes = [node for node in gm.graph.nodes if getattr(node.target, "_opname", "") in _SECOND]
-    if not nodes:
+    if not any(getattr(node.target, "_opname", "") in _SECOND for node in gm.graph.nodes):
         return gm
     gm = copy.deepcopy(gm)
     for node in [node for node in gm.graph.nodes if getattr(node.target, "_opname", "") in _SECOND]:
         packet = getattr(torch.ops.npu, _SECOND[node.target._opname])
         known = {argument.name for argument in packet.default._schema.arguments}
         old = {argument.name: argument.default_value for argument in node.target._schema.arguments}
+        if node.target._opname == _NORMED:
+            names = [argument.name for argument in node.target._schema.arguments]
+            node.kwargs = {**node.kwargs, **dict(zip(names[5:], node.args[5:], strict=False))}
+            node.args, known = node.args[:5], {*known, "residual_x", "gamma", "norm_eps"}
         assert all(name in known or value == old[name] for name, value in node.kwargs.items()), node
         node.kwargs = {name: value for name, value in node.kwargs.items() if name in known}
-        node.target = packet.default
+        node.target = normed_combine if node.target._opname == _NORMED else packet.default
     gm.recompile()
     return gm
 

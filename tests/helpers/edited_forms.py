@@ -7,10 +7,11 @@ from typing import Any
 import npu_chain_first as first
 import npu_chain_jobs as jobs
 import npu_chain_layers as chains
+import npu_chain_spellings as spelled
 import npu_chain_variants as variants
 import torch
 from edit_outcomes import outcomes
-from raise_graphs import trace
+from raise_graphs import compiled_graph, trace
 
 from moe_lowering import Deployment
 
@@ -35,6 +36,14 @@ OF_RANKS: dict[str, tuple[str, dict[str, Any]]] = {
     "copies that a router chooses": ("allgather", {"kind_of": variants.Chosen, "copies": 4, "written": "aten"}),
     "first versions": ("mc2", {"kind_of": variants.First}),
     "first versions, W8A8": ("fused_mc2", {"kind_of": variants.First, "quantisation": "w8a8"}),
+    "a norm": ("mc2", {"kind_of": variants.Normed}),
+    "a norm, the sum alone": ("fused_mc2", {"kind_of": variants.Normed, "read": (2,)}),
+    "prefix sums of dispatch": ("fused_mc2", {"kind_of": spelled.PrefixSums, "shared": "", "quantisation": "w8a8"}),
+    "slots that are off": ("mc2", {"kind_of": spelled.Slots, "copies": 3, "zero": 1, "quantisation": "w8a8"}),
+    "gathered in place": ("mc2", {"kind_of": spelled.InPlace}),
+    "gathered in place, a table": ("alltoall", {"kind_of": spelled.InPlace, "own": "table"}),
+    "gathered in place, rows dropped": ("fused_mc2", {"kind_of": spelled.InPlace, "back": "drop"}),
+    "reduced in place": ("mc2", {"kind_of": spelled.InPlaceReduced, "same_tokens": True, "own": "neither"}),
 }  # fmt: skip
 OF_ONE: dict[str, tuple[type[chains.Layer], dict[str, Any]]] = {
     "routing_v2": (chains.Routed, {"quantisation": "w8a8", "activation": "swiglu", "back": "finalize", "shared": True}),
@@ -49,6 +58,18 @@ OF_ONE: dict[str, tuple[type[chains.Layer], dict[str, Any]]] = {
     "permute, prefix sums": (first.Permuted, {"kind": 0, "counting": "one_hot"}),
     "permute, W8A8": (first.Permuted, {"quantisation": "w8a8"}),
 }  # fmt: skip
+SPELLED: dict[str, tuple[type[chains.Layer], dict[str, Any]]] = {  # of one rank, in other operators
+    **{f"groups: {name}": (spelled.Spelled, {"groups": groups}) for name, groups in spelled.GROUPS.items()},
+    **{
+        f"activation: {name}": (spelled.Spelled, {"activation": activation, "act": act})
+        for name, (activation, act) in spelled.ACTIVATIONS.items()
+    },
+    "fused first matmul": (spelled.Spelled, {"quantisation": "w8a8", "fused": "first"}),
+    "fused first matmul, counts": (spelled.Spelled, {"quantisation": "w8a8", "fused": "counts", "back": 2}),
+    "zero experts, masked": (spelled.Spelled, {"zero": 3}),
+    "rows dropped": (spelled.Spelled, {"back": 3}),
+    "slots by column": (spelled.FirstVersion, {"table": spelled.by_column}),
+}
 
 
 def edited(rank: int, case: dict[str, Any], comm: str, seeds: list[str]) -> list[tuple[str, str]]:
@@ -61,7 +82,7 @@ def edited(rank: int, case: dict[str, Any], comm: str, seeds: list[str]) -> list
 
 def edited_alone(name: str, seeds: list[str]) -> list[tuple[str, str]]:
     """The same of a form of one rank, in this process."""
-    kind, given = OF_ONE[name]
+    kind, given = (OF_ONE | SPELLED)[name]
     where = Deployment(soc="A3", installed=(), weight_format="nz")
     return outcomes(*graph_of(kind(**given), 0), where, "allgather", seeds)
 
@@ -76,4 +97,7 @@ def graph_of(layer: Any, rank: int, **more: torch.Tensor) -> tuple[Any, dict[str
         buffers = {name: tensor for name, tensor in tensors.items() if name not in given}
         return torch.func.functional_call(layer, buffers, tuple(tensors[name] for name in given))
 
+    if isinstance(layer, spelled.InPlace):  # its collectives are functional in graphs of torch.compile alone
+        gm, inputs = compiled_graph(function, **made)
+        return gm, {str(at): tensor for at, tensor in enumerate(inputs)}
     return trace(function, made), made

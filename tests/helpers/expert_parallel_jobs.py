@@ -9,11 +9,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from edit_outcomes import outcomes
-from functorch.compile import make_boxed_func
 from npu_chain_edits import edit
+from raise_graphs import compiled_graph
 from rank_jobs import setup
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
 
 from moe_lowering import AgreementError, Deployment, MoeLowering
 from moe_lowering.backends.aot import lowering_backend
@@ -139,21 +138,8 @@ def graph_of(rank: int, family: str, implementation: str, dtype: torch.dtype) ->
     """The graph of this rank's block as the pass gets it, and the inputs that it ran with."""
     block = block_of(family, dtype)
     shard(block, rank, implementation, "")
-    found: dict[str, Any] = {}
-
-    def capture(gm: Any, _: Any) -> Any:
-        def call(*inputs: Tensor) -> Any:
-            found.update(gm=gm, inputs=list(inputs))
-            return gm(*inputs)
-
-        return make_boxed_func(call)
-
-    torch._dynamo.reset()
-    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
-        torch.compile(block, backend=aot_autograd(fw_compiler=capture), fullgraph=True)(
-            torch.randn(1, 6, HIDDEN, generator=torch.Generator().manual_seed(6)).to(dtype)
-        )
-    return found["gm"], found["inputs"]
+    with torch._dynamo.config.patch(specialize_float=True):
+        return compiled_graph(block, torch.randn(1, 6, HIDDEN, generator=torch.Generator().manual_seed(6)).to(dtype))
 
 
 def edited(rank: int, case: tuple[Any, ...], comm: str, seeds: list[str]) -> list[tuple[str, str]]:

@@ -17,7 +17,38 @@ IDS: dict[str, Callable[[Tensor], Tensor]] = {
     "ids clamped": lambda ids: ids.clamp(0, EXPERTS - 2),
     "ids of two choices": lambda ids: torch.cat([ids[:, :1], ids[:, :1].flip(0)], -1),
     "ids chosen by a condition": lambda ids: torch.where(ids > 2, ids, ids.flip(0)),
+    "best ids of two heads": lambda ids: heads(ids).argmax(-1),
+    "largest of two heads": lambda ids: heads(ids).max(-1)[1],
+    "chosen by two heads": lambda ids: heads(ids).topk(1, -1)[1].view(ids.shape),
+    "chosen among tokens": lambda ids: scores(ids).topk(ids.shape[0], 0)[1][:, : ids.shape[1]] % EXPERTS,
+    "chosen along tokens": lambda ids: (
+        scores(ids).view(-1, 2, EXPERTS).topk(2, 1)[1].reshape(-1, EXPERTS)[:, : ids.shape[1]]
+    ),
+    "one choice repeated": lambda ids: ids[:, :1].repeat(1, ids.shape[1]),
+    "looked up in one place": lambda ids: ids.gather(1, torch.zeros_like(ids)),
+    "chosen twice from a choice": lambda ids: ids[:, torch.arange(ids.shape[1]) // 2],
+    "read by other tokens": lambda ids: ids.t().reshape(ids.shape),
+    "through a table of choices": lambda ids: scores(ids)[:EXPERTS].argmax(-1)[ids],
+    "through a bool": lambda ids: (ids > 0).long(),
 }
+
+
+NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "halved": lambda act: act * 0.5,
+    "through infinity": lambda act: act * 1e39 * 1e-39,
+    "through zero": lambda act: act / 1e46 * 1e46,
+}
+
+
+def scores(ids: Tensor) -> Tensor:
+    """[T, E]: the scores by which ``topk`` chooses ids, in their order."""
+    ranks = torch.arange(ids.shape[1], 0, -1, dtype=torch.float32).expand(ids.shape)
+    return torch.zeros(ids.shape[0], EXPERTS).scatter(1, ids, ranks)
+
+
+def heads(ids: Tensor) -> Tensor:
+    """[T, k, E]: scores of k heads, each of which chooses one id."""
+    return F.one_hot(ids, EXPERTS).float()
 
 
 def _changed_ids(ids: Tensor, change: str) -> Tensor:
@@ -58,8 +89,8 @@ def grouped(change: str = "") -> Callable[..., Any]:
             act = F.silu(h.chunk(2, -1)[0])
         elif change == "tanh":
             act = torch.tanh(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]
-        elif change == "halved":
-            act = halves(h) * 0.5
+        elif change in NUMBERS:
+            act = NUMBERS[change](halves(h))
         else:
             act = halves(h)
         y = product(act, t["w2"].transpose(-2, -1), offs)
@@ -105,6 +136,8 @@ GROUPED = {
     "no up": "raise.gate",
     "tanh": "raise.operation raise.activation",
     "halved": "raise.activation",
+    "through infinity": "raise.operation",
+    "through zero": "raise.operation",
     "relu after": "raise.operation",
     "weights of other slots": "raise.weights",
     "weights not sorted": "raise.operation raise.weights",
@@ -119,6 +152,7 @@ GROUPED = {
     "permutation returned": "raise.read_outside",
     "slots returned": "raise.read_outside",
     **dict.fromkeys(IDS, "raise.ids_range raise.mask"),
+    "chosen by two heads": "raise.rows",
 }
 
 
@@ -156,6 +190,7 @@ BATCHED = {
     "over tokens": "raise.sum",
     "interior returned": "raise.read_outside",
     **dict.fromkeys(IDS, "raise.ids_range raise.mask"),
+    "chosen by two heads": "raise.rows",
 }
 
 TWINS = {

@@ -27,6 +27,7 @@ from foreign_forms import (
     nk,
     product,
 )
+from foreign_twins import scores
 from torch import Tensor
 
 Spelled = dict[str, Callable[..., Any]]
@@ -49,6 +50,27 @@ def added_up(rows: Tensor) -> Tensor:
     return total
 
 
+# (ids) -> the same ids, as a router may have chosen them
+CHOICES: Spelled = {
+    "given": lambda ids: ids,
+    "topk": lambda ids: scores(ids).topk(ids.shape[1], -1)[1],
+    "of a sort": lambda ids: scores(ids).sort(-1, descending=True)[1][:, : ids.shape[1]],
+    "of an argsort": lambda ids: scores(ids).argsort(-1, descending=True).narrow(-1, 0, ids.shape[1]),
+    "along the first axis": lambda ids: scores(ids).t().topk(ids.shape[1], 0)[1].t(),
+    "of more dimensions": lambda ids: scores(ids).view(2, -1, EXPERTS).topk(ids.shape[1], -1)[1].view(ids.shape),
+    "flat": lambda ids: scores(ids).topk(ids.shape[1])[1].view(-1).clone().view(ids.shape),
+    "flat, through a table": lambda ids: torch.arange(EXPERTS)[scores(ids).topk(ids.shape[1])[1].view(-1)].view(
+        ids.shape
+    ),
+    "turned twice": lambda ids: scores(ids).topk(ids.shape[1])[1].flip(-1).to(torch.int32).flip(-1),
+    "the best of more": lambda ids: scores(ids).topk(EXPERTS)[1].split([ids.shape[1], EXPERTS - ids.shape[1]], -1)[0],
+    "one of several layers": lambda ids: torch.stack([scores(ids)] * 2).topk(ids.shape[1], -1)[1][1],
+    "gathered in another order": lambda ids: (
+        scores(ids)
+        .topk(ids.shape[1])[1]
+        .gather(1, torch.arange(ids.shape[1], 0, -1).expand(ids.shape).float().argsort(-1, descending=True))
+    ),
+}
 # (ids) -> (ids in order, permutation)
 ORDERS: Spelled = {
     "sort": lambda ids: torch.sort(ids.reshape(-1)),
@@ -125,6 +147,7 @@ GATES: Spelled = {
     "gate in float": lambda gate, up: F.silu(gate.float()).to(gate.dtype) * up,
     "exp": lambda gate, up: gate / (1 + torch.exp(-gate)) * up,
     "times one": lambda gate, up: F.silu(gate) * up * 1.0,
+    "halved and doubled": lambda gate, up: F.silu(gate) * 0.5 * (up * 2),
     "tanh": lambda gate, up: 0.5 * gate * (1 + torch.tanh(gate * 0.5)) * up,
     "addcmul": lambda gate, up: torch.addcmul(torch.zeros_like(up), F.silu(gate), up),
 }
@@ -208,6 +231,7 @@ WEIGHTS = ("joined", "joined, turned", "biased", "apart")
 
 
 PIECES: dict[str, Any] = {
+    "choice": CHOICES,
     "order": ORDERS,
     "ends": ENDS,
     "rows": ROWS,
@@ -228,6 +252,7 @@ def compose(draw: random.Random, **fixed: str) -> tuple[Foreign, dict[str, str]]
     chosen = {name: fixed.get(name) or draw.choice(list(table)) for name, table in PIECES.items()}
 
     def forward(x: Tensor, weights: Tensor, ids: Tensor, shared: Tensor, **t: Tensor) -> Tensor:
+        ids = CHOICES[chosen["choice"]](ids).contiguous()
         ordered, perm = ORDERS[chosen["order"]](ids)
         offs = ENDS[chosen["ends"]](ids, ordered)
         rows = ROWS[chosen["rows"]](x, perm, ids)
@@ -301,6 +326,7 @@ TOKEN_ROWS: Spelled = {
 
 
 GATHERED_PIECES: dict[str, Any] = {
+    "choice": CHOICES,
     "rows": TOKEN_ROWS,
     "gather": GATHERS,
     "first": GATHERED,
@@ -320,6 +346,8 @@ def compose_gathered(draw: random.Random, **fixed: str) -> tuple[Foreign, dict[s
     chosen = {name: fixed.get(name) or draw.choice(list(table)) for name, table in GATHERED_PIECES.items()}
 
     def forward(x: Tensor, weights: Tensor, ids: Tensor, shared: Tensor, **t: Tensor) -> Tensor:
+        ids = CHOICES[chosen["choice"]](ids).contiguous()
+
         def matrices(name: str) -> Tensor:
             w = t[name] if chosen["weights"] == "joined, turned" else t[name].transpose(-2, -1)
             return GATHERS[chosen["gather"]](w, ids)  # type: ignore[no-any-return]

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from foreign_forms import Foreign
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
 from torch.fx import GraphModule
@@ -32,6 +34,23 @@ def trace(function: Callable[..., Any], made: dict[str, Tensor], dynamic: bool =
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
+
+
+def compiled_graph(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[GraphModule, list[Tensor]]:
+    """The graph of torch.compile of ``function(*args, **kwargs)``, and the inputs that it ran with."""
+    found: dict[str, Any] = {}
+
+    def capture(gm: GraphModule, _: Any) -> Any:
+        def call(*inputs: Tensor) -> Any:
+            found.update(gm=gm, inputs=list(inputs))
+            return gm(*inputs)
+
+        return make_boxed_func(call)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(function, backend=aot_autograd(fw_compiler=capture), fullgraph=True)(*args, **kwargs)
+    return found["gm"], found["inputs"]
 
 
 def _fake(mode: FakeTensorMode, name: str, tensor: Tensor, dynamic: bool) -> Tensor:

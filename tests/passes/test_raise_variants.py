@@ -24,6 +24,8 @@ MAKERS = {
 }
 # What is refused, by its code: spellings that the rules do not know, or that mean another layer.
 REFUSED = {
+    ("grouped", "choice", "along the first axis"): "raise.offsets",
+    ("gathered", "choice", "along the first axis"): "raise.sum",
     ("grouped", "order", "argsort of floats"): "raise.offsets",
     ("grouped", "order", "lowest of topk"): "raise.offsets",
     ("grouped", "ends", "searchsorted, the next"): "raise.offsets",

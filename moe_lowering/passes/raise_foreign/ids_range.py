@@ -2,9 +2,8 @@
 
 An id past the last expert is a row that no product computes: what the layer then makes of it (nothing, garbage, an identity
 expert) is not what ``dispatch`` does. So ids must come from choices among as many experts, or from outside of the graph: an
-input, or a table that is stored. Of those it is taken for granted, as the generic operators take it. With k > 1 they must come
-from one choice: ids that were clamped, or put together from several choices, may name an expert twice for one token, which
-MC2 does not take (op_plugin.dispatch: the experts of a token differ).
+input, or a table that is stored. Of those it is taken for granted, as the generic operators take it. With k > 1 those of a token
+must differ, too (``distinct_ids``).
 """
 
 from __future__ import annotations
@@ -12,42 +11,43 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument, explicit_arguments
 from moe_lowering.passes.graph.walks import VIEWS, name_of
+from moe_lowering.passes.raise_foreign.distinct_ids import may_repeat, read_to_differ
 
 _CHOICES = ("topk", "sort", "max", "min")  # (values, indices)
 _LOOK_UPS = ("index", "index_select", "gather", "embedding")  # of a table, by anything
 _JOINS = ("cat", "stack", "where", "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "flip")
-_MIXES = ("cat", "stack", "where", "clamp")  # after which two ids of a token may be equal
+_CASTS = ("_to_copy", "to", "convert_element_type")
 _STEPS = 60
 _FILLED = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value", "scalar_tensor": "s"}  # with what
 _ROUTERS = ("npu_moe_gating_top_k_softmax", "npu_moe_gating_top_k_softmax_v2")
 
 
 def out_of_range(ids: Node, experts: int, given: bool = True) -> Node | None:
-    """The node for whose sake ids are not known to be within [0, experts); None where they are.
+    """The node for whose sake ids are not known to be within [0, experts) and those of a token to differ; None where they are.
 
     Args:
         given: ids from outside of the graph are taken to be.
     """
-    return _walk(ids, experts, given)[0]
+    return _walk(ids, experts, given)[0] or may_repeat(ids, given=False)
 
 
 def made_from(ids: Node, experts: int) -> list[Node]:
     """The nodes whose values the ids are taken from, back to a choice or to what is given: what the proof was read from."""
-    return _walk(ids, experts, given=True)[1]
+    return sorted({*_walk(ids, experts, given=True)[1], *read_to_differ(ids)})
 
 
 def _walk(ids: Node, experts: int, given: bool) -> tuple[Node | None, list[Node]]:
     """The node for whose sake ids may be out of range, or None; and the nodes that were looked at."""
     pending, visited = [ids], {ids}
-    several = ids.meta["val"].shape[-1] != 1
     while pending:
         node = pending.pop()
         sources = _sources(node, experts) if given or node.op not in ("placeholder", "get_attr") else None
-        if sources is None or len(visited) > _STEPS or (several and name_of(node) in _MIXES):
+        if sources is None or len(visited) > _STEPS:
             return node, sorted(visited)
         fresh = [source for source in sources if source not in visited]
         visited.update(fresh)
@@ -64,6 +64,8 @@ def _sources(node: Node, experts: int) -> list[Node] | None:
     if node.target is operator.getitem:
         return _item(node, experts)
     name, first = name_of(node), node.args[0] if node.args else None
+    if name in _CASTS and not _holds(node.meta["val"].dtype, experts):
+        return None
     if name in VIEWS or name in _LOOK_UPS:
         return [first] if isinstance(first, Node) else None
     if name in _JOINS:
@@ -73,6 +75,10 @@ def _sources(node: Node, experts: int) -> list[Node] | None:
             if all(isinstance(e, Node) for e in operands)
             else None
         )
+    if name == "arange":
+        count = node.meta["val"].shape[0]
+        start, step = (explicit_arguments(node).get(name, default) for name, default in (("start", 0), ("step", 1)))
+        return [] if (start, step) == (0, 1) and isinstance(count, int) and count <= experts else None
     if name in ("argmax", "argsort"):
         return _of_few(node, explicit_arguments(node).get("dim", -1 if name == "argsort" else None), experts)
     if name == "clamp":
@@ -80,6 +86,13 @@ def _sources(node: Node, experts: int) -> list[Node] | None:
         fits = isinstance(low, int) and isinstance(high, int) and 0 <= low <= high < experts
         return [] if fits else None
     return None
+
+
+def _holds(dtype: torch.dtype, experts: int) -> bool:
+    """Whether a dtype holds the number of each expert."""
+    if dtype.is_floating_point:
+        return experts <= 2 / torch.finfo(dtype).eps
+    return dtype is not torch.bool and experts - 1 <= torch.iinfo(dtype).max
 
 
 def past_experts(ids: Node, experts: int) -> Node | None:
@@ -102,29 +115,6 @@ def past_experts(ids: Node, experts: int) -> Node | None:
         visited.update(fresh)
         pending += fresh
     return None
-
-
-def may_repeat(ids: Node) -> Node | None:
-    """The node after which two ids of a token may be equal; None where none is seen.
-
-    Operators that route rows do not mind; MC2, to which their layer may be brought, wants different experts for a token.
-    """
-    node, steps = ids, 0
-    while node.meta["val"].shape[-1] != 1 and node.op == "call_function" and steps < _STEPS:
-        name, steps = name_of(node), steps + 1
-        if name in _COLLIDE:
-            return node
-        first = node.args[0] if name in (*VIEWS, "_to_copy", "clone", "add", "sub") and node.args else None
-        if not isinstance(first, Node) or (name in ("add", "sub") and isinstance(node.args[1], Node)):
-            return None
-        node = first
-    return None
-
-
-_COLLIDE = frozenset({
-    "mul", "where", "masked_fill", "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "remainder", "floor_divide", "div",
-    "bitwise_and", "bitwise_right_shift",
-})  # fmt: skip
 
 
 def _is_expert(value: Any, experts: int) -> bool:

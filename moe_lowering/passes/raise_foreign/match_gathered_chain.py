@@ -27,8 +27,8 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.raise_foreign.chain_walk import same_sizes, source_of, value_of
+from moe_lowering.passes.raise_foreign.distinct_ids import may_repeat
 from moe_lowering.passes.raise_foreign.expert_parallel import summed_over_ranks
-from moe_lowering.passes.raise_foreign.ids_range import may_repeat
 from moe_lowering.passes.raise_foreign.masked_weights import behind_casts, weights_before_mask
 from moe_lowering.passes.raise_foreign.match_routing_chain import match_range
 from moe_lowering.passes.raise_foreign.npu_chain import Chain

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument, explicit_arguments
@@ -44,6 +45,10 @@ from moe_lowering.passes.raise_foreign.terms import (
     Times,
     Weighted,
 )
+
+_FAR = (
+    2.0**40
+)  # a number beyond it, or below one divided by it, may make infinity or zero of what it is multiplied with
 
 # ------------------------------------------------------------------------------------------------------------ products
 
@@ -187,8 +192,8 @@ def multiplied(reader: Reader, node: Node) -> Value | None:
     if pair is None:
         return None
     if isinstance(pair, Value):
-        number = next(arg for arg in node.args[:2] if not isinstance(arg, Node))
-        return None if not isinstance(number, (int, float)) else Value(pair.dims, _times(number, pair.term))
+        number: Any = next(arg for arg in node.args[:2] if not isinstance(arg, Node))
+        return Value(pair.dims, _times(number, pair.term)) if _is_kept(number, node) else None
     dims, a, b = pair
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         rows, weights = (b, a) if isinstance(a, Tensor) and not (isinstance(b, Tensor) and _wider(a, b)) else (a, b)
@@ -200,6 +205,14 @@ def multiplied(reader: Reader, node: Node) -> Value | None:
             )
         return Value(dims, Weighted(rows, weights))
     return Value(dims, _times(1.0, a, b))
+
+
+def _is_kept(number: Any, node: Node) -> bool:
+    """Whether a number may be multiplied with others first: no value of a node overflows by it, or is rounded away."""
+    if not isinstance(number, (int, float)) or not node.meta["val"].is_floating_point():
+        return False
+    kind = torch.finfo(node.meta["val"].dtype)
+    return number == 0 or max(kind.tiny, 1 / _FAR) <= abs(number) <= min(kind.max, _FAR)
 
 
 def _wider(a: Tensor, b: Tensor) -> bool:
@@ -309,9 +322,9 @@ def divided(reader: Reader, node: Node) -> Value | None:
     token = token_of_slot(reader, node)
     if token is not None:
         return token
-    value, by = _argument(reader, node), node.args[1]
+    value, by = _argument(reader, node), cast(Any, node.args[1])
     is_exact = functional_name(node) == "div" and explicit_arguments(node).get("rounding_mode") is None
-    if value is None or not is_exact or not isinstance(by, (int, float)) or by == 0:
+    if value is None or not is_exact or not _is_kept(by, node) or by == 0:
         return None
     return Value(value.dims, Over(value.term, float(by)))
 
