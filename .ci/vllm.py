@@ -62,6 +62,7 @@ def main(options: list[str]) -> int:
 
 def make() -> Path:
     """The Python of the environment, made when it is not there or is of other requirements."""
+    print("make vllm: the environment, 3 minutes or more where it is not there yet", flush=True)
     python = make_environment("vllm", TORCH, BUILD, pinned=False, beside=BESIDE_TORCH)
     ready = python.parent.parent / ".vllm"
     made_of = "\n".join([VLLM, *ALONE, *BESIDE, *LEFT_OUT])

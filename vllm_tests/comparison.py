@@ -37,20 +37,20 @@ NORM = "_C_ascend::npu_add_rms_norm_bias"  # stands before attention and before 
 
 
 def operators_of_layer(tape):
-    """What a captured graph runs for an MoE layer of Qwen3-MoE, from the gate on; the same for all of its layers."""
+    """What a captured graph of Qwen3-MoE runs for its last MoE layer, from the gate on. (The first one computes what all share.)
+    Checks on the host, which launch nothing, are left out."""
     parts = [[]]
     for operator in tape:
         if operator == NORM:
             parts.append([])
-        else:
+        elif not operator.startswith("moe_lowering::assert_"):
             parts[-1].append(operator.rpartition("::")[2])
-    first, *others = parts[1::2]
-    assert first and all(other == first for other in others)
-    return first
+    return parts[1::2][-1]
 
 
 def assert_documented(row, own, found):
     """The operators of a layer in decode, vllm-ascend's own and with the plugin, are those of the page."""
     [line] = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| {row} |")]
     cells = [cell.strip().replace("`", "").split(", ") for cell in line.strip("|").split("|")[1:]]
-    assert [operators_of_layer(each["captured"][-1]) for each in (own, found)] == cells
+    called = [operators_of_layer(each["captured"][-1]) for each in (own, found)]
+    assert called == cells, (row, called, cells)

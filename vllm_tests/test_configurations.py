@@ -65,3 +65,12 @@ def test_float16(served, checkpoint):
     found = served(graphs=True, plugin={"strict": True}, **settings)
     assert list(found["layers"].values()) == ["", ""]
     comparison.assert_close(own, found)
+
+
+def test_a_trace_is_used_again_where_the_plugin_decides_alike(served, reference, tmp_path):
+    """vLLM's compile cache has the traced model, whose key must have what the plugin read of the machine."""
+    settings = {"graphs": True, "plugin": {"strict": True}, "requests": 3, "cache": str(tmp_path)}
+    runs = [("A3", {}), ("A3", {"AGAIN": "1"}), ("A2", {})]
+    found = [served(soc=soc, environment=environment, **settings) for soc, environment in runs]
+    assert [each["tokens"] for each in found] == [reference.tokens[:3]] * 3
+    assert ["Directly load AOT compilation" in each["log"] for each in found] == [False, True, False]

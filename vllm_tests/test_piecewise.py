@@ -2,6 +2,7 @@
 
 import comparison
 import pytest
+import serve
 
 PIECES, SIZES = 3, 4  # of a model with two layers: split at attention; capture sizes of serve.py
 REQUESTS = 12
@@ -33,6 +34,15 @@ def test_pieces_with_the_plugin(served, reference, mode):
     assert found["captures"] == PIECES * SIZES + whole
     routed = [sum(operator == ROUTED for operator in tape) for tape in found["captured"]]
     assert sorted(routed) == [0] * SIZES + [1] * (2 * SIZES) + [2] * whole
+
+
+def test_a_whole_graph_without_npugraph_ex(served, reference):
+    """Switched off by the user: one graph, by the same way as pieces."""
+    off = {"ascend_compilation_config": {**serve.FUSIONS, "enable_npugraph_ex": False}}
+    found = served(graphs=True, requests=REQUESTS, plugin={"strict": True}, additional=off)
+    assert found["tokens"] == reference.tokens[:REQUESTS] and found["compiled"] == []
+    assert [[block["comm"] for block in report["blocks"]] for report in found["reports"]] == [["allgather"] * 2]
+    assert found["captures"] == SIZES and all(tape.count(ROUTED) == 2 for tape in found["captured"])
 
 
 def test_pieces_on_two_ranks(served, checkpoint):

@@ -46,6 +46,7 @@ from moe_lowering.report.text import render
 __all__ = ["KEY", "SETTINGS", "register", "reports"]
 
 LAYERS, COMPILER = "vllm_ascend.ops.fused_moe.fused_moe", "vllm_ascend.compilation.compiler_interface"
+CACHE = "vllm.compilation.caching"
 QUANTISED_LAYERS = "vllm_ascend.quantization.method_adapters"
 _WATCHED = "_moe_lowering_watches"
 
@@ -63,6 +64,7 @@ def register() -> None:
     import_hooks.after(LAYERS, _watch_layers)
     import_hooks.after(QUANTISED_LAYERS, _watch_quantised_layers)
     import_hooks.after(COMPILER, _watch_compiler)
+    import_hooks.after(CACHE, _watch_traces)
 
 
 def reports() -> list[LoweringReport]:
@@ -224,11 +226,7 @@ def _watch_cache(compiler: Any) -> None:
 
     @functools.wraps(compute_hash)
     def hash_with_pass(self: Any, vllm_config: Any) -> str:
-        settings = _settings_where_taken(vllm_config)
-        found = str(compute_hash(self, vllm_config))
-        if settings is None:
-            return found
-        return f"{found}-{cache_digest(_lowering(settings, _deployment_of(vllm_config)))[:16]}"
+        return "-".join([str(compute_hash(self, vllm_config)), *_cache_factors(vllm_config)[:1]])
 
     @functools.wraps(load_graph)
     def load(self: Any, handle: Any, *args: Any, **kwargs: Any) -> Any:
@@ -240,6 +238,29 @@ def _watch_cache(compiler: Any) -> None:
         return load_graph(self, handle, *args, **kwargs)
 
     compiler.compute_hash, compiler.load = hash_with_pass, load
+
+
+def _watch_traces(module: Any) -> None:
+    """vLLM keeps the traced model too (torch_aot_compile), with the operators that layers traced to: it is found again by what
+    was taken over, else a new engine that decides otherwise would run the old trace."""
+    if _is_watched(module):
+        return
+    factors_of = module.aot_compile_hash_factors
+
+    @functools.wraps(factors_of)
+    def aot_compile_hash_factors(vllm_config: Any) -> list[str]:
+        return [*factors_of(vllm_config), *_cache_factors(vllm_config)]
+
+    module.aot_compile_hash_factors = aot_compile_hash_factors
+
+
+def _cache_factors(vllm_config: Any) -> list[str]:
+    """What caches must hash: the digest of pass and deployment, and the layers that are taken over; nothing without one."""
+    settings = _settings_where_taken(vllm_config)
+    if settings is None:
+        return []
+    taken = sorted(name for name, why in _taken.items() if not why)
+    return [cache_digest(_lowering(settings, _deployment_of(vllm_config)))[:16], *taken]
 
 
 def _user_pass(config: Any) -> Any:

@@ -126,6 +126,30 @@ def test_the_pass_runs_before_vllm_ascends_own_passes(compile_piece, caplog):
     assert "moe_lowering.dispatch.default" in seen and len(vllm.reports()) == 1
 
 
+def test_a_trace_is_found_again_by_what_was_taken_over(monkeypatch):
+    """vLLM's own key has the configuration, and not what the plugin made of it on this machine."""
+    module = SimpleNamespace(aot_compile_hash_factors=lambda config: ["vllm"])
+    for _ in range(2):
+        vllm._watch_traces(module)
+
+    def key(taken, deployment, settings=None):
+        monkeypatch.setattr(vllm, "_taken", taken)
+        monkeypatch.setattr(vllm, "_deployment", deployment)
+        config = SimpleNamespace(additional_config={"moe_lowering": settings or {}})
+        return tuple(module.aot_compile_hash_factors(config))
+
+    one = Deployment(soc="A3", max_tokens=256, guards="forbid")
+    stays = {"0": "[vllm.not_lowered] ...", "1": "[vllm.not_lowered] ..."}
+    keys = [
+        key({"0": "", "1": ""}, one),
+        key({"0": "", "1": stays["1"]}, one),
+        key({"0": "", "1": ""}, one.replace(soc="A2")),
+        key({"0": "", "1": ""}, one, {"policy": "auto"}),
+        key(stays, one),
+    ]
+    assert len(set(keys)) == len(keys) and keys[-1] == ("vllm",) and keys[0] == key({"1": "", "0": ""}, one)
+
+
 def test_passes_that_are_not_run_are_told(compile_piece):
     with pytest.raises(ValueError, match=r"strict.*\[vllm.pass_not_run\]"):
         compile_piece({"strict": True}, trace(lambda x: x + 1, torch.ones(4)), skip=True)
