@@ -18,6 +18,7 @@ from moe_lowering import simulator
 from moe_lowering.backends.npugraph_ex import npugraph_ex_options
 from moe_lowering.cli import progress as shown_progress
 from moe_lowering.cli.lower import compare, graph_replay, models
+from moe_lowering.cli.lower.configs import is_small
 from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.prepare import (
     assumptions,
@@ -248,9 +249,12 @@ def _measure_seconds(seconds: dict[str, float], what: str, call: Callable[..., A
 def _model_facts(request: LowerRequest, plan: models.ModelPlan, result: RankResult) -> list[tuple[str, str]]:
     counts = ", ".join(str(request.batch * length) for length in request.lengths)
     graphs = len(result.reports)
+    small = (
+        f" of a small {request.model} with random weights (--fake lowers the full size)" if is_small(request) else ""
+    )
     return [
         ("assumed", assumptions(request)),
-        ("ran", f"{counts} tokens per rank on {count_of(request.ep, 'rank')}; {count_of(plan.layers, 'layer')}"),
+        ("ran", f"{counts} tokens per rank on {count_of(request.ep, 'rank')}; {count_of(plan.layers, 'layer')}{small}"),
         ("graphs", f"{graphs} ({'dynamic' if request.dynamic else 'static'} shapes)"),
         ("took", ", ".join(f"{what} {value:.1f} s" for what, value in result.seconds.items())),
     ]
