@@ -71,7 +71,7 @@ INTRO = """\
 **What:** five whole programs, with what they print. **For:** whoever wants to begin with something that runs.
 **Next:** [the user guide](use.md).
 
-They lie in `examples/` of a checkout and run there with the environment that `make demo` makes: `PATH=$PWD/.venv/bin:$PATH`.
+They lie in `examples/` of a checkout and run there with the environment that `make demo` makes, after `. .venv/bin/activate`.
 On a machine with [NPUs](glossary.md#npu) the word `npu` behind a command runs the same file on them.
 What differs is the line after `if device == "cpu"`.
 Without [CANN](glossary.md#cann), `TORCH_DEVICE_BACKEND_AUTOLOAD=0` stands before `torchrun`, which imports torch by itself.

@@ -46,11 +46,12 @@ y = compiled(x.to(device)).cpu()
 
 error = float((y - expected).abs().max() / expected.abs().max())
 if rank == 0:
-    for block in lowering.reports[0].blocks:  # moe_lowering.report.text.render prints the whole report
+    for block in lowering.reports[0].blocks:  # print(lowering.reports[0]) prints the whole report
         print(f"{block.name}: {block.comm}, {block.reason}")
         print("  " + "\n  ".join(block.ops_after))
 for each in range(dist.get_world_size()):
     dist.barrier()
     if each == rank:
-        print(f"rank {rank} has {deployment.own_experts(16)}, largest error {error:.3f}", flush=True)
+        own = deployment.own_experts(16)
+        print(f"rank {rank} has experts {own.start} to {own.stop - 1}, largest error {error:.3f}", flush=True)
 dist.destroy_process_group()

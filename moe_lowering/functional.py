@@ -65,6 +65,8 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Choose ``top_k`` experts for each token.
 
+    Source: ops_transformer.gating: scores, groups, ties and the epsilon.
+
     Args:
         logits: router scores [..., E], float32, float16 or bfloat16; computed with in float32.
         bias: [E], added to the scores to choose experts, not to their weights (DeepSeek-V3's correction bias).
@@ -175,6 +177,9 @@ def moe_experts(
     return_counts: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, int]:
     """Send tokens to their experts, run the experts, and sum the weighted results: dispatch, grouped_mlp, combine.
+
+    y = sum over k of weight * (act(x @ w13[id]) @ w2[id]), each stage rounded once (docs/architecture.md, "Generic operators").
+    Names and words of arguments follow the interface that this generalises. Source: vllm_ascend_0_13.comm_method: fused_experts.
 
     Args:
         x: tokens [..., H], float32, float16 or bfloat16; or int8 with ``pertoken_scale``.

@@ -163,7 +163,7 @@ class MoE(nn.Module):
                 nn.init.normal_(tensor, std=tensor.shape[1] ** -0.5)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """y [..., H] for x [..., H]; tokens whose ``mask`` [...] is False give zero."""
+        """y [..., H] for x [..., H] of the weights' dtype; tokens whose bool ``mask`` [...] is False give zero."""
         check_layer_call(x, mask, self.hidden_size)
         scale, limit, alpha = self._factors
         if self.shared_experts and self.moe_lowering_deployment is None:
@@ -223,6 +223,10 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
     ``num_experts`` is left) and ``is_transposed`` = True. No data is read, so meta and fake tensors work. A second call
     with the same deployment changes nothing. Quantised experts (``quantisation.quantise_experts``) are cut with their
     scales.
+
+    Args:
+        model: with all experts on this rank.
+        deployment: its ``ep_size`` ranks share the experts; this rank's place is ``ep_rank``, or read from ``ep_group``.
 
     Returns:
         ``model``.

@@ -17,7 +17,17 @@ Compiler = Callable[[GraphModule, Any], Any]
 
 
 def lowering_backend(*passes: Callable[..., None]) -> Compiler:
-    """A backend that runs ``passes`` (each ``(gm, example_inputs, config)``) on the AOT graph and then the graph itself.
+    """A ``torch.compile`` backend for the CPU that runs ``passes`` on the AOT graph, and then the graph as it is.
+
+    It needs no torch_npu. A graph that was lowered has Ascend operators, which run where they have CPU kernels: with the
+    simulator enabled.
+
+    Args:
+        passes: each is called as ``(gm, example_inputs, config)`` with config None and edits ``gm`` in place, as a
+            ``MoeLowering`` does. Use one backend for all compiles that are to share graphs.
+
+    Returns:
+        What ``torch.compile(backend=...)`` takes. Inference only.
 
     Raises:
         ValueError: a pass that cannot be called.

@@ -20,7 +20,7 @@ from moe_lowering.cli.matrix import arguments as matrix_arguments
 from moe_lowering.cli.matrix.request import MatrixRequest
 from moe_lowering.cli.models import arguments as models_arguments
 from moe_lowering.cli.models.request import ModelsRequest
-from moe_lowering.cli.options import Parser
+from moe_lowering.cli.options import HelpFormatter, Parser
 from moe_lowering.cli.simulate import arguments as simulate_arguments
 from moe_lowering.cli.simulate.request import SimulateRequest
 from moe_lowering.cli.usage import UsageError
@@ -28,6 +28,24 @@ from moe_lowering.cli.usage import UsageError
 Request: TypeAlias = LowerRequest | ExplainRequest | MatrixRequest | ModelsRequest | SimulateRequest
 
 DESCRIPTION = "Lower the mixture-of-experts layers of a model to Ascend NPU operators, on a machine without an NPU."
+
+EXAMPLES = """\
+examples:
+  moe-lowering lower qwen3_moe --ep 2 --comm mc2
+      lower a small random Qwen3-MoE on two ranks, run it on CPU, and compare it with transformers' own output
+  moe-lowering lower deepseek_v3 --fake --ep 64 --tokens 64
+      lower DeepSeek-V3 at its published size for 64 ranks; no weights are allocated, nothing is run
+  moe-lowering explain deepseek_v3 --ep 16 --tokens 128
+      which implementations are legal for DeepSeek-V3 on 16 ranks, which one is taken, and why
+  moe-lowering matrix --ep 2 --comm mc2,fused_mc2 --quant w8a8
+      run these implementations on two real ranks, and compare with a dense reference
+  moe-lowering models --only qwen3_moe,deepseek_v3 --ways hook
+      lower small models of two families of transformers, and compare each layer with the model's own
+  moe-lowering simulate -- python serve.py
+      run a program on a simulated NPU
+
+moe-lowering COMMAND --help lists the options of a command, with more examples and its exit codes.
+"""
 
 
 class Report(Protocol):
@@ -56,8 +74,8 @@ def parse(arguments: list[str] | None) -> Request:
     parser = Parser(
         prog="moe-lowering",
         description=DESCRIPTION,
-        epilog=lower_arguments.EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, help="print the version and exit")
@@ -94,6 +112,7 @@ def run(request: Request, progress: Callable[[str], None]) -> Report:
         from moe_lowering.cli.simulate.command import run_simulate
 
         run_simulate(request)
+    progress("loading torch")
     if isinstance(request, LowerRequest):
         from moe_lowering.cli.lower.command import run_lower
 
@@ -108,7 +127,7 @@ def run(request: Request, progress: Callable[[str], None]) -> Report:
         return run_models(request, progress)
     from moe_lowering.cli.explain.command import run_explain
 
-    return run_explain(request)
+    return run_explain(request, progress)
 
 
 class _Version(argparse.Action):

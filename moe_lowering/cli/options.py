@@ -5,7 +5,9 @@ described. Imports no torch.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -34,6 +36,30 @@ HCCL_BUFFER_MB = 1024  # enough for MC2 with the published sizes at 64 tokens pe
 CANN_BUFFER_MB = 200
 WEIGHT_FORMAT = "nz"
 
+WIDEST_HELP = 100  # columns
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Paragraphs as wide as the terminal, up to 100 columns; examples, which are to be copied, stay on lines of their own."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        for is_paragraph, part in itertools.groupby(text.splitlines(), lambda line: line[:1].strip() != ""):
+            if is_paragraph:
+                lines += self._wrap(" ".join(part), width, indent)
+            else:
+                for line in part:
+                    own = line[: len(line) - len(line.lstrip())]
+                    is_command = line.startswith("  moe-lowering ") or not line.strip()
+                    lines += [indent + line] if is_command else self._wrap(line.strip(), width, indent + own)
+        return "\n".join(lines)
+
+    def _wrap(self, text: str, width: int, indent: str) -> list[str]:
+        width = min(width, WIDEST_HELP)
+        return textwrap.wrap(
+            text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+        )
+
 
 class Parser(argparse.ArgumentParser):
     """Errors as one line, with the same prefix for every command and the same words in every version of Python."""
@@ -55,7 +81,7 @@ def add_parser(commands: Any, name: str, request: type, *, help: str, descriptio
         help=help,
         description=description,
         epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.set_defaults(request=request, called=name)
@@ -159,7 +185,9 @@ def add_policy(add: Any) -> None:
         "--policy",
         choices=POLICIES,
         default=AUTO,
-        help="how to choose among what is legal (default auto: by cost; fixed: with --comm, what that asks for)",
+        metavar="POLICY",
+        help=f"how to choose among what is legal, of {', '.join(POLICIES)} (default auto: by cost; fixed: with --comm, what "
+        "that asks for)",
     )
 
 

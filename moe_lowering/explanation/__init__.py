@@ -70,6 +70,10 @@ def explain(
         quantisation: of the experts, as ``quantise_experts`` makes them; None for the model's own, or ``none``.
         sweep: first and last T (or declared bound) of a range: where in it the choice changes, and why.
 
+    Returns:
+        An ``Explanation``. ``answer.choice`` is the implementation that is taken, None where none is legal;
+        ``answer.judgement.verdicts`` has for each the rules that it breaks, ``pieces`` the ranges of ``sweep``.
+
     Raises:
         ExplainError: a ValueError that names the argument, its value and what is accepted.
         ImportError: transformers' config of the model needs what is not there (torch_npu without CANN: see

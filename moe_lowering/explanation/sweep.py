@@ -73,17 +73,19 @@ def _boundary(policy: str, before: Answer, after: Answer) -> dict[str, str]:
         }
     if before.requested != after.requested:
         return {policy: f"it selects {before.requested}, then {after.requested}"}
-    return {"cost": f"{_prices(before, after)} at {before.tokens}, {_prices(after, before)} at {after.tokens} tokens"}
+    return {"cost": f"at {before.tokens} tokens {_prices(before, after)}; at {after.tokens} {_prices(after, before)}"}
 
 
 def _prices(answer: Answer, other: Answer) -> str:
     """The price of an answer's choice and of the other's, the choice first; a tie may choose the dearer one."""
     names = [name for name in (answer.choice, other.choice) if name is not None]
     priced = [(name, price) for name in names if (price := answer.prices[name]) is not None]
-    sign = " against "
-    if len(priced) == 2:
-        sign = " = " if is_tie(priced[0][1], priced[1][1]) else " < "
-    return sign.join(f"{name} {price.us:.2f} us" for name, price in priced)
+    texts = [f"{name} ({price.us:.0f} us)" for name, price in priced]
+    if len(priced) < 2:
+        return " and ".join(texts)
+    if is_tie(priced[0][1], priced[1][1]):
+        return f"{' and '.join(texts)} are a tie"
+    return f"{texts[0]} is cheaper than {texts[1]}"
 
 
 def _in_tokens(finding: Finding, answer: Answer, implementation: str) -> str:

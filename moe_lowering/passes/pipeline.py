@@ -54,12 +54,13 @@ class MoeLowering:
 
     Args:
         deployment: what the pass may assume; see ``Deployment``.
-        comm: ``auto``, or the name of the only implementation to use.
+        comm: ``auto``, or the only implementation to use: ``allgather``, ``alltoall``, ``mc2`` or ``fused_mc2``.
         strict: raise instead of leaving a block alone or giving a graph that cannot be captured to a backend that
             captures, and re-propagate fake tensors through the whole graph.
-        policy: how ``auto`` chooses: ``auto`` (cheapest), ``vllm_ascend_0_13`` or ``vllm_ascend_main``.
-        cost: estimated microseconds of an implementation under a ``costs.Load``, in place of the prices of ``passes.price``. It
-            must give the same figures on every rank.
+        policy: how ``auto`` chooses: ``auto`` (cheapest), ``vllm_ascend_0_13`` or ``vllm_ascend_main``. ``fixed`` goes with
+            a ``comm`` that is a name, and says the same.
+        cost: (implementation, ``passes.cost_model.Load``) to estimated microseconds, in place of the prices of
+            ``passes.price``. It must give the same figures on every rank.
         overlap: move the shared expert of each block to a side stream where the graph has stream scopes, which is inside
             npugraph_ex; see ``passes.overlap``. The report's notes say what overlaps, or why not.
         raise_foreign: what is done with MoE layers that are written with other operators than the generic ones, in a
@@ -103,7 +104,17 @@ class MoeLowering:
         config: Any = None,
         agreement_timeout: float | str | None = "auto",
     ) -> None:
-        """``agreement_timeout``: as for ``npugraph_ex_options``; None puts no check of the other ranks in the graph."""
+        """Lower the MoE blocks of a graph in place, and append its report to ``reports``.
+
+        Args:
+            gm: a graph of ATen, torch_npu and generic operators, with fake values in ``meta["val"]``.
+            example_inputs, config: what a pass of npugraph_ex gets; the inputs are not read.
+            agreement_timeout: as for ``npugraph_ex_options``; None puts no check of the other ranks in the graph.
+
+        Raises:
+            LoweringError: strict mode, see there; the graph is as it was.
+            ValueError: the deployment contradicts its process groups.
+        """
         # A graph for another rank's place would be wrong in silence, so that the compile fails in every mode
         self.deployment.placed()
         silence_torch_npu()

@@ -79,7 +79,8 @@ def read_csv(path: str | os.PathLike[str], name: str = "measured") -> tuple[Row,
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null byte in the path
-        raise MeasuredError(f"{where} cannot be read ({error}); accepted: a CSV file in UTF-8") from error
+        reason = getattr(error, "strerror", None) or error
+        raise MeasuredError(f"{where} cannot be read ({reason}); accepted: a CSV file in UTF-8") from error
     return tuple(_rows(text, where))
 
 

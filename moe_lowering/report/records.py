@@ -137,12 +137,24 @@ class RouterReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        became = "left as it was" if self.became is None else f"is {self.became}"
+        return f"{self.place}: {self.says()}"
+
+    def says(self) -> str:
+        """What became of it, why, and the model's line, in words."""
+        became = (
+            "left as it was"
+            if self.became is None
+            else f"{_router_words(self.was)} became {_router_words(self.became)}"
+        )
         line = f"; at {self.line}" if self.line else ""
-        return f"{self.place}: {self.was} {became}: {self.reason}{line}"
+        return f"{became}: {self.reason}{line}"
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def _router_words(name: str) -> str:
+    return "ATen operators" if name == "aten" else name
 
 
 @dataclasses.dataclass(frozen=True)

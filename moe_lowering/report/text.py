@@ -43,9 +43,13 @@ def render(report: LoweringReport) -> str:
     return "\n\n".join(parts)
 
 
+def count_of(number: int, what: str) -> str:
+    """A number of things in words: ``1 layer``, ``2 layers``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _headline(report: LoweringReport) -> str:
-    count = len(report.blocks)
-    blocks = f"{count} MoE block{'' if count == 1 else 's'}"
+    blocks = count_of(len(report.blocks), "MoE block")
     if not report.nodes_before:
         return f"{blocks}, judged from the command's options alone: nothing was built, traced or run"
     return f"{blocks}; {report.nodes_before} graph nodes became {report.nodes_after}; the pass took {report.pass_ms:.1f} ms"
@@ -58,9 +62,7 @@ def _render_routers(routers: Sequence[RouterReport]) -> list[str]:
         alike.setdefault(dataclasses.replace(router, place=""), []).append(router.place)
     lines = []
     for router, places in alike.items():
-        became = "left as it was" if router.became is None else f"{router.was} is {router.became}"
-        line = f"; at {router.line}" if router.line else ""
-        lines.append(labelled_text(names(places), f"{became}: {router.reason}{line}"))
+        lines.append(labelled_text(names(places), router.says()))
         lines += [labelled_text("", note) for note in router.notes]
     return lines
 

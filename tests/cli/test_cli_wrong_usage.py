@@ -261,7 +261,15 @@ def process(program: list[str], given: list[str], **options) -> subprocess.Compl
 
 @pytest.mark.parametrize(
     "given",
-    [["lower", "moe", "--tokens", "0"], ["lower", "qwen4_moe"], ["explain", "qwen4_moe"], ["lower", "list.json"]],
+    [
+        ["lower", "moe", "--tokens", "0"],
+        ["lower", "qwen4_moe"],
+        ["explain", "qwen4_moe"],
+        ["lower", "list.json"],
+        ["explain"],
+        ["explain", "moe", "--unequal-tokens"],
+        ["explain", "moe", "--ep", "4,8", "--tp", "8"],
+    ],
     ids=" ".join,
 )
 def test_nothing_is_imported_for_a_wrong_command(given, folder):

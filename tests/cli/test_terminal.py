@@ -16,6 +16,7 @@ from test_explain import BLOCK, command
 from moe_lowering import cli, simulator, stray_output
 from moe_lowering.cli import commands, completion, progress, terminal
 from moe_lowering.cli.explain.arguments import COLOURS
+from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.cli.lower.early_refusal import Policy
 from moe_lowering.cli.lower.prepare import assumptions, deployment_for
 from moe_lowering.report.text import labelled_text
@@ -121,6 +122,15 @@ def test_progress_is_for_terminals(monkeypatch):
     assert stream.getvalue().startswith("[rank 0 ") and "seen" in stream.getvalue()
 
 
+def test_explain_says_what_it_is_at(tmp_path):
+    messages: list[str] = []
+    run_explain(commands.parse(["explain", *BLOCK.split(), "--ep", "4,8"]), messages.append)
+    assert messages == ["deployment 1 of 2: A3, EP 4, none", "deployment 2 of 2: A3, EP 8, none"]
+    messages.clear()
+    run_explain(commands.parse(["explain", *BLOCK.split(), "--html", str(tmp_path / "page.html")]), messages.append)
+    assert messages == ["judging the implementations", "working out the choice over tokens and EP sizes for the page"]
+
+
 # ----------------------------------------------------------------------------------------------- help, lower's options
 
 
@@ -131,6 +141,25 @@ def test_the_command_alone_prints_its_help(capfd):
     assert (ended.value.code, err) == (0, "")
     for name in ("lower", "explain", "matrix", "models"):
         assert name in out
+
+
+@pytest.mark.parametrize("name", ["", "lower", "explain", "matrix", "models", "simulate"])
+def test_a_help_fits_in_80_columns_but_for_what_is_to_be_copied(capfd, monkeypatch, name):
+    pages = {}
+    for columns in ("80", "300"):
+        monkeypatch.setenv("COLUMNS", columns)
+        with pytest.raises(SystemExit):
+            cli.main([*([name] if name else []), "--help"])
+        pages[columns] = capfd.readouterr().out
+    examples = [line for line in pages["80"].splitlines() if line.startswith("  moe-lowering ")]
+    assert examples and all(len(line) <= 80 or line in examples for line in pages["80"].splitlines())
+    assert examples == [line for line in pages["300"].splitlines() if line.startswith("  moe-lowering ")]
+    assert pages["80"].split() == pages["300"].split() or name == "lower", (
+        "no word is lost; lower's usage is in columns"
+    )
+    assert max(map(len, pages["300"].partition("examples:")[2].splitlines())) <= WIDTH, (
+        "the twin: it is no wider than a report"
+    )
 
 
 # Of `explain` and `lower`: an option, and what it makes of the deployment or the policy.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from moe_lowering.cli.explain.request import IMPLEMENTATIONS, ExplainRequest
@@ -20,12 +21,14 @@ from moe_lowering.cli.options import (
     parse_positive,
     parse_several,
     parse_word,
+    read_measured,
 )
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.model_configs.check import LARGEST, check_model
 from moe_lowering.model_configs.errors import ModelError, write_value
 from moe_lowering.vocabulary import COMMS, EXPERT_FORMATS, FUSED_MODES
 
+SIZE_OPTIONS = ("--hidden", "--intermediate", "--experts", "--topk")
 COLOURS = ("auto", "always", "never")
 
 TOKENS = 32
@@ -75,19 +78,51 @@ def add_command(commands: Any) -> None:
 
 
 def check(request: ExplainRequest) -> None:
-    """Refuse a model that is certain to be wrong, and a file that cannot be written.
+    """Refuse what is certain to be wrong: a model, sizes that are missing, options that do not go together, files.
 
     Raises:
         UsageError: see above.
     """
     if request.html is not None:
         check_file("html", request.html)
+    for soc in request.socs:
+        read_measured(request.measured, soc)
+    for each in request.each():
+        _check_deployment(each)
     if request.model is None:
+        sizes = dict(
+            zip(SIZE_OPTIONS, (request.hidden, request.intermediate, request.experts, request.topk), strict=True)
+        )
+        if None in sizes.values():
+            raise missing_sizes(None, [option for option, size in sizes.items() if size is None])
         return
     try:
         check_model(request.model, needs_type=False)
     except ModelError as error:
         raise UsageError(f"argument MODEL: {error}") from error
+
+
+def missing_sizes(model: str | None, options: Sequence[str]) -> UsageError:
+    """The error about sizes that neither the model nor an option says."""
+    what = "no model is given" if model is None else f"the config of {model} does not say all sizes"
+    return UsageError(
+        f"argument MODEL: {what}: {', '.join(options)} missing; accepted: a model with MoE layers, or all of "
+        f"{' '.join(SIZE_OPTIONS)}"
+    )
+
+
+def _check_deployment(request: ExplainRequest) -> None:
+    """What one option of a deployment says of another."""
+    if request.ep % request.tp:
+        raise UsageError(f"argument --tp: is {request.tp}; accepted: a divisor of --ep, {request.ep}")
+    if not request.unequal_tokens:
+        return
+    if not request.max_tokens:
+        raise UsageError("argument --max-tokens: is not given, and --unequal-tokens needs it; accepted: 1 or more")
+    if not 1 <= (request.tokens or 1) <= request.max_tokens:
+        raise UsageError(f"argument --tokens: is {request.tokens}; accepted: 1 to --max-tokens, {request.max_tokens}")
+    if request.sweep and request.sweep[0] < 1:
+        raise UsageError("argument --sweep: starts at 0; accepted with --unequal-tokens: a bound of 1 or more")
 
 
 def _add_block(add: Any) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from moe_lowering.cli.explain.arguments import missing_sizes
 from moe_lowering.cli.explain.request import ExplainRequest
 from moe_lowering.cli.explain.table_text import render_table
 from moe_lowering.cli.explain.text import render
@@ -17,6 +19,7 @@ from moe_lowering.cli.terminal import use_colour
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.deployment import Deployment
 from moe_lowering.explanation import TOKENS, ExplainError, Explanation, MissingSizesError, describe, explain
+from moe_lowering.explanation.answer import Question
 from moe_lowering.explanation.description import SIZES, BlockDescription
 from moe_lowering.explanation.table import Row, choices_around, tabulate
 from moe_lowering.limits import TokenRange
@@ -42,6 +45,7 @@ class ExplainReport:
 
     request: ExplainRequest
     explanation: Explanation
+    around: tuple[Row, ...] = ()  # the choice over tokens and EP sizes around this deployment, for to_html
 
     def problems(self) -> list[str]:
         """Why the exit code is 1; empty when it is 0."""
@@ -53,10 +57,8 @@ class ExplainReport:
         return render(self.explanation, self.request.why, colour=use_colour(self.request.color))
 
     def to_html(self) -> str:
-        """A page, with the choice over tokens and EP sizes around this deployment."""
-        explanation, sweep = self.explanation, self.request.sweep
-        around = choices_around(explanation.question, explanation.answer.tokens, TokenRange(*sweep) if sweep else None)
-        return explain_page(explanation, around)
+        """A page."""
+        return explain_page(self.explanation, self.around)
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -103,20 +105,40 @@ class TableReport:
 BLOCK_FIELDS = ("hidden", "intermediate", "experts", "top_k", "activation", "interleaved", "has_bias", "dtype")
 
 
-def run_explain(request: ExplainRequest) -> ExplainReport | TableReport:
+def run_explain(
+    request: ExplainRequest, progress: Callable[[str], None] = lambda message: None
+) -> ExplainReport | TableReport:
     """Carry out a command.
 
     Raises:
         UsageError: the block or a deployment is not possible.
     """
     if not request.is_table:
-        return _explain(request)
+        progress("judging the implementations")
+        report = _explain(request)
+        if request.html is None:
+            return report
+        progress("working out the choice over tokens and EP sizes for the page")
+        return dataclasses.replace(report, around=_choices_around(report))
     reports = [_explain(each) for each in request.each()]
     counts = request.counts or ((TOKENS, TOKENS),)
     if request.unequal_tokens:
         counts = ((request.max_tokens, request.max_tokens),)
-    rows = tabulate((report.explanation.question for report in reports), [TokenRange(*count) for count in counts])
+    rows = tabulate(_questions(reports, progress), [TokenRange(*count) for count in counts])
     return TableReport(request, reports[0].explanation, rows)
+
+
+def _choices_around(report: ExplainReport) -> tuple[Row, ...]:
+    explanation, sweep = report.explanation, report.request.sweep
+    return choices_around(explanation.question, explanation.answer.tokens, TokenRange(*sweep) if sweep else None)
+
+
+def _questions(reports: Sequence[ExplainReport], progress: Callable[[str], None]) -> Iterator[Question]:
+    """The question of each deployment, of which ``progress`` is told when it is taken."""
+    for number, report in enumerate(reports, 1):
+        one = report.request
+        progress(f"deployment {number} of {len(reports)}: {one.soc}, EP {one.ep}, {one.quant}")
+        yield report.explanation.question
 
 
 def _explain(request: ExplainRequest) -> ExplainReport:
@@ -132,7 +154,7 @@ def _explain(request: ExplainRequest) -> ExplainReport:
             sweep=request.sweep,
         )
     except MissingSizesError as error:
-        raise _missing_sizes(error) from error
+        raise missing_sizes(error.model, [OPTIONS[size] for size in error.sizes]) from error
     except ExplainError as error:
         # A size that has no option comes from the model
         option = OPTIONS.get(error.argument, f"MODEL: {error.argument}")
@@ -155,25 +177,9 @@ def _describe(request: ExplainRequest) -> BlockDescription:
     return dataclasses.replace(block, assumptions=(*block.assumptions, *_assumptions(request)))
 
 
-def _missing_sizes(error: MissingSizesError) -> UsageError:
-    what = "no model is given" if error.model is None else f"the config of {error.model} does not say all sizes"
-    return UsageError(
-        f"argument MODEL: {what}: {', '.join(OPTIONS[size] for size in error.sizes)} missing; accepted: a model with MoE "
-        f"layers, or all of {' '.join(OPTIONS[size] for size in SIZES)}"
-    )
-
-
 def _deployment(request: ExplainRequest, experts: int) -> Deployment:
     if experts % request.ep:
         raise UsageError(f"argument --ep: is {request.ep}; accepted: a divisor of the number of experts, {experts}")
-    if request.ep % request.tp:
-        raise UsageError(f"argument --tp: is {request.tp}; accepted: a divisor of --ep, {request.ep}")
-    if request.unequal_tokens and not request.max_tokens:
-        raise UsageError("argument --max-tokens: is not given, and --unequal-tokens needs it; accepted: 1 or more")
-    if request.unequal_tokens and not 1 <= (request.tokens or 1) <= request.max_tokens:
-        raise UsageError(f"argument --tokens: is {request.tokens}; accepted: 1 to --max-tokens, {request.max_tokens}")
-    if request.unequal_tokens and request.sweep and request.sweep[0] < 1:
-        raise UsageError("argument --sweep: starts at 0; accepted with --unequal-tokens: a bound of 1 or more")
     try:
         return Deployment(
             soc=request.soc,

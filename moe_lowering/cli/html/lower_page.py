@@ -12,7 +12,7 @@ from moe_lowering.cli.html.parts import cost_table, verdict_table
 from moe_lowering.explanation.table import Row
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport
-from moe_lowering.report.text import equal_blocks
+from moe_lowering.report.text import count_of, equal_blocks
 
 if TYPE_CHECKING:
     from moe_lowering.cli.lower.outcome import LowerOutcome
@@ -38,7 +38,7 @@ def lower_page(outcome: LowerOutcome, rows: Sequence[Row]) -> str:
 def _report_parts(report: LoweringReport) -> list[object]:
     traced = f"; {report.nodes_before} nodes became {report.nodes_after}" if report.nodes_before else ""
     parts: list[object] = [
-        element("p", f"{len(report.blocks)} MoE block{'' if len(report.blocks) == 1 else 's'}{traced}"),
+        element("p", f"{count_of(len(report.blocks), 'MoE block')}{traced}"),
         _strip(report.blocks),
     ]
     for group in equal_blocks(report.blocks):

@@ -44,7 +44,7 @@ examples:
   moe-lowering lower qwen3_moe --ep 4 --comm fused_mc2 --quant w8a8 --fused-mode 2
       the second fused operator of vllm-ascend, dispatch_gmm_combine_decode
   moe-lowering lower qwen3_moe --ep 4 --comm fused_mc2 --provider none
-      what happens without the library that brings the fused operator: refused, with the rule that says so
+      what happens without the library that brings the fused operator: the next best is taken, and the report says why
   moe-lowering lower qwen3_moe --ep 2 --comm mc2 --capture --replays 20
       the same as an NPU graph on a simulated device: captured once, and compared at every replay
   moe-lowering lower deepseek_v3 --fake --ep 64 --tokens 64

@@ -68,11 +68,15 @@ def check_ranks(request: LowerRequest) -> None:
         refuse_uneven(request, name, experts)
 
 
+def is_small(request: LowerRequest) -> bool:
+    """Whether a small instance with random weights is built: of a name, without ``--fake``."""
+    return not request.fake and (request.model == OWN or path_of(request.model) is None)
+
+
 def refuse_uneven(request: LowerRequest, name: str, experts: int) -> None:
     """Refuse a number of ranks that does not divide the experts."""
     if experts % request.ep:
-        is_small = not request.fake and (request.model == OWN or path_of(request.model) is None)
-        what = f"the small {name} that runs without --fake" if is_small else name
+        what = f"the small {name} that runs without --fake" if is_small(request) else name
         raise UsageError(
             f"argument --ep: is {request.ep}, and {what} has {experts} experts; accepted: a divisor of that"
         )

@@ -39,6 +39,7 @@ from moe_lowering.layers import shard_experts
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.quantisation import quantise_experts
 from moe_lowering.report.records import LoweringReport
+from moe_lowering.report.text import count_of
 
 
 class _Done(Exception):
@@ -60,7 +61,7 @@ def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> LowerO
     with _fake_groups(request) as deployment:
         lowering = MoeLowering(deployment, request.comm, policy=request.policy, overlap=request.overlap)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            progress(f"building {plan.name} ({plan.layers} layers, {request.dtype}) without weights")
+            progress(f"building {plan.name} ({count_of(plan.layers, 'layer')}, {request.dtype}) without weights")
             model = models.build(plan, getattr(torch, request.dtype), fake=True)
             if request.ep > 1:
                 shard_experts(model, deployment)
@@ -69,7 +70,7 @@ def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> LowerO
             reports, seconds, what = _lower_layers(model, plan, request, lowering, progress)
     in_pass = sum(report.pass_ms for report in reports)
     facts += [
-        ("traced", f"{request.tokens} tokens per rank, rank 0 of {request.ep}; {plan.layers} layers"),
+        ("traced", f"{request.tokens} tokens per rank, rank 0 of {request.ep}; {count_of(plan.layers, 'layer')}"),
         ("lowered", what),
         ("took", f"tracing {seconds - in_pass / 1e3:.1f} s, pass {in_pass:.1f} ms"),
         ("peak memory", f"{_peak_mib():.0f} MiB"),
@@ -105,7 +106,9 @@ def _lower_layers(
             return [report], time.perf_counter() - started, layerwise.describe_kinds(kinds)
         why = "a layer by itself gave no graph"
         lowering.reports.clear()
-    _trace(model, request, lowering, run, _after(progress, f"the whole model, {plan.layers} layers ({why})"))
+    _trace(
+        model, request, lowering, run, _after(progress, f"the whole model, {count_of(plan.layers, 'layer')} ({why})")
+    )
     return lowering.reports, time.perf_counter() - started, f"the graph of the whole model: {why}"
 
 

@@ -19,6 +19,7 @@ from moe_lowering import simulator
 from moe_lowering.cli.lower import compare, models
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.layers import MoE
+from moe_lowering.report.text import count_of
 from moe_lowering.simulator.device import SourceLine, Tape
 from moe_lowering.source_lines import innermost
 
@@ -75,7 +76,7 @@ class Captured:
     def rows(self) -> list[tuple[str, str]]:
         """(label, text) for the report."""
         return [
-            ("captures", f"{self.captures} for {self.sizes} token count{'s' if self.sizes > 1 else ''}"),
+            ("captures", f"{self.captures} for {count_of(self.sizes, 'token count')}"),
             (
                 "replays",
                 f"{self.replays}, each with new inputs and compared; {self.routings} different routings, "

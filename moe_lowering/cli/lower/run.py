@@ -18,6 +18,7 @@ from moe_lowering import simulator
 from moe_lowering.backends.npugraph_ex import npugraph_ex_options
 from moe_lowering.cli import progress as shown_progress
 from moe_lowering.cli.lower import compare, graph_replay, models
+from moe_lowering.cli.lower.configs import is_small
 from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.prepare import (
     assumptions,
@@ -35,6 +36,7 @@ from moe_lowering.layers import shard_experts
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.quantisation import quantise_experts
 from moe_lowering.report.records import LoweringReport
+from moe_lowering.report.text import count_of
 from moe_lowering.testing.ranks import Ranks
 
 Progress = Callable[[str], None]
@@ -92,8 +94,9 @@ def require_memory(plan: models.ModelPlan, skeleton: nn.Module, request: LowerRe
     needed = size if request.ep == 1 and not request.capture else size * (2 * request.ep + 1)
     if available is not None and needed > available:
         raise UsageError(
-            f"argument MODEL: the weights of {plan.name} with {plan.layers} layers on {request.ep} rank(s) need "
-            f"{needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; accepted: --fake, or fewer --layers"
+            f"argument MODEL: the weights of {plan.name} with {count_of(plan.layers, 'layer')} on "
+            f"{count_of(request.ep, 'rank')} need {needed / 2**30:.1f} GiB and "
+            f"{available / 2**30:.1f} GiB are free; accepted: --fake, or fewer --layers"
         )
 
 
@@ -127,7 +130,7 @@ def _rank_job(rank: int, request: LowerRequest) -> RankResult:
 def run_rank(request: LowerRequest, plan: models.ModelPlan, deployment: Deployment, progress: Progress) -> RankResult:
     """Build, lower, run and compare on one rank."""
     seconds: dict[str, float] = {}
-    progress(f"building {plan.name} ({plan.layers} layers, {request.dtype})")
+    progress(f"building {plan.name} ({count_of(plan.layers, 'layer')}, {request.dtype})")
     model = _measure_seconds(seconds, "build", _build_model, plan, request)
     reference = model
     if deployment.ep_size > 1:
@@ -246,9 +249,12 @@ def _measure_seconds(seconds: dict[str, float], what: str, call: Callable[..., A
 def _model_facts(request: LowerRequest, plan: models.ModelPlan, result: RankResult) -> list[tuple[str, str]]:
     counts = ", ".join(str(request.batch * length) for length in request.lengths)
     graphs = len(result.reports)
+    small = (
+        f" of a small {request.model} with random weights (--fake lowers the full size)" if is_small(request) else ""
+    )
     return [
         ("assumed", assumptions(request)),
-        ("ran", f"{counts} tokens per rank on {request.ep} rank{'s' if request.ep > 1 else ''}; {plan.layers} layers"),
+        ("ran", f"{counts} tokens per rank on {count_of(request.ep, 'rank')}; {count_of(plan.layers, 'layer')}{small}"),
         ("graphs", f"{graphs} ({'dynamic' if request.dynamic else 'static'} shapes)"),
         ("took", ", ".join(f"{what} {value:.1f} s" for what, value in result.seconds.items())),
     ]
