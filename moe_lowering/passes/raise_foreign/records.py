@@ -168,7 +168,8 @@ class ForeignBlock:
             if isinstance(value, Copied):
                 return dataclasses.replace(value, x=now(value.x))
             if isinstance(value, Constant):
-                return Constant(*map(now, value.nodes), value.first, value.last)
+                x, alpha_1, alpha_2, v = map(now, value.nodes)
+                return Constant(x, alpha_1, alpha_2, v, value.first, value.last)
             if isinstance(value, Norm):
                 return dataclasses.replace(value, residual=now(value.residual), gamma=now(value.gamma))
             return tuple(map(now, value)) if isinstance(value, tuple) else value
