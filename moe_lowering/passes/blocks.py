@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
 
 def size_key(size: Any) -> Any:
-    """A hashable form of a size: the int itself, or the sympy expression of a SymInt."""
-    return size.node.expr if isinstance(size, torch.SymInt) else size
+    """A hashable form of a size: the int itself, or the sympy expression of a SymInt, whose value may be known by now."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_Integer else expression
 
 
 def shape_key(value: torch.Tensor) -> tuple[Any, ...]:

@@ -115,7 +115,7 @@ def _move_readers(run: GraphRun, layer: ForeignBlock, generic: Generic) -> None:
 def _erase(run: GraphRun, layer: ForeignBlock, generic: Generic, block: Block) -> None:
     """What nobody reads any more, and the result's name to what stands for it."""
     dead: set[Node] = set()
-    for node in reversed(layer.interior):
+    for node in sorted({*layer.interior, *layer.shared}, reverse=True):
         if all(user in dead for user in node.users):
             dead.add(node)
     run.edits.erase([*dead])

@@ -162,6 +162,27 @@ class Reduced(Gathered):
         return chains.inputs(0, tokens * chains.RANKS // 2)
 
 
+class ReducedShared(Reduced):
+    """The same with a part of a shared expert on each rank, which is added to a rank's own sums: by ``skip1`` or behind them."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        shape = (chains.HIDDEN, chains.HIDDEN)
+        self.parts = [chains.numbers(50 + rank, *shape, scale=0.02).bfloat16() for rank in range(self.ranks)]
+        self.register_buffer("part", self.parts[self.rank])
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        self.beside = self.change("part", x @ self.part)
+        return super().forward(x, ids, weights)
+
+    def sums(self, y: Tensor, operation: str) -> Tensor:
+        return super().sums(self.change("added", y + self.beside), operation)
+
+    def reference(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        shared = sum(x.double() @ part.double() for part in self.parts)
+        return chains.reference(self, x, ids, weights) + shared
+
+
 class Sharded(chains.Routed):
     """Experts of which each rank has some columns, all tokens on each: an all_reduce in place adds their sums."""
 

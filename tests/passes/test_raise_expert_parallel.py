@@ -43,6 +43,14 @@ def test_a_block_is_raised_over_the_ranks(ranks, family, implementation, dtype, 
         assert relative_error(found["lowered"], found["reference"]) < bound
 
 
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_what_each_rank_adds_to_its_own_result_is_summed_too(ranks, implementation):
+    given = ("qwen3_moe", implementation, torch.float32, "allgather", 6, jobs.PARTLY_SHARED)
+    for found in ranks.run(jobs.compile_block, *given):
+        assert [chosen for chosen, *_ in found["blocks"]] == ["allgather"] and found["foreign"] == []
+        assert relative_error(found["lowered"], found["written"]) < 1e-5
+
+
 @pytest.mark.parametrize("change", TWINS)
 def test_a_twin_is_left_and_computes_what_it_did(ranks, change):
     for found in ranks.run(jobs.compile_block, "qwen3_moe", "grouped_mm", torch.float32, "allgather", 6, change):

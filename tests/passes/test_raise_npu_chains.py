@@ -214,6 +214,14 @@ REDUCED_TWINS = {
     "another range": ("raise.partial_range", {"range": jobs.off_by_one}),
     "a maximum": ("raise.expert_parallel", {"reduce": jobs.maximum}),
     "sums doubled": ("raise.expert_parallel", {"sums": jobs.doubled}),
+    "a shared expert in float32": (
+        "raise.expert_parallel",
+        {"kind_of": variants.ReducedShared, "part": torch.Tensor.float},
+    ),
+    "a sum with a shared expert that is doubled": (
+        "raise.expert_parallel",
+        {"kind_of": variants.ReducedShared, "added": jobs.doubled},
+    ),
     "tokens of each rank": ("raise.gathered", {"same_tokens": False}),
 }
 
@@ -252,6 +260,10 @@ SPELLED: dict[str, tuple[dict[str, Any], str, str]] = {
     "rows of others dropped": ({**IN_PLACE, "back": "drop"}, "fused_mc2", "gathered_v2"),
     "neither below nor above": (
         {"same_tokens": True, "kind_of": spelled.InPlaceReduced, "own": "neither"}, "mc2", "reduced_v2"
+    ),
+    "a shared expert in the sum": ({"same_tokens": True, "kind_of": variants.ReducedShared}, "mc2", "reduced_v2"),
+    "a shared expert in the sum, W8A8": (
+        {"same_tokens": True, "kind_of": variants.ReducedShared, "quantisation": "w8a8"}, "alltoall", "reduced_v2"
     ),
     "prefix sums": ({"kind_of": spelled.PrefixSums, "shared": "", "quantisation": "w8a8"}, "fused_mc2", "mc2_v2"),
     "slots that are off": ({"kind_of": spelled.Slots, "copies": 3, "zero": 1, "quantisation": "w8a8"}, "mc2", "mc2_v2"),

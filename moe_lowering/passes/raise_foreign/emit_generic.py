@@ -111,9 +111,20 @@ def _result(block: ForeignBlock, emit: Emitter, y: Node, weights: Node, sent: Di
     y = emit.cast(y, result.dtype if block.norm is None else block.norm.gamma.meta["val"].dtype)
     for base in block.bases:
         y = emit.call(aten.add.Tensor, base, y)
+    if block.partial:
+        y = emit.call(aten.add.Tensor, _summed(block, emit), y)
     if block.copied is not None:
         y = _add_copies(block.copied, emit, y, weights, sent)
     return y if block.constant is None else _add_constants(block.constant, emit, y, weights, sent)
+
+
+def _summed(block: ForeignBlock, emit: Emitter) -> Node:
+    """What the ranks add to their own results, over all of them."""
+    own = block.partial[0]
+    for other in block.partial[1:]:
+        own = emit.call(aten.add.Tensor, own, other)
+    c10d = torch.ops._c10d_functional
+    return emit.call(c10d.wait_tensor.default, emit.call(c10d.all_reduce.default, own, "sum", block.partial_group))
 
 
 def _masked_ids(block: ForeignBlock, emit: Emitter, ids: Node, mask: Node) -> Node:

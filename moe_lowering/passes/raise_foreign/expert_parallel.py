@@ -6,7 +6,8 @@ Every rank has all tokens, computes its own n experts, and the results are added
     y = all_reduce(experts(x, own, w))
 
 This is a block over all ranks whose TP group is its EP group: all of them have the same tokens, and ``combine`` gives the
-complete result on each. Proven: these lines, with this rank's place and the group of the deployment; that the ids are
+complete result on each. What a rank adds to its own result before (its part of a shared expert) is summed by an all_reduce of
+its own. Proven: these lines, with this rank's place and the group of the deployment; that the ids are
 chosen among exactly n * ranks experts; that nothing but the sum over the ranks reads a rank's own result.
 Source: transformers.expert_parallel, transformers.moe: AllReduceEP, ids past the last expert.
 """
@@ -19,6 +20,7 @@ from typing import Any
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
+from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.graph.walks import name_of
 from moe_lowering.passes.raise_foreign.ids_range import out_of_range
@@ -61,12 +63,13 @@ def over_shared_tokens(block: ForeignBlock, deployment: Deployment) -> tuple[For
             f"ids of one choice among exactly {everywhere}, {block.num_experts} on each of {ranks} ranks",
         )  # fmt: skip
     weights, masked = _unmasked(block.weights, own.off)
-    result, summing = summed_over_ranks(block.result, deployment)
+    total = summed_over_ranks(block.result, deployment)
     places = {name: getattr(deployment, name) for name in ("ep_group", "ep_size", "tp_group", "tp_size")}
     whole = dataclasses.replace(
-        block, ids=own.ids, weights=weights, result=result, num_experts=everywhere, **places
+        block, ids=own.ids, weights=weights, result=total.result, num_experts=everywhere, **places,
+        bases=(), partial=(*block.bases, *total.partial), partial_group=total.group,
     )  # fmt: skip
-    return whole, (*own.nodes, *masked, *summing)
+    return whole, (*own.nodes, *masked, *total.nodes)
 
 
 def _not(node: Node, seen: str, expected: str) -> NotThisForm:
@@ -130,19 +133,41 @@ def _unmasked(weights: Node, off: Node) -> tuple[Node, tuple[Node, ...]]:
     raise _not(weights, f"weights from {weights.name} of experts of other ranks", "zero for those, by the same mask")
 
 
-def summed_over_ranks(result: Node, deployment: Deployment) -> tuple[Node, tuple[Node, ...]]:
-    """What a rank's own result becomes in the sum over the ranks."""
-    sums = [user for user in result.users if name_of(user) == "all_reduce"]
+@dataclasses.dataclass(frozen=True)
+class RankSum:
+    """What a rank's own result becomes in the sum over the ranks.
+
+    Attributes:
+        result: the sum. nodes: those that add up, it among them.
+        partial: what is added to the rank's own result before, such as a shared expert's part. group: that the sum is over.
+    """
+
+    result: Node
+    nodes: tuple[Node, ...]
+    partial: tuple[Node, ...]
+    group: str
+
+
+def summed_over_ranks(result: Node, deployment: Deployment) -> RankSum:
+    """How one rank's own result is summed over the ranks.
+
+    Raises:
+        NotThisForm: it is not, or by others too.
+    """
+    own, additions, partial = result, list[Node](), list[Node]()
+    while len(own.users) == 1 and (other := _added_to(own)) is not None:
+        (own,) = own.users
+        additions.append(own)
+        partial.append(other)
+    sums = [user for user in own.users if name_of(user) == "all_reduce"]
     if len(sums) != 1:
-        raise _not(
-            result, f"{result.name}, one rank's sum, goes to {', '.join(map(str, result.users))}", "one all_reduce"
-        )
+        raise _not(own, f"{own.name}, one rank's sum, goes to {', '.join(map(str, own.users))}", "one all_reduce")
     (reduce,) = sums
     _, operation, group = reduce.args[:3]
     groups = (deployment.ep_group, deployment.tp_group)
     if operation != "sum" or group not in groups:
         raise _not(reduce, f"all_reduce({operation!r}, {group!r})", f"a sum over the ranks of {groups[0]!r}")
-    nodes, end = [reduce], reduce
+    nodes, end = [*additions, reduce], reduce
     for name in ("wait_tensor", "copy"):  # a reduction in place is copied to where the tensor was
         following = [user for user in end.users if name_of(user) == name]
         if len(following) == len(end.users) == 1 and following[0].args[-1] is end:
@@ -150,9 +175,21 @@ def summed_over_ranks(result: Node, deployment: Deployment) -> tuple[Node, tuple
             nodes.append(end)
         elif name == "wait_tensor":
             raise _not(end, f"{end.name} is not waited for", "wait_tensor")
-    others = [user for user in result.users if user is not reduce and user is not end]
+    others = [user for user in own.users if user is not reduce and user is not end]
     if others:
-        raise _not(
-            result, f"{result.name}, one rank's sum, is also read by {others[0].name}", "the sum over the ranks alone"
-        )
-    return end, tuple(nodes)
+        raise _not(own, f"{own.name}, one rank's sum, is also read by {others[0].name}", "the sum over the ranks alone")
+    return RankSum(end, tuple(nodes), tuple(partial), str(group))
+
+
+def _added_to(own: Node) -> Node | None:
+    """The tensor like a rank's own result that its only reader adds to it; None where it does something else."""
+    (user,) = own.users
+    if name_of(user) != "add" or argument(user, "alpha") != 1:
+        return None
+    first, second = user.args[:2]
+    other = second if first is own else first
+    if not isinstance(other, Node) or other is own:
+        return None
+    sum_, mine, theirs = (each.meta["val"] for each in (user, own, other))
+    alike = mine.dtype == theirs.dtype == sum_.dtype and [*map(size_key, mine.shape)] == [*map(size_key, theirs.shape)]
+    return other if alike else None

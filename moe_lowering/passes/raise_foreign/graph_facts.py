@@ -13,10 +13,11 @@ from moe_lowering.passes.graph.scopes import scope_paths
 
 
 class GraphFacts:
-    """Scopes and writes of a graph, as it is when they are first asked for."""
+    """Scopes and writes of a graph, as it is when they are first asked for; ``results`` of the layers of ATen found so far."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
+        self.results: list[Node] = []
 
     @cached_property
     def scopes(self) -> dict[Node, tuple[str, ...]]:

@@ -21,7 +21,17 @@ from moe_lowering.passes.raise_foreign.graph_facts import facts_of
 from moe_lowering.passes.raise_foreign.ids_range import made_from, out_of_range
 from moe_lowering.passes.raise_foreign.joined_storage import joined_storage
 from moe_lowering.passes.raise_foreign.match_activation import Gated, match_activation
-from moe_lowering.passes.raise_foreign.meanings import Value, choices, feature, flat, product, sizes, slots, tokens
+from moe_lowering.passes.raise_foreign.meanings import (
+    Value,
+    choices,
+    feature,
+    flat,
+    opaque,
+    product,
+    sizes,
+    slots,
+    tokens,
+)
 from moe_lowering.passes.raise_foreign.read_meanings import Reader
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, NotThisForm, Weights
 from moe_lowering.passes.raise_foreign.terms import (
@@ -46,7 +56,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def match_experts(
-    form: str, graph: Graph, products: Sequence[Node], deployment: Deployment, of_ids: Node | None
+    form: str, graph: Graph, products: Sequence[Node], deployment: Deployment, of_ids: Node | None, shares: bool = False
 ) -> ForeignBlock:
     """The layer that ``products``, all matrix products of its experts, belong to.
 
@@ -55,11 +65,16 @@ def match_experts(
 
     Args:
         of_ids: a node that is computed from the ids alone.
+        shares: another layer has the same ids: what is computed from them, and from x, in front of the products may be read by
+            it too, and stays as long as it is.
 
     Raises:
         NotThisForm: it is not proven to be one.
     """
+    facts = facts_of(graph)
     reader = Reader(products)
+    for node in facts.results:  # of other layers
+        reader.assume(node, opaque(node))
     reader.start_at(of_ids)
     result = end_of_casts(reader, find_result(reader, products))
     value = reader.value(result)
@@ -72,18 +87,17 @@ def match_experts(
     shared = over_shared_tokens(block, deployment)
     block, beside = shared or (_over_ranks(block, deployment), ())
     result = block.result
-    region = region_of(result, block.operands, lambda node: _is_outside(reader, node))
-    region = sorted({*region, *beside})
+    inside = region_of(own.result, block.operands, lambda node: _is_outside(reader, node))
+    region = sorted({*inside, *beside, result})
     _require_bounds(reader, region, own, shared is not None)
     _require_precision(result, region, block)
-    facts = facts_of(graph)
     before, read = copies_before(region, lambda node: _is_own(reader, node))
     read += [*block.operands, *(sources := made_from(block.ids, block.num_experts))]
     before += [node for node in sources if node.op == "call_function"]
-    interior = closed_region(
-        result, region, before, read, lambda node: _may_stay(reader, node), facts.scopes, facts.writes
-    )
-    return dataclasses.replace(block, interior=interior)
+    stays = _is_shared if shares else _may_stay
+    interior = closed_region(result, region, before, read, lambda node: stays(reader, node), facts.scopes, facts.writes)
+    facts.results.append(result)
+    return dataclasses.replace(block, interior=interior, shared=tuple(sorted({*region} - {*interior})))
 
 
 def _over_ranks(block: ForeignBlock, deployment: Deployment) -> ForeignBlock:
@@ -146,6 +160,11 @@ def _may_stay(reader: Reader, node: Node) -> bool:
         return False
     value = reader.value(node)
     return value is not None and (not value.is_slotted or isinstance(value.term, (Counts, Position)))
+
+
+def _is_shared(reader: Reader, node: Node) -> bool:
+    """What another layer of the same ids may read too: all but what the products give."""
+    return _may_stay(reader, node) or not reader.is_derived(node)
 
 
 def _require_precision(result: Node, region: Sequence[Node], block: ForeignBlock) -> None:

@@ -4,7 +4,7 @@
     npu_moe_finalize_routing, with weights that are zero for experts of other ranks > reduce_scatter
 
 In a deployment whose TP group is its EP group all ranks have the same tokens: nothing is gathered there, and an all_reduce gives
-the sums to all of them.
+the sums to all of them. What a rank adds to its own sums before (a shared expert, ``skip1``) has an all_reduce of its own then.
 
 The anchor is init_routing_v2 in a deployment of several ranks. Proven beside what ``match_routing_chain`` proves:
 1. x, ids and weights are gathered over the EP group, in its order, or are those of the TP group;
@@ -57,7 +57,7 @@ def match_gathered(route: Node, deployment: Deployment) -> Chain:
     first, last = rank * own, (rank + 1) * own
     chain = match_range(route, [first, last])
     unmasked, rounded = _weights_of_all(chain, route, first, last)
-    for added in chain.added:
+    for added in chain.added if deployment.tp_size == 1 else ():
         raise NotThisForm(added, "raise.literal", f"{added.name} is added on each rank", "no skip1, no skip2")
     sent = dict(chain.sent)
     if deployment.tp_size == 1:
@@ -66,8 +66,10 @@ def match_gathered(route: Node, deployment: Deployment) -> Chain:
         sent |= {n: sent[n] and _gathered(sent[n], deployment, route) for n in ("x", "ids", "x_scale")}
     else:
         form, weights = REDUCED, unmasked
-        result, summing = summed_over_ranks(chain.combine, deployment)
-        chain.walk.add(*summing)
+        total = summed_over_ranks(chain.combine, deployment)
+        result, chain = total.result, dataclasses.replace(chain, added=(), partial=(*chain.added, *total.partial))
+        chain = dataclasses.replace(chain, partial_group=total.group)
+        chain.walk.add(*total.nodes)
     chain.walk.add(route, result)
     repeated = may_repeat(sent["ids"])
     if repeated is not None:

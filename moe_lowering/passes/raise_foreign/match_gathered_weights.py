@@ -16,18 +16,27 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.graph.walks import VIEWS, name_of, source_of, walk_readers
 from moe_lowering.passes.raise_foreign.match_experts import match_experts
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
+from moe_lowering.passes.raise_foreign.split_layers import split_layers
 
 NAME = "gathered_weights"
 
 
 def by_ids(anchors: Sequence[Node]) -> list[list[Node]]:
-    """Gathers of matrices by one tensor of integers that go into batched products, two of them or more."""
+    """Gathers of matrices by one tensor of integers that go into batched products, two of them or more; layer by layer."""
     groups: dict[Any, list[Node]] = defaultdict(list)
     for node in anchors:
         ids = _ids(node)
         if ids is not None and _products(node):
             groups[source_of(ids)].append(node)
-    return [nodes for nodes in groups.values() if len(nodes) > 1]
+    return [layer for nodes in groups.values() if len(nodes) > 1 for layer in _by_layer(nodes)]
+
+
+def _by_layer(gathers: list[Node]) -> list[list[Node]]:
+    """The gathers of each layer, where each goes into one product."""
+    products = {product: gather for gather in gathers for product in _products(gather)}
+    if len(products) != len(gathers):
+        return [gathers]
+    return [[products[product] for product in layer] for layer in split_layers([*products])]
 
 
 def _ids(node: Node) -> Node | None:
@@ -59,7 +68,10 @@ def match(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignB
         raise NotThisForm(
             anchors[0], "raise.operation", f"{len(anchors)} gathers for {len(set(products))} products", "one for each"
         )
-    return match_experts(NAME, graph, products, deployment, _ids(anchors[0]))
+    ids = source_of(_ids(anchors[0]))
+    every = graph.find_nodes(op="call_function", target=anchors[0].target)
+    shares = any(node not in anchors and source_of(_ids(node)) is ids and _products(node) for node in every)
+    return match_experts(NAME, graph, products, deployment, _ids(anchors[0]), shares)
 
 
 FORM = Form(NAME, ("aten.index.Tensor", "aten.index_select.default"), by_ids, match)

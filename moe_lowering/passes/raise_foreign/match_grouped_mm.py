@@ -16,18 +16,19 @@ from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.graph.walks import VIEWS, name_of
 from moe_lowering.passes.raise_foreign.match_experts import match_experts
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form
+from moe_lowering.passes.raise_foreign.split_layers import split_layers
 
 NAME = "grouped_mm"
 
 
 def by_offsets(anchors: Sequence[Node]) -> list[list[Node]]:
-    """Products with one tensor of offsets; without offsets it is a batched product of something else."""
+    """Products with one tensor of offsets, layer by layer; without offsets it is a batched product of something else."""
     groups: dict[Any, list[Node]] = defaultdict(list)
     for node in anchors:
         offsets = argument(node, "offs")
         if offsets is not None:
             groups[_spelling(offsets)].append(node)
-    return list(groups.values())
+    return [layer for nodes in groups.values() for layer in split_layers(nodes)]
 
 
 def _spelling(node: Any, depth: int = 12) -> Any:
@@ -44,7 +45,11 @@ def _is_of_offsets(node: Node) -> bool:
 
 
 def match(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignBlock:
-    return match_experts(NAME, graph, anchors, deployment, argument(anchors[0], "offs"))
+    offsets = argument(anchors[0], "offs")
+    spelling = _spelling(offsets)
+    every = graph.find_nodes(op="call_function", target=anchors[0].target)
+    shares = any(node not in anchors and _spelling(argument(node, "offs")) == spelling for node in every)
+    return match_experts(NAME, graph, anchors, deployment, offsets, shares)
 
 
 FORM = Form(NAME, ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"), by_offsets, match)

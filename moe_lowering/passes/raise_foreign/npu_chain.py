@@ -39,6 +39,7 @@ class Chain:
         weights: the routing weights [T, k].
         counts: rows of each expert, [E_local] int64, which others may read too; None where they are not like that.
         added: [T, H] each, what is added to the result. copied, constant: what copy and const experts add to it.
+        partial: what each rank adds to its own result before the sum over ``partial_group``.
         read_before: what stands in front of dispatch and is proven too, such as masks; read elsewhere perhaps.
         drops: a slot of another rank's expert gives nothing, whatever its weight is.
         norm: what the last operator does after combine; ``combine`` is the first of its results then.
@@ -62,6 +63,8 @@ class Chain:
     norm: Norm | None = None
     rounded: Any = None
     x_smooth: Node | None = None
+    partial: tuple[Node, ...] = ()
+    partial_group: str = ""
     read_before: tuple[Node, ...] = ()
 
     @property
@@ -96,6 +99,8 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
         w2=Weights(tuple(fields.pop("w2"))),
         weights=chain.weights,
         bases=chain.added,
+        partial=chain.partial,
+        partial_group=chain.partial_group,
         copied=chain.copied,
         constant=chain.constant,
         counts=chain.counts if outside else None,

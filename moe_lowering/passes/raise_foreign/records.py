@@ -80,8 +80,9 @@ class ForeignBlock:
 
     Attributes:
         form: the name of the form, a key of ``FORMS``.
-        result: the node whose value is the sum of ``bases``, ``copied``, ``constant`` and ``combine(...)``; it is replaced.
+        result: the node whose value is the sum of ``combine(...)`` and what is added to it; it is replaced.
         interior: all nodes that are there for the result's sake alone, the result among them; erased with it.
+        shared: nodes that it is computed from too and that others read; what nobody reads any more goes with it.
         x: tokens [..., H]. ids, weights: [..., k], of as many tokens; any integers and floats.
         num_experts: E, on all ranks.
         w13_bias, w2_bias, and the lists of quantised weights: as ``grouped_mlp`` takes them; with ``w13.joined`` those of
@@ -90,6 +91,7 @@ class ForeignBlock:
         weigh_input: x is multiplied by the weights instead of the results; k is 1.
         x_smooth, h_smooth: [E, H] and [E_local, I] float32, smooth scales of tokens and activations.
         bases: [T, H] each, added to the result. copied, constant: what copy and const experts add to it.
+        partial: [..., H] each, what each rank adds to its own result; their sum over ``partial_group`` is added to the result.
         zero_experts: ids past the experts', for which no row is sent.
         slot_mask: [T, k] bool, False for a slot that gives nothing, whatever its id is; None for none of them.
         counts: rows of each expert as the generic ``dispatch`` gives them, where they are read elsewhere too.
@@ -122,6 +124,8 @@ class ForeignBlock:
     rounded: Any = None
     weigh_input: bool = False
     bases: tuple[Node, ...] = ()
+    partial: tuple[Node, ...] = ()
+    partial_group: str = ""
     copied: Copied | None = None
     constant: Constant | None = None
     zero_experts: int = 0
@@ -148,6 +152,7 @@ class ForeignBlock:
     own_operators: tuple[tuple[str, int], ...] = ()
     overlaps: bool = False
     norm: Norm | None = None
+    shared: tuple[Node, ...] = ()
     notes: tuple[str, ...] = ()
 
     def reading(self, replaced: Mapping[Node, Node]) -> ForeignBlock:
@@ -163,12 +168,13 @@ class ForeignBlock:
             if isinstance(value, Copied):
                 return dataclasses.replace(value, x=now(value.x))
             if isinstance(value, Constant):
-                return Constant(*map(now, value.nodes), value.first, value.last)
+                x, alpha_1, alpha_2, v = map(now, value.nodes)
+                return Constant(x, alpha_1, alpha_2, v, value.first, value.last)
             if isinstance(value, Norm):
                 return dataclasses.replace(value, residual=now(value.residual), gamma=now(value.gamma))
             return tuple(map(now, value)) if isinstance(value, tuple) else value
 
-        kept = ("result", "interior", "counts", "first", "middle", "edges", "own_operators")
+        kept = ("result", "interior", "shared", "counts", "first", "middle", "edges", "own_operators")
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in kept}
         return dataclasses.replace(self, **{name: now(value) for name, value in fields.items()})
 
@@ -194,7 +200,7 @@ class ForeignBlock:
                 return (plain(value.residual), plain(value.gamma), value.epsilon, tuple(at for at, _ in value.results))
             return tuple(map(plain, value)) if isinstance(value, tuple) else value
 
-        kept = ("interior", "notes", "first", "middle", "edges")
+        kept = ("interior", "shared", "notes", "first", "middle", "edges")
         return tuple(plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in kept)
 
     @property
@@ -207,6 +213,7 @@ class ForeignBlock:
         )  # fmt: skip
         lists: tuple[Sequence[Node], ...] = (
             self.bases,
+            self.partial,
             self.w13.nodes,
             self.w2.nodes,
             self.w13_bias,

@@ -64,12 +64,12 @@ def constant_experts(combine: Node) -> Constant | None:
     if not number:
         return None
     result = value_of(combine)
-    x, *mixed = (argument(combine, name) for name in ("ori_x", *_OF_CONST))
+    x, alpha_1, alpha_2, v = tensors = tuple(argument(combine, name) for name in ("ori_x", *_OF_CONST))
     lines = result.new_empty(number, result.shape[1])
-    for name, node, like in zip(("ori_x", *_OF_CONST), (x, *mixed), (result, lines, lines, lines), strict=True):
+    for name, node, like in zip(("ori_x", *_OF_CONST), tensors, (result, lines, lines, lines), strict=True):
         if not isinstance(node, Node) or not same_sizes(value_of(node), like) or value_of(node).dtype != result.dtype:
             seen = f"{combine.name}: {name} is {node} with {number} const experts"
             raise NotThisForm(combine, "raise.special_experts", seen, f"{result.dtype} {tuple(like.shape)}")
     first = argument(combine, "moe_expert_num") + argument(combine, "zero_expert_num")
     first += argument(combine, "copy_expert_num")
-    return Constant(x, *mixed, first, first + number)
+    return Constant(x, alpha_1, alpha_2, v, first, first + number)
