@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_lowering.cli import terminal
+from moe_lowering.cli import collection, terminal
 from moe_lowering.cli.commands import PageReport, Report, Request, parse, run
 from moe_lowering.cli.files import write_file
 from moe_lowering.cli.progress import Progress
@@ -30,7 +30,7 @@ OK, FAILED, USAGE = 0, 1, 2
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code. SIGINT and SIGTERM end it with 130 and 143, once everything is cleaned up."""
     try:
-        with interruptible():
+        with interruptible(), collection.of_command():
             return _main(arguments)
     except KeyboardInterrupt:
         number = signal.SIGINT

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from moe_lowering.cli import collection
 from moe_lowering.cli.completion import complete
 from moe_lowering.cli.explain import arguments as explain_arguments
 from moe_lowering.cli.explain.request import ExplainRequest
@@ -125,7 +126,8 @@ def run(request: Request, progress: Callable[[str], None]) -> Report:
         from moe_lowering.cli.models.command import run_models
 
         return run_models(request, progress)
-    from moe_lowering.cli.explain.command import run_explain
+    with collection.paused():
+        from moe_lowering.cli.explain.command import run_explain
 
     return run_explain(request, progress)
 

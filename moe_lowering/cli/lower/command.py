@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from moe_lowering.cli import collection
 from moe_lowering.cli.lower.request import LowerRequest
 
 if TYPE_CHECKING:
@@ -25,9 +26,11 @@ def run_lower(request: LowerRequest, progress: Callable[[str], None]) -> LowerOu
 
 def _run(request: LowerRequest, progress: Callable[[str], None]) -> LowerOutcome:
     if request.fake:
-        from moe_lowering.cli.lower.fake import lower_fake
+        with collection.paused():
+            from moe_lowering.cli.lower.fake import lower_fake
 
         return lower_fake(request, progress)
-    from moe_lowering.cli.lower.run import lower_and_compare
+    with collection.paused():
+        from moe_lowering.cli.lower.run import lower_and_compare
 
     return lower_and_compare(request, progress)

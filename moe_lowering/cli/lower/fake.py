@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_lowering import _bootstrap
 from moe_lowering.backends.aot import lowering_backend
-from moe_lowering.cli.lower import layerwise, models
+from moe_lowering.cli import collection
+from moe_lowering.cli.lower import fake_weights, layerwise, models
 from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.prepare import (
     assumptions,
@@ -48,21 +49,25 @@ class _Done(Exception):
 
 def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> LowerOutcome:
     """Carry out a command with ``--fake``."""
-    if not _bootstrap.cann_is_installed():
-        progress(f"enabling the simulator ({request.soc})")
-        enable_simulator(request.soc)
-    register_transformers(request)
-    plan = models.plan_model(request)
-    skeleton = models.skeleton(plan, fake=True)
-    unsupported = unsupported_modules(skeleton)
-    if outcome := early_outcome(request, plan, skeleton, unsupported):
+    with collection.paused():
+        if not _bootstrap.cann_is_installed():
+            progress(f"enabling the simulator ({request.soc})")
+            enable_simulator(request.soc)
+        register_transformers(request)
+        plan = models.plan_model(request)
+        model = models.skeleton(plan, getattr(torch, request.dtype), fake=True)
+    unsupported = unsupported_modules(model)
+    if outcome := early_outcome(request, plan, model, unsupported):
         return outcome
     facts = [("assumed", assumptions(request))]
     with _fake_groups(request) as deployment:
         lowering = MoeLowering(deployment, request.comm, policy=request.policy, overlap=request.overlap)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            progress(f"building {plan.name} ({count_of(plan.layers, 'layer')}, {request.dtype}) without weights")
-            model = models.build(plan, getattr(torch, request.dtype), fake=True)
+        progress(f"building {plan.name} ({count_of(plan.layers, 'layer')}, {request.dtype}) without weights")
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        is_fake = fake_weights.make_fake(model, mode)
+        with mode:
+            if not is_fake:
+                model = models.build(plan, getattr(torch, request.dtype), fake=True)
             if request.ep > 1:
                 shard_experts(model, deployment)
             if request.quantised:

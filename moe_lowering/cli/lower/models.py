@@ -115,10 +115,10 @@ def build(plan: ModelPlan, dtype: torch.dtype, *, fake: bool = False) -> nn.Modu
         raise UsageError(f"argument MODEL: {error}") from error
 
 
-def skeleton(plan: ModelPlan, *, fake: bool = False) -> nn.Module:
+def skeleton(plan: ModelPlan, dtype: torch.dtype = torch.bfloat16, *, fake: bool = False) -> nn.Module:
     """The model without data, on device meta: what it is made of, and how large it is."""
     with torch.device("meta"):
-        return build(plan, torch.bfloat16, fake=fake)
+        return build(plan, dtype, fake=fake)
 
 
 def available_memory() -> int | None:

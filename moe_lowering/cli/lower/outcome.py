@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_lowering.cli.html.lower_page import lower_page
 from moe_lowering.cli.lower.compare import LOGITS_SNR_FLOOR, MAX_REROUTED, SNR_FLOOR, TOLERANCE, Errors
 from moe_lowering.cli.lower.graph_replay import Captured
 from moe_lowering.cli.lower.request import LowerRequest
-from moe_lowering.explanation.table import Row
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport
 from moe_lowering.report.schemas import SCHEMA_VERSION
 from moe_lowering.report.text import labelled_text, render
 from moe_lowering.report.width import fold
+
+if TYPE_CHECKING:
+    from moe_lowering.explanation.table import Row
 
 
 @dataclasses.dataclass
@@ -120,6 +121,8 @@ class LowerOutcome:
 
     def to_html(self) -> str:
         """A page with the blocks drawn, and the choice over tokens and EP sizes."""
+        from moe_lowering.cli.html.lower_page import lower_page  # only a command that asked for a page pays for it
+
         return lower_page(self, self.choices)
 
     def to_text(self) -> str:
