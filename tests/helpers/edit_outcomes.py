@@ -135,17 +135,16 @@ def runs_everywhere(gm: Any, made: dict[str, torch.Tensor]) -> bool:
 
     A chain with communicating operators of torch_npu runs as it is: what it refuses, it refuses on all ranks alike.
     """
-    if any(getattr(node.target, "namespace", "") == "npu" for node in gm.graph.nodes):
-        return _alike_everywhere(exchanges(gm))
+    communicates = any(getattr(node.target, "namespace", "") == "npu" for node in gm.graph.nodes)
     try:
         values(gm)
-        with torch.no_grad():
-            Alone(gm).run(*(tensor.clone() for tensor in made.values()))
-        ran = torch.ones(1)
+        if not communicates:
+            with torch.no_grad():
+                Alone(gm).run(*(tensor.clone() for tensor in made.values()))
+        runs = True
     except Exception:  # an edit made a graph that does not run
-        ran = torch.zeros(1)
-    dist.all_reduce(ran)
-    return int(ran) == dist.get_world_size() and _alike_everywhere(exchanges(gm))
+        runs = False
+    return _alike_everywhere([str(runs), *exchanges(gm)]) and runs
 
 
 def run_all(gm: Any, made: dict[str, torch.Tensor]) -> Any:

@@ -87,10 +87,12 @@ def edited_alone(name: str, seeds: list[str]) -> list[tuple[str, str]]:
     return outcomes(*graph_of(kind(**given), 0), where, "allgather", seeds)
 
 
-def graph_of(layer: Any, rank: int, **more: torch.Tensor) -> tuple[Any, dict[str, torch.Tensor]]:
+def graph_of(
+    layer: Any, rank: int, of_ids: torch.dtype = torch.int32, **more: torch.Tensor
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """The graph of a layer as the pass gets it, and its inputs; ``more`` stand behind x, ids and weights."""
     x, ids, weights = jobs.inputs_of(layer, rank)
-    given = {"x": x, "ids": ids, "weights": weights, **more}
+    given = {"x": x, "ids": ids.to(of_ids), "weights": weights, **more}
     made = {**given, **dict(layer.named_buffers())}
 
     def function(**tensors: Any) -> Any:

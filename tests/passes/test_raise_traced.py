@@ -12,6 +12,7 @@ from foreign_forms import (
     EXPERTS,
     FLOAT,
     FORMS,
+    INTERMEDIATE,
     KN,
     TOP_K,
     Foreign,
@@ -155,6 +156,28 @@ def test_tokens_that_are_written_after_their_rows_were_taken():
     (found,) = {found.not_raised.code for found in lower(gm).foreign}
     assert found == "raise.written_between"
     torch.testing.assert_close(run(gm, made), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("halved", [torch.ops.aten.slice.Tensor, torch.ops.aten.slice_copy.Tensor])
+def test_gate_and_up_that_are_halves_of_one_tensor(halved):
+    """Views of it are it as it is; copies as it was before it was written, which is before the layer."""
+
+    def forward(x, weights, ids, **t):
+        stored = t["w13"] * 1.0
+        gate, up = halved(stored, 2, 0, INTERMEDIATE), halved(stored, 2, INTERMEDIATE, 2 * INTERMEDIATE)
+        stored.mul_(2.0)
+        sorted_ids, perm = order(ids)
+        offs, rows = offsets(sorted_ids), x[perm // TOP_K]
+        y = product(torch.nn.functional.silu(product(rows, gate, offs)) * product(rows, up, offs), t["w2"], offs)
+        return back(y * weights.reshape(-1)[perm].unsqueeze(-1), perm, ids) + stored.mean()
+
+    made = Foreign("grouped_mm", forward, KN, kn(), FLOAT).make()
+    gm = trace_by("export", forward, made)
+    expected = run(gm, made)
+    (block,) = lower(gm).blocks
+    joined = [node for node in gm.graph.nodes if node.target is torch.ops.aten.cat.default]
+    assert block.comm == "allgather" and bool(joined) == (halved is torch.ops.aten.slice_copy.Tensor)
+    torch.testing.assert_close(run(gm, made), expected, rtol=1e-5, atol=1e-5)
 
 
 def routed(keep_values):

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import npu_chain_first as first
 import npu_chain_layers as chains
 import pytest
 import torch
@@ -21,7 +22,7 @@ from foreign_forms import FORMS
 from raise_graphs import graph_of, trace
 from torch import Tensor
 
-from moe_lowering import Deployment, simulator
+from moe_lowering import Deployment, simulator, testing
 
 ZERO = torch.ops.aten.zero_.default
 ATEN = ("argsort back", "batched_mm, k = 1", "grouped_mm")
@@ -80,6 +81,49 @@ def test_a_write_into_a_layer_of_aten_operators(form):
 def test_a_write_into_a_chain(form):
     kind, given = OF_ONE[form]
     require_left_or_equal(*graph_of_chain(kind(**given), 0))
+
+
+class CastTwice(first.Permuted):
+    """Ids that the routing and the counts cast, each for itself."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        made = chains.npu().npu_moe_token_permute(x, ids.to(torch.int32), None)
+        counts = torch.histc(ids.to(torch.int32).float(), chains.EXPERTS, 0, chains.EXPERTS).to(torch.int64)
+        out = self.mlp(made[0], counts, 1)
+        return chains.npu().npu_moe_token_unpermute(out, made[1], weights.bfloat16())
+
+
+def test_a_write_into_ids_that_are_cast_twice():
+    require_left_or_equal(*graph_of_chain(CastTwice(), 0, of_ids=torch.int64))
+
+
+class SentTwice(chains.Mc2):
+    """MC2 whose ends cast ids for themselves."""
+
+    def combine(self, rows: Tensor, ids: Tensor, *args: Any, **more: Any) -> Any:
+        return super().combine(rows, self.ids.to(torch.int32), *args, **more)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor | None = None) -> Any:
+        self.ids = ids
+        return super().forward(x, ids.to(torch.int32), weights, mask)
+
+
+@pytest.mark.parametrize("place", ["", "placeholder", "dispatch", "combine", "output"])
+def test_a_write_into_ids_that_both_ends_cast(place):
+    """Behind the node that the place says; before both ends or after them it is no matter."""
+    with testing.fake_deployment(ep_size=2) as deployment:
+        gm, _ = graph_of_chain(SentTwice(deployment.ep_communicator, "none", "swiglu", 0, 2), 0, of_ids=torch.int64)
+        cast = next(node for node in gm.graph.nodes if node.kwargs.get("dtype") is torch.int32)
+        (ids,) = cast.args
+        ends = [node for node in gm.graph.nodes if "npu_moe_distribute" in str(node.target)]
+        places = dict(zip(("dispatch", "combine"), ends, strict=True)) | {"placeholder": cast.prev}
+        if place:
+            where = gm.graph.inserting_before(gm.graph.output_node())
+            with gm.graph.inserting_after(places[place]) if place in places else where:
+                gm.graph.call_function(ZERO, (ids,)).meta.update(val=ids.meta["val"])
+        report = lower_copy(gm, deployment, "allgather")[1]
+    assert [block.raised_from for block in report.blocks] == ([] if place == "dispatch" else ["mc2_v2"]), report.foreign
+    assert place != "dispatch" or "[raise.written_between]" in str(report.foreign[0])
 
 
 def test_a_write_into_what_the_ids_were_chosen_by():

@@ -13,7 +13,7 @@ Source: wheel.torchair_scope: npu_wait_tensor.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -199,6 +199,7 @@ _RESHAPES = frozenset({
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
     aten.squeeze.dims, aten.squeeze.default,
 })  # fmt: skip
+_THROUGH = _ALIASES | _VIEWS | _RESHAPES
 _FEW = 4  # views one behind the other
 
 
@@ -235,6 +236,21 @@ def _before_views(node: Node) -> Node | None:
         if isinstance(at.meta.get("val"), torch.Tensor) and same_sizes(value_of(at), value_of(node)):
             return at
     return None
+
+
+def written_twice(nodes: Iterable[Node]) -> tuple[list[Node], list[Node]]:
+    """Of what a chain reads: (casts and views of one value that stand beside each other or beside it, these values).
+
+    ``equal_values`` takes them to be equal, which they are where nothing was written in between.
+    """
+    read: dict[Node, list[list[Node]]] = {}
+    for node in dict.fromkeys(nodes):
+        path = [node]
+        while path[-1].target in _THROUGH and path[-1].args and isinstance(path[-1].args[0], Node):
+            path.append(path[-1].args[0])
+        read.setdefault(path[-1], []).append(path)
+    several = {source: paths for source, paths in read.items() if len(paths) > 1}
+    return [node for paths in several.values() for path in paths for node in path[:-1]], [*several]
 
 
 def equal_values(a: Any, b: Any) -> bool:

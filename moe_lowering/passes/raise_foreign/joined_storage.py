@@ -38,15 +38,20 @@ def joined_storage(weights: Weights) -> Weights | None:
     return Weights((gate.whole,), transposed) if gate.at == columns else None
 
 
+def _view_of(node: Node) -> str:
+    """The name of the operator that a view is; "" of a copy (``slice_copy``), which is its tensor as it was and not as it is."""
+    return "" if str(getattr(node.target, "_opname", "")).endswith("_copy") else name_of(node)
+
+
 def _half(node: Node) -> _Half | None:
     swapped = False
-    while name_of(node) in ("transpose", "permute", "alias", "detach"):
-        if name_of(node) in ("transpose", "permute"):
+    while (name := _view_of(node)) in ("transpose", "permute", "alias", "detach"):
+        if name in ("transpose", "permute"):
             if order_of(node) != [0, 2, 1]:
                 return None
             swapped = not swapped
         node = node.args[0]  # type: ignore[assignment]
-    if name_of(node) != "slice" or argument(node, "step") != 1:
+    if _view_of(node) != "slice" or argument(node, "step") != 1:
         return None
     whole, at = node.args[0], argument(node, "dim")
     assert isinstance(whole, Node)

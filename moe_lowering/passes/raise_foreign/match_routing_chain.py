@@ -183,6 +183,7 @@ def _back(walk: Walk, result: Node) -> tuple[Node, Node, int]:
     back, rows = walk.onward(result, "the experts' result")
     shape = [*map(size_key, value_of(result).shape)]
     padded = back.target in _PADS and [*map(size_key, value_of(back).shape)] == [shape[0], 1, *shape[1:]]
+    padded = padded and (back.target is not aten.unsqueeze.default or argument(back, "dim") in (1, -2))
     if not padded:
         return back, rows, BY_ROW
     walk.add(back)

@@ -12,11 +12,9 @@ import torch
 from torch.fx import Graph, Node
 
 from moe_lowering.passes.blocks import size_key
-from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.graph.memory_effects import Writes, describe
 from moe_lowering.passes.graph.operator_names import operator_name
-from moe_lowering.passes.graph.scopes import is_marker, scope_paths
-from moe_lowering.passes.raise_foreign.chain_walk import Walk, value_of
+from moe_lowering.passes.raise_foreign.chain_walk import Walk, value_of, written_twice
 from moe_lowering.passes.raise_foreign.ids_range import past_experts
 from moe_lowering.passes.raise_foreign.joined_storage import joined_storage
 from moe_lowering.passes.raise_foreign.keep_foreign import expert_operators
@@ -215,8 +213,10 @@ def _has_scopes(graph: Graph) -> bool:
 def _require_unwritten(block: ForeignBlock, graph: Graph, before: tuple[Node, ...]) -> None:
     assert block.first is not None
     tensors = [node for node in block.operands if isinstance(node.meta.get("val"), torch.Tensor)]
-    start = min((block.first, *before))
-    writer = Writes(graph).between(start, block.result, [*block.interior, *tensors, *before])
+    inside = {*block.interior}
+    again, sources = written_twice(each for node in inside for each in node.all_input_nodes if each not in inside)
+    start = min((block.first, *before, *again))
+    writer = Writes(graph).between(start, block.result, [*inside, *tensors, *before, *again, *sources])
     if writer is not None:
         raise NotThisForm(
             writer,
