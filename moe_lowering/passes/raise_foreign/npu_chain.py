@@ -12,8 +12,10 @@ import torch
 from torch.fx import Graph, Node
 
 from moe_lowering.passes.blocks import size_key
+from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.graph.memory_effects import Writes, describe
 from moe_lowering.passes.graph.operator_names import operator_name
+from moe_lowering.passes.graph.scopes import is_marker, scope_paths
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, value_of, written_twice
 from moe_lowering.passes.raise_foreign.ids_range import past_experts
 from moe_lowering.passes.raise_foreign.joined_storage import joined_storage
