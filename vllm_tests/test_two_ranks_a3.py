@@ -1,6 +1,7 @@
 """Qwen3-MoE in W8A8 on two ranks of A3: MC2, AllToAll and FusedMC2, each where vllm-ascend selects it, against its own path."""
 
 import comparison
+import placements
 import pytest
 
 SERVED = {"dtype": "bfloat16", "logprobs": 5}
@@ -73,12 +74,17 @@ def test_what_vllm_ascend_selects(served, checkpoint, own, settings, expected):
     comparison.assert_documented(f"W8A8, two ranks, {decode}", own, found)
 
 
-def test_pieces(served, checkpoint, own):
-    """vLLM's default cudagraph_mode: the same choices in each piece."""
+@pytest.mark.parametrize("what", ["pieces", "redundant_experts"])
+def test_variations(served, checkpoint, own, tmp_path, what):
+    """Each piece as a graph of its own, as by vLLM's default; experts that both ranks have, in other places."""
     folder = checkpoint(prompts=0, **MODEL).folder
-    split = {"cudagraph_mode": "FULL_AND_PIECEWISE", "compile_ranges_endpoints": [CAPACITY]}
-    options = {**OPTIONS, "compilation_config": split}
-    found = served(model=str(folder), ranks=2, graphs=True, plugin={"strict": True}, options=options, **SERVED)
+    compilation = {"compile_ranges_endpoints": [CAPACITY]}
+    if what == "pieces":
+        compilation["cudagraph_mode"] = "FULL_AND_PIECEWISE"
+    settings = {"options": {**OPTIONS, "compilation_config": compilation}, **SERVED}
+    if what == "redundant_experts":
+        settings["additional"] = placements.write(tmp_path)
+    found = served(model=str(folder), ranks=2, graphs=True, plugin={"strict": True}, **settings)
     for rank in found["ranks"]:
         assert list(rank["layers"].values()) == ["", ""]
         names = sorted(block["comm"] for report in rank["reports"] for block in report["blocks"])
