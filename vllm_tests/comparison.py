@@ -24,8 +24,9 @@ def assert_close(reference, found):
     """The same model: alike in numbers, and each first token one of the other engine's best."""
     first, second = reference["logprobs"], found["logprobs"]
     assert ratio(first, second) > FLOOR
-    for best, tokens in zip(first, found["tokens"], strict=True):
-        assert best.get(str(tokens[0]), -math.inf) > max(best.values()) - NEAR, (best, tokens)
+    pairs = zip(first, found["tokens"], strict=True)
+    far = [(best, t[0]) for best, t in pairs if best.get(str(t[0]), -math.inf) <= max(best.values()) - NEAR]
+    assert not far, far
     # the comparison itself: other requests are another thing
     others = [*second[1:], second[0]]
     common = sum(len(a.keys() & b.keys()) for a, b in zip(first, others, strict=True))
@@ -49,8 +50,8 @@ def operators_of_layer(tape):
 
 
 def assert_documented(row, own, found):
-    """The operators of a layer in decode, vllm-ascend's own and with the plugin, are those of the page."""
+    """The operators of a layer in the largest decode graph, vllm-ascend's own and with the plugin, are those of the page."""
     [line] = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| {row} |")]
     cells = [cell.strip().replace("`", "").split(", ") for cell in line.strip("|").split("|")[1:]]
-    called = [operators_of_layer(each["captured"][-1]) for each in (own, found)]
+    called = [operators_of_layer(each["captured"][0]) for each in (own, found)]
     assert called == cells, (row, called, cells)

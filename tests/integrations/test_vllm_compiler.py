@@ -148,6 +148,7 @@ def test_a_trace_is_found_again_by_what_was_taken_over(monkeypatch):
         key(stays, one),
     ]
     assert len(set(keys)) == len(keys) and keys[-1] == ("vllm",) and keys[0] == key({"1": "", "0": ""}, one)
+    assert keys[0][0] == "vllm" and keys[0][2:] == ("0", "1")  # once, though it was asked for twice
 
 
 def test_passes_that_are_not_run_are_told(compile_piece):
