@@ -27,7 +27,8 @@ class SourceLine:
     text: str = ""
 
     def __str__(self) -> str:
-        where = f"{self.file}:{self.line} in {self.function}"
+        # A library's file by its place in the library: shorter, and the same in every environment
+        where = f"{self.file.removeprefix(f'{_SITE}/')}:{self.line} in {self.function}"
         return f"{where}: {self.text}" if self.text else where
 
 

@@ -281,6 +281,12 @@ def test_a_sweep_across_the_buffer(capfd):
         (38, 8192, "allgather", []),
     ]
     assert pieces(capfd, f"{given} --sweep tokens=30..8192")[1] == (32, 37, "mc2", ["mc2.buffer"])
+    first = answer(capfd, f"{given} --sweep tokens=1..100")[1]["sweep"][0]["because"]
+    assert re.fullmatch(
+        r"at 31 tokens allgather \(\d+ us\) and mc2 \(\d+ us\) are a tie; "
+        r"at 32 mc2 \(\d+ us\) is cheaper than allgather \(\d+ us\)",
+        first[0],
+    )
     because = answer(capfd, f"{given} --sweep tokens=32..100")[1]["sweep"][0]["because"]
     assert because[0].startswith("7860224*T must be at most 293601280 (buffer_bytes)")
 

@@ -19,7 +19,7 @@ from moe_lowering.cli.explain.arguments import COLOURS
 from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.cli.lower.early_refusal import Policy
 from moe_lowering.cli.lower.prepare import assumptions, deployment_for
-from moe_lowering.report.text import labelled_text
+from moe_lowering.report.text import count_of, labelled_text
 from moe_lowering.report.width import NARROWEST, WIDTH, report_width, use_width
 
 # ---------------------------------------------------------------------------------------------------------------- width
@@ -120,6 +120,10 @@ def test_progress_is_for_terminals(monkeypatch):
     monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
     progress.Progress("rank 0")("seen")
     assert stream.getvalue().startswith("[rank 0 ") and "seen" in stream.getvalue()
+
+
+def test_one_thing_is_no_plural():
+    assert [count_of(number, "layer") for number in (0, 1, 2)] == ["0 layers", "1 layer", "2 layers"]
 
 
 def test_explain_says_what_it_is_at(tmp_path):

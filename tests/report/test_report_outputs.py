@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import logging
@@ -10,15 +11,18 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 from json_schema import problems
 from torch._logging._internal import LazyTraceHandler
 
 from moe_lowering.passes import trace_artifacts
-from moe_lowering.report.records import LoweringReport
+from moe_lowering.report.records import LoweringReport, RouterReport
 from moe_lowering.report.schemas import SCHEMA_VERSION, SCHEMAS, schema
 from moe_lowering.report.text import render
+from moe_lowering.source_lines import innermost
 
 LAYERS = """
 import moe_lowering, torch
@@ -55,6 +59,20 @@ def refused():
 def test_a_report_is_its_text(lowered):
     assert str(lowered.report) == render(lowered.report)
     assert "implementation    mc2" in str(lowered.report)
+
+
+def test_a_librarys_line_is_told_by_its_place_in_the_library():
+    trace = 'File "{}", line 7, in forward\n    y = x'
+    library, own = Path(sysconfig.get_paths()["purelib"]) / "transformers/models/x.py", "/home/me/model.py"
+    assert str(innermost(trace.format(library))) == "transformers/models/x.py:7 in forward: y = x"
+    assert str(innermost(trace.format(own))) == f"{own}:7 in forward: y = x", "the twin: one's own file"
+
+
+def test_routers_are_told_in_words():
+    router = RouterReport("gate", "", "aten", "npu.npu_moe_gating_top_k", "proven equal")
+    assert str(router) == "gate: ATen operators became npu.npu_moe_gating_top_k: proven equal"
+    left = dataclasses.replace(router, became=None, reason="[router.saturates] why", line="x.py:1 in f")
+    assert str(left) == "gate: left as it was: [router.saturates] why; at x.py:1 in f"
 
 
 def test_graphs_before_and_after(lowered, refused):
