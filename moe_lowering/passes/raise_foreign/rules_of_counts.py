@@ -26,6 +26,8 @@ def histogram(reader: Reader, node: Node) -> Value | None:
     source = node.args[0]
     value = reader.value(source) if isinstance(source, Node) else None
     (count,) = sizes(node)
+    if not isinstance(count, int) and "bincount" in str(node.target):  # at least that many; ids are experts
+        count = argument(node, "minlength") or None
     if value is None or not isinstance(count, int) or source.meta["val"].dtype not in _EXACT:  # type: ignore[union-attr]
         return None
     ids = as_ids(value)
