@@ -181,10 +181,15 @@ class Reader:
 
     def reason(self, node: Node) -> NotThisForm:
         """Why a node that should have a meaning has none."""
-        return self.reasons.get(node) or NotThisForm(
-            node,
-            "raise.operation",
-            f"{name_of(node)} of what the experts compute",
-            "views, casts, biases of the experts, an activation that grouped_mlp has, routing weights, and the sum over "
-            "the choices of a token",
+        of_item = self.reasons.get(node.args[0]) if node.target is operator.getitem else None  # type: ignore[arg-type]
+        return (
+            self.reasons.get(node)
+            or of_item
+            or NotThisForm(
+                node,
+                "raise.operation",
+                f"{name_of(node)} of what the experts compute",
+                "views, casts, biases of the experts, an activation that grouped_mlp has, routing weights, and the sum over "
+                "the choices of a token",
+            )
         )
