@@ -158,6 +158,15 @@ MORE: dict[tuple[str, str], Twin] = {
             "rows doubled": Twin("raise.operation_between", {"out": twice}),
         }.items()
     },
+    ("gathered_v2", "the mask by another all_gather"): Twin(
+        "raise.partial_range", {"gathered_again": ("compared", lambda ids: ids.flip(1))}
+    ),
+    ("gathered_v2", "the mask by the same ids, gathered again"): Twin(
+        "raise.partial_range", {"gathered_again": ("compared", lambda ids: ids + 0)}
+    ),
+    ("gathered_v2", "weights gathered of another k"): Twin(
+        "raise.weights", {"gathered_again": ("weights", lambda weights: weights[:, :1].contiguous())}
+    ),
     **{
         (form, change): twin
         for form in MC2_KINDS
@@ -189,6 +198,9 @@ def layer_of(form: str, deployment: Deployment, changes: dict[str, Any]) -> torc
     if form in ("gathered_v2", "reduced_v2"):
         kind = variants.Gathered if form == "gathered_v2" else variants.Reduced
         layer = kind(given.pop("group", deployment.ep_group), quantisation, activation, 0, RANKS, **given)
+        if "gathered_again" in given:  # another exchange of the same shape
+            name, other = given["gathered_again"]
+            layer.changes[name] = lambda value: variants.Gathered.gathered(layer, other(value[: len(value) // RANKS]))
         if "group_of_gathers" in given:
             layer.changes["group"] = lambda _: given["group_of_gathers"]
         return layer

@@ -145,6 +145,9 @@ def other_operator(node: Node, seen: str, expected: str) -> NotThisForm:
     if namespace == "custom" and name in _CUSTOM:
         code, reason = _CUSTOM[name]
         expected = f"{expected}; {reason}"
+    elif namespace == "npu" and name in _NOT_READ:
+        code, reason = _NOT_READ[name]
+        expected = f"{expected}; {reason}"
     elif namespace == "custom":
         code, expected = "raise.custom", f"{expected}; what custom::{name} computes is not known"
     elif any(word in name for word in _OTHER_FORMATS):
@@ -164,6 +167,16 @@ _CUSTOM = {
         "raise.clamp_quant",
         "custom::npu_dequant_swiglu_clamp_quant is documented to clamp its halves with swiglu_mode 1, and measured not to; "
         "npu_dequant_swiglu_quant with swiglu_mode 2 does",
+    ),
+}
+
+# Operators of torch_npu that are known by name, and why a chain with one of them is not raised.
+# Source: wheel.docs: npu_grouped_matmul_finalize_routing
+_NOT_READ = {
+    "npu_grouped_matmul_finalize_routing": (
+        "raise.matmul_finalize",
+        "npu_grouped_matmul_finalize_routing adds up rows by indices and weights of rows, which the graph computes from those of "
+        "slots: write npu_grouped_matmul and npu_moe_finalize_routing",
     ),
 }
 

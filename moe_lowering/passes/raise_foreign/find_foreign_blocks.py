@@ -19,6 +19,7 @@ from moe_lowering.passes.raise_foreign import (
     rules_of_counts,
     rules_of_experts,
     rules_of_layout,
+    rules_of_npu,
     rules_of_routing,
     rules_of_sums,
 )
@@ -30,7 +31,7 @@ from moe_lowering.report.leftovers import NotRaised
 
 FORMS: dict[str, Form] = {form.name: form for form in (match_grouped_mm.FORM, match_gathered_weights.FORM, *NPU_FORMS)}
 assert (
-    rules_of_counts and rules_of_experts and rules_of_layout and rules_of_routing and rules_of_sums
+    rules_of_counts and rules_of_experts and rules_of_layout and rules_of_npu and rules_of_routing and rules_of_sums
 )  # imported for the rules that they add
 
 

@@ -1,5 +1,8 @@
 """Grouped matrix products of torch's: transformers' ``grouped_mm`` and its fallback, torchtitan.
 
+And torch_npu's, of rows that ATen operators moved, as early code for Ascend has them; of rows that torch_npu moved see
+``npu_forms``.
+
 The products of a layer share one tensor of offsets.
 """
 
@@ -13,7 +16,7 @@ from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.graph.arguments import argument
-from moe_lowering.passes.graph.walks import VIEWS, name_of
+from moe_lowering.passes.graph.walks import VIEWS, name_of, source_of
 from moe_lowering.passes.raise_foreign.match_experts import match_experts
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form
 from moe_lowering.passes.raise_foreign.split_layers import split_layers
@@ -25,10 +28,27 @@ def by_offsets(anchors: Sequence[Node]) -> list[list[Node]]:
     """Products with one tensor of offsets, layer by layer; without offsets it is a batched product of something else."""
     groups: dict[Any, list[Node]] = defaultdict(list)
     for node in anchors:
-        offsets = argument(node, "offs")
+        offsets = _offsets(node)
         if offsets is not None:
             groups[_spelling(offsets)].append(node)
     return [layer for nodes in groups.values() for layer in split_layers(nodes)]
+
+
+_NPU, _MOVES = "npu_grouped_matmul", ("index", "index_select", "gather", "embedding")
+
+
+def _offsets(node: Node) -> Any:
+    """What tells a product how many rows each expert has; None of a product of torch_npu's that has no part in this form."""
+    if name_of(node) != _NPU:
+        return argument(node, "offs")
+    groups = argument(node, "group_list")
+    first = (
+        min((user for user in groups.users if name_of(user) == _NPU), default=None)
+        if isinstance(groups, Node)
+        else None
+    )
+    moved = None if first is None else source_of(argument(first, "x")[0])
+    return groups if isinstance(moved, Node) and name_of(moved) in _MOVES else None
 
 
 def _spelling(node: Any, depth: int = 12) -> Any:
@@ -45,11 +65,16 @@ def _is_of_offsets(node: Node) -> bool:
 
 
 def match(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignBlock:
-    offsets = argument(anchors[0], "offs")
+    offsets = _offsets(anchors[0])
     spelling = _spelling(offsets)
     every = graph.find_nodes(op="call_function", target=anchors[0].target)
-    shares = any(node not in anchors and _spelling(argument(node, "offs")) == spelling for node in every)
+    shares = any(node not in anchors and _spelling(_offsets(node)) == spelling for node in every)
     return match_experts(NAME, graph, anchors, deployment, offsets, shares)
 
 
-FORM = Form(NAME, ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"), by_offsets, match)
+FORM = Form(
+    NAME,
+    ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default", f"npu.{_NPU}.default"),
+    by_offsets,
+    match,
+)

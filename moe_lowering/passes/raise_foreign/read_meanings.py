@@ -13,12 +13,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moe_lowering.passes.graph.own_writes import functional_name
 from moe_lowering.passes.graph.walks import name_of
 from moe_lowering.passes.raise_foreign.meanings import Value, is_whole, opaque, product, sizes
 from moe_lowering.passes.raise_foreign.records import NotThisForm
-from moe_lowering.passes.raise_foreign.terms import Tensor
+from moe_lowering.passes.raise_foreign.terms import Counts, Ends, Tensor
 
 Rule: TypeAlias = "Callable[[Reader, Node], Value | None]"
 ItemRule: TypeAlias = "Callable[[Reader, Node, int], Value | None]"
@@ -56,7 +57,7 @@ def is_made_alike(node: Node) -> bool:
     return name.endswith("_like") or name.startswith("new_")
 
 
-_OTHERS = frozenset({"transformers::grouped_mm_fallback"})
+_OTHERS = frozenset({"transformers::grouped_mm_fallback", "npu::npu_grouped_matmul", "npu::npu_swiglu"})
 _REACH = 300  # nodes in front of the first product that may belong to a layer
 
 
@@ -78,6 +79,12 @@ def _is_known(target: object) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False
     return target.namespace in ("aten", "prims") or target._schema.name in _OTHERS
+
+
+def _is_histogram(value: Value, node: Node) -> bool:
+    """Whether a node counts by ``bincount``, whose size depends on the ids: they are experts, of which there are as many."""
+    (size,) = node.meta["val"].shape if len(node.meta["val"].shape) == 1 else (0,)
+    return isinstance(value.term, (Counts, Ends)) and len(value.dims) == 1 and bool(free_unbacked_symbols(size))
 
 
 class Reader:
@@ -104,7 +111,11 @@ class Reader:
             value = None
             if isinstance(node.meta.get("val"), torch.Tensor):
                 value = self._apply(node)
-                if value is not None and tuple(map(product, value.dims)) != sizes(node):
+                if (
+                    value is not None
+                    and tuple(map(product, value.dims)) != sizes(node)
+                    and not _is_histogram(value, node)
+                ):
                     value = self.refuse(
                         node,
                         "raise.shape",
@@ -170,10 +181,15 @@ class Reader:
 
     def reason(self, node: Node) -> NotThisForm:
         """Why a node that should have a meaning has none."""
-        return self.reasons.get(node) or NotThisForm(
-            node,
-            "raise.operation",
-            f"{name_of(node)} of what the experts compute",
-            "views, casts, biases of the experts, an activation that grouped_mlp has, routing weights, and the sum over "
-            "the choices of a token",
+        of_item = self.reasons.get(node.args[0]) if node.target is operator.getitem else None  # type: ignore[arg-type]
+        return (
+            self.reasons.get(node)
+            or of_item
+            or NotThisForm(
+                node,
+                "raise.operation",
+                f"{name_of(node)} of what the experts compute",
+                "views, casts, biases of the experts, an activation that grouped_mlp has, routing weights, and the sum over "
+                "the choices of a token",
+            )
         )

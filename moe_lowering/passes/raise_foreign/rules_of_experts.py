@@ -75,7 +75,7 @@ def grouped_product(reader: Reader, node: Node) -> Value | None:
     ids, experts = until.term.ids, until.term.experts
     if arguments.get("bias") is not None or arguments.get("out_dtype") not in (None, rows_node.meta["val"].dtype):
         return reader.refuse(node, "raise.operation", "a grouped product with a bias or another dtype", "neither")
-    if not _is_in_order(reader, rows, ids):
+    if not is_in_order(reader, rows, ids):
         return reader.refuse(
             node,
             "raise.rows",
@@ -91,7 +91,7 @@ def grouped_product(reader: Reader, node: Node) -> Value | None:
     )
 
 
-def _is_in_order(reader: Reader, rows: Value, ids: Tensor) -> bool:
+def is_in_order(reader: Reader, rows: Value, ids: Tensor) -> bool:
     """Whether the lines of a value are all slots of ``ids`` in the order of a sort of them."""
     if len(rows.dims) != 2:
         return False
@@ -193,7 +193,7 @@ def multiplied(reader: Reader, node: Node) -> Value | None:
         return None
     if isinstance(pair, Value):
         number: Any = next(arg for arg in node.args[:2] if not isinstance(arg, Node))
-        return Value(pair.dims, _times(number, pair.term)) if _is_kept(number, node) else None
+        return Value(pair.dims, times(number, pair.term)) if _is_kept(number, node) else None
     dims, a, b = pair
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         rows, weights = (b, a) if isinstance(a, Tensor) and not (isinstance(b, Tensor) and _wider(a, b)) else (a, b)
@@ -204,7 +204,7 @@ def multiplied(reader: Reader, node: Node) -> Value | None:
                 node, "raise.weights_twice", "rows that are weighted twice", "one weight for each slot"
             )
         return Value(dims, Weighted(rows, weights))
-    return Value(dims, _times(1.0, a, b))
+    return Value(dims, times(1.0, a, b))
 
 
 def _is_kept(number: Any, node: Node) -> bool:
@@ -219,7 +219,7 @@ def _wider(a: Tensor, b: Tensor) -> bool:
     return len(flat(a.dims)) > len(flat(b.dims))
 
 
-def _times(number: float, *terms: Term) -> Term:
+def times(number: float, *terms: Term) -> Term:
     factors: list[Term] = []
     for term in terms:
         if isinstance(term, Times):
@@ -279,13 +279,13 @@ def _of_one(make: Callable[[Term], Term]) -> Rule:
     """The rule of an operator with one operand, by what it makes of the operand's term."""
 
     def read(reader: Reader, node: Node) -> Value | None:
-        value = _argument(reader, node)
+        value = operand(reader, node)
         return None if value is None else Value(value.dims, make(value.term))
 
     return read
 
 
-near_rule("silu")(_of_one(lambda term: _times(1.0, term, Sigmoid(term))))
+near_rule("silu")(_of_one(lambda term: times(1.0, term, Sigmoid(term))))
 near_rule("sigmoid")(_of_one(Sigmoid))
 near_rule("relu")(_of_one(Relu))
 near_rule("tanh")(_of_one(Tanh))
@@ -293,22 +293,22 @@ near_rule("tanh")(_of_one(Tanh))
 
 @near_rule("gelu")
 def gelu(reader: Reader, node: Node) -> Value | None:
-    value = _argument(reader, node)
+    value = operand(reader, node)
     return None if value is None else Value(value.dims, Gelu(value.term, argument(node, "approximate")))
 
 
 @near_rule("square", "pow")
 def squared(reader: Reader, node: Node) -> Value | None:
-    value = _argument(reader, node)
+    value = operand(reader, node)
     is_square = functional_name(node) == "square" or node.args[1] in (2, 2.0)
-    return Value(value.dims, _times(1.0, value.term, value.term)) if value is not None and is_square else None
+    return Value(value.dims, times(1.0, value.term, value.term)) if value is not None and is_square else None
 
 
 @near_rule("clamp", "clamp_min", "clamp_max")
 def clamped(reader: Reader, node: Node) -> Value | None:
     if not node.meta["val"].is_floating_point():
         return clamped_ids(reader, node)
-    value, arguments = _argument(reader, node), explicit_arguments(node)
+    value, arguments = operand(reader, node), explicit_arguments(node)
     bounds = [arguments.get(name) for name in ("min", "max")]
     if value is None or not all(bound is None or isinstance(bound, (int, float)) for bound in bounds):
         return None
@@ -322,14 +322,14 @@ def divided(reader: Reader, node: Node) -> Value | None:
     token = token_of_slot(reader, node)
     if token is not None:
         return token
-    value, by = _argument(reader, node), cast(Any, node.args[1])
+    value, by = operand(reader, node), cast(Any, node.args[1])
     is_exact = functional_name(node) == "div" and explicit_arguments(node).get("rounding_mode") is None
     if value is None or not is_exact or not _is_kept(by, node) or by == 0:
         return None
     return Value(value.dims, Over(value.term, float(by)))
 
 
-def _argument(reader: Reader, node: Node) -> Value | None:
+def operand(reader: Reader, node: Node) -> Value | None:
     """The operand of an operator with one, where it is more than an opaque tensor."""
     value = reader.value(node.args[0])
     return value if value is not None and value.is_slotted else None

@@ -20,7 +20,7 @@ from moe_lowering.passes.raise_foreign.meanings import (
     sizes,
 )
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, item_rule, rule
-from moe_lowering.passes.raise_foreign.terms import SPREAD, Axis, Dims, Expert, OneHot, Part
+from moe_lowering.passes.raise_foreign.terms import SPREAD, Axis, Counts, Dims, Ends, Expert, OneHot, Part
 
 _NO_END = 2**62  # an ``end`` that torch means by none
 _SAME_ORDER = (
@@ -122,7 +122,7 @@ def cast(reader: Reader, node: Node) -> Value | None:
 
 @rule("slice")
 def columns(reader: Reader, node: Node) -> Value | None:
-    """Some columns of an expert's result."""
+    """Some columns of an expert's result; or the counts of the first experts."""
     source = _source(node)
     value = reader.value(source)
     if value is None:
@@ -138,6 +138,9 @@ def columns(reader: Reader, node: Node) -> Value | None:
     span = range(width)[slice(*bounds)]
     if len(span) == width:
         return value
+    term = value.term
+    if isinstance(term, (Counts, Ends)) and count == 1 and (span.start, span.step) == (0, 1) and len(span):
+        return Value((feature(len(span)),), type(term)(term.ids, len(span)))  # without a last bin for ids of others
     return None if value.is_opaque else _part(value, at, span.start, span.step, len(span))
 
 

@@ -1,0 +1,36 @@
+"""Layers in the style of other code bases: a block that is right, or left with the reason and as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from foreign_styles import STYLES
+from reference import relative_error
+
+from moe_lowering import Deployment, MoeLowering, testing
+from moe_lowering.backends.aot import lowering_backend
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_style_is_right_or_left(style):
+    make, reason = STYLES[style]
+    layer, x = make(), torch.randn(6, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    lowering = MoeLowering(Deployment(soc="A3", installed=()))
+    torch._dynamo.reset()
+    if style == "npu, sums as counts":  # which no kernel computes
+        report = testing.lower_graph(layer, x, deployment=lowering.deployment).report
+        assert report.blocks == () and reason in str(report.foreign[0].not_raised)
+        return
+    with torch.no_grad():
+        lowered = torch.compile(layer, backend=lowering_backend(lowering), fullgraph=True)(x)
+        report = lowering.reports[0]
+        if reason:
+            assert report.blocks == () and any(reason in f"{each.code} {each.not_raised}" for each in report.foreign), (
+                report
+            )
+            assert torch.equal(lowered, layer(x))
+            return
+        blocks = [block.comm for block in report.blocks]
+        assert blocks == ["allgather"] * (2 if style == "two layers" else 1) and report.foreign == ()
+        expected, written = layer.expected(x), layer(x)
+    assert relative_error(lowered, expected) < 2e-2 and relative_error(written, expected) < 2e-2
