@@ -146,13 +146,19 @@ def is_ascend(target: torch._ops.OpOverload) -> bool:
 
 def generic_nodes(nodes: Iterable[Node]) -> list[Node]:
     """Generic operators among the nodes."""
-    targets = _generic_targets()
-    return [node for node in nodes if node.target in targets]
+    return [node for node in nodes if is_generic(node)]
+
+
+def is_generic(node: Node) -> bool:
+    """Whether a node calls a generic operator."""
+    return id(node.target) in _generic_targets()
 
 
 @functools.cache
-def _generic_targets() -> frozenset[Any]:
-    return frozenset(getattr(torch.ops.moe_lowering, name).default for name in GENERIC)
+def _generic_targets() -> dict[int, Any]:
+    """By id, since an operator's own hash is Python code; as values they stay alive, so that no other object has these ids."""
+    targets = [getattr(torch.ops.moe_lowering, name).default for name in GENERIC]
+    return {id(target): target for target in targets}
 
 
 def repropagate(gm: GraphModule) -> None:

@@ -22,13 +22,14 @@ MIXED = (
 
 def join_fake_modes(graph: Graph) -> FakeTensorMode | str:
     """The fake mode of a graph's values, which is made one where it is not; or why there is none."""
-    given = tree_leaves([node.meta.get("val") for node in graph.find_nodes(op="placeholder")])
+    inputs = graph.find_nodes(op="placeholder")
+    given = (leaf for node in inputs for leaf in _leaves(node))
     if any(isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) for leaf in given):
         return NO_VALUES
-    modes = {value.fake_mode for value in _fake_values(_ends(graph))}
+    at_ends = [*_fake_values(inputs), *_fake_values(graph.output_node().all_input_nodes)]
+    modes = {value.fake_mode for value in at_ends}
     if len(modes) < 2:
-        placeholders = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
-        mode: FakeTensorMode | None = torch._guards.detect_fake_mode([*placeholders, *_fake_values(_ends(graph))])
+        mode: FakeTensorMode | None = torch._guards.detect_fake_mode(at_ends[:1])  # all are of one mode
         return NO_VALUES if mode is None else mode
     if not all(map(_is_plain, _fake_values(graph.nodes))):
         return MIXED
@@ -39,15 +40,15 @@ def join_fake_modes(graph: Graph) -> FakeTensorMode | str:
     return mode
 
 
-def _ends(graph: Graph) -> Iterator[Node]:
-    """What a graph takes and what it returns."""
-    yield from graph.find_nodes(op="placeholder")
-    yield from graph.output_node().all_input_nodes
-
-
 def _fake_values(nodes: Any) -> Iterator[FakeTensor]:
     for node in nodes:
-        yield from (leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, FakeTensor))
+        yield from (leaf for leaf in _leaves(node) if isinstance(leaf, FakeTensor))
+
+
+def _leaves(node: Node) -> list[Any]:
+    """What the value of a node is made of; the value itself of most, without a walk through it."""
+    value = node.meta.get("val")
+    return [value] if isinstance(value, FakeTensor) else tree_leaves(value)
 
 
 def _is_plain(value: FakeTensor) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 _STEPS = 400  # nodes that one walk may visit
 
@@ -53,7 +53,8 @@ def without_copy(name: str) -> str:
     return name[:-5] if name.endswith("_copy") and name[:-5] in _COPIED_VIEWS else name
 
 
-def _target_name(target: Any) -> str:
+def target_name(target: Any) -> str:
+    """The name of an operator without namespace and overload; empty of another target."""
     known = _NAMES.get(id(target))
     if known is not None and known[0] is target:
         return known[1]
@@ -65,17 +66,11 @@ def _target_name(target: Any) -> str:
 
 
 def name_of(node: Node) -> str:
-    return _target_name(node.target) if node.op == "call_function" else node.op
+    return target_name(node.target) if node.op == "call_function" else node.op
 
 
 def is_activation(name: str) -> bool:
     return any(word in name for word in _ACTIVATIONS) and "backward" not in name
-
-
-def calls(graph: Graph, *names: str) -> Iterator[Node]:
-    for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
-        if op == "call_function" and nodes and _target_name(target) in names:
-            yield from nodes
 
 
 def shape_of(node: Any) -> tuple[Any, ...] | None:

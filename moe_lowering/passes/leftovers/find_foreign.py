@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 
 from moe_lowering.passes.emission.emitter import is_emitted
 from moe_lowering.passes.find_blocks import module_path
+from moe_lowering.passes.graph_calls import GraphCalls
 from moe_lowering.passes.leftovers import foreign_operators as operators
 from moe_lowering.passes.leftovers.foreign_aten import (
     expert_loops,
@@ -28,7 +29,7 @@ from moe_lowering.passes.leftovers.foreign_aten import (
     stacked_results,
     stacked_weights,
 )
-from moe_lowering.passes.verifier import generic_nodes
+from moe_lowering.passes.verifier import is_generic
 from moe_lowering.report.leftovers import ForeignMoe, NotRaised
 from moe_lowering.source_lines import innermost
 
@@ -72,11 +73,12 @@ def find_foreign(
     codes: dict[Node, str] = {}
     for node, kind in _by_name(graph, is_told):
         codes[node] = f"foreign.{kind}"
+    calls = GraphCalls(graph)
     for code, nodes in (
-        ("foreign.gathered_weights", gathered_weights(graph)),
-        ("foreign.stacked_weights", stacked_weights(graph)),
-        ("foreign.expert_loop", expert_loops(graph) + stacked_results(graph)),
-        ("foreign.routing_alone", routing_alone(graph, is_told)),
+        ("foreign.gathered_weights", gathered_weights(calls)),
+        ("foreign.stacked_weights", stacked_weights(calls)),
+        ("foreign.expert_loop", expert_loops(calls) + stacked_results(calls)),
+        ("foreign.routing_alone", routing_alone(calls, is_told)),
     ):
         for node in nodes:
             if not is_emitted(node):
@@ -113,7 +115,7 @@ def _counts_as_moe(node: Node, kind: str, is_told: Callable[[Node], bool]) -> bo
 
 
 def _is_ours(node: Node) -> bool:
-    return is_emitted(node) or bool(generic_nodes([node]))
+    return is_emitted(node) or is_generic(node)
 
 
 # --------------------------------------------------------------------------------------------------------------- layers

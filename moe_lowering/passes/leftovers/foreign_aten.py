@@ -41,7 +41,6 @@ from moe_lowering.passes.graph.walks import (
     VIEWS,
     WRITES,
     Walk,
-    calls,
     depends_on,
     is_activation,
     name_of,
@@ -49,15 +48,16 @@ from moe_lowering.passes.graph.walks import (
     source_of,
     walk_readers,
 )
+from moe_lowering.passes.graph_calls import GraphCalls
 from moe_lowering.passes.leftovers.foreign_operators import ROUTER, kind_of
 
 # ------------------------------------------------------------------------------------------------------ gathered weights
 
 
-def gathered_weights(graph: Graph) -> list[Node]:
+def gathered_weights(calls: GraphCalls) -> list[Node]:
     """Gathers of stacked weights by the ids of experts."""
     by_ids: dict[Any, list[Node]] = defaultdict(list)
-    for node in calls(graph, "index", "index_select"):
+    for node in calls.named("index", "index_select"):
         ids = _gathers_rows(node)
         if ids is not None and not _is_written_at(node.args[0], source_of(ids)):
             by_ids[source_of(ids)].append(node)
@@ -131,11 +131,11 @@ def _is_pointwise(node: Node) -> bool:
 # ------------------------------------------------------------------------------------------------------- stacked weights
 
 
-def stacked_weights(graph: Graph) -> list[Node]:
+def stacked_weights(calls: GraphCalls) -> list[Node]:
     """Products with stored weights of experts, all of them at once."""
-    if not _has_choice(graph):
+    if not _has_choice(calls):
         return []
-    stored = {node: experts for node in calls(graph, *PRODUCTS) if (experts := _experts_of(node))}
+    stored = {node: experts for node in calls.named(*PRODUCTS) if (experts := _experts_of(node))}
     matches: set[Node] = set()
     for first, experts in stored.items():
         for second in _behind_activation({first}, stored):
@@ -144,11 +144,8 @@ def stacked_weights(graph: Graph) -> list[Node]:
     return list(matches)
 
 
-def _has_choice(graph: Graph) -> bool:
-    return any(map(_chooses, calls(graph, *CHOICES))) or any(
-        op == "call_function" and nodes and kind_of(target) == ROUTER
-        for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items())
-    )
+def _has_choice(calls: GraphCalls) -> bool:
+    return any(map(_chooses, calls.named(*CHOICES))) or any(True for _ in calls.routers())
 
 
 def _experts_of(product: Node) -> set[Any]:
@@ -196,10 +193,10 @@ def _is_local(node: Node) -> bool:
 # --------------------------------------------------------------------------------------------------- loops over experts
 
 
-def expert_loops(graph: Graph) -> list[Node]:
+def expert_loops(calls: GraphCalls) -> list[Node]:
     """Where ids are taken apart expert by expert."""
     matches: list[Node] = []
-    for ids, experts in _chosen(graph):
+    for ids, experts in _chosen(calls):
         parts: dict[Any, Node] = {}
         for node in walk_readers(
             [ids], lambda n: name_of(n) in SPREADS, functools.partial(_expert_part, ids=ids, experts=experts)
@@ -211,10 +208,10 @@ def expert_loops(graph: Graph) -> list[Node]:
     return matches
 
 
-def stacked_results(graph: Graph) -> list[Node]:
+def stacked_results(calls: GraphCalls) -> list[Node]:
     """Where results of all experts are put together, to be weighted or picked by ids."""
     matches = []
-    for node in calls(graph, "cat", "stack"):
+    for node in calls.named("cat", "stack"):
         parts = node.args[0]
         if isinstance(parts, (list, tuple)) and len(parts) > 1 and all(_is_product(part) for part in parts):
             meets = walk_readers(
@@ -226,9 +223,9 @@ def stacked_results(graph: Graph) -> list[Node]:
     return matches
 
 
-def _chosen(graph: Graph) -> Iterator[tuple[Node, Any]]:
+def _chosen(calls: GraphCalls) -> Iterator[tuple[Node, Any]]:
     """(ids, number of what they were chosen from) of every top-k and the like."""
-    for node in calls(graph, "topk", "max", "sort"):
+    for node in calls.named("topk", "max", "sort"):
         shape, dim = shape_of(node.args[0]), 0 if len(node.args) < 3 else node.args[2]
         if name_of(node) == "max":
             dim = node.args[1] if len(node.args) > 1 else None
@@ -238,19 +235,13 @@ def _chosen(graph: Graph) -> Iterator[tuple[Node, Any]]:
             dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
         if shape and isinstance(dim, int):
             yield from ((user, shape[dim]) for user in node.users if name_of(user) == "getitem" and user.args[1] == 1)
-    for node in calls(graph, "argmax", "argsort"):
+    for node in calls.named("argmax", "argsort"):
         shape, dim = shape_of(node.args[0]), node.args[1] if len(node.args) > 1 else None
         if shape and isinstance(dim, int):
             yield node, shape[dim]
-    for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
-        if op == "call_function" and nodes and kind_of(target) == ROUTER:
-            yield from (
-                (user, None)
-                for n in nodes
-                if not is_emitted(n)
-                for user in n.users
-                if name_of(user) == "getitem" and user.args[1] == 1
-            )
+    for router in calls.routers():
+        if not is_emitted(router):
+            yield from ((user, None) for user in router.users if name_of(user) == "getitem" and user.args[1] == 1)
 
 
 def _expert_part(node: Node, ids: Node, experts: Any) -> Any:
@@ -299,18 +290,19 @@ def _is_product(node: Any) -> bool:
 # --------------------------------------------------------------------------------------- routing that leaves the graph
 
 
-def routing_alone(graph: Graph, is_ours: Walk) -> list[Node]:
+def routing_alone(calls: GraphCalls, is_ours: Walk) -> list[Node]:
     """Where ids go to ``nonzero`` or out of the graph as a matrix over experts or as counts.
 
     Args:
         is_ours: whether a node belongs to a block, generic or lowered: ids that reach one are told by that block.
     """
     matches: list[Node] = []
-    for ids, experts in [*_chosen(graph), *((ids, None) for ids in _integer_inputs(graph))]:
-        if not reaches(ids, is_ours):
-            spreads = functools.partial(_is_count, ids=ids, experts=experts)
-            derived = walk_readers([ids], lambda n: _is_view(n) or name_of(n) in ONE_HOT, spreads)
-            matches += [node for node in derived if _leaves_graph(node, _has_several_choices(ids))]
+    for ids, experts in [*_chosen(calls), *((ids, None) for ids in _integer_inputs(calls.graph))]:
+        spreads = functools.partial(_is_count, ids=ids, experts=experts)
+        derived = walk_readers([ids], lambda n: _is_view(n) or name_of(n) in ONE_HOT, spreads)
+        leaving = [node for node in derived if _leaves_graph(node, _has_several_choices(ids))]
+        if leaving and not reaches(ids, is_ours):  # last: of a model's input that walk is the long one
+            matches += leaving
     return matches
 
 

@@ -6,7 +6,9 @@ index of targets, whatever its size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -83,9 +85,15 @@ def _anchors_by_name(graph: Graph) -> dict[str, list[Node]]:
     """The anchors of all forms in a graph, in one look at its index of targets."""
     found: dict[str, list[Node]] = {}
     for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
-        if op == "call_function" and nodes and isinstance(target, torch._ops.OpOverload) and str(target) in _ANCHORS:
-            found[str(target)] = [node for node in nodes if not is_emitted(node)]
+        if op == "call_function" and nodes and (name := _anchor_name(target)):
+            found[name] = [node for node in nodes if not is_emitted(node)]
     return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _anchor_name(target: Any) -> str:
+    """The name of an anchor of a form, with its overload; empty of other targets."""
+    return str(target) if isinstance(target, torch._ops.OpOverload) and str(target) in _ANCHORS else ""
 
 
 _ANCHORS = frozenset(name for form in FORMS.values() for name in form.anchors)

@@ -81,6 +81,9 @@ def find_subgraphs(gm: GraphModule, deployment: Deployment) -> list[Subgraph]:
 @contextlib.contextmanager
 def computed_inputs(gm: GraphModule, subgraphs: Sequence[Subgraph]) -> Iterator[None]:
     """Within it, inputs of graphs inside of ``gm`` are marked that are no stored tensors in every call that can be read."""
+    if not subgraphs:  # no calls of graphs are in it then
+        yield
+        return
     graphs = [gm, *(sub.gm for sub in subgraphs)]
     try:
         while any(_mark(inner, callers) for outer in graphs for inner, _, callers in _calls(outer)):
@@ -132,7 +135,10 @@ def _calls(gm: GraphModule) -> Iterator[tuple[GraphModule, str, list[Node]]]:
 
 
 def _attribute(gm: GraphModule, path: str) -> object:
-    value: object = gm
+    value: object = gm._parameters.get(path)
+    if value is not None:  # most of what graphs read: ``Module.__getattr__`` looks there last, in Python
+        return value
+    value = gm
     for name in path.split("."):
         value = getattr(value, name, None)
     return value
