@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from moe_lowering.passes.arguments import is_by_position
+
 _STEPS = 400  # nodes that one walk may visit
 
 
@@ -65,7 +67,11 @@ def _target_name(target: Any) -> str:
 
 
 def name_of(node: Node) -> str:
-    return _target_name(node.target) if node.op == "call_function" else node.op
+    """The name of what a node calls; "" of operators of ATen whose arguments do not stand as in traced graphs, by position."""
+    if node.op != "call_function":
+        return node.op
+    name = _target_name(node.target)
+    return name if node.args or not name or is_by_position(node) else ""
 
 
 def is_activation(name: str) -> bool:
@@ -75,7 +81,7 @@ def is_activation(name: str) -> bool:
 def calls(graph: Graph, *names: str) -> Iterator[Node]:
     for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
         if op == "call_function" and nodes and _target_name(target) in names:
-            yield from nodes
+            yield from filter(name_of, nodes)
 
 
 def shape_of(node: Any) -> tuple[Any, ...] | None:

@@ -3,11 +3,14 @@ effects of nodes that nobody reads. Layers are left, or raised, with the same re
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from foreign_forms import EXPERTS, FLOAT, FORMS, KN, TOP_K, Foreign, back, halves, kn, offsets, order, product
-from raise_graphs import lower, run
+from raise_graphs import graph_of, lower, run
 from torch.utils._pytree import tree_leaves
 from trace_ways import trace_by
 
@@ -173,3 +176,29 @@ def test_one_layer_that_fails_to_be_read_keeps_no_other_from_being_raised(monkey
     assert [block.comm for block in report.blocks] == ["allgather"]
     assert {found.not_raised.code for found in report.foreign} == {"raise.internal"}
     compare(gm, expected, made)
+
+
+def by_name(node):
+    if isinstance(node.target, torch._ops.OpOverload):
+        names = [argument.name for argument in node.target._schema.arguments]
+        node.args, node.kwargs = (), dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
+@pytest.mark.parametrize("change", [by_name, lambda node: node.meta.pop("val", None)], ids=["by name", "no value"])
+@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+def test_a_node_as_no_tracer_writes_it(form, change):
+    """Whichever it is, the layer is raised, or left with a reason that is no defect of the pass."""
+    gm, made = graph_of(FORMS[form])
+    expected, codes = run(gm, made), set()
+    for name in [node.name for node in gm.graph.nodes if node.op != "output"]:
+        changed = copy.deepcopy(gm)
+        change(next(node for node in changed.graph.nodes if node.name == name))
+        changed.recompile()
+        report = lower(changed)
+        said = [block.reason for block in report.blocks] + [str(found) for found in report.foreign]
+        assert not any("internal" in text for text in said if change is by_name), (name, said)
+        codes |= {found.not_raised.code for found in report.foreign if found.not_raised is not None}
+        assert reference.relative_error(run(changed, made), expected.double()) < 2e-2, name
+    assert "raise.internal" not in codes and codes >= {"raise.by_name" if change is by_name else "raise.no_value"}, (
+        codes
+    )

@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
+from moe_lowering.passes.arguments import is_by_position
 from moe_lowering.passes.emitter import is_emitted
 from moe_lowering.passes.raise_foreign import (
     match_gathered_weights,
@@ -83,7 +84,7 @@ def _anchors_by_name(graph: Graph) -> dict[str, list[Node]]:
     found: dict[str, list[Node]] = {}
     for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
         if op == "call_function" and nodes and isinstance(target, torch._ops.OpOverload) and str(target) in _ANCHORS:
-            found[str(target)] = [node for node in nodes if not is_emitted(node)]
+            found[str(target)] = [node for node in nodes if not is_emitted(node) and is_by_position(node)]
     return found
 
 

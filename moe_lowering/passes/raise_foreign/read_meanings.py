@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
+from moe_lowering.passes.arguments import is_by_position
 from moe_lowering.passes.foreign_walks import name_of
 from moe_lowering.passes.own_writes import functional_name
 from moe_lowering.passes.raise_foreign.meanings import Value, is_whole, opaque, product, sizes
@@ -137,12 +138,26 @@ class Reader:
             if not isinstance(source, Node) or not isinstance(index, int):
                 return None
             items = ITEM_RULES.get(name_of(source)) if _is_known(source.target) else None
-            return None if items is None else items(self, source, index)
+            return items(self, source, index) if items is not None and self._is_readable(source) else None
         if not _is_known(node.target):
+            return None
+        if not self._is_readable(node):
             return None
         name = functional_name(node)
         rule = RULES.get(name) if name not in NEAR or node >= self._floor else None
         return None if rule is None else rule(self, node)
+
+    def _is_readable(self, node: Node) -> bool:
+        """Whether a node is as traced graphs have it, which is what rules read."""
+        if not is_by_position(node):
+            self.refuse(node, "raise.by_name", f"{node.name} ({node.target}) has its arguments by name", "by position")
+            return False
+        without = next((each for each in node.all_input_nodes if each.meta.get("val") is None), None)
+        if without is not None:
+            self.refuse(
+                node, "raise.no_value", f"{without.name} has no fake value (meta['val'])", "a node of torch.compile's"
+            )
+        return without is None
 
     def is_derived(self, node: Node) -> bool:
         """Whether a node is computed from one of the products."""
