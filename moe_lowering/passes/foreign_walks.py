@@ -74,6 +74,15 @@ def name_of(node: Node) -> str:
     return name if node.args or not name or is_by_position(node) else ""
 
 
+def stock_name_of(node: Node) -> str:
+    """``name_of``; "" of another library's operators, which may be something else than those of that name."""
+    target = node.target
+    return name_of(node) if not isinstance(target, torch._ops.OpOverload) or target.namespace in _STOCK else ""
+
+
+_STOCK = split_words("aten prims npu moe_lowering _c10d_functional")
+
+
 def is_activation(name: str) -> bool:
     return any(word in name for word in _ACTIVATIONS) and "backward" not in name
 

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.arguments import is_by_position
-from moe_lowering.passes.foreign_walks import name_of
+from moe_lowering.passes.foreign_walks import name_of, stock_name_of
 from moe_lowering.passes.own_writes import functional_name
 from moe_lowering.passes.raise_foreign.meanings import Value, is_whole, opaque, product, sizes
 from moe_lowering.passes.raise_foreign.records import NotThisForm
@@ -53,7 +53,7 @@ def item_rule(*names: str) -> Callable[[ItemRule], ItemRule]:
 
 def is_made_alike(node: Node) -> bool:
     """Whether a node has the shape of another one and nothing else of it: ``zeros_like`` and its kin."""
-    name = name_of(node)
+    name = stock_name_of(node)
     return name.endswith("_like") or name.startswith("new_")
 
 
