@@ -169,10 +169,12 @@ def batched(change: str = "") -> Callable[..., Any]:
         if change == "relu between":
             h = F.relu(h)
         act = halves(h) if change != "up and gate" else h.chunk(2, -1)[0] * F.silu(h.chunk(2, -1)[1])
+        scale = weights.reshape(-1)
+        if change == "weights in front":
+            act = (act.float() * scale.unsqueeze(-1)).to(x.dtype)
         w2 = t["w2"][flat.flip(0) if change == "other ids" else flat]
         y = torch.bmm(w2, act.unsqueeze(-1)).squeeze(-1)
-        scale = weights.reshape(-1)
-        y = y * scale.unsqueeze(-1)
+        y = y * scale.unsqueeze(-1) if change != "weights in front" else y
         if change == "weights twice":
             y = y * scale.unsqueeze(-1)
         y = y.view(*ids.shape, x.shape[-1])
@@ -202,5 +204,9 @@ TWINS = {
         f"batched, {change}": (Foreign("", batched(change), NK, nk(), FLOAT), codes)
         for change, codes in BATCHED.items()
     },
+    "batched, weights in front, float16": (
+        Foreign("", batched("weights in front"), NK, nk(), torch.float16),
+        "raise.dtype",
+    ),
     "titan, before, k = 2": (Foreign("", titan_before, APART, nk(), FLOAT), "raise.weigh_input"),
 }

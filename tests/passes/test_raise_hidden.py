@@ -3,18 +3,32 @@ effects of nodes that nobody reads. Layers are left, or raised, with the same re
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from foreign_forms import EXPERTS, FLOAT, FORMS, KN, TOP_K, Foreign, back, halves, kn, offsets, order, product
-from raise_graphs import lower, run
+from raise_graphs import graph_of, lower, run
 from torch.utils._pytree import tree_leaves
 from trace_ways import trace_by
 
 torch.library.define("elsewhere::silu", "(Tensor x) -> Tensor")
 torch.library.impl("elsewhere::silu", "CompositeExplicitAutograd", lambda x: x.square() - 1)
 torch.library.register_fake("elsewhere::silu", torch.empty_like)
+torch.library.define("elsewhere::topk", "(Tensor x, int k, int dim=-1) -> (Tensor, Tensor)")
+torch.library.impl("elsewhere::topk", "CompositeExplicitAutograd", lambda x, k, dim=-1: twice_the_best(x, k))
+torch.library.register_fake("elsewhere::topk", lambda x, k, dim=-1: twice_the_best(x, k))
+torch.library.define("elsewhere::clone", "(Tensor x) -> Tensor")
+torch.library.impl("elsewhere::clone", "CompositeExplicitAutograd", lambda x: x * 0)
+torch.library.register_fake("elsewhere::clone", torch.empty_like)
 aten = torch.ops.aten
+
+
+def twice_the_best(x, k):
+    values, ids = x.topk(1, -1)
+    return values.repeat(1, k), ids.repeat(1, k)
 
 
 def layer(x, weights, ids, t, between=lambda: None, act=halves, out=lambda y: y, way=back):
@@ -76,6 +90,12 @@ LEFT = {
     "bits read as integers": with_rows(lambda y: y.view(torch.int32).to(torch.float32)),
     "summed as integers": lambda x, weights, ids, **t: layer(
         x, weights, ids, t, way=lambda y, perm, ids: y[perm.argsort()].view(*ids.shape, -1).sum(1, dtype=torch.int64)
+    ),
+    "another topk": lambda x, weights, ids, **t: layer(
+        x, weights, torch.ops.elsewhere.topk(x[:, :EXPERTS], TOP_K)[1], t
+    ),
+    "another clone": lambda x, weights, ids, **t: layer(
+        x, weights, torch.ops.elsewhere.clone(torch.topk(x[:, :EXPERTS], TOP_K)[1]), t
     ),
     "another silu": lambda x, weights, ids, **t: layer(x, weights, ids, t, act=other_gate),
 }
@@ -173,3 +193,29 @@ def test_one_layer_that_fails_to_be_read_keeps_no_other_from_being_raised(monkey
     assert [block.comm for block in report.blocks] == ["allgather"]
     assert {found.not_raised.code for found in report.foreign} == {"raise.internal"}
     compare(gm, expected, made)
+
+
+def by_name(node):
+    if isinstance(node.target, torch._ops.OpOverload):
+        names = [argument.name for argument in node.target._schema.arguments]
+        node.args, node.kwargs = (), dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
+@pytest.mark.parametrize("change", [by_name, lambda node: node.meta.pop("val", None)], ids=["by name", "no value"])
+@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+def test_a_node_as_no_tracer_writes_it(form, change):
+    """Whichever it is, the layer is raised, or left with a reason that is no defect of the pass."""
+    gm, made = graph_of(FORMS[form])
+    expected, codes = run(gm, made), set()
+    for name in [node.name for node in gm.graph.nodes if node.op != "output"]:
+        changed = copy.deepcopy(gm)
+        change(next(node for node in changed.graph.nodes if node.name == name))
+        changed.recompile()
+        report = lower(changed)
+        said = [block.reason for block in report.blocks] + [str(found) for found in report.foreign]
+        assert not any("internal" in text for text in said if change is by_name), (name, said)
+        codes |= {found.not_raised.code for found in report.foreign if found.not_raised is not None}
+        assert reference.relative_error(run(changed, made), expected.double()) < 2e-2, name
+    assert "raise.internal" not in codes and codes >= {"raise.by_name" if change is by_name else "raise.no_value"}, (
+        codes
+    )

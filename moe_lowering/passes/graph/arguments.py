@@ -35,6 +35,19 @@ def explicit_arguments(node: Node) -> dict[str, Any]:
     return {**dict(zip(_parameters(node.target), node.args, strict=False)), **node.kwargs}
 
 
+def is_by_position(node: Node) -> bool:
+    """Whether the arguments that an operator of ATen must have stand by position, as in graphs that were traced; those of others
+    are read by name."""
+    target = node.target
+    known = isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "prims")
+    return not known or len(node.args) >= _required(target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _required(target: torch._ops.OpOverload) -> int:
+    return sum(not a.has_default_value() and not a.kwarg_only for a in target._schema.arguments)
+
+
 def positional_arguments(call: Any) -> tuple[Any, ...]:
     """The fields of a record of arguments by position, as a graph has them: without defaults at its end."""
     values, defaults = [*call], type(call)._field_defaults

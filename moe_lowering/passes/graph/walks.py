@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from moe_lowering.passes.graph.arguments import is_by_position
+
 _STEPS = 400  # nodes that one walk may visit
 
 
@@ -66,7 +68,20 @@ def target_name(target: Any) -> str:
 
 
 def name_of(node: Node) -> str:
-    return target_name(node.target) if node.op == "call_function" else node.op
+    """The name of what a node calls; "" of operators of ATen whose arguments do not stand as in traced graphs, by position."""
+    if node.op != "call_function":
+        return node.op
+    name = target_name(node.target)
+    return name if node.args or not name or is_by_position(node) else ""
+
+
+def stock_name_of(node: Node) -> str:
+    """``name_of``; "" of another library's operators, which may be something else than those of that name."""
+    target = node.target
+    return name_of(node) if not isinstance(target, torch._ops.OpOverload) or target.namespace in _STOCK else ""
+
+
+_STOCK = split_words("aten prims npu moe_lowering _c10d_functional")
 
 
 def is_activation(name: str) -> bool:

@@ -19,7 +19,6 @@ from torch.fx import Graph, Node
 
 from moe_lowering.passes.emission.emitter import is_emitted
 from moe_lowering.passes.find_blocks import module_path
-from moe_lowering.passes.graph_calls import GraphCalls
 from moe_lowering.passes.leftovers import foreign_operators as operators
 from moe_lowering.passes.leftovers.foreign_aten import (
     expert_loops,
@@ -29,6 +28,7 @@ from moe_lowering.passes.leftovers.foreign_aten import (
     stacked_results,
     stacked_weights,
 )
+from moe_lowering.passes.leftovers.graph_calls import GraphCalls
 from moe_lowering.passes.verifier import is_generic
 from moe_lowering.report.leftovers import ForeignMoe, NotRaised
 from moe_lowering.source_lines import innermost

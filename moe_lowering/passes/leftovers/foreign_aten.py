@@ -48,8 +48,8 @@ from moe_lowering.passes.graph.walks import (
     source_of,
     walk_readers,
 )
-from moe_lowering.passes.graph_calls import GraphCalls
 from moe_lowering.passes.leftovers.foreign_operators import ROUTER, kind_of
+from moe_lowering.passes.leftovers.graph_calls import GraphCalls
 
 # ------------------------------------------------------------------------------------------------------ gathered weights
 

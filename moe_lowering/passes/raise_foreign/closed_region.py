@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from moe_lowering.passes.graph.memory_effects import Writes, describe
 from moe_lowering.passes.graph.own_writes import is_own_write
-from moe_lowering.passes.graph.walks import name_of
+from moe_lowering.passes.graph.walks import stock_name_of
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 
@@ -59,7 +59,7 @@ def may_be_left_out(node: Node) -> bool:
 
 def looks_only(node: Node) -> bool:
     """Whether a node only checks dtype and device of a value, as torch.export puts it behind ``Tensor.to``."""
-    return name_of(node) == "_assert_tensor_metadata"
+    return stock_name_of(node) == "_assert_tensor_metadata"
 
 
 def copies_before(region: Iterable[Node], is_own: Callable[[Node], bool]) -> tuple[list[Node], list[Node]]:

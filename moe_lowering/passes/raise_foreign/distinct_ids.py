@@ -15,12 +15,14 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument, explicit_arguments
-from moe_lowering.passes.graph.walks import name_of, split_words
+from moe_lowering.passes.graph.walks import split_words, stock_name_of
 from moe_lowering.passes.raise_foreign.meanings import sizes
 from moe_lowering.passes.raise_foreign.rules_of_layout import order_of
 
 _STEPS = 60
 _SAME_PLACES = split_words("_to_copy to convert_element_type type_as clone contiguous alias detach lift_fresh_copy")
+_CASTS = ("_to_copy", "to", "convert_element_type", "type_as")
+_WIDE = (torch.int32, torch.int64, torch.float32, torch.float64)  # that hold any id
 _SAME_ORDER = split_words(
     "view _unsafe_view reshape _reshape_alias unsqueeze squeeze flatten unflatten view_as reshape_as"
 )
@@ -95,7 +97,7 @@ def _follow(lines: _Lines, given: bool, outside: bool = True) -> tuple[Node | No
 def _step(lines: _Lines) -> _Step:
     """Where the numbers of lines come from."""
     node = lines.node
-    name, first = name_of(node), node.args[0] if node.args else None
+    name, first = stock_name_of(node), node.args[0] if node.args else None
     if node.op != "call_function" or not isinstance(first, Node):
         return None
     if node.target is operator.getitem:
@@ -105,6 +107,8 @@ def _step(lines: _Lines) -> _Step:
     if name in ("argsort", "argmax", "argmin"):
         return name == "argsort" and _is_along(node, explicit_arguments(node).get("dim", -1), lines.axis)
     adds_number = name in ("add", "sub") and not isinstance(node.args[1], Node)
+    if name in _CASTS and node.meta["val"].dtype not in _WIDE:
+        return None
     if adds_number or name in _SAME_PLACES:
         return dataclasses.replace(lines, node=first)
     if name in _SAME_ORDER:
@@ -145,7 +149,12 @@ def _along(lines: _Lines, name: str, source: Node) -> _Step:
 
 def _of_item(lines: _Lines, source: Node) -> _Step:
     """Of one result of an operator with several."""
-    name, first, index, axis = name_of(source), source.args[0] if source.args else None, lines.node.args[1], lines.axis
+    name, first, index, axis = (
+        stock_name_of(source),
+        source.args[0] if source.args else None,
+        lines.node.args[1],
+        lines.axis,
+    )
     if name == "route":
         return bool(index == 1)
     if not isinstance(first, Node):
@@ -166,7 +175,7 @@ def _is_along(choice: Node, dim: Any, axis: int | None) -> bool:
 
 def _looked_up(lines: _Lines, source: Node) -> _Step:
     """Numbers of a table with one dimension, at numbers that differ; or lines of a table."""
-    node, name, axis = lines.node, name_of(lines.node), lines.axis
+    node, name, axis = lines.node, stock_name_of(lines.node), lines.axis
     by_dim = name in ("gather", "index_select")
     dim, index = (node.args[1], node.args[2]) if by_dim else (0, node.args[1])
     if isinstance(index, (list, tuple)):
@@ -194,6 +203,6 @@ def _differs_along(index: Node, axis: int) -> bool:
 
 def _is_permutation(table: Node) -> bool:
     """Whether a table has each number once: one from outside of the graph, numbers from 0 on, or an order."""
-    while table.op == "call_function" and name_of(table) in _SAME_PLACES and isinstance(table.args[0], Node):
+    while table.op == "call_function" and stock_name_of(table) in _SAME_PLACES and isinstance(table.args[0], Node):
         table = table.args[0]
-    return table.op in ("placeholder", "get_attr") or name_of(table) == "arange" or _differs_along(table, 0)
+    return table.op in ("placeholder", "get_attr") or stock_name_of(table) == "arange" or _differs_along(table, 0)

@@ -22,7 +22,7 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.graph.arguments import argument
-from moe_lowering.passes.graph.walks import name_of
+from moe_lowering.passes.graph.walks import name_of, stock_name_of
 from moe_lowering.passes.raise_foreign.ids_range import out_of_range
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, NotThisForm
 
@@ -59,7 +59,7 @@ def over_shared_tokens(block: ForeignBlock, deployment: Deployment) -> tuple[For
     chosen = out_of_range(own.ids, everywhere) is None and out_of_range(own.ids, everywhere - 1) is not None
     if not chosen:
         raise _not(
-            own.ids, f"ids from {own.ids.name} ({name_of(own.ids)})",
+            own.ids, f"ids from {own.ids.name} ({stock_name_of(own.ids)})",
             f"ids of one choice among exactly {everywhere}, {block.num_experts} on each of {ranks} ranks",
         )  # fmt: skip
     weights, masked = _unmasked(block.weights, own.off)
@@ -82,7 +82,7 @@ _CASTS = frozenset({"_to_copy", "to", "convert_element_type"})
 
 def _behind(node: Any, names: frozenset[str]) -> Any:
     """What a node is behind copies, and casts of whole numbers."""
-    while isinstance(node, Node) and node.op == "call_function" and name_of(node) in names:
+    while isinstance(node, Node) and node.op == "call_function" and stock_name_of(node) in names:
         node = node.args[0]
     return node
 
@@ -90,21 +90,21 @@ def _behind(node: Any, names: frozenset[str]) -> Any:
 def _own_ids(node: Node, experts: int) -> _Own | None:
     """``where(off, experts, ids % experts)`` with ``off = ids // experts != rank``."""
     node = _behind(node, _SAME | _CASTS)
-    if node.op != "call_function" or name_of(node) not in ("where", "masked_fill"):
+    if node.op != "call_function" or stock_name_of(node) not in ("where", "masked_fill"):
         return None
     args: Any = node.args
-    off, filler, inside = args[:3] if name_of(node) == "where" else (args[1], args[2], args[0])
-    if not isinstance(off, Node) or not isinstance(inside, Node) or name_of(inside) != "remainder":
+    off, filler, inside = args[:3] if stock_name_of(node) == "where" else (args[1], args[2], args[0])
+    if not isinstance(off, Node) or not isinstance(inside, Node) or stock_name_of(inside) != "remainder":
         return None
     source, by = inside.args[:2]
     made = _number(filler)
-    if made is None or name_of(off) != "ne" or not isinstance(off.args[0], Node):
+    if made is None or stock_name_of(off) != "ne" or not isinstance(off.args[0], Node):
         return None
     share: Node = off.args[0]
     rank: Any = off.args[1]
-    if name_of(share) not in ("floor_divide", "div") or not isinstance(source, Node):
+    if stock_name_of(share) not in ("floor_divide", "div") or not isinstance(source, Node):
         return None
-    floors = name_of(share) == "floor_divide" or argument(share, "rounding_mode") == "floor"
+    floors = stock_name_of(share) == "floor_divide" or argument(share, "rounding_mode") == "floor"
     if share.args[0] is not source or not floors:
         raise _not(share, f"the rank of {share.args[0]}, of ids from {source.name}", "ids // experts, rounded down")
     if made != experts or by != experts or share.args[1] != experts or type(rank) is not int:
@@ -118,15 +118,15 @@ def _number(value: Any) -> Any:
     """A number, or that of which a tensor is made."""
     if not isinstance(value, Node):
         return value
-    at = {"scalar_tensor": 0, "full": 1, "full_like": 1}.get(name_of(value))
+    at = {"scalar_tensor": 0, "full": 1, "full_like": 1}.get(stock_name_of(value))
     return None if at is None else value.args[at]
 
 
 def _unmasked(weights: Node, off: Node) -> tuple[Node, tuple[Node, ...]]:
     """Weights that are zero where ``off``: those before, and the nodes in between."""
     node = _behind(weights, _SAME)
-    if node.op == "call_function" and name_of(node) in ("masked_fill", "where"):
-        by_where = name_of(node) == "where"
+    if node.op == "call_function" and stock_name_of(node) in ("masked_fill", "where"):
+        by_where = stock_name_of(node) == "where"
         mask, fill, before = node.args[:3] if by_where else (node.args[1], node.args[2], node.args[0])
         if mask is off and _number(fill) == 0 and isinstance(before, Node):
             return before, (node, *((fill,) if isinstance(fill, Node) else ()))
@@ -159,7 +159,7 @@ def summed_over_ranks(result: Node, deployment: Deployment) -> RankSum:
         (own,) = own.users
         additions.append(own)
         partial.append(other)
-    sums = [user for user in own.users if name_of(user) == "all_reduce"]
+    sums = [user for user in own.users if stock_name_of(user) == "all_reduce"]
     if len(sums) != 1:
         raise _not(own, f"{own.name}, one rank's sum, goes to {', '.join(map(str, own.users))}", "one all_reduce")
     (reduce,) = sums
@@ -169,7 +169,7 @@ def summed_over_ranks(result: Node, deployment: Deployment) -> RankSum:
         raise _not(reduce, f"all_reduce({operation!r}, {group!r})", f"a sum over the ranks of {groups[0]!r}")
     nodes, end = [*additions, reduce], reduce
     for name in ("wait_tensor", "copy"):  # a reduction in place is copied to where the tensor was
-        following = [user for user in end.users if name_of(user) == name]
+        following = [user for user in end.users if stock_name_of(user) == name]
         if len(following) == len(end.users) == 1 and following[0].args[-1] is end:
             end = following[0]
             nodes.append(end)

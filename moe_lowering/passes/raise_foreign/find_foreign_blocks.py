@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.emission.emitter import is_emitted
+from moe_lowering.passes.graph.arguments import is_by_position
 from moe_lowering.passes.raise_foreign import (
     match_gathered_weights,
     match_grouped_mm,
@@ -86,7 +87,7 @@ def _anchors_by_name(graph: Graph) -> dict[str, list[Node]]:
     found: dict[str, list[Node]] = {}
     for (op, target), nodes in list(graph._find_nodes_lookup_table.table.items()):
         if op == "call_function" and nodes and (name := _anchor_name(target)):
-            found[name] = [node for node in nodes if not is_emitted(node)]
+            found[name] = [node for node in nodes if not is_emitted(node) and is_by_position(node)]
     return found
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument, explicit_arguments
-from moe_lowering.passes.graph.walks import VIEWS, name_of
+from moe_lowering.passes.graph.walks import VIEWS, stock_name_of
 from moe_lowering.passes.raise_foreign.distinct_ids import may_repeat, read_to_differ
 
 _CHOICES = ("topk", "sort", "max", "min")  # (values, indices)
@@ -63,7 +63,7 @@ def _sources(node: Node, experts: int) -> list[Node] | None:
         return None
     if node.target is operator.getitem:
         return _item(node, experts)
-    name, first = name_of(node), node.args[0] if node.args else None
+    name, first = stock_name_of(node), node.args[0] if node.args else None
     if name in _CASTS and not _holds(node.meta["val"].dtype, experts):
         return None
     if name in VIEWS or name in _LOOK_UPS:
@@ -104,7 +104,7 @@ def past_experts(ids: Node, experts: int) -> Node | None:
     pending, visited = [ids], {ids}
     while pending and len(visited) <= _STEPS:
         node = pending.pop()
-        name = name_of(node)
+        name = stock_name_of(node)
         if name in _ROUTERS and argument(node, "finished") is not None:
             return node
         filled = node.args[1:] if name == "where" else node.args[2:] if name == "masked_fill" else ()
@@ -120,7 +120,7 @@ def past_experts(ids: Node, experts: int) -> Node | None:
 def _is_expert(value: Any, experts: int) -> bool:
     """Of what a mask fills in: no number, or one of an expert."""
     if isinstance(value, Node):
-        name = _FILLED.get(name_of(value))
+        name = _FILLED.get(stock_name_of(value))
         value = None if name is None else argument(value, name)
     return not isinstance(value, (int, float)) or 0 <= value < experts
 
@@ -129,7 +129,7 @@ def _item(node: Node, experts: int) -> list[Node] | None:
     source, index = node.args
     if not isinstance(source, Node):
         return None
-    name = name_of(source)
+    name = stock_name_of(source)
     if name == "route":
         return [] if index == 1 and source.args[0].meta["val"].shape[-1] == experts else None  # type: ignore[union-attr]
     if name in _CHOICES and index == 1:

@@ -7,7 +7,7 @@ import dataclasses
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument
-from moe_lowering.passes.graph.walks import name_of
+from moe_lowering.passes.graph.walks import stock_name_of
 from moe_lowering.passes.raise_foreign.meanings import sizes
 from moe_lowering.passes.raise_foreign.records import Weights
 from moe_lowering.passes.raise_foreign.rules_of_layout import order_of
@@ -40,7 +40,7 @@ def joined_storage(weights: Weights) -> Weights | None:
 
 def _view_of(node: Node) -> str:
     """The name of the operator that a view is; "" of a copy (``slice_copy``), which is its tensor as it was and not as it is."""
-    return "" if str(getattr(node.target, "_opname", "")).endswith("_copy") else name_of(node)
+    return "" if str(getattr(node.target, "_opname", "")).endswith("_copy") else stock_name_of(node)
 
 
 def _half(node: Node) -> _Half | None:

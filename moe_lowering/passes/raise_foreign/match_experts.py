@@ -193,6 +193,12 @@ class _Parts:
                 raise self._not(
                     "raise.weights", "weights in front of a product whose biases they do not reach", "after it"
                 )
+            if second.weight.meta["val"].dtype is torch.float16:
+                raise self._not(
+                    "raise.dtype",
+                    "weights in front of a product in float16, which without them may overflow",
+                    "after it, or a dtype of the range of float32",
+                )
             self.weights, second = second.rows.weights, dataclasses.replace(second, rows=second.rows.rows)
         self.second = second
 

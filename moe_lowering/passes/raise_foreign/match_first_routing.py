@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.graph.arguments import argument
-from moe_lowering.passes.graph.walks import name_of
+from moe_lowering.passes.graph.walks import stock_name_of
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, is_operator, require, same_sizes, source_of, value_of
 from moe_lowering.passes.raise_foreign.group_lists import COUNTS, PREFIX_SUMS
 from moe_lowering.passes.raise_foreign.match_int8_experts import FUSED, FUSED_V2
@@ -146,7 +146,7 @@ def _table_by_column(node: Node) -> tuple[Node, ...]:
     while node.op == "call_function" and node.args:
         if node.target is aten.clone.default or _is_exact_cast(node):
             pass
-        elif name_of(node) in ("t", "transpose", "permute") and value_of(node).dim() == 2:
+        elif stock_name_of(node) in ("t", "transpose", "permute") and value_of(node).dim() == 2:
             turned = turned != (order_of(node) == [1, 0])
         elif node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default) and turned:
             return (*path, node) if _counts_up(node.args[0]) else ()
@@ -166,7 +166,7 @@ def _counts_up(node: Any) -> bool:
     """0, 1, 2, ..."""
     while isinstance(node, Node) and _is_exact_cast(node):
         node = node.args[0]
-    if not isinstance(node, Node) or name_of(node) != "arange" or value_of(node).dtype not in _NUMBERS:
+    if not isinstance(node, Node) or stock_name_of(node) != "arange" or value_of(node).dtype not in _NUMBERS:
         return False
     args: list[Any] = list(node.args)
     return len(args) == 1 or (args[0] == 0 and (len(args) == 2 or args[2] == 1))

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 from torch.fx import Node
 
 from moe_lowering.passes.blocks import size_key
+from moe_lowering.passes.raise_foreign.records import NotThisForm
 from moe_lowering.passes.raise_foreign.terms import (
     CHOICE,
     FEATURE,
@@ -79,8 +80,17 @@ def product(axes: Dim) -> Any:
 
 
 def sizes(node: Node) -> tuple[Any, ...]:
-    """The sizes of a node's value, as ints and sympy expressions."""
-    return tuple(size_key(size) for size in node.meta["val"].shape)
+    """The sizes of a node's value, as ints and sympy expressions.
+
+    Raises:
+        NotThisForm: it has no value.
+    """
+    value = node.meta.get("val")
+    if value is None:
+        raise NotThisForm(
+            node, "raise.no_value", f"{node.name} has no fake value (meta['val'])", "a node of torch.compile's"
+        )
+    return tuple(size_key(size) for size in value.shape)
 
 
 def opaque(node: Node) -> Value:

@@ -15,8 +15,9 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from moe_lowering.passes.graph.arguments import is_by_position
 from moe_lowering.passes.graph.own_writes import functional_name
-from moe_lowering.passes.graph.walks import name_of
+from moe_lowering.passes.graph.walks import name_of, stock_name_of
 from moe_lowering.passes.raise_foreign.meanings import Value, is_whole, opaque, product, sizes
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 from moe_lowering.passes.raise_foreign.terms import Counts, Ends, Tensor
@@ -53,7 +54,7 @@ def item_rule(*names: str) -> Callable[[ItemRule], ItemRule]:
 
 def is_made_alike(node: Node) -> bool:
     """Whether a node has the shape of another one and nothing else of it: ``zeros_like`` and its kin."""
-    name = name_of(node)
+    name = stock_name_of(node)
     return name.endswith("_like") or name.startswith("new_")
 
 
@@ -148,12 +149,26 @@ class Reader:
             if not isinstance(source, Node) or not isinstance(index, int):
                 return None
             items = ITEM_RULES.get(name_of(source)) if _is_known(source.target) else None
-            return None if items is None else items(self, source, index)
+            return items(self, source, index) if items is not None and self._is_readable(source) else None
         if not _is_known(node.target):
+            return None
+        if not self._is_readable(node):
             return None
         name = functional_name(node)
         rule = RULES.get(name) if name not in NEAR or node >= self._floor else None
         return None if rule is None else rule(self, node)
+
+    def _is_readable(self, node: Node) -> bool:
+        """Whether a node is as traced graphs have it, which is what rules read."""
+        if not is_by_position(node):
+            self.refuse(node, "raise.by_name", f"{node.name} ({node.target}) has its arguments by name", "by position")
+            return False
+        without = next((each for each in node.all_input_nodes if each.meta.get("val") is None), None)
+        if without is not None:
+            self.refuse(
+                node, "raise.no_value", f"{without.name} has no fake value (meta['val'])", "a node of torch.compile's"
+            )
+        return without is None
 
     def is_derived(self, node: Node) -> bool:
         """Whether a node is computed from one of the products."""

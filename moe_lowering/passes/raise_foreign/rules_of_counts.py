@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument, explicit_arguments
-from moe_lowering.passes.graph.walks import VIEWS, name_of
+from moe_lowering.passes.graph.walks import VIEWS, stock_name_of
 from moe_lowering.passes.raise_foreign.meanings import Value, as_ids, feature, flat, is_float, sizes, slots
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, rule
 from moe_lowering.passes.raise_foreign.rules_of_routing import order_of_ids
@@ -49,9 +49,9 @@ def histogram(reader: Reader, node: Node) -> Value | None:
 
 def is_filled(node: Node, number: int) -> bool:
     """Whether all of a tensor is ``number``, 0 or 1, by the operator that made it; views and casts keep both."""
-    while name_of(node) in VIEWS and isinstance(node.args[0], Node):
+    while stock_name_of(node) in VIEWS and isinstance(node.args[0], Node):
         node = node.args[0]
-    name = name_of(node)
+    name = stock_name_of(node)
     filled = argument(node, "fill_value") if name in ("full", "full_like", "new_full") else _FILLED.get(name)
     return isinstance(filled, (int, float)) and filled == number
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import explicit_arguments
-from moe_lowering.passes.graph.walks import name_of
+from moe_lowering.passes.graph.walks import stock_name_of
 from moe_lowering.passes.raise_foreign.meanings import Value, as_ids, is_float, mapped_value, match
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, near_rule
 from moe_lowering.passes.raise_foreign.terms import Past, Tensor
@@ -28,13 +28,13 @@ def past_the_last(reader: Reader, node: Node) -> Value | None:
     ids = as_ids(value)
     if ids is None:
         return None
-    return Value(ids[0].dims, Past(ids[1], number + (name_of(node) == "gt")))
+    return Value(ids[0].dims, Past(ids[1], number + (stock_name_of(node) == "gt")))
 
 
 @near_rule("masked_fill", "where")
 def zeroed_rows(reader: Reader, node: Node) -> Value | None:
     """Rows, or weights, of slots past the last expert to zero."""
-    if name_of(node) == "where":
+    if stock_name_of(node) == "where":
         mask_node, fill, rows_node = node.args[:3]
     else:
         rows_node, mask_node, fill = node.args[:3]
@@ -71,6 +71,6 @@ def clamped_ids(reader: Reader, node: Node) -> Value | None:
 def _is_zero(value: Any) -> bool:
     """A zero as a number, or as a tensor that is made of one."""
     if isinstance(value, Node):
-        made_of = {"scalar_tensor": 0, "full": 1, "full_like": 1}.get(name_of(value))
+        made_of = {"scalar_tensor": 0, "full": 1, "full_like": 1}.get(stock_name_of(value))
         return made_of is not None and value.args[made_of] in (0, 0.0)
     return isinstance(value, (int, float)) and value == 0

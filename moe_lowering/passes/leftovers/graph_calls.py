@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch.fx import Graph, Node
 
-from moe_lowering.passes.graph.walks import target_name
+from moe_lowering.passes.graph.walks import name_of, target_name
 from moe_lowering.passes.leftovers.foreign_operators import ROUTER, kind_of
 
 
@@ -32,7 +32,7 @@ class GraphCalls:
         """Calls of operators with one of these names, of any overload."""
         for name, nodes in self._named:
             if name in names:
-                yield from nodes
+                yield from filter(name_of, nodes)
 
     def routers(self) -> Iterator[Node]:
         """Calls of operators that choose experts."""
