@@ -40,12 +40,18 @@ def calls(rows, dtype):
     yield aten.mul.Tensor, (x, x), {}
     yield aten.remainder.Scalar, (line, rows.tokens), {}
     yield aten.remainder.Scalar, (x, 7), {}
+    yield aten.reshape.default, (x, [-1]), {}
+    flat = rows.make(dtype=dtype, factor=4 * 8)
+    yield aten.reshape.default, (flat, [4, rows.tokens, 8]), {}
     yield torch.ops._c10d_functional.wait_tensor.default, (rows.make(8, dtype=dtype, factor=16),), {}
     if dtype.is_floating_point:
         yield aten.add.Tensor, (x, 1e-20), {}
         yield aten.div.Tensor, (x, rows.make(1, dtype=dtype)), {}
         yield aten.sigmoid.default, (x,), {}
         yield aten.sum.dim_IntList, (x, [-1], True), {}
+        with rows.mode:
+            ranks = torch.empty(4, rows.tokens, 8, dtype=dtype)
+        yield aten.sum.dim_IntList, (ranks, [0]), {}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,8 +67,9 @@ def test_a_known_result_is_what_the_operator_gives(dtype):
         assert shape_key(ours) == shape_key(theirs), target
         assert size_key(ours.untyped_storage().nbytes()) == size_key(theirs.untyped_storage().nbytes()), target
         assert ours.storage_offset() == 0 and type(ours) is type(theirs) and ours.fake_mode is rows.mode
-        assert ours.untyped_storage()._cdata != args[0].untyped_storage()._cdata, "no value shares a storage"
-        assert guards == 0, "a known result adds no guard"
+        shares = ours.untyped_storage()._cdata == args[0].untyped_storage()._cdata
+        assert shares == (target is aten.reshape.default), "no value but a view shares a storage"
+        assert len(rows.mode.shape_env.guards) == guards == 0, "neither adds a guard"
     assert seen == set(RULES) if dtype.is_floating_point else seen < set(RULES)
 
 
@@ -72,6 +79,7 @@ def test_what_is_not_described_is_asked():
     with rows.mode:
         static, wide = torch.empty(64, 8), rows.make(16)
         other_rows, turned = rows.make(8, factor=2), torch.empty(8, rows.tokens).t()
+        flat, ranks = rows.make(factor=4 * 8), torch.empty(4, rows.tokens, 8)
     for target, args, named in (
         (aten.add.Tensor, (static, static), {}),  # sizes are numbers
         (aten.add.Tensor, (turned, x), {}),  # the strides are
@@ -89,6 +97,20 @@ def test_what_is_not_described_is_asked():
         (aten.sum.dim_IntList, (ints, [-1], True), {}),
         (aten.sum.dim_IntList, (x, [0], True), {}),
         (aten.sum.dim_IntList, (x, [-1], False), {}),
+        (aten.sum.dim_IntList, (x, [0]), {}),
+        (aten.sum.dim_IntList, (ranks, [1]), {}),
+        (aten.sum.dim_IntList, (ranks, [0], True), {}),
+        (aten.sum.dim_IntList, (ranks.int(), [0]), {}),
+        (aten.sum.dim_IntList, (ranks[:, :, :4], [0]), {}),  # others' columns between
+        (aten.sum.dim_IntList, (static, [0]), {}),
+        (aten.reshape.default, (static, [-1]), {}),
+        (aten.reshape.default, (turned, [-1]), {}),  # a copy
+        (aten.reshape.default, (wide[:, :8], [-1]), {}),  # a copy
+        (aten.reshape.default, (flat, [-1]), {}),
+        (aten.reshape.default, (flat, [4, rows.tokens, 4]), {}),  # another number of elements
+        (aten.reshape.default, (flat, [-1, rows.tokens, 8]), {}),
+        (aten.reshape.default, (flat, [rows.tokens, 4, 8]), {}),
+        (aten.reshape.default, (x, [2, rows.tokens, 4]), {}),  # no line
         (aten._to_copy.default, (x,), {"dtype": torch.int32, "device": "cpu"}),
         (aten.relu.default, (x,), {}),
     ):

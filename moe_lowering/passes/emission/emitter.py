@@ -11,11 +11,11 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -175,13 +175,20 @@ class Emitter:
         known = known_result(node.target, args, kwargs, self._fake_mode)
         if known is not None:
             return known
-        with self._fake_mode:
+        with self._fake_mode, _cache_for(args, self._fake_mode):
             value = node.target(*args, **kwargs)  # type: ignore[operator]
         if (
             args and value is args[0] and isinstance(value, FakeTensor)
         ):  # written in place: the same memory, a value of its own
             return Template.of(value).view(value)
         return value
+
+
+def _cache_for(args: Arguments, fake_mode: FakeTensorMode) -> AbstractContextManager[None]:
+    """Without the cache of fake results for symbolic sizes: an entry is made by making the result once more, for a fifth of what
+    a first symbolic block takes, and is not asked for, since an equal block is played from its recording."""
+    is_symbolic = any(isinstance(arg, FakeTensor) and arg._has_symbolic_sizes_strides for arg in args)
+    return disable_fake_tensor_cache(fake_mode) if is_symbolic else nullcontext()
 
 
 @functools.cache

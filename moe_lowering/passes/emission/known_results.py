@@ -1,19 +1,20 @@
-"""``known_result``: the fake values of a few operators, made from their first argument without running the operator.
+"""``known_result``: the fake values of a few operators, made from their arguments without running the operator.
 
 With symbolic sizes an operator's fake kernel takes 0.5 to 7 ms (sizes, strides and storage are compared and multiplied
 as expressions, and every broadcast asks for a proof); a value made here takes 0.1 to 0.2 ms. Only results on contiguous
-tensors whose first size alone is symbolic are described; for all others, and static ones, the operator is asked. A test
-compares each entry with the operator, and strict mode runs the whole graph once more (``verifier.repropagate``).
+tensors whose first size alone is symbolic are described, and the two operators on what AllToAll brings home ([ranks, T, H]);
+for all others, and static ones, the operator is asked. A test compares each entry with the operator, and strict mode runs
+the whole graph once more (``verifier.repropagate``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.operands import row_major
@@ -27,11 +28,16 @@ Rule = Callable[[torch.Tensor, tuple[Any, ...], Mapping[str, Any]], tuple[Sizes,
 def known_result(
     target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], fake_mode: FakeTensorMode
 ) -> FakeTensor | None:
-    """The value of a call, in a storage of its own; None where the operator has to be asked."""
+    """The value of a call, in a storage of its own but for views; None where the operator has to be asked."""
     rule = RULES.get(target)
-    if rule is None or not args or not isinstance(args[0], FakeTensor) or not _is_rows(args[0]):
+    if rule is None or not args or not isinstance(args[0], FakeTensor):
         return None
-    described = rule(args[0], args[1:], kwargs)
+    if target is aten.reshape.default:
+        return None if kwargs else _reshaped(*args, fake_mode=fake_mode)
+    if target is aten.sum.dim_IntList and len(args) == 2 and not kwargs:
+        described = _sum_of_ranks(*args)
+    else:
+        described = rule(args[0], args[1:], kwargs) if _is_rows(args[0]) else None
     return None if described is None else _fresh(*described, args[0].fake_device, fake_mode)
 
 
@@ -58,6 +64,40 @@ def _fresh(shape: Sizes, dtype: torch.dtype, device: torch.device, fake_mode: Fa
     finally:
         del guard
     return FakeTensor(fake_mode, meta, device)
+
+
+def _reshaped(x: FakeTensor, sizes: Sequence[Any], *, fake_mode: FakeTensorMode) -> FakeTensor | None:
+    """Of rows all elements in one line, and of a line what has as many: [n, T, m] with numbers n and m. A view."""
+    if not _is_rows(x):
+        return None
+    if [*sizes] == [-1] and x.dim() > 1:
+        shape, strides = [x.numel()], [1]
+    elif x.dim() == 1 and _is_layers(sizes) and size_key(math.prod(sizes)) == size_key(x.shape[0]):
+        shape, strides = [*sizes], _layer_strides(sizes)
+    else:
+        return None
+    with in_kernel_invocation_manager(x.fake_mode):
+        meta = torch.as_strided(x, shape, strides, x.storage_offset())
+    return FakeTensor(fake_mode, meta, x.fake_device)
+
+
+def _sum_of_ranks(x: FakeTensor, axes: Sequence[int]) -> tuple[Sizes, torch.dtype] | None:
+    """The sum over the first axis of [n, T, m] with numbers n and m."""
+    if [*axes] != [0] or not x.dtype.is_floating_point or not _is_layers(x.shape):
+        return None
+    if [*map(size_key, x.stride())] != [*map(size_key, _layer_strides(x.shape))]:
+        return None
+    return (tuple(x.shape[1:]), x.dtype)
+
+
+def _is_layers(sizes: Sequence[Any]) -> bool:
+    """Whether the second of three sizes is symbolic, and the others are numbers of something."""
+    is_number = [isinstance(n, int) and n > 0 for n in sizes]
+    return is_number == [True, False, True] and isinstance(sizes[1], torch.SymInt)
+
+
+def _layer_strides(sizes: Sequence[Any]) -> list[Any]:
+    return [sizes[1] * sizes[2], sizes[2], 1]
 
 
 def _same(x: torch.Tensor, rest: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Sizes, torch.dtype] | None:
@@ -108,6 +148,7 @@ RULES: Mapping[Any, Rule] = {
     aten.mul.Tensor: _with_other,
     aten.div.Tensor: _divided,
     aten.remainder.Scalar: _remainder,
+    aten.reshape.default: lambda x, rest, named: None,  # a view: ``known_result`` makes it itself
     aten.sigmoid.default: lambda x, rest, named: _same(x, rest, named) if x.dtype.is_floating_point else None,
     aten.sum.dim_IntList: _sum_of_columns,
     torch.ops._c10d_functional.wait_tensor.default: _same,
