@@ -57,13 +57,14 @@ class Apart:
         layer: Any = self
         how = layer.quantisation
         dequantises = how == "w8a8" and self.act is joined
-        products = []
-        for name in ("w1", "w3"):
+        made = {}
+        for name in layer.changes.get("order", ("w1", "w3")):
             x, of_name = layer.change(name, rows), layer.change(f"groups of {name}", groups)
             if dequantises:
-                products.append(layer.matmul(x, name, of_name, kind, output_dtype=3))
+                made[name] = layer.matmul(x, name, of_name, kind, output_dtype=3)
             else:
-                products.append(self.product(x, row_scale, name, of_name, kind))
+                made[name] = self.product(x, row_scale, name, of_name, kind)
+        products = [made["w1"], made["w3"]]
         if dequantises:
             sums = torch.cat(layer.change("sums", products), -1)
             hidden, scale = chains.npu().npu_dequant_swiglu_quant(

@@ -61,6 +61,9 @@ APART: dict[str, tuple[type, dict[str, Any]]] = {
         products.SpelledApart, {"act": products.clamped, "quantisation": "w4a8", "activation": "swiglu_clamp"}
     ),
     "permuted": (products.PermutedApart, {}),
+    "permuted, up made first": (products.PermutedApart, {"order": ("w3", "w1")}),
+    "permuted, side by side": (products.PermutedApart, {"act": products.joined}),
+    "permuted, side by side, up made first": (products.PermutedApart, {"act": products.joined, "order": ("w3", "w1")}),
     "the first version, W8A8": (products.FirstApart, {"quantisation": "w8a8", "act": products.up_in_front}),
 }  # fmt: skip
 
