@@ -148,7 +148,7 @@ def test_the_memory_format_follows_vllm_ascend(ascend_config, quantisation, sett
 def test_layers_of_two_memory_formats_are_not_lowered_together(ascend_config, monkeypatch):
     """One graph has one; the first layer that is taken over says which."""
     ascend_config()
-    monkeypatch.setattr(vllm, "_check_engine", lambda config: None)
+    monkeypatch.setattr(vllm, "check_engine", lambda config: None)
     monkeypatch.setattr(vllm, "take_over", lambda layer, form: None)
     monkeypatch.setattr(vllm, "deployment_of", lambda config: Deployment(soc="A3", max_tokens=256, guards="forbid"))
     config = engine({})
