@@ -155,7 +155,9 @@ def edited(rank: int, case: tuple[Any, ...], comm: str, seeds: list[str]) -> lis
 
 def compare_blocks(rank: int, case: tuple[Any, ...], seed: str) -> tuple[bool, str]:
     """Of a graph with an edit: whether this rank's layer is raised, and with which error its graph then ends, before
-    it sends anything, the comparison with the others. The buffer is no other test's: what ranks have agreed on is not compared again."""
+    it sends anything, the comparison with the others.
+
+    The buffer is no other test's: what ranks have agreed on is not compared again."""
     gm, inputs = graph_of(rank, *case)
     gm, _ = edit(gm, seed)
     lowering = MoeLowering(deployment(rank, hccl_buffer_mb=1022), "allgather")
