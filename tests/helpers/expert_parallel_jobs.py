@@ -43,6 +43,10 @@ def block_of(family: str, dtype: torch.dtype) -> nn.Module:
 
 
 PARTLY_SHARED = "a part of something shared in the sum"
+# Something else under ATen's name
+torch.library.define("another_library::add", "(Tensor x, Tensor other, *, Scalar alpha=1) -> Tensor")
+torch.library.impl("another_library::add", "CompositeExplicitAutograd", lambda x, other, alpha=1: x - other)
+torch.library.register_fake("another_library::add", lambda x, other, alpha=1: torch.empty_like(x))
 
 
 class Changed:
@@ -65,6 +69,10 @@ class Changed:
             y = y.relu()
         if self.change == PARTLY_SHARED:  # not a twin
             y = y + x * (self.rank + 1)
+        if self.change == "a part by another library's add":
+            y = torch.ops.another_library.add(y, x)
+        if self.change == "a part added twice":
+            y = torch.add(y, x, alpha=2)
         operation = {"a maximum": "max", "the mean": "avg"}.get(self.change, "sum")
         group = "another" if self.change == "another group" else self.group.group_name
         total = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(y, operation, group))

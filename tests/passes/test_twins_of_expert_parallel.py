@@ -28,6 +28,8 @@ TWINS: dict[str, str] = {
     "another group": PARALLEL,
     "a range off by one": PARALLEL,
     "relu before the sum": PARALLEL,
+    "a part by another library's add": PARALLEL,
+    "a part added twice": PARALLEL,
 }
 # Of each change of the issue: its twin of a layer of one rank in ``foreign_twins``, one of those above, or why there is none.
 NO_COUNTS, NO_INDEX = "it has no counts", "its rows are in the order of the slots: no way back by an index"

@@ -50,9 +50,8 @@ class _Lines:
         return len(sizes(self.node)) - 1 if fits else None
 
 
-_Step: TypeAlias = (
-    "_Lines | bool | None"  # what to look at next; whether the numbers differ; None where that is not known
-)
+# What to look at next; whether the numbers differ; None where that is not known
+_Step: TypeAlias = "_Lines | bool | None"
 
 
 def may_repeat(ids: Node, given: bool = True) -> Node | None:

@@ -22,7 +22,7 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.graph.arguments import argument
-from moe_lowering.passes.graph.walks import name_of, stock_name_of
+from moe_lowering.passes.graph.walks import stock_name_of
 from moe_lowering.passes.raise_foreign.ids_range import out_of_range
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, NotThisForm
 
@@ -184,7 +184,7 @@ def summed_over_ranks(result: Node, deployment: Deployment) -> RankSum:
 def _added_to(own: Node) -> Node | None:
     """The tensor like a rank's own result that its only reader adds to it; None where it does something else."""
     (user,) = own.users
-    if name_of(user) != "add" or argument(user, "alpha") != 1:
+    if stock_name_of(user) != "add" or argument(user, "alpha") != 1:
         return None
     first, second = user.args[:2]
     other = second if first is own else first

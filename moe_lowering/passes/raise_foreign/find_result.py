@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.graph.walks import name_of
+from moe_lowering.passes.graph.walks import stock_name_of
 from moe_lowering.passes.raise_foreign.closed_region import is_dead, looks_only
 from moe_lowering.passes.raise_foreign.match_activation import match_activation
 from moe_lowering.passes.raise_foreign.meanings import Value, choices, flat, tokens
@@ -87,7 +87,7 @@ def end_of_casts(reader: Reader, node: Node) -> Node:
     """The result after casts that are its only readers, as far as they lead to the dtype of the experts."""
     while len(users := [user for user in node.users if not looks_only(user)]) == 1:
         (user,) = users
-        if name_of(user) not in ("_to_copy", "convert_element_type", "to") or reader.value(user) is None:
+        if stock_name_of(user) not in ("_to_copy", "convert_element_type", "to") or reader.value(user) is None:
             break
         if reader.value(user) != reader.value(node):
             break

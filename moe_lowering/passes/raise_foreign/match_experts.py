@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.graph.walks import name_of
+from moe_lowering.passes.graph.walks import name_of, stock_name_of
 from moe_lowering.passes.raise_foreign.closed_region import closed_region, copies_before, region_of
 from moe_lowering.passes.raise_foreign.expert_parallel import over_shared_tokens
 from moe_lowering.passes.raise_foreign.find_result import end_of_casts, find_result
@@ -144,7 +144,7 @@ def _is_outside(reader: Reader, node: Node) -> bool:
         return True
     if isinstance(node.meta["val"], torch.Tensor):
         value = reader.value(node)
-        return value is None or (value.is_opaque and name_of(node) not in _FACTORIES)
+        return value is None or (value.is_opaque and stock_name_of(node) not in _FACTORIES)
     return False
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.graph.walks import VIEWS, name_of, source_of, walk_readers
+from moe_lowering.passes.graph.walks import VIEWS, source_of, stock_name_of, walk_readers
 from moe_lowering.passes.raise_foreign.match_experts import match_experts
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
 from moe_lowering.passes.raise_foreign.split_layers import split_layers
@@ -59,7 +59,9 @@ def _ids(node: Node) -> Node | None:
 def _products(gather: Node) -> list[Node]:
     """The batched products that a gathered tensor goes into."""
     products = ("bmm", "matmul", "einsum")
-    return list(walk_readers([gather], lambda node: name_of(node) in VIEWS, lambda node: name_of(node) in products))
+    return list(
+        walk_readers([gather], lambda node: stock_name_of(node) in VIEWS, lambda node: stock_name_of(node) in products)
+    )
 
 
 def match(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignBlock:

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.graph.arguments import argument
-from moe_lowering.passes.graph.walks import VIEWS, name_of, source_of
+from moe_lowering.passes.graph.walks import VIEWS, source_of, stock_name_of
 from moe_lowering.passes.raise_foreign.match_experts import match_experts
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form
 from moe_lowering.passes.raise_foreign.split_layers import split_layers
@@ -39,16 +39,16 @@ _NPU, _MOVES = "npu_grouped_matmul", ("index", "index_select", "gather", "embedd
 
 def _offsets(node: Node) -> Any:
     """What tells a product how many rows each expert has; None of a product of torch_npu's that has no part in this form."""
-    if name_of(node) != _NPU:
+    if stock_name_of(node) != _NPU:
         return argument(node, "offs")
     groups = argument(node, "group_list")
     first = (
-        min((user for user in groups.users if name_of(user) == _NPU), default=None)
+        min((user for user in groups.users if stock_name_of(user) == _NPU), default=None)
         if isinstance(groups, Node)
         else None
     )
     moved = None if first is None else source_of(argument(first, "x")[0])
-    return groups if isinstance(moved, Node) and name_of(moved) in _MOVES else None
+    return groups if isinstance(moved, Node) and stock_name_of(moved) in _MOVES else None
 
 
 def _spelling(node: Any, depth: int = 12) -> Any:
@@ -61,7 +61,7 @@ def _spelling(node: Any, depth: int = 12) -> Any:
 
 
 def _is_of_offsets(node: Node) -> bool:
-    return name_of(node) in ("cumsum", "histc", "bincount", "sort", "getitem") or name_of(node) in VIEWS
+    return stock_name_of(node) in ("cumsum", "histc", "bincount", "sort", "getitem") or stock_name_of(node) in VIEWS
 
 
 def match(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignBlock:

@@ -26,14 +26,14 @@ def histogram(reader: Reader, node: Node) -> Value | None:
     source = node.args[0]
     value = reader.value(source) if isinstance(source, Node) else None
     (count,) = sizes(node)
-    if not isinstance(count, int) and "bincount" in str(node.target):  # at least that many; ids are experts
+    if not isinstance(count, int) and stock_name_of(node) == "bincount":  # at least that many; ids are experts
         count = argument(node, "minlength") or None
     if value is None or not isinstance(count, int) or source.meta["val"].dtype not in _EXACT:  # type: ignore[union-attr]
         return None
     ids = as_ids(value)
     if ids is None or not covers_slots(reader, ids[0], ids[1]) or is_float(ids[1]):
         return None
-    if "histc" in str(node.target):
+    if stock_name_of(node) == "histc":
         low, high = argument(node, "min"), argument(node, "max")
         if argument(node, "bins") != count or low != 0 or high not in (count - 1, count):
             return reader.refuse(

@@ -46,9 +46,8 @@ from moe_lowering.passes.raise_foreign.terms import (
     Weighted,
 )
 
-_FAR = (
-    2.0**40
-)  # a number beyond it, or below one divided by it, may make infinity or zero of what it is multiplied with
+# A number beyond it, or below one divided by it, may make infinity or zero of what it is multiplied with
+_FAR = 2.0**40
 
 # ------------------------------------------------------------------------------------------------------------ products
 
