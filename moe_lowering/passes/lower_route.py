@@ -110,7 +110,21 @@ def _top_k(emit: Emitter, scores: Node, k: int) -> Node:
 
 def _renormalize(emit: Emitter, spec: RouteSpec, weights: Node) -> Node:
     total = emit.call(aten.sum.dim_IntList, weights, [-1], True)
-    if spec.epsilon != 0.0:
+    if not _epsilon_vanishes(spec):
         total = emit.call(aten.add.Tensor, total, spec.epsilon)
     weights = emit.call(aten.div.Tensor, weights, total)
     return weights if spec.scale == 1.0 else emit.call(aten.mul.Tensor, weights, spec.scale)
+
+
+def _epsilon_vanishes(spec: RouteSpec) -> bool:
+    """Whether adding ``epsilon`` to the sum of the chosen scores gives that sum, bit by bit.
+
+    Proof for softmax without a bias: the largest of E scores is at least 1 / E and is chosen, so the sum is at least
+    1 / 2E, rounding included. Half a unit in the last place of a float32 is at least 2^-25 of it, and what is less is
+    rounded away. With groups the largest score is chosen where a group's score is its largest; by the sum of two it may
+    not be.
+    """
+    if spec.epsilon == 0.0:
+        return True
+    takes_largest = not spec.has_bias and (spec.num_groups == 1 or spec.group_score == "max")
+    return spec.scoring == "softmax" and takes_largest and spec.epsilon * spec.experts < 2.0**-27

@@ -11,14 +11,15 @@ from unittest import mock
 import pytest
 import torch
 from graph_build import build
-from graph_cases import BlockCase, GraphCase, RouteCase
+from graph_cases import GraphCase, RouteCase
 from graph_draws import Choices
 from graph_strategies import judged_cases
+from situations import SITUATIONS, case_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from moe_lowering import Deployment, MoeLowering, simulator
+from moe_lowering import MoeLowering, simulator
 from moe_lowering.matrix.forms import FORMS
 from moe_lowering.passes.blocks import shape_key
 from moe_lowering.passes.emission import tapes
@@ -30,33 +31,6 @@ from moe_lowering.passes.run.graph_run import GraphRun
 simulator.enable()
 
 aten = torch.ops.aten
-FIELDS = {"ep_size": 8, "ep_rank": 1, "ep_group": "ep", "mc2_group": "mc2", "installed": ()}
-UNEQUAL = {"equal_tokens": False, "max_tokens": 48}
-DYNAMIC = {"sizes": "dynamic", "bounds": (2, 64)}
-# What is particular: of the deployment, of the blocks, of the graph.
-SITUATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "static": ({}, {}, {}),
-    "symbolic": ({}, {}, DYNAMIC),
-    "declared range": (UNEQUAL, {}, {}),
-    "declared range, symbolic": (UNEQUAL, {}, DYNAMIC),
-    "TP": ({"tp_size": 2, "tp_rank": 1, "tp_group": "tp"}, {}, {"lead": (5,)}),
-    "TP, symbolic": ({"tp_size": 2, "tp_rank": 1, "tp_group": "tp"}, {}, DYNAMIC),
-    "mask": ({}, {"mask": True}, {}),
-    "GE": ({"mode": "ge"}, {}, {}),
-    "lists": ({}, {"as_list": (True, True)}, {}),
-    "counts": ({}, {"odd": ("counts_read",)}, {}),
-    "late weights": ({}, {"odd": ("weights_late",)}, {}),
-    "rows of a rank are bounded": ({"max_rows": 8}, {}, {}),  # AllToAll by row
-}
-
-
-def case_of(name: str, quantisation: str, situation: str, *others: dict[str, Any]) -> tuple[GraphCase, str]:
-    """Three equal blocks with routings, or one and others that differ; and the implementation that they are for."""
-    form, (fields, block, graph) = FORMS[name], SITUATIONS[situation]
-    deployment = Deployment(**{**FIELDS, **form.deployment_fields(form.layout(quantisation)), **fields})
-    common = {"experts": 64, "top_k": 4, "intermediate": 512, "quantisation": quantisation, "route": RouteCase()}
-    blocks = tuple(BlockCase(**{**common, **block, **other}) for other in ({}, *(others or ({}, {}))))
-    return GraphCase(deployment, blocks, **{"lead": (4,), "hidden": 1024, "dtype": torch.bfloat16, **graph}), form.comm
 
 
 def result(case: GraphCase, comm: str = "auto", played: list[int] | None = None) -> str:

@@ -141,6 +141,30 @@ class Emitter:
         size = node.meta["val"].shape[dim]
         return size if isinstance(size, int) else self.call(aten.sym_size.int, node, dim)
 
+    def size_and_maker(self, node: Node, dim: int) -> tuple[Any, Callable[..., Node]]:
+        """A size, and what makes nodes of it and of nothing else: ``constant`` where it is static or an input of the graph
+        has it, so that they are made once per graph; else ``call``."""
+        size = node.meta["val"].shape[dim]
+        if isinstance(size, int):
+            return size, self.constant
+        early = self._find_early(size)
+        return (self.size(node, dim), self.call) if early is None else (early, self.constant)
+
+    def _find_early(self, size: torch.SymInt) -> Node | None:
+        """The node of a size that stands before all that the graph computes, made from an input's shape if need be."""
+        expression = size.node.expr
+        inputs = self._graph.find_nodes(op="placeholder")
+        for node in (*inputs, *self._constants.values()):
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr == expression and not node._erased:
+                return node
+        for node in inputs:
+            value = node.meta.get("val")
+            for dim, each in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+                if isinstance(each, torch.SymInt) and each.node.expr == expression:
+                    return self.constant(aten.sym_size.int, node, dim)
+        return None
+
     def rows(self, node: Node) -> Node:
         """The tensor with its leading dimensions merged into one."""
         value = node.meta["val"]

@@ -82,7 +82,7 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premise
 
 def _bring_home(emit: Emitter, spec: BlockSpec, partial: Partial, deployment: Deployment) -> Node:
     """This rank's own tokens [M, H], added up over the ranks that computed their experts."""
-    lines = share(spec.max_tokens, spec) if spec.max_tokens else partial.own
+    lines = share(spec.max_tokens, spec) if spec.max_tokens else emit.size(partial.own, 0)
     size = lines * spec.hidden if isinstance(lines, int) else emit.call(operator.mul, lines, spec.hidden)
     flat, splits = emit.call(aten.reshape.default, partial.y, [-1]), [size] * spec.ep_size
     swapped = emit.call(c10d.all_to_all_single.default, flat, splits, splits, spec.ep_group)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -139,6 +140,7 @@ class _Exchange:
         self.block, self.emit, self.deployment, self.spec = block, emit, deployment, block.spec
         self.mine = Share(emit, block, deployment)
         self.lines: Node  # [C] 0, 1, ...
+        self.make: Callable[..., Node]  # makes nodes of C and of nothing else
 
     def times(self, size: Any, factor: int) -> Any:
         return size * factor if isinstance(size, int) else self.emit.call(operator.mul, size, factor)
@@ -165,9 +167,9 @@ class _Exchange:
         if self.block.mask is not None:
             ids = self._mask(ids)
         rows, place, sent, *scales = self.route(x, ids, scale, _ids(spec), spec.experts)
-        size = self._capacity(x)
+        size, self.make = self._capacity(x)
         device = x.meta["val"].device
-        self.lines = emit.call(aten.arange.default, size, dtype=torch.int64, device=device, pin_memory=False)
+        self.lines = self.make(aten.arange.default, size, dtype=torch.int64, device=device, pin_memory=False)
         to_rank = emit.call(aten.sum.dim_IntList, emit.call(aten.reshape.default, sent, [spec.ep_size, -1]), [1])
         start = emit.call(aten.sub.Tensor, emit.call(aten.cumsum.default, to_rank, 0), to_rank)
         source = emit.call(aten.add.Tensor, emit.call(aten.unsqueeze.default, start, 1), self.lines)
@@ -179,12 +181,14 @@ class _Exchange:
         rank = emit.call(aten.floor_divide.default, emit.call(aten.reshape.default, ids, [-1]), spec.local_experts)
         return arrived, swapped[0] if swapped else None, _Outbox(size, sent, start, place, rank)
 
-    def _capacity(self, x: Node) -> Any:
+    def _capacity(self, x: Node) -> tuple[Any, Callable[..., Node]]:
+        """C, and what makes nodes of it alone (``size_and_maker``)."""
         spec = self.spec
         if spec.max_tokens or isinstance(spec.tokens, int):
-            return int(capacity(spec.tokens, spec))
-        size = self.times(self.emit.size(x, 0), min(spec.top_k, spec.local_experts))
-        return self.emit.call(torch.sym_min, size, spec.max_rows) if spec.max_rows else size
+            return int(capacity(spec.tokens, spec)), self.emit.constant
+        tokens, make = self.emit.size_and_maker(x, 0)
+        size = make(operator.mul, tokens, min(spec.top_k, spec.local_experts))
+        return make(torch.sym_min, size, spec.max_rows) if spec.max_rows else size, make
 
     def _mask(self, ids: Node) -> Node:
         """Masked tokens get ids past the last expert, which are outside of the sort's range."""
@@ -205,7 +209,7 @@ class _Exchange:
         emit, spec = self.emit, self.spec
         counts = self.swap(outbox.sent, spec.local_experts)
         ends = emit.call(aten.cumsum.default, emit.call(aten.reshape.default, counts, [spec.ep_size, 1, -1]), 2)
-        line = emit.call(aten.unsqueeze.default, self.lines, 1)
+        line = self.make(aten.unsqueeze.default, self.lines, 1)
         expert = emit.call(aten.sum.dim_IntList, emit.call(aten.ge.Tensor, line, ends), [2])
         expert = emit.call(aten.reshape.default, emit.cast(expert, torch.int32), [-1, 1])
         rows, place, counts, *scales = self.route(arrived, expert, scale, spec.local_experts + 1, spec.local_experts)
@@ -218,7 +222,7 @@ class _Exchange:
         home = self.swap(lines, self.times(outbox.capacity, spec.hidden))
         device = place.meta["val"].device
         first = emit.constant(aten.arange.default, spec.ep_size, dtype=torch.int64, device=device, pin_memory=False)
-        first = emit.call(aten.mul.Tensor, first, outbox.capacity)
+        first = self.make(aten.mul.Tensor, first, outbox.capacity)
         # masked slots have ids past the last rank's: any rank will do, they are selected to zero in the end
         rank = emit.call(aten.clamp.default, outbox.rank, None, spec.ep_size - 1)
         offset = emit.call(aten.index_select.default, emit.call(aten.sub.Tensor, first, outbox.start), 0, rank)

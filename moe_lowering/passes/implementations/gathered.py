@@ -60,10 +60,10 @@ class GatheredTokens:
 
 @dataclasses.dataclass(frozen=True)
 class Partial:
-    """y [ep * M, H], the sums over this rank's experts; how many tokens of its own it has; its experts' counts."""
+    """y [ep * M, H], the sums over this rank's experts; its own tokens [M, H]; its experts' counts."""
 
     y: Node
-    own: Any
+    own: Node
     counts: Node
 
 
@@ -156,8 +156,8 @@ def emit_partial(block: Block, emit: Emitter, deployment: Deployment) -> Partial
     return Partial(y, own, counts)
 
 
-def _gather(emit: Emitter, block: Block, deployment: Deployment) -> tuple[GatheredTokens, Any]:
-    """The tokens of all ranks, and how many of them are this rank's own."""
+def _gather(emit: Emitter, block: Block, deployment: Deployment) -> tuple[GatheredTokens, Node]:
+    """The tokens of all ranks, and this rank's own."""
     spec, share = block.spec, Share(emit, block, deployment)
     x, scale = quantise_tokens(emit, block, share)
     mask = None
@@ -165,7 +165,7 @@ def _gather(emit: Emitter, block: Block, deployment: Deployment) -> tuple[Gather
         flat = share.of(emit.call(aten.reshape.default, block.mask, [-1]))
         mask = emit.call(aten.unsqueeze.default, flat, 1)
     tokens = GatheredTokens(x, scale, share.of(emit.rows(block.ids)), share.of(emit.rows(block.weights)))
-    own, dtype = emit.size(x, 0), weights_dtype(spec, deployment)
+    own, dtype = x, weights_dtype(spec, deployment)
     if spec.ep_size == 1:
         return _cast(emit, tokens if mask is None else _mask_tokens(emit, tokens, mask, spec), dtype), own
     if not _is_packed(spec):

@@ -51,7 +51,7 @@ class Share:
     def _choose(self, node: Node) -> Node:
         """The lines [j * M, (j + 1) * M), those past the end replaced by the last line."""
         emit, tp = self._emit, self._spec.tp_size
-        tokens = emit.size(node, 0)
+        tokens, make = emit.size_and_maker(node, 0)
         size: Any
         last: Any
         first: Any
@@ -60,14 +60,12 @@ class Share:
             size, last = ceil_div(tokens, tp), tokens - 1
             first, end = self._rank * size, (self._rank + 1) * size
         else:
-            size = emit.call(operator.floordiv, emit.call(operator.add, tokens, tp - 1), tp)
-            last = emit.call(operator.sub, tokens, 1)
-            first, end = (emit.call(operator.mul, size, at) for at in (self._rank, self._rank + 1))
-        fixed = isinstance(tokens, int)  # then the lines are the same in all layers
-        call = emit.constant if fixed else emit.call
+            size = make(operator.floordiv, make(operator.add, tokens, tp - 1), tp)
+            last = make(operator.sub, tokens, 1)
+            first, end = (make(operator.mul, size, at) for at in (self._rank, self._rank + 1))
         device = node.meta["val"].device
-        lines = call(aten.arange.start, first, end, dtype=torch.int32, device=device, pin_memory=False)
-        return call(aten.clamp.default, lines, None, last)
+        lines = make(aten.arange.start, first, end, dtype=torch.int32, device=device, pin_memory=False)
+        return make(aten.clamp.default, lines, None, last)
 
 
 def gather(emit: Emitter, block: Block, y: Node) -> Node:
@@ -76,13 +74,17 @@ def gather(emit: Emitter, block: Block, y: Node) -> Node:
     if spec.tp_size == 1:
         return y
     everyone = emit.call(c10d.all_gather_into_tensor.default, y, spec.tp_size, spec.tp_group)
-    return first_tokens(emit, emit.call(c10d.wait_tensor.default, everyone), emit.size(emit.rows(block.x), 0))
+    return first_tokens(emit, emit.call(c10d.wait_tensor.default, everyone), emit.rows(block.x))
 
 
-def first_tokens(emit: Emitter, y: Node, tokens: Any) -> Node:
-    """The first ``tokens`` lines. A slice to a symbolic size would add a guard, or depend on the compile's own T."""
+def first_tokens(emit: Emitter, y: Node, own: Node) -> Node:
+    """As many of the first lines as ``own`` has.
+
+    A slice to a symbolic size would add a guard, or depend on the compile's own T.
+    """
+    tokens, make = emit.size_and_maker(own, 0)
     if isinstance(tokens, int):
         return y if y.meta["val"].shape[0] == tokens else emit.call(aten.slice.Tensor, y, 0, 0, tokens)
     device = y.meta["val"].device
-    first = emit.call(aten.arange.default, tokens, dtype=torch.int32, device=device, pin_memory=False)
+    first = make(aten.arange.default, tokens, dtype=torch.int32, device=device, pin_memory=False)
     return emit.call(aten.index_select.default, y, 0, first)
