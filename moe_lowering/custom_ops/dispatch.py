@@ -19,8 +19,8 @@ from moe_lowering.custom_ops.exchange import open_group
 from moe_lowering.custom_ops.library import Value, check_once, register, schema_of
 from moe_lowering.custom_ops.placement import Placement, check
 from moe_lowering.custom_ops.quantised import quantise_rows
+from moe_lowering.custom_ops.row_factors import check_factors
 from moe_lowering.custom_ops.sizes import are_certainly_different, ceil_div, is_known, show, token_count, unify
-from moe_lowering.custom_ops.smooth import check_smooth
 from moe_lowering.custom_ops.token_exchange import DTYPES, Bounds, TokenBatch, exchange
 
 
@@ -118,7 +118,7 @@ def _check(call: DispatchCall[Tensor]) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"dispatch: x is {x.dtype}; accepted: float32, float16, bfloat16, or int8 with x_scale")
     check_ids(NAME, ids, call.mask, placement.num_ids)
-    _check_smooth(call)
+    _check_factors(call)
     lead = x.shape[:-1]
     if are_certainly_different(ids.shape[:-1], lead):
         raise ValueError(
@@ -134,7 +134,7 @@ def _check(call: DispatchCall[Tensor]) -> None:
         raise ValueError(f"dispatch: x_scale has shape {show(x_scale.shape)}; accepted: {show(lead)}, one per token")
 
 
-def _check_smooth(call: DispatchCall[Tensor]) -> None:
+def _check_factors(call: DispatchCall[Tensor]) -> None:
     x, smooth = call.x, call.x_smooth
     if smooth is None:
         return
@@ -147,7 +147,7 @@ def _check_smooth(call: DispatchCall[Tensor]) -> None:
             f"dispatch: x_smooth is given with shared_expert_ranks {call.shared_expert_ranks}; accepted: 0, since no form "
             "of shared experts' scales is known"
         )
-    check_smooth(NAME, "x_smooth", smooth, (call.num_experts, x.shape[-1]), "[experts, H]")
+    check_factors(NAME, "x_smooth", smooth, (call.num_experts, x.shape[-1]), "[experts, H]")
 
 
 def _row_bound(call: DispatchCall[Tensor], placement: Placement, on_shared_rank: bool) -> int:

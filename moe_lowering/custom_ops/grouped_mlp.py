@@ -31,8 +31,8 @@ from moe_lowering.custom_ops.quantised import (
     quantise_rows,
     quantised_matmul,
 )
+from moe_lowering.custom_ops.row_factors import check_factors
 from moe_lowering.custom_ops.sizes import are_certainly_different, is_known, show
-from moe_lowering.custom_ops.smooth import check_smooth
 from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,7 +58,8 @@ class GroupedMlpCall(NamedTuple, Generic[Value]):
     [I, H], an eighth as wide in int32 for int4, biases, scales, offsets and scale biases without their first axis; none is []
     or None.
     ``out_dtype`` is that of the result of int8 rows. ``h_smooth`` [E_local, I] float32 multiplies the activation, in float32,
-    before that becomes int8. The others: see ``docs/architecture.md``.
+    before that becomes int8. ``h_clip`` [E_local] float32 clips it: max|row| times that of the row's expert becomes 127, and
+    what is beyond is as far. The others: see ``docs/architecture.md``.
     """
 
     rows: Value
@@ -81,6 +82,7 @@ class GroupedMlpCall(NamedTuple, Generic[Value]):
     w2_scale_bias: Sequence[Value] | None = None
     out_dtype: torch.dtype | None = None
     h_smooth: Value | None = None
+    h_clip: Value | None = None
 
 
 NAME = "grouped_mlp"
@@ -137,7 +139,7 @@ def _check(call: GroupedMlpCall[Tensor]) -> None:
         if biases:
             check_per_expert(NAME, name, biases, experts, (columns,), (rows.dtype, torch.float32))
     _check_quantisers(call, experts, hidden, width)
-    _check_smooth(call, experts, width // parts)
+    _check_smooth_and_clip(call, experts, width // parts)
 
 
 def _check_rows(call: GroupedMlpCall[Tensor]) -> None:
@@ -196,17 +198,19 @@ def _check_quantisers(call: GroupedMlpCall[Tensor], experts: int, hidden: int, f
             check_per_expert(NAME, f"{name}_scale_bias", bias, experts, (width,), (torch.float32,))
 
 
-def _check_smooth(call: GroupedMlpCall[Tensor], experts: int, middle: int) -> None:
-    smooth = call.h_smooth
-    if smooth is None:
-        return
-    if not EXPERT_FORMATS[call.quantisation].int8_rows:
-        accepted = ", ".join(form.name for form in EXPERT_FORMATS.values() if form.int8_rows)
-        raise ValueError(
-            f"grouped_mlp: h_smooth is given for quantisation {call.quantisation!r}; accepted: none, since only {accepted} "
-            "quantise activations"
-        )
-    check_smooth(NAME, "h_smooth", smooth, (experts, middle), "[E_local, I]")
+def _check_smooth_and_clip(call: GroupedMlpCall[Tensor], experts: int, middle: int) -> None:
+    for name, factors, shape, words in (
+        ("h_smooth", call.h_smooth, (experts, middle), "[E_local, I]"), ("h_clip", call.h_clip, (experts,), "[E_local]"),
+    ):  # fmt: skip
+        if factors is None:
+            continue
+        if not EXPERT_FORMATS[call.quantisation].int8_rows:
+            accepted = ", ".join(form.name for form in EXPERT_FORMATS.values() if form.int8_rows)
+            raise ValueError(
+                f"grouped_mlp: {name} is given for quantisation {call.quantisation!r}; accepted: none, since only {accepted} "
+                "quantise activations"
+            )
+        check_factors(NAME, name, factors, shape, words)
 
 
 def _groups(name: str, groups: int, inner: int) -> int:
@@ -273,9 +277,14 @@ def _int8_rows(call: GroupedMlpCall[Tensor], counts: list[int], used: int) -> Te
     gate = (call.activation, call.limit, call.alpha, call.interleaved)
     activated = activate(hidden, *gate, torch.float32)
     if call.h_smooth is not None:
-        activated = activated * call.h_smooth.repeat_interleave(torch.tensor(counts), 0)
-    rows, row_scale = quantise_rows(activated)
+        activated = activated * _of_rows(call.h_smooth, counts)
+    rows, row_scale = quantise_rows(activated, None if call.h_clip is None else _of_rows(call.h_clip, counts))
     return quantised_matmul(rows, row_scale, counts, call.w2, call.w2_scale or ())
+
+
+def _of_rows(factors: Tensor, counts: list[int]) -> Tensor:
+    """For each row what its expert has."""
+    return factors.repeat_interleave(torch.tensor(counts), 0)
 
 
 def activate(

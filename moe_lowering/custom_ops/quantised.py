@@ -21,11 +21,12 @@ WEIGHT_DTYPES = {
 LARGEST = 127  # of an int8 value that stands for an activation
 
 
-def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_rows(rows: Tensor, clip: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Symmetric int8 by row: q = round_half_even(row / s), s = max|row| / 127.
 
     Args:
         rows: [..., K] of any float dtype; computed with in float32.
+        clip: [...], what max|row| is multiplied by; what is larger then becomes 127, or -127. None for 1.
 
     Returns:
         q int8 [..., K] in [-127, 127]; s float32 [...], 1 for a row of zeros. A row with a NaN or an infinity has q = 0
@@ -37,7 +38,8 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     rows = rows.float()
     if not rows.shape[-1]:
         return rows.to(torch.int8), rows.new_ones(rows.shape[:-1])
-    scale = rows.abs().amax(-1) / LARGEST
+    largest = rows.abs().amax(-1)
+    scale = (largest if clip is None else largest * clip) / LARGEST
     scale = torch.where(scale == 0, 1.0, scale)
     whole = (rows / scale.unsqueeze(-1)).round().clamp(-LARGEST, LARGEST)
     return whole.nan_to_num(0).to(torch.int8), scale

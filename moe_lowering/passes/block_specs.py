@@ -94,6 +94,7 @@ def spec_of_graph(
         has_x_smooth=call.x_smooth is not None,
         zero_experts=call.zero_experts,
         has_h_smooth=mlp.h_smooth is not None,
+        has_h_clip=mlp.h_clip is not None,
         key=tuple(None if v is None else shape_key(v) for v in (call.x, call.ids, weights, call.mask)),
         quantisation=mlp.quantisation,
         **{name: getattr(call, name) for name in _OF_DEPLOYMENT},

@@ -129,8 +129,8 @@ class BlockSpec:
     that one of w13 and w2 is one tensor and the other a list. With shared-expert ranks ``experts`` and ``local_experts``
     are those of a rank with routed experts, on every rank; ``on_shared_rank`` is a rank's own and no rule reads it.
     ``tensors`` are the experts' own: what rules read of each, and whether the graph computes it. ``has_x_smooth`` and
-    ``has_h_smooth``: tokens and activations are multiplied by smooth scales before they become int8. ``zero_experts``: ids past
-    the experts', of those that give nothing.
+    ``has_h_smooth``: tokens and activations are multiplied by smooth scales before they become int8. ``has_h_clip``: activations
+    are clipped. ``zero_experts``: ids past the experts', of those that give nothing.
     """
 
     tokens: Any = dataclasses.field(compare=False)
@@ -174,6 +174,7 @@ class BlockSpec:
     tensors: ExpertOperands = dataclasses.field(default_factory=ExpertOperands)
     has_x_smooth: bool = False
     has_h_smooth: bool = False
+    has_h_clip: bool = False
     zero_experts: int = 0
 
     def __hash__(self) -> int:

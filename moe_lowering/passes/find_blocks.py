@@ -214,9 +214,9 @@ def _spec(sent: DispatchCall[Node], weights: Node, experts: GroupedMlpCall[Node]
     weights_value = _value(weights)
     tensors = ExpertOperands(**{name: _operands(getattr(experts, name) or ()) for name in OPERAND_NAMES})
     _width(values.x)
-    for smooth in (sent.x_smooth, experts.h_smooth):
-        if smooth is not None:
-            _static_value(smooth)
+    for factors in (sent.x_smooth, experts.h_smooth, experts.h_clip):
+        if factors is not None:
+            _static_value(factors)
     return spec_of_graph(values, weights_value, experts, tensors, around)
 
 

@@ -19,6 +19,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, TokenRange, Violation, check
+from moe_lowering.limits.calls.schemas import loaded_libraries
 from moe_lowering.limits.wording import Wording, make_wording
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.calls import OperatorCall, Premises, Rules
@@ -176,10 +177,10 @@ def judge(
     premises = Premises(tokens, spec.tokens, prover, loaded)
     context = call_context(deployment, spec, premises)
     if spec.quantisation not in EXPERT_FORMATS:  # such a block has no emitter, hence no calls
-        words = Rules("grouped_mlp", mlp_words(spec))
+        words = Rules("grouped_mlp", mlp_words(spec, deployment))
         broken = _broken(words, premises, deployment, context)
         return Judgement({name: Verdict(name, broken) for name in IMPLEMENTATIONS}, premises, context)
-    prepared = _prepare_calls(dataclasses.replace(spec, tokens=None, key=()), deployment)
+    prepared = _prepare_calls(dataclasses.replace(spec, tokens=None, key=()), deployment, loaded_libraries())
     verdicts = {}
     for name in IMPLEMENTATIONS:
         verdict = prepared.verdict(name, premises, context)
@@ -207,8 +208,9 @@ def _broken(call: OperatorCall | Rules, premises: Premises, deployment: Deployme
 
 
 @functools.lru_cache(maxsize=64)
-def _prepare_calls(spec: BlockSpec, deployment: Deployment) -> _Prepared:
-    """For a block without T: many sizes are tried of one block, and many blocks are equal."""
+def _prepare_calls(spec: BlockSpec, deployment: Deployment, libraries: frozenset[str]) -> _Prepared:
+    """For a block without T: many sizes are tried of one block, and many blocks are equal. A form asks itself for the
+    operators that ``libraries`` are; a library may come later."""
     return _Prepared(spec, deployment)
 
 

@@ -21,6 +21,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, Violation, check
 from moe_lowering.limits.calls import OPERATORS, PER_TOKEN, bind, varying_ints
+from moe_lowering.limits.calls.schemas import LIBRARIES
 from moe_lowering.limits.wording import Wording, make_wording
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.context import call_quantities, fixed_context
@@ -132,7 +133,7 @@ def _read_tokens(quantities: dict[str, Any], own: Any, own_tokens: Any) -> None:
 
 
 def is_ascend(target: torch._ops.OpOverload) -> bool:
-    """An operator of torch_npu, or our wrapper of one of its providers' operators."""
+    """An operator of torch_npu, one of a model's library that is known, or our wrapper of a provider's operator."""
     namespace, _, name = target._schema.name.partition("::")
     ours = (
         *GENERIC,
@@ -141,7 +142,7 @@ def is_ascend(target: torch._ops.OpOverload) -> bool:
         "keep_alive",
         "alltoall_experts",
     )  # without limits of their own
-    return namespace == "npu" or (namespace == "moe_lowering" and name not in ours)
+    return namespace in ("npu", LIBRARIES.get(name)) or (namespace == "moe_lowering" and name not in ours)
 
 
 def generic_nodes(nodes: Iterable[Node]) -> list[Node]:

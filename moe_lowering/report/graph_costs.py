@@ -19,6 +19,8 @@ import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
+from moe_lowering.limits.calls.schemas import LIBRARIES
+
 _COLLECTIVES = ("_c10d_functional", "npu_define")
 _HOST_ONLY = ("wait_tensor", "assert_tokens", "ge_assert_tokens", "assert_agreement", "keep_alive", "ge_keep")
 # Arguments that hold experts: weights, and scales, offsets and biases by expert. ``scale`` is that of grouped matmuls alone.
@@ -107,7 +109,7 @@ def read_traffic(node: Node) -> Traffic | None:
         return None
     collective = target.namespace in _COLLECTIVES
     copied = []
-    if collective or target.namespace in ("npu", "moe_lowering"):
+    if collective or target.namespace in ("npu", "moe_lowering", *LIBRARIES.values()):
         copied = [value for value in values if not value.is_contiguous()]
     return Traffic(name, collective, operands, experts, values[:1] if mutable else results, copied)
 

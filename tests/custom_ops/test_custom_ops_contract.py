@@ -43,6 +43,7 @@ def opcheck_samples() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
         ("grouped_mlp-w8a8", torch.float32, W8A8 | {"w2_scale": [torch.ones(4, 8).bfloat16()]}),
         ("grouped_mlp-w8a8-rows", torch.int8, W8A8 | {"row_scale": torch.rand(12), "out_dtype": torch.bfloat16}),
         ("grouped_mlp-w8a8-smooth", torch.bfloat16, W8A8 | {"h_smooth": torch.rand(4, 8)}),
+        ("grouped_mlp-w8a8-clip", torch.bfloat16, W8A8 | {"h_clip": torch.rand(4)}),
         ("grouped_mlp-w4a8", torch.float16, W4A8),
         ("grouped_mlp-w4a8-lists", torch.bfloat16, {n: list(v[0]) if type(v) is list else v for n, v in W4A8.items()}),
         ("grouped_mlp-w4a16", torch.float16, W4A16),

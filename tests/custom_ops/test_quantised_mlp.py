@@ -130,6 +130,25 @@ def test_smooth_scales_are_those_of_each_expert() -> None:
         assert torch.equal(out[row], expected)
 
 
+def test_a_clip_is_its_expert_s_share_of_a_row_s_largest_activation() -> None:
+    """Where it is beyond 1 nothing is clipped, and steps are as much larger."""
+    given, generator = weights("w8a8"), torch.Generator().manual_seed(4)
+    rows, clip = torch.randn(9, HIDDEN, generator=generator), torch.linspace(0.2, 1.4, EXPERTS)
+    rows[2] = 0
+    out = mlp(rows, COUNTS, "w8a8", given, h_clip=clip, **HALF_GATE)
+    clipped = 0
+    for row, expert in enumerate(by_row(COUNTS)):
+        q, s = int8_model(rows[row])
+        first = half_gate(sums_model(q, given["w13"][expert]).float() * given["w13_scale"][expert] * s)
+        step = first.abs().max() * clip[expert] / 127
+        steps = [] if step == 0 else [round(float(value / step)) for value in first]
+        clipped += sum(abs(n) > 127 for n in steps)
+        again = [max(-127, min(127, n)) for n in steps] or [0] * INNER
+        expected = sums_model(again, given["w2"][expert]).float() * given["w2_scale"][expert] * step
+        torch.testing.assert_close(out[row], expected, rtol=1e-6, atol=0)
+    assert clipped > 5
+
+
 @pytest.mark.parametrize("lists", [False, True], ids=["stacked", "lists"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("form", ["w8a8", "w4a8"])

@@ -27,6 +27,7 @@ MLP: dict[str, Any] = {
     "w2_scale_bias": None,
     "out_dtype": None,
     "h_smooth": None,
+    "h_clip": None,
 }
 W8A8: dict[str, Any] = {
     "quantisation": "w8a8",
@@ -90,6 +91,9 @@ QUANTISED_MISTAKES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("grouped_mlp", MLP, {"h_smooth": torch.ones(4, 6)}, "h_smooth is given for quantisation 'none'; .* w8a8, w4a8"),
     ("grouped_mlp", MLP | W8A8, {"h_smooth": torch.ones(4, 16)}, r"h_smooth has shape \[4, 16\]; accepted: \[4, 8\]"),
     ("grouped_mlp", MLP | W8A8, {"h_smooth": torch.ones(4, 8).half()}, "h_smooth is torch.float16; accepted: float32"),
+    ("grouped_mlp", MLP, {"h_clip": torch.ones(4)}, "h_clip is given for quantisation 'none'; .* w8a8, w4a8"),
+    ("grouped_mlp", MLP | W8A8, {"h_clip": torch.ones(3)}, r"h_clip has shape \[3\]; accepted: \[4\], \[E_local\]"),
+    ("grouped_mlp", MLP | W8A8, {"h_clip": torch.ones(4).half()}, "h_clip is torch.float16; accepted: float32"),
     ("grouped_mlp", MLP | INT8_ROWS, {"out_dtype": None}, "out_dtype is None for int8 rows; accepted: float32"),
     ("grouped_mlp", MLP | INT8_ROWS, {"out_dtype": torch.int8}, "out_dtype is torch.int8 for int8 rows"),
     (

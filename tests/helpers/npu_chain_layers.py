@@ -111,6 +111,9 @@ class Layer(torch.nn.Module):
         self.register_buffer("smooth_scale_1", None)
         self.register_buffer("smooth_scale_2", None)
         self.whole_smooth: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.whole_clip = torch.linspace(0.3, 1.2, EXPERTS) if changes.pop("clipped", False) else None
+        own_clip = None if self.whole_clip is None else self.whole_clip[rank * local : (rank + 1) * local].clone()
+        self.register_buffer("clip", own_clip)
         self.changes = changes
 
     def smoothed(self, smooth: float | str | None) -> None:
@@ -157,7 +160,12 @@ class Layer(torch.nn.Module):
             )
         if self.quantisation == "w4a8":
             hidden = self.scaled(rows, "w13", row_scale, groups)
-            if "joined" in self.changes:
+            if self.clip is not None:
+                hidden = self.change("between", hidden)
+                given = [hidden, self.change("second_groups", groups), self.change("alpha", self.clip)]
+                how = {"activate_left": True, **self.changes.get("clips", {})}
+                rows, row_scale = torch.ops.custom.npu_swiglu_clip_quant(*given, **how)
+            elif "joined" in self.changes:
                 how = {"activate_left": True, "quant_mode": 1, "dst_type": torch.int8, **self.changes["joined"]}
                 rows, row_scale = npu().npu_swiglu_quant(hidden, **how)
             else:
@@ -325,5 +333,8 @@ def reference(layer: Layer, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             if layer.activation == "gelu_tanh":
                 opened = gate * 0.5 * (1 + torch.tanh(0.7978845608028654 * (gate + 0.044715 * gate**3)))
             between = opened * up if smooth_h is None else opened * up * smooth_h[expert]
+            if layer.whole_clip is not None:
+                most = between.abs().max() * layer.whole_clip[expert].double()
+                between = between.clamp(-most, most)
             out[token] += weights[token, choice].double() * (between @ layer.whole.dense2[expert])
     return out

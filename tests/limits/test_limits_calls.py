@@ -58,6 +58,7 @@ def arguments_of(operator: str) -> dict[str, Any]:
         "npu_clipped_swiglu": ((x,), {}),
         "npu_dynamic_quant": ((x,), {}),
         "npu_swiglu_quant": ((x,), {}),
+        "npu_swiglu_clip_quant": ((x, counts, ones), {}),
         "npu_dequant_swiglu_quant": ((x,), {}),
         "npu_grouped_matmul_swiglu_quant": ((x, w, counts, w[0], ones), {}),
         "npu_grouped_matmul_swiglu_quant_v2": ((x, [w], [w[0]], ones, counts), {}),
@@ -81,7 +82,7 @@ def overload(operator: str) -> torch._ops.OpOverload:
     """The operator of that name, wherever it is registered."""
     import npugraph_ex  # noqa: F401  (defines npu_define)
 
-    for namespace in (npu, torch.ops.moe_lowering, torch.ops._c10d_functional, torch.ops.npu_define):
+    for namespace in (npu, torch.ops.custom, torch.ops.moe_lowering, torch.ops._c10d_functional, torch.ops.npu_define):
         if hasattr(namespace, operator):
             return getattr(namespace, operator).default
     raise LookupError(operator)

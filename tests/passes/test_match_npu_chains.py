@@ -25,6 +25,7 @@ from moe_lowering.passes.raise_foreign.match_routing_chain import ROUTE, match_r
 from moe_lowering.passes.raise_foreign.npu_chain import foreign_block
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
+CLIPPED: dict[str, Any] = {"quantisation": "w4a8", "clipped": True}
 MC2 = {
     "bfloat16": {},
     "W8A8": {"quantisation": "w8a8"},
@@ -36,6 +37,7 @@ MC2 = {
     "clamps before silu": {"activation": "swiglu_clamp"},
     "shared expert as an argument": {"shared": "argument"},
     "W8A8, smooth": {"quantisation": "w8a8", "smooth": "both"},
+    "W4A8, clipped": CLIPPED,
 }
 ROUTED = {
     "unpermute": {},
@@ -53,13 +55,19 @@ ROUTED = {
 npu = chains.npu
 torch.library.define("custom::clip_quant", "(Tensor x) -> Tensor")
 torch.library.register_fake("custom::clip_quant", torch.empty_like)
-for name in ("npu_swiglu_clip_quant", "npu_dequant_swiglu_clamp_quant"):
-    torch.library.define(f"custom::{name}", "(Tensor x) -> Tensor")
-    torch.library.register_fake(f"custom::{name}", torch.empty_like)
+torch.library.define("custom::npu_dequant_swiglu_clamp_quant", "(Tensor x) -> Tensor")
+torch.library.register_fake("custom::npu_dequant_swiglu_clamp_quant", torch.empty_like)
 
 
-def clip(name: str) -> Any:
-    return lambda hidden: getattr(torch.ops.custom, name)(hidden)
+def clamp_quant(hidden: torch.Tensor) -> Any:
+    return torch.ops.custom.npu_dequant_swiglu_clamp_quant(hidden)
+
+
+def clip_quant(hidden: torch.Tensor) -> Any:
+    counts = torch.ones(chains.EXPERTS // 2, dtype=torch.int64)
+    return torch.ops.custom.npu_swiglu_clip_quant(hidden, counts, torch.ones(chains.EXPERTS // 2), activate_left=True)[
+        0
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +129,7 @@ def test_an_mc2_chain_is_found(pair, case):
     assert (chain.added != ()) == (case == "shared expert as an argument")
     smooth = [getattr(node, "name", None) for node in (chain.x_smooth, chain.experts.h_smooth)]
     assert (smooth == [None, None]) == (case != "W8A8, smooth")
+    assert (chain.experts.h_clip is None) == ("clipped" not in case)
     outside = {user for node in chain.interior for user in node.users} - {*chain.interior}
     assert outside <= {*chain.combine.users}
 
@@ -187,8 +196,15 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "rows in MX": ("raise.format", {"rows": lambda rows: npu().npu_dynamic_mx_quant(rows)[0]}),
     "a custom operator of rows": ("raise.custom", {"rows": lambda rows: torch.ops.custom.clip_quant(rows)}),
     "a custom activation": ("raise.custom", {"between": lambda hidden: torch.ops.custom.clip_quant(hidden)}),
-    "activations clipped before they become int8": ("raise.clip", {"between": clip("npu_swiglu_clip_quant")}),
-    "custom clamps": ("raise.clamp_quant", {"quantisation": "w8a8", "between": clip("npu_dequant_swiglu_clamp_quant")}),
+    "clips of 16-bit experts": ("raise.clip", {"between": clip_quant}),
+    "clips, the gate second": ("raise.gate_second", {**CLIPPED, "clips": {"activate_left": False}}),
+    "clips, in a mode that nobody knows": ("raise.literal", {**CLIPPED, "clips": {"clamp_mode": 0}}),
+    "clips, static": ("raise.literal", {**CLIPPED, "clips": {"quant_mode": 0}}),
+    "clips of shifted experts": ("raise.counts", {**CLIPPED, "second_groups": lambda counts: counts.roll(1)}),
+    "clips in 16 bits": ("raise.clip", {**CLIPPED, "alpha": lambda clip: clip.bfloat16()}),
+    "clips of all experts": ("raise.clip", {**CLIPPED, "alpha": lambda clip: clip.repeat(2)}),
+    "clips, relu before": ("raise.clip", {**CLIPPED, "between": torch.relu}),
+    "custom clamps": ("raise.clamp_quant", {"quantisation": "w8a8", "between": clamp_quant}),
     "a custom operator of results": ("raise.custom", {"out": lambda out: torch.ops.custom.clip_quant(out)}),
     "smooth scales of nothing": ("raise.smooth_scales", {"dispatch": {"scales": torch.ones(chains.EXPERTS, chains.HIDDEN)}}),
     "one line of smooth scales": (

@@ -34,15 +34,17 @@ FORMS: dict[str, dict[str, Any]] = {
     "W4A16": {"quantisation": "w4a16", "shared": "argument"},
     "W4A8": {"quantisation": "w4a8"},
     "W4A8, in one": {"quantisation": "w4a8", "joined": {}},
+    "W4A8, clipped": {"quantisation": "w4a8", "clipped": True},
     "GEGLU": {"activation": "gelu_tanh", "shared": ""},
     "clamps before silu": {"activation": "swiglu_clamp", "shared": "argument"},
 }
 REFUSED = {("W4A16", "fused_mc2"): "fused.quantisation", ("GEGLU", "fused_mc2"): "fused.activation"}
 REFUSED["clamps before silu", "fused_mc2"] = "fused.activation"
 REFUSED["W8A8, smooth scales", "fused_mc2"] = "fused.smooth_scales"
+REFUSED["W4A8, clipped", "fused_mc2"] = "fused.clip"
 # As MC2: W8A8's and W4A8's experts get an operator that fuses more, which has no smooth scales
 # What is written as the pass would write it. Not clamps before SiLU: the pass has one operator for them where the chain has six.
-UNTOUCHED = {"W8A8, smooth scales", "bfloat16", "W4A16", "W4A8, in one", "GEGLU"}
+UNTOUCHED = {"W8A8, smooth scales", "bfloat16", "W4A16", "W4A8, in one", "W4A8, clipped", "GEGLU"}
 BOUND = {"none": 2e-2, "w8a8": 4e-2, "w4a16": 2e-2, "w4a8": 4e-2}  # int8 activations round by 1 / 254 each
 
 

@@ -137,10 +137,28 @@ def swiglu_quant(a: Arguments) -> dict[str, Any]:
     }
 
 
+def swiglu_clip_quant(a: Arguments) -> dict[str, Any]:
+    """``custom::npu_swiglu_clip_quant``; ``clips`` are the entries of ``group_alpha``."""
+    x, clip = a["x"], a["group_alpha"]
+    return {
+        "x_dtype": dtype(x),
+        "x_dims": dims(x),
+        "rows": size(x, 0),
+        "width": size(x, -1),
+        "clip_dtype": dtype(clip),
+        "clip_dims": dims(clip),
+        "clips": size(clip, 0),
+        "quant_mode": a["quant_mode"],
+        "clamp_mode": a["clamp_mode"],
+        **_group_list(a["group_index"]),
+    }
+
+
 READERS = {
     "npu_dynamic_quant": dynamic_quant,
     "npu_grouped_matmul_swiglu_quant": grouped_matmul_swiglu_quant,
     "npu_grouped_matmul_swiglu_quant_v2": grouped_matmul_swiglu_quant_v2,
     "npu_dequant_swiglu_quant": dequant_swiglu_quant,
     "npu_swiglu_quant": swiglu_quant,
+    "npu_swiglu_clip_quant": swiglu_clip_quant,
 }

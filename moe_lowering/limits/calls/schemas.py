@@ -1,7 +1,7 @@
 """The schemas of the operators that the pass emits, as text, so that a block can be judged where torch_npu is not loaded.
 
 They complete and split the arguments of a call as torch would. The texts are those of torch_npu 2.13.0; a test compares each
-with the operator. Schemas of our own operators are asked of torch.
+with the operator; those of ``LIBRARIES`` are the library's own. Schemas of our own operators are asked of torch.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _SCHEMAS = (
     "npu_swiglu(Tensor input, int dim=-1) -> Tensor",
     "npu_swiglu_quant(Tensor x, *, Tensor? smooth_scales=None, Tensor? offsets=None, Tensor? group_index=None, "
     "bool activate_left=False, int quant_mode=0, int group_list_type=0, ScalarType? dst_type=None) -> (Tensor, Tensor)",
+    "npu_swiglu_clip_quant(Tensor x, Tensor group_index, Tensor group_alpha, *, bool activate_left=False, int quant_mode=1, "
+    "int clamp_mode=1) -> (Tensor, Tensor)",
     "npu_clipped_swiglu(Tensor x, *, Tensor? group_index=None, int dim=-1, float alpha=1.702, float limit=7., float bias=1., "
     "bool interleaved=True) -> Tensor",
     "npu_dynamic_quant(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, int? dst_type=None, "
@@ -59,6 +61,8 @@ _SCHEMAS = (
 )  # one string each
 _TEXTS = {text.partition("(")[0]: text for text in _SCHEMAS}
 TEXTS: Mapping[str, str] = _TEXTS
+# Operators of libraries that a model brings itself, and their namespaces. Source: recipes.swiglu_clip_quant
+LIBRARIES: Mapping[str, str] = {"npu_swiglu_clip_quant": "custom"}
 
 
 @functools.cache
@@ -69,8 +73,13 @@ def schema(operator: str) -> Any:
         AttributeError: no such operator.
     """
     if operator in _TEXTS:
-        return torch._C.parse_schema(f"npu::{_TEXTS[operator]}")
+        return torch._C.parse_schema(f"{LIBRARIES.get(operator, 'npu')}::{_TEXTS[operator]}")
     return getattr(torch.ops.moe_lowering, operator).default._schema
+
+
+def loaded_libraries() -> frozenset[str]:
+    """Those operators of ``LIBRARIES`` that this process has."""
+    return frozenset(name for name, library in LIBRARIES.items() if hasattr(getattr(torch.ops, library), name))
 
 
 @functools.cache

@@ -99,6 +99,7 @@ RESULTS: dict[str, Callable[[Given], list[Described]]] = {
     "npu_grouped_matmul_swiglu_quant_v2": _swiglu_quant,
     "npu_dequant_swiglu_quant": _halved_to_int8,
     "npu_swiglu_quant": _halved_to_int8,
+    "npu_swiglu_clip_quant": _halved_to_int8,
     "npu_moe_distribute_dispatch_v2": _dispatch,
     "npu_moe_distribute_combine_v2": _combine,
     "dispatch_ffn_combine": _fused,

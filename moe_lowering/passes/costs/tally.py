@@ -150,6 +150,7 @@ def _block(graph: Graph, spec: BlockSpec) -> Block:
     }
     x_smooth = given("x_smooth", (spec.experts, spec.hidden), torch.float32) if spec.has_x_smooth else None
     h_smooth = given("h_smooth", (spec.local_experts, spec.intermediate), torch.float32) if spec.has_h_smooth else None
+    h_clip = given("h_clip", (spec.local_experts,), torch.float32) if spec.has_h_clip else None
     sent = called(
         OPS.dispatch.default, DispatchCall(x=x, x_scale=scale, max_rows=spec.max_rows, x_smooth=x_smooth, **common)
     )
@@ -173,6 +174,7 @@ def _block(graph: Graph, spec: BlockSpec) -> Block:
             interleaved=spec.interleaved,
             quantisation=spec.quantisation,
             h_smooth=h_smooth,
+            h_clip=h_clip,
             **optional,
         ),
     )

@@ -39,6 +39,7 @@ _VALID_ROWS: dict[str, tuple[tuple[str, ...], bool]] = {
     "npu_grouped_matmul_swiglu_quant_v2": (("x", "x_scale"), True),
     "npu_dequant_swiglu_quant": (("x", "activation_scale"), True),
     "npu_clipped_swiglu": (("x",), True),
+    "npu_swiglu_clip_quant": (("x",), True),
 }
 _DISPATCH, _COMBINE = "npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2"
 _MATMULS = frozenset({"npu_grouped_matmul", "npu_grouped_matmul_swiglu_quant_v2"})

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fa
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from moe_lowering.limits.calls.schemas import LIBRARIES
 from moe_lowering.passes.emission.fake_values import Template
 from moe_lowering.passes.emission.known_results import known_result
 from moe_lowering.passes.emission.new_nodes import insert_call
@@ -217,9 +218,9 @@ def _cache_for(args: Arguments, fake_mode: FakeTensorMode) -> AbstractContextMan
 
 @functools.cache
 def find_overload(operator: str) -> Any:
-    """The overload of an operator's name without namespace: of torch_npu, or of ours."""
-    namespace = torch.ops.npu if hasattr(torch.ops.npu, operator) else torch.ops.moe_lowering
-    return getattr(namespace, operator).default
+    """The overload of an operator's name without namespace: of a model's library, of torch_npu, or of ours."""
+    own = "npu" if hasattr(torch.ops.npu, operator) else "moe_lowering"
+    return getattr(getattr(torch.ops, LIBRARIES.get(operator, own)), operator).default
 
 
 def _hashable(value: Any) -> Any:

@@ -37,6 +37,7 @@ def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rule
             "experts": spec.experts,
             "quantisation": spec.quantisation,
             "smooth_scales": spec.smooth_scales,
+            "clips_activations": spec.has_h_clip,
             "zero_experts": spec.zero_experts,
             "has_scale_bias": spec.has_scale_bias,
             "counts_read_before_combine": spec.counts_read_before_combine,

@@ -233,6 +233,7 @@ def _rules(spec: BlockSpec, deployment: Deployment) -> Rules:
             "ep_size": spec.ep_size,
             "quantisation": spec.quantisation,
             "smooth_scales": spec.smooth_scales,
+            "clips_activations": spec.has_h_clip,
             "zero_experts": spec.zero_experts,
             "mixed_forms": spec.mixed_forms,
             "shared_expert_rank_num": spec.shared_expert_ranks,

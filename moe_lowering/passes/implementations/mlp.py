@@ -31,8 +31,8 @@ def mlp_calls(spec: BlockSpec, deployment: Deployment, chosen: str | None = None
 
     ``chosen`` is the chain of ``quantised_mlp`` of a caller that does not use ``emit_mlp``.
     """
-    words = mlp_words(spec)
-    if not (words["activation_is_known"] and words["quantisation_is_known"] and words["smooth_scales_have_a_call"]):
+    words = mlp_words(spec, deployment)
+    if not all(words[name] for name in _NEEDED):
         return (Rules("grouped_mlp", words),)  # a block that has no emitter makes no calls
     if spec.format.quantised:
         return Rules("grouped_mlp", words), *quantised_mlp.calls(spec, deployment, chosen)
@@ -42,7 +42,10 @@ def mlp_calls(spec: BlockSpec, deployment: Deployment, chosen: str | None = None
     return Rules("grouped_mlp", words), first, *activation_calls(spec, deployment.soc), second
 
 
-def mlp_words(spec: BlockSpec) -> dict[str, Any]:
+_NEEDED = ("activation_is_known", "quantisation_is_known", "smooth_scales_have_a_call", "clips_have_a_call")
+
+
+def mlp_words(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
     """Quantities of the rules of ``grouped_mlp``, which makes no call itself: whether the block's words have an
     emitter."""
     known = spec.quantisation == "none" or spec.quantisation in quantised_mlp.EMITTED
@@ -52,6 +55,7 @@ def mlp_words(spec: BlockSpec) -> dict[str, Any]:
         "quantisation": spec.quantisation,
         "quantisation_is_known": known,
         "smooth_scales_have_a_call": not spec.has_h_smooth or quantised_mlp.takes_smooth(spec),
+        "clips_have_a_call": not spec.has_h_clip or quantised_mlp.takes_clip(spec, deployment),
     }
 
 

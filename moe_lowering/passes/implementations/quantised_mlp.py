@@ -4,18 +4,19 @@
            quantise rows > ``npu_grouped_matmul`` (int32) > ``npu_dequant_swiglu_quant`` > ``npu_grouped_matmul``
            quantise rows > ``npu_grouped_matmul`` > ``npu_swiglu_quant`` > ``npu_grouped_matmul``
            quantise rows > ``npu_grouped_matmul`` > activation > quantise > ``npu_grouped_matmul``
-    w4a8   the last two lines, with int4 weights, their scales as bits and their compensation as bias
+           quantise rows > ``npu_grouped_matmul`` > ``custom::npu_swiglu_clip_quant`` > ``npu_grouped_matmul``
+    w4a8   the last three lines, with int4 weights, their scales as bits and their compensation as bias
     w4a16  ``npu_grouped_matmul`` (antiquant scale and offset) > activation > ``npu_grouped_matmul``
 
 The first line is taken whose operators accept the block, by their rows in ``limits/data`` (``chain``). The first and the
 third know SwiGLU with the gate first only, the second also with clamps and of alternating columns; each has limits of its own
 on format, layout and width. The third has no converter for GE graphs. It is not told which rows are valid: it wants counts
 in int32, and documentation wants them not to fall. Smooth scales of activations are an argument of the second line's
-operator alone. "quantise" is ``npu_dynamic_quant``, left out where rows arrive as int8 with scales (MC2's dispatch with
-quant_mode 2).
+operator alone. The last line is for blocks that clip; its operator is of a library that a model brings. "quantise" is
+``npu_dynamic_quant``, left out where rows arrive as int8 with scales (MC2's dispatch with quant_mode 2).
 Counts per expert are the group list (type 1). Rows past the sum of the counts are undefined afterwards.
 Dtypes of scales: limits/data/grouped_matmul_quantised.toml.
-Sources: vllm_ascend.moe_mlp: unified_apply_mlp; ops_transformer.grouped_matmul.
+Sources: vllm_ascend.moe_mlp: unified_apply_mlp; ops_transformer.grouped_matmul; recipes.swiglu_clip_quant.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import check
+from moe_lowering.limits.calls.schemas import loaded_libraries
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.calls import OperatorCall, emit_call, tensor
 from moe_lowering.passes.context import judged_quantities
@@ -53,8 +55,9 @@ FLOAT32 = 6  # of torch's numbers of dtypes; not the default of dequant_dtype be
 EMITTED = frozenset({"w8a8", "w4a8", "w4a16"})
 QUANTISE, DEQUANTISE = "npu_dynamic_quant", "npu_dequant_swiglu_quant"
 SWIGLU_QUANT = "npu_grouped_matmul_swiglu_quant_v2"
-SWIGLU_ROWS = "npu_swiglu_quant"
+SWIGLU_ROWS, CLIP_ROWS = "npu_swiglu_quant", "npu_swiglu_clip_quant"
 FUSED, DEQUANT, JOINED, PLAIN = "fused", "dequant", "joined", "plain"  # the chains, in order of preference
+CLIPPED = "clipped"  # and the one of blocks that clip
 
 
 def chain(spec: BlockSpec, deployment: Deployment) -> str:
@@ -62,6 +65,8 @@ def chain(spec: BlockSpec, deployment: Deployment) -> str:
 
     It depends on what is the same on every rank, and T is not in it: verdict, emission and every rank choose alike.
     """
+    if spec.has_h_clip:
+        return CLIPPED
     if spec.has_h_smooth:
         return (
             DEQUANT  # the only one that multiplies each expert's activations; where it is not legal, the block is not
@@ -141,6 +146,9 @@ def _matmuls(name: str, spec: BlockSpec, deployment: Deployment) -> tuple[Operat
     if name == JOINED:
         rows = tensor(spec.dtype, None, spec.first_width)
         return first, OperatorCall(SWIGLU_ROWS, _swiglu_rows_arguments(rows)), second
+    if name == CLIPPED:
+        rows, clip = tensor(spec.dtype, None, spec.first_width), tensor(torch.float32, spec.local_experts)
+        return first, OperatorCall(CLIP_ROWS, _clip_rows_arguments(rows, counts, clip)), second
     return first, *activation_calls(spec, deployment.soc), *quantise_calls(spec, spec.intermediate), second
 
 
@@ -199,6 +207,11 @@ def _swiglu_rows_arguments(rows: Any) -> dict[str, Any]:
     return {"x": rows, "activate_left": True, "quant_mode": 1, "dst_type": torch.int8}
 
 
+def _clip_rows_arguments(rows: Any, counts: Any, clip: Any) -> dict[str, Any]:
+    """``custom::npu_swiglu_clip_quant`` of rows [N, 2I]: SwiGLU, clips, and a scale for each row."""
+    return {"x": rows, "group_index": counts, "group_alpha": clip, "activate_left": True}
+
+
 def _dequant_arguments(
     spec: BlockSpec, sums: Any, scale: Any, row_scale: Any, counts: Any, smooth: Any
 ) -> dict[str, Any]:
@@ -233,6 +246,13 @@ def takes_smooth(spec: BlockSpec) -> bool:
     """Whether there is a call that multiplies a block's activations by smooth scales: of int8 weights, by its activation."""
     known = spec.activation in _GLU or (spec.activation == "swiglu" and not spec.interleaved)
     return spec.format.weight_dtype == "int8" and known
+
+
+def takes_clip(spec: BlockSpec, deployment: Deployment) -> bool:
+    """Whether there is a call that clips a block's activations: of SwiGLU, where a model's library has it. What GE makes of it
+    is not known."""
+    known = spec.activation == "swiglu" and not spec.interleaved and not spec.has_h_smooth
+    return spec.format.int8_rows and known and deployment.mode != "ge" and CLIP_ROWS in loaded_libraries()
 
 
 def emit(
@@ -270,8 +290,11 @@ def emit(
         hidden, row_scale = emit.item(pair, 0), emit.item(pair, 1)
     else:
         hidden = _scaled_matmul(emit, spec, rows, row_scale, w13, w13_scale, experts.w13_scale_bias or (), counts)
-        if name == JOINED:
-            pair = emit_call(emit, SWIGLU_ROWS, _swiglu_rows_arguments(hidden))
+        if name in (JOINED, CLIPPED):
+            operator, arguments = SWIGLU_ROWS, _swiglu_rows_arguments(hidden)
+            if name == CLIPPED:
+                operator, arguments = CLIP_ROWS, _clip_rows_arguments(hidden, counts, experts.h_clip)
+            pair = emit_call(emit, operator, arguments)
             hidden, row_scale = emit.item(pair, 0), emit.item(pair, 1)
         else:
             hidden, row_scale = _quantise(emit, emit_activation(emit, hidden, counts, spec, deployment.soc))

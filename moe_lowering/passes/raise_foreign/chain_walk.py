@@ -132,10 +132,10 @@ class Walk:
                 raise NotThisForm(node, "raise.single_use", f"{what}, {node.name}, is read by {user.name}", names)
 
 
-def is_operator(node: Any, *names: str) -> bool:
-    """Whether a node calls one of torch_npu's operators, of any overload that takes the same arguments."""
+def is_operator(node: Any, *names: str, namespace: str = "npu") -> bool:
+    """Whether a node calls one of these operators, of torch_npu or another library, of any overload with the same arguments."""
     target = getattr(node, "target", None)
-    return isinstance(target, torch._ops.OpOverload) and target.namespace == "npu" and target._opname in names
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == namespace and target._opname in names
 
 
 def other_operator(node: Node, seen: str, expected: str) -> NotThisForm:
@@ -155,13 +155,12 @@ def other_operator(node: Node, seen: str, expected: str) -> NotThisForm:
     return NotThisForm(node, code, seen, expected)
 
 
-# Operators of custom:: that are known by name, and why none of them is raised.
+# Operators of custom:: that are known by name, and why a chain that has one at this place is not raised.
 # Source: recipes.swiglu_clamp_quant, recipes.swiglu_clip_quant: what they compute
 _CUSTOM = {
     "npu_swiglu_clip_quant": (
         "raise.clip",
-        "custom::npu_swiglu_clip_quant clips each row of the activation at its expert's share of the row's largest value "
-        "before it becomes int8, which no generic operator has",
+        "custom::npu_swiglu_clip_quant is known as what makes int8 rows of one scaled matmul of gate and up",
     ),
     "npu_dequant_swiglu_clamp_quant": (
         "raise.clamp_quant",

@@ -205,8 +205,8 @@ def _mlp_call(block: ForeignBlock, emit: Emitter, rows: Node, row_scale: Node, c
             lists[name] = [
                 emit.call(aten.squeeze.dim, each, 1) if each.meta["val"].dim() == 3 else each for each in lists[name]
             ]
-    words = {"quantisation": block.quantisation, "out_dtype": block.out_dtype, "h_smooth": block.h_smooth}
-    return call._replace(**words, **lists)
+    words = {"quantisation": block.quantisation, "out_dtype": block.out_dtype}
+    return call._replace(h_smooth=block.h_smooth, h_clip=block.h_clip, **words, **lists)
 
 
 def _matrices(emit: Emitter, weights: Weights) -> list[Node]:

@@ -11,7 +11,7 @@ from moe_lowering.vocabulary import ONE_OPERATOR
 # Operators of which the experts of a block consist; the two ends are the implementation's.
 EXPERT_OPERATORS = frozenset({
     "npu.npu_grouped_matmul", "npu.npu_swiglu", "npu.npu_clipped_swiglu", "npu.npu_dequant_swiglu_quant",
-    "npu.npu_grouped_matmul_swiglu_quant_v2", "npu.npu_swiglu_quant",
+    "npu.npu_grouped_matmul_swiglu_quant_v2", "npu.npu_swiglu_quant", "custom.npu_swiglu_clip_quant",
 })  # fmt: skip
 
 

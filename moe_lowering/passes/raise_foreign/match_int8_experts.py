@@ -2,17 +2,18 @@
 
     w8a8   matmul (int32) > npu_dequant_swiglu_quant > matmul
     w8a8   npu_grouped_matmul_swiglu_quant, of either version, for the first two
-    w8a8   matmul (scaled) > activation > npu_dynamic_quant > matmul; or npu_swiglu_quant for the middle two
-    w4a8   the same with int4 weights, which bring a bias
+    w8a8   matmul (scaled) > activation > npu_dynamic_quant > matmul; or npu_swiglu_quant for the middle two, or
+           custom::npu_swiglu_clip_quant, which clips too
+    w4a8   the last line with int4 weights, which bring a bias
 
 Sources: op_plugin.dequant_swiglu_quant: which half is the gate; op_plugin.gmm_swiglu_quant, op_plugin.gmm_swiglu_quant_v2:
-arguments; recipes.fused_mlp: the chains that are written.
+arguments; recipes.fused_mlp: the chains that are written; recipes.swiglu_clip_quant: arguments.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -47,7 +48,7 @@ from moe_lowering.passes.raise_foreign.npu_matmuls import (
 )
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
-DEQUANTISE, SWIGLU_ROWS = "npu_dequant_swiglu_quant", "npu_swiglu_quant"
+DEQUANTISE, SWIGLU_ROWS, CLIP_ROWS = "npu_dequant_swiglu_quant", "npu_swiglu_quant", "npu_swiglu_clip_quant"
 FUSED, FUSED_V2 = "npu_grouped_matmul_swiglu_quant", "npu_grouped_matmul_swiglu_quant_v2"
 INT32 = 3  # as ``output_dtype`` takes it
 HALVES, INTERLEAVED, HALVES_CLAMPED = 0, 1, 2  # swiglu_mode
@@ -75,7 +76,7 @@ def match_int8(walk: Walk, rows: Node, row_scale: Node, groups: Groups) -> Exper
     require_weight_dtype(last, torch.int32 if form == "w4a8" else torch.int8)
     for first in made.firsts:
         _require_same_dtype(first, last, dtype)
-    return experts_of(walk, made.firsts, last, fields, made.smooth)
+    return experts_of(walk, made.firsts, last, fields, made.smooth, made.clip)
 
 
 @dataclasses.dataclass
@@ -88,6 +89,7 @@ class _Made:
     scale: Node
     words: dict[str, Any]
     smooth: Node | None = None
+    clip: Node | None = None
 
 
 def _require_same_dtype(first: Node, last: Node, dtype: torch.dtype) -> None:
@@ -113,8 +115,9 @@ def _by_matmuls(walk: Walk, firsts: tuple[Node, ...], row_scale: Node, groups: G
         _require_scaled(first, row_scale)
     walk.read_by(row_scale, "scales of rows", *firsts)
     firsts, hidden = side_by_side(walk, firsts)
-    rows, scale, words, firsts = _activated(walk, firsts, hidden)
-    return _Made(form, firsts, rows, scale, {**words, **_scaled(firsts, row_scale, form, "w13")})
+    made = _activated(walk, firsts, hidden, groups)
+    scales = _scaled(made.firsts, row_scale, form, "w13")
+    return _Made(form, made.firsts, made.rows, made.scale, {**made.words, **scales}, clip=made.clip)
 
 
 def _fused(walk: Walk, node: Node, rows: Node, row_scale: Node, groups: Groups) -> _Made:
@@ -217,23 +220,44 @@ def _clamped_words(node: Node) -> dict[str, Any]:
     return clipped_words(node, limit, alpha, bias, mode == INTERLEAVED)
 
 
-def _activated(
-    walk: Walk, firsts: tuple[Node, ...], hidden: tuple[Node, ...]
-) -> tuple[Node, Node, dict[str, Any], tuple[Node, ...]]:
-    """(rows, their scales, the words of the activation, the matmuls in the order of their columns) of hidden [N, 2I], or gate
-    and up, in one operator or in two."""
+class _Activated(NamedTuple):
+    """Int8 rows, their scales, the words of the activation, the matmuls in the order of their columns, the clips."""
+
+    rows: Node
+    scale: Node
+    words: dict[str, Any]
+    firsts: tuple[Node, ...]
+    clip: Node | None = None
+
+
+def _activated(walk: Walk, firsts: tuple[Node, ...], hidden: tuple[Node, ...], groups: Groups) -> _Activated:
+    """Of hidden [N, 2I], or gate and up, in one operator or in two."""
     readers = walk.readers(hidden[0])
-    if len(hidden) != 1 or len(readers) != 1 or not is_operator(readers[0], SWIGLU_ROWS):
+    alone = readers[0] if len(hidden) == len(readers) == 1 else None
+    if alone is not None and is_operator(alone, CLIP_ROWS, namespace="custom"):
+        return _clipped(walk, firsts, hidden[0], alone, groups)
+    if alone is None or not is_operator(alone, SWIGLU_ROWS):
         activation = match_activation(walk, hidden)
         rows, scale = quantised_rows(walk, activation.result, "the activation")
-        return rows, scale, activation.words, activation.ordered(firsts, hidden)
-    (node,) = readers
+        return _Activated(rows, scale, activation.words, activation.ordered(firsts, hidden))
+    walk.add(alone)
+    require_value(alone, "x", hidden[0])
+    require(alone, {"smooth_scales": (None,)}, "raise.smooth_scales")
+    require(alone, {"activate_left": (True,)}, "raise.gate_second")
+    require(alone, {"offsets": (None,), "group_index": (None,), "quant_mode": (1,), "dst_type": (None, torch.int8)})
+    return _Activated(*both_results(walk, alone), words_of("swiglu"), firsts)
+
+
+def _clipped(walk: Walk, firsts: tuple[Node, ...], hidden: Node, node: Node, groups: Groups) -> _Activated:
+    """After ``custom::npu_swiglu_clip_quant``."""
     walk.add(node)
-    require_value(node, "x", hidden[0])
-    require(node, {"smooth_scales": (None,)}, "raise.smooth_scales")
+    require_value(node, "x", hidden)
+    groups.require(node, "group_index", COUNTS)
     require(node, {"activate_left": (True,)}, "raise.gate_second")
-    require(node, {"offsets": (None,), "group_index": (None,), "quant_mode": (1,), "dst_type": (None, torch.int8)})
-    return *both_results(walk, node), words_of("swiglu"), firsts
+    require(node, {"quant_mode": (1,), "clamp_mode": (1,)})
+    clip = argument(node, "group_alpha")
+    assert isinstance(clip, Node)
+    return _Activated(*both_results(walk, node), words_of("swiglu"), firsts, clip)
 
 
 def _require_scaled(node: Node, row_scale: Node) -> None:

@@ -81,12 +81,12 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
     """A chain as the record of a layer that others wrote.
 
     Raises:
-        NotThisForm: another number of experts, smooth scales of another form, several scopes, a write in between.
+        NotThisForm: another number of experts, smooth scales or clips of another form, several scopes, a write in between.
     """
     chain.walk.close()
     _require_local_experts(chain)
     _require_ids_of_experts(chain)
-    _require_smooth_scales(chain)
+    _require_row_factors(chain)
     fields = dict(chain.experts.given)
     lists: dict[str, Any] = {name: tuple(fields.pop(name, ())) for name in _LISTS}
     out_dtype = fields.pop("out_dtype", None)
@@ -113,6 +113,7 @@ def foreign_block(chain: Chain, graph: Graph) -> ForeignBlock:
         own_operators=expert_operators(tuple(operator_name(n) for n in chain.interior if n.op == "call_function")),
         x_smooth=chain.x_smooth,
         h_smooth=chain.experts.h_smooth,
+        h_clip=chain.experts.h_clip,
         out_dtype=out_dtype if chain.sent["x_scale"] is not None or chain.x_smooth is not None else None,
         **chain.sent,
         **fields,
@@ -159,26 +160,28 @@ def _require_ids_of_experts(chain: Chain) -> None:
         )
 
 
-def _require_smooth_scales(chain: Chain) -> None:
-    """Smooth scales are those of every expert that they are for, of a chain that quantises."""
+def _require_row_factors(chain: Chain) -> None:
+    """Smooth scales and clips are those of every expert that they are for, of a chain that quantises."""
     experts, hidden = chain.sent["num_experts"], value_of(chain.sent["x"]).shape[-1]
     local, rows = experts // chain.sent.get("ep_size", 1), argument(chain.experts.last, "x")[0]
     middle = value_of(rows).shape[-1]
+    of_tokens, of_activations = "smooth scales of tokens", "smooth scales of activations"
     for what, node, shape in (
-        ("tokens", chain.x_smooth, (experts, hidden)), ("activations", chain.experts.h_smooth, (local, middle)),
+        (of_tokens, chain.x_smooth, (experts, hidden)), (of_activations, chain.experts.h_smooth, (local, middle)),
+        ("clips of activations", chain.experts.h_clip, (local,)),
     ):  # fmt: skip
         if node is None:
             continue
-        value = value_of(node)
+        value, code = value_of(node), "raise.clip" if node is chain.experts.h_clip else "raise.smooth_scales"
         if value.dtype != torch.float32 or [*map(size_key, value.shape)] != [*map(size_key, shape)]:
-            seen = f"{node.name}: smooth scales of {what} are {value.dtype} {tuple(value.shape)}"
-            raise NotThisForm(node, "raise.smooth_scales", seen, f"float32 {shape}")
+            seen = f"{node.name}: {what} are {value.dtype} {tuple(value.shape)}"
+            raise NotThisForm(node, code, seen, f"float32 {shape}")
         if chain.sent["x_scale"] is not None and node is chain.x_smooth:
             seen = f"{node.name}: smooth scales of tokens that are int8 already"
             raise NotThisForm(node, "raise.smooth_scales", seen, "tokens of floats")
         if chain.experts.given["quantisation"] not in _INT8_ROWS:
-            seen = f"{node.name}: smooth scales of {what}, which are not quantised"
-            raise NotThisForm(node, "raise.smooth_scales", seen, " or ".join(_INT8_ROWS))
+            seen = f"{node.name}: {what}, which are not quantised"
+            raise NotThisForm(node, code, seen, " or ".join(_INT8_ROWS))
 
 
 _INT8_ROWS = tuple(form.name for form in EXPERT_FORMATS.values() if form.int8_rows)

@@ -36,6 +36,7 @@ class Experts:
         firsts: the first matmul; or that of gate and that of up, in the order in which their columns are in ``w13``.
         last: the second matmul.
         h_smooth: [E, I], what the activation is multiplied by before it is quantised; None for nothing.
+        h_clip: [E], at which share of its largest value a row of the activation is clipped; None for nothing.
     """
 
     given: dict[str, Any]
@@ -43,6 +44,7 @@ class Experts:
     firsts: tuple[Node, ...]
     last: Node
     h_smooth: Node | None = None
+    h_clip: Node | None = None
 
     @property
     def first(self) -> Node:
@@ -143,13 +145,18 @@ def require_weight_dtype(node: Node, dtype: torch.dtype) -> None:
 
 
 def experts_of(
-    walk: Walk, firsts: tuple[Node, ...], last: Node, fields: dict[str, Any], smooth: Node | None = None
+    walk: Walk,
+    firsts: tuple[Node, ...],
+    last: Node,
+    fields: dict[str, Any],
+    smooth: Node | None = None,
+    clip: Node | None = None,
 ) -> Experts:
     """``fields`` may have ``w13`` already, of an operator that takes it otherwise."""
     fields = {**fields, "w2": tensors(last, "weight")}
     if "w13" not in fields:
         fields["w13"] = of_firsts(firsts, "weight")
-    return Experts(fields, result_of(walk, last), firsts, last, smooth)
+    return Experts(fields, result_of(walk, last), firsts, last, smooth, clip)
 
 
 def quantised_rows(walk: Walk, rows: Node, what: str) -> tuple[Node, Node]:

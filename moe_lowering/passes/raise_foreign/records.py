@@ -90,6 +90,7 @@ class ForeignBlock:
         rounded: the dtype that weights are rounded to before they are used; None for their own.
         weigh_input: x is multiplied by the weights instead of the results; k is 1.
         x_smooth, h_smooth: [E, H] and [E_local, I] float32, smooth scales of tokens and activations.
+        h_clip: [E_local] float32, at which share of its largest value a row of activations is clipped.
         bases: [T, H] each, added to the result. copied, constant: what copy and const experts add to it.
         partial: [..., H] each, what each rank adds to its own result; their sum over ``partial_group`` is added to the result.
         zero_experts: ids past the experts', for which no row is sent.
@@ -140,6 +141,7 @@ class ForeignBlock:
     out_dtype: Any = None
     x_smooth: Node | None = None
     h_smooth: Node | None = None
+    h_clip: Node | None = None
     ep_group: str = ""
     ep_size: int = 1
     tp_group: str = ""
@@ -207,7 +209,7 @@ class ForeignBlock:
     def operands(self) -> tuple[Node, ...]:
         """Every node that the generic operators will read."""
         single = (
-            self.x, self.ids, self.weights, self.x_scale, self.mask, self.slot_mask, self.x_smooth, self.h_smooth,
+            self.x, self.ids, self.weights, self.x_scale, self.mask, self.slot_mask, self.x_smooth, self.h_smooth, self.h_clip,
             None if self.copied is None else self.copied.x, *(() if self.constant is None else self.constant.nodes),
             *(() if self.norm is None else (self.norm.residual, self.norm.gamma)),
         )  # fmt: skip

@@ -20,6 +20,7 @@ import torch
 from moe_lowering import _versions
 from moe_lowering.simulator.device import attention, attention_out, collectives, hccl, special_kernels
 from moe_lowering.simulator.device.kernels import Kernel, kernel
+from moe_lowering.simulator.kernels import clip_quant
 
 KEY = "PrivateUse1"
 NATIVE = {
@@ -65,6 +66,7 @@ def register() -> int:
         lowered = frozenset(_registered_operators("moe_lowering", KEY))
         count += register_namespace("npu", _registered_operators("npu", "CPU"))
         count += register_namespace("atb", _registered_operators("atb", "CPU"))
+        count += register_namespace(clip_quant.NAMESPACE, clip_quant.KERNELS)
         count += register_namespace("moe_lowering", _registered_operators("moe_lowering", "CPU"), lowered)
         c10d = _implementer("c10d")
         for name, collective in collectives.kernels(_registered_operators("c10d", KEY)).items():

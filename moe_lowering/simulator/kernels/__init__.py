@@ -1,4 +1,5 @@
-"""CPU kernels of ``npu::`` operators: the documented meaning, with everything that is undefined made visible.
+"""CPU kernels of ``npu::`` operators, and of those of libraries that models bring: the documented meaning, with everything
+that is undefined made visible.
 
 The kernels accept what the real operators accept (``moe_lowering.limits``; torch_npu's meta functions accept nearly
 anything), compute in float32 and round where the real operators round, and fill with NaN, or the smallest integer, what
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from moe_lowering.simulator.kernels import clip_quant
 from moe_lowering.simulator.kernels.atb import KERNELS as ATB
 from moe_lowering.simulator.kernels.common import Kernel, collective, with_limits
 from moe_lowering.simulator.kernels.distribute import KERNELS as DISTRIBUTE
@@ -56,6 +58,9 @@ def register() -> None:
         raise RuntimeError("simulator kernels: import torch_npu first (moe_lowering.simulator.enable() does)")
     register_kernels("npu", {name: with_limits(_overload("npu", name), kernel) for name, kernel in LOCAL.items()})
     register_kernels("npu", {name: collective(_overload("npu", name), kernel) for name, kernel in DISTRIBUTE.items()})
+    clip_quant.define()
+    of_library = {name: with_limits(_overload(clip_quant.NAMESPACE, name), k) for name, k in clip_quant.KERNELS.items()}
+    register_kernels(clip_quant.NAMESPACE, of_library)
     register_kernels("atb", {name: with_limits(_overload("atb", name), kernel) for name, kernel in ATB.items()})
 
 

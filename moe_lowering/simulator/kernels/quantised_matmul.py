@@ -27,13 +27,15 @@ SCALED = {torch.float16: 5, torch.bfloat16: 15}  # numbers of torch_npu's output
 INT32 = 3
 
 
-def quantise_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_rows(rows: torch.Tensor, share: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 rows [..., n] -> int8 rows and their scales max|row| / 127 [...]; rounds half to even.
 
+    With ``share`` [...] the scales are share * max|row| / 127, and what is beyond share * max|row| is clipped.
     A row of zeros stays zero, with scale 0. A row with NaN or infinity is undefined: its scale is NaN, its values the
     smallest int8.
     """
-    scale = rows.abs().amax(-1) / INT8_MAX
+    most = rows.abs().amax(-1)
+    scale = (most if share is None else most * share) / INT8_MAX
     scale = torch.where(scale.isfinite(), scale, torch.nan)
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale).unsqueeze(-1)
     values = torch.round(rows / divisor).clamp(-INT8_MAX, INT8_MAX)
