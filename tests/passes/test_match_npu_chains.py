@@ -63,6 +63,15 @@ def clamp_quant(hidden: torch.Tensor) -> Any:
     return torch.ops.custom.npu_dequant_swiglu_clamp_quant(hidden)
 
 
+def matmul_finalize(rows: torch.Tensor) -> Any:
+    experts, weight = (
+        chains.EXPERTS // 2,
+        torch.ones(chains.EXPERTS // 2, chains.HIDDEN, chains.HIDDEN, dtype=torch.int8),
+    )
+    counts, scale = torch.ones(experts, dtype=torch.int64), torch.ones(experts, chains.HIDDEN)
+    return npu().npu_grouped_matmul_finalize_routing(rows, weight, counts, scale=scale, output_bs=6, group_list_type=1)
+
+
 def clip_quant(hidden: torch.Tensor) -> Any:
     counts = torch.ones(chains.EXPERTS // 2, dtype=torch.int64)
     return torch.ops.custom.npu_swiglu_clip_quant(hidden, counts, torch.ones(chains.EXPERTS // 2), activate_left=True)[
@@ -196,6 +205,7 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "rows in MX": ("raise.format", {"rows": lambda rows: npu().npu_dynamic_mx_quant(rows)[0]}),
     "a custom operator of rows": ("raise.custom", {"rows": lambda rows: torch.ops.custom.clip_quant(rows)}),
     "a custom activation": ("raise.custom", {"between": lambda hidden: torch.ops.custom.clip_quant(hidden)}),
+    "a matmul that finalises": ("raise.matmul_finalize", {"quantisation": "w8a8", "rows": matmul_finalize}),
     "clips of 16-bit experts": ("raise.clip", {"between": clip_quant}),
     "clips, the gate second": ("raise.gate_second", {**CLIPPED, "clips": {"activate_left": False}}),
     "clips, in a mode that nobody knows": ("raise.literal", {**CLIPPED, "clips": {"clamp_mode": 0}}),

@@ -54,7 +54,7 @@ def _find(graph: Graph, deployment: Deployment) -> tuple[list[ForeignBlock], dic
             groups = form.groups(anchors) if anchors else []
         except Exception as error:
             groups = []
-            left.update(dict.fromkeys(anchors, _failed(anchors, error)))
+            left.update(dict.fromkeys(anchors, _failed(graph, anchors, error)))
         for group in groups:
             try:
                 block = form.match(graph, group, deployment)
@@ -63,12 +63,17 @@ def _find(graph: Graph, deployment: Deployment) -> tuple[list[ForeignBlock], dic
             except NotThisForm as reason:
                 left.update(dict.fromkeys(group, reason.record))
             except Exception as error:
-                left.update(dict.fromkeys(group, _failed(group, error)))
+                left.update(dict.fromkeys(group, _failed(graph, group, error)))
     return sorted(layers, key=lambda block: block.result), left
 
 
-def _failed(nodes: Sequence[Node], error: Exception) -> NotRaised:
-    """A defect of ours must not fail the user's compile, nor keep other layers from being raised."""
+def _failed(graph: Graph, nodes: Sequence[Node], error: Exception) -> NotRaised:
+    """A defect of ours must not fail the user's compile, nor keep other layers from being raised. Nor must an operator whose
+    arguments are by name, which traced graphs do not have, and not all that looks at chains asks for."""
+    named = next((n for n in graph.nodes if n.op == "call_function" and not is_by_position(n)), None)
+    if named is not None:
+        seen = f"{named.name} ({named.target}) has its arguments by name"
+        return NotThisForm(named, "raise.by_name", seen, "by position").record
     log_warning("moe_lowering: looking for layers that others wrote failed, this one is left as it was")
     expected = "a graph that the forms can be looked for in"
     return NotThisForm(nodes[0], "raise.internal", describe_internal_error(error), expected).record
