@@ -78,8 +78,13 @@ def schema(operator: str) -> Any:
 
 
 def loaded_libraries() -> frozenset[str]:
-    """Those operators of ``LIBRARIES`` that this process has."""
-    return frozenset(name for name, library in LIBRARIES.items() if hasattr(getattr(torch.ops, library), name))
+    """Those operators of ``LIBRARIES`` that this process has, with the arguments that are known here."""
+    return frozenset(name for name, library in LIBRARIES.items() if _is_loaded(library, name))
+
+
+def _is_loaded(library: str, name: str) -> bool:
+    operators = getattr(torch.ops, library)
+    return hasattr(operators, name) and str(getattr(operators, name).default._schema) == str(schema(name))
 
 
 @functools.cache
