@@ -42,7 +42,7 @@ def test_one_line_differs_on_a_machine_with_npus():
     for file in ("own_model.py", "checkpoint.py", "serve.py"):
         text = (TOP / "examples" / file).read_text()
         assert len(re.findall(r"^    moe_lowering\.simulator\.enable", text, re.M)) == 1
-        assert 'device = sys.argv[1] if len(sys.argv) > 1 else "cpu"' in text
+        assert 'parser.add_argument("device", nargs="?", choices=("cpu", "npu"), default="cpu")' in text
 
 
 def test_another_output_would_be_seen():
