@@ -22,7 +22,7 @@ FILLS = {
     "": "#eeeeee",
 }
 MEANINGS = {
-    "generic operator of this package": "moe_lowering",
+    "this package": "moe_lowering",
     "exchange": "npu_define",
     "torch_npu": "npu",
     "torch": "",

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+OUTSIDE = "what is outside of the layers"
 EVERY = 2.0  # seconds between two messages at least: a whole model has hundreds of layers and of stages
 
 # module, class, method, what the stage is called, and the node of what the method was given and returned
@@ -78,7 +79,7 @@ class _Stage:
         if not self._tell.is_due():
             return
         place = layer_of(self._node_of(given, made))
-        self._tell(f"{self._name} is at {place or 'what is outside of the layers'} ({self._nodes} nodes)")
+        self._tell(f"{self._name} is at {place or OUTSIDE} ({self._nodes} nodes)")
 
 
 @contextlib.contextmanager
