@@ -101,7 +101,8 @@ Each family of the installed transformers whose code has a class of experts, as 
 and its output within rounding of the model's own for the very inputs that it had; *no*: not lowered, for the reason below;
 *WRONG*: another result; *failed*: the model could not be built, compiled whole or run; -: not tried. *Router*: routers that
 became one operator of the device. *Overlap*: shared experts that run beside the layer on a side
-stream ([npugraph_ex](glossary.md#npugraph_ex), asked for). *Error*: the largest max|a - b| / max|b| of a lowered layer, over all attempts: that of bfloat16, where it was tried.
+stream ([npugraph_ex](glossary.md#npugraph_ex), asked for). *Error*: the largest max|a - b| / max|b| of a lowered layer,
+over all attempts: that of bfloat16, where it was tried.
 
 | family | {heads} | router | overlap | error |
 |---|{rule}
