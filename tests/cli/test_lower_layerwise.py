@@ -52,7 +52,7 @@ def test_a_layer_by_itself_is_lowered_as_in_the_whole(monkeypatch):
     assert "kind 1 of 1, model.layers.3 for 2 equal layers up to model.layers.4: tracing with dynamo" in told
     assert "the whole model, 5 layers (--whole): tracing with dynamo" in told_of_whole
     ends = [
-        next(each for each in messages if each.endswith("nodes; AOTAutograd, then the pass"))
+        next(each for each in messages if each.endswith("nodes; AOTAutograd reads them twice, then the pass"))
         for messages in (told, told_of_whole)
     ]
     assert "kind" in ends[0] and "kind" not in ends[1]

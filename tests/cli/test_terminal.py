@@ -60,6 +60,9 @@ REPORTS = {
     "matrix, wrong": "matrix --comm mc3",
     "models, wrong": "models --only nosuch",
     "simulate, wrong": "simulate --soc A9 -- true",
+    "nothing to lower": "lower",
+    "no such option": "models --nothing",
+    "no such command": "lowered",
 }
 
 
@@ -74,6 +77,7 @@ def test_no_line_is_wider_than_80_columns_and_nothing_is_coloured_in_a_pipe(capf
     assert max(map(len, out.splitlines()), default=0) <= 80, [line for line in out.splitlines() if len(line) > 80]
     assert "\033" not in out + err and "\r" not in out + err
     assert (code == 2) == (not out) and (code != 2 or err.count("\n") == 1), "of a wrong command one line"
+    assert code != 2 or re.match(r"moe-lowering: error: argument \S+: .+; accepted: ", err), "which says what to do"
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"FORCE_COLOR": "1", "NO_COLOR": "1"}],

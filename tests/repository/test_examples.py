@@ -1,6 +1,8 @@
 """Each program of examples/ runs as it stands, and docs/examples.md shows it with what it prints."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,6 +38,22 @@ def test_the_page_shows_every_program_as_it_stands():
     for example in examples.EXAMPLES:
         assert (TOP / "examples" / example.file).read_text() in PAGE, "run `make examples`"
     assert PAGE.startswith(examples.INTRO)
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    ("own_model.py", "it is started by torchrun"),
+    ("own_model.py gpu", "invalid choice: 'gpu'"),
+    ("checkpoint.py cpu", "it is started by torchrun"),
+    ("serve.py npu", "npu needs torch_npu and CANN"),
+])  # fmt: skip
+def test_a_wrong_start_is_told_in_one_line(words, says):
+    name, *arguments = words.split()
+    command = [sys.executable, str(TOP / "examples" / name), *arguments]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", examples.AUTOLOAD)}
+    environment["PYTHONPATH"] = str(TOP)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"{name}: error: ") and says in done.stderr
 
 
 def test_one_line_differs_on_a_machine_with_npus():

@@ -149,7 +149,7 @@ def _trace(
     lower = lowering_backend(lowering, stop)
 
     def lower_and_tell(gm: Any, example_inputs: Any) -> Any:
-        progress(f"dynamo made {len(gm.graph.nodes)} nodes; AOTAutograd, then the pass")
+        progress(f"dynamo made {len(gm.graph.nodes)} nodes; AOTAutograd reads them twice, then the pass")
         return lower(gm, example_inputs)
 
     progress("tracing with dynamo")

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from moe_lowering.report.text import count_of
+
 OUTSIDE = "what is outside of the layers"
 EVERY = 2.0  # seconds between two messages at least: a whole model has hundreds of layers and of stages
 
@@ -79,7 +81,7 @@ class _Stage:
         if not self._tell.is_due():
             return
         place = layer_of(self._node_of(given, made))
-        self._tell(f"{self._name} is at {place or OUTSIDE} ({self._nodes} nodes)")
+        self._tell(f"{self._name} is at {place or OUTSIDE} ({count_of(self._nodes, 'node')})")
 
 
 @contextlib.contextmanager
