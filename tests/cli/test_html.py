@@ -173,6 +173,14 @@ def test_a_graph_has_each_node_below_what_it_reads_and_none_over_another():
     assert "no nodes" in draw_graph([])
 
 
+def test_a_row_stands_in_the_order_of_what_it_reads():
+    nodes = [GraphNode("p", "npu.p", ()), GraphNode("q", "npu.q", ()), GraphNode("c", "npu.reads_q", ("q",)),
+             GraphNode("d", "npu.reads_p", ("p",))]  # fmt: skip
+    picture = ElementTree.fromstring(draw_graph(nodes))
+    places = dict(zip((node.text for node in picture.iter(f"{SVG}text")), boxes(picture), strict=True))
+    assert places["p"][0] < places["q"][0] and places["reads_p"][0] < places["reads_q"][0], "no edges cross"
+
+
 def report_of(layers: int, comm: str | None = "mc2") -> LoweringReport:
     nodes = (GraphNode("x", "npu.x", ()),)
     block = BlockReport("", comm, "a reason", ("x",), ("x",), {}, nodes_before=nodes, nodes_after=nodes)

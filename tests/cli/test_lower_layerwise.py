@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 
 import pytest
 import torch
@@ -95,6 +96,14 @@ def test_a_trace_is_told_now_and_then_and_nothing_stays_wrapped(monkeypatch):
     monkeypatch.setitem(torch._dynamo.output_graph.__dict__, "SubgraphTracer", None)
     with trace_progress.told(told.append):
         assert PropagateUnbackedSymInts.__dict__["run_node"] is not before[1], "of a stage that is another, nothing"
+
+
+def test_a_method_that_is_inherited_is_inherited_again():
+    child = type("Child", (nn.Module,), {})
+    seen = []
+    with trace_progress._wrapped(child, "extra_repr", types.SimpleNamespace(see=lambda given, made: seen.append(made))):
+        assert child().extra_repr() == "" and seen == [""]
+    assert "extra_repr" not in child.__dict__
 
 
 @pytest.mark.parametrize(("path", "layer"), [
