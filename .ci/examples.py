@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "examples.md"
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 NOISE = ("None", "*****")  # torch_npu prints the one, torchrun the other
 
 
@@ -27,7 +28,8 @@ class Example(NamedTuple):
     @property
     def command(self) -> str:
         started = self.words[0] if self.words else "python"
-        return " ".join([started, *self.words[1:], f"examples/{self.file}"])
+        needed = [f"{AUTOLOAD}=0"] if started == "torchrun" else []
+        return " ".join([*needed, started, *self.words[1:], f"examples/{self.file}"])
 
 
 TORCHRUN = ("torchrun", "--nproc-per-node", "2")
@@ -75,6 +77,8 @@ They lie in `examples/` of a checkout and run there with the environment that `m
 On a machine with [NPUs](glossary.md#npu) the word `npu` behind a command runs the same file on them.
 What differs is the line after `if device == "cpu"`.
 Without [CANN](glossary.md#cann), `TORCH_DEVICE_BACKEND_AUTOLOAD=0` stands before `torchrun`, which imports torch by itself.
+Each takes five to fifteen seconds and prints at the end. Warnings on stderr are no fault: torchrun speaks of `OMP_NUM_THREADS`,
+torch_npu of padding sizes and of internal formats.
 `make examples` renews this page.
 """
 
@@ -88,7 +92,10 @@ def run(example: Example) -> str:
     starters = {"torchrun": "torch.distributed.run", "pytest": "pytest"}
     module = ("-m", starters[example.words[0]]) if example.words else ()
     words = [*module, *example.words[1:], f"examples/{example.file}"]
-    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop(AUTOLOAD, None)  # as in a shell of somebody new
+    if example.words == TORCHRUN:
+        environment[AUTOLOAD] = "0"
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540, check=False)

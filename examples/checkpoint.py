@@ -5,13 +5,22 @@ torchrun --nproc-per-node 2 examples/checkpoint.py [npu [FOLDER]]
 Without CANN, TORCH_DEVICE_BACKEND_AUTOLOAD=0 stands before it: torchrun imports torch by itself.
 """
 
+import argparse
 import os
-import sys
 import tempfile
+from pathlib import Path
 
 import moe_lowering  # before torch, where torch_npu is installed without CANN
 
-device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("device", nargs="?", choices=("cpu", "npu"), default="cpu")
+parser.add_argument("folder", nargs="?", help="of a checkpoint in 16 bit; a small one is made without it")
+arguments = parser.parse_args()
+device = arguments.device
+if "RANK" not in os.environ:
+    parser.error("it is started by torchrun, which makes the ranks: see --help")
+if arguments.folder and not Path(arguments.folder).is_dir():
+    parser.error(f"{arguments.folder} is no folder; a checkpoint has to be downloaded first")
 if device == "cpu":
     moe_lowering.simulator.enable("A3")  # the line that a machine with NPUs does without
 
@@ -24,6 +33,8 @@ from moe_lowering.integrations.transformers import register
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 register()
+if device == "npu" and not hasattr(torch, "npu"):
+    parser.error("npu needs torch_npu and CANN; without that word it runs on the simulator")
 if device == "npu":
     torch.npu.set_device(int(os.environ["LOCAL_RANK"]))
 dist.init_process_group("gloo" if device == "cpu" else "hccl")
@@ -51,7 +62,7 @@ def small_checkpoint() -> str:
     return name[0]
 
 
-folder = sys.argv[2] if len(sys.argv) > 2 else small_checkpoint()
+folder = arguments.folder or small_checkpoint()
 deployment = moe_lowering.Deployment.from_groups(ep=dist.group.WORLD, max_tokens=16)
 with torch.device("meta"):
     config = AutoConfig.from_pretrained(folder)
@@ -76,7 +87,7 @@ tokens = model.generate(
 if rank == 0:
     for report in lowering.reports:
         for block in report.blocks:
-            print(f"{block.name}: {block.comm}, {block.reason}")
+            print(f"{block.name}: {block.comm}\n  {block.reason}")
 for each in range(dist.get_world_size()):
     dist.barrier()  # one rank prints after the other
     if each == rank:

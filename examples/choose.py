@@ -8,7 +8,7 @@ MODELS = {
 }
 MACHINES = (("A2", 64), ("A3", 16), ("A3", 32), ("A3", 64))
 
-print(f"{'model':<16} {'SoC':<3} {'EP':>2} {'128 tokens':<11} {'1..4096 tokens'}")
+print(f"{'model':<16} {'SoC':<3} {'EP':>2} {'128 tokens':<11} 1..4096 tokens, each up to")
 for name, block in MODELS.items():
     for soc, ranks in MACHINES:
         deployment = moe_lowering.Deployment(
@@ -22,7 +22,7 @@ for name, block in MODELS.items():
             installed=(),  # of another machine
         )
         explanation = moe_lowering.explain(block, deployment, tokens=128, sweep=(1, 4096))
-        pieces = ", ".join(f"{piece.choice} to {piece.high}" for piece in explanation.pieces)
+        pieces = ", ".join(f"{piece.choice} {piece.high}" for piece in explanation.pieces)
         print(f"{name:<16} {soc:<3} {ranks:>2} {explanation.answer.choice:<11} {pieces}")
         for implementation, verdict in explanation.answer.judgement.verdicts.items():
             if verdict.violations:

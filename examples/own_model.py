@@ -3,12 +3,16 @@
 Without CANN, TORCH_DEVICE_BACKEND_AUTOLOAD=0 stands before it: torchrun imports torch by itself.
 """
 
+import argparse
 import os
-import sys
 
 import moe_lowering  # before torch, where torch_npu is installed without CANN
 
-device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("device", nargs="?", choices=("cpu", "npu"), default="cpu")
+device = parser.parse_args().device
+if "RANK" not in os.environ:
+    parser.error("it is started by torchrun, which makes the ranks: see --help")
 if device == "cpu":
     moe_lowering.simulator.enable("A3")  # the line that a machine with NPUs does without
 
@@ -16,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+if device == "npu" and not hasattr(torch, "npu"):
+    parser.error("npu needs torch_npu and CANN; without that word it runs on the simulator")
 if device == "npu":
     torch.npu.set_device(int(os.environ["LOCAL_RANK"]))
 dist.init_process_group("gloo" if device == "cpu" else "hccl")
@@ -47,7 +53,7 @@ y = compiled(x.to(device)).cpu()
 error = float((y - expected).abs().max() / expected.abs().max())
 if rank == 0:
     for block in lowering.reports[0].blocks:  # print(lowering.reports[0]) prints the whole report
-        print(f"{block.name}: {block.comm}, {block.reason}")
+        print(f"{block.name}: {block.comm}\n  {block.reason}")
         print("  " + "\n  ".join(block.ops_after))
 for each in range(dist.get_world_size()):
     dist.barrier()

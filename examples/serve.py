@@ -1,14 +1,20 @@
 """Serving with statistics, on one rank: python examples/serve.py [npu]"""
 
-import sys
+import argparse
 
 import moe_lowering  # before torch, where torch_npu is installed without CANN
 
-device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("device", nargs="?", choices=("cpu", "npu"), default="cpu")
+device = parser.parse_args().device
 if device == "cpu":
     moe_lowering.simulator.enable_device()  # the line that a machine with NPUs does without
 
 import torch
+
+if device == "npu" and not hasattr(torch, "npu"):
+    parser.error("npu needs torch_npu and CANN; without that word it runs on the simulator")
+
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moe_lowering.integrations.transformers import register

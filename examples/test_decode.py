@@ -1,9 +1,10 @@
 """A test suite of your own with fake deployments of 64 ranks, in one process: pytest examples/test_decode.py"""
 
+import moe_lowering  # before torch, where torch_npu is installed without CANN
+
 import pytest
 import torch
 
-import moe_lowering  # before torch, where torch_npu is installed without CANN
 from moe_lowering import testing
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 4096, 1536, 128, 8

@@ -94,7 +94,10 @@ def parse(arguments: list[str] | None) -> Request:
     values = vars(namespace)
     called = values.pop("called")
     if more:
-        raise UsageError(f"argument {more[0]}: is none of {called}; accepted: those of moe-lowering {called} --help")
+        accepted = f"those of moe-lowering {called} --help"
+        if called == "simulate":
+            accepted += ", and the program with its own options after --"
+        raise UsageError(f"argument {more[0]}: is none of {called}; accepted: {accepted}")
     request: Request = values.pop("request")(**values)
     if isinstance(request, LowerRequest):
         lower_arguments.check(request)

@@ -65,6 +65,9 @@ class Parser(argparse.ArgumentParser):
     """Errors as one line, with the same prefix for every command and the same words in every version of Python."""
 
     def error(self, message: str) -> NoReturn:
+        missing = message.removeprefix("the following arguments are required: ")
+        if missing != message:
+            message = f"argument {missing}: is missing; accepted: what {self.prog} --help says of it"
         raise UsageError(message)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

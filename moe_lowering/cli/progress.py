@@ -1,26 +1,36 @@
 """Lines on stderr that say what a command is doing, for a person who waits; none where stderr is no terminal.
 
 For the first two seconds nothing is printed. Then the latest message is, and from there on every message; so a command
-that is done within two seconds prints nothing.
+that is done within two seconds prints nothing. A message that stays for long is repeated with the time, so that nobody takes
+what is slow for what hangs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import textwrap
 import threading
 import time
 
-from moe_lowering.cli.terminal import is_terminal
+from moe_lowering.cli.terminal import columns, is_terminal
 
 QUIET = 2.0  # seconds
+AGAIN = 4.0  # seconds without another message
 
 
 class Progress:
-    """Call it with what is being done. ``who``: a rank, where there are several; ``shown``: None to look at stderr."""
+    """Call it with what is being done.
 
-    def __init__(self, who: str = "", shown: bool | None = None) -> None:
+    Args:
+        who: a rank, where there are several.
+        shown: None to look at stderr.
+        repeats: whether to repeat what takes long; not for a rank, as the command that waits for it does.
+    """
+
+    def __init__(self, who: str = "", shown: bool | None = None, repeats: bool = True) -> None:
         self._shown = is_terminal(sys.stderr) if shown is None else shown
+        self._repeats = repeats
         self._who = f"{who} " if who else ""
         self._started = time.perf_counter()
         self._lock = threading.Lock()
@@ -34,11 +44,9 @@ class Progress:
             self._message = message
             left = QUIET - (time.perf_counter() - self._started)
             if left <= 0:
-                self._print()
+                self._say()
             elif self._timer is None:
-                self._timer = threading.Timer(left, self._say)
-                self._timer.daemon = True
-                self._timer.start()
+                self._wait(left)
 
     def close(self) -> None:
         """Nothing is said any more: the command is done."""
@@ -47,12 +55,24 @@ class Progress:
             if self._timer is not None:
                 self._timer.cancel()
 
-    def _say(self) -> None:
-        with self._lock:
-            if self._shown:
-                self._print()
+    def _wait(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = threading.Timer(seconds, self._wake)
+        self._timer.daemon = True
+        self._timer.start()
 
-    def _print(self) -> None:
-        seconds = time.perf_counter() - self._started
+    def _wake(self) -> None:
+        with self._lock:
+            # a message that came while this waited for the lock has set another timer
+            if self._shown and self._timer is threading.current_thread():
+                self._say()
+
+    def _say(self) -> None:
+        start = f"[{self._who}{time.perf_counter() - self._started:6.1f} s] "
+        room = max((columns(sys.stderr) or sys.maxsize) - len(start), 40)
+        lines = textwrap.wrap(self._message, room, break_on_hyphens=False) or [""]
         with contextlib.suppress(OSError, ValueError):  # stderr may be closed
-            print(f"[{self._who}{seconds:6.1f} s] {self._message}", file=sys.stderr, flush=True)
+            print(start + ("\n" + " " * len(start)).join(lines), file=sys.stderr, flush=True)
+        if self._repeats:
+            self._wait(AGAIN)

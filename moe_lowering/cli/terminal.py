@@ -15,13 +15,18 @@ def width() -> int:
     """Columns of stdout: COLUMNS where it is set, else those of the terminal; ``report.width.WIDTH`` where it is none."""
     from moe_lowering.report.width import WIDTH  # with it torch, which a wrong command is not to wait for
 
-    columns = os.environ.get("COLUMNS", "")
-    if columns.isascii() and columns.isdecimal() and 0 < len(columns) < 6 and int(columns) > 0:
-        return int(columns)
+    return columns(sys.stdout) or WIDTH
+
+
+def columns(stream: TextIO | None) -> int:
+    """Columns for what is printed to a stream: COLUMNS where it is set, else those of the terminal; 0 where it is none."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isascii() and given.isdecimal() and 0 < len(given) < 6 and int(given) > 0:
+        return int(given)
     try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns or WIDTH
+        return os.get_terminal_size(stream.fileno()).columns if stream is not None else 0
     except (AttributeError, ValueError, OSError):  # closed, no file, no terminal
-        return WIDTH
+        return 0
 
 
 def is_terminal(stream: TextIO | None) -> bool:

@@ -6,35 +6,40 @@ import textwrap
 from collections.abc import Iterable
 
 from moe_lowering.families.records import DTYPES, RIGHT, SHAPES, WAYS, WRONG, Attempt, Row
+from moe_lowering.report.width import report_width
 
-WIDTH = 118
+FAMILY = 23  # columns of a name; with the others a table has 80
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 MARKS = {"right": "yes", "wrong": "WRONG", "left": "no", "failed": "failed"}
 COLUMNS = tuple((way, dtype, shapes) for way in WAYS for dtype in DTYPES for shapes in SHAPES)
 
 
 def render(rows: list[Row], version: str) -> str:
-    """The table, why what is not lowered is not, and a summary."""
-    heads = [
-        [way for way, _, _ in COLUMNS],
-        [_SHORT[dtype] for _, dtype, _ in COLUMNS],
-        [shapes for _, _, shapes in COLUMNS],
+    """A table for each way that was tried, why what is not lowered is not, and a summary. Wrapped to ``report_width``."""
+    ways = [way for way in WAYS if any(row.of(way) for row in rows)] or WAYS
+    tables = [_table(rows, way, way == ways[0]) for way in ways]
+    reasons = [
+        textwrap.fill(f"{name}: {reason}", report_width(), subsequent_indent="  ") for name, reason in reasons_of(rows)
     ]
-    lines = []
-    for at, cells in enumerate(heads):
-        lines.append(f"{'family' if at == 2 else '':24}" + "".join(f"{head:>9}" for head in cells))
-    lines[2] += f"{'router':>9}{'overlap':>9}{'error':>9}"
-    lines += [_line(row) for row in rows]
-    reasons = [textwrap.fill(f"{name}: {reason}", WIDTH, subsequent_indent="  ") for name, reason in reasons_of(rows)]
-    return "\n".join(
-        [*lines, "", *(["not lowered, and why:", *reasons, ""] if reasons else []), summary(rows, version)]
-    )
+    why = ["not lowered, and why:", *reasons, ""] if reasons else []
+    return "\n".join([*tables, *why, textwrap.fill(summary(rows, version), report_width())])
 
 
-def _line(row: Row) -> str:
-    attempts = {(attempt.way, attempt.dtype, attempt.shapes): attempt for attempt in row.attempts}
-    cells = [MARKS[attempts[kind].state] if kind in attempts else "-" for kind in COLUMNS]
-    return f"{row.family:24}" + "".join(f"{cell:>9}" for cell in (*cells, routers(row), overlap(row), error(row)))
+def _table(rows: list[Row], way: str, is_first: bool) -> str:
+    """Of one way; what is said of all attempts together stands in the first table."""
+    kinds = [(dtype, shapes) for dtype in DTYPES for shapes in SHAPES]
+    lines = [
+        f"{'':{FAMILY}}" + "".join(f"{_SHORT[dtype]:>8}" for dtype, _ in kinds),
+        f"{f'by {way}':{FAMILY}}" + "".join(f"{shapes:>8}" for _, shapes in kinds),
+    ]
+    lines[1] += f"{'router':>8}{'overlap':>9}{'error':>8}" if is_first else ""
+    for row in rows:
+        attempts = {(attempt.way, attempt.dtype, attempt.shapes): attempt for attempt in row.attempts}
+        asked = [(way, dtype, shapes) for dtype, shapes in kinds]
+        states = [MARKS[attempts[kind].state] if kind in attempts else "-" for kind in asked]
+        whole = f"{routers(row):>8}{overlap(row):>9}{error(row):>8}" if is_first else ""
+        lines.append(f"{row.family:{FAMILY}}" + "".join(f"{state:>8}" for state in states) + whole)
+    return "\n".join([*lines, ""])
 
 
 def routers(row: Row) -> str:
@@ -95,8 +100,9 @@ Each family of the installed transformers whose code has a class of experts, as 
 [transformers.md](transformers.md)), and from the **trace** of the model as transformers makes it. *yes*: every MoE layer lowered,
 and its output within rounding of the model's own for the very inputs that it had; *no*: not lowered, for the reason below;
 *WRONG*: another result; *failed*: the model could not be built, compiled whole or run; -: not tried. *Router*: routers that
-became one operator of the device. *Overlap*: shared experts that run beside the layer on a side stream (npugraph_ex, asked for).
-*Error*: the largest max|a - b| / max|b| of a lowered layer, over all attempts: that of bfloat16, where it was tried.
+became one operator of the device. *Overlap*: shared experts that run beside the layer on a side
+stream ([npugraph_ex](glossary.md#npugraph_ex), asked for). *Error*: the largest max|a - b| / max|b| of a lowered layer,
+over all attempts: that of bfloat16, where it was tried.
 
 | family | {heads} | router | overlap | error |
 |---|{rule}

@@ -235,5 +235,5 @@ def _log(report: LoweringReport, captured: bool) -> None:
     for finding in report.not_capturable:
         log_warning("moe_lowering: cannot be captured: %s", finding, trace=False, level=level)
     if report.blocks:
-        text = "moe_lowering: %d blocks, pass took %.1f ms"
-        log_warning(text, len(report.blocks), report.pass_ms, trace=False, level=logging.INFO)
+        text = "moe_lowering: the pass took %.1f ms; MoE blocks: %d"
+        log_warning(text, report.pass_ms, len(report.blocks), trace=False, level=logging.INFO)

@@ -54,7 +54,14 @@ def test_a_program_and_its_children(tmp_path):
         ([], "argument PROGRAM: is missing; accepted: a program after --"),
         (["--soc", "A9", "--", "x"], "argument --soc: is 'A9'; accepted: A2 (910B), A3 ("),
         (["--devices", "0", "--", "x"], "argument --devices: is '0'; accepted: an integer from 1"),
-        (["--", "no-such-program-at-all"], "no-such-program-at-all cannot be started: No such file or directory"),
+        (
+            ["python", "-c", "x"],
+            "argument -c: is none of simulate; accepted: those of moe-lowering simulate --help, and the pro",
+        ),
+        (
+            ["--", "no-such-program-at-all"],
+            "no-such-program-at-all cannot be started (No such file or directory); accepted: a program on PATH",
+        ),
     ],
 )
 def test_wrong_usage(arguments, says, capsys):

@@ -21,7 +21,7 @@ import pytest
 
 from moe_lowering import cli
 from moe_lowering.cli.html.choice_drawing import draw_choices
-from moe_lowering.cli.html.graph_drawing import HEIGHT, ITEM, draw_graph
+from moe_lowering.cli.html.graph_drawing import HEIGHT, ITEM, MEANINGS, draw_graph
 from moe_lowering.cli.html.lower_page import lower_page
 from moe_lowering.cli.html.page import COLOURS, Markup, element, escape
 from moe_lowering.cli.lower.outcome import LowerOutcome
@@ -100,6 +100,7 @@ def test_lower(capfd, tmp_path):
     assert [node.text for node in before.iter(f"{SVG}text")] == ["dispatch", "grouped_mlp", "combine"]
     operators = [name.rpartition(".")[2] for name in found["blocks"][1]["ops_after"]]
     assert sorted(node.text for node in after.iter(f"{SVG}text")) == sorted(operators)
+    assert all(meaning in text for meaning in MEANINGS), "what the colours of boxes mean"
     assert {rect.get("fill") for rect in choices.iter(f"{SVG}rect")} <= set(COLOURS.values())
 
 
@@ -158,8 +159,26 @@ def test_a_graph_has_each_node_below_what_it_reads_and_none_over_another():
     assert len(list(picture.iter(f"{SVG}path"))) == 5, "a to b, a to c once, and three to d"
     width, height = (float(picture.get(name)) for name in ("width", "height"))
     assert all(x >= 0 and x + w <= width and y + h <= height and h == HEIGHT for x, y, w, h in places.values())
+    crossed = [path.get("d").count("C") for path in picture.iter(f"{SVG}path")]
+    assert sorted(crossed) == [1, 1, 1, 1, 2], "from a to d through a lane in the row of b and c"
+    for path in picture.iter(f"{SVG}path"):
+        for x, y in re.findall(r"L([\d.]+),([\d.]+)", path.get("d")):
+            assert not any(
+                left < float(x) < left + w and top < float(y) < top + h for left, top, w, h in boxes(picture)
+            )
+    (lane,) = (path.get("d") for path in picture.iter(f"{SVG}path") if path.get("d").count("C") == 2)
+    crossing = float(re.findall(r"L([\d.]+),", lane)[1])
+    assert all(not left <= crossing <= left + w for left, top, w, _ in places.values() if top == places["left"][1])
     assert next(node.text for node in picture.iter(f"{SVG}title")) == "%a = npu.first(%outside)"
     assert "no nodes" in draw_graph([])
+
+
+def test_a_row_stands_in_the_order_of_what_it_reads():
+    nodes = [GraphNode("p", "npu.p", ()), GraphNode("q", "npu.q", ()), GraphNode("c", "npu.reads_q", ("q",)),
+             GraphNode("d", "npu.reads_p", ("p",))]  # fmt: skip
+    picture = ElementTree.fromstring(draw_graph(nodes))
+    places = dict(zip((node.text for node in picture.iter(f"{SVG}text")), boxes(picture), strict=True))
+    assert places["p"][0] < places["q"][0] and places["reads_p"][0] < places["reads_q"][0], "no edges cross"
 
 
 def report_of(layers: int, comm: str | None = "mc2") -> LoweringReport:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 
 import pytest
 import torch
 from torch import nn
 
 from moe_lowering import MoE
-from moe_lowering.cli.lower import fake, layerwise
+from moe_lowering.cli.lower import fake, layerwise, trace_progress
 from moe_lowering.cli.lower.models import MoeStack
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.passes.emission.emitter import is_emitted
@@ -44,14 +45,27 @@ def describe(value):
 
 def test_a_layer_by_itself_is_lowered_as_in_the_whole(monkeypatch):
     told, told_of_whole = [], []
+    monkeypatch.setattr(trace_progress, "EVERY", 0.0)
     one, graphs, facts, reports = lowered(REQUEST, monkeypatch, told)
     whole, (whole_graph,), whole_facts, whole_reports = lowered(
         dataclasses.replace(REQUEST, whole=True), monkeypatch, told_of_whole
     )
     assert "kind 1 of 1, model.layers.3 for 2 equal layers up to model.layers.4: tracing with dynamo" in told
     assert "the whole model, 5 layers (--whole): tracing with dynamo" in told_of_whole
-    for messages in (told, told_of_whole):
-        assert messages[-1].endswith("nodes; AOTAutograd, then the pass") and "kind" in told[-1] != told_of_whole[-1]
+    ends = [
+        next(each for each in messages if each.endswith("nodes; AOTAutograd reads them twice, then the pass"))
+        for messages in (told, told_of_whole)
+    ]
+    assert "kind" in ends[0] and "kind" not in ends[1]
+    # of every node, as nothing is held back here: each layer once more for each stage
+    for stage in ("dynamo", "AOTAutograd"):
+        begin = f"the whole model, 5 layers (--whole): {stage} is at "
+        places = [each.removeprefix(begin).partition(" (")[0] for each in told_of_whole if each.startswith(begin)]
+        layers = [place for place in dict.fromkeys(places) if place != trace_progress.OUTSIDE]
+        assert layers == [f"model.layers.{n}" for n in range(5)]
+        assert trace_progress.OUTSIDE in places, "embeddings and the head"
+        counts = [int(each.rpartition("(")[2].split()[0]) for each in told_of_whole if each.startswith(begin)]
+        assert counts == list(range(1, len(counts) + 1)), "every node was seen"
     assert facts["lowered"] == "model.layers.3 for 2 equal layers up to model.layers.4"
     assert whole_facts["lowered"] == "the graph of the whole model: --whole"
     assert [block["name"] for block in one["blocks"]] == [f"model.layers.{n}.mlp.experts" for n in (3, 4)]
@@ -63,6 +77,47 @@ def test_a_layer_by_itself_is_lowered_as_in_the_whole(monkeypatch):
     agreement = [node for node in whole_graph if "assert_agreement" in node[0]]
     assert graphs[0] * 2 == whole_graph and len(graphs[0]) > 10, agreement
     assert one["nodes_before"] < whole["nodes_before"] / 2
+
+
+def test_a_trace_is_told_now_and_then_and_nothing_stays_wrapped(monkeypatch):
+    from torch._dynamo.output_graph import SubgraphTracer
+    from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
+
+    methods = [(SubgraphTracer, "create_proxy"), (PropagateUnbackedSymInts, "run_node")]
+    before = [holder.__dict__.get(name) for holder, name in methods]
+    told = []
+    with pytest.raises(ZeroDivisionError), trace_progress.told(told.append):
+        assert all(holder.__dict__[name] is not own for (holder, name), own in zip(methods, before, strict=True))
+        compiled = torch.compile(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), backend="eager", fullgraph=True)
+        assert compiled(torch.ones(1, 2)).shape == (1, 2)
+        1 / 0  # noqa: B018
+    assert [holder.__dict__.get(name) for holder, name in methods] == before
+    assert not told, "a short trace says nothing"
+    monkeypatch.setitem(torch._dynamo.output_graph.__dict__, "SubgraphTracer", None)
+    with trace_progress.told(told.append):
+        assert PropagateUnbackedSymInts.__dict__["run_node"] is not before[1], "of a stage that is another, nothing"
+
+
+def test_a_method_that_is_inherited_is_inherited_again():
+    child = type("Child", (nn.Module,), {})
+    seen = []
+    with trace_progress._wrapped(child, "extra_repr", types.SimpleNamespace(see=lambda given, made: seen.append(made))):
+        assert child().extra_repr() == "" and seen == [""]
+    assert "extra_repr" not in child.__dict__
+
+
+@pytest.mark.parametrize(("path", "layer"), [
+    ("L['self'].model.layers.12.mlp.experts", "model.layers.12"),
+    ("L['self'].model.layers['3'].mlp", "model.layers['3']"),
+    ("L['self'].0.experts", ""),
+    ("L['self'].model.embed_tokens", ""),
+    ("L['self'].blocks.1.layers.2", "blocks.1"),
+])  # fmt: skip
+def test_the_layer_of_a_node(path, layer):
+    node = torch.fx.Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {"outer": ("L['self']", nn.Module), "inner": (path, nn.Module)}
+    assert trace_progress.layer_of(node) == layer
+    assert trace_progress.layer_of(torch.fx.Graph().placeholder("x")) == ""
 
 
 def test_a_model_whose_layers_cannot_be_told_apart_from_it_is_traced_as_a_whole(monkeypatch):

@@ -36,6 +36,71 @@ def test_reports_are_as_wide_as_the_terminal(monkeypatch, columns, used):
     assert report_width() == WIDTH, "as it was"
 
 
+@pytest.mark.parametrize(("columns", "on_terminal", "used"), [("80", True, 80), ("90", True, 90), ("40", True, NARROWEST),
+                                                              ("300", True, WIDTH), ("80", False, WIDTH)])  # fmt: skip
+def test_a_report_that_a_program_prints_is_as_wide_as_its_terminal(monkeypatch, columns, on_terminal, used):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(isatty=lambda: on_terminal))
+    assert report_width() == used
+    monkeypatch.setattr(sys, "stdout", None)
+    assert report_width() == WIDTH
+
+
+# Every command and every report of it, none of which starts a process here.
+REPORTS = {
+    "explain": f"explain {BLOCK} --ep 16 --tokens 600 --why mc2 --sweep tokens=1..900",
+    "explain, refused": f"explain {BLOCK} --ep 16 --comm mc2 --tokens 600 --dtype float32",
+    "explain, table": f"explain {BLOCK} --ep 16,32 --tokens 1..4096",
+    "lower": "lower moe --fake --layers 1 --ep 16 --tokens 64",
+    "lower, refused": "lower moe --fake --layers 1 --ep 16 --comm mc2 --tokens 600 --provider none",
+    "matrix": "matrix --ep 1 --comm allgather --quant none --scenario even",
+    "models": "models --only jetmoe --ways hook --dtypes float32 --shapes static",
+    "lower, wrong": "lower moe --soc A9",
+    "explain, wrong": "explain moe --ep 0",
+    "matrix, wrong": "matrix --comm mc3",
+    "models, wrong": "models --only nosuch",
+    "simulate, wrong": "simulate --soc A9 -- true",
+    "nothing to lower": "lower",
+    "no such option": "models --nothing",
+    "no such command": "lowered",
+}
+
+
+@pytest.mark.parametrize("given", REPORTS.values(), ids=REPORTS)
+def test_no_line_is_wider_than_80_columns_and_nothing_is_coloured_in_a_pipe(capfd, monkeypatch, given):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    code = cli.main(given.split())
+    out, err = capfd.readouterr()
+    assert max(map(len, out.splitlines()), default=0) <= 80, [line for line in out.splitlines() if len(line) > 80]
+    assert "\033" not in out + err and "\r" not in out + err
+    assert (code == 2) == (not out) and (code != 2 or err.count("\n") == 1), "of a wrong command one line"
+    assert code != 2 or re.match(r"moe-lowering: error: argument \S+: .+; accepted: ", err), "which says what to do"
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"FORCE_COLOR": "1", "NO_COLOR": "1"}],
+                         ids=["NO_COLOR", "TERM=dumb", "both"])  # fmt: skip
+@pytest.mark.parametrize("given", [REPORTS[name] for name in ("explain", "explain, table", "lower", "lower, refused")])
+def test_nothing_is_coloured_on_a_terminal_that_has_no_colours(capfd, monkeypatch, environment, given):
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
+    cli.main(given.split())
+    assert "\033" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("given", [REPORTS["explain"], REPORTS["explain, table"]])
+def test_colours_can_be_forced_into_a_pipe(capfd, monkeypatch, given):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    cli.main(given.split())
+    assert "\033[" in capfd.readouterr().out, "the twin"
+
+
 @pytest.mark.parametrize("given", [
     f"{BLOCK} --ep 16 --tokens 600 --dtype float32 --buffer-mb 10",
     f"{BLOCK} --ep 16 --provider none --buffer-mb 200 --sweep tokens=1..8192 --why mc2",
@@ -101,7 +166,14 @@ def test_progress_is_for_who_waits(monkeypatch):
     assert (
         stream.getvalue().endswith("s] third\n") and "\r" not in stream.getvalue() and "\033" not in stream.getvalue()
     )
+    monkeypatch.setattr(progress, "AGAIN", 0.1)
+    shown("slow")
+    time.sleep(0.35)
+    assert 3 <= stream.getvalue().count("s] slow\n") <= 4, "what takes long is said again"
     shown.close()
+    said = stream.getvalue()
+    time.sleep(0.3)
+    assert stream.getvalue() == said
     shown("fourth")
     assert "fourth" not in stream.getvalue()
     short = progress.Progress(shown=True)
@@ -109,6 +181,22 @@ def test_progress_is_for_who_waits(monkeypatch):
     short.close()
     time.sleep(0.4)
     assert "short" not in stream.getvalue()
+    rank = progress.Progress("rank 0", shown=True, repeats=False)
+    rank("once")
+    time.sleep(0.5)
+    assert stream.getvalue().count("once") == 1, "the command that waits for a rank repeats, not the rank"
+
+
+def test_progress_is_as_wide_as_the_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    monkeypatch.setattr(progress, "QUIET", 0.0)
+    monkeypatch.setenv("COLUMNS", "80")
+    progress.Progress(shown=True, repeats=False)("word " * 40)
+    first, *others = stream.getvalue().splitlines()
+    assert (
+        len(first) <= 80 and others and all(len(line) <= 80 and line.startswith(" " * 11 + "word") for line in others)
+    )
+    assert stream.getvalue().split().count("word") == 40
 
 
 def test_progress_is_for_terminals(monkeypatch):
@@ -118,7 +206,9 @@ def test_progress_is_for_terminals(monkeypatch):
     progress.Progress()("piped")
     assert stream.getvalue() == ""
     monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
-    progress.Progress("rank 0")("seen")
+    shown = progress.Progress("rank 0")
+    shown("seen")
+    shown.close()
     assert stream.getvalue().startswith("[rank 0 ") and "seen" in stream.getvalue()
 
 

@@ -1,6 +1,8 @@
 """Each program of examples/ runs as it stands, and docs/examples.md shows it with what it prints."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,11 +40,27 @@ def test_the_page_shows_every_program_as_it_stands():
     assert PAGE.startswith(examples.INTRO)
 
 
+@pytest.mark.parametrize(("words", "says"), [
+    ("own_model.py", "it is started by torchrun"),
+    ("own_model.py gpu", "invalid choice: 'gpu'"),
+    ("checkpoint.py cpu", "it is started by torchrun"),
+    ("serve.py npu", "npu needs torch_npu and CANN"),
+])  # fmt: skip
+def test_a_wrong_start_is_told_in_one_line(words, says):
+    name, *arguments = words.split()
+    command = [sys.executable, str(TOP / "examples" / name), *arguments]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", examples.AUTOLOAD)}
+    environment["PYTHONPATH"] = str(TOP)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"{name}: error: ") and says in done.stderr
+
+
 def test_one_line_differs_on_a_machine_with_npus():
     for file in ("own_model.py", "checkpoint.py", "serve.py"):
         text = (TOP / "examples" / file).read_text()
         assert len(re.findall(r"^    moe_lowering\.simulator\.enable", text, re.M)) == 1
-        assert 'device = sys.argv[1] if len(sys.argv) > 1 else "cpu"' in text
+        assert 'parser.add_argument("device", nargs="?", choices=("cpu", "npu"), default="cpu")' in text
 
 
 def test_another_output_would_be_seen():

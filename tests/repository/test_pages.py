@@ -13,8 +13,12 @@ DOCS = sorted((TOP / "docs").glob("*.md"))
 PAGES = [TOP / "README.md", *DOCS]
 MOST_WORDS = 35
 # Pages for a reader who is new, and the words of the glossary that they may not use unexplained.
-FOR_NEWCOMERS = [
-    TOP / name for name in ("README.md", "docs/five_minutes.md", "docs/use.md", "docs/examples.md", "docs/loading.md")
+FOR_NEWCOMERS = [TOP / "README.md"] + [
+    TOP / "docs" / f"{name}.md"
+    for name in (
+        *("five_minutes", "install", "use", "examples", "loading", "transformers", "vllm", "torchair", "serving"),
+        *("commands", "deployment", "refusals", "reports", "models"),
+    )
 ]
 WORDS = ("EP", "MC2", "FusedMC2", "CANN", "npugraph_ex", "GE", "FRACTAL_NZ", "W8A8", "SoC", "NPU", "log2phy")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moe_lowering.cli.html.choice_drawing import draw_choices
-from moe_lowering.cli.html.graph_drawing import draw_graph
+from moe_lowering.cli.html.graph_drawing import draw_graph, draw_key
 from moe_lowering.cli.html.page import COLOURS, Markup, element, items, join, key, page
 from moe_lowering.cli.html.parts import cost_table, verdict_table
 from moe_lowering.explanation.table import Row
@@ -41,6 +41,8 @@ def _report_parts(report: LoweringReport) -> list[object]:
         element("p", f"{count_of(len(report.blocks), 'MoE block')}{traced}"),
         _strip(report.blocks),
     ]
+    if report.blocks:
+        parts += [draw_key()]
     for group in equal_blocks(report.blocks):
         parts += _block_parts(group)
     parts.append(items(f"{place}: {why}" for place, why in report.unlowered))

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moe_lowering import _bootstrap
 from moe_lowering.backends.aot import lowering_backend
 from moe_lowering.cli import collection
-from moe_lowering.cli.lower import fake_weights, layerwise, models
+from moe_lowering.cli.lower import fake_weights, layerwise, models, trace_progress
 from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.prepare import (
     assumptions,
@@ -149,12 +149,12 @@ def _trace(
     lower = lowering_backend(lowering, stop)
 
     def lower_and_tell(gm: Any, example_inputs: Any) -> Any:
-        progress(f"dynamo made {len(gm.graph.nodes)} nodes; AOTAutograd, then the pass")
+        progress(f"dynamo made {len(gm.graph.nodes)} nodes; AOTAutograd reads them twice, then the pass")
         return lower(gm, example_inputs)
 
     progress("tracing with dynamo")
     compiled: Any = torch.compile(module, backend=lower_and_tell, fullgraph=True, dynamic=request.dynamic)
-    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True), trace_progress.told(progress):
         try:
             call(compiled)
         except Exception as error:

@@ -70,7 +70,7 @@ def lower_and_compare(request: LowerRequest, progress: Progress) -> LowerOutcome
     if request.ep == 1:
         results = [run_rank(request, plan, deployment_for(request), progress)]
     else:
-        progress(f"starting {request.ep} ranks")
+        progress(f"running on {request.ep} ranks; each starts with imports")
         setup = functools.partial(enable_simulator, request.soc, request.capture)
         with Ranks(request.ep, setup=setup, collective_timeout=COLLECTIVE_TIMEOUT, start_method="forkserver") as ranks:
             results = ranks.run(_rank_job, request, timeout=RANK_TIMEOUT)
@@ -123,7 +123,7 @@ def _rank_job(rank: int, request: LowerRequest) -> RankResult:
         mc2_group=graph_replay.communicator(mc2_group, rank) if backend else mc2_group.group_name,
         **tensor_parallel_place(request, rank, backend),
     )
-    progress: Progress = shown_progress.Progress("rank 0") if rank == 0 else _report_nothing
+    progress: Progress = shown_progress.Progress("rank 0", repeats=False) if rank == 0 else _report_nothing
     return run_rank(request, models.plan_model(request), deployment, progress)
 
 

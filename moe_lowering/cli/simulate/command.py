@@ -25,4 +25,6 @@ def run_simulate(request: SimulateRequest) -> NoReturn:
     try:
         os.execvpe(program, list(request.command), imports.environment(request.soc, dict(os.environ), request.devices))
     except OSError as error:
-        raise UsageError(f"argument PROGRAM: {program} cannot be started: {error.strerror}") from error
+        raise UsageError(
+            f"argument PROGRAM: {program} cannot be started ({error.strerror}); accepted: a program on PATH, or the path of one"
+        ) from error
