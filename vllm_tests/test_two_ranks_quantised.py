@@ -1,4 +1,4 @@
-"""What the other files do not cross: Qwen3-MoE in W4A8, and DeepSeek-V3 in W8A8, on two ranks of A3 against vllm-ascend's own path."""
+"""Qwen3-MoE in W4A8, and DeepSeek-V3 in W8A8, on two ranks of A3 against vllm-ascend's own path."""
 
 import comparison
 import pytest
