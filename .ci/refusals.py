@@ -17,6 +17,7 @@ from moe_lowering.vocabulary import SOCS  # noqa: E402
 
 PAGE = ROOT / "docs" / "refusals.md"
 BEGIN, END = "<!-- codes: written by make refusals -->", "<!-- end of codes -->"
+NEVER = "nothing: it is never legal"
 HEAD = "| code | of | must hold | change |\n|---|---|---|---|"
 
 
@@ -53,19 +54,22 @@ def rule(row: Limit) -> str:
         "max": "at most",
         "multiple_of": "a multiple of",
         "equals": "equal to",
-        "one_of": "one of",
     }
     bounds = []
     for bound in BOUNDS:
         limit = getattr(row, bound)
         if limit is None or limit == ():
             continue
-        shown = ", ".join(str(each) for each in limit) if bound == "one_of" else limit.text
-        bounds.append(f"{words[bound]} `{shown}`")
+        if bound == "one_of":
+            shown = ", ".join(str(each) or '""' for each in limit)
+            bounds.append(f"is `{shown}`" if len(limit) == 1 else f"one of `{shown}`")
+        else:
+            bounds.append(f"{words[bound]} `{limit.text}`")
     where = [] if set(row.soc) == set(SOCS) else [", ".join(row.soc)]
     where += [f"where `{row.when.text}`"] if row.when else []
-    where += [", ".join(str(each) for each in row.versions)] if row.versions else []
-    return f"`{row.value.text}` {' and '.join(bounds)}" + (f" ({'; '.join(where)})" if where else "")
+    where += [", ".join(f"`{each.text}`" for each in row.versions)] if row.versions else []
+    held = NEVER if (row.value.text, row.one_of) == ("False", (True,)) else f"`{row.value.text}` {' and '.join(bounds)}"
+    return held + (f" ({'; '.join(where)})" if where else "")
 
 
 if __name__ == "__main__":

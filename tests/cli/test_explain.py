@@ -362,10 +362,21 @@ def test_why_of_a_legal_implementation_has_no_broken_rule(capfd, name):
 
 def test_why_of_a_refused_implementation_in_words(capfd):
     _, out, _ = command(capfd, "gpt_oss --ep 8 --why fused_mc2")
-    assert re.search(
-        r"BROKEN +fused\.bias: has_bias = True; accepted: one of False\n +dispatch_ffn_combine: the experts", out
-    )
+    assert re.search(r"BROKEN +fused\.bias: has_bias = True; accepted: False\n +dispatch_ffn_combine: the experts", out)
     assert "holds   fused.ep_size: ep_size = 8; accepted: 2 to 32" in out
+
+
+def test_why_can_be_read(capfd):
+    """No list of one, no word that is not there, and no value compared with itself."""
+    _, out, _ = command(capfd, f"{BLOCK} --ep 16 --why mc2")
+    text = " ".join(out.split())
+    assert 'mc2.comm_alg: comm_alg = ""; accepted: one of "", fullmesh_v1' in text
+    assert "hierarchy = False; accepted: False" in text or "accepted: False source" in text
+    assert not re.search(r"one of (?:False|True|A3) | = ;|one of ,", text)
+    _, out, _ = command(
+        capfd, f"{BLOCK} --ep 16 --quant w8a8 --provider vllm_ascend=0.24.0 --fused-mode 2 --why fused_mc2"
+    )
+    assert "fused_decode.removed: never legal there" in " ".join(out.split()) and "False = False" not in out
 
 
 def test_json_keys(capfd):

@@ -198,6 +198,8 @@ def _finding_line(finding: Finding, violations: dict[tuple[str, str], Violation]
     limit = finding.limit
     mark = f"{'holds' if finding.holds else 'BROKEN':<7}"
     texts = [f"{limit.code}: {limit.value.text} = {show(finding.value)}; accepted: {finding.accepted}"]
+    if limit.value.text == str(finding.value):  # a rule for certain versions, in which nothing is accepted
+        texts = [f"{limit.code}: never legal there"]
     if not finding.holds:
         violation = violations[limit.operator, limit.code]
         texts += [violation.message] if limit.says else []
