@@ -30,6 +30,7 @@ from moe_lowering import import_hooks
 from moe_lowering.backends.cache_key import cache_digest
 from moe_lowering.backends.npugraph_ex import PRE_PASS, npugraph_ex_options
 from moe_lowering.deployment import Deployment
+from moe_lowering.integrations.vllm_data_parallel import RUNNER, check_data_parallel, pad_tokens
 from moe_lowering.integrations.vllm_deployment import deployment_for_range, deployment_for_weights, deployment_of
 from moe_lowering.integrations.vllm_engine import check_engine
 from moe_lowering.integrations.vllm_layers import read_layer, take_over
@@ -65,6 +66,7 @@ def register() -> None:
     import_hooks.after(QUANTISED_LAYERS, _watch_quantised_layers)
     import_hooks.after(COMPILER, _watch_compiler)
     import_hooks.after(CACHE, _watch_traces)
+    import_hooks.after(RUNNER, _watch_runner)
 
 
 def reports() -> list[LoweringReport]:
@@ -85,6 +87,12 @@ def _watch_layers(module: Any) -> None:
 def _watch_quantised_layers(module: Any) -> None:
     """The same for quantised ones, of all schemes."""
     _watch_method(module.AscendFusedMoEMethod)
+
+
+def _watch_runner(module: Any) -> None:
+    """Let data parallel engines pad alike, where a layer is taken over."""
+    if not _is_watched(module):
+        pad_tokens(module, lambda: "" in _taken.values())
 
 
 def _watch_method(method: Any) -> None:
@@ -116,6 +124,7 @@ def _decide(layer: Any) -> None:
         return
     try:
         check_engine(config)
+        check_data_parallel(config)
         deployment = _deployment_for(layer)
         form = read_layer(layer, deployment)
         policy = Policy(settings["comm"], settings["policy"])
