@@ -142,13 +142,12 @@ def serve_replicas(settings: Settings) -> dict[str, Any]:
     if any(process.returncode for process in processes):
         sys.exit("a replica ended with an error")
     results = [json.loads(answer) for answer in answers]
-    tokens: dict[int, list[int]] = {}
-    for rank, result in enumerate(results):
-        tokens |= dict(zip(share_of(settings, rank), result["tokens"], strict=True))
-    return {
-        "tokens": [tokens[request] for request in range(settings.requests)],
-        **{name: [each for result in results for each in result[name]] for name in ("compiled", "ranks")},
-    }
+    order = [request for rank in range(settings.replicas) for request in share_of(settings, rank)]
+    found: dict[str, Any] = {}
+    for name in ("tokens", "logprobs") if settings.logprobs else ("tokens",):
+        answered = dict(zip(order, (each for result in results for each in result[name]), strict=True))
+        found[name] = [answered[request] for request in range(settings.requests)]
+    return found | {name: [each for result in results for each in result[name]] for name in ("compiled", "ranks")}
 
 
 if __name__ == "__main__":
