@@ -6,8 +6,7 @@ import json
 class Extension:
     def observe(self):
         """What the plugin did on this rank, and what was captured."""
-        from moe_lowering import simulator
-        from moe_lowering.custom_ops import assert_agreement
+        from moe_lowering import agreement_rounds, simulator
         from moe_lowering.integrations import vllm
 
         counts = simulator.device.counts()
@@ -15,7 +14,7 @@ class Extension:
             "layers": vllm.layers(),
             "reports": [json.loads(json.dumps(report.to_json(), default=str)) for report in vllm.reports()],
             "captured": [tape.operators for tape in simulator.device.tapes()],
-            "agreements": len(assert_agreement._AGREED.contents),
+            "rounds": [dict(of._rounds) for store in agreement_rounds._sessions.values() for of in store.values()],
             "captures": counts.captured,
             "replays": counts.replayed,
         }
