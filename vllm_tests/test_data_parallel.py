@@ -7,9 +7,15 @@ REQUESTS = 12
 CAPACITY = 8  # of MC2: vllm-ascend takes it from the largest size that is captured
 
 
-@pytest.mark.parametrize("shares", [[], [11, 1]], ids=["unequal_prompts", "one_without_a_request"])
-def test_same_tokens(served, reference, shares):
-    found = served(soc="A2", requests=REQUESTS, replicas=2, shares=shares, graphs=True, plugin={"strict": True})
+@pytest.mark.parametrize(
+    ("shares", "options"),
+    # one that decodes, and then has no request, while the other reads prompts in parts
+    [([], {}), ([11, 1], {"max_num_batched_tokens": 64})],
+    ids=["unequal_prompts", "one_without_a_request"],
+)
+def test_same_tokens(served, reference, shares, options):
+    settings = {"soc": "A2", "requests": REQUESTS, "replicas": 2, "shares": shares, "options": options}
+    found = served(graphs=True, plugin={"strict": True}, **settings)
     assert found["tokens"] == reference.tokens[:REQUESTS]
     assert [list(rank["layers"].values()) for rank in found["ranks"]] == [["", ""]] * 2
     for rank in found["ranks"]:
