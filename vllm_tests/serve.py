@@ -35,6 +35,7 @@ class Settings:
         logprobs: how many of the best tokens' log probabilities to keep, of the first token of each request.
         ranks: of one tensor-parallel group.
         replicas: data parallel engines, each with every so many requests.
+        shares: how many requests each of them has instead, in order.
         expert_parallel: over all ranks, where there is more than one.
         options: further arguments of ``LLM``.
         additional: further ``additional_config``.
@@ -50,6 +51,7 @@ class Settings:
     logprobs: int = 0
     ranks: int = 1
     replicas: int = 1
+    shares: list[int] = dataclasses.field(default_factory=list)
     expert_parallel: bool = True
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     additional: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -58,6 +60,14 @@ class Settings:
 def prompts(settings: Settings) -> list[list[int]]:
     draw = random.Random(0)
     return [[draw.randrange(2, 500) for _ in range(draw.randrange(1, 40))] for _ in range(settings.requests)]
+
+
+def share_of(settings: Settings, replica: int) -> list[int]:
+    """The requests of one engine, by number."""
+    before = sum(settings.shares[:replica])
+    if settings.shares:
+        return list(range(before, before + settings.shares[replica]))
+    return list(range(replica, settings.requests, settings.replicas))
 
 
 def options_of(settings: Settings) -> dict[str, Any]:
@@ -100,7 +110,7 @@ def serve(settings: Settings, replica: int = 0) -> dict[str, Any]:
         ignore_eos=True,
         logprobs=settings.logprobs or None,
     )
-    asked = prompts(settings)[replica :: settings.replicas]
+    asked = [prompts(settings)[request] for request in share_of(settings, replica)]
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in asked], sampling)
     result: dict[str, Any] = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
     if settings.logprobs:
@@ -117,23 +127,27 @@ def serve_replicas(settings: Settings) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    count = settings.replicas
     processes = []
-    for rank in range(count):
-        place = {"VLLM_DP_RANK": rank, "VLLM_DP_RANK_LOCAL": rank, "VLLM_DP_SIZE": count, "VLLM_DP_MASTER_PORT": port}
+    for rank in range(settings.replicas):
+        place = {"VLLM_DP_RANK": rank, "VLLM_DP_RANK_LOCAL": rank, "VLLM_DP_SIZE": settings.replicas}
+        place["VLLM_DP_MASTER_PORT"] = port
         own = dataclasses.replace(settings, cache=f"{settings.cache}/{rank}")
         command = [sys.executable, __file__, json.dumps(dataclasses.asdict(own)), str(rank)]
         environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    answers = [process.communicate()[0] for process in processes]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+    answers = [process.stdout.readline() for process in processes]  # "" of one that ended
+    for process in processes:
+        process.communicate()  # an engine that has no request left takes part until the last one has answered
     if any(process.returncode for process in processes):
         sys.exit("a replica ended with an error")
     results = [json.loads(answer) for answer in answers]
-    requests = range(settings.requests)
-    return {
-        "tokens": [results[request % count]["tokens"][request // count] for request in requests],
-        **{name: [each for result in results for each in result[name]] for name in ("compiled", "ranks")},
-    }
+    order = [request for rank in range(settings.replicas) for request in share_of(settings, rank)]
+    found: dict[str, Any] = {}
+    for name in ("tokens", "logprobs") if settings.logprobs else ("tokens",):
+        answered = dict(zip(order, (each for result in results for each in result[name]), strict=True))
+        found[name] = [answered[request] for request in range(settings.requests)]
+    return found | {name: [each for result in results for each in result[name]] for name in ("compiled", "ranks")}
 
 
 if __name__ == "__main__":
@@ -143,4 +157,6 @@ if __name__ == "__main__":
     settings = Settings(**json.loads(asked))
     found = serve(settings, *map(int, place)) if place or settings.replicas == 1 else serve_replicas(settings)
     with os.fdopen(out, "w") as stream:
-        print(json.dumps(found), file=stream)
+        print(json.dumps(found), file=stream, flush=True)
+        if place:
+            sys.stdin.read()  # until all engines have answered: the others' collectives wait for this one

@@ -50,3 +50,13 @@ def test_lora_stays_with_vllm_ascend(served, checkpoint):
     assert code != 0 and "aclGetDeviceCapability" in error
     why = "stays with vllm-ascend's operator: [vllm.lora] lora_config is given; accepted: none"
     assert [line.count(why) for line in error.splitlines() if ".mlp.experts stays" in line] == [1, 1]
+
+
+def test_dynamic_load_balancing_is_refused(served):
+    """Its experts move while the engine serves, and a graph is compiled for their places; strict: the engine does not start."""
+    balancing = {"eplb_config": {"dynamic_eplb": True, "num_redundant_experts": 2}}
+    settings = {"graphs": True, "plugin": {"strict": True}, "additional": balancing}
+    code, error = served(environment={"DYNAMIC_EPLB": "true"}, **settings, **TWO)
+    assert code != 0
+    why = "[vllm.dynamic_eplb] dynamic expert load balancing is True; accepted: none"
+    assert f"moe_lowering (strict): model.layers.0.mlp.experts: {why}" in error

@@ -9,7 +9,11 @@ REQUESTS = 12
     ("settings", "code"),
     [
         ({"ranks": 2, "expert_parallel": False}, "[vllm.tensor_parallel] the tensor parallel size of the experts is 2"),
-        ({"replicas": 2}, "[vllm.data_parallel] the data or context parallel size is 2"),
+        # vLLM then cuts each expert over the data parallel ranks
+        (
+            {"replicas": 2, "expert_parallel": False},
+            "[vllm.tensor_parallel] the tensor parallel size of the experts is 2",
+        ),
     ],
 )
 def test_stays_with_vllm_ascend(served, reference, settings, code):

@@ -30,8 +30,10 @@ from moe_lowering import import_hooks
 from moe_lowering.backends.cache_key import cache_digest
 from moe_lowering.backends.npugraph_ex import PRE_PASS, npugraph_ex_options
 from moe_lowering.deployment import Deployment
+from moe_lowering.integrations.vllm_data_parallel import RUNNER, pad_tokens
 from moe_lowering.integrations.vllm_deployment import deployment_for_range, deployment_for_weights, deployment_of
 from moe_lowering.integrations.vllm_engine import check_engine
+from moe_lowering.integrations.vllm_hooks import add_to_graph_key, add_to_trace_key, after_weights, is_watched, on_load
 from moe_lowering.integrations.vllm_layers import read_layer, take_over
 from moe_lowering.integrations.vllm_legality import require_lowered, token_ranges_of, unsplit_range
 from moe_lowering.integrations.vllm_ranges import ranges_of_vllm
@@ -48,7 +50,6 @@ __all__ = ["KEY", "SETTINGS", "register", "reports"]
 LAYERS, COMPILER = "vllm_ascend.ops.fused_moe.fused_moe", "vllm_ascend.compilation.compiler_interface"
 CACHE = "vllm.compilation.caching"
 QUANTISED_LAYERS = "vllm_ascend.quantization.method_adapters"
-_WATCHED = "_moe_lowering_watches"
 
 log = logging.getLogger("vllm.moe_lowering")  # vLLM shows loggers of its own
 _reports: list[LoweringReport] = []
@@ -65,6 +66,7 @@ def register() -> None:
     import_hooks.after(QUANTISED_LAYERS, _watch_quantised_layers)
     import_hooks.after(COMPILER, _watch_compiler)
     import_hooks.after(CACHE, _watch_traces)
+    import_hooks.after(RUNNER, _watch_runner)
 
 
 def reports() -> list[LoweringReport]:
@@ -79,32 +81,18 @@ def layers() -> dict[str, str]:
 
 def _watch_layers(module: Any) -> None:
     """When an unquantised layer has its weights, decide whether it is taken over."""
-    _watch_method(module.AscendUnquantizedFusedMoEMethod)
+    after_weights(module.AscendUnquantizedFusedMoEMethod, _decide)
 
 
 def _watch_quantised_layers(module: Any) -> None:
     """The same for quantised ones, of all schemes."""
-    _watch_method(module.AscendFusedMoEMethod)
+    after_weights(module.AscendFusedMoEMethod, _decide)
 
 
-def _watch_method(method: Any) -> None:
-    original = method.process_weights_after_loading
-    if _is_watched(method):
-        return
-
-    @functools.wraps(original)
-    def process_weights_after_loading(self: Any, layer: Any) -> None:
-        original(self, layer)
-        _decide(layer)
-
-    method.process_weights_after_loading = process_weights_after_loading
-
-
-def _is_watched(owner: Any) -> bool:
-    """Whether this was asked of a class or a module before. (That a function of it is wrapped does not say by whom.)"""
-    known = vars(owner).get(_WATCHED, False)
-    setattr(owner, _WATCHED, True)
-    return bool(known)
+def _watch_runner(module: Any) -> None:
+    """Let data parallel engines pad alike, where a layer is taken over."""
+    if not is_watched(module):
+        pad_tokens(module, lambda: "" in _taken.values())
 
 
 def _decide(layer: Any) -> None:
@@ -168,11 +156,18 @@ def _deployment_for(layer: Any) -> Deployment:
 
 def _watch_compiler(module: Any) -> None:
     """Let the pass run in vllm-ascend's compiles, and put what it depends on into the key of the compile cache."""
-    if _is_watched(module):
+    if is_watched(module):
         return
     _watch_npugraph_ex(module)
     _watch_passes(module)
-    _watch_cache(module.AscendCompiler)
+    add_to_graph_key(module.AscendCompiler, lambda config: _cache_factors(config)[:1])
+    on_load(module.AscendCompiler, _log_load)
+
+
+def _log_load(handle: Any) -> None:
+    if "" in _taken.values():
+        text = "moe_lowering: a lowered graph comes from vLLM's compile cache, %s: its report was in the log then"
+        log.info(text, handle)
 
 
 def _watch_npugraph_ex(module: Any) -> None:
@@ -220,38 +215,11 @@ def _one_after_the_other(hook: Any, passes: Callable[[Any], Any]) -> Callable[[A
     return run
 
 
-def _watch_cache(compiler: Any) -> None:
-    """Put what the pass depends on into the key of the compile cache, and say where a graph comes from there."""
-    compute_hash, load_graph = compiler.compute_hash, compiler.load
-
-    @functools.wraps(compute_hash)
-    def hash_with_pass(self: Any, vllm_config: Any) -> str:
-        return "-".join([str(compute_hash(self, vllm_config)), *_cache_factors(vllm_config)[:1]])
-
-    @functools.wraps(load_graph)
-    def load(self: Any, handle: Any, *args: Any, **kwargs: Any) -> Any:
-        if "" in _taken.values():
-            log.info(
-                "moe_lowering: a lowered graph comes from vLLM's compile cache, %s: its report was in the log then",
-                handle,
-            )
-        return load_graph(self, handle, *args, **kwargs)
-
-    compiler.compute_hash, compiler.load = hash_with_pass, load
-
-
 def _watch_traces(module: Any) -> None:
     """vLLM keeps the traced model too (torch_aot_compile), with the operators that layers traced to: it is found again by what
     was taken over, else a new engine that decides otherwise would run the old trace."""
-    if _is_watched(module):
-        return
-    factors_of = module.aot_compile_hash_factors
-
-    @functools.wraps(factors_of)
-    def aot_compile_hash_factors(vllm_config: Any) -> list[str]:
-        return [*factors_of(vllm_config), *_cache_factors(vllm_config)]
-
-    module.aot_compile_hash_factors = aot_compile_hash_factors
+    if not is_watched(module):
+        add_to_trace_key(module, _cache_factors)
 
 
 def _cache_factors(vllm_config: Any) -> list[str]:

@@ -1,10 +1,11 @@
-"""Whether the graphs of a vLLM engine come by the plugin at all, from the engine's configuration."""
+"""Whether an engine's graphs come by the plugin at all and its ranks can agree on tokens, from vLLM's configuration."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from typing import Any
 
+from moe_lowering.integrations.vllm_data_parallel import check_data_parallel
 from moe_lowering.integrations.vllm_refusals import refuse
 
 TESTED = ("0.23.0",)  # versions of vllm-ascend
@@ -12,7 +13,7 @@ COMPILED = "VLLM_COMPILE"  # vLLM's mode in which vllm-ascend's compiler is call
 
 
 def check_engine(config: Any) -> None:
-    """Refuse an engine whose graphs do not come by.
+    """Refuse an engine whose graphs do not come by, or whose ranks do not agree on their tokens.
 
     Raises:
         Refused: see above.
@@ -31,3 +32,4 @@ def check_engine(config: Any) -> None:
     if compilation.mode.name != COMPILED:
         accepted = f"{COMPILED}: nothing is compiled, and there is no graph to lower in"
         raise refuse("eager", "compilation_config.mode", f"{compilation.mode.name} ({chosen})", accepted)
+    check_data_parallel(config)

@@ -101,8 +101,8 @@ def _check_features(layer: Any) -> None:
     for code, (what, value) in present.items():
         if value:
             raise refuse(code, what, "there" if isinstance(value, (list, Tensor)) or callable(value) else value, "none")
-    if layer.moe_config.dp_size > 1 or getattr(layer.moe_config, "pcp_size", 1) > 1:
-        raise refuse("data_parallel", "the data or context parallel size", layer.moe_config.dp_size, "1")
+    if (context := getattr(layer.moe_config, "pcp_size", 1)) > 1:
+        raise refuse("context_parallel", "the context parallel size", context, "1")
     if layer.moe_config.tp_size > 1 and layer.ep_size == 1:
         accepted = "1, or enable_expert_parallel=True"
         raise refuse("tensor_parallel", "the tensor parallel size of the experts", layer.moe_config.tp_size, accepted)

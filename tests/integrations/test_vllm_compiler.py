@@ -164,14 +164,16 @@ def test_passes_that_are_not_run_are_told(compile_piece):
         ({"speculative_config": SimpleNamespace(method="mtp")}, "speculative"),
         ({"enforce_eager": True}, "eager"),
         ({"mode": "NONE"}, "eager"),
+        ({"data_parallel_size": 2, "use_v2_model_runner": True}, "data_parallel"),
     ],
 )
 def test_an_engine_whose_graphs_do_not_come_by(monkeypatch, changes, code):
-    def check(version="0.23.0+local", enforce_eager=False, mode="VLLM_COMPILE", **given):
+    def check(version="0.23.0+local", enforce_eager=False, mode="VLLM_COMPILE", data_parallel_size=1, **given):
         monkeypatch.setattr(vllm_engine.importlib.metadata, "version", lambda name: version)
         model = SimpleNamespace(enforce_eager=enforce_eager)
         named = {name: SimpleNamespace(name=value) for name, value in (("mode", mode), ("cudagraph_mode", "FULL"))}
         usual = {"lora_config": None, "speculative_config": None, "compilation_config": SimpleNamespace(**named)}
+        usual["parallel_config"] = SimpleNamespace(data_parallel_size=data_parallel_size)
         vllm_engine.check_engine(SimpleNamespace(**{**usual, "model_config": model, **given}))
 
     check()

@@ -103,8 +103,7 @@ def test_a_layer_computes_what_vllm_says_of_it(scoring):
         ({"activation": "gelu"}, "activation"),
         (moe(has_bias=True), "bias"),
         (moe(is_sequence_parallel=True), "sequence_parallel"),
-        (moe(dp_size=2), "data_parallel"),
-        (moe(pcp_size=2), "data_parallel"),
+        (moe(pcp_size=2), "context_parallel"),
         (moe(tp_size=2), "tensor_parallel"),
     ],
 )

@@ -1,0 +1,38 @@
+"""Two data parallel engines with their experts spread over both: every forward is padded to the larger one's tokens."""
+
+import comparison
+import pytest
+
+REQUESTS = 12
+CAPACITY = 8  # of MC2: vllm-ascend takes it from the largest size that is captured
+
+
+@pytest.mark.parametrize(
+    ("shares", "options"),
+    # one that decodes, and then has no request, while the other reads prompts in parts
+    [([], {}), ([11, 1], {"max_num_batched_tokens": 64})],
+    ids=["unequal_prompts", "one_without_a_request"],
+)
+def test_same_tokens(served, reference, shares, options):
+    settings = {"soc": "A2", "requests": REQUESTS, "replicas": 2, "shares": shares, "options": options}
+    found = served(graphs=True, plugin={"strict": True}, **settings)
+    assert found["tokens"] == reference.tokens[:REQUESTS]
+    assert [list(rank["layers"].values()) for rank in found["ranks"]] == [["", ""]] * 2
+    for rank in found["ranks"]:
+        assert [[block["comm"] for block in report["blocks"]] for report in rank["reports"]] == [["allgather"] * 2]
+    assert found["compiled"] and all("vllm.moe_forward" not in calls for calls in found["compiled"])
+
+
+def test_ranges_on_a3(served, checkpoint):
+    """MC2 up to its capacity and AllToAll above: a rank that decodes must run the other's prefill graph, not its own."""
+    wide = {"hidden_size": 1024, "moe_intermediate_size": 256}  # MC2 takes hidden sizes from 1024 on
+    folder = checkpoint(prompts=0, quantisation="w8a8", dtype="bfloat16", config=wide).folder
+    options = {"quantization": "ascend"}
+    settings = {"model": str(folder), "dtype": "bfloat16", "logprobs": comparison.BEST, "requests": REQUESTS}
+    own = served(options=options, **settings)  # one rank
+    options = {**options, "compilation_config": {"compile_ranges_endpoints": [CAPACITY]}}
+    found = served(replicas=2, shares=[11, 1], graphs=True, plugin={"strict": True}, options=options, **settings)
+    for rank in found["ranks"]:
+        names = [[block["comm"] for block in report["blocks"]] for report in rank["reports"]]
+        assert names == [["mc2"] * 2, ["alltoall"] * 2]
+    comparison.assert_close(own, found)
