@@ -58,7 +58,12 @@ def same_value(old: Node, new: Node) -> None:
 
 def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal sizes for all values of the symbols. Comparing SymInts costs 30 us; most are the same expression."""
-    return a.dim() == b.dim() and all(_same_size(m, n) for m, n in zip(a.shape, b.shape, strict=True))
+    if a.dim() != b.dim():
+        return False
+    for m, n in zip(a.shape, b.shape, strict=True):  # asked of each block: two numbers need no look at symbols
+        if not (m == n if type(m) is int and type(n) is int else _same_size(m, n)):
+            return False
+    return True
 
 
 def _same_size(a: Any, b: Any) -> bool:

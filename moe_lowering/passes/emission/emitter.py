@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
@@ -37,6 +37,20 @@ Constants = dict[Any, Node]
 # from the arguments there.
 Arguments = tuple[Any, ...]
 Recording = list[tuple[Any, Callable[[Arguments], Any]]]
+
+
+class Step(Protocol):
+    """A node that was emitted for one block, to be made for an equal one."""
+
+    @property
+    def target(self) -> Any: ...
+
+    @property
+    def make(self) -> Callable[[Arguments], Any]:
+        """Gives its value, from its arguments."""
+
+    def fill(self, nodes: Sequence[Node]) -> tuple[Arguments, dict[str, Any]]:
+        """Its arguments, by position and by name, with these nodes in them."""
 
 
 class Emitter:
@@ -79,7 +93,7 @@ class Emitter:
         """Insert before ``position``; new nodes take the source metadata of ``origin``."""
         previous = self._origin_meta, self._place
         self._place = (position, origin)
-        self._origin_meta = {key: origin.meta[key] for key in COPIED_META if key in origin.meta}
+        self._origin_meta = _source_meta(origin)
         with self._graph.inserting_before(position):
             yield
         self._origin_meta, self._place = previous
@@ -94,11 +108,23 @@ class Emitter:
         node.meta["val"] = self._value(node, target, args)
         return node
 
-    def repeat(self, target: Any, args: Arguments, kwargs: dict[str, Any], make: Callable[[Arguments], Any]) -> Node:
-        """A node of an equal block once more: ``make`` gives its value, from these arguments."""
-        node = self._node(target, args, kwargs)
-        node.meta["val"] = make(args)
-        return node
+    def repeat(self, steps: Iterable[Step], nodes: list[Node], position: Node, origin: Node) -> None:
+        """The nodes of an equal block once more, ``at`` this place. Each is added to ``nodes``, by whose numbers later steps
+        read it."""
+        graph, insert, source, before = self._graph, self._insert, _source_meta(origin), len(nodes)
+        with graph.inserting_before(position):
+            for step in steps:
+                args, kwargs = step.fill(nodes)
+                node = insert(graph, step.target, args, kwargs)
+                meta = node.meta
+                meta.update(source)
+                meta["custom"] = {MARK: "emitted"}
+                meta["val"] = step.make(args)
+                nodes.append(node)
+        made = nodes[before:]
+        self.created += made
+        self.made += made
+        self.places += [(position, origin)] * len(made)
 
     def _node(self, target: Any, args: Arguments, kwargs: dict[str, Any]) -> Node:
         node = self._insert(self._graph, target, args, kwargs)
@@ -209,6 +235,12 @@ class Emitter:
         return value
 
 
+def _source_meta(origin: Node) -> dict[str, Any]:
+    """What a new node has of the one that it stands for."""
+    meta = origin.meta
+    return {key: meta[key] for key in COPIED_META if key in meta}
+
+
 def _cache_for(args: Arguments, fake_mode: FakeTensorMode) -> AbstractContextManager[None]:
     """Without the cache of fake results for symbolic sizes: an entry is made by making the result once more, for a fifth of what
     a first symbolic block takes, and is not asked for, since an equal block is played from its recording."""
@@ -248,7 +280,8 @@ def _maker(value: Any, base_storage: int | None) -> Callable[[Arguments], Any]:
         template = Template.of(value)
         if value.untyped_storage()._cdata == base_storage:
             return lambda args: template.view(args[0].meta["val"])
-        return lambda args: template.copy()
+        copy = template.copier()
+        return lambda args: copy()
     if isinstance(value, (list, tuple)):
         kind, makers = type(value), [_maker(v, base_storage) for v in value]
         return lambda args: kind([make(args) for make in makers])

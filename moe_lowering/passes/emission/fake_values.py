@@ -63,6 +63,22 @@ class Template:
         finally:
             del guard
 
+    def copier(self) -> Callable[[], FakeTensor]:
+        """``copy``, with all that it looks up looked up once: most nodes of a static graph get their value from it."""
+        if self.symbolic or not _copies_are_whole():
+            return self.copy
+        shape, stride, dtype, device, state = self.shape, self.stride, self.dtype, self.device, self.state
+        allocate, disable_dispatch, meta = torch.empty_strided, torch._C._DisableTorchDispatch, torch.device("meta")
+
+        def copy() -> FakeTensor:
+            guard = disable_dispatch()
+            try:
+                return _copy_state(allocate(shape, stride, dtype=dtype, device=meta), device, state)
+            finally:
+                del guard
+
+        return copy
+
     def view(self, base: FakeTensor) -> FakeTensor:
         """A tensor on the storage of ``base``, whose bytes it may read as another dtype of the same size."""
         with in_kernel_invocation_manager(base.fake_mode):

@@ -41,7 +41,7 @@ def _insert(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
     node = Node(graph, name, "call_function", target, args, kwargs)
     names._obj_to_name[node] = name
     graph._insert(node)
-    graph._find_nodes_lookup_table.insert(node)
+    graph._find_nodes_lookup_table.table["call_function", target][node] = None
     graph._len += 1
     return node
 

@@ -41,6 +41,24 @@ class _Step:
     lists: tuple[tuple[int | str, tuple[Any, ...]], ...]
     make: Callable[[Arguments], Any]
 
+    def fill(self, nodes: Nodes) -> tuple[Arguments, dict[str, Any]]:
+        """The arguments, with these nodes in them."""
+        args = self.args.copy()
+        for at, number in self.places:
+            args[at] = nodes[number]
+        if not self.names and not self.lists:
+            return tuple(args), self.kwargs
+        kwargs = self.kwargs.copy()
+        for name, number in self.names:
+            kwargs[name] = nodes[number]
+        for where, items in self.lists:
+            filled = [nodes[item.number] if type(item) is _Number else item for item in items]
+            if isinstance(where, int):
+                args[where] = filled
+            else:
+                kwargs[where] = filled
+        return tuple(args), kwargs
+
 
 class _NotOnTape(Exception):
     """Why a rewrite cannot be repeated. Never leaves this module."""
@@ -70,30 +88,8 @@ class Tape:
             return None
         nodes = [*wiring.inputs, *self.constants]
         for position, origin, steps in self.runs:
-            with emit.at(stages[position], stages[origin]):
-                for step in steps:
-                    args, kwargs = _fill(step, nodes)
-                    nodes.append(emit.repeat(step.target, args, kwargs, step.make))
+            emit.repeat(steps, nodes, stages[position], stages[origin])
         return [None if number is None else nodes[number] for number in self.results]
-
-
-def _fill(step: _Step, nodes: list[Node]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a step, with these nodes in them."""
-    args = step.args.copy()
-    for at, number in step.places:
-        args[at] = nodes[number]
-    kwargs = step.kwargs
-    if step.names or step.lists:
-        kwargs = kwargs.copy()
-        for name, number in step.names:
-            kwargs[name] = nodes[number]
-        for where, items in step.lists:
-            filled = [nodes[item.number] if type(item) is _Number else item for item in items]
-            if isinstance(where, int):
-                args[where] = filled
-            else:
-                kwargs[where] = filled
-    return tuple(args), kwargs
 
 
 @dataclasses.dataclass(frozen=True)

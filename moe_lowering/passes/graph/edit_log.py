@@ -12,7 +12,7 @@ Sources: torch.fx_graph: erase_node, create_node, _FindNodesLookupTable; torch.f
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,9 @@ class EditLog:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self._known: set[Node] | None = None
-        self._undo: list[Callable[[], None]] = []
+        # What takes an edit back, and its arguments: closures would be half of the objects that the pass makes, all of which
+        # the garbage collector looks at when the pass ends
+        self._undo: list[tuple[Any, ...]] = []
 
     @contextmanager
     def step(self, created: Sequence[Node] | None = None) -> Iterator[None]:
@@ -42,7 +44,7 @@ class EditLog:
         try:
             yield
             new = [node for node in self.graph.nodes if node not in known] if created is None else [*created]
-            self._undo.append(lambda: known.difference_update(new))
+            self._undo.append((known.difference_update, new))
             known.update(new)
         except BaseException:  # Ctrl-C too: a graph that is edited half must not stay
             self._back_to(mark)
@@ -83,51 +85,28 @@ class EditLog:
 
         Signatures of exported programs, and of modules in them, name the nodes of the graph that are their outputs.
         """
-        name, names = new.name, self.graph._graph_namespace._obj_to_name
-
-        def back() -> None:
-            object.__setattr__(new, "name", name)  # without the hooks of the graph module, which may be what failed
-            names[new] = name
-
-        self._undo.append(back)
+        names = self.graph._graph_namespace._obj_to_name
+        self._undo.append((_give_name, new, new.name, names))
         new.name = names[new] = old.name
 
     def _note_arguments(self, node: Node) -> None:
         """And the readers of each argument: giving them back makes this node the last one of all."""
         self._note_readers(*node.all_input_nodes)
-        args, kwargs = node.args, node.kwargs
-        self._undo.append(lambda: node._update_args_kwargs(args, kwargs))
+        self._undo.append((_give_arguments, node, node.args, node.kwargs))
 
     def _note_readers(self, *nodes: Node) -> None:
         """The order of readers is part of the graph: walks through it follow that order."""
         for node in nodes:
-            before = [*node.users]
-            self._undo.append(lambda node=node, before=before: _order(node, before))  # type: ignore[misc]
+            self._undo.append((_order, node, (*node.users,)))
 
     def _note_place(self, node: Node) -> None:
-        following, key, graph = node.next, node._sort_key, self.graph
-
-        def back() -> None:
-            # Not in the list: ``prepend`` would take it out once more, and join its former neighbours
-            if node._prev._next is not node:
-                node._prev = node._next = node
-            node._erased = False
-            following.prepend(node)
-            node._sort_key = key
-            table = graph._find_nodes_lookup_table
-            if node not in table:
-                table.insert(node)
-                entries = table.table[table._key(node)]
-                ordered = sorted(entries)
-                entries.clear()
-                entries.update(dict.fromkeys(ordered))
-
-        self._undo.append(back)
+        self._undo.append((_put_back, self.graph, node, node.next, node._sort_key))
 
     def _back_to(self, mark: int) -> None:
         assert self._known is not None
         while len(self._undo) > mark:
-            self._undo[-1]()
+            take_back, *arguments = self._undo[-1]
+            take_back(*arguments)
             # After the call: if a second Ctrl-C comes during it, an outer step still has this entry to undo
             self._undo.pop()
         self._remove_strangers(self._known)
@@ -180,6 +159,31 @@ class ModuleEdits(EditLog):
             except Exception:
                 # Then the graph could not be compiled before either, and its old code may not have been made from it.
                 log.warning("moe_lowering: the graph as it was cannot be compiled", exc_info=True)
+
+
+def _give_name(node: Node, name: str, names: dict[Any, str]) -> None:
+    object.__setattr__(node, "name", name)  # without the hooks of the graph module, which may be what failed
+    names[node] = name
+
+
+def _give_arguments(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    node._update_args_kwargs(args, kwargs)
+
+
+def _put_back(graph: Graph, node: Node, following: Node, key: Any) -> None:
+    # Not in the list: ``prepend`` would take it out once more, and join its former neighbours
+    if node._prev._next is not node:
+        node._prev = node._next = node
+    node._erased = False
+    following.prepend(node)
+    node._sort_key = key
+    table = graph._find_nodes_lookup_table
+    if node not in table:
+        table.insert(node)
+        entries = table.table[table._key(node)]
+        ordered = sorted(entries)
+        entries.clear()
+        entries.update(dict.fromkeys(ordered))
 
 
 def _order(node: Node, order: Sequence[Node]) -> None:
