@@ -233,6 +233,16 @@ def by_clamped_map(layer: Gathered, weights: Tensor, ids: Tensor) -> Routed:
     return torch.where(own == -1, 0.0, weights), own.clamp(min=0)
 
 
+def by_map_without(layer: Gathered, weights: Tensor, ids: Tensor) -> Routed:
+    own = layer.map[ids]
+    return torch.where(own == -1, 0.0, weights), own
+
+
+def by_map_of_given(layer: Gathered, weights: Tensor, ids: Tensor) -> Routed:
+    """As in a graph of the experts alone: what chose the ids is not in it."""
+    return weights, layer.map[layer.given]
+
+
 def by_map_and_ids(layer: Gathered, weights: Tensor, ids: Tensor) -> Routed:
     """The weights are masked by the ids, so that nothing tests what the map says."""
     return weights * ((ids == 1) | (ids == 3)), layer.map[ids]
@@ -269,6 +279,8 @@ OTHER_STYLES: dict[str, tuple[Callable[[], Style], str]] = {
     "a map, clamped": (lambda: Gathered(by_clamped_map), "raise.expert_map"),
     "a map that nothing tests": (lambda: Gathered(by_map_and_ids), "raise.expert_map"),
     "a map that nothing tests, k = 1": (lambda: Gathered(by_map_and_ids, top_k=1), "raise.expert_map"),
+    "a map, compared with -1": (lambda: Gathered(by_map_without, experts=4), "raise.expert_map"),
+    "a map of ids from outside": (lambda: Gathered(by_map_of_given), "raise.expert_map"),
     "ids with padding": (lambda: Gathered(with_padding, experts=4), "raise.ids_range"),
     "ids from outside": (lambda: Gathered(from_outside, experts=4), ""),
 }
