@@ -73,7 +73,7 @@ class CountsRounded(JetMoe):
     """Summed in bfloat16, which holds no number of tokens above 256."""
 
     def counts(self, ones: Tensor) -> Tensor:
-        return ones.sum(0)
+        return ones.sum(0).float()
 
 
 class GptOss(Style):
@@ -253,6 +253,21 @@ def with_padding(layer: Gathered, weights: Tensor, ids: Tensor) -> Routed:
     return torch.where(layer.given > -1, weights, 0.0), layer.given
 
 
+class Padded(Style):
+    """Ids from outside, the number of experts for padding, whose weights are zero."""
+
+    def __init__(self, own: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.own = own
+        self.given = nn.Buffer(torch.tensor([[0, 3], [3, 1], [2, 1], [1, 0], [2, 3], [EXPERTS, EXPERTS]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.where(self.own(self.given), self.routed(self, x)[0], 0.0)
+        order, ends = self.order(self.given)
+        rows = self.mlp(x[order // self.top_k], ends) * weights.reshape(-1)[order, None].to(x.dtype)
+        return torch.zeros_like(x).index_add(0, order // self.top_k, rows)
+
+
 def from_outside(layer: Gathered, weights: Tensor, ids: Tensor) -> Routed:
     """The same ids without such a token, and nothing that tests them."""
     return weights, layer.given[:5].repeat(2, 1)[:6]
@@ -282,5 +297,8 @@ OTHER_STYLES: dict[str, tuple[Callable[[], Style], str]] = {
     "a map, compared with -1": (lambda: Gathered(by_map_without, experts=4), "raise.expert_map"),
     "a map of ids from outside": (lambda: Gathered(by_map_of_given), "raise.expert_map"),
     "ids with padding": (lambda: Gathered(with_padding, experts=4), "raise.ids_range"),
+    "ids past the experts, below": (lambda: Padded(lambda ids: ids < EXPERTS), "raise.ids_range"),
+    "ids past the experts, at most": (lambda: Padded(lambda ids: ids <= EXPERTS - 1), "raise.ids_range"),
+    "ids past the experts, not equal": (lambda: Padded(lambda ids: ids != EXPERTS), "raise.ids_range"),
     "ids from outside": (lambda: Gathered(from_outside, experts=4), ""),
 }

@@ -4,13 +4,15 @@ A table from outside of the graph is an input of it: what it holds is not known.
 placement (``log2phy``) does, unless the graph shows that it cannot:
 
 - it has more entries than there are experts, so that they are not all experts, or not different ones;
-- a number that it gives, or an id from anywhere else, is tested for being below zero, which no expert's is.
+- a number that it gives, or an id from anywhere else, is compared with -1 or the number of experts, or told from those that are
+  experts by 0 or the number of experts: a test that is of use only where some are none.
 
-A model with such ids is right, as it drops or masks what -1 gives. ``dispatch`` takes experts only, and would not be.
+A model with such ids is right, as it drops or masks what they give. ``dispatch`` takes experts only, and would not be.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -22,9 +24,9 @@ from moe_lowering.passes.raise_foreign.ids_range import made_from, out_of_range
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 _LOOK_UPS = split_words("index index_select gather embedding")
-_TESTS = {  # by what compares ids with a number: the number that tells those below zero
-    "ge": 0, "lt": 0, "gt": -1, "le": -1, "eq": -1, "ne": -1,
-}  # fmt: skip
+_FIRST_ABOVE = split_words("ge lt")  # compare with the first number of the upper part
+_LAST_BELOW = split_words("gt le")  # with the last one of the lower part
+_EQUAL = split_words("eq ne")
 _ONWARD = VIEWS | split_words(
     "cumsum histc bincount sort argsort getitem where masked_fill scatter_add one_hot sum slice clamp clamp_min"
 )
@@ -33,15 +35,20 @@ _STEPS = 60
 
 
 def require_experts(ids: Node, experts: int) -> None:
-    """The ids of a layer are not known to be anything else than experts.
+    """What is in ids from outside of the graph, or from a table that is, is not known to be anything else than experts.
 
     Raises:
         NotThisForm: ``raise.expert_map`` of a table, ``raise.ids_range`` of other ids.
     """
+    sources = made_from(ids, experts)
+    if all(
+        node.op == "call_function" for node in sources
+    ):  # a choice: a test of its ids, as transformers has it, tells nothing
+        return
     several = shape_of(ids)[-1] != 1  # type: ignore[index]
-    for node in made_from(ids, experts):
+    for node in sources:
         table, index = _look_up(node)
-        test = _tested(node)
+        test = _tested(node, experts)
         if table is not None and test is not None:
             raise _of_table(node, table, test)
         if table is not None and shape_of(table)[0] != experts and _is_longer(table, index, experts, several):  # type: ignore[index]
@@ -52,7 +59,7 @@ def require_experts(ids: Node, experts: int) -> None:
             )  # fmt: skip
         if test is not None:
             raise NotThisForm(
-                node, "raise.ids_range", f"ids of which {test.name} ({stock_name_of(test)}) tells those below zero",
+                node, "raise.ids_range", f"ids of which {test.name} ({stock_name_of(test)}) tells those that are no expert",
                 "ids that are all experts",
             )  # fmt: skip
 
@@ -63,7 +70,7 @@ def reason_of_map(of_ids: Node | None) -> NotThisForm | None:
     while pending and len(visited) < _STEPS:
         node = pending.pop()
         table, _ = _look_up(node)
-        test = None if table is None else _tested(node)
+        test = None if table is None else _tested(node, None)
         if table is not None and test is not None:
             return _of_table(node, table, test)
         if stock_name_of(node) not in _ONWARD or any(stock_name_of(each) in _CHOICES for each in node.all_input_nodes):
@@ -107,19 +114,28 @@ def _is_longer(table: Node, index: Node | None, experts: int, several: bool) -> 
     return several or chosen
 
 
-def _tested(node: Node) -> Node | None:
-    """What tells numbers of a node that are below zero from others; None where nothing does."""
+def _tested(node: Node, experts: int | None) -> Node | None:
+    """What tells numbers of a node that are no expert from others; None where nothing does.
+
+    Args:
+        experts: None where their number is not known: then only what is below zero is told.
+    """
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.is_floating_point():
         return None
-    return next(walk_readers([node], lambda user: stock_name_of(user) in VIEWS, _tells_negative), None)
+    tells = functools.partial(_tells_apart, experts=experts)
+    return next(walk_readers([node], lambda user: stock_name_of(user) in VIEWS, tells), None)
 
 
-def _tells_negative(node: Node) -> bool:
+def _tells_apart(node: Node, experts: int | None) -> bool:
     name = stock_name_of(node)
-    if name in _TESTS:
-        number = node.args[1]
-        return isinstance(number, (int, float)) and number == _TESTS[name]
     if name in ("clamp", "clamp_min"):
         return explicit_arguments(node).get("min") == 0
-    return name in ("relu", "abs")
+    number: Any = node.args[1] if len(node.args) > 1 else None
+    if isinstance(number, Node) or number is None:
+        return name in ("relu", "abs")
+    if name in _FIRST_ABOVE:
+        return number in (0, experts)
+    if name in _LAST_BELOW:
+        return number == -1 or (experts is not None and number == experts - 1)
+    return name in _EQUAL and number in (-1, experts)
