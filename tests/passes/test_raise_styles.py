@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from foreign_other_styles import OTHER_STYLES
 from foreign_styles import STYLES
 from reference import relative_error
 
 from moe_lowering import Deployment, MoeLowering, testing
 from moe_lowering.backends.aot import lowering_backend
 
+ALL = STYLES | OTHER_STYLES
 
-@pytest.mark.parametrize("style", STYLES)
+
+@pytest.mark.parametrize("style", ALL)
 def test_a_style_is_right_or_left(style):
-    make, reason = STYLES[style]
+    make, reason = ALL[style]
     layer, x = make(), torch.randn(6, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
     lowering = MoeLowering(Deployment(soc="A3", installed=()))
     torch._dynamo.reset()

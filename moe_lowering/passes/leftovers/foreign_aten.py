@@ -160,6 +160,9 @@ def _experts(operand: Node) -> Any:
         if name_of(source) in ("expand", "repeat"):  # rows that are given to every expert
             return None
         source = source.args[0]
+    if name_of(source) == "cat":  # gate and up side by side
+        parts = {_experts(part) for part in source.args[0]} if len(shape_of(source) or ()) == 3 else set()
+        return parts.pop() if len(parts) == 1 else None
     if not isinstance(source, Node) or source.op not in ("placeholder", "get_attr"):
         return None
     stored, used = shape_of(source), shape_of(operand)
@@ -172,7 +175,7 @@ def _is_routed(first: Node, second: Node) -> bool:
     weighted = walk_readers(
         [second],
         lambda n: name_of(n) in VIEWS or name_of(n) in ("add", "slice"),
-        lambda n: name_of(n) in ("mul", "bmm"),
+        lambda n: name_of(n) in ("mul", "bmm", "gather", "index", "index_select"),
     )
     weights = [source for product in weighted for source in product.all_input_nodes if source is not second]
     return depends_on([*first.all_input_nodes, *weights], _is_local, _chooses)

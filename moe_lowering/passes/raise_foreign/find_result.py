@@ -55,6 +55,14 @@ def find_result(reader: Reader, products: Sequence[Node]) -> Node:
 
 def _ends_early(node: Node, reader: Reader) -> NotThisForm:
     source = next((n for n in node.all_input_nodes if reader.is_derived(n)), node)
+    if _is_unweighted(reader.value(source)):
+        return NotThisForm(
+            source,
+            "raise.no_weights",
+            f"{source.name}, results by token with one expert each, that no routing weight is multiplied with; of weights "
+            "on x itself, in front of the routing, nothing is left to see",
+            "a routing weight for each slot, on the experts' rows",
+        )
     return NotThisForm(
         source,
         "raise.read_outside",
@@ -64,14 +72,23 @@ def _ends_early(node: Node, reader: Reader) -> NotThisForm:
 
 
 def _is_layer(value: Value) -> bool:
-    term, axes = value.term, flat(value.dims)
+    term = value.term
     if isinstance(term, Summed):
         return True
     rows = term.rows if isinstance(term, Weighted) else term
+    done = isinstance(term, Weighted) or (isinstance(rows, Expert) and _weighs_input(rows))
+    return done and _is_by_token(rows, value)
+
+
+def _is_by_token(rows: Term, value: Value) -> bool:
+    """Whether rows are results of the second product, by token: with k = 1 nothing is left to sum."""
     if not isinstance(rows, Expert) or not isinstance(rows.rows, Times):
         return False
-    done = isinstance(term, Weighted) or _weighs_input(rows)
-    return done and not choices(rows.ids) and axes[:-1] == tokens(rows.ids)  # k = 1: nothing is left to sum
+    return not choices(rows.ids) and flat(value.dims)[:-1] == tokens(rows.ids)
+
+
+def _is_unweighted(value: Value | None) -> bool:
+    return value is not None and not isinstance(value.term, Weighted) and _is_by_token(value.term, value)
 
 
 def _weighs_input(second: Expert) -> bool:

@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.graph.walks import name_of, stock_name_of
 from moe_lowering.passes.raise_foreign.closed_region import closed_region, copies_before, region_of
+from moe_lowering.passes.raise_foreign.expert_map import reason_of_map, require_experts
 from moe_lowering.passes.raise_foreign.expert_parallel import over_shared_tokens
 from moe_lowering.passes.raise_foreign.find_result import end_of_casts, find_result
 from moe_lowering.passes.raise_foreign.graph_facts import facts_of
@@ -43,6 +44,7 @@ from moe_lowering.passes.raise_foreign.terms import (
     Tensor,
     Weighted,
 )
+from moe_lowering.passes.raise_foreign.unrouted_rows import reason_of_rows
 
 _FACTORIES = frozenset(f"{kind}{how}" for kind in ("empty", "zeros", "ones", "full") for how in ("", "_like")) | {
     "new_zeros",
@@ -71,6 +73,15 @@ def match_experts(
     Raises:
         NotThisForm: it is not proven to be one.
     """
+    try:
+        return _match_experts(form, graph, products, deployment, of_ids, shares)
+    except NotThisForm as reason:
+        raise reason_of_map(of_ids) or reason_of_rows(of_ids, products) or reason from None
+
+
+def _match_experts(
+    form: str, graph: Graph, products: Sequence[Node], deployment: Deployment, of_ids: Node | None, shares: bool
+) -> ForeignBlock:
     facts = facts_of(graph)
     reader = Reader(products)
     for node in facts.results:  # of other layers
@@ -102,6 +113,7 @@ def match_experts(
 
 def _over_ranks(block: ForeignBlock, deployment: Deployment) -> ForeignBlock:
     """The block with all experts that its ids name, on this rank or on those of the deployment."""
+    require_experts(block.ids, block.num_experts)
     node = out_of_range(block.ids, block.num_experts)
     if node is None:
         return block

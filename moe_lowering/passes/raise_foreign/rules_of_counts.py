@@ -133,13 +133,16 @@ def compared(reader: Reader, node: Node) -> Value | None:
 
 
 def scattered_ones(reader: Reader, node: Node) -> Value | None:
-    """Of ``scatter`` of a one into zeros [..., E] by ids [..., k], which are different ones for a token."""
+    """Of ``scatter`` of a one into zeros [..., E] by ids [..., k], which are different ones for a token.
+
+    Every dtype holds zero and one; of sums of them see ``counted_matches``.
+    """
     base, at, index, number = node.args[:4]
     value, count = reader.value(index), sizes(node)[-1]
     if at not in (-1, len(sizes(node)) - 1) or number != 1 or not isinstance(base, Node) or not isinstance(count, int):
         return None
     ids = as_ids(value) if value is not None and value.is_opaque and is_filled(base, 0) else None
-    if ids is None or is_float(ids[1]) or sizes(base)[:-1] != sizes(index)[:-1] or node.meta["val"].dtype not in _EXACT:  # type: ignore[arg-type]
+    if ids is None or is_float(ids[1]) or sizes(base)[:-1] != sizes(index)[:-1]:  # type: ignore[arg-type]
         return None
     return Value((*ids[0].dims[:-1], feature(count)), OneHot(ids[1], count))
 

@@ -1,0 +1,141 @@
+"""Ids that may be no expert on purpose: of vLLM's ``expert_map`` and its kin, which say -1 of another rank's experts.
+
+A table from outside of the graph is an input of it: what it holds is not known. It is taken to hold places of experts, as a
+placement (``log2phy``) does, unless the graph shows that it cannot:
+
+- it has more entries than there are experts, so that they are not all experts, or not different ones;
+- a number that it gives, or an id from anywhere else, is compared with -1 or the number of experts, or told from those that are
+  experts by 0 or the number of experts: a test that is of use only where some are none.
+
+A model with such ids is right, as it drops or masks what they give. ``dispatch`` takes experts only, and would not be.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moe_lowering.passes.graph.arguments import explicit_arguments
+from moe_lowering.passes.graph.walks import VIEWS, shape_of, source_of, split_words, stock_name_of, walk_readers
+from moe_lowering.passes.raise_foreign.ids_range import made_from, out_of_range
+from moe_lowering.passes.raise_foreign.records import NotThisForm
+
+_LOOK_UPS = split_words("index index_select gather embedding")
+_FIRST_ABOVE = split_words("ge lt")  # compare with the first number of the upper part
+_LAST_BELOW = split_words("gt le")  # with the last one of the lower part
+_EQUAL = split_words("eq ne")
+_ONWARD = VIEWS | split_words(
+    "cumsum histc bincount sort argsort getitem where masked_fill scatter_add one_hot sum slice clamp clamp_min"
+)
+_CHOICES = split_words("topk max min argmax argmin")
+_STEPS = 60
+
+
+def require_experts(ids: Node, experts: int) -> None:
+    """What is in ids from outside of the graph, or from a table that is, is not known to be anything else than experts.
+
+    Raises:
+        NotThisForm: ``raise.expert_map`` of a table, ``raise.ids_range`` of other ids.
+    """
+    sources = made_from(ids, experts)
+    if all(
+        node.op == "call_function" for node in sources
+    ):  # a choice: a test of its ids, as transformers has it, tells nothing
+        return
+    several = shape_of(ids)[-1] != 1  # type: ignore[index]
+    for node in sources:
+        table, index = _look_up(node)
+        test = _tested(node, experts)
+        if table is not None and test is not None:
+            raise _of_table(node, table, test)
+        if table is not None and shape_of(table)[0] != experts and _is_longer(table, index, experts, several):  # type: ignore[index]
+            raise NotThisForm(
+                node, "raise.expert_map",
+                f"ids looked up in {table.name}, a table of {shape_of(table)[0]} entries for {experts} experts",  # type: ignore[index]
+                "a table of at most as many places, each of which is an expert (a placement, log2phy)",
+            )  # fmt: skip
+        if test is not None:
+            raise NotThisForm(
+                node, "raise.ids_range", f"ids of which {test.name} ({stock_name_of(test)}) tells those that are no expert",
+                "ids that are all experts",
+            )  # fmt: skip
+
+
+def reason_of_map(of_ids: Node | None) -> NotThisForm | None:
+    """Why a layer whose ids, or what is computed from them, come from a table that may say -1 is none; None of others."""
+    pending, visited = [of_ids] if of_ids is not None else [], {of_ids}
+    while pending and len(visited) < _STEPS:
+        node = pending.pop()
+        table, _ = _look_up(node)
+        test = None if table is None else _tested(node, None)
+        if table is not None and test is not None:
+            return _of_table(node, table, test)
+        if stock_name_of(node) not in _ONWARD or any(stock_name_of(each) in _CHOICES for each in node.all_input_nodes):
+            continue
+        fresh = [source for source in node.all_input_nodes if source not in visited]
+        visited.update(fresh)
+        pending += fresh
+    return None
+
+
+def _of_table(node: Node, table: Node, test: Node) -> NotThisForm:
+    return NotThisForm(
+        node, "raise.expert_map",
+        f"ids looked up in {table.name}, a table in which some are no expert: {test.name} ({stock_name_of(test)}) tells those",
+        "ids that are all experts; over ranks those of all ranks, before the table",
+    )  # fmt: skip
+
+
+def _look_up(node: Node) -> tuple[Node | None, Node | None]:
+    """(a table [N] of whole numbers from outside of the graph, what looks up in it)."""
+    if node.op != "call_function" or stock_name_of(node) not in _LOOK_UPS:
+        return None, None
+    table = source_of(node.args[0])
+    index: Any = node.args[-1]
+    if isinstance(index, (list, tuple)):
+        index = index[0] if len(index) == 1 else None
+    shape = shape_of(table)
+    if not isinstance(index, Node) or shape is None or len(shape) != 1 or table.op not in ("placeholder", "get_attr"):
+        return None, None
+    is_whole = table.meta["val"].dtype in (torch.int32, torch.int64)
+    return (table, index) if is_whole else (None, None)
+
+
+def _is_longer(table: Node, index: Node | None, experts: int, several: bool) -> bool:
+    """Whether a table cannot give an expert of its own for each of its entries, where it should: those of one token differ
+    where it has several; and what is chosen among as many as there are entries is looked up in all of them."""
+    size = shape_of(table)[0]  # type: ignore[index]
+    if isinstance(size, int) and size <= experts:
+        return False
+    chosen = isinstance(index, Node) and isinstance(size, int) and out_of_range(index, size, given=False) is None
+    return several or chosen
+
+
+def _tested(node: Node, experts: int | None) -> Node | None:
+    """What tells numbers of a node that are no expert from others; None where nothing does.
+
+    Args:
+        experts: None where their number is not known: then only what is below zero is told.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.is_floating_point():
+        return None
+    tells = functools.partial(_tells_apart, experts=experts)
+    return next(walk_readers([node], lambda user: stock_name_of(user) in VIEWS, tells), None)
+
+
+def _tells_apart(node: Node, experts: int | None) -> bool:
+    name = stock_name_of(node)
+    if name in ("clamp", "clamp_min"):
+        return explicit_arguments(node).get("min") == 0
+    number: Any = node.args[1] if len(node.args) > 1 else None
+    if isinstance(number, Node) or number is None:
+        return name in ("relu", "abs")
+    if name in _FIRST_ABOVE:
+        return number in (0, experts)
+    if name in _LAST_BELOW:
+        return number == -1 or (experts is not None and number == experts - 1)
+    return name in _EQUAL and number in (-1, experts)
