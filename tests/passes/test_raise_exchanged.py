@@ -51,6 +51,22 @@ class AtHome(Exchanged):
         return rows
 
 
+class SentBack(Exchanged):
+    """What torch.compile leaves of the form behind its first exchange: rows and ids of experts are inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x[:, 0] > 0).long()
+        order = torch.argsort(ids)
+        ends = torch.histc(ids.float(), EXPERTS // RANKS, 0, EXPERTS // RANKS - 1).cumsum(0).int()
+        rows = self.own_experts(x[order], ends).masked_fill((ids[order] > 1).unsqueeze(1), 0.0)
+        return self.exchange(torch.zeros_like(rows).index_copy(0, order, rows))
+
+
+class KeptBack(SentBack):
+    def exchange(self, rows: Tensor) -> Tensor:
+        return rows
+
+
 def before(layer: Style, x: Tensor) -> Tensor:
     """Tokens that an exchange brought and products changed, as what is in front of a layer does."""
     half = [len(x) // RANKS] * RANKS
@@ -77,6 +93,8 @@ class LeftBehind(Weighed):
 CASES = [
     (Exchanged, "raise.exchanged"),
     (AtHome, "raise.offsets"),
+    (SentBack, "raise.exchanged"),
+    (KeptBack, "raise.offsets"),
     (LeftBehind, "raise.weigh_input"),
     (Behind, ""),
 ]

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.graph.walks import VIEWS, depends_on, name_of, split_words
+from moe_lowering.passes.graph.walks import VIEWS, depends_on, name_of, split_words, walk_readers
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 _MOVES = VIEWS | split_words("index index_select gather embedding getitem wait_tensor cat slice mul")
+_BACK = _MOVES | split_words("where masked_fill index_put index_copy scatter sum")
 _STEPS = 60
 
 
@@ -30,6 +31,13 @@ def reason_of_rows(of_ids: Node | None, products: Sequence[Node]) -> NotThisForm
         return NotThisForm(
             first, "raise.exchanged", f"rows {exchange.name}, which all_to_all_single exchanges between ranks in the graph",
             "tokens of this rank: the generic operators exchange them themselves",
+        )  # fmt: skip
+    # torch.compile breaks transformers' form behind the first exchange: then the rows are inputs, and results are sent back
+    back = next(walk_readers([max(products)], lambda node: name_of(node) in _BACK, _exchanges), None)
+    if back is not None:
+        return NotThisForm(
+            back, "raise.exchanged", f"results of the experts, which {back.name} sends back to other ranks",
+            "results of this rank's tokens: the generic operators exchange them themselves",
         )  # fmt: skip
     return None
 
