@@ -89,22 +89,5 @@ def test_variations(served, checkpoint, own, tmp_path, what):
         assert list(rank["layers"].values()) == ["", ""]
         names = sorted(block["comm"] for report in rank["reports"] for block in report["blocks"])
         assert names == ["alltoall"] * 2 + ["mc2"] * 2
-        # the ranks compare each kind of graph once: layers are alike, so pieces of a range share a round
-        assert sum(rounds.get("blocks", 0) for rounds in rank["rounds"]) == 2
     comparison.assert_close(own, found)
     assert comparison.ratio(own["logprobs"], found["logprobs"]) > LEAST["mc2"]
-
-
-@pytest.mark.parametrize(
-    ("name", "quantisation", "own_graphs"), [("qwen3_moe", "w4a8", False), ("deepseek_v3", "w8a8", True)]
-)
-def test_other_models(served, checkpoint, name, quantisation, own_graphs):
-    """int4 weights; shared experts and groups of experts: MC2 up to the capacity, AllToAll above it, against its own path."""
-    folder = checkpoint(name, prompts=0, **{**MODEL, "quantisation": quantisation}).folder
-    settings = {"model": str(folder), "ranks": 2, **SERVED}
-    own = served(graphs=own_graphs, options=OPTIONS, environment=FINITE, **settings)
-    options = {**OPTIONS, "compilation_config": {"compile_ranges_endpoints": [CAPACITY]}}
-    found = served(graphs=True, plugin={"strict": True}, options=options, **settings)
-    for rank in range(2):
-        assert chosen(found["log"], rank) == [("1 to 8 tokens", "mc2"), ("9 to 256 tokens", "alltoall")]
-    comparison.assert_close(own, found)
