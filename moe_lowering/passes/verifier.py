@@ -58,16 +58,13 @@ def same_value(old: Node, new: Node) -> None:
 
 def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal sizes for all values of the symbols. Comparing SymInts costs 30 us; most are the same expression."""
-    if a.dim() != b.dim():
-        return False
-    for m, n in zip(a.shape, b.shape, strict=True):  # asked of each block: two numbers need no look at symbols
-        if not (m == n if type(m) is int and type(n) is int else _same_size(m, n)):
-            return False
-    return True
+    return a.dim() == b.dim() and all(map(_same_size, a.shape, b.shape))
 
 
 def _same_size(a: Any, b: Any) -> bool:
     """Also where torch has guarded that an expression is one number, and some values have it and some the expression."""
+    if type(a) is int and type(b) is int:  # asked of every block: numbers need no look at symbols
+        return a == b
     return size_key(a) == size_key(b) or statically_known_true(a == b)
 
 

@@ -67,6 +67,24 @@ def test_this_torch_copies(fresh):
     assert copy.untyped_storage()._cdata != value.untyped_storage()._cdata
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_each_call_of_a_copier_makes_what_copy_makes(fresh, monkeypatch, whole):
+    """Also where the constructor has to make the copies."""
+    monkeypatch.setattr(fake_values, "_copies_are_whole", lambda: whole)
+    template = Template.of(value := _value())
+    copier = template.copier()
+    copies = [template.copy(), copier(), copier()]
+    described = [(*_described(copy), sorted(vars(copy).items(), key=str)) for copy in copies]
+    assert described == described[:1] * 3
+    assert _described(copies[1]) == _described(value)
+    assert len({each.untyped_storage()._cdata for each in (value, *copies)}) == 4
+    assert len({id(vars(each)) for each in (value, *copies)}) == 4
+
+
+def _described(value):
+    return (type(value), value.shape, value.stride(), value.dtype, value.device, value.fake_mode)
+
+
 @pytest.mark.parametrize(
     ("twin", "lost"),
     [

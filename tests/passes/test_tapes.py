@@ -128,7 +128,7 @@ class Stage:
 
     def __init__(self, **changes: Any) -> None:
         self.mode, self.graph = FakeTensorMode(), Graph()
-        self.x = self.input("x", (4, 8), **changes.get("x", {}))
+        self.x = self.input("x", **{"shape": (4, 8), **changes.get("x", {})})
         late = changes.get("late", False)
         self.w = None if late else self.input("w", (4, 8))
         before = self.graph.call_function(aten.relu.default, (self.x,))
@@ -160,6 +160,7 @@ class Stage:
 CHANGES: dict[str, dict[str, Any]] = {
     "dtype": {"x": {"dtype": torch.float16}},
     "device": {"x": {"device": "meta"}},
+    "shape": {"x": {"shape": (4, 9), "strides": (8, 1)}},
     "strides": {"x": {"strides": (1, 4)}},
     "another node twice": {"alias": True},
     "computed, not stored": {"late": True},

@@ -43,11 +43,15 @@ def read_wiring(stages: Nodes, inside: Collection[Node], experts: Node | None = 
     numbers: dict[Node, int] = {}
     arguments = [(_number(stage.args, numbers), _number_named(stage.kwargs, numbers)) for stage in stages]
     described = [
-        None if node in inside else (_describe(node.meta.get("val")), [node < stage for stage in stages].count(True))
-        for node in numbers
+        None if node in inside else (_describe(node.meta.get("val")), _stages_after(node, stages)) for node in numbers
     ]
     tensors = () if experts is None else experts.all_input_nodes
     return Wiring(tuple(numbers), (*arguments, *described, *map(is_stored, tensors)))
+
+
+def _stages_after(node: Node, stages: Nodes) -> int:
+    """Before how many of the stages a node stands: nearly always before all of them."""
+    return len(stages) if node < stages[0] else [node < stage for stage in stages].count(True)
 
 
 _PLAIN = frozenset({int, bool, str, type(None), torch.dtype, torch.device})
@@ -78,6 +82,8 @@ def _number_named(values: Mapping[str, Any], numbers: dict[Node, int]) -> tuple[
 def _describe(value: Any) -> Any:
     """What an emitter may read of a value."""
     if isinstance(value, torch.Tensor):
-        sizes = [size if type(size) is int else size_key(size) for size in (*value.shape, *value.stride())]
-        return (*sizes, value.dtype, value.device)
+        sizes = (*value.shape, *value.stride())
+        if value._has_symbolic_sizes_strides:
+            sizes = (*[size if type(size) is int else size_key(size) for size in sizes],)
+        return (sizes, value.dtype, value.device)
     return tuple(map(_describe, value)) if isinstance(value, (tuple, list)) else type(value)

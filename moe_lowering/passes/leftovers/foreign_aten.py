@@ -165,7 +165,8 @@ def _experts(operand: Node) -> Any:
         return parts.pop() if len(parts) == 1 else None
     if not isinstance(source, Node) or source.op not in ("placeholder", "get_attr"):
         return None
-    stored, used = shape_of(source), shape_of(operand)
+    stored = shape_of(source)
+    used = stored if source is operand else shape_of(operand)
     if stored is not None and len(stored) == 3:
         return str(stored[0])
     return str(used[0]) if used is not None and len(used) == 3 and stored is not None and len(stored) == 2 else None
