@@ -41,7 +41,7 @@ FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "g
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["lower"], "required: MODEL"),
+        (["lower"], "argument MODEL: is missing; accepted: what moe-lowering lower --help says"),
         (["raise", "moe"], "'raise'"),
         (["lower", "moe", "--comm", "nccl"], "--comm: is 'nccl'; accepted: auto, allgather, "),
         (["lower", "moe", "--soc", "A9"], "--soc: is 'A9'; accepted: A2 (910B), A3 (910C,"),
