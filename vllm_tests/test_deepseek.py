@@ -61,3 +61,14 @@ def test_two_ranks_with_the_plugin(own, served, checkpoint):
     for rank in range(2):
         lines = [line for line in found["log"].splitlines() if line.startswith(f"(Worker_TP{rank}_EP{rank}")]
         assert any("implementation    allgather (vllm_ascend_main selects it)" in line for line in lines)
+
+
+def test_a_model_that_the_plugin_does_not_know_is_served_without_it(served, checkpoint):
+    """The twin of ``test_with_the_plugin``: sigmoid scores that are not normalised, which vllm-ascend's operator computes."""
+    other = checkpoint("deepseek_v3", prompts=8, config={"norm_topk_prob": False})
+    found = served(model=str(other.folder), requests=8, graphs=True, plugin={}, **SERVED)
+    why = "[vllm.scoring] the scoring is sigmoid, renormalize False; accepted: softmax, or sigmoid with renormalize"
+    assert list(found["layers"].values()) == [why, why] and found["reports"] == []
+    assert found["compiled"] and all(
+        any(c.startswith("vllm.moe_forward") for c in calls) for calls in found["compiled"]
+    )

@@ -28,6 +28,7 @@ from moe_lowering.custom_ops.quantised import (
     WEIGHT_DTYPES,
     antiquant_matmul,
     are_scales_grouped,
+    quantise_clipped_rows,
     quantise_rows,
     quantised_matmul,
 )
@@ -278,7 +279,7 @@ def _int8_rows(call: GroupedMlpCall[Tensor], counts: list[int], used: int) -> Te
     activated = activate(hidden, *gate, torch.float32)
     if call.h_smooth is not None:
         activated = activated * _of_rows(call.h_smooth, counts)
-    rows, row_scale = quantise_rows(activated, None if call.h_clip is None else _of_rows(call.h_clip, counts))
+    rows, row_scale = quantise_clipped_rows(activated, None if call.h_clip is None else _of_rows(call.h_clip, counts))
     return quantised_matmul(rows, row_scale, counts, call.w2, call.w2_scale or ())
 
 

@@ -21,12 +21,11 @@ WEIGHT_DTYPES = {
 LARGEST = 127  # of an int8 value that stands for an activation
 
 
-def quantise_rows(rows: Tensor, clip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 by row: q = round_half_even(row / s), s = max|row| / 127.
 
     Args:
         rows: [..., K] of any float dtype; computed with in float32.
-        clip: [...], what max|row| is multiplied by; what is larger then becomes 127, or -127. None for 1.
 
     Returns:
         q int8 [..., K] in [-127, 127]; s float32 [...], 1 for a row of zeros. A row with a NaN or an infinity has q = 0
@@ -35,11 +34,18 @@ def quantise_rows(rows: Tensor, clip: Tensor | None = None) -> tuple[Tensor, Ten
     if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.dim() < 1:
         shown = f"{rows.dtype} of shape {list(rows.shape)}" if isinstance(rows, Tensor) else repr(rows)
         raise TypeError(f"quantise_rows: rows is {shown}; accepted: a tensor [..., K] of floats")
+    return quantise_clipped_rows(rows, None)
+
+
+def quantise_clipped_rows(rows: Tensor, clip: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As ``quantise_rows``, with s = clip * max|row| / 127 for a clip [...]: what is beyond becomes 127, or -127."""
     rows = rows.float()
     if not rows.shape[-1]:
         return rows.to(torch.int8), rows.new_ones(rows.shape[:-1])
     largest = rows.abs().amax(-1)
     scale = (largest if clip is None else largest * clip) / LARGEST
+    if clip is not None:  # where it is 0 nothing is left of a row
+        rows = torch.where(scale.unsqueeze(-1) == 0, 0.0, rows)
     scale = torch.where(scale == 0, 1.0, scale)
     whole = (rows / scale.unsqueeze(-1)).round().clamp(-LARGEST, LARGEST)
     return whole.nan_to_num(0).to(torch.int8), scale
