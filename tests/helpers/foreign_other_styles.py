@@ -273,6 +273,18 @@ def from_outside(layer: Gathered, weights: Tensor, ids: Tensor) -> Routed:
     return weights, layer.given[:5].repeat(2, 1)[:6]
 
 
+class Asserted(Padded):
+    """All are experts and that is asserted, which is no test that the layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda ids: torch.ones_like(ids, dtype=torch.bool))
+        self.given = nn.Buffer(self.given.clamp(max=EXPERTS - 1) - torch.tensor([[0, 0]] * 5 + [[0, 1]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert_async(((self.given >= 0) & (self.given < EXPERTS)).all())
+        return super().forward(x)
+
+
 OTHER_STYLES: dict[str, tuple[Callable[[], Style], str]] = {
     "deepseek-v2": (DeepSeekV2, ""),
     "vllm, pallas": (VllmPallas, ""),
@@ -300,5 +312,11 @@ OTHER_STYLES: dict[str, tuple[Callable[[], Style], str]] = {
     "ids past the experts, below": (lambda: Padded(lambda ids: ids < EXPERTS), "raise.ids_range"),
     "ids past the experts, at most": (lambda: Padded(lambda ids: ids <= EXPERTS - 1), "raise.ids_range"),
     "ids past the experts, not equal": (lambda: Padded(lambda ids: ids != EXPERTS), "raise.ids_range"),
+    "ids past the experts, by half": (lambda: Padded(lambda ids: ids.float() < EXPERTS - 0.5), "raise.ids_range"),
+    "ids past the experts, shifted": (lambda: Padded(lambda ids: ids + 1 <= EXPERTS), "raise.ids_range"),
+    "ids past the experts, a tensor": (
+        lambda: Padded(lambda ids: ids != torch.full_like(ids, EXPERTS)),
+        "raise.ids_range",
+    ),
     "ids from outside": (lambda: Gathered(from_outside, experts=4), ""),
 }

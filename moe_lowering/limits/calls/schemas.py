@@ -83,8 +83,8 @@ def loaded_libraries() -> frozenset[str]:
 
 
 def _is_loaded(library: str, name: str) -> bool:
-    operators = getattr(torch.ops, library)
-    return hasattr(operators, name) and str(getattr(operators, name).default._schema) == str(schema(name))
+    found = getattr(getattr(getattr(torch.ops, library), name, None), "default", None)
+    return found is not None and str(found._schema) == str(schema(name))
 
 
 @functools.cache

@@ -179,8 +179,8 @@ class Emitter:
 
     def _find_early(self, size: torch.SymInt) -> Node | None:
         """The node of a size that stands before all that the graph computes, made from an input's shape if need be."""
-        expression = size.node.expr
-        inputs = self._graph.find_nodes(op="placeholder")
+        expression, computed = size.node.expr, self._first_computed()
+        inputs = [node for node in self._graph.find_nodes(op="placeholder") if node < computed]
         for node in (*inputs, *self._constants.values()):
             value = node.meta.get("val")
             if isinstance(value, torch.SymInt) and value.node.expr == expression and not node._erased:

@@ -5,27 +5,29 @@ placement (``log2phy``) does, unless the graph shows that it cannot:
 
 - it has more entries than there are experts, so that they are not all experts, or not different ones;
 - a number that it gives, or an id from anywhere else, is compared with -1 or the number of experts, or told from those that are
-  experts by 0 or the number of experts: a test that is of use only where some are none.
+  experts by an order, for something that the layer's values meet: of use there only where some are none. What is counted or
+  asserted beside the layer says nothing.
 
+Not all ways to tell them are known: comparisons with numbers and filled tensors are, behind sums with numbers.
 A model with such ids is right, as it drops or masks what they give. ``dispatch`` takes experts only, and would not be.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.graph.arguments import explicit_arguments
-from moe_lowering.passes.graph.walks import VIEWS, shape_of, source_of, split_words, stock_name_of, walk_readers
+from moe_lowering.passes.graph.arguments import argument, explicit_arguments
+from moe_lowering.passes.graph.walks import VIEWS, shape_of, source_of, split_words, stock_name_of
 from moe_lowering.passes.raise_foreign.ids_range import made_from, out_of_range
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 _LOOK_UPS = split_words("index index_select gather embedding")
-_FIRST_ABOVE = split_words("ge lt")  # compare with the first number of the upper part
-_LAST_BELOW = split_words("gt le")  # with the last one of the lower part
+_ABOVE = split_words("ge lt")  # tell numbers from a bound on
+_BEYOND = split_words("gt le")  # tell numbers above a bound
 _EQUAL = split_words("eq ne")
 _ONWARD = VIEWS | split_words(
     "cumsum histc bincount sort argsort getitem where masked_fill scatter_add one_hot sum slice clamp clamp_min"
@@ -34,8 +36,9 @@ _CHOICES = split_words("topk max min argmax argmin")
 _STEPS = 60
 
 
-def require_experts(ids: Node, experts: int) -> None:
-    """What is in ids from outside of the graph, or from a table that is, is not known to be anything else than experts.
+def require_experts(ids: Node, experts: int, result: Node) -> None:
+    """What is in ids from outside of the graph, or from a table that is, is not known to be anything else than experts, for
+    the layer that gives ``result``.
 
     Raises:
         NotThisForm: ``raise.expert_map`` of a table, ``raise.ids_range`` of other ids.
@@ -48,7 +51,7 @@ def require_experts(ids: Node, experts: int) -> None:
     several = shape_of(ids)[-1] != 1  # type: ignore[index]
     for node in sources:
         table, index = _look_up(node)
-        test = _tested(node, experts)
+        test = _tested(node, experts, result)
         if table is not None and test is not None:
             raise _of_table(node, table, test)
         if table is not None and shape_of(table)[0] != experts and _is_longer(table, index, experts, several):  # type: ignore[index]
@@ -70,7 +73,7 @@ def reason_of_map(of_ids: Node | None) -> NotThisForm | None:
     while pending and len(visited) < _STEPS:
         node = pending.pop()
         table, _ = _look_up(node)
-        test = None if table is None else _tested(node, None)
+        test = None if table is None else _tested(node, None, None)
         if table is not None and test is not None:
             return _of_table(node, table, test)
         if stock_name_of(node) not in _ONWARD or any(stock_name_of(each) in _CHOICES for each in node.all_input_nodes):
@@ -114,28 +117,77 @@ def _is_longer(table: Node, index: Node | None, experts: int, several: bool) -> 
     return several or chosen
 
 
-def _tested(node: Node, experts: int | None) -> Node | None:
-    """What tells numbers of a node that are no expert from others; None where nothing does.
+def _tested(node: Node, experts: int | None, result: Node | None) -> Node | None:
+    """What tells numbers of a node that are no expert from others, for a layer; None where nothing does.
 
     Args:
         experts: None where their number is not known: then only what is below zero is told.
+        result: that of the layer; None where it is not known.
     """
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.is_floating_point():
         return None
-    tells = functools.partial(_tells_apart, experts=experts)
-    return next(walk_readers([node], lambda user: stock_name_of(user) in VIEWS, tells), None)
+    pending: list[tuple[Node, float]] = [(node, 0)]
+    visited = {node}
+    while pending and len(visited) < _STEPS:
+        at, added = pending.pop()
+        for user in at.users:
+            if user in visited:
+                continue
+            visited.add(user)
+            if _tells_apart(user, at, added, experts) and (result is None or _meet(user, result)):
+                return user
+            more = _adds(user, at)
+            if more is not None or stock_name_of(user) in VIEWS:
+                pending.append((user, added + (more or 0)))
+    return None
 
 
-def _tells_apart(node: Node, experts: int | None) -> bool:
+def _tells_apart(node: Node, at: Node, added: float, experts: int | None) -> bool:
+    """Of ``at``, ids to which a number was added."""
     name = stock_name_of(node)
     if name in ("clamp", "clamp_min"):
-        return explicit_arguments(node).get("min") == 0
-    number: Any = node.args[1] if len(node.args) > 1 else None
-    if isinstance(number, Node) or number is None:
-        return name in ("relu", "abs")
-    if name in _FIRST_ABOVE:
-        return number in (0, experts)
-    if name in _LAST_BELOW:
-        return number == -1 or (experts is not None and number == experts - 1)
-    return name in _EQUAL and number in (-1, experts)
+        return explicit_arguments(node).get("min") == added
+    if name in ("relu", "abs"):
+        return True
+    bound = _number(node.args[1]) if len(node.args) > 1 and node.args[0] is at else None
+    if bound is None or not math.isfinite(bound):
+        return False
+    bound -= added
+    first_above = math.ceil(bound) if name in _ABOVE else math.floor(bound) + 1 if name in _BEYOND else None
+    return first_above in (0, experts) if first_above is not None else name in _EQUAL and bound in (-1, experts)
+
+
+def _adds(node: Node, at: Node) -> float | None:
+    """What a sum or a difference adds to ``at``; None of anything else."""
+    name = stock_name_of(node)
+    number = _number(node.args[1]) if name in ("add", "sub") and len(node.args) > 1 and node.args[0] is at else None
+    if number is None or node.kwargs:
+        return None
+    return number if name == "add" else -number
+
+
+def _number(operand: Any) -> float | None:
+    """A number, or the one that a tensor is filled with."""
+    while isinstance(operand, Node) and stock_name_of(operand) in VIEWS:
+        operand = operand.args[0]
+    if isinstance(operand, Node) and stock_name_of(operand) in ("full", "full_like", "new_full"):
+        operand = argument(operand, "fill_value")
+    return operand if isinstance(operand, (int, float)) else None
+
+
+def _meet(test: Node, result: Node) -> bool:
+    """Whether what follows from a test meets what the layer computes, or what follows from that."""
+    beside = {result, *_readers(result)}
+    return any(node in beside for node in (test, *_readers(test)))
+
+
+def _readers(node: Node) -> set[Node]:
+    """All that follows from a node, without what leaves the graph."""
+    found: set[Node] = set()
+    pending = [node]
+    while pending:
+        fresh = [user for user in pending.pop().users if user not in found and user.op != "output"]
+        found.update(fresh)
+        pending += fresh
+    return found

@@ -113,7 +113,7 @@ def _match_experts(
 
 def _over_ranks(block: ForeignBlock, deployment: Deployment) -> ForeignBlock:
     """The block with all experts that its ids name, on this rank or on those of the deployment."""
-    require_experts(block.ids, block.num_experts)
+    require_experts(block.ids, block.num_experts, block.result)
     node = out_of_range(block.ids, block.num_experts)
     if node is None:
         return block
