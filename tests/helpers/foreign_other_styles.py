@@ -273,16 +273,15 @@ def from_outside(layer: Gathered, weights: Tensor, ids: Tensor) -> Routed:
     return weights, layer.given[:5].repeat(2, 1)[:6]
 
 
-class Asserted(Padded):
-    """All are experts and that is asserted, which is no test that the layer reads."""
+class Counted(Padded):
+    """All are experts, which is counted beside the layer: no test that the layer reads."""
 
     def __init__(self) -> None:
         super().__init__(lambda ids: torch.ones_like(ids, dtype=torch.bool))
-        self.given = nn.Buffer(self.given.clamp(max=EXPERTS - 1) - torch.tensor([[0, 0]] * 5 + [[0, 1]]))
+        self.given = nn.Buffer(torch.tensor([[0, 3], [3, 1], [2, 1], [1, 0], [2, 3], [3, 2]]))
 
     def forward(self, x: Tensor) -> Tensor:
-        torch._assert_async(((self.given >= 0) & (self.given < EXPERTS)).all())
-        return super().forward(x)
+        return super().forward(x), ((self.given >= 0) & (self.given < EXPERTS)).sum()  # type: ignore[return-value]
 
 
 OTHER_STYLES: dict[str, tuple[Callable[[], Style], str]] = {

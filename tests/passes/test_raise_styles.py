@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from foreign_other_styles import OTHER_STYLES, Asserted
+from foreign_other_styles import OTHER_STYLES, Counted
 from foreign_styles import STYLES
 from reference import relative_error
 
@@ -39,12 +39,12 @@ def test_a_style_is_right_or_left(style):
     assert relative_error(lowered, expected) < 2e-2 and relative_error(written, expected) < 2e-2
 
 
-def test_what_is_asserted_of_ids_beside_a_layer_keeps_it_from_nothing():
+def test_what_is_counted_of_ids_beside_a_layer_keeps_it_from_nothing():
     """Its twins are the padded ids among the styles: there the layer reads what is tested."""
-    layer, x = Asserted(), torch.randn(6, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    layer, x = Counted(), torch.randn(6, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
     lowering = MoeLowering(Deployment(soc="A3", installed=()))
     torch._dynamo.reset()
     with torch.no_grad():
-        lowered = torch.compile(layer, backend=lowering_backend(lowering), fullgraph=True)(x)
-        assert [block.comm for block in lowering.reports[0].blocks] == ["allgather"]
-        assert relative_error(lowered, layer(x)) < 2e-2
+        lowered, counted = torch.compile(layer, backend=lowering_backend(lowering), fullgraph=True)(x)
+        assert [block.comm for block in lowering.reports[0].blocks] == ["allgather"] and counted == 12
+        assert relative_error(lowered, layer(x)[0]) < 2e-2
