@@ -57,3 +57,18 @@ def test_the_check_sees_one() -> None:
     first = next(node for node in gm.graph.nodes if node.meta.get("custom") == {MARK: "constant"})
     first.meta["custom"] = {MARK: "emitted"}
     assert made_without_data(gm.graph) == [first]
+
+
+def test_a_size_of_an_input_behind_what_is_computed_is_asked_in_each_layer() -> None:
+    """Graphs of torch.compile have inputs first; nothing is read before it is defined in others."""
+    case, comm = case_of("allgather", "none", "TP, symbolic")
+    lowering, gm = MoeLowering(case.deployment, comm, policy="fixed"), build(case).gm
+    first = next(iter(gm.graph.nodes))
+    with gm.graph.inserting_before(first):
+        made = gm.graph.call_function(torch.ops.aten.full.default, ([1], 0.0))
+    values = [node.meta["val"] for node in gm.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    with values[0].fake_mode:
+        made.meta["val"] = torch.full([1], 0.0)
+    lowering(gm)
+    assert {block.comm for block in lowering.reports[0].blocks} == {comm}
+    gm.graph.lint()
