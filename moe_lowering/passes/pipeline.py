@@ -206,12 +206,21 @@ def _collector_paused() -> Iterator[None]:
 
 
 def _require_lowered(report: LoweringReport, remaining: list[Node]) -> None:
-    lines = [f"{b.name}: {b.reason}" for b in report.blocks if b.comm is None]
+    left = [block for block in report.blocks if block.comm is None]
+    lines = [f"{block.name}: {block.reason}" for block in left]
+    lines += dict.fromkeys(rule for block in left for rule in _broken_rules(block))
     lines += [f"{where}: {why}" for where, why in report.unlowered]
     if not lines:
         lines = [f"{node.name}: {operator_name(node)} is still in the graph" for node in remaining]
     if lines:
         raise LoweringError("moe_lowering (strict): left unlowered:\n  " + "\n  ".join(lines))
+
+
+def _broken_rules(block: BlockReport) -> list[str]:
+    """The rules that left a block unlowered, in sentences: those that its reason names; all where it names none."""
+    broken = [(verdict.implementation, rule) for verdict in block.verdicts.values() for rule in verdict.violations]
+    named = [each for each in broken if each[1].code in block.reason]
+    return [f"not {name}: {rule}" + (f" ({rule.advice})" if rule.advice else "") for name, rule in named or broken]
 
 
 def _require_capturable(report: LoweringReport) -> None:

@@ -260,3 +260,21 @@ def test_public_names_are_all_there():
     assert set(moe_lowering._HOME) == set(moe_lowering.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         moe_lowering.Nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("comm", "soc", "rules"),
+    [
+        ("mc2", "A2", ["not mc2: [mc2.ep_size] mc2: ep_size is 1; accepted: at least 2 ("]),
+        ("auto", "310P", ["not allgather: [allgather.soc] ", "not mc2: [mc2.soc] ", "not fused_mc2: [fused.ep_size] "]),
+    ],
+    ids=["asked for", "none is legal"],
+)
+def test_strict_mode_says_each_broken_rule_once_with_what_to_do(comm, soc, rules):
+    module = torch.nn.Sequential(*[MoE(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K) for _ in range(2)])
+    lowering = MoeLowering(Deployment(soc=soc), comm, strict=True)
+    with pytest.raises(Exception, match=r"moe_lowering \(strict\): left unlowered") as raised, torch.no_grad():
+        compile_plain(module, lowering)(torch.randn(3, HIDDEN))
+    text = str(raised.value)
+    assert all(text.count(rule) == 1 for rule in rules), text
+    assert ("not allgather" in text) == (comm == "auto")
