@@ -32,3 +32,11 @@ def test_redundant_experts(served, reference, tmp_path):
     found = served(soc="A2", ranks=2, graphs=True, plugin={"strict": True}, additional=placements.write(tmp_path))
     assert found["tokens"] == reference.tokens
     assert [list(rank["layers"].values()) for rank in found["ranks"]] == [["", ""]] * 2
+
+
+def test_allgather_where_it_is_asked_for_on_a3(served, reference):
+    """vllm-ascend selects it on A3 for one rank alone."""
+    found = served(soc="A3", ranks=2, graphs=True, plugin={"strict": True, "comm": "allgather"})
+    assert found["tokens"] == reference.tokens
+    for rank in found["ranks"]:
+        assert [block["comm"] for report in rank["reports"] for block in report["blocks"]] == ["allgather"] * 2
