@@ -18,6 +18,7 @@ import torch
 
 from moe_lowering._versions import sources_digest
 from moe_lowering.identity import identity
+from moe_lowering.limits.calls.schemas import loaded_libraries
 from moe_lowering.passes.pipeline import MoeLowering
 
 Hook = Callable[[Any, Any, Any], None]
@@ -37,13 +38,14 @@ def code_digest() -> str:
 def cache_digest(lowering: MoeLowering, own: Hook | None = None, agreement_timeout: float | str | None = "auto") -> str:
     """SHA-256 (hex) of everything that a lowered graph depends on beside the graph it was made from.
 
-    That is the package's code and limits, every field of the deployment (a rank's own too: rank indices and group names
-    stand in the graph), the pass's settings, how long the graph waits for other ranks, and a cost function and a
-    pre-pass of the user's with what they hold.
+    That is the package's code and limits, operators of other libraries that this process has loaded, every field of the
+    deployment (a rank's own too: rank indices and group names stand in the graph), the pass's settings, how long the
+    graph waits for other ranks, and a cost function and a pre-pass of the user's with what they hold.
     """
     policy = lowering.policy
     parts = {
         "code": code_digest(),
+        "libraries": sorted(loaded_libraries()),
         "deployment": lowering.deployment.all_fields(),
         "comm": policy.comm,
         "policy": policy.name,

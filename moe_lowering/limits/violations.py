@@ -18,7 +18,17 @@ from moe_lowering.limits.row import Limit
 from moe_lowering.limits.sources import Citation, render_citations
 from moe_lowering.limits.table import Versions, freeze_versions, limits_of
 from moe_lowering.limits.versions import describe_versions, name_subject
-from moe_lowering.limits.wording import Accepted, Names, Value, Wording, as_value, names_in, pick_values, show, to_json
+from moe_lowering.limits.wording import (
+    Accepted,
+    Names,
+    Value,
+    Wording,
+    as_value,
+    names_in,
+    pick_values,
+    show_word,
+    to_json,
+)
 
 MOST_BUFFER_MB = 65535  # HCCL_BUFFSIZE must fit 16 bits (vllm-ascend 182b75ea, tiling of dispatch_ffn_combine)
 
@@ -125,7 +135,7 @@ class Violation:
 
     def show(self) -> str:
         """The value as text."""
-        return show(self.value, self.names)
+        return show_word(self.value, self.names)
 
     def _fill(self, template: str) -> str:
         shown = self.shown

@@ -52,9 +52,12 @@ def show(value: Any, names: Names = ()) -> str:
         return str(_Printer(names).doprint(value))
     if isinstance(value, tuple):
         return f"({', '.join(show(each, names) for each in value)}{',' if len(value) == 1 else ''})"
-    if value == "" and isinstance(value, str):
-        return '""'  # a word that is left out, as mc2's comm_alg
     return value.say(names) if hasattr(value, "say") else str(value)
+
+
+def show_word(value: Any, names: Names = ()) -> str:
+    """As ``show``, of a value by itself: an empty word, as mc2's comm_alg may be, is seen."""
+    return show(value, names) or '""'
 
 
 def names_in(names: Names, *values: Any) -> Names:
@@ -140,7 +143,7 @@ class Accepted:
         unit = f" {self.unit}" if self.unit else ""
         if self.one_of:
             several = "one of " if len(self.one_of) > 1 else ""
-            return several + ", ".join(show(each, names) for each in self.one_of) + unit
+            return several + ", ".join(show_word(each, names) for each in self.one_of) + unit
         if self.multiple_of is not None:
             return f"a multiple of {self.multiple_of.say(names)}{unit}"
         if self.equals is not None:

@@ -10,6 +10,7 @@ import torch
 from reference import relative_error
 
 from moe_lowering import Deployment, MoeLowering, lowering_backend
+from moe_lowering.backends import cache_key
 from moe_lowering.passes import legality
 from moe_lowering.passes.implementations import quantised_mlp
 
@@ -126,3 +127,12 @@ def test_a_library_that_is_not_loaded_is_asked_for_and_may_come_later() -> None:
     assert block.comm is None and "block.clip" in codes(block)
     torch.testing.assert_close(y, layer(*inputs()), rtol=0, atol=0)
     assert lowered(layer)[1].comm == "allgather"
+
+
+def test_a_compile_cache_asks_which_libraries_are_loaded() -> None:
+    """A graph that was left for want of one is not the graph of a process that has it."""
+    lowering = MoeLowering(Deployment(soc="A3"))
+    with_library = cache_key.cache_digest(lowering)
+    assert with_library == cache_key.cache_digest(lowering)
+    with mock.patch.object(cache_key, "loaded_libraries", frozenset):
+        assert cache_key.cache_digest(lowering) != with_library

@@ -9,7 +9,7 @@ from moe_lowering.explanation import Answer, Explanation, Piece
 from moe_lowering.explanation.single_changes import Change
 from moe_lowering.limits import Violation
 from moe_lowering.limits.findings import Finding
-from moe_lowering.limits.wording import Accepted, Value, show
+from moe_lowering.limits.wording import Accepted, Value, show_word
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.report.records import Verdict
 from moe_lowering.report.text import render_sizes
@@ -197,7 +197,7 @@ def _rule_lines(answer: Answer, name: str, paint: Paint) -> str:
 def _finding_line(finding: Finding, violations: dict[tuple[str, str], Violation], paint: Paint) -> str:
     limit = finding.limit
     mark = f"{'holds' if finding.holds else 'BROKEN':<7}"
-    texts = [f"{limit.code}: {limit.value.text} = {show(finding.value)}; accepted: {finding.accepted}"]
+    texts = [f"{limit.code}: {limit.value.text} = {show_word(finding.value)}; accepted: {finding.accepted}"]
     if limit.value.text == str(finding.value):  # a rule for certain versions, in which nothing is accepted
         texts = [f"{limit.code}: never legal there"]
     if not finding.holds:

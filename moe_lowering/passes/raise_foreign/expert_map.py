@@ -23,6 +23,7 @@ from torch.fx import Node
 from moe_lowering.passes.graph.arguments import argument, explicit_arguments
 from moe_lowering.passes.graph.walks import VIEWS, shape_of, source_of, split_words, stock_name_of
 from moe_lowering.passes.raise_foreign.ids_range import made_from, out_of_range
+from moe_lowering.passes.raise_foreign.meanings import sizes
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 _LOOK_UPS = split_words("index index_select gather embedding")
@@ -48,16 +49,16 @@ def require_experts(ids: Node, experts: int, result: Node) -> None:
         node.op == "call_function" for node in sources
     ):  # a choice: a test of its ids, as transformers has it, tells nothing
         return
-    several = shape_of(ids)[-1] != 1  # type: ignore[index]
+    several = sizes(ids)[-1] != 1
     for node in sources:
         table, index = _look_up(node)
         test = _tested(node, experts, result)
         if table is not None and test is not None:
             raise _of_table(node, table, test)
-        if table is not None and shape_of(table)[0] != experts and _is_longer(table, index, experts, several):  # type: ignore[index]
+        if table is not None and sizes(table)[0] != experts and _is_longer(table, index, experts, several):
             raise NotThisForm(
                 node, "raise.expert_map",
-                f"ids looked up in {table.name}, a table of {shape_of(table)[0]} entries for {experts} experts",  # type: ignore[index]
+                f"ids looked up in {table.name}, a table of {sizes(table)[0]} entries for {experts} experts",
                 "a table of at most as many places, each of which is an expert (a placement, log2phy)",
             )  # fmt: skip
         if test is not None:
@@ -110,7 +111,7 @@ def _look_up(node: Node) -> tuple[Node | None, Node | None]:
 def _is_longer(table: Node, index: Node | None, experts: int, several: bool) -> bool:
     """Whether a table cannot give an expert of its own for each of its entries, where it should: those of one token differ
     where it has several; and what is chosen among as many as there are entries is looked up in all of them."""
-    size = shape_of(table)[0]  # type: ignore[index]
+    size = sizes(table)[0]
     if isinstance(size, int) and size <= experts:
         return False
     chosen = isinstance(index, Node) and isinstance(size, int) and out_of_range(index, size, given=False) is None

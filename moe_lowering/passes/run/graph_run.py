@@ -215,7 +215,7 @@ class GraphRun:
             done = self._guarded(lambda emit: self._rewrite(block, chosen, decision, emit, wiring, key), key)
             if isinstance(done, Wording):
                 more = self.bounds.refuse_if_ranks_differ(block)
-                comm, reason = None, make_wording("{why}{more}", why=done, more=more) if more else done
+                comm, reason = None, make_wording("{why}{more}", why=done, more=more)
             else:
                 after, made = self.tapes.describe(key, wiring, done)
                 self.bounds.keep(block, decision.enforced)
