@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from moe_lowering.limits.calls.schemas import LIBRARIES
 
 _COLLECTIVES = ("_c10d_functional", "npu_define")
-_HOST_ONLY = ("wait_tensor", "assert_tokens", "ge_assert_tokens", "assert_agreement", "keep_alive", "ge_keep")
+# What launches nothing: host-only checks, and memory that nobody has written yet.
+_NO_KERNEL = ("wait_tensor", "assert_tokens", "ge_assert_tokens", "assert_agreement", "keep_alive", "ge_keep", "empty")
 # Arguments that hold experts: weights, and scales, offsets and biases by expert. ``scale`` is that of grouped matmuls alone.
 _EXPERTS = frozenset({
     "weight", "bias", "antiquant_scale", "antiquant_offset", "weight_scale", "weight_assist_matrix",
@@ -99,19 +100,19 @@ def read_traffic(node: Node) -> Traffic | None:
     if node.op != "call_function" or not hasattr(target, "_schema"):
         return None  # items of tuples, arithmetic on sizes
     name = target._schema.name.split("::")[1]
-    results = list(_tensors(node.meta.get("val")))
-    if name in _HOST_ONLY or not results:
-        return None
     operands, experts = _read(node, name)
+    written = _take_written(target, operands)
+    results = written or list(_tensors(node.meta.get("val")))
+    if name in _NO_KERNEL or not results:
+        return None
     values = [value for part in operands.values() for value in part]
-    mutable = target._schema.is_mutable
-    if not mutable and _is_view(results, values):
+    if not written and _is_view(results, values):
         return None
     collective = target.namespace in _COLLECTIVES
     copied = []
     if collective or target.namespace in ("npu", "moe_lowering", *LIBRARIES.values()):
         copied = [value for value in values if not value.is_contiguous()]
-    return Traffic(name, collective, operands, experts, values[:1] if mutable else results, copied)
+    return Traffic(name, collective, operands, experts, results, copied)
 
 
 def _read(node: Node, name: str) -> tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]:
@@ -129,6 +130,15 @@ def _read(node: Node, name: str) -> tuple[dict[str, list[torch.Tensor]], dict[st
         if tensors:
             of[parameter] = tensors
     return operands, experts
+
+
+def _take_written(target: Any, operands: dict[str, list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The memory that an operator writes in place. What it writes only (``out``) is taken out of what it reads."""
+    written = []
+    for argument in target._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write and argument.name in operands:
+            written += (operands.pop if argument.is_out else operands.__getitem__)(argument.name)
+    return written
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

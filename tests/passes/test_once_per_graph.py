@@ -15,6 +15,7 @@ from moe_lowering.passes.emission.emitter import MARK
 simulator.enable()
 
 SIZES = (torch.ops.aten.sym_size.int,)
+MEMORY = (torch.ops.aten.empty.memory_format,)  # not computed: what a layer writes into it is data
 
 
 def made_without_data(graph: Graph) -> list[Node]:
@@ -24,7 +25,9 @@ def made_without_data(graph: Graph) -> list[Node]:
         if node.op in ("placeholder", "get_attr"):
             has_data[node] = isinstance(node.meta.get("val"), torch.Tensor)
         else:
-            has_data[node] = node.target not in SIZES and any(has_data[each] for each in node.all_input_nodes)
+            has_data[node] = node.target in MEMORY or (
+                node.target not in SIZES and any(has_data[each] for each in node.all_input_nodes)
+            )
     return [
         node
         for node, data in has_data.items()

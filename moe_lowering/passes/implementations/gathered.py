@@ -20,7 +20,7 @@ experts that give nothing, whose ids are there already.
 
 Few exchanges. Where ids and weights are not all that travels beside x, or are changed on the way (scales of int8 rows, a
 mask, padding), they travel as the columns of one int32 tensor: a collective costs as much as several small kernels. Two
-plain tensors do not: taking them apart is two kernels for one exchange less.
+plain tensors do not: putting them together and taking them apart is two kernels for one exchange less.
 Sources: ops_transformer.init_routing; vllm_ascend.token_dispatcher: it reads undefined rows, by abs of the row index.
 """
 
@@ -39,6 +39,14 @@ from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.calls import OperatorCall, Rules, emit_call, tensor
 from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import stage_after
+from moe_lowering.passes.implementations.columns import (
+    WORD,
+    empty_columns,
+    ids_of_no_expert,
+    pack_columns,
+    sent_dtype,
+    unpack_columns,
+)
 from moe_lowering.passes.implementations.matmul_calls import row_scales
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
 from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens, tokens_calls
@@ -126,12 +134,10 @@ def _ids(spec: BlockSpec) -> int:
 
 def gathered_bytes(spec: BlockSpec, deployment: Deployment) -> int:
     """Bytes of one token as it is gathered: x, its scale, ids and weights."""
-    row = spec.hidden + _SCALE_BYTES if travels_as_int8(spec) else spec.hidden * int(spec.dtype.itemsize)
-    weight = _BITS if _is_packed(spec) else weights_dtype(spec, deployment).itemsize
-    return row + spec.top_k * (_BITS + weight)
-
-
-_BITS = _SCALE_BYTES = 4  # of an id in int32; of a weight, and of a scale, in float32
+    scale = torch.float32.itemsize
+    row = spec.hidden + scale if travels_as_int8(spec) else spec.hidden * int(spec.dtype.itemsize)
+    weight = (sent_dtype if _is_packed(spec) else weights_dtype)(spec, deployment)
+    return row + spec.top_k * (WORD.itemsize + weight.itemsize)
 
 
 def _is_packed(spec: BlockSpec) -> bool:
@@ -172,15 +178,18 @@ def _gather(emit: Emitter, block: Block, deployment: Deployment) -> tuple[Gather
         weights = emit.cast(tokens.weights, dtype)  # before they are copied to every rank
         parts = [_all_gather(emit, node, spec) for node in (x, tokens.ids, weights)]
         return GatheredTokens(parts[0], None, *parts[1:]), own
-    columns = _pack(emit, tokens)
+    columns = pack_columns(emit, tokens.ids, tokens.weights, scale, sent_dtype(spec, deployment))
     if mask is not None:
-        columns = emit.call(aten.where.self, mask, columns, _empty_columns(emit, columns, spec))
+        columns = emit.call(aten.where.self, mask, columns, empty_columns(emit, columns, spec))
     if spec.max_tokens:
         x, columns = (
             _fill(emit, x, _zeros(emit, x), spec),
-            _fill(emit, columns, _empty_columns(emit, columns, spec), spec),
+            _fill(emit, columns, empty_columns(emit, columns, spec), spec),
         )
-    return _unpack(emit, _all_gather(emit, x, spec), _all_gather(emit, columns, spec), tokens, dtype), own
+    everyone = _all_gather(emit, x, spec)
+    columns = _all_gather(emit, columns, spec)
+    ids, weights, scale = unpack_columns(emit, columns, spec, deployment, scale is not None)
+    return GatheredTokens(everyone, scale, ids, weights), own
 
 
 def _cast(emit: Emitter, tokens: GatheredTokens, dtype: torch.dtype) -> GatheredTokens:
@@ -193,56 +202,9 @@ def _mask_tokens(emit: Emitter, tokens: GatheredTokens, mask: Node, spec: BlockS
     zero = emit.constant(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device, pin_memory=False)
     return dataclasses.replace(
         tokens,
-        ids=emit.call(aten.where.self, mask, tokens.ids, _ids_of_no_expert(emit, tokens.ids, spec)),
+        ids=emit.call(aten.where.self, mask, tokens.ids, ids_of_no_expert(emit, tokens.ids, spec)),
         weights=emit.call(aten.where.self, mask, tokens.weights, zero),
     )
-
-
-def _ids_of_no_expert(emit: Emitter, model: Node, spec: BlockSpec) -> Node:
-    """[k] distinct ids past the last expert."""
-    return emit.constant(
-        aten.arange.start,
-        spec.experts,
-        spec.experts + spec.top_k,
-        dtype=torch.int32,
-        device=model.meta["val"].device,
-        pin_memory=False,
-    )
-
-
-def _empty_columns(emit: Emitter, columns: Node, spec: BlockSpec) -> Node:
-    """[n] int32, the columns of a token without an expert: its weights are 0, and its scale."""
-    ids, value = _ids_of_no_expert(emit, columns, spec), columns.meta["val"]
-    rest = int(value.shape[1]) - spec.top_k
-    zeros = emit.constant(aten.full.default, [rest], 0, dtype=torch.int32, device=value.device, pin_memory=False)
-    return emit.constant(aten.cat.default, [ids, zeros])
-
-
-def _pack(emit: Emitter, tokens: GatheredTokens) -> Node:
-    """ids, weights and scales as bits, [M, 2k] or [M, 2k + 1] int32."""
-    parts = [tokens.ids, emit.call(aten.view.dtype, emit.cast(tokens.weights, torch.float32), torch.int32)]
-    if tokens.scale is not None:
-        parts.append(emit.call(aten.unsqueeze.default, emit.call(aten.view.dtype, tokens.scale, torch.int32), 1))
-    return emit.call(aten.cat.default, parts, 1)
-
-
-def _unpack(emit: Emitter, x: Node, columns: Node, own: GatheredTokens, dtype: torch.dtype) -> GatheredTokens:
-    """The columns as tensors in one piece each, which is how operators take them; the cast of the weights is a copy."""
-    k = int(own.ids.meta["val"].shape[1])
-
-    def part(first: int, end: int) -> Node:
-        return emit.call(aten.slice.Tensor, columns, 1, first, end)
-
-    def whole(node: Node) -> Node:
-        return emit.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-
-    weights = emit.call(aten.view.dtype, part(k, 2 * k), torch.float32)
-    scale = None
-    if own.scale is not None:
-        bits = emit.call(aten.reshape.default, whole(part(2 * k, 2 * k + 1)), [-1])
-        scale = emit.call(aten.view.dtype, bits, torch.float32)
-    weights = whole(weights) if dtype == torch.float32 else emit.cast(weights, dtype)
-    return GatheredTokens(x, scale, whole(part(0, k)), weights)
 
 
 def _zeros(emit: Emitter, model: Node) -> Node:
