@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from moe_lowering import custom_ops as _custom_ops  # registers the operators
 from moe_lowering.argument_checks import require_instance, require_integer
 from moe_lowering.custom_ops import one_rank
-from moe_lowering.deployment import Deployment, experts_of_rank
+from moe_lowering.deployment import Deployment
+from moe_lowering.expert_maps import compare_map, rank_of
 from moe_lowering.groups import Claim, own_ranks
 from moe_lowering.model_arguments import (
     Weights,
@@ -261,7 +261,7 @@ def moe_experts(
     if num_experts is None:
         num_experts = _all_experts(w13, place)
     if expert_map is not None:  # index: a constant for dynamo also where E is a dynamic size of w13
-        _check_map(expert_map, operator.index(num_experts), *_rank_of(place))
+        compare_map(expert_map, operator.index(num_experts), *rank_of(place))
     weights, ids = as_float32(weights), as_int32("ids", ids)
     if log2phy is not None:
         ids = physical_ids(ids, log2phy)
@@ -316,46 +316,7 @@ def check_expert_map(expert_map: Tensor, num_experts: int, deployment: Deploymen
     require_integer("check_expert_map", "num_experts", num_experts, 1)
     if deployment is not None:
         require_instance("check_expert_map", "deployment", deployment, Deployment, "a moe_lowering.Deployment, or None")
-    _check_map(expert_map, num_experts, *_rank_of(_SINGLE_RANK if deployment is None else deployment.placed()))
-
-
-def _rank_of(place: Deployment) -> tuple[int | None, int, int, str]:
-    """The fields of a deployment that ``_check_map`` needs: dynamo of torch 2.10 passes no frozen dataclass to a
-    function that it does not trace."""
-    unknown = place.unknown_rank if place.ep_rank is None else ""
-    return place.ep_rank, place.ep_size, place.shared_expert_ranks, unknown
-
-
-@torch.compiler.assume_constant_result  # dynamo then calls it with the real tensor, instead of tracing it
-def _check_map(
-    expert_map: Tensor, num_experts: int, ep_rank: int | None, ep_size: int, shared_expert_ranks: int, unknown: str
-) -> bool:
-    if (
-        expert_map.dim() != 1
-        or expert_map.shape[0] != num_experts
-        or expert_map.dtype not in (torch.int32, torch.int64)
-    ):
-        raise ValueError(
-            f"moe_experts: expert_map is {expert_map.dtype} of shape {list(expert_map.shape)}; accepted: int32 or int64 "
-            f"[{num_experts}], one for each expert of all ranks"
-        )
-    if expert_map.is_meta or isinstance(expert_map, FakeTensor):
-        return True
-    if ep_rank is None:
-        raise ValueError(unknown)
-    own = experts_of_rank(num_experts, ep_rank, ep_size, shared_expert_ranks)
-    local = num_experts // (ep_size - shared_expert_ranks)
-    rank = f"(r - {shared_expert_ranks})" if shared_expert_ranks else "r"
-    following = "(r + 1)" if rank == "r" else f"(r - {shared_expert_ranks} + 1)"
-    for expert, index in enumerate(expert_map.tolist()):
-        expected = expert - own.start if own.start <= expert < own.stop else -1
-        if index != expected:
-            raise ValueError(
-                f"moe_experts: expert_map has {index} for expert {expert} on EP rank {ep_rank}; accepted: {expected}, as "
-                f"rank r holds experts {rank} * {local} to {following} * {local} - 1. For another placement use log2phy "
-                "(log2phy_from_expert_maps makes it)"
-            )
-    return True
+    compare_map(expert_map, num_experts, *rank_of(_SINGLE_RANK if deployment is None else deployment.placed()))
 
 
 @torch.compiler.assume_constant_result  # when it is traced: a string of constants, and no look-up in the graph
