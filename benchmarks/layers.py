@@ -16,7 +16,8 @@ from moe_lowering.vocabulary import EXPERT_FORMATS
 
 @dataclasses.dataclass(frozen=True)
 class LayerSizes:
-    """Sizes of one layer; those of a decode step of DeepSeek-V3 unless told otherwise. ``tokens`` are of one rank."""
+    """Sizes of one layer; those of a decode step of DeepSeek-V3 unless told otherwise. ``tokens`` are of one rank, and
+    ``routing`` is the dtype of the routing weights."""
 
     tokens: int = 128
     hidden: int = 7168
@@ -24,6 +25,7 @@ class LayerSizes:
     experts: int = 256
     top_k: int = 8
     dtype: torch.dtype = torch.bfloat16
+    routing: torch.dtype = torch.float32
 
 
 def scale_dtypes(quantisation: str, comm: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
@@ -64,7 +66,7 @@ def lower_layer(
         with testing.fake_tensors():
             given = experts_of(sizes, quantisation, comm, sizes.experts // ep_size)
             x = torch.empty(sizes.tokens, sizes.hidden, dtype=sizes.dtype)
-            weights = torch.empty(sizes.tokens, sizes.top_k)
+            weights = torch.empty(sizes.tokens, sizes.top_k, dtype=sizes.routing)
             ids = torch.empty(sizes.tokens, sizes.top_k, dtype=torch.int32)
             masks = (torch.empty(sizes.tokens, dtype=torch.bool),) if mask else ()
 

@@ -24,9 +24,9 @@ from moe_lowering.expert_maps import compare_map, rank_of
 from moe_lowering.groups import Claim, own_ranks
 from moe_lowering.model_arguments import (
     Weights,
-    as_float32,
     as_int32,
     as_list,
+    as_routing_weights,
     check_experts_options,
     check_experts_tensors,
     check_route,
@@ -183,7 +183,7 @@ def moe_experts(
 
     Args:
         x: tokens [..., H], float32, float16 or bfloat16; or int8 with ``pertoken_scale``.
-        weights, ids: [..., k]; cast to float32 and int32. Ids of one token are distinct.
+        weights, ids: [..., k], floats and integers; used in float32 and int32. Ids of one token are distinct.
         w13: gate and up projection of this rank's experts, [E_local, H, 2I] or E_local tensors [H, 2I]. A shared-expert
             rank (``deployment.on_shared_rank``) gives those of its shared expert, as its only one. They must be in the
             form, dtypes and I of the routed experts: a rank sees its own weights only, and all ranks must decide alike. A
@@ -262,7 +262,7 @@ def moe_experts(
         num_experts = _all_experts(w13, place)
     if expert_map is not None:  # index: a constant for dynamo also where E is a dynamic size of w13
         compare_map(expert_map, operator.index(num_experts), *rank_of(place))
-    weights, ids = as_float32(weights), as_int32("ids", ids)
+    weights, ids = as_routing_weights(weights), as_int32("ids", ids)
     if log2phy is not None:
         ids = physical_ids(ids, log2phy)
     if apply_router_weight_on_input:
@@ -271,7 +271,7 @@ def moe_experts(
                 f"moe_experts: apply_router_weight_on_input is True with {place.shared_expert_ranks} shared-expert ranks; "
                 "accepted: False, as shared experts take x without a weight"
             )
-        x, pertoken_scale, weights = weigh_tokens(x, pertoken_scale, weights)
+        x, pertoken_scale, weights = weigh_tokens(x, pertoken_scale, weights.float())
     groups = (place.ep_group, place.ep_size, place.tp_group, place.tp_size, place.token_bound)
     shared = (place.shared_expert_ranks, place.shared_experts) if place.shared_expert_ranks else ()
     on_shared = (*shared, place.on_shared_rank) if shared else ()

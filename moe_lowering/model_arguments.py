@@ -148,11 +148,12 @@ def check_experts_options(
     require_instance(where, "deployment", deployment, (Deployment, type(None)), "a moe_lowering.Deployment, or None")
 
 
-def as_float32(weights: Tensor) -> Tensor:
-    """Routing weights as the operators take them; of a complex number only a part would be left."""
+def as_routing_weights(weights: Tensor) -> Tensor:
+    """Routing weights as the operators take them; of a complex number only a part would be left. Those of 16 bits stay: a cast
+    costs a kernel, and AllGather and AllToAll use them so."""
     if not weights.dtype.is_floating_point:
         raise TypeError(f"moe_experts: weights is {weights.dtype}; accepted: float32, float16, bfloat16, float64")
-    return weights.to(torch.float32)
+    return weights if weights.dtype in FLOATS else weights.to(torch.float32)
 
 
 def as_int32(name: str, ids: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class CombineCall(NamedTuple, Generic[Value]):
     """The arguments of ``combine``.
 
     rows [R, H] and handle [R, 3] as ``dispatch`` made them, but for what the experts did to the rows; weights [..., k]
-    float32 of the ids [..., k] that were dispatched. The others: as in ``DispatchCall``.
+    float32, float16 or bfloat16 of the ids [..., k] that were dispatched, which are used in float32. The others: as in
+    ``DispatchCall``.
     """
 
     rows: Value
@@ -75,8 +76,8 @@ def _check(call: CombineCall[Tensor]) -> None:
         raise ValueError(f"combine: rows has shape {show(rows.shape)}; accepted: [R, hidden]")
     if rows.dtype not in FLOATS:
         raise TypeError(f"combine: rows is {rows.dtype}; accepted: float32, float16, bfloat16")
-    if weights.dtype != torch.float32:
-        raise TypeError(f"combine: weights is {weights.dtype}; accepted: float32")
+    if weights.dtype not in FLOATS:
+        raise TypeError(f"combine: weights is {weights.dtype}; accepted: float32, float16, bfloat16")
     if are_certainly_different(weights.shape, ids.shape):
         raise ValueError(f"combine: weights has shape {show(weights.shape)}; accepted: that of ids, {show(ids.shape)}")
     if handle.dtype != torch.int32:
@@ -108,7 +109,7 @@ def _cpu(call: CombineCall[Tensor]) -> Tensor:
     empty = _empty_slots(ids.reshape(tokens, top_k)[own_tokens], call.mask, own_tokens, call)
     expected -= empty.numel()
     if ep.size == tp.size == 1 and kept is None and 0 < top_k * tokens <= FEW and not added and not empty.numel():
-        y = _sum_few(rows, call.handle.tolist(), call.weights.reshape(tokens, top_k))
+        y = _sum_few(rows, call.handle.tolist(), call.weights.reshape(tokens, top_k).float())
         return y.reshape(*ids.shape[:-1], rows.shape[1])
     returned, slots = send_back(NAME, rows, call.handle, top_k + added, expected, ep)
     if empty.numel():
@@ -116,7 +117,7 @@ def _cpu(call: CombineCall[Tensor]) -> Tensor:
             torch.cat([returned, rows.new_zeros((empty.numel(), rows.shape[1]))]),
             torch.cat([slots, empty]),
         )
-    own = call.weights.reshape(tokens, top_k)[own_tokens]
+    own = call.weights.reshape(tokens, top_k)[own_tokens].float()
     if added:
         own = torch.nn.functional.pad(own, (0, added), value=1.0)
     part = weighted_sum(NAME, returned, slots, own, kept)

@@ -93,6 +93,7 @@ def spec_of_graph(
         quantised_input=call.x_scale is not None,
         has_x_smooth=call.x_smooth is not None,
         zero_experts=call.zero_experts,
+        routing_dtype=weights.dtype,
         has_h_smooth=mlp.h_smooth is not None,
         has_h_clip=mlp.h_clip is not None,
         key=tuple(None if v is None else shape_key(v) for v in (call.x, call.ids, weights, call.mask)),

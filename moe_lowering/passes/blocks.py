@@ -130,7 +130,8 @@ class BlockSpec:
     are those of a rank with routed experts, on every rank; ``on_shared_rank`` is a rank's own and no rule reads it.
     ``tensors`` are the experts' own: what rules read of each, and whether the graph computes it. ``has_x_smooth`` and
     ``has_h_smooth``: tokens and activations are multiplied by smooth scales before they become int8. ``has_h_clip``: activations
-    are clipped. ``zero_experts``: ids past the experts', of those that give nothing.
+    are clipped. ``zero_experts``: ids past the experts', of those that give nothing. ``routing_dtype`` is that of the
+    routing weights.
     """
 
     tokens: Any = dataclasses.field(compare=False)
@@ -176,6 +177,7 @@ class BlockSpec:
     has_h_smooth: bool = False
     has_h_clip: bool = False
     zero_experts: int = 0
+    routing_dtype: torch.dtype = torch.float32
 
     def __hash__(self) -> int:
         return self._hash

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import moe_lowering.functional as functional
 from moe_lowering import vocabulary
+from moe_lowering.custom_ops.combine import FLOATS
 from moe_lowering.custom_ops.route import SCORINGS, stable_top_k
 
 ops = torch.ops.moe_lowering
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ONE_RANK = ("", 1, "", 1, 0)  # ep_group, ep_size, tp_group, tp_size, max_tokens
 
 
@@ -146,13 +146,14 @@ def test_dispatch_mask_and_scale_by_hand() -> None:
     assert handle.tolist() == [[0, 2, 0], [0, 0, 0], [0, 3, 0], [-1, -1, -1]]
 
 
-def test_combine_by_hand() -> None:
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_combine_by_hand(dtype: torch.dtype) -> None:
     ids = torch.tensor([[2, 0], [0, 1]], dtype=torch.int32)
     handle = torch.tensor([[0, 1, 0], [0, 0, 1], [0, 1, 1], [0, 0, 0], [-1, -1, -1]], dtype=torch.int32)
     rows = torch.tensor([[1.0, -1.0], [10.0, 2.0], [100.0, 3.0], [1000.0, 4.0], [torch.nan, torch.nan]])
-    weights = torch.tensor([[0.5, 2.0], [3.0, 0.25]])
+    weights = torch.tensor([[0.5, 2.0], [3.0, 0.25]], dtype=dtype)
     y = ops.combine(rows, weights, ids, handle, None, 3, *ONE_RANK)
-    assert y.tolist() == [[520.0, 6.0], [28.0, -2.25]]
+    assert y.dtype == torch.float32 and y.tolist() == [[520.0, 6.0], [28.0, -2.25]]
 
 
 def test_combine_sums_in_float32_by_ascending_k_and_rounds_once() -> None:

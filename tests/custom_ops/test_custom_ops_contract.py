@@ -69,6 +69,7 @@ def opcheck_samples() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
         ),
         ("grouped_mlp-bias", ops.grouped_mlp, (rows, none, counts, [w13], [w2], [b13], [b2], "gelu", 0.0, 1.0, False)),
         ("combine", ops.combine, (rows, weights, ids, handle, None, 4, *ONE_RANK)),
+        ("combine-bf16", ops.combine, (rows, weights.bfloat16(), ids, handle, None, 4, *ONE_RANK)),
         (
             "combine-mask",
             ops.combine,
@@ -216,7 +217,12 @@ MISTAKES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("grouped_mlp", MLP, {"activation": "reglu"}, "activation is 'reglu'; accepted: swiglu, "),
     ("grouped_mlp", MLP, {"activation": "swiglu_clamp"}, "limit is 0.0 for swiglu_clamp; accepted: more than 0"),
     ("grouped_mlp", MLP, {"limit": 7.0}, "limit is 7.0 for swiglu, which has none"),
-    ("combine", COMBINE, {"weights": torch.ones(4, 2).half()}, "weights is torch.float16; accepted: float32"),
+    (
+        "combine",
+        COMBINE,
+        {"weights": torch.ones(4, 2).double()},
+        "weights is torch.float64; accepted: float32, float16",
+    ),
     ("combine", COMBINE, {"weights": torch.ones(4, 1)}, r"weights has shape \[4, 1\]"),
     ("combine", COMBINE, {"handle": torch.zeros(7, 3, dtype=torch.int32)}, r"handle has shape \[7, 3\]"),
     ("combine", COMBINE, {"handle": torch.zeros(8, 3)}, "handle is torch.float32; accepted: int32"),

@@ -8,7 +8,7 @@ import rank_jobs
 import torch
 import torch.distributed as dist
 
-from moe_lowering import Deployment, MoeLowering, shard_experts, simulator
+from moe_lowering import Deployment, MoeLowering, moe_experts, route, shard_experts, simulator
 
 c10d = torch.ops._c10d_functional
 
@@ -93,6 +93,52 @@ def capture_lowered(rank, comm, replays):
     return outputs, simulator.device.counts() - before, simulator.device.tapes()[-1].operators
 
 
+class InPieces(torch.nn.Module):
+    """A layer whose tokens, ids and routing weights (in 16 bits) are columns of wider tensors."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, wide):
+        layer = self.layer
+        x = wide[:, : rank_jobs.HIDDEN]
+        logits = layer.gate(x)
+        weights, ids = route(torch.cat([logits, logits], 1)[:, : layer.num_experts], layer.top_k)
+        weights = torch.cat([weights, ids.float()], 1).bfloat16()[:, : layer.top_k]
+        ids = torch.cat([ids, ids + 1], 1)[:, : layer.top_k]
+        return moe_experts(
+            x,
+            weights,
+            ids,
+            layer.w13,
+            layer.w2,
+            num_experts=layer.num_experts,
+            deployment=layer.moe_lowering_deployment,
+        )
+
+
+def lower_in_pieces(rank, comm):
+    """``InPieces`` on device npu, lowered; its result, and the collectives that are given something in pieces."""
+    where = deployment(rank)
+    module = InPieces(shard_experts(rank_jobs.layer(torch.bfloat16), where)).to("npu")
+    lowering, found = MoeLowering(where, comm, strict=True), []
+
+    def lower(graph, inputs, config):
+        lowering(graph, inputs, config)
+        sent = [node for node in graph.graph.nodes if getattr(node.target, "namespace", "") == c10d.name]
+        found.extend(str(node) for node in sent if not node.args[0].meta["val"].is_contiguous())
+
+    compiled = torch.compile(
+        module, backend="npugraph_ex", fullgraph=True, options={"post_grad_custom_pre_pass": lower}
+    )
+    x = rank_jobs.tokens_of(rank, 6, torch.bfloat16, False)
+    with torch.no_grad():
+        y = compiled(torch.cat([x, torch.full_like(x, torch.nan)], 1).to("npu")).cpu()
+    assert [b.comm for report in lowering.reports for b in report.blocks] == [comm]
+    return y, found
+
+
 def capture_collectives(rank, replays):
     """All functional collectives in one compiled graph, against the same without a graph."""
     name = hccl_group().group_name
@@ -172,6 +218,10 @@ def misuse(rank, what):
             dist.all_reduce(torch.ones(2, device="npu"), group=dist.new_group(backend="gloo"))
         elif what == "other rank":
             hccl_group()._get_backend(torch.device("npu")).get_hccl_comm_name(1 - rank)
+        elif what == "in pieces":
+            dist.all_gather_into_tensor(
+                torch.empty(4, 2, device="npu"), torch.ones(2, 3, device="npu")[:, :2], group=hccl_group()
+            )
         elif what == "barrier in capture":
             group = hccl_group()
             with torch.npu.graph(torch.npu.NPUGraph()):

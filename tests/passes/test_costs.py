@@ -104,6 +104,19 @@ def test_reports_count_what_is_in_the_graph(rows):
         assert row.told.sent_within + row.told.sent_between > 0 and row.told.buffers > 0
 
 
+CASTS = {"allgather": -1, "alltoall": -1, "mc2": 1, "fused_mc2": 1}  # which dtype of routing weights they read
+
+
+@pytest.mark.parametrize("comm", IMPLEMENTATIONS)
+def test_routing_weights_of_16_bits_are_cast_for_those_who_read_others(comm):
+    given, halves = (
+        lower_layer(dataclasses.replace(SMALL, routing=dtype), comm, 2) for dtype in (torch.float32, torch.bfloat16)
+    )
+    kernels = [total_cost(emitted(lowered)[0]).kernels for lowered in (given, halves)]
+    assert kernels[1] - kernels[0] == CASTS[comm]
+    assert [lowered.report.blocks[0].costs[0].kernels for lowered in (given, halves)] == kernels
+
+
 COUNTED = [
     ("w8a8", {"mask": True}), ("none", {"max_tokens": 8, "equal_tokens": False}), ("w4a16", {"tp_size": 2, "soc": "A2"}),
     ("w8a8", {"mode": "ge"}), ("w4a8", {"tp_size": 2, "tokens": 7, "max_rows": 6}), ("none", {"tp_size": 2, "tokens": 7}),

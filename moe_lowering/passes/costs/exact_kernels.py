@@ -40,7 +40,7 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premise
     spec, share = block.spec, Share(emit, block, deployment)
     with emit.at(block.combine, block.combine):
         x, scale = quantise_tokens(emit, block, share)
-        ids, weights = share.of(emit.rows(block.ids)), share.of(emit.rows(block.weights))
+        ids, weights = share.of(emit.rows(block.ids)), emit.cast(share.of(emit.rows(block.weights)), torch.float32)
         for _ in range(SMALL_KERNELS):
             emit.call(aten.clone.default, ids)
         routed = emit_call(emit, ROUTE, route_arguments(x, ids, scale, spec.experts + 1, [0, spec.experts]))

@@ -128,7 +128,7 @@ def _block(graph: Graph, spec: BlockSpec) -> Block:
     x = given("x", (tokens, spec.hidden), torch.int8 if spec.quantised_input else spec.dtype)
     scale = given("x_scale", (tokens,), torch.float32) if spec.quantised_input else None
     ids = given("ids", (tokens, spec.top_k), torch.int32)
-    weights = given("weights", (tokens, spec.top_k), torch.float32)
+    weights = given("weights", (tokens, spec.top_k), spec.routing_dtype)
     mask = given("mask", (tokens,), torch.bool) if spec.has_mask else None
     experts = {field.name: _tensors(graph, field.name, spec.tensors) for field in dataclasses.fields(ExpertOperands)}
 

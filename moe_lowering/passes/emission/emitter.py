@@ -23,6 +23,7 @@ from moe_lowering.limits.calls.schemas import LIBRARIES
 from moe_lowering.passes.emission.fake_values import Template
 from moe_lowering.passes.emission.known_results import known_result
 from moe_lowering.passes.emission.new_nodes import insert_call
+from moe_lowering.passes.operands import row_major
 
 aten = torch.ops.aten
 COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "seq_nr")
@@ -196,6 +197,17 @@ class Emitter:
         """The tensor with its leading dimensions merged into one."""
         value = node.meta["val"]
         return node if value.dim() == 2 else self.call(aten.reshape.default, node, [-1, int(value.shape[-1])])
+
+    def in_one_piece(self, node: Node) -> Node:
+        """The tensor itself where its elements are known to follow each other in memory, else a copy where they do.
+
+        HCCL takes no other: torch_npu refuses them at run time.
+        """
+        value = node.meta["val"]
+        inner, strides = value.shape[1:], value.stride()
+        if all(type(n) is int for n in (*inner, *strides)) and tuple(strides) == row_major((1, *inner)):
+            return node
+        return self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
 
     def like(self, node: Node, model: Node) -> Node:
         """A [T, n] tensor with the leading dimensions of ``model``."""

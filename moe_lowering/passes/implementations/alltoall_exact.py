@@ -67,7 +67,7 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premise
             x=own_share.of(emit.rows(block.x)),
             x_scale=flat[0],
             ids=own_share.of(emit.rows(block.ids)),
-            weights=own_share.of(emit.rows(block.weights)),
+            weights=emit.cast(own_share.of(emit.rows(block.weights)), torch.float32),
             mask=flat[1],
             num_experts=spec.experts,
             ep_group=spec.ep_group,

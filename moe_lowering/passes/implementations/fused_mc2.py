@@ -105,7 +105,7 @@ class FusedOperator:
         return _Inputs(
             x=x,
             ids=ids,
-            weights=weights,
+            weights=emit.cast(weights, torch.float32),
             mask=mask,
             w13=list(experts.w13),
             w2=list(experts.w2),

@@ -235,7 +235,8 @@ def _fill(emit: Emitter, node: Node, token: Node, spec: BlockSpec) -> Node:
 
 
 def _all_gather(emit: Emitter, node: Node, spec: BlockSpec) -> Node:
-    gathered = emit.call(c10d.all_gather_into_tensor.default, node, spec.ep_size, spec.ep_group)
+    whole = emit.in_one_piece(node)
+    gathered = emit.call(c10d.all_gather_into_tensor.default, whole, spec.ep_size, spec.ep_group)
     return emit.call(c10d.wait_tensor.default, gathered)
 
 

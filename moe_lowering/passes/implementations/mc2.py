@@ -197,18 +197,23 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premise
         if block.mask is not None:
             mask = share.of(emit.call(aten.reshape.default, block.mask, [-1]))
             active = _active(emit, mask, spec, deployment)
-        weights = share.of(emit.rows(block.weights)) if deployment.weighs_before_sending else None
+        weights = _scales(emit, block, share) if deployment.weighs_before_sending else None
         x = share.of(emit.rows(block.x))
         arguments = dispatch_arguments(spec, deployment, rank, x, _Tokens(ids, weights, active), block.x_smooth)
         sent = _emit_dispatch(emit, emit_call(emit, DISPATCH, arguments), spec, deployment)
     with emit.at(max(block.mlp, start), block.mlp):
         y_rows = emit_mlp(emit, block, sent.rows, sent.scale, sent.counts, deployment)
     with emit.at(block.combine, block.combine):
-        tokens = _Tokens(ids, share.of(emit.rows(block.weights)), active)
+        tokens = _Tokens(ids, _scales(emit, block, share) if weights is None else weights, active)
         y = emit_call(emit, COMBINE, combine_arguments(spec, deployment, rank, y_rows, tokens, sent))
         if mask is not None:
             y = zero_masked_rows(emit, y, mask)
         return Replacement(emit.like(gather(emit, block, y), block.x), sent.counts)
+
+
+def _scales(emit: Emitter, block: Block, share: Share) -> Node:
+    """The routing weights of this rank's tokens as both ends take them."""
+    return emit.cast(share.of(emit.rows(block.weights)), torch.float32)
 
 
 def _emit_dispatch(emit: Emitter, sent: Node, spec: BlockSpec, deployment: Deployment) -> _Sent:

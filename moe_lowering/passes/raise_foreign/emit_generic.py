@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.custom_ops.combine import CombineCall
+from moe_lowering.custom_ops.combine import FLOATS, CombineCall
 from moe_lowering.custom_ops.dispatch import DispatchCall
 from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
 from moe_lowering.deployment import Deployment
@@ -49,8 +49,9 @@ def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> 
         alike = {name: arguments[name] for name in CombineCall._fields if name in arguments}
         if weights is None:
             weights = _by_token(emit, block.weights, sent.x, block.top_k)
-            rounded = weights if block.rounded is None else emit.cast(weights, block.rounded)
-            weights = emit.cast(rounded, torch.float32)
+            weights = weights if block.rounded is None else emit.cast(weights, block.rounded)
+            if weights.meta["val"].dtype not in FLOATS or block.copied is not None or block.constant is not None:
+                weights = emit.cast(weights, torch.float32)
         back = CombineCall[Any](**{**alike, "rows": mlp, "weights": weights, "handle": handle})
         combine = emit.call(OPS.combine.default, *positional_arguments(back))
         dispatch: Any = rows.args[0]

@@ -47,6 +47,17 @@ def _launch(name: str, group: Any, run: Callable[[Any], object]) -> Any:
     return FakeWork().boxed()
 
 
+def _aliases(name: str, **tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of a collective on the host. torch_npu refuses what is in pieces ("Tensors must be contiguous")."""
+    for argument, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise SimulatorError(
+                f"c10d::{name}: {argument} has shape {list(tensor.shape)} and strides {list(tensor.stride())}; accepted: "
+                "contiguous tensors, as torch_npu gives HCCL no others"
+            )
+    return [host_alias(tensor) for tensor in tensors.values()]
+
+
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
@@ -78,7 +89,7 @@ def _reduce_parts(parts: torch.Tensor, reduce_op: Any) -> torch.Tensor:
 
 
 def allgather_base(output: torch.Tensor, input: torch.Tensor, group: Any, *_: Any) -> Any:
-    out, own = host_alias(output), host_alias(input)
+    out, own = _aliases("_allgather_base_", output=output, input=input)
     work = _launch("_allgather_base_", group, lambda b: _put(out, _gather_tensors(b, own)))
     return output, work
 
@@ -88,7 +99,7 @@ def _put(out: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def allgather(outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], group: Any, *_: Any) -> Any:
-    outs, own = [host_alias(t) for t in _only(outputs)], host_alias(_only(inputs))
+    outs, (own,) = [host_alias(t) for t in _only(outputs)], _aliases("allgather_", input=_only(inputs))
     most = max(out.numel() for out in outs)  # tensors of ranks may differ in size, as in torch_npu
 
     def run(backend: Any) -> None:
@@ -101,13 +112,13 @@ def allgather(outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], gro
 
 
 def allreduce(tensors: list[torch.Tensor], group: Any, reduce_op: Any, *_: Any) -> Any:
-    alias = host_alias(_only(tensors))
+    (alias,) = _aliases("allreduce_", tensor=_only(tensors))
     work = _launch("allreduce_", group, lambda b: _put(alias, _reduce_parts(_gather_tensors(b, alias), reduce_op)))
     return tensors, work
 
 
 def reduce_scatter_base(output: torch.Tensor, input: torch.Tensor, group: Any, reduce_op: Any, *_: Any) -> Any:
-    out, own = host_alias(output), host_alias(input)
+    out, own = _aliases("_reduce_scatter_base_", output=output, input=input)
 
     def run(backend: Any) -> None:
         ranks = backend.size()
@@ -120,7 +131,7 @@ def reduce_scatter_base(output: torch.Tensor, input: torch.Tensor, group: Any, r
 def alltoall_base(
     output: torch.Tensor, input: torch.Tensor, group: Any, receive: list[int], send: list[int], *_: Any
 ) -> Any:
-    out, own = host_alias(output), host_alias(input)
+    out, own = _aliases("alltoall_base_", output=output, input=input)
     _refuse_unequal(send, receive)
 
     def run(backend: Any) -> None:
@@ -156,7 +167,7 @@ def _sizes(tensor: torch.Tensor, split: list[int], ranks: int) -> list[int]:
 
 
 def broadcast(tensors: list[torch.Tensor], group: Any, root_rank: int, root_tensor: int, *_: Any) -> Any:
-    alias = host_alias(_only(tensors))
+    (alias,) = _aliases("broadcast_", tensor=_only(tensors))
     return tensors, _launch("broadcast_", group, lambda b: _put(alias, _gather_tensors(b, alias)[root_rank]))
 
 
