@@ -198,6 +198,9 @@ def _strided(each: Operand) -> torch.Tensor:
     return torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device="meta")
 
 
+_MEMORY = (torch.ops.aten.empty.memory_format,)  # no kernel, and memory none the less
+
+
 def peak_bytes(nodes: list[Node]) -> int:
     """The most bytes that results of these nodes take at once: each lives from its node to the last one that reads it."""
     order = {node: at for at, node in enumerate(nodes)}
@@ -209,7 +212,7 @@ def peak_bytes(nodes: list[Node]) -> int:
             if isinstance(tensor, torch.Tensor):
                 memory = tensor.untyped_storage()._cdata
                 ends[memory] = max(last, ends.get(memory, 0))
-                if memory not in begins and read_traffic(node) is not None:
+                if memory not in begins and (node.target in _MEMORY or read_traffic(node) is not None):
                     begins[memory] = at, tensor.untyped_storage().nbytes()
     changes = [0] * (len(nodes) + 1)
     for memory, (begin, size) in begins.items():
