@@ -69,7 +69,9 @@ FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "g
             "--ep: is 3, and the small moe that runs without --fake has 16 experts; accepted: a divisor of that",
         ),
         (["lower", "mixtrl"], "MODEL: is 'mixtrl' (did you mean mixtral"),
-        (["lower", "llama"], "llama has no MoE layers"),
+        (["lower", "llama"], "llama has no MoE layers (did you mean llama4?)"),
+        (["lower", "qwen3"], "qwen3 has no MoE layers (did you mean qwen3_moe, qwen3_5_moe, qwen3_vl_moe?)"),
+        (["lower", "gpt2"], "gpt2 has no MoE layers; accepted"),
         (["lower", "no/such/config.json"], "is not a readable config.json"),
     ],
 )

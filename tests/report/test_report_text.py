@@ -10,7 +10,7 @@ from moe_lowering.limits import Citation, TokenRange, Violation
 from moe_lowering.limits.wording import Accepted, Bound
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
-from moe_lowering.report.text import missing_values, render
+from moe_lowering.report.text import distinct, missing_values, render
 from moe_lowering.report.width import WIDTH
 
 OPS = ("moe_lowering.dispatch", "moe_lowering.grouped_mlp", "moe_lowering.combine")
@@ -119,10 +119,16 @@ def test_value_and_limit_are_shown_where_the_message_does_not_hold_them():
     flag = Violation("a.b", "mc2", "capture", True, FLAG, source("s"), "captured")
     assert [missing_values(v) for v in (said, value_only, neither, flag)] == [
         "",
-        "; limit 1 to 3",
-        "; value 5, limit 1 to 3",
+        "; size is 5; accepted: 1 to 3",
+        "; size is 5; accepted: 1 to 3",
         "",
     ]
+
+
+def test_what_is_not_there_at_all_is_said_before_rules_for_its_versions():
+    rules = tuple(violation(code) for code in ("fused.variant", "fused.provider", "fused.tokens", "fused.variant"))
+    codes = [rule.code for rule in distinct(Verdict("fused_mc2", rules))]
+    assert codes == ["fused.provider", "fused.variant", "fused.tokens"]
 
 
 def test_blocks_of_different_sizes_are_shown_apart_and_the_enforced_range_once():
