@@ -159,9 +159,14 @@ def _record(nodes: list[Node], codes: dict[Node, str], not_raised: Mapping[Node,
         operators=tuple(counts.items()),
         code=code,
         reason=FORMS[code],
-        advice=_TRANSFORMERS if _is_transformers(nodes) else _ADVICE.get(code, _HAND_WRITTEN),
+        advice=_TRANSFORMERS if _is_transformers(nodes) else advice_of(code),
         not_raised=next((not_raised[node] for node in nodes if node in not_raised), None),
     )
+
+
+def advice_of(code: str) -> str:
+    """What to change where the layer is none of transformers."""
+    return _ADVICE.get(code, _HAND_WRITTEN)
 
 
 def _call_name(node: Node) -> str:
