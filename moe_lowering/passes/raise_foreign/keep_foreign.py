@@ -37,9 +37,10 @@ def order_notes(layer: ForeignBlock, comm: str | None) -> tuple[str, ...]:
         return ()
     notes = []
     if layer.edges:
+        waited = count_of(len(layer.edges), "operation")
         notes.append(
-            f"[raise.order] {count_of(len(layer.edges), 'operation')} behind a value inside of the layer: now behind its input, or "
-            "its result where that is before them"
+            f"[raise.order] {waited} waited for a value inside of the layer: now for its input, or for its result where that is "
+            "before them"
         )
     if layer.overlaps:
         kept = "lost: it is one operator" if comm in ONE_OPERATOR else "kept: dispatch stands where it stood"
