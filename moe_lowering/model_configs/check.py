@@ -214,7 +214,7 @@ def hint_of(model: str, known: Iterable[str]) -> str:
 def hint_of_sibling(dense: str) -> str:
     """What was meant by a type without MoE layers: the presets and types with them of the same family, the nearest first."""
     named = re.sub(r"[\W_]", "", dense)
-    close = [name for name in (*PRESETS, *_types()) if re.sub(r"[\W_]", "", name).startswith(named)]
+    close = [name for name in (*PRESETS, *_types()) if named and re.sub(r"[\W_]", "", name).startswith(named)]
     close = sorted(name for name in close if name in PRESETS or (has_experts(name) and not name.endswith("_text")))
     best = sorted(dict.fromkeys(close), key=lambda name: ("moe" not in name, name in PRESETS, len(name)))[:3]
     return f" (did you mean {', '.join(best)}?)" if best else ""
