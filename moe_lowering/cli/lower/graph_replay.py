@@ -63,7 +63,7 @@ class Captured:
         problems = []
         if self.captures != self.sizes:
             problems.append(
-                f"captures: {self.captures} for {count_of(self.sizes, 'token count')}; accepted: one for each"
+                f"{count_of(self.captures, 'graph')} captured for {count_of(self.sizes, 'token count')}; accepted: one for each"
             )
         if self.replays != self.calls:
             problems.append(
