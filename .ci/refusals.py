@@ -1,4 +1,5 @@
-"""Writes the list of docs/refusals.md: every code of the limit tables with what it asks for and what to change.
+"""Writes the lists of docs/refusals.md: every code of the limit tables with what it asks for and what to change, and those
+of layers that are left and of shared experts that do not overlap.
 
 python .ci/refusals.py    # `make refusals`; tests/repository/test_refusals.py compares
 """
@@ -13,18 +14,39 @@ sys.path.insert(0, str(ROOT))
 
 from moe_lowering.limits.row import BOUNDS, Limit  # noqa: E402
 from moe_lowering.limits.table import load  # noqa: E402
+from moe_lowering.passes.leftovers.find_foreign import FORMS, advice_of  # noqa: E402
+from moe_lowering.passes.overlap_region import CODES  # noqa: E402
 from moe_lowering.vocabulary import SOCS  # noqa: E402
 
 PAGE = ROOT / "docs" / "refusals.md"
 BEGIN, END = "<!-- codes: written by make refusals -->", "<!-- end of codes -->"
+OTHERS, END_OF_OTHERS = "<!-- other codes: written by make refusals -->", "<!-- end of other codes -->"
 NEVER = "nothing: it is never legal"
 HEAD = "| code | of | must hold | change |\n|---|---|---|---|"
 
 
 def main() -> int:
-    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{listing(load())}\n\n{END}{rest.partition(END)[2]}", "utf-8")
+    text = PAGE.read_text("utf-8")
+    for begin, end, lines in ((OTHERS, END_OF_OTHERS, others()), (BEGIN, END, listing(load()))):
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n\n{lines}\n\n{end}{rest.partition(end)[2]}"
+    PAGE.write_text(text, "utf-8")
     return 0
+
+
+def others() -> str:
+    """The codes whose words are in the code of the pass."""
+    layers = [f"| `{code}` | {seen} | {_cell(advice_of(code))} |" for code, seen in FORMS.items()]
+    overlaps = [f"| `{code}` | {seen.removeprefix('plain order: ')} |" for code, seen in CODES.items()]
+    return "\n".join([
+        "### Layers that are left", "", "| code | seen | change |", "|---|---|---|", *layers, "",
+        "### Shared experts that do not overlap", "", "They run in plain order, and the layer is lowered all the same.", "",
+        "| code | seen |", "|---|---|", *overlaps,
+    ])  # fmt: skip
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def listing(rows: tuple[Limit, ...]) -> str:

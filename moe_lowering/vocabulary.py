@@ -237,3 +237,5 @@ MODES = ("npugraph_ex", "ge")
 # A version of each provider that has the operators that are used of it (provider.md).
 PROVIDER_VERSIONS = {"vllm_ascend": "0.23.0", "cann_ops_transformer": "9.1.0"}
 PROVIDERS = ("vllm_ascend", "cann_ops_transformer", "sgl_kernel_npu")
+
+MOST_BUFFER_MB = 65535  # HCCL_BUFFSIZE must fit 16 bits (vllm-ascend 182b75ea, tiling of dispatch_ffn_combine)

@@ -90,6 +90,11 @@ def parse(arguments: list[str] | None) -> Request:
     if not (sys.argv[1:] if arguments is None else arguments):
         parser.print_help()
         parser.exit()
+    first, *_ = sys.argv[1:] if arguments is None else arguments
+    if first.startswith("-") and first not in ("-h", "--help", "--version"):
+        raise UsageError(
+            f"argument {first}: stands before COMMAND; accepted: --help, --version, and options behind a command"
+        )
     namespace, more = parser.parse_known_args(arguments)
     values = vars(namespace)
     called = values.pop("called")

@@ -20,6 +20,7 @@ from moe_lowering.vocabulary import (
     AUTO,
     FIXED,
     IMPLEMENTATION_FORMS,
+    MOST_BUFFER_MB,
     POLICIES,
     PROVIDER_VERSIONS,
     PROVIDERS,
@@ -68,6 +69,9 @@ class Parser(argparse.ArgumentParser):
         missing = message.removeprefix("the following arguments are required: ")
         if missing != message:
             message = f"argument {missing}: is missing; accepted: what {self.prog} --help says of it"
+        without_value = message.removesuffix(": expected one argument").removesuffix(": expected at least one argument")
+        if without_value != message:
+            message = f"{without_value}: is given without a value; accepted: what {self.prog} --help says of it"
         raise UsageError(message)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -176,7 +180,7 @@ def add_machine(add: Any, tokens: str) -> None:
         help="bound on the tokens of a rank that the deployment declares",
     )
     add("--unequal-tokens", action="store_true", help="ranks may have different T, up to --max-tokens")
-    add("--buffer-mb", type=parse_positive, metavar="MB", help=f"HCCL_BUFFSIZE (default {HCCL_BUFFER_MB})")
+    add("--buffer-mb", type=parse_buffer, metavar="MB", help=f"HCCL_BUFFSIZE (default {HCCL_BUFFER_MB})")
     add("--weight-format", choices=WEIGHT_FORMATS, help=f"of the experts on the device (default {WEIGHT_FORMAT})")
     add("--cann", type=_version, metavar="V", help="CANN version (default unknown: all rules apply)")
     add("--hierarchy", action="store_true", help="MC2 in two levels, within and between nodes")
@@ -266,12 +270,17 @@ def _version(text: str) -> str:
     return text
 
 
-def parse_positive(text: str) -> int:
-    """An option's value as an integer from 1 to ``LARGEST``."""
+def parse_positive(text: str, most: int = LARGEST) -> int:
+    """An option's value as an integer from 1 to ``most``."""
     value = parse_digits(text)
-    if value is None or not 1 <= value <= LARGEST:
-        raise argparse.ArgumentTypeError(f"is {write_value(text)}; accepted: an integer from 1 to {LARGEST}")
+    if value is None or not 1 <= value <= most:
+        raise argparse.ArgumentTypeError(f"is {write_value(text)}; accepted: an integer from 1 to {most}")
     return value
+
+
+def parse_buffer(text: str) -> int:
+    """HCCL_BUFFSIZE in MB, as far as it goes."""
+    return parse_positive(text, MOST_BUFFER_MB)
 
 
 def parse_digits(text: str) -> int | None:

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 from moe_lowering.deployment import Deployment
+from moe_lowering.number_words import count_of
 from moe_lowering.passes.operands import ExpertOperands
 from moe_lowering.prices.machines import machine_of
 
@@ -48,8 +49,10 @@ class Memory:
         return {**dataclasses.asdict(self), "needed": self.needed, "fits": self.fits}
 
     def __str__(self) -> str:
-        layers = f"{self.layers} MoE layers" if self.layers else "one MoE layer (how many there are is not known)"
-        window = f"{_gb(self.window)} HCCL window of {self.communicators} communicator{'s' * (self.communicators != 1)}"
+        layers = (
+            count_of(self.layers, "MoE layer") if self.layers else "one MoE layer (how many there are is not known)"
+        )
+        window = f"{_gb(self.window)} HCCL window of {count_of(self.communicators, 'communicator')}"
         capacity = "memory of the SoC is not known" if self.capacity is None else f"the SoC has {_gb(self.capacity)}"
         text = (
             f"{_gb(self.needed)} = {_gb(self.experts * (self.layers or 1))} experts of {layers}, {_gb(self.buffers)} buffers, "

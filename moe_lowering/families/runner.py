@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from moe_lowering.families.records import Kind, Row, failed
+from moe_lowering.number_words import count_of
 
 TIMEOUT = 600.0  # seconds of one family
 _TURN = 5.0  # seconds between two looks at it
@@ -27,8 +28,9 @@ def run_families(
     """Try families one after another.
 
     Args:
-        wanted: (family, what to try).
+        planned: (family, what to try).
         done: called with each row, as soon as it is there.
+        progress: called with each family before it is tried, and with its states afterwards.
         attempt: what a process does; ``attempts.attempt_family`` when None.
         timeout: seconds of one family.
     """
@@ -38,6 +40,7 @@ def run_families(
         attempt = attempt_family
     for at, (family, kinds) in enumerate(planned):
         started = time.perf_counter()
+        progress(f"{at + 1} of {len(planned)}: {family}: {count_of(len(kinds), 'attempt')}")
         row = _in_process(family, kinds, attempt, timeout)
         states = ", ".join(f"{each.way} {each.dtype} {each.shapes} {each.state}" for each in row.attempts)
         progress(f"{at + 1} of {len(planned)}: {family}: {states} ({time.perf_counter() - started:.0f} s)")

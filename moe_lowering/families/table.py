@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable
 
 from moe_lowering.families.records import DTYPES, RIGHT, SHAPES, WAYS, WRONG, Attempt, Row
+from moe_lowering.number_words import count_of
 from moe_lowering.report.width import report_width
 
 FAMILY = 23  # columns of a name; with the others a table has 80
@@ -79,7 +80,7 @@ def reasons_of(rows: list[Row]) -> Iterable[tuple[str, str]]:
 
 
 def summary(rows: list[Row], version: str) -> str:
-    parts = [f"{len(rows)} families of transformers {version}"]
+    parts = [f"{count_of(len(rows), 'family', 'families')} of transformers {version}"]
     for way in WAYS:
         tried = [row for row in rows if row.of(way)]
         parts.append(f"by {way} {sum(row.is_right(way) for row in tried)} of {len(tried)} lowered and right")

@@ -83,7 +83,7 @@ def describe_versions(constraints: Sequence[Constraint], versions: Mapping[str, 
         return "", ""
     unknown = sorted({c.name for c in constraints if not versions.get(c.name)})
     texts = ", ".join(c.text for c in constraints)
-    return f" [{texts}]", f"declare the version of {' and '.join(unknown)}: the rule is for {texts}" if unknown else ""
+    return f" (a rule for {texts})", f"declare the version of {' and '.join(unknown)}" if unknown else ""
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -29,8 +29,7 @@ from moe_lowering.limits.wording import (
     show_word,
     to_json,
 )
-
-MOST_BUFFER_MB = 65535  # HCCL_BUFFSIZE must fit 16 bits (vllm-ascend 182b75ea, tiling of dispatch_ffn_combine)
+from moe_lowering.vocabulary import MOST_BUFFER_MB
 
 
 @dataclasses.dataclass(frozen=True)

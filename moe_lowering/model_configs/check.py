@@ -70,7 +70,7 @@ def check_model(model: str, needs_type: bool = True) -> None:
     elif model != OWN and model not in PRESETS:
         _check_name(model)
         if needs_type and is_dense(model):
-            raise ModelError(f"{model} has no MoE layers; accepted: {ACCEPTED}")
+            raise ModelError(f"{model} has no MoE layers{hint_of_sibling(model)}; accepted: {ACCEPTED}")
 
 
 def path_of(model: str) -> Path | None:
@@ -129,7 +129,7 @@ def check_values(values: dict[str, Any], path: Path | None, needs_type: bool) ->
     check_config_values(merged, where)
     _check_divisions(merged, where)
     if isinstance(kind, str) and needs_type and is_dense(kind):
-        raise ModelError(f"{kind}{where} has no MoE layers; accepted: {ACCEPTED}")
+        raise ModelError(f"{kind}{where} has no MoE layers{hint_of_sibling(kind)}; accepted: {ACCEPTED}")
     if isinstance(kind, str) and merged.get("head_dim") and merged["head_dim"] % 2 and turns_halves(kind):
         raise ModelError(
             f"head_dim{where} is {merged['head_dim']}; accepted: an even number, of which halves are rotated"
@@ -209,6 +209,15 @@ def hint_of(model: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(model[:SHOWN], [OWN, *PRESETS, *sorted(known)], n=12)
     close = [name for name in dict.fromkeys(close) if name == OWN or name in PRESETS or has_experts(name)][:3]
     return f" (did you mean {', '.join(close)}?)" if close else ""
+
+
+def hint_of_sibling(dense: str) -> str:
+    """What was meant by a type without MoE layers: the presets and types with them of the same family, the nearest first."""
+    named = re.sub(r"[\W_]", "", dense)
+    close = [name for name in (*PRESETS, *_types()) if named and re.sub(r"[\W_]", "", name).startswith(named)]
+    close = sorted(name for name in close if name in PRESETS or (has_experts(name) and not name.endswith("_text")))
+    best = sorted(dict.fromkeys(close), key=lambda name: ("moe" not in name, name in PRESETS, len(name)))[:3]
+    return f" (did you mean {', '.join(best)}?)" if best else ""
 
 
 def _types() -> set[str]:

@@ -238,7 +238,7 @@ def _log(report: LoweringReport, captured: bool) -> None:
                 "moe_lowering: %s is %s: %s", block.name, block.comm, block.reason, trace=False, level=logging.INFO
             )
     for where, why in report.unlowered:
-        log_warning("moe_lowering: %s not recognised: %s", where, why, trace=False)
+        log_warning("moe_lowering: not recognised as an MoE block: %s: %s", where, why, trace=False)
     # Without a capture, findings only tell what one on an NPU would refuse
     level = logging.WARNING if captured else logging.INFO
     for finding in report.not_capturable:

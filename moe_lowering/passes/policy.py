@@ -16,6 +16,7 @@ import math
 from moe_lowering.argument_checks import require_callable, require_choice
 from moe_lowering.deployment import Deployment
 from moe_lowering.lookup import look_up
+from moe_lowering.number_words import count_of
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.costs.cost_model import Cost, Load
 from moe_lowering.passes.costs.price import Price, choose_cheapest, price_of
@@ -93,10 +94,11 @@ class Policy:
             prefix = f"{refused}; " if refused else f"{self.name} selects {selected}, which is not legal here; "
         if not legal:
             return None, f"{prefix}no implementation is legal"
+        start = f"{prefix}cheapest at {count_of(tokens, 'token')}: "
         if self.cost is None:
             forms = {name: verdicts[name].form for name in legal}
-            return _cheapest(forms, spec, deployment, tokens, f"{prefix}cheapest at {tokens} tokens: ")
-        return self._cheapest(legal, load_of(spec, deployment, tokens), f"{prefix}cheapest at {tokens} tokens: ")
+            return _cheapest(forms, spec, deployment, tokens, start)
+        return self._cheapest(legal, load_of(spec, deployment, tokens), start)
 
     def _cheapest(self, legal: list[str], load: Load, prefix: str) -> tuple[str, str]:
         costs = {name: self._cost(name, load) for name in legal}
@@ -120,7 +122,7 @@ class Policy:
     def _fixed(self, legal: bool, codes: list[str]) -> tuple[str | None, str]:
         if legal:
             return self.comm, f"{self.comm} was asked for and is legal"
-        return None, f"{self.comm} was asked for and is not legal: {', '.join(codes)}"
+        return None, f"{self.comm} was asked for and is not legal: {', '.join(f'[{code}]' for code in codes)}"
 
 
 def rates_in(deployment: Deployment) -> Rates:

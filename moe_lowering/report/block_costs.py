@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from moe_lowering.number_words import count_of
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockCost:
@@ -44,11 +46,12 @@ class BlockCost:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        exchanges = f", {self.exchanges} of them exchanges" if self.exchanges else ""
+        several = "an exchange" if self.exchanges == 1 else "exchanges"
+        exchanges = f", {self.exchanges} of them {several}" if self.exchanges else ""
         between = f" and {_mb(self.sent_between)} to other nodes" if self.sent_between else ""
-        once = f"; {self.once} kernels once per graph" if self.once else ""
+        once = f"; {count_of(self.once, 'kernel')} once per graph" if self.once else ""
         return (
-            f"{self.name}: {self.kernels} kernel{'' if self.kernels == 1 else 's'}{exchanges}, {_mb(self.moved)} read and "
+            f"{self.name}: {count_of(self.kernels, 'kernel')}{exchanges}, {_mb(self.moved)} read and "
             f"written beside weights, {_mb(self.sent_within)} sent within the node{between}, buffers of "
             f"{_mb(self.buffers)}{once}; "
             f"{self.us:.0f} +- {self.error_us:.0f} us"

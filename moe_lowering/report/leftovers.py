@@ -81,8 +81,8 @@ class ForeignMoe:
     def why(self) -> str:
         """All but place and line, in one sentence."""
         operators = ", ".join(f"{count} x {name}" for name, count in self.operators)
-        raised = f", not raised: {self.not_raised}" if self.not_raised is not None else ""
-        return f"[{self.code}] {self.reason} ({operators}){raised}: {self.advice}"
+        raised = f"; not raised: {self.not_raised}" if self.not_raised is not None else ""
+        return f"[{self.code}] {self.reason}: {operators}{raised} ({self.advice})"
 
     def __str__(self) -> str:
         return f"{self.place}: {self.why}" + (f"; at {self.line}" if self.line else "")

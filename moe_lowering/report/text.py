@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from moe_lowering.limits import Violation
 from moe_lowering.limits.wording import Accepted, Value
+from moe_lowering.number_words import count_of
 from moe_lowering.report.leftovers import NotCapturable
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport, RouterReport, Verdict, renderers
@@ -38,21 +39,22 @@ def render(report: LoweringReport) -> str:
         lines = [labelled_text(detected.field, f"{detected.value} ({detected.source})") for detected in report.detected]
         parts.append("\n".join(["the deployment, as it was detected", *lines]))
     if sources:
-        lines = [labelled_text(f"source {number}", source) for number, source in enumerate(sources, 1)]
-        parts.append("\n".join(["sources of the broken rules", *lines]))
+        parts.append(render_sources(sources))
     return "\n\n".join(parts)
 
 
-def count_of(number: int, what: str) -> str:
-    """A number of things in words: ``1 layer``, ``2 layers``."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def render_sources(sources: Sequence[str]) -> str:
+    """The list at the end that refusals give numbers of."""
+    lines = [labelled_text(f"source {number}", source) for number, source in enumerate(sources, 1)]
+    return "\n".join(["sources of the broken rules", *lines])
 
 
 def _headline(report: LoweringReport) -> str:
     blocks = count_of(len(report.blocks), "MoE block")
     if not report.nodes_before:
         return f"{blocks}, judged from the command's options alone: nothing was built, traced or run"
-    return f"{blocks}; {report.nodes_before} graph nodes became {report.nodes_after}; the pass took {report.pass_ms:.1f} ms"
+    nodes = f"{count_of(report.nodes_before, 'graph node')} became {report.nodes_after}"
+    return f"{blocks}; {nodes}; the pass took {report.pass_ms:.1f} ms"
 
 
 def _render_routers(routers: Sequence[RouterReport]) -> list[str]:
@@ -113,7 +115,8 @@ def _render_blocks(blocks: Sequence[BlockReport], sources: list[str]) -> str:
         lines += render_sizes(block.sizes)
     for name, verdict in block.verdicts.items():
         if name != block.comm:
-            lines.append(_render_verdict(name, verdict, sources))
+            is_legal = verdict.legal
+            lines.append(labelled_text("also legal", name) if is_legal else render_refusal(name, verdict, sources))
         if name == block.comm or not verdict.legal:
             lines += _render_ruled_out(name, verdict)
     lines += [labelled_text("" if at else "cost", str(cost), hanging="    ") for at, cost in enumerate(block.costs)]
@@ -135,9 +138,9 @@ def render_sizes(sizes: Sizes) -> list[str]:
     if sizes.bound != sizes.high:
         parts.append(f"at most {sizes.bound} on any rank")
     parts.append(f"capacity {_size(sizes.capacity)} per TP rank")
-    parts.append(f"a rank receives up to {_size(sizes.received)} rows")
+    parts.append(f"a rank receives up to {count_of(_size(sizes.received), 'row')}")
     if sizes.exchanged is not None:
-        parts.append(f"{_size(sizes.exchanged)} lines to each rank")
+        parts.append(f"{count_of(_size(sizes.exchanged), 'line')} to each rank")
     if sizes.max_output_size is not None:
         parts.append(f"max_output_size {sizes.max_output_size}")
     lines = [labelled_text("sizes", "; ".join(parts))]
@@ -160,16 +163,19 @@ def _window(window: Window, buffer_bytes: int) -> str:
     )
 
 
-def _render_verdict(name: str, verdict: Verdict, sources: list[str]) -> str:
-    if verdict.legal:
-        return labelled_text("also legal", name)
-    lines: list[str] = []
-    shown_rules: set[tuple[str, Value, Accepted]] = set()
+def distinct(verdict: Verdict) -> list[Violation]:
+    """Each broken rule once, as many are the same at both ends of an exchange; first that there is no provider of the operator
+    at all, as rules for versions of one say little then."""
+    rules: dict[tuple[str, Value, Accepted], Violation] = {}
     for violation in verdict.violations:
-        key = (violation.code, violation.value, violation.limit)
-        if key in shown_rules:  # the same rule is broken at both ends of an exchange: shown once
-            continue
-        shown_rules.add(key)
+        rules.setdefault((violation.code, violation.value, violation.limit), violation)
+    return sorted(rules.values(), key=lambda violation: not violation.code.endswith(".provider"))
+
+
+def render_refusal(name: str, verdict: Verdict, sources: list[str]) -> str:
+    """Every broken rule of an implementation, as docs/refusals.md has it; its sources are added to ``sources``."""
+    lines: list[str] = []
+    for violation in distinct(verdict):
         label = f"not {name}" if not lines else ""
         advice = f"{violation.advice}; " if violation.advice else ""
         where = f"({advice}source {_number(violation, sources)})"
@@ -186,11 +192,13 @@ def _number(violation: Violation, sources: list[str]) -> int:
 
 
 def missing_values(violation: Violation) -> str:
-    """The value and the limit of a rule whose message does not hold them."""
-    message, value, limit = violation.message, violation.show(), violation.limit.say(violation.names)
-    if violation.limit.is_flag or limit in message:
+    """What was looked at, its value and what is accepted, of a rule whose message does not hold that; of what is computed from
+    several quantities without the expression, which is a line of its own."""
+    accepted = violation.limit.say(violation.names)
+    if violation.limit.is_flag or accepted in violation.message:
         return ""
-    return f"; {'' if value in message else f'value {value}, '}limit {limit}"
+    what = violation.quantity if violation.quantity.isidentifier() else "value"
+    return f"; {what} is {violation.show()}; accepted: {accepted}"
 
 
 def _render_ruled_out(name: str, verdict: Verdict) -> list[str]:
@@ -205,11 +213,13 @@ def _render_ruled_out(name: str, verdict: Verdict) -> list[str]:
 
 
 def labelled_text(label: str, text: str, hanging: str = "") -> str:
-    """A label, and a text beside it that is wrapped under itself, after its first line ``hanging`` deeper."""
-    start = f"{_INDENT}{label:<{_LABEL - 1}} "
+    """A label, and a text beside it that is wrapped under itself, after its first line ``hanging`` deeper; below a label that
+    is longer than its column."""
+    above = [] if len(label) < _LABEL else [_INDENT + label]
+    start = f"{_INDENT}{'' if above else label:<{_LABEL - 1}} "
     rest = " " * len(f"{_INDENT}{'':<{_LABEL}}") + hanging
     wrapped = wrap(text, start, rest)
-    return "\n".join(wrapped) if wrapped else start.rstrip()
+    return "\n".join(above + (wrapped or ([] if above else [start.rstrip()])))
 
 
 renderers.append(render)

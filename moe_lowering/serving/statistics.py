@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from moe_lowering.number_words import count_of
+
 
 @dataclasses.dataclass
 class Statistics:
@@ -38,12 +40,15 @@ class Statistics:
     def __str__(self) -> str:
         padding = self.padded_tokens / max(1, self.real_tokens + self.padded_tokens)
         steps = ", ".join(f"{count} of {bucket}" for bucket, count in sorted(self.steps.items()))
-        return (
-            f"{self.requests} requests, {self.cancelled} cancelled, {self.prefill_tokens} prompt tokens, "
-            f"{self.real_tokens} decoded tokens; "
-            f"steps: {steps or 'none'}; padding {padding:.0%}; {self.graphs} graphs, {self.recompiles} recompiles, "
-            f"{self.captures} captures, {self.replays} replays"
+        counted = (
+            f"{count_of(self.requests, 'request')}, {self.cancelled} cancelled, {count_of(self.prefill_tokens, 'prompt token')}, "
+            f"{count_of(self.real_tokens, 'decoded token')}"
         )
+        graphs = (
+            f"{count_of(self.graphs, 'graph')}, {count_of(self.recompiles, 'recompile')}, "
+            f"{count_of(self.captures, 'capture')}, {count_of(self.replays, 'replay')}"
+        )
+        return f"{counted}; steps: {steps or 'none'}; padding {padding:.0%}; {graphs}"
 
 
 def captures_so_far() -> int:

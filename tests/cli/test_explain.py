@@ -200,15 +200,28 @@ def test_comm_chooses_that_one_or_none(capfd, policy):
     assert found["verdicts"]["fused_mc2"]["legal"], "which would be cheaper"
     code, found = answer(capfd, f"{BLOCK} --ep 16 {ROOMY} --tokens 513 --comm mc2 {policy}")
     assert (code, found["choice"]) == (1, None)
-    assert found["reason"] == "mc2 was asked for and is not legal: mc2.tokens"
+    assert found["reason"] == "mc2 was asked for and is not legal: [mc2.tokens]"
     assert found["verdicts"]["allgather"]["legal"] and found["sizes"] is None
 
 
 def test_comm_shows_the_rules_of_that_one(capfd):
     code, out, err = command(capfd, f"{BLOCK} --ep 16 {ROOMY} --tokens 513 --comm mc2")
-    assert code == 1 and err == "moe-lowering: mc2 was asked for and is not legal: mc2.tokens\n"
+    assert code == 1 and err == "moe-lowering: mc2 was asked for and is not legal: [mc2.tokens]\n"
     assert "not mc2 " in out and "[mc2.tokens]" in out and "policy fixed (mc2)" in re.sub(r"\s+", " ", out)
-    assert "not fused_mc2" not in out
+    assert "not fused_mc2     [fused.tokens] (--why fused_mc2 says them in full)" in out, (
+        "the others by their codes alone"
+    )
+    assert (
+        out.count("[fused.tokens]") == 1 and "[fused." not in command(capfd, f"{BLOCK} --ep 16 {ROOMY} --comm mc2")[1]
+    )
+
+
+def test_without_a_provider_that_is_said_first(capfd):
+    """Rules for versions of what is not there come after it."""
+    _, out, _ = command(capfd, "qwen3_30b --ep 16 --provider none")
+    broken = out.split("not fused_mc2")[1].split("assumed")[0]
+    assert re.findall(r"\[(fused\.\w+)\]", broken) == ["fused.provider", "fused.variant", "fused.local_experts_padding"]
+    assert "(a rule for vllm_ascend<0.18); weight_dtype is bfloat16; accepted: int8 (use" in " ".join(broken.split())
 
 
 def test_a_sweep_with_comm_ends_where_that_one_is_illegal(capfd):
@@ -252,7 +265,7 @@ def test_the_shown_window_is_what_the_limit_is_on(capfd):
 def test_declared_token_counts_are_called_t(capfd):
     given = f"{BLOCK} --ep 16 --tp 2 {ROOMY} --unequal-tokens --max-tokens 1100"
     _, out, _ = command(capfd, f"{given} --why mc2")
-    assert "mc2.tokens: tokens = ((T + 1)//2); accepted: 1 to 512" in re.sub(r"\s+", " ", out)
+    assert "[mc2.tokens] tokens is ((T + 1)//2); accepted: 1 to 512" in re.sub(r"\s+", " ", out)
     assert not re.search(r"\b[su]\d+\b", out)
     violation = answer(capfd, given)[1]["verdicts"]["mc2"]["violations"][0]
     assert violation["message"].endswith("accepted: 1 to 512; the deployment declares 1 <= T <= 1100")
@@ -355,28 +368,30 @@ def test_why_of_a_legal_implementation_has_no_broken_rule(capfd, name):
     assert code == 0
     assert f"why {name} is legal" in out
     assert "BROKEN" not in out
-    held = re.findall(r"^    holds   ([a-z_0-9]+\.[a-z_0-9]+): ", out, re.M)
+    held = re.findall(r"^    holds   \[([a-z_0-9]+\.[a-z_0-9]+)\] ", out, re.M)
     assert len(held) > 15
     assert len(held) == len(re.findall(r"^ +source: \S", out, re.M))
 
 
 def test_why_of_a_refused_implementation_in_words(capfd):
     _, out, _ = command(capfd, "gpt_oss --ep 8 --why fused_mc2")
-    assert re.search(r"BROKEN +fused\.bias: has_bias = True; accepted: False\n +dispatch_ffn_combine: the experts", out)
-    assert "holds   fused.ep_size: ep_size = 8; accepted: 2 to 32" in out
+    assert re.search(
+        r"BROKEN +\[fused\.bias\] has_bias is True; accepted: False\n +dispatch_ffn_combine: the experts", out
+    )
+    assert "holds   [fused.ep_size] ep_size is 8; accepted: 2 to 32" in out
 
 
 def test_why_can_be_read(capfd):
     """No list of one, no word that is not there, and no value compared with itself."""
     _, out, _ = command(capfd, f"{BLOCK} --ep 16 --why mc2")
     text = " ".join(out.split())
-    assert 'mc2.comm_alg: comm_alg = ""; accepted: one of "", fullmesh_v1' in text
-    assert "hierarchy = False; accepted: False" in text or "accepted: False source" in text
-    assert not re.search(r"one of (?:False|True|A3) | = ;|one of ,", text)
+    assert '[mc2.comm_alg] comm_alg is ""; accepted: one of "", fullmesh_v1' in text
+    assert "hierarchy is False; accepted: False" in text or "accepted: False source" in text
+    assert not re.search(r"one of (?:False|True|A3) | is ;|one of ,", text)
     _, out, _ = command(
         capfd, f"{BLOCK} --ep 16 --quant w8a8 --provider vllm_ascend=0.24.0 --fused-mode 2 --why fused_mc2"
     )
-    assert "fused_decode.removed: never legal there" in " ".join(out.split()) and "False = False" not in out
+    assert "[fused_decode.removed] never legal there" in " ".join(out.split()) and "False is False" not in out
 
 
 def test_json_keys(capfd):

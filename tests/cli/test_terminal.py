@@ -8,18 +8,20 @@ import re
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from test_explain import BLOCK, command
 
-from moe_lowering import cli, simulator, stray_output
+from moe_lowering import cli, number_words, simulator, stray_output
 from moe_lowering.cli import commands, completion, progress, terminal
 from moe_lowering.cli.explain.arguments import COLOURS
 from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.cli.lower.early_refusal import Policy
 from moe_lowering.cli.lower.prepare import assumptions, deployment_for
-from moe_lowering.report.text import count_of, labelled_text
+from moe_lowering.number_words import count_of
+from moe_lowering.report.text import labelled_text
 from moe_lowering.report.width import NARROWEST, WIDTH, report_width, use_width
 
 # ---------------------------------------------------------------------------------------------------------------- width
@@ -214,6 +216,26 @@ def test_progress_is_for_terminals(monkeypatch):
 
 def test_one_thing_is_no_plural():
     assert [count_of(number, "layer") for number in (0, 1, 2)] == ["0 layers", "1 layer", "2 layers"]
+    assert [count_of(number, "family", "families") for number in (1, 2)] == ["1 family", "2 families"]
+    assert count_of("T (at most 1)", "row") == "T (at most 1) rows"
+
+
+def test_a_label_that_is_too_long_stands_above_its_text():
+    columns = " " * 20
+    assert (
+        labelled_text("model.layers.{0-60}.mlp", "left as it was")
+        == f"  model.layers.{{0-60}}.mlp\n{columns}left as it was"
+    )
+    assert (
+        labelled_text("x" * 17, "a text") == f"  {'x' * 17} a text" and labelled_text("x" * 18, "") == f"  {'x' * 18}"
+    )
+
+
+def test_counts_are_put_in_words_by_one_function():
+    """No text with a number, and an s that is put there or left out by hand."""
+    package = Path(number_words.__file__).parent
+    by_hand = re.compile(r"""['"]s['"] ?(?:if|\*)|else ['"]s['"]""")
+    assert not [str(file) for file in package.rglob("*.py") if by_hand.search(file.read_text())]
 
 
 def test_explain_says_what_it_is_at(tmp_path):

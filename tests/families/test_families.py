@@ -196,7 +196,11 @@ def test_what_ends_a_process_is_one_row():
     assert states["crash"].reason == "[models.crashed] its process ended with exit code 3"
     assert states["raise"].reason == "[models.crashed] its process ended with exit code 1"
     assert states["hang"].reason == "[models.timeout] it was not done after 2 s"
-    assert [line.split(":")[0] for line in lines] == [f"{n} of 4" for n in (1, 2, 3, 4)]
+    assert [line.split(":")[0] for line in lines] == [f"{n} of 4" for n in (1, 2, 3, 4) for _ in range(2)]
+    attempts = f"{len(STATIC)} attempt{'s' * (len(STATIC) > 1)}"
+    assert lines[0] == f"1 of 4: crash: {attempts}" and lines[2] == f"2 of 4: good: {attempts}", (
+        "told before it is tried"
+    )
 
 
 # --- records ---------------------------------------------------------------------------------------------------------

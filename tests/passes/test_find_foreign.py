@@ -33,6 +33,7 @@ def test_a_form_is_told(form, dynamic):
     assert layer.code == code and layer.operators and "foreign_layers.py:" in layer.line
     assert not lowered.report.fully_lowered
     assert code in render(lowered.report) and "moe_lowering.moe_experts" in layer.advice
+    assert re.fullmatch(r"\w+ \([\w.]+(\[\d+\])?\)", layer.place), "a function has no module: the node and its operator"
     with pytest.raises(AssertionError, match=re.escape(code)):
         testing.assert_lowered(lowered)
     testing.assert_refused(lowered, code=code)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
+import moe_lowering
 from moe_lowering.limits import Citation, TokenRange, Violation
 from moe_lowering.limits.wording import Accepted, Bound
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
-from moe_lowering.report.text import missing_values, render
+from moe_lowering.report.text import distinct, missing_values, render
 from moe_lowering.report.width import WIDTH
 
 OPS = ("moe_lowering.dispatch", "moe_lowering.grouped_mlp", "moe_lowering.combine")
@@ -119,10 +122,26 @@ def test_value_and_limit_are_shown_where_the_message_does_not_hold_them():
     flag = Violation("a.b", "mc2", "capture", True, FLAG, source("s"), "captured")
     assert [missing_values(v) for v in (said, value_only, neither, flag)] == [
         "",
-        "; limit 1 to 3",
-        "; value 5, limit 1 to 3",
+        "; size is 5; accepted: 1 to 3",
+        "; size is 5; accepted: 1 to 3",
         "",
     ]
+
+
+def test_what_is_not_there_at_all_is_said_before_rules_for_its_versions():
+    rules = tuple(violation(code) for code in ("fused.variant", "fused.provider", "fused.tokens", "fused.variant"))
+    codes = [rule.code for rule in distinct(Verdict("fused_mc2", rules))]
+    assert codes == ["fused.provider", "fused.variant", "fused.tokens"]
+
+
+def test_every_label_is_a_line_of_the_page():
+    """Of the reports of ``lower`` and ``explain``, as the source has them."""
+    top = Path(moe_lowering.__file__).parents[1]
+    files = [top / "moe_lowering/report/text.py", *sorted((top / "moe_lowering/cli").glob("[el]*/*.py"))]
+    label = re.compile(r'(?:labelled_text|labelled_rows)\(\s*"([a-z][\w -]+)"|^ +\(?"([a-z][a-z ]+)", f?["\w]', re.M)
+    labels = {a or b for file in files for a, b in label.findall(file.read_text())}
+    rows = [line.split("|")[1] for line in (top / "docs/reports.md").read_text().splitlines() if line.startswith("| `")]
+    assert len(labels) > 12 and {each for each in labels if f"`{each}`" not in "".join(rows)} == set()
 
 
 def test_blocks_of_different_sizes_are_shown_apart_and_the_enforced_range_once():

@@ -12,6 +12,11 @@ import refusals  # noqa: E402
 
 from moe_lowering.limits.table import load  # noqa: E402
 
+# Codes that are no rows of the tables, as the source has them in strings.
+OTHER = re.compile(
+    r'"\[?((?:foreign|raise|router|overlap|experts|subgraph|cost|memory|models|call|capture)\.[a-z_]+)[\]" ]'
+)
+
 
 def listed() -> str:
     return refusals.PAGE.read_text().partition(refusals.BEGIN)[2].partition(refusals.END)[0].strip()
@@ -27,6 +32,25 @@ def test_the_list_is_for_people():
     assert not re.search(r"\(text=|`False` is|one of `,|one of `[^`,]*`|\|  \|", listed())
     assert any(f"{refusals.NEVER} (" in line and "vllm_ascend>=0.24" in line for line in listed().splitlines())
     assert '`comm_alg` one of `"", fullmesh' in listed() and "`has_clamps` is `False` (A2, A3; `cann<8.5`)" in listed()
+
+
+def test_the_other_lists_are_those_of_the_pass():
+    page = refusals.PAGE.read_text()
+    assert page.partition(refusals.OTHERS)[2].partition(refusals.END_OF_OTHERS)[0].strip() == refusals.others()
+    assert "| `foreign.expert_loop` | a loop over experts | write the layer with" in page
+
+
+def test_every_code_that_is_printed_can_be_looked_up():
+    """In a table of some page, where docs/refusals.md sends by the word in front of the dot."""
+    sources = [path.read_text() for path in (TOP / "moe_lowering").rglob("*.py")]
+    codes = {code for text in sources for code in OTHER.findall(text)} - {"capture.c"}
+    page = refusals.PAGE.read_text()
+    tables = "\n".join(
+        line for each in (TOP / "docs").glob("*.md") for line in each.read_text().splitlines() if line.startswith("|")
+    )
+    assert len(codes) > 120 and {code for code in codes if f"`{code}`" not in tables} == set()
+    words = {code.partition(".")[0] for code in codes} - {"capture"}
+    assert {word for word in words if f"| `{word}` |" not in page} == set(), "capture.* are rows of the tables"
 
 
 def test_another_limit_would_be_seen():

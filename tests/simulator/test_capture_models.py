@@ -173,7 +173,7 @@ def test_a_stale_replay_is_a_mismatch(monkeypatch, capfd):
 def test_too_many_captures_and_calls_without_a_graph_are_problems():
     good = Captured(2, 2, 6, 6, 6, 512, 6, 4, 16)
     assert good.problems() == []
-    assert "3 graphs were captured for 2 token counts" in Captured(3, 2, 6, 6, 6, 512, 6, 4, 16).problems()[0]
+    assert "3 graphs captured for 2 token counts" in Captured(3, 2, 6, 6, 6, 512, 6, 4, 16).problems()[0]
     assert "5 replays in 6 calls" in Captured(2, 2, 5, 6, 6, 512, 6, 4, 16).problems()[0]
 
 

@@ -24,7 +24,7 @@ from moe_lowering.cli.options import (
     read_measured,
 )
 from moe_lowering.cli.usage import UsageError
-from moe_lowering.model_configs.check import LARGEST, check_model
+from moe_lowering.model_configs.check import LARGEST, check_model, hint_of_sibling
 from moe_lowering.model_configs.errors import ModelError, write_value
 from moe_lowering.vocabulary import COMMS, EXPERT_FORMATS, FUSED_MODES
 
@@ -104,7 +104,8 @@ def check(request: ExplainRequest) -> None:
 
 def missing_sizes(model: str | None, options: Sequence[str]) -> UsageError:
     """The error about sizes that neither the model nor an option says."""
-    what = "no model is given" if model is None else f"the config of {model} does not say all sizes"
+    hint = hint_of_sibling(model) if model is not None else ""
+    what = "no model is given" if model is None else f"the config of {model} does not say all sizes{hint}"
     return UsageError(
         f"argument MODEL: {what}: {', '.join(options)} missing; accepted: a model with MoE layers, or all of "
         f"{' '.join(SIZE_OPTIONS)}"

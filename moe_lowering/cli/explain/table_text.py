@@ -12,6 +12,7 @@ from moe_lowering.cli.explain.text import Paint, labelled_rows
 from moe_lowering.explanation import Explanation
 from moe_lowering.explanation.memory import TOO_SMALL
 from moe_lowering.explanation.table import Row
+from moe_lowering.number_words import count_of
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.report.block_costs import BlockCost
 from moe_lowering.report.width import report_width, wrap
@@ -33,7 +34,7 @@ def render_table(first: Explanation, rows: Sequence[Row], colour: bool = False) 
 def _header(first: Explanation, paint: Paint) -> str:
     block = first.block
     text = (
-        f"hidden {block.hidden}, intermediate {block.intermediate}, {block.experts} experts, top {block.top_k}, "
+        f"hidden {block.hidden}, intermediate {block.intermediate}, {count_of(block.experts, 'expert')}, top {block.top_k}, "
         f"{dtype_name(block.dtype)}, {block.activation}"
     )
     title = textwrap.wrap(f"{block.model or 'MoE block'} in several deployments", report_width())

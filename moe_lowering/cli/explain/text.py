@@ -10,9 +10,10 @@ from moe_lowering.explanation.single_changes import Change
 from moe_lowering.limits import Violation
 from moe_lowering.limits.findings import Finding
 from moe_lowering.limits.wording import Accepted, Value, show_word
+from moe_lowering.number_words import count_of
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.report.records import Verdict
-from moe_lowering.report.text import render_sizes
+from moe_lowering.report.text import distinct, render_refusal, render_sizes, render_sources
 from moe_lowering.report.width import report_width, wrap
 from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS
 
@@ -44,14 +45,18 @@ def render(explanation: Explanation, why: str | None = None, colour: bool = Fals
     parts += [_table(answer, paint), _choice_lines(explanation, paint)]
     if explanation.pieces is not None:
         parts.append(_sweep(explanation.pieces, explanation, paint))
+    sources: list[str] = []
     if why is not None:
         parts.append(_rule_lines(answer, why, paint))
     else:
         comm = explanation.question.policy.comm
         parts += [
-            _violations(name, verdict, paint) for name, verdict in _refused_verdicts(answer) if comm in (AUTO, name)
+            _refusal(name, verdict, sources, paint) if comm in (AUTO, name) else _codes(name, verdict)
+            for name, verdict in answer.judgement.verdicts.items()
+            if not verdict.legal
         ]
     parts.append(labelled_rows("assumed", explanation.assumptions))
+    parts += [paint(render_sources(sources), "dim")] if sources else []
     return "\n\n".join(parts)
 
 
@@ -74,7 +79,7 @@ def _header(explanation: Explanation, paint: Paint) -> str:
         f", at most {deployment.max_tokens} declared" if deployment.max_tokens and deployment.equal_tokens else ""
     )
     tokens = (
-        f"{answer.tokens} tokens on a rank{declared}"
+        f"{count_of(answer.tokens, 'token')} on a rank{declared}"
         if deployment.equal_tokens
         else f"{deployment.min_tokens} to {deployment.max_tokens} tokens on a rank, not equal on all ranks"
     )
@@ -89,7 +94,7 @@ def _header(explanation: Explanation, paint: Paint) -> str:
             *(paint(line, "bold") for line in title),
             _labelled_text(
                 "block",
-                f"hidden {spec.hidden}, intermediate {spec.intermediate}, {spec.experts} experts "
+                f"hidden {spec.hidden}, intermediate {spec.intermediate}, {count_of(spec.experts, 'expert')} "
                 f"({spec.local_experts} per rank), top {spec.top_k}, {dtype}{quantised}, {form}",
             ),
             _labelled_text(
@@ -107,9 +112,8 @@ def _table(answer: Answer, paint: Paint) -> str:
     """One row per implementation."""
     lines = [paint(f"  {'implementation':<{LABEL - 1}} {'verdict':<34} {'estimated cost':>16}", "dim")]
     for name, verdict in answer.judgement.verdicts.items():
-        count = len(_distinct(verdict))
         form = f", {verdict.form}" if verdict.form not in ("", name) else ""
-        status = f"legal{form}" if verdict.legal else f"refused: {count} rule{'' if count == 1 else 's'}"
+        status = f"legal{form}" if verdict.legal else f"refused: {count_of(len(distinct(verdict)), 'rule')}"
         chosen = paint("  chosen", "bold") if name == answer.choice else ""
         price = answer.prices[name]
         cost = "not known" if price is None else f"{price.us:.0f} +- {price.error_us:.0f} us"
@@ -146,28 +150,18 @@ def _sweep(pieces: Sequence[Piece], explanation: Explanation, paint: Paint) -> s
     return "\n".join(lines)
 
 
-def _refused_verdicts(answer: Answer) -> list[tuple[str, Verdict]]:
-    return [(name, verdict) for name, verdict in answer.judgement.verdicts.items() if not verdict.legal]
+def _refusal(name: str, verdict: Verdict, sources: list[str], paint: Paint) -> str:
+    """The broken rules of an implementation, in the words of a lowering's report."""
+    text = render_refusal(name, verdict, sources)
+    for code in dict.fromkeys(violation.code for violation in verdict.violations):
+        text = text.replace(f"[{code}]", paint(f"[{code}]", "red"))
+    return text
 
 
-def _distinct(verdict: Verdict) -> list[Violation]:
-    """Each broken rule once: many are the same at both ends of an exchange."""
-    return list({(v.code, v.value, v.limit): v for v in reversed(verdict.violations)}.values())[::-1]
-
-
-def _violations(name: str, verdict: Verdict, paint: Paint) -> str:
-    lines: list[str] = []
-    for violation in _distinct(verdict):
-        label = "" if lines else f"not {name}"
-        line = _labelled_text(label, f"[{violation.code}] {violation.message}")
-        lines.append(line.replace(f"[{violation.code}]", paint(f"[{violation.code}]", "red"), 1))
-        limit = violation.limit.say(violation.names)
-        if limit not in violation.message and not violation.limit.is_flag:
-            lines.append(_labelled_text("", f"limit: {limit}", indent=2))
-        if violation.advice:
-            lines.append(_labelled_text("", f"advice: {violation.advice}", indent=2))
-        lines.append(paint(_labelled_text("", f"source: {violation.source}", indent=2), "dim"))
-    return "\n".join(lines)
+def _codes(name: str, verdict: Verdict) -> str:
+    """The broken rules of an implementation that was not asked for: by their codes alone."""
+    codes = ", ".join(dict.fromkeys(f"[{violation.code}]" for violation in distinct(verdict)))
+    return _labelled_text(f"not {name}", f"{codes} (--why {name} says them in full)")
 
 
 def _rule_lines(answer: Answer, name: str, paint: Paint) -> str:
@@ -184,26 +178,24 @@ def _rule_lines(answer: Answer, name: str, paint: Paint) -> str:
         keys = [(f.limit.code, f.value, f.accepted) for f in findings]
         new = [f for f, key in zip(findings, keys, strict=True) if key not in shown]
         shown.update(keys)
-        again = f" (and {len(findings) - len(new)} rules shown above)" if len(new) < len(findings) else ""
+        again = f" (and {count_of(len(findings) - len(new), 'rule')} shown above)" if len(new) < len(findings) else ""
         lines += ["", paint(f"  {operator}{again}", "bold"), *(_finding_line(f, violations, paint) for f in new)]
     for form, broken in verdict.ruled_out:
         lines += ["", paint(f"  form {form}, which the deployment rules out", "bold")]
-        lines += _wrap_texts(
-            "    ", [f"{v.code}: {v.message}; advice: {v.advice}" for v in broken], " " * 6
-        ).splitlines()
+        lines += _wrap_texts("    ", [f"[{v.code}] {v.message} ({v.advice})" for v in broken], " " * 6).splitlines()
     return "\n".join(lines)
 
 
 def _finding_line(finding: Finding, violations: dict[tuple[str, str], Violation], paint: Paint) -> str:
     limit = finding.limit
     mark = f"{'holds' if finding.holds else 'BROKEN':<7}"
-    texts = [f"{limit.code}: {limit.value.text} = {show_word(finding.value)}; accepted: {finding.accepted}"]
+    texts = [f"[{limit.code}] {limit.value.text} is {show_word(finding.value)}; accepted: {finding.accepted}"]
     if limit.value.text == str(finding.value):  # a rule for certain versions, in which nothing is accepted
-        texts = [f"{limit.code}: never legal there"]
+        texts = [f"[{limit.code}] never legal there"]
     if not finding.holds:
         violation = violations[limit.operator, limit.code]
         texts += [violation.message] if limit.says else []
-        texts += [f"advice: {violation.advice}"] if violation.advice else []
+        texts += [f"change: {violation.advice}"] if violation.advice else []
     lines = _wrap_texts(f"    {mark} ", texts, " " * 14)
     source = "\n".join(_wrap_text(f"source: {limit.source}", " " * 14, " " * 16))
     return f"{lines.replace(mark, paint.legal(mark, finding.holds), 1)}\n{paint(source, 'dim')}"

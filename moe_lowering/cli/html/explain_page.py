@@ -10,6 +10,7 @@ from moe_lowering.cli.html.page import element, items, page
 from moe_lowering.cli.html.parts import cost_table, deployment_table, verdict_table
 from moe_lowering.explanation import Explanation
 from moe_lowering.explanation.table import Row
+from moe_lowering.number_words import count_of
 from moe_lowering.passes.quantities import dtype_name
 
 
@@ -19,8 +20,8 @@ def explain_page(explanation: Explanation, rows: Sequence[Row]) -> str:
     deployment = answer.deployment
     facts = [
         describe_block(explanation),
-        f"{deployment.soc}, EP {deployment.ep_size}, TP {deployment.tp_size}, {answer.tokens} tokens of a rank, HCCL_BUFFSIZE "
-        f"{deployment.hccl_buffer_mb} MB, weights {deployment.weight_format}",
+        f"{deployment.soc}, EP {deployment.ep_size}, TP {deployment.tp_size}, {count_of(answer.tokens, 'token')} of a rank, "
+        f"HCCL_BUFFSIZE {deployment.hccl_buffer_mb} MB, weights {deployment.weight_format}",
         f"choice: {answer.choice or 'none'} ({answer.reason})",
         str(answer.beside_rule()),
         f"memory: {answer.memory(block.layers)}",
@@ -66,6 +67,6 @@ def describe_block(explanation: Explanation) -> str:
     """Sizes and words of the block in one line."""
     block = explanation.block
     return (
-        f"hidden {block.hidden}, intermediate {block.intermediate}, {block.experts} experts, top {block.top_k}, "
+        f"hidden {block.hidden}, intermediate {block.intermediate}, {count_of(block.experts, 'expert')}, top {block.top_k}, "
         f"{dtype_name(block.dtype)}, {block.activation}"
     )

@@ -10,9 +10,10 @@ from moe_lowering.cli.html.graph_drawing import draw_graph, draw_key
 from moe_lowering.cli.html.page import COLOURS, Markup, element, items, join, key, page
 from moe_lowering.cli.html.parts import cost_table, verdict_table
 from moe_lowering.explanation.table import Row
+from moe_lowering.number_words import count_of
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport
-from moe_lowering.report.text import count_of, equal_blocks
+from moe_lowering.report.text import equal_blocks
 
 if TYPE_CHECKING:
     from moe_lowering.cli.lower.outcome import LowerOutcome
@@ -36,7 +37,7 @@ def lower_page(outcome: LowerOutcome, rows: Sequence[Row]) -> str:
 
 
 def _report_parts(report: LoweringReport) -> list[object]:
-    traced = f"; {report.nodes_before} nodes became {report.nodes_after}" if report.nodes_before else ""
+    traced = f"; {count_of(report.nodes_before, 'node')} became {report.nodes_after}" if report.nodes_before else ""
     parts: list[object] = [
         element("p", f"{count_of(len(report.blocks), 'MoE block')}{traced}"),
         _strip(report.blocks),

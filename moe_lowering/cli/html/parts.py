@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from moe_lowering.cli.html.page import Markup, bar, element, items, join, table
 from moe_lowering.explanation.memory import TOO_SMALL
 from moe_lowering.explanation.table import Row
+from moe_lowering.number_words import count_of
 from moe_lowering.report.block_costs import BlockCost
 from moe_lowering.report.records import Verdict
 
@@ -49,7 +50,7 @@ def cost_table(costs: Sequence[BlockCost]) -> Markup:
             row.append(join((f"{values[at]:,.{digits}f}{error}", bar(values[at], max(values)))))
         rows.append(row)
     tokens = costs[0].tokens
-    return join((element("p", f"One MoE layer at {tokens} tokens of a rank:"), table(("", *figures), rows)))
+    return join((element("p", f"One MoE layer at {count_of(tokens, 'token')} of a rank:"), table(("", *figures), rows)))
 
 
 def deployment_table(rows: Iterable[Row]) -> Markup:

@@ -24,6 +24,7 @@ from moe_lowering.cli.options import (
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.model_configs.check import check_model
 from moe_lowering.model_configs.errors import ModelError
+from moe_lowering.number_words import count_of
 from moe_lowering.vocabulary import AUTO, COMMS, EXPERT_FORMATS, FUSED_MODES, ONE_OPERATOR
 
 SOC_HELP = "Ascend SoC: A2 (910B), A3 (910C), A5 (950), 310P (default A3)"
@@ -98,7 +99,7 @@ def _check_options(request: LowerRequest) -> None:
     check_policy(request.comm, request.policy)
     if request.declared and request.declared < request.most_run:
         raise UsageError(
-            f"argument --max-tokens: is {request.declared}, and a rank runs {request.most_run} tokens; accepted: "
+            f"argument --max-tokens: is {request.declared}, and a rank runs {count_of(request.most_run, 'token')}; accepted: "
             f"{request.most_run} or more"
         )
     if request.html is not None:

@@ -10,6 +10,7 @@ from moe_lowering.model_configs.check import ACCEPTED, NAMES, OWN, OWN_SIZES, fi
 from moe_lowering.model_configs.errors import ModelError
 from moe_lowering.model_configs.read import read_text_config
 from moe_lowering.model_configs.small import Dimensions, shrink, with_layers
+from moe_lowering.number_words import count_of
 
 # Dimensions of a small instance, for every implementation the same. They are the smallest that MC2 takes (hidden 1024)
 # with experts for 8 ranks of two or more; heads are few and the vocabulary small because they do not matter here.
@@ -78,7 +79,7 @@ def refuse_uneven(request: LowerRequest, name: str, experts: int) -> None:
     if experts % request.ep:
         what = f"the small {name} that runs without --fake" if is_small(request) else name
         raise UsageError(
-            f"argument --ep: is {request.ep}, and {what} has {experts} experts; accepted: a divisor of that"
+            f"argument --ep: is {request.ep}, and {what} has {count_of(experts, 'expert')}; accepted: a divisor of that"
         )
 
 

@@ -37,10 +37,10 @@ from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.cli.simulation import enable_simulator
 from moe_lowering.deployment import Deployment
 from moe_lowering.layers import shard_experts
+from moe_lowering.number_words import count_of
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.quantisation import quantise_experts
 from moe_lowering.report.records import LoweringReport
-from moe_lowering.report.text import count_of
 
 
 class _Done(Exception):
@@ -75,7 +75,10 @@ def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> LowerO
             reports, seconds, what = _lower_layers(model, plan, request, lowering, progress)
     in_pass = sum(report.pass_ms for report in reports)
     facts += [
-        ("traced", f"{request.tokens} tokens per rank, rank 0 of {request.ep}; {count_of(plan.layers, 'layer')}"),
+        (
+            "traced",
+            f"{count_of(request.tokens, 'token')} per rank, rank 0 of {request.ep}; {count_of(plan.layers, 'layer')}",
+        ),
         ("lowered", what),
         ("took", f"tracing {seconds - in_pass / 1e3:.1f} s, pass {in_pass:.1f} ms"),
         ("peak memory", f"{_peak_mib():.0f} MiB"),
@@ -100,7 +103,9 @@ def _lower_layers(
     why = "--whole" if request.whole else ""
     if not why:
         kinds = layerwise.unit_kinds(model)
-        progress(f"running {request.tokens} tokens under fake tensors up to a layer of each kind (of {len(kinds)})")
+        progress(
+            f"running {count_of(request.tokens, 'token')} under fake tensors up to a layer of each kind (of {len(kinds)})"
+        )
         calls, why = _calls_of(kinds, functools.partial(run, model))
     if not why:
         for at, kind in enumerate(kinds, 1):

@@ -19,7 +19,7 @@ from moe_lowering import simulator
 from moe_lowering.cli.lower import compare, models
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.layers import MoE
-from moe_lowering.report.text import count_of
+from moe_lowering.number_words import count_of
 from moe_lowering.simulator.device import SourceLine, Tape
 from moe_lowering.source_lines import innermost
 
@@ -63,10 +63,12 @@ class Captured:
         problems = []
         if self.captures != self.sizes:
             problems.append(
-                f"{self.captures} graphs were captured for {self.sizes} token counts; accepted: one for each"
+                f"{count_of(self.captures, 'graph')} captured for {count_of(self.sizes, 'token count')}; accepted: one for each"
             )
         if self.replays != self.calls:
-            problems.append(f"{self.replays} replays in {self.calls} calls; accepted: one for each")
+            problems.append(
+                f"{count_of(self.replays, 'replay')} in {count_of(self.calls, 'call')}; accepted: one for each"
+            )
         return problems
 
     def to_json(self) -> dict[str, int]:

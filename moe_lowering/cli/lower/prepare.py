@@ -13,6 +13,7 @@ from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT, assumed_diff
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.deployment import Deployment
 from moe_lowering.model_configs.check import ACCEPTED, OWN
+from moe_lowering.number_words import count_of
 from moe_lowering.quantisation import require_quantisable
 
 
@@ -48,7 +49,7 @@ def assumptions(request: LowerRequest) -> str:
     }
     equal = "not equal on all ranks" if request.unequal_tokens else "equal on all ranks"
     sentences = [text.format(value) for text, value in templates.items() if value is not None]
-    tokens = f"at most {request.max_tokens} tokens per rank, {equal}"
+    tokens = f"at most {count_of(request.max_tokens, 'token')} per rank, {equal}"
     return "; ".join([tokens, *request.taken_as, *sentences, *assumed_differences(request)])
 
 

@@ -33,10 +33,10 @@ from moe_lowering.cli.simulation import enable_simulator
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.deployment import Deployment
 from moe_lowering.layers import shard_experts
+from moe_lowering.number_words import count_of
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.quantisation import quantise_experts
 from moe_lowering.report.records import LoweringReport
-from moe_lowering.report.text import count_of
 from moe_lowering.testing.ranks import Ranks
 
 Progress = Callable[[str], None]
@@ -70,7 +70,7 @@ def lower_and_compare(request: LowerRequest, progress: Progress) -> LowerOutcome
     if request.ep == 1:
         results = [run_rank(request, plan, deployment_for(request), progress)]
     else:
-        progress(f"running on {request.ep} ranks; each starts with imports")
+        progress(f"running on {count_of(request.ep, 'rank')}; each starts with imports")
         setup = functools.partial(enable_simulator, request.soc, request.capture)
         with Ranks(request.ep, setup=setup, collective_timeout=COLLECTIVE_TIMEOUT, start_method="forkserver") as ranks:
             results = ranks.run(_rank_job, request, timeout=RANK_TIMEOUT)
@@ -153,7 +153,7 @@ def run_rank(request: LowerRequest, plan: models.ModelPlan, deployment: Deployme
     ]
     outputs: list[tuple[Tensor, compare.Taken]] = []
     for input_ids in inputs:
-        progress(f"compiling and running {input_ids.numel()} tokens")
+        progress(f"compiling and running {count_of(input_ids.numel(), 'token')}")
         routings.clear()
         actual = _measure_seconds(seconds, "compile and run", _run, compiled, input_ids)
         outputs.append((actual, list(routings)))
@@ -184,7 +184,8 @@ def _run_captured(
     batches = [
         graph_replay.inputs(plan, request, length, rank, step) for step in range(replays) for length in request.lengths
     ]
-    progress(f"capturing and replaying {len(request.lengths)} token counts, {replays} times each, and comparing")
+    sizes = count_of(len(request.lengths), "token count")
+    progress(f"capturing and replaying {sizes}, {count_of(replays, 'time')} each, and comparing")
     try:
         captured, errors = _measure_seconds(
             seconds,
@@ -254,7 +255,10 @@ def _model_facts(request: LowerRequest, plan: models.ModelPlan, result: RankResu
     )
     return [
         ("assumed", assumptions(request)),
-        ("ran", f"{counts} tokens per rank on {count_of(request.ep, 'rank')}; {count_of(plan.layers, 'layer')}{small}"),
+        (
+            "ran",
+            f"{count_of(counts, 'token')} per rank on {count_of(request.ep, 'rank')}; {count_of(plan.layers, 'layer')}{small}",
+        ),
         ("graphs", f"{graphs} ({'dynamic' if request.dynamic else 'static'} shapes)"),
         ("took", ", ".join(f"{what} {value:.1f} s" for what, value in result.seconds.items())),
     ]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from moe_lowering.report.text import count_of
+from moe_lowering.number_words import count_of
 
 OUTSIDE = "what is outside of the layers"
 EVERY = 2.0  # seconds between two messages at least: a whole model has hundreds of layers and of stages

@@ -19,6 +19,7 @@ MOST_PROBLEMS = 20  # lines on stderr; --json has all
 
 def run_matrix(request: MatrixRequest, progress: Callable[[str], None]) -> MatrixReport:
     """Carry out a command."""
+    progress("enabling the simulator (A3)")
     enable_simulator("A3")  # each rank enables it too; done here first, so that a failure is one line
     started = time.perf_counter()
     axes = Axes(forms=request.forms, quantisations=request.quant, eps=request.ep, tps=request.tp)

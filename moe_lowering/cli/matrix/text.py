@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from moe_lowering.matrix.expected import REFUSALS, refusals
 from moe_lowering.matrix.reference import FLOORS
 from moe_lowering.matrix.table import CellResult, Table
+from moe_lowering.number_words import count_of
 from moe_lowering.report.width import report_width
 
 LABEL, COLUMN = 37, 9
@@ -127,7 +128,7 @@ def _summary(table: Table, seconds: float) -> str:
     wrong = sum(bool(result.problems) for result in table.results)
     scenarios = len({result.cell.scenario for result in table.results})
     text = (
-        f"{len(table.results)} cells in {scenarios} scenarios: {legal} run, {len(table.results) - legal} "
+        f"{count_of(len(table.results), 'cell')} in {count_of(scenarios, 'scenario')}: {legal} run, {len(table.results) - legal} "
         f"refused, {wrong} not as they must be; {seconds:.0f} s"
     )
     return textwrap.fill(text, report_width())

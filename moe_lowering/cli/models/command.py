@@ -31,6 +31,7 @@ def run_models(request: ModelsRequest, progress: Callable[[str], None]) -> Model
             write_file("resume", request.resume, to_json(_sorted(rows), version))
 
     if planned:
+        progress("enabling the simulator (A3), and loading transformers")
         enable_simulator("A3")
         _register()
         run_families(planned, done, progress)

@@ -9,13 +9,17 @@ from moe_lowering.cli.simulate.request import SimulateRequest
 from moe_lowering.cli.usage import UsageError
 
 DESCRIPTION = """\
-Run a program on the simulator: where it, or a Python process that it starts, imports torch_npu, it finds one NPU of the SoC,
-in host memory. The program itself is not changed."""
+Run a program on the simulator: where it, or a Python process that it starts, imports torch_npu, it finds an NPU of the SoC,
+in host memory. The program itself is not changed. One that relies on torch loading torch_npu by itself (its autoload) needs
+TORCH_DEVICE_BACKEND_AUTOLOAD=1 before the command: without CANN this package turns that off, and torch then knows no device
+npu until `import torch_npu`."""
 
 EXAMPLES = """\
 examples:
   moe-lowering simulate -- python train.py
   moe-lowering simulate --soc A2 -- vllm serve ./model --enforce-eager
+  TORCH_DEVICE_BACKEND_AUTOLOAD=1 moe-lowering simulate -- python examples/serve.py npu
+      a program that says "npu" and imports torch alone
 
 The program takes the place of this process: its output and its exit code are its own.
 exit code: the program's; 2 wrong usage, or the simulator cannot be used here

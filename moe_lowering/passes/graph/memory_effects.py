@@ -25,6 +25,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.graph.own_writes import is_unseen_write, makes_memory
 from moe_lowering.source_lines import innermost
 
@@ -88,7 +89,7 @@ def _changes_sizes(node: Node) -> bool:
 def describe(node: Node) -> str:
     """A node and the line of the user's model that it comes from."""
     line = innermost(node.meta.get("stack_trace") or "")
-    return f"{node.name} ({node.target})" + (f", {line}" if line else "")
+    return f"{node.name} ({call_name(node)})" + (f", {line}" if line else "")
 
 
 def writes(node: Node) -> bool:

@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 
 from moe_lowering.passes.emission.emitter import is_emitted
 from moe_lowering.passes.find_blocks import module_path
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.leftovers import foreign_operators as operators
 from moe_lowering.passes.leftovers.foreign_aten import (
     expert_loops,
@@ -153,14 +154,19 @@ def _record(nodes: list[Node], codes: dict[Node, str], not_raised: Mapping[Node,
     line = innermost(first.meta.get("stack_trace") or "")
     counts = Counter(_call_name(node) for node in nodes)
     return ForeignMoe(
-        place=module_path(first),
+        place=_module_name(first) or f"{first.name} ({call_name(first)})",
         line="" if line is None else str(line),
         operators=tuple(counts.items()),
         code=code,
         reason=FORMS[code],
-        advice=_TRANSFORMERS if _is_transformers(nodes) else _ADVICE.get(code, _HAND_WRITTEN),
+        advice=_TRANSFORMERS if _is_transformers(nodes) else advice_of(code),
         not_raised=next((not_raised[node] for node in nodes if node in not_raised), None),
     )
+
+
+def advice_of(code: str) -> str:
+    """What to change where the layer is none of transformers."""
+    return _ADVICE.get(code, _HAND_WRITTEN)
 
 
 def _call_name(node: Node) -> str:

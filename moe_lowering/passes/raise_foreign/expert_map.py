@@ -21,6 +21,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument, explicit_arguments
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.graph.walks import VIEWS, shape_of, source_of, split_words, stock_name_of
 from moe_lowering.passes.raise_foreign.ids_range import made_from, out_of_range
 from moe_lowering.passes.raise_foreign.meanings import sizes
@@ -63,7 +64,7 @@ def require_experts(ids: Node, experts: int, result: Node) -> None:
             )  # fmt: skip
         if test is not None:
             raise NotThisForm(
-                node, "raise.ids_range", f"ids of which {test.name} ({stock_name_of(test)}) tells those that are no expert",
+                node, "raise.ids_range", f"ids of which {test.name} ({call_name(test)}) tells those that are no expert",
                 "ids that are all experts",
             )  # fmt: skip
 
@@ -88,7 +89,7 @@ def reason_of_map(of_ids: Node | None) -> NotThisForm | None:
 def _of_table(node: Node, table: Node, test: Node) -> NotThisForm:
     return NotThisForm(
         node, "raise.expert_map",
-        f"ids looked up in {table.name}, a table in which some are no expert: {test.name} ({stock_name_of(test)}) tells those",
+        f"ids looked up in {table.name}, a table in which some are no expert: {test.name} ({call_name(test)}) tells those",
         "ids that are all experts; over ranks those of all ranks, before the table",
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.graph.walks import stock_name_of
 from moe_lowering.passes.raise_foreign.ids_range import out_of_range
 from moe_lowering.passes.raise_foreign.records import ForeignBlock, NotThisForm
@@ -59,7 +60,7 @@ def over_shared_tokens(block: ForeignBlock, deployment: Deployment) -> tuple[For
     chosen = out_of_range(own.ids, everywhere) is None and out_of_range(own.ids, everywhere - 1) is not None
     if not chosen:
         raise _not(
-            own.ids, f"ids from {own.ids.name} ({stock_name_of(own.ids)})",
+            own.ids, f"ids from {own.ids.name} ({call_name(own.ids)})",
             f"ids of one choice among exactly {everywhere}, {block.num_experts} on each of {ranks} ranks",
         )  # fmt: skip
     weights, masked = _unmasked(block.weights, own.off)

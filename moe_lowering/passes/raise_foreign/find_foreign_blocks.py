@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.emission.emitter import is_emitted
 from moe_lowering.passes.graph.arguments import is_by_position
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.raise_foreign import (
     match_gathered_weights,
     match_grouped_mm,
@@ -72,7 +73,7 @@ def _failed(graph: Graph, nodes: Sequence[Node], error: Exception) -> NotRaised:
     arguments are by name, which traced graphs do not have, and not all that looks at chains asks for."""
     named = next((n for n in graph.nodes if n.op == "call_function" and not is_by_position(n)), None)
     if named is not None:
-        seen = f"{named.name} ({named.target}) has its arguments by name"
+        seen = f"{named.name} ({call_name(named)}) has its arguments by name"
         return NotThisForm(named, "raise.by_name", seen, "by position").record
     log_warning("moe_lowering: looking for layers that others wrote failed, this one is left as it was")
     expected = "a graph that the forms can be looked for in"

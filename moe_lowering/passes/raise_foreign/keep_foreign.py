@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from moe_lowering.number_words import count_of
 from moe_lowering.passes.raise_foreign.records import ForeignBlock
 from moe_lowering.report.records import BlockReport
 from moe_lowering.vocabulary import ONE_OPERATOR
@@ -36,9 +37,10 @@ def order_notes(layer: ForeignBlock, comm: str | None) -> tuple[str, ...]:
         return ()
     notes = []
     if layer.edges:
+        waited = count_of(len(layer.edges), "operation")
         notes.append(
-            f"[raise.order] {len(layer.edges)} operations waited for a value inside of the layer: they wait for its input, or "
-            "for its result where that is before them"
+            f"[raise.order] {waited} waited for a value inside of the layer: now for its input, or for its result where that is "
+            "before them"
         )
     if layer.overlaps:
         kept = "lost: it is one operator" if comm in ONE_OPERATOR else "kept: dispatch stands where it stood"

@@ -13,7 +13,8 @@ import torch
 from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.graph.walks import name_of, stock_name_of
+from moe_lowering.passes.graph.operator_names import call_name
+from moe_lowering.passes.graph.walks import stock_name_of
 from moe_lowering.passes.raise_foreign.closed_region import closed_region, copies_before, region_of
 from moe_lowering.passes.raise_foreign.expert_map import reason_of_map, require_experts
 from moe_lowering.passes.raise_foreign.expert_parallel import over_shared_tokens
@@ -126,7 +127,7 @@ def _over_ranks(block: ForeignBlock, deployment: Deployment) -> ForeignBlock:
     raise NotThisForm(
         node,
         "raise.ids_range",
-        f"ids from {node.name} ({name_of(node)}), which may be no expert of {block.num_experts}, or one twice for a token",
+        f"ids from {node.name} ({call_name(node)}), which may be no expert of {block.num_experts}, or one twice for a token",
         f"ids of one choice among at most {block.num_experts}{ranks}, or given from outside of the graph",
     )
 
@@ -145,7 +146,7 @@ def _require_bounds(reader: Reader, region: Sequence[Node], own: ForeignBlock, s
             raise NotThisForm(
                 node,
                 "raise.mask",
-                f"{node.name} ({name_of(node)}) treats ids from {experts} on in another way, of {own.num_experts} experts",
+                f"{node.name} ({call_name(node)}) treats ids from {experts} on in another way, of {own.num_experts} experts",
                 f"{own.num_experts}, and ids of one choice among as many, or transformers' expert parallelism",
             )
 

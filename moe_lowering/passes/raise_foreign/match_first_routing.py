@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.graph.walks import stock_name_of
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, is_operator, require, same_sizes, source_of, value_of
 from moe_lowering.passes.raise_foreign.group_lists import COUNTS, PREFIX_SUMS
@@ -178,13 +179,13 @@ def _prefix_sums(walk: Walk, route: Node, sorted_ids: Node | None) -> tuple[Node
         raise NotThisForm(route, "raise.unused", f"the sorted experts of {route.name} are not read", f"npu.{TOKENS}")
     readers = [node for node in walk.readers(sorted_ids) if not is_operator(node, FINALIZE)]
     if len(readers) != 1 or not is_operator(readers[0], TOKENS):
-        names = ", ".join(f"{node.name} ({node.target})" for node in readers) or "nothing that counts"
+        names = ", ".join(f"{node.name} ({call_name(node)})" for node in readers) or "nothing that counts"
         raise NotThisForm(sorted_ids, "raise.counts", f"the sorted experts go to {names}", f"npu.{TOKENS} alone")
     (node,) = readers
     walk.add(node)
     cast, _ = walk.onward(node, "prefix sums")
     if cast.target is not aten._to_copy.default or value_of(cast).dtype != torch.int64:
-        raise NotThisForm(cast, "raise.counts", f"prefix sums go to {cast.target}", "a cast to int64")
+        raise NotThisForm(cast, "raise.counts", f"prefix sums go to {call_name(cast)}", "a cast to int64")
     walk.add(cast)
     return cast, int(argument(node, "num_expert")), node
 

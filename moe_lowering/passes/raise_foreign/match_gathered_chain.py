@@ -26,6 +26,7 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.raise_foreign.chain_walk import same_sizes, source_of, value_of
 from moe_lowering.passes.raise_foreign.distinct_ids import may_repeat
 from moe_lowering.passes.raise_foreign.expert_parallel import summed_over_ranks
@@ -73,7 +74,7 @@ def match_gathered(route: Node, deployment: Deployment) -> Chain:
     chain.walk.add(route, result)
     repeated = may_repeat(sent["ids"])
     if repeated is not None:
-        seen = f"{repeated.name} ({repeated.target}) may give a token one expert twice"
+        seen = f"{repeated.name} ({call_name(repeated)}) may give a token one expert twice"
         raise NotThisForm(repeated, "raise.ids_range", seen, "different experts for a token, as MC2 wants them")
     if chain.x_smooth is not None:
         seen = f"{chain.x_smooth.name}: smooth scales of this rank's experts"
@@ -156,7 +157,7 @@ def _scattered(chain: Chain, deployment: Deployment) -> Node:
     reduce, _ = chain.walk.onward(chain.combine, "the sum of one rank")
     if reduce.target is not c10d.reduce_scatter_tensor.default:
         raise NotThisForm(
-            reduce, "raise.scattered", f"one rank's sums go to {reduce.target}", "reduce_scatter of the EP group"
+            reduce, "raise.scattered", f"one rank's sums go to {call_name(reduce)}", "reduce_scatter of the EP group"
         )
     _, operation, ranks, group = reduce.args[:4]
     if (operation, ranks, group) != ("sum", deployment.ep_size, deployment.ep_group):
@@ -166,7 +167,7 @@ def _scattered(chain: Chain, deployment: Deployment) -> Node:
         )  # fmt: skip
     wait, _ = chain.walk.onward(reduce, "the scattered sum")
     if wait.target is not c10d.wait_tensor.default:
-        raise NotThisForm(wait, "raise.scattered", f"the scattered sum goes to {wait.target}", "wait_tensor")
+        raise NotThisForm(wait, "raise.scattered", f"the scattered sum goes to {call_name(wait)}", "wait_tensor")
     chain.walk.add(reduce)
     copied = [user for user in wait.users if _is_whole_copy(user) and user.args[1] is wait]
     if len(copied) != 1 or len(wait.users) != 1:

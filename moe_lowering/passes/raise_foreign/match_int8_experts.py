@@ -19,6 +19,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.raise_foreign.chain_walk import (
     Walk,
     is_operator,
@@ -181,7 +182,7 @@ def _dequantised(
         raise NotThisForm(sums[0], "raise.operation_between", seen, f"one tensor of both, for npu.{DEQUANTISE}")
     node, path = walk.onward(sums[0], "the first matmul's result")
     if not is_operator(node, DEQUANTISE):
-        raise other_operator(node, f"int32 sums go to {node.target}", f"npu.{DEQUANTISE}")
+        raise other_operator(node, f"int32 sums go to {call_name(node)}", f"npu.{DEQUANTISE}")
     require_value(node, "x", path)
     require_value(node, "activation_scale", row_scale)
     kind = groups.kind_of(argument(node, "group_index"))

@@ -25,6 +25,7 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.raise_foreign.chain_walk import (
     Walk,
     equal_values,
@@ -230,7 +231,7 @@ def _check_types(dispatch: Node, experts: Experts) -> None:
 
 def _check_combine(node: Node, dispatch: Node, deployment: Deployment, version: Version) -> None:
     if not is_operator(node, version.combine):
-        raise other_operator(node, f"the experts' result goes to {node.target}", f"npu.{version.combine}")
+        raise other_operator(node, f"the experts' result goes to {call_name(node)}", f"npu.{version.combine}")
     for name in version.alike:
         combined, dispatched = argument(node, name), argument(dispatch, name)
         if not equal_values(combined, dispatched):

@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.raise_foreign.chain_walk import (
     Walk,
     is_operator,
@@ -113,7 +114,7 @@ def _composed(walk: Walk, hidden: tuple[Node, ...]) -> Activated:
         unknown = next(
             node for node in region if isinstance(node.meta.get("val"), torch.Tensor) and reader.value(node) is None
         )
-        seen = f"{unknown.name} ({unknown.target}) is in no activation that is known"
+        seen = f"{unknown.name} ({call_name(unknown)}) is in no activation that is known"
         raise NotThisForm(unknown, "raise.activation", seen if reason is None else reason.record.seen, _KNOWN)
     gated = match_gated(value.term)
     if gated is None or value.dims != (rows, feature(getattr(gated.gate, "size", width))):
@@ -158,11 +159,14 @@ def _region(walk: Walk, hidden: tuple[Node, ...]) -> tuple[list[Node], Node]:
     for node in sorted(region):
         if node.target is not operator.getitem and node.target._schema.is_mutable:  # type: ignore[union-attr]
             raise NotThisForm(
-                node, "raise.written_between", f"{node.name} ({node.target}) writes in place", "none of it"
+                node, "raise.written_between", f"{node.name} ({call_name(node)}) writes in place", "none of it"
             )
         if node not in needed and not looks_only(node):
             raise NotThisForm(
-                node, "raise.single_use", f"{node.name} ({node.target}) reads the activation's values too", result.name
+                node,
+                "raise.single_use",
+                f"{node.name} ({call_name(node)}) reads the activation's values too",
+                result.name,
             )
     return sorted(region), result
 
@@ -174,14 +178,14 @@ def _require_known(hidden: Node, user: Node) -> None:
     """Of hidden itself only ATen reads; the reason is that of the operator where it is known."""
     code = other_operator(user, "", "").record.code
     code = code if code != "raise.operation_between" else "raise.activation"
-    raise NotThisForm(user, code, f"{hidden.name} goes to {user.name} ({user.target})", _KNOWN)
+    raise NotThisForm(user, code, f"{hidden.name} goes to {user.name} ({call_name(user)})", _KNOWN)
 
 
 def _require_last(walk: Walk, result: Node) -> None:
     """No other activation comes after it."""
     for user in walk.readers(result):
         if is_operator(user, *_ACTIVATIONS):
-            seen = f"{result.name} ({result.target}) goes to {user.name} ({user.target})"
+            seen = f"{result.name} ({call_name(result)}) goes to {user.name} ({call_name(user)})"
             raise NotThisForm(result, "raise.activation", seen, f"one activation; {_KNOWN}")
 
 

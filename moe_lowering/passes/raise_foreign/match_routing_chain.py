@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.raise_foreign.chain_walk import (
     Walk,
     equal_values,
@@ -220,7 +221,7 @@ def way_back(
             _require_like_result(node, skip)
         return argument(node, "scales"), skips
     known = f"npu.{UNPERMUTE} or npu.{FINALIZE}" if order == BY_ROW else f"npu.{FINALIZE}"
-    raise other_operator(node, f"the experts' result goes to {node.target}", known)
+    raise other_operator(node, f"the experts' result goes to {call_name(node)}", known)
 
 
 def _require_like_result(node: Node, skip: Node) -> None:

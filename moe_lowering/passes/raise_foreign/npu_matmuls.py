@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.raise_foreign.chain_walk import (
     Walk,
     is_operator,
@@ -55,7 +56,7 @@ class Experts:
 def check_matmul(walk: Walk, node: Node, rows: Node, groups: Groups) -> Node:
     """A grouped matmul of all rows at once, in groups along the rows."""
     if not is_operator(node, MATMUL):
-        raise other_operator(node, f"rows go to {node.target}", f"npu.{MATMUL}")
+        raise other_operator(node, f"rows go to {call_name(node)}", f"npu.{MATMUL}")
     if tensors(node, "x") != [rows]:
         raise NotThisForm(node, "raise.other_value", f"{node.name}: x is {argument(node, 'x')}", f"[{rows}]")
     formats = ("x_dtype", "weight_dtype", "scale_dtype", "per_token_scale_dtype")
@@ -163,7 +164,7 @@ def quantised_rows(walk: Walk, rows: Node, what: str) -> tuple[Node, Node]:
     """Rows and their scales after ``npu_dynamic_quant``."""
     node, path = walk.onward(rows, what)
     if not is_operator(node, QUANTISE):
-        raise other_operator(node, f"{what} goes to {node.target}", f"npu.{QUANTISE}")
+        raise other_operator(node, f"{what} goes to {call_name(node)}", f"npu.{QUANTISE}")
     require_value(node, "input", path)
     require(node, {"smooth_scales": (None,)}, "raise.smooth_scales")
     require(node, {"group_index": (None,), "dst_type": (None, 1), "quant_mode": ("pertoken",), "dst_type_max": (0.0,)})

@@ -16,6 +16,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moe_lowering.passes.graph.arguments import is_by_position
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.graph.own_writes import functional_name
 from moe_lowering.passes.graph.walks import name_of, stock_name_of
 from moe_lowering.passes.raise_foreign.meanings import Value, is_whole, opaque, product, sizes
@@ -161,7 +162,9 @@ class Reader:
     def _is_readable(self, node: Node) -> bool:
         """Whether a node is as traced graphs have it, which is what rules read."""
         if not is_by_position(node):
-            self.refuse(node, "raise.by_name", f"{node.name} ({node.target}) has its arguments by name", "by position")
+            self.refuse(
+                node, "raise.by_name", f"{node.name} ({call_name(node)}) has its arguments by name", "by position"
+            )
             return False
         without = next((each for each in node.all_input_nodes if each.meta.get("val") is None), None)
         if without is not None:
@@ -203,7 +206,7 @@ class Reader:
             or NotThisForm(
                 node,
                 "raise.operation",
-                f"{name_of(node)} of what the experts compute",
+                f"{call_name(node)} of what the experts compute",
                 "views, casts, biases of the experts, an activation that grouped_mlp has, routing weights, and the sum over "
                 "the choices of a token",
             )

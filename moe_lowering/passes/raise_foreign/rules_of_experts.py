@@ -9,8 +9,8 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument, explicit_arguments
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.graph.own_writes import functional_name
-from moe_lowering.passes.graph.walks import name_of
 from moe_lowering.passes.raise_foreign.meanings import (
     Value,
     feature,
@@ -68,7 +68,7 @@ def grouped_product(reader: Reader, node: Node) -> Value | None:
         return reader.refuse(
             node,
             "raise.offsets",
-            f"offsets from {offs.name} ({name_of(offs)}), which are not known to be where the rows of each expert end",
+            f"offsets from {offs.name} ({call_name(offs)}), which are not known to be where the rows of each expert end",
             "the running sum of a histogram of the ids, with a bin for each expert",
         )
     ids, experts = until.term.ids, until.term.experts
@@ -78,7 +78,7 @@ def grouped_product(reader: Reader, node: Node) -> Value | None:
         return reader.refuse(
             node,
             "raise.rows",
-            f"rows from {rows_node.name} ({name_of(rows_node)}), which are not known to be in the order of their experts",
+            f"rows from {rows_node.name} ({call_name(rows_node)}), which are not known to be in the order of their experts",
             "rows of tokens, by the permutation that a sort of the same ids returns",
         )
     if len(sizes(weight)) != 3 or sizes(weight)[0] != experts:

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.graph.arguments import argument
-from moe_lowering.passes.graph.walks import name_of
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.raise_foreign.meanings import Value, feature, sizes
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, item_rule, near_rule
 from moe_lowering.passes.raise_foreign.rules_of_experts import is_in_order, operand, times
@@ -41,7 +41,7 @@ def npu_grouped_product(reader: Reader, node: Node, index: int) -> Value | None:
         return None
     term, counted = None if until is None else until.term, {_PREFIX_SUMS: Ends, _COUNTS: Counts}.get(kind, ())
     if not isinstance(term, (Ends, Counts)) or not isinstance(term, counted):
-        seen = f"{groups.name} ({name_of(groups)}) as group_list of type {kind}"
+        seen = f"{groups.name} ({call_name(groups)}) as group_list of type {kind}"
         return reader.refuse(node, "raise.offsets", seen, "prefix sums (type 0) or counts (type 1) of the ids")
     ids, experts = term.ids, term.experts
     made = node.meta["val"][0]

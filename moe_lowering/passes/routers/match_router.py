@@ -29,6 +29,7 @@ from torch.fx import Graph, Node
 from moe_lowering.passes.blocks import Block, RaisedRouter, Route, size_key
 from moe_lowering.passes.graph.arguments import results
 from moe_lowering.passes.graph.memory_effects import Writes
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.graph.own_writes import is_own_write
 from moe_lowering.passes.graph.scopes import scope_paths
 from moe_lowering.passes.leftovers.foreign_operators import ROUTER, kind_of
@@ -53,10 +54,11 @@ BY_LOGITS = (
 
 @dataclasses.dataclass(frozen=True)
 class RouterLeft:
-    """A router that stays as it is: the node that it is known by, and why."""
+    """A router that stays as it is: the node that it is known by, why, and the node that the reason is about where it has one."""
 
     node: Node
     reason: str
+    at: Node | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +99,11 @@ def match_routers(graph: Graph, readers: Sequence[RouterReader]) -> tuple[list[R
         try:
             route = looked.match(reader)
         except _NoRouter as no:
-            left.setdefault(origin, RouterLeft(origin, str(no.reason)))
+            left.setdefault(origin, RouterLeft(origin, str(no.reason), no.reason.node))
             continue
         other = found.setdefault(route.node, route)
         if other.weights is not route.weights:  # two blocks read different weights of one selection
-            left[route.node] = RouterLeft(route.node, str(_two_readers(route)))
+            left[route.node] = RouterLeft(route.node, str(_two_readers(route)), route.node)
     routes = [route for node, route in found.items() if node not in left]
     return routes, list(left.values())
 
@@ -147,7 +149,7 @@ class _Graph:
         chosen = self._meaning.of(node)
         if not isinstance(chosen, Chosen):
             origin = _origin(node)
-            seen = f"the ids that the block reads come from {origin.target}"
+            seen = f"the ids that the block reads come from {call_name(origin)}"
             raise _NoRouter(_why(chosen) or Reason("router.no_selection", origin, seen, "the ids of a top-k"))
         outputs = results(chosen.by.node)
         if outputs is None:
@@ -167,8 +169,8 @@ class _Graph:
                 reasons += [why] if (why := _why(weighted)) else []
                 continue
             if weighted.by != by:
-                seen = f"weights of another selection, {weighted.by.node.name}"
-                reasons.append(Reason("router.two_selections", candidate, seen, f"those of {by.node.name}"))
+                seen = f"weights of another selection, {call_name(weighted.by.node)}"
+                reasons.append(Reason("router.two_selections", candidate, seen, f"those of {call_name(by.node)}"))
                 continue
             reason = (
                 differs(by, weighted, candidate) or _shape_differs(candidate, ids) or _read_elsewhere(by, candidate)
@@ -179,7 +181,7 @@ class _Graph:
         if reasons:
             raise _NoRouter(reasons[0])
         seen = "the block's weights are no scores at the ids of the selection"
-        raise _NoRouter(Reason("router.weights", node, seen, f"weights from {by.node.name}"))
+        raise _NoRouter(Reason("router.weights", node, seen, f"weights from {call_name(by.node)}"))
 
     def _interior(self, ids: Node, weights: Node) -> tuple[Node, ...]:
         """The nodes that the router consists of: what was looked at, from the logits to its results."""
@@ -259,7 +261,7 @@ def _read_elsewhere(by: Selection, weights: Node) -> Reason | None:
                 return Reason(
                     "router.read_elsewhere",
                     by.node,
-                    f"its values also reach {user.name}",
+                    f"its values also reach {call_name(user)}",
                     "values that only weights read",
                 )
     return None

@@ -11,6 +11,7 @@ from torch.fx import Node
 from moe_lowering.custom_ops.route import FLOATS
 from moe_lowering.custom_ops.sizes import token_count
 from moe_lowering.passes.blocks import RouteSpec, shape_key
+from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.routers.values import Groups, Reason, Scores, Selection, Taken, last, val
 
 _LOWEST = -3.38e38  # what is lower is lower than any score with a bias: the least finite bfloat16 and float32
@@ -21,7 +22,7 @@ def differs(by: Selection, weighted: Taken, at: Node) -> Reason | None:
     chosen, weighed = by.scores, weighted.scores
     if chosen.logits is not weighed.logits:
         why = chosen.why or weighed.why
-        seen = f"experts are chosen by {chosen.logits.name} and weighted by {weighed.logits.name}"
+        seen = f"experts are chosen by {call_name(chosen.logits)} and weighted by {call_name(weighed.logits)}"
         return why or Reason("router.other_scores", at, seen, "the same logits for both")
     by_logits = not chosen.scoring
     if not weighed.scoring:

@@ -32,7 +32,7 @@ def lowered(route: Route, violations: Iterable[Violation]) -> RouterReport:
 
 def left(router: RouterLeft) -> RouterReport:
     """Of a router that stays as the model wrote it."""
-    return RouterReport(module_path(router.node), _line(router.node), "aten", None, router.reason)
+    return RouterReport(module_path(router.node), _line(router.at or router.node), "aten", None, router.reason)
 
 
 def kept(graph: Graph) -> list[RouterReport]:

@@ -14,14 +14,17 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.blocks import Source
-from moe_lowering.passes.graph.memory_effects import describe
+from moe_lowering.passes.graph.operator_names import call_name
 
 FLOAT16 = (torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reason:
-    """Why a value is not what a router needs: a stable code, the node, what was seen there, what was expected."""
+    """Why a value is not what a router needs: a stable code, the node, what was seen there, what was expected.
+
+    Its text has the operator and neither the node's name nor its line, which the report has: equal layers have equal texts.
+    """
 
     code: str
     node: Node
@@ -29,7 +32,7 @@ class Reason:
     expected: str
 
     def __str__(self) -> str:
-        return f"[{self.code}] at {describe(self.node)}: {self.seen}; expected: {self.expected}"
+        return f"[{self.code}] at {call_name(self.node)}: {self.seen}; expected: {self.expected}"
 
 
 @dataclasses.dataclass(frozen=True)
