@@ -1,9 +1,9 @@
 """The records that ranks compare, and the text of a difference between two of them. Nothing is sent from here.
 
-A record of *settings* holds what decisions depend on beside the blocks: the deployment's fields, the pass's settings, the
-package's version and digests of its code and limit tables. A record of *blocks* holds, for one graph, each kind of MoE
-block that exchanges tokens and the order in which they follow: ``strict`` must be the same on every rank; ``told`` may
-differ as long as the decision and the exchange do not, and is shown where they do.
+A record of *settings* holds what decisions depend on beside the blocks: the deployment's fields, the pass's settings,
+versions, digests of the package's code and limit tables, operators that other libraries bring. A record of *blocks* holds,
+for one graph, each kind of MoE block that exchanges tokens and the order in which they follow: ``strict`` must be the same
+on every rank; ``told`` may differ as long as the decision and the exchange do not, and is shown where they do.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ def setting_differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list
         for label, ours, theirs in _unequal(a[part], b[part], prefix)
     ]
     lines += [text for text in (b["misplaced"], a["misplaced"] and f"on rank {rank} {a['misplaced']}") if text]
-    if a["torch_npu"] != b["torch_npu"]:
-        loaded = {True: "loaded", False: "not loaded"}
-        lines.append(f"torch_npu is {loaded[b['torch_npu']]}, on rank {rank} {loaded[a['torch_npu']]}")
+    ours, theirs = _loaded(a), _loaded(b)
+    words = {True: "loaded", False: "not loaded"}
+    lines += [
+        f"{name} is {words[name in theirs]}, on rank {rank} {words[name in ours]}" for name in sorted(ours ^ theirs)
+    ]
     if a["version"] != b["version"]:
         lines.append(f"moe_lowering is {b['version']}, on rank {rank} {a['version']}")
     elif a["limits"] != b["limits"]:
@@ -41,6 +43,11 @@ def setting_differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list
     elif a["code"] != b["code"]:
         lines.append(f"moe_lowering's code differs: its digest is {b['code']!r}, on rank {rank} {a['code']!r}")
     return lines
+
+
+def _loaded(settings: dict[str, Any]) -> set[str]:
+    """torch_npu and the operators of other libraries, as far as a process has them."""
+    return {*settings.get("libraries", ()), *(["torch_npu"] if settings["torch_npu"] else [])}
 
 
 def _unequal(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -25,6 +25,7 @@ from moe_lowering._versions import installed_version, sources_digest
 from moe_lowering.custom_ops.assert_agreement import PATIENT
 from moe_lowering.deployment import Deployment
 from moe_lowering.identity import identity
+from moe_lowering.limits.calls.schemas import LIBRARIES, loaded_libraries
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.costs.cost_model import Cost
 from moe_lowering.passes.emission.emitter import COPIED_META
@@ -74,10 +75,19 @@ def settings_record(deployment: Deployment, lowering: MoeLowering | None, ep_gro
         "misplaced": deployment.misplaced,
         "settings": _settings(lowering) if lowering else {},
         "torch_npu": torch_npu_is_loaded(),
-        "version": f"{installed_version('moe-lowering')} with torch {torch.__version__}",
+        "libraries": sorted(f"{LIBRARIES[name]}::{name}" for name in loaded_libraries()),
+        "version": _versions_text(),
         "code": sources_digest()[:SHORT],
         "limits": sources_digest((".toml",))[:SHORT],
     }
+
+
+def _versions_text() -> str:
+    """Of this package, and of what registers the operators that it emits."""
+    torch_npu = installed_version("torch_npu")
+    return (
+        f"{installed_version('moe-lowering')} with torch {torch.__version__}{torch_npu and f', torch_npu {torch_npu}'}"
+    )
 
 
 def _settings(lowering: MoeLowering) -> dict[str, str]:

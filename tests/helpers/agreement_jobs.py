@@ -10,7 +10,7 @@ from torch import nn
 
 import moe_lowering
 from moe_lowering import MoE, MoeLowering, lowering_backend, npugraph_ex_options, shard_experts
-from moe_lowering._versions import sources_digest
+from moe_lowering._versions import installed_version, sources_digest
 from moe_lowering.passes.verifier import VerificationError
 
 SIZES = {"hidden": 1024, "intermediate": 128, "experts": 12, "top_k": 3, "activation": "swiglu"}
@@ -18,6 +18,11 @@ BREAKS = {
     "code": mock.patch(
         "moe_lowering.passes.agreement_check.sources_digest",
         lambda *suffixes: sources_digest(*suffixes) if suffixes else "another",
+    ),
+    "library": mock.patch("moe_lowering.limits.calls.schemas._is_loaded", lambda library, name: False),
+    "torch_npu": mock.patch(
+        "moe_lowering.passes.agreement_check.installed_version",
+        lambda name: "2.99.0" if name == "torch_npu" else installed_version(name),
     ),
     "rewrite": mock.patch("moe_lowering.passes.run.graph_run.same_value", side_effect=VerificationError("on purpose")),
 }

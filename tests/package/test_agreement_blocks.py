@@ -52,8 +52,8 @@ def test_tensors_of_another_device_are_no_difference(monkeypatch):
 
 
 SETTINGS = {
-    "deployment": {"soc": "A3"}, "misplaced": "", "settings": {"comm": "mc2"}, "torch_npu": True, "version": "1", "code": "c",
-    "limits": "l",
+    "deployment": {"soc": "A3"}, "misplaced": "", "settings": {"comm": "mc2"}, "torch_npu": True, "libraries": ["a::b"],
+    "version": "1", "code": "c", "limits": "l",
 }  # fmt: skip
 
 
@@ -62,6 +62,7 @@ DIFFERENCES = [
     ({"deployment": {}}, "Deployment.soc is absent, on rank 3 'A3'"),  # of another version of the package
     ({"settings": {"comm": "auto"}}, "MoeLowering's comm is 'auto', on rank 3 'mc2'"),
     ({"torch_npu": False}, "torch_npu is not loaded, on rank 3 loaded"),
+    ({"libraries": []}, "a::b is not loaded, on rank 3 loaded"),
     ({"version": "2"}, "moe_lowering is 2, on rank 3 1"),
     ({"code": "d"}, "moe_lowering's code differs: its digest is 'd', on rank 3 'c'"),
     ({"limits": "m"}, "its limit tables differ: their digest is 'm', on rank 3 'l'"),

@@ -21,6 +21,8 @@ DIFFERENT = {
     "T, where it was declared equal": ({"tokens": 8}, "T is 8, on rank 0 6, and Deployment.equal_tokens says"),
     "number of MoE layers": ({"layers": 2}, "the graph has 2 MoE blocks that exchange tokens, on rank 0 1"),
     "the package's code": ({"breaks": "code"}, "moe_lowering's code differs: its digest is 'another', on rank 0 "),
+    "a library of operators": ({"breaks": "library"}, "custom::npu_swiglu_clip_quant is not loaded, on rank 0 loaded"),
+    "the version of torch_npu": ({"breaks": "torch_npu"}, ", torch_npu 2.99.0, on rank 0 "),
     "a block left generic": (
         {"breaks": "rewrite"},
         "implementation is 'none: left generic', on rank 0 'fused_mc2 (dispatch_ffn_combine)'",
@@ -37,7 +39,8 @@ def pair():
 
 @pytest.mark.parametrize(("changes", "said"), DIFFERENT.values(), ids=DIFFERENT)
 def test_both_ranks_are_told_what_differs_before_the_first_exchange(pair, changes, said):
-    fields = {"max_tokens": 32} if "breaks" in changes else {}  # of a deployment on which they have not agreed yet
+    # of a deployment on which they have not agreed yet
+    fields = {"max_tokens": 32 + [*agreement_jobs.BREAKS].index(changes["breaks"])} if "breaks" in changes else {}
     for answer in pair.run(agreement_jobs.first_run, {1: changes}, "auto", fields):
         assert isinstance(answer, str) and answer.startswith("ranks disagree with rank 0:\n  rank 1: "), answer
         assert said in answer
