@@ -22,7 +22,7 @@ import torch
 from torch.fx import Graph, Node
 
 from moe_lowering._versions import installed_version, sources_digest
-from moe_lowering.custom_ops.assert_agreement import PATIENT
+from moe_lowering.custom_ops import assert_agreement
 from moe_lowering.deployment import Deployment
 from moe_lowering.identity import identity
 from moe_lowering.limits.calls.schemas import LIBRARIES, loaded_libraries
@@ -142,10 +142,11 @@ def emit_check(
     while position.op == "placeholder":
         position = position.next
     texts = (json.dumps(settings, sort_keys=True), json.dumps(blocks, sort_keys=True))
-    seconds = PATIENT if isinstance(timeout, str) else float(timeout)
+    seconds = assert_agreement.PATIENT if isinstance(timeout, str) else float(timeout)
     with graph.inserting_before(position):
         node = graph.call_function(ASSERT_AGREEMENT, (x, group, seconds, *texts))
     node.meta.update(source, val=None)
+    assert_agreement.expect(group, *texts)
     return node
 
 
@@ -165,8 +166,11 @@ class BlockOutcome:
     refuses: bool
 
 
-def blocks_record(outcomes: Iterable[BlockOutcome], left: Iterable[Node], deployment: Deployment) -> dict[str, Any]:
-    """The blocks of one graph that exchange tokens, in order, then the generic operators that belong to no block."""
+def blocks_record(
+    outcomes: Iterable[BlockOutcome], left: Iterable[Node], untouched: Iterable[BlockReport], deployment: Deployment
+) -> dict[str, Any]:
+    """The blocks of one graph that exchange tokens, in order, then the generic operators that belong to no block, then
+    layers that others wrote and that are left."""
     kinds: dict[str, int] = {}
     written: list[dict[str, Any]] = []
     indices: dict[Any, int] = {}
@@ -181,6 +185,7 @@ def blocks_record(outcomes: Iterable[BlockOutcome], left: Iterable[Node], deploy
         order.append(indices[key])
         refuses = refuses or (outcome.report.reason if outcome.refuses else "")
     order += [_add(kinds, written, _left_record(node)) for node in left if _exchanges(node)]
+    order += [_add(kinds, written, _untouched_record(report)) for report in untouched]
     return {
         "equal_tokens": deployment.equal_tokens,
         "kinds": written,
@@ -230,6 +235,12 @@ def _left_record(node: Node) -> dict[str, Any]:
     strict = {name: v for name, v in values if isinstance(v, (bool, int, float, str)) and not name.endswith("_group")}
     strict.pop("on_shared_rank", None)
     return {"strict": {**strict, "exchange": [_operator(node)]}, "told": {"name": node.name}}
+
+
+def _untouched_record(report: BlockReport) -> dict[str, Any]:
+    """The record of a layer that others wrote, whose exchange is the model's own."""
+    strict = {"implementation": "none: left as it was written", "exchange": []}
+    return {"strict": strict, "told": {"name": report.name, "reason": report.reason}}
 
 
 def _exchanges(node: Node) -> bool:
