@@ -185,7 +185,8 @@ def blocks_record(
         order.append(indices[key])
         refuses = refuses or (outcome.report.reason if outcome.refuses else "")
     order += [_add(kinds, written, _left_record(node)) for node in left if _exchanges(node)]
-    order += [_add(kinds, written, _untouched_record(report)) for report in untouched]
+    # once each: with such layers alone, a graph break on one rank changes no exchange
+    order += dict.fromkeys(_add(kinds, written, _untouched_record(report)) for report in untouched)
     return {
         "equal_tokens": deployment.equal_tokens,
         "kinds": written,

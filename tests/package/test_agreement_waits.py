@@ -13,7 +13,8 @@ from moe_lowering.agreement_rounds import AgreementError, Session
 from moe_lowering.custom_ops import assert_agreement
 
 SETTINGS = {
-    "deployment": {}, "settings": {}, "misplaced": "", "torch_npu": True, "libraries": [], "version": "1", "code": "c", "limits": "l",
+    "deployment": {}, "settings": {}, "misplaced": "", "torch_npu": True, "libraries": [], "version": "1", "code": "c",
+    "limits": "l",
 }  # fmt: skip
 
 
@@ -125,7 +126,9 @@ def test_a_rank_that_waits_for_long_says_for_whom_once(caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         pair.run(1, B, 0.5)
     (said,) = caplog.messages
-    assert said.startswith("moe_lowering: rank 1 has waited for rank 0 for 0.1 s, to compare before the next exchange: it has")
+    assert said.startswith(
+        "moe_lowering: rank 1 has waited for rank 0 for 0.1 s, to compare before the next exchange: it has"
+    )
     assert "there 'allgather'" in said
 
 
