@@ -171,10 +171,11 @@ def compile_again(rank, fields, other_layers):
     return error_of(lambda: call(rank, module, compiled, 6))
 
 
-def run_of_two(rank, by_rank, fields):
-    """The error of one run after all agreed on two graphs, of which each rank takes one."""
+def runs_of_two(rank, turns, fields):
+    """The error of each run after all agreed on two graphs, of which each rank takes one by turns."""
     with BREAKS["every run"]:
-        return error_of(agree_on_two(rank, fields)[by_rank[rank]])
+        both = agree_on_two(rank, fields)
+        return [error_of(both[turn[rank]]) for turn in turns]
 
 
 def run_often(rank, often):

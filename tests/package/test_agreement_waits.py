@@ -57,7 +57,9 @@ class Pair:
         return [mine, *said]
 
     def wait_until_asked(self, rank):
+        deadline = time.monotonic() + 20
         while not self.sessions[rank].is_asked("blocks"):
+            assert time.monotonic() < deadline
             time.sleep(0.001)
 
 

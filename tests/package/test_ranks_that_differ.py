@@ -127,11 +127,9 @@ def test_a_rank_that_compiles_again_alone_waits_for_nobody(pair):
 
 
 def test_where_every_run_is_compared_two_graphs_that_were_both_agreed_on_are_an_error(pair):
-    fields = {"max_tokens": 62}
-    for answer in pair.run(agreement_jobs.run_of_two, (6, 8), fields):
-        assert "rank 1: the graph has 2 MoE blocks that exchange tokens, on rank 0 1" in answer, answer
-    assert pair.run(agreement_jobs.run_of_two, (6, 6), fields) == [""] * 2
-    assert pair.run(agreement_jobs.run_of_two, (8, 8), fields) == [""] * 2
+    for different, *same in pair.run(agreement_jobs.runs_of_two, [(6, 8), (6, 6), (8, 8)], {"max_tokens": 62}):
+        assert "rank 1: the graph has 2 MoE blocks that exchange tokens, on rank 0 1" in different
+        assert same == ["", ""]
 
 
 def test_where_every_run_is_compared_each_run_is_one_round_whoever_compiles(pair):
