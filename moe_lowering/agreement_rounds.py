@@ -12,8 +12,11 @@ What each rank writes, and when it is read:
    on every rank with agreement or with an error, and the next number is the next round. A rank that comes to a round
    after the others have given up is told that.
 
+What was agreed on needs no round. A rank that does not need one may still ask whether another rank has begun the next one
+(``is_asked``): that rank has something new, and may be waiting for all.
+
 A rank's record of a round is deleted when every rank has come to a later one. Left in the store are two keys per process
-and two per kind of record.
+and three per kind of record.
 """
 
 from __future__ import annotations
@@ -23,14 +26,18 @@ import contextlib
 import datetime
 import hashlib
 import json
+import logging
 import time
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+log = logging.getLogger(__name__)
+
 LONGEST = 1800.0  # seconds; what torch.distributed waits for a collective unless it is told otherwise
 GRACE = 1.0  # seconds to collect the other ranks' records once two are known to differ, so that all are named
+SAID_AFTER = 30.0  # seconds that a rank waits before it says for whom
 AT_ONCE = 8  # ranks asked about in one turn: a group of 256 must not flood the store
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.001, 0.25  # seconds between two turns
 
@@ -60,15 +67,30 @@ class Session:
         self._nonces: dict[int, str] = {}  # of all members, once they have met
         self._rounds: collections.Counter[str] = collections.Counter()
         self._agreed: set[str] = set()
+        self._last: dict[str, Any] = {}  # by kind: the record of the last round that ended with agreement
+        self._say: tuple[float, str] | None = None  # when to say that this rank waits, and what the others may be doing
 
     def agree_once(
         self, kind: str, record: Any, compare: Compare, timeout: float, absent: str = "", key: str = ""
     ) -> None:
         """A round for this record, unless all have agreed before on one with the same ``key``, by default its text."""
-        content = f"{kind} {key or json.dumps(record, sort_keys=True)}"
-        if content not in self._agreed:
+        key = key or json.dumps(record, sort_keys=True)
+        if not self.has_agreed(kind, key):
             self.agree(kind, record, compare, timeout, absent)
-            self._agreed.add(content)
+            self._agreed.add(f"{kind} {key}")
+
+    def has_agreed(self, kind: str, key: str) -> bool:
+        """Whether all have agreed on a record of this kind with this key (``agree_once``)."""
+        return f"{kind} {key}" in self._agreed
+
+    def last(self, kind: str) -> Any:
+        """The record of the last round of this kind that ended with agreement; None before one did."""
+        return self._last.get(kind)
+
+    def is_asked(self, kind: str, gave_up: bool = False) -> bool:
+        """Whether another rank has begun the next round; with ``gave_up`` whether one has ended it with an error."""
+        key = f"{self._round(kind, self._rounds[kind])}/{'alarm' if gave_up else 'open'}"
+        return self._get(key) is not None
 
     def agree(self, kind: str, record: Any, compare: Compare, timeout: float, absent: str = "") -> None:
         """A round: every member comes with a record, within ``timeout`` seconds, and no two differ.
@@ -83,6 +105,7 @@ class Session:
             AgreementError: on every rank.
         """
         deadline = time.monotonic() + timeout
+        self._say = time.monotonic() + SAID_AFTER, absent
         late = self._meet(deadline)
         if late:
             raise AgreementError(self._no_answer(late, timeout, absent))
@@ -97,10 +120,12 @@ class Session:
         if message:
             self._set(f"{prefix}/alarm", message)
             raise AgreementError(message)
+        self._last[kind] = record
         self._forget(kind, number - 1)
 
     def refuse(self, kind: str, record: Any, reason: str, patience: float) -> None:
         """Tell the others that this rank does not take part, without waiting for their records."""
+        self._say = None
         if not self._meet(time.monotonic() + patience):
             prefix, _ = self._open(kind, record)
             self._set(f"{prefix}/alarm", f"rank {self._rank}: {reason}")
@@ -134,7 +159,7 @@ class Session:
                         meeting = ""
             if time.monotonic() >= deadline:
                 return missing
-            pause = self._pause(pause, deadline)
+            pause = self._pause(pause, deadline, missing)
 
     def _replaced(self, members: Sequence[int]) -> list[int]:
         """Members whose place another process has taken since they met."""
@@ -150,6 +175,7 @@ class Session:
         self._rounds[kind] += 1
         prefix = self._round(kind, number)
         self._set(f"{prefix}/{self._rank}", json.dumps(record, sort_keys=True))
+        self._set(f"{prefix}/open", "")
         return prefix, number
 
     def _round(self, kind: str, number: int) -> str:
@@ -178,7 +204,7 @@ class Session:
                     self._set(f"{prefix}/alarm", message)
             if time.monotonic() >= deadline:
                 return texts, alarm
-            pause = SHORTEST_PAUSE if len(texts) > came else self._pause(pause, deadline)
+            pause = SHORTEST_PAUSE if len(texts) > came else self._pause(pause, deadline, missing)
 
     def _differences(self, texts: dict[int, str], compare: Compare) -> str:
         """What differs from the first rank that came; "" when nothing does."""
@@ -211,11 +237,11 @@ class Session:
         return not self._nonces and saw is not None and self._nonce not in saw.split()
 
     def _forget(self, kind: str, number: int) -> None:
-        """Delete a round that all have left: each its own record, and the first rank the alarm."""
+        """Delete a round that all have left: each its own record, and the first rank what is of all."""
         if number < 0:
             return
         prefix = self._round(kind, number)
-        for name in (str(self._rank), *(["alarm"] if self._rank == self._members[0] else [])):
+        for name in (str(self._rank), *(["alarm", "open"] if self._rank == self._members[0] else [])):
             with contextlib.suppress(Exception):  # some stores cannot delete, and each raises another type of error
                 self._store.delete_key(f"{prefix}/{name}")
 
@@ -236,9 +262,13 @@ class Session:
         store = self._store
         return store.get(key).decode() if store.check([key]) else None
 
-    @staticmethod
-    def _pause(pause: float, deadline: float) -> float:
-        """Sleep, and how long to sleep the next time."""
+    def _pause(self, pause: float, deadline: float, missing: Sequence[int]) -> float:
+        """Sleep, and how long to sleep the next time. Says for whom, once, where that takes long."""
+        if self._say is not None and time.monotonic() >= self._say[0]:
+            names, absent = ", ".join(map(str, missing)), self._say[1]
+            text = "moe_lowering: rank %d has waited for rank %s for %g s, to compare before the next exchange%s"
+            log.warning(text, self._rank, names, SAID_AFTER, absent and f": {absent}")
+            self._say = None
         time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
         return min(1.5 * pause, LONGEST_PAUSE)
 

@@ -4,12 +4,17 @@ It stands before the first exchange of a graph. The comparison is made when a gr
 that finds its graph in a compile cache never runs the pass, and ranks with unequal token counts compile other numbers of
 graphs. Only the first run of a content waits; then all that a call costs is a look into a dictionary. It reads a shape
 and the store, both on the host: nothing of it is on the device, and a captured graph has compared when it was captured.
+
+With ``MOE_LOWERING_COMPARE_EVERY_RUN=1`` in the environment of every rank each run waits for all: for a search, since what was
+agreed on before is not compared again otherwise, and ranks that run different ones of such graphs hang.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import os
 import weakref
 from typing import Any
 
@@ -18,7 +23,10 @@ from torch import Tensor
 
 from moe_lowering.agreement_records import (
     BLOCKS_ABSENT,
+    COMPARE_EVERY_RUN,
+    RUN_ABSENT,
     SETTINGS_ABSENT,
+    block_changes,
     block_differences,
     block_key,
     setting_differences,
@@ -26,6 +34,8 @@ from moe_lowering.agreement_records import (
 from moe_lowering.agreement_rounds import AgreementError, Session, group_session
 from moe_lowering.custom_ops.library import register
 from moe_lowering.custom_ops.sizes import token_count
+
+log = logging.getLogger(__name__)
 
 PATIENT = -1.0  # timeout: as long as a collective of the group waits
 REFUSAL_PATIENCE = 10.0  # seconds that a graph which refuses to run waits for others to tell
@@ -49,7 +59,12 @@ class _Agreed:
 _AGREED = _Agreed()
 
 
-def check(tokens: int, group: str, timeout: float, settings: str, blocks: str) -> None:
+def expect(group: str, settings: str, blocks: str) -> None:
+    """A graph with this check was compiled: its first run looks for ranks that wait with another one (``_join_waiting``)."""
+    _AGREED.contents.discard((group, settings, blocks))
+
+
+def check(tokens: int, group: str, timeout: float, settings: str, blocks: str, synchronous: bool = False) -> None:
     """Compare with the other ranks, unless they agreed on the same before.
 
     Args:
@@ -57,6 +72,7 @@ def check(tokens: int, group: str, timeout: float, settings: str, blocks: str) -
         group: name of the EP group. Nothing is compared where it is no group of real processes.
         timeout: seconds to wait for the slowest rank; ``PATIENT`` for as long as the group's collectives do.
         settings, blocks: JSON, see ``agreement_records``; ``passes.agreement_check`` writes them.
+        synchronous: an exchange that this process was part of has ended when the next one begins, which a device's need not.
 
     Raises:
         AgreementError: on every rank.
@@ -72,32 +88,69 @@ def check(tokens: int, group: str, timeout: float, settings: str, blocks: str) -
     if meeting is not None:
         session, _, patience = meeting
         seconds = patience if timeout == PATIENT else timeout
-        if not _compare(session, seconds, json.loads(settings), json.loads(blocks), tokens):
-            return  # not stored: the graph refuses to run each time, and the next node gives the error
+        if not _compare(session, seconds, json.loads(settings), json.loads(blocks), tokens, synchronous):
+            return
     contents.add(key)
 
 
-def _compare(session: Session, timeout: float, settings: Any, blocks: Any, tokens: int) -> bool:
-    """Whether all ranks agreed. False when this graph refuses to run in any case; the other ranks have then been
-    notified."""
+def _compare(session: Session, timeout: float, settings: Any, blocks: Any, tokens: int, synchronous: bool) -> bool:
+    """Whether the next run needs no comparison. False when each run is compared, and when this graph refuses to run in any
+    case: the other ranks have then been notified, and the next node gives the error."""
     if blocks["refuses"]:
         patience = min(timeout, REFUSAL_PATIENCE)
         with contextlib.suppress(AgreementError):  # this rank then raises its own reason, not that of the comparison
             session.agree_once("settings", settings, setting_differences, patience, SETTINGS_ABSENT)
-        session.refuse("blocks", {**blocks, "T": None}, blocks["refuses"], patience)
+        session.refuse("blocks", {**blocks, "T": None, "every_run": _every_run()}, blocks["refuses"], patience)
         return False
     session.agree_once("settings", settings, setting_differences, timeout, SETTINGS_ABSENT)
     actual = tokens if blocks["equal_tokens"] and tokens != UNKNOWN else None
-    record = {**blocks, "T": actual}
-    session.agree_once("blocks", record, block_differences, timeout, BLOCKS_ABSENT, key=block_key(blocks))
+    record, key = {**blocks, "T": actual, "every_run": _every_run()}, block_key(blocks)
+    if record["every_run"]:
+        session.agree("blocks", record, block_differences, timeout, _describe_absent(RUN_ABSENT, session, record))
+        return False
+    if session.has_agreed("blocks", key):
+        _join_waiting(session, timeout, record, synchronous)
+    else:
+        absent = _describe_absent(BLOCKS_ABSENT, session, record)
+        session.agree_once("blocks", record, block_differences, timeout, absent, key=key)
     return True
+
+
+def _every_run() -> bool:
+    """Whether the user asks for a comparison at every run, to learn why ranks wait for each other."""
+    return os.environ.get(COMPARE_EVERY_RUN, "") not in ("", "0")
+
+
+def _describe_absent(absent: str, session: Session, record: Any) -> str:
+    """What a rank that does not come may be doing, and how this graph differs from the last one that was agreed on."""
+    last = session.last("blocks")
+    changes = "" if last is None else block_changes(last, record)
+    return absent + (f". This graph beside the last one on which all agreed: {changes}" if changes else "")
+
+
+def _join_waiting(session: Session, timeout: float, record: Any, synchronous: bool) -> None:
+    """The first run of a graph that was compiled again, on which all agreed before. No other rank need compile it again, so
+    that none is waited for. But one that waits with a graph of its own would wait in vain.
+
+    That is certain where exchanges end on the host: a rank comes to its next graph after all have begun the one before, so
+    that one which waits is not ahead of this one. A rank with a device may be. It is certain too after a rank has given up.
+    """
+    if not any(kind["strict"]["exchange"] for kind in record["kinds"]) or not session.is_asked("blocks"):
+        return
+    if synchronous or session.is_asked("blocks", gave_up=True):
+        session.agree("blocks", record, block_differences, timeout)
+    else:
+        log.warning(
+            "moe_lowering: a rank waits with a graph on which the ranks have not agreed, while this one runs a graph on which "
+            "they have: if no rank goes on, their graphs differ (docs/ranks.md)"
+        )
 
 
 def _real(x: Tensor, group: str, timeout: float, settings: str, blocks: str) -> None:
     """``check`` with T, the product of the leading dimensions of ``x [..., H]``."""
     if (group, settings, blocks) in _AGREED.contents and _AGREED.world() is dist.group.WORLD:
         return  # the path of every step but the first: one look-up and no more
-    check(token_count(x.shape), group, timeout, settings, blocks)
+    check(token_count(x.shape), group, timeout, settings, blocks, synchronous=x.device.type == "cpu")
 
 
 def _fake(x: Tensor, group: str, timeout: float, settings: str, blocks: str) -> None:
@@ -106,4 +159,4 @@ def _fake(x: Tensor, group: str, timeout: float, settings: str, blocks: str) -> 
 
 register(SCHEMA, cpu=_real, npu=_real, fake=_fake, side_effect=True)
 
-__all__ = ["PATIENT", "UNKNOWN", "AgreementError", "check"]
+__all__ = ["PATIENT", "UNKNOWN", "AgreementError", "check", "expect"]

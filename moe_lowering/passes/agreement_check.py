@@ -22,9 +22,10 @@ import torch
 from torch.fx import Graph, Node
 
 from moe_lowering._versions import installed_version, sources_digest
-from moe_lowering.custom_ops.assert_agreement import PATIENT
+from moe_lowering.custom_ops import assert_agreement
 from moe_lowering.deployment import Deployment
 from moe_lowering.identity import identity
+from moe_lowering.limits.calls.schemas import LIBRARIES, loaded_libraries
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.costs.cost_model import Cost
 from moe_lowering.passes.emission.emitter import COPIED_META
@@ -74,10 +75,19 @@ def settings_record(deployment: Deployment, lowering: MoeLowering | None, ep_gro
         "misplaced": deployment.misplaced,
         "settings": _settings(lowering) if lowering else {},
         "torch_npu": torch_npu_is_loaded(),
-        "version": f"{installed_version('moe-lowering')} with torch {torch.__version__}",
+        "libraries": sorted(f"{LIBRARIES[name]}::{name}" for name in loaded_libraries()),
+        "version": _versions_text(),
         "code": sources_digest()[:SHORT],
         "limits": sources_digest((".toml",))[:SHORT],
     }
+
+
+def _versions_text() -> str:
+    """Of this package, and of what registers the operators that it emits."""
+    torch_npu = installed_version("torch_npu")
+    return (
+        f"{installed_version('moe-lowering')} with torch {torch.__version__}{torch_npu and f', torch_npu {torch_npu}'}"
+    )
 
 
 def _settings(lowering: MoeLowering) -> dict[str, str]:
@@ -132,10 +142,11 @@ def emit_check(
     while position.op == "placeholder":
         position = position.next
     texts = (json.dumps(settings, sort_keys=True), json.dumps(blocks, sort_keys=True))
-    seconds = PATIENT if isinstance(timeout, str) else float(timeout)
+    seconds = assert_agreement.PATIENT if isinstance(timeout, str) else float(timeout)
     with graph.inserting_before(position):
         node = graph.call_function(ASSERT_AGREEMENT, (x, group, seconds, *texts))
     node.meta.update(source, val=None)
+    assert_agreement.expect(group, *texts)
     return node
 
 
@@ -155,8 +166,11 @@ class BlockOutcome:
     refuses: bool
 
 
-def blocks_record(outcomes: Iterable[BlockOutcome], left: Iterable[Node], deployment: Deployment) -> dict[str, Any]:
-    """The blocks of one graph that exchange tokens, in order, then the generic operators that belong to no block."""
+def blocks_record(
+    outcomes: Iterable[BlockOutcome], left: Iterable[Node], untouched: Iterable[BlockReport], deployment: Deployment
+) -> dict[str, Any]:
+    """The blocks of one graph that exchange tokens, in order, then the generic operators that belong to no block, then
+    layers that others wrote and that are left."""
     kinds: dict[str, int] = {}
     written: list[dict[str, Any]] = []
     indices: dict[Any, int] = {}
@@ -171,6 +185,8 @@ def blocks_record(outcomes: Iterable[BlockOutcome], left: Iterable[Node], deploy
         order.append(indices[key])
         refuses = refuses or (outcome.report.reason if outcome.refuses else "")
     order += [_add(kinds, written, _left_record(node)) for node in left if _exchanges(node)]
+    # once each: with such layers alone, a graph break on one rank changes no exchange
+    order += dict.fromkeys(_add(kinds, written, _untouched_record(report)) for report in untouched)
     return {
         "equal_tokens": deployment.equal_tokens,
         "kinds": written,
@@ -220,6 +236,12 @@ def _left_record(node: Node) -> dict[str, Any]:
     strict = {name: v for name, v in values if isinstance(v, (bool, int, float, str)) and not name.endswith("_group")}
     strict.pop("on_shared_rank", None)
     return {"strict": {**strict, "exchange": [_operator(node)]}, "told": {"name": node.name}}
+
+
+def _untouched_record(report: BlockReport) -> dict[str, Any]:
+    """The record of a layer that others wrote, whose exchange is the model's own."""
+    strict = {"implementation": "none: left as it was written", "exchange": []}
+    return {"strict": strict, "told": {"name": report.name, "reason": report.reason}}
 
 
 def _exchanges(node: Node) -> bool:

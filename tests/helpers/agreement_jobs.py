@@ -1,6 +1,8 @@
 """What runs on the ranks of ``test_ranks_that_differ``: layers of which one rank changes one thing."""
 
 import contextlib
+import functools
+import os
 import time
 from unittest import mock
 
@@ -10,7 +12,9 @@ from torch import nn
 
 import moe_lowering
 from moe_lowering import MoE, MoeLowering, lowering_backend, npugraph_ex_options, shard_experts
-from moe_lowering._versions import sources_digest
+from moe_lowering._versions import installed_version, sources_digest
+from moe_lowering.agreement_rounds import group_session
+from moe_lowering.custom_ops import assert_agreement
 from moe_lowering.passes.verifier import VerificationError
 
 SIZES = {"hidden": 1024, "intermediate": 128, "experts": 12, "top_k": 3, "activation": "swiglu"}
@@ -19,6 +23,12 @@ BREAKS = {
         "moe_lowering.passes.agreement_check.sources_digest",
         lambda *suffixes: sources_digest(*suffixes) if suffixes else "another",
     ),
+    "library": mock.patch("moe_lowering.limits.calls.schemas._is_loaded", lambda library, name: False),
+    "torch_npu": mock.patch(
+        "moe_lowering.passes.agreement_check.installed_version",
+        lambda name: "2.99.0" if name == "torch_npu" else installed_version(name),
+    ),
+    "every run": mock.patch.dict(os.environ, {assert_agreement.COMPARE_EVERY_RUN: "1"}),
     "rewrite": mock.patch("moe_lowering.passes.run.graph_run.same_value", side_effect=VerificationError("on purpose")),
 }
 
@@ -120,3 +130,62 @@ def without_agreement(rank, tokens):
     with mock.patch("moe_lowering.custom_ops.assert_agreement.group_session", side_effect=AssertionError("asked")):
         call(rank, module, compiled, tokens)
     return lowering.reports[-1].blocks[0].comm
+
+
+def error_of(run):
+    try:
+        run()
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def agree_on_two(rank, fields):
+    """Layers that both ranks have compiled for T = 6 and, with another number of layers, for T = 8; how to run each."""
+    both = {}
+    for tokens, changes in ((6, {}), (8, {"layers": 2})):
+        module, compiled, _ = compile_layers(rank, changes, "allgather", fields)
+        both[tokens] = functools.partial(call, rank, module, compiled, tokens)
+        both[tokens]()
+    return both
+
+
+def wait_until_asked(seconds=20.0):
+    """Until another rank waits for this one."""
+    session, _, _ = group_session(torch.distributed.group.WORLD.group_name)
+    deadline = time.monotonic() + seconds
+    while not session.is_asked("blocks") and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def compile_again(rank, fields, other_layers):
+    """All agree; then rank 0 compiles the same once more, and rank 1 runs what it has, or other layers before that."""
+    module, compiled, _ = compile_layers(rank, {}, "allgather", fields)
+    call(rank, module, compiled, 6)
+    if rank == 1 and other_layers:
+        module, compiled, _ = compile_layers(rank, {"layers": other_layers}, "allgather", fields)
+    if rank == 0:
+        if other_layers:
+            wait_until_asked()
+        module, compiled, _ = compile_layers(rank, {}, "allgather", fields)
+    return error_of(lambda: call(rank, module, compiled, 6))
+
+
+def runs_of_two(rank, turns, fields):
+    """The error of each run after all agreed on two graphs, of which each rank takes one by turns."""
+    with BREAKS["every run"]:
+        both = agree_on_two(rank, fields)
+        return [error_of(both[turn[rank]]) for turn in turns]
+
+
+def run_often(rank, often):
+    """Each run is compared, and rank 0 compiles in between: how many rounds there were, on each rank."""
+    with BREAKS["every run"]:
+        session, _, _ = group_session(torch.distributed.group.WORLD.group_name)
+        module, compiled, _ = compile_layers(rank, {}, "allgather", {})
+        before = session._rounds["blocks"]
+        for number in range(often):
+            if rank == 0 and number == 1:
+                module, compiled, _ = compile_layers(rank, {}, "allgather", {})
+            call(rank, module, compiled, 6)
+        return session._rounds["blocks"] - before

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 
 from moe_lowering import Deployment, MoE, MoeLowering, npugraph_ex_options, shard_experts, simulator, testing
+from moe_lowering.limits.calls.schemas import LIBRARIES, TEXTS
+from moe_lowering.passes.implementations.quantised_mlp import CLIP_ROWS
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 128, 12, 3
 _groups = {}
@@ -134,6 +136,14 @@ def agree(rank, common, by_rank, timeout, late=None):
     except AgreementError as error:
         return str(error)
     return ""
+
+
+def agree_with_library(rank, having):
+    """The library that brings ``npu_swiglu_clip_quant`` is loaded on the ranks ``having``."""
+    with torch.library._scoped_library(LIBRARIES[CLIP_ROWS], "DEF") as library:
+        if rank in having:
+            library.define(TEXTS[CLIP_ROWS])
+        return agree(rank, {}, {}, 20.0)
 
 
 def agree_before_first(rank, by_rank, silent=(), timeout="auto", often=()):

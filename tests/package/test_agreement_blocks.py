@@ -3,11 +3,13 @@
 import dataclasses
 import json
 
+import npu_chain_layers as chains
 import pytest
 import torch
 from edit_faults import CASES, lowering, quiet
 from graph_build import build
 
+from moe_lowering import MoeLowering, testing
 from moe_lowering.agreement_records import LONGEST_SHOWN, block_differences, block_key, setting_differences
 from moe_lowering.passes import operands
 from moe_lowering.passes.agreement_check import ASSERT_AGREEMENT, OWN, TOLERATED
@@ -51,9 +53,24 @@ def test_tensors_of_another_device_are_no_difference(monkeypatch):
     assert block_key(record(dataclasses.replace(case, hidden=2048))) != block_key(before)
 
 
+@pytest.mark.parametrize(("comm", "said"), [("mc2", "none: left as it was written"), ("alltoall", "alltoall (static)")])
+def test_a_layer_of_another_hand_that_is_left_is_compared_too(comm, said):
+    """Another rank may have lowered its own, and would exchange otherwise. It stands there once, however many there are."""
+    with testing.fake_deployment(ep_size=2) as deployment:
+        layer = torch.nn.Sequential(*(chains.Mc2(deployment.ep_communicator, "none", "swiglu", 0, 2) for _ in range(2)))
+        layer.forward = lambda x, ids, weights: layer[1](layer[0](x, ids, weights), ids, weights)
+        lowering = MoeLowering(deployment, comm)
+        gm = testing.lower_graph(layer, *chains.inputs(0), deployment=deployment, lowering=lowering).gm
+    (check,) = gm.graph.find_nodes(op="call_function", target=ASSERT_AGREEMENT)
+    blocks = json.loads(check.args[-1])
+    (kind,) = blocks["kinds"]
+    assert kind["strict"]["implementation"] == said and ("[raise.already]" in kind["told"]["reason"]) == (comm == "mc2")
+    assert blocks["order"] == [[0, 1 if comm == "mc2" else 2]]
+
+
 SETTINGS = {
-    "deployment": {"soc": "A3"}, "misplaced": "", "settings": {"comm": "mc2"}, "torch_npu": True, "version": "1", "code": "c",
-    "limits": "l",
+    "deployment": {"soc": "A3"}, "misplaced": "", "settings": {"comm": "mc2"}, "torch_npu": True, "libraries": ["a::b"],
+    "version": "1", "code": "c", "limits": "l",
 }  # fmt: skip
 
 
@@ -62,6 +79,7 @@ DIFFERENCES = [
     ({"deployment": {}}, "Deployment.soc is absent, on rank 3 'A3'"),  # of another version of the package
     ({"settings": {"comm": "auto"}}, "MoeLowering's comm is 'auto', on rank 3 'mc2'"),
     ({"torch_npu": False}, "torch_npu is not loaded, on rank 3 loaded"),
+    ({"libraries": []}, "a::b is not loaded, on rank 3 loaded"),
     ({"version": "2"}, "moe_lowering is 2, on rank 3 1"),
     ({"code": "d"}, "moe_lowering's code differs: its digest is 'd', on rank 3 'c'"),
     ({"limits": "m"}, "its limit tables differ: their digest is 'm', on rank 3 'l'"),

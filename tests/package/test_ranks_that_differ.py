@@ -21,6 +21,9 @@ DIFFERENT = {
     "T, where it was declared equal": ({"tokens": 8}, "T is 8, on rank 0 6, and Deployment.equal_tokens says"),
     "number of MoE layers": ({"layers": 2}, "the graph has 2 MoE blocks that exchange tokens, on rank 0 1"),
     "the package's code": ({"breaks": "code"}, "moe_lowering's code differs: its digest is 'another', on rank 0 "),
+    "a library of operators": ({"breaks": "library"}, "custom::npu_swiglu_clip_quant is not loaded, on rank 0 loaded"),
+    "the version of torch_npu": ({"breaks": "torch_npu"}, ", torch_npu 2.99.0, on rank 0 "),
+    "comparison of every run": ({"breaks": "every run"}, "MOE_LOWERING_COMPARE_EVERY_RUN is set, on rank 0 not set"),
     "a block left generic": (
         {"breaks": "rewrite"},
         "implementation is 'none: left generic', on rank 0 'fused_mc2 (dispatch_ffn_combine)'",
@@ -37,7 +40,8 @@ def pair():
 
 @pytest.mark.parametrize(("changes", "said"), DIFFERENT.values(), ids=DIFFERENT)
 def test_both_ranks_are_told_what_differs_before_the_first_exchange(pair, changes, said):
-    fields = {"max_tokens": 32} if "breaks" in changes else {}  # of a deployment on which they have not agreed yet
+    # of a deployment on which they have not agreed yet
+    fields = {"max_tokens": 32 + [*agreement_jobs.BREAKS].index(changes["breaks"])} if "breaks" in changes else {}
     for answer in pair.run(agreement_jobs.first_run, {1: changes}, "auto", fields):
         assert isinstance(answer, str) and answer.startswith("ranks disagree with rank 0:\n  rank 1: "), answer
         assert said in answer
@@ -106,8 +110,30 @@ def test_a_later_graph_that_differs_is_an_error_on_every_rank_within_the_timeout
     with Ranks(2, setup=rank_jobs.setup, collective_timeout=5) as ranks:
         (waiting, first), (alone, second) = ranks.run(agreement_jobs.later_run, 8)
     assert alone.startswith("AgreementError: no answer from rank 0 of 2 within 5 s: it has not come to a graph"), alone
+    assert alone.endswith(". This graph beside the last one on which all agreed: combine: T is 8, there 6"), alone
     assert "imed out" in waiting or "imeout" in waiting, waiting
     assert max(first, second) < 60
+
+
+def test_a_rank_that_compiles_again_what_was_agreed_on_tells_one_that_waits_with_another_graph(pair):
+    """Rank 1 waits for all with two layers; rank 0 has nothing to compare, and would enter a collective without it."""
+    for answer in pair.run(agreement_jobs.compile_again, {"max_tokens": 60}, 2):
+        assert "rank 1: the graph has 2 MoE blocks that exchange tokens, on rank 0 1" in answer, answer
+
+
+def test_a_rank_that_compiles_again_alone_waits_for_nobody(pair):
+    """The twin: rank 1 runs what it has."""
+    assert pair.run(agreement_jobs.compile_again, {"max_tokens": 61}, 0) == [""] * 2
+
+
+def test_where_every_run_is_compared_two_graphs_that_were_both_agreed_on_are_an_error(pair):
+    for different, *same in pair.run(agreement_jobs.runs_of_two, [(6, 8), (6, 6), (8, 8)], {"max_tokens": 62}):
+        assert "rank 1: the graph has 2 MoE blocks that exchange tokens, on rank 0 1" in different
+        assert same == ["", ""]
+
+
+def test_where_every_run_is_compared_each_run_is_one_round_whoever_compiles(pair):
+    assert pair.run(agreement_jobs.run_often, 3) == [3, 3]
 
 
 def test_every_row_is_documented():

@@ -102,6 +102,7 @@ class GraphRun:
         self._cast_notes: dict[tuple[str, BlockSpec], tuple[str, ...]] = {}
         self._reports: dict[tuple[BlockSpec, str], BlockReport] = {}  # of equal blocks, by what becomes of them
         self._blocks: list[Block] = []
+        self._untouched: list[BlockReport] = []  # of layers that others wrote, exchange tokens, and have no block
         self._targets: dict[Node, OverlapTarget] = {}  # by the erased combine
         self._first_exchange: tuple[Node, dict[str, Any]] | None = None
         self._shape_env: Any = None
@@ -166,10 +167,10 @@ class GraphRun:
             self.bounds.forget()
             log_warning("moe_lowering: raising failed, %s left as it was", layer.result.name, trace=not self._failed)
             self._failed = True
-            self.foreign.untouched.append(left_as_it_is(layer, describe_internal_error(error)))
-            return []
+            block, report = None, left_as_it_is(layer, describe_internal_error(error))
         if block is None:
             self.foreign.untouched.append(report)
+            self._untouched += [report] if layer.ep_size > 1 else []
             return []
         self._blocks.append(block)
         return [report]
@@ -311,7 +312,7 @@ class GraphRun:
         try:
             settings = settings_record(self.deployment, lowering, ep_group=True)
             outcomes = [self._outcome(*each) for each in zip(self._blocks, reports, strict=True)]
-            blocks = blocks_record(outcomes, [node for node, _ in self.left], self.deployment)
+            blocks = blocks_record(outcomes, [node for node, _ in self.left], self._untouched, self.deployment)
             created: list[Node] = []
             with self.edits.step(created):
                 created.append(emit_check(self.graph, first, self.deployment.ep_group, timeout, settings, blocks))
