@@ -187,6 +187,11 @@ class BlockSpec:
         """Asked for ten times per block, over 40 fields."""
         return hash(_COMPARED(self))
 
+    @functools.cached_property
+    def without_tokens(self) -> BlockSpec:
+        """The record without T: the same for blocks that differ in nothing else."""
+        return dataclasses.replace(self, tokens=None, key=())
+
     @property
     def format(self) -> ExpertFormat:
         """What belongs to ``quantisation``."""

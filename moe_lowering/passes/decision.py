@@ -15,6 +15,7 @@ A graph whose choice depends on a range also enforces it by itself (``assert_tok
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 from moe_lowering.deployment import Deployment
@@ -23,7 +24,7 @@ from moe_lowering.passes.block_sizes import block_sizes
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.costs.count_blocks import costs_later
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.passes.legality import Judgement, declared_tokens, free_tokens, judge
+from moe_lowering.passes.legality import Judgement, Verdicts, declared_tokens, free_tokens, judge
 from moe_lowering.passes.policy import DEFAULT_TOKENS, Policy
 from moe_lowering.passes.token_ranges import (
     RUNS_WITHOUT_GUARDS,
@@ -136,9 +137,9 @@ def _decide_symbolic(spec: BlockSpec, deployment: Deployment, policy: Policy) ->
         judgement = judge(spec, deployment, spec.tokens, Prover())
         return Decision(*policy.choose(judgement.verdicts, spec, deployment, known.low), judgement)
 
+    @functools.cache  # the searches meet at the ends of the range
     def choice_at(tokens: int) -> str | None:
-        verdicts = judge(spec, deployment, tokens, Prover()).verdicts
-        return policy.choose(verdicts, spec, deployment, tokens)[0]
+        return policy.choose(Verdicts(spec, deployment, tokens, Prover()), spec, deployment, tokens)[0]
 
     strict = is_strict(spec.tokens)
     started_at = size_hint(spec.tokens)

@@ -151,17 +151,20 @@ class Specs:
     it is made once for those that are wired alike."""
 
     def __init__(self) -> None:
-        self._by_wiring: dict[tuple[Any, ...], BlockSpec] = {}
+        self._by_wiring: dict[tuple[Any, ...], tuple[BlockSpec, tuple[Any, ...]]] = {}
         self._specs: dict[BlockSpec, BlockSpec] = {}
 
-    def get(self, wiring: Wiring, around: Surroundings, make: Callable[[], BlockSpec]) -> BlockSpec:
-        """The record of a block; ``make`` reads nothing but what wiring and surroundings describe."""
+    def get(
+        self, wiring: Wiring, around: Surroundings, make: Callable[[], BlockSpec]
+    ) -> tuple[BlockSpec, tuple[Any, ...]]:
+        """The record of a block, and the key of its wiring, one object for blocks that are wired alike; ``make`` reads nothing
+        but what wiring and surroundings describe."""
         key = (wiring.key, around)
-        spec = self._by_wiring.get(key)
-        if spec is None:
+        known = self._by_wiring.get(key)
+        if known is None:
             made = make()
-            spec = self._by_wiring[key] = self._specs.setdefault(made, made)
-        return spec
+            known = self._by_wiring[key] = self._specs.setdefault(made, made), wiring.key
+        return known
 
 
 def _block(dispatch: Node, graph: Around, specs: Specs) -> Block:
@@ -194,7 +197,7 @@ def _block(dispatch: Node, graph: Around, specs: Specs) -> Block:
         collective_groups=graph.groups,
     )
     wiring = read_wiring((dispatch, mlp, combine), interior, mlp)
-    spec = specs.get(wiring, around, lambda: _spec(sent, combined.weights, experts, around))
+    spec, key = specs.get(wiring, around, lambda: _spec(sent, combined.weights, experts, around))
     return Block(
         module_path(combine),
         dispatch,
@@ -204,7 +207,7 @@ def _block(dispatch: Node, graph: Around, specs: Specs) -> Block:
         interior,
         graph.routes.get(sent.ids),
         spec,
-        wiring,
+        Wiring(wiring.inputs, key),
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -173,19 +174,43 @@ def judge(
         prover: what may be taken as known of it, when it is symbolic.
         torch_npu: whether torch_npu's operators are there; None to look in this process.
     """
-    loaded = torch_npu_is_loaded() if torch_npu is None else torch_npu
-    premises = Premises(tokens, spec.tokens, prover, loaded)
-    context = call_context(deployment, spec, premises)
-    if spec.quantisation not in EXPERT_FORMATS:  # such a block has no emitter, hence no calls
-        words = Rules("grouped_mlp", mlp_words(spec, deployment))
-        broken = _broken(words, premises, deployment, context)
-        return Judgement({name: Verdict(name, broken) for name in IMPLEMENTATIONS}, premises, context)
-    prepared = _prepare_calls(dataclasses.replace(spec, tokens=None, key=()), deployment, loaded_libraries())
-    verdicts = {}
-    for name in IMPLEMENTATIONS:
-        verdict = prepared.verdict(name, premises, context)
-        verdicts[name] = verdict if deployment.equal_tokens else _with_declared_range(verdict, deployment)
-    return Judgement(verdicts, premises, context)
+    verdicts = Verdicts(spec, deployment, tokens, prover, torch_npu)
+    return Judgement(dict(verdicts), verdicts.premises, verdicts.context)
+
+
+class Verdicts(Mapping[str, Verdict]):
+    """Verdicts by implementation as ``judge`` gives them, each worked out when it is asked for: a search over T reads one of
+    them at every T where the implementation is fixed."""
+
+    def __init__(
+        self, spec: BlockSpec, deployment: Deployment, tokens: Any, prover: Prover, torch_npu: bool | None = None
+    ) -> None:
+        loaded = torch_npu_is_loaded() if torch_npu is None else torch_npu
+        self.premises = Premises(tokens, spec.tokens, prover, loaded)
+        self.context = call_context(deployment, spec, self.premises)
+        self._spec, self._deployment = spec, deployment
+        self._verdicts: dict[str, Verdict] = {}
+        self._answers = _Answers(self.premises, self.context, deployment)
+        self._prepared: _Prepared | None = None
+        if spec.quantisation in EXPERT_FORMATS:
+            self._prepared = _prepare_calls(spec.without_tokens, deployment, loaded_libraries())
+
+    def __getitem__(self, name: str) -> Verdict:
+        if name not in self._verdicts:
+            self._verdicts[name] = self._judge(name)
+        return self._verdicts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(IMPLEMENTATIONS)
+
+    def __len__(self) -> int:
+        return len(IMPLEMENTATIONS)
+
+    def _judge(self, name: str) -> Verdict:
+        if self._prepared is None:  # such a block has no emitter, hence no calls
+            return Verdict(name, self._answers.of(Rules("grouped_mlp", mlp_words(self._spec, self._deployment))))
+        verdict = self._prepared.verdict(name, self._answers)
+        return verdict if self._deployment.equal_tokens else _with_declared_range(verdict, self._deployment)
 
 
 def _with_declared_range(verdict: Verdict, deployment: Deployment) -> Verdict:
@@ -202,9 +227,20 @@ def _depends_on_t(violation: Violation) -> bool:
 Broken = tuple[Violation, ...]
 
 
-def _broken(call: OperatorCall | Rules, premises: Premises, deployment: Deployment, context: dict[str, Any]) -> Broken:
-    call_quantities = _read(call, premises, deployment, context)
-    return tuple(check(call.operator, deployment.soc, call_quantities, premises.prover, deployment.versions))
+class _Answers:
+    """What calls break under the same premises; forms share calls, and each is checked once."""
+
+    def __init__(self, premises: Premises, context: dict[str, Any], deployment: Deployment) -> None:
+        self._premises, self._context, self._deployment = premises, context, deployment
+        self._broken: dict[OperatorCall | Rules, Broken] = {}
+
+    def of(self, call: OperatorCall | Rules) -> Broken:
+        """Every rule that a call breaks."""
+        if call not in self._broken:
+            where, prover = self._deployment, self._premises.prover
+            read = _read(call, self._premises, where, self._context)
+            self._broken[call] = tuple(check(call.operator, where.soc, read, prover, where.versions))
+        return self._broken[call]
 
 
 @functools.lru_cache(maxsize=64)
@@ -224,17 +260,17 @@ class _Prepared:
         self._calls: dict[tuple[str, str], tuple[OperatorCall | Rules, ...]] = {}
         self._fixed: dict[OperatorCall | Rules, Broken] = {}
 
-    def verdict(self, name: str, premises: Premises, context: dict[str, Any]) -> Verdict:
+    def verdict(self, name: str, answers: _Answers) -> Verdict:
         """Of the first legal form; of the preferred form when none is. With the forms that the deployment rules out, and
         those that the first legal one was preferred to for a rule that they break."""
         first: Verdict | None = None
         passed = ruled_out = tuple(
-            (form.name, self._all_broken(name, self._calls_of(name, form), premises, context))
+            (form.name, self._all_broken(name, self._calls_of(name, form), answers))
             for form in IMPLEMENTATIONS[name].ruled_out(self._deployment)
         )
         for form in IMPLEMENTATIONS[name].forms(self._deployment):
             calls = (self._common, self._rules_of(name), *self._calls_of(name, form))
-            violations = self._all_broken(name, calls, premises, context)
+            violations = self._all_broken(name, calls, answers)
             if not violations:
                 return Verdict(name, (), form.name, passed)
             first = first or Verdict(name, violations, form.name, ruled_out)
@@ -253,20 +289,18 @@ class _Prepared:
             self._rules[name] = IMPLEMENTATIONS[name].rules(self._spec, self._deployment)
         return self._rules[name]
 
-    def _all_broken(
-        self, name: str, calls: tuple[OperatorCall | Rules, ...], premises: Premises, context: dict[str, Any]
-    ) -> Broken:
+    def _all_broken(self, name: str, calls: tuple[OperatorCall | Rules, ...], answers: _Answers) -> Broken:
         violations: list[Violation] = []
         for call in calls:
-            broken = self._broken(call, premises, context)
+            broken = self._broken(call, answers)
             violations += broken
             if call.operator == name and any(v.quantity in _WHERE for v in broken):
                 break  # its operators are not called then, so that their limits are no reason
         return tuple(dict.fromkeys(violations))
 
-    def _broken(self, call: OperatorCall | Rules, premises: Premises, context: dict[str, Any]) -> Broken:
+    def _broken(self, call: OperatorCall | Rules, answers: _Answers) -> Broken:
         if call.reads_tokens:
-            return _broken(call, premises, self._deployment, context)
+            return answers.of(call)
         if call not in self._fixed:
-            self._fixed[call] = _broken(call, premises, self._deployment, context)
+            self._fixed[call] = answers.of(call)
         return self._fixed[call]

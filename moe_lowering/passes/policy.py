@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from moe_lowering.argument_checks import require_callable, require_choice
 from moe_lowering.deployment import Deployment
@@ -76,7 +77,7 @@ class Policy:
             raise ValueError(f"MoeLowering: comm is {self.comm!r} with policy {self.name!r}; accepted: {accepted_comm}")
 
     def choose(
-        self, verdicts: dict[str, Verdict], spec: BlockSpec, deployment: Deployment, tokens: int
+        self, verdicts: Mapping[str, Verdict], spec: BlockSpec, deployment: Deployment, tokens: int
     ) -> tuple[str | None, str]:
         """(implementation or None, why) at ``tokens`` tokens on a rank."""
         prefix = ""

@@ -292,8 +292,7 @@ def _maker(value: Any, base_storage: int | None) -> Callable[[Arguments], Any]:
         template = Template.of(value)
         if value.untyped_storage()._cdata == base_storage:
             return lambda args: template.view(args[0].meta["val"])
-        copy = template.copier()
-        return lambda args: copy()
+        return template.copier()
     if isinstance(value, (list, tuple)):
         kind, makers = type(value), [_maker(v, base_storage) for v in value]
         return lambda args: kind([make(args) for make in makers])

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._mode_utils import no_dispatch
 
+_META = torch.device("meta")
+
 
 @dataclasses.dataclass(frozen=True)
 class Template:
@@ -53,31 +55,37 @@ class Template:
 
     def copy(self) -> FakeTensor:
         """A tensor with a storage of its own."""
-        guard = torch._C._DisableTorchDispatch()  # what ``no_dispatch`` holds, without a context manager
-        try:
-            if not self.symbolic:
-                return self._fake(torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta"))
-            base = torch.empty(0, dtype=self.dtype, device="meta")
-            torch.ops.inductor.resize_storage_bytes_.default(base, self.storage_bytes)
-            return self._fake(base.as_strided(self.shape, self.stride))
-        finally:
-            del guard
+        return self.copier()()
 
-    def copier(self) -> Callable[[], FakeTensor]:
-        """``copy``, with all that it looks up looked up once: most nodes of a static graph get their value from it."""
-        if self.symbolic or not _copies_are_whole():
-            return self.copy
-        shape, stride, dtype, device, state = self.shape, self.stride, self.dtype, self.device, self.state
-        allocate, disable_dispatch, meta = torch.empty_strided, torch._C._DisableTorchDispatch, torch.device("meta")
+    def copier(self) -> Callable[..., FakeTensor]:
+        """``copy``, with all that it looks up looked up once: most nodes of a graph get their value from it, and it may be
+        called with their arguments, which it does not read."""
+        make, device, state, disable_dispatch = self._fake, self.device, self.state, torch._C._DisableTorchDispatch
+        allocate, is_whole = self._symbolic_allocator() if self.symbolic else self._allocator(), _copies_are_whole()
 
-        def copy() -> FakeTensor:
-            guard = disable_dispatch()
+        def copy(arguments: object = None) -> FakeTensor:
+            guard = disable_dispatch()  # what ``no_dispatch`` holds, without a context manager
             try:
-                return _copy_state(allocate(shape, stride, dtype=dtype, device=meta), device, state)
+                return _copy_state(allocate(), device, state) if is_whole else make(allocate())
             finally:
                 del guard
 
         return copy
+
+    def _allocator(self) -> Callable[[], Tensor]:
+        return functools.partial(torch.empty_strided, self.shape, self.stride, dtype=self.dtype, device=_META)
+
+    def _symbolic_allocator(self) -> Callable[[], Tensor]:
+        """``torch.empty_strided`` works the number of bytes out, in sympy; here it is known."""
+        shape, stride, dtype, size = self.shape, self.stride, self.dtype, self.storage_bytes
+        empty, resize = torch.empty, torch.ops.inductor.resize_storage_bytes_.default
+
+        def allocate() -> Tensor:
+            base = empty(0, dtype=dtype, device=_META)
+            resize(base, size)
+            return base.as_strided(shape, stride)
+
+        return allocate
 
     def view(self, base: FakeTensor) -> FakeTensor:
         """A tensor on the storage of ``base``, whose bytes it may read as another dtype of the same size."""

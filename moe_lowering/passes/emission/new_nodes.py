@@ -37,7 +37,17 @@ def insert_call(graph: Graph) -> Make:
 def _insert(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
     names = graph._graph_namespace
     known = _CANDIDATES.get(id(target))
-    name = _name_after(names, known[1]) if known is not None else _first_name(names, target)
+    if known is None:
+        name = _first_name(names, target)
+    else:  # as ``_Namespace.create_name`` for a candidate that is a legal name without a number
+        name = candidate = known[1]
+        used, counts = names._used_names, names._base_count
+        number = counts.get(candidate, 0)
+        while name in used:
+            number += 1
+            name = f"{candidate}_{number}"
+        used.add(name)
+        counts[candidate] = number
     node = Node(graph, name, "call_function", target, args, kwargs)
     names._obj_to_name[node] = name
     graph._insert(node)
@@ -58,18 +68,6 @@ def _first_name(names: Any, target: Any) -> str:
     if not first.rpartition("_")[2].isdigit():  # those are numbered in another way, as words of Python are
         _CANDIDATES[id(target)] = (target, first)
     return str(names.create_name(candidate, None))
-
-
-def _name_after(names: Any, candidate: str) -> str:
-    """As ``_Namespace.create_name`` for a candidate that is a legal name without a number."""
-    used, name = names._used_names, candidate
-    number = names._base_count.get(candidate, 0)
-    while name in used:
-        number += 1
-        name = f"{candidate}_{number}"
-    used.add(name)
-    names._base_count[candidate] = number
-    return name
 
 
 @functools.cache

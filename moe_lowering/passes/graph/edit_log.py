@@ -57,10 +57,9 @@ class EditLog:
 
     def replace_uses(self, old: Node, new: Node, but: Node | None = None) -> None:
         """Every reader of ``old`` but one reads ``new``."""
-        self._note_readers(new)
-        for user in old.users:
-            if user is not but:
-                self._note_arguments(user)
+        users = [user for user in old.users if user is not but]
+        self._note_readers(new, *_inputs(users))
+        self._undo += [(_give_arguments, user, user.args, user.kwargs) for user in users]
         old.replace_all_uses_with(new, delete_user_cb=None if but is None else lambda user: user is not but)
 
     def set_arguments(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -70,10 +69,11 @@ class EditLog:
 
     def erase(self, nodes: Sequence[Node]) -> None:
         """Erase nodes that nobody outside of ``nodes`` reads, users first."""
-        for node in sorted(nodes, reverse=True):
-            self._note_arguments(node)
-            self._note_place(node)
-            self.graph.erase_node(node)
+        graph, undo, last_first = self.graph, self._undo, sorted(nodes, reverse=True)
+        self._note_readers(*_inputs(last_first))  # as they are before all of it, so once: taking back ends with them
+        for node in last_first:
+            undo.append((_bring_back, graph, node, node.next, node._sort_key, node.args, node.kwargs))
+            graph.erase_node(node)
 
     def move(self, node: Node, before: Node) -> None:
         """Move a node to before another one."""
@@ -96,8 +96,7 @@ class EditLog:
 
     def _note_readers(self, *nodes: Node) -> None:
         """The order of readers is part of the graph: walks through it follow that order."""
-        for node in nodes:
-            self._undo.append((_order, node, (*node.users,)))
+        self._undo += [(_order, node, (*node.users,)) for node in nodes]
 
     def _note_place(self, node: Node) -> None:
         self._undo.append((_put_back, self.graph, node, node.next, node._sort_key))
@@ -166,6 +165,11 @@ def _give_name(node: Node, name: str, names: dict[Any, str]) -> None:
     names[node] = name
 
 
+def _inputs(nodes: Sequence[Node]) -> dict[Node, None]:
+    """What nodes read, each once."""
+    return dict.fromkeys([each for node in nodes for each in node.all_input_nodes])
+
+
 def _give_arguments(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     node._update_args_kwargs(args, kwargs)
 
@@ -184,6 +188,13 @@ def _put_back(graph: Graph, node: Node, following: Node, key: Any) -> None:
         ordered = sorted(entries)
         entries.clear()
         entries.update(dict.fromkeys(ordered))
+
+
+def _bring_back(
+    graph: Graph, node: Node, following: Node, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    _put_back(graph, node, following, key)
+    _give_arguments(node, args, kwargs)
 
 
 def _order(node: Node, order: Sequence[Node]) -> None:
