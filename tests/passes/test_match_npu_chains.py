@@ -21,7 +21,6 @@ from moe_lowering import MoeLowering, simulator, testing
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.agreement_check import settings_record
 from moe_lowering.passes.raise_foreign.match_mc2_chain import DISPATCH, match_mc2
-from moe_lowering.passes.raise_foreign.match_routing_chain import ROUTE, match_routing
 from moe_lowering.passes.raise_foreign.npu_chain import foreign_block
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
@@ -315,21 +314,6 @@ def test_an_mc2_chain_is_left_by_a_deployment(pair, place):
     assert left.value.record.code == code, left.value
 
 
-@pytest.mark.parametrize("case", [*ROUTED, "unpermute, dynamic", "finalize, dynamic"])
-def test_a_routing_chain_is_found(case):
-    dynamic = case.endswith("dynamic")
-    case = case.removesuffix(", dynamic")
-    with alone() as deployment:
-        every_row = {"route": {"active_num": -1}} if dynamic else {}
-        layer = routed_layer(**ROUTED[case], **every_row)
-        chain = match_routing(anchor(graph_of(layer, deployment, dynamic=dynamic), ROUTE), deployment)
-    given = chain.experts.given
-    assert (given["quantisation"], given["activation"]) == (layer.quantisation, layer.activation)
-    assert (chain.added != ()) == layer.shared
-    assert (chain.counts is not None) == (layer.kind == 1)
-    assert chain.sent["num_experts"] == chains.EXPERTS
-
-
 @pytest.mark.parametrize("quantisation", chains.FORMATS)
 @pytest.mark.parametrize("comm", ["allgather", "fused_mc2"])
 def test_who_only_waits_for_a_chain_waits_for_its_ends(pair, waits_of_ge, comm, quantisation):
@@ -363,45 +347,6 @@ def test_exchanges_of_a_chain_of_gathered_tokens_go_with_it(pair, masked):
     assert [(block.comm, block.raised_from) for block in lowered.report.blocks] == [("mc2", "gathered_v2")]
     assert not [name for name in lowered.ops_after if name.startswith("_c10d")]
     assert sum(name.endswith("all_gather_into_tensor") for name in lowered.ops_before) == 3
-
-
-ROUTED_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
-    "relu between the matmuls": ("raise.activation", {"between": torch.relu}),
-    "results weighted twice": ("raise.operation_between", {"out": lambda out: out * 2}),
-    "another index at the way back": ("raise.index", {"index": lambda index: index.flip(0)}),
-    "the index is changed": ("raise.index", {"index": lambda index: index + 0 * index}),
-    "rows returned": ("raise.single_use", {"returned": lambda rows, scale, counts, out: rows}),
-    "counts shifted by one": ("raise.counts", {"second_groups": lambda counts: counts.roll(1)}),
-    "prefix sums shifted by one": ("raise.counts", {"kind": 0, "second_groups": lambda sums: sums.roll(1)}),
-    "rows in MX": ("raise.format", {"route": {"quant_mode": 3}}),
-    "counts for prefix sums": ("raise.counts", {"route": {"expert_tokens_num_type": 0}}),
-    "prefix sums, W8A8": ("raise.counts", {"quantisation": "w8a8", "kind": 0}),
-    "some of the experts": ("raise.partial_range", {"route": {"active_expert_range": [0, chains.EXPERTS - 1]}}),
-    "some of the rows": ("raise.rows", {"route": {"active_num": 11}}),
-    "rows that are dropped": ("raise.literal", {"route": {"drop_pad_mode": 1, "expert_capacity": 4}}),
-    "the inverse index": ("raise.literal", {"route": {"row_idx_type": 1}}),
-    "another k": ("raise.weights", {"weights": lambda weights: weights[:, :1]}),
-    "by column": ("raise.literal", {"back": "finalize", "finalize": lambda given: [*given[:7], 0]}),
-    "a skip of half the columns": (
-        "raise.dtype", {"back": "finalize", "finalize": lambda g: [g[0], g[1], g[1][:, :512], *g[3:]], "shared": True}
-    ),
-    "a skip in float32": (
-        "raise.dtype", {"back": "finalize", "finalize": lambda g: [g[0], g[1].float(), *g[2:]], "shared": True}
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("twin", ROUTED_TWINS)
-def test_a_twin_of_a_routing_chain_is_left(twin):
-    code, changes = ROUTED_TWINS[twin]
-    with alone() as deployment:
-        if "route" in changes:  # what the matmuls are told stays
-            changes = {**changes, "kind": 1}
-        layer = routed_layer(**changes)
-        node = anchor(graph_of(layer, deployment), ROUTE)
-        with pytest.raises(NotThisForm) as left:
-            match_routing(node, deployment)
-    assert left.value.record.code == code, left.value
 
 
 def test_each_code_is_documented():
