@@ -5,6 +5,8 @@ with a timeout, and raises ``AgreementError`` on every rank. Users call ``check_
 ``agreement_before_first`` before the first graph is lowered. Blocks and decisions are compared once more, before the first
 exchange of a graph (``custom_ops.assert_agreement``), since a rank that finds its graph in a compile cache lowers nothing.
 What the ranks have agreed on is not compared again: it does not matter how often a rank asks for options, compiles or runs.
+So ranks that run different graphs of those that all agreed on wait for each other (docs/ranks.md); ``COMPARE_EVERY_RUN`` of
+``agreement_records`` names the environment variable under which each run is compared.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ What each rank writes, and when it is read:
    on every rank with agreement or with an error, and the next number is the next round. A rank that comes to a round
    after the others have given up is told that.
 
-What was agreed on needs no round. A rank that does not need one may still ask whether another rank has begun the next one
-(``is_asked``): that rank has something new, and may be waiting for all.
+What was agreed on needs no round. A rank that does not need one may still ask whether another rank waits in the next one
+(``is_asked``): that rank has something new.
 
 A rank's record of a round is deleted when every rank has come to a later one. Left in the store are two keys per process
 and three per kind of record.
@@ -88,7 +88,7 @@ class Session:
         return self._last.get(kind)
 
     def is_asked(self, kind: str, gave_up: bool = False) -> bool:
-        """Whether another rank has begun the next round; with ``gave_up`` whether one has ended it with an error."""
+        """Whether another rank waits in the next round; with ``gave_up`` whether one has ended it with an error."""
         key = f"{self._round(kind, self._rounds[kind])}/{'alarm' if gave_up else 'open'}"
         return self._get(key) is not None
 
@@ -110,6 +110,7 @@ class Session:
         if late:
             raise AgreementError(self._no_answer(late, timeout, absent))
         prefix, number = self._open(kind, record)
+        self._set(f"{prefix}/open", "")  # not where a rank refuses: that one waits for nobody, and may go on
         texts, alarm = self._collect(prefix, compare, deadline)
         late = [member for member in self._members if member not in texts]
         message = self._differences(texts, compare)
@@ -175,7 +176,6 @@ class Session:
         self._rounds[kind] += 1
         prefix = self._round(kind, number)
         self._set(f"{prefix}/{self._rank}", json.dumps(record, sort_keys=True))
-        self._set(f"{prefix}/open", "")
         return prefix, number
 
     def _round(self, kind: str, number: int) -> str:
