@@ -158,6 +158,9 @@ def test_a_rank_that_may_have_no_token_rules_mc2_out_everywhere():
         lowered = BASE.but(tokens=tokens, deployment=declared).judge()
         assert lowered.report.blocks[0].comm == "allgather"
         testing.assert_refused(lowered, code="mc2.tokens", comm="mc2")
+        broken = lowered.report.blocks[0].verdicts["mc2"].violations
+        texts = [v.message for v in broken if v.code == "mc2.tokens"]
+        assert texts and all("the deployment declares 0 <= T <= 512" in text for text in texts)
 
 
 def test_block_and_deployment_must_agree():
