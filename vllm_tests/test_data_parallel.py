@@ -1,6 +1,7 @@
 """Two data parallel engines with their experts spread over both: every forward is padded to the larger one's tokens."""
 
 import comparison
+import placements
 import pytest
 
 REQUESTS = 12
@@ -21,6 +22,27 @@ def test_same_tokens(served, reference, shares, options):
     for rank in found["ranks"]:
         assert [[block["comm"] for block in report["blocks"]] for report in rank["reports"]] == [["allgather"] * 2]
     assert found["compiled"] and all("vllm.moe_forward" not in calls for calls in found["compiled"])
+
+
+def test_redundant_experts(served, reference, tmp_path):
+    """Experts that both engines have, and in other places."""
+    settings = {"soc": "A2", "requests": REQUESTS, "replicas": 2, "additional": placements.write(tmp_path)}
+    found = served(graphs=True, plugin={"strict": True}, **settings)
+    assert found["tokens"] == reference.tokens[:REQUESTS]
+    assert [list(rank["layers"].values()) for rank in found["ranks"]] == [["", ""]] * 2
+    for rank in found["ranks"]:
+        assert [[block["comm"] for block in report["blocks"]] for report in rank["reports"]] == [["allgather"] * 2]
+
+
+@pytest.mark.parametrize("shares", [[], [11, 1]], ids=["unequal_prompts", "one_without_a_request"])
+def test_engines_with_a_tp_group_each(served, reference, shares):
+    """Two engines of two ranks, with the experts over all four."""
+    settings = {"soc": "A2", "requests": REQUESTS, "ranks": 2, "replicas": 2, "shares": shares}
+    found = served(graphs=True, plugin={"strict": True}, **settings)
+    assert found["tokens"] == reference.tokens[:REQUESTS]
+    assert [list(rank["layers"].values()) for rank in found["ranks"]] == [["", ""]] * 4
+    for rank in found["ranks"]:
+        assert [[block["comm"] for block in report["blocks"]] for report in rank["reports"]] == [["allgather"] * 2]
 
 
 def test_ranges_on_a3(served, checkpoint):

@@ -24,3 +24,18 @@ def test_quantised_experts_on_two_ranks(served, checkpoint, model):
     assert not any(name.startswith("vllm.moe_forward") for calls in found["compiled"] for name in calls)
     comparison.assert_close(own, found)
     assert comparison.ratio(own["logprobs"], found["logprobs"]) > LEAST[model]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_fused_mc2(served, checkpoint, model):
+    """One operator for all of a layer's experts, beside its own MC2 and AllToAll."""
+    folder = checkpoint(model, prompts=0, quantisation=MODELS[model], dtype="bfloat16", config=WIDE).folder
+    settings = {**SETTINGS, "model": str(folder)}
+    own = served(**settings, options={"quantization": "ascend"}, environment=FINITE)
+    additional = {"enable_fused_mc2": 1}
+    found = served(**settings, options={"quantization": "ascend"}, plugin={"strict": True}, additional=additional)
+    print(model, comparison.ratio(own["logprobs"], found["logprobs"]), [rank["layers"] for rank in found["ranks"]])
+    for rank in found["ranks"]:
+        assert list(rank["layers"].values()) == ["", ""]
+        assert [block["comm"] for report in rank["reports"] for block in report["blocks"]] == ["fused_mc2"] * 2
+    comparison.assert_close(own, found)
