@@ -17,10 +17,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_lowering.agreement import AgreementError
-from moe_lowering.agreement_rounds import group_session
+from moe_lowering.agreement_rounds import Session, group_session
 
 KIND = "vllm_layers"
 ABSENT = "the plugin is not loaded there (VLLM_PLUGINS, or it is not installed), or the model's weights are not"
+LINGER = 10.0  # seconds, for the others to read what differs
 NAMED = 3  # layers in a message; the others are counted
 
 log = logging.getLogger("vllm.moe_lowering")
@@ -69,21 +70,38 @@ def compare_layers(group: str, taken: Mapping[str, str], is_on: bool) -> threadi
     def agree() -> None:
         with_others.agree(KIND, record, layer_differences, patience, ABSENT)
 
-    if "" in taken.values():
+    if "" not in taken.values():
+        name = "moe_lowering: layers of all ranks"
+        listener = threading.Thread(target=_answer, args=(agree, with_others), name=name, daemon=True)
+        listener.start()
+        return listener
+    try:
         agree()
-        return None
-    listener = threading.Thread(target=_answer, args=(agree,), name="moe_lowering: layers of all ranks", daemon=True)
-    listener.start()
-    return listener
+    except AgreementError as error:
+        if _is_difference(error):
+            _wait_until_all_know(with_others)
+        raise
+    return None
 
 
-def _answer(agree: Callable[[], None]) -> None:
+def _answer(agree: Callable[[], None], with_others: Session) -> None:
     with contextlib.suppress(Exception):  # the store is gone where the engine ends meanwhile
         try:
             agree()
         except AgreementError as error:
-            if "ranks disagree" in str(error):  # else others have no plugin, and need none
+            if _is_difference(error):  # else others have no plugin, and need none
                 log.error("moe_lowering: %s", error)
+                _wait_until_all_know(with_others)
+
+
+def _is_difference(error: AgreementError) -> bool:
+    return "ranks disagree" in str(error)
+
+
+def _wait_until_all_know(with_others: Session) -> None:
+    """The store ends with the process of rank 0, which must not end before the others have read what differs."""
+    with contextlib.suppress(Exception):
+        with_others.agree(f"{KIND}_told", "", lambda *_: [], LINGER)
 
 
 def layer_differences(a: dict[str, Any], b: dict[str, Any], rank: int) -> list[str]:
