@@ -59,3 +59,10 @@ def test_a_rank_that_does_not_answer(pair):
     assert waited.startswith("no answer from rank 1 of 2 within 1 s: the plugin is not loaded there"), waited
     assert late == f"this rank came too late, and has not run: the others gave up with: {waited}"
     assert pair.run(vllm_rank_jobs.load, {0: TAKEN, 1: TAKEN}) == [([4, 4], [])] * 2
+
+
+def test_who_took_no_layer_over_waits_for_nobody(pair):
+    """The twin: others may have no plugin, and need none."""
+    (went_on, first), (_, second) = pair.run(vllm_rank_jobs.late_with_nothing, LEFT[1], 1.0)
+    assert went_on and first == second == []
+    assert pair.run(vllm_rank_jobs.load, {0: TAKEN, 1: TAKEN}) == [([4, 4], [])] * 2
