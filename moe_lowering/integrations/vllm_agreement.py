@@ -16,8 +16,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moe_lowering.agreement import AgreementError
-from moe_lowering.agreement_rounds import Session, group_session
+from moe_lowering.agreement_rounds import AgreementError, Session, group_session
 
 KIND = "vllm_layers"
 ABSENT = "the plugin is not loaded there (VLLM_PLUGINS, or it is not installed), or the model's weights are not"
