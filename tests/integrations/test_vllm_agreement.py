@@ -5,6 +5,8 @@ import rank_jobs
 import vllm_rank_jobs
 from rank_pools import Ranks
 
+from moe_lowering.integrations.vllm_agreement import layer_differences
+
 LAYER = "model.layers.0.mlp.experts"
 WHY = "[vllm.weight_format] the memory format of the experts is nd; accepted: nz"
 TAKEN, LEFT = ("on", {LAYER: ""}), ("on", {LAYER: WHY})
@@ -66,3 +68,12 @@ def test_who_took_no_layer_over_waits_for_nobody(pair):
     (went_on, first), (_, second) = pair.run(vllm_rank_jobs.late_with_nothing, LEFT[1], 1.0)
     assert went_on and first == second == []
     assert pair.run(vllm_rank_jobs.load, {0: TAKEN, 1: TAKEN}) == [([4, 4], [])] * 2
+
+
+@pytest.mark.parametrize(("layers", "counted"), [(3, []), (5, ["and 2 more layers"])])
+def test_many_layers_that_differ_are_counted(layers, counted):
+    taken = {"is_on": True, "layers": {f"{i}": "" for i in range(layers)}}
+    left = {"is_on": True, "layers": dict.fromkeys(taken["layers"], WHY)}
+    state = f"it stays with vllm-ascend's operator, {WHY}; on rank 0 the plugin has taken it over"
+    assert layer_differences(taken, left, 0) == [f"{i}: {state}" for i in range(3)] + counted
+    assert layer_differences(taken, taken, 0) == layer_differences(left, left, 0) == []
