@@ -1,8 +1,8 @@
 """What goes wrong on one rank, for tests: vLLM imports ``Extension`` in each worker (``worker_extension_cls``).
 
-The environment variable ``VLLM_TESTS_FAULT`` says what: ``deployment`` (rank 1 has another HCCL buffer) or ``kill`` (rank 1 is
-killed when it begins to decode). ``own_pass`` is none: somebody else's code gives npugraph_ex a
-pre-pass, beside the plugin's or, with ``own_pass_instead``, instead of it.
+The environment variable ``VLLM_TESTS_FAULT`` says what: ``deployment`` (rank 1 has another HCCL buffer), ``left`` (rank 1 takes
+no layer over) or ``kill`` (rank 1 is killed when it begins to decode). ``own_pass`` is none: somebody else's code gives
+npugraph_ex a pre-pass, beside the plugin's or, with ``own_pass_instead``, instead of it.
 """
 
 import importlib
@@ -32,6 +32,17 @@ def other_deployment(module):
         return deployment.replace(hccl_buffer_mb=100) if _is_faulty() else deployment
 
     module.deployment_of = deployment_of
+
+
+def no_layer(module):
+    original = module.read_layer
+
+    def read_layer(layer, deployment):
+        if _is_faulty():
+            raise module.refuse("fault", "the rank", FAULTY, "another")
+        return original(layer, deployment)
+
+    module.read_layer = read_layer
 
 
 def kill_in_decode(module):
@@ -76,6 +87,7 @@ def count_experts(gm, example_inputs, config):
 
 FAULTS = {
     "deployment": ("moe_lowering.integrations.vllm", other_deployment),
+    "left": ("moe_lowering.integrations.vllm", no_layer),
     "own_pass": ("npugraph_ex", own_pass),
     "own_pass_instead": ("npugraph_ex", own_pass_instead),
     "kill": ("vllm_ascend.worker.model_runner_v1", kill_in_decode),

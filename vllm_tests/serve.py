@@ -139,8 +139,8 @@ def serve_replicas(settings: Settings) -> dict[str, Any]:
     answers = [process.stdout.readline() for process in processes]  # "" of one that ended
     for process in processes:
         process.communicate()  # an engine that has no request left takes part until the last one has answered
-    if any(process.returncode for process in processes):
-        sys.exit("a replica ended with an error")
+    if failed := [str(rank) for rank, process in enumerate(processes) if process.returncode]:
+        sys.exit(f"replicas with an error: {', '.join(failed)}")
     results = [json.loads(answer) for answer in answers]
     order = [request for rank in range(settings.replicas) for request in share_of(settings, rank)]
     found: dict[str, Any] = {}

@@ -6,26 +6,37 @@ import pytest
 
 REQUESTS = 3
 SECONDS = 600  # of an engine that fails, on a busy machine
-TWO = {"ranks": 2, "requests": REQUESTS, "soc": "A2", "fails": True, "timeout": SECONDS}
+EITHER = {"requests": REQUESTS, "soc": "A2", "fails": True, "timeout": SECONDS}
+TWO, ENGINES = {**EITHER, "ranks": 2}, {**EITHER, "replicas": 2}  # of one engine; data parallel
 EXTENSION = {"worker_extension_cls": "faults.Extension"}
+LEFT = "rank 1: model.layers.0.mlp.experts: it stays with vllm-ascend's operator, [vllm.fault]"
 
 
 @pytest.mark.parametrize(
-    ("fault", "plugin", "message"),
+    ("fault", "ranks", "message"),
     [
-        ("deployment", {}, "hccl_buffer_mb"),
-        ("kill", {}, "EngineDeadError"),
+        ("deployment", TWO, "hccl_buffer_mb"),
+        ("kill", TWO, "EngineDeadError"),
+        ("kill", ENGINES, "EngineDeadError"),
+        ("left", ENGINES, LEFT),
     ],
+    ids=["deployment", "kill", "kill_an_engine", "left"],
 )
-def test_one_rank_is_at_fault(served, fault, plugin, message):
+def test_one_rank_is_at_fault(served, fault, ranks, message):
     began = time.monotonic()
-    code, error = served(graphs=True, plugin=plugin, options=EXTENSION, environment={"VLLM_TESTS_FAULT": fault}, **TWO)
+    code, error = served(graphs=True, plugin={}, options=EXTENSION, environment={"VLLM_TESTS_FAULT": fault}, **ranks)
     assert code != 0 and message in error, error[-3000:]
     assert time.monotonic() - began < SECONDS
+    if ranks is ENGINES:
+        assert "replicas with an error: 0, 1" in error, error
+    if fault == "left":  # both engines say it, the one that took no layer over too
+        said = {line.split()[0] for line in error.splitlines() if message in line}
+        assert {"(Worker_DP0_EP0", "(Worker_DP1_EP1"} <= said, error
 
 
-def test_without_a_fault_the_same_engine_serves(served, reference):
-    found = served(graphs=True, plugin={}, options=EXTENSION, **{**TWO, "fails": False})
+@pytest.mark.parametrize("ranks", [TWO, ENGINES], ids=["two", "engines"])
+def test_without_a_fault_the_same_engine_serves(served, reference, ranks):
+    found = served(graphs=True, plugin={}, options=EXTENSION, **{**ranks, "fails": False})
     assert found["tokens"] == reference.tokens[:REQUESTS]
 
 

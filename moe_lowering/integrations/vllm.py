@@ -30,6 +30,7 @@ from moe_lowering import import_hooks
 from moe_lowering.backends.cache_key import cache_digest
 from moe_lowering.backends.npugraph_ex import PRE_PASS, npugraph_ex_options
 from moe_lowering.deployment import Deployment
+from moe_lowering.integrations.vllm_agreement import after_load, compare_layers, ep_group_name
 from moe_lowering.integrations.vllm_data_parallel import RUNNER, pad_tokens
 from moe_lowering.integrations.vllm_deployment import deployment_for_range, deployment_for_weights, deployment_of
 from moe_lowering.integrations.vllm_engine import check_engine
@@ -90,9 +91,15 @@ def _watch_quantised_layers(module: Any) -> None:
 
 
 def _watch_runner(module: Any) -> None:
-    """Let data parallel engines pad alike, where a layer is taken over."""
+    """Let ranks compare what they took over, and data parallel engines pad alike where that is a layer."""
     if not is_watched(module):
+        after_load(module, _compare_layers)
         pad_tokens(module, lambda: "" in _taken.values())
+
+
+def _compare_layers() -> None:
+    is_on = _engine is not None and settings_of(_engine) is not None
+    compare_layers(ep_group_name(), _taken, is_on)
 
 
 def _decide(layer: Any) -> None:

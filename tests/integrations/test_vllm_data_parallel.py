@@ -37,6 +37,9 @@ def test_every_forward_is_padded_where_a_layer_is_taken_over(monkeypatch, taken,
             asked.append(allow_dp_padding)
             return num_tokens
 
+        def load_model(self):
+            pass
+
     module = SimpleNamespace(NPUModelRunner=Runner)
     for _ in range(2):
         vllm._watch_runner(module)
