@@ -46,6 +46,20 @@ def test_a_twin_is_left_alone(name):
         lower(gm, strict=True)
 
 
+@pytest.mark.parametrize(
+    ("twin", "seen"),
+    [
+        ("grouped, relu between", r"split cuts relu \(relu\), which is no product of the experts"),
+        ("batched, relu between", r"split cuts relu \(relu\), which is no product of the experts"),
+        ("grouped, weights twice", r"weighted twice, by arg1_1 and by arg1_1"),
+        ("batched, weights twice", r"weighted twice, by arg1_1 and by arg1_1"),
+    ],
+)
+def test_the_reason_names_what_is_to_be_changed(twin, seen):
+    (found,) = lower(graph_of(TWINS[twin][0])[0]).foreign
+    assert re.search(seen, found.not_raised.seen), found.not_raised
+
+
 def test_the_twins_are_forms_but_for_the_change():
     for layer in (Foreign("grouped_mm", grouped(), NK, nk()), Foreign("gathered_weights", batched(), NK, nk())):
         gm, made = graph_of(layer)

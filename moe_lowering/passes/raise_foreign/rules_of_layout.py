@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument, explicit_arguments
-from moe_lowering.passes.graph.walks import name_of
+from moe_lowering.passes.graph.walks import name_of, source_of
 from moe_lowering.passes.raise_foreign.meanings import (
     Value,
     dim,
@@ -162,9 +162,11 @@ def pieces(reader: Reader, node: Node, index: int) -> Value | None:
 
 def _part(reader: Reader, node: Node, value: Value, at: int, start: int, step: int, size: int) -> Value | None:
     if not isinstance(value.term, (Expert, Part)):
-        source = _source(node)
+        source = source_of(_source(node))
         seen = f"{node.name} cuts {source.name} ({name_of(source)}), which is no product of the experts"
-        return reader.refuse(node, "raise.operation", seen, "gate and up cut from the product, with its biases or without")
+        return reader.refuse(
+            node, "raise.operation", seen, "gate and up cut from the product, with its biases or without"
+        )
     if value.dims[at] != feature(_whole(value.dims, at)):
         return None
     dims = (*value.dims[:at], feature(size), *value.dims[at + 1 :])

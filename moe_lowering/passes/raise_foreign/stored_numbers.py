@@ -1,4 +1,4 @@
-"""Whole numbers that a graph itself holds: literals of a model, such as a table of experts, and its buffers where they are no inputs.
+"""Whole numbers that a graph itself holds: literals of a model, such as a table of experts, and buffers that are no inputs.
 
 They may refuse a layer, never permit one: a buffer may be written before the graph runs.
 """
