@@ -97,7 +97,8 @@ def _require_stored(node: Node, ids: Node, experts: int) -> None:
 
 def _behind_views(node: Node) -> list[Node]:
     """Readers of a node, and of views and copies of it."""
-    readers, pending = [], [node]
+    readers: list[Node] = []
+    pending = [node]
     while pending and len(readers) < _STEPS:
         fresh = [*pending.pop().users]
         readers += fresh

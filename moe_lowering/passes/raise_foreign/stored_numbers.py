@@ -19,7 +19,7 @@ def stored_numbers(node: Node) -> list[int] | None:
     module = node.graph.owning_module
     if node.op != "get_attr" or module is None or not isinstance(node.target, str):
         return None
-    value = module
+    value: object = module
     for name in node.target.split("."):
         value = getattr(value, name, None)
     if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or value.device.type != "cpu":
