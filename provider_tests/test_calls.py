@@ -21,9 +21,9 @@ FORMS = [form for operator in THERE for form in forms.forms(operator)]
 @contextlib.contextmanager
 def watched(operator: str) -> Iterator[dict[str, Any]]:
     """What the wrapper calls the real operator with, by name, and what that returns (``""``)."""
-    module, seen, keep = MODULES[operator], {}, MODULES[operator].provided
+    module, seen, keep = MODULES[operator], {}, MODULES[operator].find_provider_operator
 
-    def provided(name: str) -> tuple[Any, frozenset[str]]:
+    def find_provider_operator(name: str) -> tuple[Any, frozenset[str]]:
         overload, names = keep(name)
 
         def watching(**given: Any) -> Any:
@@ -33,11 +33,11 @@ def watched(operator: str) -> Iterator[dict[str, Any]]:
 
         return watching, names
 
-    module.provided = provided
+    module.find_provider_operator = find_provider_operator
     try:
         yield seen
     finally:
-        module.provided = keep
+        module.find_provider_operator = keep
 
 
 def run(form: Form, arguments: dict[str, Any]) -> tuple[dict[str, Any], tuple[Tensor, Tensor], recorder.Call]:

@@ -44,7 +44,7 @@ LIBRARIES = (
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("runtime.c", "capture.c"))
 HEADER = Path(__file__).with_name("standin.h")
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-shared", "-fPIC", "-O1", "-w")
+FLAGS = ("-shared", "-fPIC", "-O1", "-w", f"-I{HEADER.parent}")
 
 # Only CANN's own names: another undefined symbol means that torch and torch_npu do not match, and the loader must say
 # so; and a stand-in for, say, dlopen (which the wheel leaves unversioned) would shadow the real one.
@@ -168,15 +168,15 @@ def _build(out: Path, package: Path) -> None:
     headers, generated, empty = package / "include/third_party/acl/inc", out / "generated.c", out / "empty.c"
     if not (headers / "acl/acl.h").is_file():
         raise SimulatorError(f"torch_npu in {package} lacks ACL's headers ({headers}); reinstall the torch_npu wheel")
-    objects, own = [out / f"{source.stem}.o" for source in SOURCES], f"-I{HEADER.parent}"
+    objects = [out / f"{source.stem}.o" for source in SOURCES]
     symbols = _undefined_symbols(nm, package)
     for source, compiled in zip(SOURCES, objects, strict=True):
-        run_tool(compiler, "-c", *FLAGS[1:], f"-I{headers}", own, str(source), "-o", str(compiled))
+        run_tool(compiler, "-c", *FLAGS[1:], f"-I{headers}", str(source), "-o", str(compiled))
         symbols -= read_symbols(nm, compiled, "--defined-only")
     generated.write_text(generate_functions(symbols))
     empty.write_text("")
     for name in LIBRARIES:
-        sources = [own, *map(str, objects), str(generated)]
+        sources = [*map(str, objects), str(generated)]
         if name != LIBRARIES[0]:
             sources = ["-Wl,--no-as-needed", f"-L{out}", f"-l{LIBRARIES[0]}", str(empty)]
         run_tool(compiler, *FLAGS, "-o", str(out / f"lib{name}.so"), f"-Wl,-soname,lib{name}.so", *sources)

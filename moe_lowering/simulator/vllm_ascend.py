@@ -83,10 +83,7 @@ def _compile(out: Path, package: Path) -> None:
     generated.write_text(standins.generate_functions(symbols))
     empty.write_text("")
     ours = ("-Wl,--no-as-needed", f"-L{standins.build_libraries()}", f"-l{standins.LIBRARIES[0]}")
-    own = f"-I{standins.HEADER.parent}"
-    standins.run_tool(
-        compiler, *standins.FLAGS, own, "-o", str(out / OPAPI), f"-Wl,-soname,{OPAPI}", str(generated), *ours
-    )
+    standins.run_tool(compiler, *standins.FLAGS, "-o", str(out / OPAPI), f"-Wl,-soname,{OPAPI}", str(generated), *ours)
     readelf = standins.find_tool(("readelf",), "readelf", "binutils")
     needed = set[str]()
     for path in libraries:

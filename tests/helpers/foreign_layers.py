@@ -38,6 +38,12 @@ def gathered(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     return torch.einsum("tkh,tk->th", torch.einsum("tki,tkih->tkh", h, W2[ids]), weights)
 
 
+def normed(x: Tensor, ids: Tensor) -> Tensor:
+    """No pointwise operator between the products."""
+    h = gated(F.layer_norm(torch.einsum("th,tkhi->tki", x, W13[ids]), (2 * INTERMEDIATE,)))
+    return torch.einsum("tki,tkih->tkh", h, W2[ids]).sum(1)
+
+
 def grouped(x: Tensor) -> Tensor:
     _, ids = routed(x)
     offsets = torch.histc(ids.float(), EXPERTS, 0, EXPERTS - 1).cumsum(0).to(torch.int32)
@@ -112,6 +118,7 @@ FOREIGN = {
     "grouped": ("foreign.grouped_mm", grouped, (X,)),
     "gathered": ("foreign.gathered_weights", lambda x: gathered(x, *routed(x)), (X,)),
     "gathered, routed elsewhere": ("foreign.gathered_weights", gathered, (X, _random(TOKENS, TOP_K), IDS)),
+    "gathered, with a norm": ("foreign.gathered_weights", lambda x: normed(x, routed(x)[1]), (X,)),
     "all experts at once": ("foreign.stacked_weights", batched, (X,)),
     "with a capacity": ("foreign.stacked_weights", capacity, (X,)),
     "a column per expert": ("foreign.expert_loop", columns, (X,)),
@@ -149,6 +156,14 @@ def paged(q: Tensor, table: Tensor) -> Tensor:
 def chosen_keys(q: Tensor) -> Tensor:
     ids = (q @ W2.mean(1).t()).topk(2)[1]
     return attention(q[:, None, :], W2[ids].flatten(1, 2), W2[ids].flatten(1, 2))
+
+
+def capped_scores(q: Tensor) -> Tensor:
+    """An activation before the softmax."""
+    ids = (q @ W2.mean(1).t()).topk(2)[1]
+    keys, values = (W2[ids].flatten(1, 2) for _ in range(2))
+    scores = torch.tanh(torch.bmm(q[:, None], keys.transpose(1, 2)) / 30) * 30
+    return torch.bmm(scores.softmax(-1), values)
 
 
 def block_diagonal(x: Tensor) -> Tensor:
@@ -199,6 +214,8 @@ NO_MOE = {
     "attention": (attention, (W2, W2, W2)),
     "paged attention": (paged, (X, IDS)),
     "attention to chosen keys": (chosen_keys, (X,)),
+    "attention to chosen keys, capped": (capped_scores, (X,)),
+    "adapters with a norm, of given ids": (normed, (X, IDS)),
     "block-diagonal weights": (block_diagonal, (X,)),
     "classifier": (classifier, (X,)),
     "states of a recurrent layer": (recurrent, (X, torch.arange(6), _random(9, HIDDEN, 4), _random(9, 16, 8))),

@@ -248,6 +248,16 @@ def by_map_and_ids(layer: Gathered, weights: Tensor, ids: Tensor) -> Routed:
     return weights * ((ids == 1) | (ids == 3)), layer.map[ids]
 
 
+def by_literal(*numbers: int) -> Callable[[Gathered, Tensor, Tensor], Routed]:
+    """Another number for each expert, by a table that the model writes."""
+    return lambda layer, weights, ids: (weights, torch.tensor(numbers)[ids])
+
+
+def of_literal(*pair: int) -> Callable[[Gathered, Tensor, Tensor], Routed]:
+    """The same experts for each token."""
+    return lambda layer, weights, ids: (weights, torch.tensor([pair] * 6))
+
+
 def with_padding(layer: Gathered, weights: Tensor, ids: Tensor) -> Routed:
     """Ids from outside, -1 of tokens that are none."""
     return torch.where(layer.given > -1, weights, 0.0), layer.given
@@ -307,6 +317,17 @@ OTHER_STYLES: dict[str, tuple[Callable[[], Style], str]] = {
     "a map that nothing tests, k = 1": (lambda: Gathered(by_map_and_ids, top_k=1), "raise.expert_map"),
     "a map, compared with -1": (lambda: Gathered(by_map_without, experts=4), "raise.expert_map"),
     "a map of ids from outside": (lambda: Gathered(by_map_of_given), "raise.expert_map"),
+    "a literal table": (lambda: Gathered(by_literal(2, 0, 3, 1), experts=4), ""),
+    "a literal table, one expert twice": (lambda: Gathered(by_literal(2, 0, 2, 1), experts=4), "raise.expert_map"),
+    "a literal table, one expert twice, k = 1": (lambda: Gathered(by_literal(2, 0, 2, 1), top_k=1, experts=4), ""),
+    "a literal table, from the end": (lambda: Gathered(by_literal(2, -1, 0, 1), experts=4), "raise.expert_map"),
+    "a literal table, from the end, k = 1": (
+        lambda: Gathered(by_literal(2, -1, 0, 1), top_k=1, experts=4),
+        "raise.expert_map",
+    ),
+    "literal ids": (lambda: Gathered(of_literal(3, 1), experts=4), ""),
+    "literal ids, from the end": (lambda: Gathered(of_literal(-1, 1), experts=4), "raise.ids_range"),
+    "literal ids, one twice": (lambda: Gathered(of_literal(1, 1), experts=4), "raise.ids_range"),
     "ids with padding": (lambda: Gathered(with_padding, experts=4), "raise.ids_range"),
     "ids past the experts, below": (lambda: Padded(lambda ids: ids < EXPERTS), "raise.ids_range"),
     "ids past the experts, at most": (lambda: Padded(lambda ids: ids <= EXPERTS - 1), "raise.ids_range"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from foreign_forms import FORMS, NK, Foreign, nk
-from foreign_twins import TWINS, batched, grouped
+import torch
+from foreign_forms import EXPERTS, FLOAT, FORMS, NK, Foreign, nk
+from foreign_twins import TWINS, batched, grouped, scores
 from raise_graphs import graph_of, lines, lower, run
 from reference import assert_near
 
@@ -46,12 +47,51 @@ def test_a_twin_is_left_alone(name):
         lower(gm, strict=True)
 
 
+@pytest.mark.parametrize(
+    ("twin", "seen"),
+    [
+        ("grouped, relu between", r"split cuts relu \(relu\), which is no product of the experts"),
+        ("batched, relu between", r"split cuts relu \(relu\), which is no product of the experts"),
+        ("grouped, weights twice", r"weighted twice, by arg1_1 and by arg1_1"),
+        ("batched, weights twice", r"weighted twice, by arg1_1 and by arg1_1"),
+    ],
+)
+def test_the_reason_names_what_is_to_be_changed(twin, seen):
+    (found,) = lower(graph_of(TWINS[twin][0])[0]).foreign
+    assert re.search(seen, found.not_raised.seen), found.not_raised
+
+
 def test_the_twins_are_forms_but_for_the_change():
     for layer in (Foreign("grouped_mm", grouped(), NK, nk()), Foreign("gathered_weights", batched(), NK, nk())):
         gm, made = graph_of(layer)
         (block,) = lower(gm, strict=True).blocks
         assert block.raised_from == layer.form
         assert_near(run(gm, made), layer.reference(made), layer.dtype)
+
+
+def more_experts(forward, weighs_them=False):
+    """Ids are chosen among twice as many experts as there are weights; the others give nothing, as zero experts do."""
+
+    def chosen(x, weights, ids, **t):
+        weights, ids = torch.cat([scores(ids), 0.5 + scores(ids).flip(-1)], -1).topk(ids.shape[1])
+        return forward(x, weights if weighs_them else torch.where(ids < EXPERTS, weights, 0.0), ids, **t)
+
+    return chosen
+
+
+@pytest.mark.parametrize("weighs_them", [False, True])
+@pytest.mark.parametrize("way", ["grouped", "gathered"])
+def test_rows_that_are_not_counted_are_not_those_of_other_ranks(way, weighs_them):
+    """The twin, matrices gathered by such ids, is what experts that were cut apart trace to: alone it does not run."""
+    layer = Foreign("", more_experts({"grouped": grouped(), "gathered": batched()}[way], weighs_them), NK, nk(), FLOAT)
+    gm, made = graph_of(layer)
+    report = lower(gm, deployment=Deployment(ep_size=2, ep_rank=0, ep_group="0"))
+    if way == "gathered":
+        assert [block.comm for block in report.blocks] == ["allgather"]
+        return
+    (found,) = report.foreign
+    assert not report.blocks and found.not_raised.code == "raise.ids_range", found
+    assert torch.equal(run(gm, made), layer.function(**made))
 
 
 def test_two_gathers_by_other_ids_are_no_layer():

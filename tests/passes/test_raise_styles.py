@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from foreign_other_styles import OTHER_STYLES, Counted
+from foreign_other_styles import OTHER_STYLES, Counted, Gathered, by_map
 from foreign_styles import STYLES
+from raise_graphs import lower, run
 from reference import relative_error
+from trace_ways import trace_by
 
 from moe_lowering import Deployment, MoeLowering, testing
 from moe_lowering.backends.aot import lowering_backend
@@ -48,3 +50,16 @@ def test_what_is_counted_of_ids_beside_a_layer_keeps_it_from_nothing():
         lowered, counted = torch.compile(layer, backend=lowering_backend(lowering), fullgraph=True)(x)
         assert [block.comm for block in lowering.reports[0].blocks] == ["allgather"] and counted == 12
         assert relative_error(lowered, layer(x)[0]) < 2e-2
+
+
+@pytest.mark.parametrize(("numbers", "code"), [((2, 0, 3, 1), ""), ((2, -1, 0, 1), "raise.expert_map")])
+def test_a_table_that_is_no_input_of_the_graph_is_read(numbers, code):
+    """As make_fx has buffers; AOTAutograd makes inputs of them, of which it is taken for granted that they place experts."""
+    layer = Gathered(by_map, experts=4)
+    layer.own, table = (lambda _, weights, ids: (weights, table[ids])), torch.tensor(numbers)
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    gm = trace_by("make_fx", layer, {"x": x})
+    report = lower(gm, deployment=Deployment(soc="A3", installed=()))
+    assert [block.comm for block in report.blocks] == ([] if code else ["allgather"])
+    assert [each.not_raised.code for each in report.foreign] == ([code] if code else [])
+    assert relative_error(run(gm, {"x": x}), layer(x)) < 2e-2

@@ -23,12 +23,12 @@ from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.leftovers import foreign_operators as operators
 from moe_lowering.passes.leftovers.foreign_aten import (
     expert_loops,
-    gathered_weights,
     reaches,
     routing_alone,
     stacked_results,
     stacked_weights,
 )
+from moe_lowering.passes.leftovers.gathered_weights import gathered_weights
 from moe_lowering.passes.leftovers.graph_calls import GraphCalls
 from moe_lowering.passes.verifier import is_generic
 from moe_lowering.report.leftovers import ForeignMoe, NotRaised

@@ -6,7 +6,8 @@ keys), samplers, LoRA and block-diagonal layers are not taken for one:
 
 - gathered weights: two stacked weights are indexed by the same ids, and a product with one goes through an activation into
   a product with the other. (LoRA has no activation there, chosen keys and values a softmax; what is written at these ids, as
-  the states of a recurrent layer are, is no weight.)
+  the states of a recurrent layer are, is no weight.) Between them stand pointwise operators; any but a softmax or another
+  product where the ids are a choice among as many as there are weights.
 - stacked weights: two batched products with stored 3-D weights and an activation between, of rows that a routing has put
   there or weighted. (Absorbed MLA weights have attention between them; other block-diagonal layers no routing.)
 - a loop over experts: ids, or a matrix made from them by scatter, one_hot or a comparison, are taken apart expert by
@@ -22,8 +23,7 @@ Cost: the graph's index by target; nothing is walked without a gathered or batch
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,98 +35,19 @@ from moe_lowering.passes.graph.walks import (
     CHOICES,
     MATMULS,
     ONE_HOT,
-    POINTWISE,
     PRODUCTS,
     SPREADS,
     VIEWS,
-    WRITES,
     Walk,
     depends_on,
-    is_activation,
     name_of,
     shape_of,
     source_of,
     walk_readers,
 )
 from moe_lowering.passes.leftovers.foreign_operators import ROUTER, kind_of
+from moe_lowering.passes.leftovers.gathered_weights import behind_activation
 from moe_lowering.passes.leftovers.graph_calls import GraphCalls
-
-# ------------------------------------------------------------------------------------------------------ gathered weights
-
-
-def gathered_weights(calls: GraphCalls) -> list[Node]:
-    """Gathers of stacked weights by the ids of experts."""
-    by_ids: dict[Any, list[Node]] = defaultdict(list)
-    for node in calls.named("index", "index_select"):
-        ids = _gathers_rows(node)
-        if ids is not None and not _is_written_at(node.args[0], source_of(ids)):
-            by_ids[source_of(ids)].append(node)
-    matches: set[Node] = set()
-    for gathers in by_ids.values():
-        if len(gathers) > 1:
-            products = {gather: set(_products(gather)) for gather in gathers}
-            for first, second in ((a, b) for a in gathers for b in gathers if a is not b):
-                if _behind_activation(products[first], products[second]):
-                    matches |= {first, second}
-    return list(matches)
-
-
-def _gathers_rows(node: Node) -> Node | None:
-    """The ids of a gather along the first axis of something with three axes or more; None of another one."""
-    shape = shape_of(node.args[0])
-    if shape is not None and len(shape) < 3:
-        return None
-    if name_of(node) == "index_select":
-        dim, ids = node.args[1:3]
-        return ids if dim == 0 and isinstance(ids, Node) else None
-    indices = node.args[1]
-    if not isinstance(indices, (list, tuple)) or len(indices) != 1 or not isinstance(indices[0], Node):
-        return None
-    value = indices[0].meta.get("val")
-    return None if isinstance(value, torch.Tensor) and value.dtype is torch.bool else indices[0]
-
-
-def _is_written_at(stacked: Any, ids: Node) -> bool:
-    """Whether something stacked gets new rows at ``ids``, as states of recurrent layers do and weights do not."""
-    stored = source_of(stacked)
-
-    def writes(node: Node) -> bool:
-        if not any(word in name_of(node) for word in WRITES) or source_of(node.args[0]) is not stored:
-            return False
-        return any(source_of(source) is ids for source in node.all_input_nodes)
-
-    return any(walk_readers([stored], _is_view, writes))
-
-
-def _products(weight: Node) -> Iterator[Node]:
-    """Products that a weight goes into, also one that is written as mul and sum."""
-    through = VIEWS | POINTWISE
-    return walk_readers(
-        [weight], lambda node: name_of(node) in through, lambda node: name_of(node) in MATMULS or name_of(node) == "sum"
-    )
-
-
-def _behind_activation(products: set[Node], among: Container[Node]) -> list[Node]:
-    """Nodes of ``among`` that one of ``products`` goes into through an activation, and nothing but pointwise operators."""
-
-    def onward(node: Node) -> bool:
-        return node not in among and _is_pointwise(node)
-
-    activations = list(walk_readers(list(products), _is_pointwise, _activates))
-    return list(walk_readers(activations, onward, among.__contains__)) if activations else []
-
-
-def _activates(node: Node) -> bool:
-    """An activation, or the exponential of one; of a softmax the exponentials are summed."""
-    if name_of(node) == "exp":
-        return not any(name_of(user) == "sum" for user in node.users)
-    return is_activation(name_of(node))
-
-
-def _is_pointwise(node: Node) -> bool:
-    name = name_of(node).removesuffix("_")  # also in place
-    return name in VIEWS or name in POINTWISE or is_activation(name)
-
 
 # ------------------------------------------------------------------------------------------------------- stacked weights
 
@@ -138,7 +59,7 @@ def stacked_weights(calls: GraphCalls) -> list[Node]:
     stored = {node: experts for node in calls.named(*PRODUCTS) if (experts := _experts_of(node))}
     matches: set[Node] = set()
     for first, experts in stored.items():
-        for second in _behind_activation({first}, stored):
+        for second in behind_activation({first}, stored):
             if experts & stored[second] and _is_routed(first, second):
                 matches |= {first, second}
     return list(matches)

@@ -9,6 +9,7 @@ placement (``log2phy``) does, unless the graph shows that it cannot:
   asserted beside the layer says nothing.
 
 Not all ways to tell them are known: comparisons with numbers and filled tensors are, behind sums with numbers.
+What is stored in the graph itself, a literal of the model, is read (``stored_numbers``).
 A model with such ids is right, as it drops or masks what they give. ``dispatch`` takes experts only, and would not be.
 """
 
@@ -26,6 +27,7 @@ from moe_lowering.passes.graph.walks import VIEWS, shape_of, source_of, split_wo
 from moe_lowering.passes.raise_foreign.ids_range import made_from, out_of_range
 from moe_lowering.passes.raise_foreign.meanings import sizes
 from moe_lowering.passes.raise_foreign.records import NotThisForm
+from moe_lowering.passes.raise_foreign.stored_numbers import stored_numbers
 
 _LOOK_UPS = split_words("index index_select gather embedding")
 _ABOVE = split_words("ge lt")  # tell numbers from a bound on
@@ -52,6 +54,7 @@ def require_experts(ids: Node, experts: int, result: Node) -> None:
         return
     several = sizes(ids)[-1] != 1
     for node in sources:
+        _require_stored(node, ids, experts)
         table, index = _look_up(node)
         test = _tested(node, experts, result)
         if table is not None and test is not None:
@@ -67,6 +70,41 @@ def require_experts(ids: Node, experts: int, result: Node) -> None:
                 node, "raise.ids_range", f"ids of which {test.name} ({call_name(test)}) tells those that are no expert",
                 "ids that are all experts",
             )  # fmt: skip
+
+
+def _require_stored(node: Node, ids: Node, experts: int) -> None:
+    """Numbers that a graph holds, a table or ids: experts from 0 on, and for several of a token each once.
+
+    A number below zero counts from the last expert where matrices are indexed by it, and names none for ``dispatch``.
+    """
+    numbers = stored_numbers(node)
+    if numbers is None or not numbers:
+        return
+    is_table = any(_look_up(user)[0] is node for user in _behind_views(node))
+    top_k = sizes(ids)[-1]
+    line = len(numbers) if is_table else top_k
+    lines = [numbers[at : at + line] for at in range(0, len(numbers), line)] if isinstance(line, int) else []
+    none = next((number for number in numbers if not 0 <= number < experts), None)
+    twice = next((n for each in lines if top_k != 1 for n in each if each.count(n) > 1), None)
+    if none is None and twice is None:
+        return
+    what = f"{none}, which is no expert of {experts}" if none is not None else f"expert {twice} twice"
+    raise NotThisForm(
+        node, "raise.expert_map" if is_table else "raise.ids_range",
+        f"{node.name}, which ids are {'looked up in' if is_table else 'taken from'} and the graph holds, has {what}",
+        f"numbers from 0 to {experts - 1} (of the last expert {experts - 1}, not -1), each once for a token",
+    )  # fmt: skip
+
+
+def _behind_views(node: Node) -> list[Node]:
+    """Readers of a node, and of views and copies of it."""
+    readers: list[Node] = []
+    pending = [node]
+    while pending and len(readers) < _STEPS:
+        fresh = [*pending.pop().users]
+        readers += fresh
+        pending += [user for user in fresh if stock_name_of(user) in VIEWS]
+    return readers
 
 
 def reason_of_map(of_ids: Node | None) -> NotThisForm | None:

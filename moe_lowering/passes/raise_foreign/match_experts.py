@@ -59,29 +59,36 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def match_experts(
-    form: str, graph: Graph, products: Sequence[Node], deployment: Deployment, of_ids: Node | None, shares: bool = False
-) -> ForeignBlock:
+    form: str, graph: Graph, products: Sequence[Node], deployment: Deployment, of_ids: Node | None, shares: bool = False,
+    spreads: bool = False,
+) -> ForeignBlock:  # fmt: skip
     """The layer that ``products``, all matrix products of its experts, belong to.
-
-    Where ids are chosen among exactly as many experts as all ranks of the deployment hold together, and the weights are
-    one rank's, as ``shard_experts`` cuts them, the layer is spread over the ranks of the deployment.
 
     Args:
         of_ids: a node that is computed from the ids alone.
         shares: another layer has the same ids: what is computed from them, and from x, in front of the products may be read by
             it too, and stays as long as it is.
+        spreads: where ids are chosen among exactly as many experts as all ranks of the deployment hold together, and the weights
+            are one rank's, as ``shard_experts`` cuts them, the layer is over the ranks of the deployment. Not for rows that are
+            counted: there a count of fewer experts than ids name is another layer, whose other rows are nobody's.
 
     Raises:
         NotThisForm: it is not proven to be one.
     """
     try:
-        return _match_experts(form, graph, products, deployment, of_ids, shares)
+        return _match_experts(form, graph, products, deployment, of_ids, shares, spreads)
     except NotThisForm as reason:
         raise reason_of_map(of_ids) or reason_of_rows(of_ids, products) or reason from None
 
 
 def _match_experts(
-    form: str, graph: Graph, products: Sequence[Node], deployment: Deployment, of_ids: Node | None, shares: bool
+    form: str,
+    graph: Graph,
+    products: Sequence[Node],
+    deployment: Deployment,
+    of_ids: Node | None,
+    shares: bool,
+    spreads: bool,
 ) -> ForeignBlock:
     facts = facts_of(graph)
     reader = Reader(products)
@@ -97,7 +104,7 @@ def _match_experts(
     if missing:
         raise NotThisForm(missing[0], "raise.incomplete", f"{missing[0].name} is no part of the result", "all products")
     shared = over_shared_tokens(block, deployment)
-    block, beside = shared or (_over_ranks(block, deployment), ())
+    block, beside = shared or (_over_ranks(block, deployment, spreads), ())
     result = block.result
     inside = region_of(own.result, block.operands, lambda node: _is_outside(reader, node))
     region = sorted({*inside, *beside, result})
@@ -112,14 +119,14 @@ def _match_experts(
     return dataclasses.replace(block, interior=interior, shared=tuple(sorted({*region} - {*interior})))
 
 
-def _over_ranks(block: ForeignBlock, deployment: Deployment) -> ForeignBlock:
-    """The block with all experts that its ids name, on this rank or on those of the deployment."""
+def _over_ranks(block: ForeignBlock, deployment: Deployment, spreads: bool) -> ForeignBlock:
+    """The block with all experts that its ids name, on this rank or, where it ``spreads``, on those of the deployment."""
     require_experts(block.ids, block.num_experts, block.result)
     node = out_of_range(block.ids, block.num_experts)
     if node is None:
         return block
     everywhere = block.num_experts * deployment.ep_size
-    alike = deployment.ep_size > 1 and not deployment.shared_expert_ranks
+    alike = spreads and deployment.ep_size > 1 and not deployment.shared_expert_ranks
     if alike and out_of_range(block.ids, everywhere) is None and out_of_range(block.ids, everywhere - 1) is not None:
         places = {name: getattr(deployment, name) for name in ("ep_group", "ep_size", "tp_group", "tp_size")}
         return dataclasses.replace(block, num_experts=everywhere, **places)

@@ -73,7 +73,7 @@ def match(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignB
     ids = source_of(_ids(anchors[0]))
     every = graph.find_nodes(op="call_function", target=anchors[0].target)
     shares = any(node not in anchors and source_of(_ids(node)) is ids and _products(node) for node in every)
-    return match_experts(NAME, graph, products, deployment, _ids(anchors[0]), shares)
+    return match_experts(NAME, graph, products, deployment, _ids(anchors[0]), shares, spreads=True)
 
 
 FORM = Form(NAME, ("aten.index.Tensor", "aten.index_select.default"), by_ids, match)

@@ -199,14 +199,15 @@ class Reader:
 
     def reason(self, node: Node) -> NotThisForm:
         """Why a node that should have a meaning has none."""
-        of_item = self.reasons.get(node.args[0]) if node.target is operator.getitem else None  # type: ignore[arg-type]
+        called = node.args[0] if node.target is operator.getitem else node
+        assert isinstance(called, Node)
         return (
             self.reasons.get(node)
-            or of_item
+            or self.reasons.get(called)
             or NotThisForm(
                 node,
                 "raise.operation",
-                f"{call_name(node)} of what the experts compute",
+                f"{call_name(called)} of what the experts compute",
                 "views, casts, biases of the experts, an activation that grouped_mlp has, routing weights, and the sum over "
                 "the choices of a token",
             )

@@ -200,7 +200,10 @@ def multiplied(reader: Reader, node: Node) -> Value | None:
             return None
         if isinstance(rows, Weighted):
             return reader.refuse(
-                node, "raise.weights_twice", "rows that are weighted twice", "one weight for each slot"
+                node,
+                "raise.weights_twice",
+                f"rows that are weighted twice, by {rows.weights.node.name} and by {weights.node.name}",
+                "one weight for each slot: what else scales the rows of an expert, as a factor of its w2",
             )
         return Value(dims, Weighted(rows, weights))
     return Value(dims, times(1.0, a, b))

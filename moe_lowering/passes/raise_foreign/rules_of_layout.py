@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument, explicit_arguments
+from moe_lowering.passes.graph.walks import name_of, source_of
 from moe_lowering.passes.raise_foreign.meanings import (
     Value,
     dim,
@@ -141,7 +142,7 @@ def columns(reader: Reader, node: Node) -> Value | None:
     term = value.term
     if isinstance(term, (Counts, Ends)) and count == 1 and (span.start, span.step) == (0, 1) and len(span):
         return Value((feature(len(span)),), type(term)(term.ids, len(span)))  # without a last bin for ids of others
-    return None if value.is_opaque else _part(value, at, span.start, span.step, len(span))
+    return None if value.is_opaque else _part(reader, node, value, at, span.start, span.step, len(span))
 
 
 @item_rule("split", "split_with_sizes", "chunk")
@@ -156,11 +157,17 @@ def pieces(reader: Reader, node: Node, index: int) -> Value | None:
     if not all(isinstance(n, int) for n in widths):
         return None
     index %= len(widths)
-    return _part(value, at, sum(widths[:index]), 1, widths[index])
+    return _part(reader, node, value, at, sum(widths[:index]), 1, widths[index])
 
 
-def _part(value: Value, at: int, start: int, step: int, size: int) -> Value | None:
-    if not isinstance(value.term, (Expert, Part)) or value.dims[at] != feature(_whole(value.dims, at)):
+def _part(reader: Reader, node: Node, value: Value, at: int, start: int, step: int, size: int) -> Value | None:
+    if not isinstance(value.term, (Expert, Part)):
+        source = source_of(_source(node))
+        seen = f"{node.name} cuts {source.name} ({name_of(source)}), which is no product of the experts"
+        return reader.refuse(
+            node, "raise.operation", seen, "gate and up cut from the product, with its biases or without"
+        )
+    if value.dims[at] != feature(_whole(value.dims, at)):
         return None
     dims = (*value.dims[:at], feature(size), *value.dims[at + 1 :])
     term = value.term
