@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -84,6 +85,16 @@ def interruptible() -> Iterator[None]:
         handlers.remove()
 
 
+@contextlib.contextmanager
+def blocked(*numbers: int) -> Iterator[None]:
+    """Inside, these signals wait in this thread, and in what it starts for good; they come at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Handlers:
     """Handlers of both signals, and a guard before ``signal.signal``."""
 
@@ -93,6 +104,7 @@ class _Handlers:
         self._watched: weakref.ref[BaseException] | None = None
         self._later: dict[int, Any] = {}  # what is installed at the end
         self._signal = signal.signal
+        self._unraisable = sys.unraisablehook
 
     def install(self) -> None:
         for number in ERRORS:
@@ -101,9 +113,11 @@ class _Handlers:
                 self._later[number] = handler
                 self._signal(number, self._interrupt)
         _module.signal = self._guarded
+        sys.unraisablehook = self._ignored
 
     def remove(self) -> None:
         _module.signal = self._signal
+        sys.unraisablehook = self._unraisable
         for number, handler in self._later.items():
             signal.signal(number, handler)
 
@@ -141,6 +155,12 @@ class _Handlers:
         error = ERRORS[number]()
         self._watched = weakref.ref(error, self._swallowed)
         return error
+
+    def _ignored(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """``sys.unraisablehook``: silent about our own error, which comes again, within ``__del__`` or a weak reference's
+        callback."""
+        if not isinstance(unraisable.exc_value, (Interrupted, Terminated)):
+            self._unraisable(unraisable)
 
     def _swallowed(self, reference: object) -> None:
         if _active is self:

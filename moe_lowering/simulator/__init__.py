@@ -24,6 +24,7 @@ import threading
 from collections.abc import Iterator
 
 from moe_lowering import _bootstrap, _versions
+from moe_lowering.interrupts import ERRORS, blocked
 from moe_lowering.simulator import standins, state
 from moe_lowering.simulator.standins import SimulatorError
 from moe_lowering.simulator.state import is_enabled, soc
@@ -150,7 +151,8 @@ def _set_environment() -> None:
 def _import_torch_npu() -> None:
     global _import_error
     try:
-        with without_noise():
+        # an error that a signal raises within the import of torch_npu._C aborts the process (std::terminate)
+        with blocked(*ERRORS), without_noise():
             importlib.import_module("torch_npu")
     except Exception as error:
         # A second try can succeed (a missing package) or trip over what the first one registered: keep the first cause.

@@ -15,20 +15,19 @@ import os
 import pickle
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
 from moe_lowering.argument_checks import require_choice, require_integer, require_seconds
-from moe_lowering.interrupts import Terminated, exit_code, interruptible
+from moe_lowering.interrupts import Terminated, blocked, interruptible
 
 START_TIMEOUT = 120.0
 END_TIMEOUT = 2.0  # seconds for all ranks to end when they are told to
@@ -84,7 +83,9 @@ class Ranks:
                 job = (rank, size, str(Path(folder) / "store"), setup, collective_timeout, child_pipe)
                 process = context.Process(target=_serve, args=(dict(os.environ), *job), daemon=True)
                 self._pipes.append(pipe)
-                process.start()
+                # a forkserver's answer can take the seconds of its imports: Ctrl-C is heard meanwhile
+                with _sigint_blocked() if context.get_start_method() == "spawn" else contextlib.nullcontext():
+                    process.start()
                 self._processes.append(process)
                 child_pipe.close()
             self._collect(START_TIMEOUT)
@@ -206,10 +207,18 @@ def _start_context(start_method: StartMethod) -> Any:
     if start_method == "forkserver":
         mp.set_forkserver_preload(PRELOAD)
         try:
-            forkserver.ensure_running()
+            with _sigint_blocked():
+                forkserver.ensure_running()
         except OSError:  # TMPDIR is too long for the path of a socket: as slow as "spawn", and right
             return mp.get_context("spawn")
     return mp.get_context(start_method)
+
+
+def _sigint_blocked() -> contextlib.AbstractContextManager[None]:
+    """What is started inside hears no SIGINT, from its first line on: a terminal sends it to every process, and each would
+    print where it was."""
+    resource_tracker.ensure_running()  # would unblock it as it starts
+    return blocked(signal.SIGINT)
 
 
 def describe(error: BaseException) -> str:
@@ -236,19 +245,19 @@ def _one_line(error: BaseException) -> str:
 
 
 def _serve(environment: dict[str, str], *arguments: Any) -> None:
-    """One rank. SIGINT and SIGTERM end it, whatever it runs."""
+    """One rank. SIGTERM ends it, whatever it runs. SIGINT is for the process that made it, which ends it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a forkserver of somebody else's has it unblocked
     os.environ.clear()  # a forkserver's is what it was when the first pool was made
     os.environ.update(environment)
-    try:
-        with interruptible():
-            _answer_jobs(*arguments)
-    except KeyboardInterrupt:
-        sys.exit(exit_code(signal.SIGINT))  # without a traceback: a terminal sends it to every rank
+    with interruptible():
+        _answer_jobs(*arguments)
 
 
 def _answer_jobs(
     rank: int, size: int, store: str, setup: Callable[[], object] | None, collective_timeout: float, pipe: Connection
 ) -> None:
+    if pipe.poll():  # nothing is sent before all ranks are up: the pool was given up as this rank was forked
+        return
     try:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if setup is not None:

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from moe_lowering import interrupts
+from moe_lowering import interrupts, simulator
 from moe_lowering.interrupts import interruptible
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "helpers" / "interrupt_process.py"
@@ -93,6 +93,33 @@ def test_a_command_on_ranks(folder, number, to_all):
     finally:
         if process.poll() is None or session(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_ctrl_c_while_the_ranks_are_started(tmp_path):
+    """The process that forks them imports for seconds: it prints nothing, and ends after the command."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        process = start(pathlib.Path(short), "command", "lower", "moe", "--ep", str(RANKS))
+        try:
+            while not any("forkserver" in command_line(found) for found in session(process.pid)):
+                assert process.poll() is None
+                time.sleep(0.05)
+            time.sleep(0.3)  # within its imports
+            os.killpg(process.pid, signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+            assert (process.returncode, err) == (130, "moe-lowering: ended by SIGINT\n")
+            deadline = time.monotonic() + 30
+            while session(process.pid) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert session(process.pid) == []
+        finally:
+            if process.poll() is None or session(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def command_line(number):
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        return pathlib.Path(f"/proc/{number}/cmdline").read_text()
+    return ""
 
 
 # The context manager itself
@@ -219,6 +246,41 @@ def test_what_was_swallowed_comes_again_until_it_is_not(number):
 
 
 @pytest.mark.parametrize("number", interrupts.ERRORS)
+def test_what_del_swallows_is_not_printed(number, monkeypatch):
+    class Dying:
+        def __init__(self, deed):
+            self.deed = deed
+
+        def __del__(self):
+            self.deed()
+
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: printed.append(unraisable.exc_type))
+    ours = sys.unraisablehook
+    with pytest.raises(ENDS[number]), interruptible():
+        Dying(lambda: 1 / 0)
+        Dying(lambda: os.kill(os.getpid(), number))
+        time.sleep(10)
+    assert printed == [ZeroDivisionError] and sys.unraisablehook is ours
+
+
+@pytest.mark.parametrize("number", interrupts.ERRORS)
+def test_the_import_of_torch_npu_is_not_interrupted(number, monkeypatch):
+    """An error within its library's first call aborts the process."""
+    imported = []
+
+    def import_module(name):
+        os.kill(os.getpid(), number)
+        time.sleep(0)
+        imported.append(name)
+
+    monkeypatch.setattr(simulator.importlib, "import_module", import_module)
+    with pytest.raises(ENDS[number]), interruptible():
+        simulator._import_torch_npu()
+    assert imported == ["torch_npu"] and not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(interrupts.ERRORS)
+
+
+@pytest.mark.parametrize("number", interrupts.ERRORS)
 def test_cleaning_up_is_not_interrupted(number):
     clean = False
     with pytest.raises(ENDS[number]), interruptible():
@@ -241,7 +303,7 @@ def test_a_second_signal(number, seconds):
     """The same one again, as timeout(1) sends it, lets the first clean up; a later one ends the process at once."""
     script = f"""
 import os, signal
-from moe_lowering import interrupts
+from moe_lowering import interrupts, simulator
 signal.signal(signal.SIGINT, signal.default_int_handler)
 interrupts.SAME = {seconds}
 try:
