@@ -12,13 +12,13 @@ from pathlib import Path
 
 import moe_lowering  # before torch, where torch_npu is installed without CANN
 
-parser = argparse.ArgumentParser(description=__doc__)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("device", nargs="?", choices=("cpu", "npu"), default="cpu")
 parser.add_argument("folder", nargs="?", help="of a checkpoint in 16 bit; a small one is made without it")
 arguments = parser.parse_args()
 device = arguments.device
 if "RANK" not in os.environ:
-    parser.error("it is started by torchrun, which makes the ranks: see --help")
+    parser.error("it is started by torchrun, which makes the ranks: torchrun --nproc-per-node 2 examples/checkpoint.py")
 if arguments.folder and not Path(arguments.folder).is_dir():
     parser.error(f"{arguments.folder} is no folder; a checkpoint has to be downloaded first")
 if device == "cpu":
@@ -34,7 +34,10 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 register()
 if device == "npu" and not hasattr(torch, "npu"):
-    parser.error("npu needs torch_npu and CANN; without that word it runs on the simulator")
+    parser.error(
+        "npu: torch_npu is not loaded (under `moe-lowering simulate` set TORCH_DEVICE_BACKEND_AUTOLOAD=1); "
+        "without that word it runs on the simulator"
+    )
 if device == "npu":
     torch.npu.set_device(int(os.environ["LOCAL_RANK"]))
 dist.init_process_group("gloo" if device == "cpu" else "hccl")

@@ -8,11 +8,11 @@ import os
 
 import moe_lowering  # before torch, where torch_npu is installed without CANN
 
-parser = argparse.ArgumentParser(description=__doc__)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("device", nargs="?", choices=("cpu", "npu"), default="cpu")
 device = parser.parse_args().device
 if "RANK" not in os.environ:
-    parser.error("it is started by torchrun, which makes the ranks: see --help")
+    parser.error("it is started by torchrun, which makes the ranks: torchrun --nproc-per-node 2 examples/own_model.py")
 if device == "cpu":
     moe_lowering.simulator.enable("A3")  # the line that a machine with NPUs does without
 
@@ -21,7 +21,10 @@ import torch.distributed as dist
 from torch import nn
 
 if device == "npu" and not hasattr(torch, "npu"):
-    parser.error("npu needs torch_npu and CANN; without that word it runs on the simulator")
+    parser.error(
+        "npu: torch_npu is not loaded (under `moe-lowering simulate` set TORCH_DEVICE_BACKEND_AUTOLOAD=1); "
+        "without that word it runs on the simulator"
+    )
 if device == "npu":
     torch.npu.set_device(int(os.environ["LOCAL_RANK"]))
 dist.init_process_group("gloo" if device == "cpu" else "hccl")

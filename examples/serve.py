@@ -13,7 +13,10 @@ if device == "cpu":
 import torch
 
 if device == "npu" and not hasattr(torch, "npu"):
-    parser.error("npu needs torch_npu and CANN; without that word it runs on the simulator")
+    parser.error(
+        "npu: torch_npu is not loaded (under `moe-lowering simulate` set TORCH_DEVICE_BACKEND_AUTOLOAD=1); "
+        "without that word it runs on the simulator"
+    )
 
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

@@ -228,7 +228,7 @@ def _soc(declared_soc: str | None) -> tuple[str | None, str]:
         if declared_soc is None:
             raise ValueError(
                 f"Deployment.from_groups: soc is not given, and there is no NPU to ask (torch_npu is not imported, or has no "
-                f"device); accepted: {', '.join(SOCS)}"
+                f'device); accepted: {", ".join(SOCS)}, or moe_lowering.simulator.enable("A3") before'
             )
         return declared_soc, ""
     name = npu.get_device_name()

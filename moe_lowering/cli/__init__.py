@@ -52,6 +52,7 @@ def _main(arguments: list[str] | None) -> int:
         if page := getattr(request, "html", None):
             assert isinstance(report, PageReport)  # of each request that has the option
             write_file("html", Path(page), report.to_html())
+            _complain(f"wrote {page} ({max(1, Path(page).stat().st_size // 1000)} KB)")
         _print(report.to_json() if getattr(request, "json", False) else _text(report))
     except (UsageError, ModelError) as error:
         _complain(f"error: {'argument MODEL: ' if isinstance(error, ModelError) else ''}{error}")

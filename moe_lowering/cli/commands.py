@@ -25,6 +25,8 @@ from moe_lowering.cli.options import HelpFormatter, Parser
 from moe_lowering.cli.simulate import arguments as simulate_arguments
 from moe_lowering.cli.simulate.request import SimulateRequest
 from moe_lowering.cli.usage import UsageError
+from moe_lowering.lookup import did_you_mean
+from moe_lowering.model_configs.errors import write_value
 
 Request: TypeAlias = LowerRequest | ExplainRequest | MatrixRequest | ModelsRequest | SimulateRequest
 
@@ -99,10 +101,7 @@ def parse(arguments: list[str] | None) -> Request:
     values = vars(namespace)
     called = values.pop("called")
     if more:
-        accepted = f"those of moe-lowering {called} --help"
-        if called == "simulate":
-            accepted += ", and the program with its own options after --"
-        raise UsageError(f"argument {more[0]}: is none of {called}; accepted: {accepted}")
+        raise UsageError(_unknown(called, more[0], commands.choices[called], values))
     request: Request = values.pop("request")(**values)
     if isinstance(request, LowerRequest):
         lower_arguments.check(request)
@@ -113,6 +112,18 @@ def parse(arguments: list[str] | None) -> Request:
     elif isinstance(request, SimulateRequest):
         simulate_arguments.check(request)
     return request
+
+
+def _unknown(called: str, word: str, parser: argparse.ArgumentParser, values: dict[str, Any]) -> str:
+    """What is said of a word that a command does not take."""
+    if not word.startswith("-") and values.get("model"):
+        return f"argument MODEL: is given twice, {values['model']} and {write_value(word)}; accepted: one"
+    accepted = f"those of moe-lowering {called} --help"
+    if called == "simulate":
+        accepted += ", and the program with its own options after --"
+    option = word.partition("=")[0]
+    hint = did_you_mean(option, parser._option_string_actions, cutoff=0.8) if option.startswith("--") else ""
+    return f"argument {option}: is none of {called}{hint}; accepted: {accepted}"
 
 
 def run(request: Request, progress: Callable[[str], None]) -> Report:

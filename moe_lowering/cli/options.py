@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from moe_lowering.cli.usage import UsageError
+from moe_lowering.lookup import did_you_mean
 from moe_lowering.model_configs.check import LARGEST
 from moe_lowering.model_configs.errors import write_value
 from moe_lowering.prices.rows import MeasuredError, Row, require_rows
@@ -78,7 +79,9 @@ class Parser(argparse.ArgumentParser):
         """argparse's own check of ``choices``, which says it otherwise from Python 3.12 on."""
         if action.choices is not None and value not in action.choices:
             accepted = ", ".join(map(str, action.choices))
-            raise argparse.ArgumentError(action, f"is {write_value(value)}; accepted: {accepted}")
+            command = isinstance(action, argparse._SubParsersAction)
+            hint = did_you_mean(str(value), action.choices) if command else ""  # the others have few choices
+            raise argparse.ArgumentError(action, f"is {write_value(value)}{hint}; accepted: {accepted}")
 
 
 def add_parser(commands: Any, name: str, request: type, *, help: str, description: str, examples: str) -> Any:
@@ -126,6 +129,8 @@ class SocAction(argparse.Action):
         if len(names) < len(words):
             word = next(word for word, soc in zip(words, socs, strict=True) if soc is None)
             accepted = ", ".join(f"{soc.name} ({', '.join(soc.aliases)})" for soc in SOCS.values())
+            if "," in word:
+                accepted = f"one SoC (explain takes lists): {accepted}"
             raise argparse.ArgumentError(self, f"is {write_value(word)}; accepted: {accepted}")
         if len(set(names)) < len(names):
             raise argparse.ArgumentError(self, f"is {write_value(text)}, with a SoC twice; accepted: each SoC once")

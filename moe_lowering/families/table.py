@@ -22,8 +22,13 @@ def render(rows: list[Row], version: str) -> str:
     reasons = [
         textwrap.fill(f"{name}: {reason}", report_width(), subsequent_indent="  ") for name, reason in reasons_of(rows)
     ]
+    counts = (
+        "router: MoE layers whose router became one operator; overlap: MoE layers that a shared expert runs beside, 0 also "
+        "where there is none"
+    )
     why = ["not lowered, and why:", *reasons, ""] if reasons else []
-    return "\n".join([*tables, *why, textwrap.fill(summary(rows, version), report_width())])
+    legend, total = (textwrap.fill(text, report_width()) for text in (counts, summary(rows, version)))
+    return "\n".join([*tables, legend, "", *why, total])
 
 
 def _table(rows: list[Row], way: str, is_first: bool) -> str:
@@ -102,8 +107,8 @@ Each family of the installed transformers whose code has a class of experts, as 
 and its output within rounding of the model's own for the very inputs that it had; *no*: not lowered, for the reason below;
 *WRONG*: another result; *failed*: the model could not be built, compiled whole or run; -: not tried. *Router*: routers that
 became one operator of the device. *Overlap*: shared experts that run beside the layer on a side
-stream ([npugraph_ex](glossary.md#npugraph_ex), asked for). *Error*: the largest max|a - b| / max|b| of a lowered layer,
-over all attempts: that of bfloat16, where it was tried.
+stream ([npugraph_ex](glossary.md#npugraph_ex), asked for); 0 also where there is none.
+*Error*: the largest max|a - b| / max|b| of a lowered layer, over all attempts: that of bfloat16, where it was tried.
 
 | family | {heads} | router | overlap | error |
 |---|{rule}

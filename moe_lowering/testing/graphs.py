@@ -16,6 +16,8 @@ from moe_lowering import simulator
 from moe_lowering.argument_checks import require_callable, require_choice, require_flag, require_instance
 from moe_lowering.backends.aot import lowering_backend
 from moe_lowering.deployment import Deployment
+from moe_lowering.limits.table import load
+from moe_lowering.lookup import did_you_mean
 from moe_lowering.passes.agreement_check import ASSERT_AGREEMENT
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.pipeline import MoeLowering
@@ -217,4 +219,20 @@ def assert_refused(lowered: Lowered, *, code: str, comm: str | None = None) -> N
     codes |= {("", why[1 : why.index("]")]) for _, why in report.unlowered if why.startswith("[")}
     codes |= {("", finding.code) for finding in report.not_capturable}
     hits = [name for name, found_code in codes if found_code == code and comm in (None, name)]
-    assert hits, f"no {comm or 'implementation'} was refused with {code}; found {sorted(codes)}"
+    assert hits, (
+        f"no {comm or 'implementation'} was refused with {code}; found {sorted(codes)}{_beside(report, code, comm)}"
+    )
+
+
+def _beside(report: LoweringReport, code: str, comm: str | None) -> str:
+    """What explains that a code was not found: the implementation is legal, or the code is misspelled."""
+    parts = [
+        f"{block.name}: {name} was legal{' and taken' if name == block.comm else ''}"
+        for block in report.blocks
+        for name, verdict in block.verdicts.items()
+        if verdict.legal and comm in (None, name)
+    ]
+    known = {row.code for row in load()}
+    if code not in known and code.partition(".")[0] in {other.partition(".")[0] for other in known}:
+        parts.append(f"{code} is no code of the limit tables{did_you_mean(code, known)}")
+    return "".join(f"; {part}" for part in parts)

@@ -17,6 +17,7 @@ from moe_lowering.cli.lower import compare, models, outcome, run
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.integrations import transformers as integration
+from moe_lowering.model_configs.presets import PRESETS
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
 
 KEYS = {
@@ -44,6 +45,7 @@ FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "g
         (["lower"], "argument MODEL: is missing; accepted: what moe-lowering lower --help says"),
         (["raise", "moe"], "'raise'"),
         (["lower", "moe", "--comm", "nccl"], "--comm: is 'nccl'; accepted: auto, allgather, "),
+        (["lowr", "moe"], "is 'lowr' (did you mean lower?); accepted: lower, explain, "),
         (["lower", "moe", "--soc", "A9"], "--soc: is 'A9'; accepted: A2 (910B), A3 (910C,"),
         (["lower", "moe", "--dtype", "int8"], "--dtype: is 'int8'; accepted: float32, "),
         (["lower", "moe", "--tokens", "0"], "--tokens: is '0'; accepted: an integer from 1 to"),
@@ -225,8 +227,9 @@ def test_no_block_is_a_problem_and_text_and_json_can_be_made_of_anything():
     ids=" ".join,
 )
 def test_a_model_is_lowered_and_agrees(given: tuple[str, ...], capfd: pytest.CaptureFixture[str]):
-    code, found, _ = command(capfd, *given)
+    code, found, err = command(capfd, *given)
     assert code == 0
+    assert (f"a small {given[0]} on 1 process; --fake lowers the published size" in err) == (given[0] in PRESETS)
     assert set(found) == KEYS and found["model"] == given[0] and found["captured"] is None
     assert found["blocks"] and found["nodes_before"] > 0 and found["nodes_after"] > 0 and found["pass_ms"] > 0
     assert 0 <= found["max_rel_error"] < compare.TOLERANCE["bfloat16"]

@@ -113,7 +113,10 @@ def test_a_config_file_of_a_type_that_transformers_does_not_know(capfd, tmp_path
     (f"{BLOCK} --unequal-tokens --max-tokens 8 --tokens 9", "argument --tokens: is 9; accepted: 1 to --max-tokens, 8"),
     (f"{BLOCK} --unequal-tokens --max-tokens 8 --sweep tokens=0..8", "argument --sweep: starts at 0; accepted"),
     ("gpt_oss --quant w8a8", "argument --quant: is w8a8, and the experts of gpt_oss have biases; accepted: none, as"),
-    (f"{BLOCK} --hidde 8", "argument --hidde: is none of explain; accepted: those of moe-lowering explain --help"),
+    (f"{BLOCK} --hidde 8", r"argument --hidde: is none of explain \(did you mean --hidden\?\); accepted: those of moe-lowering "),
+    (f"{BLOCK} --bufer-mb=8", r"argument --bufer-mb: is none of explain \(did you mean --buffer-mb\?\); accepted"),
+    (f"{BLOCK} --colourless", "argument --colourless: is none of explain; accepted"),
+    ("qwen3_moe deepseek_v3", "argument MODEL: is given twice, qwen3_moe and 'deepseek_v3'; accepted: one"),
 ])  # fmt: skip
 def test_wrong_usage_is_one_line_and_code_2(capfd, given, message):
     code, out, err = command(capfd, given)

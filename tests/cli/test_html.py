@@ -85,7 +85,9 @@ def written(capfd, tmp_path, *given):
     """(exit code, the page, JSON) of a command."""
     path = tmp_path / "page.html"
     code = cli.main([*given, "--html", str(path), "--json"])
-    return code, path.read_text(), json.loads(capfd.readouterr().out)
+    out, err = capfd.readouterr()
+    assert f"moe-lowering: wrote {path} ({path.stat().st_size // 1000} KB)\n" in err
+    return code, path.read_text(), json.loads(out)
 
 
 def test_lower(capfd, tmp_path):

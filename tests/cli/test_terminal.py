@@ -324,7 +324,7 @@ def test_policy_and_overlap_reach_the_pass(capfd):
     ("--cann new", "argument --cann: is 'new'; accepted: a version such as"),
     ("--buffer-mb 0", "argument --buffer-mb: is '0'; accepted: an integer from 1"),
     ("--weight-format nz16", "argument --weight-format: is 'nz16'; accepted: nd, nz"),
-    ("--soc A2,A3", "argument --soc: is 'A2,A3'; accepted: A2 (910B), A3 (910C"),
+    ("--soc A2,A3", "argument --soc: is 'A2,A3'; accepted: one SoC (explain takes lists): A2 (910B), A3 (910C"),
 ])  # fmt: skip
 def test_wrong_usage_of_lower(capfd, given, says):
     assert cli.main(["lower", "moe", *given.split()]) == 2

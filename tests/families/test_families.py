@@ -258,7 +258,7 @@ def command(capfd: pytest.CaptureFixture[str], *given: str) -> tuple[int, str, s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "qwen3moe"], "did you mean qwen3_moe"),
+        (["--only", "qwen3moe"], "qwen2_moe?); accepted: the "),
         (["--only", "llama"], "--only: has 'llama'"),
         (["--only", ""], "names of families, with commas"),
         (["--ways", "hok"], "did you mean hook"),
@@ -299,6 +299,7 @@ def test_a_wrong_layer_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capfd: py
     wrong = Row("mixtral", (Attempt(*STATIC[0], WRONG, reason="[models.wrong] error 1"),))
     monkeypatch.setattr("moe_lowering.cli.models.command.run_families", lambda expected, done, progress: done(wrong))
     code, out, err = command(capfd, "--only", "mixtral")
+    assert "that a shared expert runs beside, 0 also where there is none" in " ".join(out.split())
     assert code == 1 and "WRONG" in out and "mixtral: hook float32 static: [models.wrong]" in err
 
 

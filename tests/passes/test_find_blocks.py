@@ -188,6 +188,10 @@ def test_routing_of_a_refused_block_stays():
     lowered = testing.lower_graph(model, x, torch.randn(TOKENS, EXPERTS), w13, w2, deployment=Deployment(), comm="mc2")
     testing.assert_refused(lowered, code="mc2.ep_size", comm="mc2")
     assert lowered.ops_after == lowered.ops_before
+    with pytest.raises(AssertionError, match=r"; mc2\.epsize is no code .* \(did you mean mc2\.ep_size\?\)$"):
+        testing.assert_refused(lowered, code="mc2.epsize", comm="mc2")
+    with pytest.raises(AssertionError, match=r"was refused with mc2\.hidden; found \[.*'mc2\.ep_size'\)\]$"):
+        testing.assert_refused(lowered, code="mc2.hidden", comm="mc2")
 
 
 def test_the_pass_is_idempotent():

@@ -150,6 +150,10 @@ def test_a_token_count_that_the_deployment_rules_out_does_not_run(tokens):
 def test_unequal_dynamic_token_counts_are_asserted():
     lowered = BASE.but(deployment=UNEQUAL).judge(dynamic=True)
     testing.assert_lowered(lowered, comm="fused_mc2", ops=["moe_lowering.assert_tokens"])
+    with pytest.raises(
+        AssertionError, match=r"no fused_mc2 was refused with fused\.tokens; .*: fused_mc2 was legal and taken$"
+    ):
+        testing.assert_refused(lowered, code="fused.tokens", comm="fused_mc2")
 
 
 def test_a_rank_that_may_have_no_token_rules_mc2_out_everywhere():

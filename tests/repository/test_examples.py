@@ -41,10 +41,10 @@ def test_the_page_shows_every_program_as_it_stands():
 
 
 @pytest.mark.parametrize(("words", "says"), [
-    ("own_model.py", "it is started by torchrun"),
+    ("own_model.py", "which makes the ranks: torchrun --nproc-per-node 2 examples/own_model.py"),
     ("own_model.py gpu", "invalid choice: 'gpu'"),
     ("checkpoint.py cpu", "it is started by torchrun"),
-    ("serve.py npu", "npu needs torch_npu and CANN"),
+    ("serve.py npu", "npu: torch_npu is not loaded"),
 ])  # fmt: skip
 def test_a_wrong_start_is_told_in_one_line(words, says):
     name, *arguments = words.split()

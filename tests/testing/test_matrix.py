@@ -13,6 +13,7 @@ import torch
 
 from moe_lowering import cli, quantisation
 from moe_lowering.cli.commands import parse
+from moe_lowering.cli.matrix.text import render
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.limits.table import load
 from moe_lowering.matrix import cells as matrix_cells
@@ -241,6 +242,16 @@ def test_the_commands_axes_are_those_of_the_matrix():
     request = parse(["matrix"])
     assert (request.ep, request.tp, request.quant) == (forms.EP_SIZES, forms.TP_SIZES, tuple(EXPERT_FORMATS))
     assert request.forms == tuple(FORMS)
+
+
+def test_the_table_says_its_unit_and_its_columns_are_straight():
+    """Sources stand in the limit tables, and not behind a code; the longest code moves no other."""
+    codes = ("fused.ep_size", "fused_decode.weight_dtype")
+    found = [CellResult(Cell(form, "none", 1, 1, "even"), (code,)) for form, code in zip(FORMS, codes, strict=False)]
+    text = render(Table(Axes(tuple(FORMS)[:2], ("none",), (1,), (1,), ("even",)), tuple(found)), 1.0)
+    assert text.splitlines()[0].split() == ["dB", "of", "the", "worst", "token", "EP/TP", "1/1"]
+    assert "  (a) fused.ep_size             nobody to exchange rows with" in text, text
+    assert "  (b) fused_decode.weight_dtype int8 or 16-bit weights" in text, text
 
 
 def test_every_form_of_the_vocabulary_has_its_rows():

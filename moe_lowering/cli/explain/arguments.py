@@ -187,7 +187,8 @@ def _add_deployment(add: Any) -> None:
         "--capture",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="whether the graph is captured, so that nothing may need a size on the host (default yes)",
+        help="whether the deployment captures its graphs, so that nothing may need a size on the host (default yes); nothing "
+        "is run, as lower --capture does",
     )
     add_provider(add)
     add_prices(add)

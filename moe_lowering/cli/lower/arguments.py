@@ -130,7 +130,7 @@ def _check_options(request: LowerRequest) -> None:
             "argument --capture: is given with --fake; accepted: without, as a graph is captured by running it"
         )
     if request.replays is not None and not request.capture:
-        raise UsageError(f"argument --replays: is {request.replays} without --capture; accepted: with it")
+        raise UsageError(f"argument --replays: is {request.replays}, and needs --capture; accepted: both, or neither")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +170,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--capture",
         action="store_true",
-        help="run the lowered model as an NPU graph on a simulated device, and compare every replay",
+        help="run the lowered model as an NPU graph on a simulated device, and compare every replay (another than explain's "
+        "--capture, which says how a deployment runs; layers are lowered for captured graphs with and without it)",
     )
     add(
         "--replays",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from moe_lowering.cli import collection
 from moe_lowering.cli.lower.request import LowerRequest
+from moe_lowering.model_configs.presets import PRESETS
+from moe_lowering.number_words import count_of
 
 if TYPE_CHECKING:
     from moe_lowering.cli.lower.outcome import LowerOutcome
@@ -30,6 +33,10 @@ def _run(request: LowerRequest, progress: Callable[[str], None]) -> LowerOutcome
             from moe_lowering.cli.lower.fake import lower_fake
 
         return lower_fake(request, progress)
+    if request.model in PRESETS:
+        ranks = count_of(request.ep, "process", "processes")
+        note = f"moe-lowering: a small {request.model} on {ranks}; --fake lowers the published size"
+        print(note, file=sys.stderr)
     with collection.paused():
         from moe_lowering.cli.lower.run import lower_and_compare
 

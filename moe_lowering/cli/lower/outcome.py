@@ -156,7 +156,7 @@ class LowerOutcome:
 
     def _comparison(self) -> str:
         if self.errors is None:
-            return "compared with nothing: nothing was run"
+            return "not compared: nothing was run" + (" (--fake)" if self.request.fake else "")
         tolerance, quant = TOLERANCE[self.request.dtype], self.request.quant
         weights = "experts not sharded" + (f", their {quant} weights dequantised" if self.request.quantised else "")
         accepted = "" if self.request.quantised else f"; accepted for {self.request.dtype}: {tolerance:g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Iterable
 
@@ -55,7 +56,7 @@ def _columns(
 ) -> str:
     """The grid of some (EP, TP)."""
     axes = table.axes
-    lines = [f"{'':29}{'EP/TP':8}" + "".join(f"{f'{ep}/{tp}':>9}" for ep, tp in columns)]
+    lines = [f"{'dB of the worst token':29}{'EP/TP':8}" + "".join(f"{f'{ep}/{tp}':>9}" for ep, tp in columns)]
     for form in axes.forms:
         for at, quantisation in enumerate(axes.quantisations):
             entries = (_entry(groups[form, quantisation, ep, tp], letters) for ep, tp in columns)
@@ -87,8 +88,11 @@ def _letter(number: int) -> str:
 
 def _legend(table: Table, letters: dict[str, str]) -> Iterable[str]:
     reasons = {refusal.code: refusal.why for refusal in REFUSALS}
+    width = max(23, *map(len, letters))
     for code, letter in letters.items():
-        yield _wrap_text(f"  ({letter}) {code:23}", reasons.get(code, ""))
+        # without the names of sources: they are those of the limit tables
+        why = re.sub(r"^\w+\.\w+(, \w+\.\w+)*: ", "", reasons.get(code, ""))
+        yield _wrap_text(f"  ({letter}) {code:{width}}", why)
 
 
 def _refusal_lines(table: Table) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from moe_lowering.cli.options import add_parser
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.families.listing import families, transformers_version
 from moe_lowering.families.records import DTYPES, SHAPES, WAYS, read_rows
+from moe_lowering.lookup import did_you_mean
 from moe_lowering.model_configs.errors import write_value
 
 DESCRIPTION = """\
@@ -79,9 +79,11 @@ def check(request: ModelsRequest) -> None:
         )
     for name in request.only:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            hint = f" (did you mean {', '.join(close)}?)" if close else ""
-            raise UsageError(f"argument --only: has {write_value(name)}{hint}; accepted: of {', '.join(known)}")
+            hint = did_you_mean(name, known, most=3)
+            raise UsageError(
+                f"argument --only: has {write_value(name)}{hint}; accepted: the {len(known)} families of transformers with "
+                f"MoE layers, listed in docs/models.md"
+            )
     if request.again and request.resume is None:
         raise UsageError("argument --again: is given without --resume; accepted: with it")
     for option, path in (("json", request.json_file), ("resume", request.resume), ("write", request.write)):
@@ -108,8 +110,7 @@ def _some(accepted: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
         names = text.split(",")
         for name in names:
             if name not in accepted:
-                close = difflib.get_close_matches(name, accepted, n=1, cutoff=0.4)
-                hint = f" (did you mean {close[0]}?)" if close else ""
+                hint = did_you_mean(name, accepted, cutoff=0.4)
                 raise argparse.ArgumentTypeError(
                     f"has {write_value(name)}{hint}; accepted: of {','.join(accepted)}, with commas"
                 )
