@@ -27,6 +27,7 @@ import datetime
 import hashlib
 import json
 import logging
+import threading
 import time
 import uuid
 import weakref
@@ -69,6 +70,11 @@ class Session:
         self._agreed: set[str] = set()
         self._last: dict[str, Any] = {}  # by kind: the record of the last round that ended with agreement
         self._say: tuple[float, str] | None = None  # when to say that this rank waits, and what the others may be doing
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """A thread of this process that waits in a round ends with an error: a process must not end while one asks the store."""
+        self._stopped.set()
 
     def agree_once(
         self, kind: str, record: Any, compare: Compare, timeout: float, absent: str = "", key: str = ""
@@ -269,7 +275,8 @@ class Session:
             text = "moe_lowering: rank %d has waited for rank %s for %g s, to compare before the next exchange%s"
             log.warning(text, self._rank, names, SAID_AFTER, absent and f": {absent}")
             self._say = None
-        time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+        if self._stopped.wait(max(0.0, min(pause, deadline - time.monotonic()))):
+            raise AgreementError("this process ends")
         return min(1.5 * pause, LONGEST_PAUSE)
 
 

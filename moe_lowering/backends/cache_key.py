@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from moe_lowering._versions import sources_digest
+from moe_lowering._versions import installed_version, sources_digest
 from moe_lowering.identity import identity
 from moe_lowering.limits.calls.schemas import loaded_libraries
 from moe_lowering.passes.pipeline import MoeLowering
@@ -32,7 +32,8 @@ moe_lowering_hook.cache_key = {key!r}
 @functools.cache
 def code_digest() -> str:
     """SHA-256 (hex) of this package's sources, limit tables among them, and of the versions it compiles for."""
-    return hashlib.sha256(f"{torch.__version__} {sources_digest()}".encode()).hexdigest()
+    versions = f"{torch.__version__} {installed_version('torch_npu')}"
+    return hashlib.sha256(f"{versions} {sources_digest()}".encode()).hexdigest()
 
 
 def cache_digest(lowering: MoeLowering, own: Hook | None = None, agreement_timeout: float | str | None = "auto") -> str:

@@ -1,7 +1,7 @@
 """vLLM on Ascend (vllm-ascend): its MoE layers, lowered by this package inside of its compiled graph.
 
 A plugin of vLLM (entry point ``vllm.general_plugins``), which vLLM loads in each of its processes. Where the package is
-installed it is there, and does nothing until it is switched on:
+installed it is there. Until it is switched on it does no more than tell other ranks so:
 
     LLM(model, additional_config={"moe_lowering": {}})
 

@@ -8,6 +8,7 @@ answers too, in the background: it does not wait, so that it starts as it would 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib
@@ -73,6 +74,7 @@ def compare_layers(group: str, taken: Mapping[str, str], is_on: bool) -> threadi
         name = "moe_lowering: layers of all ranks"
         listener = threading.Thread(target=_answer, args=(agree, with_others), name=name, daemon=True)
         listener.start()
+        atexit.register(_end, listener, with_others)
         return listener
     try:
         agree()
@@ -81,6 +83,11 @@ def compare_layers(group: str, taken: Mapping[str, str], is_on: bool) -> threadi
             _wait_until_all_know(with_others)
         raise
     return None
+
+
+def _end(listener: threading.Thread, with_others: Session) -> None:
+    with_others.stop()
+    listener.join(LINGER)
 
 
 def _answer(agree: Callable[[], None], with_others: Session) -> None:

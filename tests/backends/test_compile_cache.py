@@ -110,6 +110,16 @@ def test_everything_a_lowered_graph_depends_on_changes_the_digest(monkeypatch):
     assert digest() != different[0]
 
 
+def test_the_digest_of_the_code_has_the_versions_that_ranks_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that an older torch_npu's process has stored says that version to the other ranks."""
+    before = cache_key.code_digest()
+    monkeypatch.setattr(cache_key, "installed_version", lambda name: "2.99.0" if name == "torch_npu" else "")
+    cache_key.code_digest.cache_clear()
+    after = cache_key.code_digest()
+    cache_key.code_digest.cache_clear()
+    assert after != before
+
+
 class Preferring:
     """A cost function with state."""
 
