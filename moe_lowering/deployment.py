@@ -136,8 +136,8 @@ class Deployment:
         object.__setattr__(self, "measured", require_rows("Deployment: measured", self.measured, self.soc))
         if self.fused_mode not in FUSED_MODES:
             raise ValueError(
-                f"Deployment: fused_mode is {self.fused_mode!r}; accepted: 0 (none), 1 (dispatch_ffn_combine, mega_moe), "
-                "2 (dispatch_gmm_combine_decode)"
+                f"Deployment: fused_mode is {self.fused_mode!r}; accepted: "
+                f"{', '.join(f'{mode} ({names})' for mode, names in FUSED_MODES.items())}"
             )
         check_providers(self.providers)
         for name in ("cann", "torch_npu"):

@@ -232,7 +232,8 @@ POLICIES = (AUTO, FIXED, *VLLM_POLICIES)
 WEIGHT_FORMATS = ("nd", "nz")  # memory formats on a device: rows, or FRACTAL_NZ
 GUARDS = ("allow", "forbid")
 RAISE_FOREIGN = ("auto", "report", "off")  # MoE layers that others wrote: raise and lower them, name them, do not look
-FUSED_MODES = (0, 1, 2)
+# Which fused operators a deployment takes, by ``Deployment.fused_mode`` (vllm-ascend's VLLM_ASCEND_ENABLE_FUSED_MC2).
+FUSED_MODES = {0: "none", 1: "dispatch_ffn_combine, mega_moe", 2: "dispatch_gmm_combine_decode"}
 MODES = ("npugraph_ex", "ge")
 # A version of each provider that has the operators that are used of it (provider.md).
 PROVIDER_VERSIONS = {"vllm_ascend": "0.23.0", "cann_ops_transformer": "9.1.0"}

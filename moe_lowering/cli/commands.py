@@ -38,8 +38,8 @@ examples:
       lower a small random Qwen3-MoE on two ranks, run it on CPU, and compare it with transformers' own output
   moe-lowering lower deepseek_v3 --fake --ep 64 --tokens 64
       lower DeepSeek-V3 at its published size for 64 ranks; no weights are allocated, nothing is run
-  moe-lowering explain deepseek_v3 --ep 16 --tokens 128
-      which implementations are legal for DeepSeek-V3 on 16 ranks, which one is taken, and why
+  moe-lowering explain deepseek_v3 --ep 64 --tokens 128
+      which implementations are legal for DeepSeek-V3 on 64 ranks, which one is taken, and why
   moe-lowering matrix --ep 2 --comm mc2,fused_mc2 --quant w8a8
       run these implementations on two real ranks, and compare with a dense reference
   moe-lowering models --only qwen3_moe,deepseek_v3 --ways hook

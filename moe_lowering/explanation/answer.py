@@ -95,7 +95,13 @@ class Answer:
     def memory(self, layers: int | None) -> Memory:
         """What ``layers`` such layers take of a rank's memory."""
         buffers = next((cost.buffers for cost in self.costs() if cost.implementation == self.choice), 0)
-        return memory_of(self.spec.tensors, layers, buffers, self.deployment, self.choice)
+        return memory_of(self.spec.tensors, layers, buffers, self.deployment, self.choice, self.least_buffer_mb())
+
+    def least_buffer_mb(self) -> int | None:
+        """The HCCL_BUFFSIZE that is enough for the choice; None where it has no window of its own to fill."""
+        sizes = self.sizes()
+        windows = () if sizes is None else sizes.windows
+        return max((window.needed_mb for window in windows if window.needed_mb is not None), default=None)
 
     def broken(self, implementation: str) -> dict[str, Finding]:
         """The first broken rule of each code."""

@@ -115,7 +115,7 @@ def _config(model: Any, quantisation: str) -> tuple[Any, str | None, list[str]]:
             "a path to a config.json or its values, or a moe_lowering.BlockDescription"
         )
     name = os.fspath(model)
-    check_model(name, needs_type=False)
+    check_model(name, needs_type=False, needs_experts=False)
     if name == OWN:
         own = {NAMES[size][0]: value for size, value in OWN_SIZES.items()}
         return SimpleNamespace(**own, hidden_act="silu"), name, []

@@ -16,6 +16,7 @@ from moe_lowering.passes.operands import ExpertOperands
 from moe_lowering.prices.machines import machine_of
 
 TOO_SMALL = "memory.too_small"
+_FEWEST_BITS = 4  # experts in 4 bits take a quarter of those in bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Memory:
             known, and one is counted.
         buffers: what the results of one layer take at most. window: of HCCL, for ``communicators``.
         capacity: of the SoC; None where it is not known.
+        least_buffer_mb: the smallest HCCL_BUFFSIZE that the choice's rules accept.
     """
 
     experts: int
@@ -35,6 +37,7 @@ class Memory:
     window: int
     communicators: int
     capacity: int | None
+    least_buffer_mb: int = 1
 
     @property
     def needed(self) -> int:
@@ -46,7 +49,9 @@ class Memory:
         return self.capacity is None or self.needed <= self.capacity
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "needed": self.needed, "fits": self.fits}
+        fields = {**dataclasses.asdict(self), "needed": self.needed, "fits": self.fits}
+        del fields["least_buffer_mb"]  # stands with the window's rule, under sizes
+        return fields
 
     def __str__(self) -> str:
         layers = (
@@ -58,20 +63,36 @@ class Memory:
             f"{_gb(self.needed)} = {_gb(self.experts * (self.layers or 1))} experts of {layers}, {_gb(self.buffers)} buffers, "
             f"{window}; {capacity}"
         )
-        return (
-            text
-            if self.fits
-            else f"[{TOO_SMALL}] {text}: it cannot fit (more ranks, quantised experts, a smaller HCCL_BUFFSIZE)"
-        )
+        return text if self.fits else f"[{TOO_SMALL}] {text}: it cannot fit ({self._advice()})"
+
+    def _advice(self) -> str:
+        """What alone may be enough; each is named only where all else leaves room."""
+        assert self.capacity is not None
+        experts = self.experts * (self.layers or 1)
+        rest = self.buffers + self.window
+        ways = ["more ranks"] if rest < self.capacity else []
+        ways += ["experts of fewer bits"] if experts / _FEWEST_BITS + rest < self.capacity else []
+        ways += ["fewer tokens"] if experts + self.window < self.capacity else []
+        if self.communicators:
+            room = self.capacity - experts - self.buffers
+            most = room // (self.communicators * 2**20)
+            ways += [f"HCCL_BUFFSIZE of at most {most} MB"] if most >= self.least_buffer_mb else []
+        return ", or ".join(ways) or "no one thing is enough: more ranks, and fewer tokens or a smaller HCCL_BUFFSIZE"
 
 
 def memory_of(
-    experts: ExpertOperands, layers: int | None, buffers: int, deployment: Deployment, choice: str | None
+    experts: ExpertOperands,
+    layers: int | None,
+    buffers: int,
+    deployment: Deployment,
+    choice: str | None,
+    least_buffer_mb: int | None,
 ) -> Memory:
     """Of one rank in a deployment.
 
     Args:
         buffers: bytes. choice: the implementation; None for none.
+        least_buffer_mb: the smallest HCCL_BUFFSIZE that its rules accept; None where none is on it.
     """
     exchanges = int(choice is not None and deployment.ep_size > 1) + int(deployment.tp_size > 1)
     gib = machine_of(deployment.soc).memory_gib
@@ -82,6 +103,7 @@ def memory_of(
         exchanges * deployment.hccl_buffer_bytes,
         exchanges,
         gib * 2**30 or None,
+        least_buffer_mb or 1,
     )
 
 

@@ -97,10 +97,12 @@ def _candidates(question: Question, answer: Answer) -> Iterator[tuple[Change, Bl
 
     for size in _needed_buffers(answer):
         yield from deployed("hccl_buffer_mb", size, f"HCCL_BUFFSIZE {size} MB")
+    if deployment.equal_tokens and 0 < deployment.max_tokens < tokens:
+        yield from deployed("max_tokens", tokens, f"at most {tokens} tokens declared")
     for name in WEIGHT_FORMATS:
         yield from deployed("weight_format", name, f"weights in {name}") if name != deployment.weight_format else ()
-    for mode in FUSED_MODES:
-        yield from deployed("fused_mode", mode, f"fused mode {mode}") if mode != deployment.fused_mode else ()
+    for mode, name in FUSED_MODES.items():
+        yield from deployed("fused_mode", mode, f"fused mode {mode} ({name})") if mode != deployment.fused_mode else ()
     for name, version in PROVIDER_VERSIONS.items():
         if name not in dict(deployment.providers):
             providers = (*deployment.providers, (name, version))

@@ -50,6 +50,13 @@ class Row:
     def choice(self) -> str | None:
         return self.piece.choice
 
+    @property
+    def buffer_needed(self) -> str:
+        """The HCCL_BUFFSIZE for the choice, in words."""
+        if self.buffer_mb is not None:
+            return f"{self.buffer_mb} MB or more"
+        return "any" if self.memory.communicators else "not used"
+
     def to_json(self) -> dict[str, Any]:
         return {
             "soc": self.soc,
@@ -121,7 +128,7 @@ def _row(question: Question, piece: Piece) -> Row:
         answer.memory(question.block.layers),
         _others(answer),
         single_changes(question, answer),
-        _enough(answer),
+        answer.least_buffer_mb(),
     )
 
 
@@ -133,11 +140,3 @@ def _others(answer: Answer) -> dict[str, tuple[str, ...]]:
             legal = (POLICY,) if answer.requested is not None else (NOT_CHEAPEST,)
             others[name] = legal if verdict.legal else tuple(dict.fromkeys(v.code for v in verdict.violations))
     return others
-
-
-def _enough(answer: Answer) -> int | None:
-    sizes = answer.sizes()
-    buffer_sizes = (
-        [] if sizes is None else [window.needed_mb for window in sizes.windows if window.needed_mb is not None]
-    )
-    return max(buffer_sizes, default=None)

@@ -53,12 +53,13 @@ OTHER_SIZES = (
 )
 
 
-def check_model(model: str, needs_type: bool = True) -> None:
+def check_model(model: str, needs_type: bool = True, needs_experts: bool = True) -> None:
     """Refuse a MODEL that is certain to be wrong.
 
     Args:
         model: the argument as it was typed.
         needs_type: a file must name a type that transformers knows; else sizes are enough.
+        needs_experts: a type must be one with MoE layers; else only its other sizes are wanted.
 
     Raises:
         ModelError: see above.
@@ -69,7 +70,7 @@ def check_model(model: str, needs_type: bool = True) -> None:
         check_values(read_config(path), path, needs_type)
     elif model != OWN and model not in PRESETS:
         _check_name(model)
-        if needs_type and is_dense(model):
+        if needs_experts and is_dense(model):
             raise ModelError(f"{model} has no MoE layers{hint_of_sibling(model)}; accepted: {ACCEPTED}")
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from moe_lowering.argument_checks import require_callable, require_choice
 from moe_lowering.deployment import Deployment
@@ -95,17 +95,19 @@ class Policy:
             prefix = f"{refused}; " if refused else f"{self.name} selects {selected}, which is not legal here; "
         if not legal:
             return None, f"{prefix}no implementation is legal"
-        start = f"{prefix}cheapest at {count_of(tokens, 'token')}: "
         if self.cost is None:
             forms = {name: verdicts[name].form for name in legal}
-            return _cheapest(forms, spec, deployment, tokens, start)
-        return self._cheapest(legal, load_of(spec, deployment, tokens), start)
+            best, why = _cheapest(forms, spec, deployment, tokens)
+        else:
+            best, why = self._cheapest(legal, load_of(spec, deployment, tokens), tokens)
+        return best, prefix + why
 
-    def _cheapest(self, legal: list[str], load: Load, prefix: str) -> tuple[str, str]:
+    def _cheapest(self, legal: list[str], load: Load, tokens: int) -> tuple[str, str]:
         costs = {name: self._cost(name, load) for name in legal}
         best = min(legal, key=lambda name: (costs[name], name))
+        at = f"at {count_of(tokens, 'token')}: {costs[best]:.0f} us"
         others = ", ".join(f"{name} {costs[name]:.0f} us" for name in legal if name != best)
-        return best, f"{prefix}{costs[best]:.0f} us{f' against {others}' if others else ', the only legal one'}"
+        return best, f"cheapest {at} against {others}" if others else f"the only legal one, {at}"
 
     def _cost(self, implementation: str, load: Load) -> float:
         assert self.cost is not None
@@ -132,25 +134,24 @@ def rates_in(deployment: Deployment) -> Rates:
     return rates_of(deployment.soc, deployment.ranks_per_node, deployment.measured)
 
 
-def _cheapest(
-    forms: dict[str, str], spec: BlockSpec, deployment: Deployment, tokens: int, prefix: str
-) -> tuple[str, str]:
-    """The cheapest of some legal forms, by implementation, and why."""
+def _cheapest(forms: dict[str, str], spec: BlockSpec, deployment: Deployment, tokens: int) -> tuple[str, str]:
+    """The cheapest of some legal forms, by implementation, or the simplest of those that tie with it; and why."""
     if len(forms) == 1:  # nothing to compare: no price is worked out
-        (name,) = forms
-        return name, f"{prefix}{name} is the only legal one"
+        return next(iter(forms)), "the only legal one"
     rates = rates_in(deployment)
     prices = {name: price_of(name, form, spec, deployment, tokens, rates) for name, form in forms.items()}
     best, tied = choose_cheapest(prices, forms)
-    text = f"{prefix}{_said(prices[best])}"
-    if others := [name for name in prices if name != best and name not in tied]:
-        text += f" against {', '.join(f'{name} {_said(prices[name])}' for name in others)}"
+    what = "the simplest of those tied" if tied else "cheapest"
+    text = f"{what} at {count_of(tokens, 'token')}: {_said(prices[best])}"
     if tied:
-        text += (
-            f"; a tie with {', '.join(f'{name} {_said(prices[name])}' for name in tied)}, as the difference is within its error: "
-            "the simpler one is taken"
-        )
-    return best, text
+        text += f"; a tie with {_all_said(tied, prices)}, as the difference is within its error;"
+    if others := [name for name in prices if name != best and name not in tied]:
+        text += f" against {_all_said(others, prices)}"
+    return best, text.removesuffix(";")
+
+
+def _all_said(names: Iterable[str], prices: Mapping[str, Price]) -> str:
+    return ", ".join(f"{name} {_said(prices[name])}" for name in names)
 
 
 def _said(price: Price) -> str:

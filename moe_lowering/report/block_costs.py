@@ -48,11 +48,13 @@ class BlockCost:
     def __str__(self) -> str:
         several = "an exchange" if self.exchanges == 1 else "exchanges"
         exchanges = f", {self.exchanges} of them {several}" if self.exchanges else ""
-        between = f" and {_mb(self.sent_between)} to other nodes" if self.sent_between else ""
+        within = f", {_mb(self.sent_within)} sent within the node" if self.sent_within else ""
+        start = " and" if within else ", sent:"
+        between = f"{start} {_mb(self.sent_between)} to other nodes" if self.sent_between else ""
         once = f"; {count_of(self.once, 'kernel')} once per graph" if self.once else ""
         return (
             f"{self.name}: {count_of(self.kernels, 'kernel')}{exchanges}, {_mb(self.moved)} read and "
-            f"written beside weights, {_mb(self.sent_within)} sent within the node{between}, buffers of "
+            f"written beside weights{within}{between}, buffers of "
             f"{_mb(self.buffers)}{once}; "
             f"{self.us:.0f} +- {self.error_us:.0f} us"
         )

@@ -116,7 +116,9 @@ def _render_blocks(blocks: Sequence[BlockReport], sources: list[str]) -> str:
     for name, verdict in block.verdicts.items():
         if name != block.comm:
             is_legal = verdict.legal
-            lines.append(labelled_text("also legal", name) if is_legal else render_refusal(name, verdict, sources))
+            lines.append(
+                labelled_text("also legal", name) if is_legal else render_refusal(f"not {name}", verdict, sources)
+            )
         if name == block.comm or not verdict.legal:
             lines += _render_ruled_out(name, verdict)
     lines += [labelled_text("" if at else "cost", str(cost), hanging="    ") for at, cost in enumerate(block.costs)]
@@ -140,7 +142,7 @@ def render_sizes(sizes: Sizes) -> list[str]:
     parts.append(f"capacity {_size(sizes.capacity)} per TP rank")
     parts.append(f"a rank receives up to {count_of(_size(sizes.received), 'row')}")
     if sizes.exchanged is not None:
-        parts.append(f"{count_of(_size(sizes.exchanged), 'line')} to each rank")
+        parts.append(f"{count_of(_size(sizes.exchanged), 'row')} to each rank")
     if sizes.max_output_size is not None:
         parts.append(f"max_output_size {sizes.max_output_size}")
     lines = [labelled_text("sizes", "; ".join(parts))]
@@ -172,15 +174,14 @@ def distinct(verdict: Verdict) -> list[Violation]:
     return sorted(rules.values(), key=lambda violation: not violation.code.endswith(".provider"))
 
 
-def render_refusal(name: str, verdict: Verdict, sources: list[str]) -> str:
+def render_refusal(label: str, verdict: Verdict, sources: list[str]) -> str:
     """Every broken rule of an implementation, as docs/refusals.md has it; its sources are added to ``sources``."""
     lines: list[str] = []
     for violation in distinct(verdict):
-        label = f"not {name}" if not lines else ""
         advice = f"{violation.advice}; " if violation.advice else ""
         where = f"({advice}source {_number(violation, sources)})"
         text = f"[{violation.code}] {violation.message}{missing_values(violation)} {where}"
-        lines.append(labelled_text(label, text, hanging="    "))
+        lines.append(labelled_text("" if lines else label, text, hanging="    "))
     return "\n".join(lines)
 
 

@@ -76,7 +76,11 @@ FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "g
         (["lower", "moe", "--ep"], "argument --ep: is given without a value; accepted: what moe-lowering lower --help"),
         (["lower", "moe", "--buffer-mb", "65536"], "--buffer-mb: is '65536'; accepted: an integer from 1 to 65535"),
         (["--nope"], "argument --nope: stands before COMMAND; accepted"),
-        (["explain", "qwen3"], "not say all sizes (did you mean qwen3_moe, qwen3_5_moe, qwen3_vl_moe?): --experts"),
+        (["explain", "qwen3"], "MODEL: qwen3 has no MoE layers (did you mean qwen3_moe, qwen3_5_moe, qwen3_vl_moe?)"),
+        (
+            ["explain", "bert", "--experts", "8"],
+            "argument MODEL: bert has no MoE layers; accepted: moe, a published model",
+        ),
         (["lower", "gpt2"], "gpt2 has no MoE layers; accepted"),
         (["lower", "no/such/config.json"], "is not a readable config.json"),
     ],
@@ -209,6 +213,8 @@ def test_no_block_is_a_problem_and_text_and_json_can_be_made_of_anything():
         "no MoE block was found in the graph"
     ]
     assert json.loads(empty.to_json())["pass_ms"] is None and "a reason" in empty.to_text()
+    tied = " ".join(result(compare.Errors(0.1, 0.01, 0.01, 3, 64)).to_text().split())
+    assert "3 of 64 tokens went to other experts (those of all ranks, each once per MoE layer)" in tied
     worst = result(compare.Errors(compare.WORST, compare.WORST, compare.WORST))
     assert json.loads(worst.to_json())["max_rel_error"] == compare.WORST
 

@@ -209,9 +209,11 @@ def test_comm_shows_the_rules_of_that_one(capfd):
     code, out, err = command(capfd, f"{BLOCK} --ep 16 {ROOMY} --tokens 513 --comm mc2")
     assert code == 1 and err == "moe-lowering: mc2 was asked for and is not legal: [mc2.tokens]\n"
     assert "not mc2 " in out and "[mc2.tokens]" in out and "policy fixed (mc2)" in re.sub(r"\s+", " ", out)
-    assert "not fused_mc2     [fused.tokens] (--why fused_mc2 says them in full)" in out, (
+    assert "not fused_mc2     [fused.tokens] (--why fused_mc2 says it in full)" in out, (
         "the others by their codes alone"
     )
+    out = " ".join(command(capfd, f"{BLOCK} --ep 64 --tokens 600 --comm mc2")[1].split())
+    assert "[fused.ep_size], [fused.tokens] (--why fused_mc2 says them in full)" in out
     assert (
         out.count("[fused.tokens]") == 1 and "[fused." not in command(capfd, f"{BLOCK} --ep 16 {ROOMY} --comm mc2")[1]
     )

@@ -33,6 +33,11 @@ def test_flags_override_the_models_values(capfd):
     assert [block[k] for k in ("hidden", "experts", "top_k", "intermediate", "dtype")] == [4096, 128, 4, 512, "float16"]
 
 
+def test_a_model_without_experts_lends_its_other_sizes(capfd):
+    block = answer(capfd, "llama --experts 8 --topk 2")[1]["block"]
+    assert [block[k] for k in ("hidden", "intermediate", "experts", "top_k")] == [4096, 11008, 8, 2]
+
+
 @pytest.mark.parametrize(("model", "sizes", "activation"), [
     ("mixtral", (4096, 14336, 8, 2), "swiglu"),
     ("qwen3_moe", (2048, 768, 128, 8), "swiglu"),

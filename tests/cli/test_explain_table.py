@@ -131,6 +131,7 @@ REFUSALS = [
     f"{BLOCK} --soc 310P --quant w8a8",
     "mixtral_8x7b --ep 4 --fused-mode 0",
     "gpt_oss_20b --ep 8 --hierarchy --soc A5",
+    f"{BLOCK} --ep 16 --max-tokens 16 --tokens 32",
 ]
 
 
@@ -158,7 +159,10 @@ def test_each_single_change_makes_it_legal_and_one_step_less_does_not(given):
         assert len({change.field for change in changes}) == len(changes)
         for change in changes:
             assert applied(question, change, tokens)[name].legal, change
-            step = {"hccl_buffer_mb": -1, "tokens": 1, "max_tokens": 1}.get(change.field)
+            bound = (
+                -1 if question.deployment.equal_tokens else 1
+            )  # T is to be within it, or it is all that is known of T
+            step = {"hccl_buffer_mb": -1, "tokens": 1, "max_tokens": bound}.get(change.field)
             if step is not None and not (change.field == "tokens" and tokens == 0):
                 less = dataclasses.replace(change, value=change.value + step)
                 assert not applied(question, less, tokens)[name].legal, change
@@ -174,6 +178,45 @@ def test_changes_are_found_and_said_before_the_verdicts(capfd):
     assert {"field": "hccl_buffer_mb", "value": 960, "text": "HCCL_BUFFSIZE 960 MB"} in changes["mc2"]
     assert "providers" in [change["field"] for change in changes["fused_mc2"]]
     assert not answer(capfd, f"{BLOCK} --ep 16 --tokens 128")[1]["changes"], "nothing is refused"
+
+
+def test_what_all_implementations_lack_is_said_once(capfd):
+    code, out, _ = command(capfd, f"{BLOCK} --ep 16 --max-tokens 16 --tokens 32")
+    text = " ".join(out.split())
+    assert code == 1 and "one change each would be legal with at most 32 tokens declared or T at most 16 imp" in text
+    assert (
+        text.count("[deployment.max_tokens] deployment: T is 32") == 1 and "none is legal [deployment.max_tok" in text
+    )
+    assert "not mc2" not in text
+    asked = command(capfd, f"{BLOCK} --ep 16 --max-tokens 16 --tokens 32 --comm mc2")[1]
+    assert "not mc2 " in asked and "none is legal  " not in asked, "the one that was asked for has its rules by itself"
+    several = command(capfd, f"{BLOCK} --ep 16 --buffer-mb 200 --tokens 600")[1]  # the twin: not all are refused
+    assert "none is legal" not in several and "each would" not in several
+
+
+@pytest.mark.parametrize(("tokens", "said"), [
+    (0, "mc2: no one change of the deployment makes it legal at T = 0, nor T 1 alone"),
+    (1, "mc2 would be legal with EP 2"),
+])  # fmt: skip
+def test_no_tokens_and_one_rank_are_two_reasons(capfd, tokens, said):
+    assert f" {said} fused_mc2" in " ".join(command(capfd, f"{BLOCK} --tokens {tokens}")[1].split())
+
+
+def test_a_fused_mode_is_named_by_its_operator(capfd):
+    changes = answer(capfd, "qwen3_235b --ep 16 --fused-mode 0")[1]["changes"]["fused_mc2"]
+    assert "fused mode 1 (dispatch_ffn_combine, mega_moe)" in [change["text"] for change in changes]
+
+
+def test_the_buffer_that_a_row_needs_is_in_words(capfd):
+    """MC2's window has a rule, AllGather has a communicator without one, and one rank has none."""
+    for given, said in (
+        ("--ep 16 --comm mc2", "960 MB or more"),
+        ("--ep 16 --comm allgather", "any"),
+        ("", "not used"),
+    ):
+        out = " ".join(command(capfd, f"{BLOCK} {given} --tokens 127..128")[1].split())
+        assert f"GB; HCCL_BUFFSIZE {said}" in out, given
+        assert "columns" in out and "any: none of its rules is on it" in out
 
 
 DISPATCH = "npu_moe_distribute_dispatch_v2"

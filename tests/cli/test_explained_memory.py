@@ -82,9 +82,14 @@ def test_what_cannot_fit_is_said_with_its_numbers_and_what_fits_is_not():
     """82 GB of experts on a die of 64 GiB; in int8 they fit."""
     memory, text = memory_of("mc2")
     assert memory["capacity"] == 64 * 2**30 and not memory["fits"]
+    assert " note it does not fit a rank's memory, see memory " in text and text.index(" note it does") < text.index(
+        "choice"
+    )
     assert f"[{TOO_SMALL}] 86.4 GB = 81.7 GB experts of 58 MoE layers, 0.4 GB buffers, 4.3 GB HCCL window" in text
     memory, text = memory_of("mc2", "w8a8")
-    assert memory["fits"] and TOO_SMALL not in text and "45.5 GB = 40.9 GB experts" in text
+    assert (
+        memory["fits"] and TOO_SMALL not in text and "does not fit" not in text and "45.5 GB = 40.9 GB experts" in text
+    )
     memory, text = memory_of("mc2", layer=dataclasses.replace(LAYER, layers=None))
     assert memory["fits"] and memory["needed"] == sum(memory[each] for each in ("experts", "buffers", "window"))
 
@@ -94,3 +99,33 @@ def test_it_fits_up_to_the_last_byte(capacity, fits):
     memory = Memory(experts=20, layers=4, buffers=13, window=7, communicators=1, capacity=capacity)
     assert (memory.needed, memory.fits) == (100, fits)
     assert (TOO_SMALL in str(memory)) is not fits
+
+
+MB = 2**20
+RANKS_AND_BITS = "more ranks, or experts of fewer bits"
+
+
+@pytest.mark.parametrize(("sizes", "communicators", "advice"), [
+    ((82, 1, 0), 0, RANKS_AND_BITS),  # no window at all
+    ((82, 1, 30), 1, RANKS_AND_BITS),  # the experts alone are too much
+    ((300, 1, 0), 0, "more ranks"),  # in 4 bits too
+    ((50, 1, 20), 1, f"{RANKS_AND_BITS}, or HCCL_BUFFSIZE of at most 17 MB"),
+    ((50, 2, 20), 2, f"{RANKS_AND_BITS}, or HCCL_BUFFSIZE of at most 8 MB"),
+    ((50, 10, 20), 1, RANKS_AND_BITS),  # 8 MB are fewer than the choice's rules accept
+    ((40, 20, 20), 1, f"{RANKS_AND_BITS}, or fewer tokens"),
+    ((10, 60, 20), 1, "fewer tokens"),
+    ((60, 60, 60), 1, "no one thing is enough: more ranks, and fewer tokens or a smaller HCCL_BUFFSIZE"),
+])  # fmt: skip
+def test_advice_names_what_can_be_enough(sizes, communicators, advice):
+    """68 MB of memory, of which all but one thing must leave room for it."""
+    experts, buffers, window = (size * MB for size in sizes)
+    memory = Memory(experts, 1, buffers, window, communicators, 68 * MB, least_buffer_mb=8 if sizes[1] < 10 else 9)
+    assert str(memory).endswith(f": it cannot fit ({advice})")
+
+
+def test_the_least_buffer_of_the_choice_bounds_the_advice():
+    """Of what experts and buffers leave, MC2's window needs 960 MB; AllGather's none."""
+    layer = dataclasses.replace(LAYER, layers=48)  # 67.6 GB of experts
+    assert "HCCL_BUFFSIZE of at most" not in memory_of("mc2", layer=layer)[1]
+    assert "HCCL_BUFFSIZE of at most" in memory_of("allgather", layer=dataclasses.replace(LAYER, layers=46))[1]
+    assert "HCCL_BUFFSIZE of at most" in memory_of("mc2", layer=dataclasses.replace(LAYER, layers=46))[1]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -150,6 +151,10 @@ def test_links_within_and_between_nodes_are_told_apart():
         lower_layer(SMALL, "allgather", 4, ranks_per_node=ranks).report.blocks[0].costs[0] for ranks in (4, 2)
     )
     assert whole.sent_between == 0 and split.sent_between > split.sent_within > 0
+    assert " MB sent within the node, buffers of" in str(whole) and "to other nodes" not in str(whole)
+    assert re.search(r"weights, [\d,.]+ MB sent within the node and [\d,.]+ MB to other nodes, buffers", str(split))
+    assert "beside weights, sent: " in str(dataclasses.replace(split, sent_within=0))
+    assert "beside weights, buffers of" in str(dataclasses.replace(whole, sent_within=0)), "one rank sends nothing"
     assert whole.sent_within == pytest.approx(split.sent_within + split.sent_between, abs=16)
     assert "to other nodes" in str(split) and "to other nodes" not in str(whole)
 

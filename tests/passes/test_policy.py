@@ -224,10 +224,10 @@ def test_what_a_rule_itself_refuses_is_said():
     wrong = BASE.but(deployment=(("fused_mode", 2),)).judge(policy="vllm_ascend_main").report.blocks[0]
     assert wrong.comm is not None
     assert wrong.reason.startswith(
-        "vllm_ascend_main refuses this deployment (fused_mode is 2; accepted: 0, 1); cheapest"
+        "vllm_ascend_main refuses this deployment (fused_mode is 2; accepted: 0, 1); the simplest of those tied at 32 tokens: "
     )
     unknown = BASE.but(deployment=(("soc", "A5"),)).judge(policy="vllm_ascend_0_13").report.blocks[0]
-    assert "accepted with expert parallelism: A2, A3); cheapest" in unknown.reason
+    assert "accepted with expert parallelism: A2, A3); the simplest of those tied" in unknown.reason
 
 
 def test_fused_without_a_provider_becomes_the_next_best_and_says_so():

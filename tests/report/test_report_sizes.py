@@ -15,7 +15,7 @@ from moe_lowering import MoE, MoeLowering, testing
 from moe_lowering.limits import TokenRange
 from moe_lowering.passes import decision
 from moe_lowering.report import BlockReport
-from moe_lowering.report.text import render
+from moe_lowering.report.text import render, render_sizes
 from moe_lowering.report.width import WIDTH
 
 DTYPE = torch.bfloat16
@@ -98,6 +98,9 @@ def test_buffers_of_alltoall_are_capped_by_max_rows(max_rows, lines, received):
     """60 tokens, 2 experts of each on a rank: from 120 rows on there is one line for each token instead of each row."""
     found = sizes("alltoall", max_rows=max_rows)
     assert (found.exchanged.value, found.received.value) == (lines, received)
+    assert f"receives up to {received} rows; {lines} rows to each rank" in " ".join(
+        "\n".join(render_sizes(found)).split()
+    )
     assert found.windows == ()
 
 

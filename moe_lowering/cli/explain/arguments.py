@@ -24,7 +24,7 @@ from moe_lowering.cli.options import (
     read_measured,
 )
 from moe_lowering.cli.usage import UsageError
-from moe_lowering.model_configs.check import LARGEST, check_model, hint_of_sibling
+from moe_lowering.model_configs.check import LARGEST, check_model
 from moe_lowering.model_configs.errors import ModelError, write_value
 from moe_lowering.vocabulary import COMMS, EXPERT_FORMATS, FUSED_MODES
 
@@ -39,13 +39,13 @@ model's config alone: no weights are built, and no NPU is needed."""
 
 EXAMPLES = """\
 examples:
-  moe-lowering explain deepseek_v3 --ep 16 --tokens 128
+  moe-lowering explain deepseek_v3 --ep 64 --tokens 128
       the verdict of every implementation, the choice, and every rule that is broken
   moe-lowering explain --hidden 7168 --intermediate 2048 --experts 256 --topk 8 --soc A2 --ep 64
       the same for a block without a model
   moe-lowering explain ./config.json --ep 16 --why fused_mc2
       every rule for fused_mc2 with its value and source, whether it holds or not
-  moe-lowering explain deepseek_v3 --ep 16 --tokens 600 --comm mc2
+  moe-lowering explain deepseek_v3 --ep 64 --tokens 600 --comm mc2
       is this one legal, and if not, why; the same as MoeLowering(comm="mc2")
   moe-lowering explain qwen3_moe --ep 16 --no-capture
       for graphs that are not captured, where AllToAll may send exactly the rows that there are
@@ -97,15 +97,14 @@ def check(request: ExplainRequest) -> None:
             raise missing_sizes(None, [option for option, size in sizes.items() if size is None])
         return
     try:
-        check_model(request.model, needs_type=False)
+        check_model(request.model, needs_type=False, needs_experts=None in (request.experts, request.topk))
     except ModelError as error:
         raise UsageError(f"argument MODEL: {error}") from error
 
 
 def missing_sizes(model: str | None, options: Sequence[str]) -> UsageError:
     """The error about sizes that neither the model nor an option says."""
-    hint = hint_of_sibling(model) if model is not None else ""
-    what = "no model is given" if model is None else f"the config of {model} does not say all sizes{hint}"
+    what = "no model is given" if model is None else f"the config of {model} does not say all sizes"
     return UsageError(
         f"argument MODEL: {what}: {', '.join(options)} missing; accepted: a model with MoE layers, or all of "
         f"{' '.join(SIZE_OPTIONS)}"

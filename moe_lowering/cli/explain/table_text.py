@@ -26,6 +26,7 @@ def render_table(first: Explanation, rows: Sequence[Row], colour: bool = False) 
     parts = [_header(first, paint), "\n".join([paint(_titles(), "dim"), *_entries(rows, paint)])]
     notes = [
         "figures are those at the most tokens of a row; one MoE layer but for memory, which is that of all layers",
+        "HCCL_BUFFSIZE: what is enough for the choice; any: none of its rules is on it; not used: it has no communicator",
         "[cost]: legal, and not the cheapest, or tied with a simpler one; [policy]: legal, and the policy takes another",
     ]
     return "\n\n".join([*parts, labelled_rows("columns", notes), labelled_rows("assumed", first.assumptions)])
@@ -97,8 +98,7 @@ def _below(row: Row) -> list[str]:
     )
     if not memory.fits and memory.capacity is not None:
         figures = f"[{TOO_SMALL}] {figures}, of {_gb(memory.capacity)}"
-    needed = "as it is" if row.buffer_mb is None else f"{row.buffer_mb} MB or more"
-    return [*lines, f"{figures}; HCCL_BUFFSIZE {needed}"]
+    return [*lines, f"{figures}; HCCL_BUFFSIZE {row.buffer_needed}"]
 
 
 def _gb(size: int) -> str:

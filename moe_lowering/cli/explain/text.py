@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from moe_lowering.explanation import Answer, Explanation, Piece
-from moe_lowering.explanation.single_changes import Change
 from moe_lowering.limits import Violation
 from moe_lowering.limits.findings import Finding
 from moe_lowering.limits.wording import Accepted, Value, show_word
@@ -41,7 +40,7 @@ def render(explanation: Explanation, why: str | None = None, colour: bool = Fals
     answer = explanation.answer
     parts = [_header(explanation, paint)]
     if explanation.changes:
-        parts.append(labelled_rows("one change", change_texts(explanation.changes)))
+        parts.append(labelled_rows("one change", change_texts(explanation)))
     parts += [_table(answer, paint), _choice_lines(explanation, paint)]
     if explanation.pieces is not None:
         parts.append(_sweep(explanation.pieces, explanation, paint))
@@ -49,25 +48,25 @@ def render(explanation: Explanation, why: str | None = None, colour: bool = Fals
     if why is not None:
         parts.append(_rule_lines(answer, why, paint))
     else:
-        comm = explanation.question.policy.comm
-        parts += [
-            _refusal(name, verdict, sources, paint) if comm in (AUTO, name) else _codes(name, verdict)
-            for name, verdict in answer.judgement.verdicts.items()
-            if not verdict.legal
-        ]
+        parts += _refusals(explanation, sources, paint)
     parts.append(labelled_rows("assumed", explanation.assumptions))
     parts += [paint(render_sources(sources), "dim")] if sources else []
     return "\n\n".join(parts)
 
 
-def change_texts(changes: Mapping[str, Sequence[Change]]) -> list[str]:
-    """What one change would make each refused implementation legal."""
-    return [
-        f"{name} would be legal with {' or '.join(change.text for change in found)}"
-        if found
-        else f"{name}: no one change of the deployment makes it legal"
+def change_texts(explanation: Explanation) -> list[str]:
+    """What one change would make each refused implementation legal; once where it is the same for all of them."""
+    answer, changes = explanation.answer, explanation.changes
+    none = "no one change of the deployment makes it legal"
+    if answer.tokens == 0:
+        none += " at T = 0, nor T 1 alone"
+    texts = {
+        name: f" would be legal with {' or '.join(change.text for change in found)}" if found else f": {none}"
         for name, found in changes.items()
-    ]
+    }
+    if len(texts) == len(answer.judgement.verdicts) and all(changes.values()) and len(set(texts.values())) == 1:
+        return ["each" + next(iter(texts.values()))]
+    return [name + text for name, text in texts.items()]
 
 
 def _header(explanation: Explanation, paint: Paint) -> str:
@@ -89,6 +88,7 @@ def _header(explanation: Explanation, paint: Paint) -> str:
     dtype = dtype_name(spec.dtype)
     quantised = f" with {spec.quantisation} experts" if EXPERT_FORMATS[spec.quantisation].quantised else ""
     title = textwrap.wrap(f"{explanation.block.model or 'MoE block'} on {deployment.soc}: {tokens}", report_width())
+    fits = answer.memory(explanation.block.layers).fits
     return "\n".join(
         [
             *(paint(line, "bold") for line in title),
@@ -104,6 +104,7 @@ def _header(explanation: Explanation, paint: Paint) -> str:
                 f"{deployment.cann or 'unknown'}, {providers}, "
                 f"{levels}{captured}policy {policy}",
             ),
+            *([] if fits else [paint(_labelled_text("note", "it does not fit a rank's memory, see memory"), "red")]),
         ]
     )
 
@@ -150,9 +151,22 @@ def _sweep(pieces: Sequence[Piece], explanation: Explanation, paint: Paint) -> s
     return "\n".join(lines)
 
 
-def _refusal(name: str, verdict: Verdict, sources: list[str], paint: Paint) -> str:
+def _refusals(explanation: Explanation, sources: list[str], paint: Paint) -> list[str]:
+    """Of each refused implementation; once where all of them break the same rules."""
+    comm, verdicts = explanation.question.policy.comm, explanation.answer.judgement.verdicts
+    rules = {tuple(str(violation) for violation in distinct(verdict)) for verdict in verdicts.values()}
+    if comm == AUTO and len(rules) == 1 and not any(verdict.legal for verdict in verdicts.values()):
+        return [_refusal("none is legal", next(iter(verdicts.values())), sources, paint)]
+    return [
+        _refusal(f"not {name}", verdict, sources, paint) if comm in (AUTO, name) else _codes(name, verdict)
+        for name, verdict in verdicts.items()
+        if not verdict.legal
+    ]
+
+
+def _refusal(label: str, verdict: Verdict, sources: list[str], paint: Paint) -> str:
     """The broken rules of an implementation, in the words of a lowering's report."""
-    text = render_refusal(name, verdict, sources)
+    text = render_refusal(label, verdict, sources)
     for code in dict.fromkeys(violation.code for violation in verdict.violations):
         text = text.replace(f"[{code}]", paint(f"[{code}]", "red"))
     return text
@@ -160,8 +174,9 @@ def _refusal(name: str, verdict: Verdict, sources: list[str], paint: Paint) -> s
 
 def _codes(name: str, verdict: Verdict) -> str:
     """The broken rules of an implementation that was not asked for: by their codes alone."""
-    codes = ", ".join(dict.fromkeys(f"[{violation.code}]" for violation in distinct(verdict)))
-    return _labelled_text(f"not {name}", f"{codes} (--why {name} says them in full)")
+    codes = list(dict.fromkeys(f"[{violation.code}]" for violation in distinct(verdict)))
+    them = "it" if len(codes) == 1 else "them"
+    return _labelled_text(f"not {name}", f"{', '.join(codes)} (--why {name} says {them} in full)")
 
 
 def _rule_lines(answer: Answer, name: str, paint: Paint) -> str:

@@ -26,7 +26,7 @@ def explain_page(explanation: Explanation, rows: Sequence[Row]) -> str:
         str(answer.beside_rule()),
         f"memory: {answer.memory(block.layers)}",
     ]
-    changes = change_texts(explanation.changes)
+    changes = change_texts(explanation)
     return page(
         f"{block.model or 'MoE block'} on {deployment.soc}",
         [

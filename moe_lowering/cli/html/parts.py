@@ -83,6 +83,5 @@ def _deployment_row(row: Row) -> list[object]:
     others = "; ".join(f"{name} [{'] ['.join(codes)}]" for name, codes in row.others.items())
     needed = Markup(f"{memory.needed / 1e9:.1f}" + ("" if memory.fits else f"<br>[{TOO_SMALL}]"))
     tokens = str(piece.low) if piece.low == piece.high else f"{piece.low} to {piece.high}"
-    buffer = "" if row.buffer_mb is None else f"{row.buffer_mb} MB"
     why = join((element("p", "; ".join(changes)), element("span", others, class_="note")) if changes else (others,))
-    return [row.soc, row.ep, row.quantisation, tokens, row.choice or "none", *figures, needed, buffer, why]
+    return [row.soc, row.ep, row.quantisation, tokens, row.choice or "none", *figures, needed, row.buffer_needed, why]

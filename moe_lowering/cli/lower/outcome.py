@@ -167,7 +167,11 @@ class LowerOutcome:
                 "max rel error",
                 f"{self.errors.relative:.3g} (logits), {self.errors.block_relative:.3g} (MoE blocks){accepted}",
             ),
-            labelled_text("near ties", f"{self.errors.rerouted} of {self.errors.routed} tokens went to other experts"),
+            labelled_text(
+                "near ties",
+                f"{self.errors.rerouted} of {self.errors.routed} tokens went to other experts (those of all ranks, each once "
+                "per MoE layer)",
+            ),
         ]
         if self.request.quantised:
             noise = f"{self.errors.snr:.1f} dB (logits), {self.errors.block_snr:.1f} dB (MoE blocks)"
