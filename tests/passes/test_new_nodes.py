@@ -72,7 +72,7 @@ def test_hooks_of_a_graph_module_hear_of_new_nodes():
     insert_call(gm.graph)(gm.graph, aten.relu.default, (x,), {})
     assert not heard
     gm._register_create_node_hook(heard.append)
-    with gm.graph.inserting_before(next(reversed(gm.graph.nodes))):
+    with gm.graph.inserting_before(next(iter(reversed(gm.graph.nodes)))):  # no iterator in torch 2.10
         node = insert_call(gm.graph)(gm.graph, aten.relu.default, (next(iter(gm.graph.nodes)),), {})
     assert heard == [node]
 
