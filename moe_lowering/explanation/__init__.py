@@ -163,8 +163,13 @@ def _assumptions(block: BlockDescription, deployment: Deployment) -> tuple[str, 
         assumptions.append("the CANN version is not known: rules for any version apply")
     if deployment.equal_tokens:
         assumptions.append("T is equal on all ranks")
-    assumptions.append("torch_npu is installed, and MC2 has a communicator of its own")
+    own = ", and MC2's communicator is used by nothing else" if deployment.mc2_group else ""
+    assumptions.append(f"torch_npu is installed{own}")
     assumptions.append("the expert weights are stacked and laid out by shard_experts; there is no token mask")
+    assumptions.append(
+        "the routing weights are float32: in 16 bits, as some models have them, they take a cast more or less, and near a "
+        "boundary another choice"
+    )
     if block.model is not None:
         assumptions.append(f"the pass recognises the blocks of {block.model} (`moe-lowering lower` shows it)")
     if EXPERT_FORMATS[block.quantisation].quantised:

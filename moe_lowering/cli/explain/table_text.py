@@ -24,8 +24,14 @@ def render_table(first: Explanation, rows: Sequence[Row], colour: bool = False) 
     """The block, one entry for each row, what the columns mean, and what was assumed."""
     paint = Paint(colour)
     parts = [_header(first, paint), "\n".join([paint(_titles(), "dim"), *_entries(rows, paint)])]
+    are_known = all(row.memory.layers for row in rows)
+    memory = (
+        "one MoE layer but for memory, which is that of all layers"
+        if are_known
+        else ("one MoE layer, memory too: how many layers there are is not known")
+    )
     notes = [
-        "figures are those at the most tokens of a row; one MoE layer but for memory, which is that of all layers",
+        f"figures are those at the most tokens of a row; {memory}",
         "HCCL_BUFFSIZE: what is enough for the choice; any: none of its rules is on it; not used: it has no communicator",
         "[cost]: legal, and not the cheapest, or tied with a simpler one; [policy]: legal, and the policy takes another",
     ]
