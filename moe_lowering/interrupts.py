@@ -95,12 +95,28 @@ def blocked(*numbers: int) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM wait; they come at the end. Blocked alone they would come by way of another thread."""
+    handlers = _active if threading.current_thread() is threading.main_thread() else None
+    if handlers is not None:
+        handlers.is_postponed = True
+    try:
+        with blocked(*ERRORS):
+            yield
+    finally:
+        if handlers is not None:
+            handlers.is_postponed = False
+            handlers.raise_what_waited()
+
+
 class _Handlers:
     """Handlers of both signals, and a guard before ``signal.signal``."""
 
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None  # the signal, and when it came, of the monotonic clock
         self._repeated = False  # whether the next signal is our own
+        self.is_postponed = self._waits = False  # whether errors wait, and whether one does
         self._watched: weakref.ref[BaseException] | None = None
         self._later: dict[int, Any] = {}  # what is installed at the end
         self._signal = signal.signal
@@ -144,7 +160,14 @@ class _Handlers:
                 self._signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        raise self._error(self._first[0])
+        self._waits = self.is_postponed
+        if not self._waits:
+            raise self._error(self._first[0])
+
+    def raise_what_waited(self) -> None:
+        if self._waits and self._first is not None:
+            self._waits = False
+            raise self._error(self._first[0])
 
     def _error(self, number: int) -> BaseException:
         """An error that is raised again when nothing refers to it any more; not while it propagates, nor within

@@ -24,7 +24,7 @@ import threading
 from collections.abc import Iterator
 
 from moe_lowering import _bootstrap, _versions
-from moe_lowering.interrupts import ERRORS, blocked
+from moe_lowering.interrupts import postponed
 from moe_lowering.simulator import standins, state
 from moe_lowering.simulator.standins import SimulatorError
 from moe_lowering.simulator.state import is_enabled, soc
@@ -152,7 +152,7 @@ def _import_torch_npu() -> None:
     global _import_error
     try:
         # an error that a signal raises within the import of torch_npu._C aborts the process (std::terminate)
-        with blocked(*ERRORS), without_noise():
+        with postponed(), without_noise():
             importlib.import_module("torch_npu")
     except Exception as error:
         # A second try can succeed (a missing package) or trip over what the first one registered: keep the first cause.

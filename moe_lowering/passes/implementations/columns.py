@@ -4,7 +4,7 @@ A collective costs as much as several small kernels. Putting the columns togethe
 apart: ``split_with_sizes_copy`` into memory that nobody has written. torch_npu has it as an operator of CANN
 (SplitWithSize); without ``out`` it is a copy for each, as it stays in GE graphs, which write nothing in place.
 Nothing is computed on the columns: bits are copied, and no word of them is read as another dtype than it was sent in.
-Sources: wheel.native_functions: split_with_sizes_copy.out; wheel.noop_ops: remove_noop_ops.
+Sources: wheel.native_functions: split_with_sizes_copy.out; wheel.fx_compiler: remove_noop_ops.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _as_words(emit: Emitter, weights: Node, dtype: torch.dtype) -> Node:
 
     Pairs of 16 bits are always copied: a view in a wider dtype wants them side by side from the start of a word on, and
     where an input of the graph starts is known to nobody, nor the same on every rank. Not by ``clone``, even where the
-    dtype stays: npugraph_ex takes a clone of the same strides for nothing and erases it (wheel.noop_ops).
+    dtype stays: npugraph_ex takes a clone of the same strides for nothing and erases it (wheel.fx_compiler).
     """
     if dtype == torch.float32:
         weights = emit.cast(weights, dtype)
