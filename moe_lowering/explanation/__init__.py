@@ -163,7 +163,7 @@ def _assumptions(block: BlockDescription, deployment: Deployment) -> tuple[str, 
         assumptions.append("the CANN version is not known: rules for any version apply")
     if deployment.equal_tokens:
         assumptions.append("T is equal on all ranks")
-    own = ", and MC2's communicator is used by nothing else" if deployment.mc2_group else ""
+    own = ", and MC2 has a communicator of its own" if deployment.mc2_group else ""
     assumptions.append(f"torch_npu is installed{own}")
     assumptions.append("the expert weights are stacked and laid out by shard_experts; there is no token mask")
     assumptions.append(
