@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 import textwrap
 from collections.abc import Iterable
 
+from moe_lowering.limits.sources import cite, load_sources
 from moe_lowering.matrix.expected import REFUSALS, refusals
 from moe_lowering.matrix.reference import FLOORS
 from moe_lowering.matrix.table import CellResult, Table
@@ -87,12 +87,10 @@ def _letter(number: int) -> str:
 
 
 def _legend(table: Table, letters: dict[str, str]) -> Iterable[str]:
-    reasons = {refusal.code: refusal.why for refusal in REFUSALS}
+    reasons = {refusal.code: cite(refusal.why, load_sources())[0].note for refusal in REFUSALS}
     width = max(23, *map(len, letters))
     for code, letter in letters.items():
-        # without the names of sources: they are those of the limit tables
-        why = re.sub(r"^\w+\.\w+(, \w+\.\w+)*: ", "", reasons.get(code, ""))
-        yield _wrap_text(f"  ({letter}) {code:{width}}", why)
+        yield _wrap_text(f"  ({letter}) {code:{width}}", reasons.get(code, ""))
 
 
 def _refusal_lines(table: Table) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.graph.walks import (
     CHOICES,
     MATMULS,
@@ -65,9 +66,12 @@ def _is_chosen_among(gather: Node) -> bool:
     """Whether the ids of a gather are the places of the best among as many scores as there are weights."""
     chosen = source_of(_gathers_rows(gather))
     choice = chosen.args[0] if name_of(chosen) == "getitem" and chosen.args[1] == 1 else chosen
-    stacked, scores = (shape_of(node.args[0]) for node in (gather, choice)) if choice.args else (None, None)
-    is_choice = name_of(choice) in CHOICES and stacked is not None and bool(scores)
-    return is_choice and str(scores[-1]) == str(stacked[0])  # type: ignore[index]
+    if name_of(choice) not in CHOICES or not choice.args:
+        return False
+    stacked, scores = shape_of(gather.args[0]), shape_of(choice.args[0])
+    if not stacked or not scores:
+        return False
+    return bool(size_key(scores[-1]) == size_key(stacked[0]))
 
 
 def _is_written_at(stacked: Any, ids: Node) -> bool:

@@ -85,7 +85,8 @@ def _require_stored(node: Node, ids: Node, experts: int) -> None:
     line = len(numbers) if is_table else top_k
     lines = [numbers[at : at + line] for at in range(0, len(numbers), line)] if isinstance(line, int) else []
     none = next((number for number in numbers if not 0 <= number < experts), None)
-    twice = next((n for each in lines if top_k != 1 for n in each if each.count(n) > 1), None)
+    repeated = (_first_repeated(each) for each in lines if top_k != 1)
+    twice = next((number for number in repeated if number is not None), None)
     if none is None and twice is None:
         return
     what = f"{none}, which is no expert of {experts}" if none is not None else f"expert {twice} twice"
@@ -94,6 +95,15 @@ def _require_stored(node: Node, ids: Node, experts: int) -> None:
         f"{node.name}, which ids are {'looked up in' if is_table else 'taken from'} and the graph holds, has {what}",
         f"numbers from 0 to {experts - 1} (of the last expert {experts - 1}, not -1), each once for a token",
     )  # fmt: skip
+
+
+def _first_repeated(numbers: list[int]) -> int | None:
+    seen: set[int] = set()
+    for number in numbers:
+        if number in seen:
+            return number
+        seen.add(number)
+    return None
 
 
 def _behind_views(node: Node) -> list[Node]:

@@ -169,8 +169,8 @@ class _Graph:
                 reasons += [why] if (why := _why(weighted)) else []
                 continue
             if weighted.by != by:
-                seen = f"weights of another selection, {call_name(weighted.by.node)}"
-                reasons.append(Reason("router.two_selections", candidate, seen, f"those of {call_name(by.node)}"))
+                seen = f"weights of another selection ({call_name(weighted.by.node)}) than the ids"
+                reasons.append(Reason("router.two_selections", candidate, seen, "those of the one that gives the ids"))
                 continue
             reason = (
                 differs(by, weighted, candidate) or _shape_differs(candidate, ids) or _read_elsewhere(by, candidate)

@@ -22,7 +22,9 @@ def differs(by: Selection, weighted: Taken, at: Node) -> Reason | None:
     chosen, weighed = by.scores, weighted.scores
     if chosen.logits is not weighed.logits:
         why = chosen.why or weighed.why
-        seen = f"experts are chosen by {call_name(chosen.logits)} and weighted by {call_name(weighed.logits)}"
+        by_one, by_other = call_name(chosen.logits), call_name(weighed.logits)
+        another = "another " if by_one == by_other else ""
+        seen = f"experts are chosen by {by_one} and weighted by {another}{by_other}"
         return why or Reason("router.other_scores", at, seen, "the same logits for both")
     by_logits = not chosen.scoring
     if not weighed.scoring:
