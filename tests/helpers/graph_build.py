@@ -263,6 +263,8 @@ def _late_weights(b: Builder, spec: BlockCase, weights: Node, counts: Node, when
     if when == "weights_late" and "weights_from_counts" in spec.odd:
         total = b.call(aten.mul.Tensor, b.call(aten.sum.default, counts), 0)
         weights = b.call(aten.add.Tensor, weights, total)
+    if when == "weights_late" and "weights_in_16_bits" in spec.odd:
+        weights = b.call(aten._to_copy.default, weights, dtype=torch.bfloat16)
     scope = when == "weights_late" and "scope_of_weights" in spec.odd
     if scope:
         _enter(b)

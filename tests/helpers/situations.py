@@ -26,6 +26,7 @@ SITUATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "lists": ({}, {"as_list": (True, True)}, {}),
     "counts": ({}, {"odd": ("counts_read",)}, {}),
     "late weights": ({}, {"odd": ("weights_late",)}, {}),
+    "weights in 16 bits": ({}, {"odd": ("weights_in_16_bits",)}, {}),
     "rows of a rank are bounded": ({"max_rows": 8}, {}, {}),  # AllToAll by row
 }
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from moe_lowering.custom_ops.alltoall_experts import AllToAllExpertsCall
 from moe_lowering.passes.costs.tally import peak_bytes
 from moe_lowering.passes.emission.emitter import Emitter
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
@@ -116,6 +117,18 @@ def test_routing_weights_of_16_bits_are_cast_for_those_who_read_others(comm):
     kernels = [total_cost(emitted(lowered)[0]).kernels for lowered in (given, halves)]
     assert kernels[1] - kernels[0] == CASTS[comm]
     assert [lowered.report.blocks[0].costs[0].kernels for lowered in (given, halves)] == kernels
+
+
+def test_exact_alltoall_gets_routing_weights_in_float32():
+    """In one operator, whose weights are float32; its twin has them so already."""
+    for dtype, casts in ((torch.float32, 0), (torch.bfloat16, 1)):
+        lowered = lower_layer(dataclasses.replace(SMALL, routing=dtype), "alltoall", 2, capture=False)
+        (operator,) = lowered.gm.graph.find_nodes(
+            op="call_function", target=torch.ops.moe_lowering.alltoall_experts.default
+        )
+        weights = AllToAllExpertsCall(*operator.args).weights
+        assert weights.meta["val"].dtype == torch.float32
+        assert sum(node.target is aten._to_copy.default for node in emitted(lowered)[0]) == casts
 
 
 COUNTED = [

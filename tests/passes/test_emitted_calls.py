@@ -70,6 +70,7 @@ SITUATIONS = {
     "GE": Situation({"mode": "ge"}, without=NO_GE),
     "A2": Situation({"soc": "A2"}, without=FUSED),
     "two levels": Situation({"mc2_hierarchy": True, "soc": "A2", "ep_size": 16}, without=FUSED),
+    "weights in 16 bits": Situation(block={"odd": ("weights_in_16_bits",)}),
     "lists": Situation(block={"as_list": (True, True)}),
     "activation": Situation(block={"activation": "swiglu_oai", "limit": 7.0}, without=FUSED),
 }

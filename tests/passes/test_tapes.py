@@ -80,6 +80,7 @@ def test_equal_blocks_are_what_emitting_each_makes_of_them(situation: str) -> No
     "other",
     [
         {"odd": ("weights_late",)}, {"odd": ("weights_last",)}, {"odd": ("counts_read",)}, {"odd": ("w13_late",)},
+        {"odd": ("weights_in_16_bits",)},
         {"odd": ("kwargs",)}, {"as_list": (True, True)}, {"mask": True}, {"transposed": True}, {"route": None},
         {"bias": (True, True)}, {"activation": "gelu"}, {"top_k": 2}, {"route": RouteCase(bias=True)},
         {"forms": (("w13", "computed"),)},
