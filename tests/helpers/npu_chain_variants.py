@@ -118,7 +118,8 @@ class Gathered(chains.Layer):
         return torch.ops._c10d_functional.wait_tensor(gathered)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
-        x, ids, weights = self.gathered(x), self.gathered(ids), self.gathered(weights.bfloat16())
+        sent = self.changes.get("sent", torch.Tensor.bfloat16)
+        x, ids, weights = self.gathered(x), self.gathered(ids), self.gathered(sent(weights))
         local = chains.EXPERTS // self.ranks
         first, last = self.change("range", (self.rank * local, (self.rank + 1) * local))
         given = {

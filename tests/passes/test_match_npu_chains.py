@@ -20,6 +20,8 @@ import moe_lowering
 from moe_lowering import MoeLowering, simulator, testing
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.agreement_check import settings_record
+from moe_lowering.passes.emission.emitter import is_emitted
+from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.raise_foreign.match_mc2_chain import DISPATCH, match_mc2
 from moe_lowering.passes.raise_foreign.npu_chain import foreign_block
 from moe_lowering.passes.raise_foreign.records import NotThisForm
@@ -347,6 +349,18 @@ def test_exchanges_of_a_chain_of_gathered_tokens_go_with_it(pair, masked):
     assert [(block.comm, block.raised_from) for block in lowered.report.blocks] == [("mc2", "gathered_v2")]
     assert not [name for name in lowered.ops_after if name.startswith("_c10d")]
     assert sum(name.endswith("all_gather_into_tensor") for name in lowered.ops_before) == 3
+
+
+def test_weights_that_a_chain_rounds_behind_its_mask_are_rounded(pair):
+    """To bfloat16; MC2 takes float32. The twin rounds them before they are sent, which is a cast of the model's own."""
+    for sent, behind, casts in ((torch.Tensor.float, torch.Tensor.bfloat16, 2), (torch.Tensor.bfloat16, None, 1)):
+        changes = {} if behind is None else {"weights": behind}
+        layer = variants.Gathered(pair.ep_group, "none", "swiglu", 0, 2, sent=sent, **changes)
+        graph = testing.lower_graph(layer, *chains.inputs(0), deployment=pair, comm="mc2").gm.graph
+        scales = argument(anchor(graph, "npu_moe_distribute_combine_v2"), "expert_scales")
+        assert [each.meta["val"].dtype for each in (scales, scales.args[0])] == [torch.float32, torch.bfloat16]
+        made = [node for node in (scales, scales.args[0]) if is_emitted(node)]
+        assert len(made) == casts
 
 
 def test_each_code_is_documented():

@@ -50,8 +50,7 @@ def emit_generic(block: ForeignBlock, emit: Emitter, deployment: Deployment) -> 
         if weights is None:
             weights = _by_token(emit, block.weights, sent.x, block.top_k)
             weights = weights if block.rounded is None else emit.cast(weights, block.rounded)
-            if weights.meta["val"].dtype not in FLOATS or block.copied is not None or block.constant is not None:
-                weights = emit.cast(weights, torch.float32)
+            weights = weights if weights.meta["val"].dtype in FLOATS else emit.cast(weights, torch.float32)
         back = CombineCall[Any](**{**alike, "rows": mlp, "weights": weights, "handle": handle})
         combine = emit.call(OPS.combine.default, *positional_arguments(back))
         dispatch: Any = rows.args[0]
@@ -143,6 +142,7 @@ def _add_copies(copied: Copied, emit: Emitter, y: Node, weights: Node, sent: Dis
     chosen = emit.call(aten.ge.Scalar, ids, copied.first)
     if copied.last < sent.num_experts + sent.zero_experts:
         chosen = emit.call(aten.logical_and.default, chosen, emit.call(aten.lt.Scalar, ids, copied.last))
+    weights = emit.cast(weights, torch.float32)
     share = emit.call(aten.sum.dim_IntList, emit.call(aten.mul.Tensor, weights, chosen), [1], True)
     copies = emit.call(aten.mul.Tensor, share, copied.x)
     return emit.cast(emit.call(aten.add.Tensor, copies, y), y.meta["val"].dtype)
@@ -154,7 +154,8 @@ def _add_constants(constant: Constant, emit: Emitter, y: Node, weights: Node, se
     where = {"dtype": torch.int32, "device": ids.meta["val"].device, "pin_memory": False}
     numbers = emit.call(aten.arange.start, constant.first, constant.last, **where)
     chosen = emit.call(aten.eq.Tensor, emit.call(aten.unsqueeze.default, ids, 2), numbers)
-    by_slot = emit.call(aten.mul.Tensor, emit.call(aten.unsqueeze.default, weights, 2), chosen)
+    by_choice = emit.call(aten.unsqueeze.default, emit.cast(weights, torch.float32), 2)
+    by_slot = emit.call(aten.mul.Tensor, by_choice, chosen)
     share = emit.call(aten.sum.dim_IntList, by_slot, [1])  # [T, C]
     x, alpha_1, alpha_2, v = (emit.cast(node, torch.float32) for node in constant.nodes)
     scaled = emit.call(aten.mul.Tensor, emit.call(aten.mm.default, share, alpha_1), x)
