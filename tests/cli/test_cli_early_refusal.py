@@ -65,8 +65,9 @@ def test_codes_from_the_options_are_those_of_the_graph(
     for answer in (early_refusal.find_early_refusal, lambda *_: None):
         monkeypatch.setattr(early_refusal, "find_early_refusal", answer)
         torch._dynamo.reset()
-        code, report, _ = command(capfd, *arguments_)
+        code, report, err = command(capfd, *arguments_)
         assert code == 1
+        assert all(err.count(f"[{each}]") == 1 for each in codes), "both ends of an exchange break the same rule"
         found.append(report)
     early, late = found
     asked = given.split()[given.split().index("--comm") + 1]

@@ -12,7 +12,7 @@ from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport
 from moe_lowering.report.schemas import SCHEMA_VERSION
-from moe_lowering.report.text import labelled_text, render
+from moe_lowering.report.text import distinct, labelled_text, render
 from moe_lowering.report.width import fold
 
 if TYPE_CHECKING:
@@ -190,4 +190,4 @@ def _refusal(block: BlockReport, names: str) -> str:
     verdict = block.verdicts.get(names)
     if verdict is None or verdict.legal:
         return block.reason
-    return f"{names} was asked for and is not legal: " + "; ".join(dict.fromkeys(map(str, verdict.violations)))
+    return f"{names} was asked for and is not legal: " + "; ".join(map(str, distinct(verdict)))
