@@ -2,9 +2,12 @@
 
 import pytest
 import rank_jobs
+import torch.distributed as dist
 import vllm_rank_jobs
 from rank_pools import Ranks
 
+from moe_lowering.agreement_rounds import Session
+from moe_lowering.integrations import vllm_agreement
 from moe_lowering.integrations.vllm_agreement import layer_differences
 
 LAYER = "model.layers.0.mlp.experts"
@@ -68,6 +71,19 @@ def test_who_took_no_layer_over_waits_for_nobody(pair):
     (went_on, first), (_, second) = pair.run(vllm_rank_jobs.late_with_nothing, LEFT[1], 1.0)
     assert went_on and first == second == []
     assert pair.run(vllm_rank_jobs.load, {0: TAKEN, 1: TAKEN}) == [([4, 4], [])] * 2
+
+
+def test_who_listens_ends_before_its_process(monkeypatch):
+    """A thread within the store's library when a process ends would abort it."""
+    session = Session(dist.HashStore(), [0, 1], 0)
+    monkeypatch.setattr(vllm_agreement, "group_session", lambda group: (session, [0, 1], 1800.0))
+    monkeypatch.setattr(vllm_agreement.atexit, "register", lambda *call: ends.append(call))
+    ends = []
+    thread = vllm_agreement.compare_layers("ep", {"layers.0": "why"}, True)
+    assert thread.is_alive()
+    for end, *arguments in ends:
+        end(*arguments)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(("layers", "counted"), [(3, []), (5, ["and 2 more layers"])])
