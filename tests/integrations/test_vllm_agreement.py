@@ -75,7 +75,8 @@ def test_who_took_no_layer_over_waits_for_nobody(pair):
 
 def test_who_listens_ends_before_its_process(monkeypatch):
     """A thread within the store's library when a process ends would abort it."""
-    session = Session(dist.HashStore(), [0, 1], 0)
+    store = dist.HashStore()  # a session does not keep it
+    session = Session(store, [0, 1], 0)
     monkeypatch.setattr(vllm_agreement, "group_session", lambda group: (session, [0, 1], 1800.0))
     monkeypatch.setattr(vllm_agreement.atexit, "register", lambda *call: ends.append(call))
     ends = []
