@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import rank_jobs
@@ -132,3 +133,17 @@ def expected(case: Case, rank: int, count: int) -> torch.Tensor:
             for w13, w2 in zip(plain(module, "shared_w13"), plain(module, "shared_w2"), strict=True):
                 y[token] += reference.expert(given[token], w13, w2)
     return y
+
+
+INT8_DB = 28.0  # the floor of docs/matrix.md: x and the activated values are rounded to int8
+
+
+def is_near(case: Case, y: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether y [T, H] is the reference's within rounding: with int8 rows each token by its signal-to-noise ratio."""
+    if y.shape != expected.shape or not bool(y.isfinite().all()):
+        return False
+    if case.quantisation == "none":
+        return reference.relative_error(y, expected) <= reference.BOUNDS[getattr(torch, case.dtype)]
+    noise = (y.double() - expected).square().sum(-1)
+    ratio = expected.square().sum(-1)[noise > 0] / noise[noise > 0]
+    return not len(ratio) or 10 * math.log10(float(ratio.min())) >= INT8_DB

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
 import pytest
 import rank_jobs
-import reference
 import shared_rank_jobs
 import spare_token_jobs as jobs
-import torch
 from rank_pools import Ranks
-from shared_rank_jobs import Case
+from shared_rank_jobs import Case, is_near
 
 COMMS = ["allgather", "alltoall"]
-INT8_DB = 28.0  # the floor of docs/matrix.md: x and the activated values are rounded to int8
 W8A8 = Case(0, quantisation="w8a8", counts=((5, 5),))
 PREFIX = Case(0, mask="prefix", counts=((6, 3),))
 
@@ -25,16 +21,6 @@ PREFIX = Case(0, mask="prefix", counts=((6, 3),))
 def pair() -> Iterator[Ranks]:
     with Ranks(2, setup=rank_jobs.setup, collective_timeout=30) as ranks:
         yield ranks
-
-
-def is_near(case: Case, y: torch.Tensor, expected: torch.Tensor) -> bool:
-    if y.shape != expected.shape or not y.isfinite().all():
-        return False
-    if case.quantisation == "none":
-        return reference.relative_error(y, expected) <= reference.BOUNDS[getattr(torch, case.dtype)]
-    noise, signal = ((each.square().sum(-1)) for each in (y.double() - expected, expected))
-    ratio = (signal / noise)[noise > 0]
-    return not len(ratio) or 10 * math.log10(float(ratio.min())) >= INT8_DB
 
 
 def is_right(ranks: Ranks, case: Case, mutation: str = "") -> bool:
