@@ -33,7 +33,7 @@ from moe_lowering.vocabulary import (
 DTYPES = ("float32", "float16", "bfloat16")
 
 # What `lower` and `explain` assume of a machine that is not described.
-ASSUMED_PROVIDERS = (("vllm_ascend", PROVIDER_VERSIONS["vllm_ascend"]),)
+ASSUMED_PROVIDERS = (("vllm_ascend", PROVIDER_VERSIONS["vllm_ascend"][0]),)
 HCCL_BUFFER_MB = 1024  # enough for MC2 with the published sizes at 64 tokens per rank; CANN's own default is 200
 CANN_BUFFER_MB = 200
 WEIGHT_FORMAT = "nz"

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 import moe_lowering
-from moe_lowering.cli.explain.text import render
+from moe_lowering.explanation.text import render
 from moe_lowering.explanation.description import BlockDescription
 from moe_lowering.explanation.memory import TOO_SMALL, Memory
 
