@@ -195,7 +195,8 @@ def test_the_report_says_it_all(capfd):
     _, out, _ = command(capfd, f"{BLOCK} --ep 16 --tokens 128 --buffer-mb 200")
     for text in (
         "MoE block on A3: 128 tokens on a rank",
-        "hidden 7168, intermediate 2048, 256 experts (16 per rank), top 8, bfloat16, swiglu",
+        "\n  hidden 7168, intermediate 2048, 256 experts, top 8, layers unknown, bfloat16\n",
+        "16 experts on a rank, swiglu, routing weights in float32",
         "EP 16, TP 1, HCCL_BUFFSIZE 200 MB",
         "not mc2           [mc2.buffer]",
         "sources of the broken rules\n  source 1          op-plugin",
