@@ -55,7 +55,7 @@ def test_a_family_gives_the_routing_weights_that_are_written_down(family: str, m
     monkeypatch.setattr(integration, "moe_experts", recorder(given))
     with torch.no_grad():
         result(small(family), GIVEN)
-    assert set(given) == {describe_config(config, dtype=torch.bfloat16).routing_dtype}
+    assert set(given) == {describe_config(config, dtype=torch.bfloat16, **SIZES).routing_dtype}
 
 
 def recorder(given: list[torch.dtype]):
