@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,6 +224,16 @@ def test_an_older_soc_is_not_offered(soc, newer):
     deployment = Deployment(soc=soc, ep_size=16, ep_rank=0, ep_group="ep", mc2_group="mc2", installed=())
     assert {change.value for change, _ in candidate_changes._machines(deployment)} == newer
     assert changes_of("qwen3_30b --ep 8 --soc A2", "fused_mc2") == [("soc", "SoC A3")]
+
+
+def test_the_order_is_that_of_the_page():
+    """Of all fields, not of those alone that one refusal brings together."""
+    assert candidate_changes.FIELDS == ORDER
+    page = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text()
+    kinds = re.findall(r"^\| \d \| ([\w ,]+) \|", page, re.M)
+    assert len(kinds) == len(candidate_changes.EFFORT) and kinds[0].startswith("a setting")
+    for (kind, _), shown in zip(candidate_changes.EFFORT, kinds, strict=True):
+        assert shown.startswith(kind)
 
 
 def test_versions_of_cann_that_are_tried_are_those_of_the_rules():
