@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 
 import pytest
 import torch
 
-from moe_lowering import Deployment, MoE, MoeLowering
+from moe_lowering import Deployment, MoE, MoeLowering, cli
 from moe_lowering.backends.aot import lowering_backend
 from moe_lowering.cli.commands import parse
 from moe_lowering.cli.explain.command import run_explain
@@ -111,6 +112,16 @@ def test_near_a_boundary_the_dtype_decides(tokens: int, choices: tuple[str, str]
         explanation.answer.choice,
         explain(twin, explanation.question.deployment, tokens=tokens).answer.choice,
     ) == choices
+
+
+@pytest.mark.parametrize(("model", "choices"), [("qwen3_30b", ["allgather"]), ("deepseek_v2_lite", ["fused_mc2"])])
+def test_near_a_boundary_lower_chooses_the_same(model: str, choices: list[str], capfd: pytest.CaptureFixture[str]):
+    """At 44 tokens a family of 16 bits, whose choice is another one in float32, and one of float32."""
+    given = [model, "--ep", "8", "--tokens", "44"]
+    capfd.readouterr()
+    assert cli.main(["lower", *given, "--fake", "--layers", "1", "--json"]) == 0
+    lowered = [block["comm"] for block in json.loads(capfd.readouterr().out)["blocks"]]
+    assert lowered == choices == [run_explain(parse(["explain", *given])).explanation.answer.choice]
 
 
 def test_what_is_not_known_is_assumed_and_said():
