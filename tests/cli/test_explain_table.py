@@ -224,6 +224,7 @@ def test_an_older_soc_is_not_offered(soc, newer):
     deployment = Deployment(soc=soc, ep_size=16, ep_rank=0, ep_group="ep", mc2_group="mc2", installed=())
     assert {change.value for change, _ in candidate_changes._machines(deployment)} == newer
     assert changes_of("qwen3_30b --ep 8 --soc A2", "fused_mc2") == [("soc", "SoC A3")]
+    assert len({record.generation for record in SOCS.values()}) == len(SOCS)
 
 
 def test_the_order_is_that_of_the_page():
