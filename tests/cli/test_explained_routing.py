@@ -120,7 +120,9 @@ def test_near_a_boundary_lower_chooses_the_same(model: str, choices: list[str], 
     given = [model, "--ep", "8", "--tokens", "44"]
     capfd.readouterr()
     assert cli.main(["lower", *given, "--fake", "--layers", "1", "--json"]) == 0
-    lowered = [block["comm"] for block in json.loads(capfd.readouterr().out)["blocks"]]
+    found = json.loads(capfd.readouterr().out)
+    lowered = [block["comm"] for block in found["blocks"]]
+    assert found["model"] == model, "as explain names it"
     assert lowered == choices == [run_explain(parse(["explain", *given])).explanation.answer.choice]
 
 
