@@ -2,7 +2,8 @@
 
 torchrun --nproc-per-node 2 examples/checkpoint.py [npu [FOLDER]]
 
-Without CANN, TORCH_DEVICE_BACKEND_AUTOLOAD=0 stands before it: torchrun imports torch by itself.
+Without CANN, TORCH_DEVICE_BACKEND_AUTOLOAD=0 stands before it: torchrun imports
+torch by itself.
 """
 
 import argparse

@@ -1,6 +1,9 @@
-"""A model of your own on two ranks: torchrun --nproc-per-node 2 examples/own_model.py [npu]
+"""A model of your own on two ranks:
 
-Without CANN, TORCH_DEVICE_BACKEND_AUTOLOAD=0 stands before it: torchrun imports torch by itself.
+torchrun --nproc-per-node 2 examples/own_model.py [npu]
+
+Without CANN, TORCH_DEVICE_BACKEND_AUTOLOAD=0 stands before it: torchrun imports
+torch by itself.
 """
 
 import argparse

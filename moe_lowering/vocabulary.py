@@ -20,6 +20,7 @@ class Soc:
         runtime_pattern: all of them, a regular expression. torch_npu 2.13 knows the names (SocVersion in libtorch_npu.so);
             its Ascend910B without a number is the first 910, which has no MC2.
         device_types: vllm-ascend's words for it (``_build_info.__device_type__``).
+        generation: its place among them in the order of appearance.
         aliases: other names of it that people use, of the chip or of its series, which commands take (``soc_named``).
         clips_swiglu: it has a kernel of ``npu_clipped_swiglu`` (op-plugin's documentation of that operator).
         weighs_before_sending: MC2's dispatch takes the weights of the tokens and combine gets them back, since its ranks
@@ -34,6 +35,7 @@ class Soc:
     runtime_name: str
     runtime_pattern: str
     device_types: tuple[str, ...]
+    generation: int
     aliases: tuple[str, ...] = ()
     clips_swiglu: bool = False
     weighs_before_sending: bool = False
@@ -49,6 +51,7 @@ SOCS = {
             "Ascend910B3",
             r"Ascend910B\d.*",
             ("A2",),
+            2,
             aliases=("910B",),
             clips_swiglu=True,
             weighs_before_sending=True,
@@ -59,6 +62,7 @@ SOCS = {
             "Ascend910_9391",
             r"Ascend910_93\d\d.*",
             ("A3",),
+            3,
             aliases=("910C", "910_93"),
             clips_swiglu=True,
             two_level_tp_world=1,
@@ -68,6 +72,7 @@ SOCS = {
             "Ascend950DT_9591",
             r"Ascend950(DT|PR)_.*",
             ("A5",),
+            4,
             aliases=("950", "950DT", "950PR"),
         ),
         Soc(
@@ -75,6 +80,7 @@ SOCS = {
             "Ascend310P3",
             r"Ascend310P\d.*",
             ("310P", "_310P"),
+            1,
             aliases=("310",),
         ),
     )
@@ -235,8 +241,10 @@ RAISE_FOREIGN = ("auto", "report", "off")  # MoE layers that others wrote: raise
 # Which fused operators a deployment takes, by ``Deployment.fused_mode`` (vllm-ascend's VLLM_ASCEND_ENABLE_FUSED_MC2).
 FUSED_MODES = {0: "none", 1: "dispatch_ffn_combine, mega_moe", 2: "dispatch_gmm_combine_decode"}
 MODES = ("npugraph_ex", "ge")
-# A version of each provider that has the operators that are used of it (provider.md).
-PROVIDER_VERSIONS = {"vllm_ascend": "0.23.0", "cann_ops_transformer": "9.1.0"}
+# Of each provider the versions that were looked at (provider.md), rising; the first is taken where none is said.
+PROVIDER_VERSIONS = {"vllm_ascend": ("0.23.0", "0.26.0rc1"), "cann_ops_transformer": ("9.1.0",)}
+# The versions of CANN from which on rules for older ones no longer hold, rising; a test compares them with the limits.
+CANN_VERSIONS = ("8.5.0", "9.1.0", "9.2.0")
 PROVIDERS = ("vllm_ascend", "cann_ops_transformer", "sgl_kernel_npu")
 
 MOST_BUFFER_MB = 65535  # HCCL_BUFFSIZE must fit 16 bits (vllm-ascend 182b75ea, tiling of dispatch_ffn_combine)

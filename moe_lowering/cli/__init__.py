@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def _main(arguments: list[str] | None) -> int:
     except Exception as error:  # not a wrong command: lowering or running failed
         with contextlib.suppress(OSError):
             traceback.print_exc()
-        _complain(f"error: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        _complain(f"error: {type(error).__name__}: {_first_sentence(str(error))}")
         return FAILED
     problems = report.problems()
     for problem in problems:
@@ -87,11 +88,21 @@ def _text(report: Report) -> str:
         return report.to_text()
 
 
+def _first_sentence(text: str) -> str:
+    """The first line of an error, and the one that it announces: torch writes the cause of a failed compile below a colon."""
+    lines = text.strip().splitlines() or [""]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
 def _complain(text: str) -> None:
-    """Print one line to stderr, if it is open."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(f"moe-lowering: {' '.join(text.split())}", file=sys.stderr)
+    """Print one line to stderr, if it is open; on a terminal that is too narrow for it, broken between words."""
+    if sys.stderr is None:
+        return
+    line = f"moe-lowering: {' '.join(text.split())}"
+    if terminal.is_terminal(sys.stderr) and (columns := terminal.columns(sys.stderr)):
+        line = textwrap.fill(line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 def _print(text: str, end: str = "\n") -> None:

@@ -33,7 +33,7 @@ from moe_lowering.vocabulary import (
 DTYPES = ("float32", "float16", "bfloat16")
 
 # What `lower` and `explain` assume of a machine that is not described.
-ASSUMED_PROVIDERS = (("vllm_ascend", PROVIDER_VERSIONS["vllm_ascend"]),)
+ASSUMED_PROVIDERS = (("vllm_ascend", PROVIDER_VERSIONS["vllm_ascend"][0]),)
 HCCL_BUFFER_MB = 1024  # enough for MC2 with the published sizes at 64 tokens per rank; CANN's own default is 200
 CANN_BUFFER_MB = 200
 WEIGHT_FORMAT = "nz"
@@ -69,11 +69,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         missing = message.removeprefix("the following arguments are required: ")
         if missing != message:
-            message = f"argument {missing}: is missing; accepted: what {self.prog} --help says of it"
+            message = f"argument {missing}: is missing; accepted: {self._accepted(missing)}"
         without_value = message.removesuffix(": expected one argument").removesuffix(": expected at least one argument")
         if without_value != message:
             message = f"{without_value}: is given without a value; accepted: what {self.prog} --help says of it"
         raise UsageError(message)
+
+    def _accepted(self, metavar: str) -> str:
+        """What the help of an argument says of it."""
+        texts = [action.help for action in self._actions if action.metavar == metavar and action.help]
+        return texts[0] if texts else f"what {self.prog} --help says of it"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """argparse's own check of ``choices``, which says it otherwise from Python 3.12 on."""

@@ -166,10 +166,11 @@ def _assumptions(block: BlockDescription, deployment: Deployment) -> tuple[str, 
     own = ", and MC2 has a communicator of its own" if deployment.mc2_group else ""
     assumptions.append(f"torch_npu is installed{own}")
     assumptions.append("the expert weights are stacked and laid out by shard_experts; there is no token mask")
-    assumptions.append(
-        "the routing weights are float32: in 16 bits, as some models have them, they take a cast more or less, and near a "
-        "boundary another choice"
-    )
+    if block.routing_weights is None and block.dtype != torch.float32:
+        assumptions.append(
+            "the routing weights are float32: in 16 bits, as some models have them, they take a cast more or less, and near "
+            "a boundary another choice"
+        )
     if block.model is not None:
         assumptions.append(f"the pass recognises the blocks of {block.model} (`moe-lowering lower` shows it)")
     if EXPERT_FORMATS[block.quantisation].quantised:

@@ -30,7 +30,7 @@ from moe_lowering.report.sizes import Sizes
 from moe_lowering.vocabulary import AUTO, VLLM_POLICIES
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Answer:
     """Verdicts and the choice at one token count.
 
@@ -50,6 +50,16 @@ class Answer:
     reason: str
     prices: dict[str, Price | None]
     requested: str | None
+
+    def __repr__(self) -> str:
+        return f"<Answer: {self.summary}>"
+
+    @property
+    def summary(self) -> str:
+        """T, the choice and what else is legal, in a few words."""
+        legal = [name for name, verdict in self.judgement.verdicts.items() if verdict.legal and name != self.choice]
+        also = f"; also legal: {', '.join(legal)}" if legal else ""
+        return f"T {self.tokens}: {self.choice or 'NONE'}{also}"
 
     def findings(self, implementation: str) -> list[Finding]:
         """Every rule that applies to an implementation, with its value and whether it holds."""

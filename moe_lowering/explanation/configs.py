@@ -17,6 +17,7 @@ import torch
 from moe_lowering import vocabulary
 from moe_lowering.explanation.description import DTYPES, SIZES, BlockDescription
 from moe_lowering.explanation.errors import ExplainError, MissingSizesError
+from moe_lowering.explanation.routing_weights import FLOAT32, routing_weights_of
 from moe_lowering.model_configs.check import (
     NAMES,
     OWN,
@@ -39,6 +40,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+_WHAT_OWN_MEANS = f"{OWN} is one layer of this package, of the sizes of DeepSeek-V3's where the command says no other"
 _LIMIT = 7.0  # of gpt-oss, where a config does not say
 _LIMITS, _ALPHAS = {"swiglu_softcap": "mlp_gate_softcap"}, {"swiglu_softcap": "mlp_up_softcap"}
 
@@ -91,6 +93,7 @@ def describe_config(
         quantisation=quantisation,
         limit=_number(config, _LIMITS.get(gate["activation"], "swiglu_limit"), _LIMIT) if clamped else 0.0,
         alpha=_number(config, _ALPHAS.get(gate["activation"], "swiglu_alpha"), SWIGLU_ALPHA),
+        routing_weights=FLOAT32 if name == OWN else routing_weights_of(getattr(config, "model_type", "")),
         layers=_moe_layers(config),
         model=name,
         assumptions=tuple(assumptions),
@@ -118,7 +121,7 @@ def _config(model: Any, quantisation: str) -> tuple[Any, str | None, list[str]]:
     check_model(name, needs_type=False, needs_experts=False)
     if name == OWN:
         own = {NAMES[size][0]: value for size, value in OWN_SIZES.items()}
-        return SimpleNamespace(**own, hidden_act="silu"), name, []
+        return SimpleNamespace(**own, hidden_act="silu", num_hidden_layers=1), name, [_WHAT_OWN_MEANS]
     path = path_of(name)
     if path is not None:
         config, assumptions = _config_of_values(read_config(path), path, quantisation)

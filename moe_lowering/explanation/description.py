@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moe_lowering.explanation import routing_weights as routing
 from moe_lowering.explanation.errors import ExplainError
 from moe_lowering.model_configs.check import LARGEST
 from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS, SWIGLU_ALPHA
@@ -27,6 +28,8 @@ class BlockDescription:
         activation, limit, alpha, interleaved: of ``moe_experts`` (docs/architecture.md); a limit of 0 is none.
         has_bias: the experts have biases.
         weights_contiguous: they are stored as the grouped matmul reads them, K before N, as ``shard_experts`` leaves them.
+        routing_weights: ``float32``, or ``activations`` for those in ``dtype`` (``explanation.routing_weights``); None where that
+            is not known, which is judged as float32.
         layers: how many MoE layers the model has, for its memory; None where that is not known.
         model: the model's type, file or class; None for a block without a model.
         assumptions: what was taken for granted, for reports.
@@ -47,6 +50,7 @@ class BlockDescription:
     interleaved: bool = False
     has_bias: bool = False
     weights_contiguous: bool = True
+    routing_weights: str | None = None
     layers: int | None = dataclasses.field(default=None, compare=False)
     model: str | None = None
     assumptions: tuple[str, ...] = ()
@@ -63,6 +67,10 @@ class BlockDescription:
         for name, words in (("quantisation", EXPERT_FORMATS), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in words:
                 raise ExplainError(name, f"is {getattr(self, name)!r}; accepted: {', '.join(words)}")
+        if self.routing_weights not in (None, *routing.WORDS):
+            raise ExplainError(
+                "routing_weights", f"is {self.routing_weights!r}; accepted: {', '.join(routing.WORDS)}, or None"
+            )
         for name in ("limit", "alpha"):
             _require_number(name, getattr(self, name))
         for name in ("interleaved", "has_bias", "weights_contiguous"):
@@ -74,6 +82,11 @@ class BlockDescription:
                 f"is {self.quantisation}, and the experts of {self.model or 'the block'} have biases; accepted: none, as "
                 "quantised matmuls take no biases",
             )
+
+    @property
+    def routing_dtype(self) -> torch.dtype:
+        """Of the routing weights, as far as it is known."""
+        return self.dtype if self.routing_weights == routing.ACTIVATIONS else torch.float32
 
 
 def _require_size(name: str, value: Any) -> None:

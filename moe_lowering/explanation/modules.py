@@ -10,6 +10,7 @@ from torch import nn
 
 from moe_lowering.explanation.description import BlockDescription
 from moe_lowering.explanation.errors import ExplainError
+from moe_lowering.explanation.routing_weights import FLOAT32, routing_weights_of
 from moe_lowering.integrations.transformers import form_of
 from moe_lowering.layers import MoE, is_experts_module, weight_names
 from moe_lowering.model_configs.check import NAMES, size_of
@@ -77,12 +78,13 @@ def describe_experts(
     if isinstance(module, MoE):
         weight, factors = module.w13, {"limit": module._factors[1], "alpha": module._factors[2]}
         block = {"activation": module.activation, "interleaved": module.interleaved, "top_k": module.top_k}
-        block |= {"has_bias": module.w13_bias is not None, "weights_contiguous": True}
+        block |= {"has_bias": module.w13_bias is not None, "weights_contiguous": True, "routing_weights": FLOAT32}
         dtype = dtype or module.gate.weight.dtype
     elif is_experts_module(module) and (form := form_of(module)).unrecognised == "":
         weight, factors = getattr(known, weight_names(module)[0]), {"limit": form.limit, "alpha": form.alpha}
         block = {"activation": form.activation, "interleaved": form.interleaved, "has_bias": bool(known.has_bias)}
         block |= {"top_k": size_of(config, NAMES["top_k"]), "weights_contiguous": bool(known.is_transposed)}
+        block |= {"routing_weights": routing_weights_of(getattr(config, "model_type", ""))}
         weight = weight if known.is_transposed else weight.transpose(-2, -1)
     else:
         return None

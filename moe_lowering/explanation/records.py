@@ -7,9 +7,11 @@ import functools
 from typing import Any
 
 from moe_lowering.explanation.answer import Answer, Question
+from moe_lowering.explanation.candidate_changes import Change
 from moe_lowering.explanation.description import BlockDescription
-from moe_lowering.explanation.single_changes import Change, single_changes
+from moe_lowering.explanation.single_changes import single_changes
 from moe_lowering.explanation.sweep import Piece
+from moe_lowering.explanation.text import render
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.costs.price import Price
 from moe_lowering.passes.quantities import dtype_name
@@ -17,9 +19,11 @@ from moe_lowering.report.schemas import SCHEMA_VERSION
 from moe_lowering.vocabulary import AUTO, FIXED
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
     """Which implementations are legal for a block in a deployment, what is chosen, and why.
+
+    ``str`` is the report that ``moe-lowering explain`` prints, without colours, as wide as the terminal, of 80 to 100 columns.
 
     Attributes:
         question: the block, the deployment and the policy.
@@ -32,6 +36,13 @@ class Explanation:
     answer: Answer
     assumptions: tuple[str, ...]
     pieces: tuple[Piece, ...] | None = None
+
+    def __str__(self) -> str:
+        return render(self)
+
+    def __repr__(self) -> str:
+        deployment, model = self.answer.deployment, self.block.model or "MoE block"
+        return f"<Explanation: {model} on {deployment.soc}, EP {deployment.ep_size}, {self.answer.summary}>"
 
     @property
     def block(self) -> BlockDescription:
@@ -92,4 +103,4 @@ def _price_json(price: Price | None) -> dict[str, Any]:
 def _block_json(spec: BlockSpec) -> dict[str, Any]:
     names = ("hidden", "intermediate", "experts", "local_experts", "top_k", "activation", "interleaved", "has_bias")
     fields = {name: getattr(spec, name) for name in (*names, "quantisation", "tokens")}
-    return {**fields, "dtype": dtype_name(spec.dtype)}
+    return {**fields, "dtype": dtype_name(spec.dtype), "routing_dtype": dtype_name(spec.routing_dtype)}

@@ -25,6 +25,7 @@ def block_spec(block: BlockDescription, deployment: Deployment, tokens: int) -> 
         alpha=block.alpha,
         interleaved=block.interleaved,
         has_bias=block.has_bias,
+        routing_dtype=block.routing_dtype,
     )
     laid_out = deployment.ep_size > 1 or EXPERT_FORMATS[block.quantisation].quantised
     return dataclasses.replace(

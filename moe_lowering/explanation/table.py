@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moe_lowering.explanation.answer import Answer, Question
+from moe_lowering.explanation.candidate_changes import Change
 from moe_lowering.explanation.memory import Memory
-from moe_lowering.explanation.single_changes import Change, single_changes
+from moe_lowering.explanation.single_changes import single_changes
 from moe_lowering.explanation.sweep import Piece, find_pieces
 from moe_lowering.limits import TokenRange
 from moe_lowering.report.block_costs import BlockCost

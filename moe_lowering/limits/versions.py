@@ -77,6 +77,22 @@ def name_subject(constraints: Sequence[Constraint], versions: Mapping[str, str])
     return ", ".join(dict.fromkeys(known.get(c.name, c.text) for c in constraints))
 
 
+def compare_versions(a: str, b: str) -> int:
+    """-1, 0 or 1 as a version is older than another, as new, or newer; by their numbers, and a pre-release as its release.
+
+    Raises:
+        ValueError: one does not begin with dotted numbers.
+    """
+    numbers = []
+    for version in (a, b):
+        match = _RELEASE.fullmatch(version.strip())
+        if match is None:
+            raise ValueError(f"version {version!r}; accepted: dotted numbers, and what may follow")
+        numbers.append(_numbers(match[1]))
+    first, second = _same_length(*numbers)
+    return (first > second) - (first < second)
+
+
 def describe_versions(constraints: Sequence[Constraint], versions: Mapping[str, str]) -> tuple[str, str]:
     """(to which versions a rule belongs, what to declare when they are not known)."""
     if not constraints:

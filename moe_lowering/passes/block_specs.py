@@ -44,7 +44,8 @@ class Surroundings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """An MoE layer on all ranks, without its weights' formats. ``limit`` is 0 for an activation that has none."""
+    """An MoE layer on all ranks, without its weights' formats. ``limit`` is 0 for an activation that has none;
+    ``routing_dtype`` is that of the routing weights."""
 
     hidden: int
     intermediate: int
@@ -56,6 +57,7 @@ class Layer:
     alpha: float
     interleaved: bool = False
     has_bias: bool = False
+    routing_dtype: torch.dtype = torch.float32
 
 
 def spec_of_graph(
@@ -125,6 +127,7 @@ def spec_of_layer(
         interleaved=layer.interleaved,
         has_mask=False,
         quantised_input=False,
+        routing_dtype=layer.routing_dtype,
         key=(),
         quantisation=quantisation,
         **{name: getattr(deployment, name) for name in _OF_DEPLOYMENT},

@@ -90,7 +90,9 @@ aclError aclmdlRICaptureBegin(aclrtStream stream, aclmdlRICaptureMode how)
 {
     begun++;
     if (!hooks.begin)
-        return moe_standin_unsupported("aclmdlRICaptureBegin (call moe_lowering.simulator.enable_device() first)");
+        return moe_standin_refused(__func__, "nothing is captured after moe_lowering.simulator.enable() alone. Give torch.compile "
+                                             "options={\"force_eager\": True}, with which the graph runs and is not captured, or "
+                                             "call moe_lowering.simulator.enable_device() in place of enable()");
     if (current)
         return spoiled(__func__, "begins a capture inside a capture");
     current = ++models;

@@ -39,14 +39,23 @@
 /* What standins.py and the generated functions call. */
 
 static char soc_name[64] = "Ascend910_9391";
-static _Thread_local char last_error[256] = "";
+static _Thread_local char last_error[512] = "";
+static int device_computes; /* simulator.device is installed: operators on device npu have kernels */
 
 void moe_standin_set_soc(const char *name) { snprintf(soc_name, sizeof soc_name, "%s", name); }
 
+void moe_standin_device_computes(void) { device_computes = 1; }
+
+/* Says the way out: who reads it has moved something to device npu, and looks for what to write in its place. */
 int moe_standin_unsupported(const char *function)
 {
     snprintf(last_error, sizeof last_error,
-             "%s is not simulated: moe_lowering.simulator has no NPU behind it (see moe_lowering/simulator/runtime.c)",
+             device_computes
+                 ? "%s is not simulated: no NPU is behind moe_lowering.simulator (docs/simulator.md: What is not simulated)"
+                 : "%s is not simulated: no NPU is behind moe_lowering.simulator.enable(), and its device npu keeps tensors "
+                   "and computes nothing. Call moe_lowering.simulator.enable_device() in its place, after which it computes in "
+                   "host memory; or leave model and tensors on the CPU, where npugraph_ex compiles and runs with "
+                   "options={\"force_eager\": True}",
              function);
     return ACL_ERROR_RT_FEATURE_NOT_SUPPORT;
 }
@@ -84,8 +93,13 @@ static int32_t device_count(void)
 
 aclError aclrtSetDevice(int32_t device)
 {
-    if (device < 0 || device >= device_count())
+    if (device < 0 || device >= device_count()) {
+        snprintf(last_error, sizeof last_error,
+                 "moe_lowering.simulator: there is no device npu:%d; accepted: npu:0 to npu:%d, of which a process uses one "
+                 "(MOE_LOWERING_SIMULATOR_DEVICES=N in the environment makes N)",
+                 device, device_count() - 1);
         return ACL_ERROR_INVALID_PARAM;
+    }
     current_device = device;
     return ACL_SUCCESS;
 }

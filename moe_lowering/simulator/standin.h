@@ -5,7 +5,9 @@
 #ifndef MOE_STANDIN_H
 #define MOE_STANDIN_H
 
-/* runtime.c. Each notes what aclGetRecentErrMsg says, and returns the error that its caller returns. */
+/* runtime.c. From now on operators on the device have kernels. */
+void moe_standin_device_computes(void);
+/* Each notes what aclGetRecentErrMsg says, and returns the error that its caller returns. */
 int moe_standin_unsupported(const char *function);
 int moe_standin_refused(const char *function, const char *reason);
 /* For a function that has no error to return: writes to stderr, and does not return. */

@@ -13,7 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from moe_lowering import simulator
-from moe_lowering.argument_checks import require_callable, require_choice, require_flag, require_instance
+from moe_lowering.argument_checks import (
+    refuse,
+    require_callable,
+    require_choice,
+    require_flag,
+    require_instance,
+    require_integer,
+)
 from moe_lowering.backends.aot import lowering_backend
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits.table import load
@@ -66,6 +73,7 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
     fields.setdefault("ep_rank", 0)  # a fake group has no rank to read
     fields.setdefault("installed", ())  # and a fake deployment does not depend on libraries of this machine
     size, tp_size = fields.get("ep_size", 1), fields.get("tp_size", 1)
+    _check_ranks(size, fields["ep_rank"], tp_size)
     if size == 1:
         yield Deployment(**fields)
         return
@@ -84,6 +92,15 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
         yield Deployment(**fields, **groups)
     finally:
         dist.destroy_process_group()
+
+
+def _check_ranks(size: Any, rank: Any, tp_size: Any) -> None:
+    """What the groups are made of, before they are: torch would say it with an assertion of its own."""
+    require_integer("fake_deployment", "ep_size", size, 1)
+    require_integer("fake_deployment", "ep_rank", rank, 0, size - 1)
+    require_integer("fake_deployment", "tp_size", tp_size, 1, size)
+    if size % tp_size:
+        raise refuse("fake_deployment", "tp_size", tp_size, f"a divisor of ep_size, {size}")
 
 
 def fake_tensors() -> FakeTensorMode:

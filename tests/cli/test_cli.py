@@ -42,7 +42,10 @@ FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "g
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["lower"], "argument MODEL: is missing; accepted: what moe-lowering lower --help says"),
+        (
+            ["lower"],
+            "argument MODEL: is missing; accepted: moe, a published model, a transformers model type, or a path to a config.json",
+        ),
         (["raise", "moe"], "'raise'"),
         (["lower", "moe", "--comm", "nccl"], "--comm: is 'nccl'; accepted: auto, allgather, "),
         (["lowr", "moe"], "is 'lowr' (did you mean lower?); accepted: lower, explain, "),

@@ -334,6 +334,7 @@ def test_json_keys(capfd):
     assert found["block"] == {
         "hidden": 7168, "intermediate": 2048, "experts": 256, "local_experts": 16, "top_k": 8, "activation": "swiglu",
         "interleaved": False, "has_bias": False, "quantisation": "none", "tokens": 128, "dtype": "bfloat16",
+        "routing_dtype": "float32",
     }  # fmt: skip
     deployment = found["deployment"]
     assert (deployment["soc"], deployment["ep_size"], deployment["cann"]) == ("A3", 16, "8.5.0")

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 from test_explain import BLOCK, answer, command
 
+from moe_lowering.cli.commands import parse
+from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.cli.explain.request import IMPLEMENTATIONS as COMMAND_IMPLEMENTATIONS
+from moe_lowering.cli.explain.table_text import render_table
+from moe_lowering.model_configs.presets import PRESETS
 from moe_lowering.passes import policy
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.report.width import WIDTH
+from moe_lowering.report.width import WIDTH, use_width
 from moe_lowering.vocabulary import VLLM_POLICIES
 
 # --------------------------------------------------------------------------------------------------------------- models
@@ -195,7 +199,8 @@ def test_the_report_says_it_all(capfd):
     _, out, _ = command(capfd, f"{BLOCK} --ep 16 --tokens 128 --buffer-mb 200")
     for text in (
         "MoE block on A3: 128 tokens on a rank",
-        "hidden 7168, intermediate 2048, 256 experts (16 per rank), top 8, bfloat16, swiglu",
+        "\n  hidden 7168, intermediate 2048, 256 experts, top 8, layers unknown, bfloat16\n",
+        "16 experts on a rank, swiglu, routing weights in float32",
         "EP 16, TP 1, HCCL_BUFFSIZE 200 MB",
         "not mc2           [mc2.buffer]",
         "sources of the broken rules\n  source 1          op-plugin",
@@ -272,3 +277,38 @@ def test_help_needs_no_torch(capfd):
     assert done.returncode == 0, done.stderr
     assert "--sweep tokens=LOW..HIGH" in done.stdout
     assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize(
+    "given", [f"{BLOCK} --ep 16 --tokens 600 --comm mc2", "moe", "qwen3_30b --ep 8 --sweep tokens=1..64"]
+)
+def test_an_explanation_prints_itself_as_the_command_prints_it(given, capfd):
+    explanation = run_explain(parse(["explain", *given.split()])).explanation
+    assert f"{explanation}\n" == command(capfd, f"{given} --color never")[1]
+    for record in (explanation, explanation.answer):
+        assert len(repr(record)) < 120 and (explanation.answer.choice or "NONE") in repr(record)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [("moe", "1 MoE layer"), ("deepseek_v3", "58 MoE layers"), *((name, "MoE layers") for name in PRESETS)],
+)
+def test_the_head_says_all_sizes_on_one_line(model, layers, monkeypatch):
+    """Those of its config, whatever the command says; of several deployments too."""
+    monkeypatch.setenv("COLUMNS", "80")
+    explanation = run_explain(parse(["explain", model])).explanation
+    block = explanation.block
+    sizes = rf"  hidden {block.hidden}, intermediate {block.intermediate}, {block.experts} experts, top {block.top_k}, "
+    with use_width(80):
+        heads = str(explanation).splitlines(), render_table(explanation, ()).splitlines()
+    for head in heads:
+        assert re.fullmatch(rf"{sizes}[\d ]*{layers}, bfloat16", head[1]) and len(head[1]) <= 80
+    changed = run_explain(parse(["explain", model, "--hidden", "512", "--dtype", "float16"])).explanation
+    assert "  hidden 512, " in str(changed) and ", float16\n" in str(changed)
+
+
+def test_a_layer_of_ours_without_sizes_says_whose_they_are(capfd):
+    assert "moe is one layer of this package, of the sizes of DeepSeek-V3's" in " ".join(
+        command(capfd, "moe")[1].split()
+    )
+    assert "layers unknown" in command(capfd, BLOCK)[1]

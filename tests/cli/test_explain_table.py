@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,27 +14,29 @@ from moe_lowering import Deployment, simulator
 from moe_lowering.cli.commands import parse
 from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.cli.lower.prepare import assumptions
-from moe_lowering.explanation import describe, single_changes
+from moe_lowering.explanation import candidate_changes, describe
+from moe_lowering.explanation.single_changes import single_changes
 from moe_lowering.limits import Violation
 from moe_lowering.limits.row import read
 from moe_lowering.limits.sources import load_sources
+from moe_lowering.limits.table import load
 from moe_lowering.model_configs.check import check_model
 from moe_lowering.model_configs.errors import ModelError
 from moe_lowering.model_configs.presets import DEFAULTS, PRESETS
 from moe_lowering.passes import legality
-from moe_lowering.vocabulary import IMPLEMENTATION_FORMS, SOCS, soc_named
+from moe_lowering.vocabulary import CANN_VERSIONS, IMPLEMENTATION_FORMS, SOCS, soc_named
 
 DEPLOYMENTS = f"{BLOCK} --soc A2,910C --ep 16,64 --quant none,w8a8"
 
 
 def test_other_sizes_count_the_ranks_that_hold_routed_experts():
     """Of 6 ranks with 2 of shared experts, 4 hold the 8 routed ones; the twin has none of shared experts."""
-    assert single_changes._other_sizes(Deployment(ep_size=6, ep_rank=0, ep_group="ep", shared_expert_ranks=2), 8) == [
+    assert candidate_changes.other_sizes(Deployment(ep_size=6, ep_rank=0, ep_group="ep", shared_expert_ranks=2), 8) == [
         4,
         10,
         3,
     ]
-    assert single_changes._other_sizes(Deployment(ep_size=4, ep_rank=0, ep_group="ep"), 8) == [2, 8, 1]
+    assert candidate_changes.other_sizes(Deployment(ep_size=4, ep_rank=0, ep_group="ep"), 8) == [2, 8, 1]
 
 
 def table(capfd, given):
@@ -122,6 +125,11 @@ def test_wrong_usage_is_one_line(capfd, given, message):
 
 # -------------------------------------------------------------------------------------------------------------- changes
 
+# What takes least first, as docs/deployment.md says it: a setting, an installation, smaller steps, other weights, ranks, a SoC.
+ORDER = (
+    "hccl_buffer_mb", "max_tokens", "weight_format", "fused_mode", "capture", "mc2_hierarchy", "providers", "installed", "cann",
+    "tokens", "quantisation", "dtype", "ep_size", "soc",
+)  # fmt: skip
 REFUSALS = [
     f"{BLOCK} --ep 16 --tokens 600",
     f"{BLOCK} --ep 16 --tokens 128 --buffer-mb 200 --provider none --weight-format nd",
@@ -132,6 +140,8 @@ REFUSALS = [
     "mixtral_8x7b --ep 4 --fused-mode 0",
     "gpt_oss_20b --ep 8 --hierarchy --soc A5",
     f"{BLOCK} --ep 16 --max-tokens 16 --tokens 32",
+    f"{BLOCK} --ep 16 --provider vllm_ascend=0.13.0",
+    f"{BLOCK} --ep 16 --fused-mode 2 --provider vllm_ascend=0.26.0rc1",
 ]
 
 
@@ -156,7 +166,9 @@ def test_each_single_change_makes_it_legal_and_one_step_less_does_not(given):
     refused = {name for name, verdict in explanation.answer.judgement.verdicts.items() if not verdict.legal}
     assert explanation.changes.keys() == refused
     for name, changes in explanation.changes.items():
-        assert len({change.field for change in changes}) == len(changes)
+        fields = [change.field for change in changes]
+        assert len(set(fields)) == len(fields)
+        assert fields == sorted(fields, key=ORDER.index), "what takes least to do stands first"
         for change in changes:
             assert applied(question, change, tokens)[name].legal, change
             bound = (
@@ -166,6 +178,69 @@ def test_each_single_change_makes_it_legal_and_one_step_less_does_not(given):
             if step is not None and not (change.field == "tokens" and tokens == 0):
                 less = dataclasses.replace(change, value=change.value + step)
                 assert not applied(question, less, tokens)[name].legal, change
+
+
+def changes_of(given, name, **deployment):
+    """(field, text) of the changes for one implementation, with a deployment that may differ from what options say."""
+    question = run_explain(parse(["explain", *given.split()])).explanation.question
+    question = dataclasses.replace(question, deployment=question.deployment.replace(**deployment))
+    found = single_changes(question, question.at(64))
+    return [(change.field, change.text) for change in found.get(name, ())]
+
+
+MANY_EXPERTS = (
+    "--hidden 2048 --intermediate 512 --experts 1024 --topk 8 --ep 16"  # more than MC2 of CANN before 8.5 takes
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "deployment", "name", "expected"),
+    [
+        ("--provider vllm_ascend=0.13.0", {}, "fused_mc2", ("providers", "vllm_ascend 0.23.0 in place of 0.13.0")),
+        (
+            "--fused-mode 2 --provider vllm_ascend=0.26.0rc1", {}, "fused_mc2",
+            ("providers", "vllm_ascend 0.23.0 in place of 0.26.0rc1"),
+        ),
+        (
+            "", {"installed": (("vllm_ascend", "0.26.0", "A3"),)}, "fused_mc2",
+            ("providers", "vllm_ascend 0.26.0 declared, which is installed"),
+        ),
+        ("", {"installed": (("vllm_ascend", "0.23.0", "A2"),)}, "fused_mc2", ("installed", "vllm_ascend 0.23.0 built for A3")),
+        (f"{MANY_EXPERTS} --cann 8.2.RC1", {}, "mc2", ("cann", "CANN 8.5.0")),
+        (MANY_EXPERTS, {}, "mc2", ("cann", "CANN 8.5.0 declared")),
+    ],
+)  # fmt: skip
+def test_another_version_is_offered_where_it_alone_would_do(given, deployment, name, expected):
+    """What is installed or declared is a change like others, tried; the twin: with the versions of a row nothing is refused."""
+    whole = given if MANY_EXPERTS in given else f"qwen3_235b --ep 16 {given}"
+    assert expected in changes_of(whole, name, **deployment)
+    assert not changes_of("qwen3_235b --ep 16 --provider vllm_ascend=0.23.0 --cann 9.1.0", name, installed=())
+
+
+@pytest.mark.parametrize(
+    ("soc", "newer"), [("310P", {"A2", "A3", "A5"}), ("A2", {"A3", "A5"}), ("A3", {"A5"}), ("A5", set())]
+)
+def test_an_older_soc_is_not_offered(soc, newer):
+    deployment = Deployment(soc=soc, ep_size=16, ep_rank=0, ep_group="ep", mc2_group="mc2", installed=())
+    assert {change.value for change, _ in candidate_changes._machines(deployment)} == newer
+    assert changes_of("qwen3_30b --ep 8 --soc A2", "fused_mc2") == [("soc", "SoC A3")]
+    assert len({record.generation for record in SOCS.values()}) == len(SOCS)
+
+
+def test_the_order_is_that_of_the_page():
+    """Of all fields, not of those alone that one refusal brings together."""
+    assert candidate_changes.FIELDS == ORDER
+    page = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text()
+    kinds = re.findall(r"^\| \d \| ([\w ,]+) \|", page, re.M)
+    assert len(kinds) == len(candidate_changes.EFFORT) and kinds[0].startswith("a setting")
+    for (kind, _), shown in zip(candidate_changes.EFFORT, kinds, strict=True):
+        assert shown.startswith(kind)
+
+
+def test_versions_of_cann_that_are_tried_are_those_of_the_rules():
+    rules = [constraint for limit in load() for constraint in limit.versions]
+    wanted = {rule.number for rule in rules if rule.name == "cann" and rule.operator == "<"}
+    assert {tuple(map(int, version.split(".")))[:2] for version in CANN_VERSIONS} == wanted
 
 
 def test_changes_are_found_and_said_before_the_verdicts(capfd):

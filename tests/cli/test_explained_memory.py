@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 import moe_lowering
-from moe_lowering.cli.explain.text import render
 from moe_lowering.explanation.description import BlockDescription
 from moe_lowering.explanation.memory import TOO_SMALL, Memory
+from moe_lowering.explanation.text import render
 
 TOKENS, HIDDEN, INNER, EXPERTS, TOP_K, RANKS, LAYERS = 128, 7168, 2048, 256, 8, 16, 58
 LOCAL = EXPERTS // RANKS

@@ -34,8 +34,8 @@ def layer(hidden: int = 1024, **options) -> MoE:
 
 
 def meaning(block: BlockDescription) -> BlockDescription:
-    """Without where it comes from."""
-    return dataclasses.replace(block, model=None, assumptions=())
+    """Without where it comes from, and what is known of our own layer alone: the dtype of its routing weights."""
+    return dataclasses.replace(block, model=None, assumptions=(), routing_weights=None)
 
 
 @pytest.mark.parametrize("given", ["values", "path", "module", "sharded module", "model of two layers", "description"])

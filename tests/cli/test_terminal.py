@@ -214,6 +214,33 @@ def test_progress_is_for_terminals(monkeypatch):
     assert stream.getvalue().startswith("[rank 0 ") and "seen" in stream.getvalue()
 
 
+def test_an_error_is_broken_between_words_on_a_terminal_alone(monkeypatch):
+    """The twin, a pipe, gets one line, which programs read."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for on_terminal in (True, False):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda answer=on_terminal: answer, raising=False)
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert cli.main(["explain", "deepseek_v33"]) == 2
+        lines = stream.getvalue().splitlines()
+        assert (len(lines) > 1 and max(map(len, lines)) <= 80) == on_terminal
+        assert " ".join(stream.getvalue().split()).endswith(
+            "a transformers model type (mixtral, qwen3_moe, ...), or a path to a config.json"
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("backend='npugraph_ex' raised:\nTypeError: no\n\nSet TORCH", "backend='npugraph_ex' raised: TypeError: no"),
+        ("no such thing\nand more", "no such thing"),
+        ("", ""),
+    ],
+)
+def test_the_last_line_says_the_cause_that_the_first_one_announces(text, said):
+    assert cli._first_sentence(text) == said
+
+
 def test_one_thing_is_no_plural():
     assert [count_of(number, "layer") for number in (0, 1, 2)] == ["0 layers", "1 layer", "2 layers"]
     assert [count_of(number, "family", "families") for number in (1, 2)] == ["1 family", "2 families"]

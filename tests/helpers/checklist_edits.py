@@ -76,6 +76,7 @@ SOC_RECORD = """        Soc(
             "Ascend990_1",
             r"Ascend990_\\d",
             ("A9",),
+            5,
         ),
 """
 SOC_ROW = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import moe_lowering.integrations.transformers as integration
-from moe_lowering import MoE, custom_ops, moe_experts
+from moe_lowering import MoE, custom_ops, moe_experts, testing
 from moe_lowering import quantisation as q
 from moe_lowering.experts import log2phy_from_expert_maps
 from moe_lowering.functional import check_expert_map, route
@@ -224,3 +225,21 @@ def test_no_tensor_is_an_error_of_the_operator(operator, argument, device):
     given[argument] = None
     with pytest.raises(ValueError, match=f"{operator}: {argument} is None; accepted: a tensor"):
         call(**given)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ep_size": 0}, "ep_size is 0; accepted: an int, 1 or more"),
+        ({"ep_size": "16"}, "ep_size is '16'; accepted: an int, 1 or more"),
+        ({"ep_size": 4, "ep_rank": 4}, "ep_rank is 4; accepted: an int from 0 to 3"),
+        ({"ep_size": 4, "tp_size": 3}, "tp_size is 3; accepted: a divisor of ep_size, 4"),
+        ({"ep_size": 4, "soc": "A4"}, "Deployment: soc is 'A4'; accepted: A2, A3, A5, 310P"),
+    ],
+)
+def test_fake_deployments_of_sizes_that_cannot_be(fields: dict[str, Any], message: str):
+    """Before a group is made, and none is left: the next one, which can be, is made."""
+    with pytest.raises(ValueError, match=re.escape(message)), testing.fake_deployment(**fields):
+        pass
+    with testing.fake_deployment(ep_size=4, tp_size=2) as deployment:
+        assert (deployment.ep_size, deployment.tp_size) == (4, 2)

@@ -142,9 +142,22 @@ def test_what_is_not_simulated_fails_by_name():
             try:
                 operation()
             except RuntimeError as error:
-                print("aclopCompileAndExecute is not simulated" in str(error))
+                print("aclopCompileAndExecute is not simulated" in str(error), "enable_device() in its place" in str(error))
+        try:
+            torch.compile(torch.nn.functional.silu, backend="npugraph_ex")(x)
+        except RuntimeError as error:
+            print('options={"force_eager": True}' in str(error) and "enable_device() in place of enable()" in str(error))
+        moe_lowering.simulator.enable_device()  # the way out that the errors name: it computes
+        print((on_npu + 1).sum().item() == 78)
+        for operation in (lambda: torch.ops.npu.npu_fast_gelu(on_npu), lambda: x.to("npu:1")):
+            try:
+                operation()
+            except RuntimeError as error:
+                print("aclopCompileAndExecute is not simulated" in str(error), "enable_device()" in str(error))
+                print("there is no device npu:1; accepted: npu:0 to npu:0" in str(error))
         """)
-    assert finish(process)[0].split() == ["True"] * 3
+    said = finish(process)[0].split()
+    assert said == ["True"] * 8 + ["True", "False", "False"] + ["False", "False", "True"]
 
 
 # npugraph_ex

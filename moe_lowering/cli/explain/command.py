@@ -12,7 +12,6 @@ import torch
 from moe_lowering.cli.explain.arguments import missing_sizes
 from moe_lowering.cli.explain.request import ExplainRequest
 from moe_lowering.cli.explain.table_text import render_table
-from moe_lowering.cli.explain.text import render
 from moe_lowering.cli.html.explain_page import explain_page, table_page
 from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT, assumed_differences, read_measured
 from moe_lowering.cli.terminal import use_colour
@@ -22,6 +21,7 @@ from moe_lowering.explanation import TOKENS, ExplainError, Explanation, MissingS
 from moe_lowering.explanation.answer import Question
 from moe_lowering.explanation.description import SIZES, BlockDescription
 from moe_lowering.explanation.table import Row, choices_around, tabulate
+from moe_lowering.explanation.text import render
 from moe_lowering.limits import TokenRange
 from moe_lowering.report.schemas import SCHEMA_VERSION
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from moe_lowering.cli.explain.text import Paint, labelled_rows
 from moe_lowering.explanation import Explanation
 from moe_lowering.explanation.memory import TOO_SMALL
 from moe_lowering.explanation.table import Row
-from moe_lowering.number_words import count_of
-from moe_lowering.passes.quantities import dtype_name
+from moe_lowering.explanation.text import Paint, labelled_rows, size_lines
 from moe_lowering.report.block_costs import BlockCost
 from moe_lowering.report.width import report_width, wrap
 
@@ -40,12 +38,8 @@ def render_table(first: Explanation, rows: Sequence[Row], colour: bool = False) 
 
 def _header(first: Explanation, paint: Paint) -> str:
     block = first.block
-    text = (
-        f"hidden {block.hidden}, intermediate {block.intermediate}, {count_of(block.experts, 'expert')}, top {block.top_k}, "
-        f"{dtype_name(block.dtype)}, {block.activation}"
-    )
     title = textwrap.wrap(f"{block.model or 'MoE block'} in several deployments", report_width())
-    return "\n".join([*(paint(line, "bold") for line in title), labelled_rows("block", [text])])
+    return "\n".join([*(paint(line, "bold") for line in title), *size_lines(block)])
 
 
 def _titles() -> str:

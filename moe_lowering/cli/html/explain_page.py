@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_lowering.cli.explain.text import change_texts
 from moe_lowering.cli.html.choice_drawing import draw_choices
 from moe_lowering.cli.html.page import element, items, page
 from moe_lowering.cli.html.parts import cost_table, deployment_table, verdict_table
 from moe_lowering.explanation import Explanation
 from moe_lowering.explanation.table import Row
+from moe_lowering.explanation.text import change_texts, size_text
 from moe_lowering.number_words import count_of
-from moe_lowering.passes.quantities import dtype_name
 
 
 def explain_page(explanation: Explanation, rows: Sequence[Row]) -> str:
@@ -65,8 +64,4 @@ def table_page(first: Explanation, rows: Sequence[Row]) -> str:
 
 def describe_block(explanation: Explanation) -> str:
     """Sizes and words of the block in one line."""
-    block = explanation.block
-    return (
-        f"hidden {block.hidden}, intermediate {block.intermediate}, {count_of(block.experts, 'expert')}, top {block.top_k}, "
-        f"{dtype_name(block.dtype)}, {block.activation}"
-    )
+    return f"{size_text(explanation.block)}, {explanation.block.activation}"

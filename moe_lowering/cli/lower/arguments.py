@@ -135,7 +135,7 @@ def _check_options(request: LowerRequest) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help="moe, a transformers model type, or a path to a config.json")
+    add("model", metavar="MODEL", help="moe, a published model, a transformers model type, or a path to a config.json")
     add("--comm", choices=COMMS, default="auto", help="implementation to use (auto: the cheapest legal one)")
     add("--ep", type=parse_positive, default=1, metavar="N", help="ranks that share the experts (default 1)")
     add(

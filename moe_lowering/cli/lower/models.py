@@ -27,6 +27,7 @@ from moe_lowering.families import small_models
 from moe_lowering.layers import MoE
 from moe_lowering.model_configs.check import OWN, OWN_SIZES
 from moe_lowering.model_configs.errors import ModelError
+from moe_lowering.model_configs.presets import PRESETS
 
 OWN_SCALE = 2.5  # DeepSeek-V3's routed_scaling_factor
 NOISE = 0.1  # standard deviation of what is added to one-dimensional parameters (norms, biases, sinks)
@@ -94,7 +95,8 @@ def plan_model(request: LowerRequest) -> ModelPlan:
     else:
         config = config_of(request)
         layers = int(config.num_hidden_layers)
-        result = ModelPlan(config.model_type, config, layers, int(config.vocab_size), experts_of(config))
+        name = request.model if request.model in PRESETS else config.model_type
+        result = ModelPlan(name, config, layers, int(config.vocab_size), experts_of(config))
     refuse_uneven(request, result.name, result.experts)
     return result
 

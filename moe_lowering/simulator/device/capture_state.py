@@ -171,6 +171,7 @@ def install() -> None:
         _GROUP(_group),
     )
     _library.moe_standin_set_hooks(ctypes.byref(_hooks))
+    _library.moe_standin_device_computes()  # what still fails is not for want of ``enable_device()``
 
 
 def _load_library() -> Any:

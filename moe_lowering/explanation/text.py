@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from moe_lowering.explanation import Answer, Explanation, Piece
+from moe_lowering.explanation.description import BlockDescription
 from moe_lowering.limits import Violation
 from moe_lowering.limits.findings import Finding
 from moe_lowering.limits.wording import Accepted, Value, show_word
@@ -15,6 +16,11 @@ from moe_lowering.report.records import Verdict
 from moe_lowering.report.text import distinct, render_refusal, render_sizes, render_sources
 from moe_lowering.report.width import report_width, wrap
 from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS
+
+if TYPE_CHECKING:  # they print themselves by this module
+    from moe_lowering.explanation.answer import Answer
+    from moe_lowering.explanation.records import Explanation
+    from moe_lowering.explanation.sweep import Piece
 
 LABEL = 18  # columns of the left column, as in report.text
 _COLOURS = {"green": "\033[32m", "red": "\033[31m", "bold": "\033[1m", "dim": "\033[2m"}
@@ -69,6 +75,20 @@ def change_texts(explanation: Explanation) -> list[str]:
     return [name + text for name, text in texts.items()]
 
 
+def size_text(block: BlockDescription) -> str:
+    """The sizes of a block on all ranks."""
+    layers = count_of(block.layers, "MoE layer") if block.layers else "layers unknown"
+    return (
+        f"hidden {block.hidden}, intermediate {block.intermediate}, {count_of(block.experts, 'expert')}, top {block.top_k}, "
+        f"{layers}, {dtype_name(block.dtype)}"
+    )
+
+
+def size_lines(block: BlockDescription) -> list[str]:
+    """The same in a report: one line of 80 columns where they are those of a model."""
+    return _wrap_text(size_text(block), "  ", "    ")
+
+
 def _header(explanation: Explanation, paint: Paint) -> str:
     answer, comm = explanation.answer, explanation.question.policy.comm
     spec, deployment = answer.spec, answer.deployment
@@ -85,17 +105,17 @@ def _header(explanation: Explanation, paint: Paint) -> str:
     levels = "MC2 in two levels, " if deployment.mc2_hierarchy else ""
     captured = "" if deployment.capture else "not captured, "
     policy = explanation.chooses_by if comm == AUTO else f"{explanation.chooses_by} ({comm})"
-    dtype = dtype_name(spec.dtype)
-    quantised = f" with {spec.quantisation} experts" if EXPERT_FORMATS[spec.quantisation].quantised else ""
+    quantised = f" in {spec.quantisation}" if EXPERT_FORMATS[spec.quantisation].quantised else ""
     title = textwrap.wrap(f"{explanation.block.model or 'MoE block'} on {deployment.soc}: {tokens}", report_width())
     fits = answer.memory(explanation.block.layers).fits
     return "\n".join(
         [
             *(paint(line, "bold") for line in title),
+            *size_lines(explanation.block),
             _labelled_text(
                 "block",
-                f"hidden {spec.hidden}, intermediate {spec.intermediate}, {count_of(spec.experts, 'expert')} "
-                f"({spec.local_experts} per rank), top {spec.top_k}, {dtype}{quantised}, {form}",
+                f"{count_of(spec.local_experts, 'expert')} on a rank{quantised}, {form}, routing weights in "
+                f"{dtype_name(spec.routing_dtype)}",
             ),
             _labelled_text(
                 "deployment",
