@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_lowering.argument_checks import require_instance, require_integer
-from moe_lowering.layers import MoE, moe_modules, warn_of_other_implementations, weight_names
+from moe_lowering.layers.expert_modules import moe_modules, warn_of_other_implementations, weight_names
+from moe_lowering.layers.moe import MoE
 
 __all__ = ["list_experts", "log2phy_from_expert_maps"]
 

@@ -11,7 +11,8 @@ from torch import nn
 from moe_lowering.explanation.description import BlockDescription
 from moe_lowering.explanation.errors import ExplainError
 from moe_lowering.integrations.transformers import form_of
-from moe_lowering.layers import MoE, is_experts_module, weight_names
+from moe_lowering.layers.expert_modules import is_experts_module, weight_names
+from moe_lowering.layers.moe import MoE
 from moe_lowering.model_configs.check import NAMES, size_of
 from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS
 

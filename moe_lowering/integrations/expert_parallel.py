@@ -20,7 +20,7 @@ from moe_lowering.argument_checks import require_integer
 from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts
 from moe_lowering.integrations.transformers import form_of
-from moe_lowering.layers import EXPERTS_IMPLEMENTATION, weight_names
+from moe_lowering.layers.expert_modules import EXPERTS_IMPLEMENTATION, weight_names
 
 __all__ = ["deployment_of", "register_expert_parallelism"]
 

@@ -33,7 +33,8 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts
 from moe_lowering.integrations.expert_gates import ExpertsForm, read_gate, same_code
 from moe_lowering.integrations.replaced_experts import reason_not_replaced
-from moe_lowering.layers import EXPERTS_IMPLEMENTATION, MoE, weight_names
+from moe_lowering.layers.expert_modules import EXPERTS_IMPLEMENTATION, weight_names
+from moe_lowering.layers.moe import MoE
 from moe_lowering.vocabulary import EXPERT_FORMATS, swiglu_alpha
 
 __all__ = ["NAME", "capabilities", "register", "token_mask"]

@@ -15,7 +15,8 @@ from moe_lowering.explanation.modules import describe_modules
 from moe_lowering.families.listing import model_type
 from moe_lowering.families.small_models import TINY, build, randomise
 from moe_lowering.integrations.transformers import form_of, register, token_mask
-from moe_lowering.layers import is_experts_module, shard_experts
+from moe_lowering.layers.expert_modules import is_experts_module
+from moe_lowering.layers.sharding import shard_experts
 from moe_lowering.model_configs.read import read_text_config
 from moe_lowering.model_configs.small import shrink
 from moe_lowering.quantisation import quantise_experts

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_lowering.cli.lower.models import OWN_SCALE, MoeStack, logits
-from moe_lowering.layers import MoE, is_experts_module, weight_names
+from moe_lowering.layers.expert_modules import is_experts_module, weight_names
+from moe_lowering.layers.moe import MoE
 from moe_lowering.quantisation import dequantise, quantise_weight
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
