@@ -34,6 +34,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from moe_lowering.groups import process_group
+
 log = logging.getLogger(__name__)
 
 LONGEST = 1800.0  # seconds; what torch.distributed waits for a collective unless it is told otherwise
@@ -301,7 +303,7 @@ def group_session(name: str) -> tuple[Session, list[int], float] | None:
     if not dist.is_available() or not dist.is_initialized() or not name:
         return None
     try:
-        group = c10d._resolve_process_group(name)
+        group = process_group(name)
         members = dist.get_process_group_ranks(group)
     except Exception:  # torch says in its own types that a name is not one of this process's groups
         return None

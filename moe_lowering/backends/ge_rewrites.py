@@ -33,7 +33,8 @@ from moe_lowering.backends import ge_converters
 from moe_lowering.backends.ge_missing import GeConversionError
 from moe_lowering.custom_ops import assert_tokens
 from moe_lowering.custom_ops.sizes import show, token_count
-from moe_lowering.passes.graph.arguments import arguments, explicit_arguments
+from moe_lowering.groups import process_group
+from moe_lowering.passes.graph.arguments import arguments, explicit_arguments, input_node
 from moe_lowering.passes.graph.edit_log import EditLog
 
 LOW_HALF = 0xFFFFFFFF
@@ -86,7 +87,7 @@ def _group(node: Node, name: Any) -> tuple[str, list[int]]:
     from torch.distributed import distributed_c10d as c10d
 
     try:
-        handle: Any = c10d._resolve_process_group(name)  # type: ignore[attr-defined]
+        handle = process_group(name)
     except Exception as error:
         raise GeConversionError(
             f"{node.name}: group {name!r} names no process group here; GE needs its ranks"
@@ -96,7 +97,7 @@ def _group(node: Node, name: Any) -> tuple[str, list[int]]:
 
 def _row_elements(node: Node) -> int:
     """Elements of one row of the tensor that is sent."""
-    shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    shape = input_node(node).meta["val"].shape
     row = token_count((*shape[1:], 1))
     if not isinstance(row, int):
         raise GeConversionError(f"{node.name}: rows of shape {show(shape[1:])}; accepted for GE: a size that is known")
@@ -261,7 +262,8 @@ def _wide(graph: Graph, scale: Node) -> Node:
 
 def _is_output(user: Node, node: Node, number: int) -> bool:
     """Whether a node is that output of an operator with several, counted from either end."""
-    outputs = len(node.target._schema.returns)  # type: ignore[union-attr]
+    assert isinstance(node.target, torch._ops.OpOverload)
+    outputs = len(node.target._schema.returns)
     return user.target is operator.getitem and user.args in ((node, number), (node, number - outputs))
 
 

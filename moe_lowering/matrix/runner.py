@@ -165,7 +165,8 @@ def _compare(cell: Cell, outcomes: list[CellOutcome]) -> tuple[float, list[str]]
         if y.dtype != DTYPE or y.shape != reference.shape:
             problems.append(f"rank {rank}: y is {y.dtype} {list(y.shape)}, not {DTYPE} {list(reference.shape)}")
         worst = min(worst, signal_to_noise(y, reference))
-        if not torch.equal(y, outcomes[group * cell.tp].y):  # type: ignore[arg-type]
+        first = outcomes[group * cell.tp].y
+        if first is None or not torch.equal(y, first):
             problems.append(f"rank {rank}: y is not bit by bit that of the first rank of its TP group")
         if scenario.counts and not (outcome.counts is not None and torch.equal(outcome.counts, counts[rank])):
             problems.append(f"rank {rank}: counts are {outcome.counts}, not {counts[rank].tolist()}")

@@ -91,7 +91,7 @@ class Server:
         self._captures = not options.get("force_eager", False)
         device = next(model.parameters()).device
         if self._captures and device.type == "npu":
-            pool: dict[str, Any] = {"use_graph_pool": torch.npu.graph_pool_handle()}  # type: ignore[attr-defined]
+            pool: dict[str, Any] = {"use_graph_pool": torch.get_device_module(device).graph_pool_handle()}
             options = {**pool, "reuse_graph_pool_in_same_fx": False, **options}
         self._options = npugraph_ex_options(deployment, lowering=self.lowering, **options)
         most = self.buckets[-1]

@@ -65,7 +65,7 @@ class Tally(Emitter):
     """An emitter whose nodes are counted and not compiled."""
 
     def __init__(self, graph: Graph) -> None:
-        super().__init__(graph, None)  # type: ignore[arg-type]
+        super().__init__(graph, None)  # type: ignore[arg-type]  # `_value` is its own, and reads no mode
 
     def target(self, operator: str) -> Any:
         return _counted(operator)

@@ -44,7 +44,7 @@ _OURS = "moe_lowering_watches"  # that a method is wrapped does not say by whom
 _watches: list[CpuWatch] = []  # of the capture under way
 
 
-class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CpuWatch(TorchDispatchMode):
     """Active during a capture: refuses operators that the CPU would run, and values of the host, but for constants.
 
     Of a higher-order operator, such as ``auto_functionalized_v2`` in a graph that is functional, the operators inside
@@ -54,7 +54,7 @@ class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives this __init__ no types
         self._constants: set[StorageWeakRef] = set()  # a reference keeps the storage's identity, not its memory
 
     @classmethod
@@ -94,7 +94,7 @@ class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A higher-order operator by its own kernel, with the watch on (which is off in ``__torch_dispatch__``)."""
         kernel = func.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
         if kernel is None:
-            name = func.name()  # type: ignore[no-untyped-call]
+            name = func.name()
             raise refuse(name, "has no kernel that calls other operators, and what it does cannot be watched")
         with self:
             return kernel(*args, **kwargs)
@@ -105,7 +105,7 @@ class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storage(tensor: torch.Tensor) -> StorageWeakRef:
-    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 def require_constant(operator: str, tensor: torch.Tensor) -> None:

@@ -108,7 +108,7 @@ def _below_autograd(op: torch._ops.OpOverload) -> Kernel:
 
 def _implementer(namespace: str) -> Callable[..., None]:
     """``(name, kernel, dispatch key)``: put a kernel there, whatever was there before."""
-    library = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]
+    library = torch.library.Library(namespace, "IMPL")
     _LIBRARIES.append(library)
     return _versions.overriding_impl(library)
 
@@ -129,6 +129,6 @@ def _is_ours(op: torch._ops.OpOverload) -> bool:
     if op._schema.name.partition("::")[2] in NATIVE:
         return False
     views = any(value.alias_info and not value.alias_info.is_write for value in op._schema.returns)
-    qualified = op.name()  # type: ignore[no-untyped-call]
+    qualified = op.name()
     has_cpu = torch._C._dispatch_has_computed_kernel_for_dispatch_key(qualified, "CPU")
     return not views and bool(has_cpu)

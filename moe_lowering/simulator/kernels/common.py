@@ -85,10 +85,10 @@ def with_limits(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:
     return call
 
 
-def take(record: type[Record], arguments: dict[str, Any]) -> Record:
+def take(record: Callable[..., Record], arguments: dict[str, Any]) -> Record:
     """The arguments that a kernel reads, of all that its operator has, as the named tuple ``record``."""
-    fields: tuple[str, ...] = record._fields  # type: ignore[attr-defined]
-    return record(**{name: arguments[name] for name in fields})
+    named_tuple: Any = record  # no type says that a class is a named tuple's
+    return record(**{name: arguments[name] for name in named_tuple._fields})
 
 
 def collective(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:
