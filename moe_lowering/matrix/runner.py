@@ -10,6 +10,7 @@ cells of a world size.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -88,12 +89,11 @@ def run(
     for ep in axes.eps:
         pool = Pool(ep) if pools is None else pools[ep]
         try:
-            for quantisation in axes.quantisations:
-                for tp in axes.tps:
-                    cells = axes.cells(ep, tp, quantisation)
-                    last = len(results) + len(cells)
-                    progress(f"EP {ep}, TP {tp}, {quantisation}: cells {len(results) + 1} to {last} of {count}")
-                    results += _run(pool, cells, change)
+            for quantisation, tp in itertools.product(axes.quantisations, axes.tps):
+                cells = axes.cells(ep, tp, quantisation)
+                last = len(results) + len(cells)
+                progress(f"EP {ep}, TP {tp}, {quantisation}: cells {len(results) + 1} to {last} of {count}")
+                results += _run(pool, cells, change)
         finally:
             if pools is None:
                 pool.close()

@@ -139,8 +139,14 @@ def install() -> None:
 
     if getattr(NPUGraph.capture_begin, _OURS, False):
         return
+    _wrap_graph(NPUGraph)
+    _wrap_capture_context(graph)
+    _wrap_external_event(ExternalEvent)
+
+
+def _wrap_graph(NPUGraph: Any) -> None:
+    """A graph knows its tape, watches the CPU while it is captured, and raises what a capture or a replay refused."""
     begin, end, replay = NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay
-    enter, leave, record = graph.__enter__, graph.__exit__, ExternalEvent.record
 
     @functools.wraps(begin)
     def capture_begin(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -174,6 +180,14 @@ def install() -> None:
             failure, tape.failure = tape.failure, None
             raise failure from error
 
+    setattr(capture_begin, _OURS, True)
+    NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay = capture_begin, capture_end, replay_
+
+
+def _wrap_capture_context(graph: Any) -> None:
+    """``torch.npu.graph``: no capture inside a capture, and a capture's own error leaves the stream as it was."""
+    enter, leave = graph.__enter__, graph.__exit__
+
     @functools.wraps(enter)
     def enter_(self: Any) -> Any:
         _refuse_capture_inside()  # before torch_npu waits for the device
@@ -188,6 +202,13 @@ def install() -> None:
             if error is not value:
                 raise
 
+    graph.__enter__, graph.__exit__ = enter_, exit_
+
+
+def _wrap_external_event(ExternalEvent: Any) -> None:
+    """An event that is recorded outside of a capture raises the failure of the replay that waited for it."""
+    record = ExternalEvent.record
+
     @functools.wraps(record)
     def record_(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
@@ -197,10 +218,7 @@ def install() -> None:
                 raise
             raise failure from error
 
-    setattr(capture_begin, _OURS, True)
     ExternalEvent.record = record_
-    NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay = capture_begin, capture_end, replay_
-    graph.__enter__, graph.__exit__ = enter_, exit_
 
 
 def _refuse_capture_inside() -> None:
