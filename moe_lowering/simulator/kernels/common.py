@@ -55,6 +55,13 @@ def refuse_unsimulated(operator: str, argument: str, value: object, accepted: st
     raise ValueError(f"{operator}: {argument} is {value}; the CPU kernel computes only: {accepted}")
 
 
+def refuse_others(operator: str, arguments: dict[str, Any], accepted: dict[str, Any]) -> None:
+    """``refuse_unsimulated`` of the first argument that has another value than the one in ``accepted``."""
+    for name, value in accepted.items():
+        if arguments[name] != value:
+            refuse_unsimulated(operator, name, arguments[name], str(value))
+
+
 # What torch_npu's int arguments call dtypes: torch's ScalarType numbers.
 DTYPE_NUMBERS = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 
