@@ -183,7 +183,10 @@ def _block(dispatch: Node, graph: Around, specs: Specs) -> Block:
     _require_alone(handle, "handle", combine)
     if combined.rows is not mlp or combined.handle is not handle:
         raise _NotABlock("raise.other_stage", "combine does not take the rows and the handle of the same dispatch")
-    _require_both_ends(sent, combined)
+    for name in _BOTH_ENDS:
+        a, b = getattr(combined, name), getattr(sent, name)
+        if a is not b and (isinstance(a, Node) or isinstance(b, Node) or a != b):
+            raise _NotABlock("raise.both_ends", f"dispatch has {name} {b}, combine has {a}: both ends must agree")
     interior = (dispatch, *outputs.values(), mlp, combine)
     readers = [user for user in counts.users if user is not mlp]
     around = Surroundings(
@@ -206,14 +209,6 @@ def _block(dispatch: Node, graph: Around, specs: Specs) -> Block:
         spec,
         Wiring(wiring.inputs, key),
     )
-
-
-def _require_both_ends(sent: DispatchCall[Node], combined: CombineCall[Node]) -> None:
-    """Dispatch and combine must have the same of what both are told."""
-    for name in _BOTH_ENDS:
-        a, b = getattr(combined, name), getattr(sent, name)
-        if a is not b and (isinstance(a, Node) or isinstance(b, Node) or a != b):
-            raise _NotABlock("raise.both_ends", f"dispatch has {name} {b}, combine has {a}: both ends must agree")
 
 
 def _spec(sent: DispatchCall[Node], weights: Node, experts: GroupedMlpCall[Node], around: Surroundings) -> BlockSpec:

@@ -5,7 +5,6 @@ Contract. Reads the graph, never edits it.
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Container, Iterator
 from typing import Any
@@ -37,18 +36,15 @@ def gathered_weights(calls: GraphCalls) -> list[Node]:
         ids = _gathers_rows(node)
         if ids is not None and not _is_written_at(node.args[0], source_of(ids)):
             by_ids[source_of(ids)].append(node)
-    return list({gather for gathers in by_ids.values() if len(gathers) > 1 for gather in _of_experts(gathers)})
-
-
-def _of_experts(gathers: list[Node]) -> set[Node]:
-    """Those of gathers by the same ids whose products are behind an activation of another's."""
-    products = {gather: set(_products(gather)) for gather in gathers}
-    passes = _is_no_attention if all(map(_is_chosen_among, gathers)) else _is_pointwise
     matches: set[Node] = set()
-    for first, second in itertools.permutations(gathers, 2):
-        if behind_activation(products[first], products[second], passes):
-            matches |= {first, second}
-    return matches
+    for gathers in by_ids.values():
+        if len(gathers) > 1:
+            products = {gather: set(_products(gather)) for gather in gathers}
+            passes = _is_no_attention if all(map(_is_chosen_among, gathers)) else _is_pointwise
+            for first, second in ((a, b) for a in gathers for b in gathers if a is not b):
+                if behind_activation(products[first], products[second], passes):
+                    matches |= {first, second}
+    return list(matches)
 
 
 def _gathers_rows(node: Node) -> Node | None:
