@@ -258,6 +258,7 @@ def weigh_tokens(x: Tensor, pertoken_scale: Tensor | None, weights: Tensor) -> t
 
 
 def as_list(tensors: Weights | None) -> list[Tensor]:
+    """Weights as the operators take them: one stacked tensor, or one for each expert; [] for None."""
     if tensors is None:
         return []
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
