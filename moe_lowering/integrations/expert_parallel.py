@@ -18,9 +18,8 @@ from torch import Tensor
 
 from moe_lowering.argument_checks import require_integer
 from moe_lowering.deployment import Deployment
-from moe_lowering.functional import moe_experts
 from moe_lowering.integrations.expert_gates import ExpertsForm
-from moe_lowering.integrations.transformers import form_of
+from moe_lowering.integrations.transformers import form_of, run_experts
 from moe_lowering.layers.expert_modules import EXPERTS_IMPLEMENTATION, weight_names
 
 __all__ = ["deployment_of", "register_expert_parallelism"]
@@ -63,8 +62,14 @@ def register_expert_parallelism(max_tokens: int, **fields: Any) -> None:
             experts.moe_lowering_ep_deployment = self.deployment
 
         def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            tokens = (hidden_states, top_k_weights, top_k_index)
-            return _compute(self.experts, self.form, self.deployment, self.ep_mesh.size(), tokens)
+            down = getattr(self.experts, weight_names(self.experts)[1])  # [E_local, ...], of the dtype of the experts
+            return run_experts(
+                self.experts,
+                self.form,
+                (hidden_states.to(down.dtype), top_k_weights, top_k_index),
+                num_experts=down.shape[0] * self.ep_mesh.size(),
+                deployment=self.deployment,
+            )
 
     EPImplementationInterface.register(EXPERTS_IMPLEMENTATION, MoeLoweringEP)
 
@@ -86,32 +91,6 @@ def _form_or_refusal(experts: Any) -> ExpertsForm:
             "accepted: ep_implementation='auto'"
         )
     return form
-
-
-def _compute(
-    experts: Any, form: ExpertsForm, deployment: Deployment, ep_size: int, tokens: tuple[Tensor, Tensor, Tensor]
-) -> Tensor:
-    """``moe_experts`` of a module's weights as transformers stores them; ``tokens``: x, weights and ids."""
-    x, weights, ids = tokens
-    first, second = weight_names(experts)
-    w13, w2 = getattr(experts, first), getattr(experts, second)
-    if not experts.is_transposed:
-        w13, w2 = w13.transpose(-2, -1), w2.transpose(-2, -1)
-    return moe_experts(
-        x.to(w2.dtype),
-        weights,
-        ids,
-        w13,
-        w2,
-        num_experts=w13.shape[0] * ep_size,
-        w13_bias=getattr(experts, f"{first}_bias") if experts.has_bias else None,
-        w2_bias=getattr(experts, f"{second}_bias") if experts.has_bias else None,
-        activation=form.activation,
-        limit=form.limit,
-        alpha=form.alpha,
-        interleaved=form.interleaved,
-        deployment=deployment,
-    )
 
 
 def deployment_of(model: Any) -> Deployment:

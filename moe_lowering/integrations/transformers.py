@@ -166,30 +166,54 @@ def _normalised(module: Any, form: ExpertsForm, x: Tensor, ids: Tensor, weights:
 
 
 def _experts(module: Any, form: ExpertsForm, x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
-    """``moe_experts`` with the weights, biases and words of a module."""
-    deployment: Deployment | None = getattr(module, "moe_lowering_deployment", None)
+    """The experts of a module that this package has sharded, or that is whole."""
     quantisation = getattr(module, "moe_lowering_quantisation", "none")
+    return run_experts(
+        module,
+        form,
+        (x, weights, ids),
+        num_experts=getattr(module, "moe_lowering_num_experts", module.num_experts),
+        deployment=getattr(module, "moe_lowering_deployment", None),
+        mask=mask,
+        quantisation=quantisation,
+        **_quantisers(module) if EXPERT_FORMATS[quantisation].quantised else {},
+    )
+
+
+def run_experts(
+    module: Any,
+    form: ExpertsForm,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    *,
+    num_experts: int,
+    deployment: Deployment | None,
+    **options: Any,
+) -> Tensor:
+    """``moe_experts`` with the weights, biases and words of a module of transformers.
+
+    Args:
+        form: what the experts compute.
+        tokens: x [T, H], weights and ids [T, k].
+        num_experts: of all ranks.
+        options: more of ``moe_experts``.
+    """
     first, second = weight_names(module)
     w13, w2 = getattr(module, first), getattr(module, second)
     if not module.is_transposed:
         w13, w2 = w13.transpose(-2, -1), w2.transpose(-2, -1)
     return moe_experts(
-        x,
-        weights,
-        ids,
+        *tokens,
         w13,
         w2,
-        num_experts=getattr(module, "moe_lowering_num_experts", module.num_experts),
+        num_experts=num_experts,
         w13_bias=getattr(module, f"{first}_bias") if module.has_bias else None,
         w2_bias=getattr(module, f"{second}_bias") if module.has_bias else None,
         activation=form.activation,
         limit=form.limit,
         alpha=form.alpha,
         interleaved=form.interleaved,
-        mask=mask,
         deployment=deployment,
-        quantisation=quantisation,
-        **_quantisers(module) if EXPERT_FORMATS[quantisation].quantised else {},
+        **options,
     )
 
 
