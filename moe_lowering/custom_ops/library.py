@@ -1,7 +1,7 @@
 """How an operator of this package is registered, and how its signature is written.
 
 An operator's arguments stand in one place, a record: the schema is made from its fields, and every kernel (fake, CPU,
-device) and every check takes it; ``passes.arguments`` reads it from a node. Records are named tuples: a frozen dataclass
+device) and every check takes it; ``passes.graph.arguments`` reads it from a node. Records are named tuples: a frozen dataclass
 takes 2 us to make. Operators with a few arguments have a schema as text, and kernels that take those.
 
 ``torch.library.Library`` and not ``torch.library.custom_op``: one call through the latter costs about 2 us more, and it

@@ -133,7 +133,7 @@ def _computes_all_tokens(model: nn.Module, name: str, module: nn.Module) -> bool
 
 
 def form_of(module: nn.Module) -> ExpertsForm:
-    """What an experts module (``layers.is_experts_module``) computes, or why that is not known."""
+    """What an experts module (``layers.expert_modules.is_experts_module``) computes, or why that is not known."""
     return _read_form(module)
 
 
