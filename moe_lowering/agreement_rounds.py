@@ -34,6 +34,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from moe_lowering.groups import process_group
+
 log = logging.getLogger(__name__)
 
 LONGEST = 1800.0  # seconds; what torch.distributed waits for a collective unless it is told otherwise
@@ -147,11 +149,7 @@ class Session:
         nonces = {self._rank: self._nonce}
         pause, meeting = SHORTEST_PAUSE, ""
         while True:
-            missing = [member for member in self._members if member not in nonces]
-            for member in missing[:AT_ONCE]:
-                nonce = self._get(f"{self._prefix}/here/{member}")
-                if nonce is not None:
-                    nonces[member] = nonce
+            missing = self._look_for_missing(nonces)
             if len(nonces) == len(self._members):
                 if not meeting:
                     meeting = " ".join(nonces[member] for member in self._members)
@@ -160,13 +158,27 @@ class Session:
                 if not missing:
                     self._nonces = nonces
                     return []
-                for member in missing:  # the nonce may be of an earlier process, which another one has replaced
-                    if self._get(f"{self._prefix}/here/{member}") != nonces[member]:
-                        del nonces[member]
-                        meeting = ""
+                if self._forget_replaced(missing, nonces):
+                    meeting = ""
             if time.monotonic() >= deadline:
                 return missing
             pause = self._pause(pause, deadline, missing)
+
+    def _look_for_missing(self, nonces: dict[int, str]) -> list[int]:
+        """The members that had no nonce yet; those of some of them that are there now are added."""
+        missing = [member for member in self._members if member not in nonces]
+        for member in missing[:AT_ONCE]:
+            nonce = self._get(f"{self._prefix}/here/{member}")
+            if nonce is not None:
+                nonces[member] = nonce
+        return missing
+
+    def _forget_replaced(self, members: Sequence[int], nonces: dict[int, str]) -> bool:
+        """Drop nonces of earlier processes, which others have replaced; whether there were any."""
+        replaced = [m for m in members if self._get(f"{self._prefix}/here/{m}") != nonces[m]]
+        for member in replaced:
+            del nonces[member]
+        return bool(replaced)
 
     def _replaced(self, members: Sequence[int]) -> list[int]:
         """Members whose place another process has taken since they met."""
@@ -301,7 +313,7 @@ def group_session(name: str) -> tuple[Session, list[int], float] | None:
     if not dist.is_available() or not dist.is_initialized() or not name:
         return None
     try:
-        group = c10d._resolve_process_group(name)
+        group = process_group(name)
         members = dist.get_process_group_ranks(group)
     except Exception:  # torch says in its own types that a name is not one of this process's groups
         return None

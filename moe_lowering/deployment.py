@@ -13,12 +13,20 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from moe_lowering.deployment_checks import check_kinds, check_shared_ranks, require_least, require_word
+from moe_lowering.deployment_checks import (
+    check_group_sizes,
+    check_groups_agree,
+    check_kinds,
+    check_shared_ranks,
+    check_sizes,
+    check_token_bounds,
+    check_words,
+)
 from moe_lowering.deployment_detection import Detected, detect, groups_of_mesh, own_communicator, second_communicator
 from moe_lowering.groups import Claim, find_group, own_ranks
 from moe_lowering.prices.rows import Row, digest_of, require_rows
 from moe_lowering.providers import check_installed, check_providers, check_version, installed_providers
-from moe_lowering.vocabulary import FUSED_MODES, GUARDS, MODES, SOCS, WEIGHT_FORMATS, Soc
+from moe_lowering.vocabulary import SOCS, Soc
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -129,51 +137,16 @@ class Deployment:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        require_word("soc", self.soc, SOCS)
-        require_word("weight_format", self.weight_format, WEIGHT_FORMATS)
-        require_word("guards", self.guards, GUARDS)
-        require_word("mode", self.mode, MODES)
+        check_words(self)
         object.__setattr__(self, "measured", require_rows("Deployment: measured", self.measured, self.soc))
-        if self.fused_mode not in FUSED_MODES:
-            raise ValueError(
-                f"Deployment: fused_mode is {self.fused_mode!r}; accepted: "
-                f"{', '.join(f'{mode} ({names})' for mode, names in FUSED_MODES.items())}"
-            )
         check_providers(self.providers)
         for name in ("cann", "torch_npu"):
             check_version(name, getattr(self, name), optional=True)
-        for kind in ("ep", "tp"):
-            size, rank, group = (getattr(self, f"{kind}_{part}") for part in ("size", "rank", "group"))
-            require_least(f"{kind}_size", size, 1)
-            if rank is not None and not 0 <= rank < size:
-                raise ValueError(f"Deployment: {kind}_rank is {rank}; accepted: 0 to {kind}_size - 1 = {size - 1}")
-            if size > 1 and not group:
-                raise ValueError(f"Deployment: {kind}_size is {size} but {kind}_group is ''; give the group's name")
-        for name in ("max_tokens", "min_tokens", "max_rows", "max_output_size", "ranks_per_node", "mc2_capacity"):
-            require_least(name, getattr(self, name), 0)
-        require_least("hccl_buffer_mb", self.hccl_buffer_mb, 1)
-        if self.ep_size % self.tp_size:
-            raise ValueError(
-                f"Deployment: ep_size is {self.ep_size}, not a multiple of tp_size {self.tp_size}: the ranks of a TP "
-                "group are ranks of one EP group"
-                if self.ep_size > 1
-                else f"Deployment: tp_size is {self.tp_size} with ep_size 1: give the EP group that the TP ranks form"
-            )
-        if self.mc2_group and self.mc2_group in (self.ep_group, self.ep_communicator):
-            raise ValueError(
-                f"Deployment: mc2_group is {self.mc2_group!r}, the EP group itself; MC2 operators need a communicator "
-                "that no other collective uses (make a second group over the same ranks)"
-            )
+        check_group_sizes(self)
+        check_sizes(self)
+        check_groups_agree(self)
         check_shared_ranks(self.ep_size, self.shared_expert_ranks, self.shared_experts)
-        if not self.equal_tokens and not self.max_tokens:
-            raise ValueError(
-                "Deployment: equal_tokens is False, so max_tokens must give a bound that holds on every rank"
-            )
-
-        if not self.equal_tokens and self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"Deployment: min_tokens is {self.min_tokens}; accepted: 0 to max_tokens = {self.max_tokens}"
-            )
+        check_token_bounds(self)
         self._fill()
 
     def _fill(self) -> None:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from moe_lowering.vocabulary import FUSED_MODES, GUARDS, MODES, SOCS, WEIGHT_FORMATS
+
+if TYPE_CHECKING:
+    from moe_lowering.deployment import Deployment
 
 
 def require_word(name: str, value: str, accepted: Collection[str]) -> None:
@@ -38,3 +43,60 @@ def check_kinds(deployment: Any) -> None:
             continue
         if type(value) is not accepted[kind][0]:
             raise ValueError(f"Deployment: {field.name} is {value!r}; accepted: {accepted[kind][1]}")
+
+
+def check_words(deployment: Deployment) -> None:
+    """Every field that is one of some words is one of them."""
+    require_word("soc", deployment.soc, SOCS)
+    require_word("weight_format", deployment.weight_format, WEIGHT_FORMATS)
+    require_word("guards", deployment.guards, GUARDS)
+    require_word("mode", deployment.mode, MODES)
+    if deployment.fused_mode not in FUSED_MODES:
+        raise ValueError(
+            f"Deployment: fused_mode is {deployment.fused_mode!r}; accepted: "
+            f"{', '.join(f'{mode} ({names})' for mode, names in FUSED_MODES.items())}"
+        )
+
+
+def check_group_sizes(deployment: Deployment) -> None:
+    """Each group has ranks, its own rank is one of them, and a group of more than one has a name."""
+    for kind in ("ep", "tp"):
+        size, rank, group = (getattr(deployment, f"{kind}_{part}") for part in ("size", "rank", "group"))
+        require_least(f"{kind}_size", size, 1)
+        if rank is not None and not 0 <= rank < size:
+            raise ValueError(f"Deployment: {kind}_rank is {rank}; accepted: 0 to {kind}_size - 1 = {size - 1}")
+        if size > 1 and not group:
+            raise ValueError(f"Deployment: {kind}_size is {size} but {kind}_group is ''; give the group's name")
+
+
+def check_sizes(deployment: Deployment) -> None:
+    """No size is negative, and there is a window."""
+    for name in ("max_tokens", "min_tokens", "max_rows", "max_output_size", "ranks_per_node", "mc2_capacity"):
+        require_least(name, getattr(deployment, name), 0)
+    require_least("hccl_buffer_mb", deployment.hccl_buffer_mb, 1)
+
+
+def check_groups_agree(deployment: Deployment) -> None:
+    """TP groups divide the EP group, and MC2's communicator is not the EP group's own."""
+    if deployment.ep_size % deployment.tp_size:
+        raise ValueError(
+            f"Deployment: ep_size is {deployment.ep_size}, not a multiple of tp_size {deployment.tp_size}: the ranks of a TP "
+            "group are ranks of one EP group"
+            if deployment.ep_size > 1
+            else f"Deployment: tp_size is {deployment.tp_size} with ep_size 1: give the EP group that the TP ranks form"
+        )
+    if deployment.mc2_group and deployment.mc2_group in (deployment.ep_group, deployment.ep_communicator):
+        raise ValueError(
+            f"Deployment: mc2_group is {deployment.mc2_group!r}, the EP group itself; MC2 operators need a communicator "
+            "that no other collective uses (make a second group over the same ranks)"
+        )
+
+
+def check_token_bounds(deployment: Deployment) -> None:
+    """Where T may differ between ranks there are bounds on it."""
+    if not deployment.equal_tokens and not deployment.max_tokens:
+        raise ValueError("Deployment: equal_tokens is False, so max_tokens must give a bound that holds on every rank")
+    if not deployment.equal_tokens and deployment.min_tokens > deployment.max_tokens:
+        raise ValueError(
+            f"Deployment: min_tokens is {deployment.min_tokens}; accepted: 0 to max_tokens = {deployment.max_tokens}"
+        )

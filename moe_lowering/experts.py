@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_lowering.argument_checks import require_instance, require_integer
-from moe_lowering.layers import MoE, moe_modules, warn_of_other_implementations, weight_names
+from moe_lowering.layers.expert_modules import moe_modules, warn_of_other_implementations, weight_names
+from moe_lowering.layers.moe import MoE
 
 __all__ = ["list_experts", "log2phy_from_expert_maps"]
 
@@ -42,6 +43,25 @@ def log2phy_from_expert_maps(expert_maps: Sequence[Tensor], *, shared_expert_ran
         ValueError, TypeError: no map, maps of different sizes or of another dtype, a slot twice on a rank, a routed expert
             on a shared-expert rank, an expert that no rank has.
     """
+    _check_maps(expert_maps, shared_expert_ranks)
+    slots = [each.tolist() for each in expert_maps]
+    local = 1 + max(max(of_rank, default=-1) for of_rank in slots)
+    physical: dict[int, int] = {}
+    for rank, of_rank in enumerate(slots):
+        for slot, expert in _experts_by_slot(rank, of_rank, shared_expert_ranks).items():
+            physical.setdefault(expert, (rank - shared_expert_ranks) * local + slot)
+    missing = [expert for expert in range(len(slots[0])) if expert not in physical]
+    if missing:
+        raise ValueError(
+            f"log2phy_from_expert_maps: no rank has expert {missing[0]}; accepted: a slot for every expert"
+        )
+    placed = [physical[expert] for expert in range(len(slots[0]))]
+    log2phy = torch.tensor(placed, dtype=torch.int32, device=expert_maps[0].device)
+    return log2phy, local * (len(slots) - shared_expert_ranks)
+
+
+def _check_maps(expert_maps: Sequence[Tensor], shared_expert_ranks: int) -> None:
+    """The kinds of the arguments of ``log2phy_from_expert_maps``."""
     kinds = "one map, an int32 or int64 tensor, for each EP rank"
     require_instance("log2phy_from_expert_maps", "expert_maps", expert_maps, (list, tuple), kinds)
     if not expert_maps:
@@ -55,40 +75,31 @@ def log2phy_from_expert_maps(expert_maps: Sequence[Tensor], *, shared_expert_ran
                 f"log2phy_from_expert_maps: expert_maps[{rank}] is {each.dtype} of shape {list(each.shape)}; accepted: "
                 f"int32 or int64 {list(expert_maps[0].shape)}, one entry for each logical expert"
             )
-    slots = [each.tolist() for each in expert_maps]
-    local = 1 + max(max(of_rank, default=-1) for of_rank in slots)
-    physical: dict[int, int] = {}
-    for rank, of_rank in enumerate(slots):
-        used: dict[int, int] = {}
-        for expert, slot in enumerate(of_rank):
-            if slot == -1:
-                continue
-            if slot < 0:
-                raise ValueError(
-                    f"log2phy_from_expert_maps: expert_maps[{rank}] has {slot} for expert {expert}; accepted: a slot, 0 or "
-                    "more, or -1 for an expert that is not on the rank"
-                )
-            if rank < shared_expert_ranks:
-                raise ValueError(
-                    f"log2phy_from_expert_maps: expert_maps[{rank}] has slot {slot} for expert {expert}, and rank {rank} "
-                    "holds a shared expert; accepted: -1 throughout"
-                )
-            if slot in used:
-                raise ValueError(
-                    f"log2phy_from_expert_maps: expert_maps[{rank}] has slot {slot} for the experts {used[slot]} and "
-                    f"{expert}; accepted: every slot once"
-                )
-            used[slot] = expert
-            physical.setdefault(expert, (rank - shared_expert_ranks) * local + slot)
-    missing = [expert for expert in range(len(slots[0])) if expert not in physical]
-    if missing:
-        raise ValueError(
-            f"log2phy_from_expert_maps: no rank has expert {missing[0]}; accepted: a slot for every expert"
-        )
-    placed = [physical[expert] for expert in range(len(slots[0]))]
-    return torch.tensor(placed, dtype=torch.int32, device=expert_maps[0].device), local * (
-        len(slots) - shared_expert_ranks
-    )
+
+
+def _experts_by_slot(rank: int, slots: list[int], shared_expert_ranks: int) -> dict[int, int]:
+    """The logical expert in each slot of one rank, from the slot of each logical expert; -1 is none."""
+    used: dict[int, int] = {}
+    for expert, slot in enumerate(slots):
+        if slot == -1:
+            continue
+        if slot < 0:
+            raise ValueError(
+                f"log2phy_from_expert_maps: expert_maps[{rank}] has {slot} for expert {expert}; accepted: a slot, 0 or "
+                "more, or -1 for an expert that is not on the rank"
+            )
+        if rank < shared_expert_ranks:
+            raise ValueError(
+                f"log2phy_from_expert_maps: expert_maps[{rank}] has slot {slot} for expert {expert}, and rank {rank} "
+                "holds a shared expert; accepted: -1 throughout"
+            )
+        if slot in used:
+            raise ValueError(
+                f"log2phy_from_expert_maps: expert_maps[{rank}] has slot {slot} for the experts {used[slot]} and "
+                f"{expert}; accepted: every slot once"
+            )
+        used[slot] = expert
+    return used
 
 
 def list_experts(model: nn.Module) -> nn.Module:

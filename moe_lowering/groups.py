@@ -33,13 +33,25 @@ class Claim:
     rank: int | None
 
 
+def process_group(name: Any) -> Any:
+    """torch's process group called ``name``.
+
+    Raises:
+        Exception: no group of this process has that name; of which type torch does not say.
+    """
+    from torch.distributed import distributed_c10d
+
+    c10d: Any = distributed_c10d  # torch's own function, which its types do not have
+    return c10d._resolve_process_group(name)
+
+
 def find_group(name: str) -> Membership | None:
     """The group called ``name``; None where this process has none that communicates."""
     dist: Any = sys.modules.get("torch.distributed")  # without it there is no group, and nothing to import
     if not name or dist is None or not dist.is_available() or not dist.is_initialized():
         return None
     try:
-        group = dist.distributed_c10d._resolve_process_group(name)
+        group = process_group(name)
     except (LookupError, RuntimeError, ValueError):  # no group of this process has that name
         return None
     if dist.get_backend(group) == FAKE:

@@ -79,6 +79,21 @@ def check_layer_place(deployment: Any, dtype: Any, device: Any) -> None:
             raise refuse("MoE", "device", device, f"a torch.device, its name, or None ({error})") from error
 
 
+def check_experts_per_rank(where: str, num_experts: int, shared_experts: int, deployment: Deployment) -> None:
+    """The routed experts are spread evenly, and the shared ones are those of the deployment's shared-expert ranks."""
+    ranks = deployment.routed_ranks
+    if num_experts % ranks:
+        name = "ep_size - shared_expert_ranks" if deployment.shared_expert_ranks else "ep_size"
+        raise ValueError(f"{where}: num_experts is {num_experts}; accepted: a multiple of {name}, {ranks}")
+    expected = deployment.shared_experts if deployment.shared_expert_ranks else 0
+    if shared_experts != expected:
+        raise ValueError(
+            f"{where}: shared_experts is {shared_experts}; accepted: {expected}, as the deployment has "
+            f"{deployment.shared_expert_ranks} shared-expert ranks (modules of transformers hold no shared experts: write the "
+            "layer as MoE)"
+        )
+
+
 def check_layer_call(x: Any, mask: Any, hidden_size: int) -> None:
     """The arguments of a call of ``MoE``."""
     require_instance("MoE", "x", x, Tensor, f"a tensor [..., {hidden_size}]")
@@ -243,6 +258,7 @@ def weigh_tokens(x: Tensor, pertoken_scale: Tensor | None, weights: Tensor) -> t
 
 
 def as_list(tensors: Weights | None) -> list[Tensor]:
+    """Weights as the operators take them: one stacked tensor, or one for each expert; [] for None."""
     if tensors is None:
         return []
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)

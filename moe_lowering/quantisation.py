@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from moe_lowering.argument_checks import require_choice, require_instance, require_integer
 from moe_lowering.custom_ops.quantised import PER_INT32, dequantise_weight, float_scale, quantise_rows, unpack_int4
-from moe_lowering.layers import MoE, moe_modules, refuse_lists, warn_of_other_implementations, weight_names
+from moe_lowering.layers.expert_modules import moe_modules, refuse_lists, warn_of_other_implementations, weight_names
+from moe_lowering.layers.moe import MoE
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 __all__ = [

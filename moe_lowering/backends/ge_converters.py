@@ -326,9 +326,9 @@ def _check_input(func: Any, line: str) -> Any:
     from torchair.ge._ge_graph import _DiscontiguousTensorInput, _TensorInput
 
     # torchair makes no code for _TensorInput, and looks for _DiscontiguousTensorInput by its class
-    base = _DiscontiguousTensorInput if isinstance(func, _DiscontiguousTensorInput) else type(func).__mro__[1]
+    base: Any = _DiscontiguousTensorInput if isinstance(func, _DiscontiguousTensorInput) else type(func).__mro__[1]
 
-    class Checked(base):  # type: ignore[misc, valid-type]
+    class Checked(base):
         def __init__(self) -> None:
             self.__dict__.update(func.__dict__)
 

@@ -33,7 +33,8 @@ from moe_lowering.backends import ge_converters
 from moe_lowering.backends.ge_missing import GeConversionError
 from moe_lowering.custom_ops import assert_tokens
 from moe_lowering.custom_ops.sizes import show, token_count
-from moe_lowering.passes.graph.arguments import arguments, explicit_arguments
+from moe_lowering.groups import process_group
+from moe_lowering.passes.graph.arguments import arguments, explicit_arguments, input_node
 from moe_lowering.passes.graph.edit_log import EditLog
 
 LOW_HALF = 0xFFFFFFFF
@@ -86,7 +87,7 @@ def _group(node: Node, name: Any) -> tuple[str, list[int]]:
     from torch.distributed import distributed_c10d as c10d
 
     try:
-        handle: Any = c10d._resolve_process_group(name)  # type: ignore[attr-defined]
+        handle = process_group(name)
     except Exception as error:
         raise GeConversionError(
             f"{node.name}: group {name!r} names no process group here; GE needs its ranks"
@@ -96,7 +97,7 @@ def _group(node: Node, name: Any) -> tuple[str, list[int]]:
 
 def _row_elements(node: Node) -> int:
     """Elements of one row of the tensor that is sent."""
-    shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    shape = input_node(node).meta["val"].shape
     row = token_count((*shape[1:], 1))
     if not isinstance(row, int):
         raise GeConversionError(f"{node.name}: rows of shape {show(shape[1:])}; accepted for GE: a size that is known")
@@ -134,21 +135,25 @@ def place_token_checks(edits: EditLog) -> None:
         RuntimeError: T is known and outside of the range: the graph must not run.
         GeConversionError: T cannot be computed from the inputs' shapes.
     """
-    graph = edits.graph
-    for node in graph.find_nodes(op="call_function", target=torch.ops.moe_lowering.assert_tokens.default):
+    for node in edits.graph.find_nodes(op="call_function", target=torch.ops.moe_lowering.assert_tokens.default):
         x, low, high = node.args
         tokens = token_count(x.meta["val"].shape)
         if isinstance(tokens, int):
             # not the operator, which only propagates under fake tensors
             assert_tokens._real(x.meta["val"], low, high, **node.kwargs)
         else:
-            checks = [n for n in x.users if n.target is torch.ops.moe_lowering.ge_assert_tokens.default]
-            source = _source(graph, node, tokens)
-            if not any(check.args == (x, low, high, source) for check in checks):
-                with graph.inserting_before(node):
-                    check = torch.ops.moe_lowering.ge_assert_tokens.default
-                    graph.call_function(check, (x, low, high, source), node.kwargs)
+            _place_check(edits.graph, node, tokens)
         edits.erase([node])
+
+
+def _place_check(graph: Graph, node: Node, tokens: Any) -> None:
+    """``ge_assert_tokens`` for one ``assert_tokens`` of a symbolic T, unless x has that check already."""
+    x = input_node(node)
+    target, args = torch.ops.moe_lowering.ge_assert_tokens.default, (*node.args, _source(graph, node, tokens))
+    if any(user.target is target and user.args == args for user in x.users):
+        return
+    with graph.inserting_before(node):
+        graph.call_function(target, args, node.kwargs)
 
 
 def _source(graph: Graph, node: Node, tokens: Any) -> str:
@@ -171,10 +176,9 @@ def _sizes(graph: Graph) -> Iterator[tuple[Any, str]]:
         value = placeholder.meta.get("val")
         if isinstance(value, torch.SymInt):
             yield value.node.expr, f"args[{index}]"
-        elif isinstance(value, torch.Tensor):
-            for dim, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                    yield size.node.expr, f"args[{index}].shape[{dim}]"
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                yield size.node.expr, f"args[{index}].shape[{dim}]"
 
 
 # --------------------------------------------------------------------------------------------------------- communication
@@ -234,19 +238,22 @@ def simplify_fused(edits: EditLog) -> None:
 
     Both are what the wrappers do inside on a device; the converters leave them out.
     """
-    graph = edits.graph
     for name in ge_converters.TYPES:
-        for node in graph.find_nodes(op="call_function", target=getattr(torch.ops.moe_lowering, name).default):
-            arguments = explicit_arguments(node)
-            if name == "dispatch_ffn_combine":
-                with graph.inserting_before(node):
-                    for scale in ("w13_scale", "w2_scale"):
-                        arguments[scale] = [_wide(graph, n) for n in arguments[scale]] if arguments.get(scale) else None
-            edits.set_arguments(node, (), arguments)
-            for y in (
-                [user for user in node.users if _is_output(user, node, 0)] if arguments.get("mask") is not None else []
-            ):
-                _zero_masked(edits, node, y, arguments["mask"])
+        for node in edits.graph.find_nodes(op="call_function", target=getattr(torch.ops.moe_lowering, name).default):
+            _simplify(edits, name, node)
+
+
+def _simplify(edits: EditLog, name: str, node: Node) -> None:
+    graph, arguments = edits.graph, explicit_arguments(node)
+    if name == "dispatch_ffn_combine":
+        with graph.inserting_before(node):
+            for scale in ("w13_scale", "w2_scale"):
+                arguments[scale] = [_wide(graph, n) for n in arguments[scale]] if arguments.get(scale) else None
+    edits.set_arguments(node, (), arguments)
+    if arguments.get("mask") is None:
+        return
+    for y in [user for user in node.users if _is_output(user, node, 0)]:
+        _zero_masked(edits, node, y, arguments["mask"])
 
 
 def _wide(graph: Graph, scale: Node) -> Node:
@@ -261,7 +268,8 @@ def _wide(graph: Graph, scale: Node) -> Node:
 
 def _is_output(user: Node, node: Node, number: int) -> bool:
     """Whether a node is that output of an operator with several, counted from either end."""
-    outputs = len(node.target._schema.returns)  # type: ignore[union-attr]
+    assert isinstance(node.target, torch._ops.OpOverload)
+    outputs = len(node.target._schema.returns)
     return user.target is operator.getitem and user.args in ((node, number), (node, number - outputs))
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_lowering.groups import process_group
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -39,10 +41,8 @@ def open_group(operator: str, kind: str, name: str, size: int) -> Group:
     """
     if size == 1:
         return ALONE
-    from torch.distributed import distributed_c10d as c10d
-
     try:
-        handle: Any = c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+        handle = process_group(name)
     except Exception as error:
         raise ValueError(
             f"{operator}: {kind}_group is {name!r}, which names no process group here; accepted: the group_name of an "

@@ -89,6 +89,7 @@ class ExpertTensors:
 
     @property
     def intermediate(self) -> int:
+        """I, of numbers and not of elements that hold several."""
         return self.w13[0].shape[-1] * self.packed // 2
 
     def in_form(self, tensors: Tensors, change: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> list[Tensor]:
@@ -114,11 +115,13 @@ def check_tokens(operator: str, call: FusedCall, dtypes: Sequence[torch.dtype]) 
 
 
 def check_top_k(operator: str, ids: Tensor, experts: int) -> None:
+    """A token chooses from 1 to all experts: ids [T, k]."""
     if is_known(ids.shape[1] < 1) or is_known(ids.shape[1] > experts):
         raise ValueError(f"{operator}: ids has k = {ids.shape[1]}; accepted: 1 to {experts}, the number of experts")
 
 
 def check_group(operator: str, group: str, ep_size: int, most: int) -> None:
+    """There is a communicator, and its ranks are as many as the operator takes."""
     if not 2 <= ep_size <= most:
         raise ValueError(f"{operator}: ep_size is {ep_size}; accepted: 2 to {most}")
     if not group:
@@ -126,6 +129,7 @@ def check_group(operator: str, group: str, ep_size: int, most: int) -> None:
 
 
 def check_mask(operator: str, call: FusedCall, dtypes: Sequence[torch.dtype]) -> None:
+    """The rules for the mask [T], where there is one."""
     mask = call.mask
     if mask is not None and (mask.dtype not in dtypes or are_certainly_different(mask.shape, call.x.shape[:1])):
         accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -133,11 +137,13 @@ def check_mask(operator: str, call: FusedCall, dtypes: Sequence[torch.dtype]) ->
 
 
 def check_limit(operator: str, name: str, limit: float) -> None:
+    """The limit of clamps is 0, for none, or positive, and no NaN."""
     if not limit >= 0:
         raise ValueError(f"{operator}: {name} is {limit}; accepted: 0 (no limit) or more")
 
 
 def check_local_experts(operator: str, experts: ExpertTensors, num_experts: int, ep_size: int) -> None:
+    """The weights are those of num_experts / ep_size experts."""
     if num_experts < 1 or num_experts % ep_size:
         raise ValueError(f"{operator}: num_experts is {num_experts}; accepted: a multiple of ep_size, {ep_size}")
     if is_known(experts.local != num_experts // ep_size):

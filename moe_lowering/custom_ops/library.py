@@ -1,7 +1,7 @@
 """How an operator of this package is registered, and how its signature is written.
 
 An operator's arguments stand in one place, a record: the schema is made from its fields, and every kernel (fake, CPU,
-device) and every check takes it; ``passes.arguments`` reads it from a node. Records are named tuples: a frozen dataclass
+device) and every check takes it; ``passes.graph.arguments`` reads it from a node. Records are named tuples: a frozen dataclass
 takes 2 us to make. Operators with a few arguments have a schema as text, and kernels that take those.
 
 ``torch.library.Library`` and not ``torch.library.custom_op``: one call through the latter costs about 2 us more, and it
@@ -21,15 +21,16 @@ from torch.fx.node import has_side_effect
 NAMESPACE = "moe_lowering"
 
 # FRAGMENT, so that other parts of the package may define operators in the same namespace.
-LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 # What stands for a tensor in a record of arguments: a tensor, real or fake, or the node of a graph that makes it.
 Value = TypeVar("Value")
+_SEQUENCE: Any = Sequence  # as an object: for a type checker Sequence[Value] is a type, and has no free variable here
 _SCHEMA_TYPES: dict[Any, str] = {
     Value: "Tensor",
     Value | None: "Tensor?",
-    Sequence[Value]: "Tensor[]",  # type: ignore[valid-type]
-    Sequence[Value] | None: "Tensor[]?",  # type: ignore[valid-type]
+    _SEQUENCE[Value]: "Tensor[]",
+    _SEQUENCE[Value] | None: "Tensor[]?",
     int: "int",
     float: "float",
     bool: "bool",

@@ -35,7 +35,7 @@ def unify(left: Sequence[int], right: Sequence[int]) -> None:
     """
     for a, b in zip(left, right, strict=True):
         if not is_known(a == b):
-            torch._check(a == b, lambda a=a, b=b: f"sizes {a} and {b} must be equal")  # type: ignore[no-untyped-call]
+            torch._check(a == b, lambda a=a, b=b: f"sizes {a} and {b} must be equal")
 
 
 def show(shape: Sequence[int]) -> str:

@@ -50,7 +50,8 @@ class TokenBatch(NamedTuple):
     mask: Tensor | None = None
 
     def part(self, lines: slice) -> TokenBatch:
-        return TokenBatch(*(None if tensor is None else tensor[lines] for tensor in self))  # type: ignore[arg-type]
+        scale, mask = (None if tensor is None else tensor[lines] for tensor in (self.x_scale, self.mask))
+        return TokenBatch(self.x[lines], self.ids[lines], scale, mask)
 
 
 class Bounds(NamedTuple):

@@ -12,7 +12,8 @@ from moe_lowering.explanation.description import BlockDescription
 from moe_lowering.explanation.errors import ExplainError
 from moe_lowering.explanation.routing_weights import FLOAT32, routing_weights_of
 from moe_lowering.integrations.transformers import form_of
-from moe_lowering.layers import MoE, is_experts_module, weight_names
+from moe_lowering.layers.expert_modules import is_experts_module, weight_names
+from moe_lowering.layers.moe import MoE
 from moe_lowering.model_configs.check import NAMES, size_of
 from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS
 

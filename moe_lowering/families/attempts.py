@@ -28,7 +28,7 @@ from moe_lowering.families.records import FAILED, LEFT, RIGHT, WRONG, Attempt, K
 from moe_lowering.families.small_models import TINY, build, randomise, result
 from moe_lowering.integrations.replaced_experts import replace_experts
 from moe_lowering.integrations.transformers import capabilities
-from moe_lowering.layers import EXPERTS_IMPLEMENTATION, is_experts_module
+from moe_lowering.layers.expert_modules import EXPERTS_IMPLEMENTATION, is_experts_module
 from moe_lowering.model_configs.read import read_text_config
 from moe_lowering.model_configs.small import shrink
 from moe_lowering.passes.pipeline import MoeLowering

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lowering.integrations.replaced_experts import replace_experts
-from moe_lowering.layers import EXPERTS_IMPLEMENTATION
+from moe_lowering.layers.expert_modules import EXPERTS_IMPLEMENTATION
 from moe_lowering.model_configs.errors import ModelError
 from moe_lowering.model_configs.small import Dimensions
 

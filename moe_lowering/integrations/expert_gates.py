@@ -136,9 +136,9 @@ def _is_of_transformers(act_class: type) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def same_code(module_class: type, fingerprint: str) -> bool:
+def same_code(module_class: type[nn.Module], fingerprint: str) -> bool:
     """Whether the forward of a class is the one that has this hash."""
-    return gate_fingerprint(module_class.forward) == fingerprint  # type: ignore[attr-defined]
+    return gate_fingerprint(module_class.forward) == fingerprint
 
 
 def _activation(act_class: type, approximate: str) -> str:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from moe_lowering.argument_checks import require_integer
 from moe_lowering.deployment import Deployment
-from moe_lowering.functional import moe_experts
-from moe_lowering.integrations.transformers import form_of
-from moe_lowering.layers import EXPERTS_IMPLEMENTATION, weight_names
+from moe_lowering.integrations.expert_gates import ExpertsForm
+from moe_lowering.integrations.transformers import form_of, run_experts
+from moe_lowering.layers.expert_modules import EXPERTS_IMPLEMENTATION, weight_names
 
 __all__ = ["deployment_of", "register_expert_parallelism"]
 
@@ -53,15 +53,7 @@ def register_expert_parallelism(max_tokens: int, **fields: Any) -> None:
 
         def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
             super().__init__(experts, ep_mesh, tp_mesh)
-            flag, experts._is_expert_parallel = experts._is_expert_parallel, False
-            form = form_of(experts)
-            experts._is_expert_parallel = flag
-            if form.unrecognised or experts.has_post_expert_norm:
-                reason = form.unrecognised or "each expert's output is normalised"
-                raise NotImplementedError(
-                    f"moe_lowering: {type(experts).__name__} is not supported by ep_implementation 'moe_lowering': {reason}; "
-                    "accepted: ep_implementation='auto'"
-                )
+            form = _form_or_refusal(experts)
             groups = {"ep": ep_mesh.get_group(), "tp": tp_mesh.get_group() if tp_mesh.size() > 1 else None}
             key = tuple(None if group is None else group.group_name for group in groups.values())
             if key not in deployments:
@@ -70,28 +62,35 @@ def register_expert_parallelism(max_tokens: int, **fields: Any) -> None:
             experts.moe_lowering_ep_deployment = self.deployment
 
         def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            experts, form = self.experts, self.form
-            first, second = weight_names(experts)
-            w13, w2 = getattr(experts, first), getattr(experts, second)
-            if not experts.is_transposed:
-                w13, w2 = w13.transpose(-2, -1), w2.transpose(-2, -1)
-            return moe_experts(
-                hidden_states.to(w2.dtype),
-                top_k_weights,
-                top_k_index,
-                w13,
-                w2,
-                num_experts=w13.shape[0] * self.ep_mesh.size(),
-                w13_bias=getattr(experts, f"{first}_bias") if experts.has_bias else None,
-                w2_bias=getattr(experts, f"{second}_bias") if experts.has_bias else None,
-                activation=form.activation,
-                limit=form.limit,
-                alpha=form.alpha,
-                interleaved=form.interleaved,
+            down = getattr(self.experts, weight_names(self.experts)[1])  # [E_local, ...], of the dtype of the experts
+            return run_experts(
+                self.experts,
+                self.form,
+                (hidden_states.to(down.dtype), top_k_weights, top_k_index),
+                num_experts=down.shape[0] * self.ep_mesh.size(),
                 deployment=self.deployment,
             )
 
     EPImplementationInterface.register(EXPERTS_IMPLEMENTATION, MoeLoweringEP)
+
+
+def _form_or_refusal(experts: Any) -> ExpertsForm:
+    """What the experts of a module compute.
+
+    Raises:
+        NotImplementedError: the generic operators do not compute that.
+    """
+    # form_of refuses modules that transformers has sharded, as this one is
+    flag, experts._is_expert_parallel = experts._is_expert_parallel, False
+    form = form_of(experts)
+    experts._is_expert_parallel = flag
+    if form.unrecognised or experts.has_post_expert_norm:
+        reason = form.unrecognised or "each expert's output is normalised"
+        raise NotImplementedError(
+            f"moe_lowering: {type(experts).__name__} is not supported by ep_implementation 'moe_lowering': {reason}; "
+            "accepted: ep_implementation='auto'"
+        )
+    return form
 
 
 def deployment_of(model: Any) -> Deployment:

@@ -95,6 +95,7 @@ class Renamed(Interface):
 
 
 def frozen(weight: Tensor, like: nn.Parameter) -> nn.Parameter:
+    """A parameter that asks for a gradient where ``like`` does."""
     return nn.Parameter(weight, requires_grad=like.requires_grad)
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from moe_lowering.argument_checks import require_instance
 from moe_lowering.integrations.experts_interface import Interface
 from moe_lowering.integrations.replacements import REPLACED
-from moe_lowering.layers import EXPERTS_IMPLEMENTATION
+from moe_lowering.layers.expert_modules import EXPERTS_IMPLEMENTATION
 
 __all__ = ["REFUSED", "REPLACED", "reason_not_replaced", "replace_experts"]
 

@@ -33,7 +33,8 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.functional import moe_experts
 from moe_lowering.integrations.expert_gates import ExpertsForm, read_gate, same_code
 from moe_lowering.integrations.replaced_experts import reason_not_replaced
-from moe_lowering.layers import EXPERTS_IMPLEMENTATION, MoE, weight_names
+from moe_lowering.layers.expert_modules import EXPERTS_IMPLEMENTATION, weight_names
+from moe_lowering.layers.moe import MoE
 from moe_lowering.vocabulary import EXPERT_FORMATS, swiglu_alpha
 
 __all__ = ["NAME", "capabilities", "register", "token_mask"]
@@ -132,7 +133,7 @@ def _computes_all_tokens(model: nn.Module, name: str, module: nn.Module) -> bool
 
 
 def form_of(module: nn.Module) -> ExpertsForm:
-    """What an experts module (``layers.is_experts_module``) computes, or why that is not known."""
+    """What an experts module (``layers.expert_modules.is_experts_module``) computes, or why that is not known."""
     return _read_form(module)
 
 
@@ -165,30 +166,54 @@ def _normalised(module: Any, form: ExpertsForm, x: Tensor, ids: Tensor, weights:
 
 
 def _experts(module: Any, form: ExpertsForm, x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
-    """``moe_experts`` with the weights, biases and words of a module."""
-    deployment: Deployment | None = getattr(module, "moe_lowering_deployment", None)
+    """The experts of a module that this package has sharded, or that is whole."""
     quantisation = getattr(module, "moe_lowering_quantisation", "none")
+    return run_experts(
+        module,
+        form,
+        (x, weights, ids),
+        num_experts=getattr(module, "moe_lowering_num_experts", module.num_experts),
+        deployment=getattr(module, "moe_lowering_deployment", None),
+        mask=mask,
+        quantisation=quantisation,
+        **_quantisers(module) if EXPERT_FORMATS[quantisation].quantised else {},
+    )
+
+
+def run_experts(
+    module: Any,
+    form: ExpertsForm,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    *,
+    num_experts: int,
+    deployment: Deployment | None,
+    **options: Any,
+) -> Tensor:
+    """``moe_experts`` with the weights, biases and words of a module of transformers.
+
+    Args:
+        form: what the experts compute.
+        tokens: x [T, H], weights and ids [T, k].
+        num_experts: of all ranks.
+        options: more of ``moe_experts``.
+    """
     first, second = weight_names(module)
     w13, w2 = getattr(module, first), getattr(module, second)
     if not module.is_transposed:
         w13, w2 = w13.transpose(-2, -1), w2.transpose(-2, -1)
     return moe_experts(
-        x,
-        weights,
-        ids,
+        *tokens,
         w13,
         w2,
-        num_experts=getattr(module, "moe_lowering_num_experts", module.num_experts),
+        num_experts=num_experts,
         w13_bias=getattr(module, f"{first}_bias") if module.has_bias else None,
         w2_bias=getattr(module, f"{second}_bias") if module.has_bias else None,
         activation=form.activation,
         limit=form.limit,
         alpha=form.alpha,
         interleaved=form.interleaved,
-        mask=mask,
         deployment=deployment,
-        quantisation=quantisation,
-        **_quantisers(module) if EXPERT_FORMATS[quantisation].quantised else {},
+        **options,
     )
 
 

@@ -26,11 +26,11 @@ def align(a: Any, b: int) -> Any:
 
 
 def _min(a: Any, b: Any) -> Any:
-    return min(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_min(a, b)  # type: ignore[no-untyped-call]
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_min(a, b)
 
 
 def _max(a: Any, b: Any) -> Any:
-    return max(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_max(a, b)  # type: ignore[no-untyped-call]
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_max(a, b)
 
 
 FUNCTIONS = {"align": align, "ceil_div": ceil_div, "min": _min, "max": _max}

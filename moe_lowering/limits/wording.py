@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -19,12 +19,6 @@ Names: TypeAlias = tuple[tuple[str, str], ...]
 # What a rule looks at: a number, a word, or an expression in the symbols of sizes. Hashable, and free of any ShapeEnv.
 Value: TypeAlias = bool | int | float | str | sympy.Expr | None
 NUMBERS = (bool, int, float, type(None))  # as JSON has them
-
-
-class Sayable(Protocol):
-    """Something that can be put in words."""
-
-    def say(self, names: Names = ()) -> str: ...
 
 
 def as_value(size: Any) -> Any:

@@ -77,15 +77,14 @@ class StoredTensor:
         try:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(position)
-                while left:
-                    count = file.readinto(left)
-                    if not count:
-                        raise CheckpointError(f"{self.file}: ends within {self.key}; accepted: a complete file")
+                while left and (count := file.readinto(left)):
                     left = left[count:]
         except OSError as error:
             raise CheckpointError(
                 f"{self.file}: {self.key} cannot be read ({error}); accepted: a complete file"
             ) from error
+        if left:
+            raise CheckpointError(f"{self.file}: ends within {self.key}; accepted: a complete file")
 
 
 class Scratch:

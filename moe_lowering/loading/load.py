@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moe_lowering.argument_checks import refuse, require_instance
 from moe_lowering.deployment import Deployment
-from moe_lowering.layers import require_shardable, shard_experts
+from moe_lowering.layers.sharding import require_shardable, shard_experts
 from moe_lowering.loading.files import CheckpointError, Scratch, StoredTensor, open_checkpoint
 from moe_lowering.loading.plan import Parameter, fill_expert, make_plan, read_whole
 from moe_lowering.loading.undo import as_it_was

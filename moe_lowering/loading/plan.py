@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lowering.layers import MoE, weight_names
+from moe_lowering.layers.expert_modules import weight_names
+from moe_lowering.layers.moe import MoE
 from moe_lowering.loading.files import CheckpointError, Scratch, StoredTensor
 from moe_lowering.loading.names import Conversion, Source, ignored_keys, read_names, stored_dtype
 

@@ -148,7 +148,9 @@ def _deployment(rank: int, form: WeightForm, tp: int, scenario: Scenario, layout
 def _groups(tp: int) -> dict[str, str]:
     """Names of this rank's process groups. Every rank makes all groups of all ranks, once."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    names = {"ep": dist.group.WORLD.group_name, "mc2": _second_group()}  # type: ignore[union-attr]
+    world = dist.group.WORLD
+    assert world is not None  # these ranks were started as one group
+    names = {"ep": world.group_name, "mc2": _second_group()}
     if tp > 1:
         teams = [dist.new_group(range(first, first + tp)) for first in range(0, size, tp)]
         names["tp"] = teams[rank // tp].group_name

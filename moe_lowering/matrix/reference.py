@@ -57,10 +57,10 @@ def expected_counts(scenario: Scenario, groups: int) -> Tensor:
     counts = torch.zeros(EXPERTS, dtype=torch.int64)
     for group in range(groups):
         inputs = scenario.inputs(group, groups)
-        for token in range(len(inputs.ids)):
-            if inputs.mask is None or inputs.mask[token]:
-                for expert in _physical(inputs, token):
-                    counts[expert] += 1
+        sent = [token for token in range(len(inputs.ids)) if inputs.mask is None or inputs.mask[token]]
+        for token in sent:
+            for expert in _physical(inputs, token):
+                counts[expert] += 1
     return counts
 
 

@@ -10,6 +10,7 @@ cells of a world size.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -88,12 +89,11 @@ def run(
     for ep in axes.eps:
         pool = Pool(ep) if pools is None else pools[ep]
         try:
-            for quantisation in axes.quantisations:
-                for tp in axes.tps:
-                    cells = axes.cells(ep, tp, quantisation)
-                    last = len(results) + len(cells)
-                    progress(f"EP {ep}, TP {tp}, {quantisation}: cells {len(results) + 1} to {last} of {count}")
-                    results += _run(pool, cells, change)
+            for quantisation, tp in itertools.product(axes.quantisations, axes.tps):
+                cells = axes.cells(ep, tp, quantisation)
+                last = len(results) + len(cells)
+                progress(f"EP {ep}, TP {tp}, {quantisation}: cells {len(results) + 1} to {last} of {count}")
+                results += _run(pool, cells, change)
         finally:
             if pools is None:
                 pool.close()
@@ -165,7 +165,8 @@ def _compare(cell: Cell, outcomes: list[CellOutcome]) -> tuple[float, list[str]]
         if y.dtype != DTYPE or y.shape != reference.shape:
             problems.append(f"rank {rank}: y is {y.dtype} {list(y.shape)}, not {DTYPE} {list(reference.shape)}")
         worst = min(worst, signal_to_noise(y, reference))
-        if not torch.equal(y, outcomes[group * cell.tp].y):  # type: ignore[arg-type]
+        first = outcomes[group * cell.tp].y
+        if first is None or not torch.equal(y, first):
             problems.append(f"rank {rank}: y is not bit by bit that of the first rank of its TP group")
         if scenario.counts and not (outcome.counts is not None and torch.equal(outcome.counts, counts[rank])):
             problems.append(f"rank {rank}: counts are {outcome.counts}, not {counts[rank].tolist()}")

@@ -33,7 +33,7 @@ def block_sizes(spec: BlockSpec, deployment: Deployment, comm: str, judgement: J
     form = IMPLEMENTATIONS[comm].form(judgement.form(comm), deployment)
     received = received_rows(spec, tokens)
     if form.keeps_max_rows and spec.max_rows:
-        received = torch.sym_min(received, spec.max_rows)  # type: ignore[no-untyped-call]
+        received = torch.sym_min(received, spec.max_rows)
     return Sizes(
         tokens=size(judgement.tokens),
         low=low or 0,

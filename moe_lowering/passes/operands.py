@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.arguments import argument, input_node
 
 aten = torch.ops.aten
 
@@ -158,7 +158,7 @@ OPERAND_NAMES = tuple(field.name for field in dataclasses.fields(ExpertOperands)
 def is_stored(node: Node) -> bool:
     """Whether a node is a tensor that exists before the graph runs, in the memory format that it is stored in."""
     while node.op == "call_function" and _swaps_last_axes(node):
-        node = node.args[0]  # type: ignore[assignment]
+        node = input_node(node)
     return node.op in ("placeholder", "get_attr") and not node.meta.get(COMPUTED_OUTSIDE, False)
 
 

@@ -54,6 +54,7 @@ class Refused(Exception):
 
 
 def check_region(region: Sequence[Node]) -> None:
+    """Raise ``Refused`` unless all of a shared expert may be moved: pure operators, on this rank alone, in no scope."""
     for node in region:
         if is_marker(node):
             raise Refused("overlap.scope")
@@ -90,6 +91,7 @@ def _is_safe(target: torch._ops.OpOverload) -> bool:
 
 
 def communicates(node: Node) -> bool:
+    """Whether a node may exchange data with other ranks, or stands for a whole block (``_takes_group``)."""
     return isinstance(node.target, torch._ops.OpOverload) and _takes_group(node.target)
 
 
@@ -109,6 +111,7 @@ def _is_group(argument: Any) -> bool:
 
 
 def node_name(node: Node) -> str:
+    """The name of what a node calls, for a note."""
     return _name_of(node.target)
 
 

@@ -59,8 +59,8 @@ class MoeLowering:
             captures, and re-propagate fake tensors through the whole graph.
         policy: how ``auto`` chooses: ``auto`` (cheapest), ``vllm_ascend_0_13`` or ``vllm_ascend_main``. ``fixed`` goes with
             a ``comm`` that is a name, and says the same.
-        cost: (implementation, ``passes.cost_model.Load``) to estimated microseconds, in place of the prices of
-            ``passes.price``. It must give the same figures on every rank.
+        cost: (implementation, ``passes.costs.cost_model.Load``) to estimated microseconds, in place of the prices of
+            ``passes.costs.price``. It must give the same figures on every rank.
         overlap: move the shared expert of each block to a side stream where the graph has stream scopes, which is inside
             npugraph_ex; see ``passes.overlap``. The report's notes say what overlaps, or why not.
         raise_foreign: what is done with MoE layers that are written with other operators than the generic ones, in a

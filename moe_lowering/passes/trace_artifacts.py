@@ -5,6 +5,7 @@ Without a trace nothing is written and no graph is printed. A failure here must 
 
 from __future__ import annotations
 
+import functools
 import logging
 
 from torch._logging._internal import trace_log, trace_structured
@@ -41,8 +42,8 @@ def write_artifacts(before: str, gm: GraphModule, report: LoweringReport) -> Non
         for name, text in ((BEFORE, before), (AFTER, readable_graph(gm)), (REPORT, str(report))):
             trace_structured(
                 "artifact",
-                metadata_fn=lambda name=name: {"name": name, "encoding": "string"},  # type: ignore[misc]
-                payload_fn=lambda text=text: text,  # type: ignore[misc]
+                metadata_fn=functools.partial(dict, name=name, encoding="string"),
+                payload_fn=functools.partial(str, text),
                 expect_trace_id=False,
             )
     except Exception:

@@ -5,6 +5,6 @@
 ``rows``      measured rows: published ones (``data/published.toml``) and a user's (CSV).
 ``fit``       a law from rows. ``benchmarks/fit_costs.py`` fits the published ones and writes ``data/fitted.toml``.
 
-Nothing here knows of graphs: ``passes/prices.py`` counts what an implementation would do and asks for its price.
+Nothing here knows of graphs: ``passes/costs/price.py`` counts what an implementation would do and asks for its price.
 All arithmetic is +, -, *, / on Python floats in one order, and on ints: the same on every rank, whatever its machine.
 """

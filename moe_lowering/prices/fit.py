@@ -42,6 +42,7 @@ def errors(law: Law, rows: Sequence[Row]) -> list[float]:
 
 
 def largest_error(law: Law, rows: Sequence[Row]) -> float:
+    """The largest magnitude of ``errors``."""
     return max(abs(error) for error in errors(law, rows))
 
 

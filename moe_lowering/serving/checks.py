@@ -12,7 +12,7 @@ from torch import nn
 from moe_lowering.argument_checks import refuse, require_instance
 from moe_lowering.deployment import Deployment
 from moe_lowering.integrations.transformers import NAME, capabilities
-from moe_lowering.layers import MoE
+from moe_lowering.layers.moe import MoE
 from moe_lowering.serving import cache
 from moe_lowering.serving.steps import ATTENTION
 

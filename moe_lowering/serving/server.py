@@ -91,18 +91,10 @@ class Server:
         self._captures = not options.get("force_eager", False)
         device = next(model.parameters()).device
         if self._captures and device.type == "npu":
-            pool: dict[str, Any] = {"use_graph_pool": torch.npu.graph_pool_handle()}  # type: ignore[attr-defined]
+            pool: dict[str, Any] = {"use_graph_pool": torch.get_device_module(device).graph_pool_handle()}
             options = {**pool, "reuse_graph_pool_in_same_fx": False, **options}
         self._options = npugraph_ex_options(deployment, lowering=self.lowering, **options)
-        most = self.buckets[-1]
-        # Read by the graphs, and written in place outside of them: tokens, positions and cache entries; the mask.
-        self._state = torch.zeros(3, most, dtype=torch.int64, device=device)
-        self._mask = torch.zeros(most, dtype=torch.bool, device=device)
-        self._columns = torch.arange(max_length, device=device)
-        self._slots = self._columns.clone()
-        self._stores = cache.allocate(model, most, max_length)
-        self._cache = cache.cache_view(self._stores, self._state[2], prefill=False)
-        self._eager_prefill = prefill_step(model, cache.cache_view(self._stores, self._slots, prefill=True))
+        self._allocate(device)
         self._prefill: dict[int, Prefill] = {}
         self._decode: dict[int, Decode] = {}
         self._waiting: deque[tuple[int, Request]] = deque()
@@ -113,6 +105,18 @@ class Server:
         self._lock = threading.Lock()
         self._busy_with = ""
         self._settings = Settings()
+
+    def _allocate(self, device: torch.device) -> None:
+        """What the graphs read at fixed addresses: inputs of a step, and the cache."""
+        most = self.buckets[-1]
+        # Read by the graphs, and written in place outside of them: tokens, positions and cache entries; the mask.
+        self._state = torch.zeros(3, most, dtype=torch.int64, device=device)
+        self._mask = torch.zeros(most, dtype=torch.bool, device=device)
+        self._columns = torch.arange(self.max_length, device=device)
+        self._slots = self._columns.clone()
+        self._stores = cache.allocate(self.model, most, self.max_length)
+        self._cache = cache.cache_view(self._stores, self._state[2], prefill=False)
+        self._eager_prefill = prefill_step(self.model, cache.cache_view(self._stores, self._slots, prefill=True))
 
     def warm_up(self, progress: Callable[[str], object] | None = None) -> None:
         """Compile and capture everything; a second call does nothing.

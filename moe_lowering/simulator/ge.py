@@ -225,9 +225,9 @@ def convert_with(
     with interruptible(), tempfile.TemporaryDirectory() as folder, engine(operators) as converted:
         config.debug.graph_dump.type, config.debug.graph_dump.path = "txt", folder
         backend = torchair.get_npu_backend(compiler_config=config)
-        compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+        compiled: Any = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
         with torch.no_grad(), contextlib.suppress(_Loaded):
-            compiled(*inputs)  # type: ignore[no-untyped-call]
+            compiled(*inputs)
         dumps = sorted(Path(folder).glob("dynamo_optimized_*.txt"))
         if len(dumps) != 1 or len(converted) != 1:
             raise SimulatorError(f"{len(converted)} graphs were converted and {len(dumps)} loaded; expected: 1")
@@ -271,7 +271,8 @@ def engine(operators: Mapping[str, Any] = OPERATORS) -> Iterator[list[Any]]:
     def look_up(type_: str) -> tuple[str, list[Any], list[Any], list[Any]]:
         if type_ not in operators:
             return "None", [], [], []  # as without CANN: "ERROR" makes torchair compile a call-back in C++
-        return ("SUCCESS", *([*part.items()] for part in operators[type_]))  # type: ignore[return-value]
+        inputs, outputs, attributes = ([*part.items()] for part in operators[type_])
+        return "SUCCESS", inputs, outputs, attributes
 
     with (
         mock.patch.object(fx2ge_converter, "initialize_graph_engine", nothing),

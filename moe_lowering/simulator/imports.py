@@ -83,7 +83,7 @@ def _with_operators(soc: str, module: Any) -> Iterator[None]:
 def _as_device(soc: str, module: Any) -> Iterator[None]:
     """A wheel is built for one SoC, which vllm-ascend compares with the device's: its Python serves all of them."""
     yield
-    module.__device_type__ = {"310P": "_310P"}.get(soc, soc)
+    *_, module.__device_type__ = soc, *SOCS[soc].device_types  # the last of vllm-ascend's words is today's
 
 
 @contextlib.contextmanager

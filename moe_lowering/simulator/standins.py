@@ -154,6 +154,7 @@ def load(directory: Path, soc_name: str) -> None:
 
 
 def find_tool(names: Iterable[str], what: str, package: str) -> str:
+    """The path of the first of these programs that is there; a SimulatorError says which package brings one."""
     for name in names:
         if path := shutil.which(name):
             return path
@@ -183,6 +184,7 @@ def _build(out: Path, package: Path) -> None:
 
 
 def generate_functions(names: Iterable[str]) -> str:
+    """C that defines each symbol: C's return an error that names them, mangled ones of C++ end the process."""
     lines = [f'#include "{HEADER.name}"']
     for name in sorted(names):
         if CPP_NAME.fullmatch(name):
@@ -209,6 +211,7 @@ def read_symbols(nm: str, library: Path, *options: str) -> set[str]:
 
 
 def run_tool(*command: str) -> str:
+    """What a command prints; a SimulatorError with its errors where it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SimulatorError(

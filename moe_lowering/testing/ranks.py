@@ -262,15 +262,7 @@ def _answer_jobs(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if setup is not None:
             setup()
-        import torch
-        import torch.distributed as dist
-        from torch._C._distributed_c10d import FileStore
-
-        torch.set_num_threads(1)
-        timeout = datetime.timedelta(seconds=collective_timeout)
-        # what new_group takes when it is given none is 30 minutes, not the default group's (_get_default_timeout)
-        dist.distributed_c10d.default_pg_timeout = timeout
-        dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size, timeout=timeout)
+        _join_group(rank, size, store, collective_timeout)
         pipe.send((True, None))
     except (KeyboardInterrupt, Terminated):
         raise
@@ -292,6 +284,24 @@ def _answer_jobs(
             pipe.send(answer)
         except Exception as error:  # the result does not pickle: report that instead of ending the rank
             pipe.send((False, describe(error)))
+    _leave_group()
+
+
+def _join_group(rank: int, size: int, store: str, collective_timeout: float) -> None:
+    import torch
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import FileStore
+
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=collective_timeout)
+    # what new_group takes when it is given none is 30 minutes, not the default group's (_get_default_timeout)
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size, timeout=timeout)
+
+
+def _leave_group() -> None:
+    import torch.distributed as dist
+
     dist.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from quantised_numbers import snr
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -52,11 +53,6 @@ def reference(rows, index, weights):
         for j in range(TOP_K):
             y[token] += weights[token, j].double() * rows[int(index[token * TOP_K + j])].double()
     return y
-
-
-def snr(y, exact):
-    """Signal to noise in dB."""
-    return float(10 * torch.log10(exact.pow(2).sum() / (y.double() - exact).pow(2).sum()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -14,7 +14,7 @@ import moe_lowering
 from moe_lowering import BlockDescription, Deployment, MoE, explain, quantise_experts, shard_experts
 from moe_lowering.cli.commands import parse, run
 from moe_lowering.explanation import ExplainError, MissingSizesError, describe
-from moe_lowering.layers import is_experts_module
+from moe_lowering.layers.expert_modules import is_experts_module
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
 DEPLOYMENT = Deployment(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from generic_calls import random_ids
 from mlp_arguments import MLP, QUANTISED_MISTAKES, W4A8, W4A16, W8A8
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,10 +17,6 @@ from moe_lowering import Deployment
 
 ops = torch.ops.moe_lowering
 ONE_RANK = ("", 1, "", 1, 0)  # ep_group, ep_size, tp_group, tp_size, max_tokens
-
-
-def random_ids(lead: tuple[int, ...], experts: int, top_k: int) -> Tensor:
-    return torch.rand(*lead, experts).topk(top_k, dim=-1).indices.to(torch.int32)
 
 
 def handle_of(x: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:

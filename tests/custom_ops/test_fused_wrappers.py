@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from fused_layers import FLOORS, STEP_FLOOR, expected, in_steps, lists_of, make_layer, make_tokens, snr
+from fused_layers import FLOORS, STEP_FLOOR, expected, in_steps, lists_of, make_layer, make_tokens
+from quantised_numbers import snr
 from rank_pools import Ranks
 from test_custom_ops_ranks import caught, world
 from torch._subclasses.fake_tensor import FakeTensorMode

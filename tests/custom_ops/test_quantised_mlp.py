@@ -5,12 +5,12 @@ Both are written from the text in docs/architecture.md; neither shares code with
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import pytest
 import reference
 import torch
+from quantised_numbers import pack_int4, scale_bits, snr
 from torch import Tensor
 
 from moe_lowering.custom_ops.quantised import quantise_rows, quantised_matmul, unpack_int4
@@ -23,27 +23,6 @@ HIDDEN, INNER, EXPERTS = 64, 32, 4
 # 5 times their root mean square: 39 dB. Both together: 37 dB. Measured 36.8 to 38.5.
 INT8_ROWS_DB = 34.0
 COUNTS = [5, 0, 1, 3]
-
-
-def snr(actual: Tensor, expected: Tensor) -> float:
-    """Signal-to-noise ratio in dB."""
-    noise = (actual.double() - expected.double()).square().sum()
-    return float(10 * torch.log10(expected.double().square().sum() / noise))
-
-
-def pack(values: Tensor) -> Tensor:
-    """int4 by hand, in Python integers: element 8j + i is in bits 4i to 4i + 3 of word j."""
-    words = []
-    for line in values.reshape(-1, 8).tolist():
-        word = sum((value % 16) << (4 * at) for at, value in enumerate(line))
-        words.append(word - 2**32 if word >= 2**31 else word)
-    return torch.tensor(words, dtype=torch.int64).to(torch.int32).reshape(*values.shape[:-1], -1)
-
-
-def bits(scale: Tensor) -> Tensor:
-    """float32 bits in the low half of int64."""
-    words = [struct.unpack("<I", struct.pack("<f", value))[0] for value in scale.flatten().tolist()]
-    return torch.tensor(words, dtype=torch.int64).reshape(scale.shape)
 
 
 def weights(form: str, seed: int = 0) -> dict[str, Tensor]:
@@ -66,7 +45,7 @@ def mlp(
     rows: Tensor, counts: list[int], form: str, given: dict[str, Tensor], lists: bool = False, **changes: Any
 ) -> Any:
     """The operator; ``given`` holds whole numbers for w13 and w2."""
-    store = (lambda w: w.to(torch.int8)) if form == "w8a8" else pack
+    store = (lambda w: w.to(torch.int8)) if form == "w8a8" else pack_int4
     stored = {name: store(value) if name in ("w13", "w2") else value for name, value in given.items()}
     arguments: dict[str, Any] = {
         "rows": rows, "row_scale": torch.empty(0), "counts": torch.tensor(counts), "w13_bias": [], "w2_bias": [],
@@ -193,14 +172,14 @@ def test_scales_as_bits_and_in_bfloat16_mean_the_same(form: str) -> None:
     rows = torch.randn(9, HIDDEN)
     expected = mlp(rows, COUNTS, form, given)
     names = ("w13_scale", "w2_scale")
-    assert torch.equal(mlp(rows, COUNTS, form, given | {name: bits(given[name]) for name in names}), expected)
+    assert torch.equal(mlp(rows, COUNTS, form, given | {name: scale_bits(given[name]) for name in names}), expected)
     if form == "w8a8":
         half = {name: given[name].bfloat16() for name in names}
         assert torch.equal(mlp(rows, COUNTS, form, given | half), expected)
         assert torch.equal(
             mlp(rows, COUNTS, form, given, w2_scale=list(half["w2_scale"])), expected
         )  # one of each form
-    high = {name: bits(given[name]) | (7 << 32) for name in names}  # the high half counts for nothing
+    high = {name: scale_bits(given[name]) | (7 << 32) for name in names}  # the high half counts for nothing
     assert torch.equal(mlp(rows, COUNTS, form, given | high), expected)
 
 
@@ -238,7 +217,7 @@ def test_a_nan_stays_visible() -> None:
 
 def test_unpack_int4() -> None:
     values = torch.randint(-8, 8, (3, 5, 16), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(unpack_int4(pack(values)).long(), values)
+    assert torch.equal(unpack_int4(pack_int4(values)).long(), values)
     assert unpack_int4(torch.tensor([0x76543210, -1], dtype=torch.int32)).tolist() == [
         0,
         1,

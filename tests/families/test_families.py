@@ -31,7 +31,7 @@ from moe_lowering.families.small_models import TINY, build, randomise
 from moe_lowering.integrations import replacements
 from moe_lowering.integrations.replaced_experts import REFUSED
 from moe_lowering.integrations.transformers import capabilities, register
-from moe_lowering.layers import is_experts_module
+from moe_lowering.layers.expert_modules import is_experts_module
 from moe_lowering.model_configs.errors import ModelError
 from moe_lowering.model_configs.read import read_text_config
 from moe_lowering.model_configs.small import shrink, with_layers

@@ -10,10 +10,10 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy
 import reference
 import torch
 import torch.distributed as dist
+from quantised_numbers import pack_int4, scale_bits, snr
 from test_custom_ops_ranks import world
 from torch import Tensor
 
@@ -44,17 +44,6 @@ class Layer:
         return arguments
 
 
-def packed(integers: Tensor) -> Tensor:
-    """int4 [..., n] to int32 [..., n / 8], the first in the lowest bits, digit by digit."""
-    digits = integers.long() % 16
-    total = sum(digits[..., place::8] * 16**place for place in range(8))
-    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
-
-
-def bits(scale: Tensor) -> Tensor:
-    return torch.from_numpy(scale.numpy().view(numpy.uint32).astype(numpy.int64))
-
-
 def layer(experts: int, hidden: int, inner: int, form: str, dtype: torch.dtype, wide: bool = False) -> Layer:
     """Random weights in one format. ``wide``: scales as bits in int64, or in four groups of lines for w4a16."""
     torch.manual_seed(7)
@@ -74,14 +63,14 @@ def layer(experts: int, hidden: int, inner: int, form: str, dtype: torch.dtype, 
         integers = (whole / each - moved).round().clamp(-largest - 1, largest)
         dense.append(((integers + moved) * each).reshape(experts, lines, columns))
         integers = integers.reshape(experts, lines, columns)
-        stored.append(integers.to(torch.int8) if form == "w8a8" else packed(integers))
+        stored.append(integers.to(torch.int8) if form == "w8a8" else pack_int4(integers))
         if groups == 1:
             scale, shift = scale.squeeze(1), shift.squeeze(1)
         if form == "w4a16":
             scales[f"{name}_offset"] = shift.to(dtype)
         if form == "w4a8":
             scales[f"{name}_scale_bias"] = (8 * dense[-1].sum(1)).float()
-        scales[f"{name}_scale"] = bits(scale) if wide and form != "w4a16" else scale
+        scales[f"{name}_scale"] = scale_bits(scale) if wide and form != "w4a16" else scale
     return Layer(stored[0], stored[1], (dense[0], dense[1]), scales)
 
 
@@ -104,14 +93,6 @@ def arguments_of(**given: Any) -> tuple[Any, ...]:
     names = AllToAllExpertsCall._fields
     assert set(given) <= set(names)
     return tuple(given.get(name, usual.get(name)) for name in names)
-
-
-def ratio(actual: Tensor, expected: Tensor) -> float:
-    """Signal-to-noise ratio in dB; infinite for equal tensors, empty ones too."""
-    noise = (actual.double() - expected).pow(2).sum().item()
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(expected.pow(2).sum().item() / noise) if math.isfinite(noise) else -math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,5 +184,5 @@ def on_quantised(rank: int, case: Case, form: str, dtype: torch.dtype, arrives: 
         y, counts = kernel(*taken)
         assert y.dtype == dtype
         assert torch.equal(counts, counts_of(case, whole, dtype, rank, size)), name
-        ratios[name] = ratio(y, expected)
+        ratios[name] = snr(y, expected)
     return ratios

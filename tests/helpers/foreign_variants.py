@@ -71,6 +71,8 @@ CHOICES: Spelled = {
         .gather(1, torch.arange(ids.shape[1], 0, -1).expand(ids.shape).float().argsort(-1, descending=True))
     ),
 }
+
+
 # (ids) -> (ids in order, permutation)
 ORDERS: Spelled = {
     "sort": lambda ids: torch.sort(ids.reshape(-1)),
@@ -112,6 +114,8 @@ ENDS: Spelled = {
         torch.histc(ids.float(), EXPERTS, 0, EXPERTS - 1).cumsum(0).to(torch.int32), (1, 0)
     )[1:],
 }
+
+
 # (x, permutation, ids) -> rows
 ROWS: Spelled = {
     "index": lambda x, perm, ids: x[perm // ids.shape[1]],
@@ -127,6 +131,8 @@ ROWS: Spelled = {
     ],
     "tokens by take": lambda x, perm, ids: torch.take_along_dim(x, (perm // ids.shape[1])[:, None], 0),
 }
+
+
 # (rows [N, 2I]) -> (gate, up)
 HALVES: Spelled = {
     "chunk": lambda h: h.chunk(2, -1),
@@ -137,6 +143,8 @@ HALVES: Spelled = {
     "view": lambda h: (h.view(-1, 2, INTERMEDIATE)[:, 0], h.view(-1, 2, INTERMEDIATE)[:, 1]),
     "tensor_split": lambda h: torch.tensor_split(h, 2, -1),
 }
+
+
 # (gate, up)
 GATES: Spelled = {
     "silu": lambda gate, up: F.silu(gate) * up,
@@ -151,6 +159,8 @@ GATES: Spelled = {
     "tanh": lambda gate, up: 0.5 * gate * (1 + torch.tanh(gate * 0.5)) * up,
     "addcmul": lambda gate, up: torch.addcmul(torch.zeros_like(up), F.silu(gate), up),
 }
+
+
 # (weights, permutation) -> a number for each row
 SCALES: Spelled = {
     "index": lambda weights, perm: weights.reshape(-1)[perm].unsqueeze(-1),
@@ -160,6 +170,8 @@ SCALES: Spelled = {
     "take": lambda weights, perm: torch.take(weights, perm)[:, None],
     "by token": lambda weights, perm: weights[perm // weights.shape[1], perm % weights.shape[1]][:, None],
 }
+
+
 # (rows with their weights in order, permutation, ids, x) -> y
 BACKS: Spelled = {
     "index_put": lambda y, perm, ids, x: y[stored(perm, torch.arange(len(perm)))].view(*ids.shape, -1).sum(1),
@@ -194,6 +206,8 @@ BACKS: Spelled = {
     "mean": lambda y, perm, ids, x: y[perm.argsort()].view(*ids.shape, -1).mean(1) * ids.shape[1],
     "float sum": lambda y, perm, ids, x: y[perm.argsort()].view(*ids.shape, -1).float().sum(1).to(x.dtype),
 }
+
+
 # (rows without their weights in order, permutation, ids, weights) -> y: weights after the way back
 WEIGHED_BACKS: Spelled = {
     "multiplied": lambda y, ids, weights: (y * weights.unsqueeze(-1)).sum(1),
@@ -204,6 +218,8 @@ WEIGHED_BACKS: Spelled = {
     "einsum, turned": lambda y, ids, weights: torch.einsum("tk,tkh->th", weights, y),
     "flat": lambda y, ids, weights: (y.view(ids.numel(), -1) * weights.view(-1, 1)).view(*ids.shape, -1).sum(1),
 }
+
+
 # (x, y) -> what is done afterwards
 AFTER: Spelled = {
     "nothing": lambda x, y, shared: y,
@@ -216,6 +232,8 @@ AFTER: Spelled = {
     "three dimensions": lambda x, y, shared: y.view(2, -1, y.shape[-1]),
     "doubled": lambda x, y, shared: y + y,
 }
+
+
 AFTERWARDS: Spelled = {
     "residual": lambda x, y, shared: x + y,
     "shared": lambda x, y, shared: y + x @ shared,
@@ -225,8 +243,12 @@ AFTERWARDS: Spelled = {
     "three dimensions": lambda x, y, shared: y.view(2, -1, y.shape[-1]),
     "doubled": lambda x, y, shared: 2 * y,
 }
+
+
 # where weights are multiplied with
 WHERE = ("rows", "rows in float32", "back", "activation", "first rows")
+
+
 WEIGHTS = ("joined", "joined, turned", "biased", "apart")
 
 
@@ -294,81 +316,3 @@ def _first(chosen: dict[str, str], rows: Tensor, offs: Tensor, ordered: Tensor, 
     if chosen["weights"] == "biased":
         h = h + t["w13_bias"][ordered]
     return gated(*HALVES[chosen["halves"]](h))  # type: ignore[no-any-return]
-
-
-# ---------------------------------------------------------------------------------------------------------- gathered weights
-
-# (rows of slots [T, k, H], matrices [T, k, H, N]) -> [T, k, N]
-GATHERED: Spelled = {
-    "einsum": lambda rows, w: torch.einsum("tkh,tkhn->tkn", rows, w),
-    "matmul": lambda rows, w: (rows.unsqueeze(-2) @ w).squeeze(-2),
-    "bmm": lambda rows, w: torch.bmm(rows.flatten(0, 1).unsqueeze(1), w.flatten(0, 1)).view(*rows.shape[:2], -1),
-    "column": lambda rows, w: (w.transpose(-1, -2) @ rows.unsqueeze(-1)).squeeze(-1),
-    "sum": lambda rows, w: (rows.unsqueeze(-1) * w).sum(-2),
-    "baddbmm": lambda rows, w: torch.baddbmm(
-        torch.zeros(rows.shape[0] * rows.shape[1], 1, w.shape[-1]),
-        rows.flatten(0, 1).unsqueeze(1),
-        w.flatten(0, 1),
-    ).view(*rows.shape[:2], -1),
-}
-# (matrices [E, K, N], ids [T, k]) -> [T, k, K, N]
-GATHERS: Spelled = {
-    "index": lambda w, ids: w[ids],
-    "flat": lambda w, ids: w[ids.view(-1)].view(*ids.shape, *w.shape[1:]),
-    "index_select": lambda w, ids: w.index_select(0, ids.flatten()).view(*ids.shape, *w.shape[1:]),
-}
-TOKEN_ROWS: Spelled = {
-    "expanded": lambda x, ids: x[:, None].expand(-1, ids.shape[1], -1),
-    "repeated": lambda x, ids: x.repeat_interleave(ids.shape[1], 0).view(*ids.shape, -1),
-    "stacked": lambda x, ids: torch.stack([x] * ids.shape[1], 1),
-    "looked up": lambda x, ids: x[tokens_of(ids)].view(*ids.shape, -1),
-}
-
-
-GATHERED_PIECES: dict[str, Any] = {
-    "choice": CHOICES,
-    "rows": TOKEN_ROWS,
-    "gather": GATHERS,
-    "first": GATHERED,
-    "second": GATHERED,
-    "halves": HALVES,
-    "gate": GATES,
-    "weighed": WEIGHED_BACKS,
-    "after": AFTER,
-    "where": ("back", "activation", "rows"),
-    "k": ("2", "1", "3"),
-    "weights": ("joined", "joined, turned", "apart"),
-}
-
-
-def compose_gathered(draw: random.Random, **fixed: str) -> tuple[Foreign, dict[str, str]]:
-    """A layer of gathered matrices, and which spelling each of its pieces has."""
-    chosen = {name: fixed.get(name) or draw.choice(list(table)) for name, table in GATHERED_PIECES.items()}
-
-    def forward(x: Tensor, weights: Tensor, ids: Tensor, shared: Tensor, **t: Tensor) -> Tensor:
-        ids = CHOICES[chosen["choice"]](ids).contiguous()
-
-        def matrices(name: str) -> Tensor:
-            w = t[name] if chosen["weights"] == "joined, turned" else t[name].transpose(-2, -1)
-            return GATHERS[chosen["gather"]](w, ids)  # type: ignore[no-any-return]
-
-        rows = TOKEN_ROWS[chosen["rows"]](x, ids)
-        if chosen["weights"] == "apart":
-            gate, up = (GATHERED[chosen["first"]](rows, matrices(name)) for name in ("w1", "w3"))
-        else:
-            h = GATHERED[chosen["first"]](rows, matrices("w13"))
-            gate, up = (each.view(*ids.shape, -1) for each in HALVES[chosen["halves"]](h.flatten(0, 1)))
-        act = GATES[chosen["gate"]](gate, up)
-        if chosen["where"] == "activation":
-            act = act * weights[..., None]
-        y = GATHERED[chosen["second"]](act, matrices("w2"))
-        if chosen["where"] == "rows":
-            y = weights.unsqueeze(-1) * y
-        y = WEIGHED_BACKS[chosen["weighed"]](y, ids, weights) if chosen["where"] == "back" else y.sum(1)
-        return AFTER[chosen["after"]](x, y, shared)  # type: ignore[no-any-return]
-
-    shapes, expected = {"joined": (NK, nk()), "joined, turned": (KN, kn()), "apart": (APART, apart)}[chosen["weights"]]
-    layer = Foreign(
-        "gathered_weights", forward, {**shapes, "shared": (HIDDEN, HIDDEN)}, expected, FLOAT, top_k=int(chosen["k"])
-    )
-    return layer, chosen

@@ -6,11 +6,11 @@ Nothing here comes from the package but ids and routing weights, which are input
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import reference
 import torch
+from quantised_numbers import pack_int4
 from torch import Tensor
 
 from moe_lowering import functional
@@ -25,15 +25,6 @@ FLOORS = {"none": 45.0, "w8a8": 34.0, "w4a8": 34.0}
 STEP_FLOOR = 44.0
 
 
-def snr(actual: Tensor, expected: Tensor) -> float:
-    """Power of ``expected`` over that of the difference, in dB; infinite when equal or empty, -infinite when not finite."""
-    noise = (actual.double() - expected.double()).pow(2).sum().item()
-    signal = expected.double().pow(2).sum().item()
-    if not math.isfinite(noise):
-        return -math.inf
-    return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
-
-
 @dataclasses.dataclass
 class Layer:
     """The experts of all ranks: as stored, as scales, as compensation, and in float64."""
@@ -43,15 +34,6 @@ class Layer:
     compensation: tuple[Tensor, Tensor] | None
     means: tuple[Tensor, Tensor]
     integers: tuple[Tensor, Tensor] | None = None
-
-
-def pack(values: Tensor) -> Tensor:
-    """int4 values [..., n] as int32 [..., n / 8], the first in the lowest four bits, in Python's integers."""
-    words = []
-    for line in values.reshape(-1, 8).tolist():
-        word = sum((value & 15) << (4 * at) for at, value in enumerate(line))
-        words.append(word - 2**32 if word >= 2**31 else word)
-    return torch.tensor(words, dtype=torch.int32).reshape(*values.shape[:-1], values.shape[-1] // 8)
 
 
 def make_layer(quantisation: str, experts: int, dtype: torch.dtype) -> Layer:
@@ -65,7 +47,7 @@ def make_layer(quantisation: str, experts: int, dtype: torch.dtype) -> Layer:
     low = -127 if quantisation == "w8a8" else -8
     integers = [(w / s.unsqueeze(1)).round().clamp(low, most) for w, s in zip(plain, scales, strict=True)]
     means = tuple(q.double() * s.double().unsqueeze(1) for q, s in zip(integers, scales, strict=True))
-    stored = tuple(q.to(torch.int8) if quantisation == "w8a8" else pack(q.long()) for q in integers)
+    stored = tuple(q.to(torch.int8) if quantisation == "w8a8" else pack_int4(q.long()) for q in integers)
     compensation = tuple((8 * m.sum(1)).float() for m in means) if quantisation == "w4a8" else None
     return Layer(stored, scales, compensation, means, tuple(integers))  # type: ignore[arg-type]
 

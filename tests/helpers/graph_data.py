@@ -16,6 +16,7 @@ from graph_build import Built, build, text
 from graph_cases import BlockCase, GraphCase, PairCase
 from graph_forms import given
 from graph_runs import many_cases
+from quantised_numbers import snr
 from torch import Tensor
 
 from moe_lowering import MoeLowering, simulator
@@ -158,7 +159,7 @@ class Data:
         if y.dtype != self.case.dtype:
             return [f"block {index}: y is {y.dtype}"]
         if EXPERT_FORMATS[self.case.blocks[index].quantisation].int8_rows:
-            ratio = graph_quantised.ratio(y, expected)
+            ratio = snr(y, expected)
             return [] if ratio >= graph_quantised.FLOOR else [f"block {index}: signal-to-noise {ratio:.1f} dB"]
         error = reference.relative_error(y, expected)
         return [] if error <= reference.BOUNDS[self.case.dtype] else [f"block {index}: relative error {error:.2e}"]

@@ -5,11 +5,11 @@ The meaning is written down in docs/architecture.md; int4 is packed here by its 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from graph_cases import BlockCase
+from quantised_numbers import pack_int4
 from torch import Tensor
 
 from moe_lowering.vocabulary import EXPERT_FORMATS
@@ -50,7 +50,7 @@ def draw(
     whole = (random(f"{name} whole", spec.experts, *shape) * spread).round().clamp(-most, most)
     size = (random(f"{name} scale", spec.experts, shape[1]).sigmoid() + 0.5) / (spread * shape[0] ** 0.5)
     scale = size.to(dtypes(spec, x)[f"{name}_scale"])
-    given = {name: pack(whole) if form.packed > 1 else whole.to(torch.int8), f"{name}_scale": scale}
+    given = {name: pack_int4(whole) if form.packed > 1 else whole.to(torch.int8), f"{name}_scale": scale}
     exact = whole.double() * scale.double().unsqueeze(1)
     if form.has_scale_bias:
         given[f"{name}_scale_bias"] = (8 * exact.sum(1)).float()
@@ -59,19 +59,3 @@ def draw(
         given[f"{name}_offset"] = offset
         exact = (whole.double() + offset.double().unsqueeze(1)) * scale.double().unsqueeze(1)
     return given, exact
-
-
-def pack(whole: Tensor) -> Tensor:
-    """[..., N] in [-8, 7] as int32 [..., N / 8], the first in the lowest bits."""
-    digits = whole.to(torch.int64).remainder(16).unflatten(-1, (-1, 8))
-    value = sum(digits[..., i] * 16**i for i in range(8))
-    return torch.where(value >= 2**31, value - 2**32, value).to(torch.int32)
-
-
-def ratio(actual: Tensor, expected: Tensor) -> float:
-    """Signal-to-noise in dB; minus infinity when a value is not finite or shapes differ."""
-    if actual.shape != expected.shape or not bool(actual.isfinite().all()):
-        return -math.inf
-    noise = float((actual.double() - expected).square().sum())
-    signal = float(expected.square().sum())
-    return math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)

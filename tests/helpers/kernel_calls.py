@@ -17,24 +17,6 @@ def like_meta(op: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def pack(values: torch.Tensor) -> torch.Tensor:
-    """Integers in [-8, 7], [..., n] -> int32 [..., n / 8]: eight in two's complement, the first in the lowest bits."""
-    digits = (values.long() % 16).reshape(*values.shape[:-1], -1, 8)
-    numbers = sum(digits[..., i] * 16**i for i in range(8))
-    return torch.where(numbers >= 2**31, numbers - 2**32, numbers).to(torch.int32)
-
-
-def bits(scale: torch.Tensor) -> torch.Tensor:
-    """float32 -> int64 that holds its bits in the lower half."""
-    return torch.tensor(scale.numpy().view("uint32").astype("int64"))
-
-
-def decibels(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Signal-to-noise ratio of ``got`` against ``wanted`` (float64)."""
-    noise = (got.double() - expected).square().sum()
-    return float(10 * torch.log10(expected.square().sum() / noise)) if noise else float("inf")
-
-
 def assert_quantised(values: torch.Tensor, scale: torch.Tensor, expected: torch.Tensor) -> None:
     """int8 [m, n] and float32 [m] are ``wanted`` [m, n] (float64) rounded per row, with max|row| / 127 as scale.
 

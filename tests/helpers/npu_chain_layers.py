@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 import torch
+from quantised_numbers import pack_int4
 from torch import Tensor
 
 RANKS = int(os.environ.get("MOE_LOWERING_RANKS", "2"))  # of the tests' pools
@@ -28,13 +29,6 @@ def npu() -> Any:
 
 def numbers(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def packed(values: Tensor) -> Tensor:
-    """int4 values [..., N] in int32 [..., N / 8], the lowest bits first."""
-    parts = (values.to(torch.int64) & 15).unflatten(-1, (-1, 8)) << (torch.arange(8) * 4)
-    total = parts.sum(-1)
-    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
 
 
 @dataclasses.dataclass
@@ -78,7 +72,7 @@ def make_weights(quantisation: str, first: int = 1) -> Weights:
         ints = [(each / s.unsqueeze(1)).round().clamp(-8, 7) for each, s in zip(raw, scales, strict=True)]
         dense = [i.double() * s.double().unsqueeze(1) for i, s in zip(ints, scales, strict=True)]
         bits = [s.view(torch.int32).to(torch.int64) & 0xFFFFFFFF for s in scales]
-        return Weights(*(packed(i) for i in ints), *dense, *bits, *(8 * d.sum(1).float() for d in dense))
+        return Weights(*(pack_int4(i) for i in ints), *dense, *bits, *(8 * d.sum(1).float() for d in dense))
     made: list[list[Tensor]] = []
     for each in raw:  # groups of 32 lines
         groups = each.unflatten(1, (-1, 32))
@@ -86,7 +80,7 @@ def make_weights(quantisation: str, first: int = 1) -> Weights:
         offset = numbers(9, *scale.shape).sign().bfloat16()
         ints = (groups / scale.float().unsqueeze(2) - offset.float().unsqueeze(2)).round().clamp(-8, 7)
         dense = ((ints + offset.float().unsqueeze(2)).double() * scale.double().unsqueeze(2)).flatten(1, 2)
-        made.append([packed(ints.flatten(1, 2)), dense, scale, offset])
+        made.append([pack_int4(ints.flatten(1, 2)), dense, scale, offset])
     (a, da, sa, oa), (b, db, sb, ob) = made
     return Weights(a, b, da, db, sa, sb, oa, ob)
 

@@ -59,11 +59,6 @@ def halves(hidden: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[:, :WIDTH], hidden[:, WIDTH:]
 
 
-def after_silu(hidden: Tensor) -> Tensor:
-    gate, up = hidden.unflatten(-1, (2, -1)).unbind(1)
-    return up.clamp(-0.5, 0.5) * silu(gate).clamp(max=0.5)
-
-
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "float32": ("swiglu", in_float32),
     "up first": ("swiglu", lambda h: (halves(h)[1] * silu(halves(h)[0])).contiguous()),

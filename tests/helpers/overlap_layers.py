@@ -16,6 +16,7 @@ from moe_lowering import MoE, MoeLowering, npugraph_ex_options, shard_experts
 from moe_lowering.passes.overlap import LABEL
 
 MAIN = "main"
+MOVED = ["tagged_event_wait", "t", "mm", "silu", "t", "mm", "mul", "t", "mm", "tagged_event_record"]
 
 
 class SharedMlp(nn.Module):
@@ -180,3 +181,13 @@ def lower_and_run(rank, comm, overlap):
 
 def tokens(rank):
     return rank_jobs.tokens_of(rank, 6, torch.bfloat16, False)
+
+
+def big(join=None):
+    return Layer(1024, 128, 12, 3, torch.bfloat16, join)
+
+
+def without(name, nth, graph):
+    nodes = [node for node in graph.nodes if getattr(node.target, "_opname", "") == name]
+    graph.erase_node(nodes[nth])
+    return stream_errors(graph)

@@ -6,6 +6,7 @@ import functools
 import warnings
 
 import pytest
+import reference
 import torch
 from torch import nn
 
@@ -15,7 +16,8 @@ from moe_lowering.explanation.modules import describe_modules
 from moe_lowering.families.listing import model_type
 from moe_lowering.families.small_models import TINY, build, randomise
 from moe_lowering.integrations.transformers import form_of, register, token_mask
-from moe_lowering.layers import is_experts_module, shard_experts
+from moe_lowering.layers.expert_modules import is_experts_module
+from moe_lowering.layers.sharding import shard_experts
 from moe_lowering.model_configs.read import read_text_config
 from moe_lowering.model_configs.small import shrink
 from moe_lowering.quantisation import quantise_experts
@@ -52,10 +54,6 @@ def computed(module: nn.Module, implementation: str, arguments: tuple[torch.Tens
     return module(*arguments)
 
 
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("family", ACTIVATIONS)
 def test_it_is_recognised_and_agrees_with_the_models_own_loop(family: str, dtype: torch.dtype):
@@ -65,7 +63,7 @@ def test_it_is_recognised_and_agrees_with_the_models_own_loop(family: str, dtype
     expected = computed(module, "eager", arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert error(computed(module, "moe_lowering", arguments), expected) < TOLERANCE[dtype]
+        assert reference.relative_error(computed(module, "moe_lowering", arguments), expected) < TOLERANCE[dtype]
 
 
 def without_square(module: nn.Module) -> None:
@@ -89,7 +87,7 @@ def test_the_same_with_one_thing_changed_is_seen(family: str):
     arguments = inputs(torch.float32)
     expected = computed(module, "eager", arguments)
     TWINS[family](module)
-    assert error(computed(module, "moe_lowering", arguments), expected) > TOLERANCE[torch.bfloat16]
+    assert reference.relative_error(computed(module, "moe_lowering", arguments), expected) > TOLERANCE[torch.bfloat16]
 
 
 def other_forward(module: nn.Module, attribute: str) -> None:
@@ -116,7 +114,7 @@ def test_masked_tokens_of_a_module_that_normalises_give_zero():
     x[~mask] = float("nan")
     with token_mask(mask):
         y = computed(module, "moe_lowering", (x, ids, weights))
-    assert not y[~mask].any() and error(y[mask], expected[mask]) < TOLERANCE[torch.float32]
+    assert not y[~mask].any() and reference.relative_error(y[mask], expected[mask]) < TOLERANCE[torch.float32]
 
 
 def test_experts_without_a_gate_are_cut_listed_and_described():
@@ -136,4 +134,4 @@ def test_experts_without_a_gate_are_quantised():
     expected = computed(module, "eager", arguments)
     quantise_experts(model, "w8a8")
     assert module.up_proj.dtype == torch.int8
-    assert error(computed(module, "moe_lowering", arguments), expected) < 0.05
+    assert reference.relative_error(computed(module, "moe_lowering", arguments), expected) < 0.05

@@ -15,7 +15,8 @@ from moe_lowering.integrations.experts_interface import Interface
 from moe_lowering.integrations.replaced_experts import replace_experts
 from moe_lowering.integrations.replacements import REPLACED
 from moe_lowering.integrations.transformers import capabilities, register
-from moe_lowering.layers import is_experts_module, shard_experts
+from moe_lowering.layers.expert_modules import is_experts_module
+from moe_lowering.layers.sharding import shard_experts
 from moe_lowering.model_configs.read import read_text_config
 from moe_lowering.model_configs.small import shrink
 

@@ -6,6 +6,7 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+import reference
 import torch
 from torch import nn
 
@@ -93,10 +94,6 @@ def outputs(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> dict[str,
     return found
 
 
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_agree_with_grouped_mm(family: str, dtype: torch.dtype):
@@ -104,7 +101,7 @@ def test_experts_agree_with_grouped_mm(family: str, dtype: torch.dtype):
     arguments = inputs(module)
     found = outputs(module, arguments)
     assert found["moe_lowering"].dtype == found["grouped_mm"].dtype
-    assert error(found["moe_lowering"], found["grouped_mm"]) < TOLERANCE[dtype]
+    assert reference.relative_error(found["moe_lowering"], found["grouped_mm"]) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,7 +116,7 @@ def test_a_broken_variant_is_seen(family: str):
     for change in broken:
         kept = {name: value.clone() for name, value in module.state_dict().items()}
         change(module)
-        assert error(module(*arguments), expected) > TOLERANCE[torch.bfloat16]
+        assert reference.relative_error(module(*arguments), expected) > TOLERANCE[torch.bfloat16]
         module.load_state_dict(kept)
 
 
@@ -144,7 +141,7 @@ def test_models_compile_whole(family: str, dynamic: bool):
         expected = model(**call).logits
         model.set_experts_implementation("moe_lowering")
         with torch._dynamo.config.patch(specialize_float=True):
-            assert error(compiled(**call).logits, expected) < TOLERANCE[torch.float32]
+            assert reference.relative_error(compiled(**call).logits, expected) < TOLERANCE[torch.float32]
     assert len(graphs) == 1
     nodes = graphs[0].graph.find_nodes(op="call_function", target=torch.ops.moe_lowering.grouped_mlp.default)
     assert len(nodes) == len(experts(model))
@@ -228,7 +225,7 @@ def test_known_gates_of_their_own_are_recognised_and_agree(family: str):
     module = bare(family, class_name)
     assert tuple(integration._read_form(module)) == (*form, "")
     found = outputs(module, inputs(module))
-    assert error(found["moe_lowering"], found["grouped_mm"]) < TOLERANCE[torch.float32]
+    assert reference.relative_error(found["moe_lowering"], found["grouped_mm"]) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh", "gelu_new", "silu", "swish"])
@@ -238,7 +235,7 @@ def test_known_activations_agree(name: str):
     module = bare("mixtral", "MixtralExperts", ACT2FN[name])
     found = outputs(module, inputs(module))
     assert not integration._read_form(module).unrecognised
-    assert error(found["moe_lowering"], found["grouped_mm"]) < TOLERANCE[torch.float32]
+    assert reference.relative_error(found["moe_lowering"], found["grouped_mm"]) < TOLERANCE[torch.float32]
 
 
 def unknown_gate(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from quantised_numbers import pack_int4
 from test_vllm_layers import EXPERTS, HIDDEN, TOP_K, WIDTH, engine, layer, moe
 
 from moe_lowering import Deployment
@@ -27,12 +28,6 @@ def method(quantisation):
     return found if quantisation == "none" else SimpleNamespace(quant_method=found)
 
 
-def packed(whole):
-    """[..., N] in [-8, 7] -> int32 [..., N / 8], the first in the lowest bits."""
-    parts = [(whole[..., i::8].to(torch.int64) & 15) << (4 * i) for i in range(8)]
-    return sum(parts).to(torch.int32)
-
-
 def quantised(quantisation, experts=EXPERTS, hidden=HIDDEN, width=WIDTH):
     """(the attributes of a layer, its weights in float64)."""
     torch.manual_seed(1)
@@ -46,7 +41,7 @@ def quantised(quantisation, experts=EXPERTS, hidden=HIDDEN, width=WIDTH):
             given[f"{name}_weight"] = whole.to(torch.int8)
             given[f"{name}_weight_scale"] = scale.to(torch.bfloat16)
         else:
-            given[f"{name}_weight"] = packed(whole)
+            given[f"{name}_weight"] = pack_int4(whole)
             given[f"{name}_weight_scale"] = scale.view(torch.int32).to(torch.int64)
             if name == "w2":  # vllm-ascend drops the axis of groups of w13's scales alone
                 given["w2_weight_scale"] = given["w2_weight_scale"].unsqueeze(1)

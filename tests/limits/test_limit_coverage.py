@@ -25,15 +25,6 @@ max = 512
 source = "here.architecture"
 advice = "x"
 """
-EXISTS = """
-[[limit]]
-code = "op.soc"
-operator = "op"
-value = "soc"
-one_of = {soc}
-source = "here.architecture"
-advice = "x"
-"""
 
 
 @pytest.fixture

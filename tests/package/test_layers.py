@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_lowering import Deployment
-from moe_lowering.layers import MoE, is_experts_module, shard_experts
+from moe_lowering.layers.expert_modules import is_experts_module
+from moe_lowering.layers.moe import MoE
+from moe_lowering.layers.sharding import shard_experts
 
 TWO = Deployment(ep_size=2, ep_rank=1, ep_group="g")
 

@@ -13,7 +13,8 @@ from moe_lowering import Deployment, MoE, check_agreement, moe_experts, testing
 from moe_lowering.custom_ops.route import GROUP_SCORES, SCORINGS
 from moe_lowering.experts import list_experts, log2phy_from_expert_maps
 from moe_lowering.functional import check_expert_map, route
-from moe_lowering.layers import EXPERTS_IMPLEMENTATION, shard_experts
+from moe_lowering.layers.expert_modules import EXPERTS_IMPLEMENTATION
+from moe_lowering.layers.sharding import shard_experts
 from moe_lowering.quantisation import FORMATS, quantise_experts
 from moe_lowering.vocabulary import ACTIVATIONS
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import reference
 import torch
-from test_quantised_mlp import bits, int8_model, pack, snr, weights
+from quantised_numbers import pack_int4, scale_bits, snr
+from test_quantised_mlp import int8_model, weights
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -31,7 +32,7 @@ def stored(form: str) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
     given = weights(form)
     exact = tuple(given[name].double() * given[f"{name}_scale"].double().unsqueeze(1) for name in ("w13", "w2"))
     for name in ("w13", "w2"):
-        given[name] = given[name].to(torch.int8) if form == "w8a8" else pack(given[name])
+        given[name] = given[name].to(torch.int8) if form == "w8a8" else pack_int4(given[name])
     return {**given, "quantisation": form}, exact  # type: ignore[return-value]
 
 
@@ -76,7 +77,7 @@ def test_lists_and_scale_bits(form: str) -> None:
     expected = moe_experts(x, w, ids, **experts)
     lists = {name: list(value) if isinstance(value, Tensor) else value for name, value in experts.items()}
     assert torch.equal(moe_experts(x, w, ids, **lists), expected)
-    as_bits = {name: bits(experts[name]) for name in ("w13_scale", "w2_scale")}
+    as_bits = {name: scale_bits(experts[name]) for name in ("w13_scale", "w2_scale")}
     assert torch.equal(moe_experts(x, w, ids, **experts | as_bits), expected)
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import random
 
+import foreign_gathered_variants as gathered
 import foreign_variants as variants
 import pytest
 import torch
@@ -20,7 +21,7 @@ COUNT = int(os.environ.get("MOE_LOWERING_VARIANTS", "24"))
 BOUND = 4e-6  # float32: the spelled layer rounds, and the lowered one
 MAKERS = {
     "grouped": (variants.compose, variants.PIECES),
-    "gathered": (variants.compose_gathered, variants.GATHERED_PIECES),
+    "gathered": (gathered.compose_gathered, gathered.GATHERED_PIECES),
 }
 # What is refused, by its code: spellings that the rules do not know, or that mean another layer.
 REFUSED = {

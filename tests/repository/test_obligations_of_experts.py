@@ -151,13 +151,13 @@ def drawn(format: str) -> Any:
 
 def noise(built: Any, data: Any) -> float:
     """Signal-to-noise of y against float64 with the weights that were drawn, in dB."""
-    import graph_quantised
     import torch
+    from quantised_numbers import snr
 
     with torch.no_grad():
         outputs = built.gm(*data.inputs(built))
     values = dict(zip(built.outputs, outputs, strict=True))
-    return float(graph_quantised.ratio(values["y0"], data.expected(0, values["x0"])))
+    return float(snr(values["y0"], data.expected(0, values["x0"])))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -189,8 +189,8 @@ def test_format_is_computed(format: str) -> None:
 @pytest.mark.parametrize("format", EXPERT_FORMATS)
 def test_format_is_computed_on_a_device(format: str) -> None:
     """The operators that a graph takes which was not lowered, with the simulator's kernels, beside the CPU kernel."""
-    import graph_quantised
     import torch
+    from quantised_numbers import snr
 
     from moe_lowering.custom_ops import npu_grouped_mlp
     from moe_lowering.custom_ops.grouped_mlp import GroupedMlpCall
@@ -209,7 +209,7 @@ def test_format_is_computed_on_a_device(format: str) -> None:
     experts = torch.repeat_interleave(counts)
     gate_, up = torch.einsum("nk,nki->ni", x.double(), w13[experts].double()).tensor_split(2, 1)
     y = torch.einsum("ni,nih->nh", gate_ / (1 + torch.exp(-gate_)) * up, w2[experts].double())
-    assert graph_quantised.ratio(result, y) >= EXPERT_FORMATS[format].snr_floor
+    assert snr(result, y) >= EXPERT_FORMATS[format].snr_floor
 
 
 @pytest.mark.parametrize("format", EXPERT_FORMATS)

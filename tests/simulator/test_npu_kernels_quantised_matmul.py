@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_calls import bits, decibels, like_meta, pack
+from int8_kernels import int8s
+from kernel_calls import like_meta
+from quantised_numbers import pack_int4, scale_bits, snr
 
 from moe_lowering.simulator.kernels import common
 from moe_lowering.simulator.kernels.quantised_matmul import int_product, scale_of_bits, unpack_int4
@@ -32,10 +34,6 @@ def seed() -> None:
 @pytest.fixture
 def on_soc(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return lambda soc: monkeypatch.setattr(common, "current_soc", lambda: soc)
-
-
-def int8s(*shape: int) -> torch.Tensor:
-    return torch.randint(-128, 128, shape).to(torch.int8)
 
 
 def int4s(*shape: int) -> torch.Tensor:
@@ -66,15 +64,15 @@ def test_int4_is_packed_from_the_lowest_bits() -> None:
     assert unpack_int4(torch.tensor([0x76543210])).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert unpack_int4(torch.tensor([-1, 0x8F], dtype=torch.int32)).tolist() == [-1] * 8 + [-1, -8] + [0] * 6
     values = int4s(3, 5, 24)
-    assert torch.equal(unpack_int4(pack(values)), values)
+    assert torch.equal(unpack_int4(pack_int4(values)), values)
 
 
 def test_scales_travel_as_bits() -> None:
     scale = torch.rand(3, 5) - 0.25
-    assert bits(torch.tensor([1.0])).tolist() == [0x3F800000]
-    assert torch.equal(scale_of_bits(bits(scale)), scale)
-    assert torch.equal(scale_of_bits(bits(scale).t().contiguous().t()), scale)
-    assert torch.equal(scale_of_bits(bits(scale).to(torch.int32).long()), scale), "sign-extended"
+    assert scale_bits(torch.tensor([1.0])).tolist() == [0x3F800000]
+    assert torch.equal(scale_of_bits(scale_bits(scale)), scale)
+    assert torch.equal(scale_of_bits(scale_bits(scale).t().contiguous().t()), scale)
+    assert torch.equal(scale_of_bits(scale_bits(scale).to(torch.int32).long()), scale), "sign-extended"
 
 
 # ------------------------------------------------------------------------------------------------------------------ a8w8
@@ -100,7 +98,7 @@ def test_int8_scaled(number: int, per_token: bool) -> None:
     expected = (sums(x, weight) + bias[EXPERTS]).double() * scale[EXPERTS].double()
     expected = expected * rows[:5, None].double() if per_token else expected
     assert y.dtype == DTYPES[number]
-    assert decibels(y[:5], expected) > FLOORS[number]
+    assert snr(y[:5], expected) > FLOORS[number]
     assert y[5:].isnan().all()
 
 
@@ -137,8 +135,8 @@ def int4_call(groups: int) -> tuple[dict[str, Any], torch.Tensor]:
     scale = scale if groups > 1 else scale[:, 0].contiguous()
     arguments = {
         "x": x,
-        "weight": [pack(weight)],
-        "scale": [bits(scale)],
+        "weight": [pack_int4(weight)],
+        "scale": [scale_bits(scale)],
         "bias": [(8 * dense.sum(1)).float()],
         "per_token_scale": [rows],
     }
@@ -151,14 +149,14 @@ def test_int4_with_the_right_compensation_is_the_product(number: int, groups: in
     arguments, expected = int4_call(groups)
     y = gmm(**arguments, output_dtype=number)
     assert (y.dtype, y.shape) == (DTYPES[number], (7, 16))
-    assert decibels(y[:5], expected) > FLOORS[number]
+    assert snr(y[:5], expected) > FLOORS[number]
     assert y[5:].isnan().all()
 
 
 def test_int4_takes_scales_as_uint64() -> None:
     arguments, expected = int4_call(1)
     arguments["scale"] = [arguments["scale"][0].view(torch.uint64)]
-    assert decibels(gmm(**arguments, output_dtype=FLOAT16)[:5], expected) > FLOORS[FLOAT16]
+    assert snr(gmm(**arguments, output_dtype=FLOAT16)[:5], expected) > FLOORS[FLOAT16]
 
 
 @pytest.mark.parametrize("factor", [0.0, 2.0, -1.0])
@@ -167,9 +165,9 @@ def test_int4_with_another_compensation_is_wrong_by_it(factor: float) -> None:
     right = arguments["bias"][0]
     arguments["bias"] = [factor * right]
     y = gmm(**arguments, output_dtype=FLOAT16)[:5]
-    assert decibels(y, expected) < 20
+    assert snr(y, expected) < 20
     off = (factor - 1) * right[EXPERTS].double() * arguments["per_token_scale"][0][:5, None].double()
-    assert decibels(y, expected + off) > FLOORS[FLOAT16]
+    assert snr(y, expected + off) > FLOORS[FLOAT16]
 
 
 # ------------------------------------------------------------------------------------------------- a16w8, a16w4: antiquant
@@ -194,12 +192,12 @@ def test_weights_are_dequantised(
         t = t if groups > 1 or t.dim() < 3 else t[:, 0]
         return [part.clone() for part in t] if as_list else [t]
 
-    packed = pack(weight) if four_bit else weight
+    packed = pack_int4(weight) if four_bit else weight
     more = {"antiquant_offset": given(offset)} if has_offset else {}
     y = gmm(
         x, [w.clone() for w in packed] if as_list else [packed], antiquant_scale=given(scale), bias=given(bias), **more
     )
-    assert decibels(y[:5], expected) > FLOORS[FLOAT16 if dtype == torch.float16 else BFLOAT16] - 3
+    assert snr(y[:5], expected) > FLOORS[FLOAT16 if dtype == torch.float16 else BFLOAT16] - 3
     assert y[5:].isnan().all()
 
 
@@ -322,6 +320,6 @@ def test_a5_takes_float32_scales_for_bfloat16(on_soc: Callable[[str], None]) -> 
     on_soc("A5")
     x, weight, scale = int8s(7, 16), int8s(3, 16, 8), torch.rand(3, 8)
     y = gmm(x, [weight], scale=[scale], per_token_scale=[torch.ones(7)], output_dtype=BFLOAT16)
-    assert decibels(y[:5], sums(x, weight).double() * scale[EXPERTS].double()) > FLOORS[BFLOAT16]
+    assert snr(y[:5], sums(x, weight).double() * scale[EXPERTS].double()) > FLOORS[BFLOAT16]
     with pytest.raises(ValueError, match=r"bias is torch.float32; the CPU kernel computes only: int32"):
         gmm(x, [weight], scale=[scale], bias=[torch.ones(3, 8)], output_dtype=BFLOAT16)

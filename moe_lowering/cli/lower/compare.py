@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_lowering.cli.lower.models import OWN_SCALE, MoeStack, logits
-from moe_lowering.layers import MoE, is_experts_module, weight_names
+from moe_lowering.layers.expert_modules import is_experts_module, weight_names
+from moe_lowering.layers.moe import MoE
 from moe_lowering.quantisation import dequantise, quantise_weight
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
@@ -170,7 +171,7 @@ class _Replay:
         for module, (*inputs, _) in zip(self.modules, self.taken, strict=True):
             if isinstance(module, MoE):
                 lowered = plain_route(module, inputs[0])
-                module.forward = self._plain_forward(module, lowered)  # type: ignore[method-assign]
+                module.forward = self._plain_forward(module, lowered)  # type: ignore[method-assign]  # __exit__ drops it
             else:
                 hook = self._reroute((inputs[2], inputs[1]))
                 self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))

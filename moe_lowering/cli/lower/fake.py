@@ -36,7 +36,7 @@ from moe_lowering.cli.lower.prepare import (
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.cli.simulation import enable_simulator
 from moe_lowering.deployment import Deployment
-from moe_lowering.layers import shard_experts
+from moe_lowering.layers.sharding import shard_experts
 from moe_lowering.number_words import count_of
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.quantisation import quantise_experts

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from moe_lowering import simulator
 from moe_lowering.cli.lower import compare, models
 from moe_lowering.cli.lower.request import LowerRequest
-from moe_lowering.layers import MoE
+from moe_lowering.layers.moe import MoE
 from moe_lowering.number_words import count_of
 from moe_lowering.simulator.device import SourceLine, Tape
 from moe_lowering.source_lines import innermost

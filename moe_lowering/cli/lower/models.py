@@ -24,7 +24,7 @@ from moe_lowering.cli.lower.configs import (
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.families import small_models
-from moe_lowering.layers import MoE
+from moe_lowering.layers.moe import MoE
 from moe_lowering.model_configs.check import OWN, OWN_SIZES
 from moe_lowering.model_configs.errors import ModelError
 from moe_lowering.model_configs.presets import PRESETS

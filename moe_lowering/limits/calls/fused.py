@@ -97,7 +97,7 @@ def mega_moe(a: Arguments) -> dict[str, Any]:
     """The wrapper hands the mask over as int8 and the rows that a rank may receive as ``max_rows``, when not 0; None in a
     call that is judged and has no such bound."""
     shared = _common_quantities(a, a["activation_clamp"])
-    rows = a["ep_size"] * a["max_tokens"] * torch.sym_min(shared["top_k"], shared["local_experts"])  # type: ignore[no-untyped-call]
+    rows = a["ep_size"] * a["max_tokens"] * torch.sym_min(shared["top_k"], shared["local_experts"])
     return {
         **shared,
         **_wide(a, shared),

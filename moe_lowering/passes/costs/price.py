@@ -100,8 +100,14 @@ def price_of(name: str, form: str, spec: BlockSpec, deployment: Deployment, toke
 
 @functools.lru_cache(maxsize=64)
 def _spec_without_tokens(spec: BlockSpec) -> BlockSpec:
-    rest = {"key": (), "on_shared_rank": False, "collective_groups": frozenset()}
-    return dataclasses.replace(spec, tokens=None, max_tokens=min(spec.max_tokens, 1), **rest)  # type: ignore[arg-type]
+    return dataclasses.replace(
+        spec,
+        tokens=None,
+        max_tokens=min(spec.max_tokens, 1),
+        key=(),
+        on_shared_rank=False,
+        collective_groups=frozenset(),
+    )
 
 
 def spec_without_tokens(spec: BlockSpec) -> BlockSpec:

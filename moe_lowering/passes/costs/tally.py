@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import operator
 from typing import Any
 
@@ -65,7 +66,7 @@ class Tally(Emitter):
     """An emitter whose nodes are counted and not compiled."""
 
     def __init__(self, graph: Graph) -> None:
-        super().__init__(graph, None)  # type: ignore[arg-type]
+        super().__init__(graph, None)  # type: ignore[arg-type]  # `_value` is its own, and reads no mode
 
     def target(self, operator: str) -> Any:
         return _counted(operator)
@@ -118,26 +119,12 @@ def count_form(form: Form, spec: BlockSpec, deployment: Deployment, tokens: int)
 
 def _block(graph: Graph, spec: BlockSpec) -> Block:
     """A block with the record ``spec`` in an empty graph."""
-
-    def given(name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> Node:
-        node = graph.placeholder(name)
-        node.meta["val"] = _empty(shape, dtype)
-        return node
-
-    tokens = spec.tokens
-    x = given("x", (tokens, spec.hidden), torch.int8 if spec.quantised_input else spec.dtype)
-    scale = given("x_scale", (tokens,), torch.float32) if spec.quantised_input else None
-    ids = given("ids", (tokens, spec.top_k), torch.int32)
-    weights = given("weights", (tokens, spec.top_k), spec.routing_dtype)
-    mask = given("mask", (tokens,), torch.bool) if spec.has_mask else None
+    inputs = _inputs(graph, spec)
     experts = {field.name: _tensors(graph, field.name, spec.tensors) for field in dataclasses.fields(ExpertOperands)}
-
-    def called(target: Any, call: Any) -> Node:
-        return graph.call_function(target, tuple(call))
-
-    common: dict[str, Any] = {
-        "ids": ids,
-        "mask": mask,
+    # the arguments that both ends have
+    ends: dict[str, Any] = {
+        "ids": inputs["ids"],
+        "mask": inputs["mask"],
         "num_experts": spec.experts,
         "ep_group": spec.ep_group,
         "ep_size": spec.ep_size,
@@ -148,40 +135,58 @@ def _block(graph: Graph, spec: BlockSpec) -> Block:
         "shared_experts": spec.shared_experts,
         "zero_experts": spec.zero_experts,
     }
-    x_smooth = given("x_smooth", (spec.experts, spec.hidden), torch.float32) if spec.has_x_smooth else None
-    h_smooth = given("h_smooth", (spec.local_experts, spec.intermediate), torch.float32) if spec.has_h_smooth else None
-    h_clip = given("h_clip", (spec.local_experts,), torch.float32) if spec.has_h_clip else None
-    sent = called(
-        OPS.dispatch.default, DispatchCall(x=x, x_scale=scale, max_rows=spec.max_rows, x_smooth=x_smooth, **common)
+    dispatch = DispatchCall(
+        x=inputs["x"], x_scale=inputs["x_scale"], max_rows=spec.max_rows, x_smooth=inputs["x_smooth"], **ends
     )
+    sent = graph.call_function(OPS.dispatch.default, tuple(dispatch))
     rows, row_scale, counts, handle = (graph.call_function(operator.getitem, (sent, at)) for at in range(4))
     optional: dict[str, Any] = {
         name: value or None for name, value in experts.items() if name.endswith(("scale", "offset", "scale_bias"))
     }
-    mlp = called(
-        OPS.grouped_mlp.default,
-        GroupedMlpCall(
-            rows=rows,
-            row_scale=row_scale,
-            counts=counts,
-            w13=experts["w13"],
-            w2=experts["w2"],
-            w13_bias=experts["w13_bias"],
-            w2_bias=experts["w2_bias"],
-            activation=spec.activation,
-            limit=spec.limit,
-            alpha=spec.alpha,
-            interleaved=spec.interleaved,
-            quantisation=spec.quantisation,
-            h_smooth=h_smooth,
-            h_clip=h_clip,
-            **optional,
-        ),
+    call = GroupedMlpCall(
+        rows=rows,
+        row_scale=row_scale,
+        counts=counts,
+        w13=experts["w13"],
+        w2=experts["w2"],
+        w13_bias=experts["w13_bias"],
+        w2_bias=experts["w2_bias"],
+        activation=spec.activation,
+        limit=spec.limit,
+        alpha=spec.alpha,
+        interleaved=spec.interleaved,
+        quantisation=spec.quantisation,
+        h_smooth=inputs["h_smooth"],
+        h_clip=inputs["h_clip"],
+        **optional,
     )
-    combine = called(OPS.combine.default, CombineCall(rows=mlp, weights=weights, handle=handle, **common))
+    mlp = graph.call_function(OPS.grouped_mlp.default, tuple(call))
+    back = CombineCall(rows=mlp, weights=inputs["weights"], handle=handle, **ends)
+    combine = graph.call_function(OPS.combine.default, tuple(back))
     interior = (sent, rows, row_scale, counts, handle, mlp, combine)
-    read_counts = counts if spec.counts_are_read else None
-    return Block("counted", sent, mlp, combine, read_counts, interior, None, spec)
+    return Block("counted", sent, mlp, combine, counts if spec.counts_are_read else None, interior, None, spec)
+
+
+def _inputs(graph: Graph, spec: BlockSpec) -> dict[str, Any]:
+    """Placeholders for what a block reads beside the experts' tensors, by the names of the operators' arguments; None for those
+    that it does not have."""
+    tokens, choices = spec.tokens, (spec.tokens, spec.top_k)
+    smooth_h = (spec.local_experts, spec.intermediate)
+    inputs: dict[str, Any] = {}
+    for name, shape, dtype, is_there in (
+        ("x", (tokens, spec.hidden), torch.int8 if spec.quantised_input else spec.dtype, True),
+        ("x_scale", (tokens,), torch.float32, spec.quantised_input),
+        ("ids", choices, torch.int32, True),
+        ("weights", choices, spec.routing_dtype, True),
+        ("mask", (tokens,), torch.bool, spec.has_mask),
+        ("x_smooth", (spec.experts, spec.hidden), torch.float32, spec.has_x_smooth),
+        ("h_smooth", smooth_h, torch.float32, spec.has_h_smooth),
+        ("h_clip", (spec.local_experts,), torch.float32, spec.has_h_clip),
+    ):
+        inputs[name] = graph.placeholder(name) if is_there else None
+        if is_there:
+            inputs[name].meta["val"] = _empty(shape, dtype)
+    return inputs
 
 
 def _tensors(graph: Graph, name: str, experts: ExpertOperands) -> list[Node]:
@@ -203,23 +208,24 @@ _MEMORY = (torch.ops.aten.empty.memory_format,)  # no kernel, and memory none th
 
 def peak_bytes(nodes: list[Node]) -> int:
     """The most bytes that results of these nodes take at once: each lives from its node to the last one that reads it."""
+    changes = [0] * (len(nodes) + 1)
+    for begin, end, size in _lifetimes(nodes):
+        changes[begin] += size
+        changes[end + 1] -= size
+    return max(0, *itertools.accumulate(changes))
+
+
+def _lifetimes(nodes: list[Node]) -> list[tuple[int, int, int]]:
+    """(index of the node that makes it, index of its last reader, bytes) of each piece of memory."""
     order = {node: at for at, node in enumerate(nodes)}
     ends: dict[int, int] = {}
     begins: dict[int, tuple[int, int]] = {}
     for node, at in order.items():
         last = max([at, *(order.get(user, at) for user in node.users)])
-        for tensor in torch.utils._pytree.tree_leaves(node.meta.get("val")):
-            if isinstance(tensor, torch.Tensor):
-                memory = tensor.untyped_storage()._cdata
-                ends[memory] = max(last, ends.get(memory, 0))
-                if memory not in begins and (node.target in _MEMORY or read_traffic(node) is not None):
-                    begins[memory] = at, tensor.untyped_storage().nbytes()
-    changes = [0] * (len(nodes) + 1)
-    for memory, (begin, size) in begins.items():
-        changes[begin] += size
-        changes[ends[memory] + 1] -= size
-    most = now = 0
-    for change in changes:
-        now += change
-        most = max(most, now)
-    return most
+        tensors = (t for t in torch.utils._pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor))
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            memory = storage._cdata
+            ends[memory] = max(last, ends.get(memory, 0))
+            if memory not in begins and (node.target in _MEMORY or read_traffic(node) is not None):
+                begins[memory] = at, storage.nbytes()
+    return [(begin, ends[memory], size) for memory, (begin, size) in begins.items()]

@@ -23,6 +23,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.costs.exact_kernels import as_kernels
 from moe_lowering.passes.costs.tally import Counted, count_form, neutral
+from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.implementations import IMPLEMENTATIONS, Form
 from moe_lowering.prices.machines import Sent, split_by_tier
 from moe_lowering.report.graph_costs import Traffic, read_traffic
@@ -166,7 +167,7 @@ class _Reader:
         read_bytes, written_bytes = sum(map(_bytes, traffic.all_given)), sum(map(_bytes, traffic.written))
         ranks = self.spec.tp_size if self.spec.tp_group in node.args else self.spec.ep_size
         if traffic.name == "all_gather_into_tensor":
-            ranks, read_bytes = int(node.args[1]), written_bytes  # type: ignore[arg-type]
+            ranks, read_bytes = int(argument(node, "group_size")), written_bytes
         return split_by_tier(read_bytes, ranks, self.ranks_per_node), ranks
 
     def _to_experts(self, int8: bool) -> Sent:

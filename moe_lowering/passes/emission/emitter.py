@@ -235,11 +235,12 @@ class Emitter:
 
     def _compute(self, node: Node) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        known = known_result(node.target, args, kwargs, self._fake_mode)
+        target: Any = node.target
+        known = known_result(target, args, kwargs, self._fake_mode)
         if known is not None:
             return known
         with self._fake_mode, _cache_for(args, self._fake_mode):
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
+            value = target(*args, **kwargs)
         if (
             args and value is args[0] and isinstance(value, FakeTensor)
         ):  # written in place: the same memory, a value of its own

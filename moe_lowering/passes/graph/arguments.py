@@ -29,6 +29,13 @@ def argument(node: Node, name: str) -> Any:
     return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
 
 
+def input_node(node: Node, index: int = 0) -> Node:
+    """An argument by its position, of an operator that has a tensor there."""
+    value = node.args[index]
+    assert isinstance(value, Node), f"{node.name}: argument {index} is {value!r}, no node"
+    return value
+
+
 def explicit_arguments(node: Node) -> dict[str, Any]:
     """The arguments that the node has, in the order of the schema."""
     assert isinstance(node.target, torch._ops.OpOverload)

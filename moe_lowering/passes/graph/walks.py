@@ -15,6 +15,7 @@ _STEPS = 400  # nodes that one walk may visit
 
 
 def split_words(text: str) -> frozenset[str]:
+    """The words of a text: a set of names that is easy to read."""
     return frozenset(text.split())
 
 
@@ -85,10 +86,12 @@ _STOCK = split_words("aten prims npu moe_lowering _c10d_functional")
 
 
 def is_activation(name: str) -> bool:
+    """Whether an operator of that name computes an activation, going by the name alone."""
     return any(word in name for word in _ACTIVATIONS) and "backward" not in name
 
 
 def shape_of(node: Any) -> tuple[Any, ...] | None:
+    """The shape of a node's fake value; None where it is no tensor, and of what is no node."""
     value = node.meta.get("val") if isinstance(node, Node) else None
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 

@@ -51,7 +51,7 @@ c10d = torch.ops._c10d_functional
 def capacity(tokens: Any, spec: BlockSpec) -> Any:
     """C, the lines of one buffer, for T = ``tokens``; symbolic when that is."""
     most = share(spec.max_tokens or tokens, spec) * min(spec.top_k, spec.local_experts)
-    return torch.sym_min(most, spec.max_rows) if spec.max_rows else most  # type: ignore[no-untyped-call]
+    return torch.sym_min(most, spec.max_rows) if spec.max_rows else most
 
 
 def padding_note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:

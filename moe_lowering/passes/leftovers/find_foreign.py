@@ -94,19 +94,20 @@ def _by_name(graph: Graph, is_told: Callable[[Node], bool]) -> Iterable[tuple[No
         if op != "call_function" or not nodes:
             continue
         if isinstance(target, torch._ops.HigherOrderOperator):
-            for node in nodes:
-                kinds = [
-                    kind
-                    for called in operators.called_operators(node)
-                    if (kind := operators.kind_of(called)) is not None
-                ]
-                if not kinds and operators.is_moe_name(operators.triton_kernel(node)):
-                    kinds = [operators.OPAQUE]
-                yield from ((node, kind) for kind in kinds[:1])
+            yield from ((node, kind) for node in nodes if (kind := _kind_inside(node)) is not None)
             continue
         kind = operators.kind_of(target)
         if kind is not None:
             yield from ((node, kind) for node in nodes if _counts_as_moe(node, kind, is_told))
+
+
+def _kind_inside(node: Node) -> str | None:
+    """The kind of what a higher-order operator calls, a Triton kernel among it; None where that is no MoE's."""
+    for called in operators.called_operators(node):
+        kind = operators.kind_of(called)
+        if kind is not None:
+            return kind
+    return operators.OPAQUE if operators.is_moe_name(operators.triton_kernel(node)) else None
 
 
 def _counts_as_moe(node: Node, kind: str, is_told: Callable[[Node], bool]) -> bool:

@@ -30,6 +30,7 @@ import torch
 from torch.fx import Graph, Node
 
 from moe_lowering.passes.emission.emitter import is_emitted
+from moe_lowering.passes.graph.arguments import input_node
 from moe_lowering.passes.graph.walks import (
     BATCHED,
     CHOICES,
@@ -234,7 +235,7 @@ def routing_alone(calls: GraphCalls, is_ours: Walk) -> list[Node]:
 def _has_several_choices(ids: Node) -> bool:
     """Whether ids are the result of a top-k of more than one. One class out of many is any classifier's result."""
     shape = shape_of(ids)
-    return bool(shape) and name_of(ids) == "getitem" and name_of(ids.args[0]) == "topk" and shape[-1] != 1  # type: ignore
+    return bool(shape and name_of(ids) == "getitem" and name_of(input_node(ids)) == "topk" and shape[-1] != 1)
 
 
 def _is_view(node: Node) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.blocks import size_key
-from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.arguments import argument, input_node
 from moe_lowering.passes.leftovers.foreign_operators import operator_name
 from moe_lowering.passes.raise_foreign.read_meanings import is_made_alike
 from moe_lowering.passes.raise_foreign.records import NotThisForm
@@ -232,10 +232,10 @@ def same_value_after(node: Node, reader: Node) -> tuple[Node, ...]:
 def source_of(node: Node) -> Node:
     """The value that a node is, behind views to the same shape, or views of which the last has that shape again."""
     while node.op == "call_function":
-        before = node.args[0] if is_same(node) else _before_views(node)
+        before = input_node(node) if is_same(node) else _before_views(node)
         if before is None:
             return node
-        node = before  # type: ignore[assignment]
+        node = before
     return node
 
 

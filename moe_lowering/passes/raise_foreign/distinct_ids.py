@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.graph.arguments import argument, explicit_arguments
+from moe_lowering.passes.graph.arguments import argument, explicit_arguments, input_node
 from moe_lowering.passes.graph.walks import split_words, stock_name_of
 from moe_lowering.passes.raise_foreign.meanings import sizes
 from moe_lowering.passes.raise_foreign.rules_of_layout import order_of
@@ -168,7 +168,7 @@ def _of_item(lines: _Lines, source: Node) -> _Step:
 
 def _is_along(choice: Node, dim: Any, axis: int | None) -> bool:
     """Whether a choice is along an axis: then all of its ids differ there."""
-    rank = len(sizes(choice.args[0]))  # type: ignore[arg-type]
+    rank = len(sizes(input_node(choice)))
     return isinstance(dim, int) and axis is not None and dim % rank == axis
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.arguments import argument, input_node
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, equal_values, is_same, source_of, value_of
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
@@ -110,7 +110,7 @@ def _shifted(node: Any) -> Any:
     """The value [E] that a node has without its last element, behind a zero."""
     zero, rest = _two_parts(node)
     if isinstance(node, Node) and node.target is aten.constant_pad_nd.default:
-        padded = [*node.args[1]] == [1, 0] and argument(node, "value") in (0, 0.0)  # type: ignore[misc]
+        padded = [*argument(node, "pad")] == [1, 0] and argument(node, "value") in (0, 0.0)
         span = _span(node.args[0]) if padded else None
     else:
         span = _span(rest) if _is_zero(zero) else None
@@ -120,9 +120,9 @@ def _shifted(node: Any) -> Any:
 def _first_of(node: Any) -> Any:
     """The value [E] of which a node [1] is the first element."""
     if isinstance(node, Node) and node.target is aten.unsqueeze.default:
-        at = node.args[0]
-        chosen = isinstance(at, Node) and at.target is aten.select.int and argument(at, "index") == 0
-        return at.args[0] if chosen and value_of(at).dim() == 0 else None  # type: ignore[union-attr, arg-type]
+        at = input_node(node)
+        chosen = at.target is aten.select.int and argument(at, "index") == 0
+        return at.args[0] if chosen and value_of(at).dim() == 0 else None
     span = _span(node)
     return span[0] if span is not None and span[1:] == (0, 1) else None
 

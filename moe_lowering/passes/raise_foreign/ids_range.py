@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.graph.arguments import argument, explicit_arguments
+from moe_lowering.passes.graph.arguments import argument, explicit_arguments, input_node
 from moe_lowering.passes.graph.walks import VIEWS, stock_name_of
 from moe_lowering.passes.raise_foreign.distinct_ids import may_repeat, read_to_differ
 
@@ -131,7 +131,7 @@ def _item(node: Node, experts: int) -> list[Node] | None:
         return None
     name = stock_name_of(source)
     if name == "route":
-        return [] if index == 1 and source.args[0].meta["val"].shape[-1] == experts else None  # type: ignore[union-attr]
+        return [] if index == 1 and input_node(source).meta["val"].shape[-1] == experts else None
     if name in _CHOICES and index == 1:
         return _of_few(source, argument(source, "dim"), experts)
     return _sources(source, experts) if name in _JOINS else None
@@ -139,7 +139,7 @@ def _item(node: Node, experts: int) -> list[Node] | None:
 
 def _of_few(node: Node, dim: Any, experts: int) -> list[Node] | None:
     """[] where a choice is among at most ``experts``."""
-    shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    shape = input_node(node).meta["val"].shape
     if not isinstance(dim, int):
         return None
     size = shape[dim]

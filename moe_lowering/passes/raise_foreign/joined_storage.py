@@ -6,7 +6,7 @@ import dataclasses
 
 from torch.fx import Node
 
-from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.arguments import argument, input_node
 from moe_lowering.passes.graph.walks import stock_name_of
 from moe_lowering.passes.raise_foreign.meanings import sizes
 from moe_lowering.passes.raise_foreign.records import Weights
@@ -50,7 +50,7 @@ def _half(node: Node) -> _Half | None:
             if order_of(node) != [0, 2, 1]:
                 return None
             swapped = not swapped
-        node = node.args[0]  # type: ignore[assignment]
+        node = input_node(node)
     if _view_of(node) != "slice" or argument(node, "step") != 1:
         return None
     whole, at = node.args[0], argument(node, "dim")

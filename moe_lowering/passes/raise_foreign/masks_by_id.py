@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
+from moe_lowering.passes.graph.arguments import input_node
 from moe_lowering.passes.graph.walks import name_of
 from moe_lowering.passes.raise_foreign.chain_walk import equal_values
 
@@ -97,7 +98,7 @@ def _is_by_element(node: Node, by_slot: list[Node]) -> bool:
     alike = all(each.meta["val"].shape == shape for each in by_slot)
     if name_of(node) == "index":
         table, places = node.args[:2]
-        return alike and places == [by_slot[0]] and table not in by_slot and table.meta["val"].dim() == 1  # type: ignore[union-attr]
+        return alike and places == [by_slot[0]] and table not in by_slot and input_node(node).meta["val"].dim() == 1
     others = [each for each in node.all_input_nodes if each not in by_slot]
     return alike and name_of(node) in _BY_ELEMENT and all(each.meta["val"].numel() == 1 for each in others)
 

@@ -238,7 +238,7 @@ class _Parts:
         firsts, interleaved = self._first_products(gated)
         first = firsts[0]
         x, weigh_input = self._tokens(first)
-        weights = self.weights if self.weights is not None else first.rows.weights if weigh_input else None  # type: ignore[attr-defined]
+        weights = first.rows.weights if self.weights is None and isinstance(first.rows, Weighted) else self.weights
         self._require_slots(second, firsts, x, weights, weigh_input)
         assert weights is not None
         dtypes = {n.meta["val"].dtype for e in (*firsts, second) for n in (e.weight,)}

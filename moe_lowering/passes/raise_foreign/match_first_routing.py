@@ -24,7 +24,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import size_key
-from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.arguments import argument, input_node
 from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.graph.walks import stock_name_of
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, is_operator, require, same_sizes, source_of, value_of
@@ -154,7 +154,7 @@ def _table_by_column(node: Node) -> tuple[Node, ...]:
         else:
             return ()
         path.append(node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = input_node(node)
     return ()
 
 

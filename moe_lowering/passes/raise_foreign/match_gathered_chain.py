@@ -25,7 +25,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.arguments import argument, input_node
 from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.raise_foreign.chain_walk import same_sizes, source_of, value_of
 from moe_lowering.passes.raise_foreign.distinct_ids import may_repeat
@@ -139,16 +139,17 @@ def _gather_of(value: Any) -> Node | None:
     """The all_gather whose result a value is, which may have been copied into a tensor that was there for it."""
     node = source_of(value) if isinstance(value, Node) else None
     if node is not None and _is_whole_copy(node):
-        node = source_of(node.args[1])  # type: ignore[arg-type]
+        node = source_of(input_node(node, 1))
     gather = node.args[0] if node is not None and node.target is c10d.wait_tensor.default else None
     return gather if isinstance(gather, Node) and gather.target is c10d.all_gather_into_tensor.default else None
 
 
 def _is_whole_copy(node: Node) -> bool:
     """Whether a node is its second argument: written over all of a tensor of the same sizes and dtype."""
-    if node.target is not aten.copy.default or not all(isinstance(each, Node) for each in node.args[:2]):
+    operands = [each for each in node.args[:2] if isinstance(each, Node)]
+    if node.target is not aten.copy.default or len(operands) != 2:
         return False
-    new, old = (value_of(each) for each in node.args[:2])  # type: ignore[arg-type]
+    new, old = map(value_of, operands)
     return new.dtype == old.dtype and same_sizes(new, old)
 
 

@@ -157,7 +157,7 @@ def _region(walk: Walk, hidden: tuple[Node, ...]) -> tuple[list[Node], Node]:
         needed.update(fresh)
         todo += fresh
     for node in sorted(region):
-        if node.target is not operator.getitem and node.target._schema.is_mutable:  # type: ignore[union-attr]
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             raise NotThisForm(
                 node, "raise.written_between", f"{node.name} ({call_name(node)}) writes in place", "none of it"
             )

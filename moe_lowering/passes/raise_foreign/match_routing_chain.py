@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import size_key
-from moe_lowering.passes.graph.arguments import argument
+from moe_lowering.passes.graph.arguments import argument, input_node
 from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.raise_foreign.chain_walk import (
     Walk,
@@ -237,7 +237,7 @@ def _check_index(walk: Walk, node: Node, name: str, index: Node | None) -> None:
     source = source_of(value) if isinstance(value, Node) else None
     between = []
     if source is not None and source.target is aten.abs.default:
-        between, source = [source], source_of(source.args[0])  # type: ignore[arg-type]
+        between, source = [source], source_of(input_node(source))
     if index is None or not equal_values(source, index):
         raise NotThisForm(node, "raise.index", f"{node.name}: {name} is {value!r}", "the row index of the same routing")
     current: Node = index

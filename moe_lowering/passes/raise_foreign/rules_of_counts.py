@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.graph.arguments import argument, explicit_arguments
+from moe_lowering.passes.graph.arguments import argument, explicit_arguments, input_node
 from moe_lowering.passes.graph.walks import VIEWS, stock_name_of
 from moe_lowering.passes.raise_foreign.meanings import Value, as_ids, feature, flat, is_float, sizes, slots
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, rule
@@ -23,12 +23,12 @@ _FILLED = {  # by operators that fill, with what
 
 @rule("histc", "bincount")
 def histogram(reader: Reader, node: Node) -> Value | None:
-    source = node.args[0]
-    value = reader.value(source) if isinstance(source, Node) else None
+    source = input_node(node)
+    value = reader.value(source)
     (count,) = sizes(node)
     if not isinstance(count, int) and stock_name_of(node) == "bincount":  # at least that many; ids are experts
         count = argument(node, "minlength") or None
-    if value is None or not isinstance(count, int) or source.meta["val"].dtype not in _EXACT:  # type: ignore[union-attr]
+    if value is None or not isinstance(count, int) or source.meta["val"].dtype not in _EXACT:
         return None
     ids = as_ids(value)
     if ids is None or not covers_slots(reader, ids[0], ids[1]) or is_float(ids[1]):
@@ -142,7 +142,7 @@ def scattered_ones(reader: Reader, node: Node) -> Value | None:
     if at not in (-1, len(sizes(node)) - 1) or number != 1 or not isinstance(base, Node) or not isinstance(count, int):
         return None
     ids = as_ids(value) if value is not None and value.is_opaque and is_filled(base, 0) else None
-    if ids is None or is_float(ids[1]) or sizes(base)[:-1] != sizes(index)[:-1]:  # type: ignore[arg-type]
+    if ids is None or is_float(ids[1]) or sizes(base)[:-1] != sizes(input_node(node, 2))[:-1]:
         return None
     return Value((*ids[0].dims[:-1], feature(count)), OneHot(ids[1], count))
 

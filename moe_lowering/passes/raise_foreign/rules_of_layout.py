@@ -21,7 +21,7 @@ from moe_lowering.passes.raise_foreign.meanings import (
     sizes,
 )
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, item_rule, rule
-from moe_lowering.passes.raise_foreign.terms import SPREAD, Axis, Counts, Dims, Ends, Expert, OneHot, Part
+from moe_lowering.passes.raise_foreign.terms import SPREAD, Axis, Counts, Dims, Ends, Expert, OneHot, Part, Tensor
 
 _NO_END = 2**62  # an ``end`` that torch means by none
 _SAME_ORDER = (
@@ -41,8 +41,9 @@ def view(reader: Reader, node: Node) -> Value | None:
     if value is None:
         return None
     if value.is_opaque:
+        assert isinstance(value.term, Tensor)
         if len([n for n in shape if n != 1]) == 1 and len(value.dims) > 1 and len(flat(value.dims)) > 1:
-            value = flattened(value.term.node)  # type: ignore[attr-defined]
+            value = flattened(value.term.node)
         elif [n for n in shape if n != 1] != [n for n in sizes(source) if n != 1]:
             return opaque(node)  # nearer to what reads it: x as [T, H]
     dims = regroup(value.dims, shape)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.graph.arguments import argument, explicit_arguments
+from moe_lowering.passes.graph.arguments import argument, explicit_arguments, input_node
 from moe_lowering.passes.graph.own_writes import overload_of
 from moe_lowering.passes.raise_foreign.meanings import (
     Value,
@@ -47,7 +47,7 @@ _EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 def order_axis(sort: Node) -> Axis:
     """The order that a sort of ids gives: by the node that sorts."""
-    return Axis(SORTED, sizes(sort.args[0])[0], sort)  # type: ignore[arg-type]
+    return Axis(SORTED, sizes(input_node(sort))[0], sort)
 
 
 def order_of_ids(reader: Reader, line: Dim) -> Tensor | None:
@@ -81,7 +81,7 @@ def _sorted(reader: Reader, node: Node, index: int) -> Value | None:
         if len(order) == 1 and order[0].kind == SORTED:
             return Value((slots(term.ids),), Place(term.ids, order[0]))
         return None
-    ids = as_ids(value) if not source.meta["val"].is_floating_point() else None  # type: ignore[union-attr]
+    ids = as_ids(value) if not input_node(node).meta["val"].is_floating_point() else None
     if ids is None or ids[0].dims != (slots(ids[1]),):
         return None
     if argument(node, "descending"):
@@ -168,7 +168,7 @@ def _lines(reader: Reader, node: Node) -> tuple[Node, Value] | None:
     name, args = str(node.target), node.args
     if "index_select" in name or "gather" in name:
         source, at, index = args[:3]
-        if at not in (0, -len(sizes(source))):  # type: ignore[arg-type]
+        if at not in (0, -len(sizes(input_node(node)))):
             return None
         whole = "gather" in name
     elif "embedding" in name:

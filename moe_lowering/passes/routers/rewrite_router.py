@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from moe_lowering.passes.blocks import Route
 from moe_lowering.passes.emission.emitter import Emitter, aten
+from moe_lowering.passes.graph.arguments import input_node
 from moe_lowering.passes.graph.edit_log import EditLog
 from moe_lowering.passes.lower_route import emit_route
 from moe_lowering.passes.verifier import defined_before_readers, same_value
@@ -21,7 +22,7 @@ from moe_lowering.passes.verifier import defined_before_readers, same_value
 def recording_key(route: Route) -> tuple[object, ...]:
     """What routers must have in common for the same nodes to be emitted for them."""
     assert route.weights is not None
-    dims = route.node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    dims = input_node(route.node).meta["val"].dim()
     return ("router", route.spec, route.weights.meta["val"].dtype, bool(_readers(route)), dims)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Node
@@ -125,13 +125,13 @@ def _add(meaning: Meaning, node: Node) -> Value | None:
             and _is_epsilon(other)
             and dtype_of(node) is torch.float32
         ):
-            return dataclasses.replace(operand, epsilon=float(other))  # type: ignore[arg-type]
+            return dataclasses.replace(operand, epsilon=float(other))
         if isinstance(operand, Scores) and operand.scoring and isinstance(other, Node):
             return _biased(operand, values[1 - at], node, 1 - at)
     return None
 
 
-def _is_epsilon(number: Any) -> bool:
+def _is_epsilon(number: Any) -> TypeGuard[int | float]:
     return is_number(number) and math.isfinite(number) and number >= 0
 
 
@@ -239,9 +239,9 @@ def _mul(meaning: Meaning, node: Node) -> Value | None:
     if len(node.args) < 2:
         return None
     value, other = meaning.of(node.args[0]), node.args[1]
-    if isinstance(value, Taken) and is_number(other) and math.isfinite(other):  # type: ignore[arg-type]
+    if isinstance(value, Taken) and is_number(other) and math.isfinite(other):
         plain = value.scale is None and not value.rounded and value.scores.scoring and dtype_of(node) is torch.float32
-        return dataclasses.replace(value, scale=float(other)) if plain else None  # type: ignore[arg-type]
+        return dataclasses.replace(value, scale=float(other)) if plain else None
     values = (value, meaning.of(other))
     for at, (scores, mask) in enumerate((values, values[::-1])):
         if isinstance(scores, (Scores, Grouped)) and isinstance(mask, (Mask, Const)) and isinstance(other, Node):

@@ -3,7 +3,7 @@ be taken back, of one block or of all.
 
 Contract. What is raised while a block is lowered leaves that block as it was, with the reason in its report. What the graph
 refuses to run with is in ``bounds``, its routings in ``routes``, layers that others wrote in ``foreign`` and
-``lower_foreign``, what is said in ``messages``.
+``lower_foreign``, the comparison with other ranks in ``rank_check``, what is said in ``messages``.
 """
 
 from __future__ import annotations
@@ -16,15 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits.wording import Wording, make_wording
-from moe_lowering.passes.agreement_check import (
-    ASSERT_AGREEMENT,
-    BlockOutcome,
-    blocks_record,
-    emit_check,
-    first_exchange,
-    settings_record,
-    source_meta,
-)
+from moe_lowering.passes.agreement_check import BlockOutcome
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.capturability import may_be_captured, not_capturable
 from moe_lowering.passes.decision import Decision, decide
@@ -51,6 +43,7 @@ from moe_lowering.passes.routers.match_router import RouterReader, readers_of
 from moe_lowering.passes.run.bounds import TokenBounds
 from moe_lowering.passes.run.foreign import ForeignLayers
 from moe_lowering.passes.run.messages import describe_internal_error, describe_undo, log_warning, name_symbols
+from moe_lowering.passes.run.rank_check import RankCheck
 from moe_lowering.passes.run.routes import RouteLowering
 from moe_lowering.passes.run.subgraphs import Subgraph
 from moe_lowering.passes.verifier import (
@@ -95,6 +88,7 @@ class GraphRun:
         self.tapes = Tapes(self._constants)
         self.foreign = ForeignLayers(self.graph, deployment, raise_foreign)
         self.bounds = TokenBounds(deployment, self.foreign.raised, self.replaced, self._guarded)
+        self.rank_check = RankCheck(self.graph, deployment, self.edits)
         self.routes = RouteLowering(deployment, self.edits, self._guarded, self.tapes)
         self._raise_foreign = raise_foreign
         self._decisions: dict[BlockSpec, Decision] = {}
@@ -102,9 +96,7 @@ class GraphRun:
         self._cast_notes: dict[tuple[str, BlockSpec], tuple[str, ...]] = {}
         self._reports: dict[tuple[BlockSpec, str], BlockReport] = {}  # of equal blocks, by what becomes of them
         self._blocks: list[Block] = []
-        self._untouched: list[BlockReport] = []  # of layers that others wrote, exchange tokens, and have no block
         self._targets: dict[Node, OverlapTarget] = {}  # by the erased combine
-        self._first_exchange: tuple[Node, dict[str, Any]] | None = None
         self._shape_env: Any = None
 
     def lower(self) -> list[BlockReport]:
@@ -132,20 +124,13 @@ class GraphRun:
         foreign = self.foreign.find(routes)
         readers = [*readers_of(blocks), *(RouterReader(layer.ids, layer.weights, layer.result) for layer in foreign)]
         raised, self.routes.reports = find_routers(self.graph, readers, self._raise_foreign)
-        self._first_exchange = self._find_first_exchange(foreign)
+        self.rank_check.find_exchange(foreign)
         reports = self._lower_all(blocks, foreign)
         self.left += self.routes.lower_generic(routes)
         for route in raised:
             end = None if route.raised is None else route.raised.end
             self.routes.lower_raised(route, is_lowered=end in self._targets or end in self.replaced)
         return reports
-
-    def _find_first_exchange(self, foreign: list[ForeignBlock]) -> tuple[Node, dict[str, Any]] | None:
-        """As ``first_exchange`` has it, of generic operators and of layers that others wrote."""
-        exchanges = [first for first in [first_exchange(self.graph)] if first is not None]
-        if not self.graph.find_nodes(op="call_function", target=ASSERT_AGREEMENT):
-            exchanges += [(block.x, source_meta(block.result)) for block in foreign if block.ep_size > 1]
-        return min(exchanges, key=lambda pair: pair[0], default=None)
 
     def _lower_all(self, blocks: list[Block], foreign: list[ForeignBlock]) -> list[BlockReport]:
         """Each block and each layer that others wrote, in graph order."""
@@ -170,7 +155,7 @@ class GraphRun:
             block, report = None, left_as_it_is(layer, describe_internal_error(error))
         if block is None:
             self.foreign.untouched.append(report)
-            self._untouched += [report] if layer.ep_size > 1 else []
+            self.rank_check.untouched += [report] if layer.ep_size > 1 else []
             return []
         self._blocks.append(block)
         return [report]
@@ -306,21 +291,9 @@ class GraphRun:
 
     def check_agreement(self, reports: list[BlockReport], lowering: MoeLowering, timeout: float | str) -> None:
         """After ``lower``: the graph compares with the other ranks' before its first exchange."""
-        first = self._first_exchange
-        if first is None:
-            return
-        try:
-            settings = settings_record(self.deployment, lowering, ep_group=True)
-            outcomes = [self._outcome(*each) for each in zip(self._blocks, reports, strict=True)]
-            blocks = blocks_record(outcomes, [node for node, _ in self.left], self._untouched, self.deployment)
-            created: list[Node] = []
-            with self.edits.step(created):
-                created.append(emit_check(self.graph, first, self.deployment.ep_group, timeout, settings, blocks))
+        outcomes = (self._outcome(*each) for each in zip(self._blocks, reports, strict=True))
+        if self.rank_check.emit(outcomes, (node for node, _ in self.left), lowering, timeout):
             self.changed = True
-        except Exception:  # as in _guarded: a defect of ours must not fail the user's compile
-            if lowering.strict:
-                raise
-            log_warning("moe_lowering: the graph does not compare itself with the other ranks'")
 
     def _outcome(self, block: Block, report: BlockReport) -> BlockOutcome:
         target = self._targets.get(block.combine)

@@ -146,7 +146,7 @@ def record(operator: str, run: Callable[[], object]) -> None:
 
 def current_stream() -> int:
     """The handle of the current stream."""
-    return int(torch.npu.current_stream().npu_stream)  # type: ignore[attr-defined]
+    return int(torch.get_device_module("npu").current_stream().npu_stream)
 
 
 def install() -> None:

@@ -44,7 +44,7 @@ _OURS = "moe_lowering_watches"  # that a method is wrapped does not say by whom
 _watches: list[CpuWatch] = []  # of the capture under way
 
 
-class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CpuWatch(TorchDispatchMode):
     """Active during a capture: refuses operators that the CPU would run, and values of the host, but for constants.
 
     Of a higher-order operator, such as ``auto_functionalized_v2`` in a graph that is functional, the operators inside
@@ -54,7 +54,7 @@ class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives this __init__ no types
         self._constants: set[StorageWeakRef] = set()  # a reference keeps the storage's identity, not its memory
 
     @classmethod
@@ -94,7 +94,7 @@ class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A higher-order operator by its own kernel, with the watch on (which is off in ``__torch_dispatch__``)."""
         kernel = func.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
         if kernel is None:
-            name = func.name()  # type: ignore[no-untyped-call]
+            name = func.name()
             raise refuse(name, "has no kernel that calls other operators, and what it does cannot be watched")
         with self:
             return kernel(*args, **kwargs)
@@ -105,7 +105,7 @@ class CpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storage(tensor: torch.Tensor) -> StorageWeakRef:
-    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 def require_constant(operator: str, tensor: torch.Tensor) -> None:
@@ -139,8 +139,14 @@ def install() -> None:
 
     if getattr(NPUGraph.capture_begin, _OURS, False):
         return
+    _wrap_graph(NPUGraph)
+    _wrap_capture_context(graph)
+    _wrap_external_event(ExternalEvent)
+
+
+def _wrap_graph(NPUGraph: Any) -> None:
+    """A graph knows its tape, watches the CPU while it is captured, and raises what a capture or a replay refused."""
     begin, end, replay = NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay
-    enter, leave, record = graph.__enter__, graph.__exit__, ExternalEvent.record
 
     @functools.wraps(begin)
     def capture_begin(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -174,6 +180,14 @@ def install() -> None:
             failure, tape.failure = tape.failure, None
             raise failure from error
 
+    setattr(capture_begin, _OURS, True)
+    NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay = capture_begin, capture_end, replay_
+
+
+def _wrap_capture_context(graph: Any) -> None:
+    """``torch.npu.graph``: no capture inside a capture, and a capture's own error leaves the stream as it was."""
+    enter, leave = graph.__enter__, graph.__exit__
+
     @functools.wraps(enter)
     def enter_(self: Any) -> Any:
         _refuse_capture_inside()  # before torch_npu waits for the device
@@ -188,6 +202,13 @@ def install() -> None:
             if error is not value:
                 raise
 
+    graph.__enter__, graph.__exit__ = enter_, exit_
+
+
+def _wrap_external_event(ExternalEvent: Any) -> None:
+    """An event that is recorded outside of a capture raises the failure of the replay that waited for it."""
+    record = ExternalEvent.record
+
     @functools.wraps(record)
     def record_(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
@@ -197,10 +218,7 @@ def install() -> None:
                 raise
             raise failure from error
 
-    setattr(capture_begin, _OURS, True)
     ExternalEvent.record = record_
-    NPUGraph.capture_begin, NPUGraph.capture_end, NPUGraph.replay = capture_begin, capture_end, replay_
-    graph.__enter__, graph.__exit__ = enter_, exit_
 
 
 def _refuse_capture_inside() -> None:

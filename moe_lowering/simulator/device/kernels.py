@@ -57,7 +57,7 @@ def kernel(op: torch._ops.OpOverload, around: Around = contextlib.nullcontext, r
         real: a device has a kernel too; without, the operator runs, but not in a capture.
     """
     schema = op._schema
-    name: str = op.name()  # type: ignore[no-untyped-call]
+    name: str = op.name()
     returned = [_alias_of(schema, value) for value in schema.returns]
     only_written = bool(returned) and all(index is not None for index in returned)
     reads_host = _reads_host(op, name)

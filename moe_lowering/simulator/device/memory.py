@@ -19,6 +19,7 @@ NPU, CPU, META = "npu", "cpu", "meta"
 
 
 def on_npu(value: object) -> bool:
+    """Whether a value is a tensor on device "npu"."""
     return isinstance(value, torch.Tensor) and value.device.type == NPU
 
 
@@ -56,10 +57,12 @@ def to_shadow(value: Any) -> Any:
 
 
 def tree_to_host(values: Any) -> Any:
+    """``to_host`` of everything in nested arguments."""
     return tree_map(to_host, values)
 
 
 def tree_to_shadow(values: Any) -> Any:
+    """``to_shadow`` of everything in nested arguments."""
     return tree_map(to_shadow, values)
 
 

@@ -37,42 +37,54 @@ def register() -> int:
     """Register all kernels; how many. Idempotent."""
     if _LIBRARIES:
         return 0
-    known = _registered_operators("aten", KEY)
-    count = 0
     importlib.import_module("moe_lowering.custom_ops")  # defines the operators
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Overriding a previously registered kernel.*")
-        aten = _implementer("aten")
-        for name in known:
-            op = _overload(torch.ops.aten, name)
-            if name not in special_kernels.KERNELS and op is not None and _is_ours(op):
-                own = kernel(op)
-                aten(name, special_kernels.histc_of(own) if name == "histc" else own, KEY)
-                count += 1
-        for name, special_kernel in special_kernels.KERNELS.items():
-            aten(name, special_kernel, KEY)
-        for name, special_kernel in special_kernels.COMPOSITE.items():
-            for key in (KEY, f"Autograd{KEY}"):
-                aten(name, special_kernel, key)
-        for name in BELOW_AUTOGRAD:
-            op = _overload(torch.ops.aten, name)
-            assert op is not None
-            aten(name, _below_autograd(op), f"Autograd{KEY}")
-        npu = _implementer("npu")
-        npu(attention.NAME, attention.fusion_attention_v3, "CPU")
-        npu("_npu_dtype_cast", special_kernels.dtype_cast, "CPU")
-        for name, special_kernel in attention_out.KERNELS.items():
-            npu(name, special_kernel, KEY)
-        lowered = frozenset(_registered_operators("moe_lowering", KEY))
-        count += register_namespace("npu", _registered_operators("npu", "CPU"))
-        count += register_namespace("atb", _registered_operators("atb", "CPU"))
-        count += register_namespace(clip_quant.NAMESPACE, clip_quant.KERNELS)
-        count += register_namespace("moe_lowering", _registered_operators("moe_lowering", "CPU"), lowered)
+        count = _register_aten() + _register_libraries()
         c10d = _implementer("c10d")
         for name, collective in collectives.kernels(_registered_operators("c10d", KEY)).items():
             c10d(name, collective, KEY)
     hccl.register()
     return count
+
+
+def _register_aten() -> int:
+    """Kernels of ATen's operators that torch_npu has kernels for; how many of them are the CPU's own."""
+    known = _registered_operators("aten", KEY)
+    count = 0
+    aten = _implementer("aten")
+    for name in known:
+        op = _overload(torch.ops.aten, name)
+        if name not in special_kernels.KERNELS and op is not None and _is_ours(op):
+            own = kernel(op)
+            aten(name, special_kernels.histc_of(own) if name == "histc" else own, KEY)
+            count += 1
+    for name, special_kernel in special_kernels.KERNELS.items():
+        aten(name, special_kernel, KEY)
+    for name, special_kernel in special_kernels.COMPOSITE.items():
+        for key in (KEY, f"Autograd{KEY}"):
+            aten(name, special_kernel, key)
+    for name in BELOW_AUTOGRAD:
+        op = _overload(torch.ops.aten, name)
+        assert op is not None
+        aten(name, _below_autograd(op), f"Autograd{KEY}")
+    return count
+
+
+def _register_libraries() -> int:
+    """Kernels of torch_npu's, ATB's and this package's own operators; how many."""
+    npu = _implementer("npu")
+    npu(attention.NAME, attention.fusion_attention_v3, "CPU")
+    npu("_npu_dtype_cast", special_kernels.dtype_cast, "CPU")
+    for name, special_kernel in attention_out.KERNELS.items():
+        npu(name, special_kernel, KEY)
+    lowered = frozenset(_registered_operators("moe_lowering", KEY))
+    return (
+        register_namespace("npu", _registered_operators("npu", "CPU"))
+        + register_namespace("atb", _registered_operators("atb", "CPU"))
+        + register_namespace(clip_quant.NAMESPACE, clip_quant.KERNELS)
+        + register_namespace("moe_lowering", _registered_operators("moe_lowering", "CPU"), lowered)
+    )
 
 
 def register_namespace(namespace: str, names: Iterable[str], real: Collection[str] | None = None) -> int:
@@ -108,7 +120,7 @@ def _below_autograd(op: torch._ops.OpOverload) -> Kernel:
 
 def _implementer(namespace: str) -> Callable[..., None]:
     """``(name, kernel, dispatch key)``: put a kernel there, whatever was there before."""
-    library = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]
+    library = torch.library.Library(namespace, "IMPL")
     _LIBRARIES.append(library)
     return _versions.overriding_impl(library)
 
@@ -129,6 +141,6 @@ def _is_ours(op: torch._ops.OpOverload) -> bool:
     if op._schema.name.partition("::")[2] in NATIVE:
         return False
     views = any(value.alias_info and not value.alias_info.is_write for value in op._schema.returns)
-    qualified = op.name()  # type: ignore[no-untyped-call]
+    qualified = op.name()
     has_cpu = torch._C._dispatch_has_computed_kernel_for_dispatch_key(qualified, "CPU")
     return not views and bool(has_cpu)

@@ -150,5 +150,5 @@ class Tape:
         """Bytes of device memory that the pool of this graph holds, for all graphs that share it."""
         if not self.pool:
             raise SimulatorError("the tape has no pool: the capture was not begun through torch.npu.NPUGraph")
-        segments: Sequence[Any] = torch.npu.memory_snapshot()  # type: ignore[attr-defined]
+        segments: Sequence[Any] = torch.get_device_module("npu").memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(self.pool))

@@ -66,9 +66,9 @@ def register() -> None:
 
 def register_kernels(namespace: str, kernels: dict[str, Kernel]) -> None:
     """Register kernels of a namespace for dispatch key CPU."""
-    library = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]
+    library = torch.library.Library(namespace, "IMPL")
     for name, kernel in kernels.items():
-        library.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]
+        library.impl(name, kernel, "CPU")
     _LIBRARY.append(library)
 
 

@@ -15,6 +15,7 @@ from moe_lowering.simulator.kernels.common import current_soc, make_undefined
 from moe_lowering.simulator.kernels.distribute_call import AT_RETURN, COMBINE, DistributeCall, begin_call
 from moe_lowering.simulator.kernels.exchange import agree, exchange_counts, exchange_rows
 from moe_lowering.simulator.kernels.special_experts import special_refusal, special_results
+from moe_lowering.vocabulary import SOCS
 
 TRIPLE = 3  # int32 values per row in assist_info: source rank, token, k
 INT8_BLOCKS = 2  # comm_quant_mode
@@ -141,7 +142,7 @@ def combine_v2(
     if not refusal:
         sizes = ep_size, *_own_experts(others)
         triples, refusal = _returned_rows(sizes, ep_send_counts, assist_info_for_combine, len(expand_x))
-    weighs = current_soc() == "A2" or others["comm_alg"] == "hierarchy"
+    weighs = SOCS[current_soc()].weighs_before_sending or others["comm_alg"] == "hierarchy"
     refusal = refusal or _refusal(comm_quant_mode, others["comm_alg"], weighs, expand_scales, len(triples))
     refusal = refusal or special_refusal(COMBINE, others, expand_x)
     call = begin_call(COMBINE, refusal, others, expand_x, {"comm_quant_mode": comm_quant_mode})

@@ -55,6 +55,13 @@ def refuse_unsimulated(operator: str, argument: str, value: object, accepted: st
     raise ValueError(f"{operator}: {argument} is {value}; the CPU kernel computes only: {accepted}")
 
 
+def refuse_others(operator: str, arguments: dict[str, Any], accepted: dict[str, Any]) -> None:
+    """``refuse_unsimulated`` of the first argument that has another value than the one in ``accepted``."""
+    for name, value in accepted.items():
+        if arguments[name] != value:
+            refuse_unsimulated(operator, name, arguments[name], str(value))
+
+
 # What torch_npu's int arguments call dtypes: torch's ScalarType numbers.
 DTYPE_NUMBERS = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 
@@ -85,10 +92,10 @@ def with_limits(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:
     return call
 
 
-def take(record: type[Record], arguments: dict[str, Any]) -> Record:
+def take(record: Callable[..., Record], arguments: dict[str, Any]) -> Record:
     """The arguments that a kernel reads, of all that its operator has, as the named tuple ``record``."""
-    fields: tuple[str, ...] = record._fields  # type: ignore[attr-defined]
-    return record(**{name: arguments[name] for name in fields})
+    named_tuple: Any = record  # no type says that a class is a named tuple's
+    return record(**{name: arguments[name] for name in named_tuple._fields})
 
 
 def collective(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:

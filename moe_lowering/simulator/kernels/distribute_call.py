@@ -128,27 +128,8 @@ def begin_call(
     if group is None:
         raise ValueError("; ".join(text for text in (refusal, wrong) if text))
     ids, global_bs, ep_size = a["expert_ids"], a["global_bs"], a["ep_world_size"]
-    everyone = agree(
-        operator,
-        group,
-        AT_DISPATCH if operator == DISPATCH else AT_COMBINE,
-        refusal or wrong,
-        {
-            "own_tokens": len(ids),
-            "hidden": x.shape[-1],
-            "bytes per element of x": x.element_size(),
-            "top_k": ids.shape[-1],
-            "moe_expert_num": a["moe_expert_num"],
-            "shared_expert_num": a["shared_expert_num"],
-            "shared_expert_rank_num": a["shared_expert_rank_num"],
-            "zero_expert_num": a["zero_expert_num"],
-            "copy_expert_num": a["copy_expert_num"],
-            "const_expert_num": a["const_expert_num"],
-            "global_bs": global_bs,
-            "comm_alg (0 is the empty one)": ALGORITHMS.index(a["comm_alg"]) if a["comm_alg"] in ALGORITHMS else -1,
-            **facts,
-        },
-    )
+    place = AT_DISPATCH if operator == DISPATCH else AT_COMBINE
+    everyone = agree(operator, group, place, refusal or wrong, {**_common_facts(a, x), **facts})
     tokens = [row["own_tokens"] for row in everyone]
     if global_bs == 0 and len(set(tokens)) > 1:
         raise ValueError(
@@ -167,6 +148,25 @@ def begin_call(
         shared_ranks=a["shared_expert_rank_num"],
         shared_experts=a["shared_expert_num"] if a["shared_expert_rank_num"] else 0,
     )
+
+
+def _common_facts(a: dict[str, Any], x: torch.Tensor) -> dict[str, int]:
+    """What a rank tells the others of every call, as numbers."""
+    ids = a["expert_ids"]
+    return {
+        "own_tokens": len(ids),
+        "hidden": x.shape[-1],
+        "bytes per element of x": x.element_size(),
+        "top_k": ids.shape[-1],
+        "moe_expert_num": a["moe_expert_num"],
+        "shared_expert_num": a["shared_expert_num"],
+        "shared_expert_rank_num": a["shared_expert_rank_num"],
+        "zero_expert_num": a["zero_expert_num"],
+        "copy_expert_num": a["copy_expert_num"],
+        "const_expert_num": a["const_expert_num"],
+        "global_bs": a["global_bs"],
+        "comm_alg (0 is the empty one)": ALGORITHMS.index(a["comm_alg"]) if a["comm_alg"] in ALGORITHMS else -1,
+    }
 
 
 def pad_undefined(size: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:

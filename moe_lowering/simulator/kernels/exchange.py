@@ -12,13 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_lowering.groups import process_group
+
 GroupLike = Any  # torch.distributed.ProcessGroup; the stubs of torch lack half of its interface
 
 
 def resolve(operator: str, name: str, ep_size: int, ep_rank: int) -> tuple[GroupLike | None, str]:
     """The process group of that name, and what is wrong with it ("" when nothing is)."""
     try:
-        group = getattr(dist.distributed_c10d, "_resolve_process_group")(name)  # noqa: B009 - torch's own, untyped
+        group = process_group(name)
     except (LookupError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         return None, f"{operator}: group_ep is {name!r}; accepted: the name of a process group ({error})"
     size, rank = dist.get_world_size(group), dist.get_rank(group)

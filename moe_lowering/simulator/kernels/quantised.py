@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moe_lowering.simulator.kernels.common import Kernel, make_undefined, refuse, refuse_unsimulated
+from moe_lowering.simulator.kernels.common import Kernel, make_undefined, refuse, refuse_others, refuse_unsimulated
 from moe_lowering.simulator.kernels.grouped_matmul import COUNTS, CUMSUM, PAIRS, group_bounds
 from moe_lowering.simulator.kernels.quantised_matmul import int_product, quantise_rows
 
@@ -64,7 +64,8 @@ def dynamic_quant(
     return values.reshape(input.shape), scale.reshape(input.shape[:-1])
 
 
-def _swiglu(x: torch.Tensor, gate_first: bool = True) -> torch.Tensor:
+def swiglu_of_halves(x: torch.Tensor, gate_first: bool = True) -> torch.Tensor:
+    """silu(gate) * up of the two halves [..., 2n] -> [..., n]."""
     left, right = x.chunk(2, -1)
     gate, up = (left, right) if gate_first else (right, left)
     return gate * torch.sigmoid(gate) * up
@@ -75,7 +76,7 @@ def _apply_activation(x: torch.Tensor, gate_first: bool, a: dict[str, Any]) -> t
     clamped; 2 halves, clamped. Clamped: gate * sigmoid(alpha * gate) * (other + bias)."""
     mode, limit = a["swiglu_mode"], a["clamp_limit"]
     if mode == HALVES:
-        return _swiglu(x, gate_first)
+        return swiglu_of_halves(x, gate_first)
     left, right = (x[:, ::2], x[:, 1::2]) if mode == INTERLEAVED_CLAMPED else x.chunk(2, -1)
     gate, other = (left, right) if gate_first or mode == INTERLEAVED_CLAMPED else (right, left)
     gate, other = gate.clamp(max=limit), other.clamp(-limit, limit)
@@ -103,7 +104,7 @@ def _matmul_swiglu_quant(
     for expert, begin, end in group_bounds(operator, "group_list", group_list, kind, len(x)):
         if end > begin:
             total = int_product(x[begin:end], weight[expert]).float()
-            activated = _swiglu(total * weight_scale[expert].float() * x_scale[begin:end].unsqueeze(1))
+            activated = swiglu_of_halves(total * weight_scale[expert].float() * x_scale[begin:end].unsqueeze(1))
             y[begin:end], scale[begin:end] = quantise_rows(activated)
     return y, scale
 
@@ -136,9 +137,7 @@ def grouped_matmul_swiglu_quant_v2(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As version 1, with lists of one weight and one scale, and prefix sums (group_list_type 0) or counts (1)."""
     accepted = {"dequant_mode": 0, "dequant_dtype": FLOAT32, "quant_mode": 0, "quant_dtype": INT8}
-    for argument, value in accepted.items():
-        if others[argument] != value:
-            refuse_unsimulated(FUSED_V2, argument, others[argument], str(value))
+    refuse_others(FUSED_V2, others, accepted)
     for argument in ("x_dtype", "weight_dtype", "weight_scale_dtype", "x_scale_dtype"):
         if others[argument] is not None:
             refuse_unsimulated(FUSED_V2, argument, others[argument], "None")
@@ -219,7 +218,7 @@ def swiglu_quant(
     kind = COUNTS if group_index is None else group_list_type
     bounds = group_bounds(SWIGLU_QUANT, "group_index", groups, kind, len(rows))
     used = bounds[-1][2] if bounds else 0
-    values = _swiglu(rows[:used].float(), activate_left)
+    values = swiglu_of_halves(rows[:used].float(), activate_left)
     if smooth_scales is not None:
         if tuple(smooth_scales.shape) not in ((len(groups), half), (len(groups),)):
             accepted = f"{(len(groups), half)} or {(len(groups),)}, one row for each group"

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from moe_lowering.simulator.kernels.common import Kernel, make_undefined, refuse_unsimulated
+from moe_lowering.simulator.kernels.common import Kernel, make_undefined, refuse_others, refuse_unsimulated
 from moe_lowering.simulator.kernels.grouped_matmul import group_bounds
 from moe_lowering.simulator.kernels.norm import add_rms_norm
-from moe_lowering.simulator.kernels.quantised import grouped_matmul_swiglu_quant
+from moe_lowering.simulator.kernels.quantised import grouped_matmul_swiglu_quant, swiglu_of_halves
 from moe_lowering.simulator.kernels.quantised_matmul import (
     COMPENSATION,
     int_product,
@@ -86,9 +86,7 @@ def grouped_matmul_swiglu_quant_v2(
     """int4 weights: x int8 [m, K], weight int32 [E, K, N / 8], scales as bits [E, N], assist 8 * sum(w * scale) [E, N] ->
     int8 [m, N / 2], scale [m]. C = ((x @ w - 8 * sum(w)) * scale + assist) * x_scale; SwiGLU; int8 per row."""
     accepted = {"smooth_scale": None, "bias": None, "dequant_mode": 0, "quant_mode": 0, "transpose_weight": False}
-    for argument, value in accepted.items():
-        if others[argument] != value:
-            refuse_unsimulated(SWIGLU_QUANT_W4, argument, others[argument], str(value))
+    refuse_others(SWIGLU_QUANT_W4, others, accepted)
     if swiglu_limit or weight_assist_matrix is None or weight[0].dtype != torch.int32 or len(weight) != 1:
         given = f"{len(weight)} {weight[0].dtype}, swiglu_limit {swiglu_limit}"
         refuse_unsimulated(SWIGLU_QUANT_W4, "weight", given, "one int32 tensor with weight_assist_matrix, and no limit")
@@ -100,8 +98,7 @@ def grouped_matmul_swiglu_quant_v2(
             whole = unpack_int4(weight[0][expert])
             total = int_product(x[begin:end], whole) - COMPENSATION * whole.to(torch.int32).sum(0)
             sums = (total.float() * scales[expert] + weight_assist_matrix[0][expert]) * x_scale[begin:end].unsqueeze(1)
-            gate, up = sums.chunk(2, -1)
-            y[begin:end], scale[begin:end] = quantise_rows(gate * torch.sigmoid(gate) * up)
+            y[begin:end], scale[begin:end] = quantise_rows(swiglu_of_halves(sums))
     return y, scale
 
 

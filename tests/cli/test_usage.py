@@ -1,0 +1,122 @@
+"""Help, options, wrong usage and completion of the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+from test_explain import BLOCK, command
+
+from moe_lowering import cli
+from moe_lowering.cli import commands, completion
+from moe_lowering.cli.lower.early_refusal import Policy
+from moe_lowering.cli.lower.prepare import assumptions, deployment_for
+from moe_lowering.report.width import WIDTH
+
+# ----------------------------------------------------------------------------------------------- help, lower's options
+
+
+def test_the_command_alone_prints_its_help(capfd):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    out, err = capfd.readouterr()
+    assert (ended.value.code, err) == (0, "")
+    for name in ("lower", "explain", "matrix", "models"):
+        assert name in out
+
+
+@pytest.mark.parametrize("name", ["", "lower", "explain", "matrix", "models", "simulate"])
+def test_a_help_fits_in_80_columns_but_for_what_is_to_be_copied(capfd, monkeypatch, name):
+    pages = {}
+    for columns in ("80", "300"):
+        monkeypatch.setenv("COLUMNS", columns)
+        with pytest.raises(SystemExit):
+            cli.main([*([name] if name else []), "--help"])
+        pages[columns] = capfd.readouterr().out
+    examples = [line for line in pages["80"].splitlines() if line.startswith("  moe-lowering ")]
+    assert examples and all(len(line) <= 80 or line in examples for line in pages["80"].splitlines())
+    assert examples == [line for line in pages["300"].splitlines() if line.startswith("  moe-lowering ")]
+    assert pages["80"].split() == pages["300"].split() or name == "lower", (
+        "no word is lost; lower's usage is in columns"
+    )
+    assert max(map(len, pages["300"].partition("examples:")[2].splitlines())) <= WIDTH, (
+        "the twin: it is no wider than a report"
+    )
+
+
+# Of `explain` and `lower`: an option, and what it makes of the deployment or the policy.
+OPTIONS = [
+    ("--buffer-mb 300", "hccl_buffer_mb", 300),
+    ("--cann 8.5.0", "cann", "8.5.0"),
+    ("--weight-format nd", "weight_format", "nd"),
+    ("--max-tokens 999", "max_tokens", 999),
+    ("--unequal-tokens --max-tokens 999", "equal_tokens", False),
+    ("--hierarchy", "mc2_hierarchy", True),
+    ("--soc a2", "soc", "A2"),
+    ("--fused-mode 2", "fused_mode", 2),
+    ("--provider none", "providers", ()),
+    ("--ranks-per-node 4", "ranks_per_node", 4),
+]
+
+
+@pytest.mark.parametrize(("option", "field", "value"), OPTIONS, ids=[option for option, _, _ in OPTIONS])
+def test_lower_takes_what_explain_takes(capfd, option, field, value):
+    request = commands.parse(["lower", "moe", *option.split()])
+    made, bare = deployment_for(request), deployment_for(commands.parse(["lower", "moe"]))
+    assert getattr(made, field) == value != getattr(bare, field)
+    explained = json.loads(command(capfd, f"{BLOCK} {option} --json")[1])["deployment"]
+    assert explained[field] == ({} if value == () else value)
+    if "--ranks" not in option and "--fused" not in option and "--max" not in option:
+        assert assumptions(request) != assumptions(commands.parse(["lower", "moe"])), "the report says it"
+
+
+def test_policy_and_overlap_reach_the_pass(capfd):
+    given = ["lower", "moe", "--fake", "--layers", "1", "--ep", "16", "--tokens", "8", "--json"]
+    for policy in ("auto", "vllm_ascend_main"):
+        assert cli.main([*given, "--policy", policy, "--overlap"]) == 0
+        (block,) = json.loads(capfd.readouterr().out)["blocks"]
+        assert ("vllm_ascend_main selects it" in block["reason"]) == (policy == "vllm_ascend_main")
+        assert any("overlap" in note for note in block["notes"]), block["notes"]
+    assert cli.main(given) == 0
+    assert not any("overlap" in note for note in json.loads(capfd.readouterr().out)["blocks"][0]["notes"])
+    assert Policy("mc2", "fixed").name == "fixed"
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    ("--max-tokens 16", "argument --max-tokens: is 16, and a rank runs 32 tokens; accepted: 32 or more"),
+    ("--policy fixed", "argument --policy: is fixed without --comm; accepted: with --comm {allgather,"),
+    ("--comm mc2 --policy vllm_ascend_main", "argument --policy: is vllm_ascend_main with --comm mc2, which leaves nothing"),
+    ("--policy best", "argument --policy: is 'best'; accepted: auto, "),
+    ("--cann new", "argument --cann: is 'new'; accepted: a version such as"),
+    ("--buffer-mb 0", "argument --buffer-mb: is '0'; accepted: an integer from 1"),
+    ("--weight-format nz16", "argument --weight-format: is 'nz16'; accepted: nd, nz"),
+    ("--soc A2,A3", "argument --soc: is 'A2,A3'; accepted: one SoC (explain takes lists): A2 (910B), A3 (910C"),
+])  # fmt: skip
+def test_wrong_usage_of_lower(capfd, given, says):
+    assert cli.main(["lower", "moe", *given.split()]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and says in err, err
+
+
+# ----------------------------------------------------------------------------------------------------------- completion
+
+
+def test_a_shell_that_asks_is_answered(monkeypatch):
+    """argcomplete itself is an extra; its one function gets the parser, with the words that are no choices."""
+    asked = []
+    monkeypatch.setitem(sys.modules, "argcomplete", types.SimpleNamespace(autocomplete=asked.append))
+    monkeypatch.delenv(completion.IN_COMPLETION, raising=False)
+    commands.parse(["explain", "moe"])
+    assert not asked
+    monkeypatch.setenv(completion.IN_COMPLETION, "1")
+    commands.parse(["explain", "moe"])
+    words = {
+        action.dest: action.completer(prefix="")
+        for action in completion._actions(asked[0])
+        if hasattr(action, "completer")
+    }
+    assert words.keys() == completion._WORDS.keys() and "kimi_k2" in words["model"] and "910B" in words["socs"]
+    monkeypatch.setitem(sys.modules, "argcomplete", None)
+    commands.parse(["explain", "moe"])
