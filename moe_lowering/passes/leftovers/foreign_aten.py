@@ -42,7 +42,6 @@ from moe_lowering.passes.graph.walks import (
     depends_on,
     name_of,
     shape_of,
-    source_of,
     walk_readers,
 )
 from moe_lowering.passes.leftovers.foreign_operators import ROUTER, kind_of
@@ -66,7 +65,7 @@ def stacked_weights(calls: GraphCalls) -> list[Node]:
 
 
 def _has_choice(calls: GraphCalls) -> bool:
-    return any(map(_chooses, calls.named(*CHOICES))) or any(True for _ in calls.routers())
+    return any(map(chooses, calls.named(*CHOICES))) or any(True for _ in calls.routers())
 
 
 def _experts_of(product: Node) -> set[Any]:
@@ -78,8 +77,8 @@ def _experts(operand: Node) -> Any:
     """How many matrices a stored weight has: of three axes as it is stored, or as it is used; None of another node."""
     source: Any = operand
     while isinstance(source, Node) and name_of(source) in VIEWS and source.args:
-        if name_of(source) in ("expand", "repeat"):  # rows that are given to every expert
-            return None
+        if name_of(source) in ("expand", "repeat") and shape_of(source) != shape_of(source.args[0]):
+            return None  # rows that are given to every expert
         source = source.args[0]
     if name_of(source) == "cat":  # gate and up side by side
         parts = {_experts(part) for part in source.args[0]} if len(shape_of(source) or ()) == 3 else set()
@@ -100,55 +99,25 @@ def _is_routed(first: Node, second: Node) -> bool:
         lambda n: name_of(n) in ("mul", "bmm", "gather", "index", "index_select"),
     )
     weights = [source for product in weighted for source in product.all_input_nodes if source is not second]
-    return depends_on([*first.all_input_nodes, *weights], _is_local, _chooses)
+    return depends_on([*first.all_input_nodes, *second.all_input_nodes, *weights], is_local, chooses)
 
 
-def _chooses(node: Node) -> bool:
+def chooses(node: Node) -> bool:
     if name_of(node) in ("max", "sort"):  # other layers with a top-k, such as poolings, read its values alone
         return any(name_of(user) == "getitem" and user.args[1] == 1 for user in node.users)
     return name_of(node) in CHOICES or (node.op == "call_function" and kind_of(node.target) == ROUTER)
 
 
-def _is_local(node: Node) -> bool:
+def is_local(node: Node) -> bool:
     """Whether a walk may pass a node: not a product with a weight, as what is behind one belongs to another layer."""
     name = name_of(node)
     return name not in MATMULS or (name in BATCHED and not _experts_of(node))
 
 
-# --------------------------------------------------------------------------------------------------- loops over experts
+# ------------------------------------------------------------------------------------------------------------ choices
 
 
-def expert_loops(calls: GraphCalls) -> list[Node]:
-    """Where ids are taken apart expert by expert."""
-    matches: list[Node] = []
-    for ids, experts in _chosen(calls):
-        parts: dict[Any, Node] = {}
-        for node in walk_readers(
-            [ids], lambda n: name_of(n) in SPREADS, functools.partial(_expert_part, ids=ids, experts=experts)
-        ):
-            parts[_expert_part(node, ids, experts)] = node
-        selected = {node: _selected_products(node) for node in parts.values()}
-        if len(set(selected.values())) > 1:
-            matches += [node for node, rows in selected.items() if rows]
-    return matches
-
-
-def stacked_results(calls: GraphCalls) -> list[Node]:
-    """Where results of all experts are put together, to be weighted or picked by ids."""
-    matches = []
-    for node in calls.named("cat", "stack"):
-        parts = node.args[0]
-        if isinstance(parts, (list, tuple)) and len(parts) > 1 and all(_is_product(part) for part in parts):
-            meets = walk_readers(
-                [node], _is_view, lambda n: name_of(n) in ("mul", "bmm", "gather", "index", "index_select")
-            )
-            others = [other for each in meets for other in each.all_input_nodes if source_of(other) is not node]
-            if depends_on(others, _is_local, _chooses):
-                matches.append(node)
-    return matches
-
-
-def _chosen(calls: GraphCalls) -> Iterator[tuple[Node, Any]]:
+def chosen(calls: GraphCalls) -> Iterator[tuple[Node, Any]]:
     """(ids, number of what they were chosen from) of every top-k and the like."""
     for node in calls.named("topk", "max", "sort"):
         shape, dim = shape_of(node.args[0]), 0 if len(node.args) < 3 else node.args[2]
@@ -169,47 +138,12 @@ def _chosen(calls: GraphCalls) -> Iterator[tuple[Node, Any]]:
             yield from ((user, None) for user in router.users if name_of(user) == "getitem" and user.args[1] == 1)
 
 
-def _expert_part(node: Node, ids: Node, experts: Any) -> Any:
-    """Which expert's part of the ids a node takes; None of a node that takes none."""
-    name = name_of(node)
-    if name in ("eq", "ne") and isinstance(node.args[1], (int, float)):
-        return ("equal", node.args[1])
-    if name not in ("select", "slice") or source_of(node.args[0]) is ids or len(node.args) < 3:
-        return None
-    shape, dim = shape_of(node.args[0]), node.args[1]
-    if shape is None or not isinstance(dim, int) or not isinstance(node.args[2], int):
-        return None
-    if experts is not None and shape[dim] not in (experts, experts + 1):
-        return None
-    own_shape = shape_of(node)
-    return ("part", node.args[2]) if name == "select" or (own_shape is not None and own_shape[dim] == 1) else None
-
-
-def _selected_products(part: Node) -> frozenset[Node]:
-    """The products whose rows an expert's part weights or picks, those of rows that it picks, and what gives their numbers."""
-    matches: set[Node] = set()
-
-    def ends(node: Node) -> bool:
-        name = name_of(node)
-        if name in ("nonzero", "index_add", "masked_select", "_local_scalar_dense"):
-            matches.add(node)
-        elif name in ("mul", "where", "index"):
-            matches.update(source_of(source) for source in node.all_input_nodes if _is_product(source))
-        if name == "index":
-            matches.update(walk_readers([node], lambda n: name_of(n) in VIEWS, lambda n: name_of(n) in MATMULS))
-        return False
-
-    for _ in walk_readers([part], lambda n: name_of(n) in SPREADS, ends):
-        pass
-    return frozenset(matches)
-
-
-def _is_product(node: Any) -> bool:
-    """A product, also with a bias added or weights on it."""
-    source = source_of(node)
-    if isinstance(source, Node) and name_of(source) in ("add", "mul"):
-        return any(name_of(source_of(each)) in MATMULS for each in source.all_input_nodes)
-    return isinstance(source, Node) and name_of(source) in MATMULS
+def least_chosen(calls: GraphCalls) -> Iterator[tuple[Node, Any]]:
+    """(the scores that a choice gave, number of what they were chosen from): models compare all scores with the least of them."""
+    for node in calls.named("topk", "kthvalue"):
+        shape, dim = shape_of(node.args[0]), node.args[2] if len(node.args) > 2 else -1
+        if shape and isinstance(dim, int):
+            yield from ((user, shape[dim]) for user in node.users if name_of(user) == "getitem" and user.args[1] == 0)
 
 
 # --------------------------------------------------------------------------------------- routing that leaves the graph
@@ -222,9 +156,9 @@ def routing_alone(calls: GraphCalls, is_ours: Walk) -> list[Node]:
         is_ours: whether a node belongs to a block, generic or lowered: ids that reach one are told by that block.
     """
     matches: list[Node] = []
-    for ids, experts in [*_chosen(calls), *((ids, None) for ids in _integer_inputs(calls.graph))]:
+    for ids, experts in [*chosen(calls), *((ids, None) for ids in _integer_inputs(calls.graph))]:
         spreads = functools.partial(_is_count, ids=ids, experts=experts)
-        derived = walk_readers([ids], lambda n: _is_view(n) or name_of(n) in ONE_HOT, spreads)
+        derived = walk_readers([ids], lambda n: is_view(n) or name_of(n) in ONE_HOT, spreads)
         leaving = [node for node in derived if _leaves_graph(node, _has_several_choices(ids))]
         if leaving and not reaches(ids, is_ours):  # last: of a model's input that walk is the long one
             matches += leaving
@@ -237,7 +171,7 @@ def _has_several_choices(ids: Node) -> bool:
     return bool(shape) and name_of(ids) == "getitem" and name_of(ids.args[0]) == "topk" and shape[-1] != 1  # type: ignore
 
 
-def _is_view(node: Node) -> bool:
+def is_view(node: Node) -> bool:
     return name_of(node) in VIEWS
 
 
@@ -246,8 +180,8 @@ def _leaves_graph(node: Node, several: bool) -> bool:
     if several:
         return any(walk_readers([node], lambda n: name_of(n) in _SUMS, _is_end))
     has_any = list(walk_readers([node], lambda n: name_of(n) in _SUMS, lambda n: name_of(n) in ("gt", "ne", "nonzero")))
-    leaves = any(name_of(each) == "nonzero" for each in has_any) or any(walk_readers(has_any, _is_view, _is_end))
-    return leaves and any(walk_readers([node], _is_view, _is_end))
+    leaves = any(name_of(each) == "nonzero" for each in has_any) or any(walk_readers(has_any, is_view, _is_end))
+    return leaves and any(walk_readers([node], is_view, _is_end))
 
 
 _SUMS = VIEWS | {"sum", "gt", "cumsum", "ne"}
