@@ -4,15 +4,18 @@ Contract. Reads the graph, never edits it. Each function returns the nodes by wh
 reported only where the graph shows that experts are chosen; so embeddings, attention (paged, with absorbed weights, with chosen
 keys), samplers, LoRA and block-diagonal layers are not taken for one:
 
-- gathered weights: two stacked weights are indexed by the same ids, and a product with one goes through an activation into
-  a product with the other. (LoRA has no activation there, chosen keys and values a softmax; what is written at these ids, as
-  the states of a recurrent layer are, is no weight.) Between them stand pointwise operators; any but a softmax or another
-  product where the ids are a choice among as many as there are weights.
-- stacked weights: two batched products with stored 3-D weights and an activation between, of rows that a routing has put
-  there or weighted. (Absorbed MLA weights have attention between them; other block-diagonal layers no routing.)
-- a loop over experts: ids, or a matrix made from them by scatter, one_hot or a comparison, are taken apart expert by
-  expert, and each part weights or selects rows of a product of its own. (Tokens that end a text, and a mask for each class,
-  meet one product.)
+- gathered weights (``gathered_weights``): two stacked weights are indexed by the same ids, and a product with one goes through an
+  activation into a product with the other. (LoRA has no activation there, chosen keys and values a softmax; what is written at
+  these ids, as the states of a recurrent layer are, is no weight.) Between them stand pointwise operators. Where the ids come
+  from one choice among as many as there are weights, they may be other ones, of one choice after the other or lines of a
+  table, all matrices of an expert may be one tensor, and anything but a softmax or another product may stand between.
+- stacked weights: two products with stored 3-D weights and an activation between, of rows that a routing has put there or
+  weighted, before, between or behind them. (Absorbed MLA weights have attention between them; other block-diagonal layers no
+  routing.) Also dense products with all experts' columns, whose hidden values a matrix over experts weights.
+- a loop over experts (``expert_loops``): ids, or a matrix made from them by scatter, one_hot or a comparison, are taken apart
+  expert by expert, and each part weights or selects rows of a product of its own; so are scores that were compared with
+  the last chosen one, and tokens that experts choose. (Tokens that end a text, and a mask for each class, meet one product; the
+  best tokens of each text one weight.)
 - routing that leaves the graph: one_hot of the ids with the number of experts as its width, or counts of them, goes to
   ``nonzero`` or out of the graph, which is what stays of a loop that dynamo could not trace. Of ids that are no result of a
   top-k of several, the matrix goes there as well. (Layers that count the words or codes in use show counts alone.)
