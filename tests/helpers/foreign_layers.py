@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -178,7 +180,7 @@ def straight_through(x: Tensor) -> Tensor:
     return sum(hard[:, e, None] * (gated(x @ W13[e]) @ W2[e]) for e in range(EXPERTS))
 
 
-def experts_choose(x: Tensor, mats: tuple[tuple[Tensor, Tensor], ...]) -> Tensor:
+def experts_choose(x: Tensor, mats: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     weights, tokens = (x @ ROUTER.t()).softmax(-1).t().topk(3, -1)
     y = torch.zeros_like(x)
     for e, (w13, w2) in enumerate(mats):
@@ -216,6 +218,7 @@ FOREIGN = {
     "above the kth": ("foreign.stacked_weights", above_the_kth, (X,)),
     "above the last of a top-k": ("foreign.expert_loop", above_the_last, (X,)),
     "straight through": ("foreign.expert_loop", straight_through, (X,)),
+    "experts choose, stacked": ("foreign.expert_loop", lambda x: experts_choose(x, [*zip(W13, W2, strict=True)]), (X,)),
     "experts choose": ("foreign.expert_loop", experts_choose, (X, MATRICES)),
     "all experts at once": ("foreign.stacked_weights", batched, (X,)),
     "with a capacity": ("foreign.stacked_weights", capacity, (X,)),
@@ -324,11 +327,11 @@ def most_likely(x: Tensor) -> Tensor:
     return kept[:, 2] + kept[:, 3]
 
 
-def pruned(x: Tensor) -> Tensor:
+def pruned(x: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
     """The best tokens of each text, all through one matrix."""
     texts = x.view(2, -1, HIDDEN)
     best = texts.mean(-1).topk(2)[1]
-    return torch.stack([gated(text[best[b]] @ W13[0]) @ W2[0] for b, text in enumerate(texts.unbind())])
+    return torch.stack([gated(text[best[b]] @ w13) @ w2 for b, text in enumerate(texts.unbind())])
 
 
 def sparse_code(x: Tensor) -> Tensor:
@@ -346,7 +349,7 @@ NO_MOE = {
     "attention to chosen keys that are values": (latent_keys, (X,)),
     "embedded words": (embedded_words, (IDS,)),
     "most likely words": (most_likely, (X,)),
-    "the best tokens of each text": (pruned, (X,)),
+    "the best tokens of each text": (pruned, (X, *MATRICES[0])),
     "a sparse code": (sparse_code, (X,)),
     "tokens in another order": (reordered, (X,)),
     "sampler": (sampler, (X,)),

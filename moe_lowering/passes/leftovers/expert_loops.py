@@ -66,12 +66,15 @@ def _rows_by_expert(calls: GraphCalls) -> list[Node]:
     return matches
 
 
-def _weight_of(product: Node) -> Node | None:
-    """The stored matrix of a product."""
-    sources = (source_of(operand) for operand in product.all_input_nodes if name_of(product) in MATMULS)
-    return next(
-        (node for node in sources if node.op in ("placeholder", "get_attr") and len(shape_of(node) or ()) == 2), None
-    )
+def _weight_of(product: Node) -> tuple[Node, Any] | None:
+    """The stored matrix of a product, or the stored matrices and which of them it is."""
+    for operand in product.all_input_nodes if name_of(product) in MATMULS else ():
+        source, which = source_of(operand), None
+        if name_of(source) == "select":
+            source, which = source_of(source.args[0]), source.args[1:]
+        if source.op in ("placeholder", "get_attr") and len(shape_of(source) or ()) == (2 if which is None else 3):
+            return source, which
+    return None
 
 
 def hidden_by_expert(calls: GraphCalls) -> list[Node]:

@@ -10,7 +10,7 @@ keys), samplers, LoRA and block-diagonal layers are not taken for one:
   from one choice among as many as there are weights, they may be other ones, of one choice after the other or lines of a
   table, all matrices of an expert may be one tensor, and anything but a softmax or another product may stand between.
 - stacked weights: two products with stored 3-D weights and an activation between, of rows that a routing has put there or
-  weighted, before, between or behind them. (Absorbed MLA weights have attention between them; other block-diagonal layers no
+  weighted. (Absorbed MLA weights have attention between them; other block-diagonal layers no
   routing.) Also dense products with all experts' columns, whose hidden values a matrix over experts weights.
 - a loop over experts (``expert_loops``): ids, or a matrix made from them by scatter, one_hot or a comparison, are taken apart
   expert by expert, and each part weights or selects rows of a product of its own; so are scores that were compared with
@@ -102,7 +102,7 @@ def _is_routed(first: Node, second: Node) -> bool:
         lambda n: name_of(n) in ("mul", "bmm", "gather", "index", "index_select"),
     )
     weights = [source for product in weighted for source in product.all_input_nodes if source is not second]
-    return depends_on([*first.all_input_nodes, *second.all_input_nodes, *weights], is_local, chooses)
+    return depends_on([*first.all_input_nodes, *weights], is_local, chooses)
 
 
 def chooses(node: Node) -> bool:
