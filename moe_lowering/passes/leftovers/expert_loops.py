@@ -6,6 +6,7 @@ Contract. Reads the graph, never edits it.
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Container
 from typing import Any
 
@@ -42,9 +43,12 @@ def expert_loops(calls: GraphCalls) -> list[Node]:
 def _parts_that_weigh(starts: list[Node], ids: Node, experts: Any, through: Container[str]) -> list[Node]:
     """The parts of experts in what is made of ``starts``, where they weight or select rows of different products."""
     part = functools.partial(_expert_part, ids=ids, experts=experts)
-    parts = {part(node): node for node in walk_readers(starts, lambda n: name_of(n) in through, part)}
-    selected = {node: _selected_products(node) for node in parts.values()}
-    return [node for node, rows in selected.items() if rows] if len(set(selected.values())) > 1 else []
+    nodes = list(walk_readers(starts, lambda n: name_of(n) in through, part))
+    selected = {node: _selected_products(node) for node in nodes}
+    by_part: dict[Any, frozenset[Node]] = defaultdict(frozenset)
+    for node in nodes:  # a model may take an expert's part twice, to read rows and to write them
+        by_part[part(node)] |= selected[node]
+    return [node for node, rows in selected.items() if rows] if len(set(by_part.values())) > 1 else []
 
 
 _LEAST = VIEWS | {"select", "slice", "min", "amin", "getitem"}

@@ -18,7 +18,9 @@ keys), samplers, LoRA and block-diagonal layers are not taken for one:
   best tokens of each text one weight.)
 - routing that leaves the graph: one_hot of the ids with the number of experts as its width, or counts of them, goes to
   ``nonzero`` or out of the graph, which is what stays of a loop that dynamo could not trace. Of ids that are no result of a
-  top-k of several, the matrix goes there as well. (Layers that count the words or codes in use show counts alone.)
+  top-k of several, the matrix goes there as well. (Layers that count the words or codes in use show counts alone.) Also ids
+  themselves beside weights that were normalised, or out of a module that is named for experts. (Samplers choose of many
+  more, classifiers normalise nothing.)
 
 Cost: the graph's index by target; nothing is walked without a gathered or batched weight or the ids of a top-k.
 """
@@ -45,9 +47,10 @@ from moe_lowering.passes.graph.walks import (
     depends_on,
     name_of,
     shape_of,
+    source_of,
     walk_readers,
 )
-from moe_lowering.passes.leftovers.foreign_operators import ROUTER, kind_of
+from moe_lowering.passes.leftovers.foreign_operators import ROUTER, is_moe_module, kind_of
 from moe_lowering.passes.leftovers.gathered_weights import behind_activation
 from moe_lowering.passes.leftovers.graph_calls import GraphCalls
 
@@ -163,9 +166,50 @@ def routing_alone(calls: GraphCalls, is_ours: Walk) -> list[Node]:
         spreads = functools.partial(_is_count, ids=ids, experts=experts)
         derived = walk_readers([ids], lambda n: is_view(n) or name_of(n) in ONE_HOT, spreads)
         leaving = [node for node in derived if _leaves_graph(node, _has_several_choices(ids))]
+        leaving += [ids.args[0]] if _leaves_as_routing(ids, experts) else []  # type: ignore[list-item]
         if leaving and not reaches(ids, is_ours):  # last: of a model's input that walk is the long one
             matches += leaving
     return matches
+
+
+def _leaves_as_routing(ids: Node, experts: Any) -> bool:
+    """Whether ids leave the graph beside weights whose sum is one for each token, or from a module that is named for experts.
+
+    Models break the graph there where a loop over experts asks which have tokens. Of as many words as a vocabulary has, or
+    where nothing was normalised, it may be any choice of the best.
+    """
+    choice = ids.args[0] if name_of(ids) == "getitem" else None
+    if (
+        not isinstance(choice, Node)
+        or name_of(choice) != "topk"
+        or not isinstance(experts, int)
+        or experts > _MOST_EXPERTS
+    ):
+        return False
+    if not any(
+        walk_readers([ids], lambda n: is_view(n) or name_of(n) in ("select", "slice"), lambda n: n.op == "output")
+    ):
+        return False
+    if any(is_moe_module(entry) for entry in (choice.meta.get("nn_module_stack") or {}).values()):
+        return True
+    weights = [user for user in choice.users if name_of(user) == "getitem" and user.args[1] == 0]
+    weights += [user for user in ids.users if name_of(user) == "gather"]
+    normed = walk_readers(weights, is_view, lambda n: name_of(n) in ("_softmax", "softmax") or _divides_by_sum(n))
+    return _has_several_choices(ids) and any(walk_readers(list(normed), _is_scaled, lambda n: n.op == "output"))
+
+
+_MOST_EXPERTS = 1024
+
+
+def _divides_by_sum(node: Node) -> bool:
+    divisor: Any = source_of(node.args[1]) if name_of(node) == "div" else None
+    if isinstance(divisor, Node) and name_of(divisor) in ("add", "clamp", "clamp_min"):  # an epsilon
+        divisor = source_of(divisor.args[0])
+    return isinstance(divisor, Node) and name_of(divisor) == "sum"
+
+
+def _is_scaled(node: Node) -> bool:
+    return is_view(node) or name_of(node) == "mul"
 
 
 def _has_several_choices(ids: Node) -> bool:
