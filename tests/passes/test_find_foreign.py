@@ -117,12 +117,20 @@ def loops() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         rows = torch.cat([rows @ w[:, :32] for rows, w in zip(x[order // 2].split(counts), W13, strict=True)])
         return torch.zeros_like(x).index_add(0, order // 2, rows * weights.view(-1)[order, None])
 
-    class Moe(torch.nn.Module):  # which normalises nothing
+    class MoeGate(torch.nn.Module):  # which normalises nothing
         def forward(self, x):
-            weights, ids = (x @ ROUTER.t()).sigmoid().topk(1)
+            return (x @ ROUTER.t()).sigmoid().topk(1)
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = MoeGate()
+
+        def forward(self, x):
+            weights, ids = self.gate(x)
             return x @ W13[ids[0].item()][:, :32] * weights
 
-    return {"where": by_expert, "counts": by_counts, "named": Moe()}
+    return {"where": by_expert, "counts": by_counts, "named": Layer()}
 
 
 @pytest.mark.parametrize("loop", ["where", "counts", "named"])
