@@ -117,6 +117,13 @@ def loops() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         rows = torch.cat([rows @ w[:, :32] for rows, w in zip(x[order // 2].split(counts), W13, strict=True)])
         return torch.zeros_like(x).index_add(0, order // 2, rows * weights.view(-1)[order, None])
 
+    def by_order(x):
+        weights, ids = routed(x)
+        ordered, order = ids.view(-1).sort()
+        ends = torch.searchsorted(ordered, torch.arange(len(W13) + 1)).tolist()
+        parts = [x[order[a:b] // 2] @ w[:, :32] for a, b, w in zip(ends, ends[1:], W13, strict=False)]
+        return torch.zeros_like(x).index_add(0, order // 2, torch.cat(parts) * weights.view(-1)[order, None])
+
     class MoeGate(torch.nn.Module):  # which normalises nothing
         def forward(self, x):
             return (x @ ROUTER.t()).sigmoid().topk(1)
@@ -130,10 +137,10 @@ def loops() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
             weights, ids = self.gate(x)
             return x @ W13[ids[0].item()][:, :32] * weights
 
-    return {"where": by_expert, "counts": by_counts, "named": Layer()}
+    return {"where": by_expert, "counts": by_counts, "order": by_order, "named": Layer()}
 
 
-@pytest.mark.parametrize("loop", ["where", "counts", "named"])
+@pytest.mark.parametrize("loop", ["where", "counts", "order", "named"])
 def test_ids_that_leave_a_graph_which_breaks_are_told(loop):
     found = [layer for report in compile_function(loops()[loop], X) for layer in report.foreign]
     assert [layer.code for layer in found] == ["foreign.routing_alone"], found

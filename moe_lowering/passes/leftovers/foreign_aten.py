@@ -186,9 +186,7 @@ def _leaves_as_routing(ids: Node, experts: Any) -> bool:
         or experts > _MOST_EXPERTS
     ):
         return False
-    if not any(
-        walk_readers([ids], lambda n: is_view(n) or name_of(n) in ("select", "slice"), lambda n: n.op == "output")
-    ):
+    if not any(walk_readers([ids], _is_order, lambda n: n.op == "output")):
         return False
     if any(is_moe_module(entry) for entry in (choice.meta.get("nn_module_stack") or {}).values()):
         return True
@@ -199,6 +197,11 @@ def _leaves_as_routing(ids: Node, experts: Any) -> bool:
 
 
 _MOST_EXPERTS = 1024
+
+
+def _is_order(node: Node) -> bool:
+    """Whether a node has some ids, or the slots in their order."""
+    return is_view(node) or name_of(node) in ("select", "slice", "sort", "argsort", "getitem", "searchsorted")
 
 
 def _divides_by_sum(node: Node) -> bool:
