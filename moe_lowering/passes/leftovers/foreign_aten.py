@@ -19,8 +19,8 @@ keys), samplers, LoRA and block-diagonal layers are not taken for one:
 - routing that leaves the graph: one_hot of the ids with the number of experts as its width, or counts of them, goes to
   ``nonzero`` or out of the graph, which is what stays of a loop that dynamo could not trace. Of ids that are no result of a
   top-k of several, the matrix goes there as well. (Layers that count the words or codes in use show counts alone.) Also ids
-  themselves beside weights that were normalised, or out of a module that is named for experts. (Samplers choose of many
-  more, classifiers normalise nothing.)
+  themselves, or slots in their order, beside weights that were normalised or are those of a module that is named for experts.
+  (Samplers choose of many more, classifiers normalise nothing.)
 
 Cost: the graph's index by target; nothing is walked without a gathered or batched weight or the ids of a top-k.
 """
@@ -173,7 +173,7 @@ def routing_alone(calls: GraphCalls, is_ours: Walk) -> list[Node]:
 
 
 def _leaves_as_routing(ids: Node, experts: Any) -> bool:
-    """Whether ids leave the graph beside weights whose sum is one for each token, or from a module that is named for experts.
+    """Whether ids leave the graph beside weights that were normalised, or beside any of a module that is named for experts.
 
     Models break the graph there where a loop over experts asks which have tokens. Of as many words as a vocabulary has, or
     where nothing was normalised, it may be any choice of the best.
@@ -186,14 +186,19 @@ def _leaves_as_routing(ids: Node, experts: Any) -> bool:
         or experts > _MOST_EXPERTS
     ):
         return False
-    if not any(walk_readers([ids], _is_order, lambda n: n.op == "output")):
+    if not any(walk_readers([ids], _is_order, _is_output)):
         return False
-    if any(is_moe_module(entry) for entry in (choice.meta.get("nn_module_stack") or {}).values()):
-        return True
     weights = [user for user in choice.users if name_of(user) == "getitem" and user.args[1] == 0]
     weights += [user for user in ids.users if name_of(user) == "gather"]
+    modules = [*(choice.meta.get("nn_module_stack") or {}).values()]
+    if modules and is_moe_module(modules[-1]):  # the innermost: a model that is named so may choose other things, too
+        return any(walk_readers(weights, _is_scaled, _is_output))
     normed = walk_readers(weights, is_view, lambda n: name_of(n) in ("_softmax", "softmax") or _divides_by_sum(n))
-    return _has_several_choices(ids) and any(walk_readers(list(normed), _is_scaled, lambda n: n.op == "output"))
+    return _has_several_choices(ids) and any(walk_readers(list(normed), _is_scaled, _is_output))
+
+
+def _is_output(node: Node) -> bool:
+    return node.op == "output"
 
 
 _MOST_EXPERTS = 1024
