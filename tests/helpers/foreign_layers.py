@@ -150,6 +150,16 @@ def masked(x: Tensor) -> Tensor:
     return y
 
 
+def masked_slots(x: Tensor) -> Tensor:
+    """The mask is made anew to write."""
+    weights, ids = routed(x)
+    rows, slots = x.repeat_interleave(TOP_K, 0), ids.view(-1)
+    y = torch.zeros_like(rows)
+    for e in range(EXPERTS):
+        y[slots == e] = gated(rows[slots == e] @ W13[e]) @ W2[e]
+    return (y.view(*ids.shape, -1) * weights[..., None]).sum(1)
+
+
 def chained(x: Tensor) -> Tensor:
     ids, y = (x @ ROUTER.t()).argmax(-1, keepdim=True), torch.zeros_like(x)
     for e in range(EXPERTS):
@@ -226,6 +236,7 @@ FOREIGN = {
     "ids compared": ("foreign.expert_loop", compared, (X,)),
     "rows picked": ("foreign.expert_loop", picked, (X,)),
     "rows masked": ("foreign.expert_loop", masked, (X,)),
+    "slots masked twice": ("foreign.expert_loop", masked_slots, (X,)),
     "a where per expert": ("foreign.expert_loop", chained, (X,)),
     "results stacked": ("foreign.expert_loop", stacked, (X,)),
     "one_hot leaves": ("foreign.routing_alone", one_hot, (X,)),
