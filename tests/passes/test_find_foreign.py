@@ -1,6 +1,7 @@
 """MoE layers that the pass cannot lower are told, with the line and what to do; what only looks alike is not."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,76 @@ def test_a_loop_that_breaks_the_graph_is_told():
     model = qwen(1)
     model.set_experts_implementation("eager")
     found = [layer for report in compile_model(model, fullgraph=False) for layer in report.foreign]
-    assert [layer.code for layer in found] == ["foreign.routing_alone"]
+    assert [layer.code for layer in found] == [
+        "foreign.routing_alone"
+    ] * 2  # ids leave one graph, their matrix the next
+    assert [dict(layer.operators) for layer in found] == [{"aten.topk": 1}, {"aten.eq": 1}]
+
+
+def loops() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """How models ask which experts have tokens, at which dynamo ends the graph."""
+
+    def by_expert(x):
+        weights, ids = routed(x)
+        y = torch.zeros_like(x)
+        for e in range(ids.unique().numel()):
+            token, slot = torch.where(ids == e)
+            y = y.index_add(0, token, (x[token] @ W13[e][:, :32]) * weights[token, slot, None])
+        return y
+
+    def by_counts(x):
+        weights, ids = routed(x)
+        order, counts = ids.view(-1).argsort(), torch.bincount(ids.view(-1), minlength=len(W13)).tolist()
+        rows = torch.cat([rows @ w[:, :32] for rows, w in zip(x[order // 2].split(counts), W13, strict=True)])
+        return torch.zeros_like(x).index_add(0, order // 2, rows * weights.view(-1)[order, None])
+
+    def by_order(x):
+        weights, ids = routed(x)
+        ordered, order = ids.view(-1).sort()
+        ends = torch.searchsorted(ordered, torch.arange(len(W13) + 1)).tolist()
+        parts = [x[order[a:b] // 2] @ w[:, :32] for a, b, w in zip(ends, ends[1:], W13, strict=False)]
+        return torch.zeros_like(x).index_add(0, order // 2, torch.cat(parts) * weights.view(-1)[order, None])
+
+    class MoeGate(torch.nn.Module):  # which normalises nothing
+        def forward(self, x):
+            return (x @ ROUTER.t()).sigmoid().topk(1)
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = MoeGate()
+
+        def forward(self, x):
+            weights, ids = self.gate(x)
+            return x @ W13[ids[0].item()][:, :32] * weights
+
+    return {"where": by_expert, "counts": by_counts, "order": by_order, "named": Layer()}
+
+
+@pytest.mark.parametrize("loop", ["where", "counts", "order", "named"])
+def test_ids_that_leave_a_graph_which_breaks_are_told(loop):
+    found = [layer for report in compile_function(loops()[loop], X) for layer in report.foreign]
+    assert [layer.code for layer in found] == ["foreign.routing_alone"], found
+
+
+@pytest.mark.parametrize("classes", [8, 2000])
+def test_the_best_classes_are_no_experts(classes):
+    """A classifier's best five; and of so many words a sampler's, normalised."""
+    head = torch.randn(classes, 32)
+
+    def best(x):
+        values, ids = (x @ head.t()).softmax(-1).topk(5)
+        return (values / values.sum(-1, keepdim=True) if classes == 2000 else values), ids
+
+    assert [layer for report in compile_function(best, X) for layer in report.foreign] == []
+
+
+def compile_function(function, *args):
+    lowering = MoeLowering(Deployment())
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(function, backend=lowering_backend(lowering))(*args)
+    return lowering.reports
 
 
 def test_the_same_model_with_our_experts_is_lowered():

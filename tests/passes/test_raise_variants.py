@@ -14,6 +14,7 @@ import foreign_variants as variants
 import pytest
 import torch
 from foreign_forms import EXPERTS, FLOAT, NK, Foreign, halves, nk, product
+from foreign_routers import compose_module
 from raise_graphs import lines, lower, run, trace
 from reference import relative_error
 
@@ -103,6 +104,21 @@ def test_layers_of_pieces_drawn_at_random():
         assert error <= BOUND, (seed, chosen)
         codes.append(code)
     assert "" in codes and any(code.startswith("raise.") for code in codes), codes
+
+
+def test_layers_with_routers_of_pieces_drawn_at_random():
+    """One piece of a router may be twisted: then the router is left, or the layer, or both are lowered as what they are."""
+    raised = []
+    for seed in range(COUNT // 4):
+        draw = random.Random(f"router {seed}")
+        function, made, chosen = compose_module(draw)
+        gm = trace(function, made, dynamic=draw.random() < 0.3)
+        before, written = lines(gm), function(**made)
+        report = lower(gm)
+        assert relative_error(run(gm, made), written.double()) <= 5 * BOUND, (seed, chosen)
+        raised.append(bool(report.blocks))
+        assert raised[-1] or (report.foreign and lines(gm) == before), (seed, chosen)
+    assert {*raised} == {True, False}
 
 
 def test_weights_in_front_of_a_product_do_not_reach_its_biases():

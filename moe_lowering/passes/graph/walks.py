@@ -43,7 +43,7 @@ SPREADS = VIEWS | split_words(
 )
 ONE_HOT = split_words("scatter one_hot eq")
 WRITES = ("scatter", "index_put", "index_copy", "copy_")  # parts of the names of what puts rows into its first argument
-CHOICES = split_words("topk argmax sort argsort max")
+CHOICES = split_words("topk argmax sort argsort max kthvalue")
 
 Walk = Callable[[Node], Any]  # a question about a node
 

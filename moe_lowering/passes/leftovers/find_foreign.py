@@ -21,13 +21,8 @@ from moe_lowering.passes.emission.emitter import is_emitted
 from moe_lowering.passes.find_blocks import module_path
 from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.leftovers import foreign_operators as operators
-from moe_lowering.passes.leftovers.foreign_aten import (
-    expert_loops,
-    reaches,
-    routing_alone,
-    stacked_results,
-    stacked_weights,
-)
+from moe_lowering.passes.leftovers.expert_loops import expert_loops, hidden_by_expert, stacked_results
+from moe_lowering.passes.leftovers.foreign_aten import reaches, routing_alone, stacked_weights
 from moe_lowering.passes.leftovers.gathered_weights import gathered_weights
 from moe_lowering.passes.leftovers.graph_calls import GraphCalls
 from moe_lowering.passes.verifier import is_generic
@@ -77,7 +72,7 @@ def find_foreign(
     calls = GraphCalls(graph)
     for code, nodes in (
         ("foreign.gathered_weights", gathered_weights(calls)),
-        ("foreign.stacked_weights", stacked_weights(calls)),
+        ("foreign.stacked_weights", stacked_weights(calls) + hidden_by_expert(calls)),
         ("foreign.expert_loop", expert_loops(calls) + stacked_results(calls)),
         ("foreign.routing_alone", routing_alone(calls, is_told)),
     ):

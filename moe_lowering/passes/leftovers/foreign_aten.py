@@ -4,18 +4,23 @@ Contract. Reads the graph, never edits it. Each function returns the nodes by wh
 reported only where the graph shows that experts are chosen; so embeddings, attention (paged, with absorbed weights, with chosen
 keys), samplers, LoRA and block-diagonal layers are not taken for one:
 
-- gathered weights: two stacked weights are indexed by the same ids, and a product with one goes through an activation into
-  a product with the other. (LoRA has no activation there, chosen keys and values a softmax; what is written at these ids, as
-  the states of a recurrent layer are, is no weight.) Between them stand pointwise operators; any but a softmax or another
-  product where the ids are a choice among as many as there are weights.
-- stacked weights: two batched products with stored 3-D weights and an activation between, of rows that a routing has put
-  there or weighted. (Absorbed MLA weights have attention between them; other block-diagonal layers no routing.)
-- a loop over experts: ids, or a matrix made from them by scatter, one_hot or a comparison, are taken apart expert by
-  expert, and each part weights or selects rows of a product of its own. (Tokens that end a text, and a mask for each class,
-  meet one product.)
+- gathered weights (``gathered_weights``): two stacked weights are indexed by the same ids, and a product with one goes through an
+  activation into a product with the other. (LoRA has no activation there, chosen keys and values a softmax; what is written at
+  these ids, as the states of a recurrent layer are, is no weight.) Between them stand pointwise operators. Where the ids come
+  from one choice among as many as there are weights, they may be other ones, of one choice after the other or lines of a
+  table, all matrices of an expert may be one tensor, and anything but a softmax or another product may stand between.
+- stacked weights: two products with stored 3-D weights and an activation between, of rows that a routing has put there or
+  weighted. (Absorbed MLA weights have attention between them; other block-diagonal layers no
+  routing.) Also dense products with all experts' columns, whose hidden values a matrix over experts weights.
+- a loop over experts (``expert_loops``): ids, or a matrix made from them by scatter, one_hot or a comparison, are taken apart
+  expert by expert, and each part weights or selects rows of a product of its own; so are scores that were compared with
+  the last chosen one, and tokens that experts choose. (Tokens that end a text, and a mask for each class, meet one product; the
+  best tokens of each text one weight.)
 - routing that leaves the graph: one_hot of the ids with the number of experts as its width, or counts of them, goes to
   ``nonzero`` or out of the graph, which is what stays of a loop that dynamo could not trace. Of ids that are no result of a
-  top-k of several, the matrix goes there as well. (Layers that count the words or codes in use show counts alone.)
+  top-k of several, the matrix goes there as well. (Layers that count the words or codes in use show counts alone.) Also ids
+  themselves, or slots in their order, beside weights that were normalised or are those of a module that is named for experts.
+  (Samplers choose of many more, classifiers normalise nothing.)
 
 Cost: the graph's index by target; nothing is walked without a gathered or batched weight or the ids of a top-k.
 """
@@ -46,7 +51,7 @@ from moe_lowering.passes.graph.walks import (
     source_of,
     walk_readers,
 )
-from moe_lowering.passes.leftovers.foreign_operators import ROUTER, kind_of
+from moe_lowering.passes.leftovers.foreign_operators import ROUTER, is_moe_module, kind_of
 from moe_lowering.passes.leftovers.gathered_weights import behind_activation
 from moe_lowering.passes.leftovers.graph_calls import GraphCalls
 
@@ -67,7 +72,7 @@ def stacked_weights(calls: GraphCalls) -> list[Node]:
 
 
 def _has_choice(calls: GraphCalls) -> bool:
-    return any(map(_chooses, calls.named(*CHOICES))) or any(True for _ in calls.routers())
+    return any(map(chooses, calls.named(*CHOICES))) or any(True for _ in calls.routers())
 
 
 def _experts_of(product: Node) -> set[Any]:
@@ -79,8 +84,8 @@ def _experts(operand: Node) -> Any:
     """How many matrices a stored weight has: of three axes as it is stored, or as it is used; None of another node."""
     source: Any = operand
     while isinstance(source, Node) and name_of(source) in VIEWS and source.args:
-        if name_of(source) in ("expand", "repeat"):  # rows that are given to every expert
-            return None
+        if name_of(source) in ("expand", "repeat") and shape_of(source) != shape_of(source.args[0]):
+            return None  # rows that are given to every expert
         source = source.args[0]
     if name_of(source) == "cat":  # gate and up side by side
         parts = {_experts(part) for part in source.args[0]} if len(shape_of(source) or ()) == 3 else set()
@@ -101,55 +106,25 @@ def _is_routed(first: Node, second: Node) -> bool:
         lambda n: name_of(n) in ("mul", "bmm", "gather", "index", "index_select"),
     )
     weights = [source for product in weighted for source in product.all_input_nodes if source is not second]
-    return depends_on([*first.all_input_nodes, *weights], _is_local, _chooses)
+    return depends_on([*first.all_input_nodes, *weights], is_local, chooses)
 
 
-def _chooses(node: Node) -> bool:
+def chooses(node: Node) -> bool:
     if name_of(node) in ("max", "sort"):  # other layers with a top-k, such as poolings, read its values alone
         return any(name_of(user) == "getitem" and user.args[1] == 1 for user in node.users)
     return name_of(node) in CHOICES or (node.op == "call_function" and kind_of(node.target) == ROUTER)
 
 
-def _is_local(node: Node) -> bool:
+def is_local(node: Node) -> bool:
     """Whether a walk may pass a node: not a product with a weight, as what is behind one belongs to another layer."""
     name = name_of(node)
     return name not in MATMULS or (name in BATCHED and not _experts_of(node))
 
 
-# --------------------------------------------------------------------------------------------------- loops over experts
+# ------------------------------------------------------------------------------------------------------------ choices
 
 
-def expert_loops(calls: GraphCalls) -> list[Node]:
-    """Where ids are taken apart expert by expert."""
-    matches: list[Node] = []
-    for ids, experts in _chosen(calls):
-        parts: dict[Any, Node] = {}
-        for node in walk_readers(
-            [ids], lambda n: name_of(n) in SPREADS, functools.partial(_expert_part, ids=ids, experts=experts)
-        ):
-            parts[_expert_part(node, ids, experts)] = node
-        selected = {node: _selected_products(node) for node in parts.values()}
-        if len(set(selected.values())) > 1:
-            matches += [node for node, rows in selected.items() if rows]
-    return matches
-
-
-def stacked_results(calls: GraphCalls) -> list[Node]:
-    """Where results of all experts are put together, to be weighted or picked by ids."""
-    matches = []
-    for node in calls.named("cat", "stack"):
-        parts = node.args[0]
-        if isinstance(parts, (list, tuple)) and len(parts) > 1 and all(_is_product(part) for part in parts):
-            meets = walk_readers(
-                [node], _is_view, lambda n: name_of(n) in ("mul", "bmm", "gather", "index", "index_select")
-            )
-            others = [other for each in meets for other in each.all_input_nodes if source_of(other) is not node]
-            if depends_on(others, _is_local, _chooses):
-                matches.append(node)
-    return matches
-
-
-def _chosen(calls: GraphCalls) -> Iterator[tuple[Node, Any]]:
+def chosen(calls: GraphCalls) -> Iterator[tuple[Node, Any]]:
     """(ids, number of what they were chosen from) of every top-k and the like."""
     for node in calls.named("topk", "max", "sort"):
         shape, dim = shape_of(node.args[0]), 0 if len(node.args) < 3 else node.args[2]
@@ -170,47 +145,12 @@ def _chosen(calls: GraphCalls) -> Iterator[tuple[Node, Any]]:
             yield from ((user, None) for user in router.users if name_of(user) == "getitem" and user.args[1] == 1)
 
 
-def _expert_part(node: Node, ids: Node, experts: Any) -> Any:
-    """Which expert's part of the ids a node takes; None of a node that takes none."""
-    name = name_of(node)
-    if name in ("eq", "ne") and isinstance(node.args[1], (int, float)):
-        return ("equal", node.args[1])
-    if name not in ("select", "slice") or source_of(node.args[0]) is ids or len(node.args) < 3:
-        return None
-    shape, dim = shape_of(node.args[0]), node.args[1]
-    if shape is None or not isinstance(dim, int) or not isinstance(node.args[2], int):
-        return None
-    if experts is not None and shape[dim] not in (experts, experts + 1):
-        return None
-    own_shape = shape_of(node)
-    return ("part", node.args[2]) if name == "select" or (own_shape is not None and own_shape[dim] == 1) else None
-
-
-def _selected_products(part: Node) -> frozenset[Node]:
-    """The products whose rows an expert's part weights or picks, those of rows that it picks, and what gives their numbers."""
-    matches: set[Node] = set()
-
-    def ends(node: Node) -> bool:
-        name = name_of(node)
-        if name in ("nonzero", "index_add", "masked_select", "_local_scalar_dense"):
-            matches.add(node)
-        elif name in ("mul", "where", "index"):
-            matches.update(source_of(source) for source in node.all_input_nodes if _is_product(source))
-        if name == "index":
-            matches.update(walk_readers([node], lambda n: name_of(n) in VIEWS, lambda n: name_of(n) in MATMULS))
-        return False
-
-    for _ in walk_readers([part], lambda n: name_of(n) in SPREADS, ends):
-        pass
-    return frozenset(matches)
-
-
-def _is_product(node: Any) -> bool:
-    """A product, also with a bias added or weights on it."""
-    source = source_of(node)
-    if isinstance(source, Node) and name_of(source) in ("add", "mul"):
-        return any(name_of(source_of(each)) in MATMULS for each in source.all_input_nodes)
-    return isinstance(source, Node) and name_of(source) in MATMULS
+def least_chosen(calls: GraphCalls) -> Iterator[tuple[Node, Any]]:
+    """(the scores that a choice gave, number of what they were chosen from): models compare all scores with the least of them."""
+    for node in calls.named("topk", "kthvalue"):
+        shape, dim = shape_of(node.args[0]), node.args[2] if len(node.args) > 2 else -1
+        if shape and isinstance(dim, int):
+            yield from ((user, shape[dim]) for user in node.users if name_of(user) == "getitem" and user.args[1] == 0)
 
 
 # --------------------------------------------------------------------------------------- routing that leaves the graph
@@ -223,13 +163,62 @@ def routing_alone(calls: GraphCalls, is_ours: Walk) -> list[Node]:
         is_ours: whether a node belongs to a block, generic or lowered: ids that reach one are told by that block.
     """
     matches: list[Node] = []
-    for ids, experts in [*_chosen(calls), *((ids, None) for ids in _integer_inputs(calls.graph))]:
+    for ids, experts in [*chosen(calls), *((ids, None) for ids in _integer_inputs(calls.graph))]:
         spreads = functools.partial(_is_count, ids=ids, experts=experts)
-        derived = walk_readers([ids], lambda n: _is_view(n) or name_of(n) in ONE_HOT, spreads)
+        derived = walk_readers([ids], lambda n: is_view(n) or name_of(n) in ONE_HOT, spreads)
         leaving = [node for node in derived if _leaves_graph(node, _has_several_choices(ids))]
+        leaving += [ids.args[0]] if _leaves_as_routing(ids, experts) else []  # type: ignore[list-item]
         if leaving and not reaches(ids, is_ours):  # last: of a model's input that walk is the long one
             matches += leaving
     return matches
+
+
+def _leaves_as_routing(ids: Node, experts: Any) -> bool:
+    """Whether ids leave the graph beside weights that were normalised, or beside any of a module that is named for experts.
+
+    Models break the graph there where a loop over experts asks which have tokens. Of as many words as a vocabulary has, or
+    where nothing was normalised, it may be any choice of the best.
+    """
+    choice = ids.args[0] if name_of(ids) == "getitem" else None
+    if (
+        not isinstance(choice, Node)
+        or name_of(choice) != "topk"
+        or not isinstance(experts, int)
+        or experts > _MOST_EXPERTS
+    ):
+        return False
+    if not any(walk_readers([ids], _is_order, _is_output)):
+        return False
+    weights = [user for user in choice.users if name_of(user) == "getitem" and user.args[1] == 0]
+    weights += [user for user in ids.users if name_of(user) == "gather"]
+    modules = [*(choice.meta.get("nn_module_stack") or {}).values()]
+    if modules and is_moe_module(modules[-1]):  # the innermost: a model that is named so may choose other things, too
+        return any(walk_readers(weights, _is_scaled, _is_output))
+    normed = walk_readers(weights, is_view, lambda n: name_of(n) in ("_softmax", "softmax") or _divides_by_sum(n))
+    return _has_several_choices(ids) and any(walk_readers(list(normed), _is_scaled, _is_output))
+
+
+def _is_output(node: Node) -> bool:
+    return node.op == "output"
+
+
+_MOST_EXPERTS = 1024
+
+
+def _is_order(node: Node) -> bool:
+    """Whether a node has some ids, or the slots in their order."""
+    return is_view(node) or name_of(node) in ("select", "slice", "sort", "argsort", "getitem", "searchsorted")
+
+
+def _divides_by_sum(node: Node) -> bool:
+    divisor: Any = source_of(node.args[1]) if name_of(node) == "div" else None
+    if isinstance(divisor, Node) and name_of(divisor) in ("add", "clamp", "clamp_min"):  # an epsilon
+        divisor = source_of(divisor.args[0])
+    return isinstance(divisor, Node) and name_of(divisor) == "sum"
+
+
+def _is_scaled(node: Node) -> bool:
+    return is_view(node) or name_of(node) == "mul"
 
 
 def _has_several_choices(ids: Node) -> bool:
@@ -238,7 +227,7 @@ def _has_several_choices(ids: Node) -> bool:
     return bool(shape and name_of(ids) == "getitem" and name_of(input_node(ids)) == "topk" and shape[-1] != 1)
 
 
-def _is_view(node: Node) -> bool:
+def is_view(node: Node) -> bool:
     return name_of(node) in VIEWS
 
 
@@ -247,8 +236,8 @@ def _leaves_graph(node: Node, several: bool) -> bool:
     if several:
         return any(walk_readers([node], lambda n: name_of(n) in _SUMS, _is_end))
     has_any = list(walk_readers([node], lambda n: name_of(n) in _SUMS, lambda n: name_of(n) in ("gt", "ne", "nonzero")))
-    leaves = any(name_of(each) == "nonzero" for each in has_any) or any(walk_readers(has_any, _is_view, _is_end))
-    return leaves and any(walk_readers([node], _is_view, _is_end))
+    leaves = any(name_of(each) == "nonzero" for each in has_any) or any(walk_readers(has_any, is_view, _is_end))
+    return leaves and any(walk_readers([node], is_view, _is_end))
 
 
 _SUMS = VIEWS | {"sum", "gt", "cumsum", "ne"}

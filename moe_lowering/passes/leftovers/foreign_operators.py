@@ -112,6 +112,13 @@ def is_moe_name(name: str) -> bool:
     return not _WORDS.isdisjoint(re.split(r"[_\d]+", name)) or any(phrase in name for phrase in _PHRASES)
 
 
+def is_moe_module(entry: Any) -> bool:
+    """Whether an entry of a node's ``nn_module_stack``, (path, type), has a name that only MoE layers have."""
+    path, kind = entry if isinstance(entry, (tuple, list)) and len(entry) == 2 else (entry, "")
+    names = str(path).rpartition(".")[2], str(getattr(kind, "__name__", kind)).rpartition(".")[2]
+    return any(word in name.lower() for name in names for word in ("moe", "expert"))
+
+
 def is_used_for_experts(node: Node) -> bool:
     """Of an operator that dense layers may use too: whether this call has experts."""
     _, name = operator_name(node.target)

@@ -24,54 +24,88 @@ from moe_lowering.passes.graph.walks import (
     name_of,
     shape_of,
     source_of,
+    split_words,
     walk_readers,
 )
 from moe_lowering.passes.leftovers.graph_calls import GraphCalls
 
+# What makes other numbers of experts, or the same in other places, of those that a choice gave
+_MAPS = VIEWS | split_words(
+    "select slice flip roll add sub mul rsub remainder index index_select gather split unbind getitem"
+)
+_GATHERS = ("index", "index_select", "embedding", "gather")
+
 
 def gathered_weights(calls: GraphCalls) -> list[Node]:
-    """Gathers of stacked weights by the ids of experts."""
+    """Gathers of stacked weights by the ids of experts: of one tensor, or of one choice among as many as there are weights."""
     by_ids: dict[Any, list[Node]] = defaultdict(list)
-    for node in calls.named("index", "index_select"):
+    chosen: set[Node] = set()
+    for node in calls.named(*_GATHERS):
         ids = _gathers_rows(node)
-        if ids is not None and not _is_written_at(node.args[0], source_of(ids)):
-            by_ids[source_of(ids)].append(node)
+        if ids is None or _is_written_at(node.args[0], source_of(ids)):
+            continue
+        choice = _choice_among(node, ids)
+        if choice is not None:
+            chosen.add(node)
+        if _has_matrices(node, choice is not None):
+            by_ids[choice or source_of(ids)].append(node)
     matches: set[Node] = set()
     for gathers in by_ids.values():
-        if len(gathers) > 1:
-            products = {gather: set(_products(gather)) for gather in gathers}
-            passes = _is_no_attention if all(map(_is_chosen_among, gathers)) else _is_pointwise
-            for first, second in ((a, b) for a in gathers for b in gathers if a is not b):
-                if behind_activation(products[first], products[second], passes):
-                    matches |= {first, second}
+        products = {gather: set(_products(gather)) for gather in gathers}
+        if len(gathers) == 1:
+            matches |= {each for each in gathers if each in chosen and _is_all_weights(each, products[each])}
+            continue
+        passes = _is_no_attention if chosen.issuperset(gathers) else _is_pointwise
+        for first, second in ((a, b) for a in gathers for b in gathers if a is not b):
+            if behind_activation(products[first], products[second], passes):
+                matches |= {first, second}
     return list(matches)
 
 
+def _is_all_weights(gather: Node, products: set[Node]) -> bool:
+    """Whether one stored tensor has all matrices of an expert, of which one product's is behind another's activation."""
+    source = source_of(gather.args[0])
+    parts = source.args[0] if name_of(source) == "cat" else [source]
+    stored = all(getattr(source_of(part), "op", "") in ("placeholder", "get_attr") for part in parts)
+    return stored and any(behind_activation({first}, products - {first}) for first in products)
+
+
 def _gathers_rows(node: Node) -> Node | None:
-    """The ids of a gather along the first axis of something with three axes or more; None of another one."""
-    shape = shape_of(node.args[0])
-    if shape is not None and len(shape) < 3:
-        return None
-    if name_of(node) == "index_select":
+    """The ids of a gather along the first axis; None of another one."""
+    if name_of(node) in ("index_select", "gather"):
         dim, ids = node.args[1:3]
         return ids if dim == 0 and isinstance(ids, Node) else None
-    indices = node.args[1]
-    if not isinstance(indices, (list, tuple)) or len(indices) != 1 or not isinstance(indices[0], Node):
+    ids = node.args[1]
+    if name_of(node) == "index":
+        ids = ids[0] if isinstance(ids, (list, tuple)) and len(ids) == 1 else None
+    value = ids.meta.get("val") if isinstance(ids, Node) else None
+    return None if isinstance(value, torch.Tensor) and value.dtype is torch.bool else ids  # type: ignore[return-value]
+
+
+def _has_matrices(gather: Node, is_chosen: bool) -> bool:
+    """Whether a gather is of something with three axes or more; or of the lines of a choice, that matrices are made of."""
+    shape, lines = shape_of(gather.args[0]), shape_of(gather)
+    if shape is None or len(shape) >= 3:
+        return is_chosen or name_of(gather) in ("index", "index_select")
+    views = (shape_of(user) or () for user in gather.users if name_of(user) in VIEWS)
+    return is_chosen and lines is not None and any(len(view) == len(lines) + 1 and view[-1] != 1 for view in views)
+
+
+def _choice_among(gather: Node, ids: Node) -> Node | None:
+    """The choice among as many scores as there are weights that the ids of a gather come from, whatever was done to them."""
+    node: Any = ids
+    while isinstance(node, Node) and name_of(node) in _MAPS and node.args:
+        source: Any = node.args[0]
+        if name_of(node) in _GATHERS and len(shape_of(source) or ()) == 1:  # a table of experts
+            node = _gathers_rows(node)
+        else:
+            node = source
+    if not isinstance(node, Node) or name_of(node) not in CHOICES or not node.args:
         return None
-    value = indices[0].meta.get("val")
-    return None if isinstance(value, torch.Tensor) and value.dtype is torch.bool else indices[0]
-
-
-def _is_chosen_among(gather: Node) -> bool:
-    """Whether the ids of a gather are the places of the best among as many scores as there are weights."""
-    chosen = source_of(_gathers_rows(gather))
-    choice = chosen.args[0] if name_of(chosen) == "getitem" and chosen.args[1] == 1 else chosen
-    if name_of(choice) not in CHOICES or not choice.args:
-        return False
-    stacked, scores = shape_of(gather.args[0]), shape_of(choice.args[0])
-    if not stacked or not scores:
-        return False
-    return bool(size_key(scores[-1]) == size_key(stacked[0]))
+    stacked, scores = shape_of(gather.args[0]), shape_of(node.args[0])
+    if not stacked or not scores or len(stacked) < 2:
+        return None
+    return node if size_key(scores[-1]) == size_key(stacked[0]) else None
 
 
 def _is_written_at(stacked: Any, ids: Node) -> bool:
