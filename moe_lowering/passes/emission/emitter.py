@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 from moe_lowering.limits.calls.schemas import LIBRARIES
 from moe_lowering.passes.emission.fake_values import Template
 from moe_lowering.passes.emission.known_results import known_result
-from moe_lowering.passes.emission.new_nodes import insert_call
+from moe_lowering.passes.emission.new_nodes import MakeBefore, insert_call
 from moe_lowering.passes.operands import row_major
 
 aten = torch.ops.aten
@@ -41,17 +41,26 @@ Recording = list[tuple[Any, Callable[[Arguments], Any]]]
 
 
 class Step(Protocol):
-    """A node that was emitted for one block, to be made for an equal one."""
+    """A node that was emitted for one block, to be made for an equal one from what a tape holds (``Tape.play``)."""
 
     @property
-    def target(self) -> Any: ...
+    def insert(self) -> MakeBefore:
+        """Makes it in front of a node, from its arguments."""
 
     @property
-    def make(self) -> Callable[[Arguments], Any]:
-        """Gives its value, from its arguments."""
+    def fill(self) -> Callable[[Sequence[Any]], Arguments]:
+        """Gives its arguments by position."""
 
-    def fill(self, nodes: Sequence[Node]) -> tuple[Arguments, dict[str, Any]]:
-        """Its arguments, by position and by name, with these nodes in them."""
+    @property
+    def fill_named(self) -> Callable[[Sequence[Any]], dict[str, Any]] | None:
+        """Gives its arguments by name; None where there is no node in them, so that they are ``kwargs``."""
+
+    @property
+    def kwargs(self) -> dict[str, Any]: ...
+
+    @property
+    def value(self) -> Callable[[Arguments], Any]:
+        """Gives its value, from its arguments by position."""
 
 
 class Emitter:
@@ -109,20 +118,17 @@ class Emitter:
         node.meta["val"] = self._value(node, target, args)
         return node
 
-    def repeat(self, steps: Iterable[Step], nodes: list[Node], position: Node, origin: Node) -> None:
-        """The nodes of an equal block once more, ``at`` this place. Each is added to ``nodes``, by whose numbers later steps
-        read it."""
-        graph, insert, source, before = self._graph, self._insert, _source_meta(origin), len(nodes)
-        with graph.inserting_before(position):
-            for step in steps:
-                args, kwargs = step.fill(nodes)
-                node = insert(graph, step.target, args, kwargs)
-                meta = node.meta
-                meta.update(source)
-                meta["custom"] = {MARK: "emitted"}
-                meta["val"] = step.make(args)
-                nodes.append(node)
-        made = nodes[before:]
+    def repeat(self, steps: Iterable[Step], held: list[Any], position: Node, origin: Node) -> None:
+        """The nodes of an equal block once more, ``at`` this place. Each is added to ``held``, from which later steps take
+        their arguments."""
+        source, before = _source_meta(origin), len(held)
+        for step in steps:
+            args = step.fill(held)
+            kwargs = step.kwargs if step.fill_named is None else step.fill_named(held)
+            node = step.insert(position, args, kwargs)
+            node.meta.update(source, custom={MARK: "emitted"}, val=step.value(args))
+            held.append(node)
+        made = held[before:]
         self.created += made
         self.made += made
         self.places += [(position, origin)] * len(made)
