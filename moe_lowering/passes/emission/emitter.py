@@ -289,17 +289,18 @@ def _record_value(node: Node, value: Any) -> Callable[[Arguments], Any]:
     if node.target is operator.getitem:
         return lambda args: args[0].meta["val"][args[1]]
     base = node.args[0].meta["val"] if node.args and isinstance(node.args[0], Node) else None
-    return _maker(value, base.untyped_storage()._cdata if isinstance(base, FakeTensor) else None)
+    return _maker(value, base if isinstance(base, FakeTensor) else None)
 
 
-def _maker(value: Any, base_storage: int | None) -> Callable[[Arguments], Any]:
+def _maker(value: Any, base: FakeTensor | None) -> Callable[[Arguments], Any]:
     """Makes a value with the metadata of ``value`` from the arguments: views of the first alias it, all else is fresh."""
     if isinstance(value, FakeTensor):
         template = Template.of(value)
-        if value.untyped_storage()._cdata == base_storage:
-            return lambda args: template.view(args[0].meta["val"])
+        if base is not None and value.untyped_storage()._cdata == base.untyped_storage()._cdata:
+            view = template.viewer(base)
+            return lambda args: view(args[0].meta["val"])
         return template.copier()
     if isinstance(value, (list, tuple)):
-        kind, makers = type(value), [_maker(v, base_storage) for v in value]
+        kind, makers = type(value), [_maker(v, base) for v in value]
         return lambda args: kind([make(args) for make in makers])
     return lambda args: value  # sizes and None
