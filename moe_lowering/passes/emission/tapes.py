@@ -103,7 +103,7 @@ class Tapes:
             known: the wiring as it was found; it still is where the same nodes are read.
         """
         wiring = known
-        if wiring is None or tuple(dict.fromkeys(n for s in stages for n in s.all_input_nodes)) != wiring.inputs:
+        if wiring is None or tuple(dict.fromkeys([n for s in stages for n in s._input_nodes])) != wiring.inputs:
             wiring = read_wiring(stages, inside, experts)
         return wiring, self._kinds.setdefault((wiring.key, self._env_version()), len(self._kinds))
 

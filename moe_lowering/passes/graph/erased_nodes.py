@@ -38,7 +38,8 @@ def _erase(graph: Graph, node: Node) -> None:
     node._remove_from_list()
     object.__setattr__(node, "_erased", True)  # ``Node.__setattr__`` keeps the index, in which it is no more
     graph._len -= 1
-    node._update_args_kwargs(map_arg(node._args, _nothing), map_arg(node._kwargs, _nothing))
+    kwargs = node._kwargs
+    node._update_args_kwargs(map_arg(node._args, _nothing), map_arg(kwargs, _nothing) if kwargs else kwargs)
 
 
 @functools.cache
