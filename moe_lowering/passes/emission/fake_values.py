@@ -23,6 +23,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._mode_utils import no_dispatch
 
+from moe_lowering.passes.blocks import size_key
+
 _META = torch.device("meta")
 
 
@@ -91,11 +93,14 @@ class Template:
         """``view``, of values that have the metadata of ``base``."""
         if base.dtype != self.dtype or not _copies_are_whole():
             return self.view
-        other = Template.of(base)
-        is_whole = (other.shape, other.stride, other.offset) == (self.shape, self.stride, self.offset)
-        return functools.partial(
-            _alias, None if is_whole else (self.shape, self.stride, self.offset), self.device, self.state
+        layout = (
+            None if Template.of(base)._layout_key() == self._layout_key() else (self.shape, self.stride, self.offset)
         )
+        return functools.partial(_alias, layout, self.device, self.state)
+
+    def _layout_key(self) -> list[Any]:
+        """Sizes as expressions: to compare SymInts may add a guard."""
+        return [*map(size_key, (*self.shape, *self.stride, self.offset))]
 
     def view(self, base: FakeTensor) -> FakeTensor:
         """A tensor on the storage of ``base``, whose bytes it may read as another dtype of the same size."""

@@ -55,11 +55,6 @@ class EditLog:
         self._undo.append((known.difference_update, new))
         known.update(new)
 
-    def forget(self) -> None:
-        """Nothing will be taken back."""
-        self._undo.clear()
-        self._known = None
-
     def undo(self) -> None:
         """Back to the graph as the log found it."""
         if self._known is not None:

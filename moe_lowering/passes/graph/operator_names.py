@@ -18,7 +18,7 @@ def operator_name(node: Node) -> str:
     known = _NAMES.get(id(target))
     if known is None or known[0] is not target:
         known = target, _name(target)
-        if isinstance(target, torch._ops.OpOverload):  # others may be made anew for every graph
+        if isinstance(target, torch._ops.OpOverload) or target is operator.getitem:  # others may be made for one graph
             _NAMES[id(target)] = known
     return known[1]
 

@@ -389,8 +389,7 @@ class GraphRun:
     def end(self) -> None:
         """Let go of all that the run knew: a fourth of the objects that the pass makes, which the garbage collector would look at
         with the others. Most of it is the edits' log."""
-        self.edits.forget()
-        vars(self).clear()  # parts of a run have methods of it
+        vars(self).clear()  # it is in a circle with parts that have methods of it
 
     def _check_limits(self, spec: BlockSpec, decision: Decision, emit: Emitter) -> None:
         """Every Ascend node against its limits, from its own arguments and not from the block's record."""
