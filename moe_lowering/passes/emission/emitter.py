@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+from torch.utils._mode_utils import no_dispatch
 
 from moe_lowering.limits.calls.schemas import LIBRARIES
 from moe_lowering.passes.emission.fake_values import Template
@@ -118,17 +119,20 @@ class Emitter:
         node.meta["val"] = self._value(node, target, args)
         return node
 
-    def repeat(self, steps: Iterable[Step], held: list[Any], position: Node, origin: Node) -> None:
+    def repeat(self, steps: Sequence[Step], held: list[Any], position: Node, origin: Node) -> None:
         """The nodes of an equal block once more, ``at`` this place. Each is added to ``held``, from which later steps take
         their arguments."""
         source, before = _source_meta(origin), len(held)
         for step in steps:
-            args = step.fill(held)
             kwargs = step.kwargs if step.fill_named is None else step.fill_named(held)
-            node = step.insert(position, args, kwargs)
-            node.meta.update(source, custom={MARK: "emitted"}, val=step.value(args))
-            held.append(node)
+            held.append(step.insert(position, step.fill(held), kwargs))
         made = held[before:]
+        guard = torch._C._DisableTorchDispatch()  # for all of their values; above, hooks of the user's may run
+        try:
+            for node, step in zip(made, steps, strict=True):
+                node.meta.update(source, custom={MARK: "emitted"}, val=step.value(node._args))
+        finally:
+            del guard
         self.created += made
         self.made += made
         self.places += [(position, origin)] * len(made)
@@ -232,7 +236,8 @@ class Emitter:
         if index < len(self._recorded):
             recorded, make = self._recorded[index]
             if recorded is target:
-                return make(args)
+                with no_dispatch():
+                    return make(args)
             # A guard of the first block turned a size into a number, so that values of the two blocks no longer correspond.
             self._recorded, self.recording = [], self.recording[:index]
         value = self._compute(node)

@@ -57,20 +57,17 @@ class Template:
 
     def copy(self) -> FakeTensor:
         """A tensor with a storage of its own."""
-        return self.copier()()
+        with no_dispatch():
+            return self.copier()()
 
     def copier(self) -> Callable[..., FakeTensor]:
-        """``copy``, with all that it looks up looked up once: most nodes of a graph get their value from it, and it may be
-        called with their arguments, which it does not read."""
-        make, device, state, disable_dispatch = self._fake, self.device, self.state, torch._C._DisableTorchDispatch
+        """``copy``, with all that it looks up looked up once: most nodes of a graph get their value from it. It is called while
+        nothing is dispatched to Python, and may be with their arguments, which it does not read."""
+        make, device, state = self._fake, self.device, self.state
         allocate, is_whole = self._symbolic_allocator() if self.symbolic else self._allocator(), _copies_are_whole()
 
         def copy(arguments: object = None) -> FakeTensor:
-            guard = disable_dispatch()  # what ``no_dispatch`` holds, without a context manager
-            try:
-                return _copy_state(allocate(), device, state) if is_whole else make(allocate())
-            finally:
-                del guard
+            return _copy_state(allocate(), device, state) if is_whole else make(allocate())
 
         return copy
 
@@ -90,7 +87,7 @@ class Template:
         return allocate
 
     def viewer(self, base: FakeTensor) -> Callable[[FakeTensor], FakeTensor]:
-        """``view``, of values that have the metadata of ``base``."""
+        """``view``, of values that have the metadata of ``base``; called while nothing is dispatched to Python."""
         if base.dtype != self.dtype or not _copies_are_whole():
             return self.view
         layout = (
@@ -129,16 +126,12 @@ def _copy_state(meta: Tensor, device: torch.device, state: dict[str, Any]) -> Fa
 def _alias(layout: tuple[Any, ...] | None, device: torch.device, state: dict[str, Any], base: FakeTensor) -> FakeTensor:
     """A tensor on the storage of ``base``, with its layout or another one. An operation on a FakeTensor asks Python code for its
     device, even where no operator is dispatched to Python: 4 us. What ``detach`` gives here is none any more."""
-    guard = torch._C._DisableTorchDispatch()
-    try:
-        if layout is None:
-            return _copy_state(base, device, state)
-        with torch._C._PreserveDispatchKeyGuard():  # as ``in_kernel_invocation_manager``
-            torch._C._set_meta_in_tls_dispatch_include(True)
-            meta = _detach(base).as_strided(*layout)
-        return _copy_state(meta, device, state)
-    finally:
-        del guard
+    if layout is None:
+        return _copy_state(base, device, state)
+    with torch._C._PreserveDispatchKeyGuard():  # as ``in_kernel_invocation_manager``
+        torch._C._set_meta_in_tls_dispatch_include(True)
+        meta = _detach(base).as_strided(*layout)
+    return _copy_state(meta, device, state)
 
 
 _detach = torch._C.TensorBase.detach
