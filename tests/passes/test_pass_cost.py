@@ -173,8 +173,8 @@ def test_no_collection_and_the_collector_is_as_before(comm, symbolic):
 
 
 # For one more equal layer: calls of Python functions in the pass but for ``Graph.lint``, and objects that the garbage collector
-# looks at when it ends. What a run needed alone was more than a fourth of these, and FX's own functions half of those.
-MOST = {"allgather": (690, 290), "mc2": (630, 195), "fused_mc2": (565, 112)}
+# looks at when it ends. With what only a run needs, and with FX making and erasing nodes, they were 1,027 and 365 in AllGather.
+MOST = {"allgather": (680, 262), "mc2": (620, 180), "fused_mc2": (555, 104)}
 
 
 @EVERY_COMM

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 from torch.fx.graph import _Namespace
-from torch.fx.immutable_collections import immutable_dict
 from torch.fx.node import _NodeBase
 
 Make = Callable[[Graph, Any, tuple[Any, ...], dict[str, Any]], Node]
@@ -59,19 +58,10 @@ def _insert_before(
 
 
 def _repeated(graph: Graph, target: Any, candidate: str) -> MakeBefore:
-    """As ``_insert``, with ``Node.__init__`` but for its look at the target, and the C++ function that ``prepend`` calls.
-
-    An ``immutable_dict`` of arguments by name has no nodes in it: the node gets that one, which others have too, and not a copy.
-    """
+    """As ``_insert``, with ``Node.__init__`` but for its look at the target, and the C++ function that ``prepend`` calls."""
     names, index = graph._graph_namespace, graph._find_nodes_lookup_table.table["call_function", target]
-    used, counts, owners, new, fill = (
-        names._used_names,
-        names._base_count,
-        names._obj_to_name,
-        Node.__new__,
-        _NodeBase.__init__,
-    )
-    share = _NodeBase._kwargs.__set__
+    used, counts, owners = names._used_names, names._base_count, names._obj_to_name
+    new, fill = Node.__new__, _NodeBase.__init__
 
     def make(before: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         name, number = candidate, counts.get(candidate, 0)
@@ -82,11 +72,7 @@ def _repeated(graph: Graph, target: Any, candidate: str) -> MakeBefore:
         counts[candidate] = number
         node = new(Node)
         fill(node, graph, name, "call_function", target, None)
-        if type(kwargs) is immutable_dict:
-            node._update_args_kwargs(args, {})
-            share(node, kwargs)
-        else:
-            node._update_args_kwargs(args, kwargs)
+        node._update_args_kwargs(args, kwargs)
         owners[node] = name
         before._prepend(node)
         index[node] = None
@@ -161,7 +147,6 @@ def _insert_again(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: dict
     known = _CANDIDATES.get(id(target))
     if known is None or not graph._find_nodes_lookup_table.table["call_function", target]:
         return _insert(graph, target, args, kwargs)
-    kwargs = immutable_dict(kwargs)
     return _repeated(graph, target, known[1])(graph._root, args, kwargs)  # the root stands behind the last node
 
 

@@ -206,7 +206,7 @@ class _StepWriter:
             insert=repeated_call(node.graph, node.target),
             fill=_fill([self._place(each) for each in node.args]),
             fill_named=_fill_named(node, {name: self._place(node.kwargs[name]) for name in _names_of_nodes(node)}),
-            kwargs=node.kwargs,
+            kwargs=node.kwargs,  # immutable: FX gives it to further nodes as it is
             value=value,
         )
 
