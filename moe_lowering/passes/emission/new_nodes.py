@@ -21,9 +21,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C import _NodeBase
 from torch.fx import Graph, Node
 from torch.fx.graph import _Namespace
-from torch.fx.node import _NodeBase
 
 Make = Callable[[Graph, Any, tuple[Any, ...], dict[str, Any]], Node]
 

@@ -19,7 +19,8 @@ from torch.fx.node import map_arg
 
 Erase = Callable[[Graph, Node], None]
 
-_nothing: Callable[[Node], Any] = {}.get  # None for every node, as ``erase_node`` has it, and no Python code
+_NONE: dict[Node, None] = {}
+_nothing: Callable[[Node], None] = _NONE.get  # None for every node, as ``erase_node`` has it, and no Python code
 
 
 def eraser(graph: Graph) -> Erase:
