@@ -7,6 +7,7 @@ Reports and errors name it. The line that is running, which has no recorded trac
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import sysconfig
 from pathlib import Path
@@ -32,8 +33,12 @@ class SourceLine:
         return f"{where}: {self.text}" if self.text else where
 
 
+@functools.lru_cache(maxsize=64)
 def innermost(trace: str) -> SourceLine | None:
-    """The innermost line of user code in a stack trace that dynamo recorded; of any code where there is no user code."""
+    """The innermost line of user code in a stack trace that dynamo recorded; of any code where there is no user code.
+
+    Equal layers have equal traces, which are dozens of lines.
+    """
     places = [
         SourceLine(m["file"], int(m["line"]), m["function"], m["text"].strip()) for m in _TRACE_LINE.finditer(trace)
     ]

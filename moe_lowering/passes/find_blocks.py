@@ -11,6 +11,7 @@ Source: here.architecture: the operators' schemas.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ _ARGUMENT = re.compile(r"^L\['(\w+)'\]")  # what dynamo calls the module that is
 # Of its own forward, and of one of torch's own (nn.Sequential), which dynamo's external_utils.wrap_inline calls.
 _COMPILED = ("self", "fn")
 _BOTH_ENDS = tuple(name for name in CombineCall._fields if name in DispatchCall._fields)  # must be alike in both
+_of_both_ends = operator.attrgetter(*_BOTH_ENDS)
 
 
 class _NotABlock(Exception):
@@ -98,7 +100,8 @@ def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node
     for node in dispatches:
         try:
             block = _block(node, around, specs)
-            _require_unwritten(block, writes)
+            if writes is not None and writes.exist:
+                _require_unwritten(block, writes)
             blocks.append(block)
         except _NotABlock as reason:
             left.append((node, str(reason)))
@@ -183,8 +186,8 @@ def _block(dispatch: Node, graph: Around, specs: Specs) -> Block:
     _require_alone(handle, "handle", combine)
     if combined.rows is not mlp or combined.handle is not handle:
         raise _NotABlock("raise.other_stage", "combine does not take the rows and the handle of the same dispatch")
-    for name in _BOTH_ENDS:
-        a, b = getattr(combined, name), getattr(sent, name)
+    ends = _of_both_ends(combined), _of_both_ends(sent)
+    for name, a, b in zip(_BOTH_ENDS, *ends, strict=True) if ends[0] != ends[1] else ():
         if a is not b and (isinstance(a, Node) or isinstance(b, Node) or a != b):
             raise _NotABlock("raise.both_ends", f"dispatch has {name} {b}, combine has {a}: both ends must agree")
     interior = (dispatch, *outputs.values(), mlp, combine)
@@ -265,11 +268,11 @@ def _value(node: Node) -> torch.Tensor:
     return value
 
 
-def _require_unwritten(block: Block, writes: Writes | None) -> None:
+def _require_unwritten(block: Block, writes: Writes) -> None:
     """The rewrite reads the block's inputs anywhere between its two ends, and others may see its counts there."""
     stages = block.stages
     read = [n for stage in stages for n in stage.all_input_nodes if n not in block.interior or n is block.counts]
-    writer = writes.between(block.dispatch, block.combine, read) if writes is not None else None
+    writer = writes.between(block.dispatch, block.combine, read)
     if writer is not None:
         raise _NotABlock(
             "raise.written_between",

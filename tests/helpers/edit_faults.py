@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from moe_lowering import Deployment, MoeLowering
 from moe_lowering.passes import overlap
 from moe_lowering.passes.emission import emitter, new_nodes
+from moe_lowering.passes.graph import erased_nodes
 from moe_lowering.passes.run import bounds as run_bounds
 from moe_lowering.passes.run import graph_run
 from moe_lowering.passes.run import messages as run_messages
@@ -71,8 +72,8 @@ class Faults:
     """Makes the n-th of the operations that a rewrite is made of raise, before or after it did its work."""
 
     PLACES: tuple[tuple[Any, str], ...] = (
-        (Graph, "create_node"), (new_nodes, "_insert"), (Graph, "erase_node"), (Graph, "inserting_before"),
-        (Node, "replace_all_uses_with"),
+        (Graph, "create_node"), (new_nodes, "_insert"), (Graph, "erase_node"), (erased_nodes, "_erase"),
+        (Graph, "inserting_before"), (Node, "replace_all_uses_with"),
         (Node, "_replace_input_with"), (Node, "_update_args_kwargs"), (Node, "prepend"), (emitter.Emitter, "_value"),
         (graph_run, "same_value"), (graph_run, "call_violations"), (graph_run, "defined_before_readers"),
         (run_routes, "same_value"),
@@ -146,7 +147,11 @@ class Remembering:
             if not memory.meta_functions:
                 run.recordings = memory.recordings
 
-        with mock.patch.object(graph_run, "decide", decided), mock.patch.object(graph_run.GraphRun, "__init__", begun):
+        with (
+            mock.patch.object(graph_run, "decide", decided),
+            mock.patch.object(graph_run.GraphRun, "__init__", begun),
+            mock.patch.object(graph_run.GraphRun, "end", lambda run: None),  # ``last`` can still be taken back
+        ):
             yield
 
 

@@ -53,3 +53,11 @@ def test_no_values():
     for node in made.nodes:
         node.meta.pop("val", None)
     assert join_fake_modes(made) == NO_VALUES
+
+
+def test_a_real_tensor_beside_fake_ones():
+    made = graph("fake")
+    assert join_fake_modes(made) is not NO_VALUES
+    with made.inserting_before(next(iter(made.nodes))):
+        made.placeholder("weight").meta["val"] = torch.ones(2)
+    assert join_fake_modes(made) == NO_VALUES

@@ -7,9 +7,14 @@ import warnings
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._mode_utils import no_dispatch
 
+from moe_lowering import simulator
 from moe_lowering.passes.emission import fake_values
 from moe_lowering.passes.emission.fake_values import Template
+
+simulator.enable()
 
 
 @pytest.fixture
@@ -73,7 +78,8 @@ def test_each_call_of_a_copier_makes_what_copy_makes(fresh, monkeypatch, whole):
     monkeypatch.setattr(fake_values, "_copies_are_whole", lambda: whole)
     template = Template.of(value := _value())
     copier = template.copier()
-    copies = [template.copy(), copier(), copier()]
+    with no_dispatch():
+        copies = [template.copy(), copier(), copier()]
     described = [(*_described(copy), sorted(vars(copy).items(), key=str)) for copy in copies]
     assert described == described[:1] * 3
     assert _described(copies[1]) == _described(value)
@@ -109,3 +115,46 @@ def test_what_torch_took_away_makes_the_constructor_take_over(fresh, monkeypatch
     with pytest.warns(RuntimeWarning, match="slower: copies lack KeyError: 'gone'"):
         copy = template.copy()
     assert (type(copy), copy.shape, copy.device) == (FakeTensor, (6, 4), torch.device("cpu"))
+
+
+# What views of a value differ in, and what none of them has.
+LAYOUTS = {
+    "as it is": lambda x: x.view(x.shape),
+    "a part": lambda x: x[1:, 2:],
+    "transposed": lambda x: x.t(),
+    "spread": lambda x: x.unsqueeze(0).expand(3, -1, -1),
+    "of another dtype": lambda x: x.view(torch.float16),
+}
+
+
+@pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("device", ["cpu", "npu:0"])
+def test_a_viewer_makes_what_view_makes(layout, symbolic, device):
+    """On another value of the same metadata: its storage, version and all that is told of a tensor."""
+    mode = FakeTensorMode(shape_env=ShapeEnv() if symbolic else None)
+    with no_dispatch():
+        real = [torch.empty(4, 6, dtype=torch.bfloat16, device="meta") for _ in range(2)]
+    with mode:
+        first, other = (
+            mode.from_tensor(each) if symbolic else torch.empty(4, 6, dtype=torch.bfloat16, device=device)
+            for each in real
+        )
+        expected = LAYOUTS[layout](first)
+    template, guards = Template.of(expected), len(mode.shape_env.guards) if symbolic else 0
+    assert template.symbolic == symbolic
+    viewer = template.viewer(first)
+    with no_dispatch():
+        made = viewer(other)
+    reference = template.view(other)
+    if layout == "as it is":
+        assert viewer.args[0] is None, "its layout was taken for another one"
+    assert not symbolic or len(mode.shape_env.guards) == guards, "a guard was added"
+    assert fake_values._differences(made, reference) == []
+    for each in (made, reference):
+        assert each.untyped_storage()._cdata == other.untyped_storage()._cdata != first.untyped_storage()._cdata
+        assert each._base is None
+    assert vars(made) is not vars(other)
+    with mode:
+        other.add_(1)
+    assert made._version == reference._version == other._version == 1

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from moe_lowering.passes.emission import new_nodes
-from moe_lowering.passes.emission.new_nodes import insert_call
+from moe_lowering.passes.emission.new_nodes import insert_call, repeated_call
 
 aten = torch.ops.aten
 
@@ -50,10 +50,23 @@ def forgotten():
     new_nodes._is_whole.cache_clear()
 
 
+def repeating(graph):
+    """As a tape makes nodes: the first of a target is emitted."""
+
+    def make(graph, target, args, kwargs):
+        if not graph.find_nodes(op="call_function", target=target):
+            return insert_call(graph)(graph, target, args, kwargs)
+        return repeated_call(graph, target)(graph._root, args, kwargs)  # it stands behind the last node
+
+    return make
+
+
+@pytest.mark.parametrize("make", [insert_call, repeating])
 @pytest.mark.parametrize("taken", [(), ("add_tensor", "getitem_1", "cat_default_2", "wait_tensor")])
-def test_nodes_names_and_index_are_those_of_call_function(taken):
+def test_nodes_names_and_index_are_those_of_call_function(taken, make):
     for _ in range(2):  # with names that were not met, and that were
-        ours, theirs = graph_of(insert_call, *taken), graph_of(lambda graph: Graph.call_function, *taken)
+        ours, theirs = graph_of(make, *taken), graph_of(lambda graph: Graph.call_function, *taken)
+        assert [new_nodes._describe_node(n) for n in ours.nodes] == [new_nodes._describe_node(n) for n in theirs.nodes]
         assert str(ours) == str(theirs)
         assert [n.name for n in ours.nodes] == [n.name for n in theirs.nodes]
         assert ours._graph_namespace._base_count == theirs._graph_namespace._base_count
@@ -74,7 +87,21 @@ def test_hooks_of_a_graph_module_hear_of_new_nodes():
     gm._register_create_node_hook(heard.append)
     with gm.graph.inserting_before(next(iter(reversed(gm.graph.nodes)))):  # no iterator in torch 2.10
         node = insert_call(gm.graph)(gm.graph, aten.relu.default, (next(iter(gm.graph.nodes)),), {})
-    assert heard == [node]
+        again = repeated_call(gm.graph, aten.relu.default)(node, (next(iter(gm.graph.nodes)),), {})
+    assert heard == [node, again]
+    assert again.next is node
+
+
+def test_a_repeated_call_stands_before_the_node_that_is_named():
+    graph = Graph()
+    x = graph.placeholder("x")
+    insert_call(graph)(graph, aten.relu.default, (x,), {})
+    last = graph.output(x)
+    make = repeated_call(graph, aten.relu.default)
+    first, second = (make(last, (x,), {}) for _ in range(2))
+    assert [*graph.nodes][-3:] == [first, second, last]
+    assert last > second > first > x
+    graph.lint()
 
 
 def test_a_torch_that_does_more_is_asked_itself(monkeypatch):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -18,11 +18,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+from torch.utils._mode_utils import no_dispatch
 
 from moe_lowering.limits.calls.schemas import LIBRARIES
 from moe_lowering.passes.emission.fake_values import Template
 from moe_lowering.passes.emission.known_results import known_result
-from moe_lowering.passes.emission.new_nodes import insert_call
+from moe_lowering.passes.emission.new_nodes import MakeBefore, insert_call
 from moe_lowering.passes.operands import row_major
 
 aten = torch.ops.aten
@@ -41,17 +42,26 @@ Recording = list[tuple[Any, Callable[[Arguments], Any]]]
 
 
 class Step(Protocol):
-    """A node that was emitted for one block, to be made for an equal one."""
+    """A node that was emitted for one block, to be made for an equal one from what a tape holds (``Tape.play``)."""
 
     @property
-    def target(self) -> Any: ...
+    def insert(self) -> MakeBefore:
+        """Makes it in front of a node, from its arguments."""
 
     @property
-    def make(self) -> Callable[[Arguments], Any]:
-        """Gives its value, from its arguments."""
+    def fill(self) -> Callable[[Sequence[Any]], Arguments]:
+        """Gives its arguments by position."""
 
-    def fill(self, nodes: Sequence[Node]) -> tuple[Arguments, dict[str, Any]]:
-        """Its arguments, by position and by name, with these nodes in them."""
+    @property
+    def fill_named(self) -> Callable[[Sequence[Any]], dict[str, Any]] | None:
+        """Gives its arguments by name; None where there is no node in them, so that they are ``kwargs``."""
+
+    @property
+    def kwargs(self) -> dict[str, Any]: ...
+
+    @property
+    def value(self) -> Callable[[Arguments], Any]:
+        """Gives its value, from its arguments by position."""
 
 
 class Emitter:
@@ -109,20 +119,20 @@ class Emitter:
         node.meta["val"] = self._value(node, target, args)
         return node
 
-    def repeat(self, steps: Iterable[Step], nodes: list[Node], position: Node, origin: Node) -> None:
-        """The nodes of an equal block once more, ``at`` this place. Each is added to ``nodes``, by whose numbers later steps
-        read it."""
-        graph, insert, source, before = self._graph, self._insert, _source_meta(origin), len(nodes)
-        with graph.inserting_before(position):
-            for step in steps:
-                args, kwargs = step.fill(nodes)
-                node = insert(graph, step.target, args, kwargs)
-                meta = node.meta
-                meta.update(source)
-                meta["custom"] = {MARK: "emitted"}
-                meta["val"] = step.make(args)
-                nodes.append(node)
-        made = nodes[before:]
+    def repeat(self, steps: Sequence[Step], held: list[Any], position: Node, origin: Node) -> None:
+        """The nodes of an equal block once more, ``at`` this place. Each is added to ``held``, from which later steps take
+        their arguments."""
+        source, before = _source_meta(origin), len(held)
+        for step in steps:
+            kwargs = step.kwargs if step.fill_named is None else step.fill_named(held)
+            held.append(step.insert(position, step.fill(held), kwargs))
+        made = held[before:]
+        guard = torch._C._DisableTorchDispatch()  # for all of their values; above, hooks of the user's may run
+        try:
+            for node, step in zip(made, steps, strict=True):
+                node.meta.update(source, custom={MARK: "emitted"}, val=step.value(node._args))
+        finally:
+            del guard
         self.created += made
         self.made += made
         self.places += [(position, origin)] * len(made)
@@ -226,7 +236,8 @@ class Emitter:
         if index < len(self._recorded):
             recorded, make = self._recorded[index]
             if recorded is target:
-                return make(args)
+                with no_dispatch():
+                    return make(args)
             # A guard of the first block turned a size into a number, so that values of the two blocks no longer correspond.
             self._recorded, self.recording = [], self.recording[:index]
         value = self._compute(node)
@@ -284,17 +295,18 @@ def _record_value(node: Node, value: Any) -> Callable[[Arguments], Any]:
     if node.target is operator.getitem:
         return lambda args: args[0].meta["val"][args[1]]
     base = node.args[0].meta["val"] if node.args and isinstance(node.args[0], Node) else None
-    return _maker(value, base.untyped_storage()._cdata if isinstance(base, FakeTensor) else None)
+    return _maker(value, base if isinstance(base, FakeTensor) else None)
 
 
-def _maker(value: Any, base_storage: int | None) -> Callable[[Arguments], Any]:
+def _maker(value: Any, base: FakeTensor | None) -> Callable[[Arguments], Any]:
     """Makes a value with the metadata of ``value`` from the arguments: views of the first alias it, all else is fresh."""
     if isinstance(value, FakeTensor):
         template = Template.of(value)
-        if value.untyped_storage()._cdata == base_storage:
-            return lambda args: template.view(args[0].meta["val"])
+        if base is not None and value.untyped_storage()._cdata == base.untyped_storage()._cdata:
+            view = template.viewer(base)
+            return lambda args: view(args[0].meta["val"])
         return template.copier()
     if isinstance(value, (list, tuple)):
-        kind, makers = type(value), [_maker(v, base_storage) for v in value]
+        kind, makers = type(value), [_maker(v, base) for v in value]
         return lambda args: kind([make(args) for make in makers])
     return lambda args: value  # sizes and None

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._mode_utils import no_dispatch
 
+from moe_lowering.passes.blocks import size_key
+
 _META = torch.device("meta")
 
 
@@ -55,20 +57,17 @@ class Template:
 
     def copy(self) -> FakeTensor:
         """A tensor with a storage of its own."""
-        return self.copier()()
+        with no_dispatch():
+            return self.copier()()
 
     def copier(self) -> Callable[..., FakeTensor]:
-        """``copy``, with all that it looks up looked up once: most nodes of a graph get their value from it, and it may be
-        called with their arguments, which it does not read."""
-        make, device, state, disable_dispatch = self._fake, self.device, self.state, torch._C._DisableTorchDispatch
+        """``copy``, with all that it looks up looked up once: most nodes of a graph get their value from it. It is called while
+        nothing is dispatched to Python, and may be with their arguments, which it does not read."""
+        make, device, state = self._fake, self.device, self.state
         allocate, is_whole = self._symbolic_allocator() if self.symbolic else self._allocator(), _copies_are_whole()
 
         def copy(arguments: object = None) -> FakeTensor:
-            guard = disable_dispatch()  # what ``no_dispatch`` holds, without a context manager
-            try:
-                return _copy_state(allocate(), device, state) if is_whole else make(allocate())
-            finally:
-                del guard
+            return _copy_state(allocate(), device, state) if is_whole else make(allocate())
 
         return copy
 
@@ -86,6 +85,19 @@ class Template:
             return base.as_strided(shape, stride)
 
         return allocate
+
+    def viewer(self, base: FakeTensor) -> Callable[[FakeTensor], FakeTensor]:
+        """``view``, of values that have the metadata of ``base``; called while nothing is dispatched to Python."""
+        if base.dtype != self.dtype or not _copies_are_whole():
+            return self.view
+        layout = (
+            None if Template.of(base)._layout_key() == self._layout_key() else (self.shape, self.stride, self.offset)
+        )
+        return functools.partial(_alias, layout, self.device, self.state)
+
+    def _layout_key(self) -> list[Any]:
+        """Sizes as expressions: to compare SymInts may add a guard."""
+        return [*map(size_key, (*self.shape, *self.stride, self.offset))]
 
     def view(self, base: FakeTensor) -> FakeTensor:
         """A tensor on the storage of ``base``, whose bytes it may read as another dtype of the same size."""
@@ -109,6 +121,20 @@ def _copy_state(meta: Tensor, device: torch.device, state: dict[str, Any]) -> Fa
         torch._C._set_throw_on_mutable_data_ptr(fake)
     fake.__dict__.update(state)
     return fake
+
+
+def _alias(layout: tuple[Any, ...] | None, device: torch.device, state: dict[str, Any], base: FakeTensor) -> FakeTensor:
+    """A tensor on the storage of ``base``, with its layout or another one. An operation on a FakeTensor asks Python code for its
+    device, even where no operator is dispatched to Python: 4 us. What ``detach`` gives here is none any more."""
+    if layout is None:
+        return _copy_state(base, device, state)
+    with torch._C._PreserveDispatchKeyGuard():  # as ``in_kernel_invocation_manager``
+        torch._C._set_meta_in_tls_dispatch_include(True)
+        meta = _detach(base).as_strided(*layout)
+    return _copy_state(meta, device, state)
+
+
+_detach = torch._C.TensorBase.detach
 
 
 @functools.cache

@@ -13,6 +13,7 @@ stood at another place than a stage has no tape, and each equal block is emitted
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from torch.fx import Node
 
 from moe_lowering.passes.emission.emitter import Constants, Emitter
+from moe_lowering.passes.emission.new_nodes import MakeBefore, repeated_call
 from moe_lowering.passes.emission.wiring import Wiring, read_wiring
 from moe_lowering.passes.graph.graph_nodes import graph_nodes
 from moe_lowering.passes.graph.operator_names import operator_name
@@ -27,37 +29,18 @@ from moe_lowering.report.graphs import GraphNode, NamedNodes, Pattern
 
 Nodes = Sequence[Node]
 Arguments = tuple[Any, ...]
+_Place = int | list[int]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Step:
-    """One node. ``places`` and ``names`` say which arguments are nodes, by number; ``lists`` which are lists that hold some."""
+    """One node, as ``emitter.Step`` says. What is always the same is made once: every equal block asks for each step."""
 
-    target: Any
-    args: list[Any]
+    insert: MakeBefore
+    fill: Callable[[Sequence[Any]], Arguments]
+    fill_named: Callable[[Sequence[Any]], dict[str, Any]] | None
     kwargs: dict[str, Any]
-    places: tuple[tuple[int, int], ...]
-    names: tuple[tuple[str, int], ...]
-    lists: tuple[tuple[int | str, tuple[Any, ...]], ...]
-    make: Callable[[Arguments], Any]
-
-    def fill(self, nodes: Nodes) -> tuple[Arguments, dict[str, Any]]:
-        """The arguments, with these nodes in them."""
-        args = self.args.copy()
-        for at, number in self.places:
-            args[at] = nodes[number]
-        if not self.names and not self.lists:
-            return tuple(args), self.kwargs
-        kwargs = self.kwargs.copy()
-        for name, number in self.names:
-            kwargs[name] = nodes[number]
-        for where, items in self.lists:
-            filled = [nodes[item.number] if type(item) is _Number else item for item in items]
-            if isinstance(where, int):
-                args[where] = filled
-            else:
-                kwargs[where] = filled
-        return tuple(args), kwargs
+    value: Callable[[Arguments], Any]
 
 
 class _NotOnTape(Exception):
@@ -69,6 +52,7 @@ class Tape:
     """The nodes of one rewrite in the order in which they were made.
 
     Attributes:
+        plain: arguments that are no nodes.
         runs: steps that follow each other at one place: the stage before which they stand, the one whose source they have.
         constants: nodes of the graph that they read beside the inputs, made by no block.
         results: the numbers of what the rewrite gave, None of what it did not.
@@ -76,6 +60,7 @@ class Tape:
         pattern: the nodes in graph order, for a report.
     """
 
+    plain: tuple[Any, ...]
     runs: tuple[tuple[int, int, tuple[_Step, ...]], ...]
     constants: tuple[Node, ...]
     results: tuple[int | None, ...]
@@ -86,17 +71,10 @@ class Tape:
         """Make the nodes again; the results, or None where a constant has been taken back: nothing is made then."""
         if any(node._erased for node in self.constants):
             return None
-        nodes = [*wiring.inputs, *self.constants]
+        held: list[Any] = [*self.plain, *wiring.inputs, *self.constants]
         for position, origin, steps in self.runs:
-            emit.repeat(steps, nodes, stages[position], stages[origin])
-        return [None if number is None else nodes[number] for number in self.results]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Number:
-    """Stands for a node in a list."""
-
-    number: int
+            emit.repeat(steps, held, stages[position], stages[origin])
+        return [None if number is None else held[number] for number in self.results]
 
 
 class Tapes:
@@ -125,7 +103,7 @@ class Tapes:
             known: the wiring as it was found; it still is where the same nodes are read.
         """
         wiring = known
-        if wiring is None or tuple(dict.fromkeys(n for s in stages for n in s.all_input_nodes)) != wiring.inputs:
+        if wiring is None or tuple(dict.fromkeys([n for s in stages for n in s._input_nodes])) != wiring.inputs:
             wiring = read_wiring(stages, inside, experts)
         return wiring, self._kinds.setdefault((wiring.key, self._env_version()), len(self._kinds))
 
@@ -165,25 +143,26 @@ def _record(
     """The tape of a rewrite that was just emitted, or None where it cannot be repeated."""
     used = {argument for node in emit.created for argument in node.all_input_nodes}
     read = [node for node in constants.values() if node in used]
-    numbers = {node: number for number, node in enumerate([*wiring.inputs, *read, *emit.created])}
+    nodes = [*wiring.inputs, *read, *emit.created]
+    writer = _StepWriter(nodes, emit.created)
     runs: list[tuple[int, int, list[_Step]]] = []
     try:
         # a recording of an equal block may go on, with what stands beside the rewrite
-        for node, (_, make), (position, origin) in zip(emit.created, emit.recording, emit.places, strict=False):
+        for node, (_, value), (position, origin) in zip(emit.created, emit.recording, emit.places, strict=False):
             place = _stage(stages, position), _stage(stages, origin)
             if not runs or runs[-1][:2] != place:
                 runs.append((*place, []))
-            runs[-1][2].append(_step(node, make, numbers))
-        given = tuple([None if node is None else _number_of(node, numbers) for node in results])
+            runs[-1][2].append(writer.write(node, value))
+        given = tuple([None if node is None else writer.number(node) for node in results])
     except _NotOnTape:
         return None
-    in_order = sorted(emit.created)
+    in_order, numbers = sorted(emit.created), {node: number for number, node in enumerate(nodes)}
     pattern = tuple(
         (numbers[node], operator_name(node), tuple([numbers[each] for each in node.all_input_nodes]))
         for node in in_order
     )
     steps_by_place = tuple([(position, origin, tuple(steps)) for position, origin, steps in runs])
-    return Tape(steps_by_place, tuple(read), given, operators_of(in_order), pattern)
+    return Tape(writer.plain, steps_by_place, tuple(read), given, operators_of(in_order), pattern)
 
 
 def operators_of(in_order: Iterable[Node]) -> tuple[str, ...]:
@@ -198,31 +177,89 @@ def _stage(stages: Nodes, node: Node) -> int:
     raise _NotOnTape
 
 
-def _number_of(node: Node, numbers: Mapping[Node, int]) -> int:
-    if node not in numbers:
-        raise _NotOnTape
-    return numbers[node]
+class _StepWriter:
+    """Writes the steps of a tape, in order.
 
+    Args:
+        nodes: those that the tape holds when it has been played.
+        created: those of them whose steps are written.
 
-def _step(node: Node, make: Callable[[Arguments], Any], numbers: Mapping[Node, int]) -> _Step:
-    args, kwargs = [*node.args], dict(node.kwargs)
-    places: list[tuple[int, int]] = []
-    names: list[tuple[str, int]] = []
-    lists: list[tuple[int | str, tuple[Any, ...]]] = []
-    entries: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    for where, value in entries:
-        if isinstance(value, Node):
-            number = _number_of(value, numbers)
-            if isinstance(where, int):
-                places.append((where, number))
-            else:
-                names.append((where, number))
-        elif isinstance(value, (list, tuple)):
-            items = [_Number(_number_of(each, numbers)) if isinstance(each, Node) else each for each in value]
-            if any(isinstance(item, (list, tuple, dict)) for item in items):
-                raise _NotOnTape
-            if any(isinstance(item, _Number) for item in items):
-                lists.append((where, tuple(items)))
-        elif isinstance(value, (dict, slice)):
+    Attributes:
+        plain: what stands before them: the arguments that are no nodes, in order.
+    """
+
+    def __init__(self, nodes: Iterable[Node], created: Iterable[Node]) -> None:
+        leaves = (leaf for node in created for value in _filled(node) for leaf in _leaves(value))
+        self.plain = tuple([leaf for leaf in leaves if not isinstance(leaf, Node)])
+        self._next_plain = itertools.count()
+        self._numbers = {node: number for number, node in enumerate(nodes, len(self.plain))}
+
+    def number(self, node: Node) -> int:
+        if node not in self._numbers:
             raise _NotOnTape
-    return _Step(node.target, args, kwargs, tuple(places), tuple(names), tuple(lists), make)
+        return self._numbers[node]
+
+    def write(self, node: Node, value: Callable[[Arguments], Any]) -> _Step:
+        for argument in (*node.args, *node.kwargs.values()):
+            _require_shallow(argument)
+        return _Step(
+            insert=repeated_call(node.graph, node.target),
+            fill=_fill([self._place(each) for each in node.args]),
+            fill_named=_fill_named(node, {name: self._place(node.kwargs[name]) for name in _names_of_nodes(node)}),
+            kwargs=node.kwargs,  # immutable: FX gives it to further nodes as it is
+            value=value,
+        )
+
+    def _place(self, value: Any) -> _Place:
+        """Where what an argument is filled with is held: of a list with nodes in it the places of its items."""
+        if _has_nodes(value):
+            return [self._place_of_leaf(each) for each in value]
+        return self._place_of_leaf(value)
+
+    def _place_of_leaf(self, leaf: Any) -> int:
+        return self.number(leaf) if isinstance(leaf, Node) else next(self._next_plain)
+
+
+def _filled(node: Node) -> list[Any]:
+    """The arguments that a tape fills in, in order: all by position, and by name those with nodes."""
+    return [*node.args, *[node.kwargs[name] for name in _names_of_nodes(node)]]
+
+
+def _names_of_nodes(node: Node) -> list[str]:
+    return [name for name, value in node.kwargs.items() if isinstance(value, Node) or _has_nodes(value)]
+
+
+def _has_nodes(value: Any) -> bool:
+    """Whether an argument is a list with nodes in it."""
+    return isinstance(value, (list, tuple)) and any(isinstance(each, Node) for each in value)
+
+
+def _leaves(value: Any) -> list[Any]:
+    return [*value] if _has_nodes(value) else [value]
+
+
+def _require_shallow(value: Any) -> None:
+    """Nodes further inside than in a list would not be seen."""
+    items = value if isinstance(value, (list, tuple)) else ()
+    if isinstance(value, (dict, slice)) or any(isinstance(item, (list, tuple, dict, slice)) for item in items):
+        raise _NotOnTape
+
+
+def _fill(places: list[_Place]) -> Callable[[Sequence[Any]], Arguments]:
+    """Takes arguments from where they are held, most of them in one call of C code."""
+    flat = [place for place in places if isinstance(place, int)]
+    if len(flat) == len(places) and len(flat) > 1:
+        return operator.itemgetter(*flat)
+    items = [_take(place) for place in places]
+    return lambda held: tuple([item(held) for item in items])
+
+
+def _take(place: _Place) -> Callable[[Sequence[Any]], Any]:
+    return operator.itemgetter(place) if isinstance(place, int) else lambda held: [held[each] for each in place]
+
+
+def _fill_named(node: Node, places: Mapping[str, _Place]) -> Callable[[Sequence[Any]], dict[str, Any]] | None:
+    if not places:
+        return None
+    kwargs, items = dict(node.kwargs), {name: _take(place) for name, place in places.items()}
+    return lambda held: {**kwargs, **{name: item(held) for name, item in items.items()}}

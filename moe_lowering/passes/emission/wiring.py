@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from moe_lowering.passes.blocks import size_key
@@ -41,17 +42,21 @@ def read_wiring(stages: Nodes, inside: Collection[Node], experts: Node | None = 
         experts: the stage that reads the experts' tensors.
     """
     numbers: dict[Node, int] = {}
-    arguments = [(_number(stage.args, numbers), _number_named(stage.kwargs, numbers)) for stage in stages]
+    arguments = [(_number(stage._args, numbers), _number_named(stage._kwargs, numbers)) for stage in stages]
+    first, count = stages[0], len(stages)
     described = [
-        None if node in inside else (_describe(node.meta.get("val")), _stages_after(node, stages)) for node in numbers
+        None
+        if node in inside
+        else (_describe(node.meta.get("val")), count if node < first else _stages_after(node, stages))
+        for node in numbers
     ]
-    tensors = () if experts is None else experts.all_input_nodes
+    tensors = () if experts is None else experts._input_nodes
     return Wiring(tuple(numbers), (*arguments, *described, *map(is_stored, tensors)))
 
 
 def _stages_after(node: Node, stages: Nodes) -> int:
-    """Before how many of the stages a node stands: nearly always before all of them."""
-    return len(stages) if node < stages[0] else [node < stage for stage in stages].count(True)
+    """Before how many of the stages a node stands that does not stand before all of them."""
+    return [node < stage for stage in stages].count(True)
 
 
 _PLAIN = frozenset({int, bool, str, type(None), torch.dtype, torch.device})
@@ -64,7 +69,7 @@ def _number(values: Sequence[Any], numbers: dict[Node, int]) -> tuple[Any, ...]:
         kind = type(value)
         if kind in _PLAIN:
             numbered.append(value)
-        elif isinstance(value, Node):
+        elif kind is Node:
             numbered.append(numbers.setdefault(value, len(numbers)))
         elif isinstance(value, (tuple, list)):
             numbered.append(_number(value, numbers))
@@ -85,5 +90,5 @@ def _describe(value: Any) -> Any:
         sizes = (*value.shape, *value.stride())
         if value._has_symbolic_sizes_strides:
             sizes = (*[size if type(size) is int else size_key(size) for size in sizes],)
-        return (sizes, value.dtype, value.device)
+        return (sizes, value.dtype, value.fake_device if type(value) is FakeTensor else value.device)
     return tuple(map(_describe, value)) if isinstance(value, (tuple, list)) else type(value)

@@ -87,7 +87,8 @@ def results(node: Node) -> dict[str, Node] | None:
     names = _results(node.target)
     outputs: dict[str, Node] = {}
     for user in node.users:
-        index = user.args[1] if user.target is operator.getitem and len(user.args) == 2 else None
+        args = user._args
+        index = args[1] if user.target is operator.getitem and len(args) == 2 else None
         if not isinstance(index, int) or not -len(names) <= index < len(names) or names[index] in outputs:
             return None
         outputs[names[index]] = user

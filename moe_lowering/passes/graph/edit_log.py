@@ -12,11 +12,13 @@ Sources: torch.fx_graph: erase_node, create_node, _FindNodesLookupTable; torch.f
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
+
+from moe_lowering.passes.graph.erased_nodes import eraser
 
 log = logging.getLogger(__name__)
 
@@ -31,24 +33,27 @@ class EditLog:
         # the garbage collector looks at when the pass ends
         self._undo: list[tuple[Any, ...]] = []
 
-    @contextmanager
-    def step(self, created: Sequence[Node] | None = None) -> Iterator[None]:
+    def step(self, created: Sequence[Node] | None = None) -> AbstractContextManager[None]:
         """All or nothing. Steps may stand within steps.
 
         Args:
             created: a sequence that holds the new nodes when the step ends; None finds them by a walk of the graph.
         """
+        return _LoggedStep(self, created)
+
+    def _begin(self) -> int:
+        """What is undone by ``_back_to`` is what comes from now on."""
         if self._known is None:
             self._known = set(self.graph.nodes)
-        known, mark = self._known, len(self._undo)
-        try:
-            yield
-            new = [node for node in self.graph.nodes if node not in known] if created is None else [*created]
-            self._undo.append((known.difference_update, new))
-            known.update(new)
-        except BaseException:  # Ctrl-C too: a graph that is edited half must not stay
-            self._back_to(mark)
-            raise
+        return len(self._undo)
+
+    def _keep(self, created: Sequence[Node] | None) -> None:
+        """The new nodes are known from now on."""
+        known = self._known
+        assert known is not None
+        new = [node for node in self.graph.nodes if node not in known] if created is None else [*created]
+        self._undo.append((known.difference_update, new))
+        known.update(new)
 
     def undo(self) -> None:
         """Back to the graph as the log found it."""
@@ -71,9 +76,10 @@ class EditLog:
         """Erase nodes that nobody outside of ``nodes`` reads, users first."""
         graph, undo, last_first = self.graph, self._undo, sorted(nodes, reverse=True)
         self._note_readers(*_inputs(last_first))  # as they are before all of it, so once: taking back ends with them
+        erase = eraser(graph)
         for node in last_first:
-            undo.append((_bring_back, graph, node, node.next, node._sort_key, node.args, node.kwargs))
-            graph.erase_node(node)
+            undo.append((_bring_back, graph, node, node._next, node._sort_key, node._args, node._kwargs))
+            erase(graph, node)
 
     def move(self, node: Node, before: Node) -> None:
         """Move a node to before another one."""
@@ -85,9 +91,11 @@ class EditLog:
 
         Signatures of exported programs, and of modules in them, name the nodes of the graph that are their outputs.
         """
-        names = self.graph._graph_namespace._obj_to_name
+        graph, names = self.graph, self.graph._graph_namespace._obj_to_name
         self._undo.append((_give_name, new, new.name, names))
-        new.name = names[new] = old.name
+        if getattr(graph.owning_module, "_replace_hooks", None):
+            new.name = old.name  # the hooks hear of it
+        _give_name(new, old.name, names)
 
     def _note_arguments(self, node: Node) -> None:
         """And the readers of each argument: giving them back makes this node the last one of all."""
@@ -135,6 +143,28 @@ class EditLog:
         self.graph._len = count
 
 
+class _LoggedStep(AbstractContextManager[None]):
+    """A step of a log. No generator: a block is three of them."""
+
+    def __init__(self, log: EditLog, created: Sequence[Node] | None) -> None:
+        self._log = log
+        self._created = created
+        self._mark = 0
+
+    def __enter__(self) -> None:
+        self._mark = self._log._begin()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._log._keep(self._created)
+        except BaseException:  # Ctrl-C too: a graph that is edited half must not stay
+            self._log._back_to(self._mark)
+            raise
+        if kind is not None:
+            self._log._back_to(self._mark)
+
+
 class ModuleEdits(EditLog):
     """The log of a graph module: its code follows its graph."""
 
@@ -161,13 +191,14 @@ class ModuleEdits(EditLog):
 
 
 def _give_name(node: Node, name: str, names: dict[Any, str]) -> None:
-    object.__setattr__(node, "name", name)  # without the hooks of the graph module, which may be what failed
+    # Without the hooks of the graph module, which may be what failed, and without ``Node.__setattr__``'s look at the index
+    object.__setattr__(node, "name", name)
     names[node] = name
 
 
 def _inputs(nodes: Sequence[Node]) -> dict[Node, None]:
     """What nodes read, each once."""
-    return dict.fromkeys([each for node in nodes for each in node.all_input_nodes])
+    return dict.fromkeys([each for node in nodes for each in node._input_nodes])
 
 
 def _give_arguments(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -23,10 +23,13 @@ MIXED = (
 def join_fake_modes(graph: Graph) -> FakeTensorMode | str:
     """The fake mode of a graph's values, which is made one where it is not; or why there is none."""
     inputs = graph.find_nodes(op="placeholder")
-    given = (leaf for node in inputs for leaf in _leaves(node))
-    if any(isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) for leaf in given):
+    given = [leaf for node in inputs for leaf in _leaves(node)]
+    fake = [leaf for leaf in given if isinstance(leaf, FakeTensor)]
+    if len(fake) < len(given) and any(
+        isinstance(leaf, torch.Tensor) for leaf in given if not isinstance(leaf, FakeTensor)
+    ):
         return NO_VALUES
-    at_ends = [*_fake_values(inputs), *_fake_values(graph.output_node().all_input_nodes)]
+    at_ends = [*fake, *_fake_values(graph.output_node().all_input_nodes)]
     modes = {value.fake_mode for value in at_ends}
     if len(modes) < 2:
         mode: FakeTensorMode | None = torch._guards.detect_fake_mode(at_ends[:1])  # all are of one mode

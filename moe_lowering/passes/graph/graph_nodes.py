@@ -14,7 +14,7 @@ def graph_nodes(nodes: Iterable[Node]) -> tuple[GraphNode, ...]:
     """Of nodes in graph order, those that call something."""
     return tuple(
         [
-            GraphNode(node.name, operator_name(node), tuple([each.name for each in node.all_input_nodes]))
+            GraphNode(node.name, operator_name(node), tuple([each.name for each in node._input_nodes]))
             for node in nodes
             if node.op == "call_function"
         ]

@@ -48,6 +48,11 @@ class Writes:
         self._nodes = sorted(node for node in _writers(graph) if not is_unseen_write(node))
         self._memory: dict[Node, Node] | None = None
 
+    @property
+    def exist(self) -> bool:
+        """Whether there is any."""
+        return bool(self._nodes)
+
     def between(self, first: Node, last: Node, read: Iterable[Node], gone: Container[Node] = ()) -> Node | None:
         """A node from ``first`` on and before ``last`` that may write what one of ``read`` before it is, or shares memory with.
 

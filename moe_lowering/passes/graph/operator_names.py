@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from typing import Any
 
@@ -15,10 +14,18 @@ _KINDS = {"placeholder": "an input", "get_attr": "a constant", "output": "the ou
 
 def operator_name(node: Node) -> str:
     """``namespace.name`` of an operator, the name of a function."""
-    return _name(node.target)
+    target = node.target
+    known = _NAMES.get(id(target))
+    if known is None or known[0] is not target:
+        known = target, _name(target)
+        if isinstance(target, torch._ops.OpOverload) or target is operator.getitem:  # others may be made for one graph
+            _NAMES[id(target)] = known
+    return known[1]
 
 
-@functools.lru_cache(maxsize=1024)
+_NAMES: dict[int, tuple[Any, str]] = {}  # by id: an operator's own hash is Python code
+
+
 def _name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.replace("::", ".")

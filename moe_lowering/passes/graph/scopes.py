@@ -20,7 +20,10 @@ def is_marker(node: Node) -> bool:
 
 
 def scope_paths(graph: Graph) -> dict[Node, tuple[str, ...]]:
-    """For each node the names of the scope markers open around it. Empty when the graph has no scopes."""
+    """For each node the names of the scope markers open around it. Empty when the graph has no scopes, as its index of targets
+    says."""
+    if not any(getattr(target, "_opname", None) in _OPEN for _, target in graph._find_nodes_lookup_table.table):
+        return {}
     paths: dict[Node, tuple[str, ...]] = {}
     open_scopes: list[str] = []
     for node in graph.nodes:

@@ -83,14 +83,18 @@ def _experts_of(product: Node) -> set[Any]:
 def _experts(operand: Node) -> Any:
     """How many matrices a stored weight has: of three axes as it is stored, or as it is used; None of another node."""
     source: Any = operand
-    while isinstance(source, Node) and name_of(source) in VIEWS and source.args:
-        if name_of(source) in ("expand", "repeat") and shape_of(source) != shape_of(source.args[0]):
-            return None  # rows that are given to every expert
-        source = source.args[0]
-    if name_of(source) == "cat":  # gate and up side by side
+    name = name_of(source)
+    while name in VIEWS and source.args:
+        base = source.args[0]
+        if not isinstance(base, Node):
+            return None
+        if name in ("expand", "repeat") and shape_of(source) != shape_of(base):  # rows that are given to every expert
+            return None
+        source, name = base, name_of(base)
+    if name == "cat":  # gate and up side by side
         parts = {_experts(part) for part in source.args[0]} if len(shape_of(source) or ()) == 3 else set()
         return parts.pop() if len(parts) == 1 else None
-    if not isinstance(source, Node) or source.op not in ("placeholder", "get_attr"):
+    if source.op not in ("placeholder", "get_attr"):
         return None
     stored = shape_of(source)
     used = stored if source is operand else shape_of(operand)

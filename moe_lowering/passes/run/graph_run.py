@@ -359,6 +359,11 @@ class GraphRun:
             log_warning("moe_lowering: looking for what cannot be captured failed")
             return []
 
+    def end(self) -> None:
+        """Let go of all that the run knew: a fourth of the objects that the pass makes, which the garbage collector would look at
+        with the others. Most of it is the edits' log."""
+        vars(self).clear()  # it is in a circle with parts that have methods of it
+
     def _check_limits(self, spec: BlockSpec, decision: Decision, emit: Emitter) -> None:
         """Every Ascend node against its limits, from its own arguments and not from the block's record."""
         judged = decision.judgement
