@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from moe_lowering.vocabulary import FUSED_MODES, GUARDS, MODES, SOCS, WEIGHT_FORMATS
+from moe_lowering.vocabulary import FUSED_MODES, GUARDS, MODES, SOCS, WEIGHT_FORMATS, soc_named
 
 if TYPE_CHECKING:
     from moe_lowering.deployment import Deployment
@@ -45,9 +45,17 @@ def check_kinds(deployment: Any) -> None:
             raise ValueError(f"Deployment: {field.name} is {value!r}; accepted: {accepted[kind][1]}")
 
 
+def _check_soc(soc: str) -> None:
+    """The name of a SoC; one of its other names, which commands take, says which SoC it is."""
+    meant = soc_named(soc) if isinstance(soc, str) and soc not in SOCS else None
+    if meant is not None:
+        raise ValueError(f"Deployment: soc is {soc!r}, another name of {meant.name}; accepted: {', '.join(SOCS)}")
+    require_word("soc", soc, SOCS)
+
+
 def check_words(deployment: Deployment) -> None:
     """Every field that is one of some words is one of them."""
-    require_word("soc", deployment.soc, SOCS)
+    _check_soc(deployment.soc)
     require_word("weight_format", deployment.weight_format, WEIGHT_FORMATS)
     require_word("guards", deployment.guards, GUARDS)
     require_word("mode", deployment.mode, MODES)

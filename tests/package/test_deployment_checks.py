@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moe_lowering import Deployment
+from moe_lowering.vocabulary import SOCS
 
 EP: dict[str, Any] = {"ep_size": 4, "ep_group": "a"}
 
@@ -41,6 +42,12 @@ EP: dict[str, Any] = {"ep_size": 4, "ep_group": "a"}
 def test_a_wrong_deployment_is_one_clear_error(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Deployment(**fields)
+
+
+@pytest.mark.parametrize(("name", "alias"), [(soc.name, alias) for soc in SOCS.values() for alias in soc.aliases])
+def test_another_name_of_a_soc_says_which_it_is(name: str, alias: str) -> None:
+    with pytest.raises(ValueError, match=f"soc is '{alias}', another name of {name}; accepted: A2, A3"):
+        Deployment(soc=alias)
 
 
 def test_what_is_at_the_bound_is_accepted() -> None:
