@@ -19,7 +19,8 @@ parser.add_argument("folder", nargs="?", help="of a checkpoint in 16 bit; a smal
 arguments = parser.parse_args()
 device = arguments.device
 if "RANK" not in os.environ:
-    parser.error("it is started by torchrun, which makes the ranks: torchrun --nproc-per-node 2 examples/checkpoint.py")
+    before = "TORCH_DEVICE_BACKEND_AUTOLOAD=0 " if device == "cpu" else ""
+    parser.error(f"torchrun makes its ranks: {before}torchrun --nproc-per-node 2 examples/checkpoint.py")
 if arguments.folder and not Path(arguments.folder).is_dir():
     parser.error(f"{arguments.folder} is no folder; a checkpoint has to be downloaded first")
 if device == "cpu":

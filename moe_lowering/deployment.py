@@ -194,7 +194,8 @@ class Deployment:
 
         Raises:
             ValueError: a field that a group gives was given otherwise; ``soc`` is not given and no NPU says it, or is not the
-                NPU's; the NPU's SoC or HCCL_BUFFSIZE is not known; and as ``Deployment`` does.
+                NPU's; the NPU's SoC or HCCL_BUFFSIZE is not known; ``ep`` is None under ``torchrun`` before there is a
+                process group; and as ``Deployment`` does.
             TypeError: a group that is none, or does not have this process in it.
         """
         fields, detected = detect(ep, tp, mc2, rest)

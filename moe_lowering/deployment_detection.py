@@ -60,6 +60,7 @@ def detect(
             raise ValueError(f"Deployment.from_groups: {field} is given; accepted: the group itself, as {name}")
     if mc2 is not None and "mc2_group" in declared:
         raise ValueError("Deployment.from_groups: mc2 and mc2_group are given; accepted: one of them")
+    _check_alone(ep)
     members = {name: _members(name, group) for name, group in (("ep", ep), ("tp", tp), ("mc2", mc2))}
     if mc2 is not None:
         _check_second(ep, mc2, members)
@@ -123,6 +124,19 @@ def _dimension(mesh: Any, names: tuple[str, ...], argument: str, dimension: str 
         raise ValueError(
             f"Deployment.from_mesh: {argument} is {dimension!r}; accepted: of the mesh's dimensions {list(names)} ({error})"
         ) from error
+
+
+def _check_alone(ep: Any) -> None:
+    """Without a group a rank is alone, with all experts. ``dist.group.WORLD`` is None, too, until there is a process group."""
+    import torch.distributed as dist
+
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ep is None and ranks != "1" and not dist.is_initialized():
+        raise ValueError(
+            f"Deployment.from_groups: ep is None, WORLD_SIZE is {ranks} and there is no process group; accepted: a group, "
+            "after torch.distributed.init_process_group, before which dist.group.WORLD is None (a rank that is alone: "
+            "WORLD_SIZE unset or 1)"
+        )
 
 
 def _members(name: str, group: Any) -> list[int]:

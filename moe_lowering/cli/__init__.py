@@ -11,7 +11,6 @@ import contextlib
 import os
 import signal
 import sys
-import textwrap
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,14 +94,10 @@ def _first_sentence(text: str) -> str:
 
 
 def _complain(text: str) -> None:
-    """Print one line to stderr, if it is open; on a terminal that is too narrow for it, broken between words."""
-    if sys.stderr is None:
-        return
-    line = f"moe-lowering: {' '.join(text.split())}"
-    if terminal.is_terminal(sys.stderr) and (columns := terminal.columns(sys.stderr)):
-        line = textwrap.fill(line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr)
+    """Print one line to stderr, if it is open. A terminal breaks it: commands in it stay as they are to be copied."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"moe-lowering: {' '.join(text.split())}", file=sys.stderr)
 
 
 def _print(text: str, end: str = "\n") -> None:

@@ -149,3 +149,18 @@ def test_a_fake_group_makes_a_second_one_too():
         assert (found.ep_size, found.ep_rank, found.ep_group) == (4, None, fake.ep_group)
         assert found.mc2_group not in ("", fake.ep_group, fake.mc2_group)
         assert Deployment.from_groups(ep=world, ep_rank=2).ep_rank == 2
+
+
+@pytest.mark.parametrize(("ranks", "is_accepted"), [("", True), ("1", True), ("2", False)])
+def test_no_group_under_torchrun_is_told(monkeypatch, ranks, is_accepted):
+    """``dist.group.WORLD`` before ``init_process_group`` is None, which else means that the rank is alone."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if ranks:
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+    if is_accepted:
+        assert Deployment.from_groups(ep=None, soc="A3").ep_size == 1
+        return
+    with pytest.raises(
+        ValueError, match="ep is None, WORLD_SIZE is 2 and there is no process group; accepted: a group"
+    ):
+        Deployment.from_groups(ep=None, soc="A3")

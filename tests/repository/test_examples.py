@@ -41,9 +41,9 @@ def test_the_page_shows_every_program_as_it_stands():
 
 
 @pytest.mark.parametrize(("words", "says"), [
-    ("own_model.py", "which makes the ranks: torchrun --nproc-per-node 2 examples/own_model.py"),
+    ("own_model.py npu", "torchrun makes its ranks: torchrun --nproc-per-node 2 examples/own_model.py"),
     ("own_model.py gpu", "invalid choice: 'gpu'"),
-    ("checkpoint.py cpu", "it is started by torchrun"),
+    ("checkpoint.py", "ranks: TORCH_DEVICE_BACKEND_AUTOLOAD=0 torchrun --nproc-per-node 2 examples/checkpoint.py"),
     ("serve.py npu", "npu: torch_npu is not loaded"),
 ])  # fmt: skip
 def test_a_wrong_start_is_told_in_one_line(words, says):
