@@ -41,7 +41,7 @@ def block_sizes(spec: BlockSpec, deployment: Deployment, comm: str, judgement: J
         bound=spec.max_tokens or high,
         capacity=size(share(spec.max_tokens or tokens, spec)),
         received=size(received),
-        exchanged=None if form.lines is None else size(form.lines(spec, deployment, tokens)),
+        exchanged=None if form.lines is None else size(form.lines(spec, tokens)),
         max_output_size=None if form.told_rows is None else form.told_rows(spec, deployment, judgement.premises),
         windows=tuple(
             Window(row.code, needed := size(value), limit, row.unit, needed_buffer_mb(row, needed.most, quantities))

@@ -199,8 +199,8 @@ def _collector_paused() -> Iterator[None]:
     """Pause the garbage collector: what the pass makes is kept or let go of by its end, and one full collection takes 190 ms
     with torch_npu loaded."""
     enabled = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()  # within: Ctrl-C is raised where a call returns
         yield
     finally:
         if enabled:

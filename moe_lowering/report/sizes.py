@@ -68,8 +68,8 @@ class Sizes:
         bound: the most tokens of any rank; None when there is no bound.
         capacity: tokens of one rank of the TP group, rounded up.
         received: rows that one rank receives at most.
-        exchanged: rows that the equal-split AllToAll sends each rank, one for a token, which may be of no expert, or, in buffers,
-            for each of its choices; None elsewhere.
+        exchanged: rows that the equal-split AllToAll sends each rank, one for a token or, in buffers, for each of its choices;
+            None elsewhere.
         max_output_size: rows that a fused operator may process on one rank; None where it is not told.
         windows: of the rules on the HCCL window. buffer_bytes: HCCL_BUFFSIZE in bytes.
     """

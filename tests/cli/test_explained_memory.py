@@ -16,7 +16,8 @@ LOCAL = EXPERTS // RANKS
 ROWS = RANKS * TOKENS * TOP_K  # every token of every rank may come here with all of its choices
 BF16, INT8, F32, I32, I64 = 2, 1, 4, 4, 8
 MATRICES = LOCAL * (HIDDEN * 2 * INNER + INNER * HIDDEN)
-SENT_ROWS = RANKS * (TOKENS + 1) * TOP_K  # with int8 rows each rank sends a token of no expert behind its own
+ROW_INDEX = ROWS * I32
+WEIGHTS = RANKS * TOKENS * TOP_K * BF16
 COUNTS = LOCAL * I64
 # What MC2's dispatch gives beside rows, scales and counts: 128 numbers a row, and counts of each rank for each expert
 RETURN = ROWS * 128 * I32 + RANKS * LOCAL * I32
@@ -28,13 +29,12 @@ EXPERTS_BYTES = {
 }
 # The first matmul's rows beside its result; with int8 rows the second one's, with a scale each, beside its result
 FLOAT_ROWS = ROWS * (HIDDEN + 2 * INNER) * BF16
-INT8_ROW = INNER * INT8 + F32 + HIDDEN * BF16
-INDEX_AND_WEIGHT = I32 + BF16
+INT8_ROWS = ROWS * (INNER * INT8 + F32 + HIDDEN * BF16)
 BUFFERS = {
-    ("allgather", "none"): FLOAT_ROWS + ROWS * INDEX_AND_WEIGHT + COUNTS,
-    ("allgather", "w8a8"): SENT_ROWS * (INT8_ROW + INDEX_AND_WEIGHT) + COUNTS,
+    ("allgather", "none"): FLOAT_ROWS + ROW_INDEX + WEIGHTS + COUNTS,
+    ("allgather", "w8a8"): INT8_ROWS + ROW_INDEX + WEIGHTS + COUNTS,
     ("mc2", "none"): FLOAT_ROWS + RETURN + COUNTS,
-    ("mc2", "w8a8"): ROWS * INT8_ROW + RETURN + COUNTS,
+    ("mc2", "w8a8"): INT8_ROWS + RETURN + COUNTS,
 }
 LAYER = BlockDescription(hidden=HIDDEN, intermediate=INNER, experts=EXPERTS, top_k=TOP_K, layers=LAYERS)
 

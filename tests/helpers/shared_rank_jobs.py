@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import rank_jobs
@@ -15,8 +14,7 @@ from moe_lowering import MoE, MoeLowering, npugraph_ex_options, quantise_experts
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One layer on ranks. ``counts``: T by rank, one entry for each call; ``mask``: none, prefix or any; ``first_half``: every
-    token to the first half of the experts."""
+    """One layer on four ranks. ``counts``: T by rank, one entry for each call; ``mask``: none, prefix or any."""
 
     shared_ranks: int
     shared_experts: int = 1
@@ -29,7 +27,6 @@ class Case:
     tp: int = 1
     experts: int = 12
     skew: bool = False
-    first_half: bool = False
 
     @property
     def equal(self) -> bool:
@@ -37,11 +34,7 @@ class Case:
 
 
 def whole(case: Case) -> MoE:
-    shared = case.shared_experts if case.shared_ranks else 0
-    module = rank_jobs.layer(getattr(torch, case.dtype), case.experts, shared_experts=shared)
-    if case.first_half:  # of tokens that are positive, with weights that are alike
-        half, weight = case.experts // 2, module.gate.weight.data / 8
-        module.gate.weight.data = torch.cat([weight[:half].abs(), -weight[half:].abs()])
+    module = rank_jobs.layer(getattr(torch, case.dtype), case.experts, shared_experts=case.shared_experts)
     return quantise_experts(module, case.quantisation) if case.quantisation != "none" else module
 
 
@@ -49,7 +42,6 @@ def tokens(case: Case, rank: int, count: int) -> tuple[torch.Tensor, torch.Tenso
     """x and mask of a rank; what a masked token holds must not reach any result."""
     group = rank // case.tp
     x = rank_jobs.tokens_of(group, count, getattr(torch, case.dtype), case.skew)
-    x = x.abs() if case.first_half else x
     if case.mask == "none":
         return x, None
     mask = torch.arange(count) < 4 - group if case.mask == "prefix" else (torch.arange(count) + group) % 3 != 1
@@ -128,22 +120,8 @@ def expected(case: Case, rank: int, count: int) -> torch.Tensor:
         logits = module.gate(given).float()
     weights, ids = reference.route(logits, None, rank_jobs.TOP_K, "softmax", True, 1, 1, "max", 1.0)
     y = reference.moe(given, weights, ids, plain(module, "w13"), plain(module, "w2"), mask=mask)
-    for token in range(count) if case.shared_ranks else ():
+    for token in range(count):
         if mask is None or mask[token]:
             for w13, w2 in zip(plain(module, "shared_w13"), plain(module, "shared_w2"), strict=True):
                 y[token] += reference.expert(given[token], w13, w2)
     return y
-
-
-INT8_DB = 28.0  # the floor of docs/matrix.md: x and the activated values are rounded to int8
-
-
-def is_near(case: Case, y: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether y [T, H] is the reference's within rounding: with int8 rows each token by its signal-to-noise ratio."""
-    if y.shape != expected.shape or not bool(y.isfinite().all()):
-        return False
-    if case.quantisation == "none":
-        return reference.relative_error(y, expected) <= reference.BOUNDS[getattr(torch, case.dtype)]
-    noise = (y.double() - expected).square().sum(-1)
-    ratio = expected.square().sum(-1)[noise > 0] / noise[noise > 0]
-    return not len(ratio) or 10 * math.log10(float(ratio.min())) >= INT8_DB

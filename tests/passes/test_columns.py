@@ -77,37 +77,3 @@ def test_taking_apart_is_one_kernel(given: torch.dtype, top_k: int, kernels: int
     inputs = [torch.zeros(TOKENS, top_k, dtype=torch.int32), torch.ones(TOKENS, top_k, dtype=given), torch.ones(TOKENS)]
     assert travel(inputs, torch.bfloat16, "npugraph_ex")[2] == kernels
     assert travel(inputs, torch.bfloat16, "ge")[2] > kernels
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("top_k", [1, 2, 3, 8])
-@pytest.mark.parametrize("tokens", [0, 1, TOKENS])
-def test_what_travels_part_by_part_arrives(dtype: torch.dtype, layout: str, top_k: int, tokens: int) -> None:
-    """Of two ranks, with a token of no expert behind those of each."""
-    spec: Any = SimpleNamespace(top_k=top_k, dtype=dtype, experts=64, ep_size=2)
-    torch.manual_seed(top_k)
-    ids = torch.randint(0, 64, (2, tokens, top_k), dtype=torch.int32)
-    weights = torch.randn(2, tokens, top_k)
-    scale = torch.randn(2, tokens)
-    graph, deployment = Graph(), Deployment()
-    inputs = [each for rank in range(2) for each in (ids[rank], LAYOUTS[layout](weights[rank]), scale[rank])]
-    with FakeTensorMode() as fake:
-        nodes = [graph.placeholder(f"x{number}") for number in range(6)]
-        for node, value in zip(nodes, inputs, strict=True):
-            node.meta["val"] = fake.from_tensor(value)
-        end = graph.output(None)
-        emit = Emitter(graph, fake)
-        with emit.at(end, nodes[0]):
-            lines = [columns.pack_line(emit, *nodes[first : first + 3], spec, deployment) for first in (0, 3)]
-            gathered = emit.call(torch.ops.aten.cat.default, lines)
-            arrived = columns.unpack_lines(emit, gathered, nodes[0], spec, deployment, True)
-    end.args = (arrived,)
-    got = GraphModule({}, graph)(*inputs)
-    for value, node in zip(got, arrived, strict=True):
-        assert value.is_contiguous() and node is not None and value.shape == node.meta["val"].shape
-    spare = torch.arange(64, 64 + top_k, dtype=torch.int32).expand(2, 1, top_k)
-    torch.testing.assert_close(got[0], torch.cat([ids, spare], 1).flatten(0, 1))
-    filled = torch.cat([weights, torch.zeros(2, 1, top_k)], 1).flatten(0, 1).to(dtype)
-    torch.testing.assert_close(got[1], filled, rtol=0, atol=0)
-    torch.testing.assert_close(got[2], torch.cat([scale, torch.zeros(2, 1)], 1).flatten(), rtol=0, atol=0)

@@ -158,3 +158,23 @@ def test_a_viewer_makes_what_view_makes(layout, symbolic, device):
     with mode:
         other.add_(1)
     assert made._version == reference._version == other._version == 1
+
+
+def _moved(base):
+    return torch.empty(6, dtype=base.dtype, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("other", "lost"),
+    [(_moved, "the storage of views"), (lambda base: base.gone, "AttributeError")],
+    ids=["moved", "gone"],
+)
+def test_views_that_torch_makes_otherwise_make_the_constructor_take_over(fresh, monkeypatch, other, lost):
+    """The twin: with torch's own ``detach`` no warning is given."""
+    assert fake_values._copies_are_whole()
+    fake_values._copies_are_whole.cache_clear()
+    monkeypatch.setattr(fake_values, "_detach", other)
+    value = _value()
+    with pytest.warns(RuntimeWarning, match=f"slower: copies lack .*{lost}"):
+        view = Template.of(value).viewer(value)(value)
+    assert view.untyped_storage()._cdata == value.untyped_storage()._cdata

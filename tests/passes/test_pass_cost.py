@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from moe_lowering import MoeLowering
 from moe_lowering.limits import violations
-from moe_lowering.passes import capturability, decision, find_blocks
+from moe_lowering.passes import capturability, decision, find_blocks, pipeline
 from moe_lowering.passes.emission import emitter, fake_values
 from moe_lowering.passes.emission.fake_values import Template
 from moe_lowering.passes.run import graph_run
@@ -170,6 +170,20 @@ def test_no_collection_and_the_collector_is_as_before(comm, symbolic):
             assert gc.isenabled() == enabled
         finally:
             gc.enable()
+
+
+def test_ctrl_c_on_the_way_in_leaves_the_collector_on(monkeypatch):
+    """A signal is raised where a call returns: here, that of ``gc.disable``."""
+    disable = gc.disable
+
+    def interrupted():
+        disable()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gc, "disable", interrupted)
+    with pytest.raises(KeyboardInterrupt), pipeline._collector_paused():
+        raise AssertionError("not reached")
+    assert gc.isenabled()
 
 
 # For one more equal layer: calls of Python functions in the pass but for ``Graph.lint``, and objects that the garbage collector

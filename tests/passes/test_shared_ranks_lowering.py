@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -11,13 +12,23 @@ import reference
 import shared_rank_jobs as jobs
 import torch
 from rank_pools import Ranks
-from shared_rank_jobs import Case, is_near
+from shared_rank_jobs import Case
+
+INT8_DB = 28.0  # the floor of docs/matrix.md: x and the activated values are rounded to int8
 
 
 @pytest.fixture(scope="module")
 def four() -> Iterator[Ranks]:
     with Ranks(4, setup=rank_jobs.setup, collective_timeout=60) as ranks:
         yield ranks
+
+
+def near(case: Case, y: torch.Tensor, expected: torch.Tensor) -> bool:
+    if case.quantisation == "none":
+        return reference.relative_error(y, expected) <= reference.BOUNDS[getattr(torch, case.dtype)]
+    noise = (y.double() - expected).square().sum(-1)
+    ratio = expected.square().sum(-1)[noise > 0] / noise[noise > 0]
+    return bool(y.isfinite().all()) and (not len(ratio) or 10 * math.log10(float(ratio.min())) >= INT8_DB)
 
 
 def check(ranks: Ranks, case: Case) -> None:
@@ -31,8 +42,8 @@ def check(ranks: Ranks, case: Case) -> None:
         for y, eager, per_rank in zip(outputs, generic[rank], case.counts, strict=True):
             expected = jobs.expected(case, rank, per_rank[rank])
             assert y.dtype == eager.dtype == getattr(torch, case.dtype)
-            assert is_near(case, y, expected), (rank, per_rank, reference.relative_error(y, expected))
-            assert is_near(case, eager, expected), (rank, per_rank, reference.relative_error(eager, expected))
+            assert near(case, y, expected), (rank, per_rank, reference.relative_error(y, expected))
+            assert near(case, eager, expected), (rank, per_rank, reference.relative_error(eager, expected))
 
 
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (3, 1)]  # shared-expert ranks, shared experts

@@ -145,7 +145,7 @@ def _copies_are_whole() -> bool:
     device = torch.device("cpu")
     reference: Any = FakeTensor(FakeTensorMode(), base, device)
     try:
-        lost = _differences(_copy_state(base, device, dict(reference.__dict__)), reference)
+        lost = _differences(_copy_state(base, device, dict(reference.__dict__)), reference) + _lost_in_views(reference)
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # what torch changed there
         lost = [f"{type(error).__name__}: {error}"]
     if lost:
@@ -156,6 +156,19 @@ def _copies_are_whole() -> bool:
             stacklevel=2,
         )
     return not lost
+
+
+def _lost_in_views(base: Any) -> list[str]:
+    """What a view of another layout, as ``_alias`` makes it, has not as the constructor's tensor on the same memory has it."""
+    layout = ((3, 2), (1, 3), 0)
+    with no_dispatch():
+        view = _alias(layout, base.fake_device, dict(base.__dict__), base)
+    with in_kernel_invocation_manager(base.fake_mode):
+        meta = torch.as_strided(base, *layout)
+    reference = FakeTensor(base.fake_mode, meta, base.fake_device)
+    lost = [f"{name} of views" for name in _differences(view, reference)]
+    shares = view.untyped_storage()._cdata == base.untyped_storage()._cdata
+    return lost if shares else [*lost, "the storage of views"]
 
 
 def _differences(copy: Any, reference: Any) -> list[str]:

@@ -17,8 +17,8 @@ from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.calls import Premises, Rules
 from moe_lowering.passes.emission.emitter import Emitter
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
-from moe_lowering.passes.implementations.gathered import Partial, emit_partial, gathered_calls, own_tokens
-from moe_lowering.passes.implementations.tensor_parallel import gather
+from moe_lowering.passes.implementations.gathered import Partial, emit_partial, gathered_calls
+from moe_lowering.passes.implementations.tensor_parallel import first_tokens, gather
 
 c10d = torch.ops._c10d_functional
 
@@ -26,17 +26,18 @@ c10d = torch.ops._c10d_functional
 def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premises) -> Replacement:
     partial = emit_partial(block, emit, deployment)
     with emit.at(block.combine, block.combine):
-        y = _reduce(emit, block, partial, deployment)
+        y = _reduce(emit, block, partial)
         return Replacement(emit.like(gather(emit, block, y), block.x), partial.counts)
 
 
-def _reduce(emit: Emitter, block: Block, partial: Partial, deployment: Deployment) -> Node:
+def _reduce(emit: Emitter, block: Block, partial: Partial) -> Node:
     """This rank's own tokens, summed over the ranks that computed their experts."""
     spec = block.spec
     if spec.ep_size == 1:
         return partial.y
     reduced = emit.call(c10d.reduce_scatter_tensor.default, partial.y, "sum", spec.ep_size, spec.ep_group)
-    return own_tokens(emit, emit.call(c10d.wait_tensor.default, reduced), partial, spec, deployment)
+    y = emit.call(c10d.wait_tensor.default, reduced)
+    return first_tokens(emit, y, partial.own) if spec.max_tokens else y
 
 
 def _rules(spec: BlockSpec, deployment: Deployment) -> Rules:

@@ -38,13 +38,10 @@ from moe_lowering.passes.implementations.base import Form, Implementation, Repla
 from moe_lowering.passes.implementations.gathered import (
     Partial,
     emit_partial,
-    emit_sent_tokens,
     gathered_bytes,
     gathered_calls,
-    own_tokens,
-    sent_tokens,
 )
-from moe_lowering.passes.implementations.tensor_parallel import gather
+from moe_lowering.passes.implementations.tensor_parallel import first_tokens, gather, share
 
 c10d = torch.ops._c10d_functional
 
@@ -85,7 +82,7 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premise
 
 def _bring_home(emit: Emitter, spec: BlockSpec, partial: Partial, deployment: Deployment) -> Node:
     """This rank's own tokens [M, H], added up over the ranks that computed their experts."""
-    lines = emit_sent_tokens(emit, partial, spec, deployment)
+    lines = share(spec.max_tokens, spec) if spec.max_tokens else emit.size(partial.own, 0)
     size = lines * spec.hidden if isinstance(lines, int) else emit.call(operator.mul, lines, spec.hidden)
     flat, splits = emit.call(aten.reshape.default, partial.y, [-1]), [size] * spec.ep_size
     swapped = emit.call(c10d.all_to_all_single.default, flat, splits, splits, spec.ep_group)
@@ -94,14 +91,14 @@ def _bring_home(emit: Emitter, spec: BlockSpec, partial: Partial, deployment: De
     if deployment.mode == "ge":  # ReduceSum of GE rounds to its input's dtype on the way
         sums = emit.cast(sums, torch.float32)
     y = emit.cast(emit.call(aten.sum.dim_IntList, sums, [0]), spec.dtype)
-    return own_tokens(emit, y, partial, spec, deployment)
+    return first_tokens(emit, y, partial.own) if spec.max_tokens else y
 
 
 def _note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
     """A note for the report on what equal splits cost: bytes that one rank receives and sends back, and how many of
     these are its own."""
     out, back = gathered_bytes(spec, deployment), spec.hidden * int(spec.dtype.itemsize)
-    own = sent_tokens(spec, deployment, tokens)
+    own = share(spec.max_tokens or tokens, spec)
     lines = spec.ep_size * own
     return (
         f"equal splits send every token to every rank, as AllGather does: {mib(lines * out)} per rank to the experts "
@@ -109,7 +106,11 @@ def _note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
     )
 
 
-STATIC = Form("static", _calls, _emit, _note, sent_tokens)
+def _row_count(spec: BlockSpec, tokens: Any) -> Any:
+    return share(spec.max_tokens or tokens, spec)
+
+
+STATIC = Form("static", _calls, _emit, _note, _row_count)
 
 
 def _forms(deployment: Deployment) -> tuple[Form, ...]:

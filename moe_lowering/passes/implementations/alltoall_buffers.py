@@ -37,7 +37,6 @@ from moe_lowering.passes.implementations.gathered import (
     gathered_bytes,
     route_arguments,
     route_call,
-    sent_tokens,
 )
 from moe_lowering.passes.implementations.mc2 import zero_masked_rows
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
@@ -59,7 +58,7 @@ def padding_note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
     out, back = _line_bytes(spec)
     lines, own = spec.ep_size * int(capacity(tokens, spec)), share(tokens, spec) * spec.top_k
     sent = lines * out + spec.experts * _COUNT_BYTES, lines * back
-    gathered = spec.ep_size * sent_tokens(spec, deployment, tokens)
+    gathered = spec.ep_size * share(spec.max_tokens or tokens, spec)
     other = gathered * gathered_bytes(spec, deployment), gathered * back
     return (
         f"equal splits send {mib(sent[0])} per rank to the experts and {mib(sent[1])} back at {tokens} tokens, of which "
@@ -262,7 +261,7 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premise
         return Replacement(emit.like(gather(emit, block, y), block.x), counts)
 
 
-def _row_count(spec: BlockSpec, deployment: Deployment, tokens: Any) -> Any:
+def _row_count(spec: BlockSpec, tokens: Any) -> Any:
     return capacity(tokens, spec)
 
 

@@ -46,7 +46,7 @@ class Form:
     calls: Callable[[BlockSpec, Deployment], tuple[OperatorCall | Rules, ...]]
     emit: Callable[[Block, Emitter, Deployment, Premises], Replacement]
     note: Callable[[BlockSpec, Deployment, int], str] | None = None
-    lines: Callable[[BlockSpec, Deployment, Any], Any] | None = None
+    lines: Callable[[BlockSpec, Any], Any] | None = None
     told_rows: Callable[[BlockSpec, Deployment, Premises], int | None] | None = None
     sends_masks: bool = True
     keeps_max_rows: bool = False

@@ -10,8 +10,6 @@ Sources: wheel.native_functions: split_with_sizes_copy.out; wheel.fx_compiler: r
 from __future__ import annotations
 
 import itertools
-import operator
-from typing import Any
 
 import torch
 from torch.fx import Node
@@ -56,21 +54,9 @@ def unpack_columns(
     emit: Emitter, columns: Node, spec: BlockSpec, deployment: Deployment, has_scale: bool
 ) -> tuple[Node, Node, Node | None]:
     """(ids, weights, scales) as tensors in one piece each, which is how operators take them."""
-    parts = _split(emit, columns, _widths(spec, deployment, has_scale), deployment.mode)
-    return _read_parts(emit, parts, spec, deployment)
-
-
-def _widths(spec: BlockSpec, deployment: Deployment, has_scale: bool) -> list[int]:
-    """Words of one token: ids, weights, scale."""
-    return [spec.top_k, spec.top_k * sent_dtype(spec, deployment).itemsize // WORD.itemsize] + [1] * has_scale
-
-
-def _read_parts(
-    emit: Emitter, parts: list[Node], spec: BlockSpec, deployment: Deployment
-) -> tuple[Node, Node, Node | None]:
-    """(ids, weights, scales) of their words."""
-    ids, weights, *scales = parts
     sent = sent_dtype(spec, deployment)
+    widths = [spec.top_k, spec.top_k * sent.itemsize // WORD.itemsize] + [1] * has_scale
+    ids, weights, *scales = _split(emit, columns, widths, deployment.mode)
     weights = emit.cast(emit.call(aten.view.dtype, weights, sent), weights_dtype(spec, deployment))
     if not scales:
         return ids, weights, None
@@ -78,48 +64,7 @@ def _read_parts(
     return ids, weights, scale
 
 
-def pack_line(
-    emit: Emitter, ids: Node, weights: Node, scale: Node | None, spec: BlockSpec, deployment: Deployment
-) -> Node:
-    """The words of ``pack_columns`` part by part, of M tokens and one more of no expert, int32 [(M + 1) * columns].
-
-    Its part of each stands in the ``cat`` of all, which as a line of columns would take a ``cat`` of its own.
-    """
-    parts = [emit.call(aten.reshape.default, ids, [-1]), ids_of_no_expert(emit, ids, spec)]
-    words = [_as_words(emit, weights, sent_dtype(spec, deployment))]
-    if scale is not None:
-        words.append(emit.call(aten.view.dtype, scale, WORD))
-    for part in words:
-        parts += [emit.call(aten.reshape.default, part, [-1]), _zero_words(emit, part, _width(part))]
-    return emit.call(aten.cat.default, parts)
-
-
-def unpack_lines(
-    emit: Emitter, lines: Node, ids: Node, spec: BlockSpec, deployment: Deployment, has_scale: bool
-) -> tuple[Node, Node, Node | None]:
-    """As ``unpack_columns``, of ``pack_line`` of every rank one after the other; ``ids`` are this rank's [M, k]."""
-    own, make = emit.size_and_maker(ids, 0)
-    tokens = own + 1 if isinstance(own, int) else make(operator.add, own, 1)
-    widths = _widths(spec, deployment, has_scale)
-    lengths = [tokens * width if isinstance(tokens, int) else make(operator.mul, tokens, width) for width in widths]
-    lines = emit.call(aten.reshape.default, lines, [spec.ep_size, -1])
-    parts = _split(emit, lines, lengths, deployment.mode)
-    parts = [emit.call(aten.reshape.default, part, [-1, width]) for part, width in zip(parts, widths, strict=True)]
-    return _read_parts(emit, parts, spec, deployment)
-
-
-def _width(part: Node) -> int:
-    """Words of one token."""
-    shape = part.meta["val"].shape
-    return int(shape[1]) if len(shape) > 1 else 1
-
-
-def _zero_words(emit: Emitter, model: Node, count: int) -> Node:
-    device = model.meta["val"].device
-    return emit.constant(aten.full.default, [count], 0, dtype=WORD, device=device, pin_memory=False)
-
-
-def _split(emit: Emitter, columns: Node, widths: list[Any], mode: str) -> list[Node]:
+def _split(emit: Emitter, columns: Node, widths: list[int], mode: str) -> list[Node]:
     """Columns as tensors in one piece: one kernel, where the graph may write into memory; in GE graphs one for each."""
     if mode == "ge":
         ends = list(itertools.accumulate(widths))
@@ -150,5 +95,7 @@ def ids_of_no_expert(emit: Emitter, model: Node, spec: BlockSpec) -> Node:
 
 def empty_columns(emit: Emitter, columns: Node, spec: BlockSpec) -> Node:
     """[n] int32, the columns of a token without an expert: its weights are 0, and its scale."""
-    rest = _width(columns) - spec.top_k
-    return emit.constant(aten.cat.default, [ids_of_no_expert(emit, columns, spec), _zero_words(emit, columns, rest)])
+    ids, value = ids_of_no_expert(emit, columns, spec), columns.meta["val"]
+    rest = int(value.shape[1]) - spec.top_k
+    zeros = emit.constant(aten.full.default, [rest], 0, dtype=torch.int32, device=value.device, pin_memory=False)
+    return emit.constant(aten.cat.default, [ids, zeros])

@@ -2,16 +2,15 @@
 
     all_gather(x, ids, weights) > init_routing_v2 (own experts only) > MLP > one undefined row to zero > token_unpermute
 
-The result is [ep * L, H], L the tokens that each rank sends: for each of them the weighted sum over the experts of this
-rank, zero where it has none here. Which ranks' sums are then added, and how, is the implementation's own.
+The result is [ep * M, H]: for each token of each rank the weighted sum over the experts of this rank, zero where it has
+none here. Which ranks' sums are then added, and how, is the implementation's own.
 
 Why it is equivalent. init_routing_v2 sorts (expert, source token) stably, which is the generic row order because the
 gathered tokens are in rank order. A slot whose expert lives elsewhere has row index -1; it must contribute nothing. The
 seed takes abs(-1), which reads an undefined row, and 0 * NaN is NaN. Here -1 becomes the last row, and that row is zero
 unless it is valid. Only that row is written: no other index ever names an undefined one. Where the last row is valid all
 rows are, so that every slot is local and no index is -1. With k > E_local there is one row more than can be valid
-(``_row_bound``), so the last one is zero whatever the counts are. So it is where each rank sends one token more than it has,
-of no expert (``has_spare_token``): that saves the sum of the counts and its comparison.
+(``_row_bound``), so the last one is zero whatever the counts are.
 The row is written in place, in memory that the second matmul of this block has just made and that nothing else reads. GE
 graphs are functional, and a row can be changed there only by writing all of them: see ``unpermute``.
 Fewer rows than slots, and several slots on one row, are within what the kernel does (moe_token_unpermute.h gathers row by
@@ -45,15 +44,13 @@ from moe_lowering.passes.implementations.columns import (
     empty_columns,
     ids_of_no_expert,
     pack_columns,
-    pack_line,
     sent_dtype,
     unpack_columns,
-    unpack_lines,
 )
 from moe_lowering.passes.implementations.matmul_calls import row_scales
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
 from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens, tokens_calls
-from moe_lowering.passes.implementations.tensor_parallel import Share, first_tokens, share
+from moe_lowering.passes.implementations.tensor_parallel import Share, share
 from moe_lowering.passes.implementations.unpermute import combine_calls, emit_combine, weights_dtype
 
 c10d = torch.ops._c10d_functional
@@ -71,7 +68,7 @@ class GatheredTokens:
 
 @dataclasses.dataclass(frozen=True)
 class Partial:
-    """y [ep * L, H], the sums over this rank's experts; its own tokens [M, H]; its experts' counts. L is ``sent_tokens``."""
+    """y [ep * M, H], the sums over this rank's experts; its own tokens [M, H]; its experts' counts."""
 
     y: Node
     own: Node
@@ -124,33 +121,15 @@ def gathered_calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCal
     return (
         *tokens_calls(spec),
         # Any range of E_local experts: no rule depends on which ones are this rank's
-        route_call(spec, spec.top_k, _ids(spec, deployment), [None, None]),
+        route_call(spec, spec.top_k, _ids(spec), [None, None]),
         *mlp_calls(spec, deployment),
         *combine_calls(spec, deployment),
     )
 
 
-def _ids(spec: BlockSpec, deployment: Deployment) -> int:
+def _ids(spec: BlockSpec) -> int:
     """How many ids there are: those of the experts, and past them those of tokens without one and of zero experts."""
-    without_expert = spec.has_mask or spec.max_tokens > 0 or has_spare_token(spec, deployment)
-    return spec.experts + max(spec.zero_experts, spec.top_k if without_expert else 0)
-
-
-def has_spare_token(spec: BlockSpec, deployment: Deployment) -> bool:
-    """Whether each rank sends one token more than it has, of no expert, so that the last row is never valid.
-
-    Where it takes fewer kernels than it saves: its tokens are filled up anyway, or its columns are put together anyway, so
-    that x alone takes another ``cat``. A mask is applied to columns of tokens, which stands in the way of the latter.
-    """
-    if spec.ep_size == 1 or deployment.mode == "ge" or _has_spare_row(spec):
-        return False
-    return spec.max_tokens > 0 or (travels_as_int8(spec) and not spec.has_mask)
-
-
-def sent_tokens(spec: BlockSpec, deployment: Deployment, tokens: Any) -> Any:
-    """L, the tokens that each rank sends for T = ``tokens``; symbolic when that is."""
-    own = share(spec.max_tokens or tokens, spec)
-    return own + 1 if has_spare_token(spec, deployment) else own
+    return spec.experts + max(spec.zero_experts, spec.top_k if spec.has_mask or spec.max_tokens else 0)
 
 
 def gathered_bytes(spec: BlockSpec, deployment: Deployment) -> int:
@@ -178,27 +157,9 @@ def emit_partial(block: Block, emit: Emitter, deployment: Deployment) -> Partial
     with emit.at(block.combine, block.combine):
         some_absent = spec.ep_size > 1 or spec.has_mask or spec.zero_experts > 0
         if some_absent and deployment.mode != "ge":
-            never_valid = _has_spare_row(spec) or has_spare_token(spec, deployment)
-            index = _zero_last_row(emit, y_rows, index, None if never_valid else counts)
+            index = _zero_last_row(emit, y_rows, index, counts, spec)
         y = emit_combine(emit, y_rows, index, tokens.weights, deployment, some_absent)
     return Partial(y, own, counts)
-
-
-def emit_sent_tokens(emit: Emitter, partial: Partial, spec: BlockSpec, deployment: Deployment) -> Any:
-    """``sent_tokens`` in the graph: the int when it is static, else a node."""
-    if spec.max_tokens:
-        return sent_tokens(spec, deployment, spec.max_tokens)
-    own, make = emit.size_and_maker(partial.own, 0)
-    if not has_spare_token(spec, deployment):
-        return own
-    return own + 1 if isinstance(own, int) else make(operator.add, own, 1)
-
-
-def own_tokens(emit: Emitter, y: Node, partial: Partial, spec: BlockSpec, deployment: Deployment) -> Node:
-    """The results of this rank's tokens [M, H], of those of all that it sent [L, H]."""
-    if spec.max_tokens:
-        return first_tokens(emit, y, partial.own)
-    return emit.call(aten.slice.Tensor, y, 0, 0, -1) if has_spare_token(spec, deployment) else y
 
 
 def _gather(emit: Emitter, block: Block, deployment: Deployment) -> tuple[GatheredTokens, Node]:
@@ -217,31 +178,18 @@ def _gather(emit: Emitter, block: Block, deployment: Deployment) -> tuple[Gather
         weights = emit.cast(tokens.weights, dtype)  # before they are copied to every rank
         parts = [_all_gather(emit, node, spec) for node in (x, tokens.ids, weights)]
         return GatheredTokens(parts[0], None, *parts[1:]), own
-    if has_spare_token(spec, deployment) and not spec.max_tokens:
-        return _gather_with_spare(emit, tokens, spec, deployment), own
     columns = pack_columns(emit, tokens.ids, tokens.weights, scale, sent_dtype(spec, deployment))
     if mask is not None:
         columns = emit.call(aten.where.self, mask, columns, empty_columns(emit, columns, spec))
     if spec.max_tokens:
-        lines = sent_tokens(spec, deployment, spec.max_tokens)
-        x = _fill(emit, x, _zeros(emit, x), lines)
-        columns = _fill(emit, columns, empty_columns(emit, columns, spec), lines)
+        x, columns = (
+            _fill(emit, x, _zeros(emit, x), spec),
+            _fill(emit, columns, empty_columns(emit, columns, spec), spec),
+        )
     everyone = _all_gather(emit, x, spec)
     columns = _all_gather(emit, columns, spec)
     ids, weights, scale = unpack_columns(emit, columns, spec, deployment, scale is not None)
     return GatheredTokens(everyone, scale, ids, weights), own
-
-
-def _gather_with_spare(
-    emit: Emitter, tokens: GatheredTokens, spec: BlockSpec, deployment: Deployment
-) -> GatheredTokens:
-    """The tokens of all ranks, and behind those of each one of no expert."""
-    zeros = emit.constant(aten.unsqueeze.default, _zeros(emit, tokens.x), 0)
-    x = emit.call(aten.cat.default, [tokens.x, zeros])
-    line = pack_line(emit, tokens.ids, tokens.weights, tokens.scale, spec, deployment)
-    x, line = _all_gather(emit, x, spec), _all_gather(emit, line, spec)
-    ids, weights, scale = unpack_lines(emit, line, tokens.ids, spec, deployment, tokens.scale is not None)
-    return GatheredTokens(x, scale, ids, weights)
 
 
 def _cast(emit: Emitter, tokens: GatheredTokens, dtype: torch.dtype) -> GatheredTokens:
@@ -272,18 +220,18 @@ def _zeros(emit: Emitter, model: Node) -> Node:
     )
 
 
-def _fill(emit: Emitter, node: Node, token: Node, lines: int) -> Node:
-    """Tokens of this rank filled up to ``lines``: their number must be the same on every rank.
+def _fill(emit: Emitter, node: Node, token: Node, spec: BlockSpec) -> Node:
+    """Tokens of this rank filled up to its share of ``max_tokens``: their number must be the same on every rank.
 
     Where T varies the filler is that long, and cut: a filler of symbolic length would add a guard.
     """
-    own = node.meta["val"].shape[0]
-    missing = lines - own if isinstance(own, int) else lines
+    own, most = node.meta["val"].shape[0], share(spec.max_tokens, spec)
+    missing = most - own if isinstance(own, int) else most
     if isinstance(own, int) and missing <= 0:
         return node  # more than declared never gets here: the graph refuses to run
     filler = emit.constant(aten.expand.default, token, [missing, *(int(n) for n in token.meta["val"].shape)])
     filled = emit.call(aten.cat.default, [node, filler])
-    return filled if isinstance(own, int) else emit.call(aten.slice.Tensor, filled, 0, 0, lines)
+    return filled if isinstance(own, int) else emit.call(aten.slice.Tensor, filled, 0, 0, most)
 
 
 def _all_gather(emit: Emitter, node: Node, spec: BlockSpec) -> Node:
@@ -302,7 +250,7 @@ def _route_rows(
     smooth = block.x_smooth
     if smooth is not None and spec.ep_size > 1:
         smooth = emit.call(aten.slice.Tensor, smooth, 0, *kept)
-    arguments = route_arguments(tokens.x, tokens.ids, tokens.scale, _ids(spec, deployment), kept, smooth)
+    arguments = route_arguments(tokens.x, tokens.ids, tokens.scale, _ids(spec), kept, smooth)
     routed = emit_call(emit, ROUTE, arguments)
     rows, index, counts = (emit.item(routed, i) for i in range(3))
     scale = None if tokens.scale is None and smooth is None else emit.item(routed, 3)
@@ -327,16 +275,15 @@ def _row_bound(emit: Emitter, x: Node, spec: BlockSpec) -> Any:
     return emit.call(operator.add, emit.call(operator.mul, tokens, spec.local_experts), 1)
 
 
-def _zero_last_row(emit: Emitter, rows: Node, index: Node, counts: Node | None) -> Node:
-    """The last row to zero where it is not valid, in place; the row index with -1 as the last row. Without ``counts`` it is
-    never valid.
+def _zero_last_row(emit: Emitter, rows: Node, index: Node, counts: Node, spec: BlockSpec) -> Node:
+    """The last row to zero where it is not valid, in place; the row index with -1 as the last row.
 
     The remainder is exact: a row takes at least 2 KiB on every SoC, so that no memory holds the 2**24 rows from which an
     int32 would not survive an operator that computes in float32.
     """
     total = emit.size(rows, 0)
     last = emit.call(aten.slice.Tensor, rows, 0, -1, sys.maxsize)
-    if counts is None:
+    if _has_spare_row(spec):
         emit.call(aten.fill_.Scalar, last, 0)
     else:
         absent = emit.call(aten.lt.Scalar, emit.call(aten.sum.default, counts), total)
