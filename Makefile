@@ -1,11 +1,13 @@
-# `make demo`: set up and run the main job. `make test`: set up and pass all tests.
+# `make demo`: set up and run the main job. `make test`: set up and pass all tests. `make help`: all targets.
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-fast property lint bench costs versions provider vllm refusals examples docs style types release setup clean
+.PHONY: demo test test-fast property lint bench costs versions provider vllm refusals examples docs style types release setup clean help
+# makes .venv, the environment of most targets, as `make` alone does
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -15,11 +17,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[npu,transformers,dev,docs]'
 	touch $(READY)
 
+# everything that CI runs but lint, about 25 minutes on two cores
 test: $(READY)
 	# the property test draws another seed with MOE_LOWERING_SEED= or `make property`
 	MOE_LOWERING_SEED=$${MOE_LOWERING_SEED-1} $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
-# what starts no process and compiles nothing
+# the tests that start no process and compile nothing, two to three minutes
 test-fast: $(READY)
 	MOE_LOWERING_SEED=$${MOE_LOWERING_SEED-1} $(BIN)/python -m pytest -n 2 --dist loadfile -q -m fast
 
@@ -27,6 +30,7 @@ test-fast: $(READY)
 property: $(READY)
 	MOE_LOWERING_CASES=20000 $(BIN)/python -m pytest -n 2 -q tests/passes/test_property.py
 
+# lowers a small Qwen3-MoE four times, on one rank and on two
 demo: $(READY)
 	$(BIN)/moe-lowering lower qwen3_moe --comm allgather
 	$(BIN)/moe-lowering lower qwen3_moe --ep 2 --comm allgather
@@ -41,11 +45,11 @@ provider:
 vllm:
 	$(PYTHON) .ci/vllm.py $(TESTS)
 
-# BENCH="--quick", "--json": see benchmarks/bench_pass.py
+# what the pass itself takes; BENCH="--quick", "--json": see benchmarks/bench_pass.py
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_pass.py $(BENCH)
 
-# VERSIONS="2.10 2.14" selects pairs of torch and torch_npu; results go into docs/versions.md
+# tests with each pair of torch and torch_npu, into docs/versions.md; VERSIONS="2.10 2.14" selects
 versions:
 	$(PYTHON) .ci/versions.py $(VERSIONS)
 
@@ -61,15 +65,19 @@ examples: $(READY)
 refusals: $(READY)
 	$(BIN)/python .ci/refusals.py
 
+# style, types and docs
 lint: style types docs
 
+# ruff, and ruff's formatter
 style: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+# mypy --strict
 types: $(READY)
 	$(BIN)/mypy
 
-# the site in build/site; a link that leads nowhere is an error. No -q: it would hide what strict mode counts
+# the site in build/site; a link that leads nowhere is an error
+# No -q: it would hide what strict mode counts
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
 
@@ -77,5 +85,10 @@ docs: $(READY)
 release:
 	$(PYTHON) .ci/release.py
 
+# removes .venv and .venvs
 clean:
 	rm -rf $(VENV) .venvs
+
+# this list: each target with the first line of the comment above it
+help:
+	@awk '/^# /{if (!text) text = substr($$0, 3); next} /^[a-z][a-z-]*:/{printf "make %-10s  %s\n", substr($$1, 1, index($$1, ":") - 1), text} {text = ""}' Makefile

@@ -39,7 +39,8 @@ EXAMPLES = (
         "own_model.py",
         TORCHRUN,
         "Two layers of [MoE](glossary.md#moe), each rank with half of the experts, lowered to [MC2](glossary.md#mc2)\n"
-        "and compared with the whole model.",
+        'and compared with the whole model. With `comm="allgather"` the largest error of rank 0 is 0.238, '
+        "at [near ties](glossary.md#near-ties).",
     ),
     Example(
         "A checkpoint on two ranks, W8A8, generate",
