@@ -27,6 +27,7 @@ from moe_lowering.vocabulary import (
     PROVIDERS,
     SOCS,
     WEIGHT_FORMATS,
+    WHEEL_BUILDS,
     soc_named,
 )
 
@@ -115,6 +116,11 @@ def assumed_differences(request: Any) -> list[str]:
     if request.provider is None:
         assumptions += [
             f"{name} {version} is installed (a Deployment's default is none)" for name, version in request.providers
+        ]
+        assumptions += [
+            f"{name} is built from source for {request.soc} (its wheels are {wheel} builds); --provider none answers without it"
+            for name, _ in request.providers
+            if (wheel := WHEEL_BUILDS.get(name, request.soc)) != request.soc and name not in dict(declarable())
         ]
     return assumptions
 

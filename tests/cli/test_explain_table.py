@@ -414,3 +414,19 @@ def test_every_default_that_differs_from_a_deployments_is_said(capfd):
     for text in said.values():
         assert any(text in assumption for assumption in explanation.assumptions), text
     assert torch.bfloat16 == explanation.block.dtype
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("--soc A3", ["A3"]), ("--soc A2,A3", ["A3"]), ("--soc A2", []), ("--soc A3 --provider none", [])],
+)
+def test_a_build_that_no_wheel_is_is_assumed_by_name(capfd, given, said):
+    out = " ".join(command(capfd, f"{BLOCK} --ep 16 {given}")[1].split())
+    assert re.findall(r"vllm_ascend is built from source for (\w+) \(its wheels are A2 builds\)", out) == said
+
+
+@pytest.mark.parametrize(("soc", "built"), [("A3", ", built for A3"), ("A2", "")])
+def test_what_is_to_be_installed_is_a_build_for_the_soc(soc, built):
+    deployment = Deployment(soc=soc, ep_size=16, ep_rank=0, ep_group="ep", mc2_group="mc2", installed=())
+    texts = [change.text for change, _ in candidate_changes._installations(deployment)]
+    assert f"vllm_ascend 0.23.0 installed{built}" in texts and "cann_ops_transformer 9.1.0 installed" in texts
