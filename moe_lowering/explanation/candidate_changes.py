@@ -157,7 +157,9 @@ def _nearest(versions: Iterable[str], now: str) -> list[str]:
 def _other_weights(block: BlockDescription) -> Iterator[Change]:
     for name in EXPERT_FORMATS:
         if name != block.quantisation:
-            yield Change("quantisation", name, f"experts in {name}")
+            yield Change(
+                "quantisation", name, "unquantised (16-bit) experts" if name == "none" else f"experts in {name}"
+            )
     if block.dtype != torch.bfloat16:
         yield Change("dtype", torch.bfloat16, "bfloat16")
 
