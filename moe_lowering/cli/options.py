@@ -99,7 +99,7 @@ class Parser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         """argparse's own, which knows no lists: where one value is wanted, several are refused as that."""
         try:
-            return super()._get_value(action, text)  # type: ignore[misc]  # not in typeshed
+            return super()._get_value(action, text)
         except argparse.ArgumentError as error:
             if "," not in text or action.type not in (int, parse_positive, parse_buffer):
                 raise

@@ -136,8 +136,8 @@ def _installations(deployment: Deployment) -> _Deployed:
     for name, versions in PROVIDER_VERSIONS.items():
         if name not in declared:
             providers = (*deployment.providers, (name, versions[0]))
-            built = "" if WHEEL_BUILDS.get(name, deployment.soc) == deployment.soc else f", built for {deployment.soc}"
-            yield Change("providers", providers, f"{name} {versions[0]} installed{built}"), {"installed": ()}
+            suffix = "" if WHEEL_BUILDS.get(name, deployment.soc) == deployment.soc else f", built for {deployment.soc}"
+            yield Change("providers", providers, f"{name} {versions[0]} installed{suffix}"), {"installed": ()}
     for name, version, build in deployment.installed or ():
         if name in declared and build not in ("", deployment.soc):
             built = tuple((n, v, deployment.soc if n == name else b) for n, v, b in deployment.installed or ())

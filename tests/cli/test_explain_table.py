@@ -94,6 +94,7 @@ def test_a_table_fits(capfd, monkeypatch, columns):
     assert max(map(len, out.splitlines())) <= min(max(columns, 80), 100)
     assert not any(line != line.rstrip() for line in out.splitlines())
     assert out.index("one change:") < out.index("not alltoall"), "what would help stands first"
+    assert re.search(r"one change: \w+ legal with ", out) and "attention, embeddings and KV" in " ".join(out.split())
 
 
 def test_where_nothing_is_legal_the_exit_code_is_1(capfd):
@@ -430,3 +431,9 @@ def test_what_is_to_be_installed_is_a_build_for_the_soc(soc, built):
     deployment = Deployment(soc=soc, ep_size=16, ep_rank=0, ep_group="ep", mc2_group="mc2", installed=())
     texts = [change.text for change, _ in candidate_changes._installations(deployment)]
     assert f"vllm_ascend 0.23.0 installed{built}" in texts and "cann_ops_transformer 9.1.0 installed" in texts
+
+
+def test_experts_without_a_quantisation_are_named_in_words():
+    assert ("quantisation", "unquantised (16-bit) experts") in changes_of(
+        "qwen3_30b --ep 16 --quant w4a16", "fused_mc2"
+    )

@@ -315,11 +315,8 @@ def test_helps_fit_in_80_columns_and_examples_can_be_copied(capfd, monkeypatch, 
         cli.main([*given, "--help"])
     out = capfd.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
-    examples = [
-        line
-        for line in out.replace(" \\\n    ", "").replace("./config.json", "mixtral").splitlines()
-        if line.startswith("  moe-lowering ")
-    ]
+    text = out.replace(" \\\n    ", "").replace("./config.json", "mixtral")
+    examples = [line for line in text.splitlines() if line.startswith("  moe-lowering ")]
     for line in examples if given != ["simulate"] else ():
         parse(shlex.split(line)[1:])
     if given == ["explain"]:
