@@ -226,16 +226,17 @@ def check_tokens(x: Tensor, pertoken_scale: Tensor | None, quantisation: str, ou
 
 
 def check_weight_dtypes(x: Tensor, quantisation: str, **matrices: Weights) -> None:
-    """Refuses weights of another dtype than x where they are not quantised, by the caller's names."""
+    """Refuses weights of another dtype than x where they are not quantised, by the caller's names. Of a list the first is
+    looked at, as dynamo traces this; the operator looks at all."""
     if EXPERT_FORMATS[quantisation].quantised:
         return
     for name, weights in matrices.items():
-        for at, tensor in enumerate(as_list(weights)):
-            if tensor.dtype != x.dtype and tensor.dtype in FLOATS:
-                which = name if isinstance(weights, Tensor) else f"{name}[{at}]"
-                raise TypeError(
-                    f"moe_experts: {which} is {tensor.dtype}, and x is {x.dtype}; accepted: weights of x's dtype"
-                )
+        first = as_list(weights)[:1]
+        if first and first[0].dtype != x.dtype and first[0].dtype in FLOATS:
+            which = name if isinstance(weights, Tensor) else f"{name}[0]"
+            raise TypeError(
+                f"moe_experts: {which} is {first[0].dtype}, and x is {x.dtype}; accepted: weights of x's dtype"
+            )
 
 
 def list_matrices(name: str, weights: Weights, need_trans: bool, quantisation: str) -> list[Tensor]:
