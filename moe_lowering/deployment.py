@@ -221,7 +221,7 @@ class Deployment:
             rest: as for ``from_groups``.
 
         Raises:
-            ValueError: the mesh has no such dimension; and as ``from_groups`` does.
+            TypeError: ``device_mesh`` is none. ValueError: it has no such dimension; and as ``from_groups`` does.
         """
         return cls.from_groups(**groups_of_mesh(device_mesh, ep, tp), **rest)
 

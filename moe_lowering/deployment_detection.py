@@ -103,8 +103,12 @@ def groups_of_mesh(device_mesh: DeviceMesh, ep: str | tuple[str, ...], tp: str |
     """The process groups ``ep`` and ``tp`` of a device mesh, as ``Deployment.from_mesh`` describes them.
 
     Raises:
-        ValueError: the mesh has no such dimension.
+        TypeError: it is no device mesh. ValueError: the mesh has no such dimension.
     """
+    if not hasattr(device_mesh, "mesh_dim_names"):
+        raise TypeError(
+            f"Deployment.from_mesh: device_mesh is {device_mesh!r}; accepted: a DeviceMesh, as init_device_mesh makes one"
+        )
     names = tuple(getattr(device_mesh, "mesh_dim_names", None) or ())
     if tp == "tp" and tp not in names:
         tp = None

@@ -31,6 +31,7 @@ from moe_lowering.model_arguments import (
     check_experts_tensors,
     check_route,
     check_tokens,
+    check_weight_dtypes,
     list_matrices,
     one_rank_key,
     physical_ids,
@@ -257,6 +258,7 @@ def moe_experts(
     if place.ep_size > 1:
         _check_places(place.places)
     check_tokens(x, pertoken_scale, quantisation, out_dtype)
+    check_weight_dtypes(x, quantisation, w13=w13, w2=w2)
     w13, w2 = (list_matrices(name, w, need_trans, quantisation) for name, w in (("w13", w13), ("w2", w2)))
     if num_experts is None:
         num_experts = _all_experts(w13, place)

@@ -94,13 +94,15 @@ def check_experts_per_rank(where: str, num_experts: int, shared_experts: int, de
         )
 
 
-def check_layer_call(x: Any, mask: Any, hidden_size: int) -> None:
-    """The arguments of a call of ``MoE``."""
+def check_layer_call(x: Any, mask: Any, hidden_size: int, dtype: torch.dtype) -> None:
+    """The arguments of a call of ``MoE`` whose weights are of ``dtype``."""
     require_instance("MoE", "x", x, Tensor, f"a tensor [..., {hidden_size}]")
     if x.dim() < 1 or x.shape[-1] != hidden_size:
         raise ValueError(f"MoE: x has shape {list(x.shape)}; accepted: [..., {hidden_size}]")
     if x.dtype not in FLOATS:
         raise TypeError(f"MoE: x is {x.dtype}; accepted: float32, float16, bfloat16")
+    if dtype in FLOATS and x.dtype != dtype:  # else they are quantised
+        raise TypeError(f"MoE: x is {x.dtype}, and the layer's weights are {dtype}; accepted: x of {dtype}")
     require_instance("MoE", "mask", mask, (Tensor, type(None)), "a bool tensor [...], or None")
 
 
@@ -221,6 +223,20 @@ def check_tokens(x: Tensor, pertoken_scale: Tensor | None, quantisation: str, ou
         raise ValueError("moe_experts: out_dtype is None for int8 x; accepted: float32, float16, bfloat16")
     if x.dtype != torch.int8 and out_dtype not in (None, x.dtype):
         raise ValueError(f"moe_experts: out_dtype is {out_dtype} for x of {x.dtype}; accepted: None or {x.dtype}")
+
+
+def check_weight_dtypes(x: Tensor, quantisation: str, **matrices: Weights) -> None:
+    """Refuses weights of another dtype than x where they are not quantised, by the caller's names. Of a list the first is
+    looked at, as dynamo traces this; the operator looks at all."""
+    if EXPERT_FORMATS[quantisation].quantised:
+        return
+    for name, weights in matrices.items():
+        first = as_list(weights)[:1]
+        if first and first[0].dtype != x.dtype and first[0].dtype in FLOATS:
+            which = name if isinstance(weights, Tensor) else f"{name}[0]"
+            raise TypeError(
+                f"moe_experts: {which} is {first[0].dtype}, and x is {x.dtype}; accepted: weights of x's dtype"
+            )
 
 
 def list_matrices(name: str, weights: Weights, need_trans: bool, quantisation: str) -> list[Tensor]:

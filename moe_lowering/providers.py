@@ -1,8 +1,9 @@
 """Installed libraries with fused operators (``vocabulary.PROVIDERS``): their versions and builds, read without an import.
 
 Here are also the checks of what a deployment declares of them. vllm-ascend writes the SoC that it was built for into
-``_build_info.py`` (``__device_type__``; its setup.py). The wheels on the public index are builds for A2: the fused operators'
-schemas are there and their kernels are not, so that the first call fails. The other libraries' builds do not say a SoC.
+``_build_info.py`` (``__device_type__``; its setup.py). The wheels on the public index are builds for A2
+(``vocabulary.WHEEL_BUILDS``): the fused operators' schemas are there and their kernels are not, so that the first call fails.
+The other libraries' builds do not say a SoC.
 """
 
 from __future__ import annotations

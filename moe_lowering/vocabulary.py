@@ -243,6 +243,8 @@ FUSED_MODES = {0: "none", 1: "dispatch_ffn_combine, mega_moe", 2: "dispatch_gmm_
 MODES = ("npugraph_ex", "ge")
 # Of each provider the versions that were looked at (provider.md), rising; the first is taken where none is said.
 PROVIDER_VERSIONS = {"vllm_ascend": ("0.23.0", "0.26.0rc1"), "cann_ops_transformer": ("9.1.0",)}
+# Of the providers whose wheels are builds for one SoC: which. For another they are built from source (install.md).
+WHEEL_BUILDS = {"vllm_ascend": "A2"}
 # The versions of CANN from which on rules for older ones no longer hold, rising; a test compares them with the limits.
 CANN_VERSIONS = ("8.5.0", "9.1.0", "9.2.0")
 PROVIDERS = ("vllm_ascend", "cann_ops_transformer", "sgl_kernel_npu")

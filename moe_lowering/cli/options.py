@@ -27,6 +27,7 @@ from moe_lowering.vocabulary import (
     PROVIDERS,
     SOCS,
     WEIGHT_FORMATS,
+    WHEEL_BUILDS,
     soc_named,
 )
 
@@ -42,7 +43,8 @@ WIDEST_HELP = 100  # columns
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Paragraphs as wide as the terminal, up to 100 columns; examples, which are to be copied, stay on lines of their own."""
+    """Paragraphs as wide as the terminal, up to 100 columns; examples, which are to be copied, stay on lines of their own, and
+    longer ones go on after a backslash."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines: list[str] = []
@@ -53,8 +55,22 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
                 for line in part:
                     own = line[: len(line) - len(line.lstrip())]
                     is_command = line.startswith("  moe-lowering ") or not line.strip()
-                    lines += [indent + line] if is_command else self._wrap(line.strip(), width, indent + own)
+                    text = line.strip()
+                    lines += (
+                        self._command(text, width, indent + own)
+                        if is_command
+                        else self._wrap(text, width, indent + own)
+                    )
         return "\n".join(lines)
+
+    def _command(self, text: str, width: int, indent: str) -> list[str]:
+        words = re.split(r" (?=--)", text)  # an option and its value stay together
+        lines = [indent + words[0]]
+        for word in words[1:]:
+            fits = len(lines[-1]) + 1 + len(word) <= min(width, WIDEST_HELP) - len(" \\")
+            lines[-1] += f" {word}" if fits else " \\"
+            lines += [] if fits else [f"{indent}    {word}"]
+        return lines
 
     def _wrap(self, text: str, width: int, indent: str) -> list[str]:
         width = min(width, WIDEST_HELP)
@@ -80,10 +96,28 @@ class Parser(argparse.ArgumentParser):
         texts = [action.help for action in self._actions if action.metavar == metavar and action.help]
         return texts[0] if texts else f"what {self.prog} --help says of it"
 
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        """argparse's own, which knows no lists: where one value is wanted, several are refused as that."""
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError as error:
+            if "," not in text or action.type not in (int, parse_positive, parse_buffer):
+                raise
+            accepted = "one integer" if action.choices is None else f"one of {', '.join(map(str, action.choices))}"
+            message = f"is {write_value(text)}; accepted: {accepted}{self._lists()}"
+            raise argparse.ArgumentError(action, message) from error
+
+    def _lists(self) -> str:
+        """Which options do take lists, of a command that has such: they are shown with dots."""
+        names = [action.option_strings[0] for action in self._actions if str(action.metavar).endswith(",...")]
+        return f" (only {', '.join(names[:-1])} and {names[-1]} take lists)" if len(names) > 1 else ""
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """argparse's own check of ``choices``, which says it otherwise from Python 3.12 on."""
         if action.choices is not None and value not in action.choices:
             accepted = ", ".join(map(str, action.choices))
+            if "," in str(value):
+                accepted = f"one of {accepted}{self._lists()}"
             command = isinstance(action, argparse._SubParsersAction)
             hint = did_you_mean(str(value), action.choices) if command else ""  # the others have few choices
             raise argparse.ArgumentError(action, f"is {write_value(value)}{hint}; accepted: {accepted}")
@@ -115,6 +149,11 @@ def assumed_differences(request: Any) -> list[str]:
     if request.provider is None:
         assumptions += [
             f"{name} {version} is installed (a Deployment's default is none)" for name, version in request.providers
+        ]
+        assumptions += [
+            f"{name} is built from source for {request.soc} (its wheels are {wheel} builds); --provider none answers without it"
+            for name, _ in request.providers
+            if (wheel := WHEEL_BUILDS.get(name, request.soc)) != request.soc and name not in dict(declarable())
         ]
     return assumptions
 

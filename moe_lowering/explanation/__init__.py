@@ -22,14 +22,14 @@ import torch
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.explanation.answer import Answer, Question
-from moe_lowering.explanation.configs import describe_config
+from moe_lowering.explanation.configs import NO_TYPE, describe_config
 from moe_lowering.explanation.description import SIZES, BlockDescription
 from moe_lowering.explanation.errors import ExplainError, MissingSizesError
 from moe_lowering.explanation.records import Explanation
 from moe_lowering.explanation.sweep import Piece, find_pieces
 from moe_lowering.limits import TokenRange
 from moe_lowering.model_configs.check import LARGEST
-from moe_lowering.model_configs.errors import ModelError
+from moe_lowering.model_configs.errors import OF_NO_TYPE, ModelError
 from moe_lowering.passes.policy import Policy
 from moe_lowering.vocabulary import COMMS, EXPERT_FORMATS, POLICIES
 
@@ -171,7 +171,11 @@ def _assumptions(block: BlockDescription, deployment: Deployment) -> tuple[str, 
             "the routing weights are float32: in 16 bits, as some models have them, they take a cast more or less, and near "
             "a boundary another choice"
         )
-    if block.model is not None:
+    if any(text.startswith(NO_TYPE) for text in block.assumptions):
+        assumptions.append(
+            f"its blocks are recognised: not checked, transformers does not know this type; {OF_NO_TYPE}"
+        )
+    elif block.model is not None:
         assumptions.append(f"the pass recognises the blocks of {block.model} (`moe-lowering lower` shows it)")
     if EXPERT_FORMATS[block.quantisation].quantised:
         assumptions.append("the experts are quantised as moe_lowering.quantise_experts does it")

@@ -27,6 +27,7 @@ from moe_lowering.vocabulary import (
     PROVIDER_VERSIONS,
     SOCS,
     WEIGHT_FORMATS,
+    WHEEL_BUILDS,
 )
 
 MOST_RANKS = 1024
@@ -135,7 +136,8 @@ def _installations(deployment: Deployment) -> _Deployed:
     for name, versions in PROVIDER_VERSIONS.items():
         if name not in declared:
             providers = (*deployment.providers, (name, versions[0]))
-            yield Change("providers", providers, f"{name} {versions[0]} installed"), {"installed": ()}
+            suffix = "" if WHEEL_BUILDS.get(name, deployment.soc) == deployment.soc else f", built for {deployment.soc}"
+            yield Change("providers", providers, f"{name} {versions[0]} installed{suffix}"), {"installed": ()}
     for name, version, build in deployment.installed or ():
         if name in declared and build not in ("", deployment.soc):
             built = tuple((n, v, deployment.soc if n == name else b) for n, v, b in deployment.installed or ())
@@ -155,7 +157,9 @@ def _nearest(versions: Iterable[str], now: str) -> list[str]:
 def _other_weights(block: BlockDescription) -> Iterator[Change]:
     for name in EXPERT_FORMATS:
         if name != block.quantisation:
-            yield Change("quantisation", name, f"experts in {name}")
+            yield Change(
+                "quantisation", name, "unquantised (16-bit) experts" if name == "none" else f"experts in {name}"
+            )
     if block.dtype != torch.bfloat16:
         yield Change("dtype", torch.bfloat16, "bfloat16")
 

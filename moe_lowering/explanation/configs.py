@@ -40,6 +40,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+NO_TYPE = "transformers has no model_type"  # as an assumption begins
 _WHAT_OWN_MEANS = f"{OWN} is one layer of this package, of the sizes of DeepSeek-V3's where the command says no other"
 _LIMIT = 7.0  # of gpt-oss, where a config does not say
 _LIMITS, _ALPHAS = {"swiglu_softcap": "mlp_gate_softcap"}, {"swiglu_softcap": "mlp_up_softcap"}
@@ -151,7 +152,7 @@ def _config_of_values(values: dict[str, Any], path: Path | None, quantisation: s
         config = config_of_values(values, path)
         config.dtype = text.get("dtype") or text.get("torch_dtype")
         return config, assumptions
-    assumptions.append(f"transformers has no model_type {values.get('model_type')!r}: {what} is read as it stands")
+    assumptions.append(f"{NO_TYPE} {values.get('model_type')!r}: {what} is read as it stands")
     return SimpleNamespace(**{"dtype": text.get("torch_dtype"), **text}), assumptions
 
 

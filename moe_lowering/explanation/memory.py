@@ -16,6 +16,7 @@ from moe_lowering.passes.operands import ExpertOperands
 from moe_lowering.prices.machines import machine_of
 
 TOO_SMALL = "memory.too_small"
+ON_TOP = "MoE layers only: attention, embeddings and KV cache come on top"
 _FEWEST_BITS = 4  # experts in 4 bits take a quarter of those in bfloat16
 
 
@@ -63,7 +64,7 @@ class Memory:
             f"{_gb(self.needed)} = {_gb(self.experts * (self.layers or 1))} experts of {layers}, {_gb(self.buffers)} buffers, "
             f"{window}; {capacity}"
         )
-        return text if self.fits else f"[{TOO_SMALL}] {text}: it cannot fit ({self._advice()})"
+        return f"{text} ({ON_TOP})" if self.fits else f"[{TOO_SMALL}] {text}: it cannot fit ({self._advice()})"
 
     def _advice(self) -> str:
         """What alone may be enough; each is named only where all else leaves room."""

@@ -154,7 +154,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """y [..., H] for x [..., H] of the weights' dtype; tokens whose bool ``mask`` [...] is False give zero."""
-        check_layer_call(x, mask, self.hidden_size)
+        check_layer_call(x, mask, self.hidden_size, self.w13.dtype)
         scale, limit, alpha = self._factors
         if self.shared_experts and self.moe_lowering_deployment is None:
             raise ValueError(

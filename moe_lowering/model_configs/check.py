@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moe_lowering.model_configs.errors import SHOWN, ModelError, write_value
-from moe_lowering.model_configs.presets import PRESETS, preset_of_hub
+from moe_lowering.model_configs.errors import OF_NO_TYPE, SHOWN, ModelError, write_value
+from moe_lowering.model_configs.presets import PRESETS, preset_of_hub, preset_of_hub_name
 from moe_lowering.model_configs.values import (
     check_config_values,
     check_groups,
@@ -67,11 +67,15 @@ def check_model(model: str, needs_type: bool = True, needs_experts: bool = True)
     path = path_of(model) if model.strip() else None
     if path is not None:
         _check_hub_id(model, path)
-        check_values(read_config(path), path, needs_type)
+        values = read_config(path)
+        check_values(values, path, needs_type)
+        text = {**values, **(values.get("text_config") or {})}
+        if needs_experts and first_of(text, NAMES["experts"]) is None:
+            _check_has_experts(values.get("model_type"), f" in {write_value(str(path))}")
     elif model != OWN and model not in PRESETS:
         _check_name(model)
-        if needs_experts and is_dense(model):
-            raise ModelError(f"{model} has no MoE layers{hint_of_sibling(model)}; accepted: {ACCEPTED}")
+        if needs_experts:
+            _check_has_experts(model)
 
 
 def path_of(model: str) -> Path | None:
@@ -120,7 +124,9 @@ def check_values(values: dict[str, Any], path: Path | None, needs_type: bool) ->
         )
     known = _types()
     if needs_type and known and kind not in known:
-        raise ModelError(f"model_type{where} is {write_value(kind)}; accepted: a type that transformers knows")
+        raise ModelError(
+            f"model_type{where} is {write_value(kind)}; accepted: a type that transformers knows; {OF_NO_TYPE}"
+        )
     text = values.get("text_config")
     if text is not None and not isinstance(text, dict):
         raise ModelError(f"text_config{where} is {write_value(text)}; accepted: an object")
@@ -129,12 +135,17 @@ def check_values(values: dict[str, Any], path: Path | None, needs_type: bool) ->
         check_size(name, merged.get(name), where)
     check_config_values(merged, where)
     _check_divisions(merged, where)
-    if isinstance(kind, str) and needs_type and is_dense(kind):
-        raise ModelError(f"{kind}{where} has no MoE layers{hint_of_sibling(kind)}; accepted: {ACCEPTED}")
+    if needs_type:
+        _check_has_experts(kind, where)
     if isinstance(kind, str) and merged.get("head_dim") and merged["head_dim"] % 2 and turns_halves(kind):
         raise ModelError(
             f"head_dim{where} is {merged['head_dim']}; accepted: an even number, of which halves are rotated"
         )
+
+
+def _check_has_experts(kind: Any, where: str = "") -> None:
+    if isinstance(kind, str) and is_dense(kind):
+        raise ModelError(f"{kind}{where} has no MoE layers{hint_of_sibling(kind)}; accepted: {ACCEPTED}")
 
 
 def _check_divisions(values: dict[str, Any], where: str) -> None:
@@ -206,7 +217,10 @@ def _check_name(model: str) -> None:
 
 
 def hint_of(model: str, known: Iterable[str]) -> str:
-    """What was meant by a name that is none, of ``known`` names: presets and types with MoE layers alone."""
+    """What was meant by a name that is none, of ``known`` names: presets and types with MoE layers alone. The last part of a
+    preset's hub id means that preset."""
+    if (preset := preset_of_hub_name(model)) is not None:
+        return f" (did you mean {preset.name}?)"
     close = difflib.get_close_matches(model[:SHOWN], [OWN, *PRESETS, *sorted(known)], n=12)
     close = [name for name in dict.fromkeys(close) if name == OWN or name in PRESETS or has_experts(name)][:3]
     return f" (did you mean {', '.join(close)}?)" if close else ""

@@ -6,6 +6,9 @@ from typing import Any
 
 SHOWN, SHOWN_PATH = 80, 400  # characters of a value, and of a path, that an error repeats
 
+# What is left for a type that transformers does not know: the pass takes any module, and the commands do not build it.
+OF_NO_TYPE = "lower the model from Python (docs/examples.md)"
+
 
 class ModelError(ValueError):
     """A MODEL that cannot be read: one line that names what is wrong and what is accepted."""

@@ -143,3 +143,8 @@ def presets_of(kind: str) -> tuple[str, ...]:
 def preset_of_hub(hub: str) -> Preset | None:
     """The preset of a repository on the hub, whatever the case of its name."""
     return next((preset for preset in PRESETS.values() if preset.hub.lower() == hub.lower()), None)
+
+
+def preset_of_hub_name(name: str) -> Preset | None:
+    """The preset whose hub id ends with a name."""
+    return next((preset for preset in PRESETS.values() if preset.hub.lower().rpartition("/")[2] == name.lower()), None)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lowering.model_configs.check import ACCEPTED, OWN, hint_of, path_of, read_config
-from moe_lowering.model_configs.errors import ModelError, write_value
+from moe_lowering.model_configs.errors import OF_NO_TYPE, ModelError, write_value
 from moe_lowering.model_configs.presets import PRESETS
 
 
@@ -75,7 +75,9 @@ def config_of_values(values: Mapping[str, Any], path: Path | None = None) -> Any
     classes = _config_classes(str(path or kind))
     if not isinstance(kind, str) or kind not in classes:
         where = f" in {path}" if path is not None else ""
-        raise ModelError(f"model_type{where} is {write_value(kind)}; accepted: a type that transformers knows")
+        raise ModelError(
+            f"model_type{where} is {write_value(kind)}; accepted: a type that transformers knows; {OF_NO_TYPE}"
+        )
     # how the file's weights are quantised does not matter: the weights are random, in the dtype that is asked for
     values = {name: value for name, value in values.items() if name != "quantization_config"}
     try:

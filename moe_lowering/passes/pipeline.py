@@ -29,7 +29,7 @@ from moe_lowering.passes.capturability import is_captured
 from moe_lowering.passes.costs.cost_model import Cost
 from moe_lowering.passes.find_blocks import module_path
 from moe_lowering.passes.graph.operator_names import operator_name
-from moe_lowering.passes.policy import Policy
+from moe_lowering.passes.policy import NONE_LEGAL, Policy
 from moe_lowering.passes.run.graph_run import GraphRun
 from moe_lowering.passes.run.messages import describe_internal_error, log_warning
 from moe_lowering.passes.run.subgraphs import Subgraph, computed_inputs, find_subgraphs
@@ -225,6 +225,16 @@ def _broken_rules(block: BlockReport) -> list[str]:
     return [f"not {name}: {rule}" + (f" ({rule.advice})" if rule.advice else "") for name, rule in named or broken]
 
 
+def _codes_of_none(block: BlockReport) -> str:
+    """Where no implementation is legal: the codes that break all of them, or else the first of each."""
+    if not block.reason.endswith(NONE_LEGAL):
+        return ""
+    codes = [[violation.code for violation in verdict.violations] for verdict in block.verdicts.values()]
+    shared = [code for code in next(iter(codes), []) if all(code in each for each in codes)]
+    named = dict.fromkeys(shared or [each[0] for each in codes if each])
+    return f": [{', '.join(named)}]" if named else ""
+
+
 def _require_capturable(report: LoweringReport) -> None:
     if report.not_capturable:
         lines = "\n  ".join(str(finding) for finding in report.not_capturable)
@@ -234,7 +244,8 @@ def _require_capturable(report: LoweringReport) -> None:
 def _log(report: LoweringReport, captured: bool) -> None:
     for block in report.blocks:
         if block.comm is None:
-            log_warning("moe_lowering: %s left as it was: %s", block.name, block.reason, trace=False)
+            reason = block.reason + _codes_of_none(block)
+            log_warning("moe_lowering: %s left as it was: %s", block.name, reason, trace=False)
         else:
             log_warning(
                 "moe_lowering: %s is %s: %s", block.name, block.comm, block.reason, trace=False, level=logging.INFO

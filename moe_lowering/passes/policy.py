@@ -40,6 +40,9 @@ NO_PROVIDER = "fused.provider"  # the code of the rule that a library brings the
 DEFAULT_TOKENS = 512  # what a graph without any bound is costed with: a full MC2 batch
 
 
+NONE_LEGAL = "no implementation is legal"
+
+
 class PolicyError(ValueError):
     """The user's cost function failed or did not give a number. The message names it, the implementation and the load."""
 
@@ -94,7 +97,7 @@ class Policy:
                 return selected, f"{self.name} selects it"
             prefix = f"{refused}; " if refused else f"{self.name} selects {selected}, which is not legal here; "
         if not legal:
-            return None, f"{prefix}no implementation is legal"
+            return None, prefix + NONE_LEGAL
         if self.cost is None:
             forms = {name: verdicts[name].form for name in legal}
             best, why = _cheapest(forms, spec, deployment, tokens)

@@ -74,6 +74,8 @@ FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "g
             "--ep: is 3, and the small moe that runs without --fake has 16 experts; accepted: a divisor of that",
         ),
         (["lower", "mixtrl"], "MODEL: is 'mixtrl' (did you mean mixtral"),
+        (["lower", "Qwen3-235B-A22B"], "MODEL: is 'Qwen3-235B-A22B' (did you mean qwen3_235b?)"),
+        (["lower", "moe", "--tp", "1,2"], "argument --tp: is '1,2'; accepted: one integer"),
         (["lower", "llama"], "llama has no MoE layers (did you mean llama4?)"),
         (["lower", "qwen3"], "qwen3 has no MoE layers (did you mean qwen3_moe, qwen3_5_moe, qwen3_vl_moe?)"),
         (["lower", "moe", "--ep"], "argument --ep: is given without a value; accepted: what moe-lowering lower --help"),

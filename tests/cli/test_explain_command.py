@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from test_explain import BLOCK, answer, command
 
+from moe_lowering import cli
 from moe_lowering.cli.commands import parse
 from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.cli.explain.request import IMPLEMENTATIONS as COMMAND_IMPLEMENTATIONS
@@ -71,6 +72,26 @@ def test_a_config_file_of_a_known_type(capfd, tmp_path):
     assert answer(capfd, f"{path.parent} --ep 8")[1]["block"] == block, "the folder of a checkpoint"
 
 
+def test_a_config_file_without_experts_has_no_moe_layers(capfd, tmp_path):
+    path = config_file(tmp_path, model_type="llama", hidden_size=1024, intermediate_size=512)
+    said = f"llama in {path} has no MoE layers (did you mean llama4?); accepted"
+    for given in ("explain", "lower"):
+        assert cli.main([given, str(path)]) == 2
+        assert said in capfd.readouterr().err
+    assert command(capfd, f"{path} --experts 8 --topk 2")[0] == 0
+
+
+def test_a_type_of_no_command_is_sent_to_python(capfd, tmp_path):
+    path = config_file(tmp_path, model_type="no_such", hidden_size=1024, intermediate_size=512, num_experts=64, top_k=4,
+                       num_experts_per_tok=4)  # fmt: skip
+    assumed = answer(capfd, str(path))[1]["assumptions"]
+    assert not [text for text in assumed if "moe-lowering lower" in text]
+    assert [text for text in assumed if "not checked, transformers does not know this type" in text]
+    assert cli.main(["lower", str(path)]) == 2
+    where = "lower the model from Python (docs/examples.md)"
+    assert capfd.readouterr().err.endswith(f"a type that transformers knows; {where}\n") and assumed[-1].endswith(where)
+
+
 def test_a_config_file_of_a_type_that_transformers_does_not_know(capfd, tmp_path):
     path = config_file(
         tmp_path, model_type="brand_new", text_config={
@@ -109,6 +130,10 @@ def test_a_config_file_of_a_type_that_transformers_does_not_know(capfd, tmp_path
     (f"{BLOCK} --policy fixed --comm auto", "argument --policy: is fixed without --comm; accepted: with --comm {allg"),
     (f"{BLOCK} --comm mc2 --policy vllm_ascend_main", "argument --policy: is vllm_ascend_main with --comm mc2, .*: fixed, or"),
     (f"{BLOCK} --cann new", "argument --cann: is 'new'; accepted: a version such as"),
+    (f"{BLOCK} --tp 1,2", r"argument --tp: is '1,2'; accepted: one integer \(only --quant, --soc, --ep and --tokens take lists"),
+    (f"{BLOCK} --buffer-mb 1,2", r"argument --buffer-mb: is '1,2'; accepted: one integer \(only"),
+    (f"{BLOCK} --fused-mode 0,1", r"argument --fused-mode: is '0,1'; accepted: one of 0, 1, 2 \(only"),
+    (f"{BLOCK} --policy auto,fixed", r"argument --policy: is 'auto,fixed'; accepted: one of auto, .* \(only --quant, --soc"),
     (f"{BLOCK} --tokens -1", "argument --tokens: "),
     (f"{BLOCK} --tokens many", "argument --tokens: is 'many'; accepted: an integer from 0 to"),
     (f"{BLOCK} --buffer-mb 0", "argument --buffer-mb: is '0'; accepted: an integer from 1 to"),

@@ -94,6 +94,7 @@ def test_a_table_fits(capfd, monkeypatch, columns):
     assert max(map(len, out.splitlines())) <= min(max(columns, 80), 100)
     assert not any(line != line.rstrip() for line in out.splitlines())
     assert out.index("one change:") < out.index("not alltoall"), "what would help stands first"
+    assert re.search(r"one change: \w+ legal with ", out) and "attention, embeddings and KV" in " ".join(out.split())
 
 
 def test_where_nothing_is_legal_the_exit_code_is_1(capfd):
@@ -414,3 +415,25 @@ def test_every_default_that_differs_from_a_deployments_is_said(capfd):
     for text in said.values():
         assert any(text in assumption for assumption in explanation.assumptions), text
     assert torch.bfloat16 == explanation.block.dtype
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("--soc A3", ["A3"]), ("--soc A2,A3", ["A3"]), ("--soc A2", []), ("--soc A3 --provider none", [])],
+)
+def test_a_build_that_no_wheel_is_is_assumed_by_name(capfd, given, said):
+    out = " ".join(command(capfd, f"{BLOCK} --ep 16 {given}")[1].split())
+    assert re.findall(r"vllm_ascend is built from source for (\w+) \(its wheels are A2 builds\)", out) == said
+
+
+@pytest.mark.parametrize(("soc", "built"), [("A3", ", built for A3"), ("A2", "")])
+def test_what_is_to_be_installed_is_a_build_for_the_soc(soc, built):
+    deployment = Deployment(soc=soc, ep_size=16, ep_rank=0, ep_group="ep", mc2_group="mc2", installed=())
+    texts = [change.text for change, _ in candidate_changes._installations(deployment)]
+    assert f"vllm_ascend 0.23.0 installed{built}" in texts and "cann_ops_transformer 9.1.0 installed" in texts
+
+
+def test_experts_without_a_quantisation_are_named_in_words():
+    assert ("quantisation", "unquantised (16-bit) experts") in changes_of(
+        "qwen3_30b --ep 16 --quant w4a16", "fused_mc2"
+    )

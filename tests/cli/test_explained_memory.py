@@ -90,6 +90,7 @@ def test_what_cannot_fit_is_said_with_its_numbers_and_what_fits_is_not():
     assert (
         memory["fits"] and TOO_SMALL not in text and "does not fit" not in text and "45.5 GB = 40.9 GB experts" in text
     )
+    assert text.count("(MoE layers only: attention, embeddings and KV cache come on top)") == 1
     memory, text = memory_of("mc2", layer=dataclasses.replace(LAYER, layers=None))
     assert memory["fits"] and memory["needed"] == sum(memory[each] for each in ("experts", "buffers", "window"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 import sys
 import time
 import types
@@ -15,8 +16,10 @@ from test_explain import BLOCK, command
 
 from moe_lowering import cli, number_words, simulator, stray_output
 from moe_lowering.cli import commands, progress, terminal
+from moe_lowering.cli.commands import parse
 from moe_lowering.cli.explain.arguments import COLOURS
 from moe_lowering.cli.explain.command import run_explain
+from moe_lowering.model_configs.presets import PRESETS
 from moe_lowering.number_words import count_of
 from moe_lowering.report.text import labelled_text
 from moe_lowering.report.width import NARROWEST, WIDTH, report_width, use_width
@@ -301,3 +304,18 @@ def test_torch_npus_stray_lines_are_kept_away_and_others_are_not(capfd):
         assert capfd.readouterr().out == "None\n", "the twin: it is still printed"
     finally:
         vars(module)["print"] = silenced
+
+
+@pytest.mark.parametrize("given", [[], ["lower"], ["explain"], ["matrix"], ["models"], ["simulate"]])
+def test_helps_fit_in_80_columns_and_examples_can_be_copied(capfd, monkeypatch, given):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([*given, "--help"])
+    out = capfd.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    text = out.replace(" \\\n    ", "").replace("./config.json", "mixtral")
+    examples = [line for line in text.splitlines() if line.startswith("  moe-lowering ")]
+    for line in examples if given != ["simulate"] else ():
+        parse(shlex.split(line)[1:])
+    if given == ["explain"]:
+        assert not [name for name in PRESETS if name not in out]

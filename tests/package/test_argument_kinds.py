@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import moe_lowering.integrations.transformers as integration
-from moe_lowering import MoE, custom_ops, moe_experts, testing
+from moe_lowering import Deployment, MoE, custom_ops, moe_experts, testing
 from moe_lowering import quantisation as q
 from moe_lowering.experts import log2phy_from_expert_maps
 from moe_lowering.functional import check_expert_map, route
@@ -243,3 +243,9 @@ def test_fake_deployments_of_sizes_that_cannot_be(fields: dict[str, Any], messag
         pass
     with testing.fake_deployment(ep_size=4, tp_size=2) as deployment:
         assert (deployment.ep_size, deployment.tp_size) == (4, 2)
+
+
+@pytest.mark.parametrize("mesh", [None, "cpu", 4])
+def test_what_is_no_mesh_is_named(mesh):
+    with pytest.raises(TypeError, match=r"^Deployment\.from_mesh: device_mesh is .*; accepted: a DeviceMesh"):
+        Deployment.from_mesh(mesh)

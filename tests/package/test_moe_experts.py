@@ -12,7 +12,7 @@ from test_quantised_mlp import int8_model, weights
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_lowering import Deployment
+from moe_lowering import Deployment, MoE, quantise_experts
 from moe_lowering.functional import check_expert_map, moe_experts
 
 TOKENS, HIDDEN, INNER, EXPERTS = 13, 64, 32, 4
@@ -208,6 +208,30 @@ def test_transposed_weights() -> None:
     packed, _ = stored("w4a8")
     with pytest.raises(ValueError, match="need_trans is True for w13 of w4a8; accepted: False, as packed int4 cannot"):
         moe_experts(x, w, ids, **packed, need_trans=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "stacked", "said"), [("w13", True, "w13"), ("w2", True, "w2"), ("w2", False, r"w2\[0\]")]
+)
+def test_weights_of_another_dtype_than_x_are_named(name: str, stacked: bool, said: str) -> None:
+    x, w, ids, w13, w2 = case()[:5]
+    given = {"w13": w13, "w2": w2}
+    given[name] = given[name].bfloat16()
+    if not stacked:
+        given = {each: list(tensor) for each, tensor in given.items()}
+    with pytest.raises(TypeError, match=rf"^moe_experts: {said} is torch.bfloat16, and x is torch.float32; accepted"):
+        moe_experts(x, w, ids, **given)
+
+
+def test_a_layer_names_the_dtypes_of_x_and_of_its_weights() -> None:
+    layer = MoE(64, 32, 4, 2, dtype=torch.bfloat16)
+    with pytest.raises(
+        TypeError, match=r"^MoE: x is torch.float32, and the layer's weights are torch.bfloat16; accepted: x of"
+    ):
+        layer(torch.ones(3, 64))
+    assert layer(torch.ones(3, 64).bfloat16()).dtype == torch.bfloat16
+    quantised = quantise_experts(layer, "w8a8")
+    assert (quantised or layer)(torch.ones(3, 64).bfloat16()).dtype == torch.bfloat16
 
 
 SCALE = {"pertoken_scale": torch.ones(TOKENS)}

@@ -1,6 +1,7 @@
 """Verdicts: each refusal by its code, with a twin that differs in one value and is accepted."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -211,3 +212,18 @@ def test_counts_read_before_the_fused_operator_could_give_them():
         assert refused.report.blocks[0].comm in ("mc2", "allgather")
         accepted = testing.lower_graph(lambda *a: early(*a, late=True), *args, deployment=deployment, comm="fused_mc2")
         testing.assert_lowered(accepted, comm="fused_mc2")
+
+
+@pytest.mark.parametrize(
+    ("deployment", "codes"),
+    [
+        ((("max_tokens", 31),), r"deployment\.max_tokens"),
+        ((("soc", "310P"), ("weight_format", "nd")), r"[\w.]+, [\w.]+(, [\w.]+)*"),  # no rule refuses all of them
+    ],
+)
+def test_the_log_names_the_codes_where_nothing_is_legal(caplog, deployment, codes):
+    with caplog.at_level("WARNING"):
+        lowered = BASE.but(deployment=deployment).judge()
+    (line,) = [text for text in caplog.messages if "left as it was" in text]
+    assert re.search(rf"left as it was: no implementation is legal: \[{codes}\]$", line), line
+    assert lowered.report.blocks[0].comm is None

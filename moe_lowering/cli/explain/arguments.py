@@ -26,6 +26,7 @@ from moe_lowering.cli.options import (
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.model_configs.check import LARGEST, check_model
 from moe_lowering.model_configs.errors import ModelError, write_value
+from moe_lowering.model_configs.presets import PRESETS
 from moe_lowering.vocabulary import COMMS, EXPERT_FORMATS, FUSED_MODES
 
 SIZE_OPTIONS = ("--hidden", "--intermediate", "--experts", "--topk")
@@ -54,12 +55,14 @@ examples:
   moe-lowering explain qwen3_235b --soc A2,A3 --ep 16,32,64 --quant none,w8a8 --tokens 1..4096
       one table: the choice in every deployment by ranges of T, what it costs and needs, and why not the others
 
-MODEL is `moe` (this package's own MoE module), a published model (deepseek_v3, qwen3_235b, qwen3_30b, kimi_k2, glm_4_5,
-gpt_oss_120b, mixtral_8x7b, ...), a transformers model type, which means its default config, or a config.json.
+MODEL is `moe` (this package's own MoE module), a published model, a transformers model type, which means its default config, or
+a config.json. Published models:
+PRESETS.
+
 SoCs: A2 (910B), A3 (910C), A5 (950), 310P.
 
 exit code: 0 an implementation is chosen; 1 none is legal, or the one of --comm is not; 2 wrong usage
-"""
+""".replace("PRESETS", ", ".join(PRESETS))
 
 
 def add_command(commands: Any) -> None:

@@ -125,7 +125,8 @@ def run_explain(
     if request.unequal_tokens:
         counts = ((request.max_tokens, request.max_tokens),)
     rows = tabulate(_questions(reports, progress), [TokenRange(*count) for count in counts])
-    return TableReport(request, reports[0].explanation, rows)
+    assumed = dict.fromkeys(text for report in reports for text in report.explanation.assumptions)
+    return TableReport(request, dataclasses.replace(reports[0].explanation, assumptions=tuple(assumed)), rows)
 
 
 def _choices_around(report: ExplainReport) -> tuple[Row, ...]:

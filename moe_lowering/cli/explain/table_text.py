@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 
 from moe_lowering.explanation import Explanation
-from moe_lowering.explanation.memory import TOO_SMALL
+from moe_lowering.explanation.memory import ON_TOP, TOO_SMALL
 from moe_lowering.explanation.table import Row
 from moe_lowering.explanation.text import Paint, labelled_rows, size_lines
 from moe_lowering.report.block_costs import BlockCost
@@ -30,6 +30,7 @@ def render_table(first: Explanation, rows: Sequence[Row], colour: bool = False) 
     )
     notes = [
         f"figures are those at the most tokens of a row; {memory}",
+        f"memory is of {ON_TOP}",
         "HCCL_BUFFSIZE: what is enough for the choice; any: none of its rules is on it; not used: it has no communicator",
         "[cost]: legal, and not the cheapest, or tied with a simpler one; [policy]: legal, and the policy takes another",
     ]
@@ -87,7 +88,7 @@ def _number(value: float, digits: int) -> str:
 def _below(row: Row) -> list[str]:
     """One change for what is refused first, then why not the others, and memory."""
     changes = {name: found for name, found in row.changes.items() if found}
-    texts = [f"{name} with {' or '.join(change.text for change in found)}" for name, found in changes.items()]
+    texts = [f"{name} legal with {' or '.join(change.text for change in found)}" for name, found in changes.items()]
     lines = [f"one change: {'; '.join(texts)}"] if texts else []
     others = ", ".join(f"{name} [{'] ['.join(codes)}]" for name, codes in row.others.items())
     lines += [f"not {others}"] if others else []

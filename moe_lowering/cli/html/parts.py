@@ -79,7 +79,9 @@ def _deployment_row(row: Row) -> list[object]:
         sent = (cost.sent_within + cost.sent_between) / 1e6
         price = f"{cost.us:.0f} +- {cost.error_us:.0f}"
         figures = [price, cost.kernels, f"{cost.moved / 1e6:.1f}", f"{sent:.1f}"]
-    changes = [f"{name}: {' or '.join(c.text for c in found)}" for name, found in row.changes.items() if found]
+    changes = [
+        f"{name} legal with {' or '.join(c.text for c in found)}" for name, found in row.changes.items() if found
+    ]
     others = "; ".join(f"{name} [{'] ['.join(codes)}]" for name, codes in row.others.items())
     needed = Markup(f"{memory.needed / 1e9:.1f}" + ("" if memory.fits else f"<br>[{TOO_SMALL}]"))
     tokens = str(piece.low) if piece.low == piece.high else f"{piece.low} to {piece.high}"
