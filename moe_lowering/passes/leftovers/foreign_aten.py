@@ -172,7 +172,8 @@ def routing_alone(calls: GraphCalls, is_ours: Walk) -> list[Node]:
         derived = walk_readers([ids], lambda n: is_view(n) or name_of(n) in ONE_HOT, spreads)
         leaving = [node for node in derived if _leaves_graph(node, _has_several_choices(ids))]
         leaving += [ids.args[0]] if _leaves_as_routing(ids, experts) else []  # type: ignore[list-item]
-        if leaving and not reaches(ids, is_ours):  # last: of a model's input that walk is the long one
+        # last: of a model's input these walks are the long ones
+        if leaving and not reaches(ids, is_ours) and not any(walk_readers([ids], _has_whole_numbers, is_ours)):
             matches += leaving
     return matches
 
@@ -200,6 +201,13 @@ def _leaves_as_routing(ids: Node, experts: Any) -> bool:
         return any(walk_readers(weights, _is_scaled, _is_output))
     normed = walk_readers(weights, is_view, lambda n: name_of(n) in ("_softmax", "softmax") or _divides_by_sum(n))
     return _has_several_choices(ids) and any(walk_readers(list(normed), _is_scaled, _is_output))
+
+
+def _has_whole_numbers(node: Node) -> bool:
+    """Whether a node has ids that something was done to: they are still those of the block that they come to."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return all(isinstance(each, torch.Tensor) and not each.is_floating_point() for each in values)
 
 
 def _is_output(node: Node) -> bool:
