@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 
@@ -28,17 +29,19 @@ def test_the_command_alone_prints_its_help(capfd):
 
 
 @pytest.mark.parametrize("name", ["", "lower", "explain", "matrix", "models", "simulate"])
-def test_a_help_fits_in_80_columns_but_for_what_is_to_be_copied(capfd, monkeypatch, name):
+def test_a_help_fits_in_80_columns_and_says_the_same_in_wide_ones(capfd, monkeypatch, name):
     pages = {}
     for columns in ("80", "300"):
         monkeypatch.setenv("COLUMNS", columns)
         with pytest.raises(SystemExit):
             cli.main([*([name] if name else []), "--help"])
         pages[columns] = capfd.readouterr().out
-    examples = [line for line in pages["80"].splitlines() if line.startswith("  moe-lowering ")]
-    assert examples and all(len(line) <= 80 or line in examples for line in pages["80"].splitlines())
-    assert examples == [line for line in pages["300"].splitlines() if line.startswith("  moe-lowering ")]
-    assert pages["80"].split() == pages["300"].split() or name == "lower", (
+    assert max(map(len, pages["80"].splitlines())) <= 80
+    # A shell goes on behind a backslash
+    whole = {columns: re.sub(r" \\\n +", " ", page) for columns, page in pages.items()}
+    examples = [line for line in whole["80"].splitlines() if line.startswith("  moe-lowering ")]
+    assert examples and examples == [line for line in whole["300"].splitlines() if line.startswith("  moe-lowering ")]
+    assert whole["80"].split() == whole["300"].split() or name == "lower", (
         "no word is lost; lower's usage is in columns"
     )
     assert max(map(len, pages["300"].partition("examples:")[2].splitlines())) <= WIDTH, (
