@@ -154,7 +154,8 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """y [..., H] for x [..., H] of the weights' dtype; tokens whose bool ``mask`` [...] is False give zero."""
-        check_layer_call(x, mask, self.hidden_size, self.w13.dtype)
+        first = self.w13 if isinstance(self.w13, Tensor) else self.w13[0]  # ``list_experts`` makes a list of it
+        check_layer_call(x, mask, self.hidden_size, first.dtype)
         scale, limit, alpha = self._factors
         if self.shared_experts and self.moe_lowering_deployment is None:
             raise ValueError(
