@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from foreign_forms import EXPERTS, HIDDEN
-from foreign_variants import GATHERED_PIECES, PIECES, compose, compose_gathered
+from foreign_gathered_variants import GATHERED_PIECES, compose_gathered
+from foreign_variants import PIECES, compose
 from torch import Tensor
 
 Spelled = dict[str, Callable[..., Any]]
