@@ -171,7 +171,7 @@ def routing_alone(calls: GraphCalls, is_ours: Walk) -> list[Node]:
         spreads = functools.partial(_is_count, ids=ids, experts=experts)
         derived = walk_readers([ids], lambda n: is_view(n) or name_of(n) in ONE_HOT, spreads)
         leaving = [node for node in derived if _leaves_graph(node, _has_several_choices(ids))]
-        leaving += [ids.args[0]] if _leaves_as_routing(ids, experts) else []  # type: ignore[list-item]
+        leaving += [input_node(ids)] if _leaves_as_routing(ids, experts) else []
         # last: of a model's input these walks are the long ones
         if leaving and not reaches(ids, is_ours) and not any(walk_readers([ids], _has_whole_numbers, is_ours)):
             matches += leaving

@@ -75,11 +75,13 @@ def _gathers_rows(node: Node) -> Node | None:
     if name_of(node) in ("index_select", "gather"):
         dim, ids = node.args[1:3]
         return ids if dim == 0 and isinstance(ids, Node) else None
-    ids = node.args[1]
+    given: Any = node.args[1]
     if name_of(node) == "index":
-        ids = ids[0] if isinstance(ids, (list, tuple)) and len(ids) == 1 else None
-    value = ids.meta.get("val") if isinstance(ids, Node) else None
-    return None if isinstance(value, torch.Tensor) and value.dtype is torch.bool else ids  # type: ignore[return-value]
+        given = given[0] if isinstance(given, (list, tuple)) and len(given) == 1 else None
+    if not isinstance(given, Node):
+        return None
+    value = given.meta.get("val")
+    return None if isinstance(value, torch.Tensor) and value.dtype is torch.bool else given
 
 
 def _has_matrices(gather: Node, is_chosen: bool) -> bool:
