@@ -68,6 +68,14 @@ def pytest_collection_finish():
     gc.set_threshold(20_000, 20, 20)
 
 
+def pytest_runtest_teardown(item, nextitem):
+    """What a module keeps for its own tests (converted models, compiled graphs) goes with its last one."""
+    if nextitem is None or nextitem.path != item.path:
+        for kept in vars(item.module).values():
+            if isinstance(kept, functools._lru_cache_wrapper) and kept.__module__ == item.module.__name__:
+                kept.cache_clear()
+
+
 def pytest_terminal_summary(terminalreporter):
     """What came of the cases of the property tests, over all chunks and workers."""
     counts = collections.defaultdict(collections.Counter)

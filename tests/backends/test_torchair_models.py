@@ -59,11 +59,17 @@ def converted(family, comm, dynamic):
 
 
 FAMILIES = ["qwen3_moe", "mixtral", "deepseek_v3"]
+# Mixtral's block differs from Qwen3's by its router alone, which knows nothing of how T varies
+KINDS = [
+    (family, dynamic) for family in FAMILIES for dynamic in (False, True) if (family, dynamic) != ("mixtral", True)
+]
+BY_KIND = pytest.mark.parametrize(
+    ("family", "dynamic"), KINDS, ids=lambda v: v if isinstance(v, str) else ("static", "dynamic")[v]
+)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("comm", BLOCK)
-@pytest.mark.parametrize("family", FAMILIES)
+@BY_KIND
 def test_every_moe_layer_is_converted(family, comm, dynamic):
     graph, deployment, _, shape = converted(family, comm, dynamic)
     blocks = [block.comm for block in graph.reports[-1].blocks]
@@ -79,8 +85,7 @@ def test_every_moe_layer_is_converted(family, comm, dynamic):
     assert ((-1, -1) in inputs or (2, -1) in inputs, tuple(shape) in inputs) == (dynamic, not dynamic)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("family", FAMILIES)
+@BY_KIND
 def test_edges_of_mc2_in_every_layer(family, dynamic):
     """Dispatch's outputs reach combine untouched, counts reach both matmuls, and layers follow each other."""
     graph, _, made, _ = converted(family, "mc2", dynamic)

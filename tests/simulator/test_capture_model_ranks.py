@@ -19,7 +19,7 @@ from moe_lowering.cli.lower.compare import TOLERANCE
 from moe_lowering.simulator.device import Counts
 
 ALL = int(os.environ.get("MOE_LOWERING_REPLAYS", "0"))  # of every case; 200 takes most of half an hour on two cores
-REPLAYS = {("qwen3_moe", 2): 60, ("qwen3_moe", 4): 12, ("deepseek_v3", 2): 24, ("deepseek_v3", 4): 12}
+REPLAYS = {("qwen3_moe", 2): 24, ("qwen3_moe", 4): 12, ("deepseek_v3", 2): 24, ("deepseek_v3", 4): 12}
 LAYERS = 4 if ALL else 2
 # left out by default: on four ranks most of the time is compiling
 LONG = {("deepseek_v3", 4, comm) for comm in ("allgather", "mc2", "fused_mc2")}

@@ -1,4 +1,4 @@
-"""Four-layer transformers models as NPU graphs: 200 replays, each equal to the lowered model without a graph, bit by bit,
+"""Four-layer transformers models as NPU graphs: all replays are equal to the lowered model without a graph, bit by bit,
 and to the model's own experts on the CPU. Also ``moe-lowering lower --capture``.
 """
 
@@ -14,7 +14,7 @@ from moe_lowering.cli.lower import early_refusal, graph_replay
 from moe_lowering.cli.lower.graph_replay import Captured
 from moe_lowering.simulator import device
 
-REPLAYS = 200
+REPLAYS = {"qwen3_moe": 200, "deepseek_v3": 40}  # a second model shows other operators, not more of the same replays
 NEAR = 1e-4  # float32 over four layers, relative to the largest logit; measured below 1e-5
 
 
@@ -35,10 +35,11 @@ def relative(found, expected):
 
 
 @pytest.mark.parametrize("name", capture_models.CONFIGS)
-def test_200_replays_are_equal_to_eager_and_each_bucket_is_captured_once(name):
+def test_all_replays_are_equal_to_eager_and_each_bucket_is_captured_once(name):
+    replays = REPLAYS[name]
     pair, before, worst = capture_models.pair(name), device.counts(), 0.0
     routings, skewed, graphs = set(), 0, []
-    for step in range(REPLAYS):
+    for step in range(replays):
         ids = tokens(step, BUCKETS[step % len(BUCKETS)])
         found = pair.captured(ids.npu()).cpu()
         # the same compiled graph: one that was compiled to be run without is compared in the next test
@@ -53,11 +54,11 @@ def test_200_replays_are_equal_to_eager_and_each_bucket_is_captured_once(name):
             skewed += len(chosen.unique()) == TOP_K
     assert worst < NEAR
     counts, layers = device.counts() - before, capture_models.moe_layers(name)
-    assert (counts.captured, counts.replayed) == (len(BUCKETS), REPLAYS)
+    assert (counts.captured, counts.replayed) == (len(BUCKETS), replays)
     assert counts.begun == len(BUCKETS) + 1 == counts.captured + counts.empty
     assert len(pair.chosen) == layers and [len(report.blocks) for report in pair.lowering.reports] == [layers]
-    assert len(routings) > REPLAYS * layers / 2
-    assert skewed >= REPLAYS / 4 * layers and TOP_K < EXPERTS  # all tokens to two experts, six without rows
+    assert len(routings) > replays * layers / 2
+    assert skewed >= replays / 4 * layers and TOP_K < EXPERTS  # all tokens to two experts, six without rows
     for tape in device.tapes()[-len(BUCKETS) :]:
         assert sum(name == "npu::npu_moe_init_routing_v2" for name in tape.operators) == layers
         ours = {name for name in tape.operators if name.startswith("moe_lowering::")}
