@@ -21,12 +21,11 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, Violation, check
 from moe_lowering.limits.calls import OPERATORS, PER_TOKEN, bind, varying_ints
-from moe_lowering.limits.calls.schemas import LIBRARIES
+from moe_lowering.limits.calls.schemas import COLLECTIVES, LIBRARIES
 from moe_lowering.limits.wording import Wording, make_wording
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.context import call_quantities, fixed_context
 
-COLLECTIVES = ("_c10d_functional", "npu_define")
 GENERIC = ("route", "dispatch", "grouped_mlp", "combine")
 
 

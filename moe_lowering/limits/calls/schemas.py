@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+# Namespaces of torch's and torch_npu's collectives
+COLLECTIVES = ("_c10d_functional", "c10d_functional", "c10d", "npu_define")
 _SCHEMAS = (
     "npu_moe_init_routing_v2(Tensor x, Tensor expert_idx, *, Tensor? scale=None, Tensor? offset=None, int active_num=-1, "
     "int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, int expert_tokens_num_type=0, "
