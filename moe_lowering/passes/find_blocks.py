@@ -186,10 +186,8 @@ def _block(dispatch: Node, graph: Around, specs: Specs) -> Block:
     _require_alone(handle, "handle", combine)
     if combined.rows is not mlp or combined.handle is not handle:
         raise _NotABlock("raise.other_stage", "combine does not take the rows and the handle of the same dispatch")
-    ends = _of_both_ends(combined), _of_both_ends(sent)
-    for name, a, b in zip(_BOTH_ENDS, *ends, strict=True) if ends[0] != ends[1] else ():
-        if a is not b and (isinstance(a, Node) or isinstance(b, Node) or a != b):
-            raise _NotABlock("raise.both_ends", f"dispatch has {name} {b}, combine has {a}: both ends must agree")
+    if _of_both_ends(combined) != _of_both_ends(sent):
+        _compare_ends(combined, sent)
     interior = (dispatch, *outputs.values(), mlp, combine)
     readers = [user for user in counts.users if user is not mlp]
     around = Surroundings(
@@ -212,6 +210,13 @@ def _block(dispatch: Node, graph: Around, specs: Specs) -> Block:
         spec,
         Wiring(wiring.inputs, key),
     )
+
+
+def _compare_ends(combined: CombineCall[Node], sent: DispatchCall[Node]) -> None:
+    """Nodes must be the same ones: equal to another node is none of them."""
+    for name, a, b in zip(_BOTH_ENDS, _of_both_ends(combined), _of_both_ends(sent), strict=True):
+        if a is not b and (isinstance(a, Node) or isinstance(b, Node) or a != b):
+            raise _NotABlock("raise.both_ends", f"dispatch has {name} {b}, combine has {a}: both ends must agree")
 
 
 def _spec(sent: DispatchCall[Node], weights: Node, experts: GroupedMlpCall[Node], around: Surroundings) -> BlockSpec:

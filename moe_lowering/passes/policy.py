@@ -22,7 +22,7 @@ from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.costs.cost_model import Cost, Load
 from moe_lowering.passes.costs.price import Price, choose_cheapest, price_of
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.passes.implementations.tensor_parallel import share
+from moe_lowering.passes.implementations.tensor_parallel import tokens_per_rank
 from moe_lowering.passes.vllm_ascend_rules import (
     Situation,
     capacity_0_13,
@@ -174,7 +174,7 @@ def load_of(spec: BlockSpec, deployment: Deployment, tokens: int) -> Load:
     return Load(
         soc=deployment.soc,
         ep_size=spec.ep_size,
-        tokens=share(tokens, spec),
+        tokens=tokens_per_rank(tokens, spec),
         hidden=spec.hidden,
         intermediate=spec.intermediate,
         top_k=spec.top_k,

@@ -59,15 +59,20 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def match_experts(
-    form: str, graph: Graph, products: Sequence[Node], deployment: Deployment, of_ids: Node | None, shares: bool = False,
+    form: str,
+    graph: Graph,
+    products: Sequence[Node],
+    deployment: Deployment,
+    of_ids: Node | None,
+    ids_are_shared: bool = False,
     spreads: bool = False,
-) -> ForeignBlock:  # fmt: skip
+) -> ForeignBlock:
     """The layer that ``products``, all matrix products of its experts, belong to.
 
     Args:
         of_ids: a node that is computed from the ids alone.
-        shares: another layer has the same ids: what is computed from them, and from x, in front of the products may be read by
-            it too, and stays as long as it is.
+        ids_are_shared: another layer has the same ids: what is computed from them, and from x, in front of the products may
+            be read by it too, and stays as long as it is.
         spreads: where ids are chosen among exactly as many experts as all ranks of the deployment hold together, and the weights
             are one rank's, as ``shard_experts`` cuts them, the layer is over the ranks of the deployment. Not for rows that are
             counted: there a count of fewer experts than ids name is another layer, whose other rows are nobody's.
@@ -76,7 +81,7 @@ def match_experts(
         NotThisForm: it is not proven to be one.
     """
     try:
-        return _match_experts(form, graph, products, deployment, of_ids, shares, spreads)
+        return _match_experts(form, graph, products, deployment, of_ids, ids_are_shared, spreads)
     except NotThisForm as reason:
         raise reason_of_map(of_ids) or reason_of_rows(of_ids, products) or reason from None
 
@@ -87,7 +92,7 @@ def _match_experts(
     products: Sequence[Node],
     deployment: Deployment,
     of_ids: Node | None,
-    shares: bool,
+    ids_are_shared: bool,
     spreads: bool,
 ) -> ForeignBlock:
     facts = facts_of(graph)
@@ -113,7 +118,7 @@ def _match_experts(
     before, read = copies_before(region, lambda node: _is_own(reader, node))
     read += [*block.operands, *(sources := made_from(block.ids, block.num_experts))]
     before += [node for node in sources if node.op == "call_function"]
-    stays = _is_shared if shares else _may_stay
+    stays = _is_shared if ids_are_shared else _may_stay
     interior = closed_region(result, region, before, read, lambda node: stays(reader, node), facts.scopes, facts.writes)
     facts.results.append(result)
     return dataclasses.replace(block, interior=interior, shared=tuple(sorted({*region} - {*interior})))
@@ -228,24 +233,14 @@ class _Parts:
             raise self._not(
                 "raise.operation", "a sum of something else than the experts' results", "w2's products, weighted"
             )
-        gated = match_activation(second.rows)
-        if gated is None:
-            raise self._not(
-                "raise.activation",
-                "between the two products something that is no activation of grouped_mlp (or gate and up exchanged)",
-                "silu, clamped silu, the gates of gpt-oss and inkling2, or gelu, of the gate, times up; relu, relu2, silu, gelu",
-            )
+        gated = self._activation(second)
         firsts, interleaved = self._first_products(gated)
         first = firsts[0]
         x, weigh_input = self._tokens(first)
         weights = first.rows.weights if self.weights is None and isinstance(first.rows, Weighted) else self.weights
         self._require_slots(second, firsts, x, weights, weigh_input)
         assert weights is not None
-        dtypes = {n.meta["val"].dtype for e in (*firsts, second) for n in (e.weight,)}
-        if len(dtypes) != 1 or not dtypes <= {*_FLOATS}:
-            raise self._not(
-                "raise.dtype", f"weights of {', '.join(map(str, dtypes))}", "one of float32, float16, bfloat16"
-            )
+        self._require_one_dtype([*firsts, second])
         w13 = Weights(tuple(e.weight for e in firsts), first.transposed, len(firsts) == 2)
         if w13.joined and not first.bias:
             w13 = joined_storage(w13) or w13
@@ -268,6 +263,23 @@ class _Parts:
             weigh_input=weigh_input,
             bases=() if self.base is None else (self.base,),
         )
+
+    def _activation(self, second: Expert) -> Gated:
+        gated = match_activation(second.rows)
+        if gated is None:
+            raise self._not(
+                "raise.activation",
+                "between the two products something that is no activation of grouped_mlp (or gate and up exchanged)",
+                "silu, clamped silu, the gates of gpt-oss and inkling2, or gelu, of the gate, times up; relu, relu2, silu, gelu",
+            )
+        return gated
+
+    def _require_one_dtype(self, products: list[Expert]) -> None:
+        dtypes = {each.weight.meta["val"].dtype for each in products}
+        if len(dtypes) != 1 or not dtypes <= {*_FLOATS}:
+            raise self._not(
+                "raise.dtype", f"weights of {', '.join(map(str, dtypes))}", "one of float32, float16, bfloat16"
+            )
 
     def _not(self, code: str, seen: str, expected: str) -> NotThisForm:
         return NotThisForm(self.result, code, seen, expected)

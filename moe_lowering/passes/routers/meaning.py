@@ -52,7 +52,7 @@ class Meaning:
             self._known[node] = Opaque(node)
             if self._left:
                 self._left -= 1
-                rule = RULES.get(name_of(node))
+                rule = RULES.get(aten_name_of(node))
                 meaning = rule(self, node) if rule is not None and val(node) is not None else None
                 self._known[node] = Opaque(node, self._why(node)) if meaning is None else meaning
         return self._known[node]
@@ -64,7 +64,7 @@ class Meaning:
 
     def is_part(self, node: Node) -> bool:
         """Whether a node was understood as a part of a router, or stands between two parts."""
-        if name_of(node) in _BETWEEN:
+        if aten_name_of(node) in _BETWEEN:
             return True
         return node in self._known and not isinstance(self._known[node], Opaque)
 
@@ -88,7 +88,7 @@ def _target_name(target: Any) -> str:
     return "getitem" if target is operator.getitem else ""
 
 
-def name_of(node: Node) -> str:
+def aten_name_of(node: Node) -> str:
     """The name of a functional operator of ATen, or of a write that means the same; "" of any other node."""
     if node.op != "call_function":
         return ""
@@ -123,7 +123,7 @@ def dtype_of(node: Any) -> torch.dtype:
 def source(reader: Node, index: int) -> Source | None:
     """Where logits come from: an argument, before casts that lose nothing."""
     node = reader.args[index] if len(reader.args) > index else None
-    while isinstance(node, Node) and name_of(node) in CASTS and is_plain_cast(node):
+    while isinstance(node, Node) and aten_name_of(node) in CASTS and is_plain_cast(node):
         before = node.args[0]
         if val(before) is None or (dtype_of(before), dtype_of(node)) not in EXACT:
             break
