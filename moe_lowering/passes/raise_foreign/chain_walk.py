@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.blocks import size_key
+from moe_lowering.passes.blocks import equal_sizes
 from moe_lowering.passes.graph.arguments import argument, input_node
 from moe_lowering.passes.leftovers.foreign_operators import library_and_name
 from moe_lowering.passes.raise_foreign.read_meanings import is_made_alike
@@ -279,7 +279,7 @@ def equal_values(a: Any, b: Any) -> bool:
 
 def same_sizes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two values have the same sizes, for all values of the symbols; no guard is made."""
-    return [*map(size_key, a.shape)] == [*map(size_key, b.shape)]
+    return equal_sizes(a.shape, b.shape)
 
 
 def value_of(node: Node) -> torch.Tensor:

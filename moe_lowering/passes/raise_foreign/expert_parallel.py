@@ -20,7 +20,7 @@ from typing import Any
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.blocks import size_key
+from moe_lowering.passes.blocks import equal_sizes
 from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.graph.walks import stock_name_of
@@ -193,5 +193,4 @@ def _added_to(own: Node) -> Node | None:
         return None
     total, own_value, added = (each.meta["val"] for each in (user, own, other))
     same_dtype = own_value.dtype == added.dtype == total.dtype
-    alike = same_dtype and [*map(size_key, own_value.shape)] == [*map(size_key, added.shape)]
-    return other if alike else None
+    return other if same_dtype and equal_sizes(own_value.shape, added.shape) else None

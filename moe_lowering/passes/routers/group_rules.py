@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.blocks import size_key
+from moe_lowering.passes.blocks import equal_sizes
 from moe_lowering.passes.routers.meaning import (
     CASTS,
     EXACT,
@@ -248,7 +248,7 @@ def _viewed_mask(value: Mask, node: Node) -> Value | None:
         grows = value.level == "spread" and last(before, 2) == (count, 1) and pair == (count, each)
         first, second = val(before), val(node)
         assert first is not None and second is not None
-        lead = [size_key(s) for s in first.shape[:-1]] == [size_key(s) for s in second.shape[:-1]]
+        lead = equal_sizes(first.shape[:-1], second.shape[:-1])
         return value if grows and lead else None
     if value.level == "group" and pair == (count, 1):
         return dataclasses.replace(value, level="spread")

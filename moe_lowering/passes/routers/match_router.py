@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.fx import Graph, Node
 
-from moe_lowering.passes.blocks import Block, RaisedRouter, Route, size_key
+from moe_lowering.passes.blocks import Block, RaisedRouter, Route
 from moe_lowering.passes.graph.arguments import results
 from moe_lowering.passes.graph.memory_effects import Writes
 from moe_lowering.passes.graph.operator_names import call_name
@@ -36,7 +36,7 @@ from moe_lowering.passes.leftovers.foreign_operators import ROUTER, kind_of
 from moe_lowering.passes.raise_foreign.closed_region import may_be_left_out
 from moe_lowering.passes.routers import rules
 from moe_lowering.passes.routers.group_rules import VIEWS
-from moe_lowering.passes.routers.meaning import CASTS, Meaning, aten_name_of
+from moe_lowering.passes.routers.meaning import CASTS, Meaning, aten_name_of, same_sizes
 from moe_lowering.passes.routers.prove_router import differs, spec_of
 from moe_lowering.passes.routers.values import Chosen, Opaque, Reason, Selection, Taken, val
 
@@ -210,9 +210,8 @@ class _Graph:
         inputs = [source for node in interior for source in node.all_input_nodes]
         end = next(iter(reversed(self._graph.nodes)))
         own = {node for node in interior if is_own_write(node) and (node is weights or {*node.users} <= {*interior})}
-        stays = next(
-            (node for node in interior if is_own_write(node) and node not in own), None
-        )  # and its base is read anew
+        # A write that stays for other readers: what it writes into would be read anew
+        stays = next((node for node in interior if is_own_write(node) and node not in own), None)
         writer = stays or self._writes.between(min(interior), end, {*interior, *inputs}, gone=own)
         if writer is not None:
             seen = "a write in place into what the router reads or holds"
@@ -275,7 +274,7 @@ def _read_elsewhere(by: Selection, weights: Node) -> Reason | None:
 def _shape_differs(weights: Node, ids: Node) -> Reason | None:
     first, second = val(weights), val(ids)
     assert first is not None and second is not None
-    if [size_key(n) for n in first.shape] == [size_key(n) for n in second.shape]:
+    if same_sizes(weights, ids):
         return None
     seen = f"weights {tuple(first.shape)} for ids {tuple(second.shape)}"
     return Reason("router.shape", weights, seen, "weights of the shape of the ids")

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.blocks import Source, size_key
+from moe_lowering.passes.blocks import Source, equal_sizes
 from moe_lowering.passes.graph.own_writes import functional_name, is_own_write
 from moe_lowering.passes.graph.walks import without_copy
 from moe_lowering.passes.routers.values import Const, Opaque, Reason, Scores, Value, val
@@ -144,7 +144,7 @@ def same_lead(a: Any, b: Any) -> bool:
     first, second = val(a), val(b)
     if first is None or second is None:
         return False
-    return [size_key(s) for s in first.shape[:-1]] == [size_key(s) for s in second.shape[:-1]]
+    return equal_sizes(first.shape[:-1], second.shape[:-1])
 
 
 def same_sizes(a: Any, b: Any) -> bool:
@@ -152,7 +152,7 @@ def same_sizes(a: Any, b: Any) -> bool:
     first, second = val(a), val(b)
     if first is None or second is None:
         return False
-    return [size_key(s) for s in first.shape] == [size_key(s) for s in second.shape]
+    return equal_sizes(first.shape, second.shape)
 
 
 def keeps_axis(node: Node) -> bool:
