@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TypeAlias
 
 from moe_lowering.limits.wording import Wording
 from moe_lowering.passes.blocks import Block, BlockSpec
@@ -18,12 +18,8 @@ from moe_lowering.passes.run.messages import describe_internal_error, name_symbo
 from moe_lowering.report.graphs import GraphNode
 from moe_lowering.report.records import BlockReport
 
-
-class Before(NamedTuple):
-    """A block before it is edited: the operators of its stages, and the nodes inside of it."""
-
-    operators: tuple[str, ...]
-    nodes: Sequence[GraphNode]
+# The operators that a block is made of, and its nodes
+Content: TypeAlias = tuple[tuple[str, ...], Sequence[GraphNode]]
 
 
 class BlockReports:
@@ -43,47 +39,47 @@ class BlockReports:
         decision: Decision,
         comm: str | None,
         reason: Wording,
-        before: Before,
-        after: tuple[str, ...],
-        nodes_after: Sequence[GraphNode],
+        before: Content,
+        after: Content,
     ) -> BlockReport:
         """The report of a block.
 
         Args:
             comm: the implementation that it became; None where it is left.
-            after, nodes_after: as ``before`` has them, of what stands for the block.
+            before, after: the block, and what stands for it.
         """
-        alike = self._alike_of(block.spec, comm, reason, decision)
+        key = (block.spec, reason.say())
+        alike = self._alike.get(key)
+        if alike is None:
+            alike = self._alike[key] = _say_alike(block.spec, comm, reason, decision)
         notes = alike.notes if comm is None else (*alike.notes, *self.cast_notes.get((comm, block.spec), ()))
         return dataclasses.replace(
             alike,
             notes=notes,
             name=block.name,
-            ops_before=before.operators,
-            ops_after=after,
-            nodes_before=before.nodes,
-            nodes_after=nodes_after,
+            ops_before=before[0],
+            ops_after=after[0],
+            nodes_before=before[1],
+            nodes_after=after[1],
         )
 
-    def _alike_of(self, spec: BlockSpec, comm: str | None, reason: Wording, decision: Decision) -> BlockReport:
-        """What equal blocks say alike, in the user's names."""
-        key = (spec, reason.say())
-        if key not in self._alike:
-            names, is_lowered = name_symbols(spec.tokens), comm is not None
-            report = BlockReport(
-                name="",
-                comm=comm,
-                reason=reason.say(names),
-                ops_before=(),
-                ops_after=(),
-                verdicts=decision.judgement.verdicts,
-                notes=decision.notes,
-                enforced=decision.enforced if is_lowered else None,
-                sizes=decision.sizes if is_lowered else None,
-                count=decision.count,
-            )
-            self._alike[key] = name_sizes(report, names)
-        return self._alike[key]
+
+def _say_alike(spec: BlockSpec, comm: str | None, reason: Wording, decision: Decision) -> BlockReport:
+    """What equal blocks say alike, in the user's names."""
+    names, is_lowered = name_symbols(spec.tokens), comm is not None
+    report = BlockReport(
+        name="",
+        comm=comm,
+        reason=reason.say(names),
+        ops_before=(),
+        ops_after=(),
+        verdicts=decision.judgement.verdicts,
+        notes=decision.notes,
+        enforced=decision.enforced if is_lowered else None,
+        sizes=decision.sizes if is_lowered else None,
+        count=decision.count,
+    )
+    return name_sizes(report, names)
 
 
 def report_error(block: Block, error: Exception) -> BlockReport:

@@ -9,7 +9,7 @@ refuses to run with is in ``bounds``, its routings in ``routes``, layers that ot
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch.fx import Graph, GraphModule, Node
@@ -39,7 +39,7 @@ from moe_lowering.passes.policy import Policy
 from moe_lowering.passes.raise_foreign.records import ForeignBlock
 from moe_lowering.passes.routers.lower_router import find_routers
 from moe_lowering.passes.routers.match_router import RouterReader, readers_of
-from moe_lowering.passes.run.block_reports import Before, BlockReports, report_error, report_undone
+from moe_lowering.passes.run.block_reports import BlockReports, Content, report_error, report_undone
 from moe_lowering.passes.run.bounds import TokenBounds
 from moe_lowering.passes.run.foreign import ForeignLayers
 from moe_lowering.passes.run.messages import describe_internal_error, describe_undo, log_warning
@@ -53,7 +53,6 @@ from moe_lowering.passes.verifier import (
     generic_nodes,
     same_value,
 )
-from moe_lowering.report.graphs import GraphNode
 from moe_lowering.report.leftovers import NotCapturable
 from moe_lowering.report.records import BlockReport
 from moe_lowering.vocabulary import RAISE_FOREIGN
@@ -182,12 +181,12 @@ class GraphRun:
 
     def lower_block(self, block: Block) -> BlockReport:
         """Decide, rewrite and verify one block. What it raises leaves edits to be taken back by the caller."""
-        before = Before(tuple(operator_name(n) for n in block.stages), graph_nodes(sorted(block.interior)))
+        before = tuple(operator_name(n) for n in block.stages), graph_nodes(sorted(block.interior))
         decision = self._decisions.get(block.spec)
         if decision is None:
             decision = self._decisions[block.spec] = decide(block.spec, self.deployment, self.policy)
-        comm, after = decision.comm, before.operators
-        made: Sequence[GraphNode] = ()
+        comm = decision.comm
+        after: Content = before[0], ()
         reason = make_wording("{why}", why=decision.reason)
         refused = refusal(block.spec, self.deployment) if comm is not None else None
         if refused is not None:
@@ -201,9 +200,9 @@ class GraphRun:
                 more = self.bounds.refuse_if_ranks_differ(block)
                 comm, reason = None, make_wording("{why}{more}", why=done, more=more)
             else:
-                after, made = self.tapes.describe(key, wiring, done)
+                after = self.tapes.describe(key, wiring, done)
                 self.bounds.keep(block, decision.enforced)
-        report = self._reports.make(block, decision, comm, reason, before, after, made)
+        report = self._reports.make(block, decision, comm, reason, before, after)
         if decision.guard is not None and comm == decision.comm:  # last: a guard cannot be taken back
             self.bounds.request_guard(block, decision.guard)
         return report
