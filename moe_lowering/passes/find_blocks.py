@@ -67,18 +67,18 @@ def module_path(node: Node) -> str:
     return path.replace("._modules['", ".").replace("']", "").removeprefix(".") or node.name
 
 
-class Around(NamedTuple):
-    """What a block's record says of its graph: routings by their ids, scopes, and groups that collectives use."""
+class GraphSummary(NamedTuple):
+    """What records of blocks read of a whole graph: routings by their ids, scopes, and groups that collectives use."""
 
     routes: dict[Node, Route]
     scopes: dict[Node, tuple[str, ...]]
     groups: frozenset[str]
 
 
-def find_block(dispatch: Node, around: Around) -> Block | str:
+def find_block(dispatch: Node, summary: GraphSummary) -> Block | str:
     """The block of one dispatch, or why it is none."""
     try:
-        return _block(dispatch, around, Specs())
+        return _block(dispatch, summary, Specs())
     except _NotABlock as reason:
         return str(reason)
 
@@ -93,13 +93,13 @@ def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node
         except _NotABlock as reason:
             left.append((node, str(reason)))
     dispatches = graph.find_nodes(op="call_function", target=OPS.dispatch.default)
-    around = around_of(graph, routes) if dispatches else Around({}, {}, frozenset())
+    summary = summarise(graph, routes) if dispatches else GraphSummary({}, {}, frozenset())
     writes = Writes(graph) if dispatches else None
     blocks: list[Block] = []
     specs = Specs()
     for node in dispatches:
         try:
-            block = _block(node, around, specs)
+            block = _block(node, summary, specs)
             if writes is not None and writes.exist:
                 _require_unwritten(block, writes)
             blocks.append(block)
@@ -113,9 +113,9 @@ def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node
     return blocks, routes, left
 
 
-def around_of(graph: Graph, routes: Sequence[Route]) -> Around:
+def summarise(graph: Graph, routes: Sequence[Route]) -> GraphSummary:
     by_ids = {route.ids: route for route in routes if route.ids is not None}
-    return Around(by_ids, scope_paths(graph), _collective_groups(graph))
+    return GraphSummary(by_ids, scope_paths(graph), _collective_groups(graph))
 
 
 def _collective_groups(graph: Graph) -> frozenset[str]:
@@ -170,7 +170,7 @@ class Specs:
         return known
 
 
-def _block(dispatch: Node, graph: Around, specs: Specs) -> Block:
+def _block(dispatch: Node, summary: GraphSummary, specs: Specs) -> Block:
     outputs, sent = results(dispatch), read(DispatchCall[Node], dispatch)
     if outputs is None:
         raise _NotABlock("raise.whole_result", "dispatch's result is used as a whole, or one output twice")
@@ -194,8 +194,8 @@ def _block(dispatch: Node, graph: Around, specs: Specs) -> Block:
         counts_are_read=bool(readers),
         counts_read_before_combine=any(reader < combine for reader in readers),
         counts_read_before_weights=any(reader < combined.weights for reader in readers),
-        scopes_differ=len({graph.scopes.get(node, ()) for node in (dispatch, mlp, combine)}) > 1,
-        collective_groups=graph.groups,
+        scopes_differ=len({summary.scopes.get(node, ()) for node in (dispatch, mlp, combine)}) > 1,
+        collective_groups=summary.groups,
     )
     wiring = read_wiring((dispatch, mlp, combine), interior, mlp)
     spec, key = specs.get(wiring, around, lambda: _spec(sent, combined.weights, experts, around))
@@ -206,7 +206,7 @@ def _block(dispatch: Node, graph: Around, specs: Specs) -> Block:
         combine,
         counts if readers else None,
         interior,
-        graph.routes.get(sent.ids),
+        summary.routes.get(sent.ids),
         spec,
         Wiring(wiring.inputs, key),
     )
