@@ -205,7 +205,8 @@ def keep_communication(graph: Graph) -> None:
 def _keeps_itself(node: Node) -> bool:
     """What has no result is there for its effect, and the converters of this package's operators keep theirs."""
     target: Any = node.target
-    return target.namespace == "moe_lowering" or not tree_leaves(node.meta["val"])
+    has_results = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(node.meta["val"]))
+    return target.namespace == "moe_lowering" or not has_results
 
 
 # ----------------------------------------------------------------------------------------------------------- comparisons

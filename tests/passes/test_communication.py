@@ -39,6 +39,7 @@ STAYS = {
 }
 # Of those that stay: what a shared expert must not hold either, since it waits or may be part of a block
 MAY = {("_c10d_functional", "wait_tensor"), ("moe_lowering", "route"), ("moe_lowering", "grouped_mlp")}
+TENSOR = torch.empty(1)
 
 
 def call(namespace, name):
@@ -76,19 +77,20 @@ def test_a_function_is_no_operator():
 
 
 @pytest.mark.parametrize(
-    ("namespace", "name", "is_read", "kept"),
+    ("namespace", "name", "result", "is_read", "kept"),
     [
-        ("npu", "npu_mm_all_reduce_base", False, 1),  # of the model's own, and named by no rule of the lowering
-        ("npu", "npu_mm_all_reduce_base", True, 0),
-        ("npu", "npu_dynamic_quant", False, 0),
-        ("moe_lowering", "dispatch_ffn_combine", False, 0),  # its converter keeps it
+        ("npu", "npu_mm_all_reduce_base", TENSOR, False, 1),  # of the model's own, and named by no rule of the lowering
+        ("npu", "npu_mm_all_reduce_base", TENSOR, True, 0),
+        ("npu", "npu_all_gather_base_mm", (TENSOR, TENSOR), False, 1),
+        ("npu", "_npu_distribute_barrier", None, False, 0),  # there is nothing that an output could depend on
+        ("npu", "npu_dynamic_quant", TENSOR, False, 0),
+        ("moe_lowering", "dispatch_ffn_combine", TENSOR, False, 0),  # its converter keeps it
     ],
 )
-def test_ge_keeps_what_communicates_and_is_not_read(namespace, name, is_read, kept):
+def test_ge_keeps_what_communicates_and_is_not_read(namespace, name, result, is_read, kept):
     graph = Graph()
-    node = call(namespace, name)
-    node = graph.call_function(node.target)
-    node.meta["val"] = torch.empty(1)
+    node = graph.call_function(call(namespace, name).target)
+    node.meta["val"] = result
     graph.output(node if is_read else None)
     ge_rewrites.keep_communication(graph)
     assert len(graph.find_nodes(op="call_function", target=torch.ops.moe_lowering.ge_keep.default)) == kept
