@@ -138,13 +138,8 @@ def _read_tokens(quantities: dict[str, Any], own: Any, own_tokens: Any) -> None:
 def is_ascend(target: torch._ops.OpOverload) -> bool:
     """An operator of torch_npu, one of a model's library that is known, or our wrapper of a provider's operator."""
     namespace, _, name = target._schema.name.partition("::")
-    ours = (
-        *GENERIC,
-        "assert_agreement",
-        "assert_tokens",
-        "keep_alive",
-        "alltoall_experts",
-    )  # without limits of their own
+    # Without limits of their own
+    ours = (*GENERIC, "assert_agreement", "assert_tokens", "keep_alive", "alltoall_experts")
     return namespace in ("npu", LIBRARIES.get(name)) or (namespace == "moe_lowering" and name not in ours)
 
 

@@ -188,9 +188,8 @@ class Server:
         while self._waiting and len(self._rows) < self.buckets[-1]:
             number, request = self._waiting[0]
             running = ActiveRequest(number, request, len(request.prompt), [])
-            result = running.add(
-                self._graphs.first_token(request.prompt, row=len(self._rows))
-            )  # after an error the request still waits
+            # After an error the request still waits
+            result = running.add(self._graphs.first_token(request.prompt, row=len(self._rows)))
             self._waiting.popleft()
             self.statistics.prefill_tokens += len(request.prompt)
             if result is None:

@@ -36,9 +36,8 @@ from moe_lowering.report.leftovers import NotRaised
 FORMS: dict[str, ForeignForm] = {
     form.name: form for form in (match_grouped_mm.FORM, match_gathered_weights.FORM, *NPU_FORMS)
 }
-assert (
-    rules_of_counts and rules_of_experts and rules_of_layout and rules_of_npu and rules_of_routing and rules_of_sums
-)  # imported for the rules that they add
+# Imported for the rules that they add
+assert rules_of_counts and rules_of_experts and rules_of_layout and rules_of_npu and rules_of_routing and rules_of_sums
 
 
 def find_foreign_blocks(graph: Graph, deployment: Deployment) -> tuple[list[ForeignBlock], dict[Node, NotRaised]]:

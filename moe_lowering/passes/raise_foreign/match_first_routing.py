@@ -71,9 +71,8 @@ def match_routing_v1(route: Node, deployment: Deployment) -> Chain:
     back, rows_back = walk.onward(experts.result, "the experts' result")
     walk.add(back)
     weights, added = way_back(walk, back, rows_back, places, BY_COLUMN)
-    walk.read_by(
-        sorted_ids, "the sorted experts", counting, back
-    )  # way_back reads them for biases, of which there are none
+    # way_back reads them for biases, of which there are none
+    walk.read_by(sorted_ids, "the sorted experts", counting, back)
     check_weights(ids, back, weights)
     sent = {"x": argument(route, "x"), "x_scale": None, "ids": ids, "mask": None, "num_experts": experts_in_all}
     _check_types(route, sent["x"], experts.result)

@@ -186,9 +186,8 @@ def _dequantised(
     require_value(node, "x", path)
     require_value(node, "activation_scale", row_scale)
     kind = groups.kind_of(argument(node, "group_index"))
-    groups.require(
-        node, "group_index", COUNTS if kind == PREFIX_SUMS else kind
-    )  # counts or pairs, whatever matmuls are told
+    # Counts or pairs, whatever matmuls are told
+    groups.require(node, "group_index", COUNTS if kind == PREFIX_SUMS else kind)
     require(node, {"activate_left": (True,)}, "raise.gate_second")
     require(
         node,

@@ -47,10 +47,8 @@ from moe_lowering.passes.raise_foreign.records import NotThisForm
 aten = torch.ops.aten
 ROUTE, FINALIZE, UNPERMUTE = "npu_moe_init_routing_v2", "npu_moe_finalize_routing", "npu_moe_token_unpermute"
 NO_QUANT, DYNAMIC = -1, 1  # quant_mode
-BY_ROW, BY_ROW_DROP = (
-    2,
-    3,
-)  # drop_pad_mode of finalize_routing: the index of (t, k) is at t * k + k; in 3 may be -1: no row
+# drop_pad_mode of finalize_routing: the index of choice k of token t is at t * K + k; in 3 it may be -1, for no row
+BY_ROW, BY_ROW_DROP = 2, 3
 COUNTS = 1  # expert_tokens_num_type, as group_list_type: 0 prefix sums, 1 counts, 2 pairs
 
 
