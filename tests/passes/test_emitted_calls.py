@@ -94,10 +94,11 @@ def of_block(spec: Any, deployment: Deployment, decision: Any, nodes: list[Any])
     form = IMPLEMENTATIONS[comm].form(judgement.form(comm), deployment)
     calls = [each for each in judged_calls(comm, form, spec, deployment) if isinstance(each, OperatorCall)]
     judged = [(each.operator, judgement.quantities(each, deployment)) for each in calls]
+    # T of the graph is read as T of the rules
     sizes = (
         tokens_per_rank(spec.tokens, spec),
         tokens_per_rank(judgement.tokens, spec),
-    )  # T of the graph is read as T of the rules
+    )
     every = [emitted_quantities(node, deployment, sizes, judgement.context) for node in nodes]
     read = [(each[1], each[3]) for each in every if each is not None and each[0].namespace not in COLLECTIVES]
     return Emitted(comm, form.name, judged, read)

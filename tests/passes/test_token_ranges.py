@@ -151,9 +151,8 @@ def limit_allgather(monkeypatch, most):
 
     monkeypatch.setattr(legality, "check", extended)
     monkeypatch.setitem(IMPLEMENTATIONS, "allgather", dataclasses.replace(whole, rules=rules))
-    monkeypatch.setattr(
-        legality, "_prepare_calls", legality._prepare_calls.__wrapped__
-    )  # what was kept knows no such rule
+    # What was kept knows no such rule
+    monkeypatch.setattr(legality, "_prepare_calls", legality._prepare_calls.__wrapped__)
 
 
 def strict_range(low, high, tokens, **options):
