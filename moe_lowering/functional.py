@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import operator
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -27,11 +28,10 @@ from moe_lowering.model_arguments import (
     as_int32,
     as_list,
     as_routing_weights,
+    check_dtypes,
     check_experts_options,
     check_experts_tensors,
     check_route,
-    check_tokens,
-    check_weight_dtypes,
     list_matrices,
     one_rank_key,
     physical_ids,
@@ -227,38 +227,33 @@ def moe_experts(
         "w13_scale_bias": w13_scale_bias,
         "w2_scale_bias": w2_scale_bias,
     }
+    place = _SINGLE_RANK if deployment is None else deployment
     key = None
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():  # 1. one rank on CPU, whose like was checked before: no operator is called
         absent = (w13_bias, w2_bias, mask, pertoken_scale, out_dtype, log2phy, expert_map, *quantisers.values())
         options = (num_experts, quantisation, need_trans, apply_router_weight_on_input, return_counts)
         layer = one_rank.Layer(x, weights, ids, w13, w2, activation, limit, alpha, interleaved)
-        key = one_rank_key(layer, absent, options, _SINGLE_RANK if deployment is None else deployment)
+        key = one_rank_key(layer, absent, options, place)
         y = None if key is None else one_rank.compute(layer, key)
         if y is not None:
             return y
+
+    # 2. checks in the caller's words
     check_experts_tensors(
         {"x": x, "weights": weights, "ids": ids},
         {"w13": w13, "w2": w2},
         {"w13_bias": w13_bias, "w2_bias": w2_bias, **quantisers},
         {"mask": mask, "pertoken_scale": pertoken_scale, "log2phy": log2phy, "expert_map": expert_map},
     )
-    check_experts_options(
-        {
-            "interleaved": interleaved,
-            "need_trans": need_trans,
-            "apply_router_weight_on_input": apply_router_weight_on_input,
-            "return_counts": return_counts,
-        },
-        {"limit": limit, "alpha": alpha},
-        num_experts,
-        {"activation": activation, "quantisation": quantisation},
-        deployment,
-    )
-    place = _SINGLE_RANK if deployment is None else deployment
+    flags = {"interleaved": interleaved, "need_trans": need_trans}
+    flags |= {"apply_router_weight_on_input": apply_router_weight_on_input, "return_counts": return_counts}
+    words = {"activation": activation, "quantisation": quantisation}
+    check_experts_options(flags, {"limit": limit, "alpha": alpha}, num_experts, words, deployment)
     if place.ep_size > 1:
         _check_places(place.places)
-    check_tokens(x, pertoken_scale, quantisation, out_dtype)
-    check_weight_dtypes(x, quantisation, w13=w13, w2=w2)
+    check_dtypes(x, pertoken_scale, quantisation, out_dtype, w13=w13, w2=w2)
+
+    # 3. arguments as the operators take them
     w13, w2 = (list_matrices(name, w, need_trans, quantisation) for name, w in (("w13", w13), ("w2", w2)))
     if num_experts is None:
         num_experts = _all_experts(w13, place)
@@ -268,38 +263,51 @@ def moe_experts(
     if log2phy is not None:
         ids = physical_ids(ids, log2phy)
     if apply_router_weight_on_input:
-        if place.shared_expert_ranks:
-            raise ValueError(
-                f"moe_experts: apply_router_weight_on_input is True with {place.shared_expert_ranks} shared-expert ranks; "
-                "accepted: False, as shared experts take x without a weight"
-            )
-        x, pertoken_scale, weights = weigh_tokens(x, pertoken_scale, weights.float())
+        x, pertoken_scale, weights = weigh_tokens(x, pertoken_scale, weights.float(), place)
+    experts = (w13, w2, as_list(w13_bias), as_list(w2_bias))
+    function = (activation, 0.0 if limit is None else limit, swiglu_alpha() if alpha is None else alpha, interleaved)
+    quantised = _quantised_arguments(quantisation, quantisers, out_dtype)
+    y, counts = _run_stages(
+        x, pertoken_scale, weights, ids, mask, num_experts, place, (*experts, *function, *quantised)
+    )
+    if key is not None:
+        one_rank.remember(key)
+    return (y, counts, _COUNTS) if return_counts else y
+
+
+def _quantised_arguments(
+    quantisation: str, quantisers: Mapping[str, Weights | None], out_dtype: torch.dtype | None
+) -> tuple[Any, ...]:
+    """What ``grouped_mlp`` takes from ``quantisation`` on; nothing of float weights, whose calls have no such arguments."""
+    if not EXPERT_FORMATS[quantisation].quantised and all(tensors is None for tensors in quantisers.values()):
+        return ()
+    return (quantisation, *(as_list(tensors) or None for tensors in quantisers.values()), out_dtype)
+
+
+def _run_stages(
+    x: Tensor,
+    pertoken_scale: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    num_experts: int,
+    place: Deployment,
+    mlp: tuple[Any, ...],
+) -> tuple[Tensor, Tensor]:
+    """``dispatch``, ``grouped_mlp`` and ``combine``: y [..., H], and the rows of each local expert.
+
+    Args:
+        mlp: what ``grouped_mlp`` takes after the rows, their scales and counts.
+    """
     groups = (place.ep_group, place.ep_size, place.tp_group, place.tp_size, place.token_bound)
     shared = (place.shared_expert_ranks, place.shared_experts) if place.shared_expert_ranks else ()
     on_shared = (*shared, place.on_shared_rank) if shared else ()
     rows, row_scale, counts, handle = _ops.dispatch.default(
         x, pertoken_scale, ids, mask, num_experts, *groups, place.max_rows, *on_shared
     )
-    lists = list(quantisers.values())
-    quantised = EXPERT_FORMATS[quantisation].quantised or any(tensors is not None for tensors in lists)
-    rows = _ops.grouped_mlp.default(
-        rows,
-        row_scale,
-        counts,
-        w13,
-        w2,
-        as_list(w13_bias),
-        as_list(w2_bias),
-        activation,
-        0.0 if limit is None else limit,
-        swiglu_alpha() if alpha is None else alpha,
-        interleaved,
-        *((quantisation, *(as_list(t) or None for t in lists), out_dtype) if quantised else ()),
-    )
+    rows = _ops.grouped_mlp.default(rows, row_scale, counts, *mlp)
     y = _ops.combine.default(rows, weights, ids, handle, mask, num_experts, *groups, *shared)
-    if key is not None:
-        one_rank.remember(key)
-    return (y, counts, _COUNTS) if return_counts else y
+    return y, counts
 
 
 def check_expert_map(expert_map: Tensor, num_experts: int, deployment: Deployment | None = None) -> None:

@@ -208,8 +208,11 @@ def _require_real(where: str, name: str, value: Any) -> None:
         raise refuse(where, name, value, "a finite number, or None")
 
 
-def check_tokens(x: Tensor, pertoken_scale: Tensor | None, quantisation: str, out_dtype: torch.dtype | None) -> None:
-    """Refuses what an operator would refuse, with the names of the caller's arguments in the message."""
+def check_dtypes(
+    x: Tensor, pertoken_scale: Tensor | None, quantisation: str, out_dtype: torch.dtype | None, **matrices: Weights
+) -> None:
+    """Refuses tokens and weights that an operator would refuse, with the names of the caller's arguments in the message."""
+    expert_format = EXPERT_FORMATS[quantisation]
     if x.dtype not in _TOKENS:
         raise TypeError(f"moe_experts: x is {x.dtype}; accepted: float32, float16, bfloat16, int8")
     if (x.dtype == torch.int8) != (pertoken_scale is not None):
@@ -217,21 +220,16 @@ def check_tokens(x: Tensor, pertoken_scale: Tensor | None, quantisation: str, ou
         raise ValueError(
             f"moe_experts: pertoken_scale is {state} for x of {x.dtype}; accepted: one for int8, None else"
         )
-    if x.dtype == torch.int8 and not EXPERT_FORMATS[quantisation].int8_rows:
+    if x.dtype == torch.int8 and not expert_format.int8_rows:
         raise ValueError(f"moe_experts: x is int8 for quantisation {quantisation!r}; accepted: 'w8a8', 'w4a8'")
     if x.dtype == torch.int8 and out_dtype is None:
         raise ValueError("moe_experts: out_dtype is None for int8 x; accepted: float32, float16, bfloat16")
     if x.dtype != torch.int8 and out_dtype not in (None, x.dtype):
         raise ValueError(f"moe_experts: out_dtype is {out_dtype} for x of {x.dtype}; accepted: None or {x.dtype}")
-
-
-def check_weight_dtypes(x: Tensor, quantisation: str, **matrices: Weights) -> None:
-    """Refuses weights of another dtype than x where they are not quantised, by the caller's names. Of a list the first is
-    looked at, as dynamo traces this; the operator looks at all."""
-    if EXPERT_FORMATS[quantisation].quantised:
+    if expert_format.quantised:
         return
     for name, weights in matrices.items():
-        first = as_list(weights)[:1]
+        first = as_list(weights)[:1]  # of a list the first alone, as dynamo traces this; the operator looks at all
         if first and first[0].dtype != x.dtype and first[0].dtype in FLOATS:
             which = name if isinstance(weights, Tensor) else f"{name}[0]"
             raise TypeError(
@@ -261,8 +259,15 @@ def physical_ids(ids: Tensor, log2phy: Tensor) -> Tensor:
     return as_int32("log2phy", log2phy).index_select(0, ids.reshape(-1)).reshape(ids.shape)
 
 
-def weigh_tokens(x: Tensor, pertoken_scale: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+def weigh_tokens(
+    x: Tensor, pertoken_scale: Tensor | None, weights: Tensor, deployment: Deployment
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """x times its weight [..., 1] (int8: its scale times its weight), and weights of 1."""
+    if deployment.shared_expert_ranks:
+        raise ValueError(
+            f"moe_experts: apply_router_weight_on_input is True with {deployment.shared_expert_ranks} shared-expert ranks; "
+            "accepted: False, as shared experts take x without a weight"
+        )
     if weights.shape[-1] != 1:
         raise ValueError(
             f"moe_experts: apply_router_weight_on_input is True for k = {weights.shape[-1]}; accepted: k = 1, as x is "

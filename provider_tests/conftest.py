@@ -24,9 +24,8 @@ WRAPPERS: dict[Any, Any] = {  # and the records that their kernels take
 }
 
 pytest.register_assert_rewrite("entries")
-sys.path.append(
-    str(Path(__file__).parent.parent / "tests" / "helpers")
-)  # the layers that the default suite computes with
+# The layers that the default suite computes with
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "helpers"))
 torch.set_num_threads(1)
 simulator.enable_device("A3")
 recorder.load()  # before the test modules ask which operators are there

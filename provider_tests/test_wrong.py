@@ -119,9 +119,8 @@ def test_what_the_schema_does_not_take(form: Form) -> None:
     assert recorder.taken() == []
     operator(**given)
     assert len(recorder.taken()) == 1
-    with pytest.raises(
-        ValueError, match="weights is None; accepted: a tensor"
-    ):  # torch takes None for a tensor, we do not
+    # Torch takes None for a tensor, we do not
+    with pytest.raises(ValueError, match="weights is None; accepted: a tensor"):
         getattr(torch.ops.moe_lowering, form.operator)(**{**call_of(form), "weights": None})
     assert recorder.taken() == []
 

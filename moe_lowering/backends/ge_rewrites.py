@@ -27,6 +27,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
 from torch.utils._sympy.printers import PythonPrinter
 
 from moe_lowering.backends import ge_converters
@@ -35,12 +36,11 @@ from moe_lowering.custom_ops import assert_tokens
 from moe_lowering.custom_ops.sizes import show, token_count
 from moe_lowering.groups import process_group
 from moe_lowering.passes.graph.arguments import arguments, explicit_arguments, input_node
+from moe_lowering.passes.graph.communication import communicates
 from moe_lowering.passes.graph.edit_log import EditLog
 
 LOW_HALF = 0xFFFFFFFF
-WAIT = "wait_tensor"
 COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
-MC2 = ("npu_moe_distribute_dispatch", "npu_moe_distribute_combine")
 
 
 # ------------------------------------------------------------------------------------------------------------ all-to-all
@@ -191,22 +191,22 @@ def keep_communication(graph: Graph) -> None:
         if node.op == "output" or node in needed:
             needed.update(node.all_input_nodes)
     for node in list(graph.nodes):
-        if node in needed or not _communicates(node.target):
+        if node in needed or not communicates(node) or _keeps_itself(node):
             continue
-        result = node
-        if isinstance(node.meta["val"], (tuple, list)):
+        result, value = node, node.meta["val"]
+        if isinstance(value, (tuple, list)):
             with graph.inserting_after(node):
                 result = graph.call_function(operator.getitem, (node, 0))
-            result.meta = {**node.meta, "val": node.meta["val"][0]}
+            result.meta = {**node.meta, "val": value[0]}
         with graph.inserting_after(result):
             graph.call_function(torch.ops.moe_lowering.ge_keep.default, (result,))
 
 
-def _communicates(target: Any) -> bool:
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    name = target._schema.name.split("::")[1]
-    return (target.namespace in ("_c10d_functional", "npu_define") and name != WAIT) or name.startswith(MC2)
+def _keeps_itself(node: Node) -> bool:
+    """What has no result is there for its effect, and the converters of this package's operators keep theirs."""
+    target: Any = node.target
+    has_results = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(node.meta["val"]))
+    return target.namespace == "moe_lowering" or not has_results
 
 
 # ----------------------------------------------------------------------------------------------------------- comparisons

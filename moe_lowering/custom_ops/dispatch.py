@@ -151,8 +151,8 @@ def _check_factors(call: DispatchCall[Tensor]) -> None:
 
 
 def _row_bound(call: DispatchCall[Tensor], placement: Placement, on_shared_rank: bool) -> int:
-    share = ceil_div(call.max_tokens or token_count(call.x.shape), call.tp_size)
-    return placement.row_bound(share, call.ids.shape[-1], call.max_rows, on_shared_rank)
+    tokens = ceil_div(call.max_tokens or token_count(call.x.shape), call.tp_size)
+    return placement.row_bound(tokens, call.ids.shape[-1], call.max_rows, on_shared_rank)
 
 
 def _fake(call: DispatchCall[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -46,9 +46,8 @@ QUANTISERS = {  # and the formats that have them
 _QUANTISER_LISTS = {f"{name}_{what}": formats for name, (what, formats) in product(("w13", "w2"), QUANTISERS.items())}
 # The formats that _cpu computes; a format that only the vocabulary has is refused
 _COMPUTED = frozenset({"none", "w8a8", "w4a8", "w4a16"})
-CHUNK = (
-    2**17
-)  # elements of a 16-bit activation that are worked on at a time, so that their float32 copies stay in cache
+# Elements of a 16-bit activation that are worked on at a time, so that their float32 copies stay in cache
+CHUNK = 2**17
 
 
 class GroupedMlpCall(NamedTuple, Generic[Value]):

@@ -46,20 +46,20 @@ class Placement(NamedTuple):
     def places(self) -> int:
         return self.shared_expert_ranks + self.num_experts
 
-    def row_bound(self, share: int, top_k: int, max_rows: int = 0, on_shared_rank: bool = False) -> int:
-        """R, the rows that one rank has room for: ``ep_size * share * min(k, E_local)``, at most ``max_rows``.
+    def row_bound(self, tokens: int, top_k: int, max_rows: int = 0, on_shared_rank: bool = False) -> int:
+        """R, the rows that one rank has room for: ``ep_size * tokens * min(k, E_local)``, at most ``max_rows``.
 
-        A shared-expert rank gets each token of the ranks that it serves once: ``ceil(ep_size / P) * share``, with
+        A shared-expert rank gets each token of the ranks that it serves once: ``ceil(ep_size / P) * tokens``, with
         P = ``shared_expert_ranks / shared_experts`` ranks for each shared expert.
 
         Args:
-            share: the most tokens that a rank contributes, may be symbolic.
+            tokens: the most tokens that a rank contributes, may be symbolic.
             max_rows: 0 for no cap.
         """
         if on_shared_rank:
-            bound = ceil_div(self.ep_size, self.shared_expert_ranks // self.shared_experts) * share
+            bound = ceil_div(self.ep_size, self.shared_expert_ranks // self.shared_experts) * tokens
         else:
-            bound = self.ep_size * share * smaller(top_k, self.local_experts)
+            bound = self.ep_size * tokens * smaller(top_k, self.local_experts)
         return smaller(bound, max_rows) if max_rows else bound
 
     def shared_places(self, source: int) -> list[int]:

@@ -76,8 +76,8 @@ class Bounds(NamedTuple):
 
 def own_slice(tokens: int, tp: Group) -> slice:
     """The tokens that this rank contributes: [j * M, (j + 1) * M) with M = ceil(T / tp_size)."""
-    share = ceil_div(tokens, tp.size)
-    return slice(min(tp.rank * share, tokens), min((tp.rank + 1) * share, tokens))
+    per_rank = ceil_div(tokens, tp.size)
+    return slice(min(tp.rank * per_rank, tokens), min((tp.rank + 1) * per_rank, tokens))
 
 
 def exchange(operator: str, tokens: TokenBatch, placement: Placement, ep: Group, tp: Group, bounds: Bounds) -> Received:
@@ -91,9 +91,9 @@ def exchange(operator: str, tokens: TokenBatch, placement: Placement, ep: Group,
             ``bounds.shared_rows``.
     """
     num_ids, shared_ranks = placement.num_ids, placement.shared_expert_ranks
-    count, share = tokens.ids.shape[0], own_slice(tokens.ids.shape[0], tp)
-    own = tokens if tp.size == 1 else tokens.part(share)
-    plan = make_plan(own.ids, own.mask, placement, ep.rank, share.start)
+    count, lines = tokens.ids.shape[0], own_slice(tokens.ids.shape[0], tp)
+    own = tokens if tp.size == 1 else tokens.part(lines)
+    plan = make_plan(own.ids, own.mask, placement, ep.rank, lines.start)
     if bounds.on_shared_rank != (ep.rank < shared_ranks):
         plan = plan.refused(OTHER_KIND)
     if ep.size == 1:

@@ -18,11 +18,11 @@ from moe_lowering.limits.findings import Finding, examine
 from moe_lowering.limits.wording import to_json
 from moe_lowering.passes.block_sizes import block_sizes
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.calls import OperatorCall, Rules
 from moe_lowering.passes.costs.count_blocks import costs_later
 from moe_lowering.passes.costs.price import Price, price_of
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.legality import Judgement, declared_tokens, judge, judged_calls
+from moe_lowering.passes.operator_calls import OperatorCall, Rules
 from moe_lowering.passes.policy import Policy, rates_in, vllm_choice
 from moe_lowering.report.block_costs import BlockCost
 from moe_lowering.report.records import Verdict

@@ -210,9 +210,8 @@ def _take_switch(module: Any, config: Any) -> None:
     experts.clear()
     experts.act_fn, experts.config = act, config
     experts.up_proj, experts.down_proj = frozen(first, like), frozen(second, like)
-    module.router.classifier.to(
-        module.router.dtype
-    )  # as its first forward does; dynamo cannot trace a cast of a module
+    # As its first forward does; dynamo cannot trace a cast of a module
+    module.router.classifier.to(module.router.dtype)
 
 
 # --- jetmoe: two modules of stacked weights, and a router that sorts on the host -------------------------------------

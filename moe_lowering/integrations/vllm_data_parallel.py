@@ -31,9 +31,8 @@ def check_data_parallel(config: Any) -> None:
             "data_parallel", "the model runner of data parallel engines", "V2", "V1: VLLM_USE_V2_MODEL_RUNNER unset"
         )
     transfer = config.kv_transfer_config
-    if (
-        transfer is not None and transfer.is_kv_consumer
-    ):  # should_skip_allreduce_across_dp_group: no rank knows others' T
+    # should_skip_allreduce_across_dp_group: no rank knows others' T
+    if transfer is not None and transfer.is_kv_consumer:
         accepted = "kv_producer, or no kv_transfer_config"
         raise refuse("data_parallel", "kv_role of data parallel engines", transfer.kv_role, accepted)
 

@@ -43,7 +43,7 @@ def weight_names(module: nn.Module) -> tuple[str, str]:
     return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"
 
 
-def experts_of(module: nn.Module) -> int:
+def num_experts_of(module: nn.Module) -> int:
     """E of an MoE module; of a sharded one of transformers still that of all ranks."""
     known: Any = module  # two families of modules with the same attribute
     return int(known.num_experts)

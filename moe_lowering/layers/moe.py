@@ -103,12 +103,13 @@ class MoE(nn.Module):
             check_experts_per_rank("MoE", num_experts, shared_experts, deployment)
             local, shared = 1 if deployment.on_shared_rank else num_experts // deployment.routed_ranks, 0
         self.gate = nn.Linear(hidden_size, num_experts, bias=False, dtype=dtype, device=device).requires_grad_(False)
-        shapes = {"w13": (hidden_size, ACTIVATIONS[activation].parts * intermediate_size)}
-        shapes["w2"] = (intermediate_size, hidden_size)
-        for name, (inputs, outputs) in shapes.items():
-            for prefix, experts in (("", local), *((("shared_", shared),) if shared else ())):
-                weights = torch.empty(experts, inputs, outputs, dtype=dtype, device=device)
-                self._register_weights(f"{prefix}{name}", weights, expert_bias)
+        widths = {"w13": (hidden_size, ACTIVATIONS[activation].parts * intermediate_size)}
+        widths["w2"] = (intermediate_size, hidden_size)
+        for name, (inputs, outputs) in widths.items():
+            self._register_weights(name, torch.empty(local, inputs, outputs, dtype=dtype, device=device), expert_bias)
+            if shared:
+                weights = torch.empty(shared, inputs, outputs, dtype=dtype, device=device)
+                self._register_weights(f"shared_{name}", weights, expert_bias)
         zeros = torch.zeros(num_experts, dtype=torch.float32, device=device) if selection_bias else None
         self.register_buffer("selection_bias", zeros)
         self._check_words()

@@ -11,8 +11,8 @@ from moe_lowering.argument_checks import require_instance
 from moe_lowering.deployment import Deployment
 from moe_lowering.layers.expert_modules import (
     deployment_of,
-    experts_of,
     moe_modules,
+    num_experts_of,
     refuse_lists,
     warn_of_other_implementations,
     weight_names,
@@ -67,7 +67,7 @@ def require_shardable(
     for name, module in targets:  # first all checks, so that an error leaves the model as it was
         where = f"{what}: {name or type(module).__name__}"
         shared_experts = module.shared_experts if isinstance(module, MoE) else 0
-        check_experts_per_rank(where, experts_of(module), shared_experts, deployment)
+        check_experts_per_rank(where, num_experts_of(module), shared_experts, deployment)
         if deployment_of(module) == deployment:
             continue
         refuse_lists(where, module)
@@ -84,7 +84,7 @@ def require_shardable(
 
 def _shard(module: nn.Module, deployment: Deployment) -> None:
     experts: Any = module
-    block, source = deployment.own_experts(experts_of(module)), ""
+    block, source = deployment.own_experts(num_experts_of(module)), ""
     if deployment.shared_expert is not None:
         block, source = slice(deployment.shared_expert, deployment.shared_expert + 1), "shared_"
     own = isinstance(module, MoE)
@@ -97,7 +97,7 @@ def _shard(module: nn.Module, deployment: Deployment) -> None:
             module.register_parameter(name, None)
     else:
         experts.is_transposed = True
-        experts.moe_lowering_num_experts = experts_of(module)
+        experts.moe_lowering_num_experts = num_experts_of(module)
     experts.moe_lowering_deployment = deployment
 
 

@@ -11,7 +11,6 @@ the graph knows is.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -30,6 +29,7 @@ from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.costs.cost_model import Cost
 from moe_lowering.passes.emission.emitter import COPIED_META
 from moe_lowering.passes.graph.arguments import argument, arguments
+from moe_lowering.passes.graph.communication import communicates
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.legality import torch_npu_is_loaded
 from moe_lowering.passes.operands import Operands
@@ -256,21 +256,6 @@ def _other_collectives(spec: BlockSpec, deployment: Deployment) -> list[str]:
     """Which of the deployment's groups other collectives of the graph use."""
     names = ("ep_group", "mc2_group", "tp_group")
     return [name for name in names if getattr(deployment, name) in spec.collective_groups]
-
-
-def communicates(node: Node) -> bool:
-    """Whether a node exchanges data with other ranks: a collective, or an operator that takes a communicator."""
-    return isinstance(node.target, torch._ops.OpOverload) and _takes_communicator(node.target)
-
-
-@functools.lru_cache(maxsize=256)
-def _takes_communicator(target: torch._ops.OpOverload) -> bool:
-    if target.namespace in ("_c10d_functional", "npu_define"):
-        return target._opname != "wait_tensor"
-    return any(
-        str(argument.type) in ("str", "Optional[str]") and ("group" in argument.name or "hcom" in argument.name)
-        for argument in target._schema.arguments
-    )
 
 
 def _operator(node: Node) -> str:

@@ -17,7 +17,7 @@ from moe_lowering.limits.wording import as_value
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.context import received_rows
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.passes.implementations.tensor_parallel import share
+from moe_lowering.passes.implementations.tensor_parallel import tokens_per_rank
 from moe_lowering.passes.legality import Judgement, judged_calls
 from moe_lowering.report.sizes import Size, Sizes, Window
 
@@ -39,7 +39,7 @@ def block_sizes(spec: BlockSpec, deployment: Deployment, comm: str, judgement: J
         low=low or 0,
         high=high,
         bound=spec.max_tokens or high,
-        capacity=size(share(spec.max_tokens or tokens, spec)),
+        capacity=size(tokens_per_rank(spec.max_tokens or tokens, spec)),
         received=size(received),
         exchanged=None if form.lines is None else size(form.lines(spec, tokens)),
         max_output_size=None if form.told_rows is None else form.told_rows(spec, deployment, judgement.premises),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,11 @@ def size_key(size: Any) -> Any:
         return size
     expression = size.node.expr
     return int(expression) if expression.is_Integer else expression
+
+
+def equal_sizes(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    """Whether sizes are equal one by one, for all values of their symbols; no guard is made."""
+    return [*map(size_key, a)] == [*map(size_key, b)]
 
 
 def shape_key(value: torch.Tensor) -> tuple[Any, ...]:

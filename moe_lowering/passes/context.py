@@ -14,8 +14,8 @@ from moe_lowering.custom_ops.sizes import ceil_div
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import quantities
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.calls import OperatorCall, Premises
 from moe_lowering.passes.operands import call_weight_format
+from moe_lowering.passes.operator_calls import OperatorCall, Premises
 from moe_lowering.providers import same_version
 
 

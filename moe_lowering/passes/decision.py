@@ -147,9 +147,8 @@ def _decide_symbolic(spec: BlockSpec, deployment: Deployment, policy: Policy) ->
     interval, at = allowed, allowed.high or DEFAULT_TOKENS
     if deployment.guards == "allow" and not strict and started_at is not None and started_at in allowed:
         widest_interval = widest(choice_at, started_at, allowed)
-        if (
-            widest_interval.low != widest_interval.high
-        ):  # one point would make a constant of T, which fails a compile that marked it dynamic
+        # One point would make a constant of T, which fails a compile that marked it dynamic
+        if widest_interval.low != widest_interval.high:
             interval, at = widest_interval, started_at
     judgement = judge(spec, deployment, spec.tokens, prover_for(spec.tokens, interval))
     comm, reason = policy.choose(judgement.verdicts, spec, deployment, at)

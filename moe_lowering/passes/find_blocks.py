@@ -67,18 +67,18 @@ def module_path(node: Node) -> str:
     return path.replace("._modules['", ".").replace("']", "").removeprefix(".") or node.name
 
 
-class Around(NamedTuple):
-    """What a block's record says of its graph: routings by their ids, scopes, and groups that collectives use."""
+class GraphSummary(NamedTuple):
+    """What records of blocks read of a whole graph: routings by their ids, scopes, and groups that collectives use."""
 
     routes: dict[Node, Route]
     scopes: dict[Node, tuple[str, ...]]
     groups: frozenset[str]
 
 
-def find_block(dispatch: Node, around: Around) -> Block | str:
+def find_block(dispatch: Node, summary: GraphSummary) -> Block | str:
     """The block of one dispatch, or why it is none."""
     try:
-        return _block(dispatch, around, Specs())
+        return _block(dispatch, summary, Specs())
     except _NotABlock as reason:
         return str(reason)
 
@@ -93,13 +93,13 @@ def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node
         except _NotABlock as reason:
             left.append((node, str(reason)))
     dispatches = graph.find_nodes(op="call_function", target=OPS.dispatch.default)
-    around = around_of(graph, routes) if dispatches else Around({}, {}, frozenset())
+    summary = summarise(graph, routes) if dispatches else GraphSummary({}, {}, frozenset())
     writes = Writes(graph) if dispatches else None
     blocks: list[Block] = []
     specs = Specs()
     for node in dispatches:
         try:
-            block = _block(node, around, specs)
+            block = _block(node, summary, specs)
             if writes is not None and writes.exist:
                 _require_unwritten(block, writes)
             blocks.append(block)
@@ -113,9 +113,9 @@ def find_blocks(graph: Graph) -> tuple[list[Block], list[Route], list[tuple[Node
     return blocks, routes, left
 
 
-def around_of(graph: Graph, routes: Sequence[Route]) -> Around:
+def summarise(graph: Graph, routes: Sequence[Route]) -> GraphSummary:
     by_ids = {route.ids: route for route in routes if route.ids is not None}
-    return Around(by_ids, scope_paths(graph), _collective_groups(graph))
+    return GraphSummary(by_ids, scope_paths(graph), _collective_groups(graph))
 
 
 def _collective_groups(graph: Graph) -> frozenset[str]:
@@ -170,7 +170,7 @@ class Specs:
         return known
 
 
-def _block(dispatch: Node, graph: Around, specs: Specs) -> Block:
+def _block(dispatch: Node, summary: GraphSummary, specs: Specs) -> Block:
     outputs, sent = results(dispatch), read(DispatchCall[Node], dispatch)
     if outputs is None:
         raise _NotABlock("raise.whole_result", "dispatch's result is used as a whole, or one output twice")
@@ -186,18 +186,16 @@ def _block(dispatch: Node, graph: Around, specs: Specs) -> Block:
     _require_alone(handle, "handle", combine)
     if combined.rows is not mlp or combined.handle is not handle:
         raise _NotABlock("raise.other_stage", "combine does not take the rows and the handle of the same dispatch")
-    ends = _of_both_ends(combined), _of_both_ends(sent)
-    for name, a, b in zip(_BOTH_ENDS, *ends, strict=True) if ends[0] != ends[1] else ():
-        if a is not b and (isinstance(a, Node) or isinstance(b, Node) or a != b):
-            raise _NotABlock("raise.both_ends", f"dispatch has {name} {b}, combine has {a}: both ends must agree")
+    if _of_both_ends(combined) != _of_both_ends(sent):
+        _compare_ends(combined, sent)
     interior = (dispatch, *outputs.values(), mlp, combine)
     readers = [user for user in counts.users if user is not mlp]
     around = Surroundings(
         counts_are_read=bool(readers),
         counts_read_before_combine=any(reader < combine for reader in readers),
         counts_read_before_weights=any(reader < combined.weights for reader in readers),
-        scopes_differ=len({graph.scopes.get(node, ()) for node in (dispatch, mlp, combine)}) > 1,
-        collective_groups=graph.groups,
+        scopes_differ=len({summary.scopes.get(node, ()) for node in (dispatch, mlp, combine)}) > 1,
+        collective_groups=summary.groups,
     )
     wiring = read_wiring((dispatch, mlp, combine), interior, mlp)
     spec, key = specs.get(wiring, around, lambda: _spec(sent, combined.weights, experts, around))
@@ -208,10 +206,17 @@ def _block(dispatch: Node, graph: Around, specs: Specs) -> Block:
         combine,
         counts if readers else None,
         interior,
-        graph.routes.get(sent.ids),
+        summary.routes.get(sent.ids),
         spec,
         Wiring(wiring.inputs, key),
     )
+
+
+def _compare_ends(combined: CombineCall[Node], sent: DispatchCall[Node]) -> None:
+    """Nodes must be the same ones: equal to another node is none of them."""
+    for name, a, b in zip(_BOTH_ENDS, _of_both_ends(combined), _of_both_ends(sent), strict=True):
+        if a is not b and (isinstance(a, Node) or isinstance(b, Node) or a != b):
+            raise _NotABlock("raise.both_ends", f"dispatch has {name} {b}, combine has {a}: both ends must agree")
 
 
 def _spec(sent: DispatchCall[Node], weights: Node, experts: GroupedMlpCall[Node], around: Surroundings) -> BlockSpec:

@@ -23,10 +23,10 @@ from moe_lowering.limits import Prover, TokenRange, Violation, check
 from moe_lowering.limits.calls.schemas import loaded_libraries
 from moe_lowering.limits.wording import Wording, make_wording
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.calls import OperatorCall, Premises, Rules
 from moe_lowering.passes.context import call_context, judged_quantities
 from moe_lowering.passes.implementations import IMPLEMENTATIONS, Form
 from moe_lowering.passes.implementations.mlp import mlp_words
+from moe_lowering.passes.operator_calls import OperatorCall, Premises, Rules
 from moe_lowering.passes.quantities import deployment_rules, strict_share_of_one
 from moe_lowering.report.records import Verdict
 from moe_lowering.vocabulary import EXPERT_FORMATS

@@ -83,7 +83,7 @@ def _lower(run: GraphRun, layer: ForeignBlock) -> tuple[Block, BlockReport]:
         for old, new in generic.results:
             same_value(old, new)
         _move_readers(run, layer, generic)
-        block = find_block(generic.dispatch, run.foreign.surroundings)
+        block = find_block(generic.dispatch, run.foreign.summary)
         if isinstance(block, str):
             raise _Left(None, left_as_it_is(layer, block))
         run.foreign.raised[block.combine] = layer

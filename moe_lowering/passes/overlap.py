@@ -36,9 +36,11 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.emission.emitter import COPIED_META
+from moe_lowering.passes.graph.communication import communicates
 from moe_lowering.passes.graph.edit_log import EditLog
+from moe_lowering.passes.graph.operator_names import operator_name
 from moe_lowering.passes.graph.scopes import scope_paths
-from moe_lowering.passes.overlap_region import THROUGH, Refused, check_between, check_region, communicates, node_name
+from moe_lowering.passes.overlap_region import THROUGH, Refused, check_between, check_region
 from moe_lowering.vocabulary import ONE_OPERATOR
 
 log = logging.getLogger(__name__)
@@ -136,7 +138,7 @@ def _plan(target: OverlapTarget, paths: dict[Node, tuple[str, ...]]) -> _Plan:
 def _position(target: OverlapTarget) -> Node:
     """The block's first communication operator; its first Ascend operator where one rank has all experts."""
     nodes = sorted(node for node in target.nodes if isinstance(node.target, torch._ops.OpOverload))
-    if target.comm in ONE_OPERATOR or any(node_name(node) == _ONE_OPERATOR for node in nodes):
+    if target.comm in ONE_OPERATOR or any(operator_name(node) == _ONE_OPERATOR for node in nodes):
         raise Refused("overlap.no_events")
     for starts in (communicates, lambda node: node.target.namespace == "npu"):
         first = next(filter(starts, nodes), None)
@@ -181,7 +183,7 @@ def _plan_for(
         if not late < position:
             depends = _reads_block(late, block, position)
             raise Refused(
-                "overlap.depends_on_block" if depends else "overlap.late_input", "" if depends else node_name(late)
+                "overlap.depends_on_block" if depends else "overlap.late_input", "" if depends else operator_name(late)
             )
     if any(node in paths for node in (*region, position, add)):
         raise Refused("overlap.scope")
@@ -224,7 +226,7 @@ def _reaches(start: Node, goal: Callable[[Node], bool], onward: Callable[[Node],
 
 def _matmuls(region: Sequence[Node]) -> str:
     """The matrix products of a region, e.g. ``3 x aten.mm``; empty when it has none."""
-    names = [node_name(n) for n in region if isinstance(n.target, torch._ops.OpOverload) and _is_matmul(n.target)]
+    names = [operator_name(n) for n in region if isinstance(n.target, torch._ops.OpOverload) and _is_matmul(n.target)]
     return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.fx import Node
 
 from moe_lowering.passes.emission.emitter import is_emitted
+from moe_lowering.passes.graph.communication import may_communicate
 from moe_lowering.passes.graph.memory_effects import writes
+from moe_lowering.passes.graph.operator_names import operator_name
 from moe_lowering.passes.graph.scopes import is_marker
 
 aten = torch.ops.aten
@@ -58,10 +59,10 @@ def check_region(region: Sequence[Node]) -> None:
     for node in region:
         if is_marker(node):
             raise Refused("overlap.scope")
-        if communicates(node):
-            raise Refused("overlap.communicates", node_name(node))
+        if may_communicate(node):
+            raise Refused("overlap.communicates", operator_name(node))
         if not _is_pure(node):
-            raise Refused("overlap.side_effect", node_name(node))
+            raise Refused("overlap.side_effect", operator_name(node))
 
 
 def check_between(first: Node, last: Node, members: set[Node]) -> None:
@@ -73,7 +74,7 @@ def check_between(first: Node, last: Node, members: set[Node]) -> None:
                 raise Refused("overlap.scope")
             # what a lowered block writes is memory that it has made: no shared expert reads it
             if isinstance(node.target, torch._ops.HigherOrderOperator) or (writes(node) and not is_emitted(node)):
-                raise Refused("overlap.side_effect", node_name(node))
+                raise Refused("overlap.side_effect", operator_name(node))
         node = node.next
 
 
@@ -88,33 +89,3 @@ def _is_pure(node: Node) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _is_safe(target: torch._ops.OpOverload) -> bool:
     return not (target._schema.is_mutable or any(tag in target.tags for tag in _UNSAFE_TAGS))
-
-
-def communicates(node: Node) -> bool:
-    """Whether a node may exchange data with other ranks, or stands for a whole block (``_takes_group``)."""
-    return isinstance(node.target, torch._ops.OpOverload) and _takes_group(node.target)
-
-
-@functools.lru_cache(maxsize=1024)
-def _takes_group(target: torch._ops.OpOverload) -> bool:
-    """A collective, an operator that takes a group, or one of this package's: a block inside of the shared expert."""
-    if target.namespace in ("_c10d_functional", "c10d", "npu_define"):
-        return True
-    if target.namespace == "moe_lowering":
-        return target._opname not in ("assert_agreement", "assert_tokens", "keep_alive")
-    return any(_is_group(argument) for argument in target._schema.arguments)
-
-
-def _is_group(argument: Any) -> bool:
-    """``group``, ``group_ep``, ``hcom`` and the like are strings; ``group_list`` of a grouped matmul is not."""
-    return str(argument.type) in ("str", "Optional[str]") and argument.name.startswith(("group", "hcom", "comm"))
-
-
-def node_name(node: Node) -> str:
-    """The name of what a node calls, for a note."""
-    return _name_of(node.target)
-
-
-@functools.lru_cache(maxsize=1024)
-def _name_of(target: Any) -> str:
-    return target._schema.name.replace("::", ".") if isinstance(target, torch._ops.OpOverload) else str(target)

@@ -22,7 +22,7 @@ from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.costs.cost_model import Cost, Load
 from moe_lowering.passes.costs.price import Price, choose_cheapest, price_of
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
-from moe_lowering.passes.implementations.tensor_parallel import share
+from moe_lowering.passes.implementations.tensor_parallel import tokens_per_rank
 from moe_lowering.passes.vllm_ascend_rules import (
     Situation,
     capacity_0_13,
@@ -145,19 +145,19 @@ def _cheapest(forms: dict[str, str], spec: BlockSpec, deployment: Deployment, to
     prices = {name: price_of(name, form, spec, deployment, tokens, rates) for name, form in forms.items()}
     best, tied = choose_cheapest(prices, forms)
     what = "the simplest of those tied" if tied else "cheapest"
-    text = f"{what} at {count_of(tokens, 'token')}: {_said(prices[best])}"
+    text = f"{what} at {count_of(tokens, 'token')}: {_price_text(prices[best])}"
     if tied:
-        text += f"; a tie with {_all_said(tied, prices)}, as the difference is within its error;"
+        text += f"; a tie with {_prices_text(tied, prices)}, as the difference is within its error;"
     if others := [name for name in prices if name != best and name not in tied]:
-        text += f" against {_all_said(others, prices)}"
+        text += f" against {_prices_text(others, prices)}"
     return best, text.removesuffix(";")
 
 
-def _all_said(names: Iterable[str], prices: Mapping[str, Price]) -> str:
-    return ", ".join(f"{name} {_said(prices[name])}" for name in names)
+def _prices_text(names: Iterable[str], prices: Mapping[str, Price]) -> str:
+    return ", ".join(f"{name} {_price_text(prices[name])}" for name in names)
 
 
-def _said(price: Price) -> str:
+def _price_text(price: Price) -> str:
     return f"{price.us:.0f} +- {price.error_us:.0f} us"
 
 
@@ -174,7 +174,7 @@ def load_of(spec: BlockSpec, deployment: Deployment, tokens: int) -> Load:
     return Load(
         soc=deployment.soc,
         ep_size=spec.ep_size,
-        tokens=share(tokens, spec),
+        tokens=tokens_per_rank(tokens, spec),
         hidden=spec.hidden,
         intermediate=spec.intermediate,
         top_k=spec.top_k,

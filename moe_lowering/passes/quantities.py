@@ -14,7 +14,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover
 from moe_lowering.limits.calls.tensors import shared_dtype
 from moe_lowering.passes.blocks import BlockSpec, RouteSpec
-from moe_lowering.passes.calls import Rules
+from moe_lowering.passes.operator_calls import Rules
 from moe_lowering.passes.token_ranges import is_strict, known_range, must_vary, size_hint
 
 

@@ -19,7 +19,7 @@ from moe_lowering.passes.blocks import size_key
 
 Choice = TypeVar("Choice")
 
-# Set by who runs a graph without dynamo's guards, for every T of its range: nothing may rest on one side of a boundary in it.
+# Set by a caller that runs the graph without dynamo's guards, for every T of its range: no decision may rest on a part of it.
 RUNS_WITHOUT_GUARDS: ContextVar[bool] = ContextVar("RUNS_WITHOUT_GUARDS", default=False)
 
 # Where a search without an upper bound stops looking for a change: more tokens than any rank holds.
@@ -77,7 +77,7 @@ def prover_for(tokens: torch.SymInt, interval: TokenRange) -> Prover:
 def request_guard(tokens: torch.SymInt, interval: TokenRange) -> None:
     """Make dynamo recompile outside of ``interval``; without a hint in it nothing is asked for.
 
-    Asked of a T outside, torch would guard on that the interval does not hold, and so serve only what the graph refuses.
+    With a hint outside of it torch would guard on the opposite, and keep the graph for just those T that it refuses.
     """
     known, started_at = known_range(tokens), size_hint(tokens)
     if started_at is None or started_at not in interval:

@@ -21,12 +21,11 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, Violation, check
 from moe_lowering.limits.calls import OPERATORS, PER_TOKEN, bind, varying_ints
-from moe_lowering.limits.calls.schemas import LIBRARIES
+from moe_lowering.limits.calls.schemas import COLLECTIVES, LIBRARIES
 from moe_lowering.limits.wording import Wording, make_wording
 from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.context import call_quantities, fixed_context
 
-COLLECTIVES = ("_c10d_functional", "npu_define")
 GENERIC = ("route", "dispatch", "grouped_mlp", "combine")
 
 
@@ -139,13 +138,8 @@ def _read_tokens(quantities: dict[str, Any], own: Any, own_tokens: Any) -> None:
 def is_ascend(target: torch._ops.OpOverload) -> bool:
     """An operator of torch_npu, one of a model's library that is known, or our wrapper of a provider's operator."""
     namespace, _, name = target._schema.name.partition("::")
-    ours = (
-        *GENERIC,
-        "assert_agreement",
-        "assert_tokens",
-        "keep_alive",
-        "alltoall_experts",
-    )  # without limits of their own
+    # Without limits of their own
+    ours = (*GENERIC, "assert_agreement", "assert_tokens", "keep_alive", "alltoall_experts")
     return namespace in ("npu", LIBRARIES.get(name)) or (namespace == "moe_lowering" and name not in ours)
 
 

@@ -25,9 +25,9 @@ def fit_law(rows: Sequence[Row], known: Law, origin: str, least_us: float = 0.0)
         least_us: what starting costs at least, however large the rows are that say nothing of it.
     """
     points = [(ideal_of(row), doublings(row.ranks), row.us) for row in rows]
-    share = _solve([[known.us(ideal_of(row), row.ranks) / row.us] for row in rows], [1.0] * len(rows))
-    assert share is not None  # what a row took is above 0, and so is the price that the law before gives it
-    best = [known.fixed_us * share[0], known.slowdown * share[0], known.growth * share[0]]
+    factors = _solve([[known.us(ideal_of(row), row.ranks) / row.us] for row in rows], [1.0] * len(rows))
+    assert factors is not None  # what a row took is above 0, and so is the price that the law before gives it
+    best = [known.fixed_us * factors[0], known.slowdown * factors[0], known.growth * factors[0]]
     distinct = len({(ideal, steps) for ideal, steps, _ in points})
     if distinct > 1:
         best = _best(points, distinct, least_us) or best
@@ -75,7 +75,7 @@ def _solve(lines: list[list[float]], right: list[float]) -> list[float] | None:
             return None
         for other in range(size):
             if other != i:
-                share = matrix[other][i] / matrix[i][i]
-                matrix[other] = [a - share * b for a, b in zip(matrix[other], matrix[i], strict=True)]
-                sides[other] -= share * sides[i]
+                factor = matrix[other][i] / matrix[i][i]
+                matrix[other] = [a - factor * b for a, b in zip(matrix[other], matrix[i], strict=True)]
+                sides[other] -= factor * sides[i]
     return [sides[i] / matrix[i][i] for i in range(size)]

@@ -19,9 +19,8 @@ import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from moe_lowering.limits.calls.schemas import LIBRARIES
+from moe_lowering.limits.calls.schemas import COLLECTIVES, LIBRARIES
 
-_COLLECTIVES = ("_c10d_functional", "npu_define")
 # What launches nothing: host-only checks, and memory that nobody has written yet.
 _NO_KERNEL = ("wait_tensor", "assert_tokens", "ge_assert_tokens", "assert_agreement", "keep_alive", "ge_keep", "empty")
 # Arguments that hold experts: weights, and scales, offsets and biases by expert. ``scale`` is that of grouped matmuls alone.
@@ -108,7 +107,7 @@ def read_traffic(node: Node) -> Traffic | None:
     values = [value for part in operands.values() for value in part]
     if not written and _is_view(results, values):
         return None
-    collective = target.namespace in _COLLECTIVES
+    collective = target.namespace in COLLECTIVES
     copied = []
     if collective or target.namespace in ("npu", "moe_lowering", *LIBRARIES.values()):
         copied = [value for value in values if not value.is_contiguous()]

@@ -15,8 +15,9 @@ See docs/serving.md.
 
 from __future__ import annotations
 
+from moe_lowering.serving.graphs import RecompileError
 from moe_lowering.serving.requests import Request, Result
-from moe_lowering.serving.server import RecompileError, Server
+from moe_lowering.serving.server import Server
 from moe_lowering.serving.statistics import Statistics
 
 __all__ = ["RecompileError", "Request", "Result", "Server", "Statistics"]

@@ -2,7 +2,8 @@
 
 Requests that are being continued always hold the first rows of the cache: when one leaves, the last one moves into its
 row. So the rows of a step are a prefix, the smallest bucket that holds them is used, and the rest of it is padding, which
-the token mask keeps from the experts: padding that is routed overloads few experts (vllm-ascend, issue 8320).
+the token mask keeps from the experts: padding that is routed overloads few experts (vllm-ascend, issue 8320). What is compiled
+and captured, and what it reads, is in ``graphs``.
 """
 
 from __future__ import annotations
@@ -16,25 +17,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_lowering.argument_checks import require_instance
 from moe_lowering.backends.npugraph_ex import check_options, npugraph_ex_options
 from moe_lowering.deployment import Deployment
 from moe_lowering.interrupts import interruptible
 from moe_lowering.passes.pipeline import MoeLowering
-from moe_lowering.serving import cache
 from moe_lowering.serving.checks import check_buckets, check_lengths, check_model, deployment_for
+from moe_lowering.serving.graphs import StepGraphs
 from moe_lowering.serving.process_settings import Settings
 from moe_lowering.serving.requests import ActiveRequest, Request, Result, integer, integers
-from moe_lowering.serving.statistics import Statistics, captures_so_far, graphs_so_far
-from moe_lowering.serving.steps import Decode, Prefill, decode_step, prefill_step, rename_function
+from moe_lowering.serving.statistics import Statistics
 
 CAPTURE_LIMIT = 64  # npugraph_ex's default (torch_npu 2.13.0, configs/compiler_config.py)
-
-
-class RecompileError(RuntimeError):
-    """After warm-up a step would have been compiled, or was captured, again."""
 
 
 class Server:
@@ -88,35 +84,20 @@ class Server:
         self.statistics = Statistics()
         self.lowering = MoeLowering(deployment, comm, strict=True)
         self.prefill_lowering = MoeLowering(deployment, strict=True)
-        self._captures = not options.get("force_eager", False)
-        device = next(model.parameters()).device
-        if self._captures and device.type == "npu":
+        captures, device = not options.get("force_eager", False), next(model.parameters()).device
+        if captures and device.type == "npu":
             pool: dict[str, Any] = {"use_graph_pool": torch.get_device_module(device).graph_pool_handle()}
             options = {**pool, "reuse_graph_pool_in_same_fx": False, **options}
         self._options = npugraph_ex_options(deployment, lowering=self.lowering, **options)
-        self._allocate(device)
-        self._prefill: dict[int, Prefill] = {}
-        self._decode: dict[int, Decode] = {}
+        lengths, most = self.prefill_lengths, self.buckets[-1]
+        self._graphs = StepGraphs(model, lengths, most, max_length, captures, self.statistics)
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[ActiveRequest] = []
         self._finished: list[Result] = []  # results of a step that ended with an error: the next step returns them
         self._numbers = itertools.count()
-        self._warm = False
         self._lock = threading.Lock()
         self._busy_with = ""
         self._settings = Settings()
-
-    def _allocate(self, device: torch.device) -> None:
-        """What the graphs read at fixed addresses: inputs of a step, and the cache."""
-        most = self.buckets[-1]
-        # Read by the graphs, and written in place outside of them: tokens, positions and cache entries; the mask.
-        self._state = torch.zeros(3, most, dtype=torch.int64, device=device)
-        self._mask = torch.zeros(most, dtype=torch.bool, device=device)
-        self._columns = torch.arange(self.max_length, device=device)
-        self._slots = self._columns.clone()
-        self._stores = cache.allocate(self.model, most, self.max_length)
-        self._cache = cache.cache_view(self._stores, self._state[2], prefill=False)
-        self._eager_prefill = prefill_step(self.model, cache.cache_view(self._stores, self._slots, prefill=True))
 
     def warm_up(self, progress: Callable[[str], object] | None = None) -> None:
         """Compile and capture everything; a second call does nothing.
@@ -125,7 +106,7 @@ class Server:
             progress: called with a line of text after each graph, e.g. ``print``.
         """
         with self._alone("warm_up"):
-            if not self._warm:
+            if not self._graphs.is_warm:
                 self._warm_up(progress)
 
     def _warm_up(self, progress: Callable[[str], object] | None) -> None:
@@ -141,16 +122,12 @@ class Server:
 
         eager = npugraph_ex_options(self.prefill_lowering.deployment, lowering=self.prefill_lowering, force_eager=True)
         for length in reversed(self.prefill_lengths):
-            self._prefill[length] = self._compiled(rename_function(self._eager_prefill, f"prefill_{length}"), eager)
-            self._first_token([0] * length)
+            self._graphs.compile_prefill(length, eager)
             report(f"prefill of up to {length} tokens")
         for bucket in reversed(self.buckets):  # the largest first, so that the others reuse its memory
-            step = decode_step(self.model, self._cache, self.max_length)
-            self._decode[bucket] = self._compiled(rename_function(step, f"decode_{bucket}"), self._options)
-            self._write([0] * bucket, [0] * bucket, bucket)
-            self._call(bucket)
+            self._graphs.compile_decode(bucket, self._options)
             report(f"decode of up to {bucket} requests")
-        self._warm = True
+        self._graphs.is_warm = True
 
     def submit(self, request: Request) -> int:
         """Queue a request; its number. Any thread may, also while another one is in ``step``.
@@ -211,7 +188,8 @@ class Server:
         while self._waiting and len(self._rows) < self.buckets[-1]:
             number, request = self._waiting[0]
             running = ActiveRequest(number, request, len(request.prompt), [])
-            result = running.add(self._first_token(request.prompt))  # after an error the request still waits
+            # After an error the request still waits
+            result = running.add(self._graphs.first_token(request.prompt, row=len(self._rows)))
             self._waiting.popleft()
             self.statistics.prefill_tokens += len(request.prompt)
             if result is None:
@@ -253,7 +231,7 @@ class Server:
             return [results[number] for number in numbers]
 
     def _require_warm(self, what: str) -> None:
-        if not self._warm:
+        if not self._graphs.is_warm:
             raise RuntimeError(f"Server: {what} before warm_up; accepted: warm_up() first")
 
     def _check_request(self, request: Request) -> None:
@@ -279,8 +257,8 @@ class Server:
     def _decode_rows(self) -> None:
         count = len(self._rows)
         bucket = next(b for b in self.buckets if b >= count)
-        self._write([row.tokens[-1] for row in self._rows], [row.length for row in self._rows], bucket)
-        tokens = self._call(bucket).tolist()
+        positions = [row.length for row in self._rows]
+        tokens = self._graphs.next_tokens([row.tokens[-1] for row in self._rows], positions, bucket)
         counters = self.statistics
         counters.steps[bucket] = counters.steps.get(bucket, 0) + 1
         counters.real_tokens += count
@@ -298,61 +276,4 @@ class Server:
         last = self._rows.pop()
         if index < len(self._rows):
             self._rows[index] = last
-            for store in self._stores:
-                store.move(len(self._rows), index, last.length)
-
-    def _write(self, tokens: list[int], positions: list[int], bucket: int) -> None:
-        """Inputs of a step, padded to the bucket: the padding is at position 0 of free rows."""
-        padding = [0] * (bucket - len(tokens))
-        positions = positions + padding
-        slots = [row * self.max_length + position for row, position in enumerate(positions)]
-        self._state[:, :bucket].copy_(torch.tensor([tokens + padding, positions, slots]))
-        self._mask[:bucket].copy_(torch.arange(bucket) < len(tokens))
-
-    def _call(self, bucket: int) -> Tensor:
-        """The next token of each row of a bucket whose inputs have been written."""
-        tokens, positions, mask = self._state[0, :bucket, None], self._state[1, :bucket, None], self._mask[:bucket]
-        self.statistics.replays += self._captures
-        return self._guarded(f"bucket {bucket}", lambda: self._decode[bucket](tokens, positions, mask))
-
-    def _first_token(self, prompt: Sequence[int]) -> int:
-        """Fill the first free row with a prompt; the token after it."""
-        device, row, real = self._state.device, len(self._rows), len(prompt)
-        length = next((end for end in self.prefill_lengths if end >= real), real)
-        tokens = torch.tensor([[*prompt, *[0] * (length - real)]]).to(device)
-        last = torch.tensor([real - 1]).to(device)
-        torch.add(self._columns, row * self.max_length, out=self._slots)
-        if not self.prefill_lengths:
-            return int(self._guarded("prefill", lambda: self._eager_prefill(tokens, last, None)))
-        mask = (torch.arange(length) < real).to(device)
-        self.statistics.prefill_padding += (length - real) * self._warm
-        return int(self._guarded(f"prefill of {length}", lambda: self._prefill[length](tokens, last, mask)))
-
-    def _compiled(self, function: Any, options: dict[str, Any]) -> Any:
-        return torch.compile(function, backend="npugraph_ex", fullgraph=True, dynamic=False, options=options)
-
-    def _guarded(self, what: str, call: Callable[[], Tensor]) -> Tensor:
-        """Run a compiled function, and count: anything may be compiled and captured in warm-up, nothing after it."""
-        graphs, captures = graphs_so_far(), captures_so_far()
-        stance = "fail_on_recompile" if self._warm else "default"
-        try:
-            with torch.no_grad(), torch.compiler.set_stance(stance):
-                result = call()
-        except RuntimeError as error:
-            if "fail_on_recompile" not in str(error):
-                raise
-            # dynamo names guards that failed; no guard has failed when it no longer has the graph
-            gone = "" if "guard failure" in str(error) else "; dynamo has dropped the graph (torch._dynamo.reset()?)"
-            raise RecompileError(f"Server: {what} does not fit its graph after warm-up: {error}{gone}") from error
-        graphs, captures = graphs_so_far() - graphs, captures_so_far() - captures
-        self.statistics.captures += captures
-        if not self._warm:
-            self.statistics.graphs += graphs
-            return result
-        self.statistics.recompiles += graphs
-        if captures:
-            raise RecompileError(
-                f"Server: {what} was captured again after warm-up; weights and buffers of the model must stay at their "
-                "addresses"
-            )
-        return result
+            self._graphs.move_row(len(self._rows), index, last.length)

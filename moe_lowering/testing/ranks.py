@@ -73,9 +73,8 @@ class Ranks:
         self._processes: list[Any] = []
         self._ended = ""  # why there are no processes any more
         folder = tempfile.mkdtemp(prefix="moe_ranks_")
-        self._remove_folder = weakref.finalize(
-            self, shutil.rmtree, folder, ignore_errors=True
-        )  # at exit, at the latest
+        # At exit, at the latest
+        self._remove_folder = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         with self._closed_on_error():
             context = _start_context(start_method)
             for rank in range(size):
@@ -184,9 +183,8 @@ class Ranks:
         except but:
             raise
         except BaseException as error:
-            interrupted = not isinstance(
-                error, Exception
-            )  # then the ranks are at work, and do not read what they are sent
+            # Then the ranks are at work, and do not read what they are sent
+            interrupted = not isinstance(error, Exception)
             self._end(str(error).partition("\n")[0] or type(error).__name__, 0.0 if interrupted else END_TIMEOUT)
             raise
 

@@ -76,9 +76,8 @@ def test_each_single_change_makes_it_legal_and_one_step_less_does_not(given):
         assert fields == sorted(fields, key=ORDER.index), "what takes least to do stands first"
         for change in changes:
             assert applied(question, change, tokens)[name].legal, change
-            bound = (
-                -1 if question.deployment.equal_tokens else 1
-            )  # T is to be within it, or it is all that is known of T
+            # T is to be within it, or it is all that is known of T
+            bound = -1 if question.deployment.equal_tokens else 1
             step = {"hccl_buffer_mb": -1, "tokens": 1, "max_tokens": bound}.get(change.field)
             if step is not None and not (change.field == "tokens" and tokens == 0):
                 less = dataclasses.replace(change, value=change.value + step)

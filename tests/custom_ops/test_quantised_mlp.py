@@ -176,9 +176,8 @@ def test_scales_as_bits_and_in_bfloat16_mean_the_same(form: str) -> None:
     if form == "w8a8":
         half = {name: given[name].bfloat16() for name in names}
         assert torch.equal(mlp(rows, COUNTS, form, given | half), expected)
-        assert torch.equal(
-            mlp(rows, COUNTS, form, given, w2_scale=list(half["w2_scale"])), expected
-        )  # one of each form
+        # One of each form
+        assert torch.equal(mlp(rows, COUNTS, form, given, w2_scale=list(half["w2_scale"])), expected)
     high = {name: scale_bits(given[name]) | (7 << 32) for name in names}  # the high half counts for nothing
     assert torch.equal(mlp(rows, COUNTS, form, given | high), expected)
 

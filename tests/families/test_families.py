@@ -37,10 +37,11 @@ from moe_lowering.model_configs.read import read_text_config
 from moe_lowering.model_configs.small import shrink, with_layers
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+# No gate; an expert's output is normalised. Modules of each kind: test_expert_forms
 KINDS = (
     "nemotron_h",
     "muse_spark",
-)  # no gate; an expert's output is normalised. Modules of each kind: test_expert_forms
+)
 STATIC = [("hook", "float32", "static")]
 NOT_LOWERED = {"nllb_moe", "jetmoe"}
 

@@ -31,7 +31,7 @@ FILE = '''"""A toy: AllGather by another name."""
 
 import dataclasses
 
-from moe_lowering.passes.calls import Rules
+from moe_lowering.passes.operator_calls import Rules
 from moe_lowering.passes.implementations.allgather import ALLGATHER
 from moe_lowering.passes.implementations.base import Implementation
 

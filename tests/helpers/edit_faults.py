@@ -20,8 +20,8 @@ from moe_lowering import Deployment, MoeLowering
 from moe_lowering.passes import overlap
 from moe_lowering.passes.emission import emitter, new_nodes
 from moe_lowering.passes.graph import erased_nodes
+from moe_lowering.passes.run import block_reports, graph_run
 from moe_lowering.passes.run import bounds as run_bounds
-from moe_lowering.passes.run import graph_run
 from moe_lowering.passes.run import messages as run_messages
 from moe_lowering.passes.run import routes as run_routes
 
@@ -78,7 +78,7 @@ class Faults:
         (graph_run, "same_value"), (graph_run, "call_violations"), (graph_run, "defined_before_readers"),
         (run_routes, "same_value"),
         (graph_run, "decide"), (run_routes, "emit_route"), (run_bounds, "request_guard"), (run_messages, "dimension_names"),
-        (graph_run, "BlockReport"), (Graph, "lint"), (GraphModule, "recompile"), (graph_run, "not_capturable"),
+        (block_reports, "BlockReport"), (Graph, "lint"), (GraphModule, "recompile"), (graph_run, "not_capturable"),
         (overlap, "_tensors"),
     )  # fmt: skip
 

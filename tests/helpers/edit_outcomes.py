@@ -82,10 +82,11 @@ def _alike_everywhere(what: list[str]) -> bool:
 
 
 _NORMED = "npu_moe_distribute_combine_add_rms_norm"
+# Of operators without CPU kernels, those that compute the same of the same arguments, but for the norm
 _SECOND = {
     **{f"npu_moe_distribute_{name}": f"npu_moe_distribute_{name}_v2" for name in ("dispatch", "combine")},
     _NORMED: "npu_moe_distribute_combine_v2",
-}  # of operators without CPU kernels, those that compute the same of the same arguments, but for the norm
+}
 
 
 def normed_combine(

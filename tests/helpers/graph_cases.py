@@ -77,6 +77,9 @@ class BlockCase:
         as_list = self.as_list[name.startswith("w2")]
         return dict(self.forms).get(name, "list" if as_list else "stacked")
 
+    def replace(self, **changes: Any) -> BlockCase:
+        return dataclasses.replace(self, **changes)
+
 
 @dataclasses.dataclass(frozen=True)
 class GraphCase:

@@ -17,7 +17,7 @@ from moe_lowering.limits import Prover
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.find_blocks import find_blocks
 from moe_lowering.passes.graph.scopes import scope_paths
-from moe_lowering.passes.implementations.tensor_parallel import share
+from moe_lowering.passes.implementations.tensor_parallel import tokens_per_rank
 from moe_lowering.passes.legality import declared_tokens, judge, outside_declared_range
 from moe_lowering.passes.token_ranges import SEARCH_LIMIT, TokenRange, known_range, prover_for
 from moe_lowering.passes.verifier import call_violations, generic_nodes, is_ascend, repropagate
@@ -201,7 +201,7 @@ def check_replaced(lowered: Lowered, block: BlockReport) -> None:
     spec, paths = lowered.specs[block.name], scope_paths(graph)
     tokens, prover = None, None
     if not case.deployment.equal_tokens:
-        tokens = (share(spec.tokens, spec), share(declared_tokens(case.deployment), spec))
+        tokens = (tokens_per_rank(spec.tokens, spec), tokens_per_rank(declared_tokens(case.deployment), spec))
     elif not isinstance(spec.tokens, int):
         prover = prover_for(spec.tokens, accepted_range(lowered, block))
     for node in own:

@@ -91,3 +91,8 @@ def simplest(strategy: Strategy, choices: Sequence[int], fails: Callable[[Any], 
                     best, smaller = tried.made, True
                     break
     return best
+
+
+def rarely(draw: Any, usual: Any, *others: Any) -> Any:
+    """The usual value three times in four."""
+    return draw(sampled_from((usual,) * 3 * len(others) + others)) if others else usual

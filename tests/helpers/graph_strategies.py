@@ -1,17 +1,17 @@
 """Strategies (``graph_draws``) for ``graph_cases``. Sizes lie around the limits of the tables, and inside them mostly.
 
 Most limits bind one implementation, and one broken limit is enough: of cases drawn freely AllGather is legal in many, MC2
-and FusedMC2 in one of a hundred. So a half of them are drawn with an aim, an implementation that is to be legal.
+and FusedMC2 in one of a hundred. So a half of them are drawn with an aim, an implementation that is to be legal (``graph_aims``).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
 import graph_draws as st
 import torch
+from graph_aims import aimed, asking, sized
 from graph_cases import FOREIGN, FORMS, HARMLESS, SCOPES, BlockCase, GraphCase, PairCase, RouteCase
 
 from moe_lowering import Deployment
@@ -26,11 +26,6 @@ AIMS = tuple(IMPLEMENTATIONS)
 COMMS = ("auto", "auto", *AIMS)
 CHOOSING_POLICIES = tuple(name for name in POLICIES if name != FIXED)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def rarely(draw: Any, usual: Any, *others: Any) -> Any:
-    """The usual value three times in four."""
-    return draw(st.sampled_from((usual,) * 3 * len(others) + others)) if others else usual
 
 
 @st.composite
@@ -63,7 +58,7 @@ def blocks(
     activation, limit = SWIGLU if plain else draw(st.sampled_from(GATES))
     flag = st.just(False) if plain else st.booleans()
     as_list = draw(flag) and experts <= 256
-    quantisation = rarely(draw, *EXPERT_FORMATS)
+    quantisation = st.rarely(draw, *EXPERT_FORMATS)
     usual = quantisation == "none"
     tensors = (
         "w13",
@@ -79,15 +74,15 @@ def blocks(
         limit=limit,
         alpha=draw(st.sampled_from((1.702, 1.0))),
         interleaved=draw(flag),
-        as_list=(as_list, rarely(draw, as_list, not as_list and experts <= 256)),
-        transposed=rarely(draw, False, True) and usual,
+        as_list=(as_list, st.rarely(draw, as_list, not as_list and experts <= 256)),
+        transposed=st.rarely(draw, False, True) and usual,
         bias=(draw(flag) and usual, draw(flag) and usual),
         bias_float32=draw(flag),
         quantisation=quantisation,
         route=draw(routes(experts, top_k)),
-        mask=rarely(draw, False, True),
-        forms=tuple(forms.items()) if rarely(draw, False, True) and experts <= 64 else (),
-        odd=tuple(sorted(draw(st.sets(st.sampled_from(odd), max_size=2)))) if rarely(draw, False, True) else (),
+        mask=st.rarely(draw, False, True),
+        forms=tuple(forms.items()) if st.rarely(draw, False, True) and experts <= 64 else (),
+        odd=tuple(sorted(draw(st.sets(st.sampled_from(odd), max_size=2)))) if st.rarely(draw, False, True) else (),
     )
 
 
@@ -97,13 +92,13 @@ def deployments(draw: Any) -> Deployment:
     ep_size = draw(st.sampled_from((1, 2, 4, 8, 16, 32, 64, 1, 2, 8, 16, 9, 256, 768, 784)))
     equal = draw(st.booleans())
     most = draw(st.sampled_from((64, 256, 257, 512, 513, 1, 4096) if not equal else (0, 0, 0, 32, 512, 513)))
-    tp_size = rarely(draw, 1, *(t for t in (2, 4) if ep_size % t == 0))
+    tp_size = st.rarely(draw, 1, *(t for t in (2, 4) if ep_size % t == 0))
     return Deployment(
-        soc=rarely(draw, "A3", *(soc for soc in SOCS if soc != "A3")),
+        soc=st.rarely(draw, "A3", *(soc for soc in SOCS if soc != "A3")),
         ep_size=ep_size,
         ep_rank=draw(st.integers(0, ep_size - 1)),
         ep_group="ep" if ep_size > 1 else "",
-        mc2_group=rarely(draw, "mc2", "", "m" * 127, "m" * 128),
+        mc2_group=st.rarely(draw, "mc2", "", "m" * 127, "m" * 128),
         tp_size=tp_size,
         tp_rank=0,
         tp_group="tp" if tp_size > 1 else "",
@@ -111,11 +106,11 @@ def deployments(draw: Any) -> Deployment:
         min_tokens=min(most, draw(st.sampled_from((1, 0, 1, 32)))) if not equal else 1,
         equal_tokens=equal,
         guards=draw(st.sampled_from(GUARDS)),
-        max_rows=rarely(draw, 0, 8, 100000),
-        max_output_size=rarely(draw, 0, 1, 4096, 10**7),
+        max_rows=st.rarely(draw, 0, 8, 100000),
+        max_output_size=st.rarely(draw, 0, 1, 4096, 10**7),
         hccl_buffer_mb=draw(st.sampled_from((200, 1024, 4096, 1, 12))),
-        weight_format=rarely(draw, *reversed(WEIGHT_FORMATS)),
-        providers=rarely(draw, PROVIDERS, ()),
+        weight_format=st.rarely(draw, *reversed(WEIGHT_FORMATS)),
+        providers=st.rarely(draw, PROVIDERS, ()),
     )
 
 
@@ -134,7 +129,7 @@ def capable(draw: Any) -> Deployment:
 @st.composite
 def arguments(draw: Any, deployment: Deployment, experts: int) -> tuple[tuple[str, Any], ...]:
     """Generic arguments that are not the deployment's; usually none."""
-    if rarely(draw, True, False):
+    if st.rarely(draw, True, False):
         return ()
     name = draw(st.sampled_from(("ep_size", "ep_group", "tp_size", "max_tokens", "max_rows")))
     if name == "ep_size":
@@ -165,7 +160,7 @@ def judged_cases(draw: Any) -> GraphCase:
     distinct = draw(st.lists(
         blocks(experts, INTERMEDIATES[: 3 if usual else None], TOP_KS, HARMLESS + SCOPES + FOREIGN), min_size=1, max_size=2
     ))  # fmt: skip
-    distinct = [_with(block, arguments=draw(arguments(d, experts))) for block in distinct]
+    distinct = [block.replace(arguments=draw(arguments(d, experts))) for block in distinct]
     chain = (distinct * 2)[: draw(st.sampled_from((1, 1, 2, 3)))]
     case = draw(graphs(d, chain, LEADS, (1024, 7168, 1056) if usual else HIDDENS))
     sizes = draw(st.sampled_from(("static", "static", "static", "dynamic", "strict", "unbacked")))
@@ -176,76 +171,6 @@ def judged_cases(draw: Any) -> GraphCase:
     symbolic = tuple(draw(st.booleans()) or not d for d in range(len(case.lead)))
     case = case.replace(sizes=sizes, symbolic=symbolic, bounds=(low, high))
     return sized(case.replace(symbolic_hidden=True, layout="chain") if draw(st.integers(0, 19)) == 19 else case)
-
-
-# Oddities that an implementation does not take, beside those that make a chain no block.
-AGAINST = {
-    "allgather": ("scope_across", "weights_from_counts"),
-    "alltoall": ("scope_across",),
-    "mc2": ("scope_across",),
-    "fused_mc2": ("scope_across", "weights_from_counts", "counts_read_early"),
-}
-
-
-# One of these is enough to make a block illegal for an implementation.
-FLAWS: dict[str, tuple[dict[str, Any], ...]] = {
-    "allgather": ({"odd": ("scope_across",)}, {"odd": ("weights_from_counts",)}),
-    "alltoall": ({"odd": ("scope_across",)},),
-    "mc2": ({"mask": True}, {"odd": ("scope_across",)}),
-    "fused_mc2": (
-        {"mask": True}, {"transposed": True}, {"interleaved": True}, {"bias": (True, False)}, {"bias": (False, True)},
-        {"activation": "swiglu_clamp", "limit": 0.7}, {"activation": "gelu"}, {"odd": ("counts_read_early",)},
-    ),
-}  # fmt: skip
-
-
-def aimed(case: GraphCase, aim: str, draw: Any) -> GraphCase:
-    """The case with what keeps an implementation from being legal put right, as far as blocks and sizes go.
-
-    One in six has a flaw all the same, and asks for the implementation: illegal by one rule alone.
-    """
-    blocks = tuple(_aimed_block(block, aim) for block in case.blocks)
-    case = _asking(case.replace(blocks=blocks), rarely(draw, aim, "auto"))
-    most = min(case.deployment.max_tokens or 512, 512)
-    if aim not in ("allgather", "alltoall"):
-        lead = case.lead if 1 <= math.prod(case.lead) <= most else (most,)
-        case = case.replace(lead=lead, dtype=torch.float16 if case.dtype == torch.float32 else case.dtype)
-    if draw(st.integers(0, 5)) < 5:
-        return case
-    flaw = draw(st.sampled_from(FLAWS[aim]))
-    return _asking(case.replace(blocks=tuple(_with(block, **flaw) for block in case.blocks)), aim)
-
-
-def _asking(case: GraphCase, comm: str) -> GraphCase:
-    """With another ``comm``, and a policy that goes with it."""
-    fits = case.policy in ("auto", "fixed") if comm != "auto" else case.policy != "fixed"
-    return case.replace(comm=comm, policy=case.policy if fits else "auto")
-
-
-def _aimed_block(block: BlockCase, aim: str) -> BlockCase:
-    odd = tuple(name for name in block.odd if name not in (*AGAINST[aim], *FOREIGN))
-    block = _with(block, odd=odd, arguments=(), top_k=min(block.top_k, 16))
-    if aim == "fused_mc2":
-        plain = {"activation": "swiglu", "limit": 0.0, "interleaved": False, "bias": (False, False)}
-        block = _with(block, **plain, transposed=False)
-        block = _with(block, quantisation="none") if block.quantisation == "w4a16" else block
-    return block if aim in ("allgather", "alltoall") else _with(block, mask=False)
-
-
-def sized(case: GraphCase) -> GraphCase:
-    """With w8a8 where int4 does not fit: it is packed by eight, and w4a16 is not for float32."""
-    return case.replace(blocks=tuple(_packable(block, case) for block in case.blocks))
-
-
-def _packable(block: BlockCase, case: GraphCase) -> BlockCase:
-    if block.quantisation != "none":  # a flaw may have brought these back
-        block = _with(block, transposed=False, bias=(False, False))
-    odd = case.symbolic_hidden or case.hidden % 8 or block.intermediate % 4
-    if (block.quantisation == "w4a8" and odd) or (
-        block.quantisation == "w4a16" and (odd or case.dtype == torch.float32)
-    ):
-        return _with(block, quantisation="w8a8")
-    return _with(block, quantisation="none") if "quantised" in block.odd else block
 
 
 def _local(experts: int, aim: str | None) -> int:
@@ -266,7 +191,7 @@ def graphs(
         symbolic=(False,) * len(lead),
         hidden=draw(st.sampled_from(hiddens)),
         dtype=draw(st.sampled_from(DTYPES)),
-        layout=rarely(draw, "chain", "slices", "expanded", "permuted"),
+        layout=st.rarely(draw, "chain", "slices", "expanded", "permuted"),
         interleave=draw(st.booleans()),
         comm=comm,
         policy=draw(st.sampled_from(CHOOSING_POLICIES if comm == "auto" else (AUTO, FIXED))),
@@ -277,15 +202,11 @@ def graphs(
     )
 
 
-def _with(block: BlockCase, **changes: Any) -> BlockCase:
-    return dataclasses.replace(block, **changes)
-
-
 def _fitting(block: BlockCase) -> BlockCase:
     """Without lists of many experts: a thousand inputs make a slow test, and nothing new."""
     ep_size = dict(block.arguments).get("ep_size")
     return (
-        _with(block, as_list=(False, False), forms=())
+        block.replace(as_list=(False, False), forms=())
         if ep_size is not None and block.experts // ep_size > 130
         else block
     )
@@ -303,7 +224,7 @@ def local_cases(draw: Any) -> GraphCase:
     distinct = draw(st.lists(blocks(experts, (8, 16, 24, 11), (2, 1, 3, 8), HARMLESS + SCOPES), min_size=1, max_size=2))
     leads = ((5,), (1,), (0,), (13,), (), (2, 3), (3, 0), (2, 2, 2))
     case = draw(graphs(d, (distinct * 2)[: draw(st.sampled_from((1, 1, 2, 3)))], leads, (16, 32, 24, 17)))
-    case = _asking(case, draw(st.sampled_from(("auto", "allgather", "allgather", "mc2"))))
+    case = asking(case, draw(st.sampled_from(("auto", "allgather", "allgather", "mc2"))))
     dynamic = math.prod(case.lead) > 1 and draw(st.booleans())
     symbolic = tuple(dynamic and n > 1 for n in case.lead)
     return sized(case.replace(sizes="dynamic" if dynamic else "static", symbolic=symbolic))
@@ -319,15 +240,15 @@ PAIR_HIDDENS = {
 def pair_deployments(draw: Any, soc: str, aim: str | None) -> Deployment:
     """Two ranks, at most 12 tokens each where their numbers may differ; one TP group in one case of four."""
     equal = draw(st.booleans())
-    tp_size = rarely(draw, 1, 2)
+    tp_size = st.rarely(draw, 1, 2)
     return Deployment(
         soc=soc, ep_size=2, ep_rank=0, ep_group="ep", mc2_group="mc2", equal_tokens=equal,
         tp_size=tp_size, tp_rank=0, tp_group="tp" if tp_size > 1 else "",
-        max_tokens=rarely(draw, 16, 0) if equal else 12,
+        max_tokens=st.rarely(draw, 16, 0) if equal else 12,
         min_tokens=1 if equal or aim in ("mc2", "fused_mc2") else draw(st.sampled_from((1, 0))),
         guards=draw(st.sampled_from(GUARDS)),
-        max_output_size=rarely(draw, 0, 4096 if aim else 1), hccl_buffer_mb=1024 if aim else rarely(draw, 200, 1),
-        weight_format="nz" if aim else rarely(draw, *reversed(WEIGHT_FORMATS)), providers=PROVIDERS,
+        max_output_size=st.rarely(draw, 0, 4096 if aim else 1), hccl_buffer_mb=1024 if aim else st.rarely(draw, 200, 1),
+        weight_format="nz" if aim else st.rarely(draw, *reversed(WEIGHT_FORMATS)), providers=PROVIDERS,
     )  # fmt: skip
 
 
@@ -342,7 +263,7 @@ def pair_cases(draw: Any, soc: str) -> PairCase:
     odd = tuple(name for name in HARMLESS + SCOPES if name != "y_unused")
     block = draw(blocks(2 * local, (16, 32), (2, 1, 3, 4, 8), odd))
     leads = ((5,), (1,), (2, 3), (12,))
-    case = draw(graphs(d, [block] * rarely(draw, 1, 2), leads, PAIR_HIDDENS[aim]))
+    case = draw(graphs(d, [block] * st.rarely(draw, 1, 2), leads, PAIR_HIDDENS[aim]))
     case = sized(aimed(case, aim, draw) if aim else case)
     alike = d.equal_tokens or d.tp_size > 1
     if draw(st.integers(0, 3)) == 3:

@@ -44,9 +44,8 @@ def measure(make) -> dict[str, int]:
 def main(folder: str, *counts: str) -> None:
     config = AutoConfig.from_pretrained(folder)
     small, results = sys.argv[1] + "-small", {}
-    moe_lowering.load_experts(
-        on_meta(AutoConfig.from_pretrained(small)), small, deployment(2, 0)
-    )  # what is loaded once
+    # What is loaded once
+    moe_lowering.load_experts(on_meta(AutoConfig.from_pretrained(small)), small, deployment(2, 0))
     load_all(AutoConfig.from_pretrained(small), small)
     for ranks in map(int, counts):
         place = deployment(ranks, ranks - 1)

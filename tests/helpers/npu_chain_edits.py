@@ -98,9 +98,8 @@ def _swap(gm: GraphModule, draw: random.Random) -> str:
 
 
 def _read(gm: GraphModule, draw: random.Random) -> str:
-    node = draw.choice(
-        [each for each in _computed(gm) if "empty" not in str(each.target)]
-    )  # what is in those is no matter
+    # What is in those is no matter
+    node = draw.choice([each for each in _computed(gm) if "empty" not in str(each.target)])
     (output,) = gm.graph.find_nodes(op="output")
     results = output.args[0]
     output.args = ((*(results if isinstance(results, (tuple, list)) else (results,)), node),)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from moe_lowering import Deployment, MoE, MoeLowering, npugraph_ex_options, shard_experts, simulator, testing
 from moe_lowering.limits.calls.schemas import LIBRARIES, TEXTS
-from moe_lowering.passes.implementations.quantised_mlp import CLIP_ROWS
+from moe_lowering.passes.implementations.quantised_calls import CLIP_ROWS
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 128, 12, 3
 _groups = {}

@@ -79,7 +79,7 @@ def _plain(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-def experts_of(dtype: torch.dtype) -> dict[str, Tensor]:
+def num_experts_of(dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2)
     shapes = {"w13": (EXPERTS, HIDDEN, 2 * INTERMEDIATE), "w2": (EXPERTS, INTERMEDIATE, HIDDEN)}
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
@@ -91,7 +91,7 @@ def trace_layer(
     """(graph, its arguments, the eager result): experts' result, weights, ids and logits of a layer."""
     wants = inspect.signature(router.forward).parameters
     extra = [torch.linspace(-0.2, 0.2, EXPERTS) for name in ("expert_bias", "e_score_correction_bias") if name in wants]
-    state = {**dict(router.named_parameters()), **dict(router.named_buffers()), **experts_of(dtype)}
+    state = {**dict(router.named_parameters()), **dict(router.named_buffers()), **num_experts_of(dtype)}
 
     def layer(state: dict[str, Tensor], x: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
         rest = dict(state)

@@ -21,7 +21,7 @@ def fresh_dynamo():
     integration.register()
 
 
-def experts_of(family: str) -> list[nn.Module]:
+def num_experts_of(family: str) -> list[nn.Module]:
     """Experts modules of as many equal layers, with weights of their own."""
     from transformers import GptOssConfig, Qwen3MoeConfig
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -76,7 +76,7 @@ CASES = [
 @pytest.mark.parametrize(("family", "how"), CASES)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_equal_layers_make_one_graph(family: str, how: str, dynamic: bool | None):
-    modules = experts_of(family)
+    modules = num_experts_of(family)
     prepare(modules, how)
     x, ids, weights = inputs()
     x = x.bfloat16() if how.startswith("w") else x
@@ -94,7 +94,7 @@ def test_equal_layers_make_one_graph(family: str, how: str, dynamic: bool | None
 
 def test_a_layer_that_differs_makes_a_graph_of_its_own():
     """The twin: one layer with another activation, one with other flags of its deployment."""
-    modules = experts_of("qwen3_moe")[:4]
+    modules = num_experts_of("qwen3_moe")[:4]
     modules[1].act_fn = nn.GELU(approximate="tanh")
     modules[2].act_fn = nn.GELU()
     lowering = compile_each(modules)
@@ -172,7 +172,7 @@ def qwen_reference(module: nn.Module, x, ids, weights, gate_function) -> torch.T
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("changed", ["limit", "alpha"])
 def test_a_changed_number_makes_the_graph_anew(changed: str, dynamic: bool | None):
-    module = experts_of("gpt_oss")[0]
+    module = num_experts_of("gpt_oss")[0]
     lowering = compile_each([module], dynamic)
     x, ids, weights = inputs()
     graphs, results = [], []
@@ -188,7 +188,7 @@ def test_a_changed_number_makes_the_graph_anew(changed: str, dynamic: bool | Non
 
 
 def test_a_replaced_activation_makes_the_graph_anew():
-    module = experts_of("qwen3_moe")[0]
+    module = num_experts_of("qwen3_moe")[0]
     lowering = compile_each([module])
     x, ids, weights = inputs()
     gelu = torch.nn.functional.gelu
@@ -201,7 +201,7 @@ def test_a_replaced_activation_makes_the_graph_anew():
 
 
 def test_an_argument_of_an_activation_makes_the_graph_anew():
-    module = experts_of("qwen3_moe")[0]
+    module = num_experts_of("qwen3_moe")[0]
     module.act_fn = nn.GELU()
     lowering = compile_each([module])
     x, ids, weights = inputs()
@@ -219,7 +219,7 @@ def test_an_argument_of_an_activation_makes_the_graph_anew():
 @pytest.mark.parametrize("where", ["instance", "class"])
 def test_a_replaced_gate_is_not_computed_as_the_old_one(where: str, monkeypatch):
     """It is a gate that nobody knows: transformers' own implementation computes it, and says so."""
-    module = experts_of("qwen3_moe")[0]
+    module = num_experts_of("qwen3_moe")[0]
     lowering = MoeLowering(Deployment())
     module.compile(backend=lowering_backend(lowering), fullgraph=True)
     x, ids, weights = inputs()
@@ -240,7 +240,7 @@ def test_a_replaced_gate_is_not_computed_as_the_old_one(where: str, monkeypatch)
 
 @pytest.mark.parametrize("flag", ["has_gate", "is_concatenated", "_is_expert_parallel"])
 def test_a_changed_flag_is_seen_by_old_graphs(flag: str):
-    module = experts_of("qwen3_moe")[0]
+    module = num_experts_of("qwen3_moe")[0]
     shard_experts(nn.ModuleList([module]), Deployment())
     module.moe_lowering_deployment = Deployment(ep_size=2, ep_group="g")  # then what is not known is an error
     torch.manual_seed(0)
@@ -262,7 +262,7 @@ def test_an_activation_that_was_changed_on_the_instance_is_not_guessed():
         "hook before": lambda act: act.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
         "forward": lambda act: setattr(act, "forward", lambda x: 3 * x),
     }
-    for module, change in zip(experts_of("qwen3_moe"), changes.values(), strict=False):
+    for module, change in zip(num_experts_of("qwen3_moe"), changes.values(), strict=False):
         assert integration.form_of(module).activation == "swiglu"
         module.act_fn = type(module.act_fn)()  # transformers may share one
         change(module.act_fn)

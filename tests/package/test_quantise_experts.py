@@ -200,7 +200,7 @@ def test_modules_that_are_refused() -> None:
 # transformers
 
 
-def experts_of(model_type: str, dtype: torch.dtype, **changes: Any) -> nn.Module:
+def num_experts_of(model_type: str, dtype: torch.dtype, **changes: Any) -> nn.Module:
     """A small model's experts module, computed by ``moe_lowering``."""
     import test_transformers
 
@@ -217,7 +217,7 @@ def experts_of(model_type: str, dtype: torch.dtype, **changes: Any) -> nn.Module
     ("form", "dtype"), [("w8a8", torch.float32), ("w4a8", torch.bfloat16), ("w4a16", torch.bfloat16)]
 )
 def test_transformers_experts(form: str, dtype: torch.dtype, sharded: str) -> None:
-    module = experts_of("qwen3_moe", dtype)
+    module = num_experts_of("qwen3_moe", dtype)
     torch.manual_seed(0)
     x, ids, weights = torch.randn(32, 64).to(dtype), torch.rand(32, 8).topk(2).indices, torch.rand(32, 2)
     plain = module(x, ids, weights)
@@ -244,12 +244,12 @@ def test_transformers_experts(form: str, dtype: torch.dtype, sharded: str) -> No
 
 def test_transformers_experts_that_are_refused() -> None:
     with pytest.raises(ValueError, match="quantise_experts: GptOssExperts has expert biases"):
-        quantise_experts(experts_of("gpt_oss", torch.float32), "w8a8")
-    spread = experts_of("qwen3_moe", torch.float32)
+        quantise_experts(num_experts_of("gpt_oss", torch.float32), "w8a8")
+    spread = num_experts_of("qwen3_moe", torch.float32)
     spread._is_expert_parallel = True
     with pytest.raises(ValueError, match="was sharded by transformers"):
         quantise_experts(spread, "w8a8")
-    other = experts_of("qwen3_moe", torch.float32)
+    other = num_experts_of("qwen3_moe", torch.float32)
     other.act_fn = nn.ReLU()
     quantise_experts(other, "w8a8")
     with pytest.raises(NotImplementedError, match=r"not SiLU or GELU. Its experts are quantised, so it cannot use"):

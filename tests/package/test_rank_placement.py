@@ -146,10 +146,11 @@ def test_the_pass_leaves_a_graph_whose_place_is_not_known(given):
         import torch
 
         where = Deployment(**{**fake.all_fields(), "ep_rank": None, "tp_rank": None, **given})
+        # A fake group says nothing
         assert (where.ep_rank, where.tp_rank) == (
             given.get("ep_rank"),
             given.get("tp_rank"),
-        )  # a fake group says nothing
+        )
         model, x = MoE(64, 32, 8, 2, deployment=where), torch.empty(6, 64)
         lowered = testing.lower_graph(model, x, deployment=where, comm="allgather")
         block = lowered.report.blocks[0]

@@ -25,7 +25,7 @@ from torch.fx import Graph
 
 from moe_lowering import MoE, MoeLowering
 from moe_lowering.passes import verifier
-from moe_lowering.passes.run import graph_run
+from moe_lowering.passes.run import block_reports
 
 # Which output a getitem takes
 
@@ -118,7 +118,7 @@ def test_an_exported_program_can_be_saved_and_loaded_and_runs_right():
 def test_the_range_of_tokens_is_enforced_by_the_block_that_is_left(fails, monkeypatch):
     """The first block brings ``assert_tokens`` for all of its T; where reporting it fails, both are gone again."""
     case = edit_faults.one(edit_faults.MANY.replace(max_tokens=64), "allgather", count=2, sizes="dynamic")
-    built, low, true, calls = build(case), edit_faults.lowering(case), graph_run.BlockReport, []
+    built, low, true, calls = build(case), edit_faults.lowering(case), block_reports.BlockReport, []
 
     def report(*args, **kwargs):
         calls.append(args)
@@ -126,7 +126,7 @@ def test_the_range_of_tokens_is_enforced_by_the_block_that_is_left(fails, monkey
             raise ZeroDivisionError("planted")
         return true(*args, **kwargs)
 
-    monkeypatch.setattr(graph_run, "BlockReport", report)
+    monkeypatch.setattr(block_reports, "BlockReport", report)
     with edit_faults.quiet():
         low(built.gm)
     assert [b.comm for b in low.reports[0].blocks] == [None if fails else "allgather", "allgather"]

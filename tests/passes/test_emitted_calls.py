@@ -13,17 +13,17 @@ from graph_cases import BlockCase, GraphCase
 from moe_lowering import Deployment, MoeLowering, moe_experts, simulator, testing
 from moe_lowering.limits import limits_for, load, names
 from moe_lowering.limits.calls import CONTEXT, OPERATORS
-from moe_lowering.limits.calls.schemas import LIBRARIES, TEXTS, complete, schema, split
+from moe_lowering.limits.calls.schemas import COLLECTIVES, LIBRARIES, TEXTS, complete, schema, split
 from moe_lowering.matrix.forms import FORMS
 from moe_lowering.passes.blocks import size_key
-from moe_lowering.passes.calls import OperatorCall, Rules
 from moe_lowering.passes.context import call_context
 from moe_lowering.passes.implementations import IMPLEMENTATIONS, fused_mc2, gathered, mc2, mlp
 from moe_lowering.passes.implementations.matmul_calls import MATMUL
-from moe_lowering.passes.implementations.tensor_parallel import share
+from moe_lowering.passes.implementations.tensor_parallel import tokens_per_rank
 from moe_lowering.passes.legality import Judgement, judged_calls
+from moe_lowering.passes.operator_calls import OperatorCall, Rules
 from moe_lowering.passes.run.graph_run import GraphRun
-from moe_lowering.passes.verifier import COLLECTIVES, emitted_quantities
+from moe_lowering.passes.verifier import emitted_quantities
 from moe_lowering.vocabulary import EXPERT_FORMATS, SOCS
 
 simulator.enable()
@@ -94,7 +94,11 @@ def of_block(spec: Any, deployment: Deployment, decision: Any, nodes: list[Any])
     form = IMPLEMENTATIONS[comm].form(judgement.form(comm), deployment)
     calls = [each for each in judged_calls(comm, form, spec, deployment) if isinstance(each, OperatorCall)]
     judged = [(each.operator, judgement.quantities(each, deployment)) for each in calls]
-    sizes = share(spec.tokens, spec), share(judgement.tokens, spec)  # T of the graph is read as T of the rules
+    # T of the graph is read as T of the rules
+    sizes = (
+        tokens_per_rank(spec.tokens, spec),
+        tokens_per_rank(judgement.tokens, spec),
+    )
     every = [emitted_quantities(node, deployment, sizes, judgement.context) for node in nodes]
     read = [(each[1], each[3]) for each in every if each is not None and each[0].namespace not in COLLECTIVES]
     return Emitted(comm, form.name, judged, read)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign_layers import FOREIGN, NO_MOE, ROUTER, W2, W13, X, routed
+from foreign_layers import FOREIGN, ROUTER, W2, W13, X, routed
+from layers_without_moe import NO_MOE
 from torch.fx import symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import graph_aims
 import graph_draws as st
 import pytest
 from graph_draws import Choices, simplest
@@ -42,3 +43,16 @@ def test_what_fails_is_made_simple():
     assert fails((number, letters, flag)) and number < 20 and not flag and set(letters) <= {"a", "b"}
     assert simplest(pairs(), made, fails, 0) == made, "no time, no other case"
     assert simplest(pairs(), made, lambda other: other == case, 60) == made, "nothing smaller fails"
+
+
+def test_an_implementation_without_an_entry_is_aimed_at():
+    """A fifth one needs no edit of the aims: its cases have no scope between two stages, or, some of them, that alone."""
+    across = []
+    for seed in range(60):
+        choices = Choices(generator=random.Random(seed))
+        case = judged_cases()(choices)
+        aimed = graph_aims.aimed(case, "a fifth", lambda strategy, choices=choices: strategy(choices))
+        (is_across,) = {graph_aims.ACROSS in block.odd for block in aimed.blocks}
+        assert not is_across or aimed.comm == "a fifth"
+        across.append(is_across)
+    assert 0 < sum(across) < 30

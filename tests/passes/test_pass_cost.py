@@ -153,9 +153,8 @@ def test_meta_functions_run_for_the_first_of_equal_blocks_only(comm, symbolic):
 def test_no_fake_dispatch_for_equal_blocks(symbolic):
     """Not by way of ``_compute`` either: the number of operators run under the fake mode does not grow with layers."""
     watch = [(FakeTensorMode, "dispatch")]
-    lower(
-        1, "allgather", symbolic
-    )  # the first copy of a value in a process is compared with what its constructor makes
+    # The first copy of a value in a process is compared with what its constructor makes
+    lower(1, "allgather", symbolic)
     counts = {layers: lower(layers, "allgather", symbolic, watch)[2]["dispatch"] for layers in (1, 2, 6)}
     assert counts[1] == counts[2] == counts[6]
 

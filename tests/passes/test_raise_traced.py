@@ -29,10 +29,11 @@ from trace_ways import WAYS, trace_by
 
 # Each form in the graph of plain export, which has most of what others take away, and in one of the others
 EACH = [(form, way) for at, form in enumerate(FORMS) for way in ("export", [*WAYS][1:][at % (len(WAYS) - 1)])]
+# Which make_fx of tensors refuses to trace
 READS_NUMBERS = (
     "counted by one_hot",
     "counted by one_hot of two dimensions",
-)  # which make_fx of tensors refuses to trace
+)
 
 
 @pytest.mark.parametrize(("form", "way"), [(f, w) for f, w in EACH if w != "make_fx" or f not in READS_NUMBERS])

@@ -15,9 +15,9 @@ from test_lowering import HIDDEN, Experts, compile_npugraph, compile_plain, rout
 from moe_lowering import Deployment, MoE, MoeLowering, lowering_backend, testing
 from moe_lowering.limits import Prover, Violation
 from moe_lowering.passes import legality
-from moe_lowering.passes.calls import Rules
 from moe_lowering.passes.costs.price import Price
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.passes.operator_calls import Rules
 from moe_lowering.passes.run import graph_run
 from moe_lowering.passes.token_ranges import TokenRange, request_guard, widest
 from moe_lowering.passes.verifier import VerificationError
@@ -151,9 +151,8 @@ def limit_allgather(monkeypatch, most):
 
     monkeypatch.setattr(legality, "check", extended)
     monkeypatch.setitem(IMPLEMENTATIONS, "allgather", dataclasses.replace(whole, rules=rules))
-    monkeypatch.setattr(
-        legality, "_prepare_calls", legality._prepare_calls.__wrapped__
-    )  # what was kept knows no such rule
+    # What was kept knows no such rule
+    monkeypatch.setattr(legality, "_prepare_calls", legality._prepare_calls.__wrapped__)
 
 
 def strict_range(low, high, tokens, **options):

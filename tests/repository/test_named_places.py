@@ -15,10 +15,11 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 # ``passes.costs.price``, with the package's name or without it, and what may follow: a name in that module, and one in that
 DOTTED = re.compile(rf"``(?:moe_lowering\.)?((?:{'|'.join(FOLDERS)})(?:\.\w+)+)``")
 PATH = re.compile(rf"[`( ]((?:moe_lowering/|tests/)?(?:{'|'.join(FOLDERS)}|repository|package)/[\w/]+\.(?:py|toml))\b")
+# Folders whose names are words of codes or attributes too: only files of theirs are looked for
 CODES = {
     "limits",
     "report",
-}  # folders whose names are words of codes or attributes too: only files of theirs are looked for
+}
 
 
 def is_module(dotted: str) -> bool:

@@ -202,7 +202,7 @@ def test_settings_of_the_process_may_change_after_warm_up():
     def assert_it_runs():
         assert [result.tokens for result in server.generate(wanted)] == expected
         with pytest.raises(RecompileError, match="does not fit its graph after warm-up"):
-            server._first_token([1])
+            server._graphs.first_token([1], row=0)
 
     for read, write, other in (
         (torch.get_num_threads, torch.set_num_threads, threads + 1),
@@ -234,7 +234,7 @@ def test_an_error_inside_a_step_loses_no_request():
     server.warm_up()
     wanted = [Request([1, 2, 3], 1), Request([4, 5], 2), Request([6], 1)]
     expected = [result.tokens for result in server.generate(wanted)]
-    prefill, calls = server._eager_prefill, []
+    prefill, calls = server._graphs.eager_prefill, []
 
     def fails_once(*given):
         calls.append(given)
@@ -242,7 +242,7 @@ def test_an_error_inside_a_step_loses_no_request():
             raise RuntimeError("out of memory")
         return prefill(*given)
 
-    server._eager_prefill = fails_once
+    server._graphs.eager_prefill = fails_once
     numbers = [server.submit(request) for request in wanted]
     with pytest.raises(RuntimeError, match="out of memory"):
         server.step()
@@ -284,14 +284,14 @@ def test_two_threads_are_told_so():
     request = Request([1, 2, 3], 2)
     (expected,) = server.generate([request])
     entered, leave = threading.Event(), threading.Event()
-    prefill = server._eager_prefill
+    prefill = server._graphs.eager_prefill
 
     def slow(*given):
         entered.set()
         assert leave.wait(60)
         return prefill(*given)
 
-    server._eager_prefill = slow
+    server._graphs.eager_prefill = slow
     with concurrent.futures.ThreadPoolExecutor() as pool:
         other = pool.submit(server.generate, [request])
         assert entered.wait(60)

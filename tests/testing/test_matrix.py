@@ -48,11 +48,12 @@ def run(pools, change=None, **axes):
 # Cells that are run, of 4 formats x 2 TP sizes x the scenarios, and 41 in other layouts; the others are refused. Written
 # down so that a rule that refuses too much is seen, whichever list it is in.
 LEGAL = {1: 56, 2: 588 + 70 + 41, 4: 588 + 8}
+# Scenarios for all formats, or for two, or for one
 CELLS = {
     1: 14 * 56,
     2: 14 * 56 + 3 * 28 + 14 + 84,
     4: 14 * 56 + 28,
-}  # scenarios for all formats, or for two, or for one
+}
 
 
 @pytest.mark.parametrize("ep", forms.EP_SIZES)

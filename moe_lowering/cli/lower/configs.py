@@ -83,7 +83,7 @@ def refuse_uneven(request: LowerRequest, name: str, experts: int) -> None:
         )
 
 
-def experts_of(config: Any) -> int:
+def num_experts_of(config: Any) -> int:
     """Number of routed experts."""
     for part in (config, getattr(config, "ffn_config", None)):
         for name in EXPERT_COUNTS:

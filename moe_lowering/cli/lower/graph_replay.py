@@ -24,12 +24,8 @@ from moe_lowering.simulator.device import SourceLine, Tape
 from moe_lowering.source_lines import innermost
 
 DEVICE = "npu"
-KINDS = (
-    "random",
-    "one token",
-    "random",
-    "half one token",
-)  # of inputs, in turn; equal tokens leave experts without rows
+# Of inputs, in turn; equal tokens leave experts without rows
+KINDS = ("random", "one token", "random", "half one token")
 SEED = 4000
 BLOCK = ("dispatch", "grouped_mlp", "combine")
 
@@ -142,9 +138,8 @@ def replay(
     for input_ids in batches:
         recorded_routings.clear()
         actual = run(input_ids.to(DEVICE)).cpu()
-        recorded = [
-            tuple(tensor.cpu() for tensor in block) for block in recorded_routings
-        ]  # the next replay writes over them
+        # The next replay writes over them
+        recorded = [tuple(tensor.cpu() for tensor in block) for block in recorded_routings]
         errors = errors.merge(compare.compare(reference, input_ids, actual, recorded))
         routings.add(recorded)
     counts = simulator.device.counts() - before

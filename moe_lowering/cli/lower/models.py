@@ -18,7 +18,7 @@ from moe_lowering.cli.lower.configs import (
     SMALL,
     SMALL_LAYERS,
     config_of,
-    experts_of,
+    num_experts_of,
     refuse_uneven,
 )
 from moe_lowering.cli.lower.request import LowerRequest
@@ -96,7 +96,7 @@ def plan_model(request: LowerRequest) -> ModelPlan:
         config = config_of(request)
         layers = int(config.num_hidden_layers)
         name = request.model if request.model in PRESETS else config.model_type
-        result = ModelPlan(name, config, layers, int(config.vocab_size), experts_of(config))
+        result = ModelPlan(name, config, layers, int(config.vocab_size), num_experts_of(config))
     refuse_uneven(request, result.name, result.experts)
     return result
 

@@ -200,9 +200,8 @@ def _run_captured(
     except simulator.device.CaptureError as error:
         if all(report.fully_lowered for report in lowering.reports):
             raise
-        return RankResult(
-            lowering.reports, None, seconds, refused=str(error)
-        )  # no device has the operators that stayed
+        # No device has the operators that stayed
+        return RankResult(lowering.reports, None, seconds, refused=str(error))
     return RankResult(lowering.reports, errors, seconds, captured)
 
 

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+# Namespaces of torch's and torch_npu's collectives
+COLLECTIVES = ("_c10d_functional", "c10d_functional", "c10d", "npu_define")
+# One text each
 _SCHEMAS = (
     "npu_moe_init_routing_v2(Tensor x, Tensor expert_idx, *, Tensor? scale=None, Tensor? offset=None, int active_num=-1, "
     "int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, int expert_tokens_num_type=0, "
@@ -58,7 +61,7 @@ _SCHEMAS = (
     'str group_tp="", int tp_world_size=0, int tp_rank_id=0, int expert_shard_type=0, int shared_expert_num=1, '
     'int shared_expert_rank_num=0, int global_bs=0, int comm_quant_mode=0, str comm_alg="", int zero_expert_num=0, '
     "int copy_expert_num=0, int const_expert_num=0) -> Tensor",
-)  # one string each
+)
 _TEXTS = {text.partition("(")[0]: text for text in _SCHEMAS}
 TEXTS: Mapping[str, str] = _TEXTS
 # Operators of libraries that a model brings itself, and their namespaces. Source: recipes.swiglu_clip_quant

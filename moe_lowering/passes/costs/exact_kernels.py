@@ -16,15 +16,16 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block
-from moe_lowering.passes.calls import Premises, emit_call
 from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.alltoall_exact import EXACT
 from moe_lowering.passes.implementations.base import Form, Replacement
 from moe_lowering.passes.implementations.gathered import ROUTE, route_arguments
 from moe_lowering.passes.implementations.mlp import emit_mlp
-from moe_lowering.passes.implementations.quantised_mlp import PLAIN, quantise_tokens
-from moe_lowering.passes.implementations.tensor_parallel import Share, gather
+from moe_lowering.passes.implementations.quantised_calls import PLAIN
+from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens
+from moe_lowering.passes.implementations.tensor_parallel import OwnTokens, gather
 from moe_lowering.passes.implementations.unpermute import UNPERMUTE, unpermute_arguments
+from moe_lowering.passes.operator_calls import Premises, emit_call
 
 c10d = torch.ops._c10d_functional
 # Small kernels on ids, counts and numbers (custom_ops/alltoall_experts.py): checks of ids 12, numbers 7, order of arrival 4.
@@ -37,10 +38,13 @@ def as_kernels(form: Form) -> Form:
 
 
 def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premises) -> Replacement:
-    spec, share = block.spec, Share(emit, block, deployment)
+    spec, own_tokens = block.spec, OwnTokens(emit, block, deployment)
     with emit.at(block.combine, block.combine):
-        x, scale = quantise_tokens(emit, block, share)
-        ids, weights = share.of(emit.rows(block.ids)), emit.cast(share.of(emit.rows(block.weights)), torch.float32)
+        x, scale = quantise_tokens(emit, block, own_tokens)
+        ids, weights = (
+            own_tokens.of(emit.rows(block.ids)),
+            emit.cast(own_tokens.of(emit.rows(block.weights)), torch.float32),
+        )
         for _ in range(SMALL_KERNELS):
             emit.call(aten.clone.default, ids)
         routed = emit_call(emit, ROUTE, route_arguments(x, ids, scale, spec.experts + 1, [0, spec.experts]))

@@ -3,15 +3,15 @@
     price = sum over nodes of: start + bytes of memory, or operations where those take longer, or bytes on links
     fused = start of dispatch and combine + the longer of both matmuls and both exchanges
 
-A price is a sum of terms, each with the share that it may be wrong by. Two prices share their errors: what both have is no
-difference. So a difference has the error of the terms in which they differ, and where it is not larger than that, the two are a
-tie: the simpler implementation is taken, the first one in the order of ``vocabulary.IMPLEMENTATION_FORMS`` (AllGather needs no
-second communicator, MC2 no library); last is a form that waits for the host.
+A price is a sum of terms, each with its relative error. What two prices have in common is wrong alike in both, so only the
+terms in which they differ make their difference uncertain. A difference that is not larger than its error is a tie: then the
+simpler implementation is taken, in the order of ``vocabulary.IMPLEMENTATION_FORMS`` (AllGather needs no second communicator,
+MC2 no library), with a form that waits for the host as the last.
 
-Every rank must choose alike. A price depends on the block's record without T, the deployment, the rates and T alone; T counts
-in whole shares of the TP group, so that it does not fall where a share is full; and terms are whole nanoseconds.
-Counts are affine in the share, so they are counted twice and read off the line through both (``_line``); where a cap
-on rows binds they are counted at T.
+Every rank must choose alike. So a price reads the block's record without T, the deployment, the rates and T, and nothing else;
+its terms are whole nanoseconds. Of T it reads the tokens of one TP rank, rounded up: more tokens never cost less.
+Work is affine in these tokens: it is counted at two numbers of them, and read off the line through both at any other
+(``_Line``). Where a cap on rows binds it is counted at T itself.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Price:
     """What an implementation costs at one number of tokens.
 
     Attributes:
-        terms: (what, nanoseconds, the share that they may be wrong by), each ``what`` once.
+        terms: (what, nanoseconds, their relative error), each ``what`` once.
         hidden_ns: of a fused operator, what it does beside something longer; it may not be hidden.
     """
 
@@ -56,17 +56,17 @@ class Price:
 
     @property
     def error_us(self) -> float:
-        """How wrong it may be; the terms' errors have nothing to do with each other."""
+        """How wrong it may be; the errors of its terms are independent."""
         return difference_error(self, Price(())) / 1000
 
 
 def difference_error(one: Price, other: Price) -> float:
     """How wrong the difference of two prices may be, in nanoseconds."""
-    ours, theirs = ({what: (ns, share) for what, ns, share in price.terms} for price in (one, other))
+    ours, theirs = ({what: (ns, error) for what, ns, error in price.terms} for price in (one, other))
     squares = float((one.hidden_ns - other.hidden_ns) ** 2)
     for what in sorted(ours.keys() | theirs.keys()):
-        (a, share), (b, again) = ours.get(what, (0, 0.0)), theirs.get(what, (0, 0.0))
-        squares += ((a - b) * max(share, again)) ** 2
+        (a, error), (b, other_error) = ours.get(what, (0, 0.0)), theirs.get(what, (0, 0.0))
+        squares += ((a - b) * max(error, other_error)) ** 2
     return math.sqrt(squares)
 
 
@@ -139,7 +139,7 @@ def _count(
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """Work of two shares of T, ``first`` and ``first + step``: that of any other one is on the line through them."""
+    """Work at two numbers of tokens per TP rank, ``first`` and ``first + step``: at any other it is on the line through both."""
 
     low: tuple[Work, ...]
     high: tuple[Work, ...]
@@ -183,11 +183,11 @@ class _Sum:
 
     def __init__(self, rates: Rates) -> None:
         self.rates, self.terms, self.hidden = rates, dict[str, int](), 0
-        self.shares: dict[str, float] = {}
+        self.errors: dict[str, float] = {}
 
     def add(self, what: str, us: float, law: str) -> None:
         self.terms[what] = self.terms.get(what, 0) + round(us * 1000)
-        self.shares[what] = self.rates.law(law).error
+        self.errors[what] = self.rates.law(law).error
 
     def start(self, law: str, times: int = 1) -> None:
         self.add(f"{law} start", times * self.rates.law(law).fixed_us, law)
@@ -203,7 +203,7 @@ class _Sum:
         return max((self.taken(rate, self.rates.ideal(rate, operations)), rate), (self.memory(size), "memory"))
 
     def price(self) -> Price:
-        return Price(tuple((what, ns, self.shares[what]) for what, ns in self.terms.items()), self.hidden)
+        return Price(tuple((what, ns, self.errors[what]) for what, ns in self.terms.items()), self.hidden)
 
 
 def price_work(works: Sequence[Work], rates: Rates) -> Price:

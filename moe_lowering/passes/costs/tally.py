@@ -25,12 +25,12 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover
 from moe_lowering.limits.calls.schemas import complete, schema
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import Premises
 from moe_lowering.passes.costs.aten_results import ATEN_RESULTS
 from moe_lowering.passes.costs.operator_results import IN_A_LIST, RESULTS, collective_result
 from moe_lowering.passes.emission.emitter import Emitter
 from moe_lowering.passes.implementations.base import Form
 from moe_lowering.passes.operands import ExpertOperands, Operand, Operands
+from moe_lowering.passes.operator_calls import Premises
 from moe_lowering.report.graph_costs import read_traffic
 
 OPS = torch.ops.moe_lowering
@@ -120,7 +120,6 @@ def count_form(form: Form, spec: BlockSpec, deployment: Deployment, tokens: int)
 def _block(graph: Graph, spec: BlockSpec) -> Block:
     """A block with the record ``spec`` in an empty graph."""
     inputs = _inputs(graph, spec)
-    experts = {field.name: _tensors(graph, field.name, spec.tensors) for field in dataclasses.fields(ExpertOperands)}
     # the arguments that both ends have
     ends: dict[str, Any] = {
         "ids": inputs["ids"],
@@ -135,22 +134,28 @@ def _block(graph: Graph, spec: BlockSpec) -> Block:
         "shared_experts": spec.shared_experts,
         "zero_experts": spec.zero_experts,
     }
-    dispatch = DispatchCall(
+    sends = DispatchCall(
         x=inputs["x"], x_scale=inputs["x_scale"], max_rows=spec.max_rows, x_smooth=inputs["x_smooth"], **ends
     )
-    sent = graph.call_function(OPS.dispatch.default, tuple(dispatch))
-    rows, row_scale, counts, handle = (graph.call_function(operator.getitem, (sent, at)) for at in range(4))
+    experts = {field.name: _tensors(graph, field.name, spec.tensors) for field in dataclasses.fields(ExpertOperands)}
+    dispatch = graph.call_function(OPS.dispatch.default, tuple(sends))
+    rows, row_scale, counts, handle = (graph.call_function(operator.getitem, (dispatch, at)) for at in range(4))
+    mlp = _grouped_mlp(graph, spec, {"rows": rows, "row_scale": row_scale, "counts": counts}, experts, inputs)
+    back = CombineCall(rows=mlp, weights=inputs["weights"], handle=handle, **ends)
+    combine = graph.call_function(OPS.combine.default, tuple(back))
+    interior = (dispatch, rows, row_scale, counts, handle, mlp, combine)
+    return Block("counted", dispatch, mlp, combine, counts if spec.counts_are_read else None, interior, None, spec)
+
+
+def _grouped_mlp(
+    graph: Graph, spec: BlockSpec, dispatched: dict[str, Any], experts: dict[str, list[Node]], inputs: dict[str, Any]
+) -> Node:
+    """The call of ``grouped_mlp`` on what dispatch gave; of quantisers that are not there it gets None."""
     optional: dict[str, Any] = {
-        name: value or None for name, value in experts.items() if name.endswith(("scale", "offset", "scale_bias"))
+        name: value or None if name.endswith(("scale", "offset", "scale_bias")) else value
+        for name, value in experts.items()
     }
     call = GroupedMlpCall(
-        rows=rows,
-        row_scale=row_scale,
-        counts=counts,
-        w13=experts["w13"],
-        w2=experts["w2"],
-        w13_bias=experts["w13_bias"],
-        w2_bias=experts["w2_bias"],
         activation=spec.activation,
         limit=spec.limit,
         alpha=spec.alpha,
@@ -158,13 +163,10 @@ def _block(graph: Graph, spec: BlockSpec) -> Block:
         quantisation=spec.quantisation,
         h_smooth=inputs["h_smooth"],
         h_clip=inputs["h_clip"],
+        **dispatched,
         **optional,
     )
-    mlp = graph.call_function(OPS.grouped_mlp.default, tuple(call))
-    back = CombineCall(rows=mlp, weights=inputs["weights"], handle=handle, **ends)
-    combine = graph.call_function(OPS.combine.default, tuple(back))
-    interior = (sent, rows, row_scale, counts, handle, mlp, combine)
-    return Block("counted", sent, mlp, combine, counts if spec.counts_are_read else None, interior, None, spec)
+    return graph.call_function(OPS.grouped_mlp.default, tuple(call))
 
 
 def _inputs(graph: Graph, spec: BlockSpec) -> dict[str, Any]:

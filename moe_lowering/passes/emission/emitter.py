@@ -252,9 +252,8 @@ class Emitter:
             return known
         with self._fake_mode, _cache_for(args, self._fake_mode):
             value = target(*args, **kwargs)
-        if (
-            args and value is args[0] and isinstance(value, FakeTensor)
-        ):  # written in place: the same memory, a value of its own
+        # Written in place: the same memory, a value of its own
+        if args and value is args[0] and isinstance(value, FakeTensor):
             return Template.of(value).view(value)
         return value
 

@@ -61,8 +61,8 @@ class Template:
             return self.copier()()
 
     def copier(self) -> Callable[..., FakeTensor]:
-        """``copy``, with all that it looks up looked up once: most nodes of a graph get their value from it. It is called while
-        nothing is dispatched to Python, and may be with their arguments, which it does not read."""
+        """``copy`` as a function that has looked everything up: most nodes of a graph get their value from one. It is called
+        while nothing is dispatched to Python, perhaps with the node's arguments, which it does not read."""
         make, device, state = self._fake, self.device, self.state
         allocate, is_whole = self._symbolic_allocator() if self.symbolic else self._allocator(), _copies_are_whole()
 
@@ -172,7 +172,7 @@ def _lost_in_views(base: Any) -> list[str]:
 
 
 def _differences(copy: Any, reference: Any) -> list[str]:
-    """What a copy has not as the constructor's tensor has it: attributes, slots, dispatch keys, flags of the C++ object."""
+    """In what a copy differs from the constructor's tensor: attributes, slots, dispatch keys, flags of the C++ object."""
     read: dict[str, Callable[[Any], Any]] = {
         "type": type,
         "__dict__": vars,

@@ -1,4 +1,4 @@
-"""``insert_call``: ``Graph.call_function`` for the nodes that the pass makes by the dozen, in half of its time.
+"""``insert_call``: ``Graph.call_function`` for nodes that the pass makes by the dozen, in half the time.
 
 ``call_function`` walks the arguments to look for SymInts, which the pass never gives, and derives a candidate for the
 name from the target anew for each node; setting arguments afterwards takes the node out of the graph's index and puts it
@@ -136,7 +136,7 @@ def _is_whole() -> bool:
 
 
 def _differences() -> list[str]:
-    """What equal graphs differ in of which two are made here, by either way, and one by ``call_function``."""
+    """In what graphs of the same nodes differ that are made here, in either way, from one that ``call_function`` makes."""
     reference = _describe(Graph.call_function)
     made = [_describe(_insert), _describe(_insert_again)]
     return [name for name in reference if any(each.get(name) != reference[name] for each in made)]

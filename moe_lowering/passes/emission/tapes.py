@@ -4,8 +4,8 @@ An implementation works out for each block which nodes to emit. For the second a
 answer is known: the same operators with the same plain arguments, at the same stages, on the block's own inputs.
 
 When are blocks equal? An emitter reads the deployment, the block's record (``BlockSpec``), the premises of its verdict, and
-of the graph what ``wiring`` describes: beside record and form that is the key of a tape, with the version of the ShapeEnv,
-as a guard since then may have made a number of a size. A rewrite that added a guard itself, read a node from elsewhere, or
+of the graph what ``wiring`` describes. All of these are in the key of a tape, and the version of the ShapeEnv, since a guard
+may have turned a size into a number meanwhile. A rewrite that added a guard itself, read a node from elsewhere, or
 stood at another place than a stage has no tape, and each equal block is emitted anew. A test watches what emitters read
 (``tests/passes/test_tapes.py``).
 """
@@ -55,7 +55,7 @@ class Tape:
         plain: arguments that are no nodes.
         runs: steps that follow each other at one place: the stage before which they stand, the one whose source they have.
         constants: nodes of the graph that they read beside the inputs, made by no block.
-        results: the numbers of what the rewrite gave, None of what it did not.
+        results: what the rewrite gave, by number; None for a result that it does not give.
         operators: the names of the operators, in graph order.
         pattern: the nodes in graph order, for a report.
     """

@@ -1,11 +1,11 @@
-"""``Wiring``: what the stages of a block read, in a form that is equal for blocks that nobody who reads them can tell apart.
+"""``Wiring``: what the stages of a block read, with a key that is equal for blocks which records and emitters cannot tell apart.
 
 Of the graph, records and emitters read the arguments of a block's stages, the values of nodes, and the order of nodes. So
 the key has
 - every argument of every stage as it stands, nodes by number: the same node in two places has one number;
 - of each of these nodes the value's shape, strides, dtype and device, and before which stage it stands;
 - of the experts' tensors whether they are stored.
-What stages give each other is left out: nothing of it is left after a rewrite, and a block is found by it.
+What stages give each other is left out: matching has proven it, and a rewrite leaves nothing of it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_wiring(stages: Nodes, inside: Collection[Node], experts: Node | None = 
 
 
 def _stages_after(node: Node, stages: Nodes) -> int:
-    """Before how many of the stages a node stands that does not stand before all of them."""
+    """How many of the stages stand after a node."""
     return [node < stage for stage in stages].count(True)
 
 
@@ -63,7 +63,7 @@ _PLAIN = frozenset({int, bool, str, type(None), torch.dtype, torch.device})
 
 
 def _number(values: Sequence[Any], numbers: dict[Node, int]) -> tuple[Any, ...]:
-    """Arguments with nodes by number. Types count: 1 is not True; and signs of zero."""
+    """Arguments with a number in place of each node. With types and signs of zero, as 1 == True and 0.0 == -0.0."""
     numbered: list[Any] = []
     for value in values:
         kind = type(value)

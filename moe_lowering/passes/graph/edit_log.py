@@ -42,7 +42,7 @@ class EditLog:
         return _LoggedStep(self, created)
 
     def _begin(self) -> int:
-        """What is undone by ``_back_to`` is what comes from now on."""
+        """The mark of a step that begins: ``_back_to`` undoes what is edited from here on."""
         if self._known is None:
             self._known = set(self.graph.nodes)
         return len(self._undo)
@@ -98,7 +98,7 @@ class EditLog:
         _give_name(new, old.name, names)
 
     def _note_arguments(self, node: Node) -> None:
-        """And the readers of each argument: giving them back makes this node the last one of all."""
+        """And the order of the readers of each argument, as giving arguments back makes a node the last reader."""
         self._note_readers(*node.all_input_nodes)
         self._undo.append((_give_arguments, node, node.args, node.kwargs))
 
@@ -229,7 +229,7 @@ def _bring_back(
 
 
 def _order(node: Node, order: Sequence[Node]) -> None:
-    """Put the readers of a node in the order of ``wanted``; others come last."""
+    """Put the readers of a node in that order; others come last."""
     users = node.users
     ordered = dict.fromkeys((*(user for user in order if user in users), *users))
     users.clear()

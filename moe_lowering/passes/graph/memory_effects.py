@@ -76,7 +76,7 @@ class Writes:
         return next((node for node in candidates if node not in gone and self._hits(node, roots)), None)
 
     def _hits(self, node: Node, roots: dict[Node, Node]) -> bool:
-        """What was made by a write, or after it, is as it was made."""
+        """Whether a write may change what is read: what it makes itself, or what is made after it, it does not."""
         assert self._memory is not None
         written = _written(node)
         if written is None or not all(map(_is_known, written)):

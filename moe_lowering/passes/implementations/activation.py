@@ -14,9 +14,9 @@ from torch.fx import Node
 
 from moe_lowering.lookup import look_up
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.calls import OperatorCall, emit_call, tensor
 from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.matmul_calls import counts_of
+from moe_lowering.passes.operator_calls import OperatorCall, emit_call, tensor
 from moe_lowering.vocabulary import SOCS
 
 

@@ -14,11 +14,11 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import Premises, Rules
 from moe_lowering.passes.emission.emitter import Emitter
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
 from moe_lowering.passes.implementations.gathered import Partial, emit_partial, gathered_calls
 from moe_lowering.passes.implementations.tensor_parallel import first_tokens, gather
+from moe_lowering.passes.operator_calls import Premises, Rules
 
 c10d = torch.ops._c10d_functional
 

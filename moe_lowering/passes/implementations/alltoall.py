@@ -29,7 +29,6 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import OperatorCall, Premises, Rules
 from moe_lowering.passes.context import most_tokens
 from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations import alltoall_exact
@@ -41,7 +40,8 @@ from moe_lowering.passes.implementations.gathered import (
     gathered_bytes,
     gathered_calls,
 )
-from moe_lowering.passes.implementations.tensor_parallel import first_tokens, gather, share
+from moe_lowering.passes.implementations.tensor_parallel import first_tokens, gather, tokens_per_rank
+from moe_lowering.passes.operator_calls import OperatorCall, Premises, Rules
 
 c10d = torch.ops._c10d_functional
 
@@ -82,7 +82,7 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premise
 
 def _bring_home(emit: Emitter, spec: BlockSpec, partial: Partial, deployment: Deployment) -> Node:
     """This rank's own tokens [M, H], added up over the ranks that computed their experts."""
-    lines = share(spec.max_tokens, spec) if spec.max_tokens else emit.size(partial.own, 0)
+    lines = tokens_per_rank(spec.max_tokens, spec) if spec.max_tokens else emit.size(partial.own, 0)
     size = lines * spec.hidden if isinstance(lines, int) else emit.call(operator.mul, lines, spec.hidden)
     flat, splits = emit.call(aten.reshape.default, partial.y, [-1]), [size] * spec.ep_size
     swapped = emit.call(c10d.all_to_all_single.default, flat, splits, splits, spec.ep_group)
@@ -98,7 +98,7 @@ def _note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
     """A note for the report on what equal splits cost: bytes that one rank receives and sends back, and how many of
     these are its own."""
     out, back = gathered_bytes(spec, deployment), spec.hidden * int(spec.dtype.itemsize)
-    own = share(spec.max_tokens or tokens, spec)
+    own = tokens_per_rank(spec.max_tokens or tokens, spec)
     lines = spec.ep_size * own
     return (
         f"equal splits send every token to every rank, as AllGather does: {mib(lines * out)} per rank to the experts "
@@ -107,7 +107,7 @@ def _note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
 
 
 def _row_count(spec: BlockSpec, tokens: Any) -> Any:
-    return share(spec.max_tokens or tokens, spec)
+    return tokens_per_rank(spec.max_tokens or tokens, spec)
 
 
 STATIC = Form("static", _calls, _emit, _note, _row_count)

@@ -29,7 +29,6 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits.calls.tensors import data_dependent
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import OperatorCall, Premises, Rules, emit_call
 from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import Form, Replacement
 from moe_lowering.passes.implementations.gathered import (
@@ -40,25 +39,27 @@ from moe_lowering.passes.implementations.gathered import (
 )
 from moe_lowering.passes.implementations.mc2 import zero_masked_rows
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
-from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens, tokens_calls
-from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
+from moe_lowering.passes.implementations.quantised_calls import tokens_calls
+from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens
+from moe_lowering.passes.implementations.tensor_parallel import OwnTokens, gather, tokens_per_rank
 from moe_lowering.passes.implementations.unpermute import combine_calls, emit_combine
+from moe_lowering.passes.operator_calls import OperatorCall, Premises, Rules, emit_call
 
 c10d = torch.ops._c10d_functional
 
 
 def capacity(tokens: Any, spec: BlockSpec) -> Any:
     """C, the lines of one buffer, for T = ``tokens``; symbolic when that is."""
-    most = share(spec.max_tokens or tokens, spec) * min(spec.top_k, spec.local_experts)
+    most = tokens_per_rank(spec.max_tokens or tokens, spec) * min(spec.top_k, spec.local_experts)
     return torch.sym_min(most, spec.max_rows) if spec.max_rows else most
 
 
 def padding_note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
     """What equal splits cost, for the report: what one rank sends, with scales and counts, and what AllGather moves."""
     out, back = _line_bytes(spec)
-    lines, own = spec.ep_size * int(capacity(tokens, spec)), share(tokens, spec) * spec.top_k
+    lines, own = spec.ep_size * int(capacity(tokens, spec)), tokens_per_rank(tokens, spec) * spec.top_k
     sent = lines * out + spec.experts * _COUNT_BYTES, lines * back
-    gathered = spec.ep_size * share(spec.max_tokens or tokens, spec)
+    gathered = spec.ep_size * tokens_per_rank(spec.max_tokens or tokens, spec)
     other = gathered * gathered_bytes(spec, deployment), gathered * back
     return (
         f"equal splits send {mib(sent[0])} per rank to the experts and {mib(sent[1])} back at {tokens} tokens, of which "
@@ -99,7 +100,7 @@ def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rule
 
 def _rules(spec: BlockSpec, premises: Premises) -> dict[str, Any]:
     return {
-        "tokens": share(premises.tokens, spec),
+        "tokens": tokens_per_rank(premises.tokens, spec),
         "has_x_smooth": spec.has_x_smooth,
         "zero_experts": spec.zero_experts,
         "data_dependent_capacity": sized_by_data(spec, premises),
@@ -138,7 +139,7 @@ class _Exchange:
 
     def __init__(self, block: Block, emit: Emitter, deployment: Deployment) -> None:
         self.block, self.emit, self.deployment, self.spec = block, emit, deployment, block.spec
-        self.mine = Share(emit, block, deployment)
+        self.own_tokens = OwnTokens(emit, block, deployment)
         self.lines: Node  # [C] 0, 1, ...
         self.make: Callable[..., Node]  # makes nodes of C and of nothing else
 
@@ -162,8 +163,8 @@ class _Exchange:
     def send(self) -> tuple[Node, Node | None, _Outbox]:
         """(arrived rows [ep * C, H], their scales, where this rank's own rows went)."""
         emit, spec = self.emit, self.spec
-        x, scale = quantise_tokens(emit, self.block, self.mine)
-        ids = self.mine.of(emit.rows(self.block.ids))
+        x, scale = quantise_tokens(emit, self.block, self.own_tokens)
+        ids = self.own_tokens.of(emit.rows(self.block.ids))
         if self.block.mask is not None:
             ids = self._mask(ids)
         rows, place, sent, *scales = self.route(x, ids, scale, _ids(spec), spec.experts)
@@ -193,7 +194,7 @@ class _Exchange:
     def _mask(self, ids: Node) -> Node:
         """Masked tokens get ids past the last expert, which are outside of the sort's range."""
         emit, spec, value = self.emit, self.spec, ids.meta["val"]
-        mask = self.mine.of(emit.call(aten.reshape.default, self.block.mask, [-1]))
+        mask = self.own_tokens.of(emit.call(aten.reshape.default, self.block.mask, [-1]))
         nowhere = emit.constant(
             aten.arange.start,
             spec.experts,
@@ -227,7 +228,7 @@ class _Exchange:
         rank = emit.call(aten.clamp.default, outbox.rank, None, spec.ep_size - 1)
         offset = emit.call(aten.index_select.default, emit.call(aten.sub.Tensor, first, outbox.start), 0, rank)
         at = emit.call(aten.add.Tensor, outbox.place, offset)
-        weights = self.mine.of(emit.rows(self.block.weights))
+        weights = self.own_tokens.of(emit.rows(self.block.weights))
         weights = self._poison(weights, outbox, at, first, rank) if spec.max_rows else weights
         last = emit.size(home, 0)
         last = last - 1 if isinstance(last, int) else emit.call(operator.sub, last, 1)
@@ -257,7 +258,7 @@ def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premise
     with emit.at(block.combine, block.combine):
         y = run.bring_home(y_rows, place, outbox)
         if block.mask is not None:
-            y = zero_masked_rows(emit, y, run.mine.of(emit.call(aten.reshape.default, block.mask, [-1])))
+            y = zero_masked_rows(emit, y, run.own_tokens.of(emit.call(aten.reshape.default, block.mask, [-1])))
         return Replacement(emit.like(gather(emit, block, y), block.x), counts)
 
 

@@ -12,14 +12,14 @@ from torch.fx import Node
 from moe_lowering.custom_ops.alltoall_experts import AllToAllExpertsCall
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import OperatorCall, Premises, Rules
 from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import Form, Replacement
 from moe_lowering.passes.implementations.gathered import route_call
 from moe_lowering.passes.implementations.mlp import mlp_calls
-from moe_lowering.passes.implementations.quantised_mlp import PLAIN, tokens_calls
-from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
+from moe_lowering.passes.implementations.quantised_calls import PLAIN, tokens_calls
+from moe_lowering.passes.implementations.tensor_parallel import OwnTokens, gather, tokens_per_rank
 from moe_lowering.passes.implementations.unpermute import unpermute_call
+from moe_lowering.passes.operator_calls import OperatorCall, Premises, Rules
 
 
 def needs_no_host(deployment: Deployment) -> bool:
@@ -56,23 +56,23 @@ def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rule
 
 
 def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premises) -> Replacement:
-    spec, own_share = block.spec, Share(emit, block, deployment)
+    spec, own_tokens = block.spec, OwnTokens(emit, block, deployment)
     with emit.at(block.combine, block.combine):
         flat = [
-            None if n is None else own_share.of(emit.call(aten.reshape.default, n, [-1]))
+            None if n is None else own_tokens.of(emit.call(aten.reshape.default, n, [-1]))
             for n in (block.x_scale, block.mask)
         ]
         call: AllToAllExpertsCall[Node] = AllToAllExpertsCall.of(
             block.experts,
-            x=own_share.of(emit.rows(block.x)),
+            x=own_tokens.of(emit.rows(block.x)),
             x_scale=flat[0],
-            ids=own_share.of(emit.rows(block.ids)),
-            weights=emit.cast(own_share.of(emit.rows(block.weights)), torch.float32),
+            ids=own_tokens.of(emit.rows(block.ids)),
+            weights=emit.cast(own_tokens.of(emit.rows(block.weights)), torch.float32),
             mask=flat[1],
             num_experts=spec.experts,
             ep_group=spec.ep_group,
             ep_size=spec.ep_size,
-            max_tokens=share(spec.max_tokens, spec),
+            max_tokens=tokens_per_rank(spec.max_tokens, spec),
             max_rows=spec.max_rows,
         )
         pair = emit.call(torch.ops.moe_lowering.alltoall_experts.default, *call)

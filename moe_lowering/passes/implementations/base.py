@@ -14,8 +14,8 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import OperatorCall, Premises, Rules
 from moe_lowering.passes.emission.emitter import Emitter
+from moe_lowering.passes.operator_calls import OperatorCall, Premises, Rules
 
 
 @dataclasses.dataclass(frozen=True)

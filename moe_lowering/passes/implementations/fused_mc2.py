@@ -18,13 +18,13 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import OperatorCall, Premises, Rules, emit_call, tensor
 from moe_lowering.passes.context import most_tokens
 from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
 from moe_lowering.passes.implementations.mc2 import global_tokens
 from moe_lowering.passes.implementations.scale_casts import as_float32
-from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
+from moe_lowering.passes.implementations.tensor_parallel import OwnTokens, gather, tokens_per_rank
+from moe_lowering.passes.operator_calls import OperatorCall, Premises, Rules, emit_call, tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class FusedOperator:
         return (OperatorCall(self.name, judged, _word_quantities(spec, deployment)),)
 
     def _records(self, spec: BlockSpec, premises: Premises) -> _Inputs:
-        tokens, experts = share(premises.tokens, spec), spec.tensors
+        tokens, experts = tokens_per_rank(premises.tokens, spec), spec.tensors
         return _Inputs(
             tensor(torch.int8 if spec.quantised_input else spec.dtype, tokens, spec.hidden),
             tensor(torch.int32, tokens, spec.top_k),
@@ -98,10 +98,10 @@ class FusedOperator:
             return Replacement(emit.like(gather(emit, block, y), block.x), counts)
 
     def _nodes(self, emit: Emitter, block: Block, deployment: Deployment) -> _Inputs:
-        share = Share(emit, block, deployment)
+        own_tokens = OwnTokens(emit, block, deployment)
         experts = block.experts
-        mask = None if block.mask is None else share.of(emit.call(aten.reshape.default, block.mask, [-1]))
-        x, ids, weights = (share.of(emit.rows(n)) for n in (block.x, block.ids, block.weights))
+        mask = None if block.mask is None else own_tokens.of(emit.call(aten.reshape.default, block.mask, [-1]))
+        x, ids, weights = (own_tokens.of(emit.rows(n)) for n in (block.x, block.ids, block.weights))
         return _Inputs(
             x=x,
             ids=ids,
@@ -204,7 +204,7 @@ def _mega_arguments(
         "ep_size": spec.ep_size,
         "num_experts": spec.experts,
         # without a bound T itself, which then is refused as what it is: any number
-        "max_tokens": share(premises.tokens, spec) if most is None else most,
+        "max_tokens": tokens_per_rank(premises.tokens, spec) if most is None else most,
         "max_rows": max_output_size(spec, deployment, premises),
         **_optional(spec, inputs, says_format=True),
     }

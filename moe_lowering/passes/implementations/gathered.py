@@ -36,7 +36,6 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import OperatorCall, Rules, emit_call, tensor
 from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import stage_after
 from moe_lowering.passes.implementations.columns import (
@@ -49,9 +48,11 @@ from moe_lowering.passes.implementations.columns import (
 )
 from moe_lowering.passes.implementations.matmul_calls import row_scales
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
-from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens, tokens_calls
-from moe_lowering.passes.implementations.tensor_parallel import Share, share
+from moe_lowering.passes.implementations.quantised_calls import tokens_calls
+from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens
+from moe_lowering.passes.implementations.tensor_parallel import OwnTokens, tokens_per_rank
 from moe_lowering.passes.implementations.unpermute import combine_calls, emit_combine, weights_dtype
+from moe_lowering.passes.operator_calls import OperatorCall, Rules, emit_call, tensor
 
 c10d = torch.ops._c10d_functional
 
@@ -164,13 +165,13 @@ def emit_partial(block: Block, emit: Emitter, deployment: Deployment) -> Partial
 
 def _gather(emit: Emitter, block: Block, deployment: Deployment) -> tuple[GatheredTokens, Node]:
     """The tokens of all ranks, and this rank's own."""
-    spec, share = block.spec, Share(emit, block, deployment)
-    x, scale = quantise_tokens(emit, block, share)
+    spec, own_tokens = block.spec, OwnTokens(emit, block, deployment)
+    x, scale = quantise_tokens(emit, block, own_tokens)
     mask = None
     if block.mask is not None:
-        flat = share.of(emit.call(aten.reshape.default, block.mask, [-1]))
+        flat = own_tokens.of(emit.call(aten.reshape.default, block.mask, [-1]))
         mask = emit.call(aten.unsqueeze.default, flat, 1)
-    tokens = GatheredTokens(x, scale, share.of(emit.rows(block.ids)), share.of(emit.rows(block.weights)))
+    tokens = GatheredTokens(x, scale, own_tokens.of(emit.rows(block.ids)), own_tokens.of(emit.rows(block.weights)))
     own, dtype = x, weights_dtype(spec, deployment)
     if spec.ep_size == 1:
         return _cast(emit, tokens if mask is None else _mask_tokens(emit, tokens, mask, spec), dtype), own
@@ -225,7 +226,7 @@ def _fill(emit: Emitter, node: Node, token: Node, spec: BlockSpec) -> Node:
 
     Where T varies the filler is that long, and cut: a filler of symbolic length would add a guard.
     """
-    own, most = node.meta["val"].shape[0], share(spec.max_tokens, spec)
+    own, most = node.meta["val"].shape[0], tokens_per_rank(spec.max_tokens, spec)
     missing = most - own if isinstance(own, int) else most
     if isinstance(own, int) and missing <= 0:
         return node  # more than declared never gets here: the graph refuses to run

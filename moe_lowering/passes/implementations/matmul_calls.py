@@ -1,4 +1,4 @@
-"""Arguments of ``npu_grouped_matmul``, made once for legality and rewrite (``passes/calls``), with and without quantisation."""
+"""Arguments of ``npu_grouped_matmul``, made once for legality and rewrite, with and without quantisation."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.calls import OperatorCall, tensor
 from moe_lowering.passes.operands import Operand, Operands
+from moe_lowering.passes.operator_calls import OperatorCall, tensor
 
 MATMUL = "npu_grouped_matmul"
 

@@ -29,11 +29,11 @@ from torch.fx.node import has_side_effect
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits.calls.tensors import data_dependent
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import OperatorCall, Premises, Rules, emit_call, tensor
 from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement, stage_after
 from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
-from moe_lowering.passes.implementations.tensor_parallel import Share, gather, share
+from moe_lowering.passes.implementations.tensor_parallel import OwnTokens, gather, tokens_per_rank
+from moe_lowering.passes.operator_calls import OperatorCall, Premises, Rules, emit_call, tensor
 
 TWO_LEVELS = "hierarchy"
 PER_TOKEN = 2  # quant_mode: int8 with a scale per token
@@ -71,7 +71,7 @@ def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rule
 
 
 def _judged_dispatch(spec: BlockSpec, deployment: Deployment, premises: Premises) -> dict[str, Any]:
-    tokens = _judged_tokens(spec, deployment, share(premises.tokens, spec))
+    tokens = _judged_tokens(spec, deployment, tokens_per_rank(premises.tokens, spec))
     # no dispatch takes int8 tokens: it quantises by itself
     x = tensor(torch.int8 if spec.quantised_input else spec.dtype, tokens.weights.shape[0], spec.hidden)
     smooth = tensor(torch.float32, spec.experts, spec.hidden) if spec.has_x_smooth else None
@@ -79,7 +79,7 @@ def _judged_dispatch(spec: BlockSpec, deployment: Deployment, premises: Premises
 
 
 def _judged_combine(spec: BlockSpec, deployment: Deployment, premises: Premises) -> dict[str, Any]:
-    tokens = _judged_tokens(spec, deployment, share(premises.tokens, spec))
+    tokens = _judged_tokens(spec, deployment, tokens_per_rank(premises.tokens, spec))
     expand = tensor(torch.float32, None) if deployment.weighs_before_sending else None
     numbers = tensor(torch.int32, None)  # how many there are depends on the kind of rank
     sent = _Sent(tensor(spec.dtype, None, spec.hidden), None, numbers, None, numbers, expand)
@@ -165,7 +165,7 @@ def _shared_arguments(spec: BlockSpec, deployment: Deployment, mask: Any) -> dic
 
 def global_tokens(spec: BlockSpec) -> int:
     """``global_bs``: what all ranks have of tokens at most, 0 where their numbers are equal."""
-    return int(share(spec.max_tokens, spec)) * spec.ep_size
+    return int(tokens_per_rank(spec.max_tokens, spec)) * spec.ep_size
 
 
 def _algorithm(deployment: Deployment) -> str:
@@ -190,30 +190,30 @@ class _Sent:
 
 def _emit(block: Block, emit: Emitter, deployment: Deployment, premises: Premises) -> Replacement:
     _keep_communication()
-    spec, share, rank = block.spec, Share(emit, block, deployment), deployment.own_rank("ep")
+    spec, own_tokens, rank = block.spec, OwnTokens(emit, block, deployment), deployment.own_rank("ep")
     start = stage_after(block, block.weights) if deployment.weighs_before_sending else block.dispatch
     with emit.at(start, block.dispatch):
-        ids, mask, active = share.of(emit.rows(block.ids)), None, None
+        ids, mask, active = own_tokens.of(emit.rows(block.ids)), None, None
         if block.mask is not None:
-            mask = share.of(emit.call(aten.reshape.default, block.mask, [-1]))
+            mask = own_tokens.of(emit.call(aten.reshape.default, block.mask, [-1]))
             active = _active(emit, mask, spec, deployment)
-        weights = _scales(emit, block, share) if deployment.weighs_before_sending else None
-        x = share.of(emit.rows(block.x))
+        weights = _scales(emit, block, own_tokens) if deployment.weighs_before_sending else None
+        x = own_tokens.of(emit.rows(block.x))
         arguments = dispatch_arguments(spec, deployment, rank, x, _Tokens(ids, weights, active), block.x_smooth)
         sent = _emit_dispatch(emit, emit_call(emit, DISPATCH, arguments), spec, deployment)
     with emit.at(max(block.mlp, start), block.mlp):
         y_rows = emit_mlp(emit, block, sent.rows, sent.scale, sent.counts, deployment)
     with emit.at(block.combine, block.combine):
-        tokens = _Tokens(ids, _scales(emit, block, share) if weights is None else weights, active)
+        tokens = _Tokens(ids, _scales(emit, block, own_tokens) if weights is None else weights, active)
         y = emit_call(emit, COMBINE, combine_arguments(spec, deployment, rank, y_rows, tokens, sent))
         if mask is not None:
             y = zero_masked_rows(emit, y, mask)
         return Replacement(emit.like(gather(emit, block, y), block.x), sent.counts)
 
 
-def _scales(emit: Emitter, block: Block, share: Share) -> Node:
+def _scales(emit: Emitter, block: Block, own_tokens: OwnTokens) -> Node:
     """The routing weights of this rank's tokens as both ends take them."""
-    return emit.cast(share.of(emit.rows(block.weights)), torch.float32)
+    return emit.cast(own_tokens.of(emit.rows(block.weights)), torch.float32)
 
 
 def _emit_dispatch(emit: Emitter, sent: Node, spec: BlockSpec, deployment: Deployment) -> _Sent:

@@ -15,12 +15,12 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
-from moe_lowering.passes.calls import OperatorCall, Rules, emit_call
 from moe_lowering.passes.emission.emitter import Emitter
 from moe_lowering.passes.implementations import quantised_mlp
 from moe_lowering.passes.implementations.activation import EMITTED, activation_calls, emit_activation
 from moe_lowering.passes.implementations.matmul_calls import MATMUL, matmul_arguments, matmul_call
 from moe_lowering.passes.operands import Operand, Operands
+from moe_lowering.passes.operator_calls import OperatorCall, Rules, emit_call
 
 # bfloat16 inputs take a float32 bias; others a bias of their own dtype. Source: ops_transformer.grouped_matmul
 _BIAS_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float16, torch.float32: torch.float32}
@@ -35,7 +35,7 @@ def mlp_calls(spec: BlockSpec, deployment: Deployment, chosen: str | None = None
     if not all(words[name] for name in _NEEDED):
         return (Rules("grouped_mlp", words),)  # a block that has no emitter makes no calls
     if spec.format.quantised:
-        return Rules("grouped_mlp", words), *quantised_mlp.calls(spec, deployment, chosen)
+        return Rules("grouped_mlp", words), *quantised_mlp.block_calls(spec, deployment, chosen)
     experts = spec.tensors
     first = matmul_call(spec, spec.hidden, experts.w13, bias=_biases(spec, experts.w13_bias))
     second = matmul_call(spec, spec.intermediate, experts.w2, bias=_biases(spec, experts.w2_bias))

@@ -23,12 +23,12 @@ from moe_lowering.passes.emission.emitter import Emitter, aten
 c10d = torch.ops._c10d_functional
 
 
-def share(tokens: Any, spec: BlockSpec) -> Any:
+def tokens_per_rank(tokens: Any, spec: BlockSpec) -> Any:
     """M, the tokens that one rank of the TP group works on; symbolic when ``tokens`` is."""
     return ceil_div(tokens, spec.tp_size)
 
 
-class Share:
+class OwnTokens:
     """This rank's share of tensors with one line per token. Lines of one block are chosen once and used for all."""
 
     def __init__(self, emit: Emitter, block: Block, deployment: Deployment) -> None:

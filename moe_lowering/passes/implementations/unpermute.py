@@ -17,8 +17,8 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.calls import OperatorCall, emit_call, tensor
 from moe_lowering.passes.emission.emitter import Emitter, aten
+from moe_lowering.passes.operator_calls import OperatorCall, emit_call, tensor
 
 UNPERMUTE = "npu_moe_token_unpermute"
 

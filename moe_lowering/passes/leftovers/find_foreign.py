@@ -170,7 +170,7 @@ def _call_name(node: Node) -> str:
     if kernel:
         return kernel
     for target in operators.called_operators(node):
-        namespace, name = operators.operator_name(target)
+        namespace, name = operators.library_and_name(target)
         if name:
             return f"{namespace}.{name}"
     return node.name

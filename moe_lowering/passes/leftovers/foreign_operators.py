@@ -52,7 +52,7 @@ def kind_of(target: Any) -> str | None:
     Args:
         target: an operator, or a function of a graph that AOTAutograd has not traced.
     """
-    namespace, name = operator_name(target)
+    namespace, name = library_and_name(target)
     if namespace == "moe_lowering" and name in _HELPERS:
         traced = isinstance(target, torch._ops.OpOverload) or name not in GENERIC
         return None if traced else NOT_TRACED  # an OpOverloadPacket, which no pass after AOTAutograd meets
@@ -71,7 +71,7 @@ def kind_of(target: Any) -> str | None:
     return TORCH_NPU if namespace in _ASCEND or name.startswith("npu_") else OPAQUE
 
 
-def operator_name(target: Any) -> tuple[str, str]:
+def library_and_name(target: Any) -> tuple[str, str]:
     """(namespace, name in lower case) of an operator or a function of torch's; ("", "") of anything else."""
     if isinstance(target, torch._ops.OpOverload):
         namespace, _, name = target._schema.name.partition("::")
@@ -121,7 +121,7 @@ def is_moe_module(entry: Any) -> bool:
 
 def is_used_for_experts(node: Node) -> bool:
     """Of an operator that dense layers may use too: whether this call has experts."""
-    _, name = operator_name(node.target)
+    _, name = library_and_name(node.target)
     if name == "npu_ffn":  # a dense MLP unless it is told how many tokens each expert has
         return any(node.kwargs.get(key) is not None for key in ("expert_tokens", "expert_tokens_index"))
     if name == "_grouped_mm" and isinstance(node.target, torch._ops.OpOverload):  # without offsets: a batched product

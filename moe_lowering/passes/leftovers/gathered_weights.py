@@ -29,7 +29,7 @@ from moe_lowering.passes.graph.walks import (
 )
 from moe_lowering.passes.leftovers.graph_calls import GraphCalls
 
-# What makes other numbers of experts, or the same in other places, of those that a choice gave
+# Operators that turn the ids of a choice into other ids, or put them elsewhere
 _MAPS = VIEWS | split_words(
     "select slice flip roll add sub mul rsub remainder index index_select gather split unbind getitem"
 )
@@ -85,7 +85,7 @@ def _gathers_rows(node: Node) -> Node | None:
 
 
 def _has_matrices(gather: Node, is_chosen: bool) -> bool:
-    """Whether a gather is of something with three axes or more; or of the lines of a choice, that matrices are made of."""
+    """Whether a gather gives matrices: of a tensor with three axes or more; or, by a choice, lines that views make matrices."""
     shape, lines = shape_of(gather.args[0]), shape_of(gather)
     if shape is None or len(shape) >= 3:
         return is_chosen or name_of(gather) in ("index", "index_select")

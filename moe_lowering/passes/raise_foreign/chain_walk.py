@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.blocks import size_key
+from moe_lowering.passes.blocks import equal_sizes
 from moe_lowering.passes.graph.arguments import argument, input_node
-from moe_lowering.passes.leftovers.foreign_operators import operator_name
+from moe_lowering.passes.leftovers.foreign_operators import library_and_name
 from moe_lowering.passes.raise_foreign.read_meanings import is_made_alike
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
@@ -140,7 +140,7 @@ def is_operator(node: Any, *names: str, namespace: str = "npu") -> bool:
 
 def other_operator(node: Node, seen: str, expected: str) -> NotThisForm:
     """Why a chain ends at an operator that the form does not have there, by what kind of operator it is."""
-    namespace, name = operator_name(node.target)
+    namespace, name = library_and_name(node.target)
     code = "raise.operation_between"
     if namespace == "custom" and name in _CUSTOM:
         code, reason = _CUSTOM[name]
@@ -229,7 +229,7 @@ def same_value_after(node: Node, reader: Node) -> tuple[Node, ...]:
     return ()
 
 
-def source_of(node: Node) -> Node:
+def same_value_before(node: Node) -> Node:
     """The value that a node is, behind views to the same shape, or views of which the last has that shape again."""
     while node.op == "call_function":
         before = input_node(node) if is_same(node) else _before_views(node)
@@ -269,7 +269,7 @@ def equal_values(a: Any, b: Any) -> bool:
     """Whether two arguments are the same value: one node, or the same cast and views of one, written twice."""
     if not isinstance(a, Node) or not isinstance(b, Node):
         return bool(type(a) is type(b) and a == b)
-    a, b = source_of(a), source_of(b)
+    a, b = same_value_before(a), same_value_before(b)
     if a is b:
         return True
     if a.target is not b.target or a.target not in _VIEWS or len(a.args) != len(b.args) or a.kwargs != b.kwargs:
@@ -279,7 +279,7 @@ def equal_values(a: Any, b: Any) -> bool:
 
 def same_sizes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two values have the same sizes, for all values of the symbols; no guard is made."""
-    return [*map(size_key, a.shape)] == [*map(size_key, b.shape)]
+    return equal_sizes(a.shape, b.shape)
 
 
 def value_of(node: Node) -> torch.Tensor:

@@ -63,8 +63,8 @@ def looks_only(node: Node) -> bool:
 
 
 def copies_before(region: Iterable[Node], is_own: Callable[[Node], bool]) -> tuple[list[Node], list[Node]]:
-    """What a region reads that is none of it: copies and views of other tensors, which the layer will read in their place, back
-    to those; and the tensors themselves, for which ``is_own`` holds."""
+    """What a region reads from outside: (copies and views, back to the tensors that they are of; these tensors, for which
+    ``is_own`` holds). The layer will read the tensors in place of the copies."""
     copies: list[Node] = []
     own: list[Node] = []
     visited, pending = {*region}, [*region]
@@ -95,7 +95,7 @@ def closed_region(
     Args:
         before: what stands in front of the region and was read to prove it, such as what ids were chosen by.
         read: what will be read where the result stands.
-        may_stay: of a value of the region that is read elsewhere, whether it may be.
+        may_stay: whether a value of the region may be read outside of it, too.
         scopes: see ``scopes.scope_paths``.
 
     Raises:
@@ -135,7 +135,8 @@ def _require_one_scope(result: Node, interior: set[Node], scopes: Mapping[Node, 
 def _require_unwritten(
     result: Node, interior: set[Node], whole: set[Node], read: Iterable[Node], writes: Writes
 ) -> None:
-    """Of all nodes of the region and before it: what stays because it is read elsewhere is computed anew in the layer."""
+    """Nothing that the region reads or computes is written before its result. Nodes that stay for other readers count, since
+    the layer computes them anew."""
     own = {node for node in whole if is_own_write(node)}
     stays = min(own - interior, default=None)  # and what it writes into is read anew
     writer = stays or writes.between(min(whole), result, [*whole, *read], gone=own)

@@ -34,7 +34,7 @@ _COLLIDE = split_words(  # after which two numbers may be equal
 
 @dataclasses.dataclass(frozen=True)
 class _Lines:
-    """Numbers that are to differ: those along axis ``at`` of a node, or, where that is None, of each ``width`` in order."""
+    """Numbers of a node that must differ within each line: along axis ``at``, or, without one, in each run of ``width``."""
 
     node: Node
     at: int | None
@@ -118,12 +118,12 @@ def _step(lines: _Lines) -> _Step:
 
 
 def _whole(source: Node, axis: int | None) -> _Step:
-    """All that is along an axis."""
+    """The lines of ``source`` along an axis."""
     return None if axis is None else _Lines(source, axis, sizes(source)[axis])
 
 
 def _in_order(lines: _Lines, source: Node) -> _Step:
-    if lines.node.meta["val"].dtype != source.meta["val"].dtype:  # the same bits
+    if lines.node.meta["val"].dtype != source.meta["val"].dtype:  # a view of the bits
         return None
     return _Lines(source, None, lines.width) if lines.at in (None, len(sizes(lines.node)) - 1) else None
 

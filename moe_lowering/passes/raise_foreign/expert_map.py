@@ -4,11 +4,11 @@ A table from outside of the graph is an input of it: what it holds is not known.
 placement (``log2phy``) does, unless the graph shows that it cannot:
 
 - it has more entries than there are experts, so that they are not all experts, or not different ones;
-- a number that it gives, or an id from anywhere else, is compared with -1 or the number of experts, or told from those that are
-  experts by an order, for something that the layer's values meet: of use there only where some are none. What is counted or
-  asserted beside the layer says nothing.
+- a number that it gives, or an id from anywhere else, is compared with -1 or with the number of experts, or by an order that
+  parts experts from other numbers; and the layer's values meet what follows from that. Such a test is of use only where some
+  ids are no experts. What is counted or asserted beside the layer says nothing.
 
-Not all ways to tell them are known: comparisons with numbers and filled tensors are, behind sums with numbers.
+The tests that are known are comparisons with numbers and with filled tensors, also of sums with numbers.
 What is stored in the graph itself, a literal of the model, is read (``stored_numbers``).
 A model with such ids is right, as it drops or masks what they give. ``dispatch`` takes experts only, and would not be.
 """
@@ -41,17 +41,15 @@ _STEPS = 60
 
 
 def require_experts(ids: Node, experts: int, result: Node) -> None:
-    """What is in ids from outside of the graph, or from a table that is, is not known to be anything else than experts, for
-    the layer that gives ``result``.
+    """Nothing shows that ids from outside of the graph, or from a table from there, are anything else than experts, for the
+    layer that gives ``result``.
 
     Raises:
         NotThisForm: ``raise.expert_map`` of a table, ``raise.ids_range`` of other ids.
     """
     sources = made_from(ids, experts)
-    if all(
-        node.op == "call_function" for node in sources
-    ):  # a choice: a test of its ids, as transformers has it, tells nothing
-        return
+    if all(node.op == "call_function" for node in sources):
+        return  # a choice: a test of its ids, as transformers has it, tells nothing
     several = sizes(ids)[-1] != 1
     for node in sources:
         _require_stored(node, ids, experts)
@@ -194,7 +192,7 @@ def _tested(node: Node, experts: int | None, result: Node | None) -> Node | None
 
 
 def _tells_apart(node: Node, at: Node, added: float, experts: int | None) -> bool:
-    """Of ``at``, ids to which a number was added."""
+    """Whether a node parts experts from other numbers. ``at`` are the ids plus ``added``."""
     name = stock_name_of(node)
     if name in ("clamp", "clamp_min"):
         return explicit_arguments(node).get("min") == added

@@ -20,7 +20,7 @@ from typing import Any
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.passes.blocks import size_key
+from moe_lowering.passes.blocks import equal_sizes
 from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.graph.walks import stock_name_of
@@ -101,17 +101,17 @@ def _own_ids(node: Node, experts: int) -> _Own | None:
     made = _number(filler)
     if made is None or stock_name_of(off) != "ne" or not isinstance(off.args[0], Node):
         return None
-    share: Node = off.args[0]
+    owner: Node = off.args[0]
     rank: Any = off.args[1]
-    if stock_name_of(share) not in ("floor_divide", "div") or not isinstance(source, Node):
+    if stock_name_of(owner) not in ("floor_divide", "div") or not isinstance(source, Node):
         return None
-    floors = stock_name_of(share) == "floor_divide" or argument(share, "rounding_mode") == "floor"
-    if share.args[0] is not source or not floors:
-        raise _not(share, f"the rank of {share.args[0]}, of ids from {source.name}", "ids // experts, rounded down")
-    if made != experts or by != experts or share.args[1] != experts or type(rank) is not int:
-        seen = f"ids % {by}, ids // {share.args[1]} != {rank}, and {made} for those of other ranks"
+    floors = stock_name_of(owner) == "floor_divide" or argument(owner, "rounding_mode") == "floor"
+    if owner.args[0] is not source or not floors:
+        raise _not(owner, f"the rank of {owner.args[0]}, of ids from {source.name}", "ids // experts, rounded down")
+    if made != experts or by != experts or owner.args[1] != experts or type(rank) is not int:
+        seen = f"ids % {by}, ids // {owner.args[1]} != {rank}, and {made} for those of other ranks"
         raise _not(node, seen, f"{experts} each, the number of this rank's experts, and its place")
-    nodes = (node, inside, off, share, *((filler,) if isinstance(filler, Node) else ()))
+    nodes = (node, inside, off, owner, *((filler,) if isinstance(filler, Node) else ()))
     return _Own(source, off, rank, nodes)
 
 
@@ -191,6 +191,6 @@ def _added_to(own: Node) -> Node | None:
     other = second if first is own else first
     if not isinstance(other, Node) or other is own:
         return None
-    sum_, mine, theirs = (each.meta["val"] for each in (user, own, other))
-    alike = mine.dtype == theirs.dtype == sum_.dtype and [*map(size_key, mine.shape)] == [*map(size_key, theirs.shape)]
-    return other if alike else None
+    total, own_value, added = (each.meta["val"] for each in (user, own, other))
+    same_dtype = own_value.dtype == added.dtype == total.dtype
+    return other if same_dtype and equal_sizes(own_value.shape, added.shape) else None

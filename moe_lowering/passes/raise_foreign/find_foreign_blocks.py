@@ -29,14 +29,15 @@ from moe_lowering.passes.raise_foreign import (
 )
 from moe_lowering.passes.raise_foreign.graph_facts import reading
 from moe_lowering.passes.raise_foreign.npu_forms import NPU_FORMS
-from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
+from moe_lowering.passes.raise_foreign.records import ForeignBlock, ForeignForm, NotThisForm
 from moe_lowering.passes.run.messages import describe_internal_error, log_warning
 from moe_lowering.report.leftovers import NotRaised
 
-FORMS: dict[str, Form] = {form.name: form for form in (match_grouped_mm.FORM, match_gathered_weights.FORM, *NPU_FORMS)}
-assert (
-    rules_of_counts and rules_of_experts and rules_of_layout and rules_of_npu and rules_of_routing and rules_of_sums
-)  # imported for the rules that they add
+FORMS: dict[str, ForeignForm] = {
+    form.name: form for form in (match_grouped_mm.FORM, match_gathered_weights.FORM, *NPU_FORMS)
+}
+# Imported for the rules that they add
+assert rules_of_counts and rules_of_experts and rules_of_layout and rules_of_npu and rules_of_routing and rules_of_sums
 
 
 def find_foreign_blocks(graph: Graph, deployment: Deployment) -> tuple[list[ForeignBlock], dict[Node, NotRaised]]:

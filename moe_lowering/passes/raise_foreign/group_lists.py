@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument, input_node
-from moe_lowering.passes.raise_foreign.chain_walk import Walk, equal_values, is_same, source_of, value_of
+from moe_lowering.passes.raise_foreign.chain_walk import Walk, equal_values, is_same, same_value_before, value_of
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 aten = torch.ops.aten
@@ -102,7 +102,7 @@ def _two_parts(node: Any) -> tuple[Any, Any]:
     if isinstance(node, Node) and node.target is aten.cat.default and value_of(node).dim() == 1:
         parts: Any = node.args[0]
         if len(parts) == 2:
-            return source_of(parts[0]), source_of(parts[1])
+            return same_value_before(parts[0]), same_value_before(parts[1])
     return None, None
 
 

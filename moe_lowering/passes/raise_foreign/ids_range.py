@@ -2,8 +2,8 @@
 
 An id past the last expert is a row that no product computes: what the layer then makes of it (nothing, garbage, an identity
 expert) is not what ``dispatch`` does. So ids must come from choices among as many experts, or from outside of the graph: an
-input, or a table that is stored. Of those it is taken for granted, as the generic operators take it. With k > 1 those of a token
-must differ, too (``distinct_ids``).
+input, or a table that is stored. The latter are taken to be experts, as the generic operators take them. With k > 1 the ids of
+one token must also differ (``distinct_ids``).
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ _LOOK_UPS = ("index", "index_select", "gather", "embedding")  # of a table, by a
 _JOINS = ("cat", "stack", "where", "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "flip")
 _CASTS = ("_to_copy", "to", "convert_element_type")
 _STEPS = 60
-_FILLED = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value", "scalar_tensor": "s"}  # with what
+# Operators that fill a tensor, and the argument with the number
+_FILLED = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value", "scalar_tensor": "s"}
 _ROUTERS = ("npu_moe_gating_top_k_softmax", "npu_moe_gating_top_k_softmax_v2")
 
 
 def out_of_range(ids: Node, experts: int, given: bool = True) -> Node | None:
-    """The node for whose sake ids are not known to be within [0, experts) and those of a token to differ; None where they are.
+    """The node because of which ids are not known to be in [0, experts) and to differ within a token; None where they are.
 
     Args:
-        given: ids from outside of the graph are taken to be.
+        given: take ids from outside of the graph to be so.
     """
     return _walk(ids, experts, given)[0] or may_repeat(ids, given=False)
 
@@ -42,7 +43,7 @@ def made_from(ids: Node, experts: int) -> list[Node]:
 
 
 def _walk(ids: Node, experts: int, given: bool) -> tuple[Node | None, list[Node]]:
-    """The node for whose sake ids may be out of range, or None; and the nodes that were looked at."""
+    """The node because of which ids may be out of range, or None; and the nodes that were looked at."""
     pending, visited = [ids], {ids}
     while pending:
         node = pending.pop()
@@ -118,7 +119,7 @@ def past_experts(ids: Node, experts: int) -> Node | None:
 
 
 def _is_expert(value: Any, experts: int) -> bool:
-    """Of what a mask fills in: no number, or one of an expert."""
+    """Whether what a mask fills in may be an expert: its number, or a value that is not known."""
     if isinstance(value, Node):
         name = _FILLED.get(stock_name_of(value))
         value = None if name is None else argument(value, name)

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import argument
-from moe_lowering.passes.raise_foreign.chain_walk import source_of, value_of
+from moe_lowering.passes.raise_foreign.chain_walk import same_value_before, value_of
 from moe_lowering.passes.raise_foreign.masks_by_id import experts_of_mask
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
@@ -45,7 +45,7 @@ def weights_before_mask(weights: Node, route: Node, first: int, last: int) -> tu
 
 def behind_casts(value: Any) -> tuple[Any, Any]:
     """What a value is behind casts from float to float or int to int and copies, and the dtype of 16 bits on the way, if any."""
-    node, narrow = source_of(value), set[torch.dtype]()
+    node, narrow = same_value_before(value), set[torch.dtype]()
     while node.target in (aten._to_copy.default, aten.clone.default):
         before: Any = node.args[0]
         new, old = value_of(node).dtype, value_of(before).dtype
@@ -54,8 +54,8 @@ def behind_casts(value: Any) -> tuple[Any, Any]:
         if not new.is_floating_point and torch.iinfo(new).bits < 32:  # ids past its largest number would be others
             break
         narrow |= {new} - {torch.float32, torch.float64, old} if new.is_floating_point else set()
-        node = source_of(before)
-    return (node, next(iter(narrow), None)) if len(narrow) < 2 else (source_of(value), None)
+        node = same_value_before(before)
+    return (node, next(iter(narrow), None)) if len(narrow) < 2 else (same_value_before(value), None)
 
 
 def _unmasked(weights: Node, route: Node) -> tuple[Any, Any, bool]:

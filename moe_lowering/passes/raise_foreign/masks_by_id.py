@@ -75,13 +75,8 @@ def _called(node: Node, ids: Node, numbers: torch.Tensor, known: dict[Node, Any]
     args, kwargs = torch.fx.node.map_arg((node.args, _without_device(node.kwargs)), made.__getitem__)
     try:
         result = node.target(*args, **kwargs)
-    except (
-        RuntimeError,
-        TypeError,
-        IndexError,
-        ValueError,
-    ):  # sizes of slots in a constant, an id that a table has not
-        return None
+    except (RuntimeError, TypeError, IndexError, ValueError):
+        return None  # a constant has sizes of slots, or a table has no such id
     return result if isinstance(result, torch.Tensor) and result.numel() <= _LARGEST else None
 
 

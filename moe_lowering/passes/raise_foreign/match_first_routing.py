@@ -27,10 +27,17 @@ from moe_lowering.passes.blocks import size_key
 from moe_lowering.passes.graph.arguments import argument, input_node
 from moe_lowering.passes.graph.operator_names import call_name
 from moe_lowering.passes.graph.walks import stock_name_of
-from moe_lowering.passes.raise_foreign.chain_walk import Walk, is_operator, require, same_sizes, source_of, value_of
+from moe_lowering.passes.raise_foreign.chain_walk import (
+    Walk,
+    is_operator,
+    require,
+    same_sizes,
+    same_value_before,
+    value_of,
+)
 from moe_lowering.passes.raise_foreign.group_lists import COUNTS, PREFIX_SUMS
 from moe_lowering.passes.raise_foreign.match_int8_experts import FUSED, FUSED_V2
-from moe_lowering.passes.raise_foreign.match_npu_mlp import match_experts
+from moe_lowering.passes.raise_foreign.match_npu_mlp import match_npu_experts
 from moe_lowering.passes.raise_foreign.match_routing_chain import BY_ROW, FINALIZE, check_weights, way_back
 from moe_lowering.passes.raise_foreign.meanings import as_ids
 from moe_lowering.passes.raise_foreign.npu_chain import Chain
@@ -60,13 +67,12 @@ def match_routing_v1(route: Node, deployment: Deployment) -> Chain:
     walk = Walk()
     rows, places, sorted_ids = walk.results(route, 3)
     sums, experts_in_all, counting = _prefix_sums(walk, route, sorted_ids)
-    experts = match_experts(walk, rows, None, sums, PREFIX_SUMS, route)
+    experts = match_npu_experts(walk, rows, None, sums, PREFIX_SUMS, route)
     back, rows_back = walk.onward(experts.result, "the experts' result")
     walk.add(back)
     weights, added = way_back(walk, back, rows_back, places, BY_COLUMN)
-    walk.read_by(
-        sorted_ids, "the sorted experts", counting, back
-    )  # way_back reads them for biases, of which there are none
+    # way_back reads them for biases, of which there are none
+    walk.read_by(sorted_ids, "the sorted experts", counting, back)
     check_weights(ids, back, weights)
     sent = {"x": argument(route, "x"), "x_scale": None, "ids": ids, "mask": None, "num_experts": experts_in_all}
     _check_types(route, sent["x"], experts.result)
@@ -88,7 +94,7 @@ def match_permute(permute: Node, deployment: Deployment) -> Chain:
     rows, places = walk.results(permute, 2)
     groups, kind = _groups_of(rows, permute)
     experts_in_all, source = _counted(groups, kind, ids, permute)
-    experts = match_experts(walk, rows, None, groups, kind, permute)
+    experts = match_npu_experts(walk, rows, None, groups, kind, permute)
     back, rows_back = walk.onward(experts.result, "the experts' result")
     walk.add(back)
     weights, added = way_back(walk, back, rows_back, places, BY_ROW)
@@ -127,7 +133,7 @@ def _require_all_rows(node: Node, number: Any, every: Any, name: str) -> None:
 
 def _require_by_column(route: Node, row_idx: Any, ids: Node) -> tuple[Node, ...]:
     """Slot (t, j) has number j * T + t; the nodes that say so."""
-    node = source_of(row_idx)
+    node = same_value_before(row_idx)
     if same_sizes(value_of(node), value_of(ids)):
         source = node.args[0] if node.target is operator.getitem and node.args[1] == 2 else None
         if is_operator(source, SOFTMAX):

@@ -27,7 +27,7 @@ from torch.fx import Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.graph.arguments import argument, input_node
 from moe_lowering.passes.graph.operator_names import call_name
-from moe_lowering.passes.raise_foreign.chain_walk import same_sizes, source_of, value_of
+from moe_lowering.passes.raise_foreign.chain_walk import same_sizes, same_value_before, value_of
 from moe_lowering.passes.raise_foreign.distinct_ids import may_repeat
 from moe_lowering.passes.raise_foreign.expert_parallel import summed_over_ranks
 from moe_lowering.passes.raise_foreign.masked_weights import behind_casts, weights_before_mask
@@ -45,17 +45,7 @@ def match_gathered(route: Node, deployment: Deployment) -> Chain:
     Raises:
         NotThisForm: it is none that the generic operators say.
     """
-    rank, ranks = deployment.ep_rank, deployment.ep_size
-    experts = argument(route, "expert_num")
-    if rank is None or deployment.tp_size not in (1, ranks) or deployment.shared_expert_ranks:
-        raise NotThisForm(
-            route, "raise.other_rank", f"{route.name} on one of {ranks} ranks; {deployment.unknown_rank or 'TP or shared'}",
-            "this rank's place in the EP group, tp_size 1 or ep_size, no shared-expert ranks",
-        )  # fmt: skip
-    if type(experts) is not int or experts < 1 or experts % ranks:
-        raise NotThisForm(route, "raise.experts", f"{route.name}: expert_num is {experts!r}", f"a multiple of {ranks}")
-    own = experts // ranks
-    first, last = rank * own, (rank + 1) * own
+    first, last = _own_experts(route, deployment)
     chain = match_range(route, [first, last])
     unmasked, rounded = _weights_of_all(chain, route, first, last)
     for added in chain.added if deployment.tp_size == 1 else ():
@@ -84,6 +74,21 @@ def match_gathered(route: Node, deployment: Deployment) -> Chain:
     return dataclasses.replace(
         chain, form=form, sent={**sent, **places}, weights=weights, combine=result, read_before=before, rounded=rounded
     )  # fmt: skip
+
+
+def _own_experts(route: Node, deployment: Deployment) -> tuple[int, int]:
+    """The first expert of this rank, and the first one after them."""
+    rank, ranks = deployment.ep_rank, deployment.ep_size
+    experts = argument(route, "expert_num")
+    if rank is None or deployment.tp_size not in (1, ranks) or deployment.shared_expert_ranks:
+        raise NotThisForm(
+            route, "raise.other_rank", f"{route.name} on one of {ranks} ranks; {deployment.unknown_rank or 'TP or shared'}",
+            "this rank's place in the EP group, tp_size 1 or ep_size, no shared-expert ranks",
+        )  # fmt: skip
+    if type(experts) is not int or experts < 1 or experts % ranks:
+        raise NotThisForm(route, "raise.experts", f"{route.name}: expert_num is {experts!r}", f"a multiple of {ranks}")
+    own = experts // ranks
+    return rank * own, (rank + 1) * own
 
 
 def _weights_of_all(chain: Chain, route: Node, first: int, last: int) -> tuple[Any, Any]:
@@ -137,9 +142,9 @@ def _gathered(value: Any, deployment: Deployment, route: Node) -> Node:
 
 def _gather_of(value: Any) -> Node | None:
     """The all_gather whose result a value is, which may have been copied into a tensor that was there for it."""
-    node = source_of(value) if isinstance(value, Node) else None
+    node = same_value_before(value) if isinstance(value, Node) else None
     if node is not None and _is_whole_copy(node):
-        node = source_of(input_node(node, 1))
+        node = same_value_before(input_node(node, 1))
     gather = node.args[0] if node is not None and node.target is c10d.wait_tensor.default else None
     return gather if isinstance(gather, Node) and gather.target is c10d.all_gather_into_tensor.default else None
 

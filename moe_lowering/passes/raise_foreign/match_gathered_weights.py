@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.graph.walks import VIEWS, source_of, stock_name_of, walk_readers
 from moe_lowering.passes.raise_foreign.match_experts import match_experts
-from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
+from moe_lowering.passes.raise_foreign.records import ForeignBlock, ForeignForm, NotThisForm
 from moe_lowering.passes.raise_foreign.split_layers import split_layers
 
 NAME = "gathered_weights"
@@ -72,8 +72,8 @@ def match(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignB
         )
     ids = source_of(_ids(anchors[0]))
     every = graph.find_nodes(op="call_function", target=anchors[0].target)
-    shares = any(node not in anchors and source_of(_ids(node)) is ids and _products(node) for node in every)
-    return match_experts(NAME, graph, products, deployment, _ids(anchors[0]), shares, spreads=True)
+    ids_are_shared = any(node not in anchors and source_of(_ids(node)) is ids and _products(node) for node in every)
+    return match_experts(NAME, graph, products, deployment, _ids(anchors[0]), ids_are_shared, spreads=True)
 
 
-FORM = Form(NAME, ("aten.index.Tensor", "aten.index_select.default"), by_ids, match)
+FORM = ForeignForm(NAME, ("aten.index.Tensor", "aten.index_select.default"), by_ids, match)

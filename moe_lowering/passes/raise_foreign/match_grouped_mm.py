@@ -18,7 +18,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.graph.walks import VIEWS, source_of, stock_name_of
 from moe_lowering.passes.raise_foreign.match_experts import match_experts
-from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form
+from moe_lowering.passes.raise_foreign.records import ForeignBlock, ForeignForm
 from moe_lowering.passes.raise_foreign.split_layers import split_layers
 
 NAME = "grouped_mm"
@@ -68,11 +68,11 @@ def match(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignB
     offsets = _offsets(anchors[0])
     spelling = _spelling(offsets)
     every = graph.find_nodes(op="call_function", target=anchors[0].target)
-    shares = any(node not in anchors and _spelling(_offsets(node)) == spelling for node in every)
-    return match_experts(NAME, graph, anchors, deployment, offsets, shares)
+    ids_are_shared = any(node not in anchors and _spelling(_offsets(node)) == spelling for node in every)
+    return match_experts(NAME, graph, anchors, deployment, offsets, ids_are_shared)
 
 
-FORM = Form(
+FORM = ForeignForm(
     NAME,
     ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default", f"npu.{_NPU}.default"),
     by_offsets,

@@ -26,19 +26,19 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
     other_operator,
     require,
     require_value,
-    source_of,
+    same_value_before,
     tensors,
     value_of,
 )
 from moe_lowering.passes.raise_foreign.group_lists import COUNTS, PREFIX_SUMS, Groups
-from moe_lowering.passes.raise_foreign.match_npu_activation import clipped_words, match_activation, words_of
+from moe_lowering.passes.raise_foreign.match_npu_activation import clipped_words, match_npu_gate, words_of
 from moe_lowering.passes.raise_foreign.npu_matmuls import (
     DTYPES,
     MATMUL,
     Experts,
     both_results,
-    experts_of,
     first_matmuls,
+    make_experts,
     of_firsts,
     quantised_rows,
     require_none,
@@ -77,7 +77,7 @@ def match_int8(walk: Walk, rows: Node, row_scale: Node, groups: Groups) -> Exper
     require_weight_dtype(last, torch.int32 if form == "w4a8" else torch.int8)
     for first in made.firsts:
         _require_same_dtype(first, last, dtype)
-    return experts_of(walk, made.firsts, last, fields, made.smooth, made.clip)
+    return make_experts(walk, made.firsts, last, fields, made.smooth, made.clip)
 
 
 @dataclasses.dataclass
@@ -186,9 +186,8 @@ def _dequantised(
     require_value(node, "x", path)
     require_value(node, "activation_scale", row_scale)
     kind = groups.kind_of(argument(node, "group_index"))
-    groups.require(
-        node, "group_index", COUNTS if kind == PREFIX_SUMS else kind
-    )  # counts or pairs, whatever matmuls are told
+    # Counts or pairs, whatever matmuls are told
+    groups.require(node, "group_index", COUNTS if kind == PREFIX_SUMS else kind)
     require(node, {"activate_left": (True,)}, "raise.gate_second")
     require(
         node,
@@ -238,7 +237,7 @@ def _activated(walk: Walk, firsts: tuple[Node, ...], hidden: tuple[Node, ...], g
     if alone is not None and is_operator(alone, CLIP_ROWS, namespace="custom"):
         return _clipped(walk, firsts, hidden[0], alone, groups)
     if alone is None or not is_operator(alone, SWIGLU_ROWS):
-        activation = match_activation(walk, hidden)
+        activation = match_npu_gate(walk, hidden)
         rows, scale = quantised_rows(walk, activation.result, "the activation")
         return _Activated(rows, scale, activation.words, activation.ordered(firsts, hidden))
     walk.add(alone)
@@ -262,7 +261,7 @@ def _clipped(walk: Walk, firsts: tuple[Node, ...], hidden: Node, node: Node, gro
 
 
 def _require_scaled(node: Node, row_scale: Node) -> None:
-    if [source_of(each) for each in tensors(node, "per_token_scale")] != [row_scale]:
+    if [same_value_before(each) for each in tensors(node, "per_token_scale")] != [row_scale]:
         raise NotThisForm(
             node,
             "raise.other_value",

@@ -18,7 +18,7 @@ recipes.fused_mlp: what is written.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -39,7 +39,7 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
     value_of,
 )
 from moe_lowering.passes.raise_foreign.group_lists import COUNTS, PREFIX_SUMS
-from moe_lowering.passes.raise_foreign.match_npu_mlp import match_experts
+from moe_lowering.passes.raise_foreign.match_npu_mlp import match_npu_experts
 from moe_lowering.passes.raise_foreign.normed_combine import NORMED, read_norm
 from moe_lowering.passes.raise_foreign.npu_chain import Chain
 from moe_lowering.passes.raise_foreign.npu_matmuls import Experts
@@ -97,62 +97,86 @@ def match_mc2(dispatch: Node, deployment: Deployment, version: Version = SECOND)
     """
     walk = Walk()
     _check_dispatch(dispatch, deployment)
-    rows, scales, assist, counts, received, tp_received, expand = walk.results(dispatch, 7)
+    made = _Dispatched(*walk.results(dispatch, 7))
     quantises = argument(dispatch, "quant_mode") == PER_TOKEN
     kind = argument(dispatch, "expert_token_nums_type")
-    experts = match_experts(walk, rows, scales if quantises else None, counts, kind, dispatch)
+    experts = match_npu_experts(walk, made.rows, made.scales if quantises else None, made.counts, kind, dispatch)
     if kind == PREFIX_SUMS:  # who else reads them would keep this dispatch
-        walk.read_by(counts, "prefix sums", *walk.interior)
+        walk.read_by(made.counts, "prefix sums", *walk.interior)
     _check_types(dispatch, experts)
-    combine, rows_back = walk.onward(experts.result, "the experts' result")
+    combine, rows = walk.onward(experts.result, "the experts' result")
     if version is SECOND and is_operator(combine, NORMED):
         version = WITH_NORM
     _check_combine(combine, dispatch, deployment, version)
     walk.add(combine)
     norm = read_norm(walk, combine) if version is WITH_NORM else None
-    for name, value in (
-        ("expand_x", rows_back),
-        ("expert_ids", argument(dispatch, "expert_ids")),
-        (version.auxiliary, assist),
-        ("ep_send_counts", received),
-    ):
-        require_value(combine, name, value)
-    _optional(combine, "tp_send_counts", tp_received)
-    _optional(combine, "expand_scales", expand)
-    _own_weights(dispatch, combine)
-    for value, what in ((assist, "the auxiliary tensor"), (received, "numbers of rows"), (tp_received, "TP's numbers")):
-        walk.read_by(value, what, combine)
-    walk.read_by(expand, "expand_scales", combine)
+    require_value(combine, "expand_x", rows)
+    _check_handed_over(walk, dispatch, combine, made, version.auxiliary)
     if not quantises:
-        walk.read_by(scales, "dispatch's scales")
-    mask = argument(dispatch, "x_active_mask")
-    by_slot = mask is not None and value_of(mask).dim() == 2
-    return Chain(
+        walk.read_by(made.scales, "dispatch's scales")
+    chain = Chain(
         form=version.form,
         own=version.own,
         walk=walk,
         dispatch=dispatch,
         experts=experts,
-        combine=combine if norm is None else norm.first,
-        norm=norm,
-        sent={
-            "x": argument(dispatch, "x"),
-            "x_scale": None,
-            "ids": argument(dispatch, "expert_ids"),
-            "mask": None if by_slot else mask,
-            "slot_mask": mask if by_slot else None,
-            "num_experts": argument(dispatch, "moe_expert_num"),
-            "zero_experts": special_experts(dispatch),
-            "ep_group": deployment.ep_group,
-            "ep_size": deployment.ep_size,
-        },
+        combine=combine,
+        sent=_sent(dispatch, deployment),
         weights=argument(combine, "expert_scales"),
-        counts=counts if kind == COUNTS else None,
-        added=() if norm is not None else tuple(filter(None, (argument(combine, "shared_expert_x"),))),
-        copied=None if norm is not None else copied_tokens(combine),
-        constant=None if norm is not None else constant_experts(combine),
+        counts=made.counts if kind == COUNTS else None,
         x_smooth=argument(dispatch, "scales"),
     )
+    if norm is not None:
+        return dataclasses.replace(chain, combine=norm.first, norm=norm)
+    shared = argument(combine, "shared_expert_x")
+    added = () if shared is None else (shared,)
+    return dataclasses.replace(chain, added=added, copied=copied_tokens(combine), constant=constant_experts(combine))
+
+
+class _Dispatched(NamedTuple):
+    """The results of a dispatch; None of those that nothing reads."""
+
+    rows: Node | None
+    scales: Node | None
+    auxiliary: Node | None
+    counts: Node | None
+    received: Node | None
+    tp_received: Node | None
+    expand_scales: Node | None
+
+
+def _check_handed_over(walk: Walk, dispatch: Node, combine: Node, made: _Dispatched, auxiliary: str) -> None:
+    """What dispatch made for combine, which calls the auxiliary tensor ``auxiliary``, goes there and nowhere else."""
+    for name, value in (
+        ("expert_ids", argument(dispatch, "expert_ids")),
+        (auxiliary, made.auxiliary),
+        ("ep_send_counts", made.received),
+    ):
+        require_value(combine, name, value)
+    _optional(combine, "tp_send_counts", made.tp_received)
+    _optional(combine, "expand_scales", made.expand_scales)
+    _own_weights(dispatch, combine)
+    walk.read_by(made.auxiliary, "the auxiliary tensor", combine)
+    walk.read_by(made.received, "numbers of rows", combine)
+    walk.read_by(made.tp_received, "TP's numbers", combine)
+    walk.read_by(made.expand_scales, "expand_scales", combine)
+
+
+def _sent(dispatch: Node, deployment: Deployment) -> dict[str, Any]:
+    """The arguments of the generic ``dispatch``."""
+    mask = argument(dispatch, "x_active_mask")
+    by_slot = mask is not None and value_of(mask).dim() == 2
+    return {
+        "x": argument(dispatch, "x"),
+        "x_scale": None,
+        "ids": argument(dispatch, "expert_ids"),
+        "mask": None if by_slot else mask,
+        "slot_mask": mask if by_slot else None,
+        "num_experts": argument(dispatch, "moe_expert_num"),
+        "zero_experts": special_experts(dispatch),
+        "ep_group": deployment.ep_group,
+        "ep_size": deployment.ep_size,
+    }
 
 
 def _check_dispatch(node: Node, deployment: Deployment) -> None:

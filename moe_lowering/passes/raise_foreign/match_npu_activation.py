@@ -24,8 +24,7 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
     value_of,
 )
 from moe_lowering.passes.raise_foreign.closed_region import looks_only
-from moe_lowering.passes.raise_foreign.match_activation import Gated
-from moe_lowering.passes.raise_foreign.match_activation import match_activation as match_gated
+from moe_lowering.passes.raise_foreign.match_activation import Gated, match_activation
 from moe_lowering.passes.raise_foreign.meanings import Value, dim, feature, sizes
 from moe_lowering.passes.raise_foreign.read_meanings import Reader
 from moe_lowering.passes.raise_foreign.records import NotThisForm
@@ -54,7 +53,7 @@ def words_of(name: str, limit: float = 0.0, alpha: float = SWIGLU_ALPHA, interle
     return {"activation": name, "limit": limit, "alpha": alpha, "interleaved": interleaved}
 
 
-def match_activation(walk: Walk, hidden: tuple[Node, ...]) -> Activated:
+def match_npu_gate(walk: Walk, hidden: tuple[Node, ...]) -> Activated:
     """Of hidden [N, 2I], [N, I] without a gate, or of gate and up [N, I].
 
     Raises:
@@ -116,7 +115,7 @@ def _composed(walk: Walk, hidden: tuple[Node, ...]) -> Activated:
         )
         seen = f"{unknown.name} ({call_name(unknown)}) is in no activation that is known"
         raise NotThisForm(unknown, "raise.activation", seen if reason is None else reason.record.seen, _KNOWN)
-    gated = match_gated(value.term)
+    gated = match_activation(value.term)
     if gated is None or value.dims != (rows, feature(getattr(gated.gate, "size", width))):
         raise NotThisForm(
             result,

@@ -21,13 +21,13 @@ from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.raise_foreign.chain_walk import Walk, is_operator, tensors, value_of
 from moe_lowering.passes.raise_foreign.group_lists import Groups
 from moe_lowering.passes.raise_foreign.match_int8_experts import match_int8
-from moe_lowering.passes.raise_foreign.match_npu_activation import match_activation
+from moe_lowering.passes.raise_foreign.match_npu_activation import match_npu_gate
 from moe_lowering.passes.raise_foreign.npu_matmuls import (
     QUANTISE,
     SCALES,
     Experts,
-    experts_of,
     first_matmuls,
+    make_experts,
     of_firsts,
     quantised_rows,
     require_none,
@@ -39,7 +39,7 @@ from moe_lowering.passes.raise_foreign.npu_matmuls import (
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 
-def match_experts(
+def match_npu_experts(
     walk: Walk, rows: Node | None, row_scale: Node | None, counts: Node | None, kind: int, anchor: Node
 ) -> Experts:
     """Of rows [N, H] (int8 with ``row_scale``) in groups of ``counts``, which are of group_list_type ``kind``.
@@ -80,7 +80,7 @@ def _plain(walk: Walk, firsts: tuple[Node, ...], groups: Groups, dtype: torch.dt
         require_own_dtype(node, dtype)
         require_none(node, *SCALES)
     fields |= {"w13_bias": of_firsts(firsts, "bias"), "w2_bias": tensors(last, "bias")}
-    return experts_of(walk, firsts, last, {**fields, **words})
+    return make_experts(walk, firsts, last, {**fields, **words})
 
 
 def _int4(walk: Walk, firsts: tuple[Node, ...], groups: Groups, dtype: torch.dtype) -> Experts:
@@ -96,11 +96,11 @@ def _int4(walk: Walk, firsts: tuple[Node, ...], groups: Groups, dtype: torch.dty
         fields[f"{name}_scale"], fields[f"{name}_offset"] = (
             of_firsts(nodes, f"antiquant_{each}") for each in ("scale", "offset")
         )
-    return experts_of(walk, firsts, last, {**fields, **words})
+    return make_experts(walk, firsts, last, {**fields, **words})
 
 
 def _between(walk: Walk, firsts: tuple[Node, ...], groups: Groups) -> tuple[tuple[Node, ...], dict[str, Any], Node]:
     """(the first matmuls in the order of their columns, the words of the activation, the second matmul)."""
     firsts, hidden = side_by_side(walk, firsts)
-    activation = match_activation(walk, hidden)
+    activation = match_npu_gate(walk, hidden)
     return activation.ordered(firsts, hidden), activation.words, second_matmul(walk, activation.result, groups)

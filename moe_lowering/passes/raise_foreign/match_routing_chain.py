@@ -36,21 +36,19 @@ from moe_lowering.passes.raise_foreign.chain_walk import (
     require,
     require_value,
     same_sizes,
-    source_of,
+    same_value_before,
     value_of,
 )
 from moe_lowering.passes.raise_foreign.masked_weights import weights_before_mask
-from moe_lowering.passes.raise_foreign.match_npu_mlp import match_experts
+from moe_lowering.passes.raise_foreign.match_npu_mlp import match_npu_experts
 from moe_lowering.passes.raise_foreign.npu_chain import Chain
 from moe_lowering.passes.raise_foreign.records import NotThisForm
 
 aten = torch.ops.aten
 ROUTE, FINALIZE, UNPERMUTE = "npu_moe_init_routing_v2", "npu_moe_finalize_routing", "npu_moe_token_unpermute"
 NO_QUANT, DYNAMIC = -1, 1  # quant_mode
-BY_ROW, BY_ROW_DROP = (
-    2,
-    3,
-)  # drop_pad_mode of finalize_routing: the index of (t, k) is at t * k + k; in 3 may be -1: no row
+# drop_pad_mode of finalize_routing: the index of choice k of token t is at t * K + k; in 3 it may be -1, for no row
+BY_ROW, BY_ROW_DROP = 2, 3
 COUNTS = 1  # expert_tokens_num_type, as group_list_type: 0 prefix sums, 1 counts, 2 pairs
 
 
@@ -94,7 +92,7 @@ def match_range(route: Node, own_range: list[int] | None) -> Chain:
     travels = value_of(argument(route, "x")).dtype == torch.int8  # with a scale for each token
     quantises = travels or argument(route, "quant_mode") == DYNAMIC
     kind = argument(route, "expert_tokens_num_type")
-    experts = match_experts(walk, rows, scales if quantises else None, counts, kind, route)
+    experts = match_npu_experts(walk, rows, scales if quantises else None, counts, kind, route)
     _check_types(route, experts.result)
     back, rows_back, order = _back(walk, experts.result)
     walk.add(back)
@@ -196,7 +194,7 @@ _PADS = (aten.unsqueeze.default, aten.view.default, aten.reshape.default)
 
 def _is_absolute(back: Node) -> bool:
     index = argument(back, "expanded_src_to_dst_row")
-    return isinstance(index, Node) and source_of(index).target is aten.abs.default
+    return isinstance(index, Node) and same_value_before(index).target is aten.abs.default
 
 
 def way_back(
@@ -234,10 +232,10 @@ def _require_like_result(node: Node, skip: Node) -> None:
 def _check_index(walk: Walk, node: Node, name: str, index: Node | None) -> None:
     """The row index of the routing, or its absolute value, read by the way back alone."""
     value = argument(node, name)
-    source = source_of(value) if isinstance(value, Node) else None
+    source = same_value_before(value) if isinstance(value, Node) else None
     between = []
     if source is not None and source.target is aten.abs.default:
-        between, source = [source], source_of(input_node(source))
+        between, source = [source], same_value_before(input_node(source))
     if index is None or not equal_values(source, index):
         raise NotThisForm(node, "raise.index", f"{node.name}: {name} is {value!r}", "the row index of the same routing")
     current: Node = index

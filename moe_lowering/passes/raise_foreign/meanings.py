@@ -182,7 +182,7 @@ def as_ids(value: Value) -> tuple[Value, Tensor] | None:
     return changed, changed.term
 
 
-def match(a: Dim, b: Dim) -> dict[Axis, Dim] | None:
+def match_dims(a: Dim, b: Dim) -> dict[Axis, Dim] | None:
     """What the free axes of two dimensions of one size must be for both to run over the same index; None if they do not."""
     mapped: dict[Axis, Dim] = {}
     left, right = list(a), list(b)

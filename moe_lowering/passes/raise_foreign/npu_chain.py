@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from moe_lowering.passes.blocks import size_key
+from moe_lowering.passes.blocks import equal_sizes
 from moe_lowering.passes.graph.arguments import argument
 from moe_lowering.passes.graph.memory_effects import Writes, describe
 from moe_lowering.passes.graph.operator_names import operator_name
@@ -173,7 +173,7 @@ def _require_row_factors(chain: Chain) -> None:
         if node is None:
             continue
         value, code = value_of(node), "raise.clip" if node is chain.experts.h_clip else "raise.smooth_scales"
-        if value.dtype != torch.float32 or [*map(size_key, value.shape)] != [*map(size_key, shape)]:
+        if value.dtype != torch.float32 or not equal_sizes(value.shape, shape):
             seen = f"{node.name}: {what} are {value.dtype} {tuple(value.shape)}"
             raise NotThisForm(node, code, seen, f"float32 {shape}")
         if chain.sent["x_scale"] is not None and node is chain.x_smooth:

@@ -14,7 +14,7 @@ from moe_lowering.passes.raise_foreign.match_gathered_chain import REDUCED, matc
 from moe_lowering.passes.raise_foreign.match_mc2_chain import FIRST, SECOND, WITH_NORM, match_mc2, match_mc2_v1
 from moe_lowering.passes.raise_foreign.match_routing_chain import ROUTE, match_routing
 from moe_lowering.passes.raise_foreign.npu_chain import Chain, foreign_block
-from moe_lowering.passes.raise_foreign.records import ForeignBlock, Form, NotThisForm
+from moe_lowering.passes.raise_foreign.records import ForeignBlock, ForeignForm, NotThisForm
 
 # Operators that begin a chain which is recognised and left, and what would be raised in their place.
 NOT_RAISED = {
@@ -28,11 +28,11 @@ def _each(anchors: Sequence[Node]) -> list[list[Node]]:
     return [[node] for node in anchors]
 
 
-def _form(name: str, anchor: str, match: Callable[[Node, Deployment], Chain]) -> Form:
+def _form(name: str, anchor: str, match: Callable[[Node, Deployment], Chain]) -> ForeignForm:
     def matched(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignBlock:
         return foreign_block(match(anchors[0], deployment), graph)
 
-    return Form(name, (f"npu.{anchor}.default",), _each, matched)
+    return ForeignForm(name, (f"npu.{anchor}.default",), _each, matched)
 
 
 def _not_raised(graph: Graph, anchors: list[Node], deployment: Deployment) -> ForeignBlock:
@@ -54,13 +54,13 @@ def _never(graph: Graph, anchors: list[Node], deployment: Deployment) -> Foreign
 
 
 NPU_FORMS = (
-    Form(GATHERED, (), _each, _never),  # its anchor is that of routing_v2
-    Form(REDUCED, (), _each, _never),  # likewise
-    Form(WITH_NORM.form, (), _each, _never),  # that of mc2_v2
+    ForeignForm(GATHERED, (), _each, _never),  # its anchor is that of routing_v2
+    ForeignForm(REDUCED, (), _each, _never),  # likewise
+    ForeignForm(WITH_NORM.form, (), _each, _never),  # that of mc2_v2
     _form(SECOND.form, SECOND.dispatch, match_mc2),
     _form(FIRST.form, FIRST.dispatch, match_mc2_v1),
     _form("routing_v2", ROUTE, _match_routing),
     _form("routing_v1", ROUTE_V1, match_routing_v1),
     _form("permute", PERMUTE, match_permute),
-    Form("npu_not_raised", tuple(f"npu.{name}.default" for name in NOT_RAISED), _each, _not_raised),
+    ForeignForm("npu_not_raised", tuple(f"npu.{name}.default" for name in NOT_RAISED), _each, _not_raised),
 )

@@ -145,7 +145,7 @@ def require_weight_dtype(node: Node, dtype: torch.dtype) -> None:
             )
 
 
-def experts_of(
+def make_experts(
     walk: Walk,
     firsts: tuple[Node, ...],
     last: Node,

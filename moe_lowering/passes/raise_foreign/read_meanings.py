@@ -103,7 +103,8 @@ class Reader:
         self._values: dict[Node, Value | None] = {}
         self._derived: dict[Node, bool] = {}
         self.reasons: dict[Node, NotThisForm] = {}
-        self.bounds: list[tuple[Node, Tensor, int]] = []  # what is the identity only where ids are below a number
+        # (node, ids, number): what was read as the identity, which it is where these ids are below the number
+        self.bounds: list[tuple[Node, Tensor, int]] = []
 
     def value(self, node: Any) -> Value | None:
         """What a tensor's node means; None where that is not known, and of what is no node."""

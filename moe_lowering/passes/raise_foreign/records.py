@@ -246,7 +246,7 @@ class NotThisForm(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class ForeignForm:
     """A way in which others write an MoE layer.
 
     Attributes:

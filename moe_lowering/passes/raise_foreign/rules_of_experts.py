@@ -16,7 +16,7 @@ from moe_lowering.passes.raise_foreign.meanings import (
     feature,
     flat,
     mapped_value,
-    match,
+    match_dims,
     product,
     sizes,
     slots,
@@ -131,7 +131,7 @@ def _contract(reader: Reader, operands: Any, equation: str) -> Value | None:
     a, b, result = terms
     for letter in sorted({*a} & {*b}):
         pair = left.dims[a.index(letter)], right.dims[b.index(letter)]
-        mapped = match(*(pair[::-1] if isinstance(right.term, Pick) else pair))  # rows keep their axes
+        mapped = match_dims(*(pair[::-1] if isinstance(right.term, Pick) else pair))  # rows keep their axes
         if mapped is None:
             return None
         left, right = mapped_value(left, mapped), mapped_value(right, mapped)
@@ -269,7 +269,7 @@ def _operands(reader: Reader, node: Node) -> tuple[Dims, Term, Term] | Value | N
     a, b = (Value(((),) * (count - len(v.dims)) + v.dims, v.term) for v in (a, b))
     for at in range(count):
         if a.dims[at] and b.dims[at]:
-            mapped = match(a.dims[at], b.dims[at])
+            mapped = match_dims(a.dims[at], b.dims[at])
             if mapped is None:
                 return None
             a, b = mapped_value(a, mapped), mapped_value(b, mapped)

@@ -35,7 +35,7 @@ _WHOLE_NUMBERS = (torch.int32, torch.int64, torch.float32, torch.float64)  # tha
 def view(reader: Reader, node: Node) -> Value | None:
     """The same elements in the same order."""
     source = _source(node)
-    if source.meta["val"].dtype != node.meta["val"].dtype:  # the same bits
+    if source.meta["val"].dtype != node.meta["val"].dtype:  # a view of the bits
         return None
     value, shape = reader.value(source), sizes(node)
     if value is None:

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from moe_lowering.passes.graph.arguments import explicit_arguments
 from moe_lowering.passes.graph.walks import stock_name_of
-from moe_lowering.passes.raise_foreign.meanings import Value, as_ids, is_float, mapped_value, match
+from moe_lowering.passes.raise_foreign.meanings import Value, as_ids, is_float, mapped_value, match_dims
 from moe_lowering.passes.raise_foreign.read_meanings import Reader, near_rule
 from moe_lowering.passes.raise_foreign.terms import Past, Tensor
 
@@ -45,7 +45,7 @@ def zeroed_rows(reader: Reader, node: Node) -> Value | None:
     for at, over in enumerate(dims):
         if not over:
             continue
-        mapped = match(rows.dims[at], over)
+        mapped = match_dims(rows.dims[at], over)
         if mapped is None:
             return reader.refuse(
                 node, "raise.mask", f"rows {rows.dims[at]} by a mask of {over}", "a mask of the same slots"

@@ -21,7 +21,7 @@ from moe_lowering.passes.raise_foreign.meanings import (
     flat,
     is_float,
     mapped_value,
-    match,
+    match_dims,
     opaque,
     product,
     sizes,
@@ -135,7 +135,7 @@ def gathered(reader: Reader, node: Node) -> Value | None:
             )
     elif isinstance(number, (TokenOf, Slot)):
         over = tokens(number.ids) if isinstance(number, TokenOf) else slots(number.ids)
-        mapped = match(value.dims[0], over)
+        mapped = match_dims(value.dims[0], over)
     else:
         return None
     if mapped is None:

@@ -18,10 +18,10 @@ SPECIAL = ("zero_expert_num", "copy_expert_num", "const_expert_num")  # in the o
 
 
 def require_special(node: Node) -> None:
-    """Of dispatch or combine.
+    """The numbers of special experts of a dispatch or combine are known, and 0 or more.
 
     Raises:
-        NotThisForm: a number that is none.
+        NotThisForm: one is not.
     """
     for name in filter(lambda name: has_argument(node, name), SPECIAL):
         number = argument(node, name)
@@ -30,7 +30,7 @@ def require_special(node: Node) -> None:
 
 
 def special_experts(node: Node) -> int:
-    """Of all kinds, of a dispatch or combine that ``require_special`` accepts."""
+    """How many of all kinds there are, of a dispatch or combine that ``require_special`` accepts."""
     return sum(argument(node, name) for name in SPECIAL if has_argument(node, name))
 
 

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.blocks import size_key
+from moe_lowering.passes.blocks import equal_sizes
 from moe_lowering.passes.routers.meaning import (
     CASTS,
     EXACT,
     INTEGERS,
     Meaning,
     arg,
+    aten_name_of,
     dtype_of,
     is_last,
     is_number,
     is_plain_cast,
     keeps_axis,
-    name_of,
     rule,
     same_lead,
     same_sizes,
@@ -101,10 +101,10 @@ def _scatter(meaning: Meaning, node: Node) -> Value | None:
 
 def _takes_all(base: Any, ids: Any) -> bool:
     """Whether the ids of a row are all of a row's places: those of a top-k of as many as there are."""
-    if not isinstance(ids, Node) or name_of(ids) != "getitem" or not isinstance(ids.args[0], Node):
+    if not isinstance(ids, Node) or aten_name_of(ids) != "getitem" or not isinstance(ids.args[0], Node):
         return False
     called, width = ids.args[0], last(base)
-    if name_of(called) != "topk" or ids.args[1] != 1 or not is_last(called.args[0], arg(called, 2, "dim", -1)):
+    if aten_name_of(called) != "topk" or ids.args[1] != 1 or not is_last(called.args[0], arg(called, 2, "dim", -1)):
         return False
     return width is not None and last(called.args[0]) == width and last(ids) == width
 
@@ -114,7 +114,7 @@ def _not(meaning: Meaning, node: Node) -> Value | None:
     value = meaning.of(node.args[0])
     if dtype_of(node) is not torch.bool or val(node.args[0]) is None:
         return None
-    if name_of(node) == "bitwise_not" and dtype_of(node.args[0]) is not torch.bool:
+    if aten_name_of(node) == "bitwise_not" and dtype_of(node.args[0]) is not torch.bool:
         return None
     return _flipped(value)
 
@@ -125,10 +125,10 @@ def _compared(meaning: Meaning, node: Node) -> Value | None:
     if not is_number(number) or number not in (0, 1):
         return None
     if isinstance(value, Const):
-        return Const(float((value.number == number) == (name_of(node) == "eq")))
+        return Const(float((value.number == number) == (aten_name_of(node) == "eq")))
     if not isinstance(value, Mask):
         return None
-    return value if (name_of(node) == "eq") == (number == 1) else _flipped(value)
+    return value if (aten_name_of(node) == "eq") == (number == 1) else _flipped(value)
 
 
 def _flipped(value: Value) -> Value | None:
@@ -208,7 +208,7 @@ def _view(meaning: Meaning, node: Node) -> Value | None:
     value = meaning.of(node.args[0])
     if isinstance(value, Const):
         return value
-    if name_of(node) == "expand" and not isinstance(value, Mask) and not same_sizes(node, node.args[0]):
+    if aten_name_of(node) == "expand" and not isinstance(value, Mask) and not same_sizes(node, node.args[0]):
         return None
     if isinstance(value, Scores):
         return _viewed_scores(value, node)
@@ -244,11 +244,11 @@ def _viewed_mask(value: Mask, node: Node) -> Value | None:
         return value
     width = last(value.ids.of.of.scores.source.node)
     each = width[0] // count if width is not None else 0
-    if name_of(node) == "expand":
+    if aten_name_of(node) == "expand":
         grows = value.level == "spread" and last(before, 2) == (count, 1) and pair == (count, each)
         first, second = val(before), val(node)
         assert first is not None and second is not None
-        lead = [size_key(s) for s in first.shape[:-1]] == [size_key(s) for s in second.shape[:-1]]
+        lead = equal_sizes(first.shape[:-1], second.shape[:-1])
         return value if grows and lead else None
     if value.level == "group" and pair == (count, 1):
         return dataclasses.replace(value, level="spread")
@@ -274,5 +274,5 @@ def _ones(meaning: Meaning, node: Node) -> Value | None:
 @rule("full", "full_like", "new_full", "scalar_tensor")
 def _full(meaning: Meaning, node: Node) -> Value | None:
     places = {"scalar_tensor": (0, "s"), "new_full": (2, "fill_value")}
-    number = arg(node, *places.get(name_of(node), (1, "fill_value")))
+    number = arg(node, *places.get(aten_name_of(node), (1, "fill_value")))
     return Const(float(number)) if isinstance(number, (int, float)) else None

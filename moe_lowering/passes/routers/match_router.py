@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.fx import Graph, Node
 
-from moe_lowering.passes.blocks import Block, RaisedRouter, Route, size_key
+from moe_lowering.passes.blocks import Block, RaisedRouter, Route
 from moe_lowering.passes.graph.arguments import results
 from moe_lowering.passes.graph.memory_effects import Writes
 from moe_lowering.passes.graph.operator_names import call_name
@@ -36,7 +36,7 @@ from moe_lowering.passes.leftovers.foreign_operators import ROUTER, kind_of
 from moe_lowering.passes.raise_foreign.closed_region import may_be_left_out
 from moe_lowering.passes.routers import rules
 from moe_lowering.passes.routers.group_rules import VIEWS
-from moe_lowering.passes.routers.meaning import CASTS, Meaning, name_of
+from moe_lowering.passes.routers.meaning import CASTS, Meaning, aten_name_of, same_sizes
 from moe_lowering.passes.routers.prove_router import differs, spec_of
 from moe_lowering.passes.routers.values import Chosen, Opaque, Reason, Selection, Taken, val
 
@@ -114,7 +114,7 @@ def _two_readers(route: Route) -> Reason:
 
 def _origin(node: Node) -> Node:
     """What ids are a view or a cast of; of an operator with several results the operator."""
-    while name_of(node) in _SAME and node.args and isinstance(node.args[0], Node):
+    while aten_name_of(node) in _SAME and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
@@ -191,8 +191,13 @@ class _Graph:
         pending, border = [ids, weights], {chosen.by.scores.logits, chosen.by.scores.bias}
         while pending:
             node = pending.pop()
-            is_view = name_of(node) in VIEWS and node.args[0] in border
-            if node in inside or node in border or not name_of(node) or not (is_view or self._meaning.is_part(node)):
+            is_view = aten_name_of(node) in VIEWS and node.args[0] in border
+            if (
+                node in inside
+                or node in border
+                or not aten_name_of(node)
+                or not (is_view or self._meaning.is_part(node))
+            ):
                 continue
             inside |= {node, *(each for user in node.users for each in _unread(user))}
             pending += node.all_input_nodes
@@ -205,9 +210,8 @@ class _Graph:
         inputs = [source for node in interior for source in node.all_input_nodes]
         end = next(iter(reversed(self._graph.nodes)))
         own = {node for node in interior if is_own_write(node) and (node is weights or {*node.users} <= {*interior})}
-        stays = next(
-            (node for node in interior if is_own_write(node) and node not in own), None
-        )  # and its base is read anew
+        # A write that stays for other readers: what it writes into would be read anew
+        stays = next((node for node in interior if is_own_write(node) and node not in own), None)
         writer = stays or self._writes.between(min(interior), end, {*interior, *inputs}, gone=own)
         if writer is not None:
             seen = "a write in place into what the router reads or holds"
@@ -221,7 +225,7 @@ class _Graph:
 
 def _unread(node: Node, depth: int = 4) -> list[Node]:
     """A node and its readers, where none of them is read by anything else: remains of a trace."""
-    if not name_of(node) or not may_be_left_out(node) or (node.users and not depth):
+    if not aten_name_of(node) or not may_be_left_out(node) or (node.users and not depth):
         return []
     unread = [node]
     for user in node.users:
@@ -257,7 +261,7 @@ def _read_elsewhere(by: Selection, weights: Node) -> Reason | None:
                 continue
             visited.add(user)
             pending.append(user)
-            if not name_of(user) or len(visited) > _READERS:
+            if not aten_name_of(user) or len(visited) > _READERS:
                 return Reason(
                     "router.read_elsewhere",
                     by.node,
@@ -270,7 +274,7 @@ def _read_elsewhere(by: Selection, weights: Node) -> Reason | None:
 def _shape_differs(weights: Node, ids: Node) -> Reason | None:
     first, second = val(weights), val(ids)
     assert first is not None and second is not None
-    if [size_key(n) for n in first.shape] == [size_key(n) for n in second.shape]:
+    if same_sizes(weights, ids):
         return None
     seen = f"weights {tuple(first.shape)} for ids {tuple(second.shape)}"
     return Reason("router.shape", weights, seen, "weights of the shape of the ids")

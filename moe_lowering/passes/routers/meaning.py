@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 import torch
 from torch.fx import Node
 
-from moe_lowering.passes.blocks import Source, size_key
+from moe_lowering.passes.blocks import Source, equal_sizes
 from moe_lowering.passes.graph.own_writes import functional_name, is_own_write
 from moe_lowering.passes.graph.walks import without_copy
 from moe_lowering.passes.routers.values import Const, Opaque, Reason, Scores, Value, val
@@ -52,7 +52,7 @@ class Meaning:
             self._known[node] = Opaque(node)
             if self._left:
                 self._left -= 1
-                rule = RULES.get(name_of(node))
+                rule = RULES.get(aten_name_of(node))
                 meaning = rule(self, node) if rule is not None and val(node) is not None else None
                 self._known[node] = Opaque(node, self._why(node)) if meaning is None else meaning
         return self._known[node]
@@ -64,7 +64,7 @@ class Meaning:
 
     def is_part(self, node: Node) -> bool:
         """Whether a node was understood as a part of a router, or stands between two parts."""
-        if name_of(node) in _BETWEEN:
+        if aten_name_of(node) in _BETWEEN:
             return True
         return node in self._known and not isinstance(self._known[node], Opaque)
 
@@ -88,7 +88,7 @@ def _target_name(target: Any) -> str:
     return "getitem" if target is operator.getitem else ""
 
 
-def name_of(node: Node) -> str:
+def aten_name_of(node: Node) -> str:
     """The name of a functional operator of ATen, or of a write that means the same; "" of any other node."""
     if node.op != "call_function":
         return ""
@@ -123,7 +123,7 @@ def dtype_of(node: Any) -> torch.dtype:
 def source(reader: Node, index: int) -> Source | None:
     """Where logits come from: an argument, before casts that lose nothing."""
     node = reader.args[index] if len(reader.args) > index else None
-    while isinstance(node, Node) and name_of(node) in CASTS and is_plain_cast(node):
+    while isinstance(node, Node) and aten_name_of(node) in CASTS and is_plain_cast(node):
         before = node.args[0]
         if val(before) is None or (dtype_of(before), dtype_of(node)) not in EXACT:
             break
@@ -144,7 +144,7 @@ def same_lead(a: Any, b: Any) -> bool:
     first, second = val(a), val(b)
     if first is None or second is None:
         return False
-    return [size_key(s) for s in first.shape[:-1]] == [size_key(s) for s in second.shape[:-1]]
+    return equal_sizes(first.shape[:-1], second.shape[:-1])
 
 
 def same_sizes(a: Any, b: Any) -> bool:
@@ -152,7 +152,7 @@ def same_sizes(a: Any, b: Any) -> bool:
     first, second = val(a), val(b)
     if first is None or second is None:
         return False
-    return [size_key(s) for s in first.shape] == [size_key(s) for s in second.shape]
+    return equal_sizes(first.shape, second.shape)
 
 
 def keeps_axis(node: Node) -> bool:

@@ -12,7 +12,7 @@ from moe_lowering.limits import Violation
 from moe_lowering.passes.blocks import Route
 from moe_lowering.passes.emission.emitter import is_emitted
 from moe_lowering.passes.find_blocks import module_path
-from moe_lowering.passes.leftovers.foreign_operators import ROUTER, kind_of, operator_name
+from moe_lowering.passes.leftovers.foreign_operators import ROUTER, kind_of, library_and_name
 from moe_lowering.passes.routers.match_router import RouterLeft
 from moe_lowering.report.records import RouterReport
 from moe_lowering.source_lines import innermost
@@ -48,7 +48,7 @@ def kept(graph: Graph) -> list[RouterReport]:
 
 
 def _kept(node: Node) -> RouterReport:
-    was = ".".join(operator_name(node.target))
+    was = ".".join(library_and_name(node.target))
     after = _after(node)
     reason = f"[router.is_operator] a router's operator already{after}; left as it is"
     return RouterReport(module_path(node), _line(node), was, was, reason)
@@ -58,10 +58,10 @@ def _after(node: Node) -> str:
     """What a model does with the weights of an operator that does not divide them by their sum."""
     weights = [user for user in node.users if len(user.args) == 2 and user.args[1] == 0]
     for each in weights:
-        names = {operator_name(user.target)[1] for user in each.users}
+        names = {library_and_name(user.target)[1] for user in each.users}
         if {"sum", "div"} <= names:
-            total = next(user for user in each.users if operator_name(user.target)[1] == "sum")
-            epsilon = [user.args[1] for user in total.users if operator_name(user.target)[1] == "add"]
+            total = next(user for user in each.users if library_and_name(user.target)[1] == "sum")
+            epsilon = [user.args[1] for user in total.users if library_and_name(user.target)[1] == "add"]
             return ", its weights divided by their sum" + (f" + {epsilon[0]}" if epsilon else "")
     return ""
 

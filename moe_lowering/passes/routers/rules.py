@@ -15,11 +15,11 @@ from moe_lowering.passes.routers.meaning import (
     EXACT,
     Meaning,
     arg,
+    aten_name_of,
     dtype_of,
     is_last,
     is_number,
     keeps_axis,
-    name_of,
     raw,
     rule,
     same_lead,
@@ -96,7 +96,7 @@ def _sigmoid(meaning: Meaning, node: Node) -> Value | None:
 @rule("sqrt")
 def _sqrt(meaning: Meaning, node: Node) -> Value | None:
     inner = node.args[0]
-    if not isinstance(inner, Node) or name_of(inner) != "softplus":
+    if not isinstance(inner, Node) or aten_name_of(inner) != "softplus":
         return None
     if arg(inner, 1, "beta", 1) != 1 or arg(inner, 2, "threshold", 20) != 20 or dtype_of(inner) != dtype_of(node):
         return None
@@ -160,7 +160,7 @@ def _bias_source(node: Node, at: int) -> Source | None:
         if value.dim() == 1:
             return Source(reader, index)
         assert isinstance(operand, Node)
-        if name_of(operand) not in ("view", "reshape", "unsqueeze", "_unsafe_view"):
+        if aten_name_of(operand) not in ("view", "reshape", "unsqueeze", "_unsafe_view"):
             return None
         reader, index = operand, 0
 
@@ -173,7 +173,7 @@ def _getitem(meaning: Meaning, node: Node) -> Value | None:
     called, index = node.args[0], node.args[1]
     if not isinstance(called, Node) or index not in (0, 1):
         return None
-    name = name_of(called)
+    name = aten_name_of(called)
     k, dim, largest = _chosen(called)
     if k is None or not is_last(called.args[0], dim):
         return None
@@ -192,10 +192,10 @@ def _getitem(meaning: Meaning, node: Node) -> Value | None:
 
 def _chosen(node: Node) -> tuple[int | None, Any, Any]:
     """(k, axis, whether the largest) of a top-k or a maximum along an axis; k is None where it is not fixed."""
-    if name_of(node) == "topk":
+    if aten_name_of(node) == "topk":
         k = arg(node, 1, "k")
         return k if type(k) is int else None, arg(node, 2, "dim", -1), arg(node, 3, "largest", True)
-    return 1 if name_of(node) == "max" and len(node.args) > 1 else None, arg(node, 1, "dim"), True
+    return 1 if aten_name_of(node) == "max" and len(node.args) > 1 else None, arg(node, 1, "dim"), True
 
 
 def _select(called: Node, value: Value, k: int, is_ids: bool) -> Value | None:

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Route
-from moe_lowering.passes.find_blocks import Around, around_of
+from moe_lowering.passes.find_blocks import GraphSummary, summarise
 from moe_lowering.passes.leftovers.find_foreign import find_foreign
 from moe_lowering.passes.lower_foreign import left_as_it_is
 from moe_lowering.passes.raise_foreign.find_foreign_blocks import find_foreign_blocks
@@ -26,7 +26,7 @@ class ForeignLayers:
     Attributes:
         raised: the layers that are in generic form, by their combine.
         untouched: reports of layers that were recognised and have no block.
-        surroundings: what ``find_block`` reads of the graph around such a layer.
+        summary: what ``find_block`` reads of the whole graph.
     """
 
     def __init__(self, graph: Graph, deployment: Deployment, raise_foreign: str) -> None:
@@ -37,7 +37,7 @@ class ForeignLayers:
         self._told: set[Node] = set()  # nodes of layers that a report is about, lowered or not
         self.raised: dict[Node, ForeignBlock] = {}
         self.untouched: list[BlockReport] = []
-        self.surroundings = Around({}, {}, frozenset())
+        self.summary = GraphSummary({}, {}, frozenset())
 
     def find(self, routes: list[Route]) -> list[ForeignBlock]:
         """Layers that are to be raised, in graph order."""
@@ -49,7 +49,7 @@ class ForeignLayers:
             log_warning("moe_lowering: looking for layers that others wrote failed, they are left as they were")
             return []
         if layers:
-            self.surroundings = around_of(self._graph, routes)
+            self.summary = summarise(self._graph, routes)
         self._told.update(node for layer in layers for node in layer.interior)
         if self._raise_foreign == "auto":
             return layers

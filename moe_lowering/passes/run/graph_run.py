@@ -3,13 +3,13 @@ be taken back, of one block or of all.
 
 Contract. What is raised while a block is lowered leaves that block as it was, with the reason in its report. What the graph
 refuses to run with is in ``bounds``, its routings in ``routes``, layers that others wrote in ``foreign`` and
-``lower_foreign``, the comparison with other ranks in ``rank_check``, what is said in ``messages``.
+``lower_foreign``, the comparison with other ranks in ``rank_check``, what is said in ``block_reports`` and ``messages``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch.fx import Graph, GraphModule, Node
@@ -29,10 +29,9 @@ from moe_lowering.passes.graph.edit_log import ModuleEdits
 from moe_lowering.passes.graph.fake_modes import join_fake_modes
 from moe_lowering.passes.graph.graph_nodes import graph_nodes
 from moe_lowering.passes.graph.operator_names import operator_name
-from moe_lowering.passes.graph.symbol_names import name_sizes
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.base import Replacement
-from moe_lowering.passes.implementations.tensor_parallel import share
+from moe_lowering.passes.implementations.tensor_parallel import tokens_per_rank
 from moe_lowering.passes.legality import Refusal, refusal
 from moe_lowering.passes.lower_foreign import left_as_it_is, lower_foreign
 from moe_lowering.passes.overlap import OverlapTarget, overlap
@@ -40,9 +39,10 @@ from moe_lowering.passes.policy import Policy
 from moe_lowering.passes.raise_foreign.records import ForeignBlock
 from moe_lowering.passes.routers.lower_router import find_routers
 from moe_lowering.passes.routers.match_router import RouterReader, readers_of
+from moe_lowering.passes.run.block_reports import BlockReports, Content, report_error, report_undone
 from moe_lowering.passes.run.bounds import TokenBounds
 from moe_lowering.passes.run.foreign import ForeignLayers
-from moe_lowering.passes.run.messages import describe_internal_error, describe_undo, log_warning, name_symbols
+from moe_lowering.passes.run.messages import describe_internal_error, describe_undo, log_warning
 from moe_lowering.passes.run.rank_check import RankCheck
 from moe_lowering.passes.run.routes import RouteLowering
 from moe_lowering.passes.run.subgraphs import Subgraph
@@ -53,7 +53,6 @@ from moe_lowering.passes.verifier import (
     generic_nodes,
     same_value,
 )
-from moe_lowering.report.graphs import GraphNode
 from moe_lowering.report.leftovers import NotCapturable
 from moe_lowering.report.records import BlockReport
 from moe_lowering.vocabulary import RAISE_FOREIGN
@@ -93,8 +92,7 @@ class GraphRun:
         self._raise_foreign = raise_foreign
         self._decisions: dict[BlockSpec, Decision] = {}
         self.recordings: dict[tuple[Any, ...], Recording] = {}
-        self._cast_notes: dict[tuple[str, BlockSpec], tuple[str, ...]] = {}
-        self._reports: dict[tuple[BlockSpec, str], BlockReport] = {}  # of equal blocks, by what becomes of them
+        self._reports = BlockReports()
         self._blocks: list[Block] = []
         self._targets: dict[Node, OverlapTarget] = {}  # by the erased combine
         self._shape_env: Any = None
@@ -179,17 +177,16 @@ class GraphRun:
             self.bounds.forget()
             log_warning("moe_lowering: deciding failed, %s left as it was", block.name, trace=not self._failed)
             self._failed = True  # equal blocks fail alike: one traceback is enough
-            before = tuple(operator_name(n) for n in block.stages)
-            return BlockReport(block.name, None, describe_internal_error(error), before, before, {})
+            return report_error(block, error)
 
     def lower_block(self, block: Block) -> BlockReport:
         """Decide, rewrite and verify one block. What it raises leaves edits to be taken back by the caller."""
-        before, nodes = tuple(operator_name(n) for n in block.stages), graph_nodes(sorted(block.interior))
+        before = tuple(operator_name(n) for n in block.stages), graph_nodes(sorted(block.interior))
         decision = self._decisions.get(block.spec)
         if decision is None:
             decision = self._decisions[block.spec] = decide(block.spec, self.deployment, self.policy)
-        comm, after = decision.comm, before
-        made: Sequence[GraphNode] = ()
+        comm = decision.comm
+        after: Content = before[0], ()
         reason = make_wording("{why}", why=decision.reason)
         refused = refusal(block.spec, self.deployment) if comm is not None else None
         if refused is not None:
@@ -203,42 +200,12 @@ class GraphRun:
                 more = self.bounds.refuse_if_ranks_differ(block)
                 comm, reason = None, make_wording("{why}{more}", why=done, more=more)
             else:
-                after, made = self.tapes.describe(key, wiring, done)
+                after = self.tapes.describe(key, wiring, done)
                 self.bounds.keep(block, decision.enforced)
-        report = self._report(block.spec, comm, reason, decision)
-        notes = report.notes if comm is None else (*report.notes, *self._cast_notes.get((comm, block.spec), ()))
-        report = dataclasses.replace(
-            report,
-            notes=notes,
-            name=block.name,
-            ops_before=before,
-            ops_after=after,
-            nodes_before=nodes,
-            nodes_after=made,
-        )
+        report = self._reports.make(block, decision, comm, reason, before, after)
         if decision.guard is not None and comm == decision.comm:  # last: a guard cannot be taken back
             self.bounds.request_guard(block, decision.guard)
         return report
-
-    def _report(self, spec: BlockSpec, comm: str | None, reason: Wording, decision: Decision) -> BlockReport:
-        """What equal blocks say alike, in the user's names."""
-        key = (spec, reason.say())
-        if key not in self._reports:
-            names, is_lowered = name_symbols(spec.tokens), comm is not None
-            report = BlockReport(
-                name="",
-                comm=comm,
-                reason=reason.say(names),
-                ops_before=(),
-                ops_after=(),
-                verdicts=decision.judgement.verdicts,
-                notes=decision.notes,
-                enforced=decision.enforced if is_lowered else None,
-                sizes=decision.sizes if is_lowered else None,
-                count=decision.count,
-            )
-            self._reports[key] = name_sizes(report, names)
-        return self._reports[key]
 
     def _guarded(self, rewrite: Callable[[Emitter], None], key: tuple[Any, ...]) -> list[Node] | Wording:
         """Run one rewrite; the nodes it created, or why it was undone."""
@@ -276,7 +243,7 @@ class GraphRun:
             defined_before_readers(readers, block.counts, replacement.counts)
         if first:
             self._check_limits(block.spec, decision, emit)
-            self._cast_notes[comm, block.spec] = note_casts(block.experts, emit.created, comm)
+            self._reports.cast_notes[comm, block.spec] = note_casts(block.experts, emit.created, comm)
         if decision.enforced is not None:
             self.bounds.enforce(block, decision.enforced, emit)
         self.edits.replace_uses(block.combine, replacement.y)
@@ -344,10 +311,7 @@ class GraphRun:
         """The report of a block whose edits were taken back with all others'."""
         if report.comm is None:
             return report
-        reason += self.bounds.refuse_if_ranks_differ(block)
-        return dataclasses.replace(
-            report, comm=None, reason=reason, ops_after=report.ops_before, enforced=None, sizes=None
-        )
+        return report_undone(report, reason + self.bounds.refuse_if_ranks_differ(block))
 
     def not_capturable(self) -> list[NotCapturable]:
         """What keeps the graph as it is now from being captured; nothing where the deployment does not capture."""
@@ -367,7 +331,7 @@ class GraphRun:
     def _check_limits(self, spec: BlockSpec, decision: Decision, emit: Emitter) -> None:
         """Every Ascend node against its limits, from its own arguments and not from the block's record."""
         judged = decision.judgement
-        sizes = (share(spec.tokens, spec), share(judged.tokens, spec))
+        sizes = (tokens_per_rank(spec.tokens, spec), tokens_per_rank(judged.tokens, spec))
         for node in emit.created:
             violations = call_violations(node, self.deployment, judged.prover, sizes, judged.context)
             if violations:

@@ -67,9 +67,8 @@ class TaskGroups:
 
     def __init__(self) -> None:
         self.groups = dict[int, Group]()
-        self._handles = itertools.count(
-            1
-        )  # 0 says that there is none; those of graphs that are gone are not used again
+        # 0 says that there is none; those of graphs that are gone are not used again
+        self._handles = itertools.count(1)
         self.open: Group | None = None
         self.update: Update | None = None
         self.waiting: Waiting | None = None
