@@ -81,9 +81,10 @@ def setup() -> None:
 
 
 def run(
-    rank: int, quantisation: str, tp: int, requests: Sequence[tuple[str, str, Layout]], change: Change | None = None
+    rank: int, axes: tuple[str, int, str], requests: Sequence[tuple[str, str, Layout]], change: Change | None = None
 ) -> list[CellOutcome]:
-    """The outcomes of (form, scenario, layout of the weights) in order.
+    """The outcomes of (form, scenario, layout of the weights) in order; ``axes`` are what these share: weight format, TP size
+    and ``Deployment.unpermute_operator``.
 
     After an exception while a graph runs, ranks are out of step: the list ends there.
     """
@@ -94,7 +95,7 @@ def run(
         outcome = CellOutcome()
         outcomes.append(outcome)
         try:
-            case = _case(rank, FORMS[form], quantisation, tp, SCENARIOS[scenario], layout)
+            case = _case(rank, FORMS[form], axes, SCENARIOS[scenario], layout)
         except ValueError as error:  # there can be no such deployment
             outcome.codes, outcome.reason = ("Deployment",), str(error)
             continue
@@ -121,7 +122,9 @@ def run(
 # ------------------------------------------------------------------------------------------------------------- the case
 
 
-def _deployment(rank: int, form: WeightForm, tp: int, scenario: Scenario, layout: Layout) -> Deployment:
+def _deployment(
+    rank: int, form: WeightForm, tp: int, unpermute_operator: str, scenario: Scenario, layout: Layout
+) -> Deployment:
     """Raises ValueError where there can be no such deployment."""
     ep = dist.get_world_size()
     groups = _groups(tp if ep % tp == 0 else 1)
@@ -140,6 +143,7 @@ def _deployment(rank: int, form: WeightForm, tp: int, scenario: Scenario, layout
         tp_size=tp,
         tp_rank=rank % tp,
         tp_group=groups.get("tp", ""),
+        unpermute_operator=unpermute_operator,
         **{"installed": (), **fields},
     )
 
@@ -162,8 +166,9 @@ def _second_group() -> str:
     return dist.new_group(range(dist.get_world_size())).group_name
 
 
-def _case(rank: int, form: WeightForm, quantisation: str, tp: int, scenario: Scenario, layout: Layout) -> Case:
-    where = _deployment(rank, form, tp, scenario, layout)
+def _case(rank: int, form: WeightForm, axes: tuple[str, int, str], scenario: Scenario, layout: Layout) -> Case:
+    quantisation, tp, unpermute_operator = axes
+    where = _deployment(rank, form, tp, unpermute_operator, scenario, layout)
     inputs = scenario.inputs(rank // tp, where.ep_size // tp)
     return Case(where, inputs, _own_weights(layout.lists, quantisation), quantisation)
 
@@ -285,7 +290,8 @@ def _lower(form: WeightForm, deployment: Deployment, gm: GraphModule, check: boo
         return _Lowered(None, outcome)
     outcome.form = None if verdict is None else verdict.form
     operators = {_name(node.target) for node in gm.graph.nodes}
-    outcome.problems += tuple(f"{name} is not in the graph" for name in form.operators if name not in operators)
+    expected = {*form.operators, *form.unpermuting(deployment.unpermute_operator)}
+    outcome.problems += tuple(f"{name} is not in the graph" for name in sorted(expected - operators))
     if generic_nodes(gm.graph.nodes):
         outcome.problems += ("a generic operator is left in the graph",)
     if check:
