@@ -244,7 +244,8 @@ def add_unpermute_operator(add: Any) -> None:
         "--unpermute-operator",
         choices=UNPERMUTE_OPERATORS,
         default=TOKEN_UNPERMUTE,
-        help=f"of AllGather and AllToAll (default {TOKEN_UNPERMUTE})",
+        metavar="OPERATOR",
+        help=f"of AllGather and AllToAll: {' or '.join(UNPERMUTE_OPERATORS)} (default {TOKEN_UNPERMUTE})",
     )
 
 
