@@ -21,7 +21,7 @@ from moe_lowering.custom_ops.fused import FORMATS as FUSED_FORMATS  # noqa: E402
 from moe_lowering.passes.implementations import IMPLEMENTATIONS  # noqa: E402
 from moe_lowering.report.block_costs import BlockCost  # noqa: E402
 from moe_lowering.report.graph_costs import Cost, total_cost  # noqa: E402
-from moe_lowering.vocabulary import EXPERT_FORMATS  # noqa: E402
+from moe_lowering.vocabulary import EXPERT_FORMATS, FINALIZE_ROUTING  # noqa: E402
 
 PAGE = Path(__file__).parents[1] / "docs" / "costs.md"
 EP_SIZES = (16, 32)
@@ -33,8 +33,8 @@ HEAD = (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One layer: EP size, weight format, implementation and its form, its cost, that of what all layers share, and what the
-    report says."""
+    """One layer: EP size, weight format, implementation and its form, its cost, that of what all layers share, what the
+    report says, and the operator that brings rows back, where it is not the default."""
 
     ep_size: int
     quantisation: str
@@ -42,30 +42,37 @@ class Row:
     layer: Cost
     once: Cost
     told: BlockCost | None = None
+    operator: str = ""
 
     def cells(self) -> tuple[str, ...]:
         layer, outside = self.layer, self.layer.moved - self.layer.exchanged
         weights = "bf16" if self.quantisation == "none" else self.quantisation.upper()
         counts = (layer.kernels, layer.collectives, f"{layer.moved / 1e6:,.1f}", f"{outside / 1e6:,.1f}")
-        return (str(self.ep_size), weights, self.name, *map(str, counts), str(self.once.kernels))
+        name = ", ".join(filter(None, (self.name, self.operator)))
+        return (str(self.ep_size), weights, name, *map(str, counts), str(self.once.kernels))
 
 
-def measure(comm: str, ep_size: int, quantisation: str) -> Row:
+def measure(comm: str, ep_size: int, quantisation: str, operator: str = "") -> Row:
     """Lower one layer and count it."""
-    lowered = lower_layer(LayerSizes(), comm, ep_size, quantisation)
+    fields = {"unpermute_operator": operator} if operator else {}
+    lowered = lower_layer(LayerSizes(), comm, ep_size, quantisation, **fields)
     (block,) = lowered.report.blocks
     form = block.verdicts[comm].form
     layer, constants = map(total_cost, emitted(lowered))
-    return Row(ep_size, quantisation, comm if form == comm else f"{comm} ({form})", layer, constants, block.costs[0])
+    name = comm if form == comm else f"{comm} ({form})"
+    return Row(ep_size, quantisation, name, layer, constants, block.costs[0], operator)
 
 
 def measured() -> Iterator[Row]:
-    """Every implementation and weight format, at every EP size."""
+    """Every implementation and weight format, at every EP size; and those that unpermute with the other operator, at one."""
     for ep_size in EP_SIZES:
         for quantisation in EXPERT_FORMATS:
             for comm in IMPLEMENTATIONS:
                 if (comm, quantisation) not in NO_SUCH:
                     yield measure(comm, ep_size, quantisation)
+    for quantisation in EXPERT_FORMATS:
+        for comm in ("allgather", "alltoall"):
+            yield measure(comm, EP_SIZES[0], quantisation, FINALIZE_ROUTING)
 
 
 def table(rows: list[Row]) -> str:

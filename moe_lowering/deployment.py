@@ -26,7 +26,7 @@ from moe_lowering.deployment_detection import Detected, detect, groups_of_mesh, 
 from moe_lowering.groups import Claim, find_group, own_ranks
 from moe_lowering.prices.rows import Row, digest_of, require_rows
 from moe_lowering.providers import check_installed, check_providers, check_version, installed_providers
-from moe_lowering.vocabulary import SOCS, Soc
+from moe_lowering.vocabulary import SOCS, TOKEN_UNPERMUTE, Soc
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -74,6 +74,8 @@ class Deployment:
             size on the host. False allows the exact-split AllToAll.
         mode: which compiler runs the graph: ``npugraph_ex``, or ``ge`` (torchair's GE mode), for which only operators with
             a GE converter are emitted.
+        unpermute_operator: which operator brings rows back to tokens in graphs of AllGather and AllToAll: ``token_unpermute``,
+            or ``finalize_routing``, which needs four kernels less and is doubted (docs/costs.md).
         fused_mode: which fused operators FusedMC2 may use: 0 (none), 1 (``dispatch_ffn_combine`` or ``mega_moe``) or 2
             (``dispatch_gmm_combine_decode``), as vllm-ascend's VLLM_ASCEND_ENABLE_FUSED_MC2.
         mask_is_prefix: promise that every token mask is True for the first n tokens and False after them, as padding is.
@@ -119,6 +121,7 @@ class Deployment:
     hccl_buffer_mb: int = 200
     capture: bool = True
     mode: str = "npugraph_ex"
+    unpermute_operator: str = TOKEN_UNPERMUTE
     fused_mode: int = 1
     mask_is_prefix: bool = False
     mc2_capacity: int = 0

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from moe_lowering.vocabulary import FUSED_MODES, GUARDS, MODES, SOCS, WEIGHT_FORMATS, soc_named
+from moe_lowering.vocabulary import FUSED_MODES, GUARDS, MODES, SOCS, UNPERMUTE_OPERATORS, WEIGHT_FORMATS, soc_named
 
 if TYPE_CHECKING:
     from moe_lowering.deployment import Deployment
@@ -59,6 +59,7 @@ def check_words(deployment: Deployment) -> None:
     require_word("weight_format", deployment.weight_format, WEIGHT_FORMATS)
     require_word("guards", deployment.guards, GUARDS)
     require_word("mode", deployment.mode, MODES)
+    require_word("unpermute_operator", deployment.unpermute_operator, UNPERMUTE_OPERATORS)
     if deployment.fused_mode not in FUSED_MODES:
         raise ValueError(
             f"Deployment: fused_mode is {deployment.fused_mode!r}; accepted: "

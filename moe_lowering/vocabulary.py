@@ -241,6 +241,8 @@ RAISE_FOREIGN = ("auto", "report", "off")  # MoE layers that others wrote: raise
 # Which fused operators a deployment takes, by ``Deployment.fused_mode`` (vllm-ascend's VLLM_ASCEND_ENABLE_FUSED_MC2).
 FUSED_MODES = {0: "none", 1: "dispatch_ffn_combine, mega_moe", 2: "dispatch_gmm_combine_decode"}
 MODES = ("npugraph_ex", "ge")
+# Which operator brings rows back to tokens in AllGather and AllToAll; the first is the default.
+UNPERMUTE_OPERATORS = TOKEN_UNPERMUTE, FINALIZE_ROUTING = ("token_unpermute", "finalize_routing")
 # Of each provider the versions that were looked at (provider.md), rising; the first is taken where none is said.
 PROVIDER_VERSIONS = {"vllm_ascend": ("0.23.0", "0.26.0rc1"), "cann_ops_transformer": ("9.1.0",)}
 # Of the providers whose wheels are builds for one SoC: which. For another they are built from source (install.md).

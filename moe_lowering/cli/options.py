@@ -26,6 +26,8 @@ from moe_lowering.vocabulary import (
     PROVIDER_VERSIONS,
     PROVIDERS,
     SOCS,
+    TOKEN_UNPERMUTE,
+    UNPERMUTE_OPERATORS,
     WEIGHT_FORMATS,
     WHEEL_BUILDS,
     soc_named,
@@ -233,6 +235,18 @@ def add_machine(add: Any, tokens: str) -> None:
     add("--weight-format", choices=WEIGHT_FORMATS, help=f"of the experts on the device (default {WEIGHT_FORMAT})")
     add("--cann", type=_version, metavar="V", help="CANN version (default unknown: all rules apply)")
     add("--hierarchy", action="store_true", help="MC2 in two levels, within and between nodes")
+    add_unpermute_operator(add)
+
+
+def add_unpermute_operator(add: Any) -> None:
+    """Add ``--unpermute-operator`` to a command."""
+    add(
+        "--unpermute-operator",
+        choices=UNPERMUTE_OPERATORS,
+        default=TOKEN_UNPERMUTE,
+        metavar="OPERATOR",
+        help=f"of AllGather and AllToAll: {' or '.join(UNPERMUTE_OPERATORS)} (default {TOKEN_UNPERMUTE})",
+    )
 
 
 def add_policy(add: Any) -> None:

@@ -26,6 +26,7 @@ from moe_lowering.vocabulary import (
     FUSED_MODES,
     PROVIDER_VERSIONS,
     SOCS,
+    TOKEN_UNPERMUTE,
     WEIGHT_FORMATS,
     WHEEL_BUILDS,
 )
@@ -33,7 +34,18 @@ from moe_lowering.vocabulary import (
 MOST_RANKS = 1024
 # The fields of changes, least to do first; a test holds what is found against it.
 EFFORT = (
-    ("a setting", ("hccl_buffer_mb", "max_tokens", "weight_format", "fused_mode", "capture", "mc2_hierarchy")),
+    (
+        "a setting",
+        (
+            "hccl_buffer_mb",
+            "max_tokens",
+            "weight_format",
+            "fused_mode",
+            "unpermute_operator",
+            "capture",
+            "mc2_hierarchy",
+        ),
+    ),
     ("an installation", ("providers", "installed", "cann")),
     ("fewer tokens in a step", ("tokens",)),
     ("other weights", ("quantisation", "dtype")),
@@ -117,6 +129,10 @@ def _settings(answer: Answer) -> _Deployed:
     for mode, operators in FUSED_MODES.items():
         if mode != deployment.fused_mode:
             yield Change("fused_mode", mode, f"fused mode {mode} ({operators})"), {}
+    if (
+        deployment.unpermute_operator != TOKEN_UNPERMUTE
+    ):  # the other way round is never a cure: it has the stricter rules
+        yield Change("unpermute_operator", TOKEN_UNPERMUTE, f"{TOKEN_UNPERMUTE} unpermutes"), {}
     for field, texts in _FLAGS.items():
         value = not getattr(deployment, field)
         yield Change(field, value, texts[value]), {}

@@ -15,7 +15,7 @@ from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.report.records import Verdict
 from moe_lowering.report.text import distinct, render_refusal, render_sizes, render_sources
 from moe_lowering.report.width import report_width, wrap
-from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS
+from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS, TOKEN_UNPERMUTE
 
 if TYPE_CHECKING:  # they print themselves by this module
     from moe_lowering.explanation.answer import Answer
@@ -104,6 +104,8 @@ def _header(explanation: Explanation, paint: Paint) -> str:
     )
     levels = "MC2 in two levels, " if deployment.mc2_hierarchy else ""
     captured = "" if deployment.capture else "not captured, "
+    operator = deployment.unpermute_operator
+    unpermutes = "" if operator == TOKEN_UNPERMUTE else f"{operator} unpermutes, "
     policy = explanation.chooses_by if comm == AUTO else f"{explanation.chooses_by} ({comm})"
     quantised = f" in {spec.quantisation}" if EXPERT_FORMATS[spec.quantisation].quantised else ""
     title = textwrap.wrap(f"{explanation.block.model or 'MoE block'} on {deployment.soc}: {tokens}", report_width())
@@ -122,7 +124,7 @@ def _header(explanation: Explanation, paint: Paint) -> str:
                 f"EP {deployment.ep_size}, TP {deployment.tp_size}, HCCL_BUFFSIZE "
                 f"{deployment.hccl_buffer_mb} MB, weights {deployment.weight_format}, CANN "
                 f"{deployment.cann or 'unknown'}, {providers}, "
-                f"{levels}{captured}policy {policy}",
+                f"{levels}{unpermutes}{captured}policy {policy}",
             ),
             *([] if fits else [paint(_labelled_text("note", "it does not fit a rank's memory, see memory"), "red")]),
         ]

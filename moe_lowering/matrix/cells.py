@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_lowering.matrix.forms import EP_SIZES, FORMS, LAYOUTS, Layout
 from moe_lowering.quantisation import quantise_weight
-from moe_lowering.vocabulary import EXPERT_FORMATS
+from moe_lowering.vocabulary import EXPERT_FORMATS, TOKEN_UNPERMUTE
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 512, 16, 3
 TOKENS = 6  # of a TP group where nothing else is said; the bound where counts differ
@@ -62,6 +62,11 @@ class Scenario:
     @property
     def top_k(self) -> int:
         return 1 if self.on_input else TOP_K
+
+    @property
+    def no_token(self) -> bool:
+        """Whether no rank has a token."""
+        return not self.unequal and self.tokens == 0
 
     def by_group(self, groups: int) -> tuple[int, ...]:
         """Tokens of each TP group."""
@@ -133,7 +138,8 @@ SCENARIOS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One cell of the matrix, by names; ``layout`` is "" where the weights are as the form wants them."""
+    """One cell of the matrix, by names; ``layout`` is "" where the weights are as the form wants them. ``unpermute_operator``: of
+    the deployment."""
 
     form: str
     quantisation: str
@@ -141,6 +147,7 @@ class Cell:
     tp: int
     scenario: str
     layout: str = ""
+    unpermute_operator: str = TOKEN_UNPERMUTE
 
     @property
     def case(self) -> str:
@@ -154,7 +161,8 @@ class Cell:
 
     def __str__(self) -> str:
         layout = f" {self.layout}" if self.layout else ""
-        return f"{self.form} {self.quantisation} EP {self.ep} TP {self.tp} {self.scenario}{layout}"
+        operator = "" if self.unpermute_operator == TOKEN_UNPERMUTE else f" {self.unpermute_operator}"
+        return f"{self.form} {self.quantisation} EP {self.ep} TP {self.tp} {self.scenario}{layout}{operator}"
 
 
 def _ids(routing: str, group: int, tokens: int, top_k: int, generator: torch.Generator) -> Tensor:

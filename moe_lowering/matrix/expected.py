@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from moe_lowering.matrix.cells import SCENARIOS, Cell
 from moe_lowering.matrix.forms import FORMS
-from moe_lowering.vocabulary import EXPERT_FORMATS, ExpertFormat
+from moe_lowering.vocabulary import EXPERT_FORMATS, FINALIZE_ROUTING, ExpertFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class ExpectedRefusal:
 
 ONLY = ".ep_size"
 EVERY = tuple(FORMS)
+UNPERMUTE = tuple(form.name for form in FORMS.values() if form.unpermutes)
 ALLTOALL = tuple(form.name for form in FORMS.values() if form.comm == "alltoall")
 FUSED = FFN, MEGA, DECODE = "dispatch_ffn_combine", "mega_moe", "dispatch_gmm_combine_decode"
 
@@ -39,7 +40,7 @@ def _has_mask(cell: Cell) -> bool:
 
 
 def _is_without_tokens(cell: Cell) -> bool:
-    return SCENARIOS[cell.scenario].tokens == 0 or SCENARIOS[cell.scenario].idle
+    return SCENARIOS[cell.scenario].no_token or SCENARIOS[cell.scenario].idle
 
 
 def _int8_tokens(cell: Cell) -> bool:
@@ -81,6 +82,10 @@ REFUSALS = (
     ExpectedRefusal(
         "gmm.quant_single_weight", ("allgather", *ALLTOALL, "mc2"), _list_of_int_weights,
         "ops_transformer.grouped_matmul: int8 tokens want one tensor of weights (A8W8; A8W4: its per-token scale)",
+    ),
+    ExpectedRefusal(
+        "finalize.empty", UNPERMUTE, lambda c: c.unpermute_operator == FINALIZE_ROUTING and SCENARIOS[c.scenario].no_token,
+        "ops_transformer.finalize_routing: no empty tensor",
     ),
     ExpectedRefusal("fused.ep_size", FUSED, _one_rank, "vllm_ascend.forward_context: nobody to exchange rows with"),
     ExpectedRefusal(

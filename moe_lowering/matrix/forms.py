@@ -51,6 +51,7 @@ class WeightForm:
         operators: names of operators of which each must be in the lowered graph.
         fields: of the deployment, beside sizes and groups.
         lists: whether each expert's weights are a tensor of their own, where nothing else is said.
+        unpermutes: it has the operator in the graph that ``Deployment.unpermute_operator`` names.
         plain_format: memory format of weights that are not quantised, where nothing else is said; the others' is FRACTAL_NZ.
     """
 
@@ -61,11 +62,16 @@ class WeightForm:
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lists: bool = False
     plain_format: str = "nz"
+    unpermutes: bool = False
 
     def layout(self, quantisation: str) -> Layout:
         """The layout of the weights that the form wants; used when a cell does not name another one."""
         weight_format = "nz" if EXPERT_FORMATS[quantisation].quantised else self.plain_format
         return Layout(self.lists, weight_format)
+
+    def unpermuting(self, operator: str) -> tuple[str, ...]:
+        """The operator that brings rows back in the graph, where there is one, by its name in a deployment."""
+        return (f"npu.npu_moe_{operator}",) if self.unpermutes else ()
 
     def deployment_fields(self, layout: Layout) -> dict[str, Any]:
         """What the deployment says beside its sizes and groups: an A3 with current versions and enough HCCL window."""
@@ -79,8 +85,11 @@ WITHOUT_A_ROW = (("alltoall", "buffers"),)
 FORMS = {
     form.name: form
     for form in (
-        WeightForm("allgather", "allgather", "allgather", ("npu.npu_moe_init_routing_v2",)),
-        WeightForm("alltoall_static", "alltoall", "static", ("_c10d_functional.all_to_all_single",), {"capture": True}),
+        WeightForm("allgather", "allgather", "allgather", ("npu.npu_moe_init_routing_v2",), unpermutes=True),
+        WeightForm(
+            "alltoall_static", "alltoall", "static", ("_c10d_functional.all_to_all_single",), {"capture": True},
+            unpermutes=True,
+        ),
         WeightForm("alltoall_exact", "alltoall", "exact", ("moe_lowering.alltoall_experts",), {"capture": False}),
         WeightForm("mc2", "mc2", "mc2", ("npu.npu_moe_distribute_dispatch_v2", "npu.npu_moe_distribute_combine_v2")),
         WeightForm(

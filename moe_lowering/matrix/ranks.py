@@ -81,9 +81,10 @@ def setup() -> None:
 
 
 def run(
-    rank: int, quantisation: str, tp: int, requests: Sequence[tuple[str, str, Layout]], change: Change | None = None
+    rank: int, axes: tuple[str, int, str], requests: Sequence[tuple[str, str, Layout]], change: Change | None = None
 ) -> list[CellOutcome]:
-    """The outcomes of (form, scenario, layout of the weights) in order.
+    """The outcomes of (form, scenario, layout of the weights) in order; ``axes`` are what these share: weight format, TP size
+    and ``Deployment.unpermute_operator``.
 
     After an exception while a graph runs, ranks are out of step: the list ends there.
     """
@@ -94,7 +95,7 @@ def run(
         outcome = CellOutcome()
         outcomes.append(outcome)
         try:
-            case = _case(rank, FORMS[form], quantisation, tp, SCENARIOS[scenario], layout)
+            case = _case(rank, FORMS[form], axes, SCENARIOS[scenario], layout)
         except ValueError as error:  # there can be no such deployment
             outcome.codes, outcome.reason = ("Deployment",), str(error)
             continue
@@ -104,7 +105,8 @@ def run(
             gm = tracer.block(case, SCENARIOS[scenario])
             # slow, and graphs of other world sizes differ in sizes only
             check = rank == 0 and case.deployment.ep_size == 2
-            lowered[key] = _lower(FORMS[form], case.deployment, gm, check)
+            operators = (*FORMS[form].operators, *FORMS[form].unpermuting(axes[2]))
+            lowered[key] = _lower(FORMS[form], operators, case.deployment, gm, check)
         graph, answer = lowered[key].gm, lowered[key].outcome
         outcome = outcomes[-1] = dataclasses.replace(answer)
         if graph is None:
@@ -121,7 +123,9 @@ def run(
 # ------------------------------------------------------------------------------------------------------------- the case
 
 
-def _deployment(rank: int, form: WeightForm, tp: int, scenario: Scenario, layout: Layout) -> Deployment:
+def _deployment(
+    rank: int, form: WeightForm, tp: int, unpermute_operator: str, scenario: Scenario, layout: Layout
+) -> Deployment:
     """Raises ValueError where there can be no such deployment."""
     ep = dist.get_world_size()
     groups = _groups(tp if ep % tp == 0 else 1)
@@ -140,6 +144,7 @@ def _deployment(rank: int, form: WeightForm, tp: int, scenario: Scenario, layout
         tp_size=tp,
         tp_rank=rank % tp,
         tp_group=groups.get("tp", ""),
+        unpermute_operator=unpermute_operator,
         **{"installed": (), **fields},
     )
 
@@ -162,8 +167,9 @@ def _second_group() -> str:
     return dist.new_group(range(dist.get_world_size())).group_name
 
 
-def _case(rank: int, form: WeightForm, quantisation: str, tp: int, scenario: Scenario, layout: Layout) -> Case:
-    where = _deployment(rank, form, tp, scenario, layout)
+def _case(rank: int, form: WeightForm, axes: tuple[str, int, str], scenario: Scenario, layout: Layout) -> Case:
+    quantisation, tp, unpermute_operator = axes
+    where = _deployment(rank, form, tp, unpermute_operator, scenario, layout)
     inputs = scenario.inputs(rank // tp, where.ep_size // tp)
     return Case(where, inputs, _own_weights(layout.lists, quantisation), quantisation)
 
@@ -264,8 +270,9 @@ def _any_tokens(case: Case, scenario: Scenario) -> bool:
     return scenario.symbolic and (tp == 1 or len(case.inputs.x) > tp)
 
 
-def _lower(form: WeightForm, deployment: Deployment, gm: GraphModule, check: bool) -> _Lowered:
-    """The lowered graph, or why there is none; ``check`` re-propagates fake tensors through it."""
+def _lower(form: WeightForm, expected: Sequence[str], deployment: Deployment, gm: GraphModule, check: bool) -> _Lowered:
+    """The lowered graph, in which operators are ``expected``, or why there is none; ``check`` re-propagates fake tensors
+    through it."""
     before, nodes = gm.code, list(gm.graph.nodes)
     tokens = nodes[0].meta["val"].shape[0]
     lowering = MoeLowering(deployment, form.comm, policy="fixed")
@@ -285,7 +292,7 @@ def _lower(form: WeightForm, deployment: Deployment, gm: GraphModule, check: boo
         return _Lowered(None, outcome)
     outcome.form = None if verdict is None else verdict.form
     operators = {_name(node.target) for node in gm.graph.nodes}
-    outcome.problems += tuple(f"{name} is not in the graph" for name in form.operators if name not in operators)
+    outcome.problems += tuple(f"{name} is not in the graph" for name in expected if name not in operators)
     if generic_nodes(gm.graph.nodes):
         outcome.problems += ("a generic operator is left in the graph",)
     if check:

@@ -68,7 +68,8 @@ class Pool:
             )
         first = cells[0]
         requests = [(cell.form, cell.scenario, cell.weights_are) for cell in cells]
-        return self._ranks.run(rank_jobs.run, first.quantisation, first.tp, requests, change)
+        axes = first.quantisation, first.tp, first.unpermute_operator
+        return self._ranks.run(rank_jobs.run, axes, requests, change)
 
 
 def run(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 from moe_lowering.matrix.cells import SCENARIOS, Cell
 from moe_lowering.matrix.expected import refusals
 from moe_lowering.matrix.forms import EP_SIZES, FORMS, LAYOUTS, TP_SIZES
-from moe_lowering.vocabulary import EXPERT_FORMATS
+from moe_lowering.vocabulary import EXPERT_FORMATS, TOKEN_UNPERMUTE
 
 LAYOUTS_AT = (2, 1)  # EP and TP size
 
@@ -25,16 +26,18 @@ class Axes:
     tps: tuple[int, ...] = TP_SIZES
     scenarios: tuple[str, ...] = tuple(SCENARIOS)
     layouts: tuple[str, ...] = tuple(LAYOUTS)
+    unpermute_operator: str = TOKEN_UNPERMUTE
 
     def cells(self, ep: int, tp: int, quantisation: str) -> list[Cell]:
         names = [s.name for s in SCENARIOS.values() if quantisation in s.quantisations and ep in s.eps]
-        cells = [Cell(f, quantisation, ep, tp, s) for f in self.forms for s in self.scenarios if s in names]
+        make = functools.partial(Cell, unpermute_operator=self.unpermute_operator)
+        cells = [make(f, quantisation, ep, tp, s) for f in self.forms for s in self.scenarios if s in names]
         if (ep, tp) != LAYOUTS_AT or "even" not in self.scenarios:
             return cells
         other = [
             (f, layout) for f in self.forms for layout in self.layouts if layout != FORMS[f].layout(quantisation).name
         ]
-        return cells + [Cell(form, quantisation, ep, tp, "even", layout) for form, layout in other]
+        return cells + [make(form, quantisation, ep, tp, "even", layout) for form, layout in other]
 
 
 EVERYTHING = Axes()

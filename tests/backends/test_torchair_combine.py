@@ -1,4 +1,4 @@
-"""The combine step in its two forms: one operator for npugraph_ex, ATen for GE, both against float64."""
+"""The combine step: one operator for npugraph_ex, ATen for GE, another operator for both; each against float64."""
 
 import dataclasses
 
@@ -18,7 +18,15 @@ from moe_lowering.vocabulary import MODES
 ROWS, TOKENS, TOP_K, HIDDEN = 11, 5, 3, 64
 
 
-def built(mode, dtype, dynamic=False):
+FORMS = {
+    "npugraph_ex": {"mode": "npugraph_ex"},
+    "ge": {"mode": "ge"},
+    "npugraph_ex, finalize_routing": {"mode": "npugraph_ex", "unpermute_operator": "finalize_routing"},
+    "ge, finalize_routing": {"mode": "ge", "unpermute_operator": "finalize_routing"},
+}
+
+
+def built(form, dtype, dynamic=False, absent=False):
     """The emitted graph over (rows, index, weights), and the operators in it."""
     with FakeTensorMode(shape_env=ShapeEnv()) as fake:
         tensors = inputs(dtype)
@@ -31,7 +39,7 @@ def built(mode, dtype, dynamic=False):
         end = graph.output(None)
         emit = Emitter(graph, fake)
         with emit.at(end, nodes[0]):
-            y = unpermute.emit_combine(emit, *nodes, Deployment(mode=mode))
+            y = unpermute.emit_combine(emit, *nodes, Deployment(**FORMS[form]), absent)
         end.args = (y,)
         graph.lint()
         for node in emit.created:
@@ -51,32 +59,52 @@ def reference(rows, index, weights):
     y = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64)
     for token in range(TOKENS):
         for j in range(TOP_K):
-            y[token] += weights[token, j].double() * rows[int(index[token * TOP_K + j])].double()
+            place = int(index[token * TOP_K + j])
+            y[token] += weights[token, j].double() * rows[place].double() if place >= 0 else 0
     return y
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_both_forms_compute_the_weighted_sum(mode, dtype, dynamic):
-    gm, _, value = built(mode, dtype, dynamic)
+def test_all_forms_compute_the_weighted_sum(form, dtype, dynamic):
+    gm, _, value = built(form, dtype, dynamic)
     rows, index, weights = inputs(dtype)
     y = gm(rows, index, weights)
     assert y.dtype == dtype == value.dtype and y.shape == (TOKENS, HIDDEN)
     assert snr(y, reference(rows, index, weights)) > (45 if dtype == torch.bfloat16 else 65)
 
 
-def test_ge_rounds_once_and_the_operator_rounds_the_weights_too():
-    """Weights stay float32 in the ATen form; the operator takes them in the dtype of the rows."""
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "npugraph_ex"])
+def test_no_row_is_read_where_the_index_says_that_there_is_none(form, dynamic):
+    """Rows that no index names are NaN, the last among them; a token has no row at all."""
+    gm, _, _ = built(form, torch.bfloat16, dynamic, absent=True)
+    rows, index, weights = inputs(torch.bfloat16)
+    index[::3], index[3:6] = -1, -1
+    rows[-1] = rows[0] = torch.nan
+    index[(index == 0) | (index == ROWS - 1)] = 1
+    exact = reference(rows, index, weights)
+    y = gm(rows, index, weights)
+    assert not y[1].any() and snr(y, exact) > 45
+    with pytest.raises(ValueError, match="sorted_indices"):
+        built("npugraph_ex", torch.bfloat16)[0](rows, index, weights)  # the twin, which has no such index
+
+
+def test_ge_rounds_once_and_the_operators_round_the_weights_too():
+    """Weights stay float32 in the ATen form; the operators take them in the dtype of the rows."""
     tensors = inputs(torch.bfloat16)
     exact = reference(*tensors)
-    quality = {mode: snr(built(mode, torch.bfloat16)[0](*tensors), exact) for mode in MODES}
+    quality = {form: snr(built(form, torch.bfloat16)[0](*tensors), exact) for form in FORMS}
     assert quality["ge"] > quality["npugraph_ex"] + 1
+    for mode in MODES:
+        assert quality[f"{mode}, finalize_routing"] == quality["npugraph_ex"], "the same arithmetic"
 
 
-def test_only_the_form_for_ge_is_convertible():
-    missing = {mode: [t for t in built(mode, torch.bfloat16)[1] if ge_missing.missing_converter(t)] for mode in MODES}
-    assert missing == {"npugraph_ex": [torch.ops.npu.npu_moe_token_unpermute.default], "ge": []}
+def test_what_has_no_converter_is_not_in_the_forms_for_ge():
+    missing = {form: [t for t in built(form, torch.bfloat16)[1] if ge_missing.missing_converter(t)] for form in FORMS}
+    assert missing.pop("npugraph_ex") == [torch.ops.npu.npu_moe_token_unpermute.default]
+    assert not any(missing.values())
 
 
 def test_limits_follow_the_form():
@@ -86,9 +114,11 @@ def test_limits_follow_the_form():
         hidden = 64
         top_k = 2
 
-    assert unpermute.combine_calls(Spec(), Deployment(mode="ge")) == ()
-    [call] = unpermute.combine_calls(Spec(), Deployment())
-    assert call.operator == "npu_moe_token_unpermute"
+    calls = {form: unpermute.combine_calls(Spec(), Deployment(**FORMS[form]), lambda t: t) for form in FORMS}
+    assert calls.pop("ge") == ()
+    operators = {form: call.operator for form, (call,) in calls.items()}
+    assert operators.pop("npugraph_ex") == "npu_moe_token_unpermute"
+    assert set(operators.values()) == {"npu_moe_finalize_routing"}
 
 
 def test_mode_is_checked_and_part_of_what_ranks_agree_on():

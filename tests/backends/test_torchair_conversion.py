@@ -22,7 +22,12 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 1024, 512, 16, 4, 24
 EP, RANK = 4, 1
 
 
-COMMS, FIELDS = {"buffers": "alltoall"}, {"buffers": {"max_rows": 90}}  # fewer than 24 tokens to 4 experts each
+OTHER = {"unpermute_operator": "finalize_routing"}
+COMMS = {"buffers": "alltoall", "allgather, finalize_routing": "allgather", "alltoall, finalize_routing": "alltoall"}
+FIELDS = {
+    "buffers": {"max_rows": 90},
+    **{name: OTHER for name in COMMS if "finalize" in name},
+}  # 90: fewer than 24 tokens to 4 experts each
 
 
 def layer(deployment, quantisation="none"):
@@ -62,6 +67,7 @@ def refusal(model, args, deployment, **options):
 
 
 ALL = [("allgather", 1), ("allgather", EP), ("alltoall", EP), ("buffers", EP), ("mc2", EP), ("fused_mc2", EP)]
+ALL += [(name, EP) for name in COMMS if "finalize" in name]
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -70,7 +76,7 @@ def test_node_types_attributes_and_edges(comm, ep, dynamic):
     graph, deployment = converted(comm, dynamic, ep)
     assert [block.comm for block in graph.reports[-1].blocks] == [COMMS.get(comm, comm)]
     # the shorter of max_rows and a size that varies is no size that torchair converts
-    form = "alltoall" if comm == "buffers" and dynamic else comm
+    form = comm if comm == "buffers" and not dynamic else COMMS.get(comm, comm)
     ge_checks.CHECKS[form](graph, deployment, EXPERTS, TOP_K)
     assert graph.mixed() == []
     shapes = [node.outputs[0][2] for node in graph.of_type("Data")]

@@ -32,8 +32,8 @@ def test_other_sizes_count_the_ranks_that_hold_routed_experts():
 
 # What takes least first, as docs/deployment.md says it: a setting, an installation, smaller steps, other weights, ranks, a SoC.
 ORDER = (
-    "hccl_buffer_mb", "max_tokens", "weight_format", "fused_mode", "capture", "mc2_hierarchy", "providers", "installed", "cann",
-    "tokens", "quantisation", "dtype", "ep_size", "soc",
+    "hccl_buffer_mb", "max_tokens", "weight_format", "fused_mode", "unpermute_operator", "capture", "mc2_hierarchy", "providers",
+    "installed", "cann", "tokens", "quantisation", "dtype", "ep_size", "soc",
 )  # fmt: skip
 REFUSALS = [
     f"{BLOCK} --ep 16 --tokens 600",
@@ -43,6 +43,7 @@ REFUSALS = [
     f"{BLOCK} --ep 16 --unequal-tokens --max-tokens 4096",
     f"{BLOCK} --soc 310P --quant w8a8",
     "mixtral_8x7b --ep 4 --fused-mode 0",
+    "mixtral_8x7b --ep 4 --unpermute-operator finalize_routing --dtype float16",
     "gpt_oss_20b --ep 8 --hierarchy --soc A5",
     f"{BLOCK} --ep 16 --max-tokens 16 --tokens 32",
     f"{BLOCK} --ep 16 --provider vllm_ascend=0.13.0",

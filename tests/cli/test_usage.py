@@ -61,6 +61,7 @@ OPTIONS = [
     ("--fused-mode 2", "fused_mode", 2),
     ("--provider none", "providers", ()),
     ("--ranks-per-node 4", "ranks_per_node", 4),
+    ("--unpermute-operator finalize_routing", "unpermute_operator", "finalize_routing"),
 ]
 
 

@@ -27,7 +27,7 @@ from typing import Any
 from moe_lowering.limits.sources import cite, load_sources, render_citations
 from moe_lowering.limits.toml import loads
 from moe_lowering.passes.operands import COMPUTED, MIXED
-from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS, MODES, SOCS, WEIGHT_FORMATS
+from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS, MODES, SOCS, UNPERMUTE_OPERATORS, WEIGHT_FORMATS
 
 DATA = Path(__file__).parent / "limit_facts"
 KINDS = ("range", "multiple", "only", "same", "bytes", "legal")
@@ -43,6 +43,7 @@ WORDS = {
     "quant_mode": ("pertoken", "perchannel", "pertensor", "pergroup"),
     "form": ("none", "a8w8", "a8w4", "a4w4", "a16w8", "a16w4", "a8w16"),
     "mode": (*MODES, "eager"),
+    "unpermute_operator": UNPERMUTE_OPERATORS,
     "smooth_scales": ("none", "tokens", "activations", "tokens and activations"),
     "reduce_op": ("sum", "avg", "max", "min"),
 }

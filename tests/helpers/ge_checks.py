@@ -1,6 +1,7 @@
 """What a converted GE graph must be like, implementation by implementation: from the dump, against the deployment."""
 
 from moe_lowering.simulator.ge import GeGraph
+from moe_lowering.vocabulary import FINALIZE_ROUTING
 
 
 def one(graph: GeGraph, kind: str):
@@ -61,6 +62,19 @@ def combined(graph: GeGraph, y: str, absent: str = ""):
     return selected, product.edge("x2")
 
 
+def finalized(graph: GeGraph, y: str, index: str) -> str:
+    """The rows of the one operator that brings them back by ``index``, -1 among it, with weights of their dtype."""
+    node = graph.producer(graph.origin(y))
+    assert node.type == "MoeFinalizeRoutingV2" and node.edge("expanded_row_idx") == index
+    attributes(node, drop_pad_mode=3)
+    assert {graph.dtype(node.edge(name)) for name in ("expanded_x", "scales")} == {"DT_BF16"}
+    assert not {"x1", "x2", "bias", "expert_idx"} & {name for name, edge in node.inputs if edge}
+    rows = graph.producer(node.edge("expanded_x"))
+    assert rows.type == "Unsqueeze", rows.type
+    assert not graph.of_type("MaskedFill"), "nobody but the operator masks rows"
+    return graph.origin(rows.edge("x"))
+
+
 def gathered(graph: GeGraph, deployment, experts: int, top_k: int, y: str) -> None:
     """Tokens of all ranks > rows of this rank's experts > MLP > ``y``, the sums over these experts."""
     routing, gating = one(graph, "MoeInitRoutingV3"), one(graph, "MoeGatingTopK")
@@ -83,10 +97,14 @@ def gathered(graph: GeGraph, deployment, experts: int, top_k: int, y: str) -> No
     else:
         assert routing.edge("expert_idx") == ids
     index = routing.output("expanded_row_idx")
-    selected, _ = combined(graph, y, index if deployment.ep_size > 1 else "")
-    assert index in _edges_behind(graph, selected.edge("indices"))
+    if deployment.unpermute_operator == FINALIZE_ROUTING:
+        rows = finalized(graph, y, index)
+    else:
+        selected, _ = combined(graph, y, index if deployment.ep_size > 1 else "")
+        assert index in _edges_behind(graph, selected.edge("indices"))
+        rows = graph.origin(selected.edge("x"))
     counts = routing.output("expert_tokens_count_or_cumsum")
-    matmuls(graph, routing.output("expanded_x"), counts, graph.origin(selected.edge("x")))
+    matmuls(graph, routing.output("expanded_x"), counts, rows)
 
 
 def allgather(graph: GeGraph, deployment, experts: int, top_k: int) -> None:

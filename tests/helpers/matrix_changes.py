@@ -24,6 +24,10 @@ def nothing(case):
     return case
 
 
+def the_other_unpermute_operator(case):
+    return _deployment(case, unpermute_operator="token_unpermute")
+
+
 def scales_of_the_next_expert(case):
     return _weights(case, w13_scale=lambda scale: scale.roll(1, 0))
 

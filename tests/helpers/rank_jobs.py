@@ -60,14 +60,14 @@ def lower_and_run(rank, comm, dtype_name, counts, options):
 
 def _lower_and_run(
     rank, comm, dtype, counts, equal=True, dynamic=False, skew=False, experts=EXPERTS, top_k=TOP_K, bounded=True,
-    max_rows=0,
+    max_rows=0, unpermute_operator="token_unpermute",
 ):  # fmt: skip
     """Compile this rank's shard through npugraph_ex and run it once per entry of ``counts`` (T by rank).
 
     Returns (outputs, implementations chosen per graph).
     """
     fields = {"max_tokens": 64} if bounded and (dynamic or not equal) else {}
-    where = deployment(rank, equal_tokens=equal, max_rows=max_rows, **fields)
+    where = deployment(rank, equal_tokens=equal, max_rows=max_rows, unpermute_operator=unpermute_operator, **fields)
     module = shard_experts(layer(dtype, experts, top_k), where)
     lowering = MoeLowering(where, comm, strict=True, cost=fused_first)
     torch._dynamo.reset()
@@ -204,11 +204,11 @@ def agree_on_settings(rank, comm_of, cost_of):
     return ""
 
 
-def mutated(rank, comm, mutation, experts=EXPERTS, top_k=TOP_K):
+def mutated(rank, comm, mutation, experts=EXPERTS, top_k=TOP_K, unpermute_operator="token_unpermute"):
     """This rank's output of a lowered layer that was broken on purpose; the text of a kernel's refusal."""
     from moe_lowering import lowering_backend
 
-    where = deployment(rank)
+    where = deployment(rank, unpermute_operator=unpermute_operator)
     module = shard_experts(layer(torch.bfloat16, experts, top_k), where)
     if mutation == "gate_and_up_swapped":
         module.w13.data = module.w13.roll(INTERMEDIATE, -1)
@@ -264,6 +264,32 @@ def _absolute_row_index(gm):
     unpermute.args = (unpermute.args[0], index, *unpermute.args[2:])
 
 
+def _finalize(gm):
+    (node,) = _nodes(gm, torch.ops.npu.npu_moe_finalize_routing.default)
+    return node
+
+
+def _absolute_index_of_finalize(gm):
+    """The seed's abs(-1) again."""
+    _replace_argument(gm, _finalize(gm), 5, torch.ops.aten.abs.default)
+
+
+def _finalize_by_column(gm):
+    """drop_pad_mode 1: the index is read choice by choice."""
+    node = _finalize(gm)
+    node.args = (*node.args[:7], 1)
+
+
+def _finalize_without_drop(gm):
+    """drop_pad_mode 2, which reads no -1, with the rows as it wants them."""
+    node = _finalize(gm)
+    node.args = (node.args[0].args[0], *node.args[1:7], 2)
+
+
+def _finalize_unweighted(gm):
+    _replace_argument(gm, _finalize(gm), 4, torch.ops.aten.ones_like.default)
+
+
 def _undefined_rows(gm):
     for node in _nodes(gm, torch.ops.aten.masked_fill_.Scalar):
         gm.graph.erase_node(node)
@@ -280,4 +306,8 @@ MUTATIONS = {
     "absolute_row_index": _absolute_row_index,
     "undefined_rows_let_through": _undefined_rows,
     "spare_row_let_through": _spare_row,
+    "absolute_index_of_finalize": _absolute_index_of_finalize,
+    "finalize_by_column": _finalize_by_column,
+    "finalize_without_drop": _finalize_without_drop,
+    "finalize_unweighted": _finalize_unweighted,
 }

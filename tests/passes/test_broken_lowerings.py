@@ -130,9 +130,10 @@ def pair():
         yield ranks
 
 
-def worst(pair, comm, mutation, **shape):
+def worst(pair, comm, mutation, unpermute_operator="token_unpermute", **shape):
     """The largest relative error over the ranks, or the refusal of a kernel."""
-    results = pair.run(rank_jobs.mutated, comm, mutation, *shape.values())
+    sizes = {"experts": rank_jobs.EXPERTS, "top_k": rank_jobs.TOP_K, **shape}
+    results = pair.run(rank_jobs.mutated, comm, mutation, *sizes.values(), unpermute_operator)
     refusals = [result for result in results if isinstance(result, str)]
     if refusals:
         return refusals[0]
@@ -148,6 +149,13 @@ def test_unbroken_passes_on_ranks(pair, comm):
 @pytest.mark.parametrize(("comm", "mutation"), ON_RANKS)
 def test_broken_is_caught_on_ranks(pair, comm, mutation):
     result = worst(pair, comm, mutation)
+    assert isinstance(result, str) or result > 3 * reference.BOUNDS[torch.bfloat16], result
+
+
+@pytest.mark.parametrize("mutation", [name for name in rank_jobs.MUTATIONS if "finalize" in name])
+def test_a_broken_finalize_routing_is_caught_on_ranks(pair, mutation):
+    """Its twin, unbroken, is in test_lowering_ranks.py."""
+    result = worst(pair, "allgather", mutation, "finalize_routing")
     assert isinstance(result, str) or result > 3 * reference.BOUNDS[torch.bfloat16], result
 
 

@@ -43,6 +43,7 @@ from moe_lowering.vocabulary import (
     MODES,
     POLICIES,
     SOCS,
+    UNPERMUTE_OPERATORS,
     WEIGHT_FORMATS,
     Activation,
 )
@@ -259,6 +260,7 @@ def test_a_routing_of_another_kind_is_left_alone(field: str, monkeypatch: pytest
 
 @pytest.mark.parametrize(("field", "words"), [
     ("soc", SOCS), ("weight_format", WEIGHT_FORMATS), ("guards", GUARDS), ("mode", MODES),
+    ("unpermute_operator", UNPERMUTE_OPERATORS),
 ])  # fmt: skip
 def test_a_deployment_s_words(field: str, words: tuple[str, ...]) -> None:
     for word in words:

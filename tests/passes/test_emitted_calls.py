@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from graph_build import build
 from graph_cases import BlockCase, GraphCase
 
 from moe_lowering import Deployment, MoeLowering, moe_experts, simulator, testing
-from moe_lowering.limits import limits_for, load, names
+from moe_lowering.limits import check, limits_for, load, names
 from moe_lowering.limits.calls import CONTEXT, OPERATORS
 from moe_lowering.limits.calls.schemas import COLLECTIVES, LIBRARIES, TEXTS, complete, schema, split
 from moe_lowering.matrix.forms import FORMS
@@ -22,6 +23,7 @@ from moe_lowering.passes.implementations.matmul_calls import MATMUL
 from moe_lowering.passes.implementations.tensor_parallel import tokens_per_rank
 from moe_lowering.passes.legality import Judgement, judged_calls
 from moe_lowering.passes.operator_calls import OperatorCall, Rules
+from moe_lowering.passes.run import graph_run
 from moe_lowering.passes.run.graph_run import GraphRun
 from moe_lowering.passes.verifier import emitted_quantities
 from moe_lowering.vocabulary import EXPERT_FORMATS, SOCS
@@ -68,6 +70,21 @@ SITUATIONS = {
     ),
     "mask": Situation(block={"mask": True}),
     "GE": Situation({"mode": "ge"}, without=NO_GE),
+    "finalize_routing": Situation({"unpermute_operator": "finalize_routing"}),
+    "finalize_routing, TP, declared range, symbolic": Situation(
+        {
+            "unpermute_operator": "finalize_routing",
+            "tp_size": 2,
+            "tp_rank": 1,
+            "tp_group": "tp",
+            "equal_tokens": False,
+            "max_tokens": 48,
+            "mode": "ge",
+        },
+        {},
+        {"sizes": "dynamic", "bounds": (2, 64)},
+        ("mega_moe",),
+    ),
     "A2": Situation({"soc": "A2"}, without=FUSED),
     "two levels": Situation({"mc2_hierarchy": True, "soc": "A2", "ep_size": 16}, without=FUSED),
     "weights in 16 bits": Situation(block={"odd": ("weights_in_16_bits",)}),
@@ -191,6 +208,15 @@ def expected(quantisation: str, situation: str) -> set[str]:
         return set()  # gmm.quant_single_weight
     fused = situation in ("static", "TP") and quantisation in ("none", "w8a8")
     return {"allgather", "alltoall_static", "alltoall_buffers", "mc2"} | (set(FUSED) if fused else set())
+
+
+def test_what_an_emitted_call_breaks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block is put back, and the report has each rule."""
+    broken = check(gathered.ROUTE, "A3", {"active_num": -3, "row_idx_type": 2})
+    monkeypatch.setattr(graph_run, "call_violations", lambda *_: broken)
+    (block,) = lowered("allgather", "none", SITUATIONS["static"]).reports[0].blocks
+    assert block.comm is None and "rewrite undone: VerificationError" in block.reason
+    assert re.search(r"\[routing\.\w+\] .*; \[routing\.\w+\] ", block.reason), block.reason
 
 
 @pytest.mark.parametrize("quantisation", ["none", "w8a8"])

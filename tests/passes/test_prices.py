@@ -59,7 +59,7 @@ def exists(name, quantisation):
 
 GRID = [
     {}, {"ep": 2}, {"ep": 64}, {"soc": "A2", "ep": 32}, {"soc": "A5", "ep": 8}, {"tp_size": 4, "tp_group": "tp"},
-    {"max_rows": 100}, {"measured": ODD_ROWS}, {"ranks_per_node": 4},
+    {"max_rows": 100}, {"measured": ODD_ROWS}, {"ranks_per_node": 4}, {"unpermute_operator": "finalize_routing"},
 ]  # fmt: skip
 
 

@@ -25,6 +25,7 @@ KNOWN = {"cann": "9.1.0", "torch_npu": "2.13.0"}
 CLAMPS = {"activation": "swiglu_oai", "limit": 3.0}
 ROUTE, MATMUL, SWIGLU = "npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_swiglu"
 FUSED, DEQUANT, JOINED = "npu_grouped_matmul_swiglu_quant_v2", "npu_dequant_swiglu_quant", "npu_swiglu_quant"
+OTHER = {"unpermute_operator": "finalize_routing"}
 CASES: dict[
     str, tuple[str, dict[str, str], dict[str, Any], tuple[str, ...]]
 ] = {  # format, deployment, options, operators
@@ -36,6 +37,7 @@ CASES: dict[
     "w8a8, other activation": ("w8a8", {}, {"activation": "gelu"}, (ROUTE, MATMUL, "npu_dynamic_quant")),
     "w4a8": ("w4a8", {"weight_format": "nz"}, {}, (ROUTE, MATMUL, JOINED)),
     "w4a16": ("w4a16", {"weight_format": "nz"}, {}, (ROUTE, MATMUL, SWIGLU)),
+    "none, finalize_routing": ("none", OTHER, {}, (ROUTE, MATMUL, SWIGLU)),
 }
 
 
@@ -114,7 +116,8 @@ def test_undefined_rows_are_there_and_are_not_read(name: str) -> None:
     assert torch.equal(y[some], full[some]) and not y[~some].any()
 
 
-def test_slots_of_zero_experts_read_no_undefined_row() -> None:
+@pytest.mark.parametrize("fields", [{}, OTHER], ids=str)
+def test_slots_of_zero_experts_read_no_undefined_row(fields: dict[str, str]) -> None:
     given, spare = experts("none"), 2
     group = (EXPERTS - spare, "", 1, "", 1, 0)
     w13, w2 = ([given[name][: EXPERTS - spare]] for name in ("w13", "w2"))
@@ -125,10 +128,10 @@ def test_slots_of_zero_experts_read_no_undefined_row() -> None:
         return OPS.combine(y, weights, ids, handle, None, *group, zero_experts=spare)
 
     x, weights, ids = tokens()
-    y, undefined = run_lowered(layer, (x, weights, ids))
+    y, undefined = run_lowered(layer, (x, weights, ids), **fields)
     assert undefined >= {ROUTE, MATMUL} and bool((ids >= EXPERTS - spare).any())
     torch.testing.assert_close(y, layer(x, weights, ids), rtol=2**-6, atol=2**-6)
-    _, nothing = run_lowered(layer, (x, weights[:, :1], ids[:, :1] % (EXPERTS - spare)))
+    _, nothing = run_lowered(layer, (x, weights[:, :1], ids[:, :1] % (EXPERTS - spare)), **fields)
     assert not nothing, "the twin: each slot has a row"
 
 

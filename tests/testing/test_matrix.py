@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -26,7 +27,7 @@ from moe_lowering.matrix.reference import FLOORS, signal_to_noise
 from moe_lowering.matrix.runner import Pool
 from moe_lowering.matrix.table import EVERYTHING, Axes, CellResult, Table
 from moe_lowering.report.width import WIDTH
-from moe_lowering.vocabulary import EXPERT_FORMATS, IMPLEMENTATION_FORMS
+from moe_lowering.vocabulary import EXPERT_FORMATS, IMPLEMENTATION_FORMS, UNPERMUTE_OPERATORS
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,33 @@ def test_every_cell_is_what_it_must_be(pools, ep):
     assert sum(result.snr is not None for result in table.results) == LEGAL[ep]
     assert len(table.results) == CELLS[ep]
     assert pools[ep].restarts == 0
+
+
+FINALIZE = {"eps": (2,), "unpermute_operator": "finalize_routing"}
+
+
+def test_cells_whose_rows_are_brought_back_by_finalize_routing_are_what_they_must_be(pools):
+    """The matrix has them all: --unpermute-operator. Here every scenario with AllGather, and some in the other formats and
+    with AllToAll, which differs behind that operator alone."""
+    some = ("skewed", "unequal_masked", "symbolic", "t0")
+    tables = [
+        run(pools, forms=("allgather",), tps=(1,), quantisations=("w8a8",), **FINALIZE),
+        run(pools, forms=("allgather",), tps=(1,), quantisations=("none", "w4a8", "w4a16"), scenarios=some, **FINALIZE),
+        run(pools, forms=("alltoall_static",), tps=(2,), quantisations=("none",), scenarios=some, **FINALIZE),
+    ]
+    for table in tables:
+        assert table.problems() == []
+    results = [result for table in tables for result in table.results]
+    assert {result.cell.scenario for result in results} == set(SCENARIOS)
+    empty = [result.cell.scenario for result in results if "finalize.empty" in result.codes]
+    assert empty == ["t0"] * 5 and sum(result.snr is None for result in results) == 5
+
+
+def test_a_cell_that_does_not_have_the_other_operator_is_seen(pools):
+    given = {"forms": ("allgather",), "tps": (1,), "quantisations": ("none",), "scenarios": ("even",), **FINALIZE}
+    assert run(pools, **given).problems() == []
+    problems = run(pools, change=matrix_changes.the_other_unpermute_operator, **given).problems()
+    assert problems and all("npu.npu_moe_finalize_routing is not in the graph" in problem for problem in problems)
 
 
 # That it can fail
@@ -149,14 +177,15 @@ def test_a_rank_that_raises_breaks_its_own_cell_only():
 # The expectation and the reference
 
 
-def cells():
-    axes = EVERYTHING
+def cells(**changes):
+    axes = dataclasses.replace(EVERYTHING, **changes)
     for ep, tp, quantised in itertools.product(axes.eps, axes.tps, axes.quantisations):
         yield from axes.cells(ep, tp, quantised)
 
 
 def test_every_rule_refuses_a_cell_by_itself():
-    alone = {found[0] for cell in cells() if len(found := refusals(cell)) == 1}
+    every = [cell for name in UNPERMUTE_OPERATORS for cell in cells(unpermute_operator=name)]
+    alone = {found[0] for cell in every if len(found := refusals(cell)) == 1}
     assert {rule.code for rule in REFUSALS} == alone
 
 
@@ -243,6 +272,7 @@ def test_the_commands_axes_are_those_of_the_matrix():
     request = parse(["matrix"])
     assert (request.ep, request.tp, request.quant) == (forms.EP_SIZES, forms.TP_SIZES, tuple(EXPERT_FORMATS))
     assert request.forms == tuple(FORMS)
+    assert parse(["matrix", "--unpermute-operator", "finalize_routing"]).unpermute_operator == "finalize_routing"
 
 
 def test_the_table_says_its_unit_and_its_columns_are_straight():
@@ -267,6 +297,7 @@ def test_every_form_of_the_vocabulary_has_its_rows():
     (["--tp", "1,4"], "argument --tp: is '1,4'; accepted: one or more of 1,2"),
     (["--quant", "fp8"], "argument --quant: is 'fp8'; accepted: one or more of none,w8a8,w4a8,w4a16"),
     (["--comm", "nccl"], "argument --comm: is 'nccl'; accepted: one or more of allgather,alltoall,mc2,fused_mc2"),
+    (["--unpermute-operator", "sum"], "argument --unpermute-operator: is 'sum'; accepted: token_unpermute, finalize_routing"),
     (["--soc", "A3"], "argument --soc: is none of matrix; accepted: those of moe-lowering matrix --help"),
 ])  # fmt: skip
 def test_wrong_usage(given, says):

@@ -197,6 +197,7 @@ def _deployment(request: ExplainRequest, experts: int) -> Deployment:
             fused_mode=request.fused_mode,
             capture=request.capture,
             mc2_hierarchy=request.hierarchy,
+            unpermute_operator=request.unpermute_operator,
             ranks_per_node=request.ranks_per_node,
             measured=read_measured(request.measured, request.soc),
             providers=request.providers,

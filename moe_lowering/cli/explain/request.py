@@ -6,7 +6,7 @@ import dataclasses
 
 from moe_lowering.cli.options import check_policy, provider_packages
 from moe_lowering.cli.usage import UsageError
-from moe_lowering.vocabulary import AUTO, IMPLEMENTATION_FORMS
+from moe_lowering.vocabulary import AUTO, IMPLEMENTATION_FORMS, TOKEN_UNPERMUTE
 
 IMPLEMENTATIONS = tuple(IMPLEMENTATION_FORMS)
 
@@ -39,6 +39,7 @@ class ExplainRequest:
     weight_format: str | None = None
     cann: str | None = None
     hierarchy: bool = False
+    unpermute_operator: str = TOKEN_UNPERMUTE
     capture: bool = True
     provider: list[tuple[str, str]] | None = None
     comm: str = AUTO

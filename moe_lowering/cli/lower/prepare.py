@@ -15,6 +15,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.model_configs.check import ACCEPTED, OWN
 from moe_lowering.number_words import count_of
 from moe_lowering.quantisation import require_quantisable
+from moe_lowering.vocabulary import TOKEN_UNPERMUTE
 
 
 def deployment_for(request: LowerRequest, **place: Any) -> Deployment:
@@ -30,6 +31,7 @@ def deployment_for(request: LowerRequest, **place: Any) -> Deployment:
         weight_format=request.weight_format or WEIGHT_FORMAT,
         cann=request.cann or "",
         mc2_hierarchy=request.hierarchy,
+        unpermute_operator=request.unpermute_operator,
         ranks_per_node=request.ranks_per_node,
         measured=read_measured(request.measured, request.soc),
         providers=request.providers,
@@ -46,6 +48,7 @@ def assumptions(request: LowerRequest) -> str:
         "CANN {}": request.cann,
         "{} installed": ", ".join(named) or (None if request.provider is None else "no provider of fused operators"),
         "MC2 in two levels": request.hierarchy or None,
+        "{} unpermutes": None if request.unpermute_operator == TOKEN_UNPERMUTE else request.unpermute_operator,
     }
     equal = "not equal on all ranks" if request.unequal_tokens else "equal on all ranks"
     sentences = [text.format(value) for text, value in templates.items() if value is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moe_lowering.cli.options import provider_packages
-from moe_lowering.vocabulary import EXPERT_FORMATS
+from moe_lowering.vocabulary import EXPERT_FORMATS, TOKEN_UNPERMUTE
 
 REPLAYS = 8  # of each captured graph, where the command does not say
 
@@ -43,6 +43,7 @@ class LowerRequest:
     weight_format: str | None = None
     cann: str | None = None
     hierarchy: bool = False
+    unpermute_operator: str = TOKEN_UNPERMUTE
     policy: str = "auto"
     overlap: bool = False
     json: bool = False

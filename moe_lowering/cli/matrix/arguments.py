@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_lowering.cli.matrix.request import FORMS_OF, MatrixRequest
-from moe_lowering.cli.options import add_parser
+from moe_lowering.cli.options import add_parser, add_unpermute_operator
 from moe_lowering.matrix.forms import EP_SIZES, TP_SIZES
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
@@ -51,6 +51,7 @@ def add_command(commands: Any) -> None:
     ):
         accepted = f"{what}, of {', '.join(map(str, values))} (default all)"
         parser.add_argument(option, type=_list_parser(values), default=values, metavar=metavar, help=accepted)
+    add_unpermute_operator(parser.add_argument)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 

@@ -22,7 +22,13 @@ def run_matrix(request: MatrixRequest, progress: Callable[[str], None]) -> Matri
     progress("enabling the simulator (A3)")
     enable_simulator("A3")  # each rank enables it too; done here first, so that a failure is one line
     started = time.perf_counter()
-    axes = Axes(forms=request.forms, quantisations=request.quant, eps=request.ep, tps=request.tp)
+    axes = Axes(
+        forms=request.forms,
+        quantisations=request.quant,
+        eps=request.ep,
+        tps=request.tp,
+        unpermute_operator=request.unpermute_operator,
+    )
     return MatrixReport(request, runner.run(axes, progress), time.perf_counter() - started)
 
 

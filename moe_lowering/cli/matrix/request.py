@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moe_lowering.matrix.forms import EP_SIZES, FORMS, TP_SIZES
-from moe_lowering.vocabulary import EXPERT_FORMATS, IMPLEMENTATION_FORMS
+from moe_lowering.vocabulary import EXPERT_FORMATS, IMPLEMENTATION_FORMS, TOKEN_UNPERMUTE
 
 # The rows of the table by implementation.
 FORMS_OF = {comm: tuple(form.name for form in FORMS.values() if form.comm == comm) for comm in IMPLEMENTATION_FORMS}
@@ -19,6 +19,7 @@ class MatrixRequest:
     tp: tuple[int, ...] = TP_SIZES
     quant: tuple[str, ...] = tuple(EXPERT_FORMATS)
     comm: tuple[str, ...] = tuple(FORMS_OF)
+    unpermute_operator: str = TOKEN_UNPERMUTE
     json: bool = False
 
     @property

@@ -41,6 +41,7 @@ PER_TOKEN: dict[str, str | None] = {
         ("tokens", "max_tokens", "ids_tokens", "row_tokens", "weights_tokens", "mask_tokens", "scale_rows")
     ),
     "indices_length": "top_k",
+    "index_length": "top_k",
 }
 # What rows of called operators may read and no call shows.
 CONTEXT = frozenset({

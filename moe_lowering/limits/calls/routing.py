@@ -159,6 +159,7 @@ def finalize_routing(a: Arguments) -> dict[str, Any]:
     """``npu_moe_finalize_routing``; ``index`` is the row of each slot (``expanded_src_to_dst_row``)."""
     x, scales, index, bias = a["expanded_permuted_rows"], a["scales"], a["expanded_src_to_dst_row"], a["bias"]
     k = 1 if a["k"] is None else a["k"]
+    top_k = size(scales, 1) if scales is not None else k
     return {
         "x_dtype": dtype(x),
         "x_dims": dims(x),
@@ -168,7 +169,8 @@ def finalize_routing(a: Arguments) -> dict[str, Any]:
         "index_dims": dims(index),
         "index_length": size(index, 0),
         "tokens": size(scales, 0),
-        "top_k": size(scales, 1) if scales is not None else k,
+        "top_k": top_k,
+        "fixed_k": top_k if isinstance(top_k, int) else None,
         "k": k,
         "has_weights": scales is not None,
         "weights_dtype": dtype(scales),

@@ -32,6 +32,11 @@ def _unpermute(operands: Given) -> list[Described]:
     return [((operands["sorted_indices"].shape[0] // weights.shape[1], rows.shape[1]), rows.dtype)]
 
 
+def _finalize(operands: Given) -> list[Described]:
+    rows, weights = operands["expanded_permuted_rows"], operands["scales"]
+    return [((weights.shape[0], rows.shape[-1]), rows.dtype)]
+
+
 def _grouped_matmul(operands: Given) -> list[Described]:
     x, weight = operands["x"][0], operands["weight"][0]
     wide = weight.shape[-1] * (8 if weight.dtype == _INT32 else 1)
@@ -92,6 +97,7 @@ def _fused(operands: Given) -> list[Described]:
 RESULTS: dict[str, Callable[[Given], list[Described]]] = {
     "npu_moe_init_routing_v2": _init_routing,
     "npu_moe_token_unpermute": _unpermute,
+    "npu_moe_finalize_routing": _finalize,
     "npu_grouped_matmul": _grouped_matmul,
     "npu_swiglu": _halved("input"),
     "npu_clipped_swiglu": _halved("x"),

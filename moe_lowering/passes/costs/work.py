@@ -36,6 +36,7 @@ HEAD = 512  # bytes that travel with an int8 row. Source: cloudmatrix.paper: 7.5
 _VALID_ROWS: dict[str, tuple[tuple[str, ...], bool]] = {
     "npu_moe_init_routing_v2": ((), True),
     "npu_moe_token_unpermute": (("permuted_tokens",), False),
+    "npu_moe_finalize_routing": (("expanded_permuted_rows",), False),
     "npu_grouped_matmul": (("x", "per_token_scale"), True),
     "npu_grouped_matmul_swiglu_quant_v2": (("x", "x_scale"), True),
     "npu_dequant_swiglu_quant": (("x", "activation_scale"), True),

@@ -2,6 +2,7 @@
 
 One rank:  init_routing_v2 > MLP > token_unpermute.
 EP group:  all_gather > init_routing_v2 (own experts only) > MLP > token_unpermute > reduce_scatter.
+(finalize_routing in place of token_unpermute, with ``Deployment.unpermute_operator``.)
 
 Why it is equivalent: ``gathered``, which emits all but the last step.
 Source: vllm_ascend.prepare_finalize: all_gather and reduce_scatter around the experts.
@@ -16,7 +17,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.emission.emitter import Emitter
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
-from moe_lowering.passes.implementations.gathered import Partial, emit_partial, gathered_calls
+from moe_lowering.passes.implementations.gathered import Partial, emit_partial, gathered_calls, gathered_words
 from moe_lowering.passes.implementations.tensor_parallel import first_tokens, gather
 from moe_lowering.passes.operator_calls import Premises, Rules
 
@@ -45,7 +46,7 @@ def _rules(spec: BlockSpec, deployment: Deployment) -> Rules:
         "allgather",
         {
             "shared_expert_rank_num": spec.shared_expert_ranks,
-            "counts_read_before_weights": spec.counts_read_before_weights,
+            **gathered_words(spec, deployment),
         },
     )
 

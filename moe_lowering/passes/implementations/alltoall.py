@@ -39,6 +39,7 @@ from moe_lowering.passes.implementations.gathered import (
     emit_partial,
     gathered_bytes,
     gathered_calls,
+    gathered_words,
 )
 from moe_lowering.passes.implementations.tensor_parallel import first_tokens, gather, tokens_per_rank
 from moe_lowering.passes.operator_calls import OperatorCall, Premises, Rules
@@ -55,7 +56,7 @@ def _static_rules(spec: BlockSpec, deployment: Deployment, premises: Premises) -
     return {
         "max_rows": spec.max_rows,
         "buffers_are_shorter": _buffers_are_shorter(spec, deployment, premises),
-        "counts_read_before_weights": spec.counts_read_before_weights,
+        **gathered_words(spec, deployment),
         "data_dependent_capacity": sized_by_data(spec, premises),
     }
 

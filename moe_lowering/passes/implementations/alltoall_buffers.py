@@ -42,7 +42,7 @@ from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
 from moe_lowering.passes.implementations.quantised_calls import tokens_calls
 from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens
 from moe_lowering.passes.implementations.tensor_parallel import OwnTokens, gather, tokens_per_rank
-from moe_lowering.passes.implementations.unpermute import combine_calls, emit_combine
+from moe_lowering.passes.implementations.unpermute import combine_calls, emit_combine, unpermute_words
 from moe_lowering.passes.operator_calls import OperatorCall, Premises, Rules, emit_call
 
 c10d = torch.ops._c10d_functional
@@ -87,19 +87,25 @@ def mib(size: int) -> str:
 
 
 def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rules, ...]:
-    rules = Rules("alltoall.buffers", lambda premises: _rules(spec, premises))
+    rules = Rules("alltoall.buffers", lambda premises: _rules(spec, deployment, premises))
     return (
         rules,
         *tokens_calls(spec),
         route_call(spec, spec.top_k, _ids(spec), [0, spec.experts]),
         route_call(spec, 1, spec.local_experts + 1, [0, spec.local_experts]),
         *mlp_calls(spec, deployment),
-        *combine_calls(spec, deployment),
+        *combine_calls(
+            spec,
+            deployment,
+            lambda tokens: tokens_per_rank(tokens, spec),
+            lambda tokens: spec.ep_size * capacity(tokens, spec),
+        ),
     )
 
 
-def _rules(spec: BlockSpec, premises: Premises) -> dict[str, Any]:
+def _rules(spec: BlockSpec, deployment: Deployment, premises: Premises) -> dict[str, Any]:
     return {
+        **unpermute_words(spec, deployment),
         "tokens": tokens_per_rank(premises.tokens, spec),
         "has_x_smooth": spec.has_x_smooth,
         "zero_experts": spec.zero_experts,

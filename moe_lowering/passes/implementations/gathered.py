@@ -2,15 +2,18 @@
 
     all_gather(x, ids, weights) > init_routing_v2 (own experts only) > MLP > one undefined row to zero > token_unpermute
 
+With ``Deployment.unpermute_operator`` finalize_routing is in place of the last two (``unpermute``).
+
 The result is [ep * M, H]: for each token of each rank the weighted sum over the experts of this rank, zero where it has
 none here. Which ranks' sums are then added, and how, is the implementation's own.
 
 Why it is equivalent. init_routing_v2 sorts (expert, source token) stably, which is the generic row order because the
 gathered tokens are in rank order. A slot whose expert lives elsewhere has row index -1; it must contribute nothing. The
-seed takes abs(-1), which reads an undefined row, and 0 * NaN is NaN. Here -1 becomes the last row, and that row is zero
-unless it is valid. Only that row is written: no other index ever names an undefined one. Where the last row is valid all
-rows are, so that every slot is local and no index is -1. With k > E_local there is one row more than can be valid
-(``_row_bound``), so the last one is zero whatever the counts are.
+seed takes abs(-1), which reads an undefined row, and 0 * NaN is NaN. finalize_routing reads -1 as no row, so that it gets
+the index as it is. token_unpermute does not: here -1 becomes the last row, and that row is zero unless it is valid. Only
+that row is written: no other index ever names an undefined one. Where the last row is valid all rows are, so that every
+slot is local and no index is -1. With k > E_local there is one row more than can be valid (``_row_bound``), so the last
+one is zero whatever the counts are.
 The row is written in place, in memory that the second matmul of this block has just made and that nothing else reads. GE
 graphs are functional, and a row can be changed there only by writing all of them: see ``unpermute``.
 Fewer rows than slots, and several slots on one row, are within what the kernel does (moe_token_unpermute.h gathers row by
@@ -51,8 +54,15 @@ from moe_lowering.passes.implementations.mlp import emit_mlp, mlp_calls
 from moe_lowering.passes.implementations.quantised_calls import tokens_calls
 from moe_lowering.passes.implementations.quantised_mlp import quantise_tokens
 from moe_lowering.passes.implementations.tensor_parallel import OwnTokens, tokens_per_rank
-from moe_lowering.passes.implementations.unpermute import combine_calls, emit_combine, weights_dtype
+from moe_lowering.passes.implementations.unpermute import (
+    combine_calls,
+    emit_combine,
+    takes_no_row,
+    unpermute_words,
+    weights_dtype,
+)
 from moe_lowering.passes.operator_calls import OperatorCall, Rules, emit_call, tensor
+from moe_lowering.vocabulary import FINALIZE_ROUTING
 
 c10d = torch.ops._c10d_functional
 
@@ -124,8 +134,19 @@ def gathered_calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCal
         # Any range of E_local experts: no rule depends on which ones are this rank's
         route_call(spec, spec.top_k, _ids(spec), [None, None]),
         *mlp_calls(spec, deployment),
-        *combine_calls(spec, deployment),
+        # tokens of all ranks; with a row for each slot, or for each of this rank's experts, which is as many as a token has
+        *combine_calls(
+            spec, deployment, lambda tokens: spec.ep_size * tokens_per_rank(spec.max_tokens or tokens, spec)
+        ),
     )
+
+
+def gathered_words(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:
+    """What the rules of an implementation that calls ``emit_partial`` read."""
+    return {
+        "counts_read_before_weights": spec.counts_read_before_weights,
+        **unpermute_words(spec, deployment),
+    }
 
 
 def _ids(spec: BlockSpec) -> int:
@@ -157,7 +178,7 @@ def emit_partial(block: Block, emit: Emitter, deployment: Deployment) -> Partial
         y_rows = emit_mlp(emit, block, rows, row_scale, counts, deployment)
     with emit.at(block.combine, block.combine):
         some_absent = spec.ep_size > 1 or spec.has_mask or spec.zero_experts > 0
-        if some_absent and deployment.mode != "ge":
+        if some_absent and not takes_no_row(deployment):
             index = _zero_last_row(emit, y_rows, index, counts, spec)
         y = emit_combine(emit, y_rows, index, tokens.weights, deployment, some_absent)
     return Partial(y, own, counts)
@@ -255,25 +276,26 @@ def _route_rows(
     routed = emit_call(emit, ROUTE, arguments)
     rows, index, counts = (emit.item(routed, i) for i in range(3))
     scale = None if tokens.scale is None and smooth is None else emit.item(routed, 3)
-    if _has_spare_row(spec):
+    if _has_unused_rows(spec):
         # a token has at most E_local slots here: the remaining rows are never filled
-        most = _row_bound(emit, tokens.x, spec)
+        most = _row_bound(emit, tokens.x, spec, deployment)
         rows = emit.call(aten.slice.Tensor, rows, 0, 0, most)
         scale = scale if scale is None else emit.call(aten.slice.Tensor, scale, 0, 0, most)
     return rows, index, counts, scale
 
 
-def _has_spare_row(spec: BlockSpec) -> bool:
-    """Whether there are more slots than rows that can be filled: then one of those is kept, and no more."""
+def _has_unused_rows(spec: BlockSpec) -> bool:
+    """Whether there are more slots than rows that can be filled: then one of those is kept, to stand for no row."""
     return spec.top_k > spec.local_experts and spec.ep_size > 1
 
 
-def _row_bound(emit: Emitter, x: Node, spec: BlockSpec) -> Any:
-    """tokens * E_local + 1: all rows that can be valid, and one that never is."""
-    tokens = emit.size(x, 0)
+def _row_bound(emit: Emitter, x: Node, spec: BlockSpec, deployment: Deployment) -> Any:
+    """tokens * E_local: all rows that can be valid; and one that never is, unless an operator has an index for that."""
+    tokens, spare = emit.size(x, 0), int(deployment.unpermute_operator != FINALIZE_ROUTING)
     if isinstance(tokens, int):
-        return tokens * spec.local_experts + 1
-    return emit.call(operator.add, emit.call(operator.mul, tokens, spec.local_experts), 1)
+        return tokens * spec.local_experts + spare
+    bound = emit.call(operator.mul, tokens, spec.local_experts)
+    return emit.call(operator.add, bound, 1) if spare else bound
 
 
 def _zero_last_row(emit: Emitter, rows: Node, index: Node, counts: Node, spec: BlockSpec) -> Node:
@@ -284,7 +306,7 @@ def _zero_last_row(emit: Emitter, rows: Node, index: Node, counts: Node, spec: B
     """
     total = emit.size(rows, 0)
     last = emit.call(aten.slice.Tensor, rows, 0, -1, sys.maxsize)
-    if _has_spare_row(spec):
+    if _has_unused_rows(spec):
         emit.call(aten.fill_.Scalar, last, 0)
     else:
         absent = emit.call(aten.lt.Scalar, emit.call(aten.sum.default, counts), total)

@@ -335,5 +335,5 @@ class GraphRun:
         for node in emit.created:
             violations = call_violations(node, self.deployment, judged.prover, sizes, judged.context)
             if violations:
-                texts = "; ".join(f"{{{i}}}" for i in range(len(violations)))
-                raise VerificationError(Wording(texts, tuple((str(i), v) for i, v in enumerate(violations))))
+                shown = tuple((f"broken_{i}", each) for i, each in enumerate(violations))
+                raise VerificationError(Wording("; ".join(f"{{{name}}}" for name, _ in shown), shown))
