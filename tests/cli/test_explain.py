@@ -311,6 +311,23 @@ def test_why_of_a_refused_implementation_in_words(capfd):
     assert "holds   [fused.ep_size] ep_size is 8; accepted: 2 to 32" in out
 
 
+def test_why_leads_with_what_decides(capfd):
+    """The broken rules, or those nearest to their limits, stand before all else; what cannot be broken here is named only."""
+    _, out, _ = command(capfd, f"{BLOCK} --ep 64 --why fused_mc2 {ROOMY}")
+    head, _, rest = out.partition("  implementation ")
+    assert re.search(r"why fused_mc2 is refused: 1 of its \d+ rules is broken\n +BROKEN +\[fused.ep_size\]", head)
+    assert "BROKEN" not in rest and "holds  " not in head
+    _, out, _ = command(capfd, f"{BLOCK} --ep 16 --tokens 128 --why mc2")
+    head, _, rest = out.partition("  implementation ")
+    assert "BROKEN" not in out and "holds  " not in head
+    # 128 * 7,860,224 bytes of 2**30 (test_explain's own sum above), and 7168 of 8192
+    near = " ".join(head[head.index("nearest limits") :].split())
+    assert "[mc2.buffer] value is 1006108672 of at most 1073741824 (buffer_bytes) bytes of HCCL window (94%)" in near
+    assert "[mc2.hidden] hidden is 7168 of at most 8192 (88%)" in near and near.index("94%") < near.index("88%")
+    assert rest.index("[mc2.soc]") < rest.index("any block") < rest.index("[deployment.ep_size]")
+    assert "ep_size is 16; accepted: 16" not in out, "the deployment is not compared with itself"
+
+
 def test_why_can_be_read(capfd):
     """No list of one, no word that is not there, and no value compared with itself."""
     _, out, _ = command(capfd, f"{BLOCK} --ep 16 --why mc2")

@@ -9,9 +9,10 @@ import textwrap
 from collections.abc import Sequence
 
 from moe_lowering.explanation import Explanation
+from moe_lowering.explanation.layout import Paint, labelled_rows
 from moe_lowering.explanation.memory import ON_TOP, TOO_SMALL
 from moe_lowering.explanation.table import Row
-from moe_lowering.explanation.text import Paint, labelled_rows, size_lines
+from moe_lowering.explanation.text import size_lines
 from moe_lowering.report.block_costs import BlockCost
 from moe_lowering.report.width import report_width, wrap
 

@@ -123,7 +123,7 @@ def _rank_job(rank: int, request: LowerRequest) -> RankResult:
         mc2_group=graph_replay.communicator(mc2_group, rank) if backend else mc2_group.group_name,
         **tensor_parallel_place(request, rank, backend),
     )
-    progress: Progress = shown_progress.Progress("rank 0", repeats=False) if rank == 0 else _report_nothing
+    progress: Progress = shown_progress.Progress("rank 0") if rank == 0 else _report_nothing
     return run_rank(request, models.plan_model(request), deployment, progress)
 
 
