@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 from moe_lowering.explanation.description import BlockDescription
 from moe_lowering.explanation.layout import LABEL, Paint, labelled_line, labelled_rows, wrap_text, wrap_texts
 from moe_lowering.explanation.rules_text import decisive_lines, other_lines
-from moe_lowering.number_words import count_of
+from moe_lowering.number_words import UNITS, count_of
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.report.records import Verdict
 from moe_lowering.report.text import distinct, render_refusal, render_sizes, render_sources
 from moe_lowering.report.width import report_width
-from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS
+from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS, FIXED
 
 if TYPE_CHECKING:  # they print themselves by this module
     from moe_lowering.explanation.answer import Answer
     from moe_lowering.explanation.records import Explanation
     from moe_lowering.explanation.sweep import Piece
+
 
 def render(explanation: Explanation, why: str | None = None, colour: bool = False) -> str:
     """The whole report; with ``why``, every rule of that implementation instead of the broken ones of all."""
@@ -47,7 +48,7 @@ def change_texts(explanation: Explanation) -> list[str]:
     answer, changes = explanation.answer, explanation.changes
     none = "no one change of the deployment makes it legal"
     if answer.tokens == 0:
-        none += " at T = 0, nor T 1 alone"
+        none += " at T = 0, a step without tokens"
     texts = {
         name: f" would be legal with {' or '.join(change.text for change in found)}" if found else f": {none}"
         for name, found in changes.items()
@@ -86,9 +87,11 @@ def _header(explanation: Explanation, paint: Paint) -> str:
     )
     levels = "MC2 in two levels, " if deployment.mc2_hierarchy else ""
     captured = "" if deployment.capture else "not captured, "
-    policy = explanation.chooses_by if comm == AUTO else f"{explanation.chooses_by} ({comm})"
+    policy = f"policy {explanation.question.policy.name}"
+    if comm != AUTO:  # FIXED falls back on nothing, see --policy
+        policy = f"{comm} asked for" + (", and nothing else" if explanation.question.policy.name == FIXED else "")
     quantised = f" in {spec.quantisation}" if EXPERT_FORMATS[spec.quantisation].quantised else ""
-    title = textwrap.wrap(f"{explanation.block.model or 'MoE block'} on {deployment.soc}: {tokens}", report_width())
+    title = textwrap.wrap(f"{explanation.block.title} on {deployment.soc}: {tokens}", report_width())
     fits = answer.memory(explanation.block.layers).fits
     return "\n".join(
         [
@@ -104,7 +107,7 @@ def _header(explanation: Explanation, paint: Paint) -> str:
                 f"EP {deployment.ep_size}, TP {deployment.tp_size}, HCCL_BUFFSIZE "
                 f"{deployment.hccl_buffer_mb} MB, weights {deployment.weight_format}, CANN "
                 f"{deployment.cann or 'unknown'}, {providers}, "
-                f"{levels}{captured}policy {policy}",
+                f"{levels}{captured}{policy}",
             ),
             *([] if fits else [paint(labelled_line("note", "it does not fit a rank's memory, see memory"), "red")]),
         ]
@@ -136,6 +139,7 @@ def _choice_lines(explanation: Explanation, paint: Paint) -> str:
         lines += render_sizes(sizes)
     lines += [labelled_line("" if at else "cost", str(cost)) for at, cost in enumerate(answer.costs())]
     lines.append(labelled_line("memory", str(answer.memory(explanation.block.layers))))
+    lines.append(labelled_line("units", UNITS))
     label = f"{answer.choice or 'NONE'}"
     return "\n".join(lines).replace(f" {label}", " " + paint.legal(label, answer.choice is not None), 1)
 

@@ -183,7 +183,7 @@ def test_weights_that_do_not_fit_are_refused():
     run.require_memory(made, skeleton, LowerRequest("moe"), size)
     run.require_memory(made, skeleton, LowerRequest("moe"), None)
     for request, available in ((LowerRequest("moe"), size - 1), (LowerRequest("moe", ep=2), 3 * size)):
-        with pytest.raises(UsageError, match="GiB are free; accepted: --fake"):
+        with pytest.raises(UsageError, match="GB are free; accepted: --fake"):
             run.require_memory(made, skeleton, request, available)
 
 

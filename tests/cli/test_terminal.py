@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shlex
 import sys
@@ -36,6 +37,35 @@ def test_reports_are_as_wide_as_the_terminal(monkeypatch, columns, used):
         lines = labelled_text("label", "word " * 60 + "x" * 300).splitlines()
     assert used - 6 < max(map(len, lines)) <= used
     assert report_width() == WIDTH, "as it was"
+
+
+@pytest.mark.parametrize(("of", "used"), [({}, WIDTH), ({"stdout": 90}, 90), ({"stderr": 84}, 84), ({"stderr": 40}, NARROWEST),
+                                          ({"stdout": 90, "stderr": 84}, 90), ({"stdin": 84}, WIDTH)])  # fmt: skip
+def test_a_piped_report_is_as_wide_as_the_terminal_that_a_pager_shows_it_on(monkeypatch, of, used):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    streams = {STREAMS[name]: columns for name, columns in of.items()}
+
+    def terminal_size(number):
+        if number not in streams:
+            raise OSError("Inappropriate ioctl for device")
+        return os.terminal_size((streams[number], 24))
+
+    monkeypatch.setattr(os, "get_terminal_size", terminal_size)
+    for name in STREAMS:
+        monkeypatch.setattr(sys, name, _Stream(name))
+    with use_width(terminal.width()):
+        assert report_width() == used
+
+
+STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}
+
+
+class _Stream:
+    def __init__(self, name):
+        self.name = name
+
+    def fileno(self):
+        return STREAMS[self.name]
 
 
 @pytest.mark.parametrize(("columns", "on_terminal", "used"), [("80", True, 80), ("90", True, 90), ("40", True, NARROWEST),
