@@ -258,7 +258,8 @@ def moe_experts(
     if place.ep_size > 1:
         _check_places(place.places)
     check_tokens(x, pertoken_scale, quantisation, out_dtype)
-    check_weight_dtypes(x, quantisation, w13=w13, w2=w2)
+    scales = {"w13_scale": w13_scale, "w2_scale": w2_scale}
+    check_weight_dtypes(x, quantisation, scales, w13=w13, w2=w2)
     w13, w2 = (list_matrices(name, w, need_trans, quantisation) for name, w in (("w13", w13), ("w2", w2)))
     if num_experts is None:
         num_experts = _all_experts(w13, place)

@@ -20,6 +20,7 @@ from moe_lowering.cli import commands, progress, terminal
 from moe_lowering.cli.commands import parse
 from moe_lowering.cli.explain.arguments import COLOURS
 from moe_lowering.cli.explain.command import run_explain
+from moe_lowering.cli.usage import first_sentence
 from moe_lowering.model_configs.presets import PRESETS
 from moe_lowering.number_words import count_of
 from moe_lowering.report.text import labelled_text
@@ -260,7 +261,7 @@ def test_an_error_is_one_line_on_a_terminal_and_in_a_pipe(monkeypatch):
     ],
 )
 def test_the_last_line_says_the_cause_that_the_first_one_announces(text, said):
-    assert cli._first_sentence(text) == said
+    assert first_sentence(text) == said
 
 
 def test_one_thing_is_no_plural():

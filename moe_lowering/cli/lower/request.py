@@ -45,6 +45,7 @@ class LowerRequest:
     hierarchy: bool = False
     policy: str = "auto"
     overlap: bool = False
+    verbose: bool = False
     json: bool = False
     html: str | None = None
     taken_as: tuple[str, ...] = ()
