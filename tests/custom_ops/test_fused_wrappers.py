@@ -266,8 +266,8 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (FFN, {"x": torch.ones(4, 64).half()}, "x is torch.float16 of shape [4, 64]; accepted: bfloat16 [T, hidden]"),
     (FFN, {"w13_scale": None}, "w13_scale is None for quantisation 'w8a8'; accepted: [3, 32]"),
     (FFN, {"w2_scale": []}, "w2_scale is None for quantisation 'w8a8'; accepted: [3, 64]"),
-    (FFN, {"w2_scale": [torch.ones(3, 32)]}, "w2_scale[0] has shape [3, 32]; accepted: [3, 64]"),
-    (FFN, {"w2_scale": [torch.ones(192)]}, "w2_scale has 1 tensors; accepted: 1 of [3, 64] or 3 of [64]"),
+    (FFN, {"w2_scale": [torch.ones(3, 32)]}, "w2_scale has shape [3, 32]; accepted: [3, 64]"),
+    (FFN, {"w2_scale": [torch.ones(192)]}, "w2_scale has shape [192]; accepted: one tensor [3, 64], or 3 of [64]"),
     (
         FFN,
         {"w2_scale": [torch.ones(3, 64).half()]},
@@ -295,7 +295,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (FFN, {**BF16, "quantisation": "none"}, "w13_scale is given for quantisation 'none'; accepted: None"),
     ("w4a8", {"w13_scale_bias": None}, "w13_scale_bias is None for quantisation 'w4a8'; accepted: [3, 32]"),
     ("w4a8", INT8, "w13 is torch.int8; accepted: torch.int32"),
-    ("w4a8", {"w2": [torch.ones(3, 16, 64, dtype=torch.int32)]}, "w2[0] has shape [3, 16, 64]; accepted: [3, 16, 8]"),
+    ("w4a8", {"w2": [torch.ones(3, 16, 64, dtype=torch.int32)]}, "w2 has shape [3, 16, 64]; accepted: [3, 16, 8]"),
     (
         "w4a8",
         {"w2_scale_bias": [torch.ones(3, 64).half()]},
