@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-fast property lint bench costs versions provider vllm refusals examples docs style types release setup clean help
+.PHONY: demo test test-fast property lint bench costs versions provider vllm refusals reference examples docs style types release setup clean help
 # makes .venv, the environment of most targets, as `make` alone does
 setup: $(READY)
 
@@ -65,6 +65,10 @@ examples: $(READY)
 # every code of the limit tables with what to do: the list of docs/refusals.md
 refusals: $(READY)
 	$(BIN)/python .ci/refusals.py
+
+# every public name in one line: docs/reference.md
+reference: $(READY)
+	$(BIN)/python .ci/public_names.py
 
 # style, types and docs
 lint: style types docs

@@ -18,7 +18,9 @@ from pathlib import Path
 
 COMMS = ("auto", "allgather", "alltoall", "mc2", "fused_mc2")
 MODELS = ("qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "glm4_moe", "moe")
-UNSTABLE = re.compile(r"\d+(\.\d+)? ?(s|ms|us|MiB|GiB)\b|0x[0-9a-f]+|\"(\w+_seconds|peak_mib)\": [\d.e+-]+")
+UNSTABLE = re.compile(
+    r"\d+(\.\d+)? ?(s|ms|us)\b|(?<=peak memory) +[\d,.]+ MB|0x[0-9a-f]+|\"(\w+_seconds|peak_mib)\": [\d.e+-]+"
+)
 
 
 def cases() -> Iterator[tuple[str, str]]:

@@ -21,6 +21,7 @@ from moe_lowering.vocabulary import SOCS  # noqa: E402
 PAGE = ROOT / "docs" / "refusals.md"
 BEGIN, END = "<!-- codes: written by make refusals -->", "<!-- end of codes -->"
 OTHERS, END_OF_OTHERS = "<!-- other codes: written by make refusals -->", "<!-- end of other codes -->"
+ABOVE = "as above"
 NEVER = "nothing: it is never legal"
 HEAD = "| code | of | must hold | change |\n|---|---|---|---|"
 
@@ -50,23 +51,30 @@ def _cell(text: str) -> str:
 
 
 def listing(rows: tuple[Limit, ...]) -> str:
-    """A section for each part before the dot of a code, a line for each code with the operators and rules that have it."""
+    """A section for each part before the dot of a code, and lines for each code."""
     families: dict[str, dict[str, list[Limit]]] = {}
     for row in rows:
         families.setdefault(row.code.partition(".")[0], {}).setdefault(row.code, []).append(row)
     parts = []
     for family in sorted(families):
-        lines = [line(code, families[family][code]) for code in sorted(families[family])]
+        lines = [each for code in sorted(families[family]) for each in lines_of(code, families[family][code])]
         parts.append("\n".join([f"### {family}", "", HEAD, *lines]))
     return "\n\n".join(parts)
 
 
-def line(code: str, rows: list[Limit]) -> str:
-    operators = dict.fromkeys(f"`{row.operator}`" for row in rows)
-    rules = dict.fromkeys(rule(row) for row in rows)
-    advice = dict.fromkeys(row.advice for row in rows)
-    cells = (f"`{code}`", ", ".join(operators), "; ".join(rules), "; ".join(advice))
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+def lines_of(code: str, rows: list[Limit]) -> list[str]:
+    """A line for each thing that a code asks for, with the operators that ask for it; what is as in the line above is a sign."""
+    operators: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        of = operators.setdefault((rule(row), row.advice), [])
+        of += [] if f"`{row.operator}`" in of else [f"`{row.operator}`"]
+    lines, above = [], ("", "")
+    for (must_hold, advice), names in operators.items():
+        cells = (f"`{code}`", of := ", ".join(names), must_hold, advice)
+        shown = (cells[0], ABOVE if of == above[0] else of, must_hold, ABOVE if advice == above[1] else advice)
+        above = (of, advice)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in shown) + " |")
+    return lines
 
 
 def rule(row: Limit) -> str:

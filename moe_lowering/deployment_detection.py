@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_lowering import _versions
-from moe_lowering.providers import declarable, installed_providers
+from moe_lowering.providers import declarable, installed_providers, is_version
 from moe_lowering.vocabulary import SOCS
 
 if TYPE_CHECKING:
@@ -268,8 +268,8 @@ def _cann() -> tuple[str, str]:
     for variable in _HOMES:
         home = os.environ.get(variable, "")
         for file in sorted(Path(home).glob("*/ascend_*_install.info")) if home else []:
-            match = re.search(r"^version=(\d+(?:\.\w+)*)\s*$", file.read_text("utf-8", "replace"), re.MULTILINE)
-            if match is not None:
+            match = re.search(r"^version=(\S+)\s*$", file.read_text("utf-8", "replace"), re.MULTILINE)
+            if match is not None and is_version(match[1]):
                 return match[1], str(file)
     return "", ""
 

@@ -28,10 +28,11 @@ from moe_lowering.model_arguments import (
     as_int32,
     as_list,
     as_routing_weights,
-    check_dtypes,
     check_experts_options,
     check_experts_tensors,
     check_route,
+    check_tokens,
+    check_weight_dtypes,
     list_matrices,
     one_rank_key,
     physical_ids,
@@ -251,7 +252,9 @@ def moe_experts(
     check_experts_options(flags, {"limit": limit, "alpha": alpha}, num_experts, words, deployment)
     if place.ep_size > 1:
         _check_places(place.places)
-    check_dtypes(x, pertoken_scale, quantisation, out_dtype, w13=w13, w2=w2)
+    check_tokens(x, pertoken_scale, quantisation, out_dtype)
+    scales = {"w13_scale": w13_scale, "w2_scale": w2_scale}
+    check_weight_dtypes(x, quantisation, scales, w13=w13, w2=w2)
 
     # 3. arguments as the operators take them
     w13, w2 = (list_matrices(name, w, need_trans, quantisation) for name, w in (("w13", w13), ("w2", w2)))

@@ -26,14 +26,20 @@ from moe_lowering.argument_checks import (
     require_number,
 )
 from moe_lowering.custom_ops import one_rank
-from moe_lowering.custom_ops.grouped_mlp import FLOATS
+from moe_lowering.custom_ops.grouped_mlp import FLOATS, HALVES
+from moe_lowering.custom_ops.quantised import WEIGHT_DTYPES
 from moe_lowering.custom_ops.route import GROUP_SCORES, SCORINGS
 from moe_lowering.deployment import Deployment
+from moe_lowering.number_words import count_of
 from moe_lowering.vocabulary import ACTIVATIONS, EXPERT_FORMATS
 
 Weights = Tensor | Sequence[Tensor]
 _TOKENS = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 _WEIGHTS = "a tensor of all experts, or a sequence of one for each"
+_FORMS = {
+    "w13": "a tensor [E_local, H, 2I], or a sequence of E_local tensors [H, 2I]",
+    "w2": "a tensor [E_local, I, H], or a sequence of E_local tensors [I, H]",
+}
 _OPTIONAL = {
     "mask": "a bool tensor [...]",
     "pertoken_scale": "a float32 tensor [...]",
@@ -94,15 +100,17 @@ def check_experts_per_rank(where: str, num_experts: int, shared_experts: int, de
         )
 
 
-def check_layer_call(x: Any, mask: Any, hidden_size: int, dtype: torch.dtype) -> None:
-    """The arguments of a call of ``MoE`` whose weights are of ``dtype``."""
+def check_layer_call(x: Any, mask: Any, hidden_size: int, experts: Tensor, gate: Tensor) -> None:
+    """The arguments of a call of ``MoE``, with the weights of an expert and of the gate. Where the experts are quantised, the
+    gate says of which dtype the layer is."""
     require_instance("MoE", "x", x, Tensor, f"a tensor [..., {hidden_size}]")
     if x.dim() < 1 or x.shape[-1] != hidden_size:
         raise ValueError(f"MoE: x has shape {list(x.shape)}; accepted: [..., {hidden_size}]")
     if x.dtype not in FLOATS:
         raise TypeError(f"MoE: x is {x.dtype}; accepted: float32, float16, bfloat16")
-    if dtype in FLOATS and x.dtype != dtype:  # else they are quantised
-        raise TypeError(f"MoE: x is {x.dtype}, and the layer's weights are {dtype}; accepted: x of {dtype}")
+    of, what = (experts, "weights are") if experts.dtype in FLOATS else (gate, "gate is")
+    if x.dtype != of.dtype:
+        raise TypeError(f"MoE: x is {x.dtype}, and the layer's {what} {of.dtype}; accepted: x of {of.dtype}")
     require_instance("MoE", "mask", mask, (Tensor, type(None)), "a bool tensor [...], or None")
 
 
@@ -139,8 +147,10 @@ def check_experts_tensors(
     for name, value in tokens.items():
         require_instance(where, name, value, Tensor, "a tensor")
     for name, value in weights.items():
-        if not _are_weights(value):
+        if not _are_weights(value) or (not isinstance(value, Tensor) and len(value) == 0):
             raise refuse(where, name, value, _WEIGHTS)
+        if isinstance(value, Tensor) and value.dim() != 3:
+            raise ValueError(f"{where}: {name} has {count_of(value.dim(), 'dimension')}; accepted: {_FORMS[name]}")
     for name, value in optional_weights.items():
         if value is not None and not _are_weights(value):
             raise refuse(where, name, value, f"{_WEIGHTS}, or None")
@@ -208,11 +218,8 @@ def _require_real(where: str, name: str, value: Any) -> None:
         raise refuse(where, name, value, "a finite number, or None")
 
 
-def check_dtypes(
-    x: Tensor, pertoken_scale: Tensor | None, quantisation: str, out_dtype: torch.dtype | None, **matrices: Weights
-) -> None:
-    """Refuses tokens and weights that an operator would refuse, with the names of the caller's arguments in the message."""
-    expert_format = EXPERT_FORMATS[quantisation]
+def check_tokens(x: Tensor, pertoken_scale: Tensor | None, quantisation: str, out_dtype: torch.dtype | None) -> None:
+    """Refuses what an operator would refuse, with the names of the caller's arguments in the message."""
     if x.dtype not in _TOKENS:
         raise TypeError(f"moe_experts: x is {x.dtype}; accepted: float32, float16, bfloat16, int8")
     if (x.dtype == torch.int8) != (pertoken_scale is not None):
@@ -220,21 +227,46 @@ def check_dtypes(
         raise ValueError(
             f"moe_experts: pertoken_scale is {state} for x of {x.dtype}; accepted: one for int8, None else"
         )
-    if x.dtype == torch.int8 and not expert_format.int8_rows:
+    if x.dtype == torch.int8 and not EXPERT_FORMATS[quantisation].int8_rows:
         raise ValueError(f"moe_experts: x is int8 for quantisation {quantisation!r}; accepted: 'w8a8', 'w4a8'")
     if x.dtype == torch.int8 and out_dtype is None:
         raise ValueError("moe_experts: out_dtype is None for int8 x; accepted: float32, float16, bfloat16")
     if x.dtype != torch.int8 and out_dtype not in (None, x.dtype):
         raise ValueError(f"moe_experts: out_dtype is {out_dtype} for x of {x.dtype}; accepted: None or {x.dtype}")
-    if expert_format.quantised:
-        return
+
+
+def check_weight_dtypes(x: Tensor, quantisation: str, scales: Mapping[str, Any], **matrices: Weights) -> None:
+    """Refuses weights, and scales of ``scales``, of another dtype than x and the quantisation want, by the caller's names.
+    Of a list the first is looked at, as dynamo traces this; the operator looks at all. Dtypes are guards of any graph."""
+    form = EXPERT_FORMATS[quantisation]
+    if form.weight_only and x.dtype not in HALVES:
+        raise TypeError(f"moe_experts: x is {x.dtype} for quantisation {quantisation!r}; accepted: float16, bfloat16")
+    wanted = WEIGHT_DTYPES[quantisation] if form.quantised else x.dtype
     for name, weights in matrices.items():
-        first = as_list(weights)[:1]  # of a list the first alone, as dynamo traces this; the operator looks at all
-        if first and first[0].dtype != x.dtype and first[0].dtype in FLOATS:
-            which = name if isinstance(weights, Tensor) else f"{name}[0]"
+        which, dtype = _first_of(name, weights)
+        if dtype == wanted:
+            continue
+        if form.quantised:
             raise TypeError(
-                f"moe_experts: {which} is {first[0].dtype}, and x is {x.dtype}; accepted: weights of x's dtype"
+                f"moe_experts: {which} is {dtype} for quantisation {quantisation!r}; accepted: {wanted}, as quantise_experts "
+                "makes them"
             )
+        advice = "weights of x's dtype" + ("" if dtype.is_floating_point else ", or the quantisation that these have")
+        raise TypeError(f"moe_experts: {which} is {dtype}, and x is {x.dtype}; accepted: {advice}")
+    for name, scale in scales.items() if form.weight_only else ():
+        if scale is None or len(scale) == 0:  # the operator wants one
+            continue
+        which, dtype = _first_of(name, scale)
+        if dtype != x.dtype:
+            raise TypeError(
+                f"moe_experts: x is {x.dtype}, and {which} is {dtype}; accepted for {quantisation}: one dtype, that of the "
+                "layer which was quantised"
+            )
+
+
+def _first_of(name: str, weights: Weights) -> tuple[str, torch.dtype]:
+    """The first tensor of an argument, as its caller would call it, and its dtype."""
+    return (name, weights.dtype) if isinstance(weights, Tensor) else (f"{name}[0]", weights[0].dtype)
 
 
 def list_matrices(name: str, weights: Weights, need_trans: bool, quantisation: str) -> list[Tensor]:

@@ -1,8 +1,11 @@
-"""Numbers of things in the words of a report."""
+"""Numbers of things, and sizes in bytes, in the words of a report."""
 
 from __future__ import annotations
 
 from typing import Any
+
+# Said once by each report that has sizes. Sizes are decimal as the prices' rates and machines' memories are published.
+UNITS = "MB and GB are 10**6 and 10**9 bytes; of HCCL_BUFFSIZE a MB is 2**20 bytes, as CANN counts it"
 
 
 def count_of(number: Any, what: str, several: str = "") -> str:
@@ -11,3 +14,13 @@ def count_of(number: Any, what: str, several: str = "") -> str:
     What is not exactly one is several, an expression in a symbolic size too.
     """
     return f"{number} {what if str(number) == '1' else several or f'{what}s'}"
+
+
+def megabytes(size: float) -> str:
+    """Bytes as ``1,234.5 MB``."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as ``68.7 GB``."""
+    return f"{size / 1e9:,.1f} GB"

@@ -25,7 +25,9 @@ UNKNOWN = "unknown"  # a build that does not say for which SoC it was made
 # Of the providers that are built for one SoC: the file that says which, and vllm-ascend's words for ours.
 _BUILD_FILES = {"vllm_ascend": "_build_info.py"}
 _DEVICE_TYPES = {word: soc.name for soc in SOCS.values() for word in soc.device_types}
-_VERSION = r"\d+(\.\w+)*"
+# A number, then parts that each have a digit, as CANN, torch_npu and the providers write them: 8.2.RC1, 0.18.0rc1, 2.9.0.post2.
+_VERSION = re.compile(r"\d+(\.(?=\w*\d)\w+)*", re.ASCII)
+VERSIONS = "a version such as 8.5.0 or 8.2.RC1"  # what is accepted, in words
 _RELEASE = re.compile(r"v?(\d+(?:\.\d+)*)(.*)")
 
 
@@ -56,7 +58,7 @@ def installed_providers() -> tuple[Package, ...]:
 def declarable() -> tuple[tuple[str, str], ...]:
     """(name, version) of those, as ``Deployment.providers`` takes them; what has no version is not among them."""
     packages = installed_providers()
-    return tuple((package.name, package.version) for package in packages if re.fullmatch(_VERSION, package.version))
+    return tuple((package.name, package.version) for package in packages if is_version(package.version))
 
 
 @functools.lru_cache(maxsize=8)  # to look up a package that is not installed reads every directory of the path
@@ -108,6 +110,11 @@ def soc_of_device_type(word: object) -> str:
     return _DEVICE_TYPES.get(str(word), UNKNOWN)
 
 
+def is_version(text: str) -> bool:
+    """Whether a text is a version; ``9.x`` and words are none."""
+    return _VERSION.fullmatch(text) is not None
+
+
 def same_version(a: str, b: str) -> bool:
     """Whether two versions are one: ``0.23`` is ``0.23.0``, and what follows a plus sign names a build."""
     return _comparable(a) == _comparable(b)
@@ -149,6 +156,6 @@ def check_installed(installed: Any, socs: Collection[str]) -> None:
 
 def check_version(name: str, value: Any, optional: bool) -> None:
     """Raises a ValueError unless ``value`` is a version; "" for one that is not known is one too when ``optional``."""
-    if (optional and value == "") or (isinstance(value, str) and re.fullmatch(_VERSION, value)):
+    if (optional and value == "") or (isinstance(value, str) and is_version(value)):
         return
-    raise ValueError(f"Deployment: {name} is {value!r}; accepted: a version such as '8.5.0'")
+    raise ValueError(f"Deployment: {name} is {value!r}; accepted: {VERSIONS}")

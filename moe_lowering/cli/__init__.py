@@ -20,7 +20,7 @@ from moe_lowering.cli.commands import PageReport, Report, Request, parse, run
 from moe_lowering.cli.files import write_file
 from moe_lowering.cli.progress import Progress
 from moe_lowering.cli.simulate.request import SimulateRequest
-from moe_lowering.cli.usage import UsageError
+from moe_lowering.cli.usage import RunError, UsageError, first_sentence
 from moe_lowering.interrupts import Terminated, exit_code, interruptible
 from moe_lowering.model_configs.errors import ModelError
 
@@ -57,10 +57,16 @@ def _main(arguments: list[str] | None) -> int:
     except (UsageError, ModelError) as error:
         _complain(f"error: {'argument MODEL: ' if isinstance(error, ModelError) else ''}{error}")
         return USAGE
+    except RunError as error:
+        if error.verbose:
+            with contextlib.suppress(OSError):
+                traceback.print_exception(error.__cause__)
+        _complain(f"error: {error}")
+        return FAILED
     except Exception as error:  # not a wrong command: lowering or running failed
         with contextlib.suppress(OSError):
             traceback.print_exc()
-        _complain(f"error: {type(error).__name__}: {_first_sentence(str(error))}")
+        _complain(f"error: {type(error).__name__}: {first_sentence(str(error))}")
         return FAILED
     problems = report.problems()
     for problem in problems:
@@ -85,12 +91,6 @@ def _text(report: Report) -> str:
 
     with use_width(terminal.width()):
         return report.to_text()
-
-
-def _first_sentence(text: str) -> str:
-    """The first line of an error, and the one that it announces: torch writes the cause of a failed compile below a colon."""
-    lines = text.strip().splitlines() or [""]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def _complain(text: str) -> None:

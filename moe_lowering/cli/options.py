@@ -16,7 +16,7 @@ from moe_lowering.lookup import did_you_mean
 from moe_lowering.model_configs.check import LARGEST
 from moe_lowering.model_configs.errors import write_value
 from moe_lowering.prices.rows import MeasuredError, Row, require_rows
-from moe_lowering.providers import declarable
+from moe_lowering.providers import VERSIONS, declarable, is_version
 from moe_lowering.vocabulary import (
     AUTO,
     FIXED,
@@ -170,6 +170,8 @@ class SocAction(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, text: Any, option: str | None = None) -> None:
         words = str(text).split(",") if self.several else [str(text)]
+        if len(words) > 1 and "" in words:
+            raise argparse.ArgumentError(self, _empty_value(text))
         socs = [soc_named(word) for word in words]
         names = [soc.name for soc in socs if soc is not None]
         if len(names) < len(words):
@@ -185,11 +187,18 @@ class SocAction(argparse.Action):
         namespace.taken_as = tuple(f"SoC {word} is taken as {name}" for word, name in pairs if word != name)
 
 
+def _empty_value(text: str) -> str:
+    return f"is {write_value(text)}, with nothing beside a comma; accepted: values with commas between them, e.g. A,B"
+
+
 def parse_several(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     """The parser of a list with commas, from that of one value; a value may be there once."""
 
     def parse_list(text: str) -> tuple[Any, ...]:
-        values = tuple(parse(part) for part in text.split(","))
+        parts = text.split(",")
+        if len(parts) > 1 and "" in parts:
+            raise argparse.ArgumentTypeError(_empty_value(text))
+        values = tuple(parse(part) for part in parts)
         if len(set(values)) < len(values):
             raise argparse.ArgumentTypeError(f"is {write_value(text)}, with a value twice; accepted: each value once")
         return values
@@ -320,16 +329,18 @@ def provider_packages(assumed: list[tuple[str, str]] | None) -> tuple[tuple[str,
 
 def _provider(text: str) -> tuple[str, str]:
     name, _, version = text.partition("=")
-    if text != "none" and not (name in PROVIDERS and re.fullmatch(r"\d+(\.\w+)*", version)):
+    if text != "none" and not (name in PROVIDERS and is_version(version)):
+        hint = "" if name in PROVIDERS else did_you_mean(name, PROVIDERS)
         raise argparse.ArgumentTypeError(
-            f"is {text!r}; accepted: NAME=VERSION, e.g. vllm_ascend=0.23.0, or none; names: {', '.join(PROVIDERS)}"
+            f"is {write_value(text)}{hint}; accepted: NAME=VERSION, e.g. vllm_ascend=0.23.0, or none; names: "
+            f"{', '.join(PROVIDERS)}"
         )
     return name, version
 
 
 def _version(text: str) -> str:
-    if not re.fullmatch(r"\d+(\.\w+)*", text):
-        raise argparse.ArgumentTypeError(f"is {write_value(text)}; accepted: a version such as 8.5.0 or 8.2.RC1")
+    if not is_version(text):
+        raise argparse.ArgumentTypeError(f"is {write_value(text)}; accepted: {VERSIONS}")
     return text
 
 

@@ -1,8 +1,7 @@
 """Lines on stderr that say what a command is doing, for a person who waits; none where stderr is no terminal.
 
-For the first two seconds nothing is printed. Then the latest message is, and from there on every message; so a command
-that is done within two seconds prints nothing. A message that stays for long is repeated with the time, so that nobody takes
-what is slow for what hangs.
+For the first two seconds nothing is printed. Then the latest message is, and from there on every message once, with the time;
+so a command that is done within two seconds prints nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import time
 from moe_lowering.cli.terminal import columns, is_terminal
 
 QUIET = 2.0  # seconds
-AGAIN = 4.0  # seconds without another message
 
 
 class Progress:
@@ -25,12 +23,10 @@ class Progress:
     Args:
         who: a rank, where there are several.
         shown: None to look at stderr.
-        repeats: whether to repeat what takes long; not for a rank, as the command that waits for it does.
     """
 
-    def __init__(self, who: str = "", shown: bool | None = None, repeats: bool = True) -> None:
+    def __init__(self, who: str = "", shown: bool | None = None) -> None:
         self._shown = is_terminal(sys.stderr) if shown is None else shown
-        self._repeats = repeats
         self._who = f"{who} " if who else ""
         self._started = time.perf_counter()
         self._lock = threading.Lock()
@@ -74,5 +70,3 @@ class Progress:
         lines = textwrap.wrap(self._message, room, break_on_hyphens=False) or [""]
         with contextlib.suppress(OSError, ValueError):  # stderr may be closed
             print(start + ("\n" + " " * len(start)).join(lines), file=sys.stderr, flush=True)
-        if self._repeats:
-            self._wait(AGAIN)

@@ -12,10 +12,11 @@ from typing import TextIO
 
 
 def width() -> int:
-    """Columns of stdout: COLUMNS where it is set, else those of the terminal; ``report.width.WIDTH`` where it is none."""
+    """Columns of a report: COLUMNS where it is set, else those of the terminal. Of a stdout that is none, such as a pipe to
+    ``less``, that of stderr, on which a pager most likely shows it; ``report.width.WIDTH`` where there is no terminal."""
     from moe_lowering.report.width import WIDTH  # with it torch, which a wrong command is not to wait for
 
-    return columns(sys.stdout) or WIDTH
+    return columns(sys.stdout) or columns(sys.stderr) or WIDTH
 
 
 def columns(stream: TextIO | None) -> int:

@@ -97,20 +97,22 @@ def check_per_expert(
     shape: Sequence[int],
     dtypes: Sequence[torch.dtype],
 ) -> None:
-    """``tensors`` is one tensor [experts, *shape], or ``experts`` tensors of ``shape``."""
+    """``tensors`` is one tensor [experts, *shape], or ``experts`` tensors of ``shape``. One is called by the argument's name
+    alone: its caller most likely gave it so, and not a list of it."""
     stacked = len(tensors) == 1 and tensors[0].dim() == len(shape) + 1
     if not stacked and len(tensors) != experts:
+        what = f"has shape {show(tensors[0].shape)}" if len(tensors) == 1 else f"has {len(tensors)} tensors"
         raise ValueError(
-            f"{operator}: {name} has {len(tensors)} tensors; accepted: 1 of {show((experts, *shape))} or {experts} of "
-            f"{show(shape)}"
+            f"{operator}: {name} {what}; accepted: one tensor {show((experts, *shape))}, or {experts} of {show(shape)}"
         )
     expected = (experts, *shape) if stacked else tuple(shape)
     for at, tensor in enumerate(tensors):
+        which = name if len(tensors) == 1 else f"{name}[{at}]"
         if are_certainly_different(tensor.shape, expected):
-            raise ValueError(f"{operator}: {name}[{at}] has shape {show(tensor.shape)}; accepted: {show(expected)}")
+            raise ValueError(f"{operator}: {which} has shape {show(tensor.shape)}; accepted: {show(expected)}")
         if tensor.dtype not in dtypes:
             accepted = " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
-            raise TypeError(f"{operator}: {name}[{at}] is {tensor.dtype}; accepted: {accepted}")
+            raise TypeError(f"{operator}: {which} is {tensor.dtype}; accepted: {accepted}")
 
 
 def _check(call: GroupedMlpCall[Tensor]) -> None:

@@ -23,7 +23,7 @@ import torch
 from moe_lowering.deployment import Deployment
 from moe_lowering.explanation.answer import Answer, Question
 from moe_lowering.explanation.configs import NO_TYPE, describe_config
-from moe_lowering.explanation.description import SIZES, BlockDescription
+from moe_lowering.explanation.description import SIZES, BlockDescription, describe_changes
 from moe_lowering.explanation.errors import ExplainError, MissingSizesError
 from moe_lowering.explanation.records import Explanation
 from moe_lowering.explanation.sweep import Piece, find_pieces
@@ -114,6 +114,8 @@ def describe(
     if not isinstance(model, BlockDescription):
         return describe_config(model, quantisation=quantisation or "none", dtype=dtype, **changes)
     changes |= {} if dtype is None else {"dtype": dtype}
+    asked = describe_changes({name: (getattr(model, name), value) for name, value in changes.items()})
+    changes |= {"changes": (*model.changes, *asked)} if model.model is not None else {}
     changes |= {} if quantisation is None else {"quantisation": quantisation}
     return dataclasses.replace(model, **changes)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moe_lowering import vocabulary
-from moe_lowering.explanation.description import DTYPES, SIZES, BlockDescription
+from moe_lowering.explanation.description import DTYPES, SIZES, BlockDescription, describe_changes
 from moe_lowering.explanation.errors import ExplainError, MissingSizesError
 from moe_lowering.explanation.routing_weights import FLOAT32, routing_weights_of
 from moe_lowering.model_configs.check import (
@@ -86,6 +86,8 @@ def describe_config(
     values: dict[str, Any] = {size: sizes.get(size, of_config[size]) for size in SIZES}
     if missing := tuple(size for size in SIZES if size not in sizes and not values[size]):
         raise MissingSizesError(name, missing)
+    pairs = {size: (of_config[size], sizes.get(size)) for size in SIZES}
+    changes = () if name == OWN else describe_changes({**pairs, "dtype": (_dtype(config), dtype)})
     gate = _gate(config, name, assumptions)
     clamped = vocabulary.ACTIVATIONS[gate["activation"]].clamped
     return BlockDescription(
@@ -97,6 +99,7 @@ def describe_config(
         routing_weights=FLOAT32 if name == OWN else routing_weights_of(getattr(config, "model_type", "")),
         layers=_moe_layers(config),
         model=name,
+        changes=changes,
         assumptions=tuple(assumptions),
         **gate,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class BlockDescription:
             is not known, which is judged as float32.
         layers: how many MoE layers the model has, for its memory; None where that is not known.
         model: the model's type, file or class; None for a block without a model.
+        changes: in words, what is not as the model has it, since another size or dtype was asked for.
         assumptions: what was taken for granted, for reports.
 
     Raises:
@@ -53,6 +55,7 @@ class BlockDescription:
     routing_weights: str | None = None
     layers: int | None = dataclasses.field(default=None, compare=False)
     model: str | None = None
+    changes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     assumptions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -84,9 +87,24 @@ class BlockDescription:
             )
 
     @property
+    def title(self) -> str:
+        """The model by its name, and what was changed of it."""
+        changes = f" with {', '.join(self.changes)}" if self.changes else ""
+        return f"{self.model or 'MoE block'}{changes}"
+
+    @property
     def routing_dtype(self) -> torch.dtype:
         """Of the routing weights, as far as it is known."""
         return self.dtype if self.routing_weights == routing.ACTIVATIONS else torch.float32
+
+
+def describe_changes(pairs: Mapping[str, tuple[Any, Any]]) -> tuple[str, ...]:
+    """In words, what differs of (as the model has it, as it was asked for) by name; what a model does not say is no change."""
+    return tuple(
+        f"{name} {str(asked).removeprefix('torch.')} in place of {str(own).removeprefix('torch.')}"
+        for name, (own, asked) in pairs.items()
+        if own and asked is not None and own != asked
+    )
 
 
 def _require_size(name: str, value: Any) -> None:

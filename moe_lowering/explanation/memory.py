@@ -11,7 +11,7 @@ import dataclasses
 from typing import Any
 
 from moe_lowering.deployment import Deployment
-from moe_lowering.number_words import count_of
+from moe_lowering.number_words import count_of, gigabytes
 from moe_lowering.passes.operands import ExpertOperands
 from moe_lowering.prices.machines import machine_of
 
@@ -58,11 +58,13 @@ class Memory:
         layers = (
             count_of(self.layers, "MoE layer") if self.layers else "one MoE layer (how many there are is not known)"
         )
-        window = f"{_gb(self.window)} HCCL window of {count_of(self.communicators, 'communicator')}"
-        capacity = "memory of the SoC is not known" if self.capacity is None else f"the SoC has {_gb(self.capacity)}"
+        window = f"{gigabytes(self.window)} HCCL window of {count_of(self.communicators, 'communicator')}"
+        capacity = (
+            "memory of the SoC is not known" if self.capacity is None else f"the SoC has {gigabytes(self.capacity)}"
+        )
         text = (
-            f"{_gb(self.needed)} = {_gb(self.experts * (self.layers or 1))} experts of {layers}, {_gb(self.buffers)} buffers, "
-            f"{window}; {capacity}"
+            f"{gigabytes(self.needed)} = {gigabytes(self.experts * (self.layers or 1))} experts of {layers}, "
+            f"{gigabytes(self.buffers)} buffers, {window}; {capacity}"
         )
         return f"{text} ({ON_TOP})" if self.fits else f"[{TOO_SMALL}] {text}: it cannot fit ({self._advice()})"
 
@@ -119,7 +121,3 @@ def _bytes(each: Any) -> int:
     for n in each.shape:
         count *= n
     return int(count) * int(each.dtype.itemsize)
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB"

@@ -49,8 +49,10 @@ def _verdicts(block: BlockDescription, deployment: Deployment, tokens: int) -> d
 
 
 def _fewer_tokens(question: Question, tokens: int, name: str) -> Change | None:
-    """Fewer tokens (or a lower declared bound), or 1 in place of 0, with which an implementation is legal."""
+    """Fewer tokens (or a lower declared bound), with which an implementation is legal. Of a step without tokens none."""
     deployment = question.deployment
+    if tokens == 0:
+        return None
     least = 1 if deployment.equal_tokens else max(1, deployment.min_tokens)
 
     def is_legal(count: int) -> bool:
@@ -63,8 +65,6 @@ def _fewer_tokens(question: Question, tokens: int, name: str) -> Change | None:
         return None
     if not deployment.equal_tokens:  # a verdict for a bound is one for all T within it
         return Change("max_tokens", most, f"at most {most} tokens declared")
-    if tokens == 0:
-        return Change("tokens", most, f"T {most}")
 
     def is_proven(low: int, high: int) -> bool:
         judged = free_tokens(low, high)

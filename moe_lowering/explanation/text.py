@@ -7,37 +7,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moe_lowering.explanation.description import BlockDescription
-from moe_lowering.limits import Violation
-from moe_lowering.limits.findings import Finding
-from moe_lowering.limits.wording import Accepted, Value, show_word
-from moe_lowering.number_words import count_of
+from moe_lowering.explanation.layout import LABEL, Paint, labelled_line, labelled_rows, wrap_text, wrap_texts
+from moe_lowering.explanation.rules_text import decisive_lines, other_lines
+from moe_lowering.number_words import UNITS, count_of
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.report.records import Verdict
 from moe_lowering.report.text import distinct, render_refusal, render_sizes, render_sources
-from moe_lowering.report.width import report_width, wrap
-from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS, TOKEN_UNPERMUTE
+from moe_lowering.report.width import report_width
+from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS, FIXED, TOKEN_UNPERMUTE
 
 if TYPE_CHECKING:  # they print themselves by this module
     from moe_lowering.explanation.answer import Answer
     from moe_lowering.explanation.records import Explanation
     from moe_lowering.explanation.sweep import Piece
-
-LABEL = 18  # columns of the left column, as in report.text
-_COLOURS = {"green": "\033[32m", "red": "\033[31m", "bold": "\033[1m", "dim": "\033[2m"}
-_RESET = "\033[0m"
-
-
-class Paint:
-    """Colours words, or leaves them as they are. Applied after the layout: codes have no width."""
-
-    def __init__(self, colour: bool) -> None:
-        self.colour = colour
-
-    def __call__(self, text: str, style: str) -> str:
-        return f"{_COLOURS[style]}{text}{_RESET}" if self.colour and text else text
-
-    def legal(self, text: str, legal: bool) -> str:
-        return self(text, "green" if legal else "red")
 
 
 def render(explanation: Explanation, why: str | None = None, colour: bool = False) -> str:
@@ -45,6 +27,7 @@ def render(explanation: Explanation, why: str | None = None, colour: bool = Fals
     paint = Paint(colour)
     answer = explanation.answer
     parts = [_header(explanation, paint)]
+    parts += [] if why is None else [decisive_lines(answer, why, paint)]
     if explanation.changes:
         parts.append(labelled_rows("one change", change_texts(explanation)))
     parts += [_table(answer, paint), _choice_lines(explanation, paint)]
@@ -52,7 +35,7 @@ def render(explanation: Explanation, why: str | None = None, colour: bool = Fals
         parts.append(_sweep(explanation.pieces, explanation, paint))
     sources: list[str] = []
     if why is not None:
-        parts.append(_rule_lines(answer, why, paint))
+        parts.append(other_lines(answer, why, paint))
     else:
         parts += _refusals(explanation, sources, paint)
     parts.append(labelled_rows("assumed", explanation.assumptions))
@@ -65,7 +48,7 @@ def change_texts(explanation: Explanation) -> list[str]:
     answer, changes = explanation.answer, explanation.changes
     none = "no one change of the deployment makes it legal"
     if answer.tokens == 0:
-        none += " at T = 0, nor T 1 alone"
+        none += " at T = 0, a step without tokens"
     texts = {
         name: f" would be legal with {' or '.join(change.text for change in found)}" if found else f": {none}"
         for name, found in changes.items()
@@ -86,7 +69,7 @@ def size_text(block: BlockDescription) -> str:
 
 def size_lines(block: BlockDescription) -> list[str]:
     """The same in a report: one line of 80 columns where they are those of a model."""
-    return _wrap_text(size_text(block), "  ", "    ")
+    return wrap_text(size_text(block), "  ", "    ")
 
 
 def _header(explanation: Explanation, paint: Paint) -> str:
@@ -106,27 +89,29 @@ def _header(explanation: Explanation, paint: Paint) -> str:
     captured = "" if deployment.capture else "not captured, "
     operator = deployment.unpermute_operator
     unpermutes = "" if operator == TOKEN_UNPERMUTE else f"{operator} unpermutes, "
-    policy = explanation.chooses_by if comm == AUTO else f"{explanation.chooses_by} ({comm})"
+    policy = f"policy {explanation.question.policy.name}"
+    if comm != AUTO:  # FIXED falls back on nothing, see --policy
+        policy = f"{comm} asked for" + (", and nothing else" if explanation.question.policy.name == FIXED else "")
     quantised = f" in {spec.quantisation}" if EXPERT_FORMATS[spec.quantisation].quantised else ""
-    title = textwrap.wrap(f"{explanation.block.model or 'MoE block'} on {deployment.soc}: {tokens}", report_width())
+    title = textwrap.wrap(f"{explanation.block.title} on {deployment.soc}: {tokens}", report_width())
     fits = answer.memory(explanation.block.layers).fits
     return "\n".join(
         [
             *(paint(line, "bold") for line in title),
             *size_lines(explanation.block),
-            _labelled_text(
+            labelled_line(
                 "block",
                 f"{count_of(spec.local_experts, 'expert')} on a rank{quantised}, {form}, routing weights in "
                 f"{dtype_name(spec.routing_dtype)}",
             ),
-            _labelled_text(
+            labelled_line(
                 "deployment",
                 f"EP {deployment.ep_size}, TP {deployment.tp_size}, HCCL_BUFFSIZE "
                 f"{deployment.hccl_buffer_mb} MB, weights {deployment.weight_format}, CANN "
                 f"{deployment.cann or 'unknown'}, {providers}, "
-                f"{levels}{unpermutes}{captured}policy {policy}",
+                f"{levels}{unpermutes}{captured}{policy}",
             ),
-            *([] if fits else [paint(_labelled_text("note", "it does not fit a rank's memory, see memory"), "red")]),
+            *([] if fits else [paint(labelled_line("note", "it does not fit a rank's memory, see memory"), "red")]),
         ]
     )
 
@@ -146,16 +131,17 @@ def _table(answer: Answer, paint: Paint) -> str:
 
 def _choice_lines(explanation: Explanation, paint: Paint) -> str:
     answer = explanation.answer
-    lines = [_labelled_text("choice", f"{answer.choice or 'NONE'} ({answer.reason})")]
+    lines = [labelled_line("choice", f"{answer.choice or 'NONE'} ({answer.reason})")]
     policy = explanation.question.policy
     if answer.requested is not None and policy.comm == AUTO:
-        lines.append(_labelled_text("policy", f"{policy.name} selects {answer.requested}"))
+        lines.append(labelled_line("policy", f"{policy.name} selects {answer.requested}"))
     if policy.comm == AUTO and policy.name == AUTO:
-        lines.append(_labelled_text("vllm-ascend", str(answer.beside_rule())))
+        lines.append(labelled_line("vllm-ascend", str(answer.beside_rule())))
     if (sizes := answer.sizes()) is not None:
         lines += render_sizes(sizes)
-    lines += [_labelled_text("" if at else "cost", str(cost)) for at, cost in enumerate(answer.costs())]
-    lines.append(_labelled_text("memory", str(answer.memory(explanation.block.layers))))
+    lines += [labelled_line("" if at else "cost", str(cost)) for at, cost in enumerate(answer.costs())]
+    lines.append(labelled_line("memory", str(answer.memory(explanation.block.layers))))
+    lines.append(labelled_line("units", UNITS))
     label = f"{answer.choice or 'NONE'}"
     return "\n".join(lines).replace(f" {label}", " " + paint.legal(label, answer.choice is not None), 1)
 
@@ -168,7 +154,7 @@ def _sweep(pieces: Sequence[Piece], explanation: Explanation, paint: Paint) -> s
         name = f"{piece.choice or 'none':<12}"
         start = f"  {f'{piece.low}..{piece.high}':<{LABEL - 1}} {name} "
         reasons = [f"[{code}] {text}" for code, text in zip(piece.boundary, piece.because, strict=True)] or ["-"]
-        text = _wrap_texts(start, reasons, " " * (LABEL + 15))
+        text = wrap_texts(start, reasons, " " * (LABEL + 15))
         lines.append(text.replace(name.strip(), paint.legal(name.strip(), piece.choice is not None), 1))
     return "\n".join(lines)
 
@@ -198,64 +184,4 @@ def _codes(name: str, verdict: Verdict) -> str:
     """The broken rules of an implementation that was not asked for: by their codes alone."""
     codes = list(dict.fromkeys(f"[{violation.code}]" for violation in distinct(verdict)))
     them = "it" if len(codes) == 1 else "them"
-    return _labelled_text(f"not {name}", f"{', '.join(codes)} (--why {name} says {them} in full)")
-
-
-def _rule_lines(answer: Answer, name: str, paint: Paint) -> str:
-    """Every rule of one implementation, by operator; those of combine that were shown for dispatch are counted."""
-    verdict = answer.judgement.verdicts[name]
-    title = f"  why {name} is {'legal' if verdict.legal else 'refused'}"
-    lines = [paint.legal(title, verdict.legal)]
-    violations = {(v.operator, v.code): v for v in verdict.violations}
-    shown: set[tuple[str, Value, Accepted]] = set()
-    by_operator: dict[str, list[Finding]] = {}
-    for finding in answer.findings(name):
-        by_operator.setdefault(finding.limit.operator, []).append(finding)
-    for operator, findings in by_operator.items():
-        keys = [(f.limit.code, f.value, f.accepted) for f in findings]
-        new = [f for f, key in zip(findings, keys, strict=True) if key not in shown]
-        shown.update(keys)
-        again = f" (and {count_of(len(findings) - len(new), 'rule')} shown above)" if len(new) < len(findings) else ""
-        lines += ["", paint(f"  {operator}{again}", "bold"), *(_finding_line(f, violations, paint) for f in new)]
-    for form, broken in verdict.ruled_out:
-        lines += ["", paint(f"  form {form}, which the deployment rules out", "bold")]
-        lines += _wrap_texts("    ", [f"[{v.code}] {v.message} ({v.advice})" for v in broken], " " * 6).splitlines()
-    return "\n".join(lines)
-
-
-def _finding_line(finding: Finding, violations: dict[tuple[str, str], Violation], paint: Paint) -> str:
-    limit = finding.limit
-    mark = f"{'holds' if finding.holds else 'BROKEN':<7}"
-    texts = [f"[{limit.code}] {limit.value.text} is {show_word(finding.value)}; accepted: {finding.accepted}"]
-    if limit.value.text == str(finding.value):  # a rule for certain versions, in which nothing is accepted
-        texts = [f"[{limit.code}] never legal there"]
-    if not finding.holds:
-        violation = violations[limit.operator, limit.code]
-        texts += [violation.message] if limit.says else []
-        texts += [f"change: {violation.advice}"] if violation.advice else []
-    lines = _wrap_texts(f"    {mark} ", texts, " " * 14)
-    source = "\n".join(_wrap_text(f"source: {limit.source}", " " * 14, " " * 16))
-    return f"{lines.replace(mark, paint.legal(mark, finding.holds), 1)}\n{paint(source, 'dim')}"
-
-
-def labelled_rows(label: str, texts: Sequence[str]) -> str:
-    """Texts under each other beside one label."""
-    return "\n".join(_labelled_text(label if i == 0 else "", text) for i, text in enumerate(texts))
-
-
-def _labelled_text(label: str, text: str, indent: int = 0) -> str:
-    """A label, and a text beside it that is wrapped under itself."""
-    start = f"  {label:<{LABEL - 1}} "
-    return "\n".join(_wrap_text(text, start + " " * indent, " " * (len(start) + indent + 2)))
-
-
-def _wrap_texts(start: str, texts: Sequence[str], rest: str) -> str:
-    """Texts under each other, the first after ``start``."""
-    lines: list[str] = []
-    for text in texts:
-        lines += _wrap_text(text, rest if lines else start, rest + "  ")
-    return "\n".join(lines)
-
-
-def _wrap_text(text: str, first: str, rest: str) -> list[str]:
-    return wrap(text, first, rest) or [first]
+    return labelled_line(f"not {name}", f"{', '.join(codes)} (--why {name} says {them} in full)")

@@ -48,6 +48,7 @@ def block_sizes(spec: BlockSpec, deployment: Deployment, comm: str, judgement: J
             for row, value, limit, quantities in _window_rules(spec, deployment, comm, judgement)
         ),
         buffer_bytes=deployment.hccl_buffer_bytes,
+        tp_size=spec.tp_size,
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from moe_lowering.number_words import megabytes
 from moe_lowering.passes.blocks import Block
 from moe_lowering.passes.emission.emitter import Emitter
 from moe_lowering.passes.find_blocks import find_block, module_path
@@ -137,7 +138,7 @@ def _weights_notes(layer: ForeignBlock, left: bool) -> Sequence[str]:
     if not layer.w13.joined:
         return ()
     size = sum(node.meta["val"].numel() * node.meta["val"].element_size() for node in layer.w13.nodes)
-    copied = f"{size / 2**20:.1f} MB" if isinstance(size, int) else "tensors whose sizes are not known"
+    copied = megabytes(size) if isinstance(size, int) else "tensors whose sizes are not known"
     lines_last = layer.w13.transposed or all(operator_name(node).endswith("transpose") for node in layer.w13.nodes)
     note = LEFT_APART if left else COMPUTED_EVERY_FORWARD
     return (note.format(copied=copied, advice=JOIN_ONCE if lines_last else STORE_ONE),)

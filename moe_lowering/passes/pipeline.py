@@ -50,7 +50,9 @@ class LoweringError(RuntimeError):
 
 
 class MoeLowering:
-    """The pass object. One instance serves many graphs; it keeps the report of each.
+    """The pass: it finds the MoE blocks of a graph, and lowers what is legal.
+
+    One instance serves many graphs; it keeps the report of each.
 
     Args:
         deployment: what the pass may assume; see ``Deployment``.

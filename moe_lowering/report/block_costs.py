@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from moe_lowering.number_words import count_of
+from moe_lowering.number_words import count_of, megabytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +48,13 @@ class BlockCost:
     def __str__(self) -> str:
         several = "an exchange" if self.exchanges == 1 else "exchanges"
         exchanges = f", {self.exchanges} of them {several}" if self.exchanges else ""
-        within = f", {_mb(self.sent_within)} sent within the node" if self.sent_within else ""
+        within = f", {megabytes(self.sent_within)} sent within the node" if self.sent_within else ""
         start = " and" if within else ", sent:"
-        between = f"{start} {_mb(self.sent_between)} to other nodes" if self.sent_between else ""
+        between = f"{start} {megabytes(self.sent_between)} to other nodes" if self.sent_between else ""
         once = f"; {count_of(self.once, 'kernel')} once per graph" if self.once else ""
         return (
-            f"{self.name}: {count_of(self.kernels, 'kernel')}{exchanges}, {_mb(self.moved)} read and "
+            f"{self.name}: {count_of(self.kernels, 'kernel')}{exchanges}, {megabytes(self.moved)} read and "
             f"written beside weights{within}{between}, buffers of "
-            f"{_mb(self.buffers)}{once}; "
+            f"{megabytes(self.buffers)}{once}; "
             f"{self.us:.0f} +- {self.error_us:.0f} us"
         )
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"

@@ -72,6 +72,7 @@ class Sizes:
             None elsewhere.
         max_output_size: rows that a fused operator may process on one rank; None where it is not told.
         windows: of the rules on the HCCL window. buffer_bytes: HCCL_BUFFSIZE in bytes.
+        tp_size: ranks of the TP group; with one, ``capacity`` says nothing that ``tokens`` and ``bound`` do not.
     """
 
     tokens: Size
@@ -84,6 +85,7 @@ class Sizes:
     max_output_size: int | None
     windows: tuple[Window, ...]
     buffer_bytes: int
+    tp_size: int = 1
 
     @property
     def range(self) -> str:
@@ -103,4 +105,5 @@ class Sizes:
 
     def to_json(self) -> dict[str, Any]:
         record = {n: v.to_json() if isinstance(v, Size) else v for n, v in fields_of(self).items()}
+        del record["tp_size"]  # stands with the deployment
         return {**record, "windows": [window.to_json() for window in self.windows], "range": self.range}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from moe_lowering.limits import Violation
 from moe_lowering.limits.wording import Accepted, Value
-from moe_lowering.number_words import count_of
+from moe_lowering.number_words import UNITS, count_of
 from moe_lowering.report.leftovers import NotCapturable
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport, RouterReport, Verdict, renderers
@@ -35,6 +35,8 @@ def render(report: LoweringReport) -> str:
     if report.not_capturable:
         lines = [_render_finding(finding) for finding in report.not_capturable]
         parts.append("\n".join(["cannot be captured:", *lines]))
+    if any(block.sizes is not None for block in report.blocks):
+        parts.append(labelled_text("units", UNITS))
     if report.detected:
         lines = [labelled_text(detected.field, f"{detected.value} ({detected.source})") for detected in report.detected]
         parts.append("\n".join(["the deployment, as it was detected", *lines]))
@@ -100,7 +102,7 @@ def _own_ops(block: BlockReport) -> list[str]:
 def _render_blocks(blocks: Sequence[BlockReport], sources: list[str]) -> str:
     block = blocks[0]
     times = f"  x{len(blocks)}" if len(blocks) > 1 else ""
-    lines = textwrap.wrap(names([b.name for b in blocks]) + times, report_width(), break_on_hyphens=False)
+    lines = textwrap.wrap(_title(blocks) + times, report_width(), break_on_hyphens=False)
     lines.append(labelled_text("implementation", f"{_implementation(block)} ({block.reason})"))
     if block.raised_from:
         lines.append(labelled_text("raised from", block.raised_from))
@@ -126,6 +128,13 @@ def _render_blocks(blocks: Sequence[BlockReport], sources: list[str]) -> str:
     return "\n".join(lines)
 
 
+def _title(blocks: Sequence[BlockReport]) -> str:
+    """Where the blocks are in the model; of a graph without modules, such as make_fx's, at which node they end."""
+    places = names([block.name for block in blocks])
+    of_nodes = all(any(node.name == block.name for node in block.nodes_before) for block in blocks)
+    return f"MoE block that ends at graph node {places}" if of_nodes else places
+
+
 def _implementation(block: BlockReport) -> str:
     if block.comm is None:
         return "NOT LOWERED"
@@ -139,7 +148,8 @@ def render_sizes(sizes: Sizes) -> list[str]:
     parts = [sizes.range if sizes.tokens.fixed or tokens == "T" else f"T = {tokens}, {sizes.range}"]
     if sizes.bound != sizes.high:
         parts.append(f"at most {sizes.bound} on any rank")
-    parts.append(f"capacity {_size(sizes.capacity)} per TP rank")
+    if sizes.tp_size > 1:
+        parts.append(f"capacity {_size(sizes.capacity)} on each of {sizes.tp_size} TP ranks")
     parts.append(f"a rank receives up to {count_of(_size(sizes.received), 'row')}")
     if sizes.exchanged is not None:
         parts.append(f"{count_of(_size(sizes.exchanged), 'row')} to each rank")

@@ -33,7 +33,7 @@ from moe_lowering.report.records import LoweringReport
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """A lowered graph.
+    """A lowered graph with the report of its lowering.
 
     Attributes:
         gm: the graph module after the pass.

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cli_commands import command, fresh_dynamo  # noqa: F401
 
+import moe_lowering
 from moe_lowering import cli
-from moe_lowering.cli.lower import compare, models, outcome, run
+from moe_lowering.cli.lower import compare, failures, models, outcome, run
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.integrations import transformers as integration
 from moe_lowering.model_configs.presets import PRESETS
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
+from moe_lowering.testing.ranks import RankError
 
 KEYS = {
     "schema_version",
@@ -183,7 +188,7 @@ def test_weights_that_do_not_fit_are_refused():
     run.require_memory(made, skeleton, LowerRequest("moe"), size)
     run.require_memory(made, skeleton, LowerRequest("moe"), None)
     for request, available in ((LowerRequest("moe"), size - 1), (LowerRequest("moe", ep=2), 3 * size)):
-        with pytest.raises(UsageError, match="GiB are free; accepted: --fake"):
+        with pytest.raises(UsageError, match="GB are free; accepted: --fake"):
             run.require_memory(made, skeleton, request, available)
 
 
@@ -310,3 +315,57 @@ def test_the_report_is_text_by_default(capfd: pytest.CaptureFixture[str]):
     for part in ("assumed", "implementation    allgather", "max rel error", "not mc2"):
         assert part in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+# Failures
+
+
+def failure_in(*folders: str) -> Exception:
+    """An error whose stack goes through files of these folders, the last of which raises it."""
+    calls: dict[str, Any] = {"inner": None}
+    for folder in reversed(folders):
+        source = (
+            "def call(inner):\n    if inner is None:\n        raise TypeError('a ValuePack is no int')\n    inner()"
+        )
+        own: dict[str, Any] = {}
+        exec(compile(source, f"{folder}/x.py", "exec"), own)
+        calls["inner"] = functools.partial(own["call"], calls["inner"])
+    with pytest.raises(TypeError) as raised:
+        calls["inner"]()
+    return raised.value
+
+
+SITE, OURS = "/usr/site-packages", str(Path(moe_lowering.__file__).parent)
+OWNERS = [
+    ((f"{SITE}/torch/_dynamo", f"{SITE}/torch_npu/dynamo/npugraph_ex", f"{SITE}/torch/fx"), failures.NPUGRAPH_EX),
+    ((f"{SITE}/torch/_dynamo", f"{SITE}/torch_npu/dynamo/npugraph_ex", f"{OURS}/passes"), failures.OWN),
+    ((f"{OURS}/cli/lower", f"{SITE}/torch/_dynamo"), failures.TORCH),
+    ((f"{OURS}/cli/lower", f"{SITE}/transformers"), failures.MODEL),
+]
+
+
+@pytest.mark.parametrize(("folders", "owner"), OWNERS)
+def test_a_failure_is_that_of_whose_code_raised_it(folders, owner):
+    error = failure_in(*folders)
+    assert failures.owner_of(error) == owner
+    wrapped = RuntimeError("backend='npugraph_ex' raised:\nTypeError: a ValuePack is no int")
+    wrapped.inner_exception = error  # type: ignore[attr-defined]  # as torch's BackendCompilerFailed has it
+    assert failures.owner_of(wrapped) == owner
+    text = str(failures.run_error(wrapped, LowerRequest("jetmoe")))
+    assert "TypeError: a ValuePack is no int" in text and "backend=" not in text and "\n" not in text
+    assert ("not of the lowering" in text) == ("sizes that come from data" in text) == (owner != failures.OWN)
+    trace = "".join(f'  File "{folder}/x.py", line 3, in call\n' for folder in (f"{OURS}/testing", *folders))
+    assert failures.owner_of(RankError(f"rank 1: TypeError: no\n{trace}")) == owner
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_failure_is_one_line_and_has_a_traceback_on_request(monkeypatch, capfd, verbose):
+    error = failure_in(f"{SITE}/torch_npu/dynamo/npugraph_ex")
+    monkeypatch.setattr(run, "lower_and_compare", lambda request, progress: (_ for _ in ()).throw(error))
+    assert cli.main(["lower", "moe", *(["--verbose"] if verbose else [])]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and ("Traceback" in err) == verbose == (err.count("\n") > 1)
+    assert re.match(
+        "moe-lowering: error: moe cannot be run, by an error of torch_npu's npugraph_ex, not of the lowering: TypeError: "
+        "a ValuePack is no int; sizes .*docs/models.md.* moe-lowering explain moe; --verbose prints", err.splitlines()[-1]
+    )  # fmt: skip

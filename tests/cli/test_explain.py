@@ -205,10 +205,27 @@ def test_comm_chooses_that_one_or_none(capfd, policy):
     assert found["verdicts"]["allgather"]["legal"] and found["sizes"] is None
 
 
+def test_the_head_says_what_was_asked_for(capfd):
+    """A size or dtype that is not the model's stands in the title; --comm is no policy that is fixed."""
+    _, out, _ = command(capfd, "deepseek_v3 --ep 16 --hidden 4096 --experts 256 --dtype float16")
+    title = " ".join(out.partition("\n  hidden")[0].split())
+    assert title == (
+        "deepseek_v3 with hidden 4096 in place of 7168, dtype float16 in place of bfloat16 on A3: 32 tokens on a rank"
+    )
+    _, out, _ = command(capfd, "deepseek_v3 --ep 8,16 --topk 4")
+    assert out.startswith("deepseek_v3 with top_k 4 in place of 8 in several deployments\n")
+    for as_it_is in ("deepseek_v3 --hidden 7168 --dtype bfloat16", "qwen3_moe --dtype float16", "moe --hidden 1024"):
+        assert f"{as_it_is.split()[0]} on A3: " in command(capfd, f"{as_it_is} --ep 16")[1]
+    head = " ".join(command(capfd, f"{BLOCK} --ep 16 --comm fused_mc2 --provider none")[1].split())
+    assert "no provider, fused_mc2 asked for " in head and "policy" not in head and "[fused.provider]" in head
+    strict = command(capfd, f"{BLOCK} --ep 16 --comm fused_mc2 --provider none --policy fixed")[1]
+    assert "fused_mc2 asked for, and nothing else" in " ".join(strict.split())
+
+
 def test_comm_shows_the_rules_of_that_one(capfd):
     code, out, err = command(capfd, f"{BLOCK} --ep 16 {ROOMY} --tokens 513 --comm mc2")
     assert code == 1 and err == "moe-lowering: mc2 was asked for and is not legal: [mc2.tokens]\n"
-    assert "not mc2 " in out and "[mc2.tokens]" in out and "policy fixed (mc2)" in re.sub(r"\s+", " ", out)
+    assert "not mc2 " in out and "[mc2.tokens]" in out and "mc2 asked for" in re.sub(r"\s+", " ", out)
     assert "not fused_mc2     [fused.tokens] (--why fused_mc2 says it in full)" in out, (
         "the others by their codes alone"
     )
@@ -309,6 +326,23 @@ def test_why_of_a_refused_implementation_in_words(capfd):
         r"BROKEN +\[fused\.bias\] has_bias is True; accepted: False\n +dispatch_ffn_combine: the experts", out
     )
     assert "holds   [fused.ep_size] ep_size is 8; accepted: 2 to 32" in out
+
+
+def test_why_leads_with_what_decides(capfd):
+    """The broken rules, or those nearest to their limits, stand before all else; what cannot be broken here is named only."""
+    _, out, _ = command(capfd, f"{BLOCK} --ep 64 --why fused_mc2 {ROOMY}")
+    head, _, rest = out.partition("  implementation ")
+    assert re.search(r"why fused_mc2 is refused: 1 of its \d+ rules is broken\n +BROKEN +\[fused.ep_size\]", head)
+    assert "BROKEN" not in rest and "holds  " not in head
+    _, out, _ = command(capfd, f"{BLOCK} --ep 16 --tokens 128 --why mc2")
+    head, _, rest = out.partition("  implementation ")
+    assert "BROKEN" not in out and "holds  " not in head
+    # 128 * 7,860,224 bytes of 2**30 (test_explain's own sum above), and 7168 of 8192
+    near = " ".join(head[head.index("nearest limits") :].split())
+    assert "[mc2.buffer] value is 1006108672 of at most 1073741824 (buffer_bytes) bytes of HCCL window (94%)" in near
+    assert "[mc2.hidden] hidden is 7168 of at most 8192 (88%)" in near and near.index("94%") < near.index("88%")
+    assert rest.index("[mc2.soc]") < rest.index("any block") < rest.index("[deployment.ep_size]")
+    assert "ep_size is 16; accepted: 16" not in out, "the deployment is not compared with itself"
 
 
 def test_why_can_be_read(capfd):

@@ -175,7 +175,7 @@ def test_what_all_implementations_lack_is_said_once(capfd):
 
 
 @pytest.mark.parametrize(("tokens", "said"), [
-    (0, "mc2: no one change of the deployment makes it legal at T = 0, nor T 1 alone"),
+    (0, "mc2: no one change of the deployment makes it legal at T = 0, a step without tokens"),
     (1, "mc2 would be legal with EP 2"),
 ])  # fmt: skip
 def test_no_tokens_and_one_rank_are_two_reasons(capfd, tokens, said):

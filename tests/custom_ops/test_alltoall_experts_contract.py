@@ -104,7 +104,7 @@ EIGHT = {"x": torch.ones(3, 16, dtype=torch.int8), "x_scale": torch.ones(3)}
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.ones(1, 3, 16).bfloat16()}, r"x has shape \[1, 3, 16\]; accepted: \[M, hidden\]"),
     ({"x": torch.ones(3, 16).double()}, "x is torch.float64"),
-    ({"x": torch.ones(3, 16)}, r"w13\[0\] is torch.bfloat16; accepted: torch.float32"),
+    ({"x": torch.ones(3, 16)}, r"w13 is torch.bfloat16; accepted: torch.float32"),
     ({"x": EIGHT["x"]}, "x is int8 and x_scale is None"),
     (EIGHT, "rows is torch.int8 for quantisation 'none'"),
     ({"x_scale": torch.ones(3)}, r"row_scale has shape \[1\] for rows of torch.bfloat16"),
@@ -115,16 +115,16 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"weights": torch.ones(3, 1)}, r"weights has shape \[3, 1\]; accepted: that of ids, \[3, 2\]"),
     ({"mask": torch.ones(3)}, "mask is torch.float32; accepted: bool"),
     ({"mask": torch.ones(2, dtype=torch.bool)}, r"mask has shape \[2\]"),
-    ({"num_experts": 8}, r"w13\[0\] has shape \[4, 16, 16\]; accepted: \[8, 16, 16\]"),
+    ({"num_experts": 8}, r"w13 has shape \[4, 16, 16\]; accepted: \[8, 16, 16\]"),
     ({"ep_size": 3}, "num_experts is 4; accepted: a multiple of ep_size, 3"),
     ({"ep_size": 2}, "ep_group is '' for 2 ranks"),
     ({"max_tokens": -1}, "max_tokens is -1"),
     ({"max_rows": -1}, "max_rows is -1"),
-    ({"w2": [torch.ones(4, 4, 16).bfloat16()]}, r"w2\[0\] has shape \[4, 4, 16\]"),
+    ({"w2": [torch.ones(4, 4, 16).bfloat16()]}, r"w2 has shape \[4, 4, 16\]"),
     ({"activation": "reglu"}, "activation is 'reglu'"),
     ({"activation": "swiglu_oai"}, "limit is 0.0 for swiglu_oai"),
     ({"quantisation": "w2a2"}, "quantisation is 'w2a2'"),
-    ({"quantisation": "w8a8"}, r"w13\[0\] is torch.bfloat16; accepted: torch.int8"),
+    ({"quantisation": "w8a8"}, r"w13 is torch.bfloat16; accepted: torch.int8"),
     ({"out_dtype": torch.float32}, "out_dtype is torch.float32"),
 ]
 

@@ -97,7 +97,9 @@ def test_without_an_npu_the_soc_must_be_given(monkeypatch):
     ("package_name=Ascend-cann-toolkit\nversion=8.5.0\narch=aarch64\n", "8.5.0"),
     ("version=8.2.RC1\n", "8.2.RC1"),
     ("innerversion=V100R001\n", ""),
+    ("version=8.5.0.B123\n", "8.5.0.B123"),
     ("version=latest\n", ""),
+    ("version=9.x\n", ""),
 ])  # fmt: skip
 def test_cann(monkeypatch, tmp_path, text, version):
     (tmp_path / "aarch64-linux").mkdir()

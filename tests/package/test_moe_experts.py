@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -200,7 +201,7 @@ def test_transposed_weights() -> None:
     reference.assert_near(
         moe_experts(x, w, ids, list(t13), list(t2), need_trans=True), expected.double(), torch.float32
     )
-    with pytest.raises(ValueError, match=r"w13\[0\] has shape \[4, 64, 64\]|w2\[0\] has shape"):
+    with pytest.raises(ValueError, match=r"grouped_mlp: w2 has shape"):
         moe_experts(x, w, ids, t13, t2)
     experts, _ = stored("w8a8")
     turned = {name: experts[name].transpose(1, 2).contiguous() for name in ("w13", "w2")}
@@ -230,8 +231,60 @@ def test_a_layer_names_the_dtypes_of_x_and_of_its_weights() -> None:
     ):
         layer(torch.ones(3, 64))
     assert layer(torch.ones(3, 64).bfloat16()).dtype == torch.bfloat16
-    quantised = quantise_experts(layer, "w8a8")
-    assert (quantised or layer)(torch.ones(3, 64).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("quantisation", ["w8a8", "w4a8", "w4a16"])
+def test_a_quantised_layer_takes_x_of_its_own_dtype(quantisation: str) -> None:
+    """Its experts do not say that any more, and its gate does; the experts of a function have no gate."""
+    layer = quantise_experts(MoE(64, 64, 4, 2, dtype=torch.bfloat16), quantisation)
+    x, ids, names = (
+        torch.ones(3, 64).bfloat16(),
+        torch.tensor([[0, 1], [1, 2], [3, 0]]),
+        ("w13", "w2", "w13_scale", "w2_scale"),
+    )
+    assert layer(x).dtype == torch.bfloat16
+    for other in (torch.float16, torch.float32):
+        with pytest.raises(
+            TypeError, match=rf"^MoE: x is {other}, and the layer's gate is torch.bfloat16; accepted: x of"
+        ):
+            layer(x.to(other))
+    given = {name: getattr(layer, name) for name in names}
+    y = moe_experts(x, torch.ones(3, 2), ids, **given, quantisation=quantisation)
+    assert y.dtype == torch.bfloat16
+    if quantisation == "w4a16":
+        message = "^moe_experts: x is torch.float16, and w13_scale is torch.bfloat16; accepted for w4a16: one dtype"
+        with pytest.raises(TypeError, match=message):
+            moe_experts(x.half(), torch.ones(3, 2), ids, **given, quantisation=quantisation)
+    else:  # the twin: float32 scales go with x of any float
+        assert moe_experts(x.half(), torch.ones(3, 2), ids, **given, quantisation=quantisation).dtype == torch.float16
+
+
+def test_experts_that_are_not_quantised_are_named() -> None:
+    x, w, ids, w13, w2 = case()[:5]
+    scales = {"w13_scale": torch.ones(4, 128), "w2_scale": torch.ones(4, 64)}
+    with pytest.raises(
+        TypeError, match=r"^moe_experts: w13 is torch.float32 for quantisation 'w8a8'; accepted: torch.int8, as"
+    ):
+        moe_experts(x, w, ids, w13, w2, quantisation="w8a8", **scales)
+    with pytest.raises(TypeError, match=r"^moe_experts: w13\[0\] is torch.float32 for quantisation 'w8a8'"):
+        moe_experts(x, w, ids, list(w13), list(w2), quantisation="w8a8", **scales)
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("w13", lambda w: w[0], "moe_experts: w13 has 2 dimensions; accepted: a tensor [E_local, H, 2I], or a sequence of"),
+    ("w2", lambda w: w[None], "moe_experts: w2 has 4 dimensions; accepted: a tensor [E_local, I, H], or a sequence of"),
+    ("w2", lambda w: [], "moe_experts: w2 is []; accepted: a tensor of all experts, or a sequence"),
+    ("w2", lambda w: w[:3], "grouped_mlp: w2 has shape [3, "),
+    ("w2", lambda w: [*w[:3], w[3].t()[:5]], "grouped_mlp: w2[3] has shape [5, "),
+    ("w13_bias", lambda _: torch.ones(5), "grouped_mlp: w13_bias has shape [5]; accepted: one tensor [4, "),
+    ("w13_bias", lambda _: [torch.ones(5)] * 3, "grouped_mlp: w13_bias has 3 tensors; accepted: one tensor [4, "),
+])  # fmt: skip
+def test_what_is_wrong_is_called_as_the_caller_gave_it(name: str, change: Any, message: str) -> None:
+    """A plain tensor by its argument's name, one of a list by its index too."""
+    x, w, ids, w13, w2 = case()[:5]
+    given = {"w13": w13, "w2": w2}
+    with pytest.raises((TypeError, ValueError), match="^" + re.escape(message)):
+        moe_experts(x, w, ids, **given | {name: change(given.get(name))})
 
 
 SCALE = {"pertoken_scale": torch.ones(TOKENS)}
@@ -248,8 +301,8 @@ SCALE = {"pertoken_scale": torch.ones(TOKENS)}
         (torch.int8, SCALE, "out_dtype is None for int8 x; accepted: float32, float16, bfloat16"),
         (torch.int8, {**SCALE, "quantisation": "none"}, "x is int8 for quantisation 'none'; accepted: 'w8a8', 'w4a8'"),
         (torch.float32, {"out_dtype": torch.float16}, "out_dtype is torch.float16 for x of torch.float32"),
-        (torch.float32, {"quantisation": "w4a16"}, "rows is torch.float32 for quantisation 'w4a16'"),
-        (torch.float32, {"quantisation": "none"}, r"w13_scale is given for quantisation 'none'|w13\[0\] is torch.int8"),
+        (torch.float32, {"quantisation": "w4a16"}, "x is torch.float32 for quantisation 'w4a16'; accepted: float16"),
+        (torch.float32, {"quantisation": "none"}, "moe_experts: w13 is torch.int8, and x is torch.float32"),
         (torch.float32, {"w13_scale": None}, r"w13_scale is None for w8a8; accepted: \[4, 64\]"),
     ],
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lowering import moe_experts, testing
 
 EP, EXPERTS, TOP_K, HIDDEN, INNER, TOKENS = 4, 16, 4, 2048, 512, 1024
-MIB = 2**20
+MB = 10**6
 c10d = torch.ops._c10d_functional
 
 
@@ -54,7 +54,7 @@ def sizes(graph: Any, op: Any, of_input: bool) -> list[int]:
 
 def figures(graph: Any) -> tuple[list[float], str]:
     (note,) = (text for text in graph.report.blocks[0].notes if text.startswith("equal splits"))
-    return [float(text) for text in re.findall(r"([\d.]+) MiB", note)], note
+    return [float(text) for text in re.findall(r"([\d.]+) MB", note)], note
 
 
 UNEQUAL = {"equal_tokens": False, "max_tokens": TOKENS}
@@ -75,7 +75,7 @@ def test_figures_are_those_of_the_graphs(quantisation: str, dtype: torch.dtype, 
     ignored = [text for text in graph.report.blocks[0].notes if "alltoall (static) has room for every row" in text]
     assert len(ignored) == ("max_rows" in fields)
     found, note = figures(graph)
-    assert found == pytest.approx([size / MIB for size in (there, back, there / EP, back / EP)], abs=0.051), note
+    assert found == pytest.approx([size / MB for size in (there, back, there / EP, back / EP)], abs=0.051), note
 
 
 def received(graph: Any, dtype: torch.dtype, fields: dict[str, Any]) -> int:
@@ -104,7 +104,7 @@ def test_figures_of_buffers_are_those_of_the_graphs(quantisation: str, max_rows:
     row = HIDDEN + 4 if quantisation in ("w8a8", "w4a8") else HIDDEN * dtype.itemsize
     expected = [sum(there), back, slots * row, slots * HIDDEN * dtype.itemsize, gathered, reduced]
     found, note = figures(graph)
-    assert found == pytest.approx([size / MIB for size in expected], abs=0.051), note
+    assert found == pytest.approx([size / MB for size in expected], abs=0.051), note
     assert len(there) == (3 if quantisation in ("w8a8", "w4a8") else 2)
     assert ("which is less" in note) == (gathered + reduced < sum(there) + back)
 
@@ -113,5 +113,5 @@ def test_the_figures_of_8_bit_weights_in_full() -> None:
     """By hand: 4,096 tokens of 2,048 bytes, a scale, 4 ids and 4 weights there; 4,096 bytes of each back; a quarter own."""
     found, note = figures(lowered("w8a8", "alltoall"))
     by_hand = [4096 * (2052 + 4 * 8), 4096 * 4096, 1024 * (2052 + 4 * 8), 1024 * 4096]
-    assert found == [round(size / MIB, 1) for size in by_hand]
-    assert note.startswith("equal splits send every token to every rank, as AllGather does: 8.1 MiB per rank")
+    assert found == [round(size / MB, 1) for size in by_hand]
+    assert note.startswith("equal splits send every token to every rank, as AllGather does: 8.5 MB per rank")

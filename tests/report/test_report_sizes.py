@@ -154,7 +154,7 @@ def test_text_shows_sizes_and_fits():
     text = render(lower("fused_mc2", shape=(2, 30, 1024), dynamic=True, layers=2)[0])
     flat = " ".join(text.split())
     assert max(map(len, text.splitlines())) <= WIDTH
-    assert flat.count("capacity hidden.shape[0]*hidden.shape[1] (at most 512) per TP rank") == 1
+    assert flat.count("T = hidden.shape[0]*hidden.shape[1]") == 1 and "capacity" not in flat, "one TP rank has all of T"
     assert "max_output_size 2048" in flat and "[fused.window] 4096*hidden.shape[0]*hidden.shape[1]" in flat
 
 

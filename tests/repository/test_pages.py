@@ -4,14 +4,20 @@ somewhere, and words that are explained where they first stand."""
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 TOP = Path(__file__).parents[2]
+sys.path.insert(0, str(TOP / ".ci"))
+
+import public_names  # noqa: E402
+
 DOCS = sorted((TOP / "docs").glob("*.md"))
 PAGES = [TOP / "README.md", *DOCS]
 MOST_WORDS = 35
+MOST_OF_A_ROW = 500  # characters, links among them
 # Pages for a reader who is new, and the words of the glossary that they may not use unexplained.
 FOR_NEWCOMERS = [TOP / "README.md"] + [
     TOP / "docs" / f"{name}.md"
@@ -23,6 +29,15 @@ FOR_NEWCOMERS = [TOP / "README.md"] + [
 WORDS = ("EP", "MC2", "FusedMC2", "CANN", "npugraph_ex", "GE", "FRACTAL_NZ", "W8A8", "SoC", "NPU", "log2phy")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^ *```.*?^ *```$", re.S | re.M)
+
+
+def _documented():
+    """A (b. c) or ``d``: e. F."""
+
+
+def long_rows(text: str) -> list[str]:
+    """Rows of tables that nobody can read: in a terminal, or as a paragraph in one cell."""
+    return [line for line in text.splitlines() if line.startswith("|") and len(line) > MOST_OF_A_ROW]
 
 
 def prose(text: str) -> str:
@@ -118,7 +133,22 @@ def test_every_page_is_reached_from_the_index():
     assert {page.name for page in DOCS} - {"index.md"} <= linked
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_row_of_a_table_is_long(page):
+    assert not long_rows(page.read_text())
+
+
+def test_every_public_name_is_a_line_of_the_reference():
+    """As it is read on a code host, which knows no directives; they come after all names, for the site."""
+    assert public_names.PAGE.read_text() == public_names.page(), "run `make reference`"
+    names, _, directives = public_names.PAGE.read_text().partition("## In full")
+    assert ":::" not in names.replace("`:::`", "") and directives.count("\n::: ") > 20
+    assert "| `moe_lowering.shard_experts` | Give this rank its block of the experts" in names
+
+
 def test_the_checks_can_fail():
+    assert long_rows(f"| {'word ' * 101}|") and not long_rows(f"| {'word ' * 99}|\n{'word ' * 200}")
+    assert public_names.first_sentence("x", _documented) == "A (b. c) or `d`: e"
     page = TOP / "docs" / "index.md"
     assert long_sentences("one two, " * 18 + "end.") and not long_sentences("one two; " * 18 + "end.")
     assert not long_sentences("| " + "word " * 40 + "|")

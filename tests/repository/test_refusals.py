@@ -27,6 +27,14 @@ def test_the_list_is_that_of_the_tables():
     assert all(f"| `{row.code}` |" in listed() for row in load())
 
 
+def test_each_line_has_one_rule():
+    """What a code asks for elsewhere stands in a line of its own; what is as above is not written again."""
+    lines = [line for line in listed().splitlines() if line.startswith("| `gmm.bias_dtype` |")]
+    rules = dict.fromkeys(refusals.rule(row) for row in load() if row.code == "gmm.bias_dtype")
+    assert len(lines) == len(rules) > 3 and all(rule in line for rule, line in zip(rules, lines, strict=True))
+    assert f"| {refusals.ABOVE} |" not in lines[0] and f"| {refusals.ABOVE} |" in lines[1]
+
+
 def test_the_list_is_for_people():
     """No value of Python's, and no condition that cannot be understood."""
     assert not re.search(r"\(text=|`False` is|one of `,|one of `[^`,]*`|\|  \|", listed())

@@ -9,9 +9,11 @@ import textwrap
 from collections.abc import Sequence
 
 from moe_lowering.explanation import Explanation
+from moe_lowering.explanation.layout import Paint, labelled_rows
 from moe_lowering.explanation.memory import ON_TOP, TOO_SMALL
 from moe_lowering.explanation.table import Row
-from moe_lowering.explanation.text import Paint, labelled_rows, size_lines
+from moe_lowering.explanation.text import size_lines
+from moe_lowering.number_words import UNITS
 from moe_lowering.report.block_costs import BlockCost
 from moe_lowering.report.width import report_width, wrap
 
@@ -34,12 +36,13 @@ def render_table(first: Explanation, rows: Sequence[Row], colour: bool = False) 
         "HCCL_BUFFSIZE: what is enough for the choice; any: none of its rules is on it; not used: it has no communicator",
         "[cost]: legal, and not the cheapest, or tied with a simpler one; [policy]: legal, and the policy takes another",
     ]
+    notes.append(UNITS)
     return "\n\n".join([*parts, labelled_rows("columns", notes), labelled_rows("assumed", first.assumptions)])
 
 
 def _header(first: Explanation, paint: Paint) -> str:
     block = first.block
-    title = textwrap.wrap(f"{block.model or 'MoE block'} in several deployments", report_width())
+    title = textwrap.wrap(f"{block.title} in several deployments", report_width())
     return "\n".join([*(paint(line, "bold") for line in title), *size_lines(block)])
 
 

@@ -10,7 +10,7 @@ from moe_lowering.cli.html.parts import cost_table, deployment_table, verdict_ta
 from moe_lowering.explanation import Explanation
 from moe_lowering.explanation.table import Row
 from moe_lowering.explanation.text import change_texts, size_text
-from moe_lowering.number_words import count_of
+from moe_lowering.number_words import UNITS, count_of
 
 
 def explain_page(explanation: Explanation, rows: Sequence[Row]) -> str:
@@ -24,10 +24,11 @@ def explain_page(explanation: Explanation, rows: Sequence[Row]) -> str:
         f"choice: {answer.choice or 'none'} ({answer.reason})",
         str(answer.beside_rule()),
         f"memory: {answer.memory(block.layers)}",
+        f"units: {UNITS}",
     ]
     changes = change_texts(explanation)
     return page(
-        f"{block.model or 'MoE block'} on {deployment.soc}",
+        f"{block.title} on {deployment.soc}",
         [
             items(facts),
             *([element("h2", "One change that would help"), items(changes)] if changes else []),
@@ -46,14 +47,16 @@ def explain_page(explanation: Explanation, rows: Sequence[Row]) -> str:
 def table_page(first: Explanation, rows: Sequence[Row]) -> str:
     """Of several deployments."""
     return page(
-        f"{first.block.model or 'MoE block'} in several deployments",
+        f"{first.block.title} in several deployments",
         [
             items([describe_block(first)]),
             element("h2", "The choice over tokens and EP sizes"),
             draw_choices(rows),
             element("h2", "Deployments"),
             element(
-                "p", "Figures are those at the most tokens of a row; memory is that of all MoE layers.", class_="note"
+                "p",
+                f"Figures are those at the most tokens of a row; memory is that of all MoE layers. {UNITS}.",
+                class_="note",
             ),
             deployment_table(rows),
             element("h2", "Assumed"),

@@ -10,7 +10,7 @@ from moe_lowering.cli.html.graph_drawing import draw_graph, draw_key
 from moe_lowering.cli.html.page import COLOURS, Markup, element, items, join, key, page
 from moe_lowering.cli.html.parts import cost_table, verdict_table
 from moe_lowering.explanation.table import Row
-from moe_lowering.number_words import count_of
+from moe_lowering.number_words import UNITS, count_of
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport
 from moe_lowering.report.text import equal_blocks
@@ -28,6 +28,8 @@ def lower_page(outcome: LowerOutcome, rows: Sequence[Row]) -> str:
         items(f"{label}: {text}" for label, text in outcome.facts),
         *([element("h2", "Problems"), items(outcome.problems())] if outcome.problems() else []),
     ]
+    if any(block.sizes is not None for report in outcome.reports for block in report.blocks):
+        parts.append(element("p", f"{UNITS}.", class_="note"))
     for number, report in enumerate(outcome.reports, 1):
         title = "The graph" if len(outcome.reports) == 1 else f"Graph {number}"
         parts += [element("h2", title), *_report_parts(report)]

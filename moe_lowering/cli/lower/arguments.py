@@ -179,5 +179,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"calls of each captured graph, with new inputs and routings (default {REPLAYS})",
     )
+    add("--verbose", action="store_true", help="print the traceback of an error, too")
     add_html(add)
     add("--json", action="store_true", help="print one JSON object instead of the report")

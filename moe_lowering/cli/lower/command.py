@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from moe_lowering.cli import collection
 from moe_lowering.cli.lower.request import LowerRequest
+from moe_lowering.cli.usage import UsageError
+from moe_lowering.model_configs.errors import ModelError
 from moe_lowering.model_configs.presets import PRESETS
 from moe_lowering.number_words import count_of
 
@@ -19,7 +21,14 @@ if TYPE_CHECKING:
 def run_lower(request: LowerRequest, progress: Callable[[str], None]) -> LowerOutcome:
     """Carry out a command; transformers is imported after the environment says that it is offline."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model is built from its config, never downloaded
-    outcome = _run(request, progress)
+    try:
+        outcome = _run(request, progress)
+    except (UsageError, ModelError):
+        raise
+    except Exception as error:  # of the model, torch, npugraph_ex or this package
+        from moe_lowering.cli.lower.failures import run_error
+
+        raise run_error(error, request) from error
     if request.html:
         from moe_lowering.cli.lower.choices import rows_of
 

@@ -37,7 +37,7 @@ from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.cli.simulation import enable_simulator
 from moe_lowering.deployment import Deployment
 from moe_lowering.layers.sharding import shard_experts
-from moe_lowering.number_words import count_of
+from moe_lowering.number_words import count_of, megabytes
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.quantisation import quantise_experts
 from moe_lowering.report.records import LoweringReport
@@ -81,7 +81,7 @@ def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> LowerO
         ),
         ("lowered", what),
         ("took", f"tracing {seconds - in_pass / 1e3:.1f} s, pass {in_pass:.1f} ms"),
-        ("peak memory", f"{_peak_mib():.0f} MiB"),
+        ("peak memory", megabytes(_peak_bytes())),
     ]
     return LowerOutcome(request, plan.name, reports, unsupported, None, facts)
 
@@ -198,6 +198,6 @@ def _fake_groups(request: LowerRequest) -> Iterator[Deployment]:
         dist.destroy_process_group()
 
 
-def _peak_mib() -> float:
+def _peak_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -19,7 +19,7 @@ from moe_lowering import simulator
 from moe_lowering.cli.lower import compare, models
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.layers.moe import MoE
-from moe_lowering.number_words import count_of
+from moe_lowering.number_words import count_of, megabytes
 from moe_lowering.simulator.device import SourceLine, Tape
 from moe_lowering.source_lines import innermost
 
@@ -83,7 +83,7 @@ class Captured:
             ("MoE layer", f"{self.operators_per_layer} operators on the tape, from dispatch to combine"),
             (
                 "memory pool",
-                f"{self.pool_bytes / 2**20:.1f} MiB, with the MoE blocks' inputs and outputs for the comparison",
+                f"{megabytes(self.pool_bytes)}, with the MoE blocks' inputs and outputs for the comparison",
             ),
         ]
 

@@ -7,8 +7,10 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from moe_lowering.cli.lower.compare import LOGITS_SNR_FLOOR, MAX_REROUTED, SNR_FLOOR, TOLERANCE, Errors
+from moe_lowering.cli.lower.configs import is_small
 from moe_lowering.cli.lower.graph_replay import Captured
 from moe_lowering.cli.lower.request import LowerRequest
+from moe_lowering.number_words import count_of
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport
 from moe_lowering.report.schemas import SCHEMA_VERSION
@@ -151,8 +153,15 @@ class LowerOutcome:
         request = self.request
         ranks = f"ep {request.ep}" + (f", tp {request.tp}" if request.tp > 1 else "")
         experts = f", experts {request.quant}" if request.quantised else ""
-        title = f"{self.model}: comm {request.comm}, {ranks}, soc {request.soc}, {request.dtype}{experts}"
+        title = f"{self._what()}: comm {request.comm}, {ranks}, soc {request.soc}, {request.dtype}{experts}"
         return "\n".join([fold(title), *(labelled_text(label, text) for label, text in self.facts)])
+
+    def _what(self) -> str:
+        """The model, and what is not as published of the one that was lowered."""
+        layers = self.request.layers
+        if is_small(self.request):
+            return f"a small {self.model}"
+        return self.model if layers is None else f"{self.model} with {count_of(layers, 'layer')} only"
 
     def _comparison(self) -> str:
         if self.errors is None:

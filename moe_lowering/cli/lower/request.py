@@ -46,6 +46,7 @@ class LowerRequest:
     unpermute_operator: str = TOKEN_UNPERMUTE
     policy: str = "auto"
     overlap: bool = False
+    verbose: bool = False
     json: bool = False
     html: str | None = None
     taken_as: tuple[str, ...] = ()

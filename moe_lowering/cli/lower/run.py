@@ -33,7 +33,7 @@ from moe_lowering.cli.simulation import enable_simulator
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.deployment import Deployment
 from moe_lowering.layers.sharding import shard_experts
-from moe_lowering.number_words import count_of
+from moe_lowering.number_words import count_of, gigabytes
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.quantisation import quantise_experts
 from moe_lowering.report.records import LoweringReport
@@ -95,8 +95,8 @@ def require_memory(plan: models.ModelPlan, skeleton: nn.Module, request: LowerRe
     if available is not None and needed > available:
         raise UsageError(
             f"argument MODEL: the weights of {plan.name} with {count_of(plan.layers, 'layer')} on "
-            f"{count_of(request.ep, 'rank')} need {needed / 2**30:.1f} GiB and "
-            f"{available / 2**30:.1f} GiB are free; accepted: --fake, or fewer --layers"
+            f"{count_of(request.ep, 'rank')} need {gigabytes(needed)} and "
+            f"{gigabytes(available)} are free; accepted: --fake, or fewer --layers"
         )
 
 
@@ -123,7 +123,7 @@ def _rank_job(rank: int, request: LowerRequest) -> RankResult:
         mc2_group=graph_replay.communicator(mc2_group, rank) if backend else mc2_group.group_name,
         **tensor_parallel_place(request, rank, backend),
     )
-    progress: Progress = shown_progress.Progress("rank 0", repeats=False) if rank == 0 else _report_nothing
+    progress: Progress = shown_progress.Progress("rank 0") if rank == 0 else _report_nothing
     return run_rank(request, models.plan_model(request), deployment, progress)
 
 

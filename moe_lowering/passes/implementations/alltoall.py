@@ -28,11 +28,12 @@ import torch
 from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
+from moe_lowering.number_words import megabytes
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.context import most_tokens
 from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations import alltoall_exact
-from moe_lowering.passes.implementations.alltoall_buffers import BUFFERS, mib, sized_by_data
+from moe_lowering.passes.implementations.alltoall_buffers import BUFFERS, sized_by_data
 from moe_lowering.passes.implementations.base import Form, Implementation, Replacement
 from moe_lowering.passes.implementations.gathered import (
     Partial,
@@ -102,8 +103,9 @@ def _note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
     own = tokens_per_rank(spec.max_tokens or tokens, spec)
     lines = spec.ep_size * own
     return (
-        f"equal splits send every token to every rank, as AllGather does: {mib(lines * out)} per rank to the experts "
-        f"and {mib(lines * back)} back at {tokens} tokens, of which {mib(own * out)} and {mib(own * back)} are its own"
+        f"equal splits send every token to every rank, as AllGather does: {megabytes(lines * out)} per rank to the experts "
+        f"and {megabytes(lines * back)} back at {tokens} tokens, of which {megabytes(own * out)} and "
+        f"{megabytes(own * back)} are its own"
     )
 
 

@@ -28,6 +28,7 @@ from torch.fx import Node
 
 from moe_lowering.deployment import Deployment
 from moe_lowering.limits.calls.tensors import data_dependent
+from moe_lowering.number_words import megabytes
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.emission.emitter import Emitter, aten
 from moe_lowering.passes.implementations.base import Form, Replacement
@@ -62,8 +63,9 @@ def padding_note(spec: BlockSpec, deployment: Deployment, tokens: int) -> str:
     gathered = spec.ep_size * tokens_per_rank(spec.max_tokens or tokens, spec)
     other = gathered * gathered_bytes(spec, deployment), gathered * back
     return (
-        f"equal splits send {mib(sent[0])} per rank to the experts and {mib(sent[1])} back at {tokens} tokens, of which "
-        f"{mib(own * out)} and {mib(own * back)} are rows; AllGather moves {mib(other[0])} and {mib(other[1])}"
+        f"equal splits send {megabytes(sent[0])} per rank to the experts and {megabytes(sent[1])} back at {tokens} "
+        f"tokens, of which {megabytes(own * out)} and {megabytes(own * back)} are rows; AllGather moves "
+        f"{megabytes(other[0])} and {megabytes(other[1])}"
         + (
             ""
             if sum(sent) <= sum(other)
@@ -80,10 +82,6 @@ def _line_bytes(spec: BlockSpec) -> tuple[int, int]:
     """Bytes of one line to the experts, where it may be int8 with a scale, and back, in the block's dtype."""
     back = spec.hidden * int(spec.dtype.itemsize)
     return (spec.hidden + _SCALE_BYTES if spec.format.int8_rows else back), back
-
-
-def mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
 
 
 def _calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCall | Rules, ...]:
