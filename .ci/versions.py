@@ -55,6 +55,7 @@ TESTS = tuple(
         "passes/test_erased_nodes",
         "passes/test_known_results",
         "passes/test_tapes",
+        "passes/test_private_ways",
         "passes/test_quantised_chains",
         "passes/test_quantised_chain_numbers",
         "package/test_moe_experts",
