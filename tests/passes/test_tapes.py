@@ -47,17 +47,24 @@ def result(case: GraphCase, comm: str = "auto", played: list[int] | None = None)
     gm = build(case).gm
     with mock.patch.object(Tape, "play", instead):
         lowering(gm)
-    report = lowering.reports[0]
+    report, storages = lowering.reports[0], dict[int, int]()
     lines = [
-        f"{node.format_node()} {node.meta.get('custom')} {describe(node)} {source(node)}" for node in gm.graph.nodes
+        f"{node.format_node()} {node.meta.get('custom')} {describe(node, storages)} {source(node)}"
+        for node in gm.graph.nodes
     ]
     lines += [f"{block} {[*map(str, block.nodes_before)]} {[*map(str, block.nodes_after)]}" for block in report.blocks]
     return "\n".join([*lines, *map(str, report.routers)])
 
 
-def describe(node: Node) -> list[Any]:
+def describe(node: Node, storages: dict[int, int]) -> list[Any]:
+    """The metadata of a node's values, and which of them share memory: a storage is told by the number of its first value."""
     values = tree_leaves(node.meta.get("val"))
-    return [shape_key(value) if isinstance(value, torch.Tensor) else str(value) for value in values]
+    return [
+        (shape_key(value), storages.setdefault(value.untyped_storage()._cdata, len(storages)))
+        if isinstance(value, torch.Tensor)
+        else str(value)
+        for value in values
+    ]
 
 
 def source(node: Node) -> list[Any]:
