@@ -124,9 +124,15 @@ def _table(answer: Answer, paint: Paint) -> str:
         status = f"legal{form}" if verdict.legal else f"refused: {count_of(len(distinct(verdict)), 'rule')}"
         chosen = paint("  chosen", "bold") if name == answer.choice else ""
         price = answer.prices[name]
-        cost = "not known" if price is None else f"{price.us:.0f} +- {price.error_us:.0f} us"
-        lines.append(f"  {name:<{LABEL - 1}} {paint.legal(f'{status:<34}', verdict.legal)} {cost:>16}{chosen}")
+        cost = "not known" if price is None else f"{_us(price.us)} +- {_us(price.error_us)} us"
+        beside = cost.rjust(50 - len(status))  # a long figure takes of the room of the verdict
+        lines.append(f"  {name:<{LABEL - 1}} {paint.legal(status, verdict.legal)} {beside}{chosen}")
     return "\n".join(lines)
+
+
+def _us(value: float) -> str:
+    """Short where it is large: an absurd number of tokens is no reason for a line that does not fit."""
+    return f"{value:.0f}" if value < 1e6 else f"{value:.3g}"
 
 
 def _choice_lines(explanation: Explanation, paint: Paint) -> str:

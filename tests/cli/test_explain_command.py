@@ -244,6 +244,9 @@ def test_the_report_says_it_all(capfd):
     assert re.search(r"^  mc2 +refused: 1 rule +\d+ \+- \d+ us$", out, re.M)
     assert re.search(r"^  fused_mc2 +legal, dispatch_ffn_combine +\d+ \+- \d+ us  chosen$", out, re.M)
     assert "sizes T = 128; a rank receives up to 16384 rows; max_output_size 16384" in (re.sub(r"\s+", " ", out))
+    _, with_tp, _ = command(capfd, f"{BLOCK} --ep 16 --tp 2 --tokens 127")
+    assert "sizes T = 127; capacity 64 on each of 2 TP ranks; a rank receives" in re.sub(r"\s+", " ", with_tp)
+    assert " ".join(out.split()).count("of HCCL_BUFFSIZE a MB is 2**20 bytes") == 1
     # 2 * 128 * 8 * 7168 bytes in a third of 200 MB
     assert "[fused.window] 14680064 of 69905066 bytes (a third of HCCL_BUFFSIZE)" in re.sub(r"\s+", " ", out)
 

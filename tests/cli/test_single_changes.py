@@ -182,6 +182,13 @@ def test_no_tokens_and_one_rank_are_two_reasons(capfd, tokens, said):
     assert f" {said} fused_mc2" in " ".join(command(capfd, f"{BLOCK} --tokens {tokens}")[1].split())
 
 
+def test_one_token_is_no_change_of_a_step_without_tokens(capfd):
+    """Which MC2 would take: who asks about a rank without tokens has none to give it."""
+    _, found = answer(capfd, f"{BLOCK} --ep 16 --tokens 0")
+    assert found["changes"]["mc2"] == [] and not found["verdicts"]["mc2"]["legal"]
+    assert answer(capfd, f"{BLOCK} --ep 16 --tokens 1")[1]["verdicts"]["mc2"]["legal"], "the twin"
+
+
 def test_a_fused_mode_is_named_by_its_operator(capfd):
     changes = answer(capfd, "qwen3_235b --ep 16 --fused-mode 0")[1]["changes"]["fused_mc2"]
     assert "fused mode 1 (dispatch_ffn_combine, mega_moe)" in [change["text"] for change in changes]

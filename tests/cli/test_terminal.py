@@ -83,6 +83,7 @@ def test_a_report_that_a_program_prints_is_as_wide_as_its_terminal(monkeypatch, 
 REPORTS = {
     "explain": f"explain {BLOCK} --ep 16 --tokens 600 --why mc2 --sweep tokens=1..900",
     "explain, refused": f"explain {BLOCK} --ep 16 --comm mc2 --tokens 600 --dtype float32",
+    "explain, absurd": "explain moe --ep 2 --tokens 2147483647",
     "explain, table": f"explain {BLOCK} --ep 16,32 --tokens 1..4096",
     "lower": "lower moe --fake --layers 1 --ep 16 --tokens 64",
     "lower, refused": "lower moe --fake --layers 1 --ep 16 --comm mc2 --tokens 600 --provider none",

@@ -11,6 +11,7 @@ import pytest
 import moe_lowering
 from moe_lowering.limits import Citation, TokenRange, Violation
 from moe_lowering.limits.wording import Accepted, Bound
+from moe_lowering.report.graphs import GraphNode
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
 from moe_lowering.report.text import distinct, missing_values, render
@@ -132,6 +133,15 @@ def test_what_is_not_there_at_all_is_said_before_rules_for_its_versions():
     rules = tuple(violation(code) for code in ("fused.variant", "fused.provider", "fused.tokens", "fused.variant"))
     codes = [rule.code for rule in distinct(Verdict("fused_mc2", rules))]
     assert codes == ["fused.provider", "fused.variant", "fused.tokens"]
+
+
+def test_a_block_of_a_graph_without_modules_is_placed_by_its_node():
+    node = GraphNode("combine", "moe_lowering.combine", ())
+    by_node = dataclasses.replace(block("combine"), nodes_before=(node,))
+    assert "\nMoE block that ends at graph node combine\n" in render(report(by_node))
+    assert "\nlayers.0\n" in render(report(dataclasses.replace(block("layers.0"), nodes_before=(node,)))), (
+        "a module's path"
+    )
 
 
 def test_every_label_is_a_line_of_the_page():

@@ -10,13 +10,12 @@ import re
 import traceback
 from pathlib import Path
 
-import moe_lowering
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.cli.usage import RunError, first_sentence
 from moe_lowering.source_lines import innermost
 from moe_lowering.testing.ranks import RankError
 
-_OURS = Path(moe_lowering.__file__).resolve().parent
+_OURS = Path(__file__).resolve().parents[2]  # moe_lowering
 _NOBODYS = (_OURS / "cli", _OURS / "testing", _OURS / "interrupts.py")  # what starts and waits
 _BACKEND = re.compile(r"^backend='\w+' raised: ")
 _FILE = re.compile(r'File "([^"]+)", line \d+')

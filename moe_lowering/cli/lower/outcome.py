@@ -161,7 +161,7 @@ class LowerOutcome:
         layers = self.request.layers
         if is_small(self.request):
             return f"a small {self.model}"
-        return self.model if layers is None else f"{self.model} with {count_of(layers, 'layer')} only"
+        return self.model if layers is None else f"{self.model} with {count_of(layers, 'layer')}"
 
     def _comparison(self) -> str:
         if self.errors is None:
