@@ -129,9 +129,8 @@ def _settings(answer: Answer) -> _Deployed:
     for mode, operators in FUSED_MODES.items():
         if mode != deployment.fused_mode:
             yield Change("fused_mode", mode, f"fused mode {mode} ({operators})"), {}
-    if (
-        deployment.unpermute_operator != TOKEN_UNPERMUTE
-    ):  # the other way round is never a cure: it has the stricter rules
+    # the other one has the stricter rules, so that it is never a cure
+    if deployment.unpermute_operator != TOKEN_UNPERMUTE:
         yield Change("unpermute_operator", TOKEN_UNPERMUTE, f"{TOKEN_UNPERMUTE} unpermutes"), {}
     for field, texts in _FLAGS.items():
         value = not getattr(deployment, field)
