@@ -131,7 +131,7 @@ def _settings(answer: Answer) -> _Deployed:
             yield Change("fused_mode", mode, f"fused mode {mode} ({operators})"), {}
     # the other one has the stricter rules, so that it is never a cure
     if deployment.unpermute_operator != TOKEN_UNPERMUTE:
-        yield Change("unpermute_operator", TOKEN_UNPERMUTE, f"{TOKEN_UNPERMUTE} unpermutes"), {}
+        yield Change("unpermute_operator", TOKEN_UNPERMUTE, f"unpermute operator {TOKEN_UNPERMUTE}"), {}
     for field, texts in _FLAGS.items():
         value = not getattr(deployment, field)
         yield Change(field, value, texts[value]), {}

@@ -105,7 +105,7 @@ def _header(explanation: Explanation, paint: Paint) -> str:
     levels = "MC2 in two levels, " if deployment.mc2_hierarchy else ""
     captured = "" if deployment.capture else "not captured, "
     operator = deployment.unpermute_operator
-    unpermutes = "" if operator == TOKEN_UNPERMUTE else f"{operator} unpermutes, "
+    unpermutes = "" if operator == TOKEN_UNPERMUTE else f"unpermute operator {operator}, "
     policy = explanation.chooses_by if comm == AUTO else f"{explanation.chooses_by} ({comm})"
     quantised = f" in {spec.quantisation}" if EXPERT_FORMATS[spec.quantisation].quantised else ""
     title = textwrap.wrap(f"{explanation.block.model or 'MoE block'} on {deployment.soc}: {tokens}", report_width())
