@@ -129,10 +129,9 @@ def _settings(answer: Answer) -> _Deployed:
     for mode, operators in FUSED_MODES.items():
         if mode != deployment.fused_mode:
             yield Change("fused_mode", mode, f"fused mode {mode} ({operators})"), {}
-    if (
-        deployment.unpermute_operator != TOKEN_UNPERMUTE
-    ):  # the other way round is never a cure: it has the stricter rules
-        yield Change("unpermute_operator", TOKEN_UNPERMUTE, f"{TOKEN_UNPERMUTE} unpermutes"), {}
+    # the other one has the stricter rules, so that it is never a cure
+    if deployment.unpermute_operator != TOKEN_UNPERMUTE:
+        yield Change("unpermute_operator", TOKEN_UNPERMUTE, f"unpermute operator {TOKEN_UNPERMUTE}"), {}
     for field, texts in _FLAGS.items():
         value = not getattr(deployment, field)
         yield Change(field, value, texts[value]), {}

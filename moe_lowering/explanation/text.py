@@ -88,7 +88,7 @@ def _header(explanation: Explanation, paint: Paint) -> str:
     levels = "MC2 in two levels, " if deployment.mc2_hierarchy else ""
     captured = "" if deployment.capture else "not captured, "
     operator = deployment.unpermute_operator
-    unpermutes = "" if operator == TOKEN_UNPERMUTE else f"{operator} unpermutes, "
+    unpermutes = "" if operator == TOKEN_UNPERMUTE else f"unpermute operator {operator}, "
     policy = f"policy {explanation.question.policy.name}"
     if comm != AUTO:  # FIXED falls back on nothing, see --policy
         policy = f"{comm} asked for" + (", and nothing else" if explanation.question.policy.name == FIXED else "")

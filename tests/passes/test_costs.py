@@ -80,6 +80,21 @@ def test_finalize_routing_takes_four_kernels_less(rows, comm):
     assert max(layer.kernels for layer in other.values()) <= KERNELS["allgather"]
 
 
+def test_finalize_routing_in_ge_mode_is_what_the_page_says():
+    def cost(quantisation, operator):
+        fields = {"mode": "ge", "unpermute_operator": operator}
+        return total_cost(emitted(lower_layer(LayerSizes(), "allgather", 16, quantisation, **fields))[0])
+
+    pairs = [
+        [cost(name, operator) for operator in ("finalize_routing", "token_unpermute")] for name in ("none", "w8a8")
+    ]
+    (bf16, bf16_before), (int8, int8_before) = [[each.kernels for each in pair] for pair in pairs]
+    moved = [" MB for ".join(f"{each.moved / 1e6:,.0f}" for each in pair) for pair in pairs]
+    kernels = f"{bf16} kernels for {bf16_before} in bf16 and {int8} for {int8_before} in W8A8"
+    page = " ".join(costs.PAGE.read_text("utf-8").split())
+    assert f"AllGather has {kernels}, and moves {moved[0]} and {moved[1]}." in page
+
+
 def test_one_kernel_more_is_counted():
     """The twin of the table: the same layer with one clone more."""
     lowered = lower_layer(SMALL, "allgather", 2)

@@ -12,6 +12,7 @@ from graph_build import build
 from graph_cases import BlockCase, GraphCase
 
 from moe_lowering import Deployment, MoeLowering, moe_experts, simulator, testing
+from moe_lowering._versions import later_arguments
 from moe_lowering.limits import check, limits_for, load, names
 from moe_lowering.limits.calls import CONTEXT, OPERATORS
 from moe_lowering.limits.calls.schemas import COLLECTIVES, LIBRARIES, TEXTS, complete, schema, split
@@ -325,7 +326,11 @@ def test_the_context_is_what_rows_of_calls_read_and_no_call_shows() -> None:
 
 @pytest.mark.parametrize("operator", sorted(TEXTS.keys() - LIBRARIES.keys()))
 def test_schemas_are_those_of_torch_npu(operator: str) -> None:
-    assert str(schema(operator)) == str(getattr(torch.ops.npu, operator).default._schema)
+    found = getattr(torch.ops.npu, operator).default
+    expected = str(schema(operator))
+    for later in later_arguments(found):  # which an older torch_npu has not
+        expected = re.sub(rf", \w+\?? {later}=\w+", "", expected)
+    assert expected == str(found._schema)
 
 
 def test_calls_are_complete_or_refused() -> None:

@@ -113,6 +113,8 @@ def test_one_operator_reads_the_row_index_as_it_is(name: str) -> None:
         assert (
             len(shape) == 3 and shape[1] == 1 and weights.meta["val"].dtype == rows.meta["val"].dtype == torch.bfloat16
         )
+        cast_here = weights.target is aten._to_copy.default
+        assert cast_here == ("by row" in name), "others are cast before they are copied to every rank"
         from_routing = getattr(index.target, "__name__", "") == "getitem"
         assert from_routing or "by row" in name, "its places are worked out, and none is -1"
     for target in (aten.masked_fill_.Scalar, aten.fill_.Scalar, aten.remainder.Scalar, aten.masked_fill.Scalar):

@@ -106,18 +106,14 @@ def test_more_choices_than_local_experts_with_every_row_valid_none_and_unequal(p
     check(pair, comm, "bfloat16", [(6, 3), (2, 9)], equal=False, dynamic=True, **shape)
 
 
-@pytest.mark.parametrize("comm", ["allgather", "alltoall"])
-def test_finalize_routing_brings_rows_back(pair, comm):
-    """Any T in one graph, one token, all tokens to one rank and none to the other, unequal ones, more choices than experts."""
+def test_finalize_routing_brings_rows_back(pair):
+    """Any T in one graph, one token, all tokens to one rank and none to the other, unequal ones, more choices than experts;
+    AllToAll by token and by row."""
     ours = {"unpermute_operator": "finalize_routing"}
-    check(pair, comm, "bfloat16", [(6, 6), (9, 9)], dynamic=True, **ours)
-    check(pair, comm, "bfloat16", [(1, 1)], **ours)
-    check(pair, comm, "float32", [(8, 8)], skew=True, **ours)
-    check(pair, comm, "bfloat16", [(6, 3), (2, 9)], equal=False, dynamic=True, experts=4, top_k=3, **ours)
-
-
-def test_finalize_routing_in_alltoall_by_row(pair):
-    ours = {"unpermute_operator": "finalize_routing"}
+    check(pair, "allgather", "bfloat16", [(6, 6), (9, 9)], dynamic=True, **ours)
+    check(pair, "allgather", "bfloat16", [(1, 1)], **ours)
+    check(pair, "allgather", "float32", [(8, 8)], skew=True, **ours)
+    check(pair, "alltoall", "bfloat16", [(6, 3), (2, 9)], equal=False, dynamic=True, experts=4, top_k=3, **ours)
     check(pair, "alltoall", "bfloat16", [(8, 8)], skew=True, top_k=1, max_rows=16, **ours)
 
 

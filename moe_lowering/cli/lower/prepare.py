@@ -48,7 +48,7 @@ def assumptions(request: LowerRequest) -> str:
         "CANN {}": request.cann,
         "{} installed": ", ".join(named) or (None if request.provider is None else "no provider of fused operators"),
         "MC2 in two levels": request.hierarchy or None,
-        "{} unpermutes": None if request.unpermute_operator == TOKEN_UNPERMUTE else request.unpermute_operator,
+        "unpermute operator {}": None if request.unpermute_operator == TOKEN_UNPERMUTE else request.unpermute_operator,
     }
     equal = "not equal on all ranks" if request.unequal_tokens else "equal on all ranks"
     sentences = [text.format(value) for text, value in templates.items() if value is not None]
