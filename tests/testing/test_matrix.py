@@ -341,11 +341,13 @@ def test_json(monkeypatch, capfd):
     assert printed["floors_db"] == FLOORS
     assert printed["cells"] == [
         {
-            "form": "allgather", "quantisation": "none", "ep": 1, "tp": 1, "scenario": "even", "layout": "", "legal": True,
+            "form": "allgather", "quantisation": "none", "ep": 1, "tp": 1, "scenario": "even", "layout": "",
+            "unpermute_operator": "token_unpermute", "legal": True,
             "snr_db": 46.04, "codes": [], "expected_codes": [], "problems": [],
         },
         {
-            "form": "mc2", "quantisation": "none", "ep": 1, "tp": 1, "scenario": "even", "layout": "", "legal": False,
+            "form": "mc2", "quantisation": "none", "ep": 1, "tp": 1, "scenario": "even", "layout": "",
+            "unpermute_operator": "token_unpermute", "legal": False,
             "snr_db": None, "codes": ["mc2.ep_size"], "expected_codes": ["mc2.ep_size"], "problems": [],
         },
     ]  # fmt: skip
