@@ -100,18 +100,33 @@ def check_experts_per_rank(where: str, num_experts: int, shared_experts: int, de
         )
 
 
-def check_layer_call(x: Any, mask: Any, hidden_size: int, experts: Tensor, gate: Tensor) -> None:
-    """The arguments of a call of ``MoE``, with the weights of an expert and of the gate. Where the experts are quantised, the
-    gate says of which dtype the layer is."""
+def check_layer_call(x: Any, mask: Any, hidden_size: int, experts: Tensor, gate: nn.Module) -> None:
+    """The arguments of a call of ``MoE``, with the weights of an expert, and its gate: where the experts are quantised, a plain
+    linear gate would end in an error of torch for x of another dtype. A gate of the user's own may cast, and autocast does."""
     require_instance("MoE", "x", x, Tensor, f"a tensor [..., {hidden_size}]")
     if x.dim() < 1 or x.shape[-1] != hidden_size:
         raise ValueError(f"MoE: x has shape {list(x.shape)}; accepted: [..., {hidden_size}]")
     if x.dtype not in FLOATS:
         raise TypeError(f"MoE: x is {x.dtype}; accepted: float32, float16, bfloat16")
-    of, what = (experts, "weights are") if experts.dtype in FLOATS else (gate, "gate is")
+    of, what = (experts, "weights are") if experts.dtype in FLOATS else (x, "")
+    if (
+        of is x
+        and type(gate) is nn.Linear
+        and not torch.compiler.is_compiling()
+        and not _casts_by_itself(x.device.type)
+    ):
+        of, what = gate.weight, "gate is"
     if x.dtype != of.dtype:
         raise TypeError(f"MoE: x is {x.dtype}, and the layer's {what} {of.dtype}; accepted: x of {of.dtype}")
     require_instance("MoE", "mask", mask, (Tensor, type(None)), "a bool tensor [...], or None")
+
+
+def _casts_by_itself(device: str) -> bool:
+    """Whether autocast is on; some devices, such as meta, have none."""
+    try:
+        return torch.is_autocast_enabled(device)
+    except RuntimeError:
+        return False
 
 
 def check_route(
@@ -149,7 +164,7 @@ def check_experts_tensors(
     for name, value in weights.items():
         if not _are_weights(value) or (not isinstance(value, Tensor) and len(value) == 0):
             raise refuse(where, name, value, _WEIGHTS)
-        if isinstance(value, Tensor) and value.dim() != 3:
+        if isinstance(value, Tensor) and value.dim() not in (2, 3):  # [H, 2I] is one expert
             raise ValueError(f"{where}: {name} has {count_of(value.dim(), 'dimension')}; accepted: {_FORMS[name]}")
     for name, value in optional_weights.items():
         if value is not None and not _are_weights(value):
@@ -254,7 +269,7 @@ def check_weight_dtypes(x: Tensor, quantisation: str, scales: Mapping[str, Any],
         advice = "weights of x's dtype" + ("" if dtype.is_floating_point else ", or the quantisation that these have")
         raise TypeError(f"moe_experts: {which} is {dtype}, and x is {x.dtype}; accepted: {advice}")
     for name, scale in scales.items() if form.weight_only else ():
-        if scale is None or len(scale) == 0:  # the operator wants one
+        if scale is None or (not isinstance(scale, Tensor) and len(scale) == 0):  # the operator wants one
             continue
         which, dtype = _first_of(name, scale)
         if dtype != x.dtype:

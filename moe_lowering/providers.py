@@ -25,8 +25,9 @@ UNKNOWN = "unknown"  # a build that does not say for which SoC it was made
 # Of the providers that are built for one SoC: the file that says which, and vllm-ascend's words for ours.
 _BUILD_FILES = {"vllm_ascend": "_build_info.py"}
 _DEVICE_TYPES = {word: soc.name for soc in SOCS.values() for word in soc.device_types}
-# A number, then parts that each have a digit, as CANN, torch_npu and the providers write them: 8.2.RC1, 0.18.0rc1, 2.9.0.post2.
-_VERSION = re.compile(r"\d+(\.(?=\w*\d)\w+)*", re.ASCII)
+# A number, then parts that have a digit each or are a word of releases, as CANN, torch_npu and the providers write them:
+# 8.2.RC1, 0.18.0rc1, 2.9.0.post2, 8.1.RC1.beta
+_VERSION = re.compile(r"\d+(\.((?=\w*\d)\w+|alpha|beta|dev|post))*", re.ASCII)
 VERSIONS = "a version such as 8.5.0 or 8.2.RC1"  # what is accepted, in words
 _RELEASE = re.compile(r"v?(\d+(?:\.\d+)*)(.*)")
 

@@ -113,13 +113,11 @@ def _finding_lines(answer: Answer, name: str, finding: Finding, paint: Paint, op
     if limit.value.text == str(finding.value):  # a rule for certain versions, in which nothing is accepted
         texts = [f"[{limit.code}] never legal there"]
     if not finding.holds:
-        violation = next(
-            v
-            for v in answer.judgement.verdicts[name].violations
-            if (v.operator, v.code) == (limit.operator, limit.code)
-        )
-        texts += [violation.message] if limit.says else [f"of {operator}"]
-        texts += [f"change: {violation.advice}"] if violation.advice else []
+        violations = answer.judgement.verdicts[name].violations
+        violation = next((v for v in violations if (v.operator, v.code) == (limit.operator, limit.code)), None)
+        # a verdict of where an implementation cannot be at all (SoC, one rank) has that alone, without what follows from it
+        texts += [violation.message] if violation is not None and limit.says else [f"of {operator}"]
+        texts += [f"change: {violation.advice}"] if violation is not None and violation.advice else []
     lines = wrap_texts(f"    {mark} ", texts, " " * 14)
     source = "\n".join(wrap_text(f"source: {limit.source}", " " * 14, " " * 16))
     return f"{lines.replace(mark, paint.legal(mark, finding.holds), 1)}\n{paint(source, 'dim')}"

@@ -156,7 +156,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """y [..., H] for x [..., H] of the weights' dtype; tokens whose bool ``mask`` [...] is False give zero."""
         first = self.w13 if isinstance(self.w13, Tensor) else self.w13[0]  # ``list_experts`` makes a list of it
-        check_layer_call(x, mask, self.hidden_size, first, self.gate.weight)
+        check_layer_call(x, mask, self.hidden_size, first, self.gate)
         scale, limit, alpha = self._factors
         if self.shared_experts and self.moe_lowering_deployment is None:
             raise ValueError(

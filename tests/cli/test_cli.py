@@ -341,6 +341,14 @@ OWNERS = [
     ((f"{SITE}/torch/_dynamo", f"{SITE}/torch_npu/dynamo/npugraph_ex", f"{OURS}/passes"), failures.OWN),
     ((f"{OURS}/cli/lower", f"{SITE}/torch/_dynamo"), failures.TORCH),
     ((f"{OURS}/cli/lower", f"{SITE}/transformers"), failures.MODEL),
+    (
+        (f"{OURS}/cli/lower", f"{SITE}/torch/nn", f"{SITE}/transformers"),
+        failures.MODEL,
+    ),  # every module is called by torch
+    (
+        (f"{SITE}/torch/nn", f"{SITE}/transformers", f"{SITE}/torch/nn"),
+        failures.MODEL,
+    ),  # and calls it with what is wrong
 ]
 
 

@@ -1,4 +1,4 @@
-"""Width, colour and progress of the commands; torch_npu's stray lines."""
+"""Width and colour of the commands; torch_npu's stray lines. Progress: test_progress.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -16,10 +15,9 @@ import torch
 from test_explain import BLOCK, command
 
 from moe_lowering import cli, number_words, simulator, stray_output
-from moe_lowering.cli import commands, progress, terminal
+from moe_lowering.cli import terminal
 from moe_lowering.cli.commands import parse
 from moe_lowering.cli.explain.arguments import COLOURS
-from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.cli.usage import first_sentence
 from moe_lowering.model_configs.presets import PRESETS
 from moe_lowering.number_words import count_of
@@ -183,61 +181,56 @@ def test_what_decides_on_colour(monkeypatch, environment, on_terminal, coloured)
     assert [terminal.use_colour(choice) for choice in COLOURS] == [coloured, True, False]
 
 
-# ------------------------------------------------------------------------------------------------------------- progress
+# ---------------------------------------------------------------------------------------------------------- stray lines
 
 
-def test_progress_is_for_who_waits(monkeypatch):
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(progress, "QUIET", 0.2)
-    shown = progress.Progress(shown=True)
-    shown("first")
-    shown("second")
-    assert stream.getvalue() == "", "what is done at once is not said"
-    time.sleep(0.5)
-    assert stream.getvalue().count("\n") == 1 and stream.getvalue().endswith("s] second\n")
-    shown("third")
-    assert (
-        stream.getvalue().endswith("s] third\n") and "\r" not in stream.getvalue() and "\033" not in stream.getvalue()
+def test_torch_npus_stray_lines_are_kept_away_and_others_are_not(capfd):
+    simulator.enable()
+    module = sys.modules[stray_output.MODULE]
+    x, ids, scale = (
+        torch.empty(4, 8, device="meta"),
+        torch.empty(4, 2, dtype=torch.int32, device="meta"),
+        torch.empty(4, device="meta"),
     )
-    time.sleep(0.3)
-    assert [line.split()[-1] for line in stream.getvalue().splitlines()] == ["second", "third"], "each is said once"
-    shown.close()
-    said = stream.getvalue()
-    time.sleep(0.3)
-    assert stream.getvalue() == said
-    shown("fourth")
-    assert "fourth" not in stream.getvalue()
-    short = progress.Progress(shown=True)
-    short("short")
-    short.close()
-    time.sleep(0.4)
-    assert "short" not in stream.getvalue()
+
+    def route():
+        torch.ops.npu.npu_moe_init_routing_v2(
+            x, ids, scale=scale, active_num=8, expert_num=4, expert_tokens_num_type=1, expert_tokens_num_flag=True,
+            active_expert_range=[0, 4], quant_mode=-1, row_idx_type=0,
+        )  # fmt: skip
+
+    route()
+    assert capfd.readouterr().out == ""
+    exec(
+        "def other(x_dtype, y):\n    print(x_dtype)\n    print(y)\n    print(x_dtype, y)\n",
+        namespace := vars(module).copy(),
+    )
+    namespace["other"](None, "kept")
+    assert capfd.readouterr().out == "kept\nNone kept\n"
+    silenced = vars(module).pop("print")
+    try:
+        route()
+        assert capfd.readouterr().out == "None\n", "the twin: it is still printed"
+    finally:
+        vars(module)["print"] = silenced
 
 
-def test_progress_is_as_wide_as_the_terminal(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
-    monkeypatch.setattr(progress, "QUIET", 0.0)
+@pytest.mark.parametrize("given", [[], ["lower"], ["explain"], ["matrix"], ["models"], ["simulate"]])
+def test_helps_fit_in_80_columns_and_examples_can_be_copied(capfd, monkeypatch, given):
     monkeypatch.setenv("COLUMNS", "80")
-    progress.Progress(shown=True)("word " * 40)
-    first, *others = stream.getvalue().splitlines()
-    assert (
-        len(first) <= 80 and others and all(len(line) <= 80 and line.startswith(" " * 11 + "word") for line in others)
-    )
-    assert stream.getvalue().split().count("word") == 40
+    with pytest.raises(SystemExit):
+        cli.main([*given, "--help"])
+    out = capfd.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    text = out.replace(" \\\n    ", "").replace("./config.json", "mixtral")
+    examples = [line for line in text.splitlines() if line.startswith("  moe-lowering ")]
+    for line in examples if given != ["simulate"] else ():
+        parse(shlex.split(line)[1:])
+    if given == ["explain"]:
+        assert not [name for name in PRESETS if name not in out]
 
 
-def test_progress_is_for_terminals(monkeypatch):
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(progress, "QUIET", 0.0)
-    progress.Progress()("piped")
-    assert stream.getvalue() == ""
-    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
-    shown = progress.Progress("rank 0")
-    shown("seen")
-    shown.close()
-    assert stream.getvalue().startswith("[rank 0 ") and "seen" in stream.getvalue()
+# ---------------------------------------------------------------------------------------------------------------- words
 
 
 def test_an_error_is_one_line_on_a_terminal_and_in_a_pipe(monkeypatch):
@@ -287,61 +280,3 @@ def test_counts_are_put_in_words_by_one_function():
     package = Path(number_words.__file__).parent
     by_hand = re.compile(r"""['"]s['"] ?(?:if|\*)|else ['"]s['"]""")
     assert not [str(file) for file in package.rglob("*.py") if by_hand.search(file.read_text())]
-
-
-def test_explain_says_what_it_is_at(tmp_path):
-    messages: list[str] = []
-    run_explain(commands.parse(["explain", *BLOCK.split(), "--ep", "4,8"]), messages.append)
-    assert messages == ["deployment 1 of 2: A3, EP 4, none", "deployment 2 of 2: A3, EP 8, none"]
-    messages.clear()
-    run_explain(commands.parse(["explain", *BLOCK.split(), "--html", str(tmp_path / "page.html")]), messages.append)
-    assert messages == ["judging the implementations", "working out the choice over tokens and EP sizes for the page"]
-
-
-# ---------------------------------------------------------------------------------------------------------- stray lines
-
-
-def test_torch_npus_stray_lines_are_kept_away_and_others_are_not(capfd):
-    simulator.enable()
-    module = sys.modules[stray_output.MODULE]
-    x, ids, scale = (
-        torch.empty(4, 8, device="meta"),
-        torch.empty(4, 2, dtype=torch.int32, device="meta"),
-        torch.empty(4, device="meta"),
-    )
-
-    def route():
-        torch.ops.npu.npu_moe_init_routing_v2(
-            x, ids, scale=scale, active_num=8, expert_num=4, expert_tokens_num_type=1, expert_tokens_num_flag=True,
-            active_expert_range=[0, 4], quant_mode=-1, row_idx_type=0,
-        )  # fmt: skip
-
-    route()
-    assert capfd.readouterr().out == ""
-    exec(
-        "def other(x_dtype, y):\n    print(x_dtype)\n    print(y)\n    print(x_dtype, y)\n",
-        namespace := vars(module).copy(),
-    )
-    namespace["other"](None, "kept")
-    assert capfd.readouterr().out == "kept\nNone kept\n"
-    silenced = vars(module).pop("print")
-    try:
-        route()
-        assert capfd.readouterr().out == "None\n", "the twin: it is still printed"
-    finally:
-        vars(module)["print"] = silenced
-
-
-@pytest.mark.parametrize("given", [[], ["lower"], ["explain"], ["matrix"], ["models"], ["simulate"]])
-def test_helps_fit_in_80_columns_and_examples_can_be_copied(capfd, monkeypatch, given):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        cli.main([*given, "--help"])
-    out = capfd.readouterr().out
-    assert max(map(len, out.splitlines())) <= 80
-    text = out.replace(" \\\n    ", "").replace("./config.json", "mixtral")
-    examples = [line for line in text.splitlines() if line.startswith("  moe-lowering ")]
-    for line in examples if given != ["simulate"] else ():
-        parse(shlex.split(line)[1:])
-    if given == ["explain"]:
-        assert not [name for name in PRESETS if name not in out]

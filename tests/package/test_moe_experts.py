@@ -259,6 +259,45 @@ def test_a_quantised_layer_takes_x_of_its_own_dtype(quantisation: str) -> None:
         assert moe_experts(x.half(), torch.ones(3, 2), ids, **given, quantisation=quantisation).dtype == torch.float16
 
 
+class OwnGate(torch.nn.Linear):
+    """The usual router: logits in float32, whatever the layer is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x.float(), self.weight.float())
+
+
+@pytest.mark.parametrize("quantisation", [None, "w8a8", "w4a8", "w4a16"])
+def test_a_gate_of_ones_own_says_nothing_of_x(quantisation: str | None) -> None:
+    layer = MoE(64, 64, 4, 2, dtype=torch.bfloat16)
+    layer = layer if quantisation is None else quantise_experts(layer, quantisation)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected, plain = layer(x), layer.gate
+    layer.gate = torch.nn.Sequential(plain)  # has no weight
+    assert torch.equal(layer(x), expected)
+    layer.gate = OwnGate(64, 4, bias=False).to(torch.float32)
+    layer.gate.weight.data.copy_(plain.weight.data.float())
+    assert layer(x).dtype == torch.bfloat16
+    assert layer.to("meta")(x.to("meta")).shape == (3, 64)
+
+
+def test_autocast_casts_for_the_gate() -> None:
+    layer = quantise_experts(MoE(64, 64, 4, 2, dtype=torch.bfloat16), "w8a8")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(3, 64)).dtype == torch.float32
+    with pytest.raises(TypeError, match=r"^MoE: x is torch.float32, and the layer's gate is torch.bfloat16"):
+        layer(torch.ones(3, 64))
+
+
+@pytest.mark.parametrize("need_trans", [False, True])
+def test_a_matrix_is_one_expert(need_trans: bool) -> None:
+    x, _, _, w13, w2 = case()[:5]
+    weights, ids = torch.ones(len(x), 1), torch.zeros(len(x), 1, dtype=torch.int32)
+    whole = (w13[:1], w2[:1])
+    given = [w.transpose(-2, -1).contiguous() for w in whole] if need_trans else whole
+    y = moe_experts(x, weights, ids, given[0][0], given[1][0], need_trans=need_trans)
+    torch.testing.assert_close(y, moe_experts(x, weights, ids, *whole))
+
+
 def test_experts_that_are_not_quantised_are_named() -> None:
     x, w, ids, w13, w2 = case()[:5]
     scales = {"w13_scale": torch.ones(4, 128), "w2_scale": torch.ones(4, 64)}
@@ -271,7 +310,7 @@ def test_experts_that_are_not_quantised_are_named() -> None:
 
 
 @pytest.mark.parametrize(("name", "change", "message"), [
-    ("w13", lambda w: w[0], "moe_experts: w13 has 2 dimensions; accepted: a tensor [E_local, H, 2I], or a sequence of"),
+    ("w13", lambda w: w[0, 0], "moe_experts: w13 has 1 dimension; accepted: a tensor [E_local, H, 2I], or a sequence of"),
     ("w2", lambda w: w[None], "moe_experts: w2 has 4 dimensions; accepted: a tensor [E_local, I, H], or a sequence of"),
     ("w2", lambda w: [], "moe_experts: w2 is []; accepted: a tensor of all experts, or a sequence"),
     ("w2", lambda w: w[:3], "grouped_mlp: w2 has shape [3, "),

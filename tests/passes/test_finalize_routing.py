@@ -53,6 +53,39 @@ def test_what_it_does_not_take_is_refused(name: str) -> None:
     testing.assert_lowered(accepted.judge(comm=comm), comm=comm, blocks=1)
 
 
+class WithZeroExperts(torch.nn.Module):
+    """Six choices of a token among two experts of two ranks and six that give nothing."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        super().__init__()
+        self.deployment = deployment
+        self.w13 = torch.nn.Parameter(torch.empty(1, 256, 128, dtype=torch.bfloat16), requires_grad=False)
+        self.w2 = torch.nn.Parameter(torch.empty(1, 64, 256, dtype=torch.bfloat16), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        ops, place = torch.ops.moe_lowering, self.deployment
+        groups = (2, place.ep_group, 2, place.tp_group, 1, place.token_bound)
+        rows, scale, counts, handle = ops.dispatch(x, None, ids, None, *groups, 0, 0, 1, False, None, 6)
+        y = ops.grouped_mlp(rows, scale, counts, [self.w13], [self.w2], [], [], "swiglu", 0.0, 1.702, False)
+        return ops.combine(y, weights, ids, handle, None, *groups, 0, 1, 6)
+
+
+@pytest.mark.parametrize("comm", ["allgather", "alltoall"])
+def test_a_token_has_no_more_slots_than_there_are_rows(comm: str) -> None:
+    """Only zero experts can make that so: 2 * T rows of two ranks' tokens, and six slots of each. It is said at first."""
+
+    def lowered(operator: str, tokens: int) -> testing.Lowered:
+        with testing.fake_deployment(ep_size=2, unpermute_operator=operator) as deployment:
+            with testing.fake_tensors():
+                x, weights = torch.empty(tokens, 256, dtype=torch.bfloat16), torch.empty(tokens, 6)
+                model, ids = WithZeroExperts(deployment), torch.empty(tokens, 6, dtype=torch.int32)
+            return testing.lower_graph(model, x, weights, ids, deployment=deployment, comm=comm, policy="fixed")
+
+    testing.assert_refused(lowered("finalize_routing", 2), comm=comm, code="finalize.experts")
+    testing.assert_lowered(lowered("finalize_routing", 3), comm=comm, blocks=1)
+    testing.assert_lowered(lowered("token_unpermute", 2), comm=comm, blocks=1)
+
+
 def test_the_advice_is_what_helps() -> None:
     verdict = OURS.but(dtype=torch.float16).judge(comm="allgather").report.blocks[0].verdicts["allgather"]
     (broken,) = verdict.violations

@@ -97,7 +97,8 @@ def test_costs_have_a_row() -> None:
     from moe_lowering.custom_ops.fused import FORMATS as FUSED_FORMATS
     from moe_lowering.vocabulary import ONE_OPERATOR
 
-    rows = re.findall(r"^\| (\d+) \| (\w+) \| (\w+)", page("docs/costs.md"), re.MULTILINE)
+    # the rows of a setting, e.g. "allgather, finalize_routing", are more of the same implementation
+    rows = re.findall(r"^\| (\d+) \| (\w+) \| (\w+)(?!\w|[^|]*, )", page("docs/costs.md"), re.MULTILINE)
     measured = {(format.lower().replace("bf16", "none"), name) for _, format, name in rows}
     require_words(IMPLEMENTATION, "docs/costs.md", {name for _, name in measured}, IMPLEMENTATION_FORMS)
     require_words(FORMAT, "docs/costs.md", {format for format, _ in measured}, EXPERT_FORMATS)

@@ -20,7 +20,8 @@ def explain_page(explanation: Explanation, rows: Sequence[Row]) -> str:
     facts = [
         describe_block(explanation),
         f"{deployment.soc}, EP {deployment.ep_size}, TP {deployment.tp_size}, {count_of(answer.tokens, 'token')} of a rank, "
-        f"HCCL_BUFFSIZE {deployment.hccl_buffer_mb} MB, weights {deployment.weight_format}",
+        f"HCCL_BUFFSIZE {deployment.hccl_buffer_mb} MB, weights {deployment.weight_format}, unpermute operator "
+        f"{deployment.unpermute_operator}{'' if deployment.capture else ', not captured'}",
         f"choice: {answer.choice or 'none'} ({answer.reason})",
         str(answer.beside_rule()),
         f"memory: {answer.memory(block.layers)}",

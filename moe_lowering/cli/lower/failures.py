@@ -7,6 +7,7 @@ prints it.
 from __future__ import annotations
 
 import re
+import sysconfig
 import traceback
 from pathlib import Path
 
@@ -20,8 +21,8 @@ _NOBODYS = (_OURS / "cli", _OURS / "testing", _OURS / "interrupts.py")  # what s
 _BACKEND = re.compile(r"^backend='\w+' raised: ")
 _FILE = re.compile(r'File "([^"]+)", line \d+')
 OWN, NPUGRAPH_EX, TORCH, MODEL = "moe_lowering", "torch_npu's npugraph_ex", "torch", "the model's own code"
-# By the directory that a frame's file is in, what is called last first; a frame of the command itself says nothing.
-_OWNERS = ((OWN, f"{_OURS}/"), (NPUGRAPH_EX, "/torch_npu/dynamo/npugraph_ex/"), (TORCH, "/torch/"))
+# By the directory that a frame's file is in
+_OWNERS = ((OWN, f"{_OURS}/"), (NPUGRAPH_EX, "/torch_npu/dynamo/npugraph_ex/"))
 # A value that the graph takes to the host: npugraph_ex has a pair of values in place of a number then.
 _FROM_DATA = re.compile(r"ValuePack|_local_scalar_dense|data-dependent|unbacked", re.IGNORECASE)
 
@@ -46,10 +47,21 @@ def run_error(error: Exception, request: LowerRequest) -> RunError:
 
 
 def owner_of(error: BaseException) -> str:
-    """Whose code raised an error: the innermost of this package, npugraph_ex and torch that is on its stack; else the model."""
+    """Whose code raised an error: that of the innermost frame that is not torch's. Where there is no other, it is torch."""
     inner: BaseException = getattr(error, "inner_exception", error)
     files = [frame.filename for frame in traceback.extract_tb(inner.__traceback__)]
     if isinstance(error, RankError):  # its own stack is that of waiting
         files = _FILE.findall(str(error))
     files = [file for file in files if not any(Path(file).is_relative_to(place) for place in _NOBODYS)]
-    return next((owner for owner, folder in _OWNERS if any(folder in file for file in files)), MODEL)
+    for file in reversed(files):
+        if owner := next((owner for owner, folder in _OWNERS if folder in file), None):
+            return owner
+        if not _is_called(file):
+            return MODEL
+    return TORCH if any("/torch/" in file for file in files) else MODEL
+
+
+def _is_called(file: str) -> bool:
+    """Whether code works for who called it: torch is on the stack of every module, and raises for a model's arguments."""
+    is_python = file.startswith(("<", sysconfig.get_path("stdlib"))) and "-packages/" not in file
+    return is_python or "/torch/" in file or "/torch_npu/" in file

@@ -32,6 +32,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -134,11 +135,21 @@ def gathered_calls(spec: BlockSpec, deployment: Deployment) -> tuple[OperatorCal
         # Any range of E_local experts: no rule depends on which ones are this rank's
         route_call(spec, spec.top_k, _ids(spec), [None, None]),
         *mlp_calls(spec, deployment),
-        # tokens of all ranks; with a row for each slot, or for each of this rank's experts, which is as many as a token has
-        *combine_calls(
-            spec, deployment, lambda tokens: spec.ep_size * tokens_per_rank(spec.max_tokens or tokens, spec)
-        ),
+        *combine_calls(spec, deployment, lambda tokens: _all_tokens(spec, tokens), _rows_kept(spec)),
     )
+
+
+def _all_tokens(spec: BlockSpec, tokens: Any) -> Any:
+    """The tokens of all ranks that are gathered at T."""
+    return spec.ep_size * tokens_per_rank(spec.max_tokens or tokens, spec)
+
+
+def _rows_kept(spec: BlockSpec) -> Callable[[Any], Any]:
+    """The rows at T; None where there is one for each slot, or for each expert and token, which is as many as a token has: but
+    with zero experts a token may have more slots than there are experts."""
+    if spec.ep_size == 1 or spec.top_k <= spec.experts:
+        return lambda tokens: None
+    return lambda tokens: _all_tokens(spec, tokens) * spec.local_experts
 
 
 def gathered_words(spec: BlockSpec, deployment: Deployment) -> dict[str, Any]:

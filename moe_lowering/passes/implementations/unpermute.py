@@ -51,7 +51,7 @@ def combine_calls(
 
     Args:
         tokens: how many tokens it gives, for T as the rules see it. rows: likewise the rows that it is given; None where
-            they are no fewer than a token has, whatever T is.
+            they are no fewer than the slots of a token, whatever T is.
     """
     if deployment.unpermute_operator == FINALIZE_ROUTING:
         return (_finalize_call(spec, tokens, rows),)
