@@ -10,17 +10,17 @@ CPU_BUILDS := https://download.pytorch.org/whl/cpu
 # makes .venv, the environment of most targets, as `make` alone does
 setup: $(READY)
 
+# not compiled ahead: half of the processor time of the set-up went into modules that nothing here imports
+# PyPI's torch is a CUDA build of gigabytes on most machines; where the second index cannot be reached, the first has to do
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3 -m venv failed: install python3-venv (apt-get install -y python3-venv)"; exit 1; }
-	# not compiled ahead: half of the processor time of the set-up went into modules that nothing here imports
-	# PyPI's torch is a CUDA build of gigabytes on most machines; where the second index cannot be reached, the first has to do
 	$(BIN)/python -m pip install -qq --no-compile --no-deps --timeout 20 --retries 2 -c constraints.txt --extra-index-url $(CPU_BUILDS) torch==2.13.0
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[npu,transformers,dev,docs]'
 	touch $(READY)
 
 # everything that CI runs but lint, about 25 minutes on two cores
 test: $(READY)
-	# the property test draws another seed with MOE_LOWERING_SEED= or `make property`
+	@# the property test draws another seed with MOE_LOWERING_SEED= or `make property`
 	MOE_LOWERING_SEED=$${MOE_LOWERING_SEED-1} $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 # the tests that start no process and compile nothing, two to three minutes

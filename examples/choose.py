@@ -2,10 +2,11 @@
 
 import moe_lowering
 
-MODELS = {
-    "DeepSeek-V3": moe_lowering.BlockDescription(hidden=7168, intermediate=2048, experts=256, top_k=8),
-    "Qwen3-235B-A22B": moe_lowering.BlockDescription(hidden=4096, intermediate=1536, experts=128, top_k=8),
+SIZES = {
+    "DeepSeek-V3": {"hidden": 7168, "intermediate": 2048, "experts": 256, "top_k": 8, "layers": 58},
+    "Qwen3-235B-A22B": {"hidden": 4096, "intermediate": 1536, "experts": 128, "top_k": 8, "layers": 94},
 }
+MODELS = {name: moe_lowering.BlockDescription(quantisation="w8a8", **sizes) for name, sizes in SIZES.items()}
 MACHINES = (("A2", 64), ("A3", 16), ("A3", 32), ("A3", 64))
 
 print(f"{'model':<16} {'SoC':<3} {'EP':>2} {'128 tokens':<11} 1..4096 tokens, each up to")
@@ -24,6 +25,9 @@ for name, block in MODELS.items():
         explanation = moe_lowering.explain(block, deployment, tokens=128, sweep=(1, 4096))
         pieces = ", ".join(f"{piece.choice} {piece.high}" for piece in explanation.pieces)
         print(f"{name:<16} {soc:<3} {ranks:>2} {explanation.answer.choice:<11} {pieces}")
+        memory = explanation.answer.memory(block.layers)
+        if not memory.fits:
+            print(f"{'':<25} {memory}")
         for implementation, verdict in explanation.answer.judgement.verdicts.items():
             if verdict.violations:
                 codes = ", ".join(dict.fromkeys(violation.code for violation in verdict.violations))

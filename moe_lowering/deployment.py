@@ -21,6 +21,7 @@ from moe_lowering.deployment_checks import (
     check_sizes,
     check_token_bounds,
     check_words,
+    require_fields,
 )
 from moe_lowering.deployment_detection import Detected, detect, groups_of_mesh, own_communicator, second_communicator
 from moe_lowering.groups import Claim, find_group, own_ranks
@@ -201,6 +202,8 @@ class Deployment:
                 process group; and as ``Deployment`` does.
             TypeError: a group that is none, or does not have this process in it.
         """
+        known = {field.name for field in dataclasses.fields(cls) if field.init}
+        require_fields("Deployment.from_groups", rest, known - {"detected"})
         fields, detected = detect(ep, tp, mc2, rest)
         cls(**{**fields, "mc2_group": ""})  # checked before a group is made, so that an error leaves no group behind
         if "mc2_group" not in rest and (communicator := second_communicator(ep, mc2)) is not None:

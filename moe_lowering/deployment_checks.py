@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from moe_lowering.lookup import did_you_mean
 from moe_lowering.vocabulary import FUSED_MODES, GUARDS, MODES, SOCS, UNPERMUTE_OPERATORS, WEIGHT_FORMATS, soc_named
 
 if TYPE_CHECKING:
@@ -51,6 +52,14 @@ def _check_soc(soc: str) -> None:
     if meant is not None:
         raise ValueError(f"Deployment: soc is {soc!r}, another name of {meant.name}; accepted: {', '.join(SOCS)}")
     require_word("soc", soc, SOCS)
+
+
+def require_fields(where: str, given: Collection[str], known: Collection[str]) -> None:
+    """Raises a TypeError that names a field which a deployment does not have, and those that are like it."""
+    for name in given:
+        if name not in known:
+            near = did_you_mean(name, known) or f"; accepted: {', '.join(sorted(known))}"
+            raise TypeError(f"{where}: {name} is no field of Deployment{near}")
 
 
 def check_words(deployment: Deployment) -> None:

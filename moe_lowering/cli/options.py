@@ -207,12 +207,12 @@ def parse_several(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...
 
 
 def parse_word(accepted: Sequence[str]) -> Callable[[str], str]:
-    """The parser of one of some words."""
+    """The parser of one of some words, in upper or lower case."""
 
     def parse(text: str) -> str:
-        if text not in accepted:
+        if text.lower() not in accepted:
             raise argparse.ArgumentTypeError(f"is {write_value(text)}; accepted: {', '.join(accepted)}")
-        return text
+        return text.lower()
 
     return parse
 

@@ -165,6 +165,10 @@ def _assumptions(block: BlockDescription, deployment: Deployment) -> tuple[str, 
         assumptions.append("the CANN version is not known: rules for any version apply")
     if deployment.equal_tokens:
         assumptions.append("T is equal on all ranks")
+    if deployment.providers and deployment.ep_size > 1:
+        assumptions.append(f"fused mode {deployment.fused_mode}, in vLLM additional_config's enable_fused_mc2")
+    if deployment.mc2_hierarchy:
+        assumptions.append("prices and bytes of MC2 are those of one level: what its two levels save is not published")
     own = ", and MC2 has a communicator of its own" if deployment.mc2_group else ""
     assumptions.append(f"torch_npu is installed{own}")
     assumptions.append("the expert weights are stacked and laid out by shard_experts; there is no token mask")

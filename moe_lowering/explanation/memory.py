@@ -1,8 +1,9 @@
 """What a model's experts and buffers take of a SoC's memory, for ``explain``: said and warned of, never refused.
 
 Counted are the experts of all MoE layers, the most that the results of one layer take at once (row buffers at their bound;
-layers follow each other, and share it), and HCCL_BUFFSIZE once for each communicator that the choice uses. Attention, the
-KV cache and all else of the model are not known here, so what fits may still be too much.
+layers follow each other, and share it), and twice HCCL_BUFFSIZE, to send and to receive, for each communicator that the
+choice uses (CANN 8.5, HCCL user guide, HCCL_BUFFSIZE: hiascend.com canncommercial/850/commlib/hcclug/hcclug_000076.html).
+Attention, the KV cache, other communicators and all else of the model are not known here, so what fits may still be too much.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from moe_lowering.passes.operands import ExpertOperands
 from moe_lowering.prices.machines import machine_of
 
 TOO_SMALL = "memory.too_small"
-ON_TOP = "MoE layers only: attention, embeddings and KV cache come on top"
+ON_TOP = "MoE layers only: attention, embeddings, KV cache and other communicators come on top"
+_WINDOWS = 2  # of HCCL_BUFFSIZE for each communicator
 _FEWEST_BITS = 4  # experts in 4 bits take a quarter of those in bfloat16
 
 
@@ -58,7 +60,7 @@ class Memory:
         layers = (
             count_of(self.layers, "MoE layer") if self.layers else "one MoE layer (how many there are is not known)"
         )
-        window = f"{gigabytes(self.window)} HCCL window of {count_of(self.communicators, 'communicator')}"
+        window = f"{gigabytes(self.window)} HCCL windows of {count_of(self.communicators, 'communicator')}"
         capacity = (
             "memory of the SoC is not known" if self.capacity is None else f"the SoC has {gigabytes(self.capacity)}"
         )
@@ -78,7 +80,7 @@ class Memory:
         ways += ["fewer tokens"] if experts + self.window < self.capacity else []
         if self.communicators:
             room = self.capacity - experts - self.buffers
-            most = room // (self.communicators * 2**20)
+            most = room // (self.communicators * _WINDOWS * 2**20)
             ways += [f"HCCL_BUFFSIZE of at most {most} MB"] if most >= self.least_buffer_mb else []
         return ", or ".join(ways) or "no one thing is enough: more ranks, and fewer tokens or a smaller HCCL_BUFFSIZE"
 
@@ -103,7 +105,7 @@ def memory_of(
         experts_bytes(experts),
         layers,
         buffers,
-        exchanges * deployment.hccl_buffer_bytes,
+        exchanges * _WINDOWS * deployment.hccl_buffer_bytes,
         exchanges,
         gib * 2**30 or None,
         least_buffer_mb or 1,

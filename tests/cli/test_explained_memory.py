@@ -65,7 +65,7 @@ def test_bytes_of_experts(quantisation):
 def test_bytes_of_buffers(comm, quantisation):
     memory, _ = memory_of(comm, quantisation)
     assert memory["buffers"] == BUFFERS[comm, quantisation]
-    window = 4096 * 2**20
+    window = 2 * 4096 * 2**20  # to send and to receive
     assert memory["window"] == window and memory["communicators"] == 1
     assert memory["needed"] == LAYERS * EXPERTS_BYTES[quantisation] + BUFFERS[comm, quantisation] + window
 
@@ -85,12 +85,12 @@ def test_what_cannot_fit_is_said_with_its_numbers_and_what_fits_is_not():
     assert " note it does not fit a rank's memory, see memory " in text and text.index(" note it does") < text.index(
         "choice"
     )
-    assert f"[{TOO_SMALL}] 86.4 GB = 81.7 GB experts of 58 MoE layers, 0.4 GB buffers, 4.3 GB HCCL window" in text
+    assert f"[{TOO_SMALL}] 90.7 GB = 81.7 GB experts of 58 MoE layers, 0.4 GB buffers, 8.6 GB HCCL windows" in text
     memory, text = memory_of("mc2", "w8a8")
     assert (
-        memory["fits"] and TOO_SMALL not in text and "does not fit" not in text and "45.5 GB = 40.9 GB experts" in text
+        memory["fits"] and TOO_SMALL not in text and "does not fit" not in text and "49.8 GB = 40.9 GB experts" in text
     )
-    assert text.count("(MoE layers only: attention, embeddings and KV cache come on top)") == 1
+    assert text.count("(MoE layers only: attention, embeddings, KV cache and other communicators come on top)") == 1
     memory, text = memory_of("mc2", layer=dataclasses.replace(LAYER, layers=None))
     assert memory["fits"] and memory["needed"] == sum(memory[each] for each in ("experts", "buffers", "window"))
 
@@ -110,8 +110,9 @@ RANKS_AND_BITS = "more ranks, or experts of fewer bits"
     ((82, 1, 0), 0, RANKS_AND_BITS),  # no window at all
     ((82, 1, 30), 1, RANKS_AND_BITS),  # the experts alone are too much
     ((300, 1, 0), 0, "more ranks"),  # in 4 bits too
-    ((50, 1, 20), 1, f"{RANKS_AND_BITS}, or HCCL_BUFFSIZE of at most 17 MB"),
-    ((50, 2, 20), 2, f"{RANKS_AND_BITS}, or HCCL_BUFFSIZE of at most 8 MB"),
+    ((50, 1, 20), 1, f"{RANKS_AND_BITS}, or HCCL_BUFFSIZE of at most 8 MB"),
+    ((30, 2, 40), 2, f"{RANKS_AND_BITS}, or HCCL_BUFFSIZE of at most 9 MB"),
+    ((50, 2, 20), 2, RANKS_AND_BITS),  # 4 MB are fewer than the choice's rules accept
     ((50, 10, 20), 1, RANKS_AND_BITS),  # 8 MB are fewer than the choice's rules accept
     ((40, 20, 20), 1, f"{RANKS_AND_BITS}, or fewer tokens"),
     ((10, 60, 20), 1, "fewer tokens"),

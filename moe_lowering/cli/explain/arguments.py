@@ -197,7 +197,13 @@ def _add_deployment(add: Any) -> None:
 
 
 def _add_answer(add: Any) -> None:
-    add("--comm", choices=COMMS, default="auto", help="the only implementation to choose (default auto: any legal one)")
+    add(
+        "--comm",
+        type=str.lower,
+        choices=COMMS,
+        default="auto",
+        help="the only implementation to choose (default auto: any legal one)",
+    )
     add_policy(add)
     add("--why", choices=IMPLEMENTATIONS, metavar="IMPLEMENTATION", help="every rule for one implementation")
     add("--sweep", type=_sweep, metavar="tokens=LOW..HIGH", help="where the choice changes, and what sets the boundary")

@@ -136,12 +136,18 @@ def _check_options(request: LowerRequest) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="moe, a published model, a transformers model type, or a path to a config.json")
-    add("--comm", choices=COMMS, default="auto", help="implementation to use (auto: the cheapest legal one)")
+    add(
+        "--comm",
+        type=str.lower,
+        choices=COMMS,
+        default="auto",
+        help="implementation to use (auto: the cheapest legal one)",
+    )
     add("--ep", type=parse_positive, default=1, metavar="N", help="ranks that share the experts (default 1)")
     add(
         "--tp", type=parse_positive, default=1, metavar="N", help="ranks of these that hold the same tokens (default 1)"
     )
-    add("--quant", choices=EXPERT_FORMATS, default="none", help="quantise the experts (default none)")
+    add("--quant", type=str.lower, choices=EXPERT_FORMATS, default="none", help="quantise the experts (default none)")
     add("--fused-mode", type=int, choices=FUSED_MODES, default=1,
         help="fused operators: 1 dispatch_ffn_combine or mega_moe, 2 dispatch_gmm_combine_decode (default 1)")  # fmt: skip
     add_machine(add, "declared")
