@@ -124,3 +124,18 @@ def test_a_shell_that_asks_is_answered(monkeypatch):
     assert words.keys() == completion._WORDS.keys() and "kimi_k2" in words["model"] and "910B" in words["socs"]
     monkeypatch.setitem(sys.modules, "argcomplete", None)
     commands.parse(["explain", "moe"])
+
+
+@pytest.mark.parametrize("given", ["--quant W8A8", "--comm AllGather", "--quant none,W8A8"])
+def test_words_in_upper_case_are_those_words(capfd, given):
+    _, upper, _ = command(capfd, f"{BLOCK} --ep 16 {given}")
+    assert upper and upper == command(capfd, f"{BLOCK} --ep 16 {given.lower()}")[1]
+
+
+@pytest.mark.parametrize(("given", "text"), [
+    ("--fused-mode 2", "fused mode 2, in vLLM additional_config's enable_fused_mc2"),
+    ("--hierarchy", "prices and bytes of MC2 are those of one level"),
+])  # fmt: skip
+def test_what_is_not_priced_or_not_said_is_assumed(capfd, given, text):
+    (with_it, without) = (" ".join(command(capfd, f"{BLOCK} --ep 16 {more}")[1].split()) for more in (given, ""))
+    assert text in with_it and text not in without

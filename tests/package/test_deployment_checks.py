@@ -60,3 +60,16 @@ def test_what_is_at_the_bound_is_accepted() -> None:
     )
     Deployment(equal_tokens=False, max_tokens=8, min_tokens=8)
     Deployment(min_tokens=9, max_tokens=8)  # read only where T may differ
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("max_token", r"\(did you mean max_tokens\?\)$"),
+        ("zzz", "; accepted: cann, capture, "),
+        ("places", "; accepted: "),
+    ],
+)
+def test_from_groups_names_a_field_that_there_is_not(name: str, says: str) -> None:
+    with pytest.raises(TypeError, match=rf"^Deployment.from_groups: {name} is no field of Deployment.*{says}"):
+        Deployment.from_groups(ep=None, soc="A3", **{name: 1})
