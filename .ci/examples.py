@@ -47,7 +47,10 @@ EXAMPLES = (
         "checkpoint.py",
         TORCHRUN,
         "Each rank loads its own experts ([loading](loading.md)) and quantises them to [W8A8](glossary.md#w8a8).\n"
-        "Then `generate` compiles the decode step with transformers' own `CompileConfig`.",
+        "Then `generate` compiles the decode step with transformers' own `CompileConfig`, and that step alone.\n"
+        "Its prefill runs the [generic operators](glossary.md#generic-operators) as they are, as a CPU and the simulator can.\n"
+        "They have no kernel for an NPU, so with `npu` this prefill [is not expected to run](use.md#what-you-are-told).\n"
+        "A [`Server`](serving.md) compiles both.",
     ),
     Example(
         "A test suite of your own",
@@ -79,7 +82,7 @@ On a machine with [NPUs](glossary.md#npu) the word `npu` behind a command runs t
 What differs is the line after `if device == "cpu"`.
 Without [CANN](glossary.md#cann), `TORCH_DEVICE_BACKEND_AUTOLOAD=0` stands before `torchrun`, which imports torch by itself.
 Each takes five to fifteen seconds and prints at the end. Warnings on stderr are no fault: torchrun speaks of `OMP_NUM_THREADS`,
-torch_npu of padding sizes and of internal formats.
+torch_npu of padding sizes and of internal formats. `DeprecationWarning: invalid escape sequence` is of torch_npu's own files.
 `make examples` renews this page.
 """
 
