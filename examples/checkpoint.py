@@ -3,7 +3,8 @@
 torchrun --nproc-per-node 2 examples/checkpoint.py [npu [FOLDER]]
 
 Without CANN, TORCH_DEVICE_BACKEND_AUTOLOAD=0 stands before it: torchrun imports
-torch by itself.
+torch by itself. With npu it is not expected to run as it stands: transformers
+compiles the decode step alone, and prefill needs it as well (docs/examples.md).
 """
 
 import argparse

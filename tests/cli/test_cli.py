@@ -332,7 +332,8 @@ def failure_in(*folders: str) -> Exception:
         calls["inner"] = functools.partial(own["call"], calls["inner"])
     with pytest.raises(TypeError) as raised:
         calls["inner"]()
-    return raised.value
+    # without this frame: a command's own are of this package
+    return raised.value.with_traceback(raised.value.__traceback__ and raised.value.__traceback__.tb_next)
 
 
 SITE, OURS = "/usr/site-packages", str(Path(moe_lowering.__file__).parent)
