@@ -144,7 +144,7 @@ def assumed_differences(request: Any) -> list[str]:
     assumptions = []
     if request.buffer_mb is None:
         assumptions.append(
-            f"HCCL_BUFFSIZE is {HCCL_BUFFER_MB} MB (CANN's own default, and that of a Deployment, is {CANN_BUFFER_MB})"
+            f"HCCL_BUFFSIZE is {HCCL_BUFFER_MB} MB (where it is not set, CANN and a Deployment take {CANN_BUFFER_MB})"
         )
     if request.weight_format is None:
         assumptions.append(f"the expert weights are in format {WEIGHT_FORMAT} (a Deployment's default is nd)")
