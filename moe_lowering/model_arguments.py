@@ -108,17 +108,16 @@ def check_layer_call(x: Any, mask: Any, hidden_size: int, experts: Tensor, gate:
         raise ValueError(f"MoE: x has shape {list(x.shape)}; accepted: [..., {hidden_size}]")
     if x.dtype not in FLOATS:
         raise TypeError(f"MoE: x is {x.dtype}; accepted: float32, float16, bfloat16")
-    of, what = (experts, "weights are") if experts.dtype in FLOATS else (x, "")
-    if (
-        of is x
-        and type(gate) is nn.Linear
-        and not torch.compiler.is_compiling()
-        and not _casts_by_itself(x.device.type)
-    ):
-        of, what = gate.weight, "gate is"
-    if x.dtype != of.dtype:
-        raise TypeError(f"MoE: x is {x.dtype}, and the layer's {what} {of.dtype}; accepted: x of {of.dtype}")
+    if experts.dtype in FLOATS:
+        _require_dtype_of(x, experts, "weights are")
+    elif type(gate) is nn.Linear and not torch.compiler.is_compiling() and not _casts_by_itself(x.device.type):
+        _require_dtype_of(x, gate.weight, "gate is")
     require_instance("MoE", "mask", mask, (Tensor, type(None)), "a bool tensor [...], or None")
+
+
+def _require_dtype_of(x: Tensor, model: Tensor, what: str) -> None:
+    if x.dtype != model.dtype:
+        raise TypeError(f"MoE: x is {x.dtype}, and the layer's {what} {model.dtype}; accepted: x of {model.dtype}")
 
 
 def _casts_by_itself(device: str) -> bool:
