@@ -60,7 +60,9 @@ class Memory:
         layers = (
             count_of(self.layers, "MoE layer") if self.layers else "one MoE layer (how many there are is not known)"
         )
-        window = f"{gigabytes(self.window)} HCCL windows of {count_of(self.communicators, 'communicator')}"
+        window = "no HCCL window"
+        if self.communicators:
+            window = f"{gigabytes(self.window)} HCCL windows of {count_of(self.communicators, 'communicator')}"
         capacity = (
             "memory of the SoC is not known" if self.capacity is None else f"the SoC has {gigabytes(self.capacity)}"
         )
