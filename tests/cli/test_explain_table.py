@@ -14,6 +14,7 @@ from moe_lowering.cli.commands import parse
 from moe_lowering.cli.explain.command import run_explain
 from moe_lowering.cli.lower.prepare import assumptions
 from moe_lowering.explanation import describe
+from moe_lowering.explanation.memory import ON_TOP
 from moe_lowering.model_configs.check import check_model
 from moe_lowering.model_configs.errors import ModelError
 from moe_lowering.model_configs.presets import DEFAULTS, PRESETS
@@ -77,7 +78,7 @@ def test_a_table_fits(capfd, monkeypatch, columns):
     assert max(map(len, out.splitlines())) <= min(max(columns, 80), 100)
     assert not any(line != line.rstrip() for line in out.splitlines())
     assert out.index("one change:") < out.index("not alltoall"), "what would help stands first"
-    assert re.search(r"one change: \w+ legal with ", out) and "attention, embeddings and KV" in " ".join(out.split())
+    assert re.search(r"one change: \w+ legal with ", out) and ON_TOP in " ".join(out.split())
 
 
 def test_where_nothing_is_legal_the_exit_code_is_1(capfd):
@@ -203,7 +204,7 @@ def test_every_default_that_differs_from_a_deployments_is_said(capfd):
         for field in dataclasses.fields(Deployment)
         if field.compare and getattr(made, field.name) != getattr(bare, field.name)
     }
-    said = {"hccl_buffer_mb": f"is {bare.hccl_buffer_mb})", "weight_format": f"default is {bare.weight_format})",
+    said = {"hccl_buffer_mb": f"take {bare.hccl_buffer_mb})", "weight_format": f"default is {bare.weight_format})",
             "providers": "is installed (a Deployment's default is none)", "mc2_group": "MC2 has a communicator"}  # fmt: skip
     assert differing == said.keys(), "the package's defaults and those of the command"
     for text in said.values():
