@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -261,6 +262,7 @@ def _answer_jobs(
         if setup is not None:
             setup()
         _join_group(rank, size, store, collective_timeout)
+        gc.freeze()  # what was imported stays: the collector need not go through a million objects again and again
         pipe.send((True, None))
     except (KeyboardInterrupt, Terminated):
         raise
