@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from moe_lowering.explanation import Explanation
 from moe_lowering.explanation.layout import Paint, labelled_rows
-from moe_lowering.explanation.memory import ON_TOP, TOO_SMALL
+from moe_lowering.explanation.memory import ON_TOP, TOO_SMALL, Memory
 from moe_lowering.explanation.table import Row
 from moe_lowering.explanation.text import size_lines
 from moe_lowering.number_words import UNITS
