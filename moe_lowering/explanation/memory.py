@@ -1,8 +1,9 @@
 """What a model's experts and buffers take of a SoC's memory, for ``explain``: said and warned of, never refused.
 
 Counted are the experts of all MoE layers, the most that the results of one layer take at once (row buffers at their bound;
-layers follow each other, and share it), the workspace of a fused operator where it is known (shared likewise), and twice HCCL_BUFFSIZE, to send and to receive, for each communicator that the
-choice uses (CANN 8.5, HCCL user guide, HCCL_BUFFSIZE: hiascend.com canncommercial/850/commlib/hcclug/hcclug_000076.html).
+layers follow each other, and share it), a fused operator's workspace where it is known (shared likewise), and twice
+HCCL_BUFFSIZE, to send and to receive, for each communicator that the choice uses (CANN 8.5, HCCL user guide, HCCL_BUFFSIZE:
+hiascend.com canncommercial/850/commlib/hcclug/hcclug_000076.html).
 Attention, the KV cache, other communicators and all else of the model are not known here, so what fits may still be too much.
 """
 

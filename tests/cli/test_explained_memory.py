@@ -78,7 +78,8 @@ PER_ROW = {
     ("none", "0.23.0"): HIDDEN * BF16 + 2 * INNER * RESULT + INNER * BF16 + HIDDEN * RESULT + SCALES_OF_A_ROW,
     ("w8a8", "0.23.0"): HIDDEN * INT8 + HIDDEN * RESULT + SCALES_OF_A_ROW,
     ("w8a8", "0.19.0"): HIDDEN * INT8 + 2 * INNER * RESULT + INNER * INT8 + HIDDEN * RESULT + SCALES_OF_A_ROW,
-    ("w4a8", "0.23.0"): 2 * (HIDDEN * INT8 + INNER * INT8 + 2 * HIDDEN * RESULT + SCALES_OF_A_ROW),  # room for twice the rows
+    # room for twice the rows
+    ("w4a8", "0.23.0"): 2 * (HIDDEN * INT8 + INNER * INT8 + 2 * HIDDEN * RESULT + SCALES_OF_A_ROW),
 }
 
 
@@ -88,8 +89,9 @@ def test_bytes_of_the_fused_operators_workspace(quantisation, version):
     fused = {"providers": (("vllm_ascend", version),)}
     memory, text = memory_of("fused_mc2", quantisation, **fused)
     assert memory["workspace"] == 16 * 2**20 + ROWS * PER_ROW[quantisation, version]
-    assert memory["needed"] == sum(memory[each] for each in ("buffers", "workspace", "window")) + LAYERS * memory["experts"]
-    assert f" {memory['workspace'] / 1e9:.1f} GB workspace, " in text and f"workspace of {memory['workspace'] / 1e6:,.1f} MB" in text
+    parts = [memory[each] for each in ("buffers", "workspace", "window")]
+    assert memory["needed"] == sum(parts) + LAYERS * memory["experts"]
+    assert f" {parts[1] / 1e9:.1f} GB workspace, " in text and f"workspace of {parts[1] / 1e6:,.1f} MB" in text
     declared, _ = memory_of("fused_mc2", quantisation, max_output_size=4 * ROWS, **fused)
     times = 2 if quantisation == "w4a8" else 4
     assert declared["workspace"] - 16 * 2**20 == times * (memory["workspace"] - 16 * 2**20)

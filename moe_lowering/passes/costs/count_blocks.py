@@ -8,9 +8,9 @@ from typing import Any
 
 from moe_lowering.custom_ops.sizes import ceil_div
 from moe_lowering.deployment import Deployment
+from moe_lowering.limits import Prover
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.costs.price import price_of
-from moe_lowering.limits import Prover
 from moe_lowering.passes.costs.tally import peak_bytes
 from moe_lowering.passes.costs.work import counted_nodes, form_of, work_of
 from moe_lowering.passes.costs.workspaces import workspace_bytes

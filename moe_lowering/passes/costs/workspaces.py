@@ -2,8 +2,8 @@
 
 Only ``dispatch_ffn_combine``'s is known, from its host tilings: so many bytes for each row of ``max_output_size``, whether a row
 comes or not. Tables of routing and counts, some hundred kilobytes, are left out.
-Sources: vllm_ascend.ffn_tiling, vllm_ascend.ffn_tiling_16_bit, vllm_ascend.ffn_tiling_w4a8; vllm_ascend_pull.9814: the same bytes,
-and the memory for the KV cache that was missing on a device; vllm_ascend_pull.9528: both matmuls of W8A8 share their results.
+Sources: vllm_ascend.ffn_tiling, vllm_ascend.ffn_tiling_16_bit, vllm_ascend.ffn_tiling_w4a8; vllm_ascend_pull.9814: the same,
+and the memory that the KV cache lacked on a device; vllm_ascend_pull.9528: W8A8's matmuls share the memory of their results.
 """
 
 from __future__ import annotations
