@@ -76,6 +76,14 @@ SCALES = (torch.float32, torch.int64)
 NO_COUNT = -1
 
 
+def counts_of_a_row(quantisation: str) -> int:
+    """How often the operator counts one row against ``max_output_size``.
+
+    Sources: vllm_ascend.ffn_kernel_w4a8, vllm_ascend_issue.14869: W4A8's combine adds up two for each row.
+    """
+    return 2 if quantisation == "w4a8" else 1
+
+
 def _check(call: DispatchFfnCombineCall[Tensor]) -> ExpertTensors:
     """Raises for what the real operator refuses, or computes wrongly without a word.
 
@@ -119,11 +127,13 @@ def _fake(call: DispatchFfnCombineCall[Tensor]) -> tuple[Tensor, Tensor]:
 def _cpu(call: DispatchFfnCombineCall[Tensor]) -> tuple[Tensor, Tensor]:
     """The same over gloo. Results of both matmuls pass through float16, for bfloat16 too, as in the kernel's source.
 
-    Rows past ``max_output_size`` raise on all ranks; the real operator drops them silently.
+    Rows past ``max_output_size``, or past half of it in W4A8 (``counts_of_a_row``), raise on all ranks; the real operator
+    drops them silently.
     """
     experts = _check(call)
     ep = open_group(NAME, "ep", call.group, call.ep_size)
-    bounds = Bounds(call.max_output_size, f"max_output_size, {call.max_output_size}")
+    times, most = counts_of_a_row(call.quantisation), call.max_output_size
+    bounds = Bounds(most // times, f"max_output_size, {most}" if times == 1 else f"half of max_output_size, {most}")
     y, counts = run_layer(NAME, call, experts, ep, between=torch.float16, limit=call.swiglu_limit, bounds=bounds)
     return y, counts.to(torch.int32)
 

@@ -104,8 +104,12 @@ class Answer:
 
     def memory(self, layers: int | None) -> Memory:
         """What ``layers`` such layers take of a rank's memory."""
-        buffers = next((cost.buffers for cost in self.costs() if cost.implementation == self.choice), 0)
-        return memory_of(self.spec.tensors, layers, buffers, self.deployment, self.choice, self.least_buffer_mb())
+        buffers, workspace = next(
+            ((cost.buffers, cost.workspace) for cost in self.costs() if cost.implementation == self.choice), (0, 0)
+        )
+        return memory_of(
+            self.spec.tensors, layers, buffers, workspace, self.deployment, self.choice, self.least_buffer_mb()
+        )
 
     def least_buffer_mb(self) -> int | None:
         """The HCCL_BUFFSIZE that is enough for the choice; None where it has no window of its own to fill."""

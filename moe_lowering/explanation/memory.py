@@ -1,8 +1,9 @@
 """What a model's experts and buffers take of a SoC's memory, for ``explain``: said and warned of, never refused.
 
 Counted are the experts of all MoE layers, the most that the results of one layer take at once (row buffers at their bound;
-layers follow each other, and share it), and twice HCCL_BUFFSIZE, to send and to receive, for each communicator that the
-choice uses (CANN 8.5, HCCL user guide, HCCL_BUFFSIZE: hiascend.com canncommercial/850/commlib/hcclug/hcclug_000076.html).
+layers follow each other, and share it), a fused operator's workspace where it is known (shared likewise), and twice
+HCCL_BUFFSIZE, to send and to receive, for each communicator that the choice uses (CANN 8.5, HCCL user guide, HCCL_BUFFSIZE:
+hiascend.com canncommercial/850/commlib/hcclug/hcclug_000076.html).
 Attention, the KV cache, other communicators and all else of the model are not known here, so what fits may still be too much.
 """
 
@@ -29,7 +30,8 @@ class Memory:
     Attributes:
         experts: weights, scales and biases of the experts of one MoE layer. layers: how many there are; None where it is not
             known, and one is counted.
-        buffers: what the results of one layer take at most. window: of HCCL, for ``communicators``.
+        buffers: what the results of one layer take at most. workspace: what its fused operator takes beside them; 0 without
+            one, None where it is not known, and none is counted. window: of HCCL, for ``communicators``.
         capacity: of the SoC; None where it is not known.
         least_buffer_mb: the smallest HCCL_BUFFSIZE that the choice's rules accept.
     """
@@ -37,6 +39,7 @@ class Memory:
     experts: int
     layers: int | None
     buffers: int
+    workspace: int | None
     window: int
     communicators: int
     capacity: int | None
@@ -44,7 +47,12 @@ class Memory:
 
     @property
     def needed(self) -> int:
-        return self.experts * (self.layers or 1) + self.buffers + self.window
+        return self.experts * (self.layers or 1) + self.of_one_layer + self.window
+
+    @property
+    def of_one_layer(self) -> int:
+        """What a layer takes while it runs, beside its experts: the next one takes the same memory."""
+        return self.buffers + (self.workspace or 0)
 
     @property
     def fits(self) -> bool:
@@ -68,20 +76,25 @@ class Memory:
         )
         text = (
             f"{gigabytes(self.needed)} = {gigabytes(self.experts * (self.layers or 1))} experts of {layers}, "
-            f"{gigabytes(self.buffers)} buffers, {window}; {capacity}"
+            f"{gigabytes(self.buffers)} buffers, {self._workspace()}{window}; {capacity}"
         )
         return f"{text} ({ON_TOP})" if self.fits else f"[{TOO_SMALL}] {text}: it cannot fit ({self._advice()})"
+
+    def _workspace(self) -> str:
+        if self.workspace is None:
+            return "a workspace of unknown size, "
+        return f"{gigabytes(self.workspace)} workspace, " if self.workspace else ""
 
     def _advice(self) -> str:
         """What alone may be enough; each is named only where all else leaves room."""
         assert self.capacity is not None
         experts = self.experts * (self.layers or 1)
-        rest = self.buffers + self.window
+        rest = self.of_one_layer + self.window
         ways = ["more ranks"] if rest < self.capacity else []
         ways += ["experts of fewer bits"] if experts / _FEWEST_BITS + rest < self.capacity else []
         ways += ["fewer tokens"] if experts + self.window < self.capacity else []
         if self.communicators:
-            room = self.capacity - experts - self.buffers
+            room = self.capacity - experts - self.of_one_layer
             most = room // (self.communicators * _WINDOWS * 2**20)
             ways += [f"HCCL_BUFFSIZE of at most {most} MB"] if most >= self.least_buffer_mb else []
         return ", or ".join(ways) or "no one thing is enough: more ranks, and fewer tokens or a smaller HCCL_BUFFSIZE"
@@ -91,6 +104,7 @@ def memory_of(
     experts: ExpertOperands,
     layers: int | None,
     buffers: int,
+    workspace: int | None,
     deployment: Deployment,
     choice: str | None,
     least_buffer_mb: int | None,
@@ -98,7 +112,7 @@ def memory_of(
     """Of one rank in a deployment.
 
     Args:
-        buffers: bytes. choice: the implementation; None for none.
+        buffers, workspace: bytes. choice: the implementation; None for none.
         least_buffer_mb: the smallest HCCL_BUFFSIZE that its rules accept; None where none is on it.
     """
     exchanges = int(choice is not None and deployment.ep_size > 1) + int(deployment.tp_size > 1)
@@ -107,6 +121,7 @@ def memory_of(
         experts_bytes(experts),
         layers,
         buffers,
+        workspace,
         exchanges * _WINDOWS * deployment.hccl_buffer_bytes,
         exchanges,
         gib * 2**30 or None,

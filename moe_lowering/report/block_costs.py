@@ -20,6 +20,7 @@ class BlockCost:
         sent_within, sent_between: bytes that a rank sends to others of its node, and to other nodes; those that MC2's and the
             fused operators send inside among them, with tokens spread evenly.
         buffers: the most bytes that the layer's results take at once, row buffers at their bound.
+        workspace: bytes that a fused operator takes beside them; 0 for several operators, None where it is not known.
         us, error_us: the price, and how wrong it may be.
     """
 
@@ -34,6 +35,7 @@ class BlockCost:
     sent_within: int
     sent_between: int
     buffers: int
+    workspace: int | None
     us: float
     error_us: float
 
@@ -55,6 +57,11 @@ class BlockCost:
         return (
             f"{self.name}: {count_of(self.kernels, 'kernel')}{exchanges}, {megabytes(self.moved)} read and "
             f"written beside weights{within}{between}, buffers of "
-            f"{megabytes(self.buffers)}{once}; "
+            f"{megabytes(self.buffers)}{self._workspace()}{once}; "
             f"{self.us:.0f} +- {self.error_us:.0f} us"
         )
+
+    def _workspace(self) -> str:
+        if self.workspace is None:
+            return ", its workspace is not known"
+        return f", workspace of {megabytes(self.workspace)}" if self.workspace else ""

@@ -70,6 +70,51 @@ def test_bytes_of_buffers(comm, quantisation):
     assert memory["needed"] == LAYERS * EXPERTS_BYTES[quantisation] + BUFFERS[comm, quantisation] + window
 
 
+# dispatch_ffn_combine's workspace, by the sizes of what it holds for each row that may come: both matmuls' input in int8 (16 bits
+# without quantisation, int8 in W4A8), their results in 16 bits, twice as many lines in W4A8, two scales. 16 MiB of its own.
+# From 0.20 on W8A8's results share their memory, which is as wide as H.
+RESULT, SCALES_OF_A_ROW = 2, 2 * F32
+PER_ROW = {
+    ("none", "0.23.0"): HIDDEN * BF16 + 2 * INNER * RESULT + INNER * BF16 + HIDDEN * RESULT + SCALES_OF_A_ROW,
+    ("w8a8", "0.23.0"): HIDDEN * INT8 + HIDDEN * RESULT + SCALES_OF_A_ROW,
+    ("w8a8", "0.19.0"): HIDDEN * INT8 + 2 * INNER * RESULT + INNER * INT8 + HIDDEN * RESULT + SCALES_OF_A_ROW,
+    # room for twice the rows
+    ("w4a8", "0.23.0"): 2 * (HIDDEN * INT8 + INNER * INT8 + 2 * HIDDEN * RESULT + SCALES_OF_A_ROW),
+}
+
+
+@pytest.mark.parametrize(("quantisation", "version"), PER_ROW)
+def test_bytes_of_the_fused_operators_workspace(quantisation, version):
+    """Of the proven bound on rows, or of the bound that is declared; two layers need no more of it than one."""
+    fused = {"providers": (("vllm_ascend", version),)}
+    memory, text = memory_of("fused_mc2", quantisation, **fused)
+    assert memory["workspace"] == 16 * 2**20 + ROWS * PER_ROW[quantisation, version]
+    parts = [memory[each] for each in ("buffers", "workspace", "window")]
+    assert memory["needed"] == sum(parts) + LAYERS * memory["experts"]
+    assert f" {parts[1] / 1e9:.1f} GB workspace, " in text and f"workspace of {parts[1] / 1e6:,.1f} MB" in text
+    declared, _ = memory_of("fused_mc2", quantisation, max_output_size=4 * ROWS, **fused)
+    times = 2 if quantisation == "w4a8" else 4
+    assert declared["workspace"] - 16 * 2**20 == times * (memory["workspace"] - 16 * 2**20)
+
+
+def test_the_wider_of_both_matmuls_counts_in_w4a8():
+    """H 2048 and 2I 4096: two lines of 4096 for each row."""
+    layer = dataclasses.replace(LAYER, hidden=2048)
+    memory, _ = memory_of("fused_mc2", "w4a8", layer, providers=(("vllm_ascend", "0.23.0"),))
+    row = 2048 * INT8 + INNER * INT8 + 2 * 2 * INNER * RESULT + SCALES_OF_A_ROW
+    assert memory["workspace"] == 16 * 2**20 + 2 * ROWS * row
+
+
+def test_a_workspace_that_is_not_known_is_said_and_not_counted():
+    layer = dataclasses.replace(LAYER, experts=64, hidden=4096, intermediate=1536)
+    decode = {"fused_mode": 2, "providers": (("vllm_ascend", "0.23.0"),)}
+    memory, text = memory_of("fused_mc2", "w8a8", layer, **decode)
+    assert memory["workspace"] is None
+    assert memory["needed"] == memory["buffers"] + memory["window"] + LAYERS * memory["experts"]
+    assert "buffers, a workspace of unknown size, " in text and "its workspace is not known" in text
+    assert memory_of("mc2")[0]["workspace"] == 0 and "workspace" not in memory_of("mc2", "w8a8")[1]
+
+
 def test_a_bias_and_a_tp_group_are_counted():
     plain, _ = memory_of("mc2")
     biased, _ = memory_of("allgather", layer=dataclasses.replace(LAYER, has_bias=True))
@@ -97,7 +142,7 @@ def test_what_cannot_fit_is_said_with_its_numbers_and_what_fits_is_not():
 
 @pytest.mark.parametrize(("capacity", "fits"), [(100, True), (99, False), (None, True)])
 def test_it_fits_up_to_the_last_byte(capacity, fits):
-    memory = Memory(experts=20, layers=4, buffers=13, window=7, communicators=1, capacity=capacity)
+    memory = Memory(experts=20, layers=4, buffers=10, workspace=3, window=7, communicators=1, capacity=capacity)
     assert (memory.needed, memory.fits) == (100, fits)
     assert (TOO_SMALL in str(memory)) is not fits
 
@@ -121,7 +166,8 @@ RANKS_AND_BITS = "more ranks, or experts of fewer bits"
 def test_advice_names_what_can_be_enough(sizes, communicators, advice):
     """68 MB of memory, of which all but one thing must leave room for it."""
     experts, buffers, window = (size * MB for size in sizes)
-    memory = Memory(experts, 1, buffers, window, communicators, 68 * MB, least_buffer_mb=8 if sizes[1] < 10 else 9)
+    least = 8 if sizes[1] < 10 else 9
+    memory = Memory(experts, 1, MB, buffers - MB, window, communicators, 68 * MB, least_buffer_mb=least)
     assert str(memory).endswith(f": it cannot fit ({advice})")
 
 

@@ -109,6 +109,7 @@ CASES = [
     *(Case(FFN, quantisation, lists=True) for quantisation in ("w8a8", "w4a8")),
     Case(FFN, scale_dtype=torch.int64, skew=True),
     Case(FFN, tokens=(7, 0), limit=0.5),
+    Case(FFN, tokens=(513, 20), rows=2000),
     Case(FFN, "w4a8", tokens=(0, 3), mask=((), (True, False, True))),
     Case(FFN, mask=ANY),
     Case(FFN, mask=((False,) * 6, (False,) * 6)),
@@ -178,6 +179,7 @@ def on_error(rank: int, case: Case, change: dict[str, Any]) -> tuple[str, str]:
     ("case", "change", "message"),
     [
         (Case(FFN, rows=2), {}, "accepted: at most max_output_size, 2"),
+        (Case(FFN, "w4a8", rows=35), {}, "accepted: at most half of max_output_size, 35"),
         (Case(MEGA, rows=2), {}, "accepted: at most 2 (max_rows is 2)"),
         (Case(MEGA, tokens=(3, 4)), {}, "the operator wants the same T on all ranks, but T is 3 on EP rank 0 and 4"),
         (Case(DECODE, tokens=(3, 4)), {"global_bs": 0}, "global_bs is 0, which says that T is equal on all ranks"),

@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._sympy.value_ranges import ValueRanges
 
 import moe_lowering.custom_ops  # noqa: F401  (registers torch.ops.moe_lowering)
+from moe_lowering.custom_ops.dispatch_ffn_combine import counts_of_a_row
 from moe_lowering.limits import bind, check_call, limits_for, names, quantities
 from moe_lowering.limits.calls import CONTEXT, OPERATORS
 from moe_lowering.vocabulary import SOCS
@@ -204,7 +205,7 @@ def fused_call(op: Any, quantisation: str, **changes: Any) -> dict[str, Any]:
         weights=torch.empty(tokens, 4), group="g", ep_size=2,
     )  # fmt: skip
     if op is FFN:
-        call.update(max_output_size=128, quantisation=quantisation)
+        call.update(max_output_size=128 * counts_of_a_row(quantisation), quantisation=quantisation)
     elif op is DECODE:
         call.update(ep_rank=0, num_experts=8)
     else:
@@ -235,6 +236,9 @@ WIDE = {"w13_scale": [torch.empty(4, 1024).long()]}
     ("op", "quantisation", "changes", "known", "code"),
     [
         (FFN, "w8a8", {"x": torch.empty(513, 1024).bfloat16(), "ids": torch.empty(513, 4).int()}, {}, "fused.tokens"),
+        (FFN, "w8a8", {"max_output_size": 2**22}, {}, "fused.workspace"),
+        (FFN, "w8a8", {"max_output_size": 40 * (49152 - 12 * 512) + 1}, {}, "fused.epilogue"),
+        (FFN, "w4a8", {"max_output_size": 255}, {}, "fused.max_output_size"),
         (FFN, "w8a8", HALF_SCALES, {}, "fused.scales_dtype"),
         (FFN, "w8a8", {"w13_scale": None, "w2_scale": None}, {}, "fused.scales"),
         (FFN, "w8a8", {"w2_scale": [torch.empty(4, 1023)]}, {}, "fused.scales_w2"),

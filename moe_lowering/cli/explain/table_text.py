@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from moe_lowering.explanation import Explanation
 from moe_lowering.explanation.layout import Paint, labelled_rows
-from moe_lowering.explanation.memory import ON_TOP, TOO_SMALL
+from moe_lowering.explanation.memory import ON_TOP, TOO_SMALL, Memory
 from moe_lowering.explanation.table import Row
 from moe_lowering.explanation.text import size_lines
 from moe_lowering.number_words import UNITS
@@ -97,12 +97,18 @@ def _below(row: Row) -> list[str]:
     lines += [f"not {others}"] if others else []
     memory = row.memory
     figures = (
-        f"{_gb(memory.experts * (memory.layers or 1))} weights + {_gb(memory.buffers)} buffers + {_gb(memory.window)} "
-        f"HCCL window = {_gb(memory.needed)} GB"
+        f"{_gb(memory.experts * (memory.layers or 1))} weights + {_gb(memory.buffers)} buffers + {_workspace(memory)}"
+        f"{_gb(memory.window)} HCCL window = {_gb(memory.needed)} GB"
     )
     if not memory.fits and memory.capacity is not None:
         figures = f"[{TOO_SMALL}] {figures}, of {_gb(memory.capacity)}"
     return [*lines, f"{figures}; HCCL_BUFFSIZE {row.buffer_needed}"]
+
+
+def _workspace(memory: Memory) -> str:
+    if memory.workspace is None:
+        return "workspace not known + "
+    return f"{_gb(memory.workspace)} workspace + " if memory.workspace else ""
 
 
 def _gb(size: int) -> str:

@@ -41,6 +41,8 @@ def cost_table(costs: Sequence[BlockCost]) -> Markup:
         "MB sent": [(cost.sent_within + cost.sent_between) / 1e6 for cost in costs],
         "MB buffers": [cost.buffers / 1e6 for cost in costs],
     }
+    if any(cost.workspace for cost in costs):
+        figures["MB workspace"] = [(cost.workspace or 0) / 1e6 for cost in costs]
     rows = []
     for at, cost in enumerate(costs):
         row: list[object] = [cost.name]

@@ -8,10 +8,13 @@ from typing import Any
 
 from moe_lowering.custom_ops.sizes import ceil_div
 from moe_lowering.deployment import Deployment
+from moe_lowering.limits import Prover
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.costs.price import price_of
 from moe_lowering.passes.costs.tally import peak_bytes
-from moe_lowering.passes.costs.work import counted_nodes, work_of
+from moe_lowering.passes.costs.work import counted_nodes, form_of, work_of
+from moe_lowering.passes.costs.workspaces import workspace_bytes
+from moe_lowering.passes.operator_calls import Premises
 from moe_lowering.passes.policy import rates_in
 from moe_lowering.prices.machines import Sent
 from moe_lowering.report.block_costs import BlockCost
@@ -54,6 +57,13 @@ def _cost(name: str, form: str, spec: BlockSpec, deployment: Deployment, tokens:
         sent.within,
         sent.between,
         peak_bytes(counted.nodes),
+        _workspace(name, form, spec, deployment, tokens),
         price.us,
         price.error_us,
     )
+
+
+def _workspace(name: str, form: str, spec: BlockSpec, deployment: Deployment, tokens: int) -> int | None:
+    told = form_of(name, form, deployment).told_rows
+    rows = None if told is None else told(spec, deployment, Premises(tokens, tokens, Prover()))
+    return workspace_bytes(form, spec, deployment, rows)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from moe_lowering.custom_ops.dispatch_ffn_combine import counts_of_a_row
 from moe_lowering.deployment import Deployment
 from moe_lowering.passes.blocks import Block, BlockSpec
 from moe_lowering.passes.context import most_tokens
@@ -147,6 +148,12 @@ def max_output_size(spec: BlockSpec, deployment: Deployment, premises: Premises)
     return None if most is None else spec.ep_size * most * min(spec.top_k, spec.local_experts)
 
 
+def _ffn_rows(spec: BlockSpec, deployment: Deployment, premises: Premises) -> int | None:
+    """``max_output_size`` of dispatch_ffn_combine: enough for the proven bound where the deployment has none."""
+    rows = max_output_size(spec, deployment, premises)
+    return rows if rows is None or deployment.max_output_size else rows * counts_of_a_row(spec.quantisation)
+
+
 def _tokens_and_experts(inputs: _Inputs, deployment: Deployment) -> dict[str, Any]:
     """The first arguments of each."""
     return {
@@ -176,7 +183,7 @@ def _ffn_arguments(
     return {
         **_tokens_and_experts(inputs, deployment),
         "ep_size": spec.ep_size,
-        "max_output_size": max_output_size(spec, deployment, premises),
+        "max_output_size": _ffn_rows(spec, deployment, premises),
         **({"swiglu_limit": spec.limit} if spec.format.quantised else {}),
         **_optional(spec, inputs, says_format=True),
     }
@@ -221,7 +228,7 @@ def _float(dtype: torch.dtype) -> torch.dtype:
 
 TARGETS = (
     FusedOperator("mega_moe", 1, "cann_ops_transformer", _mega_arguments, _bits_or_float, max_output_size),
-    FusedOperator("dispatch_ffn_combine", 1, "vllm_ascend", _ffn_arguments, _bits_or_float, max_output_size),
+    FusedOperator("dispatch_ffn_combine", 1, "vllm_ascend", _ffn_arguments, _bits_or_float, _ffn_rows),
     FusedOperator("dispatch_gmm_combine_decode", 2, "vllm_ascend", _decode_arguments, _float),
 )
 
