@@ -28,5 +28,5 @@ def schema(name: str) -> dict[str, Any]:
         ValueError: there is none; the message has those that there are.
     """
     look_up(SCHEMAS, name, "schema")
-    loaded: dict[str, Any] = json.loads((Path(__file__).parent / f"{name}.json").read_text())
+    loaded: dict[str, Any] = json.loads((Path(__file__).parent / f"{name}.json").read_text("utf-8"))
     return loaded
