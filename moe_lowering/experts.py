@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from moe_lowering.argument_checks import require_instance, require_integer
-from moe_lowering.layers.expert_modules import moe_modules, warn_of_other_implementations, weight_names
+from moe_lowering.layers.expert_modules import (
+    SUFFIXES,
+    moe_modules,
+    refuse_computed,
+    warn_of_other_implementations,
+    weight_names,
+)
 from moe_lowering.layers.moe import MoE
 
 __all__ = ["list_experts", "log2phy_from_expert_maps"]
-
-_SUFFIXES = ("", "_bias", "_scale", "_offset", "_scale_bias")
 
 
 def log2phy_from_expert_maps(expert_maps: Sequence[Tensor], *, shared_expert_ranks: int = 0) -> tuple[Tensor, int]:
@@ -113,15 +117,17 @@ def list_experts(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: ``model`` has no MoE module.
+        ValueError: ``model`` has no MoE module, or one whose weights are computed. The model is as it was then.
     """
     modules = moe_modules("list_experts", model)
+    for name, module in modules:
+        refuse_computed(f"list_experts: {name or type(module).__name__}", module)
     for _, module in modules:
         known: Any = module
         own = isinstance(module, MoE)
         turned = not own and not known.is_transposed
         for name in weight_names(module):
-            for suffix in _SUFFIXES:
+            for suffix in SUFFIXES:
                 _to_list(module, name + suffix, transpose=turned and not suffix)
         if not own:
             known.is_transposed = True

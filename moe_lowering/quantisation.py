@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from moe_lowering.argument_checks import require_choice, require_instance, require_integer
 from moe_lowering.custom_ops.quantised import PER_INT32, dequantise_weight, float_scale, quantise_rows, unpack_int4
-from moe_lowering.layers.expert_modules import moe_modules, refuse_lists, warn_of_other_implementations, weight_names
+from moe_lowering.layers.expert_modules import (
+    moe_modules,
+    refuse_computed,
+    refuse_lists,
+    warn_of_other_implementations,
+    weight_names,
+)
 from moe_lowering.layers.moe import MoE
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
@@ -173,8 +179,8 @@ def quantise_experts(model: nn.Module, format: str, *, group_size: int | None = 
         ``model``.
 
     Raises:
-        ValueError, TypeError: no MoE module; one that has biases, is quantised already, or was sharded by transformers;
-            sizes or dtypes that the format cannot have. The model is as it was then.
+        ValueError, TypeError: no MoE module; one that has biases or weights that are computed, is quantised already, or was
+            sharded by transformers; sizes or dtypes that the format cannot have. The model is as it was then.
     """
     targets = _quantisable(model, format, group_size)  # first all checks, so that an error leaves the model as it was
     for _, module in targets:
@@ -219,6 +225,7 @@ def _check_module(what: str, module: nn.Module, format: str, group_size: int | N
             f"{what} is {experts.moe_lowering_quantisation} already; accepted: experts that are not quantised"
         )
     refuse_lists(what, module)
+    refuse_computed(what, module)
     if getattr(experts, "_is_expert_parallel", False):
         raise ValueError(f"{what} was sharded by transformers; accepted: a model loaded without expert parallelism")
     has_bias = experts.w13_bias is not None if isinstance(module, MoE) else experts.has_bias

@@ -8,6 +8,7 @@ one JSON object whatever they say.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from moe_lowering.cli import collection, terminal
 from moe_lowering.cli.commands import PageReport, Report, Request, parse, run
-from moe_lowering.cli.files import write_file
+from moe_lowering.cli.files import UNENCODABLE, write_file
 from moe_lowering.cli.progress import Progress
 from moe_lowering.cli.simulate.request import SimulateRequest
 from moe_lowering.cli.usage import RunError, UsageError, first_sentence
@@ -101,9 +102,11 @@ def _complain(text: str) -> None:
 
 
 def _print(text: str, end: str = "\n") -> None:
-    """To stdout. A reader that closes the pipe early, such as ``head``, is no error."""
+    """To stdout. A reader that closes the pipe early, such as ``head``, is no error, and neither is a narrow encoding."""
     if sys.stdout is None:
         return  # only a help gets here: a report needs stdout from the start
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors=UNENCODABLE)
     try:
         print(text, end=end)
         sys.stdout.flush()

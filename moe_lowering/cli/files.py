@@ -13,6 +13,9 @@ from typing import Any
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.model_configs.errors import write_value
 
+# Characters that an encoding has not, e.g. of a path that is no UTF-8, are written as Python escapes them.
+UNENCODABLE = "backslashreplace"
+
 
 def add_html(add: Any) -> None:
     """Add ``--html`` to a command."""
@@ -23,12 +26,22 @@ def check_file(option: str, text: str) -> None:
     """Refuse a path at which no file can be written, by writing an empty one beside it.
 
     Raises:
-        UsageError: it is empty or a folder, or its own folder is not there or takes no files.
+        UsageError: it is empty, a folder, a device, a pipe or stdout, or its own folder is not there or takes no files.
     """
     path = Path(text)
     if not text or path.is_dir() or not path.absolute().parent.is_dir():
         raise UsageError(f"argument --{option}: is {write_value(text)}; accepted: a file in a folder that exists")
+    if path.exists() and (not path.is_file() or _is_stdout(path)):  # /dev/null would be a file after the replacement
+        what = "stdout, which the report goes to" if _is_stdout(path) else "no regular file"
+        raise UsageError(f"argument --{option}: is {write_value(text)}, {what}; accepted: a file of its own")
     _write(option, path, "", keep=False)
+
+
+def _is_stdout(path: Path) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:  # closed
+        return False
 
 
 def write_file(option: str, path: Path, text: str) -> None:
@@ -41,10 +54,11 @@ def write_file(option: str, path: Path, text: str) -> None:
 
 
 def _write(option: str, path: Path, text: str, keep: bool) -> None:
-    """To a file beside ``path``, which takes its place when it is to be kept, and else goes."""
+    """To a file beside ``path``, which takes its place when it is to be kept, and else goes. A link stays one."""
+    path = Path(os.path.realpath(path))
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, "utf-8", UNENCODABLE)
         if keep:
             beside.replace(path)
     except OSError as error:

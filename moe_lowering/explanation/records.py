@@ -15,7 +15,7 @@ from moe_lowering.explanation.text import render
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.costs.price import Price
 from moe_lowering.passes.quantities import dtype_name
-from moe_lowering.report.schemas import SCHEMA_VERSION
+from moe_lowering.report.schemas import SCHEMA_VERSION, json_value
 from moe_lowering.vocabulary import AUTO, FIXED
 
 
@@ -91,7 +91,8 @@ class Explanation:
                 {"from": p.low, "to": p.high, "choice": p.choice, "boundary": p.boundary, "because": p.because}
                 for p in self.pieces
             ]
-        return fields
+        written: dict[str, Any] = json_value(fields)
+        return written
 
 
 def _price_json(price: Price | None) -> dict[str, Any]:

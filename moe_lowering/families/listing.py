@@ -41,4 +41,4 @@ def _folders() -> list[Path]:
 
 def _code(folder: Path) -> str:
     file = folder / f"modeling_{folder.name}.py"
-    return file.read_text() if file.is_file() else ""
+    return file.read_text("utf-8") if file.is_file() else ""

@@ -105,7 +105,7 @@ def read_rows(path: Path, version: str) -> list[Row]:
     if not path.exists():
         return []
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text("utf-8"))
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {write_value(values['format'])}, not {FORMAT}")
         if values["transformers"] != version:

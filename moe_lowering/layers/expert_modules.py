@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from moe_lowering.argument_checks import require_instance
 from moe_lowering.deployment import Deployment
 from moe_lowering.layers.moe import MoE
 
+SUFFIXES = ("", "_bias", "_scale", "_offset", "_scale_bias")  # of the names of weights: those, and what belongs to them
 EXPERTS_IMPLEMENTATION = "moe_lowering"  # this package's name among transformers' experts implementations
 
 
@@ -58,6 +59,17 @@ def refuse_lists(what: str, module: nn.Module) -> None:
     """A ValueError for experts that ``experts.list_experts`` made lists of."""
     if any(isinstance(getattr(module, name, None), nn.ParameterList) for name in weight_names(module)):
         raise ValueError(f"{what} holds one tensor for each expert; accepted: stacked experts (call list_experts last)")
+
+
+def refuse_computed(what: str, module: nn.Module) -> None:
+    """A ValueError for experts' tensors that a module computes, as a parametrization does: nothing can be put in their place."""
+    for name in (each + suffix for each in weight_names(module) for suffix in SUFFIXES):
+        stored = name in module._parameters or name in module._buffers
+        if isinstance(getattr(module, name, None), Tensor) and not stored:
+            raise ValueError(
+                f"{what}: {name} is computed, e.g. by a parametrization; accepted: a parameter "
+                "(torch.nn.utils.parametrize.remove_parametrizations first)"
+            )
 
 
 def warn_of_other_implementations(what: str, modules: Sequence[tuple[str, nn.Module]]) -> None:

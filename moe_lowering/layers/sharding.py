@@ -13,6 +13,7 @@ from moe_lowering.layers.expert_modules import (
     deployment_of,
     moe_modules,
     num_experts_of,
+    refuse_computed,
     refuse_lists,
     warn_of_other_implementations,
     weight_names,
@@ -44,9 +45,9 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
 
     Raises:
         ValueError: E is not a multiple of the ranks with routed experts; a module has other shared experts than the
-            deployment, was sharded before, for another deployment or by transformers, or holds lists (``list_experts``);
-            no MoE module found; the deployment contradicts its process groups, or its ``ep_rank`` is not known. The model is
-            as it was then.
+            deployment, was sharded before, for another deployment or by transformers, or holds lists (``list_experts``) or
+            weights that are computed; no MoE module found; the deployment contradicts its process groups, or its
+            ``ep_rank`` is not known. The model is as it was then.
     """
     targets, deployment = require_shardable("shard_experts", model, deployment)
     for _, module in targets:
@@ -71,6 +72,7 @@ def require_shardable(
         if deployment_of(module) == deployment:
             continue
         refuse_lists(where, module)
+        refuse_computed(where, module)
         if deployment_of(module) is not None:
             raise ValueError(
                 f"{where} was sharded for another deployment; accepted: a whole module, or the same deployment"

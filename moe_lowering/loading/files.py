@@ -106,7 +106,9 @@ class Scratch:
 
 
 def open_checkpoint(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a folder with ``model.safetensors.index.json`` or ``model.safetensors``, or of one such file, by key.
+    """Every tensor of a folder with ``model.safetensors`` or ``model.safetensors.index.json``, or of one such file, by key.
+
+    Source: ``transformers.modeling_utils._get_resolved_checkpoint_files``: where both are there, the first is taken.
 
     Raises:
         CheckpointError: the folder, a file that the index names or a key of it is missing; a header is damaged; a file is
@@ -119,10 +121,12 @@ def open_checkpoint(path: Path) -> dict[str, StoredTensor]:
             f"{path}: there is no such folder; accepted: a local folder, or a .safetensors file (no hub id)"
         )
     index = path / INDEX
-    if not index.exists():
-        if not (path / SINGLE).exists():
-            raise CheckpointError(f"{path}: has neither {INDEX} nor {SINGLE}; accepted: a checkpoint in safetensors")
+    if (
+        path / SINGLE
+    ).is_file():  # before the index, as transformers: saved anew in one file, it leaves the old one there
         return _read_header(path / SINGLE)
+    if not index.exists():
+        raise CheckpointError(f"{path}: has neither {INDEX} nor {SINGLE}; accepted: a checkpoint in safetensors")
     homes = _weight_map(index)
     for name in sorted(set(homes.values())):
         if not (path / name).is_file():
@@ -147,7 +151,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         homes = json.loads(index.read_text("utf-8"))["weight_map"]
         if not all(isinstance(name, str) and Path(name).name == name for name in homes.values()):
             raise ValueError("a name in it is not that of a file beside it")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: is no index of safetensors ({type(error).__name__}: {error})") from error
     return dict(homes)
 
@@ -171,7 +175,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             end = ends
         if 8 + length + end != size:
             raise ValueError(f"its tensors end at byte {8 + length + end}, and the file has {size}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{file}: is no complete safetensors file ({type(error).__name__}: {error})") from error
     return tensors
 

@@ -41,7 +41,7 @@ def load_experts(
 
     Args:
         model: made under ``torch.device("meta")``, with all experts.
-        path: a folder with ``model.safetensors.index.json`` or ``model.safetensors``, or one such file.
+        path: a folder with ``model.safetensors`` or, without that, ``model.safetensors.index.json``; or one such file.
         deployment: as for ``shard_experts``, without shared-expert ranks.
         device: where the weights go; the CPU when None.
 
@@ -50,12 +50,13 @@ def load_experts(
 
     Raises:
         CheckpointError: a file or key is missing, damaged or not for this model; a shape or dtype is another.
-        ValueError: the model is not on meta, or what ``shard_experts`` raises. The model is as it was then.
+        ValueError: the model is not on meta, nothing can be on ``device``, or what ``shard_experts`` raises. The model is as
+            it was then.
     """
     require_instance("load_experts", "path", path, (str, os.PathLike), "the path of a folder or file")
     targets, deployment = require_shardable("load_experts", model, deployment)
     _check_model(model, targets, deployment)
-    place = torch.device("cpu" if device is None else device)
+    place = _place(device)
     block = deployment.own_experts
     plan = make_plan(model, open_checkpoint(Path(path)), targets)
     with as_it_was(model):
@@ -70,6 +71,20 @@ def load_experts(
             known: Any = model
             known.tie_weights()
     return model
+
+
+def _place(device: torch.device | str | None) -> torch.device:
+    """The device of the weights, on which a tensor can be made."""
+    accepted = "a torch.device of this machine, its name, or None for the CPU"
+    try:
+        place = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=place)
+    except (RuntimeError, TypeError, AssertionError) as error:  # AssertionError: cuda, of a build without it
+        problem = str(error).partition("\n")[0]
+        raise refuse("load_experts", "device", device, f"{accepted} ({problem})") from error
+    if place.type == "meta":
+        raise refuse("load_experts", "device", device, accepted)
+    return place
 
 
 def _check_model(model: nn.Module, targets: list[tuple[str, nn.Module]], deployment: Deployment) -> None:

@@ -101,7 +101,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         if path.exists() and path.stat().st_size > LONGEST_FILE:
             raise ValueError(f"it has {path.stat().st_size} bytes, more than {LONGEST_FILE}")
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"{write_value(str(path))} is not a readable config.json ({_error_words(error)}); accepted: {ACCEPTED}"
@@ -243,5 +243,5 @@ def _types() -> set[str]:
         for file in ("auto_mappings.py", "configuration_auto.py"):
             table = Path(folder, "models", "auto", file)
             if table.exists():
-                names |= set(re.findall(r'\("([\w.-]+)", "\w+Config"\)', table.read_text()))
+                names |= set(re.findall(r'\("([\w.-]+)", "\w+Config"\)', table.read_text("utf-8")))
     return names

@@ -127,5 +127,5 @@ def _text(*parts: str) -> str | None:
     for place in (spec.submodule_search_locations or ()) if spec else ():
         file = Path(place, *parts)
         if file.is_file():
-            return file.read_text()
+            return file.read_text("utf-8")
     return None

@@ -17,7 +17,7 @@ from moe_lowering.report.block_costs import BlockCost
 from moe_lowering.report.graphs import GraphNode, graph_text
 from moe_lowering.report.leftovers import ForeignMoe, NotCapturable
 from moe_lowering.report.module_names import names
-from moe_lowering.report.schemas import SCHEMA_VERSION
+from moe_lowering.report.schemas import SCHEMA_VERSION, json_value
 from moe_lowering.report.sizes import Sizes, fields_of
 
 # Makes the text of a report. ``report.text`` puts its own here: it reads these records, so that they cannot import it.
@@ -202,18 +202,21 @@ class LoweringReport:
 
     def to_json(self) -> dict[str, Any]:
         """What ``report/schemas/report.json`` describes."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "blocks": [block.to_json() for block in self.blocks],
-            "unrecognised": [list(place) for place in self.unrecognised],
-            "foreign": [layer.to_json() for layer in self.foreign],
-            "nodes_before": self.nodes_before,
-            "nodes_after": self.nodes_after,
-            "pass_ms": self.pass_ms,
-            "not_capturable": [finding.to_json() for finding in self.not_capturable],
-            "detected": [dataclasses.asdict(field) for field in self.detected],
-            "routers": [router.to_json() for router in self.routers],
-        }
+        fields: dict[str, Any] = json_value(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "blocks": [block.to_json() for block in self.blocks],
+                "unrecognised": self.unrecognised,
+                "foreign": [layer.to_json() for layer in self.foreign],
+                "nodes_before": self.nodes_before,
+                "nodes_after": self.nodes_after,
+                "pass_ms": self.pass_ms,
+                "not_capturable": [finding.to_json() for finding in self.not_capturable],
+                "detected": [dataclasses.asdict(field) for field in self.detected],
+                "routers": [router.to_json() for router in self.routers],
+            }
+        )
+        return fields
 
     @property
     def fully_lowered(self) -> bool:

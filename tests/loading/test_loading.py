@@ -162,6 +162,7 @@ FAULTS = {
     "a damaged header": (damage, "its header would have 1099511627776 bytes"),
     "tensors in one place": (overlap, "of the data, and what stands before it ends at"),
     "a damaged index": (lambda f: (f / INDEX).write_text("{}"), "is no index of safetensors (KeyError"),
+    "a nested index": (lambda f: (f / INDEX).write_text("[" * 100_000), "is no index of safetensors (RecursionError"),
     "an index that leads elsewhere": (
         lambda f: (f / INDEX).write_text('{"weight_map": {"a": "../b"}}'),
         "not that of a file beside",
@@ -217,6 +218,31 @@ def test_bad_files_are_refused_and_the_model_stays_as_it_was(checkpoints, tmp_pa
 def assert_loads(model, folder):
     load_experts(model, folder, models.deployment(2, 0))
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_one_file_comes_before_an_index_that_it_left_behind(checkpoints, tmp_path):
+    """As for ``from_pretrained``: ``save_pretrained`` in one file takes the shards away, and leaves their index."""
+    config, folder, _ = checkpoints("qwen3_moe")
+    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
+    tensors = {key: tensor for file in copied.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    for file in copied.glob("*.safetensors"):
+        file.unlink()
+    save_file({key: tensor * 2 for key, tensor in tensors.items()}, copied / "model.safetensors", {"format": "pt"})
+    model = models.on_meta(config)
+    load_experts(model, copied, models.deployment(2, 0))
+    assert_equal(model, models.load_all_then_shard(models.load_all(config, copied), 2, 0))
+    (copied / "model.safetensors").unlink()  # the twin: then the index counts, whose shards are gone
+    with pytest.raises(CheckpointError, match="is missing; model"):
+        load_experts(models.on_meta(config), copied, models.deployment(2, 0))
+
+
+@pytest.mark.parametrize("device", ["none_such", "cuda", "meta", 1.5])
+def test_a_device_on_which_nothing_can_be_is_refused(checkpoints, device):
+    config, folder, _ = checkpoints("qwen3_moe")
+    model = models.on_meta(config)
+    with pytest.raises(ValueError, match=r"load_experts: device is .*; accepted: a torch.device of this machine"):
+        load_experts(model, folder, models.deployment(2, 0), device=device)
+    assert all(tensor.is_meta for tensor in model.parameters())
 
 
 def test_a_file_that_goes_while_it_is_read(checkpoints, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_lowering import Deployment
+from moe_lowering import Deployment, list_experts, quantise_experts
 from moe_lowering.layers.expert_modules import is_experts_module
 from moe_lowering.layers.moe import MoE
 from moe_lowering.layers.sharding import shard_experts
@@ -116,6 +117,30 @@ def test_shard_refuses() -> None:
         shard_experts(model, TWO)
     good = model["good"]
     assert isinstance(good, MoE) and good.w13.shape[0] == 4 and good.moe_lowering_deployment is None  # untouched
+
+
+CHANGES: list[Callable[[nn.Module], nn.Module]] = [
+    lambda model: shard_experts(model, TWO),
+    lambda model: quantise_experts(model, "w8a8"),
+    list_experts,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=("shard", "quantise", "list"))
+@pytest.mark.parametrize("computed", [True, False], ids=("computed", "buffer"))
+def test_experts_that_are_computed_are_refused(change: Callable[[nn.Module], nn.Module], computed: bool) -> None:
+    model = nn.ModuleDict({"good": MoE(8, 8, 4, 2), "odd": MoE(8, 8, 4, 2)})
+    good, odd = model.values()
+    if computed:
+        nn.utils.parametrize.register_parametrization(odd, "w2", nn.Identity())
+        with pytest.raises(ValueError, match=r"_experts: odd: w2 is computed, .*; accepted: a parameter"):
+            change(model)
+        assert isinstance(good, MoE) and good.w13.shape[0] == 4 and good.w13.dtype == torch.float32  # untouched
+        nn.utils.parametrize.remove_parametrizations(odd, "w2")
+    else:
+        odd.register_buffer("w2", odd._parameters.pop("w2"))
+    change(model)
+    assert type(odd.w2) is type(good.w2) and len(odd.w2) == len(good.w2)
 
 
 def experts_modules() -> list[nn.Module]:

@@ -18,7 +18,9 @@ import pytest
 from json_schema import problems
 from torch._logging._internal import LazyTraceHandler
 
+import moe_lowering
 from moe_lowering.passes import trace_artifacts
+from moe_lowering.report.leftovers import ForeignMoe
 from moe_lowering.report.records import LoweringReport, RouterReport
 from moe_lowering.report.schemas import SCHEMA_VERSION, SCHEMAS, schema
 from moe_lowering.report.text import render
@@ -97,10 +99,21 @@ def test_graphs_before_and_after(lowered, refused):
 
 
 def test_reports_are_as_their_schema_says(lowered, refused):
-    for report in (lowered.report, refused.report, LoweringReport((), (), 0, 0, 0.0)):
-        found = json.loads(json.dumps(report.to_json()))
+    assert lowered.report.routers
+    layer = ForeignMoe("moe", "", (("aten._grouped_mm", 2),), "foreign.experts", "why", "what to do")
+    foreign = LoweringReport((), (("graph", "why"),), 0, 0, 0.0, foreign=(layer,))
+    for report in (lowered.report, refused.report, foreign):
+        found = report.to_json()
+        assert found == json.loads(json.dumps(found)), "lists, as a validator wants them: no tuples"
         assert found["schema_version"] == SCHEMA_VERSION
         assert not problems(found, schema("report"))
+
+
+def test_an_explanation_is_as_its_schema_says():
+    deployment = moe_lowering.Deployment(soc="A3", ep_size=16, ep_group="ep", mc2_group="mc2")
+    block = moe_lowering.BlockDescription(hidden=1024, intermediate=512, experts=64, top_k=4)
+    found = moe_lowering.explain(block, deployment, tokens=600, sweep=(1, 700)).to_json()
+    assert len(found["sweep"]) > 1 and found == json.loads(json.dumps(found)) and not problems(found, schema("explain"))
 
 
 def changes(value, path=()):

@@ -21,6 +21,13 @@ SCHEMAS = {
 }
 
 
+def json_value(value: Any) -> Any:
+    """A value as JSON has it, before it is written: lists in place of tuples, which are no arrays to a validator."""
+    if isinstance(value, dict):
+        return {name: json_value(each) for name, each in value.items()}
+    return [json_value(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
 def schema(name: str) -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of that name.
 
@@ -28,5 +35,5 @@ def schema(name: str) -> dict[str, Any]:
         ValueError: there is none; the message has those that there are.
     """
     look_up(SCHEMAS, name, "schema")
-    loaded: dict[str, Any] = json.loads((Path(__file__).parent / f"{name}.json").read_text())
+    loaded: dict[str, Any] = json.loads((Path(__file__).parent / f"{name}.json").read_text("utf-8"))
     return loaded
