@@ -130,7 +130,8 @@ class Parser(argparse.ArgumentParser):
         """argparse's own check of ``choices``, which says it otherwise from Python 3.12 on."""
         if action.choices is not None and value not in action.choices:
             accepted = ", ".join(map(str, action.choices))
-            value = self._typed if str(value) == self._typed.lower() else value  # as it was typed, not in lower case
+            if isinstance(value, str) and value == self._typed.lower():
+                value = self._typed  # before it was made lower case
             if "," in str(value):
                 accepted = f"one of {accepted}{self._lists()}"
             command = isinstance(action, argparse._SubParsersAction)
