@@ -18,6 +18,7 @@ from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
 from moe_lowering.report.text import distinct, missing_values, render
 from moe_lowering.report.width import WIDTH
+from moe_lowering.source_lines import SourceLine
 
 OPS = ("moe_lowering.dispatch", "moe_lowering.grouped_mlp", "moe_lowering.combine")
 
@@ -147,6 +148,12 @@ def test_a_value_and_a_limit_that_the_rules_own_words_have_are_not_said_again():
     )
     assert missing_values(bytes_) == "" and bytes_.fault == "needs 290 MB"
     assert missing_values(symbolic) == "; value is 8*T; accepted: at most 16 (declared)"
+
+
+def test_a_line_of_this_package_is_told_by_its_place_in_it():
+    ours = Path(moe_lowering.__file__).parent
+    assert str(SourceLine(f"{ours}/functional.py", 93, "route")) == "moe_lowering/functional.py:93 in route"
+    assert str(SourceLine(f"{ours}_of_mine/model.py", 1, "f")) == f"{ours}_of_mine/model.py:1 in f"
 
 
 def test_a_rule_that_several_implementations_break_is_said_once_in_a_block():
