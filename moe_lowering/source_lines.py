@@ -28,8 +28,9 @@ class SourceLine:
     text: str = ""
 
     def __str__(self) -> str:
-        # A library's file by its place in the library: shorter, and the same in every environment
-        where = f"{self.file.removeprefix(f'{_SITE}/')}:{self.line} in {self.function}"
+        # A library's file by its place in the library, this package's too: shorter, and the same in every environment
+        place = self.file.removeprefix(f"{_OURS.parent}/" if self.file.startswith(f"{_OURS}/") else f"{_SITE}/")
+        where = f"{place}:{self.line} in {self.function}"
         return f"{where}: {self.text}" if self.text else where
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from moe_lowering.cli import collection, terminal
 from moe_lowering.cli.commands import PageReport, Report, Request, parse, run
 from moe_lowering.cli.files import UNENCODABLE, write_file
+from moe_lowering.cli.option_names import name_options
 from moe_lowering.cli.progress import Progress
 from moe_lowering.cli.simulate.request import SimulateRequest
 from moe_lowering.cli.usage import RunError, UsageError, first_sentence
@@ -87,11 +88,14 @@ def _parse(arguments: list[str] | None) -> Request:
 
 
 def _text(report: Report) -> str:
-    """A report for a person, as wide as the terminal."""
-    from moe_lowering.report.width import use_width  # with it torch, which the report has imported
+    """A report for a person, as wide as the terminal; below it the options for the fields that refusals name."""
+    from moe_lowering.report.text import labelled_text  # with it torch, which the report has imported
+    from moe_lowering.report.width import use_width
 
     with use_width(terminal.width()):
-        return report.to_text()
+        text = report.to_text()
+        options = name_options(text)
+        return f"{text}\n\n{labelled_text('options', options)}" if options else text
 
 
 def _complain(text: str) -> None:

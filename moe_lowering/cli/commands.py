@@ -21,6 +21,7 @@ from moe_lowering.cli.matrix import arguments as matrix_arguments
 from moe_lowering.cli.matrix.request import MatrixRequest
 from moe_lowering.cli.models import arguments as models_arguments
 from moe_lowering.cli.models.request import ModelsRequest
+from moe_lowering.cli.option_names import OTHER_NAMES
 from moe_lowering.cli.options import HelpFormatter, Parser
 from moe_lowering.cli.simulate import arguments as simulate_arguments
 from moe_lowering.cli.simulate.request import SimulateRequest
@@ -121,8 +122,10 @@ def _unknown(called: str, word: str, parser: argparse.ArgumentParser, values: di
     accepted = f"those of moe-lowering {called} --help"
     if called == "simulate":
         accepted += ", and the program with its own options after --"
-    option = word.partition("=")[0]
-    hint = did_you_mean(option, parser._option_string_actions, cutoff=0.8) if option.startswith("--") else ""
+    option, known = word.partition("=")[0], parser._option_string_actions
+    meant = OTHER_NAMES.get(option.removeprefix("--").replace("-", "_"), "")
+    hint = did_you_mean(option, known, cutoff=0.8) if option.startswith("--") else ""
+    hint = f" (did you mean {meant}?)" if meant in known else hint
     return f"argument {option}: is none of {called}{hint}; accepted: {accepted}"
 
 

@@ -84,14 +84,25 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Errors as one line, with the same prefix for every command and the same words in every version of Python."""
 
+    _typed = ""  # the text of the last value
+
     def error(self, message: str) -> NoReturn:
         missing = message.removeprefix("the following arguments are required: ")
         if missing != message:
             message = f"argument {missing}: is missing; accepted: {self._accepted(missing)}"
         without_value = message.removesuffix(": expected one argument").removesuffix(": expected at least one argument")
         if without_value != message:
-            message = f"{without_value}: is given without a value; accepted: what {self.prog} --help says of it"
+            option = without_value.removeprefix("argument ").split("/")[0]
+            message = f"{without_value}: is given without a value; accepted: {self._with_value(option)}"
         raise UsageError(message)
+
+    def _with_value(self, option: str) -> str:
+        """An option as the help has it, with the name of its value and what that is."""
+        action = self._option_string_actions.get(option)
+        if action is None or not action.help:
+            return f"what {self.prog} --help says of it"
+        value = action.metavar or f"{{{','.join(map(str, action.choices or ()))}}}"
+        return f"{option} {value}, {action.help}"
 
     def _accepted(self, metavar: str) -> str:
         """What the help of an argument says of it."""
@@ -100,6 +111,7 @@ class Parser(argparse.ArgumentParser):
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         """argparse's own, which knows no lists: where one value is wanted, several are refused as that."""
+        self._typed = text
         try:
             return super()._get_value(action, text)
         except argparse.ArgumentError as error:
@@ -118,6 +130,8 @@ class Parser(argparse.ArgumentParser):
         """argparse's own check of ``choices``, which says it otherwise from Python 3.12 on."""
         if action.choices is not None and value not in action.choices:
             accepted = ", ".join(map(str, action.choices))
+            if isinstance(value, str) and value == self._typed.lower():
+                value = self._typed  # before it was made lower case
             if "," in str(value):
                 accepted = f"one of {accepted}{self._lists()}"
             command = isinstance(action, argparse._SubParsersAction)

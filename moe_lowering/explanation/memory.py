@@ -70,7 +70,8 @@ class Memory:
         )
         window = "no HCCL window"
         if self.communicators:
-            window = f"{gigabytes(self.window)} HCCL windows of {count_of(self.communicators, 'communicator')}"
+            communicators = count_of(self.communicators, "communicator")
+            window = f"{gigabytes(self.window)} HCCL windows ({communicators}, each twice HCCL_BUFFSIZE)"
         capacity = (
             "memory of the SoC is not known" if self.capacity is None else f"the SoC has {gigabytes(self.capacity)}"
         )

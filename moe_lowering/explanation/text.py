@@ -12,7 +12,7 @@ from moe_lowering.explanation.rules_text import decisive_lines, other_lines
 from moe_lowering.number_words import UNITS, count_of
 from moe_lowering.passes.quantities import dtype_name
 from moe_lowering.report.records import Verdict
-from moe_lowering.report.text import distinct, render_refusal, render_sizes, render_sources
+from moe_lowering.report.text import Said, distinct, render_refusal, render_sizes, render_sources
 from moe_lowering.report.width import report_width
 from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS, FIXED, TOKEN_UNPERMUTE
 
@@ -33,13 +33,13 @@ def render(explanation: Explanation, why: str | None = None, colour: bool = Fals
     parts += [_table(answer, paint), _choice_lines(explanation, paint)]
     if explanation.pieces is not None:
         parts.append(_sweep(explanation.pieces, explanation, paint))
-    sources: list[str] = []
+    said = Said()
     if why is not None:
         parts.append(other_lines(answer, why, paint))
     else:
-        parts += _refusals(explanation, sources, paint)
+        parts += _refusals(explanation, said, paint)
     parts.append(labelled_rows("assumed", explanation.assumptions))
-    parts += [paint(render_sources(sources), "dim")] if sources else []
+    parts += [paint(render_sources(said.sources), "dim")] if said.sources else []
     return "\n\n".join(parts)
 
 
@@ -165,22 +165,22 @@ def _sweep(pieces: Sequence[Piece], explanation: Explanation, paint: Paint) -> s
     return "\n".join(lines)
 
 
-def _refusals(explanation: Explanation, sources: list[str], paint: Paint) -> list[str]:
+def _refusals(explanation: Explanation, said: Said, paint: Paint) -> list[str]:
     """Of each refused implementation; once where all of them break the same rules."""
     comm, verdicts = explanation.question.policy.comm, explanation.answer.judgement.verdicts
     rules = {tuple(str(violation) for violation in distinct(verdict)) for verdict in verdicts.values()}
     if comm == AUTO and len(rules) == 1 and not any(verdict.legal for verdict in verdicts.values()):
-        return [_refusal("none is legal", next(iter(verdicts.values())), sources, paint)]
+        return [_refusal("none is legal", next(iter(verdicts.values())), said, paint)]
     return [
-        _refusal(f"not {name}", verdict, sources, paint) if comm in (AUTO, name) else _codes(name, verdict)
+        _refusal(f"not {name}", verdict, said, paint) if comm in (AUTO, name) else _codes(name, verdict)
         for name, verdict in verdicts.items()
         if not verdict.legal
     ]
 
 
-def _refusal(label: str, verdict: Verdict, sources: list[str], paint: Paint) -> str:
+def _refusal(label: str, verdict: Verdict, said: Said, paint: Paint) -> str:
     """The broken rules of an implementation, in the words of a lowering's report."""
-    text = render_refusal(label, verdict, sources)
+    text = render_refusal(label, verdict, said)
     for code in dict.fromkeys(violation.code for violation in verdict.violations):
         text = text.replace(f"[{code}]", paint(f"[{code}]", "red"))
     return text

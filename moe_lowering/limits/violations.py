@@ -132,6 +132,15 @@ class Violation:
         instead = "" if self.buffer is None else self.buffer.instead
         return "; ".join(filter(None, (instead or self._fill(self.advises), self.undeclared)))
 
+    @property
+    def tells_limit(self) -> bool:
+        """Whether the rule's own words say both the value and what is accepted: of the HCCL window in MB."""
+        if self.buffer is not None and isinstance(self.value, int):
+            return "{needed_mb}" in self.says
+        bounds = (self.limit.min, self.limit.max, self.limit.multiple_of, self.limit.equals)
+        names = [self.quantity, *(bound.expression for bound in bounds if bound is not None)]
+        return len(names) > 1 and all(f"{{{name}}}" in self.says for name in names)
+
     def show(self) -> str:
         """The value as text."""
         return show_word(self.value, self.names)

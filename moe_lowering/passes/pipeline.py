@@ -48,6 +48,11 @@ log = logging.getLogger(__name__)
 class LoweringError(RuntimeError):
     """Strict mode: a block was left unlowered, or the graph cannot be captured. The message names each place and why."""
 
+    def __init__(self, message: str) -> None:
+        # npugraph_ex makes it anew of the message, this file's traceback, in which the message stands again, and its own code
+        text, traceback, rest = message.partition("\nTraceback (most recent call last):\n")
+        super().__init__(text + rest.rpartition(text)[2] if traceback and text in rest else message)
+
 
 class MoeLowering:
     """The pass: it finds the MoE blocks of a graph, and lowers what is legal.
@@ -221,10 +226,13 @@ def _require_lowered(report: LoweringReport, remaining: list[Node]) -> None:
 
 
 def _broken_rules(block: BlockReport) -> list[str]:
-    """The rules that left a block unlowered, in sentences: those that its reason names; all where it names none."""
+    """The rules that left a block unlowered, in sentences, each once: those that its reason names; all where it names none."""
     broken = [(verdict.implementation, rule) for verdict in block.verdicts.values() for rule in verdict.violations]
     named = [each for each in broken if each[1].code in block.reason]
-    return [f"not {name}: {rule}" + (f" ({rule.advice})" if rule.advice else "") for name, rule in named or broken]
+    refused: dict[str, list[str]] = {}
+    for name, rule in named or broken:
+        refused.setdefault(f"{rule} ({rule.advice})" if rule.advice else str(rule), []).append(name)
+    return [f"not {', '.join(dict.fromkeys(names))}: {text}" for text, names in refused.items()]
 
 
 def _codes_of_none(block: BlockReport) -> str:

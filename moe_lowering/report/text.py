@@ -24,9 +24,9 @@ _BOUND_CHECK = "moe_lowering.assert_tokens"
 def render(report: LoweringReport) -> str:
     """The whole report: a headline, each kind of block, what was not recognised, what the deployment was detected to be, and
     the sources of the broken rules."""
-    sources: list[str] = []
+    said = Said()
     parts = [fold(_headline(report))]
-    parts += [_render_blocks(blocks, sources) for blocks in equal_blocks(report.blocks)]
+    parts += [_render_blocks(blocks, said) for blocks in equal_blocks(report.blocks)]
     if report.unlowered:
         lines = [labelled_text(place, why) for place, why in report.unlowered]
         parts.append("\n".join(["not recognised as an MoE block:", *lines]))
@@ -40,9 +40,33 @@ def render(report: LoweringReport) -> str:
     if report.detected:
         lines = [labelled_text(detected.field, f"{detected.value} ({detected.source})") for detected in report.detected]
         parts.append("\n".join(["the deployment, as it was detected", *lines]))
-    if sources:
-        parts.append(render_sources(sources))
+    if said.sources:
+        parts.append(render_sources(said.sources))
     return "\n\n".join(parts)
+
+
+class Said:
+    """What a report says once: sources, in the order of their numbers, and of each block a refusal."""
+
+    def __init__(self) -> None:
+        self.sources: list[str] = []
+        self._first: dict[str, str] = {}
+
+    def begin_block(self) -> None:
+        """What was said of another block is said again."""
+        self._first = {}
+
+    def refusal(self, label: str, violation: Violation) -> str:
+        """A broken rule as docs/refusals.md has it; its code alone where another implementation was refused by the same."""
+        advice = f"{violation.advice}; " if violation.advice else ""
+        text = f"[{violation.code}] {violation.message}{missing_values(violation)} ({advice}source {self._number(violation)})"
+        first = self._first.setdefault(text, label)
+        return text if first == label else f"[{violation.code}] as for {first.removeprefix('not ')}"
+
+    def _number(self, violation: Violation) -> int:
+        if violation.source not in self.sources:
+            self.sources.append(violation.source)
+        return self.sources.index(violation.source) + 1
 
 
 def render_sources(sources: Sequence[str]) -> str:
@@ -99,8 +123,9 @@ def _own_ops(block: BlockReport) -> list[str]:
     return [op for op in block.ops_after if op != _BOUND_CHECK]
 
 
-def _render_blocks(blocks: Sequence[BlockReport], sources: list[str]) -> str:
+def _render_blocks(blocks: Sequence[BlockReport], said: Said) -> str:
     block = blocks[0]
+    said.begin_block()
     times = f"  x{len(blocks)}" if len(blocks) > 1 else ""
     lines = textwrap.wrap(_title(blocks) + times, report_width(), break_on_hyphens=False)
     lines.append(labelled_text("implementation", f"{_implementation(block)} ({block.reason})"))
@@ -119,7 +144,7 @@ def _render_blocks(blocks: Sequence[BlockReport], sources: list[str]) -> str:
         if name != block.comm:
             is_legal = verdict.legal
             lines.append(
-                labelled_text("also legal", name) if is_legal else render_refusal(f"not {name}", verdict, sources)
+                labelled_text("also legal", name) if is_legal else render_refusal(f"not {name}", verdict, said)
             )
         if name == block.comm or not verdict.legal:
             lines += _render_ruled_out(name, verdict)
@@ -168,11 +193,12 @@ def _size(size: Size) -> str:
 
 
 def _window(window: Window, buffer_bytes: int) -> str:
-    enough = "" if window.needed_mb is None else f" ({window.needed_mb} would do)"
-    return (
-        f"[{window.code}] {_size(window.needed)} of {window.accepted} {window.unit}; HCCL_BUFFSIZE "
-        f"{buffer_bytes / 2**20:g} MB{enough}"
-    )
+    """How much of HCCL_BUFFSIZE a rule asks for; where nothing bounds T, the bytes of each instead."""
+    buffer_mb = f"{buffer_bytes / 2**20:g} MB"
+    if window.needed_mb is None:
+        return f"[{window.code}] {_size(window.needed)} of {window.accepted} {window.unit}; HCCL_BUFFSIZE {buffer_mb}"
+    of = "" if window.needed.fixed else f" for {_size(window.needed)} bytes"
+    return f"[{window.code}] HCCL_BUFFSIZE of {window.needed_mb} MB would do{of}; it is {buffer_mb}"
 
 
 def distinct(verdict: Verdict) -> list[Violation]:
@@ -184,29 +210,19 @@ def distinct(verdict: Verdict) -> list[Violation]:
     return sorted(rules.values(), key=lambda violation: not violation.code.endswith(".provider"))
 
 
-def render_refusal(label: str, verdict: Verdict, sources: list[str]) -> str:
-    """Every broken rule of an implementation, as docs/refusals.md has it; its sources are added to ``sources``."""
-    lines: list[str] = []
-    for violation in distinct(verdict):
-        advice = f"{violation.advice}; " if violation.advice else ""
-        where = f"({advice}source {_number(violation, sources)})"
-        text = f"[{violation.code}] {violation.message}{missing_values(violation)} {where}"
-        lines.append(labelled_text("" if lines else label, text, hanging="    "))
-    return "\n".join(lines)
-
-
-def _number(violation: Violation, sources: list[str]) -> int:
-    """The place of a violation's source in the list at the end, which it is added to."""
-    if violation.source not in sources:
-        sources.append(violation.source)
-    return sources.index(violation.source) + 1
+def render_refusal(label: str, verdict: Verdict, said: Said) -> str:
+    """Every broken rule of an implementation."""
+    return "\n".join(
+        labelled_text("" if at else label, said.refusal(label, violation), hanging="    ")
+        for at, violation in enumerate(distinct(verdict))
+    )
 
 
 def missing_values(violation: Violation) -> str:
     """What was looked at, its value and what is accepted, of a rule whose message does not hold that; of what is computed from
     several quantities without the expression, which is a line of its own."""
     accepted = violation.limit.say(violation.names)
-    if violation.limit.is_flag or accepted in violation.message:
+    if violation.limit.is_flag or violation.tells_limit or accepted in violation.message:
         return ""
     what = violation.quantity if violation.quantity.isidentifier() else "value"
     return f"; {what} is {violation.show()}; accepted: {accepted}"

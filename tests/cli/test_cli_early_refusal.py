@@ -106,7 +106,8 @@ def test_with_dynamic_shapes_a_refusal_that_depends_on_t_needs_the_graph(given: 
 def test_without_a_provider_the_choice_is_another_one():
     request = parse(["lower", "moe", "--ep", "4", "--provider", "none"])
     assert prepare.deployment_for(request, ep_group="ep").providers == ()
-    assert "no provider of fused operators installed" in prepare.assumptions(request)
+    (_, assumed), given = prepare.deployment_facts(request)
+    assert given == ("given", "no provider of fused operators installed") and "HCCL_BUFFSIZE is 1024 MB" in assumed
     request = parse(["lower", "moe", "--provider", "cann_ops_transformer=9.1.0"])
     assert prepare.deployment_for(request).providers == (("cann_ops_transformer", "9.1.0"),)
     assert prepare.deployment_for(LowerRequest("moe")).providers == ASSUMED_PROVIDERS

@@ -157,6 +157,11 @@ def test_a_config_file_of_a_type_that_transformers_does_not_know(capfd, tmp_path
     (f"{BLOCK} --hidde 8", r"argument --hidde: is none of explain \(did you mean --hidden\?\); accepted: those of moe-lowering "),
     (f"{BLOCK} --bufer-mb=8", r"argument --bufer-mb: is none of explain \(did you mean --buffer-mb\?\); accepted"),
     (f"{BLOCK} --colourless", "argument --colourless: is none of explain; accepted"),
+    (f"{BLOCK} --hidden_size 8", r"argument --hidden_size: is none of explain \(did you mean --hidden\?\); accepted"),
+    (f"{BLOCK} --moe-intermediate-size=8", r"argument --moe-intermediate-size: .*\(did you mean --intermediate\?\); accepted"),
+    (f"{BLOCK} --num-experts-per-tok 8", r"argument --num-experts-per-tok: .* \(did you mean --topk\?\); accepted"),
+    (f"{BLOCK} --comm MC3", "argument --comm: is 'MC3'; accepted: auto, allgather, "),
+    (f"{BLOCK} --html", "argument --html: is given without a value; accepted: --html FILE, also write a page"),
     ("qwen3_moe deepseek_v3", "argument MODEL: is given twice, qwen3_moe and 'deepseek_v3'; accepted: one"),
 ])  # fmt: skip
 def test_wrong_usage_is_one_line_and_code_2(capfd, given, message):
@@ -247,8 +252,14 @@ def test_the_report_says_it_all(capfd):
     _, with_tp, _ = command(capfd, f"{BLOCK} --ep 16 --tp 2 --tokens 127")
     assert "sizes T = 127; capacity 64 on each of 2 TP ranks; a rank receives" in re.sub(r"\s+", " ", with_tp)
     assert " ".join(out.split()).count("of HCCL_BUFFSIZE a MB is 2**20 bytes") == 1
-    # 2 * 128 * 8 * 7168 bytes in a third of 200 MB
-    assert "[fused.window] 14680064 of 69905066 bytes (a third of HCCL_BUFFSIZE)" in re.sub(r"\s+", " ", out)
+    # 2 * 128 * 8 * 7168 bytes are 14 MB, in a third of 200 MB
+    assert "[fused.window] HCCL_BUFFSIZE of 42 MB would do; it is 200 MB" in re.sub(r"\s+", " ", out)
+    assert out.endswith(  # of the fields that mc2.buffer names
+        "\n\n  options           Deployment.hccl_buffer_mb is --buffer-mb, Deployment.max_tokens is --max-tokens\n"
+    )
+    assert "[mc2.buffer] npu_moe_distribute_dispatch_v2: needs 960 MB of HCCL window, HCCL_BUFFSIZE is 200 MB (set" in (
+        re.sub(r"\s+", " ", out)
+    )
 
 
 def test_the_page_shows_what_the_command_prints(capfd):
@@ -317,7 +328,8 @@ def test_help_needs_no_torch(capfd):
 )
 def test_an_explanation_prints_itself_as_the_command_prints_it(given, capfd):
     explanation = run_explain(parse(["explain", *given.split()])).explanation
-    assert f"{explanation}\n" == command(capfd, f"{given} --color never")[1]
+    printed = command(capfd, f"{given} --color never")[1]
+    assert f"{explanation}\n" == printed.partition("\n  options  ")[0].rstrip() + "\n"
     for record in (explanation, explanation.answer):
         assert len(repr(record)) < 120 and (explanation.answer.choice or "NONE") in repr(record)
 

@@ -12,7 +12,7 @@ from test_explain import BLOCK, answer, codes, command
 from moe_lowering import Deployment, simulator
 from moe_lowering.cli.commands import parse
 from moe_lowering.cli.explain.command import run_explain
-from moe_lowering.cli.lower.prepare import assumptions
+from moe_lowering.cli.lower.prepare import deployment_facts
 from moe_lowering.explanation import describe
 from moe_lowering.explanation.memory import ON_TOP
 from moe_lowering.model_configs.check import check_model
@@ -192,7 +192,7 @@ def test_an_alias_is_said_as_what_it_was_taken(capfd):
     assert found["deployment"]["soc"] == "A3" and "SoC 910c is taken as A3" in found["assumptions"]
     assert not [text for text in answer(capfd, f"{BLOCK} --soc A3")[1]["assumptions"] if "taken as" in text]
     request = parse(["lower", "moe", "--soc", "950"])
-    assert request.soc == "A5" and "SoC 950 is taken as A5" in assumptions(request)
+    assert request.soc == "A5" and "SoC 950 is taken as A5" in dict(deployment_facts(request))["assumed"]
 
 
 def test_every_default_that_differs_from_a_deployments_is_said(capfd):

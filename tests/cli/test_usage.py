@@ -13,7 +13,7 @@ from test_explain import BLOCK, command
 from moe_lowering import cli
 from moe_lowering.cli import commands, completion
 from moe_lowering.cli.lower.early_refusal import Policy
-from moe_lowering.cli.lower.prepare import assumptions, deployment_for
+from moe_lowering.cli.lower.prepare import deployment_facts, deployment_for
 from moe_lowering.report.width import WIDTH
 
 # ----------------------------------------------------------------------------------------------- help, lower's options
@@ -73,7 +73,7 @@ def test_lower_takes_what_explain_takes(capfd, option, field, value):
     explained = json.loads(command(capfd, f"{BLOCK} {option} --json")[1])["deployment"]
     assert explained[field] == ({} if value == () else value)
     if "--ranks" not in option and "--fused" not in option and "--max" not in option:
-        assert assumptions(request) != assumptions(commands.parse(["lower", "moe"])), "the report says it"
+        assert deployment_facts(request) != deployment_facts(commands.parse(["lower", "moe"])), "the report says it"
 
 
 def test_policy_and_overlap_reach_the_pass(capfd):

@@ -267,12 +267,13 @@ def test_public_names_are_all_there():
     [
         ("mc2", "A2", ["not mc2: [mc2.ep_size] mc2: ep_size is 1; accepted: at least 2 ("]),
         ("auto", "310P", ["not allgather: [allgather.soc] ", "not mc2: [mc2.soc] ", "not fused_mc2: [fused.ep_size] "]),
+        ("auto", "A3", ["not allgather, alltoall, mc2, fused_mc2: [deployment.max_tokens] deployment: T is 3, "]),
     ],
-    ids=["asked for", "none is legal"],
+    ids=["asked for", "none is legal", "of all"],
 )
 def test_strict_mode_says_each_broken_rule_once_with_what_to_do(comm, soc, rules):
     module = torch.nn.Sequential(*[MoE(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K) for _ in range(2)])
-    lowering = MoeLowering(Deployment(soc=soc), comm, strict=True)
+    lowering = MoeLowering(Deployment(soc=soc, max_tokens=2 if soc == "A3" else 0), comm, strict=True)
     with pytest.raises(Exception, match=r"moe_lowering \(strict\): left unlowered") as raised, torch.no_grad():
         compile_plain(module, lowering)(torch.randn(3, HIDDEN))
     text = str(raised.value)

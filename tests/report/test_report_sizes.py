@@ -155,7 +155,8 @@ def test_text_shows_sizes_and_fits():
     flat = " ".join(text.split())
     assert max(map(len, text.splitlines())) <= WIDTH
     assert flat.count("T = hidden.shape[0]*hidden.shape[1]") == 1 and "capacity" not in flat, "one TP rank has all of T"
-    assert "max_output_size 2048" in flat and "[fused.window] 4096*hidden.shape[0]*hidden.shape[1]" in flat
+    assert "max_output_size 2048" in flat and "[fused.window] HCCL_BUFFSIZE of" in flat
+    assert " MB would do for 4096*hidden.shape[0]*hidden.shape[1] (at most" in flat
 
 
 def test_json_of_a_block_is_complete():

@@ -7,15 +7,18 @@ import re
 from pathlib import Path
 
 import pytest
+import sympy
 
 import moe_lowering
 from moe_lowering.limits import Citation, TokenRange, Violation
+from moe_lowering.limits.violations import BufferNeed
 from moe_lowering.limits.wording import Accepted, Bound
 from moe_lowering.report.graphs import GraphNode
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
 from moe_lowering.report.text import distinct, missing_values, render
 from moe_lowering.report.width import WIDTH
+from moe_lowering.source_lines import SourceLine
 
 OPS = ("moe_lowering.dispatch", "moe_lowering.grouped_mlp", "moe_lowering.combine")
 
@@ -127,6 +130,41 @@ def test_value_and_limit_are_shown_where_the_message_does_not_hold_them():
         "; size is 5; accepted: 1 to 3",
         "",
     ]
+
+
+def test_a_value_and_a_limit_that_the_rules_own_words_have_are_not_said_again():
+    most = Accepted(max=Bound(16, "declared"))
+    own = "T is {size}, at most {declared}"
+    full, other = (
+        Violation("a.b", "mc2", "size", 32, limit, source("s"), own, shown=(("size", 32), ("declared", 16)))
+        for limit in (most, SMALL)
+    )
+    assert missing_values(full) == "" and full.fault == "T is 32, at most 16"
+    assert missing_values(other) == "; size is 32; accepted: 1 to 3"
+    need = BufferNeed(200, 290)
+    bytes_, symbolic = (
+        Violation("a.c", "mc2", "8 * size", value, most, source("s"), "needs {needed_mb} MB", buffer=need)
+        for value in (304087040, sympy.Symbol("T") * 8)
+    )
+    assert missing_values(bytes_) == "" and bytes_.fault == "needs 290 MB"
+    assert missing_values(symbolic) == "; value is 8*T; accepted: at most 16 (declared)"
+
+
+def test_a_line_of_this_package_is_told_by_its_place_in_it():
+    ours = Path(moe_lowering.__file__).parent
+    assert str(SourceLine(f"{ours}/functional.py", 93, "route")) == "moe_lowering/functional.py:93 in route"
+    assert str(SourceLine(f"{ours}_of_mine/model.py", 1, "f")) == f"{ours}_of_mine/model.py:1 in f"
+
+
+def test_a_rule_that_several_implementations_break_is_said_once_in_a_block():
+    broken = (violation(), violation("mc2.own"))
+    verdicts = {"allgather": Verdict("allgather", broken[:1]), "mc2": Verdict("mc2", broken)}
+    one, two = (
+        dataclasses.replace(block(name, comm=None), verdicts=verdicts, reason=name) for name in ("layers.0", "other")
+    )
+    text = " ".join(render(report(one, two)).split())
+    assert text.count("not allgather [mc2.hidden] mc2: hidden is 64; accepted: 1024 to 8192 (use AllGather") == 2
+    assert text.count("not mc2 [mc2.hidden] as for allgather [mc2.own] mc2: hidden is 64") == 2
 
 
 def test_what_is_not_there_at_all_is_said_before_rules_for_its_versions():

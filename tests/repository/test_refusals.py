@@ -1,5 +1,6 @@
 """docs/refusals.md has every code of the limit tables, as they are now."""
 
+import argparse
 import dataclasses
 import re
 import sys
@@ -10,6 +11,10 @@ sys.path.insert(0, str(TOP / ".ci"))
 
 import refusals  # noqa: E402
 
+from moe_lowering import Deployment  # noqa: E402
+from moe_lowering.cli.explain import arguments as explain  # noqa: E402
+from moe_lowering.cli.lower import arguments as lower  # noqa: E402
+from moe_lowering.cli.option_names import FIELD_OPTIONS, OTHER_NAMES  # noqa: E402
 from moe_lowering.limits.table import load  # noqa: E402
 
 # Codes that are no rows of the tables, as the source has them in strings.
@@ -40,6 +45,22 @@ def test_the_list_is_for_people():
     assert not re.search(r"\(text=|`False` is|one of `,|one of `[^`,]*`|\|  \|", listed())
     assert any(f"{refusals.NEVER} (" in line and "vllm_ascend>=0.24" in line for line in listed().splitlines())
     assert '`comm_alg` one of `"", fullmesh' in listed() and "`has_clamps` is `False` (A2, A3; `cann<8.5`)" in listed()
+
+
+def test_the_options_of_fields_are_those_of_the_commands():
+    """As the commands name them below a report."""
+    cells = re.split(r" *\| *", refusals.PAGE.read_text().partition("| field | option |")[2].partition("\n\n")[0])
+    fields = [re.findall(r"`(\w+)", cell) for cell in cells if re.match(r"`[a-z]", cell)]
+    options = [re.findall(r"`(--[\w-]+)", cell) for cell in cells if cell.startswith("`--")]
+    named = {f: o for fs, os in zip(fields, options, strict=True) for f, o in zip(fs, os, strict=True)}
+    assert named.pop("capture") == "--no-capture" and named == FIELD_OPTIONS
+    assert set(FIELD_OPTIONS) < {field.name for field in dataclasses.fields(Deployment)}
+    commands = argparse.ArgumentParser().add_subparsers()
+    for arguments in (explain, lower):
+        arguments.add_command(commands)
+    for parser in commands.choices.values():
+        assert set(FIELD_OPTIONS.values()) <= set(parser._option_string_actions)
+    assert set(OTHER_NAMES.values()) <= set(commands.choices["explain"]._option_string_actions)
 
 
 def test_the_other_lists_are_those_of_the_pass():

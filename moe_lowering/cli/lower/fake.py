@@ -26,7 +26,7 @@ from moe_lowering.cli import collection
 from moe_lowering.cli.lower import fake_weights, layerwise, models, trace_progress
 from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.prepare import (
-    assumptions,
+    deployment_facts,
     deployment_for,
     early_outcome,
     register_transformers,
@@ -59,7 +59,7 @@ def lower_fake(request: LowerRequest, progress: Callable[[str], None]) -> LowerO
     unsupported = unsupported_modules(model)
     if outcome := early_outcome(request, plan, model, unsupported):
         return outcome
-    facts = [("assumed", assumptions(request))]
+    facts = deployment_facts(request)
     with _fake_groups(request) as deployment:
         lowering = MoeLowering(deployment, request.comm, policy=request.policy, overlap=request.overlap)
         progress(f"building {plan.name} ({count_of(plan.layers, 'layer')}, {request.dtype}) without weights")

@@ -39,8 +39,8 @@ def deployment_for(request: LowerRequest, **place: Any) -> Deployment:
     )
 
 
-def assumptions(request: LowerRequest) -> str:
-    """What ``deployment_for`` takes for granted, for the report."""
+def deployment_facts(request: LowerRequest) -> list[tuple[str, str]]:
+    """What ``deployment_for`` takes for granted, and what the command said of the machine, for the report."""
     named = [f"{name} {version}" for name, version in request.providers] if request.provider is not None else []
     templates = {
         "HCCL_BUFFSIZE {} MB": request.buffer_mb,
@@ -53,7 +53,8 @@ def assumptions(request: LowerRequest) -> str:
     equal = "not equal on all ranks" if request.unequal_tokens else "equal on all ranks"
     sentences = [text.format(value) for text, value in templates.items() if value is not None]
     tokens = f"at most {count_of(request.max_tokens, 'token')} per rank, {equal}"
-    return "; ".join([tokens, *request.taken_as, *sentences, *assumed_differences(request)])
+    assumed = ("assumed", "; ".join([tokens, *request.taken_as, *assumed_differences(request)]))
+    return [assumed, ("given", "; ".join(sentences))] if sentences else [assumed]
 
 
 def tensor_parallel_place(request: LowerRequest, rank: int, backend: str | None = None) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def early_outcome(
     request: LowerRequest, plan: models.ModelPlan, skeleton: nn.Module, unsupported: list[tuple[str, str]]
 ) -> LowerOutcome | None:
     """The outcome of a command that cannot succeed, whatever the graph is; None when the graph has to be seen."""
-    facts = [("assumed", assumptions(request))]
+    facts = deployment_facts(request)
     if unsupported:
         stops = request.ep > 1 or request.capture
         return LowerOutcome(request, plan.name, [], unsupported, None, facts) if stops else None

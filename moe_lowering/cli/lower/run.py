@@ -21,7 +21,7 @@ from moe_lowering.cli.lower import compare, graph_replay, models
 from moe_lowering.cli.lower.configs import is_small
 from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.prepare import (
-    assumptions,
+    deployment_facts,
     deployment_for,
     early_outcome,
     register_transformers,
@@ -253,7 +253,7 @@ def _model_facts(request: LowerRequest, plan: models.ModelPlan, result: RankResu
         f" of a small {request.model} with random weights (--fake lowers the full size)" if is_small(request) else ""
     )
     return [
-        ("assumed", assumptions(request)),
+        *deployment_facts(request),
         (
             "ran",
             f"{count_of(counts, 'token')} per rank on {count_of(request.ep, 'rank')}; {count_of(plan.layers, 'layer')}{small}",

@@ -1,0 +1,50 @@
+"""Options by the names that their meaning has elsewhere: fields of ``Deployment`` in refusals, words of models' configs and of
+vLLM."""
+
+from __future__ import annotations
+
+import re
+
+# The option of `explain` and `lower` for a field of Deployment, which is what refusals name.
+FIELD_OPTIONS = {
+    "soc": "--soc",
+    "ep_size": "--ep",
+    "tp_size": "--tp",
+    "max_tokens": "--max-tokens",
+    "equal_tokens": "--unequal-tokens",
+    "hccl_buffer_mb": "--buffer-mb",
+    "weight_format": "--weight-format",
+    "cann": "--cann",
+    "providers": "--provider",
+    "fused_mode": "--fused-mode",
+    "mc2_hierarchy": "--hierarchy",
+    "unpermute_operator": "--unpermute-operator",
+    "ranks_per_node": "--ranks-per-node",
+    "measured": "--measured",
+}
+
+# What configs of models, vLLM and Deployment call what an option says.
+OTHER_NAMES = {
+    "hidden_size": "--hidden",
+    "intermediate_size": "--intermediate",
+    "moe_intermediate_size": "--intermediate",
+    "num_experts": "--experts",
+    "num_local_experts": "--experts",
+    "n_routed_experts": "--experts",
+    "num_experts_per_tok": "--topk",
+    "top_k": "--topk",
+    "quantisation": "--quant",
+    "quantization": "--quant",
+    "ep_size": "--ep",
+    "tp_size": "--tp",
+    "tensor_parallel_size": "--tp",
+    "hccl_buffer_mb": "--buffer-mb",
+    "providers": "--provider",
+    "max_num_batched_tokens": "--max-tokens",
+}
+
+
+def name_options(text: str) -> str:
+    """The options for the fields of Deployment that a text names; "" for none."""
+    named = dict.fromkeys(re.findall(r"\bDeployment\.(\w+)", text))
+    return ", ".join(f"Deployment.{field} is {FIELD_OPTIONS[field]}" for field in named if field in FIELD_OPTIONS)
