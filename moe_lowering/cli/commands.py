@@ -122,6 +122,8 @@ def _unknown(called: str, word: str, parser: argparse.ArgumentParser, values: di
     if called == "simulate":
         accepted += ", and the program with its own options after --"
     option = word.partition("=")[0]
+    if option in parser._option_string_actions:
+        return f"argument {option}: stands behind --, where no options are read; accepted: options in front of it"
     hint = did_you_mean(option, parser._option_string_actions, cutoff=0.8) if option.startswith("--") else ""
     return f"argument {option}: is none of {called}{hint}; accepted: {accepted}"
 
