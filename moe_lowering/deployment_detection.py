@@ -120,7 +120,12 @@ def groups_of_mesh(device_mesh: DeviceMesh, ep: str | tuple[str, ...], tp: str |
 
 def _dimension(mesh: Any, names: tuple[str, ...], argument: str, dimension: str | tuple[str, ...]) -> Any:
     """The process group of one dimension, or of several together."""
-    dimensions = dimension if isinstance(dimension, tuple) else (dimension,)
+    dimensions = tuple(dimension) if isinstance(dimension, (tuple, list)) else (dimension,)
+    if not dimensions or not all(isinstance(each, str) for each in dimensions):
+        raise ValueError(
+            f"Deployment.from_mesh: {argument} is {dimension!r}; accepted: of the mesh's dimensions {list(names)}, one name or "
+            "several"
+        )
     try:
         part = mesh[dimensions[0] if len(dimensions) == 1 else dimensions]
         return (part._flatten() if len(dimensions) > 1 else part).get_group()

@@ -123,6 +123,8 @@ def _unknown(called: str, word: str, parser: argparse.ArgumentParser, values: di
     if called == "simulate":
         accepted += ", and the program with its own options after --"
     option, known = word.partition("=")[0], parser._option_string_actions
+    if option in known:
+        return f"argument {option}: stands behind --, where no options are read; accepted: options in front of it"
     meant = OTHER_NAMES.get(option.removeprefix("--").replace("-", "_"), "")
     hint = did_you_mean(option, known, cutoff=0.8) if option.startswith("--") else ""
     hint = f" (did you mean {meant}?)" if meant in known else hint

@@ -91,6 +91,7 @@ FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "g
         (["lower", "moe", "--quant", "W8A9"], "--quant: is 'W8A9'; accepted: none, w8a8"),
         (["lower", "moe", "--hidden-size", "8"], "argument --hidden-size: is none of lower; accepted: those of"),
         (["lower", "moe", "--buffer-mb", "65536"], "--buffer-mb: is '65536'; accepted: an integer from 1 to 65535"),
+        (["lower", "moe", "--", "--ep", "4"], "argument --ep: stands behind --, where no options are read; accepted"),
         (["--nope"], "argument --nope: stands before COMMAND; accepted"),
         (["explain", "qwen3"], "MODEL: qwen3 has no MoE layers (did you mean qwen3_moe, qwen3_5_moe, qwen3_vl_moe?)"),
         (

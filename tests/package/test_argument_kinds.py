@@ -249,3 +249,24 @@ def test_fake_deployments_of_sizes_that_cannot_be(fields: dict[str, Any], messag
 def test_what_is_no_mesh_is_named(mesh):
     with pytest.raises(TypeError, match=r"^Deployment\.from_mesh: device_mesh is .*; accepted: a DeviceMesh"):
         Deployment.from_mesh(mesh)
+
+
+class Mesh:
+    """As much of a DeviceMesh as names need; it is sliced by what was asked for."""
+
+    mesh_dim_names = ("dp", "tp")
+
+    def __getitem__(self, names):
+        raise KeyError(names)
+
+
+@pytest.mark.parametrize("ep", [None, 0, (), ("dp", 1), [], b"dp"])
+def test_a_dimension_of_a_mesh_is_a_name_or_several(ep):
+    with pytest.raises(
+        ValueError, match=r"from_mesh: ep is .*; accepted: of the mesh's dimensions .*one name or several"
+    ):
+        Deployment.from_mesh(Mesh(), ep=ep, tp=None)
+    with pytest.raises(
+        ValueError, match=r"dimensions \['dp', 'tp'\] \(\('dp', 'tp'\)\)"
+    ):  # the twin: a list is a tuple
+        Deployment.from_mesh(Mesh(), ep=["dp", "tp"], tp=None)
