@@ -22,5 +22,5 @@ def megabytes(size: float) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes as ``68.7 GB``."""
-    return f"{size / 1e9:,.1f} GB"
+    """Bytes as ``68.7 GB``; what would be 0.0 and is something, as ``less than 0.1 GB``."""
+    return "less than 0.1 GB" if 0 < size < 0.05e9 else f"{size / 1e9:,.1f} GB"

@@ -10,6 +10,7 @@ import moe_lowering
 from moe_lowering.explanation.description import BlockDescription
 from moe_lowering.explanation.memory import TOO_SMALL, Memory
 from moe_lowering.explanation.text import render
+from moe_lowering.number_words import gigabytes
 
 TOKENS, HIDDEN, INNER, EXPERTS, TOP_K, RANKS, LAYERS = 128, 7168, 2048, 256, 8, 16, 58
 LOCAL = EXPERTS // RANKS
@@ -131,6 +132,7 @@ def test_what_cannot_fit_is_said_with_its_numbers_and_what_fits_is_not():
         "choice"
     )
     assert f"[{TOO_SMALL}] 90.7 GB = 81.7 GB experts of 58 MoE layers, 0.4 GB buffers, 8.6 GB HCCL windows" in text
+    assert "8.6 GB HCCL windows (1 communicator, each twice HCCL_BUFFSIZE); the SoC has 68.7 GB" in text
     memory, text = memory_of("mc2", "w8a8")
     assert (
         memory["fits"] and TOO_SMALL not in text and "does not fit" not in text and "49.8 GB = 40.9 GB experts" in text
@@ -145,6 +147,12 @@ def test_it_fits_up_to_the_last_byte(capacity, fits):
     memory = Memory(experts=20, layers=4, buffers=10, workspace=3, window=7, communicators=1, capacity=capacity)
     assert (memory.needed, memory.fits) == (100, fits)
     assert (TOO_SMALL in str(memory)) is not fits
+
+
+def test_a_little_memory_is_not_none():
+    assert [gigabytes(size) for size in (0, 1, 49_999_999, 50_000_000)] == [
+        "0.0 GB", "less than 0.1 GB", "less than 0.1 GB", "0.1 GB",
+    ]  # fmt: skip
 
 
 MB = 2**20
