@@ -18,7 +18,7 @@ from moe_lowering.limits.findings import Finding, examine
 from moe_lowering.limits.wording import to_json
 from moe_lowering.passes.block_sizes import block_sizes
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.costs.count_blocks import costs_later
+from moe_lowering.passes.costs.count_blocks import costs_later, legal_forms
 from moe_lowering.passes.costs.price import Price, price_of
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.legality import Judgement, declared_tokens, judge, judged_calls
@@ -92,8 +92,7 @@ class Answer:
 
     def costs(self) -> tuple[BlockCost, ...]:
         """Kernels, bytes and price of each legal implementation, the chosen one first."""
-        verdicts = self.judgement.verdicts
-        forms = tuple((name, verdict.form) for name, verdict in verdicts.items() if verdict.legal)
+        forms = legal_forms(self.judgement, self.spec, self.deployment)
         costs = costs_later(forms, self.spec, self.deployment, self.tokens)()
         return tuple(sorted(costs, key=lambda cost: cost.implementation != self.choice))
 

@@ -22,7 +22,7 @@ from moe_lowering.deployment import Deployment
 from moe_lowering.limits import Prover, TokenRange
 from moe_lowering.passes.block_sizes import block_sizes
 from moe_lowering.passes.blocks import BlockSpec
-from moe_lowering.passes.costs.count_blocks import costs_later
+from moe_lowering.passes.costs.count_blocks import costs_later, legal_forms
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.legality import Judgement, Verdicts, declared_tokens, free_tokens, judge
 from moe_lowering.passes.policy import DEFAULT_TOKENS, Policy
@@ -67,8 +67,8 @@ class Decision:
 def decide(spec: BlockSpec, deployment: Deployment, policy: Policy) -> Decision:
     """The decision for one block; the same on every rank."""
     decision = _decide(spec, deployment, policy)
-    verdicts, at = decision.judgement.verdicts, _costed_tokens(spec, deployment)
-    if forms := tuple((name, verdict.form) for name, verdict in verdicts.items() if verdict.legal):
+    at = _costed_tokens(spec, deployment)
+    if forms := legal_forms(decision.judgement, spec, deployment):
         decision = dataclasses.replace(decision, count=costs_later(forms, spec, deployment, at))
     if decision.comm is None:
         return decision

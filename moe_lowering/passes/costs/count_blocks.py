@@ -8,19 +8,35 @@ from typing import Any
 
 from moe_lowering.custom_ops.sizes import ceil_div
 from moe_lowering.deployment import Deployment
-from moe_lowering.limits import Prover
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.costs.price import price_of
 from moe_lowering.passes.costs.tally import peak_bytes
-from moe_lowering.passes.costs.work import counted_nodes, form_of, work_of
+from moe_lowering.passes.costs.work import counted_nodes, work_of
 from moe_lowering.passes.costs.workspaces import workspace_bytes
+from moe_lowering.passes.implementations import IMPLEMENTATIONS
+from moe_lowering.passes.legality import Judgement
 from moe_lowering.passes.operator_calls import Premises
 from moe_lowering.passes.policy import rates_in
 from moe_lowering.prices.machines import Sent
 from moe_lowering.report.block_costs import BlockCost
 from moe_lowering.report.graph_costs import total_cost
 
-Forms = tuple[tuple[str, str], ...]  # (implementation, form)
+Forms = tuple[tuple[str, str, int | None], ...]  # (implementation, form, rows that its operator is told)
+
+
+def legal_forms(judgement: Judgement, spec: BlockSpec, deployment: Deployment) -> Forms:
+    """The form of each legal implementation, with the rows for all T that it was judged for: a graph for several T has room
+    for the most."""
+    return tuple(
+        (name, verdict.form, _told_rows(name, verdict.form, spec, deployment, judgement.premises))
+        for name, verdict in judgement.verdicts.items()
+        if verdict.legal
+    )
+
+
+def _told_rows(name: str, form: str, spec: BlockSpec, deployment: Deployment, premises: Premises) -> int | None:
+    told = IMPLEMENTATIONS[name].form(form, deployment).told_rows
+    return None if told is None else told(spec, deployment, premises)
 
 
 def costs_later(
@@ -34,10 +50,10 @@ def costs_later(
 @functools.lru_cache(maxsize=64)
 def block_costs(forms: Forms, spec: BlockSpec, deployment: Deployment, tokens: int) -> tuple[BlockCost, ...]:
     """Of each form at T = ``tokens``."""
-    return tuple(_cost(name, form, spec, deployment, tokens) for name, form in forms)
+    return tuple(_cost(name, form, rows, spec, deployment, tokens) for name, form, rows in forms)
 
 
-def _cost(name: str, form: str, spec: BlockSpec, deployment: Deployment, tokens: int) -> BlockCost:
+def _cost(name: str, form: str, rows: int | None, spec: BlockSpec, deployment: Deployment, tokens: int) -> BlockCost:
     rates = rates_in(deployment)
     counted = counted_nodes(name, form, spec, deployment, tokens)
     layer, once = total_cost(counted.nodes), total_cost(counted.constants)
@@ -57,13 +73,8 @@ def _cost(name: str, form: str, spec: BlockSpec, deployment: Deployment, tokens:
         sent.within,
         sent.between,
         peak_bytes(counted.nodes),
-        _workspace(name, form, spec, deployment, tokens),
+        workspace_bytes(form, spec, deployment, rows),
         price.us,
         price.error_us,
     )
 
-
-def _workspace(name: str, form: str, spec: BlockSpec, deployment: Deployment, tokens: int) -> int | None:
-    told = form_of(name, form, deployment).told_rows
-    rows = None if told is None else told(spec, deployment, Premises(tokens, tokens, Prover()))
-    return workspace_bytes(form, spec, deployment, rows)

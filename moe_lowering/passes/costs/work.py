@@ -95,18 +95,13 @@ def counted_nodes(name: str, form: str, spec: BlockSpec, deployment: Deployment,
         StopIteration, and whatever an emitter raises: of a form that is not legal for the block.
     """
     where = neutral(deployment)
-    return count_form(as_kernels(form_of(name, form, where)), spec, where, tokens)
+    chosen = next(each for each in _all_forms(name, where) if each.name == form)
+    return count_form(as_kernels(chosen), spec, where, tokens)
 
 
-def form_of(name: str, form: str, deployment: Deployment) -> Form:
-    """A form of an implementation, whether or not the deployment excludes it.
-
-    Raises:
-        StopIteration: the implementation has no such form in this deployment.
-    """
+def _all_forms(name: str, deployment: Deployment) -> tuple[Form, ...]:
     implementation = IMPLEMENTATIONS[name]
-    forms = (*implementation.forms(deployment), *implementation.ruled_out(deployment))
-    return next(each for each in forms if each.name == form)
+    return (*implementation.forms(deployment), *implementation.ruled_out(deployment))
 
 
 @functools.lru_cache(maxsize=256)
