@@ -31,17 +31,21 @@ def check_file(option: str, text: str) -> None:
     path = Path(text)
     if not text or path.is_dir() or not path.absolute().parent.is_dir():
         raise UsageError(f"argument --{option}: is {write_value(text)}; accepted: a file in a folder that exists")
-    if path.exists() and (not path.is_file() or _is_stdout(path)):  # /dev/null would be a file after the replacement
-        what = "stdout, which the report goes to" if _is_stdout(path) else "no regular file"
+    if path.exists() and (
+        not path.is_file() or _is_printed_to(path)
+    ):  # /dev/null would be a file after the replacement
+        what = "what this command prints to" if _is_printed_to(path) else "no regular file"
         raise UsageError(f"argument --{option}: is {write_value(text)}, {what}; accepted: a file of its own")
     _write(option, path, "", keep=False)
 
 
-def _is_stdout(path: Path) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(1))
-    except OSError:  # closed
-        return False
+def _is_printed_to(path: Path) -> bool:
+    """Whether it is stdout or stderr."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # closed
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                return True
+    return False
 
 
 def write_file(option: str, path: Path, text: str) -> None:

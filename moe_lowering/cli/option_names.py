@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import re
 
-# The option of `explain` and `lower` for a field of Deployment, which is what refusals name.
+# The option of `explain` and `lower` for a field of Deployment, which is what refusals name; with the value that an option without
+# one stands for.
 FIELD_OPTIONS = {
     "soc": "--soc",
     "ep_size": "--ep",
     "tp_size": "--tp",
     "max_tokens": "--max-tokens",
-    "equal_tokens": "--unequal-tokens",
+    "equal_tokens=False": "--unequal-tokens",
     "hccl_buffer_mb": "--buffer-mb",
     "weight_format": "--weight-format",
     "cann": "--cann",
@@ -47,4 +48,5 @@ OTHER_NAMES = {
 def name_options(text: str) -> str:
     """The options for the fields of Deployment that a text names; "" for none."""
     named = dict.fromkeys(re.findall(r"\bDeployment\.(\w+)", text))
-    return ", ".join(f"Deployment.{field} is {FIELD_OPTIONS[field]}" for field in named if field in FIELD_OPTIONS)
+    options = {field.partition("=")[0]: (field, option) for field, option in FIELD_OPTIONS.items()}
+    return ", ".join(f"Deployment.{options[name][0]} is {options[name][1]}" for name in named if name in options)

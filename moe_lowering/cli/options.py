@@ -102,7 +102,7 @@ class Parser(argparse.ArgumentParser):
         if action is None or not action.help:
             return f"what {self.prog} --help says of it"
         value = action.metavar or f"{{{','.join(map(str, action.choices or ()))}}}"
-        return f"{option} {value}, {action.help}"
+        return f"{option} {value} ({action.help})"
 
     def _accepted(self, metavar: str) -> str:
         """What the help of an argument says of it."""

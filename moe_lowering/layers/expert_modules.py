@@ -62,13 +62,15 @@ def refuse_lists(what: str, module: nn.Module) -> None:
 
 
 def refuse_computed(what: str, module: nn.Module) -> None:
-    """A ValueError for experts' tensors that a module computes, as a parametrization does: nothing can be put in their place."""
+    """A ValueError for experts' tensors that a module computes, as a parametrization or ``torch.nn.utils.weight_norm`` does:
+    nothing can be put in their place."""
     for name in (each + suffix for each in weight_names(module) for suffix in SUFFIXES):
-        stored = name in module._parameters or name in module._buffers
-        if isinstance(getattr(module, name, None), Tensor) and not stored:
+        held = name in module._parameters or name in module._buffers or name in vars(module)
+        normed = f"{name}_g" in module._parameters  # weight_norm leaves what it computes as a plain attribute
+        if isinstance(getattr(module, name, None), Tensor) and (normed or not held):
             raise ValueError(
-                f"{what}: {name} is computed, e.g. by a parametrization; accepted: a parameter "
-                "(torch.nn.utils.parametrize.remove_parametrizations first)"
+                f"{what}: {name} is computed; accepted: a parameter (first torch.nn.utils.parametrize."
+                "remove_parametrizations, or torch.nn.utils.remove_weight_norm)"
             )
 
 

@@ -108,7 +108,7 @@ class Scratch:
 def open_checkpoint(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of a folder with ``model.safetensors`` or ``model.safetensors.index.json``, or of one such file, by key.
 
-    Source: ``transformers.modeling_utils._get_resolved_checkpoint_files``: where both are there, the first is taken.
+    Where both are there the first is taken, as transformers does (``modeling_utils._get_resolved_checkpoint_files``).
 
     Raises:
         CheckpointError: the folder, a file that the index names or a key of it is missing; a header is damaged; a file is
@@ -121,9 +121,8 @@ def open_checkpoint(path: Path) -> dict[str, StoredTensor]:
             f"{path}: there is no such folder; accepted: a local folder, or a .safetensors file (no hub id)"
         )
     index = path / INDEX
-    if (
-        path / SINGLE
-    ).is_file():  # before the index, as transformers: saved anew in one file, it leaves the old one there
+    # before the index: a checkpoint that is saved anew in one file leaves the old index there
+    if (path / SINGLE).is_file():
         return _read_header(path / SINGLE)
     if not index.exists():
         raise CheckpointError(f"{path}: has neither {INDEX} nor {SINGLE}; accepted: a checkpoint in safetensors")

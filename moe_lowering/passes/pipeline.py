@@ -48,10 +48,10 @@ log = logging.getLogger(__name__)
 class LoweringError(RuntimeError):
     """Strict mode: a block was left unlowered, or the graph cannot be captured. The message names each place and why."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str = "") -> None:
         # npugraph_ex makes it anew of the message, this file's traceback, in which the message stands again, and its own code
-        text, traceback, rest = message.partition("\nTraceback (most recent call last):\n")
-        super().__init__(text + rest.rpartition(text)[2] if traceback and text in rest else message)
+        text, _, rest = message.partition("\nTraceback (most recent call last):\n")
+        super().__init__(text + rest.rpartition(text)[2] if text and text in rest else message)
 
 
 class MoeLowering:

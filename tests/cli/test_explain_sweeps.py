@@ -2,7 +2,6 @@
 
 import re
 
-import pytest
 from test_explain import BLOCK, ROOMY, answer
 
 
@@ -14,24 +13,6 @@ def test_a_sweep_across_the_capacity_of_a3(capfd):
     below, above = pieces(capfd, f"{BLOCK} --ep 16 {ROOMY} --sweep tokens=64..8192")
     assert below == (64, 512, "fused_mc2", ["fused.tokens"])
     assert above == (513, 8192, "allgather", [])
-
-
-# 16,384 batched tokens over 4 TP ranks and 16 EP ranks, as in vllm-ascend's tutorial (vllm_ascend_tutorial.qwen3_235b)
-PREFILL = "qwen3_235b --ep 16 --tp 4 --buffer-mb 1024 --policy vllm_ascend_main"
-
-
-@pytest.mark.parametrize(("options", "last", "code"), [
-    ("--quant w8a8", 16384, "fused.tokens"),
-    ("--quant w8a8 --provider vllm_ascend=0.20.2", 2048, "fused.tokens"),
-    ("--quant w4a8", 2048, "fused.tokens"),
-    ("", 2048, "fused.tokens"),
-    # 524,287 rows of 4,096 are what offsets of 32 bits reach: 4,095 tokens of a rank, of which each brings 16 * 8
-    ("--quant w8a8 --unequal-tokens --max-tokens 64", 16380, "fused.combine_offset"),
-])  # fmt: skip
-def test_prefill_takes_the_fused_operator_as_vllm_ascend_does(capfd, options, last, code):
-    first, *others = pieces(capfd, f"{PREFILL} {options} --sweep tokens={last - 7}..{last + 8}")
-    assert first[:3] == (last - 7, last, "fused_mc2") and first[3][0] == code
-    assert [choice for _, _, choice, _ in others] == ["allgather"]
 
 
 def test_a_sweep_across_the_buffer(capfd):

@@ -16,13 +16,13 @@ def test_why_lists_what_holds_and_what_does_not(capfd):
     rules = {rule["code"]: rule for rule in why["rules"]}
     assert rules["fused.ep_size"]["holds"] is False
     assert rules["fused.ep_size"]["value"] == 64
-    source = rules["fused.tokens"].pop("sources")[0]  # of vllm-ascend's main branch; the row on 16-bit weights
+    source = rules["fused.tokens"].pop("sources")[0]  # of vllm-ascend's main branch; the rest is why not more
     assert source["key"] == "vllm_ascend.forward_context" and source["link"].startswith(
         "https://github.com/vllm-project/"
     )
     assert rules["fused.tokens"] | {"source": ""} == {
         "code": "fused.tokens", "operator": "dispatch_ffn_combine", "holds": True, "expression": "tokens", "value": 32,
-        "limit": {"max": 512}, "accepted": "at most 512", "source": "",
+        "limit": {"min": 1, "max": 512}, "accepted": "1 to 512", "source": "",
     }  # fmt: skip
     assert all(rule["source"] for rule in why["rules"])
     broken = {rule["code"] for rule in why["rules"] if not rule["holds"]}

@@ -73,7 +73,7 @@ def test_bytes_of_buffers(comm, quantisation):
 
 # dispatch_ffn_combine's workspace, by the sizes of what it holds for each row that may come: both matmuls' input in int8 (16 bits
 # without quantisation, int8 in W4A8), their results in 16 bits, twice as many lines in W4A8, two scales. 16 MiB of its own.
-# From 0.20 on W8A8's results share their memory, which is as wide as H.
+# From 0.21 on W8A8's results share their memory, which is as wide as H.
 RESULT, SCALES_OF_A_ROW = 2, 2 * F32
 PER_ROW = {
     ("none", "0.23.0"): HIDDEN * BF16 + 2 * INNER * RESULT + INNER * BF16 + HIDDEN * RESULT + SCALES_OF_A_ROW,

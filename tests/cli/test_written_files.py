@@ -38,7 +38,7 @@ def test_the_file_that_stdout_is_is_refused(tmp_path, monkeypatch):
     other.touch()
     with out.open("w") as opened:
         monkeypatch.setattr(os, "fstat", lambda number, real=os.fstat: real(opened.fileno() if number == 1 else number))
-        assert "stdout, which the report goes to" in refusal(out)
+        assert "what this command prints to" in refusal(out)
         check_file("html", str(other))
 
 

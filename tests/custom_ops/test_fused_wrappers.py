@@ -109,7 +109,6 @@ CASES = [
     *(Case(FFN, quantisation, lists=True) for quantisation in ("w8a8", "w4a8")),
     Case(FFN, scale_dtype=torch.int64, skew=True),
     Case(FFN, tokens=(7, 0), limit=0.5),
-    Case(FFN, tokens=(513, 20), rows=2000),
     Case(FFN, "w4a8", tokens=(0, 3), mask=((), (True, False, True))),
     Case(FFN, mask=ANY),
     Case(FFN, mask=((False,) * 6, (False,) * 6)),

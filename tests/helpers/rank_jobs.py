@@ -6,16 +6,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from moe_lowering import (
-    Deployment,
-    MoE,
-    MoeLowering,
-    npugraph_ex_options,
-    quantise_experts,
-    shard_experts,
-    simulator,
-    testing,
-)
+from moe_lowering import Deployment, MoE, MoeLowering, npugraph_ex_options, shard_experts, simulator, testing
 from moe_lowering.limits.calls.schemas import LIBRARIES, TEXTS
 from moe_lowering.passes.implementations.quantised_calls import CLIP_ROWS
 
@@ -85,23 +76,6 @@ def _lower_and_run(
     with torch.no_grad():
         outputs = [compiled(tokens_of(rank, per_rank[rank], dtype, skew)) for per_rank in counts]
     return outputs, [block.comm for report in lowering.reports for block in report.blocks]
-
-
-def prefill(rank, version, counts):
-    """Compile this rank's shard in W8A8 for up to 2,048 tokens, and run it once per T.
-
-    Returns (outputs, the implementation of each graph, the codes of what refuses the fused one in each).
-    """
-    where = deployment(rank, max_tokens=2048, providers=(("vllm_ascend", version),), cann="9.1.0", torch_npu="2.13.0")
-    module = quantise_experts(shard_experts(layer(torch.bfloat16), where), "w8a8")
-    lowering = MoeLowering(where, strict=True, cost=fused_first)
-    torch._dynamo.reset()
-    options = npugraph_ex_options(where, lowering=lowering, force_eager=True)
-    compiled = torch.compile(module, backend="npugraph_ex", fullgraph=True, dynamic=True, options=options)
-    with torch.no_grad():
-        outputs = [compiled(tokens_of(rank, tokens, torch.bfloat16, False)) for tokens in counts]
-    blocks = [block for report in lowering.reports for block in report.blocks]
-    return outputs, [b.comm for b in blocks], [[v.code for v in b.verdicts["fused_mc2"].violations] for b in blocks]
 
 
 def run_until_killed(rank, comm):

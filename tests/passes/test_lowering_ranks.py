@@ -5,11 +5,8 @@ import rank_jobs
 import reference
 import router_rank_jobs
 import torch
-from fused_layers import FLOORS
-from quantised_numbers import snr
 from rank_pools import Ranks
 
-from moe_lowering import quantise_experts
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.testing import RankError
 
@@ -162,34 +159,6 @@ def test_two_implementations_across_the_capacity(pair):
         assert comms == ["fused_mc2", "allgather"]
         for y, (tokens, _) in zip(outputs, counts, strict=True):
             reference.assert_near(y, expected(rank, tokens, torch.bfloat16), torch.bfloat16)
-
-
-PREFILL = (513, 600)
-
-
-@pytest.mark.parametrize(("version", "comm", "codes"), [
-    ("0.21.0", "fused_mc2", []),
-    ("0.20.2", "allgather", ["fused.tokens"]),  # the twin: the numbers stay
-])  # fmt: skip
-def test_prefill_in_w8a8(pair, version, comm, codes):
-    """One graph for up to 2,048 tokens, against the layer that the int8 weights mean, every 64th token."""
-    layer = quantise_experts(rank_jobs.layer(torch.bfloat16), "w8a8")
-    means = [w.double() * scale.double().unsqueeze(1) for w, scale in (
-        (layer.w13, layer.w13_scale), (layer.w2, layer.w2_scale)
-    )]  # fmt: skip
-    for rank, (outputs, comms, refused) in enumerate(pair.run(rank_jobs.prefill, version, PREFILL)):
-        assert comms == [comm] and refused == [codes]
-        for y, tokens in zip(outputs, PREFILL, strict=True):
-            x = rank_jobs.tokens_of(rank, tokens, torch.bfloat16, False)
-            with torch.no_grad():
-                logits = layer.gate(x).float()
-            weights, ids = reference.route(logits, None, rank_jobs.TOP_K, "softmax", True, 1, 1, "max", 1.0)
-            some = slice(None, None, 64)
-            right, other = (
-                reference.moe(x[some], weights[some], ids[some], *pair)
-                for pair in (means, [w.roll(1, 0) for w in means])
-            )
-            assert snr(y[some], right) >= FLOORS["w8a8"] > snr(y[some], other) + 20
 
 
 def test_more_tokens_than_declared_is_an_error_on_that_rank():

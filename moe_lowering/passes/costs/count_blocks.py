@@ -77,4 +77,3 @@ def _cost(name: str, form: str, rows: int | None, spec: BlockSpec, deployment: D
         price.us,
         price.error_us,
     )
-

@@ -16,7 +16,7 @@ from moe_lowering.vocabulary import IMPLEMENTATION_FORMS, ONE_OPERATOR
 
 _SYSTEM = 16 * 2**20  # of the operator itself
 _SCALES = 2 * 4  # a row's two scales in float32
-_APART = (Constraint.parse("vllm_ascend<0.20"),)  # the results of W8A8's matmuls have memory of their own
+_APART = (Constraint.parse("vllm_ascend<0.21"),)  # the results of W8A8's matmuls have memory of their own
 
 
 def workspace_bytes(form: str, spec: BlockSpec, deployment: Deployment, rows: int | None) -> int | None:
