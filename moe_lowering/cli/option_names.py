@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import re
 
-# The option of `explain` and `lower` for a field of Deployment, which is what refusals name; with the value that an option without
-# one stands for.
+# The option of `explain` and `lower` for a field of Deployment, which is what refusals name; with the value that an option
+# without one stands for.
 FIELD_OPTIONS = {
     "soc": "--soc",
     "ep_size": "--ep",

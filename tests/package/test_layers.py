@@ -126,21 +126,47 @@ CHANGES: list[Callable[[nn.Module], nn.Module]] = [
 ]
 
 
+def take_out(module: MoE) -> Tensor:
+    """``w2`` as a plain tensor, which the module has no more."""
+    weight = module._parameters.pop("w2")
+    assert weight is not None
+    return weight.data
+
+
+COMPUTED: dict[str, tuple[Callable[[MoE], object], Callable[[MoE], object]]] = {
+    "parametrised": (
+        lambda odd: nn.utils.parametrize.register_parametrization(odd, "w2", nn.Identity()),
+        lambda odd: nn.utils.parametrize.remove_parametrizations(odd, "w2"),
+    ),
+    "weight_norm": (
+        lambda odd: nn.utils.weight_norm(odd, "w2"),
+        lambda odd: nn.utils.remove_weight_norm(odd, "w2"),
+    ),
+}
+HELD: dict[str, Callable[[MoE], object]] = {
+    "buffer": lambda odd: odd.register_buffer("w2", take_out(odd)),
+    "attribute": lambda odd: setattr(odd, "w2", take_out(odd)),
+}
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=("shard", "quantise", "list"))
-@pytest.mark.parametrize("computed", [True, False], ids=("computed", "buffer"))
-def test_experts_that_are_computed_are_refused(change: Callable[[nn.Module], nn.Module], computed: bool) -> None:
-    model = nn.ModuleDict({"good": MoE(8, 8, 4, 2), "odd": MoE(8, 8, 4, 2)})
-    good, odd = model.values()
-    if computed:
-        nn.utils.parametrize.register_parametrization(odd, "w2", nn.Identity())
-        with pytest.raises(ValueError, match=r"_experts: odd: w2 is computed, .*; accepted: a parameter"):
-            change(model)
-        assert isinstance(good, MoE) and good.w13.shape[0] == 4 and good.w13.dtype == torch.float32  # untouched
-        nn.utils.parametrize.remove_parametrizations(odd, "w2")
+@pytest.mark.parametrize("kind", [*COMPUTED, *HELD])
+def test_experts_that_are_computed_are_refused(change: Callable[[nn.Module], nn.Module], kind: str) -> None:
+    good, odd = MoE(8, 8, 4, 2), MoE(8, 8, 4, 2)
+    model = nn.ModuleDict({"good": good, "odd": odd})
+    if kind in HELD:
+        HELD[kind](odd)
     else:
-        odd.register_buffer("w2", odd._parameters.pop("w2"))
+        compute, undo = COMPUTED[kind]
+        compute(odd)
+        with pytest.raises(
+            ValueError, match=r"_experts: odd: w2 is computed; accepted: a parameter .*remove_weight_norm"
+        ):
+            change(model)
+        assert good.w13.shape[0] == 4 and good.w13.dtype == torch.float32  # untouched
+        undo(odd)
     change(model)
-    assert type(odd.w2) is type(good.w2) and len(odd.w2) == len(good.w2)
+    assert len(odd.w2) == len(good.w2) and odd.w2[0].dtype == good.w2[0].dtype
 
 
 def experts_modules() -> list[nn.Module]:

@@ -53,7 +53,7 @@ def test_the_options_of_fields_are_those_of_the_commands():
     fields = [re.findall(r"`([\w=]+)", cell) for cell in cells if re.match(r"`[a-z]", cell)]
     options = [re.findall(r"`(--[\w-]+)", cell) for cell in cells if cell.startswith("`--")]
     named = {f: o for fs, os in zip(fields, options, strict=True) for f, o in zip(fs, os, strict=True)}
-    assert named.pop("capture") == "--no-capture" and named == FIELD_OPTIONS
+    assert named.pop("capture=False") == "--no-capture" and named == FIELD_OPTIONS
     assert {name.partition("=")[0] for name in FIELD_OPTIONS} < {field.name for field in dataclasses.fields(Deployment)}
     commands = argparse.ArgumentParser().add_subparsers()
     for arguments in (explain, lower):
