@@ -4,7 +4,16 @@ import pytest
 import reference
 import torch
 
-from moe_lowering import Deployment, MoE, MoeLowering, lowering_backend, moe_experts, npugraph_ex_options, route
+from moe_lowering import (
+    Deployment,
+    LoweringError,
+    MoE,
+    MoeLowering,
+    lowering_backend,
+    moe_experts,
+    npugraph_ex_options,
+    route,
+)
 from moe_lowering.vocabulary import ACTIVATIONS as VOCABULARY
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 64, 48, 6, 2
@@ -260,6 +269,22 @@ def test_public_names_are_all_there():
     assert set(moe_lowering._HOME) == set(moe_lowering.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         moe_lowering.Nothing  # noqa: B018
+
+
+REPEAT = "\nTraceback (most recent call last):\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (f"left: a{REPEAT}  File x\nLoweringError: left: a\nERR03005", "left: a\nERR03005"),  # as npugraph_ex makes it
+        (f"left: a{REPEAT}  File x\nValueError: b", f"left: a{REPEAT}  File x\nValueError: b"),
+        (f"{REPEAT}x", f"{REPEAT}x"),
+        ("left: a", "left: a"),
+    ],
+)
+def test_an_error_says_its_text_once(message, text):
+    assert str(LoweringError(message)) == text and str(LoweringError()) == ""
 
 
 @pytest.mark.parametrize(
