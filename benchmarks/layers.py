@@ -62,7 +62,7 @@ def lower_layer(
     Args:
         fields: of ``Deployment``.
     """
-    with testing.fake_deployment(ep_size=ep_size, **{"hccl_buffer_mb": 8192, "soc": "A3", **fields}) as where:
+    with testing.fake_deployment(ep_size=ep_size, **{"hccl_buffer_mb": 6140, "soc": "A3", **fields}) as where:
         with testing.fake_tensors():
             given = experts_of(sizes, quantisation, comm, sizes.experts // ep_size)
             x = torch.empty(sizes.tokens, sizes.hidden, dtype=sizes.dtype)

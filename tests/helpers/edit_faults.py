@@ -29,7 +29,7 @@ M, aten = torch.ops.moe_lowering, torch.ops.aten
 ASSERT = M.assert_tokens.default
 ONE = Deployment()
 MANY = Deployment(
-    ep_size=8, ep_rank=0, ep_group="ep", mc2_group="mc2", hccl_buffer_mb=8192, weight_format="nz",
+    ep_size=8, ep_rank=0, ep_group="ep", mc2_group="mc2", hccl_buffer_mb=6140, weight_format="nz",
     providers=(("vllm_ascend", "0.23.0"),),
 )  # fmt: skip
 UNEQUAL = {"equal_tokens": False, "max_tokens": 64}

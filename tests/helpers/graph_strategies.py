@@ -122,7 +122,7 @@ def capable(draw: Any) -> Deployment:
     return Deployment(
         soc="A3", ep_size=ep_size, ep_rank=draw(st.integers(0, ep_size - 1)), ep_group="ep", mc2_group="mc2",
         max_tokens=draw(st.sampled_from((512, 64, 513) + (0,) * equal)), equal_tokens=equal,
-        guards=draw(st.sampled_from(GUARDS)), hccl_buffer_mb=8192, weight_format="nz", providers=PROVIDERS,
+        guards=draw(st.sampled_from(GUARDS)), hccl_buffer_mb=6140, weight_format="nz", providers=PROVIDERS,
     )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def equivalent(code: str, change: str) -> str:
 EQUIVALENT = (
     (r"collective\.rows|gating\.groups_divide|.*(experts_divisible|global_bs)", r"when: .* > 1$", "all are multiples of 1"),
     (r"mc2\.shared_expert_ranks", r"when: .* shared_expert_num > 1$", "all are multiples of 1"),
-    (r"fused\.hidden_max|fused\.width_max|fused_decode\.width", r"(max|min): .*[1359]$", "twice a number is even"),
+    (r"fused\.width_max|fused_decode\.width", r"(max|min): .*[1359]$", "twice a number is even"),
     (r"fused\.count_matrix", r"max: 196608 -> 196609", "a multiple of 4"),
     (r"gating\.groups_aligned", r"max: 2048 -> 2049", "a multiple of 32"),
     (r"mc2\.buffer", r"value: .*\* hidden, 32\) \+ (63|56)", "blocks of 480 and 512 begin at multiples of 32"),
