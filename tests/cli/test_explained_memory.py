@@ -98,14 +98,6 @@ def test_bytes_of_the_fused_operators_workspace(quantisation, version):
     assert declared["workspace"] - 16 * 2**20 == times * (memory["workspace"] - 16 * 2**20)
 
 
-def test_the_wider_of_both_matmuls_counts_in_w4a8():
-    """H 2048 and 2I 4096: two lines of 4096 for each row."""
-    layer = dataclasses.replace(LAYER, hidden=2048)
-    memory, _ = memory_of("fused_mc2", "w4a8", layer, providers=(("vllm_ascend", "0.23.0"),))
-    row = 2048 * INT8 + INNER * INT8 + 2 * 2 * INNER * RESULT + SCALES_OF_A_ROW
-    assert memory["workspace"] == 16 * 2**20 + 2 * ROWS * row
-
-
 def test_a_workspace_that_is_not_known_is_said_and_not_counted():
     layer = dataclasses.replace(LAYER, experts=64, hidden=4096, intermediate=1536)
     decode = {"fused_mode": 2, "providers": (("vllm_ascend", "0.23.0"),)}

@@ -68,7 +68,7 @@ def case_of(number: int, quantisation: str, forms: dict[str, str], deployment: D
     local, top_k = SIZES[number // 3 % len(SIZES)]
     usable = [d for d in DTYPES if quantisation == "none" or d != torch.float32]
     block = BlockCase(
-        local * deployment.ep_size, min(top_k, local * deployment.ep_size), 1024, quantisation=quantisation,
+        local * deployment.ep_size, min(top_k, local * deployment.ep_size), 512, quantisation=quantisation,
         bias=(quantisation == "none" and number % 5 > 0,) * 2, bias_float32=number % 2 > 0, forms=tuple(forms.items()),
     )  # fmt: skip
     return GraphCase(deployment, (block,), hidden=1024, dtype=usable[number % len(usable)], symbolic=(False,))
