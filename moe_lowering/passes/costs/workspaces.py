@@ -42,7 +42,7 @@ def _row_bytes(spec: BlockSpec, deployment: Deployment) -> int:
     sizes = {
         "none": 2 * (2 * inner + hidden) + 2 * (hidden + inner),
         "w8a8": 2 * (2 * inner + hidden) + hidden + inner if apart else 2 * hidden + hidden,
-        "w4a8": 2 * 2 * max(2 * inner, hidden) + hidden + inner,
+        "w4a8": 2 * 2 * hidden + hidden + inner,  # two lines as wide as the wider matmul: fused.width
     }
     return look_up(sizes, spec.quantisation, "workspace: quantisation") + _SCALES
 
