@@ -83,10 +83,10 @@ FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "g
         (["lower", "moe", "--tp", "1,2"], "argument --tp: is '1,2'; accepted: one integer"),
         (["lower", "llama"], "llama has no MoE layers (did you mean llama4?)"),
         (["lower", "qwen3"], "qwen3 has no MoE layers (did you mean qwen3_moe, qwen3_5_moe, qwen3_vl_moe?)"),
-        (["lower", "moe", "--ep"], "argument --ep: is given without a value; accepted: --ep N, ranks"),
+        (["lower", "moe", "--ep"], "argument --ep: is given without a value; accepted: --ep N (ranks"),
         (
             ["lower", "moe", "--dtype"],
-            "--dtype: is given without a value; accepted: --dtype {float32,float16,bfloat16}, of",
+            "--dtype: is given without a value; accepted: --dtype {float32,float16,bfloat16} (of",
         ),
         (["lower", "moe", "--quant", "W8A9"], "--quant: is 'W8A9'; accepted: none, w8a8"),
         (["lower", "moe", "--hidden-size", "8"], "argument --hidden-size: is none of lower; accepted: those of"),
