@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from moe_lowering.report.schemas import json_fields
+
 
 @dataclasses.dataclass(frozen=True)
 class NotRaised:
@@ -52,7 +54,7 @@ class NotCapturable:
         return f"{self.place}: [{self.code}] {self.reason} ({self.advice}){line}"
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return json_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,4 +90,4 @@ class ForeignMoe:
         return f"{self.place}: {self.why}" + (f"; at {self.line}" if self.line else "")
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return json_fields(self)

@@ -17,7 +17,7 @@ from moe_lowering.report.block_costs import BlockCost
 from moe_lowering.report.graphs import GraphNode, graph_text
 from moe_lowering.report.leftovers import ForeignMoe, NotCapturable
 from moe_lowering.report.module_names import names
-from moe_lowering.report.schemas import SCHEMA_VERSION, json_value
+from moe_lowering.report.schemas import SCHEMA_VERSION, json_fields, json_value
 from moe_lowering.report.sizes import Sizes, fields_of
 
 # Makes the text of a report. ``report.text`` puts its own here: it reads these records, so that they cannot import it.
@@ -150,7 +150,7 @@ class RouterReport:
         return f"{became}: {self.reason}{line}"
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return json_fields(self)
 
 
 def _router_words(name: str) -> str:

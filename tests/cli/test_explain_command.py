@@ -161,7 +161,7 @@ def test_a_config_file_of_a_type_that_transformers_does_not_know(capfd, tmp_path
     (f"{BLOCK} --moe-intermediate-size=8", r"argument --moe-intermediate-size: .*\(did you mean --intermediate\?\); accepted"),
     (f"{BLOCK} --num-experts-per-tok 8", r"argument --num-experts-per-tok: .* \(did you mean --topk\?\); accepted"),
     (f"{BLOCK} --comm MC3", "argument --comm: is 'MC3'; accepted: auto, allgather, "),
-    (f"{BLOCK} --html", "argument --html: is given without a value; accepted: --html FILE (also write a page"),
+    (f"{BLOCK} --html", r"argument --html: is given without a value; accepted: --html FILE \(also write a page"),
     ("qwen3_moe deepseek_v3", "argument MODEL: is given twice, qwen3_moe and 'deepseek_v3'; accepted: one"),
 ])  # fmt: skip
 def test_wrong_usage_is_one_line_and_code_2(capfd, given, message):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ def json_value(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: json_value(each) for name, each in value.items()}
     return [json_value(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def json_fields(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass as JSON has them."""
+    fields: dict[str, Any] = json_value(dataclasses.asdict(record))
+    return fields
 
 
 def schema(name: str) -> dict[str, Any]:
