@@ -139,7 +139,7 @@ def refused(rank: int, case: Case) -> str:
     try:
         jobs.lower_and_run(rank, case)
     except Exception as error:
-        return str(error).split("\nTraceback")[0]
+        return str(error).split("\n\n")[0]  # behind it stand the time and the rank
     return ""
 
 
