@@ -26,14 +26,13 @@ def check_file(option: str, text: str) -> None:
     """Refuse a path at which no file can be written, by writing an empty one beside it.
 
     Raises:
-        UsageError: it is empty, a folder, a device, a pipe or stdout, or its own folder is not there or takes no files.
+        UsageError: it is empty, a folder, a device, a pipe, stdout or stderr, or its own folder is not there or takes no files.
     """
     path = Path(text)
     if not text or path.is_dir() or not path.absolute().parent.is_dir():
         raise UsageError(f"argument --{option}: is {write_value(text)}; accepted: a file in a folder that exists")
-    if path.exists() and (
-        not path.is_file() or _is_printed_to(path)
-    ):  # /dev/null would be a file after the replacement
+    # /dev/null would be a file after the replacement
+    if path.exists() and (not path.is_file() or _is_printed_to(path)):
         what = "what this command prints to" if _is_printed_to(path) else "no regular file"
         raise UsageError(f"argument --{option}: is {write_value(text)}, {what}; accepted: a file of its own")
     _write(option, path, "", keep=False)

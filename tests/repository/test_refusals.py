@@ -6,16 +6,16 @@ import re
 import sys
 from pathlib import Path
 
+from moe_lowering import Deployment
+from moe_lowering.cli.explain import arguments as explain
+from moe_lowering.cli.lower import arguments as lower
+from moe_lowering.cli.option_names import FIELD_OPTIONS, OTHER_NAMES
+from moe_lowering.limits.table import load
+
 TOP = Path(__file__).parents[2]
 sys.path.insert(0, str(TOP / ".ci"))
 
 import refusals  # noqa: E402
-
-from moe_lowering import Deployment  # noqa: E402
-from moe_lowering.cli.explain import arguments as explain  # noqa: E402
-from moe_lowering.cli.lower import arguments as lower  # noqa: E402
-from moe_lowering.cli.option_names import FIELD_OPTIONS, OTHER_NAMES  # noqa: E402
-from moe_lowering.limits.table import load  # noqa: E402
 
 # Codes that are no rows of the tables, as the source has them in strings.
 OTHER = re.compile(
