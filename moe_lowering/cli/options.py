@@ -309,17 +309,18 @@ def add_prices(add: Any) -> None:
         metavar="N",
         help="ranks of a node, for prices (default the SoC's)",
     )
-    add("--measured", metavar="FILE", default="", help="CSV file of measured rows, in place of constants of prices")
+    rows = "CSV file of measured rows, in place of constants of prices"
+    add("--measured", type=_file, metavar="FILE", help=rows)
 
 
-def read_measured(path: str, soc: str) -> tuple[Row, ...]:
-    """The rows of ``--measured``.
+def read_measured(path: str | None, soc: str) -> tuple[Row, ...]:
+    """The rows of ``--measured``; none where it is not given.
 
     Raises:
         UsageError: the file is wrong.
     """
     try:
-        return require_rows("argument --measured:", path, soc)
+        return () if path is None else require_rows("argument --measured:", path, soc)
     except MeasuredError as error:
         raise UsageError(str(error)) from error
 
@@ -350,6 +351,12 @@ def _provider(text: str) -> tuple[str, str]:
             f"{', '.join(PROVIDERS)}"
         )
     return name, version
+
+
+def _file(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is ''; accepted: a file")
+    return text
 
 
 def _version(text: str) -> str:

@@ -89,7 +89,8 @@ def _prices(answer: Answer, other: Answer) -> str:
 
 
 def _in_tokens(finding: Finding, answer: Answer, implementation: str) -> str:
-    """A rule on a size as an expression in T, e.g. ``58720256*T must be at most ...``."""
+    """A rule on a size as an expression in T, e.g. ``58720256*T must be at most ...``; of the HCCL window in the MB that
+    the answer's T needs, as refusals have it."""
     limit, spec = finding.limit, answer.spec
     quantities = answer.quantities(implementation, limit.operator)
     whole = sympy.Symbol("T", integer=True, positive=True)
@@ -103,5 +104,9 @@ def _in_tokens(finding: Finding, answer: Answer, implementation: str) -> str:
         "received": received,
         "soc": answer.deployment.soc,
     }
+    size = show(sympy.expand(limit.value(sizes)))
+    violations = answer.judgement.verdicts[implementation].violations
+    if fault := next((each.fault for each in violations if each.code == limit.code and each.buffer is not None), ""):
+        return f"at {answer.tokens} it {fault} ({size} bytes)"
     accepted = limit.accepted(quantities).say()
-    return f"{show(sympy.expand(limit.value(sizes)))} must be {'' if accepted[0].isalpha() else 'in '}{accepted}"
+    return f"{size} must be {'' if accepted[0].isalpha() else 'in '}{accepted}"

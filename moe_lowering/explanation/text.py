@@ -145,7 +145,10 @@ def _choice_lines(explanation: Explanation, paint: Paint) -> str:
         lines.append(labelled_line("vllm-ascend", str(answer.beside_rule())))
     if (sizes := answer.sizes()) is not None:
         lines += render_sizes(sizes)
-    lines += [labelled_line("" if at else "cost", str(cost)) for at, cost in enumerate(answer.costs())]
+    costs = [str(cost) for cost in answer.costs()]
+    if costs and answer.choice is None:
+        costs.insert(0, "nothing is chosen; what is legal would take")
+    lines += [labelled_line("" if at else "cost", cost) for at, cost in enumerate(costs)]
     lines.append(labelled_line("memory", str(answer.memory(explanation.block.layers))))
     lines.append(labelled_line("units", UNITS))
     label = f"{answer.choice or 'NONE'}"

@@ -32,7 +32,7 @@ def test_a_sweep_across_the_buffer(capfd):
         first[0],
     )
     because = answer(capfd, f"{given} --sweep tokens=32..100")[1]["sweep"][0]["because"]
-    assert because[0].startswith("7860224*T must be at most 293601280 (buffer_bytes)")
+    assert because == ["at 38 it needs 285 MB of HCCL window, HCCL_BUFFSIZE is 280 MB (7860224*T bytes)"]
 
 
 def test_short_pieces_between_powers_of_two_are_found(capfd):

@@ -47,7 +47,7 @@ class ExplainRequest:
     why: str | None = None
     sweep: tuple[int, int] | None = None
     ranks_per_node: int = 0
-    measured: str = ""
+    measured: str | None = None
     json: bool = False
     html: str | None = None
     color: str = "auto"

@@ -36,7 +36,7 @@ class LowerRequest:
     capture: bool = False
     replays: int | None = None
     ranks_per_node: int = 0
-    measured: str = ""
+    measured: str | None = None
     declared: int = 0
     unequal_tokens: bool = False
     buffer_mb: int | None = None
