@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -32,9 +33,9 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
     ``gate_up_proj``, ``down_proj`` and the flags of ``@use_experts_implementation``). Their weights become contiguous
     [E_local, K, N], K before N, which Ascend's grouped matmul wants. Each module gets the attribute
     ``moe_lowering_deployment``; those of transformers also ``moe_lowering_num_experts`` (E on all ranks; their
-    ``num_experts`` is left) and ``is_transposed`` = True. No data is read, so meta and fake tensors work. A second call
-    with the same deployment changes nothing. Quantised experts (``quantisation.quantise_experts``) are cut with their
-    scales.
+    ``num_experts`` is left) and ``is_transposed`` = True. Modules that share a parameter share its part. No data is read, so
+    meta and fake tensors work. A second call with the same deployment changes nothing. Quantised experts
+    (``quantisation.quantise_experts``) are cut with their scales.
 
     Args:
         model: with all experts on this rank.
@@ -50,9 +51,10 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
             ``ep_rank`` is not known. The model is as it was then.
     """
     targets, deployment = require_shardable("shard_experts", model, deployment)
+    parts = _Parts([module for _, module in targets])
     for _, module in targets:
         if deployment_of(module) is None:
-            _shard(module, deployment)
+            _shard(module, deployment, parts)
     warn_of_other_implementations("shard_experts", targets)
     return model
 
@@ -84,16 +86,46 @@ def require_shardable(
     return targets, deployment
 
 
-def _shard(module: nn.Module, deployment: Deployment) -> None:
+class _Parts:
+    """A rank's parts of parameters; of one that several modules hold there is one part, too."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        held = [each for module in modules for each in module.parameters(recurse=False)]
+        times = Counter(map(id, held))
+        self._shared = {
+            id(each): each for each in held if times[id(each)] > 1
+        }  # no others: a whole one goes when it is cut
+        self._made: dict[tuple[Any, ...], nn.Parameter] = {}
+
+    def cut(self, whole: Any, block: slice, transpose: bool) -> nn.Parameter:
+        """``block`` of the first dimension; a copy, so that the whole parameter can be freed."""
+        key = (id(whole), block.start, block.stop, transpose)
+        if key in self._made:
+            return self._made[key]
+        with torch.no_grad():
+            part = whole[block].transpose(1, 2) if transpose else whole[block]
+            new = nn.Parameter(part.clone(memory_format=torch.contiguous_format), requires_grad=whole.requires_grad)
+        if id(whole) in self._shared:
+            self._made[key] = new
+        return new
+
+
+def _shard(module: nn.Module, deployment: Deployment, parts: _Parts) -> None:
     experts: Any = module
     block, source = deployment.own_experts(num_experts_of(module)), ""
     if deployment.shared_expert is not None:
         block, source = slice(deployment.shared_expert, deployment.shared_expert + 1), "shared_"
+
+    def replace(name: str, transpose: bool = False) -> None:
+        whole = getattr(module, source + name, None)
+        if whole is not None:
+            setattr(module, name, parts.cut(whole, block, transpose))
+
     own = isinstance(module, MoE)
     for name in weight_names(module):
-        _replace(module, name, source, block, transpose=not own and not experts.is_transposed)
+        replace(name, transpose=not own and not experts.is_transposed)
         for beside in ("bias", "scale", "offset", "scale_bias"):
-            _replace(module, f"{name}_{beside}", source, block, transpose=False)
+            replace(f"{name}_{beside}")
     if own:
         for name in [name for name, _ in module.named_parameters(recurse=False) if name.startswith("shared_")]:
             module.register_parameter(name, None)
@@ -101,14 +133,3 @@ def _shard(module: nn.Module, deployment: Deployment) -> None:
         experts.is_transposed = True
         experts.moe_lowering_num_experts = num_experts_of(module)
     experts.moe_lowering_deployment = deployment
-
-
-def _replace(module: nn.Module, name: str, source: str, block: slice, *, transpose: bool) -> None:
-    """Cut a parameter in its first dimension; a copy, so that the whole parameter can be freed. ``source`` is a prefix."""
-    old = getattr(module, source + name, None)
-    if old is None:
-        return
-    with torch.no_grad():
-        part = old[block].transpose(1, 2) if transpose else old[block]
-        new = part.clone(memory_format=torch.contiguous_format)
-    setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))

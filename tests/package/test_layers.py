@@ -109,6 +109,17 @@ def test_shard_own_layers() -> None:
         shard_experts(model, TWO.replace(ep_rank=0))
 
 
+def test_modules_that_share_a_parameter_share_its_part() -> None:
+    model = nn.ModuleList([layer(), layer(), layer()])
+    model[1].w13 = model[0].w13
+    whole = model[2].w13
+    shard_experts(model, TWO)
+    first, second, third = model
+    assert first.w13 is second.w13 and torch.equal(first.w13, whole[4:])
+    assert third.w13 is not first.w13 and first.w2 is not second.w2
+    assert sum(1 for name, _ in model.named_parameters() if name.endswith("w13")) == 2
+
+
 def test_shard_refuses() -> None:
     with pytest.raises(ValueError, match="shard_experts: Linear has no MoE module; accepted: a model with"):
         shard_experts(nn.Linear(2, 2), TWO)
