@@ -232,6 +232,8 @@ def test_comm_shows_the_rules_of_that_one(capfd):
         "the others by their codes alone"
     )
     out = " ".join(command(capfd, f"{BLOCK} --ep 64 --tokens 600 --comm mc2")[1].split())
+    priced = "nothing is chosen; what is legal would take allgather:"
+    assert priced in out and priced not in " ".join(command(capfd, f"{BLOCK} --ep 64 --comm mc2")[1].split())
     assert "[fused.ep_size], [fused.tokens] (--why fused_mc2 says them in full)" in out
     assert (
         out.count("[fused.tokens]") == 1 and "[fused." not in command(capfd, f"{BLOCK} --ep 16 {ROOMY} --comm mc2")[1]

@@ -74,6 +74,12 @@ def test_a_wrong_file_is_one_clear_error(tmp_path, name, capsys):
     assert said.startswith("moe-lowering: error: argument --measured: ") and "\n" not in said
 
 
+@pytest.mark.parametrize("command", ["explain", "lower"])
+def test_an_empty_name_is_none(command, capsys):
+    assert main([command, "moe", "--measured", ""]) == 2
+    assert capsys.readouterr().err == "moe-lowering: error: argument --measured: is ''; accepted: a file\n"
+
+
 @pytest.mark.parametrize("value", [5, [Row("A3", "vector", 1, 0, 1.0)], ("A3",), True])
 def test_what_is_no_file_and_no_rows_is_refused(value):
     with pytest.raises(MeasuredError, match=r"Deployment: measured is .*; accepted: a path to a CSV file, or its rows"):
