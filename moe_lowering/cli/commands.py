@@ -22,7 +22,7 @@ from moe_lowering.cli.matrix.request import MatrixRequest
 from moe_lowering.cli.models import arguments as models_arguments
 from moe_lowering.cli.models.request import ModelsRequest
 from moe_lowering.cli.option_names import OTHER_NAMES
-from moe_lowering.cli.options import HelpFormatter, Parser
+from moe_lowering.cli.parser import HelpFormatter, Parser
 from moe_lowering.cli.simulate import arguments as simulate_arguments
 from moe_lowering.cli.simulate.request import SimulateRequest
 from moe_lowering.cli.usage import UsageError

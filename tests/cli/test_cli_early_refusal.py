@@ -8,10 +8,11 @@ from cli_commands import command, fresh_dynamo  # noqa: F401
 
 from moe_lowering import cli
 from moe_lowering.cli import progress
+from moe_lowering.cli.assumed_machine import ASSUMED_PROVIDERS
 from moe_lowering.cli.commands import parse
+from moe_lowering.cli.deployments import make_deployment
 from moe_lowering.cli.lower import compare, early_refusal, models, prepare
 from moe_lowering.cli.lower.request import LowerRequest
-from moe_lowering.cli.options import ASSUMED_PROVIDERS
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +85,7 @@ def test_a_legal_or_open_choice_is_not_answered_beforehand(given: str):
     request = parse(["lower", *given.split()])
     made = models.plan_model(request)
     groups = {"ep_group": "ep", "mc2_group": "mc2"} if request.ep > 1 else {}
-    deployment = prepare.deployment_for(request, **groups)
+    deployment = make_deployment(request, **groups)
     assert early_refusal.find_early_refusal(request, made, models.skeleton(made), deployment) is None
 
 
@@ -95,7 +96,7 @@ def test_with_dynamic_shapes_a_refusal_that_depends_on_t_needs_the_graph(given: 
     tokens = 600 if given else 512
     request = parse(f"lower moe --ep 4 --comm mc2 --tokens {tokens} {given}".split())
     made = models.plan_model(request)
-    deployment = prepare.deployment_for(request, ep_group="ep", mc2_group="mc2")
+    deployment = make_deployment(request, ep_group="ep", mc2_group="mc2")
     found = early_refusal.find_early_refusal(request, made, models.skeleton(made), deployment)
     assert (found is not None) == answered
     if found is not None:
@@ -105,12 +106,12 @@ def test_with_dynamic_shapes_a_refusal_that_depends_on_t_needs_the_graph(given: 
 
 def test_without_a_provider_the_choice_is_another_one():
     request = parse(["lower", "moe", "--ep", "4", "--provider", "none"])
-    assert prepare.deployment_for(request, ep_group="ep").providers == ()
+    assert make_deployment(request, ep_group="ep").providers == ()
     (_, assumed), given = prepare.deployment_facts(request)
     assert given == ("given", "no provider of fused operators installed") and "HCCL_BUFFSIZE is 1024 MB" in assumed
     request = parse(["lower", "moe", "--provider", "cann_ops_transformer=9.1.0"])
-    assert prepare.deployment_for(request).providers == (("cann_ops_transformer", "9.1.0"),)
-    assert prepare.deployment_for(LowerRequest("moe")).providers == ASSUMED_PROVIDERS
+    assert make_deployment(request).providers == (("cann_ops_transformer", "9.1.0"),)
+    assert make_deployment(LowerRequest("moe")).providers == ASSUMED_PROVIDERS
 
 
 def test_a_fused_operator_without_a_provider_leaves_the_choice_to_the_graph(capfd: pytest.CaptureFixture[str]):

@@ -12,8 +12,9 @@ from test_explain import BLOCK, command
 
 from moe_lowering import cli
 from moe_lowering.cli import commands, completion
+from moe_lowering.cli.deployments import make_deployment
 from moe_lowering.cli.lower.early_refusal import Policy
-from moe_lowering.cli.lower.prepare import deployment_facts, deployment_for
+from moe_lowering.cli.lower.prepare import deployment_facts
 from moe_lowering.report.width import WIDTH
 
 # ----------------------------------------------------------------------------------------------- help, lower's options
@@ -68,7 +69,7 @@ OPTIONS = [
 @pytest.mark.parametrize(("option", "field", "value"), OPTIONS, ids=[option for option, _, _ in OPTIONS])
 def test_lower_takes_what_explain_takes(capfd, option, field, value):
     request = commands.parse(["lower", "moe", *option.split()])
-    made, bare = deployment_for(request), deployment_for(commands.parse(["lower", "moe"]))
+    made, bare = make_deployment(request), make_deployment(commands.parse(["lower", "moe"]))
     assert getattr(made, field) == value != getattr(bare, field)
     explained = json.loads(command(capfd, f"{BLOCK} {option} --json")[1])["deployment"]
     assert explained[field] == ({} if value == () else value)

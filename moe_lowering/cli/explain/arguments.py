@@ -9,20 +9,9 @@ from typing import Any
 
 from moe_lowering.cli.explain.request import IMPLEMENTATIONS, ExplainRequest
 from moe_lowering.cli.files import add_html, check_file
-from moe_lowering.cli.options import (
-    DTYPES,
-    SocAction,
-    add_machine,
-    add_parser,
-    add_policy,
-    add_prices,
-    add_provider,
-    parse_digits,
-    parse_positive,
-    parse_several,
-    parse_word,
-    read_measured,
-)
+from moe_lowering.cli.option_values import SocAction, parse_digits, parse_positive, parse_several, parse_word
+from moe_lowering.cli.options import DTYPES, add_machine, add_policy, add_prices, add_provider, read_measured
+from moe_lowering.cli.parser import add_parser
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.model_configs.check import LARGEST, check_model
 from moe_lowering.model_configs.errors import ModelError, write_value

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from moe_lowering.cli.assumed_machine import assumed_differences
+from moe_lowering.cli.deployments import make_deployment
 from moe_lowering.cli.explain.arguments import missing_sizes
 from moe_lowering.cli.explain.request import ExplainRequest
 from moe_lowering.cli.explain.table_text import render_table
 from moe_lowering.cli.html.explain_page import explain_page, table_page
-from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT, assumed_differences, read_measured
 from moe_lowering.cli.terminal import use_colour
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.deployment import Deployment
@@ -182,25 +183,12 @@ def _deployment(request: ExplainRequest, experts: int) -> Deployment:
     if experts % request.ep:
         raise UsageError(f"argument --ep: is {request.ep}; accepted: a divisor of the number of experts, {experts}")
     try:
-        return Deployment(
-            soc=request.soc,
-            ep_size=request.ep,
+        return make_deployment(
+            request,
             ep_group="ep" if request.ep > 1 else "",
             mc2_group="mc2",
-            tp_size=request.tp,
             tp_group="tp" if request.tp > 1 else "",
-            max_tokens=request.max_tokens,
-            equal_tokens=not request.unequal_tokens,
-            hccl_buffer_mb=request.buffer_mb or HCCL_BUFFER_MB,
-            weight_format=request.weight_format or WEIGHT_FORMAT,
-            cann=request.cann or "",
-            fused_mode=request.fused_mode,
             capture=request.capture,
-            mc2_hierarchy=request.hierarchy,
-            unpermute_operator=request.unpermute_operator,
-            ranks_per_node=request.ranks_per_node,
-            measured=read_measured(request.measured, request.soc),
-            providers=request.providers,
         )
     except ValueError as error:  # the error's text names the field, the value and what is accepted
         raise UsageError(str(error).removeprefix("Deployment: ")) from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from moe_lowering.cli.options import check_policy, provider_packages
+from moe_lowering.cli.assumed_machine import provider_packages
+from moe_lowering.cli.options import check_policy
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.vocabulary import AUTO, IMPLEMENTATION_FORMS, TOKEN_UNPERMUTE
 

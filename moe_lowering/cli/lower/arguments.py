@@ -5,22 +5,21 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from moe_lowering.cli.assumed_machine import provider_packages
 from moe_lowering.cli.files import add_html, check_file
 from moe_lowering.cli.lower.configs import check_ranks
 from moe_lowering.cli.lower.request import REPLAYS, LowerRequest
+from moe_lowering.cli.option_values import SocAction, parse_positive
 from moe_lowering.cli.options import (
     DTYPES,
-    SocAction,
     add_machine,
-    add_parser,
     add_policy,
     add_prices,
     add_provider,
     check_policy,
-    parse_positive,
-    provider_packages,
     read_measured,
 )
+from moe_lowering.cli.parser import add_parser
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.model_configs.check import check_model
 from moe_lowering.model_configs.errors import ModelError

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from moe_lowering.cli.deployments import make_deployment
 from moe_lowering.cli.lower.configs import SMALL
 from moe_lowering.cli.lower.models import plan_model
-from moe_lowering.cli.lower.prepare import deployment_for
 from moe_lowering.cli.lower.request import LowerRequest
 from moe_lowering.explanation import BlockDescription, ExplainError, describe
 from moe_lowering.explanation.answer import Question
@@ -40,7 +40,7 @@ def rows_of(request: LowerRequest) -> tuple[Row, ...]:
         return ()
     names = {"ep_group": "ep", "mc2_group": "mc2"} if request.ep > 1 else {"mc2_group": "mc2"}
     names |= {"tp_group": "tp"} if request.tp > 1 else {}
-    deployment = deployment_for(request, **names).replace(
+    deployment = make_deployment(request, **names).replace(
         max_tokens=0 if not request.unequal_tokens else request.max_tokens
     )
     return choices_around(Question(block, deployment, Policy(request.comm, request.policy)), request.tokens)

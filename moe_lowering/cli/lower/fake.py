@@ -23,11 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moe_lowering import _bootstrap
 from moe_lowering.backends.aot import lowering_backend
 from moe_lowering.cli import collection
+from moe_lowering.cli.deployments import make_deployment
 from moe_lowering.cli.lower import fake_weights, layerwise, models, trace_progress
 from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.prepare import (
     deployment_facts,
-    deployment_for,
     early_outcome,
     register_transformers,
     tensor_parallel_place,
@@ -179,7 +179,7 @@ def _stopped_by_us(error: BaseException | None) -> bool:
 def _fake_groups(request: LowerRequest) -> Iterator[Deployment]:
     """The deployment of rank 0, with fake process groups of the right size: no other rank exists."""
     if request.ep == 1:
-        yield deployment_for(request)
+        yield make_deployment(request)
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -187,7 +187,7 @@ def _fake_groups(request: LowerRequest) -> Iterator[Deployment]:
     try:
         ep_group, mc2_group = dist.group.WORLD, dist.new_group(range(request.ep))
         assert ep_group is not None and mc2_group is not None
-        yield deployment_for(
+        yield make_deployment(
             request,
             ep_rank=0,
             ep_group=ep_group.group_name,

@@ -6,41 +6,20 @@ from typing import Any
 
 from torch import nn
 
+from moe_lowering.cli.assumed_machine import assumed_differences
+from moe_lowering.cli.deployments import make_deployment
 from moe_lowering.cli.lower import early_refusal, models
 from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.request import LowerRequest
-from moe_lowering.cli.options import HCCL_BUFFER_MB, WEIGHT_FORMAT, assumed_differences, read_measured
 from moe_lowering.cli.usage import UsageError
-from moe_lowering.deployment import Deployment
 from moe_lowering.model_configs.check import ACCEPTED, OWN
 from moe_lowering.number_words import count_of
 from moe_lowering.quantisation import require_quantisable
 from moe_lowering.vocabulary import TOKEN_UNPERMUTE
 
 
-def deployment_for(request: LowerRequest, **place: Any) -> Deployment:
-    """The deployment of a command; ``place`` are this rank's index and its groups."""
-    return Deployment(
-        soc=request.soc,
-        ep_size=request.ep,
-        tp_size=request.tp,
-        fused_mode=request.fused_mode,
-        max_tokens=request.max_tokens,
-        equal_tokens=not request.unequal_tokens,
-        hccl_buffer_mb=request.buffer_mb or HCCL_BUFFER_MB,
-        weight_format=request.weight_format or WEIGHT_FORMAT,
-        cann=request.cann or "",
-        mc2_hierarchy=request.hierarchy,
-        unpermute_operator=request.unpermute_operator,
-        ranks_per_node=request.ranks_per_node,
-        measured=read_measured(request.measured, request.soc),
-        providers=request.providers,
-        **place,
-    )
-
-
 def deployment_facts(request: LowerRequest) -> list[tuple[str, str]]:
-    """What ``deployment_for`` takes for granted, and what the command said of the machine, for the report."""
+    """What ``make_deployment`` takes for granted, and what the command said of the machine, for the report."""
     named = [f"{name} {version}" for name, version in request.providers] if request.provider is not None else []
     templates = {
         "HCCL_BUFFSIZE {} MB": request.buffer_mb,
@@ -85,7 +64,7 @@ def early_outcome(
     # groups by any name: a decision does not depend on it
     names = {"ep_group": "ep", "mc2_group": "mc2"} if request.ep > 1 else {}
     names |= {"tp_group": "tp"} if request.tp > 1 else {}
-    report = early_refusal.find_early_refusal(request, plan, skeleton, deployment_for(request, **names))
+    report = early_refusal.find_early_refusal(request, plan, skeleton, make_deployment(request, **names))
     return None if report is None else LowerOutcome(request, plan.name, [report], [], None, facts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from moe_lowering.cli.options import provider_packages
+from moe_lowering.cli.assumed_machine import provider_packages
 from moe_lowering.vocabulary import EXPERT_FORMATS, TOKEN_UNPERMUTE
 
 REPLAYS = 8  # of each captured graph, where the command does not say

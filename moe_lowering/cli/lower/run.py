@@ -17,12 +17,12 @@ from torch.fx.experimental import _config
 from moe_lowering import simulator
 from moe_lowering.backends.npugraph_ex import npugraph_ex_options
 from moe_lowering.cli import progress as shown_progress
+from moe_lowering.cli.deployments import make_deployment
 from moe_lowering.cli.lower import compare, graph_replay, models
 from moe_lowering.cli.lower.configs import is_small
 from moe_lowering.cli.lower.outcome import LowerOutcome
 from moe_lowering.cli.lower.prepare import (
     deployment_facts,
-    deployment_for,
     early_outcome,
     register_transformers,
     tensor_parallel_place,
@@ -68,7 +68,7 @@ def lower_and_compare(request: LowerRequest, progress: Progress) -> LowerOutcome
         return outcome
     require_memory(plan, skeleton, request, models.available_memory())
     if request.ep == 1:
-        results = [run_rank(request, plan, deployment_for(request), progress)]
+        results = [run_rank(request, plan, make_deployment(request), progress)]
     else:
         progress(f"running on {count_of(request.ep, 'rank')}; each starts with imports")
         setup = functools.partial(enable_simulator, request.soc, request.capture)
@@ -116,7 +116,7 @@ def _rank_job(rank: int, request: LowerRequest) -> RankResult:
     backend = "hccl" if request.capture else None
     ep_group: Any = dist.new_group(range(request.ep), backend=backend) if backend else dist.group.WORLD
     mc2_group: Any = dist.new_group(range(request.ep), backend=backend)
-    deployment = deployment_for(
+    deployment = make_deployment(
         request,
         ep_rank=rank,
         ep_group=ep_group.group_name,

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_lowering.cli.matrix.request import FORMS_OF, MatrixRequest
-from moe_lowering.cli.options import add_parser, add_unpermute_operator
+from moe_lowering.cli.options import add_unpermute_operator
+from moe_lowering.cli.parser import add_parser
 from moe_lowering.matrix.forms import EP_SIZES, TP_SIZES
 from moe_lowering.vocabulary import EXPERT_FORMATS
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_lowering.cli.files import check_file
 from moe_lowering.cli.models.request import ModelsRequest
-from moe_lowering.cli.options import add_parser
+from moe_lowering.cli.parser import add_parser
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.families.listing import families, transformers_version
 from moe_lowering.families.records import DTYPES, SHAPES, WAYS, read_rows

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_lowering.cli.options import SocAction, add_parser, parse_positive
+from moe_lowering.cli.option_values import SocAction, parse_positive
+from moe_lowering.cli.parser import add_parser
 from moe_lowering.cli.simulate.request import SimulateRequest
 from moe_lowering.cli.usage import UsageError
 
