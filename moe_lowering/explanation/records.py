@@ -15,6 +15,7 @@ from moe_lowering.explanation.text import render
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.costs.price import Price
 from moe_lowering.passes.quantities import dtype_name
+from moe_lowering.report.deployment_text import deployment_json
 from moe_lowering.report.schemas import SCHEMA_VERSION, json_value
 from moe_lowering.vocabulary import AUTO, FIXED
 
@@ -66,7 +67,7 @@ class Explanation:
             "schema_version": SCHEMA_VERSION,
             "model": self.block.model,
             "block": _block_json(answer.spec),
-            "deployment": answer.deployment.invariant_fields() | {"providers": dict(answer.deployment.providers)},
+            "deployment": deployment_json(answer.deployment),
             "policy": {"name": self.chooses_by, "selects": answer.requested},
             "changes": {name: [change.to_json() for change in found] for name, found in self.changes.items()},
             "assumptions": list(self.assumptions),

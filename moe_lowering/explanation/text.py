@@ -11,10 +11,11 @@ from moe_lowering.explanation.layout import LABEL, Paint, labelled_line, labelle
 from moe_lowering.explanation.rules_text import decisive_lines, other_lines
 from moe_lowering.number_words import UNITS, count_of
 from moe_lowering.passes.quantities import dtype_name
+from moe_lowering.report.deployment_text import deployment_facts
 from moe_lowering.report.records import Verdict
 from moe_lowering.report.text import Said, distinct, render_refusal, render_sizes, render_sources
 from moe_lowering.report.width import report_width
-from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS, FIXED, TOKEN_UNPERMUTE
+from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS, FIXED
 
 if TYPE_CHECKING:  # they print themselves by this module
     from moe_lowering.explanation.answer import Answer
@@ -76,7 +77,6 @@ def _header(explanation: Explanation, paint: Paint) -> str:
     answer, comm = explanation.answer, explanation.question.policy.comm
     spec, deployment = answer.spec, answer.deployment
     form = f"{spec.activation}{', gate and up interleaved' if spec.interleaved else ''}{', biases' if spec.has_bias else ''}"
-    providers = ", ".join(f"{name} {version}" for name, version in deployment.providers) or "no provider"
     declared = (
         f", at most {deployment.max_tokens} declared" if deployment.max_tokens and deployment.equal_tokens else ""
     )
@@ -85,10 +85,6 @@ def _header(explanation: Explanation, paint: Paint) -> str:
         if deployment.equal_tokens
         else f"{deployment.min_tokens} to {deployment.max_tokens} tokens on a rank, not equal on all ranks"
     )
-    levels = "MC2 in two levels, " if deployment.mc2_hierarchy else ""
-    captured = "" if deployment.capture else "not captured, "
-    operator = deployment.unpermute_operator
-    unpermutes = "" if operator == TOKEN_UNPERMUTE else f"unpermute operator {operator}, "
     policy = f"policy {explanation.question.policy.name}"
     if comm != AUTO:  # FIXED falls back on nothing, see --policy
         policy = f"{comm} asked for" + (", and nothing else" if explanation.question.policy.name == FIXED else "")
@@ -106,10 +102,7 @@ def _header(explanation: Explanation, paint: Paint) -> str:
             ),
             labelled_line(
                 "deployment",
-                f"EP {deployment.ep_size}, TP {deployment.tp_size}, HCCL_BUFFSIZE "
-                f"{deployment.hccl_buffer_mb} MB, weights {deployment.weight_format}, CANN "
-                f"{deployment.cann or 'unknown'}, {providers}, "
-                f"{levels}{unpermutes}{captured}{policy}",
+                ", ".join([*deployment_facts(deployment), policy]),
             ),
             *([] if fits else [paint(labelled_line("note", "it does not fit a rank's memory, see memory"), "red")]),
         ]

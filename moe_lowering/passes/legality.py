@@ -296,7 +296,8 @@ class _Prepared:
             violations += broken
             if call.operator == name and any(v.quantity in _WHERE for v in broken):
                 break  # its operators are not called then, so that their limits are no reason
-        return tuple(dict.fromkeys(violations))
+        # first that there is no provider of the operator at all: rules for versions of one say little then
+        return tuple(sorted(dict.fromkeys(violations), key=lambda violation: not violation.code.endswith(".provider")))
 
     def _broken(self, call: OperatorCall | Rules, answers: _Answers) -> Broken:
         if call.reads_tokens:

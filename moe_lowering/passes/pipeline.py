@@ -186,6 +186,7 @@ class MoeLowering:
             nodes_after=sum(len(run.graph.nodes) for run in runs),
             pass_ms=(time.perf_counter() - start) * 1e3,
             not_capturable=tuple(findings),
+            deployment=self.deployment,
             detected=self.deployment.detected,
             foreign=tuple(foreign),
             routers=tuple(router for run in runs for router in run.routes.reports),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from moe_lowering.argument_checks import require_callable, require_choice
 from moe_lowering.deployment import Deployment
@@ -20,7 +20,7 @@ from moe_lowering.lookup import look_up
 from moe_lowering.number_words import count_of
 from moe_lowering.passes.blocks import BlockSpec
 from moe_lowering.passes.costs.cost_model import Cost, Load
-from moe_lowering.passes.costs.price import Price, choose_cheapest, price_of
+from moe_lowering.passes.costs.price import Price, choose_cheapest, difference_error, price_of
 from moe_lowering.passes.implementations import IMPLEMENTATIONS
 from moe_lowering.passes.implementations.tensor_parallel import tokens_per_rank
 from moe_lowering.passes.vllm_ascend_rules import (
@@ -147,7 +147,7 @@ def _cheapest(forms: dict[str, str], spec: BlockSpec, deployment: Deployment, to
     what = "the simplest of those tied" if tied else "cheapest"
     text = f"{what} at {count_of(tokens, 'token')}: {_price_text(prices[best])}"
     if tied:
-        text += f"; a tie with {_prices_text(tied, prices)}, as the difference is within its error;"
+        text += f"; a tie with {_prices_text(tied, prices)}, as {_difference_text(prices[best], [prices[n] for n in tied])};"
     if others := [name for name in prices if name != best and name not in tied]:
         text += f" against {_prices_text(others, prices)}"
     return best, text.removesuffix(";")
@@ -155,6 +155,14 @@ def _cheapest(forms: dict[str, str], spec: BlockSpec, deployment: Deployment, to
 
 def _prices_text(names: Iterable[str], prices: Mapping[str, Price]) -> str:
     return ", ".join(f"{name} {_price_text(prices[name])}" for name in names)
+
+
+def _difference_text(best: Price, tied: Sequence[Price]) -> str:
+    """Why prices are a tie; of two in numbers, as what stands behind each is larger than the error of their difference."""
+    if len(tied) > 1:
+        return "the differences are within their errors"
+    difference, error = abs(best.us - tied[0].us), difference_error(best, tied[0]) / 1000
+    return f"the difference of {difference:.0f} us may be wrong by {error:.0f} us"
 
 
 def _price_text(price: Price) -> str:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_lowering.deployment_detection import Detected
 from moe_lowering.limits import TokenRange, Violation
 from moe_lowering.limits.wording import Names
 from moe_lowering.report.block_costs import BlockCost
+from moe_lowering.report.deployment_text import deployment_json
 from moe_lowering.report.graphs import GraphNode, graph_text
 from moe_lowering.report.leftovers import ForeignMoe, NotCapturable
 from moe_lowering.report.module_names import names
 from moe_lowering.report.schemas import SCHEMA_VERSION, json_fields, json_value
 from moe_lowering.report.sizes import Sizes, fields_of
+
+if TYPE_CHECKING:
+    from moe_lowering.deployment import Deployment
 
 # Makes the text of a report. ``report.text`` puts its own here: it reads these records, so that they cannot import it.
 renderers: list[Callable[[LoweringReport], str]] = []
@@ -169,6 +173,7 @@ class LoweringReport:
         pass_ms: wall time of the pass in milliseconds.
         not_capturable: what keeps the graph from being captured; empty where the deployment does not capture.
         detected: fields of the deployment that were found and not given, and where.
+        deployment: what the pass was told of ranks, sizes and versions; None where nothing was run. It takes no part in equality.
         routers: the routers of the blocks, but for those outside of the graph. One that was left costs time and nothing else:
             ``fully_lowered`` does not ask for it, and strict mode does not raise.
     """
@@ -182,6 +187,7 @@ class LoweringReport:
     foreign: tuple[ForeignMoe, ...] = ()
     detected: tuple[Detected, ...] = ()
     routers: tuple[RouterReport, ...] = ()
+    deployment: Deployment | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         """The report for a person."""
@@ -212,11 +218,16 @@ class LoweringReport:
                 "nodes_after": self.nodes_after,
                 "pass_ms": self.pass_ms,
                 "not_capturable": [finding.to_json() for finding in self.not_capturable],
+                "deployment": self.deployment_json(),
                 "detected": [dataclasses.asdict(field) for field in self.detected],
                 "routers": [router.to_json() for router in self.routers],
             }
         )
         return fields
+
+    def deployment_json(self) -> dict[str, Any] | None:
+        """The deployment's fields; None where there is none."""
+        return None if self.deployment is None else deployment_json(self.deployment)
 
     @property
     def fully_lowered(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from moe_lowering.limits import Violation
 from moe_lowering.limits.wording import Accepted, Value
 from moe_lowering.number_words import UNITS, count_of
+from moe_lowering.report.deployment_text import deployment_text
 from moe_lowering.report.leftovers import NotCapturable
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport, RouterReport, Verdict, renderers
@@ -21,11 +22,13 @@ _INDENT = "  "
 _BOUND_CHECK = "moe_lowering.assert_tokens"
 
 
-def render(report: LoweringReport) -> str:
-    """The whole report: a headline, each kind of block, what was not recognised, what the deployment was detected to be, and
-    the sources of the broken rules."""
+def render(report: LoweringReport, deployment: bool = True) -> str:
+    """The whole report: a headline, the deployment unless it was said before, each kind of block, what was not recognised, what
+    the deployment was detected to be, and the sources of the broken rules."""
     said = Said()
     parts = [fold(_headline(report))]
+    if deployment and report.deployment is not None:
+        parts[0] += "\n" + labelled_text("deployment", deployment_text(report.deployment))
     parts += [_render_blocks(blocks, said) for blocks in equal_blocks(report.blocks)]
     if report.unlowered:
         lines = [labelled_text(place, why) for place, why in report.unlowered]
@@ -202,12 +205,11 @@ def _window(window: Window, buffer_bytes: int) -> str:
 
 
 def distinct(verdict: Verdict) -> list[Violation]:
-    """Each broken rule once, as many are the same at both ends of an exchange; first that there is no provider of the operator
-    at all, as rules for versions of one say little then."""
+    """Each broken rule once, as many are the same at both ends of an exchange."""
     rules: dict[tuple[str, Value, Accepted], Violation] = {}
     for violation in verdict.violations:
         rules.setdefault((violation.code, violation.value, violation.limit), violation)
-    return sorted(rules.values(), key=lambda violation: not violation.code.endswith(".provider"))
+    return list(rules.values())
 
 
 def render_refusal(label: str, verdict: Verdict, said: Said) -> str:

@@ -56,8 +56,9 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
     Args:
         fields: fields of ``Deployment``. Groups are made and named here: ``ep_group``, ``mc2_group`` (a second group over
             the same ranks), ``ep_communicator`` and ``tp_group`` cannot be given. ``soc`` defaults to A3, versions to
-            current ones, ``providers`` to vllm_ascend, ``weight_format`` to nz and ``installed`` to nothing, so that every
-            implementation can be legal. ``ep_rank`` defaults to 0, ``tp_rank`` to the place of neighbours.
+            current ones, ``providers`` to vllm_ascend, ``weight_format`` to nz, ``hccl_buffer_mb`` to 1024 and ``installed``
+            to nothing, so that every implementation can be legal; reports have a line with them. ``ep_rank`` defaults to 0,
+            ``tp_rank`` to the place of neighbours.
 
     Raises:
         RuntimeError: when a process group exists already.

@@ -132,8 +132,8 @@ def changes(value, path=()):
         yield path, "an object", {"other": 1}
 
 
-# What a schema leaves open: values of rules, names of implementations, fields of a deployment.
-OPEN = re.compile(r"\.(value|buffer|ruled_out)$|\.limit\.|\.verdicts\.\w+$|\.ruled_out\.\w+$")
+# What a schema leaves open: values of rules, names of implementations and of providers.
+OPEN = re.compile(r"\.providers\.\w+$|\.(value|buffer|ruled_out)$|\.limit\.|\.verdicts\.\w+$|\.ruled_out\.\w+$")
 
 
 @pytest.mark.parametrize("which", ["lowered", "refused"])

@@ -44,7 +44,7 @@ def find_early_refusal(
         tokens = free_tokens(1, request.max_tokens) if request.dynamic else spec.tokens
         _, reason, verdicts = _choose_for(request, spec, deployment, tokens)
         reports.append(BlockReport(name, None, reason, (), (), verdicts))
-    return LoweringReport(tuple(reports), (), 0, 0, 0.0) if reports else None
+    return LoweringReport(tuple(reports), (), 0, 0, 0.0, deployment=deployment) if reports else None
 
 
 def _choose_for(

@@ -117,6 +117,7 @@ class LowerOutcome:
             "not_capturable": [finding.to_json() for finding in traced.not_capturable] if traced else [],
             "foreign": [layer.to_json() for layer in traced.foreign] if traced else [],
             "captured": self.captured[0].to_json() if self.captured else None,
+            "deployment": first.deployment_json() if first else None,
             "detected": first.to_json()["detected"] if first else [],
         }
         return json.dumps(fields, indent=2, allow_nan=False)
@@ -135,7 +136,9 @@ class LowerOutcome:
             if any(_look_alike(report, other) for other in shown):
                 continue
             shown.append(report)
-            parts.append(render(report))
+            parts.append(
+                render(report, deployment=False)
+            )  # the header has what the command said of it, and what is assumed
         if self.unsupported:
             parts.append(
                 "\n".join(["not supported:", *(labelled_text(module, why) for module, why in self.unsupported)])
