@@ -183,7 +183,7 @@ class SocAction(argparse.Action):
         self.several = several
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, text: Any, option: str | None = None) -> None:
-        words = str(text).split(",") if self.several else [str(text)]
+        words = split_list(str(text)) if self.several else [str(text)]
         if len(words) > 1 and "" in words:
             raise argparse.ArgumentError(self, _empty_value(text))
         socs = [soc_named(word) for word in words]
@@ -201,6 +201,11 @@ class SocAction(argparse.Action):
         namespace.taken_as = tuple(f"SoC {word} is taken as {name}" for word, name in pairs if word != name)
 
 
+def split_list(text: str) -> list[str]:
+    """The values of a list with commas; spaces around them, which a quoted list may have, are not of them."""
+    return [part.strip() for part in text.split(",")]
+
+
 def _empty_value(text: str) -> str:
     return f"is {write_value(text)}, with nothing beside a comma; accepted: values with commas between them, e.g. A,B"
 
@@ -209,7 +214,7 @@ def parse_several(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...
     """The parser of a list with commas, from that of one value; a value may be there once."""
 
     def parse_list(text: str) -> tuple[Any, ...]:
-        parts = text.split(",")
+        parts = split_list(text)
         if len(parts) > 1 and "" in parts:
             raise argparse.ArgumentTypeError(_empty_value(text))
         values = tuple(parse(part) for part in parts)

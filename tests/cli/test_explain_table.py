@@ -163,7 +163,7 @@ def test_a_hub_id_says_that_files_must_be_local(capfd, tmp_path, monkeypatch):
     assert answer(capfd, "some/model")[1]["block"] == answer(capfd, "qwen3_30b")[1]["block"]
 
 
-@pytest.mark.parametrize("name", ["qwen3_mo", "gpt_os", "mixtra", "glm45", "deepseek_r1"])
+@pytest.mark.parametrize("name", ["qwen3_mo", "gpt_os", "mixtra", "glm45", "deepseek_r1", "DEEPSEEK_V3"])
 def test_suggestions_are_models_with_experts(name):
     with pytest.raises(ModelError) as caught:
         check_model(name)
