@@ -49,7 +49,8 @@ EXAMPLES = (
         "Each rank loads its own experts ([loading](loading.md)) and quantises them to [W8A8](glossary.md#w8a8).\n"
         "Then `generate` compiles prefill and decode with transformers' own `CompileConfig`: prefill because of\n"
         "`prefill_chunk_size`, by whose pieces it runs. Without that, transformers compiles the decode step alone, and\n"
-        "[an NPU has no kernel](use.md#what-you-are-told) for the [generic operators](glossary.md#generic-operators) of the other.",
+        "[an NPU has no kernel](use.md#what-you-are-told) for the [generic operators](glossary.md#generic-operators) of\n"
+        "the other.",
     ),
     Example(
         "A test suite of your own",
