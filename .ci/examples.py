@@ -47,10 +47,10 @@ EXAMPLES = (
         "checkpoint.py",
         TORCHRUN,
         "Each rank loads its own experts ([loading](loading.md)) and quantises them to [W8A8](glossary.md#w8a8).\n"
-        "Then `generate` compiles the decode step with transformers' own `CompileConfig`, and that step alone.\n"
-        "Its prefill runs the [generic operators](glossary.md#generic-operators) as they are, as a CPU and the simulator can.\n"
-        "They have no kernel for an NPU, so with `npu` this prefill [is not expected to run](use.md#what-you-are-told).\n"
-        "A [`Server`](serving.md) compiles both.",
+        "Then `generate` compiles prefill and decode with transformers' own `CompileConfig`: prefill because of\n"
+        "`prefill_chunk_size`, by whose pieces it runs. Without that, transformers compiles the decode step alone, and\n"
+        "[an NPU has no kernel](use.md#what-you-are-told) for the [generic operators](glossary.md#generic-operators) of\n"
+        "the other.",
     ),
     Example(
         "A test suite of your own",

@@ -3,8 +3,7 @@
 torchrun --nproc-per-node 2 examples/checkpoint.py [npu [FOLDER]]
 
 Without CANN, TORCH_DEVICE_BACKEND_AUTOLOAD=0 stands before it: torchrun imports
-torch by itself. With npu it is not expected to run as it stands: transformers
-compiles the decode step alone, and prefill needs it as well (docs/examples.md).
+torch by itself.
 """
 
 import argparse
@@ -76,7 +75,7 @@ with torch.device("meta"):
 moe_lowering.load_experts(model.requires_grad_(False), folder, deployment, device=device)
 moe_lowering.quantise_experts(model, "w8a8")
 
-lowering = moe_lowering.MoeLowering(deployment)
+lowering = moe_lowering.MoeLowering(deployment, strict=True)
 options = moe_lowering.npugraph_ex_options(deployment, lowering=lowering, force_eager=device == "cpu")
 compile_config = CompileConfig(backend="npugraph_ex", fullgraph=True, dynamic=False, mode=None, options=options)
 compile_config._compile_all_devices = True  # transformers compiles on its list of devices alone, on which npu is not
@@ -88,6 +87,7 @@ tokens = model.generate(
     cache_implementation="static",
     compile_config=compile_config,
     pad_token_id=0,
+    prefill_chunk_size=8,  # without it transformers compiles decode alone; 2 prompts of 8 are max_tokens
 )
 
 if rank == 0:

@@ -1,6 +1,12 @@
-"""Choosing a deployment for published models, from Python: python examples/choose.py"""
+"""Choosing a deployment for published models, from Python: python examples/choose.py [npu]"""
+
+import argparse
 
 import moe_lowering
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("device", nargs="?", choices=("cpu", "npu"), help="changes nothing: it only computes")
+parser.parse_args()
 
 SIZES = {
     "DeepSeek-V3": {"hidden": 7168, "intermediate": 2048, "experts": 256, "top_k": 8, "layers": 58},

@@ -72,7 +72,7 @@ def parse_several(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...
     """The parser of a list with commas, from that of one value; a value may be there once."""
 
     def parse_list(text: str) -> tuple[Any, ...]:
-        parts = text.split(",")
+        parts = split_list(text)
         if len(parts) > 1 and "" in parts:
             raise argparse.ArgumentTypeError(_empty_value(text))
         values = tuple(parse(part) for part in parts)
@@ -81,6 +81,11 @@ def parse_several(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...
         return values
 
     return parse_list
+
+
+def split_list(text: str) -> list[str]:
+    """The values of a list with commas; spaces around them, which a quoted list may have, are not of them."""
+    return [part.strip() for part in text.split(",")]
 
 
 def _empty_value(text: str) -> str:
@@ -96,7 +101,7 @@ class SocAction(argparse.Action):
         self.several = several
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, text: Any, option: str | None = None) -> None:
-        words = str(text).split(",") if self.several else [str(text)]
+        words = split_list(str(text)) if self.several else [str(text)]
         if len(words) > 1 and "" in words:
             raise argparse.ArgumentError(self, _empty_value(text))
         socs = [soc_named(word) for word in words]

@@ -13,6 +13,7 @@ from moe_lowering.explanation.answer import Answer, Question
 from moe_lowering.limits import TokenRange
 from moe_lowering.limits.findings import Finding
 from moe_lowering.limits.wording import show
+from moe_lowering.number_words import count_of
 from moe_lowering.passes.costs.price import is_tie
 from moe_lowering.passes.decision import sweep
 
@@ -73,7 +74,8 @@ def _boundary(policy: str, before: Answer, after: Answer) -> dict[str, str]:
         }
     if before.requested != after.requested:
         return {policy: f"it selects {before.requested}, then {after.requested}"}
-    return {"cost": f"at {before.tokens} tokens {_prices(before, after)}; at {after.tokens} {_prices(after, before)}"}
+    at = count_of(before.tokens, "token")
+    return {"cost": f"at {at} {_prices(before, after)}; at {after.tokens} {_prices(after, before)}"}
 
 
 def _prices(answer: Answer, other: Answer) -> str:

@@ -115,6 +115,10 @@ def open_checkpoint(path: Path) -> dict[str, StoredTensor]:
             not as long as its header says; a key stands in two files.
     """
     if path.is_file():
+        if path.suffix == ".json":  # the index, or the config
+            raise CheckpointError(
+                f"{path}: is no .safetensors file; accepted: such a file, or the folder {path.parent}"
+            )
         return _read_header(path)
     if not path.is_dir():
         raise CheckpointError(

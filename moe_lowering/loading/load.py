@@ -58,7 +58,7 @@ def load_experts(
     _check_model(model, targets, deployment)
     place = _place(device)
     block = deployment.own_experts
-    plan = make_plan(model, open_checkpoint(Path(path)), targets)
+    plan = make_plan(model, open_checkpoint(Path(path)), targets, Path(path))
     with as_it_was(model):
         _make_buffers(model, place)
         tensors, scratch = dict[str, Tensor](), Scratch()

@@ -7,7 +7,9 @@ shapes of their results are compared with the model's. ``fill_expert`` and ``rea
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,9 +41,9 @@ class Parameter:
 
 
 def make_plan(
-    model: nn.Module, there: Mapping[str, StoredTensor], targets: list[tuple[str, nn.Module]]
+    model: nn.Module, there: Mapping[str, StoredTensor], targets: list[tuple[str, nn.Module]], place: Path
 ) -> list[Parameter]:
-    """What each parameter is made of, in the order of the model.
+    """What each parameter is made of, in the order of the model; ``place`` is the folder or file of the checkpoint.
 
     Raises:
         CheckpointError: a parameter without keys, a key without a parameter, one of another shape or dtype.
@@ -71,11 +73,8 @@ def make_plan(
     ignorable = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     missing = [name for name in names if name not in filled and not any(word in name for word in ignorable)]
     if missing:
-        places = ", ".join(sorted({str(each.file.parent) for each in there.values()}))
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"{places or 'the checkpoint'}: has no key for {missing[0]}{more}; accepted: a whole checkpoint"
-        )
+        raise CheckpointError(f"{place}: has no key for {missing[0]}{more}; accepted: a whole checkpoint")
     return plan
 
 
@@ -163,24 +162,33 @@ def _check_each_expert(parameter: Parameter) -> None:
     assert conversion is not None
     first = parameter.sources[0][1]
     for pattern in conversion.sources:
-        of_pattern = [(source, stored) for source, stored in parameter.sources if source.pattern == pattern]
+        of_pattern = tuple((source, stored) for source, stored in parameter.sources if source.pattern == pattern)
         numbers = [source.expert for source, _ in of_pattern]
         absent = sorted(set(range(parameter.experts)) - set(numbers))
         if absent:
             raise CheckpointError(
-                f"{first.file.parent}: has no {pattern.replace('*', str(absent[0]))} for {parameter.name} "
+                f"{first.file.parent}: has no {_key_of(absent[0], pattern, of_pattern)} for {parameter.name} "
                 f"({len(absent)} of {parameter.experts} experts are missing); accepted: every expert"
             )
         if len(numbers) != parameter.experts:
             raise CheckpointError(
                 f"{first.file.parent}: has {len(numbers)} keys {pattern} for {parameter.name}; accepted: {parameter.experts}"
             )
+        ((shape, _),) = Counter(stored.shape for _, stored in of_pattern).most_common(1)
         for source, stored in of_pattern:
-            if stored.shape != of_pattern[0][1].shape:
+            if stored.shape != shape:
                 raise CheckpointError(
-                    f"{stored.file}: {source.key} has shape {list(stored.shape)}; accepted: {list(of_pattern[0][1].shape)}, "
-                    f"as {of_pattern[0][0].key} has"
+                    f"{stored.file}: {source.key} has shape {list(stored.shape)}; accepted: {list(shape)}, as other experts' have"
                 )
+
+
+def _key_of(expert: int, pattern: str, others: Sources) -> str:
+    """The key that an expert would have, from another's; its pattern where there is none, or where it is more than text."""
+    for source, _ in others[:1]:
+        key = source.key.replace(pattern.replace("*", str(source.expert)), pattern.replace("*", str(expert)))
+        if key != source.key:
+            return key
+    return pattern.replace("*", str(expert))
 
 
 def read_expert(parameter: Parameter, model: nn.Module, expert: int, *, meta: bool = False) -> Tensor:

@@ -221,7 +221,7 @@ def hint_of(model: str, known: Iterable[str]) -> str:
     preset's hub id means that preset."""
     if (preset := preset_of_hub_name(model)) is not None:
         return f" (did you mean {preset.name}?)"
-    close = difflib.get_close_matches(model[:SHOWN], [OWN, *PRESETS, *sorted(known)], n=12)
+    close = difflib.get_close_matches(model[:SHOWN].lower(), [OWN, *PRESETS, *sorted(known)], n=12)
     close = [name for name in dict.fromkeys(close) if name == OWN or name in PRESETS or has_experts(name)][:3]
     return f" (did you mean {', '.join(close)}?)" if close else ""
 
@@ -233,6 +233,12 @@ def hint_of_sibling(dense: str) -> str:
     close = sorted(name for name in close if name in PRESETS or (has_experts(name) and not name.endswith("_text")))
     best = sorted(dict.fromkeys(close), key=lambda name: ("moe" not in name, name in PRESETS, len(name)))[:3]
     return f" (did you mean {', '.join(best)}?)" if best else ""
+
+
+def models_from(prefix: str) -> list[str]:
+    """What a MODEL that begins so may be, files aside: the package's own, presets, types with MoE layers."""
+    begun = [name for name in dict.fromkeys((OWN, *PRESETS, *sorted(_types()))) if name.startswith(prefix)]
+    return [name for name in begun if name == OWN or name in PRESETS or has_experts(name)]
 
 
 def _types() -> set[str]:

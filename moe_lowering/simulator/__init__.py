@@ -141,8 +141,10 @@ def _check_machine() -> None:
 
 def _set_environment() -> None:
     # torch_npu restores what it finds here when it is imported; "0" lets the children of this process, which have no
-    # stand-ins when they start, import torch.
-    os.environ[_bootstrap.AUTOLOAD] = "0"
+    # stand-ins when they start, import torch. Those of `moe-lowering simulate` have them: ranks that torchrun starts find
+    # what it was told.
+    if state.VARIABLE not in os.environ:
+        os.environ[_bootstrap.AUTOLOAD] = "0"
     # An operator that fails in torch_npu's launch thread raises later or never, and what follows reads memory that was
     # not written (tried: a cast after a failed add gave garbage, an event never completed). Launch in the caller.
     os.environ["TASK_QUEUE_ENABLE"] = "0"

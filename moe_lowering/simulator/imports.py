@@ -17,12 +17,12 @@ from typing import Any
 
 from moe_lowering import import_hooks, simulator
 from moe_lowering.simulator import SimulatorError, state
+from moe_lowering.simulator.state import VARIABLE
 from moe_lowering.vocabulary import SOCS
 
 # Given the SoC and the module.
 Around = Callable[[str, Any], contextlib.AbstractContextManager[None]]
 
-VARIABLE = "MOE_LOWERING_SIMULATOR"
 DEVICES = "MOE_LOWERING_SIMULATOR_DEVICES"  # read by runtime.c
 STARTUP = Path(__file__).resolve().parent / "startup"
 

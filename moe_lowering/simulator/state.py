@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from moe_lowering.simulator.standins import SimulatorError
 
+VARIABLE = "MOE_LOWERING_SIMULATOR"  # the SoC, in a program of `moe-lowering simulate` and in all that it starts
+
 loaded: str | None = None  # the SoC that the libraries in this process stand in for; they cannot be unloaded
 enabled = False
 

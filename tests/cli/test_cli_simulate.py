@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_lowering import cli
+from moe_lowering import cli, simulator
+from moe_lowering._bootstrap import AUTOLOAD
 from moe_lowering.simulator import SimulatorError, imports
 
 PARENT = """
@@ -77,3 +78,15 @@ def test_the_environment_keeps_what_was_there():
     assert imports.environment("A3", made, devices=2) == made  # once more changes nothing
     with pytest.raises(SimulatorError, match="MOE_LOWERING_SIMULATOR is 'A4'; accepted: A2, A3"):
         imports.environment("A4", {})
+
+
+@pytest.mark.parametrize(("simulated", "left"), [("A3", "1"), (None, "0")])
+def test_ranks_of_torchrun_find_the_autoload_as_the_command_was_told(monkeypatch, simulated, left):
+    """torchrun imports torch, and with it the simulator, before it starts the ranks."""
+    monkeypatch.setenv(AUTOLOAD, "1")
+    monkeypatch.setenv("TASK_QUEUE_ENABLE", "1")
+    monkeypatch.delenv(imports.VARIABLE, raising=False)
+    if simulated:
+        monkeypatch.setenv(imports.VARIABLE, simulated)
+    simulator._set_environment()
+    assert os.environ[AUTOLOAD] == left

@@ -81,6 +81,17 @@ def test_a_table_fits(capfd, monkeypatch, columns):
     assert re.search(r"one change: \w+ legal with ", out) and ON_TOP in " ".join(out.split())
 
 
+def test_figures_stand_below_their_titles(capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = command(capfd, "qwen3_235b --soc A2 --ep 16,64 --quant none,w8a8 --tokens 1..4096")
+    lines = out.splitlines()
+    (titles,) = (line for line in lines if line.startswith("  SoC"))
+    figures = [line for line in lines if " +- " in line]
+    assert any(re.search(r"[1-9]\d{5} \+- \d{5} ", line) for line in figures), "wider than the title"
+    assert {len(line) for line in figures} == {len(titles)}
+    assert all(line[titles.index("choice") :].startswith(("allgather ", "mc2 ")) for line in figures)
+
+
 def test_where_nothing_is_legal_the_exit_code_is_1(capfd):
     code, out, err = command(capfd, f"{BLOCK} --ep 16,32 --tokens 600 --comm mc2")
     assert code == 1 and out.count("NONE") == 2
@@ -163,7 +174,7 @@ def test_a_hub_id_says_that_files_must_be_local(capfd, tmp_path, monkeypatch):
     assert answer(capfd, "some/model")[1]["block"] == answer(capfd, "qwen3_30b")[1]["block"]
 
 
-@pytest.mark.parametrize("name", ["qwen3_mo", "gpt_os", "mixtra", "glm45", "deepseek_r1"])
+@pytest.mark.parametrize("name", ["qwen3_mo", "gpt_os", "mixtra", "glm45", "deepseek_r1", "DEEPSEEK_V3"])
 def test_suggestions_are_models_with_experts(name):
     with pytest.raises(ModelError) as caught:
         check_model(name)

@@ -135,6 +135,10 @@ def test_a_table_has_a_field_for_each_row_and_says_what_sets_each_boundary(capfd
     assert len(drawn) == 2 and sum(len(boxes(picture)) for picture in drawn) == len(found["rows"])
     for row in found["rows"]:
         assert all(f"[{code}] {why}" in text for code, why in zip(row["boundary"], row["because"], strict=True))
+    assert "EP 64, T 1: allgather ends because of [cost] at 1 token allgather (" in text
+    scrolled = '<div class="wide">'  # by themselves, in a narrow window
+    assert page.count(f"{scrolled}<table") == page.count("<table") == 1
+    assert page.count(f"{scrolled}<svg") == len(drawn)
     for picture in drawn:
         lines: dict[float, list[tuple[float, float]]] = {}
         for x, y, width, _ in boxes(picture):

@@ -108,23 +108,50 @@ def test_wrong_usage_of_lower(capfd, given, says):
 # ----------------------------------------------------------------------------------------------------------- completion
 
 
-def test_a_shell_that_asks_is_answered(monkeypatch):
-    """argcomplete itself is an extra; its one function gets the parser, with the words that are no choices."""
+@pytest.fixture
+def completers(monkeypatch):
+    """What the one function of argcomplete, which is an extra, finds on the parser: completers by command and field."""
     asked = []
-    monkeypatch.setitem(sys.modules, "argcomplete", types.SimpleNamespace(autocomplete=asked.append))
+    files = types.SimpleNamespace(
+        autocomplete=asked.append, FilesCompleter=lambda: lambda prefix, **more: [f"{prefix}*"]
+    )
+    monkeypatch.setitem(sys.modules, "argcomplete", files)
     monkeypatch.delenv(completion.IN_COMPLETION, raising=False)
     commands.parse(["explain", "moe"])
     assert not asked
     monkeypatch.setenv(completion.IN_COMPLETION, "1")
     commands.parse(["explain", "moe"])
-    words = {
-        action.dest: action.completer(prefix="")
-        for action in completion._actions(asked[0])
-        if hasattr(action, "completer")
+    (of_commands,) = (action.choices for action in asked[0]._actions if action.choices)
+    yield {
+        name: {action.dest: action.completer for action in parser._actions if hasattr(action, "completer")}
+        for name, parser in of_commands.items()
     }
-    assert words.keys() == completion._WORDS.keys() and "kimi_k2" in words["model"] and "910B" in words["socs"]
     monkeypatch.setitem(sys.modules, "argcomplete", None)
-    commands.parse(["explain", "moe"])
+    commands.parse(["explain", "moe"])  # the extra is gone
+
+
+@pytest.mark.parametrize(("command", "field", "prefix", "answer"), [
+    ("explain", "model", "kimi_k", ["kimi_k2"]),
+    ("lower", "model", "qwen3_m", ["qwen3_moe"]),
+    ("lower", "model", "llam", ["llama4", "llama4_text"]),  # llama has no experts
+    ("explain", "model", "./con", ["./con*"]),
+    ("explain", "model", "docs", ["docs*"]),
+    ("simulate", "soc", "A", ["A2", "A3", "A5"]),
+    ("explain", "socs", "A2,A", ["A2,A3", "A2,A5"]),
+    ("explain", "socs", "a2,a", ["a2,a2", "a2,a3", "a2,a5"]),
+    ("explain", "quants", "none,w8", ["none,w8a8"]),
+    ("explain", "provider", "v", ["vllm_ascend=0.23.0"]),
+    ("matrix", "comm", "m", ["mc2"]),
+    ("matrix", "ep", "", ["1", "2", "4"]),
+    ("models", "only", "olmoe,mixt", ["olmoe,mixtral"]),
+    ("models", "ways", "hook,", ["hook,trace"]),
+])  # fmt: skip
+def test_a_shell_that_asks_is_answered(completers, command, field, prefix, answer):
+    assert completers[command][field](prefix=prefix) == answer
+
+
+def test_what_has_choices_or_is_free_gets_no_completer(completers):
+    assert {"comm", "ep", "quant", "dtype"}.isdisjoint(completers["lower"]) and "hidden" not in completers["explain"]
 
 
 @pytest.mark.parametrize("given", ["--quant W8A8", "--comm AllGather", "--quant none,W8A8"])
@@ -140,3 +167,12 @@ def test_words_in_upper_case_are_those_words(capfd, given):
 def test_what_is_not_priced_or_not_said_is_assumed(capfd, given, text):
     (with_it, without) = (" ".join(command(capfd, f"{BLOCK} --ep 16 {more}")[1].split()) for more in (given, ""))
     assert text in with_it and text not in without
+
+
+def test_lists_may_have_spaces_and_capitals():
+    given = ["moe", "--ep", "16, 32", "--soc", " a2,A3", "--quant", "none, W8A8", "--tokens", "1..8 , 64"]
+    request = commands.parse(["explain", *given])
+    assert (request.eps, request.socs, request.quants) == ((16, 32), ("A2", "A3"), ("none", "w8a8"))
+    assert request.counts == ((1, 8), (64, 64))
+    assert commands.parse(["matrix", "--comm", "MC2, fused_mc2"]).comm == ("mc2", "fused_mc2")
+    assert commands.parse(["models", "--ways", "Hook ,trace"]).ways == ("hook", "trace")

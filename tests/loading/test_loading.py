@@ -169,9 +169,13 @@ FAULTS = {
     ),
     "no expert": (
         lambda f: forget(f, EXPERT),
-        "has no mlp.experts.5.up_proj.weight for model.layers.1.mlp.experts.gate_up_proj",
+        f"/copy: has no {EXPERT} for model.layers.1.mlp.experts.gate_up_proj",
     ),
-    "no plain key": (lambda f: forget(f, PLAIN), f"has no key for {PLAIN}"),
+    "no plain key": (lambda f: forget(f, PLAIN), f"/copy: has no key for {PLAIN}"),
+    "no key at all": (
+        lambda f: (f / INDEX).write_text('{"weight_map": {}}'),
+        "/copy: has no key for model.embed_tokens",
+    ),
     "one key more": (
         lambda f: add(f, "model.other", torch.zeros(1)),
         "has model.other, for which Qwen3MoeForCausalLM has no",
@@ -183,6 +187,10 @@ FAULTS = {
     "another shape of one expert": (
         lambda f: change(f, EXPERT, lambda t: t[1:].clone()),
         f"{EXPERT} has shape [31, 64]; accepted: [32, 64]",
+    ),
+    "another shape of the first expert": (
+        lambda f: change(f, EXPERT.replace("5", "0"), lambda t: t[1:].clone()),
+        f"{EXPERT.replace('5', '0')} has shape [31, 64]; accepted: [32, 64]",
     ),
     "another shape of a plain key": (
         lambda f: change(f, PLAIN, lambda t: t.T[1:].contiguous()),
@@ -213,6 +221,14 @@ def test_bad_files_are_refused_and_the_model_stays_as_it_was(checkpoints, tmp_pa
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
     assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     assert_loads(model, folder)  # the same model, from files that are whole
+
+
+def test_an_index_is_no_file_of_tensors(checkpoints):
+    config, folder, _ = checkpoints("qwen3_moe")
+    with pytest.raises(
+        CheckpointError, match=r"index\.json: is no \.safetensors file; accepted: such a file, or the folder "
+    ):
+        load_experts(models.on_meta(config), folder / INDEX, models.deployment(2, 0))
 
 
 def assert_loads(model, folder):

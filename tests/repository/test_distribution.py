@@ -67,6 +67,12 @@ def pins(python: str) -> Counter[str]:
     return Counter(pin.name for pin in pinned if pin.marker is None or pin.marker.evaluate(environment))
 
 
+def pinned_versions(name: str) -> list[str]:
+    """Of constraints.txt: one, or one for some Pythons and another for others."""
+    text = (TOP / "constraints.txt").read_text()
+    return re.findall(rf"^{re.escape(name)}==([\w.]+)", text, re.M)
+
+
 @pytest.mark.parametrize("python", PYTHONS)
 def test_each_package_is_pinned_once_for_each_python(python):
     assert pins(python) == Counter(dict.fromkeys(pins("3.11"), 1))
@@ -107,6 +113,11 @@ def test_extras_stop_at_what_was_run(archive):
     bounded = {extra.name: extra.specifier for extra in extras if extra.name in ("torch-npu", "transformers")}
     assert bounded["torch-npu"].contains("2.14.0") and not bounded["torch-npu"].contains("2.15.0")
     assert bounded["transformers"].contains("5.23.0") and not bounded["transformers"].contains("5.25.0")
+    of_extras = [extra for extra in extras if extra.marker and "extra ==" in str(extra.marker)]
+    assert len(of_extras) > 15
+    for extra in of_extras:
+        assert {each.operator for each in extra.specifier} & {"<", "=="}, f"{extra.name} may be of any later version"
+        assert all(extra.specifier.contains(version) for version in pinned_versions(extra.name)), extra.name
 
 
 CURRENT = tuple((TOP / name).read_text() for name in ("pyproject.toml", "CHANGELOG.md"))

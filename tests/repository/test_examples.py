@@ -45,6 +45,7 @@ def test_the_page_shows_every_program_as_it_stands():
     ("own_model.py gpu", "invalid choice: 'gpu'"),
     ("checkpoint.py", "ranks: TORCH_DEVICE_BACKEND_AUTOLOAD=0 torchrun --nproc-per-node 2 examples/checkpoint.py"),
     ("serve.py npu", "npu: torch_npu is not loaded"),
+    ("choose.py gpu", "invalid choice: 'gpu'"),
 ])  # fmt: skip
 def test_a_wrong_start_is_told_in_one_line(words, says):
     name, *arguments = words.split()

@@ -201,18 +201,9 @@ def _add_answer(add: Any) -> None:
     add("--color", choices=COLOURS, default="auto", help="colour the report (default auto: on a terminal)")
 
 
-def _tokens(text: str) -> int:
-    value = parse_digits(text)
-    if value is None or value > LARGEST:
-        raise argparse.ArgumentTypeError(f"is {write_value(text)}; accepted: an integer from 0 to {LARGEST}")
-    return value
-
-
 def _token_range(text: str) -> tuple[int, int]:
     low, dots, high = text.partition("..")
-    if not dots:
-        return (_tokens(text), _tokens(text))
-    first, last = parse_digits(low), parse_digits(high)
+    first, last = parse_digits(low), parse_digits(high if dots else low)
     if first is None or last is None or not first <= last <= LARGEST:
         raise argparse.ArgumentTypeError(
             f"is {write_value(text)}; accepted: T, or LOW..HIGH with 0 <= LOW <= HIGH <= {LARGEST}"

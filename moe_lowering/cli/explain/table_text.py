@@ -5,6 +5,7 @@ Lines are wrapped to ``report_width``, and coloured on request.
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections.abc import Sequence
 
@@ -18,12 +19,14 @@ from moe_lowering.report.block_costs import BlockCost
 from moe_lowering.report.width import report_width, wrap
 
 INDENT = " " * 16
+MOST_TOKENS = 12  # columns
 
 
 def render_table(first: Explanation, rows: Sequence[Row], colour: bool = False) -> str:
     """The block, one entry for each row, what the columns mean, and what was assumed."""
     paint = Paint(colour)
-    parts = [_header(first, paint), "\n".join([paint(_titles(), "dim"), *_entries(rows, paint)])]
+    widths = _Widths.of(rows)
+    parts = [_header(first, paint), "\n".join([paint(_titles(widths), "dim"), *_entries(rows, widths, paint)])]
     are_known = all(row.memory.layers for row in rows)
     memory = (
         "one MoE layer but for memory, which is that of all layers"
@@ -46,28 +49,42 @@ def _header(first: Explanation, paint: Paint) -> str:
     return "\n".join([*(paint(line, "bold") for line in title), *size_lines(block)])
 
 
-def _titles() -> str:
-    return f"  SoC   EP quant T            {'choice':<9} {'cost us':>13} {'kernels':>7} {'MB moved':>9} {'MB sent':>8}"
+@dataclasses.dataclass(frozen=True)
+class _Widths:
+    """Of the columns that are as wide as the rows need, as far as a line has room: ranges of tokens, and prices."""
+
+    tokens: int
+    price: int
+
+    @staticmethod
+    def of(rows: Sequence[Row]) -> _Widths:
+        tokens = min(max(len(_tokens(row)) for row in rows), MOST_TOKENS)
+        prices = [len(_price(row.cost)) for row in rows if row.cost is not None]
+        room = report_width() - len(_titles(_Widths(tokens, 0)).rstrip()) + len("cost us")
+        return _Widths(tokens, min(max([len("cost us"), *prices]), room))
 
 
-def _entries(rows: Sequence[Row], paint: Paint) -> list[str]:
+def _titles(widths: _Widths) -> str:
+    figures = f"{'cost us':>{widths.price}} {'kernels':>7} {'MB moved':>9} {'MB sent':>8}"
+    return f"  SoC   EP quant {'T':<{widths.tokens}} {'choice':<9} {figures}"
+
+
+def _entries(rows: Sequence[Row], widths: _Widths, paint: Paint) -> list[str]:
     lines: list[str] = []
     before = None
     for row in rows:
         where = (row.soc, row.ep, row.quantisation)
-        lines += _entry(row, where != before, paint)
+        lines += _entry(row, where != before, widths, paint)
         before = where
     return lines
 
 
-def _entry(row: Row, names_deployment: bool, paint: Paint) -> list[str]:
+def _entry(row: Row, names_deployment: bool, widths: _Widths, paint: Paint) -> list[str]:
     """A line of figures, and what goes with them below it."""
-    piece, cost = row.piece, row.cost
     where = f"{row.soc:<4} {row.ep:>3} {row.quantisation:<5}" if names_deployment else " " * 14
-    tokens = str(piece.low) if piece.low == piece.high else f"{piece.low}..{piece.high}"
     choice = row.choice or "NONE"
-    line = f"  {where} {tokens:<12} {choice:<9}"
-    figures = "" if cost is None else _figures(cost)
+    line = f"  {where} {_tokens(row):<{widths.tokens}} {choice:<9}"
+    figures = "" if row.cost is None else _figures(row.cost, widths)
     fits = len(line) + len(figures) <= report_width()
     lines = [f"{line}{figures}".rstrip() if fits else line.rstrip()]
     lines[0] = lines[0].replace(f" {choice}", " " + paint.legal(choice, row.choice is not None), 1)
@@ -77,10 +94,17 @@ def _entry(row: Row, names_deployment: bool, paint: Paint) -> list[str]:
     return lines
 
 
-def _figures(cost: BlockCost) -> str:
+def _tokens(row: Row) -> str:
+    return str(row.piece.low) if row.piece.low == row.piece.high else f"{row.piece.low}..{row.piece.high}"
+
+
+def _price(cost: BlockCost) -> str:
+    return f"{_number(cost.us, 0)} +- {_number(cost.error_us, 0)}"
+
+
+def _figures(cost: BlockCost, widths: _Widths) -> str:
     sent = (cost.sent_within + cost.sent_between) / 1e6
-    price = f"{_number(cost.us, 0)} +- {_number(cost.error_us, 0)}"
-    return f" {price:>13} {cost.kernels:>7} {_number(cost.moved / 1e6, 1):>9} {_number(sent, 1):>8}"
+    return f" {_price(cost):>{widths.price}} {cost.kernels:>7} {_number(cost.moved / 1e6, 1):>9} {_number(sent, 1):>8}"
 
 
 def _number(value: float, digits: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from moe_lowering.cli.html.page import COLOURS, Markup, element, items, join, key
+from moe_lowering.cli.html.page import COLOURS, Markup, element, items, join, key, wide
 from moe_lowering.explanation.table import Row
 
 WIDTH, LEFT, TOP, LINE, BAND = 1060, 64, 8, 44, 24
@@ -21,7 +21,7 @@ def draw_choices(rows: Sequence[Row]) -> Markup:
     for soc, quantisation in dict.fromkeys((row.soc, row.quantisation) for row in rows):
         own = [row for row in rows if (row.soc, row.quantisation) == (soc, quantisation)]
         format = "" if quantisation == "none" else f", experts in {quantisation}"
-        parts += [element("h3", f"{soc}{format}"), _picture(own), items(_boundaries(own))]
+        parts += [element("h3", f"{soc}{format}"), wide(_picture(own)), items(_boundaries(own))]
     return join([key(dict.fromkeys(row.choice for row in rows)), *parts])
 
 

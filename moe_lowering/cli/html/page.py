@@ -16,6 +16,7 @@ h1{font-size:22px}h2{font-size:17px;margin-top:28px;border-bottom:1px solid #ccc
 table{border-collapse:collapse;margin:8px 0;font-size:13px}th,td{border:1px solid #ccc;padding:3px 8px;text-align:left;
 vertical-align:top}td.number{text-align:right;white-space:nowrap}th{background:#f2f2f2}code{font-size:12px;overflow-wrap:anywhere}
 td ul{margin:0;padding-left:16px}td p{margin:0 0 4px}
+.wide{overflow-x:auto}.wide>svg{min-width:720px}@media(max-width:600px){.sides{flex-direction:column}}
 .sides{display:flex;gap:24px;align-items:flex-start}.sides>div{flex:1;min-width:0}svg{max-width:100%;height:auto}
 .key{display:inline-block;width:12px;height:12px;margin:0 4px 0 12px;vertical-align:-1px}.bar{display:block;height:5px;
 background:#4477aa;margin-top:2px}ul{padding-left:20px}.note{color:#555;font-size:13px}h3 code,h4 code{font-size:1em}
@@ -45,9 +46,14 @@ def join(parts: Iterable[object]) -> Markup:
 
 
 def table(titles: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
-    """A table; numbers stand at the right of their cells."""
+    """A table; numbers stand at the right of their cells. In a window that is too narrow for it, it is scrolled by itself."""
     head = element("tr", *(element("th", title) for title in titles))
-    return element("table", head, *(element("tr", *map(_cell, row)) for row in rows))
+    return wide(element("table", head, *(element("tr", *map(_cell, row)) for row in rows)))
+
+
+def wide(content: object) -> Markup:
+    """What keeps its width in a narrow window: it is scrolled, the page is not."""
+    return element("div", content, class_="wide")
 
 
 def _cell(value: object) -> Markup:

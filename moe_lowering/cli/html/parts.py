@@ -60,7 +60,7 @@ def deployment_table(rows: Iterable[Row]) -> Markup:
     titles = (
         "SoC",
         "EP",
-        "experts",
+        "quant",
         "T",
         "choice",
         "us",
@@ -79,8 +79,8 @@ def _deployment_row(row: Row) -> list[object]:
     figures: list[object] = ["", "", "", ""]
     if cost is not None:
         sent = (cost.sent_within + cost.sent_between) / 1e6
-        price = f"{cost.us:.0f} +- {cost.error_us:.0f}"
-        figures = [price, cost.kernels, f"{cost.moved / 1e6:.1f}", f"{sent:.1f}"]
+        price = f"{cost.us:,.0f} +- {cost.error_us:,.0f}"
+        figures = [price, cost.kernels, f"{cost.moved / 1e6:,.1f}", f"{sent:,.1f}"]
     changes = [
         f"{name} legal with {' or '.join(c.text for c in found)}" for name, found in row.changes.items() if found
     ]

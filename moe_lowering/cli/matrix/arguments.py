@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_lowering.cli.matrix.request import FORMS_OF, MatrixRequest
+from moe_lowering.cli.option_values import split_list
 from moe_lowering.cli.options import add_unpermute_operator
 from moe_lowering.cli.parser import add_parser
 from moe_lowering.matrix.forms import EP_SIZES, TP_SIZES
@@ -61,7 +62,7 @@ def _list_parser(accepted: Sequence[Any]) -> Callable[[str], tuple[Any, ...]]:
 
     def parse(text: str) -> tuple[Any, ...]:
         by_name = {str(value): value for value in accepted}
-        names = text.split(",")
+        names = [name.lower() for name in split_list(text)]
         if not all(name in by_name for name in names):
             raise argparse.ArgumentTypeError(f"is {text!r}; accepted: one or more of {','.join(by_name)}, with commas")
         return tuple(value for name, value in by_name.items() if name in names)

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_lowering.cli.files import check_file
 from moe_lowering.cli.models.request import ModelsRequest
+from moe_lowering.cli.option_values import split_list
 from moe_lowering.cli.parser import add_parser
 from moe_lowering.cli.usage import UsageError
 from moe_lowering.families.listing import families, transformers_version
@@ -97,7 +98,7 @@ def check(request: ModelsRequest) -> None:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip().replace("-", "_") for name in text.split(",")))
+    names = tuple(dict.fromkeys(name.replace("-", "_") for name in split_list(text)))
     if not all(names):
         raise argparse.ArgumentTypeError(f"is {write_value(text)}; accepted: names of families, with commas")
     return names
@@ -107,7 +108,7 @@ def _some(accepted: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     """Parser of a list with commas, in the order of ``accepted``."""
 
     def parse(text: str) -> tuple[str, ...]:
-        names = text.split(",")
+        names = [name.lower() for name in split_list(text)]
         for name in names:
             if name not in accepted:
                 hint = did_you_mean(name, accepted, cutoff=0.4)
