@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.guards
 
 from moe_lowering import simulator
 
@@ -22,6 +23,14 @@ os.environ.pop("COLUMNS", None)
 # Two workers on two cores: more threads only wait for each other. By the variable in the processes that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Tensors of up to 32 MB are memory that was freed before, not new pages to be zeroed for each: half of all page faults. Read as
+# a process starts: by xdist's workers, and by what tests start.
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
+# After each compile dynamo collects garbage (in what starts after this), and measures how long the guards take behind a flush of
+# the processor's caches: 10 and 20 ms. The collector runs by its thresholds, and nothing reads the measurement.
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
+torch._dynamo.guards.profile_guard_manager = lambda *unused: 0.0
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,15 +25,21 @@ def paused() -> Iterator[None]:
             gc.enable()
 
 
+# Whether this process, which runs commands as functions, puts objects aside itself: what is aside is counted one by one, a
+# tenth of a second for a million, so that it is not asked again.
+_process_freezes = False
+
+
 @contextlib.contextmanager
 def of_command() -> Iterator[None]:
-    """Around a command. A process that goes on afterwards collects all that ``paused`` put aside; one that ends collects
-    nothing, since the system takes the memory back."""
+    """Around a command. A process that goes on afterwards collects all that ``paused`` put aside, if it put nothing aside before;
+    one that ends collects nothing, since the system takes the memory back."""
+    global _process_freezes
     atexit.unregister(gc.freeze)  # or each of many commands would leave one
     atexit.register(gc.freeze)
-    frozen = gc.get_freeze_count()  # by a process that runs commands as functions
+    _process_freezes = _process_freezes or gc.get_freeze_count() > 0
     try:
         yield
     finally:
-        if not frozen:
+        if not _process_freezes:
             gc.unfreeze()

@@ -180,7 +180,8 @@ def _own_weights(lists: bool, quantisation: str) -> dict[str, list[Tensor]]:
     local = EXPERTS // dist.get_world_size()
     first = dist.get_rank() * local
     own = {name: tensor[first : first + local] for name, tensor in expert_weights(quantisation).items()}
-    return {name: [t.contiguous() for t in tensor] if lists else [tensor.contiguous()] for name, tensor in own.items()}
+    # Copies: a fake of a view takes several times as long as one of a tensor with memory of its own
+    return {name: [t.clone() for t in tensor] if lists else [tensor.clone()] for name, tensor in own.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ the graph

@@ -23,7 +23,7 @@ from moe_lowering.matrix.forms import FORMS
 from moe_lowering.matrix.ranks import CellOutcome, Change
 from moe_lowering.matrix.reference import FLOORS, expected, expected_counts, signal_to_noise
 from moe_lowering.matrix.table import EVERYTHING, Axes, CellResult, Table
-from moe_lowering.testing.ranks import RankError, Ranks
+from moe_lowering.testing.ranks import RankError, Ranks, fork_from_imports
 
 COLLECTIVE_TIMEOUT = 60.0  # seconds that a rank waits for one that failed
 MOST_RESTARTS = 5  # of a pool, for the cells of one weight format and TP size
@@ -63,6 +63,7 @@ class Pool:
     def outcomes(self, cells: Sequence[Cell], change: Change | None) -> list[list[CellOutcome]]:
         """By rank; shorter lists than ``cells`` when a cell broke the ranks."""
         if self._ranks is None:
+            fork_from_imports()
             self._ranks = Ranks(
                 self.size, setup=rank_jobs.setup, collective_timeout=self._timeout, start_method="forkserver"
             )

@@ -78,8 +78,9 @@ def test_tensors_in_a_container_are_left_to_a_build(container):
 
 
 @pytest.fixture
-def thawed():
+def thawed(monkeypatch):
     """A process that put nothing aside, as this one of the tests may have."""
+    monkeypatch.setattr(collection, "_process_freezes", False)
     was_frozen = gc.get_freeze_count() > 0
     gc.unfreeze()
     yield
@@ -107,3 +108,15 @@ def test_a_command_keeps_what_its_process_put_aside():
     with collection.of_command(), collection.paused():
         pass
     assert gc.get_freeze_count() > 0
+
+
+@pytest.mark.usefixtures("thawed")
+def test_what_a_process_put_aside_is_counted_once(monkeypatch):
+    gc.freeze()
+    counted = []
+    with monkeypatch.context() as patched:
+        patched.setattr(gc, "get_freeze_count", lambda count=gc.get_freeze_count: counted.append(1) or count())
+        for _ in range(3):
+            with collection.of_command(), collection.paused():
+                pass
+    assert len(counted) == 1 and gc.get_freeze_count() > 0

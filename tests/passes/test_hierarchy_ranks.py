@@ -1,6 +1,6 @@
 """MC2 through the pass where it takes the routing weights or two levels: A2, A5, and ``Deployment.mc2_hierarchy``.
 
-Numbers of forked ranks against a dense float64 reference; what is emitted; and what is refused, each with a legal twin.
+Numbers of real ranks against a dense float64 reference; what is emitted; and what is refused, each with a legal twin.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import reference
 import torch
-from forked_ranks import run_forked
 from hierarchy_jobs import HIDDEN, Case, expert, inputs, on_ranks
+from rank_pools import run_on_ranks
 from torch import Tensor
 
 from moe_lowering import Deployment, MoE, testing
@@ -43,12 +43,12 @@ TWO = [
 
 @pytest.fixture(scope="module")
 def sixteen() -> list[list[Any]]:
-    return run_forked(16, on_ranks, SIXTEEN, timeout=300)
+    return run_on_ranks(16, on_ranks, SIXTEEN, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def two() -> list[list[Any]]:
-    return run_forked(2, on_ranks, TWO, timeout=120)
+    return run_on_ranks(2, on_ranks, TWO, timeout=120)
 
 
 def expected(case: Case, rank: int, ranks: int) -> Tensor:

@@ -27,6 +27,7 @@ from graph_runs import CheckAll, one_by_one, run_cases
 from graph_strategies import judged_cases, local_cases, pair_cases
 from rank_pools import Ranks
 
+from moe_lowering import simulator
 from moe_lowering.passes.legality import outside_declared_range
 from moe_lowering.testing.ranks import RankError
 
@@ -112,7 +113,9 @@ def on_pair() -> Iterator[Callable[[str, Sequence[PairCase]], list[list[Result]]
             pools.pop(soc).close()
         if soc not in pools:
             run_by[soc] = 0
-            pools[soc] = Ranks(2, setup=functools.partial(graph_data.setup_rank, soc), collective_timeout=60)
+            setup = functools.partial(graph_data.setup_rank, soc)
+            start = "forkserver" if soc == simulator.soc() else "spawn"
+            pools[soc] = Ranks(2, setup=setup, collective_timeout=60, start_method=start)
         run_by[soc] += len(pairs)
         try:
             return pools[soc].run(graph_data.lower_and_run_all, pairs)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from forked_ranks import run_forked
 from kernel_calls import assert_quantised
 from mc2_calls import COMBINE, DISPATCH, call
 from quantised_numbers import snr
+from rank_pools import run_on_ranks
 
 H, K = 1024, 3
 
@@ -159,7 +159,7 @@ HIERARCHY = {
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    ranks = run_forked(4, on_rank_all, list(CASES.values()))
+    ranks = run_on_ranks(4, on_rank_all, list(CASES.values()))
     return {name: [rank[i] for rank in ranks] for i, name in enumerate(CASES)}
 
 
@@ -180,7 +180,7 @@ def hierarchy(rank: int) -> list[Any]:
 
 
 def test_hierarchy_of_16_ranks() -> None:
-    for rank, (*done, without_weights) in enumerate(run_forked(16, hierarchy)):
+    for rank, (*done, without_weights) in enumerate(run_on_ranks(16, hierarchy)):
         for case, (out, y) in zip(HIERARCHY.values(), done, strict=True):
             check_dispatch(case, rank, out)
             check_combine(case, rank, y)

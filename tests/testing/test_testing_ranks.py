@@ -1,19 +1,20 @@
 """``testing.Ranks``: one error that says what happened first, no process and no file left behind."""
 
 import functools
-import multiprocessing.forkserver
 import os
 import signal
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from moe_lowering import testing
-from moe_lowering.testing import RankError
-from moe_lowering.testing.ranks import PRELOAD, StartMethod
+from moe_lowering import simulator, testing
+from moe_lowering.simulator import state
+from moe_lowering.testing import RankError, ranks
+from moe_lowering.testing.ranks import FORKED_SOC, PRELOAD, StartMethod, fork_from_imports
 
 
 def own_rank(rank, data=b""):
@@ -46,14 +47,14 @@ def refuse_setup():
 
 @pytest.fixture(params=get_args(StartMethod))
 def Ranks(request):
+    fork_from_imports()
     return functools.partial(testing.Ranks, start_method=request.param)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where the pool makes its folder, and nothing else does."""
-    multiprocessing.set_forkserver_preload(PRELOAD)
-    multiprocessing.forkserver.ensure_running()  # has a folder of its own as long as this process lives
+    fork_from_imports()  # the forkserver has a folder of its own as long as this process lives
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
@@ -130,3 +131,32 @@ def test_a_rank_has_the_environment_of_the_time_when_the_pool_was_made(Ranks, mo
 def test_an_unknown_start_method_is_refused():
     with pytest.raises(ValueError, match=r"Ranks: start_method is 'fork'; accepted: .*spawn.*forkserver"):
         testing.Ranks(1, start_method="fork")
+
+
+def inherited(rank):
+    """What a rank without a setup has of the process that it was forked from, and how many threads that one has."""
+    status = Path(f"/proc/{os.getppid()}/status").read_text().splitlines()
+    threads = next(line.split()[1] for line in status if line.startswith("Threads:"))
+    names = FORKED_SOC, "TASK_QUEUE_ENABLE"
+    return simulator.is_enabled(), simulator.soc(), threads, [os.environ.get(name) for name in names]
+
+
+def test_ranks_are_forked_with_the_simulator_and_without_a_thread():
+    fork_from_imports()
+    with testing.Ranks(2, start_method="forkserver") as pool:
+        assert pool.run(inherited) == [(True, "A3", "1", [None, "0"])] * 2
+    with pytest.raises(RankError, match="rank 0: SimulatorError: this process simulates A3 and cannot change to A2"):
+        testing.Ranks(1, setup=functools.partial(simulator.enable, "A2"), start_method="forkserver")
+
+
+def test_the_forkserver_imports_what_this_process_has(monkeypatch):
+    told = []
+    monkeypatch.setattr(ranks, "_start_forkserver", lambda preload: told.append((preload, os.environ.get(FORKED_SOC))))
+    fork_from_imports("one_more")
+    [(preload, soc)] = told
+    assert soc == "A3" and FORKED_SOC not in os.environ
+    assert preload[: len(PRELOAD)] == PRELOAD and preload[-1] == "one_more"
+    assert {"moe_lowering.testing.forked_simulator", "moe_lowering.testing.ranks"} < set(preload)
+    monkeypatch.setattr(state, "loaded", None)  # as on a machine with a device
+    fork_from_imports("one_more")
+    assert len(told) == 1

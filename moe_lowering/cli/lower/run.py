@@ -37,12 +37,14 @@ from moe_lowering.number_words import count_of, gigabytes
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.quantisation import quantise_experts
 from moe_lowering.report.records import LoweringReport
-from moe_lowering.testing.ranks import Ranks
+from moe_lowering.testing.ranks import Ranks, fork_from_imports
 
 Progress = Callable[[str], None]
 
 COLLECTIVE_TIMEOUT = 300.0  # seconds that a rank waits for one that is still compiling
 RANK_TIMEOUT = 1800.0
+# What a rank imports late, when it compiles
+COMPILED_WITH = ("torch_npu.dynamo.npugraph_ex.npu_fx_compiler",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,7 @@ def lower_and_compare(request: LowerRequest, progress: Progress) -> LowerOutcome
         results = [run_rank(request, plan, make_deployment(request), progress)]
     else:
         progress(f"running on {count_of(request.ep, 'rank')}; each starts with imports")
+        fork_from_imports(*COMPILED_WITH)
         setup = functools.partial(enable_simulator, request.soc, request.capture)
         with Ranks(request.ep, setup=setup, collective_timeout=COLLECTIVE_TIMEOUT, start_method="forkserver") as ranks:
             results = ranks.run(_rank_job, request, timeout=RANK_TIMEOUT)

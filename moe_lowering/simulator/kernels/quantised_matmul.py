@@ -52,8 +52,8 @@ def int_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     """int32 [..., n / 8] -> int8 [..., n] in [-8, 7]; the lowest four bits come first."""
-    nibbles = (packed.unsqueeze(-1) >> torch.arange(0, 4 * PACKED, 4, dtype=torch.int32)) & 15
-    return ((nibbles ^ 8) - 8).to(torch.int8).flatten(-2)
+    pairs = packed.contiguous().view(torch.int8)  # a host's bytes, the lowest first; shifts of int8 keep the sign
+    return torch.stack((pairs << 4 >> 4, pairs >> 4), -1).flatten(-2)
 
 
 def scale_of_bits(scale: torch.Tensor) -> torch.Tensor:
