@@ -17,6 +17,7 @@ import torch
 from moe_lowering import vocabulary
 from moe_lowering.explanation.description import DTYPES, SIZES, BlockDescription, describe_changes
 from moe_lowering.explanation.errors import ExplainError, MissingSizesError
+from moe_lowering.explanation.moe_layers import count_moe_layers
 from moe_lowering.explanation.routing_weights import FLOAT32, routing_weights_of
 from moe_lowering.model_configs.check import (
     NAMES,
@@ -97,7 +98,7 @@ def describe_config(
         limit=_number(config, _LIMITS.get(gate["activation"], "swiglu_limit"), _LIMIT) if clamped else 0.0,
         alpha=_number(config, _ALPHAS.get(gate["activation"], "swiglu_alpha"), SWIGLU_ALPHA),
         routing_weights=FLOAT32 if name == OWN else routing_weights_of(getattr(config, "model_type", "")),
-        layers=_moe_layers(config),
+        layers=count_moe_layers(config),
         model=name,
         changes=changes,
         assumptions=tuple(assumptions),
@@ -179,26 +180,6 @@ def _gate(config: Any, model: str | None, assumptions: list[str]) -> dict[str, A
             f"the activation of {model} is {name}, which the pass does not know; accepted: {', '.join(ACTIVATIONS)}",
         )
     return {"activation": ACTIVATIONS[name]}
-
-
-def _moe_layers(config: Any) -> int | None:
-    """How many layers of a config have experts; None where it does not say how many layers there are, or in words that are
-    not known here. Dense are the first ``first_k_dense_replace``, ``mlp_only_layers``, and all but every n-th one."""
-
-    def whole(name: str, default: int, least: int) -> int | None:
-        value = getattr(config, name, None)
-        value = default if value is None else value
-        return value if isinstance(value, int) and not isinstance(value, bool) and value >= least else None
-
-    count, dense = whole("num_hidden_layers", 0, 1), whole("first_k_dense_replace", 0, 0)
-    step, every = whole("decoder_sparse_step", 1, 1), whole("moe_layer_freq", 1, 1)
-    only = getattr(config, "mlp_only_layers", None) or ()
-    if count is None or dense is None or step is None or every is None or not isinstance(only, (list, tuple)):
-        return None
-    with_experts = [
-        layer for layer in range(dense, count) if layer not in only and (layer + 1) % step == 0 and layer % every == 0
-    ]
-    return len(with_experts) or None
 
 
 def _without_gate(model: str, name: Any) -> str:

@@ -58,7 +58,7 @@ class _Widths:
 
     @staticmethod
     def of(rows: Sequence[Row]) -> _Widths:
-        tokens = min(max(len(_tokens(row)) for row in rows), MOST_TOKENS)
+        tokens = min(max([1, *(len(_tokens(row)) for row in rows)]), MOST_TOKENS)
         prices = [len(_price(row.cost)) for row in rows if row.cost is not None]
         room = report_width() - len(_titles(_Widths(tokens, 0)).rstrip()) + len("cost us")
         return _Widths(tokens, min(max([len("cost us"), *prices]), room))

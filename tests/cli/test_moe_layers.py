@@ -1,0 +1,47 @@
+"""How many MoE layers ``explain`` says that a model has, of which its figures of memory are: as transformers' own code makes."""
+
+import types
+
+import pytest
+import torch
+
+from moe_lowering.explanation.configs import describe_config
+from moe_lowering.explanation.moe_layers import count_moe_layers
+
+
+@pytest.mark.parametrize(("kind", "values", "layers"), [
+    ("deepseek_v3", {}, 58),
+    ("jamba", {}, 16),
+    ("longcat_flash", {}, 28),
+    ("llama4_text", {"interleave_moe_layer_step": 2}, 24),
+    ("ernie4_5_moe", {}, 27),
+    ("ernie4_5_moe", {"moe_layer_interval": 2}, 14),
+    ("glm4_moe_lite", {}, 46),
+    ("lfm2_moe", {"layer_types": ["conv"] * 32}, 30),
+    ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1]}, 11),
+])  # fmt: skip
+def test_layers_with_experts_are_counted_as_the_model_has_them(kind, values, layers):
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(kind, **values)
+    assert describe_config(config).layers == layers
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    assert sum(type(module).__name__.endswith("Experts") for module in model.modules()) == layers
+
+
+@pytest.mark.parametrize(("values", "layers"), [
+    ({"mlp_layer_types": ["dense", "hash_moe", "moe"]}, 2),
+    ({"mlp_layer_types": ["dense", "sparse", "other"]}, None),
+    ({"layers_block_type": ["attention", "moe", "mlp"]}, 1),
+    ({"layers_block_type": ["attention", "mamba", "mamba"]}, 3),  # says nothing of experts
+    ({"moe_layers": [2]}, 1),
+    ({"expert_layer_period": 2, "expert_layer_offset": 1}, 1),
+    ({"expert_layer_period": "two"}, None),
+    ({"moe_layer_interval": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 1}, 1),
+    ({"num_dense_layers": 2}, 1),
+    ({"moe_layer_freq": [0, 1, 1]}, None),
+    ({"num_hidden_layers": None}, None),
+])  # fmt: skip
+def test_what_a_config_says_of_its_layers(values, layers):
+    assert count_moe_layers(types.SimpleNamespace(**{"num_hidden_layers": 3, **values})) == layers
