@@ -2,11 +2,13 @@
 
 import copy
 import time
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from moe_lowering import Deployment, MoE, MoeLowering, npugraph_ex_options, shard_experts, simulator, testing
+from moe_lowering.limits.calls import schemas
 from moe_lowering.limits.calls.schemas import LIBRARIES, TEXTS
 from moe_lowering.passes.implementations.quantised_calls import CLIP_ROWS
 
@@ -139,8 +141,13 @@ def agree(rank, common, by_rank, timeout, late=None):
 
 
 def agree_with_library(rank, having):
-    """The library that brings ``npu_swiglu_clip_quant`` is loaded on the ranks ``having``."""
-    with torch.library._scoped_library(LIBRARIES[CLIP_ROWS], "DEF") as library:
+    """The library that brings ``npu_swiglu_clip_quant`` is loaded on the ranks ``having``; of another name, as the simulator
+    has brought the real one to all of them."""
+    with (
+        mock.patch.dict(LIBRARIES, {CLIP_ROWS: "planted"}),
+        mock.patch.object(schemas, "schema", schemas.schema.__wrapped__),  # what is cached has the real name
+        torch.library._scoped_library("planted", "DEF") as library,
+    ):
         if rank in having:
             library.define(TEXTS[CLIP_ROWS])
         return agree(rank, {}, {}, 20.0)

@@ -58,7 +58,7 @@ def test_groups_of_different_names_agree_and_the_passes_settings_are_compared(fo
 def test_a_library_of_operators_on_some_ranks_only_is_named_on_every_rank(four):
     """Which operators may be emitted depends on it. The twins: all have it, or none."""
     messages = four.run(rank_jobs.agree_with_library, (0, 1, 3))
-    said = "rank 2: custom::npu_swiglu_clip_quant is not loaded, on rank 0 loaded"
+    said = "rank 2: planted::npu_swiglu_clip_quant is not loaded, on rank 0 loaded"
     assert [message.splitlines()[1:] for message in messages] == [[f"  {said}"]] * 4
     assert four.run(rank_jobs.agree_with_library, (0, 1, 2, 3)) == [""] * 4
     assert four.run(rank_jobs.agree_with_library, ()) == [""] * 4

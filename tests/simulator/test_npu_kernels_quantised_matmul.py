@@ -61,7 +61,7 @@ def test_int_product_is_exact_at_the_extremes() -> None:
 
 
 def test_int4_is_packed_from_the_lowest_bits() -> None:
-    assert unpack_int4(torch.tensor([0x76543210])).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert unpack_int4(torch.tensor([0x76543210], dtype=torch.int32)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert unpack_int4(torch.tensor([-1, 0x8F], dtype=torch.int32)).tolist() == [-1] * 8 + [-1, -8] + [0] * 6
     values = int4s(3, 5, 24)
     assert torch.equal(unpack_int4(pack_int4(values)), values)
