@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
+# Where it is set, each of some hundred processes would compile torch's sources anew: four seconds of processor time each
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-fast property lint bench costs versions provider vllm refusals reference examples docs style types release setup clean help
 # makes .venv, the environment of most targets, as `make` alone does
 setup: $(READY)
