@@ -32,7 +32,9 @@ class BesideRule:
         return {"rule": RULE, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
-        return f"{RULE} selects {self.selects or 'nothing'}{f': {self.why}' if self.why else ', too'}"
+        if self.selects is None:
+            return f"{RULE} selects nothing: {self.why}"
+        return f"{RULE} selects {self.selects}, {f'which is not taken: {self.why}' if self.why else 'too'}"
 
 
 def beside_rule(
