@@ -25,8 +25,8 @@ def paused() -> Iterator[None]:
             gc.enable()
 
 
-# Whether this process, which runs commands as functions, puts objects aside itself: what is aside is counted one by one, a
-# tenth of a second for a million, so that it is not asked again.
+# Whether this process, which runs commands as functions, once put objects aside itself: what is aside is counted one by one, a
+# tenth of a second for a million, so that it is not asked again, and a process that did so once keeps what commands import.
 _process_freezes = False
 
 

@@ -85,7 +85,7 @@ def parse_several(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...
 
 def split_list(text: str) -> list[str]:
     """The values of a list with commas; spaces around them, which a quoted list may have, are not of them."""
-    return [part.strip() for part in text.split(",")]
+    return [part.strip() for part in text.split(",")] if text.strip() else [text]
 
 
 def _empty_value(text: str) -> str:

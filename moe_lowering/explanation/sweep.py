@@ -109,6 +109,8 @@ def _in_tokens(finding: Finding, answer: Answer, implementation: str) -> str:
     size = show(sympy.expand(limit.value(sizes)))
     violations = answer.judgement.verdicts[implementation].violations
     if fault := next((each.fault for each in violations if each.code == limit.code and each.buffer is not None), ""):
-        return f"at {answer.tokens} it {fault} ({size} bytes)"
+        most = limit.accepted(quantities).max
+        whole = most is not None and most.expression == "buffer_bytes"  # others compare with a part of it
+        return f"at {answer.tokens} it {fault}" + (f" ({size} bytes)" if whole else "")
     accepted = limit.accepted(quantities).say()
     return f"{size} must be {'' if accepted[0].isalpha() else 'in '}{accepted}"

@@ -33,8 +33,9 @@ def shard_experts(model: nn.Module, deployment: Deployment) -> nn.Module:
     ``gate_up_proj``, ``down_proj`` and the flags of ``@use_experts_implementation``). Their weights become contiguous
     [E_local, K, N], K before N, which Ascend's grouped matmul wants. Each module gets the attribute
     ``moe_lowering_deployment``; those of transformers also ``moe_lowering_num_experts`` (E on all ranks; their
-    ``num_experts`` is left) and ``is_transposed`` = True. Modules that share a parameter share its part. No data is read, so
-    meta and fake tensors work. A second call with the same deployment changes nothing. Quantised experts
+    ``num_experts`` is left) and ``is_transposed`` = True. Modules that share a parameter share its part
+    (``quantise_experts``, which makes parameters of its own for each, comes after this call then). No data is read, so meta
+    and fake tensors work. A second call with the same deployment changes nothing. Quantised experts
     (``quantisation.quantise_experts``) are cut with their scales.
 
     Args:

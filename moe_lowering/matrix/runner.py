@@ -23,7 +23,8 @@ from moe_lowering.matrix.forms import FORMS
 from moe_lowering.matrix.ranks import CellOutcome, Change
 from moe_lowering.matrix.reference import FLOORS, expected, expected_counts, signal_to_noise
 from moe_lowering.matrix.table import EVERYTHING, Axes, CellResult, Table
-from moe_lowering.testing.ranks import RankError, Ranks, fork_from_imports
+from moe_lowering.testing.forking import fork_from_imports
+from moe_lowering.testing.ranks import RankError, Ranks
 
 COLLECTIVE_TIMEOUT = 60.0  # seconds that a rank waits for one that failed
 MOST_RESTARTS = 5  # of a pool, for the cells of one weight format and TP size

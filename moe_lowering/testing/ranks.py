@@ -16,28 +16,23 @@ import os
 import pickle
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
 from moe_lowering.argument_checks import require_choice, require_integer, require_seconds
-from moe_lowering.interrupts import Terminated, blocked, interruptible
-from moe_lowering.simulator import state
+from moe_lowering.interrupts import Terminated, interruptible
+from moe_lowering.testing.forking import PRELOAD, sigint_blocked, start_forkserver
 
 START_TIMEOUT = 120.0
 END_TIMEOUT = 2.0  # seconds for all ranks to end when they are told to
 StartMethod = Literal["spawn", "forkserver"]
-# Imports that cost seconds and start no thread. Not torch_npu: setup says whether it is simulated, and a device is not forked.
-PRELOAD = ["moe_lowering", "torch", "torch._dynamo", "torch._inductor.compile_fx", "moe_lowering.passes.pipeline"]
-FORKED_SOC = "MOE_LOWERING_FORKED_SOC"  # read by forked_simulator; set while a forkserver starts, and in no rank
 
 
 class RankError(RuntimeError):
@@ -55,7 +50,8 @@ class Ranks:
         start_method: of ``multiprocessing``. ``"spawn"`` imports torch again in each rank, 4 to 5 seconds of CPU time;
             ``"forkserver"`` forks the ranks from a process of this one's that imported it once and lives as long as this
             process: for many pools, on machines without a device. It sets the preload list of the one forkserver that
-            ``multiprocessing`` has, and has no effect on one that runs already.
+            ``multiprocessing`` has, and has no effect on one that runs already. Ranks of a forkserver that a command or a
+            matrix of this process started have its simulator; another SoC than that one needs ``"spawn"``.
 
     Raises:
         RankError: a process does not come up. None is left then, and no file.
@@ -87,8 +83,8 @@ class Ranks:
                 process = context.Process(target=_serve, args=(dict(os.environ), *job), daemon=True)
                 self._pipes.append(pipe)
                 # a forkserver's answer can take the seconds of its imports: Ctrl-C is heard meanwhile
-                with _sigint_blocked() if context.get_start_method() == "spawn" else contextlib.nullcontext():
-                    process.start()
+                with sigint_blocked() if context.get_start_method() == "spawn" else contextlib.nullcontext():
+                    _start(process, rank)
                 self._processes.append(process)
                 child_pipe.close()
             self._collect(START_TIMEOUT)
@@ -204,47 +200,23 @@ class Ranks:
             self._end(kind.__name__, 0.0)
 
 
-def fork_from_imports(*modules: str) -> None:
-    """Start this process's forkserver with the simulator that this process has enabled, ``modules``, and what this process has
-    imported of moe_lowering and transformers: a second or two of CPU time less for each rank of all pools to come.
-
-    Without effect where the simulator is not enabled (a device is not forked), and when a forkserver runs already. Its ranks can
-    simulate no other SoC.
-    """
-    if state.loaded is None:
-        return
-    imported = [name for name in sys.modules if name.startswith(("moe_lowering.", "transformers."))]
-    os.environ[FORKED_SOC] = state.loaded
-    try:
-        # An OSError: see _start_context
-        with contextlib.suppress(OSError):
-            _start_forkserver([*PRELOAD, "moe_lowering.testing.forked_simulator", *imported, *modules])
-    finally:
-        del os.environ[FORKED_SOC]
-
-
-def _start_forkserver(preload: list[str]) -> None:
-    """Raises OSError where TMPDIR is too long for the path of a socket."""
-    mp.set_forkserver_preload(preload)
-    with _sigint_blocked():
-        forkserver.ensure_running()
-
-
 def _start_context(start_method: StartMethod) -> Any:
     """The context of ``multiprocessing``; Any, as its stubs know no Process for a method that is a variable."""
     if start_method == "forkserver":
         try:
-            _start_forkserver(PRELOAD)
+            start_forkserver(PRELOAD)
         except OSError:  # as slow as "spawn", and right
             return mp.get_context("spawn")
     return mp.get_context(start_method)
 
 
-def _sigint_blocked() -> contextlib.AbstractContextManager[None]:
-    """What is started inside hears no SIGINT, from its first line on: a terminal sends it to every process, and each would
-    print where it was."""
-    resource_tracker.ensure_running()  # would unblock it as it starts
-    return blocked(signal.SIGINT)
+def _start(process: Any, rank: int) -> None:
+    try:
+        process.start()
+    except (EOFError, ConnectionError) as error:  # no answer
+        raise RankError(
+            f"rank {rank} was not started: the process that ranks are forked from ended: {error}"
+        ) from error
 
 
 def describe(error: BaseException) -> str:

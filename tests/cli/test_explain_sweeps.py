@@ -33,6 +33,11 @@ def test_a_sweep_across_the_buffer(capfd):
     )
     because = answer(capfd, f"{given} --sweep tokens=32..100")[1]["sweep"][0]["because"]
     assert because == ["at 38 it needs 285 MB of HCCL window, HCCL_BUFFSIZE is 280 MB (7860224*T bytes)"]
+    # 114688 bytes a token in a third of the buffer: as many would fit into the whole of it
+    fused = "--hidden 7168 --intermediate 2048 --experts 64 --topk 8 --ep 16 --buffer-mb 100 --sweep tokens=1..1024"
+    ends = {p["to"]: p["because"] for p in answer(capfd, fused)[1]["sweep"] if p["boundary"] == ["fused.window"]}
+    assert ends == {304: ["at 305 it needs 101 MB of HCCL window, HCCL_BUFFSIZE is 100 MB"]}
+    assert 304 * 114688 <= 100 * 2**20 // 3 < 305 * 114688
 
 
 def test_short_pieces_between_powers_of_two_are_found(capfd):

@@ -5,6 +5,7 @@ Functions that begin with ``on_`` run in the ranks' processes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,14 +26,20 @@ EXPERTS, HIDDEN, INNER = 8, 32, 16
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Ranks]:
-    with Ranks(2, collective_timeout=20) as ranks:
+    """Spawned, and so without torch_npu, which the operators must not need; other ranks of the tests have the simulator's."""
+    with Ranks(2, collective_timeout=20, start_method="spawn") as ranks:
         yield ranks
+        assert ranks.run(on_imported, "torch_npu") == [False, False]
 
 
 @pytest.fixture(scope="module")
 def four() -> Iterator[Ranks]:
     with Ranks(4, collective_timeout=20) as ranks:
         yield ranks
+
+
+def on_imported(rank: int, module: str) -> bool:
+    return module in sys.modules
 
 
 def world() -> str:

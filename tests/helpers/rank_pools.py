@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_lowering import simulator, testing
-from moe_lowering.testing.ranks import fork_from_imports
+from moe_lowering.testing.forking import fork_from_imports
 
 
 def Ranks(size: int, **options: Any) -> testing.Ranks:

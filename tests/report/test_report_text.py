@@ -13,6 +13,8 @@ import moe_lowering
 from moe_lowering.limits import Citation, TokenRange, Violation
 from moe_lowering.limits.violations import BufferNeed
 from moe_lowering.limits.wording import Accepted, Bound
+from moe_lowering.prices.rows import Row
+from moe_lowering.report.deployment_text import deployment_text
 from moe_lowering.report.graphs import GraphNode
 from moe_lowering.report.module_names import names
 from moe_lowering.report.records import BlockReport, LoweringReport, Verdict
@@ -51,6 +53,29 @@ def test_equal_blocks_are_shown_once_with_their_count():
     assert text.count("implementation") == 1
     assert "model.layers.{3-60}.mlp.experts  x58" in text
     assert "58 MoE blocks; 100 graph nodes became 120; the pass took 3.2 ms" in text
+
+
+# Another value of each field that a verdict or a price may depend on; groups' names and what is installed say nothing of it.
+OTHER = {
+    "soc": "A2", "ep_size": 8, "tp_size": 2, "max_tokens": 32, "min_tokens": 2, "equal_tokens": False, "guards": "forbid",
+    "max_rows": 999, "max_output_size": 7, "hccl_buffer_mb": 300, "capture": False, "mode": "ge",
+    "unpermute_operator": "finalize_routing", "fused_mode": 2, "mask_is_prefix": True, "mc2_capacity": 32, "mc2_hierarchy": True,
+    "shared_expert_ranks": 4, "shared_experts": 2, "ranks_per_node": 4, "measured": (Row("A3", "vector", 1, 0, 1.0),),
+    "weight_format": "nz", "cann": "9.1.0", "torch_npu": "2.10.0", "providers": (("vllm_ascend", "0.23.0"),),
+    "mc2_group": "",
+}  # fmt: skip
+SILENT = {"ep_group", "ep_communicator", "installed"}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_the_deployment_of_a_report_says_what_verdicts_depend_on(name: str):
+    beside = {"equal_tokens": False, "max_tokens": 64} if name == "min_tokens" else {}
+    beside |= {"shared_expert_ranks": 4} if name == "shared_experts" else {}
+    beside |= {"tp_group": "tp"} if name == "tp_size" else {}
+    given = {"ep_size": 16, "ep_group": "ep", "mc2_group": "mc2", "max_tokens": 64} | beside
+    base, other = moe_lowering.Deployment(**given), moe_lowering.Deployment(**given | {name: OTHER[name]})
+    assert deployment_text(base) != deployment_text(other)
+    assert {*OTHER} | SILENT == base.invariant_fields().keys()
 
 
 @pytest.mark.parametrize(
@@ -167,10 +192,10 @@ def test_a_rule_that_several_implementations_break_is_said_once_in_a_block():
     assert text.count(f"not mc2 {said}") == 1, "another block"
 
 
-def test_what_is_not_there_at_all_is_said_before_rules_for_its_versions():
+def test_a_rule_that_is_broken_twice_is_said_once():
     rules = tuple(violation(code) for code in ("fused.variant", "fused.provider", "fused.tokens", "fused.variant"))
     codes = [rule.code for rule in distinct(Verdict("fused_mc2", rules))]
-    assert codes == ["fused.provider", "fused.variant", "fused.tokens"]
+    assert codes == ["fused.variant", "fused.provider", "fused.tokens"]
 
 
 def test_a_block_of_a_graph_without_modules_is_placed_by_its_node():

@@ -65,6 +65,10 @@ def test_int4_is_packed_from_the_lowest_bits() -> None:
     assert unpack_int4(torch.tensor([-1, 0x8F], dtype=torch.int32)).tolist() == [-1] * 8 + [-1, -8] + [0] * 6
     values = int4s(3, 5, 24)
     assert torch.equal(unpack_int4(pack_int4(values)), values)
+    for rows, words in ((5, 1), (1, 5), (3, 0), (0, 3)):  # views whose last stride is not 1
+        packed = torch.arange(rows * words, dtype=torch.int32).reshape(words, rows).t()
+        assert torch.equal(unpack_int4(packed), unpack_int4(packed.clone(memory_format=torch.contiguous_format)))
+        assert unpack_int4(packed).shape == (rows, 8 * words)
 
 
 def test_scales_travel_as_bits() -> None:

@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -13,8 +14,9 @@ import pytest
 
 from moe_lowering import simulator, testing
 from moe_lowering.simulator import state
-from moe_lowering.testing import RankError, ranks
-from moe_lowering.testing.ranks import FORKED_SOC, PRELOAD, StartMethod, fork_from_imports
+from moe_lowering.testing import RankError, forking
+from moe_lowering.testing.forking import FORKED, PRELOAD, fork_from_imports
+from moe_lowering.testing.ranks import StartMethod
 
 
 def own_rank(rank, data=b""):
@@ -137,7 +139,7 @@ def inherited(rank):
     """What a rank without a setup has of the process that it was forked from, and how many threads that one has."""
     status = Path(f"/proc/{os.getppid()}/status").read_text().splitlines()
     threads = next(line.split()[1] for line in status if line.startswith("Threads:"))
-    names = FORKED_SOC, "TASK_QUEUE_ENABLE"
+    names = FORKED, "TASK_QUEUE_ENABLE"
     return simulator.is_enabled(), simulator.soc(), threads, [os.environ.get(name) for name in names]
 
 
@@ -151,12 +153,46 @@ def test_ranks_are_forked_with_the_simulator_and_without_a_thread():
 
 def test_the_forkserver_imports_what_this_process_has(monkeypatch):
     told = []
-    monkeypatch.setattr(ranks, "_start_forkserver", lambda preload: told.append((preload, os.environ.get(FORKED_SOC))))
+    monkeypatch.setattr(forking, "start_forkserver", lambda preload: told.append((preload, os.environ.get(FORKED))))
     fork_from_imports("one_more")
-    [(preload, soc)] = told
-    assert soc == "A3" and FORKED_SOC not in os.environ
-    assert preload[: len(PRELOAD)] == PRELOAD and preload[-1] == "one_more"
-    assert {"moe_lowering.testing.forked_simulator", "moe_lowering.testing.ranks"} < set(preload)
+    [(preload, given)] = told
+    soc, names = given.split(":")
+    assert soc == "A3" and FORKED not in os.environ
+    assert preload == [*PRELOAD, "moe_lowering.testing.forked_simulator"]
+    assert {"one_more", "moe_lowering.testing.ranks"} < set(names.split(","))
     monkeypatch.setattr(state, "loaded", None)  # as on a machine with a device
     fork_from_imports("one_more")
     assert len(told) == 1
+
+
+FORKED_WITH = """
+import functools, sys
+from moe_lowering import simulator, testing
+from moe_lowering.testing.forking import fork_from_imports, start_forkserver
+
+def is_enabled(rank):
+    return simulator.is_enabled()
+
+if __name__ == "__main__":
+    simulator.enable("A3")
+    if sys.argv[1] == "imports":
+        fork_from_imports("raises")
+    else:
+        start_forkserver(["raises"])
+    with testing.Ranks(1, start_method="forkserver") as pool:
+        print(pool.run(is_enabled))
+"""
+
+
+@pytest.mark.parametrize("how", ["imports", "preload"])
+def test_a_module_that_fails_in_the_forkserver(tmp_path, how):
+    """One that was imported for the ranks' sake is left to them; one that ends the forkserver is an error of the pool."""
+    (tmp_path / "raises.py").write_text("raise RuntimeError('not here')")
+    (tmp_path / "program.py").write_text(FORKED_WITH)
+    command = [sys.executable, str(tmp_path / "program.py"), how]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    if how == "imports":
+        assert done.stdout == "[True]\n", done.stderr
+    else:
+        assert "RankError: rank 0 was not started: the process that ranks are forked from ended" in done.stderr

@@ -37,7 +37,8 @@ from moe_lowering.number_words import count_of, gigabytes
 from moe_lowering.passes.pipeline import MoeLowering
 from moe_lowering.quantisation import quantise_experts
 from moe_lowering.report.records import LoweringReport
-from moe_lowering.testing.ranks import Ranks, fork_from_imports
+from moe_lowering.testing.forking import fork_from_imports
+from moe_lowering.testing.ranks import Ranks
 
 Progress = Callable[[str], None]
 

@@ -98,7 +98,7 @@ def check(request: ModelsRequest) -> None:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.replace("-", "_") for name in split_list(text)))
+    names = tuple(dict.fromkeys(name.lower().replace("-", "_") for name in split_list(text)))
     if not all(names):
         raise argparse.ArgumentTypeError(f"is {write_value(text)}; accepted: names of families, with commas")
     return names

@@ -52,8 +52,9 @@ def int_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     """int32 [..., n / 8] -> int8 [..., n] in [-8, 7]; the lowest four bits come first."""
-    pairs = packed.contiguous().view(torch.int8)  # a host's bytes, the lowest first; shifts of int8 keep the sign
-    return torch.stack((pairs << 4 >> 4, pairs >> 4), -1).flatten(-2)
+    words = packed.contiguous().unsqueeze(-1)  # a last stride of 1, which a size of 1 need not have
+    pairs = words.view(torch.int8)  # a host's bytes, the lowest first; shifts of int8 keep the sign
+    return torch.stack((pairs << 4 >> 4, pairs >> 4), -1).flatten(-3)
 
 
 def scale_of_bits(scale: torch.Tensor) -> torch.Tensor:
