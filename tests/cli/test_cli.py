@@ -29,7 +29,7 @@ KEYS = {
     "schema_version",
     "model", "blocks", "max_abs_error", "max_rel_error", "snr_db", "nodes_before", "nodes_after", "pass_ms", "captured",
     "not_capturable",
-    "detected",
+    "deployment", "detected",
     "foreign",
 }  # fmt: skip
 BLOCK_KEYS = {
