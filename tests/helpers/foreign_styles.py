@@ -24,6 +24,8 @@ Routed = tuple[Tensor, Tensor]
 class Style(nn.Module):
     """Experts of w1, w3 [E, H, I] and w2 [E, I, H] in bfloat16; ``forward`` is the style."""
 
+    defined = slice(None)  # tokens whose result does not come from memory that no operator wrote
+
     def __init__(self, route: Callable[[Style, Tensor], Routed] | None = None, top_k: int = 2) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
