@@ -117,7 +117,8 @@ def test_500_requests():
         batches.add(len(server._rows))
         if len(found) >= 100 and state is None:
             state, bytes_then = memory(), resident()
-    assert memory() == state
+    tensors, *device_memory = memory()
+    assert tensors <= state[0] and device_memory == [*state[1:]]  # fewer where an earlier test's were let go meanwhile
     assert resident() - bytes_then < 16 * 2**20
     counts, steps_of = device.counts() - before, server.statistics.steps
     assert (counts.begun, counts.captured) == (0, 0) and counts.replayed == sum(steps_of.values())
