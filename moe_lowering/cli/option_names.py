@@ -49,4 +49,7 @@ def name_options(text: str) -> str:
     """The options for the fields of Deployment that a text names; "" for none."""
     named = dict.fromkeys(re.findall(r"\bDeployment\.(\w+)", text))
     options = {field.partition("=")[0]: (field, option) for field, option in FIELD_OPTIONS.items()}
-    return ", ".join(f"Deployment.{options[name][0]} is {options[name][1]}" for name in named if name in options)
+    texts = {name: f"Deployment.{options[name][0]} is {options[name][1]}" for name in named if name in options}
+    if "max_tokens" in texts:  # a bound below T is refused
+        texts["max_tokens"] += " (T itself is --tokens)"
+    return ", ".join(texts.values())

@@ -182,6 +182,16 @@ def test_no_tokens_and_one_rank_are_two_reasons(capfd, tokens, said):
     assert f" {said} fused_mc2" in " ".join(command(capfd, f"{BLOCK} --tokens {tokens}")[1].split())
 
 
+@pytest.mark.parametrize(("given", "said"), [
+    ("--soc A2", "fused_mc2 would be legal with SoC A3, with vllm_ascend built for it imp"),  # its wheels are builds for A2
+    ("--soc A2 --provider none", "fused_mc2: no one change of the deployment makes it legal, on A2 or a newer SoC imp"),
+    ("--soc A5", "fused_mc2: no one change of the deployment makes it legal, on A5 or a newer SoC imp"),
+    ("--soc A3 --provider none", "fused_mc2 would be legal with vllm_ascend 0.23.0 installed, built for A3 imp"),
+])  # fmt: skip
+def test_another_soc_is_said_with_what_it_wants(capfd, given, said):
+    assert said in " ".join(command(capfd, f"qwen3_30b --ep 16 {given}")[1].split())
+
+
 def test_one_token_is_no_change_of_a_step_without_tokens(capfd):
     """Which MC2 would take: who asks about a rank without tokens has none to give it."""
     _, found = answer(capfd, f"{BLOCK} --ep 16 --tokens 0")
