@@ -8,12 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 MOE = "moe"  # of layers_block_type
-WORDS = {
-    "sparse": True,
-    "moe": True,
-    "hash_moe": True,
-    "dense": False,
-}  # of mlp_layer_types: whether such a layer has experts
+# Of mlp_layer_types: whether such a layer has experts
+WORDS = {"sparse": True, "moe": True, "hash_moe": True, "dense": False}
 # Layers of this type have two attentions each, and `num_hidden_layers` counts those.
 _COUNTED_BY = {"longcat_flash": "num_layers"}
 

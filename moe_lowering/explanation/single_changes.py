@@ -19,6 +19,9 @@ from moe_lowering.explanation.token_changes import describe_tokens, first_proven
 from moe_lowering.limits import Prover
 from moe_lowering.passes.legality import declared_tokens, free_tokens, judge
 from moe_lowering.report.records import Verdict
+from moe_lowering.vocabulary import WHEEL_BUILDS
+
+FUSED = "fused_mc2"  # whose operators a library brings
 
 
 def single_changes(question: Question, answer: Answer) -> dict[str, tuple[Change, ...]]:
@@ -32,11 +35,19 @@ def single_changes(question: Question, answer: Answer) -> dict[str, tuple[Change
         verdicts = _verdicts(block, deployment, answer.tokens) if missing else {}
         for name in missing:
             if name in verdicts and verdicts[name].legal:
-                changes[name].append(change)
+                changes[name].append(_with_builds(change, deployment) if name == FUSED else change)
     for name in refused:
         if (change_of_tokens := _fewer_tokens(question, answer.tokens, name)) is not None:
             changes[name].append(change_of_tokens)
     return {name: tuple(sorted(found, key=lambda c: FIELDS.index(c.field))) for name, found in changes.items()}
+
+
+def _with_builds(change: Change, deployment: Deployment) -> Change:
+    """A change to another SoC, with what a fused operator wants beside it: its library's wheels are builds for one SoC alone."""
+    others = [name for name, _ in deployment.providers if WHEEL_BUILDS.get(name, deployment.soc) != deployment.soc]
+    if change.field != "soc" or not others:
+        return change
+    return dataclasses.replace(change, text=f"{change.text}, with {' and '.join(others)} built for it")
 
 
 def _verdicts(block: BlockDescription, deployment: Deployment, tokens: int) -> dict[str, Verdict]:

@@ -15,7 +15,7 @@ from moe_lowering.report.deployment_text import deployment_facts
 from moe_lowering.report.records import Verdict
 from moe_lowering.report.text import Said, distinct, render_refusal, render_sizes, render_sources
 from moe_lowering.report.width import report_width
-from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS, FIXED, WHEEL_BUILDS
+from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS, FIXED
 
 if TYPE_CHECKING:  # they print themselves by this module
     from moe_lowering.explanation.answer import Answer
@@ -54,7 +54,7 @@ def change_texts(explanation: Explanation) -> list[str]:
 
     def text_of(name: str, found: Sequence[Change]) -> str:
         if found:
-            return f" would be legal with {' or '.join(_say_change(name, change, answer) for change in found)}"
+            return f" would be legal with {' or '.join(change.text for change in found)}"
         codes = (violation.code for violation in answer.judgement.verdicts[name].violations)
         newer = f", on {answer.deployment.soc} or a newer SoC" if any(code.endswith(".soc") for code in codes) else ""
         return f": {none}{newer}"
@@ -63,13 +63,6 @@ def change_texts(explanation: Explanation) -> list[str]:
     if len(texts) == len(answer.judgement.verdicts) and all(changes.values()) and len(set(texts.values())) == 1:
         return ["each" + next(iter(texts.values()))]
     return [name + text for name, text in texts.items()]
-
-
-def _say_change(name: str, change: Change, answer: Answer) -> str:
-    """A change, with what a fused operator wants beside another SoC: its library's wheels are builds for one of them."""
-    wanted = name == "fused_mc2" and change.field == "soc"
-    others = [each for each, _ in answer.deployment.providers if WHEEL_BUILDS.get(each, change.value) != change.value]
-    return f"{change.text}, with {' and '.join(others)} built for it" if wanted and others else change.text
 
 
 def size_text(block: BlockDescription) -> str:

@@ -128,7 +128,7 @@ def test_another_version_is_offered_where_it_alone_would_do(given, deployment, n
 def test_an_older_soc_is_not_offered(soc, newer):
     deployment = Deployment(soc=soc, ep_size=16, ep_rank=0, ep_group="ep", mc2_group="mc2", installed=())
     assert {change.value for change, _ in candidate_changes._machines(deployment)} == newer
-    assert changes_of("qwen3_30b --ep 8 --soc A2", "fused_mc2") == [("soc", "SoC A3")]
+    assert changes_of("qwen3_30b --ep 8 --soc A2", "fused_mc2") == [("soc", "SoC A3, with vllm_ascend built for it")]
     assert len({record.generation for record in SOCS.values()}) == len(SOCS)
 
 
@@ -190,6 +190,9 @@ def test_no_tokens_and_one_rank_are_two_reasons(capfd, tokens, said):
 ])  # fmt: skip
 def test_another_soc_is_said_with_what_it_wants(capfd, given, said):
     assert said in " ".join(command(capfd, f"qwen3_30b --ep 16 {given}")[1].split())
+    if "built for it" in said:  # in the table and in JSON as well
+        table = " ".join(command(capfd, f"qwen3_30b --ep 16,32 {given}")[1].split())
+        assert table.count("SoC A3, with vllm_ascend built for it") == 2
 
 
 def test_one_token_is_no_change_of_a_step_without_tokens(capfd):

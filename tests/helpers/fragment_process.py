@@ -2,36 +2,27 @@
 than the pieces. Reads a JSON list of [name, text, ranks] from stdin, and prints {name: [exit code of a rank, ...]} as JSON; a
 rank that fails says why on stderr."""
 
+import functools
+import importlib
 import json
 import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import moe_lowering
 
-moe_lowering.simulator.enable("A3")
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import transformers  # noqa: E402
-from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: E402, F401
-
-torch.set_num_threads(1)  # a thread would not be there after the fork
-os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
-
-def start(name: str, text: str, rank: int, size: int, store: str) -> int:
+def start(name: str, text: str, rank: int, size: int, make_store: Callable[[], object]) -> int:
     """The process that runs one rank."""
     if process := os.fork():
         return process
     code = 1
     try:
         os.dup2(2, 1)
-        names = {"__name__": "__main__", "rank": rank, "size": size, "store": dist.FileStore(store, size)}
+        names = {"__name__": "__main__", "rank": rank, "size": size, "store": make_store()}
         exec(compile(text, name, "exec"), names)
         code = 0
     except BaseException:
@@ -41,11 +32,28 @@ def start(name: str, text: str, rank: int, size: int, store: str) -> int:
         os._exit(code)
 
 
+def prepare() -> None:
+    """What all pieces begin with, imported once, behind the simulator."""
+    moe_lowering.simulator.enable("A3")
+    import torch
+    import transformers
+
+    importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
+    torch.set_num_threads(1)  # a thread would not be there after the fork
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def main() -> None:
+    prepare()
+    from torch.distributed import FileStore
+
     codes = {}
     for name, text, size in json.load(sys.stdin):
         with tempfile.TemporaryDirectory() as folder:
-            processes = [start(name, text, rank, size, str(Path(folder, "store"))) for rank in range(size)]
+            make_store = functools.partial(FileStore, str(Path(folder, "store")), size)
+            processes = [start(name, text, rank, size, make_store) for rank in range(size)]
             codes[name] = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
     print(json.dumps(codes))
 

@@ -136,9 +136,8 @@ class LowerOutcome:
             if any(_look_alike(report, other) for other in shown):
                 continue
             shown.append(report)
-            parts.append(
-                render(report, deployment=False)
-            )  # the header has what the command said of it, and what is assumed
+            # The header has what the command said of the deployment, and what is assumed
+            parts.append(render(report, deployment=False))
         if self.unsupported:
             parts.append(
                 "\n".join(["not supported:", *(labelled_text(module, why) for module, why in self.unsupported)])
