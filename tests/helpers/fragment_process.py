@@ -10,26 +10,40 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import moe_lowering
 
+if TYPE_CHECKING:
+    from torch.distributed import FileStore
 
-def start(name: str, text: str, rank: int, size: int, make_store: Callable[[], object]) -> int:
+
+def start(name: str, text: str, rank: int, size: int, make_store: Callable[[], "FileStore"]) -> int:
     """The process that runs one rank."""
     if process := os.fork():
         return process
     code = 1
     try:
         os.dup2(2, 1)
-        names = {"__name__": "__main__", "rank": rank, "size": size, "store": make_store()}
-        exec(compile(text, name, "exec"), names)
+        store = make_store()
+        exec(compile(text, name, "exec"), {"__name__": "__main__", "rank": rank, "size": size, "store": store})
+        wait_for_others(store, size)
         code = 0
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def wait_for_others(store: "FileStore", size: int) -> None:
+    """Until all ranks are through: one that leaves while another still connects to it breaks the other's connection. A rank that
+    failed does not wait, and a collective with it ends at once."""
+    if store.add("through", 1) == size:
+        store.set("all through", "")
+    store.wait(["all through"], timedelta(seconds=60))
 
 
 def prepare() -> None:
