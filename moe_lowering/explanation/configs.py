@@ -57,6 +57,8 @@ GATES: dict[str, dict[str, Any]] = {
     "inkling2_text": {"activation": "swiglu_softcap"},
     "step3p5": {"activation": "swiglu_clamp_after"},
 }
+# What a config says to have experts at all; False is a dense model.
+MOE_SWITCHES = ("is_moe", "enable_moe_block")
 # Models whose experts have no gate, and where their configs name the activation.
 WITHOUT_GATE = {"nemotron_h": "mlp_hidden_act", "switch_transformers": "dense_act_fn"}
 
@@ -89,6 +91,11 @@ def describe_config(
         raise MissingSizesError(name, missing)
     pairs = {size: (of_config[size], sizes.get(size)) for size in SIZES}
     changes = () if name == OWN else describe_changes({**pairs, "dtype": (_dtype(config), dtype)})
+    assumptions += [
+        f"{switch} is True (of {name} it is False: it has no experts)"
+        for switch in MOE_SWITCHES
+        if getattr(config, switch, None) is False
+    ]
     gate = _gate(config, name, assumptions)
     clamped = vocabulary.ACTIVATIONS[gate["activation"]].clamped
     return BlockDescription(

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from moe_lowering.explanation.configs import describe_config
+from moe_lowering.explanation.configs import MOE_SWITCHES, describe_config
 from moe_lowering.explanation.moe_layers import count_moe_layers
 
 
@@ -45,3 +45,21 @@ def test_layers_with_experts_are_counted_as_the_model_has_them(kind, values, lay
 ])  # fmt: skip
 def test_what_a_config_says_of_its_layers(values, layers):
     assert count_moe_layers(types.SimpleNamespace(**{"num_hidden_layers": 3, **values})) == layers
+
+
+@pytest.mark.parametrize("switch", MOE_SWITCHES)
+@pytest.mark.parametrize("is_on", [False, True])
+def test_a_config_that_switches_its_experts_off_is_told(switch, is_on):
+    """It is judged as if they were on, as the model has no layer to judge."""
+    config = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, switch: is_on}
+    told = [text for text in describe_config(config).assumptions if switch in text]
+    assert bool(told) is not is_on
+
+
+def test_the_switches_are_of_transformers_configs():
+    """And of no model that always has experts."""
+    from transformers import AutoConfig, DogeConfig, Gemma4TextConfig
+
+    assert [name for name in MOE_SWITCHES if getattr(DogeConfig(), name, None) is False] == ["is_moe"]
+    assert [name for name in MOE_SWITCHES if getattr(Gemma4TextConfig(), name, None) is False] == ["enable_moe_block"]
+    assert not any(getattr(AutoConfig.for_model("qwen3_moe"), name, None) is False for name in MOE_SWITCHES)

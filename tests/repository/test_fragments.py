@@ -19,6 +19,17 @@ import pytest
 TOP = Path(__file__).parents[2]
 PAGES = [TOP / "README.md", TOP / "CONTRIBUTING.md", *sorted((TOP / "docs").glob("*.md"))]
 FENCE = re.compile(r"^ *```.*?^ *```$", re.S | re.M)
+# A line that can only be Python's, if the block is code
+PYTHON_LINE = re.compile(
+    r"^\s*(?:(?:import|from|def|class|with|for|assert|return|async) .*:?|[\w.\[\]]+(?:, [\w.]+)* = .*|[\w.]+\(.*|@\w.*)$",
+    re.M,
+)
+# Blocks with such a line that are no Python: a schema, a command beside a call, and prose of a list's item
+NO_PYTHON = (
+    "route(Tensor logits",
+    'LLM(model, additional_config={"moe_lowering": {}})\nvllm serve',
+    "moe-lowering explain --hidden",
+)
 BLOCK = re.compile(r"(?:^(?: {4}|\t).*\n(?:\s*\n(?= {4}))?)+", re.M)
 
 GROUP = 'import torch.distributed as dist\ndist.init_process_group("gloo", store=store, rank=rank, world_size=size)\n'
@@ -115,18 +126,23 @@ def is_python(text: str) -> bool:
     return any(not isinstance(each, ast.Expr) or isinstance(each.value, ast.Call) for each in body)
 
 
-def fragments() -> dict[str, str]:
-    """The text of each indented block of Python, by page and line."""
+def is_broken(text: str) -> bool:
+    """Whether it looks like Python and is none, nor one of ``NO_PYTHON``."""
+    return not is_python(text) and bool(PYTHON_LINE.search(text)) and not any(words in text for words in NO_PYTHON)
+
+
+def blocks() -> dict[str, str]:
+    """The text of each indented block, by page and line."""
     found = {}
     for page in PAGES:
         text = FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), page.read_text())
         for block in BLOCK.finditer(text):
-            if is_python(own := textwrap.dedent(block[0])):
-                found[f"{page.name}:{text[: block.start()].count(chr(10)) + 1}"] = own
+            found[f"{page.name}:{text[: block.start()].count(chr(10)) + 1}"] = textwrap.dedent(block[0])
     return found
 
 
-FRAGMENTS = fragments()
+BLOCKS = blocks()
+FRAGMENTS = {name: text for name, text in BLOCKS.items() if is_python(text)}
 
 
 def context_of(text: str) -> tuple[str, str, int] | None:
@@ -158,7 +174,13 @@ def test_a_fragment_that_fails_is_seen(outcomes):
     assert outcomes[0]["twin"] == [1]
 
 
+def test_no_block_is_broken_python():
+    assert [name for name, text in BLOCKS.items() if is_broken(text)] == []
+    assert all(is_broken(text.replace(")", "", 1)) for text in FRAGMENTS.values() if ")" in text)
+
+
 def test_every_context_is_of_a_fragment():
     texts = "\n".join(FRAGMENTS.values())
     assert all(words in texts for words in CONTEXT)
+    assert all(any(words in text for text in BLOCKS.values()) for words in NO_PYTHON)
     assert not any(map(is_python, ("make demo", "moe-lowering explain moe --ep 2", "soc,what,us\nA3,send,1.5")))
