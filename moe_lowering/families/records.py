@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,9 +92,16 @@ def failed(family: str, kinds: Sequence[Kind], reason: str, seconds: float = 0.0
 
 
 def to_json(rows: list[Row], version: str) -> str:
-    """One JSON object; ``version``: of transformers."""
-    record = {"format": FORMAT, "transformers": version, "families": [dataclasses.asdict(row) for row in rows]}
-    return json.dumps(record, indent=1)
+    """One JSON object; ``version``: of transformers. An error that is infinite, as JSON has no such number, is null."""
+    from moe_lowering.report.schemas import (
+        SCHEMA_VERSION,  # with torch, which a command line without a run does not load
+    )
+
+    families = [dataclasses.asdict(row) for row in rows]
+    for attempt in itertools.chain.from_iterable(family["attempts"] for family in families):
+        attempt["error"] = None if attempt["error"] == float("inf") else attempt["error"]
+    record = {"schema_version": SCHEMA_VERSION, "format": FORMAT, "transformers": version, "families": families}
+    return json.dumps(record, indent=1, allow_nan=False)
 
 
 def read_rows(path: Path, version: str) -> list[Row]:

@@ -11,6 +11,7 @@ import re
 import matrix_changes
 import pytest
 import torch
+from json_schema import problems
 
 from moe_lowering import cli, quantisation
 from moe_lowering.cli.commands import parse
@@ -26,6 +27,7 @@ from moe_lowering.matrix.forms import FORMS, WITHOUT_A_ROW
 from moe_lowering.matrix.reference import FLOORS, signal_to_noise
 from moe_lowering.matrix.runner import Pool
 from moe_lowering.matrix.table import EVERYTHING, Axes, CellResult, Table
+from moe_lowering.report.schemas import schema
 from moe_lowering.report.width import WIDTH
 from moe_lowering.vocabulary import EXPERT_FORMATS, IMPLEMENTATION_FORMS, UNPERMUTE_OPERATORS
 
@@ -343,6 +345,7 @@ def test_json(monkeypatch, capfd):
     monkeypatch.setattr(runner, "run", lambda axes, progress: canned())
     assert cli.main(["matrix", "--json"]) == 0
     printed = json.loads(capfd.readouterr().out)
+    assert not problems(printed, schema("matrix")) and problems({**printed, "cells": [{}]}, schema("matrix"))
     assert printed["floors_db"] == FLOORS
     assert printed["cells"] == [
         {

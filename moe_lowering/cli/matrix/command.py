@@ -13,6 +13,7 @@ from moe_lowering.cli.simulation import enable_simulator
 from moe_lowering.matrix import runner
 from moe_lowering.matrix.reference import FLOORS
 from moe_lowering.matrix.table import Axes, Table
+from moe_lowering.report.schemas import SCHEMA_VERSION
 
 MOST_PROBLEMS = 20  # lines on stderr; --json has all
 
@@ -48,7 +49,9 @@ class MatrixReport:
 
     def to_json(self) -> str:
         cells = [result.to_json() for result in self.table.results]
-        return json.dumps({"cells": cells, "floors_db": FLOORS, "seconds": round(self.seconds, 1)}, indent=1)
+        seconds = round(self.seconds, 1)
+        record = {"schema_version": SCHEMA_VERSION, "cells": cells, "floors_db": FLOORS, "seconds": seconds}
+        return json.dumps(record, indent=1, allow_nan=False)
 
     def to_text(self) -> str:
         return render(self.table, self.seconds)

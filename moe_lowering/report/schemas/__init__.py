@@ -19,6 +19,8 @@ SCHEMAS = {
     "lower": "moe-lowering lower --json",
     "explain": "Explanation.to_json(), moe-lowering explain --json",
     "explain_table": "moe-lowering explain --json about several deployments",
+    "matrix": "moe-lowering matrix --json",
+    "models": "moe-lowering models --json FILE",
 }
 
 
