@@ -128,7 +128,7 @@ def _unknown(called: str, word: str, parser: argparse.ArgumentParser, values: di
     meant = OTHER_NAMES.get(option.removeprefix("--").replace("-", "_"), "")
     hint = did_you_mean(option, known, cutoff=0.8) if option.startswith("--") else ""
     hint = f" (did you mean {meant}?)" if meant in known else hint
-    return f"argument {option}: is none of {called}{hint}; accepted: {accepted}"
+    return f"argument {option}: is no option of {called}{hint}; accepted: {accepted}"
 
 
 def run(request: Request, progress: Callable[[str], None]) -> Report:

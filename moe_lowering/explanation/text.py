@@ -48,7 +48,7 @@ def render(explanation: Explanation, why: str | None = None, colour: bool = Fals
 def change_texts(explanation: Explanation) -> list[str]:
     """What one change would make each refused implementation legal; once where it is the same for all of them."""
     answer, changes = explanation.answer, explanation.changes
-    none = "no one change of the deployment makes it legal"
+    none = "no single change of the deployment makes it legal"
     if answer.tokens == 0:
         none += " at T = 0, a step without tokens"
 
@@ -56,8 +56,12 @@ def change_texts(explanation: Explanation) -> list[str]:
         if found:
             return f" would be legal with {' or '.join(change.text for change in found)}"
         codes = (violation.code for violation in answer.judgement.verdicts[name].violations)
-        newer = f", on {answer.deployment.soc} or a newer SoC" if any(code.endswith(".soc") for code in codes) else ""
-        return f": {none}{newer}"
+        older = (
+            f"; SoCs older than {answer.deployment.soc} are not tried"
+            if any(code.endswith(".soc") for code in codes)
+            else ""
+        )
+        return f": {none}{older}"
 
     texts = {name: text_of(name, found) for name, found in changes.items()}
     if len(texts) == len(answer.judgement.verdicts) and all(changes.values()) and len(set(texts.values())) == 1:

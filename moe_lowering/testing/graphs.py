@@ -56,9 +56,9 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
     Args:
         fields: fields of ``Deployment``. Groups are made and named here: ``ep_group``, ``mc2_group`` (a second group over
             the same ranks), ``ep_communicator`` and ``tp_group`` cannot be given. ``soc`` defaults to A3, versions to
-            current ones, ``providers`` to vllm_ascend, ``weight_format`` to nz, ``hccl_buffer_mb`` to 1024 and ``installed``
-            to nothing, so that every implementation can be legal; reports have a line with them. ``ep_rank`` defaults to 0,
-            ``tp_rank`` to the place of neighbours.
+            ones that go together, ``providers`` to vllm_ascend, ``weight_format`` to nz, ``hccl_buffer_mb`` to 1024 and
+            ``installed`` to nothing, so that every implementation can be legal; reports have a line with them. ``ep_rank``
+            defaults to 0, ``tp_rank`` to the place of neighbours.
 
     Raises:
         RuntimeError: when a process group exists already.
@@ -69,7 +69,8 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
     group_fields = {"ep_group", "mc2_group", "ep_communicator", "tp_group"} & fields.keys()
     if group_fields:
         raise ValueError(f"fake_deployment: {sorted(group_fields)} cannot be given; groups are made here")
-    current = {"providers": (("vllm_ascend", "0.23.0"),), "cann": "9.1.0", "torch_npu": "2.13.0"}
+    # torch_npu is the one that this vllm_ascend asks for
+    current = {"providers": (("vllm_ascend", "0.23.0"),), "cann": "9.1.0", "torch_npu": "2.10.0.post4"}
     fields = {**current, "weight_format": "nz", "hccl_buffer_mb": 1024, **fields}
     fields.setdefault("ep_rank", 0)  # a fake group has no rank to read
     fields.setdefault("installed", ())  # and a fake deployment does not depend on libraries of this machine

@@ -89,7 +89,7 @@ FAMILIES = ("moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "g
             "--dtype: is given without a value; accepted: --dtype {float32,float16,bfloat16} (of",
         ),
         (["lower", "moe", "--quant", "W8A9"], "--quant: is 'W8A9'; accepted: none, w8a8"),
-        (["lower", "moe", "--hidden-size", "8"], "argument --hidden-size: is none of lower; accepted: those of"),
+        (["lower", "moe", "--hidden-size", "8"], "argument --hidden-size: is no option of lower; accepted: those of"),
         (["lower", "moe", "--buffer-mb", "65536"], "--buffer-mb: is '65536'; accepted: an integer from 1 to 65535"),
         (["lower", "moe", "--", "--ep", "4"], "argument --ep: stands behind --, where no options are read; accepted"),
         (["--nope"], "argument --nope: stands before COMMAND; accepted"),

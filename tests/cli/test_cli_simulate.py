@@ -57,7 +57,7 @@ def test_a_program_and_its_children(tmp_path):
         (["--devices", "0", "--", "x"], "argument --devices: is '0'; accepted: an integer from 1"),
         (
             ["python", "-c", "x"],
-            "argument -c: is none of simulate; accepted: those of moe-lowering simulate --help, and the pro",
+            "argument -c: is no option of simulate; accepted: those of moe-lowering simulate --help, and the pro",
         ),
         (
             ["--", "no-such-program-at-all"],

@@ -175,17 +175,20 @@ def test_what_all_implementations_lack_is_said_once(capfd):
 
 
 @pytest.mark.parametrize(("tokens", "said"), [
-    (0, "mc2: no one change of the deployment makes it legal at T = 0, a step without tokens"),
+    (0, "mc2: no single change of the deployment makes it legal at T = 0, a step without tokens"),
     (1, "mc2 would be legal with EP 2"),
 ])  # fmt: skip
 def test_no_tokens_and_one_rank_are_two_reasons(capfd, tokens, said):
     assert f" {said} fused_mc2" in " ".join(command(capfd, f"{BLOCK} --tokens {tokens}")[1].split())
 
 
+NONE = "fused_mc2: no single change of the deployment makes it legal"
+
+
 @pytest.mark.parametrize(("given", "said"), [
     ("--soc A2", "fused_mc2 would be legal with SoC A3, with vllm_ascend built for it imp"),  # its wheels are builds for A2
-    ("--soc A2 --provider none", "fused_mc2: no one change of the deployment makes it legal, on A2 or a newer SoC imp"),
-    ("--soc A5", "fused_mc2: no one change of the deployment makes it legal, on A5 or a newer SoC imp"),
+    ("--soc A2 --provider none", f"{NONE}; SoCs older than A2 are not tried imp"),
+    ("--soc A5", f"{NONE}; SoCs older than A5 are not tried imp"),
     ("--soc A3 --provider none", "fused_mc2 would be legal with vllm_ascend 0.23.0 installed, built for A3 imp"),
 ])  # fmt: skip
 def test_another_soc_is_said_with_what_it_wants(capfd, given, said):

@@ -305,7 +305,7 @@ def test_every_form_of_the_vocabulary_has_its_rows():
     (["--quant", "fp8"], "argument --quant: is 'fp8'; accepted: one or more of none,w8a8,w4a8,w4a16"),
     (["--comm", "nccl"], "argument --comm: is 'nccl'; accepted: one or more of allgather,alltoall,mc2,fused_mc2"),
     (["--unpermute-operator", "sum"], "argument --unpermute-operator: is 'sum'; accepted: token_unpermute, finalize_routing"),
-    (["--soc", "A3"], "argument --soc: is none of matrix; accepted: those of moe-lowering matrix --help"),
+    (["--soc", "A3"], "argument --soc: is no option of matrix; accepted: those of moe-lowering matrix --help"),
 ])  # fmt: skip
 def test_wrong_usage(given, says):
     with pytest.raises(UsageError) as caught:
