@@ -101,14 +101,23 @@ transformers. **Next:** [how such a model is made ready](transformers.md).
 
 Written by `moe-lowering models --write docs/models.md`; do not edit. {summary}.
 
-Each family of the installed transformers whose code has a class of experts, as a small random model on the CPU: by the **hook**
-(`experts_implementation="moe_lowering"`, and `replace_experts` for models without transformers' interface; see
-[transformers.md](transformers.md)), and from the **trace** of the model as transformers makes it. *yes*: every MoE layer lowered,
-and its output within rounding of the model's own for the very inputs that it had; *no*: not lowered, for the reason below;
-*WRONG*: another result; *failed*: the model could not be built, compiled whole or run; -: not tried. *Router*: routers that
-became one operator of the device. *Overlap*: shared experts that run beside the layer on a side
-stream ([npugraph_ex](glossary.md#npugraph_ex), asked for); 0 also where there is none.
-*Error*: the largest max|a - b| / max|b| of a lowered layer, over all attempts: that of bfloat16, where it was tried.
+Each family of the installed transformers whose code has a class of experts is tried as a small random model on the CPU:
+
+- by the **hook**: `experts_implementation="moe_lowering"`, and `replace_experts` for models without transformers' interface (see
+  [transformers.md](transformers.md));
+- from the **trace** of the model as transformers makes it.
+
+What the table says:
+
+- *yes*: every MoE layer lowered, and its output within rounding of the model's own for the very inputs that it had;
+- *no*: not lowered, for the reason below;
+- *WRONG*: another result;
+- *failed*: the model could not be built, compiled whole or run;
+- `-`: not tried;
+- *Router*: routers that became one operator of the device;
+- *Overlap*: shared experts that run beside the layer on a side stream ([npugraph_ex](glossary.md#npugraph_ex), asked for); 0 also
+  where there is none;
+- *Error*: the largest max|a - b| / max|b| of a lowered layer, over all attempts: that of bfloat16, where it was tried.
 
 | family | {heads} | router | overlap | error |
 |---|{rule}

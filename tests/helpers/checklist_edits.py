@@ -213,7 +213,9 @@ ACTIVATION: Edits = {
             '    if activation == "toy":\n        return torch.where(gate > 0, gate, 0.0) * up\n',
         ),
     ),
-    ("An activation", 5): (Insert("docs/architecture.md", "; `gelu` / `gelu_tanh` gelu(g)*u", "; `toy` relu(g)*u"),),
+    ("An activation", 5): (
+        Insert("docs/architecture.md", "    - `gelu` / `gelu_tanh`: ", "    - `toy`: `relu(g)*u`\n"),
+    ),
 }
 
 FORMAT_RECORD = """ExpertFormat(
