@@ -185,11 +185,11 @@ def _ranks(deployment: Deployment, experts: int) -> _Deployed:
 
 
 def _machines(deployment: Deployment) -> _Deployed:
-    """Newer ones, the nearest first."""
+    """Newer ones, the nearest first; and then older ones, likewise."""
     now = SOCS[deployment.soc].generation
-    for soc in sorted(SOCS.values(), key=lambda soc: soc.generation):
-        if soc.generation > now:
-            yield Change("soc", soc.name, f"SoC {soc.name}"), {"measured": ()}
+    others = [soc for soc in SOCS.values() if soc.generation != now]
+    for soc in sorted(others, key=lambda soc: (soc.generation < now, abs(soc.generation - now))):
+        yield Change("soc", soc.name, f"SoC {soc.name}"), {"measured": ()}
 
 
 def _needed_buffers(answer: Answer) -> list[int]:

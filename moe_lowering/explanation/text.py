@@ -52,18 +52,12 @@ def change_texts(explanation: Explanation) -> list[str]:
     if answer.tokens == 0:
         none += " at T = 0, a step without tokens"
 
-    def text_of(name: str, found: Sequence[Change]) -> str:
+    def text_of(found: Sequence[Change]) -> str:
         if found:
             return f" would be legal with {' or '.join(change.text for change in found)}"
-        codes = (violation.code for violation in answer.judgement.verdicts[name].violations)
-        older = (
-            f"; SoCs older than {answer.deployment.soc} are not tried"
-            if any(code.endswith(".soc") for code in codes)
-            else ""
-        )
-        return f": {none}{older}"
+        return f": {none}"
 
-    texts = {name: text_of(name, found) for name, found in changes.items()}
+    texts = {name: text_of(found) for name, found in changes.items()}
     if len(texts) == len(answer.judgement.verdicts) and all(changes.values()) and len(set(texts.values())) == 1:
         return ["each" + next(iter(texts.values()))]
     return [name + text for name, text in texts.items()]
