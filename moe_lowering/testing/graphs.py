@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,13 +62,12 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
 
     Raises:
         RuntimeError: when a process group exists already.
-        ValueError: as ``Deployment`` does.
+        TypeError: a name that is no field.
+        ValueError: a group; and as ``Deployment`` does.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    group_fields = {"ep_group", "mc2_group", "ep_communicator", "tp_group"} & fields.keys()
-    if group_fields:
-        raise ValueError(f"fake_deployment: {sorted(group_fields)} cannot be given; groups are made here")
+    _check_names(fields.keys())
     # torch_npu is the one that this vllm_ascend asks for
     current = {"providers": (("vllm_ascend", "0.23.0"),), "cann": "9.1.0", "torch_npu": "2.10.0.post4"}
     fields = {**current, "weight_format": "nz", "hccl_buffer_mb": 1024, **fields}
@@ -94,6 +93,16 @@ def fake_deployment(**fields: Any) -> Iterator[Deployment]:
         yield Deployment(**fields, **groups)
     finally:
         dist.destroy_process_group()
+
+
+def _check_names(given: Set[str]) -> None:
+    groups = {"ep_group", "mc2_group", "ep_communicator", "tp_group"}
+    accepted = [field.name for field in dataclasses.fields(Deployment) if field.init and field.name not in groups]
+    for name in sorted(given - set(accepted)):
+        if name in groups:
+            raise ValueError(f"fake_deployment: {name} cannot be given; groups are made here")
+        hint = did_you_mean(name, accepted, most=2, cutoff=0.4)
+        raise TypeError(f"fake_deployment: {name} is no field of Deployment{hint}; accepted: {', '.join(accepted)}")
 
 
 def _check_ranks(size: Any, rank: Any, tp_size: Any) -> None:

@@ -245,6 +245,17 @@ def test_fake_deployments_of_sizes_that_cannot_be(fields: dict[str, Any], messag
         assert (deployment.ep_size, deployment.tp_size) == (4, 2)
 
 
+@pytest.mark.parametrize(("name", "error", "message"), [
+    ("ep", TypeError, "fake_deployment: ep is no field of Deployment (did you mean ep_size, ep_rank?); accepted: soc, ep_size,"),
+    ("xyz", TypeError, "fake_deployment: xyz is no field of Deployment; accepted: soc,"),
+    ("mc2_group", ValueError, "fake_deployment: mc2_group cannot be given; groups are made here"),
+])  # fmt: skip
+def test_fake_deployments_take_fields_alone(name: str, error: type[Exception], message: str):
+    with pytest.raises(error, match=re.escape(message)), testing.fake_deployment(**{"ep_size": 4, name: 2}):
+        pass
+    assert not torch.distributed.is_initialized()
+
+
 @pytest.mark.parametrize("mesh", [None, "cpu", 4])
 def test_what_is_no_mesh_is_named(mesh):
     with pytest.raises(TypeError, match=r"^Deployment\.from_mesh: device_mesh is .*; accepted: a DeviceMesh"):
