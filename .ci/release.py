@@ -44,7 +44,9 @@ def build(folder: Path, python: Path | None = None) -> tuple[Path, Path]:
     _run(ROOT, "-c", BUILD.format(kind="sdist", folder=str(folder)), python=python)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(folder / "unpacked", filter="data")
+        # Debian 12's Python, 3.11.2, has no filters; where there are some, extracting without one warns
+        filters = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        tar.extractall(folder / "unpacked", **filters)
     (source,) = (folder / "unpacked").iterdir()
     _run(source, "-c", BUILD.format(kind="wheel", folder=str(folder)), python=python)
     (wheel,) = folder.glob("*.whl")
