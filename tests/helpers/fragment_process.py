@@ -40,7 +40,7 @@ def start(name: str, text: str, rank: int, size: int, make_store: Callable[[], "
 
 def wait_for_others(store: "FileStore", size: int) -> None:
     """Until all ranks are through: one that leaves while another still connects to it breaks the other's connection. A rank that
-    failed does not wait, and a collective with it ends at once."""
+    failed does not wait: others that are connected to it notice at once, and the rest by the timeout of their group."""
     if store.add("through", 1) == size:
         store.set("all through", "")
     store.wait(["all through"], timedelta(seconds=60))

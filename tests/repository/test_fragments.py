@@ -11,28 +11,31 @@ import json
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
+from page_text import indented_code
 
 TOP = Path(__file__).parents[2]
 PAGES = [TOP / "README.md", TOP / "CONTRIBUTING.md", *sorted((TOP / "docs").glob("*.md"))]
-FENCE = re.compile(r"^ *```.*?^ *```$", re.S | re.M)
 # A line that can only be Python's, if the block is code
 PYTHON_LINE = re.compile(
-    r"^\s*(?:(?:import|from|def|class|with|for|assert|return|async) .*:?|[\w.\[\]]+(?:, [\w.]+)* = .*|[\w.]+\(.*|@\w.*)$",
+    r"^\s*(?:(?:import|from|def|class|with|for|assert|return|async) .*:?|[\w.\[\]]+(?:, [\w.]+)* = .*|\w+=[\[{(].*"
+    r"|[\w.]+\(.*|@\w.*)$",
     re.M,
 )
-# Blocks with such a line that are no Python: a schema, a command beside a call, and prose of a list's item
+# Blocks with such a line that are no Python: a schema, a command beside a call
 NO_PYTHON = (
     "route(Tensor logits",
     'LLM(model, additional_config={"moe_lowering": {}})\nvllm serve',
-    "moe-lowering explain --hidden",
 )
-BLOCK = re.compile(r"(?:^(?: {4}|\t).*\n(?:\s*\n(?= {4}))?)+", re.M)
 
-GROUP = 'import torch.distributed as dist\ndist.init_process_group("gloo", store=store, rank=rank, world_size=size)\n'
+# A rank whose partner failed before it came here is not waited for by gloo's half an hour
+GROUP = """
+import datetime, torch.distributed as dist
+timeout = datetime.timedelta(seconds=60)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+"""
 MODEL = """
 import moe_lowering, tempfile, torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -117,6 +120,18 @@ CONTEXT = {
 }  # fmt: skip
 
 
+# The first rank is through at once, and must be there still when the other looks, as while gloo connects
+EARLY = """
+import os, time
+if rank == 0:
+    store.set("process", str(os.getpid()))
+else:
+    process = int(store.get("process"))
+    time.sleep(0.5)
+    os.kill(process, 0)
+"""
+
+
 def is_python(text: str) -> bool:
     """Whether it parses, and does something: a line of names with commas, as of a CSV file, is none."""
     try:
@@ -131,17 +146,7 @@ def is_broken(text: str) -> bool:
     return not is_python(text) and bool(PYTHON_LINE.search(text)) and not any(words in text for words in NO_PYTHON)
 
 
-def blocks() -> dict[str, str]:
-    """The text of each indented block, by page and line."""
-    found = {}
-    for page in PAGES:
-        text = FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), page.read_text())
-        for block in BLOCK.finditer(text):
-            found[f"{page.name}:{text[: block.start()].count(chr(10)) + 1}"] = textwrap.dedent(block[0])
-    return found
-
-
-BLOCKS = blocks()
+BLOCKS = {f"{page.name}:{line}": text for page in PAGES for line, text in indented_code(page.read_text()).items()}
 FRAGMENTS = {name: text for name, text in BLOCKS.items() if is_python(text)}
 
 
@@ -151,12 +156,14 @@ def context_of(text: str) -> tuple[str, str, int] | None:
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """Exit codes of all fragments, and of a twin of the first whose check must fail; what they said."""
+    """Exit codes of all fragments, of a twin of the first whose check must fail, and of ranks that end at different times;
+    what they said."""
     programs = []
     for name, text in FRAGMENTS.items():
         before, behind, ranks = context_of(text) or ("", "", 1)
         programs.append((name, before + text + behind, ranks))
     programs.append(("twin", programs[0][1] + "assert False\n", 1))
+    programs.append(("early", EARLY, 2))
     command = [sys.executable, str(TOP / "tests" / "helpers" / "fragment_process.py")]
     done = subprocess.run(command, input=json.dumps(programs), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -174,9 +181,15 @@ def test_a_fragment_that_fails_is_seen(outcomes):
     assert outcomes[0]["twin"] == [1]
 
 
+def test_a_rank_that_is_through_waits_for_the_others(outcomes):
+    assert outcomes[0]["early"] == [0, 0], outcomes[1][-6000:]
+
+
 def test_no_block_is_broken_python():
     assert [name for name, text in BLOCKS.items() if is_broken(text)] == []
-    assert all(is_broken(text.replace(")", "", 1)) for text in FRAGMENTS.values() if ")" in text)
+    for text in FRAGMENTS.values():
+        last = max(text.rfind(bracket) for bracket in ")]}")
+        assert is_broken(text[:last] + text[last + 1 :])
 
 
 def test_every_context_is_of_a_fragment():

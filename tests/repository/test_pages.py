@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from page_text import drop_code, drop_fences
 
 TOP = Path(__file__).parents[2]
 sys.path.insert(0, str(TOP / ".ci"))
@@ -28,7 +29,6 @@ FOR_NEWCOMERS = [TOP / "README.md"] + [
 ]
 WORDS = ("EP", "MC2", "FusedMC2", "CANN", "npugraph_ex", "GE", "FRACTAL_NZ", "W8A8", "SoC", "NPU", "log2phy")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
-FENCE = re.compile(r"^ *```.*?^ *```$", re.S | re.M)
 
 
 def _documented():
@@ -41,14 +41,9 @@ def long_rows(text: str) -> list[str]:
 
 
 def prose(text: str) -> str:
-    """A page without code, comments, tables, headings and directives of the site; what is in backticks is one word.
-
-    An indented line is code behind an empty line, and goes on an item of a list otherwise.
-    """
-    text = FENCE.sub("\n\n", text)
-    text = re.sub(r"<!--.*?-->", "\n\n", text, flags=re.S)
+    """A page without code, comments, tables, headings and directives of the site; what is in backticks is one word."""
+    text = re.sub(r"<!--.*?-->", "\n\n", drop_code(text), flags=re.S)
     text = re.sub(r"^(\s*\|.*|#.*|::: .*)$", "\n", text, flags=re.M)
-    text = re.sub(r"(?<=\n\n)(?: {4}.*\n+)+", "\n", text)
     return re.sub(r"`[^`]*`", "code", text)
 
 
@@ -77,7 +72,7 @@ def first_paragraph(text: str) -> str:
 
 def anchors(text: str) -> set[str]:
     """The names that headings get, as GitHub and mkdocs make them."""
-    heads = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.M)
+    heads = re.findall(r"^#+ (.+)$", drop_fences(text), re.M)
     return {
         re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", LINK.sub(r"\1", head))).strip().lower().replace(" ", "-")
         for head in heads
@@ -87,7 +82,7 @@ def anchors(text: str) -> set[str]:
 def broken_links(page: Path, text: str) -> list[str]:
     """Links to files that are not there, or to headings that they have not."""
     broken = []
-    for _, target in LINK.findall(re.sub(r"`[^`]*`|^    .*$", "", FENCE.sub("", text), flags=re.M)):
+    for _, target in LINK.findall(re.sub(r"`[^`]*`", "", drop_code(text))):
         name, _, anchor = target.partition("#")
         if name.startswith(("http:", "https:")):
             continue
@@ -99,8 +94,7 @@ def broken_links(page: Path, text: str) -> list[str]:
 
 def unexplained(text: str) -> list[str]:
     """Words whose first place in the prose is no link to the glossary."""
-    bare = re.sub(r"`[^`]*`", "code", FENCE.sub("\n\n", text))
-    bare = re.sub(r"^(    .*|#.*)$", "\n", bare, flags=re.M)
+    bare = re.sub(r"^#.*$", "\n", re.sub(r"`[^`]*`", "code", drop_code(text)), flags=re.M)
     missing = []
     for word in WORDS:
         match = re.search(
@@ -174,7 +168,9 @@ def test_the_checks_can_fail():
         ":\n\n```\n" + half + "\n```\n",
     ):
         assert not long_sentences(half + between + half), between
-    assert long_sentences("- " + half + "\n    " + half), "an indented line of a list is no code"
+    for within in ("- {0}\n    {0}", "1. {0}\n    {0}", "1. a\n\n    {0}{0}", "1. a\n\n        code\n\n    {0}{0}"):
+        assert long_sentences(within.format(half)), f"what is indented in a list is no code: {within}"
+    assert not long_sentences(f"1. a\n\n        {half}{half}"), "but twice"
     assert not long_sentences("| " + "word " * 40 + "|")
     assert not says_all("# T\n\n**What:** a. **For:** b. **Next:** nothing.\n\n")
     assert not says_all("# T\n\nA page.\n\n") and says_all("# T\n\n**What:** a. **For:** b. **Next:** [c](c.md).\n\n")
