@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 # Said once by each report that has sizes. Sizes are decimal as the prices' rates and machines' memories are published.
 UNITS = "MB and GB are 10**6 and 10**9 bytes; of HCCL_BUFFSIZE a MB is 2**20 bytes, as CANN counts it"
+WORST = sys.float_info.max  # of an error: NaN and infinity, which JSON lacks
 
 
 def count_of(number: Any, what: str, several: str = "") -> str:

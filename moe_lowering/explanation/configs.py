@@ -57,8 +57,6 @@ GATES: dict[str, dict[str, Any]] = {
     "inkling2_text": {"activation": "swiglu_softcap"},
     "step3p5": {"activation": "swiglu_clamp_after"},
 }
-# What a config says to have experts at all; False is a dense model.
-MOE_SWITCHES = ("is_moe", "enable_moe_block")
 # Models whose experts have no gate, and where their configs name the activation.
 WITHOUT_GATE = {"nemotron_h": "mlp_hidden_act", "switch_transformers": "dense_act_fn"}
 
@@ -91,11 +89,8 @@ def describe_config(
         raise MissingSizesError(name, missing)
     pairs = {size: (of_config[size], sizes.get(size)) for size in SIZES}
     changes = () if name == OWN else describe_changes({**pairs, "dtype": (_dtype(config), dtype)})
-    assumptions += [
-        f"{switch} is True (of {name} it is False: it has no experts)"
-        for switch in MOE_SWITCHES
-        if getattr(config, switch, None) is False
-    ]
+    if (layers := count_moe_layers(config)) == 0:
+        assumptions.append(f"{name} has a layer with experts (by its config none has)")
     gate = _gate(config, name, assumptions)
     clamped = vocabulary.ACTIVATIONS[gate["activation"]].clamped
     return BlockDescription(
@@ -105,7 +100,7 @@ def describe_config(
         limit=_number(config, _LIMITS.get(gate["activation"], "swiglu_limit"), _LIMIT) if clamped else 0.0,
         alpha=_number(config, _ALPHAS.get(gate["activation"], "swiglu_alpha"), SWIGLU_ALPHA),
         routing_weights=FLOAT32 if name == OWN else routing_weights_of(getattr(config, "model_type", "")),
-        layers=count_moe_layers(config),
+        layers=layers or None,
         model=name,
         changes=changes,
         assumptions=tuple(assumptions),

@@ -10,30 +10,34 @@ from typing import Any
 MOE = "moe"  # of layers_block_type
 # Of mlp_layer_types: whether such a layer has experts
 WORDS = {"sparse": True, "moe": True, "hash_moe": True, "dense": False}
+# What a config says to have experts at all, where its type may be dense
+SWITCHES = ("is_moe", "enable_moe_block")
 # Layers of this type have two attentions each, and `num_hidden_layers` counts those.
 _COUNTED_BY = {"longcat_flash": "num_layers"}
 
 
 def count_moe_layers(config: Any) -> int | None:
     """How many layers have experts; None where the config does not say how many layers there are, or in words that are not
-    known here.
+    known here. Where one of ``SWITCHES`` is False none has.
 
     The first of these that a config has counts: a word for each layer (``mlp_layer_types``, ``layers_block_type``), the layers by
     number (``moe_layers``), every n-th one (``expert_layer_period``; ``moe_layer_interval``, from and up to a number). Else
     dense are the first ``first_k_dense_replace`` or ``num_dense_layers``, ``mlp_only_layers``, and all but every n-th one.
     """
+    if any(getattr(config, switch, None) is False for switch in SWITCHES):
+        return 0
     count = _whole(config, _COUNTED_BY.get(getattr(config, "model_type", ""), "num_hidden_layers"), 0, 1)
     if count is None:
         return None
     words = _listed(config, "mlp_layer_types")
     if words is not None:
-        return sum(WORDS[word] for word in words[:count]) or None if WORDS.keys() >= {*words} else None
+        return sum(WORDS[word] for word in words[:count]) if WORDS.keys() >= {*words} else None
     blocks = _listed(config, "layers_block_type")
     if blocks is not None and MOE in blocks:
-        return sum(word == MOE for word in blocks[:count]) or None
+        return sum(word == MOE for word in blocks[:count])
     numbers = _listed(config, "moe_layers")
     if numbers is not None:
-        return sum(number in numbers for number in range(count)) or None
+        return sum(number in numbers for number in range(count))
     if getattr(config, "expert_layer_period", None) is not None:
         return _count_of_periods(config, count)
     if getattr(config, "moe_layer_interval", None) is not None:
@@ -45,7 +49,7 @@ def _count_of_periods(config: Any, count: int) -> int | None:
     period, offset = _whole(config, "expert_layer_period", 1, 1), _whole(config, "expert_layer_offset", 0, 0)
     if period is None or offset is None:
         return None
-    return sum(layer % period == offset for layer in range(count)) or None
+    return sum(layer % period == offset for layer in range(count))
 
 
 def _count_of_intervals(config: Any, count: int) -> int | None:
@@ -54,7 +58,7 @@ def _count_of_intervals(config: Any, count: int) -> int | None:
     if interval is None or start is None or end is None:
         return None
     last = count - 1 if end == -1 else min(end, count - 1)
-    return sum((layer + 1) % interval == 0 for layer in range(start, last + 1)) or None
+    return sum((layer + 1) % interval == 0 for layer in range(start, last + 1))
 
 
 def _count_behind_dense(config: Any, count: int) -> int | None:
@@ -67,7 +71,7 @@ def _count_behind_dense(config: Any, count: int) -> int | None:
     with_experts = [
         layer for layer in range(dense, count) if layer not in only and (layer + 1) % step == 0 and layer % every == 0
     ]
-    return len(with_experts) or None
+    return len(with_experts)
 
 
 def _whole(config: Any, name: str, default: int, least: int) -> int | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from moe_lowering.model_configs.errors import ModelError, write_value
+from moe_lowering.number_words import WORST
 
 WAYS = ("hook", "trace")  # by transformers' experts interface, and from the graph of the model as transformers makes it
 DTYPES = ("bfloat16", "float32")
@@ -92,14 +93,14 @@ def failed(family: str, kinds: Sequence[Kind], reason: str, seconds: float = 0.0
 
 
 def to_json(rows: list[Row], version: str) -> str:
-    """One JSON object; ``version``: of transformers. An error that is infinite, as JSON has no such number, is null."""
+    """One JSON object; ``version``: of transformers. An error that is infinite is ``WORST``."""
     from moe_lowering.report.schemas import (
         SCHEMA_VERSION,  # with torch, which a command line without a run does not load
     )
 
     families = [dataclasses.asdict(row) for row in rows]
     for attempt in itertools.chain.from_iterable(family["attempts"] for family in families):
-        attempt["error"] = None if attempt["error"] == float("inf") else attempt["error"]
+        attempt["error"] = WORST if attempt["error"] == float("inf") else attempt["error"]
     record = {"schema_version": SCHEMA_VERSION, "format": FORMAT, "transformers": version, "families": families}
     return json.dumps(record, indent=1, allow_nan=False)
 
@@ -127,5 +128,14 @@ def read_rows(path: Path, version: str) -> list[Row]:
 
 
 def _row(values: dict[str, Any]) -> Row:
-    attempts = tuple(Attempt(**{**each, "comms": tuple(each["comms"])}) for each in values["attempts"])
+    attempts = tuple(
+        Attempt(
+            **{
+                **each,
+                "comms": tuple(each["comms"]),
+                "error": float("inf") if each["error"] == WORST else each["error"],
+            }
+        )
+        for each in values["attempts"]
+    )
     return Row(values["family"], attempts, values["seconds"])

@@ -74,7 +74,8 @@ class WeightForm:
         return (f"npu.npu_moe_{operator}",) if self.unpermutes else ()
 
     def deployment_fields(self, layout: Layout) -> dict[str, Any]:
-        """What the deployment says beside its sizes and groups: an A3 with current versions and enough HCCL window."""
+        """What the deployment says beside its sizes and groups: an A3 with enough HCCL window, and of each library the version
+        that has most operators; no machine has them together, as vllm_ascend asks for torch_npu 2.10."""
         current = {"soc": "A3", "hccl_buffer_mb": 1024, "cann": "9.1.0", "torch_npu": "2.13.0"}
         return {**current, "weight_format": layout.weight_format, **self.fields}
 

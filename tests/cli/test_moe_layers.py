@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 
-from moe_lowering.explanation.configs import MOE_SWITCHES, describe_config
-from moe_lowering.explanation.moe_layers import count_moe_layers
+from moe_lowering.explanation.configs import describe_config
+from moe_lowering.explanation.moe_layers import SWITCHES, count_moe_layers
 
 
 @pytest.mark.parametrize(("kind", "values", "layers"), [
@@ -47,19 +47,29 @@ def test_what_a_config_says_of_its_layers(values, layers):
     assert count_moe_layers(types.SimpleNamespace(**{"num_hidden_layers": 3, **values})) == layers
 
 
-@pytest.mark.parametrize("switch", MOE_SWITCHES)
-@pytest.mark.parametrize("is_on", [False, True])
-def test_a_config_that_switches_its_experts_off_is_told(switch, is_on):
-    """It is judged as if they were on, as the model has no layer to judge."""
-    config = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, switch: is_on}
-    told = [text for text in describe_config(config).assumptions if switch in text]
-    assert bool(told) is not is_on
+NO_EXPERTS = "an unnamed model has a layer with experts (by its config none has)"
+
+
+@pytest.mark.parametrize(("dense", "moe"), [
+    *[({switch: False}, {switch: True}) for switch in SWITCHES],
+    ({"mlp_layer_types": ["dense"] * 2}, {"mlp_layer_types": ["dense", "sparse"]}),
+    ({"moe_layers": [7]}, {"moe_layers": [1]}),
+    ({"expert_layer_period": 3, "expert_layer_offset": 2}, {"expert_layer_period": 2, "expert_layer_offset": 1}),
+    ({"moe_layer_interval": 3}, {"moe_layer_interval": 2}),
+    ({"first_k_dense_replace": 2}, {"first_k_dense_replace": 1}),
+])  # fmt: skip
+def test_a_config_of_which_no_layer_has_experts_is_told(dense, moe):
+    """It is judged as if one had, as the model has none to judge."""
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+    described = [describe_config({**sizes, "num_hidden_layers": 2, **values}) for values in (dense, moe)]
+    assert [NO_EXPERTS in block.assumptions for block in described] == [True, False]
+    assert described[0].layers is None and described[1].layers
 
 
 def test_the_switches_are_of_transformers_configs():
     """And of no model that always has experts."""
     from transformers import AutoConfig, DogeConfig, Gemma4TextConfig
 
-    assert [name for name in MOE_SWITCHES if getattr(DogeConfig(), name, None) is False] == ["is_moe"]
-    assert [name for name in MOE_SWITCHES if getattr(Gemma4TextConfig(), name, None) is False] == ["enable_moe_block"]
-    assert not any(getattr(AutoConfig.for_model("qwen3_moe"), name, None) is False for name in MOE_SWITCHES)
+    assert [name for name in SWITCHES if getattr(DogeConfig(), name, None) is False] == ["is_moe"]
+    assert [name for name in SWITCHES if getattr(Gemma4TextConfig(), name, None) is False] == ["enable_moe_block"]
+    assert not any(getattr(AutoConfig.for_model("qwen3_moe"), name, None) is False for name in SWITCHES)

@@ -36,6 +36,7 @@ from moe_lowering.layers.expert_modules import is_experts_module
 from moe_lowering.model_configs.errors import ModelError
 from moe_lowering.model_configs.read import read_text_config
 from moe_lowering.model_configs.small import shrink, with_layers
+from moe_lowering.number_words import WORST
 from moe_lowering.report.schemas import schema
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -212,7 +213,8 @@ def test_what_ends_a_process_is_one_row():
 def test_rows_are_read_as_they_were_written(tmp_path: Path):
     rows = [
         Row("a", (Attempt("hook", "float32", "static", RIGHT, 2, 2, ("mc2",), 1e-7, 1, 0),), 1.5),
-        failed("b", STATIC, "[x] y"),
+        Row("b", (Attempt("hook", "float32", "static", WRONG, 2, 2, error=float("inf"), reason="[x] y"),)),
+        failed("c", STATIC, "[x] y"),
     ]
     (tmp_path / "rows.json").write_text(to_json(rows, "5"))
     assert read_rows(tmp_path / "rows.json", "5") == rows
@@ -223,7 +225,7 @@ def test_the_file_is_as_its_schema_says():
     """And is JSON, where an error is infinite."""
     wrong = Attempt("trace", "bfloat16", "dynamic", WRONG, 2, 2, error=float("inf"), reason="[x] y")
     written = json.loads(to_json([Row("a", (wrong,))], "5"), parse_constant=pytest.fail)
-    assert written["families"][0]["attempts"][0]["error"] is None
+    assert written["families"][0]["attempts"][0]["error"] == WORST
     assert not problems(written, schema("models"))
     assert problems({**written, "families": [{}]}, schema("models"))
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from moe_lowering.cli.lower.models import OWN_SCALE, MoeStack, logits
 from moe_lowering.layers.expert_modules import is_experts_module, weight_names
 from moe_lowering.layers.moe import MoE
+from moe_lowering.number_words import WORST
 from moe_lowering.quantisation import dequantise, quantise_weight
 from moe_lowering.vocabulary import EXPERT_FORMATS
 
@@ -39,7 +39,6 @@ SNR_FLOOR = {form.name: min(form.snr_floor, 36.0) for form in EXPERT_FORMATS.val
 LOGITS_SNR_FLOOR = 20.0  # errors of blocks add up over layers, and attention and norms spread them
 REWEIGHTED = 0.1  # share of a token's largest routing weight by which rounding is taken not to move one
 SILENT = 300.0  # dB that two equal tensors are given, whose ratio is infinite
-WORST = sys.float_info.max  # stands for NaN and infinity, which JSON lacks
 
 Taken = list[tuple[Tensor, ...]]
 
