@@ -230,7 +230,9 @@ def test_the_collector_sees_what_is_kept_of_one_more_equal_layer(comm):
     young(2)
     more = Counter(young(6))
     more.subtract(young(2))
-    assert 0 < sum(more.values()) / 4 <= MOST[comm][1]
+    # Before Python 3.11 the attributes of a record are an object of their own: of seven nodes and a block's report
+    records = 8 if sys.version_info < (3, 11) else 0
+    assert 0 < sum(more.values()) / 4 <= MOST[comm][1] + records
     assert not {"Block", "Route", "Wiring", "OverlapTarget", "_Step", "Tape", "Emitter"} & {
         k for k, n in more.items() if n > 0
     }
