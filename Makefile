@@ -16,7 +16,7 @@ setup: $(READY)
 # not compiled ahead: half of the processor time of the set-up went into modules that nothing here imports
 # PyPI's torch is a CUDA build of gigabytes on most machines; where the second index cannot be reached, the first has to do
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3 -m venv failed: install python3-venv (apt-get install -y python3-venv)"; exit 1; }
+	$(PYTHON) .ci/make_venv.py $(VENV)
 	$(BIN)/python -m pip install -qq --no-compile --no-deps --timeout 20 --retries 2 -c constraints.txt --extra-index-url $(CPU_BUILDS) torch==2.13.0
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[npu,transformers,dev,docs]'
 	touch $(READY)

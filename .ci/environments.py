@@ -71,7 +71,8 @@ def make_environment(
     made_of = "\n".join([sys.version, torch, PAIRS[torch], *beside, *requirements, versions])
     if ready.exists() and ready.read_text() == made_of:
         return python
-    run_step(sys.executable, "-m", "venv", "--clear", str(home))
+    shutil.rmtree(home, ignore_errors=True)
+    run_step(sys.executable, str(Path(__file__).with_name("make_venv.py")), str(home))
     install(python, "--no-deps", f"torch=={torch}", f"torch-npu=={PAIRS[torch]}", *beside)
     [package] = home.glob("lib/python*/site-packages/torch")
     try:
