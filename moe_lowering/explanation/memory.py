@@ -71,7 +71,7 @@ class Memory:
         window = "no HCCL window"
         if self.communicators:
             communicators = count_of(self.communicators, "communicator")
-            window = f"{gigabytes(self.window)} HCCL windows ({communicators}, each twice HCCL_BUFFSIZE)"
+            window = f"{gigabytes(self.window)} HCCL windows ({communicators}, twice HCCL_BUFFSIZE each)"
         capacity = (
             "memory of the SoC is not known" if self.capacity is None else f"the SoC has {gigabytes(self.capacity)}"
         )

@@ -124,7 +124,7 @@ def test_what_cannot_fit_is_said_with_its_numbers_and_what_fits_is_not():
         "choice"
     )
     assert f"[{TOO_SMALL}] 90.7 GB = 81.7 GB experts of 58 MoE layers, 0.4 GB buffers, 8.6 GB HCCL windows" in text
-    assert "8.6 GB HCCL windows (1 communicator, each twice HCCL_BUFFSIZE); the SoC has 68.7 GB" in text
+    assert "8.6 GB HCCL windows (1 communicator, twice HCCL_BUFFSIZE each); the SoC has 68.7 GB" in text
     memory, text = memory_of("mc2", "w8a8")
     assert (
         memory["fits"] and TOO_SMALL not in text and "does not fit" not in text and "49.8 GB = 40.9 GB experts" in text
