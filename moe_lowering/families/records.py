@@ -94,9 +94,8 @@ def failed(family: str, kinds: Sequence[Kind], reason: str, seconds: float = 0.0
 
 def to_json(rows: list[Row], version: str) -> str:
     """One JSON object; ``version``: of transformers. An error that is infinite is ``WORST``."""
-    from moe_lowering.report.schemas import (
-        SCHEMA_VERSION,  # with torch, which a command line without a run does not load
-    )
+    # Not above: with it comes torch, which a command line without a run does not load
+    from moe_lowering.report.schemas import SCHEMA_VERSION
 
     families = [dataclasses.asdict(row) for row in rows]
     for attempt in itertools.chain.from_iterable(family["attempts"] for family in families):
@@ -128,14 +127,8 @@ def read_rows(path: Path, version: str) -> list[Row]:
 
 
 def _row(values: dict[str, Any]) -> Row:
-    attempts = tuple(
-        Attempt(
-            **{
-                **each,
-                "comms": tuple(each["comms"]),
-                "error": float("inf") if each["error"] == WORST else each["error"],
-            }
-        )
-        for each in values["attempts"]
-    )
-    return Row(values["family"], attempts, values["seconds"])
+    attempts = []
+    for each in values["attempts"]:
+        error = float("inf") if each["error"] == WORST else each["error"]
+        attempts.append(Attempt(**{**each, "comms": tuple(each["comms"]), "error": error}))
+    return Row(values["family"], tuple(attempts), values["seconds"])
