@@ -28,18 +28,20 @@ class NoEnvironmentError(RuntimeError):
 
 
 def make_venv(python: str, folder: Path) -> None:
-    """An environment of ``python``. Nothing is left where it fails.
+    """An environment of ``python``. Where it fails a folder that was there is left as far as it got, and a new one is removed.
 
     Raises:
         NoEnvironmentError: it could not be made, or pip could not be had.
     """
-    has_pip = subprocess.run([python, "-c", "import ensurepip"], capture_output=True, check=False).returncode == 0
+    is_new, has_pip = not folder.exists(), True
     try:
+        has_pip = subprocess.run([python, "-c", "import ensurepip"], capture_output=True, check=False).returncode == 0
         _run([python, "-m", "venv", *([] if has_pip else ["--without-pip"]), str(folder)])
         if not has_pip:
             _install_pip(folder / "bin" / "python")
-    except (NoEnvironmentError, OSError, ValueError, LookupError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
+    except (NoEnvironmentError, OSError, ValueError, LookupError, TypeError) as error:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
         hint = "" if has_pip else "; apt-get install -y python3-venv does without the download"
         raise NoEnvironmentError(f"no environment could be made in {folder}: {error}{hint}") from error
 

@@ -19,7 +19,6 @@ from moe_lowering.vocabulary import AUTO, EXPERT_FORMATS, FIXED
 
 if TYPE_CHECKING:  # they print themselves by this module
     from moe_lowering.explanation.answer import Answer
-    from moe_lowering.explanation.candidate_changes import Change
     from moe_lowering.explanation.records import Explanation
     from moe_lowering.explanation.sweep import Piece
 
@@ -51,13 +50,10 @@ def change_texts(explanation: Explanation) -> list[str]:
     none = "no single change of the deployment makes it legal"
     if answer.tokens == 0:
         none += " at T = 0, a step without tokens"
-
-    def text_of(found: Sequence[Change]) -> str:
-        if found:
-            return f" would be legal with {' or '.join(change.text for change in found)}"
-        return f": {none}"
-
-    texts = {name: text_of(found) for name, found in changes.items()}
+    texts = {
+        name: f" would be legal with {' or '.join(change.text for change in found)}" if found else f": {none}"
+        for name, found in changes.items()
+    }
     if len(texts) == len(answer.judgement.verdicts) and all(changes.values()) and len(set(texts.values())) == 1:
         return ["each" + next(iter(texts.values()))]
     return [name + text for name, text in texts.items()]

@@ -86,14 +86,19 @@ def test_nothing_is_downloaded_where_it_has_one(tmp_path, monkeypatch):
     ("WHEEL", "pop-1-py3-none-any.whl", "HTTP Error 404"),
 ])  # fmt: skip
 def test_another_wheel_is_no_pip(tmp_path, monkeypatch, without_ensurepip, name, value, message):
-    """And nothing is left, but the way without the download."""
+    """A folder that is new is removed, and one that was there is left."""
     monkeypatch.setattr(make_venv, name, value)
     with pytest.raises(make_venv.NoEnvironmentError, match=message) as caught:
         make_venv.make_venv(without_ensurepip, tmp_path / "made")
     assert "apt-get install -y python3-venv" in str(caught.value)
     assert not (tmp_path / "made").exists()
+    (tmp_path / "made").mkdir()
+    with pytest.raises(make_venv.NoEnvironmentError, match=message):
+        make_venv.make_venv(without_ensurepip, tmp_path / "made")
+    assert (tmp_path / "made" / "bin" / "python").exists()
 
 
-def test_a_python_that_makes_none_is_told(tmp_path):
+@pytest.mark.parametrize("python", ["/bin/false", "/no/such/python"])
+def test_a_python_that_makes_none_is_told(tmp_path, python):
     with pytest.raises(make_venv.NoEnvironmentError, match="no environment could be made in"):
-        make_venv.make_venv("/bin/false", tmp_path / "made")
+        make_venv.make_venv(python, tmp_path / "made")

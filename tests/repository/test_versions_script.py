@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_lowering import _versions
+from moe_lowering import _versions, testing
+from moe_lowering.vocabulary import PROVIDER_VERSIONS
 
 CI = Path(__file__).resolve().parents[2] / ".ci"
 
@@ -203,3 +204,11 @@ def test_libraries_of_cuda_are_replaced(tmp_path):
 def test_a_cpu_build_is_left_alone(tmp_path):
     (tmp_path / "torch/lib").mkdir(parents=True)
     assert standins.replace_libraries(tmp_path / "torch") == []
+
+
+def test_a_fake_deployment_declares_versions_that_go_together():
+    """vllm-ascend's wheels are of torch 2.10 (docs/install.md)."""
+    with testing.fake_deployment() as deployment:
+        assert deployment.providers == (("vllm_ascend", PROVIDER_VERSIONS["vllm_ascend"][0]),)
+        assert deployment.torch_npu == environments.PAIRS["2.10.0"]
+    assert f"| 2.10.0 | {deployment.torch_npu}:" in (CI.parent / "docs" / "install.md").read_text()
